@@ -1,0 +1,30 @@
+"""The errors hf_guide raises on purpose. All are `ValueError`s, so that a caller need not know them."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HfGuideError(ValueError):
+    """Base of every error raised on purpose."""
+
+
+class OptionError(HfGuideError):
+    """An option, method or config override that does not exist or cannot be used together with another."""
+
+
+class ShapeError(HfGuideError):
+    """A student shape that cannot be made from this teacher."""
+
+
+class LayoutError(HfGuideError):
+    """A family whose axes are not known, or a layout that does not multiply out to a parameter's real shape."""
+
+
+class TeacherError(HfGuideError):
+    """A teacher that cannot be read: truncated, not finite, quantised, offloaded, or in need of remote code."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `" Did you mean 'x' or 'y'?"`, or an empty string where nothing known is near `word`."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
