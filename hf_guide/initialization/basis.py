@@ -1,0 +1,174 @@
+"""The residual stream's directions that a narrower student keeps: a streamed second moment and its eigenvectors.
+
+Everything is float64 on the way, while no more than a few thousand rows are ever held in float64 at once.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, TeacherError
+
+ROWS_AT_ONCE = 4096
+PANEL = 256
+
+
+@dataclass(frozen=True)
+class ResidualBasis:
+    """`size` orthonormal directions of a `width`-dimensional residual stream.
+
+    Attributes:
+        matrix: M, shape (width, size), float64, orthonormal columns: a teacher's row x becomes the student's x M.
+        eigenvalues: shape (width,), float64, descending: the spectrum of the whole second moment.
+        explained: the share, 0 to 1, of the second moment's trace that M keeps.
+    """
+
+    matrix: Tensor
+    eigenvalues: Tensor
+    explained: float
+
+
+def second_moment(
+    rows: Iterable[Tensor],
+    width: int,
+    *,
+    weights: Tensor | None = None,
+    centered: bool = False,
+    name: str = "the rows",
+) -> Tensor:
+    """Sum w_i x_i^T x_i over all rows x_i, streamed.
+
+    Args:
+        rows: chunks of shape (any, width), of any floating dtype; one chunk may be the whole table.
+        width: the number of columns every chunk must have.
+        weights: one non-negative number a row, in the order of the rows, shape (total rows,). `None` weighs all the same.
+        centered: subtract the (weighted) mean row first.
+        name: what to call the rows in an error.
+
+    Returns:
+        The second moment, shape (width, width), float64, on the device of the first chunk where that knows float64.
+
+    Raises:
+        ShapeError: a chunk of another width, or weights of another length than the rows.
+        TeacherError: a row or a weight that is not finite, or a negative weight.
+    """
+    moment, total = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+    mass, seen = 0.0, 0
+    if weights is not None:
+        _check_weights(weights)
+    for chunk in rows:
+        if chunk.ndim != 2 or chunk.shape[1] != width:
+            raise ShapeError(f"{name}: expected chunks of shape (any, {width}), found {tuple(chunk.shape)}.")
+        if seen == 0 and chunk.device.type == "cuda":
+            moment, total = moment.to(chunk.device), total.to(chunk.device)
+        for part in chunk.detach().split(ROWS_AT_ONCE):
+            part = part.to(moment.device, torch.float64)
+            _check_finite(part, seen, name)
+            weighted = part
+            if weights is None:
+                mass += len(part)
+            else:
+                share = weights[seen : seen + len(part)].to(part)
+                if len(share) < len(part):
+                    raise ShapeError(f"{name}: {len(weights)} weights for more rows than that; give one weight a row.")
+                weighted = part * share[:, None]
+                mass += share.sum().item()
+            if centered:
+                total += weighted.sum(0)
+            # The moment is symmetric: only its lower panels are multiplied out, which saves nearly half the work.
+            for start in range(0, width, PANEL):
+                moment[start:, start : start + PANEL].addmm_(part[:, start:].T, weighted[:, start : start + PANEL])
+            seen += len(part)
+    if weights is not None and len(weights) != seen:
+        raise ShapeError(f"{name}: {len(weights)} weights for {seen} rows; give one weight a row.")
+    moment = moment.tril() + moment.tril(-1).T
+    if centered and mass > 0:
+        moment -= torch.outer(total, total) / mass
+    return moment
+
+
+def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> ResidualBasis:
+    """The `size` directions that keep most of a second moment: its top eigenvectors (GUIDE, arXiv 2510.06502).
+
+    Signs are fixed (the entry of largest magnitude is positive), so the same moment gives the same basis. With
+    `size == width` nothing has to be given up and the matrix is exactly the identity.
+
+    Args:
+        moment: a symmetric second moment, shape (width, width).
+        size: how many directions to keep, 1 to width.
+        keep_mean: for models with LayerNorm. One direction is spent on the all-ones vector, M^T 1_T being a multiple
+            of 1_S, so that subtracting the mean commutes with M: M^T (I - 11^T/d_T) x = (I - 11^T/d_S) M^T x. The other
+            size - 1 directions are the best ones orthogonal to all-ones.
+
+    Raises:
+        ShapeError: a size that is not within 1 and width.
+    """
+    width = moment.shape[0]
+    if not 1 <= size <= width:
+        raise ShapeError(
+            f"A basis of {size} directions was asked of a residual stream {width} wide; choose 1 to {width}."
+        )
+    moment = moment.to(torch.float64)
+    if size == width:
+        spectrum = torch.linalg.eigvalsh(moment).flip(0).clamp(min=0)
+        return ResidualBasis(torch.eye(width, dtype=torch.float64, device=moment.device), spectrum, 1.0)
+    if keep_mean:
+        spectrum = torch.linalg.eigvalsh(moment).flip(0).clamp(min=0)
+        outside = _without_mean(width).to(moment.device)
+        directions = outside.T @ _top_eigenvectors(outside @ moment @ outside.T, size - 1)[1]
+        matrix = _fix_signs(directions) @ _without_mean(size).to(moment.device) + (width * size) ** -0.5
+    else:
+        spectrum, directions = _top_eigenvectors(moment, size)
+        matrix = _fix_signs(directions)
+    trace = spectrum.sum().item()
+    kept = (matrix * (moment @ matrix)).sum().item()
+    return ResidualBasis(matrix, spectrum, min(1.0, kept / trace) if trace > 0 else 1.0)
+
+
+def explained_variance(eigenvalues: Tensor) -> Tensor:
+    """The share of the trace that the first 1, 2, ... eigenvalues hold, shape (width,), float64, ending at 1."""
+    cumulative = eigenvalues.to(torch.float64).clamp(min=0).cumsum(0)
+    return cumulative / cumulative[-1] if cumulative[-1] > 0 else torch.ones_like(cumulative)
+
+
+def _top_eigenvectors(moment: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """All eigenvalues, descending, shape (width,), and the first `size` eigenvectors, shape (width, size)."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(moment)
+    return eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1)[:, :size]
+
+
+def _fix_signs(directions: Tensor) -> Tensor:
+    """Columns (width, any) turned so that the entry of largest magnitude in each is positive."""
+    if directions.shape[1] == 0:
+        return directions
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return torch.where(largest < 0, -directions, directions)
+
+
+def _without_mean(width: int) -> Tensor:
+    """Orthonormal rows orthogonal to all-ones, (width - 1, width): a Householder reflection of all-ones onto one axis.
+
+    A reflection and not Helmert's matrix, because it leaves every direction near its own axis.
+    """
+    normal = torch.full((width,), width**-0.5, dtype=torch.float64)
+    normal[0] += 1
+    reflection = torch.eye(width, dtype=torch.float64) - torch.outer(normal, normal) * (2 / normal.dot(normal))
+    return reflection[1:]
+
+
+def _check_finite(part: Tensor, first_row: int, name: str) -> None:
+    if not torch.isfinite(part.sum()):
+        bad = (~torch.isfinite(part)).any(1).nonzero().flatten() + first_row
+        raise TeacherError(
+            f"{name}: {len(bad)} of the rows {first_row} to {first_row + len(part) - 1} hold NaN or infinite values, "
+            f"the first is row {bad[0].item()}. A basis needs finite weights; check how the teacher was saved."
+        )
+
+
+def _check_weights(weights: Tensor) -> None:
+    if weights.ndim != 1:
+        raise ShapeError(f"Expected one weight a row, shape (rows,); found {tuple(weights.shape)}.")
+    if not torch.isfinite(weights).all() or (weights < 0).any():
+        raise TeacherError("Weights of rows must be finite and not negative; found some that are not.")
