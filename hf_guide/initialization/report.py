@@ -1,0 +1,187 @@
+"""What came from where: the record that every student carries and saves beside its weights."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import HfGuideError
+
+REPORT_NAME = "initialization_report.json"
+
+
+@dataclass
+class ParameterRecord:
+    """Where one parameter of the student came from.
+
+    Attributes:
+        name, shape: the student's parameter.
+        source, source_shape: the teacher's tensor it was made of, None where it was initialised at random.
+        maps: one text per axis, such as "embed: projection 576 -> 288".
+        steps: what was folded, scaled or fitted besides, such as "gain of model.norm folded".
+    """
+
+    name: str
+    shape: list[int]
+    source: str | None = None
+    source_shape: list[int] | None = None
+    maps: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+
+
+@dataclass
+class InitializationReport:
+    """How a student was made of its teacher. Printed, it is a table; `summary()` says it in five lines.
+
+    Attributes:
+        teacher, revision: the teacher's id, folder or class, and its commit where known.
+        teacher_class, student_class: names of the model classes.
+        options: the fields of the `InitializationConfig` used, and `method` among them.
+        hf_guide_version, transformers_version: what made it.
+        teacher_parameters, student_parameters: how many numbers each holds, tied ones counted once.
+        blocks: for each stack of blocks, the teacher's block that feeds each of the student's.
+        explained_variance: for each projected axis the share, 0 to 1, kept at width 1, 2, ..., the teacher's.
+        kept: for each projected axis the share kept at the student's width.
+        widths: for each axis the teacher's size and the student's.
+        parameters: one record for each parameter of the student.
+        approximations: what could not be carried over exactly, and why.
+        randomly_initialized: parameters that the teacher has nothing for.
+        seconds: time by step; peak_memory_bytes: the most the process had resident.
+    """
+
+    teacher: str
+    revision: str | None
+    teacher_class: str
+    student_class: str
+    options: dict[str, Any]
+    hf_guide_version: str
+    transformers_version: str
+    teacher_parameters: int
+    student_parameters: int
+    blocks: dict[str, list[int]] = field(default_factory=dict)
+    explained_variance: dict[str, list[float]] = field(default_factory=dict)
+    kept: dict[str, float] = field(default_factory=dict)
+    widths: dict[str, list[int]] = field(default_factory=dict)
+    parameters: list[ParameterRecord] = field(default_factory=list)
+    approximations: list[str] = field(default_factory=list)
+    randomly_initialized: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+    @property
+    def teacher_name(self) -> str:
+        """The teacher's id, or the bare name of its folder: fit to be published."""
+        path = Path(self.teacher)
+        is_folder = path.is_absolute() or self.teacher.startswith((".", "~")) or path.exists()
+        return path.name if is_folder and path.name else self.teacher
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `initialization_report.json` into a folder, which is made if need be, and return the file's path."""
+        path = Path(folder) / REPORT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "InitializationReport":
+        """Read a report from its file, or from the folder it was saved into.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            HfGuideError: the file is not a report.
+        """
+        path = Path(path)
+        path = path / REPORT_NAME if path.is_dir() else path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            records = [ParameterRecord(**record) for record in content.pop("parameters")]
+            return cls(parameters=records, **content)
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise HfGuideError(
+                f"{path} is not an initialization report, or one of another version of hf_guide: {error}. "
+                "Make the student again to get a fresh one."
+            ) from error
+
+    def summary(self) -> str:
+        """The report in five lines: what, widths, blocks, what is not exact, cost."""
+        smaller = self.teacher_parameters / max(self.student_parameters, 1)
+        revision = f" at {self.revision[:12]}" if self.revision else ""
+        what = (
+            f"{self.student_class} with {format_count(self.student_parameters)} parameters, "
+            f"{smaller:.1f} times fewer than its teacher {self.teacher_name}{revision} "
+            f"({format_count(self.teacher_parameters)}), by {self.options.get('method', 'an unnamed method')}"
+        )
+        kept = {axis: f" (keeps {share:.1%} of the variance)" for axis, share in self.kept.items()}
+        widths = [f"{axis} {old} -> {new}{kept.get(axis, '')}" for axis, (old, new) in self.widths.items()]
+        blocks = [f"{stack} from the teacher's {_ranges(sources)}" for stack, sources in self.blocks.items()]
+        not_exact = [f"{len(self.approximations)} approximated"] if self.approximations else []
+        not_exact += [f"{len(self.randomly_initialized)} parameters at random"] if self.randomly_initialized else []
+        steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.seconds.items())
+        cost = (
+            f"Made in {sum(self.seconds.values()):.1f} s ({steps}), peak memory {self.peak_memory_bytes / 2**30:.2f} GiB; "
+            f"hf_guide {self.hf_guide_version}, transformers {self.transformers_version}"
+        )
+        return "\n".join(
+            [
+                what,
+                f"Widths: {', '.join(widths) or 'none named'}",
+                f"Blocks: {'; '.join(blocks) or 'none'}",
+                f"Not exact beyond the smaller sizes: {', '.join(not_exact) or 'nothing'}",
+                cost,
+            ]
+        )
+
+    def __str__(self) -> str:
+        lines = self.summary().splitlines()
+        lines += [f"Approximated: {text}" for text in self.approximations]
+        lines += [f"At random: {text}" for text in _folded_names(self.randomly_initialized)]
+        return "\n".join([*lines, "", *_table(self.parameters)])
+
+
+def format_count(number: int) -> str:
+    """A number of parameters as people write it: 576, 33.4 K, 134.5 M, 1.2 B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _table(records: list[ParameterRecord]) -> list[str]:
+    """One row for each parameter, those that differ only in the numbers of their blocks folded into one."""
+    folded: dict[tuple[str, ...], int] = {}
+    for record in records:
+        source = f"{record.source} {_shape(record.source_shape)}" if record.source else "random"
+        how = "; ".join([*record.maps, *record.steps])
+        row = tuple(_without_numbers(text) for text in (f"{record.name} {_shape(record.shape)}", source, how))
+        folded[row] = folded.get(row, 0) + 1
+    rows = [("parameter", "times", "from", "how")]
+    rows += [(name, str(times), source, how) for (name, source, how), times in folded.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return ["  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[3]]).rstrip() for row in rows]
+
+
+def _folded_names(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(_without_numbers(name) for name in names))
+
+
+def _without_numbers(text: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
+
+
+def _shape(shape: list[int] | None) -> str:
+    return "x".join(map(str, shape)) if shape else "scalar"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
