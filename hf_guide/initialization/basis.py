@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, TeacherError
+from hf_guide.errors import ShapeError, TeacherError
 
 ROWS_AT_ONCE = 4096
 PANEL = 256

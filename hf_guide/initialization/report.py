@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import HfGuideError
+from hf_guide.errors import HfGuideError
 
 REPORT_NAME = "initialization_report.json"
 
