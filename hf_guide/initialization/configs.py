@@ -1,0 +1,237 @@
+"""A student's config made from its teacher's.
+
+Does: keep what was said, derive again what the family derives, refuse what the family refuses.
+Does not: choose blocks (`for_blocks` is told which teacher block feeds which student block), or look at weights.
+"""
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
+from transformers import PreTrainedConfig
+
+from hf_guide.errors import OptionError, ShapeError, did_you_mean
+
+# What identifies or stores the teacher, and is not the student's.
+_NOT_INHERITED = ("model_type", "transformers_version", "_name_or_path", "quantization_config", "transformers_weights")
+# Lists with one entry per block, under the names the families give them.
+_PER_BLOCK = (
+    "layer_types",
+    "mlp_layer_types",
+    "layers_block_type",
+    "no_rope_layers",
+    "layer_rope_theta",
+    "attention_layers",
+    "attn_layers",
+    "indexer_types",
+    "activation_sparsity_pattern",
+    "num_attention_heads_per_layer",
+    "num_key_value_heads_per_layer",
+)
+# Lists of the numbers of the blocks that differ from the others.
+_BLOCK_NUMBERS = ("mlp_only_layers", "moe_layers")
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+# An attention width that the config states on its own, so that heads need not divide the hidden size.
+_HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "v_head_dim")
+_REFUSALS = (StrictDataclassFieldValidationError, StrictDataclassClassValidationError, ValueError, ZeroDivisionError)
+
+
+def derive_student_config(teacher_config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """Return a new config of the teacher's class with `overrides` applied; the teacher's is left as it is.
+
+    Names are the family's own or its aliases (`hidden_size` for GPT-2's `n_embd`); a nested config takes a mapping.
+    A value that the class would give on its own from the others (`head_dim` = hidden size / heads, as many key/value
+    heads as heads, `layer_types` from a pattern) is derived again from the overridden ones. A value that was said
+    explicitly stays, also where it grew with the width once (T5's `d_kv`, Gemma's `query_pre_attn_scalar`); only
+    GPT-J's `rotary_dim` is lowered to the head size where it would exceed it. Lists with one entry per block are
+    thinned evenly when the depth changes, until `for_blocks` says which blocks are meant. Labels are kept unless
+    `num_labels` or `id2label` is overridden, token ids always; the quantisation is dropped.
+
+    Raises:
+        OptionError: an unknown name (with the nearest known ones), one given twice, or a value of the wrong type.
+        ShapeError: a shape the family refuses, with the family's own reason.
+    """
+    overrides = _own_names(teacher_config, overrides)
+    values = _constructor_values(teacher_config)
+    derived = _derived_names(type(teacher_config), values) - overrides.keys()
+    heads_name, groups_name = (_real_name(teacher_config, n) for n in ("num_attention_heads", "num_key_value_heads"))
+    each_its_own = isinstance(values.get(groups_name), int) and values[groups_name] == values.get(heads_name)
+    if "id2label" in overrides or overrides.get("num_labels", teacher_config.num_labels) != teacher_config.num_labels:
+        derived |= {"id2label", "label2id"} - overrides.keys()
+    overrides = {name: _nested(teacher_config.__dict__.get(name), value) for name, value in overrides.items()}
+
+    kept = {name: value for name, value in values.items() if name not in derived}
+    depth_name = _real_name(teacher_config, "num_hidden_layers")
+    teacher_depth, depth = values.get(depth_name), overrides.get(depth_name)
+    if isinstance(teacher_depth, int) and isinstance(depth, int) and depth != teacher_depth:
+        kept |= _entries_of_blocks(kept, [i * teacher_depth // depth for i in range(depth)], teacher_depth)
+    kept = _said_once(kept, overrides)
+    if each_its_own:  # and stays so, also where the class does not derive it
+        kept[groups_name] = overrides.get(heads_name, values[heads_name])
+    if "id2label" in overrides and "label2id" not in overrides:
+        kept["label2id"] = {label: index for index, label in overrides["id2label"].items()}
+    config = _build(type(teacher_config), kept | overrides, overrides)
+    return _possible(config, teacher_config, overrides)
+
+
+def for_blocks(
+    config: PreTrainedConfig,
+    teacher_config: PreTrainedConfig,
+    blocks: Sequence[int],
+    *,
+    overridden: Collection[str] = (),
+) -> PreTrainedConfig:
+    """Return a copy of `config` whose lists with one entry per block hold the teacher's entries at `blocks`.
+
+    `blocks[i]` is the teacher block that feeds student block i. Lists named in `overridden`, and lists that are not
+    what `derive_student_config` gives at this depth, are the user's and stay.
+    """
+    depth = _size(teacher_config, "num_hidden_layers")
+    student = copy.deepcopy(config)
+    if depth is None:
+        return student
+    if any(not 0 <= block < depth for block in blocks):
+        raise ShapeError(f"The teacher has blocks 0 to {depth - 1}, but {list(blocks)} were asked for.")
+    depth_name = _real_name(teacher_config, "num_hidden_layers")
+    inherited = _constructor_values(derive_student_config(teacher_config, {depth_name: len(blocks)}))
+    present = _constructor_values(config)
+    said = {_real_name(teacher_config, name) for name in overridden}
+    if "attention_types" in said:  # which GPT-Neo expands into the other
+        said.add("attention_layers")
+    for name, entries in _entries_of_blocks(_constructor_values(teacher_config), blocks, depth).items():
+        if name not in said and present.get(name) == inherited.get(name):
+            setattr(student, name, entries)
+    if hasattr(student, "validate"):
+        student.validate()
+    return student
+
+
+def _constructor_values(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what the config's class needs to be built again, under the family's own names."""
+    return {name: value for name, value in config.to_dict().items() if name not in _NOT_INHERITED}
+
+
+def _real_name(config: PreTrainedConfig, name: str) -> str:
+    return config.attribute_map.get(name, name)
+
+
+def _own_names(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(config)} | set(_constructor_values(config)) | {"num_labels"}
+    known = {name for name in known if not name.startswith("_")} - set(_NOT_INHERITED)
+    named: dict[str, Any] = {}
+    for name, value in overrides.items():
+        real = _real_name(config, name)
+        if real not in known:
+            near = did_you_mean(name, known | config.attribute_map.keys())
+            raise OptionError(f"{type(config).__name__} has no {name!r} to override.{near}")
+        if real in named and named[real] != value:
+            raise OptionError(f"{name!r} and its other name say both {named[real]!r} and {value!r}: give one.")
+        named[real] = value
+    return named
+
+
+def _nested(current: Any, value: Any) -> Any:
+    if isinstance(current, PreTrainedConfig) and isinstance(value, Mapping):
+        return derive_student_config(current, value)
+    return copy.deepcopy(value)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _size(config: PreTrainedConfig, name: str) -> int | None:
+    value = config.__dict__.get(_real_name(config, name))  # no attribute access: some families refuse to name one size
+    return value if isinstance(value, int) else None
+
+
+def _derived_names(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> set[str]:
+    """Return the names whose value the class gives on its own once they are left out, all of them together."""
+    defaults = {field.name: field.default for field in fields(config_class)}
+
+    def given_without(names: set[str]) -> dict[str, Any]:
+        try:
+            config = config_class(**copy.deepcopy({k: v for k, v in values.items() if k not in names}))
+        except (*_REFUSALS, TypeError):  # TypeError: a required value was left out
+            return {}
+        return {name: _plain(config.__dict__.get(name, MISSING)) for name in names}
+
+    def is_number_or_list(value: Any) -> bool:
+        return isinstance(value, (int, float, list)) and not isinstance(value, bool)
+
+    # A value equal to a constant default comes back on its own either way; only computed ones need the trial.
+    candidates = {k for k, v in values.items() if is_number_or_list(v) and v != _plain(defaults.get(k, MISSING))}
+    derived = {name for name in candidates if given_without({name}) == {name: values[name]}}
+    while derived:
+        given = given_without(derived)
+        wrong = {name for name in derived if name not in given or given[name] != values[name]}
+        if not wrong:
+            break
+        derived -= wrong
+    return derived
+
+
+def _entries_of_blocks(values: Mapping[str, Any], blocks: Sequence[int], depth: int) -> dict[str, Any]:
+    """Return those of `values` that go by block, for these `blocks` of `depth`."""
+    chosen: dict[str, Any] = {}
+    for name in _PER_BLOCK:
+        if isinstance(values.get(name), list) and len(values[name]) >= depth:
+            chosen[name] = [values[name][block] for block in blocks]
+    for name in _BLOCK_NUMBERS:
+        if isinstance(values.get(name), list):
+            chosen[name] = [index for index, block in enumerate(blocks) if block in values[name]]
+    if values.get("per_layer_config"):
+        by_block = {int(block): changes for block, changes in values["per_layer_config"].items()}
+        chosen["per_layer_config"] = {i: by_block[block] for i, block in enumerate(blocks) if block in by_block}
+    if "attention_layers" in chosen and "attention_types" in values:
+        chosen["attention_types"] = [[chosen["attention_layers"], 1]]
+    return chosen
+
+
+def _said_once(kept: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """GPT-Neo says its attention twice; the constructor computes `attention_layers` from `attention_types`."""
+    if "attention_types" in kept or "attention_types" in overrides:
+        return {name: value for name, value in kept.items() if name != "attention_layers"}
+    return kept
+
+
+def _build(
+    config_class: type[PreTrainedConfig], values: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> PreTrainedConfig:
+    asked = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+    try:
+        return config_class(**copy.deepcopy(dict(values)))
+    except StrictDataclassFieldValidationError as error:
+        raise OptionError(f"{config_class.__name__} refuses {asked}: {error}") from error
+    except _REFUSALS as error:
+        raise ShapeError(f"{config_class.__name__} refuses {asked}: {error}") from error
+
+
+def _possible(
+    config: PreTrainedConfig, teacher_config: PreTrainedConfig, overrides: Mapping[str, Any]
+) -> PreTrainedConfig:
+    """Refuse what many families notice only when they build or run the model."""
+    for name in _SIZES:
+        size = _size(config, name)
+        if _real_name(config, name) in overrides and size is not None and size < 1:
+            raise ShapeError(f"{name} must be at least 1, not {size}.")
+    hidden, heads, groups = (_size(config, n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    changed = {_real_name(config, n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
+    if not heads or not changed & overrides.keys():
+        return config
+    if hidden and hidden % heads and not any(name in config.__dict__ for name in _HEAD_SIZES):
+        raise ShapeError(f"hidden_size={hidden} does not divide into num_attention_heads={heads}.")
+    if groups and heads % groups:
+        raise ShapeError(
+            f"num_attention_heads={heads} do not divide into num_key_value_heads={groups} groups: "
+            f"the teacher has {_size(teacher_config, 'num_attention_heads')} heads in "
+            f"{_size(teacher_config, 'num_key_value_heads')}."
+        )
+    rotary = _size(config, "rotary_dim")
+    if hidden and rotary and rotary > hidden // heads:
+        if "rotary_dim" in overrides:
+            raise ShapeError(f"rotary_dim={rotary} exceeds the head size {hidden // heads}.")
+        config.rotary_dim = hidden // heads
+    return config
