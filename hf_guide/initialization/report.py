@@ -7,9 +7,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import HfGuideError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_guide.initialization.options import InitializationConfig
+    from hf_guide.initialization.weights import Teacher
 
 REPORT_NAME = "initialization_report.json"
 
@@ -71,6 +77,30 @@ class InitializationReport:
     randomly_initialized: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+
+    @classmethod
+    def of_random(
+        cls, student: "PreTrainedModel", teacher: "Teacher", options: "InitializationConfig"
+    ) -> "InitializationReport":
+        """The report of a student of which nothing came from the teacher but its shape's limits."""
+        import transformers
+
+        import hf_guide
+
+        shapes = {name: list(parameter.shape) for name, parameter in student.named_parameters()}
+        return cls(
+            teacher=teacher.name,
+            revision=teacher.revision,
+            teacher_class=teacher.model_class.__name__,
+            student_class=type(student).__name__,
+            options=dataclasses.asdict(options),
+            hf_guide_version=hf_guide.__version__,
+            transformers_version=transformers.__version__,
+            teacher_parameters=sum(teacher.weights.shape(name).numel() for name in teacher.weights.keys()),
+            student_parameters=student.num_parameters(),
+            parameters=[ParameterRecord(name, shape) for name, shape in shapes.items()],
+            randomly_initialized=list(shapes),
+        )
 
     @property
     def teacher_name(self) -> str:
