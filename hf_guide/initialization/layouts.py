@@ -1,0 +1,252 @@
+"""What the axes of every parameter of a family mean: the table that all methods read.
+
+A layout is written as text, a line a module or parameter, its name relative to the base model:
+
+    embed_tokens: table vocab embed
+    layers.{block}
+      .input_layernorm: norm embed
+      .self_attn.q_proj: (kv_heads group q_dim) embed < .input_layernorm
+      .self_attn.o_proj: embed (kv_heads group head_dim)
+    norm: norm embed
+    lm_head: vocab embed < norm
+
+- A line without a colon is the prefix of the lines that begin with a dot. `{block}` stands for a block's number; other
+  placeholders, such as `{expert}`, for a number in a list of modules.
+- `axes` are those of the weight as it is stored; a bias has the weight's first axis, or the last where the axes are written
+  `in -> out` (GPT-2's Conv1D). A line may name a full parameter (`experts.gate_up_proj`) instead of a module.
+- `norm` marks a gain (and bias): a diagonal on its axis. `table` marks what the residual stream is made from.
+- `< norm` says which norm's output the weight reads (with `a | - | b` for the terms of a fused weight), `> scale` which
+  learned diagonal its output is multiplied with.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedConfig
+
+from hf_guide.errors import LayoutError, did_you_mean
+from hf_guide.initialization.axes import Axis, Name, Sum, parse_axes
+
+FIXED_AXES = ("channels", "kernel", "buckets", "groups", "patch", "one")
+"""Axes that must be as long in the student as in the teacher."""
+
+PREFIX_AXES = ("positions", "token_types")
+"""Axes of which a shorter student keeps the first places."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a layout."""
+
+    pattern: str
+    axes: tuple[Axis, ...]
+    kind: str = "weight"
+    reads: tuple[str | None, ...] = ()
+    scaled_by: str | None = None
+    transposed: bool = False
+
+    @functools.cached_property
+    def expression(self) -> re.Pattern[str]:
+        escaped = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(self.pattern))
+        return re.compile(escaped + r"(?:\.(?P<parameter>weight|bias))?")
+
+    @property
+    def output_axis(self) -> Axis:
+        return self.axes[-1] if self.transposed else self.axes[0]
+
+    @property
+    def input_axis(self) -> int:
+        """The number of the axis along which a linear map reads."""
+        return 0 if self.transposed else len(self.axes) - 1
+
+
+@dataclass(frozen=True)
+class Match:
+    """A parameter found in a layout: its row, what it adds to the row's name, and the numbers its placeholders stand for."""
+
+    row: Row
+    axes: tuple[Axis, ...]
+    suffix: str
+    is_bias: bool
+    numbers: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What `register_layout` registers. Functions take the config (of either model) and return a number."""
+
+    family: str
+    rows: tuple[Row, ...]
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    rope: str | None = None
+    sizes: Mapping[str, "str | Callable[[PreTrainedConfig], int]"] = field(default_factory=dict)
+    embedding_scale: Callable[[PreTrainedConfig], float] | None = None
+    tied_head_scale: Callable[[PreTrainedConfig], float] | None = None
+    attention_scale: Callable[[PreTrainedConfig], float] | None = None
+    rotary_size: Callable[[PreTrainedConfig], int] | None = None
+    alike: tuple[tuple[str, str, str], ...] = ()
+    exactness: str = "exact"
+
+    def find(self, name: str) -> Match | None:
+        """Return what the layout says of parameter `name` (relative to the base model), or None."""
+        for row in self.rows:
+            found = row.expression.fullmatch(name)
+            if found is None:
+                continue
+            groups = {key: value for key, value in found.groupdict().items() if value is not None}
+            parameter = groups.pop("parameter", "")
+            is_bias = parameter == "bias" and row.kind != "norm"
+            suffix = f".{parameter}" if parameter else ""
+            return Match(row, (row.output_axis,) if is_bias else row.axes, suffix, is_bias, groups)
+        return None
+
+    def projected(self) -> list[str]:
+        """Return the axes that are projected: those on which a `table` lies, other than those a table is long."""
+        names = [axis.name for row in self.rows if row.kind == "table" for axis in row.axes if isinstance(axis, Name)]
+        lengths = ("vocab", *FIXED_AXES, *PREFIX_AXES)
+        return list(dict.fromkeys(name for name in names if name not in lengths and not name.isdigit()))
+
+
+_LAYOUTS: dict[str, Layout] = {}
+
+
+def parse_rows(text: str) -> tuple[Row, ...]:
+    """Return the rows that a layout's `text` describes.
+
+    Raises:
+        LayoutError: a line that does not parse; names the line.
+    """
+    rows: list[Row] = []
+    prefix = ""
+    for raw in text.splitlines():
+        line = raw.split("#")[0].strip()
+        if not line:
+            continue
+        if ":" not in line:
+            prefix = line
+            continue
+        pattern, _, meaning = (part.strip() for part in line.partition(":"))
+        full = prefix + pattern if pattern.startswith(".") else pattern
+        transposed = "->" in meaning
+        meaning, _, scale = (part.strip() for part in meaning.replace("->", " ").partition(">"))
+        meaning, _, reads = (part.strip() for part in meaning.partition("<"))
+        words = meaning.split(maxsplit=1)
+        kind = words[0] if words and words[0] in ("norm", "table") else "weight"
+        meaning = words[1] if kind != "weight" and len(words) > 1 else meaning
+        axes = parse_axes(meaning)
+        if not axes:
+            raise LayoutError(f"The layout's line {raw.strip()!r} names no axes; write for example 'embed' or '(heads head_dim) embed'.")
+
+        def absolute(name: str, prefix: str = prefix) -> str | None:
+            name = name.strip()
+            return None if name == "-" else prefix + name if name.startswith(".") else name
+
+        normed = tuple(absolute(name) for name in reads.split("|")) if reads else ()
+        output = axes[-1] if transposed else axes[0]
+        if len(normed) > 1 and not (isinstance(output, Sum) and len(output.terms) == len(normed)):
+            raise LayoutError(f"The layout's line {raw.strip()!r} names {len(normed)} norms for an output axis that has not as many terms.")
+        rows.append(Row(full, axes, kind, normed, absolute(scale) if scale else None, transposed))
+    return tuple(rows)
+
+
+def register_layout(
+    family: str,
+    rows: str = "",
+    *,
+    like: str | None = None,
+    overwrite: bool = False,
+    norm: str | None = None,
+    norm_offset: float | None = None,
+    rope: str | None = None,
+    sizes: Mapping[str, "str | Callable[[PreTrainedConfig], int]"] | None = None,
+    embedding_scale: Callable[[PreTrainedConfig], float] | None = None,
+    tied_head_scale: Callable[[PreTrainedConfig], float] | None = None,
+    attention_scale: Callable[[PreTrainedConfig], float] | None = None,
+    rotary_size: Callable[[PreTrainedConfig], int] | None = None,
+    alike: tuple[tuple[str, str, str], ...] | None = None,
+    exactness: str | None = None,
+) -> Layout:
+    """Register what the axes of a family's parameters mean, and return the layout.
+
+    Args:
+        family: the `model_type` of the family's config.
+        rows: the table; see this module's docstring for how it is written. Rows here come before those of `like`.
+        like: another family whose rows and settings this one shares, where it does not say otherwise.
+        overwrite: whether a family that is registered already may be replaced.
+        norm: "rms", or "layer" where norms subtract a mean.
+        norm_offset: what a norm adds to its stored gain (1 for Gemma, which stores gain - 1).
+        rope: "half" (pairs i, i + l/2), "interleaved" (pairs 2i, 2i + 1), or "" for none.
+        sizes: axis name -> the config's attribute, or a function of the config; for names inside products.
+        embedding_scale: what the model multiplies its embeddings with.
+        tied_head_scale: what the model multiplies the last hidden state with before a tied head.
+        attention_scale: what the model multiplies q k with; by default head_dim ** -0.5.
+        rotary_size: how many of a head's dimensions are rotated; by default all, or `partial_rotary_factor` of them.
+        alike: (module, axis, same axis) triples: where the model has no such module, the two axes are one.
+        exactness: "exact", or what the family's arithmetic does not let pass exactly through a projection.
+
+    Raises:
+        LayoutError: a family that is registered already, an unknown `like`, or a row that does not parse.
+    """
+    if family in _LAYOUTS and not overwrite:
+        raise LayoutError(f"A layout for {family!r} is registered already; pass overwrite=True to replace it.")
+    if like is not None and like not in _LAYOUTS:
+        raise LayoutError(f"No layout is registered for like={like!r}.{did_you_mean(like, _LAYOUTS)}")
+    base = _LAYOUTS[like] if like else Layout(family, ())
+
+    layout = Layout(
+        family,
+        parse_rows(rows) + base.rows,
+        norm or base.norm,
+        base.norm_offset if norm_offset is None else norm_offset,
+        base.rope if rope is None else rope or None,
+        {**base.sizes, **(sizes or {})},
+        embedding_scale or base.embedding_scale,
+        tied_head_scale or base.tied_head_scale,
+        attention_scale or base.attention_scale,
+        rotary_size or base.rotary_size,
+        base.alike if alike is None else alike,
+        exactness or base.exactness,
+    )
+    _LAYOUTS[family] = layout
+    return layout
+
+
+def registered_layouts() -> dict[str, Layout]:
+    """Return every registered layout by family, the built-in ones included."""
+    from hf_guide.initialization import families  # noqa: F401  registers the built-in layouts
+
+    return dict(_LAYOUTS)
+
+
+def config_sizes(layout: Layout, config: PreTrainedConfig) -> dict[str, int]:
+    """Return the sizes of a family's named axes that `config` states."""
+    heads = getattr(config, "num_attention_heads", None)
+    width = getattr(config, "hidden_size", None)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or (width // heads if isinstance(heads, int) and width else None)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    for name, source in layout.sizes.items():
+        value = source(config) if callable(source) else getattr(config, source)
+        if value is None:
+            raise LayoutError(f"The config of {layout.family!r} has no {source!r}, from which its axis {name!r} takes its size.")
+        sizes[name] = value
+    sizes.setdefault("q_dim", sizes["head_dim"])
+    sizes.setdefault("k_dim", sizes["q_dim"])
+    if "group" not in sizes and isinstance(sizes["heads"], int) and isinstance(sizes["kv_heads"], int):
+        sizes["group"] = sizes["heads"] // sizes["kv_heads"]
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def rotary_size(layout: Layout, config: PreTrainedConfig, head_dim: int) -> int:
+    """Return how many of a head's `head_dim` dimensions are rotated."""
+    if layout.rope is None:
+        return 0
+    if layout.rotary_size is not None:
+        return layout.rotary_size(config)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    factor = getattr(config, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
+    return int(head_dim * factor)
+

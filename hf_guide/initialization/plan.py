@@ -1,0 +1,321 @@
+"""Where each of a student's parameters comes from, and how each of its axes gets smaller.
+
+A `Plan` is made from names and shapes alone: no weight is read here, so what cannot work is refused before any work.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import LayoutError, ShapeError
+from hf_guide.initialization.axes import (
+    Axis,
+    AxisMap,
+    Identity,
+    Name,
+    Product,
+    Projection,
+    Selection,
+    Sum,
+    axis_names,
+    axis_size,
+    select,
+    solve_sizes,
+)
+from hf_guide.initialization.layouts import FIXED_AXES, PREFIX_AXES, Layout, Match, config_sizes, rotary_size
+from hf_guide.initialization.options import InitializationConfig, LaterBlocks, Method
+from hf_guide.initialization.selection import alibi_places, choose_blocks, even_places, rope_places
+from hf_guide.initialization.weights import Teacher
+
+READABLE = {
+    "group": "query heads per key/value head",
+    "kv_heads": "key/value heads",
+    "heads": "heads",
+    "alibi_heads": "heads",
+    "head_dim": "head size",
+    "q_dim": "head size of queries and keys",
+    "k_dim": "head size of queries and keys",
+    "mlp": "intermediate size",
+    "embed": "hidden size",
+    "vocab": "vocabulary",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter of the student, its place in the layout, and the teacher's parameter that feeds it (or None)."""
+
+    name: str
+    canonical: str
+    shape: torch.Size
+    match: Match
+    source: str | None
+    source_shape: torch.Size | None
+    block: int | None
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.match.axes
+
+
+@dataclass
+class Plan:
+    """All that a transfer needs to know besides the weights and the bases."""
+
+    layout: Layout
+    options: InitializationConfig
+    teacher: Teacher
+    student_config: PreTrainedConfig
+    sites: dict[str, Site]
+    shared: dict[str, str]
+    teacher_names: dict[str, str]
+    stacks: dict[str, list[int]]
+    widths: dict[str, tuple[int, int]]
+    vocab_places: Tensor | None
+    label_places: Tensor | None
+    random: list[str]
+    lost: list[str]
+    bases: dict[str, Tensor] = field(default_factory=dict)
+
+    def is_projected(self, site: Site, axis: Axis) -> bool:
+        """Whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
+        if not isinstance(axis, Name) or axis.name not in self.widths or self.options.method != Method.GUIDE:
+            return False
+        teacher, student = self.widths[axis.name]
+        selected = site.block is not None and site.block > 0 and self.options.later_blocks == LaterBlocks.SELECT
+        return (teacher != student or axis.name in self.bases) and not selected
+
+    def maps(self, site: Site) -> list[AxisMap]:
+        """Return the map of each of the site's axes. A projection has an empty matrix until its basis is known.
+
+        Raises:
+            ShapeError, LayoutError: the student's shape cannot be made from the teacher's.
+        """
+        assert site.source_shape is not None
+        source_name = self.teacher_names.get(site.source or "", site.source or "")
+        teacher = solve_sizes(site.axes, site.source_shape, config_sizes(self.layout, self.teacher.config), source_name)
+        student = solve_sizes(site.axes, site.shape, config_sizes(self.layout, self.student_config), site.name)
+        found: list[AxisMap] = []
+        for axis in site.axes:
+            if self.is_projected(site, axis):
+                assert isinstance(axis, Name)
+                found.append(Projection(self.bases.get(axis.name, torch.empty(self.widths[axis.name]))))
+            elif axis == Name("vocab"):
+                found.append(self._kept_or(self.vocab_places, teacher["vocab"]))
+            elif axis == Name("labels"):
+                found.append(self._kept_or(self.label_places, teacher["labels"]))
+            elif all(teacher[name] == student[name] for name in axis_names(axis)):
+                found.append(Identity())
+            else:
+                places, factors = select(axis, lambda name: self._leaf(site, name, teacher, student), teacher)
+                found.append(Selection(places, factors, axis_size(axis, teacher) or 0))
+        return found
+
+    @staticmethod
+    def _kept_or(places: Tensor | None, size: int) -> AxisMap:
+        return Identity() if places is None else Selection(places, torch.ones(len(places), dtype=torch.float64), size)
+
+    def _leaf(self, site: Site, name: str, teacher: Mapping[str, int], student: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+        had, wanted = teacher[name], student[name]
+        what = READABLE.get(name, name)
+        if name in FIXED_AXES and had != wanted:
+            raise ShapeError(f"{site.name}: {what} must be the teacher's {had}, found {wanted}.")
+        if wanted > had:
+            raise ShapeError(f"{site.name}: the student's {what} is {wanted}, larger than the teacher's {had}; choose at most {had}.")
+        factor = 1.0
+        if name in PREFIX_AXES:
+            places = list(range(wanted))
+        elif name in ("q_dim", "k_dim"):
+            rotary = rotary_size(self.layout, self.teacher.config, had), rotary_size(self.layout, self.student_config, wanted)
+            places = rope_places(had, wanted, *rotary, self.layout.rope)
+            scaled_here = site.match.row.kind == "norm" or not self._has_query_norm(site)
+            if name == "q_dim" and had != wanted and scaled_here and self.options.method == Method.GUIDE and self.options.restore_logit_scale:
+                factor = had / wanted * self._attention_scale(self.teacher.config, had) / self._attention_scale(self.student_config, wanted)
+        elif name == "alibi_heads":
+            places = alibi_places(had, wanted)
+        else:
+            places = even_places(had, wanted)
+        return torch.tensor(places, dtype=torch.long), torch.full((wanted,), factor, dtype=torch.float64)
+
+    def _attention_scale(self, config: PreTrainedConfig, head_dim: int) -> float:
+        scale = self.layout.attention_scale
+        return float(scale(config)) if scale is not None else head_dim**-0.5
+
+    def _has_query_norm(self, site: Site) -> bool:
+        """Whether a learned norm stands between this query weight and the logits, which then carries their scale."""
+        home = site.canonical.rpartition(".")[0].rpartition(".")[0]
+        return any(
+            other.match.row.kind == "norm" and other.canonical.startswith(home) and "q_dim" in axis_names(other.axes[0])
+            for other in self.sites.values()
+        )
+
+
+def canonical(name: str, prefix: str) -> str:
+    """Return `name` relative to the base model."""
+    return name.removeprefix(prefix + ".") if prefix else name
+
+
+def resolve_alike(layout: Layout, names: Iterable[str]) -> Layout:
+    """Return `layout` with two axes made one where the module that would tie them is not in the model."""
+    names = list(names)
+    renamed = {axis: same for module, axis, same in layout.alike if not any(name.startswith(module + ".") for name in names)}
+    if not renamed:
+        return layout
+
+    def rename(axis: Axis) -> Axis:
+        if isinstance(axis, Name):
+            return Name(renamed.get(axis.name, axis.name))
+        if isinstance(axis, Product):
+            return Product(tuple(map(rename, axis.factors)))
+        return Sum(tuple(map(rename, axis.terms)))
+
+    return dataclasses.replace(layout, rows=tuple(dataclasses.replace(row, axes=tuple(map(rename, row.axes))) for row in layout.rows))
+
+
+def student_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a model's saved tensors by name, each once, and the other names of those that are shared."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            shared[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor
+    return tensors, shared
+
+
+def _stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
+    """Return how many blocks (or listed modules) stand in each stack, by the text before the placeholder."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        found = layout.find(name)
+        if found is None:
+            continue
+        for placeholder, number in found.numbers.items():
+            stack = found.row.pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
+            sizes[stack] = max(sizes.get(stack, 0), int(number) + 1)
+    return sizes
+
+
+def make_plan(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    layout: Layout,
+    options: InitializationConfig,
+    *,
+    vocab_places: Tensor | None = None,
+    label_places: Tensor | None = None,
+) -> Plan:
+    """Return the plan of a transfer, having checked every shape.
+
+    Raises:
+        LayoutError: a parameter that the layout does not know, or whose axes do not multiply out.
+        ShapeError: a student that is longer than its teacher on some axis.
+    """
+    tensors, shared = student_tensors(student)
+    student_names = {canonical(name, student.base_model_prefix): name for name in tensors}
+    shared_names = {canonical(name, student.base_model_prefix): canonical(first, student.base_model_prefix) for name, first in shared.items()}
+    teacher_names = {canonical(name, teacher.base_model_prefix): name for name in teacher.weights.keys()}
+    for name, first in teacher.tied.items():
+        if canonical(name, teacher.base_model_prefix) not in teacher_names and first in teacher.weights.keys():
+            teacher_names[canonical(name, teacher.base_model_prefix)] = first
+    layout = resolve_alike(layout, teacher_names)
+
+    had, wanted = _stack_sizes(layout, teacher_names), _stack_sizes(layout, student_names)
+    stacks = {
+        stack: choose_blocks(had.get(stack, 0), count, options.layers if stack.endswith("{block}") else "even", stack.removesuffix(".{block}"))
+        for stack, count in wanted.items()
+        if stack in had
+    }
+    known_somewhere = {found.row.pattern + found.suffix for name in teacher_names if (found := layout.find(name))}
+    sites: dict[str, Site] = {}
+    random: list[str] = []
+    for name, actual in student_names.items():
+        match = layout.find(name)
+        if match is None:
+            if name in teacher_names:
+                raise LayoutError(
+                    f"The layout of {layout.family!r} does not say what the axes of {actual!r}, shape {tuple(tensors[actual].shape)}, mean. "
+                    "Add a row for it: see hf_guide.register_layout."
+                )
+            random.append(actual)
+            continue
+        source, block = _source_name(match, stacks)
+        if source not in teacher_names:
+            elsewhere = match.row.pattern + match.suffix in known_somewhere
+            if elsewhere and block is not None:
+                raise ShapeError(
+                    f"{actual}: the teacher's block that feeds it has no {source!r}: blocks of another kind. "
+                    "Choose blocks of the same kinds with layers=[...], or leave per-block lists to the teacher's config."
+                )
+            if not (match.is_bias and match.row.reads):
+                random.append(actual)
+                continue
+        source_shape = teacher.weights.shape(teacher_names[source]) if source in teacher_names else None
+        sites[name] = Site(actual, name, tensors[actual].shape, match, source if source in teacher_names else None, source_shape, block)
+
+    widths = _projected_widths(layout, sites.values())
+    random_blocks = options.method == Method.GUIDE and options.later_blocks == LaterBlocks.RANDOM
+    for name, site in list(sites.items()):
+        carries_labels = label_places is not None and len(label_places) == 0 and Name("labels") in site.axes
+        if carries_labels or (random_blocks and site.block is not None and site.block > 0):
+            random.append(site.name)
+            del sites[name]
+    used = {site.source for site in sites.values()} | set(student_names) | set(shared_names)
+    lost = [
+        actual
+        for name, actual in teacher_names.items()
+        if name not in used and (found := layout.find(name)) and "block" not in found.numbers and actual.startswith(teacher.base_model_prefix + ".")
+    ]
+    plan = Plan(
+        layout, options, teacher, student.config, sites, shared_names, teacher_names, stacks, widths, vocab_places, label_places, random, lost
+    )
+    for site in sites.values():
+        if site.source is not None:
+            plan.maps(site)
+    return plan
+
+
+def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:
+    """Return the canonical name of the teacher's parameter that feeds a match, and the student's block number."""
+    pattern, block = match.row.pattern, None
+    source = pattern
+    for placeholder, number in match.numbers.items():
+        stack = pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
+        fed = stacks[stack][int(number)] if stack in stacks else int(number)
+        source = source.replace("{" + placeholder + "}", str(fed))
+        if placeholder == "block":
+            block = int(number)
+    return source + match.suffix, block
+
+
+def _projected_widths(layout: Layout, sites: Iterable[Site]) -> dict[str, tuple[int, int]]:
+    """Return teacher's and student's width of every projected axis.
+
+    Raises:
+        ShapeError: a student that is wider than its teacher.
+    """
+    widths: dict[str, tuple[int, int]] = {}
+    projected = layout.projected()
+    for site in sites:
+        if site.source_shape is None or len(site.source_shape) != len(site.axes):
+            continue
+        for axis, had, wanted in zip(site.axes, site.source_shape, site.shape, strict=True):
+            if isinstance(axis, Name) and axis.name in projected:
+                if wanted > had:
+                    raise ShapeError(
+                        f"The student's {READABLE.get(axis.name, axis.name)} is {wanted}, wider than its teacher's {had} "
+                        f"(seen at {site.name}): a student starts inside its teacher, so choose at most {had}."
+                    )
+                if widths.setdefault(axis.name, (had, wanted)) != (had, wanted):
+                    raise LayoutError(
+                        f"{site.name} is {had} -> {wanted} along {axis.name!r}, elsewhere it is {widths[axis.name]}: the layout of "
+                        f"{layout.family!r} calls two different axes by one name."
+                    )
+    return widths

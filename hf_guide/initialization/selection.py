@@ -1,0 +1,73 @@
+"""Which places of an axis, and which blocks, a student keeps."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from hf_guide.errors import OptionError, ShapeError
+from hf_guide.initialization.options import BlockChoice
+
+
+def even_places(teacher: int, student: int) -> list[int]:
+    """Return `student` evenly spaced places of `teacher`: i * (t // s) where s divides t, else the rounded linspace.
+
+    Weight selection (arXiv 2311.18823), section 3.
+    """
+    if teacher % student == 0:
+        return [i * (teacher // student) for i in range(student)]
+    return torch.linspace(0, teacher - 1, student, dtype=torch.float64).round().long().tolist()
+
+
+def rope_places(teacher: int, student: int, teacher_rotary: int, student_rotary: int, style: str | None) -> list[int]:
+    """Return the places of a head that keep rotary pairs together.
+
+    Pairs are chosen evenly among the rotated dimensions, the rest evenly among the others. Where the student's rotated
+    size divides the teacher's, the student's own frequencies are the teacher's at those pairs.
+    """
+    if style is None:
+        return even_places(teacher, student)
+    if teacher_rotary % 2 or student_rotary % 2:
+        raise ShapeError(f"Rotary dimensions come in pairs; found {teacher_rotary} in the teacher's heads and {student_rotary} in the student's.")
+    if student_rotary > teacher_rotary or student - student_rotary > teacher - teacher_rotary:
+        raise ShapeError(
+            f"The student's heads rotate {student_rotary} of {student} dimensions, the teacher's {teacher_rotary} of {teacher}: "
+            "choose a head_dim and a rotary size that fit into the teacher's."
+        )
+    pairs = even_places(teacher_rotary // 2, student_rotary // 2) if student_rotary else []
+    if style == "half":
+        rotated = pairs + [pair + teacher_rotary // 2 for pair in pairs]
+    else:
+        rotated = [place for pair in pairs for place in (2 * pair, 2 * pair + 1)]
+    passed = even_places(teacher - teacher_rotary, student - student_rotary) if student > student_rotary else []
+    return rotated + [teacher_rotary + place for place in passed]
+
+
+def alibi_places(teacher: int, student: int) -> list[int]:
+    """Return the heads whose ALiBi slopes are the student's own where s divides t: the last of each run of t // s heads."""
+    if teacher % student == 0:
+        return [(i + 1) * (teacher // student) - 1 for i in range(student)]
+    return even_places(teacher, student)
+
+
+def choose_blocks(teacher: int, student: int, layers: "str | Sequence[int] | Mapping[str, Sequence[int]]", stack: str = "") -> list[int]:
+    """Return the teacher's block that feeds each of the student's blocks.
+
+    Raises:
+        ShapeError: more blocks than the teacher has.
+        OptionError: an explicit list of another length, or with a block that the teacher does not have.
+    """
+    if isinstance(layers, Mapping):
+        if stack not in layers:
+            return choose_blocks(teacher, student, BlockChoice.EVEN.value, stack)
+        layers = layers[stack]
+    if not isinstance(layers, str):
+        chosen = list(layers)
+        if len(chosen) != student:
+            raise OptionError(f"layers names {len(chosen)} teacher blocks, but the student has {student} in its stack {stack!r}.")
+        outside = [block for block in chosen if not 0 <= block < teacher]
+        if outside:
+            raise OptionError(f"layers names the teacher blocks {outside}, but the teacher's stack {stack!r} has 0 to {teacher - 1}.")
+        return chosen
+    if student > teacher:
+        raise ShapeError(f"The student has {student} blocks, its teacher {teacher} in {stack!r}: choose at most {teacher}, or list them with layers=[...].")
+    return list(range(student)) if layers == BlockChoice.FIRST.value else even_places(teacher, student)

@@ -1,0 +1,301 @@
+"""A plan applied: the value of each of a student's parameters, one teacher tensor at a time.
+
+The rule (methods of GUIDE, arXiv 2510.06502, and SliceGPT's invariance, arXiv 2401.15024): every projected axis is contracted
+with its basis M, every other axis is selected; the gain c of a norm is folded into the weights W that read it,
+W diag(c) M sqrt(d_T / d_S), so that for a residual stream inside span(M) the student computes what the teacher does.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hf_guide.errors import TeacherError
+from hf_guide.initialization.axes import Identity, Name, Projection, Selection, Sum, apply_selection, axis_size, contract, solve_sizes
+from hf_guide.initialization.layouts import config_sizes
+from hf_guide.initialization.options import Method
+from hf_guide.initialization.plan import Plan, Site
+
+
+@dataclass
+class Transfer:
+    """A plan with its bases, and what is worked out once for several parameters.
+
+    `moments` are the second moments E^T E of the tables by axis, (d_T, d_T) float64; `shares` the share of their length that
+    the projection keeps, |x_S| / |x_T|.
+    """
+
+    plan: Plan
+    moments: dict[str, Tensor]
+    shares: dict[str, float]
+    dtype: torch.dtype
+    notes: list[str] = field(default_factory=list)
+    steps: dict[str, list[str]] = field(default_factory=dict)
+    _norm_biases: dict[str, Tensor] = field(default_factory=dict)
+
+    # What the teacher has
+
+    def read(self, canonical: str) -> Tensor:
+        """Return the teacher's tensor."""
+        return self.plan.teacher.weights.get(self.plan.teacher_names[canonical])
+
+    def teacher_norm(self, norm: str, site: Site, part: str) -> Tensor | None:
+        """Return the gain or bias, float64, of the teacher's norm that `site`'s source reads; None where it has none."""
+        name = self._norm_name(norm, site, of_teacher=True) + (".bias" if part == "bias" else ".weight")
+        if name not in self.plan.teacher_names:
+            bare = name.rpartition(".")[0]
+            if part == "bias" or bare not in self.plan.teacher_names:
+                return None
+            name = bare
+        return self.read(name).double() + (self.plan.layout.norm_offset if part == "weight" else 0.0)
+
+    def _norm_name(self, norm: str, site: Site, *, of_teacher: bool) -> str:
+        for placeholder, number in site.match.numbers.items():
+            stack = norm.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
+            fed = self.plan.stacks[stack][int(number)] if of_teacher and stack in self.plan.stacks else int(number)
+            norm = norm.replace("{" + placeholder + "}", str(fed))
+        return norm
+
+    # Which norms are folded
+
+    def readers(self, norm: str) -> list[Site]:
+        """Return the student's parameters that read the norm of this canonical name."""
+        return [
+            site
+            for site in self.plan.sites.values()
+            if any(read and self._norm_name(read, site, of_teacher=False) == norm for read in site.match.row.reads)
+        ]
+
+    def is_folded(self, norm: str) -> bool:
+        """Whether the student's norm of this canonical name has its gain in the weights that read it.
+
+        It has not where one of these is the embedding table itself (a tied head), nor where nothing is known to read it.
+        """
+        if not self.plan.options.fold_norms or self.plan.options.method != Method.GUIDE:
+            return False
+        return bool(self.readers(norm)) and not self.is_tied(norm)
+
+    def is_tied(self, norm: str) -> bool:
+        """Whether a weight that reads this norm is shared with a table in the student."""
+        for name, first in self.plan.shared.items():
+            found = self.plan.layout.find(name)
+            if found and norm in found.row.reads and first in self.plan.sites:
+                return True
+        return False
+
+    def scale(self, axis: str) -> float:
+        """Return sqrt(d_T / d_S), times the share of length kept where the energy is corrected."""
+        teacher, student = self.plan.widths[axis]
+        return math.sqrt(teacher / student) * (self.shares[axis] if self.plan.options.energy_correction else 1.0)
+
+    # Values
+
+    def value(self, site: Site) -> Tensor:
+        """Return the student's parameter, in the transfer's dtype or the teacher's own."""
+        if site.match.row.kind == "norm":
+            return self.norm_value(site)
+        if site.match.is_bias:
+            return self.bias_value(site)
+        row = site.match.row
+        result = self.weight_value(site)
+        if row.kind == "table" and Name("vocab") in row.axes and self.plan.options.method == Method.GUIDE:
+            ratio = self._ratio(self.plan.layout.embedding_scale)
+            if ratio != 1.0:
+                self._note_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
+                result = result * ratio
+        if row.kind != "table" and Name("vocab") in row.axes and row.reads:
+            ratio = self._ratio(self.plan.layout.tied_head_scale)
+            if ratio != 1.0:
+                result = result * ratio
+        return result
+
+    def _ratio(self, scale: "object") -> float:
+        if not callable(scale):
+            return 1.0
+        return float(scale(self.plan.teacher.config)) / float(scale(self.plan.student_config))
+
+    def _note_step(self, site: Site, step: str) -> None:
+        steps = self.steps.setdefault(site.name, [])
+        if step not in steps:
+            steps.append(step)
+
+    def weight_value(self, site: Site, vectors: Sequence[Tensor | None] | None = None) -> Tensor:
+        """Return a weight's value; with `vectors`, one a term of its output axis, what it makes of these instead.
+
+        A vector lies on the teacher's input axis, (d_T,); the result then has the student's output axis alone.
+        """
+        assert site.source is not None
+        row, maps = site.match.row, self.plan.maps(site)
+        tensor = self.read(site.source)
+        for dim, chosen in enumerate(maps):
+            if isinstance(chosen, Selection):
+                tensor = apply_selection(tensor, dim, chosen)
+        output = len(maps) - 1 if row.transposed else 0
+        terms = self._terms(site, tensor.shape[output]) if len(row.reads) > 1 else [tensor.shape[output]]
+        pieces = []
+        for number, piece in enumerate(tensor.split(terms, dim=output)):
+            read = row.reads[number] if row.reads else None
+            pieces.append(self._contract(site, piece, read, None if vectors is None else (vectors[number],)))
+        result = torch.cat(pieces, dim=0 if vectors is not None else output) if len(pieces) > 1 else pieces[0]
+        for dim, chosen in enumerate(maps):
+            if isinstance(chosen, Selection) and not bool((chosen.factors == 1).all()):
+                if vectors is not None and dim != output:
+                    continue
+                shape = [1] * result.ndim
+                shape[0 if vectors is not None else dim] = -1
+                result = result * chosen.factors.view(shape).to(result)
+        return result
+
+    def _terms(self, site: Site, total: int) -> list[int]:
+        output = site.match.row.output_axis
+        assert isinstance(output, Sum)
+        sizes = solve_sizes(site.axes, site.shape, config_sizes(self.plan.layout, self.plan.student_config), site.name)
+        return [axis_size(term, sizes) or total for term in output.terms]
+
+    def _contract(self, site: Site, tensor: Tensor, norm: str | None, vector: "tuple[Tensor | None] | None") -> Tensor:
+        """Contract one piece of a weight along its projected axes, with the norm it reads and the scale it is multiplied with."""
+        row, maps = site.match.row, self.plan.maps(site)
+        for dim, chosen in enumerate(maps):
+            if not isinstance(chosen, Projection):
+                if vector is not None and dim == row.input_axis:
+                    raise TeacherError(f"{site.name}: a norm's bias can only be folded along a projected axis.")
+                continue
+            axis = site.axes[dim]
+            assert isinstance(axis, Name)
+            diagonal, factor, matrix = None, 1.0, chosen.matrix
+            if dim == row.input_axis and vector is not None:
+                matrix = (torch.zeros(chosen.matrix.shape[0], dtype=torch.float64) if vector[0] is None else vector[0])[:, None]
+            elif dim == row.input_axis and norm is not None and self.is_folded(self._norm_name(norm, site, of_teacher=False)):
+                diagonal, factor = self.teacher_norm(norm, site, "weight"), self.scale(axis.name)
+                self._note_step(site, f"gain of {self._norm_name(norm, site, of_teacher=True)} folded, times {factor:.6g}")
+            elif dim != row.input_axis and row.scaled_by is not None:
+                diagonal = self.teacher_norm(row.scaled_by, site, "weight")
+            tensor = contract(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
+        return tensor.squeeze(row.input_axis) if vector is not None else tensor
+
+    def bias_value(self, site: Site) -> Tensor:
+        """Return a bias: the teacher's own, selected or projected, and what the norm's bias made of it through the weight."""
+        row = site.match.row
+        weight = self.plan.sites[site.canonical.removesuffix(".bias") + ".weight"]
+        if site.source is not None:
+            (chosen,) = self.plan.maps(site)
+            result = self.read(site.source)
+            if isinstance(chosen, Selection):
+                result = apply_selection(result, 0, chosen).to(self.dtype) * chosen.factors.to(self.dtype)
+            elif isinstance(chosen, Projection):
+                diagonal = self.teacher_norm(row.scaled_by, site, "weight") if row.scaled_by else None
+                result = contract(result, 0, chosen.matrix, self.dtype, diagonal=diagonal)
+        else:
+            result = torch.zeros(site.shape, dtype=self.dtype)
+        if weight.source is not None and any(self._folds_bias(norm, weight) for norm in row.reads):
+            result = result.to(self.dtype) + self._read_norm_bias(weight)
+        return result
+
+    def _folds_bias(self, norm: str | None, site: Site) -> bool:
+        if norm is None or not isinstance(self.plan.maps(site)[site.match.row.input_axis], Projection):
+            return False
+        return self.is_folded(self._norm_name(norm, site, of_teacher=False)) and self.teacher_norm(norm, site, "bias") is not None
+
+    def _read_norm_bias(self, weight: Site) -> Tensor:
+        """Return W b for the bias b of the norm that `weight` reads, less what the student's own norm bias gives."""
+        reads = weight.match.row.reads
+        vectors = [self.teacher_norm(norm, weight, "bias") if norm else None for norm in reads]
+        result = self.weight_value(weight, vectors)
+        norm = self._norm_name(reads[0] or "", weight, of_teacher=False)
+        own = self.norm_bias(norm)
+        if own is not None and bool(own.any()):
+            student = self.weight_value(weight)
+            result = result - (student.movedim(weight.match.row.input_axis, -1) @ own.to(student))
+        return result
+
+    def norm_bias(self, norm: str) -> Tensor | None:
+        """Return the bias of a folded norm of the student, (d_S,) float64; None where it has none.
+
+        It is zero where every weight that reads it has a bias to take it in; otherwise the least-squares solution of
+        W_S b_S = W b over those that have not.
+        """
+        if norm + ".bias" not in self.plan.sites:
+            return None
+        if norm not in self._norm_biases:
+            site = self.plan.sites[norm + ".bias"]
+            width = site.shape[0]
+            normal, right = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+            for reader in self.readers(norm):
+                if reader.match.is_bias or reader.canonical.removesuffix(".weight") + ".bias" in self.plan.sites:
+                    continue
+                vectors = [self.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.reads]
+                wanted = self.weight_value(reader, vectors).double().flatten()
+                weight = self.weight_value(reader).movedim(reader.match.row.input_axis, -1).reshape(-1, width).double()
+                normal += weight.T @ weight
+                right += weight.T @ wanted
+            self._norm_biases[norm] = torch.linalg.pinv(normal, hermitian=True) @ right
+        return self._norm_biases[norm]
+
+    def norm_value(self, site: Site) -> Tensor:
+        """Return a norm's gain or bias, or another learned diagonal."""
+        assert site.source is not None
+        layout, (chosen, *_) = self.plan.layout, self.plan.maps(site)[-1:]
+        is_bias = site.canonical.endswith(".bias")
+        stored = self.read(site.source)
+        offset = 0.0 if is_bias else layout.norm_offset
+        if isinstance(chosen, Identity):
+            return stored
+        if isinstance(chosen, Selection):
+            kept = apply_selection(stored, stored.ndim - 1, chosen).to(self.dtype)
+            return (kept + offset) * chosen.factors.to(self.dtype) - offset
+        axis = site.axes[-1]
+        assert isinstance(axis, Name)
+        norm = site.canonical.removesuffix(".bias").removesuffix(".weight")
+        matrix, gain = chosen.matrix, stored.double() + offset
+        if any(norm == self._norm_name(other.match.row.scaled_by or "", other, of_teacher=False) for other in self.plan.sites.values()):
+            self._note_step(site, "folded into the weights it multiplies")
+            return torch.full(site.shape, 1.0 - offset, dtype=self.dtype)
+        if self.is_folded(norm):
+            self._note_step(site, "folded into the weights that read it")
+            bias = self.norm_bias(norm) if is_bias else None
+            return (bias if bias is not None else torch.full(site.shape, 1.0 - offset, dtype=torch.float64)).to(self.dtype)
+        if is_bias:
+            return (gain @ matrix).to(self.dtype)
+        if self.is_tied(norm):
+            diagonal = fit_tied_gain(self.moments[axis.name], matrix, gain)
+            diagonal *= self._ratio(layout.tied_head_scale) / self._ratio(layout.embedding_scale)
+            self._note_step(site, "fitted in the logits of the tied head")
+            self._note(f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, not folded; tie_word_embeddings=False folds it exactly.")
+        else:
+            diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
+            self._note_step(site, "diagonal of the projected gain")
+            if not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
+                self._note(f"{site.name}: its output goes onto the residual stream, so its gain cannot be folded; the diagonal of the projected gain stands for it.")
+        return (diagonal * self.scale(axis.name) - offset).to(self.dtype)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+
+def fit_tied_gain(moment: Tensor, matrix: Tensor, gain: Tensor) -> Tensor:
+    """Return the diagonal that stands for the gain c before a tied head, fitted in the logits.
+
+    g_j = <E m_j, E diag(c) m_j> / |E m_j|^2 for column m_j of M, with `moment` E^T E, (d_T, d_T) float64.
+    """
+    image = moment @ matrix
+    norms = (matrix * image).sum(0)
+    fitted = (image * (gain[:, None] * matrix)).sum(0) / norms
+    plain = (matrix * (gain[:, None] * matrix)).sum(0)
+    return torch.where(norms > norms.max() * 1e-12, fitted, plain)
+
+
+def check_finite(value: Tensor, site: Site, plan: Plan) -> None:
+    """Refuse a NaN or infinite value, naming the teacher's tensor it came from.
+
+    Raises:
+        TeacherError: the value is not finite.
+    """
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        source = plan.teacher_names.get(site.source or "", site.source)
+        raise TeacherError(
+            f"{plan.teacher.name}: {source!r} gives NaN or infinite values in the student's {site.name!r}. "
+            "The teacher's weights must be finite; was the checkpoint written after a run diverged?"
+        )

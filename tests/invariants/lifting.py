@@ -1,0 +1,268 @@
+"""Lift a small model into a wider, deeper teacher that computes the same function.
+
+Written without the library's transfer code: of hf_guide only the layouts (what the axes mean) are read, so a wrong layout shows
+as a lifted teacher that does not compute the small model's function, before `from_teacher` is ever called.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_guide.initialization.axes import Axis, Name, Product
+from hf_guide.initialization.layouts import Layout, Match, config_sizes
+
+
+def shake(model: PreTrainedModel, layout: Layout, seed: int, *, stream_gains: str = "random") -> None:
+    """Move every parameter away from its default; gains that cannot be folded stay constant if `stream_gains` says so."""
+    generator = torch.Generator().manual_seed(seed)
+    folded = {read for row in layout.rows for read in row.reads if read} | {row.scaled_by for row in layout.rows if row.scaled_by}
+    tied = tied_norms(model, layout)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not tensor.is_floating_point():
+                continue
+            match = layout.find(short(name, model))
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if match is not None and match.row.kind == "norm" and not name.endswith("bias"):
+                free = match.row.pattern in folded and match.row.pattern not in tied or stream_gains == "random"
+                if match.axes[-1] not in (Name("embed"), *map(Name, layout.projected())):
+                    free = True
+                gain = 1.0 + 0.3 * noise.clamp(-2, 2) if free else torch.full(tensor.shape, 0.8, dtype=torch.float64)
+                tensor.copy_(gain - layout.norm_offset)
+            elif match is not None and match.row.kind == "table":
+                tensor.copy_(noise)
+            elif match is not None:
+                tensor.copy_(noise * (0.3 if match.is_bias or tensor.ndim < 2 else 1.0 / math.sqrt(tensor.shape[-1])))
+
+
+def short(name: str, model: PreTrainedModel) -> str:
+    return name.removeprefix(model.base_model_prefix + ".")
+
+
+def tied_norms(model: PreTrainedModel, layout: Layout) -> set[str]:
+    """Norms read by a head that shares its weight with a table."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(short(name, model))
+    found: set[str] = set()
+    for names in groups.values():
+        rows = [match.row for match in map(layout.find, names) if match]
+        if any(row.kind == "table" for row in rows):
+            found |= {read for row in rows for read in row.reads if read}
+    return found
+
+
+def spread(big: int, small: int) -> list[int]:
+    """Where the small model's places stand in the big one: the rule of weight selection, written again."""
+    step, rest = divmod(big, small)
+    return [i * step for i in range(small)] if rest == 0 else [round(i * (big - 1) / (small - 1)) for i in range(small)]
+
+
+def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[int]:
+    """Where each of the small model's places of `axis` stands in the big model's."""
+    if isinstance(axis, Name):
+        if axis.name.isdigit():
+            return list(range(int(axis.name)))
+        if axis.name in ("positions", "token_types") or big[axis.name] == small[axis.name]:
+            return list(range(small[axis.name]))
+        if axis.name == "alibi_heads":
+            return [(i + 1) * (big[axis.name] // small[axis.name]) - 1 for i in range(small[axis.name])]
+        return spread(big[axis.name], small[axis.name])
+    if isinstance(axis, Product):
+        found = [0]
+        for factor in axis.factors:
+            inner, length = positions(factor, big, small), total(factor, big)
+            found = [place * length + other for place in found for other in inner]
+        return found
+    found, offset = [], 0
+    for term in axis.terms:
+        found += [offset + place for place in positions(term, big, small)]
+        offset += total(term, big)
+    return found
+
+
+def total(axis: Axis, sizes: dict[str, int]) -> int:
+    if isinstance(axis, Name):
+        return int(axis.name) if axis.name.isdigit() else sizes[axis.name]
+    lengths = [total(part, sizes) for part in (axis.factors if isinstance(axis, Product) else axis.terms)]
+    return math.prod(lengths) if isinstance(axis, Product) else sum(lengths)
+
+
+def orthonormal(big: int, small: int, seed: int, *, keep_mean: bool) -> Tensor:
+    """A random (big, small) matrix with orthonormal columns; with `keep_mean` it carries all-ones onto all-ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def outside_ones(width: int) -> Tensor:
+        start = torch.randn(width, width, generator=generator, dtype=torch.float64)
+        start[:, 0] = 1
+        return torch.linalg.qr(start)[0][:, 1:]
+
+    if not keep_mean:
+        return torch.linalg.qr(torch.randn(big, small, generator=generator, dtype=torch.float64))[0]
+    return outside_ones(big)[:, : small - 1] @ outside_ones(small).T + torch.ones(big, small, dtype=torch.float64) / math.sqrt(big * small)
+
+
+class Lifter:
+    """Fills `big` so that it computes what `small` does: its residual stream lies in the span of a random Q."""
+
+    def __init__(self, small: PreTrainedModel, big: PreTrainedModel, layout: Layout, seed: int = 0):
+        self.small, self.big, self.layout, self.seed = small, big, layout, seed
+        self.source = {short(name, small): tensor for name, tensor in small.state_dict().items()}
+        self.targets = {short(name, big): tensor for name, tensor in big.state_dict(keep_vars=True).items()}
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.projected = [Name(name) for name in layout.projected()]
+        self.read = {norm for row in layout.rows for norm in row.reads if norm} - tied_norms(big, layout)
+        self.learned_scales = {row.scaled_by for row in layout.rows if row.scaled_by}
+        self.bases: dict[str, Tensor] = {}
+        self.gains: dict[str, Tensor] = {}
+        self.counts: dict[str, tuple[int, int]] = {}
+        for name in self.targets:
+            match = layout.find(name)
+            if match and "block" in match.numbers:
+                stack = match.row.pattern.partition("{block}")[0]
+                self.counts[stack] = (self._count(stack, self.targets), self._count(stack, self.source))
+
+    def _count(self, stack: str, tensors: dict[str, Tensor]) -> int:
+        matches = [match for match in map(self.layout.find, tensors) if match and match.row.pattern.startswith(stack + "{block}")]
+        return 1 + max(int(match.numbers["block"]) for match in matches)
+
+    @torch.no_grad()
+    def lift(self) -> None:
+        done: set[int] = set()
+        for name, target in self.targets.items():
+            if id(target) in done:
+                continue
+            done.add(id(target))
+            match = self.layout.find(name)
+            assert match is not None, f"the layout says nothing of {name}"
+            twin, added = self._twin(match, name)
+            if added:
+                self._fill_added(match, name, target)
+            else:
+                target.copy_(self._lifted(match, name, twin))
+
+    def _twin(self, match: Match, name: str) -> tuple[str, bool]:
+        """The small model's parameter of the same meaning, or that the block is an added one."""
+        if "block" not in match.numbers:
+            return name, False
+        stack = match.row.pattern.partition("{block}")[0]
+        kept, block = spread(*self.counts[stack]), int(match.numbers["block"])
+        if block not in kept:
+            return name, True
+        return name.replace(f"{stack}{block}.", f"{stack}{kept.index(block)}.", 1), False
+
+    def _fill_added(self, match: Match, name: str, target: Tensor) -> None:
+        """A block that writes nothing onto the stream, whatever it reads."""
+        if match.row.kind == "norm":
+            target.fill_(0.0 if name.endswith("bias") else 1.0 - self.layout.norm_offset)
+        elif match.row.output_axis in self.projected:
+            target.zero_()
+        else:
+            target.copy_(0.1 * torch.randn(target.shape, generator=self.generator, dtype=torch.float64))
+
+    def _basis(self, axis: Name, wide: int, narrow: int) -> Tensor:
+        if axis.name not in self.bases:
+            self.bases[axis.name] = orthonormal(wide, narrow, self.seed + 7 + len(self.bases), keep_mean=self.layout.norm == "layer")
+        found = self.bases[axis.name]
+        assert found.shape == (wide, narrow), f"{axis} is {wide} x {narrow} here, {tuple(found.shape)} elsewhere"
+        return found
+
+    def _ratio(self, scale: "Callable | None") -> float:
+        return 1.0 if scale is None else scale(self.small.config) / scale(self.big.config)
+
+    def _gain(self, tensors: dict[str, Tensor], name: str) -> Tensor | None:
+        found = tensors.get(name + ".weight", tensors.get(name))
+        return None if found is None else found.double() + self.layout.norm_offset
+
+    def _own_gain(self, name: str) -> Tensor | None:
+        """The big model's own random gain for a folded norm or a learned scale."""
+        found = self.targets.get(name + ".weight", self.targets.get(name))
+        if found is None:
+            return None
+        if name not in self.gains:
+            self.gains[name] = 1.0 + 0.5 * torch.rand(found.shape, generator=self.generator, dtype=torch.float64)
+        return self.gains[name]
+
+    def _named(self, pattern: str, match: Match, *, of_small: bool) -> str:
+        for placeholder, number in match.numbers.items():
+            stack, marker, _ = pattern.partition("{" + placeholder + "}")
+            if of_small and marker and stack in self.counts:
+                number = str(spread(*self.counts[stack]).index(int(number)))
+            pattern = pattern.replace("{" + placeholder + "}", number)
+        return pattern
+
+    def _lifted(self, match: Match, name: str, twin: str) -> Tensor:
+        target, value = self.targets[name], self.source[twin].double()
+        row = match.row
+        if row.kind == "norm":
+            return self._lifted_norm(match, name, twin)
+        big = self._sizes(self.big, match, target)
+        small = self._sizes(self.small, match, value)
+        terms = [row.reads[0] if row.reads else None]
+        for dim, axis in enumerate(match.axes):
+            if axis in self.projected and target.shape[dim] != value.shape[dim]:
+                continue
+            wide = torch.zeros(*value.shape[:dim], target.shape[dim], *value.shape[dim + 1 :], dtype=torch.float64)
+            value = wide.index_copy(dim, torch.tensor(positions(axis, big, small)), value)
+        if len(row.reads) > 1 and not match.is_bias:
+            lengths = [total(term, big) for term in row.output_axis.terms]
+            output = len(match.axes) - 1 if row.transposed else 0
+            parts = value.split(lengths, dim=output)
+            return torch.cat([self._widened(match, part, target, norm) for part, norm in zip(parts, row.reads)], dim=output)
+        return self._widened(match, value, target, terms[0])
+
+    def _widened(self, match: Match, value: Tensor, target: Tensor, norm: str | None) -> Tensor:
+        row = match.row
+        for dim, axis in enumerate(match.axes):
+            if axis not in self.projected or target.shape[dim] == value.shape[dim]:
+                continue
+            wide, narrow = target.shape[dim], value.shape[dim]
+            matrix = self._basis(axis, wide, narrow)
+            reads = not match.is_bias and dim == row.input_axis and norm is not None and norm in self.read
+            if reads:
+                small, big = self._gain(self.source, self._named(norm, match, of_small=True)), self._own_gain(self._named(norm, match, of_small=False))
+                if small is not None:
+                    matrix = matrix * small[None, :] / big[:, None]
+                matrix = matrix * math.sqrt(narrow / wide)
+            elif row.scaled_by is not None and (match.is_bias or dim != row.input_axis):
+                small, big = self._gain(self.source, self._named(row.scaled_by, match, of_small=True)), self._own_gain(self._named(row.scaled_by, match, of_small=False))
+                matrix = matrix * small[None, :] / big[:, None]
+            value = (value.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
+        if row.kind == "table" and Name("vocab") in match.axes:
+            value = value * self._ratio(self.layout.embedding_scale)
+        return value
+
+    def _lifted_norm(self, match: Match, name: str, twin: str) -> Tensor:
+        target, value = self.targets[name], self.source[twin].double()
+        axis, pattern, offset = match.axes[-1], match.row.pattern, self.layout.norm_offset
+        norm = name.removesuffix(".weight").removesuffix(".bias")
+        if axis not in self.projected or target.shape[-1] == value.shape[-1]:
+            big, small = self._sizes(self.big, match, target), self._sizes(self.small, match, value)
+            return torch.zeros(target.shape, dtype=torch.float64).index_copy(-1, torch.tensor(positions(axis, big, small)), value)
+        wide, narrow = target.shape[-1], value.shape[-1]
+        if pattern in self.read:
+            own = self._own_gain(norm)
+            if not name.endswith(".bias"):
+                return own - offset
+            gain = self._gain(self.source, twin.removesuffix(".bias"))
+            return math.sqrt(wide / narrow) * own * (self._basis(axis, wide, narrow) @ (value / gain))
+        if pattern in self.learned_scales:
+            return self._own_gain(norm) - offset
+        if name.endswith(".bias"):
+            return self._basis(axis, wide, narrow) @ value
+        gain = (value + offset).mean() * math.sqrt(narrow / wide)
+        if any(pattern in row.reads for row in self.layout.rows):
+            gain = gain * self._ratio(self.layout.tied_head_scale) / self._ratio(self.layout.embedding_scale)
+        return torch.full(target.shape, gain.item() - offset, dtype=torch.float64)
+
+    def _sizes(self, model: PreTrainedModel, match: Match, tensor: Tensor) -> dict[str, int]:
+        stated = config_sizes(self.layout, model.config)
+        return stated | {axis.name: length for axis, length in zip(match.axes, tensor.shape) if isinstance(axis, Name)}
+
+
+def lift(small: PreTrainedModel, big: PreTrainedModel, layout: Layout, seed: int = 0) -> None:
+    """Fill `big` so that it computes what `small` does."""
+    Lifter(small, big, layout, seed).lift()
