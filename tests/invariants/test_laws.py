@@ -6,7 +6,8 @@ import torch
 from hf_guide.initialization.layouts import registered_layouts
 from hf_guide.initialization.plan import resolve_alike
 from hf_guide.students import from_teacher
-from tests.invariants.families import CASES, Case, build, logits_of
+from tests.invariants.case import Case, build, logits_of
+from tests.invariants.cases import CASES
 from tests.invariants.lifting import lift, shake, short
 
 

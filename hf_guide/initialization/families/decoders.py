@@ -1,4 +1,4 @@
-"""The built-in layouts. Nothing but tables: `layouts.py` says how they are read."""
+"""Layouts of decoders. Nothing but tables: `layouts.py` says how they are read."""
 
 from hf_guide.initialization.layouts import register_layout
 

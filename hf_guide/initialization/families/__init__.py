@@ -1,0 +1,5 @@
+"""The built-in layouts: importing this registers them."""
+
+from hf_guide.initialization.families import decoders, encoder_decoders, encoders, vision
+
+__all__ = ["decoders", "encoder_decoders", "encoders", "vision"]

@@ -1,0 +1,1 @@
+"""Layouts of encoder-decoders. Nothing but tables: `layouts.py` says how they are read."""

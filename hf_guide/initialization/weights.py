@@ -1,0 +1,311 @@
+"""Where the teacher's tensors come from: a folder, a Hub id, a GGUF file or a loaded model, all read the same way.
+
+Does: open the teacher, one tensor at a time where its files allow, the whole model where they do not.
+Does not: change a loaded model, run a checkpoint's code without permission, or unpickle.
+"""
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from hf_guide.errors import OptionError, TeacherError
+from hf_guide.initialization.checkpoints import CheckpointWeights, find_safetensors, model_tensors, read_headers
+from hf_guide.initialization.model_classes import model_classes, read_config
+
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,  # shapes that do not fit, broken .bin files; NotImplementedError of quantisers among them
+    ImportError,  # a quantiser's package
+    SafetensorError,
+)
+
+
+class Weights(Protocol):
+    """A model's tensors by their state-dict names; of tied ones only one name is there (see `Teacher.tied`)."""
+
+    def keys(self) -> Collection[str]:
+        """Return the names."""
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype a tensor is stored in without reading it."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return one tensor, detached, in its stored dtype; it may share memory with the teacher, so never write."""
+
+
+class LoadedWeights:
+    """The tensors of a model in memory, shared with it and not copied."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def keys(self) -> Collection[str]:
+        """Return the names, as the model's `state_dict` has them."""
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        return self._tensors[name].dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return the model's own tensor, detached: never write to it."""
+        return self._tensors[name]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """An opened teacher: its config, its tensors and the class whose names they bear."""
+
+    config: PreTrainedConfig
+    weights: Weights
+    model_class: type[PreTrainedModel]
+    base_model_prefix: str
+    tied: dict[str, str]  # a tied name -> the name under which `weights` has its tensor
+    name: str  # Hub id, folder, or where a loaded model came from
+    revision: str | None  # the commit, where it is known
+    dtype: torch.dtype  # the floating dtype that most of its numbers are stored in
+
+
+def open_teacher(
+    teacher: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    config: PreTrainedConfig | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    subfolder: str = "",
+) -> Teacher:
+    """Open a teacher for reading.
+
+    A folder or Hub id is found as `from_pretrained` finds it. Where its safetensors hold the model's tensors under
+    names that need no more than renaming, nothing but the headers is read now and one tensor at a time later. Other
+    checkpoints (`.bin`, GGUF, quantised, experts stored one by one) are loaded whole, on the CPU, in the dtype they
+    are stored in, and dequantised. A loaded model is used as it is, without a copy, and left untouched.
+
+    Raises:
+        TeacherError: what cannot be read, by name: missing, truncated or corrupted files, parameters that are not in
+            the checkpoint, remote code without `trust_remote_code=True`, quantised weights that cannot be
+            dequantised, adapters, a loaded model whose weights are not in memory.
+        OptionError: `teacher` is neither of these things.
+    """
+    if isinstance(teacher, torch.nn.Module):
+        return _open_model(teacher, config)
+    if not isinstance(teacher, (str, os.PathLike)):
+        raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
+    name = os.fspath(teacher)
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
+    try:
+        adapter = None if gguf_file else find_adapter_config_file(name, **hub)
+        known = cached_file(name, gguf_file or CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    except OSError as error:
+        raise TeacherError(f"{name} cannot be read: {error}") from error
+    if adapter is not None:
+        raise TeacherError(f"{name} holds an adapter. Load it, `merge_and_unload()` it and pass the merged model.")
+    commit = extract_commit_hash(known, None)
+    hub["revision"] = commit or revision  # all files from one state of the repository
+
+    config = copy.deepcopy(config) or read_config(name, hub, trust_remote_code, gguf_file)
+    classes = model_classes(config, name, hub, trust_remote_code)
+    quantised = gguf_file is not None or getattr(config, "quantization_config", None) is not None
+    explicit_file = getattr(config, "transformers_weights", None) is not None
+    files = None if quantised or explicit_file else find_safetensors(name, hub)
+    if files is not None:
+        opened = _open_files(classes, config, name, files, commit)
+        if opened is not None:
+            return opened
+    model_class = classes[0 if gguf_file else -1]  # of several, GGUF files hold the one with the language head
+    model = _load(model_class, config, name, hub, trust_remote_code, gguf_file)
+    return _from_model(model, model.config, name, commit)
+
+
+def tokenizer_length(
+    teacher: Teacher,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    gguf_file: str | None = None,
+    subfolder: str = "",
+) -> int | None:
+    """Return how many rows the teacher's vocabulary needs (highest token id + 1), padding not counted.
+
+    Read from the tokenizer files beside the checkpoint, without remote code; None where there are none, or where
+    they cannot be read without it.
+    """
+    hub: dict[str, Any] = {
+        "revision": teacher.revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
+    try:
+        if gguf_file is None and all(
+            cached_file(teacher.name, file, _raise_exceptions_for_missing_entries=False, **hub) is None
+            for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+        ):
+            return None
+        if gguf_file is not None:
+            hub["gguf_file"] = gguf_file
+        tokenizer = AutoTokenizer.from_pretrained(teacher.name, trust_remote_code=False, **hub)
+    except (OSError, ValueError, ImportError):
+        return None
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def _open_files(
+    classes: Iterable[type[PreTrainedModel]], config: PreTrainedConfig, name: str, files: list[str], commit: str | None
+) -> Teacher | None:
+    """Open safetensors lazily, or return None where only `from_pretrained` can read them."""
+    stored = read_headers(files)
+    missing: set[str] = set()
+    for model_class in classes:
+        model = _meta_model(model_class, config)
+        tensors = model_tensors(model, stored)
+        if tensors is None:
+            return None
+        weights = CheckpointWeights(tensors)
+        tied = _ties(model, tensors, lambda a, b: torch.equal(weights.get(a), weights.get(b)))  # noqa: B023
+        missing = {key for key, _ in model.named_parameters()} - tensors.keys() - tied.keys()
+        if not missing:
+            kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
+            return _teacher(model, config, CheckpointWeights(kept), tied, name, commit)
+        if model._keys_to_ignore_on_load_missing:
+            return None  # the model may compute them itself
+    raise _incomplete(name, missing)
+
+
+def _incomplete(name: str, missing: Collection[str]) -> TeacherError:
+    shown = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
+    return TeacherError(
+        f"{len(missing)} parameters are not in the checkpoint {name} and would be random: {shown}. "
+        "Use a complete checkpoint, or set `architectures` in its config to the class it holds."
+    )
+
+
+def _load(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    name: str,
+    hub: Mapping[str, Any],
+    trust: bool,
+    gguf_file: str | None,
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"trust_remote_code": trust, **hub}
+    if gguf_file is not None:
+        options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    try:
+        loaded: Any = model_class.from_pretrained(
+            name, config=config, dtype="auto", output_loading_info=True, **options
+        )
+    except _LOADING_ERRORS as error:
+        raise TeacherError(f"{name} cannot be loaded as {model_class.__name__}: {error}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise _incomplete(name, report["missing_keys"])
+    if gguf_file is None and getattr(model, "hf_quantizer", None) is not None and _quantised(model):
+        try:
+            model = model.dequantize()
+        except _LOADING_ERRORS as error:
+            raise TeacherError(f"{name} is quantised and cannot be dequantised: {error}") from error
+    return model
+
+
+def _quantised(model: PreTrainedModel) -> bool:
+    return any(
+        type(parameter.data) is not torch.Tensor or not parameter.is_floating_point() or parameter.element_size() < 2
+        for parameter in model.parameters()
+    )
+
+
+def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teacher:
+    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
+        raise TeacherError("The teacher carries an adapter. Pass what its `merge_and_unload()` returns.")
+    if not isinstance(model, PreTrainedModel):
+        raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: unwrap it first.")
+    return _from_model(model, config or model.config, model.config._name_or_path or type(model).__name__, None)
+
+
+def _from_model(model: PreTrainedModel, config: PreTrainedConfig, name: str, commit: str | None) -> Teacher:
+    offloaded = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise TeacherError(
+            f"{len(offloaded)} weights of {name} are not in memory ({offloaded[0]} is on the meta device). "
+            "Pass its folder or Hub id instead of the loaded model."
+        )
+    if _quantised(model):
+        raise TeacherError(f"The weights of {name} are quantised. Pass its folder, or `model.dequantize()`.")
+    tensors = model.state_dict()
+
+    def same(first: str, second: str) -> bool:
+        a, b = tensors[first], tensors[second]
+        return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+    tied = _ties(model, tensors, same)
+    kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
+    return _teacher(model, config, LoadedWeights(kept), tied, name, commit)
+
+
+def _ties(model: PreTrainedModel, present: Collection[str], same: Callable[[str, str], bool]) -> dict[str, str]:
+    """Return each tied name and the one that stands for it; names with different tensors of their own are not tied."""
+    groups: dict[str, list[str]] = {}
+    for name, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(name)
+    tied = {}
+    for group in groups.values():
+        first = next((name for name in group if name in present), None)
+        for name in group:
+            if first not in (None, name) and (name not in present or same(first, name)):
+                tied[name] = first
+    return tied
+
+
+def _teacher(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    weights: Weights,
+    tied: dict[str, str],
+    name: str,
+    commit: str | None,
+) -> Teacher:
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    sizes: Counter[torch.dtype] = Counter()
+    names = [key for key in weights.keys() if weights.dtype(key).is_floating_point]  # noqa: SIM118
+    for key in names:
+        sizes[weights.dtype(key)] += weights.shape(key).numel()
+    dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
+    return Teacher(config, weights, type(model), model.base_model_prefix, tied, name, commit, dtype)

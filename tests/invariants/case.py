@@ -1,0 +1,49 @@
+"""What a case of the laws is: one family in a small and a big shape, and how its function is read."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+TOKENS = 60
+
+
+@dataclass(frozen=True)
+class Case:
+    """One family in two shapes: keyword arguments of its config; `both` go into either."""
+
+    family: str
+    model_class: str
+    small: dict[str, Any]
+    big: dict[str, Any]
+    both: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    inputs: str = "tokens"
+    output: str = "logits"
+
+    def __str__(self) -> str:
+        return self.name or self.family
+
+
+def build(case: Case, shape: dict[str, Any]) -> PreTrainedModel:
+    """Return a model of one of the case's shapes, float64, in evaluation mode."""
+    model_class = getattr(transformers, case.model_class)
+    config = model_class.config_class(**case.both, **shape)
+    return model_class._from_config(config, dtype=torch.float64).eval()
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, case: Case) -> torch.Tensor:
+    """Return what the model makes of fixed input."""
+    model.set_attn_implementation("eager")
+    return model(**INPUTS[case.inputs]())[case.output]
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    """Return a batch of two sentences."""
+    return {"input_ids": torch.randint(3, TOKENS, (2, 11), generator=torch.Generator().manual_seed(5))}
+
+
+INPUTS = {"tokens": tokens}

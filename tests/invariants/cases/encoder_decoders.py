@@ -1,0 +1,5 @@
+"""Encoder-decoders."""
+
+from tests.invariants.case import Case
+
+CASES: list[Case] = []

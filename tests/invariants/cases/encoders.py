@@ -1,0 +1,5 @@
+"""Encoders."""
+
+from tests.invariants.case import Case
+
+CASES: list[Case] = []

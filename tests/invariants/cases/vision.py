@@ -1,0 +1,5 @@
+"""Vision."""
+
+from tests.invariants.case import Case
+
+CASES: list[Case] = []
