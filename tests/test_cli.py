@@ -1,0 +1,233 @@
+"""The command line does what it says, says what went wrong, and leaves nothing half-written."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_guide import cli
+from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.report import REPORT_NAME, InitializationReport
+
+SMALLER = ["--hidden-size", "32", "--num-hidden-layers", "2", "--intermediate-size", "48", "--no-progress"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=200,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"its": "own"}')
+    (folder / "notes.txt").write_text("not a tokenizer's")
+    return folder
+
+
+def hf_guide(*words: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run the real program in a process of its own."""
+    command = [sys.executable, "-m", "hf_guide.cli", *map(str, words)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_init_makes_a_stock_student_with_everything_beside_it(teacher, tmp_path):
+    output = tmp_path / "runs" / "student"
+    done = hf_guide("init", teacher, *SMALLER, "--set", "rms_norm_eps=1e-4", "--license", "mit", "-o", output)
+    assert done.returncode == 0, done.stderr
+    student = AutoModelForCausalLM.from_pretrained(output)
+    assert type(student) is LlamaForCausalLM
+    config = student.config
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.head_dim) == (32, 2, 48, 8)
+    assert config.rms_norm_eps == 1e-4
+    report = InitializationReport.load(output / REPORT_NAME)
+    assert report.summary() in done.stdout and report.options["method"] == "guide"
+    assert (output / "tokenizer.json").read_text() == '{"its": "own"}'
+    assert not (output / "notes.txt").exists()
+    assert "license: mit" in (output / "README.md").read_text()
+    assert (output / cli.PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path) == ["runs"] and os.listdir(tmp_path / "runs") == ["student"]
+
+
+def test_options_of_the_method_and_the_task_reach_the_student(teacher, tmp_path):
+    words = ["init", str(teacher), *SMALLER, "-o", str(tmp_path / "s"), "--task", "sequence-classification"]
+    options = ["--layers", "3,1", "--no-fold-norms", "--seed", "7", "--dtype", "bfloat16", "--set", "num_labels=3"]
+    assert cli.main([*words, *options]) == 0
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["dtype"] == "bfloat16"
+    assert len(config["id2label"]) == 3
+    report = InitializationReport.load(tmp_path / "s")
+    assert report.options["fold_norms"] is False and report.options["seed"] == 7
+    assert list(report.blocks.values()) == [[3, 1]]
+
+
+def test_every_option_of_the_method_is_a_flag_that_shows_its_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["init", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0 and "example: hf-guide init" in shown
+    for name in InitializationConfig.__dataclass_fields__:
+        assert "--" + name.replace("_", "-") in shown
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["inspect", "--help"], ["families", "--help"], ["quickstart", "--help"]]
+)
+def test_help_comes_without_importing_torch(words):
+    code = (
+        "import sys\nfrom hf_guide.cli import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "hf-guide" in done.stdout
+
+
+@pytest.mark.parametrize("occupied", ["folder", "file"])
+def test_an_output_that_holds_something_is_refused_before_any_work(tmp_path, occupied, capsys):
+    output = tmp_path / "student"
+    if occupied == "folder":
+        output.mkdir()
+        (output / "mine").write_text("mine")
+    else:
+        output.write_text("mine")
+    assert cli.main(["init", "no/such-teacher", "-o", str(output)]) == 1
+    assert str(output) in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["student"]
+    assert (output / "mine" if occupied == "folder" else output).read_text() == "mine"
+
+
+def test_an_empty_output_folder_is_used(teacher, tmp_path):
+    (tmp_path / "student").mkdir()
+    assert cli.main(["init", str(teacher), *SMALLER, "-o", str(tmp_path / "student")]) == 0
+    assert (tmp_path / "student" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words,code,said",
+    [
+        (["--hidden-size", "128"], 1, "128"),
+        (["--hidden-size", "30", "--num-attention-heads", "4"], 1, "30"),
+        (["--set", "hiden_size=32"], 2, "hidden_size"),
+        (["--set", "rms_norm_eps"], 2, "key=value"),
+        (["--hidden-size", "32", "--set", "hidden_size=16"], 2, "twice"),
+        (["--method", "giude"], 2, "guide"),
+        (["--method", "random", "--centered"], 2, "centered"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_leaves_nothing(teacher, tmp_path, capsys, words, code, said):
+    assert cli.main(["init", str(teacher), "--no-progress", "-o", str(tmp_path / "student"), *words]) == code
+    error = capsys.readouterr().err
+    assert said in error and "hf-guide: error:" in error and "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["initialise"], ["init"], ["init", "t"], ["init", "t", "-o", "s", "--layers", "1,x"]]
+)
+def test_wrong_usage_exits_with_two(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2 and "usage: hf-guide" in capsys.readouterr().err
+
+
+def test_a_missing_teacher_is_one_clear_message(tmp_path):
+    done = hf_guide("init", tmp_path / "nowhere", "-o", tmp_path / "student")
+    assert done.returncode == 1 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_runs_full_leaves_nothing(teacher, tmp_path):
+    """A limit on the length of files stands in for the full disk: both fail in the middle of a write."""
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    done = hf_guide("init", teacher, *SMALLER, "-o", tmp_path / "student", preexec_fn=limit_files)
+    assert done.returncode == 1, done.stderr
+    assert "hf-guide: error:" in done.stderr and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_student_larger_than_the_free_disk_is_refused(tmp_path):
+    with pytest.raises(OSError, match="Free some space"):
+        cli.check_space(tmp_path, 2**60)
+    cli.check_space(tmp_path, 1)
+
+
+def test_ctrl_c_leaves_nothing(teacher, tmp_path):
+    command = [sys.executable, "-m", "hf_guide.cli", "init", str(teacher), *SMALLER, "-o", str(tmp_path / "student")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), cli.new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "half").write_text("half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    with cli.new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "whole").write_text("whole")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a" / "b" / "whole").read_text() == "whole" and os.listdir(tmp_path) == ["a"]
+
+
+def test_inspect_shows_the_curve_and_widths_that_can_be_made(teacher, tmp_path):
+    done = hf_guide("inspect", teacher, "--plot", tmp_path / "curve.png")
+    assert done.returncode == 0, done.stderr
+    table = AutoModelForCausalLM.from_pretrained(teacher).model.embed_tokens.weight.double()
+    shares = torch.linalg.svdvals(table).square().cumsum(0)
+    needed = int((shares / shares[-1] < 0.5).sum()) + 1
+    rows = [
+        line.split() for line in done.stdout.splitlines() if line.strip().startswith("50%") and "--hidden-size" in line
+    ]
+    assert len(rows) == 1 and int(rows[0][1]) == needed
+    words = rows[0][2 : rows[0].index("--intermediate-size") + 2]
+    assert int(words[1]) >= needed
+    assert cli.main(["init", str(teacher), *words, "--no-progress", "-o", str(tmp_path / "student")]) == 0
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_families_are_listed_with_how_exact_they_are():
+    done = hf_guide("families", "llama")
+    assert done.returncode == 0 and any(line.split()[0] == "llama" for line in done.stdout.splitlines())
+    nothing = hf_guide("families", "no-such-family")
+    assert nothing.returncode == 2 and "hf-guide families" in nothing.stderr
+
+
+@pytest.mark.parametrize(
+    "text,value",
+    [("a=1", 1), ("a=1e5", 1e5), ("a=true", True), ("a=True", True), ("a=null", None), ("a=None", None)]
+    + [("a=[1, 2]", [1, 2]), ('a={"b": 1}', {"b": 1}), ("a=silu", "silu"), ("a=", ""), ("a=b=c", "b=c")],
+)
+def test_overrides_are_read_as_json_or_python_or_text(text, value):
+    assert cli.parse_override(text) == ("a", value)
+
+
+def test_token_weights_come_from_a_file(tmp_path):
+    (tmp_path / "weights.txt").write_text("1 2.5\n3\n")
+    assert cli.parse_numbers(str(tmp_path / "weights.txt")) == [1.0, 2.5, 3.0]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["init", "t", "-o", "s", "--token-weights", str(tmp_path / "missing")])
+    assert stopped.value.code == 2

@@ -1,0 +1,46 @@
+"""What is said of a teacher before choosing a width holds for the student that is then made."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from hf_guide.initialization.derive import layout_for
+from hf_guide.initialization.weights import open_teacher
+from hf_guide.inspection import count_parameters, suggest_widths, variance_curves
+from hf_guide.students import from_teacher
+
+
+def small_model(family: str):
+    torch.manual_seed(0)
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=96, n_layer=3, n_head=4, vocab_size=150, n_positions=32))
+    sizes = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 150}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_suggested_students_can_be_made_and_are_as_large_and_as_good_as_said(family):
+    model = small_model(family)
+    teacher = open_teacher(model)
+    layout = layout_for(teacher.config)
+    curve = variance_curves(teacher, layout)["embed"]
+    suggestions = suggest_widths(teacher, layout, curve)
+    assert suggestions and len(curve) == 96 and curve[-1] == pytest.approx(1)
+    for found in suggestions:
+        width = found.overrides["hidden_size"]
+        assert width % 32 == 0 and curve[found.needed - 1] >= found.share > (
+            curve[found.needed - 2] if found.needed > 1 else 0
+        )
+        student = from_teacher(model, show_progress=False, **found.overrides)
+        assert student.num_parameters() == found.parameters
+        assert found.kept == pytest.approx(curve[width - 1]) and found.kept >= found.share
+        assert student.initialization_report.explained_variance["embed"] == pytest.approx(curve)
+        half = from_teacher(model, show_progress=False, num_hidden_layers=2, **found.overrides)
+        assert half.num_parameters() == found.parameters_half
+
+
+def test_what_cannot_be_made_is_not_counted():
+    teacher = open_teacher(small_model("llama"))
+    layout = layout_for(teacher.config)
+    assert count_parameters(teacher, layout, {}) == sum(p.numel() for p in small_model("llama").parameters())
+    assert count_parameters(teacher, layout, {"hidden_size": 128}) is None
