@@ -66,7 +66,8 @@ def derive_student_config(teacher_config: PreTrainedConfig, overrides: Mapping[s
     depth_name = _real_name(teacher_config, "num_hidden_layers")
     teacher_depth, depth = values.get(depth_name), overrides.get(depth_name)
     if isinstance(teacher_depth, int) and isinstance(depth, int) and depth != teacher_depth:
-        kept |= _entries_of_blocks(kept, [i * teacher_depth // depth for i in range(depth)], teacher_depth)
+        entries = _entries_of_blocks(values, [i * teacher_depth // depth for i in range(depth)], teacher_depth)
+        kept |= {name: value for name, value in entries.items() if name not in derived - {"attention_types"}}
     kept = _said_once(kept, overrides)
     if each_its_own:  # and stays so, also where the class does not derive it
         kept[groups_name] = overrides.get(heads_name, values[heads_name])

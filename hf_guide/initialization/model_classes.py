@@ -1,12 +1,14 @@
 """Which config and which model class a checkpoint belongs to.
 
 Does: read the config and resolve the class as the Auto classes do, the checkpoint's own code only with permission.
-Does not: build a model, or look at weights.
+Does not: build a model but on the meta device, or look at weights.
 """
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -74,3 +76,17 @@ def model_classes(
             f"{type(config).__name__} has no model class. Set `architectures` in the config to a known class."
         )
     return classes
+
+
+def without_quantisation(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a copy of the config that does not say how its weights were stored."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model without memory for its weights: their names, shapes and ties."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))

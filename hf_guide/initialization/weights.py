@@ -20,7 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.checkpoints import CheckpointWeights, find_safetensors, model_tensors, read_headers
-from hf_guide.initialization.model_classes import model_classes, read_config
+from hf_guide.initialization.model_classes import meta_model, model_classes, read_config, without_quantisation
 
 _LOADING_ERRORS = (
     OSError,
@@ -180,11 +180,6 @@ def tokenizer_length(
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def _meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
-
-
 def _open_files(
     classes: Iterable[type[PreTrainedModel]], config: PreTrainedConfig, name: str, files: list[str], commit: str | None
 ) -> Teacher | None:
@@ -192,7 +187,7 @@ def _open_files(
     stored = read_headers(files)
     missing: set[str] = set()
     for model_class in classes:
-        model = _meta_model(model_class, config)
+        model = meta_model(model_class, config)
         tensors = model_tensors(model, stored)
         if tensors is None:
             return None
@@ -235,7 +230,7 @@ def _load(
     model, report = loaded
     if report["missing_keys"]:
         raise _incomplete(name, report["missing_keys"])
-    if gguf_file is None and getattr(model, "hf_quantizer", None) is not None and _quantised(model):
+    if _quantised(model):
         try:
             model = model.dequantize()
         except _LOADING_ERRORS as error:
@@ -244,10 +239,13 @@ def _load(
 
 
 def _quantised(model: PreTrainedModel) -> bool:
-    return any(
-        type(parameter.data) is not torch.Tensor or not parameter.is_floating_point() or parameter.element_size() < 2
-        for parameter in model.parameters()
-    )
+    parameters = (parameter for _, parameter in model.named_parameters())
+    if any(type(p.data) is not torch.Tensor or not p.is_floating_point() or p.element_size() < 2 for p in parameters):
+        return True
+    if not getattr(model, "is_quantized", False):
+        return False
+    stock = meta_model(type(model), without_quantisation(model.config))  # packed weights bear other names
+    return stock.state_dict().keys() != model.state_dict().keys()
 
 
 def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teacher:
@@ -308,4 +306,6 @@ def _teacher(
     for key in names:
         sizes[weights.dtype(key)] += weights.shape(key).numel()
     dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
-    return Teacher(config, weights, type(model), model.base_model_prefix, tied, name, commit, dtype)
+    return Teacher(
+        without_quantisation(config), weights, type(model), model.base_model_prefix, tied, name, commit, dtype
+    )

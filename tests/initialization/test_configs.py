@@ -1,0 +1,216 @@
+"""A student's config is its teacher's with what was asked for, and nothing else changed."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    BartConfig,
+    BertConfig,
+    BloomConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    SmolLM3Config,
+    T5Config,
+    ViTConfig,
+)
+
+from hf_guide.errors import OptionError, ShapeError
+from hf_guide.initialization.configs import derive_student_config, for_blocks
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 8, "vocab_size": 96}
+LLAMA_LIKE = {**SIZES, "intermediate_size": 128}
+GROUPED = {**LLAMA_LIKE, "num_key_value_heads": 4}
+TEACHERS = {
+    "llama": LlamaConfig(**GROUPED),
+    "gpt2": GPT2Config(n_embd=64, n_head=8, n_layer=8, vocab_size=96),
+    "qwen2": Qwen2Config(**GROUPED, use_sliding_window=True, max_window_layers=3, sliding_window=16),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=16),
+    "gemma2": Gemma2Config(**GROUPED, head_dim=16, query_pre_attn_scalar=16),
+    "gemma3_text": Gemma3TextConfig(**GROUPED, head_dim=16),
+    "smollm3": SmolLM3Config(**GROUPED, pad_token_id=0),
+    "t5": T5Config(d_model=64, d_kv=8, d_ff=128, num_layers=8, num_heads=8, vocab_size=96),
+    "bert": BertConfig(**LLAMA_LIKE),
+    "mixtral": MixtralConfig(**GROUPED),
+    "gpt_neo": GPTNeoConfig(
+        hidden_size=64, num_heads=8, num_layers=8, attention_types=[[["global", "local"], 4]], vocab_size=96
+    ),
+    "gptj": GPTJConfig(n_embd=64, n_head=4, n_layer=8, rotary_dim=8, vocab_size=96),
+    "falcon": FalconConfig(**SIZES),
+    "bloom": BloomConfig(hidden_size=64, n_head=8, n_layer=8, vocab_size=96),
+    "vit": ViTConfig(hidden_size=64, intermediate_size=128, num_attention_heads=8, num_hidden_layers=8),
+    "bart": BartConfig(d_model=64, encoder_layers=8, decoder_layers=8, vocab_size=96),
+}
+IDENTITY = ("transformers_version", "_name_or_path")
+
+
+def said(config: PreTrainedConfig) -> dict:
+    return {name: value for name, value in config.to_dict().items() if name not in IDENTITY}
+
+
+@pytest.fixture(params=TEACHERS, ids=str)
+def teacher(request: pytest.FixtureRequest) -> PreTrainedConfig:
+    return TEACHERS[request.param]
+
+
+def test_no_override_changes_nothing(teacher: PreTrainedConfig) -> None:
+    assert said(derive_student_config(teacher, {})) == said(teacher)
+
+
+def test_a_smaller_student_can_be_built_and_the_teacher_stays(teacher: PreTrainedConfig) -> None:
+    before = teacher.to_dict()
+    student = derive_student_config(teacher, {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4})
+    assert teacher.to_dict() == before
+    assert type(student) is type(teacher)
+    assert (student.hidden_size, student.num_hidden_layers, student.num_attention_heads) == (32, 4, 4)
+    student = for_blocks(student, teacher, [0, 2, 4, 6])
+    with torch.device("meta"):
+        AutoModel.from_config(student)
+    assert said(type(student)(**student.to_dict())) == said(student)
+
+
+def test_what_was_derived_is_derived_again() -> None:
+    teacher = TEACHERS["llama"]
+    assert teacher.head_dim == 8
+    assert derive_student_config(teacher, {"hidden_size": 32}).head_dim == 4
+    assert derive_student_config(teacher, {"hidden_size": 32, "head_dim": 8}).head_dim == 8
+    assert derive_student_config(teacher, {"hidden_size": 32}).num_key_value_heads == 4
+    assert derive_student_config(TEACHERS["falcon"], {"hidden_size": 32}).ffn_hidden_size == 128
+    assert derive_student_config(T5Config(num_layers=4), {"num_layers": 2}).num_decoder_layers == 2
+
+
+def test_what_was_said_explicitly_stays() -> None:
+    teacher = LlamaConfig(**LLAMA_LIKE, head_dim=16)
+    assert derive_student_config(teacher, {"hidden_size": 32}).head_dim == 16
+    assert derive_student_config(TEACHERS["t5"], {"d_model": 32}).d_kv == 8
+    assert derive_student_config(TEACHERS["gemma2"], {"hidden_size": 32}).query_pre_attn_scalar == 16
+    assert derive_student_config(GPT2Config(n_inner=100), {"n_embd": 384}).n_inner == 100
+    assert derive_student_config(GPT2Config(), {"n_embd": 384}).n_inner is None
+
+
+def test_as_many_key_value_heads_as_heads_stay_as_many() -> None:
+    assert derive_student_config(LlamaConfig(**LLAMA_LIKE), {"num_attention_heads": 4}).num_key_value_heads == 4
+    explicit = Qwen2Config(**LLAMA_LIKE, num_key_value_heads=8)  # whose class has a constant default
+    assert derive_student_config(explicit, {"num_attention_heads": 4}).num_key_value_heads == 4
+    fewer = derive_student_config(explicit, {"num_attention_heads": 4, "num_key_value_heads": 2})
+    assert fewer.num_key_value_heads == 2
+
+
+def test_names_of_the_family_and_their_aliases_mean_the_same() -> None:
+    teacher = TEACHERS["gpt2"]
+    assert said(derive_student_config(teacher, {"hidden_size": 32})) == said(
+        derive_student_config(teacher, {"n_embd": 32})
+    )
+    with pytest.raises(OptionError, match="32 and 16"):
+        derive_student_config(teacher, {"n_embd": 32, "hidden_size": 16})
+
+
+def test_an_unknown_override_names_the_nearest() -> None:
+    with pytest.raises(OptionError, match="LlamaConfig has no 'hiden_size'.*'hidden_size'"):
+        derive_student_config(TEACHERS["llama"], {"hiden_size": 32})
+    for name in ("model_type", "quantization_config", "_name_or_path"):
+        with pytest.raises(OptionError, match=name):
+            derive_student_config(TEACHERS["llama"], {name: "gpt2"})
+
+
+def test_what_the_family_refuses_is_refused_with_its_reason() -> None:
+    with pytest.raises(ShapeError, match=r"(?s)hidden_size=30.*hidden size \(30\) is not a multiple"):
+        derive_student_config(TEACHERS["llama"], {"hidden_size": 30})
+    with pytest.raises(ShapeError, match="hidden_size=30 does not divide into num_attention_heads=8"):
+        derive_student_config(TEACHERS["bert"], {"hidden_size": 30})
+    with pytest.raises(ShapeError, match="num_attention_heads=2 do not divide.* 8 heads in 4"):
+        derive_student_config(TEACHERS["llama"], {"num_attention_heads": 2})
+    with pytest.raises(ShapeError, match="num_hidden_layers"):
+        derive_student_config(TEACHERS["gemma3_text"], {"layer_types": ["full_attention"]})
+    with pytest.raises(ShapeError, match="at least 1, not 0"):
+        derive_student_config(TEACHERS["bert"], {"hidden_size": 0})
+    with pytest.raises(ShapeError):
+        derive_student_config(TEACHERS["llama"], {"num_attention_heads": 0})
+    with pytest.raises(OptionError, match="hidden_size='wide'"):
+        derive_student_config(TEACHERS["llama"], {"hidden_size": "wide"})
+
+
+def test_a_rotary_part_never_exceeds_the_head() -> None:
+    teacher = TEACHERS["gptj"]
+    assert derive_student_config(teacher, {"hidden_size": 32}).rotary_dim == 8
+    assert derive_student_config(teacher, {"hidden_size": 16}).rotary_dim == 4
+    with pytest.raises(ShapeError, match="rotary_dim=8 exceeds the head size 4"):
+        derive_student_config(teacher, {"hidden_size": 16, "rotary_dim": 8})
+
+
+def test_labels_are_kept_unless_their_number_changes() -> None:
+    teacher = BertConfig(**LLAMA_LIKE, id2label={0: "no", 1: "yes", 2: "perhaps"}, pad_token_id=3)
+    same = derive_student_config(teacher, {"hidden_size": 32, "num_labels": 3})
+    assert same.id2label == {0: "no", 1: "yes", 2: "perhaps"} and same.pad_token_id == 3
+    fewer = derive_student_config(teacher, {"num_labels": 2})
+    assert fewer.num_labels == 2 and set(fewer.label2id.values()) == {0, 1}
+    named = derive_student_config(teacher, {"id2label": {0: "never", 1: "ever"}})
+    assert named.label2id == {"never": 0, "ever": 1}
+
+
+def test_the_teachers_storage_is_not_the_students() -> None:
+    teacher = LlamaConfig(**LLAMA_LIKE)
+    teacher.quantization_config = {"quant_method": "gptq", "bits": 4}
+    teacher._name_or_path = "someone/teacher"
+    student = derive_student_config(teacher, {})
+    assert not hasattr(student, "quantization_config") and student._name_or_path == ""
+    assert teacher.quantization_config == {"quant_method": "gptq", "bits": 4}
+
+
+def test_blocks_keep_their_kind() -> None:
+    pattern = ["full_attention", *["sliding_attention"] * 4, "full_attention", *["sliding_attention"] * 2]
+    teacher = Gemma3TextConfig(**GROUPED, layer_types=pattern)
+    student = derive_student_config(teacher, {"num_hidden_layers": 3})
+    assert for_blocks(student, teacher, [0, 5, 7]).layer_types == [pattern[0], pattern[5], pattern[7]]
+    derived = TEACHERS["qwen2"]
+    student = for_blocks(derive_student_config(derived, {"num_hidden_layers": 2}), derived, [2, 3])
+    assert student.layer_types == ["full_attention", "sliding_attention"]
+    smollm = TEACHERS["smollm3"]
+    student = for_blocks(derive_student_config(smollm, {"num_hidden_layers": 2}), smollm, [2, 3])
+    assert student.no_rope_layers == [1, 0]
+    neo = TEACHERS["gpt_neo"]
+    student = for_blocks(derive_student_config(neo, {"num_layers": 3}), neo, [1, 3, 4])
+    assert student.attention_layers == ["local", "local", "global"]
+    assert GPTNeoConfig(**student.to_dict()).attention_layers == student.attention_layers
+    moe = Qwen3MoeConfig(**GROUPED, mlp_only_layers=[0, 6])
+    student = for_blocks(derive_student_config(moe, {"num_hidden_layers": 3}), moe, [0, 5, 6])
+    assert student.mlp_only_layers == [0, 2]
+
+
+def test_what_the_user_says_of_blocks_stays() -> None:
+    teacher = TEACHERS["gemma3_text"]
+    mine = ["full_attention", "sliding_attention"]
+    student = derive_student_config(teacher, {"num_hidden_layers": 2, "layer_types": mine})
+    assert for_blocks(student, teacher, [0, 1]).layer_types == mine
+    same_as_derived = ["sliding_attention", "sliding_attention"]
+    student = derive_student_config(teacher, {"num_hidden_layers": 2, "layer_types": same_as_derived})
+    assert for_blocks(student, teacher, [0, 5], overridden={"layer_types"}).layer_types == same_as_derived
+    neo = TEACHERS["gpt_neo"]
+    types = [[["local"], 2]]
+    student = derive_student_config(neo, {"num_layers": 2, "attention_types": types})
+    assert for_blocks(student, neo, [0, 1], overridden={"attention_types"}).attention_layers == ["local", "local"]
+
+
+def test_a_block_the_teacher_lacks_is_refused() -> None:
+    teacher = TEACHERS["llama"]
+    with pytest.raises(ShapeError, match="blocks 0 to 7"):
+        for_blocks(derive_student_config(teacher, {"num_hidden_layers": 2}), teacher, [0, 8])
+
+
+def test_a_nested_config_takes_a_mapping() -> None:
+    teacher = LlavaConfig(text_config=TEACHERS["llama"])
+    student = derive_student_config(teacher, {"text_config": {"hidden_size": 32}})
+    assert student.text_config.hidden_size == 32 and student.text_config.head_dim == 4
+    assert teacher.text_config.hidden_size == 64
+    with pytest.raises(OptionError, match="hiden"):
+        derive_student_config(teacher, {"text_config": {"hiden_size": 32}})
