@@ -1,0 +1,14 @@
+"""The most memory this process ever had resident."""
+
+import resource
+import sys
+from pathlib import Path
+
+
+def peak_memory() -> int:
+    """Bytes. On Linux from /proc, because `ru_maxrss` there starts at what the parent process had when it made this one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
