@@ -3,7 +3,7 @@
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import LayoutError, did_you_mean
-from hf_guide.initialization.layouts import Layout, registered_layouts
+from hf_guide.initialization.layouts import Layout, registered_layouts, variant_for
 
 
 def layout_for(config: PreTrainedConfig) -> Layout:
@@ -14,5 +14,5 @@ def layout_for(config: PreTrainedConfig) -> Layout:
     """
     layouts = registered_layouts()
     if config.model_type in layouts:
-        return layouts[config.model_type]
+        return variant_for(layouts[config.model_type], config)
     raise LayoutError(f"No layout is known for {config.model_type!r}.{did_you_mean(config.model_type, layouts)} Add one with hf_guide.register_layout.")

@@ -59,7 +59,7 @@ class Row:
     @property
     def input_axis(self) -> int:
         """The number of the axis along which a linear map reads."""
-        return 0 if self.transposed else len(self.axes) - 1
+        return len(self.axes) - (2 if self.transposed else 1)
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Layout:
     tied_head_scale: Callable[[PreTrainedConfig], float] | None = None
     attention_scale: Callable[[PreTrainedConfig], float] | None = None
     rotary_size: Callable[[PreTrainedConfig], int] | None = None
+    alibi: Callable[[PreTrainedConfig], bool] | None = None
+    variant: Callable[[PreTrainedConfig], str] | None = None
     alike: tuple[tuple[str, str, str], ...] = ()
     exactness: str = "exact"
 
@@ -166,6 +168,8 @@ def register_layout(
     tied_head_scale: Callable[[PreTrainedConfig], float] | None = None,
     attention_scale: Callable[[PreTrainedConfig], float] | None = None,
     rotary_size: Callable[[PreTrainedConfig], int] | None = None,
+    alibi: Callable[[PreTrainedConfig], bool] | None = None,
+    variant: Callable[[PreTrainedConfig], str] | None = None,
     alike: tuple[tuple[str, str, str], ...] | None = None,
     exactness: str | None = None,
 ) -> Layout:
@@ -173,7 +177,7 @@ def register_layout(
 
     Args:
         family: the `model_type` of the family's config.
-        rows: the table; see this module's docstring for how it is written. Rows here come before those of `like`.
+        rows: the table; see this module's docstring for how it is written. Rows here replace those of `like` of the same name.
         like: another family whose rows and settings this one shares, where it does not say otherwise.
         overwrite: whether a family that is registered already may be replaced.
         norm: "rms", or "layer" where norms subtract a mean.
@@ -184,6 +188,8 @@ def register_layout(
         tied_head_scale: what the model multiplies the last hidden state with before a tied head.
         attention_scale: what the model multiplies q k with; by default head_dim ** -0.5.
         rotary_size: how many of a head's dimensions are rotated; by default all, or `partial_rotary_factor` of them.
+        alibi: whether the model has ALiBi slopes, by which its heads are then chosen.
+        variant: which layout, by the name it is registered under, serves a config; not passed on by `like`.
         alike: (module, axis, same axis) triples: where the model has no such module, the two axes are one.
         exactness: "exact", or what the family's arithmetic does not let pass exactly through a projection.
 
@@ -195,10 +201,12 @@ def register_layout(
     if like is not None and like not in _LAYOUTS:
         raise LayoutError(f"No layout is registered for like={like!r}.{did_you_mean(like, _LAYOUTS)}")
     base = _LAYOUTS[like] if like else Layout(family, ())
+    own = parse_rows(rows)
+    replaced = {row.pattern for row in own}
 
     layout = Layout(
         family,
-        parse_rows(rows) + base.rows,
+        own + tuple(row for row in base.rows if row.pattern not in replaced),
         norm or base.norm,
         base.norm_offset if norm_offset is None else norm_offset,
         base.rope if rope is None else rope or None,
@@ -207,6 +215,8 @@ def register_layout(
         tied_head_scale or base.tied_head_scale,
         attention_scale or base.attention_scale,
         rotary_size or base.rotary_size,
+        alibi or base.alibi,
+        variant,
         base.alike if alike is None else alike,
         exactness or base.exactness,
     )
@@ -219,6 +229,11 @@ def registered_layouts() -> dict[str, Layout]:
     from hf_guide.initialization import families  # noqa: F401  registers the built-in layouts
 
     return dict(_LAYOUTS)
+
+
+def variant_for(layout: Layout, config: PreTrainedConfig) -> Layout:
+    """Return the variant of a family's layout that serves `config`."""
+    return layout if layout.variant is None else _LAYOUTS[layout.variant(config)]
 
 
 def config_sizes(layout: Layout, config: PreTrainedConfig) -> dict[str, int]:

@@ -31,11 +31,12 @@ from hf_guide.initialization.options import InitializationConfig, LaterBlocks, M
 from hf_guide.initialization.selection import alibi_places, choose_blocks, even_places, rope_places
 from hf_guide.initialization.weights import Teacher
 
+HEADS = ("heads", "kv_heads", "group")
+
 READABLE = {
     "group": "query heads per key/value head",
     "kv_heads": "key/value heads",
     "heads": "heads",
-    "alibi_heads": "heads",
     "head_dim": "head size",
     "q_dim": "head size of queries and keys",
     "k_dim": "head size of queries and keys",
@@ -135,7 +136,7 @@ class Plan:
             scaled_here = site.match.row.kind == "norm" or not self._has_query_norm(site)
             if name == "q_dim" and had != wanted and scaled_here and self.options.method == Method.GUIDE and self.options.restore_logit_scale:
                 factor = had / wanted * self._attention_scale(self.teacher.config, had) / self._attention_scale(self.student_config, wanted)
-        elif name == "alibi_heads":
+        elif name in HEADS and self.layout.alibi is not None and self.layout.alibi(self.teacher.config):
             places = alibi_places(had, wanted)
         else:
             places = even_places(had, wanted)
@@ -149,7 +150,7 @@ class Plan:
         """Whether a learned norm stands between this query weight and the logits, which then carries their scale."""
         home = site.canonical.rpartition(".")[0].rpartition(".")[0]
         return any(
-            other.match.row.kind == "norm" and other.canonical.startswith(home) and "q_dim" in axis_names(other.axes[0])
+            other.match.row.kind == "norm" and other.canonical.startswith(home) and "q_dim" in (name for axis in other.axes for name in axis_names(axis))
             for other in self.sites.values()
         )
 
@@ -219,6 +220,11 @@ def make_plan(
         ShapeError: a student that is longer than its teacher on some axis.
     """
     tensors, shared = student_tensors(student)
+    if layout.variant is not None and layout.variant(student.config) != layout.family:
+        raise ShapeError(
+            f"The student is built as {layout.variant(student.config)!r}, its teacher as {layout.family!r}: their blocks are wired "
+            "differently. Leave the config's switches for the order of norms and branches as the teacher has them."
+        )
     student_names = {canonical(name, student.base_model_prefix): name for name in tensors}
     shared_names = {canonical(name, student.base_model_prefix): canonical(first, student.base_model_prefix) for name, first in shared.items()}
     teacher_names = {canonical(name, teacher.base_model_prefix): name for name in teacher.weights.keys()}
@@ -229,7 +235,9 @@ def make_plan(
 
     had, wanted = _stack_sizes(layout, teacher_names), _stack_sizes(layout, student_names)
     stacks = {
-        stack: choose_blocks(had.get(stack, 0), count, options.layers if stack.endswith("{block}") else "even", stack.removesuffix(".{block}"))
+        stack: choose_blocks(had[stack], count, options.layers, stack.removesuffix(".{block}"))
+        if stack.endswith("{block}")
+        else _listed_places(layout, teacher.config, student.config, stack, had[stack], count)
         for stack, count in wanted.items()
         if stack in had
     }
@@ -280,6 +288,22 @@ def make_plan(
         if site.source is not None:
             plan.maps(site)
     return plan
+
+
+def _listed_places(
+    layout: Layout, teacher: PreTrainedConfig, student: PreTrainedConfig, stack: str, had: int, wanted: int
+) -> list[int]:
+    """Return the teacher's listed module that feeds each of the student's: `{heads}` go as query heads do."""
+    sizes = config_sizes(layout, teacher), config_sizes(layout, student)
+    if stack.endswith("{heads}") and all("group" in known for known in sizes):
+        heads = Product((Name("kv_heads"), Name("group")))
+
+        def leaf(name: str) -> tuple[Tensor, Tensor]:
+            places = even_places(sizes[0][name], sizes[1][name])
+            return torch.tensor(places), torch.ones(len(places), dtype=torch.float64)
+
+        return select(heads, leaf, sizes[0])[0].tolist()
+    return choose_blocks(had, wanted, "even", stack)
 
 
 def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:

@@ -5,6 +5,7 @@ with its basis M, every other axis is selected; the gain c of a norm is folded i
 W diag(c) M sqrt(d_T / d_S), so that for a residual stream inside span(M) the student computes what the teacher does.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from hf_guide.errors import TeacherError
 from hf_guide.initialization.axes import Identity, Name, Projection, Selection, Sum, apply_selection, axis_size, contract, solve_sizes
-from hf_guide.initialization.layouts import config_sizes
+from hf_guide.initialization.layouts import PREFIX_AXES, config_sizes
 from hf_guide.initialization.options import Method
 from hf_guide.initialization.plan import Plan, Site
 
@@ -90,6 +91,36 @@ class Transfer:
         teacher, student = self.plan.widths[axis]
         return math.sqrt(teacher / student) * (self.shares[axis] if self.plan.options.energy_correction else 1.0)
 
+    def stream_scale(self, site: Site) -> float:
+        """Return what the student's residual stream is multiplied with, where `site` writes onto it.
+
+        It is 1 but where the norm before a tied head has no gain that could carry sqrt(d_T / d_S) (OLMo): the norms of a
+        pre-norm model do not see the stream's length, so all that is written onto it carries the factor instead.
+        """
+        if not self._bare_axes or site.source is None:
+            return 1.0
+        row = site.match.row
+        looked_up = row.kind == "table" or any(Name(name) in site.axes for name in PREFIX_AXES)
+        for dim, (axis, chosen) in enumerate(zip(site.axes, self.plan.maps(site), strict=True)):
+            writes = looked_up or site.match.is_bias or dim != row.input_axis
+            if isinstance(axis, Name) and axis.name in self._bare_axes and isinstance(chosen, Projection) and writes:
+                factor = self.scale(axis.name) * self._ratio(self.plan.layout.tied_head_scale) / self._ratio(self.plan.layout.embedding_scale)
+                self._note_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
+                return factor
+        return 1.0
+
+    @functools.cached_property
+    def _bare_axes(self) -> set[str]:
+        """The projected axes that a tied head reads through a norm without parameters."""
+        heads = [found.row for name, first in self.plan.shared.items() if first in self.plan.sites and (found := self.plan.layout.find(name))]
+        return {
+            axis
+            for axis in self.plan.widths
+            for head in heads
+            if Name(axis) in head.axes
+            if any(norm and norm not in self.plan.sites and norm + ".weight" not in self.plan.sites for norm in head.reads)
+        }
+
     # Values
 
     def value(self, site: Site) -> Tensor:
@@ -97,9 +128,9 @@ class Transfer:
         if site.match.row.kind == "norm":
             return self.norm_value(site)
         if site.match.is_bias:
-            return self.bias_value(site)
+            return self._scaled(self.bias_value(site), self.stream_scale(site))
         row = site.match.row
-        result = self.weight_value(site)
+        result = self._scaled(self.weight_value(site), self.stream_scale(site))
         if row.kind == "table" and Name("vocab") in row.axes and self.plan.options.method == Method.GUIDE:
             ratio = self._ratio(self.plan.layout.embedding_scale)
             if ratio != 1.0:
@@ -110,6 +141,10 @@ class Transfer:
             if ratio != 1.0:
                 result = result * ratio
         return result
+
+    @staticmethod
+    def _scaled(value: Tensor, factor: float) -> Tensor:
+        return value if factor == 1.0 else value * factor
 
     def _ratio(self, scale: "object") -> float:
         if not callable(scale):
@@ -178,7 +213,7 @@ class Transfer:
     def bias_value(self, site: Site) -> Tensor:
         """Return a bias: the teacher's own, selected or projected, and what the norm's bias made of it through the weight."""
         row = site.match.row
-        weight = self.plan.sites[site.canonical.removesuffix(".bias") + ".weight"]
+        weight = self.plan.sites.get(site.canonical.removesuffix(".bias") + ".weight")
         if site.source is not None:
             (chosen,) = self.plan.maps(site)
             result = self.read(site.source)
@@ -189,7 +224,7 @@ class Transfer:
                 result = contract(result, 0, chosen.matrix, self.dtype, diagonal=diagonal)
         else:
             result = torch.zeros(site.shape, dtype=self.dtype)
-        if weight.source is not None and any(self._folds_bias(norm, weight) for norm in row.reads):
+        if weight is not None and weight.source is not None and any(self._folds_bias(norm, weight) for norm in row.reads):
             result = result.to(self.dtype) + self._read_norm_bias(weight)
         return result
 
@@ -236,15 +271,19 @@ class Transfer:
     def norm_value(self, site: Site) -> Tensor:
         """Return a norm's gain or bias, or another learned diagonal."""
         assert site.source is not None
-        layout, (chosen, *_) = self.plan.layout, self.plan.maps(site)[-1:]
+        layout, maps = self.plan.layout, self.plan.maps(site)
+        chosen = maps[-1]
         is_bias = site.canonical.endswith(".bias")
         stored = self.read(site.source)
         offset = 0.0 if is_bias else layout.norm_offset
-        if isinstance(chosen, Identity):
+        if all(isinstance(each, Identity) for each in maps):
             return stored
-        if isinstance(chosen, Selection):
-            kept = apply_selection(stored, stored.ndim - 1, chosen).to(self.dtype)
-            return (kept + offset) * chosen.factors.to(self.dtype) - offset
+        if not isinstance(chosen, Projection):
+            kept = stored.to(self.dtype) + offset
+            for dim, each in enumerate(maps):
+                if isinstance(each, Selection):
+                    kept = apply_selection(kept, dim, each) * each.factors.to(self.dtype).view(-1, *[1] * (kept.ndim - 1 - dim))
+            return kept - offset
         axis = site.axes[-1]
         assert isinstance(axis, Name)
         norm = site.canonical.removesuffix(".bias").removesuffix(".weight")

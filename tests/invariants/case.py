@@ -12,7 +12,11 @@ TOKENS = 60
 
 @dataclass(frozen=True)
 class Case:
-    """One family in two shapes: keyword arguments of its config; `both` go into either."""
+    """One family in two shapes: keyword arguments of its config; `both` go into either.
+
+    `identity`, `lift` and `residual` bound the relative error of the laws of those names; the last is that of a rotated
+    residual stream under random gains, and is a rounding error only where no gain stands on the stream itself.
+    """
 
     family: str
     model_class: str
@@ -22,6 +26,9 @@ class Case:
     name: str = ""
     inputs: str = "tokens"
     output: str = "logits"
+    identity: float = 1e-9
+    lift: float = 1e-5
+    residual: float = 1e-5
 
     def __str__(self) -> str:
         return self.name or self.family

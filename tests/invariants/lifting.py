@@ -5,7 +5,7 @@ as a lifted teacher that does not compute the small model's function, before `fr
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[in
             return list(range(int(axis.name)))
         if axis.name in ("positions", "token_types") or big[axis.name] == small[axis.name]:
             return list(range(small[axis.name]))
-        if axis.name == "alibi_heads":
+        if axis.name in ("heads", "kv_heads", "group") and big.get("alibi"):
             return [(i + 1) * (big[axis.name] // small[axis.name]) - 1 for i in range(small[axis.name])]
         return spread(big[axis.name], small[axis.name])
     if isinstance(axis, Product):
@@ -114,7 +114,10 @@ class Lifter:
         self.targets = {short(name, big): tensor for name, tensor in big.state_dict(keep_vars=True).items()}
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.projected = [Name(name) for name in layout.projected()]
-        self.read = {norm for row in layout.rows for norm in row.reads if norm} - tied_norms(big, layout)
+        present = [match.row for match in map(layout.find, self.targets) if match]
+        self.read = {norm for row in present for norm in row.reads if norm} - tied_norms(big, layout)
+        bare = [norm for norm in tied_norms(big, layout) if norm not in self.source and norm + ".weight" not in self.source]
+        self.bare = {axis.name for row in present if set(row.reads) & set(bare) for axis in row.axes if axis in self.projected}
         self.learned_scales = {row.scaled_by for row in layout.rows if row.scaled_by}
         self.bases: dict[str, Tensor] = {}
         self.gains: dict[str, Tensor] = {}
@@ -146,19 +149,26 @@ class Lifter:
 
     def _twin(self, match: Match, name: str) -> tuple[str, bool]:
         """The small model's parameter of the same meaning, or that the block is an added one."""
-        if "block" not in match.numbers:
-            return name, False
-        stack = match.row.pattern.partition("{block}")[0]
-        kept, block = spread(*self.counts[stack]), int(match.numbers["block"])
-        if block not in kept:
-            return name, True
-        return name.replace(f"{stack}{block}.", f"{stack}{kept.index(block)}.", 1), False
+        twin = match.row.pattern + match.suffix
+        for placeholder, number in match.numbers.items():
+            kept = self._kept(match, placeholder)
+            if int(number) not in kept:
+                return name, True
+            twin = twin.replace("{" + placeholder + "}", str(kept.index(int(number))))
+        return twin, False
+
+    def _kept(self, match: Match, placeholder: str) -> list[int]:
+        """Where the small model's numbered modules stand among the big one's."""
+        if placeholder == "block":
+            return spread(*self.counts[match.row.pattern.partition("{block}")[0]])
+        axis = Product((Name("kv_heads"), Name("group"))) if placeholder == "heads" else Name(placeholder)
+        return positions(axis, config_sizes(self.layout, self.big.config), config_sizes(self.layout, self.small.config))
 
     def _fill_added(self, match: Match, name: str, target: Tensor) -> None:
         """A block that writes nothing onto the stream, whatever it reads."""
         if match.row.kind == "norm":
             target.fill_(0.0 if name.endswith("bias") else 1.0 - self.layout.norm_offset)
-        elif match.row.output_axis in self.projected:
+        elif not match.row.reads and any(axis in self.projected for axis in match.axes):
             target.zero_()
         else:
             target.copy_(0.1 * torch.randn(target.shape, generator=self.generator, dtype=torch.float64))
@@ -199,20 +209,23 @@ class Lifter:
         row = match.row
         if row.kind == "norm":
             return self._lifted_norm(match, name, twin)
-        big = self._sizes(self.big, match, target)
-        small = self._sizes(self.small, match, value)
-        terms = [row.reads[0] if row.reads else None]
-        for dim, axis in enumerate(match.axes):
-            if axis in self.projected and target.shape[dim] != value.shape[dim]:
-                continue
-            wide = torch.zeros(*value.shape[:dim], target.shape[dim], *value.shape[dim + 1 :], dtype=torch.float64)
-            value = wide.index_copy(dim, torch.tensor(positions(axis, big, small)), value)
+        kept = [dim for dim, axis in enumerate(match.axes) if axis not in self.projected or target.shape[dim] == value.shape[dim]]
+        value = self._placed(match, value, target, kept)
+        terms, big = [row.reads[0] if row.reads else None], self._sizes(self.big, match, target)
         if len(row.reads) > 1 and not match.is_bias:
             lengths = [total(term, big) for term in row.output_axis.terms]
             output = len(match.axes) - 1 if row.transposed else 0
             parts = value.split(lengths, dim=output)
             return torch.cat([self._widened(match, part, target, norm) for part, norm in zip(parts, row.reads)], dim=output)
         return self._widened(match, value, target, terms[0])
+
+    def _placed(self, match: Match, value: Tensor, target: Tensor, dims: Iterable[int]) -> Tensor:
+        """`value` among zeros, at the places along `dims` where the method looks for it."""
+        big, small = self._sizes(self.big, match, target), self._sizes(self.small, match, value)
+        for dim in dims:
+            wide = torch.zeros(*value.shape[:dim], target.shape[dim], *value.shape[dim + 1 :], dtype=torch.float64)
+            value = wide.index_copy(dim, torch.tensor(positions(match.axes[dim], big, small)), value)
+        return value
 
     def _widened(self, match: Match, value: Tensor, target: Tensor, norm: str | None) -> Tensor:
         row = match.row
@@ -230,6 +243,9 @@ class Lifter:
             elif row.scaled_by is not None and (match.is_bias or dim != row.input_axis):
                 small, big = self._gain(self.source, self._named(row.scaled_by, match, of_small=True)), self._own_gain(self._named(row.scaled_by, match, of_small=False))
                 matrix = matrix * small[None, :] / big[:, None]
+            written = row.kind == "table" or match.is_bias or Name("positions") in match.axes or dim != row.input_axis
+            if axis.name in self.bare and written:
+                matrix = matrix * math.sqrt(narrow / wide)
             value = (value.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
         if row.kind == "table" and Name("vocab") in match.axes:
             value = value * self._ratio(self.layout.embedding_scale)
@@ -238,10 +254,11 @@ class Lifter:
     def _lifted_norm(self, match: Match, name: str, twin: str) -> Tensor:
         target, value = self.targets[name], self.source[twin].double()
         axis, pattern, offset = match.axes[-1], match.row.pattern, self.layout.norm_offset
+        if len(match.axes) > 1:
+            return self._placed(match, value, target, range(len(match.axes)))
         norm = name.removesuffix(".weight").removesuffix(".bias")
         if axis not in self.projected or target.shape[-1] == value.shape[-1]:
-            big, small = self._sizes(self.big, match, target), self._sizes(self.small, match, value)
-            return torch.zeros(target.shape, dtype=torch.float64).index_copy(-1, torch.tensor(positions(axis, big, small)), value)
+            return self._placed(match, value, target, [0])
         wide, narrow = target.shape[-1], value.shape[-1]
         if pattern in self.read:
             own = self._own_gain(norm)
@@ -260,6 +277,8 @@ class Lifter:
 
     def _sizes(self, model: PreTrainedModel, match: Match, tensor: Tensor) -> dict[str, int]:
         stated = config_sizes(self.layout, model.config)
+        if self.layout.alibi is not None and self.layout.alibi(model.config):
+            stated["alibi"] = 1
         return stated | {axis.name: length for axis, length in zip(match.axes, tensor.shape) if isinstance(axis, Name)}
 
 
