@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import OptionError, ShapeError, did_you_mean
+from hf_guide.initialization.selection import even_places
 
 # What identifies or stores the teacher, and is not the student's.
 _NOT_INHERITED = ("model_type", "transformers_version", "_name_or_path", "quantization_config", "transformers_weights")
@@ -46,7 +47,8 @@ def derive_student_config(teacher_config: PreTrainedConfig, overrides: Mapping[s
     heads as heads, `layer_types` from a pattern) is derived again from the overridden ones. A value that was said
     explicitly stays, also where it grew with the width once (T5's `d_kv`, Gemma's `query_pre_attn_scalar`); only
     GPT-J's `rotary_dim` is lowered to the head size where it would exceed it. Lists with one entry per block are
-    thinned evenly when the depth changes, until `for_blocks` says which blocks are meant. Labels are kept unless
+    thinned evenly when the depth changes, until `for_blocks` says which blocks are meant; factors of long RoPE, one for
+    each rotated pair, as the pairs are. Labels are kept unless
     `num_labels` or `id2label` is overridden, token ids always; the quantisation is dropped.
 
     Raises:
@@ -73,7 +75,8 @@ def derive_student_config(teacher_config: PreTrainedConfig, overrides: Mapping[s
         kept[groups_name] = overrides.get(heads_name, values[heads_name])
     if "id2label" in overrides and "label2id" not in overrides:
         kept["label2id"] = {label: index for index, label in overrides["id2label"].items()}
-    config = _build(type(teacher_config), kept | overrides, overrides)
+    rope = _fewer_rope_factors(teacher_config, values, kept | overrides)
+    config = _build(type(teacher_config), kept | rope | overrides, overrides)
     return _possible(config, teacher_config, overrides)
 
 
@@ -189,6 +192,28 @@ def _entries_of_blocks(values: Mapping[str, Any], blocks: Sequence[int], depth: 
     if "attention_layers" in chosen and "attention_types" in values:
         chosen["attention_types"] = [[chosen["attention_layers"], 1]]
     return chosen
+
+
+def _fewer_rope_factors(config: PreTrainedConfig, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the RoPE parameters with one factor for each pair that a smaller head keeps."""
+
+    def head_size(values: Mapping[str, Any]) -> int | None:
+        hidden, heads = (values.get(_real_name(config, name)) for name in ("hidden_size", "num_attention_heads"))
+        size = values.get("head_dim") or (
+            hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
+        )
+        return size if isinstance(size, int) else None
+
+    before, after = head_size(had), head_size(wanted)
+    rope = had.get("rope_parameters")
+    if not isinstance(rope, dict) or not before or not after or after >= before:
+        return {}
+    factors = {key: rope[key] for key in ("short_factor", "long_factor") if isinstance(rope.get(key), list)}
+    thinned = {
+        key: [value[place] for place in even_places(len(value), max(1, len(value) * after // before))]
+        for key, value in factors.items()
+    }
+    return {"rope_parameters": {**rope, **thinned}} if thinned else {}
 
 
 def _said_once(kept: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

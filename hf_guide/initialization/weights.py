@@ -226,7 +226,8 @@ def _load(
             name, config=config, dtype="auto", output_loading_info=True, **options
         )
     except _LOADING_ERRORS as error:
-        raise TeacherError(f"{name} cannot be loaded as {model_class.__name__}: {error}") from error
+        packed = "quantised and " if getattr(config, "quantization_config", None) is not None else ""
+        raise TeacherError(f"{name} is {packed}not loadable as {model_class.__name__} here: {error}") from error
     model, report = loaded
     if report["missing_keys"]:
         raise _incomplete(name, report["missing_keys"])
@@ -264,7 +265,10 @@ def _from_model(model: PreTrainedModel, config: PreTrainedConfig, name: str, com
             "Pass its folder or Hub id instead of the loaded model."
         )
     if _quantised(model):
-        raise TeacherError(f"The weights of {name} are quantised. Pass its folder, or `model.dequantize()`.")
+        raise TeacherError(
+            f"The weights of {name} are quantised, or spread over devices. Pass its folder or Hub id instead of the "
+            "loaded model, or what its `dequantize()` returns."
+        )
     tensors = model.state_dict()
 
     def same(first: str, second: str) -> bool:

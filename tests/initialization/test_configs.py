@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     MixtralConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -146,6 +147,18 @@ def test_a_rotary_part_never_exceeds_the_head() -> None:
     assert derive_student_config(teacher, {"hidden_size": 16}).rotary_dim == 4
     with pytest.raises(ShapeError, match="rotary_dim=8 exceeds the head size 4"):
         derive_student_config(teacher, {"hidden_size": 16, "rotary_dim": 8})
+
+
+def test_factors_of_long_rope_follow_the_pairs() -> None:
+    short, long = [1.0 + i for i in range(8)], [10.0 + i for i in range(8)]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long}
+    sizes = {**GROUPED, "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0}
+    teacher = Phi3Config(**sizes, original_max_position_embeddings=32, rope_parameters=rope)
+    student = derive_student_config(teacher, {"hidden_size": 32})
+    assert student.rope_parameters["short_factor"] == short[::2]
+    assert student.rope_parameters["long_factor"] == long[::2]
+    assert teacher.rope_parameters["short_factor"] == short
+    assert derive_student_config(teacher, {"num_hidden_layers": 4}).rope_parameters == teacher.rope_parameters
 
 
 def test_labels_are_kept_unless_their_number_changes() -> None:
