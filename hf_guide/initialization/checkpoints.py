@@ -114,7 +114,7 @@ def read_headers(files: Iterable[str]) -> list[StoredTensor]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
+                for key in opened.keys():
                     entry = opened.get_slice(key)
                     shape = torch.Size(entry.get_shape())
                     tensors.append(StoredTensor(file, key, shape, _DTYPES.get(entry.get_dtype())))

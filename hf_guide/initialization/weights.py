@@ -306,7 +306,7 @@ def _teacher(
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     sizes: Counter[torch.dtype] = Counter()
-    names = [key for key in weights.keys() if weights.dtype(key).is_floating_point]  # noqa: SIM118
+    names = [key for key in weights.keys() if weights.dtype(key).is_floating_point]
     for key in names:
         sizes[weights.dtype(key)] += weights.shape(key).numel()
     dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
