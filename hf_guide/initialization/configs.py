@@ -47,9 +47,9 @@ def derive_student_config(teacher_config: PreTrainedConfig, overrides: Mapping[s
     heads as heads, `layer_types` from a pattern) is derived again from the overridden ones. A value that was said
     explicitly stays, also where it grew with the width once (T5's `d_kv`, Gemma's `query_pre_attn_scalar`); only
     GPT-J's `rotary_dim` is lowered to the head size where it would exceed it. Lists with one entry per block are
-    thinned evenly when the depth changes, until `for_blocks` says which blocks are meant; factors of long RoPE, one for
-    each rotated pair, as the pairs are. Labels are kept unless
-    `num_labels` or `id2label` is overridden, token ids always; the quantisation is dropped.
+    thinned evenly when the depth changes, until `for_blocks` says which blocks are meant; factors of long RoPE, one
+    for each rotated pair, as the pairs are. Labels are kept unless `num_labels` or `id2label` is overridden, token ids
+    always; the quantisation is dropped.
 
     Raises:
         OptionError: an unknown name (with the nearest known ones), one given twice, or a value of the wrong type.
