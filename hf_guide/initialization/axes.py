@@ -94,6 +94,17 @@ def axis_names(axis: Axis) -> list[str]:
     return [name for part in parts for name in axis_names(part)]
 
 
+def repeated(axis: Axis) -> tuple[str, int]:
+    """Return the name of `axis` and how often it stands side by side: once, or n times in `(n name)`; "" for other axes."""
+    if isinstance(axis, Name):
+        return axis.name, 1
+    if isinstance(axis, Product) and len(axis.factors) == 2:
+        times, inner = axis.factors
+        if isinstance(times, Name) and times.name.isdigit() and isinstance(inner, Name):
+            return inner.name, int(times.name)
+    return "", 1
+
+
 def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int | None:
     """Return the length of `axis`, or None where a name in it has no known size."""
     if isinstance(axis, Name):

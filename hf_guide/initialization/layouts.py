@@ -29,11 +29,14 @@ from transformers import PreTrainedConfig
 from hf_guide.errors import LayoutError, did_you_mean
 from hf_guide.initialization.axes import Axis, Name, Sum, parse_axes
 
-FIXED_AXES = ("channels", "kernel", "buckets", "groups", "patch", "one")
+FIXED_AXES = ("channels", "kernel", "buckets", "groups", "patches", "one")
 """Axes that must be as long in the student as in the teacher."""
 
 PREFIX_AXES = ("positions", "token_types")
 """Axes of which a shorter student keeps the first places."""
+
+LENGTHS = ("vocab", "filters", *FIXED_AXES, *PREFIX_AXES)
+"""Axes along which a table is long; its other axes are projected."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Row:
     @functools.cached_property
     def expression(self) -> re.Pattern[str]:
         escaped = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(self.pattern))
-        return re.compile(escaped + r"(?:\.(?P<parameter>weight|bias))?")
+        return re.compile(escaped + r"(?:[._](?P<parameter>weight|bias))?")
 
     @property
     def output_axis(self) -> Axis:
@@ -93,7 +96,11 @@ class Layout:
     exactness: str = "exact"
 
     def find(self, name: str) -> Match | None:
-        """Return what the layout says of parameter `name` (relative to the base model), or None."""
+        """Return what the layout says of parameter `name` (relative to the base model), or None.
+
+        A row that names the parameter itself goes before one that names its module.
+        """
+        best: Match | None = None
         for row in self.rows:
             found = row.expression.fullmatch(name)
             if found is None:
@@ -101,15 +108,17 @@ class Layout:
             groups = {key: value for key, value in found.groupdict().items() if value is not None}
             parameter = groups.pop("parameter", "")
             is_bias = parameter == "bias" and row.kind != "norm"
-            suffix = f".{parameter}" if parameter else ""
-            return Match(row, (row.output_axis,) if is_bias else row.axes, suffix, is_bias, groups)
-        return None
+            suffix = name[-len(parameter) - 1 :] if parameter else ""
+            match = Match(row, (row.output_axis,) if is_bias else row.axes, suffix, is_bias, groups)
+            if not parameter:
+                return match
+            best = best or match
+        return best
 
     def projected(self) -> list[str]:
         """Return the axes that are projected: those on which a `table` lies, other than those a table is long."""
         names = [axis.name for row in self.rows if row.kind == "table" for axis in row.axes if isinstance(axis, Name)]
-        lengths = ("vocab", *FIXED_AXES, *PREFIX_AXES)
-        return list(dict.fromkeys(name for name in names if name not in lengths and not name.isdigit()))
+        return list(dict.fromkeys(name for name in names if name not in LENGTHS and not name.isdigit()))
 
 
 _LAYOUTS: dict[str, Layout] = {}

@@ -23,6 +23,7 @@ from hf_guide.initialization.axes import (
     Sum,
     axis_names,
     axis_size,
+    repeated,
     select,
     solve_sizes,
 )
@@ -84,11 +85,12 @@ class Plan:
 
     def is_projected(self, site: Site, axis: Axis) -> bool:
         """Whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
-        if not isinstance(axis, Name) or axis.name not in self.widths or self.options.method != Method.GUIDE:
+        name, _ = repeated(axis)
+        if name not in self.widths or self.options.method != Method.GUIDE:
             return False
-        teacher, student = self.widths[axis.name]
+        teacher, student = self.widths[name]
         selected = site.block is not None and site.block > 0 and self.options.later_blocks == LaterBlocks.SELECT
-        return (teacher != student or axis.name in self.bases) and not selected
+        return (teacher != student or name in self.bases) and not selected
 
     def maps(self, site: Site) -> list[AxisMap]:
         """Return the map of each of the site's axes. A projection has an empty matrix until its basis is known.
@@ -103,8 +105,9 @@ class Plan:
         found: list[AxisMap] = []
         for axis in site.axes:
             if self.is_projected(site, axis):
-                assert isinstance(axis, Name)
-                found.append(Projection(self.bases.get(axis.name, torch.empty(self.widths[axis.name]))))
+                name, times = repeated(axis)
+                matrix = self.bases.get(name, torch.empty(self.widths[name]))
+                found.append(Projection(matrix if times == 1 else torch.block_diag(*[matrix] * times)))
             elif axis == Name("vocab"):
                 found.append(self._kept_or(self.vocab_places, teacher["vocab"]))
             elif axis == Name("labels"):
@@ -231,7 +234,12 @@ def make_plan(
     for name, first in teacher.tied.items():
         if canonical(name, teacher.base_model_prefix) not in teacher_names and first in teacher.weights.keys():
             teacher_names[canonical(name, teacher.base_model_prefix)] = first
-    layout = resolve_alike(layout, teacher_names)
+    teacher_layout, layout = resolve_alike(layout, teacher_names), resolve_alike(layout, [*student_names, *shared_names])
+    if teacher_layout.projected() != layout.projected():
+        raise ShapeError(
+            f"The teacher's projected axes are {teacher_layout.projected()}, the student's {layout.projected()}: one has a projection "
+            "after its embedding table, the other has not. Keep the embedding size different from, or equal to, the hidden size as there."
+        )
 
     had, wanted = _stack_sizes(layout, teacher_names), _stack_sizes(layout, student_names)
     stacks = {
@@ -255,6 +263,10 @@ def make_plan(
             random.append(actual)
             continue
         source, block = _source_name(match, stacks)
+        before = teacher_layout.find(source)
+        if Name("labels") in match.axes and before is not None and before.axes != match.axes:
+            random.append(actual)  # a head of one name that reads something else there
+            continue
         if source not in teacher_names:
             elsewhere = match.row.pattern + match.suffix in known_somewhere
             if elsewhere and block is not None:

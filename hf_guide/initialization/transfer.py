@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import TeacherError
-from hf_guide.initialization.axes import Identity, Name, Projection, Selection, Sum, apply_selection, axis_size, contract, solve_sizes
+from hf_guide.initialization.axes import Identity, Name, Projection, Selection, Sum, apply_selection, axis_size, contract, repeated, solve_sizes
 from hf_guide.initialization.layouts import PREFIX_AXES, config_sizes
 from hf_guide.initialization.options import Method
 from hf_guide.initialization.plan import Plan, Site
@@ -76,7 +76,19 @@ class Transfer:
         """
         if not self.plan.options.fold_norms or self.plan.options.method != Method.GUIDE:
             return False
-        return bool(self.readers(norm)) and not self.is_tied(norm)
+        return bool(self.readers(norm)) and not self.is_tied(norm) and not self._only_elsewhere(norm)
+
+    def _only_elsewhere(self, norm: str) -> bool:
+        """Whether other blocks have this norm and this one has not: what it would norm is read as it is (ModernBERT's first)."""
+        match = self.plan.layout.find(norm)
+        if match is None or match.row.kind != "norm" or norm in self._norms:
+            return False
+        return any(self.plan.layout.find(other).row is match.row for other in self._norms)
+
+    @functools.cached_property
+    def _norms(self) -> set[str]:
+        sites = self.plan.sites.values()
+        return {site.canonical.removesuffix(".bias").removesuffix(".weight") for site in sites if site.match.row.kind == "norm"}
 
     def is_tied(self, norm: str) -> bool:
         """Whether a weight that reads this norm is shared with a table in the student."""
@@ -197,23 +209,23 @@ class Transfer:
                 if vector is not None and dim == row.input_axis:
                     raise TeacherError(f"{site.name}: a norm's bias can only be folded along a projected axis.")
                 continue
-            axis = site.axes[dim]
-            assert isinstance(axis, Name)
+            axis, times = repeated(site.axes[dim])
             diagonal, factor, matrix = None, 1.0, chosen.matrix
             if dim == row.input_axis and vector is not None:
-                matrix = (torch.zeros(chosen.matrix.shape[0], dtype=torch.float64) if vector[0] is None else vector[0])[:, None]
+                matrix = (torch.zeros(chosen.matrix.shape[0], dtype=torch.float64) if vector[0] is None else vector[0].repeat(times))[:, None]
             elif dim == row.input_axis and norm is not None and self.is_folded(self._norm_name(norm, site, of_teacher=False)):
-                diagonal, factor = self.teacher_norm(norm, site, "weight"), self.scale(axis.name)
+                diagonal, factor = self.teacher_norm(norm, site, "weight"), self.scale(axis)
                 self._note_step(site, f"gain of {self._norm_name(norm, site, of_teacher=True)} folded, times {factor:.6g}")
             elif dim != row.input_axis and row.scaled_by is not None:
                 diagonal = self.teacher_norm(row.scaled_by, site, "weight")
+            diagonal = diagonal if diagonal is None else diagonal.repeat(times)
             tensor = contract(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
         return tensor.squeeze(row.input_axis) if vector is not None else tensor
 
     def bias_value(self, site: Site) -> Tensor:
         """Return a bias: the teacher's own, selected or projected, and what the norm's bias made of it through the weight."""
         row = site.match.row
-        weight = self.plan.sites.get(site.canonical.removesuffix(".bias") + ".weight")
+        weight = self.plan.sites.get(site.canonical.removesuffix("bias") + "weight")
         if site.source is not None:
             (chosen,) = self.plan.maps(site)
             result = self.read(site.source)
@@ -241,8 +253,8 @@ class Transfer:
         norm = self._norm_name(reads[0] or "", weight, of_teacher=False)
         own = self.norm_bias(norm)
         if own is not None and bool(own.any()):
-            student = self.weight_value(weight)
-            result = result - (student.movedim(weight.match.row.input_axis, -1) @ own.to(student))
+            student = self.weight_value(weight).movedim(weight.match.row.input_axis, -1)
+            result = result - student @ own.repeat(student.shape[-1] // len(own)).to(student)
         return result
 
     def norm_bias(self, norm: str) -> Tensor | None:
@@ -258,7 +270,7 @@ class Transfer:
             width = site.shape[0]
             normal, right = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
             for reader in self.readers(norm):
-                if reader.match.is_bias or reader.canonical.removesuffix(".weight") + ".bias" in self.plan.sites:
+                if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in self.plan.sites:
                     continue
                 vectors = [self.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.reads]
                 wanted = self.weight_value(reader, vectors).double().flatten()

@@ -180,6 +180,17 @@ class Lifter:
         assert found.shape == (wide, narrow), f"{axis} is {wide} x {narrow} here, {tuple(found.shape)} elsewhere"
         return found
 
+    def _copies(self, axis: Axis) -> int:
+        """How often a projected axis stands side by side in `axis`; 0 where it is no projected axis."""
+        if isinstance(axis, Product) and len(axis.factors) == 2 and axis.factors[1] in self.projected:
+            return int(axis.factors[0].name)
+        return int(axis in self.projected)
+
+    def _normed(self, name: str, pattern: str) -> bool:
+        """Whether the big model has this norm; one that no block has is a norm without parameters."""
+        has_it = {match.row.pattern for match in map(self.layout.find, self.targets) if match}
+        return name in self.targets or name + ".weight" in self.targets or pattern not in has_it
+
     def _ratio(self, scale: "Callable | None") -> float:
         return 1.0 if scale is None else scale(self.small.config) / scale(self.big.config)
 
@@ -209,7 +220,7 @@ class Lifter:
         row = match.row
         if row.kind == "norm":
             return self._lifted_norm(match, name, twin)
-        kept = [dim for dim, axis in enumerate(match.axes) if axis not in self.projected or target.shape[dim] == value.shape[dim]]
+        kept = [dim for dim, axis in enumerate(match.axes) if not self._copies(axis) or target.shape[dim] == value.shape[dim]]
         value = self._placed(match, value, target, kept)
         terms, big = [row.reads[0] if row.reads else None], self._sizes(self.big, match, target)
         if len(row.reads) > 1 and not match.is_bias:
@@ -230,12 +241,14 @@ class Lifter:
     def _widened(self, match: Match, value: Tensor, target: Tensor, norm: str | None) -> Tensor:
         row = match.row
         for dim, axis in enumerate(match.axes):
-            if axis not in self.projected or target.shape[dim] == value.shape[dim]:
+            copies = self._copies(axis)
+            if not copies or target.shape[dim] == value.shape[dim]:
                 continue
-            wide, narrow = target.shape[dim], value.shape[dim]
+            axis = axis.factors[1] if copies > 1 else axis
+            wide, narrow = target.shape[dim] // copies, value.shape[dim] // copies
             matrix = self._basis(axis, wide, narrow)
             reads = not match.is_bias and dim == row.input_axis and norm is not None and norm in self.read
-            if reads:
+            if reads and self._normed(self._named(norm, match, of_small=False), norm):
                 small, big = self._gain(self.source, self._named(norm, match, of_small=True)), self._own_gain(self._named(norm, match, of_small=False))
                 if small is not None:
                     matrix = matrix * small[None, :] / big[:, None]
@@ -246,7 +259,7 @@ class Lifter:
             written = row.kind == "table" or match.is_bias or Name("positions") in match.axes or dim != row.input_axis
             if axis.name in self.bare and written:
                 matrix = matrix * math.sqrt(narrow / wide)
-            value = (value.movedim(dim, -1) @ matrix.T).movedim(-1, dim)
+            value = (value.movedim(dim, -1).unflatten(-1, (copies, narrow)) @ matrix.T).flatten(-2).movedim(-1, dim)
         if row.kind == "table" and Name("vocab") in match.axes:
             value = value * self._ratio(self.layout.embedding_scale)
         return value
