@@ -5,14 +5,13 @@ import ast
 import contextlib
 import dataclasses
 import json
-import os
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import HfGuideError, OptionError
+from hf_guide.folders import check_output, check_space, copy_companions, new_folder
 from hf_guide.initialization.options import InitializationConfig
 
 if TYPE_CHECKING:
@@ -37,17 +36,11 @@ TASKS = {
     "image-classification": "AutoStudentForImageClassification",
 }
 
-COMPANIONS = [
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "bpe.codes",
-    "normalizer.json", "chat_template*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-]  # fmt: skip
-"""Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
-
 PLOT_NAME = "variance_explained.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 an error said in one message, 2 wrong usage, 130 interrupted."""
+    """Run one command; return 0 when done, 1 after an error, 2 after wrong usage, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)
@@ -65,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-guide",
         description="Make a small Transformers model out of a big one.",
-        epilog="Start with:  hf-guide inspect TEACHER\nthen:        hf-guide init TEACHER --hidden-size 288 -o student/",
+        epilog="first:  hf-guide inspect TEACHER\nthen:   hf-guide init TEACHER --hidden-size 288 -o student/",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -74,9 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "init",
         "make a student that starts inside its teacher",
-        "Make a student of the shape you ask for and save it as a stock Transformers model, with its tokenizer, a model card, "
-        "a report of where each parameter came from, and a plot. Sizes you do not name are the teacher's, or follow from those "
-        "you name as the family derives them.",
+        "Make a student of the shape you ask for and save it as a stock Transformers model, with its tokenizer, a\n"
+        "model card, a report of where each parameter came from, and a plot. Sizes you do not name are the\n"
+        "teacher's, or follow from those you name as the family derives them.",
         "hf-guide init HuggingFaceTB/SmolLM2-135M --hidden-size 288 --num-hidden-layers 10 \\\n"
         "      --intermediate-size 768 --head-dim 32 --method guide -o student/",
     )
@@ -96,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any other entry of the config, as often as needed: --set tie_word_embeddings=false --set rms_norm_eps=1e-6",
+        help="any other entry of the config, as often as needed: --set tie_word_embeddings=false",
     )
     _add_options(init.add_argument_group("how it is made"))
     init.set_defaults(run=run_init)
@@ -166,7 +159,7 @@ def run_init(args: argparse.Namespace) -> int:
         report = student.initialization_report
         check_space(folder, student.get_memory_footprint())
         _save(student, folder)
-        copy_companions(args, folder)
+        copy_companions(args.teacher, folder, gguf_file=args.gguf_file, **_source(args))
         _describe(report, folder, args)
     print(report.summary())
     print(f"Saved in {args.output}: {type(student).__name__}.from_pretrained({str(args.output)!r}) loads it.")
@@ -182,21 +175,21 @@ def run_inspect(args: argparse.Namespace) -> int:
     from hf_guide.plots import plot_explained_variance, text_plot
 
     teacher = open_teacher(args.teacher, gguf_file=args.gguf_file, **_source(args))
-    layout = layout_for(teacher.config)
+    layout = layout_for(teacher.config, teacher.model_class)
     curves = variance_curves(teacher, layout)
-    size = count_parameters(teacher, layout, {})
-    print(f"{teacher.name}: {teacher.model_class.__name__}, {format_count(size or 0)} parameters")
+    parameters = count_parameters(teacher, layout, {}) or 0
+    print(f"{teacher.name}: {teacher.model_class.__name__}, {format_count(parameters)} parameters")
     for axis, curve in curves.items():
         print(f"\nShare of the tables' variance along {axis!r} against the width kept\n\n{text_plot(curve)}\n")
         if axis != "embed":
             continue
-        print("share  reached at  suggested student                               keeps   parameters  half the blocks")
+        print(
+            f"{'share':>5}  {'reached at':>10}  {'suggested student':46}  {'keeps':>5}  {'size':>8}  half the blocks"
+        )
         for found in suggest_widths(teacher, layout, curve):
             sizes = " ".join(f"{_flag(name)} {value}" for name, value in found.overrides.items())
-            half = format_count(found.parameters_half) if found.parameters_half else "-"
-            print(
-                f"{found.share:5.0%}  {found.needed:10}  {sizes:46}  {found.kept:5.1%}  {format_count(found.parameters):>11}  {half:>15}"
-            )
+            size, half = (format_count(n) if n else "-" for n in (found.parameters, found.parameters_half))
+            print(f"{found.share:5.0%}  {found.needed:10}  {sizes:46}  {found.kept:5.1%}  {size:>8}  {half:>15}")
     if args.plot:
         plot_explained_variance(curves, args.plot)
         print(f"\nDrawn in {args.plot}")
@@ -240,62 +233,6 @@ def parse_numbers(path: str) -> list[float]:
         return [float(word) for word in Path(path).read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"expected a text file of numbers, one a token: {error}") from error
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output that is there and is not an empty folder."""
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"The output {output} is a file; name a folder that is new or empty.")
-    if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"The output folder {output} is not empty; name a new one, or empty it first.")
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin a write that the disk has no room for."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"The student takes {needed / 2**20:.1f} MiB, but {folder.parent} has only {free / 2**20:.1f} MiB free. "
-            "Free some space or choose another disk."
-        )
-
-
-@contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `output` when all went well, and vanishes when anything did not."""
-    output = output.resolve()
-    home = next(parent for parent in output.parents if parent.exists())
-    folder = home / f".{output.name}.{os.getpid()}.partial"
-    folder.mkdir()
-    try:
-        yield folder
-        check_output(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            output.rmdir()
-        folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def copy_companions(args: argparse.Namespace, folder: Path) -> None:
-    """Put the teacher's tokenizer and processor beside the student: its own files, or those a GGUF file describes."""
-    if args.gguf_file:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(args.teacher, gguf_file=args.gguf_file, **_source(args)).save_pretrained(folder)
-        return
-    source = Path(args.teacher)
-    if not source.is_dir():
-        from huggingface_hub import snapshot_download
-
-        source = Path(
-            snapshot_download(args.teacher, revision=args.revision, token=args.token, allow_patterns=COMPANIONS)
-        )
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
 
 
 def _save(student: Any, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Looking at a teacher before choosing a width: how much of its embedding table each width keeps, and what it would weigh."""
+"""Looking at a teacher before choosing a width: how much of its tables each keeps, how large it would be."""
 
 import math
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_guide import cli
+from hf_guide import cli, folders
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
 
@@ -146,9 +146,10 @@ def test_wrong_usage_exits_with_two(words, capsys):
     assert stopped.value.code == 2 and "usage: hf-guide" in capsys.readouterr().err
 
 
-def test_a_missing_teacher_is_one_clear_message(tmp_path):
-    done = hf_guide("init", tmp_path / "nowhere", "-o", tmp_path / "student")
-    assert done.returncode == 1 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+def test_a_missing_teacher_is_one_clear_message(tmp_path, capsys):
+    assert cli.main(["init", str(tmp_path / "nowhere"), "-o", str(tmp_path / "student")]) == 1
+    error = capsys.readouterr().err
+    assert "nowhere" in error and "Traceback" not in error
     assert os.listdir(tmp_path) == []
 
 
@@ -166,8 +167,8 @@ def test_a_disk_that_runs_full_leaves_nothing(teacher, tmp_path):
 
 def test_a_student_larger_than_the_free_disk_is_refused(tmp_path):
     with pytest.raises(OSError, match="Free some space"):
-        cli.check_space(tmp_path, 2**60)
-    cli.check_space(tmp_path, 1)
+        folders.check_space(tmp_path, 2**60)
+    folders.check_space(tmp_path, 1)
 
 
 def test_ctrl_c_leaves_nothing(teacher, tmp_path):
@@ -183,11 +184,11 @@ def test_ctrl_c_leaves_nothing(teacher, tmp_path):
 
 
 def test_the_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), cli.new_folder(tmp_path / "a" / "b") as folder:
+    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "a" / "b") as folder:
         (folder / "half").write_text("half")
         raise RuntimeError
     assert os.listdir(tmp_path) == []
-    with cli.new_folder(tmp_path / "a" / "b") as folder:
+    with folders.new_folder(tmp_path / "a" / "b") as folder:
         (folder / "whole").write_text("whole")
         assert not (tmp_path / "a").exists()
     assert (tmp_path / "a" / "b" / "whole").read_text() == "whole" and os.listdir(tmp_path) == ["a"]
@@ -209,11 +210,11 @@ def test_inspect_shows_the_curve_and_widths_that_can_be_made(teacher, tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_families_are_listed_with_how_exact_they_are():
-    done = hf_guide("families", "llama")
-    assert done.returncode == 0 and any(line.split()[0] == "llama" for line in done.stdout.splitlines())
-    nothing = hf_guide("families", "no-such-family")
-    assert nothing.returncode == 2 and "hf-guide families" in nothing.stderr
+def test_families_are_listed_with_how_exact_they_are(capsys):
+    assert cli.main(["families", "llama"]) == 0
+    assert any(line.split()[0] == "llama" for line in capsys.readouterr().out.splitlines())
+    assert cli.main(["families", "no-such-family"]) == 2
+    assert "hf-guide families" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def small_model(family: str):
 def test_suggested_students_can_be_made_and_are_as_large_and_as_good_as_said(family):
     model = small_model(family)
     teacher = open_teacher(model)
-    layout = layout_for(teacher.config)
+    layout = layout_for(teacher.config, teacher.model_class)
     curve = variance_curves(teacher, layout)["embed"]
     suggestions = suggest_widths(teacher, layout, curve)
     assert suggestions and len(curve) == 96 and curve[-1] == pytest.approx(1)
@@ -41,6 +41,6 @@ def test_suggested_students_can_be_made_and_are_as_large_and_as_good_as_said(fam
 
 def test_what_cannot_be_made_is_not_counted():
     teacher = open_teacher(small_model("llama"))
-    layout = layout_for(teacher.config)
+    layout = layout_for(teacher.config, teacher.model_class)
     assert count_parameters(teacher, layout, {}) == sum(p.numel() for p in small_model("llama").parameters())
     assert count_parameters(teacher, layout, {"hidden_size": 128}) is None

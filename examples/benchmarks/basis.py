@@ -72,8 +72,9 @@ def main() -> int:
 
     print(f"command: python {' '.join(sys.argv)}")
     print(
-        f"machine: {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__} with {torch.get_num_threads()} threads, "
-        f"scikit-learn {sklearn.__version__}, numpy {numpy.__version__}, load {os.getloadavg()[0]:.2f}"
+        f"machine: {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, scikit-learn {sklearn.__version__}, "
+        f"numpy {numpy.__version__}, load {os.getloadavg()[0]:.2f}"
     )
     table = decaying_table(args.rows, args.width, args.seed)
     print(f"table: {args.rows} x {args.width} float32, {args.size} directions kept\n", flush=True)
@@ -94,15 +95,13 @@ def main() -> int:
             print(f"scikit-learn on {dtype}: {sklearn_seconds[dtype]:.2f} s", flush=True)
 
     mine, floor = statistics.median(ours), statistics.median(products) + statistics.median(eigen)
-    print(
-        f"\nfloor: 2 V d^2 in float64 {statistics.median(products):.2f} s + one eigendecomposition {statistics.median(eigen):.2f} s"
-    )
+    print(f"\nfloor: 2 V d^2 in float64 {statistics.median(products):.2f} s")
+    print(f"       + one eigendecomposition {statistics.median(eigen):.2f} s")
     print(f"ours against that floor: {mine / floor:.2f} times (target: at most 2)")
     for dtype, seconds in sklearn_seconds.items():
         print(f"scikit-learn's full PCA on {dtype}: {seconds / mine:.1f} times as long as ours (target: at least 10)")
-        print(
-            f"  largest angle between the two subspaces: {subspace_distance(basis.matrix, bases[dtype]):.1e} (target: 1e-6)"
-        )
+        angle = subspace_distance(basis.matrix, bases[dtype])
+        print(f"  largest angle between the two subspaces: {angle:.1e} (target: 1e-6)")
     return 0
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """Bytes. On Linux from /proc, because `ru_maxrss` there starts at what the parent process had when it made this one."""
+    """In bytes. On Linux from /proc, as `ru_maxrss` there begins with what the parent process had at the time."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))

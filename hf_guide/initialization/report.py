@@ -152,8 +152,9 @@ class InitializationReport:
         not_exact += [f"{len(self.randomly_initialized)} parameters at random"] if self.randomly_initialized else []
         steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.seconds.items())
         cost = (
-            f"Made in {sum(self.seconds.values()):.1f} s ({steps}), peak memory {self.peak_memory_bytes / 2**30:.2f} GiB; "
-            f"hf_guide {self.hf_guide_version}, transformers {self.transformers_version}"
+            f"Made in {sum(self.seconds.values()):.1f} s ({steps}), peak memory "
+            f"{self.peak_memory_bytes / 2**30:.2f} GiB; hf_guide {self.hf_guide_version}, "
+            f"transformers {self.transformers_version}"
         )
         return "\n".join(
             [
@@ -191,7 +192,10 @@ def _table(records: list[ParameterRecord]) -> list[str]:
     rows = [("parameter", "times", "from", "how")]
     rows += [(name, str(times), source, how) for (name, source, how), times in folded.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return ["  ".join([*(text.ljust(width) for text, width in zip(row, widths)), row[3]]).rstrip() for row in rows]
+    return [
+        "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]).rstrip()
+        for row in rows
+    ]
 
 
 def _folded_names(names: Iterable[str]) -> list[str]:

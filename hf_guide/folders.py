@@ -1,0 +1,89 @@
+"""A student's folder: all of it or nothing, with its teacher's tokenizer beside it."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "bpe.codes",
+    "normalizer.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output that is there and is not an empty folder."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"The output {output} is a file; name a folder that is new or empty.")
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"The output folder {output} is not empty; name a new one, or empty it first.")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin a write that the disk has no room for."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"The student takes {needed / 2**20:.1f} MiB, but {folder.parent} has only {free / 2**20:.1f} MiB free. "
+            "Free some space or choose another disk."
+        )
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes `output` when all went well, and vanishes when anything did not."""
+    output = output.resolve()
+    home = next(parent for parent in output.parents if parent.exists())
+    folder = home / f".{output.name}.{os.getpid()}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+        check_output(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            output.rmdir()
+        folder.rename(output)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_companions(
+    teacher: str,
+    folder: Path,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Put the teacher's tokenizer and processor beside the student: its own files, or those a GGUF file describes."""
+    if gguf_file:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            teacher, gguf_file=gguf_file, revision=revision, token=token, trust_remote_code=trust_remote_code
+        )
+        tokenizer.save_pretrained(folder)
+        return
+    source = Path(teacher)
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = list(COMPANIONS)
+        source = Path(snapshot_download(teacher, revision=revision, token=token, allow_patterns=patterns))
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
