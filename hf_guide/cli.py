@@ -172,7 +172,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     from hf_guide.initialization.report import format_count
     from hf_guide.initialization.weights import open_teacher
     from hf_guide.inspection import count_parameters, suggest_widths, variance_curves
-    from hf_guide.plots import plot_explained_variance, text_plot
+    from hf_guide.plots import LANDMARKS, plot_explained_variance, text_plot, width_reaching
 
     teacher = open_teacher(args.teacher, gguf_file=args.gguf_file, **_source(args))
     layout = layout_for(teacher.config, teacher.model_class)
@@ -186,10 +186,17 @@ def run_inspect(args: argparse.Namespace) -> int:
         print(
             f"{'share':>5}  {'reached at':>10}  {'suggested student':46}  {'keeps':>5}  {'size':>8}  half the blocks"
         )
-        for found in suggest_widths(teacher, layout, curve):
-            sizes = " ".join(f"{_flag(name)} {value}" for name, value in found.overrides.items())
-            size, half = (format_count(n) if n else "-" for n in (found.parameters, found.parameters_half))
-            print(f"{found.share:5.0%}  {found.needed:10}  {sizes:46}  {found.kept:5.1%}  {size:>8}  {half:>15}")
+        suggestions = {found.share: found for found in suggest_widths(teacher, layout, curve)}
+        for share in LANDMARKS:
+            line = f"{share:5.0%}  {width_reaching(curve, share):10}  "
+            if share in suggestions:
+                found = suggestions[share]
+                sizes = " ".join(f"{_flag(name)} {value}" for name, value in found.overrides.items())
+                size, half = (format_count(n) if n else "-" for n in (found.parameters, found.parameters_half))
+                line += f"{sizes:46}  {found.kept:5.1%}  {size:>8}  {half:>15}"
+            else:
+                line += "no smaller width that suits"
+            print(line)
     if args.plot:
         plot_explained_variance(curves, args.plot)
         print(f"\nDrawn in {args.plot}")

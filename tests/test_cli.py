@@ -204,6 +204,8 @@ def test_inspect_shows_the_curve_and_widths_that_can_be_made(teacher, tmp_path):
         line.split() for line in done.stdout.splitlines() if line.strip().startswith("50%") and "--hidden-size" in line
     ]
     assert len(rows) == 1 and int(rows[0][1]) == needed
+    for share in ("80%", "90%", "95%", "99%"):
+        assert any(line.strip().startswith(share) for line in done.stdout.splitlines())
     words = rows[0][2 : rows[0].index("--intermediate-size") + 2]
     assert int(words[1]) >= needed
     assert cli.main(["init", str(teacher), *words, "--no-progress", "-o", str(tmp_path / "student")]) == 0
