@@ -27,7 +27,7 @@ from transformers.initialization import no_init_weights
 
 from hf_guide.errors import OptionError, ShapeError
 from hf_guide.initialization.configs import derive_student_config, for_blocks
-from hf_guide.initialization.layouts import Layout
+from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.methods import initialize, initialize_the_rest
 from hf_guide.initialization.options import InitializationConfig, Method
 from hf_guide.initialization.report import InitializationReport
@@ -95,7 +95,7 @@ def from_teacher(
     )
     student_config = resolve_config(opened, config, overrides, options)
     student_class = resolve_class(opened, student_config, model_class)
-    layout = None if options.method == Method.RANDOM else find_layout(opened.config)
+    layout = None if options.method == Method.RANDOM else layout_for(opened.config, opened.model_class)
     vocab = vocabulary_places(opened, student_config)
     student = build_student(student_class, student_config, student_dtype(dtype, opened), options)
     if layout is None:
@@ -162,13 +162,6 @@ def resolve_class(teacher: Teacher, config: PreTrainedConfig, model_class: type[
         raise OptionError(f"Transformers has no {getattr(model_class, '__name__', model_class)} for {config.model_type!r}.")
     found = mapping[type(config)]
     return found[0] if isinstance(found, tuple) else found
-
-
-def find_layout(config: PreTrainedConfig) -> Layout:
-    """Return the layout of a config's family, registered or derived."""
-    from hf_guide.initialization.derive import layout_for
-
-    return layout_for(config)
 
 
 def student_dtype(dtype: "str | torch.dtype | None", teacher: Teacher) -> torch.dtype:

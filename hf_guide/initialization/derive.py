@@ -1,18 +1,316 @@
-"""Layouts of families that are not in the table: derived where that is certain, refused where it is not."""
+"""Layouts of families that are not in the table: derived where that is certain, refused where it is not.
 
-from transformers import PreTrainedConfig
+A tiny twin of the model is built from its config. Which axes follow the residual stream's width is probed by building it once
+more, wider; which norm feeds which weight is seen by running it; what queries, keys, values, gates and their counterparts are called is
+convention. The result is believed only if the twin passes `certify`.
+"""
 
-from hf_guide.errors import LayoutError, did_you_mean
-from hf_guide.initialization.layouts import Layout, registered_layouts, variant_for
+import dataclasses
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from hf_guide.errors import LayoutError
+from hf_guide.initialization.axes import Name, axis_names, axis_size, parse_axes
+from hf_guide.initialization.certify import Verdict, certify, move_from_defaults
+from hf_guide.initialization.layouts import Layout, Row, config_sizes, registered_layouts, variant_for
+from hf_guide.initialization.plan import canonical
+from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, tiny_twin
+
+WIDER = 80
+"""The second width of the probe; the first is the twin's, 64. Both are multiples of the twin's heads."""
+
+QUERY, KEY = "(kv_heads group fixed_head)", "(kv_heads fixed_head)"
+CONVENTIONS = {
+    "q_proj": f"{QUERY} embed",
+    "k_proj": f"{KEY} embed",
+    "v_proj": f"{KEY} embed",
+    "o_proj": f"embed {QUERY}",
+    "out_proj": f"embed {QUERY}",
+    "q_norm": f"norm {QUERY}",
+    "k_norm": f"norm {KEY}",
+    "gate_proj": "mlp embed",
+    "up_proj": "mlp embed",
+    "down_proj": "embed mlp",
+    "fc1": "mlp embed",
+    "fc2": "embed mlp",
+    "fc_in": "mlp embed",
+    "fc_out": "embed mlp",
+    "c_fc": "mlp embed",
+    "dense_h_to_4h": "mlp embed",
+    "dense_4h_to_h": "embed mlp",
+    "w1": "mlp embed",
+    "w2": "embed mlp",
+    "w3": "mlp embed",
+}
+"""What modules of these names hold, as Transformers calls them; believed where shapes and `certify` agree."""
+
+_derived: dict[tuple[type, str], Layout] = {}
 
 
-def layout_for(config: PreTrainedConfig) -> Layout:
-    """Return the layout of a config's family.
+def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
+    """Return the layout of a config's family: registered, or derived, or else one that knows its blocks alone.
 
-    Raises:
-        LayoutError: the family is not registered and cannot be derived with certainty.
+    With the last every axis must keep its length: the copy is exact, and a narrower student is refused with the reason why
+    nothing more is known.
     """
     layouts = registered_layouts()
     if config.model_type in layouts:
         return variant_for(layouts[config.model_type], config)
-    raise LayoutError(f"No layout is known for {config.model_type!r}.{did_you_mean(config.model_type, layouts)} Add one with hf_guide.register_layout.")
+    try:
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        if causal is None:
+            raise LayoutError(f"No layout is known for {config.model_type!r}, and layouts are derived for causal language models only.")
+        return derive_layout(config, causal)
+    except LayoutError as error:
+        return blocks_only_layout(config, model_class, str(error))
+
+
+def derive_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
+    """Return a certified layout for an unregistered family.
+
+    Raises:
+        LayoutError: the twin cannot be built or run, or the derived layout does not pass the laws on it; says which.
+    """
+    key = (model_class, repr(sorted(config.to_diff_dict().items(), key=str)))
+    if key in _derived:
+        return _derived[key]
+    family = config.model_type
+    try:
+        twin = build_twin(model_class, tiny_twin(config, **untied(config)))
+        with torch.device("meta"):
+            wider = model_class._from_config(tiny_twin(config, **untied(config), **{name: WIDER for name, size in TINY_SIZES.items() if size == 64}))
+        move_from_defaults(twin, seed=0)
+        reads, gains = watch_norms(twin)
+    except TWIN_ERRORS as error:
+        raise LayoutError(f"No layout is known for {family!r}, and a tiny twin of it cannot be tried: {type(error).__name__}: {error}") from error
+    refusal = find_width_multiplier(model_class, config)
+    norm, offset = kind_of_norms(twin, gains)
+    if norm is None or offset is None:
+        refusal = refusal or "its norms are of several kinds"
+    rows = () if refusal else probe_rows(twin, wider, reads, gains)
+    for frozen in () if refusal else ((), ("kv_heads", "group"), ("kv_heads", "group", "mlp")):
+        for fold in (True, False):
+            layout = Layout(family, freeze(rows if fold else unfold(rows), frozen), norm=norm or "rms", norm_offset=offset or 0.0)
+            verdict = certify(layout, twin)
+            if verdict.passed:
+                _derived[key] = dataclasses.replace(layout, exactness=_exactness(layout, verdict))
+                return _derived[key]
+            refusal = verdict.reason
+    raise LayoutError(f"No layout is known for {family!r}, and none could be derived with certainty: {refusal}.")
+
+
+def _exactness(layout: Layout, verdict: Verdict) -> str:
+    read = {norm for row in layout.rows for norm in row.reads}
+    stream = [row for row in layout.rows if row.kind == "norm" and row.axes[-1] == Name("embed") and row.pattern.removesuffix(".weight") not in read]
+    told = "exact" if not stream else f"exact but for {len(stream)} kinds of norms, whose gains become diagonals"
+    return f"derived: {told} (certified to {verdict.error:.0e})"
+
+
+def find_width_multiplier(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
+    """Return why a layout cannot be certain where a model multiplies by its width; None where it does not.
+
+    The law of rotation does not see such a factor: it is compared between twins of two widths.
+    """
+    try:
+        twins = [
+            build_twin(model_class, tiny_twin(config, **untied(config), **{name: width for name, size in TINY_SIZES.items() if size == 64}))
+            for width in (TINY_SIZES["hidden_size"], WIDER)
+        ]
+        narrow, wide = (_multipliers(twin) for twin in twins)
+    except TWIN_ERRORS as error:
+        return f"a wider twin of it cannot be tried: {type(error).__name__}: {error}"
+    for where, had, found in zip(("its embeddings", "its logits"), narrow, wide, strict=True):
+        if had is None or found is None or abs(had - found) > 1e-4 * abs(had):
+            return f"what it multiplies {where} with is not known to be independent of its width ({had} and {found} in twins)"
+    return None
+
+
+@torch.no_grad()
+def _multipliers(twin: PreTrainedModel) -> tuple[float | None, float | None]:
+    """Return what a model multiplies its embeddings with before the first block, and the head's output with; None if that is no number."""
+    table = twin.get_input_embeddings()
+    for module in twin.modules():
+        if isinstance(module, nn.Embedding) and module is not table:
+            module.weight.zero_()
+    first = next((module for name, module in twin.named_modules() if re.search(r"(^|\.)(layers|h|blocks|layer|block)\.0$", name)), None)
+    head = twin.get_output_embeddings()
+    if first is None or head is None:
+        return None, None
+    seen: dict[str, Tensor] = {}
+    handles = [
+        table.register_forward_hook(lambda module, arguments, output: seen.update(embedded=output)),
+        first.register_forward_pre_hook(lambda module, arguments, keywords: seen.update(entered=arguments[0] if arguments else keywords["hidden_states"]), with_kwargs=True),
+        head.register_forward_hook(lambda module, arguments, output: seen.update(head=output)),
+    ]
+    try:
+        logits = twin(input_ids=torch.arange(3, 14)[None]).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A soft-capped head is no multiple of its logits; where it is capped does not depend on the width.
+    return _ratio(seen["entered"], seen["embedded"]), _ratio(logits, seen["head"]) or 0.0
+
+
+def _ratio(found: Tensor, base: Tensor) -> float | None:
+    """Return the number that `found` is of `base`; None where it is no one number."""
+    if found.shape != base.shape:
+        return None
+    found, base = found.double(), base.double()
+    ratio = ((found * base).sum() / (base * base).sum()).item()
+    return ratio if torch.allclose(found, ratio * base, rtol=1e-5, atol=1e-6 * base.abs().max().item()) else None
+
+
+def untied(config: PreTrainedConfig) -> dict[str, bool]:
+    """Return the override that unties a twin's head, where its config knows one."""
+    return {"tie_word_embeddings": False} if hasattr(config, "tie_word_embeddings") else {}
+
+
+def watch_norms(twin: PreTrainedModel) -> tuple[dict[str, set[str]], dict[str, nn.Module]]:
+    """Run a twin and return, by module name, the norms whose very output each module is fed, and the norms themselves."""
+    outputs: list[tuple[str, Tensor]] = []
+    fed: dict[str, set[str]] = {}
+    norms = {
+        name: module
+        for name, module in twin.named_modules()
+        if re.search(r"norm|ln", name.rpartition(".")[2].lower() + type(module).__name__.lower())
+        and [parameter.ndim for parameter in module.parameters()] in ([1], [1, 1])
+    }
+
+    def before(name: str):
+        def hook(module: nn.Module, arguments: tuple, keywords: dict) -> None:
+            for value in (*arguments, *keywords.values()):
+                if isinstance(value, Tensor):
+                    owner = value.untyped_storage().data_ptr()
+                    fed.setdefault(name, set()).update(norm for norm, output in outputs if output.untyped_storage().data_ptr() == owner)
+
+        return hook
+
+    def after(name: str):
+        def hook(module: nn.Module, arguments: tuple, keywords: dict, output: Tensor) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((name, output))
+
+        return hook
+
+    handles = []
+    for name, module in twin.named_modules():
+        if name in norms:
+            handles.append(module.register_forward_hook(after(name), with_kwargs=True))
+        elif any(True for _ in module.parameters(recurse=False)):
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+    try:
+        with torch.no_grad():
+            twin(input_ids=torch.arange(3, 14)[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return fed, norms
+
+
+def kind_of_norms(twin: PreTrainedModel, norms: dict[str, nn.Module]) -> tuple[str | None, float | None]:
+    """Return whether the norms of the stream subtract a mean, and what they add to their stored gain; None where they differ."""
+    kinds, offsets = set(), set()
+    for module in norms.values():
+        weight = next(module.parameters())
+        if len(weight) != TINY_SIZES["hidden_size"]:
+            continue
+        sample = torch.randn(2, 3, len(weight), dtype=weight.dtype, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            try:
+                plain, shifted = module(sample), module(sample + 3.0)
+                kept = weight.clone()
+                weight.zero_()
+                bare = module(sample) - (module.bias if getattr(module, "bias", None) is not None else 0.0)
+                weight.copy_(kept)
+            except (TypeError, RuntimeError, IndexError):
+                return None, None  # a norm with other arguments, such as a gate
+        kinds.add("layer" if torch.allclose(plain, shifted, atol=1e-5) else "rms")
+        offsets.add(1.0 if bare.abs().max() > 1e-6 else 0.0)
+    return (kinds.pop() if len(kinds) == 1 else None), (offsets.pop() if len(offsets) == 1 else None)
+
+
+def probe_rows(twin: PreTrainedModel, wider: PreTrainedModel, reads: dict[str, set[str]], norms: dict[str, nn.Module]) -> tuple[Row, ...]:
+    """Return a row for each kind of parameter: axes that grow with the stream are `embed`, unless convention knows better."""
+    prefix = twin.base_model_prefix
+    sizes = config_sizes(Layout("", ()), twin.config.get_text_config())
+    wider_shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
+    rows: dict[str, Row] = {}
+    for name, tensor in twin.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        pattern = with_placeholders(canonical(name, prefix))
+        grows = [had == TINY_SIZES["hidden_size"] and grown == WIDER for had, grown in zip(tensor.shape, wider_shapes[name], strict=True)]
+        weight = twin.state_dict().get(module + ".weight")
+        if kind == "bias" and weight is not None and module not in norms and pattern.removesuffix(".bias") + ".weight" in rows:
+            axes = rows[pattern.removesuffix(".bias") + ".weight"].axes[:1]
+            rows.setdefault(pattern, Row(pattern, axes, "weight", _norms_of(module, reads, prefix)))
+            continue
+        meaning = CONVENTIONS.get(module.rpartition(".")[2]) if kind == "weight" else None
+        if meaning is not None and _agrees(meaning, tensor.shape, grows, sizes):
+            axes = parse_axes(meaning.removeprefix("norm "))
+            row_kind = "norm" if meaning.startswith("norm ") else "weight"
+        else:
+            axes = tuple(Name("embed" if grown else f"fixed{number}") for number, grown in enumerate(grows))
+            row_kind = "norm" if module in norms or (tensor.ndim == 1 and grows == [True] and kind != "bias") else "weight"
+        if tensor.ndim == 2 and tensor.shape[0] == getattr(twin.config.get_text_config(), "vocab_size", None) and grows == [False, True]:
+            axes = (Name("vocab"), Name("embed"))
+            row_kind = "table" if isinstance(twin.get_submodule(module), nn.Embedding) else "weight"
+        reading = row_kind == "weight" and Name("embed") in axes and not re.search(r"down|out|bias|w2", kind)
+        arrow = reading and tensor.ndim == 3 and axes[1] == Name("embed")  # experts stored (expert, in, out)
+        rows.setdefault(pattern, Row(pattern, axes, row_kind, _norms_of(module, reads, prefix) if reading else (), transposed=arrow))
+    return tuple(rows.values())
+
+
+def _norms_of(module: str, reads: dict[str, set[str]], prefix: str) -> tuple[str | None, ...]:
+    """Return the pattern of the one norm that feeds a module, its block's own number as placeholder."""
+    found = {with_placeholders(canonical(norm, prefix)) for norm in reads.get(module, ())}
+    return (found.pop(),) if len(found) == 1 else ()
+
+
+def _agrees(meaning: str, shape: torch.Size, grows: list[bool], sizes: dict[str, int]) -> bool:
+    """Whether what convention says of a module can be: as many axes, the stream's among those that grow, heads that divide."""
+    axes = parse_axes(meaning.removeprefix("norm "))
+    if len(axes) != len(shape):
+        return False
+    for axis, length, grown in zip(axes, shape, grows, strict=True):
+        if axis == Name("embed") and not grown:
+            return False
+        known = [size for name in axis_names(axis) if (size := axis_size(Name(name), sizes))]
+        if axis_names(axis)[-1] == "fixed_head" and (len(known) != len(axis_names(axis)) - 1 or length % torch.Size(known).numel()):
+            return False
+    return True
+
+
+def with_placeholders(name: str) -> str:
+    """Return `name` with `{block}` for its first number and `{item}`, `{item2}`, ... for those in it."""
+    names = iter(["{block}", "{item}", "{item2}", "{item3}"])
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", lambda _: next(names), name)
+
+
+def freeze(rows: Iterable[Row], names: tuple[str, ...]) -> tuple[Row, ...]:
+    """Return `rows` in which an axis that holds one of `names` must keep its length."""
+    frozen = []
+    for row in rows:
+        axes = tuple(Name(f"fixed{number}") if set(names) & set(axis_names(axis)) else axis for number, axis in enumerate(row.axes))
+        frozen.append(Row(row.pattern, axes, row.kind, row.reads, row.scaled_by, row.transposed))
+    return tuple(frozen)
+
+
+def unfold(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Return `rows` without what their weights read, so that no norm is folded."""
+    return tuple(Row(row.pattern, row.axes, row.kind, (), row.scaled_by, row.transposed) for row in rows)
+
+
+def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel], reason: str) -> Layout:
+    """Return a layout in which every axis must keep its length and only blocks are chosen; with the reason why."""
+    with torch.device("meta"):
+        model = model_class._from_config(config)
+    rows: dict[str, Row] = {}
+    for name, tensor in model.state_dict().items():
+        pattern = with_placeholders(canonical(name, model.base_model_prefix))
+        rows.setdefault(pattern, Row(pattern, tuple(Name(f"fixed{number}") for number in range(tensor.ndim))))
+    return Layout(config.model_type, tuple(rows.values()), exactness=f"blocks only, at full width: {reason}")

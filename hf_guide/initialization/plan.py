@@ -126,8 +126,9 @@ class Plan:
     def _leaf(self, site: Site, name: str, teacher: Mapping[str, int], student: Mapping[str, int]) -> tuple[Tensor, Tensor]:
         had, wanted = teacher[name], student[name]
         what = READABLE.get(name, name)
-        if name in FIXED_AXES and had != wanted:
-            raise ShapeError(f"{site.name}: {what} must be the teacher's {had}, found {wanted}.")
+        if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:
+            why = f" What is known of {self.layout.family!r}: {self.layout.exactness}" if name.startswith("fixed") else ""
+            raise ShapeError(f"{site.name}: {what} must be the teacher's {had}, found {wanted}.{why}")
         if wanted > had:
             raise ShapeError(f"{site.name}: the student's {what} is {wanted}, larger than the teacher's {had}; choose at most {had}.")
         factor = 1.0

@@ -176,6 +176,8 @@ class Transfer:
         assert site.source is not None
         row, maps = site.match.row, self.plan.maps(site)
         tensor = self.read(site.source)
+        if not maps:
+            return tensor
         for dim, chosen in enumerate(maps):
             if isinstance(chosen, Selection):
                 tensor = apply_selection(tensor, dim, chosen)

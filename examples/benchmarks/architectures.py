@@ -1,0 +1,100 @@
+"""How many of Transformers' causal language models can be a teacher, and how exactly.
+
+For every architecture of the causal-LM mapping that can be built from its default config, a tiny twin (the same switches, small
+sizes, float64, parameters drawn at random) becomes a teacher. Printed are the error of the identity law (same config in, same logits out),
+where the layout came from (table, derived, or blocks only), and whether a student of 3/4 of the width can be made and runs.
+
+    python examples/benchmarks/architectures.py [--output architectures.jsonl] [ARCHITECTURE ...]
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections import Counter
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_guide.errors import HfGuideError
+from hf_guide.initialization.certify import move_from_defaults, relative_error
+from hf_guide.initialization.derive import layout_for
+from hf_guide.initialization.layouts import registered_layouts
+from hf_guide.initialization.twins import TWIN_ERRORS, build_twin, tiny_twin
+from hf_guide.students import from_teacher
+
+
+def survey(architecture: str) -> dict:
+    """Return what was found of one architecture; `built` is false where its default config makes no model here."""
+    found: dict = {"architecture": architecture, "built": False, "identity": None, "layout": None, "narrower": None, "note": ""}
+    try:
+        config = CONFIG_MAPPING[architecture]()
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        with torch.device("meta"):
+            model_class._from_config(config)
+    except TWIN_ERRORS as error:
+        return found | {"note": f"default config: {type(error).__name__}: {error}"}
+    found["built"] = True
+    try:
+        teacher = build_twin(model_class, tiny_twin(config))
+        move_from_defaults(teacher, seed=0)
+        teacher(input_ids=torch.arange(3, 14)[None])
+    except TWIN_ERRORS as error:
+        return found | {"note": f"no twin: {type(error).__name__}: {error}"}
+    layout = layout_for(teacher.config, model_class)
+    kind = "table" if config.model_type in registered_layouts() else layout.exactness.partition(":")[0]
+    found |= {"layout": kind, "exactness": layout.exactness}
+    try:
+        student = from_teacher(teacher, show_progress=False)
+        found["identity"] = relative_error(_alike(student), teacher)
+    except (HfGuideError, *TWIN_ERRORS) as error:
+        found["note"] = f"identity: {error}"
+    if kind != "blocks only, at full width":
+        try:
+            narrow = tiny_twin(teacher.config, **{name: 48 for name in ("hidden_size", "d_model", "n_embd", "dim")})
+            student = _alike(from_teacher(teacher, narrow, show_progress=False))
+            found["narrower"] = bool(torch.isfinite(student(input_ids=torch.arange(3, 14)[None]).logits).all())
+        except (HfGuideError, *TWIN_ERRORS) as error:
+            found["note"] = f"narrower: {error}"
+    return found
+
+
+def _alike(student):
+    student.set_attn_implementation("eager")
+    student.set_experts_implementation("eager")
+    return student.eval()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="*", help="model types; all of the causal-LM mapping if none is named")
+    parser.add_argument("--output", help="where to write a JSON line for each architecture")
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="of the largest logit, for the identity law")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    rows = []
+    with torch.no_grad():
+        for architecture in tqdm(args.architectures or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), unit="architecture"):
+            rows.append(survey(architecture))
+    if args.output:
+        with open(args.output, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    for row in rows:
+        error = "-" if row["identity"] is None else f"{row['identity']:.0e}"
+        print(f"{row['architecture']:28} {row['layout'] or '-':28} identity {error:6} narrower {row['narrower']!s:6} {' '.join(row['note'].split())[:110]}")
+    built = [row for row in rows if row["built"]]
+    holds = [row for row in built if row["identity"] is not None and row["identity"] <= args.tolerance]
+    wide = [row for row in holds if row["narrower"]]
+    print(f"\npython {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{len(rows)} architectures, {len(built)} can be built from their default config here.")
+    print(f"Identity holds to {args.tolerance:g} for {len(holds)} of these ({len(holds) / max(1, len(built)):.0%}); layouts: {dict(Counter(row['layout'] for row in holds))}.")
+    print(f"Narrower students, too, can be made of {len(wide)} ({len(wide) / max(1, len(built)):.0%}).")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

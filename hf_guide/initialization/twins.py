@@ -1,0 +1,181 @@
+"""Tiny twins: a config of the same family and the same switches, small enough to try a law on in a second."""
+
+import copy
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+TINY_SIZES = {
+    "hidden_size": 64,
+    "d_model": 64,
+    "n_embd": 64,
+    "dim": 64,
+    "word_embed_proj_dim": 64,
+    "embedding_size": 64,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "d_ff": 96,
+    "n_inner": 96,
+    "ffn_hidden_size": 96,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "moe_intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "shared_expert_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "shared_intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_layers": 4,
+    "n_layer": 4,
+    "n_layers": 4,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+    "rotary_dim": 8,
+    "d_head": 16,
+    "d_inner": 96,
+    "num_mem_blocks": 1,
+    "attention_hidden_size": 64,
+    "zero_expert_num": 2,
+    "attention_head_dim": 16,
+    "global_head_dim": 16,
+    "vocab_size": 99,
+    "vocab_size_per_layer_input": 99,
+    "hidden_size_per_layer_input": 16,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "top_k_experts": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_groups": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "qk_head_dim": 16,
+    "v_head_dim": 16,
+    "index_head_dim": 16,
+    "index_n_heads": 2,
+    "index_topk": 4,
+    "sliding_window": 32,
+    "state_size": 8,
+    "mamba_d_state": 8,
+    "ssm_state_size": 8,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "chunk_size": 8,
+    "time_step_rank": 4,
+    "mamba_dt_rank": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "lru_width": 64,
+    "attention_window_size": 32,
+    "image_size": 16,
+    "patch_size": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
+"""What a twin's sizes are, by the names that Transformers' configs give them."""
+
+
+TWIN_ERRORS = (
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    RuntimeError,
+    AssertionError,
+    ImportError,
+    ZeroDivisionError,
+    StrictDataclassError,
+)
+"""What a family may raise that refuses a twin's sizes: then nothing is certain, and only that is concluded."""
+
+
+def tiny_twin(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
+    """Return a config of the same class and switches with `TINY_SIZES` (and `sizes`) for its sizes.
+
+    Lists with an entry per block are cut to the twin's blocks; nested configs are shrunk likewise.
+
+    Raises:
+        whatever the family's config raises for a shape that it refuses.
+    """
+    stated = config.to_dict()
+    wanted = TINY_SIZES | sizes
+    if "qk_rope_head_dim" in stated:  # there the rotary embedding takes head_dim for its own size
+        wanted = wanted | {"head_dim": wanted["qk_rope_head_dim"]}
+    kept = _kept_blocks(stated, wanted["num_hidden_layers"])
+    tiny: dict[str, Any] = {}
+    for key, value in stated.items():
+        if key in ("quantization_config", "transformers_version", "model_type", "dtype", "architectures", "id2label", "label2id"):
+            continue
+        if isinstance(value, dict) and key in config.sub_configs:
+            tiny[key] = tiny_twin(getattr(config, key), **sizes)
+        elif isinstance(value, list) and value and len(value) == _blocks(stated):
+            tiny[key] = copy.deepcopy([value[block] for block in kept])
+        elif key in _BLOCK_COUNTS and isinstance(value, int):
+            tiny[key] = len(kept)
+        elif key in sizes:
+            tiny[key] = sizes[key]
+        elif isinstance(value, int) and not isinstance(value, bool) and key in wanted:
+            tiny[key] = min(wanted[key], value)
+        else:
+            tiny[key] = copy.deepcopy(value)
+    if stated.get("num_key_value_heads") is not None and stated["num_key_value_heads"] == stated.get("num_attention_heads"):
+        tiny["num_key_value_heads"] = tiny["num_attention_heads"]
+    return type(config)(**tiny)
+
+
+_BLOCK_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+
+
+def _blocks(stated: dict[str, Any]) -> int | None:
+    return next((stated[key] for key in _BLOCK_COUNTS if isinstance(stated.get(key), int)), None)
+
+
+def _kept_blocks(stated: dict[str, Any], count: int) -> list[int]:
+    """Return at least `count` blocks, one of every kind that the lists with an entry per block tell apart among them."""
+    blocks = _blocks(stated) or count
+    lists = [value for value in stated.values() if isinstance(value, list) and len(value) == blocks]
+    kinds = [repr([value[block] for value in lists if not isinstance(value[block], (float, int)) or isinstance(value[block], bool)]) for block in range(blocks)]
+    firsts = [block for block in range(blocks) if kinds.index(kinds[block]) == block][: 2 * count]
+    others = [block for block in range(blocks) if block not in firsts]
+    return sorted(firsts + others[: max(0, count - len(firsts))])
+
+
+def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """Return a float64 model of a twin's config in evaluation mode, its parameters drawn with `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class._from_config(config, dtype=torch.float64)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")  # the grouped kernels know no float64
+    return model.eval()
