@@ -29,7 +29,14 @@ from hf_guide.students import from_teacher
 
 def survey(architecture: str) -> dict:
     """Return what was found of one architecture; `built` is false where its default config makes no model here."""
-    found: dict = {"architecture": architecture, "built": False, "identity": None, "layout": None, "narrower": None, "note": ""}
+    found: dict = {
+        "architecture": architecture,
+        "built": False,
+        "identity": None,
+        "layout": None,
+        "narrower": None,
+        "note": "",
+    }
     try:
         config = CONFIG_MAPPING[architecture]()
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -85,13 +92,17 @@ def main() -> int:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     for row in rows:
         error = "-" if row["identity"] is None else f"{row['identity']:.0e}"
-        print(f"{row['architecture']:28} {row['layout'] or '-':28} identity {error:6} narrower {row['narrower']!s:6} {' '.join(row['note'].split())[:110]}")
+        print(
+            f"{row['architecture']:28} {row['layout'] or '-':28} identity {error:6} narrower {row['narrower']!s:6} {' '.join(row['note'].split())[:110]}"
+        )
     built = [row for row in rows if row["built"]]
     holds = [row for row in built if row["identity"] is not None and row["identity"] <= args.tolerance]
     wide = [row for row in holds if row["narrower"]]
     print(f"\npython {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{len(rows)} architectures, {len(built)} can be built from their default config here.")
-    print(f"Identity holds to {args.tolerance:g} for {len(holds)} of these ({len(holds) / max(1, len(built)):.0%}); layouts: {dict(Counter(row['layout'] for row in holds))}.")
+    print(
+        f"Identity holds to {args.tolerance:g} for {len(holds)} of these ({len(holds) / max(1, len(built)):.0%}); layouts: {dict(Counter(row['layout'] for row in holds))}."
+    )
     print(f"Narrower students, too, can be made of {len(wide)} ({len(wide) / max(1, len(built)):.0%}).")
     return 0
 

@@ -67,6 +67,13 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=2048, help="d, width of the residual stream")
     parser.add_argument("--size", type=int, default=1024, help="directions kept")
     parser.add_argument("--rounds", type=int, default=3, help="turns of the quick arms, of which the median counts")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["float32", "float64"],
+        default=["float32", "float64"],
+        help="what scikit-learn computes in: the table's float32, and float64, as ours does",
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -81,7 +88,7 @@ def main() -> int:
 
     ours, products, eigen, sklearn_seconds = [], [], [], {}
     bases = {}
-    for dtype in (None, "float32", "float64"):
+    for dtype in (None, *args.dtypes):
         for _ in range(args.rounds):
             basis, seconds = timed(partial(our_basis, table, args.size))
             ours.append(seconds)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_guide.errors import ShapeError, TeacherError
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE = 2048
 PANEL = 256
 
 
