@@ -1,3 +1,56 @@
 """hf_guide: small Transformers models made out of big ones."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "AutoStudent": "students",
+    "AutoStudentForCausalLM": "students",
+    "AutoStudentForImageClassification": "students",
+    "AutoStudentForMaskedLM": "students",
+    "AutoStudentForSeq2SeqLM": "students",
+    "AutoStudentForSequenceClassification": "students",
+    "AutoStudentForTokenClassification": "students",
+    "FromTeacherMixin": "students",
+    "from_teacher": "students",
+    "HfGuideError": "errors",
+    "LayoutError": "errors",
+    "OptionError": "errors",
+    "ShapeError": "errors",
+    "TeacherError": "errors",
+    "InitializationConfig": "initialization.options",
+    "InitializationReport": "initialization.report",
+    "register_layout": "initialization.layouts",
+}
+
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604  the names are strings, gathered above
+
+if TYPE_CHECKING:
+    from hf_guide.errors import HfGuideError, LayoutError, OptionError, ShapeError, TeacherError
+    from hf_guide.initialization.layouts import register_layout
+    from hf_guide.initialization.options import InitializationConfig
+    from hf_guide.initialization.report import InitializationReport
+    from hf_guide.students import (
+        AutoStudent,
+        AutoStudentForCausalLM,
+        AutoStudentForImageClassification,
+        AutoStudentForMaskedLM,
+        AutoStudentForSeq2SeqLM,
+        AutoStudentForSequenceClassification,
+        AutoStudentForTokenClassification,
+        FromTeacherMixin,
+        from_teacher,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `hf-guide --help` need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hf_guide' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hf_guide.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -20,6 +20,7 @@ A layout is written as text, a line a module or parameter, its name relative to 
 """
 
 import functools
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -205,6 +206,7 @@ def register_layout(
     Raises:
         LayoutError: a family that is registered already, an unknown `like`, or a row that does not parse.
     """
+    _load_built_in()
     if family in _LAYOUTS and not overwrite:
         raise LayoutError(f"A layout for {family!r} is registered already; pass overwrite=True to replace it.")
     if like is not None and like not in _LAYOUTS:
@@ -235,9 +237,13 @@ def register_layout(
 
 def registered_layouts() -> dict[str, Layout]:
     """Return every registered layout by family, the built-in ones included."""
-    from hf_guide.initialization import families  # noqa: F401  registers the built-in layouts
-
+    _load_built_in()
     return dict(_LAYOUTS)
+
+
+def _load_built_in() -> None:
+    """Register the built-in layouts; while they are being registered this does nothing."""
+    importlib.import_module("hf_guide.initialization.families")
 
 
 def variant_for(layout: Layout, config: PreTrainedConfig) -> Layout:
