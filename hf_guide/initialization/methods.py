@@ -90,11 +90,12 @@ def table_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
     weighed with that axis's moment.
     """
     tables: dict[str, list[Site]] = {axis: [] for axis in axes}
+    chained = set(plan.layout.projected())
     for site in plan.sites.values():
         for axis in axes:
-            if site.match.row.kind == "table" and Name(axis) in site.axes and not site.match.is_bias:
+            read = len(chained & set(_names(site))) > 1 and site.axes[site.match.row.input_axis] == Name(axis)
+            if site.match.row.kind == "table" and Name(axis) in site.axes and not read and not site.match.is_bias:
                 tables[axis].append(site)
-    chained = set(plan.layout.projected())
     moments: dict[str, Tensor] = {}
     for axis in sorted(axes, key=lambda axis: any(len(chained & set(_names(site))) > 1 for site in tables[axis])):
         if not tables[axis]:

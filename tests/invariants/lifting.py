@@ -11,21 +11,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.axes import Axis, Name, Product
+from hf_guide.initialization.axes import Axis, Name, Product, solve_sizes
 from hf_guide.initialization.layouts import Layout, Match, config_sizes
 
 
-def shake(model: PreTrainedModel, layout: Layout, seed: int, *, stream_gains: str = "random") -> None:
-    """Move every parameter away from its default; gains that cannot be folded stay constant if `stream_gains` says so."""
+def shake(model: PreTrainedModel, layout: Layout, seed: int, *, stream_gains: str = "random", length: float = 1.0) -> None:
+    """Move every parameter away from its default; gains that cannot be folded stay constant if `stream_gains` says so.
+
+    `length` multiplies all that is written onto the residual stream, as the norms of a pre-norm model let it.
+    """
     generator = torch.Generator().manual_seed(seed)
     folded = {read for row in layout.rows for read in row.reads if read} | {row.scaled_by for row in layout.rows if row.scaled_by}
-    tied = tied_norms(model, layout)
+    tied, stream = tied_norms(model, layout), [Name(name) for name in layout.projected()]
+    done: set[int] = set()
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or id(tensor) in done:
                 continue
+            done.add(id(tensor))
             match = layout.find(short(name, model))
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            written = match is not None and match.row.kind != "norm" and not match.row.reads
+            if written and any(axis in stream for axis in match.axes):
+                noise = noise * length
             if match is not None and match.row.kind == "norm" and not name.endswith("bias"):
                 free = match.row.pattern in folded and match.row.pattern not in tied or stream_gains == "random"
                 if match.axes[-1] not in (Name("embed"), *map(Name, layout.projected())):
@@ -289,10 +297,10 @@ class Lifter:
         return torch.full(target.shape, gain.item() - offset, dtype=torch.float64)
 
     def _sizes(self, model: PreTrainedModel, match: Match, tensor: Tensor) -> dict[str, int]:
-        stated = config_sizes(self.layout, model.config)
+        stated = solve_sizes(match.axes, tensor.shape, config_sizes(self.layout, model.config), match.row.pattern)
         if self.layout.alibi is not None and self.layout.alibi(model.config):
             stated["alibi"] = 1
-        return stated | {axis.name: length for axis, length in zip(match.axes, tensor.shape) if isinstance(axis, Name)}
+        return stated
 
 
 def lift(small: PreTrainedModel, big: PreTrainedModel, layout: Layout, seed: int = 0) -> None:

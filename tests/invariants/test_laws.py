@@ -1,25 +1,35 @@
-"""The two exactness laws: identity, and lift. float64, on small seeded models moved away from their defaults."""
+"""The exactness laws: identity, lift, and rotation. float64, on small seeded models moved away from their defaults."""
+
+import math
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from hf_guide.initialization.derive import layout_for
+from hf_guide.initialization.layouts import Layout, registered_layouts, variant_for
+from hf_guide.initialization.methods import initialize
+from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import resolve_alike
-from hf_guide.students import from_teacher
+from hf_guide.initialization.weights import open_teacher
+from hf_guide.students import build_student, from_teacher
 from tests.invariants.case import Case, build, logits_of
 from tests.invariants.cases import CASES
-from tests.invariants.lifting import lift, shake, short
+from tests.invariants.lifting import lift, orthonormal, shake, short
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+def layout_of(model: PreTrainedModel) -> Layout:
+    layout = variant_for(registered_layouts()[model.config.model_type], model.config)
+    return resolve_alike(layout, [short(name, model) for name in model.state_dict()])
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_identity(case: Case) -> None:
     teacher = build(case, case.big)
-    layout = layout_for(teacher.config)
-    shake(teacher, layout, seed=1)
+    shake(teacher, layout_of(teacher), seed=1)
     student = from_teacher(teacher, show_progress=False)
     assert relative_error(logits_of(student, case), logits_of(teacher, case)) <= case.identity
 
@@ -27,10 +37,38 @@ def test_identity(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_lift(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)
-    layout = resolve_alike(layout_for(big.config), [short(name, small) for name in small.state_dict()])
-    shake(small, layout, seed=2, stream_gains="constant")
+    layout = layout_of(small)
+    shake(small, layout, seed=2, stream_gains="constant", length=case.length)
     lift(small, big, layout, seed=3)
     expected = logits_of(small, case)
-    assert relative_error(logits_of(big, case), expected) <= case.lift, "the lifted teacher is not the small model: the layout is wrong"
+    assert relative_error(logits_of(big, case), expected) <= case.lift, (
+        "the lifted teacher is not the small model: the layout is wrong"
+    )
     student = from_teacher(big, small.config, show_progress=False, method={"energy_correction": True})
     assert relative_error(logits_of(student, case), expected) <= case.lift
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rotation(case: Case) -> None:
+    """All gains at random and nothing cut, only turned: what is left is what gains that cannot be folded cost."""
+    teacher = build(case, case.big)
+    layout = layout_of(teacher)
+    shake(teacher, layout, seed=4)
+    assert math.isfinite(error := rotation_residual(teacher, layout, case)) and error <= case.residual
+
+
+def rotation_residual(teacher: PreTrainedModel, layout: Layout, case: Case) -> float:
+    """Return the relative error of a student as wide as its teacher whose residual stream is turned by a random Q."""
+    widths: dict[str, int] = {}
+    for name, tensor in teacher.state_dict().items():
+        match = layout.find(short(name, teacher))
+        assert match is not None, f"the layout says nothing of {name}"
+        lengths = {str(axis): length for axis, length in zip(match.axes, tensor.shape, strict=True)}
+        widths |= {axis: lengths[axis] for axis in layout.projected() if axis in lengths}
+    bases = {
+        axis: orthonormal(width, width, seed=6, keep_mean=layout.norm == "layer") for axis, width in widths.items()
+    }
+    options = InitializationConfig()
+    student = build_student(type(teacher), teacher.config, torch.float64, options)
+    initialize(student, open_teacher(teacher), layout, options, bases=bases)
+    return relative_error(logits_of(student.eval(), case), logits_of(teacher, case))

@@ -1,5 +1,13 @@
 """The built-in layouts: importing this registers them."""
 
-from hf_guide.initialization.families import decoders, encoder_decoders, encoders, vision
+from hf_guide.initialization.families import (
+    decoders,
+    encoder_decoders,
+    encoders,
+    gpt_decoders,
+    layer_norm_decoders,
+    mixtures,
+    vision,
+)
 
-__all__ = ["decoders", "encoder_decoders", "encoders", "vision"]
+__all__ = ["decoders", "encoder_decoders", "encoders", "gpt_decoders", "layer_norm_decoders", "mixtures", "vision"]
