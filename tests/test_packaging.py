@@ -1,0 +1,42 @@
+"""What is installed is what is in the repository."""
+
+import configparser
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def test_every_package_is_listed(setup):
+    found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "hf_guide").glob("**/__init__.py")}
+    assert set(setup["options"]["packages"].split()) == found | {"hf_guide.model_cards"}
+
+
+def test_the_card_templates_are_installed():
+    folder = resources.files("hf_guide.model_cards")
+    names = {file.name for file in (ROOT / "model_cards").glob("*.md")}
+    assert names
+    assert names <= {file.name for file in folder.iterdir()}
+
+
+def test_the_command_is_installed():
+    (command,) = metadata.entry_points(group="console_scripts", name="hf-guide")
+    assert callable(command.load())
+
+
+def test_every_requirement_has_the_version_it_is_tested_with(setup):
+    pinned = [line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    assert pinned[0] == "torch"
+    known = {name.lower().replace("_", "-") for name in pinned}
+    extras = setup["options.extras_require"]
+    wanted = " ".join([setup["options"]["install_requires"], *extras.values()]).split()
+    assert {name.split(">")[0].lower().replace("_", "-") for name in wanted} <= known
