@@ -269,7 +269,7 @@ class Transfer:
             return None
         if norm not in self._norm_biases:
             site = self.plan.sites[norm + ".bias"]
-            width = site.shape[0]
+            width, length = site.shape[0], 0.0
             normal, right = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
             for reader in self.readers(norm):
                 if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in self.plan.sites:
@@ -279,7 +279,12 @@ class Transfer:
                 weight = self.weight_value(reader).movedim(reader.match.row.input_axis, -1).reshape(-1, width).double()
                 normal += weight.T @ weight
                 right += weight.T @ wanted
-            self._norm_biases[norm] = torch.linalg.pinv(normal, hermitian=True) @ right
+                length += wanted.square().sum().item()
+            found = torch.linalg.pinv(normal, hermitian=True) @ right
+            lost = math.sqrt(max(0.0, 1 - (found @ right).item() / length)) if length else 0.0
+            if lost > 1e-6:
+                self._note(f"{site.name}: fitted to what weights without a bias made of the teacher's; {lost:.1%} of that is lost.")
+            self._norm_biases[norm] = found
         return self._norm_biases[norm]
 
     def norm_value(self, site: Site) -> Tensor:
