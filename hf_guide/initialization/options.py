@@ -1,7 +1,9 @@
 """Every switch of an initialisation, as a documented dataclass field."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -57,48 +59,50 @@ class InitializationConfig:
     method: str = field(
         default="guide",
         metadata={
-            "help": "guide: the residual stream is projected on the principal directions of the embedding table, every other "
-            "axis is selected evenly (GUIDE, arXiv 2510.06502). uniform: every axis is selected evenly (weight selection, "
-            "arXiv 2311.18823). random: the model's own initialisation."
+            "help": "guide: the residual stream is projected on the principal directions of the embedding table, "
+            "every other axis is selected evenly (GUIDE, arXiv 2510.06502). uniform: every axis is selected evenly "
+            "(weight selection, arXiv 2311.18823). random: the model's own initialisation."
         },
     )
     later_blocks: str = field(
         default="project",
         metadata={
-            "help": "What guide does after the first block: project (as the first), select (uniform selection) or random "
-            "(the model's own initialisation)."
+            "help": "What guide does after the first block: project (as the first), select (uniform selection) or "
+            "random (the model's own initialisation)."
         },
     )
     layers: "str | list[int] | dict[str, list[int]]" = field(
         default="even",
         metadata={
-            "help": "Which teacher block feeds each student block: even, first, a list of teacher block numbers, or a mapping "
-            "from stack (such as encoder.block) to a list."
+            "help": "Which teacher block feeds each student block: even, first, a list of teacher block numbers, or a "
+            "mapping from stack (such as encoder.block) to a list."
         },
     )
     centered: bool = field(
         default=False,
         metadata={
-            "help": "Fit the directions on the centred embedding table. The uncentred fit, the default, gives the best "
-            "reconstruction of the table itself."
+            "help": "Fit the directions on the centred embedding table. The uncentred fit, the default, gives the "
+            "best reconstruction of the table itself."
         },
     )
     token_weights: "list[float] | None" = field(
         default=None,
-        metadata={"help": "One weight per row of the embedding table, such as token frequencies; None weighs all alike."},
+        metadata={
+            "help": "One weight per row of the embedding table, such as token frequencies; None weighs all alike."
+        },
     )
     energy_correction: bool = field(
         default=True,
         metadata={
-            "help": "Scale what is read after a norm by the share of length that the projection keeps: a truncated vector is "
-            "shorter, and the student's norm would make it longer again."
+            "help": "Scale what is read after a norm by the share of length that the projection keeps: a truncated "
+            "vector is shorter, and the student's norm would make it longer again."
         },
     )
     fold_norms: bool = field(
         default=True,
         metadata={
-            "help": "Fold the gains (and biases) of norms into the weights that read them, which is exact; otherwise the gain "
-            "is the diagonal of the projected one, which is not."
+            "help": "Fold the gains (and biases) of norms into the weights that read them, which is exact; otherwise "
+            "the gain is the diagonal of the projected one, which is not."
         },
     )
     restore_logit_scale: bool = field(
@@ -109,28 +113,86 @@ class InitializationConfig:
         default=0, metadata={"help": "Seeds whatever is initialised at random: the same call gives the same bits."}
     )
 
+    def __new__(cls, *args: Any, **fields: Any) -> "InitializationConfig":
+        """Refuse a keyword that is no field here, where the nearest field can still be named."""
+        for name in fields:
+            if name not in cls.__dataclass_fields__:
+                known = list(cls.__dataclass_fields__)
+                raise OptionError(
+                    f"{cls.__name__} has no {name!r}; expected some of {known}.{did_you_mean(name, known)}"
+                )
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         self.method = str(Method.parse(self.method, "method"))
         self.later_blocks = str(LaterBlocks.parse(self.later_blocks, "later_blocks"))
-        if isinstance(self.layers, str):
-            self.layers = str(BlockChoice.parse(self.layers, "layers"))
-        elif not isinstance(self.layers, Mapping):
-            self.layers = [int(layer) for layer in self.layers]
-        if self.method != Method.GUIDE:
-            for option in ("later_blocks", "centered", "token_weights", "energy_correction", "fold_norms"):
-                default = next(f.default for f in dataclasses.fields(self) if f.name == option)
-                if getattr(self, option) != default:
-                    raise OptionError(f"{option} is an option of method='guide'; method={self.method!r} has no use for it.")
+        self.layers = _parse_layers(self.layers)
+        self.token_weights = _parse_weights(self.token_weights)
+        for option in ("centered", "energy_correction", "fold_norms", "restore_logit_scale"):
+            if not isinstance(getattr(self, option), bool):
+                raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
+            raise OptionError(f"seed is a whole number from 0 to 2**64 - 1; found {self.seed!r}.")
+        for option in _unused(self.method):
+            if getattr(self, option) != self.__dataclass_fields__[option].default:
+                raise OptionError(
+                    f"method={self.method!r} has no use for {option}; leave it out, or choose another method."
+                )
 
     @classmethod
     def parse(cls, method: "str | InitializationConfig | Mapping[str, Any]") -> "InitializationConfig":
-        """Return the options that `method` stands for: a method's name, a mapping of fields, or the options themselves."""
+        """Return the options that `method` stands for: a method's name, a mapping of fields, or options, copied."""
         if isinstance(method, InitializationConfig):
-            return method
+            return dataclasses.replace(method)  # checked again, for its fields may have been set since
         if isinstance(method, str):
             return cls(method=method)
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in method:
-            if name not in known:
-                raise OptionError(f"{name!r} is not a field of InitializationConfig; expected some of {known}.{did_you_mean(name, known)}")
-        return cls(**method)
+        if isinstance(method, Mapping):
+            return cls(**{str(name): value for name, value in method.items()})
+        raise OptionError(
+            f"method is one of {[member.value for member in Method]}, an InitializationConfig or a mapping of its "
+            f"fields; found a {type(method).__name__}."
+        )
+
+
+def _unused(method: str) -> tuple[str, ...]:
+    """Return the options that a method does not look at."""
+    of_guide = ("later_blocks", "centered", "token_weights", "energy_correction", "fold_norms", "restore_logit_scale")
+    return {Method.GUIDE.value: (), Method.UNIFORM.value: of_guide}.get(method, (*of_guide, "layers"))
+
+
+def _parse_layers(layers: Any) -> "str | list[int] | dict[str, list[int]]":
+    if isinstance(layers, str):
+        return str(BlockChoice.parse(layers, "layers"))
+    if isinstance(layers, Mapping):
+        return {str(stack): _block_numbers(blocks, f"layers[{stack!r}]") for stack, blocks in layers.items()}
+    return _block_numbers(layers, "layers")
+
+
+def _block_numbers(blocks: Any, option: str) -> list[int]:
+    expected = f"{option} is a list of teacher block numbers such as [0, 4, 9]"
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise OptionError(f"{expected}{', or even, or first' if option == 'layers' else ''}; found {blocks!r}.")
+    numbers = list(blocks)
+    try:
+        return [operator.index(number) for number in numbers]
+    except TypeError as error:
+        raise OptionError(f"{expected}; found {numbers!r}.") from error
+
+
+def _parse_weights(weights: Any) -> "list[float] | None":
+    if weights is None:
+        return None
+    try:
+        numbers = [float(weight) for weight in weights]
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"token_weights is a list of numbers, one per row of the embedding table: {error}."
+        ) from error
+    wrong = next((row for row, number in enumerate(numbers) if not 0 <= number < math.inf), None)
+    if wrong is not None:
+        raise OptionError(f"token_weights must be finite and not negative; that of row {wrong} is {numbers[wrong]}.")
+    if not any(numbers):
+        raise OptionError(
+            "token_weights are all zero, so no row would be looked at; leave them out to weigh all alike."
+        )
+    return numbers

@@ -27,11 +27,14 @@ def rope_places(teacher: int, student: int, teacher_rotary: int, student_rotary:
     if style is None:
         return even_places(teacher, student)
     if teacher_rotary % 2 or student_rotary % 2:
-        raise ShapeError(f"Rotary dimensions come in pairs; found {teacher_rotary} in the teacher's heads and {student_rotary} in the student's.")
+        raise ShapeError(
+            f"Rotary dimensions come in pairs; found {teacher_rotary} in the teacher's heads and {student_rotary} in "
+            "the student's. Choose an even head_dim."
+        )
     if student_rotary > teacher_rotary or student - student_rotary > teacher - teacher_rotary:
         raise ShapeError(
-            f"The student's heads rotate {student_rotary} of {student} dimensions, the teacher's {teacher_rotary} of {teacher}: "
-            "choose a head_dim and a rotary size that fit into the teacher's."
+            f"The student's heads rotate {student_rotary} of {student} dimensions, the teacher's {teacher_rotary} of "
+            f"{teacher}: choose a head_dim and a rotary size that fit into the teacher's."
         )
     pairs = even_places(teacher_rotary // 2, student_rotary // 2) if student_rotary else []
     if style == "half":
@@ -43,31 +46,40 @@ def rope_places(teacher: int, student: int, teacher_rotary: int, student_rotary:
 
 
 def alibi_places(teacher: int, student: int) -> list[int]:
-    """Return the heads whose ALiBi slopes are the student's own where s divides t: the last of each run of t // s heads."""
+    """Return the heads whose ALiBi slopes are the student's own where s divides t: the last of each run of t // s."""
     if teacher % student == 0:
         return [(i + 1) * (teacher // student) - 1 for i in range(student)]
     return even_places(teacher, student)
 
 
-def choose_blocks(teacher: int, student: int, layers: "str | Sequence[int] | Mapping[str, Sequence[int]]", stack: str = "") -> list[int]:
-    """Return the teacher's block that feeds each of the student's blocks.
+def choose_blocks(
+    teacher: int, student: int, layers: "str | Sequence[int] | Mapping[str, Sequence[int]]", stack: str = ""
+) -> list[int]:
+    """Return the teacher's block that feeds each of the student's blocks of one stack.
 
     Raises:
         ShapeError: more blocks than the teacher has.
         OptionError: an explicit list of another length, or with a block that the teacher does not have.
     """
+    of_stack = f" in {stack!r}" if stack else ""
     if isinstance(layers, Mapping):
-        if stack not in layers:
-            return choose_blocks(teacher, student, BlockChoice.EVEN.value, stack)
-        layers = layers[stack]
+        layers = layers.get(stack, BlockChoice.EVEN.value)
     if not isinstance(layers, str):
         chosen = list(layers)
         if len(chosen) != student:
-            raise OptionError(f"layers names {len(chosen)} teacher blocks, but the student has {student} in its stack {stack!r}.")
+            raise OptionError(
+                f"layers names {len(chosen)} teacher blocks, but the student has {student}{of_stack}: name one for "
+                "each of the student's blocks, with a mapping from stack to list where there are several stacks."
+            )
         outside = [block for block in chosen if not 0 <= block < teacher]
         if outside:
-            raise OptionError(f"layers names the teacher blocks {outside}, but the teacher's stack {stack!r} has 0 to {teacher - 1}.")
+            raise OptionError(
+                f"layers names the teacher blocks {outside}{of_stack}, but the teacher has only 0 to {teacher - 1}."
+            )
         return chosen
     if student > teacher:
-        raise ShapeError(f"The student has {student} blocks, its teacher {teacher} in {stack!r}: choose at most {teacher}, or list them with layers=[...].")
+        raise ShapeError(
+            f"The student has {student} blocks{of_stack}, its teacher {teacher}: choose at most {teacher}, or say "
+            "with layers=[...] which of the teacher's blocks feeds each."
+        )
     return list(range(student)) if layers == BlockChoice.FIRST.value else even_places(teacher, student)
