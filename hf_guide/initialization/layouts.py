@@ -16,7 +16,7 @@ A layout is written as text, a line a module or parameter, its name relative to 
   `in -> out` (GPT-2's Conv1D). A line may name a full parameter (`experts.gate_up_proj`) instead of a module.
 - `norm` marks a gain (and bias): a diagonal on its axis. `table` marks what the residual stream is made from.
 - `< norm` says which norm's output the weight reads (with `a | - | b` for the terms of a fused weight), `> scale` which
-  learned diagonal its output is multiplied with.
+  learned diagonal its output is multiplied with, `>> norm` which norm stands between its output and the residual stream.
 """
 
 import functools
@@ -50,6 +50,7 @@ class Row:
     reads: tuple[str | None, ...] = ()
     scaled_by: str | None = None
     transposed: bool = False
+    normed_by: str | None = None
 
     @functools.cached_property
     def expression(self) -> re.Pattern[str]:
@@ -143,7 +144,8 @@ def parse_rows(text: str) -> tuple[Row, ...]:
         pattern, _, meaning = (part.strip() for part in line.partition(":"))
         full = prefix + pattern if pattern.startswith(".") else pattern
         transposed = "->" in meaning
-        meaning, _, scale = (part.strip() for part in meaning.replace("->", " ").partition(">"))
+        meaning, _, after = (part.strip() for part in meaning.replace("->", " ").partition(">>"))
+        meaning, _, scale = (part.strip() for part in meaning.partition(">"))
         meaning, _, reads = (part.strip() for part in meaning.partition("<"))
         words = meaning.split(maxsplit=1)
         kind = words[0] if words and words[0] in ("norm", "table") else "weight"
@@ -160,7 +162,7 @@ def parse_rows(text: str) -> tuple[Row, ...]:
         output = axes[-1] if transposed else axes[0]
         if len(normed) > 1 and not (isinstance(output, Sum) and len(output.terms) == len(normed)):
             raise LayoutError(f"The layout's line {raw.strip()!r} names {len(normed)} norms for an output axis that has not as many terms.")
-        rows.append(Row(full, axes, kind, normed, absolute(scale) if scale else None, transposed))
+        rows.append(Row(full, axes, kind, normed, absolute(scale) if scale else None, transposed, absolute(after) if after else None))
     return tuple(rows)
 
 

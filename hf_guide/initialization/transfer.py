@@ -218,8 +218,8 @@ class Transfer:
             elif dim == row.input_axis and norm is not None and self.is_folded(self._norm_name(norm, site, of_teacher=False)):
                 diagonal, factor = self.teacher_norm(norm, site, "weight"), self.scale(axis)
                 self._note_step(site, f"gain of {self._norm_name(norm, site, of_teacher=True)} folded, times {factor:.6g}")
-            elif dim != row.input_axis and row.scaled_by is not None:
-                diagonal = self.teacher_norm(row.scaled_by, site, "weight")
+            elif dim != row.input_axis and (scale := self.scale_of_output(site)) is not None:
+                diagonal = self.teacher_norm(scale, site, "weight")
             diagonal = diagonal if diagonal is None else diagonal.repeat(times)
             tensor = contract(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
         return tensor.squeeze(row.input_axis) if vector is not None else tensor
@@ -234,7 +234,8 @@ class Transfer:
             if isinstance(chosen, Selection):
                 result = apply_selection(result, 0, chosen).to(self.dtype) * chosen.factors.to(self.dtype)
             elif isinstance(chosen, Projection):
-                diagonal = self.teacher_norm(row.scaled_by, site, "weight") if row.scaled_by else None
+                scale = self.scale_of_output(site)
+                diagonal = self.teacher_norm(scale, site, "weight") if scale else None
                 result = contract(result, 0, chosen.matrix, self.dtype, diagonal=diagonal)
         else:
             result = torch.zeros(site.shape, dtype=self.dtype)
@@ -258,6 +259,38 @@ class Transfer:
             student = self.weight_value(weight).movedim(weight.match.row.input_axis, -1)
             result = result - student @ own.repeat(student.shape[-1] // len(own)).to(student)
         return result
+
+    def scale_of_output(self, site: Site) -> str | None:
+        """Return the learned diagonal, or the gain of the norm, that is folded into what `site` writes."""
+        row = site.match.row
+        if row.normed_by is not None and self.plan.options.fold_norms and self.plan.layout.norm == "rms":
+            return row.normed_by
+        return row.scaled_by
+
+    def writer(self, norm: str) -> Site | None:
+        """Return the weight that writes what the student's norm of this name norms, where its gain is folded into it."""
+        for site in self.plan.sites.values():
+            after = site.match.row.normed_by
+            if after and not site.match.is_bias and self._norm_name(after, site, of_teacher=False) == norm:
+                return site if self.scale_of_output(site) == after else None
+        return None
+
+    def scale_left(self, writer: Site) -> float:
+        """Return sqrt(d_T / d_S) |M^T diag(c) W| / |W|: what is left of the gain c of a norm that norms W's output.
+
+        The norm divides by the length of M^T diag(c) W h instead of that of W h; their ratio is that of the weights'
+        lengths for a white h, and exactly so where c is constant and nothing is cut.
+        """
+        assert writer.source is not None
+        tensor, width = self.read(writer.source), (1, 1)
+        for dim, chosen in enumerate(self.plan.maps(writer)):
+            if isinstance(chosen, Selection):
+                tensor = apply_selection(tensor, dim, chosen)
+            elif isinstance(chosen, Projection):
+                width = self.plan.widths[str(writer.axes[dim])]
+        teacher, student = width
+        length = self.weight_value(writer).double().norm() / tensor.double().norm()
+        return math.sqrt(teacher / student) * length.item()
 
     def norm_bias(self, norm: str) -> Tensor | None:
         """Return the bias of a folded norm of the student, (d_S,) float64; None where it has none.
@@ -310,6 +343,10 @@ class Transfer:
         if any(norm == self._norm_name(other.match.row.scaled_by or "", other, of_teacher=False) for other in self.plan.sites.values()):
             self._note_step(site, "folded into the weights it multiplies")
             return torch.full(site.shape, 1.0 - offset, dtype=self.dtype)
+        if (writer := self.writer(norm)) is not None and not is_bias:
+            self._note_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
+            self._note(f"{site.name}: its gain is folded into {writer.name}, before the norm, which then sees another length.")
+            return torch.full(site.shape, self.scale_left(writer) - offset, dtype=self.dtype)
         if self.is_folded(norm):
             self._note_step(site, "folded into the weights that read it")
             bias = self.norm_bias(norm) if is_bias else None

@@ -2,7 +2,10 @@
 
 from hf_guide.initialization.layouts import register_layout
 
-SANDWICH = "gains after each branch become diagonals: logits off by {} on a turned stream, gains being 1 +- 0.3"
+SANDWICH = (
+    "gains after each branch are folded in before their norm, which they lengthen: "
+    "logits off by {} on a turned stream 40 wide, gains being 1 +- 0.3"
+)
 
 register_layout(
     "llama",
@@ -61,11 +64,13 @@ register_layout(
     "glm4",
     """
     layers.{block}
+      .self_attn.o_proj: embed (kv_heads group head_dim) >> .post_self_attn_layernorm
       .post_self_attn_layernorm: norm embed
+      .mlp.down_proj: embed mlp >> .post_mlp_layernorm
       .post_mlp_layernorm: norm embed
     """,
     like="glm",
-    exactness=SANDWICH.format("40 %"),
+    exactness=SANDWICH.format("9 %"),
 )
 
 register_layout("gemma", like="llama", norm_offset=1.0, embedding_scale=lambda config: config.hidden_size**0.5)
@@ -73,6 +78,8 @@ register_layout(
     "gemma2",
     """
     layers.{block}
+      .self_attn.o_proj: embed (kv_heads group head_dim) >> .post_attention_layernorm
+      .mlp.down_proj: embed mlp >> .post_feedforward_layernorm
       .pre_feedforward_layernorm: norm embed
       .mlp.gate_proj: mlp embed < .pre_feedforward_layernorm
       .mlp.up_proj: mlp embed < .pre_feedforward_layernorm
@@ -80,14 +87,16 @@ register_layout(
     """,
     like="gemma",
     attention_scale=lambda config: config.query_pre_attn_scalar**-0.5,
-    exactness=SANDWICH.format("19 %"),
+    exactness=SANDWICH.format("5 %"),
 )
-register_layout("gemma3_text", like="gemma2", exactness=SANDWICH.format("13 %"))
+register_layout("gemma3_text", like="gemma2", exactness=SANDWICH.format("5 %"))
 
 register_layout(
     "olmo2",
     """
     layers.{block}
+      .self_attn.o_proj: embed (kv_heads group head_dim) >> .post_attention_layernorm
+      .mlp.down_proj: embed mlp >> .post_feedforward_layernorm
       .self_attn.q_proj: (kv_heads group q_dim) embed
       .self_attn.k_proj: (kv_heads k_dim) embed
       .self_attn.v_proj: (kv_heads head_dim) embed
@@ -98,9 +107,9 @@ register_layout(
       .post_feedforward_layernorm: norm embed
     """,
     like="llama",
-    exactness=SANDWICH.format("45 %"),
+    exactness=SANDWICH.format("12 %"),
 )
-register_layout("olmo3", like="olmo2", exactness=SANDWICH.format("76 %"))
+register_layout("olmo3", like="olmo2", exactness=SANDWICH.format("12 %"))
 register_layout(
     "exaone4",
     """
@@ -109,5 +118,5 @@ register_layout(
       .self_attn.k_norm: norm k_dim
     """,
     like="olmo2",
-    exactness=SANDWICH.format("62 %"),
+    exactness=SANDWICH.format("16 %"),
 )

@@ -1,6 +1,6 @@
 """Decoders with RMSNorm."""
 
-from tests.invariants.case import STREAM_RESIDUAL, TIED_RESIDUAL, TOKENS, Case
+from tests.invariants.case import SANDWICH_RESIDUAL, TIED_RESIDUAL, TOKENS, Case
 
 DECODER = {
     "vocab_size": TOKENS,
@@ -153,7 +153,7 @@ CASES += [
         SMALL | {"head_dim": 8},
         BIG | {"head_dim": 8},
         RMS | UNTIED | {"attention_bias": True},
-        residual=STREAM_RESIDUAL,
+        residual=SANDWICH_RESIDUAL,
     ),
     Case("gemma", "GemmaForCausalLM", SMALL, BIG, RMS | UNTIED),
     Case(
@@ -171,7 +171,7 @@ CASES += [
         SMALL | TURNS,
         BIG | BIG_TURNS,
         RMS | UNTIED | SLIDING | {"query_pre_attn_scalar": 16},
-        residual=STREAM_RESIDUAL,
+        residual=SANDWICH_RESIDUAL,
     ),
     Case(
         "gemma2",
@@ -180,7 +180,7 @@ CASES += [
         BIG | BIG_TURNS,
         RMS | TIED | {"attention_bias": True, "attn_logit_softcapping": None},
         "gemma2-tied-biased",
-        residual=STREAM_RESIDUAL,
+        residual=TIED_RESIDUAL,
     ),
     Case(
         "gemma3_text",
@@ -188,7 +188,7 @@ CASES += [
         SMALL | TURNS,
         BIG | BIG_TURNS,
         RMS | UNTIED | SLIDING,
-        residual=STREAM_RESIDUAL,
+        residual=SANDWICH_RESIDUAL,
     ),
     Case(
         "gemma3_text",
@@ -197,7 +197,7 @@ CASES += [
         BIG | BIG_TURNS,
         RMS | TIED | {"attention_bias": True},
         "gemma3_text-tied-biased",
-        residual=STREAM_RESIDUAL,
+        residual=TIED_RESIDUAL,
     ),
     Case(
         "olmo2",
@@ -205,16 +205,16 @@ CASES += [
         OLMO_SMALL,
         OLMO_BIG,
         RMS | UNTIED | {"attention_bias": True},
-        residual=STREAM_RESIDUAL,
+        residual=SANDWICH_RESIDUAL,
     ),
-    Case("olmo2", "Olmo2ForCausalLM", OLMO_SMALL, OLMO_BIG, RMS | TIED, "olmo2-tied", residual=STREAM_RESIDUAL),
+    Case("olmo2", "Olmo2ForCausalLM", OLMO_SMALL, OLMO_BIG, RMS | TIED, "olmo2-tied", residual=TIED_RESIDUAL),
     Case(
         "olmo3",
         "Olmo3ForCausalLM",
         OLMO_SMALL | TURNS,
         OLMO_BIG | BIG_TURNS,
         RMS | UNTIED | SLIDING,
-        residual=STREAM_RESIDUAL,
+        residual=SANDWICH_RESIDUAL,
     ),
     Case(
         "exaone4",
@@ -222,7 +222,7 @@ CASES += [
         SMALL | TURNS,
         BIG | BIG_TURNS,
         RMS | UNTIED | SLIDING,
-        residual=STREAM_RESIDUAL,
+        residual=SANDWICH_RESIDUAL,
     ),
     Case(
         "exaone4",
@@ -231,6 +231,6 @@ CASES += [
         BIG | BIG_TURNS,
         RMS | TIED | SLIDING,
         "exaone4-tied",
-        residual=STREAM_RESIDUAL,
+        residual=TIED_RESIDUAL,
     ),
 ]
