@@ -18,7 +18,7 @@ from hf_guide.initialization.axes import Name, axis_names
 from hf_guide.initialization.basis import ResidualBasis, explained_variance, fit_basis, second_moment
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.options import InitializationConfig, Method
-from hf_guide.initialization.plan import Plan, Site, make_plan, student_tensors
+from hf_guide.initialization.plan import Plan, Site, canonical, make_plan, student_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.initialization.transfer import Transfer, check_finite
 from hf_guide.initialization.weights import Teacher
@@ -48,11 +48,12 @@ def initialize(
         TeacherError: weights that are truncated or not finite.
     """
     started = time.perf_counter()
+    untie_as_teacher(student, teacher)
     plan = make_plan(student, teacher, layout, options, vocab_places=vocab_places, label_places=label_places)
     plan.bases = dict(bases or {})
     reduced = [] if options.method != Method.GUIDE else [axis for axis, (had, wanted) in plan.widths.items() if had != wanted or axis in plan.bases]
     moments = table_moments(plan, reduced)
-    fitted = {axis: fit_basis(moments[axis], plan.widths[axis][1], keep_mean=layout.norm == "layer") for axis in reduced if axis not in plan.bases}
+    fitted = {axis: fit_axis(plan, axis, moments) for axis in reduced if axis not in plan.bases}
     plan.bases.update({axis: basis.matrix for axis, basis in fitted.items()})
     transfer = Transfer(
         plan,
@@ -75,12 +76,28 @@ def initialize(
     return make_report(student, transfer, fitted, seconds)
 
 
+def untie_as_teacher(student: PreTrainedModel, teacher: Teacher) -> None:
+    """Give the student a tensor of its own where the teacher has two though its config says tied (mT5, T5 v1.1).
+
+    Transformers loads such a checkpoint untied, and so it will load the student's.
+    """
+    if not getattr(teacher.config, "tie_word_embeddings", False):
+        return
+    held = {canonical(name, teacher.base_model_prefix) for name in teacher.weights.keys()}
+    for name, source in list(student.all_tied_weights_keys.items()):
+        if {canonical(name, student.base_model_prefix), canonical(source, student.base_model_prefix)} <= held:
+            home, _, last = name.rpartition(".")
+            module = student.get_submodule(home)
+            setattr(module, last, torch.nn.Parameter(torch.empty_like(getattr(module, last))))
+            del student.all_tied_weights_keys[name]
+
+
 def initialize_the_rest(student: PreTrainedModel, seed: int) -> None:
     """Give every parameter that is not marked as initialised the model's own random initialisation."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student.initialize_weights()
-    student.tie_weights()
+    student.tie_weights(recompute_mapping=False)
 
 
 def table_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
@@ -115,6 +132,29 @@ def table_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
             moment += second_moment(_chunks(rows), width, weights=weights, centered=plan.options.centered, name=site.source or "")
         moments[axis] = moment
     return moments
+
+
+def fit_axis(plan: Plan, axis: str, moments: dict[str, Tensor]) -> ResidualBasis:
+    """Return the directions of `axis`, (d_T, d_S), that its tables span best.
+
+    Where the tables span fewer (a factorised embedding, few patches), what the blocks write onto the stream says which
+    others to keep: its second moment, (d_T, d_T), is then added to that in `moments`, small enough to leave the first as they are.
+    """
+    width, size = plan.widths[axis]
+    keep_mean = plan.layout.norm == "layer"
+    basis = fit_basis(moments[axis], size, keep_mean=keep_mean)
+    if size == width or basis.eigenvalues[size - 1] > 1e-10 * basis.eigenvalues[0]:
+        return basis
+    written = torch.zeros(width, width, dtype=torch.float64)
+    for site in plan.sites.values():
+        if site.source is None or site.match.row.kind != "weight":
+            continue
+        for dim, name in enumerate(site.axes):
+            if name == Name(axis) and (site.match.is_bias or dim != site.match.row.input_axis):
+                rows = plan.teacher.weights.get(plan.teacher_names[site.source]).movedim(dim, -1).reshape(-1, width)
+                written += second_moment(_chunks(rows), width, name=site.source)
+    moments[axis] = moments[axis] + 1e-6 * moments[axis].trace() / written.trace().clamp(min=1e-300) * written
+    return fit_basis(moments[axis], size, keep_mean=keep_mean)
 
 
 def _names(site: Site) -> list[str]:

@@ -134,11 +134,11 @@ class Plan:
         factor = 1.0
         if name in PREFIX_AXES:
             places = list(range(wanted))
-        elif name in ("q_dim", "k_dim"):
+        elif name.removeprefix("enc_") in ("q_dim", "k_dim"):
             rotary = rotary_size(self.layout, self.teacher.config, had), rotary_size(self.layout, self.student_config, wanted)
             places = rope_places(had, wanted, *rotary, self.layout.rope)
             scaled_here = site.match.row.kind == "norm" or not self._has_query_norm(site)
-            if name == "q_dim" and had != wanted and scaled_here and self.options.method == Method.GUIDE and self.options.restore_logit_scale:
+            if name.endswith("q_dim") and had != wanted and scaled_here and self.options.method == Method.GUIDE and self.options.restore_logit_scale:
                 factor = had / wanted * self._attention_scale(self.teacher.config, had) / self._attention_scale(self.student_config, wanted)
         elif name in HEADS and self.layout.alibi is not None and self.layout.alibi(self.teacher.config):
             places = alibi_places(had, wanted)
@@ -230,6 +230,8 @@ def make_plan(
             "differently. Leave the config's switches for the order of norms and branches as the teacher has them."
         )
     student_names = {canonical(name, student.base_model_prefix): name for name in tensors}
+    if len(student_names) < len(tensors):
+        raise LayoutError(f"{type(student).__name__} has two parameters of one name inside and outside its base model; no layout can tell.")
     shared_names = {canonical(name, student.base_model_prefix): canonical(first, student.base_model_prefix) for name, first in shared.items()}
     teacher_names = {canonical(name, teacher.base_model_prefix): name for name in teacher.weights.keys()}
     for name, first in teacher.tied.items():

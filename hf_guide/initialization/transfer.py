@@ -351,11 +351,11 @@ class Transfer:
             self._note_step(site, "folded into the weights that read it")
             bias = self.norm_bias(norm) if is_bias else None
             return (bias if bias is not None else torch.full(site.shape, 1.0 - offset, dtype=torch.float64)).to(self.dtype)
+        head_scale = self._ratio(layout.tied_head_scale) / self._ratio(layout.embedding_scale) if self.is_tied(norm) else 1.0
         if is_bias:
-            return (gain @ matrix).to(self.dtype)
+            return (gain @ matrix * head_scale).to(self.dtype)
         if self.is_tied(norm):
-            diagonal = fit_tied_gain(self.moments[axis.name], matrix, gain)
-            diagonal *= self._ratio(layout.tied_head_scale) / self._ratio(layout.embedding_scale)
+            diagonal = fit_tied_gain(self.moments[axis.name], matrix, gain) * head_scale
             self._note_step(site, "fitted in the logits of the tied head")
             self._note(f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, not folded; tie_word_embeddings=False folds it exactly.")
         else:

@@ -21,7 +21,8 @@ def shake(model: PreTrainedModel, layout: Layout, seed: int, *, stream_gains: st
     `length` multiplies all that is written onto the residual stream, as the norms of a pre-norm model let it.
     """
     generator = torch.Generator().manual_seed(seed)
-    folded = {read for row in layout.rows for read in row.reads if read} | {row.scaled_by for row in layout.rows if row.scaled_by}
+    present = [match.row for match in (layout.find(short(name, model)) for name in model.state_dict()) if match]
+    folded = {read for row in present for read in row.reads if read} | {row.scaled_by for row in present if row.scaled_by}
     tied, stream = tied_norms(model, layout), [Name(name) for name in layout.projected()]
     done: set[int] = set()
     with torch.no_grad():
@@ -170,7 +171,9 @@ class Lifter:
         if placeholder == "block":
             return spread(*self.counts[match.row.pattern.partition("{block}")[0]])
         axis = Product((Name("kv_heads"), Name("group"))) if placeholder == "heads" else Name(placeholder)
-        return positions(axis, config_sizes(self.layout, self.big.config), config_sizes(self.layout, self.small.config))
+        big, small = config_sizes(self.layout, self.big.config), config_sizes(self.layout, self.small.config)
+        unsized = isinstance(axis, Name) and axis.name not in big
+        return list(range(int(match.numbers[placeholder]) + 1)) if unsized else positions(axis, big, small)
 
     def _fill_added(self, match: Match, name: str, target: Tensor) -> None:
         """A block that writes nothing onto the stream, whatever it reads."""
@@ -263,13 +266,15 @@ class Lifter:
                 matrix = matrix * math.sqrt(narrow / wide)
             elif row.scaled_by is not None and (match.is_bias or dim != row.input_axis):
                 small, big = self._gain(self.source, self._named(row.scaled_by, match, of_small=True)), self._own_gain(self._named(row.scaled_by, match, of_small=False))
-                matrix = matrix * small[None, :] / big[:, None]
+                matrix = matrix if small is None else matrix * small[None, :] / big[:, None]
             written = row.kind == "table" or match.is_bias or Name("positions") in match.axes or dim != row.input_axis
             if axis.name in self.bare and written:
                 matrix = matrix * math.sqrt(narrow / wide)
             value = (value.movedim(dim, -1).unflatten(-1, (copies, narrow)) @ matrix.T).flatten(-2).movedim(-1, dim)
         if row.kind == "table" and Name("vocab") in match.axes:
             value = value * self._ratio(self.layout.embedding_scale)
+        elif Name("vocab") in match.axes and row.reads and not match.is_bias:
+            value = value * self._ratio(self.layout.tied_head_scale)
         return value
 
     def _lifted_norm(self, match: Match, name: str, twin: str) -> Tensor:
@@ -289,11 +294,11 @@ class Lifter:
             return math.sqrt(wide / narrow) * own * (self._basis(axis, wide, narrow) @ (value / gain))
         if pattern in self.learned_scales:
             return self._own_gain(norm) - offset
+        before_head = any(pattern in row.reads for row in self.layout.rows)
+        scale = self._ratio(self.layout.tied_head_scale) / self._ratio(self.layout.embedding_scale) if before_head else 1.0
         if name.endswith(".bias"):
-            return self._basis(axis, wide, narrow) @ value
-        gain = (value + offset).mean() * math.sqrt(narrow / wide)
-        if any(pattern in row.reads for row in self.layout.rows):
-            gain = gain * self._ratio(self.layout.tied_head_scale) / self._ratio(self.layout.embedding_scale)
+            return scale * (self._basis(axis, wide, narrow) @ value)
+        gain = scale * (value + offset).mean() * math.sqrt(narrow / wide)
         return torch.full(target.shape, gain.item() - offset, dtype=torch.float64)
 
     def _sizes(self, model: PreTrainedModel, match: Match, tensor: Tensor) -> dict[str, int]:

@@ -12,7 +12,7 @@ from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import resolve_alike
 from hf_guide.initialization.weights import open_teacher
 from hf_guide.students import build_student, from_teacher
-from tests.invariants.case import Case, build, logits_of
+from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
 from tests.invariants.lifting import lift, orthonormal, shake, short
 
@@ -30,15 +30,17 @@ def layout_of(model: PreTrainedModel) -> Layout:
 def test_identity(case: Case) -> None:
     teacher = build(case, case.big)
     shake(teacher, layout_of(teacher), seed=1)
+    settle(teacher, case)
     student = from_teacher(teacher, show_progress=False)
     assert relative_error(logits_of(student, case), logits_of(teacher, case)) <= case.identity
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.lift is not None], ids=str)
 def test_lift(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)
     layout = layout_of(small)
     shake(small, layout, seed=2, stream_gains="constant", length=case.length)
+    settle(small, case)
     lift(small, big, layout, seed=3)
     expected = logits_of(small, case)
     assert relative_error(logits_of(big, case), expected) <= case.lift, (
@@ -54,6 +56,7 @@ def test_rotation(case: Case) -> None:
     teacher = build(case, case.big)
     layout = layout_of(teacher)
     shake(teacher, layout, seed=4)
+    settle(teacher, case)
     assert math.isfinite(error := rotation_residual(teacher, layout, case)) and error <= case.residual
 
 

@@ -1,5 +1,196 @@
 """Encoders."""
 
-from tests.invariants.case import Case
+from tests.invariants.case import STREAM_RESIDUAL, TOKENS, Case
 
-CASES: list[Case] = []
+# Post-norm families have as many blocks in both shapes: a block that writes nothing still norms the stream once more.
+SMALL = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4}
+BIG = {"hidden_size": 48, "intermediate_size": 60, "num_hidden_layers": 2, "num_attention_heads": 8}
+DEEP = BIG | {"num_hidden_layers": 4}
+TEXT = {
+    "vocab_size": TOKENS,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "layer_norm_eps": 1e-12,
+    "num_labels": 5,
+}
+DISTILBERT = {"vocab_size": TOKENS, "max_position_embeddings": 32, "pad_token_id": 0, "num_labels": 5, "n_layers": 2}
+MODERN = {
+    "vocab_size": TOKENS,
+    "max_position_embeddings": 32,
+    "norm_eps": 1e-12,
+    "num_labels": 5,
+    "local_attention": 4,
+}
+MODERN |= {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+DEBERTA = TEXT | {
+    "relative_attention": True,
+    "position_buckets": 8,
+    "norm_rel_ebd": "layer_norm",
+    "pos_att_type": ["c2p", "p2c"],
+    "type_vocab_size": 2,
+}
+
+CASES: list[Case] = [
+    Case("bert", "BertForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case("bert", "BertForTokenClassification", SMALL, BIG, TEXT, "bert-tokens", residual=STREAM_RESIDUAL),
+    Case("bert", "BertForMaskedLM", SMALL, BIG, TEXT, "bert-masked", lift=None, residual=STREAM_RESIDUAL),
+    Case(
+        "bert",
+        "BertForMaskedLM",
+        SMALL,
+        BIG,
+        TEXT | {"tie_word_embeddings": False},
+        "bert-masked-untied",
+        lift=None,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "ernie", "ErnieForSequenceClassification", SMALL, BIG, TEXT | {"use_task_id": True}, residual=STREAM_RESIDUAL
+    ),
+    Case("roberta", "RobertaForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case("roberta", "RobertaForMaskedLM", SMALL, BIG, TEXT, "roberta-masked", lift=None, residual=STREAM_RESIDUAL),
+    Case("xlm-roberta", "XLMRobertaForTokenClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case("camembert", "CamembertForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case("data2vec-text", "Data2VecTextForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case("xlm-roberta-xl", "XLMRobertaXLForSequenceClassification", SMALL, DEEP, TEXT),
+    Case("xlm-roberta-xl", "XLMRobertaXLForTokenClassification", SMALL, DEEP, TEXT, "xlm-roberta-xl-tokens"),
+    Case(
+        "distilbert",
+        "DistilBertForSequenceClassification",
+        {"dim": 24, "hidden_dim": 20, "n_heads": 4},
+        {"dim": 48, "hidden_dim": 60, "n_heads": 8},
+        DISTILBERT,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "distilbert",
+        "DistilBertForTokenClassification",
+        {"dim": 24, "hidden_dim": 20, "n_heads": 4},
+        {"dim": 48, "hidden_dim": 60, "n_heads": 8},
+        DISTILBERT,
+        "distilbert-tokens",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "distilbert",
+        "DistilBertForMaskedLM",
+        {"dim": 24, "hidden_dim": 20, "n_heads": 4},
+        {"dim": 48, "hidden_dim": 60, "n_heads": 8},
+        DISTILBERT,
+        "distilbert-masked",
+        lift=None,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "electra",
+        "ElectraForSequenceClassification",
+        SMALL | {"embedding_size": 24},
+        BIG | {"embedding_size": 48},
+        TEXT,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "electra",
+        "ElectraForPreTraining",
+        SMALL | {"embedding_size": 12},
+        BIG | {"embedding_size": 20},
+        TEXT,
+        "electra-factorised",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "electra",
+        "ElectraForMaskedLM",
+        SMALL | {"embedding_size": 12},
+        BIG | {"embedding_size": 20},
+        TEXT,
+        "electra-masked",
+        lift=None,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "albert",
+        "AlbertForSequenceClassification",
+        SMALL | {"embedding_size": 12},
+        BIG | {"embedding_size": 20},
+        TEXT | {"num_hidden_groups": 2},
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "albert",
+        "AlbertForTokenClassification",
+        SMALL | {"embedding_size": 12},
+        BIG | {"embedding_size": 20},
+        TEXT,
+        "albert-tokens",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "albert",
+        "AlbertForMaskedLM",
+        SMALL | {"embedding_size": 12},
+        BIG | {"embedding_size": 20},
+        TEXT,
+        "albert-masked",
+        lift=None,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case("mpnet", "MPNetForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case("mpnet", "MPNetForMaskedLM", SMALL, BIG, TEXT, "mpnet-masked", lift=None, residual=STREAM_RESIDUAL),
+    Case(
+        "modernbert",
+        "ModernBertModel",
+        SMALL,
+        DEEP,
+        MODERN | {"attention_bias": True, "mlp_bias": True, "norm_bias": True},
+        output="last_hidden_state gram",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "modernbert",
+        "ModernBertForSequenceClassification",
+        SMALL,
+        DEEP,
+        MODERN,
+        "modernbert-classifier",
+        lift=None,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "modernbert",
+        "ModernBertForMaskedLM",
+        SMALL,
+        DEEP,
+        MODERN,
+        "modernbert-masked",
+        lift=None,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "deberta-v2",
+        "DebertaV2ForSequenceClassification",
+        SMALL,
+        BIG,
+        DEBERTA | {"share_att_key": True},
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "deberta-v2",
+        "DebertaV2ForTokenClassification",
+        SMALL | {"embedding_size": 12},
+        BIG | {"embedding_size": 20},
+        DEBERTA,
+        "deberta-v2-factorised",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "deberta-v2",
+        "DebertaV2ForMaskedLM",
+        SMALL,
+        BIG,
+        DEBERTA | {"legacy": False},
+        "deberta-v2-masked",
+        lift=None,
+        residual=STREAM_RESIDUAL,
+    ),
+]
