@@ -1,0 +1,58 @@
+"""The heads of other tasks carry over: on a lifted teacher a student's head says what the small model's says."""
+
+import dataclasses
+
+import pytest
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+)
+
+from hf_guide.initialization.layouts import registered_layouts, variant_for
+from hf_guide.initialization.plan import resolve_alike
+from hf_guide.students import from_teacher
+from tests.invariants.case import Case, build, config_of, logits_of
+from tests.invariants.cases import decoders, gpt_decoders, layer_norm_decoders, mixtures
+from tests.invariants.lifting import lift, shake, short
+
+HEADS = {
+    "sequence": (AutoModelForSequenceClassification, "logits"),
+    "token": (AutoModelForTokenClassification, "logits"),
+    "question": (AutoModelForQuestionAnswering, "start_logits"),
+}
+ALL = [*decoders.CASES, *gpt_decoders.CASES, *layer_norm_decoders.CASES, *mixtures.CASES]
+CASES = [
+    *{case.family: case for case in reversed(ALL)}.values(),
+    *(case for case in ALL if case.name == "opt-projected"),
+]
+
+
+def with_head(case: Case, task: str) -> Case | None:
+    """Return the case of a task's model of the same family, or None where Transformers has none."""
+    auto, output = HEADS[task]
+    config_class: type[PreTrainedConfig] = type(config_of(case, case.small))
+    if config_class not in auto._model_mapping:
+        return None
+    model_class = auto._model_mapping[config_class]
+    labelled = case.both | {"num_labels": 2, "pad_token_id": 0}
+    return dataclasses.replace(
+        case, model_class=model_class.__name__, both=labelled, name=f"{case}-{task}", output=output
+    )
+
+
+WITH_HEADS = [found for case in CASES for task in HEADS if (found := with_head(case, task)) is not None]
+
+
+@pytest.mark.parametrize("case", WITH_HEADS, ids=str)
+def test_a_head_says_what_it_said_before_the_lift(case: Case) -> None:
+    small, big = build(case, case.small), build(case, case.big)
+    layout = variant_for(registered_layouts()[small.config.model_type], small.config)
+    layout = resolve_alike(layout, [short(name, small) for name in small.state_dict()])
+    shake(small, layout, seed=2, stream_gains="constant", length=case.length)
+    lift(small, big, layout, seed=3)
+    student = from_teacher(big, small.config, show_progress=False)
+    assert student.initialization_report.randomly_initialized == []
+    expected = logits_of(small, case)
+    assert (logits_of(student, case) - expected).abs().max() <= case.lift * expected.abs().max()
