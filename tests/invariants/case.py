@@ -1,5 +1,6 @@
 """What a case of the laws is: one family in a small and a big shape, and how its function is read."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,11 @@ STREAM_RESIDUAL = 1.0
 class Case:
     """One family in two shapes: keyword arguments of its config; `both` go into either.
 
+    `output` is what of the model's outputs is compared; of the residual stream itself, which a projection only turns, `... gram`
+    compares the products among its rows. `prepare` changes a model that was built, `settle` one whose parameters were moved.
     `identity`, `lift` and `residual` bound the relative error of the laws of those names. The last is that of a turned
     residual stream under random gains, and is a rounding error only where no gain stands on the stream itself.
+    A `lift` of None: no wider model computes the same function, for the reason in a comment beside the case.
     `length` multiplies what is written onto the stream of a pre-norm model whose norms have a fixed, large eps.
     """
 
@@ -35,8 +39,10 @@ class Case:
     name: str = ""
     inputs: str = "tokens"
     output: str = "logits"
+    prepare: Callable[[PreTrainedModel], None] | None = None
+    settle: Callable[[PreTrainedModel], None] | None = None
     identity: float = 1e-9
-    lift: float = 1e-5
+    lift: float | None = 1e-5
     length: float = 1.0
     residual: float = 1e-5
 
@@ -52,7 +58,17 @@ def config_of(case: Case, shape: dict[str, Any]) -> PreTrainedConfig:
 def build(case: Case, shape: dict[str, Any]) -> PreTrainedModel:
     """Return a model of one of the case's shapes, float64, in evaluation mode."""
     model_class = getattr(transformers, case.model_class)
-    return model_class._from_config(config_of(case, shape), dtype=torch.float64).eval()
+    model = model_class._from_config(config_of(case, shape), dtype=torch.float64).eval()
+    if case.prepare is not None:
+        case.prepare(model)
+    return model
+
+
+@torch.no_grad()
+def settle(model: PreTrainedModel, case: Case) -> None:
+    """Bring a model with random parameters to where the case's laws are meant to hold."""
+    if case.settle is not None:
+        case.settle(model)
 
 
 @torch.no_grad()
@@ -61,7 +77,10 @@ def logits_of(model: PreTrainedModel, case: Case) -> torch.Tensor:
     model.set_attn_implementation("eager")
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the others multiply no float64
-    return model(**INPUTS[case.inputs]())[case.output]
+    outputs = model(**INPUTS[case.inputs]())
+    output, _, gram = case.output.partition(" ")
+    found = outputs[output]
+    return found @ found.mT if gram else found
 
 
 def tokens() -> dict[str, torch.Tensor]:
@@ -69,4 +88,24 @@ def tokens() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(3, TOKENS, (2, 11), generator=torch.Generator().manual_seed(5))}
 
 
-INPUTS = {"tokens": tokens}
+def pairs() -> dict[str, torch.Tensor]:
+    """Return two sentences and the beginnings of their answers."""
+    return tokens() | {"decoder_input_ids": torch.randint(3, TOKENS, (2, 7), generator=torch.Generator().manual_seed(6))}
+
+
+def sounds() -> dict[str, torch.Tensor]:
+    """Return two spectrograms of 7 bands and 20 frames."""
+    return {"input_features": torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(7), dtype=torch.float64)}
+
+
+def speech() -> dict[str, torch.Tensor]:
+    """Return two spectrograms and the beginnings of what is said."""
+    return sounds() | {"decoder_input_ids": pairs()["decoder_input_ids"]}
+
+
+def images() -> dict[str, torch.Tensor]:
+    """Return two images of 3 channels and 12 x 12 pixels."""
+    return {"pixel_values": torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(8), dtype=torch.float64)}
+
+
+INPUTS = {"tokens": tokens, "pairs": pairs, "sounds": sounds, "speech": speech, "images": images}

@@ -52,6 +52,7 @@ def test_a_head_says_what_it_said_before_the_lift(case: Case) -> None:
     layout = resolve_alike(layout, [short(name, small) for name in small.state_dict()])
     shake(small, layout, seed=2, stream_gains="constant", length=case.length)
     lift(small, big, layout, seed=3)
+    assert case.lift is not None
     student = from_teacher(big, small.config, show_progress=False)
     assert student.initialization_report.randomly_initialized == []
     expected = logits_of(small, case)
