@@ -2,7 +2,7 @@
 
 For every architecture of the causal-LM mapping that can be built from its default config, a tiny twin (the same switches, small
 sizes, float64, parameters drawn at random) becomes a teacher. Printed are the error of the identity law (same config in, same logits out),
-where the layout came from (table, derived, or blocks only), and whether a student of 3/4 of the width can be made and runs.
+where the layout came from (table, derived, or blocks only), and whether a student of half the width can be made and runs.
 
     python examples/benchmarks/architectures.py [--output architectures.jsonl] [ARCHITECTURE ...]
 """
@@ -23,7 +23,7 @@ from hf_guide.errors import HfGuideError
 from hf_guide.initialization.certify import move_from_defaults, relative_error
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import registered_layouts
-from hf_guide.initialization.twins import TWIN_ERRORS, build_twin, tiny_twin
+from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, tiny_twin
 from hf_guide.students import from_teacher
 
 
@@ -59,11 +59,13 @@ def survey(architecture: str) -> dict:
         found["identity"] = relative_error(_alike(student), teacher)
     except (HfGuideError, *TWIN_ERRORS) as error:
         found["note"] = f"identity: {error}"
-    if kind != "blocks only, at full width":
+    found["narrower"] = None if kind.startswith("blocks") else False
+    for sizes in () if kind.startswith("blocks") else ({}, {"head_dim": 16}):
         try:
-            narrow = tiny_twin(teacher.config, **{name: 48 for name in ("hidden_size", "d_model", "n_embd", "dim")})
+            narrow = tiny_twin(teacher.config, **{name: 32 for name, size in TINY_SIZES.items() if size == 64}, **sizes)
             student = _alike(from_teacher(teacher, narrow, show_progress=False))
             found["narrower"] = bool(torch.isfinite(student(input_ids=torch.arange(3, 14)[None]).logits).all())
+            break
         except (HfGuideError, *TWIN_ERRORS) as error:
             found["note"] = f"narrower: {error}"
     return found

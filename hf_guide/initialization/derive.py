@@ -244,11 +244,9 @@ def probe_rows(twin: PreTrainedModel, wider: PreTrainedModel, reads: dict[str, s
         module, _, kind = name.rpartition(".")
         pattern = with_placeholders(canonical(name, prefix))
         grows = [had == TINY_SIZES["hidden_size"] and grown == WIDER for had, grown in zip(tensor.shape, wider_shapes[name], strict=True)]
-        weight = twin.state_dict().get(module + ".weight")
-        if kind == "bias" and weight is not None and module not in norms and pattern.removesuffix(".bias") + ".weight" in rows:
-            axes = rows[pattern.removesuffix(".bias") + ".weight"].axes[:1]
-            rows.setdefault(pattern, Row(pattern, axes, "weight", _norms_of(module, reads, prefix)))
-            continue
+        if kind == "bias" and pattern.removesuffix(".bias") in rows:
+            continue  # a module's row speaks for its bias as well
+        pattern = pattern.removesuffix(".weight")
         meaning = CONVENTIONS.get(module.rpartition(".")[2]) if kind == "weight" else None
         if meaning is not None and _agrees(meaning, tensor.shape, grows, sizes):
             axes = parse_axes(meaning.removeprefix("norm "))

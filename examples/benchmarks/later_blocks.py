@@ -1,0 +1,112 @@
+"""Which reading of GUIDE starts best: later blocks projected, selected or random; with or without the energy correction.
+
+Every arm is a student of half the width and a third of the depth of SmolLM2-135M, trained on the same tokens in the same order with
+the same distillation loss; the teacher's forward pass is shared. Seeds change the text's split and order and whatever is random. One
+JSON line a seed and arm is appended to --output; seeds that are there already are not run again.
+
+    python examples/benchmarks/later_blocks.py --output later_blocks.jsonl --seeds 0 1 2 --steps 150
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_guide import AutoStudentForCausalLM
+from hf_guide.quickstart import QuickstartOptions
+from hf_guide.quickstart.corpus import pack, read_text, split_documents
+from hf_guide.quickstart.distill import Recipe, distill, evaluate
+from hf_guide.quickstart.memory import keep_freed_memory
+from hf_guide.quickstart.run import half_shape, shuffled
+from hf_guide.quickstart.teacher import default_teacher
+
+ARMS = {
+    "random": {"method": "random"},
+    "uniform": {"method": "uniform"},
+    "guide, project": {"method": "guide"},
+    "guide, project, no energy correction": {"method": "guide", "energy_correction": False},
+    "guide, select": {"method": "guide", "later_blocks": "select"},
+    "guide, random": {"method": "guide", "later_blocks": "random"},
+    "guide, first blocks": {"method": "guide", "layers": "first"},
+    "guide, norms not folded": {"method": "guide", "fold_norms": False},
+    "guide, centered": {"method": "guide", "centered": True},
+    "guide, logit scale as it falls": {"method": "guide", "restore_logit_scale": False},
+}
+
+
+def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:
+    """Train every arm from one seed and return a row for each."""
+    options = QuickstartOptions(steps=args.steps, batch_size=args.batch_size, seed=seed)
+    texts = split_documents((text for source in options.text for text in read_text(source)), seed=seed)
+    name = args.teacher or default_teacher(None)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    recipe = Recipe(steps=args.steps, batch_size=args.batch_size, kd_weight=args.kd_weight)
+    train = shuffled(pack(texts.train, tokenizer, options.sequence_length), recipe.steps * recipe.batch_size, options)
+    held_out = shuffled(pack(texts.held_out, tokenizer, options.sequence_length), options.held_out_blocks, options)
+    goal = evaluate(teacher, held_out, args.batch_size, "teacher").perplexity
+    shape = half_shape(teacher.config)
+    students = {
+        arm: AutoStudentForCausalLM.from_teacher(name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **shape)
+        for arm in args.arms
+    }
+    start = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
+    distill(teacher, students, train, dict.fromkeys(students, args.learning_rate), recipe)
+    end = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
+    return [
+        {"seed": seed, "arm": arm, "teacher": goal, "start": start[arm], "end": end[arm], "steps": args.steps, "tokens": train[:, 1:].numel(), "learning_rate": args.learning_rate, "kd_weight": args.kd_weight}
+        for arm in students
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """Return mean and spread (standard deviation) over seeds as text."""
+    lines = [f"{'':38} {'at start':>12} {'at end':>18} {'gap closed':>18}"]
+    end = {(row["seed"], row["arm"]): row["end"] for row in rows}
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        gaps = [(end[row["seed"], "random"] - row["end"]) / (end[row["seed"], "random"] - row["teacher"]) for row in own if (row["seed"], "random") in end]
+        lines.append(f"{arm:38} {statistics.mean(row['start'] for row in own):12.4g} {_spread([row['end'] for row in own]):>18} {_spread([100 * gap for gap in gaps]):>17}%")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.1f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("later_blocks.jsonl"))
+    parser.add_argument("--teacher", help="by default SmolLM2-135M")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens per step")
+    parser.add_argument("--kd-weight", type=float, default=0.5)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    args = parser.parse_args()
+    keep_freed_memory()
+    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    for seed in args.seeds:
+        if seed in {row["seed"] for row in rows}:
+            continue
+        found = run_seed(seed, args)
+        with args.output.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+        rows += found
+    print(f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"seeds {sorted({row['seed'] for row in rows})}, perplexity on held-out text, mean ± standard deviation over seeds; teacher {statistics.mean(row['teacher'] for row in rows):.1f}")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,102 @@
+"""Layouts of unregistered families: right where they are derived, refused where they cannot be certain."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from hf_guide import LayoutError, ShapeError, from_teacher
+from hf_guide.initialization.axes import parse_axes
+from hf_guide.initialization.certify import certify, move_from_defaults, random_rotation, relative_error
+from hf_guide.initialization.derive import derive_layout, layout_for
+from hf_guide.initialization.layouts import Layout, registered_layouts
+from hf_guide.initialization.twins import build_twin, tiny_twin
+from tests.invariants.lifting import lift, shake
+
+
+def twin_of(family: str, seed: int = 0, **sizes: int) -> PreTrainedModel:
+    config = CONFIG_MAPPING[family]()
+    tied = {"tie_word_embeddings": False} if hasattr(config, "tie_word_embeddings") else {}
+    model = build_twin(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tiny_twin(config, **tied, **sizes), seed)
+    move_from_defaults(model, seed)
+    return model
+
+
+def exactly_normed(model: PreTrainedModel) -> PreTrainedModel:
+    """Norms divide by a length, not by a length and an epsilon that weighs more in a narrow model."""
+    for module in model.modules():
+        for name in ("variance_epsilon", "eps"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 1e-12)
+    return model
+
+
+@pytest.mark.parametrize("family", ["arcee", "seed_oss", "mamba", "qwen3_next", "minimax_m2"])
+def test_derived_layout_passes_the_law_of_lift(family: str) -> None:
+    assert family not in registered_layouts()
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    small = exactly_normed(twin_of(family, **(sizes if family != "qwen3_next" else {"hidden_size": 48})))
+    big = exactly_normed(twin_of(family, seed=1))
+    layout = layout_for(big.config, type(big))
+    assert layout.exactness.startswith("derived: exact")
+    shake(small, layout, seed=2, stream_gains="constant")
+    lift(small, big, layout, seed=3)
+    assert relative_error(big, small) <= 1e-5, "the lifted teacher is not the small model: the derived layout is wrong"
+    student = from_teacher(big, small.config, show_progress=False)
+    student.set_attn_implementation("eager")
+    student.set_experts_implementation("eager")
+    assert relative_error(exactly_normed(student), small) <= 1e-5
+
+
+def test_what_grows_with_the_width_unseen_is_refused() -> None:
+    config = CONFIG_MAPPING["recurrent_gemma"]()
+    with pytest.raises(LayoutError, match="embeddings with is not known to be independent of its width"):
+        derive_layout(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+
+
+def test_unknown_family_keeps_its_width_and_may_lose_blocks() -> None:
+    teacher = twin_of("recurrent_gemma")
+    same = from_teacher(teacher, show_progress=False)
+    same.set_attn_implementation("eager")
+    assert relative_error(same, teacher) <= 1e-9
+    kinds = teacher.config.layers_block_type
+    fewer = tiny_twin(teacher.config)
+    fewer.num_hidden_layers = 3
+    student = from_teacher(teacher, fewer, method={"layers": [0, 1, kinds.index("attention")]}, show_progress=False)
+    for ours, theirs in ((0, 0), (1, 1), (2, kinds.index("attention"))):
+        for mine, its in zip(student.model.layers[ours].parameters(), teacher.model.layers[theirs].parameters(), strict=True):
+            assert torch.equal(mine, its)
+    with pytest.raises(ShapeError, match="must be the teacher's 64, found 48.*independent of its width"):
+        from_teacher(teacher, tiny_twin(teacher.config, hidden_size=48), show_progress=False)
+
+
+def wrong_layouts() -> dict[str, Layout]:
+    right = registered_layouts()["llama"]
+
+    def changed(pattern: str, **values: object) -> Layout:
+        rows = tuple(dataclasses.replace(row, **values) if row.pattern.endswith(pattern) else row for row in right.rows)
+        return dataclasses.replace(right, rows=rows)
+
+    return {
+        "a writing weight taken for one that selects": changed("o_proj", axes=parse_axes("place (kv_heads group head_dim)")),
+        "a norm that nothing is said to read, folded elsewhere": changed("gate_proj", reads=("layers.{block}.input_layernorm",)),
+        "heads inside of the head size": changed("q_proj", axes=parse_axes("(q_dim kv_heads group) embed")),
+        "gains that are stored less one": dataclasses.replace(right, norm_offset=1.0),
+    }
+
+
+@pytest.mark.parametrize("fault", list(wrong_layouts()))
+def test_certify_refuses_a_wrong_layout(fault: str) -> None:
+    twin = twin_of("llama")
+    assert certify(registered_layouts()["llama"], twin).passed
+    assert not certify(wrong_layouts()[fault], twin).passed
+
+
+def test_rotation_keeps_the_mean_where_asked() -> None:
+    rotation = random_rotation(12, keep_mean=True)
+    ones = torch.ones(12, dtype=torch.float64)
+    assert torch.allclose(rotation.T @ rotation, torch.eye(12, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(ones @ rotation, ones, atol=1e-12)
+    assert not torch.allclose(rotation, torch.eye(12, dtype=torch.float64), atol=0.1)
