@@ -160,7 +160,8 @@ def _derived_names(config_class: type[PreTrainedConfig], values: Mapping[str, An
             config = config_class(**copy.deepcopy({k: v for k, v in values.items() if k not in names}))
         except (*_REFUSALS, TypeError):  # TypeError: a required value was left out
             return {}
-        return {name: _plain(config.__dict__.get(name, MISSING)) for name in names}
+        given = _constructor_values(config)  # not attributes: a backbone stores `out_features` elsewhere
+        return {name: _plain(given.get(name, MISSING)) for name in names}
 
     def is_number_or_list(value: Any) -> bool:
         return isinstance(value, (int, float, list)) and not isinstance(value, bool)
