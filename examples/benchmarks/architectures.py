@@ -60,7 +60,7 @@ def survey(architecture: str) -> dict:
     except (HfGuideError, *TWIN_ERRORS) as error:
         found["note"] = f"identity: {error}"
     found["narrower"] = None if kind.startswith("blocks") else False
-    for sizes in () if kind.startswith("blocks") else ({}, {"head_dim": 16}):
+    for sizes in () if kind.startswith("blocks") else ({}, {"head_dim": 16}, {"num_attention_heads": 2, "num_key_value_heads": 1}, {"num_attention_heads": 2, "num_key_value_heads": 2}):
         try:
             narrow = tiny_twin(teacher.config, **{name: 32 for name, size in TINY_SIZES.items() if size == 64}, **sizes)
             student = _alike(from_teacher(teacher, narrow, show_progress=False))

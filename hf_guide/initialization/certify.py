@@ -18,7 +18,7 @@ from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import initialize
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import canonical, make_plan
-from hf_guide.initialization.twins import TWIN_ERRORS, build_twin, tiny_twin
+from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, tiny_twin
 from hf_guide.initialization.weights import open_teacher
 
 TOLERANCE = 1e-5
@@ -73,11 +73,14 @@ def dead_places_error(layout: Layout, twin: PreTrainedModel) -> float:
     if "kv_heads" in names:
         sizes["num_attention_heads"] = sizes["num_key_value_heads"] = 2
     if "mlp" in names:
-        sizes |= {"intermediate_size": 48, "moe_intermediate_size": 16, "ffn_dim": 48, "n_inner": 48}
+        sizes |= {"intermediate_size": 48, "ffn_dim": 48, "n_inner": 48}
     if not sizes:
         return 0.0
     try:
-        student = build_twin(type(twin), tiny_twin(twin.config, **sizes), seed=1)
+        config = tiny_twin(twin.config, **sizes)
+        if "qk_rope_head_dim" not in config.to_dict():
+            config.head_dim = TINY_SIZES["head_dim"]  # most families read it also where it is no field of theirs
+        student = build_twin(type(twin), config, seed=1)
     except TWIN_ERRORS as error:
         raise ShapeError(f"a twin with fewer heads and neurons cannot be built: {type(error).__name__}: {error}") from error
     teacher = copy.deepcopy(twin)

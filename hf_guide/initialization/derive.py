@@ -93,7 +93,7 @@ def derive_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
     if norm is None or offset is None:
         refusal = refusal or "its norms are of several kinds"
     rows = () if refusal else probe_rows(twin, wider, reads, gains)
-    for frozen in () if refusal else ((), ("kv_heads", "group"), ("kv_heads", "group", "mlp")):
+    for frozen in () if refusal else ((), ("kv_heads", "group"), ("mlp",), ("kv_heads", "group", "mlp")):
         for fold in (True, False):
             layout = Layout(family, freeze(rows if fold else unfold(rows), frozen), norm=norm or "rms", norm_offset=offset or 0.0)
             verdict = certify(layout, twin)
