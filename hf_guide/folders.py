@@ -32,8 +32,8 @@ def check_output(output: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin a write that the disk has no room for."""
-    free = shutil.disk_usage(folder).free
+    """Refuse to begin a write into `folder`, which need not be there yet, that the disk has no room for."""
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     if free < needed:
         raise OSError(
             f"The student takes {needed / 2**20:.1f} MiB, but {folder.parent} has only {free / 2**20:.1f} MiB free. "

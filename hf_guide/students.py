@@ -1,16 +1,11 @@
 """The doors: `from_teacher`, the same as a mixin, and one Auto class a task."""
 
-import copy
-import functools
-import json
+import inspect
 import os
-import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -19,20 +14,25 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.configs import derive_student_config, for_blocks
 from hf_guide.initialization.derive import layout_for
-from hf_guide.initialization.methods import initialize, initialize_the_rest
+from hf_guide.initialization.methods import initialize, seeded
 from hf_guide.initialization.options import InitializationConfig, Method
 from hf_guide.initialization.report import InitializationReport
-from hf_guide.initialization.selection import choose_blocks
-from hf_guide.initialization.weights import Teacher, open_teacher, tokenizer_length
+from hf_guide.initialization.resolve import (
+    label_places,
+    resolve_class,
+    resolve_config,
+    resolve_dtype,
+    vocabulary_places,
+)
+from hf_guide.initialization.weights import open_teacher
+from hf_guide.saving import attach_report, carry_generation_config, save_student
 
 
 def from_teacher(
@@ -63,12 +63,13 @@ def from_teacher(
         config: the student's config, of the teacher's own config class; None takes the teacher's.
         method: "guide", "uniform" or "random", or an `InitializationConfig` (or a mapping of its fields).
         calibration_dataset: data for methods that look at activations; none of today's methods does.
-        model_class: the student's class or an Auto class, such as AutoModelForSequenceClassification; None takes the teacher's.
+        model_class: the student's class or an Auto class, such as AutoModelForSequenceClassification; None takes the
+            teacher's.
         dtype: of the student; None or "auto" takes the teacher's. The arithmetic is float32 or better.
         revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: as in `from_pretrained`.
         show_progress: whether to show a progress bar.
-        **overrides: fields of the teacher's config that the student changes, such as `hidden_size=288`. Values that the family
-            derives from others (`head_dim`, `layer_types`, ...) follow again.
+        **overrides: fields of the teacher's config that the student changes, such as `hidden_size=288`. Values that
+            the family derives from others (`head_dim`, `layer_types`, ...) follow again.
 
     Returns:
         The student, in evaluation mode as `from_pretrained` gives it, with an `initialization_report`, which
@@ -82,22 +83,21 @@ def from_teacher(
     """
     options = InitializationConfig.parse(method)
     if calibration_dataset is not None:
-        raise OptionError(f"calibration_dataset was given, but method={options.method!r} looks at no data; leave it out.")
-    opened = open_teacher(
-        teacher,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-        gguf_file=gguf_file,
-        subfolder=subfolder,
-    )
-    student_config = resolve_config(opened, config, overrides, options)
+        raise OptionError(
+            f"calibration_dataset was given, but method={options.method!r} looks at no data; leave it out."
+        )
+    hub: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
+    opened = open_teacher(teacher, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file, **hub)
+    student_config = resolve_config(opened, config, overrides, options, keywords=KEYWORDS)
     student_class = resolve_class(opened, student_config, model_class)
     layout = None if options.method == Method.RANDOM else layout_for(opened.config, opened.model_class)
-    vocab = vocabulary_places(opened, student_config)
-    student = build_student(student_class, student_config, student_dtype(dtype, opened), options)
+    vocab = vocabulary_places(opened, student_config, gguf_file=gguf_file, **hub)
+    student = build_student(student_class, student_config, resolve_dtype(dtype, opened), options)
     if layout is None:
         report = InitializationReport.of_random(student, opened, options)
     else:
@@ -110,160 +110,33 @@ def from_teacher(
             label_places=label_places(opened.config, student_config),
             show_progress=show_progress,
         )
-    attach_report(student, report)
-    carry_generation_config(student, teacher, opened, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, subfolder=subfolder)
+    attach_report(student, report, saver=not isinstance(student, FromTeacherMixin))
+    carry_generation_config(student, teacher, revision=revision, **hub)
     return student.eval()
 
 
-def resolve_config(
-    teacher: Teacher, config: PreTrainedConfig | None, overrides: Mapping[str, Any], options: InitializationConfig
-) -> PreTrainedConfig:
-    """Return the student's config: the one given, or the teacher's with overrides.
-
-    Raises:
-        OptionError: both are given, or an override is unknown.
-        ShapeError: another family or modality than the teacher's.
-    """
-    if config is None:
-        student = derive_student_config(teacher.config, overrides)
-        had, wanted = getattr(teacher.config, "num_hidden_layers", None), getattr(student, "num_hidden_layers", None)
-        if isinstance(had, int) and isinstance(wanted, int) and had != wanted and options.method != Method.RANDOM:
-            student = for_blocks(student, teacher.config, choose_blocks(had, wanted, options.layers), overridden=set(overrides))
-        return student
-    if overrides:
-        raise OptionError(f"A config was given and also the overrides {sorted(overrides)}; set them on the config, or leave the config out.")
-    if not isinstance(config, PreTrainedConfig):
-        raise OptionError(f"config must be a transformers config; found {type(config).__name__}.")
-    if config.model_type != teacher.config.model_type:
-        raise ShapeError(
-            f"The student's config is a {type(config).__name__} ({config.model_type!r}), the teacher is a "
-            f"{teacher.config.model_type!r}: a student starts inside a teacher of its own family. Pass a {type(teacher.config).__name__}."
-        )
-    return copy.deepcopy(config)
-
-
-def resolve_class(teacher: Teacher, config: PreTrainedConfig, model_class: type[Any] | None) -> type[PreTrainedModel]:
-    """Return the student's class.
-
-    Raises:
-        OptionError: the task has no model of this family, or the class is not a Transformers model.
-    """
-    if model_class is None:
-        return teacher.model_class
-    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
-        expected = getattr(model_class, "config_class", None)
-        if expected is not None and not isinstance(config, expected):
-            raise OptionError(f"{model_class.__name__} takes a {expected.__name__}, the student's config is a {type(config).__name__}.")
-        return model_class
-    mapping = getattr(model_class, "_model_mapping", None)
-    if mapping is None:
-        raise OptionError(f"model_class must be a Transformers model or Auto class; found {model_class!r}.")
-    if type(config) not in mapping:
-        raise OptionError(f"Transformers has no {getattr(model_class, '__name__', model_class)} for {config.model_type!r}.")
-    found = mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
-
-
-def student_dtype(dtype: "str | torch.dtype | None", teacher: Teacher) -> torch.dtype:
-    """Return the student's dtype, the teacher's where none is asked for.
-
-    Raises:
-        OptionError: no floating dtype of torch.
-    """
-    if dtype is None or dtype == "auto":
-        return teacher.dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise OptionError(f"dtype must be a floating dtype such as 'float32' or torch.bfloat16, or 'auto'; found {dtype!r}.")
-    return found
+KEYWORDS = [name for name in inspect.signature(from_teacher).parameters if name not in ("teacher", "overrides")]
 
 
 def build_student(
     student_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, options: InitializationConfig
 ) -> PreTrainedModel:
-    """Return a model of `config`; only for `random` are its parameters initialised already.
+    """Return a model of `config`; only for `random` are its parameters initialised, as `from_config` does it.
 
     Raises:
         ShapeError: the family refuses the shape; with its reason.
     """
     try:
+        if options.method == Method.RANDOM:
+            with seeded(options.seed):
+                return student_class._from_config(config, dtype=dtype)
         with no_init_weights():
             student = student_class._from_config(config, dtype=dtype)
-    except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        raise ShapeError(f"{student_class.__name__} refuses this shape: {error}") from error
+    except (ValueError, AssertionError, RuntimeError, ZeroDivisionError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        raise ShapeError(f"{student_class.__name__} refuses this config: {reason}") from error
     student.tie_weights()
-    if options.method == Method.RANDOM:
-        initialize_the_rest(student, options.seed)
     return student
-
-
-def vocabulary_places(teacher: Teacher, config: PreTrainedConfig) -> Tensor | None:
-    """Return which of the teacher's vocabulary rows the student keeps, -1 for a row of zeros; None where all.
-
-    Raises:
-        ShapeError: another vocabulary. Padded ones of the same tokenizer differ beyond its last token alone.
-    """
-    had, wanted = getattr(teacher.config, "vocab_size", None), getattr(config, "vocab_size", None)
-    if not isinstance(had, int) or not isinstance(wanted, int) or had == wanted:
-        return None
-    real = tokenizer_length(teacher)
-    if real is None or min(had, wanted) < real:
-        told = "its tokenizer is not beside it" if real is None else f"its tokenizer has {real} tokens"
-        raise ShapeError(
-            f"The student's vocabulary has {wanted} rows, the teacher's {had} ({told}): a student speaks its teacher's tokens. "
-            f"Leave vocab_size at {had}, or differ in the padded rows beyond the tokenizer's last token only."
-        )
-    return torch.tensor([row if row < min(real, had) else -1 for row in range(wanted)]) if wanted > had else torch.arange(wanted)
-
-
-def label_places(teacher: PreTrainedConfig, student: PreTrainedConfig) -> Tensor | None:
-    """Return which of the teacher's labels, by name, each of the student's is; None where all agree, empty where none can be.
-
-    A head with labels that the teacher does not have is a new one.
-    """
-    had, wanted = getattr(teacher, "id2label", None) or {}, getattr(student, "id2label", None) or {}
-    if had == wanted:
-        return None
-    place = {name: int(number) for number, name in had.items()}
-    names = [wanted[number] for number in sorted(wanted)]
-    if not names or any(name not in place for name in names):
-        return torch.empty(0, dtype=torch.long)
-    if all(name.startswith("LABEL_") for name in names):
-        return torch.empty(0, dtype=torch.long)
-    return torch.tensor([place[name] for name in names])
-
-
-def attach_report(student: PreTrainedModel, report: InitializationReport) -> None:
-    """Give `student` its `initialization_report`, and let its `save_pretrained` write it beside the weights.
-
-    The class stays the stock one: only this instance's method is replaced, by one that copies and deep-copies with it.
-    """
-    student.initialization_report = report  # type: ignore[assignment]
-    if not isinstance(student, FromTeacherMixin):
-        wrapped = functools.wraps(type(student).save_pretrained)(save_pretrained)
-        student.save_pretrained = types.MethodType(wrapped, student)  # type: ignore[method-assign]
-
-
-def save_pretrained(self: PreTrainedModel, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any) -> None:
-    """Save as the class does, and write `initialization_report.json` beside the weights."""
-    type(self).save_pretrained(self, save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        self.initialization_report.save(save_directory)  # type: ignore[operator,union-attr]
-
-
-def carry_generation_config(student: PreTrainedModel, source: Any, teacher: Teacher, **where: Any) -> None:
-    """Give a student that generates its teacher's generation config, where the teacher has one of its own."""
-    if not student.can_generate():
-        return
-    if isinstance(source, PreTrainedModel):
-        found = copy.deepcopy(getattr(source, "generation_config", None))
-    else:
-        try:
-            found = GenerationConfig.from_pretrained(os.fspath(source), **where)
-        except OSError:
-            found = None
-    if found is not None:
-        student.generation_config = found
 
 
 class FromTeacherMixin:
@@ -285,20 +158,29 @@ class FromTeacherMixin:
         **options: Any,
     ) -> Any:
         """As `hf_guide.from_teacher`, for this class."""
-        return from_teacher(teacher, config, method=method, calibration_dataset=calibration_dataset, model_class=cls, **options)
+        _refuse_model_class(cls, options)
+        return from_teacher(
+            teacher, config, method=method, calibration_dataset=calibration_dataset, model_class=cls, **options
+        )
 
     def save_pretrained(self, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any) -> None:
         """Save a folder that the stock class loads, and write `initialization_report.json` beside the weights."""
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-        if not kwargs.get("is_main_process", True):
-            return
-        stock = next(base.__name__ for base in type(self).__mro__ if base.__module__.startswith("transformers."))
-        path = Path(save_directory) / "config.json"
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        saved["architectures"] = [stock]
-        path.write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if self.initialization_report is not None:
-            self.initialization_report.save(save_directory)
+        save = super().save_pretrained.__func__  # type: ignore[misc]
+        save_student(self, save, save_directory, *args, architecture=_stock_class(self).__name__, **kwargs)  # type: ignore[arg-type]
+
+
+def _stock_class(student: Any) -> type:
+    """Return the class that a folder of this student loads as where its own class is not known."""
+    bases = [base for base in type(student).__mro__ if issubclass(base, PreTrainedModel)]
+    stock = (base for base in bases if base.__module__.startswith(("transformers.models.", "transformers_modules.")))
+    return next(stock, type(student))
+
+
+def _refuse_model_class(door: type, options: Mapping[str, Any]) -> None:
+    if "model_class" in options:
+        raise OptionError(
+            f"{door.__name__}.from_teacher has its model class already; call hf_guide.from_teacher to choose another."
+        )
 
 
 class _AutoStudent:
@@ -307,7 +189,8 @@ class _AutoStudent:
     model_class: type[Any] = AutoModel
 
     def __init__(self) -> None:
-        raise OSError(f"{type(self).__name__} is not instantiated; use {type(self).__name__}.from_teacher(teacher, ...).")
+        name = type(self).__name__
+        raise OSError(f"{name} is not instantiated; use {name}.from_teacher(teacher, ...).")
 
     @classmethod
     def from_teacher(
@@ -320,7 +203,15 @@ class _AutoStudent:
         **options: Any,
     ) -> PreTrainedModel:
         """As `hf_guide.from_teacher`, for this task."""
-        return from_teacher(teacher, config, method=method, calibration_dataset=calibration_dataset, model_class=cls.model_class, **options)
+        _refuse_model_class(cls, options)
+        return from_teacher(
+            teacher,
+            config,
+            method=method,
+            calibration_dataset=calibration_dataset,
+            model_class=cls.model_class,
+            **options,
+        )
 
 
 class AutoStudent(_AutoStudent):

@@ -33,13 +33,18 @@ _PER_BLOCK = (
 )
 # Lists of the numbers of the blocks that differ from the others.
 _BLOCK_NUMBERS = ("mlp_only_layers", "moe_layers")
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size"),
+)
 # An attention width that the config states on its own, so that heads need not divide the hidden size.
 _HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "v_head_dim")
 _REFUSALS = (StrictDataclassFieldValidationError, StrictDataclassClassValidationError, ValueError, ZeroDivisionError)
 
 
-def derive_student_config(teacher_config: PreTrainedConfig, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+def derive_student_config(
+    teacher_config: PreTrainedConfig, overrides: Mapping[str, Any], *, keywords: Collection[str] = ()
+) -> PreTrainedConfig:
     """Return a new config of the teacher's class with `overrides` applied; the teacher's is left as it is.
 
     Names are the family's own or its aliases (`hidden_size` for GPT-2's `n_embd`); a nested config takes a mapping.
@@ -49,13 +54,13 @@ def derive_student_config(teacher_config: PreTrainedConfig, overrides: Mapping[s
     GPT-J's `rotary_dim` is lowered to the head size where it would exceed it. Lists with one entry per block are
     thinned evenly when the depth changes, until `for_blocks` says which blocks are meant; factors of long RoPE, one
     for each rotated pair, as the pairs are. Labels are kept unless `num_labels` or `id2label` is overridden, token ids
-    always; the quantisation is dropped.
+    always; the quantisation is dropped. `keywords` are the caller's own, one of which may be meant by an unknown name.
 
     Raises:
         OptionError: an unknown name (with the nearest known ones), one given twice, or a value of the wrong type.
         ShapeError: a shape the family refuses, with the family's own reason.
     """
-    overrides = _own_names(teacher_config, overrides)
+    overrides = _own_names(teacher_config, overrides, keywords)
     values = _constructor_values(teacher_config)
     derived = _derived_names(type(teacher_config), values) - overrides.keys()
     heads_name, groups_name = (_real_name(teacher_config, n) for n in ("num_attention_heads", "num_key_value_heads"))
@@ -77,7 +82,7 @@ def derive_student_config(teacher_config: PreTrainedConfig, overrides: Mapping[s
         kept["label2id"] = {label: index for index, label in overrides["id2label"].items()}
     rope = _fewer_rope_factors(teacher_config, values, kept | overrides)
     config = _build(type(teacher_config), kept | rope | overrides, overrides)
-    return _possible(config, teacher_config, overrides)
+    return refuse_impossible(config, teacher_config, overrides)
 
 
 def for_blocks(
@@ -121,14 +126,14 @@ def _real_name(config: PreTrainedConfig, name: str) -> str:
     return config.attribute_map.get(name, name)
 
 
-def _own_names(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _own_names(config: PreTrainedConfig, overrides: Mapping[str, Any], keywords: Collection[str]) -> dict[str, Any]:
     known = {field.name for field in fields(config)} | set(_constructor_values(config)) | {"num_labels"}
     known = {name for name in known if not name.startswith("_")} - set(_NOT_INHERITED)
     named: dict[str, Any] = {}
     for name, value in overrides.items():
         real = _real_name(config, name)
         if real not in known:
-            near = did_you_mean(name, known | config.attribute_map.keys())
+            near = did_you_mean(name, known | config.attribute_map.keys() | set(keywords))
             raise OptionError(f"{type(config).__name__} has no {name!r} to override.{near}")
         if real in named and named[real] != value:
             raise OptionError(f"{name!r} and its other name say both {named[real]!r} and {value!r}: give one.")
@@ -236,25 +241,31 @@ def _build(
         raise ShapeError(f"{config_class.__name__} refuses {asked}: {error}") from error
 
 
-def _possible(
-    config: PreTrainedConfig, teacher_config: PreTrainedConfig, overrides: Mapping[str, Any]
+def refuse_impossible(
+    config: PreTrainedConfig, teacher_config: PreTrainedConfig, overrides: Collection[str]
 ) -> PreTrainedConfig:
-    """Refuse what many families notice only when they build or run the model."""
+    """Refuse what many families notice only when they build or run the model; return the config.
+
+    Raises:
+        ShapeError: sizes among `overrides`, which are names of the family's own, that are impossible.
+    """
     for name in _SIZES:
         size = _size(config, name)
         if _real_name(config, name) in overrides and size is not None and size < 1:
             raise ShapeError(f"{name} must be at least 1, not {size}.")
     hidden, heads, groups = (_size(config, n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     changed = {_real_name(config, n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
-    if not heads or not changed & overrides.keys():
+    if not heads or not changed & set(overrides):
         return config
     if hidden and hidden % heads and not any(name in config.__dict__ for name in _HEAD_SIZES):
-        raise ShapeError(f"hidden_size={hidden} does not divide into num_attention_heads={heads}.")
+        raise ShapeError(
+            f"hidden_size={hidden} does not divide into num_attention_heads={heads}: choose a multiple of {heads}."
+        )
     if groups and heads % groups:
         raise ShapeError(
             f"num_attention_heads={heads} do not divide into num_key_value_heads={groups} groups: "
             f"the teacher has {_size(teacher_config, 'num_attention_heads')} heads in "
-            f"{_size(teacher_config, 'num_key_value_heads')}."
+            f"{_size(teacher_config, 'num_key_value_heads')}. Choose a multiple of {groups} heads, or other groups."
         )
     rotary = _size(config, "rotary_dim")
     if hidden and rotary and rotary > hidden // heads:

@@ -1,5 +1,6 @@
 """`initialize`: a plan, its bases, and every parameter of the student filled."""
 
+import contextlib
 import dataclasses
 import resource
 import sys
@@ -94,10 +95,23 @@ def untie_as_teacher(student: PreTrainedModel, teacher: Teacher) -> None:
 
 def initialize_the_rest(student: PreTrainedModel, seed: int) -> None:
     """Give every parameter that is not marked as initialised the model's own random initialisation."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         student.initialize_weights()
     student.tie_weights(recompute_mapping=False)
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` within, and leave the caller's random state as it was."""
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the other devices for good
+            yield
+    else:
+        with torch.random.fork_rng(devices=[device], device_type=device.type):
+            torch.manual_seed(seed)
+            yield
 
 
 def table_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:

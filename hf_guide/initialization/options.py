@@ -150,7 +150,7 @@ class InitializationConfig:
             return cls(**{str(name): value for name, value in method.items()})
         raise OptionError(
             f"method is one of {[member.value for member in Method]}, an InitializationConfig or a mapping of its "
-            f"fields; found a {type(method).__name__}."
+            f"fields; found {method!r}."
         )
 
 

@@ -1,0 +1,195 @@
+"""What was asked for, made definite: the student's config, class and dtype, and whose rows its vocabulary has.
+
+Does: refuse what cannot be, before any weight is read.
+"""
+
+import copy
+import inspect
+import os
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import auto_factory, modeling_auto
+
+from hf_guide.errors import OptionError, ShapeError, did_you_mean
+from hf_guide.initialization.configs import derive_student_config, for_blocks, refuse_impossible
+from hf_guide.initialization.options import InitializationConfig, Method
+from hf_guide.initialization.selection import choose_blocks
+from hf_guide.initialization.weights import Teacher, tokenizer_length
+
+
+def resolve_config(
+    teacher: Teacher,
+    config: PreTrainedConfig | None,
+    overrides: Mapping[str, Any],
+    options: InitializationConfig,
+    *,
+    keywords: Collection[str] = (),
+) -> PreTrainedConfig:
+    """Return the student's config: the one given, or the teacher's with overrides.
+
+    `keywords` are those of the caller, one of which may be meant where an override is unknown.
+
+    Raises:
+        OptionError: both are given, an override is unknown, or the config is none.
+        ShapeError: another family than the teacher's, or sizes that do not go together.
+    """
+    if config is None:
+        for name in overrides:
+            if name in InitializationConfig.__dataclass_fields__ and not hasattr(teacher.config, name):
+                raise OptionError(
+                    f"{name!r} is an option of the method and none of the config; say "
+                    f"method={{'method': {options.method!r}, {name!r}: {overrides[name]!r}}}."
+                )
+        student = derive_student_config(teacher.config, overrides, keywords=keywords)
+        had, wanted = (getattr(each, "num_hidden_layers", None) for each in (teacher.config, student))
+        if isinstance(had, int) and isinstance(wanted, int) and had != wanted and options.method != Method.RANDOM:
+            blocks = choose_blocks(had, wanted, _main_stack(options.layers, wanted))
+            student = for_blocks(student, teacher.config, blocks, overridden=set(overrides))
+        return student
+    family = type(teacher.config).__name__
+    if not isinstance(config, PreTrainedConfig):
+        raise OptionError(
+            f"config is a {family}, or left out for the teacher's with overrides such as hidden_size=...; found "
+            f"{f'the class {config.__name__}' if isinstance(config, type) else f'a {type(config).__name__}'}."
+        )
+    if overrides:
+        raise OptionError(
+            f"A config was given and also {sorted(overrides)}, which would override it: set them on the config, or "
+            f"leave the config out.{_hint(overrides, keywords)}"
+        )
+    if config.model_type != teacher.config.model_type:
+        raise ShapeError(
+            f"The student's config is a {type(config).__name__} ({config.model_type!r}), the teacher a "
+            f"{teacher.config.model_type!r}: a student starts inside a teacher of its own family. Pass a {family}."
+        )
+    return refuse_impossible(copy.deepcopy(config), teacher.config, config.to_dict())
+
+
+def _hint(overrides: Collection[str], keywords: Collection[str]) -> str:
+    return next((hint for name in overrides if (hint := did_you_mean(name, keywords))), "")
+
+
+def _main_stack(layers: "str | list[int] | dict[str, list[int]]", wanted: int) -> "str | list[int]":
+    """Return what `layers` says of the one stack that a config's lists by block go with."""
+    if not isinstance(layers, Mapping):
+        return layers
+    return next((blocks for blocks in layers.values() if len(blocks) == wanted), "even")
+
+
+def resolve_class(teacher: Teacher, config: PreTrainedConfig, model_class: type[Any] | None) -> type[PreTrainedModel]:
+    """Return the student's class.
+
+    Raises:
+        OptionError: the task has no model of this family, or the class is not a Transformers model.
+    """
+    if model_class is None:
+        return teacher.model_class
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        expected = getattr(model_class, "config_class", None)
+        if expected is not None and not isinstance(config, expected):
+            raise OptionError(
+                f"{model_class.__name__} takes a {expected.__name__}, but the teacher and so the student have a "
+                f"{type(config).__name__}. Choose a class of its family, such as {teacher.model_class.__name__}."
+            )
+        return model_class
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is None:
+        raise OptionError(
+            f"model_class is a model class or an Auto class of Transformers, such as {teacher.model_class.__name__} "
+            f"or AutoModelForCausalLM; found {model_class!r}."
+        )
+    if type(config) not in mapping:
+        raise OptionError(
+            f"Transformers has no {getattr(model_class, '__name__', model_class)} for {config.model_type!r}. "
+            f"It has {', '.join(auto_classes(config)) or 'no Auto class at all for it'}."
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def auto_classes(config: PreTrainedConfig) -> list[str]:
+    """Return the names of Transformers' Auto classes that have a model for a config."""
+    autos = inspect.getmembers(modeling_auto, inspect.isclass)
+    return [
+        name
+        for name, auto in autos
+        if name.startswith("AutoModel")
+        and issubclass(auto, auto_factory._BaseAutoModelClass)
+        and type(config) in (getattr(auto, "_model_mapping", None) or {})
+    ]
+
+
+def resolve_dtype(dtype: "str | torch.dtype | None", teacher: Teacher) -> torch.dtype:
+    """Return the student's dtype, the teacher's where none is asked for.
+
+    Raises:
+        OptionError: no floating dtype of torch that a model can be built in.
+    """
+    if dtype is None or dtype == "auto":
+        return teacher.dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise OptionError(f"dtype is 'float32', 'bfloat16', 'float16', 'float64', or 'auto'; found {dtype!r}.")
+    return found
+
+
+def vocabulary_places(
+    teacher: Teacher,
+    config: PreTrainedConfig,
+    *,
+    token: "str | bool | None" = None,
+    cache_dir: "str | os.PathLike[str] | None" = None,
+    local_files_only: bool = False,
+    gguf_file: str | None = None,
+    subfolder: str = "",
+) -> Tensor | None:
+    """Return which of the teacher's vocabulary rows the student keeps, -1 for a row of zeros; None where all.
+
+    Raises:
+        ShapeError: another vocabulary. Padded ones of the same tokenizer differ beyond its last token alone.
+    """
+    had, wanted = getattr(teacher.config, "vocab_size", None), getattr(config, "vocab_size", None)
+    if not isinstance(had, int) or not isinstance(wanted, int) or had == wanted:
+        return None
+    nameless = teacher.name == teacher.model_class.__name__  # a model that was never on a disk: nowhere to look
+    real = (
+        None
+        if nameless
+        else tokenizer_length(
+            teacher,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            gguf_file=gguf_file,
+            subfolder=subfolder,
+        )
+    )
+    if real is None or min(had, wanted) < real:
+        told = "no tokenizer is beside it" if real is None else f"its tokenizer has {real} tokens"
+        raise ShapeError(
+            f"The student's vocabulary has {wanted} rows, the teacher's {had} ({told}): a student speaks its "
+            f"teacher's tokens. Leave vocab_size at {had}, or let them differ in padded rows beyond the tokenizer's "
+            "last token."
+        )
+    return torch.tensor([row if row < had else -1 for row in range(wanted)])
+
+
+def label_places(teacher: PreTrainedConfig, student: PreTrainedConfig) -> Tensor | None:
+    """Return which of the teacher's labels, by name, each of the student's is; None where all agree.
+
+    It is empty where the student has labels that the teacher does not have: then its head is a new one.
+    """
+    had, wanted = getattr(teacher, "id2label", None) or {}, getattr(student, "id2label", None) or {}
+    if had == wanted:
+        return None
+    place = {name: int(number) for number, name in had.items()}
+    names = [wanted[number] for number in sorted(wanted)]
+    if not names or any(name not in place for name in names):
+        return torch.empty(0, dtype=torch.long)
+    if all(name.startswith("LABEL_") for name in names):
+        return torch.empty(0, dtype=torch.long)
+    return torch.tensor([place[name] for name in names])

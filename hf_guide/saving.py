@@ -1,0 +1,138 @@
+"""How a student is saved: as its stock class saves it, with `initialization_report.json` beside the weights.
+
+Does: check the disk's room first, leave nothing half-written behind, push what was saved and the report with it.
+Does not: change the student's class, or what the stock class writes.
+"""
+
+import contextlib
+import copy
+import inspect
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import PushToHubMixin
+
+from hf_guide.folders import check_space
+from hf_guide.initialization.report import InitializationReport
+
+
+class StudentSaver:
+    """A student's own `save_pretrained`: its class's, and the report beside the weights.
+
+    It stands in the instance, so that the class stays the stock one. It is copied and pickled with its student, and
+    holds it weakly, so that a student that nobody uses any more is freed at once.
+    """
+
+    def __init__(self, student: PreTrainedModel):
+        self._student = weakref.ref(student)
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Save as the student's class does, and write `initialization_report.json` beside the weights."""
+        student = self._student()
+        if student is None:
+            raise ReferenceError("The student whose save_pretrained this was is gone.")
+        save = type(student).save_pretrained
+        save_student(student, save, save_directory, is_main_process, state_dict, push_to_hub, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StudentSaver":
+        copied: Any = memo.get(id(self._student()), self._student())
+        return StudentSaver(copied)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StudentSaver, (self._student(),)
+
+
+def attach_report(student: PreTrainedModel, report: InitializationReport, *, saver: bool) -> None:
+    """Give `student` its `initialization_report`, and with `saver` let its `save_pretrained` write it too."""
+    student.initialization_report = report  # type: ignore[assignment]
+    if saver:
+        student.save_pretrained = StudentSaver(student)  # type: ignore[method-assign,assignment]
+
+
+def save_student(
+    student: PreTrainedModel,
+    save: Callable[..., Any],
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    *,
+    architecture: str | None = None,
+    **options: Any,
+) -> None:
+    """Save a student by `save`, an unbound `save_pretrained`, with its report; then push both where that is wanted.
+
+    `architecture` is the class that the saved config names where it is not the student's own. `options` are all others
+    of the stock `save_pretrained`, which also takes keywords of times gone by.
+
+    Raises:
+        NotADirectoryError: a file stands where the folder should be.
+        OSError: the disk has no room, or broke off; the files that were new are removed again.
+    """
+    folder = Path(save_directory)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name a folder to save the student in.")
+    with undone_on_failure(student, folder) if is_main_process else contextlib.nullcontext():
+        save(student, folder, is_main_process=is_main_process, state_dict=state_dict, **options)
+        if not is_main_process:
+            return
+        if architecture is not None:
+            config = copy.deepcopy(student.config)
+            config.architectures = [architecture]
+            config.save_pretrained(folder)
+        report = getattr(student, "initialization_report", None)
+        if report is not None:
+            report.save(folder)
+    if push_to_hub:  # only now: the stock class would have pushed before the report was there
+        known = inspect.signature(PushToHubMixin.push_to_hub).parameters
+        hub = {name: value for name, value in options.items() if name in known and name != "repo_id"}
+        student.push_to_hub(options.get("repo_id", folder.name), **hub)
+
+
+@contextlib.contextmanager
+def undone_on_failure(student: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Refuse to begin where the disk has no room; when anything fails, remove the files that were not there before."""
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    before = set(os.listdir(folder)) if folder.is_dir() else set()
+    replaced = sum((folder / name).stat().st_size for name in before if name.endswith(".safetensors"))
+    check_space(missing[-1].absolute() if missing else folder, student.get_memory_footprint() - replaced)
+    try:
+        yield
+    except BaseException as error:
+        for name in set(os.listdir(folder)) - before if folder.is_dir() else ():
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if isinstance(error, SafetensorError):
+            raise OSError(f"The student could not be written to {folder}: {error}. Nothing of it was left.") from error
+        raise
+
+
+def carry_generation_config(student: PreTrainedModel, source: Any, **where: Any) -> None:
+    """Give a student that generates its teacher's generation config, where the teacher has one of its own."""
+    if not student.can_generate():
+        return
+    if isinstance(source, PreTrainedModel):
+        found = copy.deepcopy(getattr(source, "generation_config", None))
+    else:
+        try:
+            found = GenerationConfig.from_pretrained(os.fspath(source), **where)
+        except OSError:
+            found = None
+    if found is not None:
+        student.generation_config = found
