@@ -21,7 +21,7 @@ from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.options import InitializationConfig, Method
 from hf_guide.initialization.plan import Plan, Site, canonical, make_plan, student_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
-from hf_guide.initialization.transfer import Transfer, check_finite
+from hf_guide.initialization.transfer import Transfer, check_stored
 from hf_guide.initialization.weights import Teacher
 
 
@@ -69,8 +69,8 @@ def initialize(
     for site in tqdm(carried, desc=f"{options.method} initialization", unit="tensor", disable=not show_progress):
         target = tensors[site.name]
         value = transfer.value(site)
-        check_finite(value, site, plan)
         target.data.copy_(value)
+        check_stored(target, value, site.name)
         target._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' own mark: left alone by initialize_weights
     initialize_the_rest(student, options.seed)
     seconds = {"basis": basis_seconds, "transfer": time.perf_counter() - started - basis_seconds}
@@ -134,7 +134,7 @@ def table_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
         width = plan.widths[axis][0]
         moment = torch.zeros(width, width, dtype=torch.float64)
         for site in tables[axis]:
-            tensor = plan.teacher.weights.get(plan.teacher_names[site.source or ""])
+            tensor = plan.read(site.source or "")
             rows = tensor.movedim(site.axes.index(Name(axis)), -1).reshape(-1, width)
             other = [name for name in _names(site) if name in chained and name != axis]
             if other:
@@ -142,10 +142,22 @@ def table_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
                 inner = table_moments(plan, other)[other[0]] if inner is None else inner
                 moment += rows.double().T @ inner @ rows.double()
                 continue
-            weights = torch.tensor(plan.options.token_weights) if plan.options.token_weights and "vocab" in _names(site) else None
+            weights = _weights_of_rows(plan, site, len(rows))
             moment += second_moment(_chunks(rows), width, weights=weights, centered=plan.options.centered, name=site.source or "")
         moments[axis] = moment
     return moments
+
+
+def _weights_of_rows(plan: Plan, site: Site, rows: int) -> Tensor | None:
+    """Return one weight a row, (rows,), for a table of tokens where weights are given; None for others."""
+    if plan.options.token_weights is None or "vocab" not in _names(site):
+        return None
+    if len(plan.options.token_weights) != rows:
+        raise OptionError(
+            f"token_weights has {len(plan.options.token_weights)} numbers, but the teacher's table {site.source!r} has "
+            f"{rows} rows: give one weight a row."
+        )
+    return torch.tensor(plan.options.token_weights, dtype=torch.float64)
 
 
 def fit_axis(plan: Plan, axis: str, moments: dict[str, Tensor]) -> ResidualBasis:
@@ -165,7 +177,7 @@ def fit_axis(plan: Plan, axis: str, moments: dict[str, Tensor]) -> ResidualBasis
             continue
         for dim, name in enumerate(site.axes):
             if name == Name(axis) and (site.match.is_bias or dim != site.match.row.input_axis):
-                rows = plan.teacher.weights.get(plan.teacher_names[site.source]).movedim(dim, -1).reshape(-1, width)
+                rows = plan.read(site.source).movedim(dim, -1).reshape(-1, width)
                 written += second_moment(_chunks(rows), width, name=site.source)
     moments[axis] = moments[axis] + 1e-6 * moments[axis].trace() / written.trace().clamp(min=1e-300) * written
     return fit_basis(moments[axis], size, keep_mean=keep_mean)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.errors import LayoutError, ShapeError
+from hf_guide.errors import LayoutError, OptionError, ShapeError, TeacherError, did_you_mean
 from hf_guide.initialization.axes import (
     Axis,
     AxisMap,
@@ -82,6 +82,20 @@ class Plan:
     random: list[str]
     lost: list[str]
     bases: dict[str, Tensor] = field(default_factory=dict)
+    _seen_finite: set[str] = field(default_factory=set)
+
+    def read(self, canonical: str) -> Tensor:
+        """Return the teacher's tensor of this canonical name, on the CPU, in the dtype it is stored in.
+
+        Raises:
+            TeacherError: it holds NaN or infinite values; says which tensor, how many, and where the first is.
+        """
+        name = self.teacher_names[canonical]
+        tensor = self.teacher.weights.get(name).cpu()
+        if name not in self._seen_finite and tensor.is_floating_point():
+            refuse_not_finite(tensor, f"{name!r} of the teacher {self.teacher.name}")
+            self._seen_finite.add(name)
+        return tensor
 
     def is_projected(self, site: Site, axis: Axis) -> bool:
         """Whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
@@ -108,10 +122,14 @@ class Plan:
                 name, times = repeated(axis)
                 matrix = self.bases.get(name, torch.empty(self.widths[name]))
                 found.append(Projection(matrix if times == 1 else torch.block_diag(*[matrix] * times)))
-            elif axis == Name("vocab"):
-                found.append(self._kept_or(self.vocab_places, teacher["vocab"]))
-            elif axis == Name("labels"):
-                found.append(self._kept_or(self.label_places, teacher["labels"]))
+            elif axis in (Name("vocab"), Name("labels")):
+                places = self.vocab_places if axis == Name("vocab") else self.label_places
+                if places is None and teacher[str(axis)] != student[str(axis)]:
+                    raise ShapeError(
+                        f"{site.name}: the student has {student[str(axis)]} rows for its {axis}, the teacher "
+                        f"{teacher[str(axis)]}: they must agree."
+                    )
+                found.append(self._kept_or(places, teacher[str(axis)]))
             elif all(teacher[name] == student[name] for name in axis_names(axis)):
                 found.append(Identity())
             else:
@@ -129,8 +147,11 @@ class Plan:
         if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:
             why = f" What is known of {self.layout.family!r}: {self.layout.exactness}" if name.startswith("fixed") else ""
             raise ShapeError(f"{site.name}: {what} must be the teacher's {had}, found {wanted}.{why}")
-        if wanted > had:
-            raise ShapeError(f"{site.name}: the student's {what} is {wanted}, larger than the teacher's {had}; choose at most {had}.")
+        if not 1 <= wanted <= had:
+            raise ShapeError(
+                f"{site.name}: the student's {what} is {wanted}, the teacher's {had}: a student starts inside its teacher, so "
+                f"choose 1 to {had}."
+            )
         factor = 1.0
         if name in PREFIX_AXES:
             places = list(range(wanted))
@@ -156,6 +177,22 @@ class Plan:
         return any(
             other.match.row.kind == "norm" and other.canonical.startswith(home) and "q_dim" in (name for axis in other.axes for name in axis_names(axis))
             for other in self.sites.values()
+        )
+
+
+def refuse_not_finite(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor with NaN or infinite values.
+
+    Raises:
+        TeacherError: says how many there are and where the first is.
+    """
+    if torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        return  # one pass without a copy; a sum that overflows is looked at again
+    wrong = ~torch.isfinite(tensor)
+    if bool(wrong.any()):
+        raise TeacherError(
+            f"{what} holds {int(wrong.sum())} NaN or infinite values, the first at {wrong.nonzero()[0].tolist()}. A teacher's "
+            "weights must be finite: fetch it again, or take a checkpoint from before its training diverged."
         )
 
 
@@ -245,6 +282,7 @@ def make_plan(
         )
 
     had, wanted = _stack_sizes(layout, teacher_names), _stack_sizes(layout, student_names)
+    _refuse_unknown_stacks(options, had)
     stacks = {
         stack: choose_blocks(had[stack], count, options.layers, stack.removesuffix(".{block}"))
         if stack.endswith("{block}")
@@ -303,6 +341,15 @@ def make_plan(
         if site.source is not None:
             plan.maps(site)
     return plan
+
+
+def _refuse_unknown_stacks(options: InitializationConfig, stacks: Iterable[str]) -> None:
+    known = [stack.removesuffix(".{block}") for stack in stacks if stack.endswith(".{block}")]
+    for name in options.layers if isinstance(options.layers, dict) else ():
+        if name not in known:
+            raise OptionError(
+                f"layers names the stack {name!r}, but this teacher's stacks are {known}.{did_you_mean(name, known)}"
+            )
 
 
 def _listed_places(

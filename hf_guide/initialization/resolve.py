@@ -66,7 +66,9 @@ def resolve_config(
             f"The student's config is a {type(config).__name__} ({config.model_type!r}), the teacher a "
             f"{teacher.config.model_type!r}: a student starts inside a teacher of its own family. Pass a {family}."
         )
-    return refuse_impossible(copy.deepcopy(config), teacher.config, config.to_dict())
+    had, asked = teacher.config.to_dict(), config.to_dict()
+    changed = {name for name, value in asked.items() if name not in had or had[name] != value}
+    return refuse_impossible(copy.deepcopy(config), teacher.config, changed | {"rotary_dim"})
 
 
 def _hint(overrides: Collection[str], keywords: Collection[str]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_guide.errors import TeacherError
+from hf_guide.errors import ShapeError, TeacherError
 from hf_guide.initialization.axes import Identity, Name, Projection, Selection, Sum, apply_selection, axis_size, contract, repeated, solve_sizes
 from hf_guide.initialization.layouts import PREFIX_AXES, config_sizes
 from hf_guide.initialization.options import Method
@@ -40,7 +40,7 @@ class Transfer:
 
     def read(self, canonical: str) -> Tensor:
         """Return the teacher's tensor."""
-        return self.plan.teacher.weights.get(self.plan.teacher_names[canonical])
+        return self.plan.read(canonical)
 
     def teacher_norm(self, norm: str, site: Site, part: str) -> Tensor | None:
         """Return the gain or bias, float64, of the teacher's norm that `site`'s source reads; None where it has none."""
@@ -382,15 +382,14 @@ def fit_tied_gain(moment: Tensor, matrix: Tensor, gain: Tensor) -> Tensor:
     return torch.where(norms > norms.max() * 1e-12, fitted, plain)
 
 
-def check_finite(value: Tensor, site: Site, plan: Plan) -> None:
-    """Refuse a NaN or infinite value, naming the teacher's tensor it came from.
+def check_stored(stored: Tensor, value: Tensor, name: str) -> None:
+    """Refuse a student's parameter that overflowed when `value` was `stored` in its dtype.
 
     Raises:
-        TeacherError: the value is not finite.
+        ShapeError: says how large the value is, and how large a number the dtype holds.
     """
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        source = plan.teacher_names.get(site.source or "", site.source)
-        raise TeacherError(
-            f"{plan.teacher.name}: {source!r} gives NaN or infinite values in the student's {site.name!r}. "
-            "The teacher's weights must be finite; was the checkpoint written after a run diverged?"
+    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+        raise ShapeError(
+            f"{name} has values up to {value.abs().max().item():.3g}, more than {stored.dtype} holds "
+            f"({torch.finfo(stored.dtype).max:.3g}). Make the student with dtype='bfloat16' or 'float32'."
         )
