@@ -25,7 +25,26 @@ _HOMES = {
     "register_layout": "initialization.layouts",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604  the names are strings, gathered above
+__all__ = [
+    "AutoStudent",
+    "AutoStudentForCausalLM",
+    "AutoStudentForImageClassification",
+    "AutoStudentForMaskedLM",
+    "AutoStudentForSeq2SeqLM",
+    "AutoStudentForSequenceClassification",
+    "AutoStudentForTokenClassification",
+    "FromTeacherMixin",
+    "HfGuideError",
+    "InitializationConfig",
+    "InitializationReport",
+    "LayoutError",
+    "OptionError",
+    "ShapeError",
+    "TeacherError",
+    "from_teacher",
+    "register_layout",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from hf_guide.errors import HfGuideError, LayoutError, OptionError, ShapeError, TeacherError

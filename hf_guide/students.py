@@ -127,11 +127,11 @@ def build_student(
         ShapeError: the family refuses the shape; with its reason.
     """
     try:
-        if options.method == Method.RANDOM:
-            with seeded(options.seed):
+        with seeded(options.seed):  # constructors draw, whether it is needed or not
+            if options.method == Method.RANDOM:
                 return student_class._from_config(config, dtype=dtype)
-        with no_init_weights():
-            student = student_class._from_config(config, dtype=dtype)
+            with no_init_weights():
+                student = student_class._from_config(config, dtype=dtype)
     except (ValueError, AssertionError, RuntimeError, ZeroDivisionError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
         raise ShapeError(f"{student_class.__name__} refuses this config: {reason}") from error

@@ -28,7 +28,9 @@ def test_the_layout_it_registers_holds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_commands_parse() -> None:
-    commands = [line.split("#")[0] for line in re.sub(r"\\\n", " ", README).splitlines() if line.startswith("hf-guide ")]
+    commands = [
+        line.split("#")[0] for line in re.sub(r"\\\n", " ", README).splitlines() if line.startswith("hf-guide ")
+    ]
     assert len(commands) >= 4
     for command in commands:
         build_parser().parse_args(shlex.split(command)[1:])

@@ -1,8 +1,8 @@
 """How many of Transformers' causal language models can be a teacher, and how exactly.
 
-For every architecture of the causal-LM mapping that can be built from its default config, a tiny twin (the same switches, small
-sizes, float64, parameters drawn at random) becomes a teacher. Printed are the error of the identity law (same config in, same logits out),
-where the layout came from (table, derived, or blocks only), and whether a student of half the width can be made and runs.
+For every architecture of the causal-LM mapping that can be built from its default config, a tiny twin (the same
+switches, small sizes, float64, parameters drawn at random) becomes a teacher. Printed are the error of the identity law
+(same config in, same logits out), where the layout came from (table, derived, or blocks only), and whether a student of half the width can be made and runs.
 
     python examples/benchmarks/architectures.py [--output architectures.jsonl] [ARCHITECTURE ...]
 """
@@ -60,9 +60,20 @@ def survey(architecture: str) -> dict:
     except (HfGuideError, *TWIN_ERRORS) as error:
         found["note"] = f"identity: {error}"
     found["narrower"] = None if kind.startswith("blocks") else False
-    for sizes in () if kind.startswith("blocks") else ({}, {"head_dim": 16}, {"num_attention_heads": 2, "num_key_value_heads": 1}, {"num_attention_heads": 2, "num_key_value_heads": 2}):
+    for sizes in (
+        ()
+        if kind.startswith("blocks")
+        else (
+            {},
+            {"head_dim": 16},
+            {"num_attention_heads": 2, "num_key_value_heads": 1},
+            {"num_attention_heads": 2, "num_key_value_heads": 2},
+        )
+    ):
         try:
-            narrow = tiny_twin(teacher.config, **{name: 32 for name, size in TINY_SIZES.items() if size == 64}, **sizes)
+            narrow = tiny_twin(
+                teacher.config, **{name: 32 for name, size in TINY_SIZES.items() if size == 64}, **sizes
+            )
             student = _alike(from_teacher(teacher, narrow, show_progress=False))
             found["narrower"] = bool(torch.isfinite(student(input_ids=torch.arange(3, 14)[None]).logits).all())
             break
@@ -94,16 +105,17 @@ def main() -> int:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     for row in rows:
         error = "-" if row["identity"] is None else f"{row['identity']:.0e}"
-        print(
-            f"{row['architecture']:28} {row['layout'] or '-':28} identity {error:6} narrower {row['narrower']!s:6} {' '.join(row['note'].split())[:110]}"
-        )
+        note = " ".join(row["note"].split())[:110]
+        name, layout = row["architecture"], row["layout"] or "-"
+        print(f"{name:28} {layout:28} identity {error:6} narrower {row['narrower']!s:6} {note}")
     built = [row for row in rows if row["built"]]
     holds = [row for row in built if row["identity"] is not None and row["identity"] <= args.tolerance]
     wide = [row for row in holds if row["narrower"]]
     print(f"\npython {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{len(rows)} architectures, {len(built)} can be built from their default config here.")
     print(
-        f"Identity holds to {args.tolerance:g} for {len(holds)} of these ({len(holds) / max(1, len(built)):.0%}); layouts: {dict(Counter(row['layout'] for row in holds))}."
+        f"Identity holds to {args.tolerance:g} for {len(holds)} of these ({len(holds) / max(1, len(built)):.0%}); "
+        f"layouts: {dict(Counter(row['layout'] for row in holds))}."
     )
     print(f"Narrower students, too, can be made of {len(wide)} ({len(wide) / max(1, len(built)):.0%}).")
     return 0

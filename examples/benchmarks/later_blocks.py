@@ -1,8 +1,8 @@
 """Which reading of GUIDE starts best: later blocks projected, selected or random; with or without the energy correction.
 
-Every arm is a student of half the width and a third of the depth of SmolLM2-135M, trained on the same tokens in the same order with
-the same distillation loss; the teacher's forward pass is shared. Seeds change the text's split and order and whatever is random. One
-JSON line a seed and arm is appended to --output; seeds that are there already are not run again.
+Every arm is a student of half the width and a third of the depth of SmolLM2-135M, trained on the same tokens in the
+same order with the same distillation loss; the teacher's forward pass is shared. Seeds change the text's split and order
+and whatever is random. One JSON line a seed and arm is appended to --output; seeds that are there already are not run again.
 
     python examples/benchmarks/later_blocks.py --output later_blocks.jsonl --seeds 0 1 2 --steps 150
 """
@@ -42,7 +42,9 @@ ARMS = {
 
 def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:
     """Train every arm from one seed and return a row for each."""
-    options = QuickstartOptions(steps=args.steps, batch_size=args.batch_size, seed=seed)
+    options = QuickstartOptions(
+        steps=args.steps, batch_size=args.batch_size, held_out_blocks=args.held_out_blocks, seed=seed
+    )
     texts = split_documents((text for source in options.text for text in read_text(source)), seed=seed)
     name = args.teacher or default_teacher(None)
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -53,14 +55,26 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:
     goal = evaluate(teacher, held_out, args.batch_size, "teacher").perplexity
     shape = half_shape(teacher.config)
     students = {
-        arm: AutoStudentForCausalLM.from_teacher(name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **shape)
+        arm: AutoStudentForCausalLM.from_teacher(
+            name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **shape
+        )
         for arm in args.arms
     }
     start = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
     distill(teacher, students, train, dict.fromkeys(students, args.learning_rate), recipe)
     end = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
     return [
-        {"seed": seed, "arm": arm, "teacher": goal, "start": start[arm], "end": end[arm], "steps": args.steps, "tokens": train[:, 1:].numel(), "learning_rate": args.learning_rate, "kd_weight": args.kd_weight}
+        {
+            "seed": seed,
+            "arm": arm,
+            "teacher": goal,
+            "start": start[arm],
+            "end": end[arm],
+            "steps": args.steps,
+            "tokens": train[:, 1:].numel(),
+            "learning_rate": args.learning_rate,
+            "kd_weight": args.kd_weight,
+        }
         for arm in students
     ]
 
@@ -71,8 +85,15 @@ def table(rows: list[dict]) -> str:
     end = {(row["seed"], row["arm"]): row["end"] for row in rows}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
-        gaps = [(end[row["seed"], "random"] - row["end"]) / (end[row["seed"], "random"] - row["teacher"]) for row in own if (row["seed"], "random") in end]
-        lines.append(f"{arm:38} {statistics.mean(row['start'] for row in own):12.4g} {_spread([row['end'] for row in own]):>18} {_spread([100 * gap for gap in gaps]):>17}%")
+        gaps = [
+            (end[row["seed"], "random"] - row["end"]) / (end[row["seed"], "random"] - row["teacher"])
+            for row in own
+            if (row["seed"], "random") in end
+        ]
+        lines.append(
+            f"{arm:38} {statistics.mean(row['start'] for row in own):12.4g} "
+            f"{_spread([row['end'] for row in own]):>18} {_spread([100 * gap for gap in gaps]):>17}%"
+        )
     return "\n".join(lines)
 
 
@@ -89,7 +110,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens per step")
+    parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens in a step")
+    parser.add_argument("--held-out-blocks", type=int, default=32)
     parser.add_argument("--kd-weight", type=float, default=0.5)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
@@ -102,8 +124,14 @@ def main() -> int:
         with args.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
         rows += found
-    print(f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"seeds {sorted({row['seed'] for row in rows})}, perplexity on held-out text, mean ± standard deviation over seeds; teacher {statistics.mean(row['teacher'] for row in rows):.1f}")
+    print(
+        f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+    print(
+        f"seeds {sorted({row['seed'] for row in rows})}, perplexity on held-out text, mean ± standard deviation over seeds; "
+        f"teacher {statistics.mean(row['teacher'] for row in rows):.1f}"
+    )
     print(table(rows))
     return 0
 

@@ -139,7 +139,8 @@ def solve_sizes(axes: tuple[Axis, ...], shape: torch.Size, sizes: Mapping[str, i
     expected = tuple(axis_size(axis, solved) for axis in axes)
     if expected != tuple(shape):
         raise LayoutError(
-            f"{parameter} has shape {tuple(shape)}, but its layout '{pattern}' multiplies out to {expected} with the config's sizes."
+            f"{parameter} has shape {tuple(shape)}, but its layout '{pattern}' "
+            f"multiplies out to {expected} with the config's sizes."
         )
     return solved
 
@@ -210,7 +211,9 @@ def apply_selection(tensor: Tensor, dim: int, chosen: Selection) -> Tensor:
     return kept.masked_fill_((chosen.places < 0).view(shape).to(tensor.device), 0)
 
 
-def contract(tensor: Tensor, dim: int, matrix: Tensor, dtype: torch.dtype, *, diagonal: Tensor | None = None) -> Tensor:
+def contract(
+    tensor: Tensor, dim: int, matrix: Tensor, dtype: torch.dtype, *, diagonal: Tensor | None = None
+) -> Tensor:
     """Return `tensor` with axis `dim` contracted with `diag(diagonal) @ matrix`, computed in `dtype`.
 
     The work goes in pieces of about 64 MB, so that a half-precision tensor is never held whole in a wider dtype.

@@ -1,7 +1,7 @@
 """The laws as a judge: does a layout hold on a tiny model of its family?
 
-Turning the residual stream by a random rotation must leave the function as it is (SliceGPT's invariance, arXiv 2401.15024), and
-so must dropping heads and neurons that write nothing.
+Turning the residual stream by a random rotation must leave the function as it is (SliceGPT's invariance,
+arXiv 2401.15024), and so must dropping heads and neurons that write nothing.
 """
 
 import copy
@@ -48,10 +48,16 @@ def certify(layout: Layout, twin: PreTrainedModel) -> Verdict:
     try:
         turned = rotation_error(layout, teacher, width)
         if not turned <= TOLERANCE:
-            return Verdict(False, turned, f"turning its residual stream changed its logits by {turned:.1e} of the largest")
+            return Verdict(
+                False, turned, f"turning its residual stream changed its logits by {turned:.1e} of the largest"
+            )
         dropped = dead_places_error(layout, teacher)
         if not dropped <= TOLERANCE:
-            return Verdict(False, dropped, f"dropping heads and neurons that write nothing changed its logits by {dropped:.1e} of the largest")
+            return Verdict(
+                False,
+                dropped,
+                f"dropping heads and neurons that write nothing changed its logits by {dropped:.1e} of the largest",
+            )
     except HfGuideError as error:
         return Verdict(False, math.inf, str(error).rstrip("."))
     return Verdict(True, max(turned, dropped))
@@ -82,11 +88,16 @@ def dead_places_error(layout: Layout, twin: PreTrainedModel) -> float:
             config.head_dim = TINY_SIZES["head_dim"]  # most families read it also where it is no field of theirs
         student = build_twin(type(twin), config, seed=1)
     except TWIN_ERRORS as error:
-        raise ShapeError(f"a twin with fewer heads and neurons cannot be built: {type(error).__name__}: {error}") from error
+        raise ShapeError(
+            f"a twin with fewer heads and neurons cannot be built: {type(error).__name__}: {error}"
+        ) from error
     teacher = copy.deepcopy(twin)
     options = InitializationConfig(energy_correction=False)
     plan = make_plan(student, open_teacher(teacher), layout, options)
-    tensors = {canonical(name, teacher.base_model_prefix): tensor for name, tensor in teacher.state_dict(keep_vars=True).items()}
+    tensors = {
+        canonical(name, teacher.base_model_prefix): tensor
+        for name, tensor in teacher.state_dict(keep_vars=True).items()
+    }
     with torch.no_grad():
         for site in plan.sites.values():
             writes = Name("embed") in site.axes and not site.match.row.reads and len(site.axes) > 1
@@ -148,5 +159,10 @@ def _level_gains(layout: Layout, twin: PreTrainedModel) -> None:
             match = layout.find(canonical(name, twin.base_model_prefix))
             if match is not None and match.row.pattern.removesuffix(".weight").removesuffix(".bias") in read:
                 continue
-            if match is not None and match.row.kind == "norm" and match.axes[-1] == Name("embed") and not name.endswith("bias"):
+            if (
+                match is not None
+                and match.row.kind == "norm"
+                and match.axes[-1] == Name("embed")
+                and not name.endswith("bias")
+            ):
                 tensor.fill_(0.8 - layout.norm_offset)

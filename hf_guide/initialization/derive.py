@@ -1,13 +1,14 @@
 """Layouts of families that are not in the table: derived where that is certain, refused where it is not.
 
 A tiny twin of the model is built from its config. Which axes follow the residual stream's width is probed by building it once
-more, wider; which norm feeds which weight is seen by running it; what queries, keys, values, gates and their counterparts are called is
-convention. The result is believed only if the twin passes `certify`.
+more, wider; which norm feeds which weight is seen by running it; what queries, keys, values, gates and their
+counterparts are called is convention. The result is believed only if the twin passes `certify`.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +63,12 @@ def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
     if config.model_type in layouts:
         return variant_for(layouts[config.model_type], config)
     try:
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if causal is None:
-            raise LayoutError(f"No layout is known for {config.model_type!r}, and layouts are derived for causal language models only.")
-        return derive_layout(config, causal)
+            raise LayoutError(
+                f"No layout is known for {config.model_type!r}, and layouts are derived for causal language models only."
+            )
+        return derive_layout(config, causal[0] if isinstance(causal, tuple) else causal)
     except LayoutError as error:
         return blocks_only_layout(config, model_class, str(error))
 
@@ -83,11 +86,15 @@ def derive_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
     try:
         twin = build_twin(model_class, tiny_twin(config, **untied(config)))
         with torch.device("meta"):
-            wider = model_class._from_config(tiny_twin(config, **untied(config), **{name: WIDER for name, size in TINY_SIZES.items() if size == 64}))
+            wider = model_class._from_config(
+                tiny_twin(config, **untied(config), **{name: WIDER for name, size in TINY_SIZES.items() if size == 64})
+            )
         move_from_defaults(twin, seed=0)
         reads, gains = watch_norms(twin)
     except TWIN_ERRORS as error:
-        raise LayoutError(f"No layout is known for {family!r}, and a tiny twin of it cannot be tried: {type(error).__name__}: {error}") from error
+        raise LayoutError(
+            f"No layout is known for {family!r}, and a tiny twin of it cannot be tried: {type(error).__name__}: {error}"
+        ) from error
     refusal = find_width_multiplier(model_class, config)
     norm, offset = kind_of_norms(twin, gains)
     if norm is None or offset is None:
@@ -95,7 +102,9 @@ def derive_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
     rows = () if refusal else probe_rows(twin, wider, reads, gains)
     for frozen in () if refusal else ((), ("kv_heads", "group"), ("mlp",), ("kv_heads", "group", "mlp")):
         for fold in (True, False):
-            layout = Layout(family, freeze(rows if fold else unfold(rows), frozen), norm=norm or "rms", norm_offset=offset or 0.0)
+            layout = Layout(
+                family, freeze(rows if fold else unfold(rows), frozen), norm=norm or "rms", norm_offset=offset or 0.0
+            )
             verdict = certify(layout, twin)
             if verdict.passed:
                 _derived[key] = dataclasses.replace(layout, exactness=_exactness(layout, verdict))
@@ -106,7 +115,11 @@ def derive_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
 
 def _exactness(layout: Layout, verdict: Verdict) -> str:
     read = {norm for row in layout.rows for norm in row.reads}
-    stream = [row for row in layout.rows if row.kind == "norm" and row.axes[-1] == Name("embed") and row.pattern.removesuffix(".weight") not in read]
+    stream = [
+        row
+        for row in layout.rows
+        if row.kind == "norm" and row.axes[-1] == Name("embed") and row.pattern.removesuffix(".weight") not in read
+    ]
     told = "exact" if not stream else f"exact but for {len(stream)} kinds of norms, whose gains become diagonals"
     return f"derived: {told} (certified to {verdict.error:.0e})"
 
@@ -118,7 +131,12 @@ def find_width_multiplier(model_class: type[PreTrainedModel], config: PreTrained
     """
     try:
         twins = [
-            build_twin(model_class, tiny_twin(config, **untied(config), **{name: width for name, size in TINY_SIZES.items() if size == 64}))
+            build_twin(
+                model_class,
+                tiny_twin(
+                    config, **untied(config), **{name: width for name, size in TINY_SIZES.items() if size == 64}
+                ),
+            )
             for width in (TINY_SIZES["hidden_size"], WIDER)
         ]
         narrow, wide = (_multipliers(twin) for twin in twins)
@@ -132,19 +150,31 @@ def find_width_multiplier(model_class: type[PreTrainedModel], config: PreTrained
 
 @torch.no_grad()
 def _multipliers(twin: PreTrainedModel) -> tuple[float | None, float | None]:
-    """Return what a model multiplies its embeddings with before the first block, and the head's output with; None if that is no number."""
+    """Return what a model multiplies its embeddings with, and its head's output with; None where that is no one number."""
     table = twin.get_input_embeddings()
     for module in twin.modules():
         if isinstance(module, nn.Embedding) and module is not table:
             module.weight.zero_()
-    first = next((module for name, module in twin.named_modules() if re.search(r"(^|\.)(layers|h|blocks|layer|block)\.0$", name)), None)
+    first = next(
+        (
+            module
+            for name, module in twin.named_modules()
+            if re.search(r"(^|\.)(layers|h|blocks|layer|block)\.0$", name)
+        ),
+        None,
+    )
     head = twin.get_output_embeddings()
     if first is None or head is None:
         return None, None
     seen: dict[str, Tensor] = {}
     handles = [
         table.register_forward_hook(lambda module, arguments, output: seen.update(embedded=output)),
-        first.register_forward_pre_hook(lambda module, arguments, keywords: seen.update(entered=arguments[0] if arguments else keywords["hidden_states"]), with_kwargs=True),
+        first.register_forward_pre_hook(
+            lambda module, arguments, keywords: seen.update(
+                entered=arguments[0] if arguments else keywords["hidden_states"]
+            ),
+            with_kwargs=True,
+        ),
         head.register_forward_hook(lambda module, arguments, output: seen.update(head=output)),
     ]
     try:
@@ -186,7 +216,9 @@ def watch_norms(twin: PreTrainedModel) -> tuple[dict[str, set[str]], dict[str, n
             for value in (*arguments, *keywords.values()):
                 if isinstance(value, Tensor):
                     owner = value.untyped_storage().data_ptr()
-                    fed.setdefault(name, set()).update(norm for norm, output in outputs if output.untyped_storage().data_ptr() == owner)
+                    fed.setdefault(name, set()).update(
+                        norm for norm, output in outputs if output.untyped_storage().data_ptr() == owner
+                    )
 
         return hook
 
@@ -213,7 +245,7 @@ def watch_norms(twin: PreTrainedModel) -> tuple[dict[str, set[str]], dict[str, n
 
 
 def kind_of_norms(twin: PreTrainedModel, norms: dict[str, nn.Module]) -> tuple[str | None, float | None]:
-    """Return whether the norms of the stream subtract a mean, and what they add to their stored gain; None where they differ."""
+    """Return whether norms subtract a mean, and what they add to their stored gain; None where they differ."""
     kinds, offsets = set(), set()
     for module in norms.values():
         weight = next(module.parameters())
@@ -234,7 +266,9 @@ def kind_of_norms(twin: PreTrainedModel, norms: dict[str, nn.Module]) -> tuple[s
     return (kinds.pop() if len(kinds) == 1 else None), (offsets.pop() if len(offsets) == 1 else None)
 
 
-def probe_rows(twin: PreTrainedModel, wider: PreTrainedModel, reads: dict[str, set[str]], norms: dict[str, nn.Module]) -> tuple[Row, ...]:
+def probe_rows(
+    twin: PreTrainedModel, wider: PreTrainedModel, reads: dict[str, set[str]], norms: dict[str, nn.Module]
+) -> tuple[Row, ...]:
     """Return a row for each kind of parameter: axes that grow with the stream are `embed`, unless convention knows better."""
     prefix = twin.base_model_prefix
     sizes = config_sizes(Layout("", ()), twin.config.get_text_config())
@@ -243,7 +277,10 @@ def probe_rows(twin: PreTrainedModel, wider: PreTrainedModel, reads: dict[str, s
     for name, tensor in twin.state_dict().items():
         module, _, kind = name.rpartition(".")
         pattern = with_placeholders(canonical(name, prefix))
-        grows = [had == TINY_SIZES["hidden_size"] and grown == WIDER for had, grown in zip(tensor.shape, wider_shapes[name], strict=True)]
+        grows = [
+            had == TINY_SIZES["hidden_size"] and grown == WIDER
+            for had, grown in zip(tensor.shape, wider_shapes[name], strict=True)
+        ]
         if kind == "bias" and pattern.removesuffix(".bias") in rows:
             continue  # a module's row speaks for its bias as well
         pattern = pattern.removesuffix(".weight")
@@ -253,13 +290,22 @@ def probe_rows(twin: PreTrainedModel, wider: PreTrainedModel, reads: dict[str, s
             row_kind = "norm" if meaning.startswith("norm ") else "weight"
         else:
             axes = tuple(Name("embed" if grown else f"fixed{number}") for number, grown in enumerate(grows))
-            row_kind = "norm" if module in norms or (tensor.ndim == 1 and grows == [True] and kind != "bias") else "weight"
-        if tensor.ndim == 2 and tensor.shape[0] == getattr(twin.config.get_text_config(), "vocab_size", None) and grows == [False, True]:
+            row_kind = (
+                "norm" if module in norms or (tensor.ndim == 1 and grows == [True] and kind != "bias") else "weight"
+            )
+        if (
+            tensor.ndim == 2
+            and tensor.shape[0] == getattr(twin.config.get_text_config(), "vocab_size", None)
+            and grows == [False, True]
+        ):
             axes = (Name("vocab"), Name("embed"))
             row_kind = "table" if isinstance(twin.get_submodule(module), nn.Embedding) else "weight"
         reading = row_kind == "weight" and Name("embed") in axes and not re.search(r"down|out|bias|w2", kind)
         arrow = reading and tensor.ndim == 3 and axes[1] == Name("embed")  # experts stored (expert, in, out)
-        rows.setdefault(pattern, Row(pattern, axes, row_kind, _norms_of(module, reads, prefix) if reading else (), transposed=arrow))
+        rows.setdefault(
+            pattern,
+            Row(pattern, axes, row_kind, _norms_of(module, reads, prefix) if reading else (), transposed=arrow),
+        )
     return tuple(rows.values())
 
 
@@ -278,7 +324,9 @@ def _agrees(meaning: str, shape: torch.Size, grows: list[bool], sizes: dict[str,
         if axis == Name("embed") and not grown:
             return False
         known = [size for name in axis_names(axis) if (size := axis_size(Name(name), sizes))]
-        if axis_names(axis)[-1] == "fixed_head" and (len(known) != len(axis_names(axis)) - 1 or length % torch.Size(known).numel()):
+        if axis_names(axis)[-1] == "fixed_head" and (
+            len(known) != len(axis_names(axis)) - 1 or length % torch.Size(known).numel()
+        ):
             return False
     return True
 
@@ -293,7 +341,10 @@ def freeze(rows: Iterable[Row], names: tuple[str, ...]) -> tuple[Row, ...]:
     """Return `rows` in which an axis that holds one of `names` must keep its length."""
     frozen = []
     for row in rows:
-        axes = tuple(Name(f"fixed{number}") if set(names) & set(axis_names(axis)) else axis for number, axis in enumerate(row.axes))
+        axes = tuple(
+            Name(f"fixed{number}") if set(names) & set(axis_names(axis)) else axis
+            for number, axis in enumerate(row.axes)
+        )
         frozen.append(Row(row.pattern, axes, row.kind, row.reads, row.scaled_by, row.transposed))
     return tuple(frozen)
 

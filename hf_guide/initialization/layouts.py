@@ -152,7 +152,9 @@ def parse_rows(text: str) -> tuple[Row, ...]:
         meaning = words[1] if kind != "weight" and len(words) > 1 else meaning
         axes = parse_axes(meaning)
         if not axes:
-            raise LayoutError(f"The layout's line {raw.strip()!r} names no axes; write for example 'embed' or '(heads head_dim) embed'.")
+            raise LayoutError(
+                f"The layout's line {raw.strip()!r} names no axes; write for example 'embed' or '(heads head_dim) embed'."
+            )
 
         def absolute(name: str, prefix: str = prefix) -> str | None:
             name = name.strip()
@@ -161,8 +163,20 @@ def parse_rows(text: str) -> tuple[Row, ...]:
         normed = tuple(absolute(name) for name in reads.split("|")) if reads else ()
         output = axes[-1] if transposed else axes[0]
         if len(normed) > 1 and not (isinstance(output, Sum) and len(output.terms) == len(normed)):
-            raise LayoutError(f"The layout's line {raw.strip()!r} names {len(normed)} norms for an output axis that has not as many terms.")
-        rows.append(Row(full, axes, kind, normed, absolute(scale) if scale else None, transposed, absolute(after) if after else None))
+            raise LayoutError(
+                f"The layout's line {raw.strip()!r} names {len(normed)} norms for an output axis that has not as many terms."
+            )
+        rows.append(
+            Row(
+                full,
+                axes,
+                kind,
+                normed,
+                absolute(scale) if scale else None,
+                transposed,
+                absolute(after) if after else None,
+            )
+        )
     return tuple(rows)
 
 
@@ -263,7 +277,9 @@ def config_sizes(layout: Layout, config: PreTrainedConfig) -> dict[str, int]:
     for name, source in layout.sizes.items():
         value = source(config) if callable(source) else getattr(config, source)
         if value is None:
-            raise LayoutError(f"The config of {layout.family!r} has no {source!r}, from which its axis {name!r} takes its size.")
+            raise LayoutError(
+                f"The config of {layout.family!r} has no {source!r}, from which its axis {name!r} takes its size."
+            )
         sizes[name] = value
     sizes.setdefault("q_dim", sizes["head_dim"])
     sizes.setdefault("k_dim", sizes["q_dim"])
@@ -281,4 +297,3 @@ def rotary_size(layout: Layout, config: PreTrainedConfig, head_dim: int) -> int:
     parameters = getattr(config, "rope_parameters", None) or {}
     factor = getattr(config, "partial_rotary_factor", None) or parameters.get("partial_rotary_factor") or 1.0
     return int(head_dim * factor)
-

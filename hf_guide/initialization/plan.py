@@ -83,6 +83,7 @@ class Plan:
     lost: list[str]
     bases: dict[str, Tensor] = field(default_factory=dict)
     _seen_finite: set[str] = field(default_factory=set)
+    _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)
 
     def read(self, canonical: str) -> Tensor:
         """Return the teacher's tensor of this canonical name, on the CPU, in the dtype it is stored in.
@@ -112,9 +113,17 @@ class Plan:
         Raises:
             ShapeError, LayoutError: the student's shape cannot be made from the teacher's.
         """
+        key = (site.name, len(self.bases))
+        if key not in self._maps:
+            self._maps[key] = self._find_maps(site)
+        return self._maps[key]
+
+    def _find_maps(self, site: Site) -> list[AxisMap]:
         assert site.source_shape is not None
         source_name = self.teacher_names.get(site.source or "", site.source or "")
-        teacher = solve_sizes(site.axes, site.source_shape, config_sizes(self.layout, self.teacher.config), source_name)
+        teacher = solve_sizes(
+            site.axes, site.source_shape, config_sizes(self.layout, self.teacher.config), source_name
+        )
         student = solve_sizes(site.axes, site.shape, config_sizes(self.layout, self.student_config), site.name)
         found: list[AxisMap] = []
         for axis in site.axes:
@@ -141,11 +150,17 @@ class Plan:
     def _kept_or(places: Tensor | None, size: int) -> AxisMap:
         return Identity() if places is None else Selection(places, torch.ones(len(places), dtype=torch.float64), size)
 
-    def _leaf(self, site: Site, name: str, teacher: Mapping[str, int], student: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    def _leaf(
+        self, site: Site, name: str, teacher: Mapping[str, int], student: Mapping[str, int]
+    ) -> tuple[Tensor, Tensor]:
         had, wanted = teacher[name], student[name]
         what = READABLE.get(name, name)
         if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:
-            why = f" What is known of {self.layout.family!r}: {self.layout.exactness}" if name.startswith("fixed") else ""
+            why = (
+                f" What is known of {self.layout.family!r}: {self.layout.exactness}"
+                if name.startswith("fixed")
+                else ""
+            )
             raise ShapeError(f"{site.name}: {what} must be the teacher's {had}, found {wanted}.{why}")
         if not 1 <= wanted <= had:
             raise ShapeError(
@@ -156,11 +171,25 @@ class Plan:
         if name in PREFIX_AXES:
             places = list(range(wanted))
         elif name.removeprefix("enc_") in ("q_dim", "k_dim"):
-            rotary = rotary_size(self.layout, self.teacher.config, had), rotary_size(self.layout, self.student_config, wanted)
+            rotary = (
+                rotary_size(self.layout, self.teacher.config, had),
+                rotary_size(self.layout, self.student_config, wanted),
+            )
             places = rope_places(had, wanted, *rotary, self.layout.rope)
             scaled_here = site.match.row.kind == "norm" or not self._has_query_norm(site)
-            if name.endswith("q_dim") and had != wanted and scaled_here and self.options.method == Method.GUIDE and self.options.restore_logit_scale:
-                factor = had / wanted * self._attention_scale(self.teacher.config, had) / self._attention_scale(self.student_config, wanted)
+            if (
+                name.endswith("q_dim")
+                and had != wanted
+                and scaled_here
+                and self.options.method == Method.GUIDE
+                and self.options.restore_logit_scale
+            ):
+                factor = (
+                    had
+                    / wanted
+                    * self._attention_scale(self.teacher.config, had)
+                    / self._attention_scale(self.student_config, wanted)
+                )
         elif name in HEADS and self.layout.alibi is not None and self.layout.alibi(self.teacher.config):
             places = alibi_places(had, wanted)
         else:
@@ -175,7 +204,9 @@ class Plan:
         """Whether a learned norm stands between this query weight and the logits, which then carries their scale."""
         home = site.canonical.rpartition(".")[0].rpartition(".")[0]
         return any(
-            other.match.row.kind == "norm" and other.canonical.startswith(home) and "q_dim" in (name for axis in other.axes for name in axis_names(axis))
+            other.match.row.kind == "norm"
+            and other.canonical.startswith(home)
+            and "q_dim" in (name for axis in other.axes for name in axis_names(axis))
             for other in self.sites.values()
         )
 
@@ -204,7 +235,9 @@ def canonical(name: str, prefix: str) -> str:
 def resolve_alike(layout: Layout, names: Iterable[str]) -> Layout:
     """Return `layout` with two axes made one where the module that would tie them is not in the model."""
     names = list(names)
-    renamed = {axis: same for module, axis, same in layout.alike if not any(name.startswith(module + ".") for name in names)}
+    renamed = {
+        axis: same for module, axis, same in layout.alike if not any(name.startswith(module + ".") for name in names)
+    }
     if not renamed:
         return layout
 
@@ -215,7 +248,9 @@ def resolve_alike(layout: Layout, names: Iterable[str]) -> Layout:
             return Product(tuple(map(rename, axis.factors)))
         return Sum(tuple(map(rename, axis.terms)))
 
-    return dataclasses.replace(layout, rows=tuple(dataclasses.replace(row, axes=tuple(map(rename, row.axes))) for row in layout.rows))
+    return dataclasses.replace(
+        layout, rows=tuple(dataclasses.replace(row, axes=tuple(map(rename, row.axes))) for row in layout.rows)
+    )
 
 
 def student_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -263,22 +298,32 @@ def make_plan(
     tensors, shared = student_tensors(student)
     if layout.variant is not None and layout.variant(student.config) != layout.family:
         raise ShapeError(
-            f"The student is built as {layout.variant(student.config)!r}, its teacher as {layout.family!r}: their blocks are wired "
-            "differently. Leave the config's switches for the order of norms and branches as the teacher has them."
+            f"The student is built as {layout.variant(student.config)!r}, its teacher as {layout.family!r}: "
+            "their blocks are wired differently. Leave the config's switches for the order of norms and branches as "
+            "the teacher has them."
         )
     student_names = {canonical(name, student.base_model_prefix): name for name in tensors}
     if len(student_names) < len(tensors):
-        raise LayoutError(f"{type(student).__name__} has two parameters of one name inside and outside its base model; no layout can tell.")
-    shared_names = {canonical(name, student.base_model_prefix): canonical(first, student.base_model_prefix) for name, first in shared.items()}
+        raise LayoutError(
+            f"{type(student).__name__} has two parameters of one name inside and outside its base model; no layout can tell."
+        )
+    shared_names = {
+        canonical(name, student.base_model_prefix): canonical(first, student.base_model_prefix)
+        for name, first in shared.items()
+    }
     teacher_names = {canonical(name, teacher.base_model_prefix): name for name in teacher.weights.keys()}
     for name, first in teacher.tied.items():
         if canonical(name, teacher.base_model_prefix) not in teacher_names and first in teacher.weights.keys():
             teacher_names[canonical(name, teacher.base_model_prefix)] = first
-    teacher_layout, layout = resolve_alike(layout, teacher_names), resolve_alike(layout, [*student_names, *shared_names])
+    teacher_layout, layout = (
+        resolve_alike(layout, teacher_names),
+        resolve_alike(layout, [*student_names, *shared_names]),
+    )
     if teacher_layout.projected() != layout.projected():
         raise ShapeError(
-            f"The teacher's projected axes are {teacher_layout.projected()}, the student's {layout.projected()}: one has a projection "
-            "after its embedding table, the other has not. Keep the embedding size different from, or equal to, the hidden size as there."
+            f"The teacher's projected axes are {teacher_layout.projected()}, the student's {layout.projected()}: one has a "
+            "projection after its embedding table, the other has not. Keep the embedding size different from, or equal "
+            "to, the hidden size as there."
         )
 
     had, wanted = _stack_sizes(layout, teacher_names), _stack_sizes(layout, student_names)
@@ -298,8 +343,8 @@ def make_plan(
         if match is None:
             if name in teacher_names:
                 raise LayoutError(
-                    f"The layout of {layout.family!r} does not say what the axes of {actual!r}, shape {tuple(tensors[actual].shape)}, mean. "
-                    "Add a row for it: see hf_guide.register_layout."
+                    f"The layout of {layout.family!r} does not say what the axes of {actual!r}, shape "
+                    f"{tuple(tensors[actual].shape)}, mean. Add a row for it: see hf_guide.register_layout."
                 )
             random.append(actual)
             continue
@@ -319,7 +364,15 @@ def make_plan(
                 random.append(actual)
                 continue
         source_shape = teacher.weights.shape(teacher_names[source]) if source in teacher_names else None
-        sites[name] = Site(actual, name, tensors[actual].shape, match, source if source in teacher_names else None, source_shape, block)
+        sites[name] = Site(
+            actual,
+            name,
+            tensors[actual].shape,
+            match,
+            source if source in teacher_names else None,
+            source_shape,
+            block,
+        )
 
     widths = _projected_widths(layout, sites.values())
     random_blocks = options.method == Method.GUIDE and options.later_blocks == LaterBlocks.RANDOM
@@ -332,10 +385,25 @@ def make_plan(
     lost = [
         actual
         for name, actual in teacher_names.items()
-        if name not in used and (found := layout.find(name)) and "block" not in found.numbers and actual.startswith(teacher.base_model_prefix + ".")
+        if name not in used
+        and (found := layout.find(name))
+        and "block" not in found.numbers
+        and actual.startswith(teacher.base_model_prefix + ".")
     ]
     plan = Plan(
-        layout, options, teacher, student.config, sites, shared_names, teacher_names, stacks, widths, vocab_places, label_places, random, lost
+        layout,
+        options,
+        teacher,
+        student.config,
+        sites,
+        shared_names,
+        teacher_names,
+        stacks,
+        widths,
+        vocab_places,
+        label_places,
+        random,
+        lost,
     )
     for site in sites.values():
         if site.source is not None:
@@ -401,7 +469,7 @@ def _projected_widths(layout: Layout, sites: Iterable[Site]) -> dict[str, tuple[
                     )
                 if widths.setdefault(axis.name, (had, wanted)) != (had, wanted):
                     raise LayoutError(
-                        f"{site.name} is {had} -> {wanted} along {axis.name!r}, elsewhere it is {widths[axis.name]}: the layout of "
-                        f"{layout.family!r} calls two different axes by one name."
+                        f"{site.name} is {had} -> {wanted} along {axis.name!r}, elsewhere it is {widths[axis.name]}: "
+                        f"the layout of {layout.family!r} calls two different axes by one name."
                     )
     return widths

@@ -14,7 +14,19 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import ShapeError, TeacherError
-from hf_guide.initialization.axes import Identity, Name, Projection, Selection, Sum, apply_selection, axis_size, contract, repeated, solve_sizes
+from hf_guide.initialization.axes import (
+    Identity,
+    Name,
+    Projection,
+    Selection,
+    Sum,
+    apply_selection,
+    axis_size,
+    contract,
+    repeated,
+    solve_sizes,
+)
+from hf_guide.initialization.folding import Folding
 from hf_guide.initialization.layouts import PREFIX_AXES, config_sizes
 from hf_guide.initialization.options import Method
 from hf_guide.initialization.plan import Plan, Site
@@ -36,6 +48,11 @@ class Transfer:
     steps: dict[str, list[str]] = field(default_factory=dict)
     _norm_biases: dict[str, Tensor] = field(default_factory=dict)
 
+    @functools.cached_property
+    def folding(self) -> Folding:
+        """Which norms have their gain in other weights."""
+        return Folding(self.plan)
+
     # What the teacher has
 
     def read(self, canonical: str) -> Tensor:
@@ -44,59 +61,13 @@ class Transfer:
 
     def teacher_norm(self, norm: str, site: Site, part: str) -> Tensor | None:
         """Return the gain or bias, float64, of the teacher's norm that `site`'s source reads; None where it has none."""
-        name = self._norm_name(norm, site, of_teacher=True) + (".bias" if part == "bias" else ".weight")
+        name = self.folding.name(norm, site, of_teacher=True) + (".bias" if part == "bias" else ".weight")
         if name not in self.plan.teacher_names:
             bare = name.rpartition(".")[0]
             if part == "bias" or bare not in self.plan.teacher_names:
                 return None
             name = bare
         return self.read(name).double() + (self.plan.layout.norm_offset if part == "weight" else 0.0)
-
-    def _norm_name(self, norm: str, site: Site, *, of_teacher: bool) -> str:
-        for placeholder, number in site.match.numbers.items():
-            stack = norm.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
-            fed = self.plan.stacks[stack][int(number)] if of_teacher and stack in self.plan.stacks else int(number)
-            norm = norm.replace("{" + placeholder + "}", str(fed))
-        return norm
-
-    # Which norms are folded
-
-    def readers(self, norm: str) -> list[Site]:
-        """Return the student's parameters that read the norm of this canonical name."""
-        return [
-            site
-            for site in self.plan.sites.values()
-            if any(read and self._norm_name(read, site, of_teacher=False) == norm for read in site.match.row.reads)
-        ]
-
-    def is_folded(self, norm: str) -> bool:
-        """Whether the student's norm of this canonical name has its gain in the weights that read it.
-
-        It has not where one of these is the embedding table itself (a tied head), nor where nothing is known to read it.
-        """
-        if not self.plan.options.fold_norms or self.plan.options.method != Method.GUIDE:
-            return False
-        return bool(self.readers(norm)) and not self.is_tied(norm) and not self._only_elsewhere(norm)
-
-    def _only_elsewhere(self, norm: str) -> bool:
-        """Whether other blocks have this norm and this one has not: what it would norm is read as it is (ModernBERT's first)."""
-        match = self.plan.layout.find(norm)
-        if match is None or match.row.kind != "norm" or norm in self._norms:
-            return False
-        return any(self.plan.layout.find(other).row is match.row for other in self._norms)
-
-    @functools.cached_property
-    def _norms(self) -> set[str]:
-        sites = self.plan.sites.values()
-        return {site.canonical.removesuffix(".bias").removesuffix(".weight") for site in sites if site.match.row.kind == "norm"}
-
-    def is_tied(self, norm: str) -> bool:
-        """Whether a weight that reads this norm is shared with a table in the student."""
-        for name, first in self.plan.shared.items():
-            found = self.plan.layout.find(name)
-            if found and norm in found.row.reads and first in self.plan.sites:
-                return True
-        return False
 
     def scale(self, axis: str) -> float:
         """Return sqrt(d_T / d_S), times the share of length kept where the energy is corrected."""
@@ -109,29 +80,26 @@ class Transfer:
         It is 1 but where the norm before a tied head has no gain that could carry sqrt(d_T / d_S) (OLMo): the norms of a
         pre-norm model do not see the stream's length, so all that is written onto it carries the factor instead.
         """
-        if not self._bare_axes or site.source is None:
+        if not self.folding.bare_axes or site.source is None:
             return 1.0
         row = site.match.row
         looked_up = row.kind == "table" or any(Name(name) in site.axes for name in PREFIX_AXES)
         for dim, (axis, chosen) in enumerate(zip(site.axes, self.plan.maps(site), strict=True)):
             writes = looked_up or site.match.is_bias or dim != row.input_axis
-            if isinstance(axis, Name) and axis.name in self._bare_axes and isinstance(chosen, Projection) and writes:
-                factor = self.scale(axis.name) * self._ratio(self.plan.layout.tied_head_scale) / self._ratio(self.plan.layout.embedding_scale)
+            if (
+                isinstance(axis, Name)
+                and axis.name in self.folding.bare_axes
+                and isinstance(chosen, Projection)
+                and writes
+            ):
+                factor = (
+                    self.scale(axis.name)
+                    * self._ratio(self.plan.layout.tied_head_scale)
+                    / self._ratio(self.plan.layout.embedding_scale)
+                )
                 self._note_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
                 return factor
         return 1.0
-
-    @functools.cached_property
-    def _bare_axes(self) -> set[str]:
-        """The projected axes that a tied head reads through a norm without parameters."""
-        heads = [found.row for name, first in self.plan.shared.items() if first in self.plan.sites and (found := self.plan.layout.find(name))]
-        return {
-            axis
-            for axis in self.plan.widths
-            for head in heads
-            if Name(axis) in head.axes
-            if any(norm and norm not in self.plan.sites and norm + ".weight" not in self.plan.sites for norm in head.reads)
-        }
 
     # Values
 
@@ -204,7 +172,7 @@ class Transfer:
         return [axis_size(term, sizes) or total for term in output.terms]
 
     def _contract(self, site: Site, tensor: Tensor, norm: str | None, vector: "tuple[Tensor | None] | None") -> Tensor:
-        """Contract one piece of a weight along its projected axes, with the norm it reads and the scale it is multiplied with."""
+        """Contract one piece of a weight along its projected axes, with the norm it reads and the scale that follows it."""
         row, maps = site.match.row, self.plan.maps(site)
         for dim, chosen in enumerate(maps):
             if not isinstance(chosen, Projection):
@@ -214,11 +182,21 @@ class Transfer:
             axis, times = repeated(site.axes[dim])
             diagonal, factor, matrix = None, 1.0, chosen.matrix
             if dim == row.input_axis and vector is not None:
-                matrix = (torch.zeros(chosen.matrix.shape[0], dtype=torch.float64) if vector[0] is None else vector[0].repeat(times))[:, None]
-            elif dim == row.input_axis and norm is not None and self.is_folded(self._norm_name(norm, site, of_teacher=False)):
+                matrix = (
+                    torch.zeros(chosen.matrix.shape[0], dtype=torch.float64)
+                    if vector[0] is None
+                    else vector[0].repeat(times)
+                )[:, None]
+            elif (
+                dim == row.input_axis
+                and norm is not None
+                and self.folding.is_folded(self.folding.name(norm, site, of_teacher=False))
+            ):
                 diagonal, factor = self.teacher_norm(norm, site, "weight"), self.scale(axis)
-                self._note_step(site, f"gain of {self._norm_name(norm, site, of_teacher=True)} folded, times {factor:.6g}")
-            elif dim != row.input_axis and (scale := self.scale_of_output(site)) is not None:
+                self._note_step(
+                    site, f"gain of {self.folding.name(norm, site, of_teacher=True)} folded, times {factor:.6g}"
+                )
+            elif dim != row.input_axis and (scale := self.folding.scale_of_output(site)) is not None:
                 diagonal = self.teacher_norm(scale, site, "weight")
             diagonal = diagonal if diagonal is None else diagonal.repeat(times)
             tensor = contract(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
@@ -234,46 +212,38 @@ class Transfer:
             if isinstance(chosen, Selection):
                 result = apply_selection(result, 0, chosen).to(self.dtype) * chosen.factors.to(self.dtype)
             elif isinstance(chosen, Projection):
-                scale = self.scale_of_output(site)
+                scale = self.folding.scale_of_output(site)
                 diagonal = self.teacher_norm(scale, site, "weight") if scale else None
                 result = contract(result, 0, chosen.matrix, self.dtype, diagonal=diagonal)
         else:
             result = torch.zeros(site.shape, dtype=self.dtype)
-        if weight is not None and weight.source is not None and any(self._folds_bias(norm, weight) for norm in row.reads):
+        if (
+            weight is not None
+            and weight.source is not None
+            and any(self._folds_bias(norm, weight) for norm in row.reads)
+        ):
             result = result.to(self.dtype) + self._read_norm_bias(weight)
         return result
 
     def _folds_bias(self, norm: str | None, site: Site) -> bool:
         if norm is None or not isinstance(self.plan.maps(site)[site.match.row.input_axis], Projection):
             return False
-        return self.is_folded(self._norm_name(norm, site, of_teacher=False)) and self.teacher_norm(norm, site, "bias") is not None
+        return (
+            self.folding.is_folded(self.folding.name(norm, site, of_teacher=False))
+            and self.teacher_norm(norm, site, "bias") is not None
+        )
 
     def _read_norm_bias(self, weight: Site) -> Tensor:
         """Return W b for the bias b of the norm that `weight` reads, less what the student's own norm bias gives."""
         reads = weight.match.row.reads
         vectors = [self.teacher_norm(norm, weight, "bias") if norm else None for norm in reads]
         result = self.weight_value(weight, vectors)
-        norm = self._norm_name(reads[0] or "", weight, of_teacher=False)
+        norm = self.folding.name(reads[0] or "", weight, of_teacher=False)
         own = self.norm_bias(norm)
         if own is not None and bool(own.any()):
             student = self.weight_value(weight).movedim(weight.match.row.input_axis, -1)
             result = result - student @ own.repeat(student.shape[-1] // len(own)).to(student)
         return result
-
-    def scale_of_output(self, site: Site) -> str | None:
-        """Return the learned diagonal, or the gain of the norm, that is folded into what `site` writes."""
-        row = site.match.row
-        if row.normed_by is not None and self.plan.options.fold_norms and self.plan.layout.norm == "rms":
-            return row.normed_by
-        return row.scaled_by
-
-    def writer(self, norm: str) -> Site | None:
-        """Return the weight that writes what the student's norm of this name norms, where its gain is folded into it."""
-        for site in self.plan.sites.values():
-            after = site.match.row.normed_by
-            if after and not site.match.is_bias and self._norm_name(after, site, of_teacher=False) == norm:
-                return site if self.scale_of_output(site) == after else None
-        return None
 
     def scale_left(self, writer: Site) -> float:
         """Return sqrt(d_T / d_S) |M^T diag(c) W| / |W|: what is left of the gain c of a norm that norms W's output.
@@ -304,10 +274,12 @@ class Transfer:
             site = self.plan.sites[norm + ".bias"]
             width, length = site.shape[0], 0.0
             normal, right = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-            for reader in self.readers(norm):
+            for reader in self.folding.readers[norm]:
                 if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in self.plan.sites:
                     continue
-                vectors = [self.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.reads]
+                vectors = [
+                    self.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.reads
+                ]
                 wanted = self.weight_value(reader, vectors).double().flatten()
                 weight = self.weight_value(reader).movedim(reader.match.row.input_axis, -1).reshape(-1, width).double()
                 normal += weight.T @ weight
@@ -316,7 +288,9 @@ class Transfer:
             found = torch.linalg.pinv(normal, hermitian=True) @ right
             lost = math.sqrt(max(0.0, 1 - (found @ right).item() / length)) if length else 0.0
             if lost > 1e-6:
-                self._note(f"{site.name}: fitted to what weights without a bias made of the teacher's; {lost:.1%} of that is lost.")
+                self._note(
+                    f"{site.name}: fitted to what weights without a bias made of the teacher's; {lost:.1%} of that is lost."
+                )
             self._norm_biases[norm] = found
         return self._norm_biases[norm]
 
@@ -334,35 +308,51 @@ class Transfer:
             kept = stored.to(self.dtype) + offset
             for dim, each in enumerate(maps):
                 if isinstance(each, Selection):
-                    kept = apply_selection(kept, dim, each) * each.factors.to(self.dtype).view(-1, *[1] * (kept.ndim - 1 - dim))
+                    kept = apply_selection(kept, dim, each) * each.factors.to(self.dtype).view(
+                        -1, *[1] * (kept.ndim - 1 - dim)
+                    )
             return kept - offset
         axis = site.axes[-1]
         assert isinstance(axis, Name)
         norm = site.canonical.removesuffix(".bias").removesuffix(".weight")
         matrix, gain = chosen.matrix, stored.double() + offset
-        if any(norm == self._norm_name(other.match.row.scaled_by or "", other, of_teacher=False) for other in self.plan.sites.values()):
+        if norm in self.folding.learned_scales:
             self._note_step(site, "folded into the weights it multiplies")
             return torch.full(site.shape, 1.0 - offset, dtype=self.dtype)
-        if (writer := self.writer(norm)) is not None and not is_bias:
+        if (writer := self.folding.writers.get(norm)) is not None and not is_bias:
             self._note_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
-            self._note(f"{site.name}: its gain is folded into {writer.name}, before the norm, which then sees another length.")
+            self._note(
+                f"{site.name}: its gain is folded into {writer.name}, before the norm, which then sees another length."
+            )
             return torch.full(site.shape, self.scale_left(writer) - offset, dtype=self.dtype)
-        if self.is_folded(norm):
+        if self.folding.is_folded(norm):
             self._note_step(site, "folded into the weights that read it")
             bias = self.norm_bias(norm) if is_bias else None
-            return (bias if bias is not None else torch.full(site.shape, 1.0 - offset, dtype=torch.float64)).to(self.dtype)
-        head_scale = self._ratio(layout.tied_head_scale) / self._ratio(layout.embedding_scale) if self.is_tied(norm) else 1.0
+            return (bias if bias is not None else torch.full(site.shape, 1.0 - offset, dtype=torch.float64)).to(
+                self.dtype
+            )
+        head_scale = (
+            self._ratio(layout.tied_head_scale) / self._ratio(layout.embedding_scale)
+            if self.folding.is_tied(norm)
+            else 1.0
+        )
         if is_bias:
             return (gain @ matrix * head_scale).to(self.dtype)
-        if self.is_tied(norm):
+        if self.folding.is_tied(norm):
             diagonal = fit_tied_gain(self.moments[axis.name], matrix, gain) * head_scale
             self._note_step(site, "fitted in the logits of the tied head")
-            self._note(f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, not folded; tie_word_embeddings=False folds it exactly.")
+            self._note(
+                f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, "
+                "not folded; tie_word_embeddings=False folds it exactly."
+            )
         else:
             diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
             self._note_step(site, "diagonal of the projected gain")
             if not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
-                self._note(f"{site.name}: its output goes onto the residual stream, so its gain cannot be folded; the diagonal of the projected gain stands for it.")
+                self._note(
+                    f"{site.name}: its output goes onto the residual stream, so its gain cannot be "
+                    "folded; the diagonal of the projected gain stands for it."
+                )
         return (diagonal * self.scale(axis.name) - offset).to(self.dtype)
 
     def _note(self, note: str) -> None:

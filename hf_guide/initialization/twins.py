@@ -135,7 +135,15 @@ def tiny_twin(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
     kept = _kept_blocks(stated, wanted["num_hidden_layers"])
     tiny: dict[str, Any] = {}
     for key, value in stated.items():
-        if key in ("quantization_config", "transformers_version", "model_type", "dtype", "architectures", "id2label", "label2id"):
+        if key in (
+            "quantization_config",
+            "transformers_version",
+            "model_type",
+            "dtype",
+            "architectures",
+            "id2label",
+            "label2id",
+        ):
             continue
         if isinstance(value, dict) and key in config.sub_configs:
             tiny[key] = tiny_twin(getattr(config, key), **sizes)
@@ -149,7 +157,9 @@ def tiny_twin(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
             tiny[key] = min(wanted[key], value)
         else:
             tiny[key] = copy.deepcopy(value)
-    if stated.get("num_key_value_heads") is not None and stated["num_key_value_heads"] == stated.get("num_attention_heads"):
+    if stated.get("num_key_value_heads") is not None and stated["num_key_value_heads"] == stated.get(
+        "num_attention_heads"
+    ):
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]
     return type(config)(**tiny)
 
@@ -165,7 +175,16 @@ def _kept_blocks(stated: dict[str, Any], count: int) -> list[int]:
     """Return at least `count` blocks, one of every kind that the lists with an entry per block tell apart among them."""
     blocks = _blocks(stated) or count
     lists = [value for value in stated.values() if isinstance(value, list) and len(value) == blocks]
-    kinds = [repr([value[block] for value in lists if not isinstance(value[block], (float, int)) or isinstance(value[block], bool)]) for block in range(blocks)]
+    kinds = [
+        repr(
+            [
+                value[block]
+                for value in lists
+                if not isinstance(value[block], (float, int)) or isinstance(value[block], bool)
+            ]
+        )
+        for block in range(blocks)
+    ]
     firsts = [block for block in range(blocks) if kinds.index(kinds[block]) == block][: 2 * count]
     others = [block for block in range(blocks) if block not in firsts]
     return sorted(firsts + others[: max(0, count - len(firsts))])

@@ -61,12 +61,16 @@ def test_unknown_family_keeps_its_width_and_may_lose_blocks() -> None:
     same = from_teacher(teacher, show_progress=False)
     same.set_attn_implementation("eager")
     assert relative_error(same, teacher) <= 1e-9
-    attention = next(number for number, layer in enumerate(teacher.model.layers) if hasattr(layer.temporal_block, "q_proj"))
+    attention = next(
+        number for number, layer in enumerate(teacher.model.layers) if hasattr(layer.temporal_block, "q_proj")
+    )
     fewer = tiny_twin(teacher.config)
     fewer.num_hidden_layers = 3
     student = from_teacher(teacher, fewer, method={"layers": [0, 1, attention]}, show_progress=False)
     for ours, theirs in ((0, 0), (1, 1), (2, attention)):
-        for mine, its in zip(student.model.layers[ours].parameters(), teacher.model.layers[theirs].parameters(), strict=True):
+        for mine, its in zip(
+            student.model.layers[ours].parameters(), teacher.model.layers[theirs].parameters(), strict=True
+        ):
             assert torch.equal(mine, its)
     with pytest.raises(ShapeError, match="must be the teacher's 64, found 48.*independent of its width"):
         from_teacher(teacher, tiny_twin(teacher.config, hidden_size=48), show_progress=False)
@@ -76,12 +80,18 @@ def wrong_layouts() -> dict[str, Layout]:
     right = registered_layouts()["llama"]
 
     def changed(pattern: str, **values: object) -> Layout:
-        rows = tuple(dataclasses.replace(row, **values) if row.pattern.endswith(pattern) else row for row in right.rows)
+        rows = tuple(
+            dataclasses.replace(row, **values) if row.pattern.endswith(pattern) else row for row in right.rows
+        )
         return dataclasses.replace(right, rows=rows)
 
     return {
-        "a writing weight taken for one that selects": changed("o_proj", axes=parse_axes("place (kv_heads group head_dim)")),
-        "a norm that nothing is said to read, folded elsewhere": changed("gate_proj", reads=("layers.{block}.input_layernorm",)),
+        "a writing weight taken for one that selects": changed(
+            "o_proj", axes=parse_axes("place (kv_heads group head_dim)")
+        ),
+        "a norm that nothing is said to read, folded elsewhere": changed(
+            "gate_proj", reads=("layers.{block}.input_layernorm",)
+        ),
         "heads inside of the head size": changed("q_proj", axes=parse_axes("(q_dim kv_heads group) embed")),
         "gains that are stored less one": dataclasses.replace(right, norm_offset=1.0),
     }

@@ -1,7 +1,7 @@
 """Lift a small model into a wider, deeper teacher that computes the same function.
 
-Written without the library's transfer code: of hf_guide only the layouts (what the axes mean) are read, so a wrong layout shows
-as a lifted teacher that does not compute the small model's function, before `from_teacher` is ever called.
+Written without the library's transfer code: of hf_guide only the layouts (what the axes mean) are read, so a wrong
+layout shows as a lifted teacher that does not compute the small model's function, before `from_teacher` is ever called.
 """
 
 import math
@@ -15,14 +15,18 @@ from hf_guide.initialization.axes import Axis, Name, Product, solve_sizes
 from hf_guide.initialization.layouts import Layout, Match, config_sizes
 
 
-def shake(model: PreTrainedModel, layout: Layout, seed: int, *, stream_gains: str = "random", length: float = 1.0) -> None:
+def shake(
+    model: PreTrainedModel, layout: Layout, seed: int, *, stream_gains: str = "random", length: float = 1.0
+) -> None:
     """Move every parameter away from its default; gains that cannot be folded stay constant if `stream_gains` says so.
 
     `length` multiplies all that is written onto the residual stream, as the norms of a pre-norm model let it.
     """
     generator = torch.Generator().manual_seed(seed)
     present = [match.row for match in (layout.find(short(name, model)) for name in model.state_dict()) if match]
-    folded = {read for row in present for read in row.reads if read} | {row.scaled_by for row in present if row.scaled_by}
+    folded = {read for row in present for read in row.reads if read} | {
+        row.scaled_by for row in present if row.scaled_by
+    }
     tied, stream = tied_norms(model, layout), [Name(name) for name in layout.projected()]
     done: set[int] = set()
     with torch.no_grad():
@@ -67,7 +71,9 @@ def tied_norms(model: PreTrainedModel, layout: Layout) -> set[str]:
 def spread(big: int, small: int) -> list[int]:
     """Where the small model's places stand in the big one: the rule of weight selection, written again."""
     step, rest = divmod(big, small)
-    return [i * step for i in range(small)] if rest == 0 else [round(i * (big - 1) / (small - 1)) for i in range(small)]
+    return (
+        [i * step for i in range(small)] if rest == 0 else [round(i * (big - 1) / (small - 1)) for i in range(small)]
+    )
 
 
 def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[int]:
@@ -111,7 +117,9 @@ def orthonormal(big: int, small: int, seed: int, *, keep_mean: bool) -> Tensor:
 
     if not keep_mean:
         return torch.linalg.qr(torch.randn(big, small, generator=generator, dtype=torch.float64))[0]
-    return outside_ones(big)[:, : small - 1] @ outside_ones(small).T + torch.ones(big, small, dtype=torch.float64) / math.sqrt(big * small)
+    return outside_ones(big)[:, : small - 1] @ outside_ones(small).T + torch.ones(
+        big, small, dtype=torch.float64
+    ) / math.sqrt(big * small)
 
 
 class Lifter:
@@ -125,8 +133,12 @@ class Lifter:
         self.projected = [Name(name) for name in layout.projected()]
         present = [match.row for match in map(layout.find, self.targets) if match]
         self.read = {norm for row in present for norm in row.reads if norm} - tied_norms(big, layout)
-        bare = [norm for norm in tied_norms(big, layout) if norm not in self.source and norm + ".weight" not in self.source]
-        self.bare = {axis.name for row in present if set(row.reads) & set(bare) for axis in row.axes if axis in self.projected}
+        bare = [
+            norm for norm in tied_norms(big, layout) if norm not in self.source and norm + ".weight" not in self.source
+        ]
+        self.bare = {
+            axis.name for row in present if set(row.reads) & set(bare) for axis in row.axes if axis in self.projected
+        }
         self.learned_scales = {row.scaled_by for row in layout.rows if row.scaled_by}
         self.bases: dict[str, Tensor] = {}
         self.gains: dict[str, Tensor] = {}
@@ -138,7 +150,11 @@ class Lifter:
                 self.counts[stack] = (self._count(stack, self.targets), self._count(stack, self.source))
 
     def _count(self, stack: str, tensors: dict[str, Tensor]) -> int:
-        matches = [match for match in map(self.layout.find, tensors) if match and match.row.pattern.startswith(stack + "{block}")]
+        matches = [
+            match
+            for match in map(self.layout.find, tensors)
+            if match and match.row.pattern.startswith(stack + "{block}")
+        ]
         return 1 + max(int(match.numbers["block"]) for match in matches)
 
     @torch.no_grad()
@@ -186,7 +202,9 @@ class Lifter:
 
     def _basis(self, axis: Name, wide: int, narrow: int) -> Tensor:
         if axis.name not in self.bases:
-            self.bases[axis.name] = orthonormal(wide, narrow, self.seed + 7 + len(self.bases), keep_mean=self.layout.norm == "layer")
+            self.bases[axis.name] = orthonormal(
+                wide, narrow, self.seed + 7 + len(self.bases), keep_mean=self.layout.norm == "layer"
+            )
         found = self.bases[axis.name]
         assert found.shape == (wide, narrow), f"{axis} is {wide} x {narrow} here, {tuple(found.shape)} elsewhere"
         return found
@@ -231,14 +249,20 @@ class Lifter:
         row = match.row
         if row.kind == "norm":
             return self._lifted_norm(match, name, twin)
-        kept = [dim for dim, axis in enumerate(match.axes) if not self._copies(axis) or target.shape[dim] == value.shape[dim]]
+        kept = [
+            dim
+            for dim, axis in enumerate(match.axes)
+            if not self._copies(axis) or target.shape[dim] == value.shape[dim]
+        ]
         value = self._placed(match, value, target, kept)
         terms, big = [row.reads[0] if row.reads else None], self._sizes(self.big, match, target)
         if len(row.reads) > 1 and not match.is_bias:
             lengths = [total(term, big) for term in row.output_axis.terms]
             output = len(match.axes) - 1 if row.transposed else 0
             parts = value.split(lengths, dim=output)
-            return torch.cat([self._widened(match, part, target, norm) for part, norm in zip(parts, row.reads)], dim=output)
+            return torch.cat(
+                [self._widened(match, part, target, norm) for part, norm in zip(parts, row.reads)], dim=output
+            )
         return self._widened(match, value, target, terms[0])
 
     def _placed(self, match: Match, value: Tensor, target: Tensor, dims: Iterable[int]) -> Tensor:
@@ -260,12 +284,18 @@ class Lifter:
             matrix = self._basis(axis, wide, narrow)
             reads = not match.is_bias and dim == row.input_axis and norm is not None and norm in self.read
             if reads and self._normed(self._named(norm, match, of_small=False), norm):
-                small, big = self._gain(self.source, self._named(norm, match, of_small=True)), self._own_gain(self._named(norm, match, of_small=False))
+                small, big = (
+                    self._gain(self.source, self._named(norm, match, of_small=True)),
+                    self._own_gain(self._named(norm, match, of_small=False)),
+                )
                 if small is not None:
                     matrix = matrix * small[None, :] / big[:, None]
                 matrix = matrix * math.sqrt(narrow / wide)
             elif row.scaled_by is not None and (match.is_bias or dim != row.input_axis):
-                small, big = self._gain(self.source, self._named(row.scaled_by, match, of_small=True)), self._own_gain(self._named(row.scaled_by, match, of_small=False))
+                small, big = (
+                    self._gain(self.source, self._named(row.scaled_by, match, of_small=True)),
+                    self._own_gain(self._named(row.scaled_by, match, of_small=False)),
+                )
                 matrix = matrix if small is None else matrix * small[None, :] / big[:, None]
             written = row.kind == "table" or match.is_bias or Name("positions") in match.axes or dim != row.input_axis
             if axis.name in self.bare and written:
@@ -295,7 +325,9 @@ class Lifter:
         if pattern in self.learned_scales:
             return self._own_gain(norm) - offset
         before_head = any(pattern in row.reads for row in self.layout.rows)
-        scale = self._ratio(self.layout.tied_head_scale) / self._ratio(self.layout.embedding_scale) if before_head else 1.0
+        scale = (
+            self._ratio(self.layout.tied_head_scale) / self._ratio(self.layout.embedding_scale) if before_head else 1.0
+        )
         if name.endswith(".bias"):
             return scale * (self._basis(axis, wide, narrow) @ value)
         gain = scale * (value + offset).mean() * math.sqrt(narrow / wide)

@@ -4,6 +4,7 @@ Encoder and decoder that share a table share its directions; those of Whisper ar
 """
 
 import math
+from collections.abc import Callable
 
 from transformers import PreTrainedConfig
 
@@ -14,7 +15,7 @@ def _scaled_embedding(config: PreTrainedConfig) -> float:
     return math.sqrt(config.d_model) if config.scale_embedding else 1.0
 
 
-SIDES = {
+SIDES: dict[str, str | Callable[[PreTrainedConfig], int]] = {
     "heads": "decoder_attention_heads",
     "head_dim": lambda config: config.d_model // config.decoder_attention_heads,
     "enc_heads": "encoder_attention_heads",
