@@ -47,8 +47,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     output = output.resolve()
     home = next(parent for parent in output.parents if parent.exists())
     folder = home / f".{output.name}.{os.getpid()}.partial"
-    folder.mkdir()
     try:
+        folder.mkdir()  # within, or an interruption right after it would leave the folder
         yield folder
         check_output(output)
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ def make_report(
                     None,
                     None,
                     [],
-                    ["the model's own initialisation"] if site is None else transfer.steps.get(name, []),
+                    transfer.steps.get(name, []),
                 )
             )
             continue

@@ -382,7 +382,12 @@ def make_plan(
             random.append(site.name)
             del sites[name]
     used = {site.source for site in sites.values()} | set(student_names) | set(shared_names)
-    lost = [
+    lost = [  # a head of its own, for which a tied student has no tensor
+        f"{teacher_names[name]} (the student's is tied to {first}; tie_word_embeddings=False keeps it)"
+        for name, first in shared_names.items()
+        if first in teacher_names and teacher_names.get(name, teacher_names[first]) != teacher_names[first]
+    ]
+    lost += [
         actual
         for name, actual in teacher_names.items()
         if name not in used

@@ -185,7 +185,9 @@ def _table(records: list[ParameterRecord]) -> list[str]:
     """One row for each parameter, those that differ only in the numbers of their blocks folded into one."""
     folded: dict[tuple[str, ...], int] = {}
     for record in records:
-        source = f"{record.source} {_shape(record.source_shape)}" if record.source else "random"
+        source = (
+            f"{record.source} {_shape(record.source_shape)}" if record.source else "none" if record.steps else "random"
+        )
         how = "; ".join([*record.maps, *record.steps])
         row = tuple(_without_numbers(text) for text in (f"{record.name} {_shape(record.shape)}", source, how))
         folded[row] = folded.get(row, 0) + 1

@@ -115,16 +115,14 @@ class Transfer:
             ratio = self._ratio(self.plan.layout.embedding_scale)
             if ratio != 1.0:
                 self._note_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
-                result = result * ratio
+                result = self._scaled(result, ratio)
         if row.kind != "table" and Name("vocab") in row.axes and row.reads:
             ratio = self._ratio(self.plan.layout.tied_head_scale)
-            if ratio != 1.0:
-                result = result * ratio
+            result = self._scaled(result, ratio)
         return result
 
-    @staticmethod
-    def _scaled(value: Tensor, factor: float) -> Tensor:
-        return value if factor == 1.0 else value * factor
+    def _scaled(self, value: Tensor, factor: float) -> Tensor:
+        return value if factor == 1.0 else value.to(self.dtype) * factor
 
     def _ratio(self, scale: "object") -> float:
         if not callable(scale):
@@ -162,7 +160,7 @@ class Transfer:
                     continue
                 shape = [1] * result.ndim
                 shape[0 if vectors is not None else dim] = -1
-                result = result * chosen.factors.view(shape).to(result)
+                result = result.to(self.dtype) * chosen.factors.view(shape).to(self.dtype)
         return result
 
     def _terms(self, site: Site, total: int) -> list[int]:
@@ -223,6 +221,9 @@ class Transfer:
             and any(self._folds_bias(norm, weight) for norm in row.reads)
         ):
             result = result.to(self.dtype) + self._read_norm_bias(weight)
+            self._note_step(site, "takes in the bias of the norm before it")
+        elif site.source is None:
+            self._note_step(site, "zero: the teacher has none")
         return result
 
     def _folds_bias(self, norm: str | None, site: Site) -> bool:
