@@ -1,0 +1,253 @@
+"""Guide and uniform are what the papers say, written again by hand; each option changes what it says and nothing else."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from hf_guide import from_teacher
+from tests.tiny import KINDS, everything, same_bits
+
+SMALLER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+}
+BLOCKS, HEADS, KV_HEADS = [0, 2], [0, 1, 4, 5], [0, 2]
+ROTARY, EVEN = [0, 2, 4, 6], [0, 2, 4, 6]  # of 8, in pairs (i, i + 4); without pairs they are the same
+NEURONS = [round(i * 63 / 39) for i in range(40)]
+CHANNELS = list(range(0, 48, 2))
+
+
+@pytest.fixture(scope="module")
+def teacher() -> LlamaForCausalLM:
+    changes = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    return KINDS["llama"].teacher(**changes).double()
+
+
+def student_of(teacher: PreTrainedModel, method: object = "guide", **changes) -> PreTrainedModel:
+    return from_teacher(teacher, method=method, show_progress=False, **{**SMALLER, **changes})
+
+
+def rows(heads: list[int], dims: list[int]) -> list[int]:
+    return [8 * head + dim for head in heads for dim in dims]
+
+
+QUERIES, KEYS, VALUES = rows(HEADS, ROTARY), rows(KV_HEADS, ROTARY), rows(KV_HEADS, EVEN)
+SIDES = {
+    "self_attn.q_proj": (QUERIES, "input_layernorm"),
+    "self_attn.k_proj": (KEYS, "input_layernorm"),
+    "self_attn.v_proj": (VALUES, "input_layernorm"),
+    "mlp.gate_proj": (NEURONS, "post_attention_layernorm"),
+    "mlp.up_proj": (NEURONS, "post_attention_layernorm"),
+}
+WRITERS = {"self_attn.o_proj": rows(HEADS, EVEN), "mlp.down_proj": NEURONS}
+
+
+def directions(table: Tensor, size: int) -> Tensor:
+    """The top right singular vectors (d, size), the largest entry of each positive."""
+    vectors = torch.linalg.svd(table, full_matrices=False).Vh[:size].T
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * largest.sign()
+
+
+def by_hand(
+    teacher: LlamaForCausalLM, basis: Tensor, *, energy: bool = True, logits: bool = True
+) -> dict[str, Tensor]:
+    """GUIDE's student: every axis on the stream contracted with the basis, gains folded, all other axes selected."""
+    had = teacher.state_dict()
+    table = had["model.embed_tokens.weight"]
+    scale = math.sqrt(48 / 24) * ((table @ basis).norm() / table.norm() if energy else 1.0)
+    made = {
+        "model.embed_tokens.weight": table @ basis,
+        "model.norm.weight": torch.ones(24),
+        "lm_head.weight": scale * (had["lm_head.weight"] * had["model.norm.weight"]) @ basis,
+    }
+    for number, block in enumerate(BLOCKS):
+        here, there = f"model.layers.{number}.", f"model.layers.{block}."
+        for name, (places, norm) in SIDES.items():
+            folded = had[f"{there}{name}.weight"][places] * had[f"{there}{norm}.weight"]
+            made[f"{here}{name}.weight"] = scale * folded @ basis
+            made[f"{here}{norm}.weight"] = torch.ones(24)
+        if logits:  # a head of 4 and not 8 dimensions: q k / sqrt(l) grows by sqrt(8 / 4) again
+            made[f"{here}self_attn.q_proj.weight"] *= math.sqrt(8 / 4)
+        for name, places in WRITERS.items():
+            made[f"{here}{name}.weight"] = basis.T @ had[f"{there}{name}.weight"][:, places]
+    return made
+
+
+def selected_by_hand(teacher: LlamaForCausalLM) -> dict[str, Tensor]:
+    """Weight selection's student: every axis selected, nothing else."""
+    had = teacher.state_dict()
+    made = {name: had[name][:, CHANNELS] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    made["model.norm.weight"] = had["model.norm.weight"][CHANNELS]
+    for number, block in enumerate(BLOCKS):
+        here, there = f"model.layers.{number}.", f"model.layers.{block}."
+        for name, (places, norm) in SIDES.items():
+            made[f"{here}{name}.weight"] = had[f"{there}{name}.weight"][places][:, CHANNELS]
+            made[f"{here}{norm}.weight"] = had[f"{there}{norm}.weight"][CHANNELS]
+        for name, places in WRITERS.items():
+            made[f"{here}{name}.weight"] = had[f"{there}{name}.weight"][CHANNELS][:, places]
+    return made
+
+
+def assert_is(student: PreTrainedModel, expected: dict[str, Tensor], *, exactly: bool = False) -> None:
+    parameters = dict(student.named_parameters())
+    assert parameters.keys() == expected.keys()
+    for name, parameter in parameters.items():
+        if exactly:
+            assert torch.equal(parameter, expected[name]), name
+        else:
+            torch.testing.assert_close(parameter.detach(), expected[name].double(), rtol=1e-9, atol=1e-9)
+
+
+def changed(first: PreTrainedModel, second: PreTrainedModel) -> set[str]:
+    one, other = everything(first), everything(second)
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+def test_uniform_is_weight_selection(teacher: LlamaForCausalLM) -> None:
+    assert_is(student_of(teacher, "uniform"), selected_by_hand(teacher), exactly=True)
+
+
+def test_guide_is_the_projection_on_the_tables_directions(teacher: LlamaForCausalLM) -> None:
+    basis = directions(teacher.model.embed_tokens.weight.detach(), 24)
+    student = student_of(teacher)
+    assert_is(student, by_hand(teacher, basis))
+    report = student.initialization_report
+    spectrum = torch.linalg.svdvals(teacher.model.embed_tokens.weight.detach()).square().cumsum(0)
+    torch.testing.assert_close(torch.tensor(report.explained_variance["embed"]).double(), spectrum / spectrum[-1])
+    assert report.kept["embed"] == pytest.approx((spectrum[23] / spectrum[-1]).item())
+
+
+def test_guide_at_full_width_selects_and_changes_nothing_else(teacher: LlamaForCausalLM) -> None:
+    student = student_of(teacher, hidden_size=48, head_dim=8)
+    assert same_bits(student, student_of(teacher, "uniform", hidden_size=48, head_dim=8))
+
+
+def test_without_energy_correction_reading_weights_keep_their_length(teacher: LlamaForCausalLM) -> None:
+    basis = directions(teacher.model.embed_tokens.weight.detach(), 24)
+    student = student_of(teacher, {"energy_correction": False})
+    assert_is(student, by_hand(teacher, basis, energy=False))
+    reading = {f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in SIDES} | {"lm_head.weight"}
+    assert changed(student, student_of(teacher)) == reading
+
+
+def test_without_restoring_the_logits_scale_queries_stay_as_they_are(teacher: LlamaForCausalLM) -> None:
+    basis = directions(teacher.model.embed_tokens.weight.detach(), 24)
+    student = student_of(teacher, {"restore_logit_scale": False})
+    assert_is(student, by_hand(teacher, basis, logits=False))
+    queries = {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
+    assert changed(student, student_of(teacher)) == queries
+
+
+def test_unfolded_gains_become_diagonals(teacher: LlamaForCausalLM) -> None:
+    table = teacher.model.embed_tokens.weight.detach()
+    basis = directions(table, 24)
+    scale = math.sqrt(48 / 24) * ((table @ basis).norm() / table.norm())
+    student = student_of(teacher, {"fold_norms": False})
+    expected, had = by_hand(teacher, basis), teacher.state_dict()
+    expected["lm_head.weight"] = had["lm_head.weight"] @ basis
+    expected["model.norm.weight"] = scale * (basis.T @ torch.diag(had["model.norm.weight"]) @ basis).diagonal()
+    for number, block in enumerate(BLOCKS):
+        for name, (places, norm) in SIDES.items():
+            weight, gain = (had[f"model.layers.{block}.{part}.weight"] for part in (name, norm))
+            restored = math.sqrt(2) if name.endswith("q_proj") else 1.0
+            expected[f"model.layers.{number}.{name}.weight"] = restored * weight[places] @ basis
+            diagonal = (basis.T @ torch.diag(gain) @ basis).diagonal()
+            expected[f"model.layers.{number}.{norm}.weight"] = scale * diagonal
+    assert_is(student, expected)
+    assert student.initialization_report.approximations
+
+
+def test_a_centred_fit_takes_the_directions_around_the_mean(teacher: LlamaForCausalLM) -> None:
+    table = teacher.model.embed_tokens.weight.detach()
+    student = student_of(teacher, {"centered": True})
+    expected = by_hand(teacher, directions(table - table.mean(0), 24))
+    torch.testing.assert_close(
+        student.model.embed_tokens.weight.detach(), expected["model.embed_tokens.weight"], rtol=1e-9, atol=1e-9
+    )
+    torch.testing.assert_close(
+        student.model.layers[1].mlp.down_proj.weight.detach(), expected["model.layers.1.mlp.down_proj.weight"]
+    )
+
+
+def test_token_weights_count_rows_as_often_as_they_say(teacher: LlamaForCausalLM) -> None:
+    assert same_bits(student_of(teacher, {"token_weights": torch.ones(96)}), student_of(teacher))
+    table = teacher.model.embed_tokens.weight.detach()
+    counts = [row % 4 for row in range(96)]
+    student = student_of(teacher, {"token_weights": counts})
+    repeated = torch.cat([table[row : row + 1].expand(count, -1) for row, count in enumerate(counts)])
+    torch.testing.assert_close(
+        student.model.embed_tokens.weight.detach(), table @ directions(repeated, 24), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_later_blocks_can_be_selected(teacher: LlamaForCausalLM) -> None:
+    student, whole = student_of(teacher, {"later_blocks": "select"}), student_of(teacher)
+    later = {name for name in everything(student) if name.startswith("model.layers.1.")}
+    assert changed(student, whole) == later
+    selected = selected_by_hand(teacher)
+    for name in later - {"model.layers.1.self_attn.q_proj.weight"}:
+        assert torch.equal(student.get_parameter(name), selected[name]), name
+    queries = selected["model.layers.1.self_attn.q_proj.weight"] * math.sqrt(2)
+    torch.testing.assert_close(student.model.layers[1].self_attn.q_proj.weight.detach(), queries)
+
+
+def test_later_blocks_can_be_random(teacher: LlamaForCausalLM) -> None:
+    student, whole = student_of(teacher, {"later_blocks": "random"}), student_of(teacher)
+    later = {name for name in everything(student) if name.startswith("model.layers.1.")}
+    assert changed(student, whole) == {name for name in later if "norm" not in name}
+    assert set(student.initialization_report.randomly_initialized) == later
+    for name in later:
+        parameter = student.get_parameter(name)
+        if "norm" in name:
+            assert torch.equal(parameter, torch.ones(24).double())
+        else:
+            deviation = student.config.initializer_range
+            assert parameter.std().item() == pytest.approx(deviation, rel=0.15)
+            assert abs(parameter.mean().item()) < deviation / 5
+
+
+@pytest.mark.parametrize(
+    "layers,count,expected",
+    [
+        ("even", 2, [0, 2]),
+        ("even", 3, [0, 2, 3]),  # linspace(0, 3, 3) is 0, 1.5, 3; halves go to the even number
+        ("first", 3, [0, 1, 2]),
+        ([3, 1], 2, [3, 1]),
+        ({"layers": [3, 1]}, 2, [3, 1]),
+        ([0, 0, 1, 2, 3, 3], 6, [0, 0, 1, 2, 3, 3]),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_every_block_comes_from_the_one_chosen(name: str, layers: object, count: int, expected: list[int]) -> None:
+    teacher = KINDS[name].teacher()
+    if name == "gemma3":
+        teacher.config.layer_types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    student = from_teacher(teacher, num_hidden_layers=count, method={"layers": layers}, show_progress=False)
+    assert list(student.initialization_report.blocks.values()) == [expected]
+    for block, chosen in zip(student.model.layers, expected, strict=True):
+        fed = teacher.model.layers[chosen].state_dict()
+        assert all(torch.equal(tensor, fed[key]) for key, tensor in block.state_dict().items())
+    kinds = getattr(teacher.config, "layer_types", None)
+    if kinds:
+        assert student.config.layer_types == [kinds[chosen] for chosen in expected]
+
+
+def test_each_stack_has_its_own_blocks() -> None:
+    kind = KINDS["t5"]
+    teacher = kind.teacher()
+    layers = {"encoder.block": [3, 1], "decoder.block": [2, 2, 0]}
+    student = from_teacher(teacher, num_layers=2, num_decoder_layers=3, method={"layers": layers}, show_progress=False)
+    assert student.initialization_report.blocks == layers
+    for stack, chosen in layers.items():
+        part = stack.partition(".")[0]
+        for number, block in enumerate(chosen):
+            found = student.get_submodule(f"{part}.block.{number}.layer.0.SelfAttention.q").weight
+            assert torch.equal(found, teacher.get_submodule(f"{part}.block.{block}.layer.0.SelfAttention.q").weight)
