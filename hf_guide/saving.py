@@ -9,7 +9,6 @@ import copy
 import inspect
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ from hf_guide.initialization.report import InitializationReport
 class StudentSaver:
     """A student's own `save_pretrained`: its class's, and the report beside the weights.
 
-    It stands in the instance, so that the class stays the stock one. It is copied and pickled with its student, and
-    holds it weakly, so that a student that nobody uses any more is freed at once.
+    It stands in the instance, so that the class stays the stock one, and is an object, so that it is copied and pickled
+    with its student. It holds the student as a bound method would: `from_teacher(...).save_pretrained(...)` must work.
     """
 
     def __init__(self, student: PreTrainedModel):
-        self._student = weakref.ref(student)
+        self.student = student
 
     def __call__(
         self,
@@ -41,18 +40,8 @@ class StudentSaver:
         **options: Any,
     ) -> None:
         """Save as the student's class does, and write `initialization_report.json` beside the weights."""
-        student = self._student()
-        if student is None:
-            raise ReferenceError("The student whose save_pretrained this was is gone.")
-        save = type(student).save_pretrained
-        save_student(student, save, save_directory, is_main_process, state_dict, push_to_hub, **options)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "StudentSaver":
-        copied: Any = memo.get(id(self._student()), self._student())
-        return StudentSaver(copied)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StudentSaver, (self._student(),)
+        save = type(self.student).save_pretrained
+        save_student(self.student, save, save_directory, is_main_process, state_dict, push_to_hub, **options)
 
 
 def attach_report(student: PreTrainedModel, report: InitializationReport, *, saver: bool) -> None:

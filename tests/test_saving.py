@@ -1,0 +1,252 @@
+"""What is saved is a stock model and its report, here and on the Hub: or nothing at all."""
+
+import copy
+import json
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+
+from hf_guide import FromTeacherMixin, InitializationReport, OptionError, from_teacher
+from hf_guide.initialization.report import REPORT_NAME
+from tests.stand_in_hub import stand_in_hub
+from tests.tiny import KINDS, Kind, inputs, logits, run_python, same_bits
+
+LLAMA = KINDS["llama"]
+STOCK = {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def llama_student(**options) -> LlamaForCausalLM:
+    return from_teacher(LLAMA.teacher(), show_progress=False, **LLAMA.smaller, **options)
+
+
+class MyStudent(FromTeacherMixin, LlamaForCausalLM):
+    """A user's class with a method of its own."""
+
+    def loudest(self, **tokens: torch.Tensor) -> torch.Tensor:
+        return self(**tokens).logits.argmax(-1)
+
+
+LOAD = """
+    import importlib.abc, json, sys
+    from pathlib import Path
+
+    class NoHfGuide(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == "hf_guide":
+                raise ModuleNotFoundError(name)
+
+    sys.meta_path.insert(0, NoHfGuide())
+    import torch, transformers
+    from safetensors.torch import load_file, save_file
+
+    for folder in map(Path, sys.argv[1:]):
+        about = json.loads((folder / "about.json").read_text())
+        model = getattr(transformers, about["auto"]).from_pretrained(folder / "student")
+        stock = getattr(transformers, about["auto"]).from_config(model.config)
+        shapes = {name: list(tensor.shape) for name, tensor in stock.state_dict().items()}
+        assert shapes == {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == about["shapes"]
+        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in stock.parameters())
+        assert type(model) is type(stock) and type(model).__name__ == about["class"]
+        with torch.no_grad():
+            logits = model(**load_file(folder / "inputs.safetensors")).logits
+        save_file({"logits": logits} | {n: p.clone() for n, p in model.named_parameters()}, folder / "found.safetensors")
+    assert not any(name.partition(".")[0] == "hf_guide" for name in sys.modules)
+"""
+
+
+def test_saved_students_load_stock_in_a_process_that_cannot_have_hf_guide(tmp_path: Path) -> None:
+    students = {name: from_teacher(k.teacher(), show_progress=False, **k.smaller) for name, k in KINDS.items()}
+    students["llama, own class"] = MyStudent.from_teacher(LLAMA.teacher(), show_progress=False, **LLAMA.smaller)
+    kinds = KINDS | {"llama, own class": LLAMA}
+    for name, student in students.items():
+        folder = tmp_path / name
+        student.save_pretrained(folder / "student")
+        shapes = {key: list(tensor.shape) for key, tensor in student.state_dict().items()}
+        about = {"auto": kinds[name].auto_class, "class": kinds[name].model_class, "shapes": shapes}
+        (folder / "about.json").write_text(json.dumps(about))
+        save_file(inputs(kinds[name]), folder / "inputs.safetensors")
+    run_python(LOAD, *(tmp_path / name for name in students), flags=("-I",))
+    for name, student in students.items():
+        found = load_file(tmp_path / name / "found.safetensors")
+        torch.testing.assert_close(found.pop("logits"), logits(student, kinds[name]))
+        expected = dict(student.named_parameters())
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("method", ["guide", "uniform", "random"])
+def test_the_report_tells_of_every_parameter_and_goes_with_the_weights(
+    kind: Kind, method: str, tmp_path: Path
+) -> None:
+    teacher = kind.teacher()
+    student = from_teacher(teacher, method=method, show_progress=False, **kind.smaller)
+    report = student.initialization_report
+    assert {r.name: r.shape for r in report.parameters} == {n: list(p.shape) for n, p in student.named_parameters()}
+    assert len(report.parameters) == len(list(student.parameters()))
+    sources = {name: list(tensor.shape) for name, tensor in teacher.state_dict().items()}
+    for record in report.parameters:
+        if record.source is None:
+            assert record.name in report.randomly_initialized or record.steps
+        else:
+            assert record.source_shape == sources[record.source] and len(record.maps) == len(record.shape)
+            assert record.name not in report.randomly_initialized
+    assert (report.teacher_class, report.student_class) == (type(teacher).__name__, type(student).__name__)
+    assert report.teacher_parameters == teacher.num_parameters()
+    assert report.student_parameters == student.num_parameters()
+    assert report.options["method"] == method
+    student.save_pretrained(tmp_path)
+    assert InitializationReport.load(tmp_path) == report
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    files = set(os.listdir(tmp_path))
+    assert files - {"generation_config.json"} == {"config.json", "model.safetensors", REPORT_NAME}
+
+
+def test_a_copied_or_pickled_student_saves_its_own_weights_and_report(tmp_path: Path) -> None:
+    student = llama_student()
+    copies = {"deep": copy.deepcopy(student), "pickled": pickle.loads(pickle.dumps(student))}
+    with torch.no_grad():
+        student.model.norm.weight.fill_(5.0)
+    for name, copied in copies.items():
+        assert type(copied) is LlamaForCausalLM and copied.initialization_report == student.initialization_report
+        copied.model.norm.weight.data.fill_(3.0)
+        copied.save_pretrained(tmp_path / name)
+        assert InitializationReport.load(tmp_path / name) == student.initialization_report
+        saved = load_file(tmp_path / name / "model.safetensors")
+        assert torch.equal(saved["model.norm.weight"], torch.full((24,), 3.0))
+    assert torch.equal(student.model.norm.weight, torch.full((24,), 5.0))
+
+
+def save_in_worker(_: int, student: LlamaForCausalLM, folder: str) -> None:
+    student.save_pretrained(folder)
+    with torch.no_grad():
+        student.model.norm.weight.fill_(9.0)
+
+
+def test_a_student_goes_to_another_process_and_saves_there(tmp_path: Path) -> None:
+    student = llama_student().share_memory()
+    arguments = (student, str(tmp_path / "student"))
+    torch.multiprocessing.start_processes(save_in_worker, arguments, nprocs=1, start_method="spawn")
+    assert InitializationReport.load(tmp_path / "student") == student.initialization_report
+    assert torch.equal(student.model.norm.weight, torch.full((24,), 9.0))  # memory was shared, not copied
+
+
+def test_saving_takes_what_the_stock_method_takes(tmp_path: Path) -> None:
+    student = llama_student()
+    student.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "shards"), student)
+    half = {name: tensor.half() for name, tensor in student.state_dict().items()}
+    student.save_pretrained(tmp_path / "half", state_dict=half, safe_serialization=True)
+    assert load_file(tmp_path / "half" / "model.safetensors")["model.norm.weight"].dtype == torch.float16
+    for number, other in enumerate(({"is_main_process": False}, None)):
+        folder = tmp_path / f"other process {number}"
+        student.save_pretrained(folder, **other) if other else student.save_pretrained(folder, False)
+        assert not list(folder.iterdir())
+    student.save_pretrained(tmp_path / "shards")  # over an earlier one, whose shards go
+    assert set(os.listdir(tmp_path / "shards")) - {"model.safetensors.index.json"} == STOCK | {REPORT_NAME}
+
+
+def test_a_class_of_ones_own_keeps_its_methods_and_saves_as_the_stock_class(tmp_path: Path) -> None:
+    student = MyStudent.from_teacher(LLAMA.teacher(), show_progress=False, **LLAMA.smaller)
+    assert type(student) is MyStudent
+    tokens = inputs(LLAMA)
+    assert same_bits(student, llama_student())
+    student.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert InitializationReport.load(tmp_path).student_class == "MyStudent"
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(stock) is LlamaForCausalLM and same_bits(stock, student)
+    again = MyStudent.from_pretrained(tmp_path)
+    assert type(again) is MyStudent and same_bits(again, student) and again.initialization_report is None
+    assert torch.equal(again.loudest(**tokens), student.loudest(**tokens))
+    again.save_pretrained(tmp_path / "again")
+    assert set(os.listdir(tmp_path / "again")) == STOCK
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(student)))
+    assert copied.initialization_report == student.initialization_report
+    with pytest.raises(OptionError, match="MyStudent"):
+        MyStudent.from_teacher(LLAMA.teacher(), model_class=LlamaForCausalLM)
+
+
+PUSH = """
+    import sys
+    from tests.test_saving import LLAMA, MyStudent, llama_student
+    student = llama_student()
+    student.push_to_hub("me/student")
+    student.save_pretrained(sys.argv[1] + "/saved", push_to_hub=True, commit_message="with a word")
+    student.save_pretrained(sys.argv[1] + "/elsewhere", push_to_hub=True, repo_id="me/named", private=True)
+    own = MyStudent.from_teacher(LLAMA.teacher(), show_progress=False, **LLAMA.smaller)
+    own.push_to_hub("me/own")
+    own.save_pretrained(sys.argv[1] + "/own", push_to_hub=True, repo_id="me/own-saved")
+"""
+
+
+def test_what_is_pushed_is_the_stock_files_and_the_report(tmp_path: Path) -> None:
+    with stand_in_hub() as hub:
+        run_python(PUSH, tmp_path, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_TOKEN="hf_none", NO_PROXY="*")
+    assert set(hub.repositories) == {"me/student", "me/saved", "me/named", "me/own", "me/own-saved"}
+    expected = llama_student()
+    for name, files in hub.repositories.items():
+        assert set(files) == STOCK | {REPORT_NAME, "README.md"}, name
+        folder = tmp_path / "pulled" / name
+        folder.mkdir(parents=True)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        assert json.loads(files["config.json"])["architectures"] == ["LlamaForCausalLM"]
+        assert same_bits(AutoModelForCausalLM.from_pretrained(folder), expected)
+        assert InitializationReport.load(folder).parameters == expected.initialization_report.parameters
+    assert ("me/saved", "with a word") in hub.commits and len(hub.commits) == len(hub.repositories)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "student").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="student is a file; name a folder"):
+        llama_student().save_pretrained(tmp_path / "student")
+    assert (tmp_path / "student").read_text() == "mine" and os.listdir(tmp_path) == ["student"]
+
+
+@pytest.mark.parametrize("limit", [500, 20_000])
+def test_a_disk_that_runs_full_leaves_what_was_there_before(tmp_path: Path, limit: int) -> None:
+    """A limit on the length of files stands in for the full disk: the writing of the config fails, or of the weights."""
+    student = llama_student()
+    (tmp_path / "mine").write_text("mine")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    folders = [tmp_path, tmp_path / "new" / "student"]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        for folder in folders:
+            with pytest.raises(OSError) as failed:
+                student.save_pretrained(folder)
+            assert "write" in str(failed.value).lower() or "large" in str(failed.value).lower()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["mine"]
+    student.save_pretrained(tmp_path)
+    assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), student)
+
+
+def test_a_student_larger_than_the_free_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = llama_student()
+    monkeypatch.setattr(type(student), "get_memory_footprint", lambda self: 2**60)
+    with pytest.raises(OSError, match=r"takes 1099511627776\.0 MiB, but .* has only .* MiB free. Free some space"):
+        student.save_pretrained(tmp_path / "new" / "student")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_trainer_saves_the_report_too(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), report_to=[], use_cpu=True)
+    student = llama_student()
+    Trainer(model=student, args=arguments).save_model(str(tmp_path / "saved"))
+    assert InitializationReport.load(tmp_path / "saved") == student.initialization_report
+    assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), student)
