@@ -33,10 +33,10 @@ class QuickstartOptions:
         default_factory=lambda: ["wikipedia"],
         metadata={"help": "what to learn from: wikipedia, shakespeare, or folders of .txt files, one document a file"},
     )
-    steps: int = field(default=200, metadata={"help": "training steps"})
+    steps: int = field(default=180, metadata={"help": "training steps"})
     batch_size: int = field(default=2, metadata={"help": "blocks of text per step"})
     sequence_length: int = field(default=256, metadata={"help": "tokens per block"})
-    held_out_blocks: int = field(default=64, metadata={"help": "blocks that perplexity is measured on"})
+    held_out_blocks: int = field(default=48, metadata={"help": "blocks that perplexity is measured on"})
     kd_weight: float = field(
         default=0.5, metadata={"help": "weight of the teacher's word against the text's own, between 0 and 1"}
     )
