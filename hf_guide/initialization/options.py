@@ -109,6 +109,13 @@ class InitializationConfig:
         default=True,
         metadata={"help": "Keep attention logits on the teacher's scale where the head size shrinks."},
     )
+    logit_gain: float = field(
+        default=1.0,
+        metadata={
+            "help": "Multiplies the logits, through the norm or weight that makes them. 1 keeps the teacher's; a student "
+            "of which much is cut trains faster from a smaller one, because it is less sure of what it no longer knows."
+        },
+    )
     seed: int = field(
         default=0, metadata={"help": "Seeds whatever is initialised at random: the same call gives the same bits."}
     )
@@ -131,6 +138,10 @@ class InitializationConfig:
         for option in ("centered", "energy_correction", "fold_norms", "restore_logit_scale"):
             if not isinstance(getattr(self, option), bool):
                 raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
+        if isinstance(self.logit_gain, bool) or not isinstance(self.logit_gain, (int, float)):
+            raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
+        if not 0 < self.logit_gain < math.inf:
+            raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise OptionError(f"seed is a whole number from 0 to 2**64 - 1; found {self.seed!r}.")
         for option in _unused(self.method):
@@ -156,7 +167,15 @@ class InitializationConfig:
 
 def _unused(method: str) -> tuple[str, ...]:
     """Return the options that a method does not look at."""
-    of_guide = ("later_blocks", "centered", "token_weights", "energy_correction", "fold_norms", "restore_logit_scale")
+    of_guide = (
+        "later_blocks",
+        "centered",
+        "token_weights",
+        "energy_correction",
+        "fold_norms",
+        "restore_logit_scale",
+        "logit_gain",
+    )
     return {Method.GUIDE.value: (), Method.UNIFORM.value: of_guide}.get(method, (*of_guide, "layers"))
 
 

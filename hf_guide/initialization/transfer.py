@@ -96,6 +96,7 @@ class Transfer:
                     self.scale(axis.name)
                     * self._ratio(self.plan.layout.tied_head_scale)
                     / self._ratio(self.plan.layout.embedding_scale)
+                    * self.plan.options.logit_gain
                 )
                 self._note_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
                 return factor
@@ -105,6 +106,20 @@ class Transfer:
 
     def value(self, site: Site) -> Tensor:
         """Return the student's parameter, in the transfer's dtype or the teacher's own."""
+        result, gain = self._value(site), self.plan.options.logit_gain
+        row = site.match.row
+        if gain == 1.0:
+            return result
+        if row.kind == "norm" and self.folding.is_tied(site.canonical.removesuffix(".bias").removesuffix(".weight")):
+            offset = 0.0 if site.canonical.endswith(".bias") else self.plan.layout.norm_offset
+            self._note_step(site, f"logits times {gain:.6g}")
+            return (result.to(self.dtype) + offset) * gain - offset
+        if row.kind == "weight" and row.reads and Name("vocab") in row.axes:
+            self._note_step(site, f"logits times {gain:.6g}")
+            return self._scaled(result, gain)
+        return result
+
+    def _value(self, site: Site) -> Tensor:
         if site.match.row.kind == "norm":
             return self.norm_value(site)
         if site.match.is_bias:

@@ -8,6 +8,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_guide import from_teacher
+from hf_guide.initialization.layouts import registered_layouts
+from tests.invariants.case import build, logits_of
+from tests.invariants.cases import CASES
+from tests.invariants.lifting import shake
 from tests.tiny import KINDS, everything, same_bits
 
 SMALLER = {
@@ -251,3 +255,17 @@ def test_each_stack_has_its_own_blocks() -> None:
         for number, block in enumerate(chosen):
             found = student.get_submodule(f"{part}.block.{number}.layer.0.SelfAttention.q").weight
             assert torch.equal(found, teacher.get_submodule(f"{part}.block.{block}.layer.0.SelfAttention.q").weight)
+
+
+@pytest.mark.parametrize("width", ["reduced", "full"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt2-untied", "gemma"])
+def test_logit_gain_multiplies_the_logits_and_nothing_else(family: str, width: str) -> None:
+    case = next(case for case in CASES if str(case).startswith(family))
+    teacher = build(case, case.big)
+    shake(teacher, registered_layouts()[case.family], seed=1)
+    shape = build(case, case.small).config if width == "reduced" else None
+    plain, humble = (
+        from_teacher(teacher, shape, method={"logit_gain": gain}, show_progress=False) for gain in (1, 0.3)
+    )
+    assert torch.allclose(logits_of(humble, case), 0.3 * logits_of(plain, case), rtol=1e-6, atol=1e-9)
+    assert len(changed(humble, plain)) <= 2
