@@ -236,6 +236,24 @@ def test_an_untied_teacher_gives_a_tied_student_and_the_report_says_what_was_los
     assert any("lm_head.weight" in note for note in student.initialization_report.approximations)
 
 
+def test_the_report_says_what_is_not_exact_and_why() -> None:
+    def notes(teacher: PreTrainedModel, **options) -> list[str]:
+        return student_of(teacher, LLAMA, **options).initialization_report.approximations
+
+    teacher = LLAMA.teacher()
+    assert notes(teacher) == [] == notes(teacher, head_dim=6)
+    (uneven,) = notes(teacher, head_dim=8)
+    assert "rotate 8 dimensions" in uneven and "the teacher's 12" in uneven
+    unfolded = notes(teacher, method={"fold_norms": False})
+    assert len(unfolded) == 5 and all("fold_norms is off" in note for note in unfolded)
+    (headless,) = notes(teacher.model, model_class=transformers.AutoModelForCausalLM)
+    assert "model.norm.weight" in headless and "no weight that reads it" in headless
+    biased = notes(LLAMA.teacher(attention_bias=True), attention_bias=False)
+    assert [note.split(":")[0].split(".")[-1] for note in biased] == ["bias of every block"] * 4
+    on_the_stream = student_of(KINDS["bert"].teacher(), KINDS["bert"]).initialization_report.approximations
+    assert any("onto the residual stream" in note for note in on_the_stream)
+
+
 def test_the_generation_config_is_carried(tmp_path: Path) -> None:
     teacher = LLAMA.teacher()
     teacher.generation_config = GenerationConfig(

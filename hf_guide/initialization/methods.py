@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 import hf_guide
 from hf_guide.initialization.basis import ResidualBasis, explained_variance
-from hf_guide.initialization.layouts import Layout
+from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
 from hf_guide.initialization.options import InitializationConfig, Method
-from hf_guide.initialization.plan import canonical, make_plan, student_tensors
+from hf_guide.initialization.plan import Plan, canonical, make_plan, student_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.initialization.tables import fit_axis, length_kept, table_moments
 from hf_guide.initialization.transfer import Transfer, check_stored
@@ -117,6 +117,21 @@ def seeded(seed: int) -> Iterator[None]:
             yield
 
 
+def uneven_pairs(plan: Plan) -> list[str]:
+    """Return what the report says where the student's own rotary frequencies are not those of the pairs it keeps."""
+    heads = [config_sizes(plan.layout, config).get("q_dim") for config in (plan.teacher.config, plan.student_config)]
+    if plan.layout.rope is None or heads[0] is None or heads[1] is None:
+        return []
+    had = rotary_size(plan.layout, plan.teacher.config, heads[0])
+    wanted = rotary_size(plan.layout, plan.student_config, heads[1])
+    if not wanted or had % wanted == 0:
+        return []
+    return [
+        f"heads rotate {wanted} dimensions, which does not divide the teacher's {had}: the student's rotary frequencies "
+        "lie beside those of the pairs it keeps."
+    ]
+
+
 def make_report(
     student: PreTrainedModel, transfer: Transfer, fitted: dict[str, ResidualBasis], seconds: dict[str, float]
 ) -> InitializationReport:
@@ -150,6 +165,7 @@ def make_report(
             )
         )
     notes = list(transfer.notes) + [f"{name}: the student has no place for it" for name in plan.lost]
+    notes += uneven_pairs(plan)
     return InitializationReport(
         teacher=plan.teacher.name,
         revision=plan.teacher.revision,

@@ -396,6 +396,14 @@ def make_plan(
         and "block" not in found.numbers
         and actual.startswith(teacher.base_model_prefix + ".")
     ]
+    kinds = {
+        found.row.pattern + found.suffix for name in [*student_names, *shared_names] if (found := layout.find(name))
+    }
+    lost += dict.fromkeys(
+        f"{found.row.pattern}{found.suffix} of every block"
+        for name in teacher_names
+        if (found := layout.find(name)) and "block" in found.numbers and found.row.pattern + found.suffix not in kinds
+    )
     plan = Plan(
         layout,
         options,

@@ -365,11 +365,16 @@ class Transfer:
             diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
             self._note_step(site, "diagonal of the projected gain")
             if not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
-                self._note(
-                    f"{site.name}: its output goes onto the residual stream, so its gain cannot be "
-                    "folded; the diagonal of the projected gain stands for it."
-                )
+                self._note(f"{site.name}: {self._why_kept(norm)}; the diagonal of the projected gain stands for it.")
         return (diagonal * self.scale(axis.name) - offset).to(self.dtype)
+
+    def _why_kept(self, norm: str) -> str:
+        if not self.plan.options.fold_norms:
+            return "its gain is not folded, for fold_norms is off"
+        match = self.plan.layout.find(norm + ".weight")
+        if match is not None and any(match.row.pattern in row.reads for row in self.plan.layout.rows):
+            return "no weight that reads it came from the teacher, so its gain is not folded"
+        return "its output goes onto the residual stream, so its gain cannot be folded"
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
