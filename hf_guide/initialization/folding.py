@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 
-from hf_guide.initialization.axes import Name
+from hf_guide.initialization.axes import Name, repeated
 from hf_guide.initialization.layouts import Row
 from hf_guide.initialization.options import Method
 from hf_guide.initialization.plan import Plan, Site
@@ -25,10 +25,13 @@ class Folding:
 
     @functools.cached_property
     def readers(self) -> dict[str, list[Site]]:
-        """The student's parameters that read each norm."""
+        """The student's parameters that read each norm along a projected axis."""
         found: dict[str, list[Site]] = {}
         for site in self.plan.sites.values():
-            for norm in {self.name(read, site, of_teacher=False) for read in site.match.row.reads if read}:
+            row = site.match.row
+            if not row.reads or repeated(row.axes[row.input_axis])[0] not in self.plan.widths:
+                continue
+            for norm in {self.name(read, site, of_teacher=False) for read in row.reads if read}:
                 found.setdefault(norm, []).append(site)
         return found
 

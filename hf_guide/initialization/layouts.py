@@ -13,7 +13,8 @@ A layout is written as text, a line a module or parameter, its name relative to 
 - A line without a colon is the prefix of the lines that begin with a dot. `{block}` stands for a block's number; other
   placeholders, such as `{expert}`, for a number in a list of modules.
 - `axes` are those of the weight as it is stored; a bias has the weight's first axis, or the last where the axes are written
-  `in -> out` (GPT-2's Conv1D). A line may name a full parameter (`experts.gate_up_proj`) instead of a module.
+  `in -> out` (GPT-2's Conv1D). A line may name a full parameter (`experts.gate_up_proj`) instead of a module. A
+  parameter without axes is a `scalar`.
 - `norm` marks a gain (and bias): a diagonal on its axis. `table` marks what the residual stream is made from.
 - `< norm` says which norm's output the weight reads (with `a | - | b` for the terms of a fused weight), `> scale` which
   learned diagonal its output is multiplied with, `>> norm` which norm stands between its output and the residual stream.
@@ -150,8 +151,8 @@ def parse_rows(text: str) -> tuple[Row, ...]:
         words = meaning.split(maxsplit=1)
         kind = words[0] if words and words[0] in ("norm", "table") else "weight"
         meaning = words[1] if kind != "weight" and len(words) > 1 else meaning
-        axes = parse_axes(meaning)
-        if not axes:
+        axes = () if meaning == "scalar" else parse_axes(meaning)
+        if not axes and meaning != "scalar":
             raise LayoutError(
                 f"The layout's line {raw.strip()!r} names no axes; write for example 'embed' or '(heads head_dim) embed'."
             )
@@ -161,7 +162,7 @@ def parse_rows(text: str) -> tuple[Row, ...]:
             return None if name == "-" else prefix + name if name.startswith(".") else name
 
         normed = tuple(absolute(name) for name in reads.split("|")) if reads else ()
-        output = axes[-1] if transposed else axes[0]
+        output = axes[-1 if transposed else 0] if axes else None
         if len(normed) > 1 and not (isinstance(output, Sum) and len(output.terms) == len(normed)):
             raise LayoutError(
                 f"The layout's line {raw.strip()!r} names {len(normed)} norms for an output axis that has not as many terms."

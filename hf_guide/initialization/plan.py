@@ -171,7 +171,7 @@ class Plan:
         factor = 1.0
         if name in PREFIX_AXES:
             places = list(range(wanted))
-        elif name.removeprefix("enc_") in ("q_dim", "k_dim"):
+        elif name.endswith(("q_dim", "k_dim")):
             rotary = (
                 rotary_size(self.layout, self.teacher.config, had),
                 rotary_size(self.layout, self.student_config, wanted),

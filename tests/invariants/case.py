@@ -110,4 +110,9 @@ def images() -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(8), dtype=torch.float64)}
 
 
-INPUTS = {"tokens": tokens, "pairs": pairs, "sounds": sounds, "speech": speech, "images": images}
+def captions() -> dict[str, torch.Tensor]:
+    """Return two images and two sentences."""
+    return tokens() | images()
+
+
+INPUTS = {"captions": captions, "tokens": tokens, "pairs": pairs, "sounds": sounds, "speech": speech, "images": images}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.axes import Axis, Name, Product, solve_sizes
-from hf_guide.initialization.layouts import Layout, Match, config_sizes
+from hf_guide.initialization.axes import Axis, Name, Product, axis_names, solve_sizes
+from hf_guide.initialization.layouts import Layout, Match, Row, config_sizes
 
 
 def shake(
@@ -24,9 +24,7 @@ def shake(
     """
     generator = torch.Generator().manual_seed(seed)
     present = [match.row for match in (layout.find(short(name, model)) for name in model.state_dict()) if match]
-    folded = {read for row in present for read in row.reads if read} | {
-        row.scaled_by for row in present if row.scaled_by
-    }
+    folded = norms_read(present, layout) | {row.scaled_by for row in present if row.scaled_by}
     tied, stream = tied_norms(model, layout), [Name(name) for name in layout.projected()]
     done: set[int] = set()
     with torch.no_grad():
@@ -49,6 +47,13 @@ def shake(
                 tensor.copy_(noise)
             elif match is not None:
                 tensor.copy_(noise * (0.3 if match.is_bias or tensor.ndim < 2 else 1.0 / math.sqrt(tensor.shape[-1])))
+
+
+def norms_read(rows: Iterable[Row], layout: Layout) -> set[str]:
+    """The norms that some of `rows` read along the residual stream."""
+    stream = set(layout.projected())
+    along = [row for row in rows if row.reads and set(axis_names(row.axes[row.input_axis])) <= stream]
+    return {read for row in along for read in row.reads if read}
 
 
 def short(name: str, model: PreTrainedModel) -> str:
@@ -132,7 +137,7 @@ class Lifter:
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.projected = [Name(name) for name in layout.projected()]
         present = [match.row for match in map(layout.find, self.targets) if match]
-        self.read = {norm for row in present for norm in row.reads if norm} - tied_norms(big, layout)
+        self.read = norms_read(present, layout) - tied_norms(big, layout)
         bare = [
             norm for norm in tied_norms(big, layout) if norm not in self.source and norm + ".weight" not in self.source
         ]

@@ -128,6 +128,9 @@ register_layout(
     "with scale_embedding, positions weigh sqrt(d_T / d_S) more against tokens",
 )
 
+for family in ("blenderbot-small", "plbart", "mvp"):
+    register_layout(family, like="bart")
+
 register_layout(
     "mbart",
     """

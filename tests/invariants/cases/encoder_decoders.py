@@ -67,6 +67,25 @@ def straighten(model: PreTrainedModel) -> None:
 
 
 CASES: list[Case] = [
+    Case(
+        "blenderbot-small",
+        "BlenderbotSmallForConditionalGeneration",
+        SMALL,
+        BIG,
+        BART,
+        inputs="pairs",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "plbart",
+        "PLBartForConditionalGeneration",
+        SMALL,
+        BIG,
+        BART | {"scale_embedding": False},
+        inputs="pairs",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case("mvp", "MvpForConditionalGeneration", SMALL, BIG, BART, inputs="pairs", residual=STREAM_RESIDUAL),
     Case("t5", "T5ForConditionalGeneration", T5_SMALL, T5_BIG, T5, inputs="pairs", residual=TIED_RESIDUAL),
     Case(
         "t5",

@@ -29,6 +29,14 @@ DEBERTA = TEXT | {
     "pos_att_type": ["c2p", "p2c"],
     "type_vocab_size": 2,
 }
+EURO = {
+    "vocab_size": TOKENS,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rms_norm_eps": 1e-12,
+    "num_labels": 5,
+}
 
 CASES: list[Case] = [
     Case("bert", "BertForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
@@ -193,4 +201,34 @@ CASES: list[Case] = [
         lift=None,
         residual=STREAM_RESIDUAL,
     ),
+    Case(
+        "big_bird",
+        "BigBirdForPreTraining",
+        SMALL,
+        BIG,
+        TEXT | {"attention_type": "original_full"},
+        output="seq_relationship_logits",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case("megatron-bert", "MegatronBertForTokenClassification", SMALL, DEEP, TEXT),
+    Case(
+        "megatron-bert",
+        "MegatronBertForSequenceClassification",
+        SMALL,
+        DEEP,
+        TEXT,
+        "megatron-bert-pooled",
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "roberta-prelayernorm",
+        "RobertaPreLayerNormForSequenceClassification",
+        SMALL,
+        DEEP,
+        TEXT,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case("eurobert", "EuroBertForMaskedLM", SMALL, DEEP, EURO | {"tie_word_embeddings": False}),
+    Case("eurobert", "EuroBertForSequenceClassification", SMALL, DEEP, EURO, "eurobert-pooled"),
+    Case("eurobert", "EuroBertForTokenClassification", SMALL, DEEP, EURO, "eurobert-tokens"),
 ]
