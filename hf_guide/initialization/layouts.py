@@ -90,6 +90,7 @@ class Layout:
     rope: str | None = None
     sizes: Mapping[str, "str | Callable[[PreTrainedConfig], int]"] = field(default_factory=dict)
     embedding_scale: Callable[[PreTrainedConfig], float] | None = None
+    scales: Mapping[str, Callable[[PreTrainedConfig], float]] = field(default_factory=dict)
     tied_head_scale: Callable[[PreTrainedConfig], float] | None = None
     attention_scale: Callable[[PreTrainedConfig], float] | None = None
     rotary_size: Callable[[PreTrainedConfig], int] | None = None
@@ -192,6 +193,7 @@ def register_layout(
     rope: str | None = None,
     sizes: Mapping[str, "str | Callable[[PreTrainedConfig], int]"] | None = None,
     embedding_scale: Callable[[PreTrainedConfig], float] | None = None,
+    scales: Mapping[str, Callable[[PreTrainedConfig], float]] | None = None,
     tied_head_scale: Callable[[PreTrainedConfig], float] | None = None,
     attention_scale: Callable[[PreTrainedConfig], float] | None = None,
     rotary_size: Callable[[PreTrainedConfig], int] | None = None,
@@ -212,6 +214,7 @@ def register_layout(
         rope: "half" (pairs i, i + l/2), "interleaved" (pairs 2i, 2i + 1), or "" for none.
         sizes: axis name -> the config's attribute, or a function of the config; for names inside products.
         embedding_scale: what the model multiplies its embeddings with.
+        scales: row -> what the model's arithmetic makes of the width for this parameter, which the student's then carries.
         tied_head_scale: what the model multiplies the last hidden state with before a tied head.
         attention_scale: what the model multiplies q k with; by default head_dim ** -0.5.
         rotary_size: how many of a head's dimensions are rotated; by default all, or `partial_rotary_factor` of them.
@@ -240,6 +243,7 @@ def register_layout(
         base.rope if rope is None else rope or None,
         {**base.sizes, **(sizes or {})},
         embedding_scale or base.embedding_scale,
+        base.scales if scales is None else scales,
         tied_head_scale or base.tied_head_scale,
         attention_scale or base.attention_scale,
         rotary_size or base.rotary_size,

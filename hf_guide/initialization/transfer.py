@@ -131,6 +131,11 @@ class Transfer:
             if ratio != 1.0:
                 self._note_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
                 result = self._scaled(result, ratio)
+        if row.pattern in self.plan.layout.scales and self.plan.options.method == Method.GUIDE:
+            ratio = self._ratio(self.plan.layout.scales[row.pattern])
+            if ratio != 1.0:
+                self._note_step(site, f"times {ratio:.6g}: what it is added to is multiplied by the model's width")
+                result = self._scaled(result, ratio)
         if row.kind != "table" and Name("vocab") in row.axes and row.reads:
             ratio = self._ratio(self.plan.layout.tied_head_scale)
             result = self._scaled(result, ratio)

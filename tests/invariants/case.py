@@ -24,7 +24,8 @@ class Case:
     """One family in two shapes: keyword arguments of its config; `both` go into either.
 
     `output` is what of the model's outputs is compared; of the residual stream itself, which a projection only turns,
-    `... gram` compares the products among its rows. `prepare` changes a model that was built, `settle` one whose parameters were moved.
+    `... gram` compares the products among its rows. `prepare` changes a model that was built, `settle` one whose
+    parameters were moved.
     `identity`, `lift` and `residual` bound the relative error of the laws of those names. The last is that of a turned
     residual stream under random gains, and is a rounding error only where no gain stands on the stream itself.
     A `lift` of None: no wider model computes the same function, for the reason in a comment beside the case.

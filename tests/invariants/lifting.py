@@ -308,6 +308,8 @@ class Lifter:
             value = (value.movedim(dim, -1).unflatten(-1, (copies, narrow)) @ matrix.T).flatten(-2).movedim(-1, dim)
         if row.kind == "table" and Name("vocab") in match.axes:
             value = value * self._ratio(self.layout.embedding_scale)
+        elif row.pattern in self.layout.scales:
+            value = value * self._ratio(self.layout.scales[row.pattern])
         elif Name("vocab") in match.axes and row.reads and not match.is_bias:
             value = value * self._ratio(self.layout.tied_head_scale)
         return value

@@ -15,6 +15,10 @@ def _scaled_embedding(config: PreTrainedConfig) -> float:
     return math.sqrt(config.d_model) if config.scale_embedding else 1.0
 
 
+def _positions_against_tokens(config: PreTrainedConfig) -> float:
+    return 1 / _scaled_embedding(config)
+
+
 SIDES: dict[str, str | Callable[[PreTrainedConfig], int]] = {
     "heads": "decoder_attention_heads",
     "head_dim": lambda config: config.d_model // config.decoder_attention_heads,
@@ -124,12 +128,17 @@ register_layout(
     """,
     norm="layer",
     sizes=SIDES,
-    exactness="post-norm: gains become diagonals: logits off by 44 % on a turned stream, gains being 1 +- 0.3; "
-    "with scale_embedding, positions weigh sqrt(d_T / d_S) more against tokens",
+    scales={  # a norm follows the sum; the table itself is tied to a head with no norm before it
+        "encoder.embed_positions": _positions_against_tokens,
+        "decoder.embed_positions": _positions_against_tokens,
+    },
+    exactness="post-norm: gains become diagonals: logits off by 44 % on a turned stream, gains being 1 +- 0.3",
 )
 
-for family in ("blenderbot-small", "plbart", "mvp"):
+for family in ("plbart", "mvp"):
     register_layout(family, like="bart")
+# Its decoder norms tokens before it adds positions.
+register_layout("blenderbot-small", like="bart", scales={"encoder.embed_positions": _positions_against_tokens})
 
 register_layout(
     "mbart",
@@ -155,6 +164,7 @@ register_layout(
     """,
     like="bart",
     embedding_scale=_scaled_embedding,
+    scales={},
     exactness="gains of the embeddings' norms become diagonals: logits off by 18 % on a turned stream, gains being "
     "1 +- 0.3",
 )
