@@ -16,6 +16,7 @@ from hf_guide.students import (
     AutoStudentForSeq2SeqLM,
     AutoStudentForSequenceClassification,
     AutoStudentForTokenClassification,
+    from_teacher,
 )
 
 LABELS = {0: "cat", 1: "dog", 2: "fish"}
@@ -256,3 +257,15 @@ def test_an_encoder_decoder_keeps_its_head(name: str, config: dict[str, Any], ti
     loaded = type(smaller).from_pretrained(tmp_path / "student")
     assert torch.equal(logits(loaded), logits(smaller))
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("method", ["uniform", {"later_blocks": "select"}, {"later_blocks": "random"}], ids=str)
+def test_a_speech_model_starts_by_every_method(method: Any, tmp_path: Path) -> None:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = SEQ2SEQ | {"num_mel_bins": 7, "max_source_positions": 10, "bos_token_id": 1} | sizes
+    build("WhisperForConditionalGeneration", config).save_pretrained(tmp_path)
+    student = from_teacher(str(tmp_path), d_model=16, method=method, show_progress=False)
+    sounds = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(1))
+    said = student(input_features=sounds, decoder_input_ids=torch.tensor([[1, 5, 9], [1, 7, 8]])).logits
+    assert torch.isfinite(said).all()
+    assert bool(new_in(student)) == (method == {"later_blocks": "random"})

@@ -298,6 +298,8 @@ class Transfer:
             for reader in self.folding.readers[norm]:
                 if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in self.plan.sites:
                     continue
+                if not isinstance(self.plan.maps(reader)[reader.match.row.input_axis], Projection):
+                    continue  # a later block that is selected reads what it can
                 vectors = [
                     self.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.reads
                 ]
