@@ -114,7 +114,8 @@ class Transfer:
             offset = 0.0 if site.canonical.endswith(".bias") else self.plan.layout.norm_offset
             self._note_step(site, f"logits times {gain:.6g}")
             return (result.to(self.dtype) + offset) * gain - offset
-        if row.kind == "weight" and row.reads and Name("vocab") in row.axes:
+        is_logit_bias = site.axes == (Name("vocab"),)  # also one that stands beside a tied head
+        if is_logit_bias or (row.kind == "weight" and row.reads and Name("vocab") in row.axes):
             self._note_step(site, f"logits times {gain:.6g}")
             return self._scaled(result, gain)
         return result

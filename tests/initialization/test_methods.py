@@ -12,7 +12,7 @@ from hf_guide.initialization.layouts import registered_layouts
 from tests.invariants.case import build, logits_of
 from tests.invariants.cases import CASES
 from tests.invariants.lifting import shake
-from tests.tiny import KINDS, everything, same_bits
+from tests.tiny import KINDS, everything, logits, same_bits
 
 SMALLER = {
     "hidden_size": 24,
@@ -269,3 +269,13 @@ def test_logit_gain_multiplies_the_logits_and_nothing_else(family: str, width: s
     )
     assert torch.allclose(logits_of(humble, case), 0.3 * logits_of(plain, case), rtol=1e-6, atol=1e-9)
     assert len(changed(humble, plain)) <= 2
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "bert", "t5"])
+def test_logit_gain_reaches_a_bias_beside_a_tied_head(name: str) -> None:
+    kind = KINDS[name]
+    teacher = kind.teacher().double()
+    plain, humble = (
+        from_teacher(teacher, method={"logit_gain": gain}, show_progress=False, **kind.smaller) for gain in (1, 0.3)
+    )
+    assert torch.allclose(logits(humble, kind), 0.3 * logits(plain, kind), rtol=1e-6, atol=1e-9)
