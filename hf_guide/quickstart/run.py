@@ -29,8 +29,13 @@ from hf_guide.students import AutoStudentForCausalLM
 
 RESULTS_NAME = "quickstart.json"
 
-# Peak learning rates: for each method the better of 1e-3 and 3e-3 after 200 steps on SmolLM2-135M and Wikipedia. One rate
-# for all would favour a method: uniform ends at perplexity 440 with 3e-3 and 569 with 1e-3, guide the other way round.
+# How each student is made, and its peak learning rate: the best of what was tried for each on SmolLM2-135M and Wikipedia
+# (the README's benchmarks say what that was). One setting for all would favour a method.
+METHODS: dict[str, dict[str, Any]] = {
+    "random": {"method": "random"},
+    "uniform": {"method": "uniform", "layers": "first"},
+    "guide": {"method": "guide", "layers": "first", "logit_gain": 0.3},
+}
 LEARNING_RATES = {"random": 1e-3, "uniform": 3e-3, "guide": 1e-3}
 
 
@@ -150,7 +155,7 @@ def half_shape(config: PreTrainedConfig) -> dict[str, Any]:
 
 def make_student(teacher: str, method: str, shape: dict[str, Any], seed: int, show_progress: bool) -> PreTrainedModel:
     """Return a float32 student of `shape`."""
-    how = {"method": method, "seed": seed}
+    how = METHODS[method] | {"seed": seed}
     return AutoStudentForCausalLM.from_teacher(
         teacher, method=how, dtype=torch.float32, show_progress=show_progress, **shape
     )
