@@ -2,7 +2,8 @@
 
 For every architecture of the causal-LM mapping that can be built from its default config, a tiny twin (the same
 switches, small sizes, float64, parameters drawn at random) becomes a teacher. Printed are the error of the identity law
-(same config in, same logits out), where the layout came from (table, derived, or blocks only), and whether a student of half the width can be made and runs.
+(same config in, same logits out), where the layout came from (table, derived, or blocks only), and whether a student of
+half the width can be made and runs.
 
     python examples/benchmarks/architectures.py [--output architectures.jsonl] [ARCHITECTURE ...]
 """

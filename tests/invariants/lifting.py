@@ -266,7 +266,8 @@ class Lifter:
             output = len(match.axes) - 1 if row.transposed else 0
             parts = value.split(lengths, dim=output)
             return torch.cat(
-                [self._widened(match, part, target, norm) for part, norm in zip(parts, row.reads)], dim=output
+                [self._widened(match, part, target, norm) for part, norm in zip(parts, row.reads, strict=True)],
+                dim=output,
             )
         return self._widened(match, value, target, terms[0])
 
