@@ -99,6 +99,8 @@ class Transfer:
                     * self.plan.options.logit_gain
                 )
                 self._note_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
+                if self.plan.options.logit_gain != 1.0:
+                    self._note_step(site, f"logits times {self.plan.options.logit_gain:.6g}")
                 return factor
         return 1.0
 

@@ -279,3 +279,10 @@ def test_logit_gain_reaches_a_bias_beside_a_tied_head(name: str) -> None:
         from_teacher(teacher, method={"logit_gain": gain}, show_progress=False, **kind.smaller) for gain in (1, 0.3)
     )
     assert torch.allclose(logits(humble, kind), 0.3 * logits(plain, kind), rtol=1e-6, atol=1e-9)
+
+
+def test_logit_gain_that_finds_no_logits_is_said_so() -> None:
+    case = next(case for case in CASES if case.family == "bart" and case.model_class == "BartForConditionalGeneration")
+    teacher = build(case, case.big)
+    student = from_teacher(teacher, build(case, case.small).config, method={"logit_gain": 0.3}, show_progress=False)
+    assert any("logit_gain" in note for note in student.initialization_report.approximations)
