@@ -13,7 +13,7 @@ from hf_guide.initialization.basis import explained_variance, fit_basis
 from hf_guide.initialization.configs import derive_student_config
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.plan import make_plan
+from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.tables import table_moments
 from hf_guide.initialization.weights import Teacher
 from hf_guide.plots import LANDMARKS, Curve, width_reaching

@@ -17,7 +17,7 @@ from hf_guide.initialization.axes import Name, Selection, axis_names
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import initialize
 from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.plan import canonical, make_plan
+from hf_guide.initialization.planning import canonical, make_plan
 from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, tiny_twin
 from hf_guide.initialization.weights import open_teacher
 

@@ -19,7 +19,7 @@ from hf_guide.errors import LayoutError
 from hf_guide.initialization.axes import Name, axis_names, axis_size, parse_axes
 from hf_guide.initialization.certify import Verdict, certify, move_from_defaults
 from hf_guide.initialization.layouts import Layout, Row, config_sizes, registered_layouts, variant_for
-from hf_guide.initialization.plan import canonical
+from hf_guide.initialization.planning import canonical
 from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, tiny_twin
 
 WIDER = 80

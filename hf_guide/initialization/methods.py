@@ -17,7 +17,8 @@ import hf_guide
 from hf_guide.initialization.basis import ResidualBasis, explained_variance
 from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
 from hf_guide.initialization.options import InitializationConfig, Method
-from hf_guide.initialization.plan import Plan, canonical, make_plan, student_tensors
+from hf_guide.initialization.plan import Plan
+from hf_guide.initialization.planning import canonical, make_plan, student_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.initialization.tables import fit_axis, length_kept, table_moments
 from hf_guide.initialization.transfer import Transfer, check_stored

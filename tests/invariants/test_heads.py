@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from hf_guide.initialization.layouts import registered_layouts, variant_for
-from hf_guide.initialization.plan import resolve_alike
+from hf_guide.initialization.planning import resolve_alike
 from hf_guide.students import from_teacher
 from tests.invariants.case import Case, build, config_of, logits_of
 from tests.invariants.cases import decoders, gpt_decoders, layer_norm_decoders, mixtures

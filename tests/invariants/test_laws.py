@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hf_guide.initialization.layouts import Layout, registered_layouts, variant_for
 from hf_guide.initialization.methods import initialize
 from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.plan import resolve_alike
+from hf_guide.initialization.planning import resolve_alike
 from hf_guide.initialization.weights import open_teacher
 from hf_guide.students import build_student, from_teacher
 from tests.invariants.case import Case, build, logits_of, settle

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.initialization.axes import Axis, Name, Product
 from hf_guide.initialization.layouts import config_sizes, registered_layouts, variant_for
-from hf_guide.initialization.plan import resolve_alike
+from hf_guide.initialization.planning import resolve_alike
 from hf_guide.students import from_teacher
 from tests.invariants.case import TOKENS, tokens
 from tests.invariants.lifting import orthonormal, shake, short

@@ -1,0 +1,277 @@
+"""`make_plan`: from two models' names and shapes alone, so that what cannot work is refused before any weight is read."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import LayoutError, OptionError, ShapeError, did_you_mean
+from hf_guide.initialization.axes import Axis, Name, Product, Sum, select
+from hf_guide.initialization.layouts import Layout, Match, config_sizes
+from hf_guide.initialization.options import InitializationConfig, LaterBlocks, Method
+from hf_guide.initialization.plan import READABLE, Plan, Site
+from hf_guide.initialization.selection import choose_blocks, even_places
+from hf_guide.initialization.weights import Teacher
+
+
+def canonical(name: str, prefix: str) -> str:
+    """Return `name` relative to the base model."""
+    return name.removeprefix(prefix + ".") if prefix else name
+
+
+def resolve_alike(layout: Layout, names: Iterable[str]) -> Layout:
+    """Return `layout` with two axes made one where the module that would tie them is not in the model."""
+    names = list(names)
+    renamed = {
+        axis: same for module, axis, same in layout.alike if not any(name.startswith(module + ".") for name in names)
+    }
+    if not renamed:
+        return layout
+
+    def rename(axis: Axis) -> Axis:
+        if isinstance(axis, Name):
+            return Name(renamed.get(axis.name, axis.name))
+        if isinstance(axis, Product):
+            return Product(tuple(map(rename, axis.factors)))
+        return Sum(tuple(map(rename, axis.terms)))
+
+    return dataclasses.replace(
+        layout, rows=tuple(dataclasses.replace(row, axes=tuple(map(rename, row.axes))) for row in layout.rows)
+    )
+
+
+def student_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a model's saved tensors by name, each once, and the other names of those that are shared."""
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            shared[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor
+    return tensors, shared
+
+
+def _stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
+    """Return how many blocks (or listed modules) stand in each stack, by the text before the placeholder."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        found = layout.find(name)
+        if found is None:
+            continue
+        for placeholder, number in found.numbers.items():
+            stack = found.row.pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
+            sizes[stack] = max(sizes.get(stack, 0), int(number) + 1)
+    return sizes
+
+
+def make_plan(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    layout: Layout,
+    options: InitializationConfig,
+    *,
+    vocab_places: Tensor | None = None,
+    label_places: Tensor | None = None,
+) -> Plan:
+    """Return the plan of a transfer, having checked every shape.
+
+    Raises:
+        LayoutError: a parameter that the layout does not know, or whose axes do not multiply out.
+        ShapeError: a student that is longer than its teacher on some axis.
+    """
+    tensors, shared = student_tensors(student)
+    if layout.variant is not None and layout.variant(student.config) != layout.family:
+        raise ShapeError(
+            f"The student is built as {layout.variant(student.config)!r}, its teacher as {layout.family!r}: "
+            "their blocks are wired differently. Leave the config's switches for the order of norms and branches as "
+            "the teacher has them."
+        )
+    student_names = {canonical(name, student.base_model_prefix): name for name in tensors}
+    if len(student_names) < len(tensors):
+        raise LayoutError(
+            f"{type(student).__name__} has two parameters of one name inside and outside its base model; no layout can tell."
+        )
+    shared_names = {
+        canonical(name, student.base_model_prefix): canonical(first, student.base_model_prefix)
+        for name, first in shared.items()
+    }
+    teacher_names = {canonical(name, teacher.base_model_prefix): name for name in teacher.weights.keys()}
+    for name, first in teacher.tied.items():
+        if canonical(name, teacher.base_model_prefix) not in teacher_names and first in teacher.weights.keys():
+            teacher_names[canonical(name, teacher.base_model_prefix)] = first
+    teacher_layout, layout = (
+        resolve_alike(layout, teacher_names),
+        resolve_alike(layout, [*student_names, *shared_names]),
+    )
+    if teacher_layout.projected() != layout.projected():
+        raise ShapeError(
+            f"The teacher's projected axes are {teacher_layout.projected()}, the student's {layout.projected()}: one has a "
+            "projection after its embedding table, the other has not. Keep the embedding size different from, or equal "
+            "to, the hidden size as there."
+        )
+
+    had, wanted = _stack_sizes(layout, teacher_names), _stack_sizes(layout, student_names)
+    _refuse_unknown_stacks(options, had)
+    stacks = {
+        stack: choose_blocks(had[stack], count, options.layers, stack.removesuffix(".{block}"))
+        if stack.endswith("{block}")
+        else _listed_places(layout, teacher.config, student.config, stack, had[stack], count)
+        for stack, count in wanted.items()
+        if stack in had
+    }
+    known_somewhere = {found.row.pattern + found.suffix for name in teacher_names if (found := layout.find(name))}
+    sites: dict[str, Site] = {}
+    random: list[str] = []
+    for name, actual in student_names.items():
+        match = layout.find(name)
+        if match is None:
+            if name in teacher_names:
+                raise LayoutError(
+                    f"The layout of {layout.family!r} does not say what the axes of {actual!r}, shape "
+                    f"{tuple(tensors[actual].shape)}, mean. Add a row for it: see hf_guide.register_layout."
+                )
+            random.append(actual)
+            continue
+        source, block = _source_name(match, stacks)
+        before = teacher_layout.find(source)
+        if Name("labels") in match.axes and before is not None and before.axes != match.axes:
+            random.append(actual)  # a head of one name that reads something else there
+            continue
+        if source not in teacher_names:
+            elsewhere = match.row.pattern + match.suffix in known_somewhere
+            if elsewhere and block is not None:
+                raise ShapeError(
+                    f"{actual}: the teacher's block that feeds it has no {source!r}: blocks of another kind. "
+                    "Choose blocks of the same kinds with layers=[...], or leave per-block lists to the teacher's config."
+                )
+            if not (match.is_bias and match.row.reads):
+                random.append(actual)
+                continue
+        source_shape = teacher.weights.shape(teacher_names[source]) if source in teacher_names else None
+        sites[name] = Site(
+            actual,
+            name,
+            tensors[actual].shape,
+            match,
+            source if source in teacher_names else None,
+            source_shape,
+            block,
+        )
+
+    widths = _projected_widths(layout, sites.values())
+    random_blocks = options.method == Method.GUIDE and options.later_blocks == LaterBlocks.RANDOM
+    for name, site in list(sites.items()):
+        carries_labels = label_places is not None and len(label_places) == 0 and Name("labels") in site.axes
+        if carries_labels or (random_blocks and site.block is not None and site.block > 0):
+            random.append(site.name)
+            del sites[name]
+    used = {site.source for site in sites.values()} | set(student_names) | set(shared_names)
+    lost = [  # a head of its own, for which a tied student has no tensor
+        f"{teacher_names[name]} (the student's is tied to {first}; tie_word_embeddings=False keeps it)"
+        for name, first in shared_names.items()
+        if first in teacher_names and teacher_names.get(name, teacher_names[first]) != teacher_names[first]
+    ]
+    lost += [
+        actual
+        for name, actual in teacher_names.items()
+        if name not in used
+        and (found := layout.find(name))
+        and "block" not in found.numbers
+        and actual.startswith(teacher.base_model_prefix + ".")
+    ]
+    kinds = {
+        found.row.pattern + found.suffix for name in [*student_names, *shared_names] if (found := layout.find(name))
+    }
+    lost += dict.fromkeys(
+        f"{found.row.pattern}{found.suffix} of every block"
+        for name in teacher_names
+        if (found := layout.find(name)) and "block" in found.numbers and found.row.pattern + found.suffix not in kinds
+    )
+    plan = Plan(
+        layout,
+        options,
+        teacher,
+        student.config,
+        sites,
+        shared_names,
+        teacher_names,
+        stacks,
+        widths,
+        vocab_places,
+        label_places,
+        random,
+        lost,
+    )
+    for site in sites.values():
+        if site.source is not None:
+            plan.maps(site)
+    return plan
+
+
+def _refuse_unknown_stacks(options: InitializationConfig, stacks: Iterable[str]) -> None:
+    known = [stack.removesuffix(".{block}") for stack in stacks if stack.endswith(".{block}")]
+    for name in options.layers if isinstance(options.layers, dict) else ():
+        if name not in known:
+            raise OptionError(
+                f"layers names the stack {name!r}, but this teacher's stacks are {known}.{did_you_mean(name, known)}"
+            )
+
+
+def _listed_places(
+    layout: Layout, teacher: PreTrainedConfig, student: PreTrainedConfig, stack: str, had: int, wanted: int
+) -> list[int]:
+    """Return the teacher's listed module that feeds each of the student's: `{heads}` go as query heads do."""
+    sizes = config_sizes(layout, teacher), config_sizes(layout, student)
+    if stack.endswith("{heads}") and all("group" in known for known in sizes):
+        heads = Product((Name("kv_heads"), Name("group")))
+
+        def leaf(name: str) -> tuple[Tensor, Tensor]:
+            places = even_places(sizes[0][name], sizes[1][name])
+            return torch.tensor(places), torch.ones(len(places), dtype=torch.float64)
+
+        return select(heads, leaf, sizes[0])[0].tolist()
+    return choose_blocks(had, wanted, "even", stack)
+
+
+def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:
+    """Return the canonical name of the teacher's parameter that feeds a match, and the student's block number."""
+    pattern, block = match.row.pattern, None
+    source = pattern
+    for placeholder, number in match.numbers.items():
+        stack = pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
+        fed = stacks[stack][int(number)] if stack in stacks else int(number)
+        source = source.replace("{" + placeholder + "}", str(fed))
+        if placeholder == "block":
+            block = int(number)
+    return source + match.suffix, block
+
+
+def _projected_widths(layout: Layout, sites: Iterable[Site]) -> dict[str, tuple[int, int]]:
+    """Return teacher's and student's width of every projected axis.
+
+    Raises:
+        ShapeError: a student that is wider than its teacher.
+    """
+    widths: dict[str, tuple[int, int]] = {}
+    projected = layout.projected()
+    for site in sites:
+        if site.source_shape is None or len(site.source_shape) != len(site.axes):
+            continue
+        for axis, had, wanted in zip(site.axes, site.source_shape, site.shape, strict=True):
+            if isinstance(axis, Name) and axis.name in projected:
+                if wanted > had:
+                    raise ShapeError(
+                        f"The student's {READABLE.get(axis.name, axis.name)} is {wanted}, wider than its teacher's {had} "
+                        f"(seen at {site.name}): a student starts inside its teacher, so choose at most {had}."
+                    )
+                if widths.setdefault(axis.name, (had, wanted)) != (had, wanted):
+                    raise LayoutError(
+                        f"{site.name} is {had} -> {wanted} along {axis.name!r}, elsewhere it is {widths[axis.name]}: "
+                        f"the layout of {layout.family!r} calls two different axes by one name."
+                    )
+    return widths
