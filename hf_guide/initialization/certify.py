@@ -107,7 +107,10 @@ def dead_places_error(layout: Layout, twin: PreTrainedModel) -> float:
                     dead[chosen.places] = False
                     tensors[site.source or ""].index_fill_(dim, dead.nonzero().flatten(), 0.0)
     initialize(student, open_teacher(teacher), layout, options)
-    return relative_error(student, teacher)
+    try:
+        return relative_error(student, teacher)
+    except TWIN_ERRORS as error:
+        raise ShapeError(f"a twin with fewer heads and neurons cannot run: {type(error).__name__}: {error}") from error
 
 
 def move_from_defaults(model: PreTrainedModel, seed: int) -> None:

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide import LayoutError, ShapeError, from_teacher
-from hf_guide.initialization.axes import parse_axes
+from hf_guide.initialization.axes import axis_names, parse_axes
 from hf_guide.initialization.certify import certify, move_from_defaults, random_rotation, relative_error
 from hf_guide.initialization.derive import derive_layout, layout_for
 from hf_guide.initialization.layouts import Layout, registered_layouts
@@ -48,6 +48,13 @@ def test_derived_layout_passes_the_law_of_lift(family: str) -> None:
     student.set_attn_implementation("eager")
     student.set_experts_implementation("eager")
     assert relative_error(exactly_normed(student), small) <= 1e-5
+
+
+def test_heads_are_kept_where_the_family_cannot_run_with_fewer() -> None:
+    twin = twin_of("bitnet")
+    layout = layout_for(twin.config, type(twin))
+    assert layout.exactness.startswith("derived")
+    assert "kv_heads" not in {name for row in layout.rows for axis in row.axes for name in axis_names(axis)}
 
 
 def test_what_grows_with_the_width_unseen_is_refused() -> None:
