@@ -24,7 +24,7 @@ from hf_guide.quickstart import QuickstartOptions
 from hf_guide.quickstart.corpus import pack, read_text, split_documents
 from hf_guide.quickstart.distill import Recipe, distill, evaluate
 from hf_guide.quickstart.memory import keep_freed_memory
-from hf_guide.quickstart.run import half_shape, shuffled
+from hf_guide.quickstart.run import LEARNING_RATES, half_shape, shuffled
 from hf_guide.quickstart.teacher import default_teacher
 
 ARMS = {
@@ -38,9 +38,6 @@ ARMS = {
     "guide, later random": {"method": "guide", "layers": "first", "later_blocks": "random"},
     "guide, first blocks, no energy correction": {"method": "guide", "layers": "first", "energy_correction": False},
 }
-
-# Peak rates by method: the best of a small grid (1e-3, 3e-3) at 200 steps of 512 tokens, one seed.
-LEARNING_RATES = {"random": 1e-3, "uniform": 3e-3, "guide": 1e-3}
 
 
 def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:

@@ -93,7 +93,7 @@ class Folding:
     @functools.cached_property
     def _norms(self) -> dict[str, Row]:
         norms = [site for site in self.plan.sites.values() if site.match.row.kind == "norm"]
-        return {site.canonical.removesuffix(".bias").removesuffix(".weight"): site.match.row for site in norms}
+        return {site.module: site.match.row for site in norms}
 
     def _only_elsewhere(self, norm: str) -> bool:
         """Whether other blocks have this norm and this one has not: the stream is read as it is (ModernBERT's first)."""

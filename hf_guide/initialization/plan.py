@@ -57,6 +57,11 @@ class Site:
     def axes(self) -> tuple[Axis, ...]:
         return self.match.axes
 
+    @property
+    def module(self) -> str:
+        """The canonical name of the module that holds the parameter."""
+        return self.canonical.removesuffix(".bias").removesuffix(".weight")
+
 
 @dataclass
 class Plan:

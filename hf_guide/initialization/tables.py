@@ -1,7 +1,5 @@
 """The directions that a teacher's own tables span: embeddings, patches, whatever the residual stream is made from."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ def table_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
                 continue
             weights = _weights_of_rows(plan, site, len(rows))
             moment += second_moment(
-                _chunks(rows), width, weights=weights, centered=plan.options.centered, name=site.source or ""
+                [rows], width, weights=weights, centered=plan.options.centered, name=site.source or ""
             )
         moments[axis] = moment
     return moments
@@ -80,17 +78,13 @@ def fit_axis(plan: Plan, axis: str, moments: dict[str, Tensor]) -> ResidualBasis
         for dim, name in enumerate(site.axes):
             if name == Name(axis) and (site.match.is_bias or dim != site.match.row.input_axis):
                 rows = plan.read(site.source).movedim(dim, -1).reshape(-1, width)
-                written += second_moment(_chunks(rows), width, name=site.source)
+                written += second_moment([rows], width, name=site.source)
     moments[axis] = moments[axis] + 1e-6 * moments[axis].trace() / written.trace().clamp(min=1e-300) * written
     return fit_basis(moments[axis], size, keep_mean=keep_mean)
 
 
 def _names(site: Site) -> list[str]:
     return [name for axis in site.axes for name in axis_names(axis)]
-
-
-def _chunks(rows: Tensor, size: int = 8192) -> Iterator[Tensor]:
-    return iter(rows.split(size))
 
 
 def length_kept(moment: Tensor, matrix: Tensor, *, centered: bool) -> float:

@@ -55,10 +55,6 @@ class Transfer:
 
     # What the teacher has
 
-    def read(self, canonical: str) -> Tensor:
-        """Return the teacher's tensor."""
-        return self.plan.read(canonical)
-
     def teacher_norm(self, norm: str, site: Site, part: str) -> Tensor | None:
         """Return the gain or bias, float64, of the teacher's norm that `site`'s source reads; None where it has none."""
         name = self.folding.name(norm, site, of_teacher=True) + (".bias" if part == "bias" else ".weight")
@@ -67,7 +63,7 @@ class Transfer:
             if part == "bias" or bare not in self.plan.teacher_names:
                 return None
             name = bare
-        return self.read(name).double() + (self.plan.layout.norm_offset if part == "weight" else 0.0)
+        return self.plan.read(name).double() + (self.plan.layout.norm_offset if part == "weight" else 0.0)
 
     def scale(self, axis: str) -> float:
         """Return sqrt(d_T / d_S), times the share of length kept where the energy is corrected."""
@@ -112,7 +108,7 @@ class Transfer:
         row = site.match.row
         if gain == 1.0:
             return result
-        if row.kind == "norm" and self.folding.is_tied(site.canonical.removesuffix(".bias").removesuffix(".weight")):
+        if row.kind == "norm" and self.folding.is_tied(site.module):
             offset = 0.0 if site.canonical.endswith(".bias") else self.plan.layout.norm_offset
             self._note_step(site, f"logits times {gain:.6g}")
             return (result.to(self.dtype) + offset) * gain - offset
@@ -164,7 +160,7 @@ class Transfer:
         """
         assert site.source is not None
         row, maps = site.match.row, self.plan.maps(site)
-        tensor = self.read(site.source)
+        tensor = self.plan.read(site.source)
         if not maps:
             return tensor
         for dim, chosen in enumerate(maps):
@@ -229,7 +225,7 @@ class Transfer:
         weight = self.plan.sites.get(site.canonical.removesuffix("bias") + "weight")
         if site.source is not None:
             (chosen,) = self.plan.maps(site)
-            result = self.read(site.source)
+            result = self.plan.read(site.source)
             if isinstance(chosen, Selection):
                 result = apply_selection(result, 0, chosen).to(self.dtype) * chosen.factors.to(self.dtype)
             elif isinstance(chosen, Projection):
@@ -276,7 +272,7 @@ class Transfer:
         lengths for a white h, and exactly so where c is constant and nothing is cut.
         """
         assert writer.source is not None
-        tensor, width = self.read(writer.source), (1, 1)
+        tensor, width = self.plan.read(writer.source), (1, 1)
         for dim, chosen in enumerate(self.plan.maps(writer)):
             if isinstance(chosen, Selection):
                 tensor = apply_selection(tensor, dim, chosen)
@@ -326,7 +322,7 @@ class Transfer:
         layout, maps = self.plan.layout, self.plan.maps(site)
         chosen = maps[-1]
         is_bias = site.canonical.endswith(".bias")
-        stored = self.read(site.source)
+        stored = self.plan.read(site.source)
         offset = 0.0 if is_bias else layout.norm_offset
         if all(isinstance(each, Identity) for each in maps):
             return stored
@@ -340,7 +336,7 @@ class Transfer:
             return kept - offset
         axis = site.axes[-1]
         assert isinstance(axis, Name)
-        norm = site.canonical.removesuffix(".bias").removesuffix(".weight")
+        norm = site.module
         matrix, gain = chosen.matrix, stored.double() + offset
         if norm in self.folding.learned_scales:
             self._note_step(site, "folded into the weights it multiplies")
