@@ -63,9 +63,9 @@ def second_moment(
             raise ShapeError(f"{name}: expected chunks of shape (any, {width}), found {tuple(chunk.shape)}.")
         if seen == 0 and chunk.device.type == "cuda":
             moment, total = moment.to(chunk.device), total.to(chunk.device)
+        first_row = seen
         for part in chunk.detach().split(ROWS_AT_ONCE):
             part = part.to(moment.device, torch.float64)
-            _check_finite(part, seen, name)
             weighted = part
             if weights is None:
                 mass += len(part)
@@ -81,6 +81,8 @@ def second_moment(
             for start in range(0, width, PANEL):
                 moment[start:, start : start + PANEL].addmm_(part[:, start:].T, weighted[:, start : start + PANEL])
             seen += len(part)
+        if not torch.isfinite(moment.trace()):  # looked at once a chunk: a pass over every row would cost a tenth more
+            _refuse_not_finite(chunk, first_row, name)
     if weights is not None and len(weights) != seen:
         raise ShapeError(f"{name}: {len(weights)} weights for {seen} rows; give one weight a row.")
     moment = moment.tril() + moment.tril(-1).T
@@ -158,13 +160,16 @@ def _without_mean(width: int) -> Tensor:
     return reflection[1:]
 
 
-def _check_finite(part: Tensor, first_row: int, name: str) -> None:
-    if not torch.isfinite(part.sum()):
-        bad = (~torch.isfinite(part)).any(1).nonzero().flatten() + first_row
+def _refuse_not_finite(chunk: Tensor, first_row: int, name: str) -> None:
+    bad = (~torch.isfinite(chunk)).any(1).nonzero().flatten() + first_row
+    if len(bad) == 0:
         raise TeacherError(
-            f"{name}: {len(bad)} of the rows {first_row} to {first_row + len(part) - 1} hold NaN or infinite values, "
-            f"the first is row {bad[0].item()}. A basis needs finite weights; check how the teacher was saved."
+            f"{name}: values up to {chunk.abs().max().item():.3g}, whose squares are more than float64 holds."
         )
+    raise TeacherError(
+        f"{name}: {len(bad)} of the rows {first_row} to {first_row + len(chunk) - 1} hold NaN or infinite values, "
+        f"the first is row {bad[0].item()}. A basis needs finite weights; check how the teacher was saved."
+    )
 
 
 def _check_weights(weights: Tensor) -> None:

@@ -405,7 +405,11 @@ def check_stored(stored: Tensor, value: Tensor, name: str) -> None:
     Raises:
         ShapeError: says how large the value is, and how large a number the dtype holds.
     """
-    if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+    if not stored.is_floating_point() or torch.isfinite(
+        stored.sum(dtype=torch.promote_types(stored.dtype, torch.float32))
+    ):
+        return  # one pass without a copy; a sum that overflows is looked at again
+    if not bool(torch.isfinite(stored).all()):
         raise ShapeError(
             f"{name} has values up to {value.abs().max().item():.3g}, more than {stored.dtype} holds "
             f"({torch.finfo(stored.dtype).max:.3g}). Make the student with dtype='bfloat16' or 'float32'."
