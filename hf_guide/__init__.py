@@ -20,6 +20,7 @@ _HOMES = {
     "OptionError": "errors",
     "ShapeError": "errors",
     "TeacherError": "errors",
+    "VocabularyError": "errors",
     "InitializationConfig": "initialization.options",
     "InitializationReport": "initialization.report",
     "register_layout": "initialization.layouts",
@@ -41,13 +42,14 @@ __all__ = [
     "OptionError",
     "ShapeError",
     "TeacherError",
+    "VocabularyError",
     "from_teacher",
     "register_layout",
     "__version__",
 ]
 
 if TYPE_CHECKING:
-    from hf_guide.errors import HfGuideError, LayoutError, OptionError, ShapeError, TeacherError
+    from hf_guide.errors import HfGuideError, LayoutError, OptionError, ShapeError, TeacherError, VocabularyError
     from hf_guide.initialization.layouts import register_layout
     from hf_guide.initialization.options import InitializationConfig
     from hf_guide.initialization.report import InitializationReport

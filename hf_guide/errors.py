@@ -24,6 +24,18 @@ class TeacherError(HfGuideError):
     """A teacher that cannot be read: truncated, not finite, quantised, offloaded, or in need of remote code."""
 
 
+class TaskError(HfGuideError):
+    """A model, a batch or a dataset that does not fit the task, or an objective that asks for what is not there."""
+
+
+class CaptureError(HfGuideError):
+    """A capture that cannot be written or read: incomplete, damaged, of another teacher, tokenizer or dataset."""
+
+
+class VocabularyError(HfGuideError):
+    """Two models whose tokens, classes or labels do not mean the same."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x' or 'y'?"`, or an empty string where nothing known is near `word`."""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
