@@ -1,0 +1,88 @@
+"""Examples made batches on their way to the teacher, as `Trainer` makes them on their way to the student."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from hf_guide.distillation.capture_teachers import unwrapped
+from hf_guide.distillation.tasks import Task
+from hf_guide.errors import CaptureError
+
+_LABELS = ("label", "label_ids", "labels")
+
+
+class Collate:
+    """Examples made a batch as `Trainer` would: unused columns dropped, then the user's collator or one that pads."""
+
+    def __init__(
+        self,
+        model: Any,
+        task: Task,
+        data_collator: Callable[[Any], Mapping[str, Any]] | None,
+        processing_class: Any,
+        drop: bool,
+    ):
+        bare = unwrapped(model)
+        self._known = {*inspect.signature(bare.forward).parameters, *_LABELS}
+        self._drop = drop
+        self._without_labels = data_collator is None and task is not Task.SEQ2SEQ_LM
+        if data_collator is not None:
+            self._collator = data_collator
+        elif not isinstance(processing_class, PreTrainedTokenizerBase):
+            self._collator = default_data_collator
+        elif task is Task.SEQ2SEQ_LM:
+            self._collator = DataCollatorForSeq2Seq(processing_class)
+        else:
+            self._collator = DataCollatorWithPadding(processing_class)
+
+    def __call__(self, features: Sequence[Any]) -> Mapping[str, Any]:
+        if isinstance(features[0], Mapping):
+            kept = [self._keep(feature) for feature in features]
+            if not kept[0]:
+                raise CaptureError(
+                    f"The dataset's columns {sorted(features[0])} are none of those that the teacher takes "
+                    f"({sorted(self._known)}). Process it as for training, or pass remove_unused_columns=False and a "
+                    "data_collator that does."
+                )
+            features = kept
+        return self._collator(features)
+
+    def _keep(self, feature: Mapping[str, Any]) -> dict[str, Any]:
+        # A collator that only pads does not know how to pad labels; an example is known without them.
+        gone = _LABELS if self._without_labels else ()
+        return {
+            name: value
+            for name, value in feature.items()
+            if name not in gone and (not self._drop or name in self._known)
+        }
+
+
+class Numbered(Dataset[tuple[int, Any]]):
+    """A dataset whose examples come with their numbers."""
+
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, number: int) -> tuple[int, Any]:
+        return number, self._dataset[number]
+
+
+class CollateNumbered:
+    """A collator of such examples, which gives their numbers and the batch."""
+
+    def __init__(self, collate: Collate):
+        self._collate = collate
+
+    def __call__(self, items: Sequence[tuple[int, Any]]) -> tuple[list[int], Mapping[str, Any]]:
+        return [number for number, _ in items], self._collate([example for _, example in items])

@@ -1,0 +1,269 @@
+"""A teacher's signals read back from disk, in place of the teacher.
+
+Does: map a capture, check that it is whole and of whom it should be, find an example's signals, add them to a batch.
+Does not: load a capture into memory, or need the teacher.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_guide.distillation.capture_decoding import PREFIX, CapturedExample, decode
+from hf_guide.distillation.capture_keys import example_keys, token_places
+from hf_guide.distillation.capture_manifest import CaptureManifest
+from hf_guide.distillation.capture_storage import INDEX_NAME, Arrays, KeyIndex, Shard, shard_name
+from hf_guide.distillation.fingerprints import (
+    config_facts,
+    files_fingerprint,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from hf_guide.distillation.tasks import Task
+from hf_guide.errors import CaptureError, OptionError
+
+MOST_OPEN_SHARDS = 128  # each holds a file descriptor
+
+
+class Capture:
+    """A teacher's signals on disk, read-only. It is cheap to send to another process, which opens the files itself.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it is of.
+    """
+
+    def __init__(self, folder: Path, manifest: CaptureManifest):
+        self.folder, self.manifest = folder, manifest
+        self._index = KeyIndex(folder / INDEX_NAME)
+        if len(self._index) != manifest.examples:
+            raise CaptureError(
+                f"{folder / INDEX_NAME} knows {len(self._index)} examples; the manifest says {manifest.examples}. Run the "
+                "same capture again."
+            )
+        self._columns = manifest.columns
+        self._shards: OrderedDict[int, Shard] = OrderedDict()
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str], *, processing_class: Any = None, teacher: Any = None) -> "Capture":
+        """Open a capture, mapped and read-only; nothing but the manifest is read.
+
+        Args:
+            folder: what `capture_teacher` or `hf-guide capture` wrote.
+            processing_class, teacher: what it should be of, where known; see `check`.
+
+        Raises:
+            CaptureError: no capture, one that is not complete, a shard that is missing or truncated, or another teacher
+                or tokenizer; it names what differs.
+        """
+        manifest = CaptureManifest.load(folder)
+        manifest.check_files(Path(folder))
+        capture = cls(Path(folder), manifest)
+        capture.check(processing_class=processing_class, teacher=teacher)
+        return capture
+
+    @property
+    def task(self) -> Task:
+        """What the teacher's head is for."""
+        return Task(self.manifest.task)
+
+    def check(self, *, processing_class: Any = None, teacher: Any = None, dataset: Any = None) -> None:
+        """Refuse to be taken for the signals of another teacher, tokenizer or dataset. What is None is not looked at.
+
+        Args:
+            processing_class: the tokenizer or processor that makes the student's input.
+            teacher: a loaded model, or a folder or Hub id, whose files are compared, and which is loaded where these differ.
+            dataset: its number of examples is compared; that each is there shows when it is looked up.
+
+        Raises:
+            CaptureError: names what differs.
+        """
+        found = tokenizer_fingerprint(processing_class)
+        if found is not None and self.manifest.tokenizer is not None and found != self.manifest.tokenizer:
+            raise CaptureError(
+                f"{self.folder} was captured with another tokenizer or processor than this {type(processing_class).__name__} "
+                f"(fingerprint {self.manifest.tokenizer} there, {found} here). Use that of {self.manifest.teacher}, or "
+                "capture again with this one."
+            )
+        if teacher is not None:
+            self._check_teacher(teacher)
+        if dataset is not None and len(dataset) > self.manifest.examples:
+            raise CaptureError(
+                f"{self.folder} holds {self.manifest.examples} examples and the dataset has {len(dataset)}. Capture the "
+                "dataset that you train on."
+            )
+
+    def __len__(self) -> int:
+        return self.manifest.examples
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, bytes) and self._row(key) is not None
+
+    def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
+        """Return the keys of a collated batch's examples, as this capture has them."""
+        return example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key)
+
+    def lookup(self, keys: Iterable[bytes], *, temperature: float = 1.0) -> list[CapturedExample]:
+        """Return what the teacher said of these examples.
+
+        Args:
+            keys: as `keys` or `example_keys` give them.
+            temperature: what `log_normalizer` is for; of a capture without all classes it must be a captured one.
+
+        Raises:
+            CaptureError: an example that is not there, a temperature that was not captured, a damaged shard.
+        """
+        self.check_temperature(temperature)
+        found = []
+        for key in keys:
+            row = self._row(key)
+            if row is None:
+                raise CaptureError(f"The example {key.hex()} is not in {self.folder}. {WHY_MISSING}")
+            found.append(decode(self.manifest, self._arrays(row), temperature))
+        return found
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse a temperature at which the mass of the tail was not captured.
+
+        Raises:
+            CaptureError: names those that were.
+        """
+        known = self.manifest.temperatures
+        if known is not None and temperature not in known:
+            raise CaptureError(
+                f"temperature={temperature} was not captured; {self.folder} has {known}. Train at one of these, or capture "
+                f"again with temperatures=[{temperature}]."
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Capture, (self.folder, self.manifest)
+
+    def _check_teacher(self, teacher: Any) -> None:
+        from hf_guide.distillation.capture_teachers import load_teacher
+
+        wanted = self.manifest
+        if isinstance(teacher, (str, os.PathLike)):
+            if wanted.files is not None and files_fingerprint(teacher) == wanted.files:
+                return
+            config = AutoConfig.from_pretrained(teacher)
+        elif isinstance(teacher, PreTrainedModel):
+            config = teacher.config
+        else:
+            raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
+        there, here = config_facts(wanted.teacher_config), config_facts(config)
+        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        if differing:
+            shown = "; ".join(
+                f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differing[:5]
+            )
+            raise CaptureError(f"{self.folder} was captured from another teacher, {wanted.teacher}: {shown}.")
+        model = load_teacher(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
+        if weights_fingerprint(model) != wanted.weights:
+            raise CaptureError(
+                f"{self.folder} was captured from another teacher, {wanted.teacher}: the shapes agree, the weights differ. "
+                "Capture again with this one."
+            )
+
+    def _row(self, key: bytes) -> int | None:
+        for row in self._index.rows(key):
+            shard, place = self._shard_of(row)
+            if shard.key(place) == key:
+                return row
+        return None
+
+    def _arrays(self, row: int) -> Arrays:
+        shard, place = self._shard_of(row)
+        return shard.arrays(place)
+
+    def _shard_of(self, row: int) -> tuple[Shard, int]:
+        number, place = divmod(row, self.manifest.config.examples_per_shard)
+        if number not in self._shards:
+            shard = Shard(self.folder / shard_name(number), self._columns)
+            if len(shard) != len(self.manifest.shard_examples(number)):
+                raise CaptureError(
+                    f"{self.folder / shard_name(number)} has {len(shard)} examples and should have "
+                    f"{len(self.manifest.shard_examples(number))}. Run the same capture again."
+                )
+            self._shards[number] = shard
+            if len(self._shards) > MOST_OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(number)
+        return self._shards[number], place
+
+
+WHY_MISSING = (
+    "It is known by what the model is fed, padding left out: was it masked at random, truncated or tokenised otherwise, or is "
+    "it of another dataset? Capture what you train on, with the same collator but for its padding."
+)
+
+
+class CapturedCollator:
+    """A user's collator, and beside what it collates the signals of the teacher, padded as it padded.
+
+    Added are `teacher_logits` (batch, classes), or (batch, length, classes) where items are tokens; or of language models
+    with the largest k `teacher_indices` and `teacher_log_probs` (batch, length, k) and `teacher_log_normalizer` (batch,
+    length); and as captured `teacher_hidden_N` and `teacher_embedding`. Padded places are zeros.
+
+    Args:
+        data_collator: gives a batch of tensors. It may pad as it likes; it may not mask or cut at random.
+        capture: where the signals are.
+        temperature: what `teacher_log_normalizer` is for.
+        missing: "error", or "skip": a batch with an example that was not captured then carries no signals.
+
+    Raises:
+        CaptureError: a temperature that was not captured; when called, an example that was not.
+        OptionError: `missing` is neither.
+    """
+
+    def __init__(
+        self,
+        data_collator: Callable[[Any], Mapping[str, Any]],
+        capture: Capture,
+        temperature: float = 1.0,
+        *,
+        missing: str = "error",
+    ):
+        if missing not in ("error", "skip"):
+            raise OptionError(f"missing is 'error' or 'skip'; found {missing!r}.")
+        capture.check_temperature(temperature)
+        self.data_collator, self.capture, self.temperature, self.missing = data_collator, capture, temperature, missing
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        batch = dict(self.data_collator(features))
+        keys = self.capture.keys(batch)
+        if self.missing == "skip" and any(key not in self.capture for key in keys):
+            return batch
+        examples = [example.named() for example in self.capture.lookup(keys, temperature=self.temperature)]
+        if any(-1 in column.shape for column in self.capture.manifest.columns.values()):
+            places, length = token_places(batch, self.capture.task), self._length(batch)
+        for name in examples[0] if examples else ():
+            values = [example[name] for example in examples]
+            if self._is_by_place(name):
+                batch[name] = _padded(values, places, length)
+            else:
+                batch[name] = torch.stack(values)
+        return batch
+
+    def _length(self, batch: Mapping[str, Any]) -> int:
+        if self.capture.task is Task.SEQ2SEQ_LM:
+            names: tuple[str, ...] = ("labels", "decoder_input_ids")
+        else:
+            names = ("attention_mask", "input_ids", "inputs_embeds")
+        return next(int(batch[name].shape[1]) for name in names if batch.get(name) is not None)
+
+    def _is_by_place(self, name: str) -> bool:
+        columns = self.capture.manifest.columns
+        column = columns.get(name.removeprefix(PREFIX))
+        return column is None or -1 in column.shape  # log_normalizer and a language model's logits have no column
+
+
+def _padded(values: Sequence[Tensor], places: Sequence[Tensor], length: int) -> Tensor:
+    padded = values[0].new_zeros(len(values), length, *values[0].shape[1:])
+    for row, (value, where) in enumerate(zip(values, places, strict=True)):
+        padded[row, where] = value
+    return padded
