@@ -1,72 +1,395 @@
-"""Model cards: what a student published on the Hub says about where it came from."""
+"""Model cards on disk and on the Hub: what a published student says about where it came from.
 
+Does: draw the part of `README.md` that is ours, between two comments, and our keys of its metadata.
+Does not: touch a word outside them, or upload anything (`saving.py` does).
+"""
+
+import json
+import logging
 import os
+import shutil
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CardData, EvalResult, RepoCard, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 
-from hf_guide.initialization.report import InitializationReport, format_count
+from hf_guide.card_files import (
+    CARD_NAME,
+    OUR_TAG,
+    as_list,
+    merge_metadata,
+    merge_results,
+    part_of,
+    place_part,
+    read_card,
+    title_of,
+    write_card,
+)
+from hf_guide.cards import (
+    RECORD_NAME,
+    DistillationRecord,
+    Figure,
+    TeacherRecord,
+    eval_results_of,
+    figures_of,
+    format_figure,
+    load_record,
+)
+from hf_guide.errors import HfGuideError
+from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
+from hf_guide.plots import plot_explained_variance
+
+PLOT_NAME = "variance_explained.png"
+
+# What the Hub calls the task of a class whose name ends so.
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForImageClassification": "image-classification",
+}
+
+# The file by which a folder shows that it holds a tokenizer or processor, and the class that loads it.
+PROCESSORS = {
+    "processor_config.json": "AutoProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
+    "preprocessor_config.json": "AutoImageProcessor",
+}
+
+logger = logging.getLogger(__name__)
 
 
 def write_model_card(
     folder: str | os.PathLike[str],
-    report: InitializationReport,
+    report: InitializationReport | None = None,
     *,
+    record: DistillationRecord | None = None,
     model_id: str | None = None,
     license: str | None = None,
+    language: str | Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
+    tags: Sequence[str] | None = None,
     results: Sequence[EvalResult] | None = None,
+    token: str | bool | None = None,
 ) -> Path:
-    """Write `README.md` into a student's folder and return its path. One that is there already is left as it is.
+    """Draw our part of a student's `README.md`, with the plot it shows, and return the card's path.
+
+    A card that is there keeps its text and its metadata; only what stands between `<!-- hf_guide:begin -->` and
+    `<!-- hf_guide:end -->` is drawn again, and our keys of the metadata. A card without them gets the part at its end.
 
     Args:
         folder: where the student was saved.
-        report: how the student was made.
-        model_id: the student's name on the Hub; by default the folder's name.
-        license: the licence's identifier on the Hub, such as "apache-2.0".
-        datasets: ids of the datasets that the student was trained on.
-        results: evaluations, shown as a table and in the card's metadata.
+        report: how the student was made; by default `initialization_report.json` in the folder, where there is one.
+        record: how it was trained; by default `distillation.json` in the folder, where there is one.
+        model_id: the student's name on the Hub; by default the card's title, if that is such a name, or the folder's.
+        license: the licence's identifier on the Hub, such as "apache-2.0"; by default the card's own, or the teacher's.
+        language: codes such as "en"; by default the card's own, the record's, or the teacher's.
+        datasets: ids of the datasets that the student was trained on, besides those of the record.
+        tags: tags besides ours.
+        results: evaluations besides those of the record, shown as a table and in the card's metadata.
+        token: access token for the teacher's card on the Hub.
+
+    Raises:
+        HfGuideError: there is neither a report nor a record; or the card that is there cannot be read.
     """
-    path = Path(folder) / "README.md"
-    if path.exists():
-        return path
-    model_id = model_id or Path(folder).resolve().name
-    results = list(results or [])
-    data = ModelCardData(
-        base_model=teacher_repo_id(report),
-        library_name="transformers",
-        license=license,
-        datasets=list(datasets) if datasets else None,
-        tags=["hf_guide", str(report.options["method"])],
-        eval_results=results or None,
-        model_name=model_id if results else None,
-    )
-    card = ModelCard.from_template(
+    folder = Path(folder)
+    report = report or (InitializationReport.load(folder) if (folder / REPORT_NAME).is_file() else None)
+    record = record or (load_record(folder) if (folder / RECORD_NAME).is_file() else None)
+    if report is None and record is None:
+        raise HfGuideError(
+            f"{folder} holds neither {REPORT_NAME} nor {RECORD_NAME}, so there is nothing to tell of it; name the folder "
+            "of a student that hf_guide made or trained."
+        )
+    path = folder / CARD_NAME
+    card = read_card(path)
+    model_id = model_id or _name_in_title(card) or folder.resolve().name
+    data = card.data if card is not None else CardData()
+    teachers = _teachers(report, record, look_up=not (license or data.get("license")), token=token)
+    student_class = _stock_class(folder, report, record)
+    adapter = _adapter_base(folder)
+    task = (record.task if record is not None else None) or _task_of(student_class)
+    from_record = eval_results_of(record) if record is not None else []
+    merge_metadata(
         data,
-        template_str=resources.files("hf_guide.model_cards").joinpath("student.md").read_text(encoding="utf-8"),
-        report=report,
-        model_id=model_id,
-        student_size=format_count(report.student_parameters),
-        teacher_size=format_count(report.teacher_parameters),
-        results=results,
+        ours={"base_model": _base_models(report, teachers, adapter)} | _as_keys(license, language),
+        added={
+            "datasets": [*(record.datasets if record is not None else []), *(datasets or [])],
+            "tags": [*_our_tags(report, record), *(tags or [])],
+        },
+        defaults={"library_name": "transformers" if adapter is None else "peft", "pipeline_tag": task}
+        | _inherited_licence(teachers)
+        | {"language": (record.languages if record is not None else []) or _languages(teachers)},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    card.save(path)
+    told = merge_results(data, [*from_record, *(results or [])], model_id)
+    figures = figures_of(record) if record is not None else []
+    figures += [_figure(result) for result in told if result not in from_record]
+    drawn = RepoCard.from_template(
+        CardData(),
+        template_str=resources.files("hf_guide.model_cards").joinpath("student.md").read_text(encoding="utf-8"),
+        model_id=model_id,
+        report=report,
+        record=record,
+        student_class=student_class,
+        student_size=_student_size(report, record),
+        teacher_size=format_count(report.teacher_parameters) if report is not None else None,
+        teacher=_link(report.teacher_name, teacher_repo_id(report)) if report is not None else None,
+        teachers=[(_link(one.name, repo_id_of(one.name, one.revision)), one) for one in teachers],
+        adapter=adapter,
+        auto_class=f"AutoPeftModel{_task_suffix(student_class)}",
+        processor=next((name for file, name in PROCESSORS.items() if (folder / file).is_file()), None),
+        plot=PLOT_NAME if report is not None and draw_plot(report, folder) else None,
+        results=_table(figures),
+        license=data.get("license"),
+        inherited=data.get("license") in {teacher.license for teacher in teachers},
+        format_count=format_count,
+        format_figure=format_figure,
+    )
+    if card is None:
+        card = drawn
+        card.data = data
+    else:
+        card.text = place_part(card.text, part_of(drawn.text), path)
+    write_card(path, card)
     return path
+
+
+def redraw_card(folder: str | os.PathLike[str], **told: Any) -> Path:
+    """Draw our part of the card of a folder again, from what is saved in the folder, and return the card's path.
+
+    `told` are the keywords of `write_model_card`.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        HfGuideError: it holds no student of ours, or a card that cannot be read.
+    """
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder; name the one that a student was saved in.")
+    return write_model_card(folder, **told)
+
+
+def draw_plot(report: InitializationReport, folder: Path) -> bool:
+    """Draw the variance that each width keeps beside the card, where matplotlib is there; say whether a plot is."""
+    if not report.explained_variance:
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        plot_explained_variance(report, folder / PLOT_NAME)
+    except ImportError:
+        return (folder / PLOT_NAME).is_file()
+    return True
+
+
+def fetch_card(
+    repo_id: str,
+    folder: str | os.PathLike[str],
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> Path | None:
+    """Put the card that a repository on the Hub has into a folder that has none, so that its text is kept by a push.
+
+    Returns:
+        The card's path in the folder, or None where neither has one.
+
+    Raises:
+        OSError: the Hub cannot be asked: then nothing is known of the text that a push might overwrite.
+    """
+    path = Path(folder) / CARD_NAME
+    if path.is_file():
+        return path
+    try:
+        found = hf_hub_download(repo_id, CARD_NAME, token=token, revision=revision)
+    except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(found, path)
+    return path
+
+
+def describe_teacher(
+    name: str,
+    *,
+    revision: str | None = None,
+    weight: float = 1.0,
+    captured: bool = False,
+    token: str | bool | None = None,
+) -> TeacherRecord:
+    """Return a teacher as a record tells of it: its public name, and the licence and languages its own card names.
+
+    Args:
+        name: an id on the Hub, a folder, or a model's class. Of a folder only the last part of its path is told.
+        revision, token: for its card on the Hub. Where that cannot be had, the licence is not known.
+    """
+    path: Path | None
+    folder = Path(name)
+    if folder.is_absolute() or name.startswith((".", "~")) or folder.exists():
+        folder = folder.expanduser().resolve()
+        name, revision, path = folder.name, None, folder / CARD_NAME
+    else:
+        path = _card_on_hub(name, revision, token)
+    data = CardData()
+    try:
+        card = read_card(path) if path is not None else None
+        data = card.data if card is not None else data
+    except HfGuideError as error:
+        logger.warning("The teacher's licence is not known: %s", error)
+    licence = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    licence["license"] = next(iter(as_list(licence["license"])), None)
+    languages = [str(language) for language in as_list(data.get("language"))]
+    return TeacherRecord(name, revision, weight, captured, languages=languages, **licence)
 
 
 def teacher_repo_id(report: InitializationReport) -> str | None:
     """The teacher's id on the Hub, or None where the teacher was a folder or a model without one."""
-    names_a_folder = report.teacher_name != report.teacher
-    # A name without an owner is an id only if the Hub gave a commit for it; otherwise it is a model's class.
-    if names_a_folder or ("/" not in report.teacher and report.revision is None):
+    return repo_id_of(report.teacher, report.revision) if report.teacher_name == report.teacher else None
+
+
+def repo_id_of(name: str, revision: str | None) -> str | None:
+    """A public name as an id on the Hub, or None where it is that of a folder or of a class.
+
+    A name without an owner is an id only if the Hub gave a commit for it.
+    """
+    if "/" not in name and revision is None:
         return None
     try:
-        validate_repo_id(report.teacher)
+        validate_repo_id(name)
     except HFValidationError:
         return None
-    return report.teacher
+    return name
+
+
+def _card_on_hub(name: str, revision: str | None, token: str | bool | None) -> Path | None:
+    if repo_id_of(name, revision) is None:
+        return None
+    try:
+        return Path(hf_hub_download(name, CARD_NAME, revision=revision, token=token))
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        logger.info("The card of %s could not be had: %s", name, error)
+        return None
+
+
+def _teachers(
+    report: InitializationReport | None,
+    record: DistillationRecord | None,
+    *,
+    look_up: bool,
+    token: str | bool | None,
+) -> list[TeacherRecord]:
+    """Return who taught; where nobody did, the teacher that the student was made of."""
+    if record is not None and record.teachers:
+        return record.teachers
+    if report is None:
+        return []
+    if look_up:
+        return [describe_teacher(report.teacher, revision=report.revision, token=token)]
+    return [TeacherRecord(report.teacher_name, report.revision if report.teacher_name == report.teacher else None)]
+
+
+def _base_models(
+    report: InitializationReport | None, teachers: list[TeacherRecord], adapter: str | None
+) -> str | list[str] | None:
+    if adapter is not None:
+        return repo_id_of(adapter, None)
+    made_of = [teacher_repo_id(report)] if report is not None else []
+    found = [*made_of, *(repo_id_of(teacher.name, teacher.revision) for teacher in teachers)]
+    ids = list(dict.fromkeys(name for name in found if name is not None))
+    return ids[0] if len(ids) == 1 else ids or None
+
+
+def _as_keys(license: str | None, language: str | Sequence[str] | None) -> dict[str, Any]:
+    return {"license": license, "language": language if language is None or isinstance(language, str) else [*language]}
+
+
+def _inherited_licence(teachers: list[TeacherRecord]) -> dict[str, str | None]:
+    """Return the licence of the teachers, where they have one in common."""
+    if len({(teacher.license, teacher.license_name) for teacher in teachers}) != 1:
+        return {}
+    (first, *_) = teachers
+    return {"license": first.license, "license_name": first.license_name, "license_link": first.license_link}
+
+
+def _languages(teachers: list[TeacherRecord]) -> list[str]:
+    return list(dict.fromkeys(language for teacher in teachers for language in teacher.languages))
+
+
+def _our_tags(report: InitializationReport | None, record: DistillationRecord | None) -> list[str]:
+    tags = [OUR_TAG]
+    if report is not None:
+        tags.append(str(report.options["method"]))
+    return [*tags, "distillation"] if record is not None else tags
+
+
+def _name_in_title(card: RepoCard | None) -> str | None:
+    title = title_of(card)
+    return repo_id_of(title, None) if title is not None else None
+
+
+def _stock_class(folder: Path, report: InitializationReport | None, record: DistillationRecord | None) -> str:
+    """Return the class that loads the folder: its config names the stock one, also of a student of one's own class."""
+    if (folder / "config.json").is_file():
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+        if named:
+            return named[0]
+    known = report.student_class if report is not None else record.student_class if record is not None else None
+    return known or "AutoModel"
+
+
+def _adapter_base(folder: Path) -> str | None:
+    """Return what an adapter's folder says it belongs to: an id, or the bare name of a folder; None for whole models."""
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").is_file():
+        return None
+    name = str(json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or "its student")
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+
+
+def _task_of(student_class: str) -> str | None:
+    return next((task for ending, task in TASKS.items() if student_class.endswith(ending)), None)
+
+
+def _task_suffix(student_class: str) -> str:
+    known = ("ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification")
+    return next((ending for ending in known if student_class.endswith(ending)), "")
+
+
+def _student_size(report: InitializationReport | None, record: DistillationRecord | None) -> str | None:
+    known = (
+        report.student_parameters if report is not None else record.student_parameters if record is not None else None
+    )
+    return format_count(known) if known else None
+
+
+def _link(name: str, repo_id: str | None) -> str:
+    return f"[{name}](https://huggingface.co/{repo_id})" if repo_id is not None else f"`{name}`"
+
+
+def _figure(result: EvalResult) -> Figure:
+    return Figure(result.dataset_name, result.metric_name or result.metric_type, result.metric_value)
+
+
+def _table(figures: list[Figure]) -> list[list[str]]:
+    """Return the results as rows of cells, the header first; without the columns of which nothing is known."""
+    columns: dict[str, list[Any]] = {
+        "dataset": [figure.dataset for figure in figures],
+        "metric": [figure.metric for figure in figures],
+        "this student": [figure.student for figure in figures],
+        "its teacher": [figure.teacher for figure in figures],
+        "a random start": [figure.random for figure in figures],
+        "gap closed": [None if figure.gap_closed is None else f"{figure.gap_closed:.1%}" for figure in figures],
+    }
+    known = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    return [list(known), *([format_figure(cell) for cell in row] for row in zip(*known.values(), strict=True))]

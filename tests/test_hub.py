@@ -1,11 +1,15 @@
-"""A model card parses with the Hub's own parser and says where the student came from."""
+"""A model card parses with the Hub's own parser, says where the student came from, and keeps what others wrote."""
 
 import dataclasses
+import json
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 
-from hf_guide.hub import teacher_repo_id, write_model_card
+from hf_guide.card_files import BEGIN, END
+from hf_guide.cards import DistillationRecord, TeacherRecord, save_record
+from hf_guide.errors import HfGuideError
+from hf_guide.hub import PLOT_NAME, describe_teacher, fetch_card, redraw_card, teacher_repo_id, write_model_card
 from hf_guide.initialization.report import InitializationReport
 
 REPORT = InitializationReport(
@@ -20,23 +24,50 @@ REPORT = InitializationReport(
     student_parameters=33_400_000,
     approximations=["the final gain: fitted in the logits"],
 )
+RECORD = DistillationRecord(
+    teachers=[TeacherRecord("someone/teacher", "0123456789abcdef", license="mit", languages=["en"])],
+    objective={"ce": 0.25, "kd": 0.75},
+    temperature=2.0,
+    divergence="forward_kl",
+    student_class="LlamaForCausalLM",
+    student_parameters=33_400_000,
+    task="text-generation",
+    datasets=["someone/text"],
+    steps=12_000,
+    epochs=1.5,
+    items=3_200_000,
+    training={"learning_rate": 0.001, "lr_scheduler_type": "cosine"},
+    metrics={"eval_loss": 3.0681, "eval_perplexity": 21.5, "eval_runtime": 12.0, "epoch": 1.5},
+    teacher_metrics={"eval_perplexity": 16.5},
+    random_metrics={"eval_perplexity": 41.5},
+)
+
+
+def body(path):
+    return ModelCard.load(path).text
+
+
+def metadata(path):
+    return ModelCard.load(path).data.to_dict()
 
 
 def test_card_parses_and_names_the_teacher(tmp_path):
     path = write_model_card(tmp_path / "student", REPORT, license="apache-2.0", datasets=["someone/text"])
-    card = ModelCard.load(path)
-    assert card.data.to_dict() == {
+    assert metadata(path) == {
         "base_model": "someone/teacher",
         "library_name": "transformers",
+        "pipeline_tag": "text-generation",
         "license": "apache-2.0",
         "datasets": ["someone/text"],
         "tags": ["hf_guide", "guide"],
     }
+    text = body(path)
     for line in REPORT.summary().splitlines():
-        assert f"- {line}\n" in card.text
-    assert 'LlamaForCausalLM.from_pretrained("student")' in card.text
-    assert "- the final gain: fitted in the logits\n" in card.text
-    assert "Licence: apache-2.0." in card.text and "{" not in card.text
+        assert f"- {line}\n" in text
+    assert text.startswith("\n# student\n\n" + BEGIN) and text.rstrip().endswith(END)
+    assert 'LlamaForCausalLM.from_pretrained("student")' in text
+    assert "- the final gain: fitted in the logits\n" in text
+    assert "Licence: apache-2.0." in text and "{" not in text
 
 
 def test_results_are_in_the_table_and_in_the_metadata(tmp_path):
@@ -45,21 +76,222 @@ def test_results_are_in_the_table_and_in_the_metadata(tmp_path):
     assert card.data.model_name == "me/student"
     (parsed,) = card.data.eval_results
     assert (parsed.metric_type, parsed.metric_value, parsed.dataset_name) == ("perplexity", 21.5, "Some text")
-    assert "| text-generation | Some text | perplexity | 21.5 |" in card.text
+    assert "| dataset | metric | this student |\n|---|---|---|\n| Some text | perplexity | 21.5 |" in card.text
 
 
-def test_a_card_that_is_there_is_left_alone(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    assert write_model_card(tmp_path, REPORT).read_text() == "mine"
+def test_the_distillation_is_told_with_the_teacher_and_the_random_start_beside_the_student(tmp_path):
+    path = write_model_card(tmp_path, REPORT, record=RECORD, model_id="me/student")
+    text = body(path)
+    for line in (
+        "with `hf_guide`, method `guide`, and then distilled from it.\n",
+        "- Taught by: [someone/teacher](https://huggingface.co/someone/teacher) at 0123456789ab\n",
+        "- Objective: 0.25 x `ce` + 0.75 x `kd`\n",
+        "- Divergence: `forward_kl`, temperature 2\n",
+        "- Data: someone/text\n",
+        "- Length: 12,000 steps, 1.5 epochs, 3.2 M targets\n",
+        "- learning_rate: 0.001\n",
+        "- lr_scheduler_type: cosine\n",
+        "| dataset | metric | this student | its teacher | a random start | gap closed |\n",
+        "| someone/text | loss | 3.068 | – | – | – |\n",
+        "| someone/text | perplexity | 21.5 | 16.5 | 41.5 | 80.0% |\n",
+        "Licence: mit, its teacher's.",
+    ):
+        assert line in text, line
+    assert "runtime" not in text and "epoch |" not in text
+    data = metadata(path)
+    assert (
+        data["license"] == "mit"
+        and data["language"] == ["en"]
+        and data["tags"] == ["hf_guide", "guide", "distillation"]
+    )
+    (index,) = data["model-index"]
+    assert index["name"] == "me/student"
+    assert [metric for result in index["results"] for metric in result["metrics"]] == [
+        {"type": "loss", "value": 3.0681},
+        {"type": "perplexity", "value": 21.5},
+    ]
+
+
+def test_a_model_that_was_only_trained_has_a_card_too(tmp_path):
+    save_record(tmp_path, RECORD)
+    path = redraw_card(tmp_path, model_id="me/student")
+    text = body(path)
+    assert "A `LlamaForCausalLM` of 33.4 M parameters that was distilled from [someone/teacher]" in text
+    assert "How it was made" not in text and "initialization_report" not in text
+    assert metadata(path)["base_model"] == "someone/teacher" and metadata(path)["tags"] == ["hf_guide", "distillation"]
+
+
+def test_several_teachers_are_all_named(tmp_path):
+    teachers = [TeacherRecord("a/big", "f00d" * 10, 0.75, license="mit"), TeacherRecord("folder", None, 0.25, True)]
+    record = dataclasses.replace(RECORD, teachers=[*teachers, TeacherRecord("b/big", license="apache-2.0")])
+    path = write_model_card(tmp_path, record=record)
+    assert metadata(path)["base_model"] == ["a/big", "b/big"]
+    assert "license" not in metadata(path), "two licences are not one"
+    assert "weight 0.75; `folder`, weight 0.25 (signals captured beforehand);" in body(path)
+
+
+MINE = """---
+license: cc-by-4.0
+language: fr
+tags: [mine]
+thumbnail: https://example.org/a.png
+model-index:
+- name: Mine
+  results:
+  - task: {type: text-generation}
+    dataset: {type: mine, name: Mine}
+    metrics: [{type: bleu, value: 12.5}]
+---
+
+# My student
+
+What I know of it.
+
+"""
+
+
+def test_a_card_without_our_part_gets_it_once_and_keeps_its_own_words(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(MINE)
+    first = write_model_card(tmp_path, REPORT, record=RECORD).read_text()
+    text = body(path)
+    assert (
+        text.startswith("\n# My student\n\nWhat I know of it.\n\n" + BEGIN)
+        and text.count(BEGIN) == text.count(END) == 1
+    )
+    data = metadata(path)
+    assert (data["license"], data["language"], data["thumbnail"]) == ("cc-by-4.0", "fr", "https://example.org/a.png")
+    assert data["tags"] == ["mine", "hf_guide", "guide", "distillation"]
+    assert data["datasets"] == ["someone/text"] and data["model-index"][0]["name"] == "Mine"
+    found = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
+    assert found == [12.5, 3.0681, 21.5]
+    assert "| Mine | bleu | 12.5 |" in text and "Licence: cc-by-4.0." in text
+    assert write_model_card(tmp_path, REPORT, record=RECORD).read_text() == first, "drawn twice is drawn once"
+
+
+def test_only_our_part_is_redrawn(tmp_path):
+    path = write_model_card(tmp_path, REPORT, record=RECORD, model_id="me/student")
+    before, after = path.read_text().split(BEGIN)[0], "\n\n## Mine\n\nBelow it.\n"
+    path.write_text(path.read_text().rstrip().replace("12,000", "many") + after)
+    better = dataclasses.replace(RECORD, metrics={"eval_perplexity": 19.0}, steps=13_000)
+    write_model_card(tmp_path, dataclasses.replace(REPORT, options={"method": "uniform"}), record=better)
+    text = path.read_text()
+    assert text.split(BEGIN)[0].splitlines()[-2] == before.splitlines()[-2] == "# me/student"
+    assert text.endswith(END + after) and "13,000 steps" in text and "many" not in text
+    assert "| perplexity | 19 | 16.5 | 41.5 | 90.0% |" in text and "21.5" not in text
+    assert 'from_pretrained("me/student")' in text, "the name in the title is kept"
+    assert metadata(path)["tags"] == ["hf_guide", "distillation", "uniform"]
+
+
+def test_line_endings_of_a_card_are_kept(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_bytes(MINE.replace("\n", "\r\n").encode())
+    content = write_model_card(tmp_path, REPORT).read_bytes()
+    assert content.count(b"\n") == content.count(b"\r\n")
+
+
+def test_a_card_of_text_alone_gets_metadata(tmp_path):
+    (tmp_path / "README.md").write_text("mine\n")
+    path = write_model_card(tmp_path, REPORT)
+    assert body(path).startswith("mine\n\n" + BEGIN) and metadata(path)["base_model"] == "someone/teacher"
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        (f"mine\n{BEGIN}\nours", "has only one of the comments"),
+        (f"mine\n{END}\nours\n{BEGIN}", "has only one of the comments"),
+        ("---\na: [1\n---\nmine", "cannot be read"),
+        ("---\n- 1\n---\nmine", "cannot be read"),
+    ],
+)
+def test_a_card_that_is_not_understood_is_refused_and_left_as_it_is(tmp_path, text, message):
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(HfGuideError, match=message):
+        write_model_card(tmp_path, REPORT)
+    assert (tmp_path / "README.md").read_text() == text
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_an_index_that_the_hub_would_not_understand_is_left_as_it_is(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("---\nmodel-index:\n- name: Mine\n  results:\n  - metrics: []\n---\n")
+    text = write_model_card(tmp_path, REPORT, record=RECORD).read_text()
+    assert "- name: Mine\n  results:\n  - metrics: []\n" in text and "| perplexity | 21.5 |" in text
+
+
+def test_a_folder_of_nobody_has_no_card(tmp_path):
+    with pytest.raises(HfGuideError, match="holds neither initialization_report.json nor distillation.json"):
+        redraw_card(tmp_path)
+    with pytest.raises(NotADirectoryError, match="missing is not a folder"):
+        redraw_card(tmp_path / "missing")
 
 
 def test_a_local_teacher_is_no_base_model_and_its_path_stays_private(tmp_path):
     report = dataclasses.replace(REPORT, teacher=str(tmp_path / "teacher-folder"), approximations=[])
     path = write_model_card(tmp_path / "student", report)
-    card = ModelCard.load(path)
-    assert card.data.base_model is None and card.data.license is None
-    assert str(tmp_path) not in path.read_text() and "`teacher-folder`" in card.text
-    assert "could not be carried over" not in card.text
+    assert "base_model" not in metadata(path) and "license" not in metadata(path)
+    assert str(tmp_path) not in path.read_text() and "`teacher-folder`" in path.read_text()
+    assert "could not be carried over" not in path.read_text()
+
+
+def test_the_licence_is_that_of_the_teachers_card(tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    head = "license: other\nlicense_name: big\nlicense_link: LICENSE\nlanguage:\n- en\n- de\ntags: [theirs]\n"
+    (teacher / "README.md").write_text(f"---\n{head}---\n")
+    known = describe_teacher(str(teacher))
+    assert known == TeacherRecord(
+        "teacher", license="other", license_name="big", license_link="LICENSE", languages=["en", "de"]
+    )
+    path = write_model_card(tmp_path / "student", dataclasses.replace(REPORT, teacher=str(teacher)))
+    data = metadata(path)
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "big", "LICENSE")
+    assert data["language"] == ["en", "de"] and data["tags"] == ["hf_guide", "guide"]
+    (teacher / "README.md").unlink()
+    write_model_card(tmp_path / "student", dataclasses.replace(REPORT, teacher=str(teacher)))
+    assert metadata(path) == data, "what was known stays known"
+
+
+def test_a_teachers_card_that_cannot_be_read_gives_no_licence(tmp_path, caplog):
+    (tmp_path / "README.md").write_text("---\n[\n---\n")
+    assert describe_teacher(str(tmp_path)).license is None
+    assert "licence is not known" in caplog.text
+    assert describe_teacher("nobody/that-was-ever-cached").license is None
+
+
+def test_the_plot_is_drawn_beside_the_card(tmp_path):
+    pytest.importorskip("matplotlib")
+    curve = {"embed": [0.5, 0.75, 1.0]}
+    report = dataclasses.replace(REPORT, explained_variance=curve, widths={"embed": [3, 2]}, kept={"embed": 0.75})
+    path = write_model_card(tmp_path, report)
+    assert f"]({PLOT_NAME})" in path.read_text()
+    assert (tmp_path / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_stock_class_loads_a_student_of_ones_own_class_and_its_tokenizer(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    text = write_model_card(
+        tmp_path, dataclasses.replace(REPORT, student_class="MyStudent"), model_id="me/s"
+    ).read_text()
+    assert (
+        "from transformers import AutoTokenizer, LlamaForCausalLM\n" in text
+        and "MyStudent" not in text.split("```")[1]
+    )
+    assert 'tokenizer = AutoTokenizer.from_pretrained("me/s")\nmodel = LlamaForCausalLM' in text
+
+
+def test_an_adapter_says_what_it_belongs_to(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/student"}))
+    path = write_model_card(tmp_path, record=RECORD, model_id="me/adapter")
+    assert metadata(path)["base_model"] == "me/student" and metadata(path)["library_name"] == "peft"
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in path.read_text()
+
+
+def test_a_card_that_is_there_is_not_fetched(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    assert fetch_card("me/never-asked", tmp_path) == tmp_path / "README.md"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,137 @@
+"""`README.md` as a file in two hands: the part between our two comments is redrawn, every other word is kept."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CardData, EvalResult, RepoCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
+from hf_guide.errors import HfGuideError
+from hf_guide.initialization.options import Method
+
+CARD_NAME = "README.md"
+BEGIN = "<!-- hf_guide:begin -->"
+END = "<!-- hf_guide:end -->"
+OUR_TAG = "hf_guide"
+MODEL_INDEX = "model-index"
+
+
+def read_card(path: Path) -> RepoCard | None:
+    """Return the card in a file, its metadata as they stand there, or None where there is no file.
+
+    Raises:
+        HfGuideError: its text is not UTF-8, or its metadata are not a YAML mapping.
+    """
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        return RepoCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise HfGuideError(
+            f"The model card {path} cannot be read: {error}. Mend the metadata between its two lines of dashes, or "
+            "move the file away to get a new one."
+        ) from error
+
+
+def write_card(path: Path, card: RepoCard) -> None:
+    """Write a card, whole or not at all: what stood there may be someone's work."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.write_bytes(str(card).encode("utf-8"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def place_part(text: str, part: str, path: Path) -> str:
+    """Return a card's text with our part in it: in the place of an older one, or at the end.
+
+    Args:
+        text: what the card says below its metadata.
+        part: from one comment to the other, both included.
+        path: the card's, for the error.
+
+    Raises:
+        HfGuideError: the text has one of the two comments without the other after it.
+    """
+    if "\r\n" in text:
+        part = part.replace("\n", "\r\n")
+    begin = text.find(BEGIN)
+    end = text.find(END, max(begin, 0))
+    if (begin < 0) != (end < 0) or END in text[: max(begin, 0)]:
+        raise HfGuideError(
+            f"{path} has only one of the comments {BEGIN} and {END}, or has them in the wrong order, so what may be "
+            "redrawn cannot be told from what is to be kept. Put the other one back, or remove both and the part's text."
+        )
+    if begin < 0:
+        line = "\r\n" if "\r\n" in text else "\n"
+        return f"{text.rstrip()}{line * 2}{part}{line}" if text.strip() else f"{line}{part}{line}"
+    return text[:begin] + part + text[end + len(END) :]
+
+
+def part_of(text: str) -> str:
+    """Return our part of a text that has one, both comments included."""
+    return text[text.index(BEGIN) : text.index(END) + len(END)]
+
+
+def title_of(card: RepoCard | None) -> str | None:
+    """Return the first heading of a card."""
+    lines = card.text.splitlines() if card is not None else []
+    return next((line[2:].strip() for line in lines if line.startswith("# ")), None)
+
+
+def merge_metadata(
+    data: CardData, *, ours: Mapping[str, Any], added: Mapping[str, Iterable[str]], defaults: Mapping[str, Any]
+) -> None:
+    """Change a card's metadata in place.
+
+    Args:
+        ours: replace what stands there, except where they are None.
+        added: join the lists that stand there.
+        defaults: take the places that are empty.
+    """
+    for key, value in ours.items():
+        if value:
+            data[key] = value
+    for key, value in defaults.items():
+        if value and not data.get(key):
+            data[key] = value
+    for key, values in added.items():
+        values, known = list(values), as_list(data.get(key))
+        if key == "tags" and OUR_TAG in known:  # an earlier part was ours, and may have told of another method
+            outdated = {method.value for method in Method} - set(values)
+            known = [tag for tag in known if tag not in outdated]
+        joined = list(dict.fromkeys([*known, *values]))
+        if joined:
+            data[key] = joined
+
+
+def merge_results(data: CardData, results: Sequence[EvalResult], model_id: str) -> list[EvalResult]:
+    """Put results into a card's metadata, each in the place of an older one of the same metric, and return all of them.
+
+    An index that the Hub's own parser does not understand is left as it is.
+    """
+    index = data.get(MODEL_INDEX)
+    known: list[EvalResult] = []
+    if index:
+        try:
+            model_id, known = model_index_to_eval_results(index)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return list(results)
+    kept = [old for old in known if not any(new.is_equal_except_value(old) for new in results)]
+    merged = [*kept, *results]
+    if merged:
+        data[MODEL_INDEX] = eval_results_to_model_index(model_id, merged)
+    return merged
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return what metadata hold as one word, as a list or not at all, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,98 @@
+"""What a record holds comes back from its file, and says only what it knows."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from hf_guide.cards import (
+    RECORD_NAME,
+    DistillationRecord,
+    Figure,
+    TeacherRecord,
+    eval_results_of,
+    figures_of,
+    format_figure,
+    load_record,
+    save_record,
+    told_arguments,
+)
+from hf_guide.errors import HfGuideError
+
+
+def test_a_record_comes_back_from_its_file(tmp_path):
+    record = DistillationRecord(
+        teachers=[TeacherRecord("a/big", "f00d", 0.5), TeacherRecord("folder", captured=True)],
+        objective={"ce": 0.5, "kd": 0.5},
+        training={"learning_rate": 1e-3, "betas": (0.9, 0.95)},
+        metrics={"eval_loss": np.float32(0.5), "eval_accuracy": torch.tensor(0.25)},
+        history=[{"step": 10, "eval_loss": 2.0}, {"step": 20, "eval_loss": math.nan}],
+    )
+    assert record.metrics == {"eval_loss": 0.5, "eval_accuracy": 0.25}
+    assert record.history[1] == {"step": 20, "eval_loss": None}, "JSON holds no NaN"
+    assert save_record(tmp_path / "new", record) == tmp_path / "new" / RECORD_NAME
+    assert load_record(tmp_path / "new") == load_record(tmp_path / "new" / RECORD_NAME) == record
+    assert record.hf_guide_version and record.transformers_version
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"teachers": [], "unknown": 1}', '{"teachers": [{"nam": 1}]}'])
+def test_a_file_that_is_no_record_is_refused(tmp_path, text):
+    (tmp_path / RECORD_NAME).write_text(text)
+    with pytest.raises(HfGuideError, match=r"distillation\.json is not a record of a distillation"):
+        load_record(tmp_path)
+
+
+def test_what_json_cannot_hold_is_refused_with_its_place():
+    with pytest.raises(HfGuideError, match=r"training\['optimizer'\]\[1\] is a object"):
+        DistillationRecord(training={"optimizer": ["adam", object()]})
+
+
+def test_the_training_arguments_worth_telling(tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path),
+        learning_rate=1e-3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        lr_scheduler_type="cosine",
+        label_smoothing_factor=0.1,
+        report_to=[],
+        use_cpu=True,
+    )
+    told = told_arguments(arguments)
+    assert (told["learning_rate"], told["lr_scheduler_type"], told["label_smoothing_factor"]) == (1e-3, "cosine", 0.1)
+    assert told["total_train_batch_size"] == 12 and "bf16" not in told and "processes" not in told
+    assert str(tmp_path) not in json.dumps(told)
+    assert DistillationRecord(training=told).training == told
+
+
+def test_figures_put_the_teacher_and_a_random_start_beside_the_student():
+    record = DistillationRecord(
+        task="text-generation",
+        evaluated_on="held out",
+        metrics={"eval_perplexity": 20.0, "eval_accuracy": 0.75, "eval_samples_per_second": 3.0, "epoch": 1.0},
+        teacher_metrics={"eval_perplexity": 10.0, "eval_accuracy": 1.0},
+        random_metrics={"perplexity": 60.0, "accuracy": 0.5},
+    )
+    perplexity, accuracy = figures_of(record)
+    assert perplexity == Figure("held out", "perplexity", 20.0, 10.0, 60.0) and perplexity.gap_closed == 0.8
+    assert accuracy.gap_closed == 0.5, "better is more for the one and less for the other"
+    assert [(result.dataset_type, result.metric_type) for result in eval_results_of(record)] == [
+        ("custom", "perplexity"),
+        ("custom", "accuracy"),
+    ]
+    assert eval_results_of(DistillationRecord(metrics={"eval_loss": 1.0})) == []
+    assert Figure("d", "m", 1.0, 2.0, 2.0).gap_closed is None
+    assert Figure("d", "m", "1 ± 0.5", 1.0, 2.0).gap_closed is None
+
+
+def test_figures_fit_into_a_table():
+    assert [format_figure(value) for value in (None, 0.123456, 12345.6, 7, "a|b\nc")] == [
+        "–",
+        "0.1235",
+        "1.235e+04",
+        "7",
+        "a\\|b c",
+    ]
