@@ -1,23 +1,29 @@
 """How a student is saved: as its stock class saves it, with `initialization_report.json` beside the weights.
 
-Does: check the disk's room first, leave nothing half-written behind, push what was saved and the report with it.
+Does: check the disk's room first, leave nothing half-written behind, push what was saved and a model card with it.
 Does not: change the student's class, or what the stock class writes.
 """
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import PushToHubMixin
 
+from hf_guide.cards import DistillationRecord, save_record
 from hf_guide.folders import check_space
+from hf_guide.hub import fetch_card, write_model_card
 from hf_guide.initialization.report import InitializationReport
 
 
@@ -44,11 +50,81 @@ class StudentSaver:
         save_student(self.student, save, save_directory, is_main_process, state_dict, push_to_hub, **options)
 
 
+class StudentPusher:
+    """A student's own `push_to_hub`: the files that the stock one uploads, and a card that tells of the student.
+
+    As `StudentSaver` it stands in the instance. It takes the same keywords as `transformers.utils.PushToHubMixin`.
+    """
+
+    def __init__(self, student: PreTrainedModel):
+        self.student = student
+
+    def __call__(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: list[str] | None = None,
+    ) -> CommitInfo:
+        """Upload the student in one commit; of a card that the repository has, all that is not ours is kept."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            _create_branch(api, repo_id, revision, create_pr)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            fetch_card(repo_id, folder, token=token, revision=revision)
+            self.student.save_pretrained(folder, max_shard_size=max_shard_size)
+            report: Any = self.student.initialization_report
+            model_tags = [*(self.student.model_tags or []), *(tags or [])]
+            write_model_card(folder, report, model_id=repo_id, tags=model_tags, token=token)
+            dataclasses.replace(report, teacher=report.teacher_name).save(folder)  # a private path stays private
+            kind = type(self.student).__name__
+            return api.create_commit(
+                repo_id=repo_id,
+                operations=[
+                    CommitOperationAdd(file.relative_to(folder).as_posix(), file)
+                    for file in sorted(folder.rglob("*"))
+                    if file.is_file()
+                ],
+                commit_message=commit_message
+                or f"Upload {'model' if 'Model' in kind else kind}",  # the stock one's words
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool) -> None:
+    try:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    except HfHubHTTPError as error:
+        # Who may only propose a change cannot make a branch; if it is missing, the proposal itself will say so.
+        if not (create_pr and error.response.status_code == 403):
+            raise
+
+
 def attach_report(student: PreTrainedModel, report: InitializationReport, *, saver: bool) -> None:
-    """Give `student` its `initialization_report`, and with `saver` let its `save_pretrained` write it too."""
+    """Give `student` its `initialization_report`, and a `push_to_hub` that tells of it.
+
+    With `saver` its `save_pretrained` writes the report too. A `push_to_hub` of the student's own class is left alone.
+    """
     student.initialization_report = report  # type: ignore[assignment]
     if saver:
         student.save_pretrained = StudentSaver(student)  # type: ignore[method-assign,assignment]
+    if type(student).push_to_hub is PreTrainedModel.push_to_hub:
+        student.push_to_hub = StudentPusher(student)  # type: ignore[assignment]
+
+
+def attach_record(student: PreTrainedModel, record: DistillationRecord) -> None:
+    """Let a student of `from_teacher` save `distillation.json`, how it was trained, and tell of it when pushed."""
+    student.distillation_record = record  # type: ignore[assignment]
 
 
 def save_student(
@@ -85,6 +161,9 @@ def save_student(
         report = getattr(student, "initialization_report", None)
         if report is not None:
             report.save(folder)
+        record = getattr(student, "distillation_record", None)
+        if record is not None:
+            save_record(folder, record)
     if push_to_hub:  # only now: the stock class would have pushed before the report was there
         known = inspect.signature(PushToHubMixin.push_to_hub).parameters
         hub = {name: value for name, value in options.items() if name in known and name != "repo_id"}

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_guide import FromTeacherMixin, InitializationReport, OptionError, from_teacher
+from hf_guide.cards import RECORD_NAME, load_record
+from hf_guide.hub import PLOT_NAME
 from hf_guide.initialization.report import REPORT_NAME
-from tests.stand_in_hub import stand_in_hub
+from tests.stand_in_hub import Hub, stand_in_hub
 from tests.tiny import KINDS, Kind, inputs, logits, run_python, same_bits
 
 LLAMA = KINDS["llama"]
@@ -187,24 +190,107 @@ PUSH = """
     own = MyStudent.from_teacher(LLAMA.teacher(), show_progress=False, **LLAMA.smaller)
     own.push_to_hub("me/own")
     own.save_pretrained(sys.argv[1] + "/own", push_to_hub=True, repo_id="me/own-saved")
+
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        student.push_to_hub("me/shut")
+    except (HfHubHTTPError, LocalEntryNotFoundError):
+        pass
+    else:
+        raise AssertionError("pushed over a card that was not seen")
 """
 
 
-def test_what_is_pushed_is_the_stock_files_and_the_report(tmp_path: Path) -> None:
+def run_with_hub(script: str, hub: Hub, folder: Path) -> None:
+    """Run a script that finds the stand-in as its Hub, with caches of its own."""
+    there = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none", "NO_PROXY": "*"}
+    run_python(script, folder, HF_HOME=str(folder / "hf_home"), **there)
+
+
+def pull(hub: Hub, name: str, folder: Path) -> Path:
+    """Write a repository's files into a folder."""
+    for file, content in hub.repositories[name].items():
+        (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name / file).write_bytes(content)
+    return folder / name
+
+
+def test_what_is_pushed_is_the_stock_files_the_report_and_its_card(tmp_path: Path) -> None:
     with stand_in_hub() as hub:
-        run_python(PUSH, tmp_path, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0", HF_TOKEN="hf_none", NO_PROXY="*")
+        hub.repositories["me/shut"] = {"README.md": b"mine"}
+        hub.refuses.add("/me/shut/resolve/main/README.md")
+        run_with_hub(PUSH, hub, tmp_path)
+    assert hub.repositories.pop("me/shut") == {"README.md": b"mine"}, "a card that cannot be seen is not pushed over"
     assert set(hub.repositories) == {"me/student", "me/saved", "me/named", "me/own", "me/own-saved"}
     expected = llama_student()
     for name, files in hub.repositories.items():
-        assert set(files) == STOCK | {REPORT_NAME, "README.md"}, name
-        folder = tmp_path / "pulled" / name
-        folder.mkdir(parents=True)
-        for file, content in files.items():
-            (folder / file).write_bytes(content)
+        assert set(files) == STOCK | {REPORT_NAME, "README.md", PLOT_NAME}, name
+        folder = pull(hub, name, tmp_path / "pulled")
         assert json.loads(files["config.json"])["architectures"] == ["LlamaForCausalLM"]
         assert same_bits(AutoModelForCausalLM.from_pretrained(folder), expected)
         assert InitializationReport.load(folder).parameters == expected.initialization_report.parameters
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.tags == ["hf_guide", "guide"] and f'LlamaForCausalLM.from_pretrained("{name}")' in card.text
+        assert all(line in card.text for line in InitializationReport.load(folder).summary().splitlines())
     assert ("me/saved", "with a word") in hub.commits and len(hub.commits) == len(hub.repositories)
+    assert ("me/student", "Upload LlamaForCausalLM") in hub.commits
+    assert hub.private == {"me/named"}
+
+
+PUSH_AGAIN = """
+    import sys
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from hf_guide import from_teacher
+    from hf_guide.cards import DistillationRecord
+    from hf_guide.saving import attach_record
+    from tests.tiny import KINDS
+    kind = KINDS["llama"]
+    kind.teacher().save_pretrained(sys.argv[1] + "/teacher")
+    with open(sys.argv[1] + "/teacher/README.md", "w") as file:
+        file.write("---\\nlicense: mit\\n---\\n")
+    student = from_teacher(sys.argv[1] + "/teacher", show_progress=False, **kind.smaller)
+    student.add_model_tags(["tiny"])
+    student.push_to_hub("me/mine", private=True, tags=["extra"], commit_description="at length")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).push_to_hub("me/mine")
+    attach_record(student, DistillationRecord(objective={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
+    student.push_to_hub("me/mine")
+    student.push_to_hub("me/mine", revision="trial")
+    student.push_to_hub("me/mine", create_pr=True)
+"""
+
+
+def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
+    """Pushed, told of by hand, its tokenizer added, pushed again after training, to a branch, and as a proposal."""
+    with stand_in_hub() as hub:
+        hub.repositories["me/mine"] = {
+            "README.md": b"---\nthumbnail: a.png\ntags:\n- mine\n---\n\n# Mine\n\nMy own words.\n"
+        }
+        run_with_hub(PUSH_AGAIN, hub, tmp_path)
+    files = hub.repositories["me/mine"]
+    assert set(files) >= STOCK | {REPORT_NAME, RECORD_NAME, "README.md", "tokenizer.json", "tokenizer_config.json"}
+    assert hub.private == {"me/mine"} and len(hub.commits) == 5 and hub.proposals == ["me/mine"]
+    assert hub.branches["me/mine", "trial"].keys() == files.keys()
+    folder = pull(hub, "me/mine", tmp_path)
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.startswith("\n# Mine\n\nMy own words.\n\n<!-- hf_guide:begin -->")
+    assert card.text.count("hf_guide:begin") == 1 and "1 x `kd`" in card.text and "7 steps" in card.text
+    assert card.data.to_dict()["thumbnail"] == "a.png" and card.data.license == "mit"
+    assert card.data.tags == ["mine", "hf_guide", "guide", "tiny", "extra", "distillation"]
+    assert load_record(folder).steps == 7
+    assert InitializationReport.load(folder).teacher == "teacher"
+    assert not any(str(tmp_path).encode() in content for content in files.values()), "no path of this machine is told"
+    assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+    script = """
+        import sys
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        AutoTokenizer.from_pretrained(sys.argv[1])
+        assert type(model).__name__ == "LlamaForCausalLM"
+        assert "hf_guide" not in sys.modules
+    """
+    run_python(script, folder)
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:

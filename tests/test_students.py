@@ -41,7 +41,7 @@ def test_a_student_is_what_from_config_builds(kind: Kind, method: str) -> None:
     for name, module in student.named_modules():
         hooks = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
         assert not any(hooks), f"{name} carries hooks"
-    assert vars(student).keys() - vars(stock).keys() == {"initialization_report", "save_pretrained"}
+    assert vars(student).keys() - vars(stock).keys() == {"initialization_report", "save_pretrained", "push_to_hub"}
     assert student.config.to_dict() == stock.config.to_dict() and not student.training
 
 
