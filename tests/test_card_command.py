@@ -1,0 +1,53 @@
+"""`hf-guide card FOLDER` draws what the folder tells, and keeps what others wrote."""
+
+import argparse
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_guide import card_command
+from hf_guide.cards import DistillationRecord, save_record
+from hf_guide.errors import HfGuideError
+
+
+def run(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    card_command.add_arguments(parser)
+    return card_command.run(parser.parse_args([str(word) for word in words]))
+
+
+def test_the_card_of_a_folder_is_drawn_again(tmp_path, capsys):
+    save_record(
+        tmp_path, DistillationRecord(student_class="BertForSequenceClassification", objective={"kd": 1.0}, steps=3)
+    )
+    flags = [
+        "--model-id",
+        "me/student",
+        "--license",
+        "mit",
+        "--language",
+        "en",
+        "--language",
+        "de",
+        "--dataset",
+        "me/data",
+    ]
+    assert run(tmp_path, *flags, "--tag", "small") == 0
+    path = tmp_path / "README.md"
+    assert str(path) in capsys.readouterr().out
+    data = ModelCard.load(path).data.to_dict()
+    assert (data["license"], data["language"], data["datasets"]) == ("mit", ["en", "de"], ["me/data"])
+    assert data["tags"] == ["hf_guide", "distillation", "small"] and data["pipeline_tag"] == "text-classification"
+    path.write_text(path.read_text() + "\nMine.\n")
+    save_record(
+        tmp_path, DistillationRecord(student_class="BertForSequenceClassification", objective={"kd": 1.0}, steps=4)
+    )
+    assert run(tmp_path) == 0
+    text = path.read_text()
+    assert "Length: 4 steps" in text and "3 steps" not in text and text.endswith("\nMine.\n")
+    assert ModelCard.load(path).data.to_dict() == data and '("me/student")' in text
+
+
+def test_a_folder_that_is_none_of_ours_is_refused(tmp_path):
+    with pytest.raises(HfGuideError, match="nothing to tell"):
+        run(tmp_path)
