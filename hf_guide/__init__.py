@@ -21,6 +21,12 @@ _HOMES = {
     "ShapeError": "errors",
     "TeacherError": "errors",
     "VocabularyError": "errors",
+    "Capture": "distillation.captured",
+    "CaptureConfig": "distillation.capture_options",
+    "DistillationArguments": "distillation.arguments",
+    "DistillationTrainer": "distillation.trainer",
+    "capture_teacher": "distillation.capture",
+    "register_term": "distillation.objectives",
     "InitializationConfig": "initialization.options",
     "InitializationReport": "initialization.report",
     "register_layout": "initialization.layouts",
@@ -35,6 +41,10 @@ __all__ = [
     "AutoStudentForSequenceClassification",
     "AutoStudentForTokenClassification",
     "FromTeacherMixin",
+    "Capture",
+    "CaptureConfig",
+    "DistillationArguments",
+    "DistillationTrainer",
     "HfGuideError",
     "InitializationConfig",
     "InitializationReport",
@@ -43,12 +53,20 @@ __all__ = [
     "ShapeError",
     "TeacherError",
     "VocabularyError",
+    "capture_teacher",
     "from_teacher",
     "register_layout",
+    "register_term",
     "__version__",
 ]
 
 if TYPE_CHECKING:
+    from hf_guide.distillation.arguments import DistillationArguments
+    from hf_guide.distillation.capture import capture_teacher
+    from hf_guide.distillation.capture_options import CaptureConfig
+    from hf_guide.distillation.captured import Capture
+    from hf_guide.distillation.objectives import register_term
+    from hf_guide.distillation.trainer import DistillationTrainer
     from hf_guide.errors import HfGuideError, LayoutError, OptionError, ShapeError, TeacherError, VocabularyError
     from hf_guide.initialization.layouts import register_layout
     from hf_guide.initialization.options import InitializationConfig

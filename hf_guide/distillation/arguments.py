@@ -1,0 +1,178 @@
+"""Everything that a distillation can be told: `TrainingArguments`, and what teacher and objective need."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_guide.distillation.divergences import DivergenceKind
+from hf_guide.distillation.objectives import parse_objective
+from hf_guide.errors import OptionError, did_you_mean
+
+
+class Distance(str, Enum):
+    """How far apart two vectors are."""
+
+    MSE = "mse"
+    COSINE = "cosine"
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """The arguments of `DistillationTrainer`: those of `TrainingArguments`, and these.
+
+    Raises:
+        OptionError: an unknown term or option (with the nearest valid one), a temperature that is not positive, weights
+            that sum to nothing.
+    """
+
+    objective: dict | str = field(
+        default_factory=lambda: {"ce": 0.5, "kd": 0.5},
+        metadata={
+            "help": "What the student learns: one term's name, or weights by name, as JSON on the command line: "
+            '\'{"ce": 0.5, "kd": 0.5}\'. Terms: ce (the task loss), kd (a divergence from the teacher), dkd '
+            "(decoupled, classification), hidden, embedding, and what you register."
+        },
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divides the logits of student and teacher in kd and dkd; the term is multiplied by its square."
+        },
+    )
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "What kd measures: forward_kl, KL(teacher, student); reverse_kl, KL(student, teacher); jsd, between "
+            "the two (arXiv 2306.13649)."
+        },
+    )
+    jsd_beta: float = field(
+        default=0.5, metadata={"help": "Of jsd: the teacher's share of the mixture, between 0 and 1."}
+    )
+    dkd_alpha: float = field(default=1.0, metadata={"help": "Of dkd: the weight of the target class's part."})
+    dkd_beta: float = field(default=8.0, metadata={"help": "Of dkd: the weight of the other classes' part."})
+    hidden_layers: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Of hidden: which of the teacher's layers each of the student's is to resemble, by number of blocks "
+            'passed, 0 being the embeddings; JSON on the command line: \'{"5": 15, "10": 30}\'. By default each of '
+            "the student's blocks and the teacher's block that it came from, or evenly spaced ones."
+        },
+    )
+    hidden_distance: str = field(default="mse", metadata={"help": "Of hidden and embedding: mse or cosine."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "The teacher: a Hub id or a folder. Several are separated by commas."}
+    )
+    teacher_weights: dict | list[float] | str | None = field(
+        default=None, metadata={"help": "Of several teachers: one weight each, as a JSON list. By default all alike."}
+    )
+    teacher_init_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "What the teacher's from_pretrained is called with, as JSON: revision, token, dtype, device_map, "
+            "quantization_config, trust_remote_code, attn_implementation."
+        },
+    )
+    teacher_compile: bool = field(default=False, metadata={"help": "Compile the teacher with torch.compile."})
+    capture: str | None = field(
+        default=None,
+        metadata={
+            "help": "A folder that `hf-guide capture` wrote: the teacher's signals are read from it, no teacher runs."
+        },
+    )
+    student: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "What `from_teacher` makes the student with where no model is given, as JSON: method, hidden_size, "
+            "num_hidden_layers and any other entry of the config."
+        },
+    )
+    max_logits: int = field(
+        default=2**24,
+        metadata={
+            "help": "How many logits are held at once where a language model's losses are computed over chunks of tokens."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.objective = parse_objective(self.objective)
+        self.divergence = _choice(DivergenceKind, self.divergence, "divergence")
+        self.hidden_distance = _choice(Distance, self.hidden_distance, "hidden_distance")
+        for name in ("temperature", "dkd_alpha", "dkd_beta"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise OptionError(f"{name} is a positive number; found {value!r}.")
+        if not 0 < self.jsd_beta < 1:
+            raise OptionError(
+                f"jsd_beta lies between 0 and 1; found {self.jsd_beta!r}. The ends are forward_kl and reverse_kl."
+            )
+        if not isinstance(self.max_logits, int) or self.max_logits < 1:
+            raise OptionError(f"max_logits is a whole number of at least 1; found {self.max_logits!r}.")
+        if self.teacher and self.capture:
+            raise OptionError("teacher and capture are both given; the signals come from one of them.")
+        self.teacher_weights = _weights(self.teacher_weights)
+        self.hidden_layers = _layers(_mapping(self.hidden_layers, "hidden_layers"))
+        self.teacher_init_kwargs = _mapping(self.teacher_init_kwargs, "teacher_init_kwargs")
+        self.student = _mapping(self.student, "student")
+        super().__post_init__()
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The objective as weights by term."""
+        return parse_objective(self.objective)
+
+
+def _choice(kinds: type[Enum], value: Any, option: str) -> str:
+    known = [kind.value for kind in kinds]
+    if isinstance(value, kinds):
+        return str(value.value)
+    if value not in known:
+        raise OptionError(
+            f"{option}={value!r} is not known; expected one of {known}.{did_you_mean(str(value), known)}"
+        )
+    return str(value)
+
+
+def _mapping(value: Any, option: str) -> dict[str, Any] | None:
+    """Return a mapping, read as JSON where it is text."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise OptionError(f"{option} is a mapping, as JSON: {error}; found {value!r}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise OptionError(f"{option} is a mapping; found {value!r}.")
+    return value
+
+
+def _weights(weights: Any) -> Any:
+    if isinstance(weights, str):
+        try:
+            weights = json.loads(weights)
+        except json.JSONDecodeError as error:
+            raise OptionError(f"teacher_weights is a JSON list of numbers: {error}.") from error
+    if weights is None:
+        return None
+    if not isinstance(weights, list) or not all(
+        isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf
+        for weight in weights
+    ):
+        raise OptionError(f"teacher_weights is a list of numbers of at least 0; found {weights!r}.")
+    if not sum(weights) > 0:
+        raise OptionError(f"teacher_weights {weights} sum to nothing; give at least one teacher a weight.")
+    return [float(weight) for weight in weights]
+
+
+def _layers(layers: Any) -> dict[int, int] | None:
+    if layers is None:
+        return None
+    try:
+        return {int(student): int(teacher) for student, teacher in layers.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise OptionError(
+            f"hidden_layers is a mapping of the student's layer numbers to the teacher's; found {layers!r}."
+        ) from error

@@ -1,0 +1,105 @@
+"""A captured teacher: it says what a collator read from disk and put into the batch."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hf_guide.distillation.captured import PREFIX, WHY_MISSING, Capture
+from hf_guide.distillation.divergences import Dense, TopK
+from hf_guide.distillation.layers import depth_of_config
+from hf_guide.distillation.objectives import Needs
+from hf_guide.distillation.tasks import Task
+from hf_guide.distillation.teachers import Signals
+from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
+from hf_guide.errors import CaptureError, TaskError
+
+
+def split_signals(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a batch's inputs for the student, and what a captured teacher says of it."""
+    captured = {name: value for name, value in inputs.items() if name.startswith(PREFIX)}
+    return {name: value for name, value in inputs.items() if name not in captured}, captured
+
+
+@dataclass
+class CapturedTeacher:
+    """A capture that speaks as a teacher does."""
+
+    capture: Capture
+    classes: int | None
+    order: list[int] | None
+
+    @property
+    def depth(self) -> int:
+        """The teacher's number of blocks."""
+        return depth_of_config(self.capture.manifest.teacher_config_object())
+
+    def width(self, name: str) -> int | None:
+        """Return how wide `hidden_N` or `embedding` is, None where it was not captured."""
+        shape = self.capture.manifest.shapes.get(name)
+        return shape[-1] if shape else None
+
+    def listen(
+        self, captured: Mapping[str, Any], mask: Tensor, needs: Collection[Needs], layers: Collection[int]
+    ) -> Signals | None:
+        """Return what was captured of the items that `mask` picks; None where the batch carries nothing.
+
+        Raises:
+            CaptureError: the objective needs what was not captured.
+        """
+        if not captured:
+            return None
+        target: Callable[[slice], Dense | TopK] | None = None
+        missing = []
+        if Needs.LOGITS in needs:
+            if "teacher_logits" in captured:
+                logits = self._shared(captured["teacher_logits"][mask])
+                target = lambda rows: Dense(logits[rows])  # noqa: E731
+            elif "teacher_indices" in captured:
+                kept = [captured[PREFIX + name][mask] for name in ("indices", "log_probs", "log_normalizer")]
+                target = lambda rows: TopK(*(each[rows] for each in kept))  # noqa: E731
+            else:
+                missing.append("logits")
+        hidden = {layer: found for layer in layers if (found := captured.get(f"{PREFIX}hidden_{layer}")) is not None}
+        if Needs.HIDDEN_STATES in needs and len(hidden) < len(set(layers)):
+            missing.append(f"hidden states of layers {sorted(set(layers) - hidden.keys())}")
+        embedding = captured.get(f"{PREFIX}embedding")
+        if Needs.EMBEDDING in needs and embedding is None:
+            missing.append("embeddings")
+        if missing:
+            raise CaptureError(
+                f"The objective needs what {self.capture.folder} does not hold: {', '.join(missing)}. Capture "
+                "again with them, or change the objective."
+            )
+        return Signals(target=target, hidden_states=hidden, embedding=None if embedding is None else embedding[mask])
+
+    def _shared(self, logits: Tensor) -> Tensor:
+        if self.order is not None:
+            return logits[:, self.order]
+        return logits if self.classes is None else logits[:, : self.classes]
+
+
+def captured_teacher(capture: Capture, student: Any, task: Task, processing_class: Any) -> CapturedTeacher:
+    """Return a capture as the teacher of `student`.
+
+    Raises:
+        TaskError: it is of a teacher for another task.
+        VocabularyError: vocabularies or labels that do not agree.
+        CaptureError: it was made with another tokenizer.
+    """
+    if capture.task is not task:
+        raise TaskError(f"{capture.folder} is of a teacher for {capture.task}; the student is for {task}.")
+    capture.check(processing_class=processing_class)
+    if not task.is_language_model:
+        order = label_alignment(student.config, capture.manifest.teacher_config_object())
+        return CapturedTeacher(capture, None, order)
+    # The tokenizer was compared by its fingerprint above: what is left are padded rows.
+    tokenizer = processing_class if hasattr(processing_class, "get_vocab") else None
+    size = student.get_output_embeddings().weight.shape[0]
+    return CapturedTeacher(capture, shared_vocabulary(tokenizer, tokenizer, size, capture.manifest.classes), None)
+
+
+def refuse_missing(capture: Capture) -> CaptureError:
+    """Return the error for a batch to train on that was not captured."""
+    return CaptureError(f"A batch to train on has an example that is not in {capture.folder}. {WHY_MISSING}")

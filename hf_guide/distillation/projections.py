@@ -1,0 +1,65 @@
+"""Linear maps from the student's widths to the teacher's, for terms that compare vectors. They are learned with the
+student, live in the trainer and its checkpoints, and are never in the student's files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+FILE_NAME = "distillation_projections.safetensors"
+
+
+class Projections(nn.Module):
+    """One linear map for each pair of vectors that are compared; none where their widths agree."""
+
+    def __init__(self, widths: Mapping[str, tuple[int, int]], *, seed: int):
+        """`widths` holds the student's and the teacher's by name."""
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.maps = nn.ModuleDict()
+        for name, (student, teacher) in widths.items():
+            if student != teacher:
+                linear = nn.Linear(student, teacher, bias=False)
+                # Lengths are kept on average, so that a fresh map neither drowns the other terms nor is drowned.
+                nn.init.normal_(linear.weight, std=student**-0.5, generator=generator)
+                self.maps[name] = linear
+
+    def forward(self, name: str, student: Tensor) -> Tensor:
+        """Return the student's vectors, (..., student width), as wide as the teacher's, (..., teacher width)."""
+        if name not in self.maps:
+            return student
+        weight = self.maps[name].get_parameter("weight")
+        return nn.functional.linear(student.to(weight.dtype), weight)
+
+    def save(self, folder: Path) -> None:
+        """Write the maps into a checkpoint's folder."""
+        if len(self.maps):
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / FILE_NAME)
+
+    def load(self, folder: Path) -> None:
+        """Read the maps from a checkpoint's folder."""
+        if len(self.maps):
+            self.load_state_dict(load_file(folder / FILE_NAME))
+
+
+class SynchronizeProjections(TrainerCallback):
+    """Averages the maps' gradients over processes before each step, as DistributedDataParallel does the student's."""
+
+    def __init__(self, projections: Projections, accelerator: Accelerator):
+        self.projections = projections
+        self.accelerator = accelerator
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Average what is there."""
+        for parameter in self.projections.parameters():
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget them: `Trainer` clears the student's gradients alone."""
+        self.projections.zero_grad()

@@ -1,0 +1,444 @@
+"""`DistillationTrainer`: a `transformers.Trainer` that also listens to a teacher."""
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.captured import Capture, CapturedCollator
+from hf_guide.distillation.dividing import divides_by_items
+from hf_guide.distillation.heads import find_head
+from hf_guide.distillation.layers import pair_layers
+from hf_guide.distillation.learning import AGREEMENT, Batch, Learned, Learning
+from hf_guide.distillation.objectives import TASK_LOSS, Needs, check_task
+from hf_guide.distillation.playback import CapturedTeacher, captured_teacher, refuse_missing, split_signals
+from hf_guide.distillation.projections import Projections, SynchronizeProjections
+from hf_guide.distillation.students import make_student
+from hf_guide.distillation.tally import Tally
+from hf_guide.distillation.tasks import add_decoder_inputs, item_labels, target_mask, task_of
+from hf_guide.distillation.teachers import LiveTeacher, Signals, make_teachers, refuse_not_finite
+from hf_guide.errors import OptionError, TaskError
+
+
+class DistillationTrainer(Trainer):
+    """A `Trainer` whose student learns from a teacher as well as from labels.
+
+    Everything that `Trainer` takes and does stays: collators, callbacks, metrics, `compute_loss_func`, label smoothing,
+    `resume_from_checkpoint`, `hyperparameter_search` through `model_init`, reporting. The logs gain every term of the
+    objective, raw and weighted; evaluation always reports the task loss (`eval_ce`), for language models the perplexity,
+    and the share of items on which student and teacher choose the same class.
+
+    A language model's losses are computed over chunks of tokens, so that neither its own logits nor the teacher's are
+    ever all held, unless the caller wants them: with `compute_metrics`, label smoothing, `compute_loss_func`,
+    `torch_compile`, or a head that is not a plain linear layer.
+
+    Args:
+        model: the student; or a config, or the arguments of `from_teacher` as a mapping, to make it from the teacher.
+        teacher: a Hub id, a folder, a model, several of these, or a `Capture`; also as `args.teacher`, `args.capture`.
+        peft_config: wraps the student in an adapter.
+        others: as `Trainer`'s.
+
+    Raises:
+        OptionError: neither teacher nor capture, where the objective needs one; options that contradict each other.
+        TaskError: a teacher of another task, or terms that are not for this one.
+        VocabularyError: vocabularies or labels that do not agree.
+        CaptureError: a capture that is truncated, of another teacher or another tokenizer.
+    """
+
+    # Every term is divided by the number of items in the whole accumulated batch, so Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: "PreTrainedModel | nn.Module | PreTrainedConfig | Mapping[str, Any] | None" = None,
+        args: DistillationArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Tensor] | None = None,
+        *,
+        teacher: "str | os.PathLike[str] | PreTrainedModel | Sequence[Any] | Capture | None" = None,
+        peft_config: Any = None,
+    ):
+        args = DistillationArguments("tmp_trainer") if args is None else args
+        _check_arguments(args)
+        source = _source_of(teacher, args)
+        if model is None and model_init is None and args.student is not None:
+            model = dict(args.student)  # type: ignore[arg-type]  # parsed by now
+        student: Any = model
+        if isinstance(model, (PreTrainedConfig, Mapping)):
+            named = source.manifest.teacher if isinstance(source, Capture) else source
+            student = make_student(model, named, args.teacher_init_kwargs)  # type: ignore[arg-type]
+        if peft_config is not None:
+            student, model_init = _adapted(student, model_init, peft_config)
+        self.learning: Learning | None = None
+        self._train_tally, self._eval_tally = Tally(), Tally()
+        self._whole_logits = False
+        self._divides: bool | None = None
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        self.args: DistillationArguments
+        student = self._bare(self.model)
+        self.task = task_of(student)
+        check_task(args.weights, self.task)
+        self.teachers: list[LiveTeacher | CapturedTeacher] = []
+        if isinstance(source, Capture):
+            self.teachers = [captured_teacher(source, student, self.task, processing_class)]
+            self.data_collator = CapturedCollator(self.data_collator, source, args.temperature, missing="skip")
+        elif source is not None:
+            self.teachers += make_teachers(
+                source,
+                student,
+                self.task,
+                init_kwargs=args.teacher_init_kwargs,  # type: ignore[arg-type]
+                weights=args.teacher_weights,  # type: ignore[arg-type]
+                compile=args.teacher_compile,
+                processing_class=processing_class,
+                accelerator=self.accelerator,
+            )
+        self.learning = self._make_learning(student)
+        if self.learning.projections is not None:
+            self.add_callback(SynchronizeProjections(self.learning.projections, self.accelerator))
+
+    # The student and what it learns
+
+    def _bare(self, model: Any) -> Any:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _make_learning(self, student: Any) -> Learning:
+        learning = Learning(self.task, self.args, self.args.weights)
+        if learning.needs and not self.teachers:
+            names = sorted(name for name, term in learning.terms.items() if term.needs is not Needs.LABELS)
+            raise OptionError(f"The objective's {', '.join(names)} need a teacher: pass teacher=, or a capture.")
+        learning.classes = min((each.classes for each in self.teachers if each.classes is not None), default=None)
+        learning.head = self._find_head(student)
+        if Needs.HIDDEN_STATES in learning.needs:
+            learning.layers = pair_layers(student, [each.depth for each in self.teachers], self.args.hidden_layers)  # type: ignore[arg-type]
+        widths: dict[str, tuple[int, int]] = {}
+        for number, teacher in enumerate(self.teachers):
+            pairs = [(f"{number}_{mine}", f"hidden_{theirs}") for mine, theirs in learning.layers.items()]
+            if Needs.EMBEDDING in learning.needs:
+                pairs.append((f"{number}_embedding", "embedding"))
+            for name, asked in pairs:
+                theirs_wide = teacher.width(asked)
+                if theirs_wide is None:
+                    raise OptionError(f"The capture holds no {asked}. Capture again with it, or change the objective.")
+                own = LiveTeacher(student, self.task).width(asked)
+                widths[name] = (own or theirs_wide, theirs_wide)
+        projections = Projections(widths, seed=self.args.seed)
+        if len(projections.maps):
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise OptionError(
+                    f"The student's widths differ from the teacher's ({sorted(set(widths.values()))}), and the maps between "
+                    "them cannot be sharded. Leave 'hidden' and 'embedding' out, or train without FSDP and DeepSpeed."
+                )
+            learning.projections = projections.to(self.args.device)
+        return learning
+
+    def _find_head(self, student: Any) -> Any:
+        if not self.task.is_language_model or self.args.torch_compile:
+            return None
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            return None
+        head = find_head(student)
+        found = torch.tensor(float(head is not None), device=self.args.device)
+        # Where only one process has the weights the others may not find it, and all must do the same.
+        return (
+            head if self.accelerator.reduce(found, reduction="sum").item() == self.accelerator.num_processes else None
+        )
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """Make the student anew, and find its head again."""
+        model = super().call_model_init(trial)
+        if self.learning is not None:
+            self.learning.head = self._find_head(model)
+        return model
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer as `Trainer` does; it also learns the maps between widths, where there are any."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.learning is not None and self.learning.projections is not None:
+            optimizer.add_param_group({"params": list(self.learning.projections.parameters()), "weight_decay": 0.0})
+        return optimizer
+
+    # Batches
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that the teacher reads, too."""
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if fresh and self._signature_columns is not None:
+            for name in self._of_teachers_alone():
+                self._signature_columns.append(name)
+
+    def _of_teachers_alone(self) -> set[str]:
+        own = set(inspect.signature(self._bare(self.model).forward).parameters)
+        live = [each for each in self.teachers if isinstance(each, LiveTeacher)]
+        return {name for each in live for name in inspect.signature(each.bare.forward).parameters} - own
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""
+        if self.compute_loss_func is not None or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        items = sum(target_mask(self.task, batch).sum() for batch in batch_samples).to(device)  # type: ignore[union-attr]
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return items / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def _real_examples(self, size: int) -> int:
+        """Return how many of this process's `size` examples the dataloader did not add to fill the last batches up."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.in_dataloader or not state.end_of_dataloader:
+            return size
+        if state.remainder <= 0:
+            return size
+        return max(0, min(size, state.remainder - self.accelerator.process_index * size))
+
+    def _batch(self, inputs: Mapping[str, Any], *, training: bool) -> Batch:
+        """Return a batch with what its teachers say of it."""
+        assert self.learning is not None
+        own, captured = split_signals(inputs)
+        own = add_decoder_inputs(self._bare(self.model), self.task, own)
+        mask = target_mask(self.task, own)
+        if not training:
+            mask[self._real_examples(len(mask)) :] = False
+        if TASK_LOSS in self.learning.weights and not any(own.get(name) is not None for name in self.label_names):
+            raise TaskError(
+                f"The objective has the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
+                f"{sorted(own)}. Give the dataset labels, or leave 'ce' out."
+            )
+        needs = self.learning.needs if training else self.learning.needs | {Needs.LOGITS}
+        layers = self.learning.layers.values()
+        signals: list[Signals] = []
+        for teacher in self.teachers if needs else ():
+            if isinstance(teacher, CapturedTeacher):
+                said = teacher.listen(captured, mask, self.learning.needs, layers)
+                if said is None and training:
+                    raise refuse_missing(teacher.capture)
+                signals += [] if said is None else [said]
+            else:
+                signals.append(teacher.listen(own, mask, needs, layers))
+        for name in self._of_teachers_alone():
+            own.pop(name, None)
+        return Batch(own, mask, item_labels(self.task, own, mask), signals)
+
+    # Losses
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the weighted sum of the objective's terms, each its mean over the items of the accumulated batch."""
+        assert self.learning is not None
+        training = model.training
+        batch = self._batch(inputs, training=training)
+        if not training and self._real_examples(len(batch.mask)) < len(batch.mask):
+            num_items_in_batch = None  # it counts what the dataloader only filled the last batches up with
+        here = batch.mask.sum()
+        items = here.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        told = num_items_in_batch is not None
+        if training and self.learning.weights == {TASK_LOSS: 1.0}:
+            # What `Trainer` does, to the last bit.
+            loss, outputs = self._task_loss(model, batch.inputs, here, items, told)
+            learned = Learned(loss, {TASK_LOSS: loss.detach() * items / self._scale(told)}, outputs)
+        else:
+            learned = self.learning.learn(
+                model,
+                self._bare(model),
+                batch,
+                lambda given: self._task_loss_sum(model, given, here, items, told),
+                measure=not training,
+                whole_logits=self._whole_logits,
+            )
+            loss = learned.total / items * self._scale(told)
+        refuse_not_finite(loss, batch.inputs, batch.mask, batch.signals, self.state.global_step)
+        self._note(learned, batch, here, training)
+        return (loss, self._shown(learned.outputs, loss)) if return_outputs else loss
+
+    def _scale(self, told: bool) -> int:
+        """Return what undoes DistributedDataParallel's mean over processes, as `Trainer` has it."""
+        if not told or not self.args.average_tokens_across_devices:
+            return 1
+        return self.accelerator.num_processes // self.get_tp_size()
+
+    def _task_loss(
+        self, model: nn.Module, inputs: dict[str, Any], here: Tensor, items: Any, told: bool
+    ) -> tuple[Tensor, Any]:
+        """Return the task loss as `Trainer` computes it, a mean over the `items` of the accumulated batch, and outputs."""
+        if told and self._model_divides(model, inputs):
+            loss, outputs = super().compute_loss(model, dict(inputs), True, items)
+            return loss, outputs
+        # Models that take the mean over their own batch whatever they are told (T5, BERT's classifiers).
+        loss, outputs = super().compute_loss(model, dict(inputs), True, None)
+        return loss * (here / items) * self._scale(told), outputs
+
+    def _task_loss_sum(self, *args: Any) -> tuple[Tensor, Any]:
+        loss, outputs = self._task_loss(*args)
+        *_, items, told = args
+        return loss * items / self._scale(told), outputs
+
+    def _model_divides(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            return True
+        if not self.model_accepts_loss_kwargs:
+            return False
+        if self._divides is None:
+            self._divides = divides_by_items(model, inputs)
+        return self._divides
+
+    def _shown(self, outputs: Any, loss: Tensor) -> Any:
+        """Return the outputs without what only the objective asked for: the rest is gathered as predictions."""
+        if not isinstance(outputs, dict):
+            return outputs
+        asked = getattr(self._bare(self.model).config, "output_hidden_states", False)
+        dropped = () if asked else ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
+        return {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Predict as `Trainer` does; without labels there is no loss, and no teacher is asked."""
+        if not all(inputs.get(name) is not None for name in self.label_names):
+            alone = self._of_teachers_alone()
+            inputs = {name: value for name, value in split_signals(inputs)[0].items() if name not in alone}
+        self._whole_logits = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._whole_logits = False
+
+    # Logs
+
+    def _note(self, learned: Learned, batch: Batch, here: Tensor, training: bool) -> None:
+        tally = self._train_tally if training else self._eval_tally
+        tally.add(learned.sums, here)
+
+    def _terms_of(self, means: Mapping[str, float]) -> dict[str, float]:
+        weights = self.args.weights
+        weighted = {f"{name}_weighted": weights[name] * value for name, value in means.items() if name in weights}
+        return dict(means) | weighted
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `Trainer` does, and in training every term, raw and weighted."""
+        if "loss" in logs:
+            logs |= self._terms_of(self._train_tally.means(self.accelerator, self.args.weights))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate as `Trainer` does, and measure every term, the task loss, perplexity and agreement."""
+        self._eval_tally = Tally()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = (
+            inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments.get("metric_key_prefix", "eval")
+        )
+        means = self._eval_tally.means(self.accelerator, {*self.args.weights, TASK_LOSS, AGREEMENT})
+        if self.task.is_language_model and TASK_LOSS in means:
+            means["perplexity"] = math.exp(min(means[TASK_LOSS], 700.0))
+        metrics = dict(output.metrics or {})
+        metrics.update({f"{prefix}_{name}": value for name, value in self._terms_of(means).items()})
+        return output._replace(metrics=metrics)
+
+    # Files
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir or "")
+        if self.args.should_save and self.learning is not None and self.learning.projections is not None:
+            if folder.name.startswith("checkpoint-"):  # what resumes needs them; what is published does not
+                self.learning.projections.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.learning is not None and self.learning.projections is not None:
+            self.learning.projections.load(Path(resume_from_checkpoint))
+
+    def save_merged_model(self, output_dir: str | os.PathLike[str]) -> None:
+        """Save the student with its adapter merged into it: a stock model, as `from_pretrained` loads it.
+
+        Raises:
+            OptionError: the student has no adapter.
+        """
+        student = self._bare(self.model)
+        if not hasattr(student, "merge_and_unload"):
+            raise OptionError("The student has no adapter to merge; save_model saves it as it is.")
+        if self.args.should_save:
+            import copy
+
+            copy.deepcopy(student).merge_and_unload().save_pretrained(output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+
+
+def _check_arguments(args: Any) -> None:
+    if not isinstance(args, DistillationArguments):
+        raise OptionError(
+            f"DistillationTrainer takes DistillationArguments, found {type(args).__name__}: they have its fields and more."
+        )
+    if args.use_liger_kernel:
+        raise OptionError(
+            "use_liger_kernel makes the student's task loss without logits, which leaves nothing to compare with the "
+            "teacher's. Leave it out: losses are computed over chunks of tokens here too."
+        )
+    if args.n_gpu > 1:
+        raise OptionError(
+            f"One process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel. Launch one process a GPU, with "
+            "`accelerate launch` or `torchrun`, or show the process one GPU with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _source_of(teacher: Any, args: DistillationArguments) -> Any:
+    """Return the one teacher, teachers or capture that is given."""
+    if teacher is not None and (args.teacher or args.capture):
+        raise OptionError(
+            "The teacher is given twice: to the trainer, and in args.teacher or args.capture. Give it once."
+        )
+    if teacher is None and args.capture:
+        return Capture.open(args.capture)
+    return args.teacher if teacher is None else teacher
+
+
+def _adapted(model: Any, model_init: Any, peft_config: Any) -> tuple[Any, Any]:
+    from peft import get_peft_model
+
+    if model is not None:
+        return get_peft_model(model, peft_config), None
+    takes_trial = model_init is not None and len(inspect.signature(model_init).parameters) > 0
+    if takes_trial:
+        return None, lambda trial: get_peft_model(model_init(trial), peft_config)
+    return None, lambda: get_peft_model(model_init(), peft_config)

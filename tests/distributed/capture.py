@@ -1,0 +1,31 @@
+"""Capture under torchrun, and tell how large the world was and which process ran the teacher on how many examples."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from hf_guide.distillation.capture import capture_teacher
+from tests.distillation.capturing import TEACHERS, Pad, examples_for, recorded
+
+given = json.loads(sys.argv[1])
+heard = {}
+for task, config in given["configs"].items():
+    model, forwards = TEACHERS[task].teacher(), []
+    recorded(model, forwards)
+    made = capture_teacher(
+        model,
+        examples_for(task, given["examples"]),
+        Path(given["folder"], task),
+        data_collator=Pad(),
+        config=config,
+        show_progress=False,
+    )
+    assert len(made) == given["examples"]
+    everyone = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, sum(forwards))
+    heard[task] = everyone
+if dist.get_rank() == 0:
+    Path(given["output"]).write_text(json.dumps({"world_size": dist.get_world_size(), "heard": heard}))
+dist.destroy_process_group()

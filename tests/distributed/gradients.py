@@ -1,0 +1,71 @@
+"""One SGD step at rate 1 in a world of processes; rank 0 writes the gradient of every parameter."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from hf_guide import DistillationArguments, DistillationTrainer
+from tests.distillation.small import collate, examples_for, model_for
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a sharded tensor whole, on every process."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    student = model_for(given["task"], 1)
+    before = {name: value.clone() for name, value in student.named_parameters()}
+    args = DistillationArguments(
+        output_dir=str(Path(given["output"]).parent / "run"),
+        max_steps=1,
+        learning_rate=1.0,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+        temperature=2.0,
+        **given["arguments"],
+    )
+    same_width = {"hidden", "embedding"} & args.objective.keys()
+    teacher = model_for(given["task"], 2, width=48 if given.get("wide") or not same_width else 32)
+    trainer = DistillationTrainer(
+        student,
+        args,
+        collate,
+        examples_for(given["task"]),
+        eval_dataset=examples_for(given["task"], 7),
+        teacher=teacher,
+    )
+    trainer.train()
+    after = {name: whole(value) for name, value in trainer.model.named_parameters()}
+    metrics = trainer.evaluate()
+    maps = trainer.learning.projections
+    if trainer.is_world_process_zero():
+        found = {
+            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+            "gradients": {name: (before[name] - after[name]).flatten().tolist() for name in before},
+            "log": trainer.state.log_history[0],
+            "metrics": metrics,
+            "maps": {}
+            if maps is None
+            else {name: value.flatten().tolist() for name, value in maps.state_dict().items()},
+            "sharded": type(next(trainer.model.parameters())).__name__,
+            "teacher_sharded": type(next(trainer.teachers[0].bare.parameters())).__name__,
+            "inside_head": trainer.learning.head is not None,
+        }
+        Path(given["output"]).write_text(json.dumps(found))
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Several processes capture what one does, and share the work."""
+
+from hf_guide.distillation.capture import capture_teacher
+from tests.distillation.capturing import TEACHERS, Pad, examples_for
+from tests.distributed.worlds import run_world
+
+SHARDS = {"examples_per_shard": 6, "batch_size": 4, "hidden_states": [2]}
+CONFIGS = {"causal-lm": {**SHARDS, "top_k": 8}, "sequence-classification": SHARDS}
+
+
+def test_two_processes_write_the_same_files_as_one(tmp_path):
+    given = {"configs": CONFIGS, "examples": 29, "folder": str(tmp_path / "two")}
+    found = run_world("capture.py", 2, given, tmp_path)
+    assert found["world_size"] == 2
+    for task, config in CONFIGS.items():
+        one, two = tmp_path / "one" / task, tmp_path / "two" / task
+        dataset, model = examples_for(task, 29), TEACHERS[task].teacher()
+        capture_teacher(model, dataset, one, data_collator=Pad(), config=config, show_progress=False)
+        files = {path.name: path.read_bytes() for path in one.iterdir()}
+        assert len([name for name in files if name.startswith("shard-")]) == 5
+        assert files == {path.name: path.read_bytes() for path in two.iterdir()}
+        first = 2  # each process begins by running the first example, for its shapes
+        assert found["heard"][task] == [6 + 6 + 5 + first, 6 + 6 + first]  # shards 0, 2, 4 and 1, 3

@@ -1,0 +1,60 @@
+"""Gradients, logs and evaluation do not depend on how many processes share a batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.worlds import run_world
+
+FSDP2 = {
+    "fsdp": True,
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "reshard_after_forward": True,
+    },
+}
+
+
+def vector(found: dict[str, Any]) -> torch.Tensor:
+    return torch.cat([torch.tensor(values) for _, values in sorted(found["gradients"].items())])
+
+
+@pytest.mark.parametrize(
+    ("task", "objective", "more"),
+    [
+        ("causal-lm", {"ce": 0.3, "kd": 0.7}, {}),
+        ("causal-lm", {"hidden": 1.0, "kd": 1.0}, {"wide": True}),
+        ("sequence-classification", {"ce": 0.5, "kd": 0.5}, {}),
+        ("seq2seq-lm", {"ce": 0.5, "kd": 0.5}, {}),
+    ],
+)
+def test_two_processes_of_four_are_one_of_eight(
+    task: str, objective: dict[str, float], more: dict[str, Any], tmp_path: Path
+) -> None:
+    found = []
+    for processes in (1, 2):
+        arguments = {
+            "objective": objective,
+            "per_device_train_batch_size": 8 // processes,
+            "per_device_eval_batch_size": 2,
+        }
+        found.append(run_world("gradients.py", processes, {"task": task, "arguments": arguments} | more, tmp_path))
+    one, two = map(vector, found)
+    assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
+    for name in [*objective, "loss"]:
+        assert found[1]["log"][name] == pytest.approx(found[0]["log"][name], rel=1e-4)
+    for name, values in found[0]["maps"].items():
+        assert torch.allclose(torch.tensor(values), torch.tensor(found[1]["maps"][name]), atol=1e-6)
+
+
+def test_sharded_students_and_teachers_have_the_same_gradients(tmp_path: Path) -> None:
+    found = []
+    for processes, more in ((1, {}), (2, FSDP2)):
+        arguments = {"objective": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8 // processes} | more
+        found.append(run_world("gradients.py", processes, {"task": "causal-lm", "arguments": arguments}, tmp_path))
+    one, two = map(vector, found)
+    assert found[1]["sharded"] == found[1]["teacher_sharded"] == "DTensor" and found[1]["inside_head"]
+    assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()

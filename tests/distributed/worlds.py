@@ -1,0 +1,37 @@
+"""Real processes for tests: torchrun with gloo on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_world(
+    script: str, processes: int, given: dict[str, Any], folder: Path, *, seconds: int = 240
+) -> dict[str, Any]:
+    """Run a script of this folder under torchrun and return what its rank 0 wrote; its `world_size` must be there."""
+    given = given | {"output": str(folder / f"world_{processes}.json")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        + [str(Path(__file__).with_name(script)), json.dumps(given)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds,
+        env=environment,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    found = json.loads(Path(given["output"]).read_text())
+    assert found["world_size"] == processes
+    return found
