@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel
 
 import hf_guide
@@ -73,7 +74,7 @@ def capture_teacher(
     folder = Path(output_dir)
     examples = _count(dataset)
     _check_folder(folder)
-    state = PartialState()
+    state = _processes()
     if isinstance(teacher, PreTrainedModel) or hasattr(teacher, "get_base_model"):
         if dtype is not None or revision is not None:
             raise OptionError("dtype and revision are for a teacher that is loaded here; this one is loaded already.")
@@ -158,6 +159,18 @@ def describe(
         config=config,
         hf_guide_version=hf_guide.__version__,
     )
+
+
+def _processes() -> PartialState:
+    """Return which of how many processes this is; they speak by gloo where there is no accelerator."""
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != state.num_processes:
+        raise CaptureError(
+            f"{started} processes were started, and accelerate knows of {state.num_processes}: all would do all of the work. "
+            "Call capture_teacher before anything else makes accelerate's PartialState, or make that with cpu=True."
+        )
+    return state
 
 
 def _count(dataset: Any) -> int:

@@ -156,11 +156,10 @@ class Capture:
         else:
             raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
         there, here = config_facts(wanted.teacher_config), config_facts(config)
-        differing = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+        # What only one has may be of another version of Transformers; the weights tell.
+        differing = sorted(name for name in there.keys() & here.keys() if there[name] != here[name])
         if differing:
-            shown = "; ".join(
-                f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differing[:5]
-            )
+            shown = "; ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in differing[:5])
             raise CaptureError(f"{self.folder} was captured from another teacher, {wanted.teacher}: {shown}.")
         model = load_teacher(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
         if weights_fingerprint(model) != wanted.weights:

@@ -24,6 +24,7 @@ SAMPLES_PER_FILE = 64
 _PASSING = (
     "_name_or_path",
     "_attn_implementation",
+    "architectures",
     "transformers_version",
     "dtype",
     "torch_dtype",

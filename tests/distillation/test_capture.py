@@ -1,0 +1,360 @@
+"""A capture is written once, whole, and goes on where it was; what cannot be captured is refused before work is lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_guide.distillation import capture_run
+from hf_guide.distillation.capture import capture_teacher
+from hf_guide.distillation.capture_options import CaptureConfig
+from hf_guide.distillation.captured import Capture, CapturedCollator
+from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError
+from tests.distillation.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
+
+CONFIG = {"top_k": 8, "examples_per_shard": 5, "batch_size": 2}
+KIND = TEACHERS["causal-lm"]
+
+
+def capture(folder, *, teacher=None, dataset=None, collator=None, options=None, **config):
+    return capture_teacher(
+        teacher or KIND.teacher(),
+        examples_for("causal-lm") if dataset is None else dataset,
+        folder,
+        data_collator=collator or Pad(),
+        config={**CONFIG, **config},
+        show_progress=False,
+        **(options or {}),
+    )
+
+
+def refused(error, said, folder, **given):
+    """Assert that a capture is refused with an error that says `said`."""
+    with pytest.raises(error, match=said):
+        capture(folder, **given)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_at_most_300_bytes_a_token_with_64_of_a_quarter_million_tokens(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=262144, num_key_value_heads=1, **sizes))
+    dataset = Examples({"input_ids": list(range(number, number + 64))} for number in range(4))
+    made = capture(tmp_path, teacher=model, dataset=dataset, top_k=64, temperatures=[2.0], examples_per_shard=4)
+    for bits, vocabulary in ((0, 60000), (1, 131072)):
+        capture(tmp_path / str(bits), teacher=model, dataset=dataset, top_k=64, vocabulary_size=vocabulary)
+    size = sum(path.stat().st_size for path in tmp_path.iterdir() if path.is_file() and path.suffix == ".arrow")
+    assert 64 * 4 < size / (4 * 64) < 300
+    assert made.manifest.example_bytes(64) == 16 + 64 * (64 * 4 + 16 + 8)
+    with torch.no_grad():
+        expected = model(torch.tensor([dataset[1]["input_ids"]])).logits
+    batch = CapturedCollator(Pad(), made)([dataset[1]])
+    assert batch["teacher_indices"].max() > 2**17
+    assert torch.equal(batch["teacher_indices"], expected.topk(64).indices)
+    batch = CapturedCollator(Pad(), Capture.open(tmp_path / "1"))([dataset[1]])
+    cut = expected[..., :131072]
+    assert torch.equal(batch["teacher_indices"], cut.topk(64).indices)
+    best = cut.log_softmax(-1).topk(64).values
+    torch.testing.assert_close(batch["teacher_log_probs"], best, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_prepared_here_or_beside(tmp_path, workers):
+    capture(tmp_path / "made", options={"dataloader_num_workers": workers})
+    capture(tmp_path / "expected")
+    assert contents(tmp_path / "made") == contents(tmp_path / "expected")
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
+    script = """
+    import sys, time
+    from hf_guide.distillation.capture import capture_teacher
+    from tests.distillation.capturing import Pad, TEACHERS, examples_for
+
+    class Slow(Pad):
+        def __call__(self, features):
+            time.sleep(0.05)
+            return super().__call__(features)
+
+    capture_teacher(TEACHERS["causal-lm"].teacher(), examples_for("causal-lm", 60), sys.argv[1], data_collator=Slow(),
+                    config={"top_k": 8, "examples_per_shard": 5, "batch_size": 2}, show_progress=False)
+    """
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    dataset = examples_for("causal-lm", 60)
+    capture(whole, dataset=dataset)
+    running = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(folder)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob("shard-*"))) < 3:
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        os.kill(running.pid, signal.SIGKILL)
+        running.wait()
+    kept = {path.name: path.stat().st_ino for path in folder.glob("shard-*")}
+    assert 3 <= len(kept) < 12
+    with pytest.raises(CaptureError, match=f"is not complete: {len(kept)} of 12 shards"):
+        Capture.open(folder)
+    model, forwards = KIND.teacher(), []
+    recorded(model, forwards)
+    capture(folder, teacher=model, dataset=dataset)
+    assert (
+        sum(forwards) == 60 - 5 * len(kept) + 2
+    )  # the first example is run for its shapes, here and in a batch's place
+    assert {name: (folder / name).stat().st_ino for name in kept} == kept
+    assert contents(folder) == contents(whole)
+
+
+def test_a_finished_capture_is_opened_again_without_running_over_the_dataset(tmp_path):
+    capture(tmp_path)
+    before, forwards, model = contents(tmp_path), [], KIND.teacher()
+    recorded(model, forwards)
+    assert len(capture(tmp_path, teacher=model, batch_size=7)) == 23
+    assert sum(forwards) <= 2 and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"top_k": 9}, "top_k is 8 there and 9 here"),
+        ({"temperatures": [2.0]}, r"temperatures is \[1.0\] there and \[1.0, 2.0\] here"),
+        ({"hidden_states": [1]}, r"hidden_states is \[\] there and \[1\] here"),
+        ({"teacher": lambda: KIND.teacher(num_hidden_layers=3)}, "weights is '.*' there and '.*' here"),
+        ({"teacher": lambda: KIND.teacher().bfloat16()}, "teacher_dtype is 'float32' there and 'bfloat16' here"),
+        ({"dataset": lambda: examples_for("causal-lm", 24)}, "examples is 23 there and 24 here"),
+        (
+            {"dataset": lambda: Examples(reversed(examples_for("causal-lm")))},
+            "another dataset: example .* is another one",
+        ),
+    ],
+)
+def test_going_on_with_other_settings_names_what_differs(tmp_path, changed, said):
+    capture(tmp_path)
+    before = contents(tmp_path)
+    given = {name: value() if callable(value) else value for name, value in changed.items()}
+    refused(CaptureError, said, tmp_path, **given)
+    assert contents(tmp_path) == before
+
+
+def test_a_missing_or_truncated_shard_is_named_and_written_again_alone(tmp_path):
+    capture(tmp_path)
+    before = contents(tmp_path)
+    shard, other = tmp_path / "shard-000001.arrow", tmp_path / "shard-000003.arrow"
+    shard.unlink()
+    with pytest.raises(CaptureError, match="shard-000001.arrow is missing. Run the same capture again"):
+        Capture.open(tmp_path)
+    other.write_bytes(before[other.name][:-40])
+    kept = (tmp_path / "shard-000000.arrow").stat().st_ino
+    capture(tmp_path)
+    assert contents(tmp_path) == before and (tmp_path / "shard-000000.arrow").stat().st_ino == kept
+    shard.write_bytes(before[shard.name][:100])
+    with pytest.raises(CaptureError, match="shard-000001.arrow has 100 bytes and should have .* truncated"):
+        Capture.open(tmp_path)
+    shard.write_bytes(bytes(len(before[shard.name])))
+    made, collate = Capture.open(tmp_path), Pad()
+    with pytest.raises(CaptureError, match="shard-000001.arrow is missing or damaged"):
+        CapturedCollator(collate, made)(examples_for("causal-lm")[5:7])
+    shard.write_bytes(before[shard.name])
+    (tmp_path / "index.arrow").unlink()
+    with pytest.raises(CaptureError, match="index.arrow is missing or damaged"):
+        Capture.open(tmp_path)
+    capture(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_without_a_capture_or_with_a_damaged_manifest_is_named(tmp_path):
+    with pytest.raises(CaptureError, match="holds no capture: it has no capture.json"):
+        Capture.open(tmp_path)
+    capture(tmp_path / "made")
+    manifest = tmp_path / "made" / "capture.json"
+    whole = json.loads(manifest.read_text())
+    for text, said in (
+        ("{", "is damaged"),
+        (json.dumps(whole | {"format": 2}), "has format 2; this version of hf_guide reads format 1"),
+        (
+            json.dumps({name: value for name, value in whole.items() if name != "classes"}),
+            r"\['classes'\] are missing",
+        ),
+    ):
+        manifest.write_text(text)
+        with pytest.raises(CaptureError, match=said):
+            Capture.open(tmp_path / "made")
+
+
+def test_an_output_that_holds_something_else_is_refused_before_the_teacher_is_loaded(tmp_path):
+    (tmp_path / "model.safetensors").write_text("a model")
+    refused(CaptureError, "holds something else: model.safetensors", tmp_path, teacher="no/such-teacher")
+    refused(CaptureError, "is a file", tmp_path / "model.safetensors", teacher="no/such-teacher")
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_what_the_teacher_says_that_is_not_finite_names_the_example(tmp_path):
+    model, dataset = KIND.teacher(), examples_for("causal-lm")
+    token = next(token for token in dataset[13]["input_ids"] if all(token not in e["input_ids"] for e in dataset[:13]))
+    place = dataset[13]["input_ids"].index(token)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    refused(CaptureError, f"logits of example 13 are not finite at place {place}", tmp_path / "lm", teacher=model)
+    finished = sorted(path.name for path in (tmp_path / "lm").iterdir())
+    assert finished == ["capture.json", "shard-000000.arrow", "shard-000001.arrow"]  # nothing half-written
+    kind = TEACHERS["image-classification"]
+    images = examples_for("image-classification")
+    images[4]["pixel_values"][0, 0, 0] = float("inf")
+    with pytest.raises(CaptureError, match="logits of example 4 are not finite"):
+        capture_teacher(kind.teacher(), images, tmp_path / "image", data_collator=Pad(), show_progress=False)
+
+
+def test_hidden_states_beyond_float16_say_so(tmp_path):
+    model = KIND.teacher()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1e6)
+    said = "hidden_0 of example 0 are not finite in float16: pass hidden_dtype='float32'"
+    refused(CaptureError, said, tmp_path, teacher=model, hidden_states=[0])
+    assert len(capture(tmp_path, teacher=model, hidden_states=[0], hidden_dtype="float32")) == 23
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"top_k": VOCABULARY + 1}, f"top_k is {VOCABULARY + 1}; the vocabulary has {VOCABULARY} rows"),
+        ({"vocabulary_size": VOCABULARY + 1}, f"vocabulary_size is {VOCABULARY + 1}; the teacher's has {VOCABULARY}"),
+        ({"vocabulary_size": 7}, "top_k is 8; the vocabulary has 7 rows"),
+        ({"hidden_states": [5]}, "hidden_states has layer 5; this teacher has layers 0 to 4"),
+        ({"top_k": 0}, "top_k is a whole number of at least 1; found 0"),
+        ({"temperatures": [0.0]}, "temperatures are positive numbers; found 0.0"),
+        ({"log_prob_dtype": "float8"}, "expected one of .*float16"),
+        ({"topk": 4}, "has no 'topk'; .* Did you mean 'top_k'"),
+        ({"hidden_states": "last"}, "hidden_states is a list of layer numbers"),
+        ({"embedding": "yes"}, "embedding is True or False"),
+    ],
+)
+def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path, config, said):
+    refused(OptionError, said, tmp_path / "out", **config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_datasets_and_teachers_that_cannot_be_captured_are_refused(tmp_path):
+    class Stream:
+        def __iter__(self):
+            return iter(())
+
+    refused(OptionError, "a dataset with a length and examples by number, not a Stream", tmp_path, dataset=Stream())
+    refused(OptionError, "The dataset is empty", tmp_path, dataset=Examples())
+    refused(TeacherError, "no-such-folder", tmp_path, teacher=str(tmp_path / "no-such-folder"))
+    refused(OptionError, "this one is loaded already", tmp_path, options={"dtype": "float16"})
+    refused(TaskError, "none of the models that can be distilled", tmp_path, teacher=KIND.teacher().model)
+    text = Dataset.from_dict({"text": ["some", "words"]})
+    refused(CaptureError, r"columns \['text'\] are none of those that the teacher takes", tmp_path, dataset=text)
+    merging = lambda features: {name: value[:1] for name, value in Pad()(features).items()}  # noqa: E731
+    refused(CaptureError, "The collator made 1 rows of 2 examples", tmp_path, collator=merging)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_it_is_written_to(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(capture_run.shutil, "disk_usage", lambda folder: usage._replace(free=2000))
+    refused(CaptureError, "takes about .* MiB and .* has 0 MiB free", tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["capture.json"]
+
+
+def test_the_estimate_of_the_space_is_near_what_is_written(tmp_path):
+    made = capture(tmp_path, hidden_states=[1], embedding=True, temperatures=[2.0], examples_per_shard=23)
+    estimated = sum(made.manifest.example_bytes(len(example["input_ids"])) for example in examples_for("causal-lm"))
+    written = (tmp_path / "shard-000000.arrow").stat().st_size
+    assert 0.7 * written < estimated < written
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "token-classification"])
+def test_a_dataset_with_labels_and_other_columns_needs_no_collator(task, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCABULARY)})), pad_token="w0"
+    )
+    examples = examples_for(task)
+    rows = [{**each, "labels": each["input_ids"], "text": "words", "number": 3} for each in examples]
+    config = {"examples_per_shard": 5, "batch_size": 4} | ({"top_k": 8} if task == "causal-lm" else {})
+    made = capture_teacher(
+        TEACHERS[task].teacher(),
+        Dataset.from_list(rows),
+        tmp_path,
+        processing_class=tokenizer,
+        config=config,
+        show_progress=False,
+    )
+    assert len(made) == len(CapturedCollator(Pad(), made)(examples)["input_ids"])
+    made.check(processing_class=tokenizer)
+    tokenizer.add_tokens(["another"])
+    with pytest.raises(CaptureError, match="captured with another tokenizer or processor than this"):
+        Capture.open(tmp_path, processing_class=tokenizer)
+
+
+def test_a_teachers_folder_is_known_again_and_another_is_named(tmp_path):
+    KIND.teacher().save_pretrained(tmp_path / "teacher")
+    made = capture(tmp_path / "made", teacher=str(tmp_path / "teacher"))
+    assert made.manifest.teacher == str(tmp_path / "teacher") and made.manifest.files
+    made.check(teacher=str(tmp_path / "teacher"), dataset=examples_for("causal-lm"))
+    KIND.teacher().save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    made.check(teacher=tmp_path / "sharded")
+    made.check(teacher=KIND.teacher())
+    other = KIND.teacher()
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight.mul_(1.1)
+    other.save_pretrained(tmp_path / "other")
+    for teacher in (other, tmp_path / "other"):
+        with pytest.raises(CaptureError, match="another teacher, .*: the shapes agree, the weights differ"):
+            made.check(teacher=teacher)
+    with pytest.raises(CaptureError, match="num_hidden_layers is 4 there and 2 here"):
+        Capture.open(tmp_path / "made", teacher=KIND.teacher(num_hidden_layers=2))
+    with pytest.raises(CaptureError, match="holds 23 examples and the dataset has 24"):
+        made.check(dataset=examples_for("causal-lm", 24))
+    with pytest.raises(OptionError, match="not a int"):
+        made.check(teacher=3)
+
+
+def test_a_checkpoint_without_all_of_the_teacher_is_refused(tmp_path):
+    KIND.teacher().model.save_pretrained(tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    refused(
+        TeacherError,
+        "1 parameters are not in the checkpoint .* lm_head",
+        tmp_path / "out",
+        teacher=tmp_path / "teacher",
+    )
+
+
+def test_the_teacher_is_left_as_it_was(tmp_path):
+    model = KIND.teacher().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    capture(tmp_path, teacher=model, embedding=True)
+    assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_the_config_is_copied_and_its_values_normalised(tmp_path):
+    config = CaptureConfig(temperatures=2, hidden_states=(1, 1, -1))
+    assert config.temperatures == [1.0, 2.0] and config.hidden_states == [1, -1]
+    made = capture_teacher(
+        KIND.teacher(), examples_for("causal-lm"), tmp_path, data_collator=Pad(), config=config, show_progress=False
+    )
+    assert made.manifest.config.hidden_states == [1, 4] and config.hidden_states == [1, -1]
+    assert made.manifest.temperatures == [1.0, 2.0] and issubclass(CaptureError, HfGuideError)
