@@ -1,6 +1,9 @@
 """A head taken out of its model gives the model's own logits, loss and gradients, in flat memory."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -496,40 +499,96 @@ def test_what_cannot_be_is_refused():
 
 
 PEAK = """
-import sys
 import torch
 from torch import nn
 from hf_guide.distillation.divergences import Dense, divergence
 from hf_guide.distillation.heads import Head, chunked_loss
 
-items, vocabulary, width = int(sys.argv[1]), 16384, 16
+vocabulary, width = 16384, 16
+student, teacher = (nn.Linear(width, vocabulary, bias=False) for _ in range(2))
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
-student, teacher = (nn.Linear(width, vocabulary, bias=False) for _ in range(2))
-hidden = torch.randn(items, width, requires_grad=True)
-labels = torch.zeros(items, dtype=torch.long)
+def step(items):
+    hidden = torch.randn(items, width, requires_grad=True)
+    labels = torch.zeros(items, dtype=torch.long)
 
-def loss(logits, rows):
-    with torch.no_grad():
-        target = Dense(teacher(hidden[rows].detach()))
-    return {"ce": nn.functional.cross_entropy(logits, labels[rows], reduction="none"), "kd": divergence(logits, target)}
+    def loss(logits, rows):
+        with torch.no_grad():
+            target = Dense(teacher(hidden[rows]))
+        return {"ce": nn.functional.cross_entropy(logits, labels[rows], reduction="none"), "kd": divergence(logits, target)}
 
-def step(hidden):
     total, _ = chunked_loss(hidden, Head(student, lambda logits: logits), loss, {"ce": 0.5, "kd": 0.5}, max_logits=2**19)
     total.backward()
+    return peak()
 
-step(hidden[:64])
-before = peak()
-step(hidden)
-print(peak() - before)
+few = step(128)
+print(step(2048) - few)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_items():
-    few, many = (int(run_python(PEAK, count, OMP_NUM_THREADS="1")) for count in (128, 2048))
-    whole_logits = 2048 * 16384 * 4
-    assert many - few < whole_logits / 16
-    assert many < whole_logits / 4
+    growth = int(run_python(PEAK, OMP_NUM_THREADS="1"))
+    whole_logits = (2048 - 128) * 16384 * 4
+    assert growth < whole_logits / 16
+
+
+TWO_PROCESSES = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from hf_guide.distillation.heads import chunked_loss, find_head, without_logits
+from tests.distillation.test_heads import batch_for, build, items, same
+
+dist.init_process_group("gloo")
+assert dist.get_world_size() == 2
+
+def run(model, head, rank):
+    labels = batch["labels"][rank : rank + 2]
+    losses = []
+
+    def on_hidden(hidden):  # here, where the head's weights are gathered
+        picked, aims = items(head, hidden, labels)
+        loss = lambda logits, rows: {"ce": nn.functional.cross_entropy(logits, aims[rows], reduction="none")}
+        losses.append(chunked_loss(picked, head, loss, {"ce": 1.0}, max_logits=400)[0])
+
+    with without_logits(model, head, on_hidden):
+        model(input_ids=batch["input_ids"][rank : rank + 2])
+    return losses[0]
+
+for name in ("llama", "llama, tied"):
+    alone = build(name)
+    head, batch = find_head(alone), batch_for(alone)
+    (sum(run(alone, head, rank) for rank in range(2)) / 2).backward()
+    expected = {key: parameter.grad for key, parameter in alone.named_parameters()}
+    for wrapper in ("ddp", "fsdp2"):
+        model = build(name)
+        head = find_head(model)
+        if wrapper == "ddp":
+            wrapped = DistributedDataParallel(model)
+        else:
+            for block in model.model.layers:
+                fully_shard(block)
+            wrapped = fully_shard(model)
+        for _ in range(2):
+            model.zero_grad()
+            run(wrapped, head, dist.get_rank()).backward()
+        for key, parameter in model.named_parameters():
+            gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            assert same(gradient, expected[key]), (name, wrapper, key)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_get_the_gradients_of_one_with_replicas_and_with_shards(tmp_path):
+    script = tmp_path / "two_processes.py"
+    script.write_text(TWO_PROCESSES)
+    here = str(Path(__file__).parents[2])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
