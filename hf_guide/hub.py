@@ -4,6 +4,8 @@ Does: draw the part of `README.md` that is ours, between two comments, and our k
 Does not: touch a word outside them, or upload anything (`saving.py` does).
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -49,9 +51,10 @@ from hf_guide.cards import (
 )
 from hf_guide.errors import HfGuideError
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
-from hf_guide.plots import plot_explained_variance
+from hf_guide.plots import curves_of, plot_explained_variance, plot_training
 
 PLOT_NAME = "variance_explained.png"
+TRAINING_PLOT_NAME = "training.png"
 
 # What the Hub calls the task of a class whose name ends so.
 TASKS = {
@@ -137,6 +140,7 @@ def write_model_card(
     told = merge_results(data, [*from_record, *(results or [])], model_id)
     figures = figures_of(record) if record is not None else []
     figures += [_figure(result) for result in told if result not in from_record]
+    plots = draw_plots(report, record, folder)
     drawn = RepoCard.from_template(
         CardData(),
         template_str=resources.files("hf_guide.model_cards").joinpath("student.md").read_text(encoding="utf-8"),
@@ -151,7 +155,8 @@ def write_model_card(
         adapter=adapter,
         auto_class=f"AutoPeftModel{_task_suffix(student_class)}",
         processor=next((name for file, name in PROCESSORS.items() if (folder / file).is_file()), None),
-        plot=PLOT_NAME if report is not None and draw_plot(report, folder) else None,
+        plot=PLOT_NAME if PLOT_NAME in plots else None,
+        training_plot=TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
         results=_table(figures),
         license=data.get("license"),
         inherited=data.get("license") in {teacher.license for teacher in teachers},
@@ -181,16 +186,22 @@ def redraw_card(folder: str | os.PathLike[str], **told: Any) -> Path:
     return write_model_card(folder, **told)
 
 
-def draw_plot(report: InitializationReport, folder: Path) -> bool:
-    """Draw the variance that each width keeps beside the card, where matplotlib is there; say whether a plot is."""
-    if not report.explained_variance:
-        return False
+def draw_plots(report: InitializationReport | None, record: DistillationRecord | None, folder: Path) -> set[str]:
+    """Draw what a card shows beside it, where there is something to draw and matplotlib; return the names of the plots.
+
+    The variance that each width keeps, and the losses during the training.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        plot_explained_variance(report, folder / PLOT_NAME)
-    except ImportError:
-        return (folder / PLOT_NAME).is_file()
-    return True
+    wanted = set()
+    with contextlib.suppress(ImportError):  # then plots of an earlier time still stand
+        if report is not None and report.explained_variance:
+            wanted.add(PLOT_NAME)
+            plot_explained_variance(report, folder / PLOT_NAME)
+    with contextlib.suppress(ImportError):
+        if record is not None and curves_of(record.history):
+            wanted.add(TRAINING_PLOT_NAME)
+            plot_training(record.history, folder / TRAINING_PLOT_NAME)
+    return {name for name in wanted if (folder / name).is_file()}
 
 
 def fetch_card(
@@ -218,6 +229,14 @@ def fetch_card(
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(found, path)
     return path
+
+
+def publish_report(folder: str | os.PathLike[str]) -> None:
+    """Let the initialisation report in a folder that is about to be pushed, if there is one, tell no path of this machine."""
+    if (Path(folder) / REPORT_NAME).is_file():
+        report = InitializationReport.load(folder)
+        if report.teacher_name != report.teacher:
+            dataclasses.replace(report, teacher=report.teacher_name).save(folder)
 
 
 def describe_teacher(

@@ -1,5 +1,6 @@
-"""What people would rather see than read: variance explained against width, as a figure or in the terminal."""
+"""What people would rather see than read: variance against width, as a figure or in the terminal, and losses against steps."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -33,11 +34,7 @@ def plot_explained_variance(
         ImportError: matplotlib is not installed.
         ValueError: there is no curve to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install matplotlib") from error
-
+    figure_class = _figure_class()
     curves: Mapping[str, Curve]
     chosen: Mapping[str, Sequence[int]] = {}
     if isinstance(report_or_curve, InitializationReport):
@@ -49,7 +46,7 @@ def plot_explained_variance(
     if not any(len(curve) for curve in curves.values()):
         raise ValueError("There is no variance curve to draw: only an axis that was projected has one.")
 
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = figure_class(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for axis, curve in curves.items():
         (line,) = axes.plot(range(1, len(curve) + 1), curve, label=axis)
@@ -68,6 +65,48 @@ def plot_explained_variance(
     return figure
 
 
+def curves_of(history: Sequence[Mapping[str, float | None]]) -> dict[str, list[tuple[float, float]]]:
+    """Return the losses of a `Trainer`'s log, of training and of evaluation, as (step, loss) where there are two or more."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for entry in history:
+        step = entry.get("step")
+        for name in ("loss", "eval_loss"):
+            value = entry.get(name)
+            if step is not None and value is not None and math.isfinite(value):
+                curves.setdefault(name, []).append((step, value))
+    return {name: points for name, points in curves.items() if len(points) > 1}
+
+
+def plot_training(
+    history: Sequence[Mapping[str, float | None]], path: str | os.PathLike[str] | None = None
+) -> "Figure":
+    """Draw the losses of training and evaluation against the step.
+
+    Args:
+        history: entries of a `Trainer`'s log, each with its "step".
+        path: where to write the figure; the suffix chooses the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there are no two steps to draw a line between.
+    """
+    figure_class = _figure_class()
+    curves = curves_of(history)
+    if not curves:
+        raise ValueError("There is no loss to draw: it was logged at fewer than two steps.")
+    figure = figure_class(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in curves.items():
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, label={"loss": "training", "eval_loss": "evaluation"}[name])
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
 def text_plot(curve: Curve, columns: int = 64, lines: int = 12) -> str:
     """Draw a cumulative curve in plain characters: share of variance upwards, width to the right."""
     columns = min(columns, len(curve))
@@ -78,3 +117,11 @@ def text_plot(curve: Curve, columns: int = 64, lines: int = 12) -> str:
         rows.append((label + "".join("#" if height >= line - 0.5 else " " for height in heights)).rstrip())
     middle = str(len(curve) // 2).center(columns - 1 - len(str(len(curve))))
     return "\n".join([*rows, "      +" + "-" * columns, f"       1{middle}{len(curve)}"])
+
+
+def _figure_class() -> "type[Figure]":
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install matplotlib") from error
+    return Figure

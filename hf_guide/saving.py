@@ -6,7 +6,6 @@ Does not: change the student's class, or what the stock class writes.
 
 import contextlib
 import copy
-import dataclasses
 import inspect
 import os
 import shutil
@@ -23,7 +22,7 @@ from transformers.utils import PushToHubMixin
 
 from hf_guide.cards import DistillationRecord, save_record
 from hf_guide.folders import check_space
-from hf_guide.hub import fetch_card, write_model_card
+from hf_guide.hub import fetch_card, publish_report, write_model_card
 from hf_guide.initialization.report import InitializationReport
 
 
@@ -84,7 +83,7 @@ class StudentPusher:
             report: Any = self.student.initialization_report
             model_tags = [*(self.student.model_tags or []), *(tags or [])]
             write_model_card(folder, report, model_id=repo_id, tags=model_tags, token=token)
-            dataclasses.replace(report, teacher=report.teacher_name).save(folder)  # a private path stays private
+            publish_report(folder)
             kind = type(self.student).__name__
             return api.create_commit(
                 repo_id=repo_id,

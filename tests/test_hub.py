@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard
@@ -9,7 +10,16 @@ from huggingface_hub import EvalResult, ModelCard
 from hf_guide.card_files import BEGIN, END
 from hf_guide.cards import DistillationRecord, TeacherRecord, save_record
 from hf_guide.errors import HfGuideError
-from hf_guide.hub import PLOT_NAME, describe_teacher, fetch_card, redraw_card, teacher_repo_id, write_model_card
+from hf_guide.hub import (
+    PLOT_NAME,
+    TRAINING_PLOT_NAME,
+    describe_teacher,
+    fetch_card,
+    publish_report,
+    redraw_card,
+    teacher_repo_id,
+    write_model_card,
+)
 from hf_guide.initialization.report import InitializationReport
 
 REPORT = InitializationReport(
@@ -260,13 +270,21 @@ def test_a_teachers_card_that_cannot_be_read_gives_no_licence(tmp_path, caplog):
     assert describe_teacher("nobody/that-was-ever-cached").license is None
 
 
-def test_the_plot_is_drawn_beside_the_card(tmp_path):
+def test_without_matplotlib_the_card_shows_no_plot(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    report = dataclasses.replace(REPORT, explained_variance={"embed": [0.5, 1.0]})
+    assert PLOT_NAME not in write_model_card(tmp_path, report).read_text()
+
+
+def test_the_plots_are_drawn_beside_the_card(tmp_path):
     pytest.importorskip("matplotlib")
     curve = {"embed": [0.5, 0.75, 1.0]}
     report = dataclasses.replace(REPORT, explained_variance=curve, widths={"embed": [3, 2]}, kept={"embed": 0.75})
-    path = write_model_card(tmp_path, report)
-    assert f"]({PLOT_NAME})" in path.read_text()
-    assert (tmp_path / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    record = dataclasses.replace(RECORD, history=[{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
+    path = write_model_card(tmp_path, report, record=record)
+    for name in (PLOT_NAME, TRAINING_PLOT_NAME):
+        assert f"]({name})\n\n" in path.read_text()
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_stock_class_loads_a_student_of_ones_own_class_and_its_tokenizer(tmp_path):
@@ -287,6 +305,16 @@ def test_an_adapter_says_what_it_belongs_to(tmp_path):
     path = write_model_card(tmp_path, record=RECORD, model_id="me/adapter")
     assert metadata(path)["base_model"] == "me/student" and metadata(path)["library_name"] == "peft"
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in path.read_text()
+
+
+def test_a_report_that_is_published_tells_no_path(tmp_path):
+    publish_report(tmp_path)
+    dataclasses.replace(REPORT, teacher=str(tmp_path / "big")).save(tmp_path)
+    publish_report(tmp_path)
+    assert InitializationReport.load(tmp_path) == dataclasses.replace(REPORT, teacher="big")
+    REPORT.save(tmp_path)
+    publish_report(tmp_path)
+    assert InitializationReport.load(tmp_path) == REPORT
 
 
 def test_a_card_that_is_there_is_not_fetched(tmp_path):

@@ -1,6 +1,10 @@
 """What is installed is what is in the repository."""
 
 import configparser
+import shutil
+import subprocess
+import sys
+import zipfile
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -26,6 +30,22 @@ def test_the_card_templates_are_installed():
     names = {file.name for file in (ROOT / "model_cards").glob("*.md")}
     assert names
     assert names <= {file.name for file in folder.iterdir()}
+
+
+def test_a_wheel_holds_every_file(tmp_path):
+    pytest.importorskip("setuptools")
+    for name in ("hf_guide", "model_cards"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('wheel')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    files = {*(tmp_path / "hf_guide").rglob("*"), *(tmp_path / "model_cards").rglob("*")}
+    expected = {file.relative_to(tmp_path).as_posix().removeprefix("model_cards/") for file in files if file.is_file()}
+    held = {name.removeprefix("hf_guide/model_cards/") for name in zipfile.ZipFile(wheel).namelist()}
+    assert {"student.md", "hf_guide/py.typed", "hf_guide/metrics/gap_closed/gap_closed.py"} <= expected
+    assert expected <= held
 
 
 def test_the_command_is_installed():

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hf_guide.initialization.report import InitializationReport
-from hf_guide.plots import plot_explained_variance, text_plot, width_reaching
+from hf_guide.plots import curves_of, plot_explained_variance, plot_training, text_plot, width_reaching
 
 CURVE = [0.4, 0.7, 0.9, 1.0]
 
@@ -47,6 +47,25 @@ def test_nothing_to_draw_is_said():
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="no variance curve"):
         plot_explained_variance({})
+
+
+def test_losses_are_drawn_at_their_steps(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = [
+        {"step": 10, "loss": 3.0, "learning_rate": 1e-3},
+        {"step": 10, "eval_loss": 3.5, "eval_runtime": 1.0},
+        {"step": 20, "loss": float("nan")},
+        {"step": 20, "eval_loss": 2.5},
+        {"step": 30, "loss": 2.0},
+        {"train_runtime": 9.0, "train_loss": 2.5},
+    ]
+    figure = plot_training(history, tmp_path / "training.png")
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+    assert lines == {"training": ([10, 30], [3.0, 2.0]), "evaluation": ([10, 20], [3.5, 2.5])}
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert curves_of(history[:2]) == {}
+    with pytest.raises(ValueError, match="fewer than two steps"):
+        plot_training(history[:2])
 
 
 def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch):

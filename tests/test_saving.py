@@ -244,6 +244,7 @@ PUSH_AGAIN = """
     from tokenizers.models import WordLevel
     from hf_guide import from_teacher
     from hf_guide.cards import DistillationRecord
+    from hf_guide.hub import describe_teacher
     from hf_guide.saving import attach_record
     from tests.tiny import KINDS
     kind = KINDS["llama"]
@@ -254,7 +255,9 @@ PUSH_AGAIN = """
     student.add_model_tags(["tiny"])
     student.push_to_hub("me/mine", private=True, tags=["extra"], commit_description="at length")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).push_to_hub("me/mine")
-    attach_record(student, DistillationRecord(objective={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
+    taught = [describe_teacher("someone/teacher", revision="main")]
+    assert (taught[0].license, taught[0].languages) == ("apache-2.0", ["en"])
+    attach_record(student, DistillationRecord(taught, objective={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
     student.push_to_hub("me/mine")
     student.push_to_hub("me/mine", revision="trial")
     student.push_to_hub("me/mine", create_pr=True)
@@ -267,6 +270,7 @@ def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
         hub.repositories["me/mine"] = {
             "README.md": b"---\nthumbnail: a.png\ntags:\n- mine\n---\n\n# Mine\n\nMy own words.\n"
         }
+        hub.repositories["someone/teacher"] = {"README.md": b"---\nlicense: apache-2.0\nlanguage: en\n---\n"}
         run_with_hub(PUSH_AGAIN, hub, tmp_path)
     files = hub.repositories["me/mine"]
     assert set(files) >= STOCK | {REPORT_NAME, RECORD_NAME, "README.md", "tokenizer.json", "tokenizer_config.json"}
@@ -276,7 +280,8 @@ def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
     card = ModelCard.load(folder / "README.md")
     assert card.text.startswith("\n# Mine\n\nMy own words.\n\n<!-- hf_guide:begin -->")
     assert card.text.count("hf_guide:begin") == 1 and "1 x `kd`" in card.text and "7 steps" in card.text
-    assert card.data.to_dict()["thumbnail"] == "a.png" and card.data.license == "mit"
+    assert card.data.to_dict()["thumbnail"] == "a.png"
+    assert (card.data.license, card.data.base_model) == ("mit", "someone/teacher"), "what was known stays known"
     assert card.data.tags == ["mine", "hf_guide", "guide", "tiny", "extra", "distillation"]
     assert load_record(folder).steps == 7
     assert InitializationReport.load(folder).teacher == "teacher"
