@@ -2,7 +2,7 @@
 with or without the energy correction.
 
 Every arm is a student of half the width and a third of the depth of SmolLM2-135M, trained on the same tokens in the
-same order with the same distillation loss; the teacher's forward pass is shared. Seeds change the text's split and order
+same order with the same distillation loss, from one capture of the teacher. Seeds change the text's split and order
 and whatever is random. One JSON line a seed and arm is appended to --output; seeds that are there already are not run again.
 
     python examples/benchmarks/later_blocks.py --output later_blocks.jsonl --seeds 0 1 2 --steps 150
@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_guide import AutoStudentForCausalLM
 from hf_guide.quickstart import QuickstartOptions
 from hf_guide.quickstart.corpus import pack, read_text, split_documents
-from hf_guide.quickstart.distill import Recipe, distill, evaluate
+from hf_guide.quickstart.distill import Recipe, capture, evaluate, train
 from hf_guide.quickstart.memory import keep_freed_memory
 from hf_guide.quickstart.run import LEARNING_RATES, half_shape, shuffled
 from hf_guide.quickstart.teacher import default_teacher
@@ -49,8 +50,10 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:
     name = args.teacher or default_teacher(None)
     tokenizer = AutoTokenizer.from_pretrained(name)
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    recipe = Recipe(steps=args.steps, batch_size=args.batch_size, kd_weight=args.kd_weight)
-    train = shuffled(pack(texts.train, tokenizer, options.sequence_length), recipe.steps * recipe.batch_size, options)
+    recipe = Recipe(args.steps, args.batch_size, args.kd_weight, seed)
+    learned = shuffled(
+        pack(texts.train, tokenizer, options.sequence_length), recipe.steps * recipe.batch_size, options
+    )
     held_out = shuffled(pack(texts.held_out, tokenizer, options.sequence_length), options.held_out_blocks, options)
     goal = evaluate(teacher, held_out, args.batch_size, "teacher").perplexity
     shape = half_shape(teacher.config)
@@ -62,7 +65,10 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:
     }
     start = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
     rates = {arm: LEARNING_RATES[ARMS[arm]["method"]] for arm in students}
-    distill(teacher, students, train, rates, recipe)
+    with tempfile.TemporaryDirectory(prefix="later-blocks-") as place:
+        heard = capture(teacher, learned, Path(place, "capture"), recipe)
+        for arm, student in students.items():
+            train(student, heard, learned, rates[arm], recipe, Path(place))
     end = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
     return [
         {
@@ -72,7 +78,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:
             "start": start[arm],
             "end": end[arm],
             "steps": args.steps,
-            "tokens": train[:, 1:].numel(),
+            "tokens": learned[:, 1:].numel(),
             "learning_rate": rates[arm],
             "kd_weight": args.kd_weight,
         }

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from hf_guide.folders import check_space, copy_companions, new_folder
 from hf_guide.hub import write_model_card
 from hf_guide.quickstart import QuickstartOptions
 from hf_guide.quickstart.corpus import pack, read_text, split_documents
-from hf_guide.quickstart.distill import Evaluation, Recipe, distill, evaluate
+from hf_guide.quickstart.distill import Evaluation, Recipe, capture, evaluate, train
 from hf_guide.quickstart.memory import keep_freed_memory
 from hf_guide.quickstart.teacher import default_teacher
 from hf_guide.students import AutoStudentForCausalLM
@@ -81,11 +82,13 @@ def quickstart(options: QuickstartOptions, *, show_progress: bool = True) -> lis
     name = options.teacher or default_teacher(options.cache_dir)
     tokenizer = AutoTokenizer.from_pretrained(name)
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    recipe = Recipe(steps=options.steps, batch_size=options.batch_size, kd_weight=options.kd_weight)
-    train = shuffled(pack(texts.train, tokenizer, options.sequence_length), recipe.steps * recipe.batch_size, options)
+    recipe = Recipe(options.steps, options.batch_size, options.kd_weight, options.seed)
+    learned = shuffled(
+        pack(texts.train, tokenizer, options.sequence_length), recipe.steps * recipe.batch_size, options
+    )
     held_out = shuffled(pack(texts.held_out, tokenizer, options.sequence_length), options.held_out_blocks, options)
     print(f"teacher: {name}")
-    amount = f"{train[:, 1:].numel():,} tokens to train on, {held_out[:, 1:].numel():,} held out"
+    amount = f"{learned[:, 1:].numel():,} tokens to train on, {held_out[:, 1:].numel():,} held out"
     print(f"text: {', '.join(options.text)}; {amount}")
 
     def measure(title: str, model: PreTrainedModel) -> Evaluation:
@@ -96,7 +99,15 @@ def quickstart(options: QuickstartOptions, *, show_progress: bool = True) -> lis
     shape = half_shape(teacher.config)
     made = {method: make_student(name, method, shape, options.seed, show_progress) for method in LEARNING_RATES}
     before = {method: measure(f"{method} at the start", student) for method, student in made.items()}
-    training = distill(teacher, made, train, LEARNING_RATES, recipe, show_progress=show_progress)
+    training = {}
+    with tempfile.TemporaryDirectory(prefix="quickstart-") as place:
+        heard = capture(teacher, learned, Path(place, "capture"), recipe, show_progress=show_progress)
+        size = sum(file.stat().st_size for file in heard.folder.rglob("*") if file.is_file())
+        print(f"what the teacher says of it: {size / 2**20:.0f} MiB on disk; it is not needed any more")
+        for method, student in made.items():
+            print(f"training {method}")
+            rate = LEARNING_RATES[method]
+            training[method] = train(student, heard, learned, rate, recipe, Path(place), show_progress=show_progress)
     after = {method: measure(f"{method} at the end", student) for method, student in made.items()}
     worst = after["random"].perplexity
     rows = [Row("teacher", teacher.num_parameters(), goal.perplexity, goal.perplexity, 1.0, goal.tokens_per_second)]
