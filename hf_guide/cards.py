@@ -57,7 +57,7 @@ class TeacherRecord:
         revision: its commit, where known.
         weight: its share in what the student was told.
         captured: whether its signals came from disk.
-        license, license_name, license_link, languages: what its own card says, see `hub.describe_teacher`.
+        license, license_name, license_link, languages: what its own card says, see `provenance.describe_teacher`.
     """
 
     name: str

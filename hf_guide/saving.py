@@ -22,8 +22,9 @@ from transformers.utils import PushToHubMixin
 
 from hf_guide.cards import DistillationRecord, save_record
 from hf_guide.folders import check_space
-from hf_guide.hub import fetch_card, publish_report, write_model_card
+from hf_guide.hub import write_model_card
 from hf_guide.initialization.report import InitializationReport
+from hf_guide.provenance import fetch_card, publish_report
 
 
 class StudentSaver:

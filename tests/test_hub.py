@@ -10,17 +10,9 @@ from huggingface_hub import EvalResult, ModelCard
 from hf_guide.card_files import BEGIN, END
 from hf_guide.cards import DistillationRecord, TeacherRecord, save_record
 from hf_guide.errors import HfGuideError
-from hf_guide.hub import (
-    PLOT_NAME,
-    TRAINING_PLOT_NAME,
-    describe_teacher,
-    fetch_card,
-    publish_report,
-    redraw_card,
-    teacher_repo_id,
-    write_model_card,
-)
+from hf_guide.hub import PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
 from hf_guide.initialization.report import InitializationReport
+from hf_guide.provenance import describe_teacher, fetch_card, publish_report, teacher_repo_id
 
 REPORT = InitializationReport(
     teacher="someone/teacher",

@@ -244,7 +244,7 @@ PUSH_AGAIN = """
     from tokenizers.models import WordLevel
     from hf_guide import from_teacher
     from hf_guide.cards import DistillationRecord
-    from hf_guide.hub import describe_teacher
+    from hf_guide.provenance import describe_teacher
     from hf_guide.saving import attach_record
     from tests.tiny import KINDS
     kind = KINDS["llama"]
