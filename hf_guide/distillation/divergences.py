@@ -6,14 +6,20 @@ Does not: shift, mask, weigh or average. Logits come as (items, classes), and on
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_guide.distillation.divergence_formulas import (
+    COMPARE,
+    Compare,
+    DivergenceKind,
+    distribution,
+    finest_dtype,
+)
 from hf_guide.errors import HfGuideError, OptionError, VocabularyError, did_you_mean
 
 # Elements of logits walked over at once: on a CPU few enough to stay in its cache, elsewhere enough to keep it busy.
@@ -21,17 +27,6 @@ _IN_CACHE = 2**20
 _ON_DEVICE = 2**26
 # So few classes cost nothing beside the model, and float64 then holds the small divergences of sure classifiers too.
 _FEW_CLASSES = 1024
-
-
-class DivergenceKind(str, Enum):
-    """Which divergence, by the names of `DistillationArguments.divergence`."""
-
-    FORWARD_KL = "forward_kl"
-    REVERSE_KL = "reverse_kl"
-    JSD = "jsd"
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 @dataclass(frozen=True)
@@ -210,10 +205,6 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _finest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _walk(logits: Tensor) -> Iterator[slice]:
     items, classes = logits.shape
     rows = max(1, (_IN_CACHE if logits.device.type == "cpu" else _ON_DEVICE) // max(1, classes))
@@ -234,7 +225,7 @@ class _Divergence(torch.autograd.Function):
         *told: Tensor,
     ) -> Tensor:
         dtype = _at_least_float32(logits.dtype)
-        working = _finest(logits.device) if logits.shape[-1] <= _FEW_CLASSES else dtype
+        working = finest_dtype(logits.device) if logits.shape[-1] <= _FEW_CLASSES else dtype
         values = logits.new_empty(len(logits), dtype=dtype)
         slopes = torch.empty_like(logits, dtype=dtype) if grad_enabled and ctx.needs_input_grad[0] else None
         against = _against_dense if len(told) == 1 else _against_top_k
@@ -244,7 +235,7 @@ class _Divergence(torch.autograd.Function):
             if slopes is not None:
                 slope = slopes[rows] if working == dtype else torch.empty_like(scaled)
             values[rows] = (
-                against(scaled, heard, _COMPARE[kind], beta, temperature, slope).mul_(temperature**2).to(dtype)
+                against(scaled, heard, COMPARE[kind], beta, temperature, slope).mul_(temperature**2).to(dtype)
             )
             if slopes is not None and slope is not None:
                 slope.mul_(temperature)  # one t of its square is spent on the division of the logits
@@ -266,39 +257,19 @@ def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-class _Distribution(NamedTuple):
-    """log p = shifted - log_sum. Apart, because one rounding of their difference would be in every class's share."""
-
-    shifted: Tensor  # (rows, classes), the largest of a row is zero
-    p: Tensor  # (rows, classes)
-    log_sum: Tensor  # (rows,), the finest dtype there is
-
-
-def _distribution(scaled: Tensor) -> _Distribution:
-    shifted = scaled - scaled.amax(-1, keepdim=True)
-    p = shifted.exp()
-    total = p.sum(-1, keepdim=True)
-    return _Distribution(shifted, p.div_(total), total.squeeze(-1).to(_finest(scaled.device)).log())
-
-
-# Of teacher p and student q, whose buffers may be used up: values (rows,), and the slope by q's logits, written where
-# there is room for it.
-_Compare = Callable[[_Distribution, _Distribution, float, "Tensor | None"], Tensor]
-
-
 def _against_dense(
-    scaled: Tensor, told: list[Tensor], compare: _Compare, beta: float, temperature: float, slope: Tensor | None
+    scaled: Tensor, told: list[Tensor], compare: Compare, beta: float, temperature: float, slope: Tensor | None
 ) -> Tensor:
-    teacher = _distribution(_scaled(told[0], temperature, scaled.dtype))
-    return compare(teacher, _distribution(scaled), beta, slope)
+    teacher = distribution(_scaled(told[0], temperature, scaled.dtype))
+    return compare(teacher, distribution(scaled), beta, slope)
 
 
 def _against_top_k(
-    scaled: Tensor, told: list[Tensor], compare: _Compare, beta: float, temperature: float, slope: Tensor | None
+    scaled: Tensor, told: list[Tensor], compare: Compare, beta: float, temperature: float, slope: Tensor | None
 ) -> Tensor:
     """Compare on k + 1 outcomes, then hand the tail's slope on to the classes in it by their share of the tail."""
     indices, log_probs, log_normalizer = told
-    finest, k = _finest(scaled.device), indices.shape[-1]
+    finest, k = finest_dtype(scaled.device), indices.shape[-1]
     log_p = _scaled(log_probs, temperature, finest) - log_normalizer.to(finest).unsqueeze(-1)
     outcomes = scaled.gather(-1, indices).to(finest)
     has_tail = k < scaled.shape[-1]
@@ -309,7 +280,7 @@ def _against_top_k(
         log_tail = _log_tail(log_p, log_probs.dtype).masked_fill(nobody, -math.inf)
         log_p, outcomes = torch.cat([log_p, log_tail], -1), torch.cat([outcomes, log_rest.to(finest)], -1)
     coarse_slope = None if slope is None else torch.empty_like(outcomes)
-    values = compare(_distribution(log_p), _distribution(outcomes), beta, coarse_slope)
+    values = compare(distribution(log_p), distribution(outcomes), beta, coarse_slope)
     if slope is not None and coarse_slope is not None:
         coarse_slope = coarse_slope.to(slope.dtype)
         if has_tail:
@@ -323,46 +294,3 @@ def _log_tail(log_p: Tensor, stored: torch.dtype) -> Tensor:
     """Return log(1 - sum p), (items, 1): as good as nothing, but not negative, where rounding made the sum too large."""
     smallest = torch.finfo(_at_least_float32(stored)).eps
     return (1.0 - log_p.exp().sum(-1, keepdim=True)).clamp_min_(smallest).log_()
-
-
-def _sum_of_terms(terms: Tensor, of: _Distribution) -> Tensor:
-    """Sum over classes, where 0 times infinity is 0; what was not a number before stays so, by way of `log_sum`."""
-    total = terms.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1)
-    return total.to(of.log_sum.dtype).masked_fill_(of.log_sum.isnan(), math.nan)
-
-
-def _forward_kl(teacher: _Distribution, student: _Distribution, _: float, slope: Tensor | None) -> Tensor:
-    if slope is not None:
-        torch.sub(student.p, teacher.p, out=slope)
-    terms = teacher.shifted.sub_(student.shifted).mul_(teacher.p)
-    return _sum_of_terms(terms, teacher) - teacher.log_sum + student.log_sum
-
-
-def _reverse_kl(teacher: _Distribution, student: _Distribution, _: float, slope: Tensor | None) -> Tensor:
-    terms = student.shifted.sub_(teacher.shifted).mul_(student.p)
-    total = _sum_of_terms(terms, student)
-    if slope is not None:
-        # q (log(q / p) - its mean), of which the normalisers drop out.
-        torch.addcmul(terms, student.p, total.to(terms.dtype).unsqueeze(-1), value=-1, out=slope)
-    return total - student.log_sum + teacher.log_sum
-
-
-def _jsd(teacher: _Distribution, student: _Distribution, beta: float, slope: Tensor | None) -> Tensor:
-    # log(p / m) = -log(beta) - log1p((1 - beta) / beta q / p), and likewise for q: exact too where one is all of m.
-    odds = (1.0 - beta) / beta
-    of_teacher = torch.div(student.p, teacher.p, out=teacher.shifted).mul_(odds).log1p_().mul_(teacher.p)
-    of_student = torch.div(teacher.p, student.p, out=student.shifted).div_(odds).log1p_().mul_(student.p)
-    from_teacher, from_student = _sum_of_terms(of_teacher, teacher), _sum_of_terms(of_student, student)
-    if slope is not None:
-        # The derivative by q is (1 - beta) log(q / m): what m itself changes cancels, and constants drop out.
-        mean = from_student.to(of_student.dtype).unsqueeze(-1)
-        torch.addcmul(of_student, student.p, mean, value=-1, out=slope).mul_(beta - 1.0)
-    entropy = -beta * math.log(beta) - (1.0 - beta) * math.log1p(-beta)
-    return entropy - beta * from_teacher - (1.0 - beta) * from_student
-
-
-_COMPARE: dict[DivergenceKind, _Compare] = {
-    DivergenceKind.FORWARD_KL: _forward_kl,
-    DivergenceKind.REVERSE_KL: _reverse_kl,
-    DivergenceKind.JSD: _jsd,
-}

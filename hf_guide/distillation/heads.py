@@ -6,7 +6,6 @@ Does not: know what the losses are, pick items, or divide by their number.
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_guide.errors import HfGuideError, OptionError
+from hf_guide.distillation.chunks import ChunkedLoss, Walk, dtype_of_linear
+from hf_guide.distillation.logit_transforms import logit_transforms
+from hf_guide.errors import HfGuideError
 
 logger = logging.get_logger(__name__)
 
-# What a model may do to its head's output, by the names its config has for it.
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _LENGTH = 6
 # What a model may raise that is fed too little: it is then not one whose head we know.
 _REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
@@ -41,7 +39,7 @@ class _Tap:
         if logits is not None:
             return logits
         shape = (*input.shape[:-2], 0, self.module.weight.shape[0])
-        return input.new_empty(shape, dtype=_dtype_of_linear(input, self.module.weight))
+        return input.new_empty(shape, dtype=dtype_of_linear(input, self.module.weight))
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the model's logits, (..., vocabulary), of what its head is fed, (..., width), even while it is tapped."""
-        dtype = _dtype_of_linear(hidden, self.module.weight)
+        dtype = dtype_of_linear(hidden, self.module.weight)
         bias = None if self.module.bias is None else self.module.bias.to(dtype)
         return self.transform(nn.functional.linear(hidden.to(dtype), self.module.weight.to(dtype), bias))
 
@@ -148,7 +146,7 @@ def chunked_loss(
     loss: Callable[[Tensor, slice], Mapping[str, Tensor]],
     weights: Mapping[str, float],
     *,
-    max_logits: int = 2**24,
+    max_logits: int = 2**22,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum over items of weighted losses of their logits, without ever holding all logits.
 
@@ -164,7 +162,8 @@ def chunked_loss(
         loss: given (some items, vocabulary) logits, float32 or better, and which of the items these are, returns (some
             items,) for each of its names. Names that `weights` has not are summed too, without gradient.
         weights: by name; all of them must be among what `loss` returns.
-        max_logits: at most so many logits exist at a time, or one item's.
+        max_logits: the logits of so many items exist at a time as fit in it, and one item's at least; about six buffers
+            of that size exist with them.
 
     Returns:
         The sum, with gradient to `hidden` and the head's weight and bias, and each name's own sum, without. Scalars,
@@ -179,105 +178,8 @@ def chunked_loss(
             f"The head is fed (items, {head.module.weight.shape[-1]}) here; found {tuple(hidden.shape)}. Pick the items first."
         )
     sums: dict[str, Tensor] = {}
-    walk = _Walk(head.transform, loss, dict(weights), max_logits, torch.is_grad_enabled(), sums)
-    return _ChunkedLoss.apply(hidden, head.module.weight, head.module.bias, walk), sums
-
-
-@dataclass(frozen=True)
-class _Walk:
-    transform: Callable[[Tensor], Tensor]
-    loss: Callable[[Tensor, slice], Mapping[str, Tensor]]
-    weights: Mapping[str, float]
-    max_logits: int
-    grad_enabled: bool
-    sums: dict[str, Tensor]
-
-    def weigh(self, logits: Tensor, rows: slice) -> Tensor:
-        """Return the weighted sum of a chunk's losses, with its graph, and add each to `sums`."""
-        terms = self.loss(logits, rows)
-        missing = sorted(set(self.weights) - set(terms))
-        if missing:
-            raise OptionError(f"The loss gives {sorted(terms)}, and weights asks for {missing} too.")
-        total = logits.new_zeros(())
-        for name, term in terms.items():
-            if term.shape != logits.shape[:1]:
-                raise HfGuideError(
-                    f"The loss {name!r} must be one number an item, ({len(logits)},); found {tuple(term.shape)}."
-                )
-            summed = term.sum(dtype=logits.dtype)
-            self.sums[name] = self.sums.get(name, 0.0) + summed.detach()
-            if self.weights.get(name):
-                total = total + self.weights[name] * summed
-        return total
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, walk: _Walk) -> Tensor:
-        items, vocabulary = len(hidden), weight.shape[0]
-        dtype = _dtype_of_linear(hidden, weight)
-        finest = torch.promote_types(dtype, torch.float32)
-        matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
-        wanted = [walk.grad_enabled and needed for needed in ctx.needs_input_grad[:3]]
-        slopes = [
-            torch.zeros_like(tensor, dtype=finest) if tensor is not None and want else None
-            for tensor, want in zip((hidden, weight, bias), wanted, strict=True)
-        ]
-        total = torch.zeros((), dtype=finest, device=hidden.device)
-        step = max(1, walk.max_logits // vocabulary)
-        # Once even where there are no items, so that every name has a sum.
-        for start in range(0, max(1, items), step):
-            rows = slice(start, min(start + step, items))
-            fed = hidden[rows].detach().to(dtype)
-            raw = nn.functional.linear(fed, matrix, offset)
-            if not any(wanted):
-                total += walk.weigh(walk.transform(raw).to(finest), rows)
-                continue
-            with torch.enable_grad():
-                raw.requires_grad_()
-                weighed = walk.weigh(walk.transform(raw).to(finest), rows)
-            total += weighed.detach()
-            if weighed.requires_grad:
-                (slope,) = torch.autograd.grad(weighed, raw)
-                del weighed, raw
-                _accumulate(slopes, slope, fed, matrix, rows)
-        ctx.slopes = slopes
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.slopes is None:
-            raise HfGuideError("chunked_loss can be gone backward through once; call it again for a second time.")
-        slopes, ctx.slopes = ctx.slopes, None
-        scaled = [
-            None if slope is None else slope.mul_(factor).to(dtype)
-            for slope, dtype in zip(slopes, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None)
-
-
-def _accumulate(slopes: list[Tensor | None], slope: Tensor, fed: Tensor, matrix: Tensor, rows: slice) -> None:
-    of_hidden, of_weight, of_bias = slopes
-    if of_hidden is not None:
-        of_hidden[rows] = slope @ matrix
-    if of_weight is not None:
-        if slope.dtype == torch.bfloat16:
-            of_weight += slope.T @ fed
-        else:
-            # A sum over many items may be too large for float16.
-            of_weight.addmm_(slope.T.to(of_weight.dtype), fed.to(of_weight.dtype))
-    if of_bias is not None:
-        of_bias += slope.sum(0, dtype=of_bias.dtype)
-
-
-def _dtype_of_linear(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What precision `nn.Linear` would multiply in here."""
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return weight.dtype
+    walk = Walk(head.transform, loss, dict(weights), max_logits, torch.is_grad_enabled(), sums)
+    return ChunkedLoss.apply(hidden, head.module.weight, head.module.bias, walk), sums
 
 
 @contextlib.contextmanager
@@ -364,7 +266,7 @@ def _prove(model: nn.Module, bare: Any, module: nn.Linear, probe: dict[str, Tens
     if [hidden.shape[:-1] for hidden in fed] != [ids.shape] or outputs["logits"].shape != raw.shape:
         return None
     transform = next(
-        (each for each in _transforms(bare) if _near(each(raw), outputs["logits"], tolerance)),
+        (each for each in logit_transforms(bare) if _near(each(raw), outputs["logits"], tolerance)),
         None,
     )
     if transform is None:
@@ -396,52 +298,3 @@ def _near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
         return False
     found, expected = found.float(), expected.float()
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
-
-
-def _transforms(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Everything that a model of this config might do to its head's output, the simplest first."""
-    configs = [model.config, model.config.get_text_config(decoder=True)]
-
-    def numbers(names: tuple[str, ...]) -> list[float]:
-        found = [getattr(config, name, None) for config in configs for name in names]
-        return list(dict.fromkeys(value for value in found if isinstance(value, (int, float)) and value))
-
-    scales: list[Callable[[Tensor], Tensor]] = [_same]
-    for value in numbers(_SCALES):
-        scales += [_times(value), _over(value)]
-    caps: list[Callable[[Tensor], Tensor]] = [_same, *(_capped(value) for value in numbers(_CAPS))]
-    owners = [module for module in model.modules() if isinstance(getattr(module, "final_logits_bias", None), Tensor)]
-    biases: list[Callable[[Tensor], Tensor]] = [*(_biased(owner) for owner in owners), _same]
-    for bias, cap, scale in itertools.product(biases, caps, scales):
-        parts = [part for part in (scale, cap, bias) if part is not _same]
-        yield parts[0] if len(parts) == 1 else _chain(parts)
-
-
-def _same(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _times(value: float) -> Callable[[Tensor], Tensor]:
-    return lambda logits: logits * value
-
-
-def _over(value: float) -> Callable[[Tensor], Tensor]:
-    return lambda logits: logits / value
-
-
-def _capped(value: float) -> Callable[[Tensor], Tensor]:
-    return lambda logits: torch.tanh(logits / value) * value
-
-
-def _biased(owner: Any) -> Callable[[Tensor], Tensor]:
-    # Read anew each time: a buffer moves with its model, and tokens are added to it.
-    return lambda logits: logits + owner.final_logits_bias.to(logits.device)
-
-
-def _chain(parts: list[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    def chained(logits: Tensor) -> Tensor:
-        for part in parts:
-            logits = part(logits)
-        return logits
-
-    return chained if parts else _same

@@ -114,8 +114,7 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def _labels(config: PreTrainedConfig) -> list[str]:
-    names: dict[int, str] = dict(config.id2label or {})
-    return [str(names[label]) for label in sorted(names)]
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
 def _are_generic(labels: list[str]) -> bool:
