@@ -67,7 +67,7 @@ class DistillationArguments(TrainingArguments):
     teacher: str | None = field(
         default=None, metadata={"help": "The teacher: a Hub id or a folder. Several are separated by commas."}
     )
-    teacher_weights: dict | list[float] | str | None = field(
+    teacher_weights: list[float] | str | None = field(
         default=None, metadata={"help": "Of several teachers: one weight each, as a JSON list. By default all alike."}
     )
     teacher_init_kwargs: dict | str | None = field(
