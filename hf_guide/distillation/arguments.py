@@ -29,7 +29,7 @@ class DistillationArguments(TrainingArguments):
             that sum to nothing.
     """
 
-    objective: dict | str = field(
+    objective: dict | str | None = field(
         default_factory=lambda: {"ce": 0.5, "kd": 0.5},
         metadata={
             "help": "What the student learns: one term's name, or weights by name, as JSON on the command line: "

@@ -86,7 +86,7 @@ def registered_terms() -> dict[str, Term]:
     return dict(_TERMS)
 
 
-def parse_objective(objective: "str | Mapping[str, float]") -> dict[str, float]:
+def parse_objective(objective: "str | Mapping[str, float] | None") -> dict[str, float]:
     """Return weights by term for one term's name, a mapping, or such a mapping as JSON. Terms of weight 0 are left out.
 
     Raises:
