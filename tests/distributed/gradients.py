@@ -6,9 +6,24 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from hf_guide import DistillationArguments, DistillationTrainer
 from tests.distillation.small import collate, examples_for, model_for
+
+
+class ShardedOnCpu(DistillationTrainer):
+    """Shards with FSDP2 on the CPU, which Accelerate does on accelerators alone: its own code runs from here on."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+        )
+        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        self.is_fsdp_enabled = True
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -38,7 +53,7 @@ def main() -> None:
     )
     same_width = {"hidden", "embedding"} & args.objective.keys()
     teacher = model_for(given["task"], 2, width=48 if given.get("wide") or not same_width else 32)
-    trainer = DistillationTrainer(
+    trainer = (ShardedOnCpu if given.get("sharded") else DistillationTrainer)(
         student,
         args,
         collate,
