@@ -20,7 +20,7 @@ from hf_guide.distillation.capture_collate import Collate
 from hf_guide.distillation.capture_manifest import MANIFEST_NAME, CaptureManifest
 from hf_guide.distillation.capture_options import CaptureConfig
 from hf_guide.distillation.capture_run import Run
-from hf_guide.distillation.capture_signals import read_signals, resolve_layers, run_teacher
+from hf_guide.distillation.capture_signals import Listener, read_signals, resolve_layers
 from hf_guide.distillation.capture_teachers import load_teacher, unwrapped
 from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -73,12 +73,14 @@ def capture_teacher(
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
     examples = _count(dataset)
-    _check_folder(folder)
-    state = _processes()
+    check_folder(folder)
+    state = processes()
     if isinstance(teacher, PreTrainedModel) or hasattr(teacher, "get_base_model"):
         if dtype is not None or revision is not None:
             raise OptionError("dtype and revision are for a teacher that is loaded here; this one is loaded already.")
         model: Any = teacher
+    elif not isinstance(teacher, (str, os.PathLike)):
+        raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
     else:
         model = load_teacher(
             teacher,
@@ -93,8 +95,9 @@ def capture_teacher(
     was_training = model.training
     model.eval()
     try:
-        manifest = describe(teacher, model, task, collate([dataset[0]]), examples, processing_class, options)
-        run = Run(folder, manifest, model, dataset, collate, dataloader_num_workers)
+        listener = Listener(model, task)
+        manifest = describe(teacher, listener, collate([dataset[0]]), examples, processing_class, options)
+        run = Run(folder, manifest, listener, dataset, collate, dataloader_num_workers)
         run.begin(state)
         run.write_missing(state, show_progress)
         run.finish(state)
@@ -105,8 +108,7 @@ def capture_teacher(
 
 def describe(
     teacher: Any,
-    model: Any,
-    task: Task,
+    listener: Listener,
     batch: Mapping[str, Any],
     examples: int,
     processing_class: Any,
@@ -118,9 +120,9 @@ def describe(
         OptionError: k or the vocabulary's size is over the teacher's, or it has no such layer.
         CaptureError: the first example already cannot be captured.
     """
-    wanted = bool(options.hidden_states)
-    logits, layers, _ = run_teacher(model, task, batch, hidden_states=wanted, embedding=False)
-    classes = logits.shape[-1]
+    model, task = listener.model, listener.task
+    heard = listener.hear(batch, hidden_states=bool(options.hidden_states))
+    classes = heard.classes
     if task.is_language_model:
         if options.vocabulary_size is not None and options.vocabulary_size > classes:
             raise OptionError(f"vocabulary_size is {options.vocabulary_size}; the teacher's has {classes} rows.")
@@ -131,8 +133,8 @@ def describe(
             )
     elif options.vocabulary_size is not None:
         raise OptionError(f"vocabulary_size is for language models; the teacher is one for {task}.")
-    config = dataclasses.replace(options, hidden_states=resolve_layers(options.hidden_states, len(layers)))
-    (first,) = read_signals(model, task, batch, config, [0])
+    config = dataclasses.replace(options, hidden_states=resolve_layers(options.hidden_states, len(heard.layers)))
+    (first,) = read_signals(listener, batch, config, [0])
     by_place = task is not Task.IMAGE_CLASSIFICATION
     shapes = {}
     for name, array in first.items():
@@ -161,7 +163,7 @@ def describe(
     )
 
 
-def _processes() -> PartialState:
+def processes() -> PartialState:
     """Return which of how many processes this is; they speak by gloo where there is no accelerator."""
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -184,7 +186,12 @@ def _count(dataset: Any) -> int:
     return len(dataset)
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse an output that is a file, or a folder that holds something else than a capture.
+
+    Raises:
+        CaptureError: names what is there.
+    """
     if folder.exists() and not folder.is_dir():
         raise CaptureError(f"The output {folder} is a file; name a folder that is new, empty, or of this capture.")
     if folder.is_dir() and not (folder / MANIFEST_NAME).exists():

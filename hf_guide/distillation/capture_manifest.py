@@ -145,7 +145,7 @@ class CaptureManifest:
         """Write `capture.json`, all or nothing."""
         path = folder / MANIFEST_NAME
         partial = partial_path(path)
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n", encoding="utf-8")
         publish(partial, path)
 
     @classmethod

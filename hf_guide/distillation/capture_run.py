@@ -5,7 +5,7 @@ A run that was killed left whole shards and nothing else; the next one writes th
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hf_guide.distillation.capture_collate import Collate, CollateNumbered, Numbered
 from hf_guide.distillation.capture_keys import example_keys, token_places
 from hf_guide.distillation.capture_manifest import MANIFEST_NAME, CaptureManifest
-from hf_guide.distillation.capture_signals import read_signals
+from hf_guide.distillation.capture_signals import Listener, read_signals
 from hf_guide.distillation.capture_storage import (
     INDEX_NAME,
     Shard,
@@ -31,13 +31,23 @@ from hf_guide.errors import CaptureError
 _SAMPLED_LENGTHS = 32
 
 
+class _Lazily:
+    """An iterable of batches that are never all there at once."""
+
+    def __init__(self, batches: Callable[[], Iterator[list[int]]]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._batches()
+
+
 class Run:
     """One capture on its way."""
 
     def __init__(
-        self, folder: Path, manifest: CaptureManifest, model: Any, dataset: Any, collate: Collate, workers: int
+        self, folder: Path, manifest: CaptureManifest, listener: Listener, dataset: Any, collate: Collate, workers: int
     ):
-        self.folder, self.manifest, self.model = folder, manifest, model
+        self.folder, self.manifest, self.listener = folder, manifest, listener
         self.dataset, self.collate, self.workers = dataset, collate, workers
         self.task = Task(manifest.task)
         self.was_complete = False
@@ -68,15 +78,14 @@ class Run:
     def write_missing(self, state: PartialState, show_progress: bool) -> None:
         """Write this process's share of the shards that are missing."""
         mine = self.missing[state.process_index :: state.num_processes]
-        batches = [list(batch) for number in mine for batch in self._batches(number)]
         loader: DataLoader[Any] = DataLoader(
             Numbered(self.dataset),
-            batch_sampler=batches,
+            batch_sampler=_Lazily(lambda: (list(batch) for number in mine for batch in self._batches(number))),
             collate_fn=CollateNumbered(self.collate),
             num_workers=self.workers,
         )
         with tqdm(
-            total=sum(map(len, batches)),
+            total=sum(len(self.manifest.shard_examples(number)) for number in mine),
             unit="example",
             desc="Listening to the teacher",
             disable=not (show_progress and state.is_main_process),
@@ -119,7 +128,7 @@ class Run:
                             f"The collator made {len(keys)} rows of {len(numbers)} examples, so which is which cannot be "
                             "told. Use one that keeps one row an example."
                         )
-                    shard.write(keys, read_signals(self.model, self.task, batch, self.manifest.config, numbers))
+                    shard.write(keys, read_signals(self.listener, batch, self.manifest.config, numbers))
                     bar.update(len(numbers))
         except OSError as error:
             raise CaptureError(

@@ -2,7 +2,9 @@
 
 import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,41 +16,78 @@ from hf_guide.distillation.capture_options import CaptureConfig
 from hf_guide.distillation.capture_storage import Arrays, pack_indices
 from hf_guide.distillation.capture_teachers import unwrapped
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
+from hf_guide.distillation.heads import find_head, without_logits
 from hf_guide.distillation.tasks import Task, add_decoder_inputs
 from hf_guide.errors import CaptureError, OptionError
 
 MAX_LOGITS = 2**24  # held at once in float32
+CACHED_LOGITS = 2**19  # of a processor, whose caches then hold them: several times as fast
 
 _NO_INPUT = ("labels", "label", "label_ids", "start_positions", "end_positions")
 
 
-@torch.inference_mode()
-def run_teacher(
-    model: nn.Module, task: Task, batch: Mapping[str, Any], *, hidden_states: bool, embedding: bool
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """Return the logits, all hidden states and what the head is fed; the last two only where wanted."""
-    bare = unwrapped(model)
-    device = next(model.parameters()).device
-    tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-    tensors = add_decoder_inputs(bare, task, tensors)
-    known = inspect.signature(bare.forward).parameters
-    inputs: dict[str, Any] = {
-        name: value for name, value in tensors.items() if name in known and name not in _NO_INPUT
-    }
-    if "use_cache" in known:
-        inputs["use_cache"] = False
-    with contextlib.ExitStack() as stack:
-        heard = stack.enter_context(heard_embeddings(find_classifier(bare, task))) if embedding else []
-        outputs = model(**inputs, output_hidden_states=hidden_states, return_dict=True)
-    fed = heard[-1] if heard else None
-    if fed is not None and not task.is_per_token:
-        everyone = torch.ones(len(fed), dtype=torch.bool, device=fed.device)
-        fed = embedding_per_item(task, fed, everyone, inputs)
-    layers: tuple[Tensor, ...] = ()
-    if hidden_states:
-        name = "decoder_hidden_states" if task is Task.SEQ2SEQ_LM else "hidden_states"
-        layers = outputs[name]
-    return outputs.logits, layers, fed
+@dataclass(frozen=True)
+class Heard:
+    """What a teacher says of one batch.
+
+    Attributes:
+        classes: its vocabulary's rows, or its labels.
+        logits: of a classifier, as the model gives them.
+        at: of a language model, its logits (places, classes) at rows and places of the batch, (places,) each.
+        layers: all hidden states, where wanted.
+        embedding: what its head is fed, where wanted: (batch, width), or (batch, length, width) where items are tokens.
+    """
+
+    classes: int
+    logits: Tensor
+    at: Callable[[Tensor, Tensor], Tensor]
+    layers: tuple[Tensor, ...]
+    embedding: Tensor | None
+
+
+class Listener:
+    """A teacher run without gradients; a language model's logits are made place by place where its head is known."""
+
+    def __init__(self, model: nn.Module, task: Task):
+        self.model, self.task = model, task
+        self.head = find_head(model) if task.is_language_model else None
+
+    @torch.inference_mode()
+    def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False) -> Heard:
+        """Run the teacher on a collated batch, on its own device."""
+        bare, task = unwrapped(self.model), self.task
+        # Of a teacher that is spread, or offloaded, accelerate brings the input to where it is needed.
+        device = next((each.device for each in self.model.parameters() if not each.is_meta), torch.device("cpu"))
+        tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        tensors = add_decoder_inputs(bare, task, tensors)
+        known = inspect.signature(bare.forward).parameters
+        inputs: dict[str, Any] = {
+            name: value for name, value in tensors.items() if name in known and name not in _NO_INPUT
+        }
+        if "use_cache" in known:
+            inputs["use_cache"] = False
+        hidden: list[Tensor] = []
+        with contextlib.ExitStack() as stack:
+            heard = stack.enter_context(heard_embeddings(find_classifier(bare, task))) if embedding else []
+            if self.head is not None:
+                stack.enter_context(without_logits(self.model, self.head, hidden.append))
+            outputs = self.model(**inputs, output_hidden_states=hidden_states, return_dict=True)
+        fed = heard[-1] if heard else None
+        if fed is not None and not task.is_per_token:
+            everyone = torch.ones(len(fed), dtype=torch.bool, device=fed.device)
+            fed = embedding_per_item(task, fed, everyone, inputs)
+        states = "decoder_hidden_states" if task is Task.SEQ2SEQ_LM else "hidden_states"
+        return Heard(
+            classes=outputs.logits.shape[-1],
+            logits=outputs.logits,
+            at=partial(self._logits_at, hidden[0] if hidden else outputs.logits),
+            layers=outputs[states] if hidden_states else (),
+            embedding=fed,
+        )
+
+    def _logits_at(self, whole: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        some = whole[rows.to(whole.device), places.to(whole.device)]
+        return some if self.head is None else self.head.transform(self.head.module(some))
 
 
 def resolve_layers(layers: Sequence[int], count: int) -> list[int]:
@@ -65,13 +104,12 @@ def resolve_layers(layers: Sequence[int], count: int) -> list[int]:
 
 @torch.inference_mode()
 def read_signals(
-    model: nn.Module, task: Task, batch: Mapping[str, Any], config: CaptureConfig, numbers: Sequence[int]
+    listener: Listener, batch: Mapping[str, Any], config: CaptureConfig, numbers: Sequence[int]
 ) -> list[Arrays]:
     """Return what is stored of each example of a collated batch.
 
     Args:
-        model: the teacher, in evaluation mode.
-        task: what its head is for.
+        listener: the teacher.
         batch: as the collator gives it.
         config: what is wanted, its layers resolved.
         numbers: the examples' places in the dataset, for errors.
@@ -79,22 +117,23 @@ def read_signals(
     Raises:
         CaptureError: the teacher said something that is not finite, or that float16 does not hold; it names the example.
     """
-    wanted = bool(config.hidden_states)
-    logits, layers, fed = run_teacher(model, task, batch, hidden_states=wanted, embedding=config.embedding)
+    task = listener.task
+    heard = listener.hear(batch, hidden_states=bool(config.hidden_states), embedding=config.embedding)
     by_token = task is not Task.IMAGE_CLASSIFICATION
-    places = [place.to(logits.device) for place in token_places(batch, task)] if by_token else []
+    places = [place.to(heard.logits.device) for place in token_places(batch, task)] if by_token else []
     if task.is_language_model:
-        examples = _language_signals(logits[..., : config.vocabulary_size], places, config, numbers)
+        examples = _language_signals(heard, places, config, numbers)
     else:
+        logits = heard.logits
         if bool(logits.isnan().any() | logits.isposinf().any()):
             _refuse(logits.isnan() | logits.isposinf(), numbers, "logits")
         kept = [row[place] for row, place in zip(logits, places, strict=True)] if task.is_per_token else list(logits)
         examples = [{"logits": value.float().cpu().numpy()} for value in kept]
-    found = {f"hidden_{layer}": layers[layer] for layer in config.hidden_states}
-    if fed is not None:
-        found["embedding"] = fed
+    found = {f"hidden_{layer}": heard.layers[layer] for layer in config.hidden_states}
+    if heard.embedding is not None:
+        found["embedding"] = heard.embedding
     for name, value in found.items():
-        narrow = value.to(getattr(torch, config.hidden_dtype))
+        narrow = value.to(heard.logits.device, getattr(torch, config.hidden_dtype))
         if not bool(narrow.isfinite().all()):
             reason = " in float16: pass hidden_dtype='float32'" if bool(value.isfinite().all()) else ""
             _refuse(~narrow.isfinite(), numbers, name, reason)
@@ -105,24 +144,25 @@ def read_signals(
 
 
 def _language_signals(
-    logits: Tensor, places: Sequence[Tensor], config: CaptureConfig, numbers: Sequence[int]
+    heard: Heard, places: Sequence[Tensor], config: CaptureConfig, numbers: Sequence[int]
 ) -> list[Arrays]:
-    classes = logits.shape[-1]
+    classes = config.vocabulary_size or heard.classes
     rows = torch.cat([torch.full_like(place, row) for row, place in enumerate(places)])
     where = torch.cat(list(places))
     parts: list[Arrays] = []
-    for start in range(0, len(rows), max(1, MAX_LOGITS // classes)):
-        chunk = slice(start, start + max(1, MAX_LOGITS // classes))
-        some = logits[rows[chunk], where[chunk]]
+    size = max(1, (CACHED_LOGITS if rows.device.type == "cpu" else MAX_LOGITS) // classes)
+    for start in range(0, len(rows), size):
+        chunk = slice(start, start + size)
+        some = heard.at(rows[chunk], where[chunk])[:, :classes]
         some = some.to(torch.promote_types(some.dtype, torch.float32))
-        total = some.logsumexp(1)
-        if not bool(total.isfinite().all()):
-            at = int((~total.isfinite()).int().argmax())
+        best = some.amax(1)  # NaN where any is, minus infinity where all are
+        if not bool(best.isfinite().all()):
+            at = int((~best.isfinite()).int().argmax())
             raise CaptureError(
                 f"The teacher's logits of example {numbers[int(rows[chunk][at])]} are not finite at place "
                 f"{int(where[chunk][at])}. Look at this example, or run the teacher in a wider dtype."
             )
-        parts.append(dense(some, total, config) if config.top_k == classes else largest(some, total, config))
+        parts.append(dense(some, config) if config.top_k == classes else largest(some, config))
     counts = [len(place) for place in places]
     if not parts:
         raise CaptureError(f"Examples {list(numbers)} have no tokens. Remove empty examples from the dataset.")
@@ -135,27 +175,28 @@ def _language_signals(
     return examples
 
 
-def dense(logits: Tensor, total: Tensor, config: CaptureConfig) -> Arrays:
-    """Return all log-probabilities, (places, classes); `total` is the logsumexp of `logits`."""
-    return {"log_probs": (logits - total[:, None]).to(getattr(torch, config.log_prob_dtype)).cpu().numpy()}
+def dense(logits: Tensor, config: CaptureConfig) -> Arrays:
+    """Return all log-probabilities, (places, classes)."""
+    return {"log_probs": logits.log_softmax(1).to(getattr(torch, config.log_prob_dtype)).cpu().numpy()}
 
 
-def largest(logits: Tensor, total: Tensor, config: CaptureConfig) -> Arrays:
+def largest(logits: Tensor, config: CaptureConfig) -> Arrays:
     """Return the largest k log-probabilities, their indices, and the log of all others' mass at each temperature.
 
-    `logits` (places, classes) is written over. The tail is summed from its own terms: one minus the head's mass would lose
-    what is small.
+    The tail is summed from its own terms: one minus the head's mass would lose what is small.
     """
     top, indices = logits.topk(config.top_k, dim=1)
-    totals = [(logits / t).logsumexp(1) if t != 1 else total for t in config.temperatures]
-    logits.scatter_(1, indices, -torch.inf)
-    tails = [
-        (logits / t if t != 1 else logits).logsumexp(1) - whole
-        for t, whole in zip(config.temperatures, totals, strict=True)
-    ]
+    tails, total = [], top.new_zeros(len(top))
+    for temperature in config.temperatures:
+        odds = (logits - top[:, :1]).div_(temperature).exp_()  # against the most probable one
+        whole = odds.sum(1)
+        tails.append(odds.scatter_(1, indices, 0.0).sum(1).log() - whole.log())
+        if temperature == 1.0:
+            total = whole.log()
+    log_probs = top - top[:, :1] - total[:, None]
     return {
         "indices": indices.cpu().numpy(),
-        "log_probs": (top - total[:, None]).to(getattr(torch, config.log_prob_dtype)).cpu().numpy(),
+        "log_probs": log_probs.to(getattr(torch, config.log_prob_dtype)).cpu().numpy(),
         "log_tail": torch.stack(tails, 1).clamp(max=0).float().cpu().numpy(),
     }
 

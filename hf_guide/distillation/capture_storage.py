@@ -183,7 +183,10 @@ AGAIN = "what is there already is kept."
 
 
 def write_index(path: Path, keys: Sequence[np.ndarray]) -> None:
-    """Write the rows of all keys, uint8 (rows, 16) each, in the order of the keys' first eight bytes."""
+    """Write the rows of all keys, uint8 (rows, 16) each, in the order of the keys' first eight bytes.
+
+    Beside the keys it takes 16 bytes an example in memory, once.
+    """
     prefixes = np.concatenate([_prefixes(part) for part in keys])
     order = np.argsort(prefixes, kind="stable")
     table = pa.record_batch({"prefix": prefixes[order], "row": order.astype(np.uint64)})

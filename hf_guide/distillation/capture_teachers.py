@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
+from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import TeacherError
 
 
@@ -52,6 +53,31 @@ def load_teacher(
             "Use a complete checkpoint, or set `architectures` in its config to the class it holds."
         )
     return model.eval()
+
+
+def task_of_files(
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    token: "str | bool | None" = None,
+    trust_remote_code: bool = False,
+) -> Task:
+    """Return what the head of a Hub id's or folder's model is for, without its weights.
+
+    Raises:
+        TeacherError: its config cannot be read, or names no class.
+        TaskError: none of the tasks that can be distilled.
+    """
+    name = os.fspath(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision, token=token)
+        loader = _loader(config, name, trust_remote_code)
+        with torch.device("meta"):
+            auto = loader.__name__.startswith("Auto")
+            model = loader.from_config(config, trust_remote_code=True) if auto else loader(config)
+    except (OSError, ImportError) as error:
+        raise TeacherError(f"{name} cannot be loaded: {error}") from error
+    return task_of(model)
 
 
 def unwrapped(model: Any) -> Any:

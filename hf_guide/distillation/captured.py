@@ -98,6 +98,23 @@ class Capture:
                 "dataset that you train on."
             )
 
+    def summary(self) -> str:
+        """Return what it holds, of whom, and how large it is, in a few lines."""
+        manifest = self.manifest
+        kept = [
+            f"all {manifest.classes} logits"
+            if manifest.is_dense
+            else f"the largest {manifest.config.top_k} and the rest"
+        ]
+        if manifest.temperatures is not None:
+            kept.append("at temperatures " + ", ".join(f"{value:g}" for value in manifest.temperatures))
+        kept += [name.replace("hidden_", "hidden states of layer ") for name in manifest.shapes]
+        size = sum(manifest.shards) / 2**20
+        return (
+            f"{self.folder}: {manifest.examples:,} examples of {manifest.teacher} ({manifest.teacher_class})\n"
+            f"{'; '.join(kept)}\n{manifest.shard_count} shards, {size:,.1f} MiB"
+        )
+
     def __len__(self) -> int:
         return self.manifest.examples
 

@@ -1,0 +1,119 @@
+"""`hf-guide capture` keeps what a distillation of the same data looks up."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_guide.distillation import capture_command
+from hf_guide.distillation.capture_options import CaptureConfig
+from hf_guide.distillation.captured import Capture, CapturedCollator
+from hf_guide.distillation.data_options import DataOptions
+from hf_guide.distillation.examples import prepare
+from hf_guide.distillation.splits import read_splits
+from hf_guide.distillation.tasks import Task
+from hf_guide.errors import CaptureError, OptionError, TeacherError
+from tests.distillation.capturing import TEACHERS, VOCABULARY
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    capture_command.add_arguments(made)
+    return made
+
+
+def run(*words: object) -> int:
+    return capture_command.run(parser().parse_args([*map(str, words), "--no-progress"]))
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    words = {f"w{number}": number for number in range(VOCABULARY - 1)} | {"[MASK]": VOCABULARY - 1}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="w0", unk_token="w1", eos_token="w2", mask_token="[MASK]"
+    )
+    for task in ("causal-lm", "masked-lm", "sequence-classification"):
+        TEACHERS[task].teacher().save_pretrained(tmp_path / task)
+        tokenizer.save_pretrained(tmp_path / task)
+    return tmp_path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [
+        {"text": " ".join(f"w{3 + (7 * row + place) % 90}" for place in range(5 + row % 4)), "label": row % 3}
+        for row in range(40)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "data.jsonl"
+
+
+def training(task: Task, folder: Path, **options):
+    """Return the datasets and the collator that a distillation of the same data would use."""
+    from transformers import AutoTokenizer
+
+    chosen = DataOptions(**options)
+    train, held_out = read_splits(chosen)
+    return prepare(task, train, held_out, AutoTokenizer.from_pretrained(folder), chosen, mask_once=True)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "masked-lm", "sequence-classification"])
+def test_what_is_captured_is_what_a_distillation_of_the_same_data_looks_up(task, teacher, data, capsys):
+    flags = (
+        [] if task == "sequence-classification" else ["--top-k", 8, "--temperatures", 2, 4, "--hidden-states", 0, -1]
+    )
+    output = teacher / "captured"
+    words = [teacher / task, "-o", output, "--data-files", data, "--max-length", 16, "--validation-share", 0.2]
+    assert run(*words, *flags, "--embedding", "--examples-per-shard", 4) == 0
+    printed = capsys.readouterr().out
+    assert f"{len(Capture.open(output))} examples" in printed and f"capture: {output}" in printed
+    same = training(Task(task), teacher / task, data_files=str(data), max_length=16, validation_share=0.2)
+    made = Capture.open(output)
+    assert len(made) == len(same.train) + len(same.eval)
+    for split in (same.train, same.eval):
+        batch = CapturedCollator(same.collator, made)([split[number] for number in (0, 1)])
+        assert "teacher_embedding" in batch and ("teacher_hidden_4" in batch) == bool(flags)
+    assert run(*words, *flags, "--embedding", "--examples-per-shard", 4) == 0  # finished already
+    with pytest.raises(CaptureError, match="examples_per_shard is 4 there and 5 here"):
+        run(*words, *flags, "--embedding", "--examples-per-shard", 5)
+
+
+def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
+    config = {"teacher": str(teacher / "causal-lm"), "data_files": str(data), "max_length": 12, "learning_rate": 1e-3}
+    (teacher / "distill.yaml").write_text(json.dumps(config))
+    words = ["-o", teacher / "captured", "--config", teacher / "distill.yaml", "--top-k", 4]
+    assert run(*words, "--train-only") == 0
+    same = training(Task.CAUSAL_LM, teacher / "causal-lm", data_files=str(data), max_length=12)
+    assert len(Capture.open(teacher / "captured")) == len(same.train)
+    (teacher / "distill.yaml").write_text(json.dumps(config | {"max_lenght": 3}))
+    with pytest.raises(OptionError, match="has 'max_lenght', which is no option .* Did you mean 'max_length'"):
+        run(*words)
+    (teacher / "distill.yaml").write_text("[1, 2]")
+    with pytest.raises(OptionError, match="holds list; a mapping of options was expected"):
+        run(*words)
+
+
+def test_wrong_usage_is_said_before_any_work(teacher, data):
+    with pytest.raises(OptionError, match="No teacher is given"):
+        run("-o", teacher / "captured", "--data-files", data)
+    with pytest.raises(OptionError, match="There is nothing to learn from"):
+        run(teacher / "causal-lm", "-o", teacher / "captured")
+    with pytest.raises(CaptureError, match="holds something else: config.json"):
+        run(teacher / "causal-lm", "-o", teacher / "masked-lm", "--data-files", data)
+    with pytest.raises(TeacherError, match="nowhere cannot be loaded"):
+        run(teacher / "nowhere", "-o", teacher / "captured", "--data-files", data)
+    assert not (teacher / "captured").exists()
+
+
+def test_every_option_is_a_flag_that_shows_its_help():
+    shown = parser().format_help().split()
+    for kind in (CaptureConfig, DataOptions):
+        for field in dataclasses.fields(kind):
+            if field.name != "remove_unused_columns":
+                assert "--" + field.name.replace("_", "-") in " ".join(shown).replace(",", " ").split(), field.name
