@@ -20,11 +20,12 @@ from hf_guide.distillation.heads import Head, chunked_loss, without_logits
 from hf_guide.distillation.layers import hidden_states_of
 from hf_guide.distillation.objectives import TASK_LOSS, Needs, Term, registered_terms
 from hf_guide.distillation.projections import Projections
-from hf_guide.distillation.tasks import Task, mean_per_item
+from hf_guide.distillation.tasks import IGNORED, Task, mean_per_item
 from hf_guide.distillation.teachers import Signals
 from hf_guide.errors import TaskError
 
 AGREEMENT = "teacher_agreement"
+TEACHER_LOSS = "teacher_ce"
 
 _OF_LOGITS = (Needs.LOGITS, Needs.LABELS)
 
@@ -183,6 +184,10 @@ class Learning:
                 for term in terms:
                     value = signals.weight * term.function(shared, target, labels, self.args)
                     found[term.name] = found[term.name] + value if term.name in found else value
+                if measure and isinstance(target, Dense) and labels is not None and labels.ndim == 1:
+                    known = labels.masked_fill(labels >= target.logits.shape[-1], IGNORED)
+                    own = nn.functional.cross_entropy(target.logits.float(), known, reduction="none")
+                    found[TEACHER_LOSS] = found.get(TEACHER_LOSS, 0) + signals.weight * own
                 if measure:
                     best = target.logits.argmax(-1) if isinstance(target, Dense) else _best(target)
                     same = signals.weight * (shared.argmax(-1) == best)

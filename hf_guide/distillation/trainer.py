@@ -12,20 +12,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_guide.cards import save_record
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.captured import Capture, CapturedCollator
 from hf_guide.distillation.dividing import divides_by_items
 from hf_guide.distillation.heads import find_head
 from hf_guide.distillation.layers import pair_layers
-from hf_guide.distillation.learning import AGREEMENT, Batch, Learned, Learning
+from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Batch, Learned, Learning
 from hf_guide.distillation.objectives import TASK_LOSS, Needs, check_task
 from hf_guide.distillation.playback import CapturedTeacher, captured_teacher, refuse_missing, split_signals
 from hf_guide.distillation.projections import Projections, SynchronizeProjections
+from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
 from hf_guide.distillation.tally import Tally
 from hf_guide.distillation.tasks import add_decoder_inputs, item_labels, target_mask, task_of
 from hf_guide.distillation.teachers import LiveTeacher, Signals, make_teachers, refuse_not_finite
 from hf_guide.errors import OptionError, TaskError
+from hf_guide.hub import write_model_card
+from hf_guide.provenance import fetch_card, publish_report
+from hf_guide.saving import attach_record
 
 
 class DistillationTrainer(Trainer):
@@ -367,9 +372,11 @@ class DistillationTrainer(Trainer):
         prefix = (
             inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments.get("metric_key_prefix", "eval")
         )
-        means = self._eval_tally.means(self.accelerator, {*self.args.weights, TASK_LOSS, AGREEMENT})
-        if self.task.is_language_model and TASK_LOSS in means:
-            means["perplexity"] = math.exp(min(means[TASK_LOSS], 700.0))
+        means = self._eval_tally.means(self.accelerator, {*self.args.weights, TASK_LOSS, AGREEMENT, TEACHER_LOSS})
+        if self.task.is_language_model:
+            for loss, perplexity in ((TASK_LOSS, "perplexity"), (TEACHER_LOSS, "teacher_perplexity")):
+                if loss in means:
+                    means[perplexity] = math.exp(min(means[loss], 700.0))
         metrics = dict(output.metrics or {})
         metrics.update({f"{prefix}_{name}": value for name, value in self._terms_of(means).items()})
         return output._replace(metrics=metrics)
@@ -388,6 +395,42 @@ class DistillationTrainer(Trainer):
         if self.learning is not None and self.learning.projections is not None:
             self.learning.projections.load(Path(resume_from_checkpoint))
 
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Draw the student's card in `output_dir`, and write the record that it is drawn from.
+
+        The arguments are `Trainer`'s. What a card tells of the teacher, the task and the results is known here, so
+        `finetuned_from` and `tasks` are not looked at; `dataset_tags` are ids on the Hub, `dataset` and `dataset_args` names
+        for people, taken where there are no ids. A card that is there keeps its own text.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir or "")
+        if self.hub_model_id is not None:
+            fetch_card(self.hub_model_id, folder, token=self.args.hub_token)
+        publish_report(folder)
+        datasets = _list(dataset_tags) or _list(dataset) or _list(dataset_args)
+        record = make_record(self, datasets=datasets, languages=_list(language))
+        save_record(folder, record)
+        attach_record(self._bare(self.model), record)
+        write_model_card(
+            folder,
+            model_id=self.hub_model_id or model_name,
+            license=license,
+            language=language,
+            tags=_list(tags) or None,
+        )
+
     def save_merged_model(self, output_dir: str | os.PathLike[str]) -> None:
         """Save the student with its adapter merged into it: a stock model, as `from_pretrained` loads it.
 
@@ -403,6 +446,10 @@ class DistillationTrainer(Trainer):
             copy.deepcopy(student).merge_and_unload().save_pretrained(output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
+
+
+def _list(given: "str | list[str] | None") -> list[str]:
+    return [given] if isinstance(given, str) else list(given or [])
 
 
 def _check_arguments(args: Any) -> None:
