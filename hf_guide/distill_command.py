@@ -1,0 +1,37 @@
+"""`hf-guide distill CONFIG.yaml`: a distillation, all of it said by one file.
+
+This module is light, so that `hf-guide --help` answers at once; the work is in `distillation/run.py`.
+"""
+
+import argparse
+from pathlib import Path
+
+EXAMPLE = "hf-guide distill examples/distill_smollm2.yaml --max_steps 100"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the file, and all words after it, which count over the file."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a YAML or JSON file of options and their values")
+    parser.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        metavar="--key value ...",
+        help="options that count over the file's; `hf-guide distill CONFIG --help` lists every one",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Distil with the flags of `add_arguments`, say where the student is, and return the exit code."""
+    from hf_guide.distillation.settings import read_settings
+
+    settings = read_settings(args.config, args.overrides)
+
+    from hf_guide.distillation.run import distill
+
+    metrics = distill(settings)
+    if settings.training.process_index == 0:
+        told = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+        shown = ("loss", "ce", "kd", "perplexity", "accuracy", "teacher_agreement")
+        print(", ".join(f"{name} {told[name]:.4g}" for name in shown if name in told) or "Not evaluated.")
+        print(f"Saved in {settings.training.output_dir}")
+    return 0

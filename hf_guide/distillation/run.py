@@ -1,0 +1,241 @@
+"""A whole distillation by its settings: read, prepare, train, evaluate, save, push."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, EvalPrediction, PreTrainedConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.captured import Capture
+from hf_guide.distillation.data_options import DataOptions, ModelOptions
+from hf_guide.distillation.examples import are_generic, prepare, resolve_length
+from hf_guide.distillation.settings import Settings
+from hf_guide.distillation.splits import class_names, count_classes, find_column, read_splits
+from hf_guide.distillation.tasks import IGNORED, Task, task_of
+from hf_guide.distillation.trainer import DistillationTrainer
+from hf_guide.errors import OptionError, TaskError
+
+AUTO_CLASSES = {
+    Task.CAUSAL_LM: "AutoModelForCausalLM",
+    Task.MASKED_LM: "AutoModelForMaskedLM",
+    Task.SEQ2SEQ_LM: "AutoModelForSeq2SeqLM",
+    Task.SEQUENCE_CLASSIFICATION: "AutoModelForSequenceClassification",
+    Task.TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
+    Task.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
+}
+
+_WHERE = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
+
+# Their tokenizers take words apart from text only where each begins with a space.
+_SPACED = ("bloom", "gpt2", "roberta", "deberta")
+
+
+def distill(settings: Settings) -> dict[str, float]:
+    """Train a student as its settings say, and save it with its tokenizer and card into `output_dir`.
+
+    Returns:
+        The evaluation after the training; what the training measured where there is nothing to evaluate on.
+
+    Raises:
+        OptionError: settings that contradict each other or the data.
+        HfGuideError: whatever else `DistillationTrainer` refuses.
+        OSError: a model, a dataset or a file that cannot be had.
+    """
+    models, data, args = settings.models, settings.data, settings.training
+    _check(models, args)
+    transformers.set_seed(args.seed)
+    source, teacher_config = _teacher(args)
+    where = _where(models.model_init_kwargs)
+    own_config = AutoConfig.from_pretrained(models.model_name_or_path, **where) if models.model_name_or_path else None
+    own_task, teacher_task = (None if one is None else task_of_config(one) for one in (own_config, teacher_config))
+    task = Task(models.task) if models.task is not None else teacher_task or own_task
+    if task is None:
+        raise OptionError(f"What is to be learned is not known; say task: one of {list(map(str, Task))}.")
+    is_classifier = not task.is_language_model
+    train, held_out = read_splits(data)
+    labels: list[str] | None = None
+    if is_classifier:
+        labels = student_labels(
+            task,
+            train,
+            data,
+            own_config if own_task is task else None,
+            teacher_config if teacher_task is task else None,
+            named=bool(models.model_name_or_path),
+        )
+    processing_class = _processing_class(task, models, args, source)
+    if task is not Task.IMAGE_CLASSIFICATION:
+        data = resolve_length(data, processing_class, own_config or teacher_config)
+    with args.main_process_first(desc="preparing the examples"):
+        made = prepare(
+            task, train, held_out, processing_class, data, labels=labels, mask_once=args.capture is not None
+        )
+    if made.keep_columns:
+        args.remove_unused_columns = False
+    trainer = DistillationTrainer(
+        model=_student(task, models, labels if own_task is not task else None),
+        args=args,
+        data_collator=made.collator,
+        train_dataset=made.train,
+        eval_dataset=made.eval,
+        processing_class=processing_class,
+        compute_metrics=accuracy if is_classifier else None,
+        preprocess_logits_for_metrics=best_class if is_classifier else None,
+        peft_config=_peft_config(models),
+    )
+    return _train_and_save(trainer, data)
+
+
+def _train_and_save(trainer: DistillationTrainer, data: DataOptions) -> dict[str, float]:
+    args = trainer.args
+    resume: Any = args.resume_from_checkpoint
+    if str(resume).lower() == "true":  # go on where a run was cut off, or begin
+        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
+    metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    told: dict[str, Any] = {"dataset": data.name} | ({} if data.is_local else {"dataset_tags": data.name})
+    if args.push_to_hub:
+        trainer.push_to_hub(**told)
+    else:
+        trainer.create_model_card(**told)
+    return metrics
+
+
+def _check(models: ModelOptions, args: DistillationArguments) -> None:
+    if models.model_name_or_path and args.student:
+        raise OptionError(
+            "model_name_or_path and student are both given: the student is there already, or it is made out of its teacher."
+        )
+    if not models.model_name_or_path and not args.student:
+        raise OptionError(
+            "There is no student: give model_name_or_path, or student, what from_teacher makes it with, such as "
+            "{hidden_size: 288, num_hidden_layers: 10}."
+        )
+
+
+def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig | None]:
+    """Return the first teacher's name and its config; of a capture the captured one's."""
+    if args.capture:
+        manifest = Capture.open(args.capture).manifest
+        return manifest.teacher, manifest.teacher_config_object()
+    if not args.teacher:
+        return None, None
+    name = args.teacher if os.path.exists(args.teacher) else args.teacher.split(",")[0].strip()
+    return name, AutoConfig.from_pretrained(name, **_where(args.teacher_init_kwargs))
+
+
+def _where(init_kwargs: Any) -> dict[str, Any]:
+    return {name: value for name, value in (init_kwargs or {}).items() if name in _WHERE}
+
+
+def task_of_config(config: PreTrainedConfig) -> Task | None:
+    """Return what the model that a config was saved with is for; None where that is not known or cannot be distilled."""
+    for name in config.architectures or ():
+        model_class = getattr(transformers, name, None)
+        if model_class is None:
+            continue
+        try:
+            with torch.device("meta"):
+                return task_of(model_class._from_config(config))
+        except TaskError:
+            continue
+    return None
+
+
+def student_labels(
+    task: Task,
+    train: Dataset,
+    data: DataOptions,
+    own: PreTrainedConfig | None,
+    teacher: PreTrainedConfig | None,
+    *,
+    named: bool,
+) -> list[str]:
+    """Return the names of a student's classes in their order.
+
+    They are its own where it is a classifier already, else its teacher's, else those of the data.
+
+    Args:
+        task: what the student is for.
+        train, data: the raw training split, and which of its columns has labels.
+        own, teacher: configs of classifiers; None where there is none.
+        named: the student is not made out of its teacher, so that it may have names where its teacher has only numbers.
+    """
+    column = find_column(train, task, "label", data)
+    names = class_names(train, column)
+    config = own if own is not None else teacher
+    if config is None:
+        return names or [f"LABEL_{number}" for number in range(count_classes(train, column))]
+    known: Any = config.id2label
+    labels = [str(known[number]) for number in sorted(known)]
+    nameless = own is None and named and are_generic(labels)
+    return names if nameless and names is not None and len(names) == len(labels) else labels
+
+
+def _student(task: Task, models: ModelOptions, labels: Sequence[str] | None) -> "transformers.PreTrainedModel | None":
+    """Return the student that is there already, with `labels` where it is given any.
+
+    None where the trainer makes it out of its teacher.
+    """
+    if not models.model_name_or_path:
+        return None
+    given: dict[str, Any] = dict(models.model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+    if labels is not None:
+        names = dict(enumerate(labels))
+        given |= {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
+    return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(models.model_name_or_path, **given)
+
+
+def _processing_class(task: Task, models: ModelOptions, args: DistillationArguments, source: str | None) -> Any:
+    own = models.processor_name_or_path or models.model_name_or_path
+    name = own or source
+    if name is None:
+        raise OptionError("Nothing says how the data is to be read; give processor_name_or_path.")
+    where = _where(models.model_init_kwargs if own else args.teacher_init_kwargs)
+    auto: Any = AutoImageProcessor if task is Task.IMAGE_CLASSIFICATION else AutoTokenizer
+    try:
+        if task is Task.TOKEN_CLASSIFICATION and AutoConfig.from_pretrained(name, **where).model_type in _SPACED:
+            where["add_prefix_space"] = True
+        return auto.from_pretrained(name, **where)
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(
+            f"{name} has no tokenizer or image processor that loads: {error} Name one with processor_name_or_path."
+        ) from error
+
+
+def _peft_config(models: ModelOptions) -> Any:
+    if not models.peft_config:
+        return None
+    from peft import get_peft_config
+
+    try:
+        return get_peft_config(dict(models.peft_config))  # type: ignore[arg-type]  # parsed by now
+    except (KeyError, TypeError, ValueError) as error:
+        raise OptionError(f"peft_config is not one that PEFT knows: {error}; found {models.peft_config}.") from error
+
+
+def best_class(logits: "Tensor | tuple[Tensor, ...]", labels: Tensor) -> Tensor:
+    """Return the class with the largest logit: all that accuracy needs, and much less to gather."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def accuracy(predicted: EvalPrediction) -> Mapping[str, float]:
+    """Return the share of items whose best class is the labelled one; places without a label do not count."""
+    classes, labels = np.asarray(predicted.predictions), np.asarray(predicted.label_ids)
+    counted = labels != IGNORED
+    return {"accuracy": float((classes == labels)[counted].mean()) if counted.any() else math.nan}

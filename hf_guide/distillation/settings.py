@@ -1,0 +1,111 @@
+"""One file that says everything about a distillation, and what the command line says over it.
+
+Does: read YAML or JSON, bring texts to the types of the fields they are for, refuse what is no field.
+Does not: look at what the fields say; their dataclasses do.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.data_options import DataOptions, ModelOptions
+from hf_guide.errors import HfGuideError, OptionError, did_you_mean
+
+PARTS = (ModelOptions, DataOptions, DistillationArguments)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about one distillation."""
+
+    models: ModelOptions
+    data: DataOptions
+    training: DistillationArguments
+
+
+def read_settings(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML or JSON file and what stands over it.
+
+    Args:
+        path: a mapping of fields of `ModelOptions`, `DataOptions` and `DistillationArguments`.
+        overrides: words of a command line such as `--learning_rate 1e-4`; they count over the file.
+
+    Raises:
+        OptionError: a key that is no field (with the nearest one), or a value that its field does not take.
+        OSError: the file cannot be read.
+    """
+    parser = _parser()
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    chosen = _read_file(Path(path))
+    for name in chosen:
+        if name not in actions:
+            raise OptionError(f"{path} has the key {name!r}, which is not known.{did_you_mean(str(name), actions)}")
+    chosen = {name: _typed(name, value, actions[name]) for name, value in chosen.items()} | parse_overrides(overrides)
+    try:
+        models, data, training = parser.parse_dict(chosen)
+    except HfGuideError:
+        raise
+    except (ValueError, TypeError) as error:  # TrainingArguments say what is wrong in these
+        raise OptionError(f"{path}: {error}") from error
+    return Settings(models, data, training)
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that words of a command line set, and only those.
+
+    Raises:
+        OptionError: a flag that is no field (with the nearest one).
+        SystemExit: a value that its field does not take (2), or `--help` (0).
+    """
+    parser = _parser()
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    found, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        raise OptionError(
+            f"{unknown[0]!r} is not understood; overrides are --key value.{did_you_mean(unknown[0].partition('=')[0], flags)}"
+        )
+    return vars(found)
+
+
+def _parser() -> HfArgumentParser:
+    return HfArgumentParser(PARTS, prog="hf-guide distill CONFIG", allow_abbrev=False)  # type: ignore[arg-type]
+
+
+def _read_file(path: Path) -> Mapping[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise OptionError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise OptionError(f"{path} is a mapping of options to values; found {type(found).__name__}.")
+    return found
+
+
+def _typed(name: str, value: Any, action: argparse.Action) -> Any:
+    """Return a value as its field has it: YAML reads 1e-4, without a point, as a text."""
+    of_number, of_truth = action.type in (int, float), getattr(action.type, "__name__", "") == "string_to_bool"
+    if not (of_number or of_truth) or value is None or action.nargs == "+":
+        return value
+    wanted = "true or false" if of_truth else "a number"
+    wrong = OptionError(f"{name} is {wanted}; found {value!r}.")
+    if isinstance(value, str):
+        try:
+            return action.type(value)  # type: ignore[operator,misc]
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise wrong from error
+    if isinstance(value, bool) is not of_truth or not isinstance(value, (bool, int, float)):
+        raise wrong
+    if action.type is int and value != int(value):
+        raise OptionError(f"{name} is a whole number; found {value!r}.")
+    return value
