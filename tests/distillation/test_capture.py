@@ -21,6 +21,7 @@ from hf_guide.distillation.capture_options import CaptureConfig
 from hf_guide.distillation.captured import Capture, CapturedCollator
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError
 from tests.distillation.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
+from tests.tiny import run_python
 
 CONFIG = {"top_k": 8, "examples_per_shard": 5, "batch_size": 2}
 KIND = TEACHERS["causal-lm"]
@@ -122,6 +123,58 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     forwards.clear()
     capture(folder, teacher=model, dataset=dataset)  # runs what shows the shapes, and no more
     assert heard == 60 - 5 * len(kept) + sum(forwards)
+
+
+def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
+    script = """
+    import os, signal, sys
+    from pathlib import Path
+    from hf_guide.distillation import capture_manifest, capture_storage
+    from hf_guide.distillation.capture import capture_teacher
+    from tests.distillation.capturing import TEACHERS, Pad, examples_for
+
+    publish = capture_storage.publish
+
+    def capture(folder):
+        capture_teacher(TEACHERS["causal-lm"].teacher(), examples_for("causal-lm", 12), folder, data_collator=Pad(),
+                        config={"top_k": 8, "examples_per_shard": 5, "batch_size": 2}, show_progress=False)
+
+    def capture_and_die(folder, moment):
+        named = 0
+        def dying(partial, path):
+            nonlocal named
+            if named == moment // 2:
+                if moment % 2:
+                    publish(partial, path)
+                os.kill(os.getpid(), signal.SIGKILL)
+            named += 1
+            publish(partial, path)
+        capture_storage.publish = capture_manifest.publish = dying
+        capture(folder)
+
+    def apart(work, *given):
+        child = os.fork()
+        if child == 0:
+            try:
+                work(*given)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def contents(folder):
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    capture(sys.argv[1] + "/whole")  # here, so that the children need not import anything
+    expected, moment = contents(sys.argv[1] + "/whole"), 0
+    while (code := apart(capture_and_die, f"{sys.argv[1]}/{moment}", moment)) == -signal.SIGKILL:
+        assert apart(capture, f"{sys.argv[1]}/{moment}") == 0
+        assert contents(f"{sys.argv[1]}/{moment}") == expected, moment
+        moment += 1
+    print(code, moment)
+    """
+    found = run_python(textwrap.dedent(script), tmp_path, OMP_NUM_THREADS="1").split()
+    assert found == ["0", "12"]  # the manifest, three shards, the index, the manifest: before and after each
 
 
 def test_a_finished_capture_is_opened_again_without_running_over_the_dataset(tmp_path):
