@@ -47,7 +47,7 @@ def capture_teacher(
 
     Of classifiers all logits are kept; of language models the largest k log-probabilities at each token and the mass of all
     others; hidden states and embeddings on request. Killed at any moment, the same call goes on where it was. Under
-    `torchrun` the processes share the work; each calls this.
+    `torchrun` the processes share the work; each calls this, with a folder that all of them see.
 
     Args:
         teacher: a Hub id, a folder or a loaded model.

@@ -5,6 +5,7 @@ A run that was killed left whole shards and nothing else; the next one writes th
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ class Run:
 
     def finish(self, state: PartialState) -> None:
         """Write the index of all keys and mark the capture complete, in the first process."""
+        for number in self.missing:
+            # A barrier alone gives up after some minutes, and another process's last shard may take longer.
+            while not (self.folder / shard_name(number)).exists():
+                time.sleep(0.2)
         state.wait_for_everyone()
         if state.is_main_process and not (
             self.was_complete and not self.missing and (self.folder / INDEX_NAME).exists()
