@@ -40,7 +40,7 @@ TOLD_WHERE_SET = (
     "label_smoothing_factor",
     "bf16",
     "fp16",
-    "gradient_checkpointing",
+    "activation_checkpointing",
     "torch_compile",
 )
 

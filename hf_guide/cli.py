@@ -53,12 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from hf_guide import quickstart
+    from hf_guide import card_command, distill_command, quickstart
+    from hf_guide.distillation import capture_command
 
     parser = argparse.ArgumentParser(
         prog="hf-guide",
         description="Make a small Transformers model out of a big one.",
-        epilog="first:  hf-guide inspect TEACHER\nthen:   hf-guide init TEACHER --hidden-size 288 -o student/",
+        epilog="first:  hf-guide inspect TEACHER\nthen:   hf-guide init TEACHER --hidden-size 288 -o student/\n"
+        "        hf-guide distill CONFIG.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -116,6 +118,38 @@ def build_parser() -> argparse.ArgumentParser:
     )
     families.add_argument("word", nargs="?", default="", help="show only families with this in their name")
     families.set_defaults(run=run_families)
+
+    capture = _add_command(
+        commands,
+        "capture",
+        "run the teacher once over a dataset, and keep what it says on disk",
+        "Run a teacher once over what a student will learn from, and write what it says in Arrow files: a student is then\n"
+        "trained without it, shuffled and over as many epochs as you like. Killed, the same command goes on where it was.",
+        "hf-guide capture HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1 \\\n"
+        "      -o capture/",
+    )
+    capture_command.add_arguments(capture)
+    capture.set_defaults(run=capture_command.run)
+
+    distil = _add_command(
+        commands,
+        "distill",
+        "make, train, evaluate and save a student, as one file says",
+        "Train a student from a teacher, or from a capture, as a YAML or JSON file says; flags after it override it.",
+        "hf-guide distill examples/distill_smollm2.yaml --max_steps 100",
+    )
+    distill_command.add_arguments(distil)
+    distil.set_defaults(run=distill_command.run)
+
+    card = _add_command(
+        commands,
+        "card",
+        "draw a student's model card again",
+        "Draw our part of a student's README.md again, from what its folder tells. The rest of the card stays as it is.",
+        "hf-guide card student/ --license apache-2.0",
+    )
+    card_command.add_arguments(card)
+    card.set_defaults(run=card_command.run)
 
     quick = _add_command(
         commands,

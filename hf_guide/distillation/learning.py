@@ -129,7 +129,8 @@ class Learning:
         found: list[tuple[Tensor, dict[str, Tensor]]] = []
         terms = self._of_logits(batch, measure, task_loss=True)
 
-        weights = {name: weight for name, weight in self.weights.items() if self.terms[name].needs in _OF_LOGITS}
+        needs = _OF_LOGITS if batch.signals else (Needs.LABELS,)
+        weights = {name: weight for name, weight in self.weights.items() if self.terms[name].needs in needs}
 
         def on_hidden(hidden: Tensor) -> None:
             if weights or measure:

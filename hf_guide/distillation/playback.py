@@ -96,8 +96,14 @@ def captured_teacher(capture: Capture, student: Any, task: Task, processing_clas
         return CapturedTeacher(capture, None, order)
     # The tokenizer was compared by its fingerprint above: what is left are padded rows.
     tokenizer = processing_class if hasattr(processing_class, "get_vocab") else None
-    size = student.get_output_embeddings().weight.shape[0]
-    return CapturedTeacher(capture, shared_vocabulary(tokenizer, tokenizer, size, capture.manifest.classes), None)
+    size, classes = student.get_output_embeddings().weight.shape[0], capture.manifest.classes
+    shared = shared_vocabulary(tokenizer, tokenizer, size, classes)
+    if shared < classes and not capture.manifest.is_dense:
+        raise CaptureError(
+            f"{capture.folder} has {classes} rows of the teacher's vocabulary, of which the student shares {shared}. Capture "
+            f"again with vocabulary_size={shared}: which rows are among the largest is settled there."
+        )
+    return CapturedTeacher(capture, shared, None)
 
 
 def refuse_missing(capture: Capture) -> CaptureError:

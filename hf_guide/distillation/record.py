@@ -46,13 +46,9 @@ def make_record(
         steps=state.global_step,
         epochs=state.epoch,
         training=told_arguments(args),
-        metrics={
-            name: value
-            for name, value in metrics.items()
-            if not name.startswith(_OF_TEACHER) or name.endswith("agreement")
-        },
-        teacher_metrics=told,
-        history=history,
+        metrics={name: value for name, value in found.items() if name not in of_teacher},
+        teacher_metrics={of_teacher[name]: value for name, value in found.items() if name in of_teacher},
+        history=[dict(entry) for entry in history],
     )
 
 

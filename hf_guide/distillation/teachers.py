@@ -19,7 +19,7 @@ from hf_guide.distillation.embeddings import embedding_per_item, find_classifier
 from hf_guide.distillation.heads import Head, find_head, without_logits
 from hf_guide.distillation.layers import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.distillation.objectives import Needs
-from hf_guide.distillation.tasks import Task, task_of
+from hf_guide.distillation.tasks import Task, task_of, without_adapter
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
 from hf_guide.errors import OptionError, TaskError, TeacherError
 
@@ -95,7 +95,7 @@ class LiveTeacher:
             needs: what to listen for.
             layers: the numbers of blocks after which hidden states are wanted.
         """
-        known = inspect.signature(self.bare.forward).parameters
+        known = inspect.signature(without_adapter(self.bare).forward).parameters
         given = {
             name: value for name, value in inputs.items() if name in known and name not in ("labels", "return_loss")
         }

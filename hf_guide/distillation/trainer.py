@@ -25,7 +25,7 @@ from hf_guide.distillation.projections import Projections, SynchronizeProjection
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
 from hf_guide.distillation.tally import Tally
-from hf_guide.distillation.tasks import add_decoder_inputs, item_labels, target_mask, task_of
+from hf_guide.distillation.tasks import add_decoder_inputs, item_labels, target_mask, task_of, without_adapter
 from hf_guide.distillation.teachers import LiveTeacher, Signals, make_teachers, refuse_not_finite
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub import write_model_card
@@ -206,9 +206,9 @@ class DistillationTrainer(Trainer):
                 self._signature_columns.append(name)
 
     def _of_teachers_alone(self) -> set[str]:
-        own = set(inspect.signature(self._bare(self.model).forward).parameters)
+        own = set(inspect.signature(without_adapter(self._bare(self.model)).forward).parameters)
         live = [each for each in self.teachers if isinstance(each, LiveTeacher)]
-        return {name for each in live for name in inspect.signature(each.bare.forward).parameters} - own
+        return {name for each in live for name in inspect.signature(without_adapter(each.bare).forward).parameters} - own
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""

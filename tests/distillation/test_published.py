@@ -1,0 +1,90 @@
+"""What a trainer pushes is a stock student that tells where it came from, on a stand-in of the Hub over real HTTP."""
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.stand_in_hub import stand_in_hub
+from tests.test_saving import pull, run_with_hub
+from tests.tiny import run_python
+
+TRAIN = """
+    import json, sys
+    from pathlib import Path
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from hf_guide import AutoStudentForCausalLM, DistillationTrainer
+    from tests.distillation.small import VOCABULARY, collate, examples_for, llama
+    from tests.distillation.test_trainer import arguments
+
+    folder = Path(sys.argv[1])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, "w0")))
+    llama(2, width=32, blocks=4).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    (folder / "teacher" / "README.md").write_text("---\\nlicense: mit\\nlanguage: en\\n---\\n# The teacher\\n")
+    student = AutoStudentForCausalLM.from_teacher(
+        str(folder / "teacher"), hidden_size=16, num_hidden_layers=2, intermediate_size=32, head_dim=4, show_progress=False
+    )
+    args = arguments(
+        folder / "run", objective={"ce": 0.5, "kd": 0.5}, max_steps=4, push_to_hub=True, hub_model_id="me/student", save_strategy="steps",
+        save_steps=2, hub_private_repo=True, learning_rate=0.1, eval_strategy="steps", eval_steps=2, hub_token="hf_none",
+    )
+    trainer = DistillationTrainer(
+        student, args, collate, examples_for("causal-lm"), examples_for("causal-lm", 6, seed=4),
+        processing_class=tokenizer, teacher=str(folder / "teacher"),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.push_to_hub(dataset_tags="someone/text", language="en", commit_message="the end")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+"""
+
+LOAD = """
+    import json, math, sys
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    AutoTokenizer.from_pretrained(sys.argv[1])
+    nats, count = 0.0, 0
+    for example in json.loads(sys.argv[2]):
+        ids, labels = torch.tensor([example["input_ids"]]), torch.tensor([example["labels"]])
+        here = int((labels[:, 1:] != -100).sum())
+        nats, count = nats + model(input_ids=ids, labels=labels).loss.item() * here, count + here
+    assert "hf_guide" not in sys.modules
+    print(math.exp(nats / count))
+"""
+
+
+def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: Path) -> None:
+    from tests.distillation.small import examples_for
+
+    with stand_in_hub() as hub:
+        hub.repositories["me/student"] = {"README.md": b"---\ntags:\n- mine\n---\n# My student\n\nMy own words.\n"}
+        run_with_hub(TRAIN, hub, tmp_path)
+    assert set(hub.repositories) == {"me/student"} and ("me/student", "the end") in hub.commits
+    pushed = pull(hub, "me/student", tmp_path / "pulled")
+    files = {str(path.relative_to(pushed)) for path in pushed.rglob("*") if path.is_file()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "initialization_report.json",
+        "distillation.json",
+    } <= files
+    pickles = {name for name in files if name.endswith((".bin", ".pt", ".pkl"))}
+    assert pickles <= {"training_args.bin"}, "that one is Transformers' own"
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    found = run_python(LOAD, pushed, json.dumps(examples_for("causal-lm", 6, seed=4)))
+    assert float(found) == pytest.approx(metrics["eval_perplexity"], rel=1e-5)
+    card = ModelCard.load(pushed / "README.md")
+    assert "My own words." in card.text and {"mine", "hf_guide", "distillation"} <= set(card.data.tags)
+    assert card.data.license == "mit" and card.data.datasets == ["someone/text"]
+    assert (
+        f"{metrics['eval_perplexity']:.4g}"[:4] in card.text
+        and f"{metrics['eval_teacher_perplexity']:.4g}"[:4] in card.text
+    )
+    assert str(tmp_path) not in card.text + (pushed / "distillation.json").read_text()
+    record = json.loads((pushed / "distillation.json").read_text())
+    assert record["objective"] == {"ce": 0.5, "kd": 0.5} and record["steps"] == 4 and len(record["history"]) == 3

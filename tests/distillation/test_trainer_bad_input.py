@@ -1,0 +1,204 @@
+"""What cannot be distilled is refused before the first step, and says what to do."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_guide import DistillationArguments, DistillationTrainer, capture_teacher
+from hf_guide.distillation.objectives import register_term
+from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError, VocabularyError
+from tests.distillation.small import collate, examples_for, llama, model_for
+from tests.distillation.test_trainer import arguments
+
+ARGUMENTS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"objective": "kdd"}, ["'kdd'", "Did you mean 'kd'"]),
+    ({"objective": {"kd": -1.0}}, ["'kd'", "at least 0", "-1.0"]),
+    ({"objective": {"kd": 0.0, "ce": 0.0}}, ["sum to nothing"]),
+    ({"objective": '{"kd": 0.5'}, ["not JSON"]),
+    ({"objective": {"kd": float("nan")}}, ["'kd'", "nan"]),
+    ({"temperature": 0.0}, ["temperature", "positive", "0.0"]),
+    ({"temperature": -2.0}, ["temperature", "positive"]),
+    ({"divergence": "forward-kl"}, ["'forward-kl'", "Did you mean 'forward_kl'?"]),
+    ({"divergence": "jsd", "jsd_beta": 1.0}, ["jsd_beta", "between 0 and 1", "reverse_kl"]),
+    ({"hidden_layers": "[1, 2]"}, ["hidden_layers", "mapping"]),
+    ({"teacher_weights": [0, 0]}, ["sum to nothing"]),
+    ({"max_logits": 0}, ["max_logits", "at least 1"]),
+    ({"teacher": "a", "capture": "b"}, ["teacher and capture"]),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words"), ARGUMENTS)
+def test_options_that_cannot_be(wrong: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as caught:
+        arguments(tmp_path, **wrong)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def lonely(folder: Path) -> Any:
+    return DistillationTrainer(llama(1), arguments(folder, objective="kd"), collate, examples_for("causal-lm"))
+
+
+def itself(folder: Path) -> Any:
+    student = llama(1)
+    return DistillationTrainer(student, arguments(folder, objective="kd"), collate, teacher=student)
+
+
+def given(task: str, teacher: Any, **changes: Any) -> Callable[[Path], Any]:
+    return lambda folder: DistillationTrainer(
+        model_for(task, 1),
+        arguments(folder, **({"objective": "kd"} | changes)),
+        collate,
+        examples_for(task),
+        teacher=teacher(),
+    )
+
+
+def renamed(names: list[str]) -> Any:
+    model = model_for("sequence-classification", 2)
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    return model
+
+
+REFUSED: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
+    (lonely, OptionError, ["kd need a teacher"]),
+    (itself, OptionError, ["the student itself", "copy.deepcopy"]),
+    (given("causal-lm", lambda: model_for("masked-lm", 2)), TaskError, ["masked-lm", "causal-lm"]),
+    (
+        given("sequence-classification", lambda: model_for("image-classification", 2)),
+        TaskError,
+        ["image-classification"],
+    ),
+    (given("causal-lm", lambda: llama(2, vocab_size=70)), VocabularyError, ["61", "70"]),
+    (given("causal-lm", lambda: llama(2), objective="dkd"), TaskError, ["'dkd'", "causal-lm"]),
+    (given("causal-lm", lambda: [llama(2)], teacher_weights=[1, 2]), OptionError, ["2 teacher_weights for 1"]),
+    (
+        given("causal-lm", lambda: llama(2), objective="hidden", hidden_layers={5: 1}),
+        OptionError,
+        ["layer 5", "0 to 2"],
+    ),
+    (given("causal-lm", lambda: 7), OptionError, ["not a int"]),
+    (given("causal-lm", list), OptionError, ["no teacher in the sequence"]),
+    (given("causal-lm", lambda: "no/such-teacher"), TeacherError, ["no/such-teacher"]),
+    (given("causal-lm", lambda: llama(2), use_liger_kernel=True), OptionError, ["use_liger_kernel"]),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "words"), REFUSED)
+def test_trainers_that_cannot_be(
+    make: Callable[[Path], Any], error: type[HfGuideError], words: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(error) as caught:
+        make(tmp_path)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+def test_plain_training_arguments_are_refused(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    with pytest.raises(OptionError, match="takes DistillationArguments, found TrainingArguments"):
+        DistillationTrainer(llama(1), TrainingArguments(str(tmp_path)), teacher=llama(2))  # type: ignore[arg-type]
+
+
+def test_labels_are_matched_by_name_or_refused(tmp_path: Path) -> None:
+    task, names = "sequence-classification", ["a", "b", "c", "d", "e"]
+    student, turned = renamed(names), renamed(names[::-1])
+    kept = copy.deepcopy(student)
+    examples = examples_for(task)
+
+    def first_loss(teacher: Any) -> float:
+        trainer = DistillationTrainer(
+            copy.deepcopy(kept), arguments(tmp_path, objective="kd"), collate, examples, teacher=teacher
+        )
+        trainer.train()
+        return trainer.state.log_history[0]["kd"]
+
+    with torch.no_grad():
+        same = copy.deepcopy(turned)
+        same.classifier.weight.copy_(turned.classifier.weight.flip(0))
+        same.classifier.bias.copy_(turned.classifier.bias.flip(0))
+    same.config.id2label, same.config.label2id = kept.config.id2label, kept.config.label2id
+    assert first_loss(turned) == pytest.approx(first_loss(same), rel=1e-6)
+    with pytest.raises(VocabularyError) as caught:
+        first_loss(renamed([*names[:4], "f"]))
+    assert "[a, b, c, d, e]" in str(caught.value) and "[a, b, c, d, f]" in str(caught.value)
+
+
+def test_a_teacher_that_says_nan_is_named_with_the_example_and_the_step(tmp_path: Path) -> None:
+    teacher = llama(2)
+    bad = examples_for("causal-lm")[3]["input_ids"][0]
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[bad] = float("nan")
+    trainer = DistillationTrainer(
+        llama(1), arguments(tmp_path, objective="kd"), collate, examples_for("causal-lm"), teacher=teacher
+    )
+    with pytest.raises(TeacherError, match=r"NaN or infinity of \d+ of 8 examples at step 0.*begins with the tokens"):
+        trainer.train()
+
+
+def test_a_batch_without_labels_is_refused_where_the_task_loss_is_wanted(tmp_path: Path) -> None:
+    unlabelled = [
+        {name: value for name, value in example.items() if name != "labels"} for example in examples_for("causal-lm")
+    ]
+    trainer = DistillationTrainer(
+        llama(1), arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}), collate, unlabelled, teacher=llama(2)
+    )
+    with pytest.raises(TaskError, match="'ce'.*no labels"):
+        trainer.train()
+    DistillationTrainer(llama(1), arguments(tmp_path, objective="kd"), collate, unlabelled, teacher=llama(2)).train()
+
+
+def test_captures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    examples = examples_for("causal-lm")
+    folder = tmp_path / "capture"
+    capture = capture_teacher(
+        llama(2), examples, folder, data_collator=collate, config={"top_k": 4}, show_progress=False
+    )
+
+    def make(**changes: Any) -> DistillationTrainer:
+        data = changes.pop("data", examples)
+        return DistillationTrainer(
+            llama(1), arguments(tmp_path, **({"objective": "kd"} | changes)), collate, data, teacher=capture
+        )
+
+    with pytest.raises(CaptureError, match="temperature=3.0 was not captured"):
+        make(temperature=3.0)
+    with pytest.raises(OptionError, match="The capture holds no hidden_1"):
+        make(objective="hidden")
+    with pytest.raises(CaptureError, match="not in .*capture.*masked at random"):
+        make(data=examples_for("causal-lm", 16, seed=8)).train()
+    with pytest.raises(TaskError, match="causal-lm"):
+        DistillationTrainer(model_for("masked-lm", 1), arguments(tmp_path, objective="kd"), collate, teacher=capture)
+    with pytest.raises(VocabularyError):
+        DistillationTrainer(llama(1, vocab_size=70), arguments(tmp_path, objective="kd"), collate, teacher=capture)
+    shard = next(folder.glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CaptureError, match=shard.name):
+        DistillationTrainer(llama(1), arguments(tmp_path, objective="kd", capture=str(folder)), collate, examples)
+
+
+def test_a_name_is_registered_once() -> None:
+    with pytest.raises(OptionError, match="There is a term 'kd' already"):
+        register_term("kd", needs="logits")
+    with pytest.raises(OptionError, match="needs='logit'"):
+        register_term("mine", needs="logit")
+
+
+def test_arguments_survive_json(tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path, objective='{"ce": 0.5, "kd": 0.5}', hidden_layers='{"1": 2}', teacher_init_kwargs='{"dtype": "auto"}'
+    )
+    assert args.weights == {"ce": 0.5, "kd": 0.5} and args.hidden_layers == {1: 2}
+    (tmp_path / "args.json").write_text(
+        json.dumps({"output_dir": str(tmp_path), "objective": {"kd": 1.0}, "temperature": 2})
+    )
+    from transformers import HfArgumentParser
+
+    (read,) = HfArgumentParser(DistillationArguments).parse_json_file(str(tmp_path / "args.json"))  # type: ignore[arg-type]
+    assert read.weights == {"kd": 1.0} and read.temperature == 2
