@@ -1,0 +1,189 @@
+"""Measured processes that take turns: each arm is a fresh process, and only the one whose turn it is runs.
+
+Does: steps of the arms alternate (A B A B ...), so that what else the machine does falls on all alike; what counts is the
+processor time of a step, and the median over the rounds of its ratio to the other arm's. An arm's memory is the most that
+was resident from `Turn.ready` on, above what was resident then.
+Does not: say what a step is. An arm is a function that calls `Turn.ready` once, `Turn.end` after each step, and returns
+its mean loss, so that a reader sees that the arms compute the same thing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from peak import peak_memory
+
+FORGET_PEAK = Path("/proc/self/clear_refs")
+
+
+class Turn:
+    """A measured process's own side: what it may do, and what it says of it."""
+
+    def __init__(self) -> None:
+        # Libraries print; the parent listens to what was standard output.
+        self._channel = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+        self._baseline = 0
+
+    def ready(self) -> None:
+        """Say that libraries and models are loaded, and wait for the first turn."""
+        if FORGET_PEAK.exists():
+            FORGET_PEAK.write_text("5", encoding="ascii")
+        self._baseline = peak_memory()
+        self._say({})
+        self._wait()
+
+    def end(self) -> None:
+        """Say what the step took, and wait for the next turn."""
+        self._say({"cpu": time.process_time() - self._cpu, "wall": time.perf_counter() - self._wall})
+        self._wait()
+
+    def finish(self, loss: float, version: str) -> None:
+        """Say what is known at the end."""
+        self._say({"loss": loss, "memory": peak_memory() - self._baseline, "version": version})
+
+    def _say(self, found: dict[str, Any]) -> None:
+        self._channel.write(json.dumps(found) + "\n")
+
+    def _wait(self) -> None:
+        if not sys.stdin.readline():
+            raise SystemExit("The process that gives turns is gone.")
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+
+@dataclass
+class Found:
+    """What one arm came to: seconds a step, bytes, mean loss."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    memory: int = 0
+    loss: float = 0.0
+    version: str = ""
+
+
+Arm = Callable[[Turn, argparse.Namespace], tuple[float, str]]
+
+
+def add_turn_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark of this kind takes."""
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="steps of each arm that count, after a first that does not"
+    )
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--settings", default="{}", help=argparse.SUPPRESS)
+
+
+def take_part(arms: Mapping[str, Arm], args: argparse.Namespace) -> int:
+    """Be the arm that `--arm` names."""
+    turn = Turn()
+    loss, version = arms[args.arm](turn, argparse.Namespace(**json.loads(args.settings)))
+    turn.finish(loss, version)
+    return 0
+
+
+def measure(script: str, names: Sequence[str], args: argparse.Namespace) -> dict[str, Found]:
+    """Run arms turn by turn, `args.rounds` rounds after a first that does not count, and return what each came to."""
+    here = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }
+    settings = json.dumps({key: value for key, value in vars(args).items() if key not in ("arm", "settings")})
+    found = {name: Found() for name in names}
+    with ExitStack() as stack:
+        running: dict[str, tuple[subprocess.Popen[str], IO[bytes]]] = {}
+        for name in names:
+            errors = stack.enter_context(tempfile.TemporaryFile())
+            command = [sys.executable, script, "--arm", name, "--settings", settings]
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=here
+            )
+            stack.callback(process.kill)
+            running[name] = (process, errors)
+            _hear(name, *running[name])
+        for number in range(args.rounds + 1):
+            for name in names:
+                told = _give_turn(name, *running[name])
+                if number:
+                    found[name].cpu.append(told["cpu"])
+                    found[name].wall.append(told["wall"])
+        for name in names:
+            told = _give_turn(name, *running[name])
+            found[name].memory, found[name].loss, found[name].version = told["memory"], told["loss"], told["version"]
+    return found
+
+
+def _give_turn(name: str, process: "subprocess.Popen[str]", errors: IO[bytes]) -> dict[str, Any]:
+    assert process.stdin is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    return _hear(name, process, errors)
+
+
+def _hear(name: str, process: "subprocess.Popen[str]", errors: IO[bytes]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        process.wait()
+        errors.seek(0)
+        raise RuntimeError(f"The arm {name} failed:\n{errors.read().decode(errors='replace')[-4000:]}")
+    return dict(json.loads(line))
+
+
+def print_header(libraries: Sequence[str]) -> None:
+    """Print the command, the machine and the versions of what runs."""
+    from importlib.metadata import version
+
+    print(f"command: python {' '.join(sys.argv)}")
+    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
+    print(
+        f"machine: {os.cpu_count()} CPUs, {platform.machine()}, python {platform.python_version()}, {versions}; one thread, "
+        f"load {os.getloadavg()[0]:.2f}"
+    )
+
+
+def print_table(
+    title: str, found: Mapping[str, Found], targets: Mapping[str, tuple[float | None, float | None]]
+) -> None:
+    """Print each arm, and the first's ratio to each of the others: of time and of memory, with their targets."""
+    ours, first = next(iter(found.items()))
+    print(f"\n{title}")
+    print(f"{'arm':<36} {'cpu s/step':>11} {'wall s/step':>12} {'peak MiB':>9} {'mean loss':>12}")
+    for name, one in found.items():
+        print(
+            f"{name + ' (' + one.version + ')':<36} {statistics.median(one.cpu):11.3f} {statistics.median(one.wall):12.3f} "
+            f"{one.memory / 2**20:9.0f} {one.loss:12.7f}"
+        )
+    for name, one in found.items():
+        if name == ours:
+            continue
+        of_cpu, of_wall = (
+            sorted(a / b for a, b in zip(mine, theirs, strict=True))
+            for mine, theirs in ((first.cpu, one.cpu), (first.wall, one.wall))
+        )
+        most, most_memory = targets.get(name, (None, None))
+        memory = first.memory / one.memory
+        print(
+            f"{ours} / {name}: cpu time {statistics.median(of_cpu):.3f} (from {of_cpu[0]:.3f} to {of_cpu[-1]:.3f}; "
+            f"{_judged(statistics.median(of_cpu), most)}), wall time {statistics.median(of_wall):.3f}, peak memory "
+            f"{memory:.3f} ({_judged(memory, most_memory)}), loss differs by {abs(first.loss / one.loss - 1):.1e}",
+            flush=True,
+        )
+
+
+def _judged(ratio: float, most: float | None) -> str:
+    if most is None:
+        return "no target"
+    return f"target {most:g} {'met' if ratio <= most else 'MISSED'}"
