@@ -150,19 +150,20 @@ def _language_signals(
     rows = torch.cat([torch.full_like(place, row) for row, place in enumerate(places)])
     where = torch.cat(list(places))
     parts: list[Arrays] = []
-    size = max(1, (CACHED_LOGITS if rows.device.type == "cpu" else MAX_LOGITS) // classes)
+    size = max(1, MAX_LOGITS // classes)
     for start in range(0, len(rows), size):
         chunk = slice(start, start + size)
-        some = heard.at(rows[chunk], where[chunk])[:, :classes]
-        some = some.to(torch.promote_types(some.dtype, torch.float32))
-        best = some.amax(1)  # NaN where any is, minus infinity where all are
+        logits = heard.at(rows[chunk], where[chunk])[:, :classes]
+        best = logits.amax(1)  # NaN where any is, minus infinity where all are
         if not bool(best.isfinite().all()):
             at = int((~best.isfinite()).int().argmax())
             raise CaptureError(
                 f"The teacher's logits of example {numbers[int(rows[chunk][at])]} are not finite at place "
                 f"{int(where[chunk][at])}. Look at this example, or run the teacher in a wider dtype."
             )
-        parts.append(dense(some, config) if config.top_k == classes else largest(some, config))
+        for some in logits.split(max(1, CACHED_LOGITS // classes)) if logits.device.type == "cpu" else (logits,):
+            some = some.to(torch.promote_types(some.dtype, torch.float32))
+            parts.append(dense(some, config) if config.top_k == classes else largest(some, config))
     counts = [len(place) for place in places]
     if not parts:
         raise CaptureError(f"Examples {list(numbers)} have no tokens. Remove empty examples from the dataset.")
