@@ -125,8 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
         "run the teacher once over a dataset, and keep what it says on disk",
         "Run a teacher once over what a student will learn from, and write what it says in Arrow files: a student is then\n"
         "trained without it, shuffled and over as many epochs as you like. Killed, the same command goes on where it was.",
-        "hf-guide capture HuggingFaceTB/SmolLM2-135M --dataset Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1 \\\n"
-        "      -o capture/",
+        "hf-guide capture HuggingFaceTB/SmolLM2-135M -o capture/ \\\n"
+        "      --dataset Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1",
     )
     capture_command.add_arguments(capture)
     capture.set_defaults(run=capture_command.run)

@@ -129,6 +129,21 @@ def check_task(weights: Mapping[str, float], task: str) -> None:
             )
 
 
+def check_classes(weights: Mapping[str, float], config: Any) -> None:
+    """Refuse terms of a distribution over classes where the student's logits are none.
+
+    Raises:
+        TaskError: for regression and for several labels at once.
+    """
+    kind = getattr(config, "problem_type", None)
+    names = [name for name in weights if _TERMS[name].needs is Needs.LOGITS]
+    if names and kind in ("regression", "multi_label_classification"):
+        raise TaskError(
+            f"The student's problem_type is {kind}: its logits are no distribution over classes, which "
+            f"{' and '.join(map(repr, names))} compare. Learn from the teacher by 'embedding' or 'hidden'."
+        )
+
+
 @register_term(TASK_LOSS, needs=Needs.LABELS, help="the model's own task loss on the labels")
 def task_loss(student: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy with the labels, (items,); the trainer calls it where it works in chunks of logits."""

@@ -19,7 +19,7 @@ from hf_guide.distillation.dividing import divides_by_items
 from hf_guide.distillation.heads import find_head
 from hf_guide.distillation.layers import pair_layers
 from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Batch, Learned, Learning
-from hf_guide.distillation.objectives import TASK_LOSS, Needs, check_task
+from hf_guide.distillation.objectives import TASK_LOSS, Needs, check_classes, check_task
 from hf_guide.distillation.playback import CapturedTeacher, captured_teacher, refuse_missing, split_signals
 from hf_guide.distillation.projections import Projections, SynchronizeProjections
 from hf_guide.distillation.record import make_record
@@ -114,6 +114,7 @@ class DistillationTrainer(Trainer):
         student = self._bare(self.model)
         self.task = task_of(student)
         check_task(args.weights, self.task)
+        check_classes(args.weights, student.config)
         self.teachers: list[LiveTeacher | CapturedTeacher] = []
         if isinstance(source, Capture):
             self.teachers = [captured_teacher(source, student, self.task, processing_class)]
@@ -208,7 +209,9 @@ class DistillationTrainer(Trainer):
     def _of_teachers_alone(self) -> set[str]:
         own = set(inspect.signature(without_adapter(self._bare(self.model)).forward).parameters)
         live = [each for each in self.teachers if isinstance(each, LiveTeacher)]
-        return {name for each in live for name in inspect.signature(without_adapter(each.bare).forward).parameters} - own
+        return {
+            name for each in live for name in inspect.signature(without_adapter(each.bare).forward).parameters
+        } - own
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""
@@ -287,7 +290,10 @@ class DistillationTrainer(Trainer):
                 measure=not training,
                 whole_logits=self._whole_logits,
             )
-            loss = learned.total / items * self._scale(told)
+            total = learned.total
+            if not training and self.learning.needs and not batch.signals and TASK_LOSS in learned.sums:
+                total = learned.sums[TASK_LOSS]  # nothing was captured of what is evaluated: the task is what is left
+            loss = total / items * self._scale(told)
         refuse_not_finite(loss, batch.inputs, batch.mask, batch.signals, self.state.global_step)
         self._note(learned, batch, here, training)
         return (loss, self._shown(learned.outputs, loss)) if return_outputs else loss

@@ -130,6 +130,7 @@ def test_evaluation_without_captured_examples_still_reports_the_task(tmp_path: P
     trainer = trained(tmp_path, teacher=capture)
     metrics = trainer.evaluate()
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_ce"]))
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_ce"])
     assert "eval_kd" not in metrics and "eval_teacher_agreement" not in metrics
     assert "eval_kd" in trainer.evaluate(examples_for("causal-lm", 4))
 

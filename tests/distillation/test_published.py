@@ -20,7 +20,8 @@ TRAIN = """
     from tests.distillation.test_trainer import arguments
 
     folder = Path(sys.argv[1])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, "w0")))
+    words = models.WordLevel({f"w{n}": n for n in range(VOCABULARY)}, "w0")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words))
     llama(2, width=32, blocks=4).save_pretrained(folder / "teacher")
     tokenizer.save_pretrained(folder / "teacher")
     (folder / "teacher" / "README.md").write_text("---\\nlicense: mit\\nlanguage: en\\n---\\n# The teacher\\n")
@@ -28,8 +29,9 @@ TRAIN = """
         str(folder / "teacher"), hidden_size=16, num_hidden_layers=2, intermediate_size=32, head_dim=4, show_progress=False
     )
     args = arguments(
-        folder / "run", objective={"ce": 0.5, "kd": 0.5}, max_steps=4, push_to_hub=True, hub_model_id="me/student", save_strategy="steps",
-        save_steps=2, hub_private_repo=True, learning_rate=0.1, eval_strategy="steps", eval_steps=2, hub_token="hf_none",
+        folder / "run", objective={"ce": 0.5, "kd": 0.5}, max_steps=4, learning_rate=0.1, push_to_hub=True,
+        hub_model_id="me/student", hub_private_repo=True, hub_token="hf_none",
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
     )
     trainer = DistillationTrainer(
         student, args, collate, examples_for("causal-lm"), examples_for("causal-lm", 6, seed=4),

@@ -58,6 +58,12 @@ def given(task: str, teacher: Any, **changes: Any) -> Callable[[Path], Any]:
     )
 
 
+def several_labels(folder: Path) -> Any:
+    student = model_for("sequence-classification", 1)
+    student.config.problem_type = "multi_label_classification"
+    return DistillationTrainer(student, arguments(folder, objective="kd"), collate, teacher=copy.deepcopy(student))
+
+
 def renamed(names: list[str]) -> Any:
     model = model_for("sequence-classification", 2)
     model.config.id2label = dict(enumerate(names))
@@ -76,6 +82,7 @@ REFUSED: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
     ),
     (given("causal-lm", lambda: llama(2, vocab_size=70)), VocabularyError, ["61", "70"]),
     (given("causal-lm", lambda: llama(2), objective="dkd"), TaskError, ["'dkd'", "causal-lm"]),
+    (several_labels, TaskError, ["multi_label_classification", "'kd'", "'embedding'"]),
     (given("causal-lm", lambda: [llama(2)], teacher_weights=[1, 2]), OptionError, ["2 teacher_weights for 1"]),
     (
         given("causal-lm", lambda: llama(2), objective="hidden", hidden_layers={5: 1}),
