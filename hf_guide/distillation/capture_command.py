@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="the YAML or JSON file of `hf-guide distill`: its teacher and its data are taken; flags come before it",
+        help="the YAML or JSON file of `hf-guide distill`: its teacher, its data and what its objective "
+        "needs are taken; flags come before it",
     )
     parser.add_argument(
         "--processor",
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     teacher = args.teacher or given.get("teacher")
     if not teacher:
         raise OptionError("No teacher is given: name one, or a --config file that does.")
-    config = CaptureConfig(**_chosen(args, CaptureConfig))
+    config = CaptureConfig(**_asked_by(given, args) | _chosen(args, CaptureConfig))
     fields = {field.name for field in dataclasses.fields(DataOptions)}
     data = DataOptions(**{name: value for name, value in given.items() if name in fields} | _chosen(args, DataOptions))
 
@@ -161,6 +162,27 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"{path} has {name!r}, which is no option of a distillation.{did_you_mean(str(name), known)}"
             )
     return dict(found)
+
+
+def _asked_by(given: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a distillation's file asks of a capture: its temperature, and what its objective looks at."""
+    found: dict[str, Any] = {}
+    if "temperature" in given:
+        found["temperatures"] = [given["temperature"]]
+    if "objective" in given:
+        from hf_guide.distillation.objectives import parse_objective
+
+        objective = parse_objective(given["objective"])
+        found["embedding"] = "embedding" in objective
+        if "hidden" in objective and args.hidden_states is None:
+            layers = given.get("hidden_layers")
+            if not isinstance(layers, Mapping):
+                raise OptionError(
+                    "The objective has 'hidden', but the file does not say which of the teacher's layers: give hidden_layers "
+                    "there, or --hidden-states."
+                )
+            found["hidden_states"] = sorted({int(layer) for layer in layers.values()})
+    return found
 
 
 def _add_fields(group: Any, kind: type[Any], *, skip: tuple[str, ...] = ()) -> None:
