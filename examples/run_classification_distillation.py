@@ -1,0 +1,168 @@
+"""Distil a text classifier on a dataset of the Hub, or on CSV or JSON files, with a column of text and one of labels.
+
+    python examples/run_classification_distillation.py \
+        --teacher textattack/roberta-base-SST-2 --model_name_or_path distilbert/distilroberta-base \
+        --dataset_name stanfordnlp/sst2 --text_column_name sentence \
+        --do_train --do_eval --objective '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
+
+Labels by name are brought into the teacher's order; numbers are taken as they stand.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+
+import datasets
+import numpy as np
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    set_seed,
+)
+
+from hf_guide import DistillationArguments, DistillationTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """The student, where it is not made out of its teacher, and its tokenizer."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "The student: a Hub id or a folder."})
+    model_revision: str = field(default="main", metadata={"help": "Its branch, tag or commit."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "The tokenizer; by default the student's, else the teacher's."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "The precision its weights are trained in."})
+
+
+@dataclass
+class DataTrainingArguments:
+    """What is learned from."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which of its configurations."})
+    train_file: str | None = field(default=None, metadata={"help": "A CSV or JSON file to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "A file of the same kind to evaluate on."})
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "What is held out of the training split where there is no other validation."}
+    )
+    text_column_name: str = field(default="text", metadata={"help": "The column with the text."})
+    second_text_column_name: str | None = field(default=None, metadata={"help": "The column with a second text."})
+    label_column_name: str = field(default="label", metadata={"help": "The column with the labels."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens an example."})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is None and self.train_file is None:
+            raise ValueError("Need either a dataset name or a training file.")
+
+
+def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
+    """Load a dataset with the splits train and validation, its labels a column of classes."""
+    if args.dataset_name is not None:
+        raw = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+    else:
+        files = {"train": args.train_file, "validation": args.validation_file}
+        ending = args.train_file.rsplit(".", 1)[-1]
+        kind = "json" if ending == "jsonl" else ending
+        raw = datasets.load_dataset(kind, data_files={name: file for name, file in files.items() if file})
+    if not isinstance(raw["train"].features[args.label_column_name], datasets.ClassLabel):
+        raw = raw.class_encode_column(args.label_column_name)
+    if "validation" not in raw:
+        parts = raw["train"].train_test_split(test_size=args.validation_split_percentage / 100, seed=0)
+        raw = datasets.DatasetDict(train=parts["train"], validation=parts["test"])
+    return raw
+
+
+def compute_metrics(predicted: EvalPrediction) -> dict[str, float]:
+    """Accuracy."""
+    logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == predicted.label_ids).mean())}
+
+
+def main() -> None:
+    """Train, evaluate and save as the command line, or one YAML or JSON file, says."""
+    parser = HfArgumentParser((ModelArguments, DataTrainingArguments, DistillationArguments))
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".json")):
+        read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
+        model_args, data_args, training_args = read(sys.argv[1])
+    else:
+        model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+
+    logging.basicConfig(level=training_args.get_process_log_level(), handlers=[logging.StreamHandler(sys.stdout)])
+    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    set_seed(training_args.seed)
+
+    raw_datasets = load_raw_datasets(data_args)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.tokenizer_name or model_args.model_name_or_path or training_args.teacher
+    )
+    names = raw_datasets["train"].features[data_args.label_column_name].names
+    label2id = AutoConfig.from_pretrained(training_args.teacher).label2id if training_args.teacher else {}
+    if set(label2id) != set(names):  # the teacher's are only numbered; then the data's names stand
+        label2id = {name: number for number, name in enumerate(names)}
+    model = None  # then the trainer makes it out of the teacher, as `student` says
+    if model_args.model_name_or_path:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            model_args.model_name_or_path,
+            revision=model_args.model_revision,
+            dtype=model_args.dtype,
+            num_labels=len(names),
+            label2id=label2id,
+            id2label={number: name for name, number in label2id.items()},
+        )
+
+    def tokenize(examples: dict) -> dict:
+        columns = [data_args.text_column_name, data_args.second_text_column_name]
+        texts = [examples[column] for column in columns if column is not None]
+        tokenized = tokenizer(*texts, truncation=True, max_length=data_args.max_seq_length)
+        tokenized["labels"] = [label2id[names[number]] for number in examples[data_args.label_column_name]]
+        return tokenized
+
+    with training_args.main_process_first(desc="tokenising"):
+        tokenized = raw_datasets.map(
+            tokenize,
+            batched=True,
+            num_proc=data_args.preprocessing_num_workers,
+            remove_columns=raw_datasets["train"].column_names,
+            desc="Tokenising",
+        )
+
+    trainer = DistillationTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=tokenized["train"] if training_args.do_train else None,
+        eval_dataset=tokenized["validation"] if training_args.do_eval else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+    )
+    logger.info("%s", trainer.accelerator.state)  # which process of how many, on what, sharded or not
+
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    if training_args.do_eval:
+        metrics = trainer.evaluate()  # agreement with the teacher is among them
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    told = {"dataset_tags": data_args.dataset_name} if data_args.dataset_name else {}
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**told)
+    else:
+        trainer.create_model_card(**told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The example scripts, each run for a few steps as a process of its own, on one process and on several."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
+
+from tests.examples.local import (
+    LABELS,
+    QUICK,
+    SMALLER,
+    flags,
+    make_model,
+    run_example,
+    write_images,
+    write_labelled,
+    write_text,
+)
+
+ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file")
+CLM = "run_clm_distillation.py"
+
+
+def run(script: str, folder: Path, *, launcher: tuple[str, ...] = (), **options: Any) -> tuple[str, dict[str, Any]]:
+    """Run a script that trains and evaluates; return what it printed and what it measured."""
+    words = flags(**QUICK | {"log_level": "info"} | options, output_dir=folder)
+    printed = run_example(script, "--do_train", "--do_eval", *words, launcher=launcher)
+    record = json.loads((folder / "distillation.json").read_text())
+    assert record["steps"] == options.get("max_steps", QUICK["max_steps"]) and (folder / "README.md").is_file()
+    assert {"kd", "ce"} <= record["objective"].keys()
+    measured = json.loads((folder / "all_results.json").read_text())
+    assert measured["eval_ce"] > 0 and 0 <= measured["eval_teacher_agreement"] <= 1
+    return printed, measured
+
+
+@pytest.fixture(scope="module")
+def causal(tmp_path_factory) -> dict[str, Any]:
+    """A teacher, what its student is to be, and a text."""
+    folder = tmp_path_factory.mktemp("causal")
+    teacher = make_model(folder / "teacher", "llama", "ForCausalLM")
+    return {
+        "teacher": teacher,
+        "student": SMALLER["llama"],
+        "train_file": write_text(folder / "text.txt"),
+        "block_size": 32,
+    }
+
+
+def test_causal_language_models_by_one_file_that_says_it_all(causal, tmp_path):
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in causal.items()}
+    told |= QUICK | {"do_train": True, "do_eval": True, "output_dir": str(tmp_path / "student")}
+    (tmp_path / "run.yaml").write_text(json.dumps(told))  # JSON is YAML
+    run_example(CLM, str(tmp_path / "run.yaml"))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert student.config.hidden_size == SMALLER["llama"]["hidden_size"]
+    assert json.loads((tmp_path / "student" / "all_results.json").read_text())["eval_perplexity"] > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "cpu_ddp.yaml", "fsdp2_cpu.yaml"])
+def test_two_processes_train_as_one_with_twice_the_batch(causal, tmp_path, launcher):
+    launchers = {"torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")}
+    words = launchers.get(launcher, (*ACCELERATE, f"examples/accelerate/{launcher}"))
+    printed, measured = run(CLM, tmp_path / "two", launcher=words, per_device_train_batch_size=2, **causal)
+    assert "Num processes: 2" in printed
+    assert ("FSDP" in printed) is ("fsdp" in launcher)
+    record = json.loads((tmp_path / "two" / "distillation.json").read_text())
+    assert record["training"]["processes"] == 2 and record["training"]["total_train_batch_size"] == 4
+    _, alone = run(CLM, tmp_path / "one", per_device_train_batch_size=4, **causal)
+    assert measured["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4)
+
+
+def test_masked_language_models(tmp_path):
+    teacher = make_model(tmp_path / "teacher", "bert", "ForMaskedLM")
+    run(
+        "run_mlm_distillation.py",
+        tmp_path / "student",
+        teacher=teacher,
+        student=SMALLER["bert"],
+        train_file=write_text(tmp_path / "text.txt"),
+        max_seq_length=32,
+    )
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 1
+
+
+def test_text_classifiers_keep_the_order_of_the_teachers_labels(tmp_path):
+    labels = {"id2label": dict(enumerate(LABELS[::-1])), "label2id": {name: n for n, name in enumerate(LABELS[::-1])}}
+    teacher = make_model(tmp_path / "teacher", "bert", "ForSequenceClassification", **labels)
+    student = make_model(tmp_path / "base", "bert", "ForMaskedLM", width=16, blocks=1)
+    _, measured = run(
+        "run_classification_distillation.py",
+        tmp_path / "student",
+        teacher=teacher,
+        model_name_or_path=student,
+        train_file=write_labelled(tmp_path / "train.csv", 200),
+        validation_file=write_labelled(tmp_path / "held_out.csv", 40, seed=1),
+        text_column_name="sentence",
+        objective={"ce": 1.0, "kd": 1e-4},
+        max_steps=60,
+        per_device_train_batch_size=16,
+        learning_rate=1e-2,
+    )
+    made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert made.config.id2label == {0: "good", 1: "bad"}
+    assert measured["eval_accuracy"] > 0.9
+
+
+def test_image_classifiers(tmp_path):
+    teacher = make_model(tmp_path / "teacher", "vit", "ForImageClassification")
+    folder = write_images(tmp_path / "images")
+    _, measured = run(
+        "run_image_classification_distillation.py",
+        tmp_path / "student",
+        teacher=teacher,
+        student=SMALLER["vit"],
+        train_dir=folder / "train",
+    )
+    assert 0 <= measured["eval_accuracy"] <= 1
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "student").config.hidden_size == 16

@@ -1,0 +1,373 @@
+"""`hf-guide distill`: one file says it all, what it says is checked before any work, and what is saved is a stock student."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import transformers
+import yaml
+from transformers import AutoTokenizer, EvalPrediction
+
+from hf_guide import OptionError, capture_teacher, distill_command
+from hf_guide.distillation.data_options import DataOptions
+from hf_guide.distillation.examples import prepare
+from hf_guide.distillation.run import AUTO_CLASSES, accuracy, distill
+from hf_guide.distillation.settings import read_settings
+from hf_guide.distillation.splits import read_splits
+from hf_guide.distillation.tasks import Task
+from tests.examples import local
+from tests.examples.local import EXAMPLES, QUICK, SMALLER, make_model, run_process
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No Hub, and nothing left in the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("causal") / "teacher", "llama", "ForCausalLM")
+
+
+def written(folder: Path, **options: Any) -> Path:
+    """Write options as a YAML file over those of a quick run, and return its path."""
+    told = QUICK | {"output_dir": str(folder / "student"), "max_length": 32} | options
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
+    (folder / "run.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
+    return folder / "run.yaml"
+
+
+def run(path: str | Path, *words: str) -> int:
+    """Run the command as the command line would."""
+    parser = argparse.ArgumentParser()
+    distill_command.add_arguments(parser)
+    return distill_command.run(parser.parse_args([str(path), *words]))
+
+
+LABELS = {"id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+WORDS = {"id2label": {0: "VERB", 1: "OTHER"}, "label2id": {"VERB": 0, "OTHER": 1}}
+CASES: dict[str, tuple[str, str, dict[str, Any], str, Any]] = {
+    "causal-lm": ("llama", "ForCausalLM", {}, "data_files", lambda at: local.write_text(at / "text.txt")),
+    "masked-lm": ("bert", "ForMaskedLM", {}, "data_files", lambda at: local.write_text(at / "text.txt")),
+    "seq2seq-lm": ("t5", "", {}, "data_files", lambda at: local.write_pairs(at / "pairs.jsonl")),
+    "sequence-classification": (
+        "bert",
+        "ForSequenceClassification",
+        LABELS,
+        "data_files",
+        lambda at: local.write_labelled(at / "labelled.csv"),
+    ),
+    "token-classification": (
+        "bert",
+        "ForTokenClassification",
+        WORDS,
+        "data_files",
+        lambda at: local.write_words(at / "words.jsonl"),
+    ),
+    "image-classification": (
+        "vit",
+        "ForImageClassification",
+        LABELS,
+        "dataset",
+        lambda at: local.write_images(at / "images"),
+    ),
+}
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_every_task_is_trained_evaluated_and_saved(task, tmp_path, capsys):
+    family, kind, changes, where, write = CASES[task]
+    teacher = make_model(tmp_path / "teacher", family, kind, **changes)
+    told = {"teacher": teacher, "student": SMALLER[family], where: write(tmp_path), "validation_share": 0.25}
+    assert run(written(tmp_path, **told), "--max_steps", "2") == 0
+    shown = capsys.readouterr().out
+    folder = tmp_path / "student"
+    assert f"Saved in {folder}" in shown and "teacher_agreement" in shown
+    record = json.loads((folder / "distillation.json").read_text())
+    assert record["steps"] == 2 and record["metrics"]["eval_ce"] > 0
+    assert ("eval_perplexity" if Task(task).is_language_model else "eval_accuracy") in record["metrics"]
+    card = (folder / "README.md").read_text()
+    assert "distillation" in card and str(tmp_path) not in card
+    auto = getattr(transformers, AUTO_CLASSES[Task(task)])
+    student = auto.from_pretrained(folder)
+    assert type(student) is type(auto.from_pretrained(teacher))
+    assert student.num_parameters() < auto.from_pretrained(teacher).num_parameters()
+    if "id2label" in changes:
+        assert student.config.id2label == changes["id2label"]
+    is_image = task == "image-classification"
+    assert (folder / ("preprocessor_config.json" if is_image else "tokenizer.json")).is_file()
+
+
+def test_a_student_that_is_there_already_gets_its_teachers_labels(tmp_path):
+    teacher = make_model(tmp_path / "teacher", "bert", "ForSequenceClassification", **LABELS)
+    base = make_model(tmp_path / "base", "bert", "ForMaskedLM", width=16, blocks=1, seed=1)
+    data = local.write_labelled(tmp_path / "labelled.csv", 200)
+    told = {"teacher": teacher, "model_name_or_path": base, "data_files": data, "max_steps": 60}
+    path = written(tmp_path, **told, objective={"ce": 1.0, "kd": 1e-4}, per_device_train_batch_size=16)
+    metrics = distill(read_settings(path, ["--learning_rate", "1e-2"]))
+    assert metrics["eval_accuracy"] > 0.9
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "student")
+    assert config.architectures == ["BertForSequenceClassification"] and config.id2label == LABELS["id2label"]
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "masked-lm"])
+def test_from_a_capture_no_teacher_is_needed(task, tmp_path):
+    family, kind, changes, where, write = CASES[task]
+    teacher = make_model(tmp_path / "teacher", family, kind)
+    student = make_model(tmp_path / "base", family, kind, width=16, blocks=1, seed=1)
+    data = {where: str(write(tmp_path)), "max_length": 32, "mask_once": True}
+    options = DataOptions(**data)
+    train, held_out = read_splits(options)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    made = prepare(Task(task), train, held_out, tokenizer, options)
+    keep = {"top_k": len(tokenizer)}
+    capture_teacher(
+        teacher, made.train, tmp_path / "capture", processing_class=tokenizer, config=keep, show_progress=False
+    )
+    told = {"model_name_or_path": student, "data_files": data[where]}
+    found = []
+    for source in ({"teacher": teacher}, {"capture": tmp_path / "capture"}):
+        (tmp_path / "run.yaml").unlink(missing_ok=True)
+        path = written(tmp_path, **told, **source, mask_once=True, objective="kd", log_level="error")
+        distill(read_settings(path))
+        state = json.loads((tmp_path / "student" / "trainer_state.json").read_text())
+        found.append([entry["kd"] for entry in state["log_history"] if "kd" in entry])
+    assert len(found[0]) == QUICK["max_steps"]
+    assert found[1] == pytest.approx(found[0], rel=2e-3)  # log-probabilities were captured in float16
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own call
+def test_an_adapter_can_be_trained(teacher, tmp_path):
+    student = make_model(tmp_path / "base", "llama", "ForCausalLM", width=16, blocks=1)
+    told = {"teacher": teacher, "model_name_or_path": student, "data_files": local.write_text(tmp_path / "text.txt")}
+    adapter = '{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}'
+    assert run(written(tmp_path, **told), "--peft_config", adapter) == 0
+    assert (tmp_path / "student" / "adapter_model.safetensors").is_file()
+
+
+def test_a_run_that_was_cut_off_goes_on(teacher, tmp_path, capsys):
+    told = {"teacher": teacher, "student": SMALLER["llama"], "data_files": local.write_text(tmp_path / "text.txt")}
+    path = written(tmp_path, **told, resume_from_checkpoint=True, save_strategy="steps", save_steps=1)
+    assert run(path, "--max_steps", "2") == 0  # there is nothing to resume yet
+    assert run(path, "--max_steps", "3") == 0
+    history = json.loads((tmp_path / "student" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
+
+
+# What is said, and how
+
+
+def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_likes(teacher, tmp_path):
+    path = written(tmp_path, teacher=teacher, student={"hidden_size": 16}, data_files="a.txt")
+    path.write_text(path.read_text() + "weight_decay: 1e-2\nbf16: 'no'\nsave_steps: 0.5\n")
+    settings = read_settings(path, ["--objective", '{"kd": 2}', "--no-pack", "--temperature=3", "--max-length", "9"])
+    assert settings.training.weight_decay == 0.01 and settings.training.bf16 is False
+    assert settings.training.objective == {"kd": 2.0} and settings.training.temperature == 3.0
+    assert settings.data.pack is False and settings.data.max_length == 9 and settings.data.dataset == "text"
+    assert settings.training.student == {"hidden_size": 16}
+    path.with_suffix(".json").write_text(json.dumps({"data_files": ["a.csv"], "output_dir": str(tmp_path)}))
+    assert read_settings(path.with_suffix(".json")).data.dataset == "csv"
+
+
+@pytest.mark.parametrize(
+    "told,words,said",
+    [
+        ({"temprature": 2.0}, [], "Did you mean 'temperature'"),
+        ({}, ["--temprature", "2"], "--temperature"),
+        ({"learning_rate": "fast"}, [], "learning_rate is a number; found 'fast'"),
+        ({"max_steps": 2.5}, [], "max_steps is a whole number"),
+        ({"max_steps": True}, [], "max_steps is a number"),
+        ({"bf16": "perhaps"}, [], "bf16 is true or false"),
+        ({"temperature": -1}, [], "temperature is a positive number"),
+        ({"eval_strategy": "sometimes"}, [], "sometimes"),
+        ({"task": "causal"}, [], "causal-lm"),
+        ({"data_files": None}, [], "nothing to learn from"),
+        ({"data_files": "text.unknown"}, [], "how it is to be read|How 'text.unknown'"),
+        ({"max_length": 0}, [], "max_length is a whole number of at least 1"),
+        ({"validation_share": 1.0}, [], "validation_share lies between"),
+        ({"data_files": "{train"}, [], "read as JSON"),
+        ({"peft_config": [1]}, [], "peft_config is a mapping"),
+    ],
+)
+def test_what_the_file_says_wrong_is_named(told, words, said, tmp_path):
+    path = written(tmp_path, **{"data_files": "a.txt", "teacher": "no/such", "student": {"hidden_size": 8}} | told)
+    with pytest.raises(OptionError, match=said):
+        read_settings(path, words)
+
+
+def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+    for name, text in (("a.yaml", "- 1\n"), ("b.yaml", "a: [\n"), ("c.json", "{")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(OptionError, match=name):
+            read_settings(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        read_settings(tmp_path / "d.yaml")
+
+
+@pytest.mark.parametrize(
+    "told,said",
+    [
+        ({"model_name_or_path": "also"}, "both given"),
+        ({"student": None}, "There is no student"),
+        ({"text_column": "txt"}, "no column 'txt'"),
+        ({"max_length": 65}, "reads at most 64"),
+        ({"eval_split": "test"}, "no split 'test'"),
+        ({"train_split": "train[:x]"}, "not understood"),
+        ({"validation_share": 0.001}, "to evaluate on"),
+        ({"objective": "dkd"}, "dkd"),
+        ({"processor_name_or_path": "EMPTY"}, "processor_name_or_path"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_first_step(told, said, teacher, tmp_path):
+    (tmp_path / "empty").mkdir()
+    data = local.write_text(tmp_path / "text.txt")
+    told = {name: tmp_path / "empty" if value == "EMPTY" else value for name, value in told.items()}
+    path = written(tmp_path, **{"teacher": teacher, "student": SMALLER["llama"], "data_files": data} | told)
+    with pytest.raises(ValueError, match=said):
+        distill(read_settings(path))
+    assert not (tmp_path / "student" / "model.safetensors").exists()
+
+
+def test_labels_that_the_teacher_does_not_know_are_refused(tmp_path):
+    teacher = make_model(tmp_path / "teacher", "bert", "ForSequenceClassification", id2label={0: "up", 1: "down"})
+    data = local.write_labelled(tmp_path / "labelled.csv")
+    path = written(tmp_path, teacher=teacher, student=SMALLER["bert"], data_files=data)
+    with pytest.raises(OptionError, match="'bad', 'good'.*'up', 'down'"):
+        distill(read_settings(path))
+
+
+# The data
+
+
+def test_what_is_held_out_depends_on_its_seed_alone_and_none_of_it_is_trained_on(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(f"text {number}" for number in range(50)))
+    held_out = []
+    for most in (None, 3):
+        options = DataOptions(data_files=str(tmp_path / "text.txt"), validation_share=0.2, max_train_examples=most)
+        train, evaluated = read_splits(options)
+        assert evaluated is not None and not set(train["text"]) & set(evaluated["text"])
+        held_out.append(evaluated["text"][:])
+    assert len(train) == 3 and len(held_out[0]) == 10 and held_out[0] == held_out[1]
+    other = DataOptions(data_files=str(tmp_path / "text.txt"), validation_share=0.2, validation_seed=1)
+    assert read_splits(other)[1]["text"][:] != held_out[0]
+
+
+def test_splits_and_slices_are_found_by_name_in_files_and_in_saved_datasets(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {number}" for number in range(10)))
+    files = {"train": str(tmp_path / "a.txt"), "validation": str(tmp_path / "b.txt")}
+    train, evaluated = read_splits(DataOptions(data_files=files, train_split="train[20%:50%]"))
+    assert train["text"][:] == ["a 2", "a 3", "a 4"] and evaluated["text"][0] == "b 0" and len(evaluated) == 10
+    datasets.load_dataset("text", data_files=files).save_to_disk(tmp_path / "saved")
+    train, evaluated = read_splits(DataOptions(dataset=str(tmp_path / "saved"), max_eval_examples=2))
+    assert len(train) == 10 and evaluated["text"][:] == ["b 0", "b 1"]
+
+
+def test_packed_blocks_are_the_texts_end_to_end(tmp_path):
+    tokenizer = local.tokenizer()
+    texts = [text for text, _ in local.sentences(40)]
+    data = datasets.Dataset.from_dict({"text": texts})
+    options = DataOptions(dataset="text", data_files="a.txt", max_length=16)
+    made = prepare(Task.CAUSAL_LM, data, None, tokenizer, options).train
+    joined = [token for text in texts for token in tokenizer(text).input_ids]  # this tokenizer ends texts by itself
+    assert [token for block in made["input_ids"] for token in block] == joined[: len(joined) // 16 * 16]
+    assert made["labels"][:] == made["input_ids"][:] and all(set(mask) == {1} for mask in made["attention_mask"])
+
+
+def test_a_text_ends_with_the_end_token_where_the_tokenizer_adds_none(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(make_model(tmp_path, "llama", "ForCausalLM"))
+    tokenizer.backend_tokenizer.post_processor = None
+    data = datasets.Dataset.from_dict({"text": ["the sea", "quiet music"]})
+    options = DataOptions(dataset="text", data_files="a.txt", max_length=2)
+    made = prepare(Task.CAUSAL_LM, data, None, tokenizer, options).train
+    expected = [token for text in data["text"] for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
+    assert [token for block in made["input_ids"] for token in block] == expected[: len(expected) // 2 * 2]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_evaluation_masks_once_and_training_anew(pack):
+    tokenizer = local.tokenizer()
+    data = datasets.Dataset.from_dict({"text": [text for text, _ in local.sentences(60)]})
+    options = DataOptions(dataset="text", data_files="a.txt", max_length=32, pack=pack, mlm_probability=0.3)
+    made = prepare(Task.MASKED_LM, data, data, tokenizer, options)
+    trained, evaluated = ([made.collator([split[0], split[1]]) for _ in range(2)] for split in (made.train, made.eval))
+    assert not torch.equal(trained[0]["labels"], trained[1]["labels"])
+    assert torch.equal(evaluated[0]["labels"], evaluated[1]["labels"]) and (evaluated[0]["labels"] >= 0).any()
+    again = prepare(Task.MASKED_LM, data, data, tokenizer, options).eval
+    assert again["input_ids"][:] == made.eval["input_ids"][:]
+    once = prepare(Task.MASKED_LM, data, None, tokenizer, options, mask_once=True).train
+    assert once["labels"][:] == made.eval["labels"][:]
+
+
+def test_the_first_token_of_a_word_carries_its_label():
+    tokenizer = local.tokenizer()
+    data = datasets.Dataset.from_dict({"tokens": [["Nobody", "unheard"]], "ner_tags": [["A", "B"]]})
+    options = DataOptions(dataset="json", data_files="a.json", max_length=32)
+    made = prepare(Task.TOKEN_CLASSIFICATION, data, None, tokenizer, options, labels=["B", "A"]).train[0]
+    words = tokenizer([["Nobody", "unheard"]], is_split_into_words=True).word_ids(0)
+    labelled = [(word, label) for word, label in zip(words, made["labels"], strict=True) if label != -100]
+    assert labelled == [(0, 1), (1, 0)] and len(words) > 4
+
+
+def test_accuracy_counts_only_what_has_a_label():
+    predicted = EvalPrediction(
+        predictions=torch.tensor([[0, 1, 2]]).numpy(), label_ids=torch.tensor([[0, 2, -100]]).numpy()
+    )
+    assert accuracy(predicted) == {"accuracy": 0.5}
+
+
+# The whole
+
+
+def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
+    folder = tmp_path / "student"
+    words = local.flags(
+        **QUICK | {"max_steps": 2},
+        teacher=teacher,
+        student=SMALLER["llama"],
+        dataset="text",
+        data_files=local.write_text(tmp_path / "text.txt"),
+        train_split="train",
+        max_length=32,
+        gradient_accumulation_steps=1,
+        eval_strategy="no",
+        output_dir=folder,
+        preprocessing_num_workers=1,
+        dataloader_num_workers=0,
+    )
+    code = "import sys; from tests.test_distill_command import run; sys.exit(run(*sys.argv[1:]))"
+    printed = run_process([sys.executable, "-c", code, str(EXAMPLES / "distill_smollm2.yaml"), *words])
+    assert "perplexity" in printed and f"Saved in {folder}" in printed
+    told = json.loads((folder / "distillation.json").read_text())
+    assert told["training"]["bf16"] and told["training"]["learning_rate"] == 1e-3  # the file's own
+
+
+def test_the_real_example_makes_the_student_it_promises():
+    """On the meta device, from the teacher's published shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    settings = read_settings(EXAMPLES / "distill_smollm2.yaml", ["--use_cpu", "--output_dir", "unused"])
+    student = dict(settings.training.student)
+    method = student.pop("method")
+    shape = {name: value for name, value in student.items() if name != "dtype"}
+    from hf_guide import InitializationConfig
+
+    assert InitializationConfig(**method).method == "guide"
+    with torch.device("meta"):
+        made = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **shape))
+    assert 22.5e6 < made.num_parameters() < 23.5e6
+
+
+def test_the_command_line_is_light(tmp_path):
+    code = (
+        "import sys, argparse\nfrom hf_guide import distill_command\n"
+        "distill_command.add_arguments(argparse.ArgumentParser())\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    run_process([sys.executable, "-c", code])
