@@ -36,6 +36,7 @@ from workloads import (
     language_models,
     plain_arguments,
     texts,
+    told,
 )
 
 # What each arm needs, and how much of its time and memory ours may take.
@@ -220,7 +221,7 @@ def main() -> int:
         return take_part(ARMS, args)
     print_header(("torch", "transformers", "accelerate", "hf_guide"))
     sizes = {
-        "texts": f"{args.tokens} tokens a step, {args.length} an example, vocabulary {args.vocabulary}, float32",
+        "texts": told(args),
         "images": f"{args.images} images a step, float32",
     }
     for task, peers in PEERS.items():

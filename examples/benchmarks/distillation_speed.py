@@ -35,6 +35,7 @@ from workloads import (
     language_models,
     plain_arguments,
     texts,
+    told,
 )
 
 from hf_guide import DistillationArguments, DistillationTrainer
@@ -169,7 +170,7 @@ def main() -> int:
     if args.arm:
         return take_part(ARMS, args)
     print_header(("torch", "transformers", "accelerate", "hf_guide"))
-    of_text = f"{args.tokens} tokens a step, {args.length} an example, vocabulary {args.vocabulary}, float32"
+    of_text = told(args)
     if args.only in (None, "kd"):
         found = measure(__file__, ["distil_texts", "texts_by_hand"], args)
         print_table(f"kd: {of_text}", found, {"texts_by_hand": (1.03, None)})

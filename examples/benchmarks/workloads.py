@@ -27,10 +27,16 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a language model's step")
     parser.add_argument("--length", type=int, default=512, help="tokens of an example")
     parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument(
+        "--student", type=int, nargs=2, default=[4, 256], metavar=("BLOCKS", "WIDTH"), help="of language"
+    )
+    parser.add_argument(
+        "--teacher", type=int, nargs=2, default=[8, 512], metavar=("BLOCKS", "WIDTH"), help="of language"
+    )
     parser.add_argument("--images", type=int, default=16, help="of a classifier's step")
 
 
-def _llama(seed: int, width: int, blocks: int, args: argparse.Namespace) -> LlamaForCausalLM:
+def _llama(seed: int, blocks: int, width: int, args: argparse.Namespace) -> LlamaForCausalLM:
     set_seed(seed)
     config = LlamaConfig(
         vocab_size=args.vocabulary,
@@ -61,8 +67,17 @@ def _vit(seed: int, width: int, blocks: int) -> ViTForImageClassification:
 
 
 def language_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Return student (4 blocks, width 256) and teacher (8 blocks, width 512)."""
-    return _llama(0, 256, 4, args), _llama(1, 512, 8, args).eval().requires_grad_(False)
+    """Return student and teacher, random, with tied heads."""
+    return _llama(0, *args.student, args), _llama(1, *args.teacher, args).eval().requires_grad_(False)
+
+
+def told(args: argparse.Namespace) -> str:
+    """Return the sizes of models and batches, for people."""
+    (blocks, width), (teacher_blocks, teacher_width) = args.student, args.teacher
+    return (
+        f"{args.tokens} tokens a step, {args.length} an example, vocabulary {args.vocabulary}, student of {blocks} blocks of "
+        f"width {width}, teacher of {teacher_blocks} of {teacher_width}, float32"
+    )
 
 
 def classifiers() -> tuple[PreTrainedModel, PreTrainedModel]:
