@@ -34,13 +34,13 @@ class DistillationArguments(TrainingArguments):
         metadata={
             "help": "What the student learns: one term's name, or weights by name, as JSON on the command line: "
             '\'{"ce": 0.5, "kd": 0.5}\'. Terms: ce (the task loss), kd (a divergence from the teacher), dkd '
-            "(decoupled, classification), hidden, embedding, and what you register."
+            "(decoupled, classification), hidden, embedding, lelp (subclasses), and what you register."
         },
     )
     temperature: float = field(
         default=1.0,
         metadata={
-            "help": "Divides the logits of student and teacher in kd and dkd; the term is multiplied by its square."
+            "help": "Divides the logits of student and teacher in kd, dkd and lelp; the term is multiplied by its square."
         },
     )
     divergence: str = field(

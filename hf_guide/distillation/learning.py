@@ -20,6 +20,7 @@ from hf_guide.distillation.heads import Head, chunked_loss, without_logits
 from hf_guide.distillation.layers import hidden_states_of
 from hf_guide.distillation.objectives import TASK_LOSS, Needs, Term, registered_terms
 from hf_guide.distillation.projections import Projections
+from hf_guide.distillation.subclasses import InClasses
 from hf_guide.distillation.tasks import IGNORED, Task, mean_per_item
 from hf_guide.distillation.teachers import Signals
 from hf_guide.errors import TaskError
@@ -27,7 +28,7 @@ from hf_guide.errors import TaskError
 AGREEMENT = "teacher_agreement"
 TEACHER_LOSS = "teacher_ce"
 
-_OF_LOGITS = (Needs.LOGITS, Needs.LABELS)
+_OF_LOGITS = (Needs.LOGITS, Needs.LABELS, Needs.SUBCLASSES)
 
 TaskLoss = Callable[[dict[str, Any]], tuple[Tensor, Any]]
 
@@ -41,12 +42,14 @@ class Batch:
         mask: which places have a target.
         labels: of the items, (items,) or (items, labels).
         signals: one a teacher.
+        subclasses: of the items, the probabilities of all subclasses, (items, C * S), where they are learned.
     """
 
     inputs: dict[str, Any]
     mask: Tensor
     labels: Tensor | None
     signals: list[Signals]
+    subclasses: Tensor | None = None
 
 
 @dataclass
@@ -91,7 +94,12 @@ class Learning:
     @functools.cached_property
     def needs(self) -> set[Needs]:
         """What teachers are listened to for."""
-        return {term.needs for term in self.terms.values()} - {Needs.LABELS}
+        return {term.needs for term in self.terms.values()} - {Needs.LABELS, Needs.SUBCLASSES}
+
+    @property
+    def learns_subclasses(self) -> bool:
+        """Whether probabilities of subclasses are learned."""
+        return any(term.needs is Needs.SUBCLASSES for term in self.terms.values())
 
     def learn(
         self, model: nn.Module, bare: Any, batch: Batch, task_loss: TaskLoss, *, measure: bool, whole_logits: bool
@@ -156,10 +164,13 @@ class Learning:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1 if TASK_LOSS in sums else 0]
         if not any(self.terms[name].needs in _OF_LOGITS for name in self.weights):
             total = total + _unused(logits)
+        if batch.subclasses is not None and isinstance(model, InClasses) and model.heard is not None:
+            for name, values in self._of_subclasses(model.heard[batch.mask], batch.subclasses):
+                sums[name] = values.sum().detach()
+                total = total + self.weights[name] * values.sum()
         if not batch.signals:
             return Learned(total, sums, outputs)
-        rows = logits[batch.mask]
-        rows = rows.float() if rows.dtype.itemsize < 4 else rows
+        rows = _wide(logits[batch.mask])
         for name, values in self._of_logits(batch, measure, task_loss=False)(rows, slice(None)).items():
             sums[name] = values.sum().detach()
             if name in self.weights:
@@ -197,6 +208,12 @@ class Learning:
 
         return values
 
+    def _of_subclasses(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield every term of subclasses, (items,), for logits and probabilities (items, C * S)."""
+        for name, term in self.terms.items():
+            if term.needs is Needs.SUBCLASSES:
+                yield name, term.function(_wide(logits), targets, self.args)
+
     def _of_vectors(self, outputs: Any, fed: list[Tensor], batch: Batch) -> Iterator[tuple[str, Tensor]]:
         """Yield every term of hidden states and embeddings, (items,), summed over teachers by weight."""
         for name, term in self.terms.items():
@@ -229,6 +246,10 @@ class Learning:
 
     def _wide(self, name: str, student: Tensor) -> Tensor:
         return student if self.projections is None else self.projections(name, student)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def _unused(logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Adding one takes a function and a decorator:
         return (top_two(student) - top_two(teacher.logits)).square()
 """
 
+import importlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -34,6 +35,7 @@ class Needs(str, Enum):
     LOGITS = "logits"
     HIDDEN_STATES = "hidden_states"
     EMBEDDING = "embedding"
+    SUBCLASSES = "subclasses"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Term:
     Attributes:
         function: `logits` terms take (student's logits (items, classes), the teacher's `Dense` or `TopK`, labels or None,
             arguments); `hidden_states` and `embedding` terms take (student's, teacher's, arguments), each (items, width),
-            once for each pair of layers. All return one number an item, (items,).
+            once for each pair of layers; `subclasses` terms (student's subclass logits (items, S * C), the batch's subclass
+            probabilities (items, S * C), arguments). All return one number an item, (items,).
         needs: what it looks at.
         help: one line for people.
         task_only: the values of `Task` it is for; empty for all.
@@ -57,6 +60,9 @@ class Term:
 
 
 _TERMS: dict[str, Term] = {}
+
+_ROOMS = {"lelp": "hf_guide.lelp.objective"}
+"""Terms of ours that stand in other rooms, which are entered when they are first named."""
 
 
 def register_term(
@@ -102,8 +108,10 @@ def parse_objective(objective: "str | Mapping[str, float] | None") -> dict[str, 
     if not isinstance(weights, Mapping):
         raise OptionError(f"objective is a term's name or a mapping of names to weights; found {objective!r}.")
     for name, weight in weights.items():
+        if name not in _TERMS and name in _ROOMS:
+            importlib.import_module(_ROOMS[name])
         if name not in _TERMS:
-            known = sorted(_TERMS)
+            known = sorted({*_TERMS, *_ROOMS})
             raise OptionError(
                 f"objective has no term {name!r}; expected some of {known}.{did_you_mean(str(name), known)}"
             )
@@ -136,7 +144,7 @@ def check_classes(weights: Mapping[str, float], config: Any) -> None:
         TaskError: for regression and for several labels at once.
     """
     kind = getattr(config, "problem_type", None)
-    names = [name for name in weights if _TERMS[name].needs is Needs.LOGITS]
+    names = [name for name in weights if _TERMS[name].needs in (Needs.LOGITS, Needs.SUBCLASSES)]
     if names and kind in ("regression", "multi_label_classification"):
         raise TaskError(
             f"The student's problem_type is {kind}: its logits are no distribution over classes, which "

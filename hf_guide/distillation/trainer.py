@@ -24,6 +24,8 @@ from hf_guide.distillation.playback import CapturedTeacher, captured_teacher, re
 from hf_guide.distillation.projections import Projections, SynchronizeProjections
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
+from hf_guide.distillation.subclasses import TARGETS as SUBCLASS_TARGETS
+from hf_guide.distillation.subclasses import SubclassTargets, make_targets
 from hf_guide.distillation.tally import Tally
 from hf_guide.distillation.tasks import add_decoder_inputs, item_labels, target_mask, task_of, without_adapter
 from hf_guide.distillation.teachers import LiveTeacher, Signals, make_teachers, refuse_not_finite
@@ -93,7 +95,8 @@ class DistillationTrainer(Trainer):
             student, model_init = _adapted(student, model_init, peft_config)
         self.learning: Learning | None = None
         self._train_tally, self._eval_tally = Tally(), Tally()
-        self._whole_logits = False
+        self._whole_logits = self._predicting = False
+        self._subclasses = SubclassTargets()
         self._divides: bool | None = None
         super().__init__(
             model=student,
@@ -131,6 +134,13 @@ class DistillationTrainer(Trainer):
                 accelerator=self.accelerator,
             )
         self.learning = self._make_learning(student)
+        self._subclasses = make_targets(
+            student.config,
+            self.data_collator,
+            args.temperature,
+            [self._to_compare(each) for each in self.teachers],
+            learned=self.learning.learns_subclasses,
+        )
         if self.learning.projections is not None:
             self.add_callback(SynchronizeProjections(self.learning.projections, self.accelerator))
 
@@ -138,6 +148,12 @@ class DistillationTrainer(Trainer):
 
     def _bare(self, model: Any) -> Any:
         return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    def _to_compare(self, teacher: LiveTeacher | CapturedTeacher) -> Any:
+        """Return the model or capture that a teacher is; None where its weights are not whole in this process."""
+        if isinstance(teacher, CapturedTeacher):
+            return teacher.capture
+        return None if self.is_deepspeed_enabled or self.is_fsdp_enabled else teacher.bare
 
     def _make_learning(self, student: Any) -> Learning:
         learning = Learning(self.task, self.args, self.args.weights)
@@ -203,21 +219,28 @@ class DistillationTrainer(Trainer):
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh and self._signature_columns is not None:
-            for name in self._of_teachers_alone():
+            for name in self._not_the_students():
                 self._signature_columns.append(name)
 
-    def _of_teachers_alone(self) -> set[str]:
+    def _not_the_students(self) -> set[str]:
+        """Return the columns that only teachers read, and those that are targets."""
         own = set(inspect.signature(without_adapter(self._bare(self.model)).forward).parameters)
-        live = [each for each in self.teachers if isinstance(each, LiveTeacher)]
-        return {
-            name for each in live for name in inspect.signature(without_adapter(each.bare).forward).parameters
-        } - own
+        live = [each.bare for each in self.teachers if isinstance(each, LiveTeacher)]
+        read = {name for each in live for name in inspect.signature(without_adapter(each).forward).parameters}
+        return (read | {SUBCLASS_TARGETS}) - own
+
+    def _target_mask(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
+        """Return which places are items: where subclasses are learned, examples without a label, too."""
+        unlabelled = training and self._subclasses.learned
+        given = {name: value for name, value in inputs.items() if name != "labels"} if unlabelled else inputs
+        return target_mask(self.task, given)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""
         if self.compute_loss_func is not None or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
-        items = sum(target_mask(self.task, batch).sum() for batch in batch_samples).to(device)  # type: ignore[union-attr]
+        masks = [self._target_mask(batch, training=not self._predicting) for batch in batch_samples]
+        items = sum(mask.sum() for mask in masks).to(device)  # type: ignore[union-attr]
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
         return items / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
@@ -236,7 +259,7 @@ class DistillationTrainer(Trainer):
         assert self.learning is not None
         own, captured = split_signals(inputs)
         own = add_decoder_inputs(self._bare(self.model), self.task, own)
-        mask = target_mask(self.task, own)
+        mask = self._target_mask(own, training=training)
         if not training:
             mask[self._real_examples(len(mask)) :] = False
         if TASK_LOSS in self.learning.weights and not any(own.get(name) is not None for name in self.label_names):
@@ -244,20 +267,28 @@ class DistillationTrainer(Trainer):
                 f"The objective has the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
                 f"{sorted(own)}. Give the dataset labels, or leave 'ce' out."
             )
-        needs = self.learning.needs if training else self.learning.needs | {Needs.LOGITS}
+        learned = self.learning.needs | self._subclasses.needs(own)
+        needs = learned if training else learned | {Needs.LOGITS}
         layers = self.learning.layers.values()
         signals: list[Signals] = []
         for teacher in self.teachers if needs else ():
             if isinstance(teacher, CapturedTeacher):
-                said = teacher.listen(captured, mask, self.learning.needs, layers)
+                said = teacher.listen(captured, mask, learned, layers)
                 if said is None and training:
                     raise refuse_missing(teacher.capture)
                 signals += [] if said is None else [said]
             else:
                 signals.append(teacher.listen(own, mask, needs, layers))
-        for name in self._of_teachers_alone():
+        orders = [teacher.order for teacher in self.teachers]
+        subclasses = self._subclasses.of_batch(own, mask, signals, orders, training=training)
+        for name in self._not_the_students():
             own.pop(name, None)
-        return Batch(own, mask, item_labels(self.task, own, mask), signals)
+        return Batch(own, mask, item_labels(self.task, own, mask), signals, subclasses)
+
+    def _is_untaught(self, batch: Batch) -> bool:
+        assert self.learning is not None
+        missing = self.learning.learns_subclasses and batch.subclasses is None
+        return missing or bool(self.learning.needs and not batch.signals)
 
     # Losses
 
@@ -277,6 +308,7 @@ class DistillationTrainer(Trainer):
         here = batch.mask.sum()
         items = here.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         told = num_items_in_batch is not None
+        model = self._subclasses.in_classes(model, here)
         if training and self.learning.weights == {TASK_LOSS: 1.0}:
             # What `Trainer` does, to the last bit.
             loss, outputs = self._task_loss(model, batch.inputs, here, items, told)
@@ -291,7 +323,7 @@ class DistillationTrainer(Trainer):
                 whole_logits=self._whole_logits,
             )
             total = learned.total
-            if not training and self.learning.needs and not batch.signals and TASK_LOSS in learned.sums:
+            if not training and self._is_untaught(batch) and TASK_LOSS in learned.sums:
                 total = learned.sums[TASK_LOSS]  # nothing was captured of what is evaluated: the task is what is left
             loss = total / items * self._scale(told)
         refuse_not_finite(loss, batch.inputs, batch.mask, batch.signals, self.state.global_step)
@@ -346,13 +378,14 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Predict as `Trainer` does; without labels there is no loss, and no teacher is asked."""
         if not all(inputs.get(name) is not None for name in self.label_names):
-            alone = self._of_teachers_alone()
+            alone = self._not_the_students()
             inputs = {name: value for name, value in split_signals(inputs)[0].items() if name not in alone}
-        self._whole_logits = not prediction_loss_only
+            model = self._subclasses.in_classes(model)
+        self._whole_logits, self._predicting = not prediction_loss_only, True
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
-            self._whole_logits = False
+            self._whole_logits = self._predicting = False
 
     # Logs
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from hf_guide.distillation.subclasses import class_labels
 from hf_guide.errors import VocabularyError
 
 
@@ -78,7 +79,7 @@ def label_alignment(student_config: PreTrainedConfig, teacher_config: PreTrained
     Raises:
         VocabularyError: the numbers of labels, or their names, differ; both lists are shown.
     """
-    student, teacher = _labels(student_config), _labels(teacher_config)
+    student, teacher = class_labels(student_config), class_labels(teacher_config)
     if student == teacher:
         return None
     both = f"The student's labels are {_shown(student)} and the teacher's {_shown(teacher)}"
@@ -111,10 +112,6 @@ def _special_ids(tokenizer: Any) -> set[int]:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {token_id for token_id, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-
-
-def _labels(config: PreTrainedConfig) -> list[str]:
-    return [str(name) for _, name in sorted((config.id2label or {}).items())]
 
 
 def _are_generic(labels: list[str]) -> bool:

@@ -1,0 +1,225 @@
+"""Students that tell the subclasses of a class apart: S logits for each of C classes, whose log-sum-exp is the class's own.
+
+Does: read from a config how many subclasses there are, and show everything that speaks of classes the class logits.
+Does not: say what the subclasses are (`hf_guide.lelp` does).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from hf_guide.distillation.objectives import Needs
+from hf_guide.distillation.tasks import IGNORED
+from hf_guide.errors import OptionError, TaskError
+
+TARGETS = "subclass_probabilities"
+"""The name in a batch of what a student with subclasses learns: (batch, S * C), class by class, or (batch, C, S)."""
+
+
+@runtime_checkable
+class SubclassSource(Protocol):
+    """A collator that gives a batch's subclass probabilities, or makes them of what a teacher is heard to say."""
+
+    makes_targets: bool
+    """Whether the batch has them already."""
+
+    def bind(self, config: Any, temperature: float, teacher: Any) -> None:
+        """Refuse a student, a temperature or a teacher that they are not for; called once, before training."""
+
+    def targets_of(self, embedding: Tensor, logits: Tensor) -> Tensor:
+        """Return the probabilities (items, S * C) for a teacher's embeddings (items, D) and logits (items, C)."""
+
+
+def subclass_source(collator: Any) -> SubclassSource | None:
+    """Return the collator itself or the one that it wraps, where it gives subclass probabilities."""
+    while collator is not None:
+        if isinstance(collator, SubclassSource):
+            return collator
+        collator = getattr(collator, "data_collator", None)
+    return None
+
+
+def subclasses_of(config: Any) -> int:
+    """Return how many subclasses each class of a student has: its config's `num_subclasses`, else 1.
+
+    Raises:
+        TaskError: they do not go together with its number of labels or its kind of problem.
+    """
+    count = getattr(config, "num_subclasses", None)
+    if count is None or count == 1:
+        return 1
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise TaskError(f"num_subclasses in the student's config is a whole number of at least 1; found {count!r}.")
+    if config.num_labels % count:
+        raise TaskError(
+            f"The student has {config.num_labels} outputs, which is not a multiple of its {count} subclasses a class. Give "
+            "it classes * num_subclasses labels, as from_teacher(num_subclasses=...) does."
+        )
+    kind = getattr(config, "problem_type", None)
+    if kind in ("regression", "multi_label_classification"):
+        raise TaskError(
+            f"Subclasses are those of classes that exclude each other; the student's problem_type is {kind}."
+        )
+    return count
+
+
+def class_logits(logits: Tensor, num_subclasses: int) -> Tensor:
+    """Return class logits (..., C) of subclass logits (..., C * S), class by class: log-sum-exp, float32 or better.
+
+    Their softmax is the sum of the subclasses' probabilities.
+    """
+    if num_subclasses == 1:
+        return logits
+    wide = logits.float() if logits.dtype.itemsize < 4 else logits
+    return wide.unflatten(-1, (-1, num_subclasses)).logsumexp(-1)
+
+
+def class_labels(config: Any) -> list[str]:
+    """Return the names of the classes in their order: "positive" of the subclasses "positive/0", "positive/1", ..."""
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    count = getattr(config, "num_subclasses", None) or 1
+    if count == 1:
+        return names
+    classes = [name.rpartition("/")[0] for name in names[::count]]
+    if subclass_labels(classes, count) == names:
+        return classes
+    return [f"LABEL_{number}" for number in range(len(names) // count)]
+
+
+def subclass_labels(classes: list[str], num_subclasses: int) -> list[str]:
+    """Return the names of all subclasses, class by class: "positive/0", "positive/1", ..."""
+    return [f"{name}/{number}" for name in classes for number in range(num_subclasses)]
+
+
+class InClasses(nn.Module):
+    """A student with subclasses, called as it is and seen in classes: its loss is that of the class logits.
+
+    Args:
+        items: how many items the batch has, where not all of them have labels; by default those that have.
+
+    Attributes:
+        heard: the subclass logits of the last call.
+    """
+
+    def __init__(self, model: nn.Module, num_subclasses: int, items: Tensor | None = None):
+        super().__init__()
+        self.model, self.num_subclasses, self.items = model, num_subclasses, items
+        self.training = model.training
+        self.heard: Tensor | None = None
+
+    def forward(
+        self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
+    ) -> dict[str, Any]:
+        """Return the model's outputs with class logits, and with `labels` their cross-entropy, a mean over the items."""
+        outputs = self.model(**inputs)
+        named = dict(outputs) if isinstance(outputs, dict) else {"logits": outputs[0]}
+        self.heard = named["logits"]
+        named["logits"] = class_logits(self.heard, self.num_subclasses)
+        if labels is None:
+            return named
+        loss = nn.functional.cross_entropy(named["logits"], labels, ignore_index=IGNORED, reduction="sum")
+        own = (labels != IGNORED).sum() if self.items is None else self.items
+        return {"loss": loss / (own.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), **named}
+
+
+@dataclass(frozen=True)
+class SubclassTargets:
+    """Where a student's subclass probabilities come from, batch by batch.
+
+    Attributes:
+        outputs: the student's, C * S.
+        num_subclasses: S.
+        learned: whether the objective has them.
+        source: the collator that gives them, or that makes them of a teacher's signals.
+    """
+
+    outputs: int = 0
+    num_subclasses: int = 1
+    learned: bool = False
+    source: SubclassSource | None = None
+
+    def in_classes(self, model: nn.Module, items: Tensor | None = None) -> nn.Module:
+        """Return the student as it is seen in classes; itself where it has nothing but classes."""
+        plain = self.num_subclasses == 1 and not self.learned
+        return model if plain or isinstance(model, InClasses) else InClasses(model, self.num_subclasses, items)
+
+    def needs(self, inputs: Mapping[str, Any]) -> set[Needs]:
+        """Return what a teacher must be heard to say, where the batch has no probabilities and they can be made."""
+        make = self.learned and self.source is not None and not self.source.makes_targets
+        return {Needs.LOGITS, Needs.EMBEDDING} if make and inputs.get(TARGETS) is None else set()
+
+    def of_batch(
+        self,
+        inputs: Mapping[str, Any],
+        mask: Tensor,
+        signals: Sequence[Any],
+        orders: Sequence[list[int] | None],
+        *,
+        training: bool,
+    ) -> Tensor | None:
+        """Return the probabilities (items, C * S) of a batch's items; None where they are not learned, or not there.
+
+        Args:
+            signals: what the teachers say.
+            orders: for each teacher, which of its classes each of the student's is; None for the same order.
+
+        Raises:
+            TaskError: a batch to train on has none, or they are not of the student's shape.
+        """
+        if not self.learned:
+            return None
+        given = inputs.get(TARGETS)
+        if given is not None:
+            found = torch.as_tensor(given).flatten(1)
+            if found.shape[1] != self.outputs:
+                raise TaskError(
+                    f"{TARGETS} in the batch has the shape {tuple(given.shape)}; the student has {self.outputs} outputs, "
+                    f"which are {self.outputs // self.num_subclasses} classes of {self.num_subclasses} subclasses. "
+                    "Make student and projector with the same num_subclasses."
+                )
+            return found.to(mask.device)[mask]
+        if self.needs(inputs) and len(signals) == 1 and self.source is not None:
+            logits = signals[0].target(slice(None)).logits
+            return self.source.targets_of(signals[0].embedding, _restored(logits, orders[0])).flatten(1)
+        if training:
+            raise TaskError(
+                f"The objective has the subclasses of a teacher, but the batch has no {TARGETS}; it has {sorted(inputs)}. "
+                "Pass data_collator=SubclassLabelCollator(projector, ...), or give the dataset that column."
+            )
+        return None
+
+
+def make_targets(
+    config: Any, collator: Any, temperature: float, teachers: Sequence[Any], *, learned: bool
+) -> SubclassTargets:
+    """Return where a student's subclass probabilities come from.
+
+    Args:
+        config: the student's.
+        collator: the trainer's.
+        temperature: what the student's logits are divided by.
+        teachers: the trainer's: models, captures, or None for one that cannot be compared.
+        learned: whether the objective has them.
+
+    Raises:
+        TaskError: a student whose outputs are not classes times subclasses.
+        OptionError: what the collator refuses, or there is not one teacher to make them of.
+    """
+    count = subclasses_of(config)
+    source = subclass_source(collator) if learned else None
+    if source is not None:
+        if not source.makes_targets and len(teachers) != 1:
+            raise OptionError(
+                f"The subclass probabilities are made of what one teacher says; there are {len(teachers)}. Pass teacher= or a "
+                "capture to the trainer, or to the collator."
+            )
+        source.bind(config, temperature, None if source.makes_targets else teachers[0])
+    return SubclassTargets(getattr(config, "num_labels", 0), count, learned, source)
+
+
+def _restored(logits: Tensor, order: list[int] | None) -> Tensor:
+    """A teacher's logits in its own order of classes, of those that were put in the student's."""
+    return logits if order is None else logits[:, torch.tensor(order, device=logits.device).argsort()]

@@ -1,0 +1,285 @@
+"""The laws of learning subclasses: what the student learns, and that everything else sees classes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.distillation.objectives import registered_terms
+from hf_guide.distillation.subclasses import class_labels, class_logits, subclass_labels
+from hf_guide.errors import OptionError, TaskError
+from tests.distillation.small import CLASSES, collate, examples_for, model_for
+from tests.distillation.test_trainer import arguments, step_of
+
+SUBCLASSES = 3
+TASKS = ["sequence-classification", "image-classification"]
+
+
+def student_of(task: str, num_subclasses: int = SUBCLASSES, seed: int = 1) -> PreTrainedModel:
+    """Return a small student with subclasses."""
+    plain = model_for(task, seed)
+    config = copy.deepcopy(plain.config)
+    names = subclass_labels([f"class {number}" for number in range(CLASSES)], num_subclasses)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in enumerate(names)}
+    config.num_subclasses = num_subclasses
+    torch.manual_seed(seed)
+    return type(plain)(config)
+
+
+def with_targets(examples: list[dict[str, Any]], targets: Tensor) -> list[dict[str, Any]]:
+    return [example | {"subclass_probabilities": row} for example, row in zip(examples, targets, strict=True)]
+
+
+def some_targets(count: int, outputs: int = CLASSES * SUBCLASSES) -> Tensor:
+    return torch.randn(count, outputs, generator=torch.Generator().manual_seed(5)).mul(2).softmax(-1)
+
+
+def gradient_of(student: PreTrainedModel, folder: Path, examples: list[dict[str, Any]], **changes: Any) -> Tensor:
+    """Return the gradient of the first step, by the trainer."""
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    teacher = changes.pop("teacher", None)
+    trainer = DistillationTrainer(student, arguments(folder, **changes), collate, examples, teacher=teacher)
+    trainer.train()
+    return step_of(trainer.model, before)
+
+
+def by_hand(student: PreTrainedModel, examples: list[dict[str, Any]], loss: Any) -> Tensor:
+    """Return the gradient of a loss of the student's logits and the batch, by autograd."""
+    student = copy.deepcopy(student).train()
+    batch = collate(examples)
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "subclass_probabilities")}
+    loss(student(**inputs).logits, batch).backward()
+    parameters = dict(student.named_parameters())
+    return torch.cat(
+        [
+            (parameters[name].grad if name in parameters else torch.zeros_like(value)).flatten()
+            for name, value in student.state_dict().items()
+        ]
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_gradient_is_that_of_the_unified_cross_entropy(task: str, tmp_path: Path) -> None:
+    student, tau = student_of(task), 2.0
+    examples = with_targets(examples_for(task, 8), some_targets(8))
+
+    def unified(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return -(tau**2) * (batch["subclass_probabilities"] * (logits / tau).log_softmax(-1)).sum(-1).mean()
+
+    expected = by_hand(student, examples, unified)
+    found = gradient_of(student, tmp_path, examples, objective="lelp", temperature=tau)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_subclass_is_exactly_distillation(task: str, tmp_path: Path) -> None:
+    tau, teacher = 2.0, model_for(task, 2).eval()
+    plain = examples_for(task, 8)
+    inputs = {name: value for name, value in collate(plain).items() if name != "labels"}
+    with torch.no_grad():
+        targets = (teacher(**inputs).logits / tau).softmax(-1)
+    kd = gradient_of(
+        student_of(task, 1), tmp_path, plain, objective="kd", temperature=tau, teacher=copy.deepcopy(teacher)
+    )
+    found = gradient_of(student_of(task, 1), tmp_path, with_targets(plain, targets), objective="lelp", temperature=tau)
+    assert (found - kd).norm() < 1e-5 * kd.norm()
+
+
+def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding() -> None:
+    terms, args = (
+        registered_terms(),
+        DistillationArguments("unused", temperature=3.0, objective="lelp", report_to="none"),
+    )
+    from hf_guide.distillation.divergences import Dense
+
+    teacher, student = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mine, theirs = (student.clone().requires_grad_() for _ in range(2))
+    found = terms["lelp"].function(mine, (teacher / 3.0).softmax(-1), args)
+    expected = terms["kd"].function(theirs, Dense(teacher), None, args)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_a_subclass_without_a_share_is_no_nan() -> None:
+    args = DistillationArguments("unused", objective="lelp", report_to="none")
+    target = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
+    student = torch.zeros(1, 4, requires_grad=True)
+    value = registered_terms()["lelp"].function(student, target, args)
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(student.grad).all()
+    torch.testing.assert_close(student.grad, torch.full((1, 4), 0.25) - target)
+
+
+def test_the_softmax_of_class_logits_is_the_sum_over_subclasses() -> None:
+    logits = torch.randn(7, 12, dtype=torch.float64) * 10
+    summed = logits.softmax(-1).view(7, 4, 3).sum(-1)
+    torch.testing.assert_close(class_logits(logits, 3).softmax(-1), summed, rtol=1e-12, atol=1e-15)
+    assert class_logits(logits.half(), 3).dtype == torch.float32
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_hard_labels_and_distillation_see_classes(task: str, tmp_path: Path) -> None:
+    examples, student, teacher = examples_for(task, 8), student_of(task), model_for(task, 2).eval()
+    inputs = {name: value for name, value in collate(examples).items() if name != "labels"}
+    with torch.no_grad():
+        told = teacher(**inputs).logits.softmax(-1)
+
+    def both(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        log_classes = logits.softmax(-1).unflatten(-1, (CLASSES, SUBCLASSES)).sum(-1).log()
+        hard = torch.nn.functional.nll_loss(log_classes, batch["labels"])
+        return 0.25 * hard + 0.75 * torch.nn.functional.kl_div(log_classes, told, reduction="batchmean")
+
+    expected = by_hand(student, examples, both)
+    found = gradient_of(student, tmp_path, examples, objective={"ce": 0.25, "kd": 0.75}, teacher=teacher)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("objective", ["ce", "lelp", {"ce": 0.5, "lelp": 0.5}])
+def test_accumulated_batches_are_one_batch(objective: Any, tmp_path: Path) -> None:
+    task = "sequence-classification"
+    examples = with_targets(examples_for(task, 8), some_targets(8))
+    for example in examples[::3]:
+        example["labels"] = -100
+    whole = gradient_of(student_of(task), tmp_path, examples, objective=objective)
+    parts = gradient_of(
+        student_of(task),
+        tmp_path,
+        examples,
+        objective=objective,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    assert (whole - parts).norm() < 1e-5 * whole.norm()
+
+
+def test_examples_without_a_label_are_learned_by_their_subclasses(tmp_path: Path) -> None:
+    task = "sequence-classification"
+    examples = with_targets(examples_for(task, 8), some_targets(8))
+    labelled = gradient_of(student_of(task), tmp_path, examples, objective="lelp")
+    for example in examples[1:]:
+        example["labels"] = -100
+    some = gradient_of(student_of(task), tmp_path, examples, objective="lelp")
+    none = [{name: value for name, value in example.items() if name != "labels"} for example in examples]
+    assert torch.equal(labelled, some)
+    assert torch.equal(labelled, gradient_of(student_of(task), tmp_path, none, objective="lelp"))
+    # The label of the one that has one weighs as one of eight.
+    student = student_of(task)
+
+    def mixed(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        hard = torch.nn.functional.cross_entropy(class_logits(logits, SUBCLASSES)[:1], batch["labels"][:1]) / 8
+        return hard - (batch["subclass_probabilities"] * logits.log_softmax(-1)).sum(-1).mean()
+
+    expected = by_hand(student, examples, mixed)
+    found = gradient_of(student, tmp_path, examples, objective={"ce": 1.0, "lelp": 1.0})
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predictions_and_metrics_see_classes(task: str, tmp_path: Path) -> None:
+    examples, seen = examples_for(task, 6), []
+    student = student_of(task)
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction.predictions.shape)
+        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, objective="lelp"),
+        collate,
+        None,
+        with_targets(examples, some_targets(6)),
+        compute_metrics=metrics,
+        teacher=model_for(task, 2),
+    )
+    found = trainer.evaluate()
+    assert seen == [(6, CLASSES)]
+    assert {"eval_accuracy", "eval_ce", "eval_lelp", "eval_lelp_weighted", "eval_teacher_agreement"} <= found.keys()
+    inputs = {name: value for name, value in collate(examples).items() if name != "labels"}
+    with torch.no_grad():
+        expected = class_logits(student.eval()(**inputs).logits, SUBCLASSES)
+    torch.testing.assert_close(torch.tensor(trainer.predict(examples).predictions), expected)
+    unlabelled = [{name: value for name, value in example.items() if name != "labels"} for example in examples]
+    torch.testing.assert_close(torch.tensor(trainer.predict(unlabelled).predictions), expected)
+    torch.testing.assert_close(
+        torch.tensor(found["eval_ce"]), torch.nn.functional.cross_entropy(expected, collate(examples)["labels"])
+    )
+
+
+def test_evaluation_without_subclasses_is_by_the_task(tmp_path: Path) -> None:
+    task = "sequence-classification"
+    trainer = DistillationTrainer(
+        student_of(task), arguments(tmp_path, objective="lelp"), collate, None, examples_for(task, 6)
+    )
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(found["eval_ce"]) and "eval_lelp" not in found
+
+
+def test_label_smoothing_and_a_loss_of_ones_own_see_classes(tmp_path: Path) -> None:
+    task, shapes = "sequence-classification", []
+
+    def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        shapes.append(outputs["logits"].shape)
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels)
+
+    trainer = DistillationTrainer(
+        student_of(task), arguments(tmp_path, objective="ce"), collate, examples_for(task, 8), compute_loss_func=own
+    )
+    trainer.train()
+    assert shapes == [(8, CLASSES)]
+    smoothed = DistillationTrainer(
+        student_of(task),
+        arguments(tmp_path, objective="ce", label_smoothing_factor=0.1),
+        collate,
+        examples_for(task, 8),
+    )
+    smoothed.train()
+
+
+def test_the_names_of_classes_are_read_from_those_of_subclasses() -> None:
+    config = student_of("sequence-classification").config
+    assert class_labels(config) == [f"class {number}" for number in range(CLASSES)]
+    config.id2label = {number: f"LABEL_{number}" for number in range(CLASSES * SUBCLASSES)}
+    assert class_labels(config) == [f"LABEL_{number}" for number in range(CLASSES)]
+
+
+def test_a_batch_without_subclasses_is_refused(tmp_path: Path) -> None:
+    task = "sequence-classification"
+    trainer = DistillationTrainer(
+        student_of(task), arguments(tmp_path, objective="lelp"), collate, examples_for(task, 8)
+    )
+    with pytest.raises(TaskError, match=r"no subclass_probabilities.*SubclassLabelCollator"):
+        trainer.train()
+
+
+def test_another_number_of_outputs_is_refused(tmp_path: Path) -> None:
+    task = "sequence-classification"
+    examples = with_targets(examples_for(task, 8), some_targets(8, CLASSES * 2))
+    trainer = DistillationTrainer(student_of(task), arguments(tmp_path, objective="lelp"), collate, examples)
+    with pytest.raises(TaskError, match=r"\(8, 10\); the student has 15 outputs, which are 5 classes of 3"):
+        trainer.train()
+    odd = student_of(task)
+    odd.config.num_subclasses = 4
+    with pytest.raises(TaskError, match="15 outputs, which is not a multiple of its 4"):
+        DistillationTrainer(odd, arguments(tmp_path, objective="ce"), collate, examples)
+
+
+def test_the_term_is_for_classes_that_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="'lelp' is for"):
+        DistillationTrainer(
+            model_for("causal-lm", 1), arguments(tmp_path, objective="lelp"), collate, examples_for("causal-lm")
+        )
+    student = student_of("sequence-classification")
+    student.config.problem_type = "multi_label_classification"
+    with pytest.raises(TaskError, match="multi_label_classification"):
+        DistillationTrainer(student, arguments(tmp_path, objective="ce"), collate)
+    with pytest.raises(OptionError, match="'lelpp'.*Did you mean 'lelp'"):
+        arguments(tmp_path, objective="lelpp")
