@@ -19,6 +19,7 @@ _HOMES = {
     "LayoutError": "errors",
     "OptionError": "errors",
     "ShapeError": "errors",
+    "SubclassError": "errors",
     "TeacherError": "errors",
     "VocabularyError": "errors",
     "Capture": "distillation.captured",
@@ -30,6 +31,8 @@ _HOMES = {
     "InitializationConfig": "initialization.options",
     "InitializationReport": "initialization.report",
     "register_layout": "initialization.layouts",
+    "SubclassProjector": "lelp.projector",
+    "register_splitter": "lelp.splitters",
 }
 
 __all__ = [
@@ -51,11 +54,14 @@ __all__ = [
     "LayoutError",
     "OptionError",
     "ShapeError",
+    "SubclassError",
+    "SubclassProjector",
     "TeacherError",
     "VocabularyError",
     "capture_teacher",
     "from_teacher",
     "register_layout",
+    "register_splitter",
     "register_term",
     "__version__",
 ]
@@ -67,10 +73,20 @@ if TYPE_CHECKING:
     from hf_guide.distillation.captured import Capture
     from hf_guide.distillation.objectives import register_term
     from hf_guide.distillation.trainer import DistillationTrainer
-    from hf_guide.errors import HfGuideError, LayoutError, OptionError, ShapeError, TeacherError, VocabularyError
+    from hf_guide.errors import (
+        HfGuideError,
+        LayoutError,
+        OptionError,
+        ShapeError,
+        SubclassError,
+        TeacherError,
+        VocabularyError,
+    )
     from hf_guide.initialization.layouts import register_layout
     from hf_guide.initialization.options import InitializationConfig
     from hf_guide.initialization.report import InitializationReport
+    from hf_guide.lelp.projector import SubclassProjector
+    from hf_guide.lelp.splitters import register_splitter
     from hf_guide.students import (
         AutoStudent,
         AutoStudentForCausalLM,

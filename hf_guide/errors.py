@@ -32,6 +32,10 @@ class CaptureError(HfGuideError):
     """A capture that cannot be written or read: incomplete, damaged, of another teacher, tokenizer or dataset."""
 
 
+class SubclassError(HfGuideError):
+    """Embeddings, labels or a classifier that subclasses cannot be made of, or a projector that does not fit."""
+
+
 class VocabularyError(HfGuideError):
     """Two models whose tokens, classes or labels do not mean the same."""
 

@@ -1,0 +1,462 @@
+"""`SubclassProjector`: from a teacher's embedding and logits to the probabilities of pseudo-subclasses.
+
+LELP, arXiv 2409.20449: the linear structure inside each class becomes targets to learn from, and each class keeps exactly
+the probability that the teacher gives it.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hf_guide.distillation.captured import Capture
+from hf_guide.distillation.fingerprints import weights_fingerprint
+from hf_guide.errors import OptionError, SubclassError
+from hf_guide.lelp.gathering import Gathering, as_tensor, check_whole, chunks
+from hf_guide.lelp.moments import refuse_not_finite
+from hf_guide.lelp.scores import FORMS, Scores
+from hf_guide.lelp.splitters import splitter_named
+
+CONFIG_NAME = "subclass_projector.json"
+WEIGHTS_NAME = "subclass_projector.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class SubclassProjector:
+    """What makes subclass targets of a teacher's embeddings and logits. The flat axis of classes times subclasses is
+    class-major everywhere: subclass s of class c is number c * num_subclasses + s.
+
+    Attributes:
+        scores: how an embedding is scored for each subclass.
+        num_classes, num_subclasses, embedding_size: C, S and D.
+        temperature: tau, of the teacher's logits; it is that of the loss as well.
+        subclass_temperature: beta, of the scores within a class.
+        splitter, seed: how the subclasses were found.
+        id2label: the names of the classes.
+        counts: (C,), how many examples of each class were seen, float64.
+        eigenvalues: (C, D), descending: the spectrum of each class's covariance outside what the classifier sees.
+        variances: (C,): the trace of each class's whole covariance.
+        teacher: where the teacher came from, where that is known.
+        teacher_fingerprint: of its weights (`weights_fingerprint`), where there is a model.
+    """
+
+    scores: Scores
+    num_classes: int
+    num_subclasses: int
+    embedding_size: int
+    temperature: float
+    subclass_temperature: float
+    splitter: str
+    seed: int
+    id2label: Mapping[int, str]
+    counts: Tensor
+    eigenvalues: Tensor
+    variances: Tensor
+    teacher: str | None = None
+    teacher_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "subclass_temperature"):
+            _check_positive(name, getattr(self, name))
+
+    @classmethod
+    def fit(
+        cls,
+        embeddings: Any,
+        labels: Any,
+        classifier_weight: Any,
+        num_subclasses: int = 8,
+        *,
+        logits: Any = None,
+        subclass_temperature: float = 1.0,
+        temperature: float = 1.0,
+        splitter: str = "lelp",
+        seed: int = 0,
+        subclass_labels: Any = None,
+        id2label: "Mapping[int, str] | Sequence[str] | None" = None,
+    ) -> "SubclassProjector":
+        """Fit a projector to arrays: of tensors or NumPy, of any teacher and modality.
+
+        Args:
+            embeddings: (N, D), or an iterable of chunks (any, D): nothing is kept of what was seen but its moments.
+            labels: (N,), whole numbers, or an iterable of chunks; -1 and -100, or None for all, stand for examples without,
+                which are grouped by the teacher's own class.
+            classifier_weight: W, (C, D); a single row stands for two classes, as scikit-learn has it.
+            num_subclasses: S.
+            logits: (N, C), or chunks; needed where labels are missing.
+            subclass_temperature: beta: the larger, the more alike a class's subclasses.
+            temperature: tau, of the teacher's logits and the student's.
+            splitter: `known_splitters()` lists them.
+            seed: of the rotation, and whatever else a splitter draws.
+            subclass_labels: (N,), or chunks: finer labels, for the splitter "labels".
+            id2label: the names of the classes.
+
+        Raises:
+            SubclassError: too few examples in a class, or none; no variance; labels outside the classes; shapes that do not
+                go together, D < C + S among them; embeddings that are not finite, and whose.
+            OptionError: S or a temperature that is not positive; an unknown splitter.
+        """
+        weight = as_weight(classifier_weight)
+        check_options(num_subclasses, temperature, subclass_temperature, splitter)
+        check_shape(weight, num_subclasses, splitter)
+        gathering = Gathering(*weight.shape, splitter=splitter, seed=seed)
+        for chunk in chunks(embeddings, labels, logits, subclass_labels):
+            gathering.add(*chunk)
+        return cls.from_gathering(
+            gathering,
+            weight,
+            num_subclasses,
+            subclass_temperature=subclass_temperature,
+            temperature=temperature,
+            id2label=id2label,
+        )
+
+    @classmethod
+    def from_gathering(
+        cls,
+        gathering: Gathering,
+        classifier_weight: Tensor,
+        num_subclasses: int,
+        *,
+        subclass_temperature: float = 1.0,
+        temperature: float = 1.0,
+        id2label: "Mapping[int, str] | Sequence[str] | None" = None,
+        teacher: str | None = None,
+        teacher_fingerprint: str | None = None,
+    ) -> "SubclassProjector":
+        """Return the projector of what was gathered, perhaps by several processes. Arguments and errors are those of `fit`."""
+        classes, width = check_shape(classifier_weight, num_subclasses, gathering.splitter)
+        names = _names(id2label, classes)
+        evidence = gathering.evidence(classifier_weight, num_subclasses, list(names.values()) if id2label else None)
+        scores = splitter_named(gathering.splitter).split(evidence)
+        moved = {name: tensor.cpu().contiguous() for name, tensor in scores.tensors().items()}
+        spectra = [torch.linalg.eigvalsh(evidence.covariance(number)).flip(0) for number in range(classes)]
+        variances = gathering.moments.scatters.diagonal(dim1=1, dim2=2).sum(1) / gathering.moments.counts
+        return cls(
+            scores=dataclasses.replace(scores, **moved),
+            num_classes=classes,
+            num_subclasses=num_subclasses,
+            embedding_size=width,
+            temperature=float(temperature),
+            subclass_temperature=float(subclass_temperature),
+            splitter=gathering.splitter,
+            seed=gathering.seed,
+            id2label=names,
+            counts=gathering.moments.counts.cpu(),
+            eigenvalues=torch.stack(spectra).clamp(min=0).cpu(),
+            variances=variances.cpu(),
+            teacher=teacher,
+            teacher_fingerprint=teacher_fingerprint,
+        )
+
+    @torch.no_grad()
+    def transform(self, embeddings: Any, logits: Any, subclass_labels: Any = None) -> Tensor:
+        """Return subclass probabilities: softmax(logits / tau)_c softmax_s(scores_c / beta).
+
+        Args:
+            embeddings: (N, D), tensor or NumPy array.
+            logits: (N, C); log-probabilities are logits too.
+            subclass_labels: (N,), only of a projector that goes by finer labels.
+
+        Returns:
+            (N, C, S), of the dtype of the embeddings, float32 at least, on their device. Those of a class sum to exactly
+            what the teacher gives it.
+
+        Raises:
+            SubclassError: another shape, or values that are not finite.
+        """
+        h, z = as_tensor(embeddings), as_tensor(logits)
+        if z.ndim != 2 or z.shape[1] != self.num_classes or len(z) != len(h):
+            raise SubclassError(
+                f"{len(h)} embeddings need logits of the shape ({len(h)}, {self.num_classes}); found {tuple(z.shape)}."
+            )
+        dtype = torch.promote_types(h.dtype if h.is_floating_point() else torch.float64, torch.float32)
+        shares = (self.coordinates(h, subclass_labels) / self.subclass_temperature).softmax(-1)
+        z = z.to(shares)
+        if bool(z.isnan().any() | z.isposinf().any() | z.isneginf().all(1).any()):
+            wrong = z.isnan().any(1) | z.isposinf().any(1) | z.isneginf().all(1)
+            raise SubclassError(f"The logits of example {int(wrong.int().argmax())} are not finite.")
+        return ((z / self.temperature).softmax(-1)[:, :, None] * shares).to(dtype)
+
+    @torch.no_grad()
+    def coordinates(self, embeddings: Any, subclass_labels: Any = None) -> Tensor:
+        """Return scores (N, C, S) of embeddings (N, D), before temperature and softmax, in float64 where the device knows it.
+
+        Of linear splitters these are coordinates in each class's subspace.
+
+        Raises:
+            SubclassError: another shape, or values that are not finite.
+        """
+        h = as_tensor(embeddings)
+        if h.ndim != 2 or h.shape[1] != self.embedding_size:
+            raise SubclassError(
+                f"Embeddings of the shape (N, {self.embedding_size}) were expected; found {tuple(h.shape)}. Are they those "
+                f"of the teacher that this projector is of{f', {self.teacher}' if self.teacher else ''}?"
+            )
+        h = h.to(torch.float32 if h.device.type == "mps" else torch.float64)
+        refuse_not_finite(h, range(len(h)), "embedding")
+        finer = None if subclass_labels is None else as_tensor(subclass_labels).long().to(h.device)
+        if finer is not None and finer.shape != (len(h),):
+            raise SubclassError(f"{len(h)} embeddings need {len(h)} subclass_labels; found {tuple(finer.shape)}.")
+        return self.scores.of(h, finer)
+
+    @property
+    def explained(self) -> Tensor:
+        """The share (C,) of each class's variance outside what the classifier sees that S directions can hold."""
+        kept = self.eigenvalues[:, : self.num_subclasses].sum(1)
+        return kept / self.eigenvalues.sum(1).clamp(min=1e-300)
+
+    @property
+    def subclass_id2label(self) -> dict[int, str]:
+        """The names of all C * S subclasses, such as "positive/3"."""
+        size = self.num_subclasses
+        return {c * size + s: f"{self.id2label[c]}/{s}" for c in range(self.num_classes) for s in range(size)}
+
+    def at(
+        self, *, temperature: float | None = None, subclass_temperature: float | None = None
+    ) -> "SubclassProjector":
+        """Return the same projector at other temperatures; nothing has to be fitted again.
+
+        Raises:
+            OptionError: one that is not positive.
+        """
+        return dataclasses.replace(
+            self,
+            temperature=self.temperature if temperature is None else temperature,
+            subclass_temperature=self.subclass_temperature if subclass_temperature is None else subclass_temperature,
+        )
+
+    def check_teacher(self, teacher: "nn.Module | Capture") -> None:
+        """Refuse a teacher, or the capture of one, that this projector is not of. One made of arrays tells by shape alone.
+
+        Raises:
+            SubclassError: names what differs.
+        """
+        if isinstance(teacher, Capture):
+            classes, found, name = teacher.manifest.classes, teacher.manifest.weights, str(teacher.folder)
+        else:
+            config: Any = getattr(teacher, "config", None)
+            classes = getattr(config, "num_labels", self.num_classes)
+            found, name = weights_fingerprint(teacher), getattr(config, "_name_or_path", "") or type(teacher).__name__
+        if classes != self.num_classes:
+            raise SubclassError(f"The teacher {name} has {classes} classes; this projector is of {self.num_classes}.")
+        if self.teacher_fingerprint is not None and found != self.teacher_fingerprint:
+            raise SubclassError(
+                f"This projector is of another teacher ({self.teacher}, fingerprint {self.teacher_fingerprint}) than {name} "
+                f"({found}): its directions mean nothing there. Fit one to this teacher with fit_subclasses."
+            )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **push: Any,
+    ) -> list[str]:
+        """Write `subclass_projector.json` and `subclass_projector.safetensors` into a folder; return their paths.
+
+        With `push_to_hub`, `repo_id` (by default the folder's name) and what else `push_to_hub` takes.
+
+        Raises:
+            NotADirectoryError: a file stands where the folder should be.
+        """
+        folder = Path(save_directory)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file; name a folder to save the projector in.")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"scores.{name}": tensor.contiguous() for name, tensor in self.scores.tensors().items()}
+        tensors |= {name: getattr(self, name).contiguous() for name in _STATISTICS}
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        entries: dict[str, Any] = {name: getattr(self, name) for name in _ENTRIES}
+        entries["id2label"] = {str(number): name for number, name in self.id2label.items()}
+        entries = {"format": FORMAT, "form": self.scores.form, **entries}
+        (folder / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name, **push)
+        return [str(folder / CONFIG_NAME), str(folder / WEIGHTS_NAME)]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "SubclassProjector":
+        """Load a projector from a folder or from the Hub.
+
+        Raises:
+            SubclassError: the files are not those of a projector, or damaged.
+            OSError: there is no such folder, and the Hub does not have it.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        paths = []
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not folder.is_dir():
+                found = hf_hub_download(
+                    os.fspath(pretrained_model_name_or_path),
+                    name,
+                    revision=revision,
+                    token=token,
+                    cache_dir=cache_dir,
+                    local_files_only=local_files_only,
+                )
+                paths.append(Path(found))
+            elif (folder / name).is_file():
+                paths.append(folder / name)
+            else:
+                raise SubclassError(f"{folder} has no {name}; it is no projector's folder, or not all of one.")
+        return cls._read(*paths)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Upload both files in one commit; what else the repository has, a student perhaps, stays."""
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        public = self
+        if self.teacher is not None and (Path(self.teacher).is_absolute() or Path(self.teacher).exists()):
+            public = dataclasses.replace(self, teacher=Path(self.teacher).name)  # no path of this machine
+        with tempfile.TemporaryDirectory() as folder:
+            public.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message or "Upload subclass projector",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    @classmethod
+    def _read(cls, config: Path, weights: Path) -> "SubclassProjector":
+        try:
+            entries = json.loads(config.read_text(encoding="utf-8"))
+            with safe_open(weights, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            form = FORMS[entries["form"]]
+            if entries["format"] != FORMAT:
+                raise SubclassError(f"{config} is of format {entries['format']}; this version reads format {FORMAT}.")
+            scores = form(**{each.name: tensors[f"scores.{each.name}"] for each in dataclasses.fields(form)})
+            found = cls(
+                scores=scores,
+                **{name: tensors[name] for name in _STATISTICS},
+                **{name: entries[name] for name in _ENTRIES},
+                id2label={int(number): name for number, name in entries["id2label"].items()},
+            )
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+            raise SubclassError(
+                f"{config.parent} does not hold a whole projector: {type(error).__name__} {error}. Fetch or fit it again."
+            ) from error
+        expected = (found.num_classes, found.embedding_size)
+        if tuple(found.eigenvalues.shape) != expected or len(found.id2label) != found.num_classes:
+            raise SubclassError(
+                f"{weights} has tensors of other shapes than {config.name} says; fetch or fit it again."
+            )
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SubclassProjector":
+        return dataclasses.replace(self, id2label=copy.copy(dict(self.id2label)))  # its tensors are never written to
+
+    def __repr__(self) -> str:
+        return (
+            f"SubclassProjector({self.num_classes} classes x {self.num_subclasses} subclasses of {self.embedding_size} "
+            f"numbers, splitter={self.splitter!r}, temperature={self.temperature:g}, "
+            f"subclass_temperature={self.subclass_temperature:g})"
+        )
+
+
+_STATISTICS = ("counts", "eigenvalues", "variances")
+_ENTRIES = (
+    "num_classes",
+    "num_subclasses",
+    "embedding_size",
+    "temperature",
+    "subclass_temperature",
+    "splitter",
+    "seed",
+    "teacher",
+    "teacher_fingerprint",
+)
+
+
+def as_weight(classifier_weight: Any) -> Tensor:
+    """Return W, (C, D), float64; of a single row w, which stands for two classes, -w / 2 and w / 2.
+
+    Raises:
+        SubclassError: it is no matrix, or not finite.
+    """
+    weight = as_tensor(classifier_weight)
+    if weight.ndim != 2:
+        raise SubclassError(f"A classifier's weight has the shape (classes, width); found {tuple(weight.shape)}.")
+    weight = weight.to("cpu", torch.float64)
+    if not bool(weight.isfinite().all()):
+        raise SubclassError("The classifier's weight holds NaN or infinity; check how the teacher was saved.")
+    return torch.cat([-weight / 2, weight / 2]) if len(weight) == 1 else weight
+
+
+def check_options(num_subclasses: int, temperature: float, subclass_temperature: float, splitter: str) -> None:
+    """Refuse options out of range.
+
+    Raises:
+        OptionError: names the option, and what it may be.
+    """
+    check_whole("num_subclasses", num_subclasses)
+    _check_positive("temperature", temperature)
+    _check_positive("subclass_temperature", subclass_temperature)
+    splitter_named(splitter)
+
+
+def check_shape(weight: Tensor, num_subclasses: int, splitter: str) -> tuple[int, int]:
+    """Return the number of classes and the embedding's width, of a width that has room for both.
+
+    Raises:
+        SubclassError: D < C + S.
+    """
+    classes, width = weight.shape
+    if width < classes + num_subclasses and num_subclasses > 1 and splitter_named(splitter).finds_directions:
+        rest = f"num_subclasses up to {width - classes}" if width > classes + 1 else "another layer's embeddings"
+        raise SubclassError(
+            f"Embeddings {width} wide have no room for {num_subclasses} directions beside the classifier's {classes}: "
+            f"{classes + num_subclasses} or more were expected. Choose {rest}."
+        )
+    return classes, width
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise OptionError(f"{name} is a positive number; found {value!r}.")
+
+
+def _names(id2label: "Mapping[int, str] | Sequence[str] | None", classes: int) -> dict[int, str]:
+    if id2label is None:
+        return {number: f"LABEL_{number}" for number in range(classes)}
+    pairs: Iterable[tuple[Any, str]] = id2label.items() if isinstance(id2label, Mapping) else enumerate(id2label)
+    names = {int(number): str(name) for number, name in pairs}
+    if sorted(names) != list(range(classes)):
+        raise SubclassError(f"id2label names the classes {sorted(names)}; the classifier has 0 to {classes - 1}.")
+    return {number: names[number] for number in range(classes)}
