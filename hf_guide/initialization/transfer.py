@@ -70,6 +70,17 @@ class Transfer:
         teacher, student = self.plan.widths[axis]
         return math.sqrt(teacher / student) * (self.shares[axis] if self.plan.options.energy_correction else 1.0)
 
+    def gain_left(self, norm: str, gain: Tensor | None) -> float | None:
+        """Return the root mean square of a folded gain, which stays in the student's norm; None where that has no gain.
+
+        W diag(c) is divided by it, which changes nothing but how fast the weights learn: an optimizer like Adam moves each
+        by its learning rate, so those that took in a gain of a hundredth would be lost in a step. So they stay as large as
+        the teacher's own, and the norm keeps sqrt(d_T / d_S) too.
+        """
+        if gain is None or not {norm, f"{norm}.weight"} & self.plan.sites.keys():
+            return None
+        return gain.square().mean().sqrt().item() or None
+
     def stream_scale(self, site: Site) -> float:
         """Return what the student's residual stream is multiplied with, where `site` writes onto it.
 
@@ -209,7 +220,9 @@ class Transfer:
                 and norm is not None
                 and self.folding.is_folded(self.folding.name(norm, site, of_teacher=False))
             ):
-                diagonal, factor = self.teacher_norm(norm, site, "weight"), self.scale(axis)
+                diagonal = self.teacher_norm(norm, site, "weight")
+                left = self.gain_left(self.folding.name(norm, site, of_teacher=False), diagonal)
+                factor = self.scale(axis) if left is None else 1.0 / left
                 self._note_step(
                     site, f"gain of {self.folding.name(norm, site, of_teacher=True)} folded, times {factor:.6g}"
                 )
@@ -348,11 +361,12 @@ class Transfer:
             )
             return torch.full(site.shape, self.scale_left(writer) - offset, dtype=self.dtype)
         if self.folding.is_folded(norm):
-            self._note_step(site, "folded into the weights that read it")
-            bias = self.norm_bias(norm) if is_bias else None
-            return (bias if bias is not None else torch.full(site.shape, 1.0 - offset, dtype=torch.float64)).to(
-                self.dtype
-            )
+            self._note_step(site, "folded into the weights that read it, its root mean square left")
+            if is_bias and (bias := self.norm_bias(norm)) is not None:
+                return bias.to(self.dtype)
+            left = None if is_bias else self.gain_left(norm, gain)
+            one = (0.0 if is_bias else 1.0) if left is None else left * self.scale(axis.name)
+            return torch.full(site.shape, one - offset, dtype=self.dtype)
         head_scale = (
             self._ratio(layout.tied_head_scale) / self._ratio(layout.embedding_scale)
             if self.folding.is_tied(norm)

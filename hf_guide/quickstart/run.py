@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "uniform": {"method": "uniform", "layers": "first"},
     "guide": {"method": "guide", "layers": "first", "logit_gain": 0.3},
 }
-LEARNING_RATES = {"random": 1e-3, "uniform": 3e-3, "guide": 1e-3}
+LEARNING_RATES = {"random": 1e-3, "uniform": 3e-3, "guide": 3e-3}
 
 
 @dataclass(frozen=True)

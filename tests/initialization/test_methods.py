@@ -63,21 +63,28 @@ def directions(table: Tensor, size: int) -> Tensor:
 def by_hand(
     teacher: LlamaForCausalLM, basis: Tensor, *, energy: bool = True, logits: bool = True
 ) -> dict[str, Tensor]:
-    """GUIDE's student: every axis on the stream contracted with the basis, gains folded, all other axes selected."""
+    """GUIDE's student: every axis on the stream contracted with the basis, gains folded, all other axes selected.
+
+    Of a folded gain its root mean square stays in the norm, with sqrt(d_T / d_S) and the energy's correction.
+    """
     had = teacher.state_dict()
     table = had["model.embed_tokens.weight"]
     scale = math.sqrt(48 / 24) * ((table @ basis).norm() / table.norm() if energy else 1.0)
+
+    def left(norm: str) -> Tensor:  # of a gain, in the norm
+        return had[f"{norm}.weight"].square().mean().sqrt()
+
     made = {
         "model.embed_tokens.weight": table @ basis,
-        "model.norm.weight": torch.ones(24),
-        "lm_head.weight": scale * (had["lm_head.weight"] * had["model.norm.weight"]) @ basis,
+        "model.norm.weight": scale * left("model.norm") * torch.ones(24, dtype=torch.float64),
+        "lm_head.weight": (had["lm_head.weight"] * had["model.norm.weight"]) @ basis / left("model.norm"),
     }
     for number, block in enumerate(BLOCKS):
         here, there = f"model.layers.{number}.", f"model.layers.{block}."
         for name, (places, norm) in SIDES.items():
             folded = had[f"{there}{name}.weight"][places] * had[f"{there}{norm}.weight"]
-            made[f"{here}{name}.weight"] = scale * folded @ basis
-            made[f"{here}{norm}.weight"] = torch.ones(24)
+            made[f"{here}{name}.weight"] = folded @ basis / left(there + norm)
+            made[f"{here}{norm}.weight"] = scale * left(there + norm) * torch.ones(24, dtype=torch.float64)
         if logits:  # a head of 4 and not 8 dimensions: q k / sqrt(l) grows by sqrt(8 / 4) again
             made[f"{here}self_attn.q_proj.weight"] *= math.sqrt(8 / 4)
         for name, places in WRITERS.items():
@@ -134,12 +141,12 @@ def test_guide_at_full_width_selects_and_changes_nothing_else(teacher: LlamaForC
     assert same_bits(student, student_of(teacher, "uniform", hidden_size=48, head_dim=8))
 
 
-def test_without_energy_correction_reading_weights_keep_their_length(teacher: LlamaForCausalLM) -> None:
+def test_without_energy_correction_norms_keep_their_length(teacher: LlamaForCausalLM) -> None:
     basis = directions(teacher.model.embed_tokens.weight.detach(), 24)
     student = student_of(teacher, {"energy_correction": False})
     assert_is(student, by_hand(teacher, basis, energy=False))
-    reading = {f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in SIDES} | {"lm_head.weight"}
-    assert changed(student, student_of(teacher)) == reading
+    norms = {f"model.layers.{i}.{norm}.weight" for i in (0, 1) for _, norm in SIDES.values()} | {"model.norm.weight"}
+    assert changed(student, student_of(teacher)) == norms
 
 
 def test_without_restoring_the_logits_scale_queries_stay_as_they_are(teacher: LlamaForCausalLM) -> None:
@@ -206,7 +213,7 @@ def test_later_blocks_can_be_selected(teacher: LlamaForCausalLM) -> None:
 def test_later_blocks_can_be_random(teacher: LlamaForCausalLM) -> None:
     student, whole = student_of(teacher, {"later_blocks": "random"}), student_of(teacher)
     later = {name for name in everything(student) if name.startswith("model.layers.1.")}
-    assert changed(student, whole) == {name for name in later if "norm" not in name}
+    assert changed(student, whole) == later
     assert set(student.initialization_report.randomly_initialized) == later
     for name in later:
         parameter = student.get_parameter(name)
