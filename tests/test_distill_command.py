@@ -1,6 +1,7 @@
 """`hf-guide distill`: one file says it all, what it says is checked before any work, and what is saved is a stock student."""
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from transformers import AutoTokenizer, EvalPrediction
+from transformers import AutoTokenizer, EvalPrediction, LlamaConfig, LlamaForCausalLM
 
-from hf_guide import OptionError, capture_teacher, distill_command
+from hf_guide import InitializationConfig, OptionError, capture_teacher, distill_command
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.run import AUTO_CLASSES, accuracy, distill
@@ -290,6 +291,20 @@ def test_a_text_ends_with_the_end_token_where_the_tokenizer_adds_none(tmp_path):
     assert [token for block in made["input_ids"] for token in block] == expected[: len(expected) // 2 * 2]
 
 
+def test_lengths_are_those_that_tokenizer_and_model_take_and_512_at_most():
+    data = datasets.Dataset.from_dict({"text": [text for text, _ in local.sentences(400)]})
+    options = DataOptions(dataset="text", data_files="a.txt")
+    for most, config, expected in (
+        (64, None, 64),
+        (10**6, None, 512),
+        (10**6, LlamaConfig(max_position_embeddings=48), 48),
+    ):
+        tokenizer = copy.deepcopy(local.tokenizer())
+        tokenizer.model_max_length = most
+        made = prepare(Task.CAUSAL_LM, data, None, tokenizer, options, config=config)
+        assert {len(block) for block in made.train["input_ids"]} == {expected}
+
+
 @pytest.mark.parametrize("pack", [True, False])
 def test_evaluation_masks_once_and_training_anew(pack):
     tokenizer = local.tokenizer()
@@ -303,6 +318,22 @@ def test_evaluation_masks_once_and_training_anew(pack):
     assert again["input_ids"][:] == made.eval["input_ids"][:]
     once = prepare(Task.MASKED_LM, data, None, tokenizer, options, mask_once=True).train
     assert once["labels"][:] == made.eval["labels"][:]
+
+
+def test_both_splits_number_their_classes_alike():
+    train = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": ["x", "y", "z"]})
+    held_out = datasets.Dataset.from_dict({"text": ["b", "c"], "label": ["z", "y"]})
+    options = DataOptions(dataset="csv", data_files="a.csv")
+    tokenizer = local.tokenizer()
+    for labels, expected in ((None, [2, 1]), (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 1]), (["Z", "Y", "X"], [0, 1])):
+        made = prepare(Task.SEQUENCE_CLASSIFICATION, train, held_out, tokenizer, options, labels=labels)
+        assert made.eval["labels"][:] == expected
+    strange = datasets.Dataset.from_dict({"text": ["b"], "label": ["w"]})
+    with pytest.raises(OptionError, match="'w'.*not among"):
+        prepare(Task.SEQUENCE_CLASSIFICATION, train, strange, tokenizer, options)
+    numbered = datasets.Dataset.from_dict({"text": ["b"], "label": [3]})
+    with pytest.raises(OptionError, match="class 3; there are 2"):
+        prepare(Task.SEQUENCE_CLASSIFICATION, numbered, None, tokenizer, options, labels=["p", "q"])
 
 
 def test_the_first_token_of_a_word_carries_its_label():
@@ -350,14 +381,10 @@ def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
 
 def test_the_real_example_makes_the_student_it_promises():
     """On the meta device, from the teacher's published shape."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     settings = read_settings(EXAMPLES / "distill_smollm2.yaml", ["--use_cpu", "--output_dir", "unused"])
     student = dict(settings.training.student)
     method = student.pop("method")
     shape = {name: value for name, value in student.items() if name != "dtype"}
-    from hf_guide import InitializationConfig
-
     assert InitializationConfig(**method).method == "guide"
     with torch.device("meta"):
         made = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **shape))

@@ -22,8 +22,9 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_guide.distillation.class_labels import class_names, label_numbers
 from hf_guide.distillation.data_options import DataOptions
-from hf_guide.distillation.splits import class_names, find_column
+from hf_guide.distillation.splits import find_column
 from hf_guide.distillation.tasks import IGNORED, Task
 from hf_guide.errors import OptionError
 
@@ -58,6 +59,7 @@ def prepare(
     *,
     labels: Sequence[str] | None = None,
     mask_once: bool = False,
+    config: PreTrainedConfig | None = None,
 ) -> Prepared:
     """Return two raw splits as what a model of `task` is fed.
 
@@ -68,17 +70,24 @@ def prepare(
         options: names of columns, lengths, packing.
         labels: of classifiers, the names of the student's classes in their order; None where labels stand as they are.
         mask_once: mask what is trained on only once, as `options.mask_once`.
+        config: of the student, or of the teacher that it is made out of, where a length is to be checked against it.
 
     Raises:
-        OptionError: a column that is missing, a label that the student does not know, or too little text for one example.
+        OptionError: a column that is missing, a label that the student does not know, a length that tokenizer or model cannot
+            take, or too little text for one example.
     """
+    number: Callable[[Any], int] | None = None
+    if not task.is_language_model:
+        column = find_column(train, task, "label", options)
+        number = label_numbers(class_names(train, column), labels, column)  # one numbering for both splits
     if task is Task.IMAGE_CLASSIFICATION:
-        seen, watched = (_images(split, processing_class, options, labels) for split in (train, held_out))
+        seen, watched = (_images(split, processing_class, options, number) for split in (train, held_out))
         return Prepared(seen, watched, default_data_collator, keep_columns=True)
+    options = resolve_length(options, processing_class, config)
     _give_padding(processing_class, options, task)
     fixed = (mask_once or options.mask_once, True)
     made = [
-        None if split is None else _tokenised(task, split, processing_class, options, labels, once)
+        None if split is None else _tokenised(task, split, processing_class, options, number, once)
         for split, once in zip((train, held_out), fixed, strict=True)
     ]
     return Prepared(made[0], made[1], _collator(task, processing_class, options))
@@ -101,20 +110,22 @@ def resolve_length(options: DataOptions, tokenizer: Any, config: PreTrainedConfi
 
 
 def _tokenised(
-    task: Task, split: Dataset, tokenizer: Any, options: DataOptions, labels: Sequence[str] | None, once: bool
+    task: Task,
+    split: Dataset,
+    tokenizer: Any,
+    options: DataOptions,
+    number: Callable[[Any], int] | None,
+    once: bool,
 ) -> Dataset:
     make: Callable[..., Examples]
-    if task.is_language_model and task is not Task.SEQ2SEQ_LM:
-        make = _texts(find_column(split, task, "text", options), tokenizer, options, masked=task is Task.MASKED_LM)
-    elif task is Task.SEQ2SEQ_LM:
-        text, target = (find_column(split, task, role, options) for role in ("text", "target"))
-        make = _pairs(text, target, tokenizer, options)
+    text = find_column(split, task, "text", options)
+    if task is Task.SEQ2SEQ_LM:
+        make = _pairs(text, find_column(split, task, "target", options), tokenizer, options)
+    elif number is None:
+        make = _texts(text, tokenizer, options, masked=task is Task.MASKED_LM)
     else:
         column = find_column(split, task, "label", options)
-        number = label_numbers(class_names(split, column), labels, column)
-        text = find_column(split, task, "text", options)
-        of_words = task is Task.TOKEN_CLASSIFICATION
-        make = (_words if of_words else _sentences)(text, column, number, tokenizer, options)
+        make = (_words if task is Task.TOKEN_CLASSIFICATION else _sentences)(text, column, number, tokenizer, options)
     workers = options.preprocessing_num_workers
     made = split.map(make, batched=True, remove_columns=split.column_names, num_proc=workers, desc="Tokenising")
     if len(made) == 0:
@@ -252,59 +263,15 @@ class MaskingCollator:
 
 
 def _images(
-    split: Dataset | None, processor: Any, options: DataOptions, labels: Sequence[str] | None
+    split: Dataset | None, processor: Any, options: DataOptions, number: Callable[[Any], int] | None
 ) -> Dataset | None:
-    if split is None:
+    if split is None or number is None:
         return None
     image = find_column(split, Task.IMAGE_CLASSIFICATION, "image", options)
     column = find_column(split, Task.IMAGE_CLASSIFICATION, "label", options)
-    number = label_numbers(class_names(split, column), labels, column)
 
     def make(examples: Examples) -> dict[str, Any]:
         pixels = processor([one.convert("RGB") for one in examples[image]], return_tensors="pt")["pixel_values"]
         return {"pixel_values": list(pixels), "labels": [number(value) for value in examples[column]]}
 
     return split.with_transform(make)
-
-
-def label_numbers(names: Sequence[str] | None, labels: Sequence[str] | None, column: str) -> Callable[[Any], int]:
-    """Return what makes a value of a column of labels the number of the student's class.
-
-    Args:
-        names: of the classes in the data, by number; None where they have none.
-        labels: of the student's classes in their order; None where the data's numbers stand.
-        column: for errors.
-
-    Raises:
-        OptionError: a class of the data that the student does not know, both lists shown.
-    """
-    if names is None or labels is None or are_generic(labels):
-        named = {} if names is None else {name: number for number, name in enumerate(names)}
-        count = len(labels) if labels is not None else None
-        if names is not None and count is not None and len(names) > count:
-            raise OptionError(f"{column!r} has the {len(names)} classes {list(names)}; the student has {count}.")
-
-        def as_it_stands(value: Any) -> int:
-            number = named[value] if isinstance(value, str) else int(value)
-            if number != IGNORED and not 0 <= number < (number + 1 if count is None else count):
-                raise OptionError(f"{column!r} has the class {number}; the student has {count}, from 0.")
-            return number
-
-        return as_it_stands
-    places = {name.casefold(): number for number, name in enumerate(labels)}
-    unknown = [name for name in names if name.casefold() not in places]
-    if unknown:
-        raise OptionError(
-            f"{column!r} has classes that the student does not know: {unknown}. It has {list(labels)}, the data "
-            f"{list(names)}. Rename the data's, or choose a teacher with these."
-        )
-    by_number = [places[name.casefold()] for name in names]
-    by_name = dict(zip(names, by_number, strict=True))
-    return lambda value: (
-        by_name[value] if isinstance(value, str) else IGNORED if value == IGNORED else by_number[int(value)]
-    )
-
-
-def are_generic(labels: Sequence[str]) -> bool:
-    """Whether a config's labels are only numbered, LABEL_0 and so on, which says nothing."""
-    return all(label == f"LABEL_{number}" for number, label in enumerate(labels))

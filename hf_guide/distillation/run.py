@@ -15,10 +15,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.captured import Capture
+from hf_guide.distillation.class_labels import are_generic, class_names, count_classes
 from hf_guide.distillation.data_options import DataOptions, ModelOptions
-from hf_guide.distillation.examples import are_generic, prepare, resolve_length
+from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.settings import Settings
-from hf_guide.distillation.splits import class_names, count_classes, find_column, read_splits
+from hf_guide.distillation.splits import find_column, read_splits
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
 from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.errors import OptionError, TaskError
@@ -72,11 +73,16 @@ def distill(settings: Settings) -> dict[str, float]:
             named=bool(models.model_name_or_path),
         )
     processing_class = _processing_class(task, models, args, source)
-    if task is not Task.IMAGE_CLASSIFICATION:
-        data = resolve_length(data, processing_class, own_config or teacher_config)
     with args.main_process_first(desc="preparing the examples"):
         made = prepare(
-            task, train, held_out, processing_class, data, labels=labels, mask_once=args.capture is not None
+            task,
+            train,
+            held_out,
+            processing_class,
+            data,
+            labels=labels,
+            mask_once=args.capture is not None,
+            config=own_config or teacher_config,
         )
     if made.keep_columns:
         args.remove_unused_columns = False

@@ -24,7 +24,10 @@ from tests.examples.local import (
     write_text,
 )
 
-ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file")
+LAUNCHERS = {
+    "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+    "accelerate": ("-m", "accelerate.commands.launch", "--config_file", "examples/accelerate/cpu_ddp.yaml"),
+}
 CLM = "run_clm_distillation.py"
 
 
@@ -53,28 +56,35 @@ def causal(tmp_path_factory) -> dict[str, Any]:
     }
 
 
-def test_causal_language_models_by_one_file_that_says_it_all(causal, tmp_path):
+@pytest.fixture(scope="module")
+def alone(causal, tmp_path_factory) -> Path:
+    """The student that one process makes, told all by one file."""
+    folder = tmp_path_factory.mktemp("alone")
     told = {name: str(value) if isinstance(value, Path) else value for name, value in causal.items()}
-    told |= QUICK | {"do_train": True, "do_eval": True, "output_dir": str(tmp_path / "student")}
-    (tmp_path / "run.yaml").write_text(json.dumps(told))  # JSON is YAML
-    run_example(CLM, str(tmp_path / "run.yaml"))
-    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    told |= QUICK | {"do_train": True, "do_eval": True, "output_dir": str(folder / "student")}
+    (folder / "run.yaml").write_text(json.dumps(told))  # JSON is YAML
+    run_example(CLM, str(folder / "run.yaml"))
+    return folder / "student"
+
+
+def test_causal_language_models_by_one_file_that_says_it_all(alone):
+    student = AutoModelForCausalLM.from_pretrained(alone)
     assert student.config.hidden_size == SMALLER["llama"]["hidden_size"]
-    assert json.loads((tmp_path / "student" / "all_results.json").read_text())["eval_perplexity"] > 1
+    assert json.loads((alone / "all_results.json").read_text())["eval_perplexity"] > 1
+    assert json.loads((alone / "distillation.json").read_text())["training"]["total_train_batch_size"] == 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "cpu_ddp.yaml", "fsdp2_cpu.yaml"])
-def test_two_processes_train_as_one_with_twice_the_batch(causal, tmp_path, launcher):
-    launchers = {"torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")}
-    words = launchers.get(launcher, (*ACCELERATE, f"examples/accelerate/{launcher}"))
-    printed, measured = run(CLM, tmp_path / "two", launcher=words, per_device_train_batch_size=2, **causal)
-    assert "Num processes: 2" in printed
-    assert ("FSDP" in printed) is ("fsdp" in launcher)
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
+def test_two_processes_train_as_one_with_twice_the_batch(launcher, causal, alone, tmp_path):
+    printed, measured = run(
+        CLM, tmp_path / "two", launcher=LAUNCHERS[launcher], per_device_train_batch_size=2, **causal
+    )
+    assert "Num processes: 2" in printed and "Backend: gloo" in printed
     record = json.loads((tmp_path / "two" / "distillation.json").read_text())
     assert record["training"]["processes"] == 2 and record["training"]["total_train_batch_size"] == 4
-    _, alone = run(CLM, tmp_path / "one", per_device_train_batch_size=4, **causal)
-    assert measured["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4)
+    expected = json.loads((alone / "all_results.json").read_text())
+    assert measured["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+    assert measured["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
 
 
 def test_masked_language_models(tmp_path):
