@@ -16,7 +16,10 @@ from hf_guide.distillation.tasks import IGNORED
 from hf_guide.errors import OptionError, TaskError
 
 TARGETS = "subclass_probabilities"
-"""The name in a batch of what a student with subclasses learns: (batch, S * C), class by class, or (batch, C, S)."""
+"""The name in a batch of what a student with subclasses learns: (batch, C * S), class by class, or (batch, C, S)."""
+
+FINER = "subclass_labels"
+"""The name in a batch of finer labels, (batch,), for those who have them."""
 
 
 @runtime_checkable
@@ -29,8 +32,8 @@ class SubclassSource(Protocol):
     def bind(self, config: Any, temperature: float, teacher: Any) -> None:
         """Refuse a student, a temperature or a teacher that they are not for; called once, before training."""
 
-    def targets_of(self, embedding: Tensor, logits: Tensor) -> Tensor:
-        """Return the probabilities (items, S * C) for a teacher's embeddings (items, D) and logits (items, C)."""
+    def targets_of(self, embedding: Tensor, logits: Tensor, subclass_labels: Tensor | None = None) -> Tensor:
+        """Return the probabilities (items, C * S) for a teacher's embeddings (items, D) and logits (items, C)."""
 
 
 def subclass_source(collator: Any) -> SubclassSource | None:
@@ -183,7 +186,10 @@ class SubclassTargets:
             return found.to(mask.device)[mask]
         if self.needs(inputs) and len(signals) == 1 and self.source is not None:
             logits = signals[0].target(slice(None)).logits
-            return self.source.targets_of(signals[0].embedding, _restored(logits, orders[0])).flatten(1)
+            finer = inputs.get(FINER)
+            return self.source.targets_of(
+                signals[0].embedding, _restored(logits, orders[0]), None if finer is None else finer[mask]
+            )
         if training:
             raise TaskError(
                 f"The objective has the subclasses of a teacher, but the batch has no {TARGETS}; it has {sorted(inputs)}. "

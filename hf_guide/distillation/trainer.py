@@ -24,8 +24,7 @@ from hf_guide.distillation.playback import CapturedTeacher, captured_teacher, re
 from hf_guide.distillation.projections import Projections, SynchronizeProjections
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
-from hf_guide.distillation.subclasses import TARGETS as SUBCLASS_TARGETS
-from hf_guide.distillation.subclasses import SubclassTargets, make_targets
+from hf_guide.distillation.subclasses import FINER, TARGETS, SubclassTargets, make_targets
 from hf_guide.distillation.tally import Tally
 from hf_guide.distillation.tasks import add_decoder_inputs, item_labels, target_mask, task_of, without_adapter
 from hf_guide.distillation.teachers import LiveTeacher, Signals, make_teachers, refuse_not_finite
@@ -227,7 +226,7 @@ class DistillationTrainer(Trainer):
         own = set(inspect.signature(without_adapter(self._bare(self.model)).forward).parameters)
         live = [each.bare for each in self.teachers if isinstance(each, LiveTeacher)]
         read = {name for each in live for name in inspect.signature(without_adapter(each).forward).parameters}
-        return (read | {SUBCLASS_TARGETS}) - own
+        return (read | {TARGETS, FINER}) - own
 
     def _target_mask(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
         """Return which places are items: where subclasses are learned, examples without a label, too."""

@@ -1,0 +1,155 @@
+"""`SubclassLabelCollator`: the user's own collator, and beside what it collates the subclass probabilities to learn.
+
+Does: read them from a capture of them, make them of a capture of embeddings or of a teacher that runs on each batch, or leave
+that to the trainer and its teacher.
+Does not: look at labels. A projector needs them, or the teacher's own classes, when it is fitted.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
+
+from hf_guide.distillation.captured import Capture
+from hf_guide.distillation.subclasses import FINER, TARGETS, subclasses_of
+from hf_guide.distillation.vocabulary import label_alignment
+from hf_guide.errors import OptionError, SubclassError
+from hf_guide.lelp.projector import SubclassProjector
+from hf_guide.lelp.targets import listener_of, subclass_probabilities, targets_from_capture
+
+
+class SubclassLabelCollator:
+    """A collator that adds `subclass_probabilities`, (batch, C * S) class by class, for the objective `lelp`.
+
+    They come from where they are to be had: the dataset's own column of that name; `capture`; `teacher`; or, with neither,
+    what the trainer's teacher or capture says of the batch, from which the trainer makes them on its own device.
+
+    Examples without a label (-100, or a dataset without the column) are learned as all others are. The column
+    `subclass_labels` is for projectors that go by finer labels.
+
+    Args:
+        projector: a `SubclassProjector`, or its folder or Hub id.
+        tokenizer_or_collator: what collates: a tokenizer, which then pads; an image processor, whose images are stacked; or a
+            collator. By default tensors are stacked.
+        teacher: a model, folder or Hub id, run on every batch in this process; it cannot be with DataLoader workers.
+        capture: what `capture_targets` wrote, or a capture of logits and embeddings. A batch with an example that is not in
+            it carries no probabilities; the trainer refuses such a batch in training and evaluates it by its task.
+        teacher_collator: makes the teacher's batch of the same examples, where the teacher reads something else than the
+            student: another tokenizer's tokens, or images beside text.
+
+    Raises:
+        OptionError: both a teacher and a capture, or something that does not collate.
+        SubclassError: a teacher or capture that the projector is not of.
+    """
+
+    def __init__(
+        self,
+        projector: "SubclassProjector | str",
+        tokenizer_or_collator: Any = None,
+        *,
+        teacher: Any = None,
+        capture: "Capture | str | None" = None,
+        teacher_collator: Callable[[Any], Mapping[str, Any]] | None = None,
+    ):
+        if teacher is not None and capture is not None:
+            raise OptionError("A teacher and a capture are both given; the probabilities come from one of them.")
+        if teacher_collator is not None and teacher is None and capture is None:
+            raise OptionError("teacher_collator makes the batch of a teacher or capture that is given here; give one.")
+        self.projector = (
+            projector if isinstance(projector, SubclassProjector) else SubclassProjector.from_pretrained(projector)
+        )
+        self.data_collator = _collator(tokenizer_or_collator)
+        self.teacher_collator = teacher_collator
+        self.capture = capture if capture is None or isinstance(capture, Capture) else Capture.open(capture)
+        if self.capture is not None:
+            targets_from_capture(self.projector, self.capture)  # refuses what it cannot be made of
+        self._listener = None if teacher is None else listener_of(self.projector, teacher)
+        self._order: list[int] | None = None
+
+    @property
+    def makes_targets(self) -> bool:
+        """Whether the batch has the probabilities already; otherwise the trainer makes them, by `targets_of`."""
+        return self._listener is not None or self.capture is not None
+
+    def bind(self, config: Any, temperature: float, teacher: Any) -> None:
+        """Put the classes in the student's order, by name, and refuse what does not go together. The trainer calls it.
+
+        Args:
+            config: the student's.
+            temperature: what its logits are divided by.
+            teacher: the trainer's model or capture, where it is to be heard; None where it cannot be compared.
+
+        Raises:
+            SubclassError: a student with another number of outputs or subclasses; another teacher.
+            OptionError: another temperature than the projector's.
+            VocabularyError: classes of other names.
+        """
+        mine = self.projector
+        if (config.num_labels, subclasses_of(config)) != (mine.num_classes * mine.num_subclasses, mine.num_subclasses):
+            raise SubclassError(
+                f"The student has {config.num_labels} outputs, {subclasses_of(config)} for each class; this projector's "
+                f"{mine.num_classes} classes of {mine.num_subclasses} subclasses need "
+                f"{mine.num_classes * mine.num_subclasses}. Make the student with num_subclasses={mine.num_subclasses}."
+            )
+        if temperature != mine.temperature:
+            raise OptionError(
+                f"temperature={temperature}, but the projector makes its probabilities at {mine.temperature}. Set "
+                f"DistillationArguments(temperature={mine.temperature}), or take projector.at(temperature={temperature})."
+            )
+        if teacher is not None:
+            mine.check_teacher(teacher)
+        self._order = label_alignment(config, SimpleNamespace(id2label=dict(mine.id2label)))  # type: ignore[arg-type]
+
+    def targets_of(self, embedding: Tensor, logits: Tensor, subclass_labels: Tensor | None = None) -> Tensor:
+        """Return the probabilities (items, C * S), in the student's order of classes, of embeddings and logits."""
+        return self._ordered(subclass_probabilities(self.projector, embedding, logits, subclass_labels))
+
+    def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        batch = dict(self.data_collator(features))
+        finer = batch.get(FINER)
+        if batch.get(TARGETS) is not None:
+            batch[TARGETS] = self._ordered(torch.as_tensor(batch[TARGETS]).float().flatten(1))
+        elif self.makes_targets:
+            read = batch if self.teacher_collator is None else dict(self.teacher_collator(features))
+            found = self._read(read) if self.capture is not None else self._hear(read, finer)
+            batch.pop(FINER, None)
+            if found is not None:
+                batch[TARGETS] = self._ordered(found)
+        return batch
+
+    def _read(self, batch: Mapping[str, Any]) -> Tensor | None:
+        capture = self.capture
+        assert capture is not None
+        keys = capture.keys(batch)
+        if any(key not in capture for key in keys):
+            return None
+        return targets_from_capture(self.projector, capture)(capture.lookup(keys))
+
+    def _hear(self, batch: Mapping[str, Any], finer: Any) -> Tensor:
+        if get_worker_info() is not None:
+            raise OptionError(
+                "SubclassLabelCollator's teacher runs in the process that trains, not in a DataLoader worker. Set "
+                "dataloader_num_workers=0, or give the teacher to the trainer, or capture its targets first."
+            )
+        assert self._listener is not None
+        inputs = {name: value for name, value in batch.items() if name != FINER}
+        return self._listener.probabilities(inputs, finer).float().cpu().clone()  # no tensor of inference mode
+
+    def _ordered(self, probabilities: Tensor) -> Tensor:
+        if self._order is None:
+            return probabilities
+        return probabilities.unflatten(1, (-1, self.projector.num_subclasses))[:, self._order].flatten(1)
+
+
+def _collator(given: Any) -> Callable[[Any], Mapping[str, Any]]:
+    if given is None or hasattr(given, "image_mean") or hasattr(given, "image_processor"):
+        return default_data_collator
+    if isinstance(given, PreTrainedTokenizerBase):
+        return DataCollatorWithPadding(given)
+    if not callable(given):
+        raise OptionError(f"A tokenizer, an image processor or a collator was expected, not a {type(given).__name__}.")
+    return given

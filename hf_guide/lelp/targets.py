@@ -1,0 +1,258 @@
+"""Subclass probabilities of a batch from whoever knows them, and captured once: S * C numbers an example and no more.
+
+A capture of them has the form of every capture (Arrow, known by content), with a `SubclassProjector` for teacher and the
+probabilities where a classifier's logits are.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hf_guide
+from hf_guide.distillation.capture import check_folder, processes
+from hf_guide.distillation.capture_collate import Collate
+from hf_guide.distillation.capture_decoding import CapturedExample
+from hf_guide.distillation.capture_manifest import CaptureManifest
+from hf_guide.distillation.capture_options import CaptureConfig
+from hf_guide.distillation.capture_run import Run
+from hf_guide.distillation.capture_signals import Heard, Listener
+from hf_guide.distillation.capture_storage import (
+    INDEX_NAME,
+    Shard,
+    ShardWriter,
+    remove_partials,
+    shard_name,
+    write_index,
+)
+from hf_guide.distillation.capture_teachers import load_teacher
+from hf_guide.distillation.captured import Capture
+from hf_guide.distillation.fingerprints import tokenizer_fingerprint
+from hf_guide.distillation.subclasses import FINER
+from hf_guide.distillation.tasks import Task, task_of
+from hf_guide.errors import CaptureError, OptionError, SubclassError
+from hf_guide.lelp.projector import SubclassProjector
+
+_ROWS_AT_ONCE = 256
+
+
+def subclass_probabilities(
+    projector: SubclassProjector, embedding: Tensor, logits: Tensor, subclass_labels: Any = None
+) -> Tensor:
+    """Return probabilities (items, C * S), class by class, float32 or better."""
+    return projector.transform(embedding, logits, subclass_labels).flatten(1)
+
+
+class SubclassListener(Listener):
+    """A teacher of whom nothing is heard but the probabilities of its subclasses."""
+
+    def __init__(self, model: PreTrainedModel, task: Task, projector: SubclassProjector):
+        super().__init__(model, task)
+        self.projector = projector
+
+    def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False) -> Heard:
+        """Run the teacher on a collated batch; what stands for logits are the probabilities (batch, C * S)."""
+        found = self.probabilities({name: value for name, value in batch.items() if name != FINER}, batch.get(FINER))
+        return Heard(classes=found.shape[1], logits=found, at=lambda rows, places: found, layers=(), embedding=None)
+
+    def probabilities(self, batch: Mapping[str, Any], subclass_labels: Any = None) -> Tensor:
+        """Return the probabilities (batch, C * S) of a collated batch."""
+        heard = super().hear(batch, embedding=True)
+        assert heard.embedding is not None
+        finer = None if subclass_labels is None else torch.as_tensor(subclass_labels)
+        return subclass_probabilities(self.projector, heard.embedding, heard.logits, finer)
+
+
+def listener_of(projector: SubclassProjector, teacher: "str | os.PathLike[str] | PreTrainedModel") -> SubclassListener:
+    """Return a teacher, loaded where it is named, that says what its subclasses' probabilities are.
+
+    Raises:
+        SubclassError: another teacher than the projector's.
+        TeacherError, TaskError: it cannot be loaded, or is of no known task.
+    """
+    if isinstance(teacher, (str, os.PathLike)):
+        teacher = load_teacher(teacher)
+    if not isinstance(teacher, PreTrainedModel) and not hasattr(teacher, "get_base_model"):
+        raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
+    projector.check_teacher(teacher)
+    return SubclassListener(teacher.eval(), task_of(teacher), projector)
+
+
+def targets_from_capture(
+    projector: SubclassProjector, capture: Capture
+) -> Callable[[Sequence[CapturedExample]], Tensor]:
+    """Return what gives probabilities (examples, C * S) of captured examples.
+
+    Raises:
+        SubclassError: a capture of another projector or teacher, or one without embeddings.
+    """
+    if _is_of_projector(capture):
+        if capture.manifest.weights != projector_fingerprint(projector):
+            raise SubclassError(
+                f"{capture.folder} holds the targets of another projector: it has "
+                f"{_told(capture.manifest.teacher_config)} there, and {_told(_facts(projector))} here. Run "
+                "capture_targets with this one."
+            )
+        return lambda examples: torch.stack([_not_none(each.logits) for each in examples])
+    if projector.scores.needs_subclass_labels:
+        raise SubclassError(
+            f"The projector goes by finer labels, which {capture.folder} does not hold. Give the teacher, and the column "
+            f"{FINER!r} in the dataset."
+        )
+    if "embedding" not in capture.manifest.shapes:
+        raise SubclassError(
+            f"{capture.folder} holds no embeddings, of which the subclasses are made. Capture again with "
+            "config={'embedding': True}."
+        )
+    projector.check_teacher(capture)
+
+    def made(examples: Sequence[CapturedExample]) -> Tensor:
+        embeddings = torch.stack([_not_none(each.embedding) for each in examples])
+        logits = torch.stack([_not_none(each.logits) for each in examples])
+        return subclass_probabilities(projector, embeddings, logits)
+
+    return made
+
+
+def capture_targets(
+    projector: SubclassProjector,
+    source: "Capture | str | os.PathLike[str] | PreTrainedModel",
+    dataset: Any,
+    output_dir: str | os.PathLike[str],
+    *,
+    processing_class: Any = None,
+    data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
+    config: "CaptureConfig | Mapping[str, Any] | None" = None,
+    dataloader_num_workers: int = 0,
+    show_progress: bool = True,
+) -> Capture:
+    """Write the subclass probabilities of a dataset to `output_dir`: S * C numbers an example, for `SubclassLabelCollator`.
+
+    Killed at any moment, the same call goes on where it was; under `torchrun` the processes share the work of a teacher.
+
+    Args:
+        projector: whose subclasses.
+        source: the teacher, a model, folder or Hub id, which is run once over the dataset; or a capture of its logits and
+            embeddings, of which all examples are taken.
+        dataset: as for `capture_teacher`; None where a capture is the source.
+        output_dir: a new or empty folder, or one that the same call began.
+        processing_class, data_collator, config, dataloader_num_workers, show_progress: as for `capture_teacher`; of the
+            config count batch_size, examples_per_shard, ignore_in_key and remove_unused_columns.
+
+    Returns:
+        The capture, opened.
+
+    Raises:
+        CaptureError: the folder holds something else; the disk is too small.
+        SubclassError: another teacher than the projector's, or a capture without embeddings.
+        OptionError: a teacher without a dataset.
+    """
+    options = CaptureConfig.parse(config)
+    folder = Path(output_dir)
+    check_folder(folder)
+    state = processes()
+    if isinstance(source, Capture):
+        if state.is_main_process:
+            _convert(projector, source, folder)
+        state.wait_for_everyone()
+        return Capture.open(folder)
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
+        raise OptionError("A teacher needs a dataset with a length and examples by number, to run over.")
+    listener = listener_of(projector, source)
+    collate = _CollateWithFiner(listener.model, listener.task, data_collator, processing_class, options)
+    manifest = _manifest(projector, listener.task, len(dataset), tokenizer_fingerprint(processing_class), options)
+    run = Run(folder, manifest, listener, dataset, collate, dataloader_num_workers)
+    run.begin(state)
+    run.write_missing(state, show_progress)
+    run.finish(state)
+    return Capture.open(folder)
+
+
+class _CollateWithFiner(Collate):
+    def __init__(self, model: Any, task: Task, collator: Any, processing_class: Any, options: CaptureConfig):
+        super().__init__(model, task, collator, processing_class, options.remove_unused_columns)
+        self._known |= {FINER}
+
+
+def projector_fingerprint(projector: SubclassProjector) -> str:
+    """Return a hash of everything that a projector's probabilities depend on."""
+    whole = blake2b(repr(sorted(_facts(projector).items())).encode(), digest_size=16)
+    for name, tensor in sorted(projector.scores.tensors().items()):
+        whole.update(f"{name}{tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _convert(projector: SubclassProjector, source: Capture, folder: Path) -> None:
+    made = targets_from_capture(projector, source)
+    there = source.manifest
+    manifest = _manifest(projector, source.task, there.examples, there.tokenizer, there.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    if (folder / "capture.json").exists():
+        found = CaptureManifest.load(folder)
+        differing = found.differences(manifest)
+        if differing:
+            raise CaptureError(
+                f"{folder} holds a capture with other settings: {'; '.join(differing)}. Capture into a new folder."
+            )
+        if found.complete:
+            return
+    manifest.save(folder)
+    keys = []
+    for number in range(manifest.shard_count):
+        rows = Shard(source.folder / shard_name(number), there.columns)
+        with ShardWriter(folder / shard_name(number), manifest.columns) as shard:
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                some = [rows.key(row) for row in range(start, min(len(rows), start + _ROWS_AT_ONCE))]
+                values = made(source.lookup(some)).float().numpy()
+                shard.write(some, [{"logits": value} for value in values])
+        keys.append(rows.keys())
+    write_index(folder / INDEX_NAME, keys)
+    sizes = [(folder / shard_name(number)).stat().st_size for number in range(manifest.shard_count)]
+    dataclasses.replace(manifest, shards=sizes, complete=True).save(folder)
+
+
+def _manifest(
+    projector: SubclassProjector, task: Task, examples: int, tokenizer: str | None, options: CaptureConfig
+) -> CaptureManifest:
+    return CaptureManifest(
+        teacher=projector.teacher or "arrays",
+        teacher_revision=None,
+        teacher_class=SubclassProjector.__name__,
+        teacher_config=_facts(projector),
+        teacher_dtype="float32",
+        weights=projector_fingerprint(projector),
+        files=None,
+        tokenizer=tokenizer,
+        task=str(task),
+        classes=projector.num_classes * projector.num_subclasses,
+        examples=examples,
+        shapes={},
+        config=dataclasses.replace(options, embedding=False, hidden_states=[]),
+        hf_guide_version=hf_guide.__version__,
+    )
+
+
+def _facts(projector: SubclassProjector) -> dict[str, Any]:
+    names = ("num_classes", "num_subclasses", "temperature", "subclass_temperature", "splitter", "seed")
+    return {name: getattr(projector, name) for name in names} | {"teacher_fingerprint": projector.teacher_fingerprint}
+
+
+def _told(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _is_of_projector(capture: Capture) -> bool:
+    return capture.manifest.teacher_class == SubclassProjector.__name__
+
+
+def _not_none(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
