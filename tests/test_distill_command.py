@@ -164,6 +164,15 @@ def test_a_run_that_was_cut_off_goes_on(teacher, tmp_path, capsys):
 # What is said, and how
 
 
+def test_help_after_the_file_lists_every_option(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "any.yaml", "--help")
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--temperature" in shown and "--text_column" in shown and "--learning_rate" in shown
+    assert "(default: train)" in shown and "SUPPRESS" not in shown
+
+
 def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_likes(teacher, tmp_path):
     path = written(tmp_path, teacher=teacher, student={"hidden_size": 16}, data_files="a.txt")
     path.write_text(path.read_text() + "weight_decay: 1e-2\nbf16: 'no'\nsave_steps: 0.5\n")
@@ -181,6 +190,8 @@ def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_
     [
         ({"temprature": 2.0}, [], "Did you mean 'temperature'"),
         ({}, ["--temprature", "2"], "--temperature"),
+        ({}, ["--max_steps", "many"], "--max_steps.*invalid int value"),
+        ({}, ["--optim", "nothing"], "invalid choice"),
         ({"learning_rate": "fast"}, [], "learning_rate is a number; found 'fast'"),
         ({"max_steps": 2.5}, [], "max_steps is a whole number"),
         ({"max_steps": True}, [], "max_steps is a number"),

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -44,11 +44,12 @@ def read_settings(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     """
     parser = _parser()
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    over = parse_overrides(overrides)
     chosen = _read_file(Path(path))
     for name in chosen:
         if name not in actions:
             raise OptionError(f"{path} has the key {name!r}, which is not known.{did_you_mean(str(name), actions)}")
-    chosen = {name: _typed(name, value, actions[name]) for name, value in chosen.items()} | parse_overrides(overrides)
+    chosen = {name: _typed(name, value, actions[name]) for name, value in chosen.items()} | over
     try:
         models, data, training = parser.parse_dict(chosen)
     except HfGuideError:
@@ -62,12 +63,13 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     """Return the fields that words of a command line set, and only those.
 
     Raises:
-        OptionError: a flag that is no field (with the nearest one).
-        SystemExit: a value that its field does not take (2), or `--help` (0).
+        OptionError: a flag that is no field (with the nearest one), or a value that its field does not take.
+        SystemExit: after `--help`.
     """
     parser = _parser()
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
+    if not {"-h", "--help"} & set(words):  # help tells the defaults
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
     found, unknown = parser.parse_known_args(list(words))
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -77,8 +79,14 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return vars(found)
 
 
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong without the usage, which is several screens long."""
+        raise OptionError(f"{message}; `{self.prog} --help` lists every option.")
+
+
 def _parser() -> HfArgumentParser:
-    return HfArgumentParser(PARTS, prog="hf-guide distill CONFIG", allow_abbrev=False)  # type: ignore[arg-type]
+    return _Parser(PARTS, prog="hf-guide distill CONFIG", allow_abbrev=False)  # type: ignore[arg-type]
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
