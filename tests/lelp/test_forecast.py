@@ -1,0 +1,160 @@
+"""The forecast: nothing gained from nothing, something where subclasses are what a small student lacks, and its measures."""
+
+import numpy
+import pytest
+import torch
+
+from hf_guide import SubclassError, SubclassProjector
+from hf_guide.lelp.forecast import (
+    forecast_gain,
+    reduce_features,
+    stability_of,
+    subclasses_beyond_class,
+    tiny_students,
+    told_share,
+)
+
+COUNT, FINER, WIDTH = 1200, 4, 16
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    """Two classes of four clusters each, which the embeddings tell apart and the features show."""
+    generator = torch.Generator().manual_seed(0)
+    finer = torch.arange(COUNT) % (2 * FINER)
+    classes = finer % 2
+    spots = 3 * torch.randn(2 * FINER, 8, generator=generator, dtype=torch.float64)
+    features = spots[finer] + torch.randn(COUNT, 8, generator=generator, dtype=torch.float64)
+    sides = torch.randn(2 * FINER, WIDTH - 1, generator=generator, dtype=torch.float64)
+    sides = sides[finer] + 0.2 * torch.randn(COUNT, WIDTH - 1, generator=generator, dtype=torch.float64)
+    embeddings = torch.cat([4.0 * (2 * classes - 1)[:, None].double(), sides], 1)
+    weight = torch.zeros(2, WIDTH, dtype=torch.float64)
+    weight[:, 0] = torch.tensor([-1.0, 1.0])
+    return features, embeddings, embeddings @ weight.T, classes, finer, weight
+
+
+def projector_of(hidden, splitter="lelp", subclasses=FINER, **options):
+    features, embeddings, logits, classes, finer, weight = hidden
+    return SubclassProjector.fit(embeddings, classes, weight, subclasses, splitter=splitter, **options)
+
+
+def forecast(hidden, projector, **options):
+    features, embeddings, logits, classes, finer, weight = hidden
+    return forecast_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, **options)
+
+
+def test_one_subclass_a_class_gains_exactly_nothing(hidden):
+    found = forecast(hidden, projector_of(hidden, subclasses=1))
+    assert found.gain == found.gain_error == found.shuffled == found.predictability == 0
+    assert not found.recommended and found.verdict == "no help expected"
+
+
+def test_subclasses_that_features_show_are_predictable_and_come_back(hidden):
+    found = forecast(hidden, projector_of(hidden))
+    assert found.predictability > 0.5 and found.stability is not None and found.stability > 0.8
+    assert "comes back" in found.summary() and f"{found.predictability:.0%}" in found.summary()
+
+
+def test_a_partition_that_has_nothing_to_do_with_the_data_is_not_recommended(hidden):
+    found = forecast(hidden, projector_of(hidden, "random-partition"))
+    assert found.predictability < 0.05 and found.stability is not None and found.stability < 0.05
+    assert not found.recommended
+
+
+def test_what_is_forecast_is_what_tiny_students_gain(hidden):
+    """Classes by the parity of hard-to-separate cells: a student that is told the cells finds the classes."""
+    generator = torch.Generator().manual_seed(1)
+    cells = torch.randint(0, 4, (3000, 2), generator=generator)
+    classes = cells.sum(1) % 2
+    finer = cells[:, 0] * 4 + cells[:, 1]
+    features = cells.double() + 0.15 * torch.randn(3000, 2, generator=generator, dtype=torch.float64)
+    hot = torch.nn.functional.one_hot(finer, 16).double()
+    weight = torch.zeros(2, 17, dtype=torch.float64)
+    weight[:, 16] = torch.tensor([-1.0, 1.0])
+    embeddings = torch.cat(
+        [hot + 0.01 * torch.randn(hot.shape, generator=generator), 4.0 * (2 * classes - 1)[:, None]], 1
+    )
+    logits = embeddings @ weight.T
+    projector = SubclassProjector.fit(
+        embeddings, classes, weight, 8, splitter="labels", subclass_labels=finer, subclass_temperature=0.2
+    )
+    found = forecast_gain(projector, embeddings, logits, features, classes, subclass_labels=finer)
+    assert found.recommended and found.gain > 1 and found.gain > found.shuffled
+    assert found.verdict == "likely to help"
+    assert found.to_dict()["recommended"] is True
+
+
+def test_the_same_seed_gives_the_same_forecast_and_arrays_do_as_well(hidden):
+    features, embeddings, logits, classes, _, weight = hidden
+    projector = projector_of(hidden)
+    first = forecast_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, students=2)
+    arrays = [each.numpy() for each in (embeddings, logits, features, classes)]
+    second = forecast_gain(projector, *arrays, classifier_weight=weight.numpy(), students=2)
+    assert first == second
+
+
+def test_without_labels_the_teachers_classes_count(hidden):
+    features, embeddings, logits, classes, _, _ = hidden
+    assert torch.equal(logits.argmax(1), classes)
+    projector = projector_of(hidden)
+    found = forecast_gain(projector, embeddings, logits, features, students=2)
+    assert found == forecast_gain(projector, embeddings, logits, features, classes, students=2)
+    assert found.stability is None
+
+
+def test_every_example_alike_in_its_class_has_nothing_beyond_it():
+    targets = torch.tensor([[[0.6, 0.2], [0.1, 0.1]]]).repeat(5, 1, 1)
+    assert subclasses_beyond_class(targets, torch.zeros(5, dtype=torch.long)).abs().max() < 1e-7
+
+
+def test_told_share_is_one_for_a_linear_map_and_none_for_noise():
+    generator = torch.Generator().manual_seed(0)
+    given, noise = (torch.randn(4000, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    wanted = given @ torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    assert told_share(given[:2000], wanted[:2000], given[2000:], wanted[2000:]) > 0.999
+    assert told_share(given[:2000], noise[:2000], given[2000:], noise[2000:]) < 0.01
+
+
+def test_stability_does_not_mind_how_subclasses_are_turned(hidden):
+    _, embeddings, logits, classes, _, weight = hidden
+    for rotation in range(2):
+        projector = projector_of(hidden, seed=rotation)
+        assert stability_of(projector, embeddings, logits, classes, weight, {}) > 0.8
+
+
+def test_many_features_are_reduced_and_constant_ones_left_out():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 200, generator=generator, dtype=torch.float64)
+    features[:, 3] = 7.0
+    assert reduce_features(features).shape == (300, 128)
+    assert reduce_features(features[:, :4]).shape == (300, 3)
+
+
+def test_tiny_students_learn_a_line(hidden):
+    features, _, _, classes, _, _ = hidden
+    targets = torch.nn.functional.one_hot((features[:, 0] > 0).long(), 2).double().unsqueeze(2)
+    found = tiny_students(features, targets, (features[:, 0] > 0).long(), COUNT // 2, 1.0, 2, 0)
+    assert found.shape == (2,) and found.min() > 95
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"features": numpy.full((COUNT, 3), 1.0)}, "the same features"),
+        ({"features": torch.zeros(COUNT - 1, 3)}, f"found {COUNT}, {COUNT} and {COUNT - 1}"),
+        ({"features": torch.full((COUNT, 3), torch.nan)}, "Features of example 0 are not finite"),
+        ({"features": torch.zeros(COUNT)}, "one row an example"),
+        ({"students": 1}, "2 tiny students or more"),
+    ],
+)
+def test_what_cannot_be_forecast_is_refused(hidden, change, told):
+    features, embeddings, logits, classes, _, _ = hidden
+    given = {"features": features, "students": 2} | change
+    with pytest.raises(SubclassError, match=told):
+        forecast_gain(projector_of(hidden), embeddings, logits, labels=classes, **given)
+
+
+def test_too_few_examples_are_refused(hidden):
+    features, embeddings, logits, classes, _, _ = hidden
+    with pytest.raises(SubclassError, match="needs 40 examples or more; found 39"):
+        forecast_gain(projector_of(hidden), embeddings[:39], logits[:39], features[:39], classes[:39])
