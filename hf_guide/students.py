@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -34,6 +34,9 @@ from hf_guide.initialization.resolve import (
 from hf_guide.initialization.weights import open_teacher
 from hf_guide.saving import attach_report, carry_generation_config, save_student
 
+if TYPE_CHECKING:
+    from hf_guide.lelp.projector import SubclassProjector
+
 
 def from_teacher(
     teacher: "str | os.PathLike[str] | PreTrainedModel",
@@ -43,6 +46,8 @@ def from_teacher(
     calibration_dataset: Any = None,
     model_class: type[Any] | None = None,
     dtype: "str | torch.dtype | None" = None,
+    num_subclasses: int | None = None,
+    projector: "SubclassProjector | None" = None,
     revision: str | None = None,
     token: "str | bool | None" = None,
     cache_dir: "str | os.PathLike[str] | None" = None,
@@ -66,6 +71,9 @@ def from_teacher(
         model_class: the student's class or an Auto class, such as AutoModelForSequenceClassification; None takes the
             teacher's.
         dtype: of the student; None or "auto" takes the teacher's. The arithmetic is float32 or better.
+        num_subclasses: of a classifier that is to learn by LELP: so many outputs for each class, which begin alike, as the
+            teacher's; the config tells how many they are.
+        projector: a `SubclassProjector` of the teacher's: each output begins at its subclass's direction instead.
         revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: as in `from_pretrained`.
         show_progress: whether to show a progress bar.
         **overrides: fields of the teacher's config that the student changes, such as `hidden_size=288`. Values that
@@ -80,6 +88,8 @@ def from_teacher(
         ShapeError: a shape that the family refuses, or that cannot be made from this teacher.
         LayoutError: a family whose axes are not known.
         TeacherError: a teacher that cannot be read.
+        SubclassError: a projector of another teacher.
+        TaskError: subclasses of something else than a classifier of whole examples.
     """
     options = InitializationConfig.parse(method)
     if calibration_dataset is not None:
@@ -95,6 +105,16 @@ def from_teacher(
     opened = open_teacher(teacher, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file, **hub)
     student_config = resolve_config(opened, config, overrides, options, keywords=KEYWORDS)
     student_class = resolve_class(opened, student_config, model_class)
+    labels = label_places(opened.config, student_config)
+    lost: list[str] = []
+    if num_subclasses is not None or projector is not None:
+        from hf_guide.lelp.head import with_subclasses  # only here: nothing else needs LELP
+
+        opened, student_config, labels, lost = with_subclasses(
+            opened, student_config, student_class, labels, num_subclasses, projector
+        )
+        if projector is not None and isinstance(teacher, PreTrainedModel):
+            projector.check_teacher(teacher)
     layout = None if options.method == Method.RANDOM else layout_for(opened.config, opened.model_class)
     vocab = vocabulary_places(opened, student_config, gguf_file=gguf_file, **hub)
     student = build_student(student_class, student_config, resolve_dtype(dtype, opened), options)
@@ -107,9 +127,10 @@ def from_teacher(
             layout,
             options,
             vocab_places=vocab,
-            label_places=label_places(opened.config, student_config),
+            label_places=labels,
             show_progress=show_progress,
         )
+        report.approximations += lost
     attach_report(student, report, saver=not isinstance(student, FromTeacherMixin))
     carry_generation_config(student, teacher, revision=revision, **hub)
     return student.eval()
