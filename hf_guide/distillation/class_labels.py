@@ -1,45 +1,10 @@
-"""What the classes of a classifier's data are called, and which number each has in the student."""
+"""Which number each class of the data has in the student."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset, List
-
 from hf_guide.distillation.tasks import IGNORED
 from hf_guide.errors import OptionError
-
-
-def class_names(dataset: Dataset, column: str) -> list[str] | None:
-    """Return the names of the classes in a column of labels, or of lists of labels; None where they are only numbers.
-
-    Raises:
-        OptionError: the labels are no classes.
-    """
-    feature = dataset.features[column]
-    feature = feature.feature if isinstance(feature, List) else feature
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    kind = getattr(feature, "dtype", str(feature))
-    if kind in ("string", "large_string"):
-        return sorted(_values(dataset, column))
-    if kind == "bool":
-        return ["False", "True"]
-    if not kind.startswith(("int", "uint")):
-        raise OptionError(f"The column {column!r} is of {kind}; classes are whole numbers or names.")
-    return None
-
-
-def count_classes(dataset: Dataset, column: str) -> int:
-    """Return one more than the largest number in a column of labels, or of lists of labels."""
-    return 1 + max(_values(dataset, column))
-
-
-def _values(dataset: Dataset, column: str) -> set[Any]:
-    found: set[Any] = set()
-    for batch in dataset.select_columns([column]).iter(batch_size=1000):
-        for value in batch[column]:
-            found.update(value if isinstance(value, list) else [value])
-    return found
 
 
 def label_numbers(names: Sequence[str] | None, labels: Sequence[str] | None, column: str) -> Callable[[Any], int]:

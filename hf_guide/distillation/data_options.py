@@ -126,8 +126,10 @@ class DataOptions:
             "wherever a capture is read."
         },
     )
-    max_train_examples: int | None = field(default=None, metadata={"help": "Train on the first so many examples."})
-    max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many examples."})
+    max_train_examples: int | None = field(
+        default=None, metadata={"help": "Train on the first so many rows of the dataset."}
+    )
+    max_eval_examples: int | None = field(default=None, metadata={"help": "Evaluate on the first so many rows."})
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that prepare examples before the training."}
     )

@@ -22,9 +22,9 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_guide.distillation.class_labels import class_names, label_numbers
+from hf_guide.distillation.class_labels import label_numbers
 from hf_guide.distillation.data_options import DataOptions
-from hf_guide.distillation.splits import find_column
+from hf_guide.distillation.splits import class_names, find_column
 from hf_guide.distillation.tasks import IGNORED, Task
 from hf_guide.errors import OptionError
 

@@ -1,8 +1,9 @@
 """A dataset read from the Hub or from files: what to train on and what to evaluate on, and which column is which."""
 
 from pathlib import Path
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, ReadInstruction, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Image, List, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from hf_guide.distillation.data_options import DataOptions
@@ -129,3 +130,36 @@ def usual_columns(task: Task, role: str) -> tuple[str, ...]:
     if task is Task.TOKEN_CLASSIFICATION and role in ("text", "label"):
         return WORD_COLUMNS if role == "text" else TOKEN_LABEL_COLUMNS
     return {"text": TEXT_COLUMNS, "target": TARGET_COLUMNS, "label": LABEL_COLUMNS, "image": IMAGE_COLUMNS}[role]
+
+
+def class_names(dataset: Dataset, column: str) -> list[str] | None:
+    """Return the names of the classes in a column of labels, or of lists of labels; None where they are only numbers.
+
+    Raises:
+        OptionError: the labels are no classes.
+    """
+    feature = dataset.features[column]
+    feature = feature.feature if isinstance(feature, List) else feature
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    kind = getattr(feature, "dtype", str(feature))
+    if kind in ("string", "large_string"):
+        return sorted(_values(dataset, column))
+    if kind == "bool":
+        return ["False", "True"]
+    if not kind.startswith(("int", "uint")):
+        raise OptionError(f"The column {column!r} is of {kind}; classes are whole numbers or names.")
+    return None
+
+
+def count_classes(dataset: Dataset, column: str) -> int:
+    """Return one more than the largest number in a column of labels, or of lists of labels."""
+    return 1 + max(_values(dataset, column))
+
+
+def _values(dataset: Dataset, column: str) -> set[Any]:
+    found: set[Any] = set()
+    for batch in dataset.select_columns([column]).iter(batch_size=1000):
+        for value in batch[column]:
+            found.update(value if isinstance(value, list) else [value])
+    return found
