@@ -79,7 +79,15 @@ class Transfer:
         """
         if gain is None or not {norm, f"{norm}.weight"} & self.plan.sites.keys():
             return None
-        return gain.square().mean().sqrt().item() or None
+        return _root_mean_square(gain) or None
+
+    def output_gain(self, site: Site) -> Tensor | None:
+        """Return the gain that is folded into what `site` writes, None for none: of a learned scale less what stays in it."""
+        scale = self.folding.scale_of_output(site)
+        gain = self.teacher_norm(scale, site, "weight") if scale else None
+        if gain is None or scale != site.match.row.scaled_by:
+            return gain
+        return gain / (_root_mean_square(gain) or 1.0)
 
     def stream_scale(self, site: Site) -> float:
         """Return what the student's residual stream is multiplied with, where `site` writes onto it.
@@ -226,8 +234,8 @@ class Transfer:
                 self._note_step(
                     site, f"gain of {self.folding.name(norm, site, of_teacher=True)} folded, times {factor:.6g}"
                 )
-            elif dim != row.input_axis and (scale := self.folding.scale_of_output(site)) is not None:
-                diagonal = self.teacher_norm(scale, site, "weight")
+            elif dim != row.input_axis:
+                diagonal = self.output_gain(site)
             diagonal = diagonal if diagonal is None else diagonal.repeat(times)
             tensor = contract(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
         return tensor.squeeze(row.input_axis) if vector is not None else tensor
@@ -242,9 +250,7 @@ class Transfer:
             if isinstance(chosen, Selection):
                 result = apply_selection(result, 0, chosen).to(self.dtype) * chosen.factors.to(self.dtype)
             elif isinstance(chosen, Projection):
-                scale = self.folding.scale_of_output(site)
-                diagonal = self.teacher_norm(scale, site, "weight") if scale else None
-                result = contract(result, 0, chosen.matrix, self.dtype, diagonal=diagonal)
+                result = contract(result, 0, chosen.matrix, self.dtype, diagonal=self.output_gain(site))
         else:
             result = torch.zeros(site.shape, dtype=self.dtype)
         if (
@@ -352,8 +358,8 @@ class Transfer:
         norm = site.module
         matrix, gain = chosen.matrix, stored.double() + offset
         if norm in self.folding.learned_scales:
-            self._note_step(site, "folded into the weights it multiplies")
-            return torch.full(site.shape, 1.0 - offset, dtype=self.dtype)
+            self._note_step(site, "folded into the weights it multiplies, its root mean square left")
+            return torch.full(site.shape, (_root_mean_square(gain) or 1.0) - offset, dtype=self.dtype)
         if (writer := self.folding.writers.get(norm)) is not None and not is_bias:
             self._note_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
             self._note(
@@ -399,6 +405,10 @@ class Transfer:
     def _note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
+
+
+def _root_mean_square(gain: Tensor) -> float:
+    return gain.square().mean().sqrt().item()
 
 
 def fit_tied_gain(moment: Tensor, matrix: Tensor, gain: Tensor) -> Tensor:
