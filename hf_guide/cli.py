@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from hf_guide import card_command, distill_command, quickstart
+    from hf_guide import card_command, distill_command, quickstart, subclasses_command
     from hf_guide.distillation import capture_command
 
     parser = argparse.ArgumentParser(
@@ -150,6 +150,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     card_command.add_arguments(card)
     card.set_defaults(run=card_command.run)
+
+    subclasses = _add_command(
+        commands,
+        "subclasses",
+        "see a projector's pseudo-subclasses, and whether they are likely to help",
+        "Run the teacher over a dataset and write one page: each class's subspace coloured by subclass, the nearest\n"
+        "examples of each subclass, sizes, variance, what they know of finer labels, and a forecast: tiny students are\n"
+        "trained with and without subclasses, so that you need not train a real one to learn that they do not help.",
+        subclasses_command.EXAMPLE,
+    )
+    subclasses_command.add_arguments(subclasses)
+    subclasses.set_defaults(run=subclasses_command.run)
 
     quick = _add_command(
         commands,

@@ -1,0 +1,91 @@
+"""One pass of a teacher over a few examples: what a projector reads, and what a student could know without the teacher."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
+from hf_guide.distillation.tasks import IGNORED, task_of
+from hf_guide.errors import TaskError
+
+PIXELS = 14
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was heard of N examples.
+
+    Attributes:
+        embeddings: (N, D), what the teacher's classifier is fed.
+        logits: (N, C).
+        features: (N, F): pixels made coarse, or the mean of a text's input embeddings.
+        labels: (N,), the teacher's own class where an example has no label.
+        classifier_weight: (C, D).
+    """
+
+    embeddings: Tensor
+    logits: Tensor
+    features: Tensor
+    labels: Tensor
+    classifier_weight: Tensor
+
+
+def hear(
+    teacher: PreTrainedModel,
+    dataset: Any,
+    data_collator: Callable[[Any], Mapping[str, Any]],
+    *,
+    batch_size: int = 32,
+    show_progress: bool = True,
+) -> Heard:
+    """Run a classifier over a dataset that fits in memory.
+
+    Args:
+        teacher: of sequences or images.
+        dataset: examples as `data_collator` takes them.
+        data_collator: makes batches of tensors.
+
+    Raises:
+        TaskError: the teacher is no classifier of whole examples.
+    """
+    task = task_of(teacher)
+    if task.is_language_model or task.is_per_token:
+        raise TaskError(f"Subclasses are of classifiers of whole examples; {type(teacher).__name__} is for {task}.")
+    classifier = find_classifier(teacher, task)
+    found: list[tuple[Tensor, ...]] = []
+    loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=data_collator)
+    teacher.eval()
+    for batch in tqdm(loader, desc="Listening to the teacher", disable=not show_progress):
+        inputs = {name: value.to(teacher.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        labels = inputs.pop("labels", None)
+        with torch.no_grad(), heard_embeddings(classifier) as heard:
+            logits = teacher(**inputs).logits.float()
+        everyone = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        embeddings = embedding_per_item(task, heard[-1], everyone, inputs).float()
+        own = logits.argmax(-1)
+        classes = own if labels is None else torch.where(labels == IGNORED, own, labels)
+        found.append(tuple(each.cpu() for each in (embeddings, logits, _features(teacher, inputs), classes)))
+    weight = classifier.weight.detach().float().cpu()
+    return Heard(*(torch.cat(parts) for parts in zip(*found, strict=True)), classifier_weight=weight)
+
+
+@torch.no_grad()
+def _features(teacher: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    if "pixel_values" in inputs:
+        pixels = inputs["pixel_values"].float()
+        if pixels.ndim != 4:
+            return pixels.flatten(1)
+        return adaptive_avg_pool2d(pixels, min(PIXELS, pixels.shape[-1], pixels.shape[-2])).flatten(1)
+    table: Any = teacher.get_input_embeddings()
+    vectors = table(inputs["input_ids"]).float()
+    mask = inputs.get("attention_mask")
+    seen = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    weights = (seen != 0).unsqueeze(-1).float()
+    return (vectors * weights).sum(1) / weights.sum(1).clamp_min(1)

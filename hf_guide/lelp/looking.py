@@ -1,0 +1,181 @@
+"""What `hf-guide subclasses` does: read a dataset, listen to the teacher, forecast, and write the page."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from hf_guide.distillation.capture_teachers import load_teacher
+from hf_guide.distillation.data_options import DataOptions
+from hf_guide.distillation.examples import prepare
+from hf_guide.distillation.splits import find_column, read_splits, usual_columns
+from hf_guide.distillation.tasks import IGNORED, Task, task_of
+from hf_guide.errors import OptionError, SubclassError, did_you_mean
+from hf_guide.lelp.forecast import Forecast, forecast_gain
+from hf_guide.lelp.hearing import Heard, hear
+from hf_guide.lelp.projector import SubclassProjector
+from hf_guide.lelp.viewing import View, plot_class, view_subclasses, write_page
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What was found, and where it was written.
+
+    Attributes:
+        view: what was measured.
+        page: the HTML file.
+        figures: one a class, where they were asked for.
+    """
+
+    view: View
+    page: Path
+    figures: list[Path]
+
+
+def look(
+    projector: SubclassProjector,
+    data: DataOptions,
+    page: str | os.PathLike[str],
+    *,
+    teacher: str | os.PathLike[str] | None = None,
+    processor: str | None = None,
+    finer_column: str | None = None,
+    figures: str | os.PathLike[str] | None = None,
+    examples: int = 6,
+    batch_size: int = 32,
+    forecast: bool = True,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    show_progress: bool = True,
+) -> Looked:
+    """Look at a projector's subclasses on a dataset, and write a page of them.
+
+    Args:
+        projector: what `SubclassProjector.from_pretrained` gives.
+        data: the dataset; of its splits only `train_split` is read, and of that `max_train_examples`, drawn at random.
+        page: the HTML file to write.
+        teacher: a Hub id or a folder; by default what the projector was fitted to.
+        processor: the tokenizer or image processor; by default the teacher's.
+        finer_column: a column of finer labels to compare the subclasses with.
+        figures: a folder for one figure a class as well, and for what was measured as JSON.
+        examples: how many nearest examples of each subclass are shown.
+        forecast: whether tiny students are trained to tell what to expect.
+
+    Raises:
+        SubclassError: the projector is of another teacher, or its teacher is not known.
+        OptionError: a column that is not there.
+    """
+    source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    name = teacher or projector.teacher
+    if not name:
+        raise SubclassError("This projector does not say what its teacher is; name it with --teacher.")
+    model = load_teacher(name, **source)
+    projector.check_teacher(model)
+    task = task_of(model)
+    whole = read_splits(replace(data, validation_share=0.0, max_train_examples=None))[0]
+    raw = replace_missing_labels(some_of(whole, data.max_train_examples), task, data)
+    if finer_column is not None and finer_column not in raw.column_names:
+        raise OptionError(
+            f"{data.name} has no column {finer_column!r}; it has {raw.column_names}."
+            f"{did_you_mean(finer_column, raw.column_names)}"
+        )
+    of_images = task is Task.IMAGE_CLASSIFICATION
+    loader = AutoImageProcessor if of_images else AutoTokenizer
+    processing_class: Any = loader.from_pretrained(processor or name, **({} if processor else source))
+    labels = list(projector.id2label.values())
+    prepared = prepare(task, raw, None, processing_class, data, labels=labels, config=model.config)
+    heard = hear(model, prepared.train, prepared.collator, batch_size=batch_size, show_progress=show_progress)
+    finer = None if finer_column is None else numbered(raw, finer_column)
+    view = view_subclasses(
+        projector,
+        heard.embeddings,
+        heard.logits,
+        heard.labels,
+        finer,
+        examples=examples,
+        forecast=_forecast(projector, heard, finer) if forecast else None,
+        subclass_labels=finer if projector.scores.needs_subclass_labels else None,
+        title=f"Subclasses of {data.name}",
+    )
+    column = find_column(raw, task, "image" if of_images else "text", data)
+
+    def show(row: int) -> Any:
+        return raw[row][column]
+
+    written = write_page(view, page, show)
+    return Looked(view, written, [] if figures is None else _write_figures(view, Path(figures)))
+
+
+def some_of(raw: Dataset, count: int | None) -> Dataset:
+    """Return so many examples, drawn with a fixed seed, for data may lie in order of their classes."""
+    return raw if count is None or len(raw) <= count else raw.shuffle(seed=0).select(range(count))
+
+
+def replace_missing_labels(raw: Dataset, task: Task, options: DataOptions) -> Dataset:
+    """Return a dataset with a column of labels: one that has none gets a column that says so of each example."""
+    known = any(name in raw.column_names for name in usual_columns(task, "label"))
+    if options.label_column is not None or known:
+        return raw
+    return raw.add_column("label", [IGNORED] * len(raw))
+
+
+def numbered(raw: Dataset, column: str) -> Tensor:
+    """Return a column of labels as numbers, (N,): names in their order, whole numbers as they stand.
+
+    Raises:
+        OptionError: the labels are neither.
+    """
+    values = list(raw[column])
+    if all(isinstance(value, int) for value in values):
+        return torch.tensor(values).long()
+    if not all(isinstance(value, str) for value in values):
+        kinds = sorted({type(value).__name__ for value in values})
+        raise OptionError(f"The column {column!r} holds {', '.join(kinds)}; labels are whole numbers or names.")
+    places = {name: number for number, name in enumerate(sorted(set(values)))}
+    return torch.tensor([places[value] for value in values])
+
+
+def _forecast(projector: SubclassProjector, heard: Heard, finer: Tensor | None) -> Forecast:
+    return forecast_gain(
+        projector,
+        heard.embeddings,
+        heard.logits,
+        heard.features,
+        heard.labels,
+        classifier_weight=heard.classifier_weight,
+        subclass_labels=finer if projector.scores.needs_subclass_labels else None,
+    )
+
+
+def _write_figures(view: View, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for each in view.classes:
+        path = folder / f"class_{each.number}.png"
+        plot_class(each, path)
+        paths.append(path)
+    facts: dict[str, Any] = {
+        "classes": {
+            each.name: {
+                "examples": len(each.rows),
+                "sizes": each.sizes.tolist(),
+                "explained": each.explained,
+                "nearest": each.nearest,
+            }
+            for each in view.classes
+        }
+    }
+    if view.forecast is not None:
+        facts["forecast"] = view.forecast.to_dict()
+    if view.knowledge is not None:
+        facts["finer_labels"] = {"told": view.knowledge.told, "entropy": view.knowledge.entropy}
+        facts["finer_labels"] |= {"by_chance": view.knowledge.by_chance, "share": view.knowledge.share}
+    (folder / "subclasses.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return paths
