@@ -9,7 +9,10 @@ texts    KL(teacher || student) at temperature 1, without a task loss, from a li
          sampling only), and NVIDIA ModelOpt's Hugging Face plugin, KDTrainer.
 images   0.5 task loss + 0.5 KL at temperature 2 on an image classifier: torchdistill's DistillationBox.
 
-A library that is not installed is left out, with a line that says so. See turns.py for how time and memory are taken.
+A library that is not installed is left out, with a line that says so. torchdistill needs a torchvision built for the torch
+that is installed. TRL's own DistillationTrainer always generates, so that it cannot be given a fixed dataset.
+
+See turns.py for how time and memory are taken.
 Each peer's version stands in its row; ours runs first, in the same environment.
 """
 
