@@ -29,6 +29,7 @@ from lelp_data import SETS, Labelled, read_set, split
 from lelp_models import Batches, Classifier, Signals, make_student, make_teacher, make_tokenizer
 from lelp_training import (
     ARMS,
+    ORACLES,
     Lesson,
     Settings,
     accuracy,
@@ -72,7 +73,7 @@ class Bench:
             signals = Signals(**{name: tensor[rows] for name, tensor in signals.tensors().items()})
         others = self.heard["unseen" if transfer == "seen" else "seen"]
         weight = self.teacher.head.weight.detach()
-        return mine, Lesson(mine.data, signals, (others, other.data.labels), weight)
+        return mine, Lesson(mine.data, signals, (others, other.data), weight)
 
 
 def prepare(name: str, args: argparse.Namespace) -> Bench:
@@ -208,7 +209,7 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
     batches, lesson = bench.lesson(args.transfer, args.share)
     common = plan(name, bench.test.data.is_text, args)
     for arm in args.arms:
-        if arm == "oracle" and lesson.data.finer is None:
+        if arm in ORACLES and lesson.data.finer is None:
             continue
         tried = settings_of(arm, args.grid, lesson.data.classes)
         if not tried:
@@ -262,13 +263,14 @@ def _spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}6.2f} ± {spread:4.2f}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """Return what reads the options of a benchmark of arms."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=["digits"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(USUAL_ARMS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tune-seeds", type=int, default=1)
-    parser.add_argument("--grid", choices=["small", "full"], default="small")
+    parser.add_argument("--grid", choices=["one", "small", "full"], default="small", help="settings tried of each arm")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--fashion", type=Path, help="the folder of Fashion-MNIST's four files")
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")
@@ -284,7 +286,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--report", action="store_true", help="only print the tables")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser(__doc__).parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     runs = Runs(args.output / RUNS)
     if not args.report:

@@ -184,9 +184,7 @@ def _resnet(sizes: list[int], blocks: int) -> ResNetModel:
         depths=[blocks] * len(sizes),
         layer_type="basic",
     )
-    model = ResNetModel(config)
-    model.embedder.pooler = nn.Identity()  # the images are small enough as they are
-    return model
+    return ResNetModel(config)
 
 
 def _vit(data: Labelled, width: int, blocks: int) -> ViTModel:

@@ -28,7 +28,8 @@ SPLITTERS = {
     "random-projection": "random-projection",
     "kmeans": "kmeans",
     "random-partition": "random-partition",
-    "mlp": "mlp",
+    "no-scaling": "no-scaling",
+    "spectral": "spectral",
     # What follows is LELP on other embeddings, or on the same ones measured otherwise; see `embeddings_for`.
     "lelp-unseen": "lelp",
     "lelp-stable": "lelp",
@@ -36,7 +37,8 @@ SPLITTERS = {
     "lelp-predictable": "lelp",
     "lelp-halfway": "lelp",
 }
-ARMS = ("ce", "kd", "dkd", "embedding", "oracle", *SPLITTERS)
+ORACLES = ("oracle", "oracle-read")
+ARMS = ("ce", "kd", "dkd", "embedding", *ORACLES, *SPLITTERS)
 
 
 @dataclass(frozen=True)
@@ -46,36 +48,32 @@ class Lesson:
     Attributes:
         data: the examples, with labels.
         signals: the teacher's, of these.
-        others: the teacher's signals of examples that the student is not trained on, and their labels.
+        others: the teacher's signals of examples that the student is not trained on, and these examples.
         weight: the teacher's classifier, (C, D).
     """
 
     data: Labelled
     signals: Signals
-    others: tuple[Signals, Tensor]
+    others: tuple[Signals, Labelled]
     weight: Tensor
 
 
 def settings_of(arm: str, grid: str, classes: int) -> list[Settings]:
     """Return what is tried for an arm on the validation split."""
     full = grid == "full"
-    taus = [1.0, 2.0, 4.0] if full else [1.0, 4.0]
+    taus = {"one": [1.0], "small": [1.0, 4.0], "full": [1.0, 2.0, 4.0]}[grid]
     if arm == "ce":
         return [{}]
-    if arm in ("kd", "oracle"):
+    if arm == "kd" or arm in ORACLES:
         return [{"tau": tau} for tau in taus]
     if arm == "dkd":
         weights = [1.0, 4.0, 8.0] if full else [1.0, 8.0]
         return [] if classes < 3 else [{"tau": tau, "dkd_beta": weight} for tau in taus for weight in weights]
     if arm == "embedding":
         return [{"tau": tau, "gamma": gamma} for tau in taus for gamma in ([0.1, 1.0, 10.0] if full else [0.3, 3.0])]
-    betas = [0.25, 0.5, 1.0, 2.0] if full else [0.3, 1.0]
-    return [
-        {"tau": tau, "S": size, "beta": beta}
-        for tau in taus
-        for size in ([2, 4, 8, 16] if full else [2, 8])
-        for beta in betas
-    ]
+    betas = {"one": [0.5], "small": [0.3, 1.0], "full": [0.25, 0.5, 1.0, 2.0]}[grid]
+    sizes = {"one": [4], "small": [2, 8], "full": [2, 4, 8, 16]}[grid]
+    return [{"tau": tau, "S": size, "beta": beta} for tau in taus for size in sizes for beta in betas]
 
 
 def outputs_of(arm: str, lesson: Lesson, settings: Settings) -> int:
@@ -85,13 +83,15 @@ def outputs_of(arm: str, lesson: Lesson, settings: Settings) -> int:
 
 def is_split(arm: str) -> bool:
     """Whether an arm learns subclasses."""
-    return arm == "oracle" or arm in SPLITTERS
+    return arm in ORACLES or arm in SPLITTERS
 
 
 def targets_of(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
     """Return what an arm's student is to say of each example, (N, C, S)."""
     if arm == "oracle":
         return oracle_targets(lesson, settings["tau"])
+    if arm == "oracle-read":
+        return read_targets(lesson, settings["tau"])
     (embeddings, weight), (fitted, labels) = embeddings_for(arm, lesson)
     projector = SubclassProjector.fit(
         fitted,
@@ -118,7 +118,7 @@ def embeddings_for(arm: str, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tup
     signals, labels, weight = lesson.signals, lesson.data.labels, lesson.weight.double()
     own = signals.embeddings.double()
     if arm == "lelp-unseen":
-        return (own, weight), (lesson.others[0].embeddings.double(), lesson.others[1])
+        return (own, weight), (lesson.others[0].embeddings.double(), lesson.others[1].labels)
     if arm in ("lelp-stable", "lelp-predictable"):
         noise = own - signals.views.double() if arm == "lelp-stable" else _not_foretold(signals.early.double(), own)
         metric = whitener(noise)
@@ -173,22 +173,55 @@ def fit_probe(teacher: Classifier, embeddings: Tensor, labels: Tensor) -> None:
 def oracle_targets(lesson: Lesson, tau: float) -> Tensor:
     """Return the teacher's class probabilities, each given whole to the finer label, (N, C, most finer labels of a class).
 
-    Where the teacher favours a class that the finer label is not in, that class is shared alike among its own.
+    Where the teacher favours a class that the finer label is not in, that class is shared alike among its own: so this
+    arm also learns from the labels where the teacher errs.
     """
-    finer = lesson.data.finer
-    if finer is None:
-        raise ValueError("This set has no finer labels.")
-    places = {}
-    for label, fine in zip(lesson.data.labels.tolist(), finer.tolist(), strict=True):
-        places.setdefault(label, {}).setdefault(fine, len(places.get(label, {})))
-    most = max(map(len, places.values()))
-    shares = torch.zeros(len(finer), lesson.data.classes, most)
+    places, most = finer_places(lesson.data)
+    shares = torch.zeros(len(lesson.data), lesson.data.classes, most)
     for label, known in places.items():
         shares[:, label, : len(known)] = 1 / len(known)
-    for row, (label, fine) in enumerate(zip(lesson.data.labels.tolist(), finer.tolist(), strict=True)):
+    for row, (label, fine) in enumerate(zip(*_pairs(lesson.data), strict=True)):
         shares[row, label] = 0
         shares[row, label, places[label][fine]] = 1
     return (lesson.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
+
+
+def read_targets(lesson: Lesson, tau: float) -> Tensor:
+    """Return what a linear probe reads of the finer labels in the embeddings, fitted where the student is not trained.
+
+    Within each class its probabilities are the shares, so that nothing of an example's own labels is told: this is the
+    most that any linear splitter of these embeddings could hope for.
+    """
+    signals, others = lesson.others
+    places, most = finer_places(others)
+    scale = signals.embeddings.std()
+    fitted = LogisticRegression(C=1.0, max_iter=500).fit((signals.embeddings / scale).numpy(), others.finer.numpy())
+    found = torch.from_numpy(fitted.predict_proba((lesson.signals.embeddings / scale).numpy())).float()
+    columns = {fine: number for number, fine in enumerate(fitted.classes_.tolist())}
+    shares = torch.zeros(len(found), others.classes, most)
+    for label, known in places.items():
+        for fine, place in known.items():
+            shares[:, label, place] = found[:, columns[fine]]
+    shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
+    return (lesson.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
+
+
+def finer_places(data: Labelled) -> tuple[dict[int, dict[int, int]], int]:
+    """Return the place of each finer label within its class, and how many there are at most.
+
+    Raises:
+        ValueError: the set has no finer labels.
+    """
+    places: dict[int, dict[int, int]] = {}
+    for label, fine in sorted(set(zip(*_pairs(data), strict=True))):
+        places.setdefault(label, {})[fine] = len(places.get(label, {}))
+    return places, max(map(len, places.values()))
+
+
+def _pairs(data: Labelled) -> tuple[list[int], list[int]]:
+    if data.finer is None:
+        raise ValueError("This set has no finer labels.")
+    return data.labels.tolist(), data.finer.tolist()
 
 
 def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, seed: int) -> Loss:

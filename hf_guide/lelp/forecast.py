@@ -7,7 +7,7 @@ Does not: train the student itself. Tiny students see features, not the data: wh
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,37 +120,68 @@ def forecast_gain(
         SubclassError: fewer than 40 examples, tensors that do not fit, or numbers that are not finite.
     """
     embeddings, logits, features = (_checked(each, name) for each, name in _named(embeddings, logits, features))
-    count = len(embeddings)
-    if len(logits) != count or len(features) != count:
+    if len(logits) != len(embeddings):
+        raise SubclassError(f"{len(embeddings)} embeddings need as many logits; found {len(logits)}.")
+    extra = {} if subclass_labels is None else {"subclass_labels": torch.as_tensor(subclass_labels)}
+    targets = projector.transform(embeddings, logits, **extra)
+    found = forecast_targets(
+        targets, logits, features, labels, temperature=projector.temperature, students=students, seed=seed
+    )
+    if classifier_weight is None:
+        return found
+    rows = _some(len(embeddings), seed)
+    classes = _classes(logits, labels)
+    extra = {name: value[rows] for name, value in extra.items()}
+    weight = torch.as_tensor(classifier_weight)
+    return replace(
+        found, stability=stability_of(projector, embeddings[rows], logits[rows], classes[rows], weight, extra)
+    )
+
+
+def forecast_targets(
+    targets: Any,
+    logits: Any,
+    features: Any,
+    labels: Any = None,
+    *,
+    temperature: float = 1.0,
+    students: int = 8,
+    seed: int = 0,
+) -> Forecast:
+    """Forecast what a student gains by subclass targets, however they were made: `forecast_gain` without a projector.
+
+    Args:
+        targets: (N, C, S), probabilities that sum to one.
+        logits, features, labels, students, seed: as of `forecast_gain`.
+        temperature: that the targets were made at.
+
+    Raises:
+        SubclassError: as `forecast_gain`.
+    """
+    logits, features = _checked(logits, "Logits"), _checked(features, "Features")
+    targets, count = torch.as_tensor(targets).detach().cpu().double(), len(logits)
+    if len(targets) != count or len(features) != count:
         raise SubclassError(
-            f"Embeddings, logits and features are of the same examples; found {count}, {len(logits)} and {len(features)}."
+            f"Targets, logits and features are of the same examples; found {len(targets)}, {count} and {len(features)}."
         )
     if count < FEWEST:
         raise SubclassError(f"A forecast needs {FEWEST} examples or more; found {count}.")
     if students < 2:
         raise SubclassError(f"A forecast needs 2 tiny students or more; found students={students}.")
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(count, generator=generator)[:MOST_ROWS]
-    classes = logits.argmax(1) if labels is None else torch.as_tensor(labels).long()
-    extra = {} if subclass_labels is None else {"subclass_labels": torch.as_tensor(subclass_labels)[rows]}
-    embeddings, logits, features, classes = (each[rows] for each in (embeddings, logits, features, classes))
-    targets = torch.as_tensor(projector.transform(embeddings, logits, **extra)).double()
+    rows = _some(count, seed)
+    targets, logits, features, classes = (each[rows] for each in (targets, logits, features, _classes(logits, labels)))
     half = len(rows) // 2
     features = reduce_features(features)
     within = subclasses_beyond_class(targets, classes)
     plain = targets.sum(2, keepdim=True)
-    mixed = targets[_shuffled_within(classes, generator)]
-    mixed = mixed / mixed.sum(2, keepdim=True).clamp_min(1e-30) * plain
+    shares = targets / plain.clamp_min(1e-30)
+    mixed = plain * shares[_shuffled_within(classes, torch.Generator().manual_seed(seed))]
     scores = {
-        name: tiny_students(features, each, classes, half, projector.temperature, students, seed)
+        name: tiny_students(features, each, classes, half, temperature, students, seed)
         for name, each in (("kd", plain), ("lelp", targets), ("shuffled", mixed))
     }
     gains = (scores["lelp"] - scores["kd"]).tolist()
     teacher = 100 * (logits[half:].argmax(1) == classes[half:]).double().mean().item()
-    stability = None
-    if classifier_weight is not None:
-        weight = torch.as_tensor(classifier_weight)
-        stability = stability_of(projector, embeddings, logits, classes, weight, extra)
     return Forecast(
         kd=scores["kd"].mean().item(),
         gain=statistics.mean(gains),
@@ -158,9 +189,17 @@ def forecast_gain(
         shuffled=(scores["shuffled"] - scores["kd"]).mean().item(),
         room=teacher - scores["kd"].mean().item(),
         predictability=told_share(features[:half], within[:half], features[half:], within[half:]),
-        stability=stability,
+        stability=None,
         examples=len(rows),
     )
+
+
+def _some(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
+
+
+def _classes(logits: Tensor, labels: Any) -> Tensor:
+    return logits.argmax(1) if labels is None else torch.as_tensor(labels).long()
 
 
 def tiny_students(

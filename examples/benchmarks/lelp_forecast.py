@@ -1,0 +1,93 @@
+"""Is the forecast of `hf-guide subclasses` right? Against what `lelp_arms.py` measured, arm by arm.
+
+    python examples/benchmarks/lelp_arms.py --sets digits -o results
+    python examples/benchmarks/lelp_forecast.py --sets digits -o results          # the same options
+
+For each set and arm of subclasses: what tiny students gain over KD on pixels, or on the mean of a text's input embeddings,
+beside what students gained on the test part. Last, over all of them, the correlation of ranks and how often a recommended
+arm was below KD. Forecasts are made on the examples that students learn from; the test part is not looked at.
+"""
+
+import json
+import statistics
+from typing import Any
+
+import torch
+from lelp_arms import Runs, best_settings, parser, plan, prepare
+from lelp_models import Batches, Classifier
+from lelp_training import ORACLES, SPLITTERS, targets_of
+from torch import Tensor
+
+from hf_guide.lelp.forecast import Forecast, forecast_targets
+
+
+def features_of(batches: Batches, teacher: Classifier) -> Tensor:
+    """Return what a student could know without the teacher, (N, F)."""
+    if not batches.data.is_text:
+        return torch.nn.functional.adaptive_avg_pool2d(
+            batches.data.inputs, min(14, batches.data.inputs.shape[-1])
+        ).flatten(1)
+    table, found = teacher.encoder.get_input_embeddings(), []
+    with torch.no_grad():
+        for inputs in batches.in_order():
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            found.append((table(inputs["input_ids"]) * mask).sum(1) / mask.sum(1))
+    return torch.cat(found)
+
+
+def measured(runs: Runs, common: dict[str, Any], arm: str, tune_seeds: int) -> tuple[dict[str, Any], dict[int, float]]:
+    """Return an arm's chosen settings and its accuracy on the test part by seed; empty where it was not run."""
+    mine = [each for each in runs.done.values() if (common | {"arm": arm}).items() <= each["run"].items()]
+    tried = {json.dumps(each["run"]["settings"], sort_keys=True): each["run"]["settings"] for each in mine}
+    chosen = best_settings(runs, common, arm, list(tried.values()), tune_seeds) if tried else None
+    if chosen is None:
+        return {}, {}
+    return chosen, {e["run"]["seed"]: 100 * e["result"]["test"] for e in mine if e["run"]["settings"] == chosen}
+
+
+def ranks(values: list[float]) -> Tensor:
+    """Return the rank of each value, 0 the smallest."""
+    return torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
+
+
+def main() -> int:
+    args = parser(__doc__).parse_args()
+    runs = Runs(args.output / "runs.jsonl")
+    pairs: list[tuple[Forecast, float, float]] = []
+    for name in args.sets:
+        bench = prepare(name, args)
+        batches, lesson = bench.lesson(args.transfer, args.share)
+        features, common = features_of(batches, bench.teacher), plan(name, batches.data.is_text, args)
+        _, plain = measured(runs, common, "kd", args.tune_seeds)
+        for arm in (*ORACLES, *SPLITTERS):
+            settings, found = measured(runs, common, arm, args.tune_seeds)
+            gains = [found[seed] - plain[seed] for seed in found if seed in plain]
+            if len(gains) < 2:
+                continue
+            told = forecast_targets(
+                targets_of(arm, lesson, settings),
+                lesson.signals.logits,
+                features,
+                lesson.data.labels,
+                temperature=settings["tau"],
+            )
+            spread = statistics.stdev(gains)
+            pairs.append((told, statistics.mean(gains), spread))
+            print(
+                f"{name:18} {arm:18} forecast {told.gain:+5.2f} ± {told.gain_error:.2f} (shuffled {told.shuffled:+5.2f}, "
+                f"predictable {told.predictability:4.0%})  measured {statistics.mean(gains):+5.2f} ± {spread:.2f}  "
+                f"{told.verdict}",
+                flush=True,
+            )
+    if len(pairs) > 2:
+        both = torch.stack([ranks([told.gain for told, _, _ in pairs]), ranks([gain for _, gain, _ in pairs])])
+        worse = sum(told.recommended and gain < -spread for told, gain, spread in pairs)
+        print(
+            f"{len(pairs)} arms: correlation of ranks {torch.corrcoef(both)[0, 1]:.2f}; "
+            f"{sum(told.recommended for told, _, _ in pairs)} recommended, {worse} of them below KD beyond the spread"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
