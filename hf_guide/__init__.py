@@ -31,7 +31,13 @@ _HOMES = {
     "InitializationConfig": "initialization.options",
     "InitializationReport": "initialization.report",
     "register_layout": "initialization.layouts",
+    "SubclassLabelCollator": "lelp.collator",
+    "SubclassModelForImageClassification": "lelp.publishing",
+    "SubclassModelForSequenceClassification": "lelp.publishing",
     "SubclassProjector": "lelp.projector",
+    "capture_targets": "lelp.targets",
+    "save_subclass_student": "lelp.publishing",
+    "fit_subclasses": "lelp.fitting",
     "register_splitter": "lelp.splitters",
 }
 
@@ -55,14 +61,20 @@ __all__ = [
     "OptionError",
     "ShapeError",
     "SubclassError",
+    "SubclassLabelCollator",
+    "SubclassModelForImageClassification",
+    "SubclassModelForSequenceClassification",
     "SubclassProjector",
     "TeacherError",
     "VocabularyError",
+    "capture_targets",
     "capture_teacher",
+    "fit_subclasses",
     "from_teacher",
     "register_layout",
     "register_splitter",
     "register_term",
+    "save_subclass_student",
     "__version__",
 ]
 
@@ -85,8 +97,16 @@ if TYPE_CHECKING:
     from hf_guide.initialization.layouts import register_layout
     from hf_guide.initialization.options import InitializationConfig
     from hf_guide.initialization.report import InitializationReport
+    from hf_guide.lelp.collator import SubclassLabelCollator
+    from hf_guide.lelp.fitting import fit_subclasses
     from hf_guide.lelp.projector import SubclassProjector
+    from hf_guide.lelp.publishing import (
+        SubclassModelForImageClassification,
+        SubclassModelForSequenceClassification,
+        save_subclass_student,
+    )
     from hf_guide.lelp.splitters import register_splitter
+    from hf_guide.lelp.targets import capture_targets
     from hf_guide.students import (
         AutoStudent,
         AutoStudentForCausalLM,

@@ -139,6 +139,7 @@ def write_model_card(
         teachers=[(_link(one.name, repo_id_of(one.name, one.revision)), one) for one in teachers],
         adapter=adapter,
         auto_class=f"AutoPeftModel{_task_suffix(student_class)}",
+        code_class=_code_class(folder),
         processor=next((name for file, name in PROCESSORS.items() if (folder / file).is_file()), None),
         plot=PLOT_NAME if PLOT_NAME in plots else None,
         training_plot=TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
@@ -253,6 +254,14 @@ def _stock_class(folder: Path, report: InitializationReport | None, record: Dist
             return named[0]
     known = report.student_class if report is not None else record.student_class if record is not None else None
     return known or "AutoModel"
+
+
+def _code_class(folder: Path) -> str | None:
+    """Return the Auto class that loads a folder with code of its own; None of a stock model's."""
+    if not (folder / "config.json").is_file():
+        return None
+    mapped = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
+    return next((name for name in mapped if name.startswith("AutoModel")), None)
 
 
 def _adapter_base(folder: Path) -> str | None:

@@ -164,7 +164,12 @@ def widen_teacher(teacher: Teacher, projector: SubclassProjector) -> tuple[Teach
     """
     model = meta_model(teacher.model_class, teacher.config)
     classifier = find_classifier(model, task_of(model))
-    home = next(name for name, module in model.named_modules() if module is classifier)
+    home = next((name for name, module in model.named_modules() if module is classifier), None)
+    if home is None:
+        raise SubclassError(
+            f"{teacher.model_class.__name__} makes its logits of several layers, so no head can begin at directions. Leave "
+            "projector out: the rows of a class then begin alike."
+        )
     if not isinstance(projector.scores, Affine) or classifier.in_features != projector.embedding_size:
         raise SubclassError(
             f"The teacher's head is fed {classifier.in_features} numbers and the projector is of {projector.embedding_size}. "

@@ -1,0 +1,142 @@
+"""A classifier of classes made of one that tells their subclasses apart: class logits are log-sum-exps over subclasses.
+
+This file is saved beside the weights and loads with `trust_remote_code=True` where hf_guide is not installed, so it needs
+nothing but torch and transformers.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+
+
+class SubclassConfig(PreTrainedConfig):
+    """The config of such a classifier: its labels are the classes.
+
+    Args:
+        student: the config, as a mapping, of the stock model within, whose labels are the subclasses, class by class.
+        num_subclasses: how many there are for each class.
+    """
+
+    model_type = "subclass-classifier"
+
+    def __init__(self, student: dict[str, Any] | None = None, num_subclasses: int = 1, **kwargs: Any):
+        self.student = student
+        self.num_subclasses = num_subclasses
+        super().__init__(**kwargs)
+
+    @property
+    def student_config(self) -> PreTrainedConfig:
+        """The config of the stock model within."""
+        settings = dict(self.student or {})
+        return AutoConfig.for_model(settings.pop("model_type", "bert"), **settings)
+
+
+class SubclassModel(PreTrainedModel):
+    """What the classes for sequences and for images have in common.
+
+    Attributes:
+        student: the stock model, whose logits are those of the subclasses.
+    """
+
+    config_class = SubclassConfig
+    base_model_prefix = "student"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _auto: Any = AutoModelForSequenceClassification
+
+    def __init__(self, config: SubclassConfig):
+        super().__init__(config)
+        inner = config.student_config
+        if getattr(config, "_attn_implementation", None) is not None:
+            inner._attn_implementation = config._attn_implementation
+        self.student = self._auto.from_config(inner)
+        self.main_input_name = self.student.main_input_name
+        self.num_labels = config.num_labels
+        self.post_init()
+
+    def in_classes(self, labels: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return loss, class logits (batch, classes), hidden states and attentions."""
+        num_items = inputs.pop("num_items_in_batch", None)
+        inputs.pop("return_dict", None)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.student(**given, return_dict=True)
+        wide = outputs.logits.float() if outputs.logits.dtype.itemsize < 4 else outputs.logits
+        logits = wide.unflatten(-1, (-1, self.config.num_subclasses)).logsumexp(-1)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits, labels, reduction="mean" if num_items is None else "sum")
+            loss = loss if num_items is None else loss / num_items
+        found = {"loss": loss, "logits": logits}
+        return found | {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+
+
+class SubclassModelForSequenceClassification(SubclassModel):
+    """A text classifier whose class logits are exactly those that the student was trained and measured by."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput:
+        """Return class logits (batch, classes), and with `labels` (batch,) their cross-entropy."""
+        inputs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return SequenceClassifierOutput(**self.in_classes(labels, inputs))
+
+
+class SubclassModelForImageClassification(SubclassModel):
+    """An image classifier whose class logits are exactly those that the student was trained and measured by."""
+
+    main_input_name = "pixel_values"
+    _auto = AutoModelForImageClassification
+
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **inputs: Any
+    ) -> ImageClassifierOutput:
+        """Return class logits (batch, classes), and with `labels` (batch,) their cross-entropy."""
+        return ImageClassifierOutput(**self.in_classes(labels, inputs | {"pixel_values": pixel_values}))
+
+
+@torch.no_grad()
+def around(student: PreTrainedModel, model_class: type[SubclassModel], classes: list[str]) -> SubclassModel:
+    """Return a model with the student itself, not a copy, inside.
+
+    Args:
+        student: whose config has `num_subclasses`.
+        model_class: for its task.
+        classes: their names, in order.
+    """
+    settings = {
+        name: value for name, value in student.config.to_dict().items() if name not in ("_name_or_path", "auto_map")
+    }
+    config = SubclassConfig(
+        student=settings,
+        num_subclasses=student.config.num_subclasses,
+        id2label=dict(enumerate(classes)),
+        label2id={name: number for number, name in enumerate(classes)},
+        pad_token_id=getattr(student.config, "pad_token_id", None),
+    )
+    with torch.device("meta"):
+        model = model_class(config)
+    model.student = student
+    model.config.dtype = student.dtype
+    return model.train(student.training)

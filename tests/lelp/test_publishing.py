@@ -1,0 +1,215 @@
+"""The three ways out: each loads without us, and says exactly what it says it does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertTokenizer,
+    PreTrainedModel,
+    ViTImageProcessor,
+    pipeline,
+)
+
+import hf_guide
+from hf_guide import DistillationTrainer, from_teacher, save_subclass_student
+from hf_guide.cards import load_record
+from hf_guide.distillation.subclasses import class_logits
+from hf_guide.errors import OptionError, TaskError
+from hf_guide.lelp.publishing import AGREEMENT, refit_classes, with_class_logits
+from tests.distillation.small import CLASSES, collate, examples_for, model_for
+from tests.distillation.test_trainer import arguments
+from tests.lelp.test_collator import NAMES, SUBCLASSES, teacher_of
+from tests.lelp.test_head import IMAGE, TEXT, logits_of
+from tests.lelp.test_objective import some_targets, student_of, with_targets
+from tests.tiny import KINDS
+
+AUTO = {TEXT: AutoModelForSequenceClassification, IMAGE: AutoModelForImageClassification}
+
+
+def classes_of(student: PreTrainedModel, task: str) -> Tensor:
+    return class_logits(logits_of(student, task), SUBCLASSES)
+
+
+@pytest.mark.parametrize("task", [TEXT, IMAGE])
+def test_with_code_the_class_logits_are_exact(task: str, tmp_path: Path) -> None:
+    student = student_of(task)
+    published = save_subclass_student(student, tmp_path, "code")
+    assert torch.equal(logits_of(published, task), classes_of(student, task))
+    again = (
+        hf_guide.SubclassModelForSequenceClassification
+        if task == TEXT
+        else hf_guide.SubclassModelForImageClassification
+    )
+    loaded = again.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded, task), classes_of(student, task))
+    assert loaded.config.id2label == dict(enumerate(NAMES)) and loaded.config.num_labels == CLASSES
+    # Imported from hf_guide, the Auto classes know it without trust.
+    assert torch.equal(logits_of(AUTO[task].from_pretrained(tmp_path), task), classes_of(student, task))
+    batch = collate(examples_for(task, 6))
+    torch.testing.assert_close(
+        loaded.eval()(**batch).loss, torch.nn.functional.cross_entropy(classes_of(student, task), batch["labels"])
+    )
+
+
+@pytest.mark.parametrize("task", [TEXT, IMAGE])
+def test_the_code_needs_nothing_of_ours(task: str, tmp_path: Path) -> None:
+    student = student_of(task)
+    save_subclass_student(student, tmp_path / "student", "code")
+    batch = {name: value for name, value in collate(examples_for(task, 6)).items() if name != "labels"}
+    torch.save(batch, tmp_path / "batch.pt")
+    program = f"""
+import sys
+sys.modules["hf_guide"] = None  # whoever imports it fails
+import torch, transformers
+model = transformers.{AUTO[task].__name__}.from_pretrained({str(tmp_path / "student")!r}, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(**torch.load({str(tmp_path / "batch.pt")!r})).logits
+model.save_pretrained({str(tmp_path / "again")!r})
+torch.save(logits, {str(tmp_path / "logits.pt")!r})
+"""
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    import os
+
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=os.environ | environment)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), classes_of(student, task))
+    # What a stranger saves again is whole, too.
+    assert (tmp_path / "again" / "modeling_subclass.py").is_file()
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_pipelines_see_classes_or_subclasses(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(50))])
+    )
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    student = student_of(TEXT)
+    save_subclass_student(student, tmp_path / "code", "code", processing_class=tokenizer)
+    save_subclass_student(student, tmp_path / "subclasses", "subclasses", processing_class=tokenizer)
+    inputs = tokenizer("7 8 9", return_tensors="pt")
+    with torch.no_grad():
+        logits = student.eval()(**inputs).logits
+    expected = class_logits(logits, SUBCLASSES).softmax(-1)[0]
+    found = pipeline("text-classification", model=str(tmp_path / "code"), trust_remote_code=True)("7 8 9", top_k=None)
+    assert {each["label"]: each["score"] for each in found} == pytest.approx(
+        dict(zip(NAMES, expected.tolist(), strict=True)), rel=1e-5
+    )
+    named = pipeline("text-classification", model=str(tmp_path / "subclasses"))("7 8 9")[0]
+    best = int(logits.argmax())
+    assert named["label"] == f"{NAMES[best // SUBCLASSES]}/{best % SUBCLASSES}"
+
+
+def test_image_pipelines_see_classes(tmp_path: Path) -> None:
+    from PIL import Image
+
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    save_subclass_student(student_of(IMAGE), tmp_path, "code", processing_class=processor)
+    found = pipeline("image-classification", model=str(tmp_path), trust_remote_code=True)(
+        Image.new("RGB", (8, 8), "red")
+    )
+    assert {each["label"] for each in found} <= set(NAMES) and len(found) == CLASSES
+    assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), ViTImageProcessor)
+
+
+def test_the_predictions_of_what_is_saved_are_the_trainers(tmp_path: Path) -> None:
+    examples = examples_for(TEXT, 16)
+    data = with_targets(examples, some_targets(16))
+    args = arguments(tmp_path / "out", objective="lelp", max_steps=3, learning_rate=0.1)
+    trainer = DistillationTrainer(student_of(TEXT), args, collate, data, data)
+    trainer.train()
+    predicted = torch.tensor(trainer.predict(data).predictions)
+    save_subclass_student(trainer.model, tmp_path / "code", "code")
+    save_subclass_student(trainer.model, tmp_path / "subclasses", "subclasses")
+    exact = AutoModelForSequenceClassification.from_pretrained(tmp_path / "code")
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "subclasses")
+    assert type(stock).__module__.startswith("transformers.models.bert")
+    torch.testing.assert_close(logits_of(exact, TEXT, 16), predicted)
+    torch.testing.assert_close(class_logits(logits_of(stock, TEXT, 16), SUBCLASSES), predicted)
+    assert torch.equal(logits_of(exact, TEXT, 16).argmax(-1), predicted.argmax(-1))
+
+
+@pytest.mark.parametrize("task", [TEXT, IMAGE])
+def test_one_row_a_class_is_refitted_and_its_agreement_is_measured(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = student_of(task)
+    examples, others = examples_for(task, 200), examples_for(task, 60, seed=4)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    model = save_subclass_student(
+        student, tmp_path, "classes", dataset=examples, eval_dataset=others, data_collator=collate
+    )
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    stock = AUTO[task].from_pretrained(tmp_path)
+    assert type(stock) is type(student) and stock.config.id2label == dict(enumerate(NAMES))
+    assert not hasattr(stock.config, "num_subclasses")
+    assert torch.equal(logits_of(stock, task), logits_of(model, task))
+    batch = {name: value for name, value in collate(others).items() if name != "labels"}
+    with torch.no_grad():
+        exact = class_logits(student.eval()(**batch).logits, SUBCLASSES).argmax(-1)
+        found = (stock.eval()(**batch).logits.argmax(-1) == exact).double().mean().item()
+    told = load_record(tmp_path).metrics[AGREEMENT]
+    assert told == pytest.approx(found) and 0.7 < found <= 1
+    assert f"{found:.2%} of 60 examples" in capsys.readouterr().out
+    assert AGREEMENT.replace("_", " ") in (tmp_path / "README.md").read_text().replace("_", " ")
+
+
+def test_rows_that_are_alike_are_refitted_exactly() -> None:
+    """A class whose subclasses have one row has a log-sum-exp that is linear."""
+    student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
+    found = refit_classes(student, examples_for(TEXT, 100), data_collator=collate, show_progress=False)
+    assert (found.agreement, found.examples) == (1.0, 20)
+    exact = classes_of(student, TEXT).log_softmax(-1)
+    torch.testing.assert_close(logits_of(found.model, TEXT).log_softmax(-1), exact, rtol=2e-2, atol=2e-2)
+
+
+def test_a_head_without_a_bias_is_refitted_without(tmp_path: Path) -> None:
+    kind = "llama classifier" if "llama classifier" in KINDS else None
+    from tests.distillation.capturing import TEACHERS, Pad
+    from tests.distillation.capturing import examples_for as decoder_examples
+
+    teacher = (KINDS[kind] if kind else TEACHERS["sequence-classification of a decoder"]).teacher()
+    student = from_teacher(teacher, num_subclasses=2, show_progress=False)
+    examples = decoder_examples("sequence-classification", 60)
+    found = refit_classes(student, examples, data_collator=Pad(), show_progress=False)
+    assert found.model.score.bias is None and found.model.score.out_features == teacher.config.num_labels
+    assert found.agreement == 1.0
+
+
+def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:
+    student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
+    save_subclass_student(student, tmp_path / "code", "code")
+    card = (tmp_path / "code" / "README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained" in card and "trust_remote_code=True" in card
+    assert "stock Transformers model" not in card
+    save_subclass_student(student, tmp_path / "subclasses", "subclasses")
+    assert "trust_remote_code" not in (tmp_path / "subclasses" / "README.md").read_text()
+    config = (tmp_path / "code" / "config.json").read_text()
+    assert str(tmp_path) not in config and json.loads(config)["auto_map"]
+    assert (tmp_path / "code" / "initialization_report.json").is_file()
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="has no subclasses"):
+        save_subclass_student(model_for(TEXT, 1), tmp_path)
+    student: Any = student_of(TEXT)
+    with pytest.raises(OptionError, match="'codes'.*Did you mean 'code'"):
+        save_subclass_student(student, tmp_path, "codes")
+    with pytest.raises(OptionError, match="give it a dataset"):
+        save_subclass_student(student, tmp_path, "classes")
+    with pytest.raises(OptionError, match="too few"):
+        refit_classes(student, examples_for(TEXT, 4), data_collator=collate, show_progress=False)
+    with pytest.raises(OptionError, match="between 0 and 1"):
+        refit_classes(student, examples_for(TEXT, 40), data_collator=collate, held_out=1.0, show_progress=False)
+    with pytest.raises(OptionError, match="empty"):
+        refit_classes(student, [], data_collator=collate, show_progress=False)
+    assert with_class_logits(student).student is student
