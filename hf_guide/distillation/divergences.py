@@ -274,18 +274,23 @@ def _against_top_k(
     outcomes = scaled.gather(-1, indices).to(finest)
     has_tail = k < scaled.shape[-1]
     if has_tail:
-        rest = scaled.scatter(-1, indices, -math.inf)
-        log_rest = torch.logsumexp(rest, -1, keepdim=True)
-        nobody = log_rest == -math.inf
+        # One exponential of the row serves the tail's mass and its slope; with a temperature `scaled` is nobody else's.
+        rest = (
+            scaled.scatter(-1, indices, -math.inf) if temperature == 1.0 else scaled.scatter_(-1, indices, -math.inf)
+        )
+        most = rest.amax(-1, keepdim=True)
+        nobody = most == -math.inf
+        shares = torch.exp(rest.sub_(most.masked_fill(nobody, 0.0)), out=rest if slope is None else slope)
+        mass = shares.sum(-1, keepdim=True)
+        log_rest = mass.to(finest).log() + most.to(finest)
         log_tail = _log_tail(log_p, log_probs.dtype).masked_fill(nobody, -math.inf)
-        log_p, outcomes = torch.cat([log_p, log_tail], -1), torch.cat([outcomes, log_rest.to(finest)], -1)
+        log_p, outcomes = torch.cat([log_p, log_tail], -1), torch.cat([outcomes, log_rest], -1)
     coarse_slope = None if slope is None else torch.empty_like(outcomes)
     values = compare(distribution(log_p), distribution(outcomes), beta, coarse_slope)
     if slope is not None and coarse_slope is not None:
         coarse_slope = coarse_slope.to(slope.dtype)
         if has_tail:
-            torch.exp(rest.sub_(log_rest.masked_fill(nobody, 0.0)), out=slope)
-            slope.mul_(coarse_slope[:, k:])
+            slope.mul_((coarse_slope[:, k:] / mass).masked_fill(nobody, 0.0))
         slope.scatter_(-1, indices, coarse_slope[:, :k])
     return values
 

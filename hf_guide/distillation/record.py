@@ -25,7 +25,11 @@ _OF_TEACHER = "eval_teacher_"
 
 
 def make_record(
-    trainer: "DistillationTrainer", *, datasets: Sequence[str] = (), languages: Sequence[str] = ()
+    trainer: "DistillationTrainer",
+    *,
+    datasets: Sequence[str] = (),
+    evaluated_on: Sequence[str] = (),
+    languages: Sequence[str] = (),
 ) -> DistillationRecord:
     """Return what there is to tell of a run so far. The metrics are those of the last evaluation."""
     args, state = trainer.args, trainer.state
@@ -42,11 +46,14 @@ def make_record(
         student_parameters=student.num_parameters() if hasattr(student, "num_parameters") else None,
         task=_ON_THE_HUB[trainer.task],
         datasets=list(datasets),
+        evaluated_on=", ".join(evaluated_on) or None,
         languages=list(languages),
         steps=state.global_step,
         epochs=state.epoch,
         training=told_arguments(args),
-        metrics={name: value for name, value in found.items() if name not in of_teacher},
+        metrics={
+            name: value for name, value in found.items() if name not in of_teacher and not name.endswith("_weighted")
+        },
         teacher_metrics={of_teacher[name]: value for name, value in found.items() if name in of_teacher},
         history=[dict(entry) for entry in history],
     )

@@ -1,6 +1,7 @@
 """Teachers that run beside the student, and what they are heard to say of a batch."""
 
 import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -78,7 +79,7 @@ class LiveTeacher:
             return int(find_classifier(self.bare, self.task).in_features)
         return width_of_config(self.bare.config)
 
-    @property
+    @functools.cached_property
     def bare(self) -> Any:
         """The model without what wraps it."""
         return extract_model_from_parallel(self.model, keep_torch_compile=False)
@@ -119,7 +120,7 @@ class LiveTeacher:
         return Signals(
             target=target,
             hidden_states={layer: hidden_states_of(outputs)[layer] for layer in layers},
-            embedding=embedding_per_item(self.task, heard[-1], mask, inputs) if heard else None,
+            embedding=embedding_per_item(self.task, heard[-1], mask, inputs, self.bare.config) if heard else None,
             weight=self.weight,
         )
 

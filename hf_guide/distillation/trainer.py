@@ -92,6 +92,7 @@ class DistillationTrainer(Trainer):
             student = make_student(model, named, args.teacher_init_kwargs)  # type: ignore[arg-type]
         if peft_config is not None:
             student, model_init = _adapted(student, model_init, peft_config)
+        self._unwrapped: tuple[Any, Any] | None = None
         self.learning: Learning | None = None
         self._train_tally, self._eval_tally = Tally(), Tally()
         self._whole_logits = self._predicting = False
@@ -146,7 +147,10 @@ class DistillationTrainer(Trainer):
     # The student and what it learns
 
     def _bare(self, model: Any) -> Any:
-        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        """Return the student within its wrappers, looked for once: that walks over every module."""
+        if self._unwrapped is None or self._unwrapped[0] is not model:
+            self._unwrapped = (model, self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        return self._unwrapped[1]
 
     def _to_compare(self, teacher: LiveTeacher | CapturedTeacher) -> Any:
         """Return the model or capture that a teacher is; None where its weights are not whole in this process."""
@@ -315,7 +319,7 @@ class DistillationTrainer(Trainer):
         else:
             learned = self.learning.learn(
                 model,
-                self._bare(model),
+                self._bare(self.model),
                 batch,
                 lambda given: self._task_loss_sum(model, given, here, items, told),
                 measure=not training,
@@ -449,7 +453,7 @@ class DistillationTrainer(Trainer):
 
         The arguments are `Trainer`'s. What a card tells of the teacher, the task and the results is known here, so
         `finetuned_from` and `tasks` are not looked at; `dataset_tags` are ids on the Hub, `dataset` and `dataset_args` names
-        for people, taken where there are no ids. A card that is there keeps its own text.
+        for people. A card that is there keeps its own text.
         """
         if not self.is_world_process_zero():
             return
@@ -457,8 +461,8 @@ class DistillationTrainer(Trainer):
         if self.hub_model_id is not None:
             fetch_card(self.hub_model_id, folder, token=self.args.hub_token)
         publish_report(folder)
-        datasets = _list(dataset_tags) or _list(dataset) or _list(dataset_args)
-        record = make_record(self, datasets=datasets, languages=_list(language))
+        names = _list(dataset) or _list(dataset_args)
+        record = make_record(self, datasets=_list(dataset_tags), evaluated_on=names, languages=_list(language))
         save_record(folder, record)
         attach_record(self._bare(self.model), record)
         write_model_card(
