@@ -75,7 +75,7 @@ class Listener:
         fed = heard[-1] if heard else None
         if fed is not None and not task.is_per_token:
             everyone = torch.ones(len(fed), dtype=torch.bool, device=fed.device)
-            fed = embedding_per_item(task, fed, everyone, inputs)
+            fed = embedding_per_item(task, fed, everyone, inputs, bare.config)
         states = "decoder_hidden_states" if task is Task.SEQ2SEQ_LM else "hidden_states"
         return Heard(
             classes=outputs.logits.shape[-1],

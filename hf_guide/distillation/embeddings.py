@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,52 +13,127 @@ from transformers import PreTrainedModel
 from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.errors import TaskError
 
+_SAID: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
+"""What users said is the classifier of a model."""
+
+
+@dataclass(frozen=True)
+class AveragedHeads:
+    """Linear layers whose mean is the logits, as one layer that is fed what they are fed, end to end."""
+
+    heads: tuple[Any, ...]
+
+    @property
+    def in_features(self) -> int:
+        """How many numbers all of them are fed."""
+        return sum(head.in_features for head in self.heads)
+
+    @property
+    def out_features(self) -> int:
+        """The number of classes."""
+        return int(self.heads[0].out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (classes, in_features) of what they are together."""
+        return torch.cat([head.weight for head in self.heads], 1) / len(self.heads)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias (classes,) of what they are together."""
+        found = [head.bias for head in self.heads if head.bias is not None]
+        return torch.stack(found).sum(0) / len(self.heads) if found else None
+
+
+def set_classifier(model: PreTrainedModel, classifier: "nn.Module | str") -> nn.Module:
+    """Say which layer makes a model's logits, where `find_classifier` does not find it; return the layer.
+
+    Args:
+        model: what the layer is a part of; it is remembered as long as this object lives.
+        classifier: the layer, or its name in the model.
+
+    Raises:
+        TaskError: the model has no such layer.
+    """
+    bare = without_adapter(model)
+    parts = dict(bare.named_modules())
+    found = parts.get(classifier) if isinstance(classifier, str) else classifier
+    if found is None or not any(each is found for each in parts.values()):
+        raise TaskError(f"{type(bare).__name__} has no layer {classifier!r}; name one of its modules.")
+    _SAID[bare] = found
+    return found
+
 
 def find_classifier(model: PreTrainedModel, task: Task) -> Any:
-    """Return the linear layer that makes the logits.
+    """Return the linear layer that makes the logits, or the one that `set_classifier` was told.
 
     Raises:
         TaskError: there is none, or it cannot be told.
     """
     bare = without_adapter(model)
+    if bare in _SAID:
+        return _SAID[bare]
     if task.is_language_model:
         found = bare.get_output_embeddings()
         if found is None:
             raise TaskError(f"{type(bare).__name__} has no output embeddings whose input could be its embedding.")
         return found
     inside = {id(module) for module in bare.base_model.modules()} if bare.base_model is not bare else set()
-    linear = [
-        module
-        for module in bare.modules()
-        if id(module) not in inside and getattr(module, "out_features", None) == bare.config.num_labels
+    named = [
+        (name, module)
+        for name, module in bare.named_modules()
+        if getattr(module, "out_features", None) == bare.config.num_labels
     ]
+    # Of an adapter around the layer, not what it is made of.
+    named = [each for each in named if not any(each[0].startswith(f"{name}.") for name, _ in named)]
+    # A few make their logits in the base model already (Perceiver).
+    linear = [each for each in named if id(each[1]) not in inside] or named
     if not linear:
         raise TaskError(
-            f"{type(bare).__name__} has no linear layer with its {bare.config.num_labels} classes after its base model, so "
-            "its embedding is not known. Leave the term 'embedding' out."
+            f"{type(bare).__name__} has no linear layer with its {bare.config.num_labels} classes, so its embedding is not "
+            "known. Name the layer with hf_guide.distillation.embeddings.set_classifier, or do without the embedding."
         )
-    return linear[-1]
+    # Image models that were distilled from a token of their own (DeiT, LeViT, SwiftFormer) give the mean of two heads.
+    if len(linear) > 1 and "dist" in linear[-1][0]:
+        return AveragedHeads((linear[-2][1], linear[-1][1]))
+    return linear[-1][1]
 
 
 @contextmanager
-def heard_embeddings(classifier: nn.Module) -> Iterator[list[Tensor]]:
+def heard_embeddings(classifier: "nn.Module | AveragedHeads") -> Iterator[list[Tensor]]:
     """Collect what `classifier` is fed within: one tensor a call, with gradient where there is one."""
     heard: list[Tensor] = []
-    handle = classifier.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    heads = classifier.heads if isinstance(classifier, AveragedHeads) else (classifier,)
+    parts: list[Tensor] = []
+
+    def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        parts.append(inputs[0])
+        if len(parts) == len(heads):
+            heard.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+            parts.clear()
+
+    handles = [head.register_forward_pre_hook(hear) for head in heads]
     try:
         yield heard
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def embedding_per_item(task: Task, heard: Tensor, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+def embedding_per_item(
+    task: Task, heard: Tensor, mask: Tensor, inputs: Mapping[str, Any], config: Any = None
+) -> Tensor:
     """Return one vector an item, (items, width), of what the classifier was fed.
 
-    A decoder's classifier is fed every place, of which the last that attention sees decides, as in Transformers.
+    A decoder's classifier is fed every place, of which the last that attention sees decides, as in Transformers; where the
+    model's `config` says that logits are averaged (`classifier_pooling="late"`), so are embeddings.
     """
     if task.is_per_token or heard.ndim == 2:
         return heard[mask]
     seen = inputs.get("attention_mask")
+    if getattr(config, "classifier_pooling", None) == "late":
+        shares = torch.ones_like(heard[..., 0]) if seen is None else seen.to(heard)
+        return ((heard * shares[..., None]).sum(1) / shares.sum(1, keepdim=True))[mask]
     if isinstance(seen, Tensor) and seen.shape == heard.shape[:2]:
         last = (torch.arange(seen.shape[1], device=seen.device) * (seen != 0)).argmax(-1)
     else:

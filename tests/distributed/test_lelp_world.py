@@ -1,0 +1,36 @@
+"""Several processes fit the projector that one does."""
+
+import torch
+
+from hf_guide import SubclassProjector, fit_subclasses
+from tests.distillation.capturing import Pad
+from tests.distributed.worlds import run_world
+from tests.lelp.test_fitting import arrays, examples, teacher_of
+
+RUNS = [("lelp", False), ("lelp", True), ("kmeans", False), ("labels", False)]
+
+
+def test_two_processes_fit_the_projector_of_one(tmp_path):
+    found = run_world("lelp.py", 2, {"runs": RUNS, "folder": str(tmp_path)}, tmp_path)
+    assert found["world_size"] == 2 and all(found["alike"].values())
+    assert "label of example 9 is 9" in found["errors"][1]
+    assert found["errors"][0].startswith("Process 1 found: The label of example 9 is 9")
+    teacher = teacher_of()
+    rows = [row | {"fine": 2 * (number % 3) + number % 2} for number, row in enumerate(examples())]
+    said = arrays(teacher, rows)
+    for splitter, capture in RUNS:
+        one = fit_subclasses(
+            teacher,
+            rows,
+            4,
+            splitter=splitter,
+            subclass_label_column="fine",
+            data_collator=Pad(),
+            batch_size=9,
+            show_progress=False,
+        )
+        two = SubclassProjector.from_pretrained(tmp_path / f"{splitter}-{capture}")
+        fine = torch.tensor([row["fine"] for row in rows]) if splitter == "labels" else None
+        mine, theirs = (each.transform(said.embeddings.double(), said.logits, fine) for each in (one, two))
+        # Alone, the same batches give the same bits, and only the order of the sums differs.
+        assert (mine - theirs).abs().max() < (1e-9 if not capture else 1e-5)

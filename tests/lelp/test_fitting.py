@@ -1,0 +1,363 @@
+"""A projector made of a model and a dataset is the one made of their arrays, however these are come by."""
+
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from torch import nn
+
+from hf_guide import (
+    Capture,
+    OptionError,
+    SubclassError,
+    SubclassProjector,
+    capture_teacher,
+    fit_subclasses,
+)
+from hf_guide.distillation.capture_signals import Listener
+from hf_guide.distillation.embeddings import find_classifier
+from hf_guide.distillation.tasks import task_of
+from hf_guide.errors import CaptureError, TaskError
+from hf_guide.lelp.reading import linear_weight
+from hf_guide.lelp.splitters import known_splitters
+from tests.distillation.capturing import Pad
+from tests.tiny import KINDS, SIZES, Kind
+
+COUNT = 90
+TEXT = KINDS["bert classifier"]
+KINDS_HERE = {
+    "bert": TEXT,
+    "llama": Kind("LlamaForSequenceClassification", "", SIZES | {"num_labels": 3, "num_key_value_heads": 2}, {}),
+    "vit": Kind("ViTForImageClassification", "", {**KINDS["vit"].config, "num_labels": 3}, {}, "images"),
+}
+
+
+def examples(kind: str = "bert", count: int = COUNT, *, labelled: bool = True) -> list[dict]:
+    draw = torch.Generator().manual_seed(2)
+    found = []
+    for number in range(count):
+        if kind == "vit":
+            example = {"pixel_values": torch.randn(3, 16, 16, generator=draw)}
+        else:
+            length = int(torch.randint(3, 12, (1,), generator=draw))
+            example = {"input_ids": torch.randint(3, 96, (length,), generator=draw).tolist()}
+        found.append(example | ({"label": number % 3} if labelled else {}))
+    return found
+
+
+def collator(kind: str):
+    return None if kind == "vit" else Pad()
+
+
+def teacher_of(kind: str = "bert"):
+    teacher = KINDS_HERE[kind].teacher()
+    if kind == "llama":
+        teacher.config.pad_token_id = 0
+    return teacher
+
+
+def arrays(teacher, dataset) -> SimpleNamespace:
+    """What a teacher says of each example, one by one."""
+    listener = Listener(teacher, task_of(teacher))
+    said = []
+    for example in dataset:
+        inputs = {
+            name: torch.as_tensor(value)[None] for name, value in example.items() if name.startswith(("in", "pi"))
+        }
+        said.append(listener.hear(inputs, embedding=True))
+    return SimpleNamespace(
+        embeddings=torch.cat([each.embedding for each in said]).clone(),
+        logits=torch.cat([each.logits for each in said]).clone(),
+        weight=find_classifier(teacher, task_of(teacher)).weight.detach(),
+    )
+
+
+def balanced(teacher, rows):
+    """A teacher that says each class about as often."""
+    with torch.no_grad():
+        teacher.classifier.weight.mul_(20)
+        teacher.classifier.bias.sub_(arrays(teacher, rows).logits.mean(0))
+    return teacher
+
+
+def assert_same(found: SubclassProjector, expected: SubclassProjector, said: SimpleNamespace, tolerance=1e-4) -> None:
+    one, other = (each.transform(said.embeddings, said.logits) for each in (found, expected))
+    assert (one - other).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("kind", KINDS_HERE)
+def test_a_model_and_a_dataset_give_what_their_arrays_give(kind):
+    teacher, dataset = teacher_of(kind), examples(kind)
+    teacher.train()
+    found = fit_subclasses(
+        teacher, dataset, 4, data_collator=collator(kind), batch_size=7, temperature=2.0, seed=3, show_progress=False
+    )
+    assert teacher.training, "the teacher's mode was not restored"
+    said = arrays(teacher.eval(), dataset)
+    labels = [example["label"] for example in dataset]
+    expected = SubclassProjector.fit(said.embeddings, labels, said.weight, 4, temperature=2.0, seed=3)
+    assert_same(found, expected, said)
+    assert found.id2label == teacher.config.id2label and found.counts.tolist() == [30, 30, 30]
+    found.check_teacher(teacher)
+    with torch.no_grad():
+        next(teacher.parameters()).add_(1)
+    with pytest.raises(SubclassError, match="is of another teacher"):
+        found.check_teacher(teacher)
+
+
+def test_streams_and_datasets_of_the_hub_are_read_alike(tmp_path):
+    teacher, rows = teacher_of(), examples()
+    expected = fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False)
+    mapped = datasets.Dataset.from_list(rows)
+    said = arrays(teacher, rows)
+    for dataset in (mapped, mapped.to_iterable_dataset(), iter(rows)):
+        assert_same(fit_subclasses(teacher, dataset, 4, data_collator=Pad(), show_progress=False), expected, said)
+    teacher.save_pretrained(tmp_path)
+    assert_same(fit_subclasses(tmp_path, mapped, 4, data_collator=Pad(), show_progress=False), expected, said)
+
+
+def test_columns_that_the_teacher_does_not_take_do_no_harm():
+    teacher, rows = teacher_of(), examples()
+    expected = fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False)
+    beside = [row | {"text": "words", "id": number} for number, row in enumerate(rows)]
+    found = fit_subclasses(teacher, beside, 4, data_collator=Pad(), show_progress=False)
+    assert torch.equal(found.eigenvalues, expected.eigenvalues)
+
+    def from_raw(features):
+        return Pad()([{"input_ids": [int(token) for token in each["text"].split()]} for each in features])
+
+    raw = [{"text": " ".join(map(str, row["input_ids"])), "label": row["label"]} for row in rows]
+    found = fit_subclasses(teacher, raw, 4, data_collator=from_raw, show_progress=False)
+    assert torch.equal(found.eigenvalues, expected.eigenvalues)
+
+
+def test_examples_without_labels_are_grouped_by_the_teachers_own_class():
+    rows = examples(labelled=False, count=300)
+    teacher = balanced(teacher_of(), rows)
+    said = arrays(teacher, rows)
+    own = said.logits.argmax(1)
+    assert own.bincount(minlength=3).min() > 4, "the test needs a teacher that says each class"
+    found = fit_subclasses(teacher, rows, 3, data_collator=Pad(), show_progress=False)
+    assert found.counts.tolist() == own.bincount(minlength=3).tolist()
+    some = [row | {"label": number % 3 if number % 2 else None} for number, row in enumerate(rows)]
+    mixed = fit_subclasses(teacher, some, 3, data_collator=Pad(), show_progress=False)
+    labels = torch.where(torch.arange(300) % 2 == 1, torch.arange(300) % 3, own)
+    assert mixed.counts.tolist() == labels.bincount(minlength=3).tolist()
+
+
+def test_labels_are_aligned_by_name_where_they_have_names():
+    teacher = teacher_of()  # good, bad, neither
+    rows = examples()
+    expected = fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False)
+    names = ["neither", "good", "bad"]
+    as_text = [row | {"label": teacher.config.id2label[row["label"]].upper()} for row in rows]
+    numbered = [row | {"label": names.index(teacher.config.id2label[row["label"]])} for row in rows]
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int64")), "label": datasets.ClassLabel(names=names)}
+    )
+    for dataset in (as_text, datasets.Dataset.from_list(numbered, features=features)):
+        found = fit_subclasses(teacher, dataset, 4, data_collator=Pad(), show_progress=False)
+        assert torch.equal(found.eigenvalues, expected.eigenvalues)
+    with pytest.raises(SubclassError, match="'ugly' in 'label' is none of the teacher's classes"):
+        fit_subclasses(teacher, [rows[0] | {"label": "ugly"}], 4, data_collator=Pad(), show_progress=False)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_a_capture_does_in_the_teachers_place(kind, tmp_path):
+    teacher, rows = balanced(teacher_of(kind), examples(kind)), examples(kind)
+    options = {"data_collator": collator(kind), "show_progress": False}
+    expected = fit_subclasses(teacher, rows, 4, **options)
+    said, labels = arrays(teacher, rows), [row["label"] for row in rows]
+    capture = capture_teacher(
+        teacher, rows, tmp_path / "c", config={"embedding": True, "hidden_dtype": "float32"}, **options
+    )
+    assert_same(fit_subclasses(teacher, rows, 4, capture=capture, **options), expected, said)
+    alone = fit_subclasses(Capture.open(tmp_path / "c"), rows, 4, **options)
+    assert alone.teacher_fingerprint == expected.teacher_fingerprint and alone.id2label == expected.id2label
+    # The classifier told from the data: what it would say of what never occurs is not to be had.
+    axes = torch.linalg.svd(said.embeddings.double() - said.embeddings.double().mean(0), full_matrices=False)
+    hull = axes.Vh[axes.S > 1e-3 * axes.S[0]]
+    inside = said.weight.double() @ hull.T @ hull
+    assert len(hull) == (48 if kind == "bert" else 47)
+    assert_same(alone, SubclassProjector.fit(said.embeddings, labels, inside, 4), said, 1e-3)
+    by_name = fit_subclasses(str(tmp_path / "c"), rows[::-1], 4, **options)
+    assert_same(by_name, alone, said)
+    known = fit_subclasses(capture, rows, 4, classifier_weight=said.weight, **options)
+    assert_same(known, expected, said)
+    alone.check_teacher(capture)
+    whole = fit_subclasses(capture, num_subclasses=2, show_progress=False)
+    assert whole.counts.tolist() == said.logits.argmax(1).bincount(minlength=3).tolist()
+
+
+def test_a_folder_keeps_what_the_teacher_says_so_that_it_is_asked_once(tmp_path):
+    teacher, rows = teacher_of(), examples()
+    options = {"data_collator": Pad(), "show_progress": False, "capture": tmp_path / "c"}
+    first = fit_subclasses(teacher, rows, 4, **options)
+    assert_same(
+        first, fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False), arrays(teacher, rows)
+    )
+    calls = []
+    handle = teacher.register_forward_hook(lambda *_: calls.append(1))
+    again = fit_subclasses(teacher, rows, 2, **options)
+    handle.remove()
+    assert len(calls) <= 2, "more than what shows the shapes"
+    assert torch.equal(again.eigenvalues, first.eigenvalues)
+
+
+def test_the_classifier_may_be_named_or_its_weight_given():
+    class Odd(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden):
+            return self.inner(hidden)
+
+    teacher, rows = teacher_of(), examples()
+    options = {"data_collator": Pad(), "show_progress": False}
+    expected = fit_subclasses(teacher, rows, 4, **options)
+    teacher.classifier = Odd(teacher.classifier)
+    named = fit_subclasses(teacher, rows, 4, classifier="classifier.inner", **options)
+    assert torch.equal(named.scores.directions, expected.scores.directions)
+    weight = teacher.classifier.inner.weight
+    given = fit_subclasses(teacher, rows, 4, classifier_weight=weight, **options)
+    assert torch.equal(given.scores.directions, expected.scores.directions)
+    with pytest.raises(TaskError, match="has no layer 'nothing'"):
+        fit_subclasses(teacher, rows, 4, classifier="nothing", **options)
+    with pytest.raises(SubclassError, match="weight has 48 rows; the teacher has 3 classes"):
+        fit_subclasses(teacher, rows, 4, classifier=teacher.bert.pooler.dense, **options)
+    teacher.classifier.forward = lambda hidden: teacher.classifier.inner(hidden).tanh()
+    with pytest.raises(SubclassError, match="are not those of the layer"):
+        fit_subclasses(teacher, rows, 4, classifier="classifier.inner", **options)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
+def test_an_adapter_on_the_classifier_counts():
+    peft = pytest.importorskip("peft")
+    teacher, rows = teacher_of(), examples()
+    adapted = peft.get_peft_model(
+        teacher, peft.LoraConfig(target_modules=["classifier", "query"], r=2, init_lora_weights=False)
+    ).eval()
+    found = fit_subclasses(adapted, rows, 4, data_collator=Pad(), show_progress=False)
+    said = arrays(adapted, rows)
+    merged = linear_weight(find_classifier(adapted, task_of(adapted)))
+    assert (merged - said.weight).abs().max() > 1e-3, "the adapter does nothing"
+    labels = [row["label"] for row in rows]
+    assert_same(found, SubclassProjector.fit(said.embeddings, labels, merged, 4), said)
+
+
+@pytest.mark.parametrize("splitter", [name for name in known_splitters() if not name.startswith("test-")])
+def test_every_splitter_takes_a_model(splitter):
+    rows = [row | {"fine": 2 * (number % 3) + number % 2} for number, row in enumerate(examples())]
+    found = fit_subclasses(
+        teacher_of(),
+        rows,
+        2,
+        splitter=splitter,
+        subclass_label_column="fine",
+        data_collator=Pad(),
+        show_progress=False,
+    )
+    assert found.splitter == splitter and found.num_subclasses == 2
+
+
+ARCHITECTURES = [
+    ("BertForSequenceClassification", SIZES),
+    ("RobertaForSequenceClassification", SIZES),
+    (
+        "DistilBertForSequenceClassification",
+        {"vocab_size": 96, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4},
+    ),
+    ("ElectraForSequenceClassification", SIZES),
+    ("DebertaV2ForSequenceClassification", SIZES),
+    ("ModernBertForSequenceClassification", SIZES | {"pad_token_id": 0}),
+    ("EuroBertForSequenceClassification", SIZES | {"classifier_pooling": "late", "num_key_value_heads": 2}),
+    ("GPT2ForSequenceClassification", {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+    ("LlamaForSequenceClassification", SIZES | {"num_key_value_heads": 2}),
+    ("XLNetForSequenceClassification", {"vocab_size": 96, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    (
+        "BartForSequenceClassification",
+        {"vocab_size": 96, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+        | {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+    ),
+    (
+        "T5ForSequenceClassification",
+        {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        | {"decoder_start_token_id": 0},
+    ),
+    ("ViTForImageClassification", KINDS["vit"].config),
+    ("DeiTForImageClassificationWithTeacher", KINDS["vit"].config),
+    (
+        "SwinForImageClassification",
+        {"image_size": 32, "embed_dim": 16, "window_size": 4, "depths": [1, 1], "num_heads": [2, 2]},
+    ),
+    ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}),
+    ("ConvNextForImageClassification", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}),
+    ("MobileNetV2ForImageClassification", {"depth_multiplier": 0.35}),
+    (
+        "LevitForImageClassificationWithTeacher",
+        {"image_size": 32, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2] * 3, "depths": [1] * 3}
+        | {"key_dim": [8] * 3},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"), ARCHITECTURES, ids=lambda given: given if isinstance(given, str) else ""
+)
+def test_what_the_classifier_is_fed_is_found(model_class, config):
+    special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1} if "Sequence" in model_class else {}
+    kind = Kind(model_class, "", {**special, **config, "num_labels": 3}, {})
+    teacher = kind.teacher()
+    batch: dict[str, torch.Tensor]
+    if special:
+        ids = torch.randint(3, 90, (4, 10))
+        mask = torch.ones_like(ids)
+        ids[:, -1] = 2
+        ids[1, 7:], ids[1, 6], mask[1, 7:] = 0, 2, 0
+        batch = {"input_ids": ids, "attention_mask": mask}
+    else:
+        size = getattr(teacher.config, "image_size", 32)
+        batch = {"pixel_values": torch.randn(4, 3, size, size)}
+    task = task_of(teacher)
+    heard = Listener(teacher, task).hear(batch, embedding=True)
+    classifier = find_classifier(teacher, task)
+    weight = linear_weight(classifier)
+    assert weight.shape == (3, classifier.in_features) and heard.embedding.shape == (4, classifier.in_features)
+    left = heard.logits.double() - heard.embedding.double() @ weight.T
+    assert left.std(0).max() < 1e-4 * heard.logits.std(0).max() + 1e-5, "the logits are not linear in it"
+
+
+def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
+    teacher, rows = teacher_of(), examples()
+    options = {"data_collator": Pad(), "show_progress": False}
+    without = capture_teacher(teacher, rows, tmp_path / "c", **options)
+    for given, error, message in (
+        ({"capture": without}, CaptureError, "holds no embeddings"),
+        ({"num_subclasses": 0}, OptionError, "num_subclasses is a whole number"),
+        ({"num_subclasses": 60}, SubclassError, "48 wide have no room for 60 directions"),
+        ({"num_subclasses": 31}, SubclassError, "has 30 examples; 31 subclasses need"),
+        ({"splitter": "lepl"}, OptionError, "Did you mean 'lelp'"),
+        ({"label_column": "sentiment"}, OptionError, "label_column='sentiment' is not in the dataset"),
+        ({"splitter": "labels", "subclass_label_column": "fine"}, OptionError, "'fine' is not in the dataset"),
+        ({"splitter": "labels"}, SubclassError, "needs one finer label"),
+        ({"classifier_weight": torch.randn(2, 48)}, SubclassError, "has 2 rows; the teacher has 3 classes"),
+        ({"dataset": []}, OptionError, "dataset is empty"),
+        ({"dataset": None}, OptionError, "needs a dataset"),
+        ({"dataset": [row | {"label": 7} for row in rows]}, SubclassError, "label of example 0 is 7"),
+        ({"dataset": [row | {"label": 0.5} for row in rows]}, SubclassError, "whole numbers or names"),
+        ({"teacher": KINDS["bert"].teacher()}, TaskError, "classifiers of sequences or images"),
+        ({"teacher": TEXT.teacher(num_labels=1, id2label=None, label2id=None)}, SubclassError, "single output"),
+        ({"teacher": 5}, OptionError, "not a int"),
+        ({"teacher": without, "capture": without}, OptionError, "a capture already"),
+    ):
+        with pytest.raises(error, match=message):
+            fit_subclasses(**({"teacher": teacher, "dataset": rows, "num_subclasses": 4} | options | given))
+    with torch.no_grad():
+        teacher.classifier.bias[1] = torch.nan
+    with pytest.raises(SubclassError, match="logits of example 0"):
+        fit_subclasses(teacher, examples(labelled=False), 4, classifier_weight=torch.randn(3, 48), **options)
+    teacher.bert.pooler.dense.bias.data[0] = torch.nan
+    with pytest.raises(SubclassError, match="embedding of example 0"):
+        fit_subclasses(teacher, rows, 4, classifier_weight=torch.randn(3, 48), **options)

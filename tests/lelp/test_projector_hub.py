@@ -1,0 +1,51 @@
+"""A projector goes to the Hub and comes back, beside what else is there."""
+
+import dataclasses
+
+import pytest
+
+from hf_guide.lelp.projector import CONFIG_NAME, WEIGHTS_NAME
+from tests.lelp.clouds import cloud
+from tests.lelp.test_projector import fit
+from tests.stand_in_hub import stand_in_hub
+from tests.tiny import run_python
+
+PUSH = """
+    import sys, torch
+    from hf_guide import SubclassProjector
+    from tests.lelp.clouds import cloud
+    projector = SubclassProjector.from_pretrained(sys.argv[1])
+    told = projector.push_to_hub("me/projector", private=True, commit_message="Directions", token="hf_test")
+    print(told.oid)
+    projector.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="me/again", token="hf_test")
+    loaded = SubclassProjector.from_pretrained("me/projector", token="hf_test", cache_dir=sys.argv[2])
+    data = cloud()
+    assert torch.equal(
+        loaded.transform(data.embeddings, data.logits), projector.transform(data.embeddings, data.logits)
+    )
+    print(loaded.teacher)
+"""
+
+
+def test_it_is_pushed_and_loaded_by_its_id(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    projector = dataclasses.replace(fit(cloud()), teacher=str(tmp_path / "teacher"))
+    projector.save_pretrained(tmp_path / "mine")
+    with stand_in_hub() as hub:
+        hub.repositories["me/projector"] = {"model.safetensors": b"a student's"}
+        printed = run_python(PUSH, tmp_path / "mine", tmp_path / "other", HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0")
+        assert {"model.safetensors", CONFIG_NAME, WEIGHTS_NAME} == set(hub.repositories["me/projector"])
+        assert {CONFIG_NAME, WEIGHTS_NAME} <= set(hub.repositories["me/again"])
+        assert "me/projector" in hub.private
+        assert ("me/projector", "Directions") in hub.commits
+        assert str(tmp_path).encode() not in hub.repositories["me/projector"][CONFIG_NAME], "a path of this machine"
+    assert printed.split() == ["0" * 40, "teacher"]
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with stand_in_hub() as hub, pytest.raises(AssertionError, match="RepositoryNotFoundError|404"):
+        run_python(
+            "from hf_guide import SubclassProjector; SubclassProjector.from_pretrained('me/nothing')",
+            HF_ENDPOINT=hub.endpoint,
+            HF_HUB_OFFLINE="0",
+        )
