@@ -12,11 +12,14 @@ import numpy
 import torch
 from lelp_data import Labelled
 from lelp_models import Batches, Classifier, Signals
+from sklearn.decomposition import FastICA
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from hf_guide import SubclassProjector
 from hf_guide.distillation.divergences import Dense, divergence, dkd
+from hf_guide.lelp.scores import Affine
+from hf_guide.lelp.splitters import Evidence, register_splitter
 
 Settings = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -36,9 +39,33 @@ SPLITTERS = {
     "lelp-early": "lelp",
     "lelp-predictable": "lelp",
     "lelp-halfway": "lelp",
+    # Independent components in place of principal ones, each with its own direction and no rotation.
+    "ica": "independent",
+    "ica-stable": "independent",
+    "ica-predictable": "independent",
 }
 ORACLES = ("oracle", "oracle-read")
 ARMS = ("ce", "kd", "dkd", "embedding", *ORACLES, *SPLITTERS)
+
+
+def split_by_independence(evidence: Evidence) -> Affine:
+    """Split along the independent components (FastICA) of each class's directions of largest variance."""
+    if evidence.sample is None:
+        raise ValueError("Independent components need examples.")
+    directions, offsets = [], []
+    for number, mean in enumerate(evidence.moments.means):
+        _, vectors = torch.linalg.eigh(evidence.covariance(number))
+        basis = evidence.unseen(vectors.flip(1)[:, : evidence.num_subclasses].T).T
+        scores = (evidence.sample.rows[number] - mean) @ basis
+        found = FastICA(whiten="unit-variance", random_state=evidence.seed, max_iter=500, tol=1e-3).fit(scores.numpy())
+        turn = torch.from_numpy(found.components_.T)
+        turn = turn * (scores @ turn).pow(3).mean(0).sign() / (scores @ turn).square().mean().sqrt()
+        directions.append(basis @ turn)
+        offsets.append(-mean @ directions[-1])
+    return Affine(torch.stack(directions), torch.stack(offsets))
+
+
+register_splitter("independent", split_by_independence, needs_sample=True)
 
 
 @dataclass(frozen=True)
@@ -111,16 +138,17 @@ def embeddings_for(arm: str, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tup
 
     `lelp-unseen` fits on examples that the student is not trained on. `lelp-early` splits the pooled states of a layer
     half-way, with a linear classifier of their own; `lelp-halfway` lays those beside the embeddings, each to unit
-    variance. `lelp-stable` and `lelp-predictable` keep the embeddings but measure them by what is noise in them: the
-    difference of two views of an example, or what an earlier layer does not foretell, made white, so that directions of
-    large variance are those that stand out of it.
+    variance. Those that end in `-stable` and `-predictable` keep the embeddings but measure them by what is noise in them:
+    the difference of two views of an example, or what a layer half-way does not foretell, made white, so that
+    directions of large variance are those that stand out of it.
     """
     signals, labels, weight = lesson.signals, lesson.data.labels, lesson.weight.double()
     own = signals.embeddings.double()
     if arm == "lelp-unseen":
         return (own, weight), (lesson.others[0].embeddings.double(), lesson.others[1].labels)
-    if arm in ("lelp-stable", "lelp-predictable"):
-        noise = own - signals.views.double() if arm == "lelp-stable" else _not_foretold(signals.early.double(), own)
+    if arm.endswith(("-stable", "-predictable")):
+        of_views = arm.endswith("-stable")
+        noise = own - signals.views.double() if of_views else _not_foretold(signals.early.double(), own)
         metric = whitener(noise)
         moved = own @ metric
         return (moved, weight @ torch.linalg.inv(metric)), (moved, labels)
