@@ -56,6 +56,7 @@ def test_gradient_checkpointing_leaves_gradients_as_they_are(tmp_path: Path) -> 
     assert (plain - saved).norm() < 1e-5 * plain.norm()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.slow
 def test_compiled_students_and_teachers_have_the_same_gradients(tmp_path: Path) -> None:
     plain = gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5})
