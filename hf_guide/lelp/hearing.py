@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
 from hf_guide.distillation.tasks import IGNORED, task_of
 from hf_guide.errors import TaskError
+from hf_guide.lelp.reading import linear_weight
 
 PIXELS = 14
 
@@ -27,7 +28,7 @@ class Heard:
         logits: (N, C).
         features: (N, F): pixels made coarse, or the mean of a text's input embeddings.
         labels: (N,), the teacher's own class where an example has no label.
-        classifier_weight: (C, D).
+        classifier_weight: (C, D), float64.
     """
 
     embeddings: Tensor
@@ -72,8 +73,8 @@ def hear(
         own = logits.argmax(-1)
         classes = own if labels is None else torch.where(labels == IGNORED, own, labels)
         found.append(tuple(each.cpu() for each in (embeddings, logits, _features(teacher, inputs), classes)))
-    weight = classifier.weight.detach().float().cpu()
-    return Heard(*(torch.cat(parts) for parts in zip(*found, strict=True)), classifier_weight=weight)
+    embeddings, logits, features, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Heard(embeddings, logits, features, classes, linear_weight(classifier))
 
 
 @torch.no_grad()

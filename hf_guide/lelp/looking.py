@@ -72,7 +72,7 @@ def look(
         SubclassError: the projector is of another teacher, or its teacher is not known.
         OptionError: a column that is not there.
     """
-    source = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    source: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     name = teacher or projector.teacher
     if not name:
         raise SubclassError("This projector does not say what its teacher is; name it with --teacher.")
