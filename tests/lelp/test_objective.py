@@ -283,3 +283,32 @@ def test_the_term_is_for_classes_that_exclude_each_other(tmp_path: Path) -> None
         DistillationTrainer(student, arguments(tmp_path, objective="ce"), collate)
     with pytest.raises(OptionError, match="'lelpp'.*Did you mean 'lelp'"):
         arguments(tmp_path, objective="lelpp")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
+def test_an_adapter_learns_subclasses(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    task = "sequence-classification"
+    examples = with_targets(examples_for(task, 8), some_targets(8))
+    adapter = LoraConfig(target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    trainer = DistillationTrainer(
+        student_of(task),
+        arguments(tmp_path, objective="lelp", max_steps=4, learning_rate=0.1),
+        collate,
+        examples,
+        examples,
+        peft_config=adapter,
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    assert trainer.evaluate()["eval_lelp"] < before["eval_lelp"]
+    assert trainer.predict(examples).predictions.shape == (8, CLASSES)
+
+
+def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
+    task = "sequence-classification"
+    examples = with_targets(examples_for(task, 8), some_targets(8))
+    exact = gradient_of(student_of(task), tmp_path, examples, objective={"ce": 0.5, "lelp": 0.5})
+    rounded = gradient_of(student_of(task), tmp_path, examples, objective={"ce": 0.5, "lelp": 0.5}, bf16=True)
+    assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()
