@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_guide.errors import OptionError, SubclassError
+from hf_guide.lelp.evidence import Evidence
 from hf_guide.lelp.moments import ClassMoments, collective_device, refuse_not_finite
 from hf_guide.lelp.sampling import ClassSample
-from hf_guide.lelp.splitters import Evidence, splitter_named
+from hf_guide.lelp.splitters import splitter_named
 
 UNLABELLED = (-1, -100)
 ROWS_AT_ONCE = 8192
@@ -85,6 +86,7 @@ class Gathering:
         Raises:
             SubclassError: too few examples in a class.
         """
+        self.moments.to_cpu()
         evidence = Evidence(
             self.moments,
             classifier_weight.to(self.moments.counts),

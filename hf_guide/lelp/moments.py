@@ -126,6 +126,11 @@ class ClassMoments:
         self._scatters, self._skews = scatters.to(home), skews.to(home)
         self.seen = int(total.sum())
 
+    def to_cpu(self) -> None:
+        """Bring the sums to the CPU, where what is made of them does not depend on an accelerator's eigenvectors."""
+        self._flush()
+        self._counts, self._means, self._scatters, self._skews = (part.cpu() for part in self._parts())
+
     def pooled(self) -> tuple[Tensor, Tensor]:
         """Return the covariance within classes (width, width) and the sum of all classes' skews (width,)."""
         return self.scatters.sum(0) / self.counts.sum().clamp(min=1), self.skews.sum(0)

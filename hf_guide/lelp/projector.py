@@ -6,7 +6,6 @@ the probability that the teacher gives it.
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import tempfile
@@ -16,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
 from hf_guide.distillation.captured import Capture
@@ -26,12 +23,9 @@ from hf_guide.distillation.fingerprints import weights_fingerprint
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.gathering import Gathering, as_tensor, check_whole, chunks
 from hf_guide.lelp.moments import refuse_not_finite
-from hf_guide.lelp.scores import FORMS, Scores
+from hf_guide.lelp.projector_files import read_projector, write_projector
+from hf_guide.lelp.scores import Scores
 from hf_guide.lelp.splitters import splitter_named
-
-CONFIG_NAME = "subclass_projector.json"
-WEIGHTS_NAME = "subclass_projector.safetensors"
-FORMAT = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,20 +268,10 @@ class SubclassProjector:
         Raises:
             NotADirectoryError: a file stands where the folder should be.
         """
-        folder = Path(save_directory)
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} is a file; name a folder to save the projector in.")
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"scores.{name}": tensor.contiguous() for name, tensor in self.scores.tensors().items()}
-        tensors |= {name: getattr(self, name).contiguous() for name in _STATISTICS}
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        entries: dict[str, Any] = {name: getattr(self, name) for name in _ENTRIES}
-        entries["id2label"] = {str(number): name for number, name in self.id2label.items()}
-        entries = {"format": FORMAT, "form": self.scores.form, **entries}
-        (folder / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+        paths = write_projector(self, save_directory)
         if push_to_hub:
-            self.push_to_hub(repo_id or folder.name, **push)
-        return [str(folder / CONFIG_NAME), str(folder / WEIGHTS_NAME)]
+            self.push_to_hub(repo_id or Path(save_directory).name, **push)
+        return paths
 
     @classmethod
     def from_pretrained(
@@ -305,24 +289,13 @@ class SubclassProjector:
             SubclassError: the files are not those of a projector, or damaged.
             OSError: there is no such folder, and the Hub does not have it.
         """
-        folder = Path(pretrained_model_name_or_path)
-        paths = []
-        for name in (CONFIG_NAME, WEIGHTS_NAME):
-            if not folder.is_dir():
-                found = hf_hub_download(
-                    os.fspath(pretrained_model_name_or_path),
-                    name,
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                )
-                paths.append(Path(found))
-            elif (folder / name).is_file():
-                paths.append(folder / name)
-            else:
-                raise SubclassError(f"{folder} has no {name}; it is no projector's folder, or not all of one.")
-        return cls._read(*paths)
+        where: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        return cls(**read_projector(pretrained_model_name_or_path, **where))
 
     def push_to_hub(
         self,
@@ -352,33 +325,6 @@ class SubclassProjector:
                 create_pr=create_pr,
             )
 
-    @classmethod
-    def _read(cls, config: Path, weights: Path) -> "SubclassProjector":
-        try:
-            entries = json.loads(config.read_text(encoding="utf-8"))
-            with safe_open(weights, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            form = FORMS[entries["form"]]
-            if entries["format"] != FORMAT:
-                raise SubclassError(f"{config} is of format {entries['format']}; this version reads format {FORMAT}.")
-            scores = form(**{each.name: tensors[f"scores.{each.name}"] for each in dataclasses.fields(form)})
-            found = cls(
-                scores=scores,
-                **{name: tensors[name] for name in _STATISTICS},
-                **{name: entries[name] for name in _ENTRIES},
-                id2label={int(number): name for number, name in entries["id2label"].items()},
-            )
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
-            raise SubclassError(
-                f"{config.parent} does not hold a whole projector: {type(error).__name__} {error}. Fetch or fit it again."
-            ) from error
-        expected = (found.num_classes, found.embedding_size)
-        if tuple(found.eigenvalues.shape) != expected or len(found.id2label) != found.num_classes:
-            raise SubclassError(
-                f"{weights} has tensors of other shapes than {config.name} says; fetch or fit it again."
-            )
-        return found
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "SubclassProjector":
         return dataclasses.replace(self, id2label=copy.copy(dict(self.id2label)))  # its tensors are never written to
 
@@ -388,20 +334,6 @@ class SubclassProjector:
             f"numbers, splitter={self.splitter!r}, temperature={self.temperature:g}, "
             f"subclass_temperature={self.subclass_temperature:g})"
         )
-
-
-_STATISTICS = ("counts", "eigenvalues", "variances")
-_ENTRIES = (
-    "num_classes",
-    "num_subclasses",
-    "embedding_size",
-    "temperature",
-    "subclass_temperature",
-    "splitter",
-    "seed",
-    "teacher",
-    "teacher_fingerprint",
-)
 
 
 def as_weight(classifier_weight: Any) -> Tensor:
