@@ -25,7 +25,8 @@ from hf_guide import DistillationTrainer, from_teacher, save_subclass_student
 from hf_guide.cards import load_record
 from hf_guide.distillation.subclasses import class_logits
 from hf_guide.errors import OptionError, TaskError
-from hf_guide.lelp.publishing import AGREEMENT, refit_classes, with_class_logits
+from hf_guide.lelp.publishing import with_class_logits
+from hf_guide.lelp.refitting import AGREEMENT, refit_classes
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments
 from tests.lelp.test_collator import NAMES, SUBCLASSES, teacher_of
