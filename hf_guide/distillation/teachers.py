@@ -230,19 +230,21 @@ def place_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator) -
 
 
 def _place_with_deepspeed(model: PreTrainedModel, accelerator: accelerate.Accelerator) -> tuple[PreTrainedModel, bool]:
-    import copy
-
+    """Shard a teacher where the student's weights are: ZeRO-3 alone shards them, other stages gradients and optimizers."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage != 3:
+        return model.to(accelerator.device), False
     import deepspeed
 
-    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
-    sharded = config["zero_optimization"]["stage"] == 3
-    if not sharded:  # only ZeRO-3 shards weights; the other stages are for optimizers
-        config["zero_optimization"] = {"stage": 0}
-    config.pop("optimizer", None)
-    config.pop("scheduler", None)
+    sharding = {"stage": 3}
+    if "offload_param" in plugin.deepspeed_config["zero_optimization"]:
+        sharding["offload_param"] = plugin.deepspeed_config["zero_optimization"]["offload_param"]
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sharding}
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        config[name] = {"enabled": model.dtype is dtype}
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    return engine, sharded
+    return engine, True
 
 
 def make_teachers(

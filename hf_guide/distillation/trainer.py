@@ -193,6 +193,8 @@ class DistillationTrainer(Trainer):
             return None
         if self.compute_loss_func is not None or self.label_smoother is not None:
             return None
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            return None  # ZeRO-3 does not gather the last norm for a backward pass that begins inside the head
         head = find_head(student)
         found = torch.tensor(float(head is not None), device=self.args.device)
         # Where only one process has the weights the others may not find it, and all must do the same.

@@ -28,6 +28,11 @@ class ShardedOnCpu(DistillationTrainer):
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a sharded tensor whole, on every process."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
@@ -46,7 +51,8 @@ def main() -> None:
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu="deepspeed"
+        not in given["arguments"],  # DeepSpeed finds the CPU by itself, Accelerate would leave it out
         seed=3,
         temperature=2.0,
         **given["arguments"],

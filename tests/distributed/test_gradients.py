@@ -8,6 +8,14 @@ import torch
 
 from tests.distributed.worlds import run_world
 
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
 
 def vector(found: dict[str, Any]) -> torch.Tensor:
     return torch.cat([torch.tensor(values) for _, values in sorted(found["gradients"].items())])
@@ -49,4 +57,17 @@ def test_sharded_students_and_teachers_have_the_same_gradients(tmp_path: Path) -
         found.append(run_world("gradients.py", processes, given, tmp_path))
     one, two = map(vector, found)
     assert found[1]["sharded"] == found[1]["teacher_sharded"] == "DTensor" and found[1]["inside_head"]
+    assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_leaves_gradients_as_they_are(stage: int, tmp_path: Path) -> None:
+    """One process: Accelerate counts but one with DeepSpeed on the CPU."""
+    pytest.importorskip("deepspeed")
+    found = []
+    for more in ({}, {"deepspeed": {"zero_optimization": {"stage": stage}, **DEEPSPEED}}):
+        arguments = {"objective": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8} | more
+        found.append(run_world("gradients.py", 1, {"task": "causal-lm", "arguments": arguments}, tmp_path))
+    one, two = map(vector, found)
+    assert found[1]["inside_head"] == (stage == 2)
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()

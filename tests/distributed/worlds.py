@@ -22,6 +22,9 @@ def run_world(
         "ACCELERATE_USE_CPU": "true",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if "deepspeed" in given.get("arguments", {}):
+        environment |= {"DS_ACCELERATOR": "cpu"}
+        del environment["ACCELERATE_USE_CPU"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         + [str(Path(__file__).with_name(script)), json.dumps(given)],
