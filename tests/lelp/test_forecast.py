@@ -44,19 +44,19 @@ def forecast(hidden, projector, **options):
 
 
 def test_one_subclass_a_class_gains_exactly_nothing(hidden):
-    found = forecast(hidden, projector_of(hidden, subclasses=1))
+    found = forecast(hidden, projector_of(hidden, subclasses=1), students=2)
     assert found.gain == found.gain_error == found.shuffled == found.predictability == 0
     assert not found.recommended and found.verdict == "no help expected"
 
 
 def test_subclasses_that_features_show_are_predictable_and_come_back(hidden):
-    found = forecast(hidden, projector_of(hidden))
+    found = forecast(hidden, projector_of(hidden), students=2)
     assert found.predictability > 0.5 and found.stability is not None and found.stability > 0.8
     assert "comes back" in found.summary() and f"{found.predictability:.0%}" in found.summary()
 
 
 def test_a_partition_that_has_nothing_to_do_with_the_data_is_not_recommended(hidden):
-    found = forecast(hidden, projector_of(hidden, "random-partition"))
+    found = forecast(hidden, projector_of(hidden, "random-partition"), students=4)
     assert found.predictability < 0.05 and found.stability is not None and found.stability < 0.05
     assert not found.recommended
 
