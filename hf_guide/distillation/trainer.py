@@ -16,6 +16,7 @@ from hf_guide.cards import save_record
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.captured import Capture, CapturedCollator
 from hf_guide.distillation.dividing import divides_by_items
+from hf_guide.distillation.given import adapted, check_arguments, source_of
 from hf_guide.distillation.heads import find_head
 from hf_guide.distillation.layers import pair_layers
 from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Batch, Learned, Learning
@@ -82,8 +83,8 @@ class DistillationTrainer(Trainer):
         peft_config: Any = None,
     ):
         args = DistillationArguments("tmp_trainer") if args is None else args
-        _check_arguments(args)
-        source = _source_of(teacher, args)
+        check_arguments(args)
+        source = source_of(teacher, args)
         if model is None and model_init is None and args.student is not None:
             model = dict(args.student)  # type: ignore[arg-type]  # parsed by now
         student: Any = model
@@ -91,7 +92,7 @@ class DistillationTrainer(Trainer):
             named = source.manifest.teacher if isinstance(source, Capture) else source
             student = make_student(model, named, args.teacher_init_kwargs)  # type: ignore[arg-type]
         if peft_config is not None:
-            student, model_init = _adapted(student, model_init, peft_config)
+            student, model_init = adapted(student, model_init, peft_config)
         self._unwrapped: tuple[Any, Any] | None = None
         self.learning: Learning | None = None
         self._train_tally, self._eval_tally = Tally(), Tally()
@@ -362,6 +363,8 @@ class DistillationTrainer(Trainer):
             return True
         if not self.model_accepts_loss_kwargs:
             return False
+        if self.args.world_size == self.args.gradient_accumulation_steps == 1:
+            return True  # its own batch is the whole batch
         if self._divides is None:
             self._divides = divides_by_items(model, inputs)
         return self._divides
@@ -494,42 +497,3 @@ class DistillationTrainer(Trainer):
 
 def _list(given: "str | list[str] | None") -> list[str]:
     return [given] if isinstance(given, str) else list(given or [])
-
-
-def _check_arguments(args: Any) -> None:
-    if not isinstance(args, DistillationArguments):
-        raise OptionError(
-            f"DistillationTrainer takes DistillationArguments, found {type(args).__name__}: they have its fields and more."
-        )
-    if args.use_liger_kernel:
-        raise OptionError(
-            "use_liger_kernel makes the student's task loss without logits, which leaves nothing to compare with the "
-            "teacher's. Leave it out: losses are computed over chunks of tokens here too."
-        )
-    if args.n_gpu > 1:
-        raise OptionError(
-            f"One process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel. Launch one process a GPU, with "
-            "`accelerate launch` or `torchrun`, or show the process one GPU with CUDA_VISIBLE_DEVICES."
-        )
-
-
-def _source_of(teacher: Any, args: DistillationArguments) -> Any:
-    """Return the one teacher, teachers or capture that is given."""
-    if teacher is not None and (args.teacher or args.capture):
-        raise OptionError(
-            "The teacher is given twice: to the trainer, and in args.teacher or args.capture. Give it once."
-        )
-    if teacher is None and args.capture:
-        return Capture.open(args.capture)
-    return args.teacher if teacher is None else teacher
-
-
-def _adapted(model: Any, model_init: Any, peft_config: Any) -> tuple[Any, Any]:
-    from peft import get_peft_model
-
-    if model is not None:
-        return get_peft_model(model, peft_config), None
-    takes_trial = model_init is not None and len(inspect.signature(model_init).parameters) > 0
-    if takes_trial:
-        return None, lambda trial: get_peft_model(model_init(trial), peft_config)
-    return None, lambda: get_peft_model(model_init(), peft_config)

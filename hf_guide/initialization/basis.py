@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_guide.errors import ShapeError, TeacherError
 
-ROWS_AT_ONCE = 2048
+ROWS_AT_ONCE = 512  # so many rows in float64 stay in the processor's cache while the panels walk over them
 PANEL = 256
 
 
@@ -125,7 +125,7 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
         spectrum, directions = _top_eigenvectors(moment, size)
         matrix = _fix_signs(directions)
     trace = spectrum.sum().item()
-    kept = (matrix * (moment @ matrix)).sum().item()
+    kept = (matrix * (moment @ matrix)).sum().item() if keep_mean else spectrum[:size].sum().item()
     return ResidualBasis(matrix, spectrum, min(1.0, kept / trace) if trace > 0 else 1.0)
 
 
