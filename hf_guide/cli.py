@@ -302,7 +302,7 @@ def _describe(report: "InitializationReport", folder: Path, args: argparse.Names
     from hf_guide.plots import plot_explained_variance
 
     write_model_card(folder, report, model_id=args.output.resolve().name, license=args.license)
-    if report.explained_variance:
+    if report.explained_variance and not (folder / PLOT_NAME).is_file():  # the card draws it where it can
         try:
             plot_explained_variance(report, folder / PLOT_NAME)
         except ImportError as error:

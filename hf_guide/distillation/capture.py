@@ -21,10 +21,10 @@ from hf_guide.distillation.capture_manifest import MANIFEST_NAME, CaptureManifes
 from hf_guide.distillation.capture_options import CaptureConfig
 from hf_guide.distillation.capture_run import Run
 from hf_guide.distillation.capture_signals import Listener, read_signals, resolve_layers
-from hf_guide.distillation.capture_teachers import load_teacher, unwrapped
+from hf_guide.distillation.capture_teachers import load_teacher
 from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from hf_guide.distillation.tasks import Task, task_of
+from hf_guide.distillation.tasks import Task, task_of, without_adapter
 from hf_guide.errors import CaptureError, OptionError
 
 
@@ -142,7 +142,7 @@ def describe(
             shapes[name] = [-1, *array.shape[1:]] if by_place else list(array.shape)
         elif name == "embedding":
             shapes[name] = list(array.shape)
-    bare = unwrapped(model)
+    bare = without_adapter(model)
     loaded_here = isinstance(teacher, (str, os.PathLike))
     name = os.fspath(teacher) if loaded_here else bare.config._name_or_path or type(bare).__name__
     return CaptureManifest(

@@ -12,8 +12,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_guide.distillation.capture_teachers import unwrapped
-from hf_guide.distillation.tasks import Task
+from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.errors import CaptureError
 
 _LABELS = ("label", "label_ids", "labels")
@@ -30,7 +29,7 @@ class Collate:
         processing_class: Any,
         drop: bool,
     ):
-        bare = unwrapped(model)
+        bare = without_adapter(model)
         self._known = {*inspect.signature(bare.forward).parameters, *_LABELS}
         self._drop = drop
         self._without_labels = data_collator is None and task is not Task.SEQ2SEQ_LM

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.errors import OptionError, did_you_mean, refuse_unknown_fields
 
 FLOATS = ("float16", "float32")
 
@@ -73,12 +73,7 @@ class CaptureConfig:
 
     def __new__(cls, *args: Any, **fields: Any) -> "CaptureConfig":
         """Refuse a keyword that is no field here, where the nearest field can still be named."""
-        for name in fields:
-            if name not in cls.__dataclass_fields__:
-                known = list(cls.__dataclass_fields__)
-                raise OptionError(
-                    f"{cls.__name__} has no {name!r}; expected some of {known}.{did_you_mean(name, known)}"
-                )
+        refuse_unknown_fields(cls, fields)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from hf_guide.distillation.capture_keys import token_places
 from hf_guide.distillation.capture_options import CaptureConfig
 from hf_guide.distillation.capture_storage import Arrays, pack_indices
-from hf_guide.distillation.capture_teachers import unwrapped
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
 from hf_guide.distillation.heads import find_head, without_logits
-from hf_guide.distillation.tasks import Task, add_decoder_inputs
+from hf_guide.distillation.layers import hidden_states_of
+from hf_guide.distillation.tasks import Task, add_decoder_inputs, without_adapter
 from hf_guide.errors import CaptureError, OptionError
 
 MAX_LOGITS = 2**24  # held at once in float32
@@ -55,7 +55,7 @@ class Listener:
     @torch.inference_mode()
     def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False) -> Heard:
         """Run the teacher on a collated batch, on its own device."""
-        bare, task = unwrapped(self.model), self.task
+        bare, task = without_adapter(self.model), self.task
         # Of a teacher that is spread, or offloaded, accelerate brings the input to where it is needed.
         device = next((each.device for each in self.model.parameters() if not each.is_meta), torch.device("cpu"))
         tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
@@ -76,12 +76,11 @@ class Listener:
         if fed is not None and not task.is_per_token:
             everyone = torch.ones(len(fed), dtype=torch.bool, device=fed.device)
             fed = embedding_per_item(task, fed, everyone, inputs, bare.config)
-        states = "decoder_hidden_states" if task is Task.SEQ2SEQ_LM else "hidden_states"
         return Heard(
             classes=outputs.logits.shape[-1],
             logits=outputs.logits,
             at=partial(self._logits_at, hidden[0] if hidden else outputs.logits),
-            layers=outputs[states] if hidden_states else (),
+            layers=hidden_states_of(outputs) if hidden_states else (),
             embedding=fed,
         )
 

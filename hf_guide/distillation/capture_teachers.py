@@ -80,11 +80,6 @@ def task_of_files(
     return task_of(model)
 
 
-def unwrapped(model: Any) -> Any:
-    """Return the model without the adapters around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _loader(config: Any, name: str, trust: bool) -> Any:
     architecture = (config.architectures or [""])[0]
     remote = [

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hf_guide.distillation.chunks import ChunkedLoss, Walk, dtype_of_linear
 from hf_guide.distillation.logit_transforms import logit_transforms
+from hf_guide.distillation.tasks import without_adapter
 from hf_guide.errors import HfGuideError
 
 logger = logging.get_logger(__name__)
@@ -77,7 +78,7 @@ def find_head(model: nn.Module) -> Head | None:
     None means that the model's whole logits must be taken: a LoRA on the head, router losses, logits cropped or masked,
     a head that is no plain linear layer, or a model that needs more than token ids (or Whisper's features) to run.
     """
-    bare: Any = _bare(model)
+    bare: Any = without_adapter(model)
     module: Any = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
     if hasattr(module, "modules_to_save") and module.active_adapters:  # PEFT trains a copy of the head in its place
         module = module.modules_to_save[module.active_adapters[0]]
@@ -100,10 +101,6 @@ def find_head(model: nn.Module) -> Head | None:
         except _REFUSALS as refusal:
             logger.info(f"The head of {type(bare).__name__} is not taken out of it: {refusal}")
             return None
-
-
-def _bare(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from hf_guide.distillation.divergences import Dense, TopK
 from hf_guide.distillation.layers import depth_of_config
 from hf_guide.distillation.objectives import Needs
 from hf_guide.distillation.tasks import Task
-from hf_guide.distillation.teachers import Signals
+from hf_guide.distillation.teachers import Signals, shared_logits
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
 from hf_guide.errors import CaptureError, TaskError
 
@@ -54,7 +54,7 @@ class CapturedTeacher:
         missing = []
         if Needs.LOGITS in needs:
             if "teacher_logits" in captured:
-                logits = self._shared(captured["teacher_logits"][mask])
+                logits = shared_logits(captured["teacher_logits"][mask], self.classes, self.order)
                 target = lambda rows: Dense(logits[rows])  # noqa: E731
             elif "teacher_indices" in captured:
                 kept = [captured[PREFIX + name][mask] for name in ("indices", "log_probs", "log_normalizer")]
@@ -73,11 +73,6 @@ class CapturedTeacher:
                 "again with them, or change the objective."
             )
         return Signals(target=target, hidden_states=hidden, embedding=None if embedding is None else embedding[mask])
-
-    def _shared(self, logits: Tensor) -> Tensor:
-        if self.order is not None:
-            return logits[:, self.order]
-        return logits if self.classes is None else logits[:, : self.classes]
 
 
 def captured_teacher(capture: Capture, student: Any, task: Task, processing_class: Any) -> CapturedTeacher:

@@ -21,17 +21,9 @@ from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.settings import Settings
 from hf_guide.distillation.splits import class_names, count_classes, find_column, read_splits
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
+from hf_guide.distillation.teachers import AUTO_CLASSES
 from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.errors import OptionError, TaskError
-
-AUTO_CLASSES = {
-    Task.CAUSAL_LM: "AutoModelForCausalLM",
-    Task.MASKED_LM: "AutoModelForMaskedLM",
-    Task.SEQ2SEQ_LM: "AutoModelForSeq2SeqLM",
-    Task.SEQUENCE_CLASSIFICATION: "AutoModelForSequenceClassification",
-    Task.TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
-    Task.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
-}
 
 _WHERE = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 

@@ -24,7 +24,7 @@ from hf_guide.distillation.tasks import Task, task_of, without_adapter
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
 from hf_guide.errors import OptionError, TaskError, TeacherError
 
-_AUTO = {
+AUTO_CLASSES = {
     Task.CAUSAL_LM: "AutoModelForCausalLM",
     Task.MASKED_LM: "AutoModelForMaskedLM",
     Task.SEQ2SEQ_LM: "AutoModelForSeq2SeqLM",
@@ -49,6 +49,13 @@ class Signals:
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
     embedding: Tensor | None = None
     weight: float = 1.0
+
+
+def shared_logits(logits: Tensor, classes: int | None, order: list[int] | None) -> Tensor:
+    """Return a teacher's logits, (items, classes), of what the student has too: its first `classes`, or those of `order`."""
+    if order is not None:
+        return logits[:, order]
+    return logits if classes is None else logits[:, :classes]
 
 
 @dataclass
@@ -131,17 +138,12 @@ class LiveTeacher:
         def rows(chosen: slice) -> Dense:
             # In the teacher's own precision, whatever the student's is.
             with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                return Dense(self._shared(head.logits(hidden[chosen])))
+                return Dense(shared_logits(head.logits(hidden[chosen]), self.classes, self.order))
 
         return rows
 
     def _from_logits(self, logits: Tensor) -> Callable[[slice], Dense]:
-        return lambda chosen: Dense(self._shared(logits[chosen]))
-
-    def _shared(self, logits: Tensor) -> Tensor:
-        if self.order is not None:
-            return logits[:, self.order]
-        return logits if self.classes is None else logits[:, : self.classes]
+        return lambda chosen: Dense(shared_logits(logits[chosen], self.classes, self.order))
 
 
 def open_teachers(
@@ -182,7 +184,7 @@ def open_teachers(
 
 
 def _load(name: str, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    loader = getattr(transformers, _AUTO[task])
+    loader = getattr(transformers, AUTO_CLASSES[task])
     try:
         model, found = loader.from_pretrained(name, output_loading_info=True, **init_kwargs)
     except (OSError, ValueError, RuntimeError, ImportError) as error:

@@ -333,7 +333,7 @@ class DistillationTrainer(Trainer):
                 total = learned.sums[TASK_LOSS]  # nothing was captured of what is evaluated: the task is what is left
             loss = total / items * self._scale(told)
         refuse_not_finite(loss, batch.inputs, batch.mask, batch.signals, self.state.global_step)
-        self._note(learned, batch, here, training)
+        (self._train_tally if training else self._eval_tally).add(learned.sums, here)
         return (loss, self._shown(learned.outputs, loss)) if return_outputs else loss
 
     def _scale(self, told: bool) -> int:
@@ -396,10 +396,6 @@ class DistillationTrainer(Trainer):
             self._whole_logits = self._predicting = False
 
     # Logs
-
-    def _note(self, learned: Learned, batch: Batch, here: Tensor, training: bool) -> None:
-        tally = self._train_tally if training else self._eval_tally
-        tally.add(learned.sums, here)
 
     def _terms_of(self, means: Mapping[str, float]) -> dict[str, float]:
         weights = self.args.weights

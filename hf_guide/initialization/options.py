@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.errors import OptionError, did_you_mean, refuse_unknown_fields
 
 
 class _StringEnum(str, Enum):
@@ -122,12 +122,7 @@ class InitializationConfig:
 
     def __new__(cls, *args: Any, **fields: Any) -> "InitializationConfig":
         """Refuse a keyword that is no field here, where the nearest field can still be named."""
-        for name in fields:
-            if name not in cls.__dataclass_fields__:
-                known = list(cls.__dataclass_fields__)
-                raise OptionError(
-                    f"{cls.__name__} has no {name!r}; expected some of {known}.{did_you_mean(name, known)}"
-                )
+        refuse_unknown_fields(cls, fields)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

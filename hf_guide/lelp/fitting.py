@@ -17,11 +17,11 @@ from hf_guide.distillation.capture import capture_teacher, processes
 from hf_guide.distillation.capture_manifest import MANIFEST_NAME
 from hf_guide.distillation.capture_options import CaptureConfig
 from hf_guide.distillation.capture_signals import Listener
-from hf_guide.distillation.capture_teachers import load_teacher, unwrapped
+from hf_guide.distillation.capture_teachers import load_teacher
 from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.embeddings import find_classifier, set_classifier
 from hf_guide.distillation.fingerprints import weights_fingerprint
-from hf_guide.distillation.tasks import task_of
+from hf_guide.distillation.tasks import task_of, without_adapter
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, SubclassError
 from hf_guide.lelp.gathering import Gathering
 from hf_guide.lelp.projector import SubclassProjector, as_weight, check_options, check_shape
@@ -171,9 +171,9 @@ class _Source:
             names = manifest.teacher_config.get("id2label") or {}
             self.id2label = {number: _name(names, number) for number in range(manifest.classes)}
         else:
-            config = unwrapped(model).config
+            config = without_adapter(model).config
             self.task, self.fingerprint = task_of(model), weights_fingerprint(model)
-            self.name = config._name_or_path or type(unwrapped(model)).__name__
+            self.name = config._name_or_path or type(without_adapter(model)).__name__
             self.id2label = {int(number): str(name) for number, name in config.id2label.items()}
         if len(self.id2label) < 2:
             raise SubclassError(

@@ -14,10 +14,9 @@ from hf_guide.distillation.capture_collate import Collate
 from hf_guide.distillation.capture_decoding import decode
 from hf_guide.distillation.capture_signals import Listener
 from hf_guide.distillation.capture_storage import Shard, shard_name
-from hf_guide.distillation.capture_teachers import unwrapped
 from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.embeddings import find_classifier
-from hf_guide.distillation.tasks import Task
+from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.lelp.gathering import UNLABELLED
 
@@ -157,7 +156,7 @@ def collator_of(
 
     It does as `Trainer` does, unless nothing would be left: then the user's collator is for raw columns.
     """
-    known = {*inspect.signature(unwrapped(model).forward).parameters} - {*LABEL_COLUMNS}
+    known = {*inspect.signature(without_adapter(model).forward).parameters} - {*LABEL_COLUMNS}
     drop = not isinstance(example, Mapping) or bool(known & {*example})
     return Collate(model, task, data_collator, processing_class, drop), drop
 
