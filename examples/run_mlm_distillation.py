@@ -146,6 +146,7 @@ def main() -> None:
         trainer.push_to_hub(**told)
     else:
         trainer.create_model_card(**told)
+    trainer.accelerator.end_training()  # the processes part in order
 
 
 if __name__ == "__main__":

@@ -34,4 +34,5 @@ def run(args: argparse.Namespace) -> int:
         shown = ("loss", "ce", "kd", "perplexity", "accuracy", "teacher_agreement")
         print(", ".join(f"{name} {told[name]:.4g}" for name in shown if name in told) or "Not evaluated.")
         print(f"Saved in {settings.training.output_dir}")
+    settings.training.distributed_state.destroy_process_group()
     return 0

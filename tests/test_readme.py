@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -37,5 +38,7 @@ def test_its_commands_parse() -> None:
 
 
 def test_its_imports_exist() -> None:
-    names = {name.strip() for line in re.findall(r"from hf_guide import (.*)", README) for name in line.split(",")}
-    assert names and all(hasattr(hf_guide, name) for name in names)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    imports = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    names = {alias.name for node in imports if node.module == "hf_guide" for alias in node.names}
+    assert names and [name for name in sorted(names) if not hasattr(hf_guide, name)] == []

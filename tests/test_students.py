@@ -222,7 +222,9 @@ def test_a_tied_teacher_gives_an_untied_student() -> None:
     assert not student.config.tie_word_embeddings and not student.initialization_report.approximations
     basis = torch.linalg.lstsq(teacher.lm_head.weight, student.model.embed_tokens.weight).solution
     folded = (teacher.lm_head.weight * teacher.model.norm.weight) @ basis
-    left = teacher.model.norm.weight.square().mean().sqrt()  # of the gain, in the norm: weights stay as large as they were
+    left = (
+        teacher.model.norm.weight.square().mean().sqrt()
+    )  # of the gain, in the norm: weights stay as large as they were
     torch.testing.assert_close(student.lm_head.weight, folded / left, rtol=1e-3, atol=1e-3)
     assert len(student.model.norm.weight.unique()) == 1
 
