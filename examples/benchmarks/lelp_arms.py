@@ -5,7 +5,9 @@
     python examples/benchmarks/lelp_arms.py -o results --report        # only the tables of what is there
 
 Each run is one line of OUTPUT/runs.jsonl, written when it is done; killed at any moment, the same command goes on. Of each
-arm every setting is tried with the first `--tune-seeds` seeds, and the one best on the validation split is run with all.
+arm every setting is tried with the first `--tune-seeds` seeds, and the one best on the validation split is run with all;
+variants of LELP, and the random partition, take LELP's. Settings that the data are too few for are left out, and the tables
+say so. Seeds differ in the student; the parts of the set and the teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
 that is trained here. `--transfer` says whether students learn from what the teacher was trained on or from other
 examples; `--start teacher` starts them by `from_teacher`.
@@ -13,9 +15,7 @@ examples; `--start teacher` starts them by `from_teacher`.
 
 import argparse
 import itertools
-import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ import torch
 import transformers
 from lelp_data import SETS, Labelled, read_set, split
 from lelp_models import Batches, Classifier, Signals, make_student, make_teacher, make_tokenizer
+from lelp_runs import Runs, best_settings, plan, report
 from lelp_training import (
     ARMS,
     ORACLES,
@@ -40,6 +41,8 @@ from lelp_training import (
     train,
 )
 from safetensors.torch import load_file, save_file
+
+from hf_guide.errors import SubclassError
 
 RUNS = "runs.jsonl"
 USUAL_ARMS = ("ce", "kd", "dkd", "embedding", "lelp", "kmeans", "random-partition", "oracle")
@@ -88,7 +91,9 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     torch.manual_seed(0)
     teacher = make_teacher(data, args.images)
     kind = args.teacher if data.is_text else args.images
-    file = args.output / f"{name}-{kind}-{'-'.join(map(str, sizes))}-{args.teacher_steps}.safetensors"
+    views = not data.is_text or any(arm.endswith("-stable") for arm in args.arms)  # of images they cost little
+    marks = [name, kind, *map(str, sizes), str(args.teacher_steps), *(["views"] if views else [])]
+    file = args.output / f"{'-'.join(marks)}.safetensors"
     if file.is_file():
         stored = load_file(file)
         teacher.load_state_dict({key[2:]: value for key, value in stored.items() if key.startswith("w ")})
@@ -100,7 +105,8 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     else:
         teach(teacher, parts[0], data, args)
         heard = {
-            part: Signals.hear(teacher, batches) for part, batches in zip(("seen", "unseen"), parts, strict=False)
+            part: Signals.hear(teacher, batches, views=views)
+            for part, batches in zip(("seen", "unseen"), parts, strict=False)
         }
         stored = {f"w {key}": value for key, value in teacher.state_dict().items()}
         for part, signals in heard.items():
@@ -134,73 +140,17 @@ def one_run(bench: Bench, batches: Batches, lesson: Lesson, run: dict[str, Any],
     """Train one student and return how it fares."""
     arm, settings, seed = run["arm"], run["settings"], run["seed"]
     began = time.perf_counter()
-    outputs = outputs_of(arm, lesson, settings)
+    try:
+        outputs = outputs_of(arm, lesson, settings)
+    except SubclassError as too_few:
+        return {"skipped": f"{arm} {settings}: {too_few}"}
     torch.manual_seed(seed)
     start = bench.teacher if run["start"] == "teacher" else None
-    student = make_student(batches.data, args.images, outputs, start)
+    student = make_student(batches, args.images, outputs, start)
     loss = loss_of(arm, lesson, settings, student, seed)
     train(student, batches, loss, steps=run["steps"], batch=args.batch, rate=args.rate, seed=seed)
     found = {"validation": accuracy(student, bench.validation), "test": accuracy(student, bench.test)}
     return found | {"teacher": bench.teacher_accuracy, "seconds": round(time.perf_counter() - began, 1)}
-
-
-class Runs:
-    """The runs that are done, by what they were; a line that was being written when killed is dropped."""
-
-    def __init__(self, file: Path):
-        self.file, self.done = file, {}
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):
-            file.write_text("".join(whole), encoding="utf-8")
-        for line in whole:
-            found = json.loads(line)
-            self.done[_key(found["run"])] = found
-
-    def __call__(self, run: dict[str, Any]) -> dict | None:
-        return self.done.get(_key(run))
-
-    def add(self, run: dict[str, Any], result: dict[str, Any]) -> None:
-        """Keep a run."""
-        found = {"run": run, "result": result}
-        self.done[_key(run)] = found
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
-
-
-def _key(run: dict[str, Any]) -> str:
-    return json.dumps(run, sort_keys=True)
-
-
-def place_of(run: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what arms are compared within."""
-    return tuple(run[name] for name in ("set", "teacher", "transfer", "share", "start", "steps"))
-
-
-def plan(name: str, text: bool, args: argparse.Namespace) -> dict[str, Any]:
-    """Return what all runs of a set share."""
-    return {
-        "set": name,
-        "teacher": args.teacher if text else args.images,
-        "transfer": args.transfer,
-        "share": args.share,
-        "start": args.start,
-        "steps": args.steps,
-        "batch": args.batch,
-        "rate": args.rate,
-        "sizes": [args.seen, args.unseen, args.held_out, args.teacher_steps],
-    }
-
-
-def best_settings(runs: Runs, common: dict[str, Any], arm: str, tried: list[Settings], seeds: int) -> Settings | None:
-    """Return the settings that are best on the validation split over the tuning seeds; None where a run is missing."""
-    scores = []
-    for settings in tried:
-        found = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in range(seeds)]
-        if any(each is None for each in found):
-            return None
-        scores.append(statistics.mean(each["result"]["validation"] for each in found if each is not None))
-    return tried[max(range(len(tried)), key=scores.__getitem__)]
 
 
 def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
@@ -211,56 +161,23 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
     for arm in args.arms:
         if arm in ORACLES and lesson.data.finer is None:
             continue
-        tried = settings_of(arm, args.grid, lesson.data.classes)
+        lelp = settings_of("lelp", args.grid, lesson.data.classes)
+        of_lelp = best_settings(runs, common, "lelp", lelp, args.tune_seeds)
+        tried = settings_of(arm, args.grid, lesson.data.classes, of_lelp)
         if not tried:
             continue
         wanted: Iterator[tuple[Settings, int]] = itertools.product(tried, range(args.tune_seeds))
         for stage in ("tune", "all"):
             if stage == "all":
                 chosen = best_settings(runs, common, arm, tried, args.tune_seeds)
-                wanted = itertools.product([chosen or {}], range(args.seeds))
+                wanted = itertools.product([] if chosen is None else [chosen], range(args.seeds))
             for settings, seed in wanted:
                 run = common | {"arm": arm, "settings": settings, "seed": seed}
                 if runs(run) is None:
                     result = one_run(bench, batches, lesson, run, args)
                     runs.add(run, result)
-                    print(
-                        f"{name} {arm} {settings} seed {seed}: test {result['test']:.2%}, {result['seconds']} s",
-                        flush=True,
-                    )
-
-
-def report(runs: Runs, args: argparse.Namespace) -> None:
-    """Print a table for each set: mean and standard deviation on the test part, and the difference from KD, seed by seed."""
-    places: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for found in runs.done.values():
-        run = found["run"]
-        common = {name: run[name] for name in run if name not in ("arm", "settings", "seed")}
-        places.setdefault(place_of(run) + (_key(common),), common)
-    for common in places.values():
-        inside = [each for each in runs.done.values() if common.items() <= each["run"].items()]
-        teacher = inside[0]["result"]["teacher"]
-        print(f"\n{', '.join(f'{name} {value}' for name, value in common.items())}; teacher {teacher:.2%}")
-        scores: dict[str, tuple[Settings, dict[int, float]]] = {}
-        for arm in ARMS:
-            mine = [each for each in inside if each["run"]["arm"] == arm]
-            tried = {_key(each["run"]["settings"]): each["run"]["settings"] for each in mine}
-            chosen = best_settings(runs, common, arm, list(tried.values()), args.tune_seeds) if tried else None
-            if chosen is not None:
-                own = {e["run"]["seed"]: e["result"]["test"] for e in mine if e["run"]["settings"] == chosen}
-                scores[arm] = (chosen, own)
-        against = scores.get("kd", ({}, {}))[1]
-        for arm, (chosen, own) in scores.items():
-            apart = [100 * (own[seed] - against[seed]) for seed in own if seed in against]
-            told = _spread([100 * value for value in own.values()])
-            print(f"  {arm:18} {told}   against KD {_spread(apart, sign='+')}   {len(own)} seeds  {chosen}")
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    if not values:
-        return "-"
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.mean(values):{sign}6.2f} ± {spread:4.2f}"
+                    told = f"test {result['test']:.2%}, {result['seconds']} s" if "test" in result else "left out"
+                    print(f"{name} {arm} {settings} seed {seed}: {told}", flush=True)
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:

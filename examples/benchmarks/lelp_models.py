@@ -29,28 +29,39 @@ LENGTH = 64
 class Classifier(nn.Module):
     """An encoder of Transformers, its pooled features, and a linear head."""
 
-    def __init__(self, encoder: Any, outputs: int):
+    def __init__(self, encoder: Any, outputs: int, places: Tensor | None = None):
         super().__init__()
         self.encoder = encoder
+        self.places = places  # of the tokens in a smaller vocabulary, where the encoder has one
         config = encoder.config
         self.width = config.hidden_sizes[-1] if hasattr(config, "hidden_sizes") else config.hidden_size
         self.head = nn.Linear(self.width, outputs)
 
-    def features(self, inputs: dict[str, Tensor], early: bool = False) -> Tensor:
-        """Return what the head is fed, (batch, width), or the pooled states of a layer half-way."""
-        found = self.encoder(**inputs, output_hidden_states=early)
-        states = found.hidden_states[len(found.hidden_states) // 2] if early else found.last_hidden_state
-        if states.ndim == 4:
-            return states.mean((2, 3))
-        if "attention_mask" not in inputs:
-            return states.mean(1)
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        return (states * mask).sum(1) / mask.sum(1)
+    def features(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return what the head is fed, (batch, width)."""
+        if self.places is not None:
+            inputs = {**inputs, "input_ids": self.places[inputs["input_ids"]]}
+        return _pooled(self.encoder(**inputs).last_hidden_state, inputs)
+
+    def both(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the head is fed and the pooled states of a layer half-way, (batch, width) each."""
+        states = self.encoder(**inputs, output_hidden_states=True)
+        half_way = states.hidden_states[len(states.hidden_states) // 2]
+        return _pooled(states.last_hidden_state, inputs), _pooled(half_way, inputs)
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return features (batch, width) and logits (batch, outputs)."""
         found = self.features(inputs)
         return found, self.head(found)
+
+
+def _pooled(states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+    if states.ndim == 4:
+        return states.mean((2, 3))
+    if "attention_mask" not in inputs:
+        return states.mean(1)
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    return (states * mask).sum(1) / mask.sum(1)
 
 
 class Batches:
@@ -63,6 +74,10 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def known_tokens(self) -> Tensor:
+        """Return the tokens that are in it, each once."""
+        return torch.tensor(sorted({token for row in self.ids for token in row}))
 
     def take(self, rows: Tensor) -> dict[str, Tensor]:
         """Return rows as a model's inputs."""
@@ -97,7 +112,7 @@ class Signals:
     Attributes:
         logits: (N, C).
         embeddings: (N, D), what its classifier is fed.
-        views: (N, D), the same of a second view of each example.
+        views: (N, D), the same of a second view of each example; (N, 0) where none was asked for.
         early: (N, D'), pooled states half-way.
     """
 
@@ -107,16 +122,16 @@ class Signals:
     early: Tensor
 
     @classmethod
-    def hear(cls, teacher: Classifier, batches: Batches, seed: int = 0) -> "Signals":
-        """Run a teacher over a set."""
+    def hear(cls, teacher: Classifier, batches: Batches, *, views: bool = False, seed: int = 0) -> "Signals":
+        """Run a teacher over a set, and once more where second views are asked for."""
         generator = torch.Generator().manual_seed(seed)
         found: list[tuple[Tensor, ...]] = []
         teacher.eval()
         with torch.no_grad():
             for inputs in batches.in_order():
-                embeddings, logits = teacher(inputs)
-                views = teacher.features(second_view(inputs, generator))
-                found.append((logits, embeddings, views, teacher.features(inputs, early=True)))
+                embeddings, early = teacher.both(inputs)
+                other = teacher.features(second_view(inputs, generator)) if views else embeddings[:, :0]
+                found.append((teacher.head(embeddings), embeddings, other, early))
         return cls(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -152,12 +167,14 @@ def make_teacher(data: Labelled, kind: str) -> Classifier:
     return Classifier(_resnet(sizes, blocks=1 if small else 2), data.classes)
 
 
-def make_student(data: Labelled, kind: str, outputs: int, teacher: Classifier | None = None) -> Classifier:
+def make_student(batches: Batches, kind: str, outputs: int, teacher: Classifier | None = None) -> Classifier:
     """Return a student of at most a tenth of its teacher's parameters (a text's embedding table aside).
 
     Args:
+        batches: what it is trained on; one from scratch knows no other tokens.
         teacher: start inside it; from scratch where None.
     """
+    data = batches.data
     if teacher is not None:
         if kind == "resnet" and not data.is_text:
             raise OptionError("A ResNet has no residual stream to start a student in; say --teacher vit.")
@@ -169,8 +186,11 @@ def make_student(data: Labelled, kind: str, outputs: int, teacher: Classifier | 
         encoder = from_teacher(teacher.encoder, method="guide", dtype="float32", show_progress=False, **shape)
         return Classifier(encoder, outputs)
     if data.is_text:
-        vocabulary = AutoTokenizer.from_pretrained(minilm_folder()).vocab_size
-        return Classifier(_bert(vocabulary, width=96, blocks=2), outputs)
+        known = batches.known_tokens()
+        places = torch.ones(batches.tokenizer.vocab_size, dtype=torch.long)
+        places[known] = torch.arange(2, len(known) + 2)
+        places[batches.tokenizer.pad_token_id] = 0
+        return Classifier(_bert(len(known) + 2, width=64, blocks=2), outputs, places)
     if kind == "vit":
         return Classifier(_vit(data, width=64, blocks=2), outputs)
     return Classifier(_resnet([8, 16] if data.inputs.shape[-1] < 16 else [8, 16, 32], blocks=1), outputs)
@@ -209,5 +229,6 @@ def _bert(vocabulary: int, width: int, blocks: int) -> BertModel:
         num_hidden_layers=blocks,
         num_attention_heads=width // 32,
         max_position_embeddings=LENGTH,
+        attention_probs_dropout_prob=0.0,
     )
     return BertModel(config, add_pooling_layer=False)

@@ -45,6 +45,7 @@ SPLITTERS = {
     "ica-predictable": "independent",
 }
 ORACLES = ("oracle", "oracle-read")
+OWN_GRID = ("lelp", "kmeans")
 ARMS = ("ce", "kd", "dkd", "embedding", *ORACLES, *SPLITTERS)
 
 
@@ -85,21 +86,31 @@ class Lesson:
     weight: Tensor
 
 
-def settings_of(arm: str, grid: str, classes: int) -> list[Settings]:
-    """Return what is tried for an arm on the validation split."""
+def settings_of(arm: str, grid: str, classes: int, of_lelp: Settings | None = None) -> list[Settings]:
+    """Return what is tried for an arm on the validation split.
+
+    Args:
+        grid: "one", "small" or "full". Unless it is full, variants of LELP and the random partition take LELP's own best
+            settings, so that they differ from it in nothing else.
+        of_lelp: these, where they are known.
+    """
     full = grid == "full"
     taus = {"one": [1.0], "small": [1.0, 4.0], "full": [1.0, 2.0, 4.0]}[grid]
     if arm == "ce":
         return [{}]
     if arm == "kd" or arm in ORACLES:
-        return [{"tau": tau} for tau in taus]
+        return [{"tau": tau} for tau in ([1.0] if grid == "one" else [1.0, 2.0, 4.0])]
     if arm == "dkd":
         weights = [1.0, 4.0, 8.0] if full else [1.0, 8.0]
         return [] if classes < 3 else [{"tau": tau, "dkd_beta": weight} for tau in taus for weight in weights]
     if arm == "embedding":
         return [{"tau": tau, "gamma": gamma} for tau in taus for gamma in ([0.1, 1.0, 10.0] if full else [0.3, 3.0])]
+    if of_lelp is not None and not full and arm not in OWN_GRID:
+        return [of_lelp]
     betas = {"one": [0.5], "small": [0.3, 1.0], "full": [0.25, 0.5, 1.0, 2.0]}[grid]
     sizes = {"one": [4], "small": [2, 8], "full": [2, 4, 8, 16]}[grid]
+    if arm == "kmeans" and not full:
+        betas = betas[:1]
     return [{"tau": tau, "S": size, "beta": beta} for tau in taus for size in sizes for beta in betas]
 
 
@@ -284,7 +295,7 @@ def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, see
 
 def train(model: Classifier, batches: Batches, loss: Loss, *, steps: int, batch: int, rate: float, seed: int) -> None:
     """Train with AdamW; the rate rises over a twentieth of the steps and falls as a cosine."""
-    optimizer = torch.optim.AdamW(model.parameters(), rate)
+    optimizer = torch.optim.AdamW(model.parameters(), rate, fused=True)
     rise = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -1,0 +1,112 @@
+"""The runs of the LELP benchmark that are done, which settings of an arm were best, and the tables of them."""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lelp_training import ARMS, Settings
+
+
+class Runs:
+    """The runs that are done, by what they were; a line that was being written when killed is dropped."""
+
+    def __init__(self, file: Path):
+        self.file, self.done = file, {}
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):
+            file.write_text("".join(whole), encoding="utf-8")
+        for line in whole:
+            found = json.loads(line)
+            self.done[_key(found["run"])] = found
+
+    def __call__(self, run: dict[str, Any]) -> dict | None:
+        return self.done.get(_key(run))
+
+    def add(self, run: dict[str, Any], result: dict[str, Any]) -> None:
+        """Keep a run."""
+        found = {"run": run, "result": result}
+        self.done[_key(run)] = found
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+def _key(run: dict[str, Any]) -> str:
+    return json.dumps(run, sort_keys=True)
+
+
+def place_of(run: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what arms are compared within."""
+    return tuple(run[name] for name in ("set", "teacher", "transfer", "share", "start", "steps"))
+
+
+def plan(name: str, text: bool, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what all runs of a set share."""
+    return {
+        "set": name,
+        "teacher": args.teacher if text else args.images,
+        "transfer": args.transfer,
+        "share": args.share,
+        "start": args.start,
+        "steps": args.steps,
+        "batch": args.batch,
+        "rate": args.rate,
+        "sizes": [args.seen, args.unseen, args.held_out, args.teacher_steps],
+    }
+
+
+def best_settings(runs: Runs, common: dict[str, Any], arm: str, tried: list[Settings], seeds: int) -> Settings | None:
+    """Return the settings that are best on the validation split over the tuning seeds.
+
+    None where a run is missing, or where the data are too few for any of them.
+    """
+    scores = []
+    for settings in tried:
+        found = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in range(seeds)]
+        told = [each["result"].get("validation", -1.0) for each in found if each is not None]
+        if len(told) < len(found):
+            return None
+        scores.append(statistics.mean(told))
+    best = max(range(len(tried)), key=scores.__getitem__)
+    return tried[best] if scores[best] >= 0 else None
+
+
+def report(runs: Runs, args: argparse.Namespace) -> None:
+    """Print a table for each set: mean and standard deviation on the test part, and the difference from KD, seed by seed."""
+    places: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for found in runs.done.values():
+        run = found["run"]
+        common = {name: run[name] for name in run if name not in ("arm", "settings", "seed")}
+        places.setdefault(place_of(run) + (_key(common),), common)
+    for common in places.values():
+        both = [each for each in runs.done.values() if common.items() <= each["run"].items()]
+        inside = [each for each in both if "skipped" not in each["result"]]
+        if not inside:
+            continue
+        teacher = inside[0]["result"]["teacher"]
+        print(f"\n{', '.join(f'{name} {value}' for name, value in common.items())}; teacher {teacher:.2%}")
+        scores: dict[str, tuple[Settings, dict[int, float]]] = {}
+        for arm in ARMS:
+            mine = [each for each in inside if each["run"]["arm"] == arm]
+            tried = {_key(each["run"]["settings"]): each["run"]["settings"] for each in mine}
+            chosen = best_settings(runs, common, arm, list(tried.values()), args.tune_seeds) if tried else None
+            if chosen is not None:
+                own = {e["run"]["seed"]: e["result"]["test"] for e in mine if e["run"]["settings"] == chosen}
+                scores[arm] = (chosen, own)
+        against = scores.get("kd", ({}, {}))[1]
+        for arm, (chosen, own) in scores.items():
+            apart = [100 * (own[seed] - against[seed]) for seed in own if seed in against]
+            told = _spread([100 * value for value in own.values()])
+            print(f"  {arm:18} {told}   against KD {_spread(apart, sign='+')}   {len(own)} seeds  {chosen}")
+        left_out = {each["result"]["skipped"] for each in both if "skipped" in each["result"]}
+        for reason in sorted(left_out):
+            print(f"  left out: {reason}")
+
+
+def _spread(values: list[float], sign: str = "") -> str:
+    if not values:
+        return "-"
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{statistics.mean(values):{sign}6.2f} ± {spread:4.2f}"
