@@ -8,6 +8,7 @@
 Labels by name are brought into the teacher's order; numbers are taken as they stand.
 """
 
+import gc
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 import datasets
 import numpy as np
 import transformers
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -162,8 +164,9 @@ def main() -> None:
         trainer.push_to_hub(**told)
     else:
         trainer.create_model_card(**told)
-    trainer.accelerator.end_training()  # the processes part in order
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
+    PartialState().destroy_process_group()

@@ -11,6 +11,7 @@ The student is made out of the teacher (`--student`), or is one that is there al
     accelerate launch --config_file examples/accelerate/multi_gpu.yaml examples/run_clm_distillation.py ...
 """
 
+import gc
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from itertools import chain
 
 import datasets
 import transformers
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, default_data_collator, set_seed
 
 from hf_guide import DistillationArguments, DistillationTrainer
@@ -144,8 +146,9 @@ def main() -> None:
         trainer.push_to_hub(**told)
     else:
         trainer.create_model_card(**told)
-    trainer.accelerator.end_training()  # the processes part in order
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
+    PartialState().destroy_process_group()

@@ -9,6 +9,7 @@ Labels by name are brought into the teacher's order. Images are resized and norm
 the workers of the dataloader.
 """
 
+import gc
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -160,8 +162,9 @@ def main() -> None:
         trainer.push_to_hub(**told)
     else:
         trainer.create_model_card(**told)
-    trainer.accelerator.end_training()  # the processes part in order
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
+    PartialState().destroy_process_group()

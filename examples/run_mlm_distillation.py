@@ -9,6 +9,7 @@
 Other tokens are masked in every epoch; those of the evaluation are masked once, so that its figures can be compared.
 """
 
+import gc
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from itertools import chain
 
 import datasets
 import transformers
+from accelerate import PartialState
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -146,8 +148,9 @@ def main() -> None:
         trainer.push_to_hub(**told)
     else:
         trainer.create_model_card(**told)
-    trainer.accelerator.end_training()  # the processes part in order
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
+    PartialState().destroy_process_group()

@@ -4,6 +4,7 @@ This module is light, so that `hf-guide --help` answers at once; the work is in 
 """
 
 import argparse
+import gc
 from pathlib import Path
 
 EXAMPLE = "hf-guide distill examples/distill_smollm2.yaml --max_steps 100"
@@ -34,5 +35,6 @@ def run(args: argparse.Namespace) -> int:
         shown = ("loss", "ce", "kd", "perplexity", "accuracy", "teacher_agreement")
         print(", ".join(f"{name} {told[name]:.4g}" for name in shown if name in told) or "Not evaluated.")
         print(f"Saved in {settings.training.output_dir}")
+    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
     settings.training.distributed_state.destroy_process_group()
     return 0

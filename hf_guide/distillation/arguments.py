@@ -92,7 +92,7 @@ class DistillationArguments(TrainingArguments):
         },
     )
     max_logits: int = field(
-        default=2**22,
+        default=2**23,
         metadata={
             "help": "How many logits are held at once where a language model's losses are computed over chunks of tokens."
         },

@@ -1,6 +1,5 @@
 """Examples made batches on their way to the teacher, as `Trainer` makes them on their way to the student."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_guide.distillation.tasks import Task, without_adapter
+from hf_guide.distillation.tasks import Task, columns_read
 from hf_guide.errors import CaptureError
 
 _LABELS = ("label", "label_ids", "labels")
@@ -29,8 +28,7 @@ class Collate:
         processing_class: Any,
         drop: bool,
     ):
-        bare = without_adapter(model)
-        self._known = {*inspect.signature(bare.forward).parameters, *_LABELS}
+        self._known = {*columns_read(model), *_LABELS}
         self._drop = drop
         self._without_labels = data_collator is None and task is not Task.SEQ2SEQ_LM
         if data_collator is not None:

@@ -1,7 +1,6 @@
 """What a teacher says of a batch, as the arrays that are stored: one forward pass, chunk after chunk of its logits."""
 
 import contextlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from hf_guide.distillation.capture_storage import Arrays, pack_indices
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
 from hf_guide.distillation.heads import find_head, without_logits
 from hf_guide.distillation.layers import hidden_states_of
-from hf_guide.distillation.tasks import Task, add_decoder_inputs, without_adapter
+from hf_guide.distillation.tasks import Task, add_decoder_inputs, columns_read, without_adapter
 from hf_guide.errors import CaptureError, OptionError
 
 MAX_LOGITS = 2**24  # held at once in float32
@@ -60,7 +59,7 @@ class Listener:
         device = next((each.device for each in self.model.parameters() if not each.is_meta), torch.device("cpu"))
         tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         tensors = add_decoder_inputs(bare, task, tensors)
-        known = inspect.signature(bare.forward).parameters
+        known = columns_read(bare)
         inputs: dict[str, Any] = {
             name: value for name, value in tensors.items() if name in known and name not in _NO_INPUT
         }

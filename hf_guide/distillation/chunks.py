@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_guide.distillation.divergences import rows_at_once
 from hf_guide.errors import HfGuideError, OptionError
 
 
@@ -20,6 +21,26 @@ class Walk:
     max_logits: int
     grad_enabled: bool
     sums: dict[str, Tensor]
+
+    def along(self, raw: Tensor, first: int, *, with_slope: bool) -> tuple[Tensor, bool]:
+        """Return the weighted sum of a chunk's losses, and whether `raw` has become its slope by what it was.
+
+        Args:
+            raw: what the head says of some items, (some items, vocabulary).
+            first: which of the items the first of them is.
+        """
+        finest = torch.promote_types(raw.dtype, torch.float32)
+        total, has_slope = torch.zeros((), dtype=finest, device=raw.device), False
+        for rows in rows_at_once(raw):
+            part = raw[rows].detach()
+            with torch.set_grad_enabled(with_slope):
+                part.requires_grad_(with_slope)
+                weighed = self.weigh(self.transform(part).to(finest), slice(first + rows.start, first + rows.stop))
+            total += weighed.detach()
+            if weighed.requires_grad:
+                (slope,) = torch.autograd.grad(weighed, part)
+                raw[rows], has_slope = slope, True
+        return total, has_slope
 
     def weigh(self, logits: Tensor, rows: slice) -> Tensor:
         """Return the weighted sum of a chunk's losses, with its graph, and add each to `sums`."""
@@ -61,17 +82,10 @@ class ChunkedLoss(torch.autograd.Function):
             rows = slice(start, min(start + step, items))
             fed = hidden[rows].detach().to(dtype)
             raw = nn.functional.linear(fed, matrix, offset)
-            if not any(wanted):
-                total += walk.weigh(walk.transform(raw).to(finest), rows)
-                continue
-            with torch.enable_grad():
-                raw.requires_grad_()
-                weighed = walk.weigh(walk.transform(raw).to(finest), rows)
-            total += weighed.detach()
-            if weighed.requires_grad:
-                (slope,) = torch.autograd.grad(weighed, raw)
-                del weighed, raw
-                _accumulate(slopes, slope, fed, matrix, rows)
+            weighed, has_slope = walk.along(raw, start, with_slope=any(wanted))
+            total += weighed
+            if has_slope:
+                _accumulate(slopes, raw, fed, matrix, rows)
         ctx.slopes = slopes
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return total

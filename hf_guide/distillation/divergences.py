@@ -23,7 +23,7 @@ from hf_guide.distillation.divergence_formulas import (
 from hf_guide.errors import HfGuideError, OptionError, VocabularyError, did_you_mean
 
 # Elements of logits walked over at once: on a CPU few enough to stay in its cache, elsewhere enough to keep it busy.
-_IN_CACHE = 2**20
+_IN_CACHE = 2**18
 _ON_DEVICE = 2**26
 # So few classes cost nothing beside the model, and float64 then holds the small divergences of sure classifiers too.
 _FEW_CLASSES = 1024
@@ -205,10 +205,11 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _walk(logits: Tensor) -> Iterator[slice]:
+def rows_at_once(logits: Tensor) -> Iterator[slice]:
+    """Yield the rows of (items, classes) in runs that stay in a processor's cache; once where there are none."""
     items, classes = logits.shape
     rows = max(1, (_IN_CACHE if logits.device.type == "cpu" else _ON_DEVICE) // max(1, classes))
-    return (slice(start, start + rows) for start in range(0, items, rows))
+    return (slice(start, min(start + rows, items)) for start in range(0, max(1, items), rows))
 
 
 class _Divergence(torch.autograd.Function):
@@ -229,7 +230,7 @@ class _Divergence(torch.autograd.Function):
         values = logits.new_empty(len(logits), dtype=dtype)
         slopes = torch.empty_like(logits, dtype=dtype) if grad_enabled and ctx.needs_input_grad[0] else None
         against = _against_dense if len(told) == 1 else _against_top_k
-        for rows in _walk(logits):
+        for rows in rows_at_once(logits):
             scaled, heard = _scaled(logits[rows], temperature, working), [part[rows] for part in told]
             slope = None
             if slopes is not None:

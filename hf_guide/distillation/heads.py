@@ -143,7 +143,7 @@ def chunked_loss(
     loss: Callable[[Tensor, slice], Mapping[str, Tensor]],
     weights: Mapping[str, float],
     *,
-    max_logits: int = 2**22,
+    max_logits: int = 2**23,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the sum over items of weighted losses of their logits, without ever holding all logits.
 
@@ -157,10 +157,11 @@ def chunked_loss(
         hidden: what the head is fed at the items, (items, width), any floating dtype.
         head: as `find_head` returned it. Under autocast it multiplies in autocast's precision, as in its model.
         loss: given (some items, vocabulary) logits, float32 or better, and which of the items these are, returns (some
-            items,) for each of its names. Names that `weights` has not are summed too, without gradient.
+            items,) for each of its names. Names that `weights` has not are summed too, without gradient. It is called
+            for few items at a time, one run of them after the other.
         weights: by name; all of them must be among what `loss` returns.
-        max_logits: the logits of so many items exist at a time as fit in it, and one item's at least; about six buffers
-            of that size exist with them.
+        max_logits: the logits of so many items exist at a time as fit in it, and one item's at least. On a CPU nothing
+            else is that large; elsewhere about six buffers are.
 
     Returns:
         The sum, with gradient to `hidden` and the head's weight and bias, and each name's own sum, without. Scalars,

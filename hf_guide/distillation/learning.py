@@ -124,7 +124,7 @@ class Learning:
                 learned = self._inside_head(model, bare, self.head, inputs, batch, measure)
             else:
                 learned = self._from_logits(model, inputs, batch, task_loss, measure)
-        for name, values in self._of_vectors(learned.outputs, fed, batch):
+        for name, values in self._of_vectors(learned.outputs, fed, batch, bare.config):
             learned.total = learned.total + self.weights[name] * values.sum()
             learned.sums[name] = values.sum().detach()
         return learned
@@ -214,7 +214,7 @@ class Learning:
             if term.needs is Needs.SUBCLASSES:
                 yield name, term.function(_wide(logits), targets, self.args)
 
-    def _of_vectors(self, outputs: Any, fed: list[Tensor], batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    def _of_vectors(self, outputs: Any, fed: list[Tensor], batch: Batch, config: Any) -> Iterator[tuple[str, Tensor]]:
         """Yield every term of hidden states and embeddings, (items,), summed over teachers by weight."""
         for name, term in self.terms.items():
             value: Tensor | None = None
@@ -227,7 +227,7 @@ class Learning:
                     ]
                     own = torch.stack(pairs).mean(0)
                 elif term.needs is Needs.EMBEDDING:
-                    mine_per_item = embedding_per_item(self.task, fed[-1], batch.mask, batch.inputs)
+                    mine_per_item = embedding_per_item(self.task, fed[-1], batch.mask, batch.inputs, config)
                     own = term.function(self._wide(f"{number}_embedding", mine_per_item), signals.embedding, self.args)
                 else:
                     continue

@@ -4,7 +4,9 @@ An *item* is one thing that a loss is averaged over: a token with a target (lang
 example (sequence and image classification).
 """
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -69,6 +71,17 @@ _TASKS = _tasks_by_class()
 def without_adapter(model: Any) -> Any:
     """Return the model that PEFT wrapped, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def columns_read(model: Any) -> frozenset[str]:
+    """Return what the `forward` of a model, or of a model's class, takes by name, within an adapter and hooks around it."""
+    kind = model if isinstance(model, type) else type(without_adapter(model))
+    return _parameters(kind.forward)
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters) - {"self"}
 
 
 def task_of(model: nn.Module) -> Task:

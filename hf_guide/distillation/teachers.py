@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from hf_guide.distillation.embeddings import embedding_per_item, find_classifier
 from hf_guide.distillation.heads import Head, find_head, without_logits
 from hf_guide.distillation.layers import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.distillation.objectives import Needs
-from hf_guide.distillation.tasks import Task, task_of, without_adapter
+from hf_guide.distillation.tasks import Task, columns_read, task_of
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
 from hf_guide.errors import OptionError, TaskError, TeacherError
 
@@ -93,7 +92,13 @@ class LiveTeacher:
 
     @torch.no_grad()
     def listen(
-        self, inputs: Mapping[str, Any], mask: Tensor, needs: Collection[Needs], layers: Collection[int] = ()
+        self,
+        inputs: Mapping[str, Any],
+        mask: Tensor,
+        needs: Collection[Needs],
+        layers: Collection[int] = (),
+        *,
+        max_logits: int = 2**23,
     ) -> Signals:
         """Return what the teacher says of a batch.
 
@@ -102,8 +107,9 @@ class LiveTeacher:
             mask: which places have a target, as `tasks.target_mask` gives.
             needs: what to listen for.
             layers: the numbers of blocks after which hidden states are wanted.
+            max_logits: so many logits are held at once where the head is known.
         """
-        known = inspect.signature(without_adapter(self.bare).forward).parameters
+        known = columns_read(self.bare)
         given = {
             name: value for name, value in inputs.items() if name in known and name not in ("labels", "return_loss")
         }
@@ -122,7 +128,9 @@ class LiveTeacher:
         target = None
         if Needs.LOGITS in needs:
             target = (
-                self._from_head(fed[0][mask]) if self.head is not None else self._from_logits(outputs.logits[mask])
+                self._from_head(fed[0][mask], max_logits)
+                if self.head is not None
+                else self._from_logits(outputs.logits[mask])
             )
         return Signals(
             target=target,
@@ -131,14 +139,23 @@ class LiveTeacher:
             weight=self.weight,
         )
 
-    def _from_head(self, hidden: Tensor) -> Callable[[slice], Dense]:
+    def _from_head(self, hidden: Tensor, max_logits: int) -> Callable[[slice], Dense]:
         head = self.head
         assert head is not None
+        ahead = max(1, max_logits // head.module.weight.shape[0])
+        held: Tensor | None = None
+        first = 0
 
         def rows(chosen: slice) -> Dense:
-            # In the teacher's own precision, whatever the student's is.
-            with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                return Dense(shared_logits(head.logits(hidden[chosen]), self.classes, self.order))
+            """Few rows are asked for at a time, one after the other; a product with the whole head is worth it for many."""
+            nonlocal held, first
+            start, stop, _ = chosen.indices(len(hidden))
+            if held is None or not first <= start <= stop <= first + len(held):
+                held, first = None, start
+                # In the teacher's own precision, whatever the student's is.
+                with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                    held = head.logits(hidden[start : max(stop, start + ahead)])
+            return Dense(shared_logits(held[start - first : stop - first], self.classes, self.order))
 
         return rows
 

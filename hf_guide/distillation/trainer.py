@@ -27,7 +27,7 @@ from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
 from hf_guide.distillation.subclasses import FINER, TARGETS, SubclassTargets, make_targets
 from hf_guide.distillation.tally import Tally
-from hf_guide.distillation.tasks import add_decoder_inputs, item_labels, target_mask, task_of, without_adapter
+from hf_guide.distillation.tasks import add_decoder_inputs, columns_read, item_labels, target_mask, task_of
 from hf_guide.distillation.teachers import LiveTeacher, Signals, make_teachers, refuse_not_finite
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub import write_model_card
@@ -230,10 +230,8 @@ class DistillationTrainer(Trainer):
 
     def _not_the_students(self) -> set[str]:
         """Return the columns that only teachers read, and those that are targets."""
-        own = set(inspect.signature(without_adapter(self._bare(self.model)).forward).parameters)
-        live = [each.bare for each in self.teachers if isinstance(each, LiveTeacher)]
-        read = {name for each in live for name in inspect.signature(without_adapter(each).forward).parameters}
-        return (read | {TARGETS, FINER}) - own
+        live = (each.bare for each in self.teachers if isinstance(each, LiveTeacher))
+        return {TARGETS, FINER}.union(*map(columns_read, live)) - columns_read(self._bare(self.model))
 
     def _target_mask(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
         """Return which places are items: where subclasses are learned, examples without a label, too."""
@@ -284,7 +282,7 @@ class DistillationTrainer(Trainer):
                     raise refuse_missing(teacher.capture)
                 signals += [] if said is None else [said]
             else:
-                signals.append(teacher.listen(own, mask, needs, layers))
+                signals.append(teacher.listen(own, mask, needs, layers, max_logits=self.args.max_logits))
         orders = [teacher.order for teacher in self.teachers]
         subclasses = self._subclasses.of_batch(own, mask, signals, orders, training=training)
         for name in self._not_the_students():

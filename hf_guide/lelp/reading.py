@@ -1,6 +1,5 @@
 """Examples of a dataset on their way to a projector: batches, labels in the teacher's numbering, and what a teacher said."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -16,7 +15,7 @@ from hf_guide.distillation.capture_signals import Listener
 from hf_guide.distillation.capture_storage import Shard, shard_name
 from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.embeddings import find_classifier
-from hf_guide.distillation.tasks import Task, without_adapter
+from hf_guide.distillation.tasks import Task, columns_read
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.lelp.gathering import UNLABELLED
 
@@ -156,7 +155,7 @@ def collator_of(
 
     It does as `Trainer` does, unless nothing would be left: then the user's collator is for raw columns.
     """
-    known = {*inspect.signature(without_adapter(model).forward).parameters} - {*LABEL_COLUMNS}
+    known = columns_read(model) - {*LABEL_COLUMNS}
     drop = not isinstance(example, Mapping) or bool(known & {*example})
     return Collate(model, task, data_collator, processing_class, drop), drop
 
