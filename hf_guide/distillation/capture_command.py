@@ -90,7 +90,7 @@ def _capture(
     state: "PartialState",
 ) -> "Capture":
     from datasets import concatenate_datasets
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
     from transformers.utils import logging
 
     from hf_guide.distillation.capture import capture_teacher
@@ -107,7 +107,15 @@ def _capture(
     processing_class: Any = load.from_pretrained(processor or teacher, **({} if processor else source))
     with state.local_main_process_first():  # the others find what it prepared
         train, held_out = read_splits(data)
-        prepared = prepare(task, train, None if args.train_only else held_out, processing_class, data, mask_once=True)
+        prepared = prepare(
+            task,
+            train,
+            None if args.train_only else held_out,
+            processing_class,
+            data,
+            mask_once=True,
+            config=AutoConfig.from_pretrained(teacher, **source),
+        )
     splits = [split for split in (prepared.train, prepared.eval) if split is not None]
     return capture_teacher(
         teacher,

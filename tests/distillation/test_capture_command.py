@@ -56,11 +56,12 @@ def data(tmp_path: Path) -> Path:
 
 def training(task: Task, folder: Path, **options):
     """Return the datasets and the collator that a distillation of the same data would use."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     chosen = DataOptions(**options)
     train, held_out = read_splits(chosen)
-    return prepare(task, train, held_out, AutoTokenizer.from_pretrained(folder), chosen, mask_once=True)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    return prepare(task, train, held_out, tokenizer, chosen, mask_once=True, config=config)
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "masked-lm", "sequence-classification"])
@@ -82,6 +83,14 @@ def test_what_is_captured_is_what_a_distillation_of_the_same_data_looks_up(task,
     assert run(*words, *flags, "--embedding", "--examples-per-shard", 4) == 0  # finished already
     with pytest.raises(CaptureError, match="examples_per_shard is 4 there and 5 here"):
         run(*words, *flags, "--embedding", "--examples-per-shard", 5)
+
+
+def test_where_no_length_is_asked_for_a_capture_has_that_of_a_distillation(teacher, data):
+    words = [teacher / "causal-lm", "-o", teacher / "captured", "--data-files", data, "--validation-share", 0.2]
+    assert run(*words, "--top-k", 4) == 0
+    same = training(Task.CAUSAL_LM, teacher / "causal-lm", data_files=str(data), validation_share=0.2)
+    found = CapturedCollator(same.collator, Capture.open(teacher / "captured"))(list(same.train))
+    assert found["teacher_indices"].shape[:2] == found["input_ids"].shape
 
 
 def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
