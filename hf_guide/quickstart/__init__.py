@@ -78,10 +78,10 @@ class LelpOptions:
         default="wikipedia",
         metadata={"help": 'wikipedia, humanities against science; or a file of JSON lines {"text", "label"}'},
     )
-    examples: int = field(default=4000, metadata={"help": "texts to learn from"})
+    examples: int = field(default=3000, metadata={"help": "texts to learn from"})
     held_out: int = field(default=1500, metadata={"help": "texts that accuracy is measured on"})
     teacher_steps: int = field(default=150, metadata={"help": "steps of 16 texts that the teacher is fine-tuned for"})
-    steps: int = field(default=250, metadata={"help": "training steps of each student"})
+    steps: int = field(default=150, metadata={"help": "training steps of each student"})
     batch_size: int = field(default=32, metadata={"help": "texts per step"})
     sequence_length: int = field(default=48, metadata={"help": "tokens of a text that are read"})
     method: str = field(default="guide", metadata={"help": "how the students start: guide, uniform or random"})

@@ -1,9 +1,11 @@
-"""Several processes fit the projector that one does."""
+"""Several processes fit the projector that one does, and learn its subclasses as one does."""
 
+import pytest
 import torch
 
 from hf_guide import SubclassProjector, fit_subclasses
 from tests.distillation.capturing import Pad
+from tests.distributed.test_gradients import vector
 from tests.distributed.worlds import run_world
 from tests.lelp.test_fitting import arrays, examples, teacher_of
 
@@ -34,3 +36,17 @@ def test_two_processes_fit_the_projector_of_one(tmp_path):
         mine, theirs = (each.transform(said.embeddings.double(), said.logits, fine) for each in (one, two))
         # Alone, the same batches give the same bits, and only the order of the sums differs.
         assert (mine - theirs).abs().max() < (1e-9 if not capture else 1e-5)
+
+
+def test_two_processes_of_four_learn_subclasses_as_one_of_eight(tmp_path):
+    """Also where a batch has examples without a label, more of them in one process than in the other."""
+    found, objective = [], {"ce": 0.3, "lelp": 0.7}
+    for processes in (1, 2):
+        sizes = {"per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 2}
+        given = {"arguments": {"objective": objective} | sizes}
+        found.append(run_world("lelp_gradients.py", processes, given, tmp_path))
+    one, two = map(vector, found)
+    assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
+    for name in [*objective, "loss"]:
+        assert found[1]["log"][name] == pytest.approx(found[0]["log"][name], rel=1e-4)
+    assert found[1]["metrics"]["eval_lelp"] == pytest.approx(found[0]["metrics"]["eval_lelp"], rel=1e-4)

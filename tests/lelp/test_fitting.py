@@ -361,3 +361,19 @@ def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
     teacher.bert.pooler.dense.bias.data[0] = torch.nan
     with pytest.raises(SubclassError, match="embedding of example 0"):
         fit_subclasses(teacher, rows, 4, classifier_weight=torch.randn(3, 48), **options)
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_classes_that_do_not_exclude_each_other_are_refused(kind, tmp_path):
+    teacher, rows = teacher_of(), examples()
+    plain = fit_subclasses(teacher, rows, 2, data_collator=Pad(), show_progress=False)
+    teacher.config.problem_type = kind
+    config = {"embedding": True}
+    capture = capture_teacher(
+        teacher, rows, tmp_path / "capture", data_collator=Pad(), config=config, show_progress=False
+    )
+    for given in (teacher, capture):
+        with pytest.raises(TaskError, match=f"exclude each other.*{kind}.*single_label_classification"):
+            fit_subclasses(given, rows, 2, data_collator=Pad(), show_progress=False)
+        with pytest.raises(TaskError, match=f"exclude each other.*{kind}"):
+            plain.check_teacher(given)

@@ -1,6 +1,7 @@
 """The three ways out: each loads without us, and says exactly what it says it does."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,25 @@ def classes_of(student: PreTrainedModel, task: str) -> Tensor:
     return class_logits(logits_of(student, task), SUBCLASSES)
 
 
+def strangers_logits(folder: Path, task: str, count: int, scratch: Path) -> Tensor:
+    """Return the logits of a saved model in a fresh process that cannot import hf_guide; it saves the model again, too."""
+    batch = {name: value for name, value in collate(examples_for(task, count)).items() if name != "labels"}
+    torch.save(batch, scratch / "batch.pt")
+    program = f"""
+import sys
+sys.modules["hf_guide"] = None  # whoever imports it fails
+import torch, transformers
+model = transformers.{AUTO[task].__name__}.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(**torch.load({str(scratch / "batch.pt")!r})).logits
+model.save_pretrained({str(scratch / "again")!r})
+torch.save(logits, {str(scratch / "logits.pt")!r})
+"""
+    environment = {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=scratch, env=os.environ | environment)
+    return torch.load(scratch / "logits.pt")
+
+
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
 def test_with_code_the_class_logits_are_exact(task: str, tmp_path: Path) -> None:
     student = student_of(task)
@@ -66,23 +86,8 @@ def test_with_code_the_class_logits_are_exact(task: str, tmp_path: Path) -> None
 def test_the_code_needs_nothing_of_ours(task: str, tmp_path: Path) -> None:
     student = student_of(task)
     save_subclass_student(student, tmp_path / "student", "code")
-    batch = {name: value for name, value in collate(examples_for(task, 6)).items() if name != "labels"}
-    torch.save(batch, tmp_path / "batch.pt")
-    program = f"""
-import sys
-sys.modules["hf_guide"] = None  # whoever imports it fails
-import torch, transformers
-model = transformers.{AUTO[task].__name__}.from_pretrained({str(tmp_path / "student")!r}, trust_remote_code=True).eval()
-with torch.no_grad():
-    logits = model(**torch.load({str(tmp_path / "batch.pt")!r})).logits
-model.save_pretrained({str(tmp_path / "again")!r})
-torch.save(logits, {str(tmp_path / "logits.pt")!r})
-"""
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    import os
-
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=os.environ | environment)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), classes_of(student, task))
+    logits = strangers_logits(tmp_path / "student", task, 6, tmp_path)
+    torch.testing.assert_close(logits, classes_of(student, task))
     # What a stranger saves again is whole, too.
     assert (tmp_path / "again" / "modeling_subclass.py").is_file()
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "again"))
@@ -137,6 +142,9 @@ def test_the_predictions_of_what_is_saved_are_the_trainers(tmp_path: Path) -> No
     torch.testing.assert_close(logits_of(exact, TEXT, 16), predicted)
     torch.testing.assert_close(class_logits(logits_of(stock, TEXT, 16), SUBCLASSES), predicted)
     assert torch.equal(logits_of(exact, TEXT, 16).argmax(-1), predicted.argmax(-1))
+    elsewhere = strangers_logits(tmp_path / "code", TEXT, 16, tmp_path)
+    torch.testing.assert_close(elsewhere, predicted)
+    assert torch.equal(elsewhere.argmax(-1), predicted.argmax(-1))
 
 
 @pytest.mark.parametrize("task", [TEXT, IMAGE])

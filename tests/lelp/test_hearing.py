@@ -1,0 +1,42 @@
+"""One pass for the forecast: what it hears is what the classifier is fed, whatever is done with it there."""
+
+import pytest
+import torch
+
+from hf_guide.errors import TaskError
+from hf_guide.lelp.hearing import hear
+from tests.distillation.capturing import Pad
+from tests.lelp.test_fitting import KINDS_HERE, collator, examples, teacher_of
+from tests.tiny import SIZES, Kind
+
+LATE = Kind(
+    "EuroBertForSequenceClassification",
+    "",
+    SIZES | {"classifier_pooling": "late", "num_key_value_heads": 2, "num_labels": 3, "pad_token_id": 0},
+    {},
+)
+
+
+def stacked(rows):
+    return {
+        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
+        "labels": torch.tensor([row["label"] for row in rows]),
+    }
+
+
+@pytest.mark.parametrize("kind", [*KINDS_HERE, "late"])
+def test_logits_are_linear_in_what_is_heard(kind):
+    """Texts of unequal length, padded: also where logits are averaged over the places of a text (EuroBERT)."""
+    teacher = LATE.teacher() if kind == "late" else teacher_of(kind)
+    rows = examples(kind, 20)
+    heard = hear(teacher, rows, collator(kind) or stacked, batch_size=8, show_progress=False)
+    left = heard.logits.double() - heard.embeddings.double() @ heard.classifier_weight.T
+    assert heard.embeddings.shape == (20, heard.classifier_weight.shape[1])
+    assert left.std(0).max() < 1e-5 * heard.logits.std(0).max() + 1e-6
+
+
+def test_a_teacher_of_several_classes_at_once_is_refused():
+    teacher = teacher_of()
+    teacher.config.problem_type = "multi_label_classification"
+    with pytest.raises(TaskError, match="exclude each other.*multi_label_classification"):
+        hear(teacher, examples(), Pad(), show_progress=False)

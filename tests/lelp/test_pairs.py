@@ -1,0 +1,78 @@
+"""An image teacher of another library teaches a student of text by arrays alone: pairs of both, a real fit, a real loss."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.neural_network import MLPClassifier
+
+from hf_guide import DistillationTrainer, SubclassProjector
+from hf_guide.distillation.subclasses import TARGETS
+from tests.distillation.small import collate
+from tests.distillation.test_trainer import arguments
+from tests.lelp.test_objective import by_hand, gradient_of, student_of
+
+COUNT, CLASSES, SUBCLASSES, TAU = 400, 5, 3, 2.0
+
+
+def taught_pairs() -> tuple[list[dict[str, Any]], torch.Tensor]:
+    """Return texts, each of a picture of a digit, and what a network that saw only the picture makes of them: (N, C * S).
+
+    A digit's class is its value modulo 5, so that each class hides two digits; a text spells the digit among noise.
+    """
+    found = load_digits()
+    images, digits = found.data[:COUNT] / 16, found.target[:COUNT]
+    classes = digits % CLASSES
+    teacher = MLPClassifier((24,), random_state=0, max_iter=400, tol=1e-3).fit(images, classes)
+    embeddings = np.maximum(images @ teacher.coefs_[0] + teacher.intercepts_[0], 0)
+    logits = embeddings @ teacher.coefs_[1] + teacher.intercepts_[1]
+    assert (logits.argmax(1) == classes).mean() > 0.95
+    projector = SubclassProjector.fit(embeddings, classes, teacher.coefs_[1].T, SUBCLASSES, temperature=TAU)
+    targets = projector.transform(embeddings, logits).flatten(1)
+    marginals = targets.view(COUNT, CLASSES, SUBCLASSES).sum(-1)
+    torch.testing.assert_close(marginals, (torch.from_numpy(logits) / TAU).softmax(-1), rtol=0, atol=1e-12)
+    draw = np.random.default_rng(0)
+    texts = [[int(digit) + 3, *draw.integers(20, 60, draw.integers(2, 6)).tolist()] for digit in digits]
+    rows = [
+        {"input_ids": text, "attention_mask": [1] * len(text), "labels": int(label), TARGETS: target.float()}
+        for text, label, target in zip(texts, classes, targets, strict=True)
+    ]
+    return rows, targets
+
+
+def test_what_is_learned_first_is_the_gradient_of_the_image_teachers_subclasses(tmp_path: Path) -> None:
+    rows, _ = taught_pairs()
+    student = student_of("sequence-classification", SUBCLASSES)
+
+    def unified(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return -(TAU**2) * (batch[TARGETS] * (logits / TAU).log_softmax(-1)).sum(-1).mean()
+
+    expected = by_hand(student, rows[:8], unified)
+    found = gradient_of(student, tmp_path, rows[:8], objective="lelp", temperature=TAU)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_student_of_text_learns_what_only_the_pictures_show(tmp_path: Path) -> None:
+    rows, targets = taught_pairs()
+    learned, held_out = rows[:300], rows[300:]
+    unlabelled = [{name: value for name, value in row.items() if name != "labels"} for row in learned]
+    args = arguments(
+        tmp_path,
+        objective="lelp",
+        temperature=TAU,
+        max_steps=150,
+        per_device_train_batch_size=32,
+        optim="adamw_torch",
+        learning_rate=3e-3,
+        logging_steps=10,
+    )
+    trainer = DistillationTrainer(student_of("sequence-classification", SUBCLASSES), args, collate, unlabelled)
+    trainer.train()
+    losses = [entry["lelp"] for entry in trainer.state.log_history if "lelp" in entry]
+    assert losses[-1] < losses[0]
+    predictions = trainer.predict(held_out).predictions
+    truth = [row["labels"] for row in held_out]
+    assert predictions.shape == (100, CLASSES)
+    assert (predictions.argmax(-1) == truth).mean() > 0.9  # a fifth is chance, and no label was ever shown
