@@ -75,7 +75,7 @@ def without_adapter(model: Any) -> Any:
 
 def columns_read(model: Any) -> frozenset[str]:
     """Return what the `forward` of a model, or of a model's class, takes by name, within an adapter and hooks around it."""
-    kind = model if isinstance(model, type) else type(without_adapter(model))
+    kind: Any = model if isinstance(model, type) else type(without_adapter(model))
     return _parameters(kind.forward)
 
 

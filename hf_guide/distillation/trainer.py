@@ -17,12 +17,12 @@ from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.captured import Capture, CapturedCollator
 from hf_guide.distillation.dividing import divides_by_items
 from hf_guide.distillation.given import adapted, check_arguments, source_of
-from hf_guide.distillation.heads import find_head
-from hf_guide.distillation.layers import pair_layers
+from hf_guide.distillation.heads import Head
 from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Batch, Learned, Learning
+from hf_guide.distillation.making import find_head_everywhere, is_sharded, make_learning
 from hf_guide.distillation.objectives import TASK_LOSS, Needs, check_classes, check_task
 from hf_guide.distillation.playback import CapturedTeacher, captured_teacher, refuse_missing, split_signals
-from hf_guide.distillation.projections import Projections, SynchronizeProjections
+from hf_guide.distillation.projections import SynchronizeProjections
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
 from hf_guide.distillation.subclasses import FINER, TARGETS, SubclassTargets, make_targets
@@ -134,7 +134,9 @@ class DistillationTrainer(Trainer):
                 processing_class=processing_class,
                 accelerator=self.accelerator,
             )
-        self.learning = self._make_learning(student)
+        self.learning = make_learning(
+            student, self.task, self.teachers, args, self.accelerator, head=self._find_head(student)
+        )
         self._subclasses = make_targets(
             student.config,
             self.data_collator,
@@ -157,51 +159,11 @@ class DistillationTrainer(Trainer):
         """Return the model or capture that a teacher is; None where its weights are not whole in this process."""
         if isinstance(teacher, CapturedTeacher):
             return teacher.capture
-        return None if self.is_deepspeed_enabled or self.is_fsdp_enabled else teacher.bare
+        return None if is_sharded(self.accelerator) else teacher.bare
 
-    def _make_learning(self, student: Any) -> Learning:
-        learning = Learning(self.task, self.args, self.args.weights)
-        if learning.needs and not self.teachers:
-            names = sorted(name for name, term in learning.terms.items() if term.needs is not Needs.LABELS)
-            raise OptionError(f"The objective's {', '.join(names)} need a teacher: pass teacher=, or a capture.")
-        learning.classes = min((each.classes for each in self.teachers if each.classes is not None), default=None)
-        learning.head = self._find_head(student)
-        if Needs.HIDDEN_STATES in learning.needs:
-            learning.layers = pair_layers(student, [each.depth for each in self.teachers], self.args.hidden_layers)  # type: ignore[arg-type]
-        widths: dict[str, tuple[int, int]] = {}
-        for number, teacher in enumerate(self.teachers):
-            pairs = [(f"{number}_{mine}", f"hidden_{theirs}") for mine, theirs in learning.layers.items()]
-            if Needs.EMBEDDING in learning.needs:
-                pairs.append((f"{number}_embedding", "embedding"))
-            for name, asked in pairs:
-                theirs_wide = teacher.width(asked)
-                if theirs_wide is None:
-                    raise OptionError(f"The capture holds no {asked}. Capture again with it, or change the objective.")
-                own = LiveTeacher(student, self.task).width(asked)
-                widths[name] = (own or theirs_wide, theirs_wide)
-        projections = Projections(widths, seed=self.args.seed)
-        if len(projections.maps):
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise OptionError(
-                    f"The student's widths differ from the teacher's ({sorted(set(widths.values()))}), and the maps between "
-                    "them cannot be sharded. Leave 'hidden' and 'embedding' out, or train without FSDP and DeepSpeed."
-                )
-            learning.projections = projections.to(self.args.device)
-        return learning
-
-    def _find_head(self, student: Any) -> Any:
-        if not self.task.is_language_model or self.args.torch_compile:
-            return None
-        if self.compute_loss_func is not None or self.label_smoother is not None:
-            return None
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
-            return None  # ZeRO-3 does not gather the last norm for a backward pass that begins inside the head
-        head = find_head(student)
-        found = torch.tensor(float(head is not None), device=self.args.device)
-        # Where only one process has the weights the others may not find it, and all must do the same.
-        return (
-            head if self.accelerator.reduce(found, reduction="sum").item() == self.accelerator.num_processes else None
-        )
+    def _find_head(self, student: Any) -> Head | None:
+        whole = self.compute_loss_func is not None or self.label_smoother is not None or self.args.torch_compile
+        return None if whole else find_head_everywhere(student, self.task, self.accelerator)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Make the student anew, and find its head again."""
