@@ -93,7 +93,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="any other entry of the config, as often as needed: --set tie_word_embeddings=false",
     )
-    _add_options(init.add_argument_group("how it is made"))
+    method = init.add_argument_group("how it is made")
+    method.add_argument(
+        "--calibration-dataset",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="text files, which --method calibrated runs through the teacher; texts part where a line is empty",
+    )
+    _add_options(method)
     init.set_defaults(run=run_init)
 
     inspect = _add_command(
@@ -197,6 +205,7 @@ def run_init(args: argparse.Namespace) -> int:
         student: Any = make(
             args.teacher,
             method=method,
+            calibration_dataset=read_texts(args.calibration_dataset) if args.calibration_dataset else None,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             gguf_file=args.gguf_file,
             show_progress=not args.no_progress,
@@ -289,6 +298,23 @@ def parse_numbers(path: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected a text file of numbers, one a token: {error}") from error
 
 
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """The texts in text files, parted by empty lines.
+
+    Raises:
+        OptionError: a file that is not text, or files without any.
+    """
+    texts: list[str] = []
+    for path in paths:
+        try:
+            texts += [text for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
+        except UnicodeDecodeError as error:
+            raise OptionError(f"{path} is no text file ({error}); --calibration-dataset takes text files.") from error
+    if not texts:
+        raise OptionError(f"{', '.join(map(str, paths))}: no text in it; --calibration-dataset takes text files.")
+    return texts
+
+
 def _save(student: Any, folder: Path) -> None:
     from safetensors import SafetensorError
 
@@ -338,7 +364,7 @@ def _add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_options(group: argparse._ArgumentGroup) -> None:
     """One flag for each field of InitializationConfig. What is not given stays None and takes the field's default."""
-    parsers: dict[str, Any] = {"layers": parse_layers, "token_weights": parse_numbers}
+    parsers: dict[str, Any] = {"layers": parse_layers, "token_weights": parse_numbers, "ridge": float}
     for field in dataclasses.fields(InitializationConfig):
         text = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
         if isinstance(field.default, bool):

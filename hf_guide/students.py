@@ -1,5 +1,6 @@
 """The doors: `from_teacher`, the same as a mixin, and one Auto class a task."""
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Mapping
@@ -19,10 +20,14 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from hf_guide.calibration.batches import check_dataset
+from hf_guide.calibration.run import chosen_layers, initialize_calibrated, listen
 from hf_guide.errors import OptionError, ShapeError
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.methods import initialize, seeded
 from hf_guide.initialization.options import InitializationConfig, Method
+from hf_guide.initialization.plan import Plan
+from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.resolve import (
     label_places,
@@ -31,7 +36,7 @@ from hf_guide.initialization.resolve import (
     resolve_dtype,
     vocabulary_places,
 )
-from hf_guide.initialization.weights import open_teacher
+from hf_guide.initialization.weights import Teacher, open_teacher
 from hf_guide.saving import attach_report, carry_generation_config, save_student
 
 if TYPE_CHECKING:
@@ -66,8 +71,10 @@ def from_teacher(
     Args:
         teacher: a Hub id, a folder, or a loaded model, which is left untouched.
         config: the student's config, of the teacher's own config class; None takes the teacher's.
-        method: "guide", "uniform" or "random", or an `InitializationConfig` (or a mapping of its fields).
-        calibration_dataset: data for methods that look at activations; none of today's methods does.
+        method: "guide", "calibrated", "uniform" or "random", or an `InitializationConfig` (or a mapping of its fields).
+        calibration_dataset: for "calibrated": a `datasets` dataset with `input_ids` or text (which the teacher's tokenizer
+            cuts up), a list of texts, or an iterable of batches (dicts of tensors). Its first `calibration_tokens` go
+            through the teacher. Under torch.distributed each process hears its share, and all get the same student.
         model_class: the student's class or an Auto class, such as AutoModelForSequenceClassification; None takes the
             teacher's.
         dtype: of the student; None or "auto" takes the teacher's. The arithmetic is float32 or better.
@@ -92,7 +99,9 @@ def from_teacher(
         TaskError: subclasses of something else than a classifier of whole examples.
     """
     options = InitializationConfig.parse(method)
-    if calibration_dataset is not None:
+    if options.method == Method.CALIBRATED:
+        check_dataset(calibration_dataset, options.method)
+    elif calibration_dataset is not None:
         raise OptionError(
             f"calibration_dataset was given, but method={options.method!r} looks at no data; leave it out."
         )
@@ -105,6 +114,13 @@ def from_teacher(
     opened = open_teacher(teacher, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file, **hub)
     student_config = resolve_config(opened, config, overrides, options, keywords=KEYWORDS)
     student_class = resolve_class(opened, student_config, model_class)
+    calibration, planned = None, options
+    if options.method == Method.CALIBRATED:
+        plan = plan_of(student_class, student_config, opened, options)  # refuses before any data is read
+        files = {**hub, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+        calibration = listen(teacher, opened, calibration_dataset, options, show_progress=show_progress, **files)
+        planned = chosen_layers(calibration, options, plan.stacks)
+        student_config = resolve_config(opened, config, overrides, planned, keywords=KEYWORDS)
     labels = label_places(opened.config, student_config)
     lost: list[str] = []
     if num_subclasses is not None or projector is not None:
@@ -120,6 +136,19 @@ def from_teacher(
     student = build_student(student_class, student_config, resolve_dtype(dtype, opened), options)
     if layout is None:
         report = InitializationReport.of_random(student, opened, options)
+    elif calibration is not None:
+        report = initialize_calibrated(
+            student,
+            opened,
+            layout,
+            planned,
+            calibration,
+            vocab_places=vocab,
+            label_places=labels,
+            show_progress=show_progress,
+        )
+        report.options = dataclasses.asdict(options)
+        report.approximations += lost
     else:
         report = initialize(
             student,
@@ -134,6 +163,27 @@ def from_teacher(
     attach_report(student, report, saver=not isinstance(student, FromTeacherMixin))
     carry_generation_config(student, teacher, revision=revision, **hub)
     return student.eval()
+
+
+def plan_of(
+    student_class: type[PreTrainedModel], config: PreTrainedConfig, teacher: Teacher, options: InitializationConfig
+) -> Plan:
+    """Return the plan of a student that is not kept, so that what cannot be made is refused.
+
+    Raises:
+        ShapeError, LayoutError: as `make_plan`.
+    """
+    layout = layout_for(teacher.config, teacher.model_class)
+    student = build_student(student_class, config, teacher.dtype, options)
+    everything = torch.arange(getattr(config, "vocab_size", None) or 0)  # rows are looked at by `vocabulary_places`
+    return make_plan(
+        student,
+        teacher,
+        layout,
+        options,
+        vocab_places=everything,
+        label_places=label_places(teacher.config, config),
+    )
 
 
 KEYWORDS = [name for name in inspect.signature(from_teacher).parameters if name not in ("teacher", "overrides")]

@@ -194,7 +194,7 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
         ({"quantization_config": {}}, ["'quantization_config'"]),
         ({"later_blocks": "select"}, ["'later_blocks' is an option of the method", "'later_blocks': 'select'"]),
         ({"method": "gide"}, ["method='gide'", "'uniform', 'random'", "Did you mean 'guide'?"]),
-        ({"method": "calibrated"}, ["method='calibrated'", "['guide', 'uniform', 'random']"]),
+        ({"method": "calibratd"}, ["method='calibratd'", "['guide', 'calibrated', 'uniform', 'random']"]),
         ({"method": 3}, ["method is one of", "found 3"]),
         ({"method": {"layrs": "first"}}, ["no 'layrs'", "Did you mean 'layers'?"]),
         ({"method": {"later_blocks": "projct"}}, ["later_blocks='projct'", "Did you mean 'project'?"]),

@@ -105,6 +105,21 @@ def repeated(axis: Axis) -> tuple[str, int]:
     return "", 1
 
 
+def joined(axis: Axis, first: str, second: str) -> Axis:
+    """Return `axis` with the names `first` and `second`, where they stand side by side, made the one "first second"."""
+    if isinstance(axis, Name):
+        return axis
+    if isinstance(axis, Sum):
+        return Sum(tuple(joined(term, first, second) for term in axis.terms))
+    factors: list[Axis] = []
+    for factor in axis.factors:
+        if factor == Name(second) and factors and factors[-1] == Name(first):
+            factors[-1] = Name(f"{first} {second}")
+        else:
+            factors.append(joined(factor, first, second))
+    return factors[0] if len(factors) == 1 else Product(tuple(factors))
+
+
 def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int | None:
     """Return the length of `axis`, or None where a name in it has no known size."""
     if isinstance(axis, Name):

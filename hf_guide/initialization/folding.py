@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from hf_guide.initialization.axes import Name, repeated
 from hf_guide.initialization.layouts import Row
-from hf_guide.initialization.options import Method
 from hf_guide.initialization.plan import Plan, Site
 
 
@@ -70,7 +69,7 @@ class Folding:
 
         It has not where one of these is the embedding table itself (a tied head), nor where nothing is known to read it.
         """
-        if not self.plan.options.fold_norms or self.plan.options.method != Method.GUIDE:
+        if not self.plan.options.fold_norms or not self.plan.options.projects:
             return False
         return norm in self.readers and not self.is_tied(norm) and not self._only_elsewhere(norm)
 

@@ -5,7 +5,7 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import transformers
@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import hf_guide
-from hf_guide.initialization.basis import ResidualBasis, explained_variance
+from hf_guide.initialization.basis import ResidualBasis, explained_variance, fit_basis
 from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
-from hf_guide.initialization.options import InitializationConfig, Method
+from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import canonical, make_plan, student_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
@@ -52,22 +52,48 @@ def initialize(
     untie_as_teacher(student, teacher)
     plan = make_plan(student, teacher, layout, options, vocab_places=vocab_places, label_places=label_places)
     plan.bases = dict(bases or {})
-    reduced = (
-        []
-        if options.method != Method.GUIDE
-        else [axis for axis, (had, wanted) in plan.widths.items() if had != wanted or axis in plan.bases]
-    )
-    moments = table_moments(plan, reduced)
-    fitted = {axis: fit_axis(plan, axis, moments) for axis in reduced if axis not in plan.bases}
-    plan.bases.update({axis: basis.matrix for axis, basis in fitted.items()})
-    transfer = Transfer(
-        plan,
-        moments,
-        {axis: length_kept(moments[axis], plan.bases[axis], centered=layout.norm == "layer") for axis in reduced},
-        torch.promote_types(teacher.dtype, torch.float32),
-    )
+    transfer, fitted = fit_bases(plan)
     basis_seconds = time.perf_counter() - started
+    carry(student, transfer, show_progress=show_progress)
+    seconds = {"basis": basis_seconds, "transfer": time.perf_counter() - started - basis_seconds}
+    return make_report(student, transfer, fitted, seconds)
 
+
+def reduced_axes(plan: Plan) -> list[str]:
+    """Return the axes that are contracted with a basis."""
+    if not plan.options.projects:
+        return []
+    return [axis for axis, (had, wanted) in plan.widths.items() if had != wanted or axis in plan.bases]
+
+
+def fit_bases(
+    plan: Plan, activations: Mapping[str, Tensor] | None = None
+) -> tuple[Transfer, dict[str, ResidualBasis]]:
+    """Fit a basis for each reduced axis that has none; return the transfer and what was fitted.
+
+    Args:
+        activations: by axis the second moment, (d_T, d_T), to fit to instead of that of the teacher's tables.
+    """
+    reduced = reduced_axes(plan)
+    moments = table_moments(plan, reduced)
+    centered = plan.layout.norm == "layer"
+    fitted: dict[str, ResidualBasis] = {}
+    for axis in reduced:
+        if axis in plan.bases:
+            continue
+        if activations is not None and axis in activations:
+            fitted[axis] = fit_basis(activations[axis], plan.widths[axis][1], keep_mean=centered)
+        else:
+            fitted[axis] = fit_axis(plan, axis, moments)
+    plan.bases.update({axis: basis.matrix for axis, basis in fitted.items()})
+    looked_at = {**moments, **(activations or {})}
+    shares = {axis: length_kept(looked_at[axis], plan.bases[axis], centered=centered) for axis in reduced}
+    return Transfer(plan, moments, shares, torch.promote_types(plan.teacher.dtype, torch.float32)), fitted
+
+
+def carry(student: PreTrainedModel, transfer: Transfer, *, show_progress: bool = False) -> None:
+    """Fill every parameter of `student`: from its teacher where the plan says so, and as the model itself does elsewhere."""
+    plan, options = transfer.plan, transfer.plan.options
     tensors, _ = student_tensors(student)
     carried = [site for site in plan.sites.values() if site.name not in plan.random]
     for site in tqdm(carried, desc=f"{options.method} initialization", unit="tensor", disable=not show_progress):
@@ -77,8 +103,6 @@ def initialize(
         check_stored(target, value, site.name)
         target._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' own mark: left alone by initialize_weights
     initialize_the_rest(student, options.seed)
-    seconds = {"basis": basis_seconds, "transfer": time.perf_counter() - started - basis_seconds}
-    return make_report(student, transfer, fitted, seconds)
 
 
 def untie_as_teacher(student: PreTrainedModel, teacher: Teacher) -> None:

@@ -29,6 +29,7 @@ class Method(_StringEnum):
     """How a student starts."""
 
     GUIDE = "guide"
+    CALIBRATED = "calibrated"
     UNIFORM = "uniform"
     RANDOM = "random"
 
@@ -44,8 +45,47 @@ class LaterBlocks(_StringEnum):
 class BlockChoice(_StringEnum):
     """Which of the teacher's blocks feed the student's, where no explicit list is given."""
 
+    AUTO = "auto"
     EVEN = "even"
     FIRST = "first"
+    INFLUENCE = "influence"
+
+
+class Basis(_StringEnum):
+    """What the directions of `calibrated` are fitted on."""
+
+    ACTIVATIONS = "activations"
+    EMBEDDINGS = "embeddings"
+
+
+class Pooling(_StringEnum):
+    """How `calibrated` weighs the places at which it sees the residual stream."""
+
+    NORM = "norm"
+    BLOCK = "block"
+    ENERGY = "energy"
+
+
+class UnitChoice(_StringEnum):
+    """Which heads, or which neurons, `calibrated` keeps."""
+
+    ENERGY = "energy"
+    EVEN = "even"
+
+
+class Repair(_StringEnum):
+    """Which weights `calibrated` fits again after they were carried over."""
+
+    ALL = "all"
+    WRITING = "writing"
+    NONE = "none"
+
+
+class RepairInputs(_StringEnum):
+    """What a student's block reads while its weights are fitted."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
 
 
 @dataclass
@@ -60,8 +100,10 @@ class InitializationConfig:
         default="guide",
         metadata={
             "help": "guide: the residual stream is projected on the principal directions of the embedding table, "
-            "every other axis is selected evenly (GUIDE, arXiv 2510.06502). uniform: every axis is selected evenly "
-            "(weight selection, arXiv 2311.18823). random: the model's own initialisation."
+            "every other axis is selected evenly (GUIDE, arXiv 2510.06502). calibrated: as guide, with directions, blocks, "
+            "heads and neurons chosen by what the teacher does with a calibration dataset, and weights fitted again. "
+            "uniform: every axis is selected evenly (weight selection, arXiv 2311.18823). random: the model's own "
+            "initialisation."
         },
     )
     later_blocks: str = field(
@@ -72,10 +114,11 @@ class InitializationConfig:
         },
     )
     layers: "str | list[int] | dict[str, list[int]]" = field(
-        default="even",
+        default="auto",
         metadata={
-            "help": "Which teacher block feeds each student block: even, first, a list of teacher block numbers, or a "
-            "mapping from stack (such as encoder.block) to a list."
+            "help": "Which teacher block feeds each student block: even, first, influence (those that turn the residual "
+            "stream most, for calibrated alone), a list of teacher block numbers, or a mapping from stack (such as "
+            "encoder.block) to a list. auto is influence for calibrated, even for all others."
         },
     )
     centered: bool = field(
@@ -116,6 +159,88 @@ class InitializationConfig:
             "of which much is cut trains faster from a smaller one, because it is less sure of what it no longer knows."
         },
     )
+    basis: str = field(
+        default="activations",
+        metadata={
+            "help": "What calibrated fits the directions of the residual stream on: activations, or embeddings, as guide."
+        },
+    )
+    pooling: str = field(
+        default="norm",
+        metadata={
+            "help": "How calibrated weighs the places where the stream is read: norm (each alike, each token at length 1), "
+            "block (the norms of a block share its weight) or energy (tokens at their own length)."
+        },
+    )
+    heads: str = field(
+        default="energy",
+        metadata={
+            "help": "Which heads calibrated keeps: those that write the most energy onto the student's stream, or even."
+        },
+    )
+    neurons: str = field(
+        default="energy",
+        metadata={
+            "help": "Which MLP neurons calibrated keeps: those that write the most energy onto the student's stream, or even."
+        },
+    )
+    repair: str = field(
+        default="all",
+        metadata={
+            "help": "Which weights calibrated fits again, by ridge regression on the teacher's activations, block by block: "
+            "all, writing (those that write onto the stream) or none."
+        },
+    )
+    repair_inputs: str = field(
+        default="student",
+        metadata={
+            "help": "What a block reads while it is fitted: the stream of the student, repaired so far, or the teacher's, "
+            "projected."
+        },
+    )
+    absorb_blocks: bool = field(
+        default=True,
+        metadata={
+            "help": "Fit the last weight of a block to the stream after the dropped blocks that follow it, too, and not to "
+            "the block's own output alone."
+        },
+    )
+    ridge: "float | None" = field(
+        default=None,
+        metadata={
+            "help": "How strongly a fitted weight is held to the one carried over, in units of its inputs' mean square. None "
+            "chooses for each weight what does best on a quarter of the batches, or leaves the weight as it is."
+        },
+    )
+    fit_table: bool = field(
+        default=True,
+        metadata={
+            "help": "Where the head is tied to the embedding table, fit the table to both of its tasks: the embeddings "
+            "themselves, and the logits."
+        },
+    )
+    fit_gain: bool = field(
+        default=True,
+        metadata={"help": "Fit the gain before a tied head on the calibration tokens, in the logits."},
+    )
+    fit_logit_scale: bool = field(
+        default=True,
+        metadata={
+            "help": "Fit one factor of the logits on the calibration tokens, by the divergence from the teacher."
+        },
+    )
+    calibration_tokens: int = field(
+        default=32768,
+        metadata={"help": "How many tokens of the calibration dataset are looked at."},
+    )
+    calibration_length: int = field(
+        default=256,
+        metadata={"help": "How many tokens a text is cut into, where the calibration dataset is text."},
+    )
+    calibration_batch_size: int = field(
+        default=8,
+        metadata={"help": "How many rows go through the teacher at once, where the dataset is no batches already."},
+    )
     seed: int = field(
         default=0, metadata={"help": "Seeds whatever is initialised at random: the same call gives the same bits."}
     )
@@ -130,13 +255,25 @@ class InitializationConfig:
         self.later_blocks = str(LaterBlocks.parse(self.later_blocks, "later_blocks"))
         self.layers = _parse_layers(self.layers)
         self.token_weights = _parse_weights(self.token_weights)
-        for option in ("centered", "energy_correction", "fold_norms", "restore_logit_scale"):
+        for option, choices in CHOICES.items():
+            setattr(self, option, str(choices.parse(getattr(self, option), option)))
+        for option in SWITCHES:
             if not isinstance(getattr(self, option), bool):
                 raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
         if isinstance(self.logit_gain, bool) or not isinstance(self.logit_gain, (int, float)):
             raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
         if not 0 < self.logit_gain < math.inf:
             raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
+        if self.ridge is not None and (
+            isinstance(self.ridge, bool)
+            or not isinstance(self.ridge, (int, float))
+            or not 0 < self.ridge < math.inf
+        ):
+            raise OptionError(f"ridge is a positive number, or None; found {self.ridge!r}.")
+        for option in ("calibration_tokens", "calibration_length", "calibration_batch_size"):
+            number = getattr(self, option)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise OptionError(f"{option} is a whole number from 1; found {number!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise OptionError(f"seed is a whole number from 0 to 2**64 - 1; found {self.seed!r}.")
         for option in _unused(self.method):
@@ -144,6 +281,19 @@ class InitializationConfig:
                 raise OptionError(
                     f"method={self.method!r} has no use for {option}; leave it out, or choose another method."
                 )
+        if self.layers == BlockChoice.INFLUENCE and self.method != Method.CALIBRATED:
+            raise OptionError(
+                f"layers='influence' needs the activations that method='calibrated' looks at; found method={self.method!r}."
+            )
+        if self.method == Method.CALIBRATED:
+            for option, needed in _needs(self).items():
+                if getattr(self, option) != self.__dataclass_fields__[option].default:
+                    raise OptionError(f"{option} is of use only with {needed}; leave one of them out.")
+
+    @property
+    def projects(self) -> bool:
+        """Whether the residual stream is projected on directions, and not selected from."""
+        return self.method in (Method.GUIDE, Method.CALIBRATED)
 
     @classmethod
     def parse(cls, method: "str | InitializationConfig | Mapping[str, Any]") -> "InitializationConfig":
@@ -160,18 +310,60 @@ class InitializationConfig:
         )
 
 
+CHOICES: dict[str, type[_StringEnum]] = {
+    "basis": Basis,
+    "pooling": Pooling,
+    "heads": UnitChoice,
+    "neurons": UnitChoice,
+    "repair": Repair,
+    "repair_inputs": RepairInputs,
+}
+SWITCHES = (
+    "centered",
+    "energy_correction",
+    "fold_norms",
+    "restore_logit_scale",
+    "absorb_blocks",
+    "fit_table",
+    "fit_gain",
+    "fit_logit_scale",
+)
+OF_GUIDE = ("later_blocks", "centered", "token_weights")
+OF_PROJECTION = ("energy_correction", "fold_norms", "restore_logit_scale", "logit_gain")
+OF_CALIBRATION = (
+    *CHOICES,
+    "absorb_blocks",
+    "ridge",
+    "fit_table",
+    "fit_gain",
+    "fit_logit_scale",
+    "calibration_tokens",
+    "calibration_length",
+    "calibration_batch_size",
+)
+
+
 def _unused(method: str) -> tuple[str, ...]:
     """Return the options that a method does not look at."""
-    of_guide = (
-        "later_blocks",
-        "centered",
-        "token_weights",
-        "energy_correction",
-        "fold_norms",
-        "restore_logit_scale",
-        "logit_gain",
-    )
-    return {Method.GUIDE.value: (), Method.UNIFORM.value: of_guide}.get(method, (*of_guide, "layers"))
+    return {
+        Method.GUIDE.value: OF_CALIBRATION,
+        Method.CALIBRATED.value: ("later_blocks",),
+        Method.UNIFORM.value: (*OF_GUIDE, *OF_PROJECTION, *OF_CALIBRATION),
+        Method.RANDOM.value: (*OF_GUIDE, *OF_PROJECTION, *OF_CALIBRATION, "layers"),
+    }[method]
+
+
+def _needs(options: InitializationConfig) -> dict[str, str]:
+    """Return the options of `calibrated` that its other options leave without use, and what each needs."""
+    found: dict[str, str] = {}
+    if options.basis != Basis.EMBEDDINGS:
+        found |= dict.fromkeys(("centered", "token_weights"), "basis='embeddings'")
+    else:
+        found["pooling"] = "basis='activations'"
+    if options.repair == Repair.NONE:
+        found |= dict.fromkeys(("repair_inputs", "absorb_blocks"), "a repair")
+        found["ridge"] = "a repair"
+    return found
 
 
 def _parse_layers(layers: Any) -> "str | list[int] | dict[str, list[int]]":

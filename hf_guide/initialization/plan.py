@@ -17,12 +17,13 @@ from hf_guide.initialization.axes import (
     Selection,
     axis_names,
     axis_size,
+    joined,
     repeated,
     select,
     solve_sizes,
 )
 from hf_guide.initialization.layouts import FIXED_AXES, PREFIX_AXES, Layout, Match, config_sizes, rotary_size
-from hf_guide.initialization.options import InitializationConfig, LaterBlocks, Method
+from hf_guide.initialization.options import InitializationConfig, LaterBlocks
 from hf_guide.initialization.selection import alibi_places, even_places, rope_places
 from hf_guide.initialization.weights import Teacher
 
@@ -65,7 +66,11 @@ class Site:
 
 @dataclass
 class Plan:
-    """All that a transfer needs to know besides the weights and the bases."""
+    """All that a transfer needs to know besides the weights and the bases.
+
+    `units` are the places that were chosen for a site's named axes, by the site's name; the two axes of grouped heads go by
+    one name, "kv_heads group", where each group keeps others. What is not there is chosen evenly.
+    """
 
     layout: Layout
     options: InitializationConfig
@@ -81,6 +86,7 @@ class Plan:
     random: list[str]
     lost: list[str]
     bases: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _seen_finite: set[str] = field(default_factory=set)
     _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)
 
@@ -100,7 +106,7 @@ class Plan:
     def is_projected(self, site: Site, axis: Axis) -> bool:
         """Whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
         name, _ = repeated(axis)
-        if name not in self.widths or self.options.method != Method.GUIDE:
+        if name not in self.widths or not self.options.projects:
             return False
         teacher, student = self.widths[name]
         selected = site.block is not None and site.block > 0 and self.options.later_blocks == LaterBlocks.SELECT
@@ -112,18 +118,26 @@ class Plan:
         Raises:
             ShapeError, LayoutError: the student's shape cannot be made from the teacher's.
         """
-        key = (site.name, len(self.bases))
+        key = (site.name, len(self.bases) + len(self.units))
         if key not in self._maps:
             self._maps[key] = self._find_maps(site)
         return self._maps[key]
 
-    def _find_maps(self, site: Site) -> list[AxisMap]:
+    def sizes(self, site: Site) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the teacher's and the student's size of every name in the site's axes.
+
+        Raises:
+            LayoutError: the axes do not multiply out to the shapes.
+        """
         assert site.source_shape is not None
         source_name = self.teacher_names.get(site.source or "", site.source or "")
         teacher = solve_sizes(
             site.axes, site.source_shape, config_sizes(self.layout, self.teacher.config), source_name
         )
-        student = solve_sizes(site.axes, site.shape, config_sizes(self.layout, self.student_config), site.name)
+        return teacher, solve_sizes(site.axes, site.shape, config_sizes(self.layout, self.student_config), site.name)
+
+    def _find_maps(self, site: Site) -> list[AxisMap]:
+        teacher, student = self.sizes(site)
         found: list[AxisMap] = []
         for axis in site.axes:
             if self.is_projected(site, axis):
@@ -141,6 +155,10 @@ class Plan:
             elif all(teacher[name] == student[name] for name in axis_names(axis)):
                 found.append(Identity())
             else:
+                for pair in (name for name in self.units.get(site.name, ()) if " " in name):
+                    first, second = pair.split()
+                    axis = joined(axis, first, second)
+                    teacher[pair] = teacher[first] * teacher[second]
                 places, factors = select(axis, lambda name: self._leaf(site, name, teacher, student), teacher)
                 found.append(Selection(places, factors, axis_size(axis, teacher) or 0))
         return found
@@ -152,6 +170,9 @@ class Plan:
     def _leaf(
         self, site: Site, name: str, teacher: Mapping[str, int], student: Mapping[str, int]
     ) -> tuple[Tensor, Tensor]:
+        units = self.units.get(site.name, {}).get(name)
+        if units is not None:
+            return units, torch.ones(len(units), dtype=torch.float64)
         had, wanted = teacher[name], student[name]
         what = READABLE.get(name, name)
         if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:
@@ -181,7 +202,7 @@ class Plan:
                 name.endswith("q_dim")
                 and had != wanted
                 and scaled_here
-                and self.options.method == Method.GUIDE
+                and self.options.projects
                 and self.options.restore_logit_scale
             ):
                 factor = (

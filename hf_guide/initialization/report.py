@@ -56,6 +56,8 @@ class InitializationReport:
         parameters: one record for each parameter of the student.
         approximations: what could not be carried over exactly, and why.
         randomly_initialized: parameters that the teacher has nothing for.
+        calibration: of a calibrated student: the tokens seen, each block's influence (1 - cosine of input and output), the
+            places of heads and neurons kept, by writing weight, and the share of the stream that was lost after each block.
         seconds: time by step; peak_memory_bytes: the most the process had resident.
     """
 
@@ -75,6 +77,7 @@ class InitializationReport:
     parameters: list[ParameterRecord] = field(default_factory=list)
     approximations: list[str] = field(default_factory=list)
     randomly_initialized: list[str] = field(default_factory=list)
+    calibration: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
 

@@ -82,4 +82,5 @@ def choose_blocks(
             f"The student has {student} blocks{of_stack}, its teacher {teacher}: choose at most {teacher}, or say "
             "with layers=[...] which of the teacher's blocks feeds each."
         )
+    # "influence" is made a list once the teacher was heard; until then a student's shape is checked with even places.
     return list(range(student)) if layers == BlockChoice.FIRST.value else even_places(teacher, student)

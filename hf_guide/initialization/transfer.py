@@ -28,7 +28,6 @@ from hf_guide.initialization.axes import (
 )
 from hf_guide.initialization.folding import Folding
 from hf_guide.initialization.layouts import PREFIX_AXES, config_sizes
-from hf_guide.initialization.options import Method
 from hf_guide.initialization.plan import Plan, Site
 
 
@@ -113,9 +112,9 @@ class Transfer:
                     / self._ratio(self.plan.layout.embedding_scale)
                     * self.plan.options.logit_gain
                 )
-                self._note_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
+                self.note_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
                 if self.plan.options.logit_gain != 1.0:
-                    self._note_step(site, f"logits times {self.plan.options.logit_gain:.6g}")
+                    self.note_step(site, f"logits times {self.plan.options.logit_gain:.6g}")
                 return factor
         return 1.0
 
@@ -129,11 +128,11 @@ class Transfer:
             return result
         if row.kind == "norm" and self.folding.is_tied(site.module):
             offset = 0.0 if site.canonical.endswith(".bias") else self.plan.layout.norm_offset
-            self._note_step(site, f"logits times {gain:.6g}")
+            self.note_step(site, f"logits times {gain:.6g}")
             return (result.to(self.dtype) + offset) * gain - offset
         is_logit_bias = site.axes == (Name("vocab"),)  # also one that stands beside a tied head
         if is_logit_bias or (row.kind == "weight" and row.reads and Name("vocab") in row.axes):
-            self._note_step(site, f"logits times {gain:.6g}")
+            self.note_step(site, f"logits times {gain:.6g}")
             return self._scaled(result, gain)
         return result
 
@@ -144,15 +143,15 @@ class Transfer:
             return self._scaled(self.bias_value(site), self.stream_scale(site))
         row = site.match.row
         result = self._scaled(self.weight_value(site), self.stream_scale(site))
-        if row.kind == "table" and Name("vocab") in row.axes and self.plan.options.method == Method.GUIDE:
+        if row.kind == "table" and Name("vocab") in row.axes and self.plan.options.projects:
             ratio = self._ratio(self.plan.layout.embedding_scale)
             if ratio != 1.0:
-                self._note_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
+                self.note_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
                 result = self._scaled(result, ratio)
-        if row.pattern in self.plan.layout.scales and self.plan.options.method == Method.GUIDE:
+        if row.pattern in self.plan.layout.scales and self.plan.options.projects:
             ratio = self._ratio(self.plan.layout.scales[row.pattern])
             if ratio != 1.0:
-                self._note_step(site, f"times {ratio:.6g}: what it is added to is multiplied by the model's width")
+                self.note_step(site, f"times {ratio:.6g}: what it is added to is multiplied by the model's width")
                 result = self._scaled(result, ratio)
         if row.kind != "table" and Name("vocab") in row.axes and row.reads:
             ratio = self._ratio(self.plan.layout.tied_head_scale)
@@ -167,7 +166,7 @@ class Transfer:
             return 1.0
         return float(scale(self.plan.teacher.config)) / float(scale(self.plan.student_config))
 
-    def _note_step(self, site: Site, step: str) -> None:
+    def note_step(self, site: Site, step: str) -> None:
         steps = self.steps.setdefault(site.name, [])
         if step not in steps:
             steps.append(step)
@@ -231,7 +230,7 @@ class Transfer:
                 diagonal = self.teacher_norm(norm, site, "weight")
                 left = self.gain_left(self.folding.name(norm, site, of_teacher=False), diagonal)
                 factor = self.scale(axis) if left is None else 1.0 / left
-                self._note_step(
+                self.note_step(
                     site, f"gain of {self.folding.name(norm, site, of_teacher=True)} folded, times {factor:.6g}"
                 )
             elif dim != row.input_axis:
@@ -259,9 +258,9 @@ class Transfer:
             and any(self._folds_bias(norm, weight) for norm in row.reads)
         ):
             result = result.to(self.dtype) + self._read_norm_bias(weight)
-            self._note_step(site, "takes in the bias of the norm before it")
+            self.note_step(site, "takes in the bias of the norm before it")
         elif site.source is None:
-            self._note_step(site, "zero: the teacher has none")
+            self.note_step(site, "zero: the teacher has none")
         return result
 
     def _folds_bias(self, norm: str | None, site: Site) -> bool:
@@ -358,16 +357,16 @@ class Transfer:
         norm = site.module
         matrix, gain = chosen.matrix, stored.double() + offset
         if norm in self.folding.learned_scales:
-            self._note_step(site, "folded into the weights it multiplies, its root mean square left")
+            self.note_step(site, "folded into the weights it multiplies, its root mean square left")
             return torch.full(site.shape, (_root_mean_square(gain) or 1.0) - offset, dtype=self.dtype)
         if (writer := self.folding.writers.get(norm)) is not None and not is_bias:
-            self._note_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
+            self.note_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
             self._note(
                 f"{site.name}: its gain is folded into {writer.name}, before the norm, which then sees another length."
             )
             return torch.full(site.shape, self.scale_left(writer) - offset, dtype=self.dtype)
         if self.folding.is_folded(norm):
-            self._note_step(site, "folded into the weights that read it, its root mean square left")
+            self.note_step(site, "folded into the weights that read it, its root mean square left")
             if is_bias and (bias := self.norm_bias(norm)) is not None:
                 return bias.to(self.dtype)
             left = None if is_bias else self.gain_left(norm, gain)
@@ -382,14 +381,14 @@ class Transfer:
             return (gain @ matrix * head_scale).to(self.dtype)
         if self.folding.is_tied(norm):
             diagonal = fit_tied_gain(self.moments[axis.name], matrix, gain) * head_scale
-            self._note_step(site, "fitted in the logits of the tied head")
+            self.note_step(site, "fitted in the logits of the tied head")
             self._note(
                 f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, "
                 "not folded; tie_word_embeddings=False folds it exactly."
             )
         else:
             diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
-            self._note_step(site, "diagonal of the projected gain")
+            self.note_step(site, "diagonal of the projected gain")
             if not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
                 self._note(f"{site.name}: {self._why_kept(norm)}; the diagonal of the projected gain stands for it.")
         return (diagonal * self.scale(axis.name) - offset).to(self.dtype)

@@ -1,0 +1,98 @@
+"""Running a model to be listened to: hooks that go away again, masks of padding, and stopping halfway."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_guide.calibration.batches import Batch
+
+Hear = Callable[[Tensor], object]
+
+
+class Heard(Exception):  # noqa: N818  # not an error: what was wanted of a forward has been heard
+    """Raised by a hook to end a forward; `run` swallows it."""
+
+
+@contextlib.contextmanager
+def hooks() -> Iterator[list[Any]]:
+    """Give a list for the handles of hooks, all of which are removed in the end."""
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def on_input(module: nn.Module, hear: Hear) -> Any:
+    """Call `hear` with the stream or features that `module` is given; return the hook's handle."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hear(given(args, kwargs))
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def on_output(module: nn.Module, hear: Hear) -> Any:
+    """Call `hear` with what `module` returns, the first of several; return the hook's handle."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hear(first_of(output))
+
+    return module.register_forward_hook(hook)
+
+
+def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the tensor that a module was called with: its first argument, or `hidden_states`."""
+    return args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+def first_of(output: Any) -> Tensor:
+    """Return a module's output, or the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, batch: Batch) -> Any:
+    """Run a forward without a cache; return its outputs, or None where a hook has heard enough."""
+    inputs: dict[str, Any] = {name: _fit(value, model) for name, value in batch.items()}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs["use_cache"] = False
+    if "decoder_input_ids" in inspect.signature(model.forward).parameters and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = inputs[
+            "input_ids"
+        ]  # a decoder must read something; better is what the batch names
+    try:
+        return model(**inputs)
+    except Heard:
+        return None
+
+
+def _fit(value: Tensor, model: PreTrainedModel) -> Tensor:
+    value = value.to(model.device)
+    return value.to(model.dtype) if value.is_floating_point() else value
+
+
+@contextlib.contextmanager
+def listening_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, and back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def real_tokens(heard: Tensor, batch: Batch, *, of_decoder: bool = False) -> Tensor:
+    """Return the rows, (tokens, width), of what was heard, (batch, length, width), that are not padding."""
+    for name in ("decoder_attention_mask",) if of_decoder else ("attention_mask",):
+        mask = batch.get(name)
+        if mask is not None and mask.ndim == 2 and mask.shape == heard.shape[:-1]:
+            return heard[mask.to(heard.device).bool()]
+    return heard.reshape(-1, heard.shape[-1])

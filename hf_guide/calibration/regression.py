@@ -1,0 +1,142 @@
+"""Ridge regression of what a weight should make of its input, held to the weight that is there."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_guide.calibration.worlds import add_up, world
+
+
+@dataclass
+class Sums:
+    """Second moments of rows x of features and y of what goes with them, float64: the normal equations, streamed.
+
+    Attributes:
+        gram: sum of x^T x, (features, features).
+        cross: sum of y^T x, (targets, features).
+        energy: sum of |y|^2, (1,).
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+
+    @classmethod
+    def of(cls, features: int, targets: int) -> "Sums":
+        """Return empty sums."""
+        return cls(
+            torch.zeros(features, features, dtype=torch.float64),
+            torch.zeros(targets, features, dtype=torch.float64),
+            torch.zeros(1, dtype=torch.float64),
+        )
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows, (tokens, features) and (tokens, targets); their products are taken in float32 or better."""
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
+        self.gram += (x.T @ x).double().cpu()
+        self.cross += (y.T @ x).double().cpu()
+        self.energy += y.square().sum(dtype=torch.float64).cpu()
+
+    def gather(self) -> "Sums":
+        """Add what the other processes have."""
+        add_up([self.gram, self.cross, self.energy])
+        return self
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
+
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Those that are tried, in units of the mean square of a feature: from nearly free to nearly fixed."""
+
+ROUNDING = 1e-10
+"""What is gained less than this, of the square of what a weight makes, is a rounding error of float32 and left alone."""
+
+HELD_OUT = 4
+"""Of so many batches the last is held out while a ridge is chosen."""
+
+
+@dataclass
+class Halves:
+    """Sums of what is fitted to, and of the batches that are held out to choose how strongly."""
+
+    fitted: Sums
+    held_out: Sums
+
+    @classmethod
+    def of(cls, features: int, targets: int) -> "Halves":
+        """Return empty sums."""
+        return cls(Sums.of(features, targets), Sums.of(features, targets))
+
+    def add(self, x: Tensor, y: Tensor, batch: int) -> None:
+        """Add rows of a batch of this number."""
+        rank, size = world()
+        (self.held_out if (rank + batch * size) % HELD_OUT == HELD_OUT - 1 else self.fitted).add(x, y)
+
+    def gather(self) -> "Halves":
+        """Add what the other processes have."""
+        self.fitted.gather()
+        self.held_out.gather()
+        return self
+
+
+def best_correction(
+    own: Tensor, grams: tuple[Tensor, Tensor], residuals: tuple[Tensor, Tensor], ridge: float | None
+) -> tuple[Tensor, float | None]:
+    """Return the correction D, (out, features), and the ridge: the one given, or the one that does best on what is held out.
+
+    Args:
+        own: the weight that is there, (out, features), float64.
+        grams, residuals: as `correction` takes them, of what is fitted to and of what is held out.
+
+    Returns:
+        D fitted to both together; a ridge of None where every D does worse on what is held out than none, which is then zero.
+    """
+    whole = grams[0] + grams[1], residuals[0] + residuals[1]
+    if ridge is None and grams[1].any():
+        best, gain = None, 0.0
+        for tried in RIDGES:
+            found = correction(grams[0], residuals[0], tried)
+            less = _gained(found, grams[1], residuals[1])
+            if less > gain:
+                best, gain = tried, less
+        if best is None:
+            return torch.zeros_like(own), None
+        ridge = best
+    ridge = RIDGES[2] if ridge is None else ridge
+    found = correction(*whole, ridge)
+    if _gained(found, *whole) <= ROUNDING * ((own @ whole[0]) * own).sum().item():
+        return torch.zeros_like(own), None
+    return found, ridge
+
+
+def _gained(found: Tensor, gram: Tensor, residual: Tensor) -> float:
+    """Return by how much the sum of squares falls with a correction."""
+    return (2 * (found * residual).sum() - ((found @ gram) * found).sum()).item()
+
+
+def correction(gram: Tensor, residual: Tensor, ridge: float) -> Tensor:
+    """Return the D that minimises sum |r - D x|^2 + ridge * m * tokens |D|^2, m the mean square of a feature.
+
+    Args:
+        gram: sum of x^T x, (features, features); residual: sum of r^T x, (out, features).
+
+    Returns:
+        (out, features), float64: what is added to the weight. Where the weight leaves no residual it is zero.
+    """
+    scale = gram.diagonal().mean()
+    if scale <= 0:
+        return torch.zeros_like(residual)
+    system = gram / scale
+    system.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        return (residual / scale) @ torch.linalg.pinv(system, hermitian=True)
+    return torch.cholesky_solve((residual / scale).T, factor).T
+
+
+def with_one(rows: Tensor, has_bias: bool) -> Tensor:
+    """Return rows, (tokens, width), with a column of ones where a bias is to be fitted with them."""
+    return torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if has_bias else rows

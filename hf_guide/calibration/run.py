@@ -1,0 +1,166 @@
+"""`calibrated`: a teacher is heard on real data, the student is planned by it, carried over, and fitted again."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from hf_guide.calibration.anatomy import study, weight_of
+from hf_guide.calibration.batches import Batch, draw_batches
+from hf_guide.calibration.choosing import choose_units, influential_blocks
+from hf_guide.calibration.listening import listening_mode
+from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
+from hf_guide.calibration.repair import Mender
+from hf_guide.calibration.statistics import Statistics, gather
+from hf_guide.calibration.worlds import world
+from hf_guide.errors import OptionError
+from hf_guide.initialization.derive import layout_for
+from hf_guide.initialization.layouts import Layout
+from hf_guide.initialization.methods import carry, fit_bases, make_report, reduced_axes, untie_as_teacher
+from hf_guide.initialization.options import Basis, BlockChoice, InitializationConfig, Repair
+from hf_guide.initialization.planning import make_plan
+from hf_guide.initialization.report import InitializationReport
+from hf_guide.initialization.weights import Teacher
+
+
+@dataclass
+class Calibration:
+    """What was heard: the running teacher, its data, and the sums."""
+
+    model: PreTrainedModel
+    batches: list[Batch]
+    statistics: Statistics
+    seconds: float
+
+
+@torch.no_grad()
+def listen(
+    teacher: "PreTrainedModel | Any",
+    opened: Teacher,
+    dataset: Any,
+    options: InitializationConfig,
+    *,
+    show_progress: bool = False,
+    **hub: Any,
+) -> Calibration:
+    """Run a teacher on the calibration dataset once and return what was heard.
+
+    Args:
+        teacher: what `from_teacher` was given; a loaded model is used as it is, anything else is loaded from `opened`.
+
+    Raises:
+        OptionError: a dataset of which no batches can be made, or fewer batches than there are processes.
+        TeacherError: activations that are not finite.
+    """
+    started = time.perf_counter()
+    layout = layout_for(opened.config, opened.model_class)
+    model = teacher if isinstance(teacher, PreTrainedModel) else bring_to_life(opened)
+    batches = draw_batches(dataset, model, opened, options, **hub)
+    processes = world()[1]
+    if len(batches) < processes:
+        raise OptionError(
+            f"calibration_dataset makes {len(batches)} batches for {processes} processes: pass more data, or lower "
+            "calibration_batch_size."
+        )
+    statistics = gather(
+        model, study(model, layout), layout, batches, pooling=options.pooling, show_progress=show_progress
+    )
+    return Calibration(model, batches, statistics, time.perf_counter() - started)
+
+
+def bring_to_life(opened: Teacher) -> PreTrainedModel:
+    """Return a model with an opened teacher's weights, in the dtype they are stored in, on the CPU."""
+    with no_init_weights():
+        model = opened.model_class._from_config(opened.config, dtype=opened.dtype)
+    model.tie_weights()
+    tensors = model.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name in opened.weights.keys():
+            tensors[name].copy_(opened.weights.get(name))
+    return model.eval()
+
+
+def chosen_layers(
+    calibration: Calibration, options: InitializationConfig, stacks: Mapping[str, list[int]]
+) -> InitializationConfig:
+    """Return the options with the blocks named that the teacher's influence chooses; `stacks` tell how many are wanted."""
+    if options.layers not in (BlockChoice.AUTO, BlockChoice.INFLUENCE):
+        return options
+    turned = calibration.statistics.turned
+    layers = {
+        stack.removesuffix(".{block}"): influential_blocks(turned[stack], len(blocks))
+        for stack, blocks in stacks.items()
+        if stack in turned
+    }
+    return dataclasses.replace(options, layers=layers)
+
+
+@torch.no_grad()
+def initialize_calibrated(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    layout: Layout,
+    options: InitializationConfig,
+    calibration: Calibration,
+    *,
+    vocab_places: Tensor | None = None,
+    label_places: Tensor | None = None,
+    show_progress: bool = False,
+) -> InitializationReport:
+    """Fill `student` from a teacher that was heard; return where all came from.
+
+    Raises:
+        ShapeError, LayoutError: what the plan refuses.
+    """
+    started = time.perf_counter()
+    untie_as_teacher(student, teacher)
+    plan = make_plan(student, teacher, layout, options, vocab_places=vocab_places, label_places=label_places)
+    statistics = calibration.statistics
+    activations = None
+    if options.basis == Basis.ACTIVATIONS:
+        activations = {axis: statistics.moments[axis] for axis in reduced_axes(plan) if axis in statistics.moments}
+    transfer, fitted = fit_bases(plan, activations)
+    plan.units, notes = choose_units(plan, statistics)
+    transfer.notes += notes
+    seconds = {"hearing": calibration.seconds, "basis": time.perf_counter() - started}
+    carry(student, transfer, show_progress=show_progress)
+    seconds["transfer"] = time.perf_counter() - started - seconds["basis"]
+
+    mended = time.perf_counter()
+    model = calibration.model
+    home = student.device
+    student.to(model.device)  # type: ignore[arg-type]
+    mender = Mender(model, student, transfer, calibration.batches, progress=show_progress)
+    head = find_head(mender)
+    facts: dict[str, Any] = {"tokens": statistics.tokens, "influence": _by_stack(statistics.turned)}
+    with listening_mode(model), listening_mode(student):
+        if head is not None and head.tied and options.fit_table:
+            fit_table(mender, head, token_counts(mender, len(weight_of(head.student.module))))
+        if options.repair != Repair.NONE:
+            mender.mend()
+            facts["lost"] = mender.lost
+        if head is not None and head.tied and options.fit_gain:
+            fit_gain(mender, head)
+        if head is not None and options.fit_logit_scale:
+            facts["logit_scale"] = fit_logit_scale(mender, head)
+    student.to(home)  # type: ignore[arg-type]
+    seconds["repair"] = time.perf_counter() - mended
+    transfer.notes += mender.notes
+    facts["units"] = {
+        site.canonical: {axis: places.tolist() for axis, places in plan.units[site.name].items()}
+        for site in plan.sites.values()
+        if site.name in plan.units and site.canonical.removesuffix(".weight") in mender.of_student.writers
+    }
+    report = make_report(student, transfer, fitted, seconds)
+    report.calibration = facts
+    return report
+
+
+def _by_stack(turned: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    return {stack.removesuffix(".{block}"): values.tolist() for stack, values in turned.items()}

@@ -1,0 +1,165 @@
+"""What a teacher does with real data, in sums whose size does not depend on how much data there was."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_guide.calibration.anatomy import Anatomy, Part, weight_of
+from hf_guide.calibration.batches import Batch, tokens_in
+from hf_guide.calibration.listening import first_of, given, hooks, listening_mode, on_input, real_tokens, run
+from hf_guide.calibration.worlds import add_number, add_up, own_share
+from hf_guide.errors import TeacherError
+from hf_guide.initialization.axes import Name, Product
+from hf_guide.initialization.layouts import Layout, config_sizes
+from hf_guide.initialization.options import Pooling
+
+
+@dataclass
+class Statistics:
+    """Sums over tokens, float64 (the products of one batch are in the model's dtype, float32 at least).
+
+    Attributes:
+        tokens: how many tokens of input were seen.
+        moments: for each projected axis the second moment of the stream, (d_T, d_T), pooled over where it is read.
+        turned: for each stack 1 - mean cosine of a block's input and output, (blocks,): its influence.
+        inner: for each writer the second moment of its input: of each neuron, (f,), or among a head's own places,
+            (heads, l, l).
+    """
+
+    tokens: int = 0
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    turned: dict[str, Tensor] = field(default_factory=dict)
+    inner: dict[str, Tensor] = field(default_factory=dict)
+
+
+def gather(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    layout: Layout,
+    batches: Sequence[Batch],
+    *,
+    pooling: str = "norm",
+    show_progress: bool = False,
+) -> Statistics:
+    """Hear a teacher once on all batches; with several processes each takes its share and all get the same sums.
+
+    Args:
+        pooling: "norm": each token at length 1, each norm alike; "block": the norms of one block share its weight; "energy":
+            tokens at their own length.
+
+    Raises:
+        TeacherError: activations that are not finite.
+    """
+    found = Statistics()
+    seen = {stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in anatomy.blocks.items()}
+    found.turned = {stack: torch.zeros_like(count) for stack, count in seen.items()}
+    places = stream_places(anatomy)
+    shares = _shares(places, pooling)
+    heads = {name: head_size(part, layout, model) for name, part in anatomy.writers.items()}
+    current: Batch = {}
+    last: list[Tensor] = []
+
+    def hear_stream(place: Part, share: float, stream: Tensor) -> None:
+        if last and last[0] is stream:
+            return  # another weight reads the same
+        last[:] = [stream]
+        rows = _real(stream, current, place)
+        if layout.norm == "layer":
+            rows = rows - rows.mean(-1, keepdim=True)
+        if pooling != Pooling.ENERGY:
+            rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        found.moments[place.axis] = found.moments.get(place.axis, 0) + share * (rows.T @ rows).double().cpu()
+
+    def hear_inner(name: str, part: Part, inner: Tensor) -> None:
+        rows, size = _real(inner, current, part), heads[name]
+        if size is None:
+            total = rows.square().sum(0, dtype=torch.float64).cpu()
+        else:
+            split = rows.unflatten(-1, (-1, size)).movedim(1, 0)
+            total = (split.mT @ split).double().cpu()
+        found.inner[name] = found.inner.get(name, 0) + total
+
+    def hear_block(stack: str, number: int, stream: Tensor, output: Tensor) -> None:
+        of_decoder = "decoder" in stack
+        before, after = (real_tokens(each, current, of_decoder=of_decoder).double() for each in (stream, output))
+        cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
+        found.turned[stack][number] += (1 - cosine).sum().cpu()
+        seen[stack][number] += len(cosine)
+
+    with hooks() as handles, listening_mode(model):
+        for place, share in zip(places, shares, strict=True):
+            handles.append(on_input(place.module, lambda heard, p=place, s=share: hear_stream(p, s, heard)))  # type: ignore[misc]
+        for name, part in anatomy.writers.items():
+            handles.append(on_input(part.module, lambda heard, n=name, p=part: hear_inner(n, p, heard)))  # type: ignore[misc]
+        for stack, blocks in anatomy.blocks.items():
+            for number, block in enumerate(blocks):
+                handles.append(
+                    block.register_forward_hook(
+                        lambda _, args, kwargs, output, s=stack, n=number: hear_block(
+                            s, n, given(args, kwargs), first_of(output)
+                        ),
+                        with_kwargs=True,
+                    )
+                )
+        for current in tqdm(own_share(batches), desc="hearing the teacher", unit="batch", disable=not show_progress):
+            last.clear()
+            run(model, current)
+            found.tokens += tokens_in(current, model)
+    found.inner |= {
+        name: torch.zeros(_inner_shape(part, heads[name]), dtype=torch.float64)
+        for name, part in anatomy.writers.items()
+        if name not in found.inner
+    }
+    found.inner = {name: found.inner[name] for name in anatomy.writers}
+    found.tokens = round(add_number(found.tokens))
+    add_up([*found.moments.values(), *found.turned.values(), *seen.values(), *found.inner.values()])
+    for stack, count in seen.items():
+        found.turned[stack] /= count.clamp(min=1)
+    _refuse_not_finite(found)
+    return found
+
+
+def stream_places(anatomy: Anatomy) -> list[Part]:
+    """Return the modules whose input is the residual stream: norms that are read, and weights in blocks that read no norm."""
+    bare = [part for part in anatomy.readers.values() if part.block is not None and not any(part.match.row.reads)]
+    return [*anatomy.read_norms.values(), *bare]
+
+
+def head_size(part: Part, layout: Layout, model: PreTrainedModel) -> int | None:
+    """Return the size of a head where a writer's input is heads side by side, None where it is neurons."""
+    axis = part.match.axes[part.match.row.input_axis]
+    if isinstance(axis, Product) and isinstance(axis.factors[-1], Name):
+        return config_sizes(layout, model.config).get(axis.factors[-1].name)
+    return None
+
+
+def _shares(places: Sequence[Part], pooling: str) -> list[float]:
+    if pooling != Pooling.BLOCK:
+        return [1.0] * len(places)
+    homes = [(place.stack, place.block) if place.block is not None else (place.name, None) for place in places]
+    return [1.0 / homes.count(home) for home in homes]
+
+
+def _real(heard: Tensor, batch: Batch, part: Part) -> Tensor:
+    rows = real_tokens(heard, batch, of_decoder="decoder" in part.name)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def _inner_shape(part: Part, head: int | None) -> tuple[int, ...]:
+    width = weight_of(part.module).shape[1]
+    return (width,) if head is None else (width // head, head, head)
+
+
+def _refuse_not_finite(found: Statistics) -> None:
+    for what, tensors in (("the residual stream", found.moments), ("the input of", found.inner)):
+        for name, tensor in tensors.items():
+            if not math.isfinite(tensor.sum().item()):
+                raise TeacherError(
+                    f"The teacher's activations are not finite on the calibration dataset: {what} {name!r}. Load it in a "
+                    "wider dtype, or look at the data."
+                )

@@ -1,0 +1,40 @@
+"""Several processes as one: each hears its own batches, and what they sum is added up."""
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+Item = TypeVar("Item")
+
+
+def world() -> tuple[int, int]:
+    """Return the number of this process and how many there are."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def own_share(items: Sequence[Item]) -> list[Item]:
+    """Return every n-th of `items`, those of this process."""
+    rank, size = world()
+    return list(items[rank::size])
+
+
+def add_up(tensors: Iterable[Tensor]) -> None:
+    """Add to each tensor, in place, what the other processes have under the same place in the list."""
+    if world()[1] == 1:
+        return
+    on_device = distributed.get_backend() == "nccl"
+    for tensor in tensors:
+        shared = tensor.cuda() if on_device and not tensor.is_cuda else tensor.contiguous()
+        distributed.all_reduce(shared)
+        tensor.copy_(shared)
+
+
+def add_number(number: float) -> float:
+    """Return the sum of one number over all processes."""
+    total = torch.tensor(float(number), dtype=torch.float64)
+    add_up([total])
+    return total.item()

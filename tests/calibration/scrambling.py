@@ -1,0 +1,66 @@
+"""Put what a lift added at random places: dead heads, dead neurons and blocks that write nothing."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_guide.initialization.axes import axis_names, joined, select, solve_sizes
+from hf_guide.initialization.layouts import Layout, config_sizes
+from tests.invariants.lifting import short, spread
+
+UNITS = ("heads", "kv_heads", "group", "mlp")
+
+
+def scramble(model: PreTrainedModel, layout: Layout, small_blocks: int, seed: int) -> list[int]:
+    """Permute the heads, neurons and blocks of a lifted model, which computes the same; return where its live blocks are."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {short(name, model): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    blocks = 1 + max(
+        int(match.numbers["block"]) for match in map(layout.find, tensors) if match and "block" in match.numbers
+    )
+    live = sorted(torch.randperm(blocks, generator=generator)[:small_blocks].tolist())
+    dead = [block for block in range(blocks) if block not in live]
+    home = dict(zip(spread(blocks, small_blocks), live, strict=True))
+    home |= dict(zip([block for block in range(blocks) if block not in home], dead, strict=True))
+    permutations: dict[tuple[str, str], Tensor] = {}
+
+    def places(block: str, name: str, sizes: dict[str, int]) -> Tensor:
+        key = (block, name)
+        if key not in permutations:
+            permutations[key] = torch.randperm(sizes[name], generator=generator)
+        return permutations[key]
+
+    moved = {}
+    for name, tensor in tensors.items():
+        match = layout.find(name)
+        if match is None or "block" not in match.numbers:
+            continue
+        block = match.numbers["block"]
+        sizes = solve_sizes(match.axes, tensor.shape, config_sizes(layout, model.config), name)
+        value = tensor.detach().clone()
+        for dim, axis in enumerate(match.axes):
+            if not set(axis_names(axis)) & set(UNITS):
+                continue
+            pair = joined(axis, "kv_heads", "group")
+            sizes["kv_heads group"] = sizes.get("kv_heads", 1) * sizes.get("group", 1)
+
+            def leaf(unit: str, block: str = block, sizes: dict[str, int] = sizes) -> tuple[Tensor, Tensor]:
+                if unit == "kv_heads group":
+                    groups = places(block, "kv_heads", sizes)
+                    inside = [
+                        places(block, f"group {group}", {f"group {group}": sizes["group"]})
+                        for group in groups.tolist()
+                    ]
+                    found = torch.cat(
+                        [group * sizes["group"] + own for group, own in zip(groups, inside, strict=True)]
+                    )
+                else:
+                    found = places(block, unit, sizes) if unit in UNITS else torch.arange(sizes[unit])
+                return found, torch.ones(len(found))
+
+            value = value.index_select(dim, select(pair, leaf, sizes)[0])
+        moved[name.replace(f".{block}.", f".{home[int(block)]}.", 1)] = value
+    with torch.no_grad():
+        for name, value in moved.items():
+            tensors[name].copy_(value)
+    return live

@@ -1,0 +1,199 @@
+"""What calibrated promises besides its laws: the same bits again, repairs that repair, and errors that help."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from hf_guide import HfGuideError, InitializationConfig, InitializationReport, OptionError, from_teacher
+from hf_guide.cli import main
+from tests.tiny import KINDS, logits, same_bits
+
+SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
+
+
+def data(count: int = 8, rows: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [{"input_ids": torch.randint(3, 96, (rows, 9), generator=generator)} for _ in range(count)]
+
+
+def student_of(teacher: object, dataset: object = None, **method: Any) -> Any:
+    dataset = data() if dataset is None else dataset
+    options = {"method": "calibrated", **method}
+    return from_teacher(teacher, method=options, calibration_dataset=dataset, show_progress=False, **SMALLER)
+
+
+@pytest.fixture(scope="module")
+def teacher() -> LlamaForCausalLM:
+    return KINDS["llama"].teacher()
+
+
+@pytest.fixture(scope="module")
+def tied() -> LlamaForCausalLM:
+    return KINDS["llama tied"].teacher()
+
+
+def test_the_same_call_gives_the_same_bits_from_memory_and_from_disk(teacher: Any, tmp_path: Path) -> None:
+    teacher.save_pretrained(tmp_path)
+    first = student_of(teacher)
+    assert same_bits(first, student_of(teacher)) and same_bits(first, student_of(tmp_path))
+
+
+def test_a_dataset_of_ids_is_batches_of_them(teacher: Any) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": torch.cat([batch["input_ids"] for batch in data()]).tolist()})
+    assert same_bits(student_of(teacher), student_of(teacher, rows, calibration_batch_size=4))
+
+
+def test_no_more_than_the_tokens_asked_for_is_drawn(teacher: Any) -> None:
+    drawn = iter(data(count=50))
+    report = student_of(teacher, drawn, calibration_tokens=100).initialization_report
+    assert report.calibration["tokens"] == 108 and len(list(drawn)) == 47
+
+
+def test_the_report_says_what_was_chosen(teacher: Any, tmp_path: Path) -> None:
+    report = student_of(teacher).initialization_report
+    report.save(tmp_path)
+    said = InitializationReport.load(tmp_path).calibration
+    assert said["tokens"] == 288 and len(said["influence"]["layers"]) == 4
+    strongest = sorted(torch.tensor(said["influence"]["layers"]).topk(2).indices.tolist())
+    assert report.blocks == {"layers": strongest} and report.options["layers"] == "auto"
+    assert len(said["units"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
+    assert len(said["lost"]["layers"]) == 2 and said["logit_scale"] > 0
+
+
+def error_of(student: Any, teacher: Any) -> float:
+    kind = KINDS["llama"]
+    return ((logits(student, kind) - logits(teacher, kind)).abs().max() / logits(teacher, kind).abs().max()).item()
+
+
+def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> None:
+    """24 of 64 neurons are copies of kept ones, with less to write: the repair gives what they wrote to the kept ones."""
+    doubled = KINDS["llama"].teacher().double()
+    with torch.no_grad():
+        for block in doubled.model.layers:
+            for read in (block.mlp.gate_proj, block.mlp.up_proj):
+                read.weight[40:] = read.weight[:24]
+            block.mlp.down_proj.weight[:, 40:] = 1e-2 * block.mlp.down_proj.weight[:, 40:]
+    errors = {}
+    for repair in ("writing", "none"):
+        method = {"method": "calibrated", "repair": repair, "ridge": 1e-12 if repair == "writing" else None}
+        student = from_teacher(
+            doubled, method=method, calibration_dataset=data(20), show_progress=False, intermediate_size=40
+        )
+        assert student.initialization_report.calibration["units"]["layers.0.mlp.down_proj.weight"]["mlp"] == [
+            *range(40)
+        ]
+        errors[repair] = error_of(student, doubled)
+    assert errors["writing"] < 1e-6 < 1e-3 < errors["none"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"basis": "embeddings"},
+        {"pooling": "block"},
+        {"pooling": "energy"},
+        {"heads": "even"},
+        {"neurons": "even"},
+        {"layers": "even"},
+        {"repair": "writing"},
+        {"repair": "none"},
+        {"repair_inputs": "teacher"},
+        {"absorb_blocks": False},
+        {"ridge": 0.3},
+        {"fit_table": False},
+        {"fit_gain": False},
+        {"fit_logit_scale": False},
+    ],
+    ids=str,
+)
+def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> None:
+    plain = {"method": "calibrated", "layers": [0, 2]} if "layers" not in change else {"method": "calibrated"}
+    plain |= {"repair": "none"} if set(change) & {"fit_table", "fit_gain"} else {}
+    shape = SMALLER | {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+    def make(method: dict[str, Any]) -> Any:
+        return from_teacher(tied, method=method, calibration_dataset=data(), show_progress=False, **shape)
+
+    one, other = make(plain), make(plain | change)
+    assert all(parameter.isfinite().all() for parameter in other.parameters())
+    if change != {"layers": "even"} or one.initialization_report.blocks != other.initialization_report.blocks:
+        assert not same_bits(one, other)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        (None, ["no calibration_dataset was given", "method='guide'"]),
+        ([], ["empty"]),
+        ("file.txt", ["found a str"]),
+        ([{"label": 3}], ["['label']", "input_ids or text"]),
+        ([3], ["yields a int"]),
+        (["a text"], ["no tokenizer beside it", "input_ids"]),
+        ([{"pixel_values": torch.zeros(1, 3, 4, 4)}], ["['pixel_values']", "LlamaForCausalLM"]),
+    ],
+    ids=str,
+)
+def test_data_of_which_nothing_can_be_made(teacher: Any, dataset: Any, said: list[str]) -> None:
+    with pytest.raises(OptionError) as found:
+        from_teacher(teacher, method="calibrated", calibration_dataset=dataset, show_progress=False, **SMALLER)
+    assert all(word in str(found.value) for word in said), found.value
+
+
+def test_a_shape_that_cannot_be_is_refused_before_data_are_drawn(teacher: Any) -> None:
+    drawn = iter(data())
+    with pytest.raises(HfGuideError, match="wider than its teacher"):
+        from_teacher(teacher, method="calibrated", calibration_dataset=drawn, show_progress=False, hidden_size=96)
+    assert len(list(drawn)) == 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "guide", "ridge": 0.1},
+        {"method": "guide", "layers": "influence"},
+        {"method": "uniform", "calibration_tokens": 5},
+        {"method": "calibrated", "later_blocks": "select"},
+        {"method": "calibrated", "centered": True},
+        {"method": "calibrated", "basis": "embeddings", "pooling": "block"},
+        {"method": "calibrated", "repair": "none", "ridge": 0.1},
+        {"method": "calibrated", "repair": "none", "absorb_blocks": False},
+        {"method": "calibrated", "ridge": 0.0},
+        {"method": "calibrated", "calibration_tokens": 0},
+        {"method": "calibrated", "pooling": "norms"},
+    ],
+    ids=str,
+)
+def test_options_that_contradict_each_other(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        InitializationConfig(**options)
+
+
+def test_infinite_activations_are_named() -> None:
+    loud = KINDS["llama"].teacher()
+    with torch.no_grad():
+        loud.model.layers[2].mlp.down_proj.weight.mul_(1e38)
+    with pytest.raises(HfGuideError, match="not finite on the calibration dataset"):
+        student_of(loud)
+
+
+def test_the_command_line_takes_text_files(teacher: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0} | {f"w{number}": number for number in range(1, 96)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>").save_pretrained(tmp_path / "teacher")
+    teacher.save_pretrained(tmp_path / "teacher")
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{(7 * i + j) % 95 + 1}" for j in range(20)) for i in range(40)))
+    command = ["init", str(tmp_path / "teacher"), "-o", str(tmp_path / "out"), "--hidden-size", "24", "--no-progress"]
+    command += ["--head-dim", "12", "--method", "calibrated", "--calibration-length", "10"]
+    assert main(command) == 2 and "calibration_dataset" in capsys.readouterr().err
+    assert main([*command, "--calibration-dataset", str(text)]) == 0
+    assert InitializationReport.load(tmp_path / "out").calibration["tokens"] == 800

@@ -1,0 +1,25 @@
+"""Make a calibrated student under torchrun; rank 0 writes what it became and whether all processes have the same."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.calibration.test_calibrated import student_of
+from tests.tiny import KINDS
+
+given = json.loads(sys.argv[1])
+dist.init_process_group("gloo")
+student = student_of(KINDS["llama"].teacher().double())
+vector = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+everyone = [torch.zeros_like(vector) for _ in range(dist.get_world_size())]
+dist.all_gather(everyone, vector)
+if dist.get_rank() == 0:
+    alike = all(torch.equal(each, vector) for each in everyone)
+    said = student.initialization_report.calibration["tokens"]
+    Path(given["output"]).write_text(
+        json.dumps({"world_size": dist.get_world_size(), "alike": alike, "tokens": said, "vector": vector.tolist()})
+    )
+dist.destroy_process_group()
