@@ -265,9 +265,7 @@ class InitializationConfig:
         if not 0 < self.logit_gain < math.inf:
             raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
         if self.ridge is not None and (
-            isinstance(self.ridge, bool)
-            or not isinstance(self.ridge, (int, float))
-            or not 0 < self.ridge < math.inf
+            isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge < math.inf
         ):
             raise OptionError(f"ridge is a positive number, or None; found {self.ridge!r}.")
         for option in ("calibration_tokens", "calibration_length", "calibration_batch_size"):

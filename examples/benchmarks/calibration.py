@@ -1,0 +1,180 @@
+"""What each ingredient of a calibrated start buys, and what it costs: loss on held-out text without any training.
+
+Students of SmolLM2-135M at several widths and depths, with a head of their own or tied, each made by `method="calibrated"`
+with one ingredient switched at a time. Calibration text and held-out text are other documents of the same corpus. One JSON
+line a student is appended to --output; those that are there already are not made again. Beside them stand the teacher's
+loss and a unigram model's, whose counts are those of the text that the calibration text is drawn from.
+
+    python examples/benchmarks/calibration.py --output calibration.jsonl --tokens 8192
+    python examples/benchmarks/calibration.py --shapes half --arms calibrated "no repair" --tokens 32768
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_guide import from_teacher
+from hf_guide.quickstart import QuickstartOptions
+from hf_guide.quickstart.corpus import pack, read_text, split_documents
+from hf_guide.quickstart.distill import evaluate
+from hf_guide.quickstart.memory import keep_freed_memory
+from hf_guide.quickstart.run import shuffled
+from hf_guide.quickstart.teacher import default_teacher
+
+LENGTH = 256
+
+# Nothing but the size that is named gets smaller: the width of the stream, and the number of blocks.
+SHAPES = {
+    "whole": (1.0, 1.0, False),
+    "three quarters": (0.75, 1.0, False),
+    "half": (0.5, 1.0, False),
+    "half, tied": (0.5, 1.0, True),
+    "half, half the blocks": (0.5, 0.5, False),
+    "half, a third of the blocks": (0.5, 1 / 3, False),
+    "whole, half the blocks": (1.0, 0.5, False),
+    "half in everything": (0.5, 0.5, False),
+}
+
+NOTHING_FITTED = {"repair": "none", "fit_table": False, "fit_gain": False, "fit_logit_scale": False}
+ARMS: dict[str, dict[str, Any]] = {
+    "guide": {"method": "guide"},
+    "calibrated": {},
+    "nothing fitted": NOTHING_FITTED,
+    "nothing fitted, embedding basis": {**NOTHING_FITTED, "basis": "embeddings"},
+    "no repair": {"repair": "none"},
+    "writing weights alone": {"repair": "writing"},
+    "fitted on the teacher's stream": {"repair_inputs": "teacher"},
+    "dropped blocks not absorbed": {"absorb_blocks": False},
+    "ridge 0.1": {"ridge": 0.1},
+    "pooled by block": {"pooling": "block"},
+    "pooled by energy": {"pooling": "energy"},
+    "embedding basis": {"basis": "embeddings"},
+    "even blocks": {"layers": "even"},
+    "even heads": {"heads": "even"},
+    "even neurons": {"neurons": "even"},
+    "table not fitted": {"fit_table": False},
+    "gain not fitted": {"fit_gain": False},
+    "logits not scaled": {"fit_logit_scale": False},
+}
+
+
+def student_shape(teacher: PreTrainedModel, shape: str) -> dict[str, Any]:
+    """Return what a student's config changes; heads and neurons are halved "in everything" alone."""
+    width, depth, tied = SHAPES[shape]
+    had = teacher.config
+    heads, groups = had.num_attention_heads, had.num_key_value_heads
+    changes = {
+        "hidden_size": round(had.hidden_size * width),
+        "num_hidden_layers": round(had.num_hidden_layers * depth),
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": had.hidden_size // heads,
+        "tie_word_embeddings": tied,
+    }
+    if shape == "half in everything":
+        kept = max(1, groups // 2)
+        changes |= {"num_key_value_heads": kept, "num_attention_heads": heads // groups * kept}
+        changes |= {"intermediate_size": had.intermediate_size // 2}
+    return changes
+
+
+def unigram_loss(learned: Tensor, held_out: Tensor, size: int) -> float:
+    """Return the loss of a model that knows how often each token stands in a text, in nats a token."""
+    counts = torch.bincount(learned.flatten(), minlength=size).double() + 0.1
+    return -(counts / counts.sum()).log()[held_out[:, 1:].flatten()].mean().item()
+
+
+def make(teacher: PreTrainedModel, shape: str, arm: str, learned: Tensor, args: argparse.Namespace) -> PreTrainedModel:
+    """Return one student."""
+    method = {"method": "calibrated", **ARMS[arm]}
+    data = None
+    if method["method"] == "calibrated":
+        method |= {"calibration_tokens": args.tokens}
+        data = [{"input_ids": rows} for rows in learned[:, :LENGTH].split(args.batch_size)]
+    return from_teacher(
+        teacher,
+        method=method,
+        calibration_dataset=data,
+        dtype=torch.float32,
+        show_progress=False,
+        **student_shape(teacher, shape),
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the losses as text, an arm a line and a shape a column."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    lines = [f"{'':34}" + "".join(f"{shape[:27]:>29}" for shape in shapes)]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        found = {row["shape"]: f"{row['loss']:.2f}" for row in rows if row["arm"] == arm}
+        lines.append(f"{arm:34}" + "".join(f"{found.get(shape, '-'):>29}" for shape in shapes))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("calibration.jsonl"))
+    parser.add_argument("--teacher", help="by default SmolLM2-135M")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
+    parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {LENGTH} tokens at once")
+    parser.add_argument("--held-out-blocks", type=int, default=32, help=f"of {LENGTH} tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    keep_freed_memory()
+
+    options = QuickstartOptions(seed=args.seed)
+    texts = split_documents((text for source in options.text for text in read_text(source)), seed=args.seed)
+    name = args.teacher or default_teacher(None)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    packed = pack(texts.train, tokenizer, LENGTH)
+    learned = shuffled(packed, min(len(packed), -(-args.tokens // LENGTH)), options)
+    held_out = shuffled(pack(texts.held_out, tokenizer, LENGTH), args.held_out_blocks, options)
+
+    def loss(model: PreTrainedModel) -> float:
+        return math.log(evaluate(model, held_out, args.batch_size, "held out", show_progress=False).perplexity)
+
+    given = {"tokens": args.tokens, "held_out_blocks": args.held_out_blocks, "seed": args.seed}
+    print(f"teacher {loss(teacher):.3f}, unigram {unigram_loss(packed, held_out, teacher.config.vocab_size):.3f}")
+    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    for shape in args.shapes:
+        for arm in args.arms:
+            key = {"shape": shape, "arm": arm, **given}
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            student = make(teacher, shape, arm, learned, args)
+            report = student.initialization_report
+            row = key | {
+                "loss": loss(student),
+                "seconds": report.seconds,
+                "parameters": report.student_parameters,
+                "blocks": report.blocks,
+                "lost": report.calibration.get("lost"),
+                "logit_scale": report.calibration.get("logit_scale"),
+            }
+            print(f"{shape:28} {arm:34} {row['loss']:7.3f}  {sum(report.seconds.values()):6.0f} s", flush=True)
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            rows.append(row)
+    print(
+        f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}\n{args.tokens} tokens of calibration text, loss in nats on "
+        f"{held_out[:, 1:].numel()} tokens held out"
+    )
+    print(table([row for row in rows if given.items() <= row.items()]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
