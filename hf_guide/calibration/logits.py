@@ -82,7 +82,7 @@ def fit_table(mender: Mender, head: Head, counts: Tensor) -> None:
 
 
 FLOOR = 0.1
-BALANCE = 1.0
+BALANCE = 0.1
 
 
 def fit_gain(mender: Mender, head: Head) -> None:
@@ -141,8 +141,11 @@ def fit_logit_scale(mender: Mender, head: Head) -> float:
 
     Newton's steps on one convex number, from 1.
     """
-    if getattr(mender.student.config, "final_logit_softcapping", None):
-        mender.notes.append("The logits' scale is not fitted: they are capped.")
+    ratio = _logits_per_output(mender, head)
+    if ratio is None:
+        mender.notes.append(
+            "The logits' scale is not fitted: the model does more to its head's output than multiply it."
+        )
         return 1.0
     hidden: list[Tensor] = []
     goals: list[Tensor] = []
@@ -159,7 +162,6 @@ def fit_logit_scale(mender: Mender, head: Head) -> float:
         seen += len(has)
         if seen * world()[1] >= SCALE_TOKENS:
             break
-    ratio = _logits_per_output(mender, head)
     scale = 1.0
     for _ in range(STEPS):
         slope, curvature, count = 0.0, 0.0, 0.0
@@ -208,14 +210,16 @@ def _scale_logits(mender: Mender, head: Head, scale: float) -> None:
     mender.transfer.note_step(sites[changed], f"logits times {scale:.6g}, fitted on the calibration tokens")
 
 
-def _logits_per_output(mender: Mender, head: Head) -> float:
-    """Return what the model multiplies its head's output with (1 but for Granite and its like)."""
+def _logits_per_output(mender: Mender, head: Head) -> float | None:
+    """Return what the model multiplies its head's output with (1 but for Granite and its like); None where it caps or adds."""
     heard: list[Tensor] = []
     with hooks() as handles:
         handles.append(head.student.module.register_forward_hook(lambda _, args, output: heard.append(output)))
         logits = run(mender.student, mender.batches[0]).logits
     raw = heard[-1].double()
     ratio = ((raw * logits).sum() / raw.square().sum()).item()
+    if (logits - ratio * raw).abs().max() > 1e-4 * logits.abs().max():
+        return None
     return 1.0 if abs(ratio - 1) < 1e-6 else ratio
 
 

@@ -1,5 +1,6 @@
 """Ridge regression of what a weight should make of its input, held to the weight that is there."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,9 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 ROUNDING = 1e-10
 """What is gained less than this, of the square of what a weight makes, is a rounding error of float32 and left alone."""
 
+QUIET = 1e-3
+"""A feature is held as if its mean square were at least this share of the mean of all."""
+
 HELD_OUT = 4
 """Of so many batches the last is held out while a ridge is chosen."""
 
@@ -94,19 +98,19 @@ def best_correction(
     Returns:
         D fitted to both together; a ridge of None where every D does worse on what is held out than none, which is then zero.
     """
-    whole = grams[0] + grams[1], residuals[0] + residuals[1]
+    whole, by_feature = (grams[0] + grams[1], residuals[0] + residuals[1]), False
     if ridge is None and grams[1].any():
         best, gain = None, 0.0
-        for tried in RIDGES:
-            found = correction(grams[0], residuals[0], tried)
+        for tried, loud in itertools.product(RIDGES, (False, True)):
+            found = correction(grams[0], residuals[0], tried, by_feature=loud)
             less = _gained(found, grams[1], residuals[1])
             if less > gain:
-                best, gain = tried, less
+                best, gain = (tried, loud), less
         if best is None:
             return torch.zeros_like(own), None
-        ridge = best
+        ridge, by_feature = best
     ridge = RIDGES[2] if ridge is None else ridge
-    found = correction(*whole, ridge)
+    found = correction(*whole, ridge, by_feature=by_feature)
     if _gained(found, *whole) <= ROUNDING * ((own @ whole[0]) * own).sum().item():
         return torch.zeros_like(own), None
     return found, ridge
@@ -117,20 +121,24 @@ def _gained(found: Tensor, gram: Tensor, residual: Tensor) -> float:
     return (2 * (found * residual).sum() - ((found @ gram) * found).sum()).item()
 
 
-def correction(gram: Tensor, residual: Tensor, ridge: float) -> Tensor:
-    """Return the D that minimises sum |r - D x|^2 + ridge * m * tokens |D|^2, m the mean square of a feature.
+def correction(gram: Tensor, residual: Tensor, ridge: float, *, by_feature: bool = False) -> Tensor:
+    """Return the D that minimises sum |r - D x|^2 + ridge * sum_j m_j |D_j|^2.
 
     Args:
         gram: sum of x^T x, (features, features); residual: sum of r^T x, (out, features).
+        by_feature: m_j is the sum of squares of feature j, and otherwise the mean of those sums, the same for every feature. A
+            few loud features (massive activations) make the mean large, and then hold all others where they are.
 
     Returns:
         (out, features), float64: what is added to the weight. Where the weight leaves no residual it is zero.
     """
-    scale = gram.diagonal().mean()
+    squares = gram.diagonal()
+    scale = squares.mean()
     if scale <= 0:
         return torch.zeros_like(residual)
+    held = (squares / scale).clamp(min=QUIET) if by_feature else torch.ones_like(squares)
     system = gram / scale
-    system.diagonal().add_(ridge)
+    system.diagonal().add_(ridge * held)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed:
         return (residual / scale) @ torch.linalg.pinv(system, hermitian=True)

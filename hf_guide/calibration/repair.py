@@ -19,22 +19,12 @@ from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.listening import Heard, hooks, on_input, real_tokens, run
 from hf_guide.calibration.regression import Halves, best_correction, with_one
 from hf_guide.calibration.replay import NotReplayable, Replay
+from hf_guide.calibration.stages import OUTPUT, Stage, find_stages
 from hf_guide.calibration.worlds import add_number, own_share
 from hf_guide.initialization.axes import Identity, Projection, Selection
 from hf_guide.initialization.options import Repair, RepairInputs
 from hf_guide.initialization.plan import Site
 from hf_guide.initialization.transfer import Transfer
-
-OUTPUT = ""  # the name of the place where a block's own output is heard
-
-
-@dataclass
-class Stage:
-    """Modules that are fitted together: readers of one tensor, or one writer, which is heard again at `point`."""
-
-    parts: list[Part]
-    point: str | None = None
-    slope: float = 1.0
 
 
 @dataclass
@@ -77,12 +67,14 @@ class Mender:
             raise NotReplayable(f"its blocks come from the teacher's {fed}, which is not their order there.")
         teacher = Replay(self.teacher, self.of_teacher.blocks[stack], self.batches, "the teacher")
         student = Replay(self.student, self.of_student.blocks[stack], self.batches, "the student")
+        parts = {**self.of_student.readers, **self.of_student.writers}
+        may = {name for name, part in parts.items() if self._is_fed(part)}
         for number in tqdm(range(len(fed)), desc=f"repairing {stack}", unit="block", disable=not self.progress):
             while teacher.next < fed[number]:
                 teacher.step()
             if self.options.repair_inputs == RepairInputs.TEACHER:
                 student.streams = [self._carried(stream, stack) for stream in teacher.streams]
-            stages = self._stages(student, stack, number)
+            stages = find_stages(student, self.of_student, stack, number, may, self.notes)
             taps = self._tap(teacher, stack, fed[number], stages)
             end = fed[number + 1] if number + 1 < len(fed) else len(teacher.blocks)
             if self.options.absorb_blocks:
@@ -99,76 +91,6 @@ class Mender:
             self.lost.setdefault(stack.removesuffix(".{block}"), []).append(
                 self._share_lost(student.streams, taps[OUTPUT], stack)
             )
-
-    def _stages(self, student: Replay, stack: str, number: int) -> list[Stage]:
-        """Return what is to be fitted in a block in the order in which it runs, heard on the first batch."""
-        readers, writers = (
-            {
-                name: part
-                for name, part in parts.items()
-                if part.stack == stack and part.block == number and self._is_fed(part)
-            }
-            for parts in (self.of_student.readers, self.of_student.writers)
-        )
-        points = [part for part in self.of_student.norms.values() if part.stack == stack and part.block == number]
-        found: list[Stage] = []
-        read: list[Tensor] = []
-
-        def hear_reader(part: Part, heard: Tensor) -> None:
-            if read and read[-1] is heard and found and found[-1].point is None:
-                found[-1].parts.append(part)
-            else:
-                found.append(Stage([part]))
-            read.append(heard)
-
-        before: dict[str, Tensor] = {}
-        with hooks() as handles:
-            for part in readers.values():
-                handles.append(on_input(part.module, lambda heard, p=part: hear_reader(p, heard)))  # type: ignore[misc]
-            for part in writers.values():
-                handles.append(on_input(part.module, lambda _, p=part: found.append(Stage([p], OUTPUT))))  # type: ignore[misc]
-            for part in points:
-                handles.append(on_input(part.module, lambda heard, n=part.name: before.setdefault(n, heard)))  # type: ignore[misc]
-            before[OUTPUT] = student.run(number, 0, student.streams[0])
-        return [stage for stage in found if stage.point is None or self._find_point(student, number, stage, before)]
-
-    def _find_point(self, student: Replay, number: int, stage: Stage, before: dict[str, Tensor]) -> bool:
-        """Find where what a writer writes is next seen on the stream, by writing something else; False where it is nowhere."""
-        (part,) = stage.parts
-        if part.match.row.normed_by is not None:
-            self._note_once(f"{part.match.row.pattern} was not repaired: a norm stands between it and the stream.")
-            return False
-        generator = torch.Generator().manual_seed(0)
-        after: dict[str, Tensor] = {}
-        written: list[Tensor] = []
-
-        def disturb(module: nn.Module, args: object, output: Tensor) -> Tensor:
-            size = before[OUTPUT].double().square().mean().sqrt().item()
-            noise = torch.randn(output.shape[-1:], generator=generator, dtype=torch.float64) * size
-            written.append(noise.to(output))
-            return output + written[0]
-
-        with hooks() as handles:
-            handles.append(part.module.register_forward_hook(disturb))
-            for name in before:
-                if name != OUTPUT:
-                    module = self.of_student.norms[name].module
-                    handles.append(on_input(module, lambda heard, n=name: after.setdefault(n, heard)))  # type: ignore[misc]
-            after[OUTPUT] = student.run(number, 0, student.streams[0])
-        noise = written[0].double().cpu()
-        for name in [*(name for name in after if name != OUTPUT), OUTPUT]:  # in the order in which they run
-            change = (after[name] - before[name]).double().cpu()
-            slope = (change @ noise / noise.square().sum()).mean().item()
-            if change.abs().max() <= 1e-6 * noise.abs().max():
-                continue
-            if (change - slope * noise).abs().max() <= 1e-2 * noise.abs().max() * max(abs(slope), 1e-3):
-                stage.point, stage.slope = name, slope
-                return True
-            break
-        self._note_once(
-            f"{part.match.row.pattern} was not repaired: what it writes is nowhere seen on the stream as it is."
-        )
-        return False
 
     def _tap(self, teacher: Replay, stack: str, number: int, stages: Sequence[Stage]) -> dict[str, list[Tensor]]:
         """Run the teacher's block and return what is given to the twins of readers and of points, a tensor a batch."""
@@ -348,10 +270,6 @@ class Mender:
             lost += ((y - x).square().sum(-1, dtype=torch.float64) / length).sum().item()
             whole += len(length)
         return add_number(lost) / max(add_number(whole), 1.0)
-
-    def _note_once(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
 
 
 def with_bias(module: nn.Module) -> Tensor:

@@ -143,10 +143,11 @@ class InitializationReport:
         """The report in five lines: what, widths, blocks, what is not exact, cost."""
         smaller = self.teacher_parameters / max(self.student_parameters, 1)
         revision = f" at {self.revision[:12]}" if self.revision else ""
+        heard = f" on {self.calibration['tokens']} tokens" if self.calibration else ""
         what = (
             f"{self.student_class} with {format_count(self.student_parameters)} parameters, "
             f"{smaller:.1f} times fewer than its teacher {self.teacher_name}{revision} "
-            f"({format_count(self.teacher_parameters)}), by {self.options.get('method', 'an unnamed method')}"
+            f"({format_count(self.teacher_parameters)}), by {self.options.get('method', 'an unnamed method')}{heard}"
         )
         kept = {axis: f" (keeps {share:.1%} of the variance)" for axis, share in self.kept.items()}
         widths = [f"{axis} {old} -> {new}{kept.get(axis, '')}" for axis, (old, new) in self.widths.items()]

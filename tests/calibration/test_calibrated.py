@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from hf_guide import HfGuideError, InitializationConfig, InitializationReport, OptionError, from_teacher
 from hf_guide.cli import main
-from tests.tiny import KINDS, logits, same_bits
+from tests.tiny import KINDS, Kind, inputs, logits, same_bits
 
 SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
 
@@ -63,6 +63,32 @@ def test_the_report_says_what_was_chosen(teacher: Any, tmp_path: Path) -> None:
     assert report.blocks == {"layers": strongest} and report.options["layers"] == "auto"
     assert len(said["units"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
     assert len(said["lost"]["layers"]) == 2 and said["logit_scale"] > 0
+
+
+def batches_for(kind: Kind) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(9)
+    return [
+        {
+            name: torch.randn(value.shape, generator=generator)
+            if value.is_floating_point()
+            else torch.randint(3, 96, value.shape, generator=generator)
+            for name, value in inputs(kind).items()
+        }
+        for _ in range(5)
+    ]
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_every_kind_of_model_becomes_itself_or_smaller(name: str) -> None:
+    kind = KINDS[name]
+    teacher = kind.teacher()
+    expected = logits(teacher, kind)
+    options = {"method": "calibrated", "calibration_dataset": batches_for(kind), "show_progress": False}
+    same = logits(from_teacher(teacher, **options), kind)
+    assert (same - expected).abs().max() <= 1e-4 * expected.abs().max()
+    smaller = from_teacher(teacher, **options, **kind.smaller)
+    assert logits(smaller, kind).isfinite().all()
+    assert torch.equal(logits(teacher, kind), expected)
 
 
 def error_of(student: Any, teacher: Any) -> float:
