@@ -1,0 +1,99 @@
+"""The pieces of a repair: ridge regression that knows when to leave a weight alone, and where a writer is heard again."""
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from hf_guide.calibration.anatomy import study
+from hf_guide.calibration.regression import Sums, best_correction, correction
+from hf_guide.calibration.replay import NotReplayable, Replay
+from hf_guide.calibration.stages import OUTPUT, find_stages
+from hf_guide.initialization.layouts import registered_layouts, variant_for
+from tests.tiny import KINDS
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def sums(x: Tensor, y: Tensor) -> Sums:
+    found = Sums.of(x.shape[1], y.shape[1])
+    for rows in zip(x.split(7), y.split(7), strict=True):
+        found.add(*rows)
+    return found
+
+
+@pytest.mark.parametrize("by_feature", [False, True])
+def test_a_correction_is_ridge_regression(by_feature: bool) -> None:
+    x, r = normal(50, 6), normal(50, 3, seed=1)
+    total = sums(x, r)
+    squares = x.square().sum(0)
+    held = squares.diag() if by_feature else squares.mean() * torch.eye(6, dtype=torch.float64)
+    expected = torch.linalg.solve(x.T @ x + 0.1 * held, x.T @ r).T
+    torch.testing.assert_close(correction(total.gram, total.cross, 0.1, by_feature=by_feature), expected)
+
+
+def test_noise_is_not_fitted_but_what_holds_on_other_tokens_is() -> None:
+    own, truth = normal(3, 30, seed=2), 0.1 * normal(3, 30, seed=3)
+    for noise, changed in ((1.0, False), (1e-3, True)):
+        halves = []
+        for seed in (4, 5):
+            x = normal(40, 30, seed=seed)
+            r = noise * normal(40, 3, seed=seed + 10) + (x @ truth.T if changed else 0)
+            halves.append(sums(x, r))
+        grams, residuals = (halves[0].gram, halves[1].gram), (halves[0].cross, halves[1].cross)
+        found, ridge = best_correction(own, grams, residuals, None)
+        if changed:
+            assert (found - truth).norm() < 0.05 * truth.norm()
+        else:
+            assert ridge is None or ridge >= 1
+            assert found.norm() < 0.3 * best_correction(own, grams, residuals, 1e-3)[0].norm()
+
+
+def test_loud_features_do_not_hold_the_quiet_ones() -> None:
+    loudness = torch.ones(20, dtype=torch.float64)
+    loudness[0] = 1e3
+    x, truth = normal(400, 20) * loudness, normal(3, 20, seed=1)
+    halves = [sums(rows, rows @ truth.T) for rows in x.split(200)]
+    grams, residuals = (halves[0].gram, halves[1].gram), (halves[0].cross, halves[1].cross)
+    found, _ = best_correction(torch.zeros(3, 20, dtype=torch.float64), grams, residuals, None)
+    held = correction(grams[0] + grams[1], residuals[0] + residuals[1], 1e-3)  # by the mean of all, the loud one's
+    errors = [((each - truth)[:, 1:].norm() / truth[:, 1:].norm()).item() for each in (found, held)]
+    assert errors[0] < 0.1 < 0.9 < errors[1]
+
+
+def stages_of(model: transformers.PreTrainedModel, inputs: dict[str, Tensor]) -> list[tuple[list[str], str | None]]:
+    layout = variant_for(registered_layouts()[model.config.model_type], model.config)
+    anatomy = study(model, layout)
+    (stack,) = anatomy.blocks
+    replay = Replay(model, anatomy.blocks[stack], [inputs], "the model")
+    found = find_stages(replay, anatomy, stack, 0, {*anatomy.readers, *anatomy.writers}, [])
+    return [([part.name.rpartition(".")[2] for part in stage.parts], stage.point) for stage in found]
+
+
+def test_the_order_of_a_block_and_where_its_writers_are_heard() -> None:
+    tokens = {"input_ids": torch.arange(3, 12)[None]}
+    assert stages_of(KINDS["llama"].teacher(), tokens) == [
+        (["q_proj", "k_proj", "v_proj"], None),
+        (["o_proj"], "layers.0.post_attention_layernorm"),
+        (["gate_proj", "up_proj"], None),
+        (["down_proj"], OUTPUT),
+    ]
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    for parallel in (True, False):  # beside each other, neither branch's norm sees what the other wrote
+        config = transformers.GPTNeoXConfig(vocab_size=96, use_parallel_residual=parallel, **sizes)
+        torch.manual_seed(0)
+        points = [
+            point
+            for _, point in stages_of(transformers.GPTNeoXForCausalLM(config).eval(), tokens)
+            if point is not None
+        ]
+        assert points == [OUTPUT if parallel else "layers.0.post_attention_layernorm", OUTPUT]
+
+
+def test_blocks_that_run_more_than_once_are_not_replayed() -> None:
+    model = KINDS["llama"].teacher()
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(NotReplayable, match="order"):
+        Replay(model, list(model.model.layers), [{"input_ids": torch.arange(3, 12)[None]}], "the model")
