@@ -15,6 +15,7 @@ examples; `--start teacher` starts them by `from_teacher`.
 
 import argparse
 import itertools
+import json
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ from lelp_runs import Runs, best_settings, plan, report
 from lelp_training import (
     ARMS,
     ORACLES,
+    SPLITTERS,
     Lesson,
     Settings,
     accuracy,
@@ -164,6 +166,8 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
         lelp = settings_of("lelp", args.grid, lesson.data.classes)
         of_lelp = best_settings(runs, common, "lelp", lelp, args.tune_seeds)
         tried = settings_of(arm, args.grid, lesson.data.classes, of_lelp)
+        if args.settings is not None and arm in SPLITTERS:
+            tried = [args.settings]
         if not tried:
             continue
         wanted: Iterator[tuple[Settings, int]] = itertools.product(tried, range(args.tune_seeds))
@@ -188,6 +192,12 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tune-seeds", type=int, default=1)
     parser.add_argument("--grid", choices=["one", "small", "full"], default="small", help="settings tried of each arm")
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        metavar="JSON",
+        help="of arms of subclasses, in place of a grid: tau, S and beta",
+    )
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--fashion", type=Path, help="the folder of Fashion-MNIST's four files")
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")

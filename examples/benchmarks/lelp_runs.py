@@ -83,9 +83,7 @@ def report(runs: Runs, args: argparse.Namespace) -> None:
     for common in places.values():
         both = [each for each in runs.done.values() if common.items() <= each["run"].items()]
         inside = [each for each in both if "skipped" not in each["result"]]
-        if not inside:
-            continue
-        teacher = inside[0]["result"]["teacher"]
+        teacher = inside[0]["result"]["teacher"] if inside else float("nan")
         print(f"\n{', '.join(f'{name} {value}' for name, value in common.items())}; teacher {teacher:.2%}")
         scores: dict[str, tuple[Settings, dict[int, float]]] = {}
         for arm in ARMS:

@@ -33,19 +33,21 @@ SPLITTERS = {
     "random-partition": "random-partition",
     "no-scaling": "no-scaling",
     "spectral": "spectral",
-    # What follows is LELP on other embeddings, or on the same ones measured otherwise; see `embeddings_for`.
+    # What follows is LELP, or k-means, on other embeddings, or on the same ones measured otherwise; see `embeddings_for`.
     "lelp-unseen": "lelp",
     "lelp-stable": "lelp",
     "lelp-early": "lelp",
     "lelp-predictable": "lelp",
     "lelp-halfway": "lelp",
+    "kmeans-stable": "kmeans",
+    "kmeans-early": "kmeans",
     # Independent components in place of principal ones, each with its own direction and no rotation.
     "ica": "independent",
     "ica-stable": "independent",
     "ica-predictable": "independent",
 }
 ORACLES = ("oracle", "oracle-read")
-OWN_GRID = ("lelp", "kmeans")
+OWN_GRID = ("lelp", "kmeans", "kmeans-stable", "kmeans-early")
 ARMS = ("ce", "kd", "dkd", "embedding", *ORACLES, *SPLITTERS)
 
 
@@ -109,7 +111,7 @@ def settings_of(arm: str, grid: str, classes: int, of_lelp: Settings | None = No
         return [of_lelp]
     betas = {"one": [0.5], "small": [0.3, 1.0], "full": [0.25, 0.5, 1.0, 2.0]}[grid]
     sizes = {"one": [4], "small": [2, 8], "full": [2, 4, 8, 16]}[grid]
-    if arm == "kmeans" and not full:
+    if arm.startswith("kmeans") and not full:
         betas = betas[:1]
     return [{"tau": tau, "S": size, "beta": beta} for tau in taus for size in sizes for beta in betas]
 
@@ -147,8 +149,8 @@ def targets_of(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
 def embeddings_for(arm: str, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return (embeddings to split, the classifier on them) and (embeddings to fit on, their labels).
 
-    `lelp-unseen` fits on examples that the student is not trained on. `lelp-early` splits the pooled states of a layer
-    half-way, with a linear classifier of their own; `lelp-halfway` lays those beside the embeddings, each to unit
+    `lelp-unseen` fits on examples that the student is not trained on. Those that end in `-early` split the pooled states of a
+    layer half-way, with a linear classifier of their own; `lelp-halfway` lays those beside the embeddings, each to unit
     variance. Those that end in `-stable` and `-predictable` keep the embeddings but measure them by what is noise in them:
     the difference of two views of an example, or what a layer half-way does not foretell, made white, so that
     directions of large variance are those that stand out of it.
@@ -163,7 +165,7 @@ def embeddings_for(arm: str, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tup
         metric = whitener(noise)
         moved = own @ metric
         return (moved, weight @ torch.linalg.inv(metric)), (moved, labels)
-    if arm in ("lelp-early", "lelp-halfway"):
+    if arm.endswith(("-early", "-halfway")):
         early = signals.early.double()
         if arm == "lelp-halfway":
             early = torch.cat([_unit(own), _unit(early)], 1)

@@ -132,3 +132,14 @@ def test_parts_share_no_example_and_are_the_same_every_time(rooms):
     assert len(rows.unique()) == 1600
     with pytest.raises(ValueError, match="1797 examples"):
         data.split(whole, [1700, 100])
+
+
+def test_settings_given_stand_in_place_of_the_grid(tmp_path):
+    """And such as the data are too few for are left out, which the table says."""
+    given = '{"tau": 2.0, "S": 3, "beta": 0.3}'
+    arms(tmp_path, "--arms", "kd", "kmeans-early", "--seeds", "1", "--settings", given)
+    told = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [each["run"]["settings"] for each in told] == [{"tau": 1.0}, json.loads(given)]
+    again = arms(tmp_path, "--arms", "lelp", "--share", "0.02", "--settings", '{"tau": 1.0, "S": 8, "beta": 0.3}')
+    last = json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])
+    assert "examples" in last["result"]["skipped"] and "left out: lelp" in again
