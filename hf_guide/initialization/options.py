@@ -230,8 +230,11 @@ class InitializationConfig:
         },
     )
     calibration_tokens: int = field(
-        default=32768,
-        metadata={"help": "How many tokens of the calibration dataset are looked at."},
+        default=16384,
+        metadata={
+            "help": "How many tokens of the calibration dataset are looked at: about ten for each of an MLP's neurons, "
+            "because a repair fits one number for each of them, several times."
+        },
     )
     calibration_length: int = field(
         default=256,
