@@ -43,8 +43,9 @@ def fit_table(mender: Mender, head: Head, counts: Tensor) -> None:
 
     Row v becomes the e that minimises b_v |e - E_v M|^2 / u + mean_t (g e x_t - E_v n_t)^2 / w: the embedding that GUIDE
     carries over, and the logits of the teacher's last hidden states n_t, seen from their projections x_t through a constant
-    gain g; u and w are the mean squares of either. b_v is how often the token stands in the text, in units of an even share
-    and at least `FLOOR`: a token that is often read must be read rightly, others are more often (not) predicted.
+    gain g; u and w are the mean squares of either. b_v is `BALANCE` times how often the token stands in the text, in units of
+    an even share, between `FLOOR` and 1. Blocks that are repaired make up for what an embedding has lost, and nothing comes
+    after the head to do so: that is why the logits weigh more.
     """
     axis, norm = head.student.axis, head.norm
     matrix = mender.plan.bases.get(axis)
@@ -71,7 +72,7 @@ def fit_table(mender: Mender, head: Head, counts: Tensor) -> None:
     image = had @ cross  # (V, d_S): what the logits of a token are along each direction of the student's
     gain = ((plain * image).sum() / ((plain @ gram) * plain).sum()).item()
     size, loud = plain.square().sum(1).mean().item(), (plain @ gram * plain).sum(1).mean().item() * gain**2
-    share = (counts / counts.mean().clamp(min=1e-300)).clamp(min=FLOOR) * BALANCE
+    share = (counts / counts.mean().clamp(min=1e-300)).clamp(min=FLOOR, max=1.0) * BALANCE
     values, vectors = torch.linalg.eigh(gram)
     right = share[:, None] * plain / size + gain * image / loud
     turned = (right @ vectors) / (share[:, None] / size + gain**2 * values[None] / loud)
@@ -82,7 +83,7 @@ def fit_table(mender: Mender, head: Head, counts: Tensor) -> None:
 
 
 FLOOR = 0.1
-BALANCE = 0.1
+BALANCE = 0.003
 
 
 def fit_gain(mender: Mender, head: Head) -> None:
