@@ -1,9 +1,9 @@
 """Which reading of GUIDE starts best: later blocks projected, selected or random; which blocks to take,
-with or without the energy correction.
+with or without the energy correction; and beside them `calibrated`, which looks at some of the text it is trained on.
 
 Every arm is a student of half the width and a third of the depth of SmolLM2-135M, trained on the same tokens in the
 same order with the same distillation loss, from one capture of the teacher. Seeds change the text's split and order
-and whatever is random. One JSON line a seed and arm is appended to --output; seeds that are there already are not run again.
+and whatever is random. One JSON line a seed and arm is appended to --output; what is there already is not run again.
 
     python examples/benchmarks/later_blocks.py --output later_blocks.jsonl --seeds 0 1 2 --steps 150
 """
@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,12 +38,15 @@ ARMS = {
     "guide, first blocks, logit_gain 0.3": {"method": "guide", "layers": "first", "logit_gain": 0.3},
     "guide, first blocks, later selected": {"method": "guide", "layers": "first", "later_blocks": "select"},
     "guide, later random": {"method": "guide", "layers": "first", "later_blocks": "random"},
+    "calibrated": {"method": "calibrated"},
     "guide, first blocks, no energy correction": {"method": "guide", "layers": "first", "energy_correction": False},
 }
 
 
-def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:
-    """Train every arm from one seed and return a row for each."""
+def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]:
+    """Train arms from one seed and return a row for each."""
+    if not arms:
+        return []
     options = QuickstartOptions(
         steps=args.steps, batch_size=args.batch_size, held_out_blocks=args.held_out_blocks, seed=seed
     )
@@ -57,14 +61,16 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict]:
     held_out = shuffled(pack(texts.held_out, tokenizer, options.sequence_length), options.held_out_blocks, options)
     goal = evaluate(teacher, held_out, args.batch_size, "teacher").perplexity
     shape = half_shape(teacher.config)
-    students = {
-        arm: AutoStudentForCausalLM.from_teacher(
-            name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **shape
+    students = {}
+    for arm in arms:
+        seen: dict[str, Any] = {}
+        if ARMS[arm]["method"] == "calibrated":
+            seen["calibration_dataset"] = [{"input_ids": batch} for batch in learned.split(8)]
+        students[arm] = AutoStudentForCausalLM.from_teacher(
+            name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **seen, **shape
         )
-        for arm in args.arms
-    }
     start = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
-    rates = {arm: LEARNING_RATES[ARMS[arm]["method"]] for arm in students}
+    rates = {arm: LEARNING_RATES.get(ARMS[arm]["method"], args.calibrated_rate) for arm in students}
     with tempfile.TemporaryDirectory(prefix="later-blocks-") as place:
         heard = capture(teacher, learned, Path(place, "capture"), recipe)
         for arm, student in students.items():
@@ -118,15 +124,15 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens in a step")
+    parser.add_argument("--calibrated-rate", type=float, default=1e-3, help="peak learning rate of calibrated")
     parser.add_argument("--held-out-blocks", type=int, default=32)
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()
     keep_freed_memory()
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     for seed in args.seeds:
-        if seed in {row["seed"] for row in rows}:
-            continue
-        found = run_seed(seed, args)
+        done = {row["arm"] for row in rows if row["seed"] == seed}
+        found = run_seed(seed, [arm for arm in args.arms if arm not in done], args)
         with args.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in found)
         rows += found

@@ -27,7 +27,7 @@ from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
 from hf_guide.distillation.subclasses import FINER, TARGETS, SubclassTargets, make_targets
 from hf_guide.distillation.tally import Tally
-from hf_guide.distillation.tasks import add_decoder_inputs, columns_read, item_labels, target_mask, task_of
+from hf_guide.distillation.tasks import IGNORED, add_decoder_inputs, columns_read, item_labels, target_mask, task_of
 from hf_guide.distillation.teachers import LiveTeacher, Signals, make_teachers, refuse_not_finite
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub import write_model_card
@@ -220,6 +220,19 @@ class DistillationTrainer(Trainer):
             return size
         return max(0, min(size, state.remainder - self.accelerator.process_index * size))
 
+    def _without_filler(self, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+        """Return `inputs` with no label where the dataloader filled the last batch up; `mask` is changed in place."""
+        real = self._real_examples(len(mask))
+        if real == len(mask):
+            return inputs
+        mask[real:] = False
+        found = dict(inputs)
+        for name in ("labels", "shift_labels"):
+            if isinstance(found.get(name), Tensor) and not found[name].is_floating_point():
+                found[name] = found[name].clone()
+                found[name][real:] = IGNORED
+        return found
+
     def _batch(self, inputs: Mapping[str, Any], *, training: bool) -> Batch:
         """Return a batch with what its teachers say of it."""
         assert self.learning is not None
@@ -227,7 +240,7 @@ class DistillationTrainer(Trainer):
         own = add_decoder_inputs(self._bare(self.model), self.task, own)
         mask = self._target_mask(own, training=training)
         if not training:
-            mask[self._real_examples(len(mask)) :] = False
+            own = self._without_filler(own, mask)
         if TASK_LOSS in self.learning.weights and not any(own.get(name) is not None for name in self.label_names):
             raise TaskError(
                 f"The objective has the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
@@ -311,6 +324,8 @@ class DistillationTrainer(Trainer):
             return loss, outputs
         # Models that take the mean over their own batch whatever they are told (T5, BERT's classifiers).
         loss, outputs = super().compute_loss(model, dict(inputs), True, None)
+        if not model.training:
+            loss = torch.where(here > 0, loss, 0.0)  # the mean over nothing is not a number
         return loss * (here / items) * self._scale(told), outputs
 
     def _task_loss_sum(self, *args: Any) -> tuple[Tensor, Any]:

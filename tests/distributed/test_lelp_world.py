@@ -49,4 +49,5 @@ def test_two_processes_of_four_learn_subclasses_as_one_of_eight(tmp_path):
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
     for name in [*objective, "loss"]:
         assert found[1]["log"][name] == pytest.approx(found[0]["log"][name], rel=1e-4)
-    assert found[1]["metrics"]["eval_lelp"] == pytest.approx(found[0]["metrics"]["eval_lelp"], rel=1e-4)
+    for name in [*objective, "loss"]:
+        assert found[1]["metrics"][f"eval_{name}"] == pytest.approx(found[0]["metrics"][f"eval_{name}"], rel=1e-4)
