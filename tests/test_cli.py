@@ -175,6 +175,7 @@ import os, signal, sys
 from transformers import PreTrainedModel
 from hf_guide.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
 save = PreTrainedModel.save_pretrained
 
 def save_and_be_interrupted(self, folder, *args, **kwargs):
