@@ -10,7 +10,10 @@ from hf_guide.errors import OptionError
 
 
 def make_student(
-    student: "PreTrainedConfig | Mapping[str, Any]", teacher: Any, init_kwargs: Mapping[str, Any] | None
+    student: "PreTrainedConfig | Mapping[str, Any]",
+    teacher: Any,
+    init_kwargs: Mapping[str, Any] | None,
+    train_dataset: Any = None,
 ) -> PreTrainedModel:
     """Return what `from_teacher` makes of a config or of its own arguments.
 
@@ -19,22 +22,34 @@ def make_student(
             one than the one that is listened to.
         teacher: the one that is listened to.
         init_kwargs: of them revision, token and trust_remote_code count here too.
+        train_dataset: of token ids; a calibrated student is made with it where no `calibration_dataset` is given.
 
     Raises:
         OptionError: there is no single teacher to make it out of.
     """
-    from hf_guide.students import from_teacher  # only here: distillation works without initialization
+    # Only here: distillation works without initialization.
+    from hf_guide.initialization.options import InitializationConfig, Method
+    from hf_guide.students import from_teacher
 
     where = {
         name: value
         for name, value in (init_kwargs or {}).items()
         if name in ("revision", "token", "trust_remote_code")
     }
-    chosen = dict(student) if isinstance(student, Mapping) else {"config": student}
+    chosen: dict[str, Any] = dict(student) if isinstance(student, Mapping) else {"config": student}
     source = chosen.pop("teacher", teacher)
     if not isinstance(source, (str, os.PathLike, PreTrainedModel)):
         raise OptionError(
             f"A student is made out of one teacher, a Hub id, a folder or a model; found {type(source).__name__}. Name it "
             "with 'teacher' among the student's arguments, or pass a model."
         )
+    calibrated = InitializationConfig.parse(chosen.get("method", "guide")).method == Method.CALIBRATED
+    if calibrated and "calibration_dataset" not in chosen and _has_token_ids(train_dataset):
+        chosen["calibration_dataset"] = train_dataset
     return from_teacher(source, **(where | chosen))
+
+
+def _has_token_ids(dataset: Any) -> bool:
+    """Whether a dataset's examples are rows of token ids."""
+    first = None if dataset is None else next(iter(dataset), None)
+    return isinstance(first, Mapping) and "input_ids" in first

@@ -90,7 +90,7 @@ class DistillationTrainer(Trainer):
         student: Any = model
         if isinstance(model, (PreTrainedConfig, Mapping)):
             named = source.manifest.teacher if isinstance(source, Capture) else source
-            student = make_student(model, named, args.teacher_init_kwargs)  # type: ignore[arg-type]
+            student = make_student(model, named, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
         if peft_config is not None:
             student, model_init = adapted(student, model_init, peft_config)
         self._unwrapped: tuple[Any, Any] | None = None

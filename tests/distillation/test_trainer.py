@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.errors import OptionError
 from tests.distillation.small import TASKS, collate, copy_of, examples_for, llama, model_for
 
 OBJECTIVES = {
@@ -330,3 +331,19 @@ def test_a_student_is_made_out_of_its_teacher(maker: str, tmp_path: Path) -> Non
     trainer.train()
     assert trainer.model.config.hidden_size == 16
     assert trainer.model.initialization_report.options["method"] == "guide"
+
+
+def test_a_calibrated_student_is_made_with_what_it_is_trained_on(tmp_path: Path) -> None:
+    llama(2).save_pretrained(tmp_path / "teacher")
+    asked = MAKERS["arguments"]() | {"method": "calibrated"}
+    options = arguments(tmp_path, objective="kd")
+    teacher = {"teacher": str(tmp_path / "teacher")}
+    examples = examples_for("causal-lm")
+    trainer = DistillationTrainer(asked, options, collate, examples, **teacher)
+    trainer.train()
+    told = trainer.model.initialization_report
+    assert told.options["method"] == "calibrated"
+    assert told.calibration["tokens"] == sum(len(example["input_ids"]) for example in examples)
+    # Where there is nothing to train on, it says what is missing.
+    with pytest.raises(OptionError, match="no calibration_dataset was given"):
+        DistillationTrainer(asked, options, collate, eval_dataset=examples, **teacher)
