@@ -43,6 +43,31 @@ def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
     assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+def test_float16_autocast_with_a_scaled_loss_is_near_float32(task: str, tmp_path: Path) -> None:
+    """Accelerate refuses float16 on the CPU, so what it does on a GPU is done by hand around the trainer's own loss."""
+    student = model_for(task, 1)
+    trainer = DistillationTrainer(
+        student,
+        arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}, temperature=2.0),
+        collate,
+        examples_for(task),
+        teacher=model_for(task, 2, width=48),
+    )
+    batch = collate(examples_for(task))
+    found = []
+    for half in (False, True):
+        student.zero_grad()
+        scale = 2.0**12 if half else 1.0
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            loss = trainer.compute_loss(student.train(), dict(batch))
+        (scale * loss).backward()
+        grads = [each.grad.flatten() / scale for each in student.parameters() if each.grad is not None]
+        found.append(torch.cat(grads))
+    exact, rounded = found
+    assert 0 < (exact - rounded).norm() < 0.01 * exact.norm()
+
+
 def test_a_half_precision_teacher_teaches_a_float32_student(tmp_path: Path) -> None:
     trainer = trained(tmp_path, teacher=llama(2, width=48).bfloat16())
     assert trainer.teachers[0].bare.dtype == torch.bfloat16
