@@ -38,15 +38,6 @@ def on_input(module: nn.Module, hear: Hear) -> Any:
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def on_output(module: nn.Module, hear: Hear) -> Any:
-    """Call `hear` with what `module` returns, the first of several; return the hook's handle."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        hear(first_of(output))
-
-    return module.register_forward_hook(hook)
-
-
 def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Return the tensor that a module was called with: its first argument, or `hidden_states`."""
     return args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
@@ -61,9 +52,10 @@ def first_of(output: Any) -> Tensor:
 def run(model: PreTrainedModel, batch: Batch) -> Any:
     """Run a forward without a cache; return its outputs, or None where a hook has heard enough."""
     inputs: dict[str, Any] = {name: _fit(value, model) for name, value in batch.items()}
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:
         inputs["use_cache"] = False
-    if "decoder_input_ids" in inspect.signature(model.forward).parameters and "decoder_input_ids" not in inputs:
+    if "decoder_input_ids" in accepted and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = inputs[
             "input_ids"
         ]  # a decoder must read something; better is what the batch names
@@ -71,6 +63,20 @@ def run(model: PreTrainedModel, batch: Batch) -> Any:
         return model(**inputs)
     except Heard:
         return None
+
+
+def heard_at(model: PreTrainedModel, module: nn.Module, batch: Batch) -> Tensor | None:
+    """Return what a module is given in a forward, which ends there; None where the forward never comes to it."""
+    heard: list[Tensor] = []
+
+    def stop(tensor: Tensor) -> None:
+        heard.append(tensor)
+        raise Heard
+
+    with hooks() as handles:
+        handles.append(on_input(module, stop))
+        run(model, batch)
+    return heard[0] if heard else None
 
 
 def _fit(value: Tensor, model: PreTrainedModel) -> Tensor:

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_guide.calibration.anatomy import Part, bias_of, gain_of, weight_of
 from hf_guide.calibration.batches import Batch
-from hf_guide.calibration.listening import Heard, hooks, on_input, real_tokens, run
+from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, real_tokens, run
 from hf_guide.calibration.regression import Sums, with_one
 from hf_guide.calibration.repair import Mender
 from hf_guide.calibration.worlds import add_up, world
@@ -15,6 +16,7 @@ from hf_guide.initialization.axes import Name
 
 SCALE_TOKENS = 1024  # one number is fitted: more would cost a product with the vocabulary each, and tell no more
 STEPS = 8
+BALANCE, FLOOR = 0.003, 0.1  # of `fit_table`
 
 
 @dataclass
@@ -80,10 +82,6 @@ def fit_table(mender: Mender, head: Head, counts: Tensor) -> None:
     mender.transfer.note_step(
         mender.plan.sites[mender.plan.shared[part.name + ".weight"]], "fitted to be embeddings and head at once"
     )
-
-
-FLOOR = 0.1
-BALANCE = 0.003
 
 
 def fit_gain(mender: Mender, head: Head) -> None:
@@ -241,18 +239,11 @@ def _last_streams(mender: Mender, head: Head, batch: Batch) -> tuple[Tensor, Ten
     return stream, wanted
 
 
-def _heard_rows(mender: Mender, model: torch.nn.Module, part: Part, batch: Batch) -> Tensor:
+def _heard_rows(mender: Mender, model: PreTrainedModel, part: Part, batch: Batch) -> Tensor:
     """Return what a head is given, (tokens, d)."""
-    heard: list[Tensor] = []
-
-    def stop(tensor: Tensor) -> None:
-        heard.append(tensor)
-        raise Heard
-
-    with hooks() as handles:
-        handles.append(on_input(part.module, stop))
-        run(model, batch)  # type: ignore[arg-type]
-    return real_tokens(heard[0], batch, of_decoder=mender.teacher.config.is_encoder_decoder)
+    heard = heard_at(model, part.module, batch)
+    assert heard is not None  # it makes the logits
+    return real_tokens(heard, batch, of_decoder=mender.teacher.config.is_encoder_decoder)
 
 
 def token_counts(mender: Mender, size: int) -> Tensor:

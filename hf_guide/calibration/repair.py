@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.calibration.anatomy import Part, bias_of, study, weight_of
 from hf_guide.calibration.batches import Batch
-from hf_guide.calibration.listening import Heard, hooks, on_input, real_tokens, run
+from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, real_tokens
 from hf_guide.calibration.regression import Halves, best_correction, with_one
 from hf_guide.calibration.replay import NotReplayable, Replay
 from hf_guide.calibration.stages import OUTPUT, Stage, find_stages
@@ -234,8 +234,7 @@ class Mender:
             sums: list[Halves] = []
             for number, batch in enumerate(self.batches):
                 heard = [
-                    _heard_at(model, each.module, batch)
-                    for model, each in ((self.student, part), (self.teacher, twin))
+                    heard_at(model, each.module, batch) for model, each in ((self.student, part), (self.teacher, twin))
                 ]
                 if heard[0] is not None and heard[1] is not None and heard[0].shape[:-1] == heard[1].shape[:-1]:
                     self._add_read(sums, part, heard[0], heard[1], number)
@@ -277,17 +276,3 @@ def with_bias(module: nn.Module) -> Tensor:
     bias = bias_of(module)
     assert bias is not None
     return torch.cat([weight_of(module), bias[:, None]], 1).detach().double().cpu()
-
-
-def _heard_at(model: PreTrainedModel, module: nn.Module, batch: Batch) -> Tensor | None:
-    """Return what a module is given in a forward, which ends there."""
-    heard: list[Tensor] = []
-
-    def hear(tensor: Tensor) -> None:
-        heard.append(tensor)
-        raise Heard
-
-    with hooks() as handles:
-        handles.append(on_input(module, hear))
-        run(model, batch)
-    return heard[0] if heard else None

@@ -4,7 +4,7 @@ So a block can be heard, changed and heard again without running what stands bef
 is held per model for all calibration tokens of this process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,10 +97,8 @@ class Replay:
         except Heard:
             return None
 
-    def step(self, listen: Callable[[int], None] | None = None) -> None:
-        """Run the next block on all batches and hold what it returns; `listen` is told of each batch beforehand."""
+    def step(self) -> None:
+        """Run the next block on all batches and hold what it returns."""
         for batch in range(len(self.batches)):
-            if listen is not None:
-                listen(batch)
             self.streams[batch] = self.run(self.next, batch, self.streams[batch])
         self.next += 1

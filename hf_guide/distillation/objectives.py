@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_guide.distillation.divergences import Dense, TopK, divergence
 from hf_guide.distillation.divergences import dkd as decoupled_divergence
+from hf_guide.distillation.tasks import NO_CLASSES
 from hf_guide.errors import OptionError, TaskError, did_you_mean
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def check_classes(weights: Mapping[str, float], config: Any) -> None:
     """
     kind = getattr(config, "problem_type", None)
     names = [name for name in weights if _TERMS[name].needs in (Needs.LOGITS, Needs.SUBCLASSES)]
-    if names and kind in ("regression", "multi_label_classification"):
+    if names and kind in NO_CLASSES:
         raise TaskError(
             f"The student's problem_type is {kind}: its logits are no distribution over classes, which "
             f"{' and '.join(map(repr, names))} compare. Learn from the teacher by 'embedding' or 'hidden'."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_guide.distillation.objectives import Needs
-from hf_guide.distillation.tasks import IGNORED
+from hf_guide.distillation.tasks import IGNORED, NO_CLASSES
 from hf_guide.errors import OptionError, TaskError
 
 TARGETS = "subclass_probabilities"
@@ -62,7 +62,7 @@ def subclasses_of(config: Any) -> int:
             "it classes * num_subclasses labels, as from_teacher(num_subclasses=...) does."
         )
     kind = getattr(config, "problem_type", None)
-    if kind in ("regression", "multi_label_classification"):
+    if kind in NO_CLASSES:
         raise TaskError(
             f"Subclasses are those of classes that exclude each other; the student's problem_type is {kind}."
         )

@@ -17,6 +17,9 @@ from transformers.models.auto import modeling_auto as auto
 
 from hf_guide.errors import TaskError
 
+NO_CLASSES = ("regression", "multi_label_classification")
+"""Kinds of problem (`config.problem_type`) whose logits are no distribution over classes that exclude each other."""
+
 IGNORED = -100  # the label of a place that has no target, as everywhere in Transformers
 
 

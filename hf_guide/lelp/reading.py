@@ -15,7 +15,7 @@ from hf_guide.distillation.capture_signals import Listener
 from hf_guide.distillation.capture_storage import Shard, shard_name
 from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.embeddings import find_classifier
-from hf_guide.distillation.tasks import Task, columns_read
+from hf_guide.distillation.tasks import NO_CLASSES, Task, columns_read
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.lelp.gathering import UNLABELLED
 
@@ -286,7 +286,7 @@ def check_exclusive(config: Any, name: str) -> None:
     """
     told = config if isinstance(config, Mapping) else vars(config)
     kind = told.get("problem_type")
-    if kind in ("regression", "multi_label_classification"):
+    if kind in NO_CLASSES:
         raise TaskError(
             f"Subclasses are of classes that exclude each other; {name} has problem_type={kind!r}. Give a teacher that was "
             "trained with one class an example, or set its config's problem_type to 'single_label_classification' if it was."
