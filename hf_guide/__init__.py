@@ -22,11 +22,11 @@ _HOMES = {
     "SubclassError": "errors",
     "TeacherError": "errors",
     "VocabularyError": "errors",
-    "Capture": "distillation.captured",
-    "CaptureConfig": "distillation.capture_options",
+    "Capture": "capture.reading",
+    "CaptureConfig": "capture.options",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
-    "capture_teacher": "distillation.capture",
+    "capture_teacher": "capture.writing",
     "register_term": "distillation.objectives",
     "InitializationConfig": "initialization.options",
     "InitializationReport": "initialization.report",
@@ -79,10 +79,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hf_guide.capture.options import CaptureConfig
+    from hf_guide.capture.reading import Capture
+    from hf_guide.capture.writing import capture_teacher
     from hf_guide.distillation.arguments import DistillationArguments
-    from hf_guide.distillation.capture import capture_teacher
-    from hf_guide.distillation.capture_options import CaptureConfig
-    from hf_guide.distillation.captured import Capture
     from hf_guide.distillation.objectives import register_term
     from hf_guide.distillation.trainer import DistillationTrainer
     from hf_guide.errors import (

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     from hf_guide import card_command, distill_command, quickstart, subclasses_command
-    from hf_guide.distillation import capture_command
+    from hf_guide.capture import command as capture_command
 
     parser = argparse.ArgumentParser(
         prog="hf-guide",
@@ -175,7 +175,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "quickstart",
         "the whole way on a real model: initialise, distil, compare, save",
-        "Make random, uniform and guide students of one teacher, train each on the same tokens, and compare them; or, with\n"
+        "Make random, uniform, guide and calibrated students of one teacher, train each on the same tokens, and compare them; or, with\n"
         "--task lelp, teach three like students of a classifier by hard labels, by KD and by pseudo-subclasses.",
         "hf-guide quickstart --task lelp",
     )

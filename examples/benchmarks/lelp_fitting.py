@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_guide.distillation.capture_signals import Listener
+from hf_guide.capture.signals import Listener
 from hf_guide.distillation.tasks import Task
 from hf_guide.lelp.fitting import fit_subclasses
 from hf_guide.lelp.gathering import Gathering

@@ -3,13 +3,13 @@
     python examples/benchmarks/starting_points.py --output starting_points.jsonl
     python examples/benchmarks/starting_points.py --output starting_points.jsonl --table
 
-The teacher is the one of small_teacher.py, trained first where it is not there. Students have half its width, or half
-its width and half its depth; blocks dropped at full width stand beside them with their own number of parameters.
-Every arm is trained on labels alone and with a live teacher (0.5 CE + 0.5 KD), at the learning rate that did best on
-a short run of its own (its own seed, and held-out text that the table does not use). One JSON line a run is appended
-to --output; a run that is there already is not made again. The table has the gap closed, (random - x) / (random -
-teacher) in perplexity, the share of its tokens that an arm needs for random's final loss, and what the start cost;
-the plot has held-out loss against tokens.
+The teacher is the one of small_teacher.py, in whose folder it stands with the text it was trained on; without one it is
+trained first, as that script does by default. Students have half its width, or half its width and half its depth;
+blocks dropped at full width stand beside them with their own number of parameters. Every arm is trained on labels
+alone and with a live teacher (0.5 CE + 0.5 KD), at the learning rate that did best on a short run of its own (its own
+seed, and held-out text that the table does not use). One JSON line a run is appended to --output; a run that is there
+already is not made again. The table has the gap closed, (random - x) / (random - teacher) in perplexity, the share of
+its tokens that an arm needs for random's final loss, and what the start cost; the plot has held-out loss against tokens.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from competitors import pruned_as_minitron, subcloned, with_blocks
 from curves import plot, table
-from small_teacher import BATCH, LENGTH, SOURCES, as_examples, blocks, texts, train_teacher
+from small_teacher import BATCH, LENGTH, as_examples, blocks, texts, train_teacher
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, default_data_collator
 
@@ -33,13 +33,13 @@ from hf_guide import AutoStudentForCausalLM, DistillationArguments, Distillation
 from hf_guide.quickstart.memory import keep_freed_memory
 
 SHAPES: dict[str, dict[str, int]] = {
-    "half width": {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "half width": {"hidden_size": 2, "intermediate_size": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
     "half width, half depth": {
-        "hidden_size": 64,
-        "intermediate_size": 192,
+        "hidden_size": 2,
+        "intermediate_size": 2,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
     },
 }
 OBJECTIVES: dict[str, dict[str, float]] = {"labels": {"ce": 1.0}, "KD": {"ce": 0.5, "kd": 0.5}}
@@ -53,7 +53,7 @@ class Given:
 
     folder: Path
     teacher: LlamaForCausalLM
-    shape: dict[str, int]
+    shape: str
     seed: int
     text: Tensor
 
@@ -63,9 +63,14 @@ class Given:
         return list(self.text.split(BATCH))
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What the student's config changes."""
+        return {name: getattr(self.teacher.config, name) // part for name, part in SHAPES[self.shape].items()}
+
+    @property
     def config(self) -> LlamaConfig:
         """The student's config."""
-        return LlamaConfig.from_dict(self.teacher.config.to_dict() | self.shape)
+        return LlamaConfig.from_dict(self.teacher.config.to_dict() | self.sizes)
 
 
 def by(method: dict[str, Any]) -> Callable[[Given], PreTrainedModel]:
@@ -81,7 +86,7 @@ def by(method: dict[str, Any]) -> Callable[[Given], PreTrainedModel]:
             dtype=torch.float32,
             show_progress=False,
             **more,
-            **given.shape,
+            **given.sizes,
         )
 
     return make
@@ -176,16 +181,16 @@ def drawn(all_blocks: Tensor, count: int, seed: int) -> Tensor:
 
 def run(args: argparse.Namespace) -> None:
     """Make every run that is not there yet."""
-    train_teacher(args.teacher, sources=tuple(args.text))
+    sources = train_teacher(args.teacher)["text"]
     teacher = LlamaForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-    learned, held_out = blocks(texts(tuple(args.text)), tokenizer)
-    tuning, measured = held_out[:256], held_out[256:768]
+    learned, held_out = blocks(texts(tuple(sources)), tokenizer)
+    tuning, measured = held_out[: args.held_out_blocks], held_out[args.held_out_blocks :][: args.held_out_blocks]
     for shape in args.shapes:
-        parameters = LlamaForCausalLM(LlamaConfig.from_dict(teacher.config.to_dict() | SHAPES[shape])).num_parameters()
+        parameters = LlamaForCausalLM(Given(args.teacher, teacher, shape, 0, learned).config).num_parameters()
         total = math.ceil(parameters * args.tokens_a_parameter / (BATCH * LENGTH)) * BATCH
-        for arm in args.arms:
-            for objective in args.objectives:
+        for objective in args.objectives:
+            for arm in args.arms:
                 jobs = [(TUNING_SEED, rate, total // 5, tuning) for rate in RATES]
                 jobs += [(seed, None, total, measured) for seed in args.seeds]
                 for seed, rate, count, watched in jobs:
@@ -195,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
                     if any(key.items() <= row.items() and row["rate"] == chosen for row in rows):
                         continue
                     text = drawn(learned, max(count, BATCH), seed)
-                    given = Given(args.teacher, teacher, SHAPES[shape], seed, text[: args.calibration_blocks, :LENGTH])
+                    given = Given(args.teacher, teacher, shape, seed, text[: args.calibration_blocks, :LENGTH])
                     torch.manual_seed(seed)
                     clock = time.perf_counter()
                     student = ARMS[arm](given)
@@ -236,7 +241,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("starting_points.jsonl"))
     parser.add_argument("--teacher", type=Path, default=Path("small_teacher"), help="the folder of small_teacher.py")
-    parser.add_argument("--text", nargs="+", default=list(SOURCES), help="names of texts, or folders of .txt files")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
@@ -245,6 +249,9 @@ def main() -> None:
         "--tokens-a-parameter", type=float, default=20.0, help="of the student; tuning runs take a fifth"
     )
     parser.add_argument("--points", type=int, default=20, help="of each curve")
+    parser.add_argument(
+        "--held-out-blocks", type=int, default=256, help="to tune on, and as many others to measure on"
+    )
     parser.add_argument("--calibration-blocks", type=int, default=256, help="blocks of text that a start may look at")
     parser.add_argument(
         "--table", action="store_true", help="print the table and draw the plot of what is there, and stop"

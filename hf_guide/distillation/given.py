@@ -3,8 +3,8 @@
 import inspect
 from typing import Any
 
+from hf_guide.capture.reading import Capture
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.captured import Capture
 from hf_guide.errors import OptionError
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_guide.distillation.captured import PREFIX, WHY_MISSING, Capture
+from hf_guide.capture.reading import PREFIX, WHY_MISSING, Capture
 from hf_guide.distillation.divergences import Dense, TopK
 from hf_guide.distillation.layers import depth_of_config
 from hf_guide.distillation.objectives import Needs

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, EvalPrediction, PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_guide.capture.reading import Capture
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.class_labels import are_generic
 from hf_guide.distillation.data_options import DataOptions, ModelOptions
 from hf_guide.distillation.examples import prepare

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_guide.capture.reading import Capture, CapturedCollator
 from hf_guide.cards import save_record
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.captured import Capture, CapturedCollator
 from hf_guide.distillation.dividing import divides_by_items
 from hf_guide.distillation.given import adapted, check_arguments, source_of
 from hf_guide.distillation.heads import Head

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
-from hf_guide.distillation.captured import Capture
+from hf_guide.capture.reading import Capture
 from hf_guide.distillation.subclasses import FINER, TARGETS, subclasses_of
 from hf_guide.distillation.vocabulary import label_alignment
 from hf_guide.errors import OptionError, SubclassError

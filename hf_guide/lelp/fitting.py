@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.distillation.capture import capture_teacher, processes
-from hf_guide.distillation.capture_manifest import MANIFEST_NAME
-from hf_guide.distillation.capture_options import CaptureConfig
-from hf_guide.distillation.capture_signals import Listener
-from hf_guide.distillation.capture_teachers import load_teacher
-from hf_guide.distillation.captured import Capture
+from hf_guide.capture.manifest import MANIFEST_NAME
+from hf_guide.capture.options import CaptureConfig
+from hf_guide.capture.reading import Capture
+from hf_guide.capture.signals import Listener
+from hf_guide.capture.teachers import load_teacher
+from hf_guide.capture.writing import capture_teacher, processes
 from hf_guide.distillation.embeddings import find_classifier, set_classifier
 from hf_guide.distillation.fingerprints import weights_fingerprint
 from hf_guide.distillation.tasks import task_of, without_adapter

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from hf_guide.distillation.capture_teachers import load_teacher
+from hf_guide.capture.teachers import load_teacher
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.splits import find_column, read_splits, usual_columns

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
-from hf_guide.distillation.captured import Capture
+from hf_guide.capture.reading import Capture
 from hf_guide.distillation.fingerprints import weights_fingerprint
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.gathering import Gathering, as_tensor, check_whole, chunks

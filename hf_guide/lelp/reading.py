@@ -9,11 +9,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_guide.distillation.capture_collate import Collate
-from hf_guide.distillation.capture_decoding import decode
-from hf_guide.distillation.capture_signals import Listener
-from hf_guide.distillation.capture_storage import Shard, shard_name
-from hf_guide.distillation.captured import Capture
+from hf_guide.capture.collate import Collate
+from hf_guide.capture.decoding import decode
+from hf_guide.capture.reading import Capture
+from hf_guide.capture.signals import Listener
+from hf_guide.capture.storage import Shard, shard_name
 from hf_guide.distillation.embeddings import find_classifier
 from hf_guide.distillation.tasks import NO_CLASSES, Task, columns_read
 from hf_guide.errors import OptionError, SubclassError, TaskError

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_guide.capture.collate import Collate
 from hf_guide.cards import DistillationRecord
-from hf_guide.distillation.capture_collate import Collate
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
 from hf_guide.distillation.subclasses import class_labels, class_logits, subclasses_of
 from hf_guide.distillation.tasks import Task, task_of

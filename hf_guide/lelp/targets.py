@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_guide
-from hf_guide.distillation.capture import check_folder, processes
-from hf_guide.distillation.capture_collate import Collate
-from hf_guide.distillation.capture_decoding import CapturedExample
-from hf_guide.distillation.capture_manifest import CaptureManifest
-from hf_guide.distillation.capture_options import CaptureConfig
-from hf_guide.distillation.capture_run import Run
-from hf_guide.distillation.capture_signals import Heard, Listener
-from hf_guide.distillation.capture_storage import (
+from hf_guide.capture.collate import Collate
+from hf_guide.capture.decoding import CapturedExample
+from hf_guide.capture.manifest import CaptureManifest
+from hf_guide.capture.options import CaptureConfig
+from hf_guide.capture.reading import Capture
+from hf_guide.capture.run import Run
+from hf_guide.capture.signals import Heard, Listener
+from hf_guide.capture.storage import (
     INDEX_NAME,
     Shard,
     ShardWriter,
@@ -31,8 +31,8 @@ from hf_guide.distillation.capture_storage import (
     shard_name,
     write_index,
 )
-from hf_guide.distillation.capture_teachers import load_teacher
-from hf_guide.distillation.captured import Capture
+from hf_guide.capture.teachers import load_teacher
+from hf_guide.capture.writing import check_folder, processes
 from hf_guide.distillation.fingerprints import tokenizer_fingerprint
 from hf_guide.distillation.subclasses import FINER
 from hf_guide.distillation.tasks import Task, task_of

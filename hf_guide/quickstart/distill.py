@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 
+from hf_guide.capture.reading import Capture
+from hf_guide.capture.writing import capture_teacher
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.capture import capture_teacher
-from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.trainer import DistillationTrainer
 
 # Rows of logits handled at once: few enough to stay in the processor's cache, many enough to hide the loop.

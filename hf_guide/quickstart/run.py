@@ -32,13 +32,15 @@ RESULTS_NAME = "quickstart.json"
 
 # How each student is made, and its peak learning rate: the better of 1e-3 and 3e-3 on SmolLM2-135M and Wikipedia, one seed,
 # after 200 steps with even blocks; for guide after 60 with the first. The first blocks were better for both at 50 steps;
-# guide's gain of 0.3 was picked among about ten variants on one seed's held-out text, uniform had no such search.
+# guide's gain of 0.3 was picked among about ten variants on one seed's held-out text, uniform had no such search. Neither
+# had calibrated: its rate is random's, and it listens to as much of the training text as its default says.
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "uniform": {"method": "uniform", "layers": "first"},
     "guide": {"method": "guide", "layers": "first", "logit_gain": 0.3},
+    "calibrated": {"method": "calibrated"},
 }
-LEARNING_RATES = {"random": 1e-3, "uniform": 3e-3, "guide": 3e-3}
+LEARNING_RATES = {"random": 1e-3, "uniform": 3e-3, "guide": 3e-3, "calibrated": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,10 @@ def quickstart(options: QuickstartOptions, *, show_progress: bool = True) -> lis
     goal = measure("teacher", teacher)
     print(f"teacher's perplexity on the held-out text: {goal.perplexity:.1f}")
     shape = half_shape(teacher.config)
-    made = {method: make_student(name, method, shape, options.seed, show_progress) for method in LEARNING_RATES}
+    made = {
+        method: make_student(name, method, shape, options.seed, learned, recipe.batch_size, show_progress)
+        for method in METHODS
+    }
     before = {method: measure(f"{method} at the start", student) for method, student in made.items()}
     training = {}
     with tempfile.TemporaryDirectory(prefix="quickstart-") as place:
@@ -165,11 +170,19 @@ def half_shape(config: PreTrainedConfig) -> dict[str, Any]:
     return shape
 
 
-def make_student(teacher: str, method: str, shape: dict[str, Any], seed: int, show_progress: bool) -> PreTrainedModel:
-    """Return a float32 student of `shape`."""
+def make_student(
+    teacher: str, method: str, shape: dict[str, Any], seed: int, learned: Tensor, batch_size: int, show_progress: bool
+) -> PreTrainedModel:
+    """Return a float32 student of `shape`; a calibrated one has listened to the text it will be trained on."""
     how = METHODS[method] | {"seed": seed}
+    heard = [{"input_ids": rows} for rows in learned[:, :-1].split(batch_size)] if method == "calibrated" else None
     return AutoStudentForCausalLM.from_teacher(
-        teacher, method=how, dtype=torch.float32, show_progress=show_progress, **shape
+        teacher,
+        method=how,
+        calibration_dataset=heard,
+        dtype=torch.float32,
+        show_progress=show_progress,
+        **shape,
     )
 
 

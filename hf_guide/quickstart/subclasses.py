@@ -29,9 +29,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_guide.capture.reading import Capture
 from hf_guide.cards import DistillationRecord
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.captured import Capture
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.folders import new_folder

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hf_guide.distillation.capture import capture_teacher
-from tests.distillation.capturing import TEACHERS, Pad, examples_for, recorded
+from hf_guide.capture.writing import capture_teacher
+from tests.capture.capturing import TEACHERS, Pad, examples_for, recorded
 
 given = json.loads(sys.argv[1])
 heard = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hf_guide import HfGuideError, fit_subclasses
-from tests.distillation.capturing import Pad
+from tests.capture.capturing import Pad
 from tests.lelp.test_fitting import examples, teacher_of
 
 given = json.loads(sys.argv[1])

@@ -1,7 +1,7 @@
 """Several processes capture what one does, and share the work."""
 
-from hf_guide.distillation.capture import capture_teacher
-from tests.distillation.capturing import TEACHERS, Pad, examples_for
+from hf_guide.capture.writing import capture_teacher
+from tests.capture.capturing import TEACHERS, Pad, examples_for
 from tests.distributed.worlds import run_world
 
 SHARDS = {"examples_per_shard": 6, "batch_size": 4, "hidden_states": [2]}

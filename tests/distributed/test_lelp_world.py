@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guide import SubclassProjector, fit_subclasses
-from tests.distillation.capturing import Pad
+from tests.capture.capturing import Pad
 from tests.distributed.test_gradients import vector
 from tests.distributed.worlds import run_world
 from tests.lelp.test_fitting import arrays, examples, teacher_of

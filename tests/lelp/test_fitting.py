@@ -15,13 +15,13 @@ from hf_guide import (
     capture_teacher,
     fit_subclasses,
 )
-from hf_guide.distillation.capture_signals import Listener
+from hf_guide.capture.signals import Listener
 from hf_guide.distillation.embeddings import find_classifier
 from hf_guide.distillation.tasks import task_of
 from hf_guide.errors import CaptureError, TaskError
 from hf_guide.lelp.reading import linear_weight
 from hf_guide.lelp.splitters import known_splitters
-from tests.distillation.capturing import Pad
+from tests.capture.capturing import Pad
 from tests.tiny import KINDS, SIZES, Kind
 
 COUNT = 90

@@ -5,7 +5,7 @@ import torch
 
 from hf_guide.errors import TaskError
 from hf_guide.lelp.hearing import hear
-from tests.distillation.capturing import Pad
+from tests.capture.capturing import Pad
 from tests.lelp.test_fitting import KINDS_HERE, collator, examples, teacher_of
 from tests.tiny import SIZES, Kind
 

@@ -71,7 +71,7 @@ def read(options, name):
 def check_result(rows, options, capsys):
     printed = capsys.readouterr().out
     teacher, *students = rows
-    assert [row.name for row in rows] == ["teacher", "random", "uniform", "guide"]
+    assert [row.name for row in rows] == ["teacher", "random", "uniform", "guide", "calibrated"]
     assert len({row.parameters for row in students}) == 1
     assert students[0].parameters < teacher.parameters
     for row in students:
@@ -116,7 +116,7 @@ def test_the_main_job_on_the_real_teacher(tmp_path, capsys):
     options = QuickstartOptions(output=str(tmp_path / "best"), cache_dir=str(tmp_path))
     rows = quickstart(options)
     check_result(rows, options, capsys)
-    teacher, random, _, guide = rows
+    teacher, random, _, guide, calibrated = rows
     assert teacher.end < 25
     assert math.isfinite(guide.end)
-    assert guide.end < random.end
+    assert calibrated.end < guide.end < random.end

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_guide.distillation.capture_keys import token_places
-from hf_guide.distillation.capture_options import CaptureConfig
-from hf_guide.distillation.capture_storage import Arrays, pack_indices
+from hf_guide.capture.keys import token_places
+from hf_guide.capture.options import CaptureConfig
+from hf_guide.capture.storage import Arrays, pack_indices
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
 from hf_guide.distillation.heads import find_head, without_logits
 from hf_guide.distillation.layers import hidden_states_of

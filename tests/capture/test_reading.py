@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_guide.distillation.capture import capture_teacher
-from hf_guide.distillation.captured import Capture, CapturedCollator
+from hf_guide.capture.reading import Capture, CapturedCollator
+from hf_guide.capture.writing import capture_teacher
 from hf_guide.distillation.divergences import Dense, TopK, divergence
 from hf_guide.errors import CaptureError, OptionError
-from tests.distillation.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, hear
+from tests.capture.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, hear
 from tests.tiny import run_python
 
 ALL = {"top_k": VOCABULARY, "log_prob_dtype": "float32", "hidden_dtype": "float32"}
@@ -210,9 +210,9 @@ def test_neither_capturing_nor_reading_holds_the_dataset_in_memory(tmp_path):
     script = """
     import resource, sys
     from pathlib import Path
-    from hf_guide.distillation.capture import capture_teacher
-    from hf_guide.distillation.captured import Capture, CapturedCollator
-    from tests.distillation.capturing import TEACHERS, Pad
+    from hf_guide.capture.writing import capture_teacher
+    from hf_guide.capture.reading import Capture, CapturedCollator
+    from tests.capture.capturing import TEACHERS, Pad
 
     class Long:
         def __init__(self, count): self.count = count

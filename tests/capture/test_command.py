@@ -9,15 +9,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_guide.distillation import capture_command
-from hf_guide.distillation.capture_options import CaptureConfig
-from hf_guide.distillation.captured import Capture, CapturedCollator
+from hf_guide.capture import command as capture_command
+from hf_guide.capture.options import CaptureConfig
+from hf_guide.capture.reading import Capture, CapturedCollator
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.splits import read_splits
 from hf_guide.distillation.tasks import Task
 from hf_guide.errors import CaptureError, OptionError, TeacherError
-from tests.distillation.capturing import TEACHERS, VOCABULARY
+from tests.capture.capturing import TEACHERS, VOCABULARY
 
 
 def parser() -> argparse.ArgumentParser:

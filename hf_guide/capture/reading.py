@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_guide.distillation.capture_decoding import PREFIX, CapturedExample, decode
-from hf_guide.distillation.capture_keys import example_keys, token_places
-from hf_guide.distillation.capture_manifest import CaptureManifest
-from hf_guide.distillation.capture_storage import INDEX_NAME, Arrays, KeyIndex, Shard, shard_name
+from hf_guide.capture.decoding import PREFIX, CapturedExample, decode
+from hf_guide.capture.keys import example_keys, token_places
+from hf_guide.capture.manifest import CaptureManifest
+from hf_guide.capture.storage import INDEX_NAME, Arrays, KeyIndex, Shard, shard_name
 from hf_guide.distillation.fingerprints import (
     config_facts,
     files_fingerprint,
@@ -161,7 +161,7 @@ class Capture:
         return Capture, (self.folder, self.manifest)
 
     def _check_teacher(self, teacher: Any) -> None:
-        from hf_guide.distillation.capture_teachers import load_teacher
+        from hf_guide.capture.teachers import load_teacher
 
         wanted = self.manifest
         if isinstance(teacher, (str, os.PathLike)):

@@ -14,11 +14,11 @@ from accelerate import PartialState
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from hf_guide.distillation.capture_collate import Collate, CollateNumbered, Numbered
-from hf_guide.distillation.capture_keys import example_keys, token_places
-from hf_guide.distillation.capture_manifest import MANIFEST_NAME, CaptureManifest
-from hf_guide.distillation.capture_signals import Listener, read_signals
-from hf_guide.distillation.capture_storage import (
+from hf_guide.capture.collate import Collate, CollateNumbered, Numbered
+from hf_guide.capture.keys import example_keys, token_places
+from hf_guide.capture.manifest import MANIFEST_NAME, CaptureManifest
+from hf_guide.capture.signals import Listener, read_signals
+from hf_guide.capture.storage import (
     INDEX_NAME,
     Shard,
     ShardWriter,

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from hf_guide.distillation.capture_keys import KEY_BYTES
-from hf_guide.distillation.capture_options import CaptureConfig
-from hf_guide.distillation.capture_storage import Column, high_bits, partial_path, publish, shard_name
+from hf_guide.capture.keys import KEY_BYTES
+from hf_guide.capture.options import CaptureConfig
+from hf_guide.capture.storage import Column, high_bits, partial_path, publish, shard_name
 from hf_guide.distillation.tasks import Task
 from hf_guide.errors import CaptureError
 

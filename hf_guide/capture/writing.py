@@ -1,7 +1,7 @@
 """The teacher run once over a dataset, and what it says written to disk, so that training needs no teacher.
 
 Does: share the shards out among the processes of `torchrun`, go on where a killed run was, refuse to mix two captures.
-Does not: read them back (`captured.py`), or hold more than a batch in memory.
+Does not: read them back (`reading.py`), or hold more than a batch in memory.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel
 
 import hf_guide
-from hf_guide.distillation.capture_collate import Collate
-from hf_guide.distillation.capture_manifest import MANIFEST_NAME, CaptureManifest
-from hf_guide.distillation.capture_options import CaptureConfig
-from hf_guide.distillation.capture_run import Run
-from hf_guide.distillation.capture_signals import Listener, read_signals, resolve_layers
-from hf_guide.distillation.capture_teachers import load_teacher
-from hf_guide.distillation.captured import Capture
+from hf_guide.capture.collate import Collate
+from hf_guide.capture.manifest import MANIFEST_NAME, CaptureManifest
+from hf_guide.capture.options import CaptureConfig
+from hf_guide.capture.reading import Capture
+from hf_guide.capture.run import Run
+from hf_guide.capture.signals import Listener, read_signals, resolve_layers
+from hf_guide.capture.teachers import load_teacher
 from hf_guide.distillation.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from hf_guide.distillation.tasks import Task, task_of, without_adapter
 from hf_guide.errors import CaptureError, OptionError

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hf_guide.distillation.capture_keys import KEY_BYTES
+from hf_guide.capture.keys import KEY_BYTES
 from hf_guide.errors import CaptureError
 
 INDEX_NAME = "index.arrow"

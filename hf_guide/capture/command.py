@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_guide.distillation.capture_options import CaptureConfig
+from hf_guide.capture.options import CaptureConfig
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.errors import OptionError, did_you_mean
 
 if typing.TYPE_CHECKING:
     from accelerate import PartialState
 
-    from hf_guide.distillation.captured import Capture
+    from hf_guide.capture.reading import Capture
 
 _ITEMS = {"temperatures": float, "hidden_states": int, "ignore_in_key": str}
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     fields = {field.name for field in dataclasses.fields(DataOptions)}
     data = DataOptions(**{name: value for name, value in given.items() if name in fields} | _chosen(args, DataOptions))
 
-    from hf_guide.distillation.capture import check_folder, processes
+    from hf_guide.capture.writing import check_folder, processes
 
     check_folder(args.output)
     state = processes()
@@ -93,8 +93,8 @@ def _capture(
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
     from transformers.utils import logging
 
-    from hf_guide.distillation.capture import capture_teacher
-    from hf_guide.distillation.capture_teachers import task_of_files
+    from hf_guide.capture.teachers import task_of_files
+    from hf_guide.capture.writing import capture_teacher
     from hf_guide.distillation.examples import prepare
     from hf_guide.distillation.splits import read_splits
     from hf_guide.distillation.tasks import Task

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_guide.distillation.capture_manifest import CaptureManifest
-from hf_guide.distillation.capture_storage import Arrays, unpack_indices
+from hf_guide.capture.manifest import CaptureManifest
+from hf_guide.capture.storage import Arrays, unpack_indices
 
 PREFIX = "teacher_"
 """How the names begin of what `CapturedCollator` adds to a batch."""

@@ -15,12 +15,12 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_guide.distillation import capture_run
-from hf_guide.distillation.capture import capture_teacher
-from hf_guide.distillation.capture_options import CaptureConfig
-from hf_guide.distillation.captured import Capture, CapturedCollator
+from hf_guide.capture import run as capture_run
+from hf_guide.capture.options import CaptureConfig
+from hf_guide.capture.reading import Capture, CapturedCollator
+from hf_guide.capture.writing import capture_teacher
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError
-from tests.distillation.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
+from tests.capture.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
 from tests.tiny import run_python
 
 CONFIG = {"top_k": 8, "examples_per_shard": 5, "batch_size": 2}
@@ -82,8 +82,8 @@ def test_batches_are_prepared_here_or_beside(tmp_path, workers):
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     script = """
     import sys, time
-    from hf_guide.distillation.capture import capture_teacher
-    from tests.distillation.capturing import Pad, TEACHERS, examples_for
+    from hf_guide.capture.writing import capture_teacher
+    from tests.capture.capturing import Pad, TEACHERS, examples_for
 
     class Slow(Pad):
         def __call__(self, features):
@@ -129,9 +129,9 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
     script = """
     import os, signal, sys
     from pathlib import Path
-    from hf_guide.distillation import capture_manifest, capture_storage
-    from hf_guide.distillation.capture import capture_teacher
-    from tests.distillation.capturing import TEACHERS, Pad, examples_for
+    from hf_guide.capture import manifest as capture_manifest, storage as capture_storage
+    from hf_guide.capture.writing import capture_teacher
+    from tests.capture.capturing import TEACHERS, Pad, examples_for
 
     publish = capture_storage.publish
 
