@@ -175,8 +175,9 @@ def build_parser() -> argparse.ArgumentParser:
         commands,
         "quickstart",
         "the whole way on a real model: initialise, distil, compare, save",
-        "Make random, uniform, guide and calibrated students of one teacher, train each on the same tokens, and compare them; or, with\n"
-        "--task lelp, teach three like students of a classifier by hard labels, by KD and by pseudo-subclasses.",
+        "Make random, uniform, guide and calibrated students of one teacher, train each on the same tokens, and compare\n"
+        "them; or, with --task lelp, teach three like students of a classifier by hard labels, by KD and by\n"
+        "pseudo-subclasses.",
         "hf-guide quickstart --task lelp",
     )
     quickstart.add_arguments(quick)
