@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from competitors import pruned_as_minitron, subcloned, with_blocks
 from curves import plot, table
+from healing import carrying_matrix, heal
 from small_teacher import BATCH, LENGTH, as_examples, blocks, texts, train_teacher
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, default_data_collator
@@ -43,19 +44,24 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 OBJECTIVES: dict[str, dict[str, float]] = {"labels": {"ce": 1.0}, "KD": {"ce": 0.5, "kd": 0.5}}
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (2e-3, 6e-3, 2e-2)
 TUNING_SEED = 1000
+TUNING_SHARE = 8  # a run that chooses the rate has an eighth of the tokens
 
 
 @dataclass(frozen=True)
 class Given:
-    """What every arm is made of: the teacher and its folder, a shape, a seed, and text to listen to, (blocks, LENGTH)."""
+    """What every arm is made of: the teacher and its folder, a shape, a seed, and text, (blocks, LENGTH).
+
+    `text` may be listened to; `spent` is the share of the budget of tokens that the start itself learns from.
+    """
 
     folder: Path
     teacher: LlamaForCausalLM
     shape: str
     seed: int
     text: Tensor
+    spent: Tensor
 
     @property
     def batches(self) -> list[Tensor]:
@@ -112,6 +118,16 @@ def _spaced(had: int, count: int) -> list[float]:
     return torch.linspace(0, had - 1, count).tolist()
 
 
+def healed(given: Given) -> PreTrainedModel:
+    """Return the arm of a calibrated student whose blocks are then regressed on the teacher's stream."""
+    carried = by({"method": "calibrated", "repair": "none", "fit_table": False, "fit_gain": False})(given)
+    student = by({"method": "calibrated"})(given)
+    layers = student.initialization_report.blocks["layers"]
+    matrix = carrying_matrix(given.teacher, carried)
+    heal(student, given.teacher, matrix, layers, list(given.spent.split(BATCH)))
+    return student
+
+
 ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "random": by({"method": "random"}),
     "uniform": by({"method": "uniform"}),
@@ -123,7 +139,9 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "guide, later selected": by({"method": "guide", "later_blocks": "select"}),
     "guide, later random": by({"method": "guide", "later_blocks": "random"}),
     "calibrated": by({"method": "calibrated"}),
+    "healed": healed,
 }
+SPENT = {"healed": 0.1}  # of the budget of tokens
 
 
 def learn(
@@ -187,11 +205,11 @@ def run(args: argparse.Namespace) -> None:
     learned, held_out = blocks(texts(tuple(sources)), tokenizer)
     tuning, measured = held_out[: args.held_out_blocks], held_out[args.held_out_blocks :][: args.held_out_blocks]
     for shape in args.shapes:
-        parameters = LlamaForCausalLM(Given(args.teacher, teacher, shape, 0, learned).config).num_parameters()
+        parameters = LlamaForCausalLM(Given(args.teacher, teacher, shape, 0, learned, learned).config).num_parameters()
         total = math.ceil(parameters * args.tokens_a_parameter / (BATCH * LENGTH)) * BATCH
         for objective in args.objectives:
             for arm in args.arms:
-                jobs = [(TUNING_SEED, rate, total // 5, tuning) for rate in RATES]
+                jobs = [(TUNING_SEED, rate, total // TUNING_SHARE, tuning) for rate in RATES]
                 jobs += [(seed, None, total, measured) for seed in args.seeds]
                 for seed, rate, count, watched in jobs:
                     key = {"shape": shape, "arm": arm, "objective": objective, "seed": seed}
@@ -200,12 +218,15 @@ def run(args: argparse.Namespace) -> None:
                     if any(key.items() <= row.items() and row["rate"] == chosen for row in rows):
                         continue
                     text = drawn(learned, max(count, BATCH), seed)
-                    given = Given(args.teacher, teacher, shape, seed, text[: args.calibration_blocks, :LENGTH])
+                    before = math.ceil(SPENT.get(arm, 0) * count / BATCH) * BATCH
+                    heard, spent = text[: args.calibration_blocks, :LENGTH], text[:before, :LENGTH]
+                    given = Given(args.teacher, teacher, shape, seed, heard, spent)
                     torch.manual_seed(seed)
                     clock = time.perf_counter()
                     student = ARMS[arm](given)
                     cost, clock = time.perf_counter() - clock, time.perf_counter()
-                    curve = learn(student, teacher, objective, text, watched, chosen, args, seed)
+                    curve = learn(student, teacher, objective, text[before:], watched, chosen, args, seed)
+                    curve = [(tokens + before * LENGTH, loss) for tokens, loss in curve]
                     row = key | {"rate": chosen, "tuning": rate is not None, "parameters": student.num_parameters()}
                     row |= {"curve": curve, "teacher": loss_of(teacher, watched), "start_seconds": cost}
                     row |= {"seconds": time.perf_counter() - clock}
@@ -245,9 +266,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--tokens-a-parameter", type=float, default=20.0, help="of the student; tuning runs take a fifth"
-    )
+    parser.add_argument("--tokens-a-parameter", type=float, default=20.0, help="of the student")
     parser.add_argument("--points", type=int, default=20, help="of each curve")
     parser.add_argument(
         "--held-out-blocks", type=int, default=256, help="to tune on, and as many others to measure on"

@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hf_guide import from_teacher
+
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-competitors, curves = map(importlib.import_module, ("competitors", "curves"))
+competitors, curves, healing = map(importlib.import_module, ("competitors", "curves", "healing"))
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
 
@@ -94,3 +96,20 @@ def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
     assert "overtook" in curves.table([*rows, row("guide", 0, 9.0)]) and "overtook" not in curves.table(rows)
     curves.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_healing_brings_a_students_blocks_nearer_to_the_teacher_and_leaves_the_teacher_alone(teacher):
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    made = from_teacher(
+        teacher, method={"method": "guide", "layers": [0, 3]}, hidden_size=24, num_hidden_layers=2, show_progress=False
+    )
+    matrix = healing.carrying_matrix(teacher, made)
+    torch.testing.assert_close(matrix.T @ matrix, torch.eye(24), rtol=0, atol=1e-4)
+    torch.testing.assert_close(teacher.model.embed_tokens.weight @ matrix, made.model.embed_tokens.weight)
+    table = made.model.embed_tokens.weight.clone()
+    losses = healing.heal(made, teacher, matrix, [0, 3], texts() * 40)
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    torch.testing.assert_close(made.model.embed_tokens.weight, table, rtol=0, atol=0)
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in made.model.layers)
+    for name, tensor in teacher.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
