@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, int]] = {
 OBJECTIVES: dict[str, dict[str, float]] = {"labels": {"ce": 1.0}, "KD": {"ce": 0.5, "kd": 0.5}}
 RATES = (2e-3, 6e-3, 2e-2)
 TUNING_SEED = 1000
-TUNING_SHARE = 8  # a run that chooses the rate has an eighth of the tokens
+TUNING_SHARE = 3  # a run that chooses the rate has a third of the tokens
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,8 @@ def config_facts(config: "PreTrainedConfig | Mapping[str, Any]") -> dict[str, An
 
 def _sample(tensor: Tensor) -> bytes:
     tensor = tensor.detach()
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight is several tensors in one
+        return b"".join(_sample(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     if tensor.is_meta or tensor.numel() == 0:
         return b""
     flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()

@@ -234,9 +234,20 @@ def _load(
         raise _incomplete(name, report["missing_keys"])
     if _quantised(model):
         try:
-            model = model.dequantize()
+            model = _dequantised(model)
         except _LOADING_ERRORS as error:
             raise TeacherError(f"{name} is quantised and cannot be dequantised: {error}") from error
+    return model
+
+
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model with stock weights. Of torchao Transformers knows no way back, but its tensors do, one by one."""
+    if getattr(model.config.quantization_config, "quant_method", None) != "torchao":
+        return model.dequantize()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(parameter.data) is not torch.Tensor:
+                setattr(module, name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
     return model
 
 
