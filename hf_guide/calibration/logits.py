@@ -11,8 +11,8 @@ from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, real_tokens, run
 from hf_guide.calibration.regression import Sums, with_one
 from hf_guide.calibration.repair import Mender
-from hf_guide.calibration.worlds import add_up, world
 from hf_guide.initialization.axes import Name
+from hf_guide.worlds import add_up, world
 
 SCALE_TOKENS = 1024  # one number is fitted: more would cost a product with the vocabulary each, and tell no more
 STEPS = 8

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_guide.calibration.worlds import add_up, world
+from hf_guide.worlds import add_up, world
 
 
 @dataclass

@@ -23,7 +23,6 @@ from hf_guide.calibration.listening import listening_mode
 from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
 from hf_guide.calibration.repair import Mender
 from hf_guide.calibration.statistics import Statistics, gather
-from hf_guide.calibration.worlds import world
 from hf_guide.errors import OptionError
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import Layout
@@ -32,6 +31,7 @@ from hf_guide.initialization.options import Basis, BlockChoice, InitializationCo
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.weights import Teacher
+from hf_guide.worlds import world
 
 
 @dataclass

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from hf_guide.calibration.anatomy import Anatomy, Part, weight_of
 from hf_guide.calibration.batches import Batch, tokens_in
 from hf_guide.calibration.listening import first_of, given, hooks, listening_mode, on_input, real_tokens, run
-from hf_guide.calibration.worlds import add_number, add_up, own_share
 from hf_guide.errors import TeacherError
 from hf_guide.initialization.axes import Name, Product
 from hf_guide.initialization.layouts import Layout, config_sizes
 from hf_guide.initialization.options import Pooling
+from hf_guide.worlds import add_number, add_up, own_share
 
 
 @dataclass

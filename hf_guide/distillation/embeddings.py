@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.errors import TaskError
@@ -121,7 +121,7 @@ def heard_embeddings(classifier: "nn.Module | AveragedHeads") -> Iterator[list[T
 
 
 def embedding_per_item(
-    task: Task, heard: Tensor, mask: Tensor, inputs: Mapping[str, Any], config: Any = None
+    task: Task, heard: Tensor, mask: Tensor, inputs: Mapping[str, Any], config: PreTrainedConfig
 ) -> Tensor:
     """Return one vector an item, (items, width), of what the classifier was fed.
 

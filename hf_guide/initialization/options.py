@@ -263,13 +263,9 @@ class InitializationConfig:
         for option in SWITCHES:
             if not isinstance(getattr(self, option), bool):
                 raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
-        if isinstance(self.logit_gain, bool) or not isinstance(self.logit_gain, (int, float)):
+        if not _is_positive(self.logit_gain):
             raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
-        if not 0 < self.logit_gain < math.inf:
-            raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
-        if self.ridge is not None and (
-            isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge < math.inf
-        ):
+        if self.ridge is not None and not _is_positive(self.ridge):
             raise OptionError(f"ridge is a positive number, or None; found {self.ridge!r}.")
         for option in ("calibration_tokens", "calibration_length", "calibration_batch_size"):
             number = getattr(self, option)
@@ -342,6 +338,10 @@ OF_CALIBRATION = (
     "calibration_length",
     "calibration_batch_size",
 )
+
+
+def _is_positive(number: Any) -> bool:
+    return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 < number < math.inf
 
 
 def _unused(method: str) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ from hf_guide.lelp.reading import (
     teacher_class,
 )
 from hf_guide.lelp.regression import LinearFit
+from hf_guide.worlds import world
 
 
 def fit_subclasses(
@@ -260,8 +261,8 @@ def _agreed() -> Iterator[None]:
         yield
     except HfGuideError as error:
         failure = error
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        everyone: list[str | None] = [None] * dist.get_world_size()
+    if world()[1] > 1:
+        everyone: list[str | None] = [None] * world()[1]
         dist.all_gather_object(everyone, None if failure is None else str(failure))
         said = [(rank, message) for rank, message in enumerate(everyone) if message is not None]
         if failure is None and said:

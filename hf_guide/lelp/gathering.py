@@ -9,9 +9,10 @@ from torch import Tensor
 
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.evidence import Evidence
-from hf_guide.lelp.moments import ClassMoments, collective_device, refuse_not_finite
+from hf_guide.lelp.moments import ClassMoments, refuse_not_finite
 from hf_guide.lelp.sampling import ClassSample
 from hf_guide.lelp.splitters import splitter_named
+from hf_guide.worlds import collective_device, world
 
 UNLABELLED = (-1, -100)
 ROWS_AT_ONCE = 8192
@@ -65,7 +66,7 @@ class Gathering:
 
     def reduce(self) -> None:
         """Make what each process of `torch.distributed` gathered that of all."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if world()[1] == 1:
             return
         self.moments.reduce()
         if self.sample is not None:

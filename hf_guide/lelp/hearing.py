@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
 from hf_guide.distillation.tasks import IGNORED, task_of, without_adapter
-from hf_guide.errors import TaskError
-from hf_guide.lelp.reading import check_exclusive, linear_weight
+from hf_guide.lelp.reading import check_classifier_task, check_exclusive, linear_weight
 
 PIXELS = 14
 
@@ -57,8 +56,7 @@ def hear(
         TaskError: the teacher is no classifier of whole examples, or its classes do not exclude each other.
     """
     task = task_of(teacher)
-    if task.is_language_model or task.is_per_token:
-        raise TaskError(f"Subclasses are of classifiers of whole examples; {type(teacher).__name__} is for {task}.")
+    check_classifier_task(task, type(teacher).__name__)
     config = without_adapter(teacher).config
     check_exclusive(config, type(teacher).__name__)
     classifier = find_classifier(teacher, task)

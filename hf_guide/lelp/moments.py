@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
+from hf_guide.worlds import collective_device, world
 
 ROWS_AT_ONCE = 1024
 
@@ -109,7 +110,7 @@ class ClassMoments:
 
     def reduce(self) -> None:
         """Make the moments of each process of `torch.distributed` those of all; nothing to do in a single process."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if world()[1] == 1:
             return
         self._flush()
         device = collective_device()
@@ -181,13 +182,6 @@ def _moved(counts: Tensor, scatters: Tensor, skews: Tensor, shift: Tensor) -> tu
     lengths = counts * shift.square().sum(1)
     skews = skews + (traces + lengths)[:, None] * shift + 2 * turned
     return scatters + counts[:, None, None] * shift[:, :, None] * shift[:, None, :], skews
-
-
-def collective_device() -> torch.device:
-    """Return where tensors must be that processes send each other."""
-    if "nccl" in str(dist.get_backend()):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def refuse_not_finite(values: Tensor, numbers: Sequence[int], what: str) -> None:

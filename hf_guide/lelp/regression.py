@@ -5,7 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
-from hf_guide.lelp.moments import ClassMoments, collective_device
+from hf_guide.lelp.moments import ClassMoments
+from hf_guide.worlds import collective_device, world
 
 NEGLIGIBLE = 1e-7  # of the largest variance: what was kept in float16 or float32 has no more to tell
 EXACT_ENOUGH = 1e-3  # of the logits' variance, that may be left over
@@ -32,12 +33,12 @@ class LinearFit:
 
     def reduce(self) -> None:
         """Make what each process of `torch.distributed` has that of all."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if world()[1] == 1:
             return
         device = collective_device()
         parts = torch.tensor([self.count]), self.logit_mean, self.mean, self.cross, self.power
         flat = torch.cat([part.double().flatten() for part in parts]).to(device)
-        gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+        gathered = [torch.empty_like(flat) for _ in range(world()[1])]
         dist.all_gather(gathered, flat)
         total = LinearFit(*self.cross.shape)
         for each in gathered:

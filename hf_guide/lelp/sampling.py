@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_guide.worlds import world
+
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
@@ -40,12 +42,12 @@ class ClassSample:
 
     def reduce(self) -> None:
         """Make the sample of each process of `torch.distributed` that of all."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if world()[1] == 1:
             return
-        gathered: list[ClassSample | None] = [None] * dist.get_world_size()
+        gathered: list[ClassSample | None] = [None] * world()[1]
         dist.all_gather_object(gathered, self)
         for rank, other in enumerate(gathered):
-            if other is not None and rank != dist.get_rank():
+            if other is not None and rank != world()[0]:
                 self.merge(other)
 
     def _hash(self, rows: Tensor) -> np.ndarray:

@@ -26,9 +26,8 @@ def add_up(tensors: Iterable[Tensor]) -> None:
     """Add to each tensor, in place, what the other processes have under the same place in the list."""
     if world()[1] == 1:
         return
-    on_device = distributed.get_backend() == "nccl"
     for tensor in tensors:
-        shared = tensor.cuda() if on_device and not tensor.is_cuda else tensor.contiguous()
+        shared = tensor.to(collective_device()).contiguous()
         distributed.all_reduce(shared)
         tensor.copy_(shared)
 
@@ -38,3 +37,10 @@ def add_number(number: float) -> float:
     total = torch.tensor(float(number), dtype=torch.float64)
     add_up([total])
     return total.item()
+
+
+def collective_device() -> torch.device:
+    """Return where tensors must be that processes send each other."""
+    if "nccl" in str(distributed.get_backend()):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
