@@ -42,6 +42,7 @@ SHAPES = {
     "half, a third of the blocks": (0.5, 1 / 3, False),
     "whole, half the blocks": (1.0, 0.5, False),
     "half in everything": (0.5, 0.5, False),
+    "the quickstart's": (0.5, 1 / 3, True),
 }
 
 NOTHING_FITTED = {"repair": "none", "fit_table": False, "fit_gain": False, "fit_logit_scale": False}
@@ -58,9 +59,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "pooled by block": {"pooling": "block"},
     "pooled by energy": {"pooling": "energy"},
     "embedding basis": {"basis": "embeddings"},
-    "even blocks": {"layers": "even"},
+    "blocks by influence": {"layers": "influence"},
     "even heads": {"heads": "even"},
     "even neurons": {"neurons": "even"},
+    "values not turned": {"turn_values": False},
     "table not fitted": {"fit_table": False},
     "gain not fitted": {"fit_gain": False},
     "logits not scaled": {"fit_logit_scale": False},
@@ -68,7 +70,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def student_shape(teacher: PreTrainedModel, shape: str) -> dict[str, Any]:
-    """Return what a student's config changes; heads and neurons are halved "in everything" alone."""
+    """Return what a student's config changes; heads and neurons are halved "in everything", or their size is."""
     width, depth, tied = SHAPES[shape]
     had = teacher.config
     heads, groups = had.num_attention_heads, had.num_key_value_heads
@@ -84,6 +86,8 @@ def student_shape(teacher: PreTrainedModel, shape: str) -> dict[str, Any]:
         kept = max(1, groups // 2)
         changes |= {"num_key_value_heads": kept, "num_attention_heads": heads // groups * kept}
         changes |= {"intermediate_size": had.intermediate_size // 2}
+    if shape == "the quickstart's":
+        changes |= {"head_dim": changes["head_dim"] // 2, "intermediate_size": had.intermediate_size // 2}
     return changes
 
 

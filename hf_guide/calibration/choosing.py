@@ -10,8 +10,12 @@ from hf_guide.calibration.statistics import Statistics
 from hf_guide.initialization.axes import Axis, Name, Product, Projection, axis_names, contract, joined
 from hf_guide.initialization.options import UnitChoice
 from hf_guide.initialization.plan import Plan, Site
+from hf_guide.initialization.selection import even_places
 
 Choice = dict[str, Tensor]
+
+SILENT = 1e-6
+"""A block that turns the stream by less than this share of what the strongest does writes nothing."""
 
 
 def influential_blocks(turned: Tensor, count: int) -> list[int]:
@@ -24,6 +28,14 @@ def influential_blocks(turned: Tensor, count: int) -> list[int]:
     return sorted(order[:count].tolist())
 
 
+def spread_blocks(turned: Tensor, count: int) -> list[int]:
+    """Return `count` blocks evenly spaced among those that turn the residual stream; the most influential of too few."""
+    live = (turned > SILENT * turned.max()).nonzero().flatten().tolist()
+    if len(live) < count:
+        return influential_blocks(turned, count)
+    return [live[place] for place in even_places(len(live), count)]
+
+
 def choose_units(plan: Plan, statistics: Statistics) -> tuple[dict[str, Choice], list[str]]:
     """Return for each of the student's parameters which heads and neurons it keeps, and what could not be chosen so.
 
@@ -34,7 +46,7 @@ def choose_units(plan: Plan, statistics: Statistics) -> tuple[dict[str, Choice],
     units: dict[str, Choice] = {}
     families: dict[str, list[Site]] = {}
     for site in plan.sites.values():
-        if is_writer(plan, site) and _module_name(site) in statistics.inner:
+        if is_writer(plan, site) and module_name(site) in statistics.inner:
             families.setdefault(site.match.row.pattern, []).append(site)
     writers = [site for family in families.values() for site in family]
     for family in families.values():
@@ -48,7 +60,7 @@ def choose_units(plan: Plan, statistics: Statistics) -> tuple[dict[str, Choice],
             notes.append(f"{family[0].match.row.pattern}: its {' and '.join(names)} are chosen evenly, for {reason}.")
             continue
         energies = {
-            writer.name: unit_energies(plan, writer, statistics.inner[_module_name(writer)]) for writer in family
+            writer.name: unit_energies(plan, writer, statistics.inner[module_name(writer)]) for writer in family
         }
         if _is_shared(plan, served, family, names):  # one parameter serves several blocks: they keep the same heads
             pooled = torch.stack(list(energies.values())).sum(0)
@@ -67,17 +79,23 @@ def unit_energies(plan: Plan, writer: Site, inner: Tensor) -> Tensor:
     Args:
         inner: the second moment of its input, (f,) of neurons or (heads, l, l) of heads.
     """
+    weight = seen_weight(plan, writer)
+    if inner.ndim == 1:
+        return weight.square().sum(0) * inner
+    heads, size, _ = inner.shape
+    per_head = weight.unflatten(1, (heads, size)).movedim(1, 0)  # (heads, d, l)
+    return ((per_head @ inner) * per_head).sum((1, 2))
+
+
+def seen_weight(plan: Plan, writer: Site) -> Tensor:
+    """Return what a writer writes into the span of M, M^T W, (d_S, in) float64."""
     weight = plan.read(writer.source or "").double()
     row = writer.match.row
     weight = weight.T if row.transposed else weight  # (d_T, in)
     chosen = plan.maps(writer)[len(writer.axes) - 1 if row.transposed else 0]
     if isinstance(chosen, Projection) and chosen.matrix.numel():
         weight = contract(weight, 0, chosen.matrix.cpu(), torch.float64)
-    if inner.ndim == 1:
-        return weight.square().sum(0) * inner
-    heads, size, _ = inner.shape
-    per_head = weight.unflatten(1, (heads, size)).movedim(1, 0)  # (heads, d, l)
-    return ((per_head @ inner) * per_head).sum((1, 2))
+    return weight
 
 
 def is_writer(plan: Plan, site: Site) -> bool:
@@ -89,7 +107,7 @@ def is_writer(plan: Plan, site: Site) -> bool:
     return row.output_axis in stream and row.axes[row.input_axis] not in stream
 
 
-def _module_name(site: Site) -> str:
+def module_name(site: Site) -> str:
     """The teacher's module that feeds a site."""
     return (site.source or "").removesuffix(".weight")
 
@@ -126,10 +144,15 @@ def _served_by(plan: Plan, writer: Site, writers: Sequence[Site], names: Sequenc
         if is_writer(plan, site) and site in writers:
             continue
         rivals = [other for other in writers if set(names) & set(_unit_names(other))]
-        nearest = max(rivals, key=lambda other: _likeness(other, site))
-        if _likeness(nearest, site) == _likeness(writer, site) or site.block is None:
+        if writer in nearest(site, rivals) or site.block is None:
             found.append(site)
     return found
+
+
+def nearest(site: Site, others: Sequence[Site]) -> list[Site]:
+    """Return those of some parameters whose names agree longest with a site's."""
+    best = max(_likeness(other, site) for other in others)
+    return [other for other in others if _likeness(other, site) == best]
 
 
 def _likeness(one: Site, other: Site) -> int:

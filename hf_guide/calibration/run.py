@@ -18,11 +18,12 @@ from transformers.initialization import no_init_weights
 
 from hf_guide.calibration.anatomy import study, weight_of
 from hf_guide.calibration.batches import Batch, draw_batches
-from hf_guide.calibration.choosing import choose_units, influential_blocks
+from hf_guide.calibration.choosing import choose_units, influential_blocks, spread_blocks
 from hf_guide.calibration.listening import listening_mode
 from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
 from hf_guide.calibration.repair import Mender
 from hf_guide.calibration.statistics import Statistics, gather
+from hf_guide.calibration.values import size_of_heads, turn_values
 from hf_guide.errors import OptionError
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import Layout
@@ -94,12 +95,18 @@ def bring_to_life(opened: Teacher) -> PreTrainedModel:
 def chosen_layers(
     calibration: Calibration, options: InitializationConfig, stacks: Mapping[str, list[int]]
 ) -> InitializationConfig:
-    """Return the options with the blocks named that the teacher's influence chooses; `stacks` tell how many are wanted."""
+    """Return the options with the blocks named that the teacher's influence chooses; `stacks` tell how many are wanted.
+
+    Left to us they are spread evenly over the blocks that do anything, for the repair lets each make up for those behind it
+    that are dropped, best where these are few; without a repair they are the most influential.
+    """
     if options.layers not in (BlockChoice.AUTO, BlockChoice.INFLUENCE):
         return options
     turned = calibration.statistics.turned
+    absorbed = options.repair != Repair.NONE and options.absorb_blocks
+    choose = spread_blocks if options.layers == BlockChoice.AUTO and absorbed else influential_blocks
     layers = {
-        stack.removesuffix(".{block}"): influential_blocks(turned[stack], len(blocks))
+        stack.removesuffix(".{block}"): choose(turned[stack], len(blocks))
         for stack, blocks in stacks.items()
         if stack in turned
     }
@@ -131,8 +138,11 @@ def initialize_calibrated(
     if options.basis == Basis.ACTIVATIONS:
         activations = {axis: statistics.moments[axis] for axis in reduced_axes(plan) if axis in statistics.moments}
     transfer, fitted = fit_bases(plan, activations)
-    plan.units, notes = choose_units(plan, statistics)
+    units, notes = choose_units(plan, statistics)
     transfer.notes += notes
+    plan.keep(units)
+    if options.turn_values:
+        turn_values(transfer, statistics.inner)
     seconds = {"hearing": calibration.seconds, "basis": time.perf_counter() - started}
     carry(student, transfer, show_progress=show_progress)
     seconds["transfer"] = time.perf_counter() - started - seconds["basis"]
@@ -158,7 +168,9 @@ def initialize_calibrated(
     seconds["repair"] = time.perf_counter() - mended
     transfer.notes += mender.notes
     facts["units"] = {
-        site.canonical: {axis: places.tolist() for axis, places in plan.units[site.name].items()}
+        site.canonical: {
+            axis: places.tolist() for axis, places in plan.units[site.name].items() if axis != size_of_heads(site)
+        }
         for site in plan.sites.values()
         if site.name in plan.units and site.canonical.removesuffix(".weight") in mender.of_student.writers
     }

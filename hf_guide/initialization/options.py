@@ -118,7 +118,8 @@ class InitializationConfig:
         metadata={
             "help": "Which teacher block feeds each student block: even, first, influence (those that turn the residual "
             "stream most, for calibrated alone), a list of teacher block numbers, or a mapping from stack (such as "
-            "encoder.block) to a list. auto is influence for calibrated, even for all others."
+            "encoder.block) to a list. auto is even; for calibrated among those that do anything, and influence where "
+            "dropped blocks are not made up for."
         },
     )
     centered: bool = field(
@@ -217,6 +218,13 @@ class InitializationConfig:
         metadata={
             "help": "Where the head is tied to the embedding table, fit the table to both of its tasks: the embeddings "
             "themselves, and the logits."
+        },
+    )
+    turn_values: bool = field(
+        default=True,
+        metadata={
+            "help": "Where the head size shrinks, turn each head's values into the directions that say most after the "
+            "output weight, and keep those. False keeps values at even places, as queries and keys always are."
         },
     )
     fit_gain: bool = field(
@@ -322,6 +330,7 @@ SWITCHES = (
     "restore_logit_scale",
     "absorb_blocks",
     "fit_table",
+    "turn_values",
     "fit_gain",
     "fit_logit_scale",
 )
@@ -332,6 +341,7 @@ OF_CALIBRATION = (
     "absorb_blocks",
     "ridge",
     "fit_table",
+    "turn_values",
     "fit_gain",
     "fit_logit_scale",
     "calibration_tokens",

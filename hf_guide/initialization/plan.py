@@ -1,6 +1,6 @@
 """Where each of a student's parameters comes from, and how each of its axes gets smaller."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -69,7 +69,8 @@ class Plan:
     """All that a transfer needs to know besides the weights and the bases.
 
     `units` are the places that were chosen for a site's named axes, by the site's name; the two axes of grouped heads go by
-    one name, "kv_heads group", where each group keeps others. What is not there is chosen evenly.
+    one name, "kv_heads group", where each group keeps others. What is not there is chosen evenly. `turns` are what is done
+    to a teacher's tensor, by its canonical name, whenever it is read: a change of coordinates inside its heads.
     """
 
     layout: Layout
@@ -87,8 +88,9 @@ class Plan:
     lost: list[str]
     bases: dict[str, Tensor] = field(default_factory=dict)
     units: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    turns: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     _seen_finite: set[str] = field(default_factory=set)
-    _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)
+    _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by site and number of bases
 
     def read(self, canonical: str) -> Tensor:
         """Return the teacher's tensor of this canonical name, on the CPU, in the dtype it is stored in.
@@ -101,7 +103,12 @@ class Plan:
         if name not in self._seen_finite and tensor.is_floating_point():
             refuse_not_finite(tensor, f"{name!r} of the teacher {self.teacher.name}")
             self._seen_finite.add(name)
-        return tensor
+        return self.turns[canonical](tensor) if canonical in self.turns else tensor
+
+    def keep(self, units: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Choose places of named axes, by the site's name, beside those that were chosen before."""
+        self.units |= {name: self.units.get(name, {}) | dict(chosen) for name, chosen in units.items()}
+        self._maps.clear()
 
     def is_projected(self, site: Site, axis: Axis) -> bool:
         """Whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
@@ -118,7 +125,7 @@ class Plan:
         Raises:
             ShapeError, LayoutError: the student's shape cannot be made from the teacher's.
         """
-        key = (site.name, len(self.bases) + len(self.units))
+        key = (site.name, len(self.bases))
         if key not in self._maps:
             self._maps[key] = self._find_maps(site)
         return self._maps[key]

@@ -59,8 +59,10 @@ def test_the_report_says_what_was_chosen(teacher: Any, tmp_path: Path) -> None:
     report.save(tmp_path)
     said = InitializationReport.load(tmp_path).calibration
     assert said["tokens"] == 288 and len(said["influence"]["layers"]) == 4
+    assert report.blocks == {"layers": [0, 2]} and report.options["layers"] == "auto"
     strongest = sorted(torch.tensor(said["influence"]["layers"]).topk(2).indices.tolist())
-    assert report.blocks == {"layers": strongest} and report.options["layers"] == "auto"
+    for how in ({"layers": "influence"}, {"absorb_blocks": False}, {"repair": "none"}):
+        assert student_of(teacher, **how).initialization_report.blocks == {"layers": strongest}
     assert len(said["units"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
     assert len(said["lost"]["layers"]) == 2 and said["logit_scale"] > 0
 
@@ -125,13 +127,14 @@ def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> 
         {"pooling": "energy"},
         {"heads": "even"},
         {"neurons": "even"},
-        {"layers": "even"},
+        {"layers": "influence"},
         {"repair": "writing"},
         {"repair": "none"},
         {"repair_inputs": "teacher"},
         {"absorb_blocks": False},
         {"ridge": 0.3},
         {"fit_table": False},
+        {"turn_values": False},
         {"fit_gain": False},
         {"fit_logit_scale": False},
     ],
@@ -140,14 +143,14 @@ def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> 
 def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> None:
     plain = {"method": "calibrated", "layers": [0, 2]} if "layers" not in change else {"method": "calibrated"}
     plain |= {"repair": "none"} if set(change) & {"fit_table", "fit_gain"} else {}
-    shape = SMALLER | {"num_attention_heads": 2, "num_key_value_heads": 2}
+    shape = SMALLER | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 6}
 
     def make(method: dict[str, Any]) -> Any:
         return from_teacher(tied, method=method, calibration_dataset=data(), show_progress=False, **shape)
 
     one, other = make(plain), make(plain | change)
     assert all(parameter.isfinite().all() for parameter in other.parameters())
-    if change != {"layers": "even"} or one.initialization_report.blocks != other.initialization_report.blocks:
+    if change != {"layers": "influence"} or one.initialization_report.blocks != other.initialization_report.blocks:
         assert not same_bits(one, other)
 
 
