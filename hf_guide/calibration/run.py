@@ -135,9 +135,12 @@ def initialize_calibrated(
     plan = make_plan(student, teacher, layout, options, vocab_places=vocab_places, label_places=label_places)
     statistics = calibration.statistics
     activations = None
-    if options.basis == Basis.ACTIVATIONS:
+    basis = options.basis
+    if basis == Basis.AUTO:
+        basis = Basis.PLACES if plan.norms_the_stream() else Basis.ACTIVATIONS
+    if basis != Basis.EMBEDDINGS:
         activations = {axis: statistics.moments[axis] for axis in reduced_axes(plan) if axis in statistics.moments}
-    transfer, fitted = fit_bases(plan, activations)
+    transfer, fitted = fit_bases(plan, activations, places=basis == Basis.PLACES)
     units, notes = choose_units(plan, statistics)
     transfer.notes += notes
     plan.keep(units)

@@ -209,8 +209,13 @@ class Projection:
 
     matrix: Tensor
 
+    @property
+    def selects(self) -> bool:
+        """Whether each direction is one of the places."""
+        return bool(((self.matrix == 0) | (self.matrix == 1)).all() and (self.matrix.sum(0) == 1).all())
+
     def __str__(self) -> str:
-        return f"projection {self.matrix.shape[0]} -> {self.matrix.shape[1]}"
+        return f"{'places' if self.selects else 'projection'} {self.matrix.shape[0]} -> {self.matrix.shape[1]}"
 
 
 AxisMap = Identity | Selection | Projection

@@ -129,6 +129,23 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
     return ResidualBasis(matrix, spectrum, min(1.0, kept / trace) if trace > 0 else 1.0)
 
 
+def fit_places(moment: Tensor, size: int) -> ResidualBasis:
+    """The `size` places that hold most of a second moment's trace, in their order, as columns of the identity.
+
+    Raises:
+        ShapeError: a size that is not within 1 and width.
+    """
+    whole = fit_basis(moment, len(moment))
+    if not 1 <= size <= len(moment):
+        raise ShapeError(
+            f"{size} places were asked of a residual stream {len(moment)} wide; choose 1 to {len(moment)}."
+        )
+    energies = moment.diagonal().double()
+    places = energies.argsort(descending=True, stable=True)[:size].sort().values
+    kept = (energies[places].sum() / energies.sum()).item() if energies.sum() > 0 else 1.0
+    return ResidualBasis(whole.matrix[:, places].contiguous(), whole.eigenvalues, kept)
+
+
 def explained_variance(eigenvalues: Tensor) -> Tensor:
     """The share of the trace that the first 1, 2, ... eigenvalues hold, shape (width,), float64, ending at 1."""
     cumulative = eigenvalues.to(torch.float64).clamp(min=0).cumsum(0)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import hf_guide
-from hf_guide.initialization.basis import ResidualBasis, explained_variance, fit_basis
+from hf_guide.initialization.basis import ResidualBasis, explained_variance, fit_basis, fit_places
 from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import Plan
@@ -67,12 +67,13 @@ def reduced_axes(plan: Plan) -> list[str]:
 
 
 def fit_bases(
-    plan: Plan, activations: Mapping[str, Tensor] | None = None
+    plan: Plan, activations: Mapping[str, Tensor] | None = None, *, places: bool = False
 ) -> tuple[Transfer, dict[str, ResidualBasis]]:
     """Fit a basis for each reduced axis that has none; return the transfer and what was fitted.
 
     Args:
         activations: by axis the second moment, (d_T, d_T), to fit to instead of that of the teacher's tables.
+        places: of the activations keep the places with most energy, not the directions.
     """
     reduced = reduced_axes(plan)
     moments = table_moments(plan, reduced)
@@ -82,7 +83,8 @@ def fit_bases(
         if axis in plan.bases:
             continue
         if activations is not None and axis in activations:
-            fitted[axis] = fit_basis(activations[axis], plan.widths[axis][1], keep_mean=centered)
+            moment, size = activations[axis], plan.widths[axis][1]
+            fitted[axis] = fit_places(moment, size) if places else fit_basis(moment, size, keep_mean=centered)
         else:
             fitted[axis] = fit_axis(plan, axis, moments)
     plan.bases.update({axis: basis.matrix for axis, basis in fitted.items()})

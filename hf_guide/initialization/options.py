@@ -52,9 +52,11 @@ class BlockChoice(_StringEnum):
 
 
 class Basis(_StringEnum):
-    """What the directions of `calibrated` are fitted on."""
+    """How `calibrated` makes the residual stream narrower."""
 
+    AUTO = "auto"
     ACTIVATIONS = "activations"
+    PLACES = "places"
     EMBEDDINGS = "embeddings"
 
 
@@ -161,9 +163,11 @@ class InitializationConfig:
         },
     )
     basis: str = field(
-        default="activations",
+        default="auto",
         metadata={
-            "help": "What calibrated fits the directions of the residual stream on: activations, or embeddings, as guide."
+            "help": "How calibrated makes the residual stream narrower: activations (their principal directions), embeddings "
+            "(those of the embedding table, as guide) or places (those of the stream with most energy; gains stay exact). "
+            "auto is places where blocks norm the stream itself, as BERT's do, and activations elsewhere."
         },
     )
     pooling: str = field(
@@ -370,7 +374,7 @@ def _needs(options: InitializationConfig) -> dict[str, str]:
     if options.basis != Basis.EMBEDDINGS:
         found |= dict.fromkeys(("centered", "token_weights"), "basis='embeddings'")
     else:
-        found["pooling"] = "basis='activations'"
+        found["pooling"] = "a basis of activations or places"
     if options.repair == Repair.NONE:
         found |= dict.fromkeys(("repair_inputs", "absorb_blocks"), "a repair")
         found["ridge"] = "a repair"

@@ -110,6 +110,16 @@ class Plan:
         self.units |= {name: self.units.get(name, {}) | dict(chosen) for name, chosen in units.items()}
         self._maps.clear()
 
+    def norms_the_stream(self) -> bool:
+        """Whether the blocks hand on what a norm made of the stream (post-norm, as in BERT), not the stream itself."""
+        rows = [site.match.row for site in self.sites.values()]
+        used = {name for row in rows for name in (*row.reads, row.normed_by, row.scaled_by)}
+        streams = {Name(name) for name in self.widths}
+        return any(
+            row.kind == "norm" and "{" in row.pattern and row.axes[-1] in streams and row.pattern not in used
+            for row in rows
+        )
+
     def is_projected(self, site: Site, axis: Axis) -> bool:
         """Whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
         name, _ = repeated(axis)

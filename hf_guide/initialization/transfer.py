@@ -389,7 +389,7 @@ class Transfer:
         else:
             diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
             self.note_step(site, "diagonal of the projected gain")
-            if not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
+            if not chosen.selects and not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
                 self._note(f"{site.name}: {self._why_kept(norm)}; the diagonal of the projected gain stands for it.")
         return (diagonal * self.scale(axis.name) - offset).to(self.dtype)
 

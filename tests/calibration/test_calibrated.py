@@ -123,6 +123,7 @@ def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> 
     "change",
     [
         {"basis": "embeddings"},
+        {"basis": "places"},
         {"pooling": "block"},
         {"pooling": "energy"},
         {"heads": "even"},

@@ -1,0 +1,84 @@
+"""Where blocks norm the stream itself its places are kept: gains stay exact, and a real encoder starts well."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
+
+from hf_guide import OptionError, ShapeError, from_teacher
+from hf_guide.initialization.basis import fit_places
+from hf_guide.quickstart.corpus import read_text
+from hf_guide.quickstart.teacher import default_encoder
+from tests.calibration.test_calibrated import batches_for
+from tests.tiny import KINDS
+
+
+def texts(count: int) -> list[str]:
+    try:
+        default_encoder()
+        found = [text for text, _ in zip(read_text("wikipedia"), range(count), strict=False)]
+    except OptionError as missing:
+        pytest.skip(str(missing))
+    return found
+
+
+def similarities(model: PreTrainedModel, batch: Any) -> torch.Tensor:
+    with torch.no_grad():
+        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    first, second = torch.triu_indices(len(vectors), len(vectors), offset=1)
+    return (vectors @ vectors.T)[first, second]
+
+
+def test_a_real_encoder_of_half_the_width_keeps_its_teachers_similarities() -> None:
+    found = texts(180)
+    tokenizer, teacher = AutoTokenizer.from_pretrained(default_encoder()), AutoModel.from_pretrained(default_encoder())
+    few: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 48, "return_tensors": "pt"}
+    held_out, heard = (
+        tokenizer(found[:60], **few),
+        [dict(tokenizer(found[i : i + 30], **few)) for i in range(60, 180, 30)],
+    )
+    goal, kept = similarities(teacher, held_out), {}
+    for method in ("calibrated", "uniform"):
+        student = from_teacher(
+            teacher,
+            hidden_size=192,
+            method=method,
+            calibration_dataset=heard if method == "calibrated" else None,
+            show_progress=False,
+        )
+        kept[method] = torch.corrcoef(torch.stack([similarities(student, held_out), goal]))[0, 1].item()
+    assert type(student) is BertModel
+    assert kept["calibrated"] > 0.6 and kept["calibrated"] > kept["uniform"] + 0.2, kept
+
+
+def test_gains_are_those_of_the_places_kept() -> None:
+    kind = KINDS["bert"]
+    teacher = kind.teacher()
+    student = from_teacher(
+        teacher,
+        method={"method": "calibrated", "repair": "none", "fit_table": False, "fit_gain": False},
+        calibration_dataset=batches_for(kind),
+        hidden_size=24,
+        show_progress=False,
+    )
+    own, had = (dict(model.named_parameters()) for model in (student, teacher))
+    name = next(name for name in own if name.endswith("embeddings.word_embeddings.weight"))
+    places = [next(p for p in range(48) if torch.equal(had[name][:, p], column)) for column in own[name].T]
+    gain = name.replace("word_embeddings", "LayerNorm")
+    shares = own[gain] / had[gain][places]
+    torch.testing.assert_close(shares, shares[:1].expand_as(shares))
+    report = student.initialization_report
+    assert "places 48 -> 24" in str(report) and not any(
+        "LayerNorm" in note and "tied" not in note for note in report.approximations
+    )
+
+
+def test_places_are_those_with_most_energy() -> None:
+    moment = torch.diag(torch.tensor([1.0, 5, 2, 4, 0]))
+    found = fit_places(moment, 2)
+    torch.testing.assert_close(found.matrix, torch.eye(5, dtype=torch.float64)[:, [1, 3]])
+    assert found.explained == pytest.approx(9 / 12)
+    with pytest.raises(ShapeError, match="6 places"):
+        fit_places(moment, 6)
