@@ -59,6 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "pooled by block": {"pooling": "block"},
     "pooled by energy": {"pooling": "energy"},
     "embedding basis": {"basis": "embeddings"},
+    "places of the stream": {"basis": "places"},
     "blocks by influence": {"layers": "influence"},
     "even heads": {"heads": "even"},
     "even neurons": {"neurons": "even"},

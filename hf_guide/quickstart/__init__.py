@@ -84,7 +84,9 @@ class LelpOptions:
     steps: int = field(default=150, metadata={"help": "training steps of each student"})
     batch_size: int = field(default=32, metadata={"help": "texts per step"})
     sequence_length: int = field(default=48, metadata={"help": "tokens of a text that are read"})
-    method: str = field(default="guide", metadata={"help": "how the students start: guide, uniform or random"})
+    method: str = field(
+        default="calibrated", metadata={"help": "how the students start: calibrated, guide, uniform or random"}
+    )
     num_subclasses: int = field(default=4, metadata={"help": "pseudo-subclasses of each class"})
     subclass_temperature: float = field(
         default=1.0, metadata={"help": "the larger, the more alike a class's subclasses"}

@@ -114,7 +114,7 @@ def quickstart_lelp(options: LelpOptions, *, show_progress: bool = True) -> list
         sizes = {"teacher": teacher.num_parameters()}
         for arm, term in ARMS.items():
             print(f"training {arm}")
-            student = make_student(str(folder), teacher, term, options, show_progress)
+            student = make_student(str(folder), teacher, train, term, options, show_progress)
             collator = DataCollatorWithPadding(tokenizer)
             trainer = DistillationTrainer(
                 student,
@@ -182,9 +182,9 @@ def fine_tuned(
 
 
 def make_student(
-    name: str, teacher: PreTrainedModel, term: str, options: LelpOptions, show_progress: bool
+    name: str, teacher: PreTrainedModel, train: Dataset, term: str, options: LelpOptions, show_progress: bool
 ) -> PreTrainedModel:
-    """Return a student of half the teacher's width and a third of its depth that starts inside it.
+    """Return a student of half the teacher's width and a third of its depth; a calibrated one has listened to `train`.
 
     Those without subclasses begin as the one with them: its rows of a class begin alike, as the teacher's.
     """
@@ -192,6 +192,7 @@ def make_student(
     return AutoStudentForSequenceClassification.from_teacher(
         name,
         method=options.method,
+        calibration_dataset=train if options.method == "calibrated" else None,
         dtype=torch.float32,
         hidden_size=config.hidden_size // 2,
         intermediate_size=config.intermediate_size // 2,
