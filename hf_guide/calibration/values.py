@@ -50,7 +50,10 @@ def turn_values(transfer: Transfer, inner: Mapping[str, Tensor]) -> None:
     writers = [
         site
         for site in plan.sites.values()
-        if is_writer(plan, site) and size_of_heads(site) and inner[module_name(site)].ndim == 3
+        if is_writer(plan, site)
+        and size_of_heads(site)
+        and module_name(site) in inner
+        and inner[module_name(site)].ndim == 3
     ]
     for writer in writers:
         size = size_of_heads(writer)
