@@ -55,7 +55,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Return mean and standard deviation as text."""
+    """Return mean and standard deviation as text; of values that are not all finite, how many are."""
+    if not all(map(math.isfinite, values)):
+        return f"{sum(map(math.isfinite, values))} of {len(values)}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
 
 

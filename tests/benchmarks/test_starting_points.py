@@ -93,6 +93,7 @@ def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
 
     rows = [row("random", 0, 30.0), row("random", 1, 30.0), row("guide", 0, 20.0), row("guide", 1, 25.0)]
     assert "37.50 ± 17.68" in curves.table(rows)  # halfway from 30 to 10, and a quarter of the way
+    assert "0 of 1" in curves.table([*rows, row("uniform", 0, 40.0)]), "it never came to random's loss"
     assert "overtook" in curves.table([*rows, row("guide", 0, 9.0)]) and "overtook" not in curves.table(rows)
     curves.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000

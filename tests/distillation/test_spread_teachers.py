@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def quantised(include_head: bool):
-    torchao = pytest.importorskip("torchao.quantization", reason="pip install torchao")
+    torchao = pytest.importorskip("torchao.quantization", reason="pip install --constraint constraints.txt torchao")
     from transformers import TorchAoConfig
 
     return TorchAoConfig(torchao.Int8WeightOnlyConfig(), include_input_output_embeddings=include_head)
