@@ -78,6 +78,11 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
             if curves:
                 means = [statistics.mean(point[1] for point in points) for points in zip(*curves, strict=False)]
                 axis.plot([point[0] for point in curves[0]][: len(means)], means, label=arm)
+        here = [row for row in rows if (row["shape"], row["objective"]) == (shape, objective)]
+        goal = statistics.mean(row["teacher"] for row in here)
+        axis.axhline(goal, color="black", linestyle="--", label="teacher")
+        late = [point[1] for row in here for point in row["curve"][1:]]  # where it starts is off the panel's top
+        axis.set_ylim(min([goal, *late]) - 0.1, max([goal, *late]) + 0.1)
         axis.set(title=f"{shape}, {objective}", xlabel="tokens", ylabel="held-out loss")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
