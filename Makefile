@@ -1,4 +1,4 @@
-# make quickstart   the whole way on real models, twice: a language model made small and distilled (about ten minutes on two
+# make quickstart   the whole way on real models, twice: a language model made small and distilled (a quarter of an hour on two
 #                   cores), and a classifier taught by hard labels, by KD and by pseudo-subclasses (about five)
 # make test         the fast tests; `make test-slow` runs those that take minutes
 # make lint         ruff and mypy

@@ -13,7 +13,7 @@ from hf_guide.errors import OptionError
 
 @dataclass(frozen=True)
 class QuickstartOptions:
-    """What `hf-guide quickstart` can be asked. The defaults take about ten minutes on two processor cores.
+    """What `hf-guide quickstart` can be asked. The defaults take about a quarter of an hour on two processor cores.
 
     Raises:
         OptionError: a number out of range.
