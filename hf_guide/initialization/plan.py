@@ -93,7 +93,7 @@ class Plan:
     _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by site and number of bases
 
     def read(self, canonical: str) -> Tensor:
-        """Return the teacher's tensor of this canonical name, on the CPU, in the dtype it is stored in.
+        """Return the teacher's tensor of this canonical name, on the CPU: as it is stored, or turned, in float32 or better.
 
         Raises:
             TeacherError: it holds NaN or infinite values; says which tensor, how many, and where the first is.
