@@ -137,7 +137,7 @@ def initialize_calibrated(
     activations = None
     basis = options.basis
     if basis == Basis.AUTO:
-        basis = Basis.PLACES if plan.norms_the_stream() else Basis.ACTIVATIONS
+        basis = Basis.PLACES if plan.turns_with_loss() else Basis.ACTIVATIONS
     if basis != Basis.EMBEDDINGS:
         activations = {axis: statistics.moments[axis] for axis in reduced_axes(plan) if axis in statistics.moments}
     transfer, fitted = fit_bases(plan, activations, places=basis == Basis.PLACES)

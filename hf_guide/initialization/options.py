@@ -167,7 +167,8 @@ class InitializationConfig:
         metadata={
             "help": "How calibrated makes the residual stream narrower: activations (their principal directions), embeddings "
             "(those of the embedding table, as guide) or places (those of the stream with most energy; gains stay exact). "
-            "auto is places where blocks norm the stream itself, as BERT's do, and activations elsewhere."
+            "auto is places where blocks norm the stream itself with gains that differ, as BERT's do, and activations "
+            "elsewhere."
         },
     )
     pooling: str = field(

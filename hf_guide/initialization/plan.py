@@ -110,15 +110,26 @@ class Plan:
         self.units |= {name: self.units.get(name, {}) | dict(chosen) for name, chosen in units.items()}
         self._maps.clear()
 
-    def norms_the_stream(self) -> bool:
-        """Whether the blocks hand on what a norm made of the stream (post-norm, as in BERT), not the stream itself."""
-        rows = [site.match.row for site in self.sites.values()]
-        used = {name for row in rows for name in (*row.reads, row.normed_by, row.scaled_by)}
+    def turns_with_loss(self) -> bool:
+        """Whether blocks hand on what a norm made of the stream (post-norm, as in BERT) with gains that differ.
+
+        Such gains do not turn with the stream, and there is nothing that they could be folded into.
+        """
+        used = {
+            name
+            for row in (site.match.row for site in self.sites.values())
+            for name in (*row.reads, row.normed_by, row.scaled_by)
+        }
         streams = {Name(name) for name in self.widths}
-        return any(
-            row.kind == "norm" and "{" in row.pattern and row.axes[-1] in streams and row.pattern not in used
-            for row in rows
-        )
+        for site in self.sites.values():
+            row = site.match.row
+            if row.kind != "norm" or "{" not in row.pattern or row.axes[-1] not in streams or row.pattern in used:
+                continue
+            if site.source is not None and not site.canonical.endswith(".bias"):
+                gain = self.read(site.source)
+                if not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
+                    return True
+        return False
 
     def is_projected(self, site: Site, axis: Axis) -> bool:
         """Whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
