@@ -85,7 +85,7 @@ class LelpOptions:
     batch_size: int = field(default=32, metadata={"help": "texts per step"})
     sequence_length: int = field(default=48, metadata={"help": "tokens of a text that are read"})
     method: str = field(
-        default="calibrated", metadata={"help": "how the students start: calibrated, guide, uniform or random"}
+        default="guide", metadata={"help": "how the students start: guide, calibrated, uniform or random"}
     )
     num_subclasses: int = field(default=4, metadata={"help": "pseudo-subclasses of each class"})
     subclass_temperature: float = field(
