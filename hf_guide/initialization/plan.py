@@ -64,6 +64,11 @@ class Site:
         return self.canonical.removesuffix(".bias").removesuffix(".weight")
 
 
+def is_even(gain: Tensor) -> bool:
+    """Whether a gain is the same everywhere: then it turns with the stream."""
+    return bool(torch.isclose(gain, gain[:1].expand_as(gain)).all())
+
+
 @dataclass
 class Plan:
     """All that a transfer needs to know besides the weights and the bases.
@@ -126,8 +131,7 @@ class Plan:
             if row.kind != "norm" or "{" not in row.pattern or row.axes[-1] not in streams or row.pattern in used:
                 continue
             if site.source is not None and not site.canonical.endswith(".bias"):
-                gain = self.read(site.source)
-                if not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
+                if not is_even(self.read(site.source)):
                     return True
         return False
 

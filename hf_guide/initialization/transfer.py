@@ -28,7 +28,7 @@ from hf_guide.initialization.axes import (
 )
 from hf_guide.initialization.folding import Folding
 from hf_guide.initialization.layouts import PREFIX_AXES, config_sizes
-from hf_guide.initialization.plan import Plan, Site
+from hf_guide.initialization.plan import Plan, Site, is_even
 
 
 @dataclass
@@ -389,7 +389,7 @@ class Transfer:
         else:
             diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
             self.note_step(site, "diagonal of the projected gain")
-            if not chosen.selects and not bool(torch.isclose(gain, gain[:1].expand_as(gain)).all()):
+            if not chosen.selects and not is_even(gain):
                 self._note(f"{site.name}: {self._why_kept(norm)}; the diagonal of the projected gain stands for it.")
         return (diagonal * self.scale(axis.name) - offset).to(self.dtype)
 
