@@ -204,6 +204,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
     learned, held_out = blocks(texts(tuple(sources)), tokenizer)
     tuning, measured = held_out[: args.held_out_blocks], held_out[args.held_out_blocks :][: args.held_out_blocks]
+    goals = {True: loss_of(teacher, tuning), False: loss_of(teacher, measured)}
     for shape in args.shapes:
         parameters = LlamaForCausalLM(Given(args.teacher, teacher, shape, 0, learned, learned).config).num_parameters()
         total = math.ceil(parameters * args.tokens_a_parameter / (BATCH * LENGTH)) * BATCH
@@ -228,7 +229,7 @@ def run(args: argparse.Namespace) -> None:
                     curve = learn(student, teacher, objective, text[before:], watched, chosen, args, seed)
                     curve = [(tokens + before * LENGTH, loss) for tokens, loss in curve]
                     row = key | {"rate": chosen, "tuning": rate is not None, "parameters": student.num_parameters()}
-                    row |= {"curve": curve, "teacher": loss_of(teacher, watched), "start_seconds": cost}
+                    row |= {"curve": curve, "teacher": goals[rate is not None], "start_seconds": cost}
                     row |= {"seconds": time.perf_counter() - clock}
                     with args.output.open("a") as file:
                         file.write(json.dumps(row) + "\n")
