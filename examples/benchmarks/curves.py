@@ -1,9 +1,11 @@
-"""What the curves of `starting_points.py` say: its table and its plot."""
+"""What the curves of `starting_points.py` say: its tables and its plot."""
 
 import math
 import statistics
 from pathlib import Path
 from typing import Any
+
+Row = dict[str, Any]
 
 
 def tokens_until(curve: list[list[float]], goal: float) -> float:
@@ -18,33 +20,49 @@ def tokens_until(curve: list[list[float]], goal: float) -> float:
     return math.inf
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return mean and standard deviation over seeds, a line for each shape, objective and arm."""
+def setting(row: Row) -> tuple[str, float]:
+    """Return what of a run its random baseline shares: the student's shape and the tokens for each of its parameters."""
+    return row["shape"], row["tokens_a_parameter"]
+
+
+def baselines(rows: list[Row]) -> dict[tuple[Any, ...], list[list[float]]]:
+    """Return the curves of random students trained on labels, by setting and seed."""
+    wanted = {"arm": "random", "objective": "labels", "tuning": False}
+    return {(*setting(row), row["seed"]): row["curve"] for row in rows if wanted.items() <= row.items()}
+
+
+def gap_closed(row: Row, baseline: list[list[float]]) -> float:
+    """Return (random - x) / (random - teacher) in perplexity, in percent."""
+    random, own, teacher = (math.exp(loss) for loss in (baseline[-1][1], row["curve"][-1][1], row["teacher"]))
+    return 100 * (random - own) / (random - teacher)
+
+
+def table(rows: list[Row]) -> str:
+    """Return mean and standard deviation over seeds, a line for each setting, objective and arm."""
     rows = [row for row in rows if not row["tuning"]]
     lines = [
         f"{'':26} {'parameters':>10} {'rate':>6} {'perplexity':>16} {'gap closed, %':>16} {'tokens':>14} {'start, s':>9}"
+        f" {'of run':>7}"
     ]
-    random = {
-        (row["shape"], row["seed"]): row["curve"]
-        for row in rows
-        if row["arm"] == "random" and row["objective"] == "labels"
-    }
-    for shape, objective in dict.fromkeys((row["shape"], row["objective"]) for row in rows):
-        lines.append(f"{shape}, {objective}; gap and tokens against random on labels")
+    random = baselines(rows)
+    for (shape, budget), objective in dict.fromkeys((setting(row), row["objective"]) for row in rows):
+        lines.append(f"{shape}, {budget:g} tokens a parameter, {objective}; gap and tokens against random on labels")
         for arm in dict.fromkeys(row["arm"] for row in rows):
-            wanted = {"shape": shape, "objective": objective, "arm": arm}
-            own = [row for row in rows if wanted.items() <= row.items() and (shape, row["seed"]) in random]
+            wanted = {"shape": shape, "tokens_a_parameter": budget, "objective": objective, "arm": arm}
+            own = [row for row in rows if wanted.items() <= row.items() and (shape, budget, row["seed"]) in random]
             if not own:
                 continue
             ends = [math.exp(row["curve"][-1][1]) for row in own]
             gaps, shares = [], []
-            for row, end in zip(own, ends, strict=True):
-                tokens, loss = random[shape, row["seed"]][-1]
-                gaps.append(100 * (math.exp(loss) - end) / (math.exp(loss) - math.exp(row["teacher"])))
-                shares.append(tokens_until(row["curve"], loss) / tokens)
+            for row in own:
+                baseline = random[shape, budget, row["seed"]]
+                gaps.append(gap_closed(row, baseline))
+                shares.append(tokens_until(row["curve"], baseline[-1][1]) / baseline[-1][0])
+            cost = statistics.mean(row["start_seconds"] for row in own)
+            share = statistics.mean(row["start_seconds"] / row["seconds"] for row in own)
             lines.append(
                 f"  {arm:24} {own[0]['parameters']:>10,} {own[0]['rate']:>6g} {spread(ends):>16} {spread(gaps):>16} "
-                f"{spread(shares):>14} {statistics.mean(row['start_seconds'] for row in own):>9.1f}"
+                f"{spread(shares):>14} {cost:>9.1f} {share:>7.1%}"
             )
     weak = [row for row in rows if row["curve"][-1][1] < row["teacher"]]
     if weak:
@@ -54,6 +72,46 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def interaction(rows: list[Row]) -> str:
+    """Return the gap that each start closes with each objective, and what of the sum of both is left when they are together.
+
+    The sum: the gap that the start closes on labels, and the one that the objective closes from a random start, seed by seed.
+    """
+    rows = [row for row in rows if not row["tuning"]]
+    random = baselines(rows)
+    lines = []
+    for shape, budget in dict.fromkeys(map(setting, rows)):
+        here = [row for row in rows if setting(row) == (shape, budget) and (shape, budget, row["seed"]) in random]
+        gaps = {
+            (row["arm"], row["objective"], row["seed"]): gap_closed(row, random[shape, budget, row["seed"]])
+            for row in here
+        }
+        objectives = list(dict.fromkeys(row["objective"] for row in here))
+        arms = [arm for arm in dict.fromkeys(row["arm"] for row in here) if _seeds(gaps, arm, objectives[-1])]
+        if len(objectives) < 2 or not arms:
+            continue
+        lines.append(f"{shape}, {budget:g} tokens a parameter: gap closed, %, and its share of the sum of both")
+        lines.append(" " * 16 + "".join(f"{arm:>30}" for arm in arms))
+        for objective in objectives:
+            cells = []
+            for arm in arms:
+                seeds = _seeds(gaps, arm, objective)
+                own = [gaps[arm, objective, seed] for seed in seeds]
+                sums = [
+                    gaps.get((arm, "labels", s), math.nan) + gaps.get(("random", objective, s), math.nan)
+                    for s in seeds
+                ]
+                alone = arm == "random" or objective == "labels"
+                share = "" if alone or not own else f" ({spread([a / b for a, b in zip(own, sums, strict=True)])})"
+                cells.append(f"{spread(own) + share if own else '-':>30}")
+            lines.append(f"  {objective:14}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _seeds(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) -> list[int]:
+    return [seed for its_arm, its_objective, seed in gaps if (its_arm, its_objective) == (arm, objective)]
+
+
 def spread(values: list[float]) -> str:
     """Return mean and standard deviation as text; of values that are not all finite, how many are."""
     if not all(map(math.isfinite, values)):
@@ -61,30 +119,43 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
 
 
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Draw held-out loss against tokens, a panel for each shape and objective, the mean over seeds."""
+def plot(rows: list[Row], file: Path) -> None:
+    """Draw held-out loss against tokens, the mean over seeds; a row for each setting, a column for each objective."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in rows if not row["tuning"]]
-    panels = list(dict.fromkeys((row["shape"], row["objective"]) for row in rows))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
-    for axis, (shape, objective) in zip(axes[0], panels, strict=True):
-        for arm in dict.fromkeys(row["arm"] for row in rows):
-            wanted = {"shape": shape, "objective": objective, "arm": arm}
-            curves = [row["curve"] for row in rows if wanted.items() <= row.items()]
+    settings = list(dict.fromkeys(map(setting, rows)))
+    objectives = list(dict.fromkeys(row["objective"] for row in rows))
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    figure, axes = pyplot.subplots(
+        len(settings), len(objectives), figsize=(6 * len(objectives), 4 * len(settings)), squeeze=False
+    )
+    for axis, (shape, budget), objective in (
+        (axes[line][column], each, name)
+        for line, each in enumerate(settings)
+        for column, name in enumerate(objectives)
+    ):
+        here = [row for row in rows if setting(row) == (shape, budget) and row["objective"] == objective]
+        axis.set(title=f"{shape}, {budget:g} tokens a parameter\n{objective}", xlabel="tokens", ylabel="held-out loss")
+        if not here:
+            axis.set_axis_off()
+            continue
+        for number, arm in enumerate(arms):
+            curves = [row["curve"] for row in here if row["arm"] == arm]
             if curves:
                 means = [statistics.mean(point[1] for point in points) for points in zip(*curves, strict=False)]
-                axis.plot([point[0] for point in curves[0]][: len(means)], means, label=arm)
-        here = [row for row in rows if (row["shape"], row["objective"]) == (shape, objective)]
+                style = "-" if number < 10 else "--"
+                axis.plot(
+                    [point[0] for point in curves[0]][: len(means)], means, style, color=f"C{number % 10}", label=arm
+                )
         goal = statistics.mean(row["teacher"] for row in here)
-        axis.axhline(goal, color="black", linestyle="--", label="teacher")
+        axis.axhline(goal, color="black", linestyle=":", label="teacher")
         late = [point[1] for row in here for point in row["curve"][1:]]  # where it starts is off the panel's top
         axis.set_ylim(min([goal, *late]) - 0.1, max([goal, *late]) + 0.1)
-        axis.set(title=f"{shape}, {objective}", xlabel="tokens", ylabel="held-out loss")
-    axes[0][0].legend(fontsize="small")
+        axis.legend(fontsize="x-small")
     figure.tight_layout()
-    figure.savefig(file)
+    figure.savefig(file, dpi=80)
     pyplot.close(figure)

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_guide import from_teacher
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-competitors, curves, healing = map(importlib.import_module, ("competitors", "curves", "healing"))
+names = ("competitors", "curves", "healing", "starting_points")
+competitors, curves, healing, starting_points = map(importlib.import_module, names)
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
 
@@ -85,18 +86,57 @@ def test_tokens_until_reads_between_the_points():
     assert curves.tokens_until(curve, 4.0) == math.inf
 
 
-def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
-    def row(arm: str, seed: int, end: float) -> dict:
-        points = [[0, math.log(100.0)], [1000, math.log(end)]]
-        key = {"shape": "half width", "arm": arm, "objective": "labels", "seed": seed, "rate": 1e-3, "tuning": False}
-        return key | {"curve": points, "teacher": math.log(10.0), "parameters": 5, "start_seconds": 1.0}
+def row(arm: str, seed: int, end: float, objective: str = "labels", **more: object) -> dict:
+    """A run that begins at a perplexity of 100, with a teacher at 10."""
+    key = {"shape": "half width", "arm": arm, "objective": objective, "tokens_a_parameter": 20.0, "seed": seed}
+    key |= {"rate": 6e-3, "tuning": False, "curve": [[0, math.log(100.0)], [1000, math.log(end)]]}
+    return key | {"teacher": math.log(10.0), "parameters": 5, "start_seconds": 1.0, "seconds": 50.0} | more
 
+
+def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
     rows = [row("random", 0, 30.0), row("random", 1, 30.0), row("guide", 0, 20.0), row("guide", 1, 25.0)]
     assert "37.50 ± 17.68" in curves.table(rows)  # halfway from 30 to 10, and a quarter of the way
+    assert "2.0%" in curves.table(rows), "a second of fifty"
     assert "0 of 1" in curves.table([*rows, row("uniform", 0, 40.0)]), "it never came to random's loss"
+    assert "37.50 ± 17.68" in curves.table([*rows, row("guide", 0, 11.0, tokens_a_parameter=2.0)]), "another budget"
     assert "overtook" in curves.table([*rows, row("guide", 0, 9.0)]) and "overtook" not in curves.table(rows)
-    curves.plot(rows, tmp_path / "plot.png")
+    curves.plot([*rows, row("guide", 0, 15.0, "KD")], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_interaction_is_what_is_left_of_the_sum_of_a_start_and_an_objective():
+    rows = [row("random", 0, 30.0), row("guide", 0, 20.0), row("random", 0, 25.0, "KD"), row("guide", 0, 18.0, "KD")]
+    found = curves.interaction(rows)
+    assert "60.00 ± 0.00 (0.80 ± 0.00)" in found, "60 % of the gap, where 50 % and 25 % are 75 %"
+    assert curves.interaction(rows[:2]) == "", "one objective interacts with nothing"
+
+
+def test_the_learning_rate_is_looked_for_until_the_best_has_worse_ones_on_both_sides():
+    def losses(best: float) -> dict[float, float]:
+        tried: dict[float, float] = {}
+        while (rate := starting_points.next_rate(tried)) is not None:
+            tried[rate] = abs(math.log(rate / best))
+        return tried
+
+    assert sorted(losses(6e-3)) == [2e-3, 6e-3, 2e-2], "the middle one was best at once"
+    assert sorted(losses(2e-2)) == [2e-3, 6e-3, 2e-2, 6e-2]
+    assert sorted(losses(1e-4)) == [2e-4, 6e-4, 2e-3, 6e-3, 2e-2]
+
+
+def test_other_objectives_take_the_rate_that_kd_chose_and_seeds_follow():
+    key = {"shape": "half width", "arm": "guide", "objective": "JSD", "tokens_a_parameter": 20.0}
+    with pytest.raises(SystemExit, match="run this first"):
+        starting_points.next_job([], key, [0])
+    short = [row("guide", 1000, end, "KD", tuning=True, rate=rate) for rate, end in ((2e-3, 40.0), (6e-3, 30.0))]
+    assert starting_points.next_job(short, key, [0, 1]) == {"seed": 0, "rate": 6e-3, "tuning": False}
+    done = [*short, row("guide", 0, 20.0, "JSD")]
+    assert starting_points.next_job(done, key, [0, 1]) == {"seed": 1, "rate": 6e-3, "tuning": False}
+    assert starting_points.next_job(done, key, [0]) is None
+    assert starting_points.next_job(short, key | {"objective": "KD"}, [0]) == {
+        "seed": 1000,
+        "rate": 2e-2,
+        "tuning": True,
+    }
 
 
 def test_healing_brings_a_students_blocks_nearer_to_the_teacher_and_leaves_the_teacher_alone(teacher):

@@ -1,0 +1,133 @@
+"""The arms of `starting_points.py`: how each of them makes a smaller Llama out of a teacher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from competitors import pruned_as_minitron, subcloned, with_blocks
+from healing import carrying_matrix, heal
+from small_teacher import BATCH
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from hf_guide import AutoStudentForCausalLM
+
+SHAPES: dict[str, dict[str, int]] = {
+    "half width": {"hidden_size": 2, "intermediate_size": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+    "half width, half depth": {
+        "hidden_size": 2,
+        "intermediate_size": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What every arm is made of: the teacher and its folder, a shape, a seed, and text, (blocks, LENGTH).
+
+    `text` may be listened to; `spent` is the share of the budget of tokens that the start itself learns from.
+    """
+
+    folder: Path
+    teacher: LlamaForCausalLM
+    shape: str
+    seed: int
+    text: Tensor
+    spent: Tensor
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The text in batches."""
+        return list(self.text.split(BATCH))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the student's config changes."""
+        return {name: getattr(self.teacher.config, name) // part for name, part in SHAPES[self.shape].items()}
+
+    @property
+    def config(self) -> LlamaConfig:
+        """The student's config."""
+        return LlamaConfig.from_dict(self.teacher.config.to_dict() | self.sizes)
+
+
+def by(method: dict[str, Any]) -> Callable[[Given], PreTrainedModel]:
+    """Return the arm of one of our methods."""
+
+    def make(given: Given) -> PreTrainedModel:
+        more: dict[str, Any] = {}
+        if method["method"] == "calibrated":
+            more["calibration_dataset"] = [{"input_ids": batch} for batch in given.batches]
+        return AutoStudentForCausalLM.from_teacher(
+            given.folder,
+            method=method | {"seed": given.seed},
+            dtype=torch.float32,
+            show_progress=False,
+            **more,
+            **given.sizes,
+        )
+
+    return make
+
+
+def dropped(first: bool) -> Callable[[Given], PreTrainedModel]:
+    """Return the arm of blocks dropped at full width: as many are kept as have the student's parameters, or all but one."""
+
+    def make(given: Given) -> PreTrainedModel:
+        wanted = LlamaForCausalLM(given.config).num_parameters()
+        each = sum(parameter.numel() for parameter in given.teacher.model.layers[0].parameters())
+        rest = given.teacher.num_parameters() - each * given.teacher.config.num_hidden_layers
+        had = given.teacher.config.num_hidden_layers
+        count = min(max(1, round((wanted - rest) / each)), had - 1)
+        return with_blocks(
+            given.teacher, list(range(count)) if first else [round(place) for place in _spaced(had, count)]
+        )
+
+    return make
+
+
+def _spaced(had: int, count: int) -> list[float]:
+    return torch.linspace(0, had - 1, count).tolist()
+
+
+NOTHING_FITTED = {
+    "repair": "none",
+    "turn_values": False,
+    "fit_table": False,
+    "fit_gain": False,
+    "fit_logit_scale": False,
+}
+
+
+def healed(given: Given) -> PreTrainedModel:
+    """Return the arm of a calibrated student whose blocks are then regressed on the teacher's stream."""
+    carried = by({"method": "calibrated", "repair": "none", "fit_table": False, "fit_gain": False})(given)
+    student = by({"method": "calibrated"})(given)
+    layers = student.initialization_report.blocks["layers"]
+    matrix = carrying_matrix(given.teacher, carried)
+    heal(student, given.teacher, matrix, layers, list(given.spent.split(BATCH)))
+    return student
+
+
+ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
+    "random": by({"method": "random"}),
+    "uniform": by({"method": "uniform"}),
+    "subcloning": lambda given: subcloned(given.teacher, given.config, given.batches),
+    "minitron": lambda given: pruned_as_minitron(given.teacher, given.config, given.batches),
+    "first blocks, full width": dropped(first=True),
+    "even blocks, full width": dropped(first=False),
+    "activations' PCA": by(
+        {"method": "calibrated", "heads": "even", "neurons": "even", "layers": "even"} | NOTHING_FITTED
+    ),
+    "guide": by({"method": "guide"}),
+    "guide, later selected": by({"method": "guide", "later_blocks": "select"}),
+    "guide, later random": by({"method": "guide", "later_blocks": "random"}),
+    "calibrated": by({"method": "calibrated"}),
+    "healed": healed,
+}
+SPENT = {"healed": 0.1}  # of the budget of tokens
