@@ -17,11 +17,12 @@ import hf_guide
 from hf_guide.initialization.basis import ResidualBasis, explained_variance, fit_basis, fit_places
 from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
 from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.parameters import check_stored, parameter_value
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import canonical, make_plan, student_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.initialization.tables import fit_axis, length_kept, table_moments
-from hf_guide.initialization.transfer import Transfer, check_stored
+from hf_guide.initialization.transfer import Transfer
 from hf_guide.initialization.weights import Teacher
 
 
@@ -100,7 +101,7 @@ def carry(student: PreTrainedModel, transfer: Transfer, *, show_progress: bool =
     carried = [site for site in plan.sites.values() if site.name not in plan.random]
     for site in tqdm(carried, desc=f"{options.method} initialization", unit="tensor", disable=not show_progress):
         target = tensors[site.name]
-        value = transfer.value(site)
+        value = parameter_value(transfer, site)
         target.data.copy_(value)
         check_stored(target, value, site.name)
         target._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' own mark: left alone by initialize_weights
