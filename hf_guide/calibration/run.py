@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_guide.calibration.anatomy import study, weight_of
+from hf_guide.calibration.anatomy import Part, study, weight_of
 from hf_guide.calibration.batches import Batch, draw_batches
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint, describe_run
 from hf_guide.calibration.choosing import choose_units, influential_blocks, spread_blocks
+from hf_guide.calibration.experts import choose_experts, experts_to_choose, hear_experts
 from hf_guide.calibration.listening import listening_mode
 from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
 from hf_guide.calibration.repair import Mender
@@ -32,6 +33,7 @@ from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import carry, fit_bases, make_report, reduced_axes, untie_as_teacher
 from hf_guide.initialization.options import Basis, BlockChoice, InitializationConfig, Repair
+from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.weights import Teacher
@@ -161,6 +163,10 @@ def initialize_calibrated(
     units, notes = choose_units(plan, statistics)
     transfer.notes += notes
     plan.keep(units)
+    experts, notes = experts_to_choose(plan, study(calibration.model, layout))
+    transfer.notes += notes
+    if experts:
+        plan.keep(choose_experts(plan, _energies_of(experts, plan, calibration, show_progress)))
     if options.turn_values:
         turn_values(transfer, statistics.inner)
     seconds = {"hearing": calibration.seconds, "basis": time.perf_counter() - started}
@@ -190,16 +196,31 @@ def initialize_calibrated(
     student.to(home)  # type: ignore[arg-type]
     seconds["repair"] = time.perf_counter() - mended
     transfer.notes += mender.notes
+    named = {*mender.of_student.writers, *(f"{name}.{part.parameter}" for name, part in mender.of_student.experts.items())}
     facts["units"] = {
         site.canonical: {
             axis: places.tolist() for axis, places in plan.units[site.name].items() if axis != size_of_heads(site)
         }
         for site in plan.sites.values()
-        if site.name in plan.units and site.canonical.removesuffix(".weight") in mender.of_student.writers
+        if site.name in plan.units and site.canonical.removesuffix(".weight") in named
     }
     report = make_report(student, transfer, fitted, seconds)
     report.calibration = facts
     return report
+
+
+def _energies_of(
+    experts: Mapping[str, Part], plan: Plan, calibration: Calibration, show_progress: bool
+) -> dict[str, Tensor]:
+    """Return what each expert writes, as an earlier run of the same call has heard it or as it is heard now."""
+    checkpoint = calibration.checkpoint
+    kept = None if checkpoint is None else checkpoint.fitted("experts")
+    if kept is not None:
+        return kept[0]
+    energies = hear_experts(calibration.model, experts, plan, calibration.batches, show_progress=show_progress)
+    if checkpoint is not None:
+        checkpoint.keep_fitted("experts", energies, {})
+    return energies
 
 
 def _by_stack(turned: Mapping[str, Tensor]) -> dict[str, list[float]]:
