@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-guide: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
     except KeyboardInterrupt:
-        print("hf-guide: interrupted; nothing was left behind.", file=sys.stderr)
+        kept = getattr(args, "calibration_dir", None)
+        left = f"the same command goes on from {kept}" if kept else "nothing was left behind"
+        print(f"hf-guide: interrupted; {left}.", file=sys.stderr)
         return 130
 
 
@@ -100,6 +102,13 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=Path,
         help="text files, which --method calibrated runs through the teacher; texts part where a line is empty",
+    )
+    method.add_argument(
+        "--calibration-dir",
+        metavar="DIR",
+        type=Path,
+        help="folder, new or of the same command, that keeps what --method calibrated has done: killed, the command goes on "
+        "from there. It stays until you remove it",
     )
     _add_options(method)
     init.set_defaults(run=run_init)
@@ -207,6 +216,7 @@ def run_init(args: argparse.Namespace) -> int:
             args.teacher,
             method=method,
             calibration_dataset=read_texts(args.calibration_dataset) if args.calibration_dataset else None,
+            calibration_dir=args.calibration_dir,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             gguf_file=args.gguf_file,
             show_progress=not args.no_progress,

@@ -1,4 +1,4 @@
-"""A student's folder: all of it or nothing, with its teacher's tokenizer beside it."""
+"""A student's folder: all of it or nothing, with its teacher's tokenizer beside it; and files that are whole or not there."""
 
 import contextlib
 import os
@@ -39,6 +39,24 @@ def check_space(folder: Path, needed: int) -> None:
             f"The student takes {needed / 2**20:.1f} MiB, but {folder.parent} has only {free / 2**20:.1f} MiB free. "
             "Free some space or choose another disk."
         )
+
+
+def partial_path(path: Path) -> Path:
+    """Return the name under which `path` is written until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a file that was written whole its name, once it is on the disk."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from hf_guide.calibration.batches import check_dataset
+from hf_guide.calibration.checkpoint import check_calibration_dir, describe_call
 from hf_guide.calibration.run import chosen_layers, initialize_calibrated, listen
 from hf_guide.errors import OptionError, ShapeError
 from hf_guide.initialization.derive import layout_for
@@ -49,6 +51,7 @@ def from_teacher(
     *,
     method: "str | InitializationConfig | Mapping[str, Any]" = "guide",
     calibration_dataset: Any = None,
+    calibration_dir: "str | os.PathLike[str] | None" = None,
     model_class: type[Any] | None = None,
     dtype: "str | torch.dtype | None" = None,
     num_subclasses: int | None = None,
@@ -75,6 +78,9 @@ def from_teacher(
         calibration_dataset: for "calibrated": a `datasets` dataset with `input_ids` or text (which the teacher's tokenizer
             cuts up), a list of texts, or an iterable of batches (dicts of tensors). Its first `calibration_tokens` go
             through the teacher. Under torch.distributed each process hears its share, and all get the same student.
+        calibration_dir: for "calibrated": a folder, new or of the same call, that keeps what is heard and fitted. Killed at
+            any moment, the same call goes on from there. It stays when the student is made, for that is not saved by then:
+            remove it once it is. All processes must see it.
         model_class: the student's class or an Auto class, such as AutoModelForSequenceClassification; None takes the
             teacher's.
         dtype: of the student; None or "auto" takes the teacher's. The arithmetic is float32 or better.
@@ -91,7 +97,7 @@ def from_teacher(
         `save_pretrained` writes beside the weights.
 
     Raises:
-        OptionError: an unknown method, option or override, with the nearest valid name.
+        OptionError: an unknown method, option or override, with the nearest valid name; a calibration_dir of another call.
         ShapeError: a shape that the family refuses, or that cannot be made from this teacher.
         LayoutError: a family whose axes are not known.
         TeacherError: a teacher that cannot be read.
@@ -101,10 +107,11 @@ def from_teacher(
     options = InitializationConfig.parse(method)
     if options.method == Method.CALIBRATED:
         check_dataset(calibration_dataset, options.method)
-    elif calibration_dataset is not None:
-        raise OptionError(
-            f"calibration_dataset was given, but method={options.method!r} looks at no data; leave it out."
-        )
+        if calibration_dir is not None:
+            check_calibration_dir(Path(calibration_dir))
+    elif calibration_dataset is not None or calibration_dir is not None:
+        given = "calibration_dir" if calibration_dataset is None else "calibration_dataset"
+        raise OptionError(f"{given} was given, but method={options.method!r} looks at no data; leave it out.")
     hub: dict[str, Any] = {
         "token": token,
         "cache_dir": cache_dir,
@@ -118,7 +125,18 @@ def from_teacher(
     if options.method == Method.CALIBRATED:
         plan = plan_of(student_class, student_config, opened, options)  # refuses before any data is read
         files = {**hub, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
-        calibration = listen(teacher, opened, calibration_dataset, options, show_progress=show_progress, **files)
+        folder, call = None, None
+        if calibration_dir is not None:
+            folder = Path(calibration_dir)
+            call = describe_call(opened, student_class, student_config, resolve_dtype(dtype, opened), options)
+            call |= {"num_subclasses": num_subclasses}
+            if projector is not None:
+                from hf_guide.lelp.targets import projector_fingerprint  # only here: nothing else needs LELP
+
+                call |= {"projector": projector_fingerprint(projector)}
+        calibration = listen(
+            teacher, opened, calibration_dataset, options, folder=folder, call=call, show_progress=show_progress, **files
+        )
         planned = chosen_layers(calibration, options, plan.stacks)
         student_config = resolve_config(opened, config, overrides, planned, keywords=KEYWORDS)
     labels = label_places(opened.config, student_config)

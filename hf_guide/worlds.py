@@ -39,6 +39,12 @@ def add_number(number: float) -> float:
     return total.item()
 
 
+def wait() -> None:
+    """Return once every process has come here."""
+    if world()[1] > 1:
+        distributed.barrier()
+
+
 def collective_device() -> torch.device:
     """Return where tensors must be that processes send each other."""
     if "nccl" in str(distributed.get_backend()):

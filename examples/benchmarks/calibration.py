@@ -3,17 +3,20 @@
 Students of SmolLM2-135M at several widths and depths, with a head of their own or tied, each made by `method="calibrated"`
 with one ingredient switched at a time. Calibration text and held-out text are other documents of the same corpus. One JSON
 line a student is appended to --output; those that are there already are not made again. Beside them stand the teacher's
-loss and a unigram model's, whose counts are those of the text that the calibration text is drawn from.
+loss and a unigram model's, whose counts are those of the text that the calibration text is drawn from. Each seed parts the
+corpus anew into text to calibrate on and text held out, and draws from both.
 
     python examples/benchmarks/calibration.py --output calibration.jsonl --tokens 8192
-    python examples/benchmarks/calibration.py --shapes half --arms calibrated "no repair" --tokens 32768
+    python examples/benchmarks/calibration.py --shapes half --arms calibrated "no repair" --tokens 32768 --seeds 0 1 2
 """
 
 import argparse
 import json
 import math
 import os
+import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +59,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "fitted on the teacher's stream": {"repair_inputs": "teacher"},
     "dropped blocks not absorbed": {"absorb_blocks": False},
     "ridge 0.1": {"ridge": 0.1},
+    "ridge 0.03": {"ridge": 0.03},
     "pooled by block": {"pooling": "block"},
     "pooled by energy": {"pooling": "energy"},
     "embedding basis": {"basis": "embeddings"},
@@ -116,13 +120,36 @@ def make(teacher: PreTrainedModel, shape: str, arm: str, learned: Tensor, args: 
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the losses as text, an arm a line and a shape a column."""
+    """Return the losses as text, an arm a line and a shape a column: of several seeds the mean and the standard deviation."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     lines = [f"{'':34}" + "".join(f"{shape[:27]:>29}" for shape in shapes)]
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        found = {row["shape"]: f"{row['loss']:.2f}" for row in rows if row["arm"] == arm}
-        lines.append(f"{arm:34}" + "".join(f"{found.get(shape, '-'):>29}" for shape in shapes))
+        cells = []
+        for shape in shapes:
+            found = [row["loss"] for row in rows if row["arm"] == arm and row["shape"] == shape]
+            spread = f" ± {statistics.stdev(found):.2f} ({len(found)})" if len(found) > 1 else ""
+            cells.append(f"{statistics.mean(found):.2f}{spread}" if found else "-")
+        lines.append(f"{arm:34}" + "".join(f"{cell:>29}" for cell in cells))
     return "\n".join(lines)
+
+
+@dataclass
+class Texts:
+    """What one seed draws: text to calibrate on, text held out, and a unigram model's loss on it."""
+
+    learned: Tensor
+    held_out: Tensor
+    unigram: float
+
+
+def draw(seed: int, tokenizer: Any, size: int, args: argparse.Namespace) -> Texts:
+    """Part the corpus by `seed` into documents to calibrate on and others held out, and draw blocks of both; `size` is V."""
+    options = QuickstartOptions(seed=seed)
+    texts = split_documents((text for source in options.text for text in read_text(source)), seed=seed)
+    packed = pack(texts.train, tokenizer, LENGTH)
+    learned = shuffled(packed, min(len(packed), -(-args.tokens // LENGTH)), options)
+    held_out = shuffled(pack(texts.held_out, tokenizer, LENGTH), args.held_out_blocks, options)
+    return Texts(learned, held_out, unigram_loss(packed, held_out, size))
 
 
 def main() -> int:
@@ -134,50 +161,50 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration text")
     parser.add_argument("--batch-size", type=int, default=8, help=f"rows of {LENGTH} tokens at once")
     parser.add_argument("--held-out-blocks", type=int, default=32, help=f"of {LENGTH} tokens")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the text that is drawn")
     args = parser.parse_args()
     keep_freed_memory()
 
-    options = QuickstartOptions(seed=args.seed)
-    texts = split_documents((text for source in options.text for text in read_text(source)), seed=args.seed)
     name = args.teacher or default_teacher(None)
     tokenizer = AutoTokenizer.from_pretrained(name)
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    packed = pack(texts.train, tokenizer, LENGTH)
-    learned = shuffled(packed, min(len(packed), -(-args.tokens // LENGTH)), options)
-    held_out = shuffled(pack(texts.held_out, tokenizer, LENGTH), args.held_out_blocks, options)
-
-    def loss(model: PreTrainedModel) -> float:
-        return math.log(evaluate(model, held_out, args.batch_size, "held out", show_progress=False).perplexity)
-
-    given = {"tokens": args.tokens, "held_out_blocks": args.held_out_blocks, "seed": args.seed}
-    print(f"teacher {loss(teacher):.3f}, unigram {unigram_loss(packed, held_out, teacher.config.vocab_size):.3f}")
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    for shape in args.shapes:
-        for arm in args.arms:
-            key = {"shape": shape, "arm": arm, **given}
-            if any(key.items() <= row.items() for row in rows):
-                continue
-            student = make(teacher, shape, arm, learned, args)
+    asked = []
+    for seed in args.seeds:
+        given = {"tokens": args.tokens, "held_out_blocks": args.held_out_blocks, "seed": seed}
+        asked += [{"shape": shape, "arm": arm, **given} for shape in args.shapes for arm in args.arms]
+        todo = [key for key in asked if key["seed"] == seed and not any(key.items() <= row.items() for row in rows)]
+        if not todo:
+            continue
+        texts = draw(seed, tokenizer, teacher.config.vocab_size, args)
+
+        def loss(model: PreTrainedModel, held_out: Tensor = texts.held_out) -> float:
+            return math.log(evaluate(model, held_out, args.batch_size, "held out", show_progress=False).perplexity)
+
+        beside = {"teacher": loss(teacher), "unigram": texts.unigram}
+        print(f"seed {seed}: teacher {beside['teacher']:.3f}, unigram {beside['unigram']:.3f}", flush=True)
+        for key in todo:
+            student = make(teacher, str(key["shape"]), str(key["arm"]), texts.learned, args)
             report = student.initialization_report
             row = key | {
                 "loss": loss(student),
+                **beside,
                 "seconds": report.seconds,
                 "parameters": report.student_parameters,
                 "blocks": report.blocks,
                 "lost": report.calibration.get("lost"),
                 "logit_scale": report.calibration.get("logit_scale"),
             }
-            print(f"{shape:28} {arm:34} {row['loss']:7.3f}  {sum(report.seconds.values()):6.0f} s", flush=True)
+            print(f"{key['shape']:28} {key['arm']:34} {row['loss']:7.3f}  {sum(report.seconds.values()):6.0f} s", flush=True)
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
     print(
         f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}\n{args.tokens} tokens of calibration text, loss in nats on "
-        f"{held_out[:, 1:].numel()} tokens held out"
+        f"{args.held_out_blocks * (LENGTH - 1)} tokens held out"
     )
-    print(table([row for row in rows if given.items() <= row.items()]))
+    print(table([row for row in rows if any(key.items() <= row.items() for key in asked)]))
     return 0
 
 

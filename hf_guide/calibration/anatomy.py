@@ -31,6 +31,11 @@ class Part:
         return None if number is None else int(number)
 
     @property
+    def parameter(self) -> str:
+        """The last word of the layout's name: of experts that of the parameter they are matched by."""
+        return self.match.row.pattern.rpartition(".")[2]
+
+    @property
     def stack(self) -> str:
         """The stack it is in, such as "layers.{block}"; "" outside of blocks."""
         before, found, _ = self.match.row.pattern.partition("{block}")
@@ -45,7 +50,9 @@ class Anatomy:
         blocks: the modules of each stack, in order.
         norms: every norm whose axis is on the stream.
         read_norms: those norms that other weights read (of a pre-norm model all), by name.
-        readers: linear modules that read along the stream; writers: those that write onto it, and read elsewhere.
+        readers: linear modules that read along the stream, routers of experts among them; writers: those that write onto it,
+            and read elsewhere.
+        experts: modules that hold a mixture's experts side by side, matched by the weight that writes onto the stream.
     """
 
     blocks: dict[str, list[nn.Module]] = field(default_factory=dict)
@@ -53,6 +60,7 @@ class Anatomy:
     read_norms: dict[str, Part] = field(default_factory=dict)
     readers: dict[str, Part] = field(default_factory=dict)
     writers: dict[str, Part] = field(default_factory=dict)
+    experts: dict[str, Part] = field(default_factory=dict)
 
 
 def study(model: PreTrainedModel, layout: Layout) -> Anatomy:
@@ -69,6 +77,12 @@ def study(model: PreTrainedModel, layout: Layout) -> Anatomy:
         if held:
             found.blocks[stack] = held
     for name, module in modules.items():
+        for parameter, _ in module.named_parameters(recurse=False):
+            match = layout.find(f"{name}.{parameter}")
+            if match is not None and len(match.axes) == 3 and match.axes[0] == Name("experts"):
+                axis = match.axes[2 if match.row.transposed else 1]
+                if isinstance(axis, Name) and axis.name in projected and not match.row.reads:
+                    found.experts[name] = Part(name, module, match, axis.name)
         match = layout.find(name)
         if match is None or match.suffix or not match.axes:
             continue
@@ -79,7 +93,7 @@ def study(model: PreTrainedModel, layout: Layout) -> Anatomy:
                 found.norms[name] = Part(name, module, match, axis.name)
                 if row.pattern in reads:
                     found.read_norms[name] = found.norms[name]
-        elif row.kind == "weight" and len(match.axes) == 2 and is_linear(module):
+        elif row.kind == "weight" and len(match.axes) == 2 and (is_linear(module) or is_router(module, match)):
             read, written = row.axes[row.input_axis], row.output_axis
             if isinstance(read, Name) and read.name in projected:
                 found.readers[name] = Part(name, module, match, read.name)
@@ -91,6 +105,11 @@ def study(model: PreTrainedModel, layout: Layout) -> Anatomy:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies with a matrix, and adds a bias at most."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_router(module: nn.Module, match: Match) -> bool:
+    """Whether a module multiplies the stream with a matrix, a row an expert, before it chooses among them."""
+    return match.axes[0] == Name("experts") and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def weight_of(module: nn.Module) -> Tensor:

@@ -53,8 +53,8 @@ def run(model: PreTrainedModel, batch: Batch) -> Any:
     """Run a forward without a cache; return its outputs, or None where a hook has heard enough."""
     inputs: dict[str, Any] = {name: _fit(value, model) for name, value in batch.items()}
     accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
+    if "use_cache" in {*accepted, *inspect.signature(model.base_model.forward).parameters}:
+        inputs["use_cache"] = False  # of some families' heads it is one of the keywords that are handed on
     if "decoder_input_ids" in accepted and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = inputs[
             "input_ids"
@@ -86,19 +86,27 @@ def _fit(value: Tensor, model: PreTrainedModel) -> Tensor:
 
 @contextlib.contextmanager
 def listening_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into evaluation mode, and back."""
-    was_training = model.training
+    """Put a model into evaluation mode, and back; of float64 its experts are run one by one, for no kernel groups them."""
+    was_training, experts = model.training, None
     model.eval()
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        experts = model.get_experts_implementation()
+        model.set_experts_implementation("eager")
     try:
         yield
     finally:
         model.train(was_training)
+        if experts is not None:
+            model.set_experts_implementation(experts)
 
 
 def real_tokens(heard: Tensor, batch: Batch, *, of_decoder: bool = False) -> Tensor:
-    """Return the rows, (tokens, width), of what was heard, (batch, length, width), that are not padding."""
+    """Return the rows, (tokens, width), of what was heard, (batch, length, width), that are not padding.
+
+    What is heard within a mixture of experts has the two axes made one, (batch * length, width).
+    """
     for name in ("decoder_attention_mask",) if of_decoder else ("attention_mask",):
         mask = batch.get(name)
-        if mask is not None and mask.ndim == 2 and mask.shape == heard.shape[:-1]:
-            return heard[mask.to(heard.device).bool()]
+        if mask is not None and mask.ndim == 2 and heard.shape[:-1] in (mask.shape, (mask.numel(),)):
+            return heard.reshape(-1, heard.shape[-1])[mask.to(heard.device).bool().flatten()]
     return heard.reshape(-1, heard.shape[-1])

@@ -78,7 +78,7 @@ def fit_table(mender: Mender, head: Head, counts: Tensor) -> None:
     values, vectors = torch.linalg.eigh(gram)
     right = share[:, None] * plain / size + gain * image / loud
     turned = (right @ vectors) / (share[:, None] / size + gain**2 * values[None] / loud)
-    weight.data.copy_(turned @ vectors.T)
+    mender.write(part, turned @ vectors.T)
     mender.transfer.note_step(
         mender.plan.sites[mender.plan.shared[part.name + ".weight"]], "fitted to be embeddings and head at once"
     )

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.calibration.anatomy import Part, bias_of, study, weight_of
 from hf_guide.calibration.batches import Batch
+from hf_guide.calibration.checkpoint import CalibrationCheckpoint
 from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, real_tokens
 from hf_guide.calibration.regression import Halves, best_correction, with_one
 from hf_guide.calibration.replay import NotReplayable, Replay
@@ -32,7 +33,7 @@ class Mender:
     """What a repair needs to know: both models and what was planned.
 
     `lost` tells for each of a stack's blocks how much of the stream the student has not, |x_T M - x_S|^2 / |x_T M|^2 with
-    each token at length 1, before and after.
+    each token at length 1, before and after. `checkpoint` is where each step is kept, and gone on with.
     """
 
     teacher: PreTrainedModel
@@ -42,6 +43,8 @@ class Mender:
     lost: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     progress: bool = False
+    checkpoint: CalibrationCheckpoint | None = None
+    changed: list[Part] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.plan = self.transfer.plan
@@ -56,13 +59,54 @@ class Mender:
                 self._mend_stack(stack)
             except NotReplayable as error:
                 self.notes.append(f"{stack.removesuffix('.{block}')} was not repaired: {error}")
-        if self.options.repair == Repair.ALL:
+        if self.options.repair == Repair.ALL and not self.restore("heads"):
             self._mend_heads()
+            self.keep("heads")
+
+    # Going on where a killed run was
+
+    def restore(self, step: str) -> bool:
+        """Put back the weights that an earlier run of the same call fitted in a step; return whether there are any."""
+        kept = None if self.checkpoint is None else self.checkpoint.fitted(step)
+        if kept is None:
+            return False
+        weights, facts = kept
+        parts = {**self.of_student.readers, **self.of_student.writers}
+        for name, value in weights.items():
+            module, _, parameter = name.rpartition(".")
+            getattr(parts[module].module, parameter).data.copy_(value)
+        self.lost, self.notes, self.transfer.steps = facts["lost"], facts["notes"], facts["steps"]
+        return True
+
+    def keep(self, step: str) -> None:
+        """Keep the weights that were written since the last step."""
+        if self.checkpoint is not None:
+            weights = {
+                f"{part.name}.{name}": value
+                for part in self.changed
+                for name, value in part.module.named_parameters(recurse=False)
+            }
+            facts = {"lost": self.lost, "notes": self.notes, "steps": self.transfer.steps}
+            self.checkpoint.keep_fitted(step, weights, facts)
+        self.changed.clear()
+
+    def write(self, part: Part, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Give a module of the student a fitted weight, (out, in), and a bias where it has one."""
+        weight_of(part.module).data.copy_(weight)
+        own = bias_of(part.module)
+        if own is not None and bias is not None:
+            own.data.copy_(bias)
+        self.changed.append(part)
 
     # One stack
 
     def _mend_stack(self, stack: str) -> None:
-        fed = self.plan.stacks[stack]
+        fed, name = self.plan.stacks[stack], stack.removesuffix(".{block}")
+        steps = [f"{name}.{number}" for number in range(len(fed))]
+        if self.checkpoint is not None and steps[-1] in self.checkpoint.steps:
+            for step in steps:
+                self.restore(step)
+            return
         if any(first >= second for first, second in zip(fed, fed[1:], strict=False)):
             raise NotReplayable(f"its blocks come from the teacher's {fed}, which is not their order there.")
         teacher = Replay(self.teacher, self.of_teacher.blocks[stack], self.batches, "the teacher")
@@ -70,6 +114,9 @@ class Mender:
         parts = {**self.of_student.readers, **self.of_student.writers}
         may = {name for name, part in parts.items() if self._is_fed(part)}
         for number in tqdm(range(len(fed)), desc=f"repairing {stack}", unit="block", disable=not self.progress):
+            if self.restore(steps[number]):
+                student.step()
+                continue
             while teacher.next < fed[number]:
                 teacher.step()
             if self.options.repair_inputs == RepairInputs.TEACHER:
@@ -88,9 +135,8 @@ class Mender:
                 else:
                     self._mend_writer(student, number, stage, taps[stage.point])
             student.step()
-            self.lost.setdefault(stack.removesuffix(".{block}"), []).append(
-                self._share_lost(student.streams, taps[OUTPUT], stack)
-            )
+            self.lost.setdefault(name, []).append(self._share_lost(student.streams, taps[OUTPUT], stack))
+            self.keep(steps[number])
 
     def _tap(self, teacher: Replay, stack: str, number: int, stages: Sequence[Stage]) -> dict[str, list[Tensor]]:
         """Run the teacher's block and return what is given to the twins of readers and of points, a tensor a batch."""
@@ -216,11 +262,7 @@ class Mender:
         if ridge is None:
             return
         value = own + found
-        weight = value[:, :-1] if biased else value
-        weight_of(part.module).data.copy_(weight)
-        bias = bias_of(part.module)
-        if bias is not None:
-            bias.data.copy_(value[:, -1])
+        self.write(part, value[:, :-1] if biased else value, value[:, -1] if biased else None)
         self.transfer.note_step(self._site(part, "weight"), f"fitted again on the calibration tokens, ridge {ridge:g}")
 
     # Behind the last block

@@ -2,13 +2,15 @@
 
 What it costs: one pass of the calibration tokens through the teacher without repair; with it four through the teacher and
 about six through the student, and two streams, (tokens, width), held for each process's tokens. Without repair memory does not
-depend on how many tokens there are, but for the tokens (or pixels) themselves. A run that was stopped starts again.
+depend on how many tokens there are, but for the tokens (or pixels) themselves. With a folder to keep what is done, a run that
+was killed goes on where it was, after one pass through the blocks that are repaired already.
 """
 
 import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_guide.calibration.anatomy import study, weight_of
+from hf_guide.calibration.anatomy import Part, study, weight_of
 from hf_guide.calibration.batches import Batch, draw_batches
+from hf_guide.calibration.checkpoint import CalibrationCheckpoint, describe_run
 from hf_guide.calibration.choosing import choose_units, influential_blocks, spread_blocks
+from hf_guide.calibration.experts import choose_experts, experts_to_choose, hear_experts
 from hf_guide.calibration.listening import listening_mode
 from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
 from hf_guide.calibration.repair import Mender
@@ -29,6 +33,7 @@ from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import carry, fit_bases, make_report, reduced_axes, untie_as_teacher
 from hf_guide.initialization.options import Basis, BlockChoice, InitializationConfig, Repair
+from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.weights import Teacher
@@ -37,12 +42,13 @@ from hf_guide.worlds import world
 
 @dataclass
 class Calibration:
-    """What was heard: the running teacher, its data, and the sums."""
+    """What was heard: the running teacher, its data, and the sums; and where what follows is kept, if anywhere."""
 
     model: PreTrainedModel
     batches: list[Batch]
     statistics: Statistics
     seconds: float
+    checkpoint: CalibrationCheckpoint | None = None
 
 
 @torch.no_grad()
@@ -52,6 +58,8 @@ def listen(
     dataset: Any,
     options: InitializationConfig,
     *,
+    folder: Path | None = None,
+    call: Mapping[str, Any] | None = None,
     show_progress: bool = False,
     **hub: Any,
 ) -> Calibration:
@@ -59,9 +67,11 @@ def listen(
 
     Args:
         teacher: what `from_teacher` was given; a loaded model is used as it is, anything else is loaded from `opened`.
+        folder: where what is done is kept, and gone on with. call: all else that the student depends on, as JSON has it.
 
     Raises:
-        OptionError: a dataset of which no batches can be made, or fewer batches than there are processes.
+        OptionError: a dataset of which no batches can be made, or fewer batches than there are processes; a folder of another
+            call.
         TeacherError: activations that are not finite.
     """
     started = time.perf_counter()
@@ -74,10 +84,19 @@ def listen(
             f"calibration_dataset makes {len(batches)} batches for {processes} processes: pass more data, or lower "
             "calibration_batch_size."
         )
+    checkpoint = None
+    if folder is not None:
+        checkpoint = CalibrationCheckpoint.begin(folder, {**(call or {}), **describe_run(model, batches)})
     statistics = gather(
-        model, study(model, layout), layout, batches, pooling=options.pooling, show_progress=show_progress
+        model,
+        study(model, layout),
+        layout,
+        batches,
+        pooling=options.pooling,
+        checkpoint=checkpoint,
+        show_progress=show_progress,
     )
-    return Calibration(model, batches, statistics, time.perf_counter() - started)
+    return Calibration(model, batches, statistics, time.perf_counter() - started, checkpoint)
 
 
 def bring_to_life(opened: Teacher) -> PreTrainedModel:
@@ -144,6 +163,10 @@ def initialize_calibrated(
     units, notes = choose_units(plan, statistics)
     transfer.notes += notes
     plan.keep(units)
+    experts, notes = experts_to_choose(plan, study(calibration.model, layout))
+    transfer.notes += notes
+    if experts:
+        plan.keep(choose_experts(plan, _energies_of(experts, plan, calibration, show_progress)))
     if options.turn_values:
         turn_values(transfer, statistics.inner)
     seconds = {"hearing": calibration.seconds, "basis": time.perf_counter() - started}
@@ -154,12 +177,15 @@ def initialize_calibrated(
     model = calibration.model
     home = student.device
     student.to(model.device)  # type: ignore[arg-type]
-    mender = Mender(model, student, transfer, calibration.batches, progress=show_progress)
+    mender = Mender(
+        model, student, transfer, calibration.batches, progress=show_progress, checkpoint=calibration.checkpoint
+    )
     head = find_head(mender)
     facts: dict[str, Any] = {"tokens": statistics.tokens, "influence": _by_stack(statistics.turned)}
     with listening_mode(model), listening_mode(student):
-        if head is not None and head.tied and options.fit_table:
+        if head is not None and head.tied and options.fit_table and not mender.restore("table"):
             fit_table(mender, head, token_counts(mender, len(weight_of(head.student.module))))
+            mender.keep("table")
         if options.repair != Repair.NONE:
             mender.mend()
             facts["lost"] = mender.lost
@@ -170,16 +196,31 @@ def initialize_calibrated(
     student.to(home)  # type: ignore[arg-type]
     seconds["repair"] = time.perf_counter() - mended
     transfer.notes += mender.notes
+    named = {*mender.of_student.writers, *(f"{name}.{part.parameter}" for name, part in mender.of_student.experts.items())}
     facts["units"] = {
         site.canonical: {
             axis: places.tolist() for axis, places in plan.units[site.name].items() if axis != size_of_heads(site)
         }
         for site in plan.sites.values()
-        if site.name in plan.units and site.canonical.removesuffix(".weight") in mender.of_student.writers
+        if site.name in plan.units and site.canonical.removesuffix(".weight") in named
     }
     report = make_report(student, transfer, fitted, seconds)
     report.calibration = facts
     return report
+
+
+def _energies_of(
+    experts: Mapping[str, Part], plan: Plan, calibration: Calibration, show_progress: bool
+) -> dict[str, Tensor]:
+    """Return what each expert writes, as an earlier run of the same call has heard it or as it is heard now."""
+    checkpoint = calibration.checkpoint
+    kept = None if checkpoint is None else checkpoint.fitted("experts")
+    if kept is not None:
+        return kept[0]
+    energies = hear_experts(calibration.model, experts, plan, calibration.batches, show_progress=show_progress)
+    if checkpoint is not None:
+        checkpoint.keep_fitted("experts", energies, {})
+    return energies
 
 
 def _by_stack(turned: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.calibration.anatomy import Anatomy, Part, weight_of
 from hf_guide.calibration.batches import Batch, tokens_in
+from hf_guide.calibration.checkpoint import CalibrationCheckpoint
 from hf_guide.calibration.listening import first_of, given, hooks, listening_mode, on_input, real_tokens, run
 from hf_guide.errors import TeacherError
 from hf_guide.initialization.axes import Name, Product
@@ -36,6 +37,11 @@ class Statistics:
     turned: dict[str, Tensor] = field(default_factory=dict)
     inner: dict[str, Tensor] = field(default_factory=dict)
 
+    def sums(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return all sums under one name each, and beside them how many tokens each block was heard on."""
+        parts = {"moments": self.moments, "turned": self.turned, "inner": self.inner, "seen": seen}
+        return {f"{part}/{name}": tensor for part, sums in parts.items() for name, tensor in sums.items()}
+
 
 def gather(
     model: PreTrainedModel,
@@ -44,6 +50,7 @@ def gather(
     batches: Sequence[Batch],
     *,
     pooling: str = "norm",
+    checkpoint: CalibrationCheckpoint | None = None,
     show_progress: bool = False,
 ) -> Statistics:
     """Hear a teacher once on all batches; with several processes each takes its share and all get the same sums.
@@ -51,6 +58,7 @@ def gather(
     Args:
         pooling: "norm": each token at length 1, each norm alike; "block": the norms of one block share its weight; "energy":
             tokens at their own length.
+        checkpoint: where sums are kept meanwhile, and gone on with.
 
     Raises:
         TeacherError: activations that are not finite.
@@ -106,10 +114,16 @@ def gather(
                         with_kwargs=True,
                     )
                 )
-        for current in tqdm(own_share(batches), desc="hearing the teacher", unit="batch", disable=not show_progress):
+        own = own_share(batches)
+        begun = _resume(found, seen, checkpoint)
+        bar = {"total": len(own), "initial": begun, "unit": "batch", "disable": not show_progress}
+        for number, current in enumerate(tqdm(own[begun:], desc="hearing the teacher", **bar), begun + 1):
             last.clear()
             run(model, current)
             found.tokens += tokens_in(current, model)
+            if checkpoint is not None:
+                facts = {"batches": number, "tokens": found.tokens}
+                checkpoint.keep_heard(found.sums(seen), facts, complete=number == len(own))
     found.inner |= {
         name: torch.zeros(_inner_shape(part, heads[name]), dtype=torch.float64)
         for name, part in anatomy.writers.items()
@@ -117,11 +131,26 @@ def gather(
     }
     found.inner = {name: found.inner[name] for name in anatomy.writers}
     found.tokens = round(add_number(found.tokens))
+    found.moments = dict(sorted(found.moments.items()))  # a process that was resumed may have them in another order
     add_up([*found.moments.values(), *found.turned.values(), *seen.values(), *found.inner.values()])
     for stack, count in seen.items():
         found.turned[stack] /= count.clamp(min=1)
     _refuse_not_finite(found)
     return found
+
+
+def _resume(found: Statistics, seen: dict[str, Tensor], checkpoint: CalibrationCheckpoint | None) -> int:
+    """Take up what was heard before; return how many batches that were."""
+    kept = None if checkpoint is None else checkpoint.heard()
+    if kept is None:
+        return 0
+    sums, facts = kept
+    parts = {"moments": found.moments, "turned": found.turned, "inner": found.inner, "seen": seen}
+    for name, tensor in sums.items():
+        part, _, where = name.partition("/")
+        parts[part][where] = tensor
+    found.tokens = facts["tokens"]
+    return int(facts["batches"])
 
 
 def stream_places(anatomy: Anatomy) -> list[Part]:

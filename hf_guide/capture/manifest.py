@@ -11,9 +11,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from hf_guide.capture.keys import KEY_BYTES
 from hf_guide.capture.options import CaptureConfig
-from hf_guide.capture.storage import Column, high_bits, partial_path, publish, shard_name
+from hf_guide.capture.storage import Column, high_bits, shard_name
 from hf_guide.distillation.tasks import Task
 from hf_guide.errors import CaptureError
+from hf_guide.folders import partial_path, publish
 
 MANIFEST_NAME = "capture.json"
 FORMAT = 1

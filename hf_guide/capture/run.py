@@ -22,12 +22,12 @@ from hf_guide.capture.storage import (
     INDEX_NAME,
     Shard,
     ShardWriter,
-    remove_partials,
     shard_name,
     write_index,
 )
 from hf_guide.distillation.tasks import Task
 from hf_guide.errors import CaptureError
+from hf_guide.folders import remove_partials
 
 _SAMPLED_LENGTHS = 32
 

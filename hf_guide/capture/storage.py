@@ -4,7 +4,6 @@ A shard has one row an example: its key and, flattened, each array that was capt
 and renamed when it is whole, so a file that has its name is complete.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ import pyarrow as pa
 
 from hf_guide.capture.keys import KEY_BYTES
 from hf_guide.errors import CaptureError
+from hf_guide.folders import partial_path, publish
+from hf_guide.folders import remove_partials as remove_partials
 
 INDEX_NAME = "index.arrow"
 LOW_BITS = 16
@@ -41,17 +42,6 @@ class Column:
 def shard_name(number: int) -> str:
     """Return the file name of a shard."""
     return f"shard-{number:06d}.arrow"
-
-
-def partial_path(path: Path) -> Path:
-    """Return the name under which `path` is written until it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
-
-
-def remove_partials(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
 
 
 def high_bits(classes: int) -> int:
@@ -119,13 +109,6 @@ class ShardWriter:
                 publish(partial, self._path)
         finally:
             partial.unlink(missing_ok=True)
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Give a file that was written whole its name, once it is on the disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 class Shard:

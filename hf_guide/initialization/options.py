@@ -69,7 +69,7 @@ class Pooling(_StringEnum):
 
 
 class UnitChoice(_StringEnum):
-    """Which heads, or which neurons, `calibrated` keeps."""
+    """Which heads, neurons or experts `calibrated` keeps."""
 
     ENERGY = "energy"
     EVEN = "even"
@@ -188,6 +188,13 @@ class InitializationConfig:
         default="energy",
         metadata={
             "help": "Which MLP neurons calibrated keeps: those that write the most energy onto the student's stream, or even."
+        },
+    )
+    experts: str = field(
+        default="energy",
+        metadata={
+            "help": "Which experts of a mixture calibrated keeps: those that write the most energy onto the student's stream "
+            "over the tokens routed to them, or even."
         },
     )
     repair: str = field(
@@ -325,6 +332,7 @@ CHOICES: dict[str, type[_StringEnum]] = {
     "pooling": Pooling,
     "heads": UnitChoice,
     "neurons": UnitChoice,
+    "experts": UnitChoice,
     "repair": Repair,
     "repair_inputs": RepairInputs,
 }

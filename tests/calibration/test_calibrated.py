@@ -21,10 +21,15 @@ def data(count: int = 8, rows: int = 4) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.randint(3, 96, (rows, 9), generator=generator)} for _ in range(count)]
 
 
-def student_of(teacher: object, dataset: object = None, **method: Any) -> Any:
-    dataset = data() if dataset is None else dataset
-    options = {"method": "calibrated", **method}
-    return from_teacher(teacher, method=options, calibration_dataset=dataset, show_progress=False, **SMALLER)
+def student_of(teacher: Any, dataset: Any = None, folder: Any = None, **method: Any) -> Any:
+    return from_teacher(
+        teacher,
+        method={"method": "calibrated", **method},
+        calibration_dataset=data() if dataset is None else dataset,
+        calibration_dir=folder,
+        show_progress=False,
+        **SMALLER,
+    )
 
 
 @pytest.fixture(scope="module")

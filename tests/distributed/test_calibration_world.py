@@ -1,5 +1,9 @@
 """Several processes make the calibrated student that one makes."""
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 
 from tests.calibration.test_calibrated import student_of
@@ -7,9 +11,28 @@ from tests.distributed.worlds import run_world
 from tests.tiny import KINDS
 
 
-def test_two_processes_make_the_student_of_one(tmp_path):
-    found = run_world("calibration.py", 2, {}, tmp_path)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_world("calibration.py", 2, {}, tmp_path_factory.mktemp("uninterrupted"))
+
+
+def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) -> None:
+    found = uninterrupted
     one = student_of(KINDS["llama"].teacher().double())
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
     assert found["alike"] and found["tokens"] == one.initialization_report.calibration["tokens"]
     assert (torch.tensor(found["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
+
+
+def test_two_processes_that_were_killed_go_on_to_the_same_bits(
+    uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rank 1 dies while it hears, then rank 0 between two blocks; each time the other is ended by torchrun."""
+    given = {"folder": str(tmp_path / "kept")}
+    for kill in ("hearing-00001-of-00002.safetensors", "fitted-layers.1.safetensors"):
+        with pytest.raises(AssertionError, match="Signal 9"):
+            run_world("calibration.py", 2, given | {"kill": kill}, tmp_path)
+        assert not (tmp_path / "kept" / kill).exists()
+    assert (tmp_path / "kept" / "fitted-layers.0.safetensors").exists()
+    found = run_world("calibration.py", 2, given, tmp_path)
+    assert found["alike"] and found["vector"] == uninterrupted["vector"]

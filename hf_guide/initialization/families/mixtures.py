@@ -1,6 +1,7 @@
 """Layouts of mixtures of experts. Nothing but tables: `layouts.py` says how they are read.
 
-A student may have fewer experts than its teacher, which are then chosen evenly, as their router's rows are.
+A student may have fewer experts than its teacher, and its router their rows: chosen evenly, or, by `calibrated`, by what they
+write.
 """
 
 from hf_guide.initialization.layouts import register_layout

@@ -1,0 +1,177 @@
+"""Mixtures of experts: those that no token needs are found and dropped, and what is heard of one is what it writes."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_guide import from_teacher
+from hf_guide.calibration import run
+from hf_guide.calibration.anatomy import study
+from hf_guide.calibration.experts import hear_experts
+from hf_guide.calibration.listening import listening_mode
+from tests.calibration.test_calibrated import batches_for
+from tests.calibration.test_laws import data
+from tests.invariants.case import Case, build, logits_of, settle
+from tests.invariants.cases import CASES
+from tests.invariants.lifting import lift, shake, short
+from tests.invariants.test_laws import layout_of, relative_error
+from tests.tiny import KINDS, same_bits
+
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "gpt_oss", "deepseek_v3"]
+ALL = {str(case): case for case in CASES if str(case) in MIXTURES}
+COUNTS = {"qwen2_moe": "num_experts", "qwen3_moe": "num_experts", "deepseek_v3": "n_routed_experts"}
+
+
+def count(name: str) -> str:
+    return COUNTS.get(name, "num_local_experts")
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_identity(name: str) -> None:
+    case = ALL[name]
+    teacher = build(case, case.big)
+    shake(teacher, layout_of(teacher), seed=1)
+    settle(teacher, case)
+    before = teacher.get_experts_implementation()
+    student = from_teacher(teacher, method="calibrated", calibration_dataset=data(case), show_progress=False)
+    assert teacher.get_experts_implementation() == before
+    expected = logits_of(teacher, case)
+    assert relative_error(logits_of(student, case), expected) <= max(case.identity, 1e-9)
+
+
+def lifted(case: Case, *, per_token: int) -> tuple[Any, Any, dict[int, list[int]]]:
+    """Return a small model, a bigger one that computes the same with four more experts, and where its live ones are by block.
+
+    A dead expert's weights are noise. Its router's row is the mean of the live ones', which is never greater than their
+    greatest; or its bias keeps it from being chosen, where there is one.
+    """
+    experts = count(str(case))
+    case = dataclasses.replace(case, both={name: value for name, value in case.both.items() if name != experts})
+    case.both["num_experts_per_tok"] = per_token
+    small, big = build(case, case.small | {experts: 4}), build(case, case.big | {experts: 8})
+    layout = layout_of(small)
+    shake(small, layout, seed=2, stream_gains="constant", length=case.length)
+    settle(small, case)
+    lift(small, big, layout, seed=3)
+    generator = torch.Generator().manual_seed(4)
+    live: dict[int, list[int]] = {}
+    biased = any(name.endswith(("router.bias", "e_score_correction_bias")) for name in big.state_dict())
+    with torch.no_grad():
+        for name, tensor in big.state_dict(keep_vars=True).items():
+            match = layout.find(short(name, big))
+            if match is None or not match.axes or str(match.axes[0]) != "experts":
+                continue
+            dead = torch.ones(8, dtype=torch.bool)
+            dead[::2] = False  # a lift puts them evenly
+            if tensor.ndim == 3:
+                tensor[dead] = torch.randn(tensor[dead].shape, generator=generator, dtype=torch.float64)
+            elif tensor.ndim == 1:
+                tensor[dead] = -1e4
+            else:
+                tensor[dead] = tensor[~dead].mean(0)
+            block = int(match.numbers["block"])
+            order = torch.randperm(8, generator=torch.Generator().manual_seed(block))
+            tensor.copy_(tensor[order])
+            live[block] = [place for place, came in enumerate(order.tolist()) if came % 2 == 0]
+    assert biased or per_token == 1
+    return small, big, live
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_dead_experts_are_found_and_dropped(name: str) -> None:
+    case = ALL[name]
+    small, big, live = lifted(case, per_token=2 if name in ("gpt_oss", "deepseek_v3") else 1)
+    expected = logits_of(small, case)
+    assert relative_error(logits_of(big, case), expected) <= (case.lift or 0), "the teacher is not the small model"
+    errors = {}
+    for how in ("energy", "even"):
+        student = from_teacher(
+            big,
+            small.config,
+            method={"method": "calibrated", "experts": how},
+            calibration_dataset=data(case),
+            show_progress=False,
+        )
+        errors[how] = relative_error(logits_of(student, case), expected)
+        if how == "energy":
+            report = student.initialization_report
+            (blocks,) = report.blocks.values()
+            kept = {
+                int(site.split(".")[1]): units["experts"]
+                for site, units in report.calibration["units"].items()
+                if "experts" in units
+            }
+            assert kept and all(kept[number] == live[blocks[number]] for number in kept)
+    assert errors["energy"] <= (case.lift or 0) < 1e-3 < errors["even"]
+
+
+def test_what_is_heard_of_an_expert_is_what_it_writes_over_the_tokens_routed_to_it() -> None:
+    case = ALL["mixtral"]
+    model = build(case, case.big)
+    shake(model, layout_of(model), seed=1)
+    part = study(model, layout_of(model)).experts["layers.0.mlp.experts"]
+    batches = data(case, 2)
+    mask = torch.ones_like(batches[1]["input_ids"])
+    mask[:, 7:] = 0
+    batches[1]["attention_mask"] = mask
+
+    class Whole:
+        bases: dict[str, Tensor] = {}
+
+    found = hear_experts(model, {part.name: part}, Whole(), batches)[part.name]  # type: ignore[arg-type]
+    expected = torch.zeros(4, dtype=torch.float64)
+    heard: list[tuple[Tensor, ...]] = []
+    handle = part.module.register_forward_pre_hook(lambda _, args: heard.append(args))
+    with torch.no_grad(), listening_mode(model):
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    for batch, (stream, chosen, weights) in zip(batches, heard, strict=True):
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()
+        for token in real.nonzero().flatten().tolist():
+            for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
+                gate, up = (part.module.gate_up_proj[expert] @ stream[token]).chunk(2)
+                written = part.module.down_proj[expert] @ (torch.nn.functional.silu(gate) * up) * weight
+                expected[expert] += written.square().sum().item()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_router_is_fitted_again_and_experts_are_heard_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer experts and a narrower stream; a second call of the same goes on from what the first has kept."""
+    kind = KINDS["mixtral"]
+    shape = {**kind.smaller, "num_local_experts": 2}
+
+    def make() -> Any:
+        return from_teacher(
+            kind.teacher(),
+            method="calibrated",
+            calibration_dataset=batches_for(kind),
+            calibration_dir=tmp_path,
+            show_progress=False,
+            **shape,
+        )
+
+    first = make()
+    steps = {record.name: record.steps for record in first.initialization_report.parameters}
+    assert any("fitted again" in step for step in steps["model.layers.0.mlp.gate.weight"])
+    assert (tmp_path / "fitted-experts.safetensors").exists()
+    monkeypatch.setattr(run, "hear_experts", None)
+    assert same_bits(make(), first)
+
+
+def test_experts_that_are_chosen_by_groups_stay_even() -> None:
+    case = ALL["deepseek_v3"]
+    case = dataclasses.replace(case, both=case.both | {"n_routed_experts": 8, "n_group": 2})
+    teacher = build(case, case.big)
+    student = from_teacher(
+        teacher,
+        method={"method": "calibrated", "repair": "none"},
+        calibration_dataset=data(case, 1),
+        show_progress=False,
+        n_routed_experts=4,
+    )
+    said = [note for note in student.initialization_report.approximations if "chooses groups" in note]
+    assert len(said) == 1 and said[0].startswith("layers.{block}.mlp.experts.down_proj: its experts are chosen evenly")
