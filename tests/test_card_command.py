@@ -5,8 +5,8 @@ import argparse
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_guide import card_command
 from hf_guide.cards import DistillationRecord, save_record
+from hf_guide.commands import card as card_command
 from hf_guide.errors import HfGuideError
 
 

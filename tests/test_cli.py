@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_guide import cli, folders
+from hf_guide.commands import init
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
 
@@ -57,7 +58,7 @@ def test_init_makes_a_stock_student_with_everything_beside_it(teacher, tmp_path)
     assert (output / "tokenizer.json").read_text() == '{"its": "own"}'
     assert not (output / "notes.txt").exists()
     assert "license: mit" in (output / "README.md").read_text()
-    assert (output / cli.PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert (output / init.PLOT_NAME).read_bytes().startswith(b"\x89PNG")
     assert os.listdir(tmp_path) == ["runs"] and os.listdir(tmp_path / "runs") == ["student"]
 
 
@@ -238,12 +239,12 @@ def test_families_are_listed_with_how_exact_they_are(capsys):
     + [("a=[1, 2]", [1, 2]), ('a={"b": 1}', {"b": 1}), ("a=silu", "silu"), ("a=", ""), ("a=b=c", "b=c")],
 )
 def test_overrides_are_read_as_json_or_python_or_text(text, value):
-    assert cli.parse_override(text) == ("a", value)
+    assert init.parse_override(text) == ("a", value)
 
 
 def test_token_weights_come_from_a_file(tmp_path):
     (tmp_path / "weights.txt").write_text("1 2.5\n3\n")
-    assert cli.parse_numbers(str(tmp_path / "weights.txt")) == [1.0, 2.5, 3.0]
+    assert init.parse_numbers(str(tmp_path / "weights.txt")) == [1.0, 2.5, 3.0]
     with pytest.raises(SystemExit) as stopped:
         cli.main(["init", "t", "-o", "s", "--token-weights", str(tmp_path / "missing")])
     assert stopped.value.code == 2

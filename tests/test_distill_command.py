@@ -14,7 +14,8 @@ import transformers
 import yaml
 from transformers import AutoTokenizer, EvalPrediction, LlamaConfig, LlamaForCausalLM
 
-from hf_guide import InitializationConfig, OptionError, capture_teacher, distill_command
+from hf_guide import InitializationConfig, OptionError, capture_teacher
+from hf_guide.commands import distill as distill_command
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.run import AUTO_CLASSES, accuracy, distill
@@ -404,7 +405,7 @@ def test_the_real_example_makes_the_student_it_promises():
 
 def test_the_command_line_is_light(tmp_path):
     code = (
-        "import sys, argparse\nfrom hf_guide import distill_command\n"
+        "import sys, argparse\nfrom hf_guide.commands import distill as distill_command\n"
         "distill_command.add_arguments(argparse.ArgumentParser())\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

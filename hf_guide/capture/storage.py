@@ -16,7 +16,6 @@ import pyarrow as pa
 from hf_guide.capture.keys import KEY_BYTES
 from hf_guide.errors import CaptureError
 from hf_guide.folders import partial_path, publish
-from hf_guide.folders import remove_partials as remove_partials
 
 INDEX_NAME = "index.arrow"
 LOW_BITS = 16

@@ -27,7 +27,6 @@ from hf_guide.capture.storage import (
     INDEX_NAME,
     Shard,
     ShardWriter,
-    remove_partials,
     shard_name,
     write_index,
 )
@@ -37,6 +36,7 @@ from hf_guide.distillation.fingerprints import tokenizer_fingerprint
 from hf_guide.distillation.subclasses import FINER
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import CaptureError, OptionError, SubclassError
+from hf_guide.folders import remove_partials
 from hf_guide.lelp.projector import SubclassProjector
 
 _ROWS_AT_ONCE = 256

@@ -105,6 +105,14 @@ class LelpOptions:
                 raise OptionError(f"{name} is {getattr(self, name)}; a positive number was expected.")
 
 
+HELP = "the whole way on a real model: initialise, distil, compare, save"
+DESCRIPTION = (
+    "Make random, uniform, guide and calibrated students of one teacher, train each on the same tokens, and compare\n"
+    "them; or, with --task lelp, teach three like students of a classifier by hard labels, by KD and by\n"
+    "pseudo-subclasses."
+)
+EXAMPLE = "hf-guide quickstart --task lelp"
+
 TASKS: dict[str, type[Any]] = {"language-model": QuickstartOptions, "lelp": LelpOptions}
 
 

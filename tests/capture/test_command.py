@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_guide.capture import command as capture_command
 from hf_guide.capture.options import CaptureConfig
 from hf_guide.capture.reading import Capture, CapturedCollator
+from hf_guide.commands import capture as capture_command
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.splits import read_splits

@@ -20,6 +20,16 @@ if typing.TYPE_CHECKING:
 
     from hf_guide.capture.reading import Capture
 
+HELP = "run the teacher once over a dataset, and keep what it says on disk"
+DESCRIPTION = (
+    "Run a teacher once over what a student will learn from, and write what it says in Arrow files: a student is then\n"
+    "trained without it, shuffled and over as many epochs as you like. Killed, the same command goes on where it was."
+)
+EXAMPLE = (
+    "hf-guide capture HuggingFaceTB/SmolLM2-135M -o capture/ \\\n"
+    "      --dataset Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1"
+)
+
 _ITEMS = {"temperatures": float, "hidden_states": int, "ignore_in_key": str}
 
 

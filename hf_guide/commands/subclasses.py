@@ -6,6 +6,12 @@ This module is light, so that `hf-guide --help` answers at once; the work is in 
 import argparse
 from pathlib import Path
 
+HELP = "see a projector's pseudo-subclasses, and whether they are likely to help"
+DESCRIPTION = (
+    "Run the teacher over a dataset and write one page: each class's subspace coloured by subclass, the nearest\n"
+    "examples of each subclass, sizes, variance, what they know of finer labels, and a forecast: tiny students are\n"
+    "trained with and without subclasses, so that you need not train a real one to learn that they do not help."
+)
 EXAMPLE = "hf-guide subclasses projector/ questions.jsonl --finer-column fine_label -o subclasses.html"
 
 

@@ -6,6 +6,12 @@ This module is light, so that `hf-guide --help` answers at once.
 import argparse
 from pathlib import Path
 
+HELP = "draw a student's model card again"
+DESCRIPTION = (
+    "Draw our part of a student's README.md again, from what its folder tells. The rest of the card stays as it is."
+)
+EXAMPLE = "hf-guide card student/ --license apache-2.0"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the folder and what a card can be told besides what the folder holds."""

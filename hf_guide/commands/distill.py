@@ -7,6 +7,10 @@ import argparse
 import gc
 from pathlib import Path
 
+HELP = "make, train, evaluate and save a student, as one file says"
+DESCRIPTION = (
+    "Train a student from a teacher, or from a capture, as a YAML or JSON file says; flags after it override it."
+)
 EXAMPLE = "hf-guide distill examples/distill_smollm2.yaml --max_steps 100"
 
 
