@@ -128,6 +128,7 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "guide, later selected": by({"method": "guide", "later_blocks": "select"}),
     "guide, later random": by({"method": "guide", "later_blocks": "random"}),
     "calibrated": by({"method": "calibrated"}),
+    "calibrated, influential blocks": by({"method": "calibrated", "layers": "influence"}),
     "healed": healed,
 }
 SPENT = {"healed": 0.1}  # of the budget of tokens
