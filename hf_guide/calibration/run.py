@@ -25,6 +25,7 @@ from hf_guide.calibration.choosing import choose_units, influential_blocks, spre
 from hf_guide.calibration.experts import choose_experts, experts_to_choose, hear_experts
 from hf_guide.calibration.listening import listening_mode
 from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
+from hf_guide.calibration.queries import turn_queries
 from hf_guide.calibration.repair import Mender
 from hf_guide.calibration.statistics import Statistics, gather
 from hf_guide.calibration.values import size_of_heads, turn_values
@@ -169,6 +170,8 @@ def initialize_calibrated(
         plan.keep(choose_experts(plan, _energies_of(experts, plan, calibration, show_progress)))
     if options.turn_values:
         turn_values(transfer, statistics.inner)
+    if options.turn_queries:
+        turn_queries(transfer, statistics.projected)
     seconds = {"hearing": calibration.seconds, "basis": time.perf_counter() - started}
     carry(student, transfer, show_progress=show_progress)
     seconds["transfer"] = time.perf_counter() - started - seconds["basis"]

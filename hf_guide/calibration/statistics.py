@@ -14,8 +14,8 @@ from hf_guide.calibration.batches import Batch, tokens_in
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint
 from hf_guide.calibration.listening import first_of, given, hooks, listening_mode, on_input, real_tokens, run
 from hf_guide.errors import TeacherError
-from hf_guide.initialization.axes import Name, Product
-from hf_guide.initialization.layouts import Layout, config_sizes
+from hf_guide.initialization.axes import Name, Product, axis_names, axis_size, places_of
+from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
 from hf_guide.initialization.options import Pooling
 from hf_guide.worlds import add_number, add_up, own_share
 
@@ -30,17 +30,24 @@ class Statistics:
         turned: for each stack 1 - mean cosine of a block's input and output, (blocks,): its influence.
         inner: for each writer the second moment of its input: of each neuron, (f,), or among a head's own places,
             (heads, l, l).
+        projected: for each weight that makes queries or keys, by its name and the size, ".../q_dim", the second moment of what
+            a head's places are given, with a one beside them, (heads, l + 1, l + 1); not where they are rotated.
     """
 
     tokens: int = 0
     moments: dict[str, Tensor] = field(default_factory=dict)
     turned: dict[str, Tensor] = field(default_factory=dict)
     inner: dict[str, Tensor] = field(default_factory=dict)
+    projected: dict[str, Tensor] = field(default_factory=dict)
+
+    def parts(self, seen: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return all sums by what they are of, and beside them on how many tokens each block was heard."""
+        named = {"moments": self.moments, "turned": self.turned, "inner": self.inner, "projected": self.projected}
+        return {**named, "seen": seen}
 
     def sums(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return all sums under one name each, and beside them how many tokens each block was heard on."""
-        parts = {"moments": self.moments, "turned": self.turned, "inner": self.inner, "seen": seen}
-        return {f"{part}/{name}": tensor for part, sums in parts.items() for name, tensor in sums.items()}
+        """Return the same under one name each."""
+        return {f"{part}/{name}": tensor for part, sums in self.parts(seen).items() for name, tensor in sums.items()}
 
 
 def gather(
@@ -99,7 +106,18 @@ def gather(
         found.turned[stack][number] += (1 - cosine).sum().cpu()
         seen[stack][number] += len(cosine)
 
+    def hear_projected(name: str, part: Part, places: Tensor, output: Tensor) -> None:
+        rows = _real(output, current, part)[:, places]  # (tokens, heads, l)
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1).movedim(1, 0)
+        found.projected[name] = found.projected.get(name, 0) + (rows.mT @ rows).double().cpu()
+
     with hooks() as handles, listening_mode(model):
+        for name, (part, where) in attention_places(anatomy, layout, model).items():
+            handles.append(
+                part.module.register_forward_hook(
+                    lambda _, args, output, n=name, p=part, w=where: hear_projected(n, p, w, output)
+                )
+            )
         for place, share in zip(places, shares, strict=True):
             handles.append(on_input(place.module, lambda heard, p=place, s=share: hear_stream(p, s, heard)))  # type: ignore[misc]
         for name, part in anatomy.writers.items():
@@ -131,8 +149,10 @@ def gather(
     }
     found.inner = {name: found.inner[name] for name in anatomy.writers}
     found.tokens = round(add_number(found.tokens))
-    found.moments = dict(sorted(found.moments.items()))  # a process that was resumed may have them in another order
+    found.moments, found.projected = (dict(sorted(sums.items())) for sums in (found.moments, found.projected))
+    # sorted, for a process that was resumed may have them in another order
     add_up([*found.moments.values(), *found.turned.values(), *seen.values(), *found.inner.values()])
+    add_up(found.projected.values())
     for stack, count in seen.items():
         found.turned[stack] /= count.clamp(min=1)
     _refuse_not_finite(found)
@@ -145,7 +165,7 @@ def _resume(found: Statistics, seen: dict[str, Tensor], checkpoint: CalibrationC
     if kept is None:
         return 0
     sums, facts = kept
-    parts = {"moments": found.moments, "turned": found.turned, "inner": found.inner, "seen": seen}
+    parts = found.parts(seen)
     for name, tensor in sums.items():
         part, _, where = name.partition("/")
         parts[part][where] = tensor
@@ -157,6 +177,26 @@ def stream_places(anatomy: Anatomy) -> list[Part]:
     """Return the modules whose input is the residual stream: norms that are read, and weights in blocks that read no norm."""
     bare = [part for part in anatomy.readers.values() if part.block is not None and not any(part.match.row.reads)]
     return [*anatomy.read_norms.values(), *bare]
+
+
+def attention_places(anatomy: Anatomy, layout: Layout, model: PreTrainedModel) -> dict[str, tuple[Part, Tensor]]:
+    """Return the weights that make queries and keys which nothing turns, and where each head's places are, (heads, l).
+
+    By the weight's name and that of the size, "layers.0.attn.q_proj/q_dim".
+    """
+    found: dict[str, tuple[Part, Tensor]] = {}
+    known = config_sizes(layout, model.config)
+    for name, part in anatomy.readers.items():
+        axis = part.match.row.output_axis
+        for size in axis_names(axis):
+            if not size.endswith(("q_dim", "k_dim")) or rotary_size(layout, model.config, known.get(size, 0)):
+                continue
+            if axis_size(axis, known) != len(weight_of(part.module)):
+                continue
+            heads = next(other for other in axis_names(axis) if other.endswith("heads"))
+            places = [places_of(axis, heads, head, size, known) for head in range(known[heads])]
+            found[f"{name}/{size}"] = (part, torch.cat(places).view(-1, known[size]))
+    return found
 
 
 def head_size(part: Part, layout: Layout, model: PreTrainedModel) -> int | None:

@@ -3,8 +3,7 @@
 A head's values and the weight that writes them can be turned into one another: W_o W_v = (W_o D)(E^T W_v) wherever D E^T = 1.
 So where the head size shrinks, values are not selected place by place. With the second moment C of what a group of heads
 hands to W_o, the D and E of rank l_S are taken for which |M^T W_o (1 - D E^T) z|^2 is least in the mean: from the leading
-eigenvectors V of C^1/2 (W_o^T M M^T W_o) C^1/2, D = C^1/2 V and E = C^-1/2 V. Queries and keys, which a rotary embedding may
-turn in between, are selected as ever.
+eigenvectors V of C^1/2 (W_o^T M M^T W_o) C^1/2, D = C^1/2 V and E = C^-1/2 V.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.calibration.choosing import is_writer, module_name, nearest, seen_weight
-from hf_guide.initialization.axes import Axis, Name, Product, axis_names, select
+from hf_guide.initialization.axes import Name, Product, axis_names, places_of
 from hf_guide.initialization.plan import Plan, Site
 from hf_guide.initialization.transfer import Transfer
 
@@ -81,7 +80,7 @@ def _turn(plan: Plan, writer: Site, makers: Sequence[Site], size: str, moment: T
     teacher, student = plan.sizes(writer)
     groups = axis_names(writer.axes[dim])[0]
     members = len(moment) // teacher[groups]
-    heard = moment * _kept_heads(plan, writer, len(moment)).view(-1, 1, 1)
+    heard = moment * kept_heads(plan, writer, len(moment)).view(-1, 1, 1)
     weight = seen_weight(plan, writer).unflatten(1, (teacher[groups], members, teacher[size]))
     encoders, decoders = [], []
     for group, moments in enumerate(heard.unflatten(0, (teacher[groups], members))):
@@ -93,7 +92,7 @@ def _turn(plan: Plan, writer: Site, makers: Sequence[Site], size: str, moment: T
     for site, matrices in [(writer, decoders), *((maker, encoders) for maker in makers)]:
         along = next(dim for dim, axis in enumerate(site.axes) if size in axis_names(axis))
         sizes, _ = plan.sizes(site)
-        places = torch.stack([_places(site.axes[along], groups, group, size, sizes) for group in range(len(matrices))])
+        places = torch.stack([places_of(site.axes[along], groups, group, size, sizes) for group in range(len(matrices))])
         rows = places.view(len(matrices), -1, sizes[size])  # of a writer a row for each member
         each = torch.stack(matrices).repeat_interleave(rows.shape[1], 0)
         plan.turns[site.source or ""] = Turn(along, rows.flatten(0, 1), each)
@@ -101,7 +100,7 @@ def _turn(plan: Plan, writer: Site, makers: Sequence[Site], size: str, moment: T
     plan.keep(kept)
 
 
-def _kept_heads(plan: Plan, writer: Site, heads: int) -> Tensor:
+def kept_heads(plan: Plan, writer: Site, heads: int) -> Tensor:
     """Return 1 for each of the teacher's heads that the student keeps, as far as that was chosen, (heads,) float64."""
     units = plan.units.get(writer.name, {})
     chosen = next((places for name, places in units.items() if name.endswith("heads group")), None)
@@ -116,27 +115,19 @@ def factors(moment: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Args:
         moment: C, (l, l). weight: W^T W, (l, l).
     """
-    energies, axes = torch.linalg.eigh(moment.double())
-    heard = energies > FAINT * energies[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    roots = torch.where(heard, energies, 0.0).sqrt()
-    inverse = torch.where(heard, energies, 1.0).rsqrt() * heard
-    root = (axes * roots) @ axes.T
+    root, inverse = roots(moment)
     leading = torch.linalg.eigh(root @ weight.double() @ root).eigenvectors.flip(1)[:, :rank]
-    encoder, triangle = torch.linalg.qr((axes * inverse) @ axes.T @ leading)
+    encoder, triangle = torch.linalg.qr(inverse @ leading)
     return encoder, root @ leading @ triangle.T
 
 
-def _places(axis: Axis, groups: str, group: int, size: str, sizes: Mapping[str, int]) -> Tensor:
-    """Return where on an axis the places of `size` of one group stand, its members one after another."""
-
-    def leaf(name: str) -> tuple[Tensor, Tensor]:
-        if name == groups:
-            places = torch.tensor([group])
-        else:
-            places = torch.arange(sizes[name]) if name in (size, "group") else torch.arange(0)
-        return places, torch.ones(len(places), dtype=torch.float64)
-
-    return select(axis, leaf, sizes)[0]
+def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return C^1/2 and its pseudoinverse C^-1/2, (l, l) float64, of a second moment C."""
+    energies, axes = torch.linalg.eigh(moment.double())
+    heard = energies > FAINT * energies[-1].clamp(min=torch.finfo(torch.float64).tiny)
+    root = torch.where(heard, energies, 0.0).sqrt()
+    inverse = torch.where(heard, energies, 1.0).rsqrt() * heard
+    return (axes * root) @ axes.T, (axes * inverse) @ axes.T
 
 
 def _has(site: Site, name: str) -> bool:

@@ -182,6 +182,19 @@ def select(axis: Axis, leaf: Leaf, sizes: Mapping[str, int]) -> tuple[Tensor, Te
     return places, torch.cat([part[1] for part in parts])
 
 
+def places_of(axis: Axis, groups: str, group: int, size: str, sizes: Mapping[str, int]) -> Tensor:
+    """Return where on an axis the places of `size` of one group stand, its members one after another."""
+
+    def leaf(name: str) -> tuple[Tensor, Tensor]:
+        if name == groups:
+            places = torch.tensor([group])
+        else:
+            places = torch.arange(sizes[name]) if name in (size, "group") else torch.arange(0)
+        return places, torch.ones(len(places), dtype=torch.float64)
+
+    return select(axis, leaf, sizes)[0]
+
+
 @dataclass(frozen=True)
 class Identity:
     """The axis stays as it is."""

@@ -236,7 +236,14 @@ class InitializationConfig:
         default=True,
         metadata={
             "help": "Where the head size shrinks, turn each head's values into the directions that say most after the "
-            "output weight, and keep those. False keeps values at even places, as queries and keys always are."
+            "output weight, and keep those. False keeps values at even places."
+        },
+    )
+    turn_queries: bool = field(
+        default=True,
+        metadata={
+            "help": "Where the head size shrinks, turn each head's queries and keys together into the directions that say "
+            "most about their products, and keep those; even places where a rotary embedding or a norm stands between."
         },
     )
     fit_gain: bool = field(
@@ -344,6 +351,7 @@ SWITCHES = (
     "absorb_blocks",
     "fit_table",
     "turn_values",
+    "turn_queries",
     "fit_gain",
     "fit_logit_scale",
 )
@@ -355,6 +363,7 @@ OF_CALIBRATION = (
     "ridge",
     "fit_table",
     "turn_values",
+    "turn_queries",
     "fit_gain",
     "fit_logit_scale",
     "calibration_tokens",

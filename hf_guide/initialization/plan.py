@@ -240,8 +240,8 @@ class Plan:
                 factor = (
                     had
                     / wanted
-                    * self._attention_scale(self.teacher.config, had)
-                    / self._attention_scale(self.student_config, wanted)
+                    * self.attention_scale(self.teacher.config, had)
+                    / self.attention_scale(self.student_config, wanted)
                 )
         elif name in HEADS and self.layout.alibi is not None and self.layout.alibi(self.teacher.config):
             places = alibi_places(had, wanted)
@@ -249,7 +249,8 @@ class Plan:
             places = even_places(had, wanted)
         return torch.tensor(places, dtype=torch.long), torch.full((wanted,), factor, dtype=torch.float64)
 
-    def _attention_scale(self, config: PreTrainedConfig, head_dim: int) -> float:
+    def attention_scale(self, config: PreTrainedConfig, head_dim: int) -> float:
+        """Return what a model multiplies the products of queries and keys with."""
         scale = self.layout.attention_scale
         return float(scale(config)) if scale is not None else head_dim**-0.5
 

@@ -56,7 +56,7 @@ def test_what_is_turned_and_cut_is_turned_back_by_what_reads_it(case: Case, monk
     plan = turns_of(
         teacher,
         monkeypatch,
-        method={"method": "calibrated", "repair": "none"},
+        method={"method": "calibrated", "repair": "none", "turn_queries": False},
         calibration_dataset=data(case),
         **SMALLER_HEADS[str(case)],
     )
