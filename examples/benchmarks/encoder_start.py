@@ -79,8 +79,8 @@ def main() -> int:
         )
         samples.append((batches, embed(teacher, batches), heard))
     for width in args.widths:
-        for name in args.methods:
-            method = METHODS[name]
+        for arm in args.methods:
+            method = METHODS[arm]
             found = []
             for batches, goal, heard in samples:
                 student = from_teacher(
@@ -93,7 +93,8 @@ def main() -> int:
                 )
                 found.append(similarity_kept(embed(student, batches), goal))
             kept = torch.tensor(found)
-            print(f"width {width:4} of {teacher.config.hidden_size}  {name:27} {kept.mean():.3f} ± {kept.std():.3f}", flush=True)
+            size = f"width {width:4} of {teacher.config.hidden_size}"
+            print(f"{size}  {arm:27} {kept.mean():.3f} ± {kept.std():.3f}", flush=True)
     return 0
 
 
