@@ -5,6 +5,7 @@ router has given it: so the arithmetic is the family's, whatever its activation 
 through the teacher, for which directions the student keeps is known only after the first.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,11 +36,12 @@ def experts_to_choose(plan: Plan, anatomy: Anatomy) -> tuple[dict[str, Part], li
         teacher, student = plan.sizes(site)
         if teacher["experts"] == student["experts"]:
             continue
-        if (getattr(plan.teacher.config, "n_group", None) or 1) > 1:
-            note = f"{site.match.row.pattern}: its experts are chosen evenly, for their router chooses groups of them first."
-            notes += [] if note in notes else [note]
-            continue
-        found[part.name] = part
+        reason = _reason_not_to(plan, part)
+        note = f"{site.match.row.pattern}: its experts are chosen evenly, for {reason}."
+        if not reason:
+            found[part.name] = part
+        elif note not in notes:
+            notes.append(note)
     return found, notes
 
 
@@ -63,13 +65,15 @@ def hear_experts(
     def hear(part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream, chosen, weights = (real_tokens(each, current) for each in (*args, *kwargs.values()))
         matrix = plan.bases.get(part.axis)
-        for expert in chosen.unique().tolist():
+        heard = energies[part.name]
+        for expert in range(len(heard)):
             tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            if not len(tokens):
+                continue
             # its own forward, and not the module itself, which would call this hook again
             written = part.module.forward(stream[tokens], chosen[tokens, places, None], weights[tokens, places, None])
             written = written if matrix is None else written @ matrix.to(written)
-            if expert < len(energies[part.name]):  # a router may name one too many, for none
-                energies[part.name][expert] += written.square().sum(dtype=torch.float64).cpu()
+            heard[expert] += written.square().sum(dtype=torch.float64).cpu()
 
     with hooks() as handles, listening_mode(model):
         for name, part in experts.items():
@@ -103,6 +107,14 @@ def choose_experts(plan: Plan, energies: Mapping[str, Tensor]) -> dict[str, dict
 def count_experts(part: Part) -> int:
     """Return how many experts a module holds."""
     return len(getattr(part.module, part.parameter))
+
+
+def _reason_not_to(plan: Plan, part: Part) -> str:
+    if (getattr(plan.teacher.config, "n_group", None) or 1) > 1:
+        return "their router chooses groups of them first"
+    if len(inspect.signature(part.module.forward).parameters) != 3:
+        return "they are given something else than tokens, their experts and their weights"
+    return ""
 
 
 def _home(site: Site) -> str:
