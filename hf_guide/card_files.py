@@ -10,7 +10,7 @@ from huggingface_hub import CardData, EvalResult, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_guide.errors import HfGuideError
-from hf_guide.initialization.options import Method
+from hf_guide.initialization.choices import Method
 
 CARD_NAME = "README.md"
 BEGIN = "<!-- hf_guide:begin -->"

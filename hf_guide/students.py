@@ -25,9 +25,10 @@ from hf_guide.calibration.batches import check_dataset
 from hf_guide.calibration.checkpoint import check_calibration_dir, describe_call
 from hf_guide.calibration.run import chosen_layers, initialize_calibrated, listen
 from hf_guide.errors import OptionError, ShapeError
+from hf_guide.initialization.choices import Method
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.methods import initialize, seeded
-from hf_guide.initialization.options import InitializationConfig, Method
+from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_guide.calibration.statistics import Statistics
 from hf_guide.initialization.axes import Axis, Name, Product, Projection, axis_names, contract, joined
-from hf_guide.initialization.options import UnitChoice
+from hf_guide.initialization.choices import UnitChoice
 from hf_guide.initialization.plan import Plan, Site
 from hf_guide.initialization.selection import even_places
 

@@ -18,7 +18,7 @@ from hf_guide.calibration.anatomy import Anatomy, Part
 from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.listening import hooks, listening_mode, real_tokens, run
 from hf_guide.initialization.axes import axis_names
-from hf_guide.initialization.options import UnitChoice
+from hf_guide.initialization.choices import UnitChoice
 from hf_guide.initialization.plan import Plan, Site
 from hf_guide.worlds import add_up, own_share
 

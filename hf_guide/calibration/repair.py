@@ -22,7 +22,7 @@ from hf_guide.calibration.regression import Halves, best_correction, with_one
 from hf_guide.calibration.replay import NotReplayable, Replay
 from hf_guide.calibration.stages import OUTPUT, Stage, find_stages
 from hf_guide.initialization.axes import Identity, Projection, Selection
-from hf_guide.initialization.options import Repair, RepairInputs
+from hf_guide.initialization.choices import Repair, RepairInputs
 from hf_guide.initialization.plan import Site
 from hf_guide.initialization.transfer import Transfer
 from hf_guide.worlds import add_number, own_share

@@ -31,10 +31,11 @@ from hf_guide.calibration.repair import Mender
 from hf_guide.calibration.statistics import Statistics, gather
 from hf_guide.calibration.values import size_of_heads, turn_values
 from hf_guide.errors import OptionError
+from hf_guide.initialization.choices import Basis, BlockChoice, Repair
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import carry, fit_bases, make_report, reduced_axes, untie_as_teacher
-from hf_guide.initialization.options import Basis, BlockChoice, InitializationConfig, Repair
+from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport

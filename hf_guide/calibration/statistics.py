@@ -15,8 +15,8 @@ from hf_guide.calibration.checkpoint import CalibrationCheckpoint
 from hf_guide.calibration.listening import first_of, given, hooks, listening_mode, on_input, real_tokens, run
 from hf_guide.errors import TeacherError
 from hf_guide.initialization.axes import Name, Product, axis_names, axis_size, places_of
+from hf_guide.initialization.choices import Pooling
 from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
-from hf_guide.initialization.options import Pooling
 from hf_guide.worlds import add_number, add_up, own_share
 
 

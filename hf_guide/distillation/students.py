@@ -28,7 +28,8 @@ def make_student(
         OptionError: there is no single teacher to make it out of.
     """
     # Only here: distillation works without initialization.
-    from hf_guide.initialization.options import InitializationConfig, Method
+    from hf_guide.initialization.choices import Method
+    from hf_guide.initialization.options import InitializationConfig
     from hf_guide.students import from_teacher
 
     where = {

@@ -2,92 +2,23 @@
 
 import dataclasses
 import math
-import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
-from hf_guide.errors import OptionError, did_you_mean, refuse_unknown_fields
-
-
-class _StringEnum(str, Enum):
-    @classmethod
-    def parse(cls, value: "str | _StringEnum", option: str) -> "_StringEnum":
-        known = [member.value for member in cls]
-        try:
-            return cls(value)
-        except ValueError:
-            hint = did_you_mean(str(value), known)
-            raise OptionError(f"{option}={value!r} is not known; expected one of {known}.{hint}") from None
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-class Method(_StringEnum):
-    """How a student starts."""
-
-    GUIDE = "guide"
-    CALIBRATED = "calibrated"
-    UNIFORM = "uniform"
-    RANDOM = "random"
-
-
-class LaterBlocks(_StringEnum):
-    """How the blocks after the first are made by `guide`."""
-
-    PROJECT = "project"
-    SELECT = "select"
-    RANDOM = "random"
-
-
-class BlockChoice(_StringEnum):
-    """Which of the teacher's blocks feed the student's, where no explicit list is given."""
-
-    AUTO = "auto"
-    EVEN = "even"
-    FIRST = "first"
-    INFLUENCE = "influence"
-
-
-class Basis(_StringEnum):
-    """How `calibrated` makes the residual stream narrower."""
-
-    AUTO = "auto"
-    ACTIVATIONS = "activations"
-    PLACES = "places"
-    EMBEDDINGS = "embeddings"
-
-
-class Pooling(_StringEnum):
-    """How `calibrated` weighs the places at which it sees the residual stream."""
-
-    NORM = "norm"
-    BLOCK = "block"
-    ENERGY = "energy"
-
-
-class UnitChoice(_StringEnum):
-    """Which heads, neurons or experts `calibrated` keeps."""
-
-    ENERGY = "energy"
-    EVEN = "even"
-
-
-class Repair(_StringEnum):
-    """Which weights `calibrated` fits again after they were carried over."""
-
-    ALL = "all"
-    WRITING = "writing"
-    NONE = "none"
-
-
-class RepairInputs(_StringEnum):
-    """What a student's block reads while its weights are fitted."""
-
-    STUDENT = "student"
-    TEACHER = "teacher"
+from hf_guide.errors import OptionError, refuse_unknown_fields
+from hf_guide.initialization.choices import (
+    Basis,
+    BlockChoice,
+    LaterBlocks,
+    Method,
+    Pooling,
+    Repair,
+    RepairInputs,
+    StringEnum,
+    UnitChoice,
+)
+from hf_guide.initialization.parsing import parse_layers, parse_weights
 
 
 @dataclass
@@ -283,8 +214,8 @@ class InitializationConfig:
     def __post_init__(self) -> None:
         self.method = str(Method.parse(self.method, "method"))
         self.later_blocks = str(LaterBlocks.parse(self.later_blocks, "later_blocks"))
-        self.layers = _parse_layers(self.layers)
-        self.token_weights = _parse_weights(self.token_weights)
+        self.layers = parse_layers(self.layers)
+        self.token_weights = parse_weights(self.token_weights)
         for option, choices in CHOICES.items():
             setattr(self, option, str(choices.parse(getattr(self, option), option)))
         for option in SWITCHES:
@@ -334,7 +265,7 @@ class InitializationConfig:
         )
 
 
-CHOICES: dict[str, type[_StringEnum]] = {
+CHOICES: dict[str, type[StringEnum]] = {
     "basis": Basis,
     "pooling": Pooling,
     "heads": UnitChoice,
@@ -397,41 +328,3 @@ def _needs(options: InitializationConfig) -> dict[str, str]:
         found |= dict.fromkeys(("repair_inputs", "absorb_blocks"), "a repair")
         found["ridge"] = "a repair"
     return found
-
-
-def _parse_layers(layers: Any) -> "str | list[int] | dict[str, list[int]]":
-    if isinstance(layers, str):
-        return str(BlockChoice.parse(layers, "layers"))
-    if isinstance(layers, Mapping):
-        return {str(stack): _block_numbers(blocks, f"layers[{stack!r}]") for stack, blocks in layers.items()}
-    return _block_numbers(layers, "layers")
-
-
-def _block_numbers(blocks: Any, option: str) -> list[int]:
-    expected = f"{option} is a list of teacher block numbers such as [0, 4, 9]"
-    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
-        raise OptionError(f"{expected}{', or even, or first' if option == 'layers' else ''}; found {blocks!r}.")
-    numbers = list(blocks)
-    try:
-        return [operator.index(number) for number in numbers]
-    except TypeError as error:
-        raise OptionError(f"{expected}; found {numbers!r}.") from error
-
-
-def _parse_weights(weights: Any) -> "list[float] | None":
-    if weights is None:
-        return None
-    try:
-        numbers = [float(weight) for weight in weights]
-    except (TypeError, ValueError) as error:
-        raise OptionError(
-            f"token_weights is a list of numbers, one per row of the embedding table: {error}."
-        ) from error
-    wrong = next((row for row, number in enumerate(numbers) if not 0 <= number < math.inf), None)
-    if wrong is not None:
-        raise OptionError(f"token_weights must be finite and not negative; that of row {wrong} is {numbers[wrong]}.")
-    if not any(numbers):
-        raise OptionError(
-            "token_weights are all zero, so no row would be looked at; leave them out to weigh all alike."
-        )
-    return numbers

@@ -22,8 +22,9 @@ from hf_guide.initialization.axes import (
     select,
     solve_sizes,
 )
+from hf_guide.initialization.choices import LaterBlocks
 from hf_guide.initialization.layouts import FIXED_AXES, PREFIX_AXES, Layout, Match, config_sizes, rotary_size
-from hf_guide.initialization.options import InitializationConfig, LaterBlocks
+from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.selection import alibi_places, even_places, rope_places
 from hf_guide.initialization.weights import Teacher
 

@@ -9,8 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, OptionError, ShapeError, did_you_mean
 from hf_guide.initialization.axes import Axis, Name, Product, Sum, select
+from hf_guide.initialization.choices import LaterBlocks, Method
 from hf_guide.initialization.layouts import Layout, Match, config_sizes
-from hf_guide.initialization.options import InitializationConfig, LaterBlocks, Method
+from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import READABLE, Plan, Site
 from hf_guide.initialization.selection import choose_blocks, even_places
 from hf_guide.initialization.weights import Teacher

@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
 from hf_guide.errors import OptionError, ShapeError, did_you_mean
+from hf_guide.initialization.choices import Method
 from hf_guide.initialization.configs import derive_student_config, for_blocks, refuse_impossible
-from hf_guide.initialization.options import InitializationConfig, Method
+from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.selection import choose_blocks
 from hf_guide.initialization.weights import Teacher, tokenizer_length
 

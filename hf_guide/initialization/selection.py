@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.options import BlockChoice
+from hf_guide.initialization.choices import BlockChoice
 
 
 def even_places(teacher: int, student: int) -> list[int]:
