@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_guide.distillation.divergences import DivergenceKind
@@ -99,6 +100,15 @@ class DistillationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.check_options()
+        super().__post_init__()
+
+    def check_options(self) -> None:
+        """Bring what is about the distillation into its own form, and refuse what cannot be.
+
+        Raises:
+            OptionError: names the option.
+        """
         self.objective = parse_objective(self.objective)
         self.divergence = _choice(DivergenceKind, self.divergence, "divergence")
         self.hidden_distance = _choice(Distance, self.hidden_distance, "hidden_distance")
@@ -118,7 +128,20 @@ class DistillationArguments(TrainingArguments):
         self.hidden_layers = _layers(_mapping(self.hidden_layers, "hidden_layers"))
         self.teacher_init_kwargs = _mapping(self.teacher_init_kwargs, "teacher_init_kwargs")
         self.student = _mapping(self.student, "student")
-        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments as `TrainingArguments` do, for JSON and for reports; tokens are not told."""
+        told = super().to_dict()
+        for name in ("teacher_init_kwargs", "student"):
+            if told[name] is not None:
+                told[name] = {key: _told(key, value) for key, value in told[name].items()}
+        return told
+
+    def __str__(self) -> str:
+        lines = [f"{name}={value},\n" for name, value in sorted(self.to_dict().items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __repr__ = __str__
 
     @property
     def weights(self) -> dict[str, float]:
@@ -135,6 +158,15 @@ def _choice(kinds: type[Enum], value: Any, option: str) -> str:
             f"{option}={value!r} is not known; expected one of {known}.{did_you_mean(str(value), known)}"
         )
     return str(value)
+
+
+def _told(key: str, value: Any) -> Any:
+    """Return what reports may tell of a keyword of `from_pretrained`, in JSON's own types."""
+    if key == "token":
+        return "<TOKEN>"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def _mapping(value: Any, option: str) -> dict[str, Any] | None:

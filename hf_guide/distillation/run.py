@@ -18,10 +18,10 @@ from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.class_labels import are_generic
 from hf_guide.distillation.data_options import DataOptions, ModelOptions
 from hf_guide.distillation.examples import prepare
+from hf_guide.distillation.opening import AUTO_CLASSES
 from hf_guide.distillation.settings import Settings
 from hf_guide.distillation.splits import class_names, count_classes, find_column, read_splits
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
-from hf_guide.distillation.teachers import AUTO_CLASSES
 from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.errors import OptionError, TaskError
 
