@@ -299,6 +299,26 @@ def test_an_adapter_says_what_it_belongs_to(tmp_path):
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in path.read_text()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
+def test_the_blank_card_that_peft_saves_gives_way_and_tells_no_path(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from tests.distillation.small import llama
+
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    llama(1).save_pretrained(base)
+    adapted = get_peft_model(llama(1).from_pretrained(base), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(folder)
+    assert str(base) in (folder / "README.md").read_text()
+    path = write_model_card(folder, record=RECORD, model_id="me/adapter")
+    assert body(path).lstrip().startswith("# me/adapter") and "More Information Needed" not in path.read_text()
+    assert metadata(path)["library_name"] == "peft" and "lora" in metadata(path)["tags"]
+    (folder / "README.md").write_text(f"{path.read_text()}\nMy own words.\n")
+    adapted.save_pretrained(folder)  # PEFT puts its base into a card that is there, too
+    path = write_model_card(folder, record=RECORD, model_id="me/adapter")
+    assert str(tmp_path) not in path.read_text() and "My own words." in path.read_text()
+
+
 def test_a_report_that_is_published_tells_no_path(tmp_path):
     publish_report(tmp_path)
     dataclasses.replace(REPORT, teacher=str(tmp_path / "big")).save(tmp_path)

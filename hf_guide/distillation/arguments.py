@@ -1,5 +1,6 @@
 """Everything that a distillation can be told: `TrainingArguments`, and what teacher and objective need."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
@@ -131,11 +132,12 @@ class DistillationArguments(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as `TrainingArguments` do, for JSON and for reports; tokens are not told."""
-        told = super().to_dict()
+        told = copy.copy(self)
         for name in ("teacher_init_kwargs", "student"):
-            if told[name] is not None:
-                told[name] = {key: _told(key, value) for key, value in told[name].items()}
-        return told
+            given = getattr(self, name)
+            if given is not None:
+                setattr(told, name, {key: _told(key, value) for key, value in given.items()})
+        return super(DistillationArguments, told).to_dict()
 
     def __str__(self) -> str:
         lines = [f"{name}={value},\n" for name, value in sorted(self.to_dict().items())]
