@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_guide.card_files import BEGIN, END
 from hf_guide.cards import DistillationRecord, TeacherRecord, save_record
@@ -332,6 +332,23 @@ def test_a_report_that_is_published_tells_no_path(tmp_path):
 def test_a_card_that_is_there_is_not_fetched(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     assert fetch_card("me/never-asked", tmp_path) == tmp_path / "README.md"
+
+
+def test_a_blank_card_gives_way_to_that_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "hub.md").write_text("# Theirs\n")
+    asked = []
+
+    def download(repo_id, name, **where):
+        asked.append((repo_id, name, where))
+        return str(tmp_path / "hub.md")
+
+    monkeypatch.setattr("hf_guide.provenance.hf_hub_download", download)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    ModelCard.from_template(ModelCardData(library_name="peft")).save(folder / "README.md")
+    fetch_card("me/adapter", folder, token="hf_one", revision="dev")
+    assert body(folder / "README.md") == "# Theirs\n"
+    assert asked == [("me/adapter", "README.md", {"token": "hf_one", "revision": "dev"})]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from hf_guide.distillation.settings import Settings
 from hf_guide.distillation.splits import class_names, count_classes, find_column, read_splits
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
 from hf_guide.distillation.trainer import DistillationTrainer
-from hf_guide.errors import OptionError, TaskError
+from hf_guide.errors import OptionError, TaskError, TeacherError
 
 _WHERE = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 
@@ -134,7 +134,12 @@ def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig 
     if not args.teacher:
         return None, None
     name = args.teacher if os.path.exists(args.teacher) else args.teacher.split(",")[0].strip()
-    return name, AutoConfig.from_pretrained(name, **_where(args.teacher_init_kwargs))
+    try:
+        return name, AutoConfig.from_pretrained(name, **_where(args.teacher_init_kwargs))
+    except (OSError, ValueError) as error:
+        raise TeacherError(
+            f"The teacher {name} has no config that can be read: {error} Name a folder that is there, or an id on the Hub."
+        ) from error
 
 
 def _where(init_kwargs: Any) -> dict[str, Any]:
