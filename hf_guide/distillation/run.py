@@ -126,6 +126,13 @@ def _check(models: ModelOptions, args: DistillationArguments) -> None:
         )
 
 
+    resume = args.resume_from_checkpoint
+    if resume and str(resume).lower() not in ("true", "false") and not os.path.isdir(resume):
+        raise OptionError(
+            f"resume_from_checkpoint is true, or the folder of a checkpoint; there is no folder {resume!r}."
+        )
+
+
 def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig | None]:
     """Return the first teacher's name and its config; of a capture the captured one's."""
     if args.capture:
@@ -201,7 +208,12 @@ def _student(task: Task, models: ModelOptions, labels: Sequence[str] | None) -> 
     if labels is not None:
         names = dict(enumerate(labels))
         given |= {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
-    return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(models.model_name_or_path, **given)
+    try:
+        return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(models.model_name_or_path, **given)
+    except (TypeError, AttributeError) as error:  # a keyword that from_pretrained does not know, or a dtype that is none
+        raise OptionError(
+            f"{models.model_name_or_path} does not load with model_init_kwargs={models.model_init_kwargs}: {error}"
+        ) from error
 
 
 def _processing_class(task: Task, models: ModelOptions, args: DistillationArguments, source: str | None) -> Any:
