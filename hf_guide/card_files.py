@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CardData, EvalResult, RepoCard
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_guide.errors import HfGuideError
@@ -46,6 +46,12 @@ def write_card(path: Path, card: RepoCard) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_blank(card: RepoCard | None) -> bool:
+    """Whether a card says nothing of anyone's: the Hub's template, with which PEFT saves every adapter."""
+    blank = ModelCard.from_template(ModelCardData()).text.strip()
+    return card is not None and card.text.strip().startswith(blank)
 
 
 def place_part(text: str, part: str, path: Path) -> str:

@@ -17,6 +17,8 @@ from huggingface_hub import CardData, EvalResult, RepoCard
 from hf_guide.card_files import (
     CARD_NAME,
     OUR_TAG,
+    as_list,
+    is_blank,
     merge_metadata,
     merge_results,
     part_of,
@@ -104,11 +106,14 @@ def write_model_card(
         )
     path = folder / CARD_NAME
     card = read_card(path)
-    model_id = model_id or _name_in_title(card) or folder.resolve().name
     data = card.data if card is not None else CardData()
+    if is_blank(card):
+        card = None
+    model_id = model_id or _name_in_title(card) or folder.resolve().name
     teachers = _teachers(report, record, look_up=not (license or data.get("license")), token=token)
     student_class = _stock_class(folder, report, record)
     adapter = _adapter_base(folder)
+    _forget_paths(data)
     task = (record.task if record is not None else None) or _task_of(student_class)
     from_record = eval_results_of(record) if record is not None else []
     merge_metadata(
@@ -216,6 +221,16 @@ def _base_models(
     found = [*made_of, *(repo_id_of(teacher.name, teacher.revision) for teacher in teachers)]
     ids = list(dict.fromkeys(name for name in found if name is not None))
     return ids[0] if len(ids) == 1 else ids or None
+
+
+def _forget_paths(data: CardData) -> None:
+    """Take folders of this machine out of a card's metadata: PEFT names the base of an adapter by where it was loaded."""
+    bases = as_list(data.get("base_model"))
+    known = [name for name in bases if not (Path(name).is_absolute() or Path(name).exists())]
+    if len(known) < len(bases):
+        data["base_model"] = known or None
+        gone = {f"base_model:adapter:{name}" for name in bases if name not in known}
+        data["tags"] = [tag for tag in as_list(data.get("tags")) if tag not in gone] or None
 
 
 def _as_keys(license: str | None, language: str | Sequence[str] | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from hf_guide.card_files import CARD_NAME, as_list, read_card
+from hf_guide.card_files import CARD_NAME, as_list, is_blank, read_card
 from hf_guide.cards import TeacherRecord
 from hf_guide.errors import HfGuideError
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
@@ -39,19 +39,23 @@ def fetch_card(
 ) -> Path | None:
     """Put the card that a repository on the Hub has into a folder that has none, so that its text is kept by a push.
 
+    A card that nobody filled in counts as none.
+
     Returns:
         The card's path in the folder, or None where neither has one.
 
     Raises:
         OSError: the Hub cannot be asked: then nothing is known of the text that a push might overwrite.
+        HfGuideError: the card in the folder cannot be read.
     """
     path = Path(folder) / CARD_NAME
-    if path.is_file():
+    here = path if path.is_file() else None
+    if here is not None and not is_blank(read_card(path)):
         return path
     try:
         found = hf_hub_download(repo_id, CARD_NAME, token=token, revision=revision)
     except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
-        return None
+        return here
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(found, path)
     return path

@@ -235,6 +235,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         ({"validation_share": 0.001}, "to evaluate on"),
         ({"objective": "dkd"}, "dkd"),
         ({"processor_name_or_path": "EMPTY"}, "processor_name_or_path"),
+        ({"teacher": "/no/such/folder"}, "The teacher /no/such/folder has no config"),
+        ({"teacher_init_kwargs": {"dtyp": "bfloat16"}}, "teacher_init_kwargs=.'dtyp'.*dtyp"),
+        ({"teacher_init_kwargs": {"dtype": "bfloat61"}}, "teacher_init_kwargs=.'dtype'.*bfloat61"),
+        ({"resume_from_checkpoint": "/no/such/checkpoint"}, "no folder '/no/such/checkpoint'"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_first_step(told, said, teacher, tmp_path):

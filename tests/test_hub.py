@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_guide.card_files import BEGIN, END
 from hf_guide.cards import DistillationRecord, TeacherRecord, save_record
@@ -299,6 +299,26 @@ def test_an_adapter_says_what_it_belongs_to(tmp_path):
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in path.read_text()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
+def test_the_blank_card_that_peft_saves_gives_way_and_tells_no_path(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from tests.distillation.small import llama
+
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    llama(1).save_pretrained(base)
+    adapted = get_peft_model(llama(1).from_pretrained(base), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(folder)
+    assert str(base) in (folder / "README.md").read_text()
+    path = write_model_card(folder, record=RECORD, model_id="me/adapter")
+    assert body(path).lstrip().startswith("# me/adapter") and "More Information Needed" not in path.read_text()
+    assert metadata(path)["library_name"] == "peft" and "lora" in metadata(path)["tags"]
+    (folder / "README.md").write_text(f"{path.read_text()}\nMy own words.\n")
+    adapted.save_pretrained(folder)  # PEFT puts its base into a card that is there, too
+    path = write_model_card(folder, record=RECORD, model_id="me/adapter")
+    assert str(tmp_path) not in path.read_text() and "My own words." in path.read_text()
+
+
 def test_a_report_that_is_published_tells_no_path(tmp_path):
     publish_report(tmp_path)
     dataclasses.replace(REPORT, teacher=str(tmp_path / "big")).save(tmp_path)
@@ -312,6 +332,23 @@ def test_a_report_that_is_published_tells_no_path(tmp_path):
 def test_a_card_that_is_there_is_not_fetched(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     assert fetch_card("me/never-asked", tmp_path) == tmp_path / "README.md"
+
+
+def test_a_blank_card_gives_way_to_that_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "hub.md").write_text("# Theirs\n")
+    asked = []
+
+    def download(repo_id, name, **where):
+        asked.append((repo_id, name, where))
+        return str(tmp_path / "hub.md")
+
+    monkeypatch.setattr("hf_guide.provenance.hf_hub_download", download)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    ModelCard.from_template(ModelCardData(library_name="peft")).save(folder / "README.md")
+    fetch_card("me/adapter", folder, token="hf_one", revision="dev")
+    assert body(folder / "README.md") == "# Theirs\n"
+    assert asked == [("me/adapter", "README.md", {"token": "hf_one", "revision": "dev"})]
 
 
 @pytest.mark.parametrize(

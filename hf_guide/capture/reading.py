@@ -249,6 +249,26 @@ class CapturedCollator:
         capture.check_temperature(temperature)
         self.data_collator, self.capture, self.temperature, self.missing = data_collator, capture, temperature, missing
 
+    def at(self, temperature: float) -> "CapturedCollator":
+        """Return the same collator for another temperature.
+
+        Raises:
+            CaptureError: it was not captured.
+        """
+        return CapturedCollator(self.data_collator, self.capture, temperature, missing=self.missing)
+
+    def check_temperature(self, temperature: float) -> None:
+        """Refuse a temperature that the batches are not made for, where the tail's mass needs it.
+
+        Raises:
+            CaptureError: names both.
+        """
+        if temperature != self.temperature and self.capture.manifest.temperatures is not None:
+            raise CaptureError(
+                f"The batches are made for temperature={self.temperature}, and the objective now has {temperature}: the mass "
+                "of the tail is another. Keep the temperature during a run, or capture all logits."
+            )
+
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         batch = dict(self.data_collator(features))
         keys = self.capture.keys(batch)

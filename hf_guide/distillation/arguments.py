@@ -1,11 +1,13 @@
 """Everything that a distillation can be told: `TrainingArguments`, and what teacher and objective need."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from hf_guide.distillation.divergences import DivergenceKind
@@ -99,6 +101,15 @@ class DistillationArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self.check_options()
+        super().__post_init__()
+
+    def check_options(self) -> None:
+        """Bring what is about the distillation into its own form, and refuse what cannot be.
+
+        Raises:
+            OptionError: names the option.
+        """
         self.objective = parse_objective(self.objective)
         self.divergence = _choice(DivergenceKind, self.divergence, "divergence")
         self.hidden_distance = _choice(Distance, self.hidden_distance, "hidden_distance")
@@ -118,7 +129,21 @@ class DistillationArguments(TrainingArguments):
         self.hidden_layers = _layers(_mapping(self.hidden_layers, "hidden_layers"))
         self.teacher_init_kwargs = _mapping(self.teacher_init_kwargs, "teacher_init_kwargs")
         self.student = _mapping(self.student, "student")
-        super().__post_init__()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the arguments as `TrainingArguments` do, for JSON and for reports; tokens are not told."""
+        told = copy.copy(self)
+        for name in ("teacher_init_kwargs", "student"):
+            given = getattr(self, name)
+            if given is not None:
+                setattr(told, name, {key: _told(key, value) for key, value in given.items()})
+        return super(DistillationArguments, told).to_dict()
+
+    def __str__(self) -> str:
+        lines = [f"{name}={value},\n" for name, value in sorted(self.to_dict().items())]
+        return f"{type(self).__name__}(\n{''.join(lines)})"
+
+    __repr__ = __str__
 
     @property
     def weights(self) -> dict[str, float]:
@@ -135,6 +160,15 @@ def _choice(kinds: type[Enum], value: Any, option: str) -> str:
             f"{option}={value!r} is not known; expected one of {known}.{did_you_mean(str(value), known)}"
         )
     return str(value)
+
+
+def _told(key: str, value: Any) -> Any:
+    """Return what reports may tell of a keyword of `from_pretrained`, in JSON's own types."""
+    if key == "token":
+        return "<TOKEN>"
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def _mapping(value: Any, option: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from hf_guide.distillation.divergence_formulas import (
 from hf_guide.errors import HfGuideError, OptionError, VocabularyError, did_you_mean
 
 # Elements of logits walked over at once: on a CPU few enough to stay in its cache, elsewhere enough to keep it busy.
-_IN_CACHE = 2**18
+_IN_CACHE = 2**19
 _ON_DEVICE = 2**26
 # So few classes cost nothing beside the model, and float64 then holds the small divergences of sure classifiers too.
 _FEW_CLASSES = 1024
@@ -238,10 +238,8 @@ class _Divergence(torch.autograd.Function):
             values[rows] = (
                 against(scaled, heard, COMPARE[kind], beta, temperature, slope).mul_(temperature**2).to(dtype)
             )
-            if slopes is not None and slope is not None:
-                slope.mul_(temperature)  # one t of its square is spent on the division of the logits
-                if working != dtype:
-                    slopes[rows] = slope
+            if slopes is not None and slope is not None and working != dtype:
+                slopes[rows] = slope
         if slopes is not None:
             ctx.save_for_backward(slopes)
             ctx.dtype = logits.dtype
@@ -262,7 +260,10 @@ def _against_dense(
     scaled: Tensor, told: list[Tensor], compare: Compare, beta: float, temperature: float, slope: Tensor | None
 ) -> Tensor:
     teacher = distribution(_scaled(told[0], temperature, scaled.dtype))
-    return compare(teacher, distribution(scaled), beta, slope)
+    values = compare(teacher, distribution(scaled), beta, slope)
+    if slope is not None and temperature != 1.0:
+        slope.mul_(temperature)  # one t of its square is spent on the division of the logits
+    return values
 
 
 def _against_top_k(
@@ -289,7 +290,7 @@ def _against_top_k(
     coarse_slope = None if slope is None else torch.empty_like(outcomes)
     values = compare(distribution(log_p), distribution(outcomes), beta, coarse_slope)
     if slope is not None and coarse_slope is not None:
-        coarse_slope = coarse_slope.to(slope.dtype)
+        coarse_slope = coarse_slope.to(slope.dtype).mul_(temperature)  # of few, where the whole slope would do as well
         if has_tail:
             slope.mul_((coarse_slope[:, k:] / mass).masked_fill(nobody, 0.0))
         slope.scatter_(-1, indices, coarse_slope[:, :k])

@@ -1,10 +1,12 @@
 """What a trainer is given, checked and brought into one form before `Trainer` sees it."""
 
 import inspect
+import os
 from typing import Any
 
 from hf_guide.capture.reading import Capture
 from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.tasks import Task
 from hf_guide.errors import OptionError
 
 
@@ -28,6 +30,35 @@ def check_arguments(args: Any) -> None:
             f"One process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel. Launch one process a GPU, with "
             "`accelerate launch` or `torchrun`, or show the process one GPU with CUDA_VISIBLE_DEVICES."
         )
+
+
+def check_student(model: Any) -> None:
+    """Refuse what is no student.
+
+    Raises:
+        OptionError: a name, which does not say what the student is for.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        raise OptionError(
+            f"model is a student, not its name; found {os.fspath(model)!r}. Load it with the AutoModelFor... class of its "
+            "task, or pass a config, or the arguments of from_teacher, to make it out of its teacher."
+        )
+
+
+def check_adapter(student: Any, task: Task) -> None:
+    """Refuse an adapter under which places of the student's logits are not those of its labels.
+
+    Raises:
+        OptionError: one that puts virtual tokens before the text.
+    """
+    if not task.is_per_token:
+        return
+    for config in getattr(student, "peft_config", {}).values():
+        if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+            raise OptionError(
+                f"{config.peft_type.value} puts virtual tokens before the text, so that the student's logits do not stand "
+                "where the teacher's do. Use another adapter, such as LORA or PREFIX_TUNING."
+            )
 
 
 def source_of(teacher: Any, args: DistillationArguments) -> Any:

@@ -43,6 +43,7 @@ class Batch:
         labels: of the items, (items,) or (items, labels).
         signals: one a teacher.
         subclasses: of the items, the probabilities of all subclasses, (items, C * S), where they are learned.
+        has_filler: some examples are not real and have no items: a dataloader filled its last batch up with them.
     """
 
     inputs: dict[str, Any]
@@ -50,6 +51,7 @@ class Batch:
     labels: Tensor | None
     signals: list[Signals]
     subclasses: Tensor | None = None
+    has_filler: bool = False
 
 
 @dataclass

@@ -124,11 +124,16 @@ def parse_objective(objective: "str | Mapping[str, float] | None") -> dict[str, 
     return kept
 
 
-def check_task(weights: Mapping[str, float], task: str) -> None:
-    """Refuse terms that are not for this task.
+def check_objective(weights: Mapping[str, float], task: str, config: Any) -> None:
+    """Refuse terms that are not for a student's task, or compare a distribution over classes that its logits are not.
+
+    Args:
+        weights: by term.
+        task: the student's.
+        config: the student's.
 
     Raises:
-        TaskError: names the term and what it is for.
+        TaskError: names the terms and what they are for.
     """
     for name in weights:
         only = _TERMS[name].task_only
@@ -136,14 +141,6 @@ def check_task(weights: Mapping[str, float], task: str) -> None:
             raise TaskError(
                 f"The term {name!r} is for {' and '.join(only)}, not for {task}. Leave it out of objective."
             )
-
-
-def check_classes(weights: Mapping[str, float], config: Any) -> None:
-    """Refuse terms of a distribution over classes where the student's logits are none.
-
-    Raises:
-        TaskError: for regression and for several labels at once.
-    """
     kind = getattr(config, "problem_type", None)
     names = [name for name in weights if _TERMS[name].needs in (Needs.LOGITS, Needs.SUBCLASSES)]
     if names and kind in NO_CLASSES:
@@ -151,6 +148,9 @@ def check_classes(weights: Mapping[str, float], config: Any) -> None:
             f"The student's problem_type is {kind}: its logits are no distribution over classes, which "
             f"{' and '.join(map(repr, names))} compare. Learn from the teacher by 'embedding' or 'hidden'."
         )
+    classes = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
+    if "dkd" in weights and classes < 3:
+        raise TaskError(f"The term 'dkd' is about the classes beside the label; the student has {classes}. Use 'kd'.")
 
 
 @register_term(TASK_LOSS, needs=Needs.LABELS, help="the model's own task loss on the labels")

@@ -1,7 +1,7 @@
 """Linear maps from the student's widths to the teacher's, for terms that compare vectors. They are learned with the
 student, live in the trainer and its checkpoints, and are never in the student's files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from hf_guide.errors import OptionError
 
 FILE_NAME = "distillation_projections.safetensors"
 
@@ -45,6 +47,21 @@ class Projections(nn.Module):
         """Read the maps from a checkpoint's folder."""
         if len(self.maps):
             self.load_state_dict(load_file(folder / FILE_NAME))
+
+
+def check_learns(optimizer: torch.optim.Optimizer, maps: Sequence[nn.Parameter]) -> None:
+    """Refuse an optimizer that does not have the maps: they would stay as they were drawn.
+
+    Raises:
+        OptionError: says how it gets them.
+    """
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not known.issuperset(map(id, maps)):
+        raise OptionError(
+            "The student's widths differ from the teacher's, and the optimizer that was passed does not have the maps between "
+            "them: they would stay random. Add trainer.learning.projections.parameters() to it before train(), or pass "
+            "optimizer_cls_and_kwargs in place of optimizers."
+        )
 
 
 class SynchronizeProjections(TrainerCallback):

@@ -1,12 +1,13 @@
 """What a trainer tells of its run, for the card: `distillation.json`."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.cards import DistillationRecord, TeacherRecord, told_arguments
+from hf_guide.distillation.opening import name_of
 from hf_guide.distillation.playback import CapturedTeacher
 from hf_guide.distillation.tasks import Task
-from hf_guide.distillation.teachers import name_of
 from hf_guide.provenance import describe_teacher
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ _ON_THE_HUB = {
     Task.IMAGE_CLASSIFICATION: "image-classification",
 }
 
-_OF_TEACHER = "eval_teacher_"
-
+_OF_TEACHER = re.compile(r"_teacher_(?=ce$|perplexity$)")
 
 def make_record(
     trainer: "DistillationTrainer",
@@ -34,9 +34,9 @@ def make_record(
     """Return what there is to tell of a run so far. The metrics are those of the last evaluation."""
     args, state = trainer.args, trainer.state
     student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    history = [entry for entry in state.log_history if "eval_loss" in entry]
+    history = evaluations(state.log_history)
     found: dict[str, float | None] = dict(history[-1]) if history else {}
-    of_teacher = {f"{_OF_TEACHER}{name}": f"eval_{name}" for name in ("ce", "perplexity")}
+    of_teacher = {name: _OF_TEACHER.sub("_", name) for name in found if _OF_TEACHER.search(name)}
     return DistillationRecord(
         teachers=[_teacher(each, args) for each in trainer.teachers],
         objective=args.weights,
@@ -57,6 +57,15 @@ def make_record(
         teacher_metrics={of_teacher[name]: value for name, value in found.items() if name in of_teacher},
         history=[dict(entry) for entry in history],
     )
+
+
+def evaluations(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return what was measured at each step of a `Trainer`'s log at which it evaluated, on one dataset or on several."""
+    found: dict[float, dict[str, float]] = {}
+    for entry in history:
+        if any(name.startswith("eval_") and name.endswith("_loss") for name in entry):
+            found.setdefault(entry["step"], {}).update(entry)
+    return list(found.values())
 
 
 def _teacher(teacher: Any, args: Any) -> TeacherRecord:

@@ -18,12 +18,12 @@ from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.class_labels import are_generic
 from hf_guide.distillation.data_options import DataOptions, ModelOptions
 from hf_guide.distillation.examples import prepare
+from hf_guide.distillation.opening import AUTO_CLASSES
 from hf_guide.distillation.settings import Settings
 from hf_guide.distillation.splits import class_names, count_classes, find_column, read_splits
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
-from hf_guide.distillation.teachers import AUTO_CLASSES
 from hf_guide.distillation.trainer import DistillationTrainer
-from hf_guide.errors import OptionError, TaskError
+from hf_guide.errors import OptionError, TaskError, TeacherError
 
 _WHERE = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 
@@ -126,6 +126,13 @@ def _check(models: ModelOptions, args: DistillationArguments) -> None:
         )
 
 
+    resume = args.resume_from_checkpoint
+    if resume and str(resume).lower() not in ("true", "false") and not os.path.isdir(resume):
+        raise OptionError(
+            f"resume_from_checkpoint is true, or the folder of a checkpoint; there is no folder {resume!r}."
+        )
+
+
 def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig | None]:
     """Return the first teacher's name and its config; of a capture the captured one's."""
     if args.capture:
@@ -134,7 +141,12 @@ def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig 
     if not args.teacher:
         return None, None
     name = args.teacher if os.path.exists(args.teacher) else args.teacher.split(",")[0].strip()
-    return name, AutoConfig.from_pretrained(name, **_where(args.teacher_init_kwargs))
+    try:
+        return name, AutoConfig.from_pretrained(name, **_where(args.teacher_init_kwargs))
+    except (OSError, ValueError) as error:
+        raise TeacherError(
+            f"The teacher {name} has no config that can be read: {error} Name a folder that is there, or an id on the Hub."
+        ) from error
 
 
 def _where(init_kwargs: Any) -> dict[str, Any]:
@@ -196,7 +208,12 @@ def _student(task: Task, models: ModelOptions, labels: Sequence[str] | None) -> 
     if labels is not None:
         names = dict(enumerate(labels))
         given |= {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
-    return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(models.model_name_or_path, **given)
+    try:
+        return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(models.model_name_or_path, **given)
+    except (TypeError, AttributeError) as error:  # a keyword that from_pretrained does not know, or a dtype that is none
+        raise OptionError(
+            f"{models.model_name_or_path} does not load with model_init_kwargs={models.model_init_kwargs}: {error}"
+        ) from error
 
 
 def _processing_class(task: Task, models: ModelOptions, args: DistillationArguments, source: str | None) -> Any:

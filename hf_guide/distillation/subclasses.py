@@ -30,7 +30,7 @@ class SubclassSource(Protocol):
     """Whether the batch has them already."""
 
     def bind(self, config: Any, temperature: float, teacher: Any) -> None:
-        """Refuse a student, a temperature or a teacher that they are not for; called once, before training."""
+        """Refuse a student, a temperature or a teacher that they are not for; called before every run."""
 
     def targets_of(self, embedding: Tensor, logits: Tensor, subclass_labels: Tensor | None = None) -> Tensor:
         """Return the probabilities (items, C * S) for a teacher's embeddings (items, D) and logits (items, C)."""

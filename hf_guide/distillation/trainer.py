@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -15,21 +16,23 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_guide.capture.reading import Capture, CapturedCollator
 from hf_guide.cards import save_record
 from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.batches import BatchReader
 from hf_guide.distillation.dividing import divides_by_items
-from hf_guide.distillation.given import adapted, check_arguments, source_of
+from hf_guide.distillation.given import adapted, check_adapter, check_arguments, check_student, source_of
 from hf_guide.distillation.heads import Head
-from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Batch, Learned, Learning
+from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Learned
 from hf_guide.distillation.making import find_head_everywhere, is_sharded, make_learning
-from hf_guide.distillation.objectives import TASK_LOSS, Needs, check_classes, check_task
-from hf_guide.distillation.playback import CapturedTeacher, captured_teacher, refuse_missing, split_signals
-from hf_guide.distillation.projections import SynchronizeProjections
+from hf_guide.distillation.objectives import TASK_LOSS, check_objective
+from hf_guide.distillation.opening import make_teachers
+from hf_guide.distillation.playback import CapturedTeacher, captured_teacher
+from hf_guide.distillation.projections import SynchronizeProjections, check_learns
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
-from hf_guide.distillation.subclasses import FINER, TARGETS, SubclassTargets, make_targets
+from hf_guide.distillation.subclasses import make_targets
 from hf_guide.distillation.tally import Tally
-from hf_guide.distillation.tasks import IGNORED, add_decoder_inputs, columns_read, item_labels, target_mask, task_of
-from hf_guide.distillation.teachers import LiveTeacher, Signals, make_teachers, refuse_not_finite
-from hf_guide.errors import OptionError, TaskError
+from hf_guide.distillation.tasks import task_of
+from hf_guide.distillation.teachers import LiveTeacher, refuse_not_finite
+from hf_guide.errors import OptionError
 from hf_guide.hub import write_model_card
 from hf_guide.provenance import fetch_card, publish_report
 from hf_guide.saving import attach_record
@@ -84,6 +87,7 @@ class DistillationTrainer(Trainer):
     ):
         args = DistillationArguments("tmp_trainer") if args is None else args
         check_arguments(args)
+        check_student(model)
         source = source_of(teacher, args)
         if model is None and model_init is None and args.student is not None:
             model = dict(args.student)  # type: ignore[arg-type]  # parsed by now
@@ -94,11 +98,9 @@ class DistillationTrainer(Trainer):
         if peft_config is not None:
             student, model_init = adapted(student, model_init, peft_config)
         self._unwrapped: tuple[Any, Any] | None = None
-        self.learning: Learning | None = None
         self._train_tally, self._eval_tally = Tally(), Tally()
         self._whole_logits = self._predicting = False
-        self._subclasses = SubclassTargets()
-        self._divides: bool | None = None
+        self._pushed_to = {"token": args.hub_token, "revision": args.hub_revision}
         super().__init__(
             model=student,
             args=args,
@@ -117,8 +119,8 @@ class DistillationTrainer(Trainer):
         self.args: DistillationArguments
         student = self._bare(self.model)
         self.task = task_of(student)
-        check_task(args.weights, self.task)
-        check_classes(args.weights, student.config)
+        check_objective(args.weights, self.task, student.config)
+        check_adapter(student, self.task)
         self.teachers: list[LiveTeacher | CapturedTeacher] = []
         if isinstance(source, Capture):
             self.teachers = [captured_teacher(source, student, self.task, processing_class)]
@@ -134,18 +136,7 @@ class DistillationTrainer(Trainer):
                 processing_class=processing_class,
                 accelerator=self.accelerator,
             )
-        self.learning = make_learning(
-            student, self.task, self.teachers, args, self.accelerator, head=self._find_head(student)
-        )
-        self._subclasses = make_targets(
-            student.config,
-            self.data_collator,
-            args.temperature,
-            [self._to_compare(each) for each in self.teachers],
-            learned=self.learning.learns_subclasses,
-        )
-        if self.learning.projections is not None:
-            self.add_callback(SynchronizeProjections(self.learning.projections, self.accelerator))
+        self._begin()
 
     # The student and what it learns
 
@@ -165,19 +156,57 @@ class DistillationTrainer(Trainer):
         whole = self.compute_loss_func is not None or self.label_smoother is not None or self.args.torch_compile
         return None if whole else find_head_everywhere(student, self.task, self.accelerator)
 
-    def call_model_init(self, trial: Any = None) -> Any:
-        """Make the student anew, and find its head again."""
-        model = super().call_model_init(trial)
-        if self.learning is not None:
-            self.learning.head = self._find_head(model)
-        return model
+    def _begin(self) -> None:
+        """Settle what this student learns by these arguments: at first, and anew for each student and each trial."""
+        student = self._bare(self.model)
+        self._divides: bool | None = None
+        self.learning = make_learning(
+            student, self.task, self.teachers, self.args, self.accelerator, head=self._find_head(student)
+        )
+        self._subclasses = make_targets(
+            student.config,
+            self.data_collator,
+            self.args.temperature,
+            [self._to_compare(each) for each in self.teachers],
+            learned=self.learning.learns_subclasses,
+        )
+        self._reader = BatchReader(
+            student,
+            self.task,
+            self.teachers,
+            self.learning,
+            self.accelerator,
+            self._subclasses,
+            tuple(self.label_names),
+        )
+        self.remove_callback(SynchronizeProjections)
+        if self.learning.projections is not None:
+            self.add_callback(SynchronizeProjections(self.learning.projections, self.accelerator))
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Take a trial's arguments as `Trainer` does; what `model_init` just made then begins with them."""
+        super()._hp_search_setup(trial)
+        if self.model_init is None:
+            return
+        self.args.check_options()
+        check_objective(self.args.weights, self.task, self._bare(self.model).config)
+        if isinstance(self.data_collator, CapturedCollator):
+            self.data_collator = self.data_collator.at(self.args.temperature)
+        self._begin()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer as `Trainer` does; it also learns the maps between widths, where there are any."""
+        """Make the optimizer as `Trainer` does; it also learns the maps between widths, where there are any.
+
+        Raises:
+            OptionError: one was passed that does not have them.
+        """
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if fresh and self.learning is not None and self.learning.projections is not None:
-            optimizer.add_param_group({"params": list(self.learning.projections.parameters()), "weight_decay": 0.0})
+        if self.learning.projections is not None:
+            maps = list(self.learning.projections.parameters())
+            if fresh:
+                optimizer.add_param_group({"params": maps, "weight_decay": 0.0})
+            check_learns(optimizer, maps)
         return optimizer
 
     # Batches
@@ -187,87 +216,17 @@ class DistillationTrainer(Trainer):
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh and self._signature_columns is not None:
-            for name in self._not_the_students():
-                self._signature_columns.append(name)
-
-    def _not_the_students(self) -> set[str]:
-        """Return the columns that only teachers read, and those that are targets."""
-        live = (each.bare for each in self.teachers if isinstance(each, LiveTeacher))
-        return {TARGETS, FINER}.union(*map(columns_read, live)) - columns_read(self._bare(self.model))
-
-    def _target_mask(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
-        """Return which places are items: where subclasses are learned, examples without a label, too."""
-        unlabelled = training and self._subclasses.learned
-        given = {name: value for name, value in inputs.items() if name != "labels"} if unlabelled else inputs
-        return target_mask(self.task, given)
+            self._signature_columns += self._reader.columns_of_others
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""
         if self.compute_loss_func is not None or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
-        masks = [self._target_mask(batch, training=not self._predicting) for batch in batch_samples]
+        masks = [self._reader.target_mask(batch, training=not self._predicting) for batch in batch_samples]
         items = sum(mask.sum() for mask in masks).to(device)  # type: ignore[union-attr]
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
         return items / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
-
-    def _real_examples(self, size: int) -> int:
-        """Return how many of this process's `size` examples the dataloader did not add to fill the last batches up."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.in_dataloader or not state.end_of_dataloader:
-            return size
-        if state.remainder <= 0:
-            return size
-        return max(0, min(size, state.remainder - self.accelerator.process_index * size))
-
-    def _without_filler(self, inputs: dict[str, Any], mask: Tensor) -> dict[str, Any]:
-        """Return `inputs` with no label where the dataloader filled the last batch up; `mask` is changed in place."""
-        real = self._real_examples(len(mask))
-        if real == len(mask):
-            return inputs
-        mask[real:] = False
-        found = dict(inputs)
-        for name in ("labels", "shift_labels"):
-            if isinstance(found.get(name), Tensor) and not found[name].is_floating_point():
-                found[name] = found[name].clone()
-                found[name][real:] = IGNORED
-        return found
-
-    def _batch(self, inputs: Mapping[str, Any], *, training: bool) -> Batch:
-        """Return a batch with what its teachers say of it."""
-        assert self.learning is not None
-        own, captured = split_signals(inputs)
-        own = add_decoder_inputs(self._bare(self.model), self.task, own)
-        mask = self._target_mask(own, training=training)
-        if not training:
-            own = self._without_filler(own, mask)
-        if TASK_LOSS in self.learning.weights and not any(own.get(name) is not None for name in self.label_names):
-            raise TaskError(
-                f"The objective has the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
-                f"{sorted(own)}. Give the dataset labels, or leave 'ce' out."
-            )
-        learned = self.learning.needs | self._subclasses.needs(own)
-        needs = learned if training else learned | {Needs.LOGITS}
-        layers = self.learning.layers.values()
-        signals: list[Signals] = []
-        for teacher in self.teachers if needs else ():
-            if isinstance(teacher, CapturedTeacher):
-                said = teacher.listen(captured, mask, learned, layers)
-                if said is None and training:
-                    raise refuse_missing(teacher.capture)
-                signals += [] if said is None else [said]
-            else:
-                signals.append(teacher.listen(own, mask, needs, layers, max_logits=self.args.max_logits))
-        orders = [teacher.order for teacher in self.teachers]
-        subclasses = self._subclasses.of_batch(own, mask, signals, orders, training=training)
-        for name in self._not_the_students():
-            own.pop(name, None)
-        return Batch(own, mask, item_labels(self.task, own, mask), signals, subclasses)
-
-    def _is_untaught(self, batch: Batch) -> bool:
-        assert self.learning is not None
-        missing = self.learning.learns_subclasses and batch.subclasses is None
-        return missing or bool(self.learning.needs and not batch.signals)
 
     # Losses
 
@@ -279,10 +238,11 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the weighted sum of the objective's terms, each its mean over the items of the accumulated batch."""
-        assert self.learning is not None
         training = model.training
-        batch = self._batch(inputs, training=training)
-        if not training and self._real_examples(len(batch.mask)) < len(batch.mask):
+        if isinstance(self.data_collator, CapturedCollator):
+            self.data_collator.check_temperature(self.args.temperature)
+        batch = self._reader.read(inputs, training=training)
+        if batch.has_filler:
             num_items_in_batch = None  # it counts what the dataloader only filled the last batches up with
         here = batch.mask.sum()
         items = here.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -302,7 +262,7 @@ class DistillationTrainer(Trainer):
                 whole_logits=self._whole_logits,
             )
             total = learned.total
-            if not training and self._is_untaught(batch) and TASK_LOSS in learned.sums:
+            if not training and self._reader.is_untaught(batch) and TASK_LOSS in learned.sums:
                 total = learned.sums[TASK_LOSS]  # nothing was captured of what is evaluated: the task is what is left
             loss = total / items * self._scale(told)
         refuse_not_finite(loss, batch.inputs, batch.mask, batch.signals, self.state.global_step)
@@ -361,8 +321,7 @@ class DistillationTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Predict as `Trainer` does; without labels there is no loss, and no teacher is asked."""
         if not all(inputs.get(name) is not None for name in self.label_names):
-            alone = self._not_the_students()
-            inputs = {name: value for name, value in split_signals(inputs)[0].items() if name not in alone}
+            inputs = self._reader.inputs_of_student(inputs)
             model = self._subclasses.in_classes(model)
         self._whole_logits, self._predicting = not prediction_loss_only, True
         try:
@@ -404,14 +363,29 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
-        if self.args.should_save and self.learning is not None and self.learning.projections is not None:
+        if self.args.should_save and self.args.push_to_hub:
+            publish_report(folder)
+        if self.args.should_save and self.learning.projections is not None:
             if folder.name.startswith("checkpoint-"):  # what resumes needs them; what is published does not
                 self.learning.projections.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.learning is not None and self.learning.projections is not None:
+        if self.learning.projections is not None:
             self.learning.projections.load(Path(resume_from_checkpoint))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Push as `Trainer` does; the card that is kept is that of the revision that is pushed to."""
+        self._pushed_to = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+        return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
 
     def create_model_card(
         self,
@@ -435,7 +409,7 @@ class DistillationTrainer(Trainer):
             return
         folder = Path(self.args.output_dir or "")
         if self.hub_model_id is not None:
-            fetch_card(self.hub_model_id, folder, token=self.args.hub_token)
+            fetch_card(self.hub_model_id, folder, **self._pushed_to)
         publish_report(folder)
         names = _list(dataset) or _list(dataset_args)
         record = make_record(self, datasets=_list(dataset_tags), evaluated_on=names, languages=_list(language))

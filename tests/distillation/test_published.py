@@ -31,6 +31,7 @@ TRAIN = """
     args = arguments(
         folder / "run", objective={"ce": 0.5, "kd": 0.5}, max_steps=4, learning_rate=0.1, push_to_hub=True,
         hub_model_id="me/student", hub_private_repo=True, hub_token="hf_none",
+        hub_strategy="checkpoint",
         save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
     )
     trainer = DistillationTrainer(
@@ -75,7 +76,8 @@ def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: P
         "initialization_report.json",
         "distillation.json",
     } <= files
-    pickles = {name for name in files if name.endswith((".bin", ".pt", ".pkl"))}
+    assert "last-checkpoint/optimizer.pt" in files
+    pickles = {name for name in files if name.endswith((".bin", ".pt", ".pkl")) and "last-checkpoint" not in name}
     assert pickles <= {"training_args.bin"}, "that one is Transformers' own"
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     found = run_python(LOAD, pushed, json.dumps(examples_for("causal-lm", 6, seed=4)))
@@ -88,5 +90,7 @@ def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: P
         and f"{metrics['eval_teacher_perplexity']:.4g}"[:4] in card.text
     )
     assert str(tmp_path) not in card.text + (pushed / "distillation.json").read_text()
+    reports = [pushed / folder / "initialization_report.json" for folder in (".", "last-checkpoint")]
+    assert not any(str(tmp_path) in report.read_text() for report in reports)
     record = json.loads((pushed / "distillation.json").read_text())
     assert record["objective"] == {"ce": 0.5, "kd": 0.5} and record["steps"] == 4 and len(record["history"]) == 3

@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.cards import load_record
 from hf_guide.errors import OptionError
 from tests.distillation.small import TASKS, collate, copy_of, examples_for, llama, model_for
 
@@ -154,6 +155,26 @@ def test_terms_are_logged_raw_and_weighted_and_evaluation_reports_the_task(tmp_p
     assert metrics["eval_ce"] == pytest.approx(nats / count, rel=1e-5)
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(nats / count), rel=1e-4)
     assert metrics["eval_teacher_agreement"] == pytest.approx(same / count)
+
+
+def test_a_card_tells_what_was_measured_on_each_of_several_datasets(tmp_path: Path) -> None:
+    trainer = DistillationTrainer(
+        llama(1),
+        arguments(tmp_path, objective="kd", max_steps=2, learning_rate=0.05, eval_strategy="steps", eval_steps=1),
+        collate,
+        examples_for("causal-lm"),
+        eval_dataset={"near": examples_for("causal-lm", 4, seed=5), "far": examples_for("causal-lm", 6, seed=6)},
+        teacher=llama(2),
+    )
+    trainer.train()
+    trainer.create_model_card()
+    record, last = load_record(tmp_path), trainer.state.log_history
+    assert len(record.history) == 2
+    for name in ("near", "far"):
+        (measured,) = [entry for entry in last if f"eval_{name}_ce" in entry and entry["step"] == 2]
+        assert record.metrics[f"eval_{name}_perplexity"] == measured[f"eval_{name}_perplexity"]
+        assert record.teacher_metrics[f"eval_{name}_ce"] == measured[f"eval_{name}_teacher_ce"]
+    assert "near_perplexity" in (tmp_path / "README.md").read_text()
 
 
 def test_metrics_see_the_logits_alone(tmp_path: Path) -> None:

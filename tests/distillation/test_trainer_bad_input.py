@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,23 @@ def several_labels(folder: Path) -> Any:
     return DistillationTrainer(student, arguments(folder, objective="kd"), collate, teacher=copy.deepcopy(student))
 
 
+def named(folder: Path) -> Any:
+    return DistillationTrainer("some/student", arguments(folder), collate, teacher=llama(2))  # type: ignore[arg-type]
+
+
+def two_classes(folder: Path) -> Any:
+    student = model_for("sequence-classification", 1)
+    student.config.num_labels = 2
+    return DistillationTrainer(student, arguments(folder, objective="dkd"), collate, teacher=copy.deepcopy(student))
+
+
+def virtual_tokens(folder: Path) -> Any:
+    from peft import PromptTuningConfig
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return DistillationTrainer(llama(1), arguments(folder), collate, teacher=llama(2), peft_config=config)
+
+
 def renamed(names: list[str]) -> Any:
     model = model_for("sequence-classification", 2)
     model.config.id2label = dict(enumerate(names))
@@ -74,6 +92,9 @@ def renamed(names: list[str]) -> Any:
 REFUSED: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
     (lonely, OptionError, ["kd need a teacher"]),
     (itself, OptionError, ["the student itself", "copy.deepcopy"]),
+    (named, OptionError, ["'some/student'", "AutoModelFor"]),
+    (two_classes, TaskError, ["'dkd'", "has 2", "'kd'"]),
+    (virtual_tokens, OptionError, ["PROMPT_TUNING", "virtual tokens", "LORA"]),
     (given("causal-lm", lambda: model_for("masked-lm", 2)), TaskError, ["masked-lm", "causal-lm"]),
     (
         given("sequence-classification", lambda: model_for("image-classification", 2)),
@@ -96,6 +117,7 @@ REFUSED: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
 @pytest.mark.parametrize(("make", "error", "words"), REFUSED)
 def test_trainers_that_cannot_be(
     make: Callable[[Path], Any], error: type[HfGuideError], words: list[str], tmp_path: Path
@@ -147,6 +169,75 @@ def test_a_teacher_that_says_nan_is_named_with_the_example_and_the_step(tmp_path
     )
     with pytest.raises(TeacherError, match=r"NaN or infinity of \d+ of 8 examples at step 0.*begins with the tokens"):
         trainer.train()
+
+
+@pytest.mark.parametrize("said", [math.nan, math.inf])
+def test_a_classifier_that_says_nan_or_infinity_is_refused(said: float, tmp_path: Path) -> None:
+    task = "sequence-classification"
+    teacher = model_for(task, 2)
+
+    def spoil(_: Any, __: Any, outputs: Any) -> None:
+        outputs.logits[1, 2] = said
+
+    teacher.register_forward_hook(spoil)
+    trainer = DistillationTrainer(
+        model_for(task, 1), arguments(tmp_path, objective="kd"), collate, examples_for(task), teacher=teacher
+    )
+    with pytest.raises(TeacherError, match="of 1 of 8 examples at step 0: the first is number 1"):
+        trainer.train()
+
+
+def test_a_teacher_may_rule_classes_out(tmp_path: Path) -> None:
+    teacher = model_for("sequence-classification", 2)
+    with torch.no_grad():
+        teacher.classifier.bias[2] = -math.inf
+    trainer = DistillationTrainer(
+        model_for("sequence-classification", 1),
+        arguments(tmp_path, objective="kd"),
+        collate,
+        examples_for("sequence-classification"),
+        teacher=teacher,
+    )
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["kd"])
+
+
+def test_maps_that_the_users_optimizer_does_not_have_are_asked_for(tmp_path: Path) -> None:
+    def begun() -> tuple[DistillationTrainer, torch.optim.Optimizer]:
+        student = llama(1)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        trainer = DistillationTrainer(
+            student,
+            arguments(tmp_path, objective="hidden"),
+            collate,
+            examples_for("causal-lm"),
+            teacher=llama(2, width=48),
+            optimizers=(optimizer, None),
+        )
+        return trainer, optimizer
+
+    trainer, _ = begun()
+    with pytest.raises(OptionError, match="trainer.learning.projections.parameters"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer, optimizer = begun()
+    maps = trainer.learning.projections
+    before = [value.clone() for value in maps.parameters()]
+    optimizer.add_param_group({"params": list(maps.parameters())})
+    trainer.train()
+    assert all(not torch.equal(old, new) for old, new in zip(before, maps.parameters(), strict=True))
+
+
+def test_arguments_keep_secrets_from_those_who_print_and_report_them(tmp_path: Path) -> None:
+    args = arguments(
+        tmp_path,
+        hub_token="hf_mine",
+        teacher_init_kwargs={"token": "hf_theirs", "dtype": torch.bfloat16},
+        student={"hidden_size": 16, "token": "hf_theirs"},
+    )
+    for told in (str(args), repr(args), args.to_json_string(), str(args.to_sanitized_dict())):
+        assert "hf_mine" not in told and "hf_theirs" not in told and "bfloat16" in told
+    assert args.teacher_init_kwargs == {"token": "hf_theirs", "dtype": torch.bfloat16}
 
 
 def test_a_batch_without_labels_is_refused_where_the_task_loss_is_wanted(tmp_path: Path) -> None:

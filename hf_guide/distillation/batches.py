@@ -1,0 +1,128 @@
+"""A batch of the dataloader made what a student learns from: its items, their labels, and what the teachers say of it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_guide.distillation.learning import Batch, Learning
+from hf_guide.distillation.objectives import TASK_LOSS, Needs
+from hf_guide.distillation.playback import CapturedTeacher, refuse_missing, split_signals
+from hf_guide.distillation.subclasses import FINER, TARGETS, SubclassTargets
+from hf_guide.distillation.tasks import IGNORED, Task, add_decoder_inputs, columns_read, item_labels, target_mask
+from hf_guide.distillation.teachers import LiveTeacher, Signals
+from hf_guide.errors import TaskError
+
+
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads batches for one student.
+
+    Attributes:
+        student: without what wraps it.
+        learning: what it learns, and so what teachers are listened to for.
+        accelerator: knows which of the last examples its dataloader only filled up with.
+        subclasses: where probabilities of subclasses come from.
+        label_names: the names that labels have in a batch.
+    """
+
+    student: Any
+    task: Task
+    teachers: Sequence[LiveTeacher | CapturedTeacher]
+    learning: Learning
+    accelerator: Accelerator
+    subclasses: SubclassTargets
+    label_names: Collection[str]
+
+    @property
+    def columns_of_others(self) -> set[str]:
+        """The columns that only teachers read, and those that are targets."""
+        live = (each.bare for each in self.teachers if isinstance(each, LiveTeacher))
+        return {TARGETS, FINER}.union(*map(columns_read, live)) - columns_read(self.student)
+
+    def inputs_of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what of a batch the student itself is fed."""
+        others = self.columns_of_others
+        return {name: value for name, value in split_signals(inputs)[0].items() if name not in others}
+
+    def target_mask(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
+        """Return which places are items: where subclasses are learned, examples without a label, too."""
+        unlabelled = training and self.subclasses.learned
+        given = {name: value for name, value in inputs.items() if name != "labels"} if unlabelled else inputs
+        return target_mask(self.task, given)
+
+    def read(self, inputs: Mapping[str, Any], *, training: bool) -> Batch:
+        """Return a batch with what its teachers say of it.
+
+        Args:
+            inputs: what the collator made.
+            training: the objective alone is listened for; otherwise whatever evaluation reports, too.
+
+        Raises:
+            TaskError: the objective has the task loss, and the batch no labels.
+            CaptureError: a batch to train on was not captured.
+            TeacherError: what a teacher says cannot be had.
+        """
+        own, captured = split_signals(inputs)
+        own = add_decoder_inputs(self.student, self.task, own)
+        mask = self.target_mask(own, training=training)
+        real = len(mask) if training else _real_examples(self.accelerator, len(mask))
+        if real < len(mask):
+            own = _without_filler(own, mask, real)
+        if TASK_LOSS in self.learning.weights and not any(own.get(name) is not None for name in self.label_names):
+            raise TaskError(
+                f"The objective has the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
+                f"{sorted(own)}. Give the dataset labels, or leave 'ce' out."
+            )
+        signals = self._listen(own, captured, mask, training=training)
+        orders = [teacher.order for teacher in self.teachers]
+        subclasses = self.subclasses.of_batch(own, mask, signals, orders, training=training)
+        for name in self.columns_of_others:
+            own.pop(name, None)
+        return Batch(own, mask, item_labels(self.task, own, mask), signals, subclasses, real < len(mask))
+
+    def _listen(
+        self, own: Mapping[str, Any], captured: Mapping[str, Any], mask: Tensor, *, training: bool
+    ) -> list[Signals]:
+        args = self.learning.args
+        learned = self.learning.needs | self.subclasses.needs(own)
+        needs = learned if training else learned | {Needs.LOGITS}
+        layers = self.learning.layers.values()
+        signals: list[Signals] = []
+        for teacher in self.teachers if needs else ():
+            if isinstance(teacher, CapturedTeacher):
+                said = teacher.listen(captured, mask, learned, layers)
+                if said is None and training:
+                    raise refuse_missing(teacher.capture)
+                signals += [] if said is None else [said]
+            else:
+                signals.append(teacher.listen(own, mask, needs, layers, max_logits=args.max_logits))
+        return signals
+
+    def is_untaught(self, batch: Batch) -> bool:
+        """Return whether nothing was captured of a batch that teachers should speak of."""
+        missing = self.learning.learns_subclasses and batch.subclasses is None
+        return missing or bool(self.learning.needs and not batch.signals)
+
+
+def _real_examples(accelerator: Accelerator, size: int) -> int:
+    """Return how many of this process's `size` examples the dataloader did not add to fill the last batches up."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.in_dataloader or not state.end_of_dataloader:
+        return size
+    if state.remainder <= 0:
+        return size
+    return max(0, min(size, state.remainder - accelerator.process_index * size))
+
+
+def _without_filler(inputs: dict[str, Any], mask: Tensor, real: int) -> dict[str, Any]:
+    """Return `inputs` with no label after the first `real` examples; `mask` is changed in place."""
+    mask[real:] = False
+    found = dict(inputs)
+    for name in ("labels", "shift_labels"):
+        if isinstance(found.get(name), Tensor) and not found[name].is_floating_point():
+            found[name] = found[name].clone()
+            found[name][real:] = IGNORED
+    return found
