@@ -1,8 +1,10 @@
 """Everything that a distillation can be told: `TrainingArguments`, and what teacher and objective need."""
 
+import contextlib
 import copy
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -149,6 +151,20 @@ class DistillationArguments(TrainingArguments):
     def weights(self) -> dict[str, float]:
         """The objective as weights by term."""
         return parse_objective(self.objective)
+
+
+@contextlib.contextmanager
+def tokens_hidden(args: DistillationArguments) -> Iterator[None]:
+    """Take the tokens of teacher and student away for a while: `Trainer` pickles its arguments, and pushes that file."""
+    had = {name: getattr(args, name) for name in ("teacher_init_kwargs", "student")}
+    for name, given in had.items():
+        if given is not None:
+            setattr(args, name, {key: value for key, value in given.items() if key != "token"})
+    try:
+        yield
+    finally:
+        for name, given in had.items():
+            setattr(args, name, given)
 
 
 def _choice(kinds: type[Enum], value: Any, option: str) -> str:

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_guide.capture.reading import Capture, CapturedCollator
 from hf_guide.cards import save_record
-from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.arguments import DistillationArguments, tokens_hidden
 from hf_guide.distillation.batches import BatchReader
 from hf_guide.distillation.dividing import divides_by_items
 from hf_guide.distillation.given import adapted, check_adapter, check_arguments, check_student, source_of
@@ -361,13 +361,18 @@ class DistillationTrainer(Trainer):
     # Files
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with tokens_hidden(self.args):
+            super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
         if self.args.should_save and self.args.push_to_hub:
             publish_report(folder)
         if self.args.should_save and self.learning.projections is not None:
             if folder.name.startswith("checkpoint-"):  # what resumes needs them; what is published does not
                 self.learning.projections.save(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        with tokens_hidden(self.args):
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

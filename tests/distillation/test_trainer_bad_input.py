@@ -240,6 +240,17 @@ def test_arguments_keep_secrets_from_those_who_print_and_report_them(tmp_path: P
     assert args.teacher_init_kwargs == {"token": "hf_theirs", "dtype": torch.bfloat16}
 
 
+def test_what_trainer_pickles_has_no_token_of_the_teacher(tmp_path: Path) -> None:
+    llama(1).save_pretrained(tmp_path / "teacher")
+    args = arguments(tmp_path / "run", objective="kd", teacher_init_kwargs={"token": "hf_secret"})
+    trainer = DistillationTrainer(
+        llama(1), args, collate, examples_for("causal-lm"), teacher=str(tmp_path / "teacher")
+    )
+    trainer.save_model(str(tmp_path / "student"))
+    assert b"hf_secret" not in (tmp_path / "student" / "training_args.bin").read_bytes()
+    assert trainer.args.teacher_init_kwargs == {"token": "hf_secret"}, "the run itself keeps it"
+
+
 def test_a_batch_without_labels_is_refused_where_the_task_loss_is_wanted(tmp_path: Path) -> None:
     unlabelled = [
         {name: value for name, value in example.items() if name != "labels"} for example in examples_for("causal-lm")
