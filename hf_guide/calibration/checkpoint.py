@@ -22,8 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import hf_guide
 from hf_guide.calibration.batches import Batch
-from hf_guide.distillation.fingerprints import config_facts, weights_fingerprint
 from hf_guide.errors import OptionError
+from hf_guide.fingerprints import config_facts, weights_fingerprint
 from hf_guide.folders import partial_path, publish, remove_partials
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.weights import Teacher

@@ -18,14 +18,14 @@ from hf_guide.capture.decoding import PREFIX, CapturedExample, decode
 from hf_guide.capture.keys import example_keys, token_places
 from hf_guide.capture.manifest import CaptureManifest
 from hf_guide.capture.storage import INDEX_NAME, Arrays, KeyIndex, Shard, shard_name
-from hf_guide.distillation.fingerprints import (
+from hf_guide.distillation.tasks import Task
+from hf_guide.errors import CaptureError, OptionError
+from hf_guide.fingerprints import (
     config_facts,
     files_fingerprint,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from hf_guide.distillation.tasks import Task
-from hf_guide.errors import CaptureError, OptionError
 
 MOST_OPEN_SHARDS = 128  # each holds a file descriptor
 

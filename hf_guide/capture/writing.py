@@ -23,9 +23,9 @@ from hf_guide.capture.reading import Capture
 from hf_guide.capture.run import Run
 from hf_guide.capture.signals import Listener, read_signals, resolve_layers
 from hf_guide.capture.teachers import load_teacher
-from hf_guide.distillation.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from hf_guide.distillation.tasks import Task, task_of, without_adapter
 from hf_guide.errors import CaptureError, OptionError
+from hf_guide.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
 
 
 def capture_teacher(

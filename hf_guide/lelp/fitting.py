@@ -20,9 +20,9 @@ from hf_guide.capture.signals import Listener
 from hf_guide.capture.teachers import load_teacher
 from hf_guide.capture.writing import capture_teacher, processes
 from hf_guide.distillation.embeddings import find_classifier, set_classifier
-from hf_guide.distillation.fingerprints import weights_fingerprint
 from hf_guide.distillation.tasks import task_of, without_adapter
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, SubclassError
+from hf_guide.fingerprints import weights_fingerprint
 from hf_guide.lelp.gathering import Gathering
 from hf_guide.lelp.projector import SubclassProjector, as_weight, check_options, check_shape
 from hf_guide.lelp.reading import (

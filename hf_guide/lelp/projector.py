@@ -19,8 +19,8 @@ from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
 from hf_guide.capture.reading import Capture
-from hf_guide.distillation.fingerprints import weights_fingerprint
 from hf_guide.errors import OptionError, SubclassError
+from hf_guide.fingerprints import weights_fingerprint
 from hf_guide.lelp.gathering import Gathering, as_tensor, check_whole, chunks
 from hf_guide.lelp.moments import refuse_not_finite
 from hf_guide.lelp.projector_files import read_projector, write_projector

@@ -32,10 +32,10 @@ from hf_guide.capture.storage import (
 )
 from hf_guide.capture.teachers import load_teacher
 from hf_guide.capture.writing import check_folder, processes
-from hf_guide.distillation.fingerprints import tokenizer_fingerprint
 from hf_guide.distillation.subclasses import FINER
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import CaptureError, OptionError, SubclassError
+from hf_guide.fingerprints import tokenizer_fingerprint
 from hf_guide.folders import remove_partials
 from hf_guide.lelp.projector import SubclassProjector
 

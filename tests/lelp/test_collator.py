@@ -43,7 +43,7 @@ def heard(teacher: PreTrainedModel, examples: list[dict[str, Any]]) -> tuple[Ten
 
 
 def projector_of(teacher: PreTrainedModel, examples: list[dict[str, Any]], **options: Any) -> SubclassProjector:
-    from hf_guide.distillation.fingerprints import weights_fingerprint
+    from hf_guide.fingerprints import weights_fingerprint
 
     embeddings, logits = heard(teacher, examples)
     labels = torch.arange(len(examples)) % CLASSES
