@@ -17,10 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-import numpy
-import sklearn
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from hf_guide.initialization.basis import ROWS_AT_ONCE, ResidualBasis, fit_basis, second_moment
@@ -57,7 +54,7 @@ def matmul_seconds(rows: int, width: int) -> float:
     """What 2 V d^2 cost as plain float64 products of the chunk's shape, at the rate measured now."""
     chunk = torch.randn(ROWS_AT_ONCE, width, dtype=torch.float64)
     out = torch.zeros(width, width, dtype=torch.float64)
-    repeats = 5
+    repeats = max(5, round(2e10 / (2 * ROWS_AT_ONCE * width**2)))  # clocks of processor time may be coarse
     _, seconds = timed(lambda: [out.addmm_(chunk.T, chunk) for _ in range(repeats)])
     return seconds / repeats * rows / ROWS_AT_ONCE
 
@@ -82,6 +79,10 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    import numpy  # only here, as start_cost.py, which shares the tables and the products, does without
+    import sklearn
+    from sklearn.decomposition import PCA
+
     if args.cpu_time:
         global CLOCK
         CLOCK = time.process_time

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -62,37 +63,53 @@ def write_teacher(folder: Path, gigabytes: float) -> int:
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
-    in_block = {name.removeprefix("model.layers.0"): shape for name, shape in shapes.items() if ".layers.0." in name}
-    outside = {name: shape for name, shape in shapes.items() if ".layers.0." not in name}
-    block_bytes = 2 * sum(shape.numel() for shape in in_block.values())
-    outside_bytes = 2 * sum(shape.numel() for shape in outside.values())
+    block_bytes, outside_bytes = (2 * sum(map(torch.Size.numel, part.values())) for part in shapes_of(config))
     config.num_hidden_layers = int((gigabytes * 1e9 - outside_bytes) // block_bytes) + 1
+    return write_llama(folder, config)
 
+
+def shapes_of(config: LlamaConfig) -> tuple[dict[str, torch.Size], dict[str, torch.Size]]:
+    """The shapes of a Llama's stored tensors: of one block, by name within it, and of all outside the blocks."""
+    one = LlamaConfig.from_dict(config.to_dict() | {"num_hidden_layers": 1})
+    with torch.device("meta"):
+        model = LlamaForCausalLM(one)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    in_block = {name.removeprefix("model.layers.0"): shape for name, shape in shapes.items() if ".layers.0." in name}
+    tied = model.all_tied_weights_keys
+    return in_block, {n: shape for n, shape in shapes.items() if ".layers.0." not in n and n not in tied}
+
+
+def write_llama(folder: Path, config: LlamaConfig) -> int:
+    """Write a random bfloat16 Llama, a shard for each block and each other tensor; return its largest tensor's bytes."""
+    in_block, outside = shapes_of(config)
     generator = torch.Generator().manual_seed(0)
     shards = [
         {f"model.layers.{block}{name}": shape for name, shape in in_block.items()}
         for block in range(config.num_hidden_layers)
     ]
     shards += [{name: shape} for name, shape in outside.items()]
-    where = {}
+    where, total = {}, 0
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {key: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for key, shape in shard.items()}
+        tensors = {
+            key: torch.randn(shape, generator=generator, dtype=torch.bfloat16).mul_(0.02)
+            for key, shape in shard.items()
+        }
         save_file(tensors, folder / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(shard, name))
-    total = block_bytes * config.num_hidden_layers + outside_bytes
+        total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
-    return 2 * max(shape.numel() for shape in shapes.values())
+    return 2 * max(shape.numel() for shape in (in_block | outside).values())
 
 
 def in_fresh_process(code: str, *words: str) -> dict[str, float]:
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=here)
+    if done.returncode == -signal.SIGXCPU:
+        raise TimeoutError("The measured process used up the processor time that it had set itself.")
     if done.returncode:
         raise RuntimeError(f"The measured process failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
