@@ -128,7 +128,9 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "guide, later selected": by({"method": "guide", "later_blocks": "select"}),
     "guide, later random": by({"method": "guide", "later_blocks": "random"}),
     "calibrated": by({"method": "calibrated"}),
-    "calibrated, influential blocks": by({"method": "calibrated", "layers": "influence"}),
+    "calibrated, even blocks": by({"method": "calibrated", "layers": "even"}),
+    "guide, outer blocks": by({"method": "guide", "layers": "ends"}),
+    "uniform, outer blocks": by({"method": "uniform", "layers": "ends"}),
     "healed": healed,
 }
 SPENT = {"healed": 0.1}  # of the budget of tokens

@@ -10,13 +10,8 @@ from hf_guide.calibration.statistics import Statistics
 from hf_guide.initialization.axes import Axis, Name, Product, Projection, axis_names, contract, joined
 from hf_guide.initialization.choices import UnitChoice
 from hf_guide.initialization.plan import Plan, Site
-from hf_guide.initialization.selection import even_places
 
 Choice = dict[str, Tensor]
-
-SILENT = 1e-6
-"""A block that turns the stream by less than this share of what the strongest does writes nothing."""
-
 
 def influential_blocks(turned: Tensor, count: int) -> list[int]:
     """Return the `count` blocks that turn the residual stream most, in order; of equals the first.
@@ -26,14 +21,6 @@ def influential_blocks(turned: Tensor, count: int) -> list[int]:
     """
     order = turned.argsort(descending=True, stable=True)
     return sorted(order[:count].tolist())
-
-
-def spread_blocks(turned: Tensor, count: int) -> list[int]:
-    """Return `count` blocks evenly spaced among those that turn the residual stream; the most influential of too few."""
-    live = (turned > SILENT * turned.max()).nonzero().flatten().tolist()
-    if len(live) < count:
-        return influential_blocks(turned, count)
-    return [live[place] for place in even_places(len(live), count)]
 
 
 def choose_units(plan: Plan, statistics: Statistics) -> tuple[dict[str, Choice], list[str]]:

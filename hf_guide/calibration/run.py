@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 from hf_guide.calibration.anatomy import Part, study, weight_of
 from hf_guide.calibration.batches import Batch, draw_batches
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint, describe_run
-from hf_guide.calibration.choosing import choose_units, influential_blocks, spread_blocks
+from hf_guide.calibration.choosing import choose_units, influential_blocks
 from hf_guide.calibration.experts import choose_experts, experts_to_choose, hear_experts
 from hf_guide.calibration.listening import listening_mode
 from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
@@ -117,18 +117,12 @@ def bring_to_life(opened: Teacher) -> PreTrainedModel:
 def chosen_layers(
     calibration: Calibration, options: InitializationConfig, stacks: Mapping[str, list[int]]
 ) -> InitializationConfig:
-    """Return the options with the blocks named that the teacher's influence chooses; `stacks` tell how many are wanted.
-
-    Left to us they are spread evenly over the blocks that do anything, for the repair lets each make up for those behind it
-    that are dropped, best where these are few; without a repair they are the most influential.
-    """
+    """Return the options with the blocks named that turn the teacher's stream most; `stacks` tell how many are wanted."""
     if options.layers not in (BlockChoice.AUTO, BlockChoice.INFLUENCE):
         return options
     turned = calibration.statistics.turned
-    absorbed = options.repair != Repair.NONE and options.absorb_blocks
-    choose = spread_blocks if options.layers == BlockChoice.AUTO and absorbed else influential_blocks
     layers = {
-        stack.removesuffix(".{block}"): choose(turned[stack], len(blocks))
+        stack.removesuffix(".{block}"): influential_blocks(turned[stack], len(blocks))
         for stack, blocks in stacks.items()
         if stack in turned
     }

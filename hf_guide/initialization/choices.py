@@ -44,6 +44,7 @@ class BlockChoice(StringEnum):
     AUTO = "auto"
     EVEN = "even"
     FIRST = "first"
+    ENDS = "ends"
     INFLUENCE = "influence"
 
 

@@ -49,10 +49,9 @@ class InitializationConfig:
     layers: "str | list[int] | dict[str, list[int]]" = field(
         default="auto",
         metadata={
-            "help": "Which teacher block feeds each student block: even, first, influence (those that turn the residual "
-            "stream most, for calibrated alone), a list of teacher block numbers, or a mapping from stack (such as "
-            "encoder.block) to a list. auto is even; for calibrated among those that do anything, and influence where "
-            "dropped blocks are not made up for."
+            "help": "Which teacher block feeds each student block: even, first, ends (the first and the last, the middle left "
+            "out), influence (those that turn the residual stream most, for calibrated alone), a list of numbers, "
+            "or a mapping from stack (such as encoder.block) to a list. auto is even; for calibrated it is influence."
         },
     )
     centered: bool = field(

@@ -25,7 +25,7 @@ def parse_layers(layers: Any) -> "str | list[int] | dict[str, list[int]]":
 def _block_numbers(blocks: Any, option: str) -> list[int]:
     expected = f"{option} is a list of teacher block numbers such as [0, 4, 9]"
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
-        raise OptionError(f"{expected}{', or even, or first' if option == 'layers' else ''}; found {blocks!r}.")
+        raise OptionError(f"{expected}{', or even, first or ends' if option == 'layers' else ''}; found {blocks!r}.")
     numbers = list(blocks)
     try:
         return [operator.index(number) for number in numbers]

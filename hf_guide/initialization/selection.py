@@ -52,6 +52,15 @@ def alibi_places(teacher: int, student: int) -> list[int]:
     return even_places(teacher, student)
 
 
+def outer_places(teacher: int, student: int) -> list[int]:
+    """Return the first and the last places of `teacher`, `student` in all, the middle left out.
+
+    Weight subcloning (arXiv 2312.09299), section 3.2: the blocks at both ends change the residual stream most.
+    """
+    first = (student + 1) // 2
+    return [*range(first), *range(teacher - student + first, teacher)]
+
+
 def choose_blocks(
     teacher: int, student: int, layers: "str | Sequence[int] | Mapping[str, Sequence[int]]", stack: str = ""
 ) -> list[int]:
@@ -83,4 +92,6 @@ def choose_blocks(
             "with layers=[...] which of the teacher's blocks feeds each."
         )
     # "influence" is made a list once the teacher was heard; until then a student's shape is checked with even places.
-    return list(range(student)) if layers == BlockChoice.FIRST.value else even_places(teacher, student)
+    if layers == BlockChoice.FIRST.value:
+        return list(range(student))
+    return outer_places(teacher, student) if layers == BlockChoice.ENDS.value else even_places(teacher, student)

@@ -64,10 +64,8 @@ def test_the_report_says_what_was_chosen(teacher: Any, tmp_path: Path) -> None:
     report.save(tmp_path)
     said = InitializationReport.load(tmp_path).calibration
     assert said["tokens"] == 288 and len(said["influence"]["layers"]) == 4
-    assert report.blocks == {"layers": [0, 2]} and report.options["layers"] == "auto"
     strongest = sorted(torch.tensor(said["influence"]["layers"]).topk(2).indices.tolist())
-    for how in ({"layers": "influence"}, {"absorb_blocks": False}, {"repair": "none"}):
-        assert student_of(teacher, **how).initialization_report.blocks == {"layers": strongest}
+    assert report.blocks == {"layers": strongest} and report.options["layers"] == "auto"
     assert len(said["units"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
     assert len(said["lost"]["layers"]) == 2 and said["logit_scale"] > 0
 
@@ -133,7 +131,7 @@ def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> 
         {"pooling": "energy"},
         {"heads": "even"},
         {"neurons": "even"},
-        {"layers": "influence"},
+        {"layers": "first"},
         {"repair": "writing"},
         {"repair": "none"},
         {"repair_inputs": "teacher"},
@@ -147,7 +145,7 @@ def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> 
     ids=str,
 )
 def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> None:
-    plain = {"method": "calibrated", "layers": [0, 2]} if "layers" not in change else {"method": "calibrated"}
+    plain = {"method": "calibrated", "layers": [0, 2]}
     plain |= {"repair": "none"} if set(change) & {"fit_table", "fit_gain"} else {}
     shape = SMALLER | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 6}
 
@@ -156,8 +154,7 @@ def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> N
 
     one, other = make(plain), make(plain | change)
     assert all(parameter.isfinite().all() for parameter in other.parameters())
-    if change != {"layers": "influence"} or one.initialization_report.blocks != other.initialization_report.blocks:
-        assert not same_bits(one, other)
+    assert not same_bits(one, other)
 
 
 @pytest.mark.parametrize(

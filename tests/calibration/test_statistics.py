@@ -6,7 +6,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hf_guide.calibration.anatomy import study
-from hf_guide.calibration.choosing import spread_blocks
 from hf_guide.calibration.statistics import Statistics, gather
 from hf_guide.initialization.layouts import registered_layouts
 from tests.tiny import KINDS
@@ -87,10 +86,3 @@ def test_nothing_stays_on_the_teacher(teacher: LlamaForCausalLM) -> None:
     assert teacher.training
     teacher.eval()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
-
-
-def test_blocks_are_spread_over_those_that_do_anything() -> None:
-    turned = torch.tensor([0.5, 0.0, 0.1, 1e-9, 0.2, 0.3], dtype=torch.float64)
-    assert spread_blocks(turned, 2) == [0, 4]
-    assert spread_blocks(turned, 4) == [0, 2, 4, 5]
-    assert spread_blocks(turned, 5) == [0, 2, 3, 4, 5]
