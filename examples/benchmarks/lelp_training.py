@@ -3,6 +3,7 @@
 Every arm is given the same batches in the same order, from the same start, for the same number of steps.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -302,14 +303,9 @@ def train(model: Classifier, batches: Batches, loss: Loss, *, steps: int, batch:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model.train()
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if len(order) < batch:
-            order = torch.cat([order, torch.randperm(len(batches), generator=generator)])
-        rows, order = order[:batch], order[batch:]
+    for rows in itertools.islice(batches.drawn(batch, seed), steps):
         value = loss(rows, *model(batches.take(rows)))
         optimizer.zero_grad()
         value.backward()
@@ -321,9 +317,10 @@ def train(model: Classifier, batches: Batches, loss: Loss, *, steps: int, batch:
 
 def accuracy(model: Classifier, batches: Batches) -> float:
     """Return the share of examples whose class is found, a class being the sum of its subclasses."""
-    found = []
-    with torch.no_grad():
-        for inputs in batches.in_order():
-            logits = model(inputs)[1]
-            found.append(logits.view(len(logits), batches.data.classes, -1).logsumexp(-1).argmax(-1))
-    return (torch.cat(found) == batches.data.labels).float().mean().item()
+
+    def classes(inputs: dict[str, Tensor]) -> tuple[Tensor]:
+        logits = model(inputs)[1]
+        return (logits.view(len(logits), batches.data.classes, -1).logsumexp(-1).argmax(-1),)
+
+    (found,) = batches.of_each(classes)
+    return (found == batches.data.labels).float().mean().item()
