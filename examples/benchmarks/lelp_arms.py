@@ -6,8 +6,9 @@
 
 Each run is one line of OUTPUT/runs.jsonl (or of --rows), written when it is done; killed at any moment, the same command
 goes on. Of each arm every setting is tried with the first `--tune-seeds` seeds, and the one best on the validation split is
-run with all; variants of LELP, and the random partition, take LELP's. Settings that the data are too few for are left out,
-and the tables say so. Seeds differ in the student; the parts of the set and the teacher are the same.
+run with `--seeds` others, of which the tables are; variants of LELP, and the random partition, take LELP's. Settings that
+the data are too few for are left out, and the tables say so. Seeds differ in the student; the parts of the set and the
+teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
 that is trained here. `--transfer` says whether students learn from what the teacher was trained on or from other
 examples; `--start guide` and `--start calibrated` start them by `from_teacher`.
@@ -193,7 +194,8 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
         for stage in ("tune", "all"):
             if stage == "all":
                 chosen = best_settings(runs, common, arm, tried, range(args.tune_seeds))
-                wanted = itertools.product([] if chosen is None else [chosen], range(args.seeds))
+                fresh = range(args.tune_seeds, args.tune_seeds + args.seeds)
+                wanted = itertools.product([] if chosen is None else [chosen], fresh)
             for settings, seed in wanted:
                 run = common | {"arm": arm, "settings": settings, "seed": seed}
                 if runs(run) is None:
@@ -208,7 +210,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=["digits"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(USUAL_ARMS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="that the chosen setting is measured with")
     parser.add_argument("--tune-seeds", type=int, default=2, help="that each setting is tried with")
     parser.add_argument("--grid", choices=["one", "small", "full"], default="small", help="settings tried of each arm")
     parser.add_argument(

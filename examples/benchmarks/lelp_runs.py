@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parent / "results"
 class Runs:
     """The runs that are done, by what they were; a line that was being written when killed is dropped."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, tune_seeds: int = 2):
+        self.file, self.tune_seeds = file, tune_seeds
         self.done: dict[str, dict[str, Any]] = {}
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
@@ -44,21 +44,21 @@ class Runs:
         file = args.rows or (args.output / RUNS if args.output else RESULTS / "lelp_arms.jsonl")
         if args.report and not file.is_file():
             raise OptionError(f"No runs are kept in {file}: name the folder of an earlier run (-o), or a file (--rows).")
-        return cls(file)
+        return cls(file, args.tune_seeds)
 
     def within(self, common: dict[str, Any], arm: str) -> tuple[Settings | None, dict[int, dict[str, Any]]]:
-        """Return the settings chosen for an arm, on the validation split, and the results with these by seed.
+        """Return the settings chosen for an arm, by the seeds that tune, and the results with these by the other seeds.
 
-        They are chosen over the seeds that all settings that were tried have in common. None and nothing where none are.
+        None and nothing where the arm was not run, or not all of its settings with each of these seeds.
         """
         mine = [each for each in self.done.values() if (common | {"arm": arm}).items() <= each["run"].items()]
         tried = {_key(each["run"]["settings"]): each["run"]["settings"] for each in mine}
-        seeds = {key: {e["run"]["seed"] for e in mine if _key(e["run"]["settings"]) == key} for key in tried}
-        shared = set.intersection(*seeds.values()) if seeds else set()
-        chosen = best_settings(self, common, arm, list(tried.values()), shared) if shared else None
+        chosen = best_settings(self, common, arm, list(tried.values()), range(self.tune_seeds)) if tried else None
         if chosen is None:
             return None, {}
-        return chosen, {each["run"]["seed"]: each["result"] for each in mine if each["run"]["settings"] == chosen}
+        own = [each for each in mine if each["run"]["settings"] == chosen]
+        fresh = {each["run"]["seed"]: each["result"] for each in own if each["run"]["seed"] >= self.tune_seeds}
+        return chosen, {seed: fresh[seed] for seed in sorted(fresh)}
 
     def add(self, run: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep a run."""
@@ -102,7 +102,7 @@ def best_settings(
     """
     scores = []
     for settings in tried:
-        found = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in sorted(seeds)]
+        found = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in seeds]
         told = [each["result"].get("validation", -1.0) for each in found if each is not None]
         if len(told) < len(found):
             return None

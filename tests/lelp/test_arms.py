@@ -64,7 +64,7 @@ def test_a_run_that_was_cut_off_goes_on_and_none_is_done_twice(tmp_path):
     first = arms(tmp_path, "--arms", "kd", "lelp")
     whole = (tmp_path / "runs.jsonl").read_text()
     lines = whole.splitlines(keepends=True)
-    assert len(lines) == 4 and "lelp " in first and "against KD" in first
+    assert len(lines) == 8 and "lelp " in first and "against KD" in first
     (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
     again = arms(tmp_path, "--arms", "kd", "lelp")
     assert again.count("digits lelp") == 1 and "digits kd" not in again
@@ -144,24 +144,25 @@ def test_settings_given_stand_in_place_of_the_grid(tmp_path):
     given = '{"tau": 2.0, "S": 3, "beta": 0.3}'
     arms(tmp_path, "--arms", "kd", "kmeans-early", *ONCE, "--settings", given)
     told = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [each["run"]["settings"] for each in told] == [{"tau": 1.0}, json.loads(given)]
+    assert [each["run"]["settings"] for each in told] == [{"tau": 1.0}] * 2 + [json.loads(given)] * 2
+    assert [each["run"]["seed"] for each in told] == [0, 1, 0, 1], "one seed to tune, one to measure"
     again = arms(tmp_path, "--arms", "lelp", *ONCE, "--share", "0.02", "--settings", '{"tau": 1.0, "S": 8, "beta": 0.3}')
     last = json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])
     assert "examples" in last["result"]["skipped"] and "left out: lelp" in again
 
 
-def test_settings_are_chosen_over_the_seeds_that_all_were_tried_with(rooms, tmp_path):
+def test_settings_are_chosen_by_some_seeds_and_measured_by_others(rooms, tmp_path):
     """The first seed alone would choose the other setting, and so would the test part."""
-    runs = rooms.runs.Runs(tmp_path / "runs.jsonl")
+    runs = rooms.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=2)
     one, other = {"tau": 1.0}, {"tau": 4.0}
     for settings, validation, test in ((one, [0.9, 0.5], 0.6), (other, [0.8, 0.8], 0.5)):
         for seed, each in enumerate(validation):
             run = {"set": "digits", "arm": "kd", "settings": settings, "seed": seed}
             runs.add(run, {"validation": each, "test": test})
-    runs.add({"set": "digits", "arm": "kd", "settings": other, "seed": 2}, {"validation": 0.1, "test": 0.5})
-    again = rooms.runs.Runs(tmp_path / "runs.jsonl")
-    chosen, results = again.within({"set": "digits"}, "kd")
-    assert chosen == other and sorted(results) == [0, 1, 2]
+    measured = {"validation": 0.1, "test": 0.4}
+    runs.add({"set": "digits", "arm": "kd", "settings": other, "seed": 2}, measured)
+    again = rooms.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=2)
+    assert again.within({"set": "digits"}, "kd") == (other, {2: measured})
     assert again.within({"set": "digits"}, "lelp") == (None, {})
 
 
