@@ -2,15 +2,16 @@
 
     python examples/benchmarks/lelp_arms.py --sets digits trec-binary -o results
     python examples/benchmarks/lelp_arms.py --sets fashion-confusable --fashion FOLDER --transfer unseen -o results
-    python examples/benchmarks/lelp_arms.py -o results --report        # only the tables of what is there
+    python examples/benchmarks/lelp_arms.py --report             # the tables of the runs kept in results/
 
-Each run is one line of OUTPUT/runs.jsonl, written when it is done; killed at any moment, the same command goes on. Of each
-arm every setting is tried with the first `--tune-seeds` seeds, and the one best on the validation split is run with all;
-variants of LELP, and the random partition, take LELP's. Settings that the data are too few for are left out, and the tables
-say so. Seeds differ in the student; the parts of the set and the teacher are the same.
+Each run is one line of OUTPUT/runs.jsonl (or of --rows), written when it is done; killed at any moment, the same command
+goes on. Of each arm every setting is tried with the first `--tune-seeds` seeds, and the one best on the validation split is
+run with `--seeds` others, of which the tables are; variants of LELP, and the random partition, take LELP's. Settings that
+the data are too few for are left out, and the tables say so. Seeds differ in the student; the parts of the set and the
+teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
 that is trained here. `--transfer` says whether students learn from what the teacher was trained on or from other
-examples; `--start teacher` starts them by `from_teacher`.
+examples; `--start guide` and `--start calibrated` start them by `from_teacher`.
 """
 
 import argparse
@@ -20,14 +21,24 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from lelp_data import SETS, Labelled, read_set, split
-from lelp_models import Batches, Classifier, Signals, make_student, make_teacher, make_tokenizer
+from lelp_data import SETS, read_set, split
+from lelp_models import (
+    LENGTH,
+    Batches,
+    Classifier,
+    Signals,
+    hear_kept,
+    make_student,
+    make_teacher,
+    make_tokenizer,
+    start_student,
+)
 from lelp_runs import Runs, best_settings, plan, report
 from lelp_training import (
     ARMS,
@@ -43,10 +54,10 @@ from lelp_training import (
     train,
 )
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from hf_guide.errors import SubclassError
 
-RUNS = "runs.jsonl"
 USUAL_ARMS = ("ce", "kd", "dkd", "embedding", "lelp", "kmeans", "random-partition", "oracle")
 
 
@@ -57,6 +68,7 @@ class Bench:
     Attributes:
         seen, unseen: what the teacher was trained on, and what it was not.
         teacher_accuracy: on the test part.
+        started: the student that all runs copy, where `from_teacher` starts them.
     """
 
     name: str
@@ -67,6 +79,14 @@ class Bench:
     teacher: Classifier
     heard: dict[str, Signals]
     teacher_accuracy: float
+    started: Classifier | None = None
+
+    def tokens(self) -> Tensor | None:
+        """Return the tokens of all parts of a set of texts, each once."""
+        if not self.seen.data.is_text:
+            return None
+        parts = (self.seen, self.unseen, self.validation, self.test)
+        return torch.cat([part.known_tokens() for part in parts]).unique()
 
     def lesson(self, transfer: str, share: float) -> tuple[Batches, Lesson]:
         """Return what students are trained on: a share of the seen or of the unseen part."""
@@ -74,7 +94,7 @@ class Bench:
         rows = torch.arange(max(1, int(len(mine) * share)))
         signals = self.heard[transfer]
         if share < 1:
-            mine = Batches(mine.data.take(rows), mine.tokenizer)
+            mine = Batches(mine.data.take(rows), mine.tokenizer, mine.length)
             signals = Signals(**{name: tensor[rows] for name, tensor in signals.tensors().items()})
         others = self.heard["unseen" if transfer == "seen" else "seen"]
         weight = self.teacher.head.weight.detach()
@@ -89,51 +109,50 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     seen = min(args.seen, left * 2 // 3)
     sizes = [seen, min(args.unseen, left - seen), held, held]
     tokenizer = make_tokenizer(data)
-    parts = [Batches(part, tokenizer) for part in split(data, sizes)]
+    parts = [Batches(part, tokenizer, args.length) for part in split(data, sizes)]
     torch.manual_seed(0)
     teacher = make_teacher(data, args.images)
     kind = args.teacher if data.is_text else args.images
     views = not data.is_text or any(arm.endswith("-stable") for arm in args.arms)  # of images they cost little
-    marks = [name, kind, *map(str, sizes), str(args.teacher_steps), *(["views"] if views else [])]
+    marks = [name, kind, *map(str, sizes), str(args.teacher_steps), str(args.length), *(["views"] if views else [])]
     file = args.output / f"{'-'.join(marks)}.safetensors"
+    heard_of = dict(zip(("seen", "unseen", "test"), (*parts[:2], parts[3]), strict=True))
     if file.is_file():
         stored = load_file(file)
         teacher.load_state_dict({key[2:]: value for key, value in stored.items() if key.startswith("w ")})
         found = {
             part: {key.split()[1]: value for key, value in stored.items() if key.startswith(f"{part} ")}
-            for part in ("seen", "unseen")
+            for part in heard_of
         }
         heard = {part: Signals(**tensors) for part, tensors in found.items()}
     else:
-        teach(teacher, parts[0], data, args)
-        heard = {
-            part: Signals.hear(teacher, batches, views=views)
-            for part, batches in zip(("seen", "unseen"), parts, strict=False)
-        }
+        if kind == "frozen":
+            heard = {part: hear_kept(teacher, each, args.output, views=views) for part, each in heard_of.items()}
+            fit_probe(teacher, heard["seen"].embeddings, parts[0].data.labels)
+            with torch.no_grad():
+                heard = {part: replace(each, logits=teacher.head(each.embeddings)) for part, each in heard.items()}
+        else:
+            teach(teacher, parts[0], args.teacher_steps)
+            heard = {part: Signals.hear(teacher, each, views=views) for part, each in heard_of.items()}
         stored = {f"w {key}": value for key, value in teacher.state_dict().items()}
         for part, signals in heard.items():
             stored |= {f"{part} {key}": value for key, value in signals.tensors().items()}
         save_file({key: value.contiguous() for key, value in stored.items()}, file)
     teacher.eval()
-    return Bench(name, *parts, teacher, heard, accuracy(teacher, parts[3]))
+    right = heard["test"].logits.argmax(1) == parts[3].data.labels
+    return Bench(name, *parts, teacher, heard, right.float().mean().item())
 
 
-def teach(teacher: Classifier, batches: Batches, data: Labelled, args: argparse.Namespace) -> None:
-    """Train a teacher, or give a frozen one its probe."""
-    labels = batches.data.labels
-    if data.is_text and args.teacher == "frozen":
-        teacher.eval()
-        with torch.no_grad():
-            embeddings = torch.cat([teacher.features(inputs) for inputs in batches.in_order()])
-        fit_probe(teacher, embeddings, labels)
-        return
+def teach(teacher: Classifier, batches: Batches, steps: int) -> None:
+    """Train a teacher on labels."""
+    labels, text = batches.data.labels, batches.data.is_text
     train(
         teacher,
         batches,
         lambda rows, _, mine: torch.nn.functional.cross_entropy(mine, labels[rows]),
-        steps=args.teacher_steps,
-        batch=32 if data.is_text else 64,
-        rate=5e-5 if data.is_text else 1e-3,
+        steps=steps,
+        batch=32 if text else 64,
+        rate=5e-5 if text else 1e-3,
         seed=0,
     )
 
@@ -147,8 +166,7 @@ def one_run(bench: Bench, batches: Batches, lesson: Lesson, run: dict[str, Any],
     except SubclassError as too_few:
         return {"skipped": f"{arm} {settings}: {too_few}"}
     torch.manual_seed(seed)
-    start = bench.teacher if run["start"] == "teacher" else None
-    student = make_student(batches, args.images, outputs, start)
+    student = make_student(batches, args.images, outputs, bench.started)
     loss = loss_of(arm, lesson, settings, student, seed)
     train(student, batches, loss, steps=run["steps"], batch=args.batch, rate=args.rate, seed=seed)
     found = {"validation": accuracy(student, bench.validation), "test": accuracy(student, bench.test)}
@@ -159,12 +177,14 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
     """Do all runs of a set that are not done."""
     bench = prepare(name, args)
     batches, lesson = bench.lesson(args.transfer, args.share)
+    if args.start != "scratch":
+        bench.started = start_student(bench.teacher, batches, args.start, bench.tokens())
     common = plan(name, bench.test.data.is_text, args)
     for arm in args.arms:
         if arm in ORACLES and lesson.data.finer is None:
             continue
         lelp = settings_of("lelp", args.grid, lesson.data.classes)
-        of_lelp = best_settings(runs, common, "lelp", lelp, args.tune_seeds)
+        of_lelp = best_settings(runs, common, "lelp", lelp, range(args.tune_seeds))
         tried = settings_of(arm, args.grid, lesson.data.classes, of_lelp)
         if args.settings is not None and arm in SPLITTERS:
             tried = [args.settings]
@@ -173,8 +193,9 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
         wanted: Iterator[tuple[Settings, int]] = itertools.product(tried, range(args.tune_seeds))
         for stage in ("tune", "all"):
             if stage == "all":
-                chosen = best_settings(runs, common, arm, tried, args.tune_seeds)
-                wanted = itertools.product([] if chosen is None else [chosen], range(args.seeds))
+                chosen = best_settings(runs, common, arm, tried, range(args.tune_seeds))
+                fresh = range(args.tune_seeds, args.tune_seeds + args.seeds)
+                wanted = itertools.product([] if chosen is None else [chosen], fresh)
             for settings, seed in wanted:
                 run = common | {"arm": arm, "settings": settings, "seed": seed}
                 if runs(run) is None:
@@ -189,8 +210,8 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=["digits"])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(USUAL_ARMS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tune-seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=5, help="that the chosen setting is measured with")
+    parser.add_argument("--tune-seeds", type=int, default=2, help="that each setting is tried with")
     parser.add_argument("--grid", choices=["one", "small", "full"], default="small", help="settings tried of each arm")
     parser.add_argument(
         "--settings",
@@ -198,12 +219,13 @@ def parser(text: str | None) -> argparse.ArgumentParser:
         metavar="JSON",
         help="of arms of subclasses, in place of a grid: tau, S and beta",
     )
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, help="folder of teachers, and of runs unless --rows says where")
+    parser.add_argument("--rows", type=Path, help="file of runs, one a line")
     parser.add_argument("--fashion", type=Path, help="the folder of Fashion-MNIST's four files")
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")
     parser.add_argument("--teacher", choices=["frozen", "tuned"], default="frozen", help="of texts")
     parser.add_argument("--transfer", choices=["seen", "unseen"], default="seen")
-    parser.add_argument("--start", choices=["scratch", "teacher"], default="scratch")
+    parser.add_argument("--start", choices=["scratch", "guide", "calibrated"], default="scratch")
     parser.add_argument("--share", type=float, default=1.0, help="of the transfer set that students are trained on")
     parser.add_argument("--seen", type=int, default=4000, help="examples that the teacher is trained on")
     parser.add_argument("--unseen", type=int, default=8000)
@@ -212,15 +234,20 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a text that teacher and students see")
     parser.add_argument("--report", action="store_true", help="only print the tables")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser(__doc__).parse_args(argv)
-    args.output.mkdir(parents=True, exist_ok=True)
-    runs = Runs(args.output / RUNS)
+    options = parser(__doc__)
+    args = options.parse_args(argv)
+    if args.output is None and not args.report:
+        options.error("the folder of teachers is missing: -o FOLDER")
+    runs = Runs.of(args)
     if not args.report:
+        for folder in (args.output, runs.file.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         print(f"command: python {' '.join(sys.argv)}")
         print(
             f"machine: {os.cpu_count()} processors, {torch.get_num_threads()} threads, torch {torch.__version__}, "
@@ -229,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         for name in args.sets:
             work(name, args, runs)
-    report(runs, args)
+    report(runs)
     return 0
 
 

@@ -9,12 +9,10 @@ the correlation of ranks and how often a recommended arm was below KD. Forecasts
 learn from; the test part is not looked at.
 """
 
-import json
 import statistics
-from typing import Any
 
 import torch
-from lelp_arms import Runs, best_settings, parser, plan, prepare
+from lelp_arms import Runs, parser, plan, prepare
 from lelp_data import Labelled
 from lelp_models import Batches, Classifier
 from lelp_training import ORACLES, SPLITTERS, targets_of
@@ -30,22 +28,13 @@ def features_of(batches: Batches, teacher: Classifier) -> Tensor:
         return torch.nn.functional.adaptive_avg_pool2d(
             batches.data.inputs, min(14, batches.data.inputs.shape[-1])
         ).flatten(1)
-    table, found = teacher.encoder.get_input_embeddings(), []
-    with torch.no_grad():
-        for inputs in batches.in_order():
-            mask = inputs["attention_mask"].unsqueeze(-1)
-            found.append((table(inputs["input_ids"]) * mask).sum(1) / mask.sum(1))
-    return torch.cat(found)
+    table = teacher.encoder.get_input_embeddings()
 
+    def mean(inputs: dict[str, Tensor]) -> tuple[Tensor]:
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return ((table(inputs["input_ids"]) * mask).sum(1) / mask.sum(1),)
 
-def measured(runs: Runs, common: dict[str, Any], arm: str, tune_seeds: int) -> tuple[dict[str, Any], dict[int, float]]:
-    """Return an arm's chosen settings and its accuracy on the test part by seed; empty where it was not run."""
-    mine = [each for each in runs.done.values() if (common | {"arm": arm}).items() <= each["run"].items()]
-    tried = {json.dumps(each["run"]["settings"], sort_keys=True): each["run"]["settings"] for each in mine}
-    chosen = best_settings(runs, common, arm, list(tried.values()), tune_seeds) if tried else None
-    if chosen is None:
-        return {}, {}
-    return chosen, {e["run"]["seed"]: 100 * e["result"]["test"] for e in mine if e["run"]["settings"] == chosen}
+    return batches.of_each(mean)[0]
 
 
 def known(targets: Tensor, data: Labelled) -> float:
@@ -63,17 +52,17 @@ def ranks(values: list[float]) -> Tensor:
 
 def main() -> int:
     args = parser(__doc__).parse_args()
-    runs = Runs(args.output / "runs.jsonl")
+    runs = Runs.of(args)
     pairs: list[tuple[Forecast, float, float]] = []
     for name in args.sets:
         bench = prepare(name, args)
         batches, lesson = bench.lesson(args.transfer, args.share)
         features, common = features_of(batches, bench.teacher), plan(name, batches.data.is_text, args)
-        _, plain = measured(runs, common, "kd", args.tune_seeds)
+        _, plain = runs.within(common, "kd")
         for arm in (*ORACLES, *SPLITTERS):
-            settings, found = measured(runs, common, arm, args.tune_seeds)
-            gains = [found[seed] - plain[seed] for seed in found if seed in plain]
-            if len(gains) < 2:
+            settings, found = runs.within(common, arm)
+            gains = [100 * (found[seed]["test"] - plain[seed]["test"]) for seed in found if seed in plain]
+            if settings is None or len(gains) < 2:
                 continue
             targets = targets_of(arm, lesson, settings)
             told = forecast_targets(

@@ -1,13 +1,16 @@
 """Teachers and students of the LELP benchmark, and what is kept of a teacher: logits, embeddings, and other looks at them."""
 
+import copy
+import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from lelp_data import Labelled
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -24,6 +27,11 @@ from hf_guide import from_teacher
 from hf_guide.errors import OptionError
 
 LENGTH = 64
+STARTED = {
+    "text": {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 384},
+    "images": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+}
+ALIKE = 8  # batches that are drawn at once, and sorted by length
 
 
 class Classifier(nn.Module):
@@ -67,30 +75,54 @@ def _pooled(states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 class Batches:
     """A set as what models are fed: images as they are, texts as tokens, padded batch by batch."""
 
-    def __init__(self, data: Labelled, tokenizer: Any = None):
-        self.data, self.tokenizer = data, tokenizer
+    def __init__(self, data: Labelled, tokenizer: Any = None, length: int = LENGTH):
+        self.data, self.tokenizer, self.length = data, tokenizer, length
         if data.is_text:
-            self.ids = tokenizer(data.inputs, truncation=True, max_length=LENGTH)["input_ids"]
+            found = [torch.tensor(ids) for ids in tokenizer(data.inputs, truncation=True, max_length=length)["input_ids"]]
+            self.lengths = torch.tensor([len(ids) for ids in found])
+            self.ids = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=tokenizer.pad_token_id)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def known_tokens(self) -> Tensor:
         """Return the tokens that are in it, each once."""
-        return torch.tensor(sorted({token for row in self.ids for token in row}))
+        found = self.ids.unique()
+        return found[found != self.tokenizer.pad_token_id]
 
     def take(self, rows: Tensor) -> dict[str, Tensor]:
         """Return rows as a model's inputs."""
         if not self.data.is_text:
             return {"pixel_values": self.data.inputs[rows]}
-        chosen = [torch.tensor(self.ids[row]) for row in rows.tolist()]
-        ids = nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        ids = self.ids[rows, : int(self.lengths[rows].max())]
         return {"input_ids": ids, "attention_mask": (ids != self.tokenizer.pad_token_id).long()}
 
-    def in_order(self, size: int = 256) -> Iterator[dict[str, Tensor]]:
-        """Yield all rows in order."""
-        for rows in torch.arange(len(self)).split(size):
-            yield self.take(rows)
+    def grouped(self, size: int = 128) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield (rows, inputs) of all rows, texts of like length together, for padding costs as much as words."""
+        order = self.lengths.argsort(stable=True) if self.data.is_text else torch.arange(len(self))
+        for rows in order.split(size):
+            yield rows, self.take(rows)
+
+    def drawn(self, size: int, seed: int) -> Iterator[Tensor]:
+        """Yield the rows of batches without end, in random order; texts of a batch are of like length."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.long)
+        while True:
+            while len(order) < ALIKE * size:
+                order = torch.cat([order, torch.randperm(len(self), generator=generator)])
+            rows, order = order[: ALIKE * size], order[ALIKE * size :]
+            if self.data.is_text:
+                rows = rows[self.lengths[rows].argsort(stable=True)]
+            batches = rows.split(size)
+            for number in torch.randperm(ALIKE, generator=generator).tolist():
+                yield batches[number]
+
+    def of_each(self, function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Return what a function of inputs gives for each row, in order, without gradient."""
+        with torch.no_grad():
+            rows, found = zip(*((rows, function(inputs)) for rows, inputs in self.grouped()), strict=True)
+        places = torch.cat(rows).argsort()
+        return tuple(torch.cat(parts)[places] for parts in zip(*found, strict=True))
 
 
 def second_view(inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -125,18 +157,27 @@ class Signals:
     def hear(cls, teacher: Classifier, batches: Batches, *, views: bool = False, seed: int = 0) -> "Signals":
         """Run a teacher over a set, and once more where second views are asked for."""
         generator = torch.Generator().manual_seed(seed)
-        found: list[tuple[Tensor, ...]] = []
         teacher.eval()
-        with torch.no_grad():
-            for inputs in batches.in_order():
-                embeddings, early = teacher.both(inputs)
-                other = teacher.features(second_view(inputs, generator)) if views else embeddings[:, :0]
-                found.append((teacher.head(embeddings), embeddings, other, early))
-        return cls(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+        def signals(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            embeddings, early = teacher.both(inputs)
+            other = teacher.features(second_view(inputs, generator)) if views else embeddings[:, :0]
+            return teacher.head(embeddings), embeddings, other, early
+
+        return cls(*batches.of_each(signals))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return its tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def hear_kept(teacher: Classifier, batches: Batches, folder: Path, *, views: bool) -> Signals:
+    """Return what a frozen encoder says of texts, kept in a folder by what the texts are: several sets are of the same."""
+    mark = hashlib.blake2b(batches.ids.numpy().tobytes(), digest_size=8).hexdigest()
+    file = folder / f"frozen-{mark}{'-views' if views else ''}.safetensors"
+    if not file.is_file():
+        save_file(Signals.hear(teacher, batches, views=views).tensors(), file)
+    return Signals(**load_file(file))
 
 
 def minilm_folder() -> Path:
@@ -167,33 +208,79 @@ def make_teacher(data: Labelled, kind: str) -> Classifier:
     return Classifier(_resnet(sizes, blocks=1 if small else 2), data.classes)
 
 
-def make_student(batches: Batches, kind: str, outputs: int, teacher: Classifier | None = None) -> Classifier:
-    """Return a student of at most a tenth of its teacher's parameters (a text's embedding table aside).
+def make_student(batches: Batches, kind: str, outputs: int, started: Classifier | None = None) -> Classifier:
+    """Return a student of at most a tenth of its teacher's parameters (a text's embedding table aside), with a random head.
 
     Args:
         batches: what it is trained on; one from scratch knows no other tokens.
-        teacher: start inside it; from scratch where None.
+        started: what `start_student` made, of which it takes a copy; from scratch where None.
     """
     data = batches.data
-    if teacher is not None:
-        if kind == "resnet" and not data.is_text:
-            raise OptionError("A ResNet has no residual stream to start a student in; say --teacher vit.")
-        shape = (
-            {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 768}
-            if data.is_text
-            else {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-        )
-        encoder = from_teacher(teacher.encoder, method="guide", dtype="float32", show_progress=False, **shape)
-        return Classifier(encoder, outputs)
+    if started is not None:
+        return Classifier(copy.deepcopy(started.encoder), outputs, started.places)
     if data.is_text:
         known = batches.known_tokens()
-        places = torch.ones(batches.tokenizer.vocab_size, dtype=torch.long)
-        places[known] = torch.arange(2, len(known) + 2)
-        places[batches.tokenizer.pad_token_id] = 0
-        return Classifier(_bert(len(known) + 2, width=64, blocks=2), outputs, places)
+        return Classifier(
+            _bert(len(known) + 2, width=64, blocks=1),
+            outputs,
+            _places(known, batches.tokenizer.vocab_size, batches.tokenizer.pad_token_id),
+        )
     if kind == "vit":
         return Classifier(_vit(data, width=64, blocks=2), outputs)
     return Classifier(_resnet([8, 16] if data.inputs.shape[-1] < 16 else [8, 16, 32], blocks=1), outputs)
+
+
+def start_student(
+    teacher: Classifier,
+    batches: Batches,
+    method: str,
+    tokens: Tensor | None = None,
+    shape: Mapping[str, int] | None = None,
+) -> Classifier:
+    """Return a student that `from_teacher` starts inside its teacher.
+
+    Args:
+        batches: what it is trained on; "calibrated" listens to these.
+        method: of `from_teacher`.
+        tokens: all that are in any part of the set. Other rows of the table are dropped: none is ever read, and a step
+            costs a fraction without them.
+        shape: of the student; by default `STARTED`'s.
+
+    Raises:
+        OptionError: a ResNet, which has no residual stream.
+    """
+    data = batches.data
+    if isinstance(teacher.encoder, ResNetModel):
+        raise OptionError("A ResNet has no residual stream to start a student in; say --images vit.")
+    encoder = from_teacher(
+        teacher.encoder,
+        method=method,
+        calibration_dataset=shuffled_batches(batches) if method == "calibrated" else None,
+        dtype="float32",
+        show_progress=False,
+        **(shape or STARTED["text" if data.is_text else "images"]),
+    )
+    if tokens is None:
+        return Classifier(encoder, data.classes)
+    pad, table = batches.tokenizer.pad_token_id, encoder.get_input_embeddings().weight
+    kept = torch.cat([torch.tensor([pad, batches.tokenizer.unk_token_id]), tokens])
+    encoder.set_input_embeddings(nn.Embedding.from_pretrained(table.detach()[kept], freeze=False, padding_idx=0))
+    encoder.config.vocab_size, encoder.config.pad_token_id = len(kept), 0
+    return Classifier(encoder, data.classes, _places(tokens, batches.tokenizer.vocab_size, pad))
+
+
+def shuffled_batches(batches: Batches, size: int = 32) -> Iterator[dict[str, Tensor]]:
+    """Yield all rows as they come: what listens to the first of them hears texts of every length."""
+    for rows in torch.arange(len(batches)).split(size):
+        yield batches.take(rows)
+
+
+def _places(known: Tensor, vocabulary: int, pad: int) -> Tensor:
+    """Return the row of each token where 0 is padding, 1 all that are not known, and the known ones follow."""
+    places = torch.ones(vocabulary, dtype=torch.long)
+    places[known] = torch.arange(2, len(known) + 2)
+    places[pad] = 0
+    return places
 
 
 def _resnet(sizes: list[int], blocks: int) -> ResNetModel:
@@ -229,6 +316,7 @@ def _bert(vocabulary: int, width: int, blocks: int) -> BertModel:
         num_hidden_layers=blocks,
         num_attention_heads=width // 32,
         max_position_embeddings=LENGTH,
+        hidden_dropout_prob=0.0,  # a sixth of a step's time, and the steps are few
         attention_probs_dropout_prob=0.0,
     )
     return BertModel(config, add_pooling_layer=False)

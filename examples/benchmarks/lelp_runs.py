@@ -3,17 +3,26 @@
 import argparse
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lelp_training import ARMS, Settings
 
+from hf_guide.errors import OptionError
+
+RUNS = "runs.jsonl"
+
+
+RESULTS = Path(__file__).parent / "results"
+
 
 class Runs:
     """The runs that are done, by what they were; a line that was being written when killed is dropped."""
 
-    def __init__(self, file: Path):
-        self.file, self.done = file, {}
+    def __init__(self, file: Path, tune_seeds: int = 2):
+        self.file, self.tune_seeds = file, tune_seeds
+        self.done: dict[str, dict[str, Any]] = {}
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
         whole = [line for line in lines if line.endswith("\n")]
         if len(whole) < len(lines):
@@ -24,6 +33,32 @@ class Runs:
 
     def __call__(self, run: dict[str, Any]) -> dict | None:
         return self.done.get(_key(run))
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Runs":
+        """Return the runs that the options name: those of the output folder, or else those that are kept beside the scripts.
+
+        Raises:
+            OptionError: nothing is kept there, and none are to be made.
+        """
+        file = args.rows or (args.output / RUNS if args.output else RESULTS / "lelp_arms.jsonl")
+        if args.report and not file.is_file():
+            raise OptionError(f"No runs are kept in {file}: name the folder of an earlier run (-o), or a file (--rows).")
+        return cls(file, args.tune_seeds)
+
+    def within(self, common: dict[str, Any], arm: str) -> tuple[Settings | None, dict[int, dict[str, Any]]]:
+        """Return the settings chosen for an arm, by the seeds that tune, and the results with these by the other seeds.
+
+        None and nothing where the arm was not run, or not all of its settings with each of these seeds.
+        """
+        mine = [each for each in self.done.values() if (common | {"arm": arm}).items() <= each["run"].items()]
+        tried = {_key(each["run"]["settings"]): each["run"]["settings"] for each in mine}
+        chosen = best_settings(self, common, arm, list(tried.values()), range(self.tune_seeds)) if tried else None
+        if chosen is None:
+            return None, {}
+        own = [each for each in mine if each["run"]["settings"] == chosen]
+        fresh = {each["run"]["seed"]: each["result"] for each in own if each["run"]["seed"] >= self.tune_seeds}
+        return chosen, {seed: fresh[seed] for seed in sorted(fresh)}
 
     def add(self, run: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep a run."""
@@ -53,18 +88,21 @@ def plan(name: str, text: bool, args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "batch": args.batch,
         "rate": args.rate,
+        "length": args.length if text else None,
         "sizes": [args.seen, args.unseen, args.held_out, args.teacher_steps],
     }
 
 
-def best_settings(runs: Runs, common: dict[str, Any], arm: str, tried: list[Settings], seeds: int) -> Settings | None:
+def best_settings(
+    runs: Runs, common: dict[str, Any], arm: str, tried: list[Settings], seeds: Iterable[int]
+) -> Settings | None:
     """Return the settings that are best on the validation split over the tuning seeds.
 
     None where a run is missing, or where the data are too few for any of them.
     """
     scores = []
     for settings in tried:
-        found = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in range(seeds)]
+        found = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in seeds]
         told = [each["result"].get("validation", -1.0) for each in found if each is not None]
         if len(told) < len(found):
             return None
@@ -73,7 +111,7 @@ def best_settings(runs: Runs, common: dict[str, Any], arm: str, tried: list[Sett
     return tried[best] if scores[best] >= 0 else None
 
 
-def report(runs: Runs, args: argparse.Namespace) -> None:
+def report(runs: Runs) -> None:
     """Print a table for each set: mean and standard deviation on the test part, and the difference from KD, seed by seed."""
     places: dict[tuple[Any, ...], dict[str, Any]] = {}
     for found in runs.done.values():
@@ -87,12 +125,9 @@ def report(runs: Runs, args: argparse.Namespace) -> None:
         print(f"\n{', '.join(f'{name} {value}' for name, value in common.items())}; teacher {teacher:.2%}")
         scores: dict[str, tuple[Settings, dict[int, float]]] = {}
         for arm in ARMS:
-            mine = [each for each in inside if each["run"]["arm"] == arm]
-            tried = {_key(each["run"]["settings"]): each["run"]["settings"] for each in mine}
-            chosen = best_settings(runs, common, arm, list(tried.values()), args.tune_seeds) if tried else None
+            chosen, results = runs.within(common, arm)
             if chosen is not None:
-                own = {e["run"]["seed"]: e["result"]["test"] for e in mine if e["run"]["settings"] == chosen}
-                scores[arm] = (chosen, own)
+                scores[arm] = (chosen, {seed: result["test"] for seed, result in results.items()})
         against = scores.get("kd", ({}, {}))[1]
         for arm, (chosen, own) in scores.items():
             apart = [100 * (own[seed] - against[seed]) for seed in own if seed in against]

@@ -3,9 +3,11 @@
 Every arm is given the same batches in the same order, from the same start, for the same number of steps.
 """
 
+import itertools
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -80,12 +82,14 @@ class Lesson:
         signals: the teacher's, of these.
         others: the teacher's signals of examples that the student is not trained on, and these examples.
         weight: the teacher's classifier, (C, D).
+        made: targets that were made already, by arm and settings: those of all seeds are the same.
     """
 
     data: Labelled
     signals: Signals
     others: tuple[Signals, Labelled]
     weight: Tensor
+    made: dict[str, Tensor] = field(default_factory=dict)
 
 
 def settings_of(arm: str, grid: str, classes: int, of_lelp: Settings | None = None) -> list[Settings]:
@@ -111,8 +115,6 @@ def settings_of(arm: str, grid: str, classes: int, of_lelp: Settings | None = No
         return [of_lelp]
     betas = {"one": [0.5], "small": [0.3, 1.0], "full": [0.25, 0.5, 1.0, 2.0]}[grid]
     sizes = {"one": [4], "small": [2, 8], "full": [2, 4, 8, 16]}[grid]
-    if arm.startswith("kmeans") and not full:
-        betas = betas[:1]
     return [{"tau": tau, "S": size, "beta": beta} for tau in taus for size in sizes for beta in betas]
 
 
@@ -128,6 +130,13 @@ def is_split(arm: str) -> bool:
 
 def targets_of(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
     """Return what an arm's student is to say of each example, (N, C, S)."""
+    key = f"{arm} {json.dumps(settings, sort_keys=True)}"
+    if key not in lesson.made:
+        lesson.made[key] = _make_targets(arm, lesson, settings)
+    return lesson.made[key]
+
+
+def _make_targets(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
     if arm == "oracle":
         return oracle_targets(lesson, settings["tau"])
     if arm == "oracle-read":
@@ -302,14 +311,9 @@ def train(model: Classifier, batches: Batches, loss: Loss, *, steps: int, batch:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     )
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     model.train()
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if len(order) < batch:
-            order = torch.cat([order, torch.randperm(len(batches), generator=generator)])
-        rows, order = order[:batch], order[batch:]
+    for rows in itertools.islice(batches.drawn(batch, seed), steps):
         value = loss(rows, *model(batches.take(rows)))
         optimizer.zero_grad()
         value.backward()
@@ -321,9 +325,10 @@ def train(model: Classifier, batches: Batches, loss: Loss, *, steps: int, batch:
 
 def accuracy(model: Classifier, batches: Batches) -> float:
     """Return the share of examples whose class is found, a class being the sum of its subclasses."""
-    found = []
-    with torch.no_grad():
-        for inputs in batches.in_order():
-            logits = model(inputs)[1]
-            found.append(logits.view(len(logits), batches.data.classes, -1).logsumexp(-1).argmax(-1))
-    return (torch.cat(found) == batches.data.labels).float().mean().item()
+
+    def classes(inputs: dict[str, Tensor]) -> tuple[Tensor]:
+        logits = model(inputs)[1]
+        return (logits.view(len(logits), batches.data.classes, -1).logsumexp(-1).argmax(-1),)
+
+    (found,) = batches.of_each(classes)
+    return (found == batches.data.labels).float().mean().item()

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from hf_guide.distillation.tasks import Task, columns_read
-from hf_guide.errors import CaptureError
+from hf_guide.errors import CaptureError, OptionError
 
 _LABELS = ("label", "label_ids", "labels")
 
@@ -50,7 +50,15 @@ class Collate:
                     "data_collator that does."
                 )
             features = kept
-        return self._collator(features)
+        try:
+            return self._collator(features)
+        except ValueError as error:
+            if self._collator is not default_data_collator:
+                raise
+            raise OptionError(
+                f"Examples cannot be stacked as they are ({error}). Where they differ in length, pass "
+                "processing_class=tokenizer, which pads, or a data_collator that does."
+            ) from error
 
     def _keep(self, feature: Mapping[str, Any]) -> dict[str, Any]:
         # A collator that only pads does not know how to pad labels; an example is known without them.

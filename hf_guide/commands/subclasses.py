@@ -12,6 +12,7 @@ DESCRIPTION = (
     "examples of each subclass, sizes, variance, what they know of finer labels, and a forecast: tiny students are\n"
     "trained with and without subclasses, so that you need not train a real one to learn that they do not help."
 )
+FILES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 EXAMPLE = "hf-guide subclasses projector/ questions.jsonl --finer-column fine_label -o subclasses.html"
 
 
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')} is a whole number of at least 1; found {getattr(args, name)}."
             )
     is_file = Path(args.dataset).is_file()
+    if not is_file and Path(args.dataset).suffix in FILES and not Path(args.dataset).exists():
+        raise OptionError(f"There is no file {args.dataset}.")
     data = DataOptions(
         dataset="" if is_file else args.dataset,
         data_files=args.dataset if is_file else None,

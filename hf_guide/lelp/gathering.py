@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -203,9 +204,13 @@ class _Beside:
 
 
 def as_tensor(array: Any) -> Tensor:
-    """Return a tensor of a tensor, a NumPy array, or what either can be made of."""
+    """Return a tensor of a tensor, a NumPy array, or what either can be made of, such as a table of pandas."""
+    if isinstance(array, Tensor):
+        return array.detach()
     try:
-        return array.detach() if isinstance(array, Tensor) else torch.as_tensor(array)
+        if hasattr(array, "__array__") and not isinstance(array, numpy.ndarray):
+            array = numpy.array(array)  # a copy: a table's own memory may not be written
+        return torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError) as error:
         raise SubclassError(f"An array of numbers was expected, not a {type(array).__name__}: {error}") from error
 

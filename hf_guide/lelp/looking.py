@@ -16,7 +16,7 @@ from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.splits import find_column, read_splits, usual_columns
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
-from hf_guide.errors import OptionError, SubclassError, did_you_mean
+from hf_guide.errors import OptionError, SubclassError, TeacherError, did_you_mean
 from hf_guide.lelp.forecast import Forecast, forecast_gain
 from hf_guide.lelp.hearing import Heard, hear
 from hf_guide.lelp.projector import SubclassProjector
@@ -70,13 +70,19 @@ def look(
 
     Raises:
         SubclassError: the projector is of another teacher, or its teacher is not known.
+        TeacherError: its teacher cannot be loaded.
         OptionError: a column that is not there.
     """
     source: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     name = teacher or projector.teacher
     if not name:
         raise SubclassError("This projector does not say what its teacher is; name it with --teacher.")
-    model = load_teacher(name, **source)
+    try:
+        model = load_teacher(name, **source)
+    except TeacherError as error:
+        if teacher is not None:
+            raise
+        raise TeacherError(f"{error} The projector says that its teacher is {name!r}; name it with --teacher.") from error
     projector.check_teacher(model)
     task = task_of(model)
     whole = read_splits(replace(data, validation_share=0.0, max_train_examples=None))[0]

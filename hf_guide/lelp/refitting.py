@@ -20,6 +20,7 @@ from hf_guide.distillation.embeddings import embedding_per_item, find_classifier
 from hf_guide.distillation.subclasses import class_labels, class_logits, subclasses_of
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import OptionError, TaskError
+from hf_guide.lelp.modeling_subclass import SubclassConfig
 
 AGREEMENT = "agreement_with_subclass_head"
 
@@ -57,6 +58,11 @@ def check_student(student: PreTrainedModel) -> Task:
     """
     if hasattr(student, "get_base_model"):
         raise OptionError("The student has an adapter; pass what its merge_and_unload() returns.")
+    if student.config.model_type == SubclassConfig.model_type:
+        raise TaskError(
+            f"{type(student).__name__} gives class logits already: save it with save_pretrained. The other ways out are of "
+            "the student that it was made of."
+        )
     if subclasses_of(student.config) == 1:
         raise TaskError(
             f"{type(student).__name__} has no subclasses: its config's num_subclasses is 1 or missing. Save it with "

@@ -256,7 +256,7 @@ def describe_knowledge(knowledge: Knowledge) -> str:
     """Return what subclasses know of finer labels as one sentence."""
     return (
         f"Beyond the class, subclasses tell {knowledge.told:.2f} of the {knowledge.entropy:.2f} bits of the finer labels, "
-        f"{knowledge.by_chance:.2f} of them by chance: {knowledge.share:.0%} of all there is to know."
+        f"{knowledge.by_chance:.2f} of them by chance: {max(knowledge.share, 0.0):.0%} of all there is to know."
     )
 
 

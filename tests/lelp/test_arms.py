@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 SMALL = [
@@ -23,6 +27,7 @@ SMALL = [
     "--seeds",
     "2",
 ]
+ONCE = ["--seeds", "1", "--tune-seeds", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +37,11 @@ def rooms():
     try:
         import lelp_data
         import lelp_models
+        import lelp_runs
         import lelp_training
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return lelp_data, lelp_models, lelp_training
+    return SimpleNamespace(data=lelp_data, models=lelp_models, runs=lelp_runs, training=lelp_training)
 
 
 def arms(output: Path, *words: str) -> str:
@@ -58,7 +64,7 @@ def test_a_run_that_was_cut_off_goes_on_and_none_is_done_twice(tmp_path):
     first = arms(tmp_path, "--arms", "kd", "lelp")
     whole = (tmp_path / "runs.jsonl").read_text()
     lines = whole.splitlines(keepends=True)
-    assert len(lines) == 4 and "lelp " in first and "against KD" in first
+    assert len(lines) == 8 and "lelp " in first and "against KD" in first
     (tmp_path / "runs.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
     again = arms(tmp_path, "--arms", "kd", "lelp")
     assert again.count("digits lelp") == 1 and "digits kd" not in again
@@ -70,19 +76,18 @@ def test_a_run_that_was_cut_off_goes_on_and_none_is_done_twice(tmp_path):
 
 
 def lesson_of(rooms, classes=2):
-    data, models, training = rooms
     generator = torch.Generator().manual_seed(0)
     finer = torch.arange(240) % 6
-    labelled = data.Labelled(torch.zeros(240, 1, 8, 8), finer % classes, classes, finer)
+    labelled = rooms.data.Labelled(torch.zeros(240, 1, 8, 8), finer % classes, classes, finer)
     embeddings = torch.nn.functional.one_hot(finer, 12).float() * 8 + torch.randn(240, 12, generator=generator)
     logits = torch.randn(240, classes, generator=generator)
-    signals = models.Signals(logits, embeddings, embeddings + 0.1, embeddings[:, :8])
-    return training.Lesson(labelled, signals, (signals, labelled), torch.randn(classes, 12, generator=generator))
+    signals = rooms.models.Signals(logits, embeddings, embeddings + 0.1, embeddings[:, :8])
+    return rooms.training.Lesson(labelled, signals, (signals, labelled), torch.randn(classes, 12, generator=generator))
 
 
 @pytest.mark.parametrize("tau", [1.0, 4.0])
 def test_all_targets_keep_the_teachers_classes(rooms, tau):
-    training = rooms[2]
+    training = rooms.training
     lesson = lesson_of(rooms)
     wanted = (lesson.signals.logits / tau).softmax(-1)
     for arm in training.ARMS:
@@ -94,7 +99,7 @@ def test_all_targets_keep_the_teachers_classes(rooms, tau):
 
 def test_an_oracle_gives_a_class_whole_to_the_finer_label(rooms):
     lesson = lesson_of(rooms)
-    shares = rooms[2].oracle_targets(lesson, 1.0)
+    shares = rooms.training.oracle_targets(lesson, 1.0)
     own = shares[torch.arange(240), lesson.data.labels]
     assert torch.equal(own.argmax(1), lesson.data.finer // 2)
     assert torch.allclose(own.max(1).values, own.sum(1))
@@ -102,12 +107,12 @@ def test_an_oracle_gives_a_class_whole_to_the_finer_label(rooms):
 
 def test_what_is_read_of_finer_labels_is_right_where_embeddings_show_them(rooms):
     lesson = lesson_of(rooms)
-    own = rooms[2].read_targets(lesson, 1.0)[torch.arange(240), lesson.data.labels]
+    own = rooms.training.read_targets(lesson, 1.0)[torch.arange(240), lesson.data.labels]
     assert (own.argmax(1) == lesson.data.finer // 2).float().mean() > 0.95
 
 
 def test_a_metric_changes_what_is_large_and_nothing_that_the_classifier_says(rooms):
-    training = rooms[2]
+    training = rooms.training
     lesson = lesson_of(rooms)
     plain = lesson.signals.embeddings.double() @ lesson.weight.double().T
     for arm in ("lelp-stable", "lelp-predictable"):
@@ -117,12 +122,12 @@ def test_a_metric_changes_what_is_large_and_nothing_that_the_classifier_says(roo
 
 def test_whitened_noise_is_white(rooms):
     noise = torch.randn(500, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1, 6)
-    white = noise @ rooms[2].whitener(noise, ridge=1e-12)
+    white = noise @ rooms.training.whitener(noise, ridge=1e-12)
     assert torch.allclose(torch.cov(white.T, correction=0), torch.eye(5, dtype=torch.float64), atol=1e-6)
 
 
 def test_parts_share_no_example_and_are_the_same_every_time(rooms):
-    data = rooms[0]
+    data = rooms.data
     whole = data.digits()
     parts = data.split(whole, [900, 300, 200, 200])
     again = data.split(whole, [900, 300, 200, 200])
@@ -137,9 +142,96 @@ def test_parts_share_no_example_and_are_the_same_every_time(rooms):
 def test_settings_given_stand_in_place_of_the_grid(tmp_path):
     """And such as the data are too few for are left out, which the table says."""
     given = '{"tau": 2.0, "S": 3, "beta": 0.3}'
-    arms(tmp_path, "--arms", "kd", "kmeans-early", "--seeds", "1", "--settings", given)
+    arms(tmp_path, "--arms", "kd", "kmeans-early", *ONCE, "--settings", given)
     told = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [each["run"]["settings"] for each in told] == [{"tau": 1.0}, json.loads(given)]
-    again = arms(tmp_path, "--arms", "lelp", "--share", "0.02", "--settings", '{"tau": 1.0, "S": 8, "beta": 0.3}')
+    assert [each["run"]["settings"] for each in told] == [{"tau": 1.0}] * 2 + [json.loads(given)] * 2
+    assert [each["run"]["seed"] for each in told] == [0, 1, 0, 1], "one seed to tune, one to measure"
+    again = arms(tmp_path, "--arms", "lelp", *ONCE, "--share", "0.02", "--settings", '{"tau": 1.0, "S": 8, "beta": 0.3}')
     last = json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])
     assert "examples" in last["result"]["skipped"] and "left out: lelp" in again
+
+
+def test_settings_are_chosen_by_some_seeds_and_measured_by_others(rooms, tmp_path):
+    """The first seed alone would choose the other setting, and so would the test part."""
+    runs = rooms.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=2)
+    one, other = {"tau": 1.0}, {"tau": 4.0}
+    for settings, validation, test in ((one, [0.9, 0.5], 0.6), (other, [0.8, 0.8], 0.5)):
+        for seed, each in enumerate(validation):
+            run = {"set": "digits", "arm": "kd", "settings": settings, "seed": seed}
+            runs.add(run, {"validation": each, "test": test})
+    measured = {"validation": 0.1, "test": 0.4}
+    runs.add({"set": "digits", "arm": "kd", "settings": other, "seed": 2}, measured)
+    again = rooms.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=2)
+    assert again.within({"set": "digits"}, "kd") == (other, {2: measured})
+    assert again.within({"set": "digits"}, "lelp") == (None, {})
+
+
+def test_tables_are_of_the_rows_that_are_kept_and_ask_for_them_where_there_are_none(tmp_path):
+    arms(tmp_path, "--arms", "kd", *ONCE, "--rows", str(tmp_path / "kept.jsonl"))
+    assert not (tmp_path / "runs.jsonl").exists()
+    report = [sys.executable, str(BENCHMARKS / "lelp_arms.py"), "--report", "--rows"]
+    done = subprocess.run([*report, str(tmp_path / "kept.jsonl")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "kd" in done.stdout and "1 seeds" in done.stdout
+    none = subprocess.run([*report, str(tmp_path / "none.jsonl")], capture_output=True, text=True, timeout=300)
+    assert none.returncode != 0 and "No runs are kept in" in none.stderr
+
+
+def words(rooms, count=40):
+    """Batches of texts of many lengths, of a tokenizer that knows 30 words."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = {"[PAD]": 0, "[UNK]": 1} | {f"w{number}": number + 2 for number in range(30)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+    texts = [
+        " ".join(f"w{word}" for word in torch.randint(0, 20, (1 + number * 7 % 11,), generator=generator).tolist())
+        for number in range(count)
+    ]
+    data = rooms.data.Labelled(texts, torch.arange(count) % 2, 2)
+    return rooms.models.Batches(data, tokenizer, 16)
+
+
+def test_rows_are_in_order_however_texts_are_grouped(rooms):
+    batches = words(rooms)
+    (found,) = batches.of_each(lambda inputs: (inputs["input_ids"].sum(1),))
+    assert torch.equal(found, batches.ids.sum(1))
+    (padded,) = batches.of_each(lambda inputs: (inputs["attention_mask"].sum(1),))
+    assert torch.equal(padded, batches.lengths) and len(batches.lengths.unique()) > 5
+
+
+def test_all_rows_are_drawn_alike_and_the_same_by_the_same_seed(rooms):
+    batches = words(rooms)
+    first, again = (torch.cat(list(islice(batches.drawn(5, 3), 16))) for _ in range(2))
+    assert torch.equal(first, again)
+    assert torch.equal(first.sort().values, torch.arange(40).repeat_interleave(2))
+    spread = [int(batches.lengths[rows].max() - batches.lengths[rows].min()) for rows in islice(batches.drawn(5, 3), 8)]
+    assert max(spread) <= 3, "a batch has texts of like length"
+
+
+@pytest.mark.parametrize("method", ["guide", "calibrated"])
+def test_a_started_student_is_the_same_without_the_rows_that_no_text_has(rooms, method):
+    batches = words(rooms)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=32, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, pad_token_id=0,
+    )  # fmt: skip
+    teacher = rooms.models.Classifier(BertModel(config, add_pooling_layer=False).eval(), 2)
+    shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    whole, less = (
+        rooms.models.start_student(teacher, batches, method, tokens, shape)
+        for tokens in (None, batches.known_tokens())
+    )
+    assert less.encoder.get_input_embeddings().num_embeddings == 22 and whole.places is None
+    inputs = batches.take(torch.arange(40))
+    with torch.no_grad():
+        assert torch.equal(whole.features(inputs), less.features(inputs))
+    copied = rooms.models.make_student(batches, "resnet", 8, less)
+    assert copied.head.out_features == 8 and copied.encoder is not less.encoder
+
+
+def test_a_resnet_starts_no_student(rooms):
+    data = rooms.data.Labelled(torch.zeros(4, 1, 8, 8), torch.arange(4) % 2, 2)
+    teacher = rooms.models.make_teacher(data, "resnet")
+    with pytest.raises(ValueError, match="--images vit"):
+        rooms.models.start_student(teacher, rooms.models.Batches(data), "guide")

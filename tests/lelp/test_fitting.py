@@ -344,6 +344,7 @@ def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
         ({"splitter": "labels"}, SubclassError, "needs one finer label"),
         ({"classifier_weight": torch.randn(2, 48)}, SubclassError, "has 2 rows; the teacher has 3 classes"),
         ({"dataset": []}, OptionError, "dataset is empty"),
+        ({"data_collator": None}, OptionError, "pass processing_class=tokenizer"),
         ({"dataset": None}, OptionError, "needs a dataset"),
         ({"dataset": [row | {"label": 7} for row in rows]}, SubclassError, "label of example 0 is 7"),
         ({"dataset": [row | {"label": 0.5} for row in rows]}, SubclassError, "whole numbers or names"),

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -224,6 +225,7 @@ def test_arrays_chunks_and_numpy_are_all_the_same():
         (iter(np.array_split(h, 7)), y),
         ((part for part in data.embeddings.split(100)), iter(data.labels.split(100))),
         (list(data.embeddings.split(100)), data.labels.tolist()),
+        (pandas.DataFrame(h), pandas.Series(y)),
     ):
         projector = SubclassProjector.fit(embeddings, labels, data.weight.numpy(), SUBCLASSES)
         assert (projector.transform(h, z) - expected).abs().max() < 1e-9

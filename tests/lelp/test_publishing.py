@@ -211,6 +211,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="has no subclasses"):
         save_subclass_student(model_for(TEXT, 1), tmp_path)
     student: Any = student_of(TEXT)
+    with pytest.raises(TaskError, match="gives class logits already"):
+        save_subclass_student(with_class_logits(student), tmp_path)
     with pytest.raises(OptionError, match="'codes'.*Did you mean 'code'"):
         save_subclass_student(student, tmp_path, "codes")
     with pytest.raises(OptionError, match="give it a dataset"):

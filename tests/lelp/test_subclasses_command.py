@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -175,4 +176,24 @@ def test_a_projector_of_arrays_asks_for_its_teacher(text, tmp_path, capsys):
     home, _, _ = text
     output = str(tmp_path / "page.html")
     assert cli.main(["subclasses", str(home / "projector"), str(home / "data.jsonl"), "-o", output]) == 1
+    assert "name it with --teacher" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_no_dataset_of_the_hub(text, tmp_path, capsys):
+    from hf_guide import cli
+
+    home, _, _ = text
+    output = str(tmp_path / "page.html")
+    assert cli.main(["subclasses", str(home / "projector"), str(home / "dat.jsonl"), "-o", output]) in (1, 2)
+    assert "There is no file" in capsys.readouterr().err
+
+
+def test_a_teacher_that_went_away_is_asked_for(text, tmp_path, capsys):
+    """As where it was fitted to a model that has no name but its class's."""
+    from hf_guide import cli
+
+    home, made, _ = text
+    replace(made, teacher="BertForSequenceClassification").save_pretrained(tmp_path / "projector")
+    words = ["subclasses", str(tmp_path / "projector"), str(home / "data.jsonl"), "-o", str(tmp_path / "page.html")]
+    assert cli.main(words) == 1
     assert "name it with --teacher" in capsys.readouterr().err
