@@ -136,7 +136,14 @@ def from_teacher(
 
                 call |= {"projector": projector_fingerprint(projector)}
         calibration = listen(
-            teacher, opened, calibration_dataset, options, folder=folder, call=call, show_progress=show_progress, **files
+            teacher,
+            opened,
+            calibration_dataset,
+            options,
+            folder=folder,
+            call=call,
+            show_progress=show_progress,
+            **files,
         )
         planned = chosen_layers(calibration, options, plan.stacks)
         student_config = resolve_config(opened, config, overrides, planned, keywords=KEYWORDS)

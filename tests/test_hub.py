@@ -307,7 +307,9 @@ def test_the_blank_card_that_peft_saves_gives_way_and_tells_no_path(tmp_path):
 
     base, folder = tmp_path / "base", tmp_path / "adapter"
     llama(1).save_pretrained(base)
-    adapted = get_peft_model(llama(1).from_pretrained(base), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted = get_peft_model(
+        llama(1).from_pretrained(base), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     adapted.save_pretrained(folder)
     assert str(base) in (folder / "README.md").read_text()
     path = write_model_card(folder, record=RECORD, model_id="me/adapter")

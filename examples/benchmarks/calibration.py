@@ -195,7 +195,10 @@ def main() -> int:
                 "lost": report.calibration.get("lost"),
                 "logit_scale": report.calibration.get("logit_scale"),
             }
-            print(f"{key['shape']:28} {key['arm']:34} {row['loss']:7.3f}  {sum(report.seconds.values()):6.0f} s", flush=True)
+            print(
+                f"{key['shape']:28} {key['arm']:34} {row['loss']:7.3f}  {sum(report.seconds.values()):6.0f} s",
+                flush=True,
+            )
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)

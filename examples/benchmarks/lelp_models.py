@@ -78,7 +78,9 @@ class Batches:
     def __init__(self, data: Labelled, tokenizer: Any = None, length: int = LENGTH):
         self.data, self.tokenizer, self.length = data, tokenizer, length
         if data.is_text:
-            found = [torch.tensor(ids) for ids in tokenizer(data.inputs, truncation=True, max_length=length)["input_ids"]]
+            found = [
+                torch.tensor(ids) for ids in tokenizer(data.inputs, truncation=True, max_length=length)["input_ids"]
+            ]
             self.lengths = torch.tensor([len(ids) for ids in found])
             self.ids = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=tokenizer.pad_token_id)
 

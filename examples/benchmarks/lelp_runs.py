@@ -43,7 +43,9 @@ class Runs:
         """
         file = args.rows or (args.output / RUNS if args.output else RESULTS / "lelp_arms.jsonl")
         if args.report and not file.is_file():
-            raise OptionError(f"No runs are kept in {file}: name the folder of an earlier run (-o), or a file (--rows).")
+            raise OptionError(
+                f"No runs are kept in {file}: name the folder of an earlier run (-o), or a file (--rows)."
+            )
         return cls(file, args.tune_seeds)
 
     def within(self, common: dict[str, Any], arm: str) -> tuple[Settings | None, dict[int, dict[str, Any]]]:

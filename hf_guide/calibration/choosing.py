@@ -13,6 +13,7 @@ from hf_guide.initialization.plan import Plan, Site
 
 Choice = dict[str, Tensor]
 
+
 def influential_blocks(turned: Tensor, count: int) -> list[int]:
     """Return the `count` blocks that turn the residual stream most, in order; of equals the first.
 

@@ -51,7 +51,9 @@ def turn_queries(transfer: Transfer, projected: Mapping[str, Tensor]) -> None:
             continue
         reason = _reason_not_to(plan, sites, queries, keys, projected)
         if reason:
-            note = f"{sites[0].match.row.pattern.rpartition('.')[0]}: queries and keys are chosen evenly, for {reason}."
+            note = (
+                f"{sites[0].match.row.pattern.rpartition('.')[0]}: queries and keys are chosen evenly, for {reason}."
+            )
             transfer.notes += [] if note in transfer.notes else [note]
             continue
         _turn(plan, sites, queries[0], keys[0], projected)
@@ -64,7 +66,10 @@ def _turn(plan: Plan, sites: list[Site], query: Site, key: Site, projected: Mapp
     had, wanted = (sizes[names["q_dim"]] for sizes in plan.sizes(query))
     groups = _groups(key)
     count = plan.sizes(key)[0][groups]
-    asked, said = projected[f"{module_name(query)}/{names['q_dim']}"], projected[f"{module_name(key)}/{names['k_dim']}"]
+    asked, said = (
+        projected[f"{module_name(query)}/{names['q_dim']}"],
+        projected[f"{module_name(key)}/{names['k_dim']}"],
+    )
     asked = (asked[:, :-1, :-1] * kept_heads(plan, query, len(asked)).view(-1, 1, 1)).unflatten(0, (count, -1)).sum(1)
     tokens = said[:, -1, -1].clamp(min=1)[:, None, None]
     said = said[:, :-1, :-1] / tokens - said[:, :-1, -1:] @ said[:, -1:, :-1] / tokens**2

@@ -195,7 +195,10 @@ def initialize_calibrated(
     student.to(home)  # type: ignore[arg-type]
     seconds["repair"] = time.perf_counter() - mended
     transfer.notes += mender.notes
-    named = {*mender.of_student.writers, *(f"{name}.{part.parameter}" for name, part in mender.of_student.experts.items())}
+    named = {
+        *mender.of_student.writers,
+        *(f"{name}.{part.parameter}" for name, part in mender.of_student.experts.items()),
+    }
     facts["units"] = {
         site.canonical: {
             axis: places.tolist() for axis, places in plan.units[site.name].items() if axis != size_of_heads(site)

@@ -92,7 +92,9 @@ def _turn(plan: Plan, writer: Site, makers: Sequence[Site], size: str, moment: T
     for site, matrices in [(writer, decoders), *((maker, encoders) for maker in makers)]:
         along = next(dim for dim, axis in enumerate(site.axes) if size in axis_names(axis))
         sizes, _ = plan.sizes(site)
-        places = torch.stack([places_of(site.axes[along], groups, group, size, sizes) for group in range(len(matrices))])
+        places = torch.stack(
+            [places_of(site.axes[along], groups, group, size, sizes) for group in range(len(matrices))]
+        )
         rows = places.view(len(matrices), -1, sizes[size])  # of a writer a row for each member
         each = torch.stack(matrices).repeat_interleave(rows.shape[1], 0)
         plan.turns[site.source or ""] = Turn(along, rows.flatten(0, 1), each)

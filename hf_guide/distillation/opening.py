@@ -67,7 +67,10 @@ def _load(name: str, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel
     loader = getattr(transformers, AUTO_CLASSES[task])
     try:
         model, found = loader.from_pretrained(name, output_loading_info=True, **init_kwargs)
-    except (TypeError, AttributeError) as error:  # a keyword that from_pretrained does not know, or a dtype that is none
+    except (
+        TypeError,
+        AttributeError,
+    ) as error:  # a keyword that from_pretrained does not know, or a dtype that is none
         raise TeacherError(
             f"The teacher {name} does not load with teacher_init_kwargs={sorted(init_kwargs)}: {error}"
         ) from error

@@ -24,6 +24,7 @@ _ON_THE_HUB = {
 
 _OF_TEACHER = re.compile(r"_teacher_(?=ce$|perplexity$)")
 
+
 def make_record(
     trainer: "DistillationTrainer",
     *,

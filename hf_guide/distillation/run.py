@@ -125,7 +125,6 @@ def _check(models: ModelOptions, args: DistillationArguments) -> None:
             "{hidden_size: 288, num_hidden_layers: 10}."
         )
 
-
     resume = args.resume_from_checkpoint
     if resume and str(resume).lower() not in ("true", "false") and not os.path.isdir(resume):
         raise OptionError(
@@ -210,7 +209,10 @@ def _student(task: Task, models: ModelOptions, labels: Sequence[str] | None) -> 
         given |= {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
     try:
         return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(models.model_name_or_path, **given)
-    except (TypeError, AttributeError) as error:  # a keyword that from_pretrained does not know, or a dtype that is none
+    except (
+        TypeError,
+        AttributeError,
+    ) as error:  # a keyword that from_pretrained does not know, or a dtype that is none
         raise OptionError(
             f"{models.model_name_or_path} does not load with model_init_kwargs={models.model_init_kwargs}: {error}"
         ) from error

@@ -82,7 +82,9 @@ def look(
     except TeacherError as error:
         if teacher is not None:
             raise
-        raise TeacherError(f"{error} The projector says that its teacher is {name!r}; name it with --teacher.") from error
+        raise TeacherError(
+            f"{error} The projector says that its teacher is {name!r}; name it with --teacher."
+        ) from error
     projector.check_teacher(model)
     task = task_of(model)
     whole = read_splits(replace(data, validation_share=0.0, max_train_examples=None))[0]

@@ -24,9 +24,7 @@ def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) ->
     assert (torch.tensor(found["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
 
 
-def test_two_processes_that_were_killed_go_on_to_the_same_bits(
-    uninterrupted: dict[str, Any], tmp_path: Path
-) -> None:
+def test_two_processes_that_were_killed_go_on_to_the_same_bits(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
     """Rank 1 dies while it hears, then rank 0 between two blocks; each time the other is ended by torchrun."""
     given = {"folder": str(tmp_path / "kept")}
     for kill in ("hearing-00001-of-00002.safetensors", "fitted-layers.1.safetensors"):

@@ -146,7 +146,9 @@ def test_settings_given_stand_in_place_of_the_grid(tmp_path):
     told = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [each["run"]["settings"] for each in told] == [{"tau": 1.0}] * 2 + [json.loads(given)] * 2
     assert [each["run"]["seed"] for each in told] == [0, 1, 0, 1], "one seed to tune, one to measure"
-    again = arms(tmp_path, "--arms", "lelp", *ONCE, "--share", "0.02", "--settings", '{"tau": 1.0, "S": 8, "beta": 0.3}')
+    again = arms(
+        tmp_path, "--arms", "lelp", *ONCE, "--share", "0.02", "--settings", '{"tau": 1.0, "S": 8, "beta": 0.3}'
+    )
     last = json.loads((tmp_path / "runs.jsonl").read_text().splitlines()[-1])
     assert "examples" in last["result"]["skipped"] and "left out: lelp" in again
 
@@ -204,7 +206,9 @@ def test_all_rows_are_drawn_alike_and_the_same_by_the_same_seed(rooms):
     first, again = (torch.cat(list(islice(batches.drawn(5, 3), 16))) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(first.sort().values, torch.arange(40).repeat_interleave(2))
-    spread = [int(batches.lengths[rows].max() - batches.lengths[rows].min()) for rows in islice(batches.drawn(5, 3), 8)]
+    spread = [
+        int(batches.lengths[rows].max() - batches.lengths[rows].min()) for rows in islice(batches.drawn(5, 3), 8)
+    ]
     assert max(spread) <= 3, "a batch has texts of like length"
 
 
