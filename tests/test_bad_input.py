@@ -199,7 +199,7 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
         ({"method": {"layrs": "first"}}, ["no 'layrs'", "Did you mean 'layers'?"]),
         ({"method": {"later_blocks": "projct"}}, ["later_blocks='projct'", "Did you mean 'project'?"]),
         ({"method": {"layers": "frist"}}, ["layers='frist'", "Did you mean 'first'?"]),
-        ({"method": {"layers": 3}}, ["layers is a list", "even, or first", "found 3"]),
+        ({"method": {"layers": 3}}, ["layers is a list", "even, first or ends", "found 3"]),
         ({"method": {"layers": ["a"]}}, ["layers is a list", "found ['a']"]),
         ({"method": {"layers": {"leyers": [0, 1]}}}, ["'leyers'", "Did you mean 'layers'?"]),
         ({"method": {"layers": [0, 1, 2]}}, ["names 3 teacher blocks", "the student has 2"]),
