@@ -293,3 +293,11 @@ def test_logit_gain_that_finds_no_logits_is_said_so() -> None:
     teacher = build(case, case.big)
     student = from_teacher(teacher, build(case, case.small).config, method={"logit_gain": 0.3}, show_progress=False)
     assert any("logit_gain" in note for note in student.initialization_report.approximations)
+
+
+def test_outer_blocks_leave_the_middle_out(teacher: LlamaForCausalLM) -> None:
+    """Weight subcloning's choice, arXiv 2312.09299: the first half, and the last."""
+    assert student_of(teacher, {"layers": "ends"}).initialization_report.blocks == {"layers": [0, 3]}
+    deeper = student_of(teacher, {"layers": "ends"}, num_hidden_layers=3)
+    assert deeper.initialization_report.blocks == {"layers": [0, 1, 3]}
+    assert student_of(teacher, "guide").initialization_report.blocks == {"layers": [0, 2]}
