@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_guide.capture.options import CaptureConfig
+from hf_guide.commands.teacher_arguments import source_of
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.errors import OptionError, did_you_mean
 
@@ -111,7 +112,7 @@ def _capture(
 
     if args.no_progress:
         logging.disable_progress_bar()
-    source = {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code}
+    source = source_of(args)
     task = task_of_files(teacher, **source)
     load = AutoImageProcessor if task is Task.IMAGE_CLASSIFICATION else AutoTokenizer
     processing_class: Any = load.from_pretrained(processor or teacher, **({} if processor else source))

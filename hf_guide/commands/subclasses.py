@@ -6,6 +6,8 @@ This module is light, so that `hf-guide --help` answers at once; the work is in 
 import argparse
 from pathlib import Path
 
+from hf_guide.commands.teacher_arguments import source_of
+
 HELP = "see a projector's pseudo-subclasses, and whether they are likely to help"
 DESCRIPTION = (
     "Run the teacher over a dataset and write one page: each class's subspace coloured by subclass, the nearest\n"
@@ -96,9 +98,7 @@ def run(args: argparse.Namespace) -> int:
         examples=args.nearest,
         batch_size=args.batch_size,
         forecast=not args.no_forecast,
-        revision=args.revision,
-        token=args.token,
-        trust_remote_code=args.trust_remote_code,
+        **source_of(args),
         show_progress=not args.no_progress,
     )
     if looked.view.forecast is not None:
