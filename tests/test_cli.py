@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_guide import cli, folders
+from hf_guide import cli, folders, hub
 from hf_guide.commands import init
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
@@ -58,7 +58,7 @@ def test_init_makes_a_stock_student_with_everything_beside_it(teacher, tmp_path)
     assert (output / "tokenizer.json").read_text() == '{"its": "own"}'
     assert not (output / "notes.txt").exists()
     assert "license: mit" in (output / "README.md").read_text()
-    assert (output / init.PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert (output / hub.PLOT_NAME).read_bytes().startswith(b"\x89PNG")
     assert os.listdir(tmp_path) == ["runs"] and os.listdir(tmp_path / "runs") == ["student"]
 
 

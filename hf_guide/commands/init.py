@@ -48,8 +48,6 @@ TASKS = {
     "image-classification": "AutoStudentForImageClassification",
 }
 
-PLOT_NAME = "variance_explained.png"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the teacher, the output, the student's shape, and one flag for each field of `InitializationConfig`."""
@@ -181,7 +179,7 @@ def _save(student: Any, folder: Path) -> None:
 
 
 def _describe(report: "InitializationReport", folder: Path, args: argparse.Namespace) -> None:
-    from hf_guide.hub import write_model_card
+    from hf_guide.hub import PLOT_NAME, write_model_card
     from hf_guide.plots import plot_explained_variance
 
     write_model_card(folder, report, model_id=args.output.resolve().name, license=args.license)

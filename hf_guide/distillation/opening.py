@@ -25,6 +25,9 @@ AUTO_CLASSES = {
     Task.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
 }
 
+UNKNOWN_KEYWORD = (TypeError, AttributeError)
+"""What `from_pretrained` raises of a keyword that it does not know, or a dtype that is none."""
+
 
 def open_teachers(
     teacher: "str | os.PathLike[str] | PreTrainedModel | Sequence[Any]",
@@ -67,10 +70,7 @@ def _load(name: str, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel
     loader = getattr(transformers, AUTO_CLASSES[task])
     try:
         model, found = loader.from_pretrained(name, output_loading_info=True, **init_kwargs)
-    except (
-        TypeError,
-        AttributeError,
-    ) as error:  # a keyword that from_pretrained does not know, or a dtype that is none
+    except UNKNOWN_KEYWORD as error:
         raise TeacherError(
             f"The teacher {name} does not load with teacher_init_kwargs={sorted(init_kwargs)}: {error}"
         ) from error

@@ -18,7 +18,7 @@ from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.class_labels import are_generic
 from hf_guide.distillation.data_options import DataOptions, ModelOptions
 from hf_guide.distillation.examples import prepare
-from hf_guide.distillation.opening import AUTO_CLASSES
+from hf_guide.distillation.opening import AUTO_CLASSES, UNKNOWN_KEYWORD
 from hf_guide.distillation.settings import Settings
 from hf_guide.distillation.splits import class_names, count_classes, find_column, read_splits
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
@@ -209,10 +209,7 @@ def _student(task: Task, models: ModelOptions, labels: Sequence[str] | None) -> 
         given |= {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
     try:
         return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(models.model_name_or_path, **given)
-    except (
-        TypeError,
-        AttributeError,
-    ) as error:  # a keyword that from_pretrained does not know, or a dtype that is none
+    except UNKNOWN_KEYWORD as error:
         raise OptionError(
             f"{models.model_name_or_path} does not load with model_init_kwargs={models.model_init_kwargs}: {error}"
         ) from error
