@@ -63,7 +63,9 @@ def by(method: dict[str, Any]) -> Callable[[Given], PreTrainedModel]:
         more: dict[str, Any] = {}
         if method["method"] == "calibrated":
             tokens = method.get("calibration_tokens", 16384)
-            rows = max(1, tokens // given.text.shape[1] // 4)  # two batches to fit on, and two to choose the ridge with
+            rows = max(
+                1, tokens // given.text.shape[1] // 4
+            )  # two batches to fit on, and two to choose the ridge with
             more["calibration_dataset"] = [{"input_ids": batch} for batch in given.text.split(rows)]
         return AutoStudentForCausalLM.from_teacher(
             given.folder,

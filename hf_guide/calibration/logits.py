@@ -1,6 +1,6 @@
 """The end of the stream: a table that is head as well, the gain before it, and one factor of all logits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,12 +21,23 @@ BALANCE, FLOOR = 0.003, 0.1  # of `fit_table`
 
 @dataclass
 class Head:
-    """A student's head over its vocabulary, the teacher's, and the norm before it, by its canonical name."""
+    """A student's head over its vocabulary, the teacher's, and the norm before it, by its canonical name.
+
+    `wanted` is what the teacher's head was given when the table was fitted, (tokens, d_T) for each batch: held, because
+    another pass through the teacher costs more than one stream.
+    """
 
     student: Part
     teacher: Part
     norm: str | None
     tied: bool
+    wanted: list[Tensor] = field(default_factory=list)
+
+    def heard_of_teacher(self, mender: Mender, batch: int) -> Tensor:
+        """Return what the teacher's head is given, (tokens, d_T), as it was heard for the table or as it is heard now."""
+        if batch < len(self.wanted):
+            return self.wanted[batch]
+        return _heard_rows(mender, mender.teacher, self.teacher, mender.batches[batch])
 
 
 def find_head(mender: Mender) -> Head | None:
@@ -56,6 +67,7 @@ def fit_table(mender: Mender, head: Head, counts: Tensor) -> None:
     sums: list[Sums] = []
     for batch in mender.batches:
         stream, wanted = _last_streams(mender, head, batch)
+        head.wanted.append(wanted)
         carried = stream @ matrix.to(stream)
         if mender.plan.layout.norm == "layer":
             carried = carried - carried.mean(-1, keepdim=True)
@@ -96,9 +108,9 @@ def fit_gain(mender: Mender, head: Head) -> None:
     if norm is None or site is None or head.norm is None:
         return
     sums: list[Sums] = []
-    for batch in mender.batches:
+    for number, batch in enumerate(mender.batches):
         has = _heard_rows(mender, mender.student, head.student, batch)
-        wanted = _heard_rows(mender, mender.teacher, head.teacher, batch)
+        wanted = head.heard_of_teacher(mender, number)
         if not sums:
             sums.append(Sums.of(has.shape[1] + 1, wanted.shape[1] + 1))
         sums[0].add(with_one(has, True), with_one(wanted, True))
@@ -149,7 +161,8 @@ def fit_logit_scale(mender: Mender, head: Head) -> float:
     hidden: list[Tensor] = []
     goals: list[Tensor] = []
     seen = 0
-    for batch in mender.batches:
+    for whole in mender.batches:
+        batch = first_rows(whole, SCALE_TOKENS // world()[1] - seen)
         has = _heard_rows(mender, mender.student, head.student, batch)
         expected = run(mender.teacher, batch)
         logits = real_tokens(expected.logits, batch, of_decoder=mender.teacher.config.is_encoder_decoder)
@@ -214,7 +227,7 @@ def _logits_per_output(mender: Mender, head: Head) -> float | None:
     heard: list[Tensor] = []
     with hooks() as handles:
         handles.append(head.student.module.register_forward_hook(lambda _, args, output: heard.append(output)))
-        logits = run(mender.student, mender.batches[0]).logits
+        logits = run(mender.student, first_rows(mender.batches[0], 1)).logits
     raw = heard[-1].double()
     ratio = ((raw * logits).sum() / raw.square().sum()).item()
     if (logits - ratio * raw).abs().max() > 1e-4 * logits.abs().max():
@@ -244,6 +257,15 @@ def _heard_rows(mender: Mender, model: PreTrainedModel, part: Part, batch: Batch
     heard = heard_at(model, part.module, batch)
     assert heard is not None  # it makes the logits
     return real_tokens(heard, batch, of_decoder=mender.teacher.config.is_encoder_decoder)
+
+
+def first_rows(batch: Batch, tokens: int) -> Batch:
+    """Return so many of a batch's first rows that they have so many tokens; all of a batch that is not one row an example."""
+    tokens_of = batch.get("input_ids")
+    if tokens_of is None or any(len(value) != len(tokens_of) for value in batch.values()):
+        return batch
+    rows = max(1, -(-tokens // tokens_of.shape[1]))
+    return {name: value[:rows] for name, value in batch.items()}
 
 
 def token_counts(mender: Mender, size: int) -> Tensor:

@@ -2,9 +2,9 @@
 
 What it costs: one pass of the calibration tokens through the teacher without repair, and one more where experts are chosen;
 with repair four through the teacher and about six through the student, and two streams, (tokens, width), held for each
-process. Without repair memory does not depend on how many tokens there are, but for the tokens (or pixels) themselves.
-With a folder to keep what is done, a run that was killed goes on where it was, after one pass through the blocks that are
-repaired already.
+process, three where the head is tied. Without repair memory does not depend on how many tokens there are, but for the
+tokens (or pixels) themselves. With a folder to keep what is done, a run that was killed goes on where it was, after one
+pass through the blocks that are repaired already.
 """
 
 import dataclasses
