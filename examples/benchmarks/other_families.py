@@ -34,7 +34,13 @@ from transformers import PreTrainedModel, default_data_collator
 from hf_guide import DistillationArguments, DistillationTrainer, from_teacher
 from hf_guide.quickstart.memory import keep_freed_memory
 
-ARMS = ("random", "uniform", "guide", "calibrated")
+ARMS: dict[str, dict[str, Any]] = {
+    "random": {"method": "random"},
+    "uniform": {"method": "uniform", "layers": "even"},
+    "guide": {"method": "guide", "layers": "even"},
+    "guide, outer blocks": {"method": "guide", "layers": "ends"},
+    "calibrated": {"method": "calibrated"},
+}
 BATCH = 32
 TUNING_SEED = 1000
 TUNING_SHARE = 3
@@ -46,7 +52,7 @@ def make(setting: Setting, arm: str, seed: int) -> PreTrainedModel:
     student = from_teacher(
         setting.teacher,
         model_class=setting.model_class,
-        method={"method": arm, "seed": seed},
+        method=ARMS[arm] | {"seed": seed},
         calibration_dataset=setting.heard if arm == "calibrated" else None,
         dtype="float32",
         show_progress=False,
@@ -187,7 +193,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             + ", ".join(f"{name} {value:.4f}" for name, value in goal.items())
         )
         lines.append(
-            f"  {'':11} {'parameters':>10} {'rate':>7} {'loss':>17} {'measure':>17} {'gap closed, %':>15} "
+            f"  {'':19} {'parameters':>10} {'rate':>7} {'loss':>17} {'measure':>17} {'gap closed, %':>15} "
             f"{'steps':>13} {'start, s':>8}   "
             + "; ".join(f"{name} after " + ", ".join(f"{share:.0%}" for share in SHOWN) for name in goal)
         )
@@ -206,7 +212,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             edge = "*" if rate in (min(grid, default=None), max(grid, default=None)) else " "
             measured = four([end["measure"] for end in ends]) if "measure" in ends[0] else "-"
             lines.append(
-                f"  {arm:11} {runs[0]['parameters']:>10,} {rate:>6g}{edge} {four([end['loss'] for end in ends]):>17} "
+                f"  {arm:19} {runs[0]['parameters']:>10,} {rate:>6g}{edge} {four([end['loss'] for end in ends]):>17} "
                 f"{measured:>17} {spread(gaps):>15} {spread(shares):>13} "
                 f"{statistics.mean(row['start_seconds'] for row in runs):>8.1f}   "
                 + "; ".join(along(runs, name) for name in goal)
@@ -260,7 +266,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("family_teachers"), help="where teachers are kept")
     parser.add_argument("--fashion", type=Path, help="the folder with train-images-idx3-ubyte.gz")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600, help=f"of {BATCH} examples")
     parser.add_argument("--points", type=int, default=10, help="of each curve")

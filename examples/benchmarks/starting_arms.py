@@ -120,7 +120,7 @@ def healed(given: Given) -> PreTrainedModel:
 
 ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "random": by({"method": "random"}),
-    "uniform": by({"method": "uniform"}),
+    "uniform": by({"method": "uniform", "layers": "even"}),
     "subcloning": lambda given: subcloned(given.teacher, given.config, given.batches),
     "minitron": lambda given: pruned_as_minitron(given.teacher, given.config, given.batches),
     "first blocks, full width": dropped(first=True),
@@ -128,9 +128,9 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "activations' PCA": by(
         {"method": "calibrated", "heads": "even", "neurons": "even", "layers": "even"} | NOTHING_FITTED
     ),
-    "guide": by({"method": "guide"}),
-    "guide, later selected": by({"method": "guide", "later_blocks": "select"}),
-    "guide, later random": by({"method": "guide", "later_blocks": "random"}),
+    "guide": by({"method": "guide", "layers": "even"}),
+    "guide, later selected": by({"method": "guide", "layers": "even", "later_blocks": "select"}),
+    "guide, later random": by({"method": "guide", "layers": "even", "later_blocks": "random"}),
     "calibrated": by({"method": "calibrated"}),
     "calibrated, 8,192 tokens": by({"method": "calibrated", "calibration_tokens": 8192}),
     "calibrated, 4,096 tokens": by({"method": "calibrated", "calibration_tokens": 4096}),
