@@ -137,6 +137,7 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "calibrated, 2,048 tokens": by({"method": "calibrated", "calibration_tokens": 2048}),
     "calibrated, even blocks": by({"method": "calibrated", "layers": "even"}),
     "guide, outer blocks": by({"method": "guide", "layers": "ends"}),
+    "guide, logit_gain 0.5": by({"method": "guide", "layers": "even", "logit_gain": 0.5}),
     "guide, outer blocks, logit_gain 0.3": by({"method": "guide", "layers": "ends", "logit_gain": 0.3}),
     "uniform, outer blocks": by({"method": "uniform", "layers": "ends"}),
     "healed": healed,
