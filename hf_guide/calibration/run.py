@@ -118,7 +118,7 @@ def chosen_layers(
     calibration: Calibration, options: InitializationConfig, stacks: Mapping[str, list[int]]
 ) -> InitializationConfig:
     """Return the options with the blocks named that turn the teacher's stream most; `stacks` tell how many are wanted."""
-    if options.layers not in (BlockChoice.AUTO, BlockChoice.INFLUENCE):
+    if options.kept_blocks != BlockChoice.INFLUENCE:
         return options
     turned = calibration.statistics.turned
     layers = {

@@ -51,7 +51,8 @@ class InitializationConfig:
         metadata={
             "help": "Which teacher block feeds each student block: even, first, ends (the first and the last, the middle left "
             "out), influence (those that turn the residual stream most, for calibrated alone), a list of numbers, "
-            "or a mapping from stack (such as encoder.block) to a list. auto is even; for calibrated it is influence."
+            "or a mapping from stack (such as encoder.block) to a list. auto is ends for guide, influence for calibrated, "
+            "and even for uniform."
         },
     )
     centered: bool = field(
@@ -85,11 +86,13 @@ class InitializationConfig:
         default=True,
         metadata={"help": "Keep attention logits on the teacher's scale where the head size shrinks."},
     )
-    logit_gain: float = field(
-        default=1.0,
+    logit_gain: float | None = field(
+        default=None,
         metadata={
             "help": "Multiplies the logits, through the norm or weight that makes them. 1 keeps the teacher's; a student "
-            "of which much is cut trains faster from a smaller one, because it is less sure of what it no longer knows."
+            "of which much is cut trains faster from a smaller one, because it is less sure of what it no longer knows. By "
+            "default guide takes the share of length that the student's blocks write onto the stream, 1 where nothing is "
+            "cut; calibrated fits it (fit_logit_scale)."
         },
     )
     basis: str = field(
@@ -220,8 +223,8 @@ class InitializationConfig:
         for option in SWITCHES:
             if not isinstance(getattr(self, option), bool):
                 raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
-        if not _is_positive(self.logit_gain):
-            raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
+        if self.logit_gain is not None and not _is_positive(self.logit_gain):
+            raise OptionError(f"logit_gain is a positive number, or None; found {self.logit_gain!r}.")
         if self.ridge is not None and not _is_positive(self.ridge):
             raise OptionError(f"ridge is a positive number, or None; found {self.ridge!r}.")
         for option in ("calibration_tokens", "calibration_length", "calibration_batch_size"):
@@ -243,6 +246,14 @@ class InitializationConfig:
             for option, needed in _needs(self).items():
                 if getattr(self, option) != self.__dataclass_fields__[option].default:
                     raise OptionError(f"{option} is of use only with {needed}; leave one of them out.")
+
+    @property
+    def kept_blocks(self) -> "str | list[int] | dict[str, list[int]]":
+        """`layers`, with "auto" as this method means it."""
+        if self.layers != BlockChoice.AUTO:
+            return self.layers
+        meant = {Method.GUIDE.value: BlockChoice.ENDS, Method.CALIBRATED.value: BlockChoice.INFLUENCE}
+        return str(meant.get(self.method, BlockChoice.EVEN))
 
     @property
     def projects(self) -> bool:

@@ -119,7 +119,7 @@ def make_plan(
     had, wanted = _stack_sizes(layout, teacher_names), _stack_sizes(layout, student_names)
     _refuse_unknown_stacks(options, had)
     stacks = {
-        stack: choose_blocks(had[stack], count, options.layers, stack.removesuffix(".{block}"))
+        stack: choose_blocks(had[stack], count, options.kept_blocks, stack.removesuffix(".{block}"))
         if stack.endswith("{block}")
         else _listed_places(layout, teacher.config, student.config, stack, had[stack], count)
         for stack, count in wanted.items()

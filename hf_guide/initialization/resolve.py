@@ -48,7 +48,7 @@ def resolve_config(
         student = derive_student_config(teacher.config, overrides, keywords=keywords)
         had, wanted = (getattr(each, "num_hidden_layers", None) for each in (teacher.config, student))
         if isinstance(had, int) and isinstance(wanted, int) and had != wanted and options.method != Method.RANDOM:
-            blocks = choose_blocks(had, wanted, _main_stack(options.layers, wanted))
+            blocks = choose_blocks(had, wanted, _main_stack(options.kept_blocks, wanted))
             student = for_blocks(student, teacher.config, blocks, overridden=set(overrides))
         return student
     family = type(teacher.config).__name__

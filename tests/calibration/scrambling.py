@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.initialization.axes import axis_names, joined, select, solve_sizes
 from hf_guide.initialization.layouts import Layout, config_sizes
-from tests.invariants.lifting import short, spread
+from tests.invariants.lifting import outer, short
 
 UNITS = ("heads", "kv_heads", "group", "mlp")
 
@@ -20,7 +20,7 @@ def scramble(model: PreTrainedModel, layout: Layout, small_blocks: int, seed: in
     )
     live = sorted(torch.randperm(blocks, generator=generator)[:small_blocks].tolist())
     dead = [block for block in range(blocks) if block not in live]
-    home = dict(zip(spread(blocks, small_blocks), live, strict=True))
+    home = dict(zip(outer(blocks, small_blocks), live, strict=True))
     home |= dict(zip([block for block in range(blocks) if block not in home], dead, strict=True))
     permutations: dict[tuple[str, str], Tensor] = {}
 

@@ -1,5 +1,6 @@
 """Guide and uniform are what the papers say, written again by hand; each option changes what it says and nothing else."""
 
+import copy
 import math
 
 import pytest
@@ -22,7 +23,8 @@ SMALLER = {
     "num_key_value_heads": 2,
     "head_dim": 4,
 }
-BLOCKS, HEADS, KV_HEADS = [0, 2], [0, 1, 4, 5], [0, 2]
+OUTER, SPREAD = [0, 3], [0, 2]  # the blocks that guide keeps, and uniform
+HEADS, KV_HEADS = [0, 1, 4, 5], [0, 2]
 ROTARY, EVEN = [0, 2, 4, 6], [0, 2, 4, 6]  # of 8, in pairs (i, i + 4); without pairs they are the same
 NEURONS = [round(i * 63 / 39) for i in range(40)]
 CHANNELS = list(range(0, 48, 2))
@@ -65,7 +67,8 @@ def by_hand(
 ) -> dict[str, Tensor]:
     """GUIDE's student: every axis on the stream contracted with the basis, gains folded, all other axes selected.
 
-    Of a folded gain its root mean square stays in the norm, with sqrt(d_T / d_S) and the energy's correction.
+    Of a folded gain its root mean square stays in the norm, with sqrt(d_T / d_S) and the energy's correction; the logits
+    have the share of length that is written onto the stream.
     """
     had = teacher.state_dict()
     table = had["model.embed_tokens.weight"]
@@ -79,7 +82,8 @@ def by_hand(
         "model.norm.weight": scale * left("model.norm") * torch.ones(24, dtype=torch.float64),
         "lm_head.weight": (had["lm_head.weight"] * had["model.norm.weight"]) @ basis / left("model.norm"),
     }
-    for number, block in enumerate(BLOCKS):
+    made["lm_head.weight"] *= written_by_hand(teacher, basis)
+    for number, block in enumerate(OUTER):
         here, there = f"model.layers.{number}.", f"model.layers.{block}."
         for name, (places, norm) in SIDES.items():
             folded = had[f"{there}{name}.weight"][places] * had[f"{there}{norm}.weight"]
@@ -92,12 +96,24 @@ def by_hand(
     return made
 
 
-def selected_by_hand(teacher: LlamaForCausalLM) -> dict[str, Tensor]:
+def written_by_hand(teacher: LlamaForCausalLM, basis: Tensor) -> float:
+    """The share of length that the student's blocks write: the root of the mean over the teacher's eight writing weights."""
+    had = teacher.state_dict()
+    shares = [
+        ((basis.T @ weight[:, places]).norm() / weight.norm()) ** 2 if block in OUTER else torch.tensor(0.0)
+        for block in range(4)
+        for name, places in WRITERS.items()
+        for weight in [had[f"model.layers.{block}.{name}.weight"]]
+    ]
+    return math.sqrt(torch.stack([share.double() for share in shares]).mean().item())
+
+
+def selected_by_hand(teacher: LlamaForCausalLM, blocks: list[int]) -> dict[str, Tensor]:
     """Weight selection's student: every axis selected, nothing else."""
     had = teacher.state_dict()
     made = {name: had[name][:, CHANNELS] for name in ("model.embed_tokens.weight", "lm_head.weight")}
     made["model.norm.weight"] = had["model.norm.weight"][CHANNELS]
-    for number, block in enumerate(BLOCKS):
+    for number, block in enumerate(blocks):
         here, there = f"model.layers.{number}.", f"model.layers.{block}."
         for name, (places, norm) in SIDES.items():
             made[f"{here}{name}.weight"] = had[f"{there}{name}.weight"][places][:, CHANNELS]
@@ -123,7 +139,7 @@ def changed(first: PreTrainedModel, second: PreTrainedModel) -> set[str]:
 
 
 def test_uniform_is_weight_selection(teacher: LlamaForCausalLM) -> None:
-    assert_is(student_of(teacher, "uniform"), selected_by_hand(teacher), exactly=True)
+    assert_is(student_of(teacher, "uniform"), selected_by_hand(teacher, SPREAD), exactly=True)
 
 
 def test_guide_is_the_projection_on_the_tables_directions(teacher: LlamaForCausalLM) -> None:
@@ -137,8 +153,8 @@ def test_guide_is_the_projection_on_the_tables_directions(teacher: LlamaForCausa
 
 
 def test_guide_at_full_width_selects_and_changes_nothing_else(teacher: LlamaForCausalLM) -> None:
-    student = student_of(teacher, hidden_size=48, head_dim=8)
-    assert same_bits(student, student_of(teacher, "uniform", hidden_size=48, head_dim=8))
+    student = student_of(teacher, {"logit_gain": 1.0}, hidden_size=48, head_dim=8)
+    assert same_bits(student, student_of(teacher, {"method": "uniform", "layers": "ends"}, hidden_size=48, head_dim=8))
 
 
 def test_without_energy_correction_norms_keep_their_length(teacher: LlamaForCausalLM) -> None:
@@ -163,9 +179,9 @@ def test_unfolded_gains_become_diagonals(teacher: LlamaForCausalLM) -> None:
     scale = math.sqrt(48 / 24) * ((table @ basis).norm() / table.norm())
     student = student_of(teacher, {"fold_norms": False})
     expected, had = by_hand(teacher, basis), teacher.state_dict()
-    expected["lm_head.weight"] = had["lm_head.weight"] @ basis
+    expected["lm_head.weight"] = written_by_hand(teacher, basis) * had["lm_head.weight"] @ basis
     expected["model.norm.weight"] = scale * (basis.T @ torch.diag(had["model.norm.weight"]) @ basis).diagonal()
-    for number, block in enumerate(BLOCKS):
+    for number, block in enumerate(OUTER):
         for name, (places, norm) in SIDES.items():
             weight, gain = (had[f"model.layers.{block}.{part}.weight"] for part in (name, norm))
             restored = math.sqrt(2) if name.endswith("q_proj") else 1.0
@@ -202,8 +218,8 @@ def test_token_weights_count_rows_as_often_as_they_say(teacher: LlamaForCausalLM
 def test_later_blocks_can_be_selected(teacher: LlamaForCausalLM) -> None:
     student, whole = student_of(teacher, {"later_blocks": "select"}), student_of(teacher)
     later = {name for name in everything(student) if name.startswith("model.layers.1.")}
-    assert changed(student, whole) == later
-    selected = selected_by_hand(teacher)
+    assert changed(student, whole) == later | {"lm_head.weight"}  # which says how much is written
+    selected = selected_by_hand(teacher, OUTER)
     for name in later - {"model.layers.1.self_attn.q_proj.weight"}:
         assert torch.equal(student.get_parameter(name), selected[name]), name
     queries = selected["model.layers.1.self_attn.q_proj.weight"] * math.sqrt(2)
@@ -213,7 +229,7 @@ def test_later_blocks_can_be_selected(teacher: LlamaForCausalLM) -> None:
 def test_later_blocks_can_be_random(teacher: LlamaForCausalLM) -> None:
     student, whole = student_of(teacher, {"later_blocks": "random"}), student_of(teacher)
     later = {name for name in everything(student) if name.startswith("model.layers.1.")}
-    assert changed(student, whole) == later
+    assert changed(student, whole) == later | {"lm_head.weight"}  # which says how much is written
     assert set(student.initialization_report.randomly_initialized) == later
     for name in later:
         parameter = student.get_parameter(name)
@@ -295,9 +311,35 @@ def test_logit_gain_that_finds_no_logits_is_said_so() -> None:
     assert any("logit_gain" in note for note in student.initialization_report.approximations)
 
 
+def test_what_writes_nothing_does_not_make_a_student_unsure(teacher: LlamaForCausalLM) -> None:
+    dead = copy.deepcopy(teacher)
+    for block in (1, 2):
+        dead.model.layers[block].self_attn.o_proj.weight.data.zero_()
+        dead.model.layers[block].mlp.down_proj.weight.data.zero_()
+    shallow = {"num_hidden_layers": 2}
+    for made_from, is_sure in ((dead, True), (teacher, False)):
+        plain, student = (
+            from_teacher(made_from, method={"logit_gain": gain}, show_progress=False, **shallow)
+            for gain in (1.0, None)
+        )
+        assert same_bits(plain, student) == is_sure
+    steps = {record.name: record.steps for record in student.initialization_report.parameters}
+    assert steps["lm_head.weight"] == [
+        f"logits times {math.sqrt(0.5):.6g}"
+    ]  # half of the weights that write are kept whole
+
+
 def test_outer_blocks_leave_the_middle_out(teacher: LlamaForCausalLM) -> None:
     """Weight subcloning's choice, arXiv 2312.09299: the first half, and the last."""
-    assert student_of(teacher, {"layers": "ends"}).initialization_report.blocks == {"layers": [0, 3]}
-    deeper = student_of(teacher, {"layers": "ends"}, num_hidden_layers=3)
+    ends = {"method": "uniform", "layers": "ends"}
+    assert student_of(teacher, ends).initialization_report.blocks == {"layers": OUTER}
+    deeper = student_of(teacher, ends, num_hidden_layers=3)
     assert deeper.initialization_report.blocks == {"layers": [0, 1, 3]}
-    assert student_of(teacher, "guide").initialization_report.blocks == {"layers": [0, 2]}
+
+
+@pytest.mark.parametrize(("method", "blocks"), [("guide", OUTER), ("uniform", SPREAD)])
+def test_which_blocks_are_kept_where_nothing_says_so(
+    teacher: LlamaForCausalLM, method: str, blocks: list[int]
+) -> None:
+    assert student_of(teacher, method).initialization_report.blocks == {"layers": blocks}
+    assert student_of(teacher, {"method": method, "layers": "even"}).initialization_report.blocks == {"layers": SPREAD}

@@ -81,6 +81,11 @@ def spread(big: int, small: int) -> list[int]:
     )
 
 
+def outer(big: int, small: int) -> list[int]:
+    """Where the small model's blocks stand in the big one: at both ends, of an odd number one more at the first."""
+    return [i if 2 * i < small else big - small + i for i in range(small)]
+
+
 def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[int]:
     """Where each of the small model's places of `axis` stands in the big model's."""
     if isinstance(axis, Name):
@@ -190,7 +195,7 @@ class Lifter:
     def _kept(self, match: Match, placeholder: str) -> list[int]:
         """Where the small model's numbered modules stand among the big one's."""
         if placeholder == "block":
-            return spread(*self.counts[match.row.pattern.partition("{block}")[0]])
+            return outer(*self.counts[match.row.pattern.partition("{block}")[0]])
         axis = Product((Name("kv_heads"), Name("group"))) if placeholder == "heads" else Name(placeholder)
         big, small = config_sizes(self.layout, self.big.config), config_sizes(self.layout, self.small.config)
         unsized = isinstance(axis, Name) and axis.name not in big
@@ -245,7 +250,8 @@ class Lifter:
         for placeholder, number in match.numbers.items():
             stack, marker, _ = pattern.partition("{" + placeholder + "}")
             if of_small and marker and stack in self.counts:
-                number = str(spread(*self.counts[stack]).index(int(number)))
+                place = outer if placeholder == "block" else spread
+                number = str(place(*self.counts[stack]).index(int(number)))
             pattern = pattern.replace("{" + placeholder + "}", number)
         return pattern
 

@@ -57,7 +57,7 @@ OLMO_BIG = OLMO_SMALL | {"hidden_size": 40, "intermediate_size": 60, "num_hidden
 
 SLIDING = {"sliding_window": 4}
 TURNS = {"layer_types": ["sliding_attention", "full_attention"]}
-BIG_TURNS = {"layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]}
+BIG_TURNS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
 CASES = [
     Case("llama", "LlamaForCausalLM", SMALL, BIG, RMS | UNTIED),
     Case("llama", "LlamaForCausalLM", SMALL, BIG, RMS | TIED | BIASED, "llama-tied-biased", residual=TIED_RESIDUAL),
@@ -90,7 +90,15 @@ CASES = [
         BIG | {"no_rope_layers": [1, 1, 0, 0]},
         RMS | UNTIED | BIASED,
     ),
-    Case("smollm3", "SmolLM3ForCausalLM", SMALL, BIG, RMS | TIED, "smollm3-tied", residual=TIED_RESIDUAL),
+    Case(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        SMALL | {"no_rope_layers": [1, 1]},
+        BIG | {"no_rope_layers": [1, 0, 0, 1]},
+        RMS | TIED,
+        "smollm3-tied",
+        residual=TIED_RESIDUAL,
+    ),
     Case(
         "helium",
         "HeliumForCausalLM",

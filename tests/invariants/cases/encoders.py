@@ -148,8 +148,8 @@ CASES: list[Case] = [
     Case(
         "modernbert",
         "ModernBertModel",
-        SMALL,
-        DEEP,
+        SMALL | {"layer_types": ["full_attention"] * 2},
+        DEEP | {"layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"]},
         MODERN | {"attention_bias": True, "mlp_bias": True, "norm_bias": True},
         output="last_hidden_state gram",
         residual=STREAM_RESIDUAL,
