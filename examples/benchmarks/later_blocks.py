@@ -31,19 +31,29 @@ from hf_guide.quickstart.teacher import default_teacher
 
 ARMS = {
     "random": {"method": "random"},
+    "guide, the defaults": {"method": "guide"},
     "uniform, even blocks": {"method": "uniform", "layers": "even"},
     "uniform, first blocks": {"method": "uniform", "layers": "first"},
-    "guide, even blocks": {"method": "guide", "layers": "even"},
-    "guide, first blocks": {"method": "guide", "layers": "first"},
+    "guide, even blocks": {"method": "guide", "logit_gain": 1.0, "layers": "even"},
+    "guide, first blocks": {"method": "guide", "logit_gain": 1.0, "layers": "first"},
     "guide, first blocks, logit_gain 0.3": {"method": "guide", "layers": "first", "logit_gain": 0.3},
-    "guide, first blocks, later selected": {"method": "guide", "layers": "first", "later_blocks": "select"},
+    "guide, first blocks, later selected": {
+        "method": "guide",
+        "logit_gain": 1.0,
+        "layers": "first",
+        "later_blocks": "select",
+    },
     "uniform, outer blocks": {"method": "uniform", "layers": "ends"},
-    "guide, outer blocks": {"method": "guide", "layers": "ends"},
-    "guide, outer blocks, logit_gain 0.1": {"method": "guide", "layers": "ends", "logit_gain": 0.1},
+    "guide, outer blocks": {"method": "guide", "logit_gain": 1.0, "layers": "ends"},
     "guide, outer blocks, logit_gain 0.3": {"method": "guide", "layers": "ends", "logit_gain": 0.3},
-    "guide, later random": {"method": "guide", "layers": "first", "later_blocks": "random"},
+    "guide, later random": {"method": "guide", "logit_gain": 1.0, "layers": "first", "later_blocks": "random"},
     "calibrated": {"method": "calibrated"},
-    "guide, first blocks, no energy correction": {"method": "guide", "layers": "first", "energy_correction": False},
+    "guide, first blocks, no energy correction": {
+        "method": "guide",
+        "logit_gain": 1.0,
+        "layers": "first",
+        "energy_correction": False,
+    },
 }
 
 
