@@ -147,7 +147,7 @@ def encoder(folder: Path, fashion: Path | None = None, *, texts: int | None = No
         held_out,
         batches(learned, 32, "input_ids", "attention_mask"),
         {"ce": 1.0},
-        (2e-4, 6e-4, 2e-3),
+        (2e-4, 6e-4, 2e-3, 6e-3),
         measure=similarity_kept,
         settle=lambda student: fit_head(student, learned[:1024]),
         best={"loss": 0.0, "measure": 1.0},
@@ -187,7 +187,7 @@ def vision(
         held_out,
         batches(learned[:1024], 64, "pixel_values"),
         {"ce": 0.5, "kd": 0.5},
-        (1e-3, 3e-3, 1e-2),
+        (1e-3, 3e-3, 1e-2, 3e-2),
         measure=accuracy,
     )
 
@@ -220,7 +220,7 @@ def encoder_decoder(
         held_out[1:1024:2],
         heard,
         {"ce": 0.5, "kd": 0.5},
-        (2e-3, 6e-3, 2e-2),
+        (2e-3, 6e-3, 2e-2, 6e-2),
     )
 
 

@@ -173,6 +173,17 @@ def best_rate(rows: list[dict[str, Any]], family: str, budget: int, arm: str) ->
     return float(min(ends, key=lambda rate: ends[rate] if math.isfinite(ends[rate]) else math.inf))
 
 
+def at_chosen_rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs at the rate that was chosen for their arm: others were made before the grid had that rate."""
+    arms = {(row["family"], row["budget"], row["arm"]) for row in rows if row["tuning"]}
+    chosen = {arm: best_rate(rows, *arm) for arm in arms}
+    return [
+        row
+        for row in rows
+        if not row["tuning"] and row["rate"] == chosen.get((row["family"], row["budget"], row["arm"]), row["rate"])
+    ]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Return mean and standard deviation over seeds, and the mean curves.
 
@@ -183,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if row["tuning"]:
             rates.setdefault((row["family"], row["budget"], row["arm"]), set()).add(row["rate"])
-    rows = [row for row in rows if not row["tuning"]]
+    rows = at_chosen_rates(rows)
     for family, budget in dict.fromkeys((row["family"], row["budget"]) for row in rows):
         own = [row for row in rows if (row["family"], row["budget"]) == (family, budget)]
         random = {row["seed"]: row["curve"][-1] for row in own if row["arm"] == "random"}
@@ -241,7 +252,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if not row["tuning"]]
+    rows = at_chosen_rates(rows)
     panels = list(dict.fromkeys((row["family"], row["budget"]) for row in rows))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
     for axis, (family, budget) in zip(axes[0], panels, strict=True):

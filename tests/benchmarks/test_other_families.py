@@ -53,13 +53,13 @@ def runs(tmp_path: Path, monkeypatch, family: str, setting, fashion: Path | None
     families.main(words)
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     families.main(words)
-    assert len(output.read_text().splitlines()) == len(rows) == 2 * (3 + 1)
+    assert len(output.read_text().splitlines()) == len(rows) == 2 * (4 + 1)
     assert (tmp_path / "rows.png").is_file()
     assert all(row["steps"] == (1 if row["tuning"] else 3) == row["curve"][-1]["step"] for row in rows)
     for arm in ("random", "guide"):
         own = [row for row in rows if row["arm"] == arm]
         ends = {row["rate"]: row["curve"][-1]["loss"] for row in own if row["tuning"]}
-        assert own[-1]["rate"] == min(ends, key=ends.get) and len(ends) == 3
+        assert own[-1]["rate"] == min(ends, key=ends.get) and len(ends) == 4
     assert len({row["parameters"] for row in rows}) == 1, "all arms have the same shape"
     return rows
 
