@@ -37,7 +37,7 @@ from hf_guide.quickstart.memory import keep_freed_memory
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "uniform": {"method": "uniform", "layers": "even"},
-    "guide": {"method": "guide", "layers": "even", "logit_gain": 1.0},
+    "guide": {"method": "guide", "layers": "even"},
     "guide, outer blocks": {"method": "guide", "layers": "ends"},
     "calibrated": {"method": "calibrated"},
 }

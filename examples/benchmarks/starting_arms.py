@@ -128,16 +128,16 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "activations' PCA": by(
         {"method": "calibrated", "heads": "even", "neurons": "even", "layers": "even"} | NOTHING_FITTED
     ),
-    "guide": by({"method": "guide", "layers": "even", "logit_gain": 1.0}),
-    "guide, later selected": by({"method": "guide", "layers": "even", "logit_gain": 1.0, "later_blocks": "select"}),
-    "guide, later random": by({"method": "guide", "layers": "even", "logit_gain": 1.0, "later_blocks": "random"}),
-    "guide, the defaults": by({"method": "guide"}),
+    "guide": by({"method": "guide", "layers": "even"}),
+    "guide, later selected": by({"method": "guide", "layers": "even", "later_blocks": "select"}),
+    "guide, later random": by({"method": "guide", "layers": "even", "later_blocks": "random"}),
     "calibrated": by({"method": "calibrated"}),
     "calibrated, 8,192 tokens": by({"method": "calibrated", "calibration_tokens": 8192}),
     "calibrated, 4,096 tokens": by({"method": "calibrated", "calibration_tokens": 4096}),
     "calibrated, 2,048 tokens": by({"method": "calibrated", "calibration_tokens": 2048}),
     "calibrated, even blocks": by({"method": "calibrated", "layers": "even"}),
-    "guide, outer blocks": by({"method": "guide", "layers": "ends", "logit_gain": 1.0}),
+    "guide, outer blocks": by({"method": "guide", "layers": "ends"}),
+    "guide, outer blocks, logit_gain 0.36": by({"method": "guide", "layers": "ends", "logit_gain": 0.358797}),
     "uniform, outer blocks": by({"method": "uniform", "layers": "ends"}),
     "healed": healed,
 }

@@ -194,7 +194,7 @@ def make_report(
         )
     notes = list(transfer.notes) + [f"{name}: the student has no place for it" for name in plan.lost]
     notes += uneven_pairs(plan)
-    if plan.options.logit_gain not in (None, 1.0) and not any(
+    if plan.options.logit_gain != 1.0 and not any(
         "logits times" in step for steps in transfer.steps.values() for step in steps
     ):
         notes.append("logit_gain found no norm or weight of the teacher's that makes logits, and changed nothing.")

@@ -86,13 +86,12 @@ class InitializationConfig:
         default=True,
         metadata={"help": "Keep attention logits on the teacher's scale where the head size shrinks."},
     )
-    logit_gain: float | None = field(
-        default=None,
+    logit_gain: float = field(
+        default=1.0,
         metadata={
-            "help": "Multiplies the logits, through the norm or weight that makes them. 1 keeps the teacher's; a student "
-            "of which much is cut trains faster from a smaller one, because it is less sure of what it no longer knows. By "
-            "default guide takes the share of length that the student's blocks write onto the stream, 1 where nothing is "
-            "cut; calibrated fits it (fit_logit_scale)."
+            "help": "Multiplies the logits, through the norm or weight that makes them. 1 keeps the teacher's; below 1 a "
+            "student of which much is cut starts less sure of what it no longer knows, which pays on a small budget and "
+            "costs on a large one."
         },
     )
     basis: str = field(
@@ -223,8 +222,8 @@ class InitializationConfig:
         for option in SWITCHES:
             if not isinstance(getattr(self, option), bool):
                 raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
-        if self.logit_gain is not None and not _is_positive(self.logit_gain):
-            raise OptionError(f"logit_gain is a positive number, or None; found {self.logit_gain!r}.")
+        if not _is_positive(self.logit_gain):
+            raise OptionError(f"logit_gain is a positive number; found {self.logit_gain!r}.")
         if self.ridge is not None and not _is_positive(self.ridge):
             raise OptionError(f"ridge is a positive number, or None; found {self.ridge!r}.")
         for option in ("calibration_tokens", "calibration_length", "calibration_batch_size"):

@@ -12,7 +12,7 @@ from hf_guide.initialization.transfer import Transfer
 
 def parameter_value(transfer: Transfer, site: Site) -> Tensor:
     """Return the student's parameter, in the transfer's dtype or the teacher's own."""
-    result, gain = _value(transfer, site), transfer.logit_gain
+    result, gain = _value(transfer, site), transfer.plan.options.logit_gain
     row = site.match.row
     if gain == 1.0:
         return result

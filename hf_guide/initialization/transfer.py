@@ -25,8 +25,6 @@ from hf_guide.initialization.axes import (
     repeated,
     solve_sizes,
 )
-from hf_guide.initialization.certainty import certainty_of, makes_logits
-from hf_guide.initialization.choices import Method
 from hf_guide.initialization.folding import Folding
 from hf_guide.initialization.layouts import PREFIX_AXES, config_sizes
 from hf_guide.initialization.plan import Plan, Site
@@ -52,14 +50,6 @@ class Transfer:
     def folding(self) -> Folding:
         """Which norms have their gain in other weights."""
         return Folding(self.plan)
-
-    @functools.cached_property
-    def logit_gain(self) -> float:
-        """What the logits are multiplied with: as the options say, or else, of `guide`, as sure as the student can be."""
-        options = self.plan.options
-        if options.logit_gain is not None:
-            return options.logit_gain
-        return certainty_of(self.plan) if options.method == Method.GUIDE and makes_logits(self.plan) else 1.0
 
     # What the teacher has
 
@@ -119,11 +109,11 @@ class Transfer:
                     self.scale(axis.name)
                     * self.ratio(self.plan.layout.tied_head_scale)
                     / self.ratio(self.plan.layout.embedding_scale)
-                    * self.logit_gain
+                    * self.plan.options.logit_gain
                 )
                 self.note_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
-                if self.logit_gain != 1.0:
-                    self.note_step(site, f"logits times {self.logit_gain:.6g}")
+                if self.plan.options.logit_gain != 1.0:
+                    self.note_step(site, f"logits times {self.plan.options.logit_gain:.6g}")
                 return factor
         return 1.0
 
