@@ -53,7 +53,9 @@ def run(model: PreTrainedModel, batch: Batch) -> Any:
     """Run a forward without a cache; return its outputs, or None where a hook has heard enough."""
     inputs: dict[str, Any] = {name: _fit(value, model) for name, value in batch.items()}
     accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in {*accepted, *inspect.signature(model.base_model.forward).parameters}:
+    hands_on = any(each.kind == inspect.Parameter.VAR_KEYWORD for each in accepted.values())
+    inside = inspect.signature(model.base_model.forward).parameters if hands_on else {}
+    if "use_cache" in {*accepted, *inside}:
         inputs["use_cache"] = False  # of some families' heads it is one of the keywords that are handed on
     if "decoder_input_ids" in accepted and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = inputs[

@@ -82,3 +82,27 @@ def test_places_are_those_with_most_energy() -> None:
     assert found.explained == pytest.approx(9 / 12)
     with pytest.raises(ShapeError, match="6 places"):
         fit_places(moment, 6)
+
+
+class StrictEncoder(BertModel):
+    """A model of the user's own, whose forward takes what it names and nothing else."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:  # type: ignore[override]
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_a_class_whose_forward_takes_nothing_more_can_be_heard() -> None:
+    kind = KINDS["bert"]
+    teacher = kind.teacher()
+    strict = StrictEncoder(teacher.config)
+    strict.load_state_dict(teacher.base_model.state_dict(), strict=False)
+    heard = [{"input_ids": torch.randint(3, 90, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}] * 2
+    student = from_teacher(
+        strict,
+        hidden_size=24,
+        num_attention_heads=2,
+        method="calibrated",
+        calibration_dataset=heard,
+        show_progress=False,
+    )
+    assert type(student) is StrictEncoder and student.initialization_report.calibration["tokens"] == 96
