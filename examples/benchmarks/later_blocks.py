@@ -45,7 +45,8 @@ ARMS = {
     "guide, outer blocks": {"method": "guide", "layers": "ends"},
     "guide, outer blocks, logit_gain 0.3": {"method": "guide", "layers": "ends", "logit_gain": 0.3},
     "guide, later random": {"method": "guide", "layers": "first", "later_blocks": "random"},
-    "calibrated": {"method": "calibrated"},
+    "calibrated": {"method": "calibrated", "calibration_tokens": 16384},
+    "calibrated, 8,192 tokens": {"method": "calibrated", "calibration_tokens": 8192},
     "guide, first blocks, no energy correction": {
         "method": "guide",
         "layers": "first",

@@ -62,7 +62,7 @@ def by(method: dict[str, Any]) -> Callable[[Given], PreTrainedModel]:
     def make(given: Given) -> PreTrainedModel:
         more: dict[str, Any] = {}
         if method["method"] == "calibrated":
-            tokens = method.get("calibration_tokens", 16384)
+            tokens = method.get("calibration_tokens", 8192)
             rows = max(
                 1, tokens // given.text.shape[1] // 4
             )  # two batches to fit on, and two to choose the ridge with
@@ -131,11 +131,11 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "guide": by({"method": "guide", "layers": "even"}),
     "guide, later selected": by({"method": "guide", "layers": "even", "later_blocks": "select"}),
     "guide, later random": by({"method": "guide", "layers": "even", "later_blocks": "random"}),
-    "calibrated": by({"method": "calibrated"}),
+    "calibrated": by({"method": "calibrated", "calibration_tokens": 16384}),
     "calibrated, 8,192 tokens": by({"method": "calibrated", "calibration_tokens": 8192}),
     "calibrated, 4,096 tokens": by({"method": "calibrated", "calibration_tokens": 4096}),
     "calibrated, 2,048 tokens": by({"method": "calibrated", "calibration_tokens": 2048}),
-    "calibrated, even blocks": by({"method": "calibrated", "layers": "even"}),
+    "calibrated, even blocks": by({"method": "calibrated", "calibration_tokens": 16384, "layers": "even"}),
     "guide, outer blocks": by({"method": "guide", "layers": "ends"}),
     "guide, outer blocks, logit_gain 0.36": by({"method": "guide", "layers": "ends", "logit_gain": 0.358797}),
     "uniform, outer blocks": by({"method": "uniform", "layers": "ends"}),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_guide.calibration.anatomy import Part, study, weight_of
-from hf_guide.calibration.batches import Batch, draw_batches
+from hf_guide.calibration.batches import Batch, draw_batches, tokens_for
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint, describe_run
 from hf_guide.calibration.choosing import choose_units, influential_blocks
 from hf_guide.calibration.experts import choose_experts, experts_to_choose, hear_experts
@@ -28,7 +28,7 @@ from hf_guide.calibration.listening import listening_mode
 from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
 from hf_guide.calibration.queries import turn_queries
 from hf_guide.calibration.repair import Mender
-from hf_guide.calibration.statistics import Statistics, gather
+from hf_guide.calibration.statistics import Statistics, gather, neurons_of
 from hf_guide.calibration.values import size_of_heads, turn_values
 from hf_guide.errors import OptionError
 from hf_guide.initialization.choices import Basis, BlockChoice, Repair
@@ -80,7 +80,9 @@ def listen(
     started = time.perf_counter()
     layout = layout_for(opened.config, opened.model_class)
     model = teacher if isinstance(teacher, PreTrainedModel) else bring_to_life(opened)
-    batches = draw_batches(dataset, model, opened, options, **hub)
+    anatomy = study(model, layout)
+    tokens = options.calibration_tokens or tokens_for(neurons_of(anatomy, layout, model))
+    batches = draw_batches(dataset, model, opened, options, tokens=tokens, **hub)
     processes = world()[1]
     if len(batches) < processes:
         raise OptionError(
@@ -92,7 +94,7 @@ def listen(
         checkpoint = CalibrationCheckpoint.begin(folder, {**(call or {}), **describe_run(model, batches)})
     statistics = gather(
         model,
-        study(model, layout),
+        anatomy,
         layout,
         batches,
         pooling=options.pooling,

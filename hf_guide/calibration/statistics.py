@@ -207,6 +207,12 @@ def head_size(part: Part, layout: Layout, model: PreTrainedModel) -> int | None:
     return None
 
 
+def neurons_of(anatomy: Anatomy, layout: Layout, model: PreTrainedModel) -> int:
+    """Return how many neurons the widest MLP has, 0 where there is none."""
+    mlps = [part for part in anatomy.writers.values() if head_size(part, layout, model) is None]
+    return max((weight_of(part.module).shape[1] for part in mlps), default=0)
+
+
 def _shares(places: Sequence[Part], pooling: str) -> list[float]:
     if pooling != Pooling.BLOCK:
         return [1.0] * len(places)

@@ -188,11 +188,11 @@ class InitializationConfig:
             "help": "Fit one factor of the logits on the calibration tokens, by the divergence from the teacher."
         },
     )
-    calibration_tokens: int = field(
-        default=16384,
+    calibration_tokens: int | None = field(
+        default=None,
         metadata={
-            "help": "How many tokens of the calibration dataset are looked at: about ten for each of an MLP's neurons, "
-            "because a repair fits one number for each of them, several times."
+            "help": "How many tokens of the calibration dataset are looked at. By default five for each neuron of the "
+            "teacher's MLP, from 8,192 to 65,536: a repair fits a number for each that is kept."
         },
     )
     calibration_length: int = field(
@@ -228,6 +228,8 @@ class InitializationConfig:
             raise OptionError(f"ridge is a positive number, or None; found {self.ridge!r}.")
         for option in ("calibration_tokens", "calibration_length", "calibration_batch_size"):
             number = getattr(self, option)
+            if number is None and option == "calibration_tokens":
+                continue
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise OptionError(f"{option} is a whole number from 1; found {number!r}.")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:

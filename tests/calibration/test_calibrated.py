@@ -10,7 +10,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hf_guide import HfGuideError, InitializationConfig, InitializationReport, OptionError, from_teacher
+from hf_guide.calibration.anatomy import study
+from hf_guide.calibration.batches import tokens_for
+from hf_guide.calibration.statistics import neurons_of
 from hf_guide.cli import main
+from hf_guide.initialization.derive import layout_for
 from tests.tiny import KINDS, Kind, inputs, logits, same_bits
 
 SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
@@ -57,6 +61,26 @@ def test_no_more_than_the_tokens_asked_for_is_drawn(teacher: Any) -> None:
     drawn = iter(data(count=50))
     report = student_of(teacher, drawn, calibration_tokens=100).initialization_report
     assert report.calibration["tokens"] == 108 and len(list(drawn)) == 47
+
+
+@pytest.mark.parametrize(("neurons", "tokens"), [(192, 8192), (2048, 10240), (13107, 65535), (14336, 65536)])
+def test_a_wider_mlp_is_heard_for_longer(neurons: int, tokens: int) -> None:
+    assert tokens_for(neurons) == tokens
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_the_neurons_of_an_mlp_are_counted(name: str) -> None:
+    model = KINDS[name].teacher()
+    layout = layout_for(model.config, type(model))
+    assert neurons_of(study(model, layout), layout, model) == 64
+
+
+def test_by_default_no_more_is_drawn_than_a_small_mlp_needs(teacher: Any) -> None:
+    drawn = iter(data(count=40, rows=32))
+    assert (
+        student_of(teacher, drawn).initialization_report.calibration["tokens"] == 29 * 32 * 9
+    )  # the first past 8,192
+    assert len(list(drawn)) == 11
 
 
 def test_the_report_says_what_was_chosen(teacher: Any, tmp_path: Path) -> None:
