@@ -187,7 +187,7 @@ def vision(
         held_out,
         batches(learned[:1024], 64, "pixel_values"),
         {"ce": 0.5, "kd": 0.5},
-        (1e-3, 3e-3, 1e-2, 3e-2),
+        (3e-4, 1e-3, 3e-3, 1e-2),
         measure=accuracy,
     )
 
