@@ -40,9 +40,10 @@ def gap_closed(row: Row, baseline: list[list[float]]) -> float:
 def table(rows: list[Row]) -> str:
     """Return mean and standard deviation over seeds, a line for each setting, objective and arm."""
     rows = [row for row in rows if not row["tuning"]]
+    wide = max((len(row["arm"]) for row in rows), default=0)
     lines = [
-        f"{'':26} {'parameters':>10} {'rate':>6} {'perplexity':>16} {'gap closed, %':>16} {'tokens':>14} {'start, s':>9}"
-        f" {'of run':>7}"
+        f"{'':{wide + 2}} {'parameters':>10} {'rate':>6} {'perplexity':>16} {'gap closed, %':>16} {'tokens':>14}"
+        f" {'start, s':>9} {'of run':>7}"
     ]
     random = baselines(rows)
     for (shape, budget), objective in dict.fromkeys((setting(row), row["objective"]) for row in rows):
@@ -61,7 +62,7 @@ def table(rows: list[Row]) -> str:
             cost = statistics.mean(row["start_seconds"] for row in own)
             share = statistics.mean(row["start_seconds"] / row["seconds"] for row in own)
             lines.append(
-                f"  {arm:24} {own[0]['parameters']:>10,} {own[0]['rate']:>6g} {spread(ends):>16} {spread(gaps):>16} "
+                f"  {arm:{wide}} {own[0]['parameters']:>10,} {own[0]['rate']:>6g} {spread(ends):>16} {spread(gaps):>16} "
                 f"{spread(shares):>14} {cost:>9.1f} {share:>7.1%}"
             )
     weak = [row for row in rows if row["curve"][-1][1] < row["teacher"]]
@@ -82,10 +83,7 @@ def interaction(rows: list[Row]) -> str:
     lines = []
     for shape, budget in dict.fromkeys(map(setting, rows)):
         here = [row for row in rows if setting(row) == (shape, budget) and (shape, budget, row["seed"]) in random]
-        gaps = {
-            (row["arm"], row["objective"], row["seed"]): gap_closed(row, random[shape, budget, row["seed"]])
-            for row in here
-        }
+        gaps = _gaps(here, random)
         objectives = list(dict.fromkeys(row["objective"] for row in here))
         arms = [arm for arm in dict.fromkeys(row["arm"] for row in here) if _seeds(gaps, arm, objectives[-1])]
         if len(objectives) < 2 or not arms:
@@ -108,6 +106,14 @@ def interaction(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _gaps(rows: list[Row], random: dict[tuple[Any, ...], list[list[float]]]) -> dict[tuple[str, str, int], float]:
+    """Return the gap closed by arm, objective and seed, of runs of one setting."""
+    return {
+        (row["arm"], row["objective"], row["seed"]): gap_closed(row, random[(*setting(row), row["seed"])])
+        for row in rows
+    }
+
+
 def _seeds(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) -> list[int]:
     return [seed for its_arm, its_objective, seed in gaps if (its_arm, its_objective) == (arm, objective)]
 
@@ -119,14 +125,64 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
 
 
-def plot(rows: list[Row], file: Path) -> None:
-    """Draw held-out loss against tokens, the mean over seeds; a row for each setting, a column for each objective."""
+def plot_interaction(rows: list[Row], file: Path) -> None:
+    """Draw the gap that each start closes with each objective, mean and standard deviation; a panel for each setting."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = [row for row in rows if not row["tuning"]]
+    random = baselines(rows)
+    rows = [row for row in rows if (*setting(row), row["seed"]) in random]
+    with_kd = [setting(row) for row in rows if row["objective"] == "KD"]
+    settings = list(dict.fromkeys(with_kd))
+    if not settings:
+        return
+    figure, axes = pyplot.subplots(1, len(settings), figsize=(6 * len(settings), 4), squeeze=False)
+    for axis, place in zip(axes[0], settings, strict=True):
+        here = [row for row in rows if setting(row) == place]
+        gaps, objectives = _gaps(here, random), list(dict.fromkeys(row["objective"] for row in here))
+        arms = [arm for arm in dict.fromkeys(row["arm"] for row in here) if _seeds(gaps, arm, "KD")]
+        for number, arm in enumerate(arms):
+            found = [[gaps[arm, name, seed] for seed in _seeds(gaps, arm, name)] for name in objectives]
+            places = [at + (number - (len(arms) - 1) / 2) * 0.8 / len(arms) for at in range(len(objectives))]
+            axis.bar(
+                places,
+                [statistics.mean(values) if values else 0.0 for values in found],
+                0.8 / len(arms),
+                yerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in found],
+                label=arm,
+            )
+        axis.set_xticks(range(len(objectives)), objectives, fontsize="small")
+        axis.set(title=f"{place[0]}, {place[1]:g} tokens a parameter", ylabel="gap closed, %")
+        axis.legend(fontsize="x-small", loc="upper left")
+    figure.tight_layout()
+    figure.savefig(file, dpi=80)
+    pyplot.close(figure)
+
+
+def plot(rows: list[Row], file: Path) -> None:
+    """Draw held-out loss against tokens, the mean over seeds; a row for each setting, a column for labels and for KD.
+
+    Of each shape the largest budget is drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    most = {
+        shape: max(row["tokens_a_parameter"] for row in rows if row["shape"] == shape)
+        for shape, _ in map(setting, rows)
+    }
+    rows = [
+        row
+        for row in rows
+        if not row["tuning"]
+        and row["objective"] in ("labels", "KD")
+        and row["tokens_a_parameter"] == most[row["shape"]]
+    ]
     settings = list(dict.fromkeys(map(setting, rows)))
     objectives = list(dict.fromkeys(row["objective"] for row in rows))
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -155,7 +211,7 @@ def plot(rows: list[Row], file: Path) -> None:
         axis.axhline(goal, color="black", linestyle=":", label="teacher")
         late = [point[1] for row in here for point in row["curve"][1:]]  # where it starts is off the panel's top
         axis.set_ylim(min([goal, *late]) - 0.1, max([goal, *late]) + 0.1)
-        axis.legend(fontsize="x-small")
+        axis.legend(fontsize="x-small", loc="upper right")
     figure.tight_layout()
     figure.savefig(file, dpi=80)
     pyplot.close(figure)

@@ -12,7 +12,8 @@ alone and with a live teacher (0.5 CE + 0.5 KD), at the learning rate that did b
 (its own seed, and held-out text that the table does not use); the other objectives take the rate of KD. One JSON line
 a run is appended to --output; a run that is there already is not made again. The table has the gap closed, (random - x)
 / (random - teacher) in perplexity, the share of its tokens that an arm needs for random's final loss, and what the start
-cost, in processor time as a share of the run that it starts; the plot has held-out loss against tokens.
+cost, in processor time as a share of the run that it starts; the plots have held-out loss against tokens, and the gap
+that each start closes with each objective.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves import interaction, plot, table
+from curves import interaction, plot, plot_interaction, table
 from small_teacher import BATCH, LENGTH, as_examples, blocks, texts, train_teacher
 from starting_arms import ARMS, SHAPES, SPENT, Given
 from torch import Tensor
@@ -251,6 +252,7 @@ def main() -> None:
     print(table(rows))
     print(interaction(rows))
     plot(rows, args.output.with_suffix(".png"))
+    plot_interaction(rows, args.output.with_name(f"{args.output.stem}_objectives.png"))
 
 
 if __name__ == "__main__":

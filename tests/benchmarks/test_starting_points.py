@@ -102,6 +102,10 @@ def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
     assert "overtook" in curves.table([*rows, row("guide", 0, 9.0)]) and "overtook" not in curves.table(rows)
     curves.plot([*rows, row("guide", 0, 15.0, "KD")], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+    curves.plot_interaction(rows, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists(), "without a second objective there is nothing to draw"
+    curves.plot_interaction([*rows, row("guide", 0, 15.0, "KD")], tmp_path / "objectives.png")
+    assert (tmp_path / "objectives.png").stat().st_size > 1000
 
 
 def test_the_interaction_is_what_is_left_of_the_sum_of_a_start_and_an_objective():
