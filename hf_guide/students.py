@@ -70,7 +70,7 @@ def from_teacher(
     """Return a stock Transformers model of exactly the shape asked for that starts inside `teacher`.
 
     GUIDE (arXiv 2510.06502): the student's residual stream is the teacher's, seen in the principal directions of the
-    embedding table; all other axes are selected evenly.
+    embedding table; of blocks the outer ones are kept, and all other axes are selected evenly.
 
     Args:
         teacher: a Hub id, a folder, or a loaded model, which is left untouched.

@@ -33,8 +33,9 @@ class InitializationConfig:
         default="guide",
         metadata={
             "help": "guide: the residual stream is projected on the principal directions of the embedding table, "
-            "every other axis is selected evenly (GUIDE, arXiv 2510.06502). calibrated: as guide, with directions, blocks, "
-            "heads and neurons chosen by what the teacher does with a calibration dataset, and weights fitted again. "
+            "every other axis is selected evenly, but for the blocks: layers (GUIDE, arXiv 2510.06502). calibrated: as "
+            "guide, with directions, blocks, heads and neurons chosen by what the teacher does with a calibration dataset, "
+            "and weights fitted again. "
             "uniform: every axis is selected evenly (weight selection, arXiv 2311.18823). random: the model's own "
             "initialisation."
         },
