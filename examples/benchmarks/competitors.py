@@ -58,9 +58,9 @@ def listen(teacher: LlamaForCausalLM, batches: Iterable[Tensor], measure: Measur
     config, blocks = teacher.config, teacher.model.layers
     assert config.head_dim is not None
     activity = Activity(
-        torch.zeros(config.hidden_size),
-        [torch.zeros(config.num_key_value_heads) for _ in blocks],
-        [torch.zeros(config.intermediate_size) for _ in blocks],
+        torch.zeros(config.hidden_size, device=teacher.device),
+        [torch.zeros(config.num_key_value_heads, device=teacher.device) for _ in blocks],
+        [torch.zeros(config.intermediate_size, device=teacher.device) for _ in blocks],
         [0.0 for _ in blocks],
     )
     hooks = []
@@ -90,6 +90,10 @@ def listen(teacher: LlamaForCausalLM, batches: Iterable[Tensor], measure: Measur
         teacher(input_ids=batch, use_cache=False)
     for hook in hooks:
         hook.remove()
+    activity.stream = activity.stream.cpu()
+    activity.groups, activity.neurons = (
+        [each.cpu() for each in those] for those in (activity.groups, activity.neurons)
+    )
     return activity
 
 

@@ -26,16 +26,22 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
+def sizes_of(shape: str, teacher: LlamaConfig) -> dict[str, int]:
+    """Return what a shape changes of a teacher's config."""
+    return {name: getattr(teacher, name) // part for name, part in SHAPES[shape].items()}
+
+
 @dataclass(frozen=True)
 class Given:
-    """What every arm is made of: the teacher and its folder, a shape, a seed, and text, (blocks, LENGTH).
+    """What every arm is made of: the teacher and its folder, the student's sizes, a seed, and text, (blocks, LENGTH).
 
-    `text` may be listened to; `spent` is the share of the budget of tokens that the start itself learns from.
+    `sizes` is what the student's config changes; `text` may be listened to; `spent` is the share of the budget of tokens
+    that the start itself learns from.
     """
 
     folder: Path
     teacher: LlamaForCausalLM
-    shape: str
+    sizes: dict[str, int]
     seed: int
     text: Tensor
     spent: Tensor
@@ -44,11 +50,6 @@ class Given:
     def batches(self) -> list[Tensor]:
         """The text in batches."""
         return list(self.text.split(BATCH))
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """What the student's config changes."""
-        return {name: getattr(self.teacher.config, name) // part for name, part in SHAPES[self.shape].items()}
 
     @property
     def config(self) -> LlamaConfig:
@@ -68,7 +69,7 @@ def by(method: dict[str, Any]) -> Callable[[Given], PreTrainedModel]:
             )  # two batches to fit on, and two to choose the ridge with
             more["calibration_dataset"] = [{"input_ids": batch} for batch in given.text.split(rows)]
         return AutoStudentForCausalLM.from_teacher(
-            given.folder,
+            given.teacher if given.teacher.device.type == "cuda" else given.folder,
             method=method | {"seed": given.seed},
             dtype=torch.float32,
             show_progress=False,

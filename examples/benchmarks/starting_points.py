@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from curves import interaction, plot, plot_interaction, table
 from small_teacher import BATCH, LENGTH, as_examples, blocks, texts, train_teacher
-from starting_arms import ARMS, SHAPES, SPENT, Given
+from starting_arms import ARMS, SHAPES, SPENT, Given, sizes_of
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, default_data_collator
 
@@ -142,9 +142,13 @@ class Bench:
         learned, held_out = blocks(texts(tuple(sources)), AutoTokenizer.from_pretrained(args.teacher))
         return cls(args.teacher, teacher, learned, *held_out.split(args.held_out_blocks)[:2])
 
+    def sizes(self, shape: str) -> dict[str, int]:
+        """Return what a student of a shape has other than the teacher."""
+        return sizes_of(shape, self.teacher.config)
+
     def examples_for(self, shape: str, tokens_a_parameter: float) -> int:
         """Return how many blocks of text a student of a shape learns from: whole batches."""
-        config = Given(self.folder, self.teacher, shape, 0, self.learned, self.learned).config
+        config = Given(self.folder, self.teacher, self.sizes(shape), 0, self.learned, self.learned).config
         tokens = LlamaForCausalLM(config).num_parameters() * tokens_a_parameter
         return math.ceil(tokens / (BATCH * LENGTH)) * BATCH
 
@@ -180,13 +184,14 @@ def next_job(rows: list[dict[str, Any]], key: dict[str, Any], seeds: list[int]) 
     return next((job for job in jobs if not any((key | job).items() <= row.items() for row in rows)), None)
 
 
-def next_rate(ends: dict[float, float]) -> float | None:
+def next_rate(ends: dict[float, float], first: tuple[float, ...] = FIRST_RATES) -> float | None:
     """Return the learning rate to try next; None where those on both sides of the best were tried.
 
     Args:
         ends: by the rates that were tried, the loss after that run.
+        first: the rates to try in any case.
     """
-    for rate in FIRST_RATES:
+    for rate in first:
         if rate not in ends:
             return rate
     best = RATES.index(min(ends, key=lambda rate: ends[rate]))
@@ -201,7 +206,9 @@ def make_run(bench: Bench, job: dict[str, Any], args: argparse.Namespace) -> dic
     heard, spent = text[: args.calibration_blocks, :LENGTH], text[:before, :LENGTH]
     torch.manual_seed(job["seed"])
     clock = time.process_time()
-    student = ARMS[job["arm"]](Given(bench.folder, bench.teacher, job["shape"], job["seed"], heard, spent))
+    student = ARMS[job["arm"]](
+        Given(bench.folder, bench.teacher, bench.sizes(job["shape"]), job["seed"], heard, spent)
+    )
     start_seconds, clock = time.process_time() - clock, time.process_time()
     watched = bench.tuning if job["tuning"] else bench.measured
     curve = learn(

@@ -1,0 +1,325 @@
+"""Which start is best for students of SmolLM2-135M, over 100 M tokens on one GPU.
+
+    python examples/benchmarks/larger_teacher.py --text wikipedia shakespeare text/* --prepare tokens.safetensors
+    python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher.jsonl --minutes 60
+    python examples/benchmarks/larger_teacher.py --output results/larger_teacher.jsonl --table
+
+The arms, the rows and the table are those of `starting_points.py`; the loop is PyTorch's alone (bfloat16 autocast, each block
+compiled once), for a GPU's time is dear. Text: `package_text.py` makes folders of it. The learning rate of an arm is chosen at
+the first shape on labels, on a run of a fifteenth of the tokens with its own seed and held-out text, looked for until the best
+had worse ones on both sides, and kept for the other shapes and for KD. Runs are made in the order of what they tell; a run is
+not begun when the minutes do not suffice for it, and the command goes on from the rows that are there.
+"""
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from curves import interaction, plot, table
+from safetensors.torch import load_file, save_file
+from starting_arms import ARMS, Given
+from starting_points import drawn, next_rate, read
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
+
+from hf_guide.quickstart.corpus import pack, read_text, split_documents
+from hf_guide.quickstart.teacher import default_teacher
+
+LENGTH = 512
+BATCH = 64
+RATES = (6e-4, 2e-3, 6e-3)  # those next to them are tried where the best is an end of what was tried
+TUNING_SEED = 1000
+TUNING_SHARE = 15  # a run that chooses the rate has a fifteenth of the tokens
+SHAPES: dict[str, dict[str, int]] = {
+    "half width, half depth": {
+        "hidden_size": 288,
+        "intermediate_size": 768,
+        "num_hidden_layers": 15,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+    "a third of the width, two thirds of the depth": {
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+    },
+    "two thirds of the width, a third of the depth": {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
+FIRST = next(iter(SHAPES))
+LEADING = ("random", "calibrated, 8,192 tokens", "guide, outer blocks")  # of the arms; at every shape and with KD
+OTHERS = ("subcloning", "uniform, outer blocks")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all runs share: the teacher in its folder and on the device, and text: (blocks, LENGTH + 1) token ids."""
+
+    folder: Path
+    teacher: LlamaForCausalLM
+    learned: Tensor
+    tuning: Tensor
+    measured: Tensor
+    tokens: int
+    goals: dict[bool, float]
+
+    @classmethod
+    def prepare(cls, args: argparse.Namespace) -> "Bench":
+        """Return a bench of the teacher and the tokens that the command names."""
+        texts = {name: rows.long() for name, rows in load_file(args.tokens).items()}
+        teacher = LlamaForCausalLM.from_pretrained(args.teacher, dtype=torch.float32).eval().to(args.device)
+        tuning, measured = texts["held_out"].to(args.device).split(args.held_out_blocks)[:2]
+        goals = {True: held_out_loss(teacher, tuning), False: held_out_loss(teacher, measured)}
+        tokens = int(args.millions * 1_000_000)
+        return cls(Path(args.teacher), teacher, texts["learned"], tuning, measured, tokens, goals)
+
+
+def write_tokens(sources: list[str], teacher: str, file: Path, millions: int) -> None:
+    """Write the tokens of texts: at most so many millions to learn from, and as many blocks as are held out."""
+    split = split_documents((text for source in sources for text in read_text(source)), seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    learned, held_out = pack(split.train, tokenizer, LENGTH), pack(split.held_out, tokenizer, LENGTH)
+    learned = learned[: millions * 1_000_000 // (LENGTH + 1)]
+    held_out = drawn(held_out, len(held_out), seed=0)
+    save_file({"learned": learned.int(), "held_out": held_out.int()}, file)
+    print(f"{learned.numel():,} tokens to learn from, {held_out.numel():,} held out, of {sources}")
+
+
+def jobs(tokens: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
+    """Yield what tells most first; a learning rate is chosen before it is used."""
+
+    def job(arm: str, shape: str = FIRST, objective: str = "labels", seed: int = seeds[0]) -> dict[str, Any]:
+        return {"shape": shape, "arm": arm, "objective": objective, "tokens": tokens, "seed": seed}
+
+    yield from (job(arm) for arm in LEADING + OTHERS)
+    yield from (job(arm, shape) for shape in list(SHAPES)[1:] for arm in LEADING)
+    yield from (job(arm, objective="KD") for arm in LEADING)
+    yield from (job(arm, seed=seed) for seed in seeds[1:] for arm in LEADING)
+
+
+def next_run(rows: list[dict[str, Any]], job: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the next run that a job needs, one that chooses its rate or the job itself; None where it is done."""
+    tuned = {"shape": FIRST, "arm": job["arm"], "objective": "labels", "tokens": job["tokens"], "tuning": True}
+    ends = {row["rate"]: row["curve"][-1][1] for row in rows if tuned.items() <= row.items()}
+    ends = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in ends.items()}
+    if (rate := next_rate(ends, RATES)) is not None:
+        return tuned | {"seed": TUNING_SEED, "rate": rate}
+    wanted = job | {"rate": min(ends, key=lambda rate: ends[rate]), "tuning": False}
+    return None if any(wanted.items() <= row.items() for row in rows) else wanted
+
+
+def run(bench: Bench, args: argparse.Namespace) -> None:
+    """Make the runs that are not there yet, while there is time."""
+    end = time.monotonic() + 60 * args.minutes
+    for job in jobs(bench.tokens, args.seeds):
+        while (todo := next_run(rows := read(args.output), job)) is not None:
+            if time.monotonic() + expected_seconds(rows, todo) > end:
+                break
+            row = todo | {"teacher": round(bench.goals[todo["tuning"]], 5)} | make_run(bench, todo, args)
+            with args.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            first, last = (math.exp(min(row["curve"][place][1], 99.0)) for place in (0, -1))
+            print(
+                f"{row['shape']}; {row['arm']}; {row['objective']}; seed {row['seed']}; rate {row['rate']:g}: "
+                f"{first:.1f} -> {last:.2f} in {row['seconds']:.1f} s, start {row['start_seconds']:.1f} s",
+                flush=True,
+            )
+
+
+def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any]) -> float:
+    """Return how long a run may take: by the slowest of its kind that was made, start included; KD's by its labels'."""
+    alike = [row for row in rows if row["objective"] == todo["objective"] and row["device"] == device_name()]
+    each = [row["seconds"] / row["curve"][-1][0] for row in alike or rows]
+    starts = [row["start_seconds"] for row in rows if row["arm"] == todo["arm"]]
+    tokens = todo["tokens"] / (TUNING_SHARE if todo["tuning"] else 1)
+    return (statistics.median(each) * tokens if each else 0.0) * (1 if alike else 3) + max(starts, default=0.0)
+
+
+def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Make one student, train it, and return its curve and what it cost in seconds."""
+    steps = todo["tokens"] // (BATCH * LENGTH) // (TUNING_SHARE if todo["tuning"] else 1)
+    text = drawn(bench.learned, steps * BATCH, todo["seed"])
+    given = Given(
+        bench.folder, bench.teacher, SHAPES[todo["shape"]], todo["seed"], text[:256, :LENGTH].to(args.device), text[:0]
+    )
+    state, start_seconds = started(todo, given)
+    model = compiled(todo["shape"], given.config, args)
+    model.load_state_dict(state)
+    watched = bench.tuning if todo["tuning"] else bench.measured
+    loss_of = token_loss if todo["objective"] == "labels" else functools.partial(distilled_loss, bench.teacher)
+    clock = time.perf_counter()
+    curve = learn(model, loss_of, text.to(args.device), watched, todo["rate"], 1 if todo["tuning"] else args.points)
+    return {
+        "tokens_a_parameter": round(todo["tokens"] / model.num_parameters(), 2),
+        "parameters": model.num_parameters(),
+        "start_seconds": round(start_seconds, 2),
+        "seconds": round(time.perf_counter() - clock, 2),
+        "curve": curve,
+        "device": device_name(),
+    }
+
+
+STARTED: dict[tuple[Any, ...], tuple[dict[str, Tensor], float]] = {}
+
+
+def started(todo: dict[str, Any], given: Given) -> tuple[dict[str, Tensor], float]:
+    """Return a student's weights before training, and the seconds it took to make them; the last ones are kept."""
+    key = todo["arm"], todo["shape"], todo["seed"], todo["tokens"], todo["tuning"]
+    if key not in STARTED:
+        STARTED.clear()
+        clock = time.perf_counter()
+        torch.manual_seed(todo["seed"])
+        state = ARMS[todo["arm"]](given).state_dict()
+        STARTED[key] = state, time.perf_counter() - clock
+    return STARTED[key]
+
+
+def device_name() -> str:
+    """Return what computes."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+MODELS: dict[str, LlamaForCausalLM] = {}
+
+
+def compiled(shape: str, config: Any, args: argparse.Namespace) -> LlamaForCausalLM:
+    """Return the model that all students of a shape are trained in, its blocks compiled once."""
+    if shape not in MODELS:
+        MODELS[shape] = LlamaForCausalLM(config).to(args.device)
+        if not args.eager:
+            for block in MODELS[shape].model.layers:
+                block.compile(dynamic=False)
+    return MODELS[shape]
+
+
+Loss = Callable[[LlamaForCausalLM, Tensor], Tensor]
+
+
+def hidden_states(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
+    """Return what a model's head is given, (blocks, LENGTH, width)."""
+    return model.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+
+
+def token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
+    """Return the mean loss a token, of rows, (blocks, LENGTH + 1)."""
+    return _head(_cross_entropy)(hidden_states(model, rows), model.lm_head.weight, rows[:, 1:])
+
+
+def distilled_loss(teacher: LlamaForCausalLM, model: LlamaForCausalLM, rows: Tensor) -> Tensor:
+    """Return half of the loss a token and half of the forward KL from the teacher."""
+    with torch.no_grad():
+        theirs = hidden_states(teacher, rows)
+    own = hidden_states(model, rows)
+    return _head(_distilled)(own, model.lm_head.weight, theirs, teacher.lm_head.weight, rows[:, 1:])
+
+
+HEADS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}  # compiled, but for --eager
+
+
+def _head(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return HEADS.get(function, function)
+
+
+def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(functional.linear(hidden, weight).flatten(0, 1).float(), labels.flatten())
+
+
+def _distilled(own: Tensor, weight: Tensor, theirs: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    student = functional.linear(own, weight).flatten(0, 1).float().log_softmax(-1)
+    teacher = functional.linear(theirs, head).flatten(0, 1).float().log_softmax(-1)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    return 0.5 * functional.nll_loss(student, labels.flatten()) + 0.5 * divergence
+
+
+def learn(
+    model: LlamaForCausalLM, loss_of: Loss, text: Tensor, watched: Tensor, rate: float, points: int
+) -> list[tuple[int, float]]:
+    """Train a model on every block once; return its held-out loss after so many tokens, from none on."""
+    steps = len(text) // BATCH
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    gains = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": gains, "weight_decay": 0.0}],
+        lr=rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, max(1, steps // 20), steps, min_lr_rate=0.05)
+    every = max(1, steps // points)
+    curve = [(0, round(held_out_loss(model, watched), 5))]
+    model.train()
+    for step, rows in enumerate(text.split(BATCH)[:steps], start=1):
+        with torch.autocast(rows.device.type, torch.bfloat16):
+            loss = loss_of(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % every == 0 or step == steps:
+            curve.append((step * BATCH * LENGTH, round(held_out_loss(model, watched), 5)))
+    return curve
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, rows: Tensor) -> float:
+    """Return a model's loss a token on blocks, as many as whole batches of them are."""
+    with torch.autocast(rows.device.type, torch.bfloat16):
+        return torch.stack([token_loss(model, batch) for batch in rows.split(BATCH)]).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("larger_teacher.jsonl"))
+    parser.add_argument("--teacher", help="a folder; by default SmolLM2-135M", default=None)
+    parser.add_argument(
+        "--text", nargs="+", default=["wikipedia", "shakespeare"], help="names, or folders of .txt files"
+    )
+    parser.add_argument("--prepare", type=Path, help="write the tokens of --text to this file, and stop")
+    parser.add_argument("--prepare-millions", type=int, default=40, help="tokens to write, at most")
+    parser.add_argument("--tokens", type=Path, help="the file that --prepare wrote")
+    parser.add_argument("--millions", type=float, default=100, help="tokens of a run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--points", type=int, default=20, help="of each curve")
+    parser.add_argument("--held-out-blocks", type=int, default=256, help="to tune on, and as many to measure on")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun that would end later")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--table", action="store_true", help="print the table and draw the plot, and stop")
+    args = parser.parse_args()
+    args.teacher = args.teacher or default_teacher()
+    torch._dynamo.config.recompile_limit = 64  # the same code serves blocks and heads of every shape
+    if not args.eager:
+        HEADS.update({head: torch.compile(head, dynamic=False) for head in (_cross_entropy, _distilled)})
+    if args.prepare:
+        write_tokens(args.text, args.teacher, args.prepare, args.prepare_millions)
+        return
+    if not args.table:
+        run(Bench.prepare(args), args)
+    rows = read(args.output)
+    print(table(rows))
+    print(interaction(rows))
+    plot(rows, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The benchmark of a larger teacher goes on where it stopped, and begins no run that would end too late."""
+
+import argparse
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+larger_teacher, package_text, starting_points = map(
+    importlib.import_module, ("larger_teacher", "package_text", "starting_points")
+)
+
+SIZES = {"hidden_size": 16, "head_dim": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture
+def args(tmp_path, monkeypatch):
+    monkeypatch.setattr(larger_teacher, "LENGTH", 16)
+    monkeypatch.setattr(larger_teacher, "BATCH", 2)
+    monkeypatch.setattr(larger_teacher, "SHAPES", {larger_teacher.FIRST: SIZES})
+    monkeypatch.setattr(larger_teacher, "LEADING", ("random", "calibrated, 8,192 tokens"))
+    monkeypatch.setattr(larger_teacher, "OTHERS", ("subcloning",))
+    monkeypatch.setattr(larger_teacher, "MODELS", {})
+    monkeypatch.setattr(larger_teacher, "STARTED", {})
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, intermediate_size=32, tie_word_embeddings=True, **(SIZES | {"hidden_size": 32})
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    rows = torch.randint(40, (300, 17), dtype=torch.int32)
+    save_file({"learned": rows[:260], "held_out": rows[260:].clone()}, tmp_path / "tokens.safetensors")
+    return argparse.Namespace(
+        output=tmp_path / "rows.jsonl", teacher=str(tmp_path / "teacher"), tokens=tmp_path / "tokens.safetensors",
+        millions=0.001, seeds=[0], points=2, eager=True, held_out_blocks=8, minutes=math.inf, device="cpu",
+    )  # fmt: skip
+
+
+def test_runs_go_on_and_have_their_rates_chosen(args):
+    bench = larger_teacher.Bench.prepare(args)
+    larger_teacher.run(bench, args)
+    rows = starting_points.read(args.output)
+    args.output.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    larger_teacher.run(bench, args)
+    again = starting_points.read(args.output)
+    kept = [key for key in rows[-1] if "seconds" not in key]
+    assert [[row[key] for key in kept] for row in again] == [[row[key] for key in kept] for row in rows]
+    runs = [(row["arm"], row["objective"]) for row in rows if not row["tuning"]]
+    arms = ["random", "calibrated, 8,192 tokens", "subcloning"]
+    assert runs == [*((arm, "labels") for arm in arms), ("random", "KD"), ("calibrated, 8,192 tokens", "KD")]
+    for row in rows:
+        tried = {each["rate"] for each in rows if each["arm"] == row["arm"] and each["tuning"]}
+        assert tried >= set(larger_teacher.RATES) and row["rate"] in tried
+        assert row["curve"][-1][0] == (2 if row["tuning"] else 31) * 2 * 16
+
+
+def test_no_run_is_begun_that_would_end_too_late(args):
+    args.minutes = 0.0
+    larger_teacher.run(larger_teacher.Bench.prepare(args), args)
+    assert starting_points.read(args.output) == []
+
+
+def test_pages_are_read_without_their_markup(tmp_path):
+    page = tmp_path / "html" / "page.html"
+    page.parent.mkdir()
+    page.write_text(
+        "<html><head><title>no</title></head><nav>no</nav><p>A &amp; b.</p>" + "<p>word</p>" * 200 + "</html>"
+    )
+    (tmp_path / "html" / "de").mkdir()
+    (tmp_path / "html" / "de" / "page.html").write_text(page.read_text())
+    (text,) = package_text.documents(tmp_path)
+    assert text.split() == ["A", "&", "b.", *["word"] * 200]
