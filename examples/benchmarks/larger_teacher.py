@@ -1,7 +1,8 @@
-"""Which start is best for students of SmolLM2-135M, over 100 M tokens on one GPU.
+"""Which start is best for students of SmolLM2-135M: over 100 M tokens on one GPU, or as many as a CPU's patience allows.
 
     python examples/benchmarks/larger_teacher.py --text wikipedia shakespeare text/* --prepare tokens.safetensors
     python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher.jsonl --minutes 60
+    python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output cpu.jsonl --millions 0.5 --batch 4
     python examples/benchmarks/larger_teacher.py --output results/larger_teacher.jsonl --table
 
 The arms, the rows and the table are those of `starting_points.py`; the loop is PyTorch's alone (bfloat16 autocast, each block
@@ -35,7 +36,6 @@ from hf_guide.quickstart.corpus import pack, read_text, split_documents
 from hf_guide.quickstart.teacher import default_teacher
 
 LENGTH = 512
-BATCH = 64
 RATES = (6e-4, 2e-3, 6e-3)  # those next to them are tried where the best is an end of what was tried
 TUNING_SEED = 1000
 TUNING_SHARE = 15  # a run that chooses the rate has a fifteenth of the tokens
@@ -80,6 +80,7 @@ class Bench:
     tuning: Tensor
     measured: Tensor
     tokens: int
+    batch: int
     goals: dict[bool, float]
 
     @classmethod
@@ -88,9 +89,9 @@ class Bench:
         texts = {name: rows.long() for name, rows in load_file(args.tokens).items()}
         teacher = LlamaForCausalLM.from_pretrained(args.teacher, dtype=torch.float32).eval().to(args.device)
         tuning, measured = texts["held_out"].to(args.device).split(args.held_out_blocks)[:2]
-        goals = {True: held_out_loss(teacher, tuning), False: held_out_loss(teacher, measured)}
+        goals = {True: held_out_loss(teacher, tuning, args.batch), False: held_out_loss(teacher, measured, args.batch)}
         tokens = int(args.millions * 1_000_000)
-        return cls(Path(args.teacher), teacher, texts["learned"], tuning, measured, tokens, goals)
+        return cls(Path(args.teacher), teacher, texts["learned"], tuning, measured, tokens, args.batch, goals)
 
 
 def write_tokens(sources: list[str], teacher: str, file: Path, millions: int) -> None:
@@ -104,11 +105,11 @@ def write_tokens(sources: list[str], teacher: str, file: Path, millions: int) ->
     print(f"{learned.numel():,} tokens to learn from, {held_out.numel():,} held out, of {sources}")
 
 
-def jobs(tokens: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
+def jobs(tokens: int, batch: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
     """Yield what tells most first; a learning rate is chosen before it is used."""
 
     def job(arm: str, shape: str = FIRST, objective: str = "labels", seed: int = seeds[0]) -> dict[str, Any]:
-        return {"shape": shape, "arm": arm, "objective": objective, "tokens": tokens, "seed": seed}
+        return {"shape": shape, "arm": arm, "objective": objective, "tokens": tokens, "batch": batch, "seed": seed}
 
     yield from (job(arm) for arm in LEADING + OTHERS)
     yield from (job(arm, shape) for shape in list(SHAPES)[1:] for arm in LEADING)
@@ -118,11 +119,11 @@ def jobs(tokens: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
 
 def next_run(rows: list[dict[str, Any]], job: dict[str, Any]) -> dict[str, Any] | None:
     """Return the next run that a job needs, one that chooses its rate or the job itself; None where it is done."""
-    tuned = {"shape": FIRST, "arm": job["arm"], "objective": "labels", "tokens": job["tokens"], "tuning": True}
+    tuned = job | {"shape": FIRST, "objective": "labels", "tuning": True, "seed": TUNING_SEED}
     ends = {row["rate"]: row["curve"][-1][1] for row in rows if tuned.items() <= row.items()}
     ends = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in ends.items()}
     if (rate := next_rate(ends, RATES)) is not None:
-        return tuned | {"seed": TUNING_SEED, "rate": rate}
+        return tuned | {"rate": rate}
     wanted = job | {"rate": min(ends, key=lambda rate: ends[rate]), "tuning": False}
     return None if any(wanted.items() <= row.items() for row in rows) else wanted
 
@@ -130,7 +131,7 @@ def next_run(rows: list[dict[str, Any]], job: dict[str, Any]) -> dict[str, Any] 
 def run(bench: Bench, args: argparse.Namespace) -> None:
     """Make the runs that are not there yet, while there is time."""
     end = time.monotonic() + 60 * args.minutes
-    for job in jobs(bench.tokens, args.seeds):
+    for job in jobs(bench.tokens, bench.batch, args.seeds):
         while (todo := next_run(rows := read(args.output), job)) is not None:
             if time.monotonic() + expected_seconds(rows, todo) > end:
                 break
@@ -156,8 +157,8 @@ def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any]) -> float:
 
 def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Make one student, train it, and return its curve and what it cost in seconds."""
-    steps = todo["tokens"] // (BATCH * LENGTH) // (TUNING_SHARE if todo["tuning"] else 1)
-    text = drawn(bench.learned, steps * BATCH, todo["seed"])
+    steps = todo["tokens"] // (bench.batch * LENGTH) // (TUNING_SHARE if todo["tuning"] else 1)
+    text = drawn(bench.learned, steps * bench.batch, todo["seed"])
     given = Given(
         bench.folder, bench.teacher, SHAPES[todo["shape"]], todo["seed"], text[:256, :LENGTH].to(args.device), text[:0]
     )
@@ -167,7 +168,8 @@ def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> di
     watched = bench.tuning if todo["tuning"] else bench.measured
     loss_of = token_loss if todo["objective"] == "labels" else functools.partial(distilled_loss, bench.teacher)
     clock = time.perf_counter()
-    curve = learn(model, loss_of, text.to(args.device), watched, todo["rate"], 1 if todo["tuning"] else args.points)
+    points = 1 if todo["tuning"] else args.points
+    curve = learn(model, loss_of, text.to(args.device), watched, todo["rate"], points, bench.batch)
     return {
         "tokens_a_parameter": round(todo["tokens"] / model.num_parameters(), 2),
         "parameters": model.num_parameters(),
@@ -251,10 +253,10 @@ def _distilled(own: Tensor, weight: Tensor, theirs: Tensor, head: Tensor, labels
 
 
 def learn(
-    model: LlamaForCausalLM, loss_of: Loss, text: Tensor, watched: Tensor, rate: float, points: int
+    model: LlamaForCausalLM, loss_of: Loss, text: Tensor, watched: Tensor, rate: float, points: int, batch: int
 ) -> list[tuple[int, float]]:
     """Train a model on every block once; return its held-out loss after so many tokens, from none on."""
-    steps = len(text) // BATCH
+    steps = len(text) // batch
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     gains = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -265,9 +267,9 @@ def learn(
     )
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, max(1, steps // 20), steps, min_lr_rate=0.05)
     every = max(1, steps // points)
-    curve = [(0, round(held_out_loss(model, watched), 5))]
+    curve = [(0, round(held_out_loss(model, watched, batch), 5))]
     model.train()
-    for step, rows in enumerate(text.split(BATCH)[:steps], start=1):
+    for step, rows in enumerate(text.split(batch)[:steps], start=1):
         with torch.autocast(rows.device.type, torch.bfloat16):
             loss = loss_of(model, rows)
         loss.backward()
@@ -276,15 +278,15 @@ def learn(
         schedule.step()
         optimizer.zero_grad()
         if step % every == 0 or step == steps:
-            curve.append((step * BATCH * LENGTH, round(held_out_loss(model, watched), 5)))
+            curve.append((step * batch * LENGTH, round(held_out_loss(model, watched, batch), 5)))
     return curve
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, rows: Tensor) -> float:
+def held_out_loss(model: LlamaForCausalLM, rows: Tensor, batch: int) -> float:
     """Return a model's loss a token on blocks, as many as whole batches of them are."""
     with torch.autocast(rows.device.type, torch.bfloat16):
-        return torch.stack([token_loss(model, batch) for batch in rows.split(BATCH)]).mean().item()
+        return torch.stack([token_loss(model, part) for part in rows.split(batch)]).mean().item()
 
 
 def main() -> None:
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--prepare-millions", type=int, default=40, help="tokens to write, at most")
     parser.add_argument("--tokens", type=Path, help="the file that --prepare wrote")
     parser.add_argument("--millions", type=float, default=100, help="tokens of a run")
+    parser.add_argument("--batch", type=int, default=64, help=f"blocks of {LENGTH} tokens in a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--points", type=int, default=20, help="of each curve")
     parser.add_argument("--held-out-blocks", type=int, default=256, help="to tune on, and as many to measure on")

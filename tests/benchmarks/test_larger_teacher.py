@@ -23,7 +23,6 @@ SIZES = {"hidden_size": 16, "head_dim": 8, "num_hidden_layers": 2, "num_attentio
 @pytest.fixture
 def args(tmp_path, monkeypatch):
     monkeypatch.setattr(larger_teacher, "LENGTH", 16)
-    monkeypatch.setattr(larger_teacher, "BATCH", 2)
     monkeypatch.setattr(larger_teacher, "SHAPES", {larger_teacher.FIRST: SIZES})
     monkeypatch.setattr(larger_teacher, "LEADING", ("random", "calibrated, 8,192 tokens"))
     monkeypatch.setattr(larger_teacher, "OTHERS", ("subcloning",))
@@ -38,7 +37,7 @@ def args(tmp_path, monkeypatch):
     save_file({"learned": rows[:260], "held_out": rows[260:].clone()}, tmp_path / "tokens.safetensors")
     return argparse.Namespace(
         output=tmp_path / "rows.jsonl", teacher=str(tmp_path / "teacher"), tokens=tmp_path / "tokens.safetensors",
-        millions=0.001, seeds=[0], points=2, eager=True, held_out_blocks=8, minutes=math.inf, device="cpu",
+        millions=0.001, seeds=[0], points=2, batch=2, eager=True, held_out_blocks=8, minutes=math.inf, device="cpu",
     )  # fmt: skip
 
 
