@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 RECORD_NAME = "distillation.json"
+AGREEMENT = "agreement_with_subclass_head"
+"""The metric of a head that was refitted from subclasses to classes: the share of examples whose class is the same."""
 
 # The training arguments that make a run what it is; the first are always told, the others where they are set.
 ALWAYS_TOLD = (

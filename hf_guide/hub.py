@@ -28,6 +28,7 @@ from hf_guide.card_files import (
     write_card,
 )
 from hf_guide.cards import (
+    AGREEMENT,
     RECORD_NAME,
     DistillationRecord,
     Figure,
@@ -145,6 +146,7 @@ def write_model_card(
         adapter=adapter,
         auto_class=f"AutoPeftModel{_task_suffix(student_class)}",
         code_class=_code_class(folder),
+        subclasses=_told_of_subclasses(folder, record),
         processor=next((name for file, name in PROCESSORS.items() if (folder / file).is_file()), None),
         plot=PLOT_NAME if PLOT_NAME in plots else None,
         training_plot=TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
@@ -263,20 +265,44 @@ def _name_in_title(card: RepoCard | None) -> str | None:
 
 def _stock_class(folder: Path, report: InitializationReport | None, record: DistillationRecord | None) -> str:
     """Return the class that loads the folder: its config names the stock one, also of a student of one's own class."""
-    if (folder / "config.json").is_file():
-        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
-        if named:
-            return named[0]
+    named = _config_of(folder).get("architectures")
+    if named:
+        return named[0]
     known = report.student_class if report is not None else record.student_class if record is not None else None
     return known or "AutoModel"
 
 
 def _code_class(folder: Path) -> str | None:
     """Return the Auto class that loads a folder with code of its own; None of a stock model's."""
-    if not (folder / "config.json").is_file():
-        return None
-    mapped = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map") or {}
-    return next((name for name in mapped if name.startswith("AutoModel")), None)
+    return next((name for name in _config_of(folder).get("auto_map") or {} if name.startswith("AutoModel")), None)
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """Return the config that a folder holds; of an adapter's folder nothing."""
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _told_of_subclasses(folder: Path, record: DistillationRecord | None) -> str | None:
+    """Return what a classifier's labels have to do with subclasses; None where it never had any."""
+    config = _config_of(folder)
+    count = config.get("num_subclasses") or 1
+    if count > 1 and "student" in config:
+        return (
+            f"Its labels are classes. The stock model within tells {count} pseudo-subclasses of each apart, and a class's "
+            "logit is the log-sum-exp of theirs, exactly as it was trained and measured."
+        )
+    if count > 1:
+        return (
+            f"Its labels are {count} pseudo-subclasses of each class, class by class: the probability of a class is the sum "
+            "of its subclasses'."
+        )
+    if record is not None and AGREEMENT in record.metrics:
+        return (
+            "It was trained on pseudo-subclasses; its head was then refitted to one row a class, which says nearly the "
+            f"same: on examples that it was not fitted to, it chooses the same class in {record.metrics[AGREEMENT]:.2%}."
+        )
+    return None
 
 
 def _adapter_base(folder: Path) -> str | None:

@@ -112,9 +112,14 @@ class CaptureManifest:
         """Return the teacher's config.
 
         Raises:
-            CaptureError: it is of a family that Transformers does not know here.
+            CaptureError: it is of a family that Transformers does not know here, or the capture is one of subclasses.
         """
         settings = dict(self.teacher_config)
+        if "model_type" not in settings:
+            raise CaptureError(
+                "The capture holds no teacher's logits but the probabilities of subclasses, as capture_targets writes them: "
+                "pass it to SubclassLabelCollator(projector, ..., capture=...)."
+            )
         try:
             return AutoConfig.for_model(settings.pop("model_type"), **settings)
         except (KeyError, ValueError) as error:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -53,6 +54,12 @@ class BatchReader:
         given = {name: value for name, value in inputs.items() if name != "labels"} if unlabelled else inputs
         return target_mask(self.task, given)
 
+    def count(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
+        """Return how many items a batch has, and how many of them have a label, (2,)."""
+        mask = self.target_mask(inputs, training=training)
+        labelled = target_mask(self.task, inputs) if training and self.subclasses.learned else mask
+        return torch.stack([mask.sum(), labelled.sum()])
+
     def read(self, inputs: Mapping[str, Any], *, training: bool) -> Batch:
         """Return a batch with what its teachers say of it.
 
@@ -62,7 +69,7 @@ class BatchReader:
 
         Raises:
             TaskError: the objective has the task loss, and the batch no labels.
-            CaptureError: a batch to train on was not captured.
+            CaptureError: a batch to train on was not captured, by the trainer's capture or by the collator's.
             TeacherError: what a teacher says cannot be had.
         """
         own, captured = split_signals(inputs)
@@ -78,6 +85,9 @@ class BatchReader:
             )
         signals = self._listen(own, captured, mask, training=training)
         orders = [teacher.order for teacher in self.teachers]
+        captured_targets = getattr(self.subclasses.source, "capture", None)
+        if training and captured_targets is not None and own.get(TARGETS) is None:
+            raise refuse_missing(captured_targets)
         subclasses = self.subclasses.of_batch(own, mask, signals, orders, training=training)
         for name in self.columns_of_others:
             own.pop(name, None)

@@ -125,6 +125,11 @@ def _check(models: ModelOptions, args: DistillationArguments) -> None:
             "{hidden_size: 288, num_hidden_layers: 10}."
         )
 
+    if "lelp" in args.weights:
+        raise OptionError(
+            "The objective lelp learns the subclasses of a projector, which settings cannot give. In Python: projector = "
+            "fit_subclasses(...); DistillationTrainer(..., data_collator=SubclassLabelCollator(projector, tokenizer))."
+        )
     resume = args.resume_from_checkpoint
     if resume and str(resume).lower() not in ("true", "false") and not os.path.isdir(resume):
         raise OptionError(

@@ -4,7 +4,7 @@ Does: read from a config how many subclasses there are, and show everything that
 Does not: say what the subclasses are (`hf_guide.lelp` does).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,11 +29,11 @@ class SubclassSource(Protocol):
     makes_targets: bool
     """Whether the batch has them already."""
 
-    def bind(self, config: Any, temperature: float, teacher: Any) -> None:
-        """Refuse a student, a temperature or a teacher that they are not for; called before every run."""
+    def match(self, config: Any, temperature: float, teacher: Any) -> list[int] | None:
+        """Refuse a student, a temperature or a teacher that they are not for; return which class each of the student's is."""
 
     def targets_of(self, embedding: Tensor, logits: Tensor, subclass_labels: Tensor | None = None) -> Tensor:
-        """Return the probabilities (items, C * S) for a teacher's embeddings (items, D) and logits (items, C)."""
+        """Return the probabilities (items, C * S), in its own order, of embeddings (items, D) and logits (items, C)."""
 
 
 def subclass_source(collator: Any) -> SubclassSource | None:
@@ -137,12 +137,15 @@ class SubclassTargets:
         num_subclasses: S.
         learned: whether the objective has them.
         source: the collator that gives them, or that makes them of a teacher's signals.
+        order: which of the source's classes each of the student's is; None for the same order. One collator may serve the
+            trainers of several students, so it is kept here.
     """
 
     outputs: int = 0
     num_subclasses: int = 1
     learned: bool = False
     source: SubclassSource | None = None
+    order: list[int] | None = None
 
     def in_classes(self, model: nn.Module, items: Tensor | None = None) -> nn.Module:
         """Return the student as it is seen in classes; itself where it has nothing but classes."""
@@ -170,7 +173,7 @@ class SubclassTargets:
             orders: for each teacher, which of its classes each of the student's is; None for the same order.
 
         Raises:
-            TaskError: a batch to train on has none, or they are not of the student's shape.
+            TaskError: a batch to train on has none, or they are not of the student's shape, or no probabilities.
         """
         if not self.learned:
             return None
@@ -183,23 +186,45 @@ class SubclassTargets:
                     f"which are {self.outputs // self.num_subclasses} classes of {self.num_subclasses} subclasses. "
                     "Make student and projector with the same num_subclasses."
                 )
-            return found.to(mask.device)[mask]
+            found = found.to(mask.device)[mask]
+            off = (found.sum(1) - 1).abs()
+            if len(found) and not (bool((found >= 0).all()) and bool((off < 0.01).all())):
+                raise TaskError(
+                    f"{TARGETS} in the batch are no probabilities: they sum to {found.sum(1).min().item():.4g} to "
+                    f"{found.sum(1).max().item():.4g} an example, and the least is {found.min().item():.4g}. Over the "
+                    "subclasses of all classes they are at least 0 and sum to 1."
+                )
+            return self._ordered(found)
         if self.needs(inputs) and len(signals) == 1 and self.source is not None:
             logits = signals[0].target(slice(None)).logits
             finer = inputs.get(FINER)
-            return self.source.targets_of(
-                signals[0].embedding, _restored(logits, orders[0]), None if finer is None else finer[mask]
+            return self._ordered(
+                self.source.targets_of(
+                    signals[0].embedding, _restored(logits, orders[0]), None if finer is None else finer[mask]
+                )
             )
         if training:
             raise TaskError(
                 f"The objective has the subclasses of a teacher, but the batch has no {TARGETS}; it has {sorted(inputs)}. "
-                "Pass data_collator=SubclassLabelCollator(projector, ...), or give the dataset that column."
+                "Pass data_collator=SubclassLabelCollator(projector, ...) and a teacher, or give the dataset that column."
             )
         return None
 
+    def _ordered(self, probabilities: Tensor) -> Tensor:
+        if self.order is None:
+            return probabilities
+        return probabilities.unflatten(1, (-1, self.num_subclasses))[:, self.order].flatten(1)
+
 
 def make_targets(
-    config: Any, collator: Any, temperature: float, teachers: Sequence[Any], *, learned: bool
+    config: Any,
+    collator: Any,
+    temperature: float,
+    teachers: Sequence[Any],
+    *,
+    learned: bool,
+    columns: Collection[str],
+    keeps_columns: bool,
 ) -> SubclassTargets:
     """Return where a student's subclass probabilities come from.
 
@@ -209,6 +234,8 @@ def make_targets(
         temperature: what the student's logits are divided by.
         teachers: the trainer's: models, captures, or None for one that cannot be compared.
         learned: whether the objective has them.
+        columns: of the dataset to train on, as far as they are known.
+        keeps_columns: whether the collator sees those columns too that the student does not read.
 
     Raises:
         TaskError: a student whose outputs are not classes times subclasses.
@@ -216,14 +243,21 @@ def make_targets(
     """
     count = subclasses_of(config)
     source = subclass_source(collator) if learned else None
+    order = None
     if source is not None:
-        if not source.makes_targets and len(teachers) != 1:
+        if not source.makes_targets and len(teachers) != 1 and TARGETS not in columns:
             raise OptionError(
                 f"The subclass probabilities are made of what one teacher says; there are {len(teachers)}. Pass teacher= or a "
-                "capture to the trainer, or to the collator."
+                f"capture to the trainer, or to the collator; or give the dataset the column {TARGETS}."
             )
-        source.bind(config, temperature, None if source.makes_targets else teachers[0])
-    return SubclassTargets(getattr(config, "num_labels", 0), count, learned, source)
+        if getattr(source, "teacher_collator", None) is not None and not keeps_columns:
+            raise OptionError(
+                "teacher_collator makes the teacher's batch of columns that the student does not read, and Trainer removes "
+                "these. Set DistillationArguments(remove_unused_columns=False)."
+            )
+        heard = None if source.makes_targets or len(teachers) != 1 else teachers[0]
+        order = source.match(config, temperature, heard)
+    return SubclassTargets(getattr(config, "num_labels", 0), count, learned, source, order)
 
 
 def _restored(logits: Tensor, order: list[int] | None) -> Tensor:

@@ -30,7 +30,7 @@ from hf_guide.distillation.record import make_record
 from hf_guide.distillation.students import make_student
 from hf_guide.distillation.subclasses import make_targets
 from hf_guide.distillation.tally import Tally
-from hf_guide.distillation.tasks import task_of
+from hf_guide.distillation.tasks import IGNORED, task_of
 from hf_guide.distillation.teachers import LiveTeacher, refuse_not_finite
 from hf_guide.errors import OptionError
 from hf_guide.hub import write_model_card
@@ -100,6 +100,7 @@ class DistillationTrainer(Trainer):
         self._unwrapped: tuple[Any, Any] | None = None
         self._train_tally, self._eval_tally = Tally(), Tally()
         self._whole_logits = self._predicting = False
+        self._unlabelled_factor: Tensor | None = None
         self._pushed_to = {"token": args.hub_token, "revision": args.hub_revision}
         super().__init__(
             model=student,
@@ -169,6 +170,8 @@ class DistillationTrainer(Trainer):
             self.args.temperature,
             [self._to_compare(each) for each in self.teachers],
             learned=self.learning.learns_subclasses,
+            columns=getattr(self.train_dataset, "column_names", None) or (),
+            keeps_columns=not self.args.remove_unused_columns,
         )
         self._reader = BatchReader(
             student,
@@ -222,10 +225,14 @@ class DistillationTrainer(Trainer):
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""
         if self.compute_loss_func is not None or not batch_samples:
             return super()._get_num_items_in_batch(batch_samples, device)
-        masks = [self._reader.target_mask(batch, training=not self._predicting) for batch in batch_samples]
-        items = sum(mask.sum() for mask in masks).to(device)  # type: ignore[union-attr]
+        training = not self._predicting
+        counts = (
+            torch.stack([self._reader.count(batch, training=training) for batch in batch_samples]).sum(0).to(device)
+        )
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            items = self.accelerator.gather(items).sum()
+            counts = self.accelerator.gather(counts).view(-1, 2).sum(0)
+        items, labelled = counts
+        self._unlabelled_factor = items / labelled.clamp(min=1) if training else None
         return items / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
 
     # Losses
@@ -257,7 +264,7 @@ class DistillationTrainer(Trainer):
                 model,
                 self._bare(self.model),
                 batch,
-                lambda given: self._task_loss_sum(model, given, here, items, told),
+                lambda given: self._task_loss_sum(model, given, here, items, told, batch.labels),
                 measure=not training,
                 whole_logits=self._whole_logits,
             )
@@ -288,10 +295,16 @@ class DistillationTrainer(Trainer):
             loss = torch.where(here > 0, loss, 0.0)  # the mean over nothing is not a number
         return loss * (here / items) * self._scale(told), outputs
 
-    def _task_loss_sum(self, *args: Any) -> tuple[Tensor, Any]:
-        loss, outputs = self._task_loss(*args)
-        *_, items, told = args
-        return loss * items / self._scale(told), outputs
+    def _task_loss_sum(
+        self, model: nn.Module, inputs: dict[str, Any], here: Tensor, items: Any, told: bool, labels: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """Return the task loss as a sum over the items, of which those without a label have the mean of the others."""
+        loss, outputs = self._task_loss(model, inputs, here, items, told)
+        loss = loss * items / self._scale(told)
+        if model.training and self._subclasses.learned and labels is not None:
+            factor = self._unlabelled_factor if told else here / (labels != IGNORED).sum().clamp(min=1)
+            loss = loss if factor is None else loss * factor
+        return loss, outputs
 
     def _model_divides(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         if self.compute_loss_func is not None or self.label_smoother is not None:

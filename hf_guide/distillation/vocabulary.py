@@ -86,6 +86,7 @@ def label_alignment(student_config: PreTrainedConfig, teacher_config: PreTrained
     if len(student) != len(teacher):
         raise VocabularyError(
             f"{both}: {len(student)} against {len(teacher)}. Distil from a teacher of the same labels."
+            + _hint_of_subclasses(student_config, len(teacher))
         )
     if _are_generic(student) or _are_generic(teacher):
         return None
@@ -94,6 +95,16 @@ def label_alignment(student_config: PreTrainedConfig, teacher_config: PreTrained
             f"{both}. Labels are aligned by name: give both configs' id2label the same names, each once, in any order."
         )
     return [teacher.index(name) for name in student]
+
+
+def _hint_of_subclasses(student: PreTrainedConfig, classes: int) -> str:
+    outputs = student.num_labels or 0
+    if getattr(student, "num_subclasses", None) or outputs <= classes or outputs % classes:
+        return ""
+    return (
+        f" If its outputs are {outputs // classes} subclasses of each class, its config has to say so: make it by "
+        f"from_teacher(num_subclasses={outputs // classes}), or set config.num_subclasses."
+    )
 
 
 def _tokens(tokenizer: Any | None) -> list[str | None] | None:

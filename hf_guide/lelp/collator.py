@@ -5,6 +5,7 @@ that to the trainer and its teacher.
 Does not: look at labels. A projector needs them, or the teacher's own classes, when it is fitted.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -59,29 +60,31 @@ class SubclassLabelCollator:
             raise OptionError("A teacher and a capture are both given; the probabilities come from one of them.")
         if teacher_collator is not None and teacher is None and capture is None:
             raise OptionError("teacher_collator makes the batch of a teacher or capture that is given here; give one.")
-        self.projector = (
-            projector if isinstance(projector, SubclassProjector) else SubclassProjector.from_pretrained(projector)
-        )
+        self.projector = _projector(projector)
         self.data_collator = _collator(tokenizer_or_collator)
         self.teacher_collator = teacher_collator
         self.capture = capture if capture is None or isinstance(capture, Capture) else Capture.open(capture)
         if self.capture is not None:
             targets_from_capture(self.projector, self.capture)  # refuses what it cannot be made of
         self._listener = None if teacher is None else listener_of(self.projector, teacher)
-        self._order: list[int] | None = None
 
     @property
     def makes_targets(self) -> bool:
         """Whether the batch has the probabilities already; otherwise the trainer makes them, by `targets_of`."""
         return self._listener is not None or self.capture is not None
 
-    def bind(self, config: Any, temperature: float, teacher: Any) -> None:
-        """Put the classes in the student's order, by name, and refuse what does not go together. The trainer calls it.
+    def match(self, config: Any, temperature: float, teacher: Any) -> list[int] | None:
+        """Refuse what does not go together, and say which of the projector's classes each of the student's is, by name.
+
+        The trainer calls it, and puts the probabilities in that order.
 
         Args:
             config: the student's.
             temperature: what its logits are divided by.
             teacher: the trainer's model or capture, where it is to be heard; None where it cannot be compared.
+
+        Returns:
+            The order; None where it is the projector's own.
 
         Raises:
             SubclassError: a student with another number of outputs or subclasses; another teacher.
@@ -102,23 +105,23 @@ class SubclassLabelCollator:
             )
         if teacher is not None:
             mine.check_teacher(teacher)
-        self._order = label_alignment(config, SimpleNamespace(id2label=dict(mine.id2label)))  # type: ignore[arg-type]
+        return label_alignment(config, SimpleNamespace(id2label=dict(mine.id2label)))  # type: ignore[arg-type]
 
     def targets_of(self, embedding: Tensor, logits: Tensor, subclass_labels: Tensor | None = None) -> Tensor:
-        """Return the probabilities (items, C * S), in the student's order of classes, of embeddings and logits."""
-        return self._ordered(subclass_probabilities(self.projector, embedding, logits, subclass_labels))
+        """Return the probabilities (items, C * S), in the projector's order of classes, of embeddings and logits."""
+        return subclass_probabilities(self.projector, embedding, logits, subclass_labels)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
         batch = dict(self.data_collator(features))
         finer = batch.get(FINER)
         if batch.get(TARGETS) is not None:
-            batch[TARGETS] = self._ordered(torch.as_tensor(batch[TARGETS]).float().flatten(1))
+            batch[TARGETS] = torch.as_tensor(batch[TARGETS]).float().flatten(1)
         elif self.makes_targets:
             read = batch if self.teacher_collator is None else dict(self.teacher_collator(features))
             found = self._read(read) if self.capture is not None else self._hear(read, finer)
             batch.pop(FINER, None)
             if found is not None:
-                batch[TARGETS] = self._ordered(found)
+                batch[TARGETS] = found
         return batch
 
     def _read(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -139,10 +142,16 @@ class SubclassLabelCollator:
         inputs = {name: value for name, value in batch.items() if name != FINER}
         return self._listener.probabilities(inputs, finer).float().cpu().clone()  # no tensor of inference mode
 
-    def _ordered(self, probabilities: Tensor) -> Tensor:
-        if self._order is None:
-            return probabilities
-        return probabilities.unflatten(1, (-1, self.projector.num_subclasses))[:, self._order].flatten(1)
+
+def _projector(given: Any) -> SubclassProjector:
+    if isinstance(given, SubclassProjector):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
+        raise OptionError(
+            f"A SubclassProjector, or its folder or Hub id, was expected first, not a {type(given).__name__}: "
+            "SubclassLabelCollator(projector, tokenizer)."
+        )
+    return SubclassProjector.from_pretrained(given)
 
 
 def _collator(given: Any) -> Callable[[Any], Mapping[str, Any]]:

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.utils import can_return_tuple
 
 
 class SubclassConfig(PreTrainedConfig):
@@ -54,11 +55,20 @@ class SubclassModel(PreTrainedModel):
     _auto: Any = AutoModelForSequenceClassification
 
     def __init__(self, config: SubclassConfig):
+        asked = getattr(config, "_attn_implementation", None)
         super().__init__(config)
         inner = config.student_config
-        if getattr(config, "_attn_implementation", None) is not None:
-            inner._attn_implementation = config._attn_implementation
-        self.student = self._auto.from_config(inner)
+        if asked is not None:  # else the student within chooses: not every family has every implementation
+            inner._attn_implementation = asked
+        # The dtype asked of this model, not the one that the student was saved with.
+        self.student = self._auto.from_config(inner, dtype=torch.get_default_dtype())
+        config._attn_implementation = self.student.config._attn_implementation
+        outputs = self.student.config.num_labels
+        if outputs != (config.num_labels or 0) * config.num_subclasses:
+            raise ValueError(
+                f"The config has {config.num_labels} labels; the student within has {outputs} "
+                f"outputs, which are {config.num_subclasses} for each of its classes. Leave num_labels as it was saved."
+            )
         self.main_input_name = self.student.main_input_name
         self.num_labels = config.num_labels
         self.post_init()
@@ -66,7 +76,6 @@ class SubclassModel(PreTrainedModel):
     def in_classes(self, labels: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return loss, class logits (batch, classes), hidden states and attentions."""
         num_items = inputs.pop("num_items_in_batch", None)
-        inputs.pop("return_dict", None)
         given = {name: value for name, value in inputs.items() if value is not None}
         outputs = self.student(**given, return_dict=True)
         wide = outputs.logits.float() if outputs.logits.dtype.itemsize < 4 else outputs.logits
@@ -82,6 +91,7 @@ class SubclassModel(PreTrainedModel):
 class SubclassModelForSequenceClassification(SubclassModel):
     """A text classifier whose class logits are exactly those that the student was trained and measured by."""
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -109,6 +119,7 @@ class SubclassModelForImageClassification(SubclassModel):
     main_input_name = "pixel_values"
     _auto = AutoModelForImageClassification
 
+    @can_return_tuple
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **inputs: Any
     ) -> ImageClassifierOutput:
@@ -125,9 +136,9 @@ def around(student: PreTrainedModel, model_class: type[SubclassModel], classes: 
         model_class: for its task.
         classes: their names, in order.
     """
-    settings = {
-        name: value for name, value in student.config.to_dict().items() if name not in ("_name_or_path", "auto_map")
-    }
+    own = ("_name_or_path", "auto_map", "dtype")
+    settings = {name: value for name, value in student.config.to_dict().items() if name not in own}
+    settings["architectures"] = [type(student).__name__]  # some families have several classes for one task
     config = SubclassConfig(
         student=settings,
         num_subclasses=student.config.num_subclasses,
@@ -138,5 +149,6 @@ def around(student: PreTrainedModel, model_class: type[SubclassModel], classes: 
     with torch.device("meta"):
         model = model_class(config)
     model.student = student
+    model.config._attn_implementation = student.config._attn_implementation
     model.config.dtype = student.dtype
     return model.train(student.training)

@@ -19,8 +19,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_guide.distillation.record import make_record
 from hf_guide.distillation.subclasses import class_labels
 from hf_guide.distillation.tasks import Task
+from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.errors import OptionError, did_you_mean
 from hf_guide.hub import write_model_card
 from hf_guide.lelp.modeling_subclass import (
@@ -31,7 +33,7 @@ from hf_guide.lelp.modeling_subclass import (
     around,
 )
 from hf_guide.lelp.refitting import check_student, refit_classes
-from hf_guide.saving import save_student
+from hf_guide.saving import attach_record, save_student
 
 __all__ = [
     "SubclassConfig",
@@ -64,7 +66,7 @@ class WayOut(str, Enum):
 
 
 def save_subclass_student(
-    student: PreTrainedModel,
+    student: "PreTrainedModel | DistillationTrainer",
     save_directory: str | os.PathLike[str],
     way: str | WayOut = "code",
     *,
@@ -78,7 +80,8 @@ def save_subclass_student(
     """Save a student with subclasses one of three ways, with its records, its card and its tokenizer; return what was saved.
 
     Args:
-        student: whose config has `num_subclasses`.
+        student: whose config has `num_subclasses`; or the `DistillationTrainer` that trained it, of whose run the record and
+            the card then tell, and whose tokenizer or image processor is saved where none is given.
         save_directory: a folder.
         way: "code", "subclasses" or "classes", see this module.
         dataset, eval_dataset, data_collator, batch_size: of "classes", see `refit_classes`.
@@ -90,6 +93,9 @@ def save_subclass_student(
         TaskError: a student without subclasses.
     """
     kind = _way(way)
+    if isinstance(student, DistillationTrainer):
+        processing_class = processing_class or student.processing_class
+        student = _trained(student)
     check_student(student)
     model: PreTrainedModel = student
     if kind is WayOut.CODE:
@@ -111,6 +117,13 @@ def save_subclass_student(
             print(refitted)
     _save(student, model, Path(save_directory), processing_class)
     return model
+
+
+def _trained(trainer: DistillationTrainer) -> PreTrainedModel:
+    """Return the student of a trainer, with the record of its run."""
+    student: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    attach_record(student, make_record(trainer))
+    return student
 
 
 def with_class_logits(student: PreTrainedModel) -> SubclassModel:

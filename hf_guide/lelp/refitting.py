@@ -15,14 +15,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.capture.collate import Collate
-from hf_guide.cards import DistillationRecord
+from hf_guide.cards import AGREEMENT, DistillationRecord
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
 from hf_guide.distillation.subclasses import class_labels, class_logits, subclasses_of
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.lelp.modeling_subclass import SubclassConfig
-
-AGREEMENT = "agreement_with_subclass_head"
 
 _ROUNDS = 200
 _RIDGE = 1e-6
@@ -56,6 +54,8 @@ def check_student(student: PreTrainedModel) -> Task:
         OptionError: it has an adapter.
         TaskError: it has no subclasses.
     """
+    if not isinstance(student, PreTrainedModel) and not hasattr(student, "get_base_model"):
+        raise OptionError(f"A student was expected, a PreTrainedModel, not a {type(student).__name__}.")
     if hasattr(student, "get_base_model"):
         raise OptionError("The student has an adapter; pass what its merge_and_unload() returns.")
     if student.config.model_type == SubclassConfig.model_type:

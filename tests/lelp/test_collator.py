@@ -139,6 +139,12 @@ def test_classes_are_aligned_by_name(tmp_path: Path) -> None:
         trainer.train()
         expected = step_of(by_column.model, before)
         assert (step_of(trainer.model, before) - expected).norm() < 1e-4 * expected.norm()
+    # The collator of one trainer may be another's, too: it learns nothing of the order.
+    shared = SubclassLabelCollator(projector, collate, teacher=teacher)
+    first = DistillationTrainer(student_of(TEXT), args, shared, examples, examples)
+    known = first.evaluate()["eval_lelp"]
+    DistillationTrainer(copy.deepcopy(student), args, shared, examples)
+    assert first.evaluate()["eval_lelp"] == known
     student.config.id2label = dict(enumerate(subclass_labels(list("abcde"), SUBCLASSES)))
     with pytest.raises(VocabularyError, match="aligned by name"):
         DistillationTrainer(student, args, SubclassLabelCollator(projector, collate, teacher=teacher), examples)
@@ -190,8 +196,10 @@ def test_what_is_evaluated_need_not_be_captured(tmp_path: Path) -> None:
     trainer.train()
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(found["eval_ce"])
-    with pytest.raises(TaskError, match="no subclass_probabilities"):
+    with pytest.raises(CaptureError, match="has an example that is not in"):
         DistillationTrainer(student_of(TEXT), args, collator, examples[8:]).train()
+    with pytest.raises(CaptureError, match="SubclassLabelCollator"):
+        DistillationTrainer(student_of(TEXT), args, collate, examples[:8], teacher=targets)
 
 
 def test_a_teacher_may_see_what_the_student_reads(tmp_path: Path) -> None:
@@ -212,6 +220,9 @@ def test_a_teacher_may_see_what_the_student_reads(tmp_path: Path) -> None:
     torch.testing.assert_close(collator(pairs)[TARGETS], expected_of(projector, teacher, images), rtol=1e-4, atol=1e-6)
     args = arguments(tmp_path, objective="lelp", temperature=2.0, remove_unused_columns=False)
     DistillationTrainer(student_of(TEXT), args, collator, pairs).train()
+    args = arguments(tmp_path, objective="lelp", temperature=2.0)
+    with pytest.raises(OptionError, match="remove_unused_columns=False"):
+        DistillationTrainer(student_of(TEXT), args, collator, pairs)
 
 
 def test_a_teacher_of_another_library_teaches_by_a_column(tmp_path: Path) -> None:
@@ -230,6 +241,15 @@ def test_a_teacher_of_another_library_teaches_by_a_column(tmp_path: Path) -> Non
     )
     trainer.train()
     assert trainer.state.log_history[0]["lelp"] > 0
+    # So it does where the collator could make them, and there is no teacher to make them of.
+    args = arguments(tmp_path, objective="lelp", max_steps=1)
+    collator = SubclassLabelCollator(projector, collate_columns)
+    DistillationTrainer(student_of(TEXT), args, collator, rows).train()
+    with pytest.raises(OptionError, match=f"there are 0.*the column {TARGETS}"):
+        DistillationTrainer(student_of(TEXT), args, collator, rows.remove_columns(TARGETS))
+    tripled = rows.map(lambda row: {TARGETS: [3 * share for share in row[TARGETS]]})
+    with pytest.raises(TaskError, match="no probabilities: they sum to 3"):
+        DistillationTrainer(student_of(TEXT), args, collate_columns, tripled).train()
 
 
 def collate_columns(features: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -306,6 +326,12 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         SubclassLabelCollator(projector, collate, teacher_collator=collate)
     with pytest.raises(OptionError, match="not a int"):
         SubclassLabelCollator(projector, 3)
+    with pytest.raises(OptionError, match=r"expected first, not a function: SubclassLabelCollator\(projector"):
+        SubclassLabelCollator(collate, projector)  # type: ignore[arg-type]
+    student = student_of(TEXT)
+    del student.config.num_subclasses
+    with pytest.raises(VocabularyError, match="subclasses of each class.*num_subclasses=3"):
+        train(student, teacher=teacher)
     given: dict[str, Any] = {"data_collator": collate, "show_progress": False}
     bare = capture_teacher(teacher, examples, tmp_path / "bare", **given)
     with pytest.raises(SubclassError, match="holds no embeddings.*'embedding': True"):

@@ -16,7 +16,13 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     BertTokenizer,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DeiTConfig,
+    DeiTForImageClassification,
     PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
     ViTImageProcessor,
     pipeline,
 )
@@ -35,6 +41,12 @@ from tests.lelp.test_head import IMAGE, TEXT, logits_of
 from tests.lelp.test_objective import some_targets, student_of, with_targets
 from tests.tiny import KINDS
 
+LABELLED: dict[str, Any] = {
+    "id2label": {
+        number: f"{NAMES[number // SUBCLASSES]}/{number % SUBCLASSES}" for number in range(CLASSES * SUBCLASSES)
+    },
+    "num_subclasses": SUBCLASSES,
+}
 AUTO = {TEXT: AutoModelForSequenceClassification, IMAGE: AutoModelForImageClassification}
 
 
@@ -194,6 +206,78 @@ def test_a_head_without_a_bias_is_refitted_without(tmp_path: Path) -> None:
     assert found.agreement == 1.0
 
 
+FAMILIES = {
+    "deberta": lambda: DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, **LABELLED
+        )
+    ),
+    "resnet": lambda: ResNetForImageClassification(
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], **LABELLED)
+    ),
+    "deit": lambda: DeiTForImageClassification(
+        DeiTConfig(
+            image_size=8,
+            patch_size=4,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            **LABELLED,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_code_families_without_sdpa_or_with_several_heads_are_saved_too(family: str, tmp_path: Path) -> None:
+    student = FAMILIES[family]().eval()
+    task = TEXT if family == "deberta" else IMAGE
+    save_subclass_student(student, tmp_path, "code")
+    loaded = AUTO[task].from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == student.config._attn_implementation
+    assert torch.equal(logits_of(loaded, task), class_logits(logits_of(student, task), SUBCLASSES))
+
+
+def test_with_code_dtype_and_return_dict_are_those_asked_for(tmp_path: Path) -> None:
+    student = student_of(TEXT)
+    save_subclass_student(student, tmp_path, "code")
+    load = AutoModelForSequenceClassification.from_pretrained
+    assert {each.dtype for each in load(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {each.dtype for each in load(tmp_path).parameters()} == {torch.float32}
+    inputs = {name: value for name, value in collate(examples_for(TEXT, 6)).items() if name != "labels"}
+    (logits,) = load(tmp_path).eval()(**inputs, return_dict=False)
+    assert torch.equal(logits, classes_of(student, TEXT))
+    with pytest.raises(ValueError, match="labels; the student within has"):
+        load(tmp_path, num_labels=CLASSES + 1)
+
+
+def test_of_a_trainer_the_card_tells_its_run_and_what_the_labels_are(tmp_path: Path) -> None:
+    examples = examples_for(TEXT, 16)
+    data = with_targets(examples, some_targets(16))
+    student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
+    args = arguments(tmp_path / "out", objective="lelp", max_steps=2)
+    trainer = DistillationTrainer(student, args, collate, data, data)
+    trainer.train()
+    cards = {}
+    for way in ("code", "subclasses", "classes"):
+        more: dict[str, Any] = {"dataset": examples, "data_collator": collate} if way == "classes" else {}
+        save_subclass_student(trainer, tmp_path / way, way, show_progress=False, **more)
+        cards[way] = (tmp_path / way / "README.md").read_text()
+        assert "`lelp`" in cards[way] and "2 steps" in cards[way]
+    assert "Its labels are classes" in cards["code"]
+    assert f"Its labels are {SUBCLASSES} pseudo-subclasses of each class" in cards["subclasses"]
+    assert "refitted to one row a class" in cards["classes"]
+
+
+def test_untold_of_its_training_the_card_makes_none_up(tmp_path: Path) -> None:
+    student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
+    options: dict[str, Any] = {"dataset": examples_for(TEXT, 16), "data_collator": collate, "show_progress": False}
+    save_subclass_student(student, tmp_path, "classes", **options)
+    card = (tmp_path / "README.md").read_text()
+    assert "distilled from" not in card and "How it was trained" not in card and "refitted" in card
+
+
 def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
     save_subclass_student(student, tmp_path / "code", "code")
@@ -213,6 +297,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     student: Any = student_of(TEXT)
     with pytest.raises(TaskError, match="gives class logits already"):
         save_subclass_student(with_class_logits(student), tmp_path)
+    with pytest.raises(OptionError, match="a PreTrainedModel, not a dict"):
+        save_subclass_student({}, tmp_path)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="'codes'.*Did you mean 'code'"):
         save_subclass_student(student, tmp_path, "codes")
     with pytest.raises(OptionError, match="give it a dataset"):
