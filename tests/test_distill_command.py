@@ -234,6 +234,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         ({"train_split": "train[:x]"}, "not understood"),
         ({"validation_share": 0.001}, "to evaluate on"),
         ({"objective": "dkd"}, "dkd"),
+        ({"objective": "lelp"}, "learns the subclasses of a projector"),
         ({"processor_name_or_path": "EMPTY"}, "processor_name_or_path"),
         ({"teacher": "/no/such/folder"}, "The teacher /no/such/folder has no config"),
         ({"teacher_init_kwargs": {"dtyp": "bfloat16"}}, "teacher_init_kwargs=.'dtyp'.*dtyp"),
