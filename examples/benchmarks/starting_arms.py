@@ -129,6 +129,7 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "activations' PCA": by(
         {"method": "calibrated", "heads": "even", "neurons": "even", "layers": "even"} | NOTHING_FITTED
     ),
+    "calibrated, nothing fitted": by({"method": "calibrated"} | NOTHING_FITTED),
     "guide": by({"method": "guide", "layers": "even"}),
     "guide, later selected": by({"method": "guide", "layers": "even", "later_blocks": "select"}),
     "guide, later random": by({"method": "guide", "layers": "even", "later_blocks": "random"}),
