@@ -96,7 +96,7 @@ def fit_subclasses(
         TaskError, TeacherError, CaptureError: a teacher that is no classifier, or whose classes do not exclude each other; a
             capture that is not of it.
     """
-    check_options(num_subclasses, temperature, subclass_temperature, splitter)
+    num_subclasses, seed = check_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
     state = processes()
     if isinstance(teacher, (str, os.PathLike)) and (Path(teacher) / MANIFEST_NAME).is_file():
         teacher = Capture.open(teacher)

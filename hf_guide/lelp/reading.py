@@ -17,7 +17,7 @@ from hf_guide.capture.storage import Shard, shard_name
 from hf_guide.distillation.embeddings import find_classifier
 from hf_guide.distillation.tasks import NO_CLASSES, Task, columns_read
 from hf_guide.errors import OptionError, SubclassError, TaskError
-from hf_guide.lelp.gathering import UNLABELLED
+from hf_guide.lelp.arrays import UNLABELLED
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 EXACT_ENOUGH = {torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits' spread; 1e-3 for others

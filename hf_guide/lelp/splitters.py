@@ -50,10 +50,9 @@ def splitter_named(name: str) -> _Entry:
     Raises:
         OptionError: there is none of that name; it names the nearest.
     """
-    if name not in _SPLITTERS:
-        raise OptionError(
-            f"splitter={name!r} is not known; expected one of {known_splitters()}.{did_you_mean(name, _SPLITTERS)}"
-        )
+    if not isinstance(name, str) or name not in _SPLITTERS:
+        near = did_you_mean(name, _SPLITTERS) if isinstance(name, str) else ""
+        raise OptionError(f"splitter={name!r} is not known; expected one of {known_splitters()}.{near}")
     return _SPLITTERS[name]
 
 
