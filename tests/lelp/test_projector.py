@@ -343,6 +343,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
     entries = json.loads((tmp_path / CONFIG_NAME).read_text())
     for change, message in (
         ({"embedding_size": 7}, "other shapes"),
+        ({"num_subclasses": 7}, "other shapes"),
         ({"format": 99}, "reads format 1"),
         ({"form": "unheard-of"}, "whole projector"),
     ):
