@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
@@ -68,6 +68,11 @@ class Collate:
             for name, value in feature.items()
             if name not in gone and (not self._drop or name in self._known)
         }
+
+
+def is_by_number(dataset: Any) -> bool:
+    """Whether examples can be asked for by number. Torch's `IterableDataset` has a `__getitem__` that only raises."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 class Numbered(Dataset[tuple[int, Any]]):

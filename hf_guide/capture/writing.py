@@ -16,7 +16,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import PreTrainedModel
 
 import hf_guide
-from hf_guide.capture.collate import Collate
+from hf_guide.capture.collate import Collate, is_by_number
 from hf_guide.capture.manifest import MANIFEST_NAME, CaptureManifest
 from hf_guide.capture.options import CaptureConfig
 from hf_guide.capture.reading import Capture
@@ -176,7 +176,7 @@ def processes() -> PartialState:
 
 
 def _count(dataset: Any) -> int:
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    if not is_by_number(dataset):
         raise OptionError(
             f"A capture needs a dataset with a length and examples by number, not a {type(dataset).__name__}: it goes on "
             "where it was. Save a stream to disk first."

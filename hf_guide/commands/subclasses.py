@@ -103,10 +103,13 @@ def run(args: argparse.Namespace) -> int:
     )
     if looked.view.forecast is not None:
         print(looked.view.forecast.summary())
+    elif looked.view.no_forecast is not None:
+        print(f"There is no forecast: {looked.view.no_forecast} (--no-forecast does not ask for one.)")
     if looked.view.knowledge is not None:
         print(describe_knowledge(looked.view.knowledge))
     for each in looked.view.classes:
         sizes = " ".join(f"{size:.0%}" for size in each.sizes.tolist())
-        print(f"{each.name}: {len(each.rows):,} examples; subclasses {sizes}; variance held {each.explained:.0%}")
+        held = "" if each.explained is None else f"; variance held {each.explained:.0%}"
+        print(f"{each.name}: {len(each.rows):,} examples; subclasses {sizes}{held}")
     print(f"Drawn in {looked.page}" + (f", and in {args.figures}" if looked.figures else ""))
     return 0

@@ -8,7 +8,7 @@ from hf_guide.errors import OptionError
 
 
 def label_numbers(names: Sequence[str] | None, labels: Sequence[str] | None, column: str) -> Callable[[Any], int]:
-    """Return what makes a value of a column of labels the number of the student's class.
+    """Return what makes a value of a column of labels the number of the student's class; None, as -100, is no label.
 
     Args:
         names: of the classes in the data, by number; None where they have none.
@@ -37,6 +37,8 @@ def label_numbers(names: Sequence[str] | None, labels: Sequence[str] | None, col
     by_name = dict(zip(names or (), places or (), strict=True))
 
     def number(value: Any) -> int:
+        if value is None:
+            return IGNORED
         if isinstance(value, str):
             if value not in by_name:
                 raise OptionError(

@@ -14,7 +14,11 @@ KMEANS_STARTS, KMEANS_ROUNDS = 4, 50
 
 
 def split_by_clusters(evidence: Evidence) -> Affine:
-    """Split by k-means of P h within each class; nearness to a centre is linear up to what is common to all centres."""
+    """Split by k-means of P h within each class; nearness to a centre is linear up to what is common to all centres.
+
+    Of a class of more than 2,048 examples it looks at a sample, `ClassSample`: then turning the embedding space changes which
+    they are, and so the clusters.
+    """
     directions, offsets = [], []
     for number, mean in enumerate(evidence.moments.means):
         rows = _ordered(evidence, number)
@@ -48,7 +52,8 @@ def split_by_kernel(evidence: Evidence) -> Kernel:
     """Split along the principal components of a Gaussian kernel within each class: the paper's steps, not linear.
 
     Kernel principal components over landmarks (Nystroem); the bandwidth is twice the median squared distance between
-    landmarks, over the number of subclasses, so that more subclasses are finer ones.
+    landmarks, over the number of subclasses, so that more subclasses are finer ones. Of a class of more than 2,048 examples
+    it looks at a sample, `ClassSample`: then turning the embedding space changes which they are, and so the landmarks.
     """
     generator = torch.Generator().manual_seed(evidence.seed)
     size = evidence.num_subclasses

@@ -19,10 +19,11 @@ from hf_guide.capture.reading import Capture
 from hf_guide.capture.signals import Listener
 from hf_guide.capture.teachers import load_teacher
 from hf_guide.capture.writing import capture_teacher, processes
-from hf_guide.distillation.embeddings import find_classifier, set_classifier
+from hf_guide.distillation.embeddings import _SAID, find_classifier, set_classifier
 from hf_guide.distillation.tasks import task_of, without_adapter
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, SubclassError
 from hf_guide.fingerprints import weights_fingerprint
+from hf_guide.lelp.arrays import check_whole
 from hf_guide.lelp.gathering import Gathering
 from hf_guide.lelp.projector import SubclassProjector, as_weight, check_options, check_shape
 from hf_guide.lelp.reading import (
@@ -40,6 +41,7 @@ from hf_guide.lelp.reading import (
     teacher_class,
 )
 from hf_guide.lelp.regression import LinearFit
+from hf_guide.lelp.splitters import splitter_named
 from hf_guide.worlds import world
 
 
@@ -84,7 +86,8 @@ def fit_subclasses(
         subclass_label_column: finer labels, for the splitter "labels".
         capture: a `Capture` of this teacher; or a folder, where what it says is kept: that which is there is read, what is
             missing is captured first, so that a killed run goes on where it was and training needs no teacher.
-        classifier: the layer that makes the logits, or its name, where it is not found.
+        classifier: the layer that makes the logits, or its name, where it is not found. It is remembered, as by
+            `set_classifier`, unless the fit fails.
         classifier_weight: W, (classes, width), where it is not that layer's. Of a `Capture` alone it is told from the data.
         batch_size: examples a forward pass.
         dtype, revision, token, trust_remote_code: of a teacher that is loaded here.
@@ -96,64 +99,66 @@ def fit_subclasses(
         TaskError, TeacherError, CaptureError: a teacher that is no classifier, or whose classes do not exclude each other; a
             capture that is not of it.
     """
-    check_options(num_subclasses, temperature, subclass_temperature, splitter)
+    num_subclasses, seed = check_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
+    batch_size = check_whole("batch_size", batch_size)
+    if splitter_named(splitter).needs_labels and (dataset is None or subclass_label_column is None):
+        raise SubclassError(
+            f"The splitter {splitter!r} needs one finer label an example: give a dataset, and name their column with "
+            "subclass_label_column=."
+        )
     state = processes()
     if isinstance(teacher, (str, os.PathLike)) and (Path(teacher) / MANIFEST_NAME).is_file():
         teacher = Capture.open(teacher)
+    model = None
     if isinstance(teacher, Capture):
         if capture is not None or classifier is not None:
             raise OptionError(
                 "The teacher is a capture already; capture= and classifier= are for one that is a model."
             )
-        source = _Source(None, teacher, dataset, data_collator, processing_class)
+        capture = teacher
     else:
         if dataset is None:
             raise OptionError("A teacher that is run needs a dataset; only a capture can do without.")
         model = _opened(teacher, state, dtype, revision, token, trust_remote_code)
         check_classifier_task(task_of(model), type(model).__name__)
         check_exclusive(without_adapter(model).config, type(model).__name__)
-        if classifier is not None:
-            set_classifier(model, classifier)
+    with _classifier_said(model, classifier):
         if capture is not None and not isinstance(capture, Capture):
             capture = _captured(model, dataset, capture, data_collator, processing_class, batch_size, show_progress)
         source = _Source(model, capture, dataset, data_collator, processing_class)
-    weight = source.weight() if classifier_weight is None else as_weight(classifier_weight)
-    classes, width = len(source.id2label), source.width if weight is None else weight.shape[1]
-    if weight is not None:
-        if len(weight) != classes:
-            raise SubclassError(f"The classifier's weight has {len(weight)} rows; the teacher has {classes} classes.")
-        check_shape(weight, num_subclasses, splitter)
-    labels = Labels(dataset, source.id2label, label_column, subclass_label_column)
-    gathering = Gathering(classes, width, splitter=splitter, seed=seed)
-    regression = LinearFit(classes, width) if weight is None else None
-    with _agreed():
-        bar = tqdm(
-            source.parts(labels, batch_size, state),
-            desc="Fitting subclasses",
-            unit="batch",
-            disable=not (show_progress and state.is_main_process),
+        weight = _weight(source, classifier_weight, num_subclasses, splitter)
+        classes, width = len(source.id2label), source.width if weight is None else weight.shape[1]
+        labels = Labels(dataset, source.id2label, label_column, subclass_label_column)
+        gathering = Gathering(classes, width, splitter=splitter, seed=seed)
+        regression = LinearFit(classes, width) if weight is None else None
+        with _agreed():
+            bar = tqdm(
+                source.parts(labels, batch_size, state),
+                desc="Fitting subclasses",
+                unit="batch",
+                disable=not (show_progress and state.is_main_process),
+            )
+            for number, part in enumerate(bar):
+                if number == 0 and weight is not None and classifier_weight is None:
+                    check_linear(weight, part, source.model)
+                gathering.add(part.embeddings, part.labels, part.logits, part.finer, part.numbers)
+                if regression is not None:
+                    regression.update(part.embeddings, part.logits)
+        gathering.reduce()
+        if regression is not None:
+            regression.reduce()
+            weight = regression.weight(gathering.moments)
+        assert weight is not None
+        return SubclassProjector.from_gathering(
+            gathering,
+            weight,
+            num_subclasses,
+            subclass_temperature=subclass_temperature,
+            temperature=temperature,
+            id2label=source.id2label,
+            teacher=source.name,
+            teacher_fingerprint=source.fingerprint,
         )
-        for number, part in enumerate(bar):
-            if number == 0 and weight is not None and classifier_weight is None:
-                check_linear(weight, part, source.model)
-            gathering.add(part.embeddings, part.labels, part.logits, part.finer, part.numbers)
-            if regression is not None:
-                regression.update(part.embeddings, part.logits)
-    gathering.reduce()
-    if regression is not None:
-        regression.reduce()
-        weight = regression.weight(gathering.moments)
-    assert weight is not None
-    return SubclassProjector.from_gathering(
-        gathering,
-        weight,
-        num_subclasses,
-        subclass_temperature=subclass_temperature,
-        temperature=temperature,
-        id2label=source.id2label,
-        teacher=source.name,
-        teacher_fingerprint=source.fingerprint,
-    )
 
 
 class _Source:
@@ -234,6 +239,45 @@ def _opened(
     return load_teacher(
         teacher, dtype=dtype, device=state.device, revision=revision, token=token, trust_remote_code=trust_remote_code
     )
+
+
+@contextlib.contextmanager
+def _classifier_said(model: Any, classifier: "nn.Module | str | None") -> Iterator[None]:
+    """Say which layer is a model's classifier; where what follows fails, unsay it."""
+    if classifier is None:
+        yield
+        return
+    bare = without_adapter(model)
+    before = _SAID.get(bare)
+    set_classifier(model, classifier)
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            _SAID.pop(bare, None)
+            if before is not None:
+                set_classifier(model, before)
+
+
+def _weight(source: _Source, given: Any, num_subclasses: int, splitter: str) -> Tensor | None:
+    """Return W, (classes, width), as it is given or of the model; None where it is to be told from the data.
+
+    Raises:
+        SubclassError: it is not of this teacher's classes, or has no room for the subclasses.
+    """
+    weight = source.weight() if given is None else as_weight(given)
+    if weight is None:
+        return None
+    rows, columns = weight.shape
+    if rows != len(source.id2label):
+        turned = f" It looks transposed: give it as ({columns}, {rows})." if columns == len(source.id2label) else ""
+        raise SubclassError(
+            f"The classifier's weight has {rows} rows; the teacher has {len(source.id2label)} classes.{turned}"
+        )
+    check_shape(weight, num_subclasses, splitter)
+    return weight
 
 
 def _captured(

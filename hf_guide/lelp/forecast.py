@@ -1,6 +1,6 @@
 """Will subclasses help on this data? A forecast in seconds, before any student is trained.
 
-Does: ask how much of the subclasses comes back when they are found from half of the data, how much of them a student's view of
+Does: ask how much of the subclasses comes back when they are found from other examples, how much of them a student's view of
 the data tells, and whether tiny students, trained on exactly that, gain by them.
 Does not: train the student itself. Tiny students see features, not the data: what they gain is a sign, not a promise.
 """
@@ -8,15 +8,15 @@ Does not: train the student itself. Tiny students see features, not the data: wh
 import math
 import statistics
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
-
-if TYPE_CHECKING:
-    from hf_guide.lelp.projector import SubclassProjector
+from hf_guide.lelp.classes import classes_of
+from hf_guide.lelp.projector import SubclassProjector, as_weight
+from hf_guide.lelp.splitters import known_splitters
 
 MOST_ROWS = 6000
 MOST_FEATURES = 128
@@ -40,8 +40,8 @@ class Forecast:
         room: how far the tiny students are below the teacher.
         predictability: the share of variance of the subclass probabilities, beyond the class, that the features tell by
             ridge regression; 0 where nothing, 1 where all.
-        stability: the share of their variance that comes back from subclasses found on the other half of the data; None
-            where the classifier was not given.
+        stability: the share of variance of subclasses found on one third of the examples that those found on a second
+            third tell, on the last; None where the classifier was not given, or subclasses cannot be found on a third.
         examples: how many were looked at.
     """
 
@@ -84,13 +84,13 @@ class Forecast:
         ]
         if self.stability is not None:
             lines.append(
-                f"  {self.stability:.0%} of it comes back from subclasses found on the other half of the data"
+                f"  {self.stability:.0%} of it comes back from subclasses found on other examples, a third of them each"
             )
         return "\n".join(lines)
 
 
 def forecast_gain(
-    projector: "SubclassProjector",
+    projector: SubclassProjector,
     embeddings: Any,
     logits: Any,
     features: Any,
@@ -110,14 +110,15 @@ def forecast_gain(
         embeddings, logits: the teacher's, (N, D) and (N, C), best of examples that it was not trained on.
         features: (N, F), what a student could know of each example without the teacher: pixels, a bag of words, the
             pooled states of the student as it starts, or of an early layer of the teacher.
-        labels: (N,), the classes; the teacher's own are taken where there are none.
+        labels: (N,), the classes; None, -1 and -100, or None for all, stand for the teacher's own.
         classifier_weight: (C, D), for the stability.
         subclass_labels: finer labels, (N,), where the projector splits by them.
         students: how many tiny students of each kind.
         seed: of the halves and the students.
 
     Raises:
-        SubclassError: fewer than 40 examples, tensors that do not fit, or numbers that are not finite.
+        SubclassError: fewer than 40 examples, tensors that do not fit, labels that are none of the classes, or numbers that
+            are not finite.
     """
     embeddings, logits, features = (_checked(each, name) for each, name in _named(embeddings, logits, features))
     if len(logits) != len(embeddings):
@@ -130,9 +131,14 @@ def forecast_gain(
     if classifier_weight is None:
         return found
     rows = _some(len(embeddings), seed)
-    classes = _classes(logits, labels)
+    classes = classes_of(labels, logits, *logits.shape)
     extra = {name: value[rows] for name, value in extra.items()}
-    weight = torch.as_tensor(classifier_weight)
+    weight = as_weight(classifier_weight)
+    if weight.shape != (projector.num_classes, projector.embedding_size):
+        raise SubclassError(
+            f"A classifier_weight of the shape ({projector.num_classes}, {projector.embedding_size}) was expected; found "
+            f"{tuple(weight.shape)}."
+        )
     return replace(
         found, stability=stability_of(projector, embeddings[rows], logits[rows], classes[rows], weight, extra)
     )
@@ -168,8 +174,8 @@ def forecast_targets(
         raise SubclassError(f"A forecast needs {FEWEST} examples or more; found {count}.")
     if students < 2:
         raise SubclassError(f"A forecast needs 2 tiny students or more; found students={students}.")
-    rows = _some(count, seed)
-    targets, logits, features, classes = (each[rows] for each in (targets, logits, features, _classes(logits, labels)))
+    rows, classes = _some(count, seed), classes_of(labels, logits, *logits.shape)
+    targets, logits, features, classes = (each[rows] for each in (targets, logits, features, classes))
     half = len(rows) // 2
     features = reduce_features(features)
     within = subclasses_beyond_class(targets, classes)
@@ -196,10 +202,6 @@ def forecast_targets(
 
 def _some(count: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:MOST_ROWS]
-
-
-def _classes(logits: Tensor, labels: Any) -> Tensor:
-    return logits.argmax(1) if labels is None else torch.as_tensor(labels).long()
 
 
 def tiny_students(
@@ -288,27 +290,33 @@ def told_share(given: Tensor, wanted: Tensor, held_given: Tensor, held_wanted: T
 
 
 def stability_of(
-    projector: "SubclassProjector", embeddings: Tensor, logits: Tensor, classes: Tensor, weight: Tensor, extra: dict
-) -> float:
+    projector: SubclassProjector, embeddings: Tensor, logits: Tensor, classes: Tensor, weight: Tensor, extra: dict
+) -> float | None:
     """Return the share of variance of subclasses found on one third that those of a second third tell, on the last third.
 
-    It is linear: subclasses that are only turned or renamed count as the same.
+    It is linear: subclasses that are only turned or renamed count as the same. None where a third is too few examples to
+    find subclasses of each class on, or the splitter is not known here.
     """
+    if projector.splitter not in known_splitters():
+        return None
     third = len(embeddings) // 3
     found = []
     for part in (slice(0, third), slice(third, 2 * third)):
         chosen = {name: value[part] for name, value in extra.items()}
-        fitted = type(projector).fit(
-            embeddings[part],
-            classes[part],
-            weight,
-            num_subclasses=projector.num_subclasses,
-            subclass_temperature=projector.subclass_temperature,
-            temperature=projector.temperature,
-            splitter=projector.splitter,
-            seed=projector.seed,
-            **chosen,
-        )
+        try:
+            fitted = type(projector).fit(
+                embeddings[part],
+                classes[part],
+                weight,
+                num_subclasses=projector.num_subclasses,
+                subclass_temperature=projector.subclass_temperature,
+                temperature=projector.temperature,
+                splitter=projector.splitter,
+                seed=projector.seed,
+                **chosen,
+            )
+        except SubclassError:  # shapes are known to fit: a third has too little of a class
+            return None
         last = {name: value[2 * third :] for name, value in extra.items()}
         targets = torch.as_tensor(fitted.transform(embeddings[2 * third :], logits[2 * third :], **last)).double()
         found.append(subclasses_beyond_class(targets, classes[2 * third :]))

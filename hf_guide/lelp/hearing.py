@@ -12,7 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.distillation.embeddings import embedding_per_item, find_classifier, heard_embeddings
-from hf_guide.distillation.tasks import IGNORED, task_of, without_adapter
+from hf_guide.distillation.tasks import task_of, without_adapter
+from hf_guide.lelp.arrays import check_whole
+from hf_guide.lelp.classes import classes_of
 from hf_guide.lelp.reading import check_classifier_task, check_exclusive, linear_weight
 
 PIXELS = 14
@@ -50,9 +52,11 @@ def hear(
     Args:
         teacher: of sequences or images.
         dataset: examples as `data_collator` takes them.
-        data_collator: makes batches of tensors.
+        data_collator: makes batches of tensors; of their labels -1 and -100 stand for the teacher's own class.
 
     Raises:
+        OptionError: a batch_size that is no whole number of at least 1.
+        SubclassError: a label that is none of the teacher's classes.
         TaskError: the teacher is no classifier of whole examples, or its classes do not exclude each other.
     """
     task = task_of(teacher)
@@ -61,7 +65,9 @@ def hear(
     check_exclusive(config, type(teacher).__name__)
     classifier = find_classifier(teacher, task)
     found: list[tuple[Tensor, ...]] = []
-    loader: Any = DataLoader(dataset, batch_size=batch_size, collate_fn=data_collator)
+    seen = 0
+    size = check_whole("batch_size", batch_size)
+    loader: Any = DataLoader(dataset, batch_size=size, collate_fn=data_collator)
     teacher.eval()
     for batch in tqdm(loader, desc="Listening to the teacher", disable=not show_progress):
         inputs = {name: value.to(teacher.device) for name, value in batch.items() if isinstance(value, Tensor)}
@@ -70,8 +76,8 @@ def hear(
             logits = teacher(**inputs).logits.float()
         everyone = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         embeddings = embedding_per_item(task, heard[-1], everyone, inputs, config).float()
-        own = logits.argmax(-1)
-        classes = own if labels is None else torch.where(labels == IGNORED, own, labels)
+        classes = classes_of(labels, logits, len(logits), logits.shape[1], range(seen, seen + len(logits)))
+        seen += len(logits)
         found.append(tuple(each.cpu() for each in (embeddings, logits, _features(teacher, inputs), classes)))
     embeddings, logits, features, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Heard(embeddings, logits, features, classes, linear_weight(classifier))

@@ -12,11 +12,14 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from hf_guide.capture.teachers import load_teacher
+from hf_guide.capture.writing import processes
+from hf_guide.distillation.class_labels import label_numbers
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.examples import prepare
-from hf_guide.distillation.splits import find_column, read_splits, usual_columns
+from hf_guide.distillation.splits import class_names, find_column, read_splits, usual_columns
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
 from hf_guide.errors import OptionError, SubclassError, TeacherError, did_you_mean
+from hf_guide.lelp.arrays import UNLABELLED
 from hf_guide.lelp.forecast import Forecast, forecast_gain
 from hf_guide.lelp.hearing import Heard, hear
 from hf_guide.lelp.projector import SubclassProjector
@@ -78,7 +81,7 @@ def look(
     if not name:
         raise SubclassError("This projector does not say what its teacher is; name it with --teacher.")
     try:
-        model = load_teacher(name, **source)
+        model = load_teacher(name, device=processes().device, **source)
     except TeacherError as error:
         if teacher is not None:
             raise
@@ -86,9 +89,12 @@ def look(
             f"{error} The projector says that its teacher is {name!r}; name it with --teacher."
         ) from error
     projector.check_teacher(model)
+    if projector.scores.needs_subclass_labels and finer_column is None:
+        raise OptionError("This projector splits by finer labels; name their column with --finer-column.")
     task = task_of(model)
     whole = read_splits(replace(data, validation_share=0.0, max_train_examples=None))[0]
-    raw = replace_missing_labels(some_of(whole, data.max_train_examples), task, data)
+    labels = list(projector.id2label.values())
+    raw = replace_missing_labels(some_of(whole, data.max_train_examples), task, data, labels)
     if finer_column is not None and finer_column not in raw.column_names:
         raise OptionError(
             f"{data.name} has no column {finer_column!r}; it has {raw.column_names}."
@@ -97,10 +103,10 @@ def look(
     of_images = task is Task.IMAGE_CLASSIFICATION
     loader = AutoImageProcessor if of_images else AutoTokenizer
     processing_class: Any = loader.from_pretrained(processor or name, **({} if processor else source))
-    labels = list(projector.id2label.values())
     prepared = prepare(task, raw, None, processing_class, data, labels=labels, config=model.config)
     heard = hear(model, prepared.train, prepared.collator, batch_size=batch_size, show_progress=show_progress)
     finer = None if finer_column is None else numbered(raw, finer_column)
+    found, why_not = _forecast(projector, heard, finer) if forecast else (None, None)
     view = view_subclasses(
         projector,
         heard.embeddings,
@@ -108,7 +114,8 @@ def look(
         heard.labels,
         finer,
         examples=examples,
-        forecast=_forecast(projector, heard, finer) if forecast else None,
+        forecast=found,
+        no_forecast=why_not,
         subclass_labels=finer if projector.scores.needs_subclass_labels else None,
         title=f"Subclasses of {data.name}",
     )
@@ -126,12 +133,30 @@ def some_of(raw: Dataset, count: int | None) -> Dataset:
     return raw if count is None or len(raw) <= count else raw.shuffle(seed=0).select(range(count))
 
 
-def replace_missing_labels(raw: Dataset, task: Task, options: DataOptions) -> Dataset:
-    """Return a dataset with a column of labels: one that has none gets a column that says so of each example."""
+def replace_missing_labels(raw: Dataset, task: Task, options: DataOptions, labels: list[str]) -> Dataset:
+    """Return a dataset with a column of labels that says of each example without one, None or -1, that there is none.
+
+    Args:
+        labels: the names of the teacher's classes, whose numbers stand for labels where one is missing.
+
+    Raises:
+        OptionError: a column that is not there, or a label that is none of the classes.
+    """
     known = any(name in raw.column_names for name in usual_columns(task, "label"))
-    if options.label_column is not None or known:
+    if options.label_column is None and not known:
+        return raw.add_column("label", [IGNORED] * len(raw))
+    column = find_column(raw, task, "label", options)
+    values = list(raw[column])
+    there = [row for row, value in enumerate(values) if value is not None and value not in UNLABELLED]
+    if len(there) == len(values):
         return raw
-    return raw.add_column("label", [IGNORED] * len(raw))
+    numbers = [IGNORED] * len(values)
+    if there:
+        names = class_names(raw.select_columns([column]).select(there), column)
+        number = label_numbers(names, labels, column)
+        for row in there:
+            numbers[row] = number(values[row])
+    return raw.remove_columns(column).add_column(column, numbers)
 
 
 def numbered(raw: Dataset, column: str) -> Tensor:
@@ -150,16 +175,21 @@ def numbered(raw: Dataset, column: str) -> Tensor:
     return torch.tensor([places[value] for value in values])
 
 
-def _forecast(projector: SubclassProjector, heard: Heard, finer: Tensor | None) -> Forecast:
-    return forecast_gain(
-        projector,
-        heard.embeddings,
-        heard.logits,
-        heard.features,
-        heard.labels,
-        classifier_weight=heard.classifier_weight,
-        subclass_labels=finer if projector.scores.needs_subclass_labels else None,
-    )
+def _forecast(projector: SubclassProjector, heard: Heard, finer: Tensor | None) -> tuple[Forecast | None, str | None]:
+    """Return a forecast, or why there is none: the rest of the page does without."""
+    try:
+        found = forecast_gain(
+            projector,
+            heard.embeddings,
+            heard.logits,
+            heard.features,
+            heard.labels,
+            classifier_weight=heard.classifier_weight,
+            subclass_labels=finer if projector.scores.needs_subclass_labels else None,
+        )
+    except SubclassError as error:
+        return None, str(error)
+    return found, None
 
 
 def _write_figures(view: View, folder: Path) -> list[Path]:
@@ -182,6 +212,8 @@ def _write_figures(view: View, folder: Path) -> list[Path]:
     }
     if view.forecast is not None:
         facts["forecast"] = view.forecast.to_dict()
+    if view.no_forecast is not None:
+        facts["no_forecast"] = view.no_forecast
     if view.knowledge is not None:
         facts["finer_labels"] = {"told": view.knowledge.told, "entropy": view.knowledge.entropy}
         facts["finer_labels"] |= {"by_chance": view.knowledge.by_chance, "share": view.knowledge.share}

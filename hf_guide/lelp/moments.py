@@ -78,13 +78,7 @@ class ClassMoments:
             return
         names = range(self.seen, self.seen + len(embeddings)) if numbers is None else numbers
         refuse_not_finite(embeddings, names, "embedding")
-        wrong = (classes < 0) | (classes >= self.num_classes)
-        if bool(wrong.any()):
-            row = int(wrong.int().argmax())
-            raise SubclassError(
-                f"The label of example {names[row]} is {int(classes[row])}; the teacher has the classes 0 to "
-                f"{self.num_classes - 1}. Map the labels to the teacher's, or leave them out: then its own class counts."
-            )
+        refuse_outside(classes, self.num_classes, names)
         self.seen += len(embeddings)
         # A copy, since the caller may fill the same memory again; small chunks are folded in together.
         self._pending.append((embeddings.detach().clone(), classes.detach().clone()))
@@ -198,4 +192,19 @@ def refuse_not_finite(values: Tensor, numbers: Sequence[int], what: str) -> None
         raise SubclassError(
             f"The {what} of example {numbers[row]} holds NaN or infinity, as {int(wrong.sum())} of {len(values)} do. Look at "
             "this example, or run the teacher in a wider dtype."
+        )
+
+
+def refuse_outside(classes: Tensor, num_classes: int, numbers: Sequence[int]) -> None:
+    """Refuse classes (rows,) that the teacher does not have.
+
+    Raises:
+        SubclassError: names the first such example.
+    """
+    wrong = (classes < 0) | (classes >= num_classes)
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
+        raise SubclassError(
+            f"The label of example {numbers[row]} is {int(classes[row])}; the teacher has the classes 0 to "
+            f"{num_classes - 1}. Map the labels to the teacher's, or leave them out: then its own class counts."
         )

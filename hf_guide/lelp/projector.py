@@ -6,11 +6,11 @@ the probability that the teacher gives it.
 
 import copy
 import dataclasses
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from hf_guide.capture.reading import Capture
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.fingerprints import weights_fingerprint
-from hf_guide.lelp.gathering import Gathering, as_tensor, check_whole, chunks
+from hf_guide.lelp.arrays import as_tensor, check_positive, check_whole, chunks, refuse_fractions
+from hf_guide.lelp.gathering import Gathering
 from hf_guide.lelp.moments import refuse_not_finite
 from hf_guide.lelp.projector_files import read_projector, write_projector
 from hf_guide.lelp.reading import check_exclusive
@@ -65,7 +66,7 @@ class SubclassProjector:
 
     def __post_init__(self) -> None:
         for name in ("temperature", "subclass_temperature"):
-            _check_positive(name, getattr(self, name))
+            object.__setattr__(self, name, check_positive(name, getattr(self, name)))
 
     @classmethod
     def fit(
@@ -87,8 +88,8 @@ class SubclassProjector:
 
         Args:
             embeddings: (N, D), or an iterable of chunks (any, D): nothing is kept of what was seen but its moments.
-            labels: (N,), whole numbers, or an iterable of chunks; -1 and -100, or None for all, stand for examples without,
-                which are grouped by the teacher's own class.
+            labels: (N,), whole numbers or bool, or an iterable of chunks; -1, -100 and, in a list, None, or None for all,
+                stand for examples without, which are grouped by the teacher's own class.
             classifier_weight: W, (C, D); a single row stands for two classes, as scikit-learn has it.
             num_subclasses: S.
             logits: (N, C), or chunks; needed where labels are missing.
@@ -105,10 +106,14 @@ class SubclassProjector:
             OptionError: S or a temperature that is not positive; an unknown splitter.
         """
         weight = as_weight(classifier_weight)
-        check_options(num_subclasses, temperature, subclass_temperature, splitter)
+        num_subclasses, seed = check_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
+        parts = chunks(embeddings, labels, logits, subclass_labels)
+        first = next(parts, None)
+        if first is not None:
+            refuse_transposed(weight, first[0])
         check_shape(weight, num_subclasses, splitter)
         gathering = Gathering(*weight.shape, splitter=splitter, seed=seed)
-        for chunk in chunks(embeddings, labels, logits, subclass_labels):
+        for chunk in parts if first is None else chain([first], parts):
             gathering.add(*chunk)
         return cls.from_gathering(
             gathering,
@@ -143,7 +148,7 @@ class SubclassProjector:
         return cls(
             scores=dataclasses.replace(scores, **moved),
             num_classes=classes,
-            num_subclasses=num_subclasses,
+            num_subclasses=int(num_subclasses),
             embedding_size=width,
             temperature=float(temperature),
             subclass_temperature=float(subclass_temperature),
@@ -203,10 +208,13 @@ class SubclassProjector:
             )
         h = h.to(torch.float32 if h.device.type == "mps" else torch.float64)
         refuse_not_finite(h, range(len(h)), "embedding")
-        finer = None if subclass_labels is None else as_tensor(subclass_labels).long().to(h.device)
-        if finer is not None and finer.shape != (len(h),):
+        if subclass_labels is None:
+            return self.scores.of(h, None)
+        finer = as_tensor(subclass_labels)
+        if finer.shape != (len(h),):
             raise SubclassError(f"{len(h)} embeddings need {len(h)} subclass_labels; found {tuple(finer.shape)}.")
-        return self.scores.of(h, finer)
+        refuse_fractions(finer, "Finer labels")
+        return self.scores.of(h, finer.long().to(h.device))
 
     @property
     def explained(self) -> Tensor:
@@ -356,16 +364,36 @@ def as_weight(classifier_weight: Any) -> Tensor:
     return torch.cat([-weight / 2, weight / 2]) if len(weight) == 1 else weight
 
 
-def check_options(num_subclasses: int, temperature: float, subclass_temperature: float, splitter: str) -> None:
-    """Refuse options out of range.
+def check_options(
+    num_subclasses: int, temperature: float, subclass_temperature: float, splitter: str, seed: int
+) -> tuple[int, int]:
+    """Refuse options out of range; return `num_subclasses` and `seed` as numbers of Python.
 
     Raises:
         OptionError: names the option, and what it may be.
     """
-    check_whole("num_subclasses", num_subclasses)
-    _check_positive("temperature", temperature)
-    _check_positive("subclass_temperature", subclass_temperature)
+    size = check_whole("num_subclasses", num_subclasses)
+    check_positive("temperature", temperature)
+    check_positive("subclass_temperature", subclass_temperature)
     splitter_named(splitter)
+    found = check_whole("seed", seed, 0)
+    if found >= 2**32:
+        raise OptionError(f"seed is a whole number from 0 to 2**32 - 1; found {seed!r}.")
+    return size, found
+
+
+def refuse_transposed(weight: Tensor, embeddings: Tensor) -> None:
+    """Refuse a weight whose other axis is as long as the embeddings (rows, width) are wide.
+
+    Raises:
+        SubclassError: it looks transposed.
+    """
+    rows, columns = weight.shape
+    if embeddings.ndim == 2 and embeddings.shape[1] == rows != columns:
+        raise SubclassError(
+            f"The classifier's weight looks transposed: it has the shape ({rows}, {columns}), and embeddings are {rows} wide. "
+            f"Give it as (classes, width), ({columns}, {rows})."
+        )
 
 
 def check_shape(weight: Tensor, num_subclasses: int, splitter: str) -> tuple[int, int]:
@@ -382,11 +410,6 @@ def check_shape(weight: Tensor, num_subclasses: int, splitter: str) -> tuple[int
             f"{classes + num_subclasses} or more were expected. Choose {rest}."
         )
     return classes, width
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise OptionError(f"{name} is a positive number; found {value!r}.")
 
 
 def _names(id2label: "Mapping[int, str] | Sequence[str] | None", classes: int) -> dict[int, str]:

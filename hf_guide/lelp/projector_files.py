@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,14 +57,14 @@ def read_projector(name: str | os.PathLike[str], **where: Any) -> dict[str, Any]
     """Return the fields of a projector, from a folder or, with the keywords of `hf_hub_download`, from the Hub.
 
     Raises:
-        SubclassError: the files are not those of a projector, or damaged.
+        SubclassError: the files are not those of a projector, or damaged; there is no such folder, and no such Hub id can be.
         OSError: there is no such folder, and the Hub does not have it.
     """
     folder = Path(name)
     paths = []
     for file in (CONFIG_NAME, WEIGHTS_NAME):
         if not folder.is_dir():
-            paths.append(Path(hf_hub_download(os.fspath(name), file, **where)))
+            paths.append(_download(os.fspath(name), file, where))
         elif (folder / file).is_file():
             paths.append(folder / file)
         else:
@@ -84,7 +85,18 @@ def read_projector(name: str | os.PathLike[str], **where: Any) -> dict[str, Any]
         raise SubclassError(
             f"{config.parent} does not hold a whole projector: {type(error).__name__} {error}. Fetch or fit it again."
         ) from error
-    expected = (found["num_classes"], found["embedding_size"])
-    if tuple(found["eigenvalues"].shape) != expected or len(found["id2label"]) != expected[0]:
+    classes, width, subclasses = (found[name] for name in ("num_classes", "embedding_size", "num_subclasses"))
+    shapes = (tuple(found["eigenvalues"].shape), found["scores"].shape)
+    if shapes != ((classes, width), (classes, width, subclasses)) or len(found["id2label"]) != classes:
         raise SubclassError(f"{weights} has tensors of other shapes than {config.name} says; fetch or fit it again.")
     return found
+
+
+def _download(name: str, file: str, where: dict[str, Any]) -> Path:
+    try:
+        return Path(hf_hub_download(name, file, **where))
+    except HFValidationError as error:
+        raise SubclassError(
+            f"There is no folder {name!r}, and it is no Hub id either. Name the folder that a projector was saved in, or a "
+            "Hub id such as user/name."
+        ) from error

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_guide.capture.collate import Collate
+from hf_guide.capture.collate import Collate, is_by_number
 from hf_guide.capture.decoding import decode
 from hf_guide.capture.reading import Capture
 from hf_guide.capture.signals import Listener
@@ -17,7 +17,7 @@ from hf_guide.capture.storage import Shard, shard_name
 from hf_guide.distillation.embeddings import find_classifier
 from hf_guide.distillation.tasks import NO_CLASSES, Task, columns_read
 from hf_guide.errors import OptionError, SubclassError, TaskError
-from hf_guide.lelp.gathering import UNLABELLED
+from hf_guide.lelp.arrays import UNLABELLED
 
 LABEL_COLUMNS = ("labels", "label", "label_ids")
 EXACT_ENOUGH = {torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits' spread; 1e-3 for others
@@ -84,13 +84,14 @@ class Labels:
 
         Raises:
             OptionError: the column is missing.
+            SubclassError: a label that is no whole number.
         """
         if self.finer is None:
             return None
         if not isinstance(examples[0], Mapping) or self.finer not in examples[0]:
             shown = sorted(examples[0]) if isinstance(examples[0], Mapping) else type(examples[0]).__name__
             raise OptionError(f"subclass_label_column={self.finer!r} is not in the dataset, which has {shown}.")
-        return torch.tensor([int(example[self.finer]) for example in examples])
+        return torch.tensor([_whole(example[self.finer], f"finer labels in {self.finer!r}") for example in examples])
 
     def _number(self, value: Any, column: str) -> int:
         if value is None:
@@ -101,9 +102,7 @@ class Labels:
                     f"The label {value!r} in {column!r} is none of the teacher's classes: {', '.join(self._by_name)}."
                 )
             return self._by_name[value.casefold()]
-        if isinstance(value, float) or (getattr(value, "ndim", 0) != 0):
-            raise SubclassError(f"The labels in {column!r} are whole numbers or names; found {value!r}.")
-        number = int(value)
+        number = _whole(value, f"labels in {column!r}", " or names")
         return self._places[number] if self._places is not None and 0 <= number < len(self._places) else number
 
 
@@ -112,7 +111,7 @@ def batches(dataset: Any, size: int, process: int, processes: int) -> Iterator[t
 
     A dataset with a length is read by number, any other from its beginning to its end, once.
     """
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    if is_by_number(dataset):
         for batch in range(process, -(-len(dataset) // size), processes):
             numbers = list(range(batch * size, min((batch + 1) * size, len(dataset))))
             yield numbers, [dataset[number] for number in numbers]
@@ -128,9 +127,14 @@ def peeked(dataset: Any) -> tuple[Any, Any]:
     """Return a dataset that still has all of its examples, and the first of them.
 
     Raises:
-        OptionError: it is empty, or no dataset.
+        OptionError: it is empty, or no dataset, or several of them.
     """
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, Mapping):
+        raise OptionError(
+            f"One dataset was expected; found a {type(dataset).__name__} of {list(dataset)}. Pass one of these, such as "
+            'dataset["train"].'
+        )
+    if is_by_number(dataset):
         if not len(dataset):
             raise OptionError("The dataset is empty; there is nothing to fit.")
         return dataset, dataset[0]
@@ -154,9 +158,17 @@ def collator_of(
     """Return what makes examples a batch, and whether it drops the columns that the model's forward does not take.
 
     It does as `Trainer` does, unless nothing would be left: then the user's collator is for raw columns.
+
+    Raises:
+        OptionError: nothing would be left, and there is no such collator.
     """
     known = columns_read(model) - {*LABEL_COLUMNS}
     drop = not isinstance(example, Mapping) or bool(known & {*example})
+    if not drop and data_collator is None:
+        raise OptionError(
+            f"The dataset's columns {sorted(example)} are none of those that the teacher takes ({sorted(known)}). Process it "
+            "as for training (tokenise texts, make images pixels), or pass a data_collator that does."
+        )
     return Collate(model, task, data_collator, processing_class, drop), drop
 
 
@@ -215,10 +227,18 @@ def linear_weight(classifier: Any) -> Tensor:
     """Return the weight (classes, width), float64, of a layer that is linear in what it is fed.
 
     Of layers that are not plain ones (adapters, quantised ones) it is what they make of the unit vectors.
+
+    Raises:
+        SubclassError: it is no such layer.
     """
     if isinstance(classifier, nn.Linear) or not isinstance(classifier, nn.Module):
         return classifier.weight.detach().double().cpu()
-    width: Any = classifier.in_features
+    width: Any = getattr(classifier, "in_features", None)
+    if not isinstance(width, int):
+        raise SubclassError(
+            f"The classifier is a {type(classifier).__name__}, which has no weight of the shape (classes, width). Name the "
+            "linear layer that makes the logits with classifier=, or give classifier_weight=."
+        )
     probe = next(classifier.parameters())
     dtype = probe.dtype if probe.is_floating_point() else torch.float32
     units = torch.eye(width, device=probe.device, dtype=dtype)
@@ -309,3 +329,15 @@ def check_rows(made: int, expected: int) -> None:
 def _stacked(numbers: Sequence[int], said: Sequence[Any], labels: Tensor | None, finer: Tensor | None) -> Part:
     embeddings, logits = (torch.stack([getattr(each, name) for each in said]) for name in ("embedding", "logits"))
     return Part(numbers, embeddings, logits, labels, finer)
+
+
+def _whole(value: Any, what: str, otherwise: str = "") -> int:
+    """Return a label as a number of Python.
+
+    Raises:
+        SubclassError: it is no whole number, of Python, NumPy or torch.
+    """
+    one = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(one, int):
+        raise SubclassError(f"The {what} are whole numbers{otherwise}; found {value!r}.")
+    return int(one)

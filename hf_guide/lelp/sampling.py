@@ -2,6 +2,10 @@
 
 Which examples are kept depends on what they are and on the seed, not on the order or the process they come in: the rows
 with the smallest hashes. So samples merge, and memory does not grow with the data.
+
+The hash is of the coordinates, to the last digit: of more examples than are kept, others are kept where the embedding space
+is turned or moved, or the teacher rounds otherwise. All that a turned example keeps is its length, and whoever drew by that
+would see too few of embeddings of one length, or lose a cluster whose examples have one.
 """
 
 import numpy as np

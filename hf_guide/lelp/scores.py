@@ -24,6 +24,11 @@ class Scores:
         """Return what is saved."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """How many classes there are, how wide embeddings are, and how many subclasses a class has."""
+        raise NotImplementedError
+
     def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses) of embeddings (items, width)."""
         raise NotImplementedError
@@ -41,6 +46,12 @@ class Affine(Scores):
     directions: Tensor
     offsets: Tensor
     form = "affine"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As of all scores."""
+        classes, width, subclasses = self.directions.shape
+        return classes, width, subclasses
 
     def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses)."""
@@ -63,6 +74,12 @@ class Waves(Scores):
     frequencies: Tensor
     phases: Tensor
     form = "waves"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As of all scores."""
+        classes, width, subclasses = self.frequencies.shape
+        return classes, width, subclasses
 
     def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses)."""
@@ -87,6 +104,11 @@ class Kernel(Scores):
     directions: Tensor
     offsets: Tensor
     form = "kernel"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As of all scores."""
+        return len(self.directions), self.landmarks.shape[2], self.directions.shape[2]
 
     def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses)."""
@@ -114,6 +136,12 @@ class Table(Scores):
     width_and_subclasses: Tensor
     form = "table"
     needs_subclass_labels = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """As of all scores."""
+        width, subclasses = self.width_and_subclasses.tolist()
+        return len(self.subclass_of), width, subclasses
 
     def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses).

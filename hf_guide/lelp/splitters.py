@@ -23,6 +23,7 @@ class _Entry:
     needs_sample: bool = False
     needs_labels: bool = False
     finds_directions: bool = True
+    by_variance: bool = False
 
 
 _SPLITTERS: dict[str, _Entry] = {}
@@ -50,16 +51,20 @@ def splitter_named(name: str) -> _Entry:
     Raises:
         OptionError: there is none of that name; it names the nearest.
     """
-    if name not in _SPLITTERS:
-        raise OptionError(
-            f"splitter={name!r} is not known; expected one of {known_splitters()}.{did_you_mean(name, _SPLITTERS)}"
-        )
+    if not isinstance(name, str) or name not in _SPLITTERS:
+        near = did_you_mean(name, _SPLITTERS) if isinstance(name, str) else ""
+        raise OptionError(f"splitter={name!r} is not known; expected one of {known_splitters()}.{near}")
     return _SPLITTERS[name]
 
 
 def known_splitters() -> list[str]:
     """Return the names of all splitters."""
     return list(_SPLITTERS)
+
+
+def goes_by_variance(name: str) -> bool:
+    """Whether a splitter takes the directions of largest variance outside what the classifier sees, no others."""
+    return name in _SPLITTERS and _SPLITTERS[name].by_variance
 
 
 def split_linearly(
@@ -137,10 +142,10 @@ def split_by_labels(evidence: Evidence) -> Table:
 
 
 _SPLITTERS |= {
-    "lelp": _Entry(split_linearly),
+    "lelp": _Entry(split_linearly, by_variance=True),
     "no-null-space": _Entry(partial(split_linearly, null_space=False)),
-    "no-rotation": _Entry(partial(split_linearly, rotation=False)),
-    "no-scaling": _Entry(partial(split_linearly, scaling=False)),
+    "no-rotation": _Entry(partial(split_linearly, rotation=False), by_variance=True),
+    "no-scaling": _Entry(partial(split_linearly, scaling=False), by_variance=True),
     "random-projection": _Entry(split_at_random),
     "kmeans": _Entry(split_by_clusters, needs_sample=True),
     "random-partition": _Entry(split_by_nothing, finds_directions=False),

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_guide
-from hf_guide.capture.collate import Collate
+from hf_guide.capture.collate import Collate, is_by_number
 from hf_guide.capture.decoding import CapturedExample
 from hf_guide.capture.manifest import CaptureManifest
 from hf_guide.capture.options import CaptureConfig
@@ -69,15 +69,19 @@ class SubclassListener(Listener):
         return subclass_probabilities(self.projector, heard.embedding, heard.logits, finer)
 
 
-def listener_of(projector: SubclassProjector, teacher: "str | os.PathLike[str] | PreTrainedModel") -> SubclassListener:
-    """Return a teacher, loaded where it is named, that says what its subclasses' probabilities are.
+def listener_of(
+    projector: SubclassProjector,
+    teacher: "str | os.PathLike[str] | PreTrainedModel",
+    device: torch.device | None = None,
+) -> SubclassListener:
+    """Return a teacher, loaded onto `device` where it is named, that says what its subclasses' probabilities are.
 
     Raises:
         SubclassError: another teacher than the projector's.
         TeacherError, TaskError: it cannot be loaded, or is of no known task.
     """
     if isinstance(teacher, (str, os.PathLike)):
-        teacher = load_teacher(teacher)
+        teacher = load_teacher(teacher, device=device)
     if not isinstance(teacher, PreTrainedModel) and not hasattr(teacher, "get_base_model"):
         raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
     projector.check_teacher(teacher)
@@ -162,9 +166,9 @@ def capture_targets(
             _convert(projector, source, folder)
         state.wait_for_everyone()
         return Capture.open(folder)
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or not len(dataset):
+    if not is_by_number(dataset) or not len(dataset):
         raise OptionError("A teacher needs a dataset with a length and examples by number, to run over.")
-    listener = listener_of(projector, source)
+    listener = listener_of(projector, source, state.device)
     collate = _CollateWithFiner(listener.model, listener.task, data_collator, processing_class, options)
     manifest = _manifest(projector, listener.task, len(dataset), tokenizer_fingerprint(processing_class), options)
     run = Run(folder, manifest, listener, dataset, collate, dataloader_num_workers)

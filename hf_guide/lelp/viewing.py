@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
+from hf_guide.lelp.classes import classes_of
 from hf_guide.lelp.forecast import Forecast
+from hf_guide.lelp.splitters import goes_by_variance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +44,8 @@ class ClassView:
         sizes: (S,), the share of the class that each subclass has, as the mean of its probabilities.
         nearest: by subclass the rows of the examples that are surest of it, the surest first.
         sureness: by subclass the probabilities of those.
-        explained: the share of variance, outside what the classifier sees, that S directions can hold.
+        explained: the share of variance, outside what the classifier sees, that the S directions hold; None where the
+            splitter takes no such directions.
     """
 
     number: int
@@ -53,7 +56,7 @@ class ClassView:
     sizes: Tensor
     nearest: list[list[int]]
     sureness: list[list[float]]
-    explained: float
+    explained: float | None
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,22 @@ class Knowledge:
 
 @dataclass(frozen=True)
 class View:
-    """All classes of a projector on some examples, and what was measured over them."""
+    """All classes of a projector on some examples, and what was measured over them.
+
+    Attributes:
+        title, facts: of the page, and what is told of the projector.
+        classes: those that have examples.
+        knowledge: of finer labels, where there are any.
+        forecast: what is to be expected, where it was asked for.
+        no_forecast: why there is none, where it was asked for and cannot be made.
+    """
 
     title: str
     facts: dict[str, str]
     classes: list[ClassView]
     knowledge: Knowledge | None = None
     forecast: Forecast | None = None
+    no_forecast: str | None = None
 
 
 def view_subclasses(
@@ -97,6 +109,7 @@ def view_subclasses(
     *,
     examples: int = 6,
     forecast: Forecast | None = None,
+    no_forecast: str | None = None,
     subclass_labels: Any = None,
     title: str = "Subclasses",
 ) -> View:
@@ -105,24 +118,27 @@ def view_subclasses(
     Args:
         projector: of at least two subclasses a class.
         embeddings, logits: the teacher's, (N, D) and (N, C).
-        labels: (N,), the classes; the teacher's own where there are none.
+        labels: (N,), the classes; None, -1 and -100, or None for all, stand for the teacher's own.
         finer: (N,), finer labels to compare the subclasses with.
         examples: how many of the nearest examples of each subclass are listed.
-        forecast: of `forecast_gain`, to be shown with the rest.
+        forecast: of `forecast_gain`, to be shown with the rest; or in its place `no_forecast`, why there is none.
         subclass_labels: finer labels that the projector itself goes by.
 
     Raises:
-        SubclassError: a projector of one subclass a class, no examples, or labels of other examples.
+        SubclassError: a projector of one subclass a class, no examples, logits of another shape, or labels of other examples
+            or that are none of the classes.
     """
     if projector.num_subclasses < 2:
         raise SubclassError("This projector has one subclass a class, which is plain distillation: nothing to see.")
     embeddings, logits = torch.as_tensor(embeddings).detach().cpu(), torch.as_tensor(logits).detach().cpu()
     if not len(embeddings):
         raise SubclassError("There are no examples to look at.")
-    classes = logits.argmax(1) if labels is None else torch.as_tensor(labels).long()
-    for name, given in (("labels", classes), ("finer labels", finer)):
-        if given is not None and len(given) != len(embeddings):
-            raise SubclassError(f"{len(embeddings)} examples need as many {name}; found {len(given)}.")
+    shape = (len(embeddings), projector.num_classes)
+    if logits.shape != shape:
+        raise SubclassError(f"Logits of the shape {shape} were expected; found {tuple(logits.shape)}.")
+    classes = classes_of(labels, logits, *shape).cpu()
+    if finer is not None and len(finer) != len(embeddings):
+        raise SubclassError(f"{len(embeddings)} examples need as many finer labels; found {len(finer)}.")
     coordinates = torch.as_tensor(projector.coordinates(embeddings, subclass_labels)).cpu()
     shares = (coordinates / projector.subclass_temperature).softmax(-1)
     own = torch.arange(len(classes))
@@ -144,7 +160,7 @@ def view_subclasses(
                 sizes=mine.mean(0),
                 nearest=[rows[order[:, each]].tolist() for each in range(projector.num_subclasses)],
                 sureness=[mine[order[:, each], each].tolist() for each in range(projector.num_subclasses)],
-                explained=projector.explained[number].item(),
+                explained=projector.explained[number].item() if goes_by_variance(projector.splitter) else None,
             )
         )
     facts = {
@@ -157,7 +173,7 @@ def view_subclasses(
         "examples it was fitted on": f"{int(projector.counts.sum()):,}",
     }
     knowledge = None if finer is None else knowledge_of(chosen, classes, torch.as_tensor(finer).long())
-    return View(title, facts, found, knowledge, forecast)
+    return View(title, facts, found, knowledge, forecast, no_forecast)
 
 
 def principal_plane(rows: Tensor) -> Tensor:
@@ -240,6 +256,8 @@ def write_page(view: View, path: str | os.PathLike[str], show: Callable[[int], A
     parts = [f"<h1>{html.escape(view.title)}</h1>", _table(view.facts)]
     if view.forecast is not None:
         parts += ["<h2>Forecast</h2>", f"<pre>{html.escape(view.forecast.summary())}</pre>"]
+    elif view.no_forecast is not None:
+        parts += ["<h2>Forecast</h2>", f"<p>There is none: {html.escape(view.no_forecast)}</p>"]
     if view.knowledge is not None:
         parts += ["<h2>Finer labels</h2>", f"<p>{html.escape(describe_knowledge(view.knowledge))}</p>"]
     for each in view.classes:
@@ -278,9 +296,11 @@ def _section(view: ClassView, show: Callable[[int], Any]) -> str:
         cells = [_example(show(row), sure) for row, sure in zip(nearest, sureness, strict=True)]
         rows.append(f"<tr><th>{each}<br>{view.sizes[each]:.0%}</th><td>{''.join(cells)}</td></tr>")
     name = html.escape(view.name)
+    held = ""
+    if view.explained is not None:
+        held = f"; {len(view.sizes)} directions hold {view.explained:.0%} of the variance that the classifier does not see"
     return (
-        f"<h2>{name}</h2>\n<p>{len(view.rows):,} examples; {len(view.sizes)} directions hold {view.explained:.0%} of the "
-        f"variance that the classifier does not see.</p>\n"
+        f"<h2>{name}</h2>\n<p>{len(view.rows):,} examples{held}.</p>\n"
         f'<img class="figure" alt="subclasses of {name}" src="{_inline(buffer.getvalue())}">\n'
         f"<table><tr><th>subclass</th><th>nearest examples</th></tr>\n{chr(10).join(rows)}\n</table>"
     )

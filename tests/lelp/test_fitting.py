@@ -111,7 +111,15 @@ def test_streams_and_datasets_of_the_hub_are_read_alike(tmp_path):
     expected = fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False)
     mapped = datasets.Dataset.from_list(rows)
     said = arrays(teacher, rows)
-    for dataset in (mapped, mapped.to_iterable_dataset(), iter(rows)):
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+        def __len__(self):
+            return len(rows)
+
+    for dataset in (mapped, mapped.to_iterable_dataset(), iter(rows), Stream()):
         assert_same(fit_subclasses(teacher, dataset, 4, data_collator=Pad(), show_progress=False), expected, said)
     teacher.save_pretrained(tmp_path)
     assert_same(fit_subclasses(tmp_path, mapped, 4, data_collator=Pad(), show_progress=False), expected, said)
@@ -225,8 +233,17 @@ def test_the_classifier_may_be_named_or_its_weight_given():
     assert torch.equal(given.scores.directions, expected.scores.directions)
     with pytest.raises(TaskError, match="has no layer 'nothing'"):
         fit_subclasses(teacher, rows, 4, classifier="nothing", **options)
-    with pytest.raises(SubclassError, match="weight has 48 rows; the teacher has 3 classes"):
-        fit_subclasses(teacher, rows, 4, classifier=teacher.bert.pooler.dense, **options)
+    for layer, message in (
+        (teacher.bert.pooler.dense, "weight has 48 rows; the teacher has 3 classes"),
+        ("dropout", "classifier is a Dropout, which has no weight"),
+    ):
+        with pytest.raises(SubclassError, match=message):
+            fit_subclasses(teacher, rows, 4, classifier=layer, **options)
+        assert find_classifier(teacher, task_of(teacher)) is teacher.classifier.inner, "a choice that failed is kept"
+    plain = teacher_of()
+    with pytest.raises(SubclassError, match="weight has 48 rows"):
+        fit_subclasses(plain, rows, 4, classifier="bert.pooler.dense", **options)
+    assert find_classifier(plain, task_of(plain)) is plain.classifier
     teacher.classifier.forward = lambda hidden: teacher.classifier.inner(hidden).tanh()
     with pytest.raises(SubclassError, match="are not those of the layer"):
         fit_subclasses(teacher, rows, 4, classifier="classifier.inner", **options)
@@ -341,7 +358,30 @@ def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
         ({"splitter": "lepl"}, OptionError, "Did you mean 'lelp'"),
         ({"label_column": "sentiment"}, OptionError, "label_column='sentiment' is not in the dataset"),
         ({"splitter": "labels", "subclass_label_column": "fine"}, OptionError, "'fine' is not in the dataset"),
-        ({"splitter": "labels"}, SubclassError, "needs one finer label"),
+        ({"splitter": "labels"}, SubclassError, "needs one finer label.*with subclass_label_column="),
+        (
+            {
+                "splitter": "labels",
+                "subclass_label_column": "fine",
+                "dataset": [row | {"fine": 0.5} for row in rows],
+            },
+            SubclassError,
+            "finer labels in 'fine' are whole numbers; found 0.5",
+        ),
+        ({"splitter": None}, OptionError, "splitter=None is not known"),
+        ({"seed": "a"}, OptionError, "seed is a whole number"),
+        ({"batch_size": 0}, OptionError, "batch_size is a whole number of at least 1; found 0"),
+        ({"classifier_weight": torch.randn(48, 3)}, SubclassError, r"looks transposed: give it as \(3, 48\)"),
+        (
+            {"dataset": datasets.DatasetDict(train=datasets.Dataset.from_list(rows))},
+            OptionError,
+            r"\['train'\]. Pass one",
+        ),
+        (
+            {"dataset": [{"text": "words", "label": 0}], "data_collator": None},
+            OptionError,
+            r"columns \['label', 'text'\] are none of those that the teacher takes",
+        ),
         ({"classifier_weight": torch.randn(2, 48)}, SubclassError, "has 2 rows; the teacher has 3 classes"),
         ({"dataset": []}, OptionError, "dataset is empty"),
         ({"data_collator": None}, OptionError, "pass processing_class=tokenizer"),

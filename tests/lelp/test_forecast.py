@@ -1,5 +1,7 @@
 """The forecast: nothing gained from nothing, something where subclasses are what a small student lacks, and its measures."""
 
+import dataclasses
+
 import numpy
 import pytest
 import torch
@@ -52,7 +54,8 @@ def test_one_subclass_a_class_gains_exactly_nothing(hidden):
 def test_subclasses_that_features_show_are_predictable_and_come_back(hidden):
     found = forecast(hidden, projector_of(hidden), students=2)
     assert found.predictability > 0.5 and found.stability is not None and found.stability > 0.8
-    assert "comes back" in found.summary() and f"{found.predictability:.0%}" in found.summary()
+    assert "comes back from subclasses found on other examples, a third" in found.summary()
+    assert f"{found.predictability:.0%}" in found.summary()
 
 
 def test_a_partition_that_has_nothing_to_do_with_the_data_is_not_recommended(hidden):
@@ -100,6 +103,20 @@ def test_without_labels_the_teachers_classes_count(hidden):
     found = forecast_gain(projector, embeddings, logits, features, students=2)
     assert found == forecast_gain(projector, embeddings, logits, features, classes, students=2)
     assert found.stability is None
+    half = [number if row % 2 else (None, -1, -100)[row % 3] for row, number in enumerate(classes.tolist())]
+    for missing in (half, [-100] * len(half)):
+        assert found == forecast_gain(projector, embeddings, logits, features, missing, students=2)
+
+
+def test_where_a_third_is_too_few_examples_there_is_no_stability(hidden):
+    features, embeddings, logits, classes, _, weight = hidden
+    rare = torch.cat([(classes == 0).nonzero()[:390], (classes == 1).nonzero()[:10]]).flatten()
+    given = [each[rare] for each in (embeddings, logits, features, classes)]
+    projector = SubclassProjector.fit(given[0], given[3], weight, FINER)
+    found = forecast_gain(projector, *given, classifier_weight=weight, students=2)
+    assert found.stability is None and found.examples == 400
+    unknown = dataclasses.replace(projector_of(hidden), splitter="someone's")
+    assert stability_of(unknown, embeddings, logits, classes, weight, {}) is None
 
 
 def test_every_example_alike_in_its_class_has_nothing_beyond_it():
@@ -145,13 +162,16 @@ def test_tiny_students_learn_a_line(hidden):
         ({"features": torch.full((COUNT, 3), torch.nan)}, "Features of example 0 are not finite"),
         ({"features": torch.zeros(COUNT)}, "one row an example"),
         ({"students": 1}, "2 tiny students or more"),
+        ({"labels": torch.full((COUNT,), 2)}, "label of example 0 is 2; the teacher has the classes 0 to 1"),
+        ({"labels": torch.zeros(5).long()}, rf"one an example, \({COUNT},\); found \(5,\)"),
+        ({"classifier_weight": torch.zeros(2, 3)}, r"shape \(2, 16\) was expected; found \(2, 3\)"),
     ],
 )
 def test_what_cannot_be_forecast_is_refused(hidden, change, told):
     features, embeddings, logits, classes, _, _ = hidden
-    given = {"features": features, "students": 2} | change
+    given = {"features": features, "labels": classes, "students": 2} | change
     with pytest.raises(SubclassError, match=told):
-        forecast_gain(projector_of(hidden), embeddings, logits, labels=classes, **given)
+        forecast_gain(projector_of(hidden), embeddings, logits, **given)
 
 
 def test_too_few_examples_are_refused(hidden):

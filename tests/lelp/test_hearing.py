@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_guide.errors import TaskError
+from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.lelp.hearing import hear
 from tests.capture.capturing import Pad
 from tests.lelp.test_fitting import KINDS_HERE, collator, examples, teacher_of
@@ -33,6 +33,25 @@ def test_logits_are_linear_in_what_is_heard(kind):
     left = heard.logits.double() - heard.embeddings.double() @ heard.classifier_weight.T
     assert heard.embeddings.shape == (20, heard.classifier_weight.shape[1])
     assert left.std(0).max() < 1e-5 * heard.logits.std(0).max() + 1e-6
+
+
+def test_examples_without_labels_are_of_the_teachers_own_class():
+    teacher, rows = teacher_of(), examples(count=12)
+    labels = [-1, -100, 0, 1] * 3
+    given = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+
+    def collate(some):
+        return {**Pad()(some), "labels": torch.tensor([each["label"] for each in some])}
+
+    heard = hear(teacher, given, collate, batch_size=5, show_progress=False)
+    own = heard.logits.argmax(1).tolist()
+    expected = [said if label < 0 else label for said, label in zip(own, labels, strict=True)]
+    assert heard.labels.tolist() == expected
+    given[7]["label"] = 3
+    with pytest.raises(SubclassError, match="label of example 7 is 3; the teacher has the classes 0 to 2"):
+        hear(teacher, given, collate, batch_size=5, show_progress=False)
+    with pytest.raises(OptionError, match="batch_size is a whole number"):
+        hear(teacher, given, collate, batch_size=0, show_progress=False)
 
 
 def test_a_teacher_of_several_classes_at_once_is_refused():

@@ -196,6 +196,8 @@ def test_finer_labels_are_followed_and_unused_subclasses_have_no_share():
         projector.transform(data.embeddings, data.logits)
     with pytest.raises(SubclassError, match="finer label 99 was not there"):
         projector.transform(data.embeddings[:1], data.logits[:1], torch.tensor([99]))
+    with pytest.raises(SubclassError, match="Finer labels are whole numbers; found torch.float64"):
+        projector.transform(data.embeddings, data.logits, finer.double())
     with pytest.raises(SubclassError, match="Pass num_subclasses=4 or more"):
         fit(data, "labels", 3)
     with pytest.raises(SubclassError, match="give subclass_labels"):
@@ -225,6 +227,8 @@ def test_arrays_chunks_and_numpy_are_all_the_same():
         (iter(np.array_split(h, 7)), y),
         ((part for part in data.embeddings.split(100)), iter(data.labels.split(100))),
         (list(data.embeddings.split(100)), data.labels.tolist()),
+        (h, list(y)),
+        (h, list(data.labels)),
         (pandas.DataFrame(h), pandas.Series(y)),
     ):
         projector = SubclassProjector.fit(embeddings, labels, data.weight.numpy(), SUBCLASSES)
@@ -240,8 +244,22 @@ def test_examples_without_labels_are_grouped_by_the_teachers_own_class():
     some = torch.where(torch.arange(len(own)) % 2 == 0, own, torch.where(torch.arange(len(own)) % 3 == 0, -1, -100))
     mixed = SubclassProjector.fit(data.embeddings, some, data.weight, SUBCLASSES, logits=data.logits)
     assert torch.equal(mixed.eigenvalues, expected.eigenvalues)
+    listed = [None if label == -1 else label for label in some.tolist()]
+    mixed = SubclassProjector.fit(data.embeddings, listed, data.weight, SUBCLASSES, logits=data.logits)
+    assert torch.equal(mixed.eigenvalues, expected.eigenvalues)
     with pytest.raises(SubclassError, match="give its logits"):
         SubclassProjector.fit(data.embeddings, some, data.weight, SUBCLASSES)
+
+
+def test_numbers_of_numpy_and_labels_that_are_false_or_true_are_taken(tmp_path):
+    data = cloud(classes=2)
+    expected = SubclassProjector.fit(data.embeddings, data.labels, data.weight, 4, temperature=2.0, seed=3)
+    found = SubclassProjector.fit(
+        data.embeddings, data.labels == 1, data.weight, np.int64(4), temperature=np.float32(2), seed=np.int64(3)
+    )
+    assert torch.equal(targets(found, data), targets(expected, data))
+    found.at(subclass_temperature=np.float32(0.5)).save_pretrained(tmp_path)
+    assert SubclassProjector.from_pretrained(tmp_path).subclass_temperature == 0.5
 
 
 def test_a_logistic_regression_of_scikit_learn_is_a_teacher():
@@ -325,6 +343,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
     entries = json.loads((tmp_path / CONFIG_NAME).read_text())
     for change, message in (
         ({"embedding_size": 7}, "other shapes"),
+        ({"num_subclasses": 7}, "other shapes"),
         ({"format": 99}, "reads format 1"),
         ({"form": "unheard-of"}, "whole projector"),
     ):
@@ -376,17 +395,31 @@ def with_nan(h):
         ({"labels": lambda y: y.double()}, "whole numbers"),
         ({"labels": lambda y: y[:100]}, "embeddings came with 100 labels"),
         ({"labels": lambda y: torch.cat([y, y])}, "600 embeddings came with 1200 labels"),
+        ({"embeddings": lambda h: [h], "labels": lambda y: [y, y[:9]]}, "600 embeddings came with 609 labels"),
+        (
+            {"labels": lambda y: iter(y.tolist())},
+            "Chunks of several examples were expected; found the single number 0",
+        ),
+        ({"splitter": "labels", "subclass_labels": torch.rand(600)}, "Finer labels are whole numbers"),
         ({"embeddings": with_nan}, "embedding of example 411 holds NaN or infinity"),
         ({"embeddings": lambda h: h[0]}, r"shape \(N, width\) were expected"),
         ({"embeddings": "words"}, "An array of numbers was expected"),
         ({"classifier_weight": lambda w: w[:, :9]}, r"\(any, 9\) were expected; found \(600, 24\)"),
         ({"classifier_weight": lambda w: w[0]}, "has the shape"),
+        (
+            {"classifier_weight": lambda w: w.T},
+            r"looks transposed.* \(24, 3\).*Give it as \(classes, width\), \(3, 24\)",
+        ),
         ({"classifier_weight": lambda w: w * torch.nan}, "weight holds NaN"),
         ({"num_subclasses": 0}, "num_subclasses is a whole number of at least 1; found 0"),
         ({"num_subclasses": 2.0}, "found 2.0"),
         ({"temperature": 0.0}, "temperature is a positive number"),
         ({"subclass_temperature": -1.0}, "subclass_temperature is a positive number"),
         ({"splitter": "kmean"}, "Did you mean 'kmeans'"),
+        ({"splitter": None}, "splitter=None is not known"),
+        ({"splitter": ["lelp"]}, "is not known; expected one of"),
+        ({"seed": "a"}, "seed is a whole number of at least 0; found 'a'"),
+        ({"seed": 2**64}, "seed is a whole number from 0 to"),
         ({"id2label": ["one"]}, "id2label names the classes"),
     ],
 )

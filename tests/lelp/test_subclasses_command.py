@@ -19,7 +19,10 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_guide import SubclassProjector
+from hf_guide import SubclassProjector, TeacherError, cli
+from hf_guide.capture.writing import processes
+from hf_guide.distillation.data_options import DataOptions
+from hf_guide.lelp import looking, targets
 from hf_guide.lelp.hearing import hear
 
 NAMES = ["no", "yes"]
@@ -97,8 +100,6 @@ def test_texts_are_shown_by_subclass_with_finer_labels_and_a_forecast(text, tmp_
 
 
 def test_texts_without_labels_go_by_the_teachers_class(text, tmp_path):
-    from hf_guide import cli
-
     home, _, heard = text
     words = [
         "subclasses", home / "projector", home / "bare.jsonl", "--teacher", home / "teacher", "--no-progress",
@@ -109,6 +110,75 @@ def test_texts_without_labels_go_by_the_teachers_class(text, tmp_path):
     found = heard.logits.argmax(1).bincount(minlength=2).tolist()
     assert [told["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == found
     assert "forecast" not in told
+
+
+@pytest.mark.parametrize("missing,named", [(None, False), (-1, False), (-100, False), (None, True)])
+def test_an_example_without_label_goes_by_the_teachers_class(text, tmp_path, missing, named):
+    home, _, heard = text
+    rows = sentences()
+    labels = [row["label"] if named else NAMES.index(row["label"]) for row in rows]
+    labels = [label if number % 3 else missing for number, label in enumerate(labels)]
+    given = "".join(
+        json.dumps({"text": row["text"], "label": label}) + "\n" for row, label in zip(rows, labels, strict=True)
+    )
+    (tmp_path / "some.jsonl").write_text(given)
+    words = [
+        "subclasses", home / "projector", tmp_path / "some.jsonl", "--teacher", home / "teacher", "--no-progress",
+        "--no-forecast", "-o", tmp_path / "page.html", "--figures", tmp_path / "figures",
+    ]  # fmt: skip
+    assert cli.main([str(word) for word in words]) == 0
+    told = json.loads((tmp_path / "figures" / "subclasses.json").read_text())
+    expected = torch.where(torch.arange(COUNT) % 3 > 0, heard.labels, heard.logits.argmax(1)).bincount(minlength=2)
+    assert [told["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == expected.tolist()
+
+
+def test_the_page_is_there_without_its_forecast_and_says_why(text, tmp_path, capsys):
+    home, _, _ = text
+    words = [
+        "subclasses", home / "projector", home / "data.jsonl", "--teacher", home / "teacher", "--no-progress",
+        "--max-examples", 39, "-o", tmp_path / "page.html",
+    ]  # fmt: skip
+    assert cli.main([str(word) for word in words]) == 0
+    printed = capsys.readouterr().out
+    assert "There is no forecast: A forecast needs 40 examples or more; found 39. (--no-forecast" in printed
+    assert "There is none: A forecast needs 40 examples" in (tmp_path / "page.html").read_text()
+
+
+def test_a_projector_of_finer_labels_asks_for_their_column(text, tmp_path, capsys):
+    home, _, heard = text
+    finer = torch.arange(COUNT) % 3
+    SubclassProjector.fit(
+        heard.embeddings, heard.labels, heard.classifier_weight, 3, splitter="labels", subclass_labels=finer
+    ).save_pretrained(tmp_path / "projector")
+    words = ["subclasses", tmp_path / "projector", home / "data.jsonl", "--teacher", home / "teacher"]
+    assert cli.main([*map(str, words), "-o", str(tmp_path / "page.html")]) == 2
+    assert "name their column with --finer-column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["projekt/", "/no/such/projekt", "./projekt"])
+def test_a_projector_that_is_not_there_is_one_clear_message(text, name, tmp_path, capsys):
+    words = ["subclasses", name, str(text[0] / "data.jsonl"), "-o", str(tmp_path / "page.html")]
+    assert cli.main(words) == 1
+    assert f"There is no folder {name!r}" in capsys.readouterr().err
+
+
+def test_the_teacher_is_loaded_onto_the_accelerator(text, tmp_path, monkeypatch):
+    """As `fit_subclasses` does: where accelerate says."""
+    home, projector, _ = text
+    asked = []
+
+    def load(name, *, device=None, **options):
+        asked.append(device)
+        raise TeacherError("seen")
+
+    device = processes().device
+    for module in (looking, targets):
+        monkeypatch.setattr(module, "load_teacher", load)
+    with pytest.raises(TeacherError, match="seen"):
+        looking.look(projector, DataOptions("d"), tmp_path / "page.html", teacher=str(home / "teacher"))
+    with pytest.raises(TeacherError, match="seen"):
+        targets.capture_targets(projector, home / "teacher", [{"text": "w1"}], tmp_path / "targets")
+    assert asked == [device, device]
 
 
 def test_images_are_shown(tmp_path):
@@ -159,8 +229,6 @@ def test_images_are_shown(tmp_path):
     ],
 )
 def test_what_cannot_be_looked_at_is_refused_by_name(text, words, told, tmp_path, capsys):
-    from hf_guide import cli
-
     home, _, _ = text
     words = [word.format(home=home) for word in words]
     usual = ["subclasses", str(home / "projector"), str(home / "data.jsonl"), "--teacher", str(home / "teacher")]
@@ -171,8 +239,6 @@ def test_what_cannot_be_looked_at_is_refused_by_name(text, words, told, tmp_path
 
 
 def test_a_projector_of_arrays_asks_for_its_teacher(text, tmp_path, capsys):
-    from hf_guide import cli
-
     home, _, _ = text
     output = str(tmp_path / "page.html")
     assert cli.main(["subclasses", str(home / "projector"), str(home / "data.jsonl"), "-o", output]) == 1
@@ -180,8 +246,6 @@ def test_a_projector_of_arrays_asks_for_its_teacher(text, tmp_path, capsys):
 
 
 def test_a_missing_file_is_no_dataset_of_the_hub(text, tmp_path, capsys):
-    from hf_guide import cli
-
     home, _, _ = text
     output = str(tmp_path / "page.html")
     assert cli.main(["subclasses", str(home / "projector"), str(home / "dat.jsonl"), "-o", output]) in (1, 2)
@@ -190,8 +254,6 @@ def test_a_missing_file_is_no_dataset_of_the_hub(text, tmp_path, capsys):
 
 def test_a_teacher_that_went_away_is_asked_for(text, tmp_path, capsys):
     """As where it was fitted to a model that has no name but its class's."""
-    from hf_guide import cli
-
     home, made, _ = text
     replace(made, teacher="BertForSequenceClassification").save_pretrained(tmp_path / "projector")
     words = ["subclasses", str(tmp_path / "projector"), str(home / "data.jsonl"), "-o", str(tmp_path / "page.html")]

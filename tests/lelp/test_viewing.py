@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image
 from sklearn.metrics import mutual_info_score
 
 from hf_guide import SubclassError, SubclassProjector
+from hf_guide.lelp.splitters import known_splitters
 from hf_guide.lelp.viewing import (
     knowledge_of,
     mutual_information,
@@ -58,6 +60,9 @@ def test_without_labels_classes_are_the_teachers(seen):
     view = view_subclasses(projector, given.embeddings, given.logits)
     for each in view.classes:
         assert bool((given.logits[each.rows].argmax(1) == each.number).all())
+    for labels in ([None] * 600, torch.full((600,), -1), torch.full((600,), -100)):
+        again = view_subclasses(projector, given.embeddings, given.logits, labels)
+        assert all(torch.equal(one.rows, two.rows) for one, two in zip(again.classes, view.classes, strict=True))
 
 
 def test_mutual_information_is_that_of_scikit_learn():
@@ -115,6 +120,25 @@ def test_the_page_shows_images(seen, tmp_path):
     assert page.read_text(encoding="utf-8").count('class="example"') == CLASSES * SUBCLASSES * 3
 
 
+@pytest.mark.parametrize("splitter", known_splitters())
+def test_variance_is_told_of_directions_of_variance_alone(splitter, seen, tmp_path):
+    given, _, _ = seen
+    finer = given.finer if splitter == "labels" else None
+    projector = SubclassProjector.fit(
+        given.embeddings, given.labels, given.weight, SUBCLASSES, splitter=splitter, subclass_labels=finer
+    )
+    view = view_subclasses(projector, given.embeddings, given.logits, given.labels, subclass_labels=finer, examples=1)
+    page = write_page(replace(view, classes=view.classes[:1]), tmp_path / "page.html", str).read_text(encoding="utf-8")
+    told = splitter in ("lelp", "no-rotation", "no-scaling")
+    assert ("directions hold" in page) == told and (view.classes[0].explained is not None) == told
+
+
+def test_the_page_says_why_there_is_no_forecast(seen, tmp_path):
+    view = replace(seen[2], classes=[], no_forecast="too <few>")
+    page = write_page(view, tmp_path / "page.html", str).read_text(encoding="utf-8")
+    assert "There is none: too &lt;few&gt;" in page
+
+
 def test_what_cannot_be_seen_is_refused(seen):
     given, projector, _ = seen
     one = SubclassProjector.fit(given.embeddings, given.labels, given.weight, 1)
@@ -122,5 +146,14 @@ def test_what_cannot_be_seen_is_refused(seen):
         view_subclasses(one, given.embeddings, given.logits)
     with pytest.raises(SubclassError, match="no examples"):
         view_subclasses(projector, given.embeddings[:0], given.logits[:0])
+    for labels, told in (
+        (torch.where(torch.arange(600) == 9, 3, given.labels), "label of example 9 is 3"),
+        (given.labels[:5], r"one an example, \(600,\); found \(5,\)"),
+        (given.labels.double(), "whole numbers"),
+    ):
+        with pytest.raises(SubclassError, match=told):
+            view_subclasses(projector, given.embeddings, given.logits, labels)
+    with pytest.raises(SubclassError, match=r"Logits of the shape \(600, 3\) were expected; found \(600, 2\)"):
+        view_subclasses(projector, given.embeddings, given.logits[:, :2])
     with pytest.raises(SubclassError, match="600 examples need as many finer labels; found 5"):
         view_subclasses(projector, given.embeddings, given.logits, finer=given.finer[:5])
