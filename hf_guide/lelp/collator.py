@@ -17,6 +17,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, defau
 
 from hf_guide.capture.reading import Capture
 from hf_guide.distillation.subclasses import FINER, TARGETS, subclasses_of
+from hf_guide.distillation.tasks import IGNORED
 from hf_guide.distillation.vocabulary import label_alignment
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.projector import SubclassProjector
@@ -29,7 +30,7 @@ class SubclassLabelCollator:
     They come from where they are to be had: the dataset's own column of that name; `capture`; `teacher`; or, with neither,
     what the trainer's teacher or capture says of the batch, from which the trainer makes them on its own device.
 
-    Examples without a label (-100, or a dataset without the column) are learned as all others are. The column
+    Examples without a label (None, -1, -100, or a dataset without the column) are learned as all others are. The column
     `subclass_labels` is for projectors that go by finer labels.
 
     Args:
@@ -112,7 +113,10 @@ class SubclassLabelCollator:
         return subclass_probabilities(self.projector, embedding, logits, subclass_labels)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
-        batch = dict(self.data_collator(features))
+        batch = dict(self.data_collator([_with_number(each) for each in features]))
+        labels = batch.get("labels")
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            batch["labels"] = labels.masked_fill(labels == -1, IGNORED)
         finer = batch.get(FINER)
         if batch.get(TARGETS) is not None:
             batch[TARGETS] = torch.as_tensor(batch[TARGETS]).float().flatten(1)
@@ -141,6 +145,15 @@ class SubclassLabelCollator:
         assert self._listener is not None
         inputs = {name: value for name, value in batch.items() if name != FINER}
         return self._listener.probabilities(inputs, finer).float().cpu().clone()  # no tensor of inference mode
+
+
+def _with_number(example: Any) -> Any:
+    """Return an example whose missing label is a number, of which a tensor can be made."""
+    if not isinstance(example, Mapping) or all(example.get(name, 0) is not None for name in ("label", "labels")):
+        return example
+    return {
+        name: IGNORED if name in ("label", "labels") and value is None else value for name, value in example.items()
+    }
 
 
 def _projector(given: Any) -> SubclassProjector:

@@ -153,8 +153,8 @@ def test_classes_are_aligned_by_name(tmp_path: Path) -> None:
 def test_a_stream_of_labelled_and_unlabelled_examples_is_learned(tmp_path: Path) -> None:
     examples, teacher = examples_for(TEXT, 24), teacher_of(TEXT)
     projector = projector_of(teacher, examples_for(TEXT, COUNT, seed=1))
-    for each in examples[::2]:
-        each["labels"] = -100
+    for number, each in enumerate(examples[::2]):
+        each["labels"] = (-100, -1, None)[number % 3]
     stream = datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=2)
     args = arguments(tmp_path, objective={"ce": 0.5, "lelp": 0.5}, temperature=2.0, max_steps=3)
     collator = SubclassLabelCollator(projector, collate)
