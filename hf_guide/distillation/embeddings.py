@@ -64,6 +64,26 @@ def set_classifier(model: PreTrainedModel, classifier: "nn.Module | str") -> nn.
     return found
 
 
+@contextmanager
+def classifier_said(model: Any, classifier: "nn.Module | str | None") -> Iterator[None]:
+    """Say which layer is a model's classifier; where what follows fails, unsay it. None says nothing."""
+    if classifier is None:
+        yield
+        return
+    bare = without_adapter(model)
+    before = _SAID.get(bare)
+    set_classifier(model, classifier)
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            _SAID.pop(bare, None)
+            if before is not None:
+                set_classifier(model, before)
+
+
 def find_classifier(model: PreTrainedModel, task: Task) -> Any:
     """Return the linear layer that makes the logits, or the one that `set_classifier` was told.
 

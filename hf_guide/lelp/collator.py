@@ -37,7 +37,8 @@ class SubclassLabelCollator:
         projector: a `SubclassProjector`, or its folder or Hub id.
         tokenizer_or_collator: what collates: a tokenizer, which then pads; an image processor, whose images are stacked; or a
             collator. By default tensors are stacked.
-        teacher: a model, folder or Hub id, run on every batch in this process; it cannot be with DataLoader workers.
+        teacher: a model, folder or Hub id, run on every batch in this process; it cannot be with DataLoader workers. Where
+            it is named it runs on the CPU; load it and move it to run it elsewhere, or give it to the trainer.
         capture: what `capture_targets` wrote, or a capture of logits and embeddings. A batch with an example that is not in
             it carries no probabilities; the trainer refuses such a batch in training and evaluates it by its task.
         teacher_collator: makes the teacher's batch of the same examples, where the teacher reads something else than the

@@ -19,7 +19,7 @@ from hf_guide.capture.reading import Capture
 from hf_guide.capture.signals import Listener
 from hf_guide.capture.teachers import load_teacher
 from hf_guide.capture.writing import capture_teacher, processes
-from hf_guide.distillation.embeddings import _SAID, find_classifier, set_classifier
+from hf_guide.distillation.embeddings import classifier_said, find_classifier
 from hf_guide.distillation.tasks import task_of, without_adapter
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, SubclassError
 from hf_guide.fingerprints import weights_fingerprint
@@ -122,7 +122,7 @@ def fit_subclasses(
         model = _opened(teacher, state, dtype, revision, token, trust_remote_code)
         check_classifier_task(task_of(model), type(model).__name__)
         check_exclusive(without_adapter(model).config, type(model).__name__)
-    with _classifier_said(model, classifier):
+    with classifier_said(model, classifier):
         if capture is not None and not isinstance(capture, Capture):
             capture = _captured(model, dataset, capture, data_collator, processing_class, batch_size, show_progress)
         source = _Source(model, capture, dataset, data_collator, processing_class)
@@ -239,26 +239,6 @@ def _opened(
     return load_teacher(
         teacher, dtype=dtype, device=state.device, revision=revision, token=token, trust_remote_code=trust_remote_code
     )
-
-
-@contextlib.contextmanager
-def _classifier_said(model: Any, classifier: "nn.Module | str | None") -> Iterator[None]:
-    """Say which layer is a model's classifier; where what follows fails, unsay it."""
-    if classifier is None:
-        yield
-        return
-    bare = without_adapter(model)
-    before = _SAID.get(bare)
-    set_classifier(model, classifier)
-    done = False
-    try:
-        yield
-        done = True
-    finally:
-        if not done:
-            _SAID.pop(bare, None)
-            if before is not None:
-                set_classifier(model, before)
 
 
 def _weight(source: _Source, given: Any, num_subclasses: int, splitter: str) -> Tensor | None:
