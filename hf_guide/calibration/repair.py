@@ -66,9 +66,15 @@ class Mender:
     # Going on where a killed run was
 
     def restore(self, step: str) -> bool:
-        """Put back the weights that an earlier run of the same call fitted in a step; return whether there are any."""
-        kept = None if self.checkpoint is None else self.checkpoint.fitted(step)
+        """Put back the weights that an earlier run of the same call fitted in a step; return whether there are any.
+
+        Steps are asked for in the order in which they are fitted. After one that is not there, none is put back.
+        """
+        if self.checkpoint is None:
+            return False
+        kept = self.checkpoint.fitted(step)
         if kept is None:
+            self.checkpoint.steps.clear()  # those after it were fitted to what it had made of the student
             return False
         weights, facts = kept
         parts = {**self.of_student.readers, **self.of_student.writers}
@@ -103,7 +109,7 @@ class Mender:
     def _mend_stack(self, stack: str) -> None:
         fed, name = self.plan.stacks[stack], stack.removesuffix(".{block}")
         steps = [f"{name}.{number}" for number in range(len(fed))]
-        if self.checkpoint is not None and steps[-1] in self.checkpoint.steps:
+        if self.checkpoint is not None and self.checkpoint.steps.issuperset(steps):
             for step in steps:
                 self.restore(step)
             return
