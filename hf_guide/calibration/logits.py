@@ -269,10 +269,11 @@ def first_rows(batch: Batch, tokens: int) -> Batch:
 
 
 def token_counts(mender: Mender, size: int) -> Tensor:
-    """Return how often each token stands in the calibration text, (V,) float64, over all processes."""
+    """Return how often each token stands in the calibration text, padding apart, (V,) float64, over all processes."""
     counts = torch.zeros(size, dtype=torch.float64)
     for batch in mender.batches:
         if "input_ids" in batch:
-            counts += torch.bincount(batch["input_ids"].flatten(), minlength=size)[:size]
+            tokens = real_tokens(batch["input_ids"][..., None], batch).flatten()
+            counts += torch.bincount(tokens, minlength=size)[:size]
     add_up([counts])
     return counts
