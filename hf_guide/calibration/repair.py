@@ -18,7 +18,7 @@ from hf_guide.calibration.anatomy import Part, bias_of, study, weight_of
 from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint
 from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, real_tokens
-from hf_guide.calibration.regression import Halves, best_correction, with_one
+from hf_guide.calibration.regression import Halves, best_correction, in_single, rounding_of, with_one
 from hf_guide.calibration.replay import NotReplayable, Replay
 from hf_guide.calibration.stages import OUTPUT, Stage, find_stages
 from hf_guide.initialization.axes import Identity, Projection, Selection
@@ -50,6 +50,7 @@ class Mender:
         self.plan = self.transfer.plan
         self.options = self.plan.options
         self.batches = own_share(self.batches)
+        self.rounding = rounding_of(self.teacher.dtype, self.student.dtype)
         self.of_teacher, self.of_student = (study(model, self.plan.layout) for model in (self.teacher, self.student))
 
     def mend(self) -> None:
@@ -126,7 +127,8 @@ class Mender:
             while teacher.next < fed[number]:
                 teacher.step()
             if self.options.repair_inputs == RepairInputs.TEACHER:
-                student.streams = [self._carried(stream, stack) for stream in teacher.streams]
+                dtype = student.streams[0].dtype
+                student.streams = [self._carried(stream, stack).to(dtype) for stream in teacher.streams]
             stages = find_stages(student, self.of_student, stack, number, may, self.notes)
             taps = self._tap(teacher, stack, fed[number], stages)
             end = fed[number + 1] if number + 1 < len(fed) else len(teacher.blocks)
@@ -264,7 +266,7 @@ class Mender:
     def _correct(
         self, part: Part, own: Tensor, grams: tuple[Tensor, Tensor], residuals: tuple[Tensor, Tensor], biased: bool
     ) -> None:
-        found, ridge = best_correction(own, grams, residuals, self.options.ridge)
+        found, ridge = best_correction(own, grams, residuals, self.options.ridge, self.rounding)
         if ridge is None:
             return
         value = own + found
@@ -299,9 +301,10 @@ class Mender:
         return self.plan.sites[f"{part.name}.{parameter}"]
 
     def _carried(self, stream: Tensor, axis: str) -> Tensor:
-        """Return the teacher's stream in the student's coordinates."""
+        """Return the teacher's stream in the student's coordinates, in float32 or better, and so all that is made of it."""
         axis = axis if axis in self.plan.widths else self._axis_of(axis)
         matrix = self.plan.bases.get(axis)
+        stream = in_single(stream)
         return stream if matrix is None else stream @ matrix.to(stream)
 
     def _axis_of(self, stack: str) -> str:
