@@ -21,8 +21,10 @@ from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, rea
 from hf_guide.calibration.regression import Halves, best_correction, in_single, rounding_of, with_one
 from hf_guide.calibration.replay import NotReplayable, Replay
 from hf_guide.calibration.stages import OUTPUT, Stage, find_stages
+from hf_guide.errors import ShapeError
 from hf_guide.initialization.axes import Identity, Projection, Selection
 from hf_guide.initialization.choices import Repair, RepairInputs
+from hf_guide.initialization.parameters import check_stored
 from hf_guide.initialization.plan import Site
 from hf_guide.initialization.transfer import Transfer
 from hf_guide.worlds import add_number, own_share
@@ -98,11 +100,15 @@ class Mender:
         self.changed.clear()
 
     def write(self, part: Part, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Give a module of the student a fitted weight, (out, in), and a bias where it has one."""
-        weight_of(part.module).data.copy_(weight)
+        """Give a module of the student a fitted weight, (out, in), and a bias where it has one.
+
+        Raises:
+            ShapeError: as `store`.
+        """
+        store(weight_of(part.module), weight, part.name + ".weight")
         own = bias_of(part.module)
         if own is not None and bias is not None:
-            own.data.copy_(bias)
+            store(own, bias, part.name + ".bias")
         self.changed.append(part)
 
     # One stack
@@ -320,6 +326,21 @@ class Mender:
             lost += ((y - x).square().sum(-1, dtype=torch.float64) / length).sum().item()
             whole += len(length)
         return add_number(lost) / max(add_number(whole), 1.0)
+
+
+def store(parameter: Tensor, value: Tensor, name: str) -> None:
+    """Give a parameter of the student a fitted value of its shape.
+
+    Raises:
+        ShapeError: a value that is not finite, or more than the parameter's dtype holds.
+    """
+    if not bool(value.isfinite().all()):
+        raise ShapeError(
+            f"What was fitted for {name} is not finite, expected finite numbers: activations overflow in {parameter.dtype}. "
+            "Make the student with dtype='bfloat16' or 'float32'."
+        )
+    parameter.data.copy_(value)
+    check_stored(parameter, value, name)
 
 
 def with_bias(module: nn.Module) -> Tensor:
