@@ -1,5 +1,6 @@
 """The command line does what it says, says what went wrong, and leaves nothing half-written."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_guide import cli, folders, hub
 from hf_guide.commands import init
-from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.options import OF_GUIDE, InitializationConfig
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
 
 SMALLER = ["--hidden-size", "32", "--num-hidden-layers", "2", "--intermediate-size", "48", "--no-progress"]
@@ -81,6 +82,50 @@ def test_every_option_of_the_method_is_a_flag_that_shows_its_help(capsys):
     assert stopped.value.code == 0 and "example: hf-guide init" in shown
     for name in InitializationConfig.__dataclass_fields__:
         assert "--" + name.replace("_", "-") in shown
+
+
+FLAGS = {
+    "method": ("uniform", "uniform"),
+    "later_blocks": ("select", "select"),
+    "layers": ("3,1", [3, 1]),
+    "token_weights": ("weights.txt", [1.0, 2.5]),
+    "logit_gain": ("0.5", 0.5),
+    "basis": ("places", "places"),
+    "pooling": ("block", "block"),
+    "heads": ("even", "even"),
+    "neurons": ("even", "even"),
+    "experts": ("even", "even"),
+    "repair": ("writing", "writing"),
+    "repair_inputs": ("teacher", "teacher"),
+    "ridge": ("0.25", 0.25),
+    "calibration_tokens": ("1000", 1000),
+    "calibration_length": ("64", 64),
+    "calibration_batch_size": ("2", 2),
+    "seed": ("7", 7),
+}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(InitializationConfig), ids=lambda field: field.name)
+def test_every_option_of_the_method_arrives_as_what_it_is(field, tmp_path, monkeypatch):
+    def stop(teacher, **options):
+        given.append(options["method"])
+        raise KeyboardInterrupt
+
+    given = []
+    monkeypatch.setattr("hf_guide.students.from_teacher", stop)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.txt").write_text("1 2.5")
+    flag = "--" + field.name.replace("_", "-")
+    if isinstance(field.default, bool):
+        expected, words = not field.default, [flag.replace("--", "--no-") if field.default else flag]
+    else:
+        text, expected = FLAGS[field.name]
+        words = [flag, text]
+    if field.name != "method":
+        words += ["--method", "guide" if field.name in OF_GUIDE else "calibrated"]
+    assert cli.main(["init", "teacher", "-o", "student", *words]) == 130
+    found = getattr(given[0], field.name)
+    assert found == expected and type(found) is type(expected)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from hf_guide.calibration.anatomy import Part, bias_of, gain_of, weight_of
 from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, real_tokens, run
-from hf_guide.calibration.regression import Sums, with_one
-from hf_guide.calibration.repair import Mender
+from hf_guide.calibration.regression import Sums, in_single, rounding_of, with_one
+from hf_guide.calibration.repair import Mender, store
+from hf_guide.errors import ShapeError
 from hf_guide.initialization.axes import Name
 from hf_guide.worlds import add_up, world
 
@@ -68,6 +69,7 @@ def fit_table(mender: Mender, head: Head, counts: Tensor) -> None:
     for batch in mender.batches:
         stream, wanted = _last_streams(mender, head, batch)
         head.wanted.append(wanted)
+        stream = in_single(stream)
         carried = stream @ matrix.to(stream)
         if mender.plan.layout.norm == "layer":
             carried = carried - carried.mean(-1, keepdim=True)
@@ -124,16 +126,16 @@ def fit_gain(mender: Mender, head: Head) -> None:
     at_one = system.sum(1)  # what h = 1 makes: the correction is fitted, so that where nothing is lost nothing changes
     system = system + 1e-6 * system.diagonal().mean() * torch.eye(len(system), dtype=torch.float64)
     diagonal = 1 + torch.linalg.solve(system, right - at_one)
-    if (diagonal - 1).abs().max() < 1e-6:
+    if (diagonal - 1).abs().max() < max(1e-6, mender.rounding):
         return  # a rounding error
     offset = mender.plan.layout.norm_offset
     gain = gain_of(norm.module).detach().double().cpu() + offset
-    gain_of(norm.module).data.copy_(gain * diagonal - offset)
+    store(gain_of(norm.module), gain * diagonal - offset, head.norm + ".weight")
     bias = bias_of(norm.module)
     if biased and bias is not None:
         lost = outer @ mean_t - inner @ (diagonal * mean_s)
         fitted = diagonal * bias.detach().double().cpu() + torch.linalg.pinv(inner, hermitian=True) @ lost
-        bias.data.copy_(fitted)
+        store(bias, fitted, head.norm + ".bias")
     mender.transfer.note_step(site, "fitted in the logits on the calibration tokens")
 
 
@@ -151,6 +153,9 @@ def fit_logit_scale(mender: Mender, head: Head) -> float:
     """Fit the s that minimises the divergence of softmax(s z_S) from the teacher's predictions, and multiply the logits by it.
 
     Newton's steps on one convex number, from 1.
+
+    Raises:
+        ShapeError: logits that are not finite, or weights too large for their dtype when they are multiplied.
     """
     ratio = _logits_per_output(mender, head)
     if ratio is None:
@@ -187,14 +192,20 @@ def fit_logit_scale(mender: Mender, head: Head) -> float:
             count += len(goal)
         numbers = torch.tensor([slope, curvature * ratio, count], dtype=torch.float64)
         add_up([numbers])
+        if not numbers.isfinite().all():
+            raise ShapeError(
+                f"The logits' scale cannot be fitted: the student's logits in {mender.student.dtype} or the teacher's in "
+                f"{mender.teacher.dtype} are not finite on the calibration dataset. Make the student with "
+                "dtype='bfloat16' or 'float32', or load the teacher in it."
+            )
         if numbers[1] <= 0:
             break
         step = (-numbers[0] / numbers[1]).item()
         scale = min(max(scale + step, scale / 2), scale * 2)
         if abs(step) < 1e-3:
             break
-    if abs(scale - 1) < 1e-6:
-        return 1.0  # a rounding error
+    if abs(scale - 1) < max(1e-6, mender.rounding / 2):
+        return 1.0  # a rounding error: no weight would be changed by more than storing it does
     _scale_logits(mender, head, scale)
     return scale
 
@@ -208,17 +219,18 @@ def _scale_logits(mender: Mender, head: Head, scale: float) -> None:
                 "The logits' scale is not fitted: the head is tied, and the norm before it has no gain."
             )
             return
-        gain, offset_of_bias = gain_of(norm.module).data, bias_of(norm.module)
-        gain.copy_((gain.double() + offset) * scale - offset)
-        if offset_of_bias is not None:
-            offset_of_bias.data.mul_(scale)
+        gain, norm_bias = gain_of(norm.module), bias_of(norm.module)
         changed = (head.norm or "") + ".weight"
+        store(gain, (gain.double() + offset) * scale - offset, changed)
+        if norm_bias is not None:
+            store(norm_bias, in_single(norm_bias) * scale, (head.norm or "") + ".bias")
     else:
-        weight_of(head.student.module).data.mul_(scale)
+        weight = weight_of(head.student.module)
         changed = head.student.name + ".weight"
+        store(weight, in_single(weight) * scale, changed)
     bias = bias_of(head.student.module)
     if bias is not None:
-        bias.data.mul_(scale)
+        store(bias, in_single(bias) * scale, head.student.name + ".bias")
     mender.transfer.note_step(sites[changed], f"logits times {scale:.6g}, fitted on the calibration tokens")
 
 
@@ -230,7 +242,8 @@ def _logits_per_output(mender: Mender, head: Head) -> float | None:
         logits = run(mender.student, first_rows(mender.batches[0], 1)).logits
     raw = heard[-1].double()
     ratio = ((raw * logits).sum() / raw.square().sum()).item()
-    if (logits - ratio * raw).abs().max() > 1e-4 * logits.abs().max():
+    rounding = rounding_of(heard[-1].dtype, logits.dtype)
+    if (logits - ratio * raw).abs().max() > max(1e-4, rounding) * logits.abs().max():
         return None
     return 1.0 if abs(ratio - 1) < 1e-6 else ratio
 
@@ -269,10 +282,11 @@ def first_rows(batch: Batch, tokens: int) -> Batch:
 
 
 def token_counts(mender: Mender, size: int) -> Tensor:
-    """Return how often each token stands in the calibration text, (V,) float64, over all processes."""
+    """Return how often each token stands in the calibration text, padding apart, (V,) float64, over all processes."""
     counts = torch.zeros(size, dtype=torch.float64)
     for batch in mender.batches:
         if "input_ids" in batch:
-            counts += torch.bincount(batch["input_ids"].flatten(), minlength=size)[:size]
+            tokens = real_tokens(batch["input_ids"][..., None], batch).flatten()
+            counts += torch.bincount(tokens, minlength=size)[:size]
     add_up([counts])
     return counts

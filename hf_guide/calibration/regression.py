@@ -9,6 +9,16 @@ from torch import Tensor
 from hf_guide.worlds import add_up, world
 
 
+def rounding_of(*dtypes: torch.dtype) -> float:
+    """Return the relative spacing of numbers in the coarsest of the dtypes: 2^-7 of bfloat16."""
+    return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def in_single(rows: Tensor) -> Tensor:
+    """Return rows in float32 or better, for sums and differences that the dtype of a model would round or overflow."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
 @dataclass
 class Sums:
     """Second moments of rows x of features and y of what goes with them, float64: the normal equations, streamed.
@@ -34,7 +44,7 @@ class Sums:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows, (tokens, features) and (tokens, targets); their products are taken in float32 or better."""
-        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        dtype = torch.promote_types(in_single(x).dtype, in_single(y).dtype)
         x, y = x.to(dtype), y.to(dtype)
         self.gram += (x.T @ x).double().cpu()
         self.cross += (y.T @ x).double().cpu()
@@ -53,7 +63,10 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Those that are tried, in units of the mean square of a feature: from nearly free to nearly fixed."""
 
 ROUNDING = 1e-10
-"""What is gained less than this, of the square of what a weight makes, is a rounding error of float32 and left alone."""
+"""What is gained less than this, of the square of what a weight makes, is a rounding error of the sums and left alone.
+
+It is the square of the models' own rounding where that is coarser: of bfloat16 some 6e-5.
+"""
 
 QUIET = 1e-3
 """A feature is held as if its mean square were at least this share of the mean of all."""
@@ -87,16 +100,22 @@ class Halves:
 
 
 def best_correction(
-    own: Tensor, grams: tuple[Tensor, Tensor], residuals: tuple[Tensor, Tensor], ridge: float | None
+    own: Tensor,
+    grams: tuple[Tensor, Tensor],
+    residuals: tuple[Tensor, Tensor],
+    ridge: float | None,
+    rounding: float = 0.0,
 ) -> tuple[Tensor, float | None]:
     """Return the correction D, (out, features), and the ridge: the one given, or the one that does best on what is held out.
 
     Args:
         own: the weight that is there, (out, features), float64.
         grams, residuals: as `correction` takes them, of what is fitted to and of what is held out.
+        rounding: of the models that were heard, as `rounding_of` tells it.
 
     Returns:
-        D fitted to both together; a ridge of None where every D does worse on what is held out than none, which is then zero.
+        D fitted to both together; a ridge of None where every D does worse on what is held out than none, or gains no more
+        than rounding errors are, which is then zero.
     """
     whole, by_feature = (grams[0] + grams[1], residuals[0] + residuals[1]), False
     if ridge is None and grams[1].any():
@@ -111,7 +130,7 @@ def best_correction(
         ridge, by_feature = best
     ridge = RIDGES[2] if ridge is None else ridge
     found = correction(*whole, ridge, by_feature=by_feature)
-    if _gained(found, *whole) <= ROUNDING * ((own @ whole[0]) * own).sum().item():
+    if _gained(found, *whole) <= max(ROUNDING, rounding**2) * ((own @ whole[0]) * own).sum().item():
         return torch.zeros_like(own), None
     return found, ridge
 

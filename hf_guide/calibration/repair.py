@@ -18,11 +18,13 @@ from hf_guide.calibration.anatomy import Part, bias_of, study, weight_of
 from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint
 from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, real_tokens
-from hf_guide.calibration.regression import Halves, best_correction, with_one
+from hf_guide.calibration.regression import Halves, best_correction, in_single, rounding_of, with_one
 from hf_guide.calibration.replay import NotReplayable, Replay
 from hf_guide.calibration.stages import OUTPUT, Stage, find_stages
+from hf_guide.errors import ShapeError
 from hf_guide.initialization.axes import Identity, Projection, Selection
 from hf_guide.initialization.choices import Repair, RepairInputs
+from hf_guide.initialization.parameters import check_stored
 from hf_guide.initialization.plan import Site
 from hf_guide.initialization.transfer import Transfer
 from hf_guide.worlds import add_number, own_share
@@ -50,6 +52,7 @@ class Mender:
         self.plan = self.transfer.plan
         self.options = self.plan.options
         self.batches = own_share(self.batches)
+        self.rounding = rounding_of(self.teacher.dtype, self.student.dtype)
         self.of_teacher, self.of_student = (study(model, self.plan.layout) for model in (self.teacher, self.student))
 
     def mend(self) -> None:
@@ -66,9 +69,15 @@ class Mender:
     # Going on where a killed run was
 
     def restore(self, step: str) -> bool:
-        """Put back the weights that an earlier run of the same call fitted in a step; return whether there are any."""
-        kept = None if self.checkpoint is None else self.checkpoint.fitted(step)
+        """Put back the weights that an earlier run of the same call fitted in a step; return whether there are any.
+
+        Steps are asked for in the order in which they are fitted. After one that is not there, none is put back.
+        """
+        if self.checkpoint is None:
+            return False
+        kept = self.checkpoint.fitted(step)
         if kept is None:
+            self.checkpoint.steps.clear()  # those after it were fitted to what it had made of the student
             return False
         weights, facts = kept
         parts = {**self.of_student.readers, **self.of_student.writers}
@@ -91,11 +100,15 @@ class Mender:
         self.changed.clear()
 
     def write(self, part: Part, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Give a module of the student a fitted weight, (out, in), and a bias where it has one."""
-        weight_of(part.module).data.copy_(weight)
+        """Give a module of the student a fitted weight, (out, in), and a bias where it has one.
+
+        Raises:
+            ShapeError: as `store`.
+        """
+        store(weight_of(part.module), weight, part.name + ".weight")
         own = bias_of(part.module)
         if own is not None and bias is not None:
-            own.data.copy_(bias)
+            store(own, bias, part.name + ".bias")
         self.changed.append(part)
 
     # One stack
@@ -103,7 +116,7 @@ class Mender:
     def _mend_stack(self, stack: str) -> None:
         fed, name = self.plan.stacks[stack], stack.removesuffix(".{block}")
         steps = [f"{name}.{number}" for number in range(len(fed))]
-        if self.checkpoint is not None and steps[-1] in self.checkpoint.steps:
+        if self.checkpoint is not None and self.checkpoint.steps.issuperset(steps):
             for step in steps:
                 self.restore(step)
             return
@@ -120,7 +133,8 @@ class Mender:
             while teacher.next < fed[number]:
                 teacher.step()
             if self.options.repair_inputs == RepairInputs.TEACHER:
-                student.streams = [self._carried(stream, stack) for stream in teacher.streams]
+                dtype = student.streams[0].dtype
+                student.streams = [self._carried(stream, stack).to(dtype) for stream in teacher.streams]
             stages = find_stages(student, self.of_student, stack, number, may, self.notes)
             taps = self._tap(teacher, stack, fed[number], stages)
             end = fed[number + 1] if number + 1 < len(fed) else len(teacher.blocks)
@@ -258,7 +272,7 @@ class Mender:
     def _correct(
         self, part: Part, own: Tensor, grams: tuple[Tensor, Tensor], residuals: tuple[Tensor, Tensor], biased: bool
     ) -> None:
-        found, ridge = best_correction(own, grams, residuals, self.options.ridge)
+        found, ridge = best_correction(own, grams, residuals, self.options.ridge, self.rounding)
         if ridge is None:
             return
         value = own + found
@@ -293,9 +307,10 @@ class Mender:
         return self.plan.sites[f"{part.name}.{parameter}"]
 
     def _carried(self, stream: Tensor, axis: str) -> Tensor:
-        """Return the teacher's stream in the student's coordinates."""
+        """Return the teacher's stream in the student's coordinates, in float32 or better, and so all that is made of it."""
         axis = axis if axis in self.plan.widths else self._axis_of(axis)
         matrix = self.plan.bases.get(axis)
+        stream = in_single(stream)
         return stream if matrix is None else stream @ matrix.to(stream)
 
     def _axis_of(self, stack: str) -> str:
@@ -311,6 +326,21 @@ class Mender:
             lost += ((y - x).square().sum(-1, dtype=torch.float64) / length).sum().item()
             whole += len(length)
         return add_number(lost) / max(add_number(whole), 1.0)
+
+
+def store(parameter: Tensor, value: Tensor, name: str) -> None:
+    """Give a parameter of the student a fitted value of its shape.
+
+    Raises:
+        ShapeError: a value that is not finite, or more than the parameter's dtype holds.
+    """
+    if not bool(value.isfinite().all()):
+        raise ShapeError(
+            f"What was fitted for {name} is not finite, expected finite numbers: activations overflow in {parameter.dtype}. "
+            "Make the student with dtype='bfloat16' or 'float32'."
+        )
+    parameter.data.copy_(value)
+    check_stored(parameter, value, name)
 
 
 def with_bias(module: nn.Module) -> Tensor:

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_guide.calibration.anatomy import Anatomy, Part
+from hf_guide.calibration.anatomy import Anatomy, Part, weight_of
 from hf_guide.calibration.listening import hooks, on_input
+from hf_guide.calibration.regression import rounding_of
 from hf_guide.calibration.replay import Replay
 
 OUTPUT = ""
 """The name of the place where a block's own output is heard."""
+
+SAME, UNSURE = 1e-2, 0.1
+"""What is written may arrive so far from itself, in units of its length, and with the rounding errors of a dtype so far."""
 
 
 @dataclass
@@ -75,7 +79,7 @@ def _find_point(replay: Replay, anatomy: Anatomy, number: int, stage: Stage, bef
     (part,) = stage.parts
     if part.match.row.normed_by is not None:
         return "a norm stands between it and the stream"
-    size = before[OUTPUT].double().square().mean().sqrt().item()
+    size = max(_length(stream) for stream in (replay.streams[0], *before.values()))  # so that none rounds it away
     generator = torch.Generator().manual_seed(0)
     noise = size * torch.randn(before[OUTPUT].shape[-1], generator=generator, dtype=torch.float64)
     after: dict[str, Tensor] = {}
@@ -90,13 +94,27 @@ def _find_point(replay: Replay, anatomy: Anatomy, number: int, stage: Stage, bef
                 module = anatomy.norms[name].module
                 handles.append(on_input(module, lambda heard, n=name: after.setdefault(n, heard)))  # type: ignore[misc]
         after[OUTPUT] = replay.run(number, 0, replay.streams[0])
+    rounding = rounding_of(weight_of(part.module).dtype, before[OUTPUT].dtype)
     for name in [*(name for name in after if name != OUTPUT), OUTPUT]:  # in the order in which they run
-        change = (after[name] - before[name]).double().cpu()
+        change = (after[name].double() - before[name].double()).cpu()
         if change.abs().max() <= 1e-6 * noise.abs().max():
             continue  # this place is before it, or beside it
         slope = (change @ noise / noise.square().sum()).mean().item()
-        if (change - slope * noise).abs().max() > 1e-2 * noise.abs().max() * max(abs(slope), 1e-3):
+        if not _length(change - slope * noise) <= _tolerance(slope, rounding) * _length(noise):
             break
         stage.point, stage.slope = name, slope
         return None
     return "what it writes is nowhere seen on the stream as it is"
+
+
+def _tolerance(slope: float, rounding: float) -> float:
+    """Return how far from `slope` times the noise, in lengths of the noise, it may arrive.
+
+    What is written and the stream it is added to are as long as the noise at most, and each sum of them is rounded.
+    """
+    return min(SAME * max(abs(slope), 1e-3) + 2 * rounding, UNSURE * abs(slope))
+
+
+def _length(rows: Tensor) -> float:
+    """Return the root mean square of all that is in a tensor."""
+    return rows.double().square().mean().sqrt().item()

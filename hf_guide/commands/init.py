@@ -192,7 +192,8 @@ def _describe(report: "InitializationReport", folder: Path, args: argparse.Names
 
 def _add_options(group: argparse._ArgumentGroup) -> None:
     """One flag for each field of InitializationConfig. What is not given stays None and takes the field's default."""
-    parsers: dict[str, Any] = {"layers": parse_layers, "token_weights": parse_numbers, "ridge": float}
+    parsers: dict[str, Any] = {"layers": parse_layers, "token_weights": parse_numbers}
+    parsers |= {"ridge": float, "calibration_tokens": int}  # their default, None, does not tell
     for field in dataclasses.fields(InitializationConfig):
         text = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
         if isinstance(field.default, bool):

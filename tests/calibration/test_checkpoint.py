@@ -103,6 +103,19 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
 
 
+@pytest.mark.parametrize("removed", ["table", "layers.0", "layers.1", "heads"])
+def test_a_step_that_was_removed_is_worked_out_again_and_all_after_it(removed: str, tmp_path: Path) -> None:
+    expected = made("llama tied", tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    (tmp_path / f"fitted-{removed}.safetensors").unlink()
+    assert same_bits(made("llama tied", tmp_path), expected)
+    steps = ["table", "layers.0", "layers.1", "heads"]
+    again = [
+        step for step in steps if (path := tmp_path / f"fitted-{step}.safetensors").stat().st_mtime_ns != written[path]
+    ]
+    assert again == steps[steps.index(removed) :]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -1,0 +1,116 @@
+"""Teachers of bfloat16 and float16 are calibrated as their float32 copies are, and what overflows is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from hf_guide import InitializationReport, ShapeError, from_teacher
+from hf_guide.calibration.logits import token_counts
+from hf_guide.calibration.repair import store
+from tests.calibration.test_calibrated import data, student_of
+from tests.tiny import KINDS, same_bits
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def fitted(report: InitializationReport) -> set[str]:
+    """Return the names of the parameters that were fitted again."""
+    return {each.name for each in report.parameters if any("fitted again" in step for step in each.steps)}
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_copy(
+    name: str, dtype: torch.dtype
+) -> None:
+    kind = KINDS[name]
+    half = kind.teacher().to(dtype)
+    options: dict[str, Any] = {"method": "calibrated", "calibration_dataset": data(), "show_progress": False}
+    reports = [
+        from_teacher(teacher, **options, **kind.smaller).initialization_report
+        for teacher in (half, copy.deepcopy(half).float())
+    ]
+    assert fitted(reports[0]) == fitted(reports[1]) and fitted(reports[0])
+    assert not any("was not repaired" in said for said in reports[0].approximations)
+    lost = [report.calibration["lost"] for report in reports]
+    assert lost[0].keys() == lost[1].keys()
+    for stack, shares in lost[1].items():
+        assert lost[0][stack] == pytest.approx(shares, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2"])
+def test_where_a_half_precision_teacher_loses_nothing_nothing_changes(name: str, dtype: torch.dtype) -> None:
+    teacher = KINDS[name].teacher().to(dtype)
+    options: dict[str, Any] = {"calibration_dataset": data(), "show_progress": False}
+    carried = {"method": "calibrated", "repair": "none", "fit_gain": False, "fit_logit_scale": False}
+    student = from_teacher(teacher, method="calibrated", **options)
+    assert same_bits(student, from_teacher(teacher, method=carried, **options))
+    assert student.initialization_report.calibration["logit_scale"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("family", "factor"),
+    [("Granite", {"logits_scaling": 6.0, "residual_multiplier": 0.22}), ("Cohere", {"logit_scale": 0.8333})],
+)
+def test_the_logits_scale_is_fitted_where_half_precision_logits_are_multiplied(
+    family: str, factor: dict[str, float], dtype: torch.dtype
+) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = getattr(transformers, family + "Config")(**sizes, num_attention_heads=4, initializer_range=0.15, **factor)
+    torch.manual_seed(1)
+    half = getattr(transformers, family + "ForCausalLM")(config).eval().to(dtype)
+    found = []
+    for teacher in (half, copy.deepcopy(half).float()):
+        report = from_teacher(
+            teacher, method="calibrated", calibration_dataset=data(), show_progress=False, hidden_size=24
+        ).initialization_report
+        assert not any("not fitted" in said or "not repaired" in said for said in report.approximations)
+        found.append(report.calibration["logit_scale"])
+    assert found[0] == pytest.approx(found[1], rel=0.02) and found[0] != 1.0
+
+
+def test_squares_that_float16_does_not_hold_are_taken_in_float32() -> None:
+    teacher = KINDS["llama tied"].teacher()
+    with torch.no_grad():
+        teacher.model.embed_tokens.weight[:, 5] += 300
+    student = student_of(teacher.half())
+    assert all(parameter.isfinite().all() for parameter in student.parameters())
+    said = student.initialization_report.calibration
+    assert 0 < said["logit_scale"] < 10 and all(0 <= share < 10 for share in said["lost"]["layers"])
+
+
+def test_a_fitted_value_that_cannot_be_stored_is_refused() -> None:
+    parameter = torch.zeros(3, dtype=torch.float16)
+    with pytest.raises(ShapeError, match=r"norm\.weight has values up to 1e\+05, more than torch\.float16"):
+        store(parameter, torch.tensor([0.0, 1e5, 1.0]), "norm.weight")
+    with pytest.raises(ShapeError, match=r"fitted for norm\.weight is not finite.*dtype='bfloat16'"):
+        store(parameter, torch.tensor([0.0, torch.nan, 1.0]), "norm.weight")
+
+
+def test_a_scale_of_logits_that_are_not_finite_is_refused() -> None:
+    teacher = KINDS["llama"].teacher()
+    with torch.no_grad():
+        teacher.lm_head.weight.mul_(2e4)  # float16 holds it, and not what it makes
+    with pytest.raises(ShapeError, match=r"logits in torch\.float16.*not finite.*dtype='bfloat16'"):
+        student_of(teacher.half())
+
+
+class Batches:
+    """What `token_counts` asks a Mender for."""
+
+    def __init__(self, *batches: dict[str, Tensor]):
+        self.batches = batches
+
+
+def test_padding_is_no_token_of_the_text() -> None:
+    tokens = torch.tensor([[3, 4, 0, 0], [3, 0, 5, 4]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    counted = token_counts(Batches({"input_ids": tokens, "attention_mask": mask}), 6)  # type: ignore[arg-type]
+    assert counted.tolist() == [1, 0, 0, 2, 2, 1]
+    assert token_counts(Batches({"input_ids": tokens}), 6).tolist() == [3, 0, 0, 2, 2, 1]  # type: ignore[arg-type]
