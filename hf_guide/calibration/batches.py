@@ -18,6 +18,7 @@ from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.weights import Teacher
 
 Batch = dict[str, Tensor]
+IGNORED = -100  # the label of a place that has no target, as everywhere in Transformers
 TOKENS_PER_NEURON, TOKENS = 5, (8192, 65536)
 EXPECTED = (
     "a datasets dataset with a column input_ids or text, a list of texts, or an iterable of batches (dicts of tensors)"
@@ -74,6 +75,7 @@ def draw_batches(
                 f"A batch of calibration_dataset has {sorted(batch)}, of which {type(model).__name__} takes no tensor; "
                 f"pass {EXPECTED}."
             )
+        kept = _with_decoder_inputs(kept, batch.get("labels"), model)
         drawn.append(kept)
         seen += tokens_in(kept, model)
         if seen >= tokens:
@@ -101,6 +103,43 @@ def tokens_in(batch: Batch, model: PreTrainedModel) -> int:
     if first.ndim == 4 and isinstance(patch, int):
         return first.shape[0] * (first.shape[-2] // patch) * (first.shape[-1] // patch)
     return first.shape[0] * (first.shape[1] if first.ndim > 1 else 1)
+
+
+def _with_decoder_inputs(batch: Batch, labels: Any, model: PreTrainedModel) -> Batch:
+    """Return a batch with what an encoder-decoder's decoder reads, where it is missing, and a mask of its real tokens.
+
+    That is the labels, shifted as the model itself does it; where there are none, the same tokens as the encoder.
+
+    Raises:
+        OptionError: a model that cannot shift labels.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" not in accepted or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
+        return batch
+    batch, mask = dict(batch), batch.get("attention_mask")
+    if "labels" in accepted and isinstance(labels, Tensor) and labels.ndim == 2:
+        labels = labels.detach().cpu()
+        batch["decoder_input_ids"] = _shifted(labels, model)
+        mask = (labels != IGNORED).long()
+    elif "input_ids" in batch:
+        batch["decoder_input_ids"] = batch["input_ids"]  # it must read something
+    if "decoder_attention_mask" in accepted and mask is not None and not bool(mask.all()):
+        batch.setdefault("decoder_attention_mask", mask)
+    return batch
+
+
+def _shifted(labels: Tensor, model: PreTrainedModel) -> Tensor:
+    try:
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            return model.prepare_decoder_input_ids_from_labels(labels)
+        ids = labels.new_full(labels.shape, model.config.decoder_start_token_id)
+        ids[:, 1:] = labels[:, :-1]
+        return ids.masked_fill(ids == IGNORED, model.config.pad_token_id)
+    except (AttributeError, ValueError, TypeError) as error:  # of Transformers, where the config has not both tokens
+        raise OptionError(
+            f"calibration_dataset has labels, of which {type(model).__name__} cannot make its decoder's input: {error}. Set "
+            "decoder_start_token_id and pad_token_id in its config, or give decoder_input_ids."
+        ) from error
 
 
 def _batches(

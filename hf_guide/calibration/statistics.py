@@ -12,7 +12,17 @@ from transformers import PreTrainedModel
 from hf_guide.calibration.anatomy import Anatomy, Part, weight_of
 from hf_guide.calibration.batches import Batch, tokens_in
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint
-from hf_guide.calibration.listening import first_of, given, hooks, listening_mode, on_input, real_tokens, run
+from hf_guide.calibration.listening import (
+    first_of,
+    given,
+    hears_decoder,
+    hooks,
+    is_decoder,
+    listening_mode,
+    on_input,
+    real_tokens,
+    run,
+)
 from hf_guide.errors import TeacherError
 from hf_guide.initialization.axes import Name, Product, axis_names, axis_size, places_of
 from hf_guide.initialization.choices import Pooling
@@ -79,11 +89,15 @@ def gather(
     current: Batch = {}
     last: list[Tensor] = []
 
+    def real(heard: Tensor, part: Part) -> Tensor:
+        rows = real_tokens(heard, current, of_decoder=hears_decoder(part, model.config))
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
     def hear_stream(place: Part, share: float, stream: Tensor) -> None:
         if last and last[0] is stream:
             return  # another weight reads the same
         last[:] = [stream]
-        rows = _real(stream, current, place)
+        rows = real(stream, place)
         if layout.norm == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
         if pooling != Pooling.ENERGY:
@@ -91,7 +105,7 @@ def gather(
         found.moments[place.axis] = found.moments.get(place.axis, 0) + share * (rows.T @ rows).double().cpu()
 
     def hear_inner(name: str, part: Part, inner: Tensor) -> None:
-        rows, size = _real(inner, current, part), heads[name]
+        rows, size = real(inner, part), heads[name]
         if size is None:
             total = rows.square().sum(0, dtype=torch.float64).cpu()
         else:
@@ -100,14 +114,14 @@ def gather(
         found.inner[name] = found.inner.get(name, 0) + total
 
     def hear_block(stack: str, number: int, stream: Tensor, output: Tensor) -> None:
-        of_decoder = "decoder" in stack
+        of_decoder = is_decoder(stack, model.config)
         before, after = (real_tokens(each, current, of_decoder=of_decoder).double() for each in (stream, output))
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         found.turned[stack][number] += (1 - cosine).sum().cpu()
         seen[stack][number] += len(cosine)
 
     def hear_projected(name: str, part: Part, places: Tensor, output: Tensor) -> None:
-        rows = _real(output, current, part)[:, places]  # (tokens, heads, l)
+        rows = real(output, part)[:, places]  # (tokens, heads, l)
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1).movedim(1, 0)
         found.projected[name] = found.projected.get(name, 0) + (rows.mT @ rows).double().cpu()
 
@@ -218,11 +232,6 @@ def _shares(places: Sequence[Part], pooling: str) -> list[float]:
         return [1.0] * len(places)
     homes = [(place.stack, place.block) if place.block is not None else (place.name, None) for place in places]
     return [1.0 / homes.count(home) for home in homes]
-
-
-def _real(heard: Tensor, batch: Batch, part: Part) -> Tensor:
-    rows = real_tokens(heard, batch, of_decoder="decoder" in part.name)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _inner_shape(part: Part, head: int | None) -> tuple[int, ...]:
