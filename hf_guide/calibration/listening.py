@@ -89,7 +89,8 @@ def _fit(value: Tensor, model: PreTrainedModel) -> Tensor:
 @contextlib.contextmanager
 def listening_mode(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation mode, and back; of float64 its experts are run one by one, for no kernel groups them."""
-    was_training, experts = model.training, None
+    were_training = {module: module.training for module in model.modules()}  # a part may be frozen in its own mode
+    experts = None
     model.eval()
     if model.dtype == torch.float64 and model._can_set_experts_implementation():
         experts = model.get_experts_implementation()
@@ -97,7 +98,8 @@ def listening_mode(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in were_training.items():
+            module.training = was_training
         if experts is not None:
             model.set_experts_implementation(experts)
 
