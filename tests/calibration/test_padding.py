@@ -1,4 +1,4 @@
-"""What stands in padding changes nothing, whatever a family calls its blocks; a decoder hears what it would read in training."""
+"""What stands in padding changes nothing, whatever a family calls its blocks; a decoder hears what it reads in training."""
 
 from typing import Any
 
@@ -8,9 +8,7 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from hf_guide import OptionError, from_teacher
-from hf_guide.calibration.batches import draw_batches
-from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.weights import open_teacher
+from tests.calibration.test_batches import drawn
 from tests.tiny import KINDS
 
 SIZES = {"vocab_size": 96, "max_position_embeddings": 32}
@@ -79,19 +77,16 @@ def test_what_stands_in_padding_changes_nothing(make: Any, pair: bool) -> None:
     assert max(differing.values()) < 1e-4, {name: value for name, value in differing.items() if value >= 1e-4}
 
 
-def drawn(teacher: PreTrainedModel, batches: list[Any]) -> dict[str, Tensor]:
-    (batch,) = draw_batches(batches, teacher, open_teacher(teacher), InitializationConfig("calibrated"), tokens=1)
-    return batch
-
-
 def test_a_decoder_hears_the_labels_as_it_reads_them_in_training() -> None:
     teacher, _ = t5()
     labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
-    batch = drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": labels}])
+    (batch,) = drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": labels}])
     assert batch["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 8, 9]]
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    rows = [{"input_ids": [3, 4, 5], "labels": [5, 6, 7]}, {"input_ids": [3], "labels": [8, 9]}]
+    assert torch.equal(drawn(teacher, rows)[0]["decoder_input_ids"], batch["decoder_input_ids"])
     given = {"decoder_input_ids": torch.tensor([[4, 4], [4, 4]]), "labels": labels}
-    batch = drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), **given}])
+    (batch,) = drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), **given}])
     assert batch["decoder_input_ids"].tolist() == [[4, 4], [4, 4]] and "decoder_attention_mask" not in batch
 
 
