@@ -1,16 +1,19 @@
 """Calibration data as batches of what a teacher's forward takes.
 
-A dataset is rows (of `input_ids`, or of text, which the teacher's own tokenizer cuts up) or batches already, as a DataLoader
-yields them. What is drawn is kept, because it goes through the teacher more than once: token ids, or pixels.
+A dataset is rows (of `input_ids`, of `pixel_values`, or of text, which the teacher's own tokenizer cuts up) or batches
+already, as a DataLoader or `Dataset.iter` yields them. What is drawn is kept, because it goes through the teacher more than
+once: token ids, or pixels.
 """
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_guide.errors import OptionError
@@ -18,9 +21,11 @@ from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.weights import Teacher
 
 Batch = dict[str, Tensor]
+IGNORED = -100  # the label of a place that has no target, as everywhere in Transformers
 TOKENS_PER_NEURON, TOKENS = 5, (8192, 65536)
 EXPECTED = (
-    "a datasets dataset with a column input_ids or text, a list of texts, or an iterable of batches (dicts of tensors)"
+    "a datasets dataset with a column input_ids, text or pixel_values, a list of texts, or an iterable of batches (dicts of "
+    "tensors)"
 )
 
 
@@ -50,10 +55,12 @@ def draw_batches(
 ) -> list[Batch]:
     """Return the first `tokens` tokens of a dataset as batches for the teacher's forward, on the CPU.
 
-    The last batch is kept whole. `hub` says how the teacher's tokenizer is fetched, where text needs one.
+    The last batch is kept whole; rows without a token are passed over. `hub` says how the teacher's tokenizer is fetched,
+    where text needs one.
 
     Raises:
-        OptionError: rows of which nothing can be made, or none at all; says what was found.
+        OptionError: rows of which nothing can be made, or none at all, or tokens that the teacher has not; says what was
+            found.
     """
     rows = iter(dataset)
     first = next(rows, None)
@@ -74,10 +81,16 @@ def draw_batches(
                 f"A batch of calibration_dataset has {sorted(batch)}, of which {type(model).__name__} takes no tensor; "
                 f"pass {EXPECTED}."
             )
+        if not tokens_in(kept, model):
+            continue
+        kept = _with_decoder_inputs(kept, batch.get("labels"), model)
+        _check_ids(kept, model)
         drawn.append(kept)
         seen += tokens_in(kept, model)
         if seen >= tokens:
             break
+    if not drawn:
+        raise OptionError(f"calibration_dataset holds not one token, only empty texts or rows: pass {EXPECTED}.")
     return drawn
 
 
@@ -103,25 +116,103 @@ def tokens_in(batch: Batch, model: PreTrainedModel) -> int:
     return first.shape[0] * (first.shape[1] if first.ndim > 1 else 1)
 
 
+def _with_decoder_inputs(batch: Batch, labels: Any, model: PreTrainedModel) -> Batch:
+    """Return a batch with what an encoder-decoder's decoder reads, where it is missing, and a mask of its real tokens.
+
+    That is the labels, shifted as the model itself does it; where there are none, the same tokens as the encoder.
+
+    Raises:
+        OptionError: a model that cannot shift labels.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    if "decoder_input_ids" not in accepted or "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
+        return batch
+    batch, mask = dict(batch), batch.get("attention_mask")
+    if "labels" in accepted and isinstance(labels, Tensor) and labels.ndim == 2:
+        labels = labels.detach().cpu()
+        batch["decoder_input_ids"] = _shifted(labels, model)
+        mask = (labels != IGNORED).long()
+    elif "input_ids" in batch:
+        batch["decoder_input_ids"] = batch["input_ids"]  # it must read something
+    if "decoder_attention_mask" in accepted and mask is not None and not bool(mask.all()):
+        batch.setdefault("decoder_attention_mask", mask)
+    return batch
+
+
+def _shifted(labels: Tensor, model: PreTrainedModel) -> Tensor:
+    try:
+        own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        if own is not None:
+            return own(labels)
+        ids = labels.new_full(labels.shape, model.config.decoder_start_token_id)
+        ids[:, 1:] = labels[:, :-1]
+        return ids.masked_fill(ids == IGNORED, model.config.pad_token_id)
+    except (AttributeError, ValueError, TypeError) as error:  # of Transformers, where the config has not both tokens
+        raise OptionError(
+            f"calibration_dataset has labels, of which {type(model).__name__} cannot make its decoder's input: {error}. Set "
+            "decoder_start_token_id and pad_token_id in its config, or give decoder_input_ids."
+        ) from error
+
+
+def _check_ids(batch: Batch, model: PreTrainedModel) -> None:
+    """Refuse token ids that the teacher's table has no row for: on a GPU they would end the process's use of it.
+
+    Raises:
+        OptionError: names the ids, and how many there are.
+    """
+    for name in ("input_ids", "decoder_input_ids"):
+        ids = batch.get(name)
+        table = None if ids is None else model.get_input_embeddings()
+        if not isinstance(table, nn.Embedding) or ids is None:
+            continue
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= table.num_embeddings:
+            raise OptionError(
+                f"calibration_dataset has the token id {least if least < 0 else most} in {name}, and {type(model).__name__} "
+                f"has tokens 0 to {table.num_embeddings - 1}: tokenize with the teacher's own tokenizer, and pad with a token "
+                "of it."
+            )
+
+
 def _batches(
     rows: Iterator[Any], first: Any, teacher: Teacher, options: InitializationConfig, hub: Mapping[str, Any]
 ) -> Iterator[Mapping[str, Any]]:
-    size, length = options.calibration_batch_size, options.calibration_length
+    size, length = options.calibration_batch_size, _longest(options.calibration_length, teacher)
     if isinstance(first, str):
-        return _batches_of_text(rows, _tokenizer(teacher, hub), size, length)
+        return _batches_of_text(_texts(rows), _tokenizer(teacher, hub), size, length)
     if not isinstance(first, Mapping):
         raise OptionError(f"calibration_dataset yields a {type(first).__name__}; pass {EXPECTED}.")
+    if "input_ids" in first:
+        if _depth(first["input_ids"]) < 2:
+            return _batches_of_ids(rows, size, _pad_token(teacher))
+        return _batches_as_tensors(rows, "input_ids", lambda several: _padded(several, _pad_token(teacher)))
+    if "pixel_values" in first:
+        if _depth(first["pixel_values"]) < 4:
+            return _batches_of_images(rows, size)
+        return _batches_as_tensors(rows, "pixel_values", _stacked)
     if any(isinstance(value, Tensor) and value.ndim > 1 for value in first.values()):
         return rows
-    if "input_ids" in first:
-        return _batches_of_ids(rows, size, _pad_token(teacher))
     columns = [name for name, value in first.items() if isinstance(value, str)]
-    column = "text" if "text" in columns else columns[0] if len(columns) == 1 else None
+    column = "text" if "text" in first else columns[0] if len(columns) == 1 else None
     if column is None:
         raise OptionError(
-            f"calibration_dataset has the columns {sorted(map(str, first))}, none of them input_ids or text; pass {EXPECTED}."
+            f"calibration_dataset has the columns {sorted(map(str, first))}, none of them input_ids, text or pixel_values; "
+            f"pass {EXPECTED}."
         )
-    return _batches_of_text((row[column] for row in rows), _tokenizer(teacher, hub), size, length)
+    return _batches_of_text(_texts(row[column] for row in rows), _tokenizer(teacher, hub), size, length)
+
+
+def _longest(length: int, teacher: Teacher) -> int:
+    """Return at how many tokens text is cut: as asked, where the teacher has so many positions."""
+    positions = getattr(teacher.config, "max_position_embeddings", None)
+    return min(length, positions) if isinstance(positions, int) and positions > 0 else length
+
+
+def _depth(value: Any) -> int:
+    """Return how many axes a tensor, an array, or lists in lists have."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.dtype.hasobject):  # rows not alike
+        return 1 + (_depth(value[0]) if len(value) else 0)
+    return getattr(value, "ndim", 0)
 
 
 def _tokenizer(teacher: Teacher, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
@@ -139,11 +230,22 @@ def _pad_token(teacher: Teacher) -> int:
     return token if isinstance(token, int) and token >= 0 else 0
 
 
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    """Texts one by one, also where several make a batch; without the empty and the missing."""
+    for value in values:
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(text, str) and text:
+                yield text
+            elif text is not None and not isinstance(text, str):
+                raise OptionError(f"calibration_dataset has a {type(text).__name__} where text is; pass {EXPECTED}.")
+
+
 def _batches_of_text(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, size: int, length: int
 ) -> Iterator[Batch]:
     """Texts joined by the end-of-text token and cut, as models of language are trained; one a row where texts have marks."""
     if tokenizer.cls_token_id is not None:
+        length = min(length, tokenizer.model_max_length)  # of some families fewer than there are positions
         encoded = (tokenizer(text, truncation=True, max_length=length) for text in texts)
         yield from _batches_of_ids(encoded, size, tokenizer.pad_token_id or 0)
         return
@@ -162,15 +264,76 @@ def _batches_of_text(
 
 
 def _batches_of_ids(rows: Iterable[Mapping[str, Any]], size: int, pad_token: int) -> Iterator[Batch]:
-    """Rows padded on the right, side by side, with a mask where there is padding."""
-    rows = iter(rows)
-    while several := list(itertools.islice(rows, size)):
-        ids = [torch.as_tensor(row["input_ids"]).flatten() for row in several]
-        longest = max(map(len, ids))
-        padded = torch.full((len(ids), longest), pad_token, dtype=torch.long)
-        mask = torch.zeros_like(padded)
-        for place, (row, tokens) in enumerate(zip(several, ids, strict=True)):
-            padded[place, : len(tokens)] = tokens
-            given = row.get("attention_mask")
-            mask[place, : len(tokens)] = 1 if given is None else torch.as_tensor(given).flatten()
-        yield {"input_ids": padded} if bool(mask.all()) else {"input_ids": padded, "attention_mask": mask}
+    """Rows side by side, those that hold a token."""
+    filled = (row for row in rows if _holds(row, "input_ids"))
+    while several := list(itertools.islice(filled, size)):
+        yield _padded(several, pad_token)
+
+
+def _batches_of_images(rows: Iterator[Mapping[str, Any]], size: int) -> Iterator[Batch]:
+    filled = (row for row in rows if _holds(row, "pixel_values"))
+    while several := list(itertools.islice(filled, size)):
+        yield _stacked(several)
+
+
+def _batches_as_tensors(
+    batches: Iterable[Mapping[str, Any]], column: str, join: Callable[[list[dict[str, Any]]], Batch]
+) -> Iterator[Mapping[str, Any]]:
+    """Batches of tensors as they are; of lists or arrays, as `datasets` makes them, those columns that rows are read for."""
+    for batch in batches:
+        if isinstance(batch[column], Tensor):
+            yield batch
+            continue
+        columns = {name: batch[name] for name in (column, "attention_mask", "labels") if name in batch}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        several = [row for row in rows if _holds(row, column)]
+        if several:
+            yield join(several)
+
+
+def _holds(row: Mapping[str, Any], column: str) -> bool:
+    value = row.get(column)
+    return _depth(value) > 0 and len(value) > 0  # type: ignore[arg-type]
+
+
+def _padded(rows: list[Any], pad_token: int) -> Batch:
+    """Rows padded on the right, side by side, with a mask where there is padding; and their labels, one for each token.
+
+    Raises:
+        OptionError: a row whose mask is not as long as it.
+    """
+    ids = [torch.as_tensor(row["input_ids"]).long() for row in rows]
+    masks = [
+        torch.as_tensor(row["attention_mask"]).long() if _holds(row, "attention_mask") else torch.ones_like(tokens)
+        for row, tokens in zip(rows, ids, strict=True)
+    ]
+    for tokens, mask in zip(ids, masks, strict=True):
+        if len(tokens) != len(mask):
+            raise OptionError(
+                f"A row of calibration_dataset has {len(tokens)} input_ids and an attention_mask of {len(mask)}; give one "
+                "for each, or no mask."
+            )
+    batch = {"input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token)}
+    mask = pad_sequence(masks, batch_first=True)
+    if not bool(mask.all()):
+        batch["attention_mask"] = mask
+    if all(_depth(row.get("labels")) == 1 for row in rows):
+        labels = [torch.as_tensor(row["labels"]).long() for row in rows]
+        batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+    return batch
+
+
+def _stacked(rows: list[Any]) -> Batch:
+    """Images side by side, (images, channels, height, width).
+
+    Raises:
+        OptionError: something else than images, or such of several sizes.
+    """
+    images = [torch.as_tensor(row["pixel_values"]).float() for row in rows]
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) > 1 or len(shapes[0]) != 3:
+        raise OptionError(
+            f"calibration_dataset has pixel_values of the shape {' and '.join(map(str, shapes))}; expected the same "
+            "(channels, height, width) in each row. Let the teacher's image processor make them."
+        )
+    return {"pixel_values": torch.stack(images)}

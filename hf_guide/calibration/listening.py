@@ -2,16 +2,20 @@
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_guide.calibration.anatomy import Part
 from hf_guide.calibration.batches import Batch
 
 Hear = Callable[[Tensor], object]
+CROSS_ATTENTION_READERS = re.compile(r"\.(?:EncDecAttention|encoder_attn)\.[kv]")
+"""Modules of a decoder that are given the encoder's tokens."""
 
 
 class Heard(Exception):  # noqa: N818  # not an error: what was wanted of a forward has been heard
@@ -57,10 +61,6 @@ def run(model: PreTrainedModel, batch: Batch) -> Any:
     inside = inspect.signature(model.base_model.forward).parameters if hands_on else {}
     if "use_cache" in {*accepted, *inside}:
         inputs["use_cache"] = False  # of some families' heads it is one of the keywords that are handed on
-    if "decoder_input_ids" in accepted and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = inputs[
-            "input_ids"
-        ]  # a decoder must read something; better is what the batch names
     try:
         return model(**inputs)
     except Heard:
@@ -89,7 +89,8 @@ def _fit(value: Tensor, model: PreTrainedModel) -> Tensor:
 @contextlib.contextmanager
 def listening_mode(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation mode, and back; of float64 its experts are run one by one, for no kernel groups them."""
-    was_training, experts = model.training, None
+    were_training = {module: module.training for module in model.modules()}  # a part may be frozen in its own mode
+    experts = None
     model.eval()
     if model.dtype == torch.float64 and model._can_set_experts_implementation():
         experts = model.get_experts_implementation()
@@ -97,9 +98,25 @@ def listening_mode(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, was_training in were_training.items():
+            module.training = was_training
         if experts is not None:
             model.set_experts_implementation(experts)
+
+
+def hears_decoder(part: Part, config: PreTrainedConfig) -> bool:
+    """Whether what a part is given are the tokens of an encoder-decoder's decoder: those that it reads, wherever it stands."""
+    if CROSS_ATTENTION_READERS.search(part.name):
+        return False
+    return is_decoder(next((norm for norm in part.match.row.reads if norm), part.name), config)
+
+
+def is_decoder(name: str, config: PreTrainedConfig) -> bool:
+    """Whether a stack, or the norm behind it, is an encoder-decoder's decoder; a head that names neither reads the decoder.
+
+    A model that is a decoder and nothing else may call its blocks so as well (OPT): its mask is the only one.
+    """
+    return bool(config.is_encoder_decoder) and ("decoder" in name or "encoder" not in name)
 
 
 def real_tokens(heard: Tensor, batch: Batch, *, of_decoder: bool = False) -> Tensor:
@@ -107,8 +124,7 @@ def real_tokens(heard: Tensor, batch: Batch, *, of_decoder: bool = False) -> Ten
 
     What is heard within a mixture of experts has the two axes made one, (batch * length, width).
     """
-    for name in ("decoder_attention_mask",) if of_decoder else ("attention_mask",):
-        mask = batch.get(name)
-        if mask is not None and mask.ndim == 2 and heard.shape[:-1] in (mask.shape, (mask.numel(),)):
-            return heard.reshape(-1, heard.shape[-1])[mask.to(heard.device).bool().flatten()]
+    mask = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
+    if mask is not None and mask.ndim == 2 and heard.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return heard.reshape(-1, heard.shape[-1])[mask.to(heard.device).bool().flatten()]
     return heard.reshape(-1, heard.shape[-1])

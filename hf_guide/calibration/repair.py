@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from hf_guide.calibration.anatomy import Part, bias_of, study, weight_of
 from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint
-from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, real_tokens
+from hf_guide.calibration.listening import Heard, heard_at, hears_decoder, hooks, is_decoder, on_input, real_tokens
 from hf_guide.calibration.regression import Halves, best_correction, in_single, rounding_of, with_one
 from hf_guide.calibration.replay import NotReplayable, Replay
 from hf_guide.calibration.stages import OUTPUT, Stage, find_stages
@@ -192,7 +192,7 @@ class Mender:
         self._fit_readers(stage.parts, sums)
 
     def _add_read(self, sums: list[Halves], part: Part, heard: Tensor, wanted: Tensor, batch: int) -> None:
-        of_decoder, mask = "decoder" in part.name, self.batches[batch]
+        of_decoder, mask = hears_decoder(part, self.student.config), self.batches[batch]
         x, y = (with_one(real_tokens(each, mask, of_decoder=of_decoder), True) for each in (heard, wanted))
         if not sums:
             sums.append(Halves.of(x.shape[1], y.shape[1]))
@@ -237,7 +237,7 @@ class Mender:
         biased = bias_of(part.module) is not None
         sums: list[Halves] = []
         factor = self.transfer.stream_scale(self._site(part, "weight"))
-        of_decoder = "decoder" in part.name
+        of_decoder = hears_decoder(part, self.student.config)
         for batch in range(len(self.batches)):
             heard: dict[str, Tensor] = {}
 
@@ -318,10 +318,9 @@ class Mender:
 
     def _share_lost(self, has: Sequence[Tensor], wanted: Sequence[Tensor], stack: str) -> float:
         lost = whole = 0.0
+        of_decoder = is_decoder(stack, self.student.config)
         for batch, one, other in zip(self.batches, has, wanted, strict=True):
-            x, y = (
-                real_tokens(each, batch, of_decoder="decoder" in stack) for each in (one, self._carried(other, stack))
-            )
+            x, y = (real_tokens(each, batch, of_decoder=of_decoder) for each in (one, self._carried(other, stack)))
             length = y.square().sum(-1, dtype=torch.float64).clamp(min=1e-300)
             lost += ((y - x).square().sum(-1, dtype=torch.float64) / length).sum().item()
             whole += len(length)

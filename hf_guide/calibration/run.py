@@ -147,6 +147,7 @@ def initialize_calibrated(
 
     Raises:
         ShapeError, LayoutError: what the plan refuses.
+        OptionError: fewer tokens heard than directions are to be found.
     """
     started = time.perf_counter()
     untie_as_teacher(student, teacher)
@@ -158,6 +159,8 @@ def initialize_calibrated(
         basis = Basis.PLACES if plan.turns_with_loss() else Basis.ACTIVATIONS
     if basis != Basis.EMBEDDINGS:
         activations = {axis: statistics.moments[axis] for axis in reduced_axes(plan) if axis in statistics.moments}
+    if basis == Basis.ACTIVATIONS:
+        _refuse_too_few(plan, statistics)
     transfer, fitted = fit_bases(plan, activations, places=basis == Basis.PLACES)
     units, notes = choose_units(plan, statistics)
     transfer.notes += notes
@@ -211,6 +214,18 @@ def initialize_calibrated(
     report = make_report(student, transfer, fitted, seconds)
     report.calibration = facts
     return report
+
+
+def _refuse_too_few(plan: Plan, statistics: Statistics) -> None:
+    """Refuse to look for directions that no token lies in: they would be any."""
+    for axis in reduced_axes(plan):
+        wanted, heard = plan.widths[axis][1], statistics.heard.get(axis)
+        if heard is not None and heard < wanted:
+            raise OptionError(
+                f"calibration_dataset has {heard} tokens, and the student's stream {axis!r} is {wanted} wide: that many "
+                f"directions are looked for among the tokens. Pass at least {wanted}, better thousands, or choose "
+                "basis='embeddings', which needs none."
+            )
 
 
 def _energies_of(

@@ -12,7 +12,17 @@ from transformers import PreTrainedModel
 from hf_guide.calibration.anatomy import Anatomy, Part, weight_of
 from hf_guide.calibration.batches import Batch, tokens_in
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint
-from hf_guide.calibration.listening import first_of, given, hooks, listening_mode, on_input, real_tokens, run
+from hf_guide.calibration.listening import (
+    first_of,
+    given,
+    hears_decoder,
+    hooks,
+    is_decoder,
+    listening_mode,
+    on_input,
+    real_tokens,
+    run,
+)
 from hf_guide.errors import TeacherError
 from hf_guide.initialization.axes import Name, Product, axis_names, axis_size, places_of
 from hf_guide.initialization.choices import Pooling
@@ -32,6 +42,7 @@ class Statistics:
             (heads, l, l).
         projected: for each weight that makes queries or keys, by its name and the size, ".../q_dim", the second moment of what
             a head's places are given, with a one beside them, (heads, l + 1, l + 1); not where they are rotated.
+        heard: for each projected axis how many tokens were seen on it, at the block that was given most.
     """
 
     tokens: int = 0
@@ -39,6 +50,7 @@ class Statistics:
     turned: dict[str, Tensor] = field(default_factory=dict)
     inner: dict[str, Tensor] = field(default_factory=dict)
     projected: dict[str, Tensor] = field(default_factory=dict)
+    heard: dict[str, int] = field(default_factory=dict)
 
     def parts(self, seen: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return all sums by what they are of, and beside them on how many tokens each block was heard."""
@@ -68,7 +80,7 @@ def gather(
         checkpoint: where sums are kept meanwhile, and gone on with.
 
     Raises:
-        TeacherError: activations that are not finite.
+        TeacherError: activations that are not finite, as soon as a block makes such; names it, and weights that are not.
     """
     found = Statistics()
     seen = {stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in anatomy.blocks.items()}
@@ -79,11 +91,15 @@ def gather(
     current: Batch = {}
     last: list[Tensor] = []
 
+    def real(heard: Tensor, part: Part) -> Tensor:
+        rows = real_tokens(heard, current, of_decoder=hears_decoder(part, model.config))
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
     def hear_stream(place: Part, share: float, stream: Tensor) -> None:
         if last and last[0] is stream:
             return  # another weight reads the same
         last[:] = [stream]
-        rows = _real(stream, current, place)
+        rows = real(stream, place)
         if layout.norm == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
         if pooling != Pooling.ENERGY:
@@ -91,7 +107,7 @@ def gather(
         found.moments[place.axis] = found.moments.get(place.axis, 0) + share * (rows.T @ rows).double().cpu()
 
     def hear_inner(name: str, part: Part, inner: Tensor) -> None:
-        rows, size = _real(inner, current, part), heads[name]
+        rows, size = real(inner, part), heads[name]
         if size is None:
             total = rows.square().sum(0, dtype=torch.float64).cpu()
         else:
@@ -100,14 +116,18 @@ def gather(
         found.inner[name] = found.inner.get(name, 0) + total
 
     def hear_block(stack: str, number: int, stream: Tensor, output: Tensor) -> None:
-        of_decoder = "decoder" in stack
+        of_decoder = is_decoder(stack, model.config)
         before, after = (real_tokens(each, current, of_decoder=of_decoder).double() for each in (stream, output))
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
-        found.turned[stack][number] += (1 - cosine).sum().cpu()
+        turned = (1 - cosine).sum().cpu()
+        if not turned.isfinite():
+            does = "makes" if before.isfinite().all() else "is given"
+            raise _not_finite(model, f"first in what {stack.replace('{block}', str(number))} {does}")
+        found.turned[stack][number] += turned
         seen[stack][number] += len(cosine)
 
     def hear_projected(name: str, part: Part, places: Tensor, output: Tensor) -> None:
-        rows = _real(output, current, part)[:, places]  # (tokens, heads, l)
+        rows = real(output, part)[:, places]  # (tokens, heads, l)
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1).movedim(1, 0)
         found.projected[name] = found.projected.get(name, 0) + (rows.mT @ rows).double().cpu()
 
@@ -155,7 +175,10 @@ def gather(
     add_up(found.projected.values())
     for stack, count in seen.items():
         found.turned[stack] /= count.clamp(min=1)
-    _refuse_not_finite(found)
+    for place in places:
+        if place.stack in seen:
+            found.heard[place.axis] = max(found.heard.get(place.axis, 0), int(seen[place.stack].max()))
+    _refuse_not_finite(found, model)
     return found
 
 
@@ -220,21 +243,22 @@ def _shares(places: Sequence[Part], pooling: str) -> list[float]:
     return [1.0 / homes.count(home) for home in homes]
 
 
-def _real(heard: Tensor, batch: Batch, part: Part) -> Tensor:
-    rows = real_tokens(heard, batch, of_decoder="decoder" in part.name)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
 def _inner_shape(part: Part, head: int | None) -> tuple[int, ...]:
     width = weight_of(part.module).shape[1]
     return (width,) if head is None else (width // head, head, head)
 
 
-def _refuse_not_finite(found: Statistics) -> None:
+def _refuse_not_finite(found: Statistics, model: PreTrainedModel) -> None:
     for what, tensors in (("the residual stream", found.moments), ("the input of", found.inner)):
         for name, tensor in tensors.items():
             if not math.isfinite(tensor.sum().item()):
-                raise TeacherError(
-                    f"The teacher's activations are not finite on the calibration dataset: {what} {name!r}. Load it in a "
-                    "wider dtype, or look at the data."
-                )
+                raise _not_finite(model, f"{what} {name!r}")
+
+
+def _not_finite(model: PreTrainedModel, where: str) -> TeacherError:
+    weights = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if weights:
+        advice = f"{len(weights)} of its weights are not either, such as {weights[0]}: fetch the checkpoint again"
+    else:
+        advice = "Its weights are: load it in a wider dtype, or look at the data"
+    return TeacherError(f"The teacher's activations are not finite on the calibration dataset, {where}. {advice}.")

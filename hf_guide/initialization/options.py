@@ -198,7 +198,10 @@ class InitializationConfig:
     )
     calibration_length: int = field(
         default=256,
-        metadata={"help": "How many tokens a text is cut into, where the calibration dataset is text."},
+        metadata={
+            "help": "How many tokens a text is cut into, where the calibration dataset is text: no more than the teacher has "
+            "positions."
+        },
     )
     calibration_batch_size: int = field(
         default=8,

@@ -187,10 +187,16 @@ def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> N
         (None, ["no calibration_dataset was given", "method='guide'"]),
         ([], ["empty"]),
         ("file.txt", ["found a str"]),
-        ([{"label": 3}], ["['label']", "input_ids or text"]),
+        ([{"label": 3}], ["['label']", "input_ids, text or pixel_values"]),
         ([3], ["yields a int"]),
         (["a text"], ["no tokenizer beside it", "input_ids"]),
         ([{"pixel_values": torch.zeros(1, 3, 4, 4)}], ["['pixel_values']", "LlamaForCausalLM"]),
+        ([{"pixel_values": torch.zeros(3, 4, size)} for size in (4, 5)], ["(3, 4, 4) and (3, 4, 5)", "the same"]),
+        ([{"input_ids": [3, 96]}], ["token id 96", "0 to 95"]),
+        ([{"input_ids": torch.tensor([[3, -100]])}], ["token id -100", "0 to 95"]),
+        ([{"input_ids": []}, {"input_ids": None}], ["not one token"]),
+        ([{"input_ids": [3, 4], "attention_mask": [1]}], ["2 input_ids", "attention_mask of 1"]),
+        (data(1, rows=1), ["9 tokens", "24 wide", "at least 24"]),
     ],
     ids=str,
 )
@@ -233,8 +239,26 @@ def test_infinite_activations_are_named() -> None:
     loud = KINDS["llama"].teacher()
     with torch.no_grad():
         loud.model.layers[2].mlp.down_proj.weight.mul_(1e38)
-    with pytest.raises(HfGuideError, match="not finite on the calibration dataset"):
+    with pytest.raises(
+        HfGuideError, match=r"not finite on the calibration dataset, first in what layers.2 makes. Its weights are"
+    ):
         student_of(loud)
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", "first in what layers.1 makes"),
+        ("model.embed_tokens.weight", "first in what layers.0 is given"),
+    ],
+)
+def test_weights_that_are_not_finite_are_named_at_the_first_batch(weight: str, said: str) -> None:
+    broken, drawn = KINDS["llama"].teacher(), []
+    broken.get_parameter(weight).data.fill_(torch.nan)
+    broken.register_forward_hook(lambda *_: drawn.append(1))
+    with pytest.raises(HfGuideError) as found:
+        student_of(broken)
+    assert said in str(found.value) and weight in str(found.value) and not drawn
 
 
 def test_the_command_line_takes_text_files(teacher: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

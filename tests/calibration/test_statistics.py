@@ -82,7 +82,9 @@ def test_padding_is_not_heard(teacher: LlamaForCausalLM) -> None:
 
 def test_nothing_stays_on_the_teacher(teacher: LlamaForCausalLM) -> None:
     teacher.train()
+    frozen = teacher.model.layers[1].eval()
     heard(teacher, [{"input_ids": ids()}])
-    assert teacher.training
+    assert teacher.training and teacher.model.layers[0].mlp.training
+    assert not any(module.training for module in frozen.modules())
     teacher.eval()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())

@@ -1,0 +1,96 @@
+"""What stands in padding changes nothing, whatever a family calls its blocks; a decoder hears what it reads in training."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from hf_guide import OptionError, from_teacher
+from tests.calibration.test_batches import drawn
+from tests.tiny import KINDS
+
+SIZES = {"vocab_size": 96, "max_position_embeddings": 32}
+
+
+def opt() -> tuple[PreTrainedModel, dict[str, Any]]:
+    torch.manual_seed(1)
+    config = OPTConfig(
+        **SIZES, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    return OPTForCausalLM(config).eval(), {"hidden_size": 16, "word_embed_proj_dim": 16}
+
+
+def bart() -> tuple[PreTrainedModel, dict[str, Any]]:
+    torch.manual_seed(1)
+    sides = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in BART.items()}
+    return BartForConditionalGeneration(BartConfig(**SIZES, **sides, d_model=32)).eval(), {"d_model": 16}
+
+
+BART = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+
+
+def t5() -> tuple[PreTrainedModel, dict[str, Any]]:
+    teacher = KINDS["t5"].teacher(decoder_start_token_id=0, num_layers=2, tie_word_embeddings=False)
+    return teacher, {"d_model": 24}
+
+
+def padded(pad: int, **more: Tensor) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for length in (4, 7, 6, 5):
+        tokens = torch.randint(3, 96, (4, 10), generator=generator)
+        mask = torch.ones_like(tokens)
+        mask[:2, length:] = 0
+        found.append({"input_ids": tokens.masked_fill(mask == 0, pad), "attention_mask": mask, **more})
+    return found
+
+
+def with_decoder(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Name what the decoder reads as well: as long, so that no mask is told by its shape, and padded elsewhere."""
+    return [
+        {
+            **batch,
+            "decoder_input_ids": batch["input_ids"].flip(0),
+            "decoder_attention_mask": batch["attention_mask"].flip(0),
+        }
+        for batch in batches
+    ]
+
+
+@pytest.mark.parametrize(("make", "pair"), [(opt, False), (bart, False), (bart, True), (t5, False), (t5, True)])
+def test_what_stands_in_padding_changes_nothing(make: Any, pair: bool) -> None:
+    teacher, smaller = make()
+    students = [
+        from_teacher(
+            teacher,
+            method={"method": "calibrated", "fit_table": False},
+            calibration_dataset=with_decoder(padded(pad)) if pair else padded(pad),
+            show_progress=False,
+            **smaller,
+        )
+        for pad in (1, 77)
+    ]
+    one, other = (student.state_dict() for student in students)
+    differing = {name: (one[name] - other[name]).abs().max().item() for name in one}
+    assert max(differing.values()) < 1e-4, {name: value for name, value in differing.items() if value >= 1e-4}
+
+
+def test_a_decoder_hears_the_labels_as_it_reads_them_in_training() -> None:
+    teacher, _ = t5()
+    labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
+    (batch,) = drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": labels}])
+    assert batch["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 8, 9]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    rows = [{"input_ids": [3, 4, 5], "labels": [5, 6, 7]}, {"input_ids": [3], "labels": [8, 9]}]
+    assert torch.equal(drawn(teacher, rows)[0]["decoder_input_ids"], batch["decoder_input_ids"])
+    given = {"decoder_input_ids": torch.tensor([[4, 4], [4, 4]]), "labels": labels}
+    (batch,) = drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), **given}])
+    assert batch["decoder_input_ids"].tolist() == [[4, 4], [4, 4]] and "decoder_attention_mask" not in batch
+
+
+def test_labels_that_cannot_be_shifted() -> None:
+    teacher = KINDS["t5"].teacher()  # its config has no decoder_start_token_id
+    with pytest.raises(OptionError, match="decoder_start_token_id"):
+        drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": torch.tensor([[5], [6]])}])
