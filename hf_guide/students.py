@@ -1,11 +1,12 @@
 """The doors: `from_teacher`, the same as a mixin, and one Auto class a task."""
 
 import dataclasses
+import functools
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from transformers import (
@@ -45,7 +46,25 @@ from hf_guide.saving import attach_report, carry_generation_config, save_student
 if TYPE_CHECKING:
     from hf_guide.lelp.projector import SubclassProjector
 
+Given = ParamSpec("Given")
 
+
+def made_on_cpu(make: Callable[Given, PreTrainedModel]) -> Callable[Given, PreTrainedModel]:
+    """Make a student on the CPU, where the plan and its arithmetic are, and then take it to the caller's default device."""
+
+    @functools.wraps(make)
+    def door(*args: Given.args, **kwargs: Given.kwargs) -> PreTrainedModel:
+        home = torch.get_default_device()
+        if home.type == "cpu":
+            return make(*args, **kwargs)
+        with torch.device("cpu"):
+            student = make(*args, **kwargs)
+        return student.to(home)  # type: ignore[arg-type]
+
+    return door
+
+
+@made_on_cpu
 def from_teacher(
     teacher: "str | os.PathLike[str] | PreTrainedModel",
     config: PreTrainedConfig | None = None,
@@ -73,12 +92,14 @@ def from_teacher(
     embedding table; of blocks the outer ones are kept, and all other axes are selected evenly.
 
     Args:
-        teacher: a Hub id, a folder, or a loaded model, which is left untouched.
+        teacher: a Hub id, a folder, or a loaded model, which is left untouched. "calibrated" runs it: a loaded model where it
+            is, any other on this process's GPU where there is one, and it must fit there.
         config: the student's config, of the teacher's own config class; None takes the teacher's.
         method: "guide", "calibrated", "uniform" or "random", or an `InitializationConfig` (or a mapping of its fields).
-        calibration_dataset: for "calibrated": a `datasets` dataset with `input_ids` or text (which the teacher's tokenizer
-            cuts up), a list of texts, or an iterable of batches (dicts of tensors). Its first `calibration_tokens` go
-            through the teacher. Under torch.distributed each process hears its share, and all get the same student.
+        calibration_dataset: for "calibrated": a `datasets` dataset with `input_ids`, `pixel_values` or text (which the
+            teacher's tokenizer cuts up), a list of texts, or an iterable of batches (dicts of tensors). Its first
+            `calibration_tokens` go through the teacher. Under torch.distributed each process hears its share, and all get
+            the same student.
         calibration_dir: for "calibrated": a folder, new or of the same call, that keeps what is heard and fitted. Killed at
             any moment, the same call goes on from there. It stays when the student is made, for that is not saved by then:
             remove it once it is. All processes must see it.
@@ -94,8 +115,8 @@ def from_teacher(
             the family derives from others (`head_dim`, `layer_types`, ...) follow again.
 
     Returns:
-        The student, in evaluation mode as `from_pretrained` gives it, with an `initialization_report`, which
-        `save_pretrained` writes beside the weights.
+        The student, in evaluation mode and on torch's default device as `from_pretrained` gives it, with an
+        `initialization_report`, which `save_pretrained` writes beside the weights.
 
     Raises:
         OptionError: an unknown method, option or override, with the nearest valid name; a calibration_dir of another call.

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, distributed
 
 Item = TypeVar("Item")
@@ -50,3 +51,14 @@ def collective_device() -> torch.device:
     if "nccl" in str(distributed.get_backend()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def own_device() -> torch.device:
+    """Return the GPU of this process, or what accelerate has chosen where it was asked already; the CPU where there is none.
+
+    It is not asked here, for it would start the processes' group. Only of CUDA (and ROCm) is it known that they have float64.
+    """
+    if PartialState._shared_state:
+        device = PartialState().device
+        return device if device.type == "cuda" else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

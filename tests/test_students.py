@@ -45,6 +45,19 @@ def test_a_student_is_what_from_config_builds(kind: Kind, method: str) -> None:
     assert student.config.to_dict() == stock.config.to_dict() and not student.training
 
 
+@pytest.mark.parametrize("method", ["guide", "calibrated", "random"])
+def test_a_default_device_is_where_the_student_comes_to(method: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    heard = [{"input_ids": torch.randint(3, 96, (8, 9), generator=generator)}] if method == "calibrated" else None
+    teacher = LLAMA.teacher()
+    expected = student_of(teacher, LLAMA, method=method, calibration_dataset=heard)
+    with torch.device("meta"):  # which holds no number: whatever is worked out there fails
+        found = student_of(teacher, LLAMA, method=method, calibration_dataset=heard)
+    assert found.device.type == "meta" and expected.device.type == teacher.device.type == "cpu"
+    reports = [student.initialization_report for student in (found, expected)]
+    assert reports[0].kept == reports[1].kept and reports[0].calibration == reports[1].calibration
+
+
 @of_every_kind
 def test_buffers_are_those_of_the_config(kind: Kind) -> None:
     """Rotary frequencies, position ids, scales of embeddings: saved or not, none is left as memory happened to be."""

@@ -30,7 +30,7 @@ from hf_guide.calibration.queries import turn_queries
 from hf_guide.calibration.repair import Mender
 from hf_guide.calibration.statistics import Statistics, gather, neurons_of
 from hf_guide.calibration.values import size_of_heads, turn_values
-from hf_guide.errors import OptionError
+from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.choices import Basis, BlockChoice, Repair
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import Layout
@@ -40,7 +40,7 @@ from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.weights import Teacher
-from hf_guide.worlds import world
+from hf_guide.worlds import own_device, world
 
 
 @dataclass
@@ -69,17 +69,19 @@ def listen(
     """Run a teacher on the calibration dataset once and return what was heard.
 
     Args:
-        teacher: what `from_teacher` was given; a loaded model is used as it is, anything else is loaded from `opened`.
+        teacher: what `from_teacher` was given; a loaded model is used as it is and where it is, anything else is loaded from
+            `opened`, and runs on this process's GPU where there is one.
         folder: where what is done is kept, and gone on with. call: all else that the student depends on, as JSON has it.
 
     Raises:
         OptionError: a dataset of which no batches can be made, or fewer batches than there are processes; a folder of another
             call.
-        TeacherError: activations that are not finite.
+        TeacherError: activations that are not finite, or a model that is spread over several devices.
     """
     started = time.perf_counter()
     layout = layout_for(opened.config, opened.model_class)
-    model = teacher if isinstance(teacher, PreTrainedModel) else bring_to_life(opened)
+    model = teacher if isinstance(teacher, PreTrainedModel) else bring_to_life(opened, own_device())
+    refuse_spread(model)
     anatomy = study(model, layout)
     tokens = options.calibration_tokens or tokens_for(neurons_of(anatomy, layout, model))
     batches = draw_batches(dataset, model, opened, options, tokens=tokens, **hub)
@@ -104,8 +106,22 @@ def listen(
     return Calibration(model, batches, statistics, time.perf_counter() - started, checkpoint)
 
 
-def bring_to_life(opened: Teacher) -> PreTrainedModel:
-    """Return a model with an opened teacher's weights, in the dtype they are stored in, on the CPU."""
+def refuse_spread(model: PreTrainedModel) -> None:
+    """Refuse a model of which parts are on several devices: what is heard in one is compared with what is heard in another.
+
+    Raises:
+        TeacherError: names the devices.
+    """
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise TeacherError(
+            f"The teacher is spread over {', '.join(devices)}, and calibrated runs it on one device. Load it on one "
+            "(device_map={'': 0}, or none for the CPU), or pass its folder or Hub id."
+        )
+
+
+def bring_to_life(opened: Teacher, device: torch.device) -> PreTrainedModel:
+    """Return a model with an opened teacher's weights, in the dtype they are stored in, on a device."""
     with no_init_weights():
         model = opened.model_class._from_config(opened.config, dtype=opened.dtype)
     model.tie_weights()
@@ -113,7 +129,7 @@ def bring_to_life(opened: Teacher) -> PreTrainedModel:
     with torch.no_grad():
         for name in opened.weights.keys():
             tensors[name].copy_(opened.weights.get(name))
-    return model.eval()
+    return model.eval().to(device)
 
 
 def chosen_layers(

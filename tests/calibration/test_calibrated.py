@@ -1,20 +1,25 @@
 """What calibrated promises besides its laws: the same bits again, repairs that repair, and errors that help."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hf_guide import HfGuideError, InitializationConfig, InitializationReport, OptionError, from_teacher
+from hf_guide.calibration import run
 from hf_guide.calibration.anatomy import study
 from hf_guide.calibration.batches import tokens_for
 from hf_guide.calibration.statistics import neurons_of
 from hf_guide.cli import main
+from hf_guide.errors import TeacherError
 from hf_guide.initialization.derive import layout_for
+from hf_guide.worlds import own_device
 from tests.tiny import KINDS, Kind, inputs, logits, same_bits
 
 SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
@@ -46,10 +51,54 @@ def tied() -> LlamaForCausalLM:
     return KINDS["llama tied"].teacher()
 
 
-def test_the_same_call_gives_the_same_bits_from_memory_and_from_disk(teacher: Any, tmp_path: Path) -> None:
+def test_the_same_call_gives_the_same_bits_from_memory_and_from_disk(
+    teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "own_device", lambda: torch.device("cpu"))  # where the one in memory is
     teacher.save_pretrained(tmp_path)
     first = student_of(teacher)
     assert same_bits(first, student_of(teacher)) and same_bits(first, student_of(tmp_path))
+
+
+def test_a_teacher_of_a_folder_runs_on_this_processes_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[torch.device] = []
+    gather = run.gather
+    monkeypatch.setattr(
+        run, "gather", lambda model, *rest, **more: ran.append(model.device) or gather(model, *rest, **more)
+    )
+    loaded = KINDS["llama"].teacher()
+    loaded.save_pretrained(tmp_path)
+    students = [student_of(teacher) for teacher in (tmp_path, loaded)]
+    assert [device.type for device in ran] == ["cuda" if torch.cuda.is_available() else "cpu", "cpu"]
+    assert [student.device.type for student in students] == ["cpu", "cpu"]
+    one, other = (torch.cat([weight.flatten() for weight in student.parameters()]) for student in students)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_loaded_teacher_runs_where_it_is(teacher: Any) -> None:
+    expected, found = student_of(teacher), student_of(copy.deepcopy(teacher).cuda())
+    assert found.device.type == "cpu"
+    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-2)
+
+
+def test_accelerates_choice_of_a_device_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    assert own_device() == torch.device("cuda", 1)
+    for chosen, expected in (("cuda:0", "cuda:0"), ("cpu", "cpu"), ("mps", "cpu")):
+        monkeypatch.setattr(PartialState, "_shared_state", {"device": torch.device(chosen)})
+        assert own_device() == torch.device(expected)
+
+
+def test_a_teacher_that_is_spread_over_devices_is_refused() -> None:
+    spread = KINDS["llama"].teacher()
+    run.refuse_spread(spread)
+    spread.model.layers[2].to("meta")  # stands for another GPU
+    with pytest.raises(TeacherError, match=r"spread over cpu, meta.*Load it on one"):
+        run.refuse_spread(spread)
 
 
 def test_a_dataset_of_ids_is_batches_of_them(teacher: Any) -> None:
