@@ -64,7 +64,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "pooled by energy": {"pooling": "energy"},
     "embedding basis": {"basis": "embeddings"},
     "places of the stream": {"basis": "places"},
-    "blocks by influence": {"layers": "influence"},
+    "blocks evenly": {"layers": "even"},
     "even heads": {"heads": "even"},
     "even neurons": {"neurons": "even"},
     "values not turned": {"turn_values": False},
