@@ -211,7 +211,7 @@ def plot(rows: list[Row], file: Path) -> None:
         axis.axhline(goal, color="black", linestyle=":", label="teacher")
         late = [point[1] for row in here for point in row["curve"][1:]]  # where it starts is off the panel's top
         axis.set_ylim(min([goal, *late]) - 0.1, max([goal, *late]) + 0.1)
-        axis.legend(fontsize="x-small", loc="upper right")
+        axis.legend(fontsize="xx-small", loc="upper right", ncols=1 + len(axis.get_legend_handles_labels()[0]) // 8)
     figure.tight_layout()
     figure.savefig(file, dpi=80)
     pyplot.close(figure)
