@@ -136,6 +136,8 @@ class Mender:
                 dtype = student.streams[0].dtype
                 student.streams = [self._carried(stream, stack).to(dtype) for stream in teacher.streams]
             stages = find_stages(student, self.of_student, stack, number, may, self.notes)
+            if self.options.repair != Repair.ALL:
+                stages = [stage for stage in stages if stage.point is not None]
             taps = self._tap(teacher, stack, fed[number], stages)
             end = fed[number + 1] if number + 1 < len(fed) else len(teacher.blocks)
             if self.options.absorb_blocks:
@@ -144,12 +146,12 @@ class Mender:
             taps[OUTPUT] = list(teacher.streams)
             for stage in stages:
                 if stage.point is None:
-                    if self.options.repair == Repair.ALL:
-                        self._mend_readers(student, number, stage, taps[stage.parts[0].name])
+                    self._mend_readers(student, number, stage, taps.pop(stage.parts[0].name))
                 else:
                     self._mend_writer(student, number, stage, taps[stage.point])
             student.step()
             self.lost.setdefault(name, []).append(self._share_lost(student.streams, taps[OUTPUT], stack))
+            taps.clear()  # before the next block's are held beside them
             self.keep(steps[number])
 
     def _tap(self, teacher: Replay, stack: str, number: int, stages: Sequence[Stage]) -> dict[str, list[Tensor]]:

@@ -1,7 +1,8 @@
 """A stack of blocks, run one block at a time on streams that are held in between.
 
 So a block can be heard, changed and heard again without running what stands before it. The price: one stream, (tokens, d),
-is held per model for all calibration tokens of this process.
+is held per model for all calibration tokens of this process, and what else blocks are called with: a mask a batch where there
+is padding, (batch, length, length), and the encoder's output where it is a decoder that reads one.
 """
 
 from collections.abc import Sequence

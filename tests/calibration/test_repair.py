@@ -1,12 +1,18 @@
 """The pieces of a repair: ridge regression that knows when to leave a weight alone, and where a writer is heard again."""
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
+from hf_guide import from_teacher
 from hf_guide.calibration.anatomy import study
 from hf_guide.calibration.regression import Sums, best_correction, correction
+from hf_guide.calibration.repair import Mender
 from hf_guide.calibration.replay import NotReplayable, Replay
 from hf_guide.calibration.stages import OUTPUT, find_stages
 from hf_guide.initialization.layouts import registered_layouts, variant_for
@@ -97,3 +103,30 @@ def test_blocks_that_run_more_than_once_are_not_replayed() -> None:
     model.model.layers[1] = model.model.layers[0]
     with pytest.raises(NotReplayable, match="order"):
         Replay(model, list(model.model.layers), [{"input_ids": torch.arange(3, 12)[None]}], "the model")
+
+
+def test_what_a_block_was_fitted_to_is_let_go_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    left: list[int] = []
+    tap = Mender._tap
+
+    def counting(self: Mender, *given: Any) -> dict[str, list[Tensor]]:
+        gc.collect()
+        left.append(sum(reference() is not None for reference in held))
+        taps = tap(self, *given)
+        held[:] = [weakref.ref(tensor) for tensors in taps.values() for tensor in tensors]
+        return taps
+
+    monkeypatch.setattr(Mender, "_tap", counting)
+    tokens = [{"input_ids": torch.arange(3 + start, 35 + start)[None]} for start in (0, 32)]
+    for repair, taps in (("all", 3), ("writing", 1)):  # what attention and MLP read, and the stream between them
+        held.clear()
+        from_teacher(
+            KINDS["llama"].teacher(),
+            method={"method": "calibrated", "repair": repair},
+            calibration_dataset=tokens,
+            hidden_size=24,
+            show_progress=False,
+        )
+        assert len(held) == taps * len(tokens)
+    assert left == [0] * 8
