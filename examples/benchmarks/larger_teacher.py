@@ -27,7 +27,7 @@ import torch
 from curves import interaction, plot, table
 from safetensors.torch import load_file, save_file
 from starting_arms import ARMS, Given
-from starting_points import drawn, next_rate, read
+from starting_points import best_rate, drawn, ends_by_rate, next_rate, read
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
@@ -120,11 +120,10 @@ def jobs(tokens: int, batch: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
 def next_run(rows: list[dict[str, Any]], job: dict[str, Any]) -> dict[str, Any] | None:
     """Return the next run that a job needs, one that chooses its rate or the job itself; None where it is done."""
     tuned = job | {"shape": FIRST, "objective": "labels", "tuning": True, "seed": TUNING_SEED}
-    ends = {row["rate"]: row["curve"][-1][1] for row in rows if tuned.items() <= row.items()}
-    ends = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in ends.items()}
+    ends = ends_by_rate(rows, tuned)
     if (rate := next_rate(ends, RATES)) is not None:
         return tuned | {"rate": rate}
-    wanted = job | {"rate": min(ends, key=lambda rate: ends[rate]), "tuning": False}
+    wanted = job | {"rate": best_rate(ends), "tuning": False}
     return None if any(wanted.items() <= row.items() for row in rows) else wanted
 
 
@@ -147,7 +146,7 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any]) -> float:
-    """Return how long a run may take: by the slowest of its kind that was made, start included; KD's by its labels'."""
+    """Return how long a run may take, start included: by the median of its objective here, or by three times any other's."""
     alike = [row for row in rows if row["objective"] == todo["objective"] and row["device"] == device_name()]
     each = [row["seconds"] / row["curve"][-1][0] for row in alike or rows]
     starts = [row["start_seconds"] for row in rows if row["arm"] == todo["arm"]]
@@ -268,7 +267,6 @@ def learn(
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, max(1, steps // 20), steps, min_lr_rate=0.05)
     every = max(1, steps // points)
     curve = [(0, round(held_out_loss(model, watched, batch), 5))]
-    model.train()
     for step, rows in enumerate(text.split(batch)[:steps], start=1):
         with torch.autocast(rows.device.type, torch.bfloat16):
             loss = loss_of(model, rows)
@@ -309,14 +307,15 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--table", action="store_true", help="print the table and draw the plot, and stop")
     args = parser.parse_args()
-    args.teacher = args.teacher or default_teacher()
-    torch._dynamo.config.recompile_limit = 64  # the same code serves blocks and heads of every shape
-    if not args.eager:
-        HEADS.update({head: torch.compile(head, dynamic=False) for head in (_cross_entropy, _distilled)})
+    if not args.table:
+        args.teacher = args.teacher or default_teacher()
     if args.prepare:
         write_tokens(args.text, args.teacher, args.prepare, args.prepare_millions)
         return
     if not args.table:
+        if not args.eager:
+            torch._dynamo.config.recompile_limit = 64  # the same code serves blocks and heads of every shape
+            HEADS.update({head: torch.compile(head, dynamic=False) for head in (_cross_entropy, _distilled)})
         run(Bench.prepare(args), args)
     rows = read(args.output)
     print(table(rows))

@@ -174,14 +174,24 @@ def next_job(rows: list[dict[str, Any]], key: dict[str, Any], seeds: list[int]) 
         SystemExit: the rate is that of KD, and no run has chosen it.
     """
     tuned = key | {"objective": key["objective"] if key["objective"] in TUNED else "KD"}
-    short = [row for row in rows if (tuned | {"tuning": True}).items() <= row.items()]
-    ends = {row["rate"]: row["curve"][-1][1] if math.isfinite(row["curve"][-1][1]) else math.inf for row in short}
+    ends = ends_by_rate(rows, tuned | {"tuning": True})
     if key == tuned and (rate := next_rate(ends)) is not None:
         return {"seed": TUNING_SEED, "rate": rate, "tuning": True}
     if not ends:
         raise SystemExit(f"No run has chosen a learning rate for {tuned}: run this first.")
-    jobs = [{"seed": seed, "rate": min(ends, key=lambda rate: ends[rate]), "tuning": False} for seed in seeds]
+    jobs = [{"seed": seed, "rate": best_rate(ends), "tuning": False} for seed in seeds]
     return next((job for job in jobs if not any((key | job).items() <= row.items() for row in rows)), None)
+
+
+def ends_by_rate(rows: list[dict[str, Any]], tuned: dict[str, Any]) -> dict[float, float]:
+    """Return the loss after each of the runs that choose a rate, by its rate; infinity where it is no number."""
+    ends = {row["rate"]: row["curve"][-1][1] for row in rows if tuned.items() <= row.items()}
+    return {rate: loss if math.isfinite(loss) else math.inf for rate, loss in ends.items()}
+
+
+def best_rate(ends: dict[float, float]) -> float:
+    """Return the rate after which the loss is least."""
+    return min(ends, key=lambda rate: ends[rate])
 
 
 def next_rate(ends: dict[float, float], first: tuple[float, ...] = FIRST_RATES) -> float | None:
@@ -194,7 +204,7 @@ def next_rate(ends: dict[float, float], first: tuple[float, ...] = FIRST_RATES) 
     for rate in first:
         if rate not in ends:
             return rate
-    best = RATES.index(min(ends, key=lambda rate: ends[rate]))
+    best = RATES.index(best_rate(ends))
     return next((rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in ends), None)
 
 

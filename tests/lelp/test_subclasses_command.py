@@ -99,14 +99,19 @@ def test_texts_are_shown_by_subclass_with_finer_labels_and_a_forecast(text, tmp_
     assert told["forecast"]["examples"] == COUNT
 
 
-def test_texts_without_labels_go_by_the_teachers_class(text, tmp_path):
-    home, _, heard = text
+def told_without_forecast(home, data, folder):
+    """Return what the command writes of a file of texts beside its figures."""
     words = [
-        "subclasses", home / "projector", home / "bare.jsonl", "--teacher", home / "teacher", "--no-progress",
-        "--no-forecast", "-o", tmp_path / "page.html", "--figures", tmp_path / "figures",
+        "subclasses", home / "projector", data, "--teacher", home / "teacher", "--no-progress",
+        "--no-forecast", "-o", folder / "page.html", "--figures", folder / "figures",
     ]  # fmt: skip
     assert cli.main([str(word) for word in words]) == 0
-    told = json.loads((tmp_path / "figures" / "subclasses.json").read_text())
+    return json.loads((folder / "figures" / "subclasses.json").read_text())
+
+
+def test_texts_without_labels_go_by_the_teachers_class(text, tmp_path):
+    home, _, heard = text
+    told = told_without_forecast(home, home / "bare.jsonl", tmp_path)
     found = heard.logits.argmax(1).bincount(minlength=2).tolist()
     assert [told["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == found
     assert "forecast" not in told
@@ -122,12 +127,7 @@ def test_an_example_without_label_goes_by_the_teachers_class(text, tmp_path, mis
         json.dumps({"text": row["text"], "label": label}) + "\n" for row, label in zip(rows, labels, strict=True)
     )
     (tmp_path / "some.jsonl").write_text(given)
-    words = [
-        "subclasses", home / "projector", tmp_path / "some.jsonl", "--teacher", home / "teacher", "--no-progress",
-        "--no-forecast", "-o", tmp_path / "page.html", "--figures", tmp_path / "figures",
-    ]  # fmt: skip
-    assert cli.main([str(word) for word in words]) == 0
-    told = json.loads((tmp_path / "figures" / "subclasses.json").read_text())
+    told = told_without_forecast(home, tmp_path / "some.jsonl", tmp_path)
     expected = torch.where(torch.arange(COUNT) % 3 > 0, heard.labels, heard.logits.argmax(1)).bincount(minlength=2)
     assert [told["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == expected.tolist()
 
