@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from hf_guide.errors import OptionError
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.weights import Teacher
+from hf_guide.labels import IGNORED, shifted_right
 
 Batch = dict[str, Tensor]
-IGNORED = -100  # the label of a place that has no target, as everywhere in Transformers
 TOKENS_PER_NEURON, TOKENS = 5, (8192, 65536)
 EXPECTED = (
     "a datasets dataset with a column input_ids, text or pixel_values, a list of texts, or an iterable of batches (dicts of "
@@ -141,12 +141,7 @@ def _with_decoder_inputs(batch: Batch, labels: Any, model: PreTrainedModel) -> B
 
 def _shifted(labels: Tensor, model: PreTrainedModel) -> Tensor:
     try:
-        own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-        if own is not None:
-            return own(labels)
-        ids = labels.new_full(labels.shape, model.config.decoder_start_token_id)
-        ids[:, 1:] = labels[:, :-1]
-        return ids.masked_fill(ids == IGNORED, model.config.pad_token_id)
+        return shifted_right(labels, model)
     except (AttributeError, ValueError, TypeError) as error:  # of Transformers, where the config has not both tokens
         raise OptionError(
             f"calibration_dataset has labels, of which {type(model).__name__} cannot make its decoder's input: {error}. Set "

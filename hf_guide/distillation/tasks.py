@@ -16,11 +16,10 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from hf_guide.errors import TaskError
+from hf_guide.labels import IGNORED, shifted_right
 
 NO_CLASSES = ("regression", "multi_label_classification")
 """Kinds of problem (`config.problem_type`) whose logits are no distribution over classes that exclude each other."""
-
-IGNORED = -100  # the label of a place that has no target, as everywhere in Transformers
 
 
 class Task(str, Enum):
@@ -155,13 +154,7 @@ def add_decoder_inputs(model: PreTrainedModel, task: Task, inputs: dict[str, Any
     given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
     if task is not Task.SEQ2SEQ_LM or given or not isinstance(inputs.get("labels"), Tensor):
         return inputs
-    base = without_adapter(model)
-    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
-        return inputs | {"decoder_input_ids": base.prepare_decoder_input_ids_from_labels(inputs["labels"])}
-    config = base.config
-    ids = inputs["labels"].new_full(inputs["labels"].shape, config.decoder_start_token_id)
-    ids[:, 1:] = inputs["labels"][:, :-1]
-    return inputs | {"decoder_input_ids": ids.masked_fill(ids == IGNORED, config.pad_token_id)}
+    return inputs | {"decoder_input_ids": shifted_right(inputs["labels"], without_adapter(model))}
 
 
 def mean_per_item(task: Task, values: Tensor, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
