@@ -183,6 +183,8 @@ def plot(rows: list[Row], file: Path) -> None:
         and row["objective"] in ("labels", "KD")
         and row["tokens_a_parameter"] == most[row["shape"]]
     ]
+    if not rows:
+        return  # so far only learning rates were chosen
     settings = list(dict.fromkeys(map(setting, rows)))
     objectives = list(dict.fromkeys(row["objective"] for row in rows))
     arms = list(dict.fromkeys(row["arm"] for row in rows))

@@ -68,6 +68,7 @@ SHAPES: dict[str, dict[str, int]] = {
 FIRST = next(iter(SHAPES))
 LEADING = ("random", "calibrated, 8,192 tokens", "guide, outer blocks")  # of the arms; at every shape and with KD
 OTHERS = ("subcloning", "uniform, outer blocks")
+OBJECTIVES = ("labels", "KD")
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,8 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     """Make the runs that are not there yet, while there is time."""
     end = time.monotonic() + 60 * args.minutes
     for job in jobs(bench.tokens, bench.batch, args.seeds):
+        if job["shape"] not in args.shapes or job["arm"] not in args.arms or job["objective"] not in args.objectives:
+            continue
         while (todo := next_run(rows := read(args.output), job)) is not None:
             if time.monotonic() + expected_seconds(rows, todo) > end:
                 break
@@ -299,6 +302,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, help="the file that --prepare wrote")
     parser.add_argument("--millions", type=float, default=100, help="tokens of a run")
     parser.add_argument("--batch", type=int, default=64, help=f"blocks of {LENGTH} tokens in a step")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--arms", nargs="+", choices=LEADING + OTHERS, default=LEADING + OTHERS)
+    parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=OBJECTIVES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--points", type=int, default=20, help="of each curve")
     parser.add_argument("--held-out-blocks", type=int, default=256, help="to tune on, and as many to measure on")

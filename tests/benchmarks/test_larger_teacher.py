@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-larger_teacher, package_text, starting_points = map(
-    importlib.import_module, ("larger_teacher", "package_text", "starting_points")
+curves, larger_teacher, package_text, starting_points = map(
+    importlib.import_module, ("curves", "larger_teacher", "package_text", "starting_points")
 )
 
 SIZES = {"hidden_size": 16, "head_dim": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -38,6 +38,7 @@ def args(tmp_path, monkeypatch):
     return argparse.Namespace(
         output=tmp_path / "rows.jsonl", teacher=str(tmp_path / "teacher"), tokens=tmp_path / "tokens.safetensors",
         millions=0.001, seeds=[0], points=2, batch=2, eager=True, held_out_blocks=8, minutes=math.inf, device="cpu",
+        shapes=[larger_teacher.FIRST], arms=["random", "calibrated, 8,192 tokens", "subcloning"], objectives=["labels", "KD"],
     )  # fmt: skip
 
 
@@ -63,6 +64,22 @@ def test_no_run_is_begun_that_would_end_too_late(args):
     args.minutes = 0.0
     larger_teacher.run(larger_teacher.Bench.prepare(args), args)
     assert starting_points.read(args.output) == []
+
+
+def test_only_the_runs_that_are_asked_for_are_made(args):
+    args.arms, args.objectives = ["random"], ["KD"]
+    larger_teacher.run(larger_teacher.Bench.prepare(args), args)
+    rows = starting_points.read(args.output)
+    assert [(row["arm"], row["objective"]) for row in rows if not row["tuning"]] == [("random", "KD")]
+    assert {(row["arm"], row["objective"]) for row in rows if row["tuning"]} == {("random", "labels")}
+    curves.plot(rows, args.output.with_suffix(".png"))
+    assert args.output.with_suffix(".png").exists()
+
+
+def test_nothing_is_drawn_of_runs_that_choose_a_rate(args):
+    row = {"shape": larger_teacher.FIRST, "objective": "labels", "tokens_a_parameter": 1.0, "tuning": True}
+    curves.plot([row], args.output.with_suffix(".png"))
+    assert not args.output.with_suffix(".png").exists()
 
 
 def test_pages_are_read_without_their_markup(tmp_path):
