@@ -73,7 +73,7 @@ class Listener:
             outputs = self.model(**inputs, output_hidden_states=hidden_states, return_dict=True)
         fed = heard[-1] if heard else None
         if fed is not None and not task.is_per_token:
-            everyone = torch.ones(len(fed), dtype=torch.bool, device=fed.device)
+            everyone = torch.ones(len(fed), dtype=torch.bool, device=device)
             fed = embedding_per_item(task, fed, everyone, inputs, bare.config)
         return Heard(
             classes=outputs.logits.shape[-1],

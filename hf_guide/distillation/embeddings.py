@@ -148,6 +148,7 @@ def embedding_per_item(
     A decoder's classifier is fed every place, of which the last that attention sees decides, as in Transformers; where the
     model's `config` says that logits are averaged (`classifier_pooling="late"`), so are embeddings.
     """
+    heard = heard.to(mask.device)  # the classifier of a teacher that is spread may be elsewhere
     if task.is_per_token or heard.ndim == 2:
         return heard[mask]
     seen = inputs.get("attention_mask")

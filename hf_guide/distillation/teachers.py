@@ -115,7 +115,7 @@ class LiveTeacher:
         target = None
         if Needs.LOGITS in needs:
             target = (
-                self._from_head(fed[0][mask], max_logits)
+                self._from_head(fed[0][mask.to(fed[0].device)], max_logits, mask.device)
                 if self.head is not None
                 else self._from_logits(outputs.logits[mask])
             )
@@ -126,7 +126,8 @@ class LiveTeacher:
             weight=self.weight,
         )
 
-    def _from_head(self, hidden: Tensor, max_logits: int) -> Callable[[slice], Dense]:
+    def _from_head(self, hidden: Tensor, max_logits: int, device: torch.device) -> Callable[[slice], Dense]:
+        """Return what makes logits where the head is, which may be another device, and hands them over to `device`."""
         head = self.head
         assert head is not None
         ahead = max(1, max_logits // head.module.weight.shape[0])
@@ -141,7 +142,7 @@ class LiveTeacher:
                 held, first = None, start
                 # In the teacher's own precision, whatever the student's is.
                 with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                    held = head.logits(hidden[start : max(stop, start + ahead)])
+                    held = head.logits(hidden[start : max(stop, start + ahead)]).to(device)
             return Dense(shared_logits(held[start - first : stop - first], self.classes, self.order))
 
         return rows

@@ -192,7 +192,7 @@ class InitializationConfig:
     calibration_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "How many tokens of the calibration dataset are looked at. By default five for each neuron of the "
+            "help": "How many tokens of the calibration dataset are looked at. By default ten for each neuron of the "
             "teacher's MLP, from 8,192 to 65,536: a repair fits a number for each that is kept."
         },
     )

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -223,6 +224,7 @@ def _load(
     if gguf_file is not None:
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     try:
+        config = _dequantised_when_read(config)
         loaded: Any = model_class.from_pretrained(
             name, config=config, dtype="auto", output_loading_info=True, **options
         )
@@ -238,6 +240,21 @@ def _load(
         except _LOADING_ERRORS as error:
             raise TeacherError(f"{name} is quantised and cannot be dequantised: {error}") from error
     return model
+
+
+def _dequantised_when_read(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config by which weights are dequantised as they are read, where their format has that option.
+
+    Left to itself Transformers does so without a GPU only, and of some formats (FP8) it knows no way back afterwards.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return config
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if hasattr(AutoQuantizationConfig.from_dict(stored), "dequantize"):
+        config = copy.copy(config)
+        config.quantization_config = {**stored, "dequantize": True}
+    return config
 
 
 def _dequantised(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,7 +14,6 @@ ON_DISK = {
     "model.layers.1": "disk",
     "model.layers.2": "disk",
     "model.norm": "cpu",
-    "lm_head": "disk",
 }
 EVERYTHING = {"ce": 0.4, "kd": 0.4, "hidden": 0.1, "embedding": 0.1}
 
@@ -59,11 +58,14 @@ def train(tmp_path, teacher, objective=EVERYTHING, **teacher_init_kwargs):
     return torch.tensor([[entry[name] for name in (*objective, "grad_norm")] for entry in logged])
 
 
-def test_a_teacher_that_is_offloaded_to_disk_teaches_as_one_in_memory(tmp_path, folder):
+@pytest.mark.parametrize("head", ["disk", "cpu"])  # with a GPU the student and the targets are elsewhere
+def test_a_teacher_that_is_offloaded_to_disk_teaches_as_one_in_memory(tmp_path, folder, head):
     whole = train(tmp_path, folder)
-    spread = train(tmp_path, folder, device_map=ON_DISK, offload_folder=str(tmp_path / "offload"))
+    place = ON_DISK | {"lm_head": head}
+    spread = train(tmp_path, folder, device_map=place, offload_folder=str(tmp_path / "offload"))
     assert (tmp_path / "offload").is_dir(), "some of it was indeed on the disk"
-    torch.testing.assert_close(spread, whole, rtol=0, atol=0)
+    tolerance = 1e-3 if torch.cuda.is_available() else 0
+    torch.testing.assert_close(spread, whole, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("include_head", [False, True])
