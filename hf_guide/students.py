@@ -97,9 +97,9 @@ def from_teacher(
         config: the student's config, of the teacher's own config class; None takes the teacher's.
         method: "guide", "calibrated", "uniform" or "random", or an `InitializationConfig` (or a mapping of its fields).
         calibration_dataset: for "calibrated": a `datasets` dataset with `input_ids`, `pixel_values` or text (which the
-            teacher's tokenizer cuts up), a list of texts, or an iterable of batches (dicts of tensors). Its first
-            `calibration_tokens` go through the teacher. Under torch.distributed each process hears its share, and all get
-            the same student.
+            teacher's tokenizer cuts up), a list of texts, an iterable of batches (dicts of tensors), or "teacher" for text
+            that a causal language model writes itself. Its first `calibration_tokens` go through the teacher. Under
+            torch.distributed each process hears its share, and all get the same student.
         calibration_dir: for "calibrated": a folder, new or of the same call, that keeps what is heard and fitted. Killed at
             any moment, the same call goes on from there. It stays when the student is made, for that is not saved by then:
             remove it once it is. All processes must see it.

@@ -47,6 +47,7 @@ ARMS = {
     "guide, later random": {"method": "guide", "layers": "first", "later_blocks": "random"},
     "calibrated": {"method": "calibrated", "calibration_tokens": 16384},
     "calibrated, 8,192 tokens": {"method": "calibrated", "calibration_tokens": 8192},
+    "calibrated, text of its own": {"method": "calibrated", "calibration_tokens": 16384},
     "guide, first blocks, no energy correction": {
         "method": "guide",
         "layers": "first",
@@ -77,7 +78,8 @@ def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]
     for arm in arms:
         seen: dict[str, Any] = {}
         if ARMS[arm]["method"] == "calibrated":
-            seen["calibration_dataset"] = [{"input_ids": batch} for batch in learned.split(8)]
+            own = arm == "calibrated, text of its own"
+            seen["calibration_dataset"] = "teacher" if own else [{"input_ids": batch} for batch in learned.split(8)]
         students[arm] = AutoStudentForCausalLM.from_teacher(
             name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **seen, **shape
         )

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_guide.errors import OptionError
-from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
 from hf_guide.initialization.weights import Teacher
 from hf_guide.labels import IGNORED, shifted_right
 
@@ -38,10 +38,16 @@ def check_dataset(dataset: Any, method: str) -> None:
     if dataset is None:
         raise OptionError(
             f"method={method!r} looks at what the teacher does with real data, and no calibration_dataset was given. "
-            f"Pass {EXPECTED}; or choose method='guide', which needs none."
+            f"Pass {EXPECTED}; or {OWN_TEXT!r}, for text that the teacher writes itself; or choose method='guide', which "
+            "looks at none."
         )
+    if isinstance(dataset, str) and dataset == OWN_TEXT:
+        return
     if isinstance(dataset, (str, bytes, Mapping)) or not isinstance(dataset, Iterable):
-        raise OptionError(f"calibration_dataset is {EXPECTED}; found a {type(dataset).__name__}.")
+        found = repr(dataset) if isinstance(dataset, str) else f"a {type(dataset).__name__}"
+        raise OptionError(
+            f"calibration_dataset is {EXPECTED}, or {OWN_TEXT!r}, for text that the teacher writes itself; found {found}."
+        )
 
 
 def draw_batches(
@@ -173,7 +179,7 @@ def _check_ids(batch: Batch, model: PreTrainedModel) -> None:
 def _batches(
     rows: Iterator[Any], first: Any, teacher: Teacher, options: InitializationConfig, hub: Mapping[str, Any]
 ) -> Iterator[Mapping[str, Any]]:
-    size, length = options.calibration_batch_size, _longest(options.calibration_length, teacher)
+    size, length = options.calibration_batch_size, longest(options.calibration_length, teacher)
     if isinstance(first, str):
         return _batches_of_text(_texts(rows), _tokenizer(teacher, hub), size, length)
     if not isinstance(first, Mapping):
@@ -198,7 +204,7 @@ def _batches(
     return _batches_of_text(_texts(row[column] for row in rows), _tokenizer(teacher, hub), size, length)
 
 
-def _longest(length: int, teacher: Teacher) -> int:
+def longest(length: int, teacher: Teacher) -> int:
     """Return at how many tokens text is cut: as asked, where the teacher has so many positions."""
     positions = getattr(teacher.config, "max_position_embeddings", None)
     return min(length, positions) if isinstance(positions, int) and positions > 0 else length

@@ -1,7 +1,8 @@
 """A calibrated start on its way, kept in a folder: killed at any moment, the same call goes on where it was.
 
 `calibration.json` says which call it is; `hearing-*.safetensors` are what each process has heard so far, and of how many
-batches; `fitted-*.safetensors` are the weights that one step of the repair fitted. Sizes do not depend on how many tokens
+batches; `fitted-*.safetensors` are the weights that one step of the repair fitted; `text.safetensors` is what the teacher
+wrote, where it writes its own. Sizes do not depend on how many tokens
 there are: the streams between blocks are not kept, the blocks that are repaired already are run over them again.
 """
 
@@ -30,6 +31,7 @@ from hf_guide.initialization.weights import Teacher
 from hf_guide.worlds import add_number, wait, world
 
 MANIFEST_NAME = "calibration.json"
+TEXT_NAME = "text.safetensors"
 FORMAT = 1
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -134,6 +136,11 @@ class CalibrationCheckpoint:
             )
         return cls(folder, steps)
 
+    def keep_text(self, ids: Tensor) -> None:
+        """Keep what the teacher has written, (rows, tokens): a GPU may write something else the next time."""
+        if world()[0] == 0 and not (self.folder / TEXT_NAME).exists():
+            _write(self.folder / TEXT_NAME, {"input_ids": ids}, {})
+
     def heard(self) -> Kept | None:
         """Return the sums of this process, and their facts, as they were last kept."""
         return _read(self._hearing) if self._hearing.exists() else None
@@ -160,6 +167,12 @@ class CalibrationCheckpoint:
 
     def _of_step(self, step: str) -> Path:
         return self.folder / f"fitted-{step}.safetensors"
+
+
+def kept_text(folder: Path) -> Tensor | None:
+    """Return what the teacher has written in an earlier run, (rows, tokens), if all processes see it."""
+    path = folder / TEXT_NAME
+    return _read(path)[0]["input_ids"] if add_number(float(path.exists())) == world()[1] else None
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

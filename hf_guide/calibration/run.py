@@ -24,11 +24,12 @@ from transformers.initialization import no_init_weights
 
 from hf_guide.calibration.anatomy import Part, study, weight_of
 from hf_guide.calibration.batches import Batch, draw_batches, tokens_for
-from hf_guide.calibration.checkpoint import CalibrationCheckpoint, describe_run
+from hf_guide.calibration.checkpoint import CalibrationCheckpoint, describe_run, kept_text
 from hf_guide.calibration.choosing import choose_units, influential_blocks
 from hf_guide.calibration.experts import choose_experts, experts_to_choose, hear_experts
 from hf_guide.calibration.listening import listening_mode
 from hf_guide.calibration.logits import find_head, fit_gain, fit_logit_scale, fit_table, token_counts
+from hf_guide.calibration.own_text import write_text
 from hf_guide.calibration.queries import turn_queries
 from hf_guide.calibration.repair import Mender
 from hf_guide.calibration.statistics import Statistics, gather, neurons_of
@@ -38,7 +39,7 @@ from hf_guide.initialization.choices import Basis, BlockChoice, Repair
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import carry, fit_bases, make_report, reduced_axes, untie_as_teacher
-from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport
@@ -55,6 +56,7 @@ class Calibration:
     statistics: Statistics
     seconds: float
     checkpoint: CalibrationCheckpoint | None = None
+    own_text: bool = False
 
 
 @torch.no_grad()
@@ -87,6 +89,12 @@ def listen(
     refuse_spread(model)
     anatomy = study(model, layout)
     tokens = options.calibration_tokens or tokens_for(neurons_of(anatomy, layout, model))
+    written = None
+    if isinstance(dataset, str) and dataset == OWN_TEXT:
+        written = kept_text(folder) if folder is not None else None
+        if written is None:
+            written = write_text(model, opened, options, tokens=tokens, show_progress=show_progress)
+        dataset = [{"input_ids": rows} for rows in written.split(options.calibration_batch_size)]
     batches = draw_batches(dataset, model, opened, options, tokens=tokens, **hub)
     processes = world()[1]
     if len(batches) < processes:
@@ -97,6 +105,8 @@ def listen(
     checkpoint = None
     if folder is not None:
         checkpoint = CalibrationCheckpoint.begin(folder, {**(call or {}), **describe_run(model, batches)})
+        if written is not None:
+            checkpoint.keep_text(written)
     statistics = gather(
         model,
         anatomy,
@@ -106,7 +116,8 @@ def listen(
         checkpoint=checkpoint,
         show_progress=show_progress,
     )
-    return Calibration(model, batches, statistics, time.perf_counter() - started, checkpoint)
+    seconds = time.perf_counter() - started
+    return Calibration(model, batches, statistics, seconds, checkpoint, own_text=written is not None)
 
 
 def refuse_spread(model: PreTrainedModel) -> None:
@@ -204,7 +215,11 @@ def initialize_calibrated(
         model, student, transfer, calibration.batches, progress=show_progress, checkpoint=calibration.checkpoint
     )
     head = find_head(mender)
-    facts: dict[str, Any] = {"tokens": statistics.tokens, "influence": _by_stack(statistics.turned)}
+    facts: dict[str, Any] = {
+        "tokens": statistics.tokens,
+        "own_text": calibration.own_text,
+        "influence": _by_stack(statistics.turned),
+    }
     with listening_mode(model), listening_mode(student):
         if head is not None and head.tied and options.fit_table and not mender.restore("table"):
             fit_table(mender, head, token_counts(mender, len(weight_of(head.student.module))))

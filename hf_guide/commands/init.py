@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_guide.commands.teacher_arguments import add_teacher_arguments, flag_of, source_of
 from hf_guide.errors import OptionError
 from hf_guide.folders import check_output, check_space, copy_companions, new_folder
-from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
 
 if TYPE_CHECKING:
     from hf_guide.initialization.report import InitializationReport
@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         nargs="+",
         type=Path,
-        help="text files, which --method calibrated runs through the teacher; texts part where a line is empty",
+        help="text files, which --method calibrated runs through the teacher; texts part where a line is empty. The one word "
+        "teacher: text that it writes itself",
     )
     method.add_argument(
         "--calibration-dir",
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         student: Any = make(
             args.teacher,
             method=method,
-            calibration_dataset=read_texts(args.calibration_dataset) if args.calibration_dataset else None,
+            calibration_dataset=_dataset_of(args.calibration_dataset),
             calibration_dir=args.calibration_dir,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             gguf_file=args.gguf_file,
@@ -150,6 +151,12 @@ def parse_numbers(path: str) -> list[float]:
         return [float(word) for word in Path(path).read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"expected a text file of numbers, one a token: {error}") from error
+
+
+def _dataset_of(paths: Sequence[Path] | None) -> list[str] | str | None:
+    if paths == [Path(OWN_TEXT)] and not paths[0].exists():
+        return OWN_TEXT
+    return read_texts(paths) if paths else None
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:

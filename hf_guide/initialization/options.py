@@ -20,6 +20,9 @@ from hf_guide.initialization.choices import (
 )
 from hf_guide.initialization.parsing import parse_layers, parse_weights
 
+OWN_TEXT = "teacher"
+"""As a calibration dataset: text that the teacher writes itself."""
+
 
 @dataclass
 class InitializationConfig:

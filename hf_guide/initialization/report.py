@@ -56,8 +56,9 @@ class InitializationReport:
         parameters: one record for each parameter of the student.
         approximations: what could not be carried over exactly, and why.
         randomly_initialized: parameters that the teacher has nothing for.
-        calibration: of a calibrated student: the tokens seen, each block's influence (1 - cosine of input and output), the
-            places of heads and neurons kept, by writing weight, and the share of the stream that was lost after each block.
+        calibration: of a calibrated student: the tokens seen, whether the teacher wrote them, each block's influence (1 -
+            cosine of input and output), the places of heads and neurons kept, by writing weight, and the share of the stream
+            that was lost after each block.
         seconds: time by step; peak_memory_bytes: the most the process had resident.
     """
 
@@ -144,6 +145,7 @@ class InitializationReport:
         smaller = self.teacher_parameters / max(self.student_parameters, 1)
         revision = f" at {self.revision[:12]}" if self.revision else ""
         heard = f" on {self.calibration['tokens']} tokens" if self.calibration else ""
+        heard += " that the teacher wrote" if self.calibration.get("own_text") else ""
         what = (
             f"{self.student_class} with {format_count(self.student_parameters)} parameters, "
             f"{smaller:.1f} times fewer than its teacher {self.teacher_name}{revision} "

@@ -1,0 +1,86 @@
+"""Calibration text that the teacher writes itself, for when there is none (self-calibration, arXiv 2410.17170)."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+
+from hf_guide.calibration.batches import longest
+from hf_guide.calibration.listening import listening_mode
+from hf_guide.errors import OptionError
+from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
+from hf_guide.initialization.weights import Teacher
+from hf_guide.worlds import add_up, world
+
+ROWS_AT_ONCE = 64
+
+
+def write_text(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    options: InitializationConfig,
+    *,
+    tokens: int,
+    show_progress: bool = False,
+) -> Tensor:
+    """Return at least `tokens` tokens, (rows, length), that a causal language model samples from a first one by chance on.
+
+    Tokens are drawn as the model foretells them, at temperature 1; a text that ends is followed by another, as in training.
+    With one seed and machine they are the same, however many processes share the work. The global random state is kept.
+
+    Raises:
+        OptionError: a model that writes no text: an encoder, an encoder-decoder, or one without its language head.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise OptionError(
+            f"calibration_dataset={OWN_TEXT!r} is text that the teacher writes, and {type(model).__name__} writes none: only "
+            "causal language models do, loaded with their head. Pass a dataset."
+        )
+    length = longest(options.calibration_length, teacher)
+    ids = torch.zeros(-(-tokens // length), length, dtype=torch.long)
+    rank, processes = world()
+    chunks = list(enumerate(ids.split(ROWS_AT_ONCE)))[rank::processes]
+    bar = tqdm(total=len(chunks) * (length - 1), desc="the teacher writes", unit="step", disable=not show_progress)
+    with bar, listening_mode(model), _plain_sampling(model):
+        for number, chunk in chunks:
+            chunk.copy_(_written(model, chunk.shape, options.seed + number, bar))
+    add_up([ids])  # each process has written its own rows, and has zeros in the others'
+    return ids
+
+
+class _Counted(LogitsProcessor):
+    """Leaves logits as they are, and moves a bar by a step."""
+
+    def __init__(self, bar: "tqdm[None]"):
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.bar.update()
+        return scores
+
+
+def _written(model: Any, shape: torch.Size, seed: int, bar: "tqdm[None]") -> Tensor:
+    """Return rows of tokens, on the CPU."""
+    device = model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        first = torch.randint(model.get_input_embeddings().num_embeddings, (shape[0], 1)).to(device)
+        rows: Tensor = model.generate(
+            first, attention_mask=torch.ones_like(first), max_new_tokens=shape[1] - 1, logits_processor=[_Counted(bar)]
+        )
+    return rows.cpu()
+
+
+@contextlib.contextmanager
+def _plain_sampling(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model sample from all that it foretells, to the full length, whatever its own generation config says."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,111 @@
+"""Where there is no text the teacher writes it: what it foretells, the same again, and nothing of the teacher is changed."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from hf_guide import InitializationReport, OptionError, from_teacher
+from hf_guide.calibration import own_text, run
+from hf_guide.cli import main
+from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.weights import open_teacher
+from tests.tiny import KINDS, same_bits
+
+SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
+
+
+@pytest.fixture
+def teacher() -> Any:
+    return KINDS["llama"].teacher()
+
+
+def student_of(teacher: Any, dataset: Any = "teacher", folder: Path | None = None, **method: Any) -> Any:
+    method = {"method": "calibrated", "calibration_tokens": 512, "calibration_length": 32, **method}
+    return from_teacher(
+        teacher,
+        method=method,
+        calibration_dataset=dataset,
+        calibration_dir=folder,
+        show_progress=False,
+        **SMALLER,
+    )
+
+
+def written(teacher: Any, **options: Any) -> torch.Tensor:
+    chosen = InitializationConfig(method="calibrated", **{"calibration_length": 32, **options})
+    return own_text.write_text(teacher, open_teacher(teacher), chosen, tokens=500)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "gemma3", "mixtral"])
+def test_causal_models_write(name: str) -> None:
+    ids = written(KINDS[name].teacher())
+    assert ids.shape == (16, 32) and ids.dtype == torch.long and ids.unique(dim=0).shape[0] == 16
+
+
+def test_what_is_written_is_what_the_teacher_foretells(teacher: Any) -> None:
+    """Of tokens drawn from a model, the mean loss is its mean entropy, and they take no notice of its generation config."""
+    with torch.no_grad():
+        for parameter in teacher.lm_head.parameters():
+            parameter.mul_(20.0)  # foretells something
+    teacher.generation_config = GenerationConfig(do_sample=True, temperature=0.1, max_new_tokens=3, eos_token_id=5)
+    ids = written(teacher)
+    assert ids.shape == (16, 32)
+    with torch.no_grad():
+        logs = teacher(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    loss = -logs.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    entropy = -(logs.exp() * logs).sum(-1)
+    assert entropy.mean() < 0.8 * math.log(logs.shape[-1])
+    assert (loss - entropy).mean().abs() < 4 * (loss - entropy).std() / math.sqrt(loss.numel())
+
+
+def test_the_same_text_is_written_again_and_nothing_else_is_changed(teacher: Any) -> None:
+    before, config, state = copy.deepcopy(teacher), teacher.generation_config, torch.get_rng_state()
+    teacher.train()
+    first = written(teacher)
+    assert torch.equal(first, written(teacher)) and not torch.equal(first, written(teacher, seed=1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert teacher.training and teacher.generation_config is config and same_bits(teacher, before)
+
+
+def test_a_student_is_that_of_the_text_that_was_written(teacher: Any) -> None:
+    student = student_of(teacher)
+    ids = written(teacher, calibration_tokens=512)
+    assert same_bits(student, student_of(teacher, [{"input_ids": rows} for rows in ids.split(8)]))
+    assert student.initialization_report.calibration["own_text"] is True
+    assert "512 tokens that the teacher wrote" in student.initialization_report.summary()
+
+
+def test_what_was_written_is_kept_for_the_next_time(teacher: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    first = student_of(teacher, folder=tmp_path)
+    assert (tmp_path / "text.safetensors").exists()
+    monkeypatch.setattr(run, "write_text", lambda *_, **__: pytest.fail("was written again"))
+    assert same_bits(first, student_of(teacher, folder=tmp_path))
+    with pytest.raises(OptionError, match="another call"):
+        student_of(teacher, folder=tmp_path, calibration_tokens=256)
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit"])
+def test_what_writes_no_text_is_refused(name: str) -> None:
+    with pytest.raises(OptionError, match="only causal language models"):
+        from_teacher(KINDS[name].teacher(), method="calibrated", calibration_dataset="teacher", show_progress=False)
+
+
+def test_other_words_are_refused(teacher: Any) -> None:
+    with pytest.raises(OptionError, match="'teacher', for text that the teacher writes itself; found 'wikitext'"):
+        student_of(teacher, "wikitext")
+    with pytest.raises(OptionError, match="or 'teacher', for text that the teacher writes itself; or choose"):
+        student_of(teacher, None)
+
+
+def test_the_command_line_lets_the_teacher_write(teacher: Any, tmp_path: Path) -> None:
+    teacher.save_pretrained(tmp_path / "teacher")
+    sizes = [word for name, size in SMALLER.items() for word in (f"--{name.replace('_', '-')}", str(size))]
+    options = ["--calibration-tokens", "256", "--calibration-length", "32", "--method", "calibrated"]
+    command = ["init", str(tmp_path / "teacher"), "-o", str(tmp_path / "out"), *sizes, *options]
+    assert main([*command, "--calibration-dataset", "teacher"]) == 0
+    assert InitializationReport.load(tmp_path / "out").calibration["own_text"] is True
