@@ -71,6 +71,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "table not fitted": {"fit_table": False},
     "gain not fitted": {"fit_gain": False},
     "logits not scaled": {"fit_logit_scale": False},
+    "text of its own": {},
+    "text of its own, nothing fitted": NOTHING_FITTED,
+    "tokens by chance": {},
 }
 
 
@@ -105,10 +108,15 @@ def unigram_loss(learned: Tensor, held_out: Tensor, size: int) -> float:
 def make(teacher: PreTrainedModel, shape: str, arm: str, learned: Tensor, args: argparse.Namespace) -> PreTrainedModel:
     """Return one student."""
     method = {"method": "calibrated", **ARMS[arm]}
-    data = None
+    data: Any = None
     if method["method"] == "calibrated":
         method |= {"calibration_tokens": args.tokens}
-        data = [{"input_ids": rows} for rows in learned[:, :LENGTH].split(args.batch_size)]
+        if arm == "tokens by chance":
+            learned = torch.randint(
+                teacher.config.vocab_size, learned.shape, generator=torch.Generator().manual_seed(0)
+            )
+        batches = [{"input_ids": rows} for rows in learned[:, :LENGTH].split(args.batch_size)]
+        data = "teacher" if arm.startswith("text of its own") else batches
     return from_teacher(
         teacher,
         method=method,

@@ -89,7 +89,7 @@ def interaction(rows: list[Row]) -> str:
         if len(objectives) < 2 or not arms:
             continue
         lines.append(f"{shape}, {budget:g} tokens a parameter: gap closed, %, and its share of the sum of both")
-        lines.append(" " * 16 + "".join(f"{arm:>30}" for arm in arms))
+        lines.append(" " * 16 + "".join(f"{arm:>34}" for arm in arms))
         for objective in objectives:
             cells = []
             for arm in arms:
@@ -101,7 +101,7 @@ def interaction(rows: list[Row]) -> str:
                 ]
                 alone = arm == "random" or objective == "labels"
                 share = "" if alone or not own else f" ({spread([a / b for a, b in zip(own, sums, strict=True)])})"
-                cells.append(f"{spread(own) + share if own else '-':>30}")
+                cells.append(f"{spread(own) + share if own else '-':>34}")
             lines.append(f"  {objective:14}" + "".join(cells))
     return "\n".join(lines)
 

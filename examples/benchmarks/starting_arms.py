@@ -57,8 +57,8 @@ class Given:
         return LlamaConfig.from_dict(self.teacher.config.to_dict() | self.sizes)
 
 
-def by(method: dict[str, Any]) -> Callable[[Given], PreTrainedModel]:
-    """Return the arm of one of our methods."""
+def by(method: dict[str, Any], own_text: bool = False) -> Callable[[Given], PreTrainedModel]:
+    """Return the arm of one of our methods; a calibrated one hears the text, or what the teacher writes itself."""
 
     def make(given: Given) -> PreTrainedModel:
         more: dict[str, Any] = {}
@@ -67,7 +67,8 @@ def by(method: dict[str, Any]) -> Callable[[Given], PreTrainedModel]:
             rows = max(
                 1, tokens // given.text.shape[1] // 4
             )  # two batches to fit on, and two to choose the ridge with
-            more["calibration_dataset"] = [{"input_ids": batch} for batch in given.text.split(rows)]
+            batches = [{"input_ids": batch} for batch in given.text.split(rows)]
+            more["calibration_dataset"] = "teacher" if own_text else batches
         return AutoStudentForCausalLM.from_teacher(
             given.teacher if given.teacher.device.type == "cuda" else given.folder,
             method=method | {"seed": given.seed},
@@ -137,6 +138,10 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "calibrated, 8,192 tokens": by({"method": "calibrated", "calibration_tokens": 8192}),
     "calibrated, 4,096 tokens": by({"method": "calibrated", "calibration_tokens": 4096}),
     "calibrated, 2,048 tokens": by({"method": "calibrated", "calibration_tokens": 2048}),
+    "calibrated, text of its own": by(
+        {"method": "calibrated", "calibration_tokens": 8192, "calibration_length": 128, "calibration_batch_size": 16},
+        own_text=True,
+    ),
     "calibrated, even blocks": by({"method": "calibrated", "calibration_tokens": 16384, "layers": "even"}),
     "guide, outer blocks": by({"method": "guide", "layers": "ends"}),
     "guide, outer blocks, logit_gain 0.36": by({"method": "guide", "layers": "ends", "logit_gain": 0.358797}),

@@ -1,6 +1,7 @@
 """Make a calibrated student under torchrun; rank 0 writes what it became and whether all processes have the same.
 
-With `folder` it goes on from there; with `kill`, a file's name, the process that would write that file is killed instead.
+With `folder` it goes on from there; with `dataset` that is heard; with `kill`, a file's name, the process that would write
+that file is killed instead.
 """
 
 import json
@@ -30,7 +31,7 @@ def dying(partial: Path, path: Path) -> None:
 
 checkpoint.publish = dying
 checkpoint.SECONDS_BETWEEN_SAVES = 0.0
-student = student_of(KINDS["llama"].teacher().double(), folder=given.get("folder"))
+student = student_of(KINDS["llama"].teacher().double(), given.get("dataset"), given.get("folder"))
 vector = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
 everyone = [torch.zeros_like(vector) for _ in range(dist.get_world_size())]
 dist.all_gather(everyone, vector)

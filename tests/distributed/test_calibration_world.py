@@ -24,6 +24,14 @@ def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) ->
     assert (torch.tensor(found["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
 
 
+def test_two_processes_write_the_text_of_one(tmp_path: Path) -> None:
+    found = run_world("calibration.py", 2, {"dataset": "teacher"}, tmp_path)
+    one = student_of(KINDS["llama"].teacher().double(), "teacher")
+    vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
+    assert found["alike"] and found["tokens"] == one.initialization_report.calibration["tokens"] == 8192
+    assert (torch.tensor(found["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
+
+
 def test_two_processes_that_were_killed_go_on_to_the_same_bits(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
     """Rank 1 dies while it hears, then rank 0 between two blocks; each time the other is ended by torchrun."""
     given = {"folder": str(tmp_path / "kept")}
