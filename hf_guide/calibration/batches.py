@@ -7,6 +7,7 @@ once: token ids, or pixels.
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,9 @@ EXPECTED = (
     "a datasets dataset with a column input_ids, text or pixel_values, a list of texts, or an iterable of batches (dicts of "
     "tensors)"
 )
+
+
+_TABLE_OF_PLACES = re.compile(r"(?:wpe|position\w*)$")
 
 
 def check_dataset(dataset: Any, method: str) -> None:
@@ -157,16 +161,29 @@ def _shifted(labels: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 def _check_ids(batch: Batch, model: PreTrainedModel) -> None:
-    """Refuse token ids that the teacher's table has no row for: on a GPU they would end the process's use of it.
+    """Refuse ids and places that the teacher has no row for: on a GPU they would end the process's use of it.
 
     Raises:
-        OptionError: names the ids, and how many there are.
+        OptionError: names the id and how many there are, or how long a row is and may be.
     """
+    most_places = min(
+        (
+            module.num_embeddings
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and _TABLE_OF_PLACES.search(name)
+        ),
+        default=None,
+    )
     for name in ("input_ids", "decoder_input_ids"):
         ids = batch.get(name)
         table = None if ids is None else model.get_input_embeddings()
         if not isinstance(table, nn.Embedding) or ids is None:
             continue
+        if most_places is not None and ids.shape[-1] > most_places:
+            raise OptionError(
+                f"calibration_dataset has rows of {ids.shape[-1]} tokens in {name}, and {type(model).__name__} has "
+                f"{most_places} places: cut them."
+            )
         least, most = int(ids.min()), int(ids.max())
         if least < 0 or most >= table.num_embeddings:
             raise OptionError(

@@ -106,6 +106,17 @@ def test_a_dataset_of_ids_is_batches_of_them(teacher: Any) -> None:
     assert same_bits(student_of(teacher), student_of(teacher, rows, calibration_batch_size=4))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_rows_longer_than_the_table_of_places_are_refused(name: str) -> None:
+    teacher = KINDS[name].teacher()
+    places = teacher.config.max_position_embeddings
+    rows = torch.randint(3, 90, (2, places + 1))
+    with pytest.raises(
+        OptionError, match=f"rows of {places + 1} tokens in input_ids, and {type(teacher).__name__} has {places}"
+    ):
+        from_teacher(teacher, method="calibrated", calibration_dataset=[{"input_ids": rows}], show_progress=False)
+
+
 def test_no_more_than_the_tokens_asked_for_is_drawn(teacher: Any) -> None:
     drawn = iter(data(count=50))
     report = student_of(teacher, drawn, calibration_tokens=100).initialization_report
@@ -235,7 +246,7 @@ def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> N
     [
         (None, ["no calibration_dataset was given", "method='guide'"]),
         ([], ["empty"]),
-        ("file.txt", ["found a str"]),
+        ("file.txt", ["found 'file.txt'"]),
         ([{"label": 3}], ["['label']", "input_ids, text or pixel_values"]),
         ([3], ["yields a int"]),
         (["a text"], ["no tokenizer beside it", "input_ids"]),
