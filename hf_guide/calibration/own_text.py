@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from hf_guide.calibration.batches import longest
 from hf_guide.calibration.listening import listening_mode
-from hf_guide.errors import OptionError
+from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
 from hf_guide.initialization.weights import Teacher
 from hf_guide.worlds import add_up, world
@@ -34,6 +34,7 @@ def write_text(
 
     Raises:
         OptionError: a model that writes no text: an encoder, an encoder-decoder, or one without its language head.
+        TeacherError: a model that says NaN.
     """
     if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise OptionError(
@@ -53,13 +54,18 @@ def write_text(
 
 
 class _Counted(LogitsProcessor):
-    """Leaves logits as they are, and moves a bar by a step."""
+    """Leaves logits as they are, moves a bar by a step, and refuses what nothing can be drawn from."""
 
     def __init__(self, bar: "tqdm[None]"):
         self.bar = bar
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.bar.update()
+        if bool(scores.isnan().any()):
+            raise TeacherError(
+                "The teacher says NaN of text that it writes itself: run it in a wider dtype (bfloat16 or float32), or check "
+                "its weights."
+            )
         return scores
 
 

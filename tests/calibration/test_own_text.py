@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from hf_guide import InitializationReport, OptionError, from_teacher
 from hf_guide.calibration import own_text, run
 from hf_guide.cli import main
+from hf_guide.errors import TeacherError
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.weights import open_teacher
 from tests.tiny import KINDS, same_bits
@@ -93,6 +94,13 @@ def test_what_was_written_is_kept_for_the_next_time(teacher: Any, tmp_path: Path
 def test_what_writes_no_text_is_refused(name: str) -> None:
     with pytest.raises(OptionError, match="only causal language models"):
         from_teacher(KINDS[name].teacher(), method="calibrated", calibration_dataset="teacher", show_progress=False)
+
+
+def test_a_teacher_that_says_nan_is_refused(teacher: Any) -> None:
+    with torch.no_grad():
+        teacher.lm_head.weight[5] = torch.nan
+    with pytest.raises(TeacherError, match="says NaN of text that it writes itself"):
+        written(teacher)
 
 
 def test_other_words_are_refused(teacher: Any) -> None:
