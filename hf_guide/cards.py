@@ -165,7 +165,7 @@ def load_record(path: str | os.PathLike[str]) -> DistillationRecord:
 def told_arguments(args: "TrainingArguments") -> dict[str, Any]:
     """Return those of the training arguments that a reader of a card wants to know."""
     told = {name: getattr(args, name) for name in ALWAYS_TOLD}
-    told |= {name: getattr(args, name) for name in TOLD_WHERE_SET if getattr(args, name)}
+    told |= {name: getattr(args, name) for name in TOLD_WHERE_SET if getattr(args, name, None)}  # not all have each
     if args.world_size > 1:
         told["processes"] = args.world_size
     told["total_train_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
