@@ -99,8 +99,8 @@ def interaction(rows: list[Row]) -> str:
                     gaps.get((arm, "labels", s), math.nan) + gaps.get(("random", objective, s), math.nan)
                     for s in seeds
                 ]
-                alone = arm == "random" or objective == "labels"
-                share = "" if alone or not own else f" ({spread([a / b for a, b in zip(own, sums, strict=True)])})"
+                none = arm == "random" or objective == "labels" or not own or min(sums) <= 0  # of less than nothing
+                share = "" if none else f" ({spread([a / b for a, b in zip(own, sums, strict=True)])})"
                 cells.append(f"{spread(own) + share if own else '-':>34}")
             lines.append(f"  {objective:14}" + "".join(cells))
     return "\n".join(lines)
