@@ -143,7 +143,7 @@ def plot_interaction(rows: list[Row], file: Path) -> None:
     for axis, place in zip(axes[0], settings, strict=True):
         here = [row for row in rows if setting(row) == place]
         gaps, objectives = _gaps(here, random), list(dict.fromkeys(row["objective"] for row in here))
-        arms = [arm for arm in dict.fromkeys(row["arm"] for row in here) if _seeds(gaps, arm, "KD")]
+        arms = [arm for arm in dict.fromkeys(row["arm"] for row in here) if _seeds(gaps, arm, objectives[-1])]
         for number, arm in enumerate(arms):
             found = [[gaps[arm, name, seed] for seed in _seeds(gaps, arm, name)] for name in objectives]
             places = [at + (number - (len(arms) - 1) / 2) * 0.8 / len(arms) for at in range(len(objectives))]
@@ -156,7 +156,7 @@ def plot_interaction(rows: list[Row], file: Path) -> None:
             )
         axis.set_xticks(range(len(objectives)), objectives, fontsize="small")
         axis.set(title=f"{place[0]}, {place[1]:g} tokens a parameter", ylabel="gap closed, %")
-        axis.legend(fontsize="x-small", loc="upper left")
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     figure.tight_layout()
     figure.savefig(file, dpi=80)
     pyplot.close(figure)
