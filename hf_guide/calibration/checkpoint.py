@@ -2,8 +2,8 @@
 
 `calibration.json` says which call it is; `hearing-*.safetensors` are what each process has heard so far, and of how many
 batches; `fitted-*.safetensors` are the weights that one step of the repair fitted; `text.safetensors` is what the teacher
-wrote, where it writes its own. Sizes do not depend on how many tokens
-there are: the streams between blocks are not kept, the blocks that are repaired already are run over them again.
+wrote, where it writes its own. But for that sizes do not depend on how many tokens there are: the streams between blocks are
+not kept, the blocks that are repaired already are run over them again.
 """
 
 import dataclasses

@@ -17,6 +17,7 @@ from hf_guide.initialization.weights import Teacher
 from hf_guide.worlds import add_up, world
 
 ROWS_AT_ONCE = 64
+_BETWEEN_SEEDS = 1_000_003  # the second rows of one seed are not the first of the next
 
 
 def write_text(
@@ -48,7 +49,7 @@ def write_text(
     bar = tqdm(total=len(chunks) * (length - 1), desc="the teacher writes", unit="step", disable=not show_progress)
     with bar, listening_mode(model), _plain_sampling(model):
         for number, chunk in chunks:
-            chunk.copy_(_written(model, chunk.shape, options.seed + number, bar))
+            chunk.copy_(_written(model, chunk.shape, options.seed + number * _BETWEEN_SEEDS, bar))
     add_up([ids])  # each process has written its own rows, and has zeros in the others'
     return ids
 
