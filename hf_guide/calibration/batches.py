@@ -109,7 +109,7 @@ def tokens_for(neurons: int) -> int:
 
     After a whole run a student of a Llama of 192 neurons ended alike whether 2,048, 4,096, 8,192 or 16,384 were heard
     (starting_points.py, three seeds, within 0.6 perplexities), so the floor is for what is trained for less; one of
-    SmolLM2-135M, of 1,536, trained on 92,160 tokens ended 6 % better with ten a neuron than with five.
+    SmolLM2-135M, of 1,536, trained on 92,160 tokens ended 5 % better with ten a neuron than with five.
     """
     return min(max(TOKENS_PER_NEURON * neurons, TOKENS[0]), TOKENS[1])
 
