@@ -25,12 +25,15 @@ from hf_guide.labels import IGNORED, shifted_right
 Batch = dict[str, Tensor]
 TOKENS_PER_NEURON, TOKENS = 10, (8192, 65536)
 EXPECTED = (
-    "a datasets dataset with a column input_ids, text or pixel_values, a list of texts, or an iterable of batches (dicts of "
-    "tensors)"
+    "a datasets dataset with a column input_ids, text or pixel_values, a list of texts, an iterable of batches (dicts of "
+    f"tensors), or {OWN_TEXT!r}, for text that the teacher writes itself"
 )
-
-
 _TABLE_OF_PLACES = re.compile(r"(?:wpe|position\w*)$")
+
+
+def is_own_text(dataset: Any) -> bool:
+    """Whether the teacher is to write the calibration dataset itself."""
+    return isinstance(dataset, str) and dataset == OWN_TEXT
 
 
 def check_dataset(dataset: Any, method: str) -> None:
@@ -42,16 +45,13 @@ def check_dataset(dataset: Any, method: str) -> None:
     if dataset is None:
         raise OptionError(
             f"method={method!r} looks at what the teacher does with real data, and no calibration_dataset was given. "
-            f"Pass {EXPECTED}; or {OWN_TEXT!r}, for text that the teacher writes itself; or choose method='guide', which "
-            "looks at none."
+            f"Pass {EXPECTED}; or choose method='guide', which looks at none."
         )
-    if isinstance(dataset, str) and dataset == OWN_TEXT:
+    if is_own_text(dataset):
         return
     if isinstance(dataset, (str, bytes, Mapping)) or not isinstance(dataset, Iterable):
         found = repr(dataset) if isinstance(dataset, str) else f"a {type(dataset).__name__}"
-        raise OptionError(
-            f"calibration_dataset is {EXPECTED}, or {OWN_TEXT!r}, for text that the teacher writes itself; found {found}."
-        )
+        raise OptionError(f"calibration_dataset is {EXPECTED}; found {found}.")
 
 
 def draw_batches(

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_guide.calibration.anatomy import Part, study, weight_of
-from hf_guide.calibration.batches import Batch, draw_batches, tokens_for
+from hf_guide.calibration.batches import Batch, draw_batches, is_own_text, tokens_for
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint, describe_run, kept_text
 from hf_guide.calibration.choosing import choose_units, influential_blocks
 from hf_guide.calibration.experts import choose_experts, experts_to_choose, hear_experts
@@ -39,7 +39,7 @@ from hf_guide.initialization.choices import Basis, BlockChoice, Repair
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import carry, fit_bases, make_report, reduced_axes, untie_as_teacher
-from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
+from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport
@@ -90,7 +90,7 @@ def listen(
     anatomy = study(model, layout)
     tokens = options.calibration_tokens or tokens_for(neurons_of(anatomy, layout, model))
     written = None
-    if isinstance(dataset, str) and dataset == OWN_TEXT:
+    if is_own_text(dataset):
         written = kept_text(folder) if folder is not None else None
         if written is None:
             written = write_text(model, opened, options, tokens=tokens, show_progress=show_progress)
