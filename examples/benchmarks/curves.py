@@ -85,7 +85,7 @@ def interaction(rows: list[Row]) -> str:
         here = [row for row in rows if setting(row) == (shape, budget) and (shape, budget, row["seed"]) in random]
         gaps = _gaps(here, random)
         objectives = list(dict.fromkeys(row["objective"] for row in here))
-        arms = [arm for arm in dict.fromkeys(row["arm"] for row in here) if _seeds(gaps, arm, objectives[-1])]
+        arms = _compared(gaps, here, objectives)
         if len(objectives) < 2 or not arms:
             continue
         lines.append(f"{shape}, {budget:g} tokens a parameter: gap closed, %, and its share of the sum of both")
@@ -112,6 +112,11 @@ def _gaps(rows: list[Row], random: dict[tuple[Any, ...], list[list[float]]]) -> 
         (row["arm"], row["objective"], row["seed"]): gap_closed(row, random[(*setting(row), row["seed"])])
         for row in rows
     }
+
+
+def _compared(gaps: dict[tuple[str, str, int], float], rows: list[Row], objectives: list[str]) -> list[str]:
+    """Return the arms that were run with the last of the objectives, in the order of the rows."""
+    return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if _seeds(gaps, arm, objectives[-1])]
 
 
 def _seeds(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) -> list[int]:
@@ -143,7 +148,7 @@ def plot_interaction(rows: list[Row], file: Path) -> None:
     for axis, place in zip(axes[0], settings, strict=True):
         here = [row for row in rows if setting(row) == place]
         gaps, objectives = _gaps(here, random), list(dict.fromkeys(row["objective"] for row in here))
-        arms = [arm for arm in dict.fromkeys(row["arm"] for row in here) if _seeds(gaps, arm, objectives[-1])]
+        arms = _compared(gaps, here, objectives)
         for number, arm in enumerate(arms):
             found = [[gaps[arm, name, seed] for seed in _seeds(gaps, arm, name)] for name in objectives]
             places = [at + (number - (len(arms) - 1) / 2) * 0.8 / len(arms) for at in range(len(objectives))]

@@ -344,9 +344,8 @@ def test_remote_code_runs_only_with_permission(model_type: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("with_gpu", [False, True])
 def test_a_quantised_teacher_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_gpu: bool) -> None:
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: with_gpu
-    )  # with one, Transformers would keep the eight bits
+    # With a GPU Transformers would keep the eight bits.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     model = llama(hidden_size=64)
     model.save_pretrained(tmp_path)
