@@ -77,7 +77,7 @@ def draw_batches(
     if first is None:
         raise OptionError(f"calibration_dataset is empty: pass {EXPECTED}.")
     rows = itertools.chain([first], rows)
-    accepted = inspect.signature(model.forward).parameters
+    accepted, places = inspect.signature(model.forward).parameters, _places_of(model)
     drawn: list[Batch] = []
     seen = 0
     for batch in _batches(rows, first, teacher, options, hub):
@@ -94,7 +94,7 @@ def draw_batches(
         if not tokens_in(kept, model):
             continue
         kept = _with_decoder_inputs(kept, batch.get("labels"), model)
-        _check_ids(kept, model)
+        _check_ids(kept, model, places)
         drawn.append(kept)
         seen += tokens_in(kept, model)
         if seen >= tokens:
@@ -160,13 +160,9 @@ def _shifted(labels: Tensor, model: PreTrainedModel) -> Tensor:
         ) from error
 
 
-def _check_ids(batch: Batch, model: PreTrainedModel) -> None:
-    """Refuse ids and places that the teacher has no row for: on a GPU they would end the process's use of it.
-
-    Raises:
-        OptionError: names the id and how many there are, or how long a row is and may be.
-    """
-    most_places = min(
+def _places_of(model: PreTrainedModel) -> int | None:
+    """Return how many rows the model's shortest table of positions has; None where it has no table."""
+    return min(
         (
             module.num_embeddings
             for name, module in model.named_modules()
@@ -174,15 +170,26 @@ def _check_ids(batch: Batch, model: PreTrainedModel) -> None:
         ),
         default=None,
     )
+
+
+def _check_ids(batch: Batch, model: PreTrainedModel, places: int | None) -> None:
+    """Refuse ids and places that the teacher has no row for: on a GPU they would end the process's use of it.
+
+    Args:
+        places: how many positions the model knows, None for any.
+
+    Raises:
+        OptionError: names the id and how many there are, or how long a row is and may be.
+    """
     for name in ("input_ids", "decoder_input_ids"):
         ids = batch.get(name)
         table = None if ids is None else model.get_input_embeddings()
         if not isinstance(table, nn.Embedding) or ids is None:
             continue
-        if most_places is not None and ids.shape[-1] > most_places:
+        if places is not None and ids.shape[-1] > places:
             raise OptionError(
                 f"calibration_dataset has rows of {ids.shape[-1]} tokens in {name}, and {type(model).__name__} has "
-                f"{most_places} places: cut them."
+                f"{places} places: cut them."
             )
         least, most = int(ids.min()), int(ids.max())
         if least < 0 or most >= table.num_embeddings:

@@ -178,7 +178,7 @@ class SubclassProjector:
         Raises:
             SubclassError: another shape, or values that are not finite.
         """
-        h, z = as_tensor(embeddings), as_tensor(logits)
+        h, z = self._rows(embeddings), as_tensor(logits)
         if z.ndim != 2 or z.shape[1] != self.num_classes or len(z) != len(h):
             raise SubclassError(
                 f"{len(h)} embeddings need logits of the shape ({len(h)}, {self.num_classes}); found {tuple(z.shape)}."
@@ -200,12 +200,7 @@ class SubclassProjector:
         Raises:
             SubclassError: another shape, or values that are not finite.
         """
-        h = as_tensor(embeddings)
-        if h.ndim != 2 or h.shape[1] != self.embedding_size:
-            raise SubclassError(
-                f"Embeddings of the shape (N, {self.embedding_size}) were expected; found {tuple(h.shape)}. Are they those "
-                f"of the teacher that this projector is of{f', {self.teacher}' if self.teacher else ''}?"
-            )
+        h = self._rows(embeddings)
         h = h.to(torch.float32 if h.device.type == "mps" else torch.float64)
         refuse_not_finite(h, range(len(h)), "embedding")
         if subclass_labels is None:
@@ -215,6 +210,16 @@ class SubclassProjector:
             raise SubclassError(f"{len(h)} embeddings need {len(h)} subclass_labels; found {tuple(finer.shape)}.")
         refuse_fractions(finer, "Finer labels")
         return self.scores.of(h, finer.long().to(h.device))
+
+    def _rows(self, embeddings: Any) -> Tensor:
+        """Return embeddings as a tensor (N, D); refuse those of another shape."""
+        rows = as_tensor(embeddings)
+        if rows.ndim != 2 or rows.shape[1] != self.embedding_size:
+            raise SubclassError(
+                f"Embeddings of the shape (N, {self.embedding_size}) were expected; found {tuple(rows.shape)}. Are they those "
+                f"of the teacher that this projector is of{f', {self.teacher}' if self.teacher else ''}?"
+            )
+        return rows
 
     @property
     def explained(self) -> Tensor:

@@ -433,6 +433,8 @@ def test_what_cannot_be_transformed_is_refused():
     projector = fit(data)
     with pytest.raises(SubclassError, match=r"Embeddings of the shape \(N, 24\)"):
         projector.transform(data.embeddings[:, :5], data.logits)
+    with pytest.raises(SubclassError, match=r"Embeddings of the shape \(N, 24\) were expected; found \(\)"):
+        projector.transform(3.0, 4.0)
     with pytest.raises(SubclassError, match=r"need logits of the shape \(600, 3\)"):
         projector.transform(data.embeddings, data.logits[:, :2])
     with pytest.raises(SubclassError, match="embedding of example 411"):
