@@ -5,7 +5,9 @@ is held per model for all calibration tokens of this process, and what else bloc
 is padding, (batch, length, length), and the encoder's output where it is a decoder that reads one.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.batches import Batch
-from hf_guide.calibration.listening import Heard, first_of, hooks, run
+from hf_guide.calibration.listening import Heard, first_of, given, hooks, run
 from hf_guide.errors import HfGuideError
 
 Call = tuple[tuple[Any, ...], dict[str, Any], str | None]
@@ -21,6 +23,24 @@ Call = tuple[tuple[Any, ...], dict[str, Any], str | None]
 
 class NotReplayable(HfGuideError):
     """A stack whose blocks cannot be run one after another on the stream alone."""
+
+
+@dataclass
+class Run:
+    """What the blocks were called with on one batch: the stream, a tensor a block and the last one's output, and all else."""
+
+    streams: list[Tensor] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+
+    @property
+    def gives_stream_alone(self) -> bool:
+        """Whether every block returns a stream like the one it is given, and nothing beside it."""
+        for stream, output in zip(self.streams, self.outputs, strict=False):
+            after, beside = first_of(output), () if isinstance(output, Tensor) else tuple(output)[1:]
+            if (after.shape, after.dtype) != (stream.shape, stream.dtype) or any(each is not None for each in beside):
+                return False
+        return True
 
 
 class Replay:
@@ -35,49 +55,60 @@ class Replay:
 
     @torch.no_grad()
     def _record(self) -> None:
-        """Run the model once on every batch for what its blocks are called with besides the stream.
+        """Hear on every batch what the blocks are called with besides the stream.
+
+        On the first batch they are run. On the others each hands on the stream that it is given, which costs nothing, where
+        it is found on the first that they are called with the same then.
 
         Raises:
             NotReplayable: blocks that are run in another order, or more than once, or that take more than the stream from
                 the block before.
         """
-        place = {id(block): number for number, block in enumerate(self.blocks)}
-        streams: list[Tensor] = []
-        calls: list[Call] = []
-        order: list[int] = []
-        first: list[Tensor] = []
-
-        def hear(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            order.append(place[id(block)])
-            key = None if args else "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-            streams.append(args[0] if key is None else kwargs[key])
-            calls.append((args[1:], {name: value for name, value in kwargs.items() if name != key}, key))
-
-        def stop(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            streams.append(first_of(output))
-            raise Heard
-
-        with hooks() as handles:
-            handles += [block.register_forward_pre_hook(hear, with_kwargs=True) for block in self.blocks]
-            handles.append(self.blocks[-1].register_forward_hook(stop))
-            for number, batch in enumerate(self.batches):
-                streams.clear()
-                calls.clear()
-                order.clear()
-                run(self.model, batch)
-                if order != list(range(len(self.blocks))):
-                    raise NotReplayable(f"{self.name}: its blocks run in the order {order}.")
-                self.streams.append(streams[0])
-                self._calls.append(list(calls))
-                if number == 0:
-                    first = list(streams)
-        self._check(first)
-
-    def _check(self, streams: Sequence[Tensor]) -> None:
-        for number, expected in enumerate(streams[1:]):
-            found = self.run(number, 0, streams[number])
+        first = self._hear(self.batches[0])
+        self._keep(first)
+        for number, expected in enumerate(first.streams[1:]):
+            found = self.run(number, 0, first.streams[number])
             if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-5):
                 raise NotReplayable(f"{self.name}: block {number} takes more from the one before than the stream.")
+        rest = self.batches[1:]
+        if rest and first.gives_stream_alone:
+            with handing_on(self.blocks, first.outputs):
+                if are_same(self._hear(self.batches[0]).calls, first.calls):
+                    while rest:
+                        self._keep(self._hear(rest[0]))
+                        rest = rest[1:]
+        for batch in rest:
+            self._keep(self._hear(batch))
+
+    def _keep(self, heard: "Run") -> None:
+        self.streams.append(heard.streams[0])
+        self._calls.append(heard.calls)
+
+    def _hear(self, batch: Batch) -> "Run":
+        """Run the model on a batch, up to the end of the last block."""
+        place = {id(block): number for number, block in enumerate(self.blocks)}
+        heard, order = Run(), []
+
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            order.append(place[id(block)])
+            key = None if args else "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+            heard.streams.append(args[0] if key is None else kwargs[key])
+            heard.calls.append((args[1:], {name: value for name, value in kwargs.items() if name != key}, key))
+
+        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            heard.outputs.append(output)
+            if block is self.blocks[-1]:
+                heard.streams.append(first_of(output))
+                raise Heard
+
+        with hooks() as handles:
+            for block in self.blocks:
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(block.register_forward_hook(after))
+            run(self.model, batch)
+        if order != list(range(len(self.blocks))):
+            raise NotReplayable(f"{self.name}: its blocks run in the order {order}.")
+        return heard
 
     @torch.no_grad()
     def run(self, block: int, batch: int, stream: Tensor) -> Tensor:
@@ -103,3 +134,39 @@ class Replay:
         for batch in range(len(self.batches)):
             self.streams[batch] = self.run(self.next, batch, self.streams[batch])
         self.next += 1
+
+
+@contextlib.contextmanager
+def handing_on(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
+    """Let blocks return the stream that they are given and do nothing, in the form of their own `outputs`."""
+
+    def instead(output: Any) -> Callable[..., Any]:
+        beside = None if isinstance(output, Tensor) else tuple(output)[1:]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            stream = given(args, kwargs)
+            return stream if beside is None else (stream, *beside)
+
+        return forward
+
+    own = [block.__dict__.get("forward") for block in blocks]  # an instance has one where Accelerate moves its weights
+    try:
+        for block, output in zip(blocks, outputs, strict=True):
+            block.forward = instead(output)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def are_same(first: Any, second: Any) -> bool:
+    """Whether two calls, or parts of calls, are alike to the last bit; what cannot be compared is not."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(are_same(first[name], second[name]) for name in first)
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) == len(second) and all(map(are_same, first, second))
+    return first is second or (isinstance(first, (str, int, float)) and first == second)

@@ -13,6 +13,7 @@ from hf_guide.calibration.anatomy import Anatomy, Part, weight_of
 from hf_guide.calibration.batches import Batch, tokens_in
 from hf_guide.calibration.checkpoint import CalibrationCheckpoint
 from hf_guide.calibration.listening import (
+    Heard,
     first_of,
     given,
     hears_decoder,
@@ -131,6 +132,9 @@ def gather(
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1).movedim(1, 0)
         found.projected[name] = found.projected.get(name, 0) + (rows.mT @ rows).double().cpu()
 
+    def enough(heard: Tensor) -> None:
+        raise Heard
+
     with hooks() as handles, listening_mode(model):
         for name, (part, where) in attention_places(anatomy, layout, model).items():
             handles.append(
@@ -152,6 +156,9 @@ def gather(
                         with_kwargs=True,
                     )
                 )
+        for part in anatomy.readers.values():
+            if part.block is None and Name("vocab") in part.match.axes:  # a language head, the last of all: not needed
+                handles.append(on_input(part.module, enough))
         own = own_share(batches)
         begun = _resume(found, seen, checkpoint)
         bar = {"total": len(own), "initial": begun, "unit": "batch", "disable": not show_progress}

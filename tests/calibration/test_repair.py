@@ -13,7 +13,7 @@ from hf_guide import from_teacher
 from hf_guide.calibration.anatomy import study
 from hf_guide.calibration.regression import Sums, best_correction, correction
 from hf_guide.calibration.repair import Mender
-from hf_guide.calibration.replay import NotReplayable, Replay
+from hf_guide.calibration.replay import NotReplayable, Replay, are_same
 from hf_guide.calibration.stages import OUTPUT, find_stages
 from hf_guide.initialization.layouts import registered_layouts, variant_for
 from tests.tiny import KINDS
@@ -103,6 +103,58 @@ def test_blocks_that_run_more_than_once_are_not_replayed() -> None:
     model.model.layers[1] = model.model.layers[0]
     with pytest.raises(NotReplayable, match="order"):
         Replay(model, list(model.model.layers), [{"input_ids": torch.arange(3, 12)[None]}], "the model")
+
+
+def test_what_blocks_are_called_with_is_heard_without_running_them_again() -> None:
+    """On batches with and without padding, of blocks whose masks differ, and none that is left changed."""
+    config = transformers.Gemma3TextConfig(
+        vocab_size=96,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    ids = torch.randint(3, 90, (3, 2, 12))
+    masks = torch.ones_like(ids)
+    masks[1, 0, 8:] = masks[2, 1, :3] = 0
+    batches = [{"input_ids": row, "attention_mask": mask} for row, mask in zip(ids, masks, strict=True)]
+    blocks, run = list(model.model.layers), []
+    for block in blocks:
+        block.mlp.register_forward_pre_hook(lambda module, args: run.append(module))
+    replay = Replay(model, blocks, batches, "the model")
+    assert len(run) == 2 * len(blocks)  # the first batch, and the first again a block at a time
+    assert not any("forward" in vars(block) for block in blocks)
+    while replay.next < len(blocks):
+        replay.step()
+    for batch, stream in zip(batches, replay.streams, strict=True):
+        expected = model(**batch, output_hidden_states=True).hidden_states[-1]
+        assert torch.allclose(model.model.norm(stream), expected, atol=1e-6)
+
+
+def test_what_depends_on_what_blocks_do_is_heard_of_every_batch() -> None:
+    """T5's first block hands its places on to the others."""
+    model = KINDS["t5"].teacher()
+    run: list[object] = []
+    for block in model.encoder.block:
+        block.layer[1].register_forward_pre_hook(lambda module, args: run.append(module))
+    batches = [{"input_ids": row[None], "decoder_input_ids": row[None]} for row in torch.randint(3, 90, (3, 9))]
+    replay = Replay(model, list(model.encoder.block), batches, "the model")
+    assert len(run) == (len(batches) + 1) * len(model.encoder.block)
+    assert len(replay.streams) == len(batches)
+
+
+def test_calls_are_alike_only_to_the_last_bit() -> None:
+    one = ((torch.ones(2), None), {"mask": torch.zeros(3), "use_cache": False, "names": ["a"]}, "hidden_states")
+    assert are_same(one, ((torch.ones(2), None), {"mask": torch.zeros(3), "use_cache": False, "names": ["a"]}, one[2]))
+    for other in (torch.full((3,), 1e-7), torch.zeros(3).double(), torch.zeros(2), None):
+        assert not are_same(one, (one[0], one[1] | {"mask": other}, one[2]))
+    assert not are_same({"a": object()}, {"a": object()})
 
 
 def test_what_a_block_was_fitted_to_is_let_go_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,3 +88,10 @@ def test_nothing_stays_on_the_teacher(teacher: LlamaForCausalLM) -> None:
     assert not any(module.training for module in frozen.modules())
     teacher.eval()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+
+
+def test_a_language_head_is_not_run(teacher: LlamaForCausalLM) -> None:
+    run: list[object] = []
+    handle = teacher.lm_head.register_forward_hook(lambda module, args, output: run.append(module))
+    assert heard(teacher, [{"input_ids": ids()}]).tokens == ids().numel() and run == []
+    handle.remove()
