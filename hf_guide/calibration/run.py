@@ -2,12 +2,13 @@
 
 What it costs: one pass of the calibration tokens through the teacher without repair, and one more where experts are chosen;
 with repair three through the teacher (two where its head is not tied) and about four through the student; more of a stack
-whose blocks hand on more than the stream. While a block is repaired each process holds, of all its tokens, the teacher's stream and up to three more of its width (the stream between attention and MLP, and what either
-reads), and the student's; one more of the teacher's where the head is tied; of an encoder-decoder's decoder both encoders'
-outputs; and of each model what a batch's attention is masked with, (batch, length, length) bytes where there is padding. For
-65,536 tokens and a teacher of width 2,048 in float32 that is about 2.5 GiB. Without repair memory does not depend on how many
-tokens there are, but for the tokens (or pixels) themselves. With a folder to keep what is done, a run that was killed goes on
-where it was, after one pass through the blocks that are repaired already.
+whose blocks hand on more than the stream. While a block is repaired each process holds, of all its tokens, the teacher's
+stream and up to three more of its width (the stream between attention and MLP, and what either reads), and the student's; one
+more of the teacher's where the head is tied; of an encoder-decoder's decoder both encoders' outputs; and of each model what a
+batch's attention is masked with, (batch, length, length) bytes where there is padding. For 65,536 tokens and a teacher of
+width 2,048 in float32 that is about 2.5 GiB. Without repair memory does not depend on how many tokens there are, but for the
+tokens (or pixels) themselves. With a folder to keep what is done, a run that was killed goes on where it was, after one pass
+through the blocks that are repaired already.
 """
 
 import dataclasses
