@@ -89,20 +89,12 @@ def interaction(rows: list[Row]) -> str:
         if len(objectives) < 2 or not arms:
             continue
         lines.append(f"{shape}, {budget:g} tokens a parameter: gap closed, %, and its share of the sum of both")
-        lines.append(" " * 16 + "".join(f"{arm:>34}" for arm in arms))
-        for objective in objectives:
-            cells = []
-            for arm in arms:
-                seeds = _seeds(gaps, arm, objective)
-                own = [gaps[arm, objective, seed] for seed in seeds]
-                sums = [
-                    gaps.get((arm, "labels", s), math.nan) + gaps.get(("random", objective, s), math.nan)
-                    for s in seeds
-                ]
-                none = arm == "random" or objective == "labels" or not own or min(sums) <= 0  # of less than nothing
-                share = "" if none else f" ({spread([a / b for a, b in zip(own, sums, strict=True)])})"
-                cells.append(f"{spread(own) + share if own else '-':>34}")
-            lines.append(f"  {objective:14}" + "".join(cells))
+        down, across = (objectives, arms) if len(arms) <= len(objectives) else (arms, objectives)
+        left = max(16, *(len(name) + 4 for name in down))
+        lines.append(" " * left + "".join(f"{name:>34}" for name in across))
+        for row in down:
+            pairs = [(name, row) if down is objectives else (row, name) for name in across]
+            lines.append(f"  {row:{left - 2}}" + "".join(f"{_share(gaps, *pair):>34}" for pair in pairs))
     return "\n".join(lines)
 
 
@@ -112,6 +104,16 @@ def _gaps(rows: list[Row], random: dict[tuple[Any, ...], list[list[float]]]) -> 
         (row["arm"], row["objective"], row["seed"]): gap_closed(row, random[(*setting(row), row["seed"])])
         for row in rows
     }
+
+
+def _share(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) -> str:
+    """Return the gap that an arm closes with an objective, and its share of what both close alone, as text."""
+    seeds = _seeds(gaps, arm, objective)
+    own = [gaps[arm, objective, seed] for seed in seeds]
+    sums = [gaps.get((arm, "labels", s), math.nan) + gaps.get(("random", objective, s), math.nan) for s in seeds]
+    none = arm == "random" or objective == "labels" or not own or min(sums) <= 0  # of less than nothing
+    share = "" if none else f" ({spread([a / b for a, b in zip(own, sums, strict=True)])})"
+    return spread(own) + share if own else "-"
 
 
 def _compared(gaps: dict[tuple[str, str, int], float], rows: list[Row], objectives: list[str]) -> list[str]:
@@ -170,7 +172,8 @@ def plot_interaction(rows: list[Row], file: Path) -> None:
 def plot(rows: list[Row], file: Path) -> None:
     """Draw held-out loss against tokens, the mean over seeds; a row for each setting, a column for labels and for KD.
 
-    Of each shape the largest budget is drawn.
+    Of each shape the largest budget is drawn, and the arms that were run with all objectives; variants of an arm have its
+    colour.
     """
     import matplotlib
 
@@ -192,7 +195,7 @@ def plot(rows: list[Row], file: Path) -> None:
         return  # so far only learning rates were chosen
     settings = list(dict.fromkeys(map(setting, rows)))
     objectives = list(dict.fromkeys(row["objective"] for row in rows))
-    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    kinds = list(dict.fromkeys(_kind(row["arm"]) for row in rows))
     figure, axes = pyplot.subplots(
         len(settings), len(objectives), figsize=(6 * len(objectives), 4 * len(settings)), squeeze=False
     )
@@ -201,24 +204,41 @@ def plot(rows: list[Row], file: Path) -> None:
         for line, each in enumerate(settings)
         for column, name in enumerate(objectives)
     ):
-        here = [row for row in rows if setting(row) == (shape, budget) and row["objective"] == objective]
+        run = [row for row in rows if setting(row) == (shape, budget)]
+        arms = _run_with_all(run)
+        here = [row for row in run if row["objective"] == objective and row["arm"] in arms]
         axis.set(title=f"{shape}, {budget:g} tokens a parameter\n{objective}", xlabel="tokens", ylabel="held-out loss")
         if not here:
             axis.set_axis_off()
             continue
-        for number, arm in enumerate(arms):
+        for arm in arms:
             curves = [row["curve"] for row in here if row["arm"] == arm]
-            if curves:
-                means = [statistics.mean(point[1] for point in points) for points in zip(*curves, strict=False)]
-                style = "-" if number < 10 else "--"
-                axis.plot(
-                    [point[0] for point in curves[0]][: len(means)], means, style, color=f"C{number % 10}", label=arm
-                )
+            means = [statistics.mean(point[1] for point in points) for points in zip(*curves, strict=False)]
+            tokens = [point[0] for point in curves[0]][: len(means)]
+            variants = [each for each in arms if _kind(each) == _kind(arm)]
+            style = ("-", "--", "-.", ":")[variants.index(arm) % 4]
+            axis.plot(tokens, means, style, color=f"C{kinds.index(_kind(arm)) % 10}", label=arm)
         goal = statistics.mean(row["teacher"] for row in here)
         axis.axhline(goal, color="black", linestyle=":", label="teacher")
-        late = [point[1] for row in here for point in row["curve"][1:]]  # where it starts is off the panel's top
+        # Where it starts is off the panel's top.
+        late = [loss for row in here for tokens, loss in row["curve"] if tokens > row["curve"][-1][0] / 12]
         axis.set_ylim(min([goal, *late]) - 0.1, max([goal, *late]) + 0.1)
-        axis.legend(fontsize="xx-small", loc="upper right", ncols=1 + len(axis.get_legend_handles_labels()[0]) // 8)
+        axis.legend(fontsize="small", loc="upper right")
     figure.tight_layout()
     figure.savefig(file, dpi=80)
     pyplot.close(figure)
+
+
+def _kind(arm: str) -> str:
+    """Return what an arm is a variant of: "guide" of "guide, outer blocks"."""
+    return arm.partition(",")[0]
+
+
+def _run_with_all(rows: list[Row]) -> list[str]:
+    """Return the arms that were run with every objective that there is, in the order of the rows."""
+    objectives = {row["objective"] for row in rows}
+    return [
+        arm
+        for arm in dict.fromkeys(row["arm"] for row in rows)
+        if objectives == {row["objective"] for row in rows if row["arm"] == arm}
+    ]

@@ -108,6 +108,15 @@ def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
     assert (tmp_path / "objectives.png").stat().st_size > 1000
 
 
+def test_a_plot_has_the_arms_that_were_run_with_every_objective():
+    rows = [row("random", 0, 20.0), row("guide", 0, 15.0), row("guide, outer blocks", 0, 14.0)]
+    assert curves._run_with_all(rows) == ["random", "guide", "guide, outer blocks"]
+    assert curves._run_with_all([*rows, row("guide", 0, 13.0, "KD"), row("random", 0, 19.0, "KD")]) == [
+        "random",
+        "guide",
+    ]
+
+
 def test_the_interaction_is_what_is_left_of_the_sum_of_a_start_and_an_objective():
     rows = [row("random", 0, 30.0), row("guide", 0, 20.0), row("random", 0, 25.0, "KD"), row("guide", 0, 18.0, "KD")]
     found = curves.interaction(rows)
