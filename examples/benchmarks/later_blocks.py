@@ -29,7 +29,14 @@ from hf_guide.quickstart.memory import keep_freed_memory
 from hf_guide.quickstart.run import LEARNING_RATES, half_shape, shuffled
 from hf_guide.quickstart.teacher import default_teacher
 
-ARMS = {
+NOTHING_FITTED = {
+    "repair": "none",
+    "turn_values": False,
+    "fit_table": False,
+    "fit_gain": False,
+    "fit_logit_scale": False,
+}
+ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "uniform, even blocks": {"method": "uniform", "layers": "even"},
     "uniform, first blocks": {"method": "uniform", "layers": "first"},
@@ -48,6 +55,15 @@ ARMS = {
     "calibrated": {"method": "calibrated", "calibration_tokens": 16384},
     "calibrated, 8,192 tokens": {"method": "calibrated", "calibration_tokens": 8192},
     "calibrated, text of its own": {"method": "calibrated", "calibration_tokens": 16384},
+    "calibrated, nothing fitted": {"method": "calibrated", "calibration_tokens": 8192} | NOTHING_FITTED,
+    "calibrated, nothing but directions": {
+        "method": "calibrated",
+        "calibration_tokens": 8192,
+        "layers": "ends",
+        "heads": "even",
+        "neurons": "even",
+    }
+    | NOTHING_FITTED,
     "guide, first blocks, no energy correction": {
         "method": "guide",
         "layers": "first",
