@@ -100,7 +100,8 @@ def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]
             name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **seen, **shape
         )
     start = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
-    rates = {arm: LEARNING_RATES.get(ARMS[arm]["method"], args.calibrated_rate) for arm in students}
+    by_method = LEARNING_RATES | {"calibrated": args.calibrated_rate}
+    rates = {arm: by_method[ARMS[arm]["method"]] for arm in students}
     with tempfile.TemporaryDirectory(prefix="later-blocks-") as place:
         heard = capture(teacher, learned, Path(place, "capture"), recipe)
         for arm, student in students.items():
@@ -154,7 +155,9 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens in a step")
-    parser.add_argument("--calibrated-rate", type=float, default=1e-3, help="peak learning rate of calibrated")
+    parser.add_argument(
+        "--calibrated-rate", type=float, default=LEARNING_RATES["calibrated"], help="peak learning rate"
+    )
     parser.add_argument("--held-out-blocks", type=int, default=32)
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()
