@@ -126,19 +126,31 @@ def _real_name(config: PreTrainedConfig, name: str) -> str:
     return config.attribute_map.get(name, name)
 
 
-def _own_names(config: PreTrainedConfig, overrides: Mapping[str, Any], keywords: Collection[str]) -> dict[str, Any]:
+def _known_names(config: PreTrainedConfig) -> set[str]:
     known = {field.name for field in fields(config)} | set(_constructor_values(config)) | {"num_labels"}
-    known = {name for name in known if not name.startswith("_")} - set(_NOT_INHERITED)
+    return {name for name in known if not name.startswith("_")} - set(_NOT_INHERITED)
+
+
+def _own_names(config: PreTrainedConfig, overrides: Mapping[str, Any], keywords: Collection[str]) -> dict[str, Any]:
+    known = _known_names(config)
     named: dict[str, Any] = {}
     for name, value in overrides.items():
         real = _real_name(config, name)
         if real not in known:
-            near = did_you_mean(name, known | config.attribute_map.keys() | set(keywords))
+            near = _of_a_part(config, name, value)
+            near = near or did_you_mean(name, known | config.attribute_map.keys() | set(keywords))
             raise OptionError(f"{type(config).__name__} has no {name!r} to override.{near}")
         if real in named and named[real] != value:
             raise OptionError(f"{name!r} and its other name say both {named[real]!r} and {value!r}: give one.")
         named[real] = value
     return named
+
+
+def _of_a_part(config: PreTrainedConfig, name: str, value: Any) -> str:
+    """Return how a nested config that knows `name` is given it; "" where none does."""
+    parts = {part: nested for part, nested in vars(config).items() if isinstance(nested, PreTrainedConfig)}
+    having = [part for part, nested in parts.items() if _real_name(nested, name) in _known_names(nested)]
+    return f" It is a part's: {' or '.join(f'{part}={ {name: value}!r}' for part in having)}." if having else ""
 
 
 def _nested(current: Any, value: Any) -> Any:

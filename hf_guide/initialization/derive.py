@@ -182,6 +182,8 @@ def _multipliers(twin: PreTrainedModel) -> tuple[float | None, float | None]:
     finally:
         for handle in handles:
             handle.remove()
+    if "entered" not in seen:
+        return None, None  # a model with a tower of images, whose blocks come first and are not run
     # A soft-capped head is no multiple of its logits; where it is capped does not depend on the width.
     return _ratio(seen["entered"], seen["embedded"]), _ratio(logits, seen["head"]) or 0.0
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide import LayoutError, ShapeError, from_teacher
@@ -117,3 +117,14 @@ def test_rotation_keeps_the_mean_where_asked() -> None:
     assert torch.allclose(rotation.T @ rotation, torch.eye(12, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(ones @ rotation, ones, atol=1e-12)
     assert not torch.allclose(rotation, torch.eye(12, dtype=torch.float64), atol=0.1)
+
+
+def test_a_model_that_reads_images_too_is_refused_a_narrower_student_with_a_reason():
+    text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    seen = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text | {"num_attention_heads": 2, "num_key_value_heads": 1},
+        vision_config=seen | {"image_size": 32, "patch_size": 16},
+    )
+    layout = layout_for(config, Gemma3ForConditionalGeneration)
+    assert "blocks only" in layout.exactness and "embeddings with is not known to be independent" in layout.exactness
