@@ -337,6 +337,12 @@ def test_evaluation_masks_once_and_training_anew(pack):
     assert once["labels"][:] == made.eval["labels"][:]
 
 
+def test_a_file_that_is_no_text_is_refused_with_what_ails_it(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one line\n\xa0\xff another")
+    with pytest.raises(OptionError, match="a.txt cannot be read: .*can't decode byte 0xa0"):
+        read_splits(DataOptions(dataset="text", data_files=str(tmp_path / "a.txt")))
+
+
 def test_both_splits_number_their_classes_alike():
     train = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": ["x", "y", "z"]})
     held_out = datasets.Dataset.from_dict({"text": ["b", "c"], "label": ["z", "y"]})

@@ -61,7 +61,10 @@ def _read(options: DataOptions) -> DatasetDict:
         except (ValueError, DatasetsError) as error:
             if isinstance(error, OSError):
                 raise
-            raise OptionError(f"{options.name} cannot be read: {error}") from error
+            why = (
+                f"{error}: {error.__cause__}" if error.__cause__ else f"{error}"
+            )  # datasets' own says not what ails a file
+            raise OptionError(f"{options.name} cannot be read: {why}") from error
     return found if isinstance(found, DatasetDict) else DatasetDict(train=found)
 
 
