@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def interaction(rows: list[Row]) -> str:
         here = [row for row in rows if setting(row) == (shape, budget) and (shape, budget, row["seed"]) in random]
         gaps = _gaps(here, random)
         objectives = list(dict.fromkeys(row["objective"] for row in here))
-        arms = _compared(gaps, here, objectives)
+        arms = _run_with(here, objectives[-1:])
         if len(objectives) < 2 or not arms:
             continue
         lines.append(f"{shape}, {budget:g} tokens a parameter: gap closed, %, and its share of the sum of both")
@@ -116,9 +117,11 @@ def _share(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) ->
     return spread(own) + share if own else "-"
 
 
-def _compared(gaps: dict[tuple[str, str, int], float], rows: list[Row], objectives: list[str]) -> list[str]:
-    """Return the arms that were run with the last of the objectives, in the order of the rows."""
-    return [arm for arm in dict.fromkeys(row["arm"] for row in rows) if _seeds(gaps, arm, objectives[-1])]
+def _run_with(rows: list[Row], objectives: Collection[str]) -> list[str]:
+    """Return the arms that were run with each of these objectives, in the order of the rows."""
+    run = {(row["arm"], row["objective"]) for row in rows}
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    return [arm for arm in arms if all((arm, objective) in run for objective in objectives)]
 
 
 def _seeds(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) -> list[int]:
@@ -150,7 +153,7 @@ def plot_interaction(rows: list[Row], file: Path) -> None:
     for axis, place in zip(axes[0], settings, strict=True):
         here = [row for row in rows if setting(row) == place]
         gaps, objectives = _gaps(here, random), list(dict.fromkeys(row["objective"] for row in here))
-        arms = _compared(gaps, here, objectives)
+        arms = _run_with(here, objectives[-1:])
         for number, arm in enumerate(arms):
             found = [[gaps[arm, name, seed] for seed in _seeds(gaps, arm, name)] for name in objectives]
             places = [at + (number - (len(arms) - 1) / 2) * 0.8 / len(arms) for at in range(len(objectives))]
@@ -205,7 +208,7 @@ def plot(rows: list[Row], file: Path) -> None:
         for column, name in enumerate(objectives)
     ):
         run = [row for row in rows if setting(row) == (shape, budget)]
-        arms = _run_with_all(run)
+        arms = _run_with(run, {row["objective"] for row in run})
         here = [row for row in run if row["objective"] == objective and row["arm"] in arms]
         axis.set(title=f"{shape}, {budget:g} tokens a parameter\n{objective}", xlabel="tokens", ylabel="held-out loss")
         if not here:
@@ -232,13 +235,3 @@ def plot(rows: list[Row], file: Path) -> None:
 def _kind(arm: str) -> str:
     """Return what an arm is a variant of: "guide" of "guide, outer blocks"."""
     return arm.partition(",")[0]
-
-
-def _run_with_all(rows: list[Row]) -> list[str]:
-    """Return the arms that were run with every objective that there is, in the order of the rows."""
-    objectives = {row["objective"] for row in rows}
-    return [
-        arm
-        for arm in dict.fromkeys(row["arm"] for row in rows)
-        if objectives == {row["objective"] for row in rows if row["arm"] == arm}
-    ]

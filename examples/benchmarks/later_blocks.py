@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from starting_arms import NOTHING_FITTED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_guide import AutoStudentForCausalLM
@@ -29,13 +30,6 @@ from hf_guide.quickstart.memory import keep_freed_memory
 from hf_guide.quickstart.run import LEARNING_RATES, half_shape, shuffled
 from hf_guide.quickstart.teacher import default_teacher
 
-NOTHING_FITTED = {
-    "repair": "none",
-    "turn_values": False,
-    "fit_table": False,
-    "fit_gain": False,
-    "fit_logit_scale": False,
-}
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "uniform, even blocks": {"method": "uniform", "layers": "even"},
@@ -155,9 +149,8 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens in a step")
-    parser.add_argument(
-        "--calibrated-rate", type=float, default=LEARNING_RATES["calibrated"], help="peak learning rate"
-    )
+    usual = LEARNING_RATES["calibrated"]
+    parser.add_argument("--calibrated-rate", type=float, default=usual, help="peak learning rate of calibrated")
     parser.add_argument("--held-out-blocks", type=int, default=32)
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()

@@ -36,6 +36,11 @@ class Part:
         return self.match.row.pattern.rpartition(".")[2]
 
     @property
+    def is_language_head(self) -> bool:
+        """Whether it makes logits over a vocabulary."""
+        return self.block is None and Name("vocab") in self.match.axes
+
+    @property
     def stack(self) -> str:
         """The stack it is in, such as "layers.{block}"; "" outside of blocks."""
         before, found, _ = self.match.row.pattern.partition("{block}")

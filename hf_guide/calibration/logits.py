@@ -12,7 +12,6 @@ from hf_guide.calibration.listening import Heard, heard_at, hooks, on_input, rea
 from hf_guide.calibration.regression import Sums, in_single, rounding_of, with_one
 from hf_guide.calibration.repair import Mender, store
 from hf_guide.errors import ShapeError
-from hf_guide.initialization.axes import Name
 from hf_guide.worlds import add_up, world
 
 SCALE_TOKENS = 1024  # one number is fitted: more would cost a product with the vocabulary each, and tell no more
@@ -45,7 +44,7 @@ def find_head(mender: Mender) -> Head | None:
     """Return the head that makes logits over a vocabulary; None where there is none, or where the teacher has none."""
     for name, part in mender.of_student.readers.items():
         twin = mender.of_teacher.readers.get(name)
-        if part.block is None and Name("vocab") in part.match.axes and twin is not None:
+        if part.is_language_head and twin is not None:
             reads = part.match.row.reads
             tied = name + ".weight" in mender.plan.shared
             return Head(part, twin, reads[0] if reads else None, tied)

@@ -27,7 +27,7 @@ class NotReplayable(HfGuideError):
 
 @dataclass
 class Run:
-    """What the blocks were called with on one batch: the stream, a tensor a block and the last one's output, and all else."""
+    """What the blocks were called with on one batch, the stream and all else, and what they returned: an entry a block."""
 
     streams: list[Tensor] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Run:
     @property
     def gives_stream_alone(self) -> bool:
         """Whether every block returns a stream like the one it is given, and nothing beside it."""
-        for stream, output in zip(self.streams, self.outputs, strict=False):
+        for stream, output in zip(self.streams, self.outputs, strict=True):
             after, beside = first_of(output), () if isinstance(output, Tensor) else tuple(output)[1:]
             if (after.shape, after.dtype) != (stream.shape, stream.dtype) or any(each is not None for each in beside):
                 return False
@@ -66,25 +66,23 @@ class Replay:
         """
         first = self._hear(self.batches[0])
         self._keep(first)
-        for number, expected in enumerate(first.streams[1:]):
+        for number, expected in enumerate([*first.streams[1:], first_of(first.outputs[-1])]):
             found = self.run(number, 0, first.streams[number])
             if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-5):
                 raise NotReplayable(f"{self.name}: block {number} takes more from the one before than the stream.")
-        rest = self.batches[1:]
-        if rest and first.gives_stream_alone:
-            with handing_on(self.blocks, first.outputs):
-                if are_same(self._hear(self.batches[0]).calls, first.calls):
-                    while rest:
-                        self._keep(self._hear(rest[0]))
-                        rest = rest[1:]
-        for batch in rest:
-            self._keep(self._hear(batch))
+        with contextlib.ExitStack() as skipping:
+            if len(self.batches) > 1 and first.gives_stream_alone:
+                skipping.enter_context(handing_on(self.blocks, first.outputs))
+                if not are_same(self._hear(self.batches[0]).calls, first.calls):
+                    skipping.close()
+            for batch in self.batches[1:]:
+                self._keep(self._hear(batch))
 
-    def _keep(self, heard: "Run") -> None:
+    def _keep(self, heard: Run) -> None:
         self.streams.append(heard.streams[0])
         self._calls.append(heard.calls)
 
-    def _hear(self, batch: Batch) -> "Run":
+    def _hear(self, batch: Batch) -> Run:
         """Run the model on a batch, up to the end of the last block."""
         place = {id(block): number for number, block in enumerate(self.blocks)}
         heard, order = Run(), []
@@ -98,7 +96,6 @@ class Replay:
         def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             heard.outputs.append(output)
             if block is self.blocks[-1]:
-                heard.streams.append(first_of(output))
                 raise Heard
 
         with hooks() as handles:
@@ -141,11 +138,9 @@ def handing_on(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[
     """Let blocks return the stream that they are given and do nothing, in the form of their own `outputs`."""
 
     def instead(output: Any) -> Callable[..., Any]:
-        beside = None if isinstance(output, Tensor) else tuple(output)[1:]
-
         def forward(*args: Any, **kwargs: Any) -> Any:
             stream = given(args, kwargs)
-            return stream if beside is None else (stream, *beside)
+            return stream if isinstance(output, Tensor) else (stream, *output[1:])
 
         return forward
 

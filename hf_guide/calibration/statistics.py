@@ -157,7 +157,7 @@ def gather(
                     )
                 )
         for part in anatomy.readers.values():
-            if part.block is None and Name("vocab") in part.match.axes:  # a language head, the last of all: not needed
+            if part.is_language_head:  # the last of all: not needed
                 handles.append(on_input(part.module, enough))
         own = own_share(batches)
         begun = _resume(found, seen, checkpoint)

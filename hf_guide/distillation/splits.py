@@ -61,10 +61,8 @@ def _read(options: DataOptions) -> DatasetDict:
         except (ValueError, DatasetsError) as error:
             if isinstance(error, OSError):
                 raise
-            why = (
-                f"{error}: {error.__cause__}" if error.__cause__ else f"{error}"
-            )  # datasets' own says not what ails a file
-            raise OptionError(f"{options.name} cannot be read: {why}") from error
+            why = f": {error.__cause__}" if error.__cause__ else ""  # datasets' own words do not say what ails a file
+            raise OptionError(f"{options.name} cannot be read: {error}{why}") from error
     return found if isinstance(found, DatasetDict) else DatasetDict(train=found)
 
 

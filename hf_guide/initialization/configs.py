@@ -137,8 +137,8 @@ def _own_names(config: PreTrainedConfig, overrides: Mapping[str, Any], keywords:
     for name, value in overrides.items():
         real = _real_name(config, name)
         if real not in known:
-            near = _of_a_part(config, name, value)
-            near = near or did_you_mean(name, known | config.attribute_map.keys() | set(keywords))
+            names = known | config.attribute_map.keys() | set(keywords)
+            near = _of_a_part(config, name, value) or did_you_mean(name, names)
             raise OptionError(f"{type(config).__name__} has no {name!r} to override.{near}")
         if real in named and named[real] != value:
             raise OptionError(f"{name!r} and its other name say both {named[real]!r} and {value!r}: give one.")

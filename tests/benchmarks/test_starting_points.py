@@ -110,11 +110,9 @@ def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
 
 def test_a_plot_has_the_arms_that_were_run_with_every_objective():
     rows = [row("random", 0, 20.0), row("guide", 0, 15.0), row("guide, outer blocks", 0, 14.0)]
-    assert curves._run_with_all(rows) == ["random", "guide", "guide, outer blocks"]
-    assert curves._run_with_all([*rows, row("guide", 0, 13.0, "KD"), row("random", 0, 19.0, "KD")]) == [
-        "random",
-        "guide",
-    ]
+    assert curves._run_with(rows, ["labels"]) == ["random", "guide", "guide, outer blocks"]
+    rows += [row("guide", 0, 13.0, "KD"), row("random", 0, 19.0, "KD")]
+    assert curves._run_with(rows, ["labels", "KD"]) == ["random", "guide"]
 
 
 def test_the_interaction_is_what_is_left_of_the_sum_of_a_start_and_an_objective():
