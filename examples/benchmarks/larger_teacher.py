@@ -2,12 +2,13 @@
 
     python examples/benchmarks/larger_teacher.py --text wikipedia shakespeare text/* --prepare tokens.safetensors
     python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher.jsonl --minutes 60
-    python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output cpu.jsonl --millions 0.5 --batch 4
+    python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher_cpu.jsonl \
+        --millions 0.2 --batch 2 --tuning-share 4 --held-out-blocks 32 --points 4 --objectives labels
     python examples/benchmarks/larger_teacher.py --output results/larger_teacher.jsonl --table
 
 The arms, the rows and the table are those of `starting_points.py`; the loop is PyTorch's alone (bfloat16 autocast, each block
 compiled once), for a GPU's time is dear. Text: `package_text.py` makes folders of it. The learning rate of an arm is chosen at
-the first shape on labels, on a run of a fifteenth of the tokens with its own seed and held-out text, looked for until the best
+the first shape on labels, on a run of a share of the tokens with its own seed and held-out text, looked for until the best
 had worse ones on both sides, and kept for the other shapes and for KD. Runs are made in the order of what they tell; a run is
 not begun when the minutes do not suffice for it, and the command goes on from the rows that are there.
 """
@@ -38,7 +39,6 @@ from hf_guide.quickstart.teacher import default_teacher
 LENGTH = 512
 RATES = (6e-4, 2e-3, 6e-3)  # those next to them are tried where the best is an end of what was tried
 TUNING_SEED = 1000
-TUNING_SHARE = 15  # a run that chooses the rate has a fifteenth of the tokens
 SHAPES: dict[str, dict[str, int]] = {
     "half width, half depth": {
         "hidden_size": 288,
@@ -66,7 +66,7 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 FIRST = next(iter(SHAPES))
-LEADING = ("random", "calibrated, 8,192 tokens", "guide, outer blocks")  # of the arms; at every shape and with KD
+LEADING = ("random", "calibrated, 8,192 tokens", "guide, outer blocks")  # of the arms; with KD as well
 OTHERS = ("subcloning", "uniform, outer blocks")
 OBJECTIVES = ("labels", "KD")
 
@@ -116,6 +116,7 @@ def jobs(tokens: int, batch: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
     yield from (job(arm, shape) for shape in list(SHAPES)[1:] for arm in LEADING)
     yield from (job(arm, objective="KD") for arm in LEADING)
     yield from (job(arm, seed=seed) for seed in seeds[1:] for arm in LEADING)
+    yield from (job(arm, shape, seed=seed) for seed in seeds for shape in SHAPES for arm in LEADING + OTHERS)
 
 
 def next_run(rows: list[dict[str, Any]], job: dict[str, Any]) -> dict[str, Any] | None:
@@ -135,7 +136,7 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
         if job["shape"] not in args.shapes or job["arm"] not in args.arms or job["objective"] not in args.objectives:
             continue
         while (todo := next_run(rows := read(args.output), job)) is not None:
-            if time.monotonic() + expected_seconds(rows, todo) > end:
+            if time.monotonic() + expected_seconds(rows, todo, args.tuning_share) > end:
                 break
             row = todo | {"teacher": round(bench.goals[todo["tuning"]], 5)} | make_run(bench, todo, args)
             with args.output.open("a") as file:
@@ -148,18 +149,18 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
             )
 
 
-def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any]) -> float:
+def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any], tuning_share: int) -> float:
     """Return how long a run may take, start included: by the median of its objective here, or by three times any other's."""
     alike = [row for row in rows if row["objective"] == todo["objective"] and row["device"] == device_name()]
     each = [row["seconds"] / row["curve"][-1][0] for row in alike or rows]
     starts = [row["start_seconds"] for row in rows if row["arm"] == todo["arm"]]
-    tokens = todo["tokens"] / (TUNING_SHARE if todo["tuning"] else 1)
+    tokens = todo["tokens"] / (tuning_share if todo["tuning"] else 1)
     return (statistics.median(each) * tokens if each else 0.0) * (1 if alike else 3) + max(starts, default=0.0)
 
 
 def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Make one student, train it, and return its curve and what it cost in seconds."""
-    steps = todo["tokens"] // (bench.batch * LENGTH) // (TUNING_SHARE if todo["tuning"] else 1)
+    steps = todo["tokens"] // (bench.batch * LENGTH) // (args.tuning_share if todo["tuning"] else 1)
     text = drawn(bench.learned, steps * bench.batch, todo["seed"])
     given = Given(
         bench.folder, bench.teacher, SHAPES[todo["shape"]], todo["seed"], text[:256, :LENGTH].to(args.device), text[:0]
@@ -301,6 +302,7 @@ def main() -> None:
     parser.add_argument("--prepare-millions", type=int, default=40, help="tokens to write, at most")
     parser.add_argument("--tokens", type=Path, help="the file that --prepare wrote")
     parser.add_argument("--millions", type=float, default=100, help="tokens of a run")
+    parser.add_argument("--tuning-share", type=int, default=15, help="a run that chooses a rate has tokens by this")
     parser.add_argument("--batch", type=int, default=64, help=f"blocks of {LENGTH} tokens in a step")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--arms", nargs="+", choices=LEADING + OTHERS, default=LEADING + OTHERS)
