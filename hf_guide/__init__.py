@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AutoStudent": "students",
-    "AutoStudentForCausalLM": "students",
-    "AutoStudentForImageClassification": "students",
-    "AutoStudentForMaskedLM": "students",
-    "AutoStudentForSeq2SeqLM": "students",
-    "AutoStudentForSequenceClassification": "students",
-    "AutoStudentForTokenClassification": "students",
-    "FromTeacherMixin": "students",
+    "AutoStudent": "auto",
+    "AutoStudentForCausalLM": "auto",
+    "AutoStudentForImageClassification": "auto",
+    "AutoStudentForMaskedLM": "auto",
+    "AutoStudentForSeq2SeqLM": "auto",
+    "AutoStudentForSequenceClassification": "auto",
+    "AutoStudentForTokenClassification": "auto",
+    "FromTeacherMixin": "auto",
     "from_teacher": "students",
     "HfGuideError": "errors",
     "LayoutError": "errors",
@@ -79,6 +79,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hf_guide.auto import (
+        AutoStudent,
+        AutoStudentForCausalLM,
+        AutoStudentForImageClassification,
+        AutoStudentForMaskedLM,
+        AutoStudentForSeq2SeqLM,
+        AutoStudentForSequenceClassification,
+        AutoStudentForTokenClassification,
+        FromTeacherMixin,
+    )
     from hf_guide.capture.options import CaptureConfig
     from hf_guide.capture.reading import Capture
     from hf_guide.capture.writing import capture_teacher
@@ -107,17 +117,7 @@ if TYPE_CHECKING:
     )
     from hf_guide.lelp.splitters import register_splitter
     from hf_guide.lelp.targets import capture_targets
-    from hf_guide.students import (
-        AutoStudent,
-        AutoStudentForCausalLM,
-        AutoStudentForImageClassification,
-        AutoStudentForMaskedLM,
-        AutoStudentForSeq2SeqLM,
-        AutoStudentForSequenceClassification,
-        AutoStudentForTokenClassification,
-        FromTeacherMixin,
-        from_teacher,
-    )
+    from hf_guide.students import from_teacher
 
 
 def __getattr__(name: str) -> Any:

@@ -110,13 +110,13 @@ def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool) -> No
             raise
 
 
-def attach_report(student: PreTrainedModel, report: InitializationReport, *, saver: bool) -> None:
-    """Give `student` its `initialization_report`, and a `push_to_hub` that tells of it.
+def attach_report(student: PreTrainedModel, report: InitializationReport) -> None:
+    """Give `student` its `initialization_report`, a `save_pretrained` that writes it and a `push_to_hub` that tells of it.
 
-    With `saver` its `save_pretrained` writes the report too. A `push_to_hub` of the student's own class is left alone.
+    A class that declares the report (`FromTeacherMixin`) saves it itself; a `push_to_hub` of its own is left alone.
     """
     student.initialization_report = report  # type: ignore[assignment]
-    if saver:
+    if not hasattr(type(student), "initialization_report"):
         student.save_pretrained = StudentSaver(student)  # type: ignore[method-assign,assignment]
     if type(student).push_to_hub is PreTrainedModel.push_to_hub:
         student.push_to_hub = StudentPusher(student)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The doors: `from_teacher`, the same as a mixin, and one Auto class a task."""
+"""`from_teacher`: the way from a teacher to a student that starts inside it, whatever the method."""
 
 import dataclasses
 import functools
@@ -9,17 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_guide.calibration.batches import check_dataset
@@ -41,7 +31,7 @@ from hf_guide.initialization.resolve import (
     vocabulary_places,
 )
 from hf_guide.initialization.weights import Teacher, open_teacher
-from hf_guide.saving import attach_report, carry_generation_config, save_student
+from hf_guide.saving import attach_report, carry_generation_config
 
 if TYPE_CHECKING:
     from hf_guide.lelp.projector import SubclassProjector
@@ -207,7 +197,7 @@ def from_teacher(
             show_progress=show_progress,
         )
         report.approximations += lost
-    attach_report(student, report, saver=not isinstance(student, FromTeacherMixin))
+    attach_report(student, report)
     carry_generation_config(student, teacher, revision=revision, **hub)
     return student.eval()
 
@@ -255,118 +245,3 @@ def build_student(
         raise ShapeError(f"{student_class.__name__} refuses this config: {reason}") from error
     student.tie_weights()
     return student
-
-
-class FromTeacherMixin:
-    """`from_teacher` as a classmethod, for `class MyStudent(FromTeacherMixin, LlamaForCausalLM)`.
-
-    The saved config names the stock class, so the folder loads where hf_guide is not installed.
-    """
-
-    initialization_report: InitializationReport | None = None
-
-    @classmethod
-    def from_teacher(
-        cls,
-        teacher: "str | os.PathLike[str] | PreTrainedModel",
-        config: PreTrainedConfig | None = None,
-        *,
-        method: "str | InitializationConfig | Mapping[str, Any]" = "guide",
-        calibration_dataset: Any = None,
-        **options: Any,
-    ) -> Any:
-        """As `hf_guide.from_teacher`, for this class."""
-        _refuse_model_class(cls, options)
-        return from_teacher(
-            teacher, config, method=method, calibration_dataset=calibration_dataset, model_class=cls, **options
-        )
-
-    def save_pretrained(self, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any) -> None:
-        """Save a folder that the stock class loads, and write `initialization_report.json` beside the weights."""
-        save = super().save_pretrained.__func__  # type: ignore[misc]
-        save_student(self, save, save_directory, *args, architecture=_stock_class(self).__name__, **kwargs)  # type: ignore[arg-type]
-
-
-def _stock_class(student: Any) -> type:
-    """Return the class that a folder of this student loads as where its own class is not known."""
-    bases = [base for base in type(student).__mro__ if issubclass(base, PreTrainedModel)]
-    stock = (base for base in bases if base.__module__.startswith(("transformers.models.", "transformers_modules.")))
-    return next(stock, type(student))
-
-
-def _refuse_model_class(door: type, options: Mapping[str, Any]) -> None:
-    if "model_class" in options:
-        raise OptionError(
-            f"{door.__name__}.from_teacher has its model class already; call hf_guide.from_teacher to choose another."
-        )
-
-
-class _AutoStudent:
-    """What the Auto classes share: a task's stock class, filled from a teacher."""
-
-    model_class: type[Any] = AutoModel
-
-    def __init__(self) -> None:
-        name = type(self).__name__
-        raise OSError(f"{name} is not instantiated; use {name}.from_teacher(teacher, ...).")
-
-    @classmethod
-    def from_teacher(
-        cls,
-        teacher: "str | os.PathLike[str] | PreTrainedModel",
-        config: PreTrainedConfig | None = None,
-        *,
-        method: "str | InitializationConfig | Mapping[str, Any]" = "guide",
-        calibration_dataset: Any = None,
-        **options: Any,
-    ) -> PreTrainedModel:
-        """As `hf_guide.from_teacher`, for this task."""
-        _refuse_model_class(cls, options)
-        return from_teacher(
-            teacher,
-            config,
-            method=method,
-            calibration_dataset=calibration_dataset,
-            model_class=cls.model_class,
-            **options,
-        )
-
-
-class AutoStudent(_AutoStudent):
-    """A base model, without a head, that starts inside its teacher."""
-
-
-class AutoStudentForCausalLM(_AutoStudent):
-    """A causal language model that starts inside its teacher."""
-
-    model_class = AutoModelForCausalLM
-
-
-class AutoStudentForMaskedLM(_AutoStudent):
-    """A masked language model that starts inside its teacher."""
-
-    model_class = AutoModelForMaskedLM
-
-
-class AutoStudentForSequenceClassification(_AutoStudent):
-    """A sequence classifier that starts inside its teacher; its head too where the labels agree."""
-
-    model_class = AutoModelForSequenceClassification
-
-
-class AutoStudentForTokenClassification(_AutoStudent):
-    """A token classifier that starts inside its teacher; its head too where the labels agree."""
-
-    model_class = AutoModelForTokenClassification
-
-
-class AutoStudentForSeq2SeqLM(_AutoStudent):
-    """An encoder-decoder that starts inside its teacher."""
-
-    model_class = AutoModelForSeq2SeqLM
-
-
-class AutoStudentForImageClassification(_AutoStudent):
-    """An image classifier that starts inside its teacher; its head too where the labels agree."""
-
-    model_class = AutoModelForImageClassification

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from hf_guide import folders
+from hf_guide.auto import AutoStudentForCausalLM
 from hf_guide.errors import OptionError
 from hf_guide.folders import check_space, copy_companions, new_folder
 from hf_guide.hub import write_model_card
@@ -26,7 +27,6 @@ from hf_guide.quickstart.corpus import pack, read_text, split_documents
 from hf_guide.quickstart.distill import Evaluation, Recipe, capture, evaluate, train
 from hf_guide.quickstart.memory import keep_freed_memory
 from hf_guide.quickstart.teacher import default_teacher
-from hf_guide.students import AutoStudentForCausalLM
 
 RESULTS_NAME = "quickstart.json"
 

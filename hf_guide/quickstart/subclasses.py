@@ -29,6 +29,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_guide.auto import AutoStudentForSequenceClassification
 from hf_guide.capture.reading import Capture
 from hf_guide.cards import DistillationRecord
 from hf_guide.distillation.arguments import DistillationArguments
@@ -44,7 +45,6 @@ from hf_guide.quickstart.run import RESULTS_NAME, check_output
 from hf_guide.quickstart.teacher import ENCODER_ID, default_encoder
 from hf_guide.quickstart.topics import Topics, split_topics, tokenized
 from hf_guide.saving import attach_record
-from hf_guide.students import AutoStudentForSequenceClassification
 
 ARMS = {"hard labels": "ce", "KD": "kd", "LELP": "lelp"}
 TEACHER_RATE, TEACHER_BATCH = 5e-5, 16
