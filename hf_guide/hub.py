@@ -5,7 +5,6 @@ Does not: touch a word outside them, or upload anything (`saving.py` does).
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -42,6 +41,7 @@ from hf_guide.errors import HfGuideError
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
 from hf_guide.plots import curves_of, plot_explained_variance, plot_training
 from hf_guide.provenance import describe_teacher, repo_id_of, teacher_repo_id
+from hf_guide.student_folders import StudentFolder
 
 PLOT_NAME = "variance_explained.png"
 TRAINING_PLOT_NAME = "training.png"
@@ -54,13 +54,6 @@ TASKS = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForImageClassification": "image-classification",
-}
-
-# The file by which a folder shows that it holds a tokenizer or processor, and the class that loads it.
-PROCESSORS = {
-    "processor_config.json": "AutoProcessor",
-    "tokenizer_config.json": "AutoTokenizer",
-    "preprocessor_config.json": "AutoImageProcessor",
 }
 
 
@@ -112,8 +105,9 @@ def write_model_card(
         card = None
     model_id = model_id or _name_in_title(card) or folder.resolve().name
     teachers = _teachers(report, record, look_up=not (license or data.get("license")), token=token)
-    student_class = _stock_class(folder, report, record)
-    adapter = _adapter_base(folder)
+    saved = StudentFolder.read(folder)
+    student_class = saved.stock_class or _recorded_class(report, record)
+    adapter = saved.adapter_base
     _forget_paths(data)
     task = (record.task if record is not None else None) or _task_of(student_class)
     from_record = eval_results_of(record) if record is not None else []
@@ -145,9 +139,9 @@ def write_model_card(
         teachers=[(_link(one.name, repo_id_of(one.name, one.revision)), one) for one in teachers],
         adapter=adapter,
         auto_class=f"AutoPeftModel{_task_suffix(student_class)}",
-        code_class=_code_class(folder),
-        subclasses=_told_of_subclasses(folder, record),
-        processor=next((name for file, name in PROCESSORS.items() if (folder / file).is_file()), None),
+        code_class=saved.code_class,
+        subclasses=_told_of_subclasses(saved.config, record),
+        processor=saved.processor,
         plot=PLOT_NAME if PLOT_NAME in plots else None,
         training_plot=TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
         results=_table(figures),
@@ -263,29 +257,13 @@ def _name_in_title(card: RepoCard | None) -> str | None:
     return repo_id_of(title, None) if title is not None else None
 
 
-def _stock_class(folder: Path, report: InitializationReport | None, record: DistillationRecord | None) -> str:
-    """Return the class that loads the folder: its config names the stock one, also of a student of one's own class."""
-    named = _config_of(folder).get("architectures")
-    if named:
-        return named[0]
+def _recorded_class(report: InitializationReport | None, record: DistillationRecord | None) -> str:
     known = report.student_class if report is not None else record.student_class if record is not None else None
     return known or "AutoModel"
 
 
-def _code_class(folder: Path) -> str | None:
-    """Return the Auto class that loads a folder with code of its own; None of a stock model's."""
-    return next((name for name in _config_of(folder).get("auto_map") or {} if name.startswith("AutoModel")), None)
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    """Return the config that a folder holds; of an adapter's folder nothing."""
-    file = folder / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _told_of_subclasses(folder: Path, record: DistillationRecord | None) -> str | None:
+def _told_of_subclasses(config: dict[str, Any], record: DistillationRecord | None) -> str | None:
     """Return what a classifier's labels have to do with subclasses; None where it never had any."""
-    config = _config_of(folder)
     count = config.get("num_subclasses") or 1
     if count > 1 and "student" in config:
         return (
@@ -303,15 +281,6 @@ def _told_of_subclasses(folder: Path, record: DistillationRecord | None) -> str 
             f"same: on examples that it was not fitted to, it chooses the same class in {record.metrics[AGREEMENT]:.2%}."
         )
     return None
-
-
-def _adapter_base(folder: Path) -> str | None:
-    """Return what an adapter's folder says it belongs to: an id, or the bare name of a folder; None for whole models."""
-    path = folder / "adapter_config.json"
-    if not path.is_file() or (folder / "config.json").is_file():
-        return None
-    name = str(json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path") or "its student")
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 
 def _task_of(student_class: str) -> str | None:

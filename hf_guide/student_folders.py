@@ -1,0 +1,58 @@
+"""What the files of a saved student say of it: which class loads it, with which tokenizer or processor, upon what."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The file by which a folder shows that it holds a tokenizer or processor, and the class that loads it.
+PROCESSORS = {
+    "processor_config.json": "AutoProcessor",
+    "tokenizer_config.json": "AutoTokenizer",
+    "preprocessor_config.json": "AutoImageProcessor",
+}
+
+
+@dataclass(frozen=True)
+class StudentFolder:
+    """A folder that a student was saved in.
+
+    Attributes:
+        config: the whole model's; of an adapter's folder nothing.
+        processor: the class that loads its tokenizer or processor, where there is one.
+        adapter_base: of an adapter's folder, what it belongs to: an id, or the bare name of a folder.
+    """
+
+    config: dict[str, Any]
+    processor: str | None
+    adapter_base: str | None
+
+    @classmethod
+    def read(cls, folder: Path) -> "StudentFolder":
+        """Read what is there; a folder may hold no model yet."""
+        config = _read(folder / "config.json")
+        adapter = _read(folder / "adapter_config.json")
+        return cls(
+            config=config or {},
+            processor=next((name for file, name in PROCESSORS.items() if (folder / file).is_file()), None),
+            adapter_base=_base_of(adapter) if adapter is not None and config is None else None,
+        )
+
+    @property
+    def stock_class(self) -> str | None:
+        """The class that loads the folder: its config names the stock one, also of a student of one's own class."""
+        return next(iter(self.config.get("architectures") or []), None)
+
+    @property
+    def code_class(self) -> str | None:
+        """The Auto class that loads a folder with code of its own; None of a stock model's."""
+        return next((name for name in self.config.get("auto_map") or {} if name.startswith("AutoModel")), None)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _base_of(adapter: dict[str, Any]) -> str:
+    name = str(adapter.get("base_model_name_or_path") or "its student")
+    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
