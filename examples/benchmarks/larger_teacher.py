@@ -3,7 +3,8 @@
     python examples/benchmarks/larger_teacher.py --text wikipedia shakespeare text/* --prepare tokens.safetensors
     python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher.jsonl --minutes 60
     python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher_cpu.jsonl \
-        --millions 0.2 --batch 2 --tuning-share 4 --held-out-blocks 32 --points 4 --objectives labels
+        --millions 0.2 --batch 2 --tuning-share 4 --held-out-blocks 32 --heard-blocks 32 --points 4 \
+        --objectives labels
     python examples/benchmarks/larger_teacher.py --output results/larger_teacher.jsonl --table
 
 The arms, the rows and the table are those of `starting_points.py`; the loop is PyTorch's alone (bfloat16 autocast, each block
@@ -163,7 +164,12 @@ def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> di
     steps = todo["tokens"] // (bench.batch * LENGTH) // (args.tuning_share if todo["tuning"] else 1)
     text = drawn(bench.learned, steps * bench.batch, todo["seed"])
     given = Given(
-        bench.folder, bench.teacher, SHAPES[todo["shape"]], todo["seed"], text[:256, :LENGTH].to(args.device), text[:0]
+        bench.folder,
+        bench.teacher,
+        SHAPES[todo["shape"]],
+        todo["seed"],
+        text[: args.heard_blocks, :LENGTH].to(args.device),
+        text[:0],
     )
     state, start_seconds = started(todo, given)
     model = compiled(todo["shape"], given.config, args)
@@ -310,6 +316,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--points", type=int, default=20, help="of each curve")
     parser.add_argument("--held-out-blocks", type=int, default=256, help="to tune on, and as many to measure on")
+    parser.add_argument("--heard-blocks", type=int, default=256, help="of its text that a start may listen to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun that would end later")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
