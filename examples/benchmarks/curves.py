@@ -226,7 +226,7 @@ def plot(rows: list[Row], file: Path) -> None:
         # Where it starts is off the panel's top.
         late = [loss for row in here for tokens, loss in row["curve"] if tokens > row["curve"][-1][0] / 12]
         axis.set_ylim(min([goal, *late]) - 0.1, max([goal, *late]) + 0.1)
-        axis.legend(fontsize="small", loc="upper right")
+        axis.legend(fontsize="small", loc="best")
     figure.tight_layout()
     figure.savefig(file, dpi=80)
     pyplot.close(figure)
