@@ -38,6 +38,7 @@ def args(tmp_path, monkeypatch):
     return argparse.Namespace(
         output=tmp_path / "rows.jsonl", teacher=str(tmp_path / "teacher"), tokens=tmp_path / "tokens.safetensors",
         millions=0.001, seeds=[0], points=2, batch=2, eager=True, held_out_blocks=8, minutes=math.inf, device="cpu",
+        tuning_share=15, heard_blocks=256,
         shapes=[larger_teacher.FIRST], arms=["random", "calibrated, 8,192 tokens", "subcloning"], objectives=["labels", "KD"],
     )  # fmt: skip
 
@@ -74,6 +75,26 @@ def test_only_the_runs_that_are_asked_for_are_made(args):
     assert {(row["arm"], row["objective"]) for row in rows if row["tuning"]} == {("random", "labels")}
     curves.plot(rows, args.output.with_suffix(".png"))
     assert args.output.with_suffix(".png").exists()
+
+
+def test_every_arm_is_run_at_every_shape_and_seed_on_as_many_tokens_as_are_asked_for(args, monkeypatch):
+    other = "half of that"
+    monkeypatch.setattr(
+        larger_teacher, "SHAPES", {larger_teacher.FIRST: SIZES, other: SIZES | {"num_hidden_layers": 1}}
+    )
+    heard = []
+    subcloning = larger_teacher.ARMS["subcloning"]
+    monkeypatch.setitem(
+        larger_teacher.ARMS, "subcloning", lambda given: heard.append(len(given.text)) or subcloning(given)
+    )
+    args.arms, args.objectives, args.seeds = ["subcloning"], ["labels"], [0, 1]
+    args.shapes, args.tuning_share, args.heard_blocks = [larger_teacher.FIRST, other], 5, 4
+    larger_teacher.run(larger_teacher.Bench.prepare(args), args)
+    rows = starting_points.read(args.output)
+    runs = [(row["shape"], row["seed"]) for row in rows if not row["tuning"]]
+    assert runs == [(shape, seed) for seed in (0, 1) for shape in (larger_teacher.FIRST, other)]
+    assert {row["curve"][-1][0] for row in rows if row["tuning"]} == {31 // 5 * 2 * 16}
+    assert set(heard) == {4}
 
 
 def test_nothing_is_drawn_of_runs_that_choose_a_rate(args):
