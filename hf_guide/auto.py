@@ -23,13 +23,12 @@ from hf_guide.saving import save_student
 from hf_guide.students import from_teacher
 
 
-class FromTeacherMixin:
-    """`from_teacher` as a classmethod, for `class MyStudent(FromTeacherMixin, LlamaForCausalLM)`.
+class _Door:
+    """`from_teacher` as a classmethod, of a class that has its model class already."""
 
-    The saved config names the stock class, so the folder loads where hf_guide is not installed.
-    """
-
-    initialization_report: InitializationReport | None = None
+    @classmethod
+    def _student_class(cls) -> type[Any]:
+        return cls
 
     @classmethod
     def from_teacher(
@@ -41,11 +40,28 @@ class FromTeacherMixin:
         calibration_dataset: Any = None,
         **options: Any,
     ) -> Any:
-        """As `hf_guide.from_teacher`, for this class."""
-        _refuse_model_class(cls, options)
+        """As `hf_guide.from_teacher`, for the class or task that this stands for."""
+        if "model_class" in options:
+            raise OptionError(
+                f"{cls.__name__}.from_teacher has its model class already; call hf_guide.from_teacher to choose another."
+            )
         return from_teacher(
-            teacher, config, method=method, calibration_dataset=calibration_dataset, model_class=cls, **options
+            teacher,
+            config,
+            method=method,
+            calibration_dataset=calibration_dataset,
+            model_class=cls._student_class(),
+            **options,
         )
+
+
+class FromTeacherMixin(_Door):
+    """`from_teacher` as a classmethod, for `class MyStudent(FromTeacherMixin, LlamaForCausalLM)`.
+
+    The saved config names the stock class, so the folder loads where hf_guide is not installed.
+    """
+
+    initialization_report: InitializationReport | None = None
 
     def save_pretrained(self, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any) -> None:
         """Save a folder that the stock class loads, and write `initialization_report.json` beside the weights."""
@@ -60,14 +76,7 @@ def _stock_class(student: Any) -> type:
     return next(stock, type(student))
 
 
-def _refuse_model_class(door: type, options: Mapping[str, Any]) -> None:
-    if "model_class" in options:
-        raise OptionError(
-            f"{door.__name__}.from_teacher has its model class already; call hf_guide.from_teacher to choose another."
-        )
-
-
-class _AutoStudent:
+class _AutoStudent(_Door):
     """What the Auto classes share: a task's stock class, filled from a teacher."""
 
     model_class: type[Any] = AutoModel
@@ -77,25 +86,8 @@ class _AutoStudent:
         raise OSError(f"{name} is not instantiated; use {name}.from_teacher(teacher, ...).")
 
     @classmethod
-    def from_teacher(
-        cls,
-        teacher: "str | os.PathLike[str] | PreTrainedModel",
-        config: PreTrainedConfig | None = None,
-        *,
-        method: "str | InitializationConfig | Mapping[str, Any]" = "guide",
-        calibration_dataset: Any = None,
-        **options: Any,
-    ) -> PreTrainedModel:
-        """As `hf_guide.from_teacher`, for this task."""
-        _refuse_model_class(cls, options)
-        return from_teacher(
-            teacher,
-            config,
-            method=method,
-            calibration_dataset=calibration_dataset,
-            model_class=cls.model_class,
-            **options,
-        )
+    def _student_class(cls) -> type[Any]:
+        return cls.model_class
 
 
 class AutoStudent(_AutoStudent):

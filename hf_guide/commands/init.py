@@ -102,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from hf_guide import auto, students
+    import hf_guide
 
-    make = getattr(auto, TASKS[args.task]).from_teacher if args.task else students.from_teacher
+    make = getattr(hf_guide, TASKS[args.task]).from_teacher if args.task else hf_guide.from_teacher
     with new_folder(args.output) as folder:
         student: Any = make(
             args.teacher,
