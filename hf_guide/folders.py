@@ -23,6 +23,11 @@ COMPANIONS = (
 """Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
 
 
+def is_path(name: str) -> bool:
+    """Whether a model's name is a path of this machine, which is not to be published, and no id on the Hub."""
+    return Path(name).is_absolute() or Path(name).exists()
+
+
 def check_output(output: Path) -> None:
     """Refuse an output that is there and is not an empty folder."""
     if output.exists() and not output.is_dir():

@@ -25,6 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_guide.card_files import CARD_NAME, as_list, is_blank, read_card
 from hf_guide.cards import TeacherRecord
 from hf_guide.errors import HfGuideError
+from hf_guide.folders import is_path
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def describe_teacher(
     """
     path: Path | None
     folder = Path(name)
-    if folder.is_absolute() or name.startswith((".", "~")) or folder.exists():
+    if is_path(name) or name.startswith((".", "~")):
         folder = folder.expanduser().resolve()
         name, revision, path = folder.name, None, folder / CARD_NAME
     else:

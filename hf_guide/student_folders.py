@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_guide.folders import is_path
+
 # The file by which a folder shows that it holds a tokenizer or processor, and the class that loads it.
 PROCESSORS = {
     "processor_config.json": "AutoProcessor",
@@ -55,4 +57,4 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _base_of(adapter: dict[str, Any]) -> str:
     name = str(adapter.get("base_model_name_or_path") or "its student")
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return Path(name).name if is_path(name) else name

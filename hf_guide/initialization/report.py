@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import HfGuideError
+from hf_guide.folders import is_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,7 +111,7 @@ class InitializationReport:
     def teacher_name(self) -> str:
         """The teacher's id, or the bare name of its folder: fit to be published."""
         path = Path(self.teacher)
-        is_folder = path.is_absolute() or self.teacher.startswith((".", "~")) or path.exists()
+        is_folder = is_path(self.teacher) or self.teacher.startswith((".", "~"))
         return path.name if is_folder and path.name else self.teacher
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
