@@ -3,7 +3,7 @@
     python examples/benchmarks/larger_teacher.py --text wikipedia shakespeare text/* --prepare tokens.safetensors
     python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher.jsonl --minutes 60
     python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher_cpu.jsonl \
-        --millions 0.2 --batch 2 --tuning-share 4 --held-out-blocks 32 --heard-blocks 32 --points 4 \
+        --millions 0.2 --batch 2 --tuning-share 4 --held-out-blocks 32 --calibration-blocks 32 --points 4 \
         --objectives labels
     python examples/benchmarks/larger_teacher.py --output results/larger_teacher.jsonl --table
 
@@ -168,7 +168,7 @@ def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> di
         bench.teacher,
         SHAPES[todo["shape"]],
         todo["seed"],
-        text[: args.heard_blocks, :LENGTH].to(args.device),
+        text[: args.calibration_blocks, :LENGTH].to(args.device),
         text[:0],
     )
     state, start_seconds = started(todo, given)
@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--points", type=int, default=20, help="of each curve")
     parser.add_argument("--held-out-blocks", type=int, default=256, help="to tune on, and as many to measure on")
-    parser.add_argument("--heard-blocks", type=int, default=256, help="of its text that a start may listen to")
+    parser.add_argument("--calibration-blocks", type=int, default=256, help="blocks of text that a start may look at")
     parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun that would end later")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="compile nothing")

@@ -38,7 +38,7 @@ def args(tmp_path, monkeypatch):
     return argparse.Namespace(
         output=tmp_path / "rows.jsonl", teacher=str(tmp_path / "teacher"), tokens=tmp_path / "tokens.safetensors",
         millions=0.001, seeds=[0], points=2, batch=2, eager=True, held_out_blocks=8, minutes=math.inf, device="cpu",
-        tuning_share=15, heard_blocks=256,
+        tuning_share=15, calibration_blocks=256,
         shapes=[larger_teacher.FIRST], arms=["random", "calibrated, 8,192 tokens", "subcloning"], objectives=["labels", "KD"],
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_every_arm_is_run_at_every_shape_and_seed_on_as_many_tokens_as_are_asked
         larger_teacher.ARMS, "subcloning", lambda given: heard.append(len(given.text)) or subcloning(given)
     )
     args.arms, args.objectives, args.seeds = ["subcloning"], ["labels"], [0, 1]
-    args.shapes, args.tuning_share, args.heard_blocks = [larger_teacher.FIRST, other], 5, 4
+    args.shapes, args.tuning_share, args.calibration_blocks = [larger_teacher.FIRST, other], 5, 4
     larger_teacher.run(larger_teacher.Bench.prepare(args), args)
     rows = starting_points.read(args.output)
     runs = [(row["shape"], row["seed"]) for row in rows if not row["tuning"]]
