@@ -15,11 +15,13 @@ _HOMES = {
     "AutoStudentForTokenClassification": "auto",
     "FromTeacherMixin": "auto",
     "from_teacher": "students",
+    "CaptureError": "errors",
     "HfGuideError": "errors",
     "LayoutError": "errors",
     "OptionError": "errors",
     "ShapeError": "errors",
     "SubclassError": "errors",
+    "TaskError": "errors",
     "TeacherError": "errors",
     "VocabularyError": "errors",
     "Capture": "capture.reading",
@@ -52,6 +54,7 @@ __all__ = [
     "FromTeacherMixin",
     "Capture",
     "CaptureConfig",
+    "CaptureError",
     "DistillationArguments",
     "DistillationTrainer",
     "HfGuideError",
@@ -65,6 +68,7 @@ __all__ = [
     "SubclassModelForImageClassification",
     "SubclassModelForSequenceClassification",
     "SubclassProjector",
+    "TaskError",
     "TeacherError",
     "VocabularyError",
     "capture_targets",
@@ -96,11 +100,13 @@ if TYPE_CHECKING:
     from hf_guide.distillation.objectives import register_term
     from hf_guide.distillation.trainer import DistillationTrainer
     from hf_guide.errors import (
+        CaptureError,
         HfGuideError,
         LayoutError,
         OptionError,
         ShapeError,
         SubclassError,
+        TaskError,
         TeacherError,
         VocabularyError,
     )

@@ -10,12 +10,17 @@ import os
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_guide.public_names import without_private_keys
+
+if TYPE_CHECKING:
+    from hf_guide.initialization.weights import Teacher
 
 SAMPLES_PER_TENSOR = 64
 BYTES_PER_SAMPLE = 64
@@ -48,6 +53,23 @@ def weights_fingerprint(model: nn.Module) -> str:
         if isinstance(tensor, Tensor):
             whole.update(f"{name}{tuple(tensor.shape)}".encode())
             whole.update(_sample(tensor))
+    return whole.hexdigest()
+
+
+def teacher_fingerprint(teacher: "Teacher") -> str | None:
+    """Return what tells a teacher without a commit from others: `files_fingerprint` of its folder, else of its tensors.
+
+    None where the commit is known, which says more.
+    """
+    if teacher.revision is not None:
+        return None
+    in_files = files_fingerprint(teacher.name) if os.path.isdir(teacher.name) else None
+    if in_files is not None:
+        return in_files
+    whole = blake2b(digest_size=16)
+    for name in sorted(teacher.weights.keys()):
+        whole.update(f"{name}{tuple(teacher.weights.shape(name))}".encode())
+        whole.update(_sample(teacher.weights.get(name)))
     return whole.hexdigest()
 
 
@@ -95,7 +117,7 @@ def tokenizer_fingerprint(processing_class: Any) -> str | None:
 def config_facts(config: "PreTrainedConfig | Mapping[str, Any]") -> dict[str, Any]:
     """Return a config's entries as JSON has them, without those that only say how the model is run."""
     entries = copy.deepcopy(config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config))
-    facts = {key: value for key, value in entries.items() if key not in _PASSING}
+    facts = without_private_keys({key: value for key, value in entries.items() if key not in _PASSING})
     return json.loads(json.dumps(facts, default=str))
 
 

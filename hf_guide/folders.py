@@ -23,11 +23,6 @@ COMPANIONS = (
 """Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
 
 
-def is_path(name: str) -> bool:
-    """Whether a model's name is a path of this machine, which is not to be published, and no id on the Hub."""
-    return Path(name).is_absolute() or Path(name).exists()
-
-
 def check_output(output: Path) -> None:
     """Refuse an output that is there and is not an empty folder."""
     if output.exists() and not output.is_dir():
@@ -62,6 +57,16 @@ def publish(partial: Path, path: Path) -> None:
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, UTF-8, all of it or nothing."""
+    partial = partial_path(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -38,10 +38,10 @@ from hf_guide.cards import (
     load_record,
 )
 from hf_guide.errors import HfGuideError
-from hf_guide.folders import is_path
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
 from hf_guide.plots import curves_of, plot_explained_variance, plot_training
 from hf_guide.provenance import describe_teacher, repo_id_of, teacher_repo_id
+from hf_guide.public_names import is_local
 from hf_guide.student_folders import StudentFolder
 
 PLOT_NAME = "variance_explained.png"
@@ -206,7 +206,7 @@ def _teachers(
         return []
     if look_up:
         return [describe_teacher(report.teacher, revision=report.revision, token=token)]
-    return [TeacherRecord(report.teacher_name, report.revision if report.teacher_name == report.teacher else None)]
+    return [TeacherRecord(report.teacher_name, report.public_revision)]
 
 
 def _base_models(
@@ -223,7 +223,7 @@ def _base_models(
 def _forget_paths(data: CardData) -> None:
     """Take folders of this machine out of a card's metadata: PEFT names the base of an adapter by where it was loaded."""
     bases = as_list(data.get("base_model"))
-    known = [name for name in bases if not is_path(name)]
+    known = [name for name in bases if not is_local(str(name))]
     if len(known) < len(bases):
         data["base_model"] = known or None
         gone = {f"base_model:adapter:{name}" for name in bases if name not in known}

@@ -4,7 +4,6 @@ Does: read from the Hub or a folder; keep this machine's paths out of what is pu
 Does not: write or upload a card (`hub.py` and `saving.py` do).
 """
 
-import dataclasses
 import logging
 import os
 import shutil
@@ -25,8 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from hf_guide.card_files import CARD_NAME, as_list, is_blank, read_card
 from hf_guide.cards import TeacherRecord
 from hf_guide.errors import HfGuideError
-from hf_guide.folders import is_path
-from hf_guide.initialization.report import REPORT_NAME, InitializationReport
+from hf_guide.initialization.report import InitializationReport
+from hf_guide.public_names import is_local, public_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +61,6 @@ def fetch_card(
     return path
 
 
-def publish_report(folder: str | os.PathLike[str]) -> None:
-    """Let the initialisation report in a folder that is about to be pushed, if there is one, tell no path of this machine."""
-    if (Path(folder) / REPORT_NAME).is_file():
-        report = InitializationReport.load(folder)
-        if report.teacher_name != report.teacher:
-            dataclasses.replace(report, teacher=report.teacher_name).save(folder)
-
-
 def describe_teacher(
     name: str,
     *,
@@ -85,10 +76,10 @@ def describe_teacher(
         revision, token: for its card on the Hub. Where that cannot be had, the licence is not known.
     """
     path: Path | None
-    folder = Path(name)
-    if is_path(name) or name.startswith((".", "~")):
-        folder = folder.expanduser().resolve()
-        name, revision, path = folder.name, None, folder / CARD_NAME
+    if is_local(name):
+        path = Path(name).expanduser() / CARD_NAME
+        name = public_name(name)
+        revision = revision if "/" in name else None
     else:
         path = _card_on_hub(name, revision, token)
     data = CardData()
@@ -105,7 +96,7 @@ def describe_teacher(
 
 def teacher_repo_id(report: InitializationReport) -> str | None:
     """The teacher's id on the Hub, or None where the teacher was a folder or a model without one."""
-    return repo_id_of(report.teacher, report.revision) if report.teacher_name == report.teacher else None
+    return repo_id_of(report.teacher_name, report.public_revision)
 
 
 def repo_id_of(name: str, revision: str | None) -> str | None:

@@ -24,7 +24,7 @@ from hf_guide.cards import DistillationRecord, save_record
 from hf_guide.folders import check_space
 from hf_guide.hub import write_model_card
 from hf_guide.initialization.report import InitializationReport
-from hf_guide.provenance import fetch_card, publish_report
+from hf_guide.provenance import fetch_card
 
 
 class StudentSaver:
@@ -84,7 +84,6 @@ class StudentPusher:
             report: Any = self.student.initialization_report
             model_tags = [*(self.student.model_tags or []), *(tags or [])]
             write_model_card(folder, report, model_id=repo_id, tags=model_tags, token=token)
-            publish_report(folder)
             kind = type(self.student).__name__
             return api.create_commit(
                 repo_id=repo_id,

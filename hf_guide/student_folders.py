@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_guide.folders import is_path
+from hf_guide.public_names import public_name
 
 # The file by which a folder shows that it holds a tokenizer or processor, and the class that loads it.
 PROCESSORS = {
@@ -56,5 +56,4 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _base_of(adapter: dict[str, Any]) -> str:
-    name = str(adapter.get("base_model_name_or_path") or "its student")
-    return Path(name).name if is_path(name) else name
+    return public_name(str(adapter.get("base_model_name_or_path") or "its student"))

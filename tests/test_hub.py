@@ -12,7 +12,7 @@ from hf_guide.cards import DistillationRecord, TeacherRecord, save_record
 from hf_guide.errors import HfGuideError
 from hf_guide.hub import PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
 from hf_guide.initialization.report import InitializationReport
-from hf_guide.provenance import describe_teacher, fetch_card, publish_report, teacher_repo_id
+from hf_guide.provenance import describe_teacher, fetch_card, teacher_repo_id
 
 REPORT = InitializationReport(
     teacher="someone/teacher",
@@ -321,13 +321,10 @@ def test_the_blank_card_that_peft_saves_gives_way_and_tells_no_path(tmp_path):
     assert str(tmp_path) not in path.read_text() and "My own words." in path.read_text()
 
 
-def test_a_report_that_is_published_tells_no_path(tmp_path):
-    publish_report(tmp_path)
+def test_a_report_that_is_saved_tells_no_path(tmp_path):
     dataclasses.replace(REPORT, teacher=str(tmp_path / "big")).save(tmp_path)
-    publish_report(tmp_path)
     assert InitializationReport.load(tmp_path) == dataclasses.replace(REPORT, teacher="big")
     REPORT.save(tmp_path)
-    publish_report(tmp_path)
     assert InitializationReport.load(tmp_path) == REPORT
 
 

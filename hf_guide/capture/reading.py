@@ -26,6 +26,7 @@ from hf_guide.fingerprints import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from hf_guide.provenance import repo_id_of
 
 MOST_OPEN_SHARDS = 128  # each holds a file descriptor
 
@@ -97,6 +98,29 @@ class Capture:
                 f"{self.folder} holds {self.manifest.examples} examples and the dataset has {len(dataset)}. Capture the "
                 "dataset that you train on."
             )
+
+    def teacher_source(self) -> str:
+        """Return what `from_pretrained` loads the captured teacher from.
+
+        That is its Hub id, or a folder of its name with the same weights, beside the capture or in the working directory: a
+        capture does not hold the paths of the machine that it was made on.
+
+        Raises:
+            CaptureError: there is no such folder.
+        """
+        manifest = self.manifest
+        if manifest.files is None and repo_id_of(manifest.teacher, manifest.teacher_revision) is not None:
+            return manifest.teacher
+        places = dict.fromkeys([self.folder.resolve().parent, Path.cwd()])
+        for candidate in (place / manifest.teacher for place in places):
+            if manifest.files is not None and candidate.is_dir() and files_fingerprint(candidate) == manifest.files:
+                return str(candidate)
+        searched = " and ".join(str(place / manifest.teacher) for place in places)
+        raise CaptureError(
+            f"{self.folder} was captured from {manifest.teacher!r}, a folder or a loaded model, and does not hold its path; "
+            f"looked for the same weights in {searched}. Name the teacher's folder: processor_name_or_path for its "
+            "tokenizer, and teacher among the arguments of student for a student that is made of it."
+        )
 
     def summary(self) -> str:
         """Return what it holds, of whom, and how large it is, in a few lines."""

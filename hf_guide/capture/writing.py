@@ -26,6 +26,7 @@ from hf_guide.capture.teachers import load_teacher
 from hf_guide.distillation.tasks import Task, task_of, without_adapter
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from hf_guide.public_names import public_name, without_private_keys
 
 
 def capture_teacher(
@@ -146,10 +147,10 @@ def describe(
     loaded_here = isinstance(teacher, (str, os.PathLike))
     name = os.fspath(teacher) if loaded_here else bare.config._name_or_path or type(bare).__name__
     return CaptureManifest(
-        teacher=name,
+        teacher=public_name(name),
         teacher_revision=getattr(bare.config, "_commit_hash", None),
         teacher_class=type(bare).__name__,
-        teacher_config=bare.config.to_dict(),
+        teacher_config=without_private_keys(bare.config.to_dict()),
         teacher_dtype=str(bare.dtype).removeprefix("torch."),
         weights=weights_fingerprint(model),
         files=files_fingerprint(name) if loaded_here and os.path.isdir(name) else None,

@@ -2,11 +2,13 @@
 
 import contextlib
 import copy
+import copyreg
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import TrainingArguments
 from hf_guide.distillation.divergences import DivergenceKind
 from hf_guide.distillation.objectives import parse_objective
 from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.public_names import public_value
 
 
 class Distance(str, Enum):
@@ -141,6 +144,10 @@ class DistillationArguments(TrainingArguments):
                 setattr(told, name, {key: _told(key, value) for key, value in given.items()})
         return super(DistillationArguments, told).to_dict()
 
+    def to_json_string(self) -> str:
+        """Return the arguments as JSON for experiment trackers, whose logs stand in `output_dir`: without paths and tokens."""
+        return super(DistillationArguments, public_arguments(self)).to_json_string()
+
     def __str__(self) -> str:
         lines = [f"{name}={value},\n" for name, value in sorted(self.to_dict().items())]
         return f"{type(self).__name__}(\n{''.join(lines)})"
@@ -153,18 +160,35 @@ class DistillationArguments(TrainingArguments):
         return parse_objective(self.objective)
 
 
+def public_arguments(args: DistillationArguments) -> DistillationArguments:
+    """Return a copy without tokens, in which folders are named by the last part of their path."""
+    public = copy.copy(args)
+    for name, value in vars(args).items():
+        is_token = name == "token" or name.endswith("_token")
+        setattr(public, name, None if is_token else public_value(value))
+    public.output_dir = Path(args.output_dir or "").name
+    return public
+
+
+class _PicklesPublicly(DistillationArguments):
+    """Arguments that read as they are, and are pickled as `public_arguments`."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = object.__new__(DistillationArguments)
+        plain.__dict__.update(self.__dict__)
+        return copyreg._reconstructor, (DistillationArguments, object, None), vars(public_arguments(plain))  # type: ignore[attr-defined]
+
+
 @contextlib.contextmanager
-def tokens_hidden(args: DistillationArguments) -> Iterator[None]:
-    """Take the tokens of teacher and student away for a while: `Trainer` pickles its arguments, and pushes that file."""
-    had = {name: getattr(args, name) for name in ("teacher_init_kwargs", "student")}
-    for name, given in had.items():
-        if given is not None:
-            setattr(args, name, {key: value for key, value in given.items() if key != "token"})
+def saved_publicly(trainer: Any) -> Iterator[None]:
+    """Let a trainer pickle its arguments without paths and tokens, for `training_args.bin`, which is published."""
+    args = trainer.args
+    trainer.args = object.__new__(_PicklesPublicly)
+    trainer.args.__dict__.update(args.__dict__)
     try:
         yield
     finally:
-        for name, given in had.items():
-            setattr(args, name, given)
+        trainer.args = args
 
 
 def _choice(kinds: type[Enum], value: Any, option: str) -> str:

@@ -9,6 +9,7 @@ from hf_guide.distillation.opening import name_of
 from hf_guide.distillation.playback import CapturedTeacher
 from hf_guide.distillation.tasks import Task
 from hf_guide.provenance import describe_teacher
+from hf_guide.public_names import public_name
 
 if TYPE_CHECKING:
     from hf_guide.distillation.trainer import DistillationTrainer
@@ -46,8 +47,8 @@ def make_record(
         student_class=type(student).__name__,
         student_parameters=student.num_parameters() if hasattr(student, "num_parameters") else None,
         task=_ON_THE_HUB[trainer.task],
-        datasets=list(datasets),
-        evaluated_on=", ".join(evaluated_on) or None,
+        datasets=[public_name(name) for name in datasets],
+        evaluated_on=", ".join(map(public_name, evaluated_on)) or None,
         languages=list(languages),
         steps=state.global_step,
         epochs=state.epoch,

@@ -138,10 +138,10 @@ def _check(models: ModelOptions, args: DistillationArguments) -> None:
 
 
 def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig | None]:
-    """Return the first teacher's name and its config; of a capture the captured one's."""
+    """Return the first teacher's name and its config; of a capture only the captured one's config."""
     if args.capture:
         manifest = Capture.open(args.capture).manifest
-        return manifest.teacher, manifest.teacher_config_object()
+        return None, manifest.teacher_config_object()
     if not args.teacher:
         return None, None
     name = args.teacher if os.path.exists(args.teacher) else args.teacher.split(",")[0].strip()
@@ -151,6 +151,14 @@ def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig 
         raise TeacherError(
             f"The teacher {name} has no config that can be read: {error} Name a folder that is there, or an id on the Hub."
         ) from error
+
+
+def _captured_source(args: DistillationArguments) -> str | None:
+    """Return what the captured teacher's tokenizer is loaded from; None without a capture."""
+    if not args.capture:
+        return None
+    named = (args.student or {}).get("teacher")  # type: ignore[union-attr]  # parsed by now
+    return named if isinstance(named, str) else Capture.open(args.capture).teacher_source()
 
 
 def _where(init_kwargs: Any) -> dict[str, Any]:
@@ -222,7 +230,7 @@ def _student(task: Task, models: ModelOptions, labels: Sequence[str] | None) -> 
 
 def _processing_class(task: Task, models: ModelOptions, args: DistillationArguments, source: str | None) -> Any:
     own = models.processor_name_or_path or models.model_name_or_path
-    name = own or source
+    name = own or source or _captured_source(args)
     if name is None:
         raise OptionError("Nothing says how the data is to be read; give processor_name_or_path.")
     where = _where(models.model_init_kwargs if own else args.teacher_init_kwargs)

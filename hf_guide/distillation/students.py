@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_guide.capture.reading import Capture
 from hf_guide.errors import OptionError
 
 
@@ -20,7 +21,7 @@ def make_student(
     Args:
         student: a config, or what `from_teacher` takes: method, hidden_size and so on; `teacher` among it names another
             one than the one that is listened to.
-        teacher: the one that is listened to.
+        teacher: the one that is listened to, or a capture of it.
         init_kwargs: of them revision, token and trust_remote_code count here too.
         train_dataset: of token ids; a calibrated student is made with it where no `calibration_dataset` is given.
 
@@ -39,6 +40,8 @@ def make_student(
     }
     chosen: dict[str, Any] = dict(student) if isinstance(student, Mapping) else {"config": student}
     source = chosen.pop("teacher", teacher)
+    if isinstance(source, Capture):
+        source = source.teacher_source()
     if not isinstance(source, (str, os.PathLike, PreTrainedModel)):
         raise OptionError(
             f"A student is made out of one teacher, a Hub id, a folder or a model; found {type(source).__name__}. Name it "

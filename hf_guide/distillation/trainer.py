@@ -1,6 +1,7 @@
 """`DistillationTrainer`: a `transformers.Trainer` that also listens to a teacher."""
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +12,12 @@ import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hf_guide.capture.reading import Capture, CapturedCollator
 from hf_guide.cards import save_record
-from hf_guide.distillation.arguments import DistillationArguments, tokens_hidden
+from hf_guide.distillation.arguments import DistillationArguments, saved_publicly
 from hf_guide.distillation.batches import BatchReader
 from hf_guide.distillation.dividing import divides_by_items
 from hf_guide.distillation.given import adapted, check_adapter, check_arguments, check_student, source_of
@@ -33,8 +35,9 @@ from hf_guide.distillation.tally import Tally
 from hf_guide.distillation.tasks import IGNORED, task_of
 from hf_guide.distillation.teachers import LiveTeacher, refuse_not_finite
 from hf_guide.errors import OptionError
+from hf_guide.folders import write_text
 from hf_guide.hub import write_model_card
-from hf_guide.provenance import fetch_card, publish_report
+from hf_guide.provenance import fetch_card
 from hf_guide.saving import attach_record
 
 
@@ -93,8 +96,7 @@ class DistillationTrainer(Trainer):
             model = dict(args.student)  # type: ignore[arg-type]  # parsed by now
         student: Any = model
         if isinstance(model, (PreTrainedConfig, Mapping)):
-            named = source.manifest.teacher if isinstance(source, Capture) else source
-            student = make_student(model, named, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
+            student = make_student(model, source, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
         if peft_config is not None:
             student, model_init = adapted(student, model_init, peft_config)
         self._unwrapped: tuple[Any, Any] | None = None
@@ -374,18 +376,36 @@ class DistillationTrainer(Trainer):
     # Files
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with tokens_hidden(self.args):
+        with saved_publicly(self):
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
-        if self.args.should_save and self.args.push_to_hub:
-            publish_report(folder)
         if self.args.should_save and self.learning.projections is not None:
             if folder.name.startswith("checkpoint-"):  # what resumes needs them; what is published does not
                 self.learning.projections.save(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        with tokens_hidden(self.args):
+        remove_paths_from_state(Path(checkpoint_folder))
+        with saved_publicly(self):
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            run_folder = Path(self._get_output_dir(trial=trial))
+            remove_paths_from_state(run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+
+    def save_state(self) -> None:
+        """Save `trainer_state.json` into `output_dir` as `Trainer` does, but for the path of the best checkpoint."""
+        super().save_state()
+        if self.args.should_save:
+            remove_paths_from_state(Path(self.args.output_dir or ""))
+
+    def _load_callback_state(self) -> None:
+        """Find the best checkpoint of a resumed run by its step: the state that was saved does not hold its path."""
+        super()._load_callback_state()
+        best = Path(self.args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_model_checkpoint is None and self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -428,7 +448,6 @@ class DistillationTrainer(Trainer):
         folder = Path(self.args.output_dir or "")
         if self.hub_model_id is not None:
             fetch_card(self.hub_model_id, folder, **self._pushed_to)
-        publish_report(folder)
         names = _list(dataset) or _list(dataset_args)
         record = make_record(self, datasets=_list(dataset_tags), evaluated_on=names, languages=_list(language))
         save_record(folder, record)
@@ -456,6 +475,17 @@ class DistillationTrainer(Trainer):
             copy.deepcopy(student).merge_and_unload().save_pretrained(output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
+
+
+def remove_paths_from_state(folder: Path) -> None:
+    """Take the path of the best checkpoint out of a folder's `trainer_state.json`, where there is one."""
+    path = folder / TRAINER_STATE_NAME
+    if not path.is_file():
+        return
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if state.get("best_model_checkpoint") is not None:
+        state["best_model_checkpoint"] = None
+        write_text(path, json.dumps(state, indent=2, sort_keys=True) + "\n")
 
 
 def _list(given: "str | list[str] | None") -> list[str]:

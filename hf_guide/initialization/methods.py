@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import hf_guide
+from hf_guide.fingerprints import teacher_fingerprint
 from hf_guide.initialization.basis import ResidualBasis, explained_variance, fit_basis, fit_places
 from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
 from hf_guide.initialization.options import InitializationConfig
@@ -222,4 +223,5 @@ def make_report(
         seconds=seconds,
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         * (1 if sys.platform == "darwin" else 1024),
+        teacher_fingerprint=teacher_fingerprint(plan.teacher),
     )

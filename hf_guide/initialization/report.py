@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import HfGuideError
-from hf_guide.folders import is_path
+from hf_guide.public_names import is_local, public_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,9 @@ class InitializationReport:
     """How a student was made of its teacher. Printed, it is a table; `summary()` says it in five lines.
 
     Attributes:
-        teacher, revision: the teacher's id, folder or class, and its commit where known.
+        teacher, revision: the teacher's id, folder or class, and its commit where known; of a folder only the last part
+            of its path is saved.
+        teacher_fingerprint: of a teacher without a commit, a hash of its weights (see `fingerprints`).
         teacher_class, student_class: names of the model classes.
         options: the fields of the `InitializationConfig` used, and `method` among them.
         hf_guide_version, transformers_version: what made it.
@@ -82,6 +84,7 @@ class InitializationReport:
     calibration: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
+    teacher_fingerprint: str | None = None
 
     @classmethod
     def of_random(
@@ -91,6 +94,7 @@ class InitializationReport:
         import transformers
 
         import hf_guide
+        from hf_guide.fingerprints import teacher_fingerprint
 
         shapes = {name: list(parameter.shape) for name, parameter in student.named_parameters()}
         return cls(
@@ -105,20 +109,28 @@ class InitializationReport:
             student_parameters=student.num_parameters(),
             parameters=[ParameterRecord(name, shape) for name, shape in shapes.items()],
             randomly_initialized=list(shapes),
+            teacher_fingerprint=teacher_fingerprint(teacher),
         )
 
     @property
     def teacher_name(self) -> str:
         """The teacher's id, or the bare name of its folder: fit to be published."""
-        path = Path(self.teacher)
-        is_folder = is_path(self.teacher) or self.teacher.startswith((".", "~"))
-        return path.name if is_folder and path.name else self.teacher
+        return public_name(self.teacher)
+
+    @property
+    def public_revision(self) -> str | None:
+        """The commit of a teacher that the Hub has; None of a folder, whose name on the Hub is not known."""
+        return None if is_local(self.teacher) and "/" not in self.teacher_name else self.revision
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `initialization_report.json` into a folder, which is made if need be, and return the file's path."""
+        """Write `initialization_report.json` into a folder, which is made if need be, and return the file's path.
+
+        A teacher's folder is named by the last part of its path: the file is published with the weights.
+        """
         path = Path(folder) / REPORT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        content = dataclasses.asdict(self) | {"teacher": self.teacher_name, "revision": self.public_revision}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return path
 
     @classmethod

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from hf_guide.capture.reading import Capture
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.fingerprints import weights_fingerprint
-from hf_guide.folders import is_path
 from hf_guide.lelp.arrays import as_tensor, check_positive, check_whole, chunks, refuse_fractions
 from hf_guide.lelp.gathering import Gathering
 from hf_guide.lelp.moments import refuse_not_finite
@@ -330,11 +329,8 @@ class SubclassProjector:
         """Upload both files in one commit; what else the repository has, a student perhaps, stays."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        public = self
-        if self.teacher is not None and is_path(self.teacher):
-            public = dataclasses.replace(self, teacher=Path(self.teacher).name)  # no path of this machine
         with tempfile.TemporaryDirectory() as folder:
-            public.save_pretrained(folder)
+            self.save_pretrained(folder)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,

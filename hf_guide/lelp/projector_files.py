@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_guide.errors import SubclassError
 from hf_guide.lelp.scores import FORMS
+from hf_guide.public_names import public_name
 
 CONFIG_NAME = "subclass_projector.json"
 WEIGHTS_NAME = "subclass_projector.safetensors"
@@ -48,6 +49,7 @@ def write_projector(projector: Any, save_directory: str | os.PathLike[str]) -> l
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     entries: dict[str, Any] = {"format": FORMAT, "form": projector.scores.form}
     entries |= {name: getattr(projector, name) for name in _ENTRIES}
+    entries["teacher"] = None if projector.teacher is None else public_name(projector.teacher)
     entries["id2label"] = {str(number): name for number, name in projector.id2label.items()}
     (folder / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     return [str(folder / CONFIG_NAME), str(folder / WEIGHTS_NAME)]

@@ -38,6 +38,7 @@ from hf_guide.errors import CaptureError, OptionError, SubclassError
 from hf_guide.fingerprints import tokenizer_fingerprint
 from hf_guide.folders import remove_partials
 from hf_guide.lelp.projector import SubclassProjector
+from hf_guide.public_names import public_name
 
 _ROWS_AT_ONCE = 256
 
@@ -227,7 +228,7 @@ def _manifest(
     projector: SubclassProjector, task: Task, examples: int, tokenizer: str | None, options: CaptureConfig
 ) -> CaptureManifest:
     return CaptureManifest(
-        teacher=projector.teacher or "arrays",
+        teacher=public_name(projector.teacher or "arrays"),
         teacher_revision=None,
         teacher_class=SubclassProjector.__name__,
         teacher_config=_facts(projector),

@@ -22,6 +22,7 @@ from hf_guide.auto import AutoStudentForCausalLM
 from hf_guide.errors import OptionError
 from hf_guide.folders import check_space, copy_companions, new_folder
 from hf_guide.hub import write_model_card
+from hf_guide.public_names import public_name, public_value
 from hf_guide.quickstart import QuickstartOptions
 from hf_guide.quickstart.corpus import pack, read_text, split_documents
 from hf_guide.quickstart.distill import Evaluation, Recipe, capture, evaluate, train
@@ -215,11 +216,11 @@ def save(student: PreTrainedModel, teacher: str, rows: list[Row], options: Quick
     result = EvalResult(
         task_type="text-generation",
         dataset_type="text",
-        dataset_name=f"{', '.join(options.text)} (held out)",
+        dataset_name=f"{', '.join(map(public_name, options.text))} (held out)",
         metric_type="perplexity",
         metric_value=round(end, 2),
     )
-    told = {"options": dataclasses.asdict(options), "rows": [dataclasses.asdict(row) for row in rows]}
+    told = {"options": public_value(dataclasses.asdict(options)), "rows": [dataclasses.asdict(row) for row in rows]}
     with new_folder(output) as folder:
         check_space(folder, student.get_memory_footprint())
         student.save_pretrained(folder)

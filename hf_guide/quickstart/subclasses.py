@@ -39,6 +39,7 @@ from hf_guide.folders import new_folder
 from hf_guide.lelp.collator import SubclassLabelCollator
 from hf_guide.lelp.fitting import fit_subclasses
 from hf_guide.lelp.publishing import save_subclass_student
+from hf_guide.public_names import public_value
 from hf_guide.quickstart import LelpOptions
 from hf_guide.quickstart.memory import keep_freed_memory
 from hf_guide.quickstart.run import RESULTS_NAME, check_output
@@ -294,7 +295,7 @@ def save(
 ) -> PreTrainedModel:
     """Write the student with one row a class, its tokenizer, its card and the table into `output`, whole or not at all."""
     attach_record(student, record)
-    told = {"options": dataclasses.asdict(options), "rows": [dataclasses.asdict(each) for each in rows]}
+    told = {"options": public_value(dataclasses.asdict(options)), "rows": [dataclasses.asdict(each) for each in rows]}
     with new_folder(output) as folder:
         saved = save_subclass_student(
             student,
