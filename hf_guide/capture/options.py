@@ -1,12 +1,12 @@
 """What of a teacher is captured, as a documented dataclass."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hf_guide.errors import OptionError, did_you_mean, refuse_unknown_fields
+from hf_guide.validation import check_temperature, check_whole
 
 FLOATS = ("float16", "float32")
 
@@ -78,9 +78,9 @@ class CaptureConfig:
 
     def __post_init__(self) -> None:
         for option in ("top_k", "batch_size", "examples_per_shard"):
-            _check_whole(option, getattr(self, option))
+            setattr(self, option, check_whole(option, getattr(self, option)))
         if self.vocabulary_size is not None:
-            _check_whole("vocabulary_size", self.vocabulary_size)
+            self.vocabulary_size = check_whole("vocabulary_size", self.vocabulary_size)
         for option in ("log_prob_dtype", "hidden_dtype"):
             value = getattr(self, option)
             if value not in FLOATS:
@@ -91,7 +91,9 @@ class CaptureConfig:
                 raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
         self.temperatures = _temperatures(self.temperatures)
         self.hidden_states = _layers(self.hidden_states)
-        self.ignore_in_key = sorted(str(name) for name in self.ignore_in_key)
+        if isinstance(self.ignore_in_key, str) or not all(isinstance(name, str) for name in self.ignore_in_key):
+            raise OptionError(f"ignore_in_key must be a list of names of inputs; found {self.ignore_in_key!r}.")
+        self.ignore_in_key = sorted(self.ignore_in_key)
 
     @classmethod
     def parse(cls, config: "CaptureConfig | Mapping[str, Any] | None") -> "CaptureConfig":
@@ -105,17 +107,9 @@ class CaptureConfig:
         raise OptionError(f"config is a CaptureConfig or a mapping of its fields; found {config!r}.")
 
 
-def _check_whole(option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"{option} is a whole number of at least 1; found {value!r}.")
-
-
 def _temperatures(temperatures: Any) -> list[float]:
     given = temperatures if isinstance(temperatures, (list, tuple)) else [temperatures]
-    for value in given:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise OptionError(f"temperatures are positive numbers; found {value!r}.")
-    return sorted({1.0, *map(float, given)})
+    return sorted({1.0, *(check_temperature("Each of temperatures", value) for value in given)})
 
 
 def _layers(layers: Any) -> list[int]:

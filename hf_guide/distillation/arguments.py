@@ -4,7 +4,6 @@ import contextlib
 import copy
 import copyreg
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,6 +17,7 @@ from hf_guide.distillation.divergences import DivergenceKind
 from hf_guide.distillation.objectives import parse_objective
 from hf_guide.errors import OptionError, did_you_mean
 from hf_guide.public_names import public_value
+from hf_guide.validation import LARGEST_WEIGHT, check_number, check_temperature, check_weight, check_whole
 
 
 class Distance(str, Enum):
@@ -118,16 +118,18 @@ class DistillationArguments(TrainingArguments):
         self.objective = parse_objective(self.objective)
         self.divergence = _choice(DivergenceKind, self.divergence, "divergence")
         self.hidden_distance = _choice(Distance, self.hidden_distance, "hidden_distance")
-        for name in ("temperature", "dkd_alpha", "dkd_beta"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise OptionError(f"{name} is a positive number; found {value!r}.")
-        if not 0 < self.jsd_beta < 1:
-            raise OptionError(
-                f"jsd_beta lies between 0 and 1; found {self.jsd_beta!r}. The ends are forward_kl and reverse_kl."
-            )
-        if not isinstance(self.max_logits, int) or self.max_logits < 1:
-            raise OptionError(f"max_logits is a whole number of at least 1; found {self.max_logits!r}.")
+        self.temperature = check_temperature("temperature", self.temperature)
+        for name in ("dkd_alpha", "dkd_beta"):
+            setattr(self, name, check_number(name, getattr(self, name), 0.0, LARGEST_WEIGHT, includes_low=False))
+        self.jsd_beta = check_number(
+            "jsd_beta (the ends are forward_kl and reverse_kl)",
+            self.jsd_beta,
+            0.0,
+            1.0,
+            includes_low=False,
+            includes_high=False,
+        )
+        self.max_logits = check_whole("max_logits", self.max_logits)
         if self.teacher and self.capture:
             raise OptionError("teacher and capture are both given; the signals come from one of them.")
         self.teacher_weights = _weights(self.teacher_weights)
@@ -231,22 +233,24 @@ def _weights(weights: Any) -> Any:
             raise OptionError(f"teacher_weights is a JSON list of numbers: {error}.") from error
     if weights is None:
         return None
-    if not isinstance(weights, list) or not all(
-        isinstance(weight, (int, float)) and not isinstance(weight, bool) and 0 <= weight < math.inf
-        for weight in weights
-    ):
-        raise OptionError(f"teacher_weights is a list of numbers of at least 0; found {weights!r}.")
+    if not isinstance(weights, list):
+        raise OptionError(f"teacher_weights must be a list of numbers; found {weights!r}.")
+    weights = [check_weight("Each of teacher_weights", weight) for weight in weights]
     if not sum(weights) > 0:
         raise OptionError(f"teacher_weights {weights} sum to nothing; give at least one teacher a weight.")
-    return [float(weight) for weight in weights]
+    return weights
 
 
-def _layers(layers: Any) -> dict[int, int] | None:
+def _layers(layers: dict[str, Any] | None) -> dict[int, int] | None:
     if layers is None:
         return None
-    try:
-        return {int(student): int(teacher) for student, teacher in layers.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise OptionError(
-            f"hidden_layers is a mapping of the student's layer numbers to the teacher's; found {layers!r}."
-        ) from error
+    found: dict[int, int] = {}
+    for student, teacher in layers.items():
+        numbers = [int(each) if isinstance(each, str) and each.isdecimal() else each for each in (student, teacher)]
+        if any(isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in numbers):
+            raise OptionError(
+                "hidden_layers must map the student's layer numbers to the teacher's, whole numbers of at least 0; "
+                f"found {student!r}: {teacher!r}."
+            )
+        found[numbers[0]] = numbers[1]
+    return found

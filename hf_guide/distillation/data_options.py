@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.validation import check_number, check_whole
 
 
 @dataclass
@@ -142,12 +143,15 @@ class DataOptions:
         self.dataset = self.dataset or _reader(self.data_files)
         for name in ("max_length", "max_target_length", "max_train_examples", "max_eval_examples"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise OptionError(f"{name} is a whole number of at least 1; found {value!r}.")
-        if not 0 <= self.validation_share < 1:
-            raise OptionError(f"validation_share lies between 0 and 1; found {self.validation_share!r}.")
-        if not 0 < self.mlm_probability < 1:
-            raise OptionError(f"mlm_probability lies between 0 and 1; found {self.mlm_probability!r}.")
+            if value is not None:
+                setattr(self, name, check_whole(name, value))
+        if self.preprocessing_num_workers is not None:
+            check_whole("preprocessing_num_workers", self.preprocessing_num_workers)
+        check_whole("validation_seed", self.validation_seed, low=0)
+        self.validation_share = check_number("validation_share", self.validation_share, 0, 1, includes_high=False)
+        self.mlm_probability = check_number(
+            "mlm_probability", self.mlm_probability, 0, 1, includes_low=False, includes_high=False
+        )
 
     @property
     def name(self) -> str:

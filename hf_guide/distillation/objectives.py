@@ -9,7 +9,6 @@ Adding one takes a function and a decorator:
 
 import importlib
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,6 +21,7 @@ from hf_guide.distillation.divergences import Dense, TopK, divergence
 from hf_guide.distillation.divergences import dkd as decoupled_divergence
 from hf_guide.distillation.tasks import NO_CLASSES
 from hf_guide.errors import OptionError, TaskError, did_you_mean
+from hf_guide.validation import check_weight
 
 if TYPE_CHECKING:
     from hf_guide.distillation.arguments import DistillationArguments
@@ -116,8 +116,7 @@ def parse_objective(objective: "str | Mapping[str, float] | None") -> dict[str, 
             raise OptionError(
                 f"objective has no term {name!r}; expected some of {known}.{did_you_mean(str(name), known)}"
             )
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise OptionError(f"The weight of {name!r} is a finite number of at least 0; found {weight!r}.")
+        check_weight(f"The weight of {name!r} in objective", weight)
     kept = {str(name): float(weight) for name, weight in weights.items() if weight}
     if not kept:
         raise OptionError(f"The weights of objective {dict(weights)} sum to nothing; give at least one term a weight.")

@@ -90,7 +90,7 @@ def test_a_trial_from_a_capture_is_fed_the_tail_of_its_own_temperature(tmp_path:
 
 def test_what_a_trial_cannot_have_is_refused_before_its_first_step(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, objective="kd")
-    with pytest.raises(OptionError, match="temperature is a positive number"):
+    with pytest.raises(OptionError, match="temperature must be a number"):
         curve(trainer, {"temperature": 0.0})
     with pytest.raises(OptionError, match="'kdd'.*Did you mean 'kd'"):
         curve(trainer_of(tmp_path, objective="kd"), {"objective": {"kdd": 1.0}})

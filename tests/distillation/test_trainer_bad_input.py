@@ -18,14 +18,14 @@ from tests.distillation.test_trainer import arguments
 
 ARGUMENTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"objective": "kdd"}, ["'kdd'", "Did you mean 'kd'"]),
-    ({"objective": {"kd": -1.0}}, ["'kd'", "at least 0", "-1.0"]),
+    ({"objective": {"kd": -1.0}}, ["'kd'", "from 0 to", "-1.0"]),
     ({"objective": {"kd": 0.0, "ce": 0.0}}, ["sum to nothing"]),
     ({"objective": '{"kd": 0.5'}, ["not JSON"]),
     ({"objective": {"kd": float("nan")}}, ["'kd'", "nan"]),
-    ({"temperature": 0.0}, ["temperature", "positive", "0.0"]),
-    ({"temperature": -2.0}, ["temperature", "positive"]),
+    ({"temperature": 0.0}, ["temperature", "from 0.001 to 1000", "0.0"]),
+    ({"temperature": -2.0}, ["temperature", "from 0.001 to 1000"]),
     ({"divergence": "forward-kl"}, ["'forward-kl'", "Did you mean 'forward_kl'?"]),
-    ({"divergence": "jsd", "jsd_beta": 1.0}, ["jsd_beta", "between 0 and 1", "reverse_kl"]),
+    ({"divergence": "jsd", "jsd_beta": 1.0}, ["jsd_beta", "above 0 and below 1", "reverse_kl"]),
     ({"hidden_layers": "[1, 2]"}, ["hidden_layers", "mapping"]),
     ({"teacher_weights": [0, 0]}, ["sum to nothing"]),
     ({"max_logits": 0}, ["max_logits", "at least 1"]),

@@ -1,0 +1,94 @@
+"""Every option that is a number is finite and in range, whoever sets it."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import TrainingArguments
+
+from hf_guide.capture.options import CaptureConfig
+from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.data_options import DataOptions
+from hf_guide.errors import OptionError
+
+INVALID: list[Any] = [math.nan, math.inf, -math.inf, -1, -1e-9, "many", "2", True, [1.0], {}]
+REALS = ["temperature", "dkd_alpha", "dkd_beta", "jsd_beta", "validation_share", "mlm_probability"]
+WHOLE = [
+    "max_logits",
+    "max_length",
+    "max_target_length",
+    "max_train_examples",
+    "max_eval_examples",
+    "preprocessing_num_workers",
+    "validation_seed",
+    "top_k",
+    "vocabulary_size",
+    "batch_size",
+    "examples_per_shard",
+]
+REFUSED: dict[str, list[Any]] = {name: [*INVALID, 1e200] for name in REALS} | {
+    name: [*INVALID, 1.5, 1e200] for name in WHOLE
+}
+for _name in REALS[:4]:
+    REFUSED[_name] += [0, None]
+
+
+def _numbers(options: type, known: set[str]) -> set[str]:
+    """Return the names of the fields of a dataclass that are numbers."""
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(options) if field.name not in known}
+    return {
+        name
+        for name, kind in kinds.items()
+        if kind in ("int", "float", "int | None", "<class 'int'>", "<class 'float'>")
+    }
+
+
+def make(name: str, value: Any) -> Any:
+    for options in (DistillationArguments, CaptureConfig, DataOptions):
+        if name in {field.name for field in dataclasses.fields(options)}:
+            always = {"dataset": "some/data"} if options is DataOptions else {}
+            always |= {"report_to": [], "use_cpu": True} if options is DistillationArguments else {}
+            return options(**always, **{name: value})
+    raise AssertionError(name)
+
+
+def test_no_number_is_left_out():
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    found = _numbers(DistillationArguments, inherited) | _numbers(CaptureConfig, set()) | _numbers(DataOptions, set())
+    assert found == {*REALS, *WHOLE}
+
+
+@pytest.mark.parametrize("name", [*REALS, *WHOLE])
+def test_what_is_no_number_in_range_is_refused_when_the_options_are_made(name: str):
+    for value in REFUSED[name]:
+        with pytest.raises(OptionError, match=f"{name}.* must be a"):
+            make(name, value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert make("temperature", np.float32(2.0)).temperature == 2.0 and make("top_k", np.int64(4)).top_k == 4
+    assert type(make("temperature", 2).temperature) is float and type(make("top_k", np.int64(4)).top_k) is int
+
+
+@pytest.mark.parametrize("value", [*INVALID, 1e200, 0, None])
+def test_captured_temperatures_are_in_range(value: Any):
+    with pytest.raises(OptionError, match="temperatures must be a number from 0.001 to 1000"):
+        CaptureConfig(temperatures=[value])
+
+
+@pytest.mark.parametrize("value", [*INVALID, 1e200])
+def test_weights_are_in_range(value: Any):
+    for options in ({"objective": {"kd": value}}, {"teacher_weights": [1.0, value]}):
+        with pytest.raises(OptionError, match="must be a number from 0 to 1e\\+06; found"):
+            DistillationArguments(report_to=[], use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("layers", [{"1": 1.5}, {-1: 2}, {"a": 1}, {1: None}, {True: 1}, [1, 2], "7"])
+def test_layer_numbers_are_whole(layers: Any):
+    with pytest.raises(OptionError, match="hidden_layers"):
+        DistillationArguments(report_to=[], use_cpu=True, hidden_layers=layers)
+    told = json.dumps({"1": "2", "3": 4})
+    assert DistillationArguments(report_to=[], use_cpu=True, hidden_layers=told).hidden_layers == {1: 2, 3: 4}
