@@ -1,6 +1,7 @@
 """Which number each class of the data has in the student."""
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 from hf_guide.distillation.tasks import IGNORED
@@ -45,6 +46,11 @@ def label_numbers(names: Sequence[str] | None, labels: Sequence[str] | None, col
                     f"{column!r} has the class {value!r}, which is not among {list(by_name)} of the training."
                 )
             return by_name[value]
+        if not isinstance(value, Integral):
+            raise OptionError(
+                f"{column!r} must hold one class, a number or a name, in each place; found a {type(value).__name__}, "
+                f"{value!r}."
+            )
         most = count if places is None else len(places)
         if value != IGNORED and (value < 0 or (most is not None and value >= most)):
             raise OptionError(f"{column!r} has the class {value}; there are {most}, from 0.")

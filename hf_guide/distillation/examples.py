@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -26,6 +28,7 @@ from hf_guide.distillation.class_labels import label_numbers
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.splits import class_names, find_column
 from hf_guide.distillation.tasks import IGNORED, Task
+from hf_guide.distillation.texts import check_strings, check_words, encode_to_the_end, render_texts
 from hf_guide.errors import OptionError
 
 USUAL_LENGTH = 512
@@ -87,8 +90,8 @@ def prepare(
     _give_padding(processing_class, options, task)
     fixed = (mask_once or options.mask_once, True)
     made = [
-        None if split is None else _tokenised(task, split, processing_class, options, number, once)
-        for split, once in zip((train, held_out), fixed, strict=True)
+        None if split is None else _tokenised(task, split, processing_class, options, number, once, name)
+        for split, once, name in zip((train, held_out), fixed, ("training", "evaluation"), strict=True)
     ]
     return Prepared(made[0], made[1], _collator(task, processing_class, options))
 
@@ -116,6 +119,7 @@ def _tokenised(
     options: DataOptions,
     number: Callable[[Any], int] | None,
     once: bool,
+    name: str,
 ) -> Dataset:
     make: Callable[..., Examples]
     text = find_column(split, task, "text", options)
@@ -127,16 +131,25 @@ def _tokenised(
         column = find_column(split, task, "label", options)
         make = (_words if task is Task.TOKEN_CLASSIFICATION else _sentences)(text, column, number, tokenizer, options)
     workers = options.preprocessing_num_workers
-    made = split.map(make, batched=True, remove_columns=split.column_names, num_proc=workers, desc="Tokenising")
+    made = split.map(
+        make, batched=True, with_indices=True, remove_columns=split.column_names, num_proc=workers, desc="Tokenising"
+    )
     if len(made) == 0:
-        raise OptionError(
-            f"{options.name} does not fill one block of {options.max_length} tokens; lower max_length, set pack to false, "
-            "or give more text."
-        )
+        raise _too_little_text(split, text, options, name)
     if task is Task.MASKED_LM and once:
         made = made.map(_mask(tokenizer, options), batched=True, with_indices=True, num_proc=workers, desc="Masking")
         made = made.remove_columns("special_tokens_mask")
     return made
+
+
+def _too_little_text(split: Dataset, column: str, options: DataOptions, name: str) -> OptionError:
+    of = f"{options.name}: column {column!r} of the {name} split, {len(split)} rows,"
+    if options.pack and any(len(value) > 0 for value in split[column]):
+        return OptionError(
+            f"{of} does not fill one block of {options.max_length} tokens; lower max_length, set pack to false, or give "
+            "more text."
+        )
+    return OptionError(f"{of} holds no text, only empty strings. Name another column with text_column.")
 
 
 def _give_padding(tokenizer: Any, options: DataOptions, task: Task) -> None:
@@ -150,43 +163,54 @@ def _give_padding(tokenizer: Any, options: DataOptions, task: Task) -> None:
     tokenizer.pad_token = tokenizer.eos_token
 
 
-def _texts(column: str, tokenizer: Any, options: DataOptions, *, masked: bool) -> Callable[[Examples], Examples]:
-    end, size = tokenizer.eos_token_id, options.max_length if options.pack else None
+def _texts(column: str, tokenizer: Any, options: DataOptions, *, masked: bool) -> Callable[..., Examples]:
+    size = options.max_length if options.pack else None
 
-    def make(examples: Examples) -> Examples:
-        made = tokenizer(
-            [text for text in examples[column] if text],
-            truncation=not options.pack,
-            max_length=None if options.pack else options.max_length,
-            return_special_tokens_mask=masked,
-            return_token_type_ids=False,
-            verbose=False,
+    def encode_causal(values: Sequence[Any], rows: Sequence[int]) -> Examples:
+        texts, rendered = render_texts(values, rows, column, options.name, tokenizer)
+        length = None if options.pack else options.max_length
+        ids = encode_to_the_end(tokenizer, [text for text in texts if text], rendered=rendered, max_length=length)
+        return {"input_ids": ids, "attention_mask": [[1] * len(each) for each in ids]}
+
+    def encode_masked(values: Sequence[Any], rows: Sequence[int]) -> Examples:
+        texts = [text for text in check_strings(values, rows, column, options.name) if text]
+        if not texts:
+            return {"input_ids": [], "attention_mask": [], "special_tokens_mask": []}
+        return dict(
+            tokenizer(
+                texts,
+                truncation=not options.pack,
+                max_length=None if options.pack else options.max_length,
+                return_special_tokens_mask=True,
+                return_token_type_ids=False,
+                verbose=False,
+            )
         )
-        if size is None:
-            return dict(made) if masked else {**made, "labels": [list(ids) for ids in made["input_ids"]]}
-        if not masked and end is not None:  # or a model would not learn where a text ends
-            made = {
-                name: [
-                    row if ids[-1:] == [end] else [*row, end if name == "input_ids" else 1]
-                    for row, ids in zip(rows, made["input_ids"], strict=True)
-                ]
-                for name, rows in made.items()
-            }
-        joined = {name: list(chain.from_iterable(rows)) for name, rows in made.items()}
-        starts = range(0, len(joined["input_ids"]) - size + 1, size)
-        blocks = {name: [row[start : start + size] for start in starts] for name, row in joined.items()}
-        return blocks if masked else blocks | {"labels": [list(ids) for ids in blocks["input_ids"]]}
+
+    def make(examples: Examples, rows: list[int]) -> Examples:
+        made = (encode_masked if masked else encode_causal)(examples[column], rows)
+        if size is not None:
+            joined = {name: list(chain.from_iterable(values)) for name, values in made.items()}
+            starts = range(0, len(joined["input_ids"]) - size + 1, size)
+            made = {name: [row[start : start + size] for start in starts] for name, row in joined.items()}
+        return made if masked else made | {"labels": [list(ids) for ids in made["input_ids"]]}
 
     return make
 
 
-def _pairs(text: str, target: str, tokenizer: Any, options: DataOptions) -> Callable[[Examples], Examples]:
-    def make(examples: Examples) -> Examples:
-        sources = [options.source_prefix + source for source in examples[text]]
-        made = dict(tokenizer(sources, truncation=True, max_length=options.max_length))
+def _pairs(text: str, target: str, tokenizer: Any, options: DataOptions) -> Callable[..., Examples]:
+    def make(examples: Examples, rows: list[int]) -> Examples:
+        sources, targets = (check_strings(examples[name], rows, name, options.name) for name in (text, target))
+        made = dict(
+            tokenizer(
+                [options.source_prefix + source for source in sources], truncation=True, max_length=options.max_length
+            )
+        )
         made["labels"] = tokenizer(
-            text_target=examples[target], truncation=True, max_length=options.max_target_length
+            text_target=targets, truncation=True, max_length=options.max_target_length
         ).input_ids
+        for column, values in ((text, made["input_ids"]), (target, made["labels"])):
+            _check_not_empty(values, rows, column, options)
         return made
 
     return make
@@ -194,27 +218,45 @@ def _pairs(text: str, target: str, tokenizer: Any, options: DataOptions) -> Call
 
 def _sentences(
     text: str, label: str, number: Callable[[Any], int], tokenizer: Any, options: DataOptions
-) -> Callable[[Examples], Examples]:
+) -> Callable[..., Examples]:
     pair = options.text_pair_column
 
-    def make(examples: Examples) -> Examples:
+    def make(examples: Examples, rows: list[int]) -> Examples:
         if pair is not None and pair not in examples:
             raise OptionError(f"{options.name} has no column {pair!r}; it has {sorted(examples)}.")
-        texts = (examples[text],) if pair is None else (examples[text], examples[pair])
+        columns = (text,) if pair is None else (text, pair)
+        texts = [check_strings(examples[column], rows, column, options.name) for column in columns]
         made = dict(tokenizer(*texts, truncation=True, max_length=options.max_length))
+        _check_not_empty(made["input_ids"], rows, text, options)
         return made | {"labels": [number(value) for value in examples[label]]}
 
     return make
 
 
+def _check_not_empty(values: Sequence[Sequence[int]], rows: Sequence[int], column: str, options: DataOptions) -> None:
+    for ids, row in zip(values, rows, strict=True):
+        if not ids:
+            raise OptionError(
+                f"{options.name}: column {column!r} has a text without any token in row {row}. Remove the row, or fill it."
+            )
+
+
 def _words(
     text: str, label: str, number: Callable[[Any], int], tokenizer: Any, options: DataOptions
-) -> Callable[[Examples], Examples]:
-    def make(examples: Examples) -> Examples:
-        made = tokenizer(examples[text], is_split_into_words=True, truncation=True, max_length=options.max_length)
+) -> Callable[..., Examples]:
+    def make(examples: Examples, rows: list[int]) -> Examples:
+        texts = check_words(examples[text], rows, text, options.name)
+        made = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=options.max_length)
+        _check_not_empty(made["input_ids"], rows, text, options)
         labels = []
-        for row, values in enumerate(examples[label]):
-            words = made.word_ids(row)
+        for place, values in enumerate(examples[label]):
+            if not isinstance(values, list) or len(values) != len(texts[place]):
+                found = f"{len(values)} labels" if isinstance(values, list) else f"a {type(values).__name__}"
+                raise OptionError(
+                    f"{options.name}: column {label!r} must hold one label for each word of {text!r}, and row {rows[place]} "
+                    f"has {found} for {len(texts[place])} words."
+                )
+            words = made.word_ids(place)
             # The first token of a word stands for it, as in Transformers' own example.
             first = [
                 word is not None and word != before for word, before in zip(words, [None, *words[:-1]], strict=True)
@@ -269,9 +311,42 @@ def _images(
         return None
     image = find_column(split, Task.IMAGE_CLASSIFICATION, "image", options)
     column = find_column(split, Task.IMAGE_CLASSIFICATION, "label", options)
+    if isinstance(split.features[image], Image):
+        split = split.cast_column(image, Image(decode=False))  # decoded below, where an error can name the image
+    split = split.add_column(_ROW, range(len(split)))
 
     def make(examples: Examples) -> dict[str, Any]:
-        pixels = processor([one.convert("RGB") for one in examples[image]], return_tensors="pt")["pixel_values"]
+        opened = [
+            open_image(value, row, image, options.name)
+            for value, row in zip(examples[image], examples[_ROW], strict=True)
+        ]
+        pixels = processor(opened, return_tensors="pt")["pixel_values"]
         return {"pixel_values": list(pixels), "labels": [number(value) for value in examples[column]]}
 
     return split.with_transform(make)
+
+
+_ROW = "__row__"
+
+
+def open_image(value: Any, row: int, column: str, dataset: str) -> PIL.Image.Image:
+    """Return an image of a dataset, decoded and in RGB.
+
+    Args:
+        value: an image, or its path or bytes as `datasets.Image(decode=False)` gives them.
+        row: its number; column, dataset: names, for the error.
+
+    Raises:
+        OptionError: it cannot be read; names its file, or its row.
+    """
+    if isinstance(value, PIL.Image.Image):
+        return value.convert("RGB")
+    path = value.get("path") if isinstance(value, Mapping) else None
+    try:
+        return Image().decode_example(value).convert("RGB")
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, PIL.Image.DecompressionBombError) as error:
+        name = f"the image {Path(path).name}" if path else "its image"
+        raise OptionError(
+            f"{dataset}: {name} in row {row}, column {column!r}, cannot be read: {error or type(error).__name__}. Replace or "
+            "remove it."
+        ) from error

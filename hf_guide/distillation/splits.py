@@ -8,10 +8,12 @@ from datasets.exceptions import DatasetsError
 
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.distillation.tasks import Task
+from hf_guide.distillation.texts import CONVERSATION_COLUMNS
 from hf_guide.errors import OptionError, did_you_mean
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "source", "question")
 TARGET_COLUMNS = ("target", "summary", "highlights", "answer", "translation")
+ANSWER_COLUMNS = ("answers", "completion", "response", "output", "chosen", "rejected")
 WORD_COLUMNS = ("tokens", "words", "text")
 TOKEN_LABEL_COLUMNS = ("ner_tags", "pos_tags", "labels", "tags", "label")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
@@ -58,6 +60,8 @@ def _read(options: DataOptions) -> DatasetDict:
                 data_files=options.data_files,
                 revision=options.dataset_revision,
             )
+        except StopIteration as error:  # of datasets, where the first file has no row to tell the columns by
+            raise OptionError(f"{options.name} has no example: its first file is empty.") from error
         except (ValueError, DatasetsError) as error:
             if isinstance(error, OSError):
                 raise
@@ -112,9 +116,11 @@ def find_column(dataset: Dataset, task: Task, role: str, options: DataOptions) -
                 f"{role}_column."
             )
         return named
-    for name in usual_columns(task, role):
-        if name in columns:
-            return name
+    usual = [name for name in usual_columns(task, role) if name in columns]
+    if usual:
+        if role == "text":
+            _check_only_text(usual[0], columns, task, options)
+        return usual[0]
     kinds = {"image": Image, "label": ClassLabel}
     fitting = [name for name, kind in dataset.features.items() if role in kinds and isinstance(kind, kinds[role])]
     if role == "text" and len(columns) == 1:
@@ -126,11 +132,25 @@ def find_column(dataset: Dataset, task: Task, role: str, options: DataOptions) -
     )
 
 
+def _check_only_text(column: str, columns: list[str], task: Task, options: DataOptions) -> None:
+    """Refuse to choose one of several columns of text, such as a question without its answer, unless it is named."""
+    if column == "text" or task in (Task.SEQ2SEQ_LM, Task.TOKEN_CLASSIFICATION):
+        return
+    others = (*TEXT_COLUMNS, *TARGET_COLUMNS, *ANSWER_COLUMNS) if task.is_language_model else TEXT_COLUMNS
+    also = [name for name in columns if name in others and name not in (column, options.text_pair_column)]
+    if also:
+        raise OptionError(
+            f"{options.name} has text in {column!r} and in {', '.join(map(repr, also))}: which is to be learned from must be "
+            "named, with text_column. To learn from several, join them in a column of their own."
+        )
+
+
 def usual_columns(task: Task, role: str) -> tuple[str, ...]:
     """Return the names that a column of a role usually has, the likeliest first."""
     if task is Task.TOKEN_CLASSIFICATION and role in ("text", "label"):
         return WORD_COLUMNS if role == "text" else TOKEN_LABEL_COLUMNS
-    return {"text": TEXT_COLUMNS, "target": TARGET_COLUMNS, "label": LABEL_COLUMNS, "image": IMAGE_COLUMNS}[role]
+    texts = (*TEXT_COLUMNS, *CONVERSATION_COLUMNS) if task is Task.CAUSAL_LM else TEXT_COLUMNS
+    return {"text": texts, "target": TARGET_COLUMNS, "label": LABEL_COLUMNS, "image": IMAGE_COLUMNS}[role]
 
 
 def class_names(dataset: Dataset, column: str) -> list[str] | None:

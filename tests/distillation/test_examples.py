@@ -1,0 +1,279 @@
+"""Raw rows become examples whole and ended, or are refused with their column, row and type."""
+
+import io
+from typing import Any
+
+import datasets
+import PIL.Image
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+
+from hf_guide.distillation.data_options import DataOptions
+from hf_guide.distillation.examples import prepare
+from hf_guide.distillation.splits import read_splits
+from hf_guide.distillation.tasks import Task
+from hf_guide.errors import OptionError
+
+BEGIN, END, PAD = 20, 21, 22
+TEXTS = ["t1 t2 t3", "t4", "t5 t6 t7 t8 t9", "", "t1 t2"]
+CHAT = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s> {% endfor %}"
+
+
+def tokenizer(adds: str = "", **changes: Any) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of words that adds special tokens as `adds` says: "<s> $A </s>"."""
+    words = {f"t{number}": number for number in range(BEGIN)} | {
+        "<s>": BEGIN,
+        "</s>": END,
+        "<pad>": PAD,
+        "user": 23,
+        "bot": 24,
+    }
+    raw = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.add_special_tokens([AddedToken(name, special=True) for name in ("<s>", "</s>", "<pad>")])
+    if adds:
+        raw.post_processor = processors.TemplateProcessing(single=adds, special_tokens=[("<s>", BEGIN), ("</s>", END)])
+    own = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "mask_token": "t19"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **(own | changes))
+
+
+def options(**changes: Any) -> DataOptions:
+    return DataOptions(**({"dataset": "some/data", "pack": False, "max_length": 8} | changes))
+
+
+def made(task: Task, columns: dict[str, list[Any]], tok: Any = None, **changes: Any) -> Any:
+    data = datasets.Dataset.from_dict(columns)
+    return prepare(task, data, None, tok or tokenizer(), options(**changes)).train
+
+
+# Ends
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("adds", ["", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_every_whole_text_ends_once_and_a_cut_one_does_not(adds: str, side: str) -> None:
+    tok = tokenizer(adds, truncation_side=side)
+    begin = [BEGIN] if "<s>" in adds else []
+    rows = made(Task.CAUSAL_LM, {"text": TEXTS}, tok, max_length=5)["input_ids"][:]
+    for text, ids in zip([text for text in TEXTS if text], rows, strict=True):
+        whole = [*begin, *(int(word[1:]) for word in text.split()), END]
+        cut = whole[:5] if side == "right" else [*begin, *whole[len(begin) - 5 :]]
+        assert ids == (whole if len(whole) <= 5 else cut)
+        assert (END in ids) == (len(whole) <= 5 or side == "left")
+
+
+@pytest.mark.parametrize("adds", ["", "<s> $A", "$A </s>", "<s> $A </s>"])
+def test_packed_blocks_are_the_unpacked_texts_end_to_end(adds: str) -> None:
+    tok = tokenizer(adds)
+    alone = [token for ids in made(Task.CAUSAL_LM, {"text": TEXTS}, tok, max_length=99)["input_ids"] for token in ids]
+    packed = made(Task.CAUSAL_LM, {"text": TEXTS}, tok, pack=True, max_length=4)
+    assert [token for ids in packed["input_ids"] for token in ids] == alone[: len(alone) // 4 * 4]
+    assert packed["labels"][:] == packed["input_ids"][:]
+
+
+def test_a_tokenizer_without_an_end_adds_none_and_masked_texts_and_sentences_get_none() -> None:
+    assert made(Task.CAUSAL_LM, {"text": ["t1 t2"]}, tokenizer(eos_token=None))["input_ids"][:] == [[1, 2]]
+    assert made(Task.MASKED_LM, {"text": ["t1 t2"]})["input_ids"][:] == [[1, 2]]
+    assert made(Task.SEQUENCE_CLASSIFICATION, {"text": ["t1 t2"], "label": [0]})["input_ids"][:] == [[1, 2]]
+
+
+# Conversations
+
+
+def conversation(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "bot")[number % 2], "content": text} for number, text in enumerate(contents)]
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("adds", ["", "<s> $A </s>"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversations_are_the_tokens_of_the_chat_template_and_no_more(column: str, adds: str, pack: bool) -> None:
+    tok = tokenizer(adds, chat_template=CHAT)
+    rows = [conversation("t1", "t2 t3"), conversation("t4", "t5", "t6")]
+    found = made(Task.CAUSAL_LM, {column: rows, "id": [7, 8]}, tok, pack=pack, max_length=9 if pack else 99)
+    expected = [tok.apply_chat_template(row, return_dict=False) for row in rows]
+    expected = [tok(tok.apply_chat_template(row, tokenize=False), add_special_tokens=False).input_ids for row in rows]
+    assert expected[0] == [BEGIN, 23, 1, END, BEGIN, 24, 2, 3, END]
+    if pack:
+        assert found["input_ids"][:] == [expected[0], expected[1][:9]]
+    else:
+        assert found["input_ids"][:] == expected
+
+
+def test_a_template_that_writes_no_end_gets_one() -> None:
+    tok = tokenizer(chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    assert made(Task.CAUSAL_LM, {"messages": [conversation("t1", "t2")]}, tok)["labels"][:] == [[1, 2, END]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "said"),
+    [
+        (
+            [conversation("t1")],
+            None,
+            "'messages' holds conversations, no text, and the tokenizer has no chat_template",
+        ),
+        ([[{"from": "human", "value": "t1"}]], CHAT, "'role' and 'content'; row 0 has the keys .*from.*value"),
+        ([conversation("t1"), [{"role": "user", "content": None}]], CHAT, "row 1 has content of type NoneType"),
+        ([["t1", "t2"]], CHAT, "row 0 has a str"),
+        ([conversation("t1"), []], CHAT, "empty conversation in row 1"),
+        ([conversation("t1"), None], CHAT, "row 1 has nothing"),
+        ([conversation("t1")], "{{ raise_exception('roles must alternate') }}", "row 0: roles must alternate"),
+    ],
+)
+def test_conversations_that_cannot_be_rendered_are_refused(rows: Any, template: Any, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        made(Task.CAUSAL_LM, {"messages": rows}, tokenizer(chat_template=template))
+
+
+# Columns
+
+VALUES: list[tuple[list[Any], str]] = [
+    (["t1", None], "row 1 has nothing"),
+    ([1, 2], "row 0 has a value of type int"),
+    ([1.5, 2.5], "row 0 has a value of type float"),
+    ([{"en": "t1"}, {"en": "t2"}], "row 0 has a value of type dict"),
+    ([["t1"], ["t2"]], "row 0 has a"),
+]
+ROLES = [
+    (Task.CAUSAL_LM, "text"),
+    (Task.MASKED_LM, "text"),
+    (Task.SEQ2SEQ_LM, "text"),
+    (Task.SEQ2SEQ_LM, "target"),
+    (Task.SEQUENCE_CLASSIFICATION, "text"),
+    (Task.SEQUENCE_CLASSIFICATION, "pair"),
+    (Task.TOKEN_CLASSIFICATION, "text"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), VALUES)
+@pytest.mark.parametrize(("task", "role"), ROLES)
+def test_what_is_no_text_is_refused_with_its_column_row_and_type(
+    task: Task, role: str, values: Any, said: str
+) -> None:
+    words = task is Task.TOKEN_CLASSIFICATION
+    columns: dict[str, list[Any]] = {"text": [["t1"]] * 2 if words else ["t1", "t2"]}
+    columns |= {"target": ["t3", "t4"]} if task is Task.SEQ2SEQ_LM else {}
+    columns |= (
+        {"label": [[0]] * 2 if words else [0, 1]} if task.is_per_token is words and not task.is_language_model else {}
+    )
+    if role == "pair":
+        columns["pair"] = ["t5", "t6"]
+    if words:
+        said = said.replace("nothing", "NoneType").replace("a value of type ", "")
+        values = [[1], [2]] if isinstance(values[0], list) else values
+        values = [["t1"], None] if values[1] is None else values
+    columns[role] = values
+    with pytest.raises(OptionError, match=f"some/data: column '{role}'.*{said}"):
+        made(task, columns, tokenizer(chat_template=CHAT), text_pair_column="pair" if role == "pair" else None)
+
+
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [
+        (Task.CAUSAL_LM, ["question", "answer"]),
+        (Task.CAUSAL_LM, ["question", "answers"]),
+        (Task.CAUSAL_LM, ["prompt", "completion"]),
+        (Task.CAUSAL_LM, ["instruction", "output"]),
+        (Task.CAUSAL_LM, ["article", "highlights"]),
+        (Task.MASKED_LM, ["document", "summary"]),
+        (Task.SEQUENCE_CLASSIFICATION, ["sentence", "question", "label"]),
+        (Task.SEQUENCE_CLASSIFICATION, ["premise", "hypothesis", "label"]),
+    ],
+)
+def test_one_of_several_texts_is_never_chosen_without_being_named(task: Task, columns: list[str]) -> None:
+    data: dict[str, list[Any]] = {name: [0, 1] if name == "label" else ["t1", "t2"] for name in columns}
+    with pytest.raises(OptionError, match="text_column"):
+        made(task, data)
+    assert (
+        made(task, data, text_column=columns[0])["input_ids"][:]
+        == made(task, {"text": data[columns[0]]} | data, text_column="text")["input_ids"][:]
+    )
+
+
+@pytest.mark.parametrize("labels", [[0], [0, 1, 1], None])
+def test_words_have_a_label_each(labels: Any) -> None:
+    with pytest.raises(OptionError, match=r"one label for each word of 'tokens', and row 1 has .* for 2 words"):
+        made(Task.TOKEN_CLASSIFICATION, {"tokens": [["t1", "t2"]] * 2, "ner_tags": [[0, 1], labels]})
+
+
+def test_a_label_is_one_class() -> None:
+    with pytest.raises(OptionError, match="'label' must hold one class.*found a list"):
+        made(Task.SEQUENCE_CLASSIFICATION, {"text": ["t1", "t2"], "label": [[0], [1, 0]]})
+
+
+# Nothing to learn from
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("task", [Task.CAUSAL_LM, Task.MASKED_LM])
+def test_texts_that_are_all_empty_are_refused(task: Task, pack: bool) -> None:
+    with pytest.raises(OptionError, match="some/data: column 'text' of the training split, 2 rows, holds no text"):
+        made(task, {"text": ["", ""]}, pack=pack)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("task", [Task.CAUSAL_LM, Task.MASKED_LM])
+def test_any_number_of_empty_texts_is_skipped(task: Task, pack: bool) -> None:
+    empty, text = [""] * 1001, "t1 t2 t3" if task is Task.MASKED_LM else "t1 t2"  # a block: what is left over is dropped
+    expected = made(task, {"text": [text] * 2}, pack=pack, max_length=3)
+    found = made(task, {"text": [*empty, text, *empty, text, *empty]}, pack=pack, max_length=3)
+    assert found[:] == expected[:]
+
+
+def test_a_split_that_fills_no_block_is_named() -> None:
+    data = datasets.Dataset.from_dict({"text": ["t1 t2 t3 t4"]})
+    with pytest.raises(
+        OptionError, match="'text' of the evaluation split, 1 rows, does not fill one block of 5 tokens"
+    ):
+        prepare(
+            Task.CAUSAL_LM,
+            data.select([0, 0]),
+            data.select([0]).map(lambda _: {"text": "t1"}),
+            tokenizer(),
+            options(pack=True, max_length=5),
+        )
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "name"),
+    [
+        (Task.SEQUENCE_CLASSIFICATION, {"text": ["t1", ""], "label": [0, 1]}, "text"),
+        (Task.TOKEN_CLASSIFICATION, {"tokens": [["t1"], []], "labels": [[0], []]}, "tokens"),
+        (Task.SEQ2SEQ_LM, {"text": ["t1", ""], "target": ["t2", "t3"]}, "text"),
+        (Task.SEQ2SEQ_LM, {"text": ["t1", "t2"], "target": ["t2", ""]}, "target"),
+    ],
+)
+def test_an_example_without_a_token_is_refused_with_its_row(task: Task, columns: Any, name: str) -> None:
+    with pytest.raises(OptionError, match=f"column '{name}' has a text without any token in row 1"):
+        made(task, columns)
+
+
+@pytest.mark.parametrize(
+    ("ending", "content"), [("jsonl", ""), ("csv", ""), ("csv", "text\n"), ("txt", ""), ("json", "[]")]
+)
+def test_files_without_a_row_are_refused(tmp_path, ending: str, content: str) -> None:
+    path = tmp_path / f"empty.{ending}"
+    path.write_text(content)
+    with pytest.raises(OptionError, match=f"{path.name}"):
+        read_splits(DataOptions(data_files=str(path)))
+
+
+# Images
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path) -> None:
+    draw = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8)).save(draw, "PNG")
+    whole = draw.getvalue()
+    for name, content in {"a": whole, "broken": whole[:40], "text": b"no image"}.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+    for name in ("broken", "text"):
+        files = [str(tmp_path / "a.png"), str(tmp_path / f"{name}.png")]
+        data = datasets.Dataset.from_dict({"image": files, "label": [0, 1]}).cast_column("image", datasets.Image())
+        train = prepare(Task.IMAGE_CLASSIFICATION, data, None, processor, options()).train
+        assert train[0]["pixel_values"].shape == (3, 8, 8)
+        with pytest.raises(OptionError, match=rf"the image {name}\.png in row 1, column 'image', cannot be read"):
+            train[1]
