@@ -216,7 +216,10 @@ def test_texts_that_are_all_empty_are_refused(task: Task, pack: bool) -> None:
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("task", [Task.CAUSAL_LM, Task.MASKED_LM])
 def test_any_number_of_empty_texts_is_skipped(task: Task, pack: bool) -> None:
-    empty, text = [""] * 1001, "t1 t2 t3" if task is Task.MASKED_LM else "t1 t2"  # a block: what is left over is dropped
+    empty, text = (
+        [""] * 1001,
+        "t1 t2 t3" if task is Task.MASKED_LM else "t1 t2",
+    )  # a block: what is left over is dropped
     expected = made(task, {"text": [text] * 2}, pack=pack, max_length=3)
     found = made(task, {"text": [*empty, text, *empty, text, *empty]}, pack=pack, max_length=3)
     assert found[:] == expected[:]
