@@ -41,7 +41,7 @@ def check_whole(option: str, value: Any, low: int = 1) -> int:
     Raises:
         OptionError: it is no whole number, or is smaller.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= low:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= low:
         return int(value)
     raise OptionError(f"{option} must be a whole number of at least {low}; found {value!r}.")
 

@@ -252,5 +252,5 @@ def _layers(layers: dict[str, Any] | None) -> dict[int, int] | None:
                 "hidden_layers must map the student's layer numbers to the teacher's, whole numbers of at least 0; "
                 f"found {student!r}: {teacher!r}."
             )
-        found[numbers[0]] = numbers[1]
+        found[int(numbers[0])] = int(numbers[1])
     return found

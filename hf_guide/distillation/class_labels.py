@@ -51,10 +51,11 @@ def label_numbers(names: Sequence[str] | None, labels: Sequence[str] | None, col
                 f"{column!r} must hold one class, a number or a name, in each place; found a {type(value).__name__}, "
                 f"{value!r}."
             )
+        value = int(value)
         most = count if places is None else len(places)
         if value != IGNORED and (value < 0 or (most is not None and value >= most)):
             raise OptionError(f"{column!r} has the class {value}; there are {most}, from 0.")
-        return int(value) if places is None or value == IGNORED else places[int(value)]
+        return value if places is None or value == IGNORED else places[value]
 
     return number
 
