@@ -85,33 +85,3 @@ def new_folder(output: Path) -> Iterator[Path]:
         folder.rename(output)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def copy_companions(
-    teacher: str,
-    folder: Path,
-    *,
-    gguf_file: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    trust_remote_code: bool = False,
-) -> None:
-    """Put the teacher's tokenizer and processor beside the student: its own files, or those a GGUF file describes."""
-    if gguf_file:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            teacher, gguf_file=gguf_file, revision=revision, token=token, trust_remote_code=trust_remote_code
-        )
-        tokenizer.save_pretrained(folder)
-        return
-    source = Path(teacher)
-    if not source.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = list(COMPANIONS)
-        source = Path(snapshot_download(teacher, revision=revision, token=token, allow_patterns=patterns))
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)

@@ -220,6 +220,15 @@ def _base_models(
     return ids[0] if len(ids) == 1 else ids or None
 
 
+def remove_paths_from_card(folder: Path) -> None:
+    """Take folders of this machine out of the metadata of a card that PEFT wrote into `folder`, where there is one."""
+    path = folder / CARD_NAME
+    card = read_card(path)
+    if card is not None and any(is_local(str(name)) for name in as_list(card.data.get("base_model"))):
+        _forget_paths(card.data)
+        write_card(path, card)
+
+
 def _forget_paths(data: CardData) -> None:
     """Take folders of this machine out of a card's metadata: PEFT names the base of an adapter by where it was loaded."""
     bases = as_list(data.get("base_model"))

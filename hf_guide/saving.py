@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from hf_guide.cards import DistillationRecord, save_record
+from hf_guide.code_references import clean_saved_folder
 from hf_guide.folders import check_space
 from hf_guide.hub import write_model_card
 from hf_guide.initialization.report import InitializationReport
@@ -163,6 +164,7 @@ def save_student(
         record = getattr(student, "distillation_record", None)
         if record is not None:
             save_record(folder, record)
+        clean_saved_folder(folder)
     if push_to_hub:  # only now: the stock class would have pushed before the report was there
         known = inspect.signature(PushToHubMixin.push_to_hub).parameters
         hub = {name: value for name, value in options.items() if name in known and name != "repo_id"}

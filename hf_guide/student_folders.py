@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_guide.code_references import code_beside
 from hf_guide.public_names import public_name
 
 # The file by which a folder shows that it holds a tokenizer or processor, and the class that loads it.
@@ -21,11 +22,13 @@ class StudentFolder:
 
     Attributes:
         config: the whole model's; of an adapter's folder nothing.
+        code: the classes, by Auto class, whose code stands beside the weights.
         processor: the class that loads its tokenizer or processor, where there is one.
         adapter_base: of an adapter's folder, what it belongs to: an id, or the bare name of a folder.
     """
 
     config: dict[str, Any]
+    code: dict[str, Any]
     processor: str | None
     adapter_base: str | None
 
@@ -36,6 +39,7 @@ class StudentFolder:
         adapter = _read(folder / "adapter_config.json")
         return cls(
             config=config or {},
+            code=code_beside(config or {}, folder),
             processor=next((name for file, name in PROCESSORS.items() if (folder / file).is_file()), None),
             adapter_base=_base_of(adapter) if adapter is not None and config is None else None,
         )
@@ -48,7 +52,7 @@ class StudentFolder:
     @property
     def code_class(self) -> str | None:
         """The Auto class that loads a folder with code of its own; None of a stock model's."""
-        return next((name for name in self.config.get("auto_map") or {} if name.startswith("AutoModel")), None)
+        return next((name for name in self.code if name.startswith("AutoModel")), None)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

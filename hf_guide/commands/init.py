@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.commands.teacher_arguments import add_teacher_arguments, flag_of, source_of
+from hf_guide.companions import copy_companions
 from hf_guide.errors import OptionError
-from hf_guide.folders import check_output, check_space, copy_companions, new_folder
+from hf_guide.folders import check_output, check_space, new_folder
 from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
 
 if TYPE_CHECKING:

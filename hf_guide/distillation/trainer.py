@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hf_guide.capture.reading import Capture, CapturedCollator
 from hf_guide.cards import save_record
+from hf_guide.code_references import clean_saved_folder, forget_code
 from hf_guide.distillation.arguments import DistillationArguments, saved_publicly
 from hf_guide.distillation.batches import BatchReader
 from hf_guide.distillation.dividing import divides_by_items
@@ -36,7 +37,7 @@ from hf_guide.distillation.tasks import IGNORED, task_of
 from hf_guide.distillation.teachers import LiveTeacher, refuse_not_finite
 from hf_guide.errors import OptionError
 from hf_guide.folders import write_text
-from hf_guide.hub import write_model_card
+from hf_guide.hub import remove_paths_from_card, write_model_card
 from hf_guide.provenance import fetch_card
 from hf_guide.saving import attach_record
 
@@ -120,6 +121,7 @@ class DistillationTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.args: DistillationArguments
+        forget_code(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
         student = self._bare(self.model)
         self.task = task_of(student)
         check_objective(args.weights, self.task, student.config)
@@ -379,6 +381,9 @@ class DistillationTrainer(Trainer):
         with saved_publicly(self):
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
+        if self.args.should_save:
+            clean_saved_folder(folder)
+            remove_paths_from_card(folder)
         if self.args.should_save and self.learning.projections is not None:
             if folder.name.startswith("checkpoint-"):  # what resumes needs them; what is published does not
                 self.learning.projections.save(folder)
@@ -475,6 +480,7 @@ class DistillationTrainer(Trainer):
             copy.deepcopy(student).merge_and_unload().save_pretrained(output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
+            clean_saved_folder(Path(output_dir))
 
 
 def remove_paths_from_state(folder: Path) -> None:

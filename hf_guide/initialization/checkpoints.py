@@ -7,6 +7,7 @@ Does not: read weights into memory, except the one tensor asked for.
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from hf_guide.errors import TeacherError
+from hf_guide.model_files import read_index
 
 _DTYPES = {
     "F64": torch.float64,
@@ -92,9 +94,10 @@ def find_safetensors(name: str, hub: Mapping[str, Any]) -> list[str] | None:
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional)
     if index is None:
         return None
+    read_index(Path(index))
     try:
         shards, _ = get_checkpoint_shard_files(name, index, **hub)
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, or not an index
+    except (ValueError, KeyError, TypeError) as error:  # no metadata, which Transformers wants
         raise TeacherError(f"{index} is not a readable index of shards ({error}). Fetch it again.") from error
     except OSError as error:
         raise TeacherError(f"A shard that {index} names cannot be had: {error}") from error

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 
+from hf_guide.code_references import without_code
 from hf_guide.errors import OptionError, ShapeError, did_you_mean
 from hf_guide.initialization.selection import even_places
 
@@ -119,7 +120,7 @@ def for_blocks(
 
 def _constructor_values(config: PreTrainedConfig) -> dict[str, Any]:
     """Return what the config's class needs to be built again, under the family's own names."""
-    return {name: value for name, value in config.to_dict().items() if name not in _NOT_INHERITED}
+    return without_code({name: value for name, value in config.to_dict().items() if name not in _NOT_INHERITED})
 
 
 def _real_name(config: PreTrainedConfig, name: str) -> str:

@@ -54,15 +54,22 @@ def model_classes(
         TeacherError: the class is in the checkpoint's own code and `trust` is false, or there is none at all.
     """
     architecture = (config.architectures or [""])[0]
-    references = [ref for ref in (getattr(config, "auto_map", None) or {}).values() if isinstance(ref, str)]
-    remote = [ref for ref in references if ref.rpartition(".")[2] == architecture]
+    references = getattr(config, "auto_map", None) or {}
+    remote = {
+        auto: ref
+        for auto, ref in references.items()
+        if isinstance(ref, str) and ref.rpartition(".")[2] == architecture
+    }
     stock = getattr(transformers, architecture, None)
     if remote and trust:
         where = {key: value for key, value in hub.items() if key != "subfolder"}
+        auto, reference = next(iter(remote.items()))
         try:
-            return [get_class_from_dynamic_module(remote[0], name, **where)]
+            model_class: Any = get_class_from_dynamic_module(reference, name, **where)
         except (OSError, ImportError, AttributeError, SyntaxError) as error:
-            raise TeacherError(f"{remote[0]} of {name} cannot be loaded: {error}") from error
+            raise TeacherError(f"{reference} of {name} cannot be loaded: {error}") from error
+        model_class.register_for_auto_class(auto)  # a student of it is saved with its code
+        return [model_class]
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
         return [stock]
     if remote:

@@ -22,6 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.checkpoints import CheckpointWeights, find_safetensors, model_tensors, read_headers
 from hf_guide.initialization.model_classes import meta_model, model_classes, read_config, without_quantisation
+from hf_guide.model_files import check_model_folder
 
 _LOADING_ERRORS = (
     OSError,
@@ -122,6 +123,7 @@ def open_teacher(
         "local_files_only": local_files_only,
         "subfolder": subfolder,
     }
+    check_model_folder(name)
     try:
         adapter = None if gguf_file else find_adapter_config_file(name, **hub)
         known = cached_file(name, gguf_file or CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_guide.code_references import clean_saved_folder
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.subclasses import class_labels
 from hf_guide.distillation.tasks import Task
@@ -145,8 +146,9 @@ def _save(student: PreTrainedModel, model: PreTrainedModel, folder: Path, proces
     save_student(model, type(model).save_pretrained, folder)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
+        clean_saved_folder(folder)
     if any(getattr(model, name, None) is not None for name in ("initialization_report", "distillation_record")):
-        write_model_card(folder)
+        write_model_card(folder, getattr(model, "initialization_report", None))
 
 
 def _way(way: "str | WayOut") -> WayOut:

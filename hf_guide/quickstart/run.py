@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from hf_guide import folders
 from hf_guide.auto import AutoStudentForCausalLM
+from hf_guide.companions import copy_companions
 from hf_guide.errors import OptionError
-from hf_guide.folders import check_space, copy_companions, new_folder
+from hf_guide.folders import check_space, new_folder
 from hf_guide.hub import write_model_card
 from hf_guide.public_names import public_name, public_value
 from hf_guide.quickstart import QuickstartOptions
