@@ -1,6 +1,5 @@
 """`README.md` as a file in two hands: the part between our two comments is redrawn, every other word is kept."""
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, Repo
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_guide.errors import HfGuideError
+from hf_guide.folders import partial_file
 from hf_guide.initialization.choices import Method
 
 CARD_NAME = "README.md"
@@ -39,13 +39,9 @@ def read_card(path: Path) -> RepoCard | None:
 
 def write_card(path: Path, card: RepoCard) -> None:
     """Write a card, whole or not at all: what stood there may be someone's work."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with partial_file(path) as partial:
         partial.write_bytes(str(card).encode("utf-8"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def is_blank(card: RepoCard | None) -> bool:

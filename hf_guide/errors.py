@@ -33,6 +33,10 @@ class CaptureError(HfGuideError):
     """A capture that cannot be written or read: incomplete, damaged, of another teacher, tokenizer or dataset."""
 
 
+class MissingRankError(HfGuideError):
+    """One of several processes that work together has ended."""
+
+
 class SubclassError(HfGuideError):
     """Embeddings, labels or a classifier that subclasses cannot be made of, or a projector that does not fit."""
 

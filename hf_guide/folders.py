@@ -1,10 +1,21 @@
 """A student's folder: all of it or nothing, with its teacher's tokenizer beside it; and files that are whole or not there."""
 
 import contextlib
+import errno
+import functools
 import os
+import platform
+import re
+import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from hashlib import blake2b
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 COMPANIONS = (
     "tokenizer*",
@@ -22,12 +33,14 @@ COMPANIONS = (
 )
 """Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
 
+_PARTIAL = re.compile(r"^[._].+\.(?P<host>[0-9a-f]{8})-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.partial$")
+
 
 def check_output(output: Path) -> None:
-    """Refuse an output that is there and is not an empty folder."""
+    """Refuse an output that is there and is not an empty folder; unfinished folders of earlier runs do not count."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"The output {output} is a file; name a folder that is new or empty.")
-    if output.is_dir() and any(output.iterdir()):
+    if output.is_dir() and any(not is_partial(path) for path in output.iterdir()):
         raise FileExistsError(f"The output folder {output} is not empty; name a new one, or empty it first.")
 
 
@@ -41,47 +54,222 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def partial_path(path: Path) -> Path:
-    """Return the name under which `path` is written until it is whole."""
-    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+def is_partial(path: Path) -> bool:
+    """Whether a name is one that `partial_file` or `partial_folder` gives."""
+    return _PARTIAL.match(path.name) is not None
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Yield a name to write a file under; it becomes `path` if the block succeeds and is removed if it fails.
+
+    The name is unique, and locked while the block runs, so that `remove_stale` of another process leaves it alone.
+    """
+    partial, descriptor = _new_partial_file(path)
+    try:
+        yield partial
+        publish(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def partial_folder(parent: Path, name: str, *, prefix: str = ".") -> Iterator[Path]:
+    """Yield a new folder in `parent`, named after `name`, locked while the block runs; remove it afterwards if still there."""
+    folder, descriptor = _partial_name(parent, name, prefix), None
+    try:
+        descriptor = _made_and_locked(folder)  # inside the try: an interruption within it would leave the folder
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the partial files and folders in `folder` that killed processes have left; those of living ones stay.
+
+    Stale is what this machine made, by the host's or the boot's name in it, and nobody has locked. File systems without
+    locks keep theirs.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _PARTIAL.match(path.name)
+        if found is None or not {found["host"], found["boot"]} & set(_machine()):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if _lock(descriptor):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def publish(partial: Path, path: Path) -> None:
     """Give a file that was written whole its name, once it is on the disk."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
+    synchronize(partial)
     partial.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, UTF-8, all of it or nothing."""
-    partial = partial_path(path)
-    try:
+    with partial_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def synchronize(path: Path) -> None:
+    """Return once a file, or all files below a folder, are on the disk."""
+    for each in path.rglob("*") if path.is_dir() else [path]:
+        if each.is_file():
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write into that becomes `output` when all went well, and vanishes when anything did not."""
+def new_folder(output: Path, *, replaces: bool = False, check: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """Yield a folder to write into that becomes `output` if the block succeeds, and is removed if it fails.
+
+    Where `output` is there and cannot be replaced by a rename (a mount point, the current directory, a parent that is not
+    writable), the folder is made inside it and its entries are moved up at the end, `config.json` last, without which
+    nothing loads.
+
+    Args:
+        output: new or empty.
+        replaces: remove what `output` holds, once the block has succeeded.
+        check: called with the folder at the end of the block; what it raises fails the block.
+
+    Raises:
+        FileExistsError: `output` is a file or is not empty; before the block, and after it where it was filled meanwhile.
+        FileNotFoundError: another process has removed the folder.
+    """
     output = output.resolve()
-    home = next(parent for parent in output.parents if parent.exists())
-    folder = home / f".{output.name}.{os.getpid()}.partial"
-    try:
-        folder.mkdir()  # within, or an interruption right after it would leave the folder
-        yield folder
+    if not replaces:
         check_output(output)
+    inside = output.is_dir() and not _can_be_renamed(output)
+    home = output if inside else next(parent for parent in output.parents if parent.exists())
+    remove_stale(home)
+    with partial_folder(home, output.name) as folder:
+        made = folder.stat()
+        yield folder
+        if not folder.is_dir() or not os.path.samestat(folder.stat(), made):
+            raise FileNotFoundError(
+                f"{folder}, in which the output was written, was removed by another process. Run the command again."
+            )
+        if check is not None:
+            check(folder)
+        if replaces:
+            _clear(output)
+        else:
+            check_output(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        if output.exists():
-            output.rmdir()
+        if inside or not _renamed(folder, output):
+            move_entries(folder, output, last=("config.json",))
+
+
+def move_entries(folder: Path, output: Path, *, last: Collection[str] = ()) -> None:
+    """Move all entries of a folder into another one, those named in `last` at the end.
+
+    An entry that replaces none is removed again when the move fails.
+    """
+    entries = sorted(folder.iterdir(), key=lambda path: (path.name in last, path.name))
+    added: list[Path] = []
+    try:
+        for entry in entries:
+            target = output / entry.name
+            if not target.exists():
+                added.append(target)
+            if target.is_dir():
+                shutil.rmtree(target)
+            try:
+                entry.replace(target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                shutil.move(entry, target)
+    except BaseException:
+        for target in added:
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        raise
+
+
+def _renamed(folder: Path, output: Path) -> bool:
+    """Rename a folder to `output`, which is empty or not there; False where the system refuses because of what it is."""
+    try:
         folder.rename(output)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM) and output.is_dir():
+            return False
+        raise
+    return True
+
+
+def _can_be_renamed(output: Path) -> bool:
+    return not (
+        os.path.ismount(output)
+        or output in _mount_points()
+        or output.samefile(Path.cwd())
+        or not os.access(output.parent, os.W_OK | os.X_OK)
+    )
+
+
+def _mount_points() -> set[Path]:
+    """Return where anything is mounted: `os.path.ismount` does not see a folder bound from the same file system."""
+    table = Path("/proc/self/mountinfo")
+    if not table.exists():
+        return set()
+    names = (line.split()[4] for line in table.read_text(encoding="utf-8", errors="replace").splitlines())
+    return {Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), name)) for name in names}
+
+
+def _clear(output: Path) -> None:
+    for path in output.iterdir() if output.is_dir() else ():
+        if not is_partial(path):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _new_partial_file(path: Path) -> tuple[Path, int]:
+    while True:
+        partial = _partial_name(path.parent, path.name)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock(descriptor, wait=True)
+        if partial.exists():
+            return partial, descriptor
+        os.close(descriptor)  # taken for a stale one before it was locked
+
+
+def _partial_name(parent: Path, name: str, prefix: str = ".") -> Path:
+    return parent / f"{prefix}{name[:100]}.{'-'.join(_machine())}-{secrets.token_hex(4)}.partial"
+
+
+@functools.cache
+def _machine() -> tuple[str, str]:
+    """Return short hashes of the host's name and of its boot: containers on one machine share the second alone."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    names = (platform.node(), boot.read_text() if boot.exists() else platform.node())
+    return tuple(blake2b(name.encode(), digest_size=4).hexdigest() for name in names)  # type: ignore[return-value]
+
+
+def _made_and_locked(folder: Path) -> int | None:
+    """Make a folder and return a descriptor that locks it; None where folders cannot be opened."""
+    while True:
+        folder.mkdir()
+        if fcntl is None:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            _lock(descriptor, wait=True)
+            if folder.exists():
+                return descriptor
+            os.close(descriptor)  # taken for a stale one before it was locked
+
+
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file or folder; False where another process has locked it, or the file system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True

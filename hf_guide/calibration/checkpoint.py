@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -25,14 +24,16 @@ import hf_guide
 from hf_guide.calibration.batches import Batch
 from hf_guide.errors import OptionError
 from hf_guide.fingerprints import config_facts, weights_fingerprint
-from hf_guide.folders import partial_path, publish, remove_partials
+from hf_guide.folders import is_partial, remove_stale
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.weights import Teacher
+from hf_guide.integrity import DamagedFileError, read_json, read_tensors, write_json, write_tensors
 from hf_guide.worlds import add_number, wait, world
 
 MANIFEST_NAME = "calibration.json"
 TEXT_NAME = "text.safetensors"
-FORMAT = 1
+FORMAT = 2
+FORMAT_WITHOUT_CHECKSUMS = 1
 
 SECONDS_BETWEEN_SAVES = 60.0
 """While a teacher is heard its sums, which are as large as a few of its weights, are written no more often than this."""
@@ -51,7 +52,7 @@ def check_calibration_dir(folder: Path) -> None:
             f"calibration_dir {folder} is a file; name a folder that is new, empty, or of this calibration."
         )
     if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
-        others = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".partial"))
+        others = sorted(path.name for path in folder.iterdir() if not is_partial(path))
         if others:
             raise OptionError(
                 f"calibration_dir {folder} holds something else: {', '.join(others[:5])}. Name one that is new or empty."
@@ -118,11 +119,9 @@ class CalibrationCheckpoint:
         wanted = json.loads(json.dumps({"format": FORMAT, **call}, default=str))
         if world()[0] == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_partials(folder)
+            remove_stale(folder)
             if not (folder / MANIFEST_NAME).exists():
-                path = folder / MANIFEST_NAME
-                partial_path(path).write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-                publish(partial_path(path), path)
+                write_json(folder / MANIFEST_NAME, wanted)
         wait()
         differing = differences(_read_manifest(folder), wanted)
         if differing:
@@ -195,33 +194,30 @@ def _short(value: Any) -> str:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        # One without a checksum is of an earlier version, which its format says: it differs from what is wanted.
+        found, has_checksum = read_json(path, required=False)
     except FileNotFoundError:
         raise OptionError(
             f"calibration_dir {folder} is not the same folder in all processes; name one that all see."
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise OptionError(f"{path} is damaged: {error}. Name a new folder.") from error
-    if not isinstance(found, dict):
-        raise OptionError(f"{path} is damaged: it holds a {type(found).__name__}. Name a new folder.")
+    except DamagedFileError as error:
+        raise OptionError(f"{error} Name a new folder.") from error
+    if not has_checksum and found.get("format") != FORMAT_WITHOUT_CHECKSUMS:
+        raise OptionError(f"{path} is damaged: it has no checksum of its own. Name a new folder.")
     return found
 
 
 def _read(path: Path) -> Kept:
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, json.loads(file.metadata()["facts"])
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise OptionError(f"{path} is damaged: {error}. Remove it, and what it holds is worked out again.") from error
+        tensors, metadata, _ = read_tensors(path)
+        return tensors, json.loads(metadata["facts"])
+    except DamagedFileError as error:
+        raise OptionError(f"{error} Remove it, and what it holds is worked out again.") from error
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    partial = partial_path(path)
-    metadata = {"format": "pt", "facts": json.dumps(facts)}
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        publish(partial, path)
+        write_tensors(path, tensors, {"facts": json.dumps(facts)})
     except (SafetensorError, OSError) as error:
         raise OSError(
             f"{path} could not be written: {error}. Make room; the same call then goes on from here."

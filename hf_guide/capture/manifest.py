@@ -1,7 +1,6 @@
 """What a capture is of, in `capture.json`: written first, marked complete last."""
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,11 @@ from hf_guide.capture.options import CaptureConfig
 from hf_guide.capture.storage import Column, high_bits, shard_name
 from hf_guide.distillation.tasks import Task
 from hf_guide.errors import CaptureError
-from hf_guide.folders import partial_path, publish
+from hf_guide.integrity import DamagedFileError, read_json, write_json
 
 MANIFEST_NAME = "capture.json"
-FORMAT = 1
+FORMAT = 2
+FORMAT_WITHOUT_CHECKSUMS = 1
 
 _FREE_OPTIONS = {"batch_size"}  # may change between a run and its resumption
 
@@ -38,6 +38,7 @@ class CaptureManifest:
         shapes: of one example's hidden states and embedding, -1 for the axis that is its number of tokens.
         config: what was asked for.
         shards: the bytes of each shard's file, once complete.
+        checksums: of each shard and of the index by file name, once complete; empty in captures of earlier versions.
         complete: whether all of it is there.
     """
 
@@ -56,6 +57,7 @@ class CaptureManifest:
     config: CaptureConfig
     hf_guide_version: str
     shards: list[int] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     format: int = FORMAT
 
@@ -149,10 +151,7 @@ class CaptureManifest:
 
     def save(self, folder: Path) -> None:
         """Write `capture.json`, all or nothing."""
-        path = folder / MANIFEST_NAME
-        partial = partial_path(path)
-        partial.write_text(json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n", encoding="utf-8")
-        publish(partial, path)
+        write_json(folder / MANIFEST_NAME, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "CaptureManifest":
@@ -163,21 +162,25 @@ class CaptureManifest:
         """
         path = Path(folder) / MANIFEST_NAME
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found, has_checksum = read_json(path, required=False)
         except FileNotFoundError:
             raise CaptureError(
                 f"{folder} holds no capture: it has no {MANIFEST_NAME}. Name the folder that capture_teacher or "
                 "`hf-guide capture` wrote."
             ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CaptureError(f"{path} is damaged: {error}. Capture again into a new folder.") from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            version = found.get("format") if isinstance(found, dict) else None
+        except DamagedFileError as error:
+            raise CaptureError(f"{error} Capture again into a new folder.") from error
+        version = found.get("format")
+        if version not in (FORMAT, FORMAT_WITHOUT_CHECKSUMS):
             raise CaptureError(f"{path} has format {version}; this version of hf_guide reads format {FORMAT}.")
         expected = {option.name for option in dataclasses.fields(cls)}
+        if version == FORMAT_WITHOUT_CHECKSUMS:
+            expected.remove("checksums")
+        elif not has_checksum:
+            raise CaptureError(f"{path} is damaged: it has no checksum of its own. Capture again into a new folder.")
         if found.keys() != expected:
             raise CaptureError(f"{path} is damaged: {sorted(found.keys() ^ expected)} are missing or unknown.")
-        return cls(**found | {"config": CaptureConfig(**found["config"])})
+        return cls(**found | {"config": CaptureConfig(**found["config"]), "format": FORMAT})
 
     def check_files(self, folder: Path) -> None:
         """Refuse a capture that is not complete, or whose shards are missing or truncated.

@@ -4,6 +4,8 @@ Does: map a capture, check that it is whole and of whom it should be, find an ex
 Does not: load a capture into memory, or need the teacher.
 """
 
+import logging
+import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_guide.capture.decoding import PREFIX, CapturedExample, decode
 from hf_guide.capture.keys import example_keys, token_places
 from hf_guide.capture.manifest import CaptureManifest
-from hf_guide.capture.storage import INDEX_NAME, Arrays, KeyIndex, Shard, shard_name
+from hf_guide.capture.storage import DAMAGED, INDEX_NAME, Arrays, KeyIndex, Shard, shard_name
 from hf_guide.distillation.tasks import Task
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.fingerprints import (
@@ -26,13 +28,19 @@ from hf_guide.fingerprints import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from hf_guide.integrity import DamagedFileError, check_file
 from hf_guide.provenance import repo_id_of
+
+logger = logging.getLogger(__name__)
 
 MOST_OPEN_SHARDS = 128  # each holds a file descriptor
 
 
 class Capture:
     """A teacher's signals on disk, read-only. It is cheap to send to another process, which opens the files itself.
+
+    Each file is compared with its checksum when it is first read: once, also by several workers of a dataloader where these
+    are forked, and once in each worker where they are spawned.
 
     Attributes:
         folder: where it is.
@@ -41,6 +49,9 @@ class Capture:
 
     def __init__(self, folder: Path, manifest: CaptureManifest):
         self.folder, self.manifest = folder, manifest
+        # One byte a shard, in memory that forked processes share: whether its checksum was found right.
+        self._checked = mmap.mmap(-1, max(1, manifest.shard_count))
+        self._check_file(INDEX_NAME)
         self._index = KeyIndex(folder / INDEX_NAME)
         if len(self._index) != manifest.examples:
             raise CaptureError(
@@ -59,11 +70,17 @@ class Capture:
             processing_class, teacher: what it should be of, where known; see `check`.
 
         Raises:
-            CaptureError: no capture, one that is not complete, a shard that is missing or truncated, or another teacher
-                or tokenizer; it names what differs.
+            CaptureError: no capture, one that is not complete, a file that is missing, truncated or damaged, or another
+                teacher or tokenizer; it names what differs.
         """
         manifest = CaptureManifest.load(folder)
         manifest.check_files(Path(folder))
+        if not manifest.checksums:
+            logger.warning(
+                "%s was captured by an earlier version and has no checksums, so that damage to it cannot be seen. Run the "
+                "same capture again to add them; the teacher does not run for it.",
+                folder,
+            )
         capture = cls(Path(folder), manifest)
         capture.check(processing_class=processing_class, teacher=teacher)
         return capture
@@ -216,6 +233,29 @@ class Capture:
                 return row
         return None
 
+    def shard(self, number: int) -> Shard:
+        """Return a shard, opened and compared with its checksum.
+
+        Raises:
+            CaptureError: it is missing or damaged, or of another capture.
+        """
+        path, expected = self.folder / shard_name(number), len(self.manifest.shard_examples(number))
+        if not self._checked[number]:
+            self._check_file(path.name)
+            self._checked[number] = 1
+        shard = Shard(path, self._columns)
+        if len(shard) != expected:
+            raise CaptureError(f"{path} has {len(shard)} examples and should have {expected}. {DAMAGED}")
+        return shard
+
+    def _check_file(self, name: str) -> None:
+        checksums = self.manifest.checksums
+        if checksums and (self.folder / name).exists():
+            try:
+                check_file(self.folder / name, checksums.get(name, "not in the manifest"))
+            except DamagedFileError as error:
+                raise CaptureError(f"{error} {DAMAGED}") from error
+
     def _arrays(self, row: int) -> Arrays:
         shard, place = self._shard_of(row)
         return shard.arrays(place)
@@ -223,13 +263,7 @@ class Capture:
     def _shard_of(self, row: int) -> tuple[Shard, int]:
         number, place = divmod(row, self.manifest.config.examples_per_shard)
         if number not in self._shards:
-            shard = Shard(self.folder / shard_name(number), self._columns)
-            if len(shard) != len(self.manifest.shard_examples(number)):
-                raise CaptureError(
-                    f"{self.folder / shard_name(number)} has {len(shard)} examples and should have "
-                    f"{len(self.manifest.shard_examples(number))}. Run the same capture again."
-                )
-            self._shards[number] = shard
+            self._shards[number] = self.shard(number)
             if len(self._shards) > MOST_OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)

@@ -4,9 +4,10 @@ A run that was killed left whole shards and nothing else; the next one writes th
 """
 
 import dataclasses
+import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,19 @@ from hf_guide.capture.storage import (
     INDEX_NAME,
     Shard,
     ShardWriter,
+    checksum_path,
+    shard_checksum,
+    shard_defect,
     shard_name,
     write_index,
 )
 from hf_guide.distillation.tasks import Task
 from hf_guide.errors import CaptureError
-from hf_guide.folders import remove_partials
+from hf_guide.folders import remove_stale
+from hf_guide.integrity import file_checksum
+from hf_guide.worlds import Watch, wait
+
+logger = logging.getLogger(__name__)
 
 _SAMPLED_LENGTHS = 32
 
@@ -57,10 +65,10 @@ class Run:
         """Write the manifest, or agree with the one that is there; then look at what is there, and at the disk."""
         if state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_partials(self.folder)
+            remove_stale(self.folder)
             if not (self.folder / MANIFEST_NAME).exists():
                 self.manifest.save(self.folder)
-        state.wait_for_everyone()
+        wait()
         there = CaptureManifest.load(self.folder)
         differing = there.differences(self.manifest)
         if differing:
@@ -68,13 +76,17 @@ class Run:
                 f"{self.folder} holds a capture with other settings: {'; '.join(differing)}. Capture with those, or into a "
                 "new folder."
             )
-        self.was_complete = there.complete
-        sizes = there.shards if there.complete else [None] * there.shard_count
-        self.missing = [number for number, size in enumerate(sizes) if not self._is_there(number, size)]
+        self.was_complete, self.checksums = there.complete, there.checksums
+        if state.is_main_process:
+            self._remove_damaged()
+        wait()
+        self.missing = [
+            number for number in range(there.shard_count) if not (self.folder / shard_name(number)).exists()
+        ]
         if state.is_main_process:
             self._check_finished()
             self._check_disk()
-        state.wait_for_everyone()  # or a shard written by one process would be missing from another's list
+        wait()  # or a shard written by one process would be missing from another's list
 
     def write_missing(self, state: PartialState, show_progress: bool) -> None:
         """Write this process's share of the shards that are missing."""
@@ -96,26 +108,37 @@ class Run:
                 self._write(number, stream, bar)
 
     def finish(self, state: PartialState) -> None:
-        """Write the index of all keys and mark the capture complete, in the first process."""
-        for number in self.missing:
+        """Write the index of all keys and mark the capture complete, in the first process.
+
+        Raises:
+            MissingRankError: another process has ended, so that its shards will never be there.
+        """
+        watch = Watch()
+        for place, number in enumerate(self.missing):
             # A barrier alone gives up after some minutes, and another process's last shard may take longer.
             while not (self.folder / shard_name(number)).exists():
+                watch.check(f"{shard_name(number)} of rank {place % state.num_processes}")
                 time.sleep(0.2)
-        state.wait_for_everyone()
-        if state.is_main_process and not (
-            self.was_complete and not self.missing and (self.folder / INDEX_NAME).exists()
-        ):
-            count = self.manifest.shard_count
-            columns = self.manifest.columns
-            paths = [self.folder / shard_name(number) for number in range(count)]
-            write_index(self.folder / INDEX_NAME, [Shard(path, columns).keys() for path in paths])
-            sizes = [path.stat().st_size for path in paths]
-            dataclasses.replace(self.manifest, shards=sizes, complete=True).save(self.folder)
-        state.wait_for_everyone()
+        wait()
+        if state.is_main_process:
+            if self.missing or not (self.was_complete and self.checksums and (self.folder / INDEX_NAME).exists()):
+                complete(self.folder, self.manifest, self.checksums)
+            for number in range(self.manifest.shard_count):  # also those of a run that was killed right here
+                checksum_path(self.folder / shard_name(number)).unlink(missing_ok=True)
+        wait()
 
-    def _is_there(self, number: int, size: int | None) -> bool:
-        path = self.folder / shard_name(number)
-        return path.exists() and size in (None, path.stat().st_size)
+    def _remove_damaged(self) -> None:
+        """Remove shards, and the index, whose bytes are not those that were written: they are written again."""
+        for number in range(self.manifest.shard_count):
+            path = self.folder / shard_name(number)
+            defect = shard_defect(path, self.checksums.get(path.name)) if path.exists() else None
+            if defect is not None:
+                logger.warning("%s It is written again.", defect)
+                path.unlink()
+        index = self.folder / INDEX_NAME
+        if index.exists() and self.checksums and file_checksum(index) != self.checksums.get(index.name):
+            logger.warning("%s is damaged. It is written again.", index)
+            index.unlink()
 
     def _batches(self, number: int) -> list[range]:
         inside, size = self.manifest.shard_examples(number), self.manifest.config.batch_size
@@ -177,3 +200,20 @@ class Run:
             return self.manifest.example_bytes(0)
         (places,) = token_places(self.collate([self.dataset[number]]), self.task)
         return self.manifest.example_bytes(len(places))
+
+
+def complete(folder: Path, manifest: CaptureManifest, listed: Mapping[str, str]) -> None:
+    """Write the index of a capture whose shards are all there, and its manifest with their sizes and checksums.
+
+    Args:
+        listed: checksums of shards that an earlier run has completed.
+    """
+    index = folder / INDEX_NAME
+    paths = [folder / shard_name(number) for number in range(manifest.shard_count)]
+    write_index(index, [Shard(path, manifest.columns).keys() for path in paths])
+    checksums = {path.name: shard_checksum(path, listed.get(path.name)) for path in paths}
+    checksums[index.name] = file_checksum(index)
+    sizes = [path.stat().st_size for path in paths]
+    dataclasses.replace(manifest, shards=sizes, checksums=checksums, complete=True).save(folder)
+    for path in paths:
+        checksum_path(path).unlink(missing_ok=True)

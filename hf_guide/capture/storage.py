@@ -1,9 +1,11 @@
 """How captured signals lie on disk: shards in Arrow's file format, mapped when read, and an index of keys.
 
 A shard has one row an example: its key and, flattened, each array that was captured of it. It is written under another name
-and renamed when it is whole, so a file that has its name is complete.
+and renamed when it is whole, so a file that has its name is complete. Until the capture is, each shard has its checksum in a
+file of its own; then the manifest has all of them.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,8 @@ import pyarrow as pa
 
 from hf_guide.capture.keys import KEY_BYTES
 from hf_guide.errors import CaptureError
-from hf_guide.folders import partial_path, publish
+from hf_guide.folders import partial_file
+from hf_guide.integrity import DamagedFileError, check_file, file_checksum, read_json, write_json
 
 INDEX_NAME = "index.arrow"
 LOW_BITS = 16
@@ -41,6 +44,34 @@ class Column:
 def shard_name(number: int) -> str:
     """Return the file name of a shard."""
     return f"shard-{number:06d}.arrow"
+
+
+def checksum_path(shard: Path) -> Path:
+    """Return the file that holds a shard's checksum until the manifest does."""
+    return shard.with_name(f".{shard.name}.json")
+
+
+def shard_checksum(shard: Path, listed: str | None) -> str:
+    """Return the checksum that a shard was written with.
+
+    Args:
+        listed: the manifest's, which holds unless the shard was written after it. Of a shard of an earlier version, which
+            has neither, that of its bytes is taken.
+
+    Raises:
+        DamagedFileError: the file that holds it is damaged.
+    """
+    path = checksum_path(shard)
+    return str(read_json(path)[0].get(shard.name)) if path.exists() else listed or file_checksum(shard)
+
+
+def shard_defect(shard: Path, listed: str | None) -> str | None:
+    """Read a shard and return how it differs from what was written, None if it does not; `listed` as above."""
+    try:
+        check_file(shard, shard_checksum(shard, listed))
+    except DamagedFileError as error:
+        return str(error)
+    return None
 
 
 def high_bits(classes: int) -> int:
@@ -81,8 +112,11 @@ class ShardWriter:
             item = pa.field("item", pa.from_numpy_dtype(np.dtype(column.dtype)), nullable=False)
             fields.append(pa.field(name, pa.large_list(item), nullable=False))
         self._schema = pa.schema(fields)
-        self._sink = pa.OSFile(str(partial_path(self._path)), "wb")
-        self._writer = pa.ipc.new_file(self._sink, self._schema)
+        with contextlib.ExitStack() as stack:
+            self._partial = stack.enter_context(partial_file(self._path))
+            self._sink = pa.OSFile(str(self._partial), "wb")
+            self._writer = pa.ipc.new_file(self._sink, self._schema)
+            self._unfinished = stack.pop_all()
         return self
 
     def write(self, keys: Sequence[bytes], examples: Sequence[Arrays]) -> None:
@@ -100,14 +134,12 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        partial = partial_path(self._path)
-        try:
+        with self._unfinished:
             self._writer.close()
             self._sink.close()
-            if kind is None:
-                publish(partial, self._path)
-        finally:
-            partial.unlink(missing_ok=True)
+            if error is not None:
+                raise error
+            write_json(checksum_path(self._path), {self._path.name: file_checksum(self._partial)})
 
 
 class Shard:
@@ -162,6 +194,7 @@ class Shard:
 
 
 AGAIN = "what is there already is kept."
+DAMAGED = "Run the same capture again; it writes what is damaged anew, and that alone."
 
 
 def write_index(path: Path, keys: Sequence[np.ndarray]) -> None:
@@ -172,13 +205,9 @@ def write_index(path: Path, keys: Sequence[np.ndarray]) -> None:
     prefixes = np.concatenate([_prefixes(part) for part in keys])
     order = np.argsort(prefixes, kind="stable")
     table = pa.record_batch({"prefix": prefixes[order], "row": order.astype(np.uint64)})
-    partial = partial_path(path)
-    try:
+    with partial_file(path) as partial:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_batch(table)
-        publish(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class KeyIndex:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import distributed
 from transformers import PreTrainedModel
 
 import hf_guide
@@ -26,7 +27,9 @@ from hf_guide.capture.teachers import load_teacher
 from hf_guide.distillation.tasks import Task, task_of, without_adapter
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from hf_guide.folders import is_partial
 from hf_guide.public_names import public_name, without_private_keys
+from hf_guide.worlds import world
 
 
 def capture_teacher(
@@ -166,13 +169,20 @@ def describe(
 
 def processes() -> PartialState:
     """Return which of how many processes this is; they speak by gloo where there is no accelerator."""
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     started = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    except distributed.DistError as error:
+        raise CaptureError(
+            f"The {started} processes did not find each other (this is rank {os.environ.get('RANK')}): {error}. Start ranks 0 "
+            f"to {started - 1}, each with the same MASTER_ADDR and MASTER_PORT."
+        ) from error
     if started != state.num_processes:
         raise CaptureError(
             f"{started} processes were started, and accelerate knows of {state.num_processes}: all would do all of the work. "
             "Call capture_teacher before anything else makes accelerate's PartialState, or make that with cpu=True."
         )
+    world()  # from now on the others notice when this process ends
     return state
 
 
@@ -196,7 +206,7 @@ def check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CaptureError(f"The output {folder} is a file; name a folder that is new, empty, or of this capture.")
     if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
-        others = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".partial"))
+        others = sorted(path.name for path in folder.iterdir() if not is_partial(path))
         if others:
             raise CaptureError(
                 f"The output folder {folder} holds something else: {', '.join(others[:5])}. Name one that is new or empty."

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from hf_guide.errors import OptionError
+from hf_guide.integrity import DamagedFileError, read_tensors, write_tensors
 
 FILE_NAME = "distillation_projections.safetensors"
 
@@ -41,12 +41,25 @@ class Projections(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the maps into a checkpoint's folder."""
         if len(self.maps):
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / FILE_NAME)
+            write_tensors(folder / FILE_NAME, self.state_dict(), {})
 
     def load(self, folder: Path) -> None:
-        """Read the maps from a checkpoint's folder."""
-        if len(self.maps):
-            self.load_state_dict(load_file(folder / FILE_NAME))
+        """Read the maps from a checkpoint's folder.
+
+        Raises:
+            OptionError: their file is missing or damaged.
+        """
+        if not len(self.maps):
+            return
+        try:
+            tensors, _, _ = read_tensors(folder / FILE_NAME, required=False)
+        except FileNotFoundError as error:
+            raise OptionError(
+                f"{folder} has no {FILE_NAME}: it is no checkpoint of a run with this objective. Resume from one that is."
+            ) from error
+        except DamagedFileError as error:
+            raise OptionError(f"{error} Resume from another checkpoint.") from error
+        self.load_state_dict(tensors)
 
 
 def check_learns(optimizer: torch.optim.Optimizer, maps: Sequence[nn.Parameter]) -> None:

@@ -42,7 +42,7 @@ from hf_guide.lelp.reading import (
 )
 from hf_guide.lelp.regression import LinearFit
 from hf_guide.lelp.splitters import splitter_named
-from hf_guide.worlds import world
+from hf_guide.worlds import naming_missing_ranks, world
 
 
 def fit_subclasses(
@@ -287,7 +287,8 @@ def _agreed() -> Iterator[None]:
         failure = error
     if world()[1] > 1:
         everyone: list[str | None] = [None] * world()[1]
-        dist.all_gather_object(everyone, None if failure is None else str(failure))
+        with naming_missing_ranks():
+            dist.all_gather_object(everyone, None if failure is None else str(failure))
         said = [(rank, message) for rank, message in enumerate(everyone) if message is not None]
         if failure is None and said:
             raise SubclassError(f"Process {said[0][0]} found: {said[0][1]}")

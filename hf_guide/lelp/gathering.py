@@ -13,7 +13,7 @@ from hf_guide.lelp.evidence import Evidence
 from hf_guide.lelp.moments import ClassMoments
 from hf_guide.lelp.sampling import ClassSample
 from hf_guide.lelp.splitters import splitter_named
-from hf_guide.worlds import collective_device, world
+from hf_guide.worlds import collective_device, naming_missing_ranks, world
 
 
 class Gathering:
@@ -72,9 +72,11 @@ class Gathering:
         if self.finer is not None:
             device = collective_device()
             widest = torch.tensor([self.finer.shape[1]], device=device)
-            dist.all_reduce(widest, op=dist.ReduceOp.MAX)
+            with naming_missing_ranks():
+                dist.all_reduce(widest, op=dist.ReduceOp.MAX)
             finer = _widened(self.finer, int(widest)).to(device)
-            dist.all_reduce(finer)
+            with naming_missing_ranks():
+                dist.all_reduce(finer)
             self.finer = finer.cpu()
 
     def evidence(

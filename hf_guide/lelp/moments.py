@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
-from hf_guide.worlds import collective_device, world
+from hf_guide.worlds import collective_device, naming_missing_ranks, world
 
 ROWS_AT_ONCE = 1024
 
@@ -111,12 +111,14 @@ class ClassMoments:
         home = self._counts.device
         counts, means, scatters, skews = (part.to(device) for part in self._parts())
         total, weighted = counts.clone(), counts[:, None] * means
-        dist.all_reduce(total)
-        dist.all_reduce(weighted)
+        with naming_missing_ranks():
+            dist.all_reduce(total)
+            dist.all_reduce(weighted)
         joint = weighted / total.clamp(min=1)[:, None]
         scatters, skews = _moved(counts, scatters, skews, means - joint)
-        dist.all_reduce(scatters)
-        dist.all_reduce(skews)
+        with naming_missing_ranks():
+            dist.all_reduce(scatters)
+            dist.all_reduce(skews)
         self._counts, self._means = total.to(home), joint.to(home)
         self._scatters, self._skews = scatters.to(home), skews.to(home)
         self.seen = int(total.sum())

@@ -1,24 +1,32 @@
-"""A projector's two files: what it is in `subclass_projector.json`, its numbers in `subclass_projector.safetensors`."""
+"""A projector's two files: what it is in `subclass_projector.json`, its numbers in `subclass_projector.safetensors`.
+
+The first, which is replaced last, names the checksum of the second: two files of different projectors, which an interrupted
+save over an older projector leaves, are refused.
+"""
 
 import dataclasses
-import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from hf_guide.errors import SubclassError
+from hf_guide.folders import move_entries, partial_folder, remove_stale
+from hf_guide.integrity import DamagedFileError, read_json, read_tensors, write_json, write_tensors
 from hf_guide.lelp.scores import FORMS
 from hf_guide.public_names import public_name
 
+logger = logging.getLogger(__name__)
+
 CONFIG_NAME = "subclass_projector.json"
 WEIGHTS_NAME = "subclass_projector.safetensors"
-FORMAT = 1
+FORMAT = 2
+FORMAT_WITHOUT_CHECKSUMS = 1
+WEIGHTS_CHECKSUM = "weights_checksum"
 
 _STATISTICS = ("counts", "eigenvalues", "variances")
 _ENTRIES = (
@@ -39,19 +47,26 @@ def write_projector(projector: Any, save_directory: str | os.PathLike[str]) -> l
 
     Raises:
         NotADirectoryError: a file stands where the folder should be.
+        OSError: they could not be written; what the folder held is as it was.
     """
     folder = Path(save_directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to save the projector in.")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_stale(folder)
     tensors = {f"scores.{name}": tensor.contiguous() for name, tensor in projector.scores.tensors().items()}
     tensors |= {name: getattr(projector, name).contiguous() for name in _STATISTICS}
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     entries: dict[str, Any] = {"format": FORMAT, "form": projector.scores.form}
     entries |= {name: getattr(projector, name) for name in _ENTRIES}
     entries["teacher"] = None if projector.teacher is None else public_name(projector.teacher)
     entries["id2label"] = {str(number): name for number, name in projector.id2label.items()}
-    (folder / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    try:
+        with partial_folder(folder, "subclass_projector") as new:
+            entries[WEIGHTS_CHECKSUM] = write_tensors(new / WEIGHTS_NAME, tensors, {})
+            write_json(new / CONFIG_NAME, entries)
+            move_entries(new, folder, last=(CONFIG_NAME,))
+    except SafetensorError as error:
+        raise OSError(f"The projector could not be written to {folder}: {error}.") from error
     return [str(folder / CONFIG_NAME), str(folder / WEIGHTS_NAME)]
 
 
@@ -73,17 +88,35 @@ def read_projector(name: str | os.PathLike[str], **where: Any) -> dict[str, Any]
             raise SubclassError(f"{folder} has no {file}; it is no projector's folder, or not all of one.")
     config, weights = paths
     try:
-        entries = json.loads(config.read_text(encoding="utf-8"))
-        tensors: dict[str, Tensor] = {}
-        with safe_open(weights, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        if entries["format"] != FORMAT:
-            raise SubclassError(f"{config} is of format {entries['format']}; this version reads format {FORMAT}.")
+        entries, has_checksum = read_json(config, required=False)
+        version = entries["format"]
+        if version not in (FORMAT, FORMAT_WITHOUT_CHECKSUMS):
+            raise SubclassError(f"{config} is of format {version}; this version reads format {FORMAT}.")
+        has_checksums = version == FORMAT
+        if has_checksums and not has_checksum:
+            raise SubclassError(
+                f"{config} is damaged: it has no checksum of its own. Fetch or fit the projector again."
+            )
+        tensors, _, checksum = read_tensors(weights, required=has_checksums)
+        if has_checksums and entries[WEIGHTS_CHECKSUM] != checksum:
+            raise SubclassError(
+                f"{config.parent} holds parts of two projectors: {config.name} belongs to weights with the checksum "
+                f"{entries[WEIGHTS_CHECKSUM]}, and {weights.name} has {checksum}. A save over an older projector was "
+                "interrupted, or one file was copied alone. Save, fetch or fit the projector again."
+            )
+        if not has_checksums:
+            logger.warning(
+                "%s was written by an earlier version and has no checksums, so that damage to it cannot be seen. Load it and "
+                "call save_pretrained to add them.",
+                config.parent,
+            )
         form = FORMS[entries["form"]]
         found: dict[str, Any] = {key: entries[key] for key in _ENTRIES} | {key: tensors[key] for key in _STATISTICS}
         found["scores"] = form(**{each.name: tensors[f"scores.{each.name}"] for each in dataclasses.fields(form)})
         found["id2label"] = {int(number): label for number, label in entries["id2label"].items()}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+    except DamagedFileError as error:
+        raise SubclassError(f"{error} Fetch or fit the projector again.") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise SubclassError(
             f"{config.parent} does not hold a whole projector: {type(error).__name__} {error}. Fetch or fit it again."
         ) from error

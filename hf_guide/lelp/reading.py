@@ -13,7 +13,6 @@ from hf_guide.capture.collate import Collate, is_by_number
 from hf_guide.capture.decoding import decode
 from hf_guide.capture.reading import Capture
 from hf_guide.capture.signals import Listener
-from hf_guide.capture.storage import Shard, shard_name
 from hf_guide.distillation.embeddings import find_classifier
 from hf_guide.distillation.tasks import NO_CLASSES, Task, columns_read
 from hf_guide.errors import OptionError, SubclassError, TaskError
@@ -215,7 +214,7 @@ def all_captured(capture: Capture, *, batch_size: int, process: int = 0, process
     """Yield everything that a capture holds, without labels."""
     manifest = capture.manifest
     for number in range(process, manifest.shard_count, processes):
-        shard = Shard(capture.folder / shard_name(number), manifest.columns)
+        shard = capture.shard(number)
         inside = manifest.shard_examples(number)
         for start in range(0, len(shard), batch_size):
             rows = range(start, min(start + batch_size, len(shard)))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_guide.errors import SubclassError
 from hf_guide.lelp.moments import ClassMoments
-from hf_guide.worlds import collective_device, world
+from hf_guide.worlds import collective_device, naming_missing_ranks, world
 
 NEGLIGIBLE = 1e-7  # of the largest variance: what was kept in float16 or float32 has no more to tell
 EXACT_ENOUGH = 1e-3  # of the logits' variance, that may be left over
@@ -39,7 +39,8 @@ class LinearFit:
         parts = torch.tensor([self.count]), self.logit_mean, self.mean, self.cross, self.power
         flat = torch.cat([part.double().flatten() for part in parts]).to(device)
         gathered = [torch.empty_like(flat) for _ in range(world()[1])]
-        dist.all_gather(gathered, flat)
+        with naming_missing_ranks():
+            dist.all_gather(gathered, flat)
         total = LinearFit(*self.cross.shape)
         for each in gathered:
             split = each.cpu().split([part.numel() for part in parts])

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_guide.worlds import world
+from hf_guide.worlds import naming_missing_ranks, world
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
@@ -49,7 +49,8 @@ class ClassSample:
         if world()[1] == 1:
             return
         gathered: list[ClassSample | None] = [None] * world()[1]
-        dist.all_gather_object(gathered, self)
+        with naming_missing_ranks():
+            dist.all_gather_object(gathered, self)
         for rank, other in enumerate(gathered):
             if other is not None and rank != world()[0]:
                 self.merge(other)

@@ -21,24 +21,19 @@ from hf_guide.capture.decoding import CapturedExample
 from hf_guide.capture.manifest import CaptureManifest
 from hf_guide.capture.options import CaptureConfig
 from hf_guide.capture.reading import Capture
-from hf_guide.capture.run import Run
+from hf_guide.capture.run import Run, complete
 from hf_guide.capture.signals import Heard, Listener
-from hf_guide.capture.storage import (
-    INDEX_NAME,
-    Shard,
-    ShardWriter,
-    shard_name,
-    write_index,
-)
+from hf_guide.capture.storage import ShardWriter, shard_name
 from hf_guide.capture.teachers import load_teacher
 from hf_guide.capture.writing import check_folder, processes
 from hf_guide.distillation.subclasses import FINER
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import CaptureError, OptionError, SubclassError
 from hf_guide.fingerprints import tokenizer_fingerprint
-from hf_guide.folders import remove_partials
+from hf_guide.folders import remove_stale
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.public_names import public_name
+from hf_guide.worlds import wait
 
 _ROWS_AT_ONCE = 256
 
@@ -165,7 +160,7 @@ def capture_targets(
     if isinstance(source, Capture):
         if state.is_main_process:
             _convert(projector, source, folder)
-        state.wait_for_everyone()
+        wait()
         return Capture.open(folder)
     if not is_by_number(dataset) or not len(dataset):
         raise OptionError("A teacher needs a dataset with a length and examples by number, to run over.")
@@ -199,7 +194,7 @@ def _convert(projector: SubclassProjector, source: Capture, folder: Path) -> Non
     there = source.manifest
     manifest = _manifest(projector, source.task, there.examples, there.tokenizer, there.config)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder)
+    remove_stale(folder)
     if (folder / "capture.json").exists():
         found = CaptureManifest.load(folder)
         differing = found.differences(manifest)
@@ -210,18 +205,14 @@ def _convert(projector: SubclassProjector, source: Capture, folder: Path) -> Non
         if found.complete:
             return
     manifest.save(folder)
-    keys = []
     for number in range(manifest.shard_count):
-        rows = Shard(source.folder / shard_name(number), there.columns)
+        rows = source.shard(number)
         with ShardWriter(folder / shard_name(number), manifest.columns) as shard:
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 some = [rows.key(row) for row in range(start, min(len(rows), start + _ROWS_AT_ONCE))]
                 values = made(source.lookup(some)).float().numpy()
                 shard.write(some, [{"logits": value} for value in values])
-        keys.append(rows.keys())
-    write_index(folder / INDEX_NAME, keys)
-    sizes = [(folder / shard_name(number)).stat().st_size for number in range(manifest.shard_count)]
-    dataclasses.replace(manifest, shards=sizes, complete=True).save(folder)
+    complete(folder, manifest, {})
 
 
 def _manifest(

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from hf_guide.companions import copy_companions
 from hf_guide.errors import OptionError
 from hf_guide.folders import check_space, new_folder
 from hf_guide.hub import write_model_card
+from hf_guide.integrity import check_model_folder
 from hf_guide.public_names import public_name, public_value
 from hf_guide.quickstart import QuickstartOptions
 from hf_guide.quickstart.corpus import pack, read_text, split_documents
@@ -222,14 +222,12 @@ def save(student: PreTrainedModel, teacher: str, rows: list[Row], options: Quick
         metric_value=round(end, 2),
     )
     told = {"options": public_value(dataclasses.asdict(options)), "rows": [dataclasses.asdict(row) for row in rows]}
-    with new_folder(output) as folder:
+    with new_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_model_folder) as folder:
         check_space(folder, student.get_memory_footprint())
         student.save_pretrained(folder)
         copy_companions(teacher, folder)
         write_model_card(folder, report, model_id=output.resolve().name, results=[result])
         (folder / RESULTS_NAME).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        if (output / RESULTS_NAME).is_file():
-            shutil.rmtree(output)
 
 
 def check_stock(student: PreTrainedModel, folder: Path, held_out: Tensor, text: str) -> str:

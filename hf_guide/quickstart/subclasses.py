@@ -7,7 +7,6 @@ learn from the same texts in the same order for as many steps. The one that lear
 import dataclasses
 import json
 import math
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.folders import new_folder
+from hf_guide.integrity import check_model_folder
 from hf_guide.lelp.collator import SubclassLabelCollator
 from hf_guide.lelp.fitting import fit_subclasses
 from hf_guide.lelp.publishing import save_subclass_student
@@ -296,7 +296,7 @@ def save(
     """Write the student with one row a class, its tokenizer, its card and the table into `output`, whole or not at all."""
     attach_record(student, record)
     told = {"options": public_value(dataclasses.asdict(options)), "rows": [dataclasses.asdict(each) for each in rows]}
-    with new_folder(output) as folder:
+    with new_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_model_folder) as folder:
         saved = save_subclass_student(
             student,
             folder,
@@ -307,8 +307,6 @@ def save(
             show_progress=show_progress,
         )
         (folder / RESULTS_NAME).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        if (output / RESULTS_NAME).is_file():
-            shutil.rmtree(output)
     return saved
 
 

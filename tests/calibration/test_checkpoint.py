@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_guide import OptionError, from_teacher
+from hf_guide import OptionError, folders, from_teacher
 from hf_guide.calibration import checkpoint, repair, statistics
 from hf_guide.calibration.replay import Replay
 from hf_guide.cli import main
@@ -27,7 +27,7 @@ class Killed(BaseException):
 def die_after(count: int, monkeypatch: pytest.MonkeyPatch, *, halfway: bool) -> None:
     """Let a run die once it has written `count` files: right after the last, or, halfway, before that has its name."""
     written: list[Path] = []
-    publish = checkpoint.publish.__wrapped__ if hasattr(checkpoint.publish, "__wrapped__") else checkpoint.publish
+    publish = getattr(folders.publish, "__wrapped__", folders.publish)
 
     def dying(partial: Path, path: Path) -> None:
         if halfway and len(written) == count:
@@ -38,7 +38,7 @@ def die_after(count: int, monkeypatch: pytest.MonkeyPatch, *, halfway: bool) -> 
             raise Killed
 
     dying.__wrapped__ = publish  # type: ignore[attr-defined]
-    monkeypatch.setattr(checkpoint, "publish", dying)
+    monkeypatch.setattr(folders, "publish", dying)
 
 
 def made(name: str, folder: Path | None, **method: Any) -> Any:
@@ -187,14 +187,14 @@ def test_a_process_that_gets_sigkill_while_it_repairs(tmp_path: Path) -> None:
     script = """
         import os, signal, sys
         from pathlib import Path
-        from hf_guide.calibration import checkpoint
+        from hf_guide import folders
         from tests.calibration.test_checkpoint import made
-        publish = checkpoint.publish
+        publish = folders.publish
         def dying(partial, path):
             if path.name == "fitted-layers.1.safetensors":
                 os.kill(os.getpid(), signal.SIGKILL)
             publish(partial, path)
-        checkpoint.publish = dying
+        folders.publish = dying
         made("llama", Path(sys.argv[1]))
     """
     done = subprocess.run(

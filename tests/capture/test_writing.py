@@ -20,6 +20,7 @@ from hf_guide.capture.options import CaptureConfig
 from hf_guide.capture.reading import Capture, CapturedCollator
 from hf_guide.capture.writing import capture_teacher
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError
+from hf_guide.integrity import read_json, write_json
 from tests.capture.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
 from tests.tiny import run_python
 
@@ -129,11 +130,11 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
     script = """
     import os, signal, sys
     from pathlib import Path
-    from hf_guide.capture import manifest as capture_manifest, storage as capture_storage
+    from hf_guide import folders
     from hf_guide.capture.writing import capture_teacher
     from tests.capture.capturing import TEACHERS, Pad, examples_for
 
-    publish = capture_storage.publish
+    publish = folders.publish
 
     def capture(folder):
         capture_teacher(TEACHERS["causal-lm"].teacher(), examples_for("causal-lm", 12), folder, data_collator=Pad(),
@@ -149,7 +150,7 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             named += 1
             publish(partial, path)
-        capture_storage.publish = capture_manifest.publish = dying
+        folders.publish = dying
         capture(folder)
 
     def apart(work, *given):
@@ -174,7 +175,10 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
     print(code, moment)
     """
     found = run_python(textwrap.dedent(script), tmp_path, OMP_NUM_THREADS="1").split()
-    assert found == ["0", "12"]  # the manifest, three shards, the index, the manifest: before and after each
+    assert found == [
+        "0",
+        "18",
+    ]  # the manifest, three shards and checksums, the index, the manifest: before and after each
 
 
 def test_a_finished_capture_is_opened_again_without_running_over_the_dataset(tmp_path):
@@ -224,7 +228,7 @@ def test_a_missing_or_truncated_shard_is_named_and_written_again_alone(tmp_path)
         Capture.open(tmp_path)
     shard.write_bytes(bytes(len(before[shard.name])))
     made, collate = Capture.open(tmp_path), Pad()
-    with pytest.raises(CaptureError, match="shard-000001.arrow is missing or damaged"):
+    with pytest.raises(CaptureError, match="shard-000001.arrow is damaged: its checksum is"):
         CapturedCollator(collate, made)(examples_for("causal-lm")[5:7])
     shard.write_bytes(before[shard.name])
     (tmp_path / "index.arrow").unlink()
@@ -239,17 +243,17 @@ def test_a_folder_without_a_capture_or_with_a_damaged_manifest_is_named(tmp_path
         Capture.open(tmp_path)
     capture(tmp_path / "made")
     manifest = tmp_path / "made" / "capture.json"
-    whole = json.loads(manifest.read_text())
-    for text, said in (
-        ("{", "is damaged"),
-        (json.dumps(whole | {"format": 2}), "has format 2; this version of hf_guide reads format 1"),
-        (
-            json.dumps({name: value for name, value in whole.items() if name != "classes"}),
-            r"\['classes'\] are missing",
-        ),
+    whole, _ = read_json(manifest)
+    for entries, said in (
+        (whole | {"format": 3}, "has format 3; this version of hf_guide reads format 2"),
+        ({name: value for name, value in whole.items() if name != "classes"}, r"\['classes'\] are missing"),
     ):
-        manifest.write_text(text)
+        write_json(manifest, entries)
         with pytest.raises(CaptureError, match=said):
+            Capture.open(tmp_path / "made")
+    for text in ("{", json.dumps(whole)):
+        manifest.write_text(text)
+        with pytest.raises(CaptureError, match="is damaged"):
             Capture.open(tmp_path / "made")
 
 
@@ -267,7 +271,7 @@ def test_what_the_teacher_says_that_is_not_finite_names_the_example(tmp_path):
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = float("nan")
     refused(CaptureError, f"logits of example 13 are not finite at place {place}", tmp_path / "lm", teacher=model)
-    finished = sorted(path.name for path in (tmp_path / "lm").iterdir())
+    finished = sorted(path.name for path in (tmp_path / "lm").iterdir() if not path.name.endswith(".arrow.json"))
     assert finished == ["capture.json", "shard-000000.arrow", "shard-000001.arrow"]  # nothing half-written
     kind = TEACHERS["image-classification"]
     images = examples_for("image-classification")

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from hf_guide import folders
 from hf_guide.calibration import checkpoint
 from tests.calibration.test_calibrated import student_of
 from tests.tiny import KINDS
 
 given = json.loads(sys.argv[1])
 dist.init_process_group("gloo")
-publish = checkpoint.publish
+publish = folders.publish
 
 
 def dying(partial: Path, path: Path) -> None:
@@ -29,7 +30,7 @@ def dying(partial: Path, path: Path) -> None:
     publish(partial, path)
 
 
-checkpoint.publish = dying
+folders.publish = dying
 checkpoint.SECONDS_BETWEEN_SAVES = 0.0
 student = student_of(KINDS["llama"].teacher().double(), given.get("dataset"), given.get("folder"))
 vector = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_guide import HfGuideError, OptionError, SubclassError, SubclassProjector, register_splitter
+from hf_guide.integrity import read_json, write_json
 from hf_guide.lelp.gathering import Gathering
 from hf_guide.lelp.projector_files import CONFIG_NAME, WEIGHTS_NAME
 from hf_guide.lelp.scores import Affine
@@ -334,25 +335,26 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
     fit(cloud()).save_pretrained(tmp_path)
     whole = (tmp_path / WEIGHTS_NAME).read_bytes()
     (tmp_path / WEIGHTS_NAME).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SubclassError, match="does not hold a whole projector"):
+    with pytest.raises(SubclassError, match=f"{WEIGHTS_NAME} is damaged: it has .* bytes and should have"):
         SubclassProjector.from_pretrained(tmp_path)
     (tmp_path / WEIGHTS_NAME).unlink()
     with pytest.raises(SubclassError, match=f"has no {WEIGHTS_NAME}"):
         SubclassProjector.from_pretrained(tmp_path)
     (tmp_path / WEIGHTS_NAME).write_bytes(whole)
-    entries = json.loads((tmp_path / CONFIG_NAME).read_text())
+    entries, _ = read_json(tmp_path / CONFIG_NAME)
     for change, message in (
         ({"embedding_size": 7}, "other shapes"),
         ({"num_subclasses": 7}, "other shapes"),
-        ({"format": 99}, "reads format 1"),
+        ({"format": 99}, "reads format 2"),
         ({"form": "unheard-of"}, "whole projector"),
     ):
-        (tmp_path / CONFIG_NAME).write_text(json.dumps(entries | change))
+        write_json(tmp_path / CONFIG_NAME, entries | change)
         with pytest.raises(SubclassError, match=message):
             SubclassProjector.from_pretrained(tmp_path)
-    (tmp_path / CONFIG_NAME).write_text("{")
-    with pytest.raises(SubclassError, match="whole projector"):
-        SubclassProjector.from_pretrained(tmp_path)
+    for text in ("{", json.dumps(entries)):
+        (tmp_path / CONFIG_NAME).write_text(text)
+        with pytest.raises(SubclassError, match=f"{CONFIG_NAME} is damaged"):
+            SubclassProjector.from_pretrained(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file"):
         fit(cloud()).save_pretrained(tmp_path / CONFIG_NAME)
 
