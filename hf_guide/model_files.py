@@ -17,7 +17,16 @@ from hf_guide.errors import TeacherError
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_AND_CONFIGS = ("*config.json", "*.safetensors", "*.bin", "*.index.json", "*.gguf", "*.py")
+WEIGHTS_AND_CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_*",
+    "*.safetensors",
+    "*.bin",
+    "*.index.json",
+    "*.gguf",
+    "*.py",
+)
 """Files that a model is made of."""
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import TeacherError
+from hf_guide.model_files import check_model_folder
 
 
 def load_teacher(
@@ -33,6 +34,7 @@ def load_teacher(
     """
     name = os.fspath(name)
     hub: dict[str, Any] = {"revision": revision, "token": token}
+    check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
         loader = _loader(config, name, trust_remote_code)
@@ -69,6 +71,7 @@ def task_of_files(
         TaskError: none of the tasks that can be distilled.
     """
     name = os.fspath(name)
+    check_model_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision, token=token)
         loader = _loader(config, name, trust_remote_code)

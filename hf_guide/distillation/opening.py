@@ -15,6 +15,7 @@ from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.distillation.teachers import LiveTeacher
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
 from hf_guide.errors import OptionError, TaskError, TeacherError
+from hf_guide.model_files import check_model_folder
 
 AUTO_CLASSES = {
     Task.CAUSAL_LM: "AutoModelForCausalLM",
@@ -68,6 +69,7 @@ def open_teachers(
 
 def _load(name: str, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     loader = getattr(transformers, AUTO_CLASSES[task])
+    check_model_folder(name)
     try:
         model, found = loader.from_pretrained(name, output_loading_info=True, **init_kwargs)
     except UNKNOWN_KEYWORD as error:
