@@ -131,11 +131,12 @@ def from_teacher(
         "subfolder": subfolder,
     }
     opened = open_teacher(teacher, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file, **hub)
-    student_config = resolve_config(opened, config, overrides, options, keywords=KEYWORDS)
+    resolved = resolve_config(opened, config, overrides, options, keywords=KEYWORDS)
+    student_config, planned = resolved.config, resolved.options(options)
     student_class = resolve_class(opened, student_config, model_class)
-    calibration, planned = None, options
+    calibration = None
     if options.method == Method.CALIBRATED:
-        plan = plan_of(student_class, student_config, opened, options)  # refuses before any data is read
+        plan = plan_of(student_class, student_config, opened, planned)  # refuses before any data is read
         files = {**hub, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
         folder, call = None, None
         if calibration_dir is not None:
@@ -156,8 +157,10 @@ def from_teacher(
             show_progress=show_progress,
             **files,
         )
-        planned = chosen_layers(calibration, options, plan.stacks)
-        student_config = resolve_config(opened, config, overrides, planned, keywords=KEYWORDS)
+        influence = {stack: values.tolist() for stack, values in calibration.statistics.turned.items()}
+        resolved = resolve_config(opened, config, overrides, options, keywords=KEYWORDS, influence=influence)
+        student_config = resolved.config
+        planned = chosen_layers(calibration, options, plan.stacks, resolved.layers)
     labels = label_places(opened.config, student_config)
     lost: list[str] = []
     if num_subclasses is not None or projector is not None:
@@ -184,19 +187,19 @@ def from_teacher(
             label_places=labels,
             show_progress=show_progress,
         )
-        report.options = dataclasses.asdict(options)
-        report.approximations += lost
     else:
         report = initialize(
             student,
             opened,
             layout,
-            options,
+            planned,
             vocab_places=vocab,
             label_places=labels,
             show_progress=show_progress,
         )
-        report.approximations += lost
+    report.options = dataclasses.asdict(options)
+    report.approximations += [*lost, *resolved.approximations]
+    report.notes += resolved.notes
     attach_report(student, report)
     carry_generation_config(student, teacher, revision=revision, **hub)
     return student.eval()

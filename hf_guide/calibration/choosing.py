@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hf_guide.calibration.statistics import Statistics
 from hf_guide.initialization.axes import Axis, Name, Product, Projection, axis_names, contract, joined
+from hf_guide.initialization.block_choice import most_influential
 from hf_guide.initialization.choices import UnitChoice
 from hf_guide.initialization.plan import Plan, Site
 
@@ -20,8 +21,7 @@ def influential_blocks(turned: Tensor, count: int) -> list[int]:
     Args:
         turned: (blocks,), 1 - mean cosine of each block's input and output (ShortGPT, arXiv 2403.03853, equation 1).
     """
-    order = turned.argsort(descending=True, stable=True)
-    return sorted(order[:count].tolist())
+    return most_influential(turned.tolist(), count) or []
 
 
 def choose_units(plan: Plan, statistics: Statistics) -> tuple[dict[str, Choice], list[str]]:

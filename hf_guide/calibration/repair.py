@@ -120,6 +120,8 @@ class Mender:
             for step in steps:
                 self.restore(step)
             return
+        if not any(part.stack == stack for part in self.of_student.norms.values()):
+            raise NotReplayable(f"what is known of {self.plan.layout.family!r} is its blocks alone, not their axes.")
         if any(first >= second for first, second in zip(fed, fed[1:], strict=False)):
             raise NotReplayable(f"its blocks come from the teacher's {fed}, which is not their order there.")
         teacher = Replay(self.teacher, self.of_teacher.blocks[stack], self.batches, "the teacher")

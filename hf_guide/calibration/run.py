@@ -148,18 +148,22 @@ def bring_to_life(opened: Teacher, device: torch.device) -> PreTrainedModel:
 
 
 def chosen_layers(
-    calibration: Calibration, options: InitializationConfig, stacks: Mapping[str, list[int]]
+    calibration: Calibration,
+    options: InitializationConfig,
+    stacks: Mapping[str, list[int]],
+    settled: Mapping[str, list[int]],
 ) -> InitializationConfig:
-    """Return the options with the blocks named that turn the teacher's stream most; `stacks` tell how many are wanted."""
-    if options.kept_blocks != BlockChoice.INFLUENCE:
-        return options
+    """Return the options with every stack's blocks named.
+
+    Those that are `settled`, because the student's config goes by them, stay; of the other `stacks` the blocks that turn the
+    teacher's stream most are chosen.
+    """
+    layers = {stack.removesuffix(".{block}"): list(blocks) for stack, blocks in settled.items()}
     turned = calibration.statistics.turned
-    layers = {
-        stack.removesuffix(".{block}"): influential_blocks(turned[stack], len(blocks))
-        for stack, blocks in stacks.items()
-        if stack in turned
-    }
-    return dataclasses.replace(options, layers=layers)
+    for stack, blocks in stacks.items() if options.kept_blocks == BlockChoice.INFLUENCE else ():
+        if stack in turned and stack not in settled:
+            layers[stack.removesuffix(".{block}")] = influential_blocks(turned[stack], len(blocks))
+    return dataclasses.replace(options, layers=layers) if layers else options
 
 
 @torch.no_grad()

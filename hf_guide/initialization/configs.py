@@ -1,12 +1,13 @@
 """A student's config made from its teacher's.
 
-Does: keep what was said, derive again what the family derives, refuse what the family refuses.
-Does not: choose blocks (`for_blocks` is told which teacher block feeds which student block), or look at weights.
+Does: keep what was said, derive again what the family derives, set what goes by block for the blocks that are kept, refuse
+what the family refuses.
+Does not: choose blocks, or look at weights.
 """
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
@@ -14,26 +15,19 @@ from transformers import PreTrainedConfig
 
 from hf_guide.code_references import without_code
 from hf_guide.errors import OptionError, ShapeError, did_you_mean
+from hf_guide.initialization.block_indices import (
+    BlockField,
+    FieldKind,
+    Path,
+    find_fields,
+    follow,
+    usual_depths,
+    value_at,
+)
 from hf_guide.initialization.selection import even_places
 
 # What identifies or stores the teacher, and is not the student's.
 _NOT_INHERITED = ("model_type", "transformers_version", "_name_or_path", "quantization_config", "transformers_weights")
-# Lists with one entry per block, under the names the families give them.
-_PER_BLOCK = (
-    "layer_types",
-    "mlp_layer_types",
-    "layers_block_type",
-    "no_rope_layers",
-    "layer_rope_theta",
-    "attention_layers",
-    "attn_layers",
-    "indexer_types",
-    "activation_sparsity_pattern",
-    "num_attention_heads_per_layer",
-    "num_key_value_heads_per_layer",
-)
-# Lists of the numbers of the blocks that differ from the others.
-_BLOCK_NUMBERS = ("mlp_only_layers", "moe_layers")
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size"),
@@ -43,8 +37,44 @@ _HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels
 _REFUSALS = (StrictDataclassFieldValidationError, StrictDataclassClassValidationError, ValueError, ZeroDivisionError)
 
 
+@dataclass(frozen=True)
+class _Following:
+    """What the fields that go by block follow: blocks by depth; where those are not chosen, even ones."""
+
+    fields: tuple[BlockField, ...]
+    blocks: Mapping[Path, Sequence[int]]
+    even: Mapping[Path, Sequence[int]]
+    sizes: Mapping[Path, int]
+    left: frozenset[FieldKind]
+
+    def values(self, teacher_config: PreTrainedConfig, values: Mapping[str, Any], prefix: Path) -> dict[str, Any]:
+        """Return the values that one part's fields take, by name; `values` are the teacher's."""
+        found: dict[str, Any] = {}
+        for field in self.fields:
+            name = field.path[-1]
+            blocks = self.blocks.get(field.depth, self.even.get(field.depth))
+            if field.path[:-1] != prefix or blocks is None or name not in values or field.kind in self.left:
+                continue
+            try:
+                found[name] = follow(values[name], field.kind, blocks, self.sizes[field.depth])
+            except ShapeError as error:
+                raise ShapeError(
+                    f"{type(teacher_config).__name__}.{name}={values[name]!r} cannot follow the blocks "
+                    f"{list(blocks)}: {error}."
+                ) from error
+        if "attention_layers" in found and "attention_types" in values:  # GPT-Neo computes one from the other
+            found["attention_types"] = [[found["attention_layers"], 1]]
+        return found
+
+
 def derive_student_config(
-    teacher_config: PreTrainedConfig, overrides: Mapping[str, Any], *, keywords: Collection[str] = ()
+    teacher_config: PreTrainedConfig,
+    overrides: Mapping[str, Any],
+    *,
+    keywords: Collection[str] = (),
+    blocks: "Mapping[Path, Sequence[int]] | None" = None,
+    block_fields: "Sequence[BlockField] | None" = None,
+    left: Collection[FieldKind] = (),
 ) -> PreTrainedConfig:
     """Return a new config of the teacher's class with `overrides` applied; the teacher's is left as it is.
 
@@ -52,30 +82,84 @@ def derive_student_config(
     A value that the class would give on its own from the others (`head_dim` = hidden size / heads, as many key/value
     heads as heads, `layer_types` from a pattern) is derived again from the overridden ones. A value that was said
     explicitly stays, also where it grew with the width once (T5's `d_kv`, Gemma's `query_pre_attn_scalar`); only
-    GPT-J's `rotary_dim` is lowered to the head size where it would exceed it. Lists with one entry per block are
-    thinned evenly when the depth changes, until `for_blocks` says which blocks are meant; factors of long RoPE, one
+    GPT-J's `rotary_dim` is lowered to the head size where it would exceed it. Fields that go by block, in nested configs as
+    well, take their values at `blocks`, or at even blocks where none are chosen; factors of long RoPE, one
     for each rotated pair, as the pairs are. Labels are kept unless `num_labels` or `id2label` is overridden, token ids
     always; the quantisation is dropped. `keywords` are the caller's own, one of which may be meant by an unknown name.
 
+    Args:
+        blocks: by the path of a number of blocks, such as ("text_config", "num_hidden_layers"), the teacher's block that
+            feeds each of the student's. What is overridden does not follow them.
+        block_fields: what goes by block, from `find_fields`; by default what can be found without building a model.
+        left: kinds of fields that do not follow.
+
     Raises:
         OptionError: an unknown name (with the nearest known ones), one given twice, or a value of the wrong type.
-        ShapeError: a shape the family refuses, with the family's own reason.
+        ShapeError: a shape the family refuses, with the family's own reason; blocks that the teacher does not have.
     """
+    if block_fields is None:
+        block_fields = find_fields(teacher_config, usual_depths(teacher_config))
+    asked = overridden_values(teacher_config, overrides)
+    chosen = {path: list(kept) for path, kept in (blocks or {}).items()}
+    sizes = {path: value_at(teacher_config, path) for path in {*(field.depth for field in block_fields), *chosen}}
+    even = {
+        path: [i * size // asked[path] for i in range(asked[path])]
+        for path, size in sizes.items()
+        if type(asked.get(path)) is int and asked[path] != size
+    }
+    for path, kept in chosen.items():
+        if any(not 0 <= block < sizes[path] for block in kept):
+            raise ShapeError(f"The teacher has blocks 0 to {sizes[path] - 1}, but {kept} were asked for.")
+    following = _Following(tuple(block_fields), chosen, even, sizes, frozenset(left))
+    return _derive(teacher_config, overrides, keywords, following, ())
+
+
+def overridden_values(config: PreTrainedConfig, overrides: Mapping[str, Any], prefix: Path = ()) -> dict[Path, Any]:
+    """Return what is overridden by its path, under the family's own names; of nested configs what is inside."""
+    found: dict[Path, Any] = {}
+    for name, value in overrides.items():
+        path = (*prefix, _real_name(config, name))
+        nested = config.__dict__.get(path[-1])
+        if isinstance(nested, PreTrainedConfig) and isinstance(value, Mapping):
+            found |= overridden_values(nested, value, path)
+        elif isinstance(nested, PreTrainedConfig) and isinstance(value, PreTrainedConfig):
+            found |= {(*path, inner): said for inner, said in _constructor_values(value).items()}
+        else:
+            found[path] = value
+    return found
+
+
+def _derive(
+    teacher_config: PreTrainedConfig,
+    overrides: Mapping[str, Any],
+    keywords: Collection[str],
+    following: _Following,
+    prefix: Path,
+) -> PreTrainedConfig:
+    """Derive one config, and its nested ones; `prefix` is where it is."""
     overrides = _own_names(teacher_config, overrides, keywords)
+    for path in following.blocks:  # of a nested config of which nothing else changes
+        if path[: len(prefix)] == prefix and len(path) > len(prefix) + 1:
+            overrides.setdefault(path[len(prefix)], {})
     values = _constructor_values(teacher_config)
     derived = _derived_names(type(teacher_config), values) - overrides.keys()
     heads_name, groups_name = (_real_name(teacher_config, n) for n in ("num_attention_heads", "num_key_value_heads"))
     each_its_own = isinstance(values.get(groups_name), int) and values[groups_name] == values.get(heads_name)
     if "id2label" in overrides or overrides.get("num_labels", teacher_config.num_labels) != teacher_config.num_labels:
         derived |= {"id2label", "label2id"} - overrides.keys()
-    overrides = {name: _nested(teacher_config.__dict__.get(name), value) for name, value in overrides.items()}
+    overrides = {
+        name: _nested(teacher_config.__dict__.get(name), value, following, (*prefix, name))
+        for name, value in overrides.items()
+    }
 
     kept = {name: value for name, value in values.items() if name not in derived}
-    depth_name = _real_name(teacher_config, "num_hidden_layers")
-    teacher_depth, depth = values.get(depth_name), overrides.get(depth_name)
-    if isinstance(teacher_depth, int) and isinstance(depth, int) and depth != teacher_depth:
-        entries = _entries_of_blocks(values, [i * teacher_depth // depth for i in range(depth)], teacher_depth)
-        kept |= {name: value for name, value in entries.items() if name not in derived - {"attention_types"}}
+    by_block = following.values(teacher_config, values, prefix)
+    explicit = {field.path for field in following.fields if field.depth in following.blocks}
+    kept |= {
+        name: value
+        for name, value in by_block.items()
+        if (*prefix, name) in explicit or name not in derived - {"attention_types"}
+    }
     kept = _said_once(kept, overrides)
     if each_its_own:  # and stays so, also where the class does not derive it
         kept[groups_name] = overrides.get(heads_name, values[heads_name])
@@ -84,38 +168,6 @@ def derive_student_config(
     rope = _fewer_rope_factors(teacher_config, values, kept | overrides)
     config = _build(type(teacher_config), kept | rope | overrides, overrides)
     return refuse_impossible(config, teacher_config, overrides)
-
-
-def for_blocks(
-    config: PreTrainedConfig,
-    teacher_config: PreTrainedConfig,
-    blocks: Sequence[int],
-    *,
-    overridden: Collection[str] = (),
-) -> PreTrainedConfig:
-    """Return a copy of `config` whose lists with one entry per block hold the teacher's entries at `blocks`.
-
-    `blocks[i]` is the teacher block that feeds student block i. Lists named in `overridden`, and lists that are not
-    what `derive_student_config` gives at this depth, are the user's and stay.
-    """
-    depth = _size(teacher_config, "num_hidden_layers")
-    student = copy.deepcopy(config)
-    if depth is None:
-        return student
-    if any(not 0 <= block < depth for block in blocks):
-        raise ShapeError(f"The teacher has blocks 0 to {depth - 1}, but {list(blocks)} were asked for.")
-    depth_name = _real_name(teacher_config, "num_hidden_layers")
-    inherited = _constructor_values(derive_student_config(teacher_config, {depth_name: len(blocks)}))
-    present = _constructor_values(config)
-    said = {_real_name(teacher_config, name) for name in overridden}
-    if "attention_types" in said:  # which GPT-Neo expands into the other
-        said.add("attention_layers")
-    for name, entries in _entries_of_blocks(_constructor_values(teacher_config), blocks, depth).items():
-        if name not in said and present.get(name) == inherited.get(name):
-            setattr(student, name, entries)
-    if hasattr(student, "validate"):
-        student.validate()
-    return student
 
 
 def _constructor_values(config: PreTrainedConfig) -> dict[str, Any]:
@@ -154,9 +206,9 @@ def _of_a_part(config: PreTrainedConfig, name: str, value: Any) -> str:
     return f" It is a part's: {' or '.join(f'{part}={ {name: value}!r}' for part in having)}." if having else ""
 
 
-def _nested(current: Any, value: Any) -> Any:
+def _nested(current: Any, value: Any, following: _Following, path: Path) -> Any:
     if isinstance(current, PreTrainedConfig) and isinstance(value, Mapping):
-        return derive_student_config(current, value)
+        return _derive(current, value, (), following, path)
     return copy.deepcopy(value)
 
 
@@ -194,23 +246,6 @@ def _derived_names(config_class: type[PreTrainedConfig], values: Mapping[str, An
             break
         derived -= wrong
     return derived
-
-
-def _entries_of_blocks(values: Mapping[str, Any], blocks: Sequence[int], depth: int) -> dict[str, Any]:
-    """Return those of `values` that go by block, for these `blocks` of `depth`."""
-    chosen: dict[str, Any] = {}
-    for name in _PER_BLOCK:
-        if isinstance(values.get(name), list) and len(values[name]) >= depth:
-            chosen[name] = [values[name][block] for block in blocks]
-    for name in _BLOCK_NUMBERS:
-        if isinstance(values.get(name), list):
-            chosen[name] = [index for index, block in enumerate(blocks) if block in values[name]]
-    if values.get("per_layer_config"):
-        by_block = {int(block): changes for block, changes in values["per_layer_config"].items()}
-        chosen["per_layer_config"] = {i: by_block[block] for i, block in enumerate(blocks) if block in by_block}
-    if "attention_layers" in chosen and "attention_types" in values:
-        chosen["attention_types"] = [[chosen["attention_layers"], 1]]
-    return chosen
 
 
 def _fewer_rope_factors(config: PreTrainedConfig, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class Layout:
     variant: Callable[[PreTrainedConfig], str] | None = None
     alike: tuple[tuple[str, str, str], ...] = ()
     exactness: str = "exact"
+    block_fields: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, name: str) -> Match | None:
         """Return what the layout says of parameter `name` (relative to the base model), or None.
@@ -201,6 +202,7 @@ def register_layout(
     variant: Callable[[PreTrainedConfig], str] | None = None,
     alike: tuple[tuple[str, str, str], ...] | None = None,
     exactness: str | None = None,
+    block_fields: Mapping[str, str] | None = None,
 ) -> Layout:
     """Register what the axes of a family's parameters mean, and return the layout.
 
@@ -222,6 +224,11 @@ def register_layout(
         variant: which layout, by the name it is registered under, serves a config; not passed on by `like`.
         alike: (module, axis, same axis) triples: where the model has no such module, the two axes are one.
         exactness: "exact", or what the family's arithmetic does not let pass exactly through a projection.
+        block_fields: how fields of the config go by block where that cannot be found, by dotted path: "entries" (a list with
+            an entry per block), "keyed" (a mapping from a block's number), "numbers" (those of the blocks that differ),
+            "after" (of blocks whose output is used), "state_numbers" (of hidden states, 0 being the input), "first" or "last"
+            (how many blocks at the start or the end differ), "end" (the number of the last that differs), or "none"; followed
+            by the path of the depth where it is not the same config's, as in {"layers_used": "after vision_config.depth"}.
 
     Raises:
         LayoutError: a family that is registered already, an unknown `like`, or a row that does not parse.
@@ -251,6 +258,7 @@ def register_layout(
         variant,
         base.alike if alike is None else alike,
         exactness or base.exactness,
+        block_fields={**base.block_fields, **(block_fields or {})},
     )
     _LAYOUTS[family] = layout
     return layout

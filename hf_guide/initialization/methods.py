@@ -193,7 +193,7 @@ def make_report(
                 transfer.steps.get(name, []),
             )
         )
-    notes = list(transfer.notes) + [f"{name}: the student has no place for it" for name in plan.lost]
+    notes = [*plan.notes, *transfer.notes] + [f"{name}: the student has no place for it" for name in plan.lost]
     notes += uneven_pairs(plan)
     if plan.options.logit_gain != 1.0 and not any(
         "logits times" in step for steps in transfer.steps.values() for step in steps

@@ -76,7 +76,8 @@ class Plan:
 
     `units` are the places that were chosen for a site's named axes, by the site's name; the two axes of grouped heads go by
     one name, "kv_heads group", where each group keeps others. What is not there is chosen evenly. `turns` are what is done
-    to a teacher's tensor, by its canonical name, whenever it is read: a change of coordinates inside its heads.
+    to a teacher's tensor, by its canonical name, whenever it is read: a change of coordinates inside its heads. `notes` are
+    what the plan itself does not carry exactly.
     """
 
     layout: Layout
@@ -95,6 +96,7 @@ class Plan:
     bases: dict[str, Tensor] = field(default_factory=dict)
     units: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     turns: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     _seen_finite: set[str] = field(default_factory=set)
     _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by site and number of bases
 

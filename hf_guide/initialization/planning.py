@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, OptionError, ShapeError, did_you_mean
 from hf_guide.initialization.axes import Axis, Name, Product, Sum, select
+from hf_guide.initialization.block_indices import parts_of, shared_sources
 from hf_guide.initialization.choices import LaterBlocks, Method
 from hf_guide.initialization.layouts import Layout, Match, config_sizes
 from hf_guide.initialization.options import InitializationConfig
@@ -57,7 +58,7 @@ def student_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str
     return tensors, shared
 
 
-def _stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
+def stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
     """Return how many blocks (or listed modules) stand in each stack, by the text before the placeholder."""
     sizes: dict[str, int] = {}
     for name in names:
@@ -116,8 +117,8 @@ def make_plan(
             "to, the hidden size as there."
         )
 
-    had, wanted = _stack_sizes(layout, teacher_names), _stack_sizes(layout, student_names)
-    _refuse_unknown_stacks(options, had)
+    had, wanted = stack_sizes(layout, teacher_names), stack_sizes(layout, student_names)
+    refuse_unknown_stacks(options, had)
     stacks = {
         stack: choose_blocks(had[stack], count, options.kept_blocks, stack.removesuffix(".{block}"))
         if stack.endswith("{block}")
@@ -125,6 +126,8 @@ def make_plan(
         for stack, count in wanted.items()
         if stack in had
     }
+    sources = _shared_sources(teacher.config, had)
+    borrowed: dict[str, str] = {}
     known_somewhere = {found.row.pattern + found.suffix for name in teacher_names if (found := layout.find(name))}
     sites: dict[str, Site] = {}
     random: list[str] = []
@@ -139,6 +142,8 @@ def make_plan(
             random.append(actual)
             continue
         source, block = _source_name(match, stacks)
+        if source not in teacher_names and (other := _shared_source(match, stacks, sources)) in teacher_names:
+            borrowed[source] = source = other or source
         before = teacher_layout.find(source)
         if Name("labels") in match.axes and before is not None and before.axes != match.axes:
             random.append(actual)  # a head of one name that reads something else there
@@ -208,13 +213,23 @@ def make_plan(
         random,
         lost,
     )
+    plan.notes += [
+        f"{teacher_names[used]} stands for {missing}: that block takes its keys and values from another, which is not kept, and "
+        "the student's makes its own from its own input."
+        for missing, used in borrowed.items()
+    ]
     for site in sites.values():
         if site.source is not None:
             plan.maps(site)
     return plan
 
 
-def _refuse_unknown_stacks(options: InitializationConfig, stacks: Iterable[str]) -> None:
+def refuse_unknown_stacks(options: InitializationConfig, stacks: Iterable[str]) -> None:
+    """Refuse blocks that are named for a stack which the teacher does not have.
+
+    Raises:
+        OptionError: names the stacks that it has.
+    """
     known = [stack.removesuffix(".{block}") for stack in stacks if stack.endswith(".{block}")]
     for name in options.layers if isinstance(options.layers, dict) else ():
         if name not in known:
@@ -250,6 +265,29 @@ def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, in
         if placeholder == "block":
             block = int(number)
     return source + match.suffix, block
+
+
+def _shared_sources(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:
+    """Return, by stack, from which block the blocks without keys and values of their own take them."""
+    found: dict[str, dict[int, int]] = {}
+    for _, part in parts_of(config):
+        sources = shared_sources(part)
+        depth = part.__dict__.get(part.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
+        if sources:
+            found |= {stack: sources for stack, size in sizes.items() if size == depth}
+    return found
+
+
+def _shared_source(
+    match: Match, stacks: Mapping[str, list[int]], sources: Mapping[str, Mapping[int, int]]
+) -> str | None:
+    """Return what feeds a parameter of a block whose keys and values are another's in the teacher."""
+    stack = match.row.pattern.partition("{block}")[0] + "{block}"
+    if "block" not in match.numbers or stack not in sources or stack not in stacks:
+        return None
+    block = stacks[stack][int(match.numbers["block"])]
+    other = sources[stack].get(block)
+    return None if other is None else _source_name(match, {**stacks, stack: [other] * len(stacks[stack])})[0]
 
 
 def _projected_widths(layout: Layout, sites: Iterable[Site]) -> dict[str, tuple[int, int]]:

@@ -59,6 +59,7 @@ class InitializationReport:
         parameters: one record for each parameter of the student.
         approximations: what could not be carried over exactly, and why.
         randomly_initialized: parameters that the teacher has nothing for.
+        notes: choices that were made otherwise than asked for, and why, such as other blocks.
         calibration: of a calibrated student: the tokens seen, whether the teacher wrote them, each block's influence (1 -
             cosine of input and output), the places of heads and neurons kept, by writing weight, and the share of the stream
             that was lost after each block.
@@ -81,6 +82,7 @@ class InitializationReport:
     parameters: list[ParameterRecord] = field(default_factory=list)
     approximations: list[str] = field(default_factory=list)
     randomly_initialized: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
@@ -189,6 +191,7 @@ class InitializationReport:
         lines = self.summary().splitlines()
         lines += [f"Approximated: {text}" for text in self.approximations]
         lines += [f"At random: {text}" for text in _folded_names(self.randomly_initialized)]
+        lines += [f"Note: {text}" for text in self.notes]
         return "\n".join([*lines, "", *_table(self.parameters)])
 
 

@@ -6,7 +6,7 @@ Does: refuse what cannot be, before any weight is read.
 import copy
 import inspect
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from hf_guide.errors import OptionError, ShapeError, did_you_mean
 from hf_guide.initialization.choices import Method
-from hf_guide.initialization.configs import derive_student_config, for_blocks, refuse_impossible
+from hf_guide.initialization.configs import derive_student_config, refuse_impossible
+from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.selection import choose_blocks
+from hf_guide.initialization.student_blocks import StudentBlocks, resolve_blocks
 from hf_guide.initialization.weights import Teacher, tokenizer_length
 
 
@@ -29,10 +30,12 @@ def resolve_config(
     options: InitializationConfig,
     *,
     keywords: Collection[str] = (),
-) -> PreTrainedConfig:
-    """Return the student's config: the one given, or the teacher's with overrides.
+    influence: "Mapping[str, Sequence[float]] | None" = None,
+) -> StudentBlocks:
+    """Return the student's config, the one given or the teacher's with overrides, and the blocks that feed it.
 
-    `keywords` are those of the caller, one of which may be meant where an override is unknown.
+    `keywords` are those of the caller, one of which may be meant where an override is unknown; `influence` is that of each of
+    the teacher's blocks, by stack, once it is known.
 
     Raises:
         OptionError: both are given, an override is unknown, or the config is none.
@@ -45,12 +48,10 @@ def resolve_config(
                     f"{name!r} is an option of the method and none of the config; say "
                     f"method={{'method': {options.method!r}, {name!r}: {overrides[name]!r}}}."
                 )
-        student = derive_student_config(teacher.config, overrides, keywords=keywords)
-        had, wanted = (getattr(each, "num_hidden_layers", None) for each in (teacher.config, student))
-        if isinstance(had, int) and isinstance(wanted, int) and had != wanted and options.method != Method.RANDOM:
-            blocks = choose_blocks(had, wanted, _main_stack(options.kept_blocks, wanted))
-            student = for_blocks(student, teacher.config, blocks, overridden=set(overrides))
-        return student
+        if options.method == Method.RANDOM:
+            return StudentBlocks(derive_student_config(teacher.config, overrides, keywords=keywords))
+        layout = layout_for(teacher.config, teacher.model_class)
+        return resolve_blocks(teacher, layout, None, overrides, options, keywords=keywords, influence=influence)
     family = type(teacher.config).__name__
     if not isinstance(config, PreTrainedConfig):
         raise OptionError(
@@ -69,18 +70,15 @@ def resolve_config(
         )
     had, asked = teacher.config.to_dict(), config.to_dict()
     changed = {name for name, value in asked.items() if name not in had or had[name] != value}
-    return refuse_impossible(copy.deepcopy(config), teacher.config, changed | {"rotary_dim"})
+    student = refuse_impossible(copy.deepcopy(config), teacher.config, changed | {"rotary_dim"})
+    if options.method == Method.RANDOM:
+        return StudentBlocks(student)
+    layout = layout_for(teacher.config, teacher.model_class)
+    return resolve_blocks(teacher, layout, student, {}, options, influence=influence)
 
 
 def _hint(overrides: Collection[str], keywords: Collection[str]) -> str:
     return next((hint for name in overrides if (hint := did_you_mean(name, keywords))), "")
-
-
-def _main_stack(layers: "str | list[int] | dict[str, list[int]]", wanted: int) -> "str | list[int]":
-    """Return what `layers` says of the one stack that a config's lists by block go with."""
-    if not isinstance(layers, Mapping):
-        return layers
-    return next((blocks for blocks in layers.values() if len(blocks) == wanted), "even")
 
 
 def resolve_class(teacher: Teacher, config: PreTrainedConfig, model_class: type[Any] | None) -> type[PreTrainedModel]:

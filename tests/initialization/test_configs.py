@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.configs import derive_student_config, for_blocks
+from hf_guide.initialization.configs import derive_student_config
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 8, "vocab_size": 96}
 LLAMA_LIKE = {**SIZES, "intermediate_size": 128}
@@ -74,7 +74,8 @@ def test_a_smaller_student_can_be_built_and_the_teacher_stays(teacher: PreTraine
     assert teacher.to_dict() == before
     assert type(student) is type(teacher)
     assert (student.hidden_size, student.num_hidden_layers, student.num_attention_heads) == (32, 4, 4)
-    student = for_blocks(student, teacher, [0, 2, 4, 6])
+    sizes = {"hidden_size": 32, "num_attention_heads": 4}
+    student = with_blocks(teacher, [0, 2, 4, 6], **sizes)
     with torch.device("meta"):
         AutoModel.from_config(student)
     assert said(type(student)(**student.to_dict())) == said(student)
@@ -180,44 +181,42 @@ def test_the_teachers_storage_is_not_the_students() -> None:
     assert teacher.quantization_config == {"quant_method": "gptq", "bits": 4}
 
 
+def depth_name(teacher: PreTrainedConfig) -> str:
+    return teacher.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+
+
+def with_blocks(teacher: PreTrainedConfig, blocks: list[int], **overrides: object) -> PreTrainedConfig:
+    name = depth_name(teacher)
+    return derive_student_config(teacher, {name: len(blocks), **overrides}, blocks={(name,): blocks})
+
+
 def test_blocks_keep_their_kind() -> None:
     pattern = ["full_attention", *["sliding_attention"] * 4, "full_attention", *["sliding_attention"] * 2]
     teacher = Gemma3TextConfig(**GROUPED, layer_types=pattern)
-    student = derive_student_config(teacher, {"num_hidden_layers": 3})
-    assert for_blocks(student, teacher, [0, 5, 7]).layer_types == [pattern[0], pattern[5], pattern[7]]
-    derived = TEACHERS["qwen2"]
-    student = for_blocks(derive_student_config(derived, {"num_hidden_layers": 2}), derived, [2, 3])
-    assert student.layer_types == ["full_attention", "sliding_attention"]
-    smollm = TEACHERS["smollm3"]
-    student = for_blocks(derive_student_config(smollm, {"num_hidden_layers": 2}), smollm, [2, 3])
-    assert student.no_rope_layers == [1, 0]
-    neo = TEACHERS["gpt_neo"]
-    student = for_blocks(derive_student_config(neo, {"num_layers": 3}), neo, [1, 3, 4])
-    assert student.attention_layers == ["local", "local", "global"]
-    assert GPTNeoConfig(**student.to_dict()).attention_layers == student.attention_layers
+    assert with_blocks(teacher, [0, 5, 7]).layer_types == [pattern[0], pattern[5], pattern[7]]
+    assert with_blocks(TEACHERS["qwen2"], [2, 3]).layer_types == ["full_attention", "sliding_attention"]
+    assert with_blocks(TEACHERS["smollm3"], [2, 3]).no_rope_layers == [1, 0]
+    neo = with_blocks(TEACHERS["gpt_neo"], [1, 3, 4])
+    assert neo.attention_layers == ["local", "local", "global"]
+    assert GPTNeoConfig(**neo.to_dict()).attention_layers == neo.attention_layers
     moe = Qwen3MoeConfig(**GROUPED, mlp_only_layers=[0, 6])
-    student = for_blocks(derive_student_config(moe, {"num_hidden_layers": 3}), moe, [0, 5, 6])
-    assert student.mlp_only_layers == [0, 2]
+    assert with_blocks(moe, [0, 5, 6]).mlp_only_layers == [0, 2]
 
 
 def test_what_the_user_says_of_blocks_stays() -> None:
     teacher = TEACHERS["gemma3_text"]
     mine = ["full_attention", "sliding_attention"]
-    student = derive_student_config(teacher, {"num_hidden_layers": 2, "layer_types": mine})
-    assert for_blocks(student, teacher, [0, 1]).layer_types == mine
+    assert with_blocks(teacher, [0, 1], layer_types=mine).layer_types == mine
     same_as_derived = ["sliding_attention", "sliding_attention"]
-    student = derive_student_config(teacher, {"num_hidden_layers": 2, "layer_types": same_as_derived})
-    assert for_blocks(student, teacher, [0, 5], overridden={"layer_types"}).layer_types == same_as_derived
-    neo = TEACHERS["gpt_neo"]
+    assert with_blocks(teacher, [0, 5], layer_types=same_as_derived).layer_types == same_as_derived
     types = [[["local"], 2]]
-    student = derive_student_config(neo, {"num_layers": 2, "attention_types": types})
-    assert for_blocks(student, neo, [0, 1], overridden={"attention_types"}).attention_layers == ["local", "local"]
+    neo = with_blocks(TEACHERS["gpt_neo"], [0, 1], attention_types=types)
+    assert neo.attention_layers == ["local", "local"]
 
 
 def test_a_block_the_teacher_lacks_is_refused() -> None:
-    teacher = TEACHERS["llama"]
     with pytest.raises(ShapeError, match="blocks 0 to 7"):
-        for_blocks(derive_student_config(teacher, {"num_hidden_layers": 2}), teacher, [0, 8])
+        with_blocks(TEACHERS["llama"], [0, 8])
 
 
 def test_a_nested_config_takes_a_mapping() -> None:

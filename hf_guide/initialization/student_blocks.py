@@ -1,0 +1,587 @@
+"""Settle a student's config and the teacher's blocks that feed it together: one follows the other.
+
+What is asked for gives the number of blocks of each stack, and how they are chosen. The choice is checked against what the
+config can state; where it cannot be, the nearest choice that can is taken, and the report says so. An explicit list is never
+moved: it is refused, and the nearest admissible one named.
+"""
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import HfGuideError, ShapeError
+from hf_guide.initialization.block_choice import (
+    BlockKind,
+    Requirements,
+    difference,
+    kinds_of_stack,
+    most_influential,
+    nearest_blocks,
+    parameters_of,
+)
+from hf_guide.initialization.block_indices import (
+    BUILD_ERRORS,
+    LAYER_WORDS,
+    BlockField,
+    Depth,
+    FieldKind,
+    Path,
+    StackDepths,
+    build_on_meta,
+    find_depths,
+    find_fields,
+    follow,
+    parts_of,
+    shared_entries,
+    shared_sources,
+    value_at,
+    words,
+)
+from hf_guide.initialization.choices import BlockChoice
+from hf_guide.initialization.configs import derive_student_config, overridden_values
+from hf_guide.initialization.layouts import Layout
+from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.planning import canonical, refuse_unknown_stacks, stack_sizes
+from hf_guide.initialization.selection import choose_blocks
+from hf_guide.initialization.weights import Teacher
+
+COUNTS = (FieldKind.FIRST, FieldKind.LAST, FieldKind.END)
+
+
+@dataclass(frozen=True)
+class StudentBlocks:
+    """A student's config and the teacher's blocks that feed it, by stack.
+
+    Attributes:
+        notes: what the report says of how they were chosen.
+        approximations: what the config cannot state of the blocks that feed it.
+    """
+
+    config: PreTrainedConfig
+    layers: dict[str, list[int]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    approximations: list[str] = field(default_factory=list)
+
+    def options(self, options: InitializationConfig) -> InitializationConfig:
+        """Return the options with these blocks named."""
+        if not self.layers:
+            return options
+        return dataclasses.replace(
+            options, layers={stack.removesuffix(".{block}"): list(blocks) for stack, blocks in self.layers.items()}
+        )
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What is known of a teacher's depths before a student is looked at."""
+
+    teacher: Teacher
+    layout: Layout
+    sizes: dict[str, int]
+    depths: StackDepths
+    fields: list[BlockField]
+
+    @functools.cached_property
+    def kinds(self) -> dict[Path, list[tuple[BlockKind, ...]]]:
+        """The kind of each of the teacher's blocks, by depth: one for each stack of that depth."""
+        assert self.depths.model is not None
+        return {path: kinds_at(self.depths.model, depth, depth.size) for path, depth in self.depths.depths.items()}
+
+    def part(self, path: Path) -> PreTrainedConfig:
+        """The (nested) config that states a depth."""
+        return value_at(self.teacher.config, path[:-1]) if len(path) > 1 else self.teacher.config
+
+
+def kinds_at(model: PreTrainedModel, depth: Depth, size: int) -> list[tuple[BlockKind, ...]]:
+    """Return the kinds of the blocks of one depth, for each block one of every stack."""
+    return list(zip(*(kinds_of_stack(model, stack, size) for stack in depth.stacks), strict=True))
+
+
+def of_one_structure(teacher: Sequence[BlockKind], student: Sequence[BlockKind]) -> bool:
+    """Whether blocks, one of every stack, have the same modules and parameters."""
+    return all(had.structure == has.structure for had, has in zip(teacher, student, strict=True))
+
+
+def of_one_kind(teacher: Sequence[BlockKind], student: Sequence[BlockKind], *, widths: bool = True) -> bool:
+    """Whether they have the same switches as well, and with `widths` the same sizes."""
+    return not any(difference(had, has, widths=widths) for had, has in zip(teacher, student, strict=True))
+
+
+def _family(teacher: Teacher, layout: Layout) -> _Family:
+    config = copy.deepcopy(teacher.config)
+    config.__dict__.pop("quantization_config", None)
+    key = (teacher.model_class, layout.family, json.dumps(config.to_dict(), sort_keys=True, default=str))
+    if key not in _families:
+        _families.clear()  # of one teacher at a time, for it holds a model
+        prefix = teacher.base_model_prefix
+
+        def sizes_of(model: PreTrainedModel) -> dict[str, int]:
+            names = stack_sizes(layout, [canonical(name, model.base_model_prefix) for name in model.state_dict()])
+            return {stack: size for stack, size in names.items() if stack.endswith("{block}")}
+
+        depths = find_depths(config, teacher.model_class, sizes_of)
+        fields = find_fields(config, depths, layout.block_fields)
+        sizes = stack_sizes(layout, [canonical(name, prefix) for name in teacher.weights.keys()])
+        _families[key] = _Family(teacher, layout, sizes, depths, fields)
+    return dataclasses.replace(_families[key], teacher=teacher)
+
+
+_families: dict[Any, _Family] = {}
+
+
+def resolve_blocks(
+    teacher: Teacher,
+    layout: Layout,
+    config: PreTrainedConfig | None,
+    overrides: Mapping[str, Any],
+    options: InitializationConfig,
+    *,
+    keywords: Collection[str] = (),
+    influence: "Mapping[str, Sequence[float]] | None" = None,
+) -> StudentBlocks:
+    """Return the student's config and the blocks that feed it.
+
+    Args:
+        config: the student's own; what it says of its blocks stays, and blocks are chosen to fit. None takes the teacher's
+            with `overrides`, and what goes by block follows the blocks.
+        influence: by stack the influence of each of the teacher's blocks; until it is known the even choice stands in.
+
+    Raises:
+        ShapeError: no choice of blocks, or not the one that was named, fits what the student's config can state.
+        OptionError: an unknown override, or blocks named wrongly.
+    """
+    asked = overridden_values(teacher.config, overrides) if config is None else {}
+    if not _concerns_blocks(teacher.config, config, asked, options):
+        return StudentBlocks(config or derive_student_config(teacher.config, overrides, keywords=keywords))
+    family = _family(teacher, layout)
+    refuse_unknown_stacks(options, family.sizes)
+    student = config or derive_student_config(teacher.config, overrides, keywords=keywords, block_fields=family.fields)
+    counts = {path: value_at(student, path) for path in family.depths.depths}
+    wanted = {
+        path: blocks
+        for path, depth in family.depths.depths.items()
+        if type(counts[path]) is int and (blocks := _wanted(depth, counts, family, options)) is not None
+    }
+    if not wanted:
+        return StudentBlocks(student)
+    search = _Search(family, config, overrides, asked, keywords, options, influence or {}, wanted)
+    return search.run()
+
+
+def _concerns_blocks(
+    teacher: PreTrainedConfig,
+    config: PreTrainedConfig | None,
+    asked: Mapping[Path, Any],
+    options: InitializationConfig,
+) -> bool:
+    """Whether blocks are named, or a number that may be one of blocks changes."""
+    if not isinstance(options.kept_blocks, str):
+        return True
+    for prefix, part in parts_of(teacher):
+        usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        for name in {usual, *(name for name, value in vars(part).items() if type(value) is int)}:
+            path = (*prefix, name)
+            had = value_at(teacher, path)
+            wanted = asked.get(path, had) if config is None else value_at(config, path)
+            if wanted != had and (name == usual or words(name) & LAYER_WORDS):
+                return True
+    return False
+
+
+def _wanted(
+    depth: Depth, counts: Mapping[Path, Any], family: _Family, options: InitializationConfig
+) -> list[int] | None:
+    """Return the blocks that are asked for, or that the choice by its rule gives; None where a stack stays as it is."""
+    count, layers = counts[depth.path], options.kept_blocks
+    names = [stack.removesuffix(".{block}") for stack in depth.stacks]
+    if count < 1:
+        return None  # which is refused with the family's other sizes
+    if isinstance(layers, str):
+        return choose_blocks(depth.size, count, layers, names[0]) if count != depth.size else None
+    if isinstance(layers, Mapping):
+        named = next((name for name in names if name in layers), None)
+        if named is None:
+            return choose_blocks(depth.size, count, "even", names[0]) if count != depth.size else None
+        return choose_blocks(depth.size, count, layers, named)
+    others = [path for path, other in family.depths.depths.items() if counts[path] != other.size]
+    if others and depth.path not in others:
+        return None  # a list is meant for the stacks whose number of blocks changes
+    return choose_blocks(depth.size, count, layers, names[0])
+
+
+@dataclass
+class _Attempt:
+    """A student config for chosen blocks at the teacher's widths, and where its blocks do not fit what feeds them."""
+
+    blocks: dict[Path, list[int]]
+    left: tuple[FieldKind, ...] = ()
+    values: dict[Path, Any] = field(default_factory=dict)
+    kinds: dict[Path, list[tuple[BlockKind, ...]]] = field(default_factory=dict)
+    refusal: str = ""
+    misfits: dict[Path, list[tuple[int, str]]] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return not self.refusal and not any(self.misfits.values())
+
+
+@dataclass
+class _Search:
+    """The search for blocks and a config that go together."""
+
+    family: _Family
+    config: PreTrainedConfig | None
+    overrides: Mapping[str, Any]
+    asked: Mapping[Path, Any]
+    keywords: Collection[str]
+    options: InitializationConfig
+    influence: Mapping[str, Sequence[float]]
+    wanted: dict[Path, list[int]]
+    notes: list[str] = field(default_factory=list)
+    approximations: list[str] = field(default_factory=list)
+
+    def run(self) -> StudentBlocks:
+        """Return what was settled.
+
+        Raises:
+            ShapeError: nothing fits; with the reason, and of a named list with the nearest one that would.
+        """
+        blocks = {path: self._first_choice(path) for path in self.wanted}
+        attempt = self._express(blocks)
+        if not attempt.passed:
+            attempt = self._move(attempt)
+        student = self._student(attempt)
+        if self.config is not None or self._fixed():
+            attempt, student = self._fit_to_said(attempt, student)
+        self._note_moves(attempt)
+        layers = {stack: attempt.blocks[path] for path in attempt.blocks for stack in self._depth(path).stacks}
+        return StudentBlocks(student, layers, self.notes, self.approximations)
+
+    def _depth(self, path: Path) -> Depth:
+        return self.family.depths.depths[path]
+
+    def _fixed(self) -> list[BlockField]:
+        """The fields that go by block and that the user has said."""
+        return [each for each in self.family.fields if each.path in self.asked and each.depth in self.wanted]
+
+    def _is_named(self, path: Path) -> bool:
+        """Whether the user has named the blocks of a depth."""
+        layers = self.options.kept_blocks
+        if isinstance(layers, Mapping):
+            return any(stack.removesuffix(".{block}") in layers for stack in self._depth(path).stacks)
+        return not isinstance(layers, str)
+
+    def _influence(self, path: Path) -> Sequence[float] | None:
+        if self.options.kept_blocks != BlockChoice.INFLUENCE:
+            return None
+        return next((self.influence[stack] for stack in self._depth(path).stacks if stack in self.influence), None)
+
+    def _requirements(self, path: Path, *, every_kind: bool = True) -> Requirements:
+        """Return what a choice of blocks must satisfy, whatever its positions."""
+        depth, part = self._depth(path), self.family.part(path)
+        groups: list[frozenset[int]] = []
+        by_structure: dict[Any, set[int]] = {}
+        for block, kinds in enumerate(self.family.kinds[path]):
+            by_structure.setdefault(tuple(kind.structure for kind in kinds), set()).add(block)
+        if every_kind and 1 < len(by_structure) <= len(self.wanted[path]):
+            groups += map(frozenset, by_structure.values())
+        for each in self.family.fields:
+            value = value_at(self.family.teacher.config, each.path)
+            if each.depth == path and each.kind == FieldKind.AFTER and each.path not in self.asked:
+                numbers = sorted({number % depth.size for number in ([value] if isinstance(value, int) else value)})
+                groups += [
+                    frozenset(range(start + 1, stop + 1)) for start, stop in zip([-1, *numbers], numbers, strict=False)
+                ]
+        needs = {block: frozenset((source,)) for block, source in shared_sources(part).items()}
+        return Requirements(tuple(groups), needs | shared_entries(part, depth.size))
+
+    def _choose(
+        self, path: Path, allowed: "Callable[[int, int], bool] | None" = None, *, every_kind: bool = True
+    ) -> list[int] | None:
+        """Return the best choice: of greatest influence where that is known, else nearest to what the rule gives."""
+        requirements, wanted = self._requirements(path, every_kind=every_kind), self.wanted[path]
+        influence = self._influence(path)
+        if influence is not None:
+            return most_influential(influence, len(wanted), requirements, allowed)
+        return nearest_blocks(wanted, self._depth(path).size, requirements, allowed)
+
+    def _first_choice(self, path: Path) -> list[int]:
+        wanted = self.wanted[path]
+        if self._is_named(path):
+            return wanted
+        if self._influence(path) is None and not self._requirements(path).broken_by(wanted):
+            return wanted
+        return self._choose(path) or self._choose(path, every_kind=False) or wanted
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _derive(self, attempt: _Attempt, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+        merged = merge_nested(nest(attempt.values), overrides)
+        return derive_student_config(
+            self.family.teacher.config,
+            merged,
+            keywords=self.keywords,
+            blocks=attempt.blocks,
+            block_fields=self.family.fields,
+            left=attempt.left,
+        )
+
+    def _student(self, attempt: _Attempt) -> PreTrainedConfig:
+        return self.config if self.config is not None else self._derive(attempt, self.overrides)
+
+    def _try(self, attempt: _Attempt) -> _Attempt:
+        """Build a student of the teacher's widths and compare its blocks with those that feed them."""
+        try:
+            config = self._derive(attempt, nest({path: len(blocks) for path, blocks in attempt.blocks.items()}))
+            model = build_on_meta(self.family.teacher.model_class, config)
+        except (HfGuideError, *BUILD_ERRORS) as error:
+            attempt.refusal = str(error).rstrip(".")
+            return attempt
+        for path, blocks in attempt.blocks.items():
+            attempt.kinds[path] = kinds_at(model, self._depth(path), len(blocks))
+            attempt.misfits[path] = self._misfits(path, blocks, attempt.kinds[path], widths=True)
+        return attempt
+
+    def _misfits(
+        self, path: Path, blocks: Sequence[int], kinds: Sequence[tuple[BlockKind, ...]], *, widths: bool
+    ) -> list[tuple[int, str]]:
+        """Return the positions whose block cannot be made of what feeds it, and why."""
+        sources = shared_sources(self.family.part(path))
+        found = []
+        for position, (block, student) in enumerate(zip(blocks, kinds, strict=True)):
+            teacher = self.family.kinds[path][block]
+            for stack, had, has in zip(self._depth(path).stacks, teacher, student, strict=True):
+                reason = difference(had, has, widths=widths)
+                if reason and block in sources and sources[block] not in blocks[:position]:
+                    source = parameters_of(self.family.kinds[path][sources[block]][0])
+                    if parameters_of(has) <= parameters_of(had) | source:
+                        continue  # keys and values of its own, from the weights of the block that it took them from
+                if reason and not self._is_read_elsewhere(stack, had, has):
+                    found.append((position, f"the teacher's block {block} {reason}"))
+        return found
+
+    def _is_read_elsewhere(self, stack: str, had: BlockKind, has: BlockKind) -> bool:
+        """Whether blocks differ only in what the layout takes from one block by its number, such as T5's table of distances."""
+        differing = parameters_of(had) ^ parameters_of(has)
+        rows = [self.family.layout.find(f"{stack.replace('{block}', '0')}.{name}") for name in differing]
+        return bool(rows) and all(row is not None and "block" not in row.numbers for row in rows)
+
+    def _express(self, blocks: dict[Path, list[int]]) -> _Attempt:
+        """Return the first way of setting the config that fits these blocks, or the last one tried."""
+        attempt = self._try(_Attempt(blocks))
+        if attempt.passed:
+            return attempt
+        ways = [_Attempt(blocks, COUNTS)]
+        ways += [_Attempt(blocks, (), values) for values in self._fewer_shared(blocks)]
+        ways += [_Attempt(blocks, (), values) for values in self._other_periods(blocks)]
+        for other in ways:
+            if self._try(other).passed:
+                return other
+        return attempt
+
+    def _fewer_shared(self, blocks: Mapping[Path, list[int]]) -> Iterator[dict[Path, Any]]:
+        """Yield smaller numbers of the last blocks that share, for where a block that they take from is not kept."""
+        for each in self.family.fields:
+            if each.kind == FieldKind.LAST and each.depth in blocks:
+                value = value_at(self.family.teacher.config, each.path)
+                most = follow(value, each.kind, blocks[each.depth], self._depth(each.depth).size)
+                yield from ({each.path: fewer} for fewer in range(most - 1, -1, -1))
+
+    def _other_periods(self, blocks: Mapping[Path, list[int]]) -> Iterator[dict[Path, Any]]:
+        """Yield other periods and offsets that put the kept blocks' kinds where they are."""
+        ways = [
+            way
+            for path in blocks
+            for name, value in vars(self.family.part(path)).items()
+            if type(value) is int and value > 0 and words(name) & PERIOD_WORDS
+            for way in [list(self._periods(path, name, value, blocks[path]))]
+            if way
+        ]
+        for combination in itertools.product(*ways):
+            if combination:
+                yield {path: value for values in combination for path, value in values.items()}
+
+    def _periods(self, path: Path, name: str, period: int, blocks: Sequence[int]) -> Iterator[dict[Path, Any]]:
+        part, prefix = self.family.part(path), path[:-1]
+        (word,) = tuple(words(name) & PERIOD_WORDS)[:1]
+        offset_name = name.replace(word, "offset")
+        offset = vars(part).get(offset_name)
+        listed = [each for each in self.family.fields if each.depth == path and each.kind == FieldKind.NUMBERS]
+        rules = [offset] if isinstance(offset, int) else [period - 1, 0]
+        yield {}
+        for start in rules:
+            special = [position for position, block in enumerate(blocks) if block % period == start % period]
+            first = special[0] if special else len(blocks)
+            step = special[1] - first if len(special) > 1 else max(len(blocks), first + 1)
+            if isinstance(offset, int):
+                if step > first:
+                    yield {(*prefix, name): step, (*prefix, offset_name): first}
+            else:
+                yield {(*prefix, name): first + 1 if start else step}
+            for each in listed:  # with every block special but those that are listed
+                named = set(value_at(self.family.teacher.config, each.path))
+                kept = [position for position, block in enumerate(blocks) if position not in special or block in named]
+                if not isinstance(offset, int):
+                    yield {(*prefix, name): 1, each.path: kept}
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _move(self, attempt: _Attempt) -> _Attempt:
+        """Return an attempt with other blocks that fits what the config builds at each position."""
+        misfit = next((path for path, reasons in attempt.misfits.items() if reasons), next(iter(attempt.blocks)))
+        nearest = None
+        for left, alike in itertools.product((COUNTS, ()), (of_one_structure, of_one_kind)):
+            start = self._try(_Attempt(attempt.blocks, left))
+            for _ in range(3):  # for lists follow the blocks that were moved
+                moved = self._moved(start, alike)
+                start = self._try(_Attempt(moved, left)) if moved is not None else start
+                if moved is None or start.passed:
+                    break
+            if start.passed:
+                nearest = start
+                break
+        if attempt.misfits and all(
+            self._is_named(path) and self._only_loses(path, attempt)
+            for path, misfits in attempt.misfits.items()
+            if misfits
+        ):
+            return self._with_losses(attempt)
+        if nearest is not None and not any(
+            self._is_named(path) and nearest.blocks[path] != attempt.blocks[path] for path in attempt.blocks
+        ):
+            return nearest
+        raise ShapeError(self._refusal(attempt, misfit, nearest))
+
+    def _only_loses(self, path: Path, attempt: _Attempt) -> bool:
+        """Whether the student's blocks have nothing that the teacher's lack."""
+        return all(
+            parameters_of(has) <= parameters_of(had)
+            for block, student in zip(attempt.blocks[path], attempt.kinds[path], strict=True)
+            for had, has in zip(self.family.kinds[path][block], student, strict=True)
+            if parameters_of(has) != parameters_of(had)
+        ) and all(
+            parameters_of(had) != parameters_of(has) or not difference(had, has, widths=True)
+            for block, student in zip(attempt.blocks[path], attempt.kinds[path], strict=True)
+            for had, has in zip(self.family.kinds[path][block], student, strict=True)
+        )
+
+    def _with_losses(self, attempt: _Attempt) -> _Attempt:
+        """Return an attempt whose blocks leave parameters of the teacher's behind, which the report then names."""
+        for path, misfits in attempt.misfits.items():
+            stack = self._depth(path).stacks[0].removesuffix(".{block}")
+            self.approximations += [f"{stack}.{position}: {reason}." for position, reason in misfits]
+        return attempt
+
+    def _moved(
+        self, attempt: _Attempt, alike: Callable[[Sequence[BlockKind], Sequence[BlockKind]], bool]
+    ) -> dict[Path, list[int]] | None:
+        if attempt.refusal:
+            return None
+        moved = {}
+        for path, kinds in attempt.kinds.items():
+
+            def allowed(position: int, block: int, path: Path = path, kinds: Any = kinds) -> bool:
+                return alike(self.family.kinds[path][block], kinds[position])
+
+            blocks = self._choose(path, allowed) or self._choose(path, allowed, every_kind=False)
+            if blocks is None:
+                return None
+            moved[path] = blocks
+        return moved
+
+    def _refusal(self, attempt: _Attempt, path: Path, nearest: _Attempt | None) -> str:
+        stack = self._depth(path).stacks[0].removesuffix(".{block}")
+        reasons = attempt.misfits.get(path) or []
+        why = f"student block {reasons[0][0]}: {reasons[0][1]}" if reasons else attempt.refusal
+        said = "named" if self._is_named(path) else "chosen"
+        asked = f"The blocks {attempt.blocks[path]} {said} for {stack!r} cannot be a {type(self.family.part(path)).__name__}'s"
+        advice = (
+            f" The nearest blocks that can are {nearest.blocks[path]}: name those with layers=."
+            if nearest is not None and nearest.blocks[path] != attempt.blocks[path]
+            else " No other choice of as many blocks was found that can; choose another number of blocks."
+        )
+        return f"{asked}: {why}.{advice}"
+
+    def _fit_to_said(self, attempt: _Attempt, student: PreTrainedConfig) -> tuple[_Attempt, PreTrainedConfig]:
+        """Choose blocks for the positions as the user's own config, or overridden fields, say they are."""
+        try:
+            model = build_on_meta(self.family.teacher.model_class, student)
+        except BUILD_ERRORS:
+            return attempt, student  # refused when the student is built, with the family's reason
+        blocks = dict(attempt.blocks)
+        for path in blocks:
+            kinds = kinds_at(model, self._depth(path), len(blocks[path]))
+            misfits = self._misfits(path, blocks[path], kinds, widths=False)
+            if not misfits:
+                continue
+
+            def allowed(position: int, block: int, path: Path = path, kinds: Any = kinds) -> bool:
+                return of_one_kind(self.family.kinds[path][block], kinds[position], widths=False)
+
+            def loosely(position: int, block: int, path: Path = path, kinds: Any = kinds) -> bool:
+                return of_one_structure(self.family.kinds[path][block], kinds[position])
+
+            moved = self._choose(path, allowed, every_kind=False)
+            if moved is not None and not self._is_named(path):
+                blocks[path] = moved
+                continue
+            loose = self._choose(path, loosely, every_kind=False)
+            stands = all(loosely(position, block) for position, block in enumerate(blocks[path]))
+            if not stands and (loose is None or self._is_named(path)):
+                nearest = _Attempt({**blocks, path: moved or loose or blocks[path]})
+                raise ShapeError(self._refusal(dataclasses.replace(attempt, misfits={path: misfits}), path, nearest))
+            if not stands and loose is not None:
+                blocks[path] = loose
+            left = self._misfits(path, blocks[path], kinds, widths=False)
+            self.approximations += [
+                f"{self._depth(path).stacks[0].removesuffix('.{block}')}.{position}: {reason}, as the student's config says."
+                for position, reason in left
+            ]
+        return dataclasses.replace(attempt, blocks=blocks), student
+
+    def _note_moves(self, attempt: _Attempt) -> None:
+        for path, blocks in attempt.blocks.items():
+            wanted = self.wanted[path]
+            influence = self._influence(path)
+            if influence is not None:
+                free = most_influential(influence, len(wanted))
+                wanted = free if free is not None else wanted
+            elif self.options.kept_blocks == BlockChoice.INFLUENCE:
+                continue
+            if blocks != wanted:
+                stack = self._depth(path).stacks[0].removesuffix(".{block}")
+                self.notes.append(
+                    f"{stack}: the choice by {self.options.kept_blocks!r} alone is {wanted}; the nearest that the config can "
+                    f"state, with a block of each kind, is {blocks}."
+                )
+
+
+PERIOD_WORDS = frozenset(("period", "freq", "frequency", "interval", "step", "every", "pattern"))
+
+
+def nest(values: Mapping[Path, Any]) -> dict[str, Any]:
+    """Return values by path as nested mappings."""
+    nested: dict[str, Any] = {}
+    for path, value in values.items():
+        inner = nested
+        for name in path[:-1]:
+            inner = inner.setdefault(name, {})
+        inner[path[-1]] = value
+    return nested
+
+
+def merge_nested(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Return two nested mappings as one; of values that both have, the second's."""
+    merged = dict(first)
+    for name, value in second.items():
+        had = merged.get(name)
+        both = isinstance(had, Mapping) and isinstance(value, Mapping)
+        merged[name] = merge_nested(had, value) if both else value  # type: ignore[arg-type]
+    return merged
