@@ -11,9 +11,8 @@ from fractions import Fraction
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_guide.errors import ShapeError
 from hf_guide.initialization.block_indices import LAYER_WORDS, words
 
 _OF_THE_PLACE = frozenset(("idx", "index", "id", "number", "num"))
@@ -37,7 +36,9 @@ class BlockKind:
 
 def block_kind(block: nn.Module) -> BlockKind:
     """Return what a block is built like; its number and constants computed from it are no part of that."""
-    structure, switches, sizes = [], [], []
+    structure: list[tuple[str, str, tuple[str, ...]]] = []
+    switches: list[tuple[str, str, Any]] = []
+    sizes: list[tuple[str, str, Any]] = []
     for name, module in block.named_modules():
         if "drop" in f"{name} {type(module).__name__}".lower():
             continue  # at a rate of zero often another class

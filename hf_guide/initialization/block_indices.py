@@ -232,7 +232,9 @@ def record_reads(config: PreTrainedConfig) -> dict[Path, Reads]:
             if name.startswith("_") or type(value) not in (list, tuple) or not value:
                 continue
             recording: Any = RecordingList(value) if isinstance(value, list) else RecordingTuple(value)
-            recording.reads = records[(*prefix, name)] = Reads()
+            recording.reads = Reads()
+            path = (*prefix, name)
+            records[path] = recording.reads
             part.__dict__[name] = recording
     return records
 
@@ -481,7 +483,7 @@ def _lists_of_depth(kind: type, key: str, part: PreTrainedConfig, depth: Depth) 
     }
     left_out = [name for name, value in values.items() if isinstance(value, list) and len(value) == depth.size]
     found: set[str] = set()
-    for names in ([*left_out], *([name] for name in left_out)):  # all at once, or each where others are then refused
+    for names in [left_out, *([name] for name in left_out)]:  # all at once, or each where others are then refused
         rest = {name: copy.deepcopy(value) for name, value in values.items() if name not in names}
         try:
             longer = kind(**rest | {depth.path[-1]: depth.size + 1}).to_dict()

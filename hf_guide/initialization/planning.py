@@ -214,8 +214,8 @@ def make_plan(
         lost,
     )
     plan.notes += [
-        f"{teacher_names[used]} stands for {missing}: that block takes its keys and values from another, which is not kept, and "
-        "the student's makes its own from its own input."
+        f"{teacher_names[used]} stands for {missing}: that block takes its keys and values from another, which is not "
+        "kept, and the student's makes its own from its own input."
         for missing, used in borrowed.items()
     ]
     for site in sites.values():
