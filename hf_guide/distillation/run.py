@@ -11,10 +11,10 @@ import transformers
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, EvalPrediction, PreTrainedConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_guide.capture.reading import Capture
 from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.checkpoints import check_checkpoint, has_checkpoints
 from hf_guide.distillation.class_labels import are_generic
 from hf_guide.distillation.data_options import DataOptions, ModelOptions
 from hf_guide.distillation.examples import prepare
@@ -95,8 +95,8 @@ def distill(settings: Settings) -> dict[str, float]:
 def _train_and_save(trainer: DistillationTrainer, data: DataOptions) -> dict[str, float]:
     args = trainer.args
     resume: Any = args.resume_from_checkpoint
-    if str(resume).lower() == "true":  # go on where a run was cut off, or begin
-        resume = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
+    if str(resume).lower() in ("true", "false"):  # go on where a run was cut off, or begin
+        resume = str(resume).lower() == "true" and has_checkpoints(args.output_dir or "")
     metrics = trainer.train(resume_from_checkpoint=resume).metrics
     trainer.save_model()
     trainer.log_metrics("train", metrics)
@@ -135,6 +135,8 @@ def _check(models: ModelOptions, args: DistillationArguments) -> None:
         raise OptionError(
             f"resume_from_checkpoint is true, or the folder of a checkpoint; there is no folder {resume!r}."
         )
+    if resume and str(resume).lower() not in ("true", "false"):
+        check_checkpoint(resume)
 
 
 def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig | None]:

@@ -1,6 +1,6 @@
 """Sums of what each term came to, for the logs: means over items, exact over batches, steps and processes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import accelerate
 import torch
@@ -22,6 +22,19 @@ class Tally:
             )
             self._sums[name] = self._sums.get(name, zero) + value.detach()
             self._items[name] = self._items.get(name, zero) + items
+
+    def state(self) -> dict[str, list[float]]:
+        """Return each term's sum and number of items so far, to be kept in a checkpoint."""
+        return {name: [float(value), float(self._items[name])] for name, value in self._sums.items()}
+
+    def add_state(self, state: Mapping[str, Sequence[float]], device: torch.device) -> None:
+        """Add what `state` returned."""
+        dtype = torch.float64 if device.type != "mps" else torch.float32
+        for name, (total, items) in state.items():
+            self.add(
+                {name: torch.tensor(total, dtype=dtype, device=device)},
+                torch.tensor(items, dtype=dtype, device=device),
+            )
 
     def means(self, accelerator: accelerate.Accelerator, names: Iterable[str]) -> dict[str, float]:
         """Return the mean of each of `names` over all processes' items, and start anew; without those never measured.

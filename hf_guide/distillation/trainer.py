@@ -1,7 +1,6 @@
 """`DistillationTrainer`: a `transformers.Trainer` that also listens to a teacher."""
 
 import inspect
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hf_guide.capture.reading import Capture, CapturedCollator
@@ -30,19 +28,19 @@ from hf_guide.distillation.opening import make_teachers
 from hf_guide.distillation.playback import CapturedTeacher, captured_teacher
 from hf_guide.distillation.projections import SynchronizeProjections, check_learns
 from hf_guide.distillation.record import make_record
+from hf_guide.distillation.resuming import ResumableTrainer, remove_paths_from_state
 from hf_guide.distillation.students import make_student
 from hf_guide.distillation.subclasses import make_targets
 from hf_guide.distillation.tally import Tally
 from hf_guide.distillation.tasks import IGNORED, task_of
 from hf_guide.distillation.teachers import LiveTeacher, refuse_not_finite
 from hf_guide.errors import OptionError
-from hf_guide.folders import write_text
 from hf_guide.hub import remove_paths_from_card, write_model_card
 from hf_guide.provenance import fetch_card
 from hf_guide.saving import attach_record
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """A `Trainer` whose student learns from a teacher as well as from labels.
 
     Everything that `Trainer` takes and does stays: collators, callbacks, metrics, `compute_loss_func`, label smoothing,
@@ -393,12 +391,6 @@ class DistillationTrainer(Trainer):
         with saved_publicly(self):
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            run_folder = Path(self._get_output_dir(trial=trial))
-            remove_paths_from_state(run_folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-
     def save_state(self) -> None:
         """Save `trainer_state.json` into `output_dir` as `Trainer` does, but for the path of the best checkpoint."""
         super().save_state()
@@ -481,17 +473,6 @@ class DistillationTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
             clean_saved_folder(Path(output_dir))
-
-
-def remove_paths_from_state(folder: Path) -> None:
-    """Take the path of the best checkpoint out of a folder's `trainer_state.json`, where there is one."""
-    path = folder / TRAINER_STATE_NAME
-    if not path.is_file():
-        return
-    state = json.loads(path.read_text(encoding="utf-8"))
-    if state.get("best_model_checkpoint") is not None:
-        state["best_model_checkpoint"] = None
-        write_text(path, json.dumps(state, indent=2, sort_keys=True) + "\n")
 
 
 def _list(given: "str | list[str] | None") -> list[str]:
