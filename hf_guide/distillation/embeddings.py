@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_guide.distillation.adapters import called_module, called_modules, stock_module
 from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.errors import TaskError
 
@@ -92,7 +93,7 @@ def find_classifier(model: PreTrainedModel, task: Task) -> Any:
     """
     bare = without_adapter(model)
     if bare in _SAID:
-        return _SAID[bare]
+        return called_module(bare, _SAID[bare])
     if task.is_language_model:
         found = bare.get_output_embeddings()
         if found is None:
@@ -101,10 +102,9 @@ def find_classifier(model: PreTrainedModel, task: Task) -> Any:
     inside = {id(module) for module in bare.base_model.modules()} if bare.base_model is not bare else set()
     named = [
         (name, module)
-        for name, module in bare.named_modules()
-        if getattr(module, "out_features", None) == bare.config.num_labels
+        for name, module in called_modules(bare)
+        if getattr(stock_module(module), "out_features", None) == bare.config.num_labels
     ]
-    # Of an adapter around the layer, not what it is made of.
     named = [each for each in named if not any(each[0].startswith(f"{name}.") for name, _ in named)]
     # A few make their logits in the base model already (Perceiver).
     linear = [each for each in named if id(each[1]) not in inside] or named

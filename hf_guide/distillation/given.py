@@ -1,12 +1,20 @@
 """What a trainer is given, checked and brought into one form before `Trainer` sees it."""
 
+import copy
 import inspect
 import os
 from typing import Any
 
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
 from hf_guide.capture.reading import Capture
+from hf_guide.distillation.adapters import has_adapter
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.tasks import Task
+from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.errors import OptionError
 
 
@@ -36,12 +44,58 @@ def check_student(model: Any) -> None:
     """Refuse what is no student.
 
     Raises:
-        OptionError: a name, which does not say what the student is for.
+        OptionError: a name, which does not say what the student is for; or a model in a wrapper.
     """
     if isinstance(model, (str, os.PathLike)):
         raise OptionError(
             f"model is a student, not its name; found {os.fspath(model)!r}. Load it with the AutoModelFor... class of its "
             "task, or pass a config, or the arguments of from_teacher, to make it out of its teacher."
+        )
+    check_unwrapped(model, "student")
+
+
+def check_unwrapped(model: Any, role: str) -> None:
+    """Check that nothing is wrapped around a model that the trainer itself wraps, or that hides its layers.
+
+    Raises:
+        OptionError: a compiled model, or one of several processes or devices; says what to pass instead.
+    """
+    option = "torch_compile" if role == "student" else "teacher_compile"
+    if isinstance(model, OptimizedModule):
+        raise OptionError(
+            f"The {role} is compiled already. Pass the model itself, and DistillationArguments({option}=True)."
+        )
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
+        raise OptionError(
+            f"The {role} is wrapped in {type(model).__name__}. Pass the model itself: what several processes or devices need is "
+            "done here. Launch one process a GPU, with `accelerate launch` or `torchrun`."
+        )
+
+
+def check_trainable(student: nn.Module) -> None:
+    """Check that a student can be trained, and saved as a model of its class.
+
+    Raises:
+        OptionError: all of its parameters are frozen; or `torch.nn.utils.parametrize` has renamed some, which its stock
+            class does not know.
+    """
+    parametrized = [name for name, module in student.named_modules() if nn.utils.parametrize.is_parametrized(module)]
+    if parametrized:
+        base = without_adapter(student)
+        with torch.device("meta"):
+            stock = type(base)(copy.deepcopy(base.config))
+        known = {name for name, module in stock.named_modules() if nn.utils.parametrize.is_parametrized(module)}
+        added = [name for name in parametrized if not name.endswith(tuple(known))] if known else parametrized
+        if added:
+            raise OptionError(
+                f"{len(added)} layers of the student are parametrized (weight_norm, spectral_norm, ...), such as {added[0]}: "
+                f"its files would not load as a {type(base).__name__}. Call "
+                "torch.nn.utils.parametrize.remove_parametrizations on them first."
+            )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise OptionError(
+            "No parameter of the student is trainable: all have requires_grad=False. Unfreeze some with requires_grad_(True), "
+            "pass peft_config, or load a saved adapter with PeftModel.from_pretrained(..., is_trainable=True)."
         )
 
 
@@ -78,12 +132,29 @@ def source_of(teacher: Any, args: DistillationArguments) -> Any:
 
 
 def adapted(model: Any, model_init: Any, peft_config: Any) -> tuple[Any, Any]:
-    """Return the model, or what makes it, with an adapter."""
-    from peft import get_peft_model
+    """Return the model, or what makes it, with an adapter.
+
+    Raises:
+        OptionError: the model has an adapter already, or `peft_config` is none of PEFT's.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise OptionError(
+            f"peft_config must be one of PEFT's configs, such as LoraConfig; found {type(peft_config).__name__}."
+        )
+
+    def with_adapter(student: Any) -> Any:
+        if has_adapter(student):
+            raise OptionError(
+                "The student has an adapter already, so peft_config would put a second one around it. Leave peft_config out "
+                "to train the adapter that is there, or pass the base model."
+            )
+        return get_peft_model(student, peft_config)
 
     if model is not None:
-        return get_peft_model(model, peft_config), None
+        return with_adapter(model), None
     takes_trial = model_init is not None and len(inspect.signature(model_init).parameters) > 0
     if takes_trial:
-        return None, lambda trial: get_peft_model(model_init(trial), peft_config)
-    return None, lambda: get_peft_model(model_init(), peft_config)
+        return None, lambda trial: with_adapter(model_init(trial))
+    return None, lambda: with_adapter(model_init())

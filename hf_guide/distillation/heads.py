@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_guide.distillation.adapters import active_module, is_plain_linear, stock_module
 from hf_guide.distillation.chunks import ChunkedLoss, Walk, dtype_of_linear
 from hf_guide.distillation.logit_transforms import logit_transforms
 from hf_guide.distillation.tasks import without_adapter
@@ -80,9 +81,8 @@ def find_head(model: nn.Module) -> Head | None:
     """
     bare: Any = without_adapter(model)
     module: Any = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
-    if hasattr(module, "modules_to_save") and module.active_adapters:  # PEFT trains a copy of the head in its place
-        module = module.modules_to_save[module.active_adapters[0]]
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+    module = active_module(module)  # with modules_to_save PEFT trains a copy of the head
+    if not is_plain_linear(module):
         return None
     weight = module.weight
     if (
@@ -215,8 +215,9 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
 def _probe(model: Any, module: nn.Linear) -> dict[str, Tensor] | None:
     """A few tokens that mean nothing special to the model; None where it wants something else."""
     device = model.device
-    table = model.get_input_embeddings()
-    known = min(module.weight.shape[0], *([table.weight.shape[0]] if isinstance(table, nn.Embedding) else []))
+    table = stock_module(model.get_input_embeddings())
+    vocabulary = module.weight.shape[0]
+    known = min(vocabulary, table.weight.shape[0]) if isinstance(table, nn.Embedding) else vocabulary
     special = (
         {value for name, value in model.config.to_dict().items() if name.endswith("token_id")} if known > 64 else set()
     )

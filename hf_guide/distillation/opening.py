@@ -10,7 +10,9 @@ import transformers
 from accelerate.utils import DistributedType
 from transformers import AutoTokenizer, PreTrainedModel
 
+from hf_guide.distillation.given import check_unwrapped
 from hf_guide.distillation.heads import find_head
+from hf_guide.distillation.isolation import check_apart, check_teachers_apart
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.distillation.teachers import LiveTeacher
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
@@ -35,13 +37,14 @@ def open_teachers(
     task: Task,
     *,
     init_kwargs: Mapping[str, Any] | None = None,
+    student: Any = None,
 ) -> list[PreTrainedModel]:
     """Return the teachers, loaded where they are named: a Hub id, a folder, several with commas, a model, or a sequence.
 
     Raises:
         TeacherError: one that cannot be loaded.
         TaskError: one for another task than the student's.
-        OptionError: something else than a teacher.
+        OptionError: something else than a teacher, or one that shares parameters with `student` or another teacher.
     """
     if isinstance(teacher, str) and "," in teacher and not os.path.exists(teacher):
         teacher = [name.strip() for name in teacher.split(",")]
@@ -52,18 +55,22 @@ def open_teachers(
     for one in many:
         if isinstance(one, (str, os.PathLike)):
             model = _load(os.fspath(one), task, dict(init_kwargs or {}))
-        elif isinstance(one, PreTrainedModel) or hasattr(one, "get_base_model"):
+        elif isinstance(one, torch.nn.Module):
             model = one  # type: ignore[assignment]
         else:
             raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(one).__name__}.")
+        check_unwrapped(model, "teacher")
         if task_of(model) is not task:
             raise TaskError(
                 f"The teacher {name_of(model)} is a {type(model).__name__}, for {task_of(model)}; the student is for {task}. "
                 "Give a teacher of the student's task."
             )
+        opened.append(model)
+    check_apart(student, opened)
+    check_teachers_apart(opened)
+    for model in opened:
         model.eval()
         model.requires_grad_(False)
-        opened.append(model)
     return opened
 
 
@@ -155,16 +162,12 @@ def make_teachers(
         OptionError, TaskError, TeacherError: as `open_teachers`, or weights of another number than teachers.
         VocabularyError: vocabularies or labels that do not agree.
     """
-    models = open_teachers(teacher, task, init_kwargs=init_kwargs)
+    models = open_teachers(teacher, task, init_kwargs=init_kwargs, student=student)
     shares = [1.0] * len(models) if weights is None else list(weights)
     if len(shares) != len(models):
         raise OptionError(f"There are {len(shares)} teacher_weights for {len(models)} teachers; give one weight each.")
     made = []
     for model, share in zip(models, shares, strict=True):
-        if model is student:
-            raise OptionError(
-                "The teacher is the student itself. To learn from what it is now, pass copy.deepcopy(model)."
-            )
         if model.main_input_name != student.main_input_name:
             raise TaskError(
                 f"The teacher {name_of(model)} reads {model.main_input_name}, the student {student.main_input_name}: "

@@ -19,8 +19,17 @@ from hf_guide.code_references import clean_saved_folder, forget_code
 from hf_guide.distillation.arguments import DistillationArguments, saved_publicly
 from hf_guide.distillation.batches import BatchReader
 from hf_guide.distillation.dividing import divides_by_items
-from hf_guide.distillation.given import adapted, check_adapter, check_arguments, check_student, source_of
+from hf_guide.distillation.given import (
+    adapted,
+    check_adapter,
+    check_arguments,
+    check_student,
+    check_trainable,
+    check_unwrapped,
+    source_of,
+)
 from hf_guide.distillation.heads import Head
+from hf_guide.distillation.isolation import check_apart
 from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Learned
 from hf_guide.distillation.making import find_head_everywhere, is_sharded, make_learning
 from hf_guide.distillation.objectives import TASK_LOSS, check_objective
@@ -96,6 +105,7 @@ class DistillationTrainer(ResumableTrainer):
         student: Any = model
         if isinstance(model, (PreTrainedConfig, Mapping)):
             student = make_student(model, source, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
+        check_apart(student, source if isinstance(source, (list, tuple)) else [source])  # before PEFT changes it in place
         if peft_config is not None:
             student, model_init = adapted(student, model_init, peft_config)
         self._unwrapped: tuple[Any, Any] | None = None
@@ -120,10 +130,13 @@ class DistillationTrainer(ResumableTrainer):
         )
         self.args: DistillationArguments
         forget_code(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
+        check_unwrapped(self.model, "student")
         student = self._bare(self.model)
         self.task = task_of(student)
         check_objective(args.weights, self.task, student.config)
         check_adapter(student, self.task)
+        if train_dataset is not None:
+            check_trainable(student)
         self.teachers: list[LiveTeacher | CapturedTeacher] = []
         if isinstance(source, Capture):
             self.teachers = [captured_teacher(source, student, self.task, processing_class)]
@@ -162,6 +175,7 @@ class DistillationTrainer(ResumableTrainer):
     def _begin(self) -> None:
         """Settle what this student learns by these arguments: at first, and anew for each student and each trial."""
         student = self._bare(self.model)
+        check_apart(student, [each.bare for each in self.teachers if isinstance(each, LiveTeacher)])
         self._divides: bool | None = None
         self.learning = make_learning(
             student, self.task, self.teachers, self.args, self.accelerator, head=self._find_head(student)
