@@ -32,6 +32,7 @@ from hf_guide.distillation.heads import Head
 from hf_guide.distillation.isolation import check_apart
 from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Learned
 from hf_guide.distillation.making import find_head_everywhere, is_sharded, make_learning
+from hf_guide.distillation.merging import save_merged
 from hf_guide.distillation.objectives import TASK_LOSS, check_objective
 from hf_guide.distillation.opening import make_teachers
 from hf_guide.distillation.playback import CapturedTeacher, captured_teacher
@@ -474,19 +475,28 @@ class DistillationTrainer(ResumableTrainer):
     def save_merged_model(self, output_dir: str | os.PathLike[str]) -> None:
         """Save the student with its adapter merged into it: a stock model, as `from_pretrained` loads it.
 
+        What is written is loaded again and compared with the student. Embeddings that were tied, and of which the adapter
+        changed one alone, are written as two tensors.
+
         Raises:
-            OptionError: the student has no adapter.
+            OptionError: the student has no adapter, or one that cannot be merged; or its weights are sharded.
         """
         student = self._bare(self.model)
-        if not hasattr(student, "merge_and_unload"):
-            raise OptionError("The student has no adapter to merge; save_model saves it as it is.")
-        if self.args.should_save:
-            import copy
-
-            copy.deepcopy(student).merge_and_unload().save_pretrained(output_dir)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
-            clean_saved_folder(Path(output_dir))
+        if is_sharded(self.accelerator):
+            raise OptionError(
+                "The student's weights are spread over processes, and cannot be merged here. Save the adapter with save_model, "
+                "and merge it in one process: PeftModel.from_pretrained(base, folder).merge_and_unload()."
+            )
+        if not self.args.should_save:
+            return
+        save_merged(student, Path(output_dir))
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(output_dir)
+        record = getattr(student, "distillation_record", None)
+        if record is not None:
+            save_record(Path(output_dir), record)
+        clean_saved_folder(Path(output_dir))
 
 
 def _list(given: "str | list[str] | None") -> list[str]:

@@ -1,0 +1,260 @@
+"""A student with its adapter merged into it: a stock model that computes what the adapted student computes.
+
+Does: merge a copy, untie what the adapter has made different, write it, and prove the files by loading them again.
+Does not: change the student, or merge what has no place in stock weights.
+"""
+
+import contextlib
+import copy
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_guide.distillation.adapters import adapter_layers, has_adapter
+from hf_guide.distillation.tasks import without_adapter
+from hf_guide.errors import OptionError
+
+logger = logging.get_logger(__name__)
+
+# Of the largest logit. In half precision the merged weight is rounded once more than the adapter's sum.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.1
+_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
+def save_merged(student: Any, folder: Path) -> None:
+    """Write a student whose adapter is merged into it: the files of its stock class, proved by loading them again.
+
+    Embeddings that are tied in the base model and are no longer equal are written as two tensors, with
+    `tie_word_embeddings=False` where the family's config has it. The student stays as it is; a second copy of it is held
+    meanwhile.
+
+    Args:
+        student: a `PeftModel`.
+        folder: new, or one whose weights are replaced.
+
+    Raises:
+        OptionError: there is no adapter, or it cannot be merged; or what is written, loaded again, gives other logits. Then
+            nothing is written.
+    """
+    check_mergeable(student)
+    if (folder / "adapter_config.json").exists():
+        raise OptionError(
+            f"{folder.name} holds an adapter, which Transformers would put on top of the merged model. Name another folder."
+        )
+    expected = _logits(student, student)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    try:
+        merged = merge(student)
+        model_class = type(merged)
+        merged.save_pretrained(written)
+        del merged
+        _check_saved(model_class, written, student, expected)
+        folder.mkdir(exist_ok=True)
+        for path in list(folder.iterdir()):
+            if _WEIGHTS.fullmatch(path.name):
+                path.unlink()
+        for path in list(written.iterdir()):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def check_mergeable(student: Any) -> None:
+    """Check that a student has an adapter that can become part of its weights.
+
+    Raises:
+        OptionError: says why it cannot, and what to do.
+    """
+    if not has_adapter(student):
+        raise OptionError("The student has no adapter to merge; save_model saves it as it is.")
+    virtual = [each.peft_type.value for each in student.peft_config.values() if each.is_prompt_learning]
+    if virtual:
+        raise OptionError(
+            f"{virtual[0]} adds virtual tokens, which are no part of any weight and cannot be merged. save_model saves the "
+            "adapter."
+        )
+    if not hasattr(student, "merge_and_unload"):
+        raise OptionError(
+            f"The adapter stands inside a {type(student).__name__} (add_adapter, or from_pretrained of an adapter's folder), "
+            "which cannot merge it. Wrap the base model with peft.get_peft_model or PeftModel.from_pretrained instead; "
+            "save_model saves the adapter."
+        )
+    if getattr(without_adapter(student), "is_quantized", False):
+        raise OptionError(
+            "The base model is quantised, and merging would round the adapter away. Save the adapter with save_model, load the "
+            "base model in full precision, and merge there: PeftModel.from_pretrained(base, folder).merge_and_unload()."
+        )
+
+
+def merge(student: Any) -> PreTrainedModel:
+    """Return a stock model that is a merged copy of a student; it shares nothing with it.
+
+    Raises:
+        OptionError: PEFT cannot merge this adapter, with its reason.
+    """
+    duplicate = copy.deepcopy(student, _memo_of_views(student))
+    base = without_adapter(duplicate)
+    ties, tied = dict(base.all_tied_weights_keys), getattr(base.config, "tie_word_embeddings", None)
+    _unshare(base)
+    try:
+        merged = duplicate.merge_and_unload()
+    except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
+        raise OptionError(
+            f"PEFT cannot merge this adapter: {error} save_model saves the adapter by itself."
+        ) from error
+    left = next(adapter_layers(merged), None)
+    if left is not None:
+        raise OptionError(f"PEFT left {left[0]} unmerged. save_model saves the adapter by itself.")
+    if tied is not None:
+        merged.config.tie_word_embeddings = tied  # PEFT unsets it where it finds two tensors, equal or not
+    _settle_ties(merged, ties)
+    return merged
+
+
+def _memo_of_views(model: nn.Module) -> dict[int, Any]:
+    """Return what `deepcopy` needs to copy tensors that are computed from parameters, which PEFT's tied adapters hold."""
+    memo: dict[int, Any] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor) and not value.is_leaf:
+            memo[id(value)] = value.detach().clone()
+        elif isinstance(value, Mapping) or isinstance(value, (list, tuple)):
+            for each in value.values() if isinstance(value, Mapping) else value:
+                add(each)
+
+    for module in model.modules():
+        add({name: value for name, value in vars(module).items() if not name.startswith("_")})
+    return memo
+
+
+def _unshare(model: nn.Module) -> None:
+    """Give each module its own tensor of a parameter that several hold, where one of them is in an adapter's layer.
+
+    PEFT merges in place, and so into all of them.
+    """
+    adapted = tuple(f"{name}." for name, _ in adapter_layers(model))
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[id(parameter)].append((f"{name}.", module, key))
+    for holders in owners.values():
+        if len(holders) > 1 and any(name.startswith(adapted) for name, _, _ in holders):
+            for _, module, key in holders[1:]:
+                setattr(module, key, nn.Parameter(module.get_parameter(key).detach().clone()))
+
+
+def _settle_ties(model: PreTrainedModel, ties: dict[str, str]) -> None:
+    """Tie again what is still equal; where something is not, write all tensors apart and say so in the config."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    different = [name for name, source in ties.items() if not torch.equal(tensors[name], tensors[source])]
+    if different and _untie_config(model.config):
+        for name in ties:
+            _set(model, name, nn.Parameter(tensors[name].detach().clone()))
+        ties = {}
+    # A family may tie whatever its config says (T5). Of a checkpoint that holds both tensors Transformers ties none that
+    # differ, so these are written apart there too.
+    ties = {name: source for name, source in ties.items() if name not in different}
+    for name, source in ties.items():
+        _set(model, name, tensors[source])
+    model.all_tied_weights_keys = ties
+
+
+def _untie_config(config: Any) -> bool:
+    """Set `tie_word_embeddings=False`; return whether that says what it should: in T5 it means another function."""
+    parts = [part for part in (config, config.get_text_config(decoder=True)) if hasattr(part, "tie_word_embeddings")]
+    before = [part.tie_word_embeddings for part in parts]
+    for part in parts:
+        part.tie_word_embeddings = False
+    if type(config).from_dict(config.to_dict()).to_dict() == config.to_dict():
+        return True
+    for part, tied in zip(parts, before, strict=True):
+        part.tie_word_embeddings = tied
+    return False
+
+
+def _set(model: nn.Module, name: str, tensor: Any) -> None:
+    home, _, last = name.rpartition(".")
+    setattr(model.get_submodule(home), last, tensor)
+
+
+def _check_saved(model_class: type[PreTrainedModel], folder: Path, student: Any, expected: Tensor | None) -> None:
+    if expected is None:
+        logger.warning(f"The merged {model_class.__name__} was not compared with the student: it reads no token ids or pixels.")
+        return
+    base = without_adapter(student)
+    loaded, report = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    missing = sorted(report["missing_keys"])
+    loaded = loaded.to(base.device)  # type: ignore[arg-type]
+    found = _logits(loaded, student)
+    assert found is not None
+    error = float((found.double() - expected.double()).abs().max() / expected.double().abs().max())
+    if missing or not error <= _tolerance(base):
+        reason = f"lacks {missing[0]}" if missing else f"gives logits that differ by {error:.2g} of the largest"
+        raise OptionError(
+            f"The merged model, loaded again, {reason}, so nothing was written: this adapter has no exact form as a "
+            f"{model_class.__name__}. Save the adapter with save_model, or train one on other layers (not on embeddings "
+            "or a head that are tied)."
+        )
+
+
+def _tolerance(model: Any) -> float:
+    exact = _TOLERANCES.get(model.dtype, _HALF_TOLERANCE)
+    return exact if model.device.type == "cpu" else max(exact, 1e-2)  # TF32
+
+
+@torch.no_grad()
+def _logits(model: Any, student: Any) -> Tensor | None:
+    """Return a model's logits of a small input in evaluation mode; None where it reads something else."""
+    inputs = _small_inputs(without_adapter(student))
+    if inputs is None:
+        return None
+    with _evaluating(model):
+        return type(model).forward(model, **inputs).logits  # not within what autocasts it for training
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _small_inputs(model: Any) -> dict[str, Tensor] | None:
+    """Return two short examples for a model of tokens, of images or of Whisper's features."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    text = config.get_text_config(decoder=True)
+    vocabulary = getattr(text, "vocab_size", None)
+    kind = model.main_input_name
+    ids = torch.randint(vocabulary, (2, 6), generator=generator) if vocabulary else None
+    if kind == "input_ids" and ids is not None:
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif kind == "pixel_values" and getattr(config, "image_size", None) is not None:
+        size = config.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        inputs = {"pixel_values": torch.randn(2, config.num_channels, height, width, generator=generator)}
+    elif kind == "input_features" and hasattr(config, "max_source_positions"):
+        frames = (2, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs = {"input_features": torch.randn(frames, generator=generator)}
+    else:
+        return None
+    if config.is_encoder_decoder and ids is not None:
+        inputs["decoder_input_ids"] = ids.flip(1)
+    return {
+        name: each.to(model.device, model.dtype if each.is_floating_point() else each.dtype)
+        for name, each in inputs.items()
+    }
