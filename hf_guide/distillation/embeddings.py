@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.distillation.adapters import called_module, called_modules, stock_module
+from hf_guide.adapters import called_module, called_modules, stock_module
 from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.errors import TaskError
 

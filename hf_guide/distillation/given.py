@@ -1,18 +1,16 @@
 """What a trainer is given, checked and brought into one form before `Trainer` sees it."""
 
-import copy
 import inspect
 import os
 from typing import Any
 
-import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from hf_guide.adapters import has_adapter, parametrized_layers
 from hf_guide.capture.reading import Capture
-from hf_guide.distillation.adapters import has_adapter
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.errors import OptionError
@@ -67,8 +65,8 @@ def check_unwrapped(model: Any, role: str) -> None:
         )
     if isinstance(model, (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
         raise OptionError(
-            f"The {role} is wrapped in {type(model).__name__}. Pass the model itself: what several processes or devices need is "
-            "done here. Launch one process a GPU, with `accelerate launch` or `torchrun`."
+            f"The {role} is wrapped in {type(model).__name__}. Pass the model itself: what several processes or devices need "
+            "is done here. Launch one process a GPU, with `accelerate launch` or `torchrun`."
         )
 
 
@@ -79,19 +77,13 @@ def check_trainable(student: nn.Module) -> None:
         OptionError: all of its parameters are frozen; or `torch.nn.utils.parametrize` has renamed some, which its stock
             class does not know.
     """
-    parametrized = [name for name, module in student.named_modules() if nn.utils.parametrize.is_parametrized(module)]
-    if parametrized:
-        base = without_adapter(student)
-        with torch.device("meta"):
-            stock = type(base)(copy.deepcopy(base.config))
-        known = {name for name, module in stock.named_modules() if nn.utils.parametrize.is_parametrized(module)}
-        added = [name for name in parametrized if not name.endswith(tuple(known))] if known else parametrized
-        if added:
-            raise OptionError(
-                f"{len(added)} layers of the student are parametrized (weight_norm, spectral_norm, ...), such as {added[0]}: "
-                f"its files would not load as a {type(base).__name__}. Call "
-                "torch.nn.utils.parametrize.remove_parametrizations on them first."
-            )
+    added = parametrized_layers(student)
+    if added:
+        raise OptionError(
+            f"{len(added)} layers of the student are parametrized (weight_norm, spectral_norm, ...), such as {added[0]}: its "
+            f"files would not load as a {type(without_adapter(student)).__name__}. Call "
+            "torch.nn.utils.parametrize.remove_parametrizations on them first."
+        )
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise OptionError(
             "No parameter of the student is trainable: all have requires_grad=False. Unfreeze some with requires_grad_(True), "

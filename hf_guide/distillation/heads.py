@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_guide.distillation.adapters import active_module, is_plain_linear, stock_module
+from hf_guide.adapters import active_module, is_plain_linear, stock_module
 from hf_guide.distillation.chunks import ChunkedLoss, Walk, dtype_of_linear
 from hf_guide.distillation.logit_transforms import logit_transforms
 from hf_guide.distillation.tasks import without_adapter

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_guide.distillation.adapters import has_adapter
+from hf_guide.adapters import has_adapter
 from hf_guide.errors import OptionError
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.capture.reading import Capture
@@ -27,6 +28,7 @@ def make_student(
 
     Raises:
         OptionError: there is no single teacher to make it out of.
+        TeacherError: the teacher has an adapter, or cannot be read.
     """
     # Only here: distillation works without initialization.
     from hf_guide.initialization.choices import Method
@@ -42,7 +44,7 @@ def make_student(
     source = chosen.pop("teacher", teacher)
     if isinstance(source, Capture):
         source = source.teacher_source()
-    if not isinstance(source, (str, os.PathLike, PreTrainedModel)):
+    if not isinstance(source, (str, os.PathLike, nn.Module)):
         raise OptionError(
             f"A student is made out of one teacher, a Hub id, a folder or a model; found {type(source).__name__}. Name it "
             "with 'teacher' among the student's arguments, or pass a model."
@@ -50,7 +52,7 @@ def make_student(
     calibrated = InitializationConfig.parse(chosen.get("method", "guide")).method == Method.CALIBRATED
     if calibrated and "calibration_dataset" not in chosen and _has_token_ids(train_dataset):
         chosen["calibration_dataset"] = train_dataset
-    return from_teacher(source, **(where | chosen))
+    return from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it says what is wrong with another module
 
 
 def _has_token_ids(dataset: Any) -> bool:

@@ -106,7 +106,8 @@ class DistillationTrainer(ResumableTrainer):
         student: Any = model
         if isinstance(model, (PreTrainedConfig, Mapping)):
             student = make_student(model, source, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
-        check_apart(student, source if isinstance(source, (list, tuple)) else [source])  # before PEFT changes it in place
+        # PEFT changes the student in place, so this comes first.
+        check_apart(student, source if isinstance(source, (list, tuple)) else [source])
         if peft_config is not None:
             student, model_init = adapted(student, model_init, peft_config)
         self._unwrapped: tuple[Any, Any] | None = None
@@ -484,8 +485,8 @@ class DistillationTrainer(ResumableTrainer):
         student = self._bare(self.model)
         if is_sharded(self.accelerator):
             raise OptionError(
-                "The student's weights are spread over processes, and cannot be merged here. Save the adapter with save_model, "
-                "and merge it in one process: PeftModel.from_pretrained(base, folder).merge_and_unload()."
+                "The student's weights are spread over processes, and cannot be merged here. Save the adapter with "
+                "save_model, and merge it in one process: PeftModel.from_pretrained(base, folder).merge_and_unload()."
             )
         if not self.args.should_save:
             return

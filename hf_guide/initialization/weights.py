@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from hf_guide.adapters import has_adapter, parametrized_layers
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.checkpoints import CheckpointWeights, find_safetensors, model_tensors, read_headers
 from hf_guide.initialization.model_classes import meta_model, model_classes, read_config, without_quantisation
@@ -281,10 +282,19 @@ def _quantised(model: PreTrainedModel) -> bool:
 
 
 def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teacher:
-    if hasattr(model, "merge_and_unload") or getattr(model, "_hf_peft_config_loaded", False):
-        raise TeacherError("The teacher carries an adapter. Pass what its `merge_and_unload()` returns.")
+    if has_adapter(model):
+        raise TeacherError(
+            "The teacher carries an adapter, or is the base model of one. Pass what the PeftModel's `merge_and_unload()` "
+            "returns, or the base model's folder or Hub id."
+        )
     if not isinstance(model, PreTrainedModel):
         raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: unwrap it first.")
+    added = parametrized_layers(model)
+    if added:
+        raise TeacherError(
+            f"{len(added)} layers of the teacher are parametrized (weight_norm, spectral_norm, ...), such as {added[0]}, and "
+            "have no weights by their stock names. Call torch.nn.utils.parametrize.remove_parametrizations on them first."
+        )
     return _from_model(model, config or model.config, model.config._name_or_path or type(model).__name__, None)
 
 

@@ -1,9 +1,10 @@
-"""The layers that PEFT puts in the place of a model's own, and what of them is computed.
+"""The layers that PEFT and torch put in the place of a model's own, and what of them is computed.
 
-Does: recognise PEFT's layers, and find the stock layer inside one, or the copy that it trains in its place.
+Does: recognise such layers, and find the stock layer inside one, or the copy that is trained in its place.
 Does not: import PEFT (a model can only hold its layers once it is imported), or change a model.
 """
 
+import copy
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,24 +13,21 @@ import torch
 from torch import nn
 
 
-def adapter_layer_types() -> tuple[type, ...]:
-    """Return the base classes of PEFT's layers; empty as long as PEFT is not imported."""
+def is_adapter_layer(module: Any) -> bool:
+    """Return whether a module is one that PEFT puts around a layer: of LoRA and its kin, or of `modules_to_save`."""
     if "peft" not in sys.modules:
-        return ()
+        return False
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    return (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the outermost PEFT layers of a model with their names: none of what such a layer is made of."""
-    kinds = adapter_layer_types()
-    if not kinds:
-        return
     prefixes: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if isinstance(module, kinds) and not name.startswith(prefixes or "\0"):
+        if is_adapter_layer(module) and not name.startswith(prefixes):
             prefixes += (f"{name}.",)
             yield name, module
 
@@ -41,7 +39,7 @@ def has_adapter(model: Any) -> bool:
 
 def stock_module(module: Any) -> Any:
     """Return the layer of the model's own that PEFT wrapped, or the layer itself."""
-    while isinstance(module, adapter_layer_types()):
+    while is_adapter_layer(module):
         module = module.base_layer if hasattr(module, "base_layer") else module.original_module
     return module
 
@@ -49,7 +47,7 @@ def stock_module(module: Any) -> Any:
 def active_module(module: Any) -> Any:
     """Return what a layer's forward calls: of `modules_to_save` the active copy, of any other layer the layer itself."""
     copies = getattr(module, "modules_to_save", None)
-    if not isinstance(module, adapter_layer_types()) or copies is None:
+    if not is_adapter_layer(module) or copies is None:
         return module
     if module.disable_adapters or not module.active_adapters:
         return module.original_module
@@ -70,7 +68,7 @@ def called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         known.add(module)
         yield name, module
-        if not isinstance(module, adapter_layer_types()):
+        if not is_adapter_layer(module):
             prefix = f"{name}." if name else ""
             children = [(prefix + key, active_module(child)) for key, child in module.named_children()]
             pending += reversed(children)
@@ -95,3 +93,21 @@ def is_plain_linear(module: Any) -> bool:
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
     return not nn.utils.parametrize.is_parametrized(module) and type(module.weight.data) is torch.Tensor
+
+
+def parametrized_layers(model: Any) -> list[str]:
+    """Return the names of the layers that `torch.nn.utils.parametrize` has changed, and that are plain in the stock class.
+
+    Some families have such layers themselves (wav2vec 2.0).
+    """
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = _parametrized(model)
+    if not found:
+        return []
+    with torch.device("meta"):
+        stock = tuple(_parametrized(type(bare)(copy.deepcopy(bare.config))))
+    return [name for name in found if not name.endswith(stock)] if stock else found
+
+
+def _parametrized(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if nn.utils.parametrize.is_parametrized(module)]
