@@ -17,6 +17,7 @@ from hf_guide.calibration.checkpoint import check_calibration_dir, describe_call
 from hf_guide.calibration.run import chosen_layers, initialize_calibrated, listen
 from hf_guide.errors import OptionError, ShapeError
 from hf_guide.initialization.choices import Method
+from hf_guide.initialization.depth import depth_notes
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.methods import initialize, seeded
 from hf_guide.initialization.options import InitializationConfig
@@ -200,6 +201,8 @@ def from_teacher(
     report.options = dataclasses.asdict(options)
     report.approximations += [*lost, *resolved.approximations]
     report.notes += resolved.notes
+    if layout is not None:
+        report.approximations += depth_notes(layout, opened, student_config, report.blocks)
     attach_report(student, report)
     carry_generation_config(student, teacher, revision=revision, **hub)
     return student.eval()

@@ -12,8 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 import hf_guide
 from hf_guide.cli import build_parser
 from hf_guide.initialization import layouts
-from hf_guide.initialization.certify import certify, move_from_defaults
-from hf_guide.initialization.twins import build_twin, tiny_twin
+from hf_guide.initialization.certify import certify
+from hf_guide.initialization.twins import build_twin, move_from_defaults, tiny_twin
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 

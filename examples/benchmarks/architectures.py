@@ -21,10 +21,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_guide.errors import HfGuideError
-from hf_guide.initialization.certify import move_from_defaults, relative_error
+from hf_guide.initialization.certify import relative_error
 from hf_guide.initialization.derive import layout_for
 from hf_guide.initialization.layouts import registered_layouts
-from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, tiny_twin
+from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, move_from_defaults, tiny_twin
 from hf_guide.students import from_teacher
 
 

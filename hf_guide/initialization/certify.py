@@ -1,7 +1,8 @@
 """The laws as a judge: does a layout hold on a tiny model of its family?
 
 Turning the residual stream by a random rotation must leave the function as it is (SliceGPT's invariance,
-arXiv 2401.15024), and so must dropping heads and neurons that write nothing.
+arXiv 2401.15024), and so must dropping heads and neurons that write nothing. Without one of its blocks it must be the
+teacher in which that block is bypassed; a layout that fails there alone still serves a narrower student of the same depth.
 """
 
 import copy
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.errors import HfGuideError, ShapeError
 from hf_guide.initialization.axes import Name, Selection, axis_names
+from hf_guide.initialization.depth import without_one_block
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import initialize
 from hf_guide.initialization.options import InitializationConfig
@@ -27,11 +29,12 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a layout passed, the largest relative error seen, and what failed."""
+    """Whether a layout passed, the largest relative error seen, and what failed; `depth` is why no block may be dropped."""
 
     passed: bool
     error: float
     reason: str = ""
+    depth: str = ""
 
 
 def certify(layout: Layout, twin: PreTrainedModel) -> Verdict:
@@ -60,7 +63,7 @@ def certify(layout: Layout, twin: PreTrainedModel) -> Verdict:
             )
     except HfGuideError as error:
         return Verdict(False, math.inf, str(error).rstrip("."))
-    return Verdict(True, max(turned, dropped))
+    return Verdict(True, max(turned, dropped), depth=without_one_block(layout, twin))
 
 
 def rotation_error(layout: Layout, twin: PreTrainedModel, width: int) -> float:
@@ -111,20 +114,6 @@ def dead_places_error(layout: Layout, twin: PreTrainedModel) -> float:
         return relative_error(student, teacher)
     except TWIN_ERRORS as error:
         raise ShapeError(f"a twin with fewer heads and neurons cannot run: {type(error).__name__}: {error}") from error
-
-
-def move_from_defaults(model: PreTrainedModel, seed: int) -> None:
-    """Draw every floating parameter anew, so that a law that holds holds not by chance: gains around 1, the rest around 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if not tensor.is_floating_point():
-                continue
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            if tensor.ndim < 2:
-                tensor.add_(0.2 * noise.clamp(-2, 2))
-            else:
-                tensor.copy_(noise if "embed" in name else noise / math.sqrt(tensor.shape[-1]))
 
 
 def random_rotation(width: int, *, keep_mean: bool, seed: int = 2) -> Tensor:

@@ -17,10 +17,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide.errors import LayoutError
 from hf_guide.initialization.axes import Name, axis_names, axis_size, parse_axes
-from hf_guide.initialization.certify import Verdict, certify, move_from_defaults
-from hf_guide.initialization.layouts import Layout, Row, config_sizes, registered_layouts, variant_for
+from hf_guide.initialization.certify import Verdict, certify
+from hf_guide.initialization.layouts import (
+    BlockScale,
+    BlockTransfer,
+    BlockValue,
+    Layout,
+    Row,
+    block_rules,
+    config_sizes,
+    registered_layouts,
+    variant_for,
+)
 from hf_guide.initialization.planning import canonical
-from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, tiny_twin
+from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, move_from_defaults, tiny_twin
 
 WIDER = 80
 """The second width of the probe; the first is the twin's, 64. Both are multiples of the twin's heads."""
@@ -73,6 +83,42 @@ def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
         return blocks_only_layout(config, model_class, str(error))
 
 
+def with_block_rules(layout: Layout, config: PreTrainedConfig) -> Layout:
+    """Return a derived layout with what is registered of its family's blocks, and of those of its nested configs."""
+    scales, values = dict(layout.block_scale), dict(layout.block_value)
+    parts = {"": config} | {
+        name: part for name in config.sub_configs if isinstance(part := getattr(config, name, None), PreTrainedConfig)
+    }
+    for name, part in parts.items():
+        rules = block_rules(part.model_type)
+        if rules is None:
+            continue
+        for row in layout.rows:
+            module = "." + row.pattern.removesuffix(".weight").removesuffix(".bias")
+            for key, scale in rules.scale.items():
+                if module.endswith("." + key):
+                    scales[row.pattern] = _of_part(scale, name)
+            for key, value in rules.value.items():
+                if module.endswith("." + key):
+                    values[row.pattern] = _value_of_part(value, name)
+    return dataclasses.replace(layout, block_scale=scales, block_value=values)
+
+
+def _of_part(scale: BlockScale, name: str) -> BlockScale:
+    return (lambda config, block: scale(getattr(config, name), block)) if name else scale
+
+
+def _value_of_part(value: BlockValue, name: str) -> BlockValue:
+    def of_part(tensor: Tensor, moved: BlockTransfer) -> Tensor:
+        configs = {
+            key: getattr(config, name)
+            for key, config in (("teacher_config", moved.teacher_config), ("student_config", moved.student_config))
+        }
+        return value(tensor, dataclasses.replace(moved, **configs))
+
+    return of_part if name else value
+
+
 def derive_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
     """Return a certified layout for an unregistered family.
 
@@ -105,9 +151,12 @@ def derive_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
             layout = Layout(
                 family, freeze(rows if fold else unfold(rows), frozen), norm=norm or "rms", norm_offset=offset or 0.0
             )
+            layout = with_block_rules(layout, config)
             verdict = certify(layout, twin)
             if verdict.passed:
-                _derived[key] = dataclasses.replace(layout, exactness=_exactness(layout, verdict))
+                _derived[key] = dataclasses.replace(
+                    layout, exactness=_exactness(layout, verdict), fixed_depth=verdict.depth
+                )
                 return _derived[key]
             refusal = verdict.reason
     raise LayoutError(f"No layout is known for {family!r}, and none could be derived with certainty: {refusal}.")
@@ -121,7 +170,8 @@ def _exactness(layout: Layout, verdict: Verdict) -> str:
         if row.kind == "norm" and row.axes[-1] == Name("embed") and row.pattern.removesuffix(".weight") not in read
     ]
     told = "exact" if not stream else f"exact but for {len(stream)} kinds of norms, whose gains become diagonals"
-    return f"derived: {told} (certified to {verdict.error:.0e})"
+    depth = "; its depth is fixed" if verdict.depth else ""
+    return f"derived: {told} (certified to {verdict.error:.0e}){depth}"
 
 
 def find_width_multiplier(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
@@ -364,4 +414,5 @@ def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedMod
     for name, tensor in model.state_dict().items():
         pattern = with_placeholders(canonical(name, model.base_model_prefix))
         rows.setdefault(pattern, Row(pattern, tuple(Name(f"fixed{number}") for number in range(tensor.ndim))))
-    return Layout(config.model_type, tuple(rows.values()), exactness=f"blocks only, at full width: {reason}")
+    layout = Layout(config.model_type, tuple(rows.values()), exactness=f"blocks only, at full width: {reason}")
+    return with_block_rules(layout, config)

@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import LayoutError, did_you_mean
@@ -36,6 +37,27 @@ FIXED_AXES = ("channels", "kernel", "buckets", "groups", "patches", "one")
 
 PREFIX_AXES = ("positions", "token_types")
 """Axes of which a shorter student keeps the first places."""
+
+BlockScale = Callable[[PreTrainedConfig, int], float]
+"""What a model multiplies something with in one block: a function of its config and of the block's index."""
+
+
+@dataclass(frozen=True)
+class BlockTransfer:
+    """One block's transfer: both configs and block indices, and how the teacher's tensors of that block are read.
+
+    `read` takes a name relative to the block, such as "self_attn.lambda_k1".
+    """
+
+    teacher_config: PreTrainedConfig
+    teacher_block: int
+    student_config: PreTrainedConfig
+    student_block: int
+    read: Callable[[str], Tensor]
+
+
+BlockValue = Callable[[Tensor, BlockTransfer], Tensor]
+"""What becomes of a transferred parameter in another block than the teacher's, where one factor does not do."""
 
 LENGTHS = ("vocab", "filters", *FIXED_AXES, *PREFIX_AXES)
 """Axes along which a table is long; its other axes are projected."""
@@ -99,6 +121,10 @@ class Layout:
     alike: tuple[tuple[str, str, str], ...] = ()
     exactness: str = "exact"
     block_fields: Mapping[str, str] = field(default_factory=dict)
+    block_scale: Mapping[str, BlockScale] = field(default_factory=dict)
+    block_attention_scale: BlockScale | None = None
+    block_value: Mapping[str, BlockValue] = field(default_factory=dict)
+    fixed_depth: str = ""
 
     def find(self, name: str) -> Match | None:
         """Return what the layout says of parameter `name` (relative to the base model), or None.
@@ -203,6 +229,9 @@ def register_layout(
     alike: tuple[tuple[str, str, str], ...] | None = None,
     exactness: str | None = None,
     block_fields: Mapping[str, str] | None = None,
+    block_scale: Mapping[str, BlockScale] | None = None,
+    block_attention_scale: BlockScale | None = None,
+    block_value: Mapping[str, BlockValue] | None = None,
 ) -> Layout:
     """Register what the axes of a family's parameters mean, and return the layout.
 
@@ -229,6 +258,11 @@ def register_layout(
             "after" (of blocks whose output is used), "state_numbers" (of hidden states, 0 being the input), "first" or "last"
             (how many blocks at the start or the end differ), "end" (the number of the last that differs), or "none"; followed
             by the path of the depth where it is not the same config's, as in {"layers_used": "after vision_config.depth"}.
+        block_scale: row -> what the model multiplies this row's output with in a block, by the config and the block's
+            index. A block that moves, or whose model gets shallower, then has the ratio in its weights.
+        block_attention_scale: the same for the products of queries and keys; the ratio goes into the queries.
+        block_value: row -> a function of the transferred tensor and a `BlockTransfer` that returns the student's, for what
+            depends on the block's index other than by a factor.
 
     Raises:
         LayoutError: a family that is registered already, an unknown `like`, or a row that does not parse.
@@ -238,7 +272,8 @@ def register_layout(
         raise LayoutError(f"A layout for {family!r} is registered already; pass overwrite=True to replace it.")
     if like is not None and like not in _LAYOUTS:
         raise LayoutError(f"No layout is registered for like={like!r}.{did_you_mean(like, _LAYOUTS)}")
-    base = _LAYOUTS[like] if like else Layout(family, ())
+    rules = _BLOCK_RULES.get(family, BlockRules({}, {}))
+    base = _LAYOUTS[like] if like else Layout(family, (), block_scale=rules.scale, block_value=rules.value)
     own = parse_rows(rows)
     replaced = {row.pattern for row in own}
 
@@ -259,9 +294,40 @@ def register_layout(
         base.alike if alike is None else alike,
         exactness or base.exactness,
         block_fields={**base.block_fields, **(block_fields or {})},
+        block_scale=base.block_scale if block_scale is None else block_scale,
+        block_attention_scale=block_attention_scale or base.block_attention_scale,
+        block_value=base.block_value if block_value is None else block_value,
     )
     _LAYOUTS[family] = layout
     return layout
+
+
+@dataclass(frozen=True)
+class BlockRules:
+    """What a family's blocks compute from their index or from the depth; see `register_layout`."""
+
+    scale: Mapping[str, BlockScale]
+    value: Mapping[str, BlockValue]
+
+
+_BLOCK_RULES: dict[str, BlockRules] = {}
+
+
+def register_block_rules(
+    family: str,
+    *,
+    block_scale: Mapping[str, BlockScale] | None = None,
+    block_value: Mapping[str, BlockValue] | None = None,
+) -> None:
+    """Register `block_scale` and `block_value`, as `register_layout` takes them, for a family whose layout is derived."""
+    _BLOCK_RULES[family] = BlockRules(block_scale or {}, block_value or {})
+
+
+def block_rules(family: str) -> BlockRules | None:
+    """Return what is registered of a family's blocks, alone or with its layout."""
+    _load_built_in()
+    layout = _LAYOUTS.get(family)
+    return BlockRules(layout.block_scale, layout.block_value) if layout is not None else _BLOCK_RULES.get(family)
 
 
 def registered_layouts() -> dict[str, Layout]:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from hf_guide.errors import ShapeError
 from hf_guide.initialization.axes import Name, Projection, Selection, apply_selection, contract
+from hf_guide.initialization.layouts import BlockTransfer
 from hf_guide.initialization.norms import norm_bias, norm_value
 from hf_guide.initialization.plan import Site
 from hf_guide.initialization.transfer import Transfer
@@ -12,7 +13,7 @@ from hf_guide.initialization.transfer import Transfer
 
 def parameter_value(transfer: Transfer, site: Site) -> Tensor:
     """Return the student's parameter, in the transfer's dtype or the teacher's own."""
-    result, gain = _value(transfer, site), transfer.plan.options.logit_gain
+    result, gain = _in_its_block(transfer, site, _value(transfer, site)), transfer.plan.options.logit_gain
     row = site.match.row
     if gain == 1.0:
         return result
@@ -25,6 +26,28 @@ def parameter_value(transfer: Transfer, site: Site) -> Tensor:
         transfer.note_step(site, f"logits times {gain:.6g}")
         return _scaled(transfer, result, gain)
     return result
+
+
+def _in_its_block(transfer: Transfer, site: Site, value: Tensor) -> Tensor:
+    """Return a parameter of a block as it must be at the student's block index and depth."""
+    plan, row = transfer.plan, site.match.row
+    factor = plan.block_ratio(site, plan.layout.block_scale.get(row.pattern))
+    if factor != 1.0:
+        transfer.note_step(site, f"times {factor:.6g}: the model scales it by the block's index or by the depth")
+        value = _scaled(transfer, value, factor)
+    change = plan.layout.block_value.get(row.pattern)
+    if change is not None and site.block is not None and site.source is not None:
+        block = plan.teacher_block(site)
+        home = row.pattern.partition("{block}")[0] + str(block)
+
+        def read(name: str) -> Tensor:
+            return plan.read(f"{home}.{name}")
+
+        changed = change(value, BlockTransfer(plan.teacher.config, block, plan.student_config, site.block, read))
+        if changed is not value:
+            transfer.note_step(site, "changed for the block's index: see block_value of the layout")
+        return changed
+    return value
 
 
 def _value(transfer: Transfer, site: Site) -> Tensor:

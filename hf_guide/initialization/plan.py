@@ -23,7 +23,15 @@ from hf_guide.initialization.axes import (
     solve_sizes,
 )
 from hf_guide.initialization.choices import LaterBlocks
-from hf_guide.initialization.layouts import FIXED_AXES, PREFIX_AXES, Layout, Match, config_sizes, rotary_size
+from hf_guide.initialization.layouts import (
+    FIXED_AXES,
+    PREFIX_AXES,
+    BlockScale,
+    Layout,
+    Match,
+    config_sizes,
+    rotary_size,
+)
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.selection import alibi_places, even_places, rope_places
 from hf_guide.initialization.weights import Teacher
@@ -187,7 +195,9 @@ class Plan:
                         f"{teacher[str(axis)]}: they must agree."
                     )
                 found.append(self._kept_or(places, teacher[str(axis)]))
-            elif all(teacher[name] == student[name] for name in axis_names(axis)):
+            elif all(teacher[name] == student[name] for name in axis_names(axis)) and not (
+                self._holds_queries(site, axis) and self.block_attention_ratio(site) != 1.0
+            ):
                 found.append(Identity())
             else:
                 for pair in (name for name in self.units.get(site.name, ()) if " " in name):
@@ -206,8 +216,9 @@ class Plan:
         self, site: Site, name: str, teacher: Mapping[str, int], student: Mapping[str, int]
     ) -> tuple[Tensor, Tensor]:
         units = self.units.get(site.name, {}).get(name)
+        of_block = self.block_attention_ratio(site) if self._holds_queries(site, Name(name)) else 1.0
         if units is not None:
-            return units, torch.ones(len(units), dtype=torch.float64)
+            return units, torch.full((len(units),), of_block, dtype=torch.float64)
         had, wanted = teacher[name], student[name]
         what = READABLE.get(name, name)
         if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:
@@ -223,7 +234,7 @@ class Plan:
                 f"{site.name}: the student's {what} is {wanted}, the teacher's {had}: a student starts inside its teacher, so "
                 f"choose 1 to {had}."
             )
-        factor = 1.0
+        factor = of_block
         if name in PREFIX_AXES:
             places = list(range(wanted))
         elif name.endswith(("q_dim", "k_dim")):
@@ -240,7 +251,7 @@ class Plan:
                 and self.options.projects
                 and self.options.restore_logit_scale
             ):
-                factor = (
+                factor *= (
                     had
                     / wanted
                     * self.attention_scale(self.teacher.config, had)
@@ -256,6 +267,28 @@ class Plan:
         """Return what a model multiplies the products of queries and keys with."""
         scale = self.layout.attention_scale
         return float(scale(config)) if scale is not None else head_dim**-0.5
+
+    def teacher_block(self, site: Site) -> int:
+        """Return the index of the teacher's block that feeds the block in which `site` stands."""
+        assert site.block is not None
+        stack = site.match.row.pattern.partition("{block}")[0] + "{block}"
+        return self.stacks[stack][site.block] if stack in self.stacks else site.block
+
+    def block_attention_ratio(self, site: Site) -> float:
+        """Return what queries are multiplied with because their block has another index, or their model another depth."""
+        return self.block_ratio(site, self.layout.block_attention_scale)
+
+    def block_ratio(self, site: Site, scale: BlockScale | None) -> float:
+        """Return what the teacher's block multiplies with, by `scale`, over what the student's does at its index."""
+        if scale is None or site.block is None or site.source is None:
+            return 1.0
+        return scale(self.teacher.config, self.teacher_block(site)) / scale(self.student_config, site.block)
+
+    def _holds_queries(self, site: Site, axis: Axis) -> bool:
+        """Whether an axis holds the queries that carry the attention's scale: a norm's, or else a weight's."""
+        if not any(name.endswith("q_dim") for name in axis_names(axis)):
+            return False
+        return site.match.row.kind == "norm" or not self._has_query_norm(site)
 
     def _has_query_norm(self, site: Site) -> bool:
         """Whether a learned norm stands between this query weight and the logits, which then carries their scale."""

@@ -1,7 +1,7 @@
 """`make_plan`: from two models' names and shapes alone, so that what cannot work is refused before any weight is read."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,44 @@ def student_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str
     return tensors, shared
 
 
+def _stack_of(match: Match, placeholder: str) -> str:
+    return match.row.pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
+
+
+def parameters_by_block(layout: Layout, names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+    """Return the kinds of parameters (row and suffix) that each block of each stack has, from canonical names."""
+    found: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        match = layout.find(name)
+        if match is not None and "block" in match.numbers:
+            blocks = found.setdefault(_stack_of(match, "block"), {})
+            blocks.setdefault(int(match.numbers["block"]), set()).add(match.row.pattern + match.suffix)
+    return found
+
+
+def refuse_surplus(
+    layout: Layout, stacks: Mapping[str, Sequence[int]], teacher_names: Iterable[str], student_names: Iterable[str]
+) -> None:
+    """Refuse blocks with a parameter that the student has in other blocks, but not where the block is to stand.
+
+    What the student has in no block does not count: a switch of its config, which the report names.
+
+    Raises:
+        ShapeError: names the stack, the block, its position and the first such parameter.
+    """
+    teacher, student = parameters_by_block(layout, teacher_names), parameters_by_block(layout, student_names)
+    for stack, positions in student.items():
+        known = set().union(*positions.values())
+        for position, block in enumerate(stacks.get(stack, ())):
+            surplus = sorted((teacher[stack].get(block, set()) - positions.get(position, set())) & known)
+            if surplus:
+                raise ShapeError(
+                    f"The teacher's block {block} of {stack.removesuffix('.{block}')!r} cannot feed the student's block "
+                    f"{position}: it has {surplus[0]!r}, for which the student's has no place: blocks of another kind. "
+                    "Choose blocks of the same kinds with layers=[...], or leave per-block lists to the teacher's config."
+                )
+
+
 def stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
     """Return how many blocks (or listed modules) stand in each stack, by the text before the placeholder."""
     sizes: dict[str, int] = {}
@@ -66,7 +104,7 @@ def stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
         if found is None:
             continue
         for placeholder, number in found.numbers.items():
-            stack = found.row.pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
+            stack = _stack_of(found, placeholder)
             sizes[stack] = max(sizes.get(stack, 0), int(number) + 1)
     return sizes
 
@@ -129,6 +167,12 @@ def make_plan(
     sources = _shared_sources(teacher.config, had)
     borrowed: dict[str, str] = {}
     known_somewhere = {found.row.pattern + found.suffix for name in teacher_names if (found := layout.find(name))}
+    refuse_surplus(layout, stacks, teacher_names, [*student_names, *shared_names])
+    if layout.fixed_depth and (changed := [stack for stack, count in wanted.items() if count < had.get(stack, 0)]):
+        raise ShapeError(
+            f"The student has fewer blocks in {changed[0].removesuffix('.{block}')!r} than its teacher, but "
+            f"{layout.fixed_depth}. Keep the teacher's depth, or choose method='random'."
+        )
     sites: dict[str, Site] = {}
     random: list[str] = []
     for name, actual in student_names.items():
@@ -149,13 +193,13 @@ def make_plan(
             random.append(actual)  # a head of one name that reads something else there
             continue
         if source not in teacher_names:
-            elsewhere = match.row.pattern + match.suffix in known_somewhere
-            if elsewhere and block is not None:
+            elsewhere = block is not None and match.row.pattern + match.suffix in known_somewhere
+            if elsewhere and not match.is_bias:
                 raise ShapeError(
                     f"{actual}: the teacher's block that feeds it has no {source!r}: blocks of another kind. "
                     "Choose blocks of the same kinds with layers=[...], or leave per-block lists to the teacher's config."
                 )
-            if not (match.is_bias and match.row.reads):
+            if not (match.is_bias and (match.row.reads or elsewhere)):  # a bias that a block lacks is zero there
                 random.append(actual)
                 continue
         source_shape = teacher.weights.shape(teacher_names[source]) if source in teacher_names else None
@@ -193,10 +237,14 @@ def make_plan(
     kinds = {
         found.row.pattern + found.suffix for name in [*student_names, *shared_names] if (found := layout.find(name))
     }
+    feeding = {(stack, str(block)) for stack, blocks in stacks.items() for block in blocks}
     lost += dict.fromkeys(
         f"{found.row.pattern}{found.suffix} of every block"
         for name in teacher_names
-        if (found := layout.find(name)) and "block" in found.numbers and found.row.pattern + found.suffix not in kinds
+        if (found := layout.find(name))
+        and "block" in found.numbers
+        and found.row.pattern + found.suffix not in kinds
+        and (_stack_of(found, "block"), found.numbers["block"]) in feeding
     )
     plan = Plan(
         layout,
@@ -259,7 +307,7 @@ def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, in
     pattern, block = match.row.pattern, None
     source = pattern
     for placeholder, number in match.numbers.items():
-        stack = pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
+        stack = _stack_of(match, placeholder)
         fed = stacks[stack][int(number)] if stack in stacks else int(number)
         source = source.replace("{" + placeholder + "}", str(fed))
         if placeholder == "block":

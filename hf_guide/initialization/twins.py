@@ -1,6 +1,7 @@
 """Tiny twins: a config of the same family and the same switches, small enough to try a law on in a second."""
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -120,10 +121,18 @@ TWIN_ERRORS = (
 """What a family may raise that refuses a twin's sizes: then nothing is certain, and only that is concluded."""
 
 
-def tiny_twin(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
+DEPTHS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers"),
+    *("num_encoder_layers", "num_decoder_layers"),
+)
+"""What configs call the number of blocks in a stack."""
+
+
+def tiny_twin(config: PreTrainedConfig, *, keep_depth: bool = False, **sizes: Any) -> PreTrainedConfig:
     """Return a config of the same class and switches with `TINY_SIZES` (and `sizes`) for its sizes.
 
-    Lists with an entry per block are cut to the twin's blocks; nested configs are shrunk likewise.
+    Lists with an entry per block are cut to the twin's blocks; nested configs are shrunk likewise. With `keep_depth` the twin
+    has as many blocks in each stack as `config`, and all such lists are kept whole.
 
     Raises:
         whatever the family's config raises for a shape that it refuses.
@@ -132,7 +141,7 @@ def tiny_twin(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
     wanted = TINY_SIZES | sizes
     if "qk_rope_head_dim" in stated:  # there the rotary embedding takes head_dim for its own size
         wanted = wanted | {"head_dim": wanted["qk_rope_head_dim"]}
-    kept = _kept_blocks(stated, wanted["num_hidden_layers"])
+    kept = [*range(_blocks(stated) or 0)] if keep_depth else _kept_blocks(stated, wanted["num_hidden_layers"])
     tiny: dict[str, Any] = {}
     for key, value in stated.items():
         if key in (
@@ -146,7 +155,9 @@ def tiny_twin(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
         ):
             continue
         if isinstance(value, dict) and key in config.sub_configs:
-            tiny[key] = tiny_twin(getattr(config, key), **sizes)
+            tiny[key] = tiny_twin(getattr(config, key), keep_depth=keep_depth, **sizes)
+        elif keep_depth and key in DEPTHS:
+            tiny[key] = value
         elif isinstance(value, list) and value and len(value) == _blocks(stated):
             tiny[key] = copy.deepcopy([value[block] for block in kept])
         elif key in _BLOCK_COUNTS and isinstance(value, int):
@@ -198,3 +209,17 @@ def build_twin(model_class: type[PreTrainedModel], config: PreTrainedConfig, see
     model.set_attn_implementation("eager")
     model.set_experts_implementation("eager")  # the grouped kernels know no float64
     return model.eval()
+
+
+def move_from_defaults(model: PreTrainedModel, seed: int) -> None:
+    """Draw every floating parameter anew, so that a law that holds holds not by chance: gains around 1, the rest around 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not tensor.is_floating_point():
+                continue
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            if tensor.ndim < 2:
+                tensor.add_(0.2 * noise.clamp(-2, 2))
+            else:
+                tensor.copy_(noise if "embed" in name else noise / math.sqrt(tensor.shape[-1]))

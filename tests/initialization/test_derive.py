@@ -9,10 +9,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide import LayoutError, ShapeError, from_teacher
 from hf_guide.initialization.axes import axis_names, parse_axes
-from hf_guide.initialization.certify import certify, move_from_defaults, random_rotation, relative_error
+from hf_guide.initialization.certify import certify, random_rotation, relative_error
 from hf_guide.initialization.derive import derive_layout, layout_for
 from hf_guide.initialization.layouts import Layout, registered_layouts
-from hf_guide.initialization.twins import build_twin, tiny_twin
+from hf_guide.initialization.twins import build_twin, move_from_defaults, tiny_twin
 from tests.invariants.lifting import lift, shake
 
 

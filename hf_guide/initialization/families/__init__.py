@@ -2,6 +2,7 @@
 
 from hf_guide.initialization.families import (
     decoders,
+    depth_rules,
     encoder_decoders,
     encoders,
     gpt_decoders,
@@ -10,4 +11,13 @@ from hf_guide.initialization.families import (
     vision,
 )
 
-__all__ = ["decoders", "encoder_decoders", "encoders", "gpt_decoders", "layer_norm_decoders", "mixtures", "vision"]
+__all__ = [
+    "decoders",
+    "depth_rules",
+    "encoder_decoders",
+    "encoders",
+    "gpt_decoders",
+    "layer_norm_decoders",
+    "mixtures",
+    "vision",
+]

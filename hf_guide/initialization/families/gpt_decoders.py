@@ -6,6 +6,12 @@ from hf_guide.initialization.layouts import register_layout
 
 ON_STREAM = "the gains of {} become diagonals: logits off by {} on a turned stream, gains being 1 +- 0.3"
 
+
+def _inverse_index(config: PreTrainedConfig, block: int) -> float:
+    """By what GPT-2 may divide a block's attention, so that it is not lost in half precision."""
+    return 1 / (block + 1) if getattr(config, "scale_attn_by_inverse_layer_idx", False) else 1.0
+
+
 register_layout(
     "gpt2",
     """
@@ -25,6 +31,7 @@ register_layout(
     qa_outputs: 2 embed < ln_f
     """,
     norm="layer",
+    block_attention_scale=_inverse_index,
 )
 
 register_layout(

@@ -1,0 +1,328 @@
+"""Whether a student of some of the teacher's blocks is the teacher with its other blocks bypassed: tried on a tiny model.
+
+A block may depend on more than what it is given: on its index, on the depth, on another block's state. None of that shows in
+a layout. So a tiny model of the teacher's class, config switches and depth is built with random weights, a student is made
+of it with the same blocks, and both are run: the student as it is, the teacher with hooks that let the other blocks return
+their input.
+"""
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import HfGuideError, ShapeError
+from hf_guide.initialization.layouts import Layout
+from hf_guide.initialization.methods import initialize
+from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.planning import canonical, parameters_by_block
+from hf_guide.initialization.student_blocks import resolve_blocks
+from hf_guide.initialization.twins import DEPTHS, TWIN_ERRORS, build_twin, move_from_defaults, tiny_twin
+from hf_guide.initialization.weights import Teacher, open_teacher
+
+TOLERANCE = 1e-5
+"""Of the largest output: many families compute norms and softmax in float32."""
+
+SMALL_ENOUGH = 2_000_000
+"""Parameters of a model that is tried in its own sizes."""
+
+_OUTPUTS = ("logits", "prediction_logits", "start_logits", "logits_per_image", "last_hidden_state", "pooler_output")
+_tried: dict[tuple[object, ...], list[str]] = {}
+
+
+@dataclass(frozen=True)
+class DepthTest:
+    """What was found by running a student of some blocks next to the bypassed teacher.
+
+    `error` is the largest difference relative to the largest output. `untested` are stacks whose blocks no tried input runs.
+    """
+
+    error: float
+    untested: tuple[str, ...] = ()
+
+
+def depth_notes(
+    layout: Layout, teacher: Teacher, student_config: PreTrainedConfig, blocks: Mapping[str, Sequence[int]]
+) -> list[str]:
+    """Return what is not exact about keeping `blocks` of a teacher, for the report; empty where the test finds nothing.
+
+    Args:
+        layout: the teacher's, by which the student was made.
+        blocks: for each stack, such as "layers", the teacher block that feeds each student block.
+    """
+    config = teacher.config
+    overrides = depth_overrides(config, student_config)
+    if all(list(kept) == sorted(set(kept)) for kept in blocks.values()) and not overrides:
+        return []
+    key = (teacher.model_class, repr(sorted(config.to_dict().items(), key=str)), repr(overrides), repr(blocks))
+    if key not in _tried:
+        note = _try_depth(layout, teacher, overrides, blocks)
+        _tried[key] = [note] if note else []
+    return list(_tried[key])
+
+
+def _try_depth(
+    layout: Layout, teacher: Teacher, overrides: Mapping[str, Any], blocks: Mapping[str, Sequence[int]]
+) -> str:
+    untested = "depth: whether the kept blocks alone compute what they did was not tested: "
+    size = sum(teacher.weights.shape(name).numel() for name in teacher.weights.keys())
+    try:
+        config = copy.deepcopy(teacher.config) if size <= SMALL_ENOUGH else tiny_twin_of_same_depth(teacher.config)
+        size = meta_model(teacher.model_class, config).num_parameters()
+        if size > LARGEST:
+            return f"{untested}a tiny model still has {size} parameters, for the names of its sizes are not known."
+        twin = build_twin(teacher.model_class, config)
+        move_from_defaults(twin, seed=0)
+        found = compare_with_bypassed(layout, twin, overrides, blocks)
+    except HfGuideError as error:
+        return f"{untested}{str(error).rstrip('.')}."
+    except TWIN_ERRORS as error:
+        return f"{untested}a tiny model fails with {type(error).__name__}: {str(error).splitlines()[:1]}."
+    if not found.error <= TOLERANCE:
+        return (
+            f"depth: the blocks of {config.model_type!r} depend on their index, the depth or other blocks in a way that the "
+            f"weights do not carry: in a tiny model, outputs differ by {found.error:.1e} of the largest from the teacher with "
+            "its other blocks bypassed."
+        )
+    if found.untested:
+        return (
+            f"depth: nothing that was tried runs the blocks of {', '.join(found.untested)}, so they were not tested."
+        )
+    return ""
+
+
+def compare_with_bypassed(
+    layout: Layout, twin: PreTrainedModel, overrides: Mapping[str, Any], blocks: Mapping[str, Sequence[int]]
+) -> DepthTest:
+    """Make a student of a tiny model with the depth of `overrides`, and compare it with the bypassed model.
+
+    Raises:
+        HfGuideError: the student cannot be made. What the family raises in a forward pass is passed on.
+    """
+    options = InitializationConfig(layers={stack: list(kept) for stack, kept in blocks.items()})
+    teacher = open_teacher(twin)
+    resolved = resolve_blocks(teacher, layout, None, overrides, options)
+    student = build_twin(type(twin), resolved.config, seed=1)
+    report = initialize(student, teacher, layout, options)
+    kept = report.blocks
+    if {stack: list(each) for stack, each in blocks.items()} != kept:
+        raise ShapeError(f"the tiny model's stacks are {kept}, not {dict(blocks)}")
+    error, untested = 0.0, []
+    ran: set[str] = set()
+    for stack in _in_need_of_a_test(twin, kept):
+        if stack in ran:
+            continue
+        for name in _models_around(twin, stack):
+            ours, theirs = student.get_submodule(name), twin.get_submodule(name)
+            try:
+                expected, entered = _run_bypassed(theirs, twin, kept)
+                if stack not in entered:
+                    continue
+                error = max(error, relative_difference(run_once(ours), expected))
+            except TWIN_ERRORS:
+                if not name:
+                    raise
+                continue
+            ran |= entered
+            break
+        else:
+            untested.append(stack)
+    return DepthTest(error, tuple(untested))
+
+
+def depth_overrides(teacher: PreTrainedConfig, student: PreTrainedConfig) -> dict[str, Any]:
+    """Return the depths that differ, nested as the configs are: {"text_config": {"num_hidden_layers": 12}}."""
+    found: dict[str, Any] = {}
+    for name in DEPTHS:
+        before, after = teacher.__dict__.get(name), student.__dict__.get(name)
+        if isinstance(before, int) and isinstance(after, int) and before != after:
+            found[name] = after
+    for name in teacher.sub_configs:
+        parts = getattr(teacher, name, None), getattr(student, name, None)
+        if isinstance(parts[0], PreTrainedConfig) and isinstance(parts[1], PreTrainedConfig):
+            nested = depth_overrides(parts[0], parts[1])
+            if nested:
+                found[name] = nested
+    return found
+
+
+def without_one_block(layout: Layout, twin: PreTrainedModel) -> str:
+    """Return why a family's blocks cannot be dropped, tried with one block less in each stack; "" where they can.
+
+    Where no block of the tiny model can be left out for other reasons, nothing is known, and the answer is "" as well.
+    """
+    overrides = _one_less(twin.config)
+    sizes = {
+        stack.removesuffix(".{block}"): len(blocks)
+        for stack, blocks in parameters_by_block(
+            layout, (canonical(name, twin.base_model_prefix) for name in twin.state_dict())
+        ).items()
+    }
+    for left_out in (1, 2, 0, 3) if overrides else ():
+        blocks = {
+            stack: [block for block in range(size) if block != left_out] if size > 1 else [0]
+            for stack, size in sizes.items()
+        }
+        try:
+            found = compare_with_bypassed(layout, twin, overrides, blocks)
+        except HfGuideError:
+            continue  # blocks of other kinds, or a stack whose depth has no name
+        except TWIN_ERRORS as error:
+            return f"a tiny model without its block {left_out} cannot run ({type(error).__name__}: {error})"
+        if not found.error <= TOLERANCE:
+            return (
+                f"its blocks depend on their index, the depth or other blocks: without block {left_out}, a tiny model differs "
+                f"by {found.error:.1e} of its largest output from one in which that block is bypassed"
+            )
+        return ""
+    return ""
+
+
+def _one_less(config: PreTrainedConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: config.__dict__[name] - 1 for name in DEPTHS if isinstance(config.__dict__.get(name), int)
+    }
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig) and (nested := _one_less(part)):
+            found[name] = nested
+    return found
+
+
+def _in_need_of_a_test(model: PreTrainedModel, blocks: Mapping[str, Sequence[int]]) -> list[str]:
+    return [stack for stack, kept in blocks.items() if list(kept) != list(range(len(blocks_of(model, stack))))]
+
+
+def blocks_of(model: PreTrainedModel, stack: str) -> list[nn.Module]:
+    """Return the blocks of a stack that is named relative to the base model or to the model.
+
+    Raises:
+        ShapeError: the model has no such modules.
+    """
+    for root in (model.base_model, model):
+        with contextlib.suppress(AttributeError):
+            modules = root.get_submodule(stack)
+            return [child for name, child in modules.named_children() if name.isdigit()]
+    raise ShapeError(f"{type(model).__name__} has no module {stack!r}")
+
+
+def _models_around(model: PreTrainedModel, stack: str) -> list[str]:
+    """Return the names of the models that hold a stack, the whole one ("") first."""
+    blocks = {id(block) for block in blocks_of(model, stack)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and blocks & {id(child) for child in module.modules()}
+    ]
+
+
+def _run_bypassed(
+    model: nn.Module, whole: PreTrainedModel, blocks: Mapping[str, Sequence[int]]
+) -> tuple[Tensor, set[str]]:
+    """Run a model (or a part of `whole`) with only `blocks`; return its output and the stacks whose blocks were run."""
+    entered: set[str] = set()
+    with bypassed(whole, blocks, entered):
+        return run_once(model), entered
+
+
+@contextlib.contextmanager
+def bypassed(
+    model: PreTrainedModel, blocks: Mapping[str, Sequence[int]], entered: "set[str] | None" = None
+) -> Iterator[None]:
+    """Let the blocks that are not among `blocks` return the hidden states they are given, within.
+
+    The stacks whose blocks are run are added to `entered`.
+    """
+
+    def hook(stack: str, kept: bool):
+        def after(module: nn.Module, arguments: tuple, keywords: dict, output: Any) -> Any:
+            if entered is not None:
+                entered.add(stack)
+            if kept:
+                return None
+            nested = isinstance(output, (tuple, list))
+            first = output[0] if nested else output
+            given = keywords.get("hidden_states")
+            if given is None:
+                shape = first.shape
+                given = next(
+                    (
+                        value
+                        for value in (*arguments, *keywords.values())
+                        if isinstance(value, Tensor) and value.shape == shape
+                    ),
+                    None,
+                )
+            if given is None or given.shape != first.shape:
+                raise ShapeError(
+                    f"{type(module).__name__} is given nothing of its output's shape, so it cannot be bypassed"
+                )
+            return type(output)((given, *output[1:])) if nested else given
+
+        return after
+
+    handles = []
+    try:
+        for stack, kept in blocks.items():
+            for index, block in enumerate(blocks_of(model, stack)):
+                handles.append(block.register_forward_hook(hook(stack, index in kept), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_once(model: nn.Module) -> Tensor:
+    """Return what a model computes from a fixed batch of whatever it reads: its first known output."""
+    batch = batch_for(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = model(**batch)
+    for name in _OUTPUTS:
+        if (found := getattr(outputs, name, None)) is not None:
+            return found
+    raise ShapeError(f"{type(model).__name__} has none of the outputs {', '.join(_OUTPUTS)}")
+
+
+def batch_for(model: nn.Module) -> dict[str, Tensor]:
+    """Return two rows of fixed tokens, pixels or sounds, by the names of the arguments that a model's `forward` takes."""
+    config: Any = model.config
+    takes = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 64
+    tokens = torch.randint(3, max(4, min(vocabulary, 60)), (2, 11), generator=generator)
+    batch: dict[str, Tensor] = {}
+    if "input_ids" in takes:
+        batch["input_ids"] = tokens
+    elif "pixel_values" in takes:
+        size = getattr(config, "image_size", None) or 16
+        height, width = (size, size) if isinstance(size, int) else size
+        batch["pixel_values"] = draw(2, getattr(config, "num_channels", 3), height, width)
+    elif "input_features" in takes:
+        bands, frames = getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 10)
+        batch["input_features"] = draw(2, bands, frames)
+    elif "input_values" in takes:
+        batch["input_values"] = draw(2, 4000)
+    elif "inputs_embeds" in takes:
+        batch["inputs_embeds"] = draw(2, 11, config.hidden_size)
+    if "decoder_input_ids" in takes:
+        batch["decoder_input_ids"] = tokens[:, :7]
+    return batch
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value; infinite where other places are finite."""
+    finite = torch.isfinite(expected)
+    if found.shape != expected.shape or not torch.equal(finite, torch.isfinite(found)):
+        return float("inf")
+    return ((found - expected)[finite].abs().max() / expected[finite].abs().max()).item()

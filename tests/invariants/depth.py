@@ -1,0 +1,151 @@
+"""Models of every family for the law of depth: a tiny teacher, what it is fed, and the teacher with blocks bypassed.
+
+Nothing here reads the library's own depth check: blocks are found as modules of the model, and bypassed by forward hooks.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.initialization.twins import build_twin, move_from_defaults, tiny_twin
+
+DEPTH_NAMES = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "depth",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
+OUTPUTS = (
+    "logits",
+    "prediction_logits",
+    "seq_relationship_logits",
+    "start_logits",
+    "last_hidden_state",
+    "logits_per_image",
+)
+VOCABULARY = 90
+
+
+def teacher_for(model_class: type[PreTrainedModel], config: PreTrainedConfig, depth: int = 5) -> PreTrainedModel:
+    """Return a tiny float64 model with `depth` blocks in each stack, its parameters away from their defaults."""
+    sizes = dict.fromkeys(DEPTH_NAMES, depth)
+    model = build_twin(model_class, tiny_twin(config, **sizes))
+    move_from_defaults(model, seed=1)
+    return model
+
+
+def depths(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the overrides, nested as the config is, that name each depth of a config: {"text_config": {"num_layers": 5}}."""
+    stated = config.to_dict()
+    found: dict[str, Any] = {}
+    for name in DEPTH_NAMES:
+        if isinstance(stated.get(name), int) and name not in config.attribute_map:
+            found[name] = stated[name]
+    if "encoder_layers" in found:
+        found.pop("num_hidden_layers", None)
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PreTrainedConfig) and (nested := depths(part)):
+            found[name] = nested
+    return found
+
+
+def cut(depth: Mapping[str, Any], to: int) -> dict[str, Any]:
+    """Return `depth` with every number above `to` lowered to it."""
+    return {name: cut(value, to) if isinstance(value, Mapping) else min(value, to) for name, value in depth.items()}
+
+
+def inputs_for(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a batch that a model of any modality runs on."""
+    generator = torch.Generator().manual_seed(5)
+    config, parameters = model.config, inspect.signature(model.forward).parameters
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def tokens(length: int) -> Tensor:
+        return torch.randint(3, VOCABULARY, (2, length), generator=generator)
+
+    batch: dict[str, Tensor] = {}
+    if "input_ids" in parameters:
+        batch["input_ids"] = tokens(11)
+    vision = getattr(config, "vision_config", config)
+    if "pixel_values" in parameters and "input_ids" not in parameters:
+        size = getattr(vision, "image_size", 16)
+        height, width = (size, size) if isinstance(size, int) else size
+        batch["pixel_values"] = draw(2, getattr(vision, "num_channels", 3), height, width)
+    if "input_features" in parameters and "input_ids" not in parameters:
+        batch["input_features"] = draw(
+            2, getattr(config, "num_mel_bins", 7), 2 * getattr(config, "max_source_positions", 10)
+        )
+    if "input_values" in parameters and "input_ids" not in parameters:
+        batch["input_values"] = draw(2, 4000)
+    if "decoder_input_ids" in parameters:
+        batch["decoder_input_ids"] = tokens(7)
+    return batch
+
+
+@torch.no_grad()
+def outputs_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return what a model makes of a batch, its first known output."""
+    model.set_attn_implementation("eager")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    torch.manual_seed(0)
+    outputs = model(**batch)
+    return next(outputs[name] for name in OUTPUTS if outputs.get(name) is not None)
+
+
+@contextlib.contextmanager
+def bypassed(model: PreTrainedModel, kept: Mapping[str, list[int]]) -> Iterator[None]:
+    """Let every block of the stacks in `kept` that is not kept hand on what it is given, within."""
+
+    def hand_on(module: nn.Module, arguments: tuple, keywords: dict, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        given = [
+            value
+            for value in (*arguments, *keywords.values())
+            if isinstance(value, Tensor) and value.shape == first.shape
+        ]
+        entered = keywords.get("hidden_states", given[0] if given else None)
+        assert entered is not None, f"{type(module).__name__} is given nothing of its output's shape"
+        return (entered, *output[1:]) if isinstance(output, tuple) else entered
+
+    handles = []
+    for stack, blocks in kept.items():
+        modules = stack_of(model, stack)
+        handles += [
+            module.register_forward_hook(hand_on, with_kwargs=True)
+            for number, module in enumerate(modules)
+            if number not in blocks
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stack_of(model: PreTrainedModel, stack: str) -> list[nn.Module]:
+    """Return the blocks of a stack, named relative to the base model or to the model."""
+    for root in (model.base_model, model):
+        with contextlib.suppress(AttributeError):
+            return list(root.get_submodule(stack))
+    raise AssertionError(f"{type(model).__name__} has no {stack}")
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, of the largest expected value."""
+    finite = torch.isfinite(expected)
+    assert torch.equal(finite, torch.isfinite(found))
+    return ((found - expected)[finite].abs().max() / expected[finite].abs().max()).item()
