@@ -20,10 +20,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_guide.errors import HfGuideError, ShapeError
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import initialize
+from hf_guide.initialization.model_classes import meta_model
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.planning import canonical, parameters_by_block
 from hf_guide.initialization.student_blocks import resolve_blocks
-from hf_guide.initialization.twins import DEPTHS, TWIN_ERRORS, build_twin, move_from_defaults, tiny_twin
+from hf_guide.initialization.twins import DEPTHS, TWIN_ERRORS, build_twin, move_from_defaults, tiny_twin_of_same_depth
 from hf_guide.initialization.weights import Teacher, open_teacher
 
 TOLERANCE = 1e-5
@@ -31,6 +32,9 @@ TOLERANCE = 1e-5
 
 SMALL_ENOUGH = 2_000_000
 """Parameters of a model that is tried in its own sizes."""
+
+LARGEST = 50_000_000
+"""Parameters of a model that is tried at all."""
 
 _OUTPUTS = ("logits", "prediction_logits", "start_logits", "logits_per_image", "last_hidden_state", "pooler_output")
 _tried: dict[tuple[object, ...], list[str]] = {}
@@ -245,8 +249,10 @@ def bypassed(
                 entered.add(stack)
             if kept:
                 return None
-            nested = isinstance(output, (tuple, list))
-            first = output[0] if nested else output
+            key = (
+                0 if isinstance(output, (tuple, list)) else next(iter(output)) if isinstance(output, Mapping) else None
+            )
+            first = output if key is None else output[key]
             given = keywords.get("hidden_states")
             if given is None:
                 shape = first.shape
@@ -262,7 +268,9 @@ def bypassed(
                 raise ShapeError(
                     f"{type(module).__name__} is given nothing of its output's shape, so it cannot be bypassed"
                 )
-            return type(output)((given, *output[1:])) if nested else given
+            if isinstance(output, Mapping):
+                return {**output, key: given}
+            return given if key is None else type(output)((given, *output[1:]))
 
         return after
 

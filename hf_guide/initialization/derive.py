@@ -389,6 +389,18 @@ def with_placeholders(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", lambda _: next(names), name)
 
 
+def shared_tables(names: Iterable[str]) -> set[str]:
+    """Return the tables of relative positions that a stack's first block alone holds, and hands on to the others (T5's).
+
+    They stay in the first block, whichever block feeds it.
+    """
+    tables = [name for name in names if re.search(r"relative\w*bias", name)]
+    blocks: dict[str, set[str]] = {}
+    for name in tables:
+        blocks.setdefault(with_placeholders(name), set()).update(re.findall(r"(?<=\.)\d+(?=\.|$)", name)[:1])
+    return {name for name in tables if blocks[with_placeholders(name)] == {"0"}}
+
+
 def freeze(rows: Iterable[Row], names: tuple[str, ...]) -> tuple[Row, ...]:
     """Return `rows` in which an axis that holds one of `names` must keep its length."""
     frozen = []
@@ -411,8 +423,10 @@ def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedMod
     with torch.device("meta"):
         model = model_class._from_config(config)
     rows: dict[str, Row] = {}
-    for name, tensor in model.state_dict().items():
-        pattern = with_placeholders(canonical(name, model.base_model_prefix))
+    names = [canonical(name, model.base_model_prefix) for name in model.state_dict()]
+    shared = shared_tables(names)
+    for name, tensor in zip(names, model.state_dict().values(), strict=True):
+        pattern = name if name in shared else with_placeholders(name)
         rows.setdefault(pattern, Row(pattern, tuple(Name(f"fixed{number}") for number in range(tensor.ndim))))
     layout = Layout(config.model_type, tuple(rows.values()), exactness=f"blocks only, at full width: {reason}")
     return with_block_rules(layout, config)

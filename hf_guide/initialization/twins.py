@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ TINY_SIZES = {
     "d_model": 64,
     "n_embd": 64,
     "dim": 64,
+    "emb_dim": 64,
     "word_embed_proj_dim": 64,
     "embedding_size": 64,
     "intermediate_size": 96,
@@ -56,6 +58,8 @@ TINY_SIZES = {
     "hidden_size_per_layer_input": 16,
     "max_position_embeddings": 64,
     "n_positions": 64,
+    "max_source_positions": 20,
+    "max_target_positions": 64,
     "num_experts": 4,
     "num_local_experts": 4,
     "n_routed_experts": 4,
@@ -128,17 +132,29 @@ DEPTHS = (
 """What configs call the number of blocks in a stack."""
 
 
-def tiny_twin(config: PreTrainedConfig, *, keep_depth: bool = False, **sizes: Any) -> PreTrainedConfig:
+def tiny_twin(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
     """Return a config of the same class and switches with `TINY_SIZES` (and `sizes`) for its sizes.
 
-    Lists with an entry per block are cut to the twin's blocks; nested configs are shrunk likewise. With `keep_depth` the twin
-    has as many blocks in each stack as `config`, and all such lists are kept whole.
+    Lists with an entry per block are cut to the twin's blocks; nested configs are shrunk likewise.
 
     Raises:
         whatever the family's config raises for a shape that it refuses.
     """
+    return _shrunk(config, sizes, keep_depth=False)
+
+
+def tiny_twin_of_same_depth(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config as `tiny_twin` does, but with as many blocks in each stack as `config`, and every list by block whole.
+
+    Raises:
+        whatever the family's config raises for a shape that it refuses.
+    """
+    return _shrunk(config, {}, keep_depth=True)
+
+
+def _shrunk(config: PreTrainedConfig, sizes: Mapping[str, Any], *, keep_depth: bool) -> PreTrainedConfig:
     stated = config.to_dict()
-    wanted = TINY_SIZES | sizes
+    wanted = TINY_SIZES | dict(sizes)
     if "qk_rope_head_dim" in stated:  # there the rotary embedding takes head_dim for its own size
         wanted = wanted | {"head_dim": wanted["qk_rope_head_dim"]}
     kept = [*range(_blocks(stated) or 0)] if keep_depth else _kept_blocks(stated, wanted["num_hidden_layers"])
@@ -155,7 +171,7 @@ def tiny_twin(config: PreTrainedConfig, *, keep_depth: bool = False, **sizes: An
         ):
             continue
         if isinstance(value, dict) and key in config.sub_configs:
-            tiny[key] = tiny_twin(getattr(config, key), keep_depth=keep_depth, **sizes)
+            tiny[key] = _shrunk(getattr(config, key), sizes, keep_depth=keep_depth)
         elif keep_depth and key in DEPTHS:
             tiny[key] = value
         elif isinstance(value, list) and value and len(value) == _blocks(stated):

@@ -74,7 +74,8 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Tensor]:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def tokens(length: int) -> Tensor:
-        return torch.randint(3, VOCABULARY, (2, length), generator=generator)
+        vocabulary = getattr(config.get_text_config(), "vocab_size", None) or VOCABULARY
+        return torch.randint(3, min(vocabulary, VOCABULARY), (2, length), generator=generator)
 
     batch: dict[str, Tensor] = {}
     if "input_ids" in parameters:
@@ -111,7 +112,11 @@ def bypassed(model: PreTrainedModel, kept: Mapping[str, list[int]]) -> Iterator[
     """Let every block of the stacks in `kept` that is not kept hand on what it is given, within."""
 
     def hand_on(module: nn.Module, arguments: tuple, keywords: dict, output: Any) -> Any:
-        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Mapping):
+            key = next(iter(output))
+            return {**output, key: keywords.get("hidden_states", arguments[0] if arguments else None)}
+        nested = isinstance(output, (tuple, list))
+        first = output[0] if nested else output
         given = [
             value
             for value in (*arguments, *keywords.values())
@@ -119,7 +124,7 @@ def bypassed(model: PreTrainedModel, kept: Mapping[str, list[int]]) -> Iterator[
         ]
         entered = keywords.get("hidden_states", given[0] if given else None)
         assert entered is not None, f"{type(module).__name__} is given nothing of its output's shape"
-        return (entered, *output[1:]) if isinstance(output, tuple) else entered
+        return type(output)((entered, *output[1:])) if nested else entered
 
     handles = []
     for stack, blocks in kept.items():
@@ -149,3 +154,37 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     finite = torch.isfinite(expected)
     assert torch.equal(finite, torch.isfinite(found))
     return ((found - expected)[finite].abs().max() / expected[finite].abs().max()).item()
+
+
+@torch.no_grad()
+def generates_alike_with_and_without_cache(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
+    """Return whether a student that generates gives the same tokens and logits with the cache as without.
+
+    A family whose whole teacher does not do so is no judge of the student's blocks.
+    """
+    if not student.can_generate() or "input_ids" not in inputs_for(student):
+        return True
+
+    def continued(model: PreTrainedModel, use_cache: bool) -> tuple[Tensor, Tensor]:
+        found = model.generate(
+            inputs_for(model)["input_ids"][:1],
+            max_new_tokens=4,
+            do_sample=False,
+            use_cache=use_cache,
+            pad_token_id=0,
+            eos_token_id=None,
+            decoder_start_token_id=1 if model.config.is_encoder_decoder else None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return found.sequences, torch.stack(found.logits)
+
+    def alike(model: PreTrainedModel) -> bool:
+        (tokens, logits), (expected, expected_logits) = continued(model, True), continued(model, False)
+        return torch.equal(tokens, expected) and relative_error(logits, expected_logits) <= 1e-5
+
+    try:
+        whole = alike(teacher)
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError):
+        return True
+    return not whole or alike(student)

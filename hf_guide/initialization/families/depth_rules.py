@@ -1,5 +1,6 @@
 """What families compute from a block's index or from the depth, where their layouts are derived."""
 
+import functools
 import math
 
 import torch
@@ -88,7 +89,6 @@ register_block_rules(
     "diffllama",
     block_scale={"layers.{block}.self_attn.o_proj": _scale_left},
     block_value={
-        f"layers.{{block}}.self_attn.lambda_q{pair}": lambda value, moved, pair=pair: _scale_lambda(value, moved, pair)
-        for pair in (1, 2)
+        f"layers.{{block}}.self_attn.lambda_q{pair}": functools.partial(_scale_lambda, pair=pair) for pair in (1, 2)
     },
 )

@@ -1,0 +1,231 @@
+"""The law of depth: a full-width student of some blocks is the teacher whose other blocks are bypassed.
+
+Where it cannot hold, the report says so, or the student is refused with the reason.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from hf_guide import HfGuideError, LayoutError, ShapeError, from_teacher
+from hf_guide.initialization.certify import certify
+from hf_guide.initialization.derive import layout_for
+from hf_guide.initialization.twins import TWIN_ERRORS
+from tests.invariants.depth import (
+    bypassed,
+    cut,
+    depths,
+    generates_alike_with_and_without_cache,
+    inputs_for,
+    outputs_of,
+    relative_error,
+    stack_of,
+    teacher_for,
+)
+
+TOLERANCE = 1e-5
+CHOICES = ("even", "ends", "explicit")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model class with what its config says beyond the defaults; `kept` are the blocks of the explicit choice, of five."""
+
+    model_class: str
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
+    kept: tuple[int, ...] = (0, 2, 3)
+
+    def __str__(self) -> str:
+        return self.model_class + "".join(f"-{name}" for name in self.config if name != "num_hidden_layers")
+
+    @property
+    def found_class(self) -> type[PreTrainedModel]:
+        return getattr(transformers, self.model_class)
+
+    def teacher(self) -> PreTrainedModel:
+        return teacher_for(self.found_class, self.found_class.config_class(**self.config))
+
+
+LAST = (1, 3, 4)
+EXACT = [
+    Family("LlamaForCausalLM", kept=LAST),
+    Family("Cohere2ForCausalLM", kept=LAST),
+    Family("Gemma2ForCausalLM", kept=LAST),
+    Family("Gemma3ForCausalLM", kept=LAST),
+    Family("SmolLM3ForCausalLM", kept=LAST),
+    Family("MixtralForCausalLM", kept=LAST),
+    Family("DeepseekV3ForCausalLM"),
+    Family("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, kept=LAST),
+    Family("DiffLlamaForCausalLM", kept=LAST),
+    Family("MiniCPM3ForCausalLM", kept=LAST),
+    Family("ImageGPTForCausalImageModeling", {"scale_attn_by_inverse_layer_idx": True}, kept=LAST),
+    Family("MambaForCausalLM", kept=LAST),
+    Family("OPTForCausalLM", kept=LAST),
+    Family("BloomForCausalLM", {"n_layer": 8}, kept=LAST),
+    Family("BertForMaskedLM", kept=LAST),
+    Family("ModernBertForMaskedLM"),
+    Family("EsmcForMaskedLM", kept=LAST),
+    Family("DebertaV2ForMaskedLM", kept=LAST),
+    Family("BartForConditionalGeneration", kept=LAST),
+    Family("T5ForConditionalGeneration", kept=LAST),
+    Family("LongT5ForConditionalGeneration", kept=LAST),
+    Family("WhisperForConditionalGeneration", {"max_source_positions": 10}, kept=LAST),
+    Family("ViTForImageClassification", kept=LAST),
+    Family("LlavaForConditionalGeneration", kept=LAST),
+]
+REPORTED = [Family("PegasusXForConditionalGeneration"), Family("BeamForCausalLM")]
+REFUSED = {
+    "ModernBertForMaskedLM": "has 'layers.{block}.attn_norm.weight', for which the student's block 0",
+    "RwkvForCausalLM": "has no 'blocks.{block}.pre_ln.weight'",
+    "DeepseekV3ForCausalLM": "blocks of another kind",
+}
+
+
+def student_of(teacher: PreTrainedModel, choice: str, kept: tuple[int, ...] = ()) -> PreTrainedModel:
+    """Return a student of three blocks, in each stack that has five."""
+    depth = depths(teacher.config)
+    layers: Any = choice
+    if choice == "explicit":
+        blocks = from_teacher(teacher, show_progress=False).initialization_report.blocks
+        layers = {stack: list(kept) if len(all_of) == 5 else all_of for stack, all_of in blocks.items()}
+    return from_teacher(teacher, method={"layers": layers}, show_progress=False, **cut(depth, 3))
+
+
+def difference(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
+    """Return how far a student is from its teacher with the other blocks bypassed."""
+    batch, blocks = inputs_for(teacher), student.initialization_report.blocks
+    assert any(len(kept) < len(stack_of(teacher, stack)) for stack, kept in blocks.items()), "no block was left out"
+    found = outputs_of(student, batch)
+    with bypassed(teacher, blocks):
+        expected = outputs_of(teacher, batch)
+    return relative_error(found, expected)
+
+
+@pytest.mark.parametrize("family", EXACT, ids=str)
+def test_a_student_of_some_blocks_is_the_teacher_with_the_others_bypassed(family: Family) -> None:
+    teacher = family.teacher()
+    for choice in CHOICES:
+        student = student_of(teacher, choice, family.kept)
+        assert difference(student, teacher) <= TOLERANCE, choice
+        assert student.initialization_report.approximations == [], choice
+    assert generates_alike_with_and_without_cache(student, teacher)
+
+
+@pytest.mark.parametrize("family", REPORTED, ids=str)
+def test_what_depends_on_a_block_index_otherwise_is_reported(family: Family) -> None:
+    teacher = family.teacher()
+    try:
+        student = student_of(teacher, "even")
+    except ShapeError as error:
+        assert "depend on their index" in str(error)
+    else:
+        assert difference(student, teacher) > TOLERANCE, "nothing differs, so there is nothing to report"
+        (note,) = student.initialization_report.approximations
+        assert "depend on their index" in note
+        assert "Not exact beyond the smaller sizes: 1 approximated" in student.initialization_report.summary()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_block_that_cannot_stand_where_it_is_put_is_refused(name: str) -> None:
+    with pytest.raises(ShapeError) as refusal:
+        student_of(Family(name).teacher(), "explicit", LAST)
+    assert REFUSED[name] in str(refusal.value)
+
+
+INFLUENCE = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration"]
+
+
+@pytest.mark.parametrize("name", INFLUENCE)
+def test_blocks_chosen_by_influence_obey_the_law_too(name: str) -> None:
+    family = next(family for family in EXACT if family.model_class == name)
+    teacher = family.teacher()
+    unchanged = {"repair": "none", "fit_table": False, "fit_gain": False, "fit_logit_scale": False}
+    student = from_teacher(
+        teacher,
+        method={"method": "calibrated", "layers": "influence", **unchanged},
+        calibration_dataset=[inputs_for(teacher)] * 3,
+        show_progress=False,
+        **cut(depths(teacher.config), 3),
+    )
+    assert difference(student, teacher) <= TOLERANCE
+    assert student.initialization_report.approximations == []
+
+
+@pytest.mark.parametrize("method", ["uniform", "guide"])
+def test_a_narrower_student_too_has_the_constants_of_its_blocks(method: str) -> None:
+    """Where the cut heads and neurons write nothing, a narrower student is the bypassed teacher."""
+    config = GPT2Config(
+        vocab_size=90, n_embd=24, n_head=4, n_inner=40, n_layer=4, scale_attn_by_inverse_layer_idx=True
+    )
+    teacher = teacher_for(GPT2LMHeadModel, config, depth=4)
+    with torch.no_grad():
+        for block in teacher.transformer.h:
+            block.mlp.c_proj.weight[1::2] = 0.0
+    student = from_teacher(
+        teacher, n_layer=2, n_inner=20, method={"method": method, "layers": [1, 3]}, show_progress=False
+    )
+    assert difference(student, teacher) <= TOLERANCE
+
+
+def test_certify_refuses_depth_but_not_width_where_blocks_depend_on_their_index() -> None:
+    untied = {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}
+    teacher = Family("GPT2LMHeadModel", untied).teacher()
+    layout = layout_for(teacher.config, type(teacher))
+    assert certify(layout, teacher).depth == ""
+    verdict = certify(dataclasses.replace(layout, block_attention_scale=None), teacher)
+    assert verdict.passed and "depend on their index" in verdict.depth
+
+
+def test_a_layout_of_fixed_depth_refuses_fewer_blocks_with_its_reason() -> None:
+    teacher = Family("BeamForCausalLM").teacher()
+    with pytest.raises(
+        ShapeError, match="fewer blocks in 'layers' than its teacher, but its blocks depend on their index"
+    ):
+        from_teacher(teacher, num_hidden_layers=3, show_progress=False)
+
+
+TASKS = (
+    *("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "IMAGE_TEXT_TO_TEXT"),
+    *("SPEECH_SEQ_2_SEQ", "AUDIO_CLASSIFICATION"),
+)
+
+
+def every_class() -> Iterator[tuple[type, type[PreTrainedModel]]]:
+    """Yield config class and model class of every family that Transformers has a model of these tasks for."""
+    seen = set()
+    for task in TASKS:
+        for config_class, found in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING").items():
+            for model_class in found if isinstance(found, (tuple, list)) else (found,):
+                if (config_class, model_class) not in seen:
+                    seen.add((config_class, model_class))
+                    yield config_class, model_class
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config_class, model_class", list(every_class()), ids=lambda each: each.__name__)
+def test_nothing_is_silent_about_depth(config_class: type, model_class: type[PreTrainedModel]) -> None:
+    try:
+        teacher = teacher_for(model_class, config_class())
+        outputs_of(teacher, inputs_for(teacher))
+        from_teacher(teacher, show_progress=False)
+    except (*TWIN_ERRORS, LayoutError) as error:
+        pytest.skip(f"no tiny teacher of it runs: {type(error).__name__}: {error}")
+    if not depths(teacher.config):
+        pytest.skip("its config has no depth")
+    for choice in CHOICES:
+        try:
+            student = student_of(teacher, choice, LAST)
+        except HfGuideError as error:
+            assert isinstance(error, ShapeError), error
+            continue
+        report = student.initialization_report
+        if not any("depth:" in note for note in report.approximations) and not report.randomly_initialized:
+            assert difference(student, teacher) <= TOLERANCE, choice
+            assert generates_alike_with_and_without_cache(student, teacher)
