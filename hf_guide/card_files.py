@@ -17,6 +17,7 @@ BEGIN = "<!-- hf_guide:begin -->"
 END = "<!-- hf_guide:end -->"
 OUR_TAG = "hf_guide"
 MODEL_INDEX = "model-index"
+_TEXTS = ("license", "license_name", "license_link", "language", "datasets", "tags", "base_model", "pipeline_tag")
 
 
 def read_card(path: Path) -> RepoCard | None:
@@ -29,12 +30,19 @@ def read_card(path: Path) -> RepoCard | None:
         return None
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        return RepoCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
+        card = RepoCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
     except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
         raise HfGuideError(
             f"The model card {path} cannot be read: {error}. Mend the metadata between its two lines of dashes, or "
             "move the file away to get a new one."
         ) from error
+    for key in _TEXTS:
+        if any(isinstance(value, (Mapping, list)) for value in as_list(card.data.get(key))):
+            raise HfGuideError(
+                f"The metadata of the model card {path} cannot be read: {key} must be a text or a list of texts, found "
+                f"{card.data.get(key)!r}. Change it, or move the file away to get a new one."
+            )
+    return card
 
 
 def write_card(path: Path, card: RepoCard) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult
 
 from hf_guide.errors import HfGuideError
+from hf_guide.typed_json import check_types
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -154,12 +155,14 @@ def load_record(path: str | os.PathLike[str]) -> DistillationRecord:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         teachers = [TeacherRecord(**teacher) for teacher in content.pop("teachers")]
-        return DistillationRecord(teachers=teachers, **content)
+        record = DistillationRecord(teachers=teachers, **content)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise HfGuideError(
             f"{path} is not a record of a distillation, or one of another version of hf_guide: {error}. "
             "Remove it, or train again to get a fresh one."
         ) from error
+    check_types(record, str(path))
+    return record
 
 
 def told_arguments(args: "TrainingArguments") -> dict[str, Any]:

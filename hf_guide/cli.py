@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from hf_guide import quickstart
-    from hf_guide.commands import capture, card, distill, families, init, inspect, subclasses
+    from hf_guide.commands import capture, card, distill, families, init, inspect, quickstart, subclasses
 
     parser = argparse.ArgumentParser(
         prog="hf-guide",

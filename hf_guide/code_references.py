@@ -68,7 +68,8 @@ def code_beside(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     kept = {auto: reference for auto, reference in references.items() if _is_beside(reference, folder)}
     models = {_class_name(reference) for auto, reference in kept.items() if auto.startswith("AutoModel")}
-    architecture = next(iter(config.get("architectures") or []), None)
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in models and (models or config.get("model_type") in CONFIG_MAPPING):
         return {}
     return kept

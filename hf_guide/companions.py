@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_guide.code_references import CONFIG_FILES, clean_saved_folder, names_code
+from hf_guide.errors import TeacherError
 from hf_guide.model_files import regular_files
 from hf_guide.student_folders import PROCESSORS
 
@@ -73,6 +74,28 @@ def copy_companions(
             teacher,
         )
     clean_saved_folder(folder)
+
+
+def check_companions(
+    teacher: str, *, gguf_file: str | None = None, revision: str | None = None, token: str | None = None
+) -> None:
+    """Refuse a teacher whose tokenizer's or processor's files are cut or no JSON, before a student is made.
+
+    Raises:
+        TeacherError: names the file.
+    """
+    from transformers.utils import cached_file
+
+    from hf_guide.pretrained import unreadable_as
+
+    if gguf_file is not None:
+        return
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    for name in ("tokenizer.json", *CONFIG_FILES):
+        with unreadable_as(TeacherError, f"{name} of {teacher} cannot be read"):
+            path = cached_file(teacher, name, _raise_exceptions_for_missing_entries=False, **hub)
+            if path is not None and not isinstance(json.loads(Path(path).read_text(encoding="utf-8")), dict):
+                raise TeacherError(f"{name} of {teacher} must be a mapping in JSON. Fetch it again.")
 
 
 def _save_with_code(teacher: str, folder: Path, in_code: list[str], where: dict[str, Any]) -> None:

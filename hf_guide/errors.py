@@ -45,6 +45,13 @@ class VocabularyError(HfGuideError):
     """Two models whose tokens, classes or labels do not mean the same."""
 
 
+def one_paragraph(error: BaseException) -> str:
+    """Return an error's message in one line, after its class's name where the message alone does not say what happened."""
+    message = " ".join(str(error).split()).rstrip(".")
+    speaks_for_itself = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and message
+    return message if speaks_for_itself else f"{type(error).__name__}: {message}".rstrip(": ")
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x' or 'y'?"`, or an empty string where nothing known is near `word`."""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)

@@ -146,8 +146,8 @@ def write_model_card(
         plot=PLOT_NAME if PLOT_NAME in plots else None,
         training_plot=TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
         results=_table(figures),
-        license=data.get("license"),
-        inherited=data.get("license") in {teacher.license for teacher in teachers},
+        license=", ".join(map(str, as_list(data.get("license")))),
+        inherited=data.get("license") in [teacher.license for teacher in teachers],
         format_count=format_count,
         format_figure=format_figure,
     )
@@ -274,7 +274,8 @@ def _recorded_class(report: InitializationReport | None, record: DistillationRec
 
 def _told_of_subclasses(config: dict[str, Any], record: DistillationRecord | None) -> str | None:
     """Return what a classifier's labels have to do with subclasses; None where it never had any."""
-    count = config.get("num_subclasses") or 1
+    count = config.get("num_subclasses")
+    count = count if isinstance(count, int) else 1
     if count > 1 and "student" in config:
         return (
             f"Its labels are classes. The stock model within tells {count} pseudo-subclasses of each apart, and a class's "

@@ -3,8 +3,10 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_guide.errors import OptionError
 from hf_guide.initialization.report import InitializationReport
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def plot_explained_variance(
     if len(curves) > 1:
         axes.legend(loc="lower right")
     if path is not None:
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
     return figure
 
 
@@ -103,7 +105,7 @@ def plot_training(
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     if path is not None:
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
     return figure
 
 
@@ -117,6 +119,19 @@ def text_plot(curve: Curve, columns: int = 64, lines: int = 12) -> str:
         rows.append((label + "".join("#" if height >= line - 0.5 else " " for height in heights)).rstrip())
     middle = str(len(curve) // 2).center(columns - 1 - len(str(len(curve))))
     return "\n".join([*rows, "      +" + "-" * columns, f"       1{middle}{len(curve)}"])
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) -> None:
+    """Write a figure into a file, in the format of its suffix.
+
+    Raises:
+        OptionError: a suffix that matplotlib has no format for.
+    """
+    known = figure.canvas.get_supported_filetypes()
+    suffix = Path(path).suffix.removeprefix(".").lower()
+    if suffix and suffix not in known:
+        raise OptionError(f"{os.fspath(path)} must end in one of {', '.join(sorted(known))}; found {suffix!r}.")
+    figure.savefig(path, dpi=dpi)
 
 
 def _figure_class() -> "type[Figure]":

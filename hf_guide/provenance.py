@@ -90,6 +90,7 @@ def describe_teacher(
         logger.warning("The teacher's licence is not known: %s", error)
     licence = {key: data.get(key) for key in ("license", "license_name", "license_link")}
     licence["license"] = next(iter(as_list(licence["license"])), None)
+    licence = {key: None if value is None else str(value) for key, value in licence.items()}
     languages = [str(language) for language in as_list(data.get("language"))]
     return TeacherRecord(name, revision, weight, captured, languages=languages, **licence)
 

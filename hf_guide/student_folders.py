@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_guide.code_references import code_beside
+from hf_guide.errors import HfGuideError
 from hf_guide.public_names import public_name
 
 # The file by which a folder shows that it holds a tokenizer or processor, and the class that loads it.
@@ -34,7 +35,11 @@ class StudentFolder:
 
     @classmethod
     def read(cls, folder: Path) -> "StudentFolder":
-        """Read what is there; a folder may hold no model yet."""
+        """Read what is there; a folder may hold no model yet.
+
+        Raises:
+            HfGuideError: a config that cannot be read.
+        """
         config = _read(folder / "config.json")
         adapter = _read(folder / "adapter_config.json")
         return cls(
@@ -47,7 +52,8 @@ class StudentFolder:
     @property
     def stock_class(self) -> str | None:
         """The class that loads the folder: its config names the stock one, also of a student of one's own class."""
-        return next(iter(self.config.get("architectures") or []), None)
+        names = self.config.get("architectures")
+        return next((name for name in names if isinstance(name, str)), None) if isinstance(names, list) else None
 
     @property
     def code_class(self) -> str | None:
@@ -56,7 +62,17 @@ class StudentFolder:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HfGuideError(f"{file} cannot be read: {error}. Save the student again.") from error
+    if not isinstance(values, dict):
+        raise HfGuideError(
+            f"{file} must be a mapping in JSON; found a {type(values).__name__}. Save the student again."
+        )
+    return values
 
 
 def _base_of(adapter: dict[str, Any]) -> str:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_guide.errors import OptionError
+from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
 from hf_guide.initialization.weights import Teacher
 from hf_guide.labels import IGNORED, shifted_right
+from hf_guide.pretrained import load_processing_class
 
 Batch = dict[str, Tensor]
 TOKENS_PER_NEURON, TOKENS = 10, (8192, 65536)
@@ -243,11 +244,10 @@ def _depth(value: Any) -> int:
 
 def _tokenizer(teacher: Teacher, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(teacher.name, revision=teacher.revision, **hub)
-    except (OSError, ValueError, ImportError) as error:
+        return load_processing_class(AutoTokenizer, teacher.name, revision=teacher.revision, **hub)
+    except TeacherError as error:
         raise OptionError(
-            f"calibration_dataset is text, and the teacher {teacher.name} has no tokenizer beside it ({error}). "
-            "Tokenize it yourself, and pass rows or batches of input_ids."
+            f"calibration_dataset is text. {error} Or tokenize it yourself, and pass rows or batches of input_ids."
         ) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_guide.capture.decoding import PREFIX, CapturedExample, decode
 from hf_guide.capture.keys import example_keys, token_places
@@ -29,6 +29,7 @@ from hf_guide.fingerprints import (
     weights_fingerprint,
 )
 from hf_guide.integrity import DamagedFileError, check_file
+from hf_guide.pretrained import load_config
 from hf_guide.provenance import repo_id_of
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ class Capture:
         if isinstance(teacher, (str, os.PathLike)):
             if wanted.files is not None and files_fingerprint(teacher) == wanted.files:
                 return
-            config = AutoConfig.from_pretrained(teacher)
+            config = load_config(os.fspath(teacher))
         elif isinstance(teacher, PreTrainedModel):
             config = teacher.config
         else:

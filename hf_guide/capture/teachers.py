@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import TeacherError
-from hf_guide.model_files import check_model_folder
+from hf_guide.pretrained import load_config, needs_permission, unreadable_as
 
 
 def load_teacher(
@@ -34,19 +34,14 @@ def load_teacher(
     """
     name = os.fspath(name)
     hub: dict[str, Any] = {"revision": revision, "token": token}
-    check_model_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub)
-        loader = _loader(config, name, trust_remote_code)
+    config = load_config(name, hub, trust_remote_code)
+    loader = _loader(config, name, trust_remote_code)
+    with unreadable_as(TeacherError, f"{name} cannot be loaded"):
         if loader.__name__.startswith("Auto"):
             hub["trust_remote_code"] = trust_remote_code
         if device is not None and device.type != "cpu":
             hub["device_map"] = {"": device}
         loaded: Any = loader.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True, **hub)
-    except TeacherError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise TeacherError(f"{name} cannot be loaded: {error}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
@@ -71,15 +66,11 @@ def task_of_files(
         TaskError: none of the tasks that can be distilled.
     """
     name = os.fspath(name)
-    check_model_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision, token=token)
-        loader = _loader(config, name, trust_remote_code)
-        with torch.device("meta"):
-            auto = loader.__name__.startswith("Auto")
-            model = loader.from_config(config, trust_remote_code=True) if auto else loader(config)
-    except (OSError, ImportError) as error:
-        raise TeacherError(f"{name} cannot be loaded: {error}") from error
+    config = load_config(name, {"revision": revision, "token": token}, trust_remote_code)
+    loader = _loader(config, name, trust_remote_code)
+    with unreadable_as(TeacherError, f"{name} cannot be loaded"), torch.device("meta"):
+        auto = loader.__name__.startswith("Auto")
+        model = loader.from_config(config, trust_remote_code=True) if auto else loader(config)
     return task_of(model)
 
 
@@ -94,7 +85,7 @@ def _loader(config: Any, name: str, trust: bool) -> Any:
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     if remote:
-        raise TeacherError(f"{name} is in code of its own. If you trust it, pass trust_remote_code=True.")
+        raise needs_permission(name)
     raise TeacherError(
         f"The config of {name} names the class {architecture!r}, which Transformers does not have. Set `architectures` to a "
         "known class, or pass a loaded model."

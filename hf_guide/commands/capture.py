@@ -101,7 +101,7 @@ def _capture(
     state: "PartialState",
 ) -> "Capture":
     from datasets import concatenate_datasets
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
     from transformers.utils import logging
 
     from hf_guide.capture.teachers import task_of_files
@@ -109,13 +109,14 @@ def _capture(
     from hf_guide.distillation.examples import prepare
     from hf_guide.distillation.splits import read_splits
     from hf_guide.distillation.tasks import Task
+    from hf_guide.pretrained import load_config, load_processing_class
 
     if args.no_progress:
         logging.disable_progress_bar()
     source = source_of(args)
     task = task_of_files(teacher, **source)
     load = AutoImageProcessor if task is Task.IMAGE_CLASSIFICATION else AutoTokenizer
-    processing_class: Any = load.from_pretrained(processor or teacher, **({} if processor else source))
+    processing_class = load_processing_class(load, processor or teacher, **({} if processor else source))
     with state.local_main_process_first():  # the others find what it prepared
         train, held_out = read_splits(data)
         prepared = prepare(
@@ -125,7 +126,7 @@ def _capture(
             processing_class,
             data,
             mask_once=True,
-            config=AutoConfig.from_pretrained(teacher, **source),
+            config=load_config(teacher, {"revision": args.revision, "token": args.token}, args.trust_remote_code),
         )
     splits = [split for split in (prepared.train, prepared.eval) if split is not None]
     return capture_teacher(

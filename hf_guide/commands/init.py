@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.commands.teacher_arguments import add_teacher_arguments, flag_of, source_of
-from hf_guide.companions import copy_companions
+from hf_guide.companions import check_companions, copy_companions
 from hf_guide.errors import OptionError
 from hf_guide.folders import check_output, check_space, new_folder
 from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(InitializationConfig)}
     method = InitializationConfig(**{name: value for name, value in chosen.items() if value is not None})
     check_output(args.output)
+    check_companions(args.teacher, gguf_file=args.gguf_file, revision=args.revision, token=args.token)
 
     import torch
 

@@ -8,7 +8,7 @@ import accelerate
 import torch
 import transformers
 from accelerate.utils import DistributedType
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_guide.distillation.given import check_unwrapped
 from hf_guide.distillation.heads import find_head
@@ -17,7 +17,7 @@ from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.distillation.teachers import LiveTeacher
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
 from hf_guide.errors import OptionError, TaskError, TeacherError
-from hf_guide.model_files import check_model_folder
+from hf_guide.pretrained import find_tokenizer, load_config, unreadable_as
 
 AUTO_CLASSES = {
     Task.CAUSAL_LM: "AutoModelForCausalLM",
@@ -27,9 +27,6 @@ AUTO_CLASSES = {
     Task.TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
     Task.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
 }
-
-UNKNOWN_KEYWORD = (TypeError, AttributeError)
-"""What `from_pretrained` raises of a keyword that it does not know, or a dtype that is none."""
 
 
 def open_teachers(
@@ -76,15 +73,10 @@ def open_teachers(
 
 def _load(name: str, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     loader = getattr(transformers, AUTO_CLASSES[task])
-    check_model_folder(name)
-    try:
+    load_config(name, _hub(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
+    given = f" with teacher_init_kwargs={sorted(init_kwargs)}" if init_kwargs else ""
+    with unreadable_as(TeacherError, f"The teacher {name} does not load as a model for {task}{given}"):
         model, found = loader.from_pretrained(name, output_loading_info=True, **init_kwargs)
-    except UNKNOWN_KEYWORD as error:
-        raise TeacherError(
-            f"The teacher {name} does not load with teacher_init_kwargs={sorted(init_kwargs)}: {error}"
-        ) from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise TeacherError(f"The teacher {name} does not load as a model for {task}: {error}") from error
     if found["missing_keys"]:
         raise TeacherError(
             f"{len(found['missing_keys'])} weights of {type(model).__name__} are not in {name} and would be random: "
@@ -99,14 +91,15 @@ def name_of(model: Any) -> str:
 
 
 def tokenizer_of(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
-    """Return the tokenizer beside a model's files, or None where there is none to be had."""
-    where = {key: value for key, value in (init_kwargs or {}).items() if key in ("revision", "token", "cache_dir")}
-    try:
-        return (
-            AutoTokenizer.from_pretrained(model.config._name_or_path, **where) if model.config._name_or_path else None
-        )
-    except (OSError, ValueError, ImportError, KeyError):
-        return None
+    """Return the tokenizer beside a model's files, or None where there is none to be had (see `find_tokenizer`)."""
+    name = model.config._name_or_path
+    return find_tokenizer(name, **_hub(init_kwargs)) if name else None
+
+
+def _hub(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return those of the keywords of `from_pretrained` that say where files are found."""
+    names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+    return {key: value for key, value in (init_kwargs or {}).items() if key in names}
 
 
 def place_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator) -> tuple[PreTrainedModel, bool]:

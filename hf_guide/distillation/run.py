@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, EvalPrediction, PreTrainedConfig
+from transformers import AutoImageProcessor, AutoTokenizer, EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 from hf_guide.capture.reading import Capture
 from hf_guide.distillation.arguments import DistillationArguments
@@ -18,12 +19,13 @@ from hf_guide.distillation.checkpoints import check_checkpoint, has_checkpoints
 from hf_guide.distillation.class_labels import are_generic
 from hf_guide.distillation.data_options import DataOptions, ModelOptions
 from hf_guide.distillation.examples import prepare
-from hf_guide.distillation.opening import AUTO_CLASSES, UNKNOWN_KEYWORD
+from hf_guide.distillation.opening import AUTO_CLASSES
 from hf_guide.distillation.settings import Settings
 from hf_guide.distillation.splits import class_names, count_classes, find_column, read_splits
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
 from hf_guide.distillation.trainer import DistillationTrainer
-from hf_guide.errors import OptionError, TaskError, TeacherError
+from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError, one_paragraph
+from hf_guide.pretrained import load_config, load_processing_class, unreadable_as
 
 _WHERE = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 
@@ -47,7 +49,8 @@ def distill(settings: Settings) -> dict[str, float]:
     transformers.set_seed(args.seed)
     source, teacher_config = _teacher(args)
     where = _where(models.model_init_kwargs)
-    own_config = AutoConfig.from_pretrained(models.model_name_or_path, **where) if models.model_name_or_path else None
+    trust = bool(where.pop("trust_remote_code", False))
+    own_config = load_config(models.model_name_or_path, where, trust) if models.model_name_or_path else None
     own_task, teacher_task = (None if one is None else task_of_config(one) for one in (own_config, teacher_config))
     task = Task(models.task) if models.task is not None else teacher_task or own_task
     if task is None:
@@ -78,17 +81,24 @@ def distill(settings: Settings) -> dict[str, float]:
         )
     if made.keep_columns:
         args.remove_unused_columns = False
-    trainer = DistillationTrainer(
-        model=_student(task, models, labels if own_task is not task else None),
-        args=args,
-        data_collator=made.collator,
-        train_dataset=made.train,
-        eval_dataset=made.eval,
-        processing_class=processing_class,
-        compute_metrics=accuracy if is_classifier else None,
-        preprocess_logits_for_metrics=best_class if is_classifier else None,
-        peft_config=_peft_config(models),
-    )
+    student = _student(task, models, labels if own_task is not task else None, new_head=own_task is not task)
+    peft_config = _peft_config(models)
+    try:
+        trainer = DistillationTrainer(
+            model=student,
+            args=args,
+            data_collator=made.collator,
+            train_dataset=made.train,
+            eval_dataset=made.eval,
+            processing_class=processing_class,
+            compute_metrics=accuracy if is_classifier else None,
+            preprocess_logits_for_metrics=best_class if is_classifier else None,
+            peft_config=peft_config,
+        )
+    except HfGuideError:
+        raise
+    except ValueError as error:  # `Trainer` says so which of its arguments contradict each other
+        raise OptionError(f"The training cannot begin with these options: {one_paragraph(error)}.") from error
     return _train_and_save(trainer, data)
 
 
@@ -147,12 +157,8 @@ def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig 
     if not args.teacher:
         return None, None
     name = args.teacher if os.path.exists(args.teacher) else args.teacher.split(",")[0].strip()
-    try:
-        return name, AutoConfig.from_pretrained(name, **_where(args.teacher_init_kwargs))
-    except (OSError, ValueError) as error:
-        raise TeacherError(
-            f"The teacher {name} has no config that can be read: {error} Name a folder that is there, or an id on the Hub."
-        ) from error
+    where = _where(args.teacher_init_kwargs)
+    return name, load_config(name, where, bool(where.pop("trust_remote_code", False)))
 
 
 def _captured_source(args: DistillationArguments) -> str | None:
@@ -171,10 +177,11 @@ def task_of_config(config: PreTrainedConfig) -> Task | None:
     """Return what the model that a config was saved with is for; None where that is not known or cannot be distilled."""
     for name in config.architectures or ():
         model_class = getattr(transformers, name, None)
-        if model_class is None:
+        if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
             continue
+        what = f"{name} cannot be built of the config of {config._name_or_path}"
         try:
-            with torch.device("meta"):
+            with unreadable_as(TeacherError, what), torch.device("meta"):
                 return task_of(model_class._from_config(config))
         except TaskError:
             continue
@@ -211,8 +218,12 @@ def student_labels(
     return names if nameless and names is not None and len(names) == len(labels) else labels
 
 
-def _student(task: Task, models: ModelOptions, labels: Sequence[str] | None) -> "transformers.PreTrainedModel | None":
+def _student(
+    task: Task, models: ModelOptions, labels: Sequence[str] | None, *, new_head: bool
+) -> "transformers.PreTrainedModel | None":
     """Return the student that is there already, with `labels` where it is given any.
+
+    `new_head` says that it was saved for another task, so that its head is not there.
 
     None where the trainer makes it out of its teacher.
     """
@@ -222,12 +233,20 @@ def _student(task: Task, models: ModelOptions, labels: Sequence[str] | None) -> 
     if labels is not None:
         names = dict(enumerate(labels))
         given |= {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
-    try:
-        return getattr(transformers, AUTO_CLASSES[task]).from_pretrained(models.model_name_or_path, **given)
-    except UNKNOWN_KEYWORD as error:
+    name = models.model_name_or_path
+    loader = getattr(transformers, AUTO_CLASSES[task])
+    kwargs = f" with model_init_kwargs={sorted(models.model_init_kwargs)}" if models.model_init_kwargs else ""
+    with unreadable_as(OptionError, f"The student {name} does not load as a model for {task}{kwargs}"):
+        student, found = loader.from_pretrained(name, output_loading_info=True, **given)
+    # A new head may need more than a layer of its own (BERT's pooler), but no block and no embeddings.
+    blocks = re.compile(r"\.\d+\.|embed")
+    missing = sorted(key for key in found["missing_keys"] if not new_head or blocks.search(key))
+    if missing:
         raise OptionError(
-            f"{models.model_name_or_path} does not load with model_init_kwargs={models.model_init_kwargs}: {error}"
-        ) from error
+            f"{len(missing)} weights of {type(student).__name__} are not in {name} and would be random: "
+            f"{', '.join(missing[:3])}. Only the head of a new task may be missing. Use a complete checkpoint."
+        )
+    return student
 
 
 def _processing_class(task: Task, models: ModelOptions, args: DistillationArguments, source: str | None) -> Any:
@@ -237,14 +256,15 @@ def _processing_class(task: Task, models: ModelOptions, args: DistillationArgume
         raise OptionError("Nothing says how the data is to be read; give processor_name_or_path.")
     where = _where(models.model_init_kwargs if own else args.teacher_init_kwargs)
     auto: Any = AutoImageProcessor if task is Task.IMAGE_CLASSIFICATION else AutoTokenizer
-    try:
-        if task is Task.TOKEN_CLASSIFICATION and AutoConfig.from_pretrained(name, **where).model_type in _SPACED:
+    if task is Task.TOKEN_CLASSIFICATION:
+        trust = bool(where.get("trust_remote_code", False))
+        hub = {key: value for key, value in where.items() if key != "trust_remote_code"}
+        if load_config(name, hub, trust).model_type in _SPACED:
             where["add_prefix_space"] = True
-        return auto.from_pretrained(name, **where)
-    except (OSError, ValueError, KeyError) as error:
-        raise OptionError(
-            f"{name} has no tokenizer or image processor that loads: {error} Name one with processor_name_or_path."
-        ) from error
+    try:
+        return load_processing_class(auto, name, error_class=OptionError, **where)
+    except OptionError as error:
+        raise OptionError(f"{error} Or name another one with processor_name_or_path.") from error
 
 
 def _peft_config(models: ModelOptions) -> Any:

@@ -5,8 +5,10 @@ Does not: look at what the fields say; their dataclasses do.
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,7 @@ def read_settings(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     for name in chosen:
         if name not in actions:
             raise OptionError(f"{path} has the key {name!r}, which is not known.{did_you_mean(str(name), actions)}")
+    _check_texts(chosen)
     chosen = {name: _typed(name, value, actions[name]) for name, value in chosen.items()} | over
     try:
         models, data, training = parser.parse_dict(chosen)
@@ -90,14 +93,26 @@ def _parser() -> HfArgumentParser:
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
         raise OptionError(f"{path} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise OptionError(f"{path} is a mapping of options to values; found {type(found).__name__}.")
     return found
+
+
+def _check_texts(chosen: Mapping[str, Any]) -> None:
+    """Refuse values other than texts for options that are names or paths; a mapping may stand where its field has one."""
+    hints = {name: hint for part in PARTS for name, hint in typing.get_type_hints(part).items()}
+    names = {field.name for part in PARTS[:2] for field in dataclasses.fields(part)} | {"teacher", "capture"}
+    for name, value in chosen.items():
+        kinds = {*(typing.get_args(hints[name]) or (hints[name],))} - {type(None)}
+        if name in names and kinds == {str} and value is not None and not isinstance(value, str):
+            raise OptionError(f"{name} must be a text; found {value!r}.")
+        if kinds == {dict, str} and isinstance(value, str) and name.endswith("_kwargs") and value[:1] != "{":
+            raise OptionError(f"{name} must be a mapping; found {value!r}.")
 
 
 def _typed(name: str, value: Any, action: argparse.Action) -> Any:

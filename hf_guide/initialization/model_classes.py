@@ -1,6 +1,6 @@
-"""Which config and which model class a checkpoint belongs to.
+"""Which model class a checkpoint belongs to.
 
-Does: read the config and resolve the class as the Auto classes do, the checkpoint's own code only with permission.
+Does: resolve the class as the Auto classes do, the checkpoint's own code only with permission.
 Does not: build a model but on the meta device, or look at weights.
 """
 
@@ -10,39 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hf_guide.errors import TeacherError
+from hf_guide.errors import TeacherError, one_paragraph
+from hf_guide.pretrained import UNREADABLE, needs_permission
 
 # Tried in this order where a config names no class: the first whose parameters are all in the checkpoint is taken.
 _TASKS = ("SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "CAUSAL_LM", "IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION")
-
-
-def read_config(name: str, hub: Mapping[str, Any], trust: bool, gguf_file: str | None) -> PreTrainedConfig:
-    """Return the config of a folder or Hub id.
-
-    Raises:
-        TeacherError: there is none, it cannot be read, or only with the checkpoint's own code and without permission.
-    """
-    gguf = {"gguf_file": gguf_file} if gguf_file else {}
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(name, **gguf, **hub)
-        remote = "AutoConfig" in (values.get("auto_map") or {})
-        if remote and not trust and values.get("model_type") not in transformers.CONFIG_MAPPING:
-            raise _needs_permission(name)
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust, **gguf, **hub)
-    except TeacherError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TeacherError(f"The config of {name} cannot be read: {error}") from error
-
-
-def _needs_permission(name: str) -> TeacherError:
-    return TeacherError(
-        f"{name} can only be opened by running Python code that comes with it. Read that code, and pass "
-        "trust_remote_code=True if you trust it."
-    )
 
 
 def model_classes(
@@ -66,14 +41,14 @@ def model_classes(
         auto, reference = next(iter(remote.items()))
         try:
             model_class: Any = get_class_from_dynamic_module(reference, name, **where)
-        except (OSError, ImportError, AttributeError, SyntaxError) as error:
-            raise TeacherError(f"{reference} of {name} cannot be loaded: {error}") from error
+        except (*UNREADABLE, SyntaxError) as error:
+            raise TeacherError(f"{reference} of {name} cannot be loaded: {one_paragraph(error)}.") from error
         model_class.register_for_auto_class(auto)  # a student of it is saved with its code
         return [model_class]
     if isinstance(stock, type) and issubclass(stock, PreTrainedModel):
         return [stock]
     if remote:
-        raise _needs_permission(name)
+        raise needs_permission(name)
     mappings = [getattr(transformers, f"MODEL_FOR_{task}_MAPPING") for task in _TASKS] + [transformers.MODEL_MAPPING]
     classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     classes = [entry[0] if isinstance(entry, tuple) else entry for entry in classes]

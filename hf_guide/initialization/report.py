@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import HfGuideError
 from hf_guide.public_names import is_local, public_name
+from hf_guide.typed_json import check_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,12 +149,14 @@ class InitializationReport:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             records = [ParameterRecord(**record) for record in content.pop("parameters")]
-            return cls(parameters=records, **content)
+            report = cls(parameters=records, **content)
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise HfGuideError(
                 f"{path} is not an initialization report, or one of another version of hf_guide: {error}. "
                 "Make the student again to get a fresh one."
             ) from error
+        check_types(report, str(path))
+        return report
 
     def summary(self) -> str:
         """The report in five lines: what, widths, blocks, what is not exact, cost."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -22,16 +21,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_guide.adapters import has_adapter, parametrized_layers
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.checkpoints import CheckpointWeights, find_safetensors, model_tensors, read_headers
-from hf_guide.initialization.model_classes import meta_model, model_classes, read_config, without_quantisation
+from hf_guide.initialization.model_classes import meta_model, model_classes, without_quantisation
 from hf_guide.model_files import check_model_folder
-
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,  # shapes that do not fit, broken .bin files; NotImplementedError of quantisers among them
-    ImportError,  # a quantiser's package
-    SafetensorError,
-)
+from hf_guide.pretrained import find_tokenizer, load_config, unreadable_as
 
 
 class Weights(Protocol):
@@ -125,18 +117,16 @@ def open_teacher(
         "subfolder": subfolder,
     }
     check_model_folder(name)
-    try:
+    missing = "" if os.path.exists(name) else ": there is no such folder here, and as the name of a Hub model"
+    with unreadable_as(TeacherError, f"{name} cannot be read{missing}"):
         adapter = None if gguf_file else find_adapter_config_file(name, **hub)
         known = cached_file(name, gguf_file or CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
-    except OSError as error:
-        missing = "" if os.path.exists(name) else "there is no such folder here, and as the name of a Hub model: "
-        raise TeacherError(f"{name} cannot be read: {missing}{error}") from error
     if adapter is not None:
         raise TeacherError(f"{name} holds an adapter. Load it, `merge_and_unload()` it and pass the merged model.")
     commit = extract_commit_hash(known, None)
     hub["revision"] = commit or revision  # all files from one state of the repository
 
-    config = copy.deepcopy(config) or read_config(name, hub, trust_remote_code, gguf_file)
+    config = copy.deepcopy(config) or load_config(name, hub, trust_remote_code, gguf_file)
     classes = model_classes(config, name, hub, trust_remote_code)
     quantised = gguf_file is not None or getattr(config, "quantization_config", None) is not None
     explicit_file = getattr(config, "transformers_weights", None) is not None
@@ -171,16 +161,10 @@ def tokenizer_length(
         "local_files_only": local_files_only,
         "subfolder": subfolder,
     }
-    try:
-        if gguf_file is None and all(
-            cached_file(teacher.name, file, _raise_exceptions_for_missing_entries=False, **hub) is None
-            for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-        ):
-            return None
-        if gguf_file is not None:
-            hub["gguf_file"] = gguf_file
-        tokenizer = AutoTokenizer.from_pretrained(teacher.name, trust_remote_code=False, **hub)
-    except (OSError, ValueError, ImportError):
+    if gguf_file is not None:
+        hub["gguf_file"] = gguf_file
+    tokenizer = find_tokenizer(teacher.name, **hub)
+    if tokenizer is None:
         return None
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
@@ -192,7 +176,8 @@ def _open_files(
     stored = read_headers(files)
     missing: set[str] = set()
     for model_class in classes:
-        model = meta_model(model_class, config)
+        with unreadable_as(TeacherError, f"{name} has a config that {model_class.__name__} cannot be built of"):
+            model = meta_model(model_class, config)
         tensors = model_tensors(model, stored)
         if tensors is None:
             return None
@@ -226,22 +211,18 @@ def _load(
     options: dict[str, Any] = {"trust_remote_code": trust, **hub}
     if gguf_file is not None:
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    try:
+    packed = "quantised and " if getattr(config, "quantization_config", None) is not None else ""
+    with unreadable_as(TeacherError, f"{name} is {packed}not loadable as {model_class.__name__} here"):
         config = _dequantised_when_read(config)
         loaded: Any = model_class.from_pretrained(
             name, config=config, dtype="auto", output_loading_info=True, **options
         )
-    except _LOADING_ERRORS as error:
-        packed = "quantised and " if getattr(config, "quantization_config", None) is not None else ""
-        raise TeacherError(f"{name} is {packed}not loadable as {model_class.__name__} here: {error}") from error
     model, report = loaded
     if report["missing_keys"]:
         raise _incomplete(name, report["missing_keys"])
     if _quantised(model):
-        try:
+        with unreadable_as(TeacherError, f"{name} is quantised and cannot be dequantised"):
             model = _dequantised(model)
-        except _LOADING_ERRORS as error:
-            raise TeacherError(f"{name} is quantised and cannot be dequantised: {error}") from error
     return model
 
 

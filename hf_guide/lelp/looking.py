@@ -24,6 +24,7 @@ from hf_guide.lelp.forecast import Forecast, forecast_gain
 from hf_guide.lelp.hearing import Heard, hear
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.lelp.viewing import View, plot_class, view_subclasses, write_page
+from hf_guide.pretrained import load_processing_class
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def look(
         )
     of_images = task is Task.IMAGE_CLASSIFICATION
     loader = AutoImageProcessor if of_images else AutoTokenizer
-    processing_class: Any = loader.from_pretrained(processor or name, **({} if processor else source))
+    processing_class = load_processing_class(loader, processor or name, **({} if processor else source))
     prepared = prepare(task, raw, None, processing_class, data, labels=labels, config=model.config)
     heard = hear(model, prepared.train, prepared.collator, batch_size=batch_size, show_progress=show_progress)
     finer = None if finer_column is None else numbered(raw, finer_column)

@@ -21,6 +21,7 @@ from hf_guide.errors import SubclassError
 from hf_guide.lelp.classes import classes_of
 from hf_guide.lelp.forecast import Forecast
 from hf_guide.lelp.splitters import goes_by_variance
+from hf_guide.plots import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -241,7 +242,7 @@ def plot_class(view: ClassView, path: str | os.PathLike[str] | None = None) -> "
     bars.set(xlabel="% of the class", ylabel="subclass", yticks=range(count), ylim=(count - 0.5, -0.5))
     bars.axvline(100 / count, color="grey", linestyle=":", linewidth=1)
     if path is not None:
-        figure.savefig(path, dpi=150)
+        save_figure(figure, path)
     return figure
 
 

@@ -105,14 +105,6 @@ class LelpOptions:
                 raise OptionError(f"{name} is {getattr(self, name)}; a positive number was expected.")
 
 
-HELP = "the whole way on a real model: initialise, distil, compare, save"
-DESCRIPTION = (
-    "Make random, uniform, guide and calibrated students of one teacher, train each on the same tokens, and compare\n"
-    "them; or, with --task lelp, teach three like students of a classifier by hard labels, by KD and by\n"
-    "pseudo-subclasses."
-)
-EXAMPLE = "hf-guide quickstart --task lelp"
-
 TASKS: dict[str, type[Any]] = {"language-model": QuickstartOptions, "lelp": LelpOptions}
 
 
@@ -160,20 +152,6 @@ def options_of(args: argparse.Namespace) -> Any:
             raise OptionError(f"--task lelp learns from one text; found {len(given['text'])}.")
         given["text"] = given["text"][0]
     return options(**given)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the quickstart with the flags of `add_arguments` and return the exit code."""
-    options = options_of(args)
-    if isinstance(options, LelpOptions):
-        from hf_guide.quickstart.subclasses import quickstart_lelp
-
-        quickstart_lelp(options)
-    else:
-        from hf_guide.quickstart.run import quickstart
-
-        quickstart(options)
-    return 0
 
 
 def _default(option: "dataclasses.Field[Any]") -> Any:

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 from hf_guide import folders
 from hf_guide.auto import AutoStudentForCausalLM
 from hf_guide.companions import copy_companions
-from hf_guide.errors import OptionError
+from hf_guide.errors import OptionError, TeacherError
 from hf_guide.folders import check_space, new_folder
 from hf_guide.hub import write_model_card
 from hf_guide.integrity import check_model_folder
+from hf_guide.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.public_names import public_name, public_value
 from hf_guide.quickstart import QuickstartOptions
 from hf_guide.quickstart.corpus import pack, read_text, split_documents
@@ -84,8 +85,10 @@ def quickstart(options: QuickstartOptions, *, show_progress: bool = True) -> lis
     started = time.perf_counter()
     texts = split_documents((text for source in options.text for text in read_text(source)), seed=options.seed)
     name = options.teacher or default_teacher(options.cache_dir)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    tokenizer = load_processing_class(AutoTokenizer, name)
+    load_config(name)
+    with unreadable_as(TeacherError, f"The teacher {name} cannot be loaded"):
+        teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     recipe = Recipe(options.steps, options.batch_size, options.kd_weight, options.seed)
     learned = shuffled(
         pack(texts.train, tokenizer, options.sequence_length), recipe.steps * recipe.batch_size, options

@@ -34,11 +34,13 @@ from hf_guide.cards import DistillationRecord
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.trainer import DistillationTrainer
+from hf_guide.errors import TeacherError
 from hf_guide.folders import new_folder
 from hf_guide.integrity import check_model_folder
 from hf_guide.lelp.collator import SubclassLabelCollator
 from hf_guide.lelp.fitting import fit_subclasses
 from hf_guide.lelp.publishing import save_subclass_student
+from hf_guide.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.public_names import public_value
 from hf_guide.quickstart import LelpOptions
 from hf_guide.quickstart.memory import keep_freed_memory
@@ -90,7 +92,7 @@ def quickstart_lelp(options: LelpOptions, *, show_progress: bool = True) -> list
     started = time.perf_counter()
     topics = split_topics(options.text, examples=options.examples, held_out=options.held_out, seed=options.seed)
     name = options.teacher or default_encoder()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_processing_class(AutoTokenizer, name)
     train, held_out = (tokenized(part, tokenizer, options.sequence_length) for part in (topics.train, topics.held_out))
     print(f"teacher: {name}, fine-tuned here for {options.teacher_steps} steps; students start by {options.method}")
     print(f"text: {options.text}, {' or '.join(topics.names)}; {len(train):,} to train on, {len(held_out):,} held out")
@@ -160,13 +162,19 @@ def fine_tuned(
     """Return an encoder with a head for the classes, fine-tuned on the texts by the stock `Trainer` and saved in `folder`."""
     torch.manual_seed(options.seed)
     names = dict(enumerate(topics.names))
-    teacher = AutoModelForSequenceClassification.from_pretrained(
-        name,
-        dtype=torch.float32,
-        num_labels=len(names),
-        id2label=names,
-        label2id={label: number for number, label in names.items()},
-    )
+    load_config(name)
+    with unreadable_as(TeacherError, f"The teacher {name} cannot be loaded"):
+        teacher, found = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            output_loading_info=True,
+            dtype=torch.float32,
+            num_labels=len(names),
+            id2label=names,
+            label2id={label: number for number, label in names.items()},
+        )
+    missing = sorted(key for key in found["missing_keys"] if key.startswith(f"{teacher.base_model_prefix}.embeddings"))
+    if missing:
+        raise TeacherError(f"{name} has no {', '.join(missing[:3])}; it must be a text encoder's checkpoint.")
     args = TrainingArguments(
         str(folder),
         max_steps=options.teacher_steps,

@@ -55,7 +55,11 @@ def read_labelled(source: str) -> Iterator[tuple[str, str]]:
         raise OptionError(
             f'No texts {source!r}: give \'wikipedia\' or a file of JSON lines, each {{"text": ..., "label": ...}}.'
         )
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{source} must be a text file in UTF-8: {error}.") from error
+    for number, line in enumerate(lines, 1):
         try:
             found = json.loads(line)
             yield str(found["text"]), str(found["label"])
