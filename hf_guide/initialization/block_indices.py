@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -182,69 +181,6 @@ class Reads:
     questions: set[int] = field(default_factory=set)
 
 
-class RecordingList(list):
-    """A list that records which entries are read and which numbers it is asked for."""
-
-    reads: Reads
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int):
-            self.reads.indices.add(index)
-        return super().__getitem__(index)
-
-    def __contains__(self, item: object) -> bool:
-        if isinstance(item, int):
-            self.reads.questions.add(item)
-        return super().__contains__(item)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RecordingList":
-        twin = RecordingList(copy.deepcopy(list(self), memo))
-        twin.reads = self.reads
-        return twin
-
-
-class RecordingTuple(tuple):
-    """A tuple that records the same."""
-
-    reads: Reads
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int):
-            self.reads.indices.add(index)
-        return super().__getitem__(index)
-
-    def __contains__(self, item: object) -> bool:
-        if isinstance(item, int):
-            self.reads.questions.add(item)
-        return super().__contains__(item)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RecordingTuple":
-        twin = RecordingTuple(copy.deepcopy(tuple(self), memo))
-        twin.reads = self.reads
-        return twin
-
-
-def record_reads(config: PreTrainedConfig) -> dict[Path, Reads]:
-    """Replace every list in `config` by one that records how it is read; return the records by path."""
-    records: dict[Path, Reads] = {}
-    for prefix, part in parts_of(config):
-        for name, value in list(vars(part).items()):
-            if name.startswith("_") or type(value) not in (list, tuple) or not value:
-                continue
-            recording: Any = RecordingList(value) if isinstance(value, list) else RecordingTuple(value)
-            recording.reads = Reads()
-            path = (*prefix, name)
-            records[path] = recording.reads
-            part.__dict__[name] = recording
-    return records
-
-
-def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model without weights."""
-    with torch.device("meta"):
-        return model_class._from_config(copy.deepcopy(config))
-
-
 LAYER_WORDS = frozenset(("layer", "layers", "block", "blocks", "depth"))
 INDEX_WORDS = frozenset(("index", "indices", "indexes", "idx", "idxs", "ids", "layers", "blocks"))
 OUTPUT_WORDS = frozenset(("out", "output", "outputs", "feature", "features", "deepstack", "intermediate"))
@@ -268,69 +204,20 @@ def words(name: str) -> set[str]:
 class StackDepths:
     """The numbers of blocks that a config states, and how each of its lists is read with one block fewer.
 
-    `model` is built of the config, on the meta device; None where none was built.
+    Attributes:
+        model: built of the config, on the meta device; None where none was built.
+        tables: by the names of parameters outside of blocks that have an entry per block: which axis, the depth that it has,
+            and whether it has an entry for the stack's input before them.
     """
 
     depths: dict[Path, Depth]
     reads: dict[Path, dict[Path, Reads]]
     model: PreTrainedModel | None = None
+    tables: dict[str, tuple[int, Path, bool]] = field(default_factory=dict)
 
     def of_stack(self, stack: str) -> Depth | None:
         """Return the depth that a stack has."""
         return next((depth for depth in self.depths.values() if stack in depth.stacks), None)
-
-
-def find_depths(
-    config: PreTrainedConfig,
-    model_class: type[PreTrainedModel],
-    stack_sizes: Callable[[PreTrainedModel], dict[str, int]],
-) -> StackDepths:
-    """Return each number of blocks that `config` states, with the stacks that have it.
-
-    Each candidate is lowered by one in turn and the model built on the meta device: what makes a stack shorter is its depth.
-    Where a family refuses that, the field it usually calls `num_hidden_layers` is taken for the stack of its length.
-    """
-    config = copy.deepcopy(config)
-    config.__dict__.pop("quantization_config", None)
-    model = build_on_meta(model_class, config)
-    whole = stack_sizes(model)
-    found = StackDepths({}, {}, model)
-    taken: set[str] = set()
-    for path, size in _depth_candidates(config, set(whole.values())):
-        shorter = copy.deepcopy(config)
-        records = record_reads(shorter)
-        stacks: tuple[str, ...]
-        try:
-            set_at(shorter, path, size - 1)
-            sizes = stack_sizes(build_on_meta(model_class, shorter))
-            stacks = tuple(stack for stack, had in whole.items() if had == size and sizes.get(stack, 0) == size - 1)
-        except BUILD_ERRORS:
-            records = {}
-            like = [stack for stack, had in whole.items() if had == size and stack not in taken]
-            stacks = tuple(like) if len(like) == 1 and path[-1] == _usual_depth(config, path) else ()
-        stacks = tuple(stack for stack in stacks if stack not in taken)
-        if stacks:
-            taken |= set(stacks)
-            found.depths[path] = Depth(path, size, stacks)
-            found.reads[path] = records
-    return found
-
-
-def _usual_depth(config: PreTrainedConfig, path: Path) -> str:
-    part = value_at(config, path[:-1]) if len(path) > 1 else config
-    return part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-
-
-def _depth_candidates(config: PreTrainedConfig, sizes: set[int]) -> list[tuple[Path, int]]:
-    found = []
-    for prefix, part in parts_of(config):
-        usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        names = [name for name, value in vars(part).items() if type(value) is int and value in sizes and value > 1]
-        named = [
-            name for name in names if name == usual or (words(name) & LAYER_WORDS and not words(name) & NOT_DEPTHS)
-        ]
-        found += [((*prefix, name), vars(part)[name]) for name in sorted(named, key=lambda name: name != usual)]
-    return found
 
 
 def usual_depths(config: PreTrainedConfig) -> StackDepths:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide.errors import LayoutError
 from hf_guide.initialization.axes import Name, axis_names, axis_size, parse_axes
+from hf_guide.initialization.block_depths import with_block_tables
 from hf_guide.initialization.certify import Verdict, certify
 from hf_guide.initialization.layouts import (
     BlockScale,
@@ -61,6 +62,7 @@ CONVENTIONS = {
 """What modules of these names hold, as Transformers calls them; believed where shapes and `certify` agree."""
 
 _derived: dict[tuple[type, str], Layout] = {}
+_blocks_only: dict[tuple[type, str], Layout] = {}
 
 
 def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
@@ -80,7 +82,12 @@ def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
             )
         return derive_layout(config, causal[0] if isinstance(causal, tuple) else causal)
     except LayoutError as error:
-        return blocks_only_layout(config, model_class, str(error))
+        key = (model_class, repr(sorted(config.to_diff_dict().items(), key=str)))
+        if key not in _blocks_only:
+            _blocks_only[key] = with_block_tables(
+                blocks_only_layout(config, model_class, str(error)), config, model_class
+            )
+        return _blocks_only[key]
 
 
 def with_block_rules(layout: Layout, config: PreTrainedConfig) -> Layout:
@@ -151,7 +158,7 @@ def derive_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
             layout = Layout(
                 family, freeze(rows if fold else unfold(rows), frozen), norm=norm or "rms", norm_offset=offset or 0.0
             )
-            layout = with_block_rules(layout, config)
+            layout = with_block_tables(with_block_rules(layout, config), twin.config, model_class)
             verdict = certify(layout, twin)
             if verdict.passed:
                 _derived[key] = dataclasses.replace(

@@ -15,6 +15,7 @@ A layout is written as text, a line a module or parameter, its name relative to 
 - `axes` are those of the weight as it is stored; a bias has the weight's first axis, or the last where the axes are written
   `in -> out` (GPT-2's Conv1D). A line may name a full parameter (`experts.gate_up_proj`) instead of a module. A
   parameter without axes is a `scalar`.
+- `blocks` is an axis with an entry for each block of a stack: of the first one, where `block_tables` says no other.
 - `norm` marks a gain (and bias): a diagonal on its axis. `table` marks what the residual stream is made from.
 - `< norm` says which norm's output the weight reads (with `a | - | b` for the terms of a fused weight), `> scale` which
   learned diagonal its output is multiplied with, `>> norm` which norm stands between its output and the residual stream.
@@ -125,6 +126,7 @@ class Layout:
     block_attention_scale: BlockScale | None = None
     block_value: Mapping[str, BlockValue] = field(default_factory=dict)
     fixed_depth: str = ""
+    block_tables: Mapping[str, str] = field(default_factory=dict)
 
     def find(self, name: str) -> Match | None:
         """Return what the layout says of parameter `name` (relative to the base model), or None.

@@ -85,7 +85,7 @@ class Plan:
     `units` are the places that were chosen for a site's named axes, by the site's name; the two axes of grouped heads go by
     one name, "kv_heads group", where each group keeps others. What is not there is chosen evenly. `turns` are what is done
     to a teacher's tensor, by its canonical name, whenever it is read: a change of coordinates inside its heads. `notes` are
-    what the plan itself does not carry exactly.
+    what the plan itself does not carry exactly, `depths` how many blocks each of the teacher's stacks has.
     """
 
     layout: Layout
@@ -105,6 +105,7 @@ class Plan:
     units: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     turns: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    depths: dict[str, int] = field(default_factory=dict)
     _seen_finite: set[str] = field(default_factory=set)
     _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by site and number of bases
 
@@ -174,10 +175,19 @@ class Plan:
         """
         assert site.source_shape is not None
         source_name = self.teacher_names.get(site.source or "", site.source or "")
-        teacher = solve_sizes(
-            site.axes, site.source_shape, config_sizes(self.layout, self.teacher.config), source_name
-        )
-        return teacher, solve_sizes(site.axes, site.shape, config_sizes(self.layout, self.student_config), site.name)
+        known, wanted = (config_sizes(self.layout, each) for each in (self.teacher.config, self.student_config))
+        stack = self.stack_of_table(site)
+        if stack is not None:
+            known["blocks"], wanted["blocks"] = self.depths[stack], len(self.stacks[stack])
+        teacher = solve_sizes(site.axes, site.source_shape, known, source_name)
+        return teacher, solve_sizes(site.axes, site.shape, wanted, site.name)
+
+    def stack_of_table(self, site: Site) -> str | None:
+        """Return the stack for whose blocks a parameter has an entry each; None where it has none."""
+        if not any("blocks" in axis_names(axis) for axis in site.axes):
+            return None
+        first = next(stack for stack in self.stacks if stack.endswith("{block}"))
+        return self.layout.block_tables.get(site.match.row.pattern, first)
 
     def _find_maps(self, site: Site) -> list[AxisMap]:
         teacher, student = self.sizes(site)
@@ -196,7 +206,8 @@ class Plan:
                     )
                 found.append(self._kept_or(places, teacher[str(axis)]))
             elif all(teacher[name] == student[name] for name in axis_names(axis)) and not (
-                self._holds_queries(site, axis) and self.block_attention_ratio(site) != 1.0
+                self._moves_blocks(site, axis)
+                or (self._holds_queries(site, axis) and self.block_attention_ratio(site) != 1.0)
             ):
                 found.append(Identity())
             else:
@@ -207,6 +218,10 @@ class Plan:
                 places, factors = select(axis, lambda name: self._leaf(site, name, teacher, student), teacher)
                 found.append(Selection(places, factors, axis_size(axis, teacher) or 0))
         return found
+
+    def _moves_blocks(self, site: Site, axis: Axis) -> bool:
+        stack = self.stack_of_table(site) if "blocks" in axis_names(axis) else None
+        return stack is not None and self.stacks[stack] != list(range(self.depths[stack]))
 
     @staticmethod
     def _kept_or(places: Tensor | None, size: int) -> AxisMap:
@@ -219,6 +234,9 @@ class Plan:
         of_block = self.block_attention_ratio(site) if self._holds_queries(site, Name(name)) else 1.0
         if units is not None:
             return units, torch.full((len(units),), of_block, dtype=torch.float64)
+        stack = self.stack_of_table(site) if name == "blocks" else None
+        if stack is not None:
+            return torch.tensor(self.stacks[stack]), torch.ones(len(self.stacks[stack]), dtype=torch.float64)
         had, wanted = teacher[name], student[name]
         what = READABLE.get(name, name)
         if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:

@@ -260,6 +260,7 @@ def make_plan(
         label_places,
         random,
         lost,
+        depths=had,
     )
     plan.notes += [
         f"{teacher_names[used]} stands for {missing}: that block takes its keys and values from another, which is not "

@@ -5,11 +5,9 @@ config can state; where it cannot be, the nearest choice that can is taken, and 
 moved: it is refused, and the nearest admissible one named.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +24,7 @@ from hf_guide.initialization.block_choice import (
     nearest_blocks,
     parameters_of,
 )
+from hf_guide.initialization.block_depths import build_on_meta, find_depths
 from hf_guide.initialization.block_indices import (
     BUILD_ERRORS,
     LAYER_WORDS,
@@ -34,8 +33,6 @@ from hf_guide.initialization.block_indices import (
     FieldKind,
     Path,
     StackDepths,
-    build_on_meta,
-    find_depths,
     find_fields,
     follow,
     parts_of,
@@ -115,25 +112,10 @@ def of_one_kind(teacher: Sequence[BlockKind], student: Sequence[BlockKind], *, w
 
 
 def _family(teacher: Teacher, layout: Layout) -> _Family:
-    config = copy.deepcopy(teacher.config)
-    config.__dict__.pop("quantization_config", None)
-    key = (teacher.model_class, layout.family, json.dumps(config.to_dict(), sort_keys=True, default=str))
-    if key not in _families:
-        _families.clear()  # of one teacher at a time, for it holds a model
-        prefix = teacher.base_model_prefix
-
-        def sizes_of(model: PreTrainedModel) -> dict[str, int]:
-            names = stack_sizes(layout, [canonical(name, model.base_model_prefix) for name in model.state_dict()])
-            return {stack: size for stack, size in names.items() if stack.endswith("{block}")}
-
-        depths = find_depths(config, teacher.model_class, sizes_of)
-        fields = find_fields(config, depths, layout.block_fields)
-        sizes = stack_sizes(layout, [canonical(name, prefix) for name in teacher.weights.keys()])
-        _families[key] = _Family(teacher, layout, sizes, depths, fields)
-    return dataclasses.replace(_families[key], teacher=teacher)
-
-
-_families: dict[Any, _Family] = {}
+    depths = find_depths(teacher.config, teacher.model_class, layout)
+    names = [canonical(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
+    fields = find_fields(teacher.config, depths, layout.block_fields)
+    return _Family(teacher, layout, stack_sizes(layout, names), depths, fields)
 
 
 def resolve_blocks(

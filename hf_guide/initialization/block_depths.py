@@ -1,0 +1,209 @@
+"""Find the numbers of blocks that a config states, by building the model one block shorter."""
+
+import copy
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.initialization.axes import Axis, Name, Product, Sum
+from hf_guide.initialization.block_indices import (
+    BUILD_ERRORS,
+    LAYER_WORDS,
+    NOT_DEPTHS,
+    Depth,
+    Path,
+    Reads,
+    StackDepths,
+    parts_of,
+    set_at,
+    value_at,
+    words,
+)
+from hf_guide.initialization.layouts import Layout, Row
+from hf_guide.initialization.planning import canonical, stack_sizes
+
+
+class RecordingList(list):
+    """A list that records which entries are read and which numbers it is asked for."""
+
+    reads: Reads
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int):
+            self.reads.indices.add(index)
+        return super().__getitem__(index)
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(item, int):
+            self.reads.questions.add(item)
+        return super().__contains__(item)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RecordingList":
+        twin = RecordingList(copy.deepcopy(list(self), memo))
+        twin.reads = self.reads
+        return twin
+
+
+class RecordingTuple(tuple):
+    """A tuple that records the same."""
+
+    reads: Reads
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int):
+            self.reads.indices.add(index)
+        return super().__getitem__(index)
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(item, int):
+            self.reads.questions.add(item)
+        return super().__contains__(item)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RecordingTuple":
+        twin = RecordingTuple(copy.deepcopy(tuple(self), memo))
+        twin.reads = self.reads
+        return twin
+
+
+def record_reads(config: PreTrainedConfig) -> dict[Path, Reads]:
+    """Replace every list in `config` by one that records how it is read; return the records by path."""
+    records: dict[Path, Reads] = {}
+    for prefix, part in parts_of(config):
+        for name, value in list(vars(part).items()):
+            if name.startswith("_") or type(value) not in (list, tuple) or not value:
+                continue
+            recording: Any = RecordingList(value) if isinstance(value, list) else RecordingTuple(value)
+            recording.reads = Reads()
+            path = (*prefix, name)
+            records[path] = recording.reads
+            part.__dict__[name] = recording
+    return records
+
+
+def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a model without weights."""
+    with torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(config))
+
+
+def find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
+    """Return each number of blocks that `config` states, with the stacks that have it.
+
+    Each candidate is lowered by one in turn and the model built on the meta device: what makes a stack shorter is its depth.
+    Where a family refuses that, the field it usually calls `num_hidden_layers` is taken for the stack of its length.
+    """
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)
+    stacks_known = tuple(row.pattern for row in layout.rows if "{block}" in row.pattern)
+    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str), stacks_known)
+    if key not in _found:
+        _found.clear()  # of one model at a time, for it is held
+        _found[key] = _find_depths(config, model_class, layout)
+    return _found[key]
+
+
+_found: dict[Any, StackDepths] = {}
+
+
+def _find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
+    model = build_on_meta(model_class, config)
+    whole = stacks_of(model, layout)
+    found = StackDepths({}, {}, model)
+    taken: set[str] = set()
+    for path, size in _depth_candidates(config, set(whole.values())):
+        shorter = copy.deepcopy(config)
+        records = record_reads(shorter)
+        stacks: tuple[str, ...]
+        tables: dict[str, tuple[int, Path, bool]] = {}
+        try:
+            set_at(shorter, path, size - 1)
+            other = build_on_meta(model_class, shorter)
+            sizes, tables = stacks_of(other, layout), _tables(model, other, path, size)
+            stacks = tuple(stack for stack, had in whole.items() if had == size and sizes.get(stack, 0) == size - 1)
+        except BUILD_ERRORS:
+            records = {}
+            like = [stack for stack, had in whole.items() if had == size and stack not in taken]
+            stacks = tuple(like) if len(like) == 1 and path[-1] == _usual_depth(config, path) else ()
+        stacks = tuple(stack for stack in stacks if stack not in taken)
+        if stacks:
+            taken |= set(stacks)
+            found.depths[path] = Depth(path, size, stacks)
+            found.reads[path] = records
+            found.tables.update(tables)
+    return found
+
+
+def stacks_of(model: PreTrainedModel, layout: Layout) -> dict[str, int]:
+    """Return how many blocks each stack of a model has."""
+    sizes = stack_sizes(layout, [canonical(name, model.base_model_prefix) for name in model.state_dict()])
+    return {stack: size for stack, size in sizes.items() if stack.endswith("{block}")}
+
+
+def with_block_tables(layout: Layout, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
+    """Return a derived layout in which axes with an entry per block, outside of blocks, are known as such.
+
+    Such an axis is laid out by block first, as in ESM's contact head over (blocks heads) or Gemma 3n's embeddings per layer.
+    """
+    try:
+        depths = find_depths(config, model_class, layout)
+    except BUILD_ERRORS:
+        return layout
+    rows: dict[str, Row] = {}
+    stacks: dict[str, str] = {}
+    for name, (axis, path, has_input) in depths.tables.items():
+        match = layout.find(canonical(name, model_class.base_model_prefix))
+        stack = depths.depths[path].stacks[0]
+        if match is None or "block" in match.numbers or match.is_bias or match.row.pattern in rows:
+            continue
+        axes: list[Axis] = list(match.row.axes)
+        if not isinstance(axes[axis], Name):
+            continue
+        axes[axis] = Sum((Name("1"), Name("blocks"))) if has_input else Product((Name("blocks"), axes[axis]))
+        rows[match.row.pattern] = dataclasses.replace(match.row, axes=tuple(axes))
+        stacks[match.row.pattern] = stack
+    if not rows:
+        return layout
+    return dataclasses.replace(
+        layout,
+        rows=tuple(rows.get(row.pattern, row) for row in layout.rows),
+        block_tables={**layout.block_tables, **stacks},
+    )
+
+
+def _tables(
+    model: PreTrainedModel, shorter: PreTrainedModel, path: Path, size: int
+) -> dict[str, tuple[int, Path, bool]]:
+    """Return the parameters that are longer on one axis by what one more block brings."""
+    found = {}
+    shapes = {name: tensor.shape for name, tensor in shorter.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        less = shapes.get(name, ())
+        grown = [axis for axis, (had, has) in enumerate(zip(tensor.shape, less, strict=False)) if had != has]
+        if len(grown) != 1 or len(less) != tensor.ndim:
+            continue
+        had, has = tensor.shape[grown[0]], less[grown[0]]
+        if had % size == 0 and has == had // size * (size - 1):
+            found[name] = (grown[0], path, False)
+        elif (had, has) == (size + 1, size):
+            found[name] = (grown[0], path, True)
+    return found
+
+
+def _usual_depth(config: PreTrainedConfig, path: Path) -> str:
+    part = value_at(config, path[:-1]) if len(path) > 1 else config
+    return part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+
+
+def _depth_candidates(config: PreTrainedConfig, sizes: set[int]) -> list[tuple[Path, int]]:
+    found = []
+    for prefix, part in parts_of(config):
+        usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        names = [name for name, value in vars(part).items() if type(value) is int and value in sizes and value > 1]
+        named = [
+            name for name in names if name == usual or (words(name) & LAYER_WORDS and not words(name) & NOT_DEPTHS)
+        ]
+        found += [((*prefix, name), vars(part)[name]) for name in sorted(named, key=lambda name: name != usual)]
+    return found
