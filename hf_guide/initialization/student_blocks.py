@@ -429,37 +429,11 @@ class _Search:
             if start.passed:
                 nearest = start
                 break
-        if attempt.misfits and all(
-            self._is_named(path) and self._only_loses(path, attempt)
-            for path, misfits in attempt.misfits.items()
-            if misfits
-        ):
-            return self._with_losses(attempt)
         if nearest is not None and not any(
             self._is_named(path) and nearest.blocks[path] != attempt.blocks[path] for path in attempt.blocks
         ):
             return nearest
         raise ShapeError(self._refusal(attempt, misfit, nearest))
-
-    def _only_loses(self, path: Path, attempt: _Attempt) -> bool:
-        """Whether the student's blocks have nothing that the teacher's lack."""
-        return all(
-            parameters_of(has) <= parameters_of(had)
-            for block, student in zip(attempt.blocks[path], attempt.kinds[path], strict=True)
-            for had, has in zip(self.family.kinds[path][block], student, strict=True)
-            if parameters_of(has) != parameters_of(had)
-        ) and all(
-            parameters_of(had) != parameters_of(has) or not difference(had, has, widths=True)
-            for block, student in zip(attempt.blocks[path], attempt.kinds[path], strict=True)
-            for had, has in zip(self.family.kinds[path][block], student, strict=True)
-        )
-
-    def _with_losses(self, attempt: _Attempt) -> _Attempt:
-        """Return an attempt whose blocks leave parameters of the teacher's behind, which the report then names."""
-        for path, misfits in attempt.misfits.items():
-            stack = self._depth(path).stacks[0].removesuffix(".{block}")
-            self.approximations += [f"{stack}.{position}: {reason}." for position, reason in misfits]
-        return attempt
 
     def _moved(
         self, attempt: _Attempt, alike: Callable[[Sequence[BlockKind], Sequence[BlockKind]], bool]
