@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_guide.errors import OptionError
+
 
 def is_adapter_layer(module: Any) -> bool:
     """Return whether a module is one that PEFT puts around a layer: of LoRA and its kin, or of `modules_to_save`."""
@@ -53,6 +55,20 @@ def active_module(module: Any) -> Any:
         return module.original_module
     name = module.active_adapters[0]
     return copies[name] if name in copies else module
+
+
+def check_positions(model: Any, role: str) -> None:
+    """Check that a model's outputs are at the positions of its inputs: of its student's, of its teacher's and of labels.
+
+    Raises:
+        OptionError: an adapter that puts virtual tokens before the text (prefixes of keys and values move nothing).
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+            raise OptionError(
+                f"{config.peft_type.value} puts virtual tokens before the text, so that the {role}'s outputs are not at the "
+                "positions of the other model's and of the labels. Use another adapter, such as LORA or PREFIX_TUNING."
+            )
 
 
 def called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_guide.adapters import check_positions
 from hf_guide.capture.keys import token_places
 from hf_guide.capture.options import CaptureConfig
 from hf_guide.capture.storage import Arrays, pack_indices
@@ -55,6 +56,8 @@ class Listener:
     def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False) -> Heard:
         """Run the teacher on a collated batch, on its own device."""
         bare, task = without_adapter(self.model), self.task
+        if task.is_per_token or hidden_states or embedding:
+            check_positions(self.model, "teacher")
         # Of a teacher that is spread, or offloaded, accelerate brings the input to where it is needed.
         device = next((each.device for each in self.model.parameters() if not each.is_meta), torch.device("cpu"))
         tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}

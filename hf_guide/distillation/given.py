@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_guide.adapters import has_adapter, parametrized_layers
 from hf_guide.capture.reading import Capture
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.tasks import Task, without_adapter
+from hf_guide.distillation.tasks import without_adapter
 from hf_guide.errors import OptionError
 
 
@@ -89,22 +89,6 @@ def check_trainable(student: nn.Module) -> None:
             "No parameter of the student is trainable: all have requires_grad=False. Unfreeze some with requires_grad_(True), "
             "pass peft_config, or load a saved adapter with PeftModel.from_pretrained(..., is_trainable=True)."
         )
-
-
-def check_adapter(student: Any, task: Task) -> None:
-    """Refuse an adapter under which places of the student's logits are not those of its labels.
-
-    Raises:
-        OptionError: one that puts virtual tokens before the text.
-    """
-    if not task.is_per_token:
-        return
-    for config in getattr(student, "peft_config", {}).values():
-        if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
-            raise OptionError(
-                f"{config.peft_type.value} puts virtual tokens before the text, so that the student's logits do not stand "
-                "where the teacher's do. Use another adapter, such as LORA or PREFIX_TUNING."
-            )
 
 
 def source_of(teacher: Any, args: DistillationArguments) -> Any:

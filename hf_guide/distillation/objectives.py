@@ -123,6 +123,12 @@ def parse_objective(objective: "str | Mapping[str, float] | None") -> dict[str, 
     return kept
 
 
+def compares_vectors(weights: Mapping[str, float]) -> bool:
+    """Return whether an objective looks at hidden states or embeddings, whatever its outputs are."""
+    terms = registered_terms()
+    return any(terms[name].needs in (Needs.HIDDEN_STATES, Needs.EMBEDDING, Needs.SUBCLASSES) for name in weights)
+
+
 def check_objective(weights: Mapping[str, float], task: str, config: Any) -> None:
     """Refuse terms that are not for a student's task, or compare a distribution over classes that its logits are not.
 

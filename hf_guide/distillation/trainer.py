@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from hf_guide.adapters import check_positions
 from hf_guide.capture.reading import Capture, CapturedCollator
 from hf_guide.cards import save_record
 from hf_guide.code_references import clean_saved_folder, forget_code
@@ -21,7 +22,6 @@ from hf_guide.distillation.batches import BatchReader
 from hf_guide.distillation.dividing import divides_by_items
 from hf_guide.distillation.given import (
     adapted,
-    check_adapter,
     check_arguments,
     check_student,
     check_trainable,
@@ -33,14 +33,14 @@ from hf_guide.distillation.isolation import check_apart
 from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Learned
 from hf_guide.distillation.making import find_head_everywhere, is_sharded, make_learning
 from hf_guide.distillation.merging import save_merged
-from hf_guide.distillation.objectives import TASK_LOSS, check_objective
+from hf_guide.distillation.objectives import TASK_LOSS, check_objective, compares_vectors
 from hf_guide.distillation.opening import make_teachers
 from hf_guide.distillation.playback import CapturedTeacher, captured_teacher
 from hf_guide.distillation.projections import SynchronizeProjections, check_learns
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.resuming import ResumableTrainer, remove_paths_from_state
 from hf_guide.distillation.students import make_student
-from hf_guide.distillation.subclasses import make_targets
+from hf_guide.distillation.subclasses import make_targets, subclass_source
 from hf_guide.distillation.tally import Tally
 from hf_guide.distillation.tasks import IGNORED, task_of
 from hf_guide.distillation.teachers import LiveTeacher, refuse_not_finite
@@ -136,7 +136,6 @@ class DistillationTrainer(ResumableTrainer):
         student = self._bare(self.model)
         self.task = task_of(student)
         check_objective(args.weights, self.task, student.config)
-        check_adapter(student, self.task)
         if train_dataset is not None:
             check_trainable(student)
         self.teachers: list[LiveTeacher | CapturedTeacher] = []
@@ -177,7 +176,12 @@ class DistillationTrainer(ResumableTrainer):
     def _begin(self) -> None:
         """Settle what this student learns by these arguments: at first, and anew for each student and each trial."""
         student = self._bare(self.model)
-        check_apart(student, [each.bare for each in self.teachers if isinstance(each, LiveTeacher)])
+        teachers = [each.bare for each in self.teachers if isinstance(each, LiveTeacher)]
+        check_apart(student, [*teachers, getattr(subclass_source(self.data_collator), "live_teacher", None)])
+        if self.task.is_per_token or compares_vectors(self.args.weights):
+            check_positions(student, "student")
+            for teacher in teachers:
+                check_positions(teacher, "teacher")
         self._divides: bool | None = None
         self.learning = make_learning(
             student, self.task, self.teachers, self.args, self.accelerator, head=self._find_head(student)

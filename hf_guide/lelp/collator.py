@@ -71,6 +71,11 @@ class SubclassLabelCollator:
         self._listener = None if teacher is None else listener_of(self.projector, teacher)
 
     @property
+    def live_teacher(self) -> Any:
+        """The model that the probabilities are made with here; None for a capture's, or the trainer's own."""
+        return None if self._listener is None else self._listener.model
+
+    @property
     def makes_targets(self) -> bool:
         """Whether the batch has the probabilities already; otherwise the trainer makes them, by `targets_of`."""
         return self._listener is not None or self.capture is not None

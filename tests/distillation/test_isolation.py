@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_guide import DistillationTrainer
+from hf_guide import DistillationTrainer, capture_teacher
 from hf_guide.errors import HfGuideError, OptionError, TeacherError
 from hf_guide.students import from_teacher
-from tests.distillation.small import collate, examples_for, llama
+from tests.distillation.small import collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
 
 peft = pytest.importorskip("peft")
@@ -291,6 +291,26 @@ def from_virtual_tokens(folder: Path) -> Any:
     return from_teacher(peft.get_peft_model(llama(2), config), num_hidden_layers=1)
 
 
+def prompt_tuned(task: str = "causal-lm") -> Any:
+    kind = "SEQ_CLS" if task == "sequence-classification" else "CAUSAL_LM"
+    return peft.get_peft_model(model_for(task, 2), peft.PromptTuningConfig(task_type=kind, num_virtual_tokens=3))
+
+
+def taught_by_virtual_tokens(folder: Path) -> Any:
+    return DistillationTrainer(llama(1), arguments(folder), collate, teacher=prompt_tuned())
+
+
+def embeddings_behind_virtual_tokens(folder: Path) -> Any:
+    task = "sequence-classification"
+    args = arguments(folder, objective="embedding")
+    return DistillationTrainer(model_for(task, 1), args, collate, teacher=prompt_tuned(task))
+
+
+def captured_behind_virtual_tokens(folder: Path) -> Any:
+    data = examples_for("causal-lm")
+    return capture_teacher(prompt_tuned(), data, folder / "capture", data_collator=collate, show_progress=False)
+
+
 WITH_REASON: dict[Callable[[Path], Any], tuple[type[HfGuideError], str]] = {
     a_second_adapter: (OptionError, "has an adapter already"),
     a_mapping_as_peft_config: (OptionError, "LoraConfig; found dict"),
@@ -298,6 +318,9 @@ WITH_REASON: dict[Callable[[Path], Any], tuple[type[HfGuideError], str]] = {
     from_an_adapted_teacher: (TeacherError, "adapter.*merge_and_unload"),
     from_what_an_adapter_was_put_into: (TeacherError, "adapter.*merge_and_unload"),
     from_virtual_tokens: (TeacherError, "adapter"),
+    taught_by_virtual_tokens: (OptionError, "PROMPT_TUNING.*the teacher's outputs"),
+    embeddings_behind_virtual_tokens: (OptionError, "PROMPT_TUNING.*the teacher's outputs"),
+    captured_behind_virtual_tokens: (OptionError, "PROMPT_TUNING.*the teacher's outputs"),
 }
 
 
@@ -308,3 +331,23 @@ def test_what_an_adapter_makes_impossible_is_refused_with_the_reason(
     kind, reason = WITH_REASON[make]
     with pytest.raises(kind, match=reason):
         make(tmp_path)
+
+
+def test_prefixes_and_a_classifiers_virtual_tokens_teach_what_the_model_computes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    for task, teacher in (
+        ("causal-lm", peft.get_peft_model(llama(2), prefix)),
+        ("sequence-classification", prompt_tuned("sequence-classification")),
+    ):
+        data, student = examples_for(task, 8), model_for(task, 1)
+        args = arguments(tmp_path, objective="kd")
+        trainer = DistillationTrainer(student, args, collate, eval_dataset=data, teacher=teacher)
+        found = trainer.evaluate()["eval_kd"]
+        batch = collate(data)
+        with torch.no_grad():
+            q, p = (model(**batch).logits.log_softmax(-1) for model in (student.eval(), teacher.eval()))
+        if task == "causal-lm":
+            q, p = (each[:, :-1][batch["labels"][:, 1:] != -100] for each in (q, p))
+        expected = nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item()
+        assert found == pytest.approx(expected, rel=1e-4)

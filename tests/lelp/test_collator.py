@@ -344,3 +344,12 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     assert isinstance(capture_targets(projector, teacher, examples, tmp_path / "targets", **given), Capture)
     with pytest.raises(OptionError, match="needs a dataset"):
         capture_targets(projector, teacher, None, tmp_path / "none")
+
+
+def test_a_collators_teacher_that_shares_parameters_with_the_student_is_refused(tmp_path: Path) -> None:
+    examples, teacher, student = examples_for(TEXT, COUNT), teacher_of(TEXT), student_of(TEXT)
+    collator = SubclassLabelCollator(projector_of(teacher, examples), collate, teacher=teacher)
+    student.bert = teacher.bert
+    args = arguments(tmp_path, objective="lelp", temperature=2.0)
+    with pytest.raises(OptionError, match=r"shares \d+ of its tensors.*bert"):
+        DistillationTrainer(student, args, collator, examples)

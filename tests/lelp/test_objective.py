@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_guide import DistillationArguments, DistillationTrainer
 from hf_guide.distillation.objectives import registered_terms
@@ -290,12 +290,16 @@ def test_the_term_is_for_classes_that_exclude_each_other(tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
-def test_an_adapter_learns_subclasses(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_classifier", ["a copy", "LoRA"])
+def test_an_adapter_learns_subclasses_and_is_merged(on_classifier: str, tmp_path: Path) -> None:
     from peft import LoraConfig
 
     task = "sequence-classification"
     examples = with_targets(examples_for(task, 8), some_targets(8))
-    adapter = LoraConfig(target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    if on_classifier == "a copy":
+        adapter = LoraConfig(target_modules=["query"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    else:
+        adapter = LoraConfig(r=SUBCLASSES * CLASSES, target_modules=["query", "classifier"])
     trainer = DistillationTrainer(
         student_of(task),
         arguments(tmp_path, objective="lelp", max_steps=4, learning_rate=0.1),
@@ -306,8 +310,13 @@ def test_an_adapter_learns_subclasses(tmp_path: Path) -> None:
     )
     before = trainer.evaluate()
     trainer.train()
-    assert trainer.evaluate()["eval_lelp"] < before["eval_lelp"]
+    after = trainer.evaluate()["eval_lelp"]
+    assert after < before["eval_lelp"]
     assert trainer.predict(examples).predictions.shape == (8, CLASSES)
+    trainer.save_merged_model(tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    again = DistillationTrainer(merged, arguments(tmp_path, objective="lelp"), collate, eval_dataset=examples)
+    assert again.evaluate()["eval_lelp"] == pytest.approx(after, rel=1e-5)
 
 
 def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
