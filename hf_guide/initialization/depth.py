@@ -87,7 +87,8 @@ def _try_depth(
     except HfGuideError as error:
         return f"{untested}{str(error).rstrip('.')}."
     except TWIN_ERRORS as error:
-        return f"{untested}a tiny model fails with {type(error).__name__}: {str(error).splitlines()[:1]}."
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": .")
+        return f"{untested}a tiny model of the family fails with {reason}."
     if not found.error <= TOLERANCE:
         return (
             f"depth: the blocks of {config.model_type!r} depend on their index, the depth or other blocks in a way that the "

@@ -397,11 +397,12 @@ def with_placeholders(name: str) -> str:
 
 
 def shared_tables(names: Iterable[str]) -> set[str]:
-    """Return the tables of relative positions that a stack's first block alone holds, and hands on to the others (T5's).
+    """Return the tables of relative positions that a stack's first block alone holds and hands on (T5's, WavLM's).
+
 
     They stay in the first block, whichever block feeds it.
     """
-    tables = [name for name in names if re.search(r"relative\w*bias", name)]
+    tables = [name for name in names if re.search(r"(^|\.)rel(ative)?_\w*(bias|embed)\w*(\.|$)", name)]
     blocks: dict[str, set[str]] = {}
     for name in tables:
         blocks.setdefault(with_placeholders(name), set()).update(re.findall(r"(?<=\.)\d+(?=\.|$)", name)[:1])

@@ -6,6 +6,7 @@ Does not: change a loaded model, run a checkpoint's code without permission, or 
 
 import copy
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,10 +44,11 @@ class Weights(Protocol):
 
 
 class LoadedWeights:
-    """The tensors of a model in memory, shared with it and not copied."""
+    """The tensors of a model in memory, shared with it and not copied; `factors` undo what a model did to its own."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+    def __init__(self, tensors: Mapping[str, torch.Tensor], factors: Mapping[str, float] | None = None):
         self._tensors = tensors
+        self._factors = factors or {}
 
     def keys(self) -> Collection[str]:
         """Return the names, as the model's `state_dict` has them."""
@@ -62,7 +64,8 @@ class LoadedWeights:
 
     def get(self, name: str) -> torch.Tensor:
         """Return the model's own tensor, detached: never write to it."""
-        return self._tensors[name]
+        tensor = self._tensors[name]
+        return tensor * self._factors[name] if name in self._factors else tensor
 
 
 @dataclass(frozen=True)
@@ -299,7 +302,20 @@ def _from_model(model: PreTrainedModel, config: PreTrainedConfig, name: str, com
 
     tied = _ties(model, tensors, same)
     kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
-    return _teacher(model, config, LoadedWeights(kept), tied, name, commit)
+    return _teacher(model, config, LoadedWeights(kept, _rescaled_in_place(model, kept)), tied, name, commit)
+
+
+def _rescaled_in_place(model: PreTrainedModel, names: Collection[str]) -> dict[str, float]:
+    """Return what undoes the rescaling of RWKV, which halves what its blocks write when it is first run for inference."""
+    base = model.base_model
+    if not getattr(base, "layers_are_rescaled", False) or not model.config.rescale_every:
+        return {}
+    found: dict[str, float] = {}
+    for name in names:
+        match = re.search(r"blocks\.(\d+)\.(attention\.output|feed_forward\.value)\.weight$", name)
+        if match is not None:
+            found[name] = 2.0 ** (int(match.group(1)) // model.config.rescale_every)
+    return found
 
 
 def _ties(model: PreTrainedModel, present: Collection[str], same: Callable[[str, str], bool]) -> dict[str, str]:

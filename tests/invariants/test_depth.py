@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel, MiniCPM3Config, MiniCPM3ForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
+    PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 from transformers.models.auto import modeling_auto
 
 from hf_guide import HfGuideError, LayoutError, ShapeError, from_teacher
@@ -136,6 +144,18 @@ def test_what_depends_on_a_block_index_otherwise_is_reported(family: Family) -> 
 def test_a_block_that_cannot_stand_where_it_is_put_is_refused(name: str) -> None:
     with pytest.raises(ShapeError, match=REFUSED[name]):
         student_of(Family(name).teacher(), "explicit", LAST)
+
+
+def test_a_model_that_rescales_its_weights_when_run_gives_them_as_they_were() -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24}
+    teacher = teacher_for(RwkvForCausalLM, RwkvConfig(**sizes, num_hidden_layers=5, rescale_every=2))
+    fresh = from_teacher(teacher, show_progress=False, num_hidden_layers=4, method={"layers": [0, 2, 3, 4]})
+    outputs_of(teacher, inputs_for(teacher))
+    assert teacher.rwkv.layers_are_rescaled
+    student = from_teacher(teacher, show_progress=False, num_hidden_layers=4, method={"layers": [0, 2, 3, 4]})
+    for after, before in zip(student.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(after, before)
+    assert difference(student, teacher) <= 1e-3  # halving the stream makes the norms' eps weigh more
 
 
 INFLUENCE = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration"]
