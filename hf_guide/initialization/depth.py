@@ -10,7 +10,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -44,11 +44,11 @@ _tried: dict[tuple[object, ...], list[str]] = {}
 class DepthTest:
     """What was found by running a student of some blocks next to the bypassed teacher.
 
-    `error` is the largest difference relative to the largest output. `untested` are stacks whose blocks no tried input runs.
+    `error` is the largest difference relative to the largest output. `untested` says why a stack was not compared.
     """
 
     error: float
-    untested: tuple[str, ...] = ()
+    untested: Mapping[str, str] = field(default_factory=dict)
 
 
 def depth_notes(
@@ -62,7 +62,9 @@ def depth_notes(
     """
     config = teacher.config
     overrides = depth_overrides(config, student_config)
-    if all(list(kept) == sorted(set(kept)) for kept in blocks.values()) and not overrides:
+    if any(list(kept) != sorted(set(kept)) for kept in blocks.values()):
+        return ["depth: blocks are repeated or in another order, so no bypassed teacher computes the same."]
+    if not overrides:
         return []
     key = (teacher.model_class, repr(sorted(config.to_dict().items(), key=str)), repr(overrides), repr(blocks))
     if key not in _tried:
@@ -118,27 +120,27 @@ def compare_with_bypassed(
     kept = report.blocks
     if {stack: list(each) for stack, each in blocks.items()} != kept:
         raise ShapeError(f"the tiny model's stacks are {kept}, not {dict(blocks)}")
-    error, untested = 0.0, []
+    error = 0.0
+    untested: dict[str, str] = {}
     ran: set[str] = set()
     for stack in _in_need_of_a_test(twin, kept):
         if stack in ran:
             continue
+        reason = "no input that was tried runs them"
         for name in _models_around(twin, stack):
-            ours, theirs = student.get_submodule(name), twin.get_submodule(name)
             try:
-                expected, entered = _run_bypassed(theirs, twin, kept)
-                if stack not in entered:
-                    continue
-                error = max(error, relative_difference(run_once(ours), expected))
-            except TWIN_ERRORS:
-                if not name:
-                    raise
+                expected, entered = _run_bypassed(twin.get_submodule(name), twin, kept)
+            except TWIN_ERRORS as failure:
+                reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
                 continue
+            if stack not in entered:
+                continue
+            error = max(error, relative_difference(run_once(student.get_submodule(name)), expected))
             ran |= entered
             break
         else:
-            untested.append(stack)
-    return DepthTest(error, tuple(untested))
+            untested[stack] = reason
+    return DepthTest(error, untested)
 
 
 def depth_overrides(teacher: PreTrainedConfig, student: PreTrainedConfig) -> dict[str, Any]:
@@ -313,16 +315,17 @@ def batch_for(model: nn.Module) -> dict[str, Tensor]:
     batch: dict[str, Tensor] = {}
     if "input_ids" in takes:
         batch["input_ids"] = tokens
-    elif "pixel_values" in takes:
-        size = getattr(config, "image_size", None) or 16
+    if "pixel_values" in takes and ("input_ids" not in takes or hasattr(model, "logit_scale")):
+        seen = getattr(config, "vision_config", config)
+        size = getattr(seen, "image_size", None) or 16
         height, width = (size, size) if isinstance(size, int) else size
-        batch["pixel_values"] = draw(2, getattr(config, "num_channels", 3), height, width)
-    elif "input_features" in takes:
+        batch["pixel_values"] = draw(2, getattr(seen, "num_channels", 3), height, width)
+    if not batch and "input_features" in takes:
         bands, frames = getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 10)
         batch["input_features"] = draw(2, bands, frames)
-    elif "input_values" in takes:
+    if not batch and "input_values" in takes:
         batch["input_values"] = draw(2, 4000)
-    elif "inputs_embeds" in takes:
+    if not batch and "inputs_embeds" in takes:
         batch["inputs_embeds"] = draw(2, 11, config.hidden_size)
     if "decoder_input_ids" in takes:
         batch["decoder_input_ids"] = tokens[:, :7]

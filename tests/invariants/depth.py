@@ -81,7 +81,7 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Tensor]:
     if "input_ids" in parameters:
         batch["input_ids"] = tokens(11)
     vision = getattr(config, "vision_config", config)
-    if "pixel_values" in parameters and "input_ids" not in parameters:
+    if "pixel_values" in parameters and ("input_ids" not in parameters or hasattr(model, "logit_scale")):
         size = getattr(vision, "image_size", 16)
         height, width = (size, size) if isinstance(size, int) else size
         batch["pixel_values"] = draw(2, getattr(vision, "num_channels", 3), height, width)

@@ -62,6 +62,7 @@ class Family:
 
 
 LAST = (1, 3, 4)
+WAVLM = {"conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_conv_pos_embeddings": 16}
 EXACT = [
     Family("LlamaForCausalLM", kept=LAST),
     Family("Cohere2ForCausalLM", kept=LAST),
@@ -87,6 +88,8 @@ EXACT = [
     Family("WhisperForConditionalGeneration", {"max_source_positions": 10}, kept=LAST),
     Family("ViTForImageClassification", kept=LAST),
     Family("LlavaForConditionalGeneration", kept=LAST),
+    Family("CLIPModel", kept=LAST),
+    Family("WavLMForSequenceClassification", WAVLM, kept=LAST),
 ]
 REPORTED = [Family("PegasusXForConditionalGeneration"), Family("BeamForCausalLM")]
 REFUSED = {
@@ -158,6 +161,13 @@ def test_a_model_that_rescales_its_weights_when_run_gives_them_as_they_were() ->
     assert difference(student, teacher) <= 1e-3  # halving the stream makes the norms' eps weigh more
 
 
+def test_blocks_that_are_repeated_are_reported() -> None:
+    teacher = Family("LlamaForCausalLM").teacher()
+    student = from_teacher(teacher, num_hidden_layers=3, method={"layers": [0, 0, 4]}, show_progress=False)
+    (note,) = student.initialization_report.approximations
+    assert "repeated or in another order" in note
+
+
 INFLUENCE = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration"]
 
 
@@ -212,7 +222,7 @@ def test_a_layout_of_fixed_depth_refuses_fewer_blocks_with_its_reason() -> None:
 
 TASKS = (
     *("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_CLASSIFICATION", "IMAGE_TEXT_TO_TEXT"),
-    *("SPEECH_SEQ_2_SEQ", "AUDIO_CLASSIFICATION"),
+    *("SPEECH_SEQ_2_SEQ", "AUDIO_CLASSIFICATION", "ZERO_SHOT_IMAGE_CLASSIFICATION"),
 )
 
 
