@@ -16,6 +16,7 @@ from hf_guide.calibration.batches import check_dataset
 from hf_guide.calibration.checkpoint import check_calibration_dir, describe_call
 from hf_guide.calibration.run import chosen_layers, initialize_calibrated, listen
 from hf_guide.errors import OptionError, ShapeError
+from hf_guide.initialization.built_shape import check_overrides_hold
 from hf_guide.initialization.choices import Method
 from hf_guide.initialization.depth import depth_notes
 from hf_guide.initialization.derive import layout_for
@@ -24,6 +25,7 @@ from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport
+from hf_guide.initialization.requested_sizes import check_config_sizes, check_experts, check_requested_sizes
 from hf_guide.initialization.resolve import (
     label_places,
     resolve_class,
@@ -31,6 +33,8 @@ from hf_guide.initialization.resolve import (
     resolve_dtype,
     vocabulary_places,
 )
+from hf_guide.initialization.trial_forward import check_runs
+from hf_guide.initialization.twins import TWIN_ERRORS
 from hf_guide.initialization.weights import Teacher, open_teacher
 from hf_guide.saving import attach_report, carry_generation_config
 
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
     from hf_guide.lelp.projector import SubclassProjector
 
 Given = ParamSpec("Given")
+
+TRIED_BEFORE = 300_000_000
+"""Parameters above which a student is tried also before it is filled: smaller ones are filled in seconds."""
 
 
 def made_on_cpu(make: Callable[Given, PreTrainedModel]) -> Callable[Given, PreTrainedModel]:
@@ -111,7 +118,7 @@ def from_teacher(
 
     Raises:
         OptionError: an unknown method, option or override, with the nearest valid name; a calibration_dir of another call.
-        ShapeError: a shape that the family refuses, or that cannot be made from this teacher.
+        ShapeError: a shape that the family refuses or cannot run with, or that cannot be made from this teacher.
         LayoutError: a family whose axes are not known.
         TeacherError: a teacher that cannot be read.
         SubclassError: a projector of another teacher.
@@ -132,9 +139,15 @@ def from_teacher(
         "subfolder": subfolder,
     }
     opened = open_teacher(teacher, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file, **hub)
+    check_requested_sizes(opened.config, overrides, deepest=_deepest(options))
     resolved = resolve_config(opened, config, overrides, options, keywords=KEYWORDS)
     student_config, planned = resolved.config, resolved.options(options)
     student_class = resolve_class(opened, student_config, model_class)
+    if config is not None:
+        check_config_sizes(student_config, opened.config, deepest=_deepest(options))
+    check_experts(student_config)
+    check_overrides_hold(student_class, student_config, opened.config, overrides)
+    vocab = vocabulary_places(opened, student_config, gguf_file=gguf_file, **hub)
     calibration = None
     if options.method == Method.CALIBRATED:
         plan = plan_of(student_class, student_config, opened, planned)  # refuses before any data is read
@@ -173,8 +186,9 @@ def from_teacher(
         if projector is not None and isinstance(teacher, PreTrainedModel):
             projector.check_teacher(teacher)
     layout = None if options.method == Method.RANDOM else layout_for(opened.config, opened.model_class)
-    vocab = vocabulary_places(opened, student_config, gguf_file=gguf_file, **hub)
     student = build_student(student_class, student_config, resolve_dtype(dtype, opened), options)
+    if options.method not in (Method.CALIBRATED, Method.RANDOM) and student.num_parameters() > TRIED_BEFORE:
+        check_runs(student, opened.config, filled=False)
     if layout is None:
         report = InitializationReport.of_random(student, opened, options)
     elif calibration is not None:
@@ -203,6 +217,7 @@ def from_teacher(
     report.notes += resolved.notes
     if layout is not None:
         report.approximations += depth_notes(layout, opened, student_config, report.blocks)
+    report.notes += check_runs(student, opened.config, filled=True)
     attach_report(student, report)
     carry_generation_config(student, teacher, revision=revision, **hub)
     return student.eval()
@@ -219,7 +234,7 @@ def plan_of(
     layout = layout_for(teacher.config, teacher.model_class)
     student = build_student(student_class, config, teacher.dtype, options)
     everything = torch.arange(getattr(config, "vocab_size", None) or 0)  # rows are looked at by `vocabulary_places`
-    return make_plan(
+    plan = make_plan(
         student,
         teacher,
         layout,
@@ -227,6 +242,14 @@ def plan_of(
         vocab_places=everything,
         label_places=label_places(teacher.config, config),
     )
+    check_runs(student, teacher.config, filled=False)
+    return plan
+
+
+def _deepest(options: InitializationConfig) -> int:
+    """Return how many blocks a student's stack may have because the user lists the teacher's block for each; 0 for no list."""
+    lists = options.layers.values() if isinstance(options.layers, dict) else [options.layers]
+    return max((len(blocks) for blocks in lists if not isinstance(blocks, str)), default=0)
 
 
 KEYWORDS = [name for name in inspect.signature(from_teacher).parameters if name not in ("teacher", "overrides")]
@@ -246,8 +269,8 @@ def build_student(
                 return student_class._from_config(config, dtype=dtype)
             with no_init_weights():
                 student = student_class._from_config(config, dtype=dtype)
-    except (ValueError, AssertionError, RuntimeError, ZeroDivisionError, KeyError) as error:
-        reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    except TWIN_ERRORS as error:
+        reason = str(error) if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {error}"
         raise ShapeError(f"{student_class.__name__} refuses this config: {reason}") from error
     student.tie_weights()
     return student

@@ -7,7 +7,7 @@ counterparts are called is convention. The result is believed only if the twin p
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -80,7 +80,9 @@ def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
             raise LayoutError(
                 f"No layout is known for {config.model_type!r}, and layouts are derived for causal language models only."
             )
-        return derive_layout(config, causal[0] if isinstance(causal, tuple) else causal)
+        language_model = causal[0] if isinstance(causal, tuple) else causal
+        layout = derive_layout(config, language_model)
+        return layout if model_class is language_model else with_head(layout, config, model_class)
     except LayoutError as error:
         key = (model_class, repr(sorted(config.to_diff_dict().items(), key=str)))
         if key not in _blocks_only:
@@ -390,10 +392,15 @@ def _agrees(meaning: str, shape: torch.Size, grows: list[bool], sizes: dict[str,
     return True
 
 
-def with_placeholders(name: str) -> str:
-    """Return `name` with `{block}` for its first number and `{item}`, `{item2}`, ... for those in it."""
-    names = iter(["{block}", "{item}", "{item2}", "{item3}"])
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", lambda _: next(names), name)
+def with_placeholders(name: str, literal: int = 0) -> str:
+    """Return `name` with `{block}` for its first number and `{item}`, `{item2}`, ... for those in it.
+
+    The last `literal` numbers stay.
+    """
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+    marks = ["{block}", "{item}", "{item2}", "{item3}"][: len(numbers)]
+    kept = iter([*marks[: max(0, len(numbers) - literal)], *numbers[max(0, len(numbers) - literal) :]])
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", lambda _: next(kept), name)
 
 
 def shared_tables(names: Iterable[str]) -> set[str]:
@@ -430,11 +437,51 @@ def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedMod
     """Return a layout in which every axis must keep its length and only blocks are chosen; with the reason why."""
     with torch.device("meta"):
         model = model_class._from_config(config)
-    rows: dict[str, Row] = {}
-    names = [canonical(name, model.base_model_prefix) for name in model.state_dict()]
-    shared = shared_tables(names)
-    for name, tensor in zip(names, model.state_dict().values(), strict=True):
-        pattern = name if name in shared else with_placeholders(name)
-        rows.setdefault(pattern, Row(pattern, tuple(Name(f"fixed{number}") for number in range(tensor.ndim))))
-    layout = Layout(config.model_type, tuple(rows.values()), exactness=f"blocks only, at full width: {reason}")
+    ndims = {canonical(name, model.base_model_prefix): tensor.ndim for name, tensor in model.state_dict().items()}
+    shared = shared_tables(ndims)
+    patterns = {name: ndims[name] for name in shared}
+    patterns |= _patterns_of_one_shape({name: ndim for name, ndim in ndims.items() if name not in shared})
+    rows = [
+        Row(pattern, tuple(Name(f"fixed{number}") for number in range(ndim))) for pattern, ndim in patterns.items()
+    ]
+    layout = Layout(config.model_type, tuple(rows), exactness=f"blocks only, at full width: {reason}")
     return with_block_rules(layout, config)
+
+
+def _patterns_of_one_shape(ndims: Mapping[str, int]) -> dict[str, int]:
+    """Return the patterns of parameters with the number of axes that all of a pattern's parameters have.
+
+    Where a norm and a convolution go by numbers in one list (`downsampling_layer.0`, `.1`), the numbers stay in the pattern.
+    """
+    found: dict[str, int] = {}
+    named = dict.fromkeys(ndims, 0)  # how many of a name's last numbers stay
+    while named:
+        groups: dict[str, set[int]] = {}
+        for name, literal in named.items():
+            groups.setdefault(with_placeholders(name, literal), set()).add(ndims[name])
+        found |= {pattern: shapes.pop() for pattern, shapes in groups.items() if len(shapes) == 1}
+        named = {name: n + 1 for name, n in named.items() if with_placeholders(name, n) not in found}
+    return found
+
+
+def with_head(layout: Layout, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
+    """Return a layout derived from a family's language model with the heads of another class of the same base model.
+
+    Raises:
+        LayoutError: a parameter of `model_class` that is neither of the base model nor a linear head on the last norm.
+    """
+    with torch.device("meta"):
+        model = model_class._from_config(config)
+    width = config.get_text_config().hidden_size
+    reads = next((row.reads for row in layout.rows if row.kind == "weight" and Name("vocab") in row.axes), ())
+    rows: list[Row] = []
+    for name, tensor in model.state_dict().items():
+        relative = canonical(name, model.base_model_prefix)
+        if layout.find(relative) is not None:
+            continue
+        module, _, kind = relative.rpartition(".")
+        if name != relative or kind not in ("weight", "bias") or tensor.shape[0] != config.num_labels:
+            raise LayoutError(f"What is derived of {layout.family!r} does not know {name!r} of {model_class.__name__}")
+        if kind == "weight" and tuple(tensor.shape) == (config.num_labels, width):
+            rows.append(Row(module, (Name("labels"), Name("embed")), reads=reads))
+    return dataclasses.replace(layout, rows=(*layout.rows, *rows)) if rows else layout

@@ -210,9 +210,9 @@ def make_report(
         teacher_parameters=sum(plan.teacher.weights.shape(name).numel() for name in plan.teacher.weights.keys()),
         student_parameters=student.num_parameters(),
         blocks={
-            stack.removesuffix(".{block}"): blocks
+            stack.rpartition(".")[0]: blocks
             for stack, blocks in plan.stacks.items()
-            if stack.endswith("{block}")
+            if stack.endswith("{block}") or stack.count("{") == 1  # the second: blocks within one stage
         },
         explained_variance={axis: explained_variance(basis.eigenvalues).tolist() for axis, basis in fitted.items()},
         kept={axis: basis.explained for axis, basis in fitted.items()},

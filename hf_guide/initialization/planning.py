@@ -10,8 +10,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_guide.errors import LayoutError, OptionError, ShapeError, did_you_mean
 from hf_guide.initialization.axes import Axis, Name, Product, Sum, select
 from hf_guide.initialization.block_indices import parts_of, shared_sources
-from hf_guide.initialization.choices import LaterBlocks, Method
+from hf_guide.initialization.choices import BlockChoice, LaterBlocks, Method
+from hf_guide.initialization.hierarchy import (
+    SHARED_TABLE,
+    choose_stage_blocks,
+    is_blocks_only,
+    kinds_of,
+    nested_depths,
+    nested_lists,
+    uneven_lists,
+)
 from hf_guide.initialization.layouts import Layout, Match, config_sizes
+from hf_guide.initialization.model_classes import meta_model
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import READABLE, Plan, Site
 from hf_guide.initialization.selection import choose_blocks, even_places
@@ -45,16 +55,22 @@ def resolve_alike(layout: Layout, names: Iterable[str]) -> Layout:
 
 
 def student_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a model's saved tensors by name, each once, and the other names of those that are shared."""
+    """Return a model's saved tensors by name, each once, and the other names of those that are shared.
+
+    A shared tensor bears the name of the one that the others are tied to, wherever in the model it is registered
+    (XLM-RoBERTa registers its head before its embeddings).
+    """
+    by_tensor: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    sources = set((getattr(model, "all_tied_weights_keys", None) or {}).values())
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) in first:
-            shared[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            tensors[name] = tensor
+    for names in by_tensor.values():
+        first = next((name for name in names if name in sources), names[0])
+        tensors[first] = state[first]
+        shared |= {name: first for name in names if name != first}
     return tensors, shared
 
 
@@ -156,14 +172,15 @@ def make_plan(
         )
 
     had, wanted = stack_sizes(layout, teacher_names), stack_sizes(layout, student_names)
-    refuse_unknown_stacks(options, had)
+    refuse_unknown_stacks(options, [*had, *stage_names(layout, teacher_names)])
     stacks = {
         stack: choose_blocks(had[stack], count, options.kept_blocks, stack.removesuffix(".{block}"))
         if stack.endswith("{block}")
         else _listed_places(layout, teacher.config, student.config, stack, had[stack], count)
         for stack, count in wanted.items()
-        if stack in had
+        if stack in had and (stack.endswith("{block}") or not is_blocks_only(layout))
     }
+    stacks |= _stage_stacks(student, teacher, layout, options, teacher_names, student_names, stacks)
     sources = _shared_sources(teacher.config, had)
     borrowed: dict[str, str] = {}
     known_somewhere = {found.row.pattern + found.suffix for name in teacher_names if (found := layout.find(name))}
@@ -279,7 +296,7 @@ def refuse_unknown_stacks(options: InitializationConfig, stacks: Iterable[str]) 
     Raises:
         OptionError: names the stacks that it has.
     """
-    known = [stack.removesuffix(".{block}") for stack in stacks if stack.endswith(".{block}")]
+    known = [stack.rpartition(".")[0] for stack in stacks if stack.count("{") == 1]
     for name in options.layers if isinstance(options.layers, dict) else ():
         if name not in known:
             raise OptionError(
@@ -303,16 +320,96 @@ def _listed_places(
     return choose_blocks(had, wanted, "even", stack)
 
 
+def stage_names(layout: Layout, names: Iterable[str]) -> list[str]:
+    """Return the names of the lists of blocks within stages, in a model of whose axes nothing is known."""
+    if not is_blocks_only(layout):
+        return []
+    depths = nested_depths(match for name in names if (match := layout.find(name)))
+    return [actual for by_stage in depths.values() for actual in by_stage]
+
+
+def _stage_stacks(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    layout: Layout,
+    options: InitializationConfig,
+    teacher_names: Iterable[str],
+    student_names: Iterable[str],
+    stacks: Mapping[str, list[int]],
+) -> dict[str, list[int]]:
+    """Return the chosen blocks of every stage, by the stage's own name, where stages differ in their depths.
+
+    Raises:
+        ShapeError, OptionError: as `choose_stage_blocks`.
+    """
+    if not is_blocks_only(layout):
+        return {}
+    depths = [
+        nested_depths(match for name in names if (match := layout.find(name)))
+        for names in (teacher_names, student_names)
+    ]
+    chosen: dict[str, list[int]] = {}
+    built = None
+    for generic in sorted(uneven_lists(*depths)):
+        if len(depths[0][generic]) != len(depths[1][generic]):
+            raise ShapeError(
+                f"The student has {len(depths[1][generic])} stages {generic.partition('.{')[0]!r}, its teacher "
+                f"{len(depths[0][generic])}: a stage may have fewer blocks, but none may be missing."
+            )
+        for actual, wanted in depths[1][generic].items():
+            match = next(
+                found
+                for name in student_names
+                if (found := layout.find(name)) and (generic, actual) in [each[:2] for each in nested_lists(found)]
+            )
+            source, _ = _source_name(match, {key: value for key, value in stacks.items() if key != generic})
+            found = layout.find(source)
+            fed = next((each[1] for each in nested_lists(found) if each[0] == generic), actual) if found else actual
+            had = depths[0][generic].get(fed, 0)
+            built = built or meta_model(teacher.model_class, teacher.config)
+            name = actual.rpartition(".")[0]
+            of_stage = options.kept_blocks.get(name) if isinstance(options.kept_blocks, dict) else options.kept_blocks
+            kept = BlockChoice.EVEN.value if of_stage is None else of_stage
+            chosen[actual] = choose_stage_blocks(
+                name,
+                kinds_of(built, fed, had),
+                kinds_of(student, actual, wanted),
+                lambda had, wanted, kept=kept, name=name: choose_blocks(had, wanted, kept, name),  # type: ignore[misc]
+                explicit=not isinstance(kept, str),
+            )
+    return chosen
+
+
 def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:
-    """Return the canonical name of the teacher's parameter that feeds a match, and the student's block number."""
+    """Return the canonical name of the teacher's parameter that feeds a match, and the student's block number.
+
+    Raises:
+        ShapeError: a parameter that stands in one numbered block alone, which another of the teacher's blocks feeds.
+    """
     pattern, block = match.row.pattern, None
-    source = pattern
+    source = named = pattern
     for placeholder, number in match.numbers.items():
-        stack = _stack_of(match, placeholder)
-        fed = stacks[stack][int(number)] if stack in stacks else int(number)
-        source = source.replace("{" + placeholder + "}", str(fed))
+        mark = "{" + placeholder + "}"
+        stack, own = (text.partition(mark)[0] + mark for text in (pattern, named))
+        chosen = stacks.get(own, stacks.get(stack))
+        fed = chosen[int(number)] if chosen is not None else int(number)
+        source = source.replace(mark, str(fed))
+        named = named.replace(mark, number)
         if placeholder == "block":
             block = int(number)
+    unknown = all(isinstance(axis, Name) and axis.name.startswith("fixed") for axis in match.axes)
+    unknown = unknown and not SHARED_TABLE.search(pattern)
+    for stack, chosen in (
+        stacks.items() if unknown else ()
+    ):  # a row of one block's own, whose shapes are like no other's
+        prefix = stack.partition("{")[0]
+        own_number = named.removeprefix(prefix).partition(".")[0]
+        if named.startswith(prefix) and pattern.startswith(prefix + own_number) and own_number.isdigit():
+            if int(own_number) >= len(chosen) or chosen[int(own_number)] != int(own_number):
+                raise ShapeError(
+                    f"{named}: blocks of this model differ in their shapes, and block {own_number} must stay where it "
+                    "is. Name blocks with layers=[...] so that it does, or keep the depth."
+                )
     return source + match.suffix, block
 
 

@@ -255,8 +255,8 @@ def test_every_block_comes_from_the_one_chosen(name: str, layers: object, count:
 def test_each_stack_has_its_own_blocks() -> None:
     kind = KINDS["t5"]
     teacher = kind.teacher()
-    layers = {"encoder.block": [3, 1], "decoder.block": [2, 2, 0]}
-    student = from_teacher(teacher, num_layers=2, num_decoder_layers=3, method={"layers": layers}, show_progress=False)
+    layers = {"encoder.block": [3, 1, 0], "decoder.block": [2, 0]}
+    student = from_teacher(teacher, num_layers=3, num_decoder_layers=2, method={"layers": layers}, show_progress=False)
     assert student.initialization_report.blocks == layers
     for stack, chosen in layers.items():
         part = stack.partition(".")[0]

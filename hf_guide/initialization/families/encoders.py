@@ -39,7 +39,15 @@ register_layout(
     alike=(("pooler", "pooled", "embed"),),  # a token classifier reads the stream, not the pooler
     exactness=POST_NORM.format("25 % to 43 %", "82 %"),
 )
-register_layout("big_bird", "pooler: pooled embed", like="bert")
+register_layout(
+    "big_bird",
+    """
+    pooler: pooled embed
+    classifier.dense: pooled embed
+    classifier.out_proj: labels pooled
+    """,
+    like="bert",
+)
 register_layout("ernie", "embeddings.task_type_embeddings: token_types embed", like="bert")
 
 register_layout(

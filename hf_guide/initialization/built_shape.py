@@ -1,0 +1,229 @@
+"""Whether a student is what was asked for: every override is found in its config and in the model that is built of it.
+
+A config class takes any keyword, and some families compute a size from others (`hidden_size` from Swin's `embed_dim`): what is
+then asked for under the computed name changes the config's text and not the model.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import HfGuideError, OptionError, ShapeError
+from hf_guide.initialization.configs import derive_student_config
+from hf_guide.initialization.hierarchy import block_kind
+from hf_guide.initialization.requested_sizes import is_size
+from hf_guide.initialization.twins import TWIN_ERRORS
+
+_NO_ENTRY = object()
+
+
+def check_config_agrees(config: PreTrainedConfig, teacher: PreTrainedConfig, part: str = "") -> None:
+    """Refuse a config in which an entry, other than the teacher's, contradicts what its class computes for it from the others.
+
+    Raises:
+        ShapeError: names the entry, both values, and the entries that it is computed from.
+    """
+    for name, value in vars(config).items():
+        had = teacher.__dict__.get(name)
+        if isinstance(value, PreTrainedConfig) and isinstance(had, PreTrainedConfig):
+            check_config_agrees(value, had, f"{part}{name}.")
+    for name, computed in _computed(config).items():
+        held = config.__dict__.get(name, _NO_ENTRY)
+        if (
+            held is _NO_ENTRY
+            or _plain(held) == _plain(teacher.__dict__.get(name, _NO_ENTRY))
+            or not _is_number(computed)
+            or not _is_number(held)
+            or _plain(held) == _plain(computed)
+        ):
+            continue
+        raise ShapeError(
+            f"{part}{name}={held!r} was asked for, but {type(config).__name__} computes {name}={computed!r} and the model is "
+            f"built of that: {_what_to_set(config, name)}"
+        )
+
+
+def check_overrides_hold(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    overrides: Mapping[str, Any],
+) -> None:
+    """Refuse overrides that are not in the student's config, are lost when it is saved, or change nothing in the model.
+
+    Args:
+        overrides: as the user gave them, nested configs as mappings.
+
+    Raises:
+        ShapeError: an override that the class replaced by another value, or computes.
+        OptionError: a size that the model does not have.
+    """
+    check_config_agrees(config, teacher)
+    asked = list(_leaves(overrides, config))
+    reloaded = _reloaded(config)
+    for path, value in asked:
+        for held, when in ((_entry(config, path), "holds"), (_entry(reloaded, path), "holds, once saved and loaded,")):
+            if _is_number(value) and _plain(held) != _plain(value):
+                raise ShapeError(
+                    f"{'.'.join(path)}={value!r} was asked for, but {type(config).__name__} {when} "
+                    f"{'nothing' if held is _NO_ENTRY else repr(held)} under this name: "
+                    f"{_what_to_set(_parent(config, path), path[-1])}"
+                )
+    sizes = [
+        (path, value)
+        for path, value in asked
+        if is_size(path[-1]) and _is_number(value) and _plain(_entry(teacher, path)) != _plain(value)
+    ]
+    if not sizes:
+        return
+    built = _structure(model_class, config)
+    for path, value in sizes:
+        if built is None or built != _structure(model_class, _with_entry_of(teacher, config, path)):
+            continue
+        if built != _structure_asked_for(model_class, teacher, _dropped(overrides, path, teacher)):
+            continue  # it acts by what the class derives from it
+        raise OptionError(
+            f"{'.'.join(path)}={value!r} changes nothing in a {model_class.__name__} of this config: the model "
+            "has no such size, or takes it from another entry. Leave it out, or override the entry that the model reads."
+        )
+
+
+def _leaves(
+    overrides: Mapping[str, Any], config: PreTrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Give every override with the names that lead to it, its own as the family has it."""
+    for name, value in overrides.items():
+        real = config.attribute_map.get(name, name)
+        nested = config.__dict__.get(real)
+        if isinstance(nested, PreTrainedConfig) and isinstance(value, Mapping):
+            yield from _leaves(value, nested, (*path, real))
+        else:
+            yield (*path, real), value
+
+
+def _parent(config: PreTrainedConfig, path: tuple[str, ...]) -> PreTrainedConfig:
+    for name in path[:-1]:
+        config = getattr(config, name)
+    return config
+
+
+def _entry(config: PreTrainedConfig, path: tuple[str, ...]) -> Any:
+    parent = _parent(config, path)
+    if path[-1] == "num_labels":
+        return parent.num_labels
+    return parent.__dict__.get(parent.attribute_map.get(path[-1], path[-1]), _NO_ENTRY)
+
+
+def _dropped(overrides: Mapping[str, Any], path: tuple[str, ...], config: PreTrainedConfig) -> dict[str, Any]:
+    """Return `overrides` without the one that `path`, of the family's own names, leads to."""
+    left: dict[str, Any] = {}
+    for name, value in overrides.items():
+        real = config.attribute_map.get(name, name)
+        if real != path[0]:
+            left[name] = value
+        elif len(path) > 1:
+            left[name] = _dropped(value, path[1:], getattr(config, real))
+    return left
+
+
+def _structure_asked_for(
+    model_class: type[PreTrainedModel], teacher: PreTrainedConfig, overrides: Mapping[str, Any]
+) -> Any:
+    """Return the structure of the student that `overrides` ask for; None where there is none."""
+    try:
+        return _structure(model_class, derive_student_config(teacher, overrides))
+    except HfGuideError:
+        return None
+
+
+def _with_entry_of(teacher: PreTrainedConfig, config: PreTrainedConfig, path: tuple[str, ...]) -> PreTrainedConfig:
+    """Return a copy of `config` in which one entry is the teacher's."""
+    changed = copy.deepcopy(config)
+    had = _entry(teacher, path)
+    parent = _parent(changed, path)
+    if had is not _NO_ENTRY:
+        setattr(parent, path[-1], copy.deepcopy(had))
+    return changed
+
+
+def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    """Return the modules, settings and shapes of the model that a config makes; None where it makes none."""
+    try:
+        with torch.device("meta"):
+            return block_kind(model_class._from_config(copy.deepcopy(config)))
+    except TWIN_ERRORS:
+        return None
+
+
+def _reloaded(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config that is read again from what `save_pretrained` writes.
+
+    Raises:
+        ShapeError: it cannot be read.
+    """
+    try:
+        return type(config).from_dict(json.loads(config.to_json_string()))
+    except TWIN_ERRORS as error:
+        raise ShapeError(
+            f"The student's {type(config).__name__} could not be loaded again once it is saved: {error}"
+        ) from error
+
+
+def _computed(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what the class computes, from the entries it declares, for entries that it does not declare."""
+    declared = _declared(config)
+    extra = {
+        name for name in vars(config) if name not in declared and not name.startswith("_") and is_size(name)
+    } - config.attribute_map.keys()
+    if not extra:
+        return {}
+    rebuilt = _rebuilt(config, {})
+    return {} if rebuilt is None else {name: value for name, value in vars(rebuilt).items() if name in extra}
+
+
+def _what_to_set(config: PreTrainedConfig, name: str) -> str:
+    """Return advice that names the declared entries which an entry is computed from."""
+    sources = []
+    before = None if (rebuilt := _rebuilt(config, {})) is None else rebuilt.__dict__.get(name)
+    for field in _declared(config):
+        value = config.__dict__.get(field)
+        if not is_size(field) or field == name or not _is_number(value):
+            continue
+        other = [*value[:-1]] if isinstance(value, (list, tuple)) else 2 * (value or 0)
+        changed = _rebuilt(config, {field: other}) if other else None
+        if changed is not None and changed.__dict__.get(name) != before:
+            sources.append(field)
+    if not sources:
+        return "leave it out, or set the entries that the family computes it from."
+    return f"set {' and '.join(sources)} instead, which it is computed from."
+
+
+def _rebuilt(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig | None:
+    values = {
+        name: value for name in _declared(config) if (value := config.__dict__.get(name, _NO_ENTRY)) is not _NO_ENTRY
+    }
+    try:
+        return type(config)(**copy.deepcopy({**values, **changes}))
+    except TWIN_ERRORS:
+        return None
+
+
+def _declared(config: PreTrainedConfig) -> list[str]:
+    fields = (field.name for field in dataclasses.fields(config) if field.init)
+    return [name for name in fields if not name.startswith("_") and name != "transformers_version"]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number or a list of numbers, which can be compared."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_number(each) for each in value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

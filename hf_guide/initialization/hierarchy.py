@@ -1,0 +1,165 @@
+"""Blocks within stages: models whose blocks are numbered twice, `stages.{block}.layers.{item}`, with a depth for each stage.
+
+Does: choose, stage by stage, which of the teacher's blocks feed a student's, among those of the same kind.
+Does not: choose stages; a student has as many as its teacher.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_guide.errors import OptionError, ShapeError
+from hf_guide.initialization.axes import Name
+from hf_guide.initialization.layouts import Layout, Match
+
+NOT_A_KIND = re.compile(r"(^|_)(idx|index|id|number|drop\w*|training|\w*dropout\w*)$")
+"""Attributes of modules that differ between blocks of one kind: their number, and what acts in training alone."""
+
+SHARED_TABLE = re.compile(r"relative\w*bias")
+"""A table that the first block of a stack may hold for all, whichever of the teacher's blocks feeds it."""
+
+Depths = dict[str, int]
+"""By the name of each list of modules, with its own number filled in (`stages.2.layers.{item}`), its length."""
+
+
+def is_blocks_only(layout: Layout) -> bool:
+    """Whether a layout knows nothing of axes, so that every one must keep its length."""
+    return all(isinstance(axis, Name) and axis.name.startswith("fixed") for row in layout.rows for axis in row.axes)
+
+
+def nested_lists(match: Match) -> list[tuple[str, str, int]]:
+    """Return for each placeholder of a match after the first its list and number.
+
+    The list is named twice: as the layout has it, and with this parameter's own numbers before it.
+    """
+    found: list[tuple[str, str, int]] = []
+    named = match.row.pattern
+    for placeholder, number in match.numbers.items():
+        mark = "{" + placeholder + "}"
+        generic, actual = (text.partition(mark)[0] + mark for text in (match.row.pattern, named))
+        if generic != actual:
+            found.append((generic, actual, int(number)))
+        named = named.replace(mark, number)
+    return found
+
+
+def nested_depths(matches: Iterable[Match]) -> dict[str, Depths]:
+    """Return by the layout's name of a nested list how many modules stand in it under each outer number."""
+    depths: dict[str, Depths] = {}
+    for match in matches:
+        for generic, actual, number in nested_lists(match):
+            known = depths.setdefault(generic, {})
+            known[actual] = max(known.get(actual, 0), number + 1)
+    return depths
+
+
+def uneven_lists(teacher: Mapping[str, Depths], student: Mapping[str, Depths]) -> set[str]:
+    """Return the nested lists whose length depends on the outer number, in either model or between the two."""
+    return {
+        generic
+        for generic in student
+        if generic in teacher
+        and (
+            len(set(student[generic].values())) > 1 or set(student[generic].values()) != set(teacher[generic].values())
+        )
+    }
+
+
+def block_kind(module: nn.Module) -> tuple[Any, ...]:
+    """Return what tells a block's function from another's besides its weights: its modules, their settings and shapes."""
+    kind: list[Any] = []
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Identity, nn.Dropout)) or "DropPath" in type(part).__name__:
+            continue
+        settings = {
+            key: value
+            for key, value in vars(part).items()
+            if isinstance(value, (int, float, str, tuple)) and not key.startswith("_") and not NOT_A_KIND.search(key)
+        }
+        shapes = tuple((key, tuple(value.shape)) for key, value in part.named_parameters(recurse=False))
+        kind.append((name, type(part).__name__, tuple(sorted(settings.items(), key=str)), shapes))
+    return tuple(kind)
+
+
+def kinds_of(model: PreTrainedModel, stack: str, depth: int) -> list[tuple[Any, ...]]:
+    """Return the kind of each module of a list, `stack` being relative to the base model and ending in its placeholder."""
+    path = stack.rpartition(".")[0]
+    base = model.base_model_prefix
+    for name in (f"{base}.{path}" if base else path, path):
+        try:
+            modules = model.get_submodule(name)
+        except AttributeError:
+            continue
+        return [block_kind(modules.get_submodule(str(number))) for number in range(depth)]
+    return [()] * depth
+
+
+def choose_by_kind(teacher: Sequence[Any], student: Sequence[Any], ideal: Sequence[int]) -> list[int] | None:
+    """Return the increasing indices into `teacher` whose kinds are the student's, nearest to `ideal`, or None."""
+    costs: list[dict[int, tuple[int, int | None]]] = []
+    for number, kind in enumerate(student):
+        row: dict[int, tuple[int, int | None]] = {}
+        for index, had in enumerate(teacher):
+            if had != kind:
+                continue
+            before = {p: c for p, (c, _) in costs[-1].items() if p < index} if number else {-1: 0}
+            if before:
+                best = min(before, key=lambda p: (before[p], p))  # noqa: B023
+                row[index] = (before[best] + (index - ideal[number]) ** 2, best if number else None)
+        costs.append(row)
+    if not costs or not costs[-1]:
+        return None
+    last: int | None = min(costs[-1], key=lambda p: (costs[-1][p][0], p))
+    chosen: list[int] = []
+    for row in reversed(costs):
+        assert last is not None
+        chosen.append(last)
+        last = row[last][1]
+    return chosen[::-1]
+
+
+def choose_stage_blocks(
+    stage: str,
+    teacher_kinds: Sequence[Any],
+    student_kinds: Sequence[Any],
+    choose: Callable[[int, int], list[int]],
+    *,
+    explicit: bool,
+) -> list[int]:
+    """Return the teacher's block that feeds each block of one of the student's stages.
+
+    Args:
+        stage: the stage's list, for errors.
+        choose: what chooses blocks by their numbers alone, given how many there are and how many are kept.
+        explicit: whether that is the user's own list, which is then taken or refused, never adjusted.
+
+    Raises:
+        ShapeError: more blocks than the teacher's stage has, or no choice of blocks of the kinds that the student has.
+        OptionError: the user's own list names blocks of other kinds.
+    """
+    had, wanted = len(teacher_kinds), len(student_kinds)
+    ideal = choose(had, wanted)
+    if explicit:
+        wrong = [block for block, kind in zip(ideal, student_kinds, strict=True) if teacher_kinds[block] != kind]
+        if wrong:
+            raise OptionError(
+                f"layers names the teacher's blocks {wrong} in {stage!r}, where the student has blocks of another kind "
+                f"(such as windows that are shifted in every other block). {_kinds_in_words(teacher_kinds, student_kinds)}"
+            )
+        return ideal
+    chosen = choose_by_kind(teacher_kinds, student_kinds, ideal)
+    if chosen is None:
+        raise ShapeError(
+            f"The student's {wanted} blocks in {stage!r} cannot be chosen among the teacher's {had}: no choice in their order "
+            f"is of the same kinds. {_kinds_in_words(teacher_kinds, student_kinds)} Choose another depth for this stage."
+        )
+    return chosen
+
+
+def _kinds_in_words(teacher: Sequence[Any], student: Sequence[Any]) -> str:
+    known = list(dict.fromkeys([*teacher, *student]))
+    letters = ["".join(chr(ord("A") + known.index(kind) % 26) for kind in kinds) for kinds in (teacher, student)]
+    return f"By kind the teacher's are {letters[0]}, the student's {letters[1]}."

@@ -1,0 +1,211 @@
+"""One tiny forward of a new student, so that a shape that cannot run is refused before anyone waits for it.
+
+Does: run a copy that shares the student's parameters, in evaluation mode, without gradients, on the CPU; with one cached
+decoding step where the model has a cache. The student itself, random states and module state stay as they are.
+Does not: judge how good the outputs are.
+"""
+
+import contextlib
+import copy
+import inspect
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import ModelOutput
+
+from hf_guide.errors import ShapeError
+from hf_guide.initialization.trial_inputs import positions, trial_inputs
+from hf_guide.initialization.twins import TWIN_ERRORS
+
+MOST_OPERATIONS = 1e12
+"""Of the trial, 2 for each parameter and position: seconds on a CPU. What would cost more is not tried."""
+
+_RECYCLED = 64 << 20
+"""Bytes above which the allocator takes fresh pages from the kernel, which are zeros; smaller memory may hold anything."""
+
+
+def check_runs(student: PreTrainedModel, teacher_config: PreTrainedConfig, *, filled: bool) -> list[str]:
+    """Run one tiny forward of `student`; return what the report should say where that could not be tried.
+
+    An error is the student's fault only where a model of the teacher's own shape takes the same inputs: one is built, without
+    weights, when the student fails.
+
+    Args:
+        student: the model, on the CPU. It is left as it is, but for unfilled parameters, which may be set to zero.
+        teacher_config: the teacher's.
+        filled: whether its parameters have their values; only then must its outputs be finite.
+
+    Raises:
+        ShapeError: the student cannot run, with the family's own reason, or its outputs are not finite.
+    """
+    choices = trial_inputs(student)
+    name = type(student).__name__
+    if not choices:
+        return [f"whether {name} runs was not tried: no small input is known for it."]
+    operations = 2.0 * student.num_parameters() * positions(choices[0])
+    if operations > MOST_OPERATIONS:
+        return [f"whether {name} runs was not tried: its smallest input costs {operations:.0e} operations on the CPU."]
+    if not filled:
+        _clear(student)
+    errors: list[Exception] = []
+    for inputs in choices:
+        outputs, error = _try(student, inputs)
+        if error is None:
+            if filled:
+                _check_finite(outputs, student)
+            return []
+        errors.append(error)
+    reference = _unfilled(type(student), teacher_config, student.dtype)
+    if reference is None:
+        return [f"whether {name} runs was not tried: {type(errors[0]).__name__}: {errors[0]}"]
+    own_inputs = {frozenset(inputs): inputs for inputs in trial_inputs(reference)}
+    for error, inputs in zip(errors, choices, strict=True):
+        if _try(reference, own_inputs.get(frozenset(inputs), inputs))[1] is None:
+            raise ShapeError(
+                f"The student is refused because it cannot run: {_reason(error)}. A {name} of the teacher's shape takes the "
+                "same input, so one of the sizes asked for does not fit the others."
+            ) from error
+    return [f"whether {name} runs was not tried: no small input is known for it ({_reason(errors[0])})."]
+
+
+def _try(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Any, Exception | None]:
+    with _undisturbed(model) as twin:
+        try:
+            return _run(twin, inputs), None
+        except TWIN_ERRORS as error:
+            return None, error
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
+    if _generates(model) and "input_ids" in inputs and set(inputs) <= {"input_ids", "decoder_input_ids"}:
+        model.generation_config = (
+            GenerationConfig()
+        )  # of the copy: whatever it leaves open would be taken from the model's own
+        return model.generate(**inputs, generation_config=_two_tokens(model, inputs))  # type: ignore[operator]
+    outputs = model(**inputs)
+    cache = getattr(outputs, "past_key_values", None)
+    last = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    if cache is not None and last in inputs and "past_key_values" in inspect.signature(model.forward).parameters:
+        step: dict[str, Any] = {last: inputs[last][:, -1:], "past_key_values": cache, "use_cache": True}
+        if model.config.is_encoder_decoder:
+            encoded = getattr(outputs, "encoder_last_hidden_state", None)
+            if encoded is None:
+                return outputs
+            step["encoder_outputs"] = (encoded,)
+        model(**step)
+    return outputs
+
+
+def _generates(model: PreTrainedModel) -> bool:
+    return (
+        model.main_input_name == "input_ids"
+        and isinstance(model, GenerationMixin)
+        and model.can_generate()
+        and type(model).generate is GenerationMixin.generate
+    )
+
+
+def _two_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> GenerationConfig:
+    """Return the plainest way to generate: a first token, and one more that reads the cache."""
+    absent = int(inputs["input_ids"].max()) + 1  # a token taken for padding would be masked
+    return GenerationConfig(
+        max_new_tokens=2,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=absent,
+        decoder_start_token_id=0 if model.config.is_encoder_decoder else None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+def _check_finite(outputs: Any, student: PreTrainedModel) -> None:
+    for name, tensor in _tensors(outputs):
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any() | torch.isposinf(tensor).any()):
+            raise ShapeError(
+                f"The student's {name} are not finite on {type(student).__name__}'s smallest input, in {student.dtype}. "
+                "Make it with dtype='bfloat16' or 'float32'; if it is so in float32, check that the teacher's are finite."
+            )
+
+
+def _tensors(outputs: Any, name: str = "outputs") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(outputs, Tensor):
+        yield name, outputs
+    elif isinstance(outputs, (ModelOutput, dict)):
+        for key, value in outputs.items():
+            yield from _tensors(value, str(key))
+    elif isinstance(outputs, (tuple, list)):
+        for value in outputs:
+            yield from _tensors(value, name)
+
+
+def _reason(error: Exception) -> str:
+    """Return what went wrong and the statement of the model's own code where it did."""
+    where = ""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        owner = trace.tb_frame.f_locals.get("self")
+        if ".models." in trace.tb_frame.f_globals.get("__name__", "") and owner is not None:
+            where = f" in {type(owner).__name__}.{code.co_name}"
+        trace = trace.tb_next
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}{where}: {text[:300].rstrip('.')}"
+
+
+def _clear(model: PreTrainedModel) -> None:
+    """Set parameters that may hold anything to zero: what a forward does with garbage is no one's fault."""
+    for parameter in model.parameters():
+        if parameter.numel() * parameter.element_size() <= _RECYCLED:
+            parameter.data.zero_()
+
+
+def _unfilled(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel | None:
+    """Return a model without weights in evaluation mode, or None where it cannot be built here."""
+    try:
+        with _kept_random_state(), no_init_weights():
+            model = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+    except TWIN_ERRORS:
+        return None
+    _clear(model)
+    return model
+
+
+@contextlib.contextmanager
+def _undisturbed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Give a copy in evaluation mode that shares the parameters, and restore what a forward may change outside it."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    verbosity = transformers.logging.get_verbosity()
+    with _kept_random_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        try:
+            twin = copy.deepcopy(model, shared).eval()
+            if twin.dtype == torch.float64 and twin._can_set_experts_implementation():
+                twin.set_experts_implementation("eager")  # the grouped kernels know no float64
+            yield twin
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+
+
+@contextlib.contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Restore the CPU's, NumPy's and Python's random states at the end."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])

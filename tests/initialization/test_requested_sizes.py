@@ -1,0 +1,261 @@
+"""A size that is asked for is the student's, by the shapes of its parameters, or it is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    FunnelConfig,
+    FunnelForMaskedLM,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    SwinConfig,
+    SwinForImageClassification,
+    T5Config,
+    T5EncoderModel,
+)
+
+from hf_guide import HfGuideError, OptionError, ShapeError, from_teacher
+from hf_guide.cli import main
+from tests.tiny import KINDS, SIZES
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+MIXTURE = {**SMALL, "intermediate_size": 64, "num_hidden_layers": 2}
+
+
+def swin() -> PreTrainedModel:
+    config = SwinConfig(
+        embed_dim=16, depths=[2, 2, 2], num_heads=[2, 4, 8], image_size=64, patch_size=4, window_size=4
+    )
+    return SwinForImageClassification(config)
+
+
+def mixtral() -> PreTrainedModel:
+    return MixtralForCausalLM(MixtralConfig(**MIXTURE, num_local_experts=4, num_experts_per_tok=2))
+
+
+def qwen3_moe() -> PreTrainedModel:
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**MIXTURE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=8)
+    )
+
+
+def llava() -> PreTrainedModel:
+    seen = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=LlamaConfig(**SMALL, intermediate_size=64, num_hidden_layers=4),
+            vision_config=CLIPVisionConfig(**seen, image_size=32, patch_size=16),
+        )
+    )
+
+
+def deepseek() -> PreTrainedModel:
+    low_rank = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    sizes = {**SMALL, "num_key_value_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(**sizes, **low_rank, **experts, moe_intermediate_size=16, first_k_dense_replace=1)
+    )
+
+
+TEACHERS: dict[str, Any] = {
+    **{name: kind.teacher for name, kind in KINDS.items() if name != "llama tied"},
+    "swin": swin,
+    "mixture": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "llava": llava,
+    "deepseek_v3": deepseek,
+}
+ASKED = [
+    *(
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "head_dim",
+    ),
+    *("d_model", "d_ff", "d_kv", "num_layers", "num_decoder_layers", "num_heads", "embed_dim", "depths"),
+    *("n_embd", "n_layer", "n_head", "n_inner", "num_local_experts", "n_routed_experts", "moe_intermediate_size"),
+    *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim"),
+]
+
+
+def size_of(model: PreTrainedModel) -> dict[str, int]:
+    """Return what the parameters' shapes say of a model: its blocks and how many numbers each parameter holds."""
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_every_size_that_is_asked_for_is_the_models_or_is_refused(family: str) -> None:
+    teacher = TEACHERS[family]()
+    tried = made = 0
+    for part, name, value in sizes_of_config(teacher.config):
+        half = [max(1, each // 2) for each in value] if isinstance(value, list) else value // 2
+        if not half or half == value:
+            continue
+        tried += 1
+        overrides = {part: {name: half}} if part else {name: half}
+        try:
+            student = from_teacher(teacher, method="uniform", show_progress=False, **overrides)
+        except (ShapeError, OptionError):
+            continue
+        made += 1
+        config = getattr(student.config, part) if part else student.config
+        held = getattr(config, name)
+        assert (list(held) if isinstance(half, list) else held) == half
+        grown, had = size_of(student), size_of(teacher)
+        same_heads = (
+            name in ("num_attention_heads", "n_head", "num_heads") and "head_dim" not in teacher.config.to_dict()
+        )
+        assert grown != had or same_heads, f"{name}={half} was made, and every parameter is as large as the teacher's"
+    assert tried and (made or family in ("swin", "llava"))
+
+
+def sizes_of_config(config: Any) -> list[tuple[str, str, Any]]:
+    """Return the sizes among ASKED that a config or one of its parts holds: the part's name, the size's, and its value."""
+    found = []
+    parts = {"": config, **{name: part for name, part in vars(config).items() if hasattr(part, "attribute_map")}}
+    for part, holder in parts.items():
+        for name in ASKED:
+            value = getattr(holder, name, None) if name in {*vars(holder), *holder.attribute_map} else None
+            if isinstance(value, (list, tuple)):
+                found.append((part, name, list(value)))
+            elif isinstance(value, int) and not isinstance(value, bool):
+                found.append((part, name, value))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "swin", "llava", "mixture"])
+@pytest.mark.parametrize("value", ["x", -32, 0, True, 1.5, 10**9], ids=str)
+def test_what_is_no_size_is_refused_at_once(family: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = TEACHERS[family]()
+    monkeypatch.setattr("hf_guide.students.build_student", None)  # nothing may be built
+    for part, name, had in sizes_of_config(teacher.config):
+        wrong = [*had[:-1], value] if isinstance(had, list) else value
+        with pytest.raises((ShapeError, OptionError), match=name):
+            from_teacher(teacher, show_progress=False, **({part: {name: wrong}} if part else {name: wrong}))
+
+
+def test_what_is_no_size_is_refused_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    KINDS["llama"].teacher().save_pretrained(tmp_path / "teacher")
+    for option, reason in (
+        (["--num-hidden-layers", "1000000000"], "num_hidden_layers is 1000000000, its teacher's 4"),
+        (["--hidden-size", "-32"], "hidden_size must be at least 1, not -32"),
+        (["--num-attention-heads", "0"], "num_attention_heads must be at least 1, not 0"),
+        (["--set", "num_hidden_layers=1e9"], "num_hidden_layers must be a whole number, found 1000000000.0"),
+        (["--set", "hidden_size=wide"], "hidden_size must be a whole number, found 'wide'"),
+    ):
+        assert main(["init", str(tmp_path / "teacher"), "-o", str(tmp_path / "student"), *option]) != 0
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "student").exists()
+
+
+def test_a_size_that_the_family_computes_names_what_it_is_computed_from() -> None:
+    teacher = swin()
+    with pytest.raises(ShapeError, match="computes hidden_size=64.*set embed_dim and depths instead"):
+        from_teacher(teacher, hidden_size=32, show_progress=False)
+    with pytest.raises(ShapeError, match="computes num_layers=3.*set depths instead"):
+        from_teacher(teacher, num_hidden_layers=2, show_progress=False)
+    config = swin().config
+    config.hidden_size = 32
+    with pytest.raises(ShapeError, match="hidden_size=32 was asked for"):
+        from_teacher(teacher, config, show_progress=False)
+    assert from_teacher(teacher, hidden_size=64, show_progress=False).config.hidden_size == 64
+    funnel = FunnelForMaskedLM(
+        FunnelConfig(vocab_size=64, block_sizes=[2, 2], d_model=16, n_head=2, d_head=8, d_inner=32)
+    )
+    with pytest.raises(HfGuideError):
+        from_teacher(funnel, num_hidden_layers=2, show_progress=False)
+
+
+def test_a_size_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(OptionError, match="intermediate_size=32 changes nothing in a Qwen3MoeForCausalLM"):
+        from_teacher(qwen3_moe(), intermediate_size=32, show_progress=False)
+    encoder = T5EncoderModel(T5Config(vocab_size=96, d_model=48, d_kv=12, d_ff=64, num_layers=4, num_heads=4))
+    with pytest.raises(OptionError, match="num_decoder_layers=2 changes nothing in a T5EncoderModel"):
+        from_teacher(encoder, num_decoder_layers=2, show_progress=False)
+    assert from_teacher(encoder, num_layers=2, show_progress=False).config.num_layers == 2
+
+
+def test_what_is_no_size_is_overridden_as_before() -> None:
+    student = from_teacher(
+        KINDS["llama"].teacher(),
+        attention_dropout=0.1,
+        hidden_act="relu",
+        pad_token_id=3,
+        use_cache=False,
+        max_position_embeddings=64,
+        show_progress=False,
+    )
+    assert student.config.attention_dropout == 0.1 and student.config.max_position_embeddings == 64
+    assert student.config.hidden_act == "relu" and not student.config.use_cache
+    bert = from_teacher(BertForMaskedLM(BertConfig(**SIZES)), num_labels=5, show_progress=False)
+    assert bert.config.num_labels == 5
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("llama", {"hidden_size": 24, "num_hidden_layers": 2}), ("swin", {"depths": [1, 2, 2]}), ("t5", {"d_ff": 32})],
+)
+def test_a_saved_student_is_loaded_as_it_was(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+    student = from_teacher(TEACHERS[family](), show_progress=False, **overrides)
+    student.save_pretrained(tmp_path)
+    loaded = type(student).from_pretrained(tmp_path)
+    assert size_of(loaded) == size_of(student)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in student.state_dict().items())
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(again, name) for name in overrides} == overrides
+
+
+@pytest.mark.parametrize(
+    ("teacher", "overrides", "reason"),
+    [
+        (mixtral, {"num_local_experts": 1}, "num_local_experts=1 is fewer than num_experts_per_tok=2"),
+        (qwen3_moe, {"num_experts": 1}, "is fewer than num_experts_per_tok=2"),
+        (deepseek, {"n_routed_experts": 1}, "n_routed_experts=1 is fewer than num_experts_per_tok=2"),
+        (deepseek, {"n_routed_experts": 2}, "topk_group=1 groups of 1 experts are fewer than num_experts_per_tok=2"),
+        (deepseek, {"n_routed_experts": 7}, "do not divide into n_group=2"),
+        (deepseek, {"num_key_value_heads": 2}, "cannot run: RuntimeError in DeepseekV3Attention.forward"),
+    ],
+)
+def test_a_mixture_that_cannot_run_is_refused_with_what_does_not_fit(
+    teacher: Any, overrides: dict[str, int], reason: str
+) -> None:
+    with pytest.raises(ShapeError, match=reason):
+        from_teacher(teacher(), show_progress=False, **overrides)
+    config = teacher().config
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    with pytest.raises(ShapeError, match=reason):
+        from_teacher(teacher(), config, show_progress=False)
+
+
+def test_blocks_may_be_repeated_where_each_is_named() -> None:
+    teacher = KINDS["llama"].teacher()
+    student = from_teacher(teacher, num_hidden_layers=6, method={"layers": [0, 1, 1, 2, 2, 3]}, show_progress=False)
+    assert len(student.model.layers) == 6
+    with pytest.raises(ShapeError, match="To repeat blocks, name"):
+        from_teacher(teacher, num_hidden_layers=7, method={"layers": [0, 1, 1, 2, 2, 3]}, show_progress=False)
+
+
+def test_known_sizes_are_spelled_as_configs_spell_them() -> None:
+    known = set()
+    for config_class in (LlamaConfig, T5Config, SwinConfig, DeepseekV3Config, transformers.GPT2Config):
+        known |= vars(config_class()).keys() | config_class().attribute_map.keys()
+    assert set(ASKED) <= known | {"num_local_experts"}
