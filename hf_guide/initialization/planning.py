@@ -99,6 +99,11 @@ def refuse_surplus(
     Raises:
         ShapeError: names the stack, the block, its position and the first such parameter.
     """
+    if is_blocks_only(layout):  # what stands in stages is chosen stage by stage, with kinds of its own
+        teacher_names, student_names = (
+            [name for name in names if (match := layout.find(name)) and not nested_lists(match)]
+            for names in (teacher_names, student_names)
+        )
     teacher, student = parameters_by_block(layout, teacher_names), parameters_by_block(layout, student_names)
     for stack, positions in student.items():
         known = set().union(*positions.values())

@@ -25,6 +25,9 @@ _NOT_A_SIZE = re.compile(
 _POSITIVE = re.compile(
     r"(^|_)(vocab_size|position_embeddings|n_positions|image_size|patch_size|num_channels|window_size)$"
 )
+TOO_LARGE = 2
+"""Times the teacher's size, above which nothing is built; what is a little too large is refused where it shows, by name."""
+
 _DEPTH = re.compile(r"(^|_)(layers?|blocks)$")
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -92,10 +95,13 @@ def check_config_sizes(
 
 def _check_number(name: str, value: Any, had: int, *, bounded: bool, deepest: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionError(f"{name} must be a whole number, found {value!r}; the teacher's is {had}.")
+        kind = type(value).__name__
+        raise OptionError(
+            f"{name}={value!r} must be a whole number: expected int, got {kind}; the teacher's is {had}."
+        )
     if had >= 1 > value:
         raise ShapeError(f"{name} must be at least 1, not {value}; the teacher's is {had}.")
-    if bounded and value > max(had, deepest) and had >= 1:
+    if bounded and value > max(TOO_LARGE * had, deepest) and had >= 1:
         repeated = (
             " To repeat blocks, name the teacher's block that feeds each with layers=[...]."
             if _DEPTH.search(name)

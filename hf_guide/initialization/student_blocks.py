@@ -45,7 +45,7 @@ from hf_guide.initialization.choices import BlockChoice
 from hf_guide.initialization.configs import derive_student_config, overridden_values
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.planning import canonical, refuse_unknown_stacks, stack_sizes
+from hf_guide.initialization.planning import canonical, refuse_unknown_stacks, stack_sizes, stage_names
 from hf_guide.initialization.selection import choose_blocks
 from hf_guide.initialization.weights import Teacher
 
@@ -143,7 +143,8 @@ def resolve_blocks(
     if not _concerns_blocks(teacher.config, config, asked, options):
         return StudentBlocks(config or derive_student_config(teacher.config, overrides, keywords=keywords))
     family = _family(teacher, layout)
-    refuse_unknown_stacks(options, family.sizes)
+    names = [canonical(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
+    refuse_unknown_stacks(options, [*family.sizes, *stage_names(layout, names)])
     student = config or derive_student_config(teacher.config, overrides, keywords=keywords, block_fields=family.fields)
     counts = {path: value_at(student, path) for path in family.depths.depths}
     wanted = {

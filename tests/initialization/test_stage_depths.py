@@ -172,9 +172,10 @@ def test_stages_that_cannot_be_are_refused_with_the_reason() -> None:
     teacher = FAMILIES["swin"].build()
     for depths, reason in (
         ([2, 4], "must list 3 numbers, one for each stage"),
-        ([2, 4, 7], r"depths\[2\] is 7, its teacher's 6"),
+        ([2, 4, 7], "7 blocks in 'encoder.layers.2.blocks', its teacher 6"),
+        ([2, 4, 700], r"depths\[2\] is 700, its teacher's 6"),
         ([2, 0, 6], r"depths\[1\] must be at least 1, not 0"),
-        ([2, 4, 1.5], r"depths\[2\] must be a whole number, found 1.5"),
+        ([2, 4, 1.5], r"depths\[2\]=1.5 must be a whole number"),
         (3, "must list 3 numbers"),
     ):
         with pytest.raises((ShapeError, OptionError), match=reason):
