@@ -25,7 +25,7 @@ _NOT_A_SIZE = re.compile(
 _POSITIVE = re.compile(
     r"(^|_)(vocab_size|position_embeddings|n_positions|image_size|patch_size|num_channels|window_size)$"
 )
-TOO_LARGE = 2
+TOO_LARGE = 4
 """Times the teacher's size, above which nothing is built; what is a little too large is refused where it shows, by name."""
 
 _DEPTH = re.compile(r"(^|_)(layers?|blocks)$")

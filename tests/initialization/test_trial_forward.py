@@ -27,8 +27,9 @@ PAIR = {
 }
 SEEN = {name: value for name, value in TEXT.items() if name != "vocab_size"}
 SPEECH = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_source_positions": 50}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "speech to text": ("WhisperForConditionalGeneration", PAIR | SPEECH),
+    "speech to text": ("WhisperForConditionalGeneration", PAIR | SPEECH | SPECIAL),
     "raw speech": ("Wav2Vec2ForCTC", {**TEXT, "conv_dim": (16,) * 7, "num_conv_pos_embedding_groups": 4}),
     "spectrograms": ("ASTForAudioClassification", {**SEEN, "max_length": 64, "num_mel_bins": 32}),
     "video": ("VideoMAEForVideoClassification", {**SEEN, "image_size": 32, "num_frames": 4}),
