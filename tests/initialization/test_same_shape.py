@@ -77,7 +77,7 @@ def teacher_of(name: str, task: str, model_type: str, **changes: Any) -> PreTrai
                 reason = f"{size:.0e} parameters"
                 continue
             torch.manual_seed(0)
-            return model_class._from_config(config).eval()
+            return model_class._from_config(config, dtype=torch.float32).eval()
         except TWIN_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"
     pytest.skip(f"{name} has no small model here: {reason[:200]}")
