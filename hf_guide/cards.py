@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult
 
 from hf_guide.errors import HfGuideError
+from hf_guide.escaping import markdown
 from hf_guide.typed_json import check_types
 
 if TYPE_CHECKING:
@@ -218,8 +219,7 @@ def format_figure(value: object) -> str:
     """A figure as it stands in a table: four digits of a fraction, a dash for what is not known."""
     if value is None:
         return "–"
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return f"{value:.4g}" if isinstance(value, float) else markdown(value)
 
 
 def _results(metrics: Mapping[str, float | None]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_guide.errors import HfGuideError, OptionError
+from hf_guide.escaping import for_terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (HfGuideError, OSError, ImportError) as error:
-        print(f"hf-guide: error: {error}", file=sys.stderr)
+        print(f"hf-guide: error: {for_terminal(error)}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
     except KeyboardInterrupt:
         kept = getattr(args, "calibration_dir", None)

@@ -5,6 +5,7 @@ Does not: touch a word outside them, or upload anything (`saving.py` does).
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Sequence
 from importlib import resources
@@ -38,6 +39,7 @@ from hf_guide.cards import (
     load_record,
 )
 from hf_guide.errors import HfGuideError
+from hf_guide.escaping import code, markdown, plain
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
 from hf_guide.plots import curves_of, plot_explained_variance, plot_training
 from hf_guide.provenance import describe_teacher, repo_id_of, teacher_repo_id
@@ -150,6 +152,9 @@ def write_model_card(
         inherited=data.get("license") in [teacher.license for teacher in teachers],
         format_count=format_count,
         format_figure=format_figure,
+        markdown=markdown,
+        code=code,
+        quoted=lambda text: json.dumps(plain(text), ensure_ascii=False).replace("<!--", "<\\u0021--"),
     )
     if card is None:
         card = drawn
@@ -269,7 +274,7 @@ def _name_in_title(card: RepoCard | None) -> str | None:
 
 def _recorded_class(report: InitializationReport | None, record: DistillationRecord | None) -> str:
     known = report.student_class if report is not None else record.student_class if record is not None else None
-    return known or "AutoModel"
+    return known if known and known.isidentifier() else "AutoModel"
 
 
 def _told_of_subclasses(config: dict[str, Any], record: DistillationRecord | None) -> str | None:
@@ -311,7 +316,7 @@ def _student_size(report: InitializationReport | None, record: DistillationRecor
 
 
 def _link(name: str, repo_id: str | None) -> str:
-    return f"[{name}](https://huggingface.co/{repo_id})" if repo_id is not None else f"`{name}`"
+    return f"[{markdown(name)}](https://huggingface.co/{repo_id})" if repo_id is not None else code(name)
 
 
 def _figure(result: EvalResult) -> Figure:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_guide.errors import OptionError
+from hf_guide.escaping import figure_text
 from hf_guide.initialization.report import InitializationReport
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def plot_explained_variance(
     figure = figure_class(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for axis, curve in curves.items():
-        (line,) = axes.plot(range(1, len(curve) + 1), curve, label=axis)
+        (line,) = axes.plot(range(1, len(curve) + 1), curve, label=figure_text(axis))
         if axis in chosen:
             width = chosen[axis][1]
             share = curve[width - 1]

@@ -53,12 +53,13 @@ class StudentFolder:
     def stock_class(self) -> str | None:
         """The class that loads the folder: its config names the stock one, also of a student of one's own class."""
         names = self.config.get("architectures")
-        return next((name for name in names if isinstance(name, str)), None) if isinstance(names, list) else None
+        names = names if isinstance(names, list) else []
+        return next((name for name in names if isinstance(name, str) and name.isidentifier()), None)
 
     @property
     def code_class(self) -> str | None:
         """The Auto class that loads a folder with code of its own; None of a stock model's."""
-        return next((name for name in self.code if name.startswith("AutoModel")), None)
+        return next((name for name in self.code if name.startswith("AutoModel") and name.isidentifier()), None)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ from hf_guide.capture.options import CaptureConfig
 from hf_guide.commands.teacher_arguments import source_of
 from hf_guide.distillation.data_options import DataOptions
 from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.escaping import for_terminal
 
 if typing.TYPE_CHECKING:
     from accelerate import PartialState
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         print("hf-guide: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130
     if state.is_main_process:
-        print(made.summary())
+        print(for_terminal(made.summary()))
         print(f"Train from it with `capture: {args.output}` in place of a teacher; no teacher runs then.")
     if state.num_processes > 1:
         state.destroy_process_group()

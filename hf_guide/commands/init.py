@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_guide.commands.teacher_arguments import add_teacher_arguments, flag_of, source_of
 from hf_guide.companions import check_companions, copy_companions
 from hf_guide.errors import OptionError
+from hf_guide.escaping import for_terminal
 from hf_guide.folders import check_output, check_space, new_folder
 from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
 
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         _save(student, folder)
         copy_companions(args.teacher, folder, gguf_file=args.gguf_file, **source_of(args))
         _describe(report, folder, args)
-    print(report.summary())
+    print(for_terminal(report.summary()))
     print(f"Saved in {args.output}: {type(student).__name__}.from_pretrained({str(args.output)!r}) loads it.")
     return 0
 

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the variance curve, the widths that reach its landmarks, and suggestions."""
+    from hf_guide.escaping import plain
     from hf_guide.initialization.derive import layout_for
     from hf_guide.initialization.report import format_count
     from hf_guide.initialization.weights import open_teacher
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     layout = layout_for(teacher.config, teacher.model_class)
     curves = variance_curves(teacher, layout)
     parameters = count_parameters(teacher, layout, {}) or 0
-    print(f"{teacher.name}: {teacher.model_class.__name__}, {format_count(parameters)} parameters")
+    print(f"{plain(teacher.name)}: {teacher.model_class.__name__}, {format_count(parameters)} parameters")
     for axis, curve in curves.items():
         print(f"\nShare of the tables' variance along {axis!r} against the width kept\n\n{text_plot(curve)}\n")
         if axis != "embed":

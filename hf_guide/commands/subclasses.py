@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Look with the flags of `add_arguments`, say what was found and where it is, and return the exit code."""
     from hf_guide.distillation.data_options import DataOptions
     from hf_guide.errors import OptionError
+    from hf_guide.escaping import plain
 
     for name in ("nearest", "batch_size"):
         if getattr(args, name) < 1:
@@ -110,6 +111,6 @@ def run(args: argparse.Namespace) -> int:
     for each in looked.view.classes:
         sizes = " ".join(f"{size:.0%}" for size in each.sizes.tolist())
         held = "" if each.explained is None else f"; variance held {each.explained:.0%}"
-        print(f"{each.name}: {len(each.rows):,} examples; subclasses {sizes}{held}")
+        print(f"{plain(each.name)}: {len(each.rows):,} examples; subclasses {sizes}{held}")
     print(f"Drawn in {looked.page}" + (f", and in {args.figures}" if looked.figures else ""))
     return 0

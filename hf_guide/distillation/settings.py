@@ -106,8 +106,16 @@ def _read_file(path: Path) -> Mapping[str, Any]:
 def _check_texts(chosen: Mapping[str, Any]) -> None:
     """Refuse values other than texts for options that are names or paths; a mapping may stand where its field has one."""
     hints = {name: hint for part in PARTS for name, hint in typing.get_type_hints(part).items()}
-    names = {field.name for part in PARTS[:2] for field in dataclasses.fields(part)} | {"teacher", "capture"}
+    names = {field.name for part in PARTS[:2] for field in dataclasses.fields(part)} | {
+        "teacher",
+        "capture",
+        "output_dir",
+    }
     for name, value in chosen.items():
+        if name == "data_files" and not isinstance(value, (str, list, dict, type(None))):
+            raise OptionError(
+                f"data_files must be the name of a file, several, or a mapping of them; found {value!r}."
+            )
         kinds = {*(typing.get_args(hints[name]) or (hints[name],))} - {type(None)}
         if name in names and kinds == {str} and value is not None and not isinstance(value, str):
             raise OptionError(f"{name} must be a text; found {value!r}.")

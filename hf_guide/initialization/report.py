@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import HfGuideError
+from hf_guide.escaping import plain
 from hf_guide.public_names import is_local, public_name
 from hf_guide.typed_json import check_types
 
@@ -166,11 +167,11 @@ class InitializationReport:
         heard += " that the teacher wrote" if self.calibration.get("own_text") else ""
         what = (
             f"{self.student_class} with {format_count(self.student_parameters)} parameters, "
-            f"{smaller:.1f} times fewer than its teacher {self.teacher_name}{revision} "
-            f"({format_count(self.teacher_parameters)}), by {self.options.get('method', 'an unnamed method')}{heard}"
+            f"{smaller:.1f} times fewer than its teacher {plain(self.teacher_name)}{revision} "
+            f"({format_count(self.teacher_parameters)}), by {plain(self.options.get('method', 'an unnamed method'))}{heard}"
         )
         kept = {axis: f" (keeps {share:.1%} of the variance)" for axis, share in self.kept.items()}
-        widths = [f"{axis} {old} -> {new}{kept.get(axis, '')}" for axis, (old, new) in self.widths.items()]
+        widths = [f"{plain(axis)} {old} -> {new}{kept.get(axis, '')}" for axis, (old, new) in self.widths.items()]
         blocks = [f"{stack} from the teacher's {_ranges(sources)}" for stack, sources in self.blocks.items()]
         not_exact = [f"{len(self.approximations)} approximated"] if self.approximations else []
         not_exact += [f"{len(self.randomly_initialized)} parameters at random"] if self.randomly_initialized else []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
+from hf_guide.escaping import figure_text
 from hf_guide.lelp.classes import classes_of
 from hf_guide.lelp.forecast import Forecast
 from hf_guide.lelp.splitters import goes_by_variance
@@ -236,7 +237,7 @@ def plot_class(view: ClassView, path: str | os.PathLike[str] | None = None) -> "
     for each in range(count):
         mine = view.points[::step][view.subclasses[::step] == each]
         plane.scatter(mine[:, 0].tolist(), mine[:, 1].tolist(), s=6, color=colours[each], linewidths=0, alpha=0.7)
-    plane.set(title=view.name, xlabel="first direction", ylabel="second direction")
+    plane.set(title=figure_text(view.name), xlabel="first direction", ylabel="second direction")
     plane.grid(alpha=0.3)
     bars.barh(range(count), (100 * view.sizes).tolist(), color=colours)
     bars.set(xlabel="% of the class", ylabel="subclass", yticks=range(count), ylim=(count - 0.5, -0.5))

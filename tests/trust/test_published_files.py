@@ -100,6 +100,7 @@ PUSH = """
 """
 
 
+@pytest.mark.slow
 def test_what_is_pushed_tells_no_path_and_refers_to_no_code(tmp_path: Path) -> None:
     (tmp_path / SECRET).mkdir()
     with stand_in_hub() as hub:
