@@ -7,7 +7,6 @@ once: token ids, or pixels.
 
 import inspect
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.options import OWN_TEXT, InitializationConfig
 from hf_guide.initialization.weights import Teacher
 from hf_guide.labels import IGNORED, shifted_right
+from hf_guide.positions import TextPositions, longest_text, text_positions
 from hf_guide.pretrained import load_processing_class
 
 Batch = dict[str, Tensor]
@@ -29,7 +29,6 @@ EXPECTED = (
     "a datasets dataset with a column input_ids, text or pixel_values, a list of texts, an iterable of batches (dicts of "
     f"tensors), or {OWN_TEXT!r}, for text that the teacher writes itself"
 )
-_TABLE_OF_PLACES = re.compile(r"(?:wpe|position\w*)$")
 
 
 def is_own_text(dataset: Any) -> bool:
@@ -78,7 +77,7 @@ def draw_batches(
     if first is None:
         raise OptionError(f"calibration_dataset is empty: pass {EXPECTED}.")
     rows = itertools.chain([first], rows)
-    accepted, places = inspect.signature(model.forward).parameters, _places_of(model)
+    accepted, positions = inspect.signature(model.forward).parameters, text_positions(model.config)
     drawn: list[Batch] = []
     seen = 0
     for batch in _batches(rows, first, teacher, options, hub):
@@ -95,7 +94,7 @@ def draw_batches(
         if not tokens_in(kept, model):
             continue
         kept = _with_decoder_inputs(kept, batch.get("labels"), model)
-        _check_ids(kept, model, places)
+        _check_ids(kept, model, positions)
         drawn.append(kept)
         seen += tokens_in(kept, model)
         if seen >= tokens:
@@ -161,36 +160,24 @@ def _shifted(labels: Tensor, model: PreTrainedModel) -> Tensor:
         ) from error
 
 
-def _places_of(model: PreTrainedModel) -> int | None:
-    """Return how many rows the model's shortest table of positions has; None where it has no table."""
-    return min(
-        (
-            module.num_embeddings
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Embedding) and _TABLE_OF_PLACES.search(name)
-        ),
-        default=None,
-    )
-
-
-def _check_ids(batch: Batch, model: PreTrainedModel, places: int | None) -> None:
-    """Refuse ids and places that the teacher has no row for: on a GPU they would end the process's use of it.
+def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -> None:
+    """Refuse ids and positions that the teacher has no row for: on a GPU they would end the process's use of it.
 
     Args:
-        places: how many positions the model knows, None for any.
+        positions: what the model's tables of positions allow.
 
     Raises:
         OptionError: names the id and how many there are, or how long a row is and may be.
     """
-    for name in ("input_ids", "decoder_input_ids"):
+    for name, longest in (("input_ids", positions.longest), ("decoder_input_ids", positions.longest_target)):
         ids = batch.get(name)
         table = None if ids is None else model.get_input_embeddings()
         if not isinstance(table, nn.Embedding) or ids is None:
             continue
-        if places is not None and ids.shape[-1] > places:
+        if longest is not None and ids.shape[-1] > longest:
             raise OptionError(
-                f"calibration_dataset has rows of {ids.shape[-1]} tokens in {name}, and {type(model).__name__} has "
-                f"{places} places: cut them."
+                f"calibration_dataset has rows of {ids.shape[-1]} tokens in {name}, and {type(model).__name__} reads at most "
+                f"{longest}: cut them."
             )
         least, most = int(ids.min()), int(ids.max())
         if least < 0 or most >= table.num_embeddings:
@@ -231,8 +218,8 @@ def _batches(
 
 def longest(length: int, teacher: Teacher) -> int:
     """Return at how many tokens text is cut: as asked, where the teacher has so many positions."""
-    positions = getattr(teacher.config, "max_position_embeddings", None)
-    return min(length, positions) if isinstance(positions, int) and positions > 0 else length
+    limit = longest_text(teacher.config)
+    return length if limit is None else min(length, limit)
 
 
 def _depth(value: Any) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 from hf_guide.errors import OptionError, did_you_mean
 from hf_guide.validation import check_number, check_whole
 
+USUAL_TARGET_LENGTH = 128
+
 
 @dataclass
 class ModelOptions:
@@ -111,7 +113,9 @@ class DataOptions:
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens an example; by default what the model reads, but at most 512."}
     )
-    max_target_length: int = field(default=128, metadata={"help": "Of seq2seq-lm: tokens of a target."})
+    max_target_length: int = field(
+        default=USUAL_TARGET_LENGTH, metadata={"help": "Of seq2seq-lm: tokens of a target."}
+    )
     pack: bool = field(
         default=True,
         metadata={

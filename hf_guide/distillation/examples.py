@@ -5,7 +5,6 @@ Does not: augment, or anything else that a capture could not find again, but for
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,11 +24,12 @@ from transformers import (
 )
 
 from hf_guide.distillation.class_labels import label_numbers
-from hf_guide.distillation.data_options import DataOptions
+from hf_guide.distillation.data_options import USUAL_TARGET_LENGTH, DataOptions
 from hf_guide.distillation.splits import class_names, find_column
 from hf_guide.distillation.tasks import IGNORED, Task
 from hf_guide.distillation.texts import check_strings, check_words, encode_to_the_end, render_texts
 from hf_guide.errors import OptionError
+from hf_guide.positions import longest_text
 
 USUAL_LENGTH = 512
 
@@ -62,7 +62,7 @@ def prepare(
     *,
     labels: Sequence[str] | None = None,
     mask_once: bool = False,
-    config: PreTrainedConfig | None = None,
+    config: "PreTrainedConfig | Sequence[PreTrainedConfig | None] | None" = None,
 ) -> Prepared:
     """Return two raw splits as what a model of `task` is fed.
 
@@ -73,7 +73,7 @@ def prepare(
         options: names of columns, lengths, packing.
         labels: of classifiers, the names of the student's classes in their order; None where labels stand as they are.
         mask_once: mask what is trained on only once, as `options.mask_once`.
-        config: of the student, or of the teacher that it is made out of, where a length is to be checked against it.
+        config: of every model that reads the texts, as `resolve_length` takes it.
 
     Raises:
         OptionError: a column that is missing, a label that the student does not know, a length that tokenizer or model cannot
@@ -96,20 +96,38 @@ def prepare(
     return Prepared(made[0], made[1], _collator(task, processing_class, options))
 
 
-def resolve_length(options: DataOptions, tokenizer: Any, config: PreTrainedConfig | None) -> DataOptions:
-    """Return the options with a `max_length` that tokenizer and model can take.
+def resolve_length(
+    options: DataOptions, tokenizer: Any, config: "PreTrainedConfig | Sequence[PreTrainedConfig | None] | None"
+) -> DataOptions:
+    """Return the options with a `max_length` and a `max_target_length` that tokenizer and models can take.
 
     Args:
-        config: of the student, or of the teacher that it is made out of.
+        options: lengths that are asked for; None takes the longest, but at most `USUAL_LENGTH`.
+        tokenizer: its `model_max_length` counts.
+        config: of every model that reads the texts: the student's, the teacher's; None where one is not known.
 
     Raises:
-        OptionError: the one that is asked for is longer.
+        OptionError: a length that is asked for is longer.
     """
-    positions = getattr(config, "max_position_embeddings", None)
-    most = min(tokenizer.model_max_length, positions if isinstance(positions, int) and positions > 0 else sys.maxsize)
+    configs = config if isinstance(config, (list, tuple)) else [config]
+    limits = [limit for each in configs if (limit := longest_text(each)) is not None]
+    most = min([tokenizer.model_max_length, *limits])
     if options.max_length is not None and options.max_length > most:
-        raise OptionError(f"max_length is {options.max_length}; the model reads at most {most} tokens.")
-    return dataclasses.replace(options, max_length=options.max_length or min(most, USUAL_LENGTH))
+        raise OptionError(
+            f"max_length must be at most {most}, which is what the model reads; found {options.max_length}."
+        )
+    targets = [limit for each in configs if (limit := longest_text(each, target=True)) is not None]
+    longest_target = min([options.max_target_length, *targets])
+    if longest_target < options.max_target_length != USUAL_TARGET_LENGTH:
+        raise OptionError(
+            f"max_target_length must be at most {longest_target}, which is what the model's decoder reads; found "
+            f"{options.max_target_length}."
+        )
+    return dataclasses.replace(
+        options,
+        max_length=options.max_length or min(most, USUAL_LENGTH),
+        max_target_length=longest_target,
+    )
 
 
 def _tokenised(

@@ -1,5 +1,6 @@
 """A whole distillation by its settings: read, prepare, train, evaluate, save, push."""
 
+import copy
 import math
 import os
 import re
@@ -77,7 +78,7 @@ def distill(settings: Settings) -> dict[str, float]:
             data,
             labels=labels,
             mask_once=args.capture is not None,
-            config=own_config or teacher_config,
+            config=[own_config or _student_config(teacher_config, args), teacher_config],
         )
     if made.keep_columns:
         args.remove_unused_columns = False
@@ -167,6 +168,17 @@ def _captured_source(args: DistillationArguments) -> str | None:
         return None
     named = (args.student or {}).get("teacher")  # type: ignore[union-attr]  # parsed by now
     return named if isinstance(named, str) else Capture.open(args.capture).teacher_source()
+
+
+def _student_config(teacher: PreTrainedConfig | None, args: DistillationArguments) -> PreTrainedConfig | None:
+    """Return the teacher's config with the number of positions that `student` asks for, where it does."""
+    asked: Any = args.student or {}
+    positions = {name: asked[name] for name in ("max_position_embeddings", "n_positions") if name in asked}
+    if teacher is None or not positions:
+        return None
+    config = copy.deepcopy(teacher)
+    config.update(positions)
+    return config
 
 
 def _where(init_kwargs: Any) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""The longest text that is allowed is one that the model reads, and the next longer is not."""
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    Gemma3Config,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    WhisperConfig,
+)
+
+from hf_guide.calibration.batches import draw_batches
+from hf_guide.distillation.data_options import DataOptions
+from hf_guide.distillation.examples import resolve_length
+from hf_guide.errors import OptionError
+from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.twins import tiny_twin
+from hf_guide.initialization.weights import open_teacher
+from hf_guide.positions import longest_text, text_positions
+
+AFTER_PAD = ["roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl", "luke"]
+FROM_ZERO = [
+    "bert",
+    "distilbert",
+    "gpt2",
+    "gpt_neo",
+    "electra",
+    "albert",
+    "gpt_bigcode",
+    "openai-gpt",
+    "deberta-v2",
+    "ernie",
+]
+WITH_AN_OFFSET = ["opt", "bart", "mbart", "mpnet", "biogpt", "plbart", "mvp", "pegasus", "bigbird_pegasus"]
+MORE = [
+    "clip_text_model",
+    "xlm",
+    "fnet",
+    "convbert",
+    "megatron-bert",
+    "splinter",
+    "visual_bert",
+    "layoutlm",
+    "git",
+    "markuplm",
+]
+MORE += ["mobilebert", "rembert", "roformer", "yoso", "nystromformer", "squeezebert", "blenderbot", "blenderbot-small"]
+LIMIT = 40
+
+
+def tiny(name: str, **changes: Any) -> Any:
+    """Return a tiny config of a family, whose table of positions has about `LIMIT` rows."""
+    config = CONFIG_MAPPING[name]()
+    sizes = {
+        "max_position_embeddings": LIMIT,
+        "n_positions": LIMIT,
+        "num_hidden_layers": 1,
+        "encoder_layers": 1,
+        "n_layers": 1,
+    }
+    return tiny_twin(config, **(sizes | {"decoder_layers": 1, "num_layers": 1, "pad_token_id": 4, "entity_vocab_size": 9} | changes))
+
+
+def reads(config: Any, length: int, target: int = 3) -> bool:
+    """Return whether a model reads a text of so many tokens."""
+    kinds = MODEL_MAPPING[type(config)]
+    model = (kinds[0] if isinstance(kinds, tuple) else kinds)(config).eval()
+    inputs = {"input_ids": torch.full((1, length), 9)}
+    inputs |= {"decoder_input_ids": torch.full((1, target), 9)} if config.is_encoder_decoder else {}
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except (IndexError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "name", [*AFTER_PAD, *FROM_ZERO, *WITH_AN_OFFSET, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
+def test_the_longest_text_is_read_and_one_token_more_is_not(name: str) -> None:
+    for pad in (1, 4) if name in AFTER_PAD else (4,):
+        config = tiny(name, pad_token_id=pad)
+        positions = text_positions(config)
+        assert positions.longest is not None
+        assert positions.longest == (LIMIT - pad - 1 if name in AFTER_PAD else positions.longest)
+        assert reads(config, positions.longest) and not reads(config, positions.longest + 1)
+        if positions.longest_target is not None:
+            assert reads(config, 3, positions.longest_target) and not reads(config, 3, positions.longest_target + 1)
+
+
+def test_a_family_that_cannot_be_tried_is_told_by_its_padding_row() -> None:
+    config = CONFIG_MAPPING["xmod"](max_position_embeddings=514, pad_token_id=3)  # needs the language to be chosen
+    assert longest_text(config) == 510
+
+
+def test_without_a_table_what_the_config_states_counts() -> None:
+    assert (
+        text_positions(LlamaConfig()).longest is None and longest_text(LlamaConfig(max_position_embeddings=48)) == 48
+    )
+    assert longest_text(CONFIG_MAPPING["t5"]()) is None and longest_text(None) is None
+    assert longest_text(WhisperConfig(), target=True) == 448
+    assert longest_text(GPT2Config(n_positions=33)) == 33
+
+
+def test_positions_of_a_vision_tower_are_not_those_of_the_text() -> None:
+    config = tiny_twin(Gemma3Config(), max_position_embeddings=512)
+    assert text_positions(config).longest is None and longest_text(config) == 512
+    model = MODEL_MAPPING[Gemma3Config](config).eval()
+    rows = [{"input_ids": [5] * 100}]
+    batches = draw_batches(rows, model, open_teacher(model), InitializationConfig(method="calibrated"), tokens=100)
+    assert batches[0]["input_ids"].shape == (1, 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "shifted"), [("roberta", [4], [9]), ("opt", [4, 9], []), ("bert", [], [4, 9])]
+)
+def test_what_padding_on_the_left_does_is_what_the_model_does(name: str, kept: list[int], shifted: list[int]) -> None:
+    config = tiny(name, attn_implementation="eager")
+    positions = text_positions(config)
+    assert positions.shifts == (not kept)
+    assert positions.needs_pad == (4 if kept == [4] else None)
+    torch.manual_seed(0)
+    model = MODEL_MAPPING[type(config)](config).eval()
+    text = torch.tensor([[11, 12, 13, 14]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    with torch.no_grad():
+        alone = model(input_ids=text).last_hidden_state
+        for pad in (*kept, *shifted):
+            ids = torch.cat([torch.full((1, 2), pad), text], 1)
+            padded = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 2:]
+            assert torch.allclose(padded, alone, atol=1e-5) == (pad in kept)
+
+
+def tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), **changes)
+
+
+@pytest.mark.parametrize("pad", [1, 3])
+def test_a_distillation_asks_for_no_longer_texts_than_fit(pad: int) -> None:
+    config = RobertaConfig(max_position_embeddings=514, pad_token_id=pad)
+    most = 514 - pad - 1
+    with pytest.raises(OptionError, match=f"max_length must be at most {most}.*found {most + 1}"):
+        resolve_length(DataOptions(dataset="x", max_length=most + 1), tokenizer(), config)
+    assert resolve_length(DataOptions(dataset="x", max_length=most), tokenizer(), config).max_length == most
+    assert resolve_length(DataOptions(dataset="x"), tokenizer(), config).max_length == min(most, 512)
+    assert resolve_length(DataOptions(dataset="x"), tokenizer(), [config, GPT2Config(n_positions=40)]).max_length == 40
+
+
+def test_targets_fit_the_decoder() -> None:
+    config = tiny("bart", decoder_start_token_id=2)
+    assert resolve_length(DataOptions(dataset="x"), tokenizer(), config).max_target_length == LIMIT
+    with pytest.raises(OptionError, match=f"max_target_length must be at most {LIMIT}.*found {LIMIT + 1}"):
+        resolve_length(DataOptions(dataset="x", max_target_length=LIMIT + 1), tokenizer(), config)
