@@ -65,7 +65,8 @@ def tiny(name: str, **changes: Any) -> Any:
         "encoder_layers": 1,
         "n_layers": 1,
     }
-    return tiny_twin(config, **(sizes | {"decoder_layers": 1, "num_layers": 1, "pad_token_id": 4, "entity_vocab_size": 9} | changes))
+    more = {"decoder_layers": 1, "num_layers": 1, "pad_token_id": 4, "entity_vocab_size": 9}
+    return tiny_twin(config, **(sizes | more | changes))
 
 
 def reads(config: Any, length: int, target: int = 3) -> bool:
