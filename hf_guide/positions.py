@@ -70,6 +70,18 @@ def longest_text(config: "PreTrainedConfig | None", *, target: bool = False) -> 
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
+def padding_of_positions(model: nn.Module) -> int | None:
+    """Return the padding token by which a loaded model counts positions; None where it does not, or no padding shifts them.
+
+    It is fixed when the model is made, whatever its config says afterwards.
+    """
+    needed = text_positions(model.config).needs_pad  # type: ignore[arg-type]
+    if needed is None:
+        return None
+    own = (getattr(module, "padding_idx", None) for module in model.modules() if not isinstance(module, nn.Embedding))
+    return next((pad for pad in own if isinstance(pad, int)), needed)
+
+
 _STATED = ("max_position_embeddings", "max_encoder_position_embeddings")
 _STATED_TARGET = ("max_position_embeddings", "max_decoder_position_embeddings", "max_target_positions")
 
@@ -123,8 +135,8 @@ def _by_padding_index(model: nn.Module) -> TextPositions:
     limits, pad = [], None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
-            pad = int(module.padding_idx)  # type: ignore[arg-type]
-            limits.append(int(module.weight.shape[0]) - pad - 1)  # type: ignore[union-attr,operator]
+            pad = int(module.padding_idx)
+            limits.append(int(module.weight.shape[0]) - pad - 1)
     return TextPositions(min(limits), needs_pad=pad, begins=pad) if limits else TextPositions()
 
 

@@ -144,12 +144,22 @@ class Run:
         inside, size = self.manifest.shard_examples(number), self.manifest.config.batch_size
         return [inside[start : start + size] for start in range(0, len(inside), size)]
 
+    def _next(self, stream: Iterator[Any], inside: range) -> Any:
+        """Return the next batch; what cannot be read of the dataset is not taken for a disk that cannot be written."""
+        try:
+            return next(stream)
+        except OSError as error:
+            raise CaptureError(
+                f"The dataset's examples {inside[0]} to {inside[-1]} cannot be read: {error}. Replace or remove the one that "
+                "is damaged."
+            ) from error
+
     def _write(self, number: int, stream: Iterator[Any], bar: Any) -> None:
         path = self.folder / shard_name(number)
         try:
             with ShardWriter(path, self.manifest.columns) as shard:
-                for _ in self._batches(number):
-                    numbers, batch = next(stream)
+                for inside in self._batches(number):
+                    numbers, batch = self._next(stream, inside)
                     keys = example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key)
                     if len(keys) != len(numbers):
                         raise CaptureError(

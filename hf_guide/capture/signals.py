@@ -18,6 +18,7 @@ from hf_guide.distillation.embeddings import embedding_per_item, find_classifier
 from hf_guide.distillation.heads import find_head, without_logits
 from hf_guide.distillation.layers import hidden_states_of
 from hf_guide.distillation.tasks import Task, add_decoder_inputs, columns_read, without_adapter
+from hf_guide.distillation.teacher_inputs import TeacherInputs
 from hf_guide.errors import CaptureError, OptionError
 
 MAX_LOGITS = 2**24  # held at once in float32
@@ -46,10 +47,14 @@ class Heard:
 
 
 class Listener:
-    """A teacher run without gradients; a language model's logits are made place by place where its head is known."""
+    """A teacher run without gradients; a language model's logits are made place by place where its head is known.
 
-    def __init__(self, model: nn.Module, task: Task):
-        self.model, self.task = model, task
+    Attributes:
+        inputs: how batches become what it expects; None where they are that already.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, inputs: TeacherInputs | None = None):
+        self.model, self.task, self.inputs = model, task, inputs
         self.head = find_head(model) if task.is_language_model else None
 
     @torch.inference_mode()
@@ -62,6 +67,8 @@ class Listener:
         device = next((each.device for each in self.model.parameters() if not each.is_meta), torch.device("cpu"))
         tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         tensors = add_decoder_inputs(bare, task, tensors)
+        if self.inputs is not None:
+            tensors = self.inputs.convert(tensors)
         known = columns_read(bare)
         inputs: dict[str, Any] = {
             name: value for name, value in tensors.items() if name in known and name not in _NO_INPUT
@@ -70,14 +77,16 @@ class Listener:
             inputs["use_cache"] = False
         hidden: list[Tensor] = []
         with contextlib.ExitStack() as stack:
+            if self.inputs is not None:
+                stack.enter_context(self.inputs.special_tokens())
             heard = stack.enter_context(heard_embeddings(find_classifier(bare, task))) if embedding else []
             if self.head is not None:
                 stack.enter_context(without_logits(self.model, self.head, hidden.append))
             outputs = self.model(**inputs, output_hidden_states=hidden_states, return_dict=True)
-        fed = heard[-1] if heard else None
-        if fed is not None and not task.is_per_token:
-            everyone = torch.ones(len(fed), dtype=torch.bool, device=device)
-            fed = embedding_per_item(task, fed, everyone, inputs, bare.config)
+            fed = heard[-1] if heard else None
+            if fed is not None and not task.is_per_token:
+                everyone = torch.ones(len(fed), dtype=torch.bool, device=device)
+                fed = embedding_per_item(task, fed, everyone, inputs, bare.config)
         return Heard(
             classes=outputs.logits.shape[-1],
             logits=outputs.logits,

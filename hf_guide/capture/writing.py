@@ -24,7 +24,9 @@ from hf_guide.capture.reading import Capture
 from hf_guide.capture.run import Run
 from hf_guide.capture.signals import Listener, read_signals, resolve_layers
 from hf_guide.capture.teachers import load_teacher
+from hf_guide.distillation.opening import name_of
 from hf_guide.distillation.tasks import Task, task_of, without_adapter
+from hf_guide.distillation.teacher_inputs import teacher_inputs
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from hf_guide.folders import is_partial
@@ -99,7 +101,10 @@ def capture_teacher(
     was_training = model.training
     model.eval()
     try:
-        listener = Listener(model, task)
+        where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        listener = Listener(
+            model, task, teacher_inputs(model, task, name_of(model), processing_class, init_kwargs=where)
+        )
         manifest = describe(teacher, listener, collate([dataset[0]]), examples, processing_class, options)
         run = Run(folder, manifest, listener, dataset, collate, dataloader_num_workers)
         run.begin(state)

@@ -109,7 +109,7 @@ def resolve_length(
     Raises:
         OptionError: a length that is asked for is longer.
     """
-    configs = config if isinstance(config, (list, tuple)) else [config]
+    configs = [config] if config is None or isinstance(config, PreTrainedConfig) else list(config)
     limits = [limit for each in configs if (limit := longest_text(each)) is not None]
     most = min([tokenizer.model_max_length, *limits])
     if options.max_length is not None and options.max_length > most:

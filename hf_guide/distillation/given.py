@@ -8,6 +8,8 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import align_special_tokens
 
 from hf_guide.adapters import has_adapter, parametrized_layers
 from hf_guide.capture.reading import Capture
@@ -89,6 +91,28 @@ def check_trainable(student: nn.Module) -> None:
             "No parameter of the student is trainable: all have requires_grad=False. Unfreeze some with requires_grad_(True), "
             "pass peft_config, or load a saved adapter with PeftModel.from_pretrained(..., is_trainable=True)."
         )
+
+
+def align_student(student: Any, processing_class: Any) -> None:
+    """Give a student's config the special tokens of the tokenizer, as `Trainer` does when training begins.
+
+    Classifiers find the last token of a text by them: without this, an evaluation before the training would read padding.
+    """
+    if isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)) and hasattr(student, "config"):
+        align_special_tokens(student, processing_class)
+
+
+def check_has_examples(dataset: Any, name: str) -> None:
+    """Refuse a dataset without an example; one whose length is not known passes.
+
+    Raises:
+        OptionError: names the dataset.
+    """
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_has_examples(part, f"{name}[{key!r}]")
+    elif hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise OptionError(f"{name} is empty; it must have at least one example. Leave it out, or give it some.")
 
 
 def source_of(teacher: Any, args: DistillationArguments) -> Any:

@@ -14,6 +14,7 @@ from hf_guide.distillation.given import check_unwrapped
 from hf_guide.distillation.heads import find_head
 from hf_guide.distillation.isolation import check_apart, check_teachers_apart
 from hf_guide.distillation.tasks import Task, task_of
+from hf_guide.distillation.teacher_inputs import teacher_inputs
 from hf_guide.distillation.teachers import LiveTeacher
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
 from hf_guide.errors import OptionError, TaskError, TeacherError
@@ -174,11 +175,14 @@ def make_teachers(
             classes = shared_vocabulary(tokenizer, own, *sizes)
         else:
             order = label_alignment(student.config, model.config)
+        inputs = teacher_inputs(
+            model, task, name_of(model), processing_class, student=student, init_kwargs=init_kwargs
+        )
         # Before it is sharded: what is proved on whole weights still holds then, but they are no longer whole.
         head = find_head(model) if task.is_language_model and not compile else None
         placed, sharded = place_teacher(model, accelerator)
         if compile:
             placed = torch.compile(placed)  # type: ignore[assignment]
         head = None if sharded else head
-        made.append(LiveTeacher(placed, task, classes, order, share / sum(shares), head))
+        made.append(LiveTeacher(placed, task, classes, order, share / sum(shares), head, inputs))
     return made

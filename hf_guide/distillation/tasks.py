@@ -96,10 +96,17 @@ def task_of(model: nn.Module) -> Task:
     for cls in type(bare).__mro__:
         if cls.__name__ in _TASKS:
             return _TASKS[cls.__name__]
-    raise TaskError(
-        f"{type(bare).__name__} is none of the models that can be distilled: those for {', '.join(map(str, Task))}. Load it "
-        "with the AutoModelFor... class of its task."
-    )
+    raise TaskError(_why_not(bare))
+
+
+def _why_not(model: nn.Module) -> str:
+    name, tasks = type(model).__name__, ", ".join(map(str, Task))
+    if any(name in ((names,) if isinstance(names, str) else names) for names in auto.MODEL_MAPPING_NAMES.values()):
+        return (
+            f"{name} has no head, so there is nothing to distil. Load it with the AutoModelFor... class of its task, one of "
+            f"{tasks}."
+        )
+    return f"{name} is for a task that cannot be distilled; expected a model for one of {tasks}."
 
 
 def target_mask(task: Task, inputs: Mapping[str, Any]) -> Tensor:

@@ -17,6 +17,7 @@ from hf_guide.distillation.heads import Head, without_logits
 from hf_guide.distillation.layers import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.distillation.objectives import Needs
 from hf_guide.distillation.tasks import Task, columns_read
+from hf_guide.distillation.teacher_inputs import TeacherInputs
 from hf_guide.errors import TeacherError
 
 
@@ -52,6 +53,7 @@ class LiveTeacher:
         classes: how many of its first classes student and teacher share; None for all.
         order: which of its classes each of the student's is; None where they stand in the same order.
         head: its language head, where that is known and its weights are whole in this process.
+        inputs: how batches, made for the student, become what it expects; None where they are that already.
     """
 
     model: PreTrainedModel
@@ -60,6 +62,7 @@ class LiveTeacher:
     order: list[int] | None = None
     weight: float = 1.0
     head: Head | None = None
+    inputs: TeacherInputs | None = None
 
     @property
     def depth(self) -> int:
@@ -76,6 +79,11 @@ class LiveTeacher:
     def bare(self) -> Any:
         """The model without what wraps it."""
         return extract_model_from_parallel(self.model, keep_torch_compile=False)
+
+    def set_student(self, student: Any) -> None:
+        """Expect batches that are made for this student from now on."""
+        if self.inputs is not None:
+            self.inputs = self.inputs.for_student(student)
 
     @torch.no_grad()
     def listen(
@@ -97,6 +105,8 @@ class LiveTeacher:
             max_logits: so many logits are held at once where the head is known.
         """
         known = columns_read(self.bare)
+        if self.inputs is not None:
+            inputs = self.inputs.convert(inputs)
         given = {
             name: value for name, value in inputs.items() if name in known and name not in ("labels", "return_loss")
         }
@@ -107,11 +117,14 @@ class LiveTeacher:
         fed: list[Tensor] = []
         heard: list[Tensor] = []
         with contextlib.ExitStack() as stack:
+            if self.inputs is not None:
+                stack.enter_context(self.inputs.special_tokens())
             if Needs.EMBEDDING in needs:
                 heard = stack.enter_context(heard_embeddings(find_classifier(self.bare, self.task)))
             if self.head is not None:
                 stack.enter_context(without_logits(self.bare, self.head, fed.append))
             outputs = self.model(**given)
+            embedding = embedding_per_item(self.task, heard[-1], mask, inputs, self.bare.config) if heard else None
         target = None
         if Needs.LOGITS in needs:
             target = (
@@ -122,7 +135,7 @@ class LiveTeacher:
         return Signals(
             target=target,
             hidden_states={layer: hidden_states_of(outputs)[layer] for layer in layers},
-            embedding=embedding_per_item(self.task, heard[-1], mask, inputs, self.bare.config) if heard else None,
+            embedding=embedding,
             weight=self.weight,
         )
 

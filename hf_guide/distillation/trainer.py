@@ -22,7 +22,9 @@ from hf_guide.distillation.batches import BatchReader
 from hf_guide.distillation.dividing import divides_by_items
 from hf_guide.distillation.given import (
     adapted,
+    align_student,
     check_arguments,
+    check_has_examples,
     check_student,
     check_trainable,
     check_unwrapped,
@@ -100,6 +102,8 @@ class DistillationTrainer(ResumableTrainer):
         args = DistillationArguments("tmp_trainer") if args is None else args
         check_arguments(args)
         check_student(model)
+        for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
+            check_has_examples(dataset, name)
         source = source_of(teacher, args)
         if model is None and model_init is None and args.student is not None:
             model = dict(args.student)  # type: ignore[arg-type]  # parsed by now
@@ -133,6 +137,7 @@ class DistillationTrainer(ResumableTrainer):
         self.args: DistillationArguments
         forget_code(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
         check_unwrapped(self.model, "student")
+        align_student(self.model, processing_class)
         student = self._bare(self.model)
         self.task = task_of(student)
         check_objective(args.weights, self.task, student.config)

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_guide.distillation.subclasses import class_labels
+from hf_guide.distillation.tasks import NO_CLASSES
 from hf_guide.errors import VocabularyError
 
 
@@ -77,8 +78,14 @@ def label_alignment(student_config: PreTrainedConfig, teacher_config: PreTrained
         The order, or None where the classes stand in the same order already.
 
     Raises:
-        VocabularyError: the numbers of labels, or their names, differ; both lists are shown.
+        VocabularyError: the numbers of labels, their names, or the kinds of problem differ; both are shown.
     """
+    kinds = [getattr(config, "problem_type", None) for config in (student_config, teacher_config)]
+    if (kinds[0] in NO_CLASSES or kinds[1] in NO_CLASSES) and kinds[0] != kinds[1]:
+        raise VocabularyError(
+            f"The student's problem_type is {kinds[0]} and the teacher's {kinds[1]}: their logits do not mean the same. "
+            "Distil from a teacher of the same problem_type."
+        )
     student, teacher = class_labels(student_config), class_labels(teacher_config)
     if student == teacher:
         return None
