@@ -18,7 +18,7 @@ from hf_guide.distillation.embeddings import embedding_per_item, find_classifier
 from hf_guide.distillation.heads import find_head, without_logits
 from hf_guide.distillation.layers import hidden_states_of
 from hf_guide.distillation.tasks import Task, add_decoder_inputs, columns_read, without_adapter
-from hf_guide.distillation.teacher_inputs import TeacherInputs
+from hf_guide.distillation.teacher_inputs import teacher_inputs
 from hf_guide.errors import CaptureError, OptionError
 
 MAX_LOGITS = 2**24  # held at once in float32
@@ -49,12 +49,21 @@ class Heard:
 class Listener:
     """A teacher run without gradients; a language model's logits are made place by place where its head is known.
 
-    Attributes:
-        inputs: how batches become what it expects; None where they are that already.
+    Args:
+        model: the teacher.
+        task: what its head is for.
+        processing_class: what the batches are made with; they become what the teacher's own processor would make.
+        init_kwargs: `from_pretrained`'s, of which those that find files on the Hub are used.
+
+    Raises:
+        TeacherError: batches of this processor cannot become what the teacher expects.
     """
 
-    def __init__(self, model: nn.Module, task: Task, inputs: TeacherInputs | None = None):
-        self.model, self.task, self.inputs = model, task, inputs
+    def __init__(
+        self, model: nn.Module, task: Task, processing_class: Any = None, init_kwargs: Mapping[str, Any] | None = None
+    ):
+        self.model, self.task = model, task
+        self.inputs = teacher_inputs(model, task, processing_class, init_kwargs=init_kwargs)
         self.head = find_head(model) if task.is_language_model else None
 
     @torch.inference_mode()
@@ -67,8 +76,7 @@ class Listener:
         device = next((each.device for each in self.model.parameters() if not each.is_meta), torch.device("cpu"))
         tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         tensors = add_decoder_inputs(bare, task, tensors)
-        if self.inputs is not None:
-            tensors = self.inputs.convert(tensors)
+        tensors = self.inputs.convert(tensors)
         known = columns_read(bare)
         inputs: dict[str, Any] = {
             name: value for name, value in tensors.items() if name in known and name not in _NO_INPUT
@@ -77,8 +85,7 @@ class Listener:
             inputs["use_cache"] = False
         hidden: list[Tensor] = []
         with contextlib.ExitStack() as stack:
-            if self.inputs is not None:
-                stack.enter_context(self.inputs.special_tokens())
+            stack.enter_context(self.inputs.special_tokens())
             heard = stack.enter_context(heard_embeddings(find_classifier(bare, task))) if embedding else []
             if self.head is not None:
                 stack.enter_context(without_logits(self.model, self.head, hidden.append))

@@ -24,9 +24,7 @@ from hf_guide.capture.reading import Capture
 from hf_guide.capture.run import Run
 from hf_guide.capture.signals import Listener, read_signals, resolve_layers
 from hf_guide.capture.teachers import load_teacher
-from hf_guide.distillation.opening import name_of
 from hf_guide.distillation.tasks import Task, task_of, without_adapter
-from hf_guide.distillation.teacher_inputs import teacher_inputs
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from hf_guide.folders import is_partial
@@ -102,9 +100,7 @@ def capture_teacher(
     model.eval()
     try:
         where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        listener = Listener(
-            model, task, teacher_inputs(model, task, name_of(model), processing_class, init_kwargs=where)
-        )
+        listener = Listener(model, task, processing_class, where)
         manifest = describe(teacher, listener, collate([dataset[0]]), examples, processing_class, options)
         run = Run(folder, manifest, listener, dataset, collate, dataloader_num_workers)
         run.begin(state)

@@ -175,9 +175,7 @@ def make_teachers(
             classes = shared_vocabulary(tokenizer, own, *sizes)
         else:
             order = label_alignment(student.config, model.config)
-        inputs = teacher_inputs(
-            model, task, name_of(model), processing_class, student=student, init_kwargs=init_kwargs
-        )
+        inputs = teacher_inputs(model, task, processing_class, student=student, init_kwargs=init_kwargs)
         # Before it is sharded: what is proved on whole weights still holds then, but they are no longer whole.
         head = find_head(model) if task.is_language_model and not compile else None
         placed, sharded = place_teacher(model, accelerator)

@@ -111,6 +111,13 @@ def check_processors(
     ):  # those of language models are shared in part: see `make_teachers`
         shared_vocabulary(tokenizer, own, _rows(student or teacher, tokenizer), _rows(teacher, own))
     _compare_tokenizers(tokenizer, own, name, task)
+    templates = [getattr(each, "chat_template", None) for each in (tokenizer, own)]
+    if None not in templates and templates[0] != templates[1]:
+        logger.warning(
+            "The tokenizer of the batches and that of the teacher %s have different chat templates. Conversations must be "
+            "rendered with the teacher's, or it reads another format than it was trained on.",
+            name,
+        )
     return Agreement(pair_separator=_pair_separator(tokenizer, own))
 
 

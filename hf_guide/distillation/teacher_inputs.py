@@ -231,7 +231,6 @@ class TeacherInputs:
 def teacher_inputs(
     teacher: Any,
     task: Task,
-    name: str,
     processing_class: Any,
     *,
     student: Any = None,
@@ -242,7 +241,6 @@ def teacher_inputs(
     Args:
         teacher: a loaded model; what lies beside its files says how its inputs are to be processed.
         task: of both models.
-        name: the teacher's, for errors.
         processing_class: what the batches are made with; None where that is not known.
         student: whom the batches are for; None in a capture.
         init_kwargs: `from_pretrained`'s, of which those that find files on the Hub are used.
@@ -253,6 +251,7 @@ def teacher_inputs(
         VocabularyError: a tokenizer with other tokens.
     """
     bare = without_adapter(teacher)
+    name = getattr(bare.config, "_name_or_path", "") or type(bare).__name__
     found = check_processors(bare, task, name, processing_class, student=student, init_kwargs=init_kwargs)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     reads_types = "token_type_ids" in columns_read(bare)

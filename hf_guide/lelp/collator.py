@@ -68,7 +68,10 @@ class SubclassLabelCollator:
         self.capture = capture if capture is None or isinstance(capture, Capture) else Capture.open(capture)
         if self.capture is not None:
             targets_from_capture(self.projector, self.capture)  # refuses what it cannot be made of
-        self._listener = None if teacher is None else listener_of(self.projector, teacher)
+        made_with = tokenizer_or_collator if teacher_collator is None else teacher_collator
+        self._listener = None
+        if teacher is not None:
+            self._listener = listener_of(self.projector, teacher, processing_class=made_with)
 
     @property
     def live_teacher(self) -> Any:

@@ -218,7 +218,7 @@ class _Source:
         was_training = self.model.training
         self.model.eval()
         try:
-            listener = Listener(self.model, self.task)
+            listener = Listener(self.model, self.task, self.processing_class)
             yield from live_parts(listener, dataset, collate, labels, batch_size=batch_size, **share)
         finally:
             self.model.train(was_training)

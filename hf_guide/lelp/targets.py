@@ -48,8 +48,8 @@ def subclass_probabilities(
 class SubclassListener(Listener):
     """A teacher of whom nothing is heard but the probabilities of its subclasses."""
 
-    def __init__(self, model: PreTrainedModel, task: Task, projector: SubclassProjector):
-        super().__init__(model, task)
+    def __init__(self, model: PreTrainedModel, task: Task, projector: SubclassProjector, processing_class: Any = None):
+        super().__init__(model, task, processing_class)
         self.projector = projector
 
     def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False) -> Heard:
@@ -69,6 +69,7 @@ def listener_of(
     projector: SubclassProjector,
     teacher: "str | os.PathLike[str] | PreTrainedModel",
     device: torch.device | None = None,
+    processing_class: Any = None,
 ) -> SubclassListener:
     """Return a teacher, loaded onto `device` where it is named, that says what its subclasses' probabilities are.
 
@@ -81,7 +82,7 @@ def listener_of(
     if not isinstance(teacher, PreTrainedModel) and not hasattr(teacher, "get_base_model"):
         raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
     projector.check_teacher(teacher)
-    return SubclassListener(teacher.eval(), task_of(teacher), projector)
+    return SubclassListener(teacher.eval(), task_of(teacher), projector, processing_class)
 
 
 def targets_from_capture(
@@ -164,7 +165,7 @@ def capture_targets(
         return Capture.open(folder)
     if not is_by_number(dataset) or not len(dataset):
         raise OptionError("A teacher needs a dataset with a length and examples by number, to run over.")
-    listener = listener_of(projector, source, state.device)
+    listener = listener_of(projector, source, state.device, processing_class)
     collate = _CollateWithFiner(listener.model, listener.task, data_collator, processing_class, options)
     manifest = _manifest(projector, listener.task, len(dataset), tokenizer_fingerprint(processing_class), options)
     run = Run(folder, manifest, listener, dataset, collate, dataloader_num_workers)
