@@ -17,10 +17,11 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 from hf_guide.distillation.tasks import Task, without_adapter
 from hf_guide.distillation.vocabulary import shared_vocabulary
 from hf_guide.errors import TeacherError
+from hf_guide.pretrained import find_tokenizer
 
 logger = logging.getLogger(__name__)
 
-_WHERE = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
 _NOT_FOUND = (OSError, ValueError, ImportError, KeyError)
 _UNUSABLE = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError)
 _LEVELS = 2.0
@@ -101,9 +102,10 @@ def check_processors(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if not hasattr(tokenizer, "get_vocab") or not teacher.config._name_or_path:
         return Agreement()
-    if task is Task.TOKEN_CLASSIFICATION and getattr(tokenizer, "add_prefix_space", None) is not None:
-        where = where | {"add_prefix_space": tokenizer.add_prefix_space}  # words are given one by one there
-    own = _load(AutoTokenizer, teacher, where)
+    hub = {key: value for key, value in where.items() if key != "trust_remote_code"}
+    own = find_tokenizer(teacher.config._name_or_path, **hub)
+    if own is not None and task is Task.TOKEN_CLASSIFICATION and getattr(tokenizer, "add_prefix_space", None):
+        own = _load(AutoTokenizer, teacher, hub | {"add_prefix_space": True})  # words are given one by one there
     if own is None:
         return Agreement()
     if (
