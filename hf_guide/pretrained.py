@@ -6,6 +6,7 @@ folder it is, in one paragraph.
 """
 
 import contextlib
+import json
 import os
 import pickle
 import struct
@@ -16,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_guide.errors import HfGuideError, TeacherError, one_paragraph
 from hf_guide.model_files import check_model_folder
@@ -40,6 +42,8 @@ UNREADABLE = (
 )
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_SHARED = ("token", "cache_dir", "local_files_only")
+"""Keywords of `from_pretrained` that are not about one repository."""
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _MOST_BLOCKS = 10_000
 """More than any model has: a model of so many cannot even be laid out without memory in reasonable time."""
@@ -68,7 +72,7 @@ def unreadable_as(error_class: type[HfGuideError], what: str) -> Iterator[None]:
 def load_config(
     name: str, hub: Mapping[str, Any] | None = None, trust: bool = False, gguf_file: str | None = None
 ) -> PreTrainedConfig:
-    """Return the config of a folder or Hub id.
+    """Return the config of a folder or Hub id; of an adapter, that of its base model.
 
     Args:
         name: the folder or Hub id.
@@ -88,12 +92,30 @@ def load_config(
         if not isinstance(values, dict):
             raise TeacherError(f"The config of {name} cannot be read: it must be a mapping, found {values!r}.")
         _check_entries(values, name)
+        base = None if gguf_file or "model_type" in values else _base_of_adapter(name, hub or {})
+        if base is not None:
+            return load_config(base, {key: value for key, value in (hub or {}).items() if key in _SHARED}, trust)
         remote = "AutoConfig" in (values.get("auto_map") or {})
         if remote and not trust and values.get("model_type") not in CONFIG_MAPPING:
             raise needs_permission(name)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **where)
         _check_sizes(config, name)
         return config
+
+
+def _base_of_adapter(name: str, hub: Mapping[str, Any]) -> str | None:
+    """Return the base model that an adapter names; None where there is no adapter."""
+    path = find_adapter_config_file(name, **hub)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        base = json.load(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or base == name:
+        raise TeacherError(
+            f"{name} holds an adapter that does not name its base model. Load the base model, put the adapter on it with "
+            "PeftModel.from_pretrained, and pass that."
+        )
+    return base
 
 
 def needs_permission(name: str) -> TeacherError:

@@ -16,12 +16,17 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
     set_seed,
 )
 
-from hf_guide import DistillationTrainer
+from hf_guide import DistillationTrainer, capture_teacher
+from hf_guide.distillation import merging
 from hf_guide.distillation.embeddings import find_classifier, set_classifier
 from hf_guide.distillation.merging import save_merged
 from hf_guide.distillation.tasks import Task
@@ -303,6 +308,24 @@ def test_gradient_checkpointing_leaves_an_adapters_gradients_as_they_are(family:
     assert steps[0].norm() > 0 and error(steps[1], steps[0]) < 1e-6
 
 
+def test_an_adapters_folder_is_captured_as_its_model(tmp_path: Path) -> None:
+    data, folder = examples_for("causal-lm", 4), adapter_folder(tmp_path)
+    found = []
+    for number, teacher in enumerate((folder, adapted("llama, tied", "linear layers", 2).merge_and_unload())):
+        capture = capture_teacher(
+            teacher,
+            data,
+            tmp_path / str(number),
+            data_collator=collate,
+            config={"top_k": VOCABULARY},
+            show_progress=False,
+        )
+        args = arguments(tmp_path, objective="kd")
+        trainer = DistillationTrainer(llama(1), args, collate, eval_dataset=data, teacher=capture)
+        found.append(trainer.evaluate()["eval_kd"])
+    assert found[0] > 0 and found[0] == pytest.approx(found[1], rel=1e-3)
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models
 
@@ -388,6 +411,42 @@ def test_every_mergeable_adapter_is_merged_in_every_precision(kind: str, dtype: 
     with torch.no_grad():
         expected = student.eval()(**batch).logits.double()
         assert error(merged(**batch).logits.double(), expected) < (1e-9 if dtype is torch.float64 else 0.05)
+
+
+def convolutions() -> Any:
+    set_seed(1)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    model = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=CLASSES))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+    return peft.LoraConfig(r=2, target_modules=["convolution"], modules_to_save=["classifier.1"]), model
+
+
+def vision() -> Any:
+    return peft.LoraConfig(r=2, target_modules=["q_proj", "classifier"]), model_for("image-classification", 1)
+
+
+def speech() -> Any:
+    set_seed(1)
+    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    more = {"decoder_attention_heads": 2, "encoder_ffn_dim": 20, "decoder_ffn_dim": 16, "num_mel_bins": 7}
+    ends = {"max_source_positions": 10, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 1}
+    config = WhisperConfig(vocab_size=VOCABULARY, **sizes, **more, **ends, eos_token_id=2, decoder_start_token_id=2)
+    return peft.LoraConfig(r=2, target_modules=["q_proj", "proj_out"]), WhisperForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [convolutions, vision, speech], ids=lambda make: make.__name__)
+def test_models_of_images_and_speech_are_merged_and_compared_too(
+    make: Callable[[], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, model = make()
+    config.init_lora_weights = False
+    student = peft.get_peft_model(model, config)
+    save_merged(student, tmp_path / "merged")
+    assert "not compared" not in caplog.text
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    assert merging._logits(merged, student).allclose(merging._logits(student, student), rtol=1e-4, atol=1e-4)
 
 
 def virtual_tokens(folder: Path) -> Any:

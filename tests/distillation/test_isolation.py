@@ -311,6 +311,11 @@ def captured_behind_virtual_tokens(folder: Path) -> Any:
     return capture_teacher(prompt_tuned(), data, folder / "capture", data_collator=collate, show_progress=False)
 
 
+def an_adapter_without_a_base(folder: Path) -> Any:
+    lora(llama(2)).save_pretrained(folder / "adapter")
+    return DistillationTrainer(llama(1), arguments(folder), collate, teacher=folder / "adapter")
+
+
 WITH_REASON: dict[Callable[[Path], Any], tuple[type[HfGuideError], str]] = {
     a_second_adapter: (OptionError, "has an adapter already"),
     a_mapping_as_peft_config: (OptionError, "LoraConfig; found dict"),
@@ -318,6 +323,7 @@ WITH_REASON: dict[Callable[[Path], Any], tuple[type[HfGuideError], str]] = {
     from_an_adapted_teacher: (TeacherError, "adapter.*merge_and_unload"),
     from_what_an_adapter_was_put_into: (TeacherError, "adapter.*merge_and_unload"),
     from_virtual_tokens: (TeacherError, "adapter"),
+    an_adapter_without_a_base: (TeacherError, "does not name its base model.*PeftModel.from_pretrained"),
     taught_by_virtual_tokens: (OptionError, "PROMPT_TUNING.*the teacher's outputs"),
     embeddings_behind_virtual_tokens: (OptionError, "PROMPT_TUNING.*the teacher's outputs"),
     captured_behind_virtual_tokens: (OptionError, "PROMPT_TUNING.*the teacher's outputs"),
