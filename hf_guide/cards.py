@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult
 
 from hf_guide.errors import HfGuideError
 from hf_guide.escaping import markdown
+from hf_guide.folders import write_text
 from hf_guide.typed_json import check_types
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def save_record(folder: str | os.PathLike[str], record: DistillationRecord) -> P
     path = Path(folder) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     content = _as_json(dataclasses.asdict(record), RECORD_NAME)
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hf_guide.errors import HfGuideError, OptionError
 from hf_guide.escaping import for_terminal
@@ -17,10 +18,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-guide: error: {for_terminal(error)}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
     except KeyboardInterrupt:
-        kept = getattr(args, "calibration_dir", None)
-        left = f"the same command goes on from {kept}" if kept else "nothing was left behind"
-        print(f"hf-guide: interrupted; {left}.", file=sys.stderr)
+        print(f"hf-guide: interrupted{what_is_left(args)}.", file=sys.stderr)
         return 130
+
+
+def what_is_left(args: argparse.Namespace) -> str:
+    """Return what an interrupted command has left where it was to write; nothing of one that has no output."""
+    kept = getattr(args, "calibration_dir", None)
+    if kept is not None and kept.is_dir() and any(kept.iterdir()):
+        return f"; the same command goes on from {kept}"
+    if getattr(args, "output", None) is None:
+        return ""
+    output = Path(args.output)
+    is_there = any(output.iterdir()) if output.is_dir() else output.exists()
+    return f"; {output} is there" if is_there else "; nothing was left behind"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,6 +35,11 @@ COMPANIONS = (
 
 _PARTIAL = re.compile(r"^[._].+\.(?P<host>[0-9a-f]{8})-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.partial$")
 
+_CONFIGS = ("config.json", "adapter_config.json")
+_WEIGHTS = re.compile(
+    r"^(model|pytorch_model|adapter_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
+)
+
 
 def check_output(output: Path) -> None:
     """Refuse an output that is there and is not an empty folder; unfinished folders of earlier runs do not count."""
@@ -165,6 +170,42 @@ def new_folder(output: Path, *, replaces: bool = False, check: Callable[[Path], 
         output.parent.mkdir(parents=True, exist_ok=True)
         if inside or not _renamed(folder, output):
             move_entries(folder, output, last=("config.json",))
+
+
+@contextlib.contextmanager
+def replaced_files(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to save a model into; if the block succeeds, its files take the place of those in `folder`.
+
+    `folder` keeps its other files, but for weights of the model that was there. If the block fails, it is as it was. It has
+    no config while files are replaced, so that what a kill leaves does not load, where it could mix two models.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name a folder to save in.")
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_stale(folder)
+        with partial_folder(folder, "saved", prefix="_") as new:
+            yield new
+            for name in _CONFIGS:
+                if (new / name).exists():
+                    (folder / name).unlink(missing_ok=True)
+            kinds = {_weights_kind(path) for path in new.iterdir()} - {None}
+            for path in folder.iterdir():
+                if _weights_kind(path) in kinds and not (new / path.name).exists():
+                    path.unlink()
+            move_entries(new, folder, last=_CONFIGS)
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _weights_kind(path: Path) -> str | None:
+    """Return a name without which of how many shards it is, for files of weights and their index."""
+    found = _WEIGHTS.match(path.name)
+    return found[1] if found and not path.is_dir() else None
 
 
 def move_entries(folder: Path, output: Path, *, last: Collection[str] = ()) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hf_guide.errors import OptionError
 from hf_guide.escaping import figure_text
+from hf_guide.folders import partial_file
 from hf_guide.initialization.report import InitializationReport
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ def plot_explained_variance(
     if path is not None:
         save_figure(figure, path)
     return figure
+
+
+def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    """Write a figure, all of it or nothing; the suffix chooses the format, which is PNG without one."""
+    path = Path(path) if Path(path).suffix else Path(f"{os.fspath(path)}.png")
+    with partial_file(path) as partial:
+        figure.savefig(partial, dpi=150, format=path.suffix[1:])
 
 
 def curves_of(history: Sequence[Mapping[str, float | None]]) -> dict[str, list[tuple[float, float]]]:

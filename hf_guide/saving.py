@@ -4,13 +4,11 @@ Does: check the disk's room first, leave nothing half-written behind, push what 
 Does not: change the student's class, or what the stock class writes.
 """
 
-import contextlib
 import copy
 import inspect
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from transformers.utils import PushToHubMixin
 
 from hf_guide.cards import DistillationRecord, save_record
 from hf_guide.code_references import clean_saved_folder
-from hf_guide.folders import check_space
+from hf_guide.folders import check_space, replaced_files
 from hf_guide.hub import write_model_card
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.provenance import fetch_card
@@ -145,51 +143,38 @@ def save_student(
 
     Raises:
         NotADirectoryError: a file stands where the folder should be.
-        OSError: the disk has no room, or broke off; the files that were new are removed again.
+        OSError: the disk has no room, or broke off; the folder is as it was.
     """
     folder = Path(save_directory)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to save the student in.")
-    with undone_on_failure(student, folder) if is_main_process else contextlib.nullcontext():
-        save(student, folder, is_main_process=is_main_process, state_dict=state_dict, **options)
-        if not is_main_process:
-            return
-        if architecture is not None:
-            config = copy.deepcopy(student.config)
-            config.architectures = [architecture]
-            config.save_pretrained(folder)
-        report = getattr(student, "initialization_report", None)
-        if report is not None:
-            report.save(folder)
-        record = getattr(student, "distillation_record", None)
-        if record is not None:
-            save_record(folder, record)
-        clean_saved_folder(folder)
+    if not is_main_process:
+        save(student, folder, is_main_process=False, state_dict=state_dict, **options)
+        return
+    home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    check_space(home, student.get_memory_footprint())
+    try:
+        with replaced_files(folder) as new:
+            save(student, new, is_main_process=True, state_dict=state_dict, **options)
+            if architecture is not None:
+                config = copy.deepcopy(student.config)
+                config.architectures = [architecture]
+                config.save_pretrained(new)
+            report = getattr(student, "initialization_report", None)
+            if report is not None:
+                report.save(new)
+            record = getattr(student, "distillation_record", None)
+            if record is not None:
+                save_record(new, record)
+            clean_saved_folder(new)
+    except SafetensorError as error:
+        raise OSError(
+            f"The student could not be written to {folder}: {error}. What was there is as it was."
+        ) from error
     if push_to_hub:  # only now: the stock class would have pushed before the report was there
         known = inspect.signature(PushToHubMixin.push_to_hub).parameters
         hub = {name: value for name, value in options.items() if name in known and name != "repo_id"}
         student.push_to_hub(options.get("repo_id", folder.name), **hub)
-
-
-@contextlib.contextmanager
-def undone_on_failure(student: PreTrainedModel, folder: Path) -> Iterator[None]:
-    """Refuse to begin where the disk has no room; when anything fails, remove the files that were not there before."""
-    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    before = set(os.listdir(folder)) if folder.is_dir() else set()
-    replaced = sum((folder / name).stat().st_size for name in before if name.endswith(".safetensors"))
-    check_space(missing[-1].absolute() if missing else folder, student.get_memory_footprint() - replaced)
-    try:
-        yield
-    except BaseException as error:
-        for name in set(os.listdir(folder)) - before if folder.is_dir() else ():
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in missing:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        if isinstance(error, SafetensorError):
-            raise OSError(f"The student could not be written to {folder}: {error}. Nothing of it was left.") from error
-        raise
 
 
 def carry_generation_config(student: PreTrainedModel, source: Any, **where: Any) -> None:

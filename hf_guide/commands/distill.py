@@ -5,6 +5,7 @@ This module is light, so that `hf-guide --help` answers at once; the work is in 
 
 import argparse
 import gc
+import sys
 from pathlib import Path
 
 HELP = "make, train, evaluate and save a student, as one file says"
@@ -33,7 +34,12 @@ def run(args: argparse.Namespace) -> int:
 
     from hf_guide.distillation.run import distill
 
-    metrics = distill(settings)
+    try:
+        metrics = distill(settings)
+    except KeyboardInterrupt:
+        if settings.training.process_index == 0:
+            print(f"hf-guide: interrupted; {what_is_left(Path(settings.training.output_dir or ''))}.", file=sys.stderr)
+        return 130
     if settings.training.process_index == 0:
         told = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
         shown = ("loss", "ce", "kd", "perplexity", "accuracy", "teacher_agreement")
@@ -42,3 +48,18 @@ def run(args: argparse.Namespace) -> int:
     gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
     settings.training.distributed_state.destroy_process_group()
     return 0
+
+
+def what_is_left(output_dir: Path) -> str:
+    """Return what an interrupted run has left on the disk, and how to go on from there."""
+    from hf_guide.distillation.checkpoints import checkpoints, defect
+
+    whole = next((path for path in checkpoints(output_dir) if defect(path) is None), None)
+    if whole is not None:
+        return f"the same command with --resume_from_checkpoint true goes on from {whole}"
+    names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
+    if not names:
+        return "nothing was left behind"
+    return (
+        f"no checkpoint is whole yet, so that the same command begins anew; {output_dir} holds {', '.join(names[:5])}"
+    )

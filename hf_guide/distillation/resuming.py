@@ -11,7 +11,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_guide.distillation import checkpoints
 from hf_guide.distillation.checkpoints import STATE_NAME
 from hf_guide.distillation.tally import Tally
-from hf_guide.folders import write_text
+from hf_guide.folders import replaced_files, write_text
 
 
 class ResumableTrainer(Trainer):
@@ -107,6 +107,14 @@ class ResumableTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._unfinished is None:
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._unfinished is not None:
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir or "")
+        with checkpoints.write_failures("The student", folder), replaced_files(folder) as new:
+            super()._save(str(new), state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint as `Trainer` does, under its name once it is whole; only then push it, and remove older ones."""

@@ -47,6 +47,7 @@ from hf_guide.distillation.tally import Tally
 from hf_guide.distillation.tasks import IGNORED, task_of
 from hf_guide.distillation.teachers import LiveTeacher, refuse_not_finite
 from hf_guide.errors import OptionError
+from hf_guide.folders import replaced_files
 from hf_guide.hub import remove_paths_from_card, write_model_card
 from hf_guide.provenance import fetch_card
 from hf_guide.saving import attach_record
@@ -499,14 +500,15 @@ class DistillationTrainer(ResumableTrainer):
             )
         if not self.args.should_save:
             return
-        save_merged(student, Path(output_dir))
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(output_dir)
-        record = getattr(student, "distillation_record", None)
-        if record is not None:
-            save_record(Path(output_dir), record)
-        clean_saved_folder(Path(output_dir))
+        with replaced_files(Path(output_dir)) as folder:
+            save_merged(student, folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            record = getattr(student, "distillation_record", None)
+            if record is not None:
+                save_record(folder, record)
+            clean_saved_folder(folder)
 
 
 def _list(given: "str | list[str] | None") -> list[str]:

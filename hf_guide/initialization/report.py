@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import HfGuideError
 from hf_guide.escaping import plain
+from hf_guide.folders import write_text
 from hf_guide.public_names import is_local, public_name
 from hf_guide.typed_json import check_types
 
@@ -134,7 +135,7 @@ class InitializationReport:
         path = Path(folder) / REPORT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         content = dataclasses.asdict(self) | {"teacher": self.teacher_name, "revision": self.public_revision}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=1) + "\n")
         return path
 
     @classmethod

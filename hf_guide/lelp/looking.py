@@ -19,6 +19,7 @@ from hf_guide.distillation.examples import prepare
 from hf_guide.distillation.splits import class_names, find_column, read_splits, usual_columns
 from hf_guide.distillation.tasks import IGNORED, Task, task_of
 from hf_guide.errors import OptionError, SubclassError, TeacherError, did_you_mean
+from hf_guide.folders import write_text
 from hf_guide.lelp.arrays import UNLABELLED
 from hf_guide.lelp.forecast import Forecast, forecast_gain
 from hf_guide.lelp.hearing import Heard, hear
@@ -218,5 +219,5 @@ def _write_figures(view: View, folder: Path) -> list[Path]:
     if view.knowledge is not None:
         facts["finer_labels"] = {"told": view.knowledge.told, "entropy": view.knowledge.entropy}
         facts["finer_labels"] |= {"by_chance": view.knowledge.by_chance, "share": view.knowledge.share}
-    (folder / "subclasses.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "subclasses.json", json.dumps(facts, indent=2) + "\n")
     return paths

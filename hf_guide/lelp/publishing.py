@@ -25,6 +25,7 @@ from hf_guide.distillation.subclasses import class_labels
 from hf_guide.distillation.tasks import Task
 from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.folders import replaced_files
 from hf_guide.hub import write_model_card
 from hf_guide.lelp.modeling_subclass import (
     SubclassConfig,
@@ -143,10 +144,11 @@ def _save(student: PreTrainedModel, model: PreTrainedModel, folder: Path, proces
         told = getattr(student, name, None)
         if told is not None and getattr(model, name, None) is None:
             setattr(model, name, told)
-    save_student(model, type(model).save_pretrained, folder)
-    if processing_class is not None:
-        processing_class.save_pretrained(folder)
-        clean_saved_folder(folder)
+    with replaced_files(folder) as new:
+        save_student(model, type(model).save_pretrained, new)
+        if processing_class is not None:
+            processing_class.save_pretrained(new)
+            clean_saved_folder(new)
     if any(getattr(model, name, None) is not None for name in ("initialization_report", "distillation_record")):
         write_model_card(folder, getattr(model, "initialization_report", None))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hf_guide.errors import SubclassError
 from hf_guide.escaping import figure_text
+from hf_guide.folders import write_text
 from hf_guide.lelp.classes import classes_of
 from hf_guide.lelp.forecast import Forecast
 from hf_guide.lelp.splitters import goes_by_variance
@@ -268,7 +269,7 @@ def write_page(view: View, path: str | os.PathLike[str], show: Callable[[int], A
     page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(view.title)}</title>'
     page += f"<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     path = Path(path)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
