@@ -41,6 +41,10 @@ _WEIGHTS = re.compile(
 )
 
 
+class DiskError(OSError):
+    """A disk that has no room for what is to be written, or broke off while it was."""
+
+
 def check_output(output: Path) -> None:
     """Refuse an output that is there and is not an empty folder; unfinished folders of earlier runs do not count."""
     if output.exists() and not output.is_dir():
@@ -53,7 +57,7 @@ def check_space(folder: Path, needed: int) -> None:
     """Refuse to begin a write into `folder`, which need not be there yet, that the disk has no room for."""
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     if free < needed:
-        raise OSError(
+        raise DiskError(
             f"The student takes {needed / 2**20:.1f} MiB, but {folder.parent} has only {free / 2**20:.1f} MiB free. "
             "Free some space or choose another disk."
         )

@@ -20,7 +20,7 @@ from transformers.utils import PushToHubMixin
 
 from hf_guide.cards import DistillationRecord, save_record
 from hf_guide.code_references import clean_saved_folder
-from hf_guide.folders import check_space, replaced_files
+from hf_guide.folders import DiskError, check_space, replaced_files
 from hf_guide.hub import write_model_card
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.provenance import fetch_card
@@ -168,7 +168,7 @@ def save_student(
                 save_record(new, record)
             clean_saved_folder(new)
     except SafetensorError as error:
-        raise OSError(
+        raise DiskError(
             f"The student could not be written to {folder}: {error}. What was there is as it was."
         ) from error
     if push_to_hub:  # only now: the stock class would have pushed before the report was there

@@ -134,7 +134,9 @@ def everything(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach() for name, tensor in (parameters | dict(model.named_buffers())).items()}
 
 
-def run_python(script: str, *arguments: object, flags: tuple[str, ...] = (), **environment: str) -> str:
+def run_python(
+    script: str, *arguments: object, flags: tuple[str, ...] = (), seconds: int = 300, **environment: str
+) -> str:
     """Run a script in a process of its own and return what it prints; its error output is shown where it fails."""
     done = subprocess.run(
         [sys.executable, *flags, "-c", textwrap.dedent(script), *map(str, arguments)],
@@ -143,7 +145,7 @@ def run_python(script: str, *arguments: object, flags: tuple[str, ...] = (), **e
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=seconds,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_guide.errors import HfGuideError, OptionError
-from hf_guide.folders import is_partial, move_entries, partial_folder, remove_stale, synchronize
+from hf_guide.folders import DiskError, is_partial, move_entries, partial_folder, remove_stale, synchronize
 from hf_guide.integrity import DamagedFileError, read_json, safetensors_defect, torch_file_defect, write_json
 
 STATE_NAME = "trainer_state.json"
@@ -277,7 +277,13 @@ def write_failures(what: str, folder: Path) -> Iterator[None]:
 def is_write_failure(error: BaseException) -> bool:
     """Whether an error says that a file could not be written: torch and safetensors have no class for it."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+        return isinstance(error, DiskError) or error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EIO,
+            errno.EROFS,
+        )
     said = str(error)
     if isinstance(error, SafetensorError):
         return "I/O error" in said or "os error" in said.lower()
