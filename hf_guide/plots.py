@@ -69,13 +69,6 @@ def plot_explained_variance(
     return figure
 
 
-def save_figure(figure: "Figure", path: str | os.PathLike[str]) -> None:
-    """Write a figure, all of it or nothing; the suffix chooses the format, which is PNG without one."""
-    path = Path(path) if Path(path).suffix else Path(f"{os.fspath(path)}.png")
-    with partial_file(path) as partial:
-        figure.savefig(partial, dpi=150, format=path.suffix[1:])
-
-
 def curves_of(history: Sequence[Mapping[str, float | None]]) -> dict[str, list[tuple[float, float]]]:
     """Return the losses of a `Trainer`'s log, of training and of evaluation, as (step, loss) where there are two or more."""
     curves: dict[str, list[tuple[float, float]]] = {}
@@ -131,7 +124,7 @@ def text_plot(curve: Curve, columns: int = 64, lines: int = 12) -> str:
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) -> None:
-    """Write a figure into a file, in the format of its suffix.
+    """Write a figure into a file, all of it or nothing, in the format of its suffix; PNG without one.
 
     Raises:
         OptionError: a suffix that matplotlib has no format for.
@@ -140,7 +133,9 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) 
     suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix and suffix not in known:
         raise OptionError(f"{os.fspath(path)} must end in one of {', '.join(sorted(known))}; found {suffix!r}.")
-    figure.savefig(path, dpi=dpi)
+    whole = Path(path) if suffix else Path(f"{os.fspath(path)}.png")
+    with partial_file(whole) as partial:
+        figure.savefig(partial, dpi=dpi, format=suffix or "png")
 
 
 def _figure_class() -> "type[Figure]":
