@@ -168,6 +168,11 @@ def _shrunk(config: PreTrainedConfig, sizes: Mapping[str, Any], *, keep_depth: b
             "architectures",
             "id2label",
             "label2id",
+            *(
+                "out_features",
+                "out_indices",
+                "stage_names",
+            ),  # of backbones; they name stages, which follow from the depth
         ):
             continue
         if isinstance(value, dict) and key in config.sub_configs:
@@ -182,13 +187,42 @@ def _shrunk(config: PreTrainedConfig, sizes: Mapping[str, Any], *, keep_depth: b
             tiny[key] = sizes[key]
         elif isinstance(value, int) and not isinstance(value, bool) and key in wanted:
             tiny[key] = min(wanted[key], value)
+        elif value is None and key == "head_dim" and {"hidden_size", "num_attention_heads"} <= stated.keys():
+            tiny[key] = wanted["hidden_size"] // wanted["num_attention_heads"]
+        elif key == "per_layer_config" and value:
+            entries = {int(block): changes for block, changes in value.items()}
+            tiny[key] = {
+                place: {name: _smaller(size, wanted.get(name)) for name, size in entries[block].items()}
+                for place, block in enumerate(kept)
+                if block in entries
+            }
+        elif key == "rope_parameters" and isinstance(value, dict) and value.get("mrope_section"):
+            tiny[key] = copy.deepcopy(value) | {
+                "mrope_section": _fewer_sections(value["mrope_section"], stated, wanted)
+            }
         else:
             tiny[key] = copy.deepcopy(value)
     if stated.get("num_key_value_heads") is not None and stated["num_key_value_heads"] == stated.get(
         "num_attention_heads"
     ):
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]
+    if {"expand", "num_heads", "head_dim", "hidden_size"} <= tiny.keys() and isinstance(tiny["expand"], int):
+        tiny["num_heads"] = tiny["expand"] * tiny["hidden_size"] // tiny["head_dim"]  # Mamba 2's
     return type(config)(**tiny)
+
+
+def _smaller(value: Any, wanted: Any) -> Any:
+    return min(value, wanted) if type(value) is int and type(wanted) is int else copy.deepcopy(value)
+
+
+def _fewer_sections(sections: list[int], stated: dict[str, Any], wanted: dict[str, Any]) -> list[int]:
+    """Return how many rotary pairs each axis of a multi-axis rotary embedding has where heads are the twin's."""
+    heads = stated.get("num_attention_heads") or 1
+    head_dim = stated.get("head_dim") or (stated.get("hidden_size") or 0) // heads
+    tiny = wanted["head_dim"] if stated.get("head_dim") else wanted["hidden_size"] // wanted["num_attention_heads"]
+    total = sum(sections) * min(tiny, head_dim) // max(head_dim, 1)
+    shares = [section * total // sum(sections) for section in sections]
+    return [*shares[:-1], total - sum(shares[:-1])]
 
 
 _BLOCK_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
