@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, ShapeError
+from hf_guide.initialization.block_indices import value_at
 from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.methods import initialize
 from hf_guide.initialization.model_classes import meta_model
 from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.planning import canonical, parameters_by_block
-from hf_guide.initialization.student_blocks import resolve_blocks
+from hf_guide.initialization.planning import canonical, parameters_by_block, stack_sizes
+from hf_guide.initialization.student_blocks import nest, resolve_blocks, stack_depths
 from hf_guide.initialization.twins import DEPTHS, TWIN_ERRORS, build_twin, move_from_defaults, tiny_twin_of_same_depth
 from hf_guide.initialization.weights import Teacher, open_teacher
 
@@ -36,6 +37,7 @@ SMALL_ENOUGH = 2_000_000
 LARGEST = 50_000_000
 """Parameters of a model that is tried at all."""
 
+UNTESTED = "depth: whether the kept blocks alone compute what they did was not tested: "
 _OUTPUTS = ("logits", "prediction_logits", "start_logits", "logits_per_image", "last_hidden_state", "pooler_output")
 _tried: dict[tuple[object, ...], list[str]] = {}
 
@@ -61,11 +63,18 @@ def depth_notes(
         blocks: for each stack, such as "layers", the teacher block that feeds each student block.
     """
     config = teacher.config
-    overrides = depth_overrides(config, student_config)
+    names = [canonical(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
+    sizes = stack_sizes(layout, names)
+    if all(list(kept) == list(range(sizes.get(f"{stack}.{{block}}", 0))) for stack, kept in blocks.items()):
+        return []
     if any(list(kept) != sorted(set(kept)) for kept in blocks.values()):
         return ["depth: blocks are repeated or in another order, so no bypassed teacher computes the same."]
-    if not overrides:
-        return []
+    fields = [
+        path for path in stack_depths(teacher, layout) if value_at(config, path) != value_at(student_config, path)
+    ]
+    if not fields:
+        return [f"{UNTESTED}no field of the config was found to state the depth."]
+    overrides = nest({path: value_at(student_config, path) for path in fields})
     key = (teacher.model_class, repr(sorted(config.to_dict().items(), key=str)), repr(overrides), repr(blocks))
     if key not in _tried:
         note = _try_depth(layout, teacher, overrides, blocks)
@@ -76,32 +85,28 @@ def depth_notes(
 def _try_depth(
     layout: Layout, teacher: Teacher, overrides: Mapping[str, Any], blocks: Mapping[str, Sequence[int]]
 ) -> str:
-    untested = "depth: whether the kept blocks alone compute what they did was not tested: "
     size = sum(teacher.weights.shape(name).numel() for name in teacher.weights.keys())
     try:
         config = copy.deepcopy(teacher.config) if size <= SMALL_ENOUGH else tiny_twin_of_same_depth(teacher.config)
         size = meta_model(teacher.model_class, config).num_parameters()
         if size > LARGEST:
-            return f"{untested}a tiny model still has {size} parameters, for the names of its sizes are not known."
+            return f"{UNTESTED}a tiny model still has {size} parameters, for the names of its sizes are not known."
         twin = build_twin(teacher.model_class, config)
         move_from_defaults(twin, seed=0)
         found = compare_with_bypassed(layout, twin, overrides, blocks)
     except HfGuideError as error:
-        return f"{untested}{str(error).rstrip('.')}."
+        return f"{UNTESTED}{str(error).rstrip('.')}."
     except TWIN_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": .")
-        return f"{untested}a tiny model of the family fails with {reason}."
+        return f"{UNTESTED}a tiny model of the family fails with {reason}."
     if not found.error <= TOLERANCE:
         return (
             f"depth: the blocks of {config.model_type!r} depend on their index, the depth or other blocks in a way that the "
             f"weights do not carry: in a tiny model, outputs differ by {found.error:.1e} of the largest from the teacher with "
             "its other blocks bypassed."
         )
-    if found.untested:
-        return (
-            f"depth: nothing that was tried runs the blocks of {', '.join(found.untested)}, so they were not tested."
-        )
-    return ""
+    reasons = [f"{stack} ({reason.rstrip('.')})" for stack, reason in found.untested.items()]
+    return f"depth: in a tiny model, the blocks of {', '.join(reasons)} were not compared." if reasons else ""
 
 
 def compare_with_bypassed(
@@ -141,22 +146,6 @@ def compare_with_bypassed(
         else:
             untested[stack] = reason
     return DepthTest(error, untested)
-
-
-def depth_overrides(teacher: PreTrainedConfig, student: PreTrainedConfig) -> dict[str, Any]:
-    """Return the depths that differ, nested as the configs are: {"text_config": {"num_hidden_layers": 12}}."""
-    found: dict[str, Any] = {}
-    for name in DEPTHS:
-        before, after = teacher.__dict__.get(name), student.__dict__.get(name)
-        if isinstance(before, int) and isinstance(after, int) and before != after:
-            found[name] = after
-    for name in teacher.sub_configs:
-        parts = getattr(teacher, name, None), getattr(student, name, None)
-        if isinstance(parts[0], PreTrainedConfig) and isinstance(parts[1], PreTrainedConfig):
-            nested = depth_overrides(parts[0], parts[1])
-            if nested:
-                found[name] = nested
-    return found
 
 
 def without_one_block(layout: Layout, twin: PreTrainedModel) -> str:

@@ -19,6 +19,7 @@ from hf_guide.errors import LayoutError
 from hf_guide.initialization.axes import Name, axis_names, axis_size, parse_axes
 from hf_guide.initialization.block_depths import with_block_tables
 from hf_guide.initialization.certify import Verdict, certify
+from hf_guide.initialization.hierarchy import SHARED_TABLE
 from hf_guide.initialization.layouts import (
     BlockScale,
     BlockTransfer,
@@ -409,7 +410,7 @@ def shared_tables(names: Iterable[str]) -> set[str]:
 
     They stay in the first block, whichever block feeds it.
     """
-    tables = [name for name in names if re.search(r"(^|\.)rel(ative)?_\w*(bias|embed)\w*(\.|$)", name)]
+    tables = [name for name in names if SHARED_TABLE.search(name)]
     blocks: dict[str, set[str]] = {}
     for name in tables:
         blocks.setdefault(with_placeholders(name), set()).update(re.findall(r"(?<=\.)\d+(?=\.|$)", name)[:1])

@@ -18,7 +18,7 @@ from hf_guide.initialization.layouts import Layout, Match
 NOT_A_KIND = re.compile(r"(^|_)(idx|index|id|number|drop\w*|training|\w*dropout\w*)$")
 """Attributes of modules that differ between blocks of one kind: their number, and what acts in training alone."""
 
-SHARED_TABLE = re.compile(r"relative\w*bias")
+SHARED_TABLE = re.compile(r"(^|\.)rel(ative)?_\w*(bias|embed)\w*")
 """A table that the first block of a stack may hold for all, whichever of the teacher's blocks feeds it."""
 
 Depths = dict[str, int]

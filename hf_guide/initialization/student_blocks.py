@@ -118,6 +118,11 @@ def _family(teacher: Teacher, layout: Layout) -> _Family:
     return _Family(teacher, layout, stack_sizes(layout, names), depths, fields)
 
 
+def stack_depths(teacher: Teacher, layout: Layout) -> dict[Path, Depth]:
+    """Return where a teacher's config states the depth of its stacks, by the path of the field."""
+    return _family(teacher, layout).depths.depths
+
+
 def resolve_blocks(
     teacher: Teacher,
     layout: Layout,

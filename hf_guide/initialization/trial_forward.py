@@ -192,6 +192,8 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         transformers.logging.set_verbosity_error()
         try:
             twin = copy.deepcopy(model, shared).eval()
+            if hasattr(twin.base_model, "layers_are_rescaled"):
+                twin.base_model.layers_are_rescaled = True  # RWKV divides its parameters in place otherwise
             if twin.dtype == torch.float64 and twin._can_set_experts_implementation():
                 twin.set_experts_implementation("eager")  # the grouped kernels know no float64
             yield twin

@@ -5,6 +5,7 @@ Does not: change a loaded model, run a checkpoint's code without permission, or 
 """
 
 import copy
+import functools
 import os
 import re
 from collections import Counter
@@ -44,11 +45,14 @@ class Weights(Protocol):
 
 
 class LoadedWeights:
-    """The tensors of a model in memory, shared with it and not copied; `factors` undo what a model did to its own."""
+    """The tensors of a model in memory, shared with it and not copied.
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], factors: Mapping[str, float] | None = None):
+    `factor`, called at every read, tells what undoes for a name what the model did to its own tensor.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], factor: "Callable[[str], float] | None" = None):
         self._tensors = tensors
-        self._factors = factors or {}
+        self._factor = factor
 
     def keys(self) -> Collection[str]:
         """Return the names, as the model's `state_dict` has them."""
@@ -65,7 +69,8 @@ class LoadedWeights:
     def get(self, name: str) -> torch.Tensor:
         """Return the model's own tensor, detached: never write to it."""
         tensor = self._tensors[name]
-        return tensor * self._factors[name] if name in self._factors else tensor
+        factor = 1.0 if self._factor is None else self._factor(name)
+        return tensor if factor == 1.0 else tensor * factor
 
 
 @dataclass(frozen=True)
@@ -302,20 +307,16 @@ def _from_model(model: PreTrainedModel, config: PreTrainedConfig, name: str, com
 
     tied = _ties(model, tensors, same)
     kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
-    return _teacher(model, config, LoadedWeights(kept, _rescaled_in_place(model, kept)), tied, name, commit)
+    weights = LoadedWeights(kept, functools.partial(_rescaled_in_place, model))
+    return _teacher(model, config, weights, tied, name, commit)
 
 
-def _rescaled_in_place(model: PreTrainedModel, names: Collection[str]) -> dict[str, float]:
-    """Return what undoes the rescaling of RWKV, which halves what its blocks write when it is first run for inference."""
-    base = model.base_model
-    if not getattr(base, "layers_are_rescaled", False) or not model.config.rescale_every:
-        return {}
-    found: dict[str, float] = {}
-    for name in names:
-        match = re.search(r"blocks\.(\d+)\.(attention\.output|feed_forward\.value)\.weight$", name)
-        if match is not None:
-            found[name] = 2.0 ** (int(match.group(1)) // model.config.rescale_every)
-    return found
+def _rescaled_in_place(model: PreTrainedModel, name: str) -> float:
+    """Return what undoes the rescaling of RWKV, which divides what its later blocks write when it is first run."""
+    if not getattr(model.base_model, "layers_are_rescaled", False) or not model.config.rescale_every:
+        return 1.0
+    match = re.search(r"blocks\.(\d+)\.(attention\.output|feed_forward\.value)\.weight$", name)
+    return 2.0 ** (int(match.group(1)) // model.config.rescale_every) if match else 1.0
 
 
 def _ties(model: PreTrainedModel, present: Collection[str], same: Callable[[str, str], bool]) -> dict[str, str]:

@@ -44,14 +44,15 @@ CHOICES = ("even", "ends", "explicit")
 
 @dataclass(frozen=True)
 class Family:
-    """A model class with what its config says beyond the defaults; `kept` are the blocks of the explicit choice, of five."""
+    """A model class, what its config says beyond the defaults, and the blocks of five that are kept by the explicit choice."""
 
     model_class: str
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     kept: tuple[int, ...] = (0, 2, 3)
+    name: str = ""
 
     def __str__(self) -> str:
-        return self.model_class + "".join(f"-{name}" for name in self.config if name != "num_hidden_layers")
+        return self.name or self.model_class + "".join(f"-{name}" for name in self.config)
 
     @property
     def found_class(self) -> type[PreTrainedModel]:
@@ -89,7 +90,7 @@ EXACT = [
     Family("ViTForImageClassification", kept=LAST),
     Family("LlavaForConditionalGeneration", kept=LAST),
     Family("CLIPModel", kept=LAST),
-    Family("WavLMForSequenceClassification", WAVLM, kept=LAST),
+    Family("WavLMForSequenceClassification", WAVLM, name="WavLM", kept=LAST),
 ]
 REPORTED = [Family("PegasusXForConditionalGeneration"), Family("BeamForCausalLM")]
 REFUSED = {
