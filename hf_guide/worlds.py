@@ -1,6 +1,6 @@
 """Several processes as one: each hears its own batches, and what they sum is added up.
 
-A process that waits for others learns within a minute that one of them has ended: each counts up a number in the store at
+A process that waits for others learns within two minutes that one of them has ended: each counts up a number in the store at
 which the group met, from a thread of its own, so that a process that is merely slow is waited for.
 """
 
@@ -20,7 +20,7 @@ from hf_guide.errors import MissingRankError
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_SIGNS = 1.0
-SECONDS_UNTIL_MISSING = 60.0
+SECONDS_UNTIL_MISSING = 120.0
 SECONDS_UNTIL_NEVER_STARTED = 1800.0
 SECONDS_AFTER_A_FAILURE = 10.0
 

@@ -111,6 +111,7 @@ def _capture(
     from hf_guide.distillation.splits import read_splits
     from hf_guide.distillation.tasks import Task
     from hf_guide.pretrained import load_config, load_processing_class
+    from hf_guide.worlds import naming_missing_ranks
 
     if args.no_progress:
         logging.disable_progress_bar()
@@ -118,7 +119,7 @@ def _capture(
     task = task_of_files(teacher, **source)
     load = AutoImageProcessor if task is Task.IMAGE_CLASSIFICATION else AutoTokenizer
     processing_class = load_processing_class(load, processor or teacher, **({} if processor else source))
-    with state.local_main_process_first():  # the others find what it prepared
+    with naming_missing_ranks(), state.local_main_process_first():  # the others find what it prepared
         train, held_out = read_splits(data)
         prepared = prepare(
             task,

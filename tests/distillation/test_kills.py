@@ -12,12 +12,14 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from tqdm import tqdm
 
 from tests.tiny import run_python
 
@@ -76,6 +78,8 @@ def start(folder: Path, name: str) -> int:
     """Run the command in a process of its own, which needs not import anything, and return the process's number."""
     child = os.fork()
     if child == 0:
+        # The lock of the progress bars is one that all processes share: one that was killed may have held it.
+        tqdm.set_lock(threading.RLock())
         output = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -154,6 +158,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="of each run; by default one or two")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    tqdm.monitor_interval = 0  # its thread would be forked in the middle of anything
     draw, kills, same = random.Random(args.seed), 0, 0
     prepare(args.folder)
     import hf_guide.distillation.run  # noqa: F401  here, so that the children need not import anything
@@ -164,7 +169,7 @@ def main() -> None:
     for number in range(args.runs):
         name, mine = f"run{number}", 0
         for _ in range(args.kills or draw.choice([1, 1, 1, 2])):
-            mine += killed(args.folder, name, draw.uniform(0.1, 1.0) * length)
+            mine += killed(args.folder, name, draw.uniform(0.1, 0.9) * length)
         run(args.folder, name)
         found = ending(args.folder / name)
         differing = [key for key in expected if not equal(expected[key], found[key])]
