@@ -9,7 +9,7 @@ from torch._dynamo import OptimizedModule
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.trainer_utils import align_special_tokens
+from transformers.trainer_utils import align_special_tokens, has_length
 
 from hf_guide.adapters import has_adapter, parametrized_layers
 from hf_guide.capture.reading import Capture
@@ -111,7 +111,7 @@ def check_has_examples(dataset: Any, name: str) -> None:
     if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_has_examples(part, f"{name}[{key!r}]")
-    elif hasattr(dataset, "__len__") and len(dataset) == 0:
+    elif dataset is not None and has_length(dataset) and len(dataset) == 0:
         raise OptionError(f"{name} is empty; it must have at least one example. Leave it out, or give it some.")
 
 

@@ -49,11 +49,11 @@ class PixelConversion:
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Return pixels (..., channels, height, width) as the other normalisation has them."""
+        dtype = torch.promote_types(pixels.dtype, torch.float32)
         scale, shift = (
-            torch.tensor(each, dtype=torch.float64, device=pixels.device).view(-1, 1, 1)
-            for each in (self.scale, self.shift)
+            torch.tensor(each, dtype=dtype, device=pixels.device).view(-1, 1, 1) for each in (self.scale, self.shift)
         )
-        return (pixels.double() * scale + shift).to(pixels.dtype)
+        return (pixels.to(dtype) * scale + shift).to(pixels.dtype)
 
 
 @dataclass(frozen=True)
@@ -278,6 +278,11 @@ def _compare_sounds(mine: Any, own: Any, name: str) -> None:
 
 
 def _compare_tokenizers(mine: Any, own: Any, name: str, task: Task) -> None:
+    if task is Task.MASKED_LM and own.mask_token is not None and mine.mask_token != own.mask_token:
+        raise TeacherError(
+            f"The batches are masked with {mine.mask_token!r}, and the teacher {name} expects {own.mask_token!r}. Set the "
+            "tokenizer's mask_token to the teacher's."
+        )
     parts = [_backend(each) for each in (mine, own)]
     differing = {
         key: (parts[0].get(key), parts[1].get(key)) for key in _PARTS if parts[0].get(key) != parts[1].get(key)

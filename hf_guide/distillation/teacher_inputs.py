@@ -47,9 +47,10 @@ class TeacherInputs:
     pair_separator: int | None = None
     _shifts_alike: list[bool] = field(default_factory=list, repr=False)
 
-    def for_student(self, student: Any) -> "TeacherInputs":
-        """Return the same for another student, such as that of the next trial of a search."""
-        return dataclasses.replace(self, student=without_adapter(student), _shifts_alike=[])
+    def for_pair(self, student: Any, teacher: Any) -> "TeacherInputs":
+        """Return the same for another student, as of the next trial of a search, and for the teacher where it was placed."""
+        pair = {"student": without_adapter(student), "teacher": without_adapter(teacher)}
+        return dataclasses.replace(self, **pair, _shifts_alike=[])
 
     def convert(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch as the teacher expects it. What needs no change is the same tensor.
@@ -139,14 +140,24 @@ class TeacherInputs:
     @functools.cached_property
     def _longest(self) -> tuple[int | None, int | None]:
         config = self.teacher.config
+        rope = getattr(_text_config(self.teacher), "rope_parameters", None) or {}
+        if self._positions.longest is None and rope.get("rope_type", "default") != "default":
+            return None, None  # scaled to be longer than the config states
         return longest_text(config), longest_text(config, target=True) if config.is_encoder_decoder else None
 
     def _check_text(self, inputs: Mapping[str, Any], ids: Tensor) -> None:
         for name, limit in zip(("input_ids", "decoder_input_ids"), self._longest, strict=True):
             tokens = inputs.get(name)
-            if limit is not None and isinstance(tokens, Tensor) and tokens.shape[-1] > limit:
+            if limit is None or not isinstance(tokens, Tensor):
+                continue
+            length = tokens.shape[-1]
+            if name == "input_ids" and isinstance(inputs.get("position_ids"), Tensor):  # texts may lie end to end
+                if self._positions.begins is not None:
+                    continue
+                length = int(inputs["position_ids"].max()) + 1
+            if length > limit:
                 raise TeacherError(
-                    f"The batch has {name} of {tokens.shape[-1]} tokens, and the teacher {self.name} reads at most {limit}. "
+                    f"The batch has {name} of {length} tokens, and the teacher {self.name} reads at most {limit}. "
                     "Cut the texts to that length."
                 )
         mask = inputs.get("attention_mask")

@@ -83,7 +83,7 @@ class LiveTeacher:
     def set_student(self, student: Any) -> None:
         """Expect batches that are made for this student from now on."""
         if self.inputs is not None:
-            self.inputs = self.inputs.for_student(student)
+            self.inputs = self.inputs.for_pair(student, self.bare)
 
     @torch.no_grad()
     def listen(

@@ -69,12 +69,15 @@ class DistillationTrainer(ResumableTrainer):
         model: the student; or a config, or the arguments of `from_teacher` as a mapping, to make it from the teacher.
         teacher: a Hub id, a folder, a model, several of these, or a `Capture`; also as `args.teacher`, `args.capture`.
         peft_config: wraps the student in an adapter.
+        processing_class: as `Trainer`'s; it is compared with what lies beside the teacher's files. Pixels that are normalised
+            otherwise are converted for the teacher; any other difference is refused.
         others: as `Trainer`'s.
 
     Raises:
         OptionError: neither teacher nor capture, where the objective needs one; options that contradict each other.
         TaskError: a teacher of another task, or terms that are not for this one.
         VocabularyError: vocabularies or labels that do not agree.
+        TeacherError: a teacher that cannot be loaded, or expects other inputs than the batches.
         CaptureError: a capture that is truncated, of another teacher or another tokenizer.
     """
 

@@ -153,7 +153,7 @@ def assert_nothing_to_learn(trainer: Any) -> None:
         assert math.isfinite(found["eval_ce"])
 
 
-@pytest.mark.parametrize("pad", ["<pad>", "<new>", "</s>"])
+@pytest.mark.parametrize("pad", ["<pad>", "<new>", pytest.param("</s>", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_copy_has_nothing_to_teach_whatever_pads_and_where(kind: str, side: str, pad: str, tmp_path: Path) -> None:
@@ -284,6 +284,22 @@ def test_a_text_longer_than_the_teacher_reads_is_refused(kind: str, tmp_path: Pa
     trainer_of(tmp_path, student, teacher, data[:1], default_data_collator, tok).evaluate()
     with pytest.raises(TeacherError, match=f"of {longest + 1} tokens, and the teacher .* reads at most {longest}"):
         trainer_of(tmp_path, student, teacher, data[1:], default_data_collator, tok).evaluate()
+
+
+def test_texts_that_lie_end_to_end_are_as_long_as_each(tmp_path: Path) -> None:
+    teacher = model("LlamaForCausalLM", max_position_embeddings=6)
+    flat = {"input_ids": [9] * 12, "labels": [9] * 12, "position_ids": [*range(6), *range(6)]}
+    trainer_of(tmp_path, model("LlamaForCausalLM"), teacher, [flat], default_data_collator, None).evaluate()
+    flat["position_ids"] = [*range(7), *range(5)]
+    with pytest.raises(TeacherError, match="of 7 tokens, and the teacher .* reads at most 6"):
+        trainer_of(tmp_path, model("LlamaForCausalLM"), teacher, [flat], default_data_collator, None).evaluate()
+
+
+def test_another_mask_is_refused(tmp_path: Path) -> None:
+    student, tok = model("BertForMaskedLM"), tokenizer(mask_token="<new>")
+    teacher = saved(student, tmp_path / "teacher", tokenizer())
+    with pytest.raises(TeacherError, match="masked with '<new>', and the teacher .* expects '<mask>'"):
+        trainer_of(tmp_path, student, teacher, examples("BertForMaskedLM", tok), collator("BertForMaskedLM", tok), tok)
 
 
 # Images
