@@ -114,7 +114,7 @@ def resolve_length(
     most = min([tokenizer.model_max_length, *limits])
     if options.max_length is not None and options.max_length > most:
         raise OptionError(
-            f"max_length must be at most {most}, which is what the model reads; found {options.max_length}."
+            f"max_length must be at most {most}: the model reads at most {most} tokens; found {options.max_length}."
         )
     targets = [limit for each in configs if (limit := longest_text(each, target=True)) is not None]
     longest_target = min([options.max_target_length, *targets])
