@@ -62,6 +62,7 @@ class TeacherRecord:
         revision: its commit, where known.
         weight: its share in what the student was told.
         captured: whether its signals came from disk.
+        fingerprint: of a folder, a hash of its weights (see `fingerprints.files_fingerprint`).
         license, license_name, license_link, languages: what its own card says, see `provenance.describe_teacher`.
     """
 
@@ -73,6 +74,7 @@ class TeacherRecord:
     license_name: str | None = None
     license_link: str | None = None
     languages: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
 
 
 @dataclass

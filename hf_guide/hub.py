@@ -141,6 +141,8 @@ def write_model_card(
         teacher=_link(report.teacher_name, teacher_repo_id(report)) if report is not None else None,
         teachers=[(_link(one.name, repo_id_of(one.name, one.revision)), one) for one in teachers],
         adapter=adapter,
+        adapter_on_hub=adapter is not None and repo_id_of(adapter, None) is not None,
+        code_comment=plain,
         auto_class=f"AutoPeftModel{_task_suffix(student_class)}",
         code_class=saved.code_class,
         subclasses=_told_of_subclasses(saved.config, record),

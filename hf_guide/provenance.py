@@ -24,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from hf_guide.card_files import CARD_NAME, as_list, is_blank, read_card
 from hf_guide.cards import TeacherRecord
 from hf_guide.errors import HfGuideError
+from hf_guide.fingerprints import files_fingerprint
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.public_names import is_local, public_name
 
@@ -76,8 +77,10 @@ def describe_teacher(
         revision, token: for its card on the Hub. Where that cannot be had, the licence is not known.
     """
     path: Path | None
+    fingerprint = None
     if is_local(name):
         path = Path(name).expanduser() / CARD_NAME
+        fingerprint = files_fingerprint(path.parent) if path.parent.is_dir() else None
         name = public_name(name)
         revision = revision if "/" in name else None
     else:
@@ -92,7 +95,7 @@ def describe_teacher(
     licence["license"] = next(iter(as_list(licence["license"])), None)
     licence = {key: None if value is None else str(value) for key, value in licence.items()}
     languages = [str(language) for language in as_list(data.get("language"))]
-    return TeacherRecord(name, revision, weight, captured, languages=languages, **licence)
+    return TeacherRecord(name, revision, weight, captured, languages=languages, fingerprint=fingerprint, **licence)
 
 
 def teacher_repo_id(report: InitializationReport) -> str | None:

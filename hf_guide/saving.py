@@ -16,13 +16,15 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import PushToHubMixin
+from transformers.utils import GENERATION_CONFIG_NAME, PushToHubMixin, cached_file
 
 from hf_guide.cards import DistillationRecord, save_record
 from hf_guide.code_references import clean_saved_folder
+from hf_guide.errors import TeacherError
 from hf_guide.folders import DiskError, check_space, replaced_files
 from hf_guide.hub import write_model_card
 from hf_guide.initialization.report import InitializationReport
+from hf_guide.pretrained import unreadable_as
 from hf_guide.provenance import fetch_card
 
 
@@ -184,9 +186,9 @@ def carry_generation_config(student: PreTrainedModel, source: Any, **where: Any)
     if isinstance(source, PreTrainedModel):
         found = copy.deepcopy(getattr(source, "generation_config", None))
     else:
-        try:
-            found = GenerationConfig.from_pretrained(os.fspath(source), **where)
-        except OSError:
-            found = None
+        name = os.fspath(source)
+        with unreadable_as(TeacherError, f"{GENERATION_CONFIG_NAME} of {name} cannot be read"):
+            path = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
+            found = None if path is None else GenerationConfig.from_pretrained(name, **where)
     if found is not None:
         student.generation_config = found

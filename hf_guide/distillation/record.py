@@ -1,5 +1,6 @@
 """What a trainer tells of its run, for the card: `distillation.json`."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,9 @@ def evaluations(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]
 def _teacher(teacher: Any, args: Any) -> TeacherRecord:
     if isinstance(teacher, CapturedTeacher):
         manifest = teacher.capture.manifest
-        return describe_teacher(
+        told = describe_teacher(
             manifest.teacher, revision=manifest.teacher_revision, captured=True, token=args.hub_token
         )
+        return dataclasses.replace(told, fingerprint=manifest.files)
     revision = getattr(teacher.bare.config, "_commit_hash", None)
     return describe_teacher(name_of(teacher.bare), revision=revision, weight=teacher.weight, token=args.hub_token)

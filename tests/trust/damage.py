@@ -200,3 +200,8 @@ TOKENIZER: dict[str, Damage] = {
         "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", None]}, tokenizer_class="T"
     ),
 }
+GENERATION: dict[str, Damage] = {
+    "generation config cut": cut("generation_config.json"),
+    "generation config a list": text("generation_config.json", "[]"),
+    "generation config not UTF-8": text("generation_config.json", b"\xff\xfe"),
+}
