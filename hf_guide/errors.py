@@ -41,6 +41,10 @@ class SubclassError(HfGuideError):
     """Embeddings, labels or a classifier that subclasses cannot be made of, or a projector that does not fit."""
 
 
+class NotFiniteError(HfGuideError):
+    """A loss, a gradient or a weight of the student that is NaN or infinite."""
+
+
 class VocabularyError(HfGuideError):
     """Two models whose tokens, classes or labels do not mean the same."""
 

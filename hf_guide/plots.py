@@ -72,9 +72,11 @@ def plot_explained_variance(
 def curves_of(history: Sequence[Mapping[str, float | None]]) -> dict[str, list[tuple[float, float]]]:
     """Return the losses of a `Trainer`'s log, of training and of evaluation, as (step, loss) where there are two or more."""
     curves: dict[str, list[tuple[float, float]]] = {}
+    # The loss of training is the objective's, of which evaluation has the task loss apart.
+    evaluated = "eval_objective" if any("eval_objective" in entry for entry in history) else "eval_loss"
     for entry in history:
         step = entry.get("step")
-        for name in ("loss", "eval_loss"):
+        for name in ("loss", evaluated):
             value = entry.get(name)
             if step is not None and value is not None and math.isfinite(value):
                 curves.setdefault(name, []).append((step, value))
@@ -102,7 +104,7 @@ def plot_training(
     axes = figure.add_subplot()
     for name, points in curves.items():
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, label={"loss": "training", "eval_loss": "evaluation"}[name])
+        axes.plot(steps, losses, label="training" if name == "loss" else "evaluation")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")

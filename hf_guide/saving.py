@@ -21,6 +21,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, PushToHubMixin, cached_fi
 from hf_guide.cards import DistillationRecord, save_record
 from hf_guide.code_references import clean_saved_folder
 from hf_guide.errors import TeacherError
+from hf_guide.finite import check_finite
 from hf_guide.folders import DiskError, check_space, replaced_files
 from hf_guide.hub import write_model_card
 from hf_guide.initialization.report import InitializationReport
@@ -145,6 +146,7 @@ def save_student(
 
     Raises:
         NotADirectoryError: a file stands where the folder should be.
+        NotFiniteError: a weight is NaN or infinite; nothing is written.
         OSError: the disk has no room, or broke off; the folder is as it was.
     """
     folder = Path(save_directory)
@@ -153,6 +155,7 @@ def save_student(
     if not is_main_process:
         save(student, folder, is_main_process=False, state_dict=state_dict, **options)
         return
+    check_finite(student if state_dict is None else state_dict)
     home = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     check_space(home, student.get_memory_footprint())
     try:

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_guide.distillation.divergences import DivergenceKind
-from hf_guide.distillation.objectives import parse_objective
+from hf_guide.distillation.objectives import parse_objective, registered_terms
 from hf_guide.errors import OptionError, did_you_mean
 from hf_guide.public_names import public_value
 from hf_guide.validation import LARGEST_WEIGHT, check_number, check_temperature, check_weight, check_whole
@@ -107,6 +107,10 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.check_options()
+        if self.greater_is_better is None and _is_lower_better(self.metric_for_best_model):
+            self.greater_is_better = (
+                False  # by default `TrainingArguments` takes all but "...loss" for the better the greater
+            )
         super().__post_init__()
 
     def check_options(self) -> None:
@@ -202,6 +206,13 @@ def _choice(kinds: type[Enum], value: Any, option: str) -> str:
             f"{option}={value!r} is not known; expected one of {known}.{did_you_mean(str(value), known)}"
         )
     return str(value)
+
+
+def _is_lower_better(metric: str | None) -> bool:
+    """Return whether a metric, such as "objective", "eval_kd" or "eval_far_perplexity", is ours and the better the smaller."""
+    names = (metric or "").removesuffix("_weighted").split("_")
+    ours = {"objective", "perplexity", *registered_terms()}
+    return any("_".join(names[first:]) in ours for first in range(len(names)))
 
 
 def _told(key: str, value: Any) -> Any:

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from hf_guide.distillation.learning import Batch, Learning
-from hf_guide.distillation.objectives import TASK_LOSS, Needs
+from hf_guide.distillation.objectives import TASK_LOSS, Needs, terms_of_classes
 from hf_guide.distillation.playback import CapturedTeacher, refuse_missing, split_signals
 from hf_guide.distillation.subclasses import FINER, TARGETS, SubclassTargets
 from hf_guide.distillation.tasks import IGNORED, Task, add_decoder_inputs, columns_read, item_labels, target_mask
@@ -27,6 +27,7 @@ class BatchReader:
         accelerator: knows which of the last examples its dataloader only filled up with.
         subclasses: where probabilities of subclasses come from.
         label_names: the names that labels have in a batch.
+        shifted: as `tasks.target_mask` takes it.
     """
 
     student: Any
@@ -36,6 +37,7 @@ class BatchReader:
     accelerator: Accelerator
     subclasses: SubclassTargets
     label_names: Collection[str]
+    shifted: bool | None = None
 
     @property
     def columns_of_others(self) -> set[str]:
@@ -52,12 +54,14 @@ class BatchReader:
         """Return which places are items: where subclasses are learned, examples without a label, too."""
         unlabelled = training and self.subclasses.learned
         given = {name: value for name, value in inputs.items() if name != "labels"} if unlabelled else inputs
-        return target_mask(self.task, given)
+        return target_mask(self.task, given, shifted=self.shifted)
 
     def count(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
         """Return how many items a batch has, and how many of them have a label, (2,)."""
         mask = self.target_mask(inputs, training=training)
-        labelled = target_mask(self.task, inputs) if training and self.subclasses.learned else mask
+        labelled = (
+            target_mask(self.task, inputs, shifted=self.shifted) if training and self.subclasses.learned else mask
+        )
         return torch.stack([mask.sum(), labelled.sum()])
 
     def read(self, inputs: Mapping[str, Any], *, training: bool) -> Batch:
@@ -83,6 +87,7 @@ class BatchReader:
                 f"The objective has the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
                 f"{sorted(own)}. Give the dataset labels, or leave 'ce' out."
             )
+        self._check_labels(own)
         signals = self._listen(own, captured, mask, training=training)
         orders = [teacher.order for teacher in self.teachers]
         captured_targets = getattr(self.subclasses.source, "capture", None)
@@ -91,7 +96,18 @@ class BatchReader:
         subclasses = self.subclasses.of_batch(own, mask, signals, orders, training=training)
         for name in self.columns_of_others:
             own.pop(name, None)
-        return Batch(own, mask, item_labels(self.task, own, mask), signals, subclasses, real < len(mask))
+        return Batch(
+            own, mask, item_labels(self.task, own, mask, shifted=self.shifted), signals, subclasses, real < len(mask)
+        )
+
+    def _check_labels(self, inputs: Mapping[str, Any]) -> None:
+        names, labels = terms_of_classes(self.learning.weights), inputs.get("labels")
+        if names and isinstance(labels, Tensor) and labels.is_floating_point():
+            raise TaskError(
+                f"The labels of the batch are {labels.dtype}, {tuple(labels.shape)}: a regression, or several labels at once, "
+                f"of which {' and '.join(map(repr, names))} cannot be learned. Labels must be class numbers (int64), or learn "
+                "from the teacher by 'embedding' or 'hidden'."
+            )
 
     def _listen(
         self, own: Mapping[str, Any], captured: Mapping[str, Any], mask: Tensor, *, training: bool

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 _LENGTH = 6
 # What a model may raise that is fed too little: it is then not one whose head we know.
-_REFUSALS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+FORWARD_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 class _Tap:
@@ -74,7 +74,7 @@ def find_head(model: nn.Module) -> Head | None:
 
     It is proved on the model itself, which is run on a few tokens without gradients, its mode and the random state kept:
     the model's logits must be `transform` of the head's output, and its loss the plain cross-entropy of its logits, with
-    nothing added. A model of several processes is looked at before it is wrapped or sharded.
+    nothing added, in training either. A model of several processes is looked at before it is wrapped or sharded.
 
     None means that the model's whole logits must be taken: a LoRA on the head, router losses, logits cropped or masked,
     a head that is no plain linear layer, or a model that needs more than token ids (or Whisper's features) to run.
@@ -92,13 +92,13 @@ def find_head(model: nn.Module) -> Head | None:
         or hasattr(weight, "to_local")
     ):
         return None
-    probe = _probe(bare, module)
+    probe = token_probe(bare, module.weight.shape[0])
     if probe is None:
         return None
-    with _undisturbed(model, weight.device):
+    with undisturbed(model, weight.device):
         try:
             return _prove(model, bare, module, probe)
-        except _REFUSALS as refusal:
+        except FORWARD_ERRORS as refusal:
             logger.info(f"The head of {type(bare).__name__} is not taken out of it: {refusal}")
             return None
 
@@ -198,7 +198,7 @@ def _tapped(tap: _Tap, on_hidden: Callable[[Tensor], Tensor | None]) -> Iterator
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module's mode and the random state are as before."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [] if device.type == "cpu" else [device]
@@ -212,15 +212,15 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
-def _probe(model: Any, module: nn.Linear) -> dict[str, Tensor] | None:
+def token_probe(model: Any, vocabulary: int) -> dict[str, Tensor] | None:
     """A few tokens that mean nothing special to the model; None where it wants something else."""
     device = model.device
     table = stock_module(model.get_input_embeddings())
-    vocabulary = module.weight.shape[0]
     known = min(vocabulary, table.weight.shape[0]) if isinstance(table, nn.Embedding) else vocabulary
-    special = (
-        {value for name, value in model.config.to_dict().items() if name.endswith("token_id")} if known > 64 else set()
-    )
+    special: set[Any] = set()
+    for name, value in model.config.to_dict().items() if known > 64 else ():
+        if name.endswith("token_id"):  # some configs have several end tokens
+            special.update(value if isinstance(value, list) else [value])
     ordinary = [token for token in range(min(known, 4096)) if token not in special]
     speech = model.main_input_name == "input_features" and hasattr(model.config, "max_source_positions")
     batch = 1 if speech else 2
@@ -277,6 +277,12 @@ def _prove(model: nn.Module, bare: Any, module: nn.Linear, probe: dict[str, Tens
         if all(_is_plain_loss(run(given, labels=labels)[1], labels, shifted, tolerance) for given in (sure, raw)):
             break
     else:
+        return None
+    # Some models add to their loss in training alone; dropout does not matter to logits that are given.
+    model.train()
+    in_training = _is_plain_loss(run(sure, labels=labels)[1], labels, shifted, tolerance)
+    model.eval()
+    if not in_training:
         return None
     again, outputs = run(None)
     if outputs["logits"].numel() or len(again) != 1 or not torch.equal(again[0], fed[0]):

@@ -5,7 +5,7 @@ sharded weights are whole, over chunks of tokens. Every other model gives its lo
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +52,13 @@ class Batch:
     signals: list[Signals]
     subclasses: Tensor | None = None
     has_filler: bool = False
+
+    @functools.cached_property
+    def labelled(self) -> Tensor:
+        """How many of the items have a label."""
+        if self.labels is None or self.labels.is_floating_point() or self.labels.ndim > 1:
+            return self.mask.sum()
+        return (self.labels != IGNORED).sum()
 
 
 @dataclass
@@ -146,7 +153,7 @@ class Learning:
             if weights or measure:
                 found.append(chunked_loss(hidden[batch.mask], head, terms, weights, max_logits=self.args.max_logits))
             else:
-                found.append((_unused(head.logits(hidden[:, :1])), {}))
+                found.append((zero_through((head.logits(hidden[:, :1]),)), {}))
 
         with without_logits(bare, head, on_hidden), returning_loss(bare, lambda: found[0][0]):
             outputs = model(**inputs)
@@ -165,7 +172,7 @@ class Learning:
             total = torch.zeros((), device=batch.mask.device)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1 if TASK_LOSS in sums else 0]
         if not any(self.terms[name].needs in _OF_LOGITS for name in self.weights):
-            total = total + _unused(logits)
+            total = total + zero_through((logits,))
         if batch.subclasses is not None and isinstance(model, InClasses) and model.heard is not None:
             for name, values in self._of_subclasses(model.heard[batch.mask], batch.subclasses):
                 sums[name] = values.sum().detach()
@@ -191,6 +198,8 @@ class Learning:
             if task_loss and labels is not None and (measure or TASK_LOSS in self.weights):
                 found[TASK_LOSS] = nn.functional.cross_entropy(logits, labels, reduction="none")
             shared = logits if self.classes is None else logits[:, : self.classes]
+            # Of a regression, or of labels that hold at once, there is no class that is chosen.
+            exclusive = shared.shape[-1] > 1 and (labels is None or not labels.is_floating_point())
             for signals in batch.signals:
                 if signals.target is None:
                     continue
@@ -198,14 +207,15 @@ class Learning:
                 for term in terms:
                     value = signals.weight * term.function(shared, target, labels, self.args)
                     found[term.name] = found[term.name] + value if term.name in found else value
-                if measure and isinstance(target, Dense) and labels is not None and labels.ndim == 1:
+                if not measure or not exclusive:
+                    continue
+                if isinstance(target, Dense) and labels is not None and labels.ndim == 1:
                     known = labels.masked_fill(labels >= target.logits.shape[-1], IGNORED)
                     own = nn.functional.cross_entropy(target.logits.float(), known, reduction="none")
                     found[TEACHER_LOSS] = found.get(TEACHER_LOSS, 0) + signals.weight * own
-                if measure:
-                    best = target.logits.argmax(-1) if isinstance(target, Dense) else _best(target)
-                    same = signals.weight * (shared.argmax(-1) == best)
-                    found[AGREEMENT] = found[AGREEMENT] + same if AGREEMENT in found else same
+                best = target.logits.argmax(-1) if isinstance(target, Dense) else _best(target)
+                same = signals.weight * (shared.argmax(-1) == best)
+                found[AGREEMENT] = found[AGREEMENT] + same if AGREEMENT in found else same
             return found
 
         return values
@@ -254,9 +264,27 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
-def _unused(logits: Tensor) -> Tensor:
-    """Zero, through the head: DistributedDataParallel waits for the gradient of every parameter."""
-    return 0 * logits.sum()
+def zero_through(outputs: "Mapping[str, Any] | Sequence[Any]") -> Tensor:
+    """Return zero with a gradient, zero as well, to every tensor of a model's outputs.
+
+    DistributedDataParallel and FSDP wait for the gradient of every parameter. Zero times a sum would be NaN where logits are
+    infinite.
+    """
+    found = outputs.values() if isinstance(outputs, Mapping) else outputs
+    tensors = [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
+    zero: Tensor = _Zero.apply(*tensors)
+    return zero
+
+
+class _Zero(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.zeros((), device=tensors[0].device, dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
 
 
 def _best(target: TopK) -> Tensor:

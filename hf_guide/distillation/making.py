@@ -11,12 +11,12 @@ from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.heads import Head, find_head
 from hf_guide.distillation.layers import pair_layers
 from hf_guide.distillation.learning import Learning
-from hf_guide.distillation.objectives import Needs
+from hf_guide.distillation.objectives import Needs, terms_of_classes
 from hf_guide.distillation.playback import CapturedTeacher
 from hf_guide.distillation.projections import Projections
 from hf_guide.distillation.tasks import Task
 from hf_guide.distillation.teachers import LiveTeacher
-from hf_guide.errors import OptionError
+from hf_guide.errors import OptionError, VocabularyError
 
 Teachers = Sequence[LiveTeacher | CapturedTeacher]
 
@@ -33,6 +33,7 @@ def make_learning(
     """Return how `student` learns from its teachers.
 
     Raises:
+        VocabularyError: the vocabularies share one token.
         OptionError: the objective needs a teacher and there is none, or what was not captured; or maps between widths,
             where weights are sharded.
     """
@@ -41,6 +42,12 @@ def make_learning(
         names = sorted(name for name, term in learning.terms.items() if term.needs is not Needs.LABELS)
         raise OptionError(f"The objective's {', '.join(names)} need a teacher: pass teacher=, or a capture.")
     learning.classes = min((each.classes for each in teachers if each.classes is not None), default=None)
+    names = terms_of_classes(args.weights)
+    if names and learning.classes is not None and learning.classes < 2:
+        raise VocabularyError(
+            f"Student and teacher share {learning.classes} token of their vocabularies, and {' and '.join(map(repr, names))} "
+            "compare distributions over two at least. Take a teacher of the student's vocabulary."
+        )
     learning.head = head
     if Needs.HIDDEN_STATES in learning.needs:
         learning.layers = pair_layers(student, [each.depth for each in teachers], args.hidden_layers)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hf_guide.adapters import adapter_layers, has_adapter
 from hf_guide.distillation.tasks import without_adapter
 from hf_guide.errors import OptionError
+from hf_guide.finite import check_finite
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +43,7 @@ def save_merged(student: Any, folder: Path) -> None:
         folder: new, or one whose weights are replaced.
 
     Raises:
+        NotFiniteError: a weight is NaN or infinite once it is merged; nothing is written.
         OptionError: there is no adapter, or it cannot be merged; or what is written, loaded again, gives other logits. Then
             nothing is written.
     """
@@ -54,6 +56,7 @@ def save_merged(student: Any, folder: Path) -> None:
     written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         merged, expected = merge(student), _expected_logits(student)
+        check_finite(merged, "The merged student")
         model_class = type(merged)
         merged.save_pretrained(written)
         del merged

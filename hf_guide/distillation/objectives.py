@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_guide.distillation.divergences import Dense, TopK, divergence
 from hf_guide.distillation.divergences import dkd as decoupled_divergence
-from hf_guide.distillation.tasks import NO_CLASSES
+from hf_guide.distillation.tasks import NO_CLASSES, Task
 from hf_guide.errors import OptionError, TaskError, did_you_mean
 from hf_guide.validation import check_weight
 
@@ -146,16 +146,44 @@ def check_objective(weights: Mapping[str, float], task: str, config: Any) -> Non
             raise TaskError(
                 f"The term {name!r} is for {' and '.join(only)}, not for {task}. Leave it out of objective."
             )
-    kind = getattr(config, "problem_type", None)
-    names = [name for name in weights if _TERMS[name].needs in (Needs.LOGITS, Needs.SUBCLASSES)]
-    if names and kind in NO_CLASSES:
-        raise TaskError(
-            f"The student's problem_type is {kind}: its logits are no distribution over classes, which "
-            f"{' and '.join(map(repr, names))} compare. Learn from the teacher by 'embedding' or 'hidden'."
-        )
+    check_classes(weights, task, config, "student")
     classes = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
     if "dkd" in weights and classes < 3:
         raise TaskError(f"The term 'dkd' is about the classes beside the label; the student has {classes}. Use 'kd'.")
+
+
+def terms_of_classes(weights: Mapping[str, float]) -> list[str]:
+    """Return the terms that compare distributions over classes that exclude each other."""
+    return [name for name in weights if _TERMS[name].needs in (Needs.LOGITS, Needs.SUBCLASSES)]
+
+
+def check_classes(weights: Mapping[str, float], task: str, config: Any, whose: str) -> None:
+    """Check that a classifier's logits are a distribution over two classes or more, where terms compare such.
+
+    Args:
+        weights: by term.
+        task: the model's.
+        config: the model's.
+        whose: "student" or "teacher", for the error.
+
+    Raises:
+        TaskError: a regression, one output, or several labels at once.
+    """
+    names = terms_of_classes(weights)
+    if not names or Task(task).is_language_model:
+        return
+    kind = getattr(config, "problem_type", None)
+    outputs = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
+    if kind in NO_CLASSES:
+        found = f"The {whose}'s problem_type is {kind}"
+    elif outputs < 2:
+        found = f"The {whose} has one output (num_labels=1), which Transformers takes for a regression"
+    else:
+        return
+    raise TaskError(
+        f"{found}: its logits are no distribution over classes, which {' and '.join(map(repr, names))} compare. Learn from "
+        "the teacher by 'embedding' or 'hidden'."
+    )
 
 
 @register_term(TASK_LOSS, needs=Needs.LABELS, help="the model's own task loss on the labels")

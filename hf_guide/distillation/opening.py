@@ -14,6 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from hf_guide.distillation.given import check_unwrapped
 from hf_guide.distillation.heads import find_head
 from hf_guide.distillation.isolation import check_apart, check_teachers_apart
+from hf_guide.distillation.label_shift import check_shifts
 from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.distillation.teacher_inputs import teacher_inputs
 from hf_guide.distillation.teachers import LiveTeacher
@@ -173,6 +174,7 @@ def make_teachers(
                 f"The teacher {name_of(model)} reads {model.main_input_name}, the student {student.main_input_name}: "
                 "they cannot be fed the same batch."
             )
+        check_shifts(model, student, task)
         classes, order = None, None
         if task.is_language_model:
             sizes = [each.get_output_embeddings().weight.shape[0] for each in (student, model)]

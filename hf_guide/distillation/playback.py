@@ -31,6 +31,11 @@ class CapturedTeacher:
     order: list[int] | None
 
     @property
+    def config(self) -> Any:
+        """The teacher's config."""
+        return self.capture.manifest.teacher_config_object()
+
+    @property
     def depth(self) -> int:
         """The teacher's number of blocks."""
         return depth_of_config(self.capture.manifest.teacher_config_object())

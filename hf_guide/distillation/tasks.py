@@ -109,11 +109,16 @@ def _why_not(model: nn.Module) -> str:
     return f"{name} is for a task that cannot be distilled; expected a model for one of {tasks}."
 
 
-def target_mask(task: Task, inputs: Mapping[str, Any]) -> Tensor:
+def target_mask(task: Task, inputs: Mapping[str, Any], *, shifted: bool | None = None) -> Tensor:
     """Return which places of the logits have a target: bool, (batch, length) where items are tokens, else (batch,).
 
-    For causal language models place i is asked for the token after it, so the last place never has a target. Without
-    labels every place that attention sees is one: a teacher can be listened to there.
+    Without labels every place that attention sees is one: a teacher can be listened to there.
+
+    Args:
+        task: the model's.
+        inputs: of the model, with labels where there are any.
+        shifted: whether the model's loss compares the logits of token i with the label of token i + 1, as
+            `label_shift.shifts_labels` finds; the last place then never has a target. By default that of the task.
 
     Raises:
         TaskError: there are neither labels nor anything else that tells the shape.
@@ -124,11 +129,12 @@ def target_mask(task: Task, inputs: Mapping[str, Any]) -> Tensor:
             return labels != IGNORED
         some = labels if isinstance(labels, Tensor) else _first_tensor(inputs)
         return torch.ones(some.shape[0], dtype=torch.bool, device=some.device)
-    if task is Task.CAUSAL_LM and isinstance(inputs.get("shift_labels"), Tensor):
+    shifted = task is Task.CAUSAL_LM if shifted is None else shifted
+    if shifted and isinstance(inputs.get("shift_labels"), Tensor):
         return inputs["shift_labels"] != IGNORED
     if isinstance(labels, Tensor):
-        return _before(labels != IGNORED) if task is Task.CAUSAL_LM else labels != IGNORED
-    if task is Task.SEQ2SEQ_LM:
+        return _before(labels != IGNORED) if shifted else labels != IGNORED
+    if task is Task.SEQ2SEQ_LM and not shifted:
         seen, ids = inputs.get("decoder_attention_mask"), inputs.get("decoder_input_ids")
     else:
         seen, ids = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))
@@ -141,25 +147,32 @@ def target_mask(task: Task, inputs: Mapping[str, Any]) -> Tensor:
             f"The batch has neither labels nor token ids to say where a {task} model has targets; it has "
             f"{sorted(inputs)}. Give labels."
         )
-    return seen & _before(seen) if task is Task.CAUSAL_LM else seen
+    return seen & _before(seen) if shifted else seen
 
 
-def item_labels(task: Task, inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
+def item_labels(task: Task, inputs: Mapping[str, Any], mask: Tensor, *, shifted: bool | None = None) -> Tensor | None:
     """Return the labels of the items that `mask` picks, (items,) or (items, labels); None where there are none."""
     labels = inputs.get("labels")
-    if task is Task.CAUSAL_LM and isinstance(inputs.get("shift_labels"), Tensor):
+    shifted = task is Task.CAUSAL_LM if shifted is None else shifted
+    if shifted and isinstance(inputs.get("shift_labels"), Tensor):
         return inputs["shift_labels"][mask]
     if not isinstance(labels, Tensor):
         return None
-    if task is Task.CAUSAL_LM:
+    if shifted:
         return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:][mask]
     return labels[mask]
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Return whether a model has a decoder with inputs of its own."""
+    return bool(getattr(without_adapter(model).config, "is_encoder_decoder", False))
 
 
 def add_decoder_inputs(model: PreTrainedModel, task: Task, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return `inputs` with the decoder's inputs that an encoder-decoder would make from its labels, where they are missing."""
     given = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
-    if task is not Task.SEQ2SEQ_LM or given or not isinstance(inputs.get("labels"), Tensor):
+    made = task is Task.SEQ2SEQ_LM and is_encoder_decoder(model)
+    if not made or given or not isinstance(inputs.get("labels"), Tensor):
         return inputs
     return inputs | {"decoder_input_ids": shifted_right(inputs["labels"], without_adapter(model))}
 

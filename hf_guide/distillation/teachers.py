@@ -65,6 +65,11 @@ class LiveTeacher:
     inputs: TeacherInputs | None = None
 
     @property
+    def config(self) -> Any:
+        """Its config."""
+        return self.bare.config
+
+    @property
     def depth(self) -> int:
         """Its number of blocks."""
         return depth_of_config(self.bare.config)
@@ -164,16 +169,8 @@ class LiveTeacher:
         return lambda chosen: Dense(shared_logits(logits[chosen], self.classes, self.order))
 
 
-def refuse_not_finite(
-    loss: Tensor, inputs: Mapping[str, Any], mask: Tensor, said: Sequence[Signals], step: int
-) -> None:
-    """Refuse a teacher that says NaN or infinity; a student that does is left to `Trainer`.
-
-    Raises:
-        TeacherError: names the examples of the batch, and the step.
-    """
-    if bool(torch.isfinite(loss)):
-        return
+def failed_teacher(inputs: Mapping[str, Any], mask: Tensor, said: Sequence[Signals], step: int) -> TeacherError | None:
+    """Return the error for a teacher whose signals have NaN or infinity: it names the examples of the batch, and the step."""
     rows = torch.arange(len(mask), device=mask.device)
     of_items = rows[:, None].expand(mask.shape)[mask] if mask.ndim == 2 else rows[mask]
     for number, signals in enumerate(said):
@@ -190,8 +187,9 @@ def refuse_not_finite(
         if wrong:
             ids = inputs.get("input_ids")
             shown = f", which begins with the tokens {ids[min(wrong)][:8].tolist()}" if isinstance(ids, Tensor) else ""
-            raise TeacherError(
+            return TeacherError(
                 f"Teacher {number} says NaN or infinity of {len(wrong)} of {len(mask)} examples at step {step}: the first is "
                 f"number {min(wrong)} of the batch{shown}. Run the teacher in a wider dtype (bfloat16 or float32), or "
                 "leave the example out."
             )
+    return None

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedConfig, PreTrainedModel, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from hf_guide.adapters import check_positions
@@ -32,21 +33,31 @@ from hf_guide.distillation.given import (
 )
 from hf_guide.distillation.heads import Head
 from hf_guide.distillation.isolation import check_apart
-from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Learned
+from hf_guide.distillation.label_shift import shifts_labels
+from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Batch, Learned, zero_through
 from hf_guide.distillation.making import find_head_everywhere, is_sharded, make_learning
 from hf_guide.distillation.merging import save_merged
-from hf_guide.distillation.objectives import TASK_LOSS, check_objective, compares_vectors
+from hf_guide.distillation.objectives import TASK_LOSS, check_classes, check_objective, compares_vectors
 from hf_guide.distillation.opening import make_teachers
 from hf_guide.distillation.playback import CapturedTeacher, captured_teacher
 from hf_guide.distillation.projections import SynchronizeProjections, check_learns
 from hf_guide.distillation.record import make_record
 from hf_guide.distillation.resuming import ResumableTrainer, remove_paths_from_state
+from hf_guide.distillation.step_checks import StepChecks, failed_loss, wrong_gradients
 from hf_guide.distillation.students import make_student
 from hf_guide.distillation.subclasses import make_targets, subclass_source
+from hf_guide.distillation.subclassing import (
+    check_keywords,
+    check_methods,
+    check_seq2seq,
+    describe_not_reached,
+    next_init_keywords,
+)
 from hf_guide.distillation.tally import Tally
-from hf_guide.distillation.tasks import IGNORED, task_of
-from hf_guide.distillation.teachers import LiveTeacher, refuse_not_finite
-from hf_guide.errors import OptionError
+from hf_guide.distillation.tasks import task_of
+from hf_guide.distillation.teachers import LiveTeacher, failed_teacher
+from hf_guide.errors import HfGuideError, OptionError
+from hf_guide.finite import check_finite
 from hf_guide.folders import replaced_files
 from hf_guide.hub import remove_paths_from_card, write_model_card
 from hf_guide.provenance import fetch_card
@@ -84,6 +95,11 @@ class DistillationTrainer(ResumableTrainer):
     # Every term is divided by the number of items in the whole accumulated batch, so Trainer must not divide again.
     loss_is_scaled_for_ga = True
 
+    def __new__(cls, *_: Any, **keywords: Any) -> "DistillationTrainer":
+        """Check the order of the bases before another class's `__init__` meets a keyword that it does not know."""
+        check_keywords(cls, DistillationTrainer, keywords)
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: "PreTrainedModel | nn.Module | PreTrainedConfig | Mapping[str, Any] | None" = None,
@@ -105,6 +121,9 @@ class DistillationTrainer(ResumableTrainer):
     ):
         args = DistillationArguments("tmp_trainer") if args is None else args
         check_arguments(args)
+        check_seq2seq(self, DistillationTrainer, args)
+        if set(args.weights) != {TASK_LOSS}:
+            check_methods(self, DistillationTrainer)
         check_student(model)
         for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
             check_has_examples(dataset, name)
@@ -123,26 +142,31 @@ class DistillationTrainer(ResumableTrainer):
         self._whole_logits = self._predicting = False
         self._unlabelled_factor: Tensor | None = None
         self._pushed_to = {"token": args.hub_token, "revision": args.hub_revision}
-        super().__init__(
-            model=student,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            compute_loss_func=compute_loss_func,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
-        )
+        self.reached: set[str] = set()
+        self.failure: HfGuideError | None = None
+        self.grad_norm: Tensor | float | None = None
+        self.wrong_gradients: list[str] | None = None
+        keywords = {
+            "model": student,
+            "args": args,
+            "data_collator": data_collator,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "processing_class": processing_class,
+            "model_init": model_init,
+            "compute_loss_func": compute_loss_func,
+            "compute_metrics": compute_metrics,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
+            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
+        }
+        super().__init__(**next_init_keywords(self, DistillationTrainer, keywords))
         self.args: DistillationArguments
         forget_code(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
         check_unwrapped(self.model, "student")
         align_student(self.model, processing_class)
-        student = self._bare(self.model)
+        student = self.bare_student
         self.task = task_of(student)
         check_objective(args.weights, self.task, student.config)
         if train_dataset is not None:
@@ -162,6 +186,9 @@ class DistillationTrainer(ResumableTrainer):
                 processing_class=processing_class,
                 accelerator=self.accelerator,
             )
+        for each in self.teachers:
+            check_classes(args.weights, self.task, each.config, "teacher")
+        self.add_callback(StepChecks(self))
         self._begin()
 
     # The student and what it learns
@@ -172,6 +199,35 @@ class DistillationTrainer(ResumableTrainer):
             self._unwrapped = (model, self.accelerator.unwrap_model(model, keep_torch_compile=False))
         return self._unwrapped[1]
 
+    @property
+    def bare_student(self) -> Any:
+        """The student without what wraps it for training."""
+        return self._bare(self.model)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a process holds only a part of the student's weights."""
+        return is_sharded(self.accelerator) or any(
+            hasattr(each, "to_local") for each in self.bare_student.parameters()
+        )
+
+    def check_reached(self, *names: str) -> None:
+        """Check that the trainer's own methods were called, where the objective is more than the task loss.
+
+        Raises:
+            OptionError: names the class whose method was called in place of one of them.
+        """
+        if set(self.args.weights) == {TASK_LOSS}:
+            return
+        for name in names:
+            if name not in self.reached:
+                raise OptionError(describe_not_reached(self, DistillationTrainer, name))
+        if self.loss_is_scaled_for_ga is not True:
+            raise OptionError(
+                f"{type(self).__name__}.loss_is_scaled_for_ga must be True; found {self.loss_is_scaled_for_ga}: the loss "
+                "would be divided by gradient_accumulation_steps a second time. Leave it as DistillationTrainer sets it."
+            )
+
     def _to_compare(self, teacher: LiveTeacher | CapturedTeacher) -> Any:
         """Return the model or capture that a teacher is; None where its weights are not whole in this process."""
         if isinstance(teacher, CapturedTeacher):
@@ -180,11 +236,12 @@ class DistillationTrainer(ResumableTrainer):
 
     def _find_head(self, student: Any) -> Head | None:
         whole = self.compute_loss_func is not None or self.label_smoother is not None or self.args.torch_compile
-        return None if whole else find_head_everywhere(student, self.task, self.accelerator)
+        head = None if whole else find_head_everywhere(student, self.task, self.accelerator)
+        return head if head is not None and head.shifted == self._shifted else None
 
     def _begin(self) -> None:
         """Settle what this student learns by these arguments: at first, and anew for each student and each trial."""
-        student = self._bare(self.model)
+        student = self.bare_student
         teachers = [each.bare for each in self.teachers if isinstance(each, LiveTeacher)]
         check_apart(student, [*teachers, getattr(subclass_source(self.data_collator), "live_teacher", None)])
         if self.task.is_per_token or compares_vectors(self.args.weights):
@@ -192,6 +249,7 @@ class DistillationTrainer(ResumableTrainer):
             for teacher in teachers:
                 check_positions(teacher, "teacher")
         self._divides: bool | None = None
+        self._shifted = shifts_labels(student, self.task)
         self.learning = make_learning(
             student, self.task, self.teachers, self.args, self.accelerator, head=self._find_head(student)
         )
@@ -212,6 +270,7 @@ class DistillationTrainer(ResumableTrainer):
             self.accelerator,
             self._subclasses,
             tuple(self.label_names),
+            self._shifted,
         )
         self.remove_callback(SynchronizeProjections)
         if self.learning.projections is not None:
@@ -223,7 +282,7 @@ class DistillationTrainer(ResumableTrainer):
         if self.model_init is None:
             return
         self.args.check_options()
-        check_objective(self.args.weights, self.task, self._bare(self.model).config)
+        check_objective(self.args.weights, self.task, self.bare_student.config)
         if isinstance(self.data_collator, CapturedCollator):
             self.data_collator = self.data_collator.at(self.args.temperature)
         self._begin()
@@ -254,8 +313,9 @@ class DistillationTrainer(ResumableTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""
+        self.reached.add("_get_num_items_in_batch")
         if self.compute_loss_func is not None or not batch_samples:
-            return super()._get_num_items_in_batch(batch_samples, device)
+            return _at_least_one(super()._get_num_items_in_batch(batch_samples, device))
         training = not self._predicting
         counts = (
             torch.stack([self._reader.count(batch, training=training) for batch in batch_samples]).sum(0).to(device)
@@ -264,7 +324,31 @@ class DistillationTrainer(ResumableTrainer):
             counts = self.accelerator.gather(counts).view(-1, 2).sum(0)
         items, labelled = counts
         self._unlabelled_factor = items / labelled.clamp(min=1) if training else None
-        return items / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        # Without any target the losses are sums over nothing, and zero whatever they are divided by.
+        return items.clamp(min=1) / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip as `Trainer` does, but leave gradients alone that are not finite: clipped, they would all be NaN."""
+        if self.shards_weights:
+            self.wrong_gradients = wrong_gradients(self)
+            return super()._clip_grad_norm(model)
+        norm = self._norm_of_gradients(model)
+        if bool(norm.isfinite()):
+            clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradients as `Trainer` does, and keep it for the check before the optimizer's step."""
+        if grad_norm is None and not self.shards_weights:
+            grad_norm = self._norm_of_gradients(model)
+        elif grad_norm is None:
+            self.wrong_gradients = wrong_gradients(self)
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.grad_norm
+
+    def _norm_of_gradients(self, model: nn.Module) -> Tensor:
+        self.accelerator.unscale_gradients()
+        return get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
 
     # Losses
 
@@ -275,7 +359,11 @@ class DistillationTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the weighted sum of the objective's terms, each its mean over the items of the accumulated batch."""
+        """Return the weighted sum of the objective's terms, each its mean over the items of the accumulated batch.
+
+        In evaluation it is the task loss, where there are labels; a batch without any target has loss and gradient zero.
+        """
+        self.reached.add("compute_loss")
         training = model.training
         if isinstance(self.data_collator, CapturedCollator):
             self.data_collator.check_temperature(self.args.temperature)
@@ -283,29 +371,47 @@ class DistillationTrainer(ResumableTrainer):
         if batch.has_filler:
             num_items_in_batch = None  # it counts what the dataloader only filled the last batches up with
         here = batch.mask.sum()
-        items = here.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         told = num_items_in_batch is not None
+        items = _at_least_one(num_items_in_batch) if told else here.clamp(min=1)
         model = self._subclasses.in_classes(model, here)
         if training and self.learning.weights == {TASK_LOSS: 1.0}:
             # What `Trainer` does, to the last bit.
-            loss, outputs = self._task_loss(model, batch.inputs, here, items, told)
+            loss, outputs = self._task_loss(model, batch.inputs, batch, items, told)
             learned = Learned(loss, {TASK_LOSS: loss.detach() * items / self._scale(told)}, outputs)
         else:
             learned = self.learning.learn(
                 model,
-                self._bare(self.model),
+                self.bare_student,
                 batch,
-                lambda given: self._task_loss_sum(model, given, here, items, told, batch.labels),
+                lambda given: self._task_loss_sum(model, given, batch, items, told),
                 measure=not training,
                 whole_logits=self._whole_logits,
             )
-            total = learned.total
-            if not training and self._reader.is_untaught(batch) and TASK_LOSS in learned.sums:
-                total = learned.sums[TASK_LOSS]  # nothing was captured of what is evaluated: the task is what is left
-            loss = total / items * self._scale(told)
-        refuse_not_finite(loss, batch.inputs, batch.mask, batch.signals, self.state.global_step)
+            of_task = not training and TASK_LOSS in learned.sums
+            loss = (learned.sums[TASK_LOSS] if of_task else learned.total) / items * self._scale(told)
+        if training and not told:
+            # A mean over this micro-batch alone, as `Trainer` has it where nothing was counted.
+            loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
+        self._check_loss(loss, learned, batch)
         (self._train_tally if training else self._eval_tally).add(learned.sums, here)
         return (loss, self._shown(learned.outputs, loss)) if return_outputs else loss
+
+    def _check_loss(self, loss: Tensor, learned: Learned, batch: Batch) -> None:
+        """Raise for a teacher's signals that are not finite, and in training for a loss; of several processes later, in all.
+
+        In evaluation a student's loss that is not finite is reported as it is.
+        """
+        if bool(torch.isfinite(loss) & torch.isfinite(learned.total)):
+            return
+        failure: HfGuideError | None = failed_teacher(batch.inputs, batch.mask, batch.signals, self.state.global_step)
+        training = self.bare_student.training
+        if failure is None and training:
+            failure = failed_loss(self, loss, learned.sums)
+        if failure is None:
+            return
+        if not training or self.accelerator.num_processes == 1:
+            raise failure
+        self.failure = self.failure or failure
 
     def _scale(self, told: bool) -> int:
         """Return what undoes DistributedDataParallel's mean over processes, as `Trainer` has it."""
@@ -314,26 +420,36 @@ class DistillationTrainer(ResumableTrainer):
         return self.accelerator.num_processes // self.get_tp_size()
 
     def _task_loss(
-        self, model: nn.Module, inputs: dict[str, Any], here: Tensor, items: Any, told: bool
+        self, model: nn.Module, inputs: dict[str, Any], batch: Batch, items: Any, told: bool
     ) -> tuple[Tensor, Any]:
         """Return the task loss as `Trainer` computes it, a mean over the `items` of the accumulated batch, and outputs."""
+        if not bool(batch.labelled):
+            return self._no_task_loss(model, inputs)
         if told and self._model_divides(model, inputs):
             loss, outputs = super().compute_loss(model, dict(inputs), True, items)
             return loss, outputs
         # Models that take the mean over their own batch whatever they are told (T5, BERT's classifiers).
         loss, outputs = super().compute_loss(model, dict(inputs), True, None)
-        if not model.training:
-            loss = torch.where(here > 0, loss, 0.0)  # the mean over nothing is not a number
-        return loss * (here / items) * self._scale(told), outputs
+        return loss * (batch.mask.sum() / items) * self._scale(told), outputs
+
+    def _no_task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Return zero and the outputs of a batch without labels: many models' own loss is 0 / 0 there.
+
+        The zero has a gradient, zero too, of every parameter: DistributedDataParallel and FSDP wait for it.
+        """
+        labels = {*self.label_names, "labels", "shift_labels"}
+        outputs = model(**{name: value for name, value in inputs.items() if name not in labels})
+        loss = zero_through(outputs)
+        return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
 
     def _task_loss_sum(
-        self, model: nn.Module, inputs: dict[str, Any], here: Tensor, items: Any, told: bool, labels: Tensor | None
+        self, model: nn.Module, inputs: dict[str, Any], batch: Batch, items: Any, told: bool
     ) -> tuple[Tensor, Any]:
         """Return the task loss as a sum over the items, of which those without a label have the mean of the others."""
-        loss, outputs = self._task_loss(model, inputs, here, items, told)
+        loss, outputs = self._task_loss(model, inputs, batch, items, told)
         loss = loss * items / self._scale(told)
-        if model.training and self._subclasses.learned and labels is not None:
-            factor = self._unlabelled_factor if told else here / (labels != IGNORED).sum().clamp(min=1)
+        if model.training and self._subclasses.learned and batch.labels is not None:
+            factor = self._unlabelled_factor if told else batch.mask.sum() / batch.labelled.clamp(min=1)
             loss = loss if factor is None else loss * factor
         return loss, outputs
 
@@ -352,7 +468,7 @@ class DistillationTrainer(ResumableTrainer):
         """Return the outputs without what only the objective asked for: the rest is gathered as predictions."""
         if not isinstance(outputs, dict):
             return outputs
-        asked = getattr(self._bare(self.model).config, "output_hidden_states", False)
+        asked = getattr(self.bare_student.config, "output_hidden_states", False)
         dropped = () if asked else ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
         return {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
 
@@ -362,14 +478,38 @@ class DistillationTrainer(ResumableTrainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Predict as `Trainer` does; without labels there is no loss, and no teacher is asked."""
-        if not all(inputs.get(name) is not None for name in self.label_names):
+        """Predict as `Trainer` does, and measure the objective; without labels there is no loss, and no teacher is asked.
+
+        `gen_kwargs` are those of `Seq2SeqTrainer.prediction_step`, for a class derived from both. Where that one generates,
+        the objective is measured in a forward pass of its own.
+        """
+        step = super().prediction_step
+        labelled = all(inputs.get(name) is not None for name in self.label_names)
+        if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate and not prediction_loss_only:
+            own = self._reader.inputs_of_student(inputs)
+            loss, predictions, labels = step(model, own, False, ignore_keys, **gen_kwargs)
+            if labelled:
+                loss, _, _ = self._measured(step, model, inputs, True, ignore_keys)
+            return loss, predictions, labels
+        if not labelled:
             inputs = self._reader.inputs_of_student(inputs)
             model = self._subclasses.in_classes(model)
+        return self._measured(step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+
+    def _measured(
+        self,
+        step: Callable[..., Any],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None,
+        **gen_kwargs: Any,
+    ) -> Any:
         self._whole_logits, self._predicting = not prediction_loss_only, True
         try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         finally:
             self._whole_logits = self._predicting = False
 
@@ -387,24 +527,36 @@ class DistillationTrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as `Trainer` does, and measure every term, the task loss, perplexity and agreement."""
+        """Evaluate as `Trainer` does, and measure every term, the task loss, perplexity and agreement.
+
+        `eval_loss` is the task loss, its mean over all items, as `eval_ce`; `eval_objective` is the weighted sum of the terms.
+        """
         self._eval_tally = Tally()
+        self.reached.discard("compute_loss")
         output = super().evaluation_loop(*args, **kwargs)
         prefix = (
             inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments.get("metric_key_prefix", "eval")
         )
+        metrics = dict(output.metrics or {})
+        if f"{prefix}_loss" in metrics and "compute_loss" not in self.reached:
+            self.check_reached("compute_loss")
         means = self._eval_tally.means(self.accelerator, {*self.args.weights, TASK_LOSS, AGREEMENT, TEACHER_LOSS})
+        if TASK_LOSS in means:
+            metrics[f"{prefix}_loss"] = means[TASK_LOSS]
+        if means.keys() >= self.args.weights.keys():
+            means["objective"] = sum(weight * means[name] for name, weight in self.args.weights.items())
         if self.task.is_language_model:
             for loss, perplexity in ((TASK_LOSS, "perplexity"), (TEACHER_LOSS, "teacher_perplexity")):
                 if loss in means:
                     means[perplexity] = math.exp(min(means[loss], 700.0))
-        metrics = dict(output.metrics or {})
         metrics.update({f"{prefix}_{name}": value for name, value in self._terms_of(means).items()})
         return output._replace(metrics=metrics)
 
     # Files
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            check_finite(self.bare_student if state_dict is None else state_dict)
         with saved_publicly(self):
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
@@ -477,7 +629,7 @@ class DistillationTrainer(ResumableTrainer):
         names = _list(dataset) or _list(dataset_args)
         record = make_record(self, datasets=_list(dataset_tags), evaluated_on=names, languages=_list(language))
         save_record(folder, record)
-        attach_record(self._bare(self.model), record)
+        attach_record(self.bare_student, record)
         write_model_card(
             folder,
             model_id=self.hub_model_id or model_name,
@@ -495,7 +647,7 @@ class DistillationTrainer(ResumableTrainer):
         Raises:
             OptionError: the student has no adapter, or one that cannot be merged; or its weights are sharded.
         """
-        student = self._bare(self.model)
+        student = self.bare_student
         if is_sharded(self.accelerator):
             raise OptionError(
                 "The student's weights are spread over processes, and cannot be merged here. Save the adapter with "
@@ -516,3 +668,10 @@ class DistillationTrainer(ResumableTrainer):
 
 def _list(given: "str | list[str] | None") -> list[str]:
     return [given] if isinstance(given, str) else list(given or [])
+
+
+def _at_least_one(items: Any) -> Any:
+    """Return a number of items to divide by, 1 where there are none; None stays."""
+    if isinstance(items, Tensor):
+        return torch.where(items > 0, items, torch.ones_like(items))
+    return items if items is None or items > 0 else 1

@@ -1,0 +1,152 @@
+"""Ends a run at the step at which a loss, a gradient or a weight is not finite, or at which the teacher was left out."""
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_guide.distillation.projections import check_learns
+from hf_guide.errors import HfGuideError, NotFiniteError
+from hf_guide.finite import all_finite, not_finite
+
+if TYPE_CHECKING:
+    from hf_guide.distillation.trainer import DistillationTrainer
+
+# A gradient scaler halves its factor for every step that it skips: after so many in a row it is at 2**-24 of one.
+_SKIPPED_IN_A_ROW = 40
+
+
+class StepChecks(TrainerCallback):
+    """Checks a trainer's gradients before each step of the optimizer, and its weights after it.
+
+    One norm of the gradients, which `Trainer` computes anyway, and one pass over the trainable weights.
+    """
+
+    def __init__(self, trainer: "DistillationTrainer"):
+        self.trainer = trainer
+        self.skipped = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Check that the optimizer has everything that is learned."""
+        self.skipped = 0
+        self.trainer.failure = None
+        self.trainer.reached.clear()
+        maps = self.trainer.learning.projections
+        if maps is not None and self.trainer.optimizer is not None:
+            check_learns(self.trainer.optimizer, list(maps.parameters()))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Raise for a loss or a gradient that is not finite, before the optimizer uses it; in all processes alike."""
+        trainer = self.trainer
+        trainer.check_reached("compute_loss", "_get_num_items_in_batch")
+        trainer.reached.clear()
+        failure = trainer.failure
+        if failure is None and not _is_scaled(trainer):
+            failure = _failed_gradient(trainer)
+        trainer.grad_norm = trainer.wrong_gradients = None
+        _raise_in_all(trainer, failure)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Raise for a weight that is not finite, before it could be saved."""
+        trainer = self.trainer
+        if trainer.accelerator.optimizer_step_was_skipped:
+            self.skipped += 1
+            if self.skipped >= _SKIPPED_IN_A_ROW:
+                raise NotFiniteError(
+                    f"The gradients of the last {self.skipped} steps, up to step {state.global_step}, were not finite in "
+                    "float16, whatever factor the loss was scaled by: nothing was learned. Train in bfloat16 or float32."
+                )
+            return
+        self.skipped = 0
+        named = [(name, each) for name, each in named_weights(trainer) if each.requires_grad]
+        failure = None
+        if not all_finite(each for _, each in named):
+            wrong = not_finite(named)
+            failure = NotFiniteError(
+                f"After step {state.global_step} the weight {wrong[0]} has NaN or infinity, as {len(wrong)} of {len(named)} "
+                f"trained weights do, although the gradients were finite. {_advice(trainer)}"
+            )
+        if trainer.shards_weights:
+            _raise_in_all(trainer, failure)
+        elif failure is not None:
+            raise failure
+
+
+def named_weights(trainer: "DistillationTrainer") -> list[tuple[str, nn.Parameter]]:
+    """Return the student's parameters by name, and those of the maps between widths."""
+    maps = trainer.learning.projections
+    others = [] if maps is None else [(f"projections.{name}", each) for name, each in maps.named_parameters()]
+    return [*trainer.bare_student.named_parameters(), *others]
+
+
+def failed_loss(trainer: "DistillationTrainer", loss: Tensor, terms: dict[str, Tensor]) -> NotFiniteError:
+    """Return the error for a loss that is not finite: it names what came first, a weight or a term."""
+    step = trainer.state.global_step + 1
+    wrong = not_finite(named_weights(trainer))
+    if wrong:
+        cause = f"the student's weight {wrong[0]} has NaN or infinity, as {len(wrong)} weights do"
+    else:
+        named = [name for name, value in terms.items() if not math.isfinite(value.item())] or ["loss"]
+        value = terms.get(named[0], loss).item()
+        cause = f"the term {named[0]!r} of the loss is {value}" if named[0] in terms else f"the loss is {value}"
+    return NotFiniteError(f"At step {step}, after {step - 1} whole ones, {cause}. {_advice(trainer)}")
+
+
+def wrong_gradients(trainer: "DistillationTrainer") -> list[str]:
+    """Return the names of the weights whose gradients are not finite, as far as this process holds them."""
+    named = [(name, each.grad) for name, each in named_weights(trainer) if each.grad is not None]
+    return [] if all_finite(gradient for _, gradient in named) else not_finite(named)
+
+
+def _failed_gradient(trainer: "DistillationTrainer") -> NotFiniteError | None:
+    norm, wrong, maps = trainer.grad_norm, trainer.wrong_gradients, trainer.learning.projections
+    finite = norm is None or math.isfinite(norm.item() if isinstance(norm, Tensor) else norm)
+    others = [] if maps is None else [each.grad for each in maps.parameters() if each.grad is not None]
+    if wrong is None:  # not looked for before they were clipped, which the whole norm makes needless
+        wrong = wrong_gradients(trainer) if norm is None or not finite or not all_finite(others) else []
+    if finite and not wrong:
+        return None
+    step = trainer.state.global_step + 1
+    cause = (
+        f"the gradient of {wrong[0]} has NaN or infinity, as those of {len(wrong)} weights do"
+        if wrong
+        else "the norm of all gradients is not finite, although every gradient that this process holds is"
+    )
+    return NotFiniteError(f"At step {step}, after {step - 1} whole ones, {cause}. {_advice(trainer)}")
+
+
+def _advice(trainer: "DistillationTrainer") -> str:
+    folder = trainer.args.output_dir
+    last = get_last_checkpoint(folder) if folder and trainer.args.should_save and os.path.isdir(folder) else None
+    told = f"The last checkpoint is {last}." if last else "No checkpoint had been saved."
+    return f"Lower learning_rate, set max_grad_norm (such as 1.0), or train in bfloat16 or float32. {told}"
+
+
+def _is_scaled(trainer: "DistillationTrainer") -> bool:
+    """Return whether a gradient scaler, of PyTorch's or DeepSpeed's, skips steps whose gradients are not finite."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        return True
+    engine = getattr(trainer, "deepspeed", None)
+    return engine is not None and bool(engine.fp16_enabled())
+
+
+def _raise_in_all(trainer: "DistillationTrainer", failure: HfGuideError | None) -> None:
+    """Raise in every process where one of them has failed, so that none waits for it."""
+    if _any_process(trainer.accelerator, failure is not None):
+        raise failure or NotFiniteError(
+            "Another process found a loss, a gradient or a weight that is not finite at step "
+            f"{trainer.state.global_step + 1}; its error says which."
+        )
+
+
+def _any_process(accelerator: Accelerator, failed: bool) -> bool:
+    if accelerator.num_processes == 1:
+        return failed
+    flag = torch.tensor(float(failed), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum") > 0)

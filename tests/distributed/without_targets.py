@@ -1,0 +1,111 @@
+"""Three steps in a world of processes, of which some have no targets, or one has a loss that is not finite.
+
+Rank 0 writes the weights after each step, the log and every rank's error.
+"""
+
+import gc
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.errors import NotFiniteError
+from tests.distillation.small import collate, model_for
+from tests.distillation.test_without_targets import examples
+from tests.distributed.gradients import ShardedOnCpu, whole
+
+
+class Keep(TrainerCallback):
+    """Keeps the weights at first and after each step."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[float]] = []
+
+    def on_train_begin(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        self.keep(model)
+
+    def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
+        self.keep(model)
+
+    def keep(self, model: torch.nn.Module) -> None:
+        self.weights.append(torch.cat([whole(each).flatten() for each in model.parameters()]).tolist())
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    task, spoil = given["task"], given.get("spoil")
+    args = DistillationArguments(
+        output_dir=str(Path(given["output"]).parent / f"run_{given['per_device']}"),
+        max_steps=3,
+        per_device_train_batch_size=given["per_device"],
+        train_sampling_strategy="sequential",
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="steps" if spoil and not given.get("sharded") else "no",
+        save_steps=1,
+        save_only_model=True,
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+        **given["arguments"],
+    )
+    kind = ShardedOnCpu if given.get("sharded") else DistillationTrainer
+    keep = Keep()
+    trainer = kind(
+        model_for(task, 1),
+        args,
+        collate,
+        examples(task, set(given["empty"]), steps=6),
+        teacher=model_for(task, 2),
+        callbacks=[keep],
+    )
+    rank = trainer.accelerator.process_index
+    if spoil == "gradient" and rank == 1:
+        parameter = list(trainer.model.parameters())[3]
+        parameter.register_hook(lambda gradient: gradient * math.nan if trainer.state.global_step == 1 else gradient)
+    if spoil == "loss" and rank == 1:
+        step = trainer.learning.learn
+
+        def learn(*args: Any, **keywords: Any) -> Any:
+            learned = step(*args, **keywords)
+            if trainer.state.global_step == 1:
+                # A value alone: its gradient stays finite, so that no other process would see it.
+                learned.total = learned.total + math.inf
+                learned.sums["kd"] = learned.sums["kd"] + math.inf
+            return learned
+
+        trainer.learning.learn = learn
+    error = ""
+    try:
+        trainer.train()
+    except NotFiniteError as found:
+        error = str(found)
+    errors: list[Any] = [None] * dist.get_world_size() if dist.is_initialized() else [error]
+    if dist.is_initialized():
+        dist.all_gather_object(errors, error)
+    if trainer.is_world_process_zero():
+        told = {
+            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+            "weights": keep.weights,
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "errors": errors,
+            "saved": sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*")),
+        }
+        Path(given["output"]).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()
+    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
+    PartialState().destroy_process_group()
