@@ -36,7 +36,7 @@ def shifts_labels(model: nn.Module, task: Task) -> bool:
     with undisturbed(model, weight.device):
         try:
             probe = token_probe(bare, weight.shape[0])
-            found = None if probe is None else _ignores_first_label(model, probe)
+            found = None if probe is None else _ignores_first_label(bare, probe)
             return by_class if found is None else found
         except FORWARD_ERRORS:
             return by_class
