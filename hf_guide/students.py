@@ -145,7 +145,7 @@ def from_teacher(
     student_class = resolve_class(opened, student_config, model_class)
     if config is not None:
         check_config_sizes(student_config, opened.config, deepest=_deepest(options))
-    check_experts(student_config)
+    check_experts(student_config, opened.config)
     check_overrides_hold(student_class, student_config, opened.config, overrides)
     vocab = vocabulary_places(opened, student_config, gguf_file=gguf_file, **hub)
     calibration = None

@@ -6,8 +6,9 @@ then asked for under the computed name changes the config's text and not the mod
 
 import copy
 import dataclasses
-import json
+import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,30 +23,42 @@ from hf_guide.initialization.twins import TWIN_ERRORS
 _NO_ENTRY = object()
 
 
-def check_config_agrees(config: PreTrainedConfig, teacher: PreTrainedConfig, part: str = "") -> None:
+def check_config_agrees(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, teacher: PreTrainedConfig
+) -> None:
     """Refuse a config in which an entry, other than the teacher's, contradicts what its class computes for it from the others.
+
+    An entry that the model reads all the same is none of these: what is built of it is another model.
 
     Raises:
         ShapeError: names the entry, both values, and the entries that it is computed from.
     """
+    for path, part, had in _parts(config, teacher):
+        for name, computed in _computed(part).items():
+            held = part.__dict__.get(name, _NO_ENTRY)
+            if _plain(held) in (_plain(computed), _plain(had.__dict__.get(name, _NO_ENTRY))):
+                continue
+            if held is _NO_ENTRY or not _is_number(computed) or not _is_number(held):
+                continue
+            other = copy.deepcopy(config)
+            setattr(_parent(other, (*path, name)), name, copy.deepcopy(computed))
+            if _structure(model_class, config) != _structure(model_class, other):
+                continue
+            raise ShapeError(
+                f"{'.'.join((*path, name))}={held!r} was asked for, but {type(part).__name__} computes {name}={computed!r} "
+                f"and the model is built of that: {_what_to_set(part, name)}"
+            )
+
+
+def _parts(
+    config: PreTrainedConfig, teacher: PreTrainedConfig, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig, PreTrainedConfig]]:
+    """Give a config and those nested in it, with the names that lead to each and the teacher's of the same names."""
+    yield path, config, teacher
     for name, value in vars(config).items():
         had = teacher.__dict__.get(name)
         if isinstance(value, PreTrainedConfig) and isinstance(had, PreTrainedConfig):
-            check_config_agrees(value, had, f"{part}{name}.")
-    for name, computed in _computed(config).items():
-        held = config.__dict__.get(name, _NO_ENTRY)
-        if (
-            held is _NO_ENTRY
-            or _plain(held) == _plain(teacher.__dict__.get(name, _NO_ENTRY))
-            or not _is_number(computed)
-            or not _is_number(held)
-            or _plain(held) == _plain(computed)
-        ):
-            continue
-        raise ShapeError(
-            f"{part}{name}={held!r} was asked for, but {type(config).__name__} computes {name}={computed!r} and the model is "
-            f"built of that: {_what_to_set(config, name)}"
-        )
+            yield from _parts(value, had, (*path, name))
 
 
 def check_overrides_hold(
@@ -63,9 +76,11 @@ def check_overrides_hold(
         ShapeError: an override that the class replaced by another value, or computes.
         OptionError: a size that the model does not have.
     """
-    check_config_agrees(config, teacher)
+    check_config_agrees(model_class, config, teacher)
     asked = list(_leaves(overrides, config))
-    reloaded = _reloaded(config)
+    if not asked:
+        return
+    reloaded = _reloaded(config, teacher)
     for path, value in asked:
         for held, when in ((_entry(config, path), "holds"), (_entry(reloaded, path), "holds, once saved and loaded,")):
             if _is_number(value) and _plain(held) != _plain(value):
@@ -160,18 +175,29 @@ def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         return None
 
 
-def _reloaded(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config that is read again from what `save_pretrained` writes.
+def _reloaded(config: PreTrainedConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config that is read again from what `save_pretrained` writes, or itself where not even the teacher's is.
 
     Raises:
-        ShapeError: it cannot be read.
+        ShapeError: it cannot be read, though the teacher's can.
     """
     try:
-        return type(config).from_dict(json.loads(config.to_json_string()))
+        return _saved_and_loaded(config)
     except TWIN_ERRORS as error:
+        try:
+            _saved_and_loaded(teacher)
+        except TWIN_ERRORS:
+            return config
         raise ShapeError(
-            f"The student's {type(config).__name__} could not be loaded again once it is saved: {error}"
+            f"The student's {type(config).__name__} cannot be loaded once it is saved: {error}"
         ) from error
+
+
+def _saved_and_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        config.to_json_file(path)
+        return type(config).from_json_file(path)
 
 
 def _computed(config: PreTrainedConfig) -> dict[str, Any]:

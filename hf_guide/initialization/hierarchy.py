@@ -30,6 +30,29 @@ def is_blocks_only(layout: Layout) -> bool:
     return all(isinstance(axis, Name) and axis.name.startswith("fixed") for row in layout.rows for axis in row.axes)
 
 
+def refuse_moved_blocks(layout: Layout, stacks: Mapping[str, Sequence[int]]) -> None:
+    """Refuse that blocks change places where one parameter has other axes in other blocks, so that each has rows of its own.
+
+    Raises:
+        ShapeError: names the parameter.
+    """
+    if not is_blocks_only(layout):
+        return
+    for stack, chosen in stacks.items():
+        prefix = stack.partition("{")[0]
+        own: dict[str, list[int]] = {}
+        for row in layout.rows:
+            number, _, rest = row.pattern.removeprefix(prefix).partition(".")
+            if row.pattern.startswith(prefix) and number.isdigit():
+                own.setdefault(rest, []).append(int(number))
+        for rest, blocks in own.items():
+            if len(blocks) > 1 and list(chosen) != list(range(len(chosen))):
+                raise ShapeError(
+                    f"{prefix}{blocks[0]}.{rest} has another shape than in other blocks, so none can take another's place: "
+                    "name the teacher's first blocks with layers='first', or keep the depth."
+                )
+
+
 def nested_lists(match: Match) -> list[tuple[str, str, int]]:
     """Return for each placeholder of a match after the first its list and number.
 

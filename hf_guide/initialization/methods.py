@@ -20,7 +20,7 @@ from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.parameters import check_stored, parameter_value
 from hf_guide.initialization.plan import Plan
-from hf_guide.initialization.planning import canonical, make_plan, student_tensors
+from hf_guide.initialization.planning import canonical, is_parameter, make_plan, student_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.initialization.tables import fit_axis, length_kept, table_moments
 from hf_guide.initialization.transfer import Transfer
@@ -104,7 +104,8 @@ def carry(student: PreTrainedModel, transfer: Transfer, *, show_progress: bool =
         target = tensors[site.name]
         value = parameter_value(transfer, site)
         target.data.copy_(value)
-        check_stored(target, value, site.name)
+        if is_parameter(target):
+            check_stored(target, value, site.name)
         target._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' own mark: left alone by initialize_weights
     initialize_the_rest(student, options.seed)
 

@@ -106,6 +106,9 @@ class Plan:
     turns: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     depths: dict[str, int] = field(default_factory=dict)
+    bounds: set[str] = field(
+        default_factory=set
+    )  # of the teacher's buffers, which may be infinite: what nothing exceeds
     _seen_finite: set[str] = field(default_factory=set)
     _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by site and number of bases
 
@@ -118,7 +121,8 @@ class Plan:
         name = self.teacher_names[canonical]
         tensor = self.teacher.weights.get(name).cpu()
         if name not in self._seen_finite and tensor.is_floating_point():
-            refuse_not_finite(tensor, f"{name!r} of the teacher {self.teacher.name}")
+            found = tensor.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0) if canonical in self.bounds else tensor
+            refuse_not_finite(found, f"{name!r} of the teacher {self.teacher.name}")
             self._seen_finite.add(name)
         return self.turns[canonical](tensor) if canonical in self.turns else tensor
 

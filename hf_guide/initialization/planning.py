@@ -12,12 +12,12 @@ from hf_guide.initialization.axes import Axis, Name, Product, Sum, select
 from hf_guide.initialization.block_indices import parts_of, shared_sources
 from hf_guide.initialization.choices import BlockChoice, LaterBlocks, Method
 from hf_guide.initialization.hierarchy import (
-    SHARED_TABLE,
     choose_stage_blocks,
     is_blocks_only,
     kinds_of,
     nested_depths,
     nested_lists,
+    refuse_moved_blocks,
     uneven_lists,
 )
 from hf_guide.initialization.layouts import Layout, Match, config_sizes
@@ -188,6 +188,7 @@ def make_plan(
     stacks |= _stage_stacks(student, teacher, layout, options, teacher_names, student_names, stacks)
     sources = _shared_sources(teacher.config, had)
     borrowed: dict[str, str] = {}
+    refuse_moved_blocks(layout, stacks)
     known_somewhere = {found.row.pattern + found.suffix for name in teacher_names if (found := layout.find(name))}
     refuse_surplus(layout, stacks, teacher_names, [*student_names, *shared_names])
     if layout.fixed_depth and (changed := [stack for stack, count in wanted.items() if count < had.get(stack, 0)]):
@@ -283,6 +284,7 @@ def make_plan(
         random,
         lost,
         depths=had,
+        bounds={site.source for site in sites.values() if site.source and not is_parameter(tensors[site.name])},
     )
     plan.notes += [
         f"{teacher_names[used]} stands for {missing}: that block takes its keys and values from another, which is not "
@@ -323,6 +325,11 @@ def _listed_places(
 
         return select(heads, leaf, sizes[0])[0].tolist()
     return choose_blocks(had, wanted, "even", stack)
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether a model's saved tensor is learned, and no buffer."""
+    return isinstance(tensor, torch.nn.Parameter)
 
 
 def stage_names(layout: Layout, names: Iterable[str]) -> list[str]:
@@ -386,11 +393,7 @@ def _stage_stacks(
 
 
 def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:
-    """Return the canonical name of the teacher's parameter that feeds a match, and the student's block number.
-
-    Raises:
-        ShapeError: a parameter that stands in one numbered block alone, which another of the teacher's blocks feeds.
-    """
+    """Return the canonical name of the teacher's parameter that feeds a match, and the student's block number."""
     pattern, block = match.row.pattern, None
     source = named = pattern
     for placeholder, number in match.numbers.items():
@@ -402,19 +405,6 @@ def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, in
         named = named.replace(mark, number)
         if placeholder == "block":
             block = int(number)
-    unknown = all(isinstance(axis, Name) and axis.name.startswith("fixed") for axis in match.axes)
-    unknown = unknown and not SHARED_TABLE.search(pattern)
-    for stack, chosen in (
-        stacks.items() if unknown else ()
-    ):  # a row of one block's own, whose shapes are like no other's
-        prefix = stack.partition("{")[0]
-        own_number = named.removeprefix(prefix).partition(".")[0]
-        if named.startswith(prefix) and pattern.startswith(prefix + own_number) and own_number.isdigit():
-            if int(own_number) >= len(chosen) or chosen[int(own_number)] != int(own_number):
-                raise ShapeError(
-                    f"{named}: blocks of this model differ in their shapes, and block {own_number} must stay where it "
-                    "is. Name blocks with layers=[...] so that it does, or keep the depth."
-                )
     return source + match.suffix, block
 
 

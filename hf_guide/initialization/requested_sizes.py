@@ -128,15 +128,18 @@ def _check_list(name: str, value: Any, had: list[int], teacher: PreTrainedConfig
         _check_number(f"{name}[{stage}]", wanted, size, bounded=True)
 
 
-def check_experts(config: PreTrainedConfig, part: str = "") -> None:
-    """Refuse a mixture with fewer experts than each token is routed to; nested configs are gone through.
+def check_experts(config: PreTrainedConfig, teacher: PreTrainedConfig, part: str = "") -> None:
+    """Refuse a mixture, other than the teacher's, with fewer experts than each token is routed to, nested configs included.
 
     Raises:
         ShapeError: names both entries of the config.
     """
     for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig):
-            check_experts(value, f"{part}{name}.")
+        if isinstance(value, PreTrainedConfig) and isinstance(had := teacher.__dict__.get(name), PreTrainedConfig):
+            check_experts(value, had, f"{part}{name}.")
+    mixture = (_EXPERTS, _EXPERTS_PER_TOKEN, ("n_group",), ("topk_group",))
+    if all(_entry(config, names) == _entry(teacher, names) for names in mixture):
+        return
     per_token = _entry(config, _EXPERTS_PER_TOKEN)
     experts = _entry(config, _EXPERTS)
     if experts is None or per_token is None or experts[1] < 1:

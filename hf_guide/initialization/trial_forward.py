@@ -1,6 +1,6 @@
 """One tiny forward of a new student, so that a shape that cannot run is refused before anyone waits for it.
 
-Does: run a copy that shares the student's parameters, in evaluation mode, without gradients, on the CPU; with one cached
+Does: run a copy, which shares a large student's parameters, in evaluation mode, without gradients, on the CPU; with one cached
 decoding step where the model has a cache. The student itself, random states and module state stay as they are.
 Does not: judge how good the outputs are.
 """
@@ -17,6 +17,7 @@ import numpy
 import torch
 import transformers
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
@@ -27,6 +28,9 @@ from hf_guide.initialization.twins import TWIN_ERRORS
 
 MOST_OPERATIONS = 1e12
 """Of the trial, 2 for each parameter and position: seconds on a CPU. What would cost more is not tried."""
+
+COPIED = 1 << 30
+"""Bytes of parameters up to which a copy is run, and above which the parameters are shared with the copy and read-only."""
 
 _RECYCLED = 64 << 20
 """Bytes above which the allocator takes fresh pages from the kernel, which are zeros; smaller memory may hold anything."""
@@ -182,21 +186,41 @@ def _unfilled(
     return model
 
 
+class _ReadOnly(TorchFunctionMode):
+    """Refuse operations that change one of the tensors of these ids in place."""
+
+    def __init__(self, tensors: set[int]):
+        super().__init__()
+        self._tensors = tensors
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(function, "__name__", "")
+        changes = name.startswith("__i") or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if changes and args and id(args[0]) in self._tensors:
+            raise RuntimeError("its forward changes its own parameters")
+        return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Give a copy in evaluation mode that shares the parameters, and restore what a forward may change outside it."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
+    """Give a copy in evaluation mode, and restore what a forward may change outside it.
+
+    Some models change their weights when they run (RWKV rescales its own): a large one, whose parameters are not copied,
+    raises instead.
+    """
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    shared = {id(parameter): parameter for parameter in model.parameters()} if size > COPIED else {}
+    read_only = _ReadOnly(set(shared)) if shared else contextlib.nullcontext()
     verbosity = transformers.logging.get_verbosity()
     with _kept_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
         try:
             twin = copy.deepcopy(model, shared).eval()
-            if hasattr(twin.base_model, "layers_are_rescaled"):
-                twin.base_model.layers_are_rescaled = True  # RWKV divides its parameters in place otherwise
             if twin.dtype == torch.float64 and twin._can_set_experts_implementation():
                 twin.set_experts_implementation("eager")  # the grouped kernels know no float64
-            yield twin
+            with read_only:
+                yield twin
         finally:
             transformers.logging.set_verbosity(verbosity)
 

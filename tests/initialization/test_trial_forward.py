@@ -43,6 +43,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
         "MambaForCausalLM",
         {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     ),
+    "weights that a forward rescales": (
+        "RwkvForCausalLM",
+        {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "rescale_every": 2},
+    ),
     "random attention": ("BigBirdForMaskedLM", TEXT),
     "positions after padding": ("RobertaForMaskedLM", {**TEXT, "max_position_embeddings": 6}),
     "decoder that is a base model": ("LlamaModel", TEXT),
@@ -89,6 +93,18 @@ def test_a_model_of_every_modality_runs_and_nothing_of_it_changes(name: str) -> 
     assert state_of(model) == before
     assert all(torch.equal(value, tensors[key]) for key, value in everything(model).items())
     assert check_runs(model, model.config, filled=False) == []  # with nothing but zeros
+
+
+def test_a_large_model_that_changes_its_own_weights_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "hf_guide.initialization.trial_forward.COPIED", 0
+    )  # every model is large, and shares its weights
+    for name in ("weights that a forward rescales", "llama", "t5", "vit"):
+        model = model_of(name)
+        tensors = {key: value.clone() for key, value in everything(model).items()}
+        notes = check_runs(model, model.config, filled=True)
+        assert all(torch.equal(value, tensors[key]) for key, value in everything(model).items())
+        assert notes == [] or (name.startswith("weights") and "changes its own parameters" in notes[0])
 
 
 class Untouchable:

@@ -69,6 +69,27 @@ for family in ("xlm-roberta", "camembert", "data2vec-text"):
     register_layout(family, like="roberta")
 
 register_layout(
+    "longformer",
+    """
+    encoder.layer.{block}
+      .attention.self.query_global: (heads q_dim) embed
+      .attention.self.key_global: (heads k_dim) embed
+      .attention.self.value_global: (heads head_dim) embed
+    """,
+    like="roberta",
+)
+register_layout(
+    "layoutlm",
+    """
+    embeddings.x_position_embeddings: positions embed
+    embeddings.y_position_embeddings: positions embed
+    embeddings.h_position_embeddings: positions embed
+    embeddings.w_position_embeddings: positions embed
+    """,
+    like="bert",
+)
+
+register_layout(
     "xlm-roberta-xl",
     """
     encoder.layer.{block}

@@ -58,8 +58,31 @@ CASES: list[Case] = [
     Case("roberta", "RobertaForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
     Case("roberta", "RobertaForMaskedLM", SMALL, BIG, TEXT, "roberta-masked", lift=None, residual=STREAM_RESIDUAL),
     Case("xlm-roberta", "XLMRobertaForTokenClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case(
+        "xlm-roberta",
+        "XLMRobertaForMaskedLM",
+        SMALL,
+        BIG,
+        TEXT,
+        "xlm-roberta-masked",
+        lift=None,
+        residual=STREAM_RESIDUAL,
+    ),
+    Case(
+        "camembert", "CamembertForMaskedLM", SMALL, BIG, TEXT, "camembert-masked", lift=None, residual=STREAM_RESIDUAL
+    ),
     Case("camembert", "CamembertForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
     Case("data2vec-text", "Data2VecTextForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case(
+        "longformer",
+        "LongformerForSequenceClassification",
+        SMALL,
+        BIG,
+        TEXT | {"attention_window": 4},
+        residual=STREAM_RESIDUAL,
+    ),
+    Case("layoutlm", "LayoutLMForSequenceClassification", SMALL, BIG, TEXT, residual=STREAM_RESIDUAL),
+    Case("layoutlm", "LayoutLMForMaskedLM", SMALL, BIG, TEXT, "layoutlm-masked", lift=None, residual=STREAM_RESIDUAL),
     Case("xlm-roberta-xl", "XLMRobertaXLForSequenceClassification", SMALL, DEEP, TEXT),
     Case("xlm-roberta-xl", "XLMRobertaXLForTokenClassification", SMALL, DEEP, TEXT, "xlm-roberta-xl-tokens"),
     Case(
