@@ -7,8 +7,9 @@ Does not: change the student's class, or what the stock class writes.
 import copy
 import inspect
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,10 @@ def save_student(
 
 
 def carry_generation_config(student: PreTrainedModel, source: Any, **where: Any) -> None:
-    """Give a student that generates its teacher's generation config, where the teacher has one of its own."""
+    """Give a student that generates its teacher's generation config, where the teacher has one of its own.
+
+    What it says of blocks and heads follows those that the student's report says were kept.
+    """
     if not student.can_generate():
         return
     if isinstance(source, PreTrainedModel):
@@ -194,4 +198,64 @@ def carry_generation_config(student: PreTrainedModel, source: Any, **where: Any)
             path = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **where)
             found = None if path is None else GenerationConfig.from_pretrained(name, **where)
     if found is not None:
+        report = getattr(student, "initialization_report", None)
+        if report is not None:
+            report.notes += follow_blocks(found, report.blocks, report.heads)
         student.generation_config = found
+
+
+def follow_blocks(
+    generation: GenerationConfig, blocks: Mapping[str, list[int]], heads: Mapping[str, list[list[int]]]
+) -> list[str]:
+    """Set what a generation config says of blocks and heads for those that a student keeps; return what was dropped.
+
+    Whisper's `alignment_heads` are pairs of a decoder block and a head of its attention to the encoder;
+    `assistant_early_exit` and `dola_layers` count blocks that have been passed.
+
+    Args:
+        blocks: by stack the teacher's block that feeds each of the student's.
+        heads: by attention module the teacher's heads that each of the student's blocks keeps, where those are fewer.
+    """
+    stacks = [stack for stack in blocks if "decoder" in stack] or [stack for stack in blocks if "encoder" not in stack]
+    of_text = [stack for stack in stacks if "language" in stack or "text" in stack] or stacks
+    if not of_text:
+        if getattr(generation, "alignment_heads", None) is None:
+            return []
+        generation.alignment_heads = None  # type: ignore[attr-defined]
+        return [
+            "generation_config.alignment_heads names heads of the teacher's, none of which feeds the student: dropped."
+        ]
+    stack = of_text[0]
+    kept = blocks[stack]
+    notes = []
+    pairs = getattr(generation, "alignment_heads", None)
+    if pairs is not None:
+        generation.alignment_heads = _aligned(pairs, stack, kept, heads) or None  # type: ignore[attr-defined]
+        dropped = len(pairs) - len(generation.alignment_heads or [])  # type: ignore[attr-defined]
+        if dropped > 0:
+            left = (
+                "none is left, so there are no timestamps of tokens" if dropped == len(pairs) else "the others follow"
+            )
+            notes.append(
+                f"generation_config.alignment_heads names {dropped} heads that the student does not have: {left}."
+            )
+    if isinstance(generation.assistant_early_exit, int):
+        generation.assistant_early_exit = sum(block < generation.assistant_early_exit for block in kept) or None
+    if isinstance(generation.dola_layers, list):
+        generation.dola_layers = sorted({sum(block < layer for block in kept) for layer in generation.dola_layers})
+    return notes
+
+
+def _aligned(
+    pairs: list[list[int]], stack: str, kept: list[int], heads: Mapping[str, list[list[int]]]
+) -> list[list[int]]:
+    """Return the pairs of a block and a head that a student still has, in its own numbers."""
+    of_stack = {module: of_blocks for module, of_blocks in heads.items() if module.startswith(stack + ".")}
+    crossing = [of_blocks for module, of_blocks in of_stack.items() if re.search("encoder_attn|cross|EncDec", module)]
+    aligned = []
+    for block, head in pairs:
+        for number, fed in enumerate(kept):
+            of_block = crossing[0][number] if crossing else None
+            if fed == block and (of_block is None or head in of_block):
+                aligned.append([number, head if of_block is None else of_block.index(head)])
+    return aligned

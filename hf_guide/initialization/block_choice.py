@@ -5,6 +5,7 @@ student's config, its fields by block set for these blocks, builds at every posi
 of that is found from models on the meta device, so before any weight is read and any calibration data is run.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -39,7 +40,8 @@ def block_kind(block: nn.Module) -> BlockKind:
     structure: list[tuple[str, str, tuple[str, ...]]] = []
     switches: list[tuple[str, str, Any]] = []
     sizes: list[tuple[str, str, Any]] = []
-    for name, module in block.named_modules():
+    for full, module in block.named_modules():
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", full)  # of how many a list is made is a size
         if "drop" in f"{name} {type(module).__name__}".lower():
             continue  # at a rate of zero often another class
         structure.append((name, type(module).__name__, tuple(sorted(key for key, _ in _tensors(module)))))

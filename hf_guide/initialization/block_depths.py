@@ -114,15 +114,20 @@ def _find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], l
     found = StackDepths({}, {}, model)
     taken: set[str] = set()
     for path, size in _depth_candidates(config, set(whole.values())):
-        shorter = copy.deepcopy(config)
-        records = record_reads(shorter)
-        stacks: tuple[str, ...]
+        stacks: tuple[str, ...] = ()
+        records: dict[Path, Reads] = {}
         tables: dict[str, tuple[int, Path, bool]] = {}
         try:
-            set_at(shorter, path, size - 1)
-            other = build_on_meta(model_class, shorter)
-            sizes, tables = stacks_of(other, layout), _tables(model, other, path, size)
-            stacks = tuple(stack for stack, had in whole.items() if had == size and sizes.get(stack, 0) == size - 1)
+            for with_lists in (False, True):  # where the length of a list is the depth
+                shorter = _shortened(config, path, size, with_lists=with_lists)
+                records = record_reads(shorter)
+                other = build_on_meta(model_class, shorter)
+                sizes, tables = stacks_of(other, layout), _tables(model, other, path, size)
+                stacks = tuple(
+                    stack for stack, had in whole.items() if had == size and sizes.get(stack, 0) == size - 1
+                )
+                if stacks:
+                    break
         except BUILD_ERRORS:
             records = {}
             like = [stack for stack, had in whole.items() if had == size and stack not in taken]
@@ -192,6 +197,18 @@ def _tables(
     return found
 
 
+def _shortened(config: PreTrainedConfig, path: Path, size: int, *, with_lists: bool) -> PreTrainedConfig:
+    """Return a config with one block fewer, and with `with_lists` one entry fewer in lists of layers of that length."""
+    shorter = copy.deepcopy(config)
+    part = value_at(shorter, path[:-1]) if len(path) > 1 else shorter
+    if path[-1] in part.__dict__:
+        set_at(shorter, path, size - 1)
+    for name, value in list(vars(part).items()) if with_lists else ():
+        if isinstance(value, list) and len(value) == size and words(name) & LAYER_WORDS:
+            part.__dict__[name] = value[:-1]
+    return shorter
+
+
 def _usual_depth(config: PreTrainedConfig, path: Path) -> str:
     part = value_at(config, path[:-1]) if len(path) > 1 else config
     return part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -202,8 +219,10 @@ def _depth_candidates(config: PreTrainedConfig, sizes: set[int]) -> list[tuple[P
     for prefix, part in parts_of(config):
         usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         names = [name for name, value in vars(part).items() if type(value) is int and value in sizes and value > 1]
+        if usual not in vars(part) and value_at(part, (usual,)) in sizes:
+            names.append(usual)
         named = [
             name for name in names if name == usual or (words(name) & LAYER_WORDS and not words(name) & NOT_DEPTHS)
         ]
-        found += [((*prefix, name), vars(part)[name]) for name in sorted(named, key=lambda name: name != usual)]
+        found += [((*prefix, name), value_at(part, (name,))) for name in sorted(named, key=lambda name: name != usual)]
     return found

@@ -36,10 +36,12 @@ class FieldKind(str, Enum):
     ENTRIES = "entries"  # a list with an entry per block
     STATES = "states"  # a list with an entry for the input and one per block
     KEYED = "keyed"  # a mapping from a block's number
+    CYCLE = "cycle"  # a list whose entries are taken in turn, again and again
     SOURCES = "sources"  # an entry per block, the number of another block
     NUMBERS = "numbers"  # the numbers of the blocks that differ; those of dropped blocks go
     NUMBERS_FROM_ONE = "numbers_from_one"  # the same, counted from 1
-    AFTER = "after"  # numbers of blocks whose output is used
+    AFTER = "after"  # numbers of blocks whose output is used, each another's
+    OUTPUTS = "outputs"  # numbers of blocks whose output is used
     STATE_NUMBERS = "state_numbers"  # numbers of hidden states: 0 is the input, negative ones count from the last
     FIRST = "first"  # how many blocks at the start differ; a start index
     LAST = "last"  # how many blocks at the end differ
@@ -73,7 +75,11 @@ def value_at(config: PreTrainedConfig, path: Path) -> Any:
     for name in path:
         if not isinstance(part, PreTrainedConfig):
             return None
-        part = part.__dict__.get(part.attribute_map.get(name, name), None)
+        real = part.attribute_map.get(name, name)
+        if real in part.__dict__ or not isinstance(getattr(type(part), real, None), property):
+            part = part.__dict__.get(real)
+        else:
+            part = getattr(part, real)  # such as Nemotron-H's depth, the length of a list
     return part
 
 
@@ -110,7 +116,10 @@ def follow(value: Any, kind: FieldKind, blocks: Sequence[int], depth: int) -> An
         return None
     match kind:
         case FieldKind.ENTRIES:
-            return type(value)(value[block] for block in blocks)
+            entries = [value[block] for block in blocks]
+            return "".join(entries) if isinstance(value, str) else type(value)(entries)
+        case FieldKind.CYCLE:
+            return type(value)(value[block % len(value)] for block in blocks)
         case FieldKind.STATES:
             return type(value)([value[0], *(value[block + 1] for block in blocks)])
         case FieldKind.KEYED:
@@ -130,6 +139,8 @@ def follow(value: Any, kind: FieldKind, blocks: Sequence[int], depth: int) -> An
                     "a block must be kept"
                 )
             return mapped
+        case FieldKind.OUTPUTS:
+            return _mapped(value, functools.partial(_output_number, blocks=blocks, depth=depth))
         case FieldKind.STATE_NUMBERS:
             return _mapped(value, functools.partial(_state_number, blocks=blocks, depth=depth))
         case FieldKind.FIRST:
@@ -184,12 +195,14 @@ class Reads:
 LAYER_WORDS = frozenset(("layer", "layers", "block", "blocks", "depth"))
 INDEX_WORDS = frozenset(("index", "indices", "indexes", "idx", "idxs", "ids", "layers", "blocks"))
 OUTPUT_WORDS = frozenset(("out", "output", "outputs", "feature", "features", "deepstack", "intermediate"))
+OF_OTHERS = frozenset(("mtp", "target", "nextn"))  # stacks that are no part of this one
 NOT_DEPTHS = frozenset(("norm", "eps", "type", "scale", "dropout", "head", "heads", "size", "dim"))
 
 DECLARED: dict[str, dict[str, FieldKind]] = {
     "bert": {"pruned_heads": FieldKind.KEYED},
     "dpt": {"backbone_out_indices": FieldKind.AFTER},
     "eomt": {"num_blocks": FieldKind.LAST},
+    "mllama_vision_model": {"intermediate_layers_indices": FieldKind.OUTPUTS},
     "seggpt": {"merge_index": FieldKind.AFTER, "intermediate_hidden_state_indices": FieldKind.AFTER},
 }
 """By the `model_type` of the (nested) config: fields whose meaning cannot be found. A layout declares its own."""
@@ -250,7 +263,7 @@ def find_fields(
         own = {path: depth for path, depth in depths.depths.items() if path[:-1] == prefix}
         for name, value in _plain_values(part).items():
             path = (*prefix, name)
-            if path in depths.depths or value is None or isinstance(value, (bool, str, float)):
+            if path in depths.depths or value is None or isinstance(value, (bool, float)):
                 continue
             if path in said:
                 if said[path] != "none":
@@ -304,7 +317,9 @@ def _kind_of(part: PreTrainedConfig, name: str, value: Any, depth: Depth, reads:
         return FieldKind.KEYED if numbered and meaning & LAYER_WORDS else None
     if isinstance(value, int):
         return _kind_of_number(name, value, size)
-    if not isinstance(value, (list, tuple)):
+    if isinstance(value, str):
+        return FieldKind.ENTRIES if len(value) == size > 1 and "pattern" in meaning else None
+    if not isinstance(value, (list, tuple)) or meaning & OF_OTHERS:
         return None
     integers = bool(value) and all(type(entry) is int for entry in value)
     before = set(range(size - 1))
@@ -318,6 +333,8 @@ def _kind_of(part: PreTrainedConfig, name: str, value: Any, depth: Depth, reads:
             return FieldKind.SOURCES if integers and _are_sources(name, value, size) else FieldKind.ENTRIES
     if not meaning & LAYER_WORDS and not meaning & OUTPUT_WORDS:
         return None
+    if 0 < len(value) < size and "types" in meaning and all(isinstance(entry, str) for entry in value):
+        return FieldKind.CYCLE
     if (integers or not value) and meaning & INDEX_WORDS and all(-size <= number <= size for number in value):
         if meaning & OUTPUT_WORDS:
             by_state = any(number == size for number in value) or "layers" in meaning
@@ -394,6 +411,36 @@ def _of_another_part(path: Path, value: Any, own: Mapping[Path, Depth], depths: 
     nested = named or list(own.values()) or [depth for depth in inside if "text_config" not in depth.path]
     fitting = [depth for depth in nested if all(-depth.size - 1 <= number <= depth.size for number in numbers)]
     return BlockField(path, FieldKind.STATE_NUMBERS, fitting[0].path) if len(fitting) == 1 else None
+
+
+def block_lists(config: PreTrainedConfig) -> dict[Path, Sequence[int]]:
+    """Return the lists of block numbers that a config and its nested ones hold, by what they are called."""
+    return {
+        (*prefix, name): value
+        for prefix, part in parts_of(config)
+        for name, value in vars(part).items()
+        if isinstance(value, (list, tuple))
+        and value
+        and all(type(entry) is int for entry in value)
+        and words(name) & LAYER_WORDS
+        and words(name) & INDEX_WORDS
+    }
+
+
+def unclear_fields(config: PreTrainedConfig, fields: Sequence[BlockField]) -> list[Path]:
+    """Return fields that seem to name blocks, in pairs or deeper lists, and that are none of `fields`."""
+    known = {each.path for each in fields}
+    return [
+        (*prefix, name)
+        for prefix, part in parts_of(config)
+        for name, value in vars(part).items()
+        if (*prefix, name) not in known
+        and not name.startswith("_")
+        and words(name) & LAYER_WORDS
+        and isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(entry, (list, tuple)) and all(type(each) is int for each in entry) for entry in value)
+    ]
 
 
 def shared_sources(part: PreTrainedConfig) -> dict[int, int]:

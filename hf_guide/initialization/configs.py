@@ -181,6 +181,8 @@ def _real_name(config: PreTrainedConfig, name: str) -> str:
 
 def _known_names(config: PreTrainedConfig) -> set[str]:
     known = {field.name for field in fields(config)} | set(_constructor_values(config)) | {"num_labels"}
+    if isinstance(getattr(type(config), "num_hidden_layers", None), property):
+        known.add("num_hidden_layers")  # the length of a list
     return {name for name in known if not name.startswith("_")} - set(_NOT_INHERITED)
 
 

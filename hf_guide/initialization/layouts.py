@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
 from hf_guide.errors import LayoutError, did_you_mean
 from hf_guide.initialization.axes import Axis, Name, Sum, parse_axes
@@ -350,10 +351,10 @@ def variant_for(layout: Layout, config: PreTrainedConfig) -> Layout:
 
 def config_sizes(layout: Layout, config: PreTrainedConfig) -> dict[str, int]:
     """Return the sizes of a family's named axes that `config` states."""
-    heads = getattr(config, "num_attention_heads", None)
-    width = getattr(config, "hidden_size", None)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or (width // heads if isinstance(heads, int) and width else None)
+    heads = _size_of_all(config, "num_attention_heads")
+    width = _size_of_all(config, "hidden_size")
+    kv_heads = _size_of_all(config, "num_key_value_heads") or heads
+    head_dim = _size_of_all(config, "head_dim") or (width // heads if isinstance(heads, int) and width else None)
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     for name, source in layout.sizes.items():
         value = source(config) if callable(source) else getattr(config, source)
@@ -367,6 +368,14 @@ def config_sizes(layout: Layout, config: PreTrainedConfig) -> dict[str, int]:
     if "group" not in sizes and isinstance(sizes["heads"], int) and isinstance(sizes["kv_heads"], int):
         sizes["group"] = sizes["heads"] // sizes["kv_heads"]
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
+
+
+def _size_of_all(config: PreTrainedConfig, name: str) -> int | None:
+    """Return a size that a config states; None where it states none, or another for some blocks."""
+    try:
+        return getattr(config, name, None)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return None
 
 
 def rotary_size(layout: Layout, config: PreTrainedConfig, head_dim: int) -> int:

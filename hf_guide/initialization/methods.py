@@ -162,6 +162,19 @@ def uneven_pairs(plan: Plan) -> list[str]:
     ]
 
 
+def heads_by_block(plan: Plan) -> dict[str, list[list[int]]]:
+    """Return the teacher's heads that each block's attention keeps, by module, where it has fewer than the teacher."""
+    found: dict[str, dict[int, list[int]]] = {}
+    for site in plan.sites.values():
+        if site.source is None or site.block is None or len(site.axes) < 2:
+            continue
+        heads = plan.kept_heads(site)
+        if heads is not None:
+            module = site.match.row.pattern.replace(".{block}", "").rpartition(".")[0]
+            found.setdefault(module, {})[site.block] = heads
+    return {module: [heads[block] for block in sorted(heads)] for module, heads in found.items()}
+
+
 def make_report(
     student: PreTrainedModel, transfer: Transfer, fitted: dict[str, ResidualBasis], seconds: dict[str, float]
 ) -> InitializationReport:
@@ -217,6 +230,7 @@ def make_report(
         },
         explained_variance={axis: explained_variance(basis.eigenvalues).tolist() for axis, basis in fitted.items()},
         kept={axis: basis.explained for axis, basis in fitted.items()},
+        heads=heads_by_block(plan),
         widths={axis: list(widths) for axis, widths in plan.widths.items()},
         parameters=records,
         approximations=notes,

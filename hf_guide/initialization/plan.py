@@ -13,6 +13,7 @@ from hf_guide.initialization.axes import (
     AxisMap,
     Identity,
     Name,
+    Product,
     Projection,
     Selection,
     axis_names,
@@ -284,6 +285,27 @@ class Plan:
         else:
             places = even_places(had, wanted)
         return torch.tensor(places, dtype=torch.long), torch.full((wanted,), factor, dtype=torch.float64)
+
+    def kept_heads(self, site: Site) -> list[int] | None:
+        """Return the teacher's heads that feed a parameter's, of all groups together; None where that is each of them.
+
+        A parameter whose axes name no heads, or those of keys and values alone, has none.
+        """
+        names = {name for axis in site.axes for name in axis_names(axis)}
+        named = [name for name in names if name.endswith("heads") and name != "kv_heads"]
+        if {"kv_heads", "group"} <= names:
+            axis: Axis = Product((Name("kv_heads"), Name("group")))
+        elif len(named) == 1:
+            axis = Name(named[0])
+        else:
+            return None
+        teacher, student = self.sizes(site)
+        for pair in (name for name in self.units.get(site.name, ()) if " " in name):
+            first, second = pair.split()
+            axis = joined(axis, first, second)
+            teacher[pair] = teacher[first] * teacher[second]
+        heads = select(axis, lambda name: self._leaf(site, name, teacher, student), teacher)[0].tolist()
+        return heads if len(heads) != axis_size(axis, teacher) else None
 
     def attention_scale(self, config: PreTrainedConfig, head_dim: int) -> float:
         """Return what a model multiplies the products of queries and keys with."""

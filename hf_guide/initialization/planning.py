@@ -1,6 +1,7 @@
 """`make_plan`: from two models' names and shapes alone, so that what cannot work is refused before any weight is read."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, OptionError, ShapeError, did_you_mean
 from hf_guide.initialization.axes import Axis, Name, Product, Sum, select
-from hf_guide.initialization.block_indices import parts_of, shared_sources
+from hf_guide.initialization.block_indices import block_lists, parts_of, shared_sources, value_at
 from hf_guide.initialization.choices import BlockChoice, LaterBlocks, Method
 from hf_guide.initialization.hierarchy import (
     choose_stage_blocks,
@@ -186,6 +187,7 @@ def make_plan(
         if stack in had and (stack.endswith("{block}") or not is_blocks_only(layout))
     }
     stacks |= _stage_stacks(student, teacher, layout, options, teacher_names, student_names, stacks)
+    stacks |= _listed_by_block(teacher.config, student.config, stacks, had, wanted)
     sources = _shared_sources(teacher.config, had)
     borrowed: dict[str, str] = {}
     refuse_moved_blocks(layout, stacks)
@@ -291,6 +293,7 @@ def make_plan(
         "kept, and the student's makes its own from its own input."
         for missing, used in borrowed.items()
     ]
+    _merge_state_weights(plan)
     for site in sites.values():
         if site.source is not None:
             plan.maps(site)
@@ -406,6 +409,57 @@ def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, in
         if placeholder == "block":
             block = int(number)
     return source + match.suffix, block
+
+
+def _listed_by_block(
+    teacher: PreTrainedConfig,
+    student: PreTrainedConfig,
+    stacks: Mapping[str, list[int]],
+    had: Mapping[str, int],
+    wanted: Mapping[str, int],
+) -> dict[str, list[int]]:
+    """Return, of lists of modules with one for each block that a field of the config lists, those that feed the student's.
+
+    Such are Zamba 2's adapters: one for each of `hybrid_layer_ids`.
+    """
+    found: dict[str, list[int]] = {}
+    for path, numbers in block_lists(teacher).items():
+        of_student = value_at(student, path)
+        for stack in had.keys() & wanted.keys():
+            outer = stack.partition("{block}")[0] + "{block}"
+            if stack.endswith("{block}") or outer not in stacks or not isinstance(of_student, (list, tuple)):
+                continue
+            fed = [stacks[outer][block] for block in of_student if block < len(stacks[outer])]
+            counts = (len(numbers), len(of_student))
+            if (had[stack], wanted[stack]) == counts and set(fed) <= set(numbers) and len(of_student) == len(fed):
+                found[stack] = [list(numbers).index(block) for block in fed]
+    return found
+
+
+def _merge_state_weights(plan: Plan) -> None:
+    """Give weights that mix hidden states by a softmax those of the states that dropped blocks leave as they were."""
+    for site in plan.sites.values():
+        stack = plan.stack_of_table(site)
+        if stack is None or site.source is None or len(site.axes) != 1 or not isinstance(site.axes[0], Sum):
+            continue
+        blocks = plan.stacks[stack]
+        if not site.canonical.endswith("layer_weights") or sorted(set(blocks)) != blocks:
+            plan.notes.append(f"{site.name}: its entries for blocks that are not kept have no place.")
+            continue
+        plan.turns[site.source] = functools.partial(merge_states, blocks=blocks)
+
+
+def merge_states(weights: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Return softmax weights of hidden states, (depth + 1,), with each kept state's standing for those that equal it.
+
+    The state after a dropped block is the one before it, so the weights of both add up: in the exponent, the logarithm of
+    the sum of exponentials.
+    """
+    merged = weights.clone()
+    kept = [0, *(block + 1 for block in blocks)]
+    for start, stop in zip(kept, [*kept[1:], len(weights)], strict=True):
+        merged[start] = weights[start:stop].logsumexp(0)
+    return merged
 
 
 def _shared_sources(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:

@@ -56,6 +56,8 @@ class InitializationReport:
         hf_guide_version, transformers_version: what made it.
         teacher_parameters, student_parameters: how many numbers each holds, tied ones counted once.
         blocks: for each stack of blocks, the teacher's block that feeds each of the student's.
+        heads: for each attention module, by its name without the block's number, the teacher's heads that each block keeps,
+            where it has fewer.
         explained_variance: for each projected axis the share, 0 to 1, kept at width 1, 2, ..., the teacher's.
         kept: for each projected axis the share kept at the student's width.
         widths: for each axis the teacher's size and the student's.
@@ -79,6 +81,7 @@ class InitializationReport:
     teacher_parameters: int
     student_parameters: int
     blocks: dict[str, list[int]] = field(default_factory=dict)
+    heads: dict[str, list[list[int]]] = field(default_factory=dict)
     explained_variance: dict[str, list[float]] = field(default_factory=dict)
     kept: dict[str, float] = field(default_factory=dict)
     widths: dict[str, list[int]] = field(default_factory=dict)

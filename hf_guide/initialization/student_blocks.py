@@ -38,6 +38,7 @@ from hf_guide.initialization.block_indices import (
     parts_of,
     shared_entries,
     shared_sources,
+    unclear_fields,
     value_at,
     words,
 )
@@ -242,6 +243,8 @@ class _Search:
             ShapeError: nothing fits; with the reason, and of a named list with the nearest one that would.
         """
         blocks = {path: self._first_choice(path) for path in self.wanted}
+        for path in blocks:
+            self._refuse_broken_places(path, blocks[path])
         attempt = self._express(blocks)
         if not attempt.passed:
             attempt = self._move(attempt)
@@ -249,6 +252,11 @@ class _Search:
         if self.config is not None or self._fixed():
             attempt, student = self._fit_to_said(attempt, student)
         self._note_moves(attempt)
+        self.approximations += [
+            f"{'.'.join(path)}={value_at(self.family.teacher.config, path)!r} seems to name blocks and was left as it is: say "
+            "how it goes by block with register_layout(block_fields=...)."
+            for path in unclear_fields(self.family.teacher.config, self.family.fields)
+        ]
         layers = {stack: attempt.blocks[path] for path in attempt.blocks for stack in self._depth(path).stacks}
         return StudentBlocks(student, layers, self.notes, self.approximations)
 
@@ -280,6 +288,7 @@ class _Search:
             by_structure.setdefault(tuple(kind.structure for kind in kinds), set()).add(block)
         if every_kind and 1 < len(by_structure) <= len(self.wanted[path]):
             groups += map(frozenset, by_structure.values())
+        groups += [frozenset((block,)) for block in range(self._injections(path))]
         for each in self.family.fields:
             value = value_at(self.family.teacher.config, each.path)
             if each.depth == path and each.kind == FieldKind.AFTER and each.path not in self.asked:
@@ -290,6 +299,17 @@ class _Search:
         needs = {block: frozenset((source,)) for block, source in shared_sources(part).items()}
         return Requirements(tuple(groups), needs | shared_entries(part, depth.size))
 
+    def _injections(self, path: Path) -> int:
+        """Return after how many of a text stack's first blocks features of images are added (Qwen3-VL's deepstack)."""
+        if "text_config" not in path:
+            return 0
+        lists = [
+            value_at(self.family.teacher.config, each.path)
+            for each in self.family.fields
+            if each.path[-1] == "deepstack_visual_indexes" and each.path[:-2] == path[: len(each.path) - 2]
+        ]
+        return max(map(len, lists), default=0)
+
     def _choose(
         self, path: Path, allowed: "Callable[[int, int], bool] | None" = None, *, every_kind: bool = True
     ) -> list[int] | None:
@@ -299,6 +319,17 @@ class _Search:
         if influence is not None:
             return most_influential(influence, len(wanted), requirements, allowed)
         return nearest_blocks(wanted, self._depth(path).size, requirements, allowed)
+
+    def _refuse_broken_places(self, path: Path, blocks: Sequence[int]) -> None:
+        """Refuse blocks without those that the forward pass itself counts from the start."""
+        count = self._injections(path)
+        if list(blocks[:count]) != list(range(count)):
+            stack = self._depth(path).stacks[0].removesuffix(".{block}")
+            nearest = self._choose(path) or list(range(len(blocks)))
+            raise ShapeError(
+                f"{stack}: features of images are added after each of the first {count} blocks, so the blocks kept must begin "
+                f"with {list(range(count))}; found {list(blocks)}. The nearest such choice is {nearest}."
+            )
 
     def _first_choice(self, path: Path) -> list[int]:
         wanted = self.wanted[path]
