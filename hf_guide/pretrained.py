@@ -70,7 +70,12 @@ def unreadable_as(error_class: type[HfGuideError], what: str) -> Iterator[None]:
 
 
 def load_config(
-    name: str, hub: Mapping[str, Any] | None = None, trust: bool = False, gguf_file: str | None = None
+    name: str,
+    hub: Mapping[str, Any] | None = None,
+    trust: bool = False,
+    gguf_file: str | None = None,
+    *,
+    what: str | None = None,
 ) -> PreTrainedConfig:
     """Return the config of a folder or Hub id; of an adapter, that of its base model.
 
@@ -79,6 +84,7 @@ def load_config(
         hub: where it is found, as keywords of `from_pretrained`.
         trust: whether the checkpoint's own code may be run.
         gguf_file: the GGUF file that holds it.
+        what: the beginning of an error's message; by default that the config cannot be read.
 
     Raises:
         TeacherError: there is none, it cannot be read, or only with the checkpoint's own code and without permission; or it
@@ -87,7 +93,7 @@ def load_config(
     where = {**(hub or {}), **({"gguf_file": gguf_file} if gguf_file else {})}
     check_model_folder(name)
     missing = "" if os.path.exists(name) else ": there is no such folder here, and as the name of a Hub model"
-    with unreadable_as(TeacherError, f"The config of {name} cannot be read{missing}"):
+    with unreadable_as(TeacherError, f"{what or f'The config of {name} cannot be read'}{missing}"):
         values, _ = PreTrainedConfig.get_config_dict(name, **where)
         if not isinstance(values, dict):
             raise TeacherError(f"The config of {name} cannot be read: it must be a mapping, found {values!r}.")

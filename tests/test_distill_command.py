@@ -236,7 +236,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         ({"objective": "dkd"}, "dkd"),
         ({"objective": "lelp"}, "learns the subclasses of a projector"),
         ({"processor_name_or_path": "EMPTY"}, "processor_name_or_path"),
-        ({"teacher": "/no/such/folder"}, "/no/such/folder cannot be read: there is no such folder"),
+        ({"teacher": "/no/such/folder"}, "The teacher /no/such/folder has no config"),
         ({"teacher_init_kwargs": {"dtyp": "bfloat16"}}, "teacher_init_kwargs=.'dtyp'.*dtyp"),
         ({"teacher_init_kwargs": {"dtype": "bfloat61"}}, "teacher_init_kwargs=.'dtype'.*bfloat61"),
         ({"resume_from_checkpoint": "/no/such/checkpoint"}, "no folder '/no/such/checkpoint'"),

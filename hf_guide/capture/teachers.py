@@ -34,7 +34,7 @@ def load_teacher(
     """
     name = os.fspath(name)
     hub: dict[str, Any] = {"revision": revision, "token": token}
-    config = load_config(name, hub, trust_remote_code)
+    config = load_config(name, hub, trust_remote_code, what=f"{name} cannot be loaded")
     loader = _loader(config, name, trust_remote_code)
     with unreadable_as(TeacherError, f"{name} cannot be loaded"):
         if loader.__name__.startswith("Auto"):
@@ -66,7 +66,9 @@ def task_of_files(
         TaskError: none of the tasks that can be distilled.
     """
     name = os.fspath(name)
-    config = load_config(name, {"revision": revision, "token": token}, trust_remote_code)
+    config = load_config(
+        name, {"revision": revision, "token": token}, trust_remote_code, what=f"{name} cannot be loaded"
+    )
     loader = _loader(config, name, trust_remote_code)
     with unreadable_as(TeacherError, f"{name} cannot be loaded"), torch.device("meta"):
         auto = loader.__name__.startswith("Auto")

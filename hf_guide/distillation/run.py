@@ -159,7 +159,8 @@ def _teacher(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig 
         return None, None
     name = args.teacher if os.path.exists(args.teacher) else args.teacher.split(",")[0].strip()
     where = _where(args.teacher_init_kwargs)
-    return name, load_config(name, where, bool(where.pop("trust_remote_code", False)))
+    trust = bool(where.pop("trust_remote_code", False))
+    return name, load_config(name, where, trust, what=f"The teacher {name} has no config that can be read")
 
 
 def _captured_source(args: DistillationArguments) -> str | None:
