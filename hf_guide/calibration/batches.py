@@ -234,7 +234,8 @@ def _tokenizer(teacher: Teacher, hub: Mapping[str, Any]) -> PreTrainedTokenizerB
         return load_processing_class(AutoTokenizer, teacher.name, revision=teacher.revision, **hub)
     except TeacherError as error:
         raise OptionError(
-            f"calibration_dataset is text. {error} Or tokenize it yourself, and pass rows or batches of input_ids."
+            f"calibration_dataset is text, and the teacher {teacher.name} has no tokenizer beside it that loads. {error} Or "
+            "tokenize it yourself, and pass rows or batches of input_ids."
         ) from error
 
 
