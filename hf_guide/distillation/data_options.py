@@ -99,7 +99,10 @@ class DataOptions:
     validation_seed: int = field(default=0, metadata={"help": "Which examples are held out; apart from `seed`."})
     text_column: str | None = field(
         default=None,
-        metadata={"help": "The column to read (of words, for token classification); by default the usual names."},
+        metadata={
+            "help": "The column to read: texts, lists of words (token-classification), or conversations, which the chat "
+            "template renders (causal-lm); by default the usual names."
+        },
     )
     text_pair_column: str | None = field(
         default=None, metadata={"help": "Of sequence classification: a second text beside the first."}
@@ -120,7 +123,7 @@ class DataOptions:
         default=True,
         metadata={
             "help": "Of causal and masked language models: lay texts end to end in blocks of max_length tokens; otherwise "
-            "each text is an example, cut at max_length."
+            "each text is an example, cut at max_length, or ended by the end token where it is shorter."
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Of masked-lm: the share of tokens to mask."})

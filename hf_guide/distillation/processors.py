@@ -108,10 +108,10 @@ def check_processors(
         own = _load(AutoTokenizer, teacher, hub | {"add_prefix_space": True})  # words are given one by one there
     if own is None:
         return Agreement()
-    if (
-        student is None or not task.is_language_model
-    ):  # those of language models are shared in part: see `make_teachers`
-        shared_vocabulary(tokenizer, own, _rows(student or teacher, tokenizer), _rows(teacher, own))
+    # Vocabularies of language models may be shared in part, which `make_teachers` finds out.
+    if student is None or not task.is_language_model:
+        sizes = rows_of_tokens(student or teacher) or len(tokenizer), rows_of_tokens(teacher) or len(own)
+        shared_vocabulary(tokenizer, own, *sizes)
     _compare_tokenizers(tokenizer, own, name, task)
     templates = [getattr(each, "chat_template", None) for each in (tokenizer, own)]
     if None not in templates and templates[0] != templates[1]:
@@ -123,10 +123,14 @@ def check_processors(
     return Agreement(pair_separator=_pair_separator(tokenizer, own))
 
 
-def _rows(model: Any, tokenizer: Any) -> int:
-    """Return how many tokens a model has a row for."""
-    table = without_adapter(model).get_input_embeddings()
-    return int(getattr(table, "num_embeddings", None) or len(tokenizer))
+def rows_of_tokens(model: Any) -> int | None:
+    """Return how many tokens a model has a row for; None where it has no table of them."""
+    try:
+        table = without_adapter(model).get_input_embeddings()
+    except NotImplementedError:  # models of characters, which hash them
+        return None
+    rows = getattr(table, "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
 
 
 def _part(processing_class: Any, attribute: str, *signs: str) -> Any:
@@ -358,7 +362,7 @@ def _why(mine: Any, own: Any, differing: Mapping[str, Any]) -> str:
         if len(set(values := [getattr(each, option, each.init_kwargs.get(option)) for each in (mine, own)])) > 1
     ]
     said += [f"their {key} differs" for key in differing] if not said else []
-    return f"{'; '.join(said)}. ".capitalize() if said else ""
+    return f"Their settings: {'; '.join(said)}. " if said else ""
 
 
 def _pair_separator(mine: Any, own: Any) -> int | None:

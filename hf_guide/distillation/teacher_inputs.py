@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from hf_guide.distillation.processors import PixelConversion, check_processors
+from hf_guide.distillation.processors import PixelConversion, check_processors, rows_of_tokens
 from hf_guide.distillation.tasks import Task, columns_read, without_adapter
 from hf_guide.errors import TeacherError
 from hf_guide.labels import IGNORED, shifted_right
@@ -101,9 +101,7 @@ class TeacherInputs:
 
     @functools.cached_property
     def _rows(self) -> int | None:
-        table = self.teacher.get_input_embeddings() if hasattr(self.teacher, "get_input_embeddings") else None
-        rows = getattr(table, "num_embeddings", None)
-        return rows if isinstance(rows, int) else None
+        return rows_of_tokens(self.teacher)
 
     @functools.cached_property
     def _positions(self) -> TextPositions:

@@ -236,6 +236,22 @@ def test_other_tokens_of_the_same_text_are_refused(kind: str, changes: dict[str,
         trainer_of(tmp_path, student, teacher, examples(kind, tok), collator(kind, tok), tok)
 
 
+@pytest.mark.parametrize("low", [True, False])
+def test_the_setting_that_differs_is_named(low: bool, tmp_path: Path) -> None:
+    student = model("BertForSequenceClassification")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    cased = transformers.BertTokenizer.from_pretrained(tmp_path, do_lower_case=False)
+    teacher, tok = saved(student, tmp_path / "teacher", cased), cased
+    if low:
+        tok = transformers.BertTokenizer.from_pretrained(tmp_path, do_lower_case=True)
+    data = [{"input_ids": [2, 9, 10, 3], "labels": 1}] * 2
+    if low:
+        with pytest.raises(TeacherError, match="do_lower_case is True there and False for the teacher"):
+            trainer_of(tmp_path, student, teacher, data, DataCollatorWithPadding(tok), tok)
+    else:
+        assert_nothing_to_learn(trainer_of(tmp_path, student, teacher, data, DataCollatorWithPadding(tok), tok))
+
+
 def test_an_end_that_the_user_adds_to_texts_is_no_other_convention(tmp_path: Path) -> None:
     student, tok = model("LlamaForCausalLM"), tokenizer()
     teacher = saved(student, tmp_path / "teacher", tokenizer(template="<s> $A"))
