@@ -72,8 +72,12 @@ def main() -> None:
     )
     rank = trainer.accelerator.process_index
     if spoil == "gradient" and rank == 1:
-        parameter = list(trainer.model.parameters())[3]
-        parameter.register_hook(lambda gradient: gradient * math.nan if trainer.state.global_step == 1 else gradient)
+
+        def spoil_backward(_: Any, __: Any, output: torch.Tensor) -> None:
+            if trainer.state.global_step == 1 and output.requires_grad:
+                output.register_hook(lambda gradient: gradient * math.nan)
+
+        trainer.model.get_input_embeddings().register_forward_hook(spoil_backward)
     if spoil == "loss" and rank == 1:
         step = trainer.learning.learn
 
