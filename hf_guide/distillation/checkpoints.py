@@ -28,6 +28,7 @@ PROGRESS_NAME = "distillation_progress.json"
 
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 _SENTINEL = "checkpoint-is-incomplete.txt"  # of Trainer's checkpoints on SIGTERM
+_OPTIMIZERS = ("optimizer*", "global_step*")
 _WEIGHTS = ("*.safetensors", "*.bin", "pytorch_model_fsdp_*", "global_step*")
 
 logger = logging.getLogger(__name__)
@@ -170,13 +171,17 @@ def choose(resume: "str | bool | None", output_dir: str, accelerator: Accelerato
 def _chosen(resume: "str | bool", output_dir: str) -> "str | bool | None":
     if not isinstance(resume, bool):
         check_checkpoint(resume)
-        return resume
-    if not has_checkpoints(output_dir):
+        found: Path | None = Path(resume)
+    elif not has_checkpoints(output_dir):
         return True
-    found = last_whole(output_dir)
+    else:
+        found = last_whole(output_dir)
     if found is None:
         logger.warning("No checkpoint in %s is whole: training begins anew.", output_dir)
-    return None if found is None else str(found)
+        return None
+    if not any(any(found.glob(pattern)) for pattern in _OPTIMIZERS):
+        logger.warning("%s was saved with save_only_model: the optimizer and the learning rate begin anew.", found)
+    return str(found)
 
 
 @contextlib.contextmanager

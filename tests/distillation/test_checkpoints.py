@@ -262,3 +262,26 @@ def test_what_was_summed_before_a_checkpoint_is_logged_after_it(
     assert curve(again) == whole[1]
     logged = json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in logged] == [2, 4, 6, 8]
+
+
+def test_a_checkpoint_without_the_optimizer_is_resumed_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(tmp_path, max_steps=3, save_only_model=True).train()
+    again = trainer(tmp_path, max_steps=4)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert "saved with save_only_model: the optimizer and the learning rate begin anew" in caplog.text
+    assert again.state.global_step == 4
+
+
+def test_a_checkpoint_on_sigterm_is_whole(tmp_path: Path) -> None:
+    """`Trainer` marks its folder as incomplete, under its name, before it saves."""
+    from transformers.trainer_jit_checkpoint import CheckpointManager
+
+    done = trainer(tmp_path, max_steps=3)
+    done.train()
+    done.state.global_step = 7
+    CheckpointManager(done).execute_jit_checkpoint()
+    assert checkpoints.last_whole(tmp_path) == tmp_path / "checkpoint-7"
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-7"]
