@@ -107,37 +107,42 @@ def outputs_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextlib.contextmanager
-def bypassed(model: PreTrainedModel, kept: Mapping[str, list[int]]) -> Iterator[None]:
-    """Let every block of the stacks in `kept` that is not kept hand on what it is given, within."""
+def bypassed(model: PreTrainedModel, kept: Mapping[str, list[int]], *, branches: bool = False) -> Iterator[None]:
+    """Let every block of the stacks in `kept` that is not kept hand on what it is given, within.
 
-    def hand_on(module: nn.Module, arguments: tuple, keywords: dict, output: Any) -> Any:
-        if isinstance(output, Mapping):
-            key = next(iter(output))
-            return {**output, key: keywords.get("hidden_states", arguments[0] if arguments else None)}
-        nested = isinstance(output, (tuple, list))
-        first = output[0] if nested else output
-        given = [
-            value
-            for value in (*arguments, *keywords.values())
-            if isinstance(value, Tensor) and value.shape == first.shape
-        ]
-        entered = keywords.get("hidden_states", given[0] if given else None)
-        assert entered is not None, f"{type(module).__name__} is given nothing of its output's shape"
-        return type(output)((entered, *output[1:])) if nested else entered
+    With `branches` the modules that are no norms are not blocks but parts of them, whose output is added: they give zeros.
+    `forward` is replaced rather than hooked, for SqueezeBERT calls it directly.
+    """
 
-    handles = []
-    for stack, blocks in kept.items():
-        modules = stack_of(model, stack)
-        handles += [
-            module.register_forward_hook(hand_on, with_kwargs=True)
-            for number, module in enumerate(modules)
-            if number not in blocks
-        ]
+    def handing_on(module: nn.Module, zero: bool) -> Any:
+        forward = module.forward
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            output = forward(*arguments, **keywords)
+            given = keywords.get("hidden_states", arguments[0] if arguments else None)
+            assert given is not None, f"{type(module).__name__} is given no hidden states"
+            given = torch.zeros_like(given) if zero else given
+            if isinstance(output, Mapping):
+                return {**output, next(iter(output)): given}
+            if not isinstance(output, (tuple, list)):
+                assert output.shape == given.shape
+                return given
+            assert output[0].shape == given.shape
+            return type(output)((given, *output[1:]))
+
+        return call
+
+    changed = []
     try:
+        for stack, blocks in kept.items():
+            for number, module in enumerate(stack_of(model, stack)):
+                if number not in blocks:
+                    module.forward = handing_on(module, branches and "norm" not in stack)
+                    changed.append(module)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in changed:
+            del module.forward
 
 
 def stack_of(model: PreTrainedModel, stack: str) -> list[nn.Module]:
