@@ -49,9 +49,9 @@ def text_positions(config: PreTrainedConfig) -> TextPositions:
         return TextPositions()
     try:
         entries = json.dumps({key: value for key, value in config.to_dict().items() if key != "_name_or_path"})
-    except TypeError:  # an entry that JSON does not know
+        return _find_cached(type(config).model_type, entries)
+    except TWIN_ERRORS:  # an entry that JSON does not know, or that the config does not take back
         return _find(config)
-    return _find_cached(type(config).model_type, entries)
 
 
 def longest_text(config: "PreTrainedConfig | None", *, target: bool = False) -> int | None:
