@@ -20,10 +20,11 @@ from hf_guide.initialization.built_shape import check_overrides_hold
 from hf_guide.initialization.choices import Method
 from hf_guide.initialization.depth import depth_notes
 from hf_guide.initialization.derive import layout_for
+from hf_guide.initialization.hierarchy import refuse_stages_of_several_widths
 from hf_guide.initialization.methods import initialize, seeded
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import Plan
-from hf_guide.initialization.planning import make_plan
+from hf_guide.initialization.planning import canonical, make_plan
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.requested_sizes import check_config_sizes, check_experts, check_requested_sizes
 from hf_guide.initialization.resolve import (
@@ -232,6 +233,10 @@ def plan_of(
         ShapeError, LayoutError: as `make_plan`.
     """
     layout = layout_for(teacher.config, teacher.model_class)
+    prefix = teacher.base_model_prefix
+    refuse_stages_of_several_widths(
+        layout, {canonical(name, prefix): teacher.weights.shape(name) for name in teacher.weights.keys()}
+    )
     student = build_student(student_class, config, teacher.dtype, options)
     everything = torch.arange(getattr(config, "vocab_size", None) or 0)  # rows are looked at by `vocabulary_places`
     plan = make_plan(

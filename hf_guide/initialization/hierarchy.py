@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.axes import Name
+from hf_guide.errors import LayoutError, OptionError, ShapeError
+from hf_guide.initialization.axes import axis_names
 from hf_guide.initialization.layouts import Layout, Match
 
 NOT_A_KIND = re.compile(r"(^|_)(idx|index|id|number|drop\w*|training|\w*dropout\w*)$")
@@ -27,7 +27,29 @@ Depths = dict[str, int]
 
 def is_blocks_only(layout: Layout) -> bool:
     """Whether a layout knows nothing of axes, so that every one must keep its length."""
-    return all(isinstance(axis, Name) and axis.name.startswith("fixed") for row in layout.rows for axis in row.axes)
+    names = {name for row in layout.rows for axis in row.axes for name in axis_names(axis)}
+    return all(name.startswith("fixed") or name == "blocks" for name in names)
+
+
+def refuse_stages_of_several_widths(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a model whose stages have residual streams of their own, where a method needs one stream.
+
+    Args:
+        shapes: of the teacher's tensors, by their names relative to the base model.
+
+    Raises:
+        LayoutError: names the list of stages.
+    """
+    seen: dict[tuple[str, str], tuple[int, ...]] = {}
+    for name, shape in shapes.items() if is_blocks_only(layout) else ():
+        match = layout.find(name)
+        if match is None or not nested_lists(match):
+            continue
+        if seen.setdefault((match.row.pattern, match.suffix), tuple(shape)) != tuple(shape):
+            raise LayoutError(
+                f"method='calibrated' follows one residual stream, but the stages {match.row.pattern.partition('.{')[0]!r} of "
+                f"{layout.family!r} have streams of several widths. Choose method='guide', 'uniform' or 'random'."
+            )
 
 
 def refuse_moved_blocks(layout: Layout, stacks: Mapping[str, Sequence[int]]) -> None:

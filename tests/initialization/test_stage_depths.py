@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_guide import OptionError, ShapeError, from_teacher
+from hf_guide import LayoutError, OptionError, ShapeError, from_teacher
 from hf_guide.initialization.hierarchy import choose_by_kind
 
 FOUR = {"hidden_sizes": [8, 16, 16, 24]}
@@ -55,6 +55,9 @@ FAMILIES = {
     ),
     "segformer": Hierarchy(
         "SegformerForImageClassification", {**FOUR, **HEADS, "decoder_hidden_size": 16}, (2, 2, 4, 3), (1, 2, 2, 2)
+    ),
+    "segformer's maps": Hierarchy(
+        "SegformerForSemanticSegmentation", {**FOUR, **HEADS, "decoder_hidden_size": 16}, (2, 2, 3, 2), (1, 2, 2, 1)
     ),
     "pvt": Hierarchy("PvtForImageClassification", {**FOUR, **HEADS, "image_size": 64}, (2, 2, 4, 3), (1, 2, 2, 2)),
     "pvt_v2": Hierarchy(
@@ -166,6 +169,18 @@ def test_the_users_own_blocks_of_a_stage_are_kept_or_refused() -> None:
         student_with([0, 6])
     with pytest.raises(OptionError, match="names the stack 'encoder.layers.7.blocks'.*Did you mean"):
         from_teacher(teacher, method={"layers": {"encoder.layers.7.blocks": [0]}}, show_progress=False)
+
+
+@pytest.mark.parametrize("depths", [[2, 2, 2], [2, 4, 6]], ids=str)
+def test_calibration_of_stages_is_refused_before_data_is_read(depths: list[int]) -> None:
+    with pytest.raises(LayoutError, match="follows one residual stream.*'encoder.layers' of 'swin'.*method='guide'"):
+        from_teacher(
+            FAMILIES["swin"].build(),
+            depths=depths,
+            method="calibrated",
+            calibration_dataset=[pixels()],
+            show_progress=False,
+        )
 
 
 def test_stages_that_cannot_be_are_refused_with_the_reason() -> None:
