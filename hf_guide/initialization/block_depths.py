@@ -117,19 +117,21 @@ def _find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], l
         stacks: tuple[str, ...] = ()
         records: dict[Path, Reads] = {}
         tables: dict[str, tuple[int, Path, bool]] = {}
-        try:
-            for with_lists in (False, True):  # where the length of a list is the depth
-                shorter = _shortened(config, path, size, with_lists=with_lists)
-                records = record_reads(shorter)
+        refused = False
+        for with_lists in (False, True):  # where the length of a list is the depth, or must be
+            shorter = _shortened(config, path, size, with_lists=with_lists)
+            records = record_reads(shorter)
+            try:
                 other = build_on_meta(model_class, shorter)
-                sizes, tables = stacks_of(other, layout), _tables(model, other, path, size)
-                stacks = tuple(
-                    stack for stack, had in whole.items() if had == size and sizes.get(stack, 0) == size - 1
-                )
-                if stacks:
-                    break
-        except BUILD_ERRORS:
-            records = {}
+            except BUILD_ERRORS:
+                refused = True
+                continue
+            sizes, tables = stacks_of(other, layout), _tables(model, other, path, size)
+            stacks = tuple(stack for stack, had in whole.items() if had == size and sizes.get(stack, 0) == size - 1)
+            if stacks:
+                break
+        if refused and not stacks:
+            records, tables = {}, {}
             like = [stack for stack, had in whole.items() if had == size and stack not in taken]
             stacks = tuple(like) if len(like) == 1 and path[-1] == _usual_depth(config, path) else ()
         stacks = tuple(stack for stack in stacks if stack not in taken)
@@ -198,13 +200,13 @@ def _tables(
 
 
 def _shortened(config: PreTrainedConfig, path: Path, size: int, *, with_lists: bool) -> PreTrainedConfig:
-    """Return a config with one block fewer, and with `with_lists` one entry fewer in lists of layers of that length."""
+    """Return a config with one block fewer, and with `with_lists` one entry fewer in lists of that length."""
     shorter = copy.deepcopy(config)
     part = value_at(shorter, path[:-1]) if len(path) > 1 else shorter
     if path[-1] in part.__dict__:
         set_at(shorter, path, size - 1)
     for name, value in list(vars(part).items()) if with_lists else ():
-        if isinstance(value, list) and len(value) == size and words(name) & LAYER_WORDS:
+        if isinstance(value, list) and len(value) == size:
             part.__dict__[name] = value[:-1]
     return shorter
 

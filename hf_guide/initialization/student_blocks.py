@@ -151,7 +151,9 @@ def resolve_blocks(
     family = _family(teacher, layout)
     names = [canonical(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
     refuse_unknown_stacks(options, [*family.sizes, *stage_names(layout, names)])
-    student = config or derive_student_config(teacher.config, overrides, keywords=keywords, block_fields=family.fields)
+    student = config or derive_student_config(
+        teacher.config, overrides, keywords=keywords, block_fields=family.fields, left=(FieldKind.AFTER,)
+    )
     counts = {path: value_at(student, path) for path in family.depths.depths}
     wanted = {
         path: blocks
