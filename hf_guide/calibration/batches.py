@@ -176,8 +176,8 @@ def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -
             continue
         if longest is not None and ids.shape[-1] > longest:
             raise OptionError(
-                f"calibration_dataset has rows of {ids.shape[-1]} tokens in {name}, and {type(model).__name__} reads at most "
-                f"{longest}: cut them."
+                f"calibration_dataset has rows of {ids.shape[-1]} tokens in {name}, and {type(model).__name__} has "
+                f"{longest} positions for them: cut them."
             )
         least, most = int(ids.min()), int(ids.max())
         if least < 0 or most >= table.num_embeddings:
