@@ -76,9 +76,15 @@ def check_trainable(student: nn.Module) -> None:
     """Check that a student can be trained, and saved as a model of its class.
 
     Raises:
-        OptionError: all of its parameters are frozen; or `torch.nn.utils.parametrize` has renamed some, which its stock
-            class does not know.
+        OptionError: all of its parameters are frozen; or `torch.compile` or `torch.nn.utils.parametrize` has renamed some,
+            which its stock class does not know.
     """
+    compiled = [name for name, module in student.named_modules() if isinstance(module, OptimizedModule)]
+    if compiled:
+        raise OptionError(
+            f"{compiled[0]} of the student is compiled, and its weights would be saved by other names. Pass the model itself, "
+            "and DistillationArguments(torch_compile=True)."
+        )
     added = parametrized_layers(student)
     if added:
         raise OptionError(

@@ -278,13 +278,31 @@ def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teac
         )
     if not isinstance(model, PreTrainedModel):
         raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: unwrap it first.")
+    _check_stock_names(model)
+    return _from_model(model, config or model.config, model.config._name_or_path or type(model).__name__, None)
+
+
+def _check_stock_names(model: PreTrainedModel) -> None:
+    """Check that a loaded model has its class's weights: layers that were wrapped or changed would be taken for absent ones.
+
+    Raises:
+        TeacherError: names the first that is missing.
+    """
     added = parametrized_layers(model)
     if added:
         raise TeacherError(
             f"{len(added)} layers of the teacher are parametrized (weight_norm, spectral_norm, ...), such as {added[0]}, and "
             "have no weights by their stock names. Call torch.nn.utils.parametrize.remove_parametrizations on them first."
         )
-    return _from_model(model, config or model.config, model.config._name_or_path or type(model).__name__, None)
+    stock = meta_model(type(model), model.config)
+    tied = {*stock.all_tied_weights_keys, *stock.all_tied_weights_keys.values()}
+    missing = {name for name, _ in stock.named_parameters()} - model.state_dict().keys() - tied
+    if missing:
+        raise TeacherError(
+            f"{len(missing)} weights of {type(model).__name__} are not in the loaded teacher, such as {min(missing)}: its "
+            "layers were wrapped (torch.compile), replaced or removed. Pass the model as from_pretrained loads it, or its "
+            "folder."
+        )
 
 
 def _from_model(model: PreTrainedModel, config: PreTrainedConfig, name: str, commit: str | None) -> Teacher:

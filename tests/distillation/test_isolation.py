@@ -193,6 +193,12 @@ def compiled(folder: Path) -> Any:
     return torch.compile(llama(1))
 
 
+def with_a_compiled_block(folder: Path) -> Any:
+    model = llama(1)
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    return model
+
+
 def in_data_parallel(folder: Path) -> Any:
     return nn.DataParallel(llama(1))
 
@@ -213,6 +219,7 @@ REFUSED = {
     frozen: "No parameter of the student is trainable",
     adapter_for_inference: "is_trainable=True",
     compiled: "torch_compile=True",
+    with_a_compiled_block: "model.layers.0 .*torch_compile=True",
     in_data_parallel: "DataParallel.*accelerate launch",
     parametrized: "lm_head.*remove_parametrizations",
     spectral: "up_proj.*remove_parametrizations",
@@ -286,6 +293,16 @@ def from_what_an_adapter_was_put_into(folder: Path) -> Any:
     return from_teacher(base, num_hidden_layers=1)
 
 
+def from_a_model_with_a_compiled_head(folder: Path) -> Any:
+    teacher = llama(2)
+    teacher.lm_head = torch.compile(teacher.lm_head)
+    return from_teacher(teacher, num_hidden_layers=1)
+
+
+def from_a_parametrized_model(folder: Path) -> Any:
+    return from_teacher(parametrized(folder), num_hidden_layers=1)
+
+
 def from_virtual_tokens(folder: Path) -> Any:
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     return from_teacher(peft.get_peft_model(llama(2), config), num_hidden_layers=1)
@@ -322,6 +339,8 @@ WITH_REASON: dict[Callable[[Path], Any], tuple[type[HfGuideError], str]] = {
     made_of_an_adapted_teacher: (TeacherError, "adapter.*merge_and_unload"),
     from_an_adapted_teacher: (TeacherError, "adapter.*merge_and_unload"),
     from_what_an_adapter_was_put_into: (TeacherError, "adapter.*merge_and_unload"),
+    from_a_model_with_a_compiled_head: (TeacherError, "lm_head.weight.*torch.compile"),
+    from_a_parametrized_model: (TeacherError, "lm_head.*remove_parametrizations"),
     from_virtual_tokens: (TeacherError, "adapter"),
     an_adapter_without_a_base: (TeacherError, "does not name its base model.*PeftModel.from_pretrained"),
     taught_by_virtual_tokens: (OptionError, "PROMPT_TUNING.*the teacher's outputs"),
