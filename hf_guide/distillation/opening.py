@@ -9,7 +9,6 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_guide.distillation.given import check_unwrapped
 from hf_guide.distillation.heads import find_head
@@ -20,7 +19,6 @@ from hf_guide.distillation.teacher_inputs import teacher_inputs
 from hf_guide.distillation.teachers import LiveTeacher
 from hf_guide.distillation.vocabulary import label_alignment, shared_vocabulary
 from hf_guide.errors import OptionError, TaskError, TeacherError
-from hf_guide.model_files import check_model_folder
 from hf_guide.pretrained import find_tokenizer, load_config, unreadable_as
 
 AUTO_CLASSES = {
@@ -77,11 +75,7 @@ def open_teachers(
 
 def _load(name: str, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:
     loader = getattr(transformers, AUTO_CLASSES[task])
-    check_model_folder(name)
-    with unreadable_as(TeacherError, f"The teacher {name} cannot be read"):
-        is_adapter = find_adapter_config_file(name, **_hub(init_kwargs)) is not None
-    if not is_adapter:  # which has its base's config
-        load_config(name, _hub(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
+    load_config(name, _hub(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
     given = f" with teacher_init_kwargs={sorted(init_kwargs)}" if init_kwargs else ""
     with unreadable_as(TeacherError, f"The teacher {name} does not load as a model for {task}{given}"):
         model, found = loader.from_pretrained(name, output_loading_info=True, **init_kwargs)
