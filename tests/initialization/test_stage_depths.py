@@ -128,7 +128,7 @@ def stages_of(student: PreTrainedModel) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("method", ["guide", pytest.param("uniform", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", families(quick={*FAMILIES} - {"mobilevitv2", "cvt", "pvt_v2", "convnextv2"}))
+@pytest.mark.parametrize("family", families(quick={"swin", "convnext", "resnet", "levit", "hiera", "pvt"}))
 @torch.no_grad()
 def test_a_student_of_fewer_blocks_in_each_stage_is_its_teacher_without_the_others(
     family: Hierarchy, method: str
@@ -142,7 +142,7 @@ def test_a_student_of_fewer_blocks_in_each_stage_is_its_teacher_without_the_othe
     assert torch.allclose(student(**pixels()).logits, expected, rtol=1e-9, atol=1e-9 * expected.abs().max())
 
 
-@pytest.mark.parametrize("family", families(quick={"swin", "convnext", "swiftformer"}))
+@pytest.mark.parametrize("family", families(quick={"convnext"}))
 @torch.no_grad()
 def test_a_student_of_its_teachers_shape_is_its_teacher(family: Hierarchy) -> None:
     teacher = family.build()
