@@ -391,7 +391,9 @@ class _Search:
     def _is_read_elsewhere(self, stack: str, had: BlockKind, has: BlockKind) -> bool:
         """Whether blocks differ only in what the layout takes from one block by its number, as T5's table of distances."""
         differing = parameters_of(had) ^ parameters_of(has)
-        rows = [self.family.layout.find(f"{stack.replace('{block}', '0')}.{name}") for name in differing]
+        rows = [
+            self.family.layout.find(f"{stack.replace('{block}', '0')}.{name}".replace("*", "0")) for name in differing
+        ]
         return bool(rows) and all(row is not None and "block" not in row.numbers for row in rows)
 
     def _express(self, blocks: dict[Path, list[int]]) -> _Attempt:
