@@ -17,22 +17,6 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "bpe.codes",
-    "normalizer.json",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-"""Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
-
 _PARTIAL = re.compile(r"^[._].+\.(?P<host>[0-9a-f]{8})-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.partial$")
 
 _CONFIGS = ("config.json", "adapter_config.json")

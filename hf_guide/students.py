@@ -16,7 +16,7 @@ from hf_guide.calibration.batches import check_dataset
 from hf_guide.calibration.checkpoint import check_calibration_dir, describe_call
 from hf_guide.calibration.run import chosen_layers, initialize_calibrated, listen
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.built_shape import check_overrides_hold
+from hf_guide.initialization.built_shape import check_computed_overrides, check_overrides_hold
 from hf_guide.initialization.choices import Method
 from hf_guide.initialization.depth import depth_notes
 from hf_guide.initialization.derive import layout_for
@@ -141,6 +141,7 @@ def from_teacher(
     }
     opened = open_teacher(teacher, revision=revision, trust_remote_code=trust_remote_code, gguf_file=gguf_file, **hub)
     check_requested_sizes(opened.config, overrides, deepest=_deepest(options))
+    check_computed_overrides(opened.model_class, opened.config, overrides)
     resolved = resolve_config(opened, config, overrides, options, keywords=KEYWORDS)
     student_config, planned = resolved.config, resolved.options(options)
     student_class = resolve_class(opened, student_config, model_class)

@@ -26,46 +26,33 @@ from hf_guide.initialization.layouts import Layout, Row
 from hf_guide.initialization.planning import canonical, stack_sizes
 
 
-class RecordingList(list):
-    """A list that records which entries are read and which numbers it is asked for."""
+class _RecordsReads:
+    """Record which entries of a sequence are read and which numbers it is asked for."""
 
     reads: Reads
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int):
             self.reads.indices.add(index)
-        return super().__getitem__(index)
+        return super().__getitem__(index)  # type: ignore[misc]
 
     def __contains__(self, item: object) -> bool:
         if isinstance(item, int):
             self.reads.questions.add(item)
-        return super().__contains__(item)
+        return super().__contains__(item)  # type: ignore[misc]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RecordingList":
-        twin = RecordingList(copy.deepcopy(list(self), memo))
-        twin.reads = self.reads
-        return twin
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        duplicate = type(self)(copy.deepcopy(list(self), memo))  # type: ignore[call-overload,call-arg]
+        duplicate.reads = self.reads
+        return duplicate
 
 
-class RecordingTuple(tuple):
-    """A tuple that records the same."""
+class RecordingList(_RecordsReads, list):
+    """A list that records how it is read."""
 
-    reads: Reads
 
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, int):
-            self.reads.indices.add(index)
-        return super().__getitem__(index)
-
-    def __contains__(self, item: object) -> bool:
-        if isinstance(item, int):
-            self.reads.questions.add(item)
-        return super().__contains__(item)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RecordingTuple":
-        twin = RecordingTuple(copy.deepcopy(tuple(self), memo))
-        twin.reads = self.reads
-        return twin
+class RecordingTuple(_RecordsReads, tuple):
+    """A tuple that records how it is read."""
 
 
 def record_reads(config: PreTrainedConfig) -> dict[Path, Reads]:

@@ -50,6 +50,24 @@ def check_config_agrees(
             )
 
 
+def check_computed_overrides(
+    model_class: type[PreTrainedModel], teacher: PreTrainedConfig, overrides: Mapping[str, Any]
+) -> None:
+    """Refuse overrides of sizes that the config's class computes from other entries and that the model does not read.
+
+    It needs no student: so the reason is named before a choice of blocks can fail for want of what was asked for.
+
+    Raises:
+        ShapeError: as `check_config_agrees`.
+    """
+    config = copy.deepcopy(teacher)
+    for path, value in _leaves(overrides, teacher):
+        parent = _parent(config, path)
+        if is_size(path[-1]) and path[-1] not in _declared(parent):
+            parent.__dict__[path[-1]] = copy.deepcopy(value)  # some families forbid setting what they compute
+    check_config_agrees(model_class, config, teacher)
+
+
 def _parts(
     config: PreTrainedConfig, teacher: PreTrainedConfig, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig, PreTrainedConfig]]:

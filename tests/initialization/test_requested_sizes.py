@@ -178,6 +178,8 @@ def test_a_size_that_the_family_computes_names_what_it_is_computed_from() -> Non
         from_teacher(teacher, hidden_size=32, show_progress=False)
     with pytest.raises(ShapeError, match="computes num_layers=3.*set depths instead"):
         from_teacher(teacher, num_hidden_layers=2, show_progress=False)
+    with pytest.raises(ShapeError, match="set .*depths instead"):
+        from_teacher(teacher, num_hidden_layers=2, hidden_size=32, show_progress=False)
     config = swin().config
     config.hidden_size = 32
     with pytest.raises(ShapeError, match="hidden_size=32 was asked for"):
