@@ -34,7 +34,10 @@ _SIZES = (
 )
 # An attention width that the config states on its own, so that heads need not divide the hidden size.
 _HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "v_head_dim")
-_REFUSALS = (StrictDataclassFieldValidationError, StrictDataclassClassValidationError, ValueError, ZeroDivisionError)
+_REFUSALS = (
+    *(StrictDataclassFieldValidationError, StrictDataclassClassValidationError, ValueError, ZeroDivisionError),
+    *(NotImplementedError, AttributeError, KeyError, IndexError),
+)
 
 
 @dataclass(frozen=True)
