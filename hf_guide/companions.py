@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_guide.code_references import CONFIG_FILES, clean_saved_folder, names_code
 from hf_guide.errors import TeacherError
-from hf_guide.model_files import regular_files
+from hf_guide.model_files import check_model_folder, regular_files
 from hf_guide.student_folders import PROCESSORS
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def check_companions(
 
     from hf_guide.pretrained import unreadable_as
 
+    check_model_folder(teacher)
     if gguf_file is not None:
         return
     hub: dict[str, Any] = {"revision": revision, "token": token}

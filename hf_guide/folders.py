@@ -33,8 +33,23 @@ def check_output(output: Path) -> None:
     """Refuse an output that is there and is not an empty folder; unfinished folders of earlier runs do not count."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"The output {output} is a file; name a folder that is new or empty.")
+    check_parents(output)
     if output.is_dir() and any(not is_partial(path) for path in output.iterdir()):
         raise FileExistsError(f"The output folder {output} is not empty; name a new one, or empty it first.")
+
+
+def check_parents(output: Path) -> None:
+    """Refuse an output that lies within a file, or that cannot be made for want of a permission.
+
+    Raises:
+        NotADirectoryError: names the file.
+        PermissionError: names the folder.
+    """
+    home = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not home.is_dir():
+        raise NotADirectoryError(f"The output {output} cannot be made: {home} is a file. Name another folder.")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise PermissionError(f"The output {output} cannot be made: {home} is not writable. Name another folder.")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -62,9 +62,13 @@ def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = W
     A name that is no folder, a Hub id, is not looked at: the Hub's client keeps its files together.
 
     Raises:
-        TeacherError: names the file.
+        TeacherError: names the file; or the name begins with '~', which nothing would expand.
     """
     folder = Path(name)
+    if folder.parts[:1] == ("~",) and not folder.exists():
+        raise TeacherError(
+            f"There is no folder {name}: '~' is expanded by shells alone. Write the path out, {folder.expanduser()}."
+        )
     if not folder.is_dir():
         return
     for entry in os.scandir(folder):

@@ -100,7 +100,15 @@ def load_config(
         _check_entries(values, name)
         base = None if gguf_file or "model_type" in values else _base_of_adapter(name, hub or {})
         if base is not None:
-            return load_config(base, {key: value for key, value in (hub or {}).items() if key in _SHARED}, trust)
+            shared = {key: value for key, value in (hub or {}).items() if key in _SHARED}
+            try:
+                return load_config(base, shared, trust)
+            except TeacherError as error:
+                raise TeacherError(
+                    f"{name} holds an adapter of {base!r}, which cannot be opened. An adapter names a base model in a folder "
+                    "without the path to it: start the command where that folder is, or load the base model and put the "
+                    f"adapter on it with PeftModel.from_pretrained. {error}"
+                ) from error
         remote = "AutoConfig" in (values.get("auto_map") or {})
         if remote and not trust and values.get("model_type") not in CONFIG_MAPPING:
             raise needs_permission(name)

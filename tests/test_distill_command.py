@@ -227,6 +227,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     "told,said",
     [
         ({"model_name_or_path": "also"}, "both given"),
+        ({"peft_config": {"peft_type": "LORA"}}, "peft_config and student are both given"),
         ({"student": None}, "There is no student"),
         ({"text_column": "txt"}, "no column 'txt'"),
         ({"max_length": 65}, "reads at most 64"),

@@ -14,7 +14,8 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from hf_guide import cli, folders
-from hf_guide.folders import new_folder, partial_file, remove_stale, replaced_files
+from hf_guide.capture.writing import check_folder
+from hf_guide.folders import check_output, new_folder, partial_file, remove_stale, replaced_files
 from hf_guide.integrity import check_model_folder, weights_defect
 from tests.tiny import KINDS, same_bits
 
@@ -349,3 +350,19 @@ def test_a_limit_on_files_in_distill_is_said_as_a_full_disk_is(
     assert "could not be written" in capsys.readouterr().err
     assert [name for name in names(tmp_path / "out") if "checkpoint" in name] == ["checkpoint-1"]
     assert distil(tmp_path / "out", max_steps=3, resume_from_checkpoint=True) == 0
+
+
+@pytest.mark.parametrize("output", ["file/student", "file/a/student"])
+def test_an_output_within_a_file_is_refused(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for check in (check_output, check_folder):
+        with pytest.raises(NotADirectoryError, match=r"cannot be made: .*file is a file"):
+            check(tmp_path / output)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_that_is_not_writable_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    for check in (check_output, check_folder):
+        with pytest.raises(PermissionError, match="locked is not writable"):
+            check(tmp_path / "locked" / "student")

@@ -27,7 +27,7 @@ from hf_guide.capture.teachers import load_teacher
 from hf_guide.distillation.tasks import Task, task_of, without_adapter
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.fingerprints import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from hf_guide.folders import is_partial
+from hf_guide.folders import check_parents, is_partial
 from hf_guide.public_names import public_name, without_private_keys
 from hf_guide.worlds import world
 
@@ -134,7 +134,8 @@ def describe(
         classes = options.vocabulary_size or classes
         if options.top_k > classes:
             raise OptionError(
-                f"top_k is {options.top_k}; the vocabulary has {classes} rows, which would keep them all."
+                f"top_k is {options.top_k}; the vocabulary has {classes} rows, which would keep them all. "
+                f"Set top_k to {classes} at most."
             )
     elif options.vocabulary_size is not None:
         raise OptionError(f"vocabulary_size is for language models; the teacher is one for {task}.")
@@ -203,9 +204,11 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         CaptureError: names what is there.
+        OSError: it lies in a file, or in a folder that is not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise CaptureError(f"The output {folder} is a file; name a folder that is new, empty, or of this capture.")
+    check_parents(folder)
     if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
         others = sorted(path.name for path in folder.iterdir() if not is_partial(path))
         if others:

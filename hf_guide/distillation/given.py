@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -135,6 +136,45 @@ def source_of(teacher: Any, args: DistillationArguments) -> Any:
     if teacher is None and args.capture:
         return Capture.open(args.capture)
     return args.teacher if teacher is None else teacher
+
+
+def check_output_dir(args: DistillationArguments, source: Any, student: Any) -> None:
+    """Refuse an `output_dir` into which a student cannot be saved without harm.
+
+    Args:
+        args: names `output_dir`.
+        source: the teacher, teachers or capture.
+        student: the student, or the arguments of `from_teacher`, which may name a teacher of their own.
+
+    Raises:
+        OptionError: it is a file, or the folder of a teacher or a capture, whose files the student's would replace.
+    """
+    output_dir = args.output_dir or "."
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise OptionError(
+            f"output_dir {output_dir} is a file; it must be a folder, or new. Choose another output_dir."
+        )
+    several = source if isinstance(source, (list, tuple)) else [source]
+    sources = [*several, student.get("teacher") if isinstance(student, Mapping) else None]
+    for each in sources:
+        what = "capture" if isinstance(each, Capture) else "teacher"
+        for folder in _folders_of(each):
+            if os.path.isdir(folder) and os.path.isdir(output_dir) and os.path.samefile(folder, output_dir):
+                raise OptionError(
+                    f"output_dir {output_dir} is the folder of the {what}, whose files the student's would replace. Choose "
+                    "another output_dir."
+                )
+
+
+def _folders_of(source: Any) -> list[str]:
+    """Return the names under which a teacher or capture may lie on the disk; a text may name several, with commas."""
+    if isinstance(source, Capture):
+        return [str(source.folder)]
+    if isinstance(source, str):
+        return [source, *(name.strip() for name in source.split(","))]
+    if isinstance(source, os.PathLike):
+        return [os.fspath(source)]
+    return [str(getattr(source, "name_or_path", "") or "")]
 
 
 def adapted(model: Any, model_init: Any, peft_config: Any) -> tuple[Any, Any]:

@@ -136,6 +136,11 @@ def _check(models: ModelOptions, args: DistillationArguments) -> None:
             "{hidden_size: 288, num_hidden_layers: 10}."
         )
 
+    if models.peft_config and args.student:
+        raise OptionError(
+            "peft_config and student are both given: the adapter would be saved without the student that is made, which it "
+            "belongs to. Save the student first, with `hf-guide init`, and name its folder as model_name_or_path."
+        )
     if "lelp" in args.weights:
         raise OptionError(
             "The objective lelp learns the subclasses of a projector, which settings cannot give. In Python: projector = "

@@ -26,6 +26,7 @@ from hf_guide.distillation.given import (
     align_student,
     check_arguments,
     check_has_examples,
+    check_output_dir,
     check_student,
     check_trainable,
     check_unwrapped,
@@ -130,6 +131,7 @@ class DistillationTrainer(ResumableTrainer):
         source = source_of(teacher, args)
         if model is None and model_init is None and args.student is not None:
             model = dict(args.student)  # type: ignore[arg-type]  # parsed by now
+        check_output_dir(args, source, model)
         student: Any = model
         if isinstance(model, (PreTrainedConfig, Mapping)):
             student = make_student(model, source, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]

@@ -311,3 +311,33 @@ def test_arguments_survive_json(tmp_path: Path) -> None:
 
     (read,) = HfArgumentParser(DistillationArguments).parse_json_file(str(tmp_path / "args.json"))  # type: ignore[arg-type]
     assert read.weights == {"kd": 1.0} and read.temperature == 2
+
+
+@pytest.mark.parametrize("named", ["folder", "path", "list", "mapping", "loaded", "link", "file"])
+def test_an_output_that_the_student_would_destroy_is_refused(named: str, tmp_path: Path) -> None:
+    """Saving into the teacher's folder would replace the teacher by its student."""
+    folder = tmp_path / "teacher"
+    llama(2).save_pretrained(folder)
+    before = (folder / "model.safetensors").read_bytes()
+    teacher: Any = {"path": folder, "list": [str(folder)], "loaded": type(llama(2)).from_pretrained(folder)}.get(
+        named, str(folder)
+    )
+    output, model, words = folder, llama(1), "output_dir .* is the folder of the teacher"
+    if named == "mapping":
+        teacher, model = llama(3), {"teacher": str(folder), "num_hidden_layers": 1}
+    if named == "link":
+        output = tmp_path / "link"
+        output.symlink_to(folder)
+    if named == "file":
+        output, words = folder / "config.json", "is a file"
+    with pytest.raises(OptionError, match=words):
+        DistillationTrainer(model, arguments(output), collate, examples_for("causal-lm"), teacher=teacher)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_an_output_in_the_capture_is_refused(tmp_path: Path) -> None:
+    capture = capture_teacher(
+        llama(2), examples_for("causal-lm"), tmp_path / "capture", data_collator=collate, config={"top_k": 4}
+    )
+    with pytest.raises(OptionError, match="output_dir .* is the folder of the capture"):
+        DistillationTrainer(llama(1), arguments(capture.folder), collate, examples_for("causal-lm"), teacher=capture)

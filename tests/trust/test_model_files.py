@@ -15,6 +15,7 @@ from hf_guide.companions import copy_companions
 from hf_guide.distillation.opening import open_teachers
 from hf_guide.distillation.tasks import Task
 from hf_guide.model_files import check_model_folder, leaves_folder
+from hf_guide.pretrained import load_config
 from tests.tiny import KINDS
 from tests.trust.artefacts import change_json, make_tokenizer, save_teacher
 
@@ -246,3 +247,20 @@ def test_a_stock_students_tokenizer_loses_its_reference_in_a_checkpoint_too(tmp_
     tokenizer.save_pretrained(tmp_path / "again")
     for folder in ("out", "again"):
         assert "auto_map" not in json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "words", [["init", "~/teacher", "-o", "out"], ["inspect", "~/teacher"], ["capture", "~/teacher", "-o", "out"]]
+)
+def test_a_home_that_no_shell_expanded_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data-files", "a.txt"] if words[0] == "capture" else []
+    assert cli.main(words + data) == 1
+    assert "'~' is expanded by shells alone. Write the path out" in capsys.readouterr().err
+
+
+def test_an_adapter_whose_base_is_not_here_says_where_to_start(folder: Path, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "base_model_name_or_path": "teacher-of-mine"}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(TeacherError, match="holds an adapter of 'teacher-of-mine'.*where that folder is"):
+        load_config(str(tmp_path / "adapter"))
