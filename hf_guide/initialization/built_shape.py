@@ -6,6 +6,7 @@ then asked for under the computed name changes the config's text and not the mod
 
 import copy
 import dataclasses
+import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from hf_guide.initialization.requested_sizes import is_size
 from hf_guide.initialization.twins import TWIN_ERRORS
 
 _NO_ENTRY = object()
+_BUILDING = ("__init__", "_init_weights")
 
 
 def check_config_agrees(
@@ -120,6 +122,8 @@ def check_overrides_hold(
             continue
         if built != _structure_asked_for(model_class, teacher, _dropped(overrides, path, teacher)):
             continue  # it acts by what the class derives from it
+        if path[-1] in _read_when_run(model_class, config):
+            continue  # ALBERT runs one block as often as the config says
         raise OptionError(
             f"{'.'.join(path)}={value!r} changes nothing in a {model_class.__name__} of this config: the model "
             "has no such size, or takes it from another entry. Leave it out, or override the entry that the model reads."
@@ -191,6 +195,16 @@ def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
             return block_kind(model_class._from_config(copy.deepcopy(config)))
     except TWIN_ERRORS:
         return None
+
+
+def _read_when_run(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> set[str]:
+    """Return the names that the model's own code reads other than when it is built, config entries among them."""
+    with torch.device("meta"):
+        model = model_class._from_config(copy.deepcopy(config))
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    own = [base for base in classes if base.__module__.startswith(("transformers.models.", "transformers_modules."))]
+    functions = [inspect.unwrap(value) for base in own for name, value in vars(base).items() if name not in _BUILDING]
+    return {name for each in functions if inspect.isfunction(each) for name in each.__code__.co_names}
 
 
 def _reloaded(config: PreTrainedConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:

@@ -285,6 +285,8 @@ def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teac
 def _check_stock_names(model: PreTrainedModel) -> None:
     """Check that a loaded model has its class's weights: layers that were wrapped or changed would be taken for absent ones.
 
+    A part that the class can be built without, such as a pooler (`add_pooling_layer=False`), may be absent as a whole.
+
     Raises:
         TeacherError: names the first that is missing.
     """
@@ -297,12 +299,25 @@ def _check_stock_names(model: PreTrainedModel) -> None:
     stock = meta_model(type(model), model.config)
     tied = {*stock.all_tied_weights_keys, *stock.all_tied_weights_keys.values()}
     missing = {name for name, _ in stock.named_parameters()} - model.state_dict().keys() - tied
+    missing = {name for name in missing if not _is_left_out(model, name)}
     if missing:
         raise TeacherError(
             f"{len(missing)} weights of {type(model).__name__} are not in the loaded teacher, such as {min(missing)}: its "
             "layers were wrapped (torch.compile), replaced or removed. Pass the model as from_pretrained loads it, or its "
             "folder."
         )
+
+
+def _is_left_out(model: torch.nn.Module, name: str) -> bool:
+    """Whether an attribute on the way to a parameter is None: so classes leave out a part that is optional."""
+    part: Any = model
+    for attribute in name.split("."):
+        if not hasattr(part, attribute):
+            return False
+        part = getattr(part, attribute)
+        if part is None:
+            return True
+    return False
 
 
 def _from_model(model: PreTrainedModel, config: PreTrainedConfig, name: str, commit: str | None) -> Teacher:

@@ -218,6 +218,9 @@ def test_the_command_line_takes_the_folder(tmp_path: Path, monkeypatch: pytest.M
 
     def stopped(teacher: str, **options: Any) -> None:
         given.update(options)
+        if options.get("calibration_dir"):
+            options["calibration_dir"].mkdir()
+            (options["calibration_dir"] / "calibration.json").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_guide.students.from_teacher", stopped)

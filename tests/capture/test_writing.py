@@ -319,7 +319,7 @@ def test_datasets_and_teachers_that_cannot_be_captured_are_refused(tmp_path):
     refused(TeacherError, "no-such-folder", tmp_path, teacher=str(tmp_path / "no-such-folder"))
     refused(OptionError, "this one is loaded already", tmp_path, options={"dtype": "float16"})
     refused(OptionError, "A teacher is a Hub id, a folder or a PreTrainedModel, not a int", tmp_path, teacher=3)
-    refused(TaskError, "none of the models that can be distilled", tmp_path, teacher=KIND.teacher().model)
+    refused(TaskError, "LlamaModel has no head, so there is nothing to distil", tmp_path, teacher=KIND.teacher().model)
     text = Dataset.from_dict({"text": ["some", "words"]})
     refused(CaptureError, r"columns \['text'\] are none of those that the teacher takes", tmp_path, dataset=text)
     merging = lambda features: {name: value[:1] for name, value in Pad()(features).items()}  # noqa: E731

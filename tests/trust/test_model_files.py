@@ -240,8 +240,9 @@ def test_a_stock_students_tokenizer_loses_its_reference_in_a_checkpoint_too(tmp_
     teacher = save_teacher("llama", tmp_path / "teacher")
     tokenizer: Any = AutoTokenizer.from_pretrained(teacher)
     args = DistillationArguments(str(tmp_path / "out"), objective="ce", report_to="none", max_steps=1)
+    data = [{"input_ids": [3, 4], "labels": [3, 4]}]
     trainer = DistillationTrainer(
-        AutoModelForCausalLM.from_pretrained(teacher), args, train_dataset=[], processing_class=tokenizer
+        AutoModelForCausalLM.from_pretrained(teacher), args, train_dataset=data, processing_class=tokenizer
     )
     trainer.save_model()
     tokenizer.save_pretrained(tmp_path / "again")
