@@ -23,7 +23,7 @@ def run(processes: int, folder: Path, **given: Any) -> dict[str, Any]:
     ("task", "average"),
     [
         ("causal-lm", True),
-        ("seq2seq-lm", False),
+        pytest.param("seq2seq-lm", False, marks=pytest.mark.slow),
         pytest.param("seq2seq-lm", True, marks=pytest.mark.slow),
         pytest.param("causal-lm", False, marks=pytest.mark.slow),
         pytest.param("token-classification", True, marks=pytest.mark.slow),
