@@ -23,7 +23,7 @@ from hf_guide.distillation.projections import Projections
 from hf_guide.distillation.subclasses import InClasses
 from hf_guide.distillation.tasks import IGNORED, Task, mean_per_item
 from hf_guide.distillation.teachers import Signals
-from hf_guide.errors import TaskError
+from hf_guide.errors import OptionError, TaskError
 
 AGREEMENT = "teacher_agreement"
 TEACHER_LOSS = "teacher_ce"
@@ -205,7 +205,7 @@ class Learning:
                     continue
                 target = signals.target(chosen)
                 for term in terms:
-                    value = signals.weight * term.function(shared, target, labels, self.args)
+                    value = signals.weight * _checked(term, term.function(shared, target, labels, self.args), shared)
                     found[term.name] = found[term.name] + value if term.name in found else value
                 if not measure or not exclusive:
                     continue
@@ -224,7 +224,7 @@ class Learning:
         """Yield every term of subclasses, (items,), for logits and probabilities (items, C * S)."""
         for name, term in self.terms.items():
             if term.needs is Needs.SUBCLASSES:
-                yield name, term.function(_wide(logits), targets, self.args)
+                yield name, _checked(term, term.function(_wide(logits), targets, self.args), targets)
 
     def _of_vectors(self, outputs: Any, fed: list[Tensor], batch: Batch, config: Any) -> Iterator[tuple[str, Tensor]]:
         """Yield every term of hidden states and embeddings, (items,), summed over teachers by weight."""
@@ -240,7 +240,8 @@ class Learning:
                     own = torch.stack(pairs).mean(0)
                 elif term.needs is Needs.EMBEDDING:
                     mine_per_item = embedding_per_item(self.task, fed[-1], batch.mask, batch.inputs, config)
-                    own = term.function(self._wide(f"{number}_embedding", mine_per_item), signals.embedding, self.args)
+                    mine_per_item = self._wide(f"{number}_embedding", mine_per_item)
+                    own = _checked(term, term.function(mine_per_item, signals.embedding, self.args), mine_per_item)
                 else:
                     continue
                 value = signals.weight * own if value is None else value + signals.weight * own
@@ -253,11 +254,21 @@ class Learning:
                 f"Hidden states of the student, {tuple(student.shape)}, and of the teacher, {tuple(teacher.shape)}, do not "
                 "stand at the same places. Leave the term 'hidden' out."
             )
-        values = term.function(self._wide(pair, student), teacher, self.args)
+        values = _checked(term, term.function(self._wide(pair, student), teacher, self.args), student)
         return mean_per_item(self.task, values, batch.mask, batch.inputs)
 
     def _wide(self, name: str, student: Tensor) -> Tensor:
         return student if self.projections is None else self.projections(name, student)
+
+
+def _checked(term: Term, values: Tensor, given: Tensor) -> Tensor:
+    """Return a term's values for vectors `given`, checked to be one number a vector, as what sums and divides them expects."""
+    if values.shape != given.shape[:-1]:
+        raise OptionError(
+            f"The term {term.name!r} must return one number an item, {tuple(given.shape[:-1])}; found "
+            f"{tuple(values.shape)}. Reduce the last axis alone; the trainer takes the mean over the items."
+        )
+    return values
 
 
 def _wide(logits: Tensor) -> Tensor:

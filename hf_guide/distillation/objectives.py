@@ -47,7 +47,7 @@ class Term:
         function: `logits` terms take (student's logits (items, classes), the teacher's `Dense` or `TopK`, labels or None,
             arguments); `hidden_states` and `embedding` terms take (student's, teacher's, arguments), each (items, width),
             once for each pair of layers; `subclasses` terms (student's subclass logits (items, S * C), the batch's subclass
-            probabilities (items, S * C), arguments). All return one number an item, (items,).
+            probabilities (items, S * C), arguments). All return one number an item, (items,), which is checked.
         needs: what it looks at.
         help: one line for people.
         task_only: the values of `Task` it is for; empty for all.
@@ -76,10 +76,16 @@ def register_term(
     """
     if name in _TERMS:
         raise OptionError(f"There is a term {name!r} already; give yours another name.")
+    known = [each.value for each in Needs if each is not Needs.LABELS or name == TASK_LOSS]
     try:
         needed = Needs(needs)
     except ValueError:
-        raise OptionError(f"needs={needs!r} is not known; expected one of {[each.value for each in Needs]}.") from None
+        raise OptionError(f"needs={needs!r} is not known; expected one of {known}.") from None
+    if needed is Needs.LABELS and name != TASK_LOSS:
+        raise OptionError(
+            f"needs='labels' is for the task loss alone; the term {name!r} must need one of {known}. One that needs 'logits' "
+            "is given the labels too; for another task loss pass compute_loss_func to the trainer."
+        )
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         _TERMS[name] = Term(name, function, needed, help or (function.__doc__ or "").partition("\n")[0], task_only)

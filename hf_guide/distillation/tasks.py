@@ -6,7 +6,7 @@ example (sequence and image classification).
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -78,12 +78,22 @@ def without_adapter(model: Any) -> Any:
 def columns_read(model: Any) -> frozenset[str]:
     """Return what the `forward` of a model, or of a model's class, takes by name, within an adapter and hooks around it."""
     kind: Any = model if isinstance(model, type) else type(without_adapter(model))
-    return _parameters(kind.forward)
+    return _inherited_parameters(kind)
 
 
 @functools.cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters) - {"self"}
+def _inherited_parameters(kind: type) -> frozenset[str]:
+    """Return the names that a class's `forward` takes; where it takes any keyword, those of the class it derives from, too."""
+    found: frozenset[str] = frozenset()
+    for each in kind.__mro__:
+        forward = vars(each).get("forward")
+        if each is nn.Module or forward is None:
+            continue
+        parameters = inspect.signature(forward).parameters
+        found |= frozenset(parameters)
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found - {"self"}
 
 
 def task_of(model: nn.Module) -> Task:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedConfig, PreTrainedModel, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.utils import ModelOutput
 
 from hf_guide.adapters import check_positions
 from hf_guide.capture.reading import Capture, CapturedCollator
@@ -75,7 +76,7 @@ class DistillationTrainer(ResumableTrainer):
 
     A language model's losses are computed over chunks of tokens, so that neither its own logits nor the teacher's are
     ever all held, unless the caller wants them: with `compute_metrics`, label smoothing, `compute_loss_func`,
-    `torch_compile`, or a head that is not a plain linear layer.
+    `torch_compile`, `compute_loss(..., return_outputs=True)` of a derived class, or a head that is not a plain linear layer.
 
     Args:
         model: the student; or a config, or the arguments of `from_teacher` as a mapping, to make it from the teacher.
@@ -166,6 +167,7 @@ class DistillationTrainer(ResumableTrainer):
         super().__init__(**next_init_keywords(self, DistillationTrainer, keywords))
         self.args: DistillationArguments
         forget_code(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
+        self.label_names = list(self.label_names) or ["labels"]  # a forward of *args and **kwargs names none
         check_unwrapped(self.model, "student")
         align_student(self.model, processing_class)
         student = self.bare_student
@@ -364,6 +366,7 @@ class DistillationTrainer(ResumableTrainer):
         """Return the weighted sum of the objective's terms, each its mean over the items of the accumulated batch.
 
         In evaluation it is the task loss, where there are labels; a batch without any target has loss and gradient zero.
+        With `return_outputs` a language model makes all its logits, which takes their memory.
         """
         self.reached.add("compute_loss")
         training = model.training
@@ -387,7 +390,7 @@ class DistillationTrainer(ResumableTrainer):
                 batch,
                 lambda given: self._task_loss_sum(model, given, batch, items, told),
                 measure=not training,
-                whole_logits=self._whole_logits,
+                whole_logits=self._whole_logits or (return_outputs and not self._drops_outputs),
             )
             of_task = not training and TASK_LOSS in learned.sums
             loss = (learned.sums[TASK_LOSS] if of_task else learned.total) / items * self._scale(told)
@@ -397,6 +400,12 @@ class DistillationTrainer(ResumableTrainer):
         self._check_loss(loss, learned, batch)
         (self._train_tally if training else self._eval_tally).add(learned.sums, here)
         return (loss, self._shown(learned.outputs, loss)) if return_outputs else loss
+
+    @property
+    def _drops_outputs(self) -> bool:
+        """Whether nobody looks at the outputs that `compute_loss` returns: in `Trainer`'s evaluation of losses alone."""
+        replaced = type(self).compute_loss is not DistillationTrainer.compute_loss or "compute_loss" in vars(self)
+        return self._predicting and not self._whole_logits and not replaced
 
     def _check_loss(self, loss: Tensor, learned: Learned, batch: Batch) -> None:
         """Raise for a teacher's signals that are not finite, and in training for a loss; of several processes later, in all.
@@ -472,7 +481,13 @@ class DistillationTrainer(ResumableTrainer):
             return outputs
         asked = getattr(self.bare_student.config, "output_hidden_states", False)
         dropped = () if asked else ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
-        return {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
+        shown = {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
+        if (
+            isinstance(outputs, ModelOutput)
+            and shown.keys() <= vars(type(outputs)).get("__dataclass_fields__", {}).keys()
+        ):
+            return type(outputs)(**shown)
+        return shown
 
     def prediction_step(
         self,
