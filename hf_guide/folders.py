@@ -39,13 +39,15 @@ def check_output(output: Path) -> None:
 
 
 def check_parents(output: Path) -> None:
-    """Refuse an output that lies within a file, or that cannot be made for want of a permission.
+    """Refuse an output that is not there and cannot be made: within a file, or for want of a permission.
 
     Raises:
         NotADirectoryError: names the file.
         PermissionError: names the folder.
     """
-    home = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if output.exists():
+        return
+    home = next(path for path in output.absolute().parents if path.exists())
     if not home.is_dir():
         raise NotADirectoryError(f"The output {output} cannot be made: {home} is a file. Name another folder.")
     if not os.access(home, os.W_OK | os.X_OK):

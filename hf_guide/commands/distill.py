@@ -52,9 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
 def what_is_left(output_dir: Path) -> str:
     """Return what an interrupted run has left on the disk, and how to go on from there."""
-    from hf_guide.distillation.checkpoints import checkpoints, defect
+    from hf_guide.distillation.checkpoints import last_whole
 
-    whole = next((path for path in checkpoints(output_dir) if defect(path) is None), None)
+    whole = last_whole(output_dir)
     if whole is not None:
         return f"the same command with --resume_from_checkpoint true goes on from {whole}"
     names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []

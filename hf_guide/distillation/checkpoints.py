@@ -111,10 +111,17 @@ def has_checkpoints(output_dir: str | Path) -> bool:
 
 
 def last_whole(output_dir: str | Path) -> Path | None:
-    """Return the latest checkpoint that training can go on from, and log which later ones it cannot go on from, and why."""
-    skipped = 0
+    """Return the latest checkpoint that training can go on from, and log which later ones it cannot go on from, and why.
+
+    Of several runs in one folder, the one that wrote a checkpoint last counts: an earlier run may have left later steps.
+    """
+    skipped, run = 0, _last_run(output_dir)
     for path in checkpoints(output_dir):
         reason = defect(path)
+        if reason is None and run_of(path) not in (run, None):
+            logger.warning("The checkpoint %s is of an earlier run in the same output_dir and is skipped.", path)
+            skipped += 1
+            continue
         if reason is None:
             if skipped:
                 logger.warning("Training goes on from %s, the last checkpoint that is whole.", path)
@@ -122,6 +129,33 @@ def last_whole(output_dir: str | Path) -> Path | None:
         logger.warning("The checkpoint %s is unfinished or damaged and is skipped: %s.", path, reason)
         skipped += 1
     return None
+
+
+def run_of(folder: Path) -> str | None:
+    """Return what tells the run that wrote a checkpoint from others; None where it is not noted or cannot be read."""
+    try:
+        return next((each.get("run") for each in read_progress(folder)), None)
+    except DamagedFileError:
+        return None
+
+
+def _last_run(output_dir: str | Path) -> str | None:
+    """Return the run whose checkpoint was written last."""
+    whole = [path for path in checkpoints(output_dir) if run_of(path) is not None and unfinished(path) is None]
+    last = max(whole, key=lambda path: (path / PROGRESS_NAME).stat().st_mtime_ns, default=None)
+    return None if last is None else run_of(last)
+
+
+def warn_of_earlier_run(output_dir: str | Path) -> None:
+    """Log that a run begins anew where an earlier one has left checkpoints."""
+    found = checkpoints(output_dir)
+    if found:
+        logger.warning(
+            "Training begins anew in %s, which holds checkpoints of an earlier run, up to %s. Until this run has saved one, "
+            "resume_from_checkpoint=True would go on from those. Remove them, or choose another output_dir.",
+            output_dir,
+            found[0].name,
+        )
 
 
 def check_checkpoint(folder: str | Path) -> None:

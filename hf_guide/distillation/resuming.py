@@ -1,6 +1,7 @@
 """`ResumableTrainer`: a `Trainer` that is killed at any moment and resumed, and ends as if it had never been."""
 
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ class ResumableTrainer(Trainer):
     _unfinished: Path | None = None
     """Where a checkpoint is being written."""
 
+    _run = ""
+    """What tells this run, its resumed parts included, from others in the same `output_dir`."""
+
     _resumed_from: str | None = None
     _is_restored = False
 
@@ -46,6 +50,10 @@ class ResumableTrainer(Trainer):
         """
         chosen = checkpoints.choose(resume_from_checkpoint, self.args.output_dir or "", self.accelerator)
         self._resumed_from, self._is_restored = chosen if isinstance(chosen, str) else None, False
+        earlier = checkpoints.run_of(Path(self._resumed_from)) if self._resumed_from else None
+        self._run = earlier or secrets.token_hex(8)
+        if chosen is None and self.args.should_save and trial is None:
+            checkpoints.warn_of_earlier_run(self.args.output_dir or "")
         output = super().train(chosen, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
@@ -75,6 +83,7 @@ class ResumableTrainer(Trainer):
 
     def _progress(self) -> dict[str, Any]:
         return {
+            "run": self._run,
             "loss": self._tr_loss.item(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,

@@ -285,3 +285,24 @@ def test_a_checkpoint_on_sigterm_is_whole(tmp_path: Path) -> None:
     CheckpointManager(done).execute_jit_checkpoint()
     assert checkpoints.last_whole(tmp_path) == tmp_path / "checkpoint-7"
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-7"]
+
+
+def test_a_run_does_not_go_on_from_an_earlier_one_in_its_folder(
+    whole: tuple[Path, list[dict[str, float]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The earlier run has later steps; resumed, the second ends as if it had a folder of its own."""
+    shutil.copytree(whole[0], tmp_path / "shared")
+    for folder in ("own", "shared"):
+        begun = trainer(tmp_path / folder, learning_rate=0.05, max_steps=3, lr_scheduler_type="constant")
+        begun.train()
+    assert "holds checkpoints of an earlier run, up to checkpoint-8" in caplog.text
+    ends = []
+    for folder in ("own", "shared"):
+        done = trainer(tmp_path / folder, learning_rate=0.05, lr_scheduler_type="constant")
+        done.train(resume_from_checkpoint=True)
+        ends.append(curve(done))
+    assert ends[0] == ends[1]
+    assert "checkpoint-8 is of an earlier run in the same output_dir and is skipped" in caplog.text
+    assert (
+        checkpoints.last_whole(tmp_path / "shared") == tmp_path / "shared" / "checkpoint-8"
+    )  # it is the second's now
