@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from hf_guide.errors import SubclassError
@@ -134,4 +134,8 @@ def _download(name: str, file: str, where: dict[str, Any]) -> Path:
         raise SubclassError(
             f"There is no folder {name!r}, and it is no Hub id either. Name the folder that a projector was saved in, or a "
             "Hub id such as user/name."
+        ) from error
+    except LocalEntryNotFoundError as error:  # its message does not name what was looked for
+        raise FileNotFoundError(
+            f"There is no folder {name!r}, and the projector of that name cannot be fetched from the Hub: {error}"
         ) from error

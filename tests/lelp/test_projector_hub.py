@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import pytest
+
+from hf_guide import SubclassProjector
 from hf_guide.lelp.projector_files import CONFIG_NAME, WEIGHTS_NAME
 from tests.lelp.clouds import cloud
 from tests.lelp.test_projector import fit
@@ -42,3 +45,9 @@ def test_it_is_pushed_and_loaded_by_its_id(tmp_path):
         assert ("me/projector", "Directions") in hub.commits
         assert str(tmp_path).encode() not in hub.repositories["me/projector"][CONFIG_NAME], "a path of this machine"
     assert printed.split() == ["0" * 40, "teacher", "RepositoryNotFoundError"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="There is no folder 'nothing-here'"):
+        SubclassProjector.from_pretrained("nothing-here", local_files_only=True)
