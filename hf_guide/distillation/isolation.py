@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from hf_guide.adapters import has_adapter
 from hf_guide.errors import OptionError
@@ -74,8 +75,15 @@ def _identities(model: nn.Module) -> dict[Any, str]:
     for name, tensor in _tensors(model):
         found.setdefault(_identity(tensor), name)
     for name, module in model.named_modules():
-        found.setdefault(id(module), name or type(module).__name__)
+        if not _is_function(module):
+            found.setdefault(id(module), name or type(module).__name__)
     return found
+
+
+def _is_function(module: nn.Module) -> bool:
+    """Return whether a module only computes: some families' models all call one activation, made when it is imported."""
+    has_parts = any(True for part in (module.parameters(), module.buffers(), module.children()) for _ in part)
+    return not has_parts and not isinstance(module, _DropoutNd)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from hf_guide import DistillationTrainer, capture_teacher
@@ -126,6 +127,18 @@ def test_a_teacher_that_shares_a_parameter_with_the_student_is_refused(
         )
     if by == "model" or adapter is None:  # a model that model_init made has its adapter by then
         assert [state_of(model) for model in models] == before
+
+
+@pytest.mark.parametrize("kind", ["XLM", "Flaubert"])
+def test_models_that_call_one_activation_are_apart(kind: str, tmp_path: Path) -> None:
+    config = getattr(transformers, f"{kind}Config")(vocab_size=61, emb_dim=32, n_layers=2, n_heads=4)
+    student, teacher = (getattr(transformers, f"{kind}WithLMHeadModel")(config) for _ in range(2))
+    assert student.transformer.ffns[0].act is teacher.transformer.ffns[0].act
+    data = examples_for("masked-lm", 4)
+    args = arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}, max_steps=1)
+    trainer = DistillationTrainer(student, args, collate, data, data, teacher=teacher)
+    trainer.train()
+    assert trainer.evaluate()["eval_kd"] > 0
 
 
 def test_a_copy_made_before_the_adapter_teaches_the_adapter_alone(tmp_path: Path) -> None:
