@@ -25,6 +25,7 @@ from hf_guide.initialization.layouts import Layout, Match, config_sizes
 from hf_guide.initialization.model_classes import meta_model
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.plan import READABLE, Plan, Site
+from hf_guide.initialization.regrouped_heads import refuse_regrouped_heads
 from hf_guide.initialization.selection import choose_blocks, even_places
 from hf_guide.initialization.weights import Teacher
 
@@ -297,6 +298,7 @@ def make_plan(
     for site in sites.values():
         if site.source is not None:
             plan.maps(site)
+    refuse_regrouped_heads(student, sites.values(), teacher.model_class, teacher.config)
     return plan
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     AutoConfig,
     BertConfig,
     BertForMaskedLM,
@@ -18,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MarianConfig,
+    MarianForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -268,3 +272,51 @@ def test_known_sizes_are_spelled_as_configs_spell_them() -> None:
     for config_class in (LlamaConfig, T5Config, SwinConfig, DeepseekV3Config, transformers.GPT2Config):
         known |= vars(config_class()).keys() | config_class().attribute_map.keys()
     assert set(ASKED) <= known | {"num_local_experts"}
+
+
+def test_a_size_that_only_the_forward_reads_is_a_size() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "embedding_size": 16, "intermediate_size": 64}
+    teacher = AlbertForMaskedLM(AlbertConfig(**sizes, num_hidden_layers=4, num_attention_heads=4)).eval()
+    student = from_teacher(teacher, num_hidden_layers=2, show_progress=False)
+    assert student.config.num_hidden_layers == 2
+    with pytest.raises(OptionError, match="encoder_layers=1 changes nothing in a MarianForCausalLM"):
+        sizes = {"vocab_size": 64, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "pad_token_id": 0}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        decoder = MarianForCausalLM(MarianConfig(**sizes, **heads, encoder_layers=2, decoder_layers=2))
+        from_teacher(decoder, encoder_layers=1, show_progress=False)
+
+
+HEADS_OF_FULL_WIDTH: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "Deberta": (transformers.DebertaForMaskedLM, {**SMALL, "intermediate_size": 64}, {"num_attention_heads": 2}),
+    "M2M100": (
+        transformers.M2M100ForConditionalGeneration,
+        {
+            **{"vocab_size": 64, "d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+            **{"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4},
+        },
+        {"decoder_attention_heads": 2},
+    ),
+    "Jamba": (
+        transformers.JambaForCausalLM,
+        {**MIXTURE, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}
+        | {"use_mamba_kernels": False, "num_experts": 2, "mamba_d_state": 4},
+        {"num_attention_heads": 2, "num_key_value_heads": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS_OF_FULL_WIDTH)
+def test_the_same_weights_are_not_cut_into_other_heads(name: str) -> None:
+    model_class, sizes, heads = HEADS_OF_FULL_WIDTH[name]
+    teacher = model_class(model_class.config_class(**sizes)).eval()
+    with pytest.raises(
+        ShapeError, match=r"must be the teacher's \d+, found \d+: its weights have the teacher's shapes"
+    ):
+        from_teacher(teacher, show_progress=False, **heads)
+    from_teacher(teacher, show_progress=False, method="random", **heads)
+
+
+def test_heads_of_one_part_of_a_composite_model_are_not_regrouped() -> None:
+    teacher = llava()
+    with pytest.raises(ShapeError, match="must be the teacher's|head size"):
+        from_teacher(teacher, vision_config={"num_attention_heads": 1}, show_progress=False)
