@@ -61,6 +61,9 @@ def check_requested_sizes(
         if isinstance(had, PreTrainedConfig) and isinstance(value, Mapping):
             check_requested_sizes(had, value, deepest=deepest, part=f"{part}{name}.")
             continue
+        if name == "num_labels" and value is not None:
+            _check_number(part + name, value, teacher.num_labels, bounded=False)
+            continue
         sized = is_size(name) or is_size(real)
         if value is None or not (sized or _POSITIVE.search(real)) or value == had and type(value) is type(had):
             continue
@@ -144,6 +147,8 @@ def check_experts(config: PreTrainedConfig, teacher: PreTrainedConfig, part: str
     experts = _entry(config, _EXPERTS)
     if experts is None or per_token is None or experts[1] < 1:
         return
+    if per_token[1] < 1:
+        raise ShapeError(f"{part}{per_token[0]} must be at least 1, not {per_token[1]}: each token needs an expert.")
     if per_token[1] > experts[1]:
         raise ShapeError(
             f"{part}{experts[0]}={experts[1]} is fewer than {part}{per_token[0]}={per_token[1]}, the experts that each token "

@@ -320,3 +320,16 @@ def test_heads_of_one_part_of_a_composite_model_are_not_regrouped() -> None:
     teacher = llava()
     with pytest.raises(ShapeError, match="must be the teacher's|head size"):
         from_teacher(teacher, vision_config={"num_attention_heads": 1}, show_progress=False)
+
+
+@pytest.mark.parametrize("labels", [0, -1, "3", 2.0])
+def test_labels_are_counted_by_a_whole_number(labels: Any) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    teacher = transformers.BertForSequenceClassification(BertConfig(**sizes, num_hidden_layers=1)).eval()
+    with pytest.raises(HfGuideError, match="num_labels.* must be"):
+        from_teacher(teacher, num_labels=labels, show_progress=False)
+
+
+def test_each_token_goes_to_an_expert() -> None:
+    with pytest.raises(ShapeError, match="num_experts_per_tok must be at least 1, not 0"):
+        from_teacher(qwen3_moe(), num_experts_per_tok=0, show_progress=False)
