@@ -368,20 +368,18 @@ def _stage_stacks(
     chosen: dict[str, list[int]] = {}
     built = None
     for generic in sorted(uneven_lists(*depths)):
+        outer = {key: value for key, value in stacks.items() if key != generic}
+        feeds = {actual: _feeding_list(layout, student_names, generic, actual, outer) for actual in depths[1][generic]}
+        if (ordinals := _entry_for_each_list(depths[0][generic], depths[1][generic], feeds)) is not None:
+            chosen |= dict.fromkeys(feeds, ordinals)
+            continue
         if len(depths[0][generic]) != len(depths[1][generic]):
             raise ShapeError(
                 f"The student has {len(depths[1][generic])} stages {generic.partition('.{')[0]!r}, its teacher "
                 f"{len(depths[0][generic])}: a stage may have fewer blocks, but none may be missing."
             )
         for actual, wanted in depths[1][generic].items():
-            match = next(
-                found
-                for name in student_names
-                if (found := layout.find(name)) and (generic, actual) in [each[:2] for each in nested_lists(found)]
-            )
-            source, _ = _source_name(match, {key: value for key, value in stacks.items() if key != generic})
-            found = layout.find(source)
-            fed = next((each[1] for each in nested_lists(found) if each[0] == generic), actual) if found else actual
+            fed = feeds[actual]
             had = depths[0][generic].get(fed, 0)
             built = built or meta_model(teacher.model_class, teacher.config)
             name = actual.rpartition(".")[0]
@@ -395,6 +393,38 @@ def _stage_stacks(
                 explicit=not isinstance(kept, str),
             )
     return chosen
+
+
+def _feeding_list(
+    layout: Layout, student_names: Iterable[str], generic: str, actual: str, stacks: Mapping[str, list[int]]
+) -> str:
+    """Return the name of the teacher's nested list that feeds one of the student's, its outer block being chosen."""
+    match = next(
+        found
+        for name in student_names
+        if (found := layout.find(name)) and (generic, actual) in [each[:2] for each in nested_lists(found)]
+    )
+    found = layout.find(_source_name(match, stacks)[0])
+    return next((each[1] for each in nested_lists(found) if each[0] == generic), actual) if found else actual
+
+
+def _entry_for_each_list(
+    teacher: Mapping[str, int], student: Mapping[str, int], feeds: Mapping[str, str]
+) -> list[int] | None:
+    """Return the entries that are kept of lists with one entry for each block that has such a list; None of others.
+
+    Zamba2's shared blocks hold an adapter for each place where they are used.
+    """
+    if len(teacher) == len(student) or not set(feeds.values()) <= teacher.keys():
+        return None
+    if set(teacher.values()) != {len(teacher)} or set(student.values()) != {len(student)}:
+        return None
+    order = sorted(teacher, key=_numbers)
+    return [order.index(feeds[actual]) for actual in sorted(student, key=_numbers)]
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(part) for part in name.split(".") if part.isdecimal()]
 
 
 def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:

@@ -19,13 +19,15 @@ from transformers import (
     PreTrainedModel,
     RwkvConfig,
     RwkvForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 from transformers.models.auto import modeling_auto
 
 from hf_guide import HfGuideError, LayoutError, ShapeError, from_teacher
 from hf_guide.initialization.certify import certify
 from hf_guide.initialization.derive import layout_for
-from hf_guide.initialization.twins import TWIN_ERRORS
+from hf_guide.initialization.twins import TWIN_ERRORS, move_from_defaults
 from tests.invariants.depth import (
     bypassed,
     cut,
@@ -168,6 +170,24 @@ def test_blocks_that_are_repeated_are_reported() -> None:
     student = from_teacher(teacher, num_hidden_layers=3, method={"layers": [0, 0, 4]}, show_progress=False)
     (note,) = student.initialization_report.approximations
     assert "repeated or in another order" in note
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 2], [0, 3, 4], [1, 2, 3]], ids=str)
+def test_adapters_of_a_shared_block_follow_the_places_it_is_used_at(kept: list[int]) -> None:
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    mamba = {"n_mamba_heads": 4, "mamba_d_state": 8, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 8}
+    shared = {"attention_hidden_size": 64, "attention_head_dim": 16, "num_mem_blocks": 1, "adapter_rank": 4}
+    config = Zamba2Config(
+        **(sizes | mamba | shared),
+        num_hidden_layers=5,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        use_shared_attention_adapter=True,
+    )
+    teacher = Zamba2ForCausalLM(config).to(torch.float64).eval()
+    move_from_defaults(teacher, seed=1)
+    student = from_teacher(teacher, num_hidden_layers=3, method={"layers": kept}, show_progress=False)
+    assert difference(student, teacher) <= TOLERANCE
+    assert all("were not compared" in note for note in student.initialization_report.approximations)
 
 
 INFLUENCE = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration"]
