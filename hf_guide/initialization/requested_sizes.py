@@ -62,7 +62,7 @@ def check_requested_sizes(
             check_requested_sizes(had, value, deepest=deepest, part=f"{part}{name}.")
             continue
         if name == "num_labels" and value is not None:
-            _check_number(part + name, value, teacher.num_labels, bounded=False)
+            _check_number(part + name, value, teacher.num_labels or 1, bounded=False)
             continue
         sized = is_size(name) or is_size(real)
         if value is None or not (sized or _POSITIVE.search(real)) or value == had and type(value) is type(had):
