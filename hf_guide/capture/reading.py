@@ -120,8 +120,8 @@ class Capture:
     def teacher_source(self) -> str:
         """Return what `from_pretrained` loads the captured teacher from.
 
-        That is its Hub id, or a folder of its name with the same weights, beside the capture or in the working directory: a
-        capture does not hold the paths of the machine that it was made on.
+        That is its Hub id, or a folder of its name with the same weights, beside the capture, in the working directory or in
+        a folder of that: a capture does not hold the paths of the machine that it was made on.
 
         Raises:
             CaptureError: there is no such folder.
@@ -130,14 +130,16 @@ class Capture:
         if manifest.files is None and repo_id_of(manifest.teacher, manifest.teacher_revision) is not None:
             return manifest.teacher
         places = dict.fromkeys([self.folder.resolve().parent, Path.cwd()])
-        for candidate in (place / manifest.teacher for place in places):
+        below = sorted(Path.cwd().glob("[!.]*/"))
+        for candidate in (place / manifest.teacher for place in (*places, *below)):
             if manifest.files is not None and candidate.is_dir() and files_fingerprint(candidate) == manifest.files:
                 return str(candidate)
         searched = " and ".join(str(place / manifest.teacher) for place in places)
         raise CaptureError(
             f"{self.folder} was captured from {manifest.teacher!r}, a folder or a loaded model, and does not hold its path; "
-            f"looked for the same weights in {searched}. Name the teacher's folder: processor_name_or_path for its "
-            "tokenizer, and teacher among the arguments of student for a student that is made of it."
+            f"looked for the same weights in {searched}, and in the folders of the working "
+            "directory. Name the teacher's folder: processor_name_or_path for its tokenizer, and teacher among the arguments "
+            "of student for a student that is made of it."
         )
 
     def summary(self) -> str:

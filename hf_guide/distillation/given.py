@@ -3,6 +3,7 @@
 import inspect
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from hf_guide.capture.reading import Capture
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.tasks import without_adapter
 from hf_guide.errors import OptionError
+from hf_guide.folders import check_parents
 
 
 def check_arguments(args: Any) -> None:
@@ -148,8 +150,10 @@ def check_output_dir(args: DistillationArguments, source: Any, student: Any) -> 
 
     Raises:
         OptionError: it is a file, or the folder of a teacher or a capture, whose files the student's would replace.
+        OSError: it cannot be made.
     """
     output_dir = args.output_dir or "."
+    check_parents(Path(output_dir))
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
         raise OptionError(
             f"output_dir {output_dir} is a file; it must be a folder, or new. Choose another output_dir."

@@ -335,6 +335,14 @@ def test_an_output_that_the_student_would_destroy_is_refused(named: str, tmp_pat
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+def test_an_output_within_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is a file"):
+        DistillationTrainer(
+            llama(1), arguments(tmp_path / "file" / "out"), collate, examples_for("causal-lm"), teacher=llama(2)
+        )
+
+
 def test_an_output_in_the_capture_is_refused(tmp_path: Path) -> None:
     capture = capture_teacher(
         llama(2), examples_for("causal-lm"), tmp_path / "capture", data_collator=collate, config={"top_k": 4}

@@ -148,6 +148,10 @@ def test_a_capture_finds_its_teacher_by_name_and_weights(
         capture.teacher_source()
     monkeypatch.chdir(home)
     assert Path(capture.teacher_source()).samefile(home / "teacher")
+    (home / "models").mkdir()
+    (home / "teacher").rename(home / "models" / "teacher")
+    assert Path(capture.teacher_source()).samefile(home / "models" / "teacher")
+    (home / "models" / "teacher").rename(home / "teacher")
     capture.check(teacher=home / "teacher")
 
 
