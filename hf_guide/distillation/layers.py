@@ -5,6 +5,8 @@ from typing import Any
 
 from hf_guide.errors import OptionError
 
+_DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
+
 
 def depth_of_config(config: Any) -> int:
     """Return a model's number of blocks: of an encoder-decoder, the decoder's.
@@ -12,12 +14,14 @@ def depth_of_config(config: Any) -> int:
     Raises:
         OptionError: its config does not say.
     """
-    config = config.get_text_config(decoder=True)
-    for name in ("decoder_layers", "num_decoder_layers", "num_hidden_layers"):
-        found = getattr(config, name, None)
-        if isinstance(found, int):
-            return found
-    raise OptionError(f"{type(config).__name__} does not say how many blocks there are; leave the term 'hidden' out.")
+    text = config.get_text_config(decoder=True)
+    # A text config made of an encoder-decoder's, as BART's, has the decoder's depth elsewhere, and the default by this name.
+    for each, names in ((config, _DECODER_DEPTHS), (text, (*_DECODER_DEPTHS, "num_hidden_layers"))):
+        for name in names:
+            found = getattr(each, name, None)
+            if isinstance(found, int):
+                return found
+    raise OptionError(f"{type(text).__name__} does not say how many blocks there are; leave the term 'hidden' out.")
 
 
 def width_of_config(config: Any) -> int:
