@@ -148,7 +148,8 @@ def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
             continue
         if key in _PATH_KEYS and isinstance(value, str) and value and is_local(value):
             if key == "base_model_name_or_path":
-                cleaned[key] = public_name(value)
+                base = public_name(value)  # "./" so that no model on the Hub of the folder's name is taken for it
+                cleaned[key] = base if "/" in base else f"./{base}"
             continue
         cleaned[key] = value
     return cleaned

@@ -85,6 +85,11 @@ def test_every_kind_of_folder_is_looked_at(folders: dict[str, Path]) -> None:
     assert (folders["adapter"] / "checkpoint-2" / "adapter_config.json").is_file()
 
 
+def test_an_adapters_base_is_no_name_that_the_hub_could_have(folders: dict[str, Path]) -> None:
+    found = [json.loads(path.read_text()) for path in folders["adapter"].rglob("adapter_config.json")]
+    assert len(found) > 1 and {each["base_model_name_or_path"] for each in found} == {"./teacher"}
+
+
 PUSH = """
     import sys
     from pathlib import Path
