@@ -263,7 +263,14 @@ def every_class() -> Iterator[tuple[type, type[PreTrainedModel]]]:
 
 
 def deep(config_class: type) -> Any:
-    """Return a family's default config, with no fewer blocks than are cut, where its depth has the usual name."""
+    """Return a family's default config, with no fewer blocks than are cut, where its depth has the usual name.
+
+    A composite has the depth in its parts: there the keyword would be an entry that nothing reads.
+    """
+    declared = {field.name for field in dataclasses.fields(config_class)}
+    name = getattr(config_class, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    if name not in declared:
+        return config_class()
     try:
         return config_class(num_hidden_layers=8)
     except TWIN_ERRORS:
