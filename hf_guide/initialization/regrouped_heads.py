@@ -54,6 +54,8 @@ def refuse_regrouped_heads(
             continue
         sources = {_without_end(site.source or "", site.canonical[len(path) :]) for site in held}
         for source in sources:
+            if _shapes(theirs.get(source)) != _shapes(ours.get(path)):
+                continue  # fewer modules of a list with one for each head: heads are selected, and not cut anew
             had = _heads(theirs.get(source))
             for name, value in settings.items():
                 if value != had.get(name, value):
@@ -90,6 +92,10 @@ def _heads(module: nn.Module | None) -> dict[str, int]:
         for name, value in vars(module).items()
         if isinstance(value, int) and not isinstance(value, bool) and _HEADS.search(name)
     }
+
+
+def _shapes(module: nn.Module | None) -> dict[str, tuple[int, ...]]:
+    return {} if module is None else {name: tuple(each.shape) for name, each in module.named_parameters()}
 
 
 def _without_end(name: str, end: str) -> str:
