@@ -193,7 +193,7 @@ def weights_defect(folder: Path) -> str | None:
     return None
 
 
-def check_model_folder(folder: Path) -> None:
+def check_written_model(folder: Path) -> None:
     """Refuse a folder that holds no whole model.
 
     Raises:

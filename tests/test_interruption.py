@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_guide import cli, folders
 from hf_guide.capture.writing import check_folder
 from hf_guide.folders import check_output, new_folder, partial_file, remove_stale, replaced_files
-from hf_guide.integrity import check_model_folder, weights_defect
+from hf_guide.integrity import check_written_model, weights_defect
 from tests.tiny import KINDS, same_bits
 
 SMALLER = ["--hidden-size", "24", "--num-hidden-layers", "1", "--intermediate-size", "32", "--no-progress"]
@@ -94,7 +94,7 @@ def test_a_folder_that_someone_removed_is_not_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "a shard", "half of the weights"])
 def test_a_student_without_all_of_its_weights_is_not_published(missing: str, tmp_path: Path) -> None:
     model = KINDS["llama"].teacher()
-    with pytest.raises(OSError, match="is not whole"), new_folder(tmp_path / "s", check=check_model_folder) as folder:
+    with pytest.raises(OSError, match="is not whole"), new_folder(tmp_path / "s", check=check_written_model) as folder:
         model.save_pretrained(folder, max_shard_size="20KB" if missing == "a shard" else "1GB")
         assert weights_defect(folder) is None
         if missing == "a shard":

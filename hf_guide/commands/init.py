@@ -106,10 +106,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import hf_guide
-    from hf_guide.integrity import check_model_folder
+    from hf_guide.integrity import check_written_model
 
     make = getattr(hf_guide, TASKS[args.task]).from_teacher if args.task else hf_guide.from_teacher
-    with new_folder(args.output, check=check_model_folder) as folder:
+    with new_folder(args.output, check=check_written_model) as folder:
         student: Any = make(
             args.teacher,
             method=method,

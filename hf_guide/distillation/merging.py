@@ -7,8 +7,6 @@ Does not: change the student, or merge what has no place in stock weights.
 import contextlib
 import copy
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from hf_guide.adapters import adapter_layers, has_adapter
 from hf_guide.distillation.tasks import without_adapter
 from hf_guide.errors import OptionError
 from hf_guide.finite import check_finite
+from hf_guide.folders import move_entries, partial_folder
 
 logger = logging.get_logger(__name__)
 
@@ -53,8 +52,7 @@ def save_merged(student: Any, folder: Path) -> None:
             f"{folder.name} holds an adapter, which Transformers would put on top of the merged model. Name another folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
+    with partial_folder(folder.parent, folder.name) as written:
         merged, expected = merge(student), _expected_logits(student)
         check_finite(merged, "The merged student")
         model_class = type(merged)
@@ -65,10 +63,7 @@ def save_merged(student: Any, folder: Path) -> None:
         for path in list(folder.iterdir()):
             if _WEIGHTS.fullmatch(path.name):
                 path.unlink()
-        for path in list(written.iterdir()):
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
+        move_entries(written, folder, last=("config.json",))
 
 
 def check_mergeable(student: Any) -> None:

@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.initialization.axes import Axis, Name, Product, Sum
 from hf_guide.initialization.block_indices import (
-    BUILD_ERRORS,
     LAYER_WORDS,
     NOT_DEPTHS,
     Depth,
@@ -24,6 +23,7 @@ from hf_guide.initialization.block_indices import (
 )
 from hf_guide.initialization.layouts import Layout, Row
 from hf_guide.initialization.planning import canonical, stack_sizes
+from hf_guide.initialization.twins import TWIN_ERRORS
 
 
 class _RecordsReads:
@@ -110,7 +110,7 @@ def _find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], l
             records = record_reads(shorter)
             try:
                 other = build_on_meta(model_class, shorter)
-            except BUILD_ERRORS:
+            except TWIN_ERRORS:
                 refused = True
                 continue
             sizes, tables = stacks_of(other, layout), _tables(model, other, path, size)
@@ -143,7 +143,7 @@ def with_block_tables(layout: Layout, config: PreTrainedConfig, model_class: typ
     """
     try:
         depths = find_depths(config, model_class, layout)
-    except BUILD_ERRORS:
+    except TWIN_ERRORS:
         return layout
     rows: dict[str, Row] = {}
     stacks: dict[str, str] = {}

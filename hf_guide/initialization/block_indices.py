@@ -15,19 +15,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, ShapeError
+from hf_guide.initialization.twins import TWIN_ERRORS
 
 Path = tuple[str, ...]
 """Where a value is in a config: names of nested configs, and the field's own at the end."""
-
-BUILD_ERRORS = (
-    *(ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError, AssertionError, ZeroDivisionError),
-    *(ImportError, NotImplementedError, StrictDataclassError),
-)
-"""What a family may raise for a config whose depth alone was changed: then nothing is learned from it."""
 
 
 class FieldKind(str, Enum):
@@ -391,7 +385,7 @@ def _lists_of_depth(kind: type, key: str, part: PreTrainedConfig, depth: Depth) 
         rest = {name: copy.deepcopy(value) for name, value in values.items() if name not in names}
         try:
             longer = kind(**rest | {depth.path[-1]: depth.size + 1}).to_dict()
-        except (*BUILD_ERRORS, StrictDataclassError):
+        except TWIN_ERRORS:
             continue
         found |= {name for name in names if isinstance(longer.get(name), list) and len(longer[name]) == depth.size + 1}
     _of_depth[kind, key, depth.path[-1]] = frozenset(found)
@@ -447,7 +441,7 @@ def shared_sources(part: PreTrainedConfig) -> dict[int, int]:
     """Return, of each block that takes its keys and values from another, which one that is."""
     try:
         modes = getattr(part, "kv_sharing_modes", None)
-    except BUILD_ERRORS:  # a property that the config's other values do not go with
+    except TWIN_ERRORS:  # a property that the config's other values do not go with
         return {}
     if not isinstance(modes, list):
         return {}

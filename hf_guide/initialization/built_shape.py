@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, OptionError, ShapeError
 from hf_guide.initialization.configs import derive_student_config
-from hf_guide.initialization.hierarchy import block_kind
+from hf_guide.initialization.hierarchy import module_signature
 from hf_guide.initialization.requested_sizes import is_size
 from hf_guide.initialization.twins import TWIN_ERRORS
 
@@ -192,7 +192,7 @@ def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
     """Return the modules, settings and shapes of the model that a config makes; None where it makes none."""
     try:
         with torch.device("meta"):
-            return block_kind(model_class._from_config(copy.deepcopy(config)))
+            return module_signature(model_class._from_config(copy.deepcopy(config)))
     except TWIN_ERRORS:
         return None
 

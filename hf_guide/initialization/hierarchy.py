@@ -113,7 +113,7 @@ def uneven_lists(teacher: Mapping[str, Depths], student: Mapping[str, Depths]) -
     }
 
 
-def block_kind(module: nn.Module) -> tuple[Any, ...]:
+def module_signature(module: nn.Module) -> tuple[Any, ...]:
     """Return what tells a block's function from another's besides its weights: its modules, their settings and shapes."""
     kind: list[Any] = []
     for name, part in module.named_modules():
@@ -138,7 +138,7 @@ def kinds_of(model: PreTrainedModel, stack: str, depth: int) -> list[tuple[Any, 
             modules = model.get_submodule(name)
         except AttributeError:
             continue
-        return [block_kind(modules.get_submodule(str(number))) for number in range(depth)]
+        return [module_signature(modules.get_submodule(str(number))) for number in range(depth)]
     return [()] * depth
 
 

@@ -26,7 +26,6 @@ from hf_guide.initialization.block_choice import (
 )
 from hf_guide.initialization.block_depths import build_on_meta, find_depths
 from hf_guide.initialization.block_indices import (
-    BUILD_ERRORS,
     LAYER_WORDS,
     BlockField,
     Depth,
@@ -48,6 +47,7 @@ from hf_guide.initialization.layouts import Layout
 from hf_guide.initialization.options import InitializationConfig
 from hf_guide.initialization.planning import canonical, refuse_unknown_stacks, stack_sizes, stage_names
 from hf_guide.initialization.selection import choose_blocks
+from hf_guide.initialization.twins import TWIN_ERRORS
 from hf_guide.initialization.weights import Teacher
 
 COUNTS = (FieldKind.FIRST, FieldKind.LAST, FieldKind.END)
@@ -362,7 +362,7 @@ class _Search:
         try:
             config = self._derive(attempt, nest({path: len(blocks) for path, blocks in attempt.blocks.items()}))
             model = build_on_meta(self.family.teacher.model_class, config)
-        except (HfGuideError, *BUILD_ERRORS) as error:
+        except (HfGuideError, *TWIN_ERRORS) as error:
             attempt.refusal = str(error).rstrip(".")
             return attempt
         for path, blocks in attempt.blocks.items():
@@ -510,7 +510,7 @@ class _Search:
         """Choose blocks for the positions as the user's own config, or overridden fields, say they are."""
         try:
             model = build_on_meta(self.family.teacher.model_class, student)
-        except BUILD_ERRORS:
+        except TWIN_ERRORS:
             return attempt, student  # refused when the student is built, with the family's reason
         blocks = dict(attempt.blocks)
         for path in blocks:

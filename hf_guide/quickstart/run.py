@@ -22,7 +22,7 @@ from hf_guide.companions import copy_companions
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.folders import check_space, new_folder
 from hf_guide.hub import write_model_card
-from hf_guide.integrity import check_model_folder
+from hf_guide.integrity import check_written_model
 from hf_guide.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.public_names import public_name, public_value
 from hf_guide.quickstart import QuickstartOptions
@@ -225,7 +225,7 @@ def save(student: PreTrainedModel, teacher: str, rows: list[Row], options: Quick
         metric_value=round(end, 2),
     )
     told = {"options": public_value(dataclasses.asdict(options)), "rows": [dataclasses.asdict(row) for row in rows]}
-    with new_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_model_folder) as folder:
+    with new_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_written_model) as folder:
         check_space(folder, student.get_memory_footprint())
         student.save_pretrained(folder)
         copy_companions(teacher, folder)

