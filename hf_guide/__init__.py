@@ -3,18 +3,18 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from hf_guide.version import __version__
 
 _HOMES = {
-    "AutoStudent": "auto",
-    "AutoStudentForCausalLM": "auto",
-    "AutoStudentForImageClassification": "auto",
-    "AutoStudentForMaskedLM": "auto",
-    "AutoStudentForSeq2SeqLM": "auto",
-    "AutoStudentForSequenceClassification": "auto",
-    "AutoStudentForTokenClassification": "auto",
-    "FromTeacherMixin": "auto",
-    "from_teacher": "students",
+    "AutoStudent": "modeling",
+    "AutoStudentForCausalLM": "modeling",
+    "AutoStudentForImageClassification": "modeling",
+    "AutoStudentForMaskedLM": "modeling",
+    "AutoStudentForSeq2SeqLM": "modeling",
+    "AutoStudentForSequenceClassification": "modeling",
+    "AutoStudentForTokenClassification": "modeling",
+    "FromTeacherMixin": "modeling",
+    "from_teacher": "modeling",
     "CaptureError": "errors",
     "HfGuideError": "errors",
     "LayoutError": "errors",
@@ -26,23 +26,23 @@ _HOMES = {
     "TaskError": "errors",
     "TeacherError": "errors",
     "VocabularyError": "errors",
-    "Capture": "capture.reading",
-    "CaptureConfig": "capture.options",
+    "Capture": "signal_cache.reader",
+    "CaptureConfig": "signal_cache.config",
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
-    "capture_teacher": "capture.writing",
-    "register_term": "distillation.objectives",
-    "InitializationConfig": "initialization.options",
+    "capture_teacher": "signal_cache.writer",
+    "register_term": "distillation.losses.registry",
+    "InitializationConfig": "initialization.config",
     "InitializationReport": "initialization.report",
-    "register_layout": "initialization.layouts",
+    "register_layout": "layouts.registry",
     "SubclassLabelCollator": "lelp.collator",
-    "SubclassModelForImageClassification": "lelp.publishing",
-    "SubclassModelForSequenceClassification": "lelp.publishing",
+    "SubclassModelForImageClassification": "lelp.export",
+    "SubclassModelForSequenceClassification": "lelp.export",
     "SubclassProjector": "lelp.projector",
     "capture_targets": "lelp.targets",
-    "save_subclass_student": "lelp.publishing",
+    "save_subclass_student": "lelp.export",
     "fit_subclasses": "lelp.fitting",
-    "register_splitter": "lelp.splitters",
+    "register_splitter": "lelp.splitters.registry",
 }
 
 __all__ = [
@@ -87,21 +87,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hf_guide.auto import (
-        AutoStudent,
-        AutoStudentForCausalLM,
-        AutoStudentForImageClassification,
-        AutoStudentForMaskedLM,
-        AutoStudentForSeq2SeqLM,
-        AutoStudentForSequenceClassification,
-        AutoStudentForTokenClassification,
-        FromTeacherMixin,
-    )
-    from hf_guide.capture.options import CaptureConfig
-    from hf_guide.capture.reading import Capture
-    from hf_guide.capture.writing import capture_teacher
     from hf_guide.distillation.arguments import DistillationArguments
-    from hf_guide.distillation.objectives import register_term
+    from hf_guide.distillation.losses.registry import register_term
     from hf_guide.distillation.trainer import DistillationTrainer
     from hf_guide.errors import (
         CaptureError,
@@ -116,20 +103,33 @@ if TYPE_CHECKING:
         TeacherError,
         VocabularyError,
     )
-    from hf_guide.initialization.layouts import register_layout
-    from hf_guide.initialization.options import InitializationConfig
+    from hf_guide.initialization.config import InitializationConfig
     from hf_guide.initialization.report import InitializationReport
+    from hf_guide.layouts.registry import register_layout
     from hf_guide.lelp.collator import SubclassLabelCollator
+    from hf_guide.lelp.export import save_subclass_student
     from hf_guide.lelp.fitting import fit_subclasses
-    from hf_guide.lelp.projector import SubclassProjector
-    from hf_guide.lelp.publishing import (
+    from hf_guide.lelp.modeling_subclass import (
         SubclassModelForImageClassification,
         SubclassModelForSequenceClassification,
-        save_subclass_student,
     )
-    from hf_guide.lelp.splitters import register_splitter
+    from hf_guide.lelp.projector import SubclassProjector
+    from hf_guide.lelp.splitters.registry import register_splitter
     from hf_guide.lelp.targets import capture_targets
-    from hf_guide.students import from_teacher
+    from hf_guide.modeling import (
+        AutoStudent,
+        AutoStudentForCausalLM,
+        AutoStudentForImageClassification,
+        AutoStudentForMaskedLM,
+        AutoStudentForSeq2SeqLM,
+        AutoStudentForSequenceClassification,
+        AutoStudentForTokenClassification,
+        FromTeacherMixin,
+        from_teacher,
+    )
+    from hf_guide.signal_cache.config import CaptureConfig
+    from hf_guide.signal_cache.reader import Capture
+    from hf_guide.signal_cache.writer import capture_teacher
 
 
 def __getattr__(name: str) -> Any:

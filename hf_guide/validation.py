@@ -6,10 +6,10 @@ from typing import Any
 
 from hf_guide.errors import OptionError
 
-TEMPERATURES = (1e-3, 1e3)
+TEMPERATURE_RANGE = (1e-3, 1e3)
 """Below, logits divided by it overflow; above, float32 no longer tells a softmax from the uniform distribution."""
 
-LARGEST_WEIGHT = 1e6
+MAX_WEIGHT = 1e6
 
 
 def check_number(
@@ -35,7 +35,7 @@ def check_number(
     raise OptionError(f"{option} must be a number {first} {low:g} {last} {high:g}; found {value!r}.")
 
 
-def check_whole(option: str, value: Any, low: int = 1) -> int:
+def check_integer(option: str, value: Any, low: int = 1) -> int:
     """Return a whole number that is at least `low`.
 
     Raises:
@@ -52,13 +52,13 @@ def check_temperature(option: str, value: Any) -> float:
     Raises:
         OptionError: it is no number, or lies outside `TEMPERATURES`.
     """
-    return check_number(option, value, *TEMPERATURES)
+    return check_number(option, value, *TEMPERATURE_RANGE)
 
 
 def check_weight(option: str, value: Any) -> float:
-    """Return a weight, from 0 to `LARGEST_WEIGHT`.
+    """Return a weight, from 0 to `MAX_WEIGHT`.
 
     Raises:
         OptionError: it is no number, or lies outside.
     """
-    return check_number(option, value, 0.0, LARGEST_WEIGHT)
+    return check_number(option, value, 0.0, MAX_WEIGHT)

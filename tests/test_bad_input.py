@@ -34,9 +34,9 @@ from hf_guide import (
     OptionError,
     ShapeError,
     TeacherError,
-    cli,
     from_teacher,
 )
+from hf_guide.cli import main as cli
 from tests.tiny import KINDS, SIZES
 
 LLAMA = KINDS["llama"]
@@ -250,7 +250,7 @@ def test_a_broken_shard_is_named_before_any_work(folder: Path, damage: str, monk
         broken = folder / "model.safetensors.index.json"
         broken.write_text(broken.read_text()[:-20])
     started: list[object] = []
-    monkeypatch.setattr("hf_guide.students.build_student", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("hf_guide.modeling.build_student", lambda *arguments: started.append(arguments))
     message = refused(TeacherError, folder, broken.name, "etch", hidden_size=24)
     assert str(folder) in message and not started
 

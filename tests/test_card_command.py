@@ -5,9 +5,9 @@ import argparse
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_guide.cards import DistillationRecord, save_record
-from hf_guide.commands import card as card_command
+from hf_guide.cli import card as card_command
 from hf_guide.errors import HfGuideError
+from hf_guide.hub.metadata import DistillationRecord, save_record
 
 
 def run(*words: object) -> int:

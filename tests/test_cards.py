@@ -8,19 +8,19 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from hf_guide.cards import (
+from hf_guide.errors import HfGuideError
+from hf_guide.hub.metadata import (
     RECORD_NAME,
     DistillationRecord,
-    Figure,
+    MetricRow,
     TeacherRecord,
-    eval_results_of,
-    figures_of,
-    format_figure,
+    format_metric,
     load_record,
+    reported_arguments,
+    result_rows,
     save_record,
-    told_arguments,
+    to_eval_results,
 )
-from hf_guide.errors import HfGuideError
 
 
 def test_a_record_comes_back_from_its_file(tmp_path):
@@ -61,7 +61,7 @@ def test_the_training_arguments_worth_telling(tmp_path):
         report_to=[],
         use_cpu=True,
     )
-    told = told_arguments(arguments)
+    told = reported_arguments(arguments)
     assert (told["learning_rate"], told["lr_scheduler_type"], told["label_smoothing_factor"]) == (1e-3, "cosine", 0.1)
     assert told["total_train_batch_size"] == 12 and "bf16" not in told and "processes" not in told
     assert str(tmp_path) not in json.dumps(told)
@@ -76,20 +76,20 @@ def test_figures_put_the_teacher_and_a_random_start_beside_the_student():
         teacher_metrics={"eval_perplexity": 10.0, "eval_accuracy": 1.0},
         random_metrics={"perplexity": 60.0, "accuracy": 0.5},
     )
-    perplexity, accuracy = figures_of(record)
-    assert perplexity == Figure("held out", "perplexity", 20.0, 10.0, 60.0) and perplexity.gap_closed == 0.8
+    perplexity, accuracy = result_rows(record)
+    assert perplexity == MetricRow("held out", "perplexity", 20.0, 10.0, 60.0) and perplexity.gap_closed == 0.8
     assert accuracy.gap_closed == 0.5, "better is more for the one and less for the other"
-    assert [(result.dataset_type, result.metric_type) for result in eval_results_of(record)] == [
+    assert [(result.dataset_type, result.metric_type) for result in to_eval_results(record)] == [
         ("custom", "perplexity"),
         ("custom", "accuracy"),
     ]
-    assert eval_results_of(DistillationRecord(metrics={"eval_loss": 1.0})) == []
-    assert Figure("d", "m", 1.0, 2.0, 2.0).gap_closed is None
-    assert Figure("d", "m", "1 ± 0.5", 1.0, 2.0).gap_closed is None
+    assert to_eval_results(DistillationRecord(metrics={"eval_loss": 1.0})) == []
+    assert MetricRow("d", "m", 1.0, 2.0, 2.0).gap_closed is None
+    assert MetricRow("d", "m", "1 ± 0.5", 1.0, 2.0).gap_closed is None
 
 
 def test_figures_fit_into_a_table():
-    assert [format_figure(value) for value in (None, 0.123456, 12345.6, 7, "a|b\nc")] == [
+    assert [format_metric(value) for value in (None, 0.123456, 12345.6, 7, "a|b\nc")] == [
         "–",
         "0.1235",
         "1.235e+04",

@@ -12,10 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_guide import cli, folders, hub
-from hf_guide.commands import init
-from hf_guide.initialization.options import OF_GUIDE, InitializationConfig
+from hf_guide.cli import init
+from hf_guide.cli import main as cli
+from hf_guide.hub import model_card as hub
+from hf_guide.initialization.config import _GUIDE_OPTIONS, InitializationConfig
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
+from hf_guide.utils import files as folders
 
 SMALLER = ["--hidden-size", "32", "--num-hidden-layers", "2", "--intermediate-size", "48", "--no-progress"]
 
@@ -112,7 +114,7 @@ def test_every_option_of_the_method_arrives_as_what_it_is(field, tmp_path, monke
         raise KeyboardInterrupt
 
     given = []
-    monkeypatch.setattr("hf_guide.students.from_teacher", stop)
+    monkeypatch.setattr("hf_guide.modeling.from_teacher", stop)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights.txt").write_text("1 2.5")
     flag = "--" + field.name.replace("_", "-")
@@ -122,7 +124,7 @@ def test_every_option_of_the_method_arrives_as_what_it_is(field, tmp_path, monke
         text, expected = FLAGS[field.name]
         words = [flag, text]
     if field.name != "method":
-        words += ["--method", "guide" if field.name in OF_GUIDE else "calibrated"]
+        words += ["--method", "guide" if field.name in _GUIDE_OPTIONS else "calibrated"]
     assert cli.main(["init", "teacher", "-o", "student", *words]) == 130
     found = getattr(given[0], field.name)
     assert found == expected and type(found) is type(expected)
@@ -133,7 +135,7 @@ def test_every_option_of_the_method_arrives_as_what_it_is(field, tmp_path, monke
 )
 def test_help_comes_without_importing_torch(words):
     code = (
-        "import sys\nfrom hf_guide.cli import main\n"
+        "import sys\nfrom hf_guide.cli.main import main\n"
         f"try:\n    main({words!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
@@ -211,15 +213,15 @@ def test_a_disk_that_runs_full_leaves_nothing(teacher, tmp_path):
 
 def test_a_student_larger_than_the_free_disk_is_refused(tmp_path):
     with pytest.raises(OSError, match="Free some space"):
-        folders.check_space(tmp_path, 2**60)
-    folders.check_space(tmp_path, 1)
+        folders.check_disk_space(tmp_path, 2**60)
+    folders.check_disk_space(tmp_path, 1)
 
 
 # Ctrl-C when the student's files have been written, but not yet brought to where they were asked for.
 INTERRUPTED = """
 import os, signal, sys
 from transformers import PreTrainedModel
-from hf_guide.cli import main
+from hf_guide.cli.main import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
 save = PreTrainedModel.save_pretrained
@@ -243,11 +245,11 @@ def test_ctrl_c_leaves_nothing(teacher, tmp_path):
 
 
 def test_the_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(RuntimeError), folders.new_folder(tmp_path / "a" / "b") as folder:
+    with pytest.raises(RuntimeError), folders.atomic_folder(tmp_path / "a" / "b") as folder:
         (folder / "half").write_text("half")
         raise RuntimeError
     assert os.listdir(tmp_path) == []
-    with folders.new_folder(tmp_path / "a" / "b") as folder:
+    with folders.atomic_folder(tmp_path / "a" / "b") as folder:
         (folder / "whole").write_text("whole")
         assert not (tmp_path / "a").exists()
     assert (tmp_path / "a" / "b" / "whole").read_text() == "whole" and os.listdir(tmp_path) == ["a"]

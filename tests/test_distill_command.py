@@ -15,13 +15,14 @@ import yaml
 from transformers import AutoTokenizer, EvalPrediction, LlamaConfig, LlamaForCausalLM
 
 from hf_guide import InitializationConfig, OptionError, capture_teacher
-from hf_guide.commands import distill as distill_command
-from hf_guide.distillation.data_options import DataOptions
-from hf_guide.distillation.examples import prepare
-from hf_guide.distillation.run import AUTO_CLASSES, accuracy, distill
-from hf_guide.distillation.settings import read_settings
-from hf_guide.distillation.splits import read_splits
-from hf_guide.distillation.tasks import Task
+from hf_guide.cli import distill as distill_command
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.loading import load_splits
+from hf_guide.data.preprocessing import preprocess
+from hf_guide.scripts.distill import accuracy, distill
+from hf_guide.scripts.distill_config import read_config
+from hf_guide.tasks import Task
+from hf_guide.teachers.loading import AUTO_CLASSES
 from tests.examples import local
 from tests.examples.local import EXAMPLES, QUICK, SMALLER, make_model, run_process
 
@@ -112,7 +113,7 @@ def test_a_student_that_is_there_already_gets_its_teachers_labels(tmp_path):
     data = local.write_labelled(tmp_path / "labelled.csv", 200)
     told = {"teacher": teacher, "model_name_or_path": base, "data_files": data, "max_steps": 60}
     path = written(tmp_path, **told, objective={"ce": 1.0, "kd": 1e-4}, per_device_train_batch_size=16)
-    metrics = distill(read_settings(path, ["--learning_rate", "1e-2"]))
+    metrics = distill(read_config(path, ["--learning_rate", "1e-2"]))
     assert metrics["eval_accuracy"] > 0.9
     config = transformers.AutoConfig.from_pretrained(tmp_path / "student")
     assert config.architectures == ["BertForSequenceClassification"] and config.id2label == LABELS["id2label"]
@@ -124,10 +125,10 @@ def test_from_a_capture_no_teacher_is_needed(task, tmp_path):
     teacher = make_model(tmp_path / "teacher", family, kind)
     student = make_model(tmp_path / "base", family, kind, width=16, blocks=1, seed=1)
     data = {where: str(write(tmp_path)), "max_length": 32, "mask_once": True}
-    options = DataOptions(**data)
-    train, held_out = read_splits(options)
+    options = DataArguments(**data)
+    train, held_out = load_splits(options)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    made = prepare(Task(task), train, held_out, tokenizer, options)
+    made = preprocess(Task(task), train, held_out, tokenizer, options)
     keep = {"top_k": len(tokenizer)}
     capture_teacher(
         teacher, made.train, tmp_path / "capture", processing_class=tokenizer, config=keep, show_progress=False
@@ -137,7 +138,7 @@ def test_from_a_capture_no_teacher_is_needed(task, tmp_path):
     for source in ({"teacher": teacher}, {"capture": tmp_path / "capture"}):
         (tmp_path / "run.yaml").unlink(missing_ok=True)
         path = written(tmp_path, **told, **source, mask_once=True, objective="kd", log_level="error")
-        distill(read_settings(path))
+        distill(read_config(path))
         state = json.loads((tmp_path / "student" / "trainer_state.json").read_text())
         found.append([entry["kd"] for entry in state["log_history"] if "kd" in entry])
     assert len(found[0]) == QUICK["max_steps"]
@@ -177,13 +178,13 @@ def test_help_after_the_file_lists_every_option(tmp_path, capsys):
 def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_likes(teacher, tmp_path):
     path = written(tmp_path, teacher=teacher, student={"hidden_size": 16}, data_files="a.txt")
     path.write_text(path.read_text() + "weight_decay: 1e-2\nbf16: 'no'\nsave_steps: 0.5\n")
-    settings = read_settings(path, ["--objective", '{"kd": 2}', "--no-pack", "--temperature=3", "--max-length", "9"])
+    settings = read_config(path, ["--objective", '{"kd": 2}', "--no-pack", "--temperature=3", "--max-length", "9"])
     assert settings.training.weight_decay == 0.01 and settings.training.bf16 is False
     assert settings.training.objective == {"kd": 2.0} and settings.training.temperature == 3.0
     assert settings.data.pack is False and settings.data.max_length == 9 and settings.data.dataset == "text"
     assert settings.training.student == {"hidden_size": 16}
     path.with_suffix(".json").write_text(json.dumps({"data_files": ["a.csv"], "output_dir": str(tmp_path)}))
-    assert read_settings(path.with_suffix(".json")).data.dataset == "csv"
+    assert read_config(path.with_suffix(".json")).data.dataset == "csv"
 
 
 @pytest.mark.parametrize(
@@ -211,16 +212,16 @@ def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_
 def test_what_the_file_says_wrong_is_named(told, words, said, tmp_path):
     path = written(tmp_path, **{"data_files": "a.txt", "teacher": "no/such", "student": {"hidden_size": 8}} | told)
     with pytest.raises(OptionError, match=said):
-        read_settings(path, words)
+        read_config(path, words)
 
 
 def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     for name, text in (("a.yaml", "- 1\n"), ("b.yaml", "a: [\n"), ("c.json", "{")):
         (tmp_path / name).write_text(text)
         with pytest.raises(OptionError, match=name):
-            read_settings(tmp_path / name)
+            read_config(tmp_path / name)
     with pytest.raises(FileNotFoundError):
-        read_settings(tmp_path / "d.yaml")
+        read_config(tmp_path / "d.yaml")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(told, said, teacher, 
     told = {name: tmp_path / "empty" if value == "EMPTY" else value for name, value in told.items()}
     path = written(tmp_path, **{"teacher": teacher, "student": SMALLER["llama"], "data_files": data} | told)
     with pytest.raises(ValueError, match=said):
-        distill(read_settings(path))
+        distill(read_config(path))
     assert not (tmp_path / "student" / "model.safetensors").exists()
 
 
@@ -258,7 +259,7 @@ def test_labels_that_the_teacher_does_not_know_are_refused(tmp_path):
     data = local.write_labelled(tmp_path / "labelled.csv")
     path = written(tmp_path, teacher=teacher, student=SMALLER["bert"], data_files=data)
     with pytest.raises(OptionError, match="'bad', 'good'.*'up', 'down'"):
-        distill(read_settings(path))
+        distill(read_config(path))
 
 
 # The data
@@ -268,23 +269,23 @@ def test_what_is_held_out_depends_on_its_seed_alone_and_none_of_it_is_trained_on
     (tmp_path / "text.txt").write_text("\n".join(f"text {number}" for number in range(50)))
     held_out = []
     for most in (None, 3):
-        options = DataOptions(data_files=str(tmp_path / "text.txt"), validation_share=0.2, max_train_examples=most)
-        train, evaluated = read_splits(options)
+        options = DataArguments(data_files=str(tmp_path / "text.txt"), validation_share=0.2, max_train_examples=most)
+        train, evaluated = load_splits(options)
         assert evaluated is not None and not set(train["text"]) & set(evaluated["text"])
         held_out.append(evaluated["text"][:])
     assert len(train) == 3 and len(held_out[0]) == 10 and held_out[0] == held_out[1]
-    other = DataOptions(data_files=str(tmp_path / "text.txt"), validation_share=0.2, validation_seed=1)
-    assert read_splits(other)[1]["text"][:] != held_out[0]
+    other = DataArguments(data_files=str(tmp_path / "text.txt"), validation_share=0.2, validation_seed=1)
+    assert load_splits(other)[1]["text"][:] != held_out[0]
 
 
 def test_splits_and_slices_are_found_by_name_in_files_and_in_saved_datasets(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {number}" for number in range(10)))
     files = {"train": str(tmp_path / "a.txt"), "validation": str(tmp_path / "b.txt")}
-    train, evaluated = read_splits(DataOptions(data_files=files, train_split="train[20%:50%]"))
+    train, evaluated = load_splits(DataArguments(data_files=files, train_split="train[20%:50%]"))
     assert train["text"][:] == ["a 2", "a 3", "a 4"] and evaluated["text"][0] == "b 0" and len(evaluated) == 10
     datasets.load_dataset("text", data_files=files).save_to_disk(tmp_path / "saved")
-    train, evaluated = read_splits(DataOptions(dataset=str(tmp_path / "saved"), max_eval_examples=2))
+    train, evaluated = load_splits(DataArguments(dataset=str(tmp_path / "saved"), max_eval_examples=2))
     assert len(train) == 10 and evaluated["text"][:] == ["b 0", "b 1"]
 
 
@@ -292,8 +293,8 @@ def test_packed_blocks_are_the_texts_end_to_end(tmp_path):
     tokenizer = local.tokenizer()
     texts = [text for text, _ in local.sentences(40)]
     data = datasets.Dataset.from_dict({"text": texts})
-    options = DataOptions(dataset="text", data_files="a.txt", max_length=16)
-    made = prepare(Task.CAUSAL_LM, data, None, tokenizer, options).train
+    options = DataArguments(dataset="text", data_files="a.txt", max_length=16)
+    made = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options).train
     joined = [token for text in texts for token in tokenizer(text).input_ids]  # this tokenizer ends texts by itself
     assert [token for block in made["input_ids"] for token in block] == joined[: len(joined) // 16 * 16]
     assert made["labels"][:] == made["input_ids"][:] and all(set(mask) == {1} for mask in made["attention_mask"])
@@ -303,15 +304,15 @@ def test_a_text_ends_with_the_end_token_where_the_tokenizer_adds_none(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(make_model(tmp_path, "llama", "ForCausalLM"))
     tokenizer.backend_tokenizer.post_processor = None
     data = datasets.Dataset.from_dict({"text": ["the sea", "quiet music"]})
-    options = DataOptions(dataset="text", data_files="a.txt", max_length=2)
-    made = prepare(Task.CAUSAL_LM, data, None, tokenizer, options).train
+    options = DataArguments(dataset="text", data_files="a.txt", max_length=2)
+    made = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options).train
     expected = [token for text in data["text"] for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     assert [token for block in made["input_ids"] for token in block] == expected[: len(expected) // 2 * 2]
 
 
 def test_lengths_are_those_that_tokenizer_and_model_take_and_512_at_most():
     data = datasets.Dataset.from_dict({"text": [text for text, _ in local.sentences(400)]})
-    options = DataOptions(dataset="text", data_files="a.txt")
+    options = DataArguments(dataset="text", data_files="a.txt")
     for most, config, expected in (
         (64, None, 64),
         (10**6, None, 512),
@@ -319,7 +320,7 @@ def test_lengths_are_those_that_tokenizer_and_model_take_and_512_at_most():
     ):
         tokenizer = copy.deepcopy(local.tokenizer())
         tokenizer.model_max_length = most
-        made = prepare(Task.CAUSAL_LM, data, None, tokenizer, options, config=config)
+        made = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options, config=config)
         assert {len(block) for block in made.train["input_ids"]} == {expected}
 
 
@@ -327,44 +328,44 @@ def test_lengths_are_those_that_tokenizer_and_model_take_and_512_at_most():
 def test_evaluation_masks_once_and_training_anew(pack):
     tokenizer = local.tokenizer()
     data = datasets.Dataset.from_dict({"text": [text for text, _ in local.sentences(60)]})
-    options = DataOptions(dataset="text", data_files="a.txt", max_length=32, pack=pack, mlm_probability=0.3)
-    made = prepare(Task.MASKED_LM, data, data, tokenizer, options)
+    options = DataArguments(dataset="text", data_files="a.txt", max_length=32, pack=pack, mlm_probability=0.3)
+    made = preprocess(Task.MASKED_LM, data, data, tokenizer, options)
     trained, evaluated = ([made.collator([split[0], split[1]]) for _ in range(2)] for split in (made.train, made.eval))
     assert not torch.equal(trained[0]["labels"], trained[1]["labels"])
     assert torch.equal(evaluated[0]["labels"], evaluated[1]["labels"]) and (evaluated[0]["labels"] >= 0).any()
-    again = prepare(Task.MASKED_LM, data, data, tokenizer, options).eval
+    again = preprocess(Task.MASKED_LM, data, data, tokenizer, options).eval
     assert again["input_ids"][:] == made.eval["input_ids"][:]
-    once = prepare(Task.MASKED_LM, data, None, tokenizer, options, mask_once=True).train
+    once = preprocess(Task.MASKED_LM, data, None, tokenizer, options, mask_once=True).train
     assert once["labels"][:] == made.eval["labels"][:]
 
 
 def test_a_file_that_is_no_text_is_refused_with_what_ails_it(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one line\n\xa0\xff another")
     with pytest.raises(OptionError, match="a.txt cannot be read: .*can't decode byte 0xa0"):
-        read_splits(DataOptions(dataset="text", data_files=str(tmp_path / "a.txt")))
+        load_splits(DataArguments(dataset="text", data_files=str(tmp_path / "a.txt")))
 
 
 def test_both_splits_number_their_classes_alike():
     train = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": ["x", "y", "z"]})
     held_out = datasets.Dataset.from_dict({"text": ["b", "c"], "label": ["z", "y"]})
-    options = DataOptions(dataset="csv", data_files="a.csv")
+    options = DataArguments(dataset="csv", data_files="a.csv")
     tokenizer = local.tokenizer()
     for labels, expected in ((None, [2, 1]), (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 1]), (["Z", "Y", "X"], [0, 1])):
-        made = prepare(Task.SEQUENCE_CLASSIFICATION, train, held_out, tokenizer, options, labels=labels)
+        made = preprocess(Task.SEQUENCE_CLASSIFICATION, train, held_out, tokenizer, options, labels=labels)
         assert made.eval["labels"][:] == expected
     strange = datasets.Dataset.from_dict({"text": ["b"], "label": ["w"]})
     with pytest.raises(OptionError, match="'w'.*not among"):
-        prepare(Task.SEQUENCE_CLASSIFICATION, train, strange, tokenizer, options)
+        preprocess(Task.SEQUENCE_CLASSIFICATION, train, strange, tokenizer, options)
     numbered = datasets.Dataset.from_dict({"text": ["b"], "label": [3]})
     with pytest.raises(OptionError, match="class 3; there are 2"):
-        prepare(Task.SEQUENCE_CLASSIFICATION, numbered, None, tokenizer, options, labels=["p", "q"])
+        preprocess(Task.SEQUENCE_CLASSIFICATION, numbered, None, tokenizer, options, labels=["p", "q"])
 
 
 def test_the_first_token_of_a_word_carries_its_label():
     tokenizer = local.tokenizer()
     data = datasets.Dataset.from_dict({"tokens": [["Nobody", "unheard"]], "ner_tags": [["A", "B"]]})
-    options = DataOptions(dataset="json", data_files="a.json", max_length=32)
-    made = prepare(Task.TOKEN_CLASSIFICATION, data, None, tokenizer, options, labels=["B", "A"]).train[0]
+    options = DataArguments(dataset="json", data_files="a.json", max_length=32)
+    made = preprocess(Task.TOKEN_CLASSIFICATION, data, None, tokenizer, options, labels=["B", "A"]).train[0]
     words = tokenizer([["Nobody", "unheard"]], is_split_into_words=True).word_ids(0)
     labelled = [(word, label) for word, label in zip(words, made["labels"], strict=True) if label != -100]
     assert labelled == [(0, 1), (1, 0)] and len(words) > 4
@@ -405,7 +406,7 @@ def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
 
 def test_the_real_example_makes_the_student_it_promises():
     """On the meta device, from the teacher's published shape."""
-    settings = read_settings(EXAMPLES / "distill_smollm2.yaml", ["--use_cpu", "--output_dir", "unused"])
+    settings = read_config(EXAMPLES / "distill_smollm2.yaml", ["--use_cpu", "--output_dir", "unused"])
     student = dict(settings.training.student)
     assert InitializationConfig.parse(student.pop("method")).method == "calibrated"
     shape = {name: value for name, value in student.items() if name != "dtype"}
@@ -416,7 +417,7 @@ def test_the_real_example_makes_the_student_it_promises():
 
 def test_the_command_line_is_light(tmp_path):
     code = (
-        "import sys, argparse\nfrom hf_guide.commands import distill as distill_command\n"
+        "import sys, argparse\nfrom hf_guide.cli import distill as distill_command\n"
         "distill_command.add_arguments(argparse.ArgumentParser())\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

@@ -7,12 +7,12 @@ import sys
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_guide.card_files import BEGIN, END
-from hf_guide.cards import DistillationRecord, TeacherRecord, save_record
 from hf_guide.errors import HfGuideError
-from hf_guide.hub import PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
+from hf_guide.hub.card_files import BEGIN, END
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record
+from hf_guide.hub.model_card import PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
+from hf_guide.hub.provenance import fetch_card, teacher_record, teacher_repo_id
 from hf_guide.initialization.report import InitializationReport
-from hf_guide.provenance import describe_teacher, fetch_card, teacher_repo_id
 
 REPORT = InitializationReport(
     teacher="someone/teacher",
@@ -242,7 +242,7 @@ def test_the_licence_is_that_of_the_teachers_card(tmp_path):
     teacher.mkdir()
     head = "license: other\nlicense_name: big\nlicense_link: LICENSE\nlanguage:\n- en\n- de\ntags: [theirs]\n"
     (teacher / "README.md").write_text(f"---\n{head}---\n")
-    known = describe_teacher(str(teacher))
+    known = teacher_record(str(teacher))
     assert known == TeacherRecord(
         "teacher", license="other", license_name="big", license_link="LICENSE", languages=["en", "de"]
     )
@@ -257,9 +257,9 @@ def test_the_licence_is_that_of_the_teachers_card(tmp_path):
 
 def test_a_teachers_card_that_cannot_be_read_gives_no_licence(tmp_path, caplog):
     (tmp_path / "README.md").write_text("---\n[\n---\n")
-    assert describe_teacher(str(tmp_path)).license is None
+    assert teacher_record(str(tmp_path)).license is None
     assert "licence is not known" in caplog.text
-    assert describe_teacher("nobody/that-was-ever-cached").license is None
+    assert teacher_record("nobody/that-was-ever-cached").license is None
 
 
 def test_without_matplotlib_the_card_shows_no_plot(tmp_path, monkeypatch):
@@ -341,7 +341,7 @@ def test_a_blank_card_gives_way_to_that_of_the_hub(tmp_path, monkeypatch):
         asked.append((repo_id, name, where))
         return str(tmp_path / "hub.md")
 
-    monkeypatch.setattr("hf_guide.provenance.hf_hub_download", download)
+    monkeypatch.setattr("hf_guide.hub.provenance.hf_hub_download", download)
     folder = tmp_path / "adapter"
     folder.mkdir()
     ModelCard.from_template(ModelCardData(library_name="peft")).save(folder / "README.md")

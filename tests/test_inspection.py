@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_guide.initialization.derive import layout_for
-from hf_guide.initialization.weights import open_teacher
-from hf_guide.inspection import count_parameters, suggest_widths, variance_curves
-from hf_guide.students import from_teacher
+from hf_guide.cli.width_table import count_parameters, suggest_widths, variance_curves
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.modeling import from_teacher
+from hf_guide.teachers.checkpoint import open_teacher
 
 
 def small_model(family: str):

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_guide import HfGuideError, OptionError, SubclassProjector, from_teacher, integrity
-from hf_guide.capture.manifest import CaptureManifest
-from hf_guide.capture.reading import Capture, CapturedCollator
-from hf_guide.capture.writing import capture_teacher
-from hf_guide.distillation.projections import Projections
-from hf_guide.integrity import DamagedFileError, read_json, read_tensors, write_json, write_tensors
+from hf_guide import HfGuideError, OptionError, SubclassProjector, from_teacher
+from hf_guide.distillation.layer_projections import LayerProjections
+from hf_guide.signal_cache.manifest import CaptureManifest
+from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
+from hf_guide.signal_cache.writer import capture_teacher
+from hf_guide.utils import checksums as integrity
+from hf_guide.utils.checksums import DamagedFileError, read_json, read_tensors, write_json, write_tensors
 from tests.capture.capturing import TEACHERS, Pad, examples_for
 from tests.tiny import KINDS, SMALLER
 
@@ -33,7 +34,7 @@ def capture(folder: Path, options: dict[str, Any] | None = None) -> Capture:
 
 
 def read_capture(folder: Path) -> None:
-    CapturedCollator(Pad(), Capture.open(folder))(EXAMPLES)
+    CaptureDataCollator(Pad(), Capture.open(folder))(EXAMPLES)
 
 
 def save_projector(folder: Path, seed: int = 0, temperature: float = 1.0) -> None:
@@ -63,11 +64,11 @@ def calibrate(folder: Path) -> Any:
 
 def save_projections(folder: Path) -> None:
     folder.mkdir()
-    Projections({"hidden_1": (4, 6), "embedding": (4, 8)}, seed=0).save(folder)
+    LayerProjections({"hidden_1": (4, 6), "embedding": (4, 8)}, seed=0).save(folder)
 
 
 def load_projections(folder: Path) -> None:
-    Projections({"hidden_1": (4, 6), "embedding": (4, 8)}, seed=1).load(folder)
+    LayerProjections({"hidden_1": (4, 6), "embedding": (4, 8)}, seed=1).load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_a_damaged_shard_is_written_again_alone(made: Path, tmp_path: Path, capl
 def test_a_shard_that_was_damaged_before_the_capture_was_complete_is_written_again(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_guide.capture import run
+    from hf_guide.signal_cache import writer as run
 
     whole = {path.name: path.read_bytes() for path in (made / "capture").iterdir()}
 
@@ -169,14 +170,14 @@ def test_a_shard_that_was_damaged_before_the_capture_was_complete_is_written_aga
 
 def test_each_shard_is_checked_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
-    original = integrity.check_file
+    original = integrity.verify_checksum
 
     def counting(path: Path, expected: str) -> None:
         checked.append(path.name)
         original(path, expected)
 
-    monkeypatch.setattr("hf_guide.capture.reading.check_file", counting)
-    collate = CapturedCollator(Pad(), Capture.open(made / "capture"))
+    monkeypatch.setattr("hf_guide.signal_cache.reader.check_file", counting)
+    collate = CaptureDataCollator(Pad(), Capture.open(made / "capture"))
     for _ in range(2):
         collate(EXAMPLES[:7])
     assert checked == ["index.arrow", "shard-000000.arrow", "shard-000001.arrow"]
@@ -239,9 +240,9 @@ def test_checking_a_capture_costs_less_than_a_hundredth_of_reading_it(tmp_path: 
     opened = Capture.open(tmp_path)
     started = time.perf_counter()
     for name, checksum in opened.manifest.checksums.items():
-        integrity.check_file(tmp_path / name, checksum)
+        integrity.verify_checksum(tmp_path / name, checksum)
     checking = time.perf_counter() - started
-    collate = CapturedCollator(Pad(), opened)
+    collate = CaptureDataCollator(Pad(), opened)
     started = time.perf_counter()
     for number in range(0, len(dataset), 20):
         collate(dataset[number : number + 20])

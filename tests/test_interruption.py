@@ -13,10 +13,11 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from hf_guide import cli, folders
-from hf_guide.capture.writing import check_folder
-from hf_guide.folders import check_output, new_folder, partial_file, remove_stale, replaced_files
-from hf_guide.integrity import check_written_model, weights_defect
+from hf_guide.cli import main as cli
+from hf_guide.signal_cache.writer import check_output_dir
+from hf_guide.utils import files as folders
+from hf_guide.utils.checksums import check_written_model, weights_defect
+from hf_guide.utils.files import atomic_folder, atomic_write, check_output_folder, remove_stale_partials, staged_update
 from tests.tiny import KINDS, same_bits
 
 SMALLER = ["--hidden-size", "24", "--num-hidden-layers", "1", "--intermediate-size", "32", "--no-progress"]
@@ -37,10 +38,10 @@ def names(folder: Path) -> list[str]:
 
 
 def killed_while_it_writes(output: Path) -> None:
-    """Leave what a process leaves that is killed within `new_folder` and within `partial_file`."""
+    """Leave what a process leaves that is killed within `atomic_folder` and within `atomic_write`."""
     child = os.fork()
     if child == 0:
-        with new_folder(output) as folder, partial_file(output.parent / "file.json") as partial:
+        with atomic_folder(output) as folder, atomic_write(output.parent / "file.json") as partial:
             (folder / "model.safetensors").write_text("half")
             partial.write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -50,9 +51,9 @@ def killed_while_it_writes(output: Path) -> None:
 def test_two_runs_into_one_output_do_not_touch_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second in a container has the number of the first: the process's number may not tell them apart."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    with pytest.raises(FileExistsError, match="not empty"), new_folder(tmp_path / "student") as first:
+    with pytest.raises(FileExistsError, match="not empty"), atomic_folder(tmp_path / "student") as first:
         (first / "weights").write_text("first")
-        with new_folder(tmp_path / "student") as second:
+        with atomic_folder(tmp_path / "student") as second:
             (second / "weights").write_text("second")
             assert first != second
         assert (first / "weights").read_text() == "first"
@@ -60,11 +61,11 @@ def test_two_runs_into_one_output_do_not_touch_each_other(tmp_path: Path, monkey
 
 
 def test_what_killed_runs_left_is_removed_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "living") as living, partial_file(tmp_path / "living.json") as file:
+    with atomic_folder(tmp_path / "living") as living, atomic_write(tmp_path / "living.json") as file:
         (living / "weights").write_text("living")
         killed_while_it_writes(tmp_path / "student")
         assert len(names(tmp_path)) == 4
-        with new_folder(tmp_path / "student") as folder:
+        with atomic_folder(tmp_path / "student") as folder:
             (folder / "weights").write_text("whole")
             assert sorted(tmp_path.iterdir()) == sorted([living, file, folder])
         file.write_text("living")
@@ -72,12 +73,12 @@ def test_what_killed_runs_left_is_removed_and_what_living_ones_write_is_not(tmp_
 
 
 def test_partial_folders_of_other_machines_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folders, "_machine", lambda: ("01234567", "89abcdef"))
+    monkeypatch.setattr(folders, "_machine_id", lambda: ("01234567", "89abcdef"))
     killed_while_it_writes(tmp_path / "student")
     monkeypatch.undo()
     (tmp_path / ".mine.partial").write_text("not ours")
     before = names(tmp_path)
-    remove_stale(tmp_path)
+    remove_stale_partials(tmp_path)
     assert names(tmp_path) == before and len(before) == 3
 
 
@@ -85,7 +86,7 @@ def test_a_folder_that_someone_removed_is_not_published(tmp_path: Path) -> None:
     import shutil
 
     with pytest.raises(FileNotFoundError, match="was removed by another process"):
-        with new_folder(tmp_path / "student") as folder:
+        with atomic_folder(tmp_path / "student") as folder:
             shutil.rmtree(folder)
             folder.mkdir()
     assert names(tmp_path) == []
@@ -94,7 +95,10 @@ def test_a_folder_that_someone_removed_is_not_published(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "a shard", "half of the weights"])
 def test_a_student_without_all_of_its_weights_is_not_published(missing: str, tmp_path: Path) -> None:
     model = KINDS["llama"].teacher()
-    with pytest.raises(OSError, match="is not whole"), new_folder(tmp_path / "s", check=check_written_model) as folder:
+    with (
+        pytest.raises(OSError, match="is not whole"),
+        atomic_folder(tmp_path / "s", check=check_written_model) as folder,
+    ):
         model.save_pretrained(folder, max_shard_size="20KB" if missing == "a shard" else "1GB")
         assert weights_defect(folder) is None
         if missing == "a shard":
@@ -110,7 +114,7 @@ def test_a_student_without_all_of_its_weights_is_not_published(missing: str, tmp
 def test_outputs_have_the_permissions_of_what_is_made_plainly(tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain.txt").write_text("")
-    with new_folder(tmp_path / "student"), partial_file(tmp_path / "file.txt") as partial:
+    with atomic_folder(tmp_path / "student"), atomic_write(tmp_path / "file.txt") as partial:
         partial.write_text("")
     assert (tmp_path / "student").stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert (tmp_path / "file.txt").stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
@@ -146,7 +150,7 @@ def test_a_folder_bound_from_the_same_file_system_is_written_into(tmp_path: Path
     if libc.mount(bytes(tmp_path / "source"), bytes(tmp_path / "bound"), None, 4096, None) != 0:
         pytest.skip(f"this user may not mount: {os.strerror(ctypes.get_errno())}")
     try:
-        with new_folder(tmp_path / "bound") as folder:
+        with atomic_folder(tmp_path / "bound") as folder:
             assert folder.parent == tmp_path / "bound"
             (folder / "config.json").write_text("{}")
         assert names(tmp_path / "source") == ["config.json"]
@@ -170,7 +174,7 @@ def test_other_outputs_that_are_there(kind: str, tmp_path: Path, monkeypatch: py
             raise OSError(16, "Device or resource busy")
 
         monkeypatch.setattr(Path, "rename", busy)
-    with new_folder(output) as folder:
+    with atomic_folder(output) as folder:
         for name in ("config.json", "model.safetensors"):
             (folder / name).write_text(name)
     assert names(output) == ["config.json", "model.safetensors"]
@@ -189,7 +193,7 @@ def test_contents_that_cannot_be_moved_in_are_removed_again(tmp_path: Path, monk
 
     monkeypatch.setattr(Path, "replace", failing)
     (tmp_path / "student").mkdir()
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "student") as folder:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "student") as folder:
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             (folder / name).write_text(name)
     assert moved == ["model.safetensors", "tokenizer.json"] and names(tmp_path / "student") == []
@@ -216,14 +220,14 @@ def test_a_student_saved_over_another_is_whole_or_does_not_load(
     child = os.fork()
     if child == 0:
         Path.replace = dying  # type: ignore[method-assign]
-        with replaced_files(tmp_path) as folder:
+        with staged_update(tmp_path) as folder:
             new.save_pretrained(folder)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == 7:
         with pytest.raises((OSError, ValueError), match="config|model_type"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
-        remove_stale(tmp_path)
+        remove_stale_partials(tmp_path)
         assert not [name for name in names(tmp_path) if name.endswith(".partial")]
     else:
         assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), new)
@@ -235,11 +239,11 @@ def test_a_save_that_fails_leaves_the_student_that_was_there(tmp_path: Path) -> 
     student.save_pretrained(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(RuntimeError), replaced_files(tmp_path) as folder:
+    with pytest.raises(RuntimeError), staged_update(tmp_path) as folder:
         KINDS["llama"].teacher(num_hidden_layers=1).save_pretrained(folder)
         raise RuntimeError
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with replaced_files(tmp_path) as folder:
+    with staged_update(tmp_path) as folder:
         student.save_pretrained(folder, max_shard_size="20KB")
     assert not (tmp_path / "model.safetensors").exists() and (tmp_path / "notes.txt").read_text() == "mine"
     assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), student)
@@ -316,7 +320,7 @@ def test_a_full_disk_in_distill_is_said_and_leaves_the_whole_checkpoints(
 ) -> None:
     import shutil
 
-    from hf_guide.distillation.checkpoints import checkpoints, defect
+    from hf_guide.distillation.checkpoints import checkpoint_defect, list_checkpoints
 
     output = mounted / "out"
     assert distil(output, max_steps=40) == 1
@@ -324,9 +328,13 @@ def test_a_full_disk_in_distill_is_said_and_leaves_the_whole_checkpoints(
     assert re.search(
         r"error: The checkpoint of step \d+ could not be written to .*out, whose disk has \d+ MiB free", said
     )
-    kept = checkpoints(output)
+    kept = list_checkpoints(output)
     assert f"{kept[0]} is whole" in said and "Make room" in said
-    assert kept and all(defect(path) is None for path in kept) and names(output) == sorted(path.name for path in kept)
+    assert (
+        kept
+        and all(checkpoint_defect(path) is None for path in kept)
+        and names(output) == sorted(path.name for path in kept)
+    )
     for path in kept[1:]:
         shutil.rmtree(path)
     steps = int(kept[0].name.partition("-")[2]) + 1
@@ -355,7 +363,7 @@ def test_a_limit_on_files_in_distill_is_said_as_a_full_disk_is(
 @pytest.mark.parametrize("output", ["file/student", "file/a/student"])
 def test_an_output_within_a_file_is_refused(output: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for check in (check_output, check_folder):
+    for check in (check_output_folder, check_output_dir):
         with pytest.raises(NotADirectoryError, match=r"cannot be made: .*file is a file"):
             check(tmp_path / output)
 
@@ -363,6 +371,6 @@ def test_an_output_within_a_file_is_refused(output: str, tmp_path: Path) -> None
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_that_is_not_writable_is_refused(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    for check in (check_output, check_folder):
+    for check in (check_output_folder, check_output_dir):
         with pytest.raises(PermissionError, match="locked is not writable"):
             check(tmp_path / "locked" / "student")

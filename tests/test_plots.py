@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from hf_guide.initialization.report import InitializationReport
-from hf_guide.plots import curves_of, plot_explained_variance, plot_training, text_plot, width_reaching
+from hf_guide.visualization import loss_curves, plot_explained_variance, plot_training, text_plot, width_reaching
 
 CURVE = [0.4, 0.7, 0.9, 1.0]
 
@@ -63,7 +63,7 @@ def test_losses_are_drawn_at_their_steps(tmp_path):
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
     assert lines == {"training": ([10, 30], [3.0, 2.0]), "evaluation": ([10, 20], [3.5, 2.5])}
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert curves_of(history[:2]) == {}
+    assert loss_curves(history[:2]) == {}
     with pytest.raises(ValueError, match="fewer than two steps"):
         plot_training(history[:2])
 

@@ -16,14 +16,14 @@ from transformers import (
     WhisperConfig,
 )
 
-from hf_guide.calibration.batches import draw_batches
-from hf_guide.distillation.data_options import DataOptions
-from hf_guide.distillation.examples import resolve_length
+from hf_guide.calibration.data import load_calibration_batches
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.preprocessing import resolve_lengths
 from hf_guide.errors import OptionError
-from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.twins import tiny_twin
-from hf_guide.initialization.weights import open_teacher
-from hf_guide.positions import longest_text, text_positions
+from hf_guide.initialization.config import InitializationConfig
+from hf_guide.models.positions import max_input_tokens, text_positions
+from hf_guide.models.tiny_models import tiny_config
+from hf_guide.teachers.checkpoint import open_teacher
 
 AFTER_PAD = ["roberta", "xlm-roberta", "camembert", "data2vec-text", "roberta-prelayernorm", "xlm-roberta-xl", "luke"]
 FROM_ZERO = [
@@ -66,7 +66,7 @@ def tiny(name: str, **changes: Any) -> Any:
         "n_layers": 1,
     }
     more = {"decoder_layers": 1, "num_layers": 1, "pad_token_id": 4, "entity_vocab_size": 9}
-    return tiny_twin(config, **(sizes | more | changes))
+    return tiny_config(config, **(sizes | more | changes))
 
 
 def reads(config: Any, length: int, target: int = 3) -> bool:
@@ -93,30 +93,35 @@ def test_the_longest_text_is_read_and_one_token_more_is_not(name: str) -> None:
         assert positions.longest is not None
         assert positions.longest == (LIMIT - pad - 1 if name in AFTER_PAD else positions.longest)
         assert reads(config, positions.longest) and not reads(config, positions.longest + 1)
-        if positions.longest_target is not None:
-            assert reads(config, 3, positions.longest_target) and not reads(config, 3, positions.longest_target + 1)
+        if positions.max_target_tokens is not None:
+            assert reads(config, 3, positions.max_target_tokens) and not reads(
+                config, 3, positions.max_target_tokens + 1
+            )
 
 
 def test_a_family_that_cannot_be_tried_is_told_by_its_padding_row() -> None:
     config = CONFIG_MAPPING["xmod"](max_position_embeddings=514, pad_token_id=3)  # needs the language to be chosen
-    assert longest_text(config) == 510
+    assert max_input_tokens(config) == 510
 
 
 def test_without_a_table_what_the_config_states_counts() -> None:
     assert (
-        text_positions(LlamaConfig()).longest is None and longest_text(LlamaConfig(max_position_embeddings=48)) == 48
+        text_positions(LlamaConfig()).longest is None
+        and max_input_tokens(LlamaConfig(max_position_embeddings=48)) == 48
     )
-    assert longest_text(CONFIG_MAPPING["t5"]()) is None and longest_text(None) is None
-    assert longest_text(WhisperConfig(), target=True) == 448
-    assert longest_text(GPT2Config(n_positions=33)) == 33
+    assert max_input_tokens(CONFIG_MAPPING["t5"]()) is None and max_input_tokens(None) is None
+    assert max_input_tokens(WhisperConfig(), target=True) == 448
+    assert max_input_tokens(GPT2Config(n_positions=33)) == 33
 
 
 def test_positions_of_a_vision_tower_are_not_those_of_the_text() -> None:
-    config = tiny_twin(Gemma3Config(), max_position_embeddings=512)
-    assert text_positions(config).longest is None and longest_text(config) == 512
+    config = tiny_config(Gemma3Config(), max_position_embeddings=512)
+    assert text_positions(config).longest is None and max_input_tokens(config) == 512
     model = MODEL_MAPPING[Gemma3Config](config).eval()
     rows = [{"input_ids": [5] * 100}]
-    batches = draw_batches(rows, model, open_teacher(model), InitializationConfig(method="calibrated"), tokens=100)
+    batches = load_calibration_batches(
+        rows, model, open_teacher(model), InitializationConfig(method="calibrated"), tokens=100
+    )
     assert batches[0]["input_ids"].shape == (1, 100)
 
 
@@ -126,8 +131,8 @@ def test_positions_of_a_vision_tower_are_not_those_of_the_text() -> None:
 def test_what_padding_on_the_left_does_is_what_the_model_does(name: str, kept: list[int], shifted: list[int]) -> None:
     config = tiny(name, attn_implementation="eager")
     positions = text_positions(config)
-    assert positions.shifts == (not kept)
-    assert positions.needs_pad == (4 if kept == [4] else None)
+    assert positions.shifted_by_left_padding == (not kept)
+    assert positions.required_padding_token == (4 if kept == [4] else None)
     torch.manual_seed(0)
     model = MODEL_MAPPING[type(config)](config).eval()
     text = torch.tensor([[11, 12, 13, 14]])
@@ -149,14 +154,16 @@ def test_a_distillation_asks_for_no_longer_texts_than_fit(pad: int) -> None:
     config = RobertaConfig(max_position_embeddings=514, pad_token_id=pad)
     most = 514 - pad - 1
     with pytest.raises(OptionError, match=f"max_length must be at most {most}.*found {most + 1}"):
-        resolve_length(DataOptions(dataset="x", max_length=most + 1), tokenizer(), config)
-    assert resolve_length(DataOptions(dataset="x", max_length=most), tokenizer(), config).max_length == most
-    assert resolve_length(DataOptions(dataset="x"), tokenizer(), config).max_length == min(most, 512)
-    assert resolve_length(DataOptions(dataset="x"), tokenizer(), [config, GPT2Config(n_positions=40)]).max_length == 40
+        resolve_lengths(DataArguments(dataset="x", max_length=most + 1), tokenizer(), config)
+    assert resolve_lengths(DataArguments(dataset="x", max_length=most), tokenizer(), config).max_length == most
+    assert resolve_lengths(DataArguments(dataset="x"), tokenizer(), config).max_length == min(most, 512)
+    assert (
+        resolve_lengths(DataArguments(dataset="x"), tokenizer(), [config, GPT2Config(n_positions=40)]).max_length == 40
+    )
 
 
 def test_targets_fit_the_decoder() -> None:
     config = tiny("bart", decoder_start_token_id=2)
-    assert resolve_length(DataOptions(dataset="x"), tokenizer(), config).max_target_length == LIMIT
+    assert resolve_lengths(DataArguments(dataset="x"), tokenizer(), config).max_target_length == LIMIT
     with pytest.raises(OptionError, match=f"max_target_length must be at most {LIMIT}.*found {LIMIT + 1}"):
-        resolve_length(DataOptions(dataset="x", max_target_length=LIMIT + 1), tokenizer(), config)
+        resolve_lengths(DataArguments(dataset="x", max_target_length=LIMIT + 1), tokenizer(), config)

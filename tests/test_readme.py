@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import hf_guide
-from hf_guide.cli import build_parser
-from hf_guide.initialization import layouts
-from hf_guide.initialization.certify import certify
-from hf_guide.initialization.twins import build_twin, move_from_defaults, tiny_twin
+from hf_guide.cli.main import build_parser
+from hf_guide.initialization.equivalence import check_equivalence
+from hf_guide.layouts import registry as layouts
+from hf_guide.models.tiny_models import build_tiny_model, randomize_parameters, tiny_config
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -23,9 +23,9 @@ def test_the_layout_it_registers_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     (block,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "persimmon" in code)
     exec(block, {})
     config = CONFIG_MAPPING["persimmon"]()
-    twin = build_twin(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tiny_twin(config))
-    move_from_defaults(twin, seed=0)
-    assert certify(layouts.registered_layouts()["persimmon"], twin).passed
+    twin = build_tiny_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tiny_config(config))
+    randomize_parameters(twin, seed=0)
+    assert check_equivalence(layouts.registered_layouts()["persimmon"], twin).passed
 
 
 def test_its_commands_parse() -> None:

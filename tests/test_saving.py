@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_guide import FromTeacherMixin, InitializationReport, OptionError, from_teacher
-from hf_guide.cards import RECORD_NAME, load_record
-from hf_guide.hub import PLOT_NAME
+from hf_guide.hub.metadata import RECORD_NAME, load_record
+from hf_guide.hub.model_card import PLOT_NAME
 from hf_guide.initialization.report import REPORT_NAME
 from tests.stand_in_hub import Hub, stand_in_hub
 from tests.tiny import KINDS, Kind, inputs, logits, run_python, same_bits
@@ -243,9 +243,9 @@ PUSH_AGAIN = """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from hf_guide import from_teacher
-    from hf_guide.cards import DistillationRecord
-    from hf_guide.provenance import describe_teacher
-    from hf_guide.saving import attach_record
+    from hf_guide.hub.metadata import DistillationRecord
+    from hf_guide.hub.provenance import describe_teacher
+    from hf_guide.hub.push import attach_record
     from tests.tiny import KINDS
     kind = KINDS["llama"]
     kind.teacher().save_pretrained(sys.argv[1] + "/teacher")

@@ -9,15 +9,15 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.auto import (
+from hf_guide.modeling import (
     AutoStudent,
     AutoStudentForImageClassification,
     AutoStudentForMaskedLM,
     AutoStudentForSeq2SeqLM,
     AutoStudentForSequenceClassification,
     AutoStudentForTokenClassification,
+    from_teacher,
 )
-from hf_guide.students import from_teacher
 
 LABELS = {0: "cat", 1: "dog", 2: "fish"}
 TEXT = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

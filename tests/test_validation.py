@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from transformers import TrainingArguments
 
-from hf_guide.capture.options import CaptureConfig
+from hf_guide.data.arguments import DataArguments
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.data_options import DataOptions
 from hf_guide.errors import OptionError
+from hf_guide.signal_cache.config import CaptureConfig
 
 INVALID: list[Any] = [math.nan, math.inf, -math.inf, -1, -1e-9, "many", "2", True, [1.0], {}]
 REALS = ["temperature", "dkd_alpha", "dkd_beta", "jsd_beta", "validation_share", "mlm_probability"]
@@ -47,9 +47,9 @@ def _numbers(options: type, known: set[str]) -> set[str]:
 
 
 def make(name: str, value: Any) -> Any:
-    for options in (DistillationArguments, CaptureConfig, DataOptions):
+    for options in (DistillationArguments, CaptureConfig, DataArguments):
         if name in {field.name for field in dataclasses.fields(options)}:
-            always = {"dataset": "some/data"} if options is DataOptions else {}
+            always = {"dataset": "some/data"} if options is DataArguments else {}
             always |= {"report_to": [], "use_cpu": True} if options is DistillationArguments else {}
             return options(**always, **{name: value})
     raise AssertionError(name)
@@ -57,7 +57,9 @@ def make(name: str, value: Any) -> Any:
 
 def test_no_number_is_left_out():
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
-    found = _numbers(DistillationArguments, inherited) | _numbers(CaptureConfig, set()) | _numbers(DataOptions, set())
+    found = (
+        _numbers(DistillationArguments, inherited) | _numbers(CaptureConfig, set()) | _numbers(DataArguments, set())
+    )
     assert found == {*REALS, *WHOLE}
 
 

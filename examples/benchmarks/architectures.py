@@ -21,11 +21,11 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_guide.errors import HfGuideError
-from hf_guide.initialization.certify import relative_error
-from hf_guide.initialization.derive import layout_for
-from hf_guide.initialization.layouts import registered_layouts
-from hf_guide.initialization.twins import TINY_SIZES, TWIN_ERRORS, build_twin, move_from_defaults, tiny_twin
-from hf_guide.students import from_teacher
+from hf_guide.initialization.equivalence import relative_logit_error
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.layouts.registry import registered_layouts
+from hf_guide.modeling import from_teacher
+from hf_guide.models.tiny_models import MODEL_ERRORS, TINY_SIZES, build_tiny_model, randomize_parameters, tiny_config
 
 
 def survey(architecture: str) -> dict:
@@ -43,22 +43,22 @@ def survey(architecture: str) -> dict:
         model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         with torch.device("meta"):
             model_class._from_config(config)
-    except TWIN_ERRORS as error:
+    except MODEL_ERRORS as error:
         return found | {"note": f"default config: {type(error).__name__}: {error}"}
     found["built"] = True
     try:
-        teacher = build_twin(model_class, tiny_twin(config))
-        move_from_defaults(teacher, seed=0)
+        teacher = build_tiny_model(model_class, tiny_config(config))
+        randomize_parameters(teacher, seed=0)
         teacher(input_ids=torch.arange(3, 14)[None])
-    except TWIN_ERRORS as error:
+    except MODEL_ERRORS as error:
         return found | {"note": f"no twin: {type(error).__name__}: {error}"}
     layout = layout_for(teacher.config, model_class)
     kind = "table" if config.model_type in registered_layouts() else layout.exactness.partition(":")[0]
     found |= {"layout": kind, "exactness": layout.exactness}
     try:
         student = from_teacher(teacher, show_progress=False)
-        found["identity"] = relative_error(_alike(student), teacher)
-    except (HfGuideError, *TWIN_ERRORS) as error:
+        found["identity"] = relative_logit_error(_alike(student), teacher)
+    except (HfGuideError, *MODEL_ERRORS) as error:
         found["note"] = f"identity: {error}"
     found["narrower"] = None if kind.startswith("blocks") else False
     for sizes in (
@@ -72,13 +72,13 @@ def survey(architecture: str) -> dict:
         )
     ):
         try:
-            narrow = tiny_twin(
+            narrow = tiny_config(
                 teacher.config, **{name: 32 for name, size in TINY_SIZES.items() if size == 64}, **sizes
             )
             student = _alike(from_teacher(teacher, narrow, show_progress=False))
             found["narrower"] = bool(torch.isfinite(student(input_ids=torch.arange(3, 14)[None]).logits).all())
             break
-        except (HfGuideError, *TWIN_ERRORS) as error:
+        except (HfGuideError, *MODEL_ERRORS) as error:
             found["note"] = f"narrower: {error}"
     return found
 

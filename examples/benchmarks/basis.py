@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hf_guide.initialization.basis import ROWS_AT_ONCE, ResidualBasis, fit_basis, second_moment
+from hf_guide.initialization.basis import CHUNK_ROWS, ResidualBasis, fit_basis, second_moment
 
 Result = TypeVar("Result")
 CLOCK = time.perf_counter
@@ -52,11 +52,11 @@ def subspace_distance(one: Tensor, other: Tensor) -> float:
 
 def matmul_seconds(rows: int, width: int) -> float:
     """What 2 V d^2 cost as plain float64 products of the chunk's shape, at the rate measured now."""
-    chunk = torch.randn(ROWS_AT_ONCE, width, dtype=torch.float64)
+    chunk = torch.randn(CHUNK_ROWS, width, dtype=torch.float64)
     out = torch.zeros(width, width, dtype=torch.float64)
-    repeats = max(5, round(2e10 / (2 * ROWS_AT_ONCE * width**2)))  # clocks of processor time may be coarse
+    repeats = max(5, round(2e10 / (2 * CHUNK_ROWS * width**2)))  # clocks of processor time may be coarse
     _, seconds = timed(lambda: [out.addmm_(chunk.T, chunk) for _ in range(repeats)])
-    return seconds / repeats * rows / ROWS_AT_ONCE
+    return seconds / repeats * rows / CHUNK_ROWS
 
 
 def main() -> int:

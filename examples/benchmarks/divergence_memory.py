@@ -25,8 +25,8 @@ from peak import peak_memory
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_guide.distillation.divergences import Dense, divergence
-from hf_guide.distillation.heads import Head, chunked_loss
+from hf_guide.distillation.losses.divergences import DenseTarget, divergence
+from hf_guide.models.lm_head import LMHead, chunked_loss
 
 
 def naive_step(hidden: Tensor, heard: Tensor, student: nn.Linear, teacher: nn.Linear, labels: Tensor) -> Tensor:
@@ -43,13 +43,13 @@ def chunked_step(
 ) -> Tensor:
     def loss(logits: Tensor, rows: slice) -> dict[str, Tensor]:
         with torch.no_grad():
-            target = Dense(teacher(heard[rows]))
+            target = DenseTarget(teacher(heard[rows]))
         return {
             "ce": functional.cross_entropy(logits, labels[rows], reduction="none"),
             "kd": divergence(logits, target),
         }
 
-    head = Head(student, lambda logits: logits)
+    head = LMHead(student, lambda logits: logits)
     total, _ = chunked_loss(hidden, head, loss, {"ce": 0.5, "kd": 0.5}, max_logits=max_logits)
     return total / len(labels)
 

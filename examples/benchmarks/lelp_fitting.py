@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_guide.capture.signals import Listener
-from hf_guide.distillation.tasks import Task
+from hf_guide.lelp.accumulator import StatisticsAccumulator
 from hf_guide.lelp.fitting import fit_subclasses
-from hf_guide.lelp.gathering import Gathering
 from hf_guide.lelp.projector import SubclassProjector
+from hf_guide.signal_cache.teacher_outputs import TeacherRunner
+from hf_guide.tasks import Task
 
 
 def teacher(classes: int) -> BertForSequenceClassification:
@@ -64,7 +64,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     model, data = teacher(given.classes), texts(given.examples, given.classes)
-    listener = Listener(model, Task.SEQUENCE_CLASSIFICATION)
+    listener = TeacherRunner(model, Task.SEQUENCE_CLASSIFICATION)
     alone, fitted, added, final = [], [], [], []
     for _ in range(given.turns):
         start = time.process_time()
@@ -77,14 +77,14 @@ def main() -> None:
         fit_subclasses(model, data, 8, data_collator=pad, batch_size=given.batch_size, show_progress=False)
         fitted.append(time.process_time() - start)
         start = time.process_time()
-        gathering = Gathering(given.classes, 384)
+        gathering = StatisticsAccumulator(given.classes, 384)
         for number, (embedding, logits) in enumerate(said):
             rows = data[number * given.batch_size : (number + 1) * given.batch_size]
             gathering.add(embedding, torch.tensor([row["label"] for row in rows]), logits)
         _ = gathering.moments.counts
         added.append(time.process_time() - start)
         start = time.process_time()
-        SubclassProjector.from_gathering(gathering, model.classifier.weight.detach().double(), 8)
+        SubclassProjector.from_statistics(gathering, model.classifier.weight.detach().double(), 8)
         final.append(time.process_time() - start)
     teacher_time = statistics.median(alone)
     print(

@@ -18,8 +18,8 @@ from lelp_models import Batches, Classifier
 from lelp_training import ORACLES, SPLITTERS, targets_of
 from torch import Tensor
 
-from hf_guide.lelp.forecast import Forecast, forecast_targets
-from hf_guide.lelp.viewing import knowledge_of
+from hf_guide.lelp.analysis.probe import GainEstimate, estimate_gain_from_targets
+from hf_guide.lelp.analysis.report import label_mutual_information
 
 
 def features_of(batches: Batches, teacher: Classifier) -> Tensor:
@@ -42,7 +42,7 @@ def known(targets: Tensor, data: Labelled) -> float:
     if data.finer is None:
         return float("nan")
     chosen = targets[torch.arange(len(targets)), data.labels].argmax(1)
-    return knowledge_of(chosen, data.labels, data.finer).share
+    return label_mutual_information(chosen, data.labels, data.finer).share
 
 
 def ranks(values: list[float]) -> Tensor:
@@ -53,7 +53,7 @@ def ranks(values: list[float]) -> Tensor:
 def main() -> int:
     args = parser(__doc__).parse_args()
     runs = Runs.of(args)
-    pairs: list[tuple[Forecast, float, float]] = []
+    pairs: list[tuple[GainEstimate, float, float]] = []
     for name in args.sets:
         bench = prepare(name, args)
         batches, lesson = bench.lesson(args.transfer, args.share)
@@ -65,7 +65,7 @@ def main() -> int:
             if settings is None or len(gains) < 2:
                 continue
             targets = targets_of(arm, lesson, settings)
-            told = forecast_targets(
+            told = estimate_gain_from_targets(
                 targets,
                 lesson.signals.logits,
                 features,

@@ -19,9 +19,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from hf_guide import SubclassProjector
-from hf_guide.distillation.divergences import Dense, divergence, dkd
-from hf_guide.lelp.scores import Affine
-from hf_guide.lelp.splitters import Evidence, register_splitter
+from hf_guide.distillation.losses.divergences import DenseTarget, divergence, dkd
+from hf_guide.lelp.splitters.base import SplitterInputs
+from hf_guide.lelp.splitters.registry import register_splitter
+from hf_guide.lelp.splitters.scorers import LinearScorer
 
 Settings = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,7 +54,7 @@ OWN_GRID = ("lelp", "kmeans", "kmeans-stable", "kmeans-early")
 ARMS = ("ce", "kd", "dkd", "embedding", *ORACLES, *SPLITTERS)
 
 
-def split_by_independence(evidence: Evidence) -> Affine:
+def split_by_independence(evidence: SplitterInputs) -> LinearScorer:
     """Split along the independent components (FastICA) of each class's directions of largest variance."""
     if evidence.sample is None:
         raise ValueError("Independent components need examples.")
@@ -67,7 +68,7 @@ def split_by_independence(evidence: Evidence) -> Affine:
         turn = turn * (scores @ turn).pow(3).mean(0).sign() / (scores @ turn).square().mean().sqrt()
         directions.append(basis @ turn)
         offsets.append(-mean @ directions[-1])
-    return Affine(torch.stack(directions), torch.stack(offsets))
+    return LinearScorer(torch.stack(directions), torch.stack(offsets))
 
 
 register_splitter("independent", split_by_independence, needs_sample=True)
@@ -280,7 +281,7 @@ def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, see
     if arm == "ce":
         return lambda rows, _, mine: nn.functional.cross_entropy(mine, labels[rows])
     if arm == "kd":
-        return lambda rows, _, mine: divergence(mine, Dense(logits[rows]), temperature=tau).mean()
+        return lambda rows, _, mine: divergence(mine, DenseTarget(logits[rows]), temperature=tau).mean()
     if arm == "dkd":
         weight = settings["dkd_beta"]
 
@@ -297,11 +298,11 @@ def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, see
 
         def embedding(rows: Tensor, features: Tensor, mine: Tensor) -> Tensor:
             far = (model.wide(features) - wanted[rows]).square().mean()
-            return divergence(mine, Dense(logits[rows]), temperature=tau).mean() + settings["gamma"] * far
+            return divergence(mine, DenseTarget(logits[rows]), temperature=tau).mean() + settings["gamma"] * far
 
         return embedding
     wanted = (targets_of(arm, lesson, settings).flatten(1).clamp_min(1e-30).log() * tau).float()
-    return lambda rows, _, mine: divergence(mine, Dense(wanted[rows]), temperature=tau).mean()
+    return lambda rows, _, mine: divergence(mine, DenseTarget(wanted[rows]), temperature=tau).mean()
 
 
 def train(model: Classifier, batches: Batches, loss: Loss, *, steps: int, batch: int, rate: float, seed: int) -> None:

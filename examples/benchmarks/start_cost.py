@@ -39,7 +39,7 @@ from streaming import in_fresh_process, shapes_of, write_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_guide.initialization.basis import fit_basis, second_moment
-from hf_guide.students import from_teacher
+from hf_guide.modeling import from_teacher
 
 ROWS = 16384  # of the table are different; the rest repeats them, which costs as much
 CODE = "import sys; import start_cost; start_cost.measure(*sys.argv[1:])"
@@ -93,7 +93,7 @@ def directions(folder: Path, vocabulary: int, width: int, turns: int) -> dict[st
 
 def transfer(folder: Path, vocabulary: int, width: int, turns: int) -> dict[str, Any]:
     """Return the cost of a transfer from a checkpoint in `folder`, in seconds and bytes, and the student's bytes."""
-    import hf_guide.initialization.methods  # noqa: F401  # imported lazily, and belongs to the libraries
+    import hf_guide.initialization.apply  # noqa: F401  # imported lazily, and belongs to the libraries
 
     assert LlamaForCausalLM  # so does its module
     before, found = peak_memory(), Counted()

@@ -32,13 +32,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
-from hf_guide.students import from_teacher
+from hf_guide.modeling import from_teacher
 
 MAKE = """
 import json, sys, time
 import torch, transformers
-import hf_guide.initialization.methods
-from hf_guide.students import from_teacher
+import hf_guide.initialization.apply
+from hf_guide.modeling import from_teacher
 from transformers import LlamaForCausalLM  # its module is imported lazily, and belongs to the libraries
 from peak import peak_memory
 

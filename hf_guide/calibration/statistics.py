@@ -9,30 +9,30 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.anatomy import Anatomy, Part, weight_of
-from hf_guide.calibration.batches import Batch, tokens_in
-from hf_guide.calibration.checkpoint import CalibrationCheckpoint
-from hf_guide.calibration.listening import (
-    Heard,
-    first_of,
-    given,
-    hears_decoder,
-    hooks,
-    is_decoder,
-    listening_mode,
-    on_input,
-    real_tokens,
-    run,
+from hf_guide.calibration.data import Batch, count_tokens
+from hf_guide.calibration.hooks import (
+    StopForward,
+    drop_padding,
+    eval_mode,
+    first_output,
+    forward_no_cache,
+    hidden_states_arg,
+    is_decoder_stack,
+    reads_decoder_tokens,
+    register_input_hook,
+    removable_hooks,
 )
+from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
+from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.errors import TeacherError
-from hf_guide.initialization.axes import Name, Product, axis_names, axis_size, places_of
-from hf_guide.initialization.choices import Pooling
-from hf_guide.initialization.layouts import Layout, config_sizes, rotary_size
-from hf_guide.worlds import add_number, add_up, own_share
+from hf_guide.initialization.config import Pooling
+from hf_guide.layouts.grammar import AxisName, AxisProduct, axis_names, axis_size, group_indices
+from hf_guide.layouts.registry import Layout, config_sizes, rotary_size
+from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, local_shard
 
 
 @dataclass
-class Statistics:
+class ActivationStatistics:
     """Sums over tokens, float64 (the products of one batch are in the model's dtype, float32 at least).
 
     Attributes:
@@ -48,14 +48,19 @@ class Statistics:
 
     tokens: int = 0
     moments: dict[str, Tensor] = field(default_factory=dict)
-    turned: dict[str, Tensor] = field(default_factory=dict)
+    block_influence: dict[str, Tensor] = field(default_factory=dict)
     inner: dict[str, Tensor] = field(default_factory=dict)
     projected: dict[str, Tensor] = field(default_factory=dict)
     heard: dict[str, int] = field(default_factory=dict)
 
     def parts(self, seen: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Return all sums by what they are of, and beside them on how many tokens each block was heard."""
-        named = {"moments": self.moments, "turned": self.turned, "inner": self.inner, "projected": self.projected}
+        named = {
+            "moments": self.moments,
+            "turned": self.block_influence,
+            "inner": self.inner,
+            "projected": self.projected,
+        }
         return {**named, "seen": seen}
 
     def sums(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -63,16 +68,16 @@ class Statistics:
         return {f"{part}/{name}": tensor for part, sums in self.parts(seen).items() for name, tensor in sums.items()}
 
 
-def gather(
+def collect_statistics(
     model: PreTrainedModel,
-    anatomy: Anatomy,
+    anatomy: ModuleMap,
     layout: Layout,
     batches: Sequence[Batch],
     *,
     pooling: str = "norm",
     checkpoint: CalibrationCheckpoint | None = None,
     show_progress: bool = False,
-) -> Statistics:
+) -> ActivationStatistics:
     """Hear a teacher once on all batches; with several processes each takes its share and all get the same sums.
 
     Args:
@@ -83,20 +88,20 @@ def gather(
     Raises:
         TeacherError: activations that are not finite, as soon as a block makes such; names it, and weights that are not.
     """
-    found = Statistics()
+    found = ActivationStatistics()
     seen = {stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in anatomy.blocks.items()}
-    found.turned = {stack: torch.zeros_like(count) for stack, count in seen.items()}
-    places = stream_places(anatomy)
-    shares = _shares(places, pooling)
+    found.block_influence = {stack: torch.zeros_like(count) for stack, count in seen.items()}
+    places = residual_inputs(anatomy)
+    shares = _pooling_weights(places, pooling)
     heads = {name: head_size(part, layout, model) for name, part in anatomy.writers.items()}
     current: Batch = {}
     last: list[Tensor] = []
 
-    def real(heard: Tensor, part: Part) -> Tensor:
-        rows = real_tokens(heard, current, of_decoder=hears_decoder(part, model.config))
+    def real(heard: Tensor, part: ModuleRef) -> Tensor:
+        rows = drop_padding(heard, current, of_decoder=reads_decoder_tokens(part, model.config))
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
-    def hear_stream(place: Part, share: float, stream: Tensor) -> None:
+    def hear_stream(place: ModuleRef, share: float, stream: Tensor) -> None:
         if last and last[0] is stream:
             return  # another weight reads the same
         last[:] = [stream]
@@ -107,7 +112,7 @@ def gather(
             rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         found.moments[place.axis] = found.moments.get(place.axis, 0) + share * (rows.T @ rows).double().cpu()
 
-    def hear_inner(name: str, part: Part, inner: Tensor) -> None:
+    def hear_inner(name: str, part: ModuleRef, inner: Tensor) -> None:
         rows, size = real(inner, part), heads[name]
         if size is None:
             total = rows.square().sum(0, dtype=torch.float64).cpu()
@@ -117,79 +122,79 @@ def gather(
         found.inner[name] = found.inner.get(name, 0) + total
 
     def hear_block(stack: str, number: int, stream: Tensor, output: Tensor) -> None:
-        of_decoder = is_decoder(stack, model.config)
-        before, after = (real_tokens(each, current, of_decoder=of_decoder).double() for each in (stream, output))
+        of_decoder = is_decoder_stack(stack, model.config)
+        before, after = (drop_padding(each, current, of_decoder=of_decoder).double() for each in (stream, output))
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         turned = (1 - cosine).sum().cpu()
         if not turned.isfinite():
             does = "makes" if before.isfinite().all() else "is given"
-            raise _not_finite(model, f"first in what {stack.replace('{block}', str(number))} {does}")
-        found.turned[stack][number] += turned
+            raise _non_finite_error(model, f"first in what {stack.replace('{block}', str(number))} {does}")
+        found.block_influence[stack][number] += turned
         seen[stack][number] += len(cosine)
 
-    def hear_projected(name: str, part: Part, places: Tensor, output: Tensor) -> None:
+    def hear_projected(name: str, part: ModuleRef, places: Tensor, output: Tensor) -> None:
         rows = real(output, part)[:, places]  # (tokens, heads, l)
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1).movedim(1, 0)
         found.projected[name] = found.projected.get(name, 0) + (rows.mT @ rows).double().cpu()
 
     def enough(heard: Tensor) -> None:
-        raise Heard
+        raise StopForward
 
-    with hooks() as handles, listening_mode(model):
-        for name, (part, where) in attention_places(anatomy, layout, model).items():
+    with removable_hooks() as handles, eval_mode(model):
+        for name, (part, where) in query_key_outputs(anatomy, layout, model).items():
             handles.append(
                 part.module.register_forward_hook(
                     lambda _, args, output, n=name, p=part, w=where: hear_projected(n, p, w, output)
                 )
             )
         for place, share in zip(places, shares, strict=True):
-            handles.append(on_input(place.module, lambda heard, p=place, s=share: hear_stream(p, s, heard)))  # type: ignore[misc]
+            handles.append(register_input_hook(place.module, lambda heard, p=place, s=share: hear_stream(p, s, heard)))  # type: ignore[misc]
         for name, part in anatomy.writers.items():
-            handles.append(on_input(part.module, lambda heard, n=name, p=part: hear_inner(n, p, heard)))  # type: ignore[misc]
+            handles.append(register_input_hook(part.module, lambda heard, n=name, p=part: hear_inner(n, p, heard)))  # type: ignore[misc]
         for stack, blocks in anatomy.blocks.items():
             for number, block in enumerate(blocks):
                 handles.append(
                     block.register_forward_hook(
                         lambda _, args, kwargs, output, s=stack, n=number: hear_block(
-                            s, n, given(args, kwargs), first_of(output)
+                            s, n, hidden_states_arg(args, kwargs), first_output(output)
                         ),
                         with_kwargs=True,
                     )
                 )
         for part in anatomy.readers.values():
             if part.is_language_head:  # the last of all: not needed
-                handles.append(on_input(part.module, enough))
-        own = own_share(batches)
+                handles.append(register_input_hook(part.module, enough))
+        own = local_shard(batches)
         begun = _resume(found, seen, checkpoint)
         bar = {"total": len(own), "initial": begun, "unit": "batch", "disable": not show_progress}
         for number, current in enumerate(tqdm(own[begun:], desc="hearing the teacher", **bar), begun + 1):
             last.clear()
-            run(model, current)
-            found.tokens += tokens_in(current, model)
+            forward_no_cache(model, current)
+            found.tokens += count_tokens(current, model)
             if checkpoint is not None:
                 facts = {"batches": number, "tokens": found.tokens}
-                checkpoint.keep_heard(found.sums(seen), facts, complete=number == len(own))
+                checkpoint.save_statistics(found.sums(seen), facts, complete=number == len(own))
     found.inner |= {
-        name: torch.zeros(_inner_shape(part, heads[name]), dtype=torch.float64)
+        name: torch.zeros(_input_moment_shape(part, heads[name]), dtype=torch.float64)
         for name, part in anatomy.writers.items()
         if name not in found.inner
     }
     found.inner = {name: found.inner[name] for name in anatomy.writers}
-    found.tokens = round(add_number(found.tokens))
+    found.tokens = round(all_reduce_scalar(found.tokens))
     found.moments, found.projected = (dict(sorted(sums.items())) for sums in (found.moments, found.projected))
     # sorted, for a process that was resumed may have them in another order
-    add_up([*found.moments.values(), *found.turned.values(), *seen.values(), *found.inner.values()])
-    add_up(found.projected.values())
+    all_reduce_sum_([*found.moments.values(), *found.block_influence.values(), *seen.values(), *found.inner.values()])
+    all_reduce_sum_(found.projected.values())
     for stack, count in seen.items():
-        found.turned[stack] /= count.clamp(min=1)
+        found.block_influence[stack] /= count.clamp(min=1)
     for place in places:
         if place.stack in seen:
             found.heard[place.axis] = max(found.heard.get(place.axis, 0), int(seen[place.stack].max()))
-    _refuse_not_finite(found, model)
+    _check_statistics_finite(found, model)
     return found
 
 
-def _resume(found: Statistics, seen: dict[str, Tensor], checkpoint: CalibrationCheckpoint | None) -> int:
+def _resume(found: ActivationStatistics, seen: dict[str, Tensor], checkpoint: CalibrationCheckpoint | None) -> int:
     """Take up what was heard before; return how many batches that were."""
     kept = None if checkpoint is None else checkpoint.heard()
     if kept is None:
@@ -203,66 +208,68 @@ def _resume(found: Statistics, seen: dict[str, Tensor], checkpoint: CalibrationC
     return int(facts["batches"])
 
 
-def stream_places(anatomy: Anatomy) -> list[Part]:
+def residual_inputs(anatomy: ModuleMap) -> list[ModuleRef]:
     """Return the modules whose input is the residual stream: norms that are read, and weights in blocks that read no norm."""
     bare = [part for part in anatomy.readers.values() if part.block is not None and not any(part.match.row.reads)]
     return [*anatomy.read_norms.values(), *bare]
 
 
-def attention_places(anatomy: Anatomy, layout: Layout, model: PreTrainedModel) -> dict[str, tuple[Part, Tensor]]:
+def query_key_outputs(
+    anatomy: ModuleMap, layout: Layout, model: PreTrainedModel
+) -> dict[str, tuple[ModuleRef, Tensor]]:
     """Return the weights that make queries and keys which nothing turns, and where each head's places are, (heads, l).
 
     By the weight's name and that of the size, "layers.0.attn.q_proj/q_dim".
     """
-    found: dict[str, tuple[Part, Tensor]] = {}
+    found: dict[str, tuple[ModuleRef, Tensor]] = {}
     known = config_sizes(layout, model.config)
     for name, part in anatomy.readers.items():
         axis = part.match.row.output_axis
         for size in axis_names(axis):
             if not size.endswith(("q_dim", "k_dim")) or rotary_size(layout, model.config, known.get(size, 0)):
                 continue
-            if axis_size(axis, known) != len(weight_of(part.module)):
+            if axis_size(axis, known) != len(linear_weight(part.module)):
                 continue
             heads = next(other for other in axis_names(axis) if other.endswith("heads"))
-            places = [places_of(axis, heads, head, size, known) for head in range(known[heads])]
+            places = [group_indices(axis, heads, head, size, known) for head in range(known[heads])]
             found[f"{name}/{size}"] = (part, torch.cat(places).view(-1, known[size]))
     return found
 
 
-def head_size(part: Part, layout: Layout, model: PreTrainedModel) -> int | None:
+def head_size(part: ModuleRef, layout: Layout, model: PreTrainedModel) -> int | None:
     """Return the size of a head where a writer's input is heads side by side, None where it is neurons."""
     axis = part.match.axes[part.match.row.input_axis]
-    if isinstance(axis, Product) and isinstance(axis.factors[-1], Name):
+    if isinstance(axis, AxisProduct) and isinstance(axis.factors[-1], AxisName):
         return config_sizes(layout, model.config).get(axis.factors[-1].name)
     return None
 
 
-def neurons_of(anatomy: Anatomy, layout: Layout, model: PreTrainedModel) -> int:
+def mlp_width(anatomy: ModuleMap, layout: Layout, model: PreTrainedModel) -> int:
     """Return how many neurons the widest MLP has, 0 where there is none."""
     mlps = [part for part in anatomy.writers.values() if head_size(part, layout, model) is None]
-    return max((weight_of(part.module).shape[1] for part in mlps), default=0)
+    return max((linear_weight(part.module).shape[1] for part in mlps), default=0)
 
 
-def _shares(places: Sequence[Part], pooling: str) -> list[float]:
+def _pooling_weights(places: Sequence[ModuleRef], pooling: str) -> list[float]:
     if pooling != Pooling.BLOCK:
         return [1.0] * len(places)
     homes = [(place.stack, place.block) if place.block is not None else (place.name, None) for place in places]
     return [1.0 / homes.count(home) for home in homes]
 
 
-def _inner_shape(part: Part, head: int | None) -> tuple[int, ...]:
-    width = weight_of(part.module).shape[1]
+def _input_moment_shape(part: ModuleRef, head: int | None) -> tuple[int, ...]:
+    width = linear_weight(part.module).shape[1]
     return (width,) if head is None else (width // head, head, head)
 
 
-def _refuse_not_finite(found: Statistics, model: PreTrainedModel) -> None:
+def _check_statistics_finite(found: ActivationStatistics, model: PreTrainedModel) -> None:
     for what, tensors in (("the residual stream", found.moments), ("the input of", found.inner)):
         for name, tensor in tensors.items():
             if not math.isfinite(tensor.sum().item()):
-                raise _not_finite(model, f"{what} {name!r}")
+                raise _non_finite_error(model, f"{what} {name!r}")
 
 
-def _not_finite(model: PreTrainedModel, where: str) -> TeacherError:
+def _non_finite_error(model: PreTrainedModel, where: str) -> TeacherError:
     weights = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
     if weights:
         advice = f"{len(weights)} of its weights are not either, such as {weights[0]}: fetch the checkpoint again"

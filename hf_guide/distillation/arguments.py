@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from hf_guide.distillation.divergences import DivergenceKind
-from hf_guide.distillation.objectives import parse_objective, registered_terms
+from hf_guide.distillation.losses.divergences import DivergenceKind
+from hf_guide.distillation.losses.registry import parse_losses, registered_losses
 from hf_guide.errors import OptionError, did_you_mean
-from hf_guide.public_names import public_value
-from hf_guide.validation import LARGEST_WEIGHT, check_number, check_temperature, check_weight, check_whole
+from hf_guide.utils.public_names import public_value
+from hf_guide.validation import MAX_WEIGHT, check_integer, check_number, check_temperature, check_weight
 
 
-class Distance(str, Enum):
+class FeatureLoss(str, Enum):
     """How far apart two vectors are."""
 
     MSE = "mse"
@@ -119,12 +119,12 @@ class DistillationArguments(TrainingArguments):
         Raises:
             OptionError: names the option.
         """
-        self.objective = parse_objective(self.objective)
-        self.divergence = _choice(DivergenceKind, self.divergence, "divergence")
-        self.hidden_distance = _choice(Distance, self.hidden_distance, "hidden_distance")
+        self.objective = parse_losses(self.objective)
+        self.divergence = _enum_value(DivergenceKind, self.divergence, "divergence")
+        self.hidden_distance = _enum_value(FeatureLoss, self.hidden_distance, "hidden_distance")
         self.temperature = check_temperature("temperature", self.temperature)
         for name in ("dkd_alpha", "dkd_beta"):
-            setattr(self, name, check_number(name, getattr(self, name), 0.0, LARGEST_WEIGHT, includes_low=False))
+            setattr(self, name, check_number(name, getattr(self, name), 0.0, MAX_WEIGHT, includes_low=False))
         self.jsd_beta = check_number(
             "jsd_beta (the ends are forward_kl and reverse_kl)",
             self.jsd_beta,
@@ -133,13 +133,13 @@ class DistillationArguments(TrainingArguments):
             includes_low=False,
             includes_high=False,
         )
-        self.max_logits = check_whole("max_logits", self.max_logits)
+        self.max_logits = check_integer("max_logits", self.max_logits)
         if self.teacher and self.capture:
             raise OptionError("teacher and capture are both given; the signals come from one of them.")
-        self.teacher_weights = _weights(self.teacher_weights)
-        self.hidden_layers = _layers(_mapping(self.hidden_layers, "hidden_layers"))
-        self.teacher_init_kwargs = _mapping(self.teacher_init_kwargs, "teacher_init_kwargs")
-        self.student = _mapping(self.student, "student")
+        self.teacher_weights = _parse_teacher_weights(self.teacher_weights)
+        self.hidden_layers = _parse_layer_mapping(_parse_mapping(self.hidden_layers, "hidden_layers"))
+        self.teacher_init_kwargs = _parse_mapping(self.teacher_init_kwargs, "teacher_init_kwargs")
+        self.student = _parse_mapping(self.student, "student")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the arguments as `TrainingArguments` do, for JSON and for reports; tokens are not told."""
@@ -147,12 +147,12 @@ class DistillationArguments(TrainingArguments):
         for name in ("teacher_init_kwargs", "student"):
             given = getattr(self, name)
             if given is not None:
-                setattr(told, name, {key: _told(key, value) for key, value in given.items()})
+                setattr(told, name, {key: _redact_keyword(key, value) for key, value in given.items()})
         return super(DistillationArguments, told).to_dict()
 
     def to_json_string(self) -> str:
         """Return the arguments as JSON for experiment trackers, whose logs stand in `output_dir`: without paths and tokens."""
-        return super(DistillationArguments, public_arguments(self)).to_json_string()
+        return super(DistillationArguments, redact_arguments(self)).to_json_string()
 
     def __str__(self) -> str:
         lines = [f"{name}={value},\n" for name, value in sorted(self.to_dict().items())]
@@ -163,10 +163,10 @@ class DistillationArguments(TrainingArguments):
     @property
     def weights(self) -> dict[str, float]:
         """The objective as weights by term."""
-        return parse_objective(self.objective)
+        return parse_losses(self.objective)
 
 
-def public_arguments(args: DistillationArguments) -> DistillationArguments:
+def redact_arguments(args: DistillationArguments) -> DistillationArguments:
     """Return a copy without tokens, in which folders are named by the last part of their path."""
     public = copy.copy(args)
     for name, value in vars(args).items():
@@ -176,20 +176,20 @@ def public_arguments(args: DistillationArguments) -> DistillationArguments:
     return public
 
 
-class _PicklesPublicly(DistillationArguments):
-    """Arguments that read as they are, and are pickled as `public_arguments`."""
+class _RedactedWhenPickled(DistillationArguments):
+    """Arguments that read as they are, and are pickled as `redact_arguments`."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = object.__new__(DistillationArguments)
         plain.__dict__.update(self.__dict__)
-        return copyreg._reconstructor, (DistillationArguments, object, None), vars(public_arguments(plain))  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (DistillationArguments, object, None), vars(redact_arguments(plain))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
-def saved_publicly(trainer: Any) -> Iterator[None]:
+def redacted_training_args(trainer: Any) -> Iterator[None]:
     """Let a trainer pickle its arguments without paths and tokens, for `training_args.bin`, which is published."""
     args = trainer.args
-    trainer.args = object.__new__(_PicklesPublicly)
+    trainer.args = object.__new__(_RedactedWhenPickled)
     trainer.args.__dict__.update(args.__dict__)
     try:
         yield
@@ -197,7 +197,7 @@ def saved_publicly(trainer: Any) -> Iterator[None]:
         trainer.args = args
 
 
-def _choice(kinds: type[Enum], value: Any, option: str) -> str:
+def _enum_value(kinds: type[Enum], value: Any, option: str) -> str:
     known = [kind.value for kind in kinds]
     if isinstance(value, kinds):
         return str(value.value)
@@ -211,11 +211,11 @@ def _choice(kinds: type[Enum], value: Any, option: str) -> str:
 def _is_lower_better(metric: str | None) -> bool:
     """Return whether a metric, such as "objective", "eval_kd" or "eval_far_perplexity", is ours and the better the smaller."""
     names = (metric or "").removesuffix("_weighted").split("_")
-    ours = {"objective", "perplexity", *registered_terms()}
+    ours = {"objective", "perplexity", *registered_losses()}
     return any("_".join(names[first:]) in ours for first in range(len(names)))
 
 
-def _told(key: str, value: Any) -> Any:
+def _redact_keyword(key: str, value: Any) -> Any:
     """Return what reports may tell of a keyword of `from_pretrained`, in JSON's own types."""
     if key == "token":
         return "<TOKEN>"
@@ -224,7 +224,7 @@ def _told(key: str, value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
-def _mapping(value: Any, option: str) -> dict[str, Any] | None:
+def _parse_mapping(value: Any, option: str) -> dict[str, Any] | None:
     """Return a mapping, read as JSON where it is text."""
     if isinstance(value, str):
         try:
@@ -236,7 +236,7 @@ def _mapping(value: Any, option: str) -> dict[str, Any] | None:
     return value
 
 
-def _weights(weights: Any) -> Any:
+def _parse_teacher_weights(weights: Any) -> Any:
     if isinstance(weights, str):
         try:
             weights = json.loads(weights)
@@ -252,7 +252,7 @@ def _weights(weights: Any) -> Any:
     return weights
 
 
-def _layers(layers: dict[str, Any] | None) -> dict[int, int] | None:
+def _parse_layer_mapping(layers: dict[str, Any] | None) -> dict[int, int] | None:
     if layers is None:
         return None
     found: dict[int, int] = {}

@@ -8,17 +8,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_guide.distillation.learning import Batch, Learning
-from hf_guide.distillation.objectives import TASK_LOSS, Needs, terms_of_classes
-from hf_guide.distillation.playback import CapturedTeacher, refuse_missing, split_signals
-from hf_guide.distillation.subclasses import FINER, TARGETS, SubclassTargets
-from hf_guide.distillation.tasks import IGNORED, Task, add_decoder_inputs, columns_read, item_labels, target_mask
-from hf_guide.distillation.teachers import LiveTeacher, Signals
+from hf_guide.distillation.cached_teacher import CachedTeacher, missing_example_error, split_teacher_columns
+from hf_guide.distillation.losses.registry import TASK_LOSS, TeacherSignal, categorical_terms
+from hf_guide.distillation.objective import DistillationBatch, ObjectiveComputer
+from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY, TARGETS_KEY, SubclassTargets
 from hf_guide.errors import TaskError
+from hf_guide.tasks import Task, add_decoder_inputs, forward_parameters, item_labels, target_mask
+from hf_guide.teachers.forward import LiveTeacher, TeacherSignals
+from hf_guide.utils.labels import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
-class BatchReader:
+class BatchBuilder:
     """Reads batches for one student.
 
     Attributes:
@@ -32,23 +33,23 @@ class BatchReader:
 
     student: Any
     task: Task
-    teachers: Sequence[LiveTeacher | CapturedTeacher]
-    learning: Learning
+    teachers: Sequence[LiveTeacher | CachedTeacher]
+    objective_computer: ObjectiveComputer
     accelerator: Accelerator
     subclasses: SubclassTargets
     label_names: Collection[str]
     shifted: bool | None = None
 
     @property
-    def columns_of_others(self) -> set[str]:
+    def teacher_only_columns(self) -> set[str]:
         """The columns that only teachers read, and those that are targets."""
         live = (each.bare for each in self.teachers if isinstance(each, LiveTeacher))
-        return {TARGETS, FINER}.union(*map(columns_read, live)) - columns_read(self.student)
+        return {TARGETS_KEY, FINE_LABELS_KEY}.union(*map(forward_parameters, live)) - forward_parameters(self.student)
 
-    def inputs_of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return what of a batch the student itself is fed."""
-        others = self.columns_of_others
-        return {name: value for name, value in split_signals(inputs)[0].items() if name not in others}
+        others = self.teacher_only_columns
+        return {name: value for name, value in split_teacher_columns(inputs)[0].items() if name not in others}
 
     def target_mask(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
         """Return which places are items: where subclasses are learned, examples without a label, too."""
@@ -64,7 +65,7 @@ class BatchReader:
         )
         return torch.stack([mask.sum(), labelled.sum()])
 
-    def read(self, inputs: Mapping[str, Any], *, training: bool) -> Batch:
+    def read(self, inputs: Mapping[str, Any], *, training: bool) -> DistillationBatch:
         """Return a batch with what its teachers say of it.
 
         Args:
@@ -76,32 +77,34 @@ class BatchReader:
             CaptureError: a batch to train on was not captured, by the trainer's capture or by the collator's.
             TeacherError: what a teacher says cannot be had.
         """
-        own, captured = split_signals(inputs)
+        own, captured = split_teacher_columns(inputs)
         own = add_decoder_inputs(self.student, self.task, own)
         mask = self.target_mask(own, training=training)
-        real = len(mask) if training else _real_examples(self.accelerator, len(mask))
+        real = len(mask) if training else _num_real_examples(self.accelerator, len(mask))
         if real < len(mask):
-            own = _without_filler(own, mask, real)
-        if TASK_LOSS in self.learning.weights and not any(own.get(name) is not None for name in self.label_names):
+            own = _mask_padding_examples(own, mask, real)
+        if TASK_LOSS in self.objective_computer.weights and not any(
+            own.get(name) is not None for name in self.label_names
+        ):
             raise TaskError(
                 f"The objective has the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
                 f"{sorted(own)}. Give the dataset labels, or leave 'ce' out."
             )
         self._check_labels(own)
-        signals = self._listen(own, captured, mask, training=training)
+        signals = self._teacher_signals(own, captured, mask, training=training)
         orders = [teacher.order for teacher in self.teachers]
         captured_targets = getattr(self.subclasses.source, "capture", None)
-        if training and captured_targets is not None and own.get(TARGETS) is None:
-            raise refuse_missing(captured_targets)
-        subclasses = self.subclasses.of_batch(own, mask, signals, orders, training=training)
-        for name in self.columns_of_others:
+        if training and captured_targets is not None and own.get(TARGETS_KEY) is None:
+            raise missing_example_error(captured_targets)
+        subclasses = self.subclasses.batch_targets(own, mask, signals, orders, training=training)
+        for name in self.teacher_only_columns:
             own.pop(name, None)
-        return Batch(
+        return DistillationBatch(
             own, mask, item_labels(self.task, own, mask, shifted=self.shifted), signals, subclasses, real < len(mask)
         )
 
     def _check_labels(self, inputs: Mapping[str, Any]) -> None:
-        names, labels = terms_of_classes(self.learning.weights), inputs.get("labels")
+        names, labels = categorical_terms(self.objective_computer.weights), inputs.get("labels")
         if names and isinstance(labels, Tensor) and labels.is_floating_point():
             raise TaskError(
                 f"The labels of the batch are {labels.dtype}, {tuple(labels.shape)}: a regression, or several labels at once, "
@@ -109,31 +112,31 @@ class BatchReader:
                 "from the teacher by 'embedding' or 'hidden'."
             )
 
-    def _listen(
+    def _teacher_signals(
         self, own: Mapping[str, Any], captured: Mapping[str, Any], mask: Tensor, *, training: bool
-    ) -> list[Signals]:
-        args = self.learning.args
-        learned = self.learning.needs | self.subclasses.needs(own)
-        needs = learned if training else learned | {Needs.LOGITS}
-        layers = self.learning.layers.values()
-        signals: list[Signals] = []
+    ) -> list[TeacherSignals]:
+        args = self.objective_computer.args
+        learned = self.objective_computer.needs | self.subclasses.needs(own)
+        needs = learned if training else learned | {TeacherSignal.LOGITS}
+        layers = self.objective_computer.layers.values()
+        signals: list[TeacherSignals] = []
         for teacher in self.teachers if needs else ():
-            if isinstance(teacher, CapturedTeacher):
+            if isinstance(teacher, CachedTeacher):
                 said = teacher.listen(captured, mask, learned, layers)
                 if said is None and training:
-                    raise refuse_missing(teacher.capture)
+                    raise missing_example_error(teacher.capture)
                 signals += [] if said is None else [said]
             else:
                 signals.append(teacher.listen(own, mask, needs, layers, max_logits=args.max_logits))
         return signals
 
-    def is_untaught(self, batch: Batch) -> bool:
+    def has_no_signals(self, batch: DistillationBatch) -> bool:
         """Return whether nothing was captured of a batch that teachers should speak of."""
-        missing = self.learning.learns_subclasses and batch.subclasses is None
-        return missing or bool(self.learning.needs and not batch.signals)
+        missing = self.objective_computer.needs_subclasses and batch.subclasses is None
+        return missing or bool(self.objective_computer.needs and not batch.signals)
 
 
-def _real_examples(accelerator: Accelerator, size: int) -> int:
+def _num_real_examples(accelerator: Accelerator, size: int) -> int:
     """Return how many of this process's `size` examples the dataloader did not add to fill the last batches up."""
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.in_dataloader or not state.end_of_dataloader:
@@ -143,12 +146,12 @@ def _real_examples(accelerator: Accelerator, size: int) -> int:
     return max(0, min(size, state.remainder - accelerator.process_index * size))
 
 
-def _without_filler(inputs: dict[str, Any], mask: Tensor, real: int) -> dict[str, Any]:
+def _mask_padding_examples(inputs: dict[str, Any], mask: Tensor, real: int) -> dict[str, Any]:
     """Return `inputs` with no label after the first `real` examples; `mask` is changed in place."""
     mask[real:] = False
     found = dict(inputs)
     for name in ("labels", "shift_labels"):
         if isinstance(found.get(name), Tensor) and not found[name].is_floating_point():
             found[name] = found[name].clone()
-            found[name][real:] = IGNORED
+            found[name][real:] = IGNORE_INDEX
     return found

@@ -20,24 +20,31 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_guide.errors import HfGuideError, OptionError
-from hf_guide.folders import DiskError, is_partial, move_entries, partial_folder, remove_stale, synchronize
-from hf_guide.integrity import DamagedFileError, read_json, safetensors_defect, torch_file_defect, write_json
+from hf_guide.utils.checksums import DamagedFileError, read_json, safetensors_defect, torch_file_defect, write_json
+from hf_guide.utils.files import (
+    DiskError,
+    is_partial,
+    move_entries,
+    remove_stale_partials,
+    staging_folder,
+    sync_to_disk,
+)
 
 STATE_NAME = "trainer_state.json"
 PROGRESS_NAME = "distillation_progress.json"
 
-_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-_SENTINEL = "checkpoint-is-incomplete.txt"  # of Trainer's checkpoints on SIGTERM
-_OPTIMIZERS = ("optimizer*", "global_step*")
-_WEIGHTS = ("*.safetensors", "*.bin", "pytorch_model_fsdp_*", "global_step*")
+_CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+_INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"  # of Trainer's checkpoints on SIGTERM
+_OPTIMIZER_FILES = ("optimizer*", "global_step*")
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "pytorch_model_fsdp_*", "global_step*")
 
 logger = logging.getLogger(__name__)
 
 
-def unfinished(folder: Path) -> str | None:
+def reason_incomplete(folder: Path) -> str | None:
     """Return why a checkpoint was not written to its end, by the file that is written last; None if it was."""
-    if (folder / _SENTINEL).exists():
-        return f"{_SENTINEL} is still there"
+    if (folder / _INCOMPLETE_MARKER).exists():
+        return f"{_INCOMPLETE_MARKER} is still there"
     path = folder / STATE_NAME
     if not path.is_file():
         return f"it has no {STATE_NAME}, which is written last"
@@ -48,12 +55,12 @@ def unfinished(folder: Path) -> str | None:
     return None if isinstance(step, int) else f"its {STATE_NAME} has global_step {step!r}"
 
 
-def defect(folder: Path) -> str | None:
+def checkpoint_defect(folder: Path) -> str | None:
     """Return why training cannot go on from a checkpoint: unfinished, a file missing, truncated or damaged; None if it can.
 
     Weights are checked by their size, what `torch.save` wrote by the checksums in it.
     """
-    reason = unfinished(folder)
+    reason = reason_incomplete(folder)
     if reason is not None:
         return reason
     try:
@@ -63,7 +70,7 @@ def defect(folder: Path) -> str | None:
     missing = sorted(name for name in listed if not (folder / name).exists())
     if missing:
         return f"{missing[0]} is missing"
-    if not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
+    if not any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES):
         return "it has no weights"
     for index in folder.glob("*.safetensors.index.json"):
         try:
@@ -93,11 +100,13 @@ def _file_defect(path: Path) -> str | None:
     return None
 
 
-def checkpoints(output_dir: str | Path) -> list[Path]:
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the folders in `output_dir` that have a checkpoint's name, the latest first."""
     folder = Path(output_dir)
     found = {
-        path: _NAME.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ()) if path.is_dir()
+        path: _CHECKPOINT_NAME.fullmatch(path.name)
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.is_dir()
     }
     steps = {path: int(match[1]) for path, match in found.items() if match}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
@@ -107,18 +116,18 @@ def has_checkpoints(output_dir: str | Path) -> bool:
     """Whether a run has written checkpoints into `output_dir`, or begun to."""
     folder = Path(output_dir)
     begun = [path for path in folder.iterdir() if is_partial(path)] if folder.is_dir() else []
-    return bool(checkpoints(folder) or any(_NAME.search(path.name) for path in begun))
+    return bool(list_checkpoints(folder) or any(_CHECKPOINT_NAME.search(path.name) for path in begun))
 
 
-def last_whole(output_dir: str | Path) -> Path | None:
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     """Return the latest checkpoint that training can go on from, and log which later ones it cannot go on from, and why.
 
     Of several runs in one folder, the one that wrote a checkpoint last counts: an earlier run may have left later steps.
     """
-    skipped, run = 0, _last_run(output_dir)
-    for path in checkpoints(output_dir):
-        reason = defect(path)
-        if reason is None and run_of(path) not in (run, None):
+    skipped, run = 0, _last_run_id(output_dir)
+    for path in list_checkpoints(output_dir):
+        reason = checkpoint_defect(path)
+        if reason is None and read_run_id(path) not in (run, None):
             logger.warning("The checkpoint %s is of an earlier run in the same output_dir and is skipped.", path)
             skipped += 1
             continue
@@ -131,7 +140,7 @@ def last_whole(output_dir: str | Path) -> Path | None:
     return None
 
 
-def run_of(folder: Path) -> str | None:
+def read_run_id(folder: Path) -> str | None:
     """Return what tells the run that wrote a checkpoint from others; None where it is not noted or cannot be read."""
     try:
         return next((each.get("run") for each in read_progress(folder)), None)
@@ -139,16 +148,20 @@ def run_of(folder: Path) -> str | None:
         return None
 
 
-def _last_run(output_dir: str | Path) -> str | None:
+def _last_run_id(output_dir: str | Path) -> str | None:
     """Return the run whose checkpoint was written last."""
-    whole = [path for path in checkpoints(output_dir) if run_of(path) is not None and unfinished(path) is None]
+    whole = [
+        path
+        for path in list_checkpoints(output_dir)
+        if read_run_id(path) is not None and reason_incomplete(path) is None
+    ]
     last = max(whole, key=lambda path: (path / PROGRESS_NAME).stat().st_mtime_ns, default=None)
-    return None if last is None else run_of(last)
+    return None if last is None else read_run_id(last)
 
 
-def warn_of_earlier_run(output_dir: str | Path) -> None:
+def warn_about_earlier_run(output_dir: str | Path) -> None:
     """Log that a run begins anew where an earlier one has left checkpoints."""
-    found = checkpoints(output_dir)
+    found = list_checkpoints(output_dir)
     if found:
         logger.warning(
             "Training begins anew in %s, which holds checkpoints of an earlier run, up to %s. Until this run has saved one, "
@@ -158,23 +171,23 @@ def warn_of_earlier_run(output_dir: str | Path) -> None:
         )
 
 
-def check_checkpoint(folder: str | Path) -> None:
+def validate_checkpoint(folder: str | Path) -> None:
     """Refuse a checkpoint that training cannot go on from.
 
     Raises:
         OptionError: says why, and which other one to take.
     """
     path = Path(folder)
-    reason = defect(path) if path.is_dir() else "there is no such folder"
+    reason = checkpoint_defect(path) if path.is_dir() else "there is no such folder"
     if reason is None:
         return
-    others = (other for other in checkpoints(path.resolve().parent) if other.resolve() != path.resolve())
-    other = next((other for other in others if defect(other) is None), None)
+    others = (other for other in list_checkpoints(path.resolve().parent) if other.resolve() != path.resolve())
+    other = next((other for other in others if checkpoint_defect(other) is None), None)
     advice = f"The last whole one there is {other}." if other else "No whole one is beside it; train anew."
     raise OptionError(f"Training cannot go on from the checkpoint {folder}: {reason}. {advice}")
 
 
-def choose(resume: "str | bool | None", output_dir: str, accelerator: Accelerator) -> "str | bool | None":
+def select_checkpoint(resume: "str | bool | None", output_dir: str, accelerator: Accelerator) -> "str | bool | None":
     """Return the checkpoint to go on from, the same in all processes: the first of them decides.
 
     Args:
@@ -192,7 +205,7 @@ def choose(resume: "str | bool | None", output_dir: str, accelerator: Accelerato
     chosen: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            chosen[0] = _chosen(resume, output_dir)
+            chosen[0] = _select_checkpoint(resume, output_dir)
         except HfGuideError as error:
             chosen[1] = str(error)
     if accelerator.num_processes > 1:
@@ -202,24 +215,24 @@ def choose(resume: "str | bool | None", output_dir: str, accelerator: Accelerato
     return chosen[0]
 
 
-def _chosen(resume: "str | bool", output_dir: str) -> "str | bool | None":
+def _select_checkpoint(resume: "str | bool", output_dir: str) -> "str | bool | None":
     if not isinstance(resume, bool):
-        check_checkpoint(resume)
+        validate_checkpoint(resume)
         found: Path | None = Path(resume)
     elif not has_checkpoints(output_dir):
         return True
     else:
-        found = last_whole(output_dir)
+        found = last_complete_checkpoint(output_dir)
     if found is None:
         logger.warning("No checkpoint in %s is whole: training begins anew.", output_dir)
         return None
-    if not any(any(found.glob(pattern)) for pattern in _OPTIMIZERS):
+    if not any(any(found.glob(pattern)) for pattern in _OPTIMIZER_FILES):
         logger.warning("%s was saved with save_only_model: the optimizer and the learning rate begin anew.", found)
     return str(found)
 
 
 @contextlib.contextmanager
-def whole_checkpoint(
+def atomic_checkpoint(
     run_folder: Path, step: int, accelerator: Accelerator, progress: Mapping[str, Any], *, on_each_node: bool = False
 ) -> Iterator[Path]:
     """Yield a folder to write `checkpoint-N` into, in all processes; it gets its place in `run_folder` when all have.
@@ -238,16 +251,16 @@ def whole_checkpoint(
         home: list[Any] = [None]
         if accelerator.is_main_process:
             run_folder.mkdir(parents=True, exist_ok=True)
-            remove_stale(run_folder)
-            home = [str(stack.enter_context(partial_folder(run_folder, name, prefix="_")))]
+            remove_stale_partials(run_folder)
+            home = [str(stack.enter_context(staging_folder(run_folder, name, prefix="_")))]
         if accelerator.num_processes > 1:
             broadcast_object_list(home)
         folder = Path(home[0])
-        with write_failures(f"The checkpoint of step {step}", run_folder):
+        with explain_write_errors(f"The checkpoint of step {step}", run_folder):
             yield folder
             accelerator.wait_for_everyone()
             if writes:
-                _finish(folder / name, run_folder / name, everyone)
+                _finalize_checkpoint(folder / name, run_folder / name, everyone)
         accelerator.wait_for_everyone()
         if accelerator.is_local_main_process and not writes and (folder / name).is_dir():
             # A node whose disk is its own has the random states of its processes here.
@@ -258,11 +271,11 @@ def whole_checkpoint(
     accelerator.wait_for_everyone()
 
 
-def _finish(written: Path, final: Path, progress: list[dict[str, Any]]) -> None:
+def _finalize_checkpoint(written: Path, final: Path, progress: list[dict[str, Any]]) -> None:
     """Note what a checkpoint consists of, and put it in the place of an older or unfinished one of its step."""
     files = sorted(path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file())
     write_json(written / PROGRESS_NAME, {"files": files, "processes": progress})
-    synchronize(written)
+    sync_to_disk(written)
     if final.exists():
         final.rename(written.with_name("replaced"))
     written.rename(final)
@@ -274,12 +287,12 @@ def read_progress(folder: str | Path) -> list[dict[str, Any]]:
     return read_json(path)[0]["processes"] if path.is_file() else []
 
 
-def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
+def remove_old_checkpoints(run_folder: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints beyond `limit`, and before them those that were never finished."""
     if limit is None or limit <= 0:
         return
-    for path in checkpoints(run_folder):
-        reason = unfinished(path)
+    for path in list_checkpoints(run_folder):
+        reason = reason_incomplete(path)
         if reason is not None:
             logger.warning("The checkpoint %s is unfinished and is removed: %s.", path, reason)
             shutil.rmtree(path, ignore_errors=True)
@@ -287,7 +300,7 @@ def rotate(run_folder: Path, limit: int | None, best: str | None) -> None:
 
 
 @contextlib.contextmanager
-def write_failures(what: str, folder: Path) -> Iterator[None]:
+def explain_write_errors(what: str, folder: Path) -> Iterator[None]:
     """Turn the errors of a full disk, each library's own, into one that names the disk and what is left on it.
 
     Args:
@@ -297,11 +310,11 @@ def write_failures(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if not is_write_failure(error):
+        if not is_write_error(error):
             raise
         home = next(path for path in (folder, *folder.resolve().parents) if path.exists())
         free = shutil.disk_usage(home).free / 2**20
-        whole = next((path for path in checkpoints(folder) if unfinished(path) is None), None)
+        whole = next((path for path in list_checkpoints(folder) if reason_incomplete(path) is None), None)
         left = (
             f"{whole} is whole: with resume_from_checkpoint training goes on from there"
             if whole
@@ -313,7 +326,7 @@ def write_failures(what: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def is_write_failure(error: BaseException) -> bool:
+def is_write_error(error: BaseException) -> bool:
     """Whether an error says that a file could not be written: torch and safetensors have no class for it."""
     if isinstance(error, OSError):
         return isinstance(error, DiskError) or error.errno in (

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_guide.adapters import adapter_layers, has_adapter
-from hf_guide.distillation.tasks import without_adapter
 from hf_guide.errors import OptionError
-from hf_guide.finite import check_finite
-from hf_guide.folders import move_entries, partial_folder
+from hf_guide.models.adapters import adapter_layers, has_adapter
+from hf_guide.tasks import without_adapter
+from hf_guide.utils.files import move_entries, staging_folder
+from hf_guide.utils.finite import check_weights_finite
 
 logger = logging.get_logger(__name__)
 
 # Relative error of the logits. In half precision the merged weight is rounded, and the adapter's sum is not.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.2
-_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
 def save_merged(student: Any, folder: Path) -> None:
@@ -52,16 +52,16 @@ def save_merged(student: Any, folder: Path) -> None:
             f"{folder.name} holds an adapter, which Transformers would put on top of the merged model. Name another folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with partial_folder(folder.parent, folder.name) as written:
-        merged, expected = merge(student), _expected_logits(student)
-        check_finite(merged, "The merged student")
+    with staging_folder(folder.parent, folder.name) as written:
+        merged, expected = merge_adapter(student), _expected_logits(student)
+        check_weights_finite(merged, "The merged student")
         model_class = type(merged)
         merged.save_pretrained(written)
         del merged
-        _check_saved(model_class, written, student, expected)
+        _verify_saved_model(model_class, written, student, expected)
         folder.mkdir(exist_ok=True)
         for path in list(folder.iterdir()):
-            if _WEIGHTS.fullmatch(path.name):
+            if _WEIGHT_FILE.fullmatch(path.name):
                 path.unlink()
         move_entries(written, folder, last=("config.json",))
 
@@ -96,16 +96,16 @@ def check_mergeable(student: Any) -> None:
         )
 
 
-def merge(student: Any) -> PreTrainedModel:
+def merge_adapter(student: Any) -> PreTrainedModel:
     """Return a stock model that is a merged copy of a student; it shares nothing with it.
 
     Raises:
         OptionError: PEFT cannot merge this adapter, with its reason.
     """
-    duplicate = copy.deepcopy(student, _memo_of_views(student))
+    duplicate = copy.deepcopy(student, _deepcopy_memo(student))
     base = without_adapter(duplicate)
     ties, tied = dict(base.all_tied_weights_keys), getattr(base.config, "tie_word_embeddings", None)
-    _unshare(base)
+    _clone_shared_parameters(base)
     try:
         merged = duplicate.merge_and_unload()
     except (ValueError, NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
@@ -117,11 +117,11 @@ def merge(student: Any) -> PreTrainedModel:
         raise OptionError(f"PEFT left {left[0]} unmerged. save_model saves the adapter by itself.")
     if tied is not None:
         merged.config.tie_word_embeddings = tied  # PEFT unsets it where it finds two tensors, equal or not
-    _settle_ties(merged, ties)
+    _restore_ties(merged, ties)
     return merged
 
 
-def _memo_of_views(model: nn.Module) -> dict[int, Any]:
+def _deepcopy_memo(model: nn.Module) -> dict[int, Any]:
     """Return what `deepcopy` needs to copy tensors that are computed from parameters, which PEFT's tied adapters hold."""
     memo: dict[int, Any] = {}
 
@@ -137,7 +137,7 @@ def _memo_of_views(model: nn.Module) -> dict[int, Any]:
     return memo
 
 
-def _unshare(model: nn.Module) -> None:
+def _clone_shared_parameters(model: nn.Module) -> None:
     """Give each module a tensor of its own where several hold one: PEFT merges in place, and so into all of them."""
     held: set[int] = set()
     for module in model.modules():
@@ -147,19 +147,19 @@ def _unshare(model: nn.Module) -> None:
             held.add(id(parameter))
 
 
-def _settle_ties(model: PreTrainedModel, ties: dict[str, str]) -> None:
+def _restore_ties(model: PreTrainedModel, ties: dict[str, str]) -> None:
     """Tie again what is still equal; where something is not, write all tensors apart and say so in the config."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     different = [name for name, source in ties.items() if not torch.equal(tensors[name], tensors[source])]
     if different and _untie_config(model.config):
         for name in ties:
-            _set(model, name, nn.Parameter(tensors[name].detach().clone()))
+            _set_tensor(model, name, nn.Parameter(tensors[name].detach().clone()))
         ties = {}
     # A family may tie whatever its config says (T5). Of a checkpoint that holds both tensors Transformers ties none that
     # differ, so these are written apart there too.
     ties = {name: source for name, source in ties.items() if name not in different}
     for name, source in ties.items():
-        _set(model, name, tensors[source])
+        _set_tensor(model, name, tensors[source])
     model.all_tied_weights_keys = ties
 
 
@@ -176,12 +176,14 @@ def _untie_config(config: Any) -> bool:
     return False
 
 
-def _set(model: nn.Module, name: str, tensor: Any) -> None:
+def _set_tensor(model: nn.Module, name: str, tensor: Any) -> None:
     home, _, last = name.rpartition(".")
     setattr(model.get_submodule(home), last, tensor)
 
 
-def _check_saved(model_class: type[PreTrainedModel], folder: Path, student: Any, expected: Tensor | None) -> None:
+def _verify_saved_model(
+    model_class: type[PreTrainedModel], folder: Path, student: Any, expected: Tensor | None
+) -> None:
     if expected is None:
         return
     base = without_adapter(student)
@@ -223,15 +225,15 @@ def _logits(model: Any, student: Any) -> Tensor:
     base = without_adapter(model)
     inputs = {
         name: each.to(base.device, base.dtype if each.is_floating_point() else each.dtype)
-        for name, each in _small_inputs(without_adapter(student)).items()
+        for name, each in _tiny_inputs(without_adapter(student)).items()
     }
-    with _evaluating(model):
+    with _eval_mode(model):
         # Not by a call, which autocasts it while it is trained in mixed precision.
         return type(model).forward(model, **inputs).logits.double().cpu()
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -241,7 +243,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _small_inputs(model: Any) -> dict[str, Tensor]:
+def _tiny_inputs(model: Any) -> dict[str, Tensor]:
     """Return two short examples for a model of tokens, of images or of Whisper's features."""
     config, generator = model.config, torch.Generator().manual_seed(0)
     text = config.get_text_config(decoder=True)

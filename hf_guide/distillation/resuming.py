@@ -11,8 +11,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_guide.distillation import checkpoints
 from hf_guide.distillation.checkpoints import STATE_NAME
-from hf_guide.distillation.tally import Tally
-from hf_guide.folders import replaced_files, write_text
+from hf_guide.distillation.metrics import RunningMeans
+from hf_guide.utils.files import atomic_write_text, staged_update
 
 
 class ResumableTrainer(Trainer):
@@ -21,14 +21,14 @@ class ResumableTrainer(Trainer):
     Unfinished checkpoints are skipped, and the log says so. A run that is finished trains no further when it is resumed.
     """
 
-    _train_tally: Tally
+    _train_means: RunningMeans
     _unfinished: Path | None = None
     """Where a checkpoint is being written."""
 
     _run = ""
     """What tells this run, its resumed parts included, from others in the same `output_dir`."""
 
-    _resumed_from: str | None = None
+    _resume_checkpoint: str | None = None
     _is_restored = False
 
     def train(
@@ -48,19 +48,19 @@ class ResumableTrainer(Trainer):
             OptionError: a named checkpoint is unfinished or damaged.
             OSError: the disk is full. The checkpoints before are whole, and no unfinished one is left.
         """
-        chosen = checkpoints.choose(resume_from_checkpoint, self.args.output_dir or "", self.accelerator)
-        self._resumed_from, self._is_restored = chosen if isinstance(chosen, str) else None, False
-        earlier = checkpoints.run_of(Path(self._resumed_from)) if self._resumed_from else None
+        chosen = checkpoints.select_checkpoint(resume_from_checkpoint, self.args.output_dir or "", self.accelerator)
+        self._resume_checkpoint, self._is_restored = chosen if isinstance(chosen, str) else None, False
+        earlier = checkpoints.read_run_id(Path(self._resume_checkpoint)) if self._resume_checkpoint else None
         self._run = earlier or secrets.token_hex(8)
         if chosen is None and self.args.should_save and trial is None:
-            checkpoints.warn_of_earlier_run(self.args.output_dir or "")
+            checkpoints.warn_about_earlier_run(self.args.output_dir or "")
         output = super().train(chosen, trial, ignore_keys_for_eval)
         return output._replace(training_loss=output.metrics.get("train_loss", output.training_loss))
 
     def _run_epoch(self, *args: Any, **settings: Any) -> None:
         """Run an epoch as `Trainer` does, the first with the sums of the checkpoint; none once all steps are done."""
         if settings["epoch"] == settings["epochs_trained"]:
-            self._train_tally = Tally()
+            self._train_means = RunningMeans()
             self._restore_progress()
         if self.state.global_step >= self.state.max_steps:
             checkpoints.logger.warning("All %d steps are done: nothing is left to train.", self.state.global_step)
@@ -87,11 +87,11 @@ class ResumableTrainer(Trainer):
             "loss": self._tr_loss.item(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "terms": self._train_tally.state(),
+            "terms": self._train_means.state(),
         }
 
     def _restore_progress(self) -> None:
-        everyone = checkpoints.read_progress(self._resumed_from) if self._resumed_from else []
+        everyone = checkpoints.read_progress(self._resume_checkpoint) if self._resume_checkpoint else []
         if not everyone:
             return
         rank, size = self.accelerator.process_index, self.accelerator.num_processes
@@ -105,7 +105,7 @@ class ResumableTrainer(Trainer):
             terms = [each["terms"] for each in everyone] if rank == 0 else []
         self._tr_loss += torch.tensor(loss, dtype=self._tr_loss.dtype, device=self._tr_loss.device)
         for each in terms:
-            self._train_tally.add_state(each, self.accelerator.device)
+            self._train_means.add_state_dict(each, self.accelerator.device)
 
     # Files
 
@@ -122,7 +122,7 @@ class ResumableTrainer(Trainer):
             super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or self.args.output_dir or "")
-        with checkpoints.write_failures("The student", folder), replaced_files(folder) as new:
+        with checkpoints.explain_write_errors("The student", folder), staged_update(folder) as new:
             super()._save(str(new), state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -130,7 +130,7 @@ class ResumableTrainer(Trainer):
         args, step = self.args, self.state.global_step
         run_folder = Path(self._get_output_dir(trial))
         final = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        with checkpoints.whole_checkpoint(
+        with checkpoints.atomic_checkpoint(
             run_folder, step, self.accelerator, self._progress(), on_each_node=args.save_on_each_node
         ) as folder:
             self._unfinished = folder
@@ -145,7 +145,7 @@ class ResumableTrainer(Trainer):
         if args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if args.should_save:
-            checkpoints.rotate(run_folder, args.save_total_limit, self.state.best_model_checkpoint)
+            checkpoints.remove_old_checkpoints(run_folder, args.save_total_limit, self.state.best_model_checkpoint)
 
 
 def remove_paths_from_state(folder: Path) -> None:
@@ -156,4 +156,4 @@ def remove_paths_from_state(folder: Path) -> None:
     state = json.loads(path.read_text(encoding="utf-8"))
     if state.get("best_model_checkpoint") is not None:
         state["best_model_checkpoint"] = None
-        write_text(path, json.dumps(state, indent=2, sort_keys=True) + "\n")
+        atomic_write_text(path, json.dumps(state, indent=2, sort_keys=True) + "\n")

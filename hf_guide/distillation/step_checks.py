@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_guide.distillation.projections import check_learns
+from hf_guide.distillation.layer_projections import check_optimizer_has_projections
 from hf_guide.errors import HfGuideError, NotFiniteError
-from hf_guide.finite import all_finite, not_finite
+from hf_guide.utils.finite import all_finite, non_finite_names
 
 if TYPE_CHECKING:
     from hf_guide.distillation.trainer import DistillationTrainer
 
 # A gradient scaler halves its factor for every step that it skips: after so many in a row it is at 2**-24 of one.
-_SKIPPED_IN_A_ROW = 40
+_MAX_SKIPPED_STEPS = 40
 
 
-class StepChecks(TrainerCallback):
+class StepChecksCallback(TrainerCallback):
     """Checks a trainer's gradients before each step of the optimizer, and its weights after it.
 
     One norm of the gradients, which `Trainer` computes anyway, and one pass over the trainable weights.
@@ -34,60 +34,60 @@ class StepChecks(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Check that the optimizer has everything that is learned."""
         self.skipped = 0
-        self.trainer.failure = None
-        self.trainer.reached.clear()
-        maps = self.trainer.learning.projections
+        self.trainer.pending_error = None
+        self.trainer.called_methods.clear()
+        maps = self.trainer.objective_computer.projections
         if maps is not None and self.trainer.optimizer is not None:
-            check_learns(self.trainer.optimizer, list(maps.parameters()))
+            check_optimizer_has_projections(self.trainer.optimizer, list(maps.parameters()))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raise for a loss or a gradient that is not finite, before the optimizer uses it; in all processes alike."""
         trainer = self.trainer
-        trainer.check_reached("compute_loss", "_get_num_items_in_batch")
-        trainer.reached.clear()
-        failure = trainer.failure
-        if failure is None and not _is_scaled(trainer):
-            failure = _failed_gradient(trainer)
-        trainer.grad_norm = trainer.wrong_gradients = None
-        _raise_in_all(trainer, failure)
+        trainer.check_called("compute_loss", "_get_num_items_in_batch")
+        trainer.called_methods.clear()
+        failure = trainer.pending_error
+        if failure is None and not _uses_gradient_scaler(trainer):
+            failure = _non_finite_gradient_error(trainer)
+        trainer.grad_norm = trainer.non_finite_gradients = None
+        _raise_on_all_ranks(trainer, failure)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raise for a weight that is not finite, before it could be saved."""
         trainer = self.trainer
         if trainer.accelerator.optimizer_step_was_skipped:
             self.skipped += 1
-            if self.skipped >= _SKIPPED_IN_A_ROW:
+            if self.skipped >= _MAX_SKIPPED_STEPS:
                 raise NotFiniteError(
                     f"The gradients of the last {self.skipped} steps, up to step {state.global_step}, were not finite in "
                     "float16, whatever factor the loss was scaled by: nothing was learned. Train in bfloat16 or float32."
                 )
             return
         self.skipped = 0
-        named = [(name, each) for name, each in named_weights(trainer) if each.requires_grad]
+        named = [(name, each) for name, each in named_trained_parameters(trainer) if each.requires_grad]
         failure = None
         if not all_finite(each for _, each in named):
-            wrong = not_finite(named)
+            wrong = non_finite_names(named)
             failure = NotFiniteError(
                 f"After step {state.global_step} the weight {wrong[0]} has NaN or infinity, as {len(wrong)} of {len(named)} "
                 f"trained weights do, although the gradients were finite. {_advice(trainer)}"
             )
         if trainer.shards_weights:
-            _raise_in_all(trainer, failure)
+            _raise_on_all_ranks(trainer, failure)
         elif failure is not None:
             raise failure
 
 
-def named_weights(trainer: "DistillationTrainer") -> list[tuple[str, nn.Parameter]]:
+def named_trained_parameters(trainer: "DistillationTrainer") -> list[tuple[str, nn.Parameter]]:
     """Return the student's parameters by name, and those of the maps between widths."""
-    maps = trainer.learning.projections
+    maps = trainer.objective_computer.projections
     others = [] if maps is None else [(f"projections.{name}", each) for name, each in maps.named_parameters()]
-    return [*trainer.bare_student.named_parameters(), *others]
+    return [*trainer.unwrapped_student.named_parameters(), *others]
 
 
-def failed_loss(trainer: "DistillationTrainer", loss: Tensor, terms: dict[str, Tensor]) -> NotFiniteError:
+def non_finite_loss_error(trainer: "DistillationTrainer", loss: Tensor, terms: dict[str, Tensor]) -> NotFiniteError:
     """Return the error for a loss that is not finite: it names what came first, a weight or a term."""
     step = trainer.state.global_step + 1
-    wrong = not_finite(named_weights(trainer))
+    wrong = non_finite_names(named_trained_parameters(trainer))
     if wrong:
         cause = f"the student's weight {wrong[0]} has NaN or infinity, as {len(wrong)} weights do"
     else:
@@ -97,18 +97,18 @@ def failed_loss(trainer: "DistillationTrainer", loss: Tensor, terms: dict[str, T
     return NotFiniteError(f"At step {step}, after {step - 1} whole ones, {cause}. {_advice(trainer)}")
 
 
-def wrong_gradients(trainer: "DistillationTrainer") -> list[str]:
+def non_finite_gradients(trainer: "DistillationTrainer") -> list[str]:
     """Return the names of the weights whose gradients are not finite, as far as this process holds them."""
-    named = [(name, each.grad) for name, each in named_weights(trainer) if each.grad is not None]
-    return [] if all_finite(gradient for _, gradient in named) else not_finite(named)
+    named = [(name, each.grad) for name, each in named_trained_parameters(trainer) if each.grad is not None]
+    return [] if all_finite(gradient for _, gradient in named) else non_finite_names(named)
 
 
-def _failed_gradient(trainer: "DistillationTrainer") -> NotFiniteError | None:
-    norm, wrong, maps = trainer.grad_norm, trainer.wrong_gradients, trainer.learning.projections
+def _non_finite_gradient_error(trainer: "DistillationTrainer") -> NotFiniteError | None:
+    norm, wrong, maps = trainer.grad_norm, trainer.non_finite_gradients, trainer.objective_computer.projections
     finite = norm is None or math.isfinite(norm.item() if isinstance(norm, Tensor) else norm)
     others = [] if maps is None else [each.grad for each in maps.parameters() if each.grad is not None]
     if wrong is None:  # not looked for before they were clipped, which the whole norm makes needless
-        wrong = wrong_gradients(trainer) if norm is None or not finite or not all_finite(others) else []
+        wrong = non_finite_gradients(trainer) if norm is None or not finite or not all_finite(others) else []
     if finite and not wrong:
         return None
     step = trainer.state.global_step + 1
@@ -127,7 +127,7 @@ def _advice(trainer: "DistillationTrainer") -> str:
     return f"Lower learning_rate, set max_grad_norm (such as 1.0), or train in bfloat16 or float32. {told}"
 
 
-def _is_scaled(trainer: "DistillationTrainer") -> bool:
+def _uses_gradient_scaler(trainer: "DistillationTrainer") -> bool:
     """Return whether a gradient scaler, of PyTorch's or DeepSpeed's, skips steps whose gradients are not finite."""
     scaler = getattr(trainer.accelerator, "scaler", None)
     if scaler is not None and scaler.is_enabled():
@@ -136,16 +136,16 @@ def _is_scaled(trainer: "DistillationTrainer") -> bool:
     return engine is not None and bool(engine.fp16_enabled())
 
 
-def _raise_in_all(trainer: "DistillationTrainer", failure: HfGuideError | None) -> None:
+def _raise_on_all_ranks(trainer: "DistillationTrainer", failure: HfGuideError | None) -> None:
     """Raise in every process where one of them has failed, so that none waits for it."""
-    if _any_process(trainer.accelerator, failure is not None):
+    if _any_rank(trainer.accelerator, failure is not None):
         raise failure or NotFiniteError(
             "Another process found a loss, a gradient or a weight that is not finite at step "
             f"{trainer.state.global_step + 1}; its error says which."
         )
 
 
-def _any_process(accelerator: Accelerator, failed: bool) -> bool:
+def _any_rank(accelerator: Accelerator, failed: bool) -> bool:
     if accelerator.num_processes == 1:
         return failed
     flag = torch.tensor(float(failed), device=accelerator.device)

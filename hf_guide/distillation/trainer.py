@@ -15,55 +15,68 @@ from transformers import PreTrainedConfig, PreTrainedModel, Seq2SeqTrainer, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import ModelOutput
 
-from hf_guide.adapters import check_positions
-from hf_guide.capture.reading import Capture, CapturedCollator
-from hf_guide.cards import save_record
-from hf_guide.code_references import clean_saved_folder, forget_code
-from hf_guide.distillation.arguments import DistillationArguments, saved_publicly
-from hf_guide.distillation.batches import BatchReader
-from hf_guide.distillation.dividing import divides_by_items
-from hf_guide.distillation.given import (
-    adapted,
-    align_student,
-    check_arguments,
-    check_has_examples,
-    check_output_dir,
-    check_student,
-    check_trainable,
-    check_unwrapped,
-    source_of,
+from hf_guide.distillation.arguments import DistillationArguments, redacted_training_args
+from hf_guide.distillation.batches import BatchBuilder
+from hf_guide.distillation.cached_teacher import CachedTeacher, load_cached_teacher
+from hf_guide.distillation.checks import (
+    align_student_special_tokens,
+    resolve_teacher,
+    validate_arguments,
+    validate_not_empty,
+    validate_output_dir,
+    validate_student,
+    validate_trainable,
+    validate_unwrapped,
+    wrap_with_peft,
 )
-from hf_guide.distillation.heads import Head
-from hf_guide.distillation.isolation import check_apart
-from hf_guide.distillation.label_shift import shifts_labels
-from hf_guide.distillation.learning import AGREEMENT, TEACHER_LOSS, Batch, Learned, zero_through
-from hf_guide.distillation.making import find_head_everywhere, is_sharded, make_learning
+from hf_guide.distillation.layer_projections import ProjectionGradSyncCallback, check_optimizer_has_projections
+from hf_guide.distillation.loss_scaling import accepts_num_items_in_batch
+from hf_guide.distillation.losses.registry import (
+    TASK_LOSS,
+    check_class_distribution,
+    check_losses_fit_task,
+    compares_features,
+)
 from hf_guide.distillation.merging import save_merged
-from hf_guide.distillation.objectives import TASK_LOSS, check_classes, check_objective, compares_vectors
-from hf_guide.distillation.opening import make_teachers
-from hf_guide.distillation.playback import CapturedTeacher, captured_teacher
-from hf_guide.distillation.projections import SynchronizeProjections, check_learns
-from hf_guide.distillation.record import make_record
-from hf_guide.distillation.resuming import ResumableTrainer, remove_paths_from_state
-from hf_guide.distillation.step_checks import StepChecks, failed_loss, wrong_gradients
-from hf_guide.distillation.students import make_student
-from hf_guide.distillation.subclasses import make_targets, subclass_source
-from hf_guide.distillation.subclassing import (
-    check_keywords,
-    check_methods,
-    check_seq2seq,
-    describe_not_reached,
-    next_init_keywords,
+from hf_guide.distillation.metrics import RunningMeans
+from hf_guide.distillation.objective import (
+    TEACHER_AGREEMENT,
+    TEACHER_CE,
+    DistillationBatch,
+    ObjectiveOutput,
+    build_objective,
+    find_head_all_ranks,
+    is_sharded,
+    zero_loss_with_gradient,
 )
-from hf_guide.distillation.tally import Tally
-from hf_guide.distillation.tasks import task_of
-from hf_guide.distillation.teachers import LiveTeacher, failed_teacher
+from hf_guide.distillation.resuming import ResumableTrainer, remove_paths_from_state
+from hf_guide.distillation.step_checks import StepChecksCallback, non_finite_gradients, non_finite_loss_error
+from hf_guide.distillation.student_init import init_student_from_teacher
+from hf_guide.distillation.subclass_logits import build_subclass_targets, find_target_provider
+from hf_guide.distillation.trainer_compatibility import (
+    check_init_keywords,
+    check_overridden_methods,
+    check_seq2seq,
+    describe_not_called,
+    next_init_kwargs,
+)
+from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import HfGuideError, OptionError
-from hf_guide.finite import check_finite
-from hf_guide.folders import replaced_files
-from hf_guide.hub import remove_paths_from_card, write_model_card
-from hf_guide.provenance import fetch_card
-from hf_guide.saving import attach_record
+from hf_guide.hub.metadata import save_record
+from hf_guide.hub.model_card import remove_local_paths, write_model_card
+from hf_guide.hub.provenance import fetch_card
+from hf_guide.hub.push import attach_record
+from hf_guide.models.adapters import check_no_virtual_tokens
+from hf_guide.models.code_references import clean_saved_folder, drop_code_references
+from hf_guide.models.label_shift import shifts_labels
+from hf_guide.models.lm_head import LMHead
+from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
+from hf_guide.tasks import task_of
+from hf_guide.teachers.forward import LiveTeacher, non_finite_signals_error
+from hf_guide.teachers.isolation import check_no_shared_parameters
+from hf_guide.teachers.loading import build_live_teachers
+from hf_guide.utils.files import staged_update
+from hf_guide.utils.finite import check_weights_finite
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -99,7 +112,7 @@ class DistillationTrainer(ResumableTrainer):
 
     def __new__(cls, *_: Any, **keywords: Any) -> "DistillationTrainer":
         """Check the order of the bases before another class's `__init__` meets a keyword that it does not know."""
-        check_keywords(cls, DistillationTrainer, keywords)
+        check_init_keywords(cls, DistillationTrainer, keywords)
         return super().__new__(cls)
 
     def __init__(
@@ -122,33 +135,33 @@ class DistillationTrainer(ResumableTrainer):
         peft_config: Any = None,
     ):
         args = DistillationArguments("tmp_trainer") if args is None else args
-        check_arguments(args)
+        validate_arguments(args)
         check_seq2seq(self, DistillationTrainer, args)
         if set(args.weights) != {TASK_LOSS}:
-            check_methods(self, DistillationTrainer)
-        check_student(model)
+            check_overridden_methods(self, DistillationTrainer)
+        validate_student(model)
         for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
-            check_has_examples(dataset, name)
-        source = source_of(teacher, args)
+            validate_not_empty(dataset, name)
+        source = resolve_teacher(teacher, args)
         if model is None and model_init is None and args.student is not None:
             model = dict(args.student)  # type: ignore[arg-type]  # parsed by now
-        check_output_dir(args, source, model)
+        validate_output_dir(args, source, model)
         student: Any = model
         if isinstance(model, (PreTrainedConfig, Mapping)):
-            student = make_student(model, source, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
+            student = init_student_from_teacher(model, source, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
         # PEFT changes the student in place, so this comes first.
-        check_apart(student, source if isinstance(source, (list, tuple)) else [source])
+        check_no_shared_parameters(student, source if isinstance(source, (list, tuple)) else [source])
         if peft_config is not None:
-            student, model_init = adapted(student, model_init, peft_config)
+            student, model_init = wrap_with_peft(student, model_init, peft_config)
         self._unwrapped: tuple[Any, Any] | None = None
-        self._train_tally, self._eval_tally = Tally(), Tally()
-        self._whole_logits = self._predicting = False
-        self._unlabelled_factor: Tensor | None = None
-        self._pushed_to = {"token": args.hub_token, "revision": args.hub_revision}
-        self.reached: set[str] = set()
-        self.failure: HfGuideError | None = None
+        self._train_means, self._eval_means = RunningMeans(), RunningMeans()
+        self._needs_all_logits = self._predicting = False
+        self._unlabelled_loss_factor: Tensor | None = None
+        self._hub_target = {"token": args.hub_token, "revision": args.hub_revision}
+        self.called_methods: set[str] = set()
+        self.pending_error: HfGuideError | None = None
         self.grad_norm: Tensor | float | None = None
-        self.wrong_gradients: list[str] | None = None
+        self.non_finite_gradients: list[str] | None = None
         keywords = {
             "model": student,
             "args": args,
@@ -164,23 +177,23 @@ class DistillationTrainer(ResumableTrainer):
             "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
         }
-        super().__init__(**next_init_keywords(self, DistillationTrainer, keywords))
+        super().__init__(**next_init_kwargs(self, DistillationTrainer, keywords))
         self.args: DistillationArguments
-        forget_code(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
+        drop_code_references(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
         self.label_names = list(self.label_names) or ["labels"]  # a forward of *args and **kwargs names none
-        check_unwrapped(self.model, "student")
-        align_student(self.model, processing_class)
-        student = self.bare_student
+        validate_unwrapped(self.model, "student")
+        align_student_special_tokens(self.model, processing_class)
+        student = self.unwrapped_student
         self.task = task_of(student)
-        check_objective(args.weights, self.task, student.config)
+        check_losses_fit_task(args.weights, self.task, student.config)
         if train_dataset is not None:
-            check_trainable(student)
-        self.teachers: list[LiveTeacher | CapturedTeacher] = []
+            validate_trainable(student)
+        self.teachers: list[LiveTeacher | CachedTeacher] = []
         if isinstance(source, Capture):
-            self.teachers = [captured_teacher(source, student, self.task, processing_class)]
-            self.data_collator = CapturedCollator(self.data_collator, source, args.temperature, missing="skip")
+            self.teachers = [load_cached_teacher(source, student, self.task, processing_class)]
+            self.data_collator = CaptureDataCollator(self.data_collator, source, args.temperature, missing="skip")
         elif source is not None:
-            self.teachers += make_teachers(
+            self.teachers += build_live_teachers(
                 source,
                 student,
                 self.task,
@@ -191,31 +204,31 @@ class DistillationTrainer(ResumableTrainer):
                 accelerator=self.accelerator,
             )
         for each in self.teachers:
-            check_classes(args.weights, self.task, each.config, "teacher")
-        self.add_callback(StepChecks(self))
-        self._begin()
+            check_class_distribution(args.weights, self.task, each.config, "teacher")
+        self.add_callback(StepChecksCallback(self))
+        self._setup_objective()
 
     # The student and what it learns
 
-    def _bare(self, model: Any) -> Any:
+    def _unwrap(self, model: Any) -> Any:
         """Return the student within its wrappers, looked for once: that walks over every module."""
         if self._unwrapped is None or self._unwrapped[0] is not model:
             self._unwrapped = (model, self.accelerator.unwrap_model(model, keep_torch_compile=False))
         return self._unwrapped[1]
 
     @property
-    def bare_student(self) -> Any:
+    def unwrapped_student(self) -> Any:
         """The student without what wraps it for training."""
-        return self._bare(self.model)
+        return self._unwrap(self.model)
 
     @property
     def shards_weights(self) -> bool:
         """Whether a process holds only a part of the student's weights."""
         return is_sharded(self.accelerator) or any(
-            hasattr(each, "to_local") for each in self.bare_student.parameters()
+            hasattr(each, "to_local") for each in self.unwrapped_student.parameters()
         )
 
-    def check_reached(self, *names: str) -> None:
+    def check_called(self, *names: str) -> None:
         """Check that the trainer's own methods were called, where the objective is more than the task loss.
 
         Raises:
@@ -224,61 +237,63 @@ class DistillationTrainer(ResumableTrainer):
         if set(self.args.weights) == {TASK_LOSS}:
             return
         for name in names:
-            if name not in self.reached:
-                raise OptionError(describe_not_reached(self, DistillationTrainer, name))
+            if name not in self.called_methods:
+                raise OptionError(describe_not_called(self, DistillationTrainer, name))
         if self.loss_is_scaled_for_ga is not True:
             raise OptionError(
                 f"{type(self).__name__}.loss_is_scaled_for_ga must be True; found {self.loss_is_scaled_for_ga}: the loss "
                 "would be divided by gradient_accumulation_steps a second time. Leave it as DistillationTrainer sets it."
             )
 
-    def _to_compare(self, teacher: LiveTeacher | CapturedTeacher) -> Any:
+    def _unwrapped_teacher(self, teacher: LiveTeacher | CachedTeacher) -> Any:
         """Return the model or capture that a teacher is; None where its weights are not whole in this process."""
-        if isinstance(teacher, CapturedTeacher):
+        if isinstance(teacher, CachedTeacher):
             return teacher.capture
         return None if is_sharded(self.accelerator) else teacher.bare
 
-    def _find_head(self, student: Any) -> Head | None:
+    def _find_head(self, student: Any) -> LMHead | None:
         whole = self.compute_loss_func is not None or self.label_smoother is not None or self.args.torch_compile
-        head = None if whole else find_head_everywhere(student, self.task, self.accelerator)
+        head = None if whole else find_head_all_ranks(student, self.task, self.accelerator)
         return head if head is not None and head.shifted == self._shifted else None
 
-    def _begin(self) -> None:
+    def _setup_objective(self) -> None:
         """Settle what this student learns by these arguments: at first, and anew for each student and each trial."""
-        student = self.bare_student
+        student = self.unwrapped_student
         teachers = [each.bare for each in self.teachers if isinstance(each, LiveTeacher)]
-        check_apart(student, [*teachers, getattr(subclass_source(self.data_collator), "live_teacher", None)])
-        if self.task.is_per_token or compares_vectors(self.args.weights):
-            check_positions(student, "student")
+        check_no_shared_parameters(
+            student, [*teachers, getattr(find_target_provider(self.data_collator), "live_teacher", None)]
+        )
+        if self.task.is_per_token or compares_features(self.args.weights):
+            check_no_virtual_tokens(student, "student")
             for teacher in teachers:
-                check_positions(teacher, "teacher")
-        self._divides: bool | None = None
+                check_no_virtual_tokens(teacher, "teacher")
+        self._accepts_num_items: bool | None = None
         self._shifted = shifts_labels(student, self.task)
-        self.learning = make_learning(
+        self.objective_computer = build_objective(
             student, self.task, self.teachers, self.args, self.accelerator, head=self._find_head(student)
         )
-        self._subclasses = make_targets(
+        self._subclasses = build_subclass_targets(
             student.config,
             self.data_collator,
             self.args.temperature,
-            [self._to_compare(each) for each in self.teachers],
-            learned=self.learning.learns_subclasses,
+            [self._unwrapped_teacher(each) for each in self.teachers],
+            learned=self.objective_computer.needs_subclasses,
             columns=getattr(self.train_dataset, "column_names", None) or (),
             keeps_columns=not self.args.remove_unused_columns,
         )
-        self._reader = BatchReader(
+        self._reader = BatchBuilder(
             student,
             self.task,
             self.teachers,
-            self.learning,
+            self.objective_computer,
             self.accelerator,
             self._subclasses,
             tuple(self.label_names),
             self._shifted,
         )
-        self.remove_callback(SynchronizeProjections)
-        if self.learning.projections is not None:
-            self.add_callback(SynchronizeProjections(self.learning.projections, self.accelerator))
+        self.remove_callback(ProjectionGradSyncCallback)
+        if self.objective_computer.projections is not None:
+            self.add_callback(ProjectionGradSyncCallback(self.objective_computer.projections, self.accelerator))
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Take a trial's arguments as `Trainer` does; what `model_init` just made then begins with them."""
@@ -286,10 +301,10 @@ class DistillationTrainer(ResumableTrainer):
         if self.model_init is None:
             return
         self.args.check_options()
-        check_objective(self.args.weights, self.task, self.bare_student.config)
-        if isinstance(self.data_collator, CapturedCollator):
+        check_losses_fit_task(self.args.weights, self.task, self.unwrapped_student.config)
+        if isinstance(self.data_collator, CaptureDataCollator):
             self.data_collator = self.data_collator.at(self.args.temperature)
-        self._begin()
+        self._setup_objective()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer as `Trainer` does; it also learns the maps between widths, where there are any.
@@ -299,11 +314,11 @@ class DistillationTrainer(ResumableTrainer):
         """
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if self.learning.projections is not None:
-            maps = list(self.learning.projections.parameters())
+        if self.objective_computer.projections is not None:
+            maps = list(self.objective_computer.projections.parameters())
             if fresh:
                 optimizer.add_param_group({"params": maps, "weight_decay": 0.0})
-            check_learns(optimizer, maps)
+            check_optimizer_has_projections(optimizer, maps)
         return optimizer
 
     # Batches
@@ -313,13 +328,13 @@ class DistillationTrainer(ResumableTrainer):
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh and self._signature_columns is not None:
-            self._signature_columns += self._reader.columns_of_others
+            self._signature_columns += self._reader.teacher_only_columns
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""
-        self.reached.add("_get_num_items_in_batch")
+        self.called_methods.add("_get_num_items_in_batch")
         if self.compute_loss_func is not None or not batch_samples:
-            return _at_least_one(super()._get_num_items_in_batch(batch_samples, device))
+            return clamp_num_items(super()._get_num_items_in_batch(batch_samples, device))
         training = not self._predicting
         counts = (
             torch.stack([self._reader.count(batch, training=training) for batch in batch_samples]).sum(0).to(device)
@@ -327,14 +342,14 @@ class DistillationTrainer(ResumableTrainer):
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts).view(-1, 2).sum(0)
         items, labelled = counts
-        self._unlabelled_factor = items / labelled.clamp(min=1) if training else None
+        self._unlabelled_loss_factor = items / labelled.clamp(min=1) if training else None
         # Without any target the losses are sums over nothing, and zero whatever they are divided by.
         return items.clamp(min=1) / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip as `Trainer` does, but leave gradients alone that are not finite: clipped, they would all be NaN."""
         if self.shards_weights:
-            self.wrong_gradients = wrong_gradients(self)
+            self.non_finite_gradients = non_finite_gradients(self)
             return super()._clip_grad_norm(model)
         norm = self._norm_of_gradients(model)
         if bool(norm.isfinite()):
@@ -346,7 +361,7 @@ class DistillationTrainer(ResumableTrainer):
         if grad_norm is None and not self.shards_weights:
             grad_norm = self._norm_of_gradients(model)
         elif grad_norm is None:
-            self.wrong_gradients = wrong_gradients(self)
+            self.non_finite_gradients = non_finite_gradients(self)
         self.grad_norm = super()._get_grad_norm(model, grad_norm)
         return self.grad_norm
 
@@ -368,29 +383,29 @@ class DistillationTrainer(ResumableTrainer):
         In evaluation it is the task loss, where there are labels; a batch without any target has loss and gradient zero.
         With `return_outputs` a language model makes all its logits, which takes their memory.
         """
-        self.reached.add("compute_loss")
+        self.called_methods.add("compute_loss")
         training = model.training
-        if isinstance(self.data_collator, CapturedCollator):
+        if isinstance(self.data_collator, CaptureDataCollator):
             self.data_collator.check_temperature(self.args.temperature)
         batch = self._reader.read(inputs, training=training)
-        if batch.has_filler:
+        if batch.has_padding_examples:
             num_items_in_batch = None  # it counts what the dataloader only filled the last batches up with
         here = batch.mask.sum()
         told = num_items_in_batch is not None
-        items = _at_least_one(num_items_in_batch) if told else here.clamp(min=1)
+        items = clamp_num_items(num_items_in_batch) if told else here.clamp(min=1)
         model = self._subclasses.in_classes(model, here)
-        if training and self.learning.weights == {TASK_LOSS: 1.0}:
+        if training and self.objective_computer.weights == {TASK_LOSS: 1.0}:
             # What `Trainer` does, to the last bit.
             loss, outputs = self._task_loss(model, batch.inputs, batch, items, told)
-            learned = Learned(loss, {TASK_LOSS: loss.detach() * items / self._scale(told)}, outputs)
+            learned = ObjectiveOutput(loss, {TASK_LOSS: loss.detach() * items / self._scale(told)}, outputs)
         else:
-            learned = self.learning.learn(
+            learned = self.objective_computer.compute(
                 model,
-                self.bare_student,
+                self.unwrapped_student,
                 batch,
                 lambda given: self._task_loss_sum(model, given, batch, items, told),
                 measure=not training,
-                whole_logits=self._whole_logits or (return_outputs and not self._drops_outputs),
+                whole_logits=self._needs_all_logits or (return_outputs and not self._discards_outputs),
             )
             of_task = not training and TASK_LOSS in learned.sums
             loss = (learned.sums[TASK_LOSS] if of_task else learned.total) / items * self._scale(told)
@@ -398,31 +413,33 @@ class DistillationTrainer(ResumableTrainer):
             # A mean over this micro-batch alone, as `Trainer` has it where nothing was counted.
             loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
         self._check_loss(loss, learned, batch)
-        (self._train_tally if training else self._eval_tally).add(learned.sums, here)
-        return (loss, self._shown(learned.outputs, loss)) if return_outputs else loss
+        (self._train_means if training else self._eval_means).add(learned.sums, here)
+        return (loss, self._strip_hidden_states(learned.outputs, loss)) if return_outputs else loss
 
     @property
-    def _drops_outputs(self) -> bool:
+    def _discards_outputs(self) -> bool:
         """Whether nobody looks at the outputs that `compute_loss` returns: in `Trainer`'s evaluation of losses alone."""
         replaced = type(self).compute_loss is not DistillationTrainer.compute_loss or "compute_loss" in vars(self)
-        return self._predicting and not self._whole_logits and not replaced
+        return self._predicting and not self._needs_all_logits and not replaced
 
-    def _check_loss(self, loss: Tensor, learned: Learned, batch: Batch) -> None:
+    def _check_loss(self, loss: Tensor, learned: ObjectiveOutput, batch: DistillationBatch) -> None:
         """Raise for a teacher's signals that are not finite, and in training for a loss; of several processes later, in all.
 
         In evaluation a student's loss that is not finite is reported as it is.
         """
         if bool(torch.isfinite(loss) & torch.isfinite(learned.total)):
             return
-        failure: HfGuideError | None = failed_teacher(batch.inputs, batch.mask, batch.signals, self.state.global_step)
-        training = self.bare_student.training
+        failure: HfGuideError | None = non_finite_signals_error(
+            batch.inputs, batch.mask, batch.signals, self.state.global_step
+        )
+        training = self.unwrapped_student.training
         if failure is None and training:
-            failure = failed_loss(self, loss, learned.sums)
+            failure = non_finite_loss_error(self, loss, learned.sums)
         if failure is None:
             return
         if not training or self.accelerator.num_processes == 1:
             raise failure
-        self.failure = self.failure or failure
+        self.pending_error = self.pending_error or failure
 
     def _scale(self, told: bool) -> int:
         """Return what undoes DistributedDataParallel's mean over processes, as `Trainer` has it."""
@@ -431,12 +448,12 @@ class DistillationTrainer(ResumableTrainer):
         return self.accelerator.num_processes // self.get_tp_size()
 
     def _task_loss(
-        self, model: nn.Module, inputs: dict[str, Any], batch: Batch, items: Any, told: bool
+        self, model: nn.Module, inputs: dict[str, Any], batch: DistillationBatch, items: Any, told: bool
     ) -> tuple[Tensor, Any]:
         """Return the task loss as `Trainer` computes it, a mean over the `items` of the accumulated batch, and outputs."""
         if not bool(batch.labelled):
             return self._no_task_loss(model, inputs)
-        if told and self._model_divides(model, inputs):
+        if told and self._model_normalizes_loss(model, inputs):
             loss, outputs = super().compute_loss(model, dict(inputs), True, items)
             return loss, outputs
         # Models that take the mean over their own batch whatever they are told (T5, BERT's classifiers).
@@ -450,36 +467,36 @@ class DistillationTrainer(ResumableTrainer):
         """
         labels = {*self.label_names, "labels", "shift_labels"}
         outputs = model(**{name: value for name, value in inputs.items() if name not in labels})
-        loss = zero_through(outputs)
+        loss = zero_loss_with_gradient(outputs)
         return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
 
     def _task_loss_sum(
-        self, model: nn.Module, inputs: dict[str, Any], batch: Batch, items: Any, told: bool
+        self, model: nn.Module, inputs: dict[str, Any], batch: DistillationBatch, items: Any, told: bool
     ) -> tuple[Tensor, Any]:
         """Return the task loss as a sum over the items, of which those without a label have the mean of the others."""
         loss, outputs = self._task_loss(model, inputs, batch, items, told)
         loss = loss * items / self._scale(told)
         if model.training and self._subclasses.learned and batch.labels is not None:
-            factor = self._unlabelled_factor if told else batch.mask.sum() / batch.labelled.clamp(min=1)
+            factor = self._unlabelled_loss_factor if told else batch.mask.sum() / batch.labelled.clamp(min=1)
             loss = loss if factor is None else loss * factor
         return loss, outputs
 
-    def _model_divides(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+    def _model_normalizes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         if self.compute_loss_func is not None or self.label_smoother is not None:
             return True
         if not self.model_accepts_loss_kwargs:
             return False
         if self.args.world_size == self.args.gradient_accumulation_steps == 1:
             return True  # its own batch is the whole batch
-        if self._divides is None:
-            self._divides = divides_by_items(model, inputs)
-        return self._divides
+        if self._accepts_num_items is None:
+            self._accepts_num_items = accepts_num_items_in_batch(model, inputs)
+        return self._accepts_num_items
 
-    def _shown(self, outputs: Any, loss: Tensor) -> Any:
+    def _strip_hidden_states(self, outputs: Any, loss: Tensor) -> Any:
         """Return the outputs without what only the objective asked for: the rest is gathered as predictions."""
         if not isinstance(outputs, dict):
             return outputs
-        asked = getattr(self.bare_student.config, "output_hidden_states", False)
+        asked = getattr(self.unwrapped_student.config, "output_hidden_states", False)
         dropped = () if asked else ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
         shown = {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
         if (
@@ -505,17 +522,17 @@ class DistillationTrainer(ResumableTrainer):
         step = super().prediction_step
         labelled = all(inputs.get(name) is not None for name in self.label_names)
         if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate and not prediction_loss_only:
-            own = self._reader.inputs_of_student(inputs)
+            own = self._reader.student_inputs(inputs)
             loss, predictions, labels = step(model, own, False, ignore_keys, **gen_kwargs)
             if labelled:
-                loss, _, _ = self._measured(step, model, inputs, True, ignore_keys)
+                loss, _, _ = self._prediction_step(step, model, inputs, True, ignore_keys)
             return loss, predictions, labels
         if not labelled:
-            inputs = self._reader.inputs_of_student(inputs)
+            inputs = self._reader.student_inputs(inputs)
             model = self._subclasses.in_classes(model)
-        return self._measured(step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        return self._prediction_step(step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
 
-    def _measured(
+    def _prediction_step(
         self,
         step: Callable[..., Any],
         model: nn.Module,
@@ -524,15 +541,15 @@ class DistillationTrainer(ResumableTrainer):
         ignore_keys: list[str] | None,
         **gen_kwargs: Any,
     ) -> Any:
-        self._whole_logits, self._predicting = not prediction_loss_only, True
+        self._needs_all_logits, self._predicting = not prediction_loss_only, True
         try:
             return step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         finally:
-            self._whole_logits = self._predicting = False
+            self._needs_all_logits = self._predicting = False
 
     # Logs
 
-    def _terms_of(self, means: Mapping[str, float]) -> dict[str, float]:
+    def _add_weighted_terms(self, means: Mapping[str, float]) -> dict[str, float]:
         weights = self.args.weights
         weighted = {f"{name}_weighted": weights[name] * value for name, value in means.items() if name in weights}
         return dict(means) | weighted
@@ -540,7 +557,7 @@ class DistillationTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, and in training every term, raw and weighted."""
         if "loss" in logs:
-            logs |= self._terms_of(self._train_tally.means(self.accelerator, self.args.weights))
+            logs |= self._add_weighted_terms(self._train_means.means(self.accelerator, self.args.weights))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -548,45 +565,47 @@ class DistillationTrainer(ResumableTrainer):
 
         `eval_loss` is the task loss, its mean over all items, as `eval_ce`; `eval_objective` is the weighted sum of the terms.
         """
-        self._eval_tally = Tally()
-        self.reached.discard("compute_loss")
+        self._eval_means = RunningMeans()
+        self.called_methods.discard("compute_loss")
         output = super().evaluation_loop(*args, **kwargs)
         prefix = (
             inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments.get("metric_key_prefix", "eval")
         )
         metrics = dict(output.metrics or {})
-        if f"{prefix}_loss" in metrics and "compute_loss" not in self.reached:
-            self.check_reached("compute_loss")
-        means = self._eval_tally.means(self.accelerator, {*self.args.weights, TASK_LOSS, AGREEMENT, TEACHER_LOSS})
+        if f"{prefix}_loss" in metrics and "compute_loss" not in self.called_methods:
+            self.check_called("compute_loss")
+        means = self._eval_means.means(
+            self.accelerator, {*self.args.weights, TASK_LOSS, TEACHER_AGREEMENT, TEACHER_CE}
+        )
         if TASK_LOSS in means:
             metrics[f"{prefix}_loss"] = means[TASK_LOSS]
         if means.keys() >= self.args.weights.keys():
             means["objective"] = sum(weight * means[name] for name, weight in self.args.weights.items())
         if self.task.is_language_model:
-            for loss, perplexity in ((TASK_LOSS, "perplexity"), (TEACHER_LOSS, "teacher_perplexity")):
+            for loss, perplexity in ((TASK_LOSS, "perplexity"), (TEACHER_CE, "teacher_perplexity")):
                 if loss in means:
                     means[perplexity] = math.exp(min(means[loss], 700.0))
-        metrics.update({f"{prefix}_{name}": value for name, value in self._terms_of(means).items()})
+        metrics.update({f"{prefix}_{name}": value for name, value in self._add_weighted_terms(means).items()})
         return output._replace(metrics=metrics)
 
     # Files
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
-            check_finite(self.bare_student if state_dict is None else state_dict)
-        with saved_publicly(self):
+            check_weights_finite(self.unwrapped_student if state_dict is None else state_dict)
+        with redacted_training_args(self):
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
         if self.args.should_save:
             clean_saved_folder(folder)
-            remove_paths_from_card(folder)
-        if self.args.should_save and self.learning.projections is not None:
+            remove_local_paths(folder)
+        if self.args.should_save and self.objective_computer.projections is not None:
             if folder.name.startswith("checkpoint-"):  # what resumes needs them; what is published does not
-                self.learning.projections.save(folder)
+                self.objective_computer.projections.save(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         remove_paths_from_state(Path(checkpoint_folder))
-        with saved_publicly(self):
+        with redacted_training_args(self):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_state(self) -> None:
@@ -604,8 +623,8 @@ class DistillationTrainer(ResumableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.learning.projections is not None:
-            self.learning.projections.load(Path(resume_from_checkpoint))
+        if self.objective_computer.projections is not None:
+            self.objective_computer.projections.load(Path(resume_from_checkpoint))
 
     def push_to_hub(
         self,
@@ -617,7 +636,7 @@ class DistillationTrainer(ResumableTrainer):
         **kwargs: Any,
     ) -> CommitInfo:
         """Push as `Trainer` does; the card that is kept is that of the revision that is pushed to."""
-        self._pushed_to = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+        self._hub_target = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
 
     def create_model_card(
@@ -642,17 +661,19 @@ class DistillationTrainer(ResumableTrainer):
             return
         folder = Path(self.args.output_dir or "")
         if self.hub_model_id is not None:
-            fetch_card(self.hub_model_id, folder, **self._pushed_to)
-        names = _list(dataset) or _list(dataset_args)
-        record = make_record(self, datasets=_list(dataset_tags), evaluated_on=names, languages=_list(language))
+            fetch_card(self.hub_model_id, folder, **self._hub_target)
+        names = _as_list(dataset) or _as_list(dataset_args)
+        record = build_training_record(
+            self, datasets=_as_list(dataset_tags), evaluated_on=names, languages=_as_list(language)
+        )
         save_record(folder, record)
-        attach_record(self.bare_student, record)
+        attach_record(self.unwrapped_student, record)
         write_model_card(
             folder,
             model_id=self.hub_model_id or model_name,
             license=license,
             language=language,
-            tags=_list(tags) or None,
+            tags=_as_list(tags) or None,
         )
 
     def save_merged_model(self, output_dir: str | os.PathLike[str]) -> None:
@@ -664,7 +685,7 @@ class DistillationTrainer(ResumableTrainer):
         Raises:
             OptionError: the student has no adapter, or one that cannot be merged; or its weights are sharded.
         """
-        student = self.bare_student
+        student = self.unwrapped_student
         if is_sharded(self.accelerator):
             raise OptionError(
                 "The student's weights are spread over processes, and cannot be merged here. Save the adapter with "
@@ -672,7 +693,7 @@ class DistillationTrainer(ResumableTrainer):
             )
         if not self.args.should_save:
             return
-        with replaced_files(Path(output_dir)) as folder:
+        with staged_update(Path(output_dir)) as folder:
             save_merged(student, folder)
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
@@ -683,11 +704,11 @@ class DistillationTrainer(ResumableTrainer):
             clean_saved_folder(folder)
 
 
-def _list(given: "str | list[str] | None") -> list[str]:
+def _as_list(given: "str | list[str] | None") -> list[str]:
     return [given] if isinstance(given, str) else list(given or [])
 
 
-def _at_least_one(items: Any) -> Any:
+def clamp_num_items(items: Any) -> Any:
     """Return a number of items to divide by, 1 where there are none; None stays."""
     if isinstance(items, Tensor):
         return torch.where(items > 0, items, torch.ones_like(items))

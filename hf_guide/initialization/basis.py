@@ -1,6 +1,8 @@
 """The residual stream's directions that a narrower student keeps: a streamed second moment and its eigenvectors.
 
 Everything is float64 on the way, while no more than a few thousand rows are ever held in float64 at once.
+
+The directions that a teacher's own tables span: embeddings, patches, whatever the residual stream is made from.
 """
 
 from collections.abc import Iterable
@@ -9,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_guide.errors import ShapeError, TeacherError
+from hf_guide.errors import OptionError, ShapeError, TeacherError
+from hf_guide.initialization.plan import ParameterPlan, Plan
+from hf_guide.layouts.grammar import AxisName, axis_names
 
-ROWS_AT_ONCE = 512  # so many rows in float64 stay in the processor's cache while the panels walk over them
-PANEL = 256
+CHUNK_ROWS = 512  # so many rows in float64 stay in the processor's cache while the panels walk over them
+PANEL_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,14 @@ def second_moment(
     moment, total = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     mass, seen = 0.0, 0
     if weights is not None:
-        _check_weights(weights)
+        _check_row_weights(weights)
     for chunk in rows:
         if chunk.ndim != 2 or chunk.shape[1] != width:
             raise ShapeError(f"{name}: expected chunks of shape (any, {width}), found {tuple(chunk.shape)}.")
         if seen == 0 and chunk.device.type == "cuda":
             moment, total = moment.to(chunk.device), total.to(chunk.device)
         first_row = seen
-        for part in chunk.detach().split(ROWS_AT_ONCE):
+        for part in chunk.detach().split(CHUNK_ROWS):
             part = part.to(moment.device, torch.float64)
             weighted = part
             if weights is None:
@@ -78,11 +82,13 @@ def second_moment(
             if centered:
                 total += weighted.sum(0)
             # The moment is symmetric: only its lower panels are multiplied out, which saves nearly half the work.
-            for start in range(0, width, PANEL):
-                moment[start:, start : start + PANEL].addmm_(part[:, start:].T, weighted[:, start : start + PANEL])
+            for start in range(0, width, PANEL_COLUMNS):
+                moment[start:, start : start + PANEL_COLUMNS].addmm_(
+                    part[:, start:].T, weighted[:, start : start + PANEL_COLUMNS]
+                )
             seen += len(part)
         if not torch.isfinite(moment.trace()):  # looked at once a chunk: a pass over every row would cost a tenth more
-            _refuse_not_finite(chunk, first_row, name)
+            _check_finite_rows(chunk, first_row, name)
     if weights is not None and len(weights) != seen:
         raise ShapeError(f"{name}: {len(weights)} weights for {seen} rows; give one weight a row.")
     moment = moment.tril() + moment.tril(-1).T
@@ -118,9 +124,9 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
         return ResidualBasis(torch.eye(width, dtype=torch.float64, device=moment.device), spectrum, 1.0)
     if keep_mean:
         spectrum = torch.linalg.eigvalsh(moment).flip(0).clamp(min=0)
-        outside = _without_mean(width).to(moment.device)
+        outside = _mean_free_basis(width).to(moment.device)
         directions = outside.T @ _top_eigenvectors(outside @ moment @ outside.T, size - 1)[1]
-        matrix = _fix_signs(directions) @ _without_mean(size).to(moment.device) + (width * size) ** -0.5
+        matrix = _fix_signs(directions) @ _mean_free_basis(size).to(moment.device) + (width * size) ** -0.5
     else:
         spectrum, directions = _top_eigenvectors(moment, size)
         matrix = _fix_signs(directions)
@@ -129,7 +135,7 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
     return ResidualBasis(matrix, spectrum, min(1.0, kept / trace) if trace > 0 else 1.0)
 
 
-def fit_places(moment: Tensor, size: int) -> ResidualBasis:
+def fit_channel_selection(moment: Tensor, size: int) -> ResidualBasis:
     """The `size` places that hold most of a second moment's trace, in their order, as columns of the identity.
 
     Raises:
@@ -166,7 +172,7 @@ def _fix_signs(directions: Tensor) -> Tensor:
     return torch.where(largest < 0, -directions, directions)
 
 
-def _without_mean(width: int) -> Tensor:
+def _mean_free_basis(width: int) -> Tensor:
     """Orthonormal rows orthogonal to all-ones, (width - 1, width): a Householder reflection of all-ones onto one axis.
 
     A reflection and not Helmert's matrix, because it leaves every direction near its own axis.
@@ -177,7 +183,7 @@ def _without_mean(width: int) -> Tensor:
     return reflection[1:]
 
 
-def _refuse_not_finite(chunk: Tensor, first_row: int, name: str) -> None:
+def _check_finite_rows(chunk: Tensor, first_row: int, name: str) -> None:
     bad = (~torch.isfinite(chunk)).any(1).nonzero().flatten() + first_row
     if len(bad) == 0:
         raise TeacherError(
@@ -189,8 +195,99 @@ def _refuse_not_finite(chunk: Tensor, first_row: int, name: str) -> None:
     )
 
 
-def _check_weights(weights: Tensor) -> None:
+def _check_row_weights(weights: Tensor) -> None:
     if weights.ndim != 1:
         raise ShapeError(f"Expected one weight a row, shape (rows,); found {tuple(weights.shape)}.")
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise TeacherError("Weights of rows must be finite and not negative; found some that are not.")
+
+
+def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
+    """Return E^T E, (d_T, d_T) float64, of the tables that lie on each of `axes`.
+
+    A table whose rows are themselves coordinates of another projected axis (ALBERT's embedding_hidden_mapping_in) is
+    weighed with that axis's moment.
+    """
+    tables: dict[str, list[ParameterPlan]] = {axis: [] for axis in axes}
+    chained = set(plan.layout.projected())
+    for site in plan.parameters.values():
+        for axis in axes:
+            read = len(chained & set(_site_axis_names(site))) > 1 and site.axes[site.match.row.input_axis] == AxisName(
+                axis
+            )
+            if site.match.row.kind == "table" and AxisName(axis) in site.axes and not read and not site.match.is_bias:
+                tables[axis].append(site)
+    moments: dict[str, Tensor] = {}
+    for axis in sorted(
+        axes, key=lambda axis: any(len(chained & set(_site_axis_names(site))) > 1 for site in tables[axis])
+    ):
+        if not tables[axis]:
+            raise OptionError(
+                f"The layout of {plan.layout.family!r} has no table on its projected axis {axis!r} to fit directions on."
+            )
+        width = plan.widths[axis][0]
+        moment = torch.zeros(width, width, dtype=torch.float64)
+        for site in tables[axis]:
+            tensor = plan.read(site.source or "")
+            rows = tensor.movedim(site.axes.index(AxisName(axis)), -1).reshape(-1, width)
+            other = [name for name in _site_axis_names(site) if name in chained and name != axis]
+            if other:
+                inner = moments.get(other[0])
+                inner = embedding_second_moments(plan, other)[other[0]] if inner is None else inner
+                moment += rows.double().T @ inner @ rows.double()
+                continue
+            weights = _row_weights(plan, site, len(rows))
+            moment += second_moment(
+                [rows], width, weights=weights, centered=plan.options.centered, name=site.source or ""
+            )
+        moments[axis] = moment
+    return moments
+
+
+def _row_weights(plan: Plan, site: ParameterPlan, rows: int) -> Tensor | None:
+    """Return one weight a row, (rows,), for a table of tokens where weights are given; None for others."""
+    if plan.options.token_weights is None or "vocab" not in _site_axis_names(site):
+        return None
+    if len(plan.options.token_weights) != rows:
+        raise OptionError(
+            f"token_weights has {len(plan.options.token_weights)} numbers, but the teacher's table {site.source!r} has "
+            f"{rows} rows: give one weight a row."
+        )
+    return torch.tensor(plan.options.token_weights, dtype=torch.float64)
+
+
+def fit_embedding_basis(plan: Plan, axis: str, moments: dict[str, Tensor]) -> ResidualBasis:
+    """Return the directions of `axis`, (d_T, d_S), that its tables span best.
+
+    Where the tables span fewer (a factorised embedding, few patches), what the blocks write onto the stream says which
+    others to keep: its second moment, (d_T, d_T), is then added to that in `moments`, small enough to leave the first
+    as they are.
+    """
+    width, size = plan.widths[axis]
+    keep_mean = plan.layout.norm == "layer"
+    basis = fit_basis(moments[axis], size, keep_mean=keep_mean)
+    if size == width or basis.eigenvalues[size - 1] > 1e-10 * basis.eigenvalues[0]:
+        return basis
+    written = torch.zeros(width, width, dtype=torch.float64)
+    for site in plan.parameters.values():
+        if site.source is None or site.match.row.kind != "weight":
+            continue
+        for dim, name in enumerate(site.axes):
+            if name == AxisName(axis) and (site.match.is_bias or dim != site.match.row.input_axis):
+                rows = plan.read(site.source).movedim(dim, -1).reshape(-1, width)
+                written += second_moment([rows], width, name=site.source)
+    moments[axis] = moments[axis] + 1e-6 * moments[axis].trace() / written.trace().clamp(min=1e-300) * written
+    return fit_basis(moments[axis], size, keep_mean=keep_mean)
+
+
+def _site_axis_names(site: ParameterPlan) -> list[str]:
+    return [name for axis in site.axes for name in axis_names(axis)]
+
+
+def norm_retained(moment: Tensor, matrix: Tensor, *, centered: bool) -> float:
+    """Return the share |x M| / |x| of the rows' root mean square length that a basis keeps, means removed for LayerNorm."""
+    if centered:
+        moment = moment - moment.mean(0, keepdim=True)
+        moment = moment - moment.mean(1, keepdim=True)
+    total = moment.trace().item()
+    return (((matrix * (moment @ matrix)).sum().item()) / total) ** 0.5 if total > 0 else 1.0

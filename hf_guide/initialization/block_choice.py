@@ -14,14 +14,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.block_indices import LAYER_WORDS, words
+from hf_guide.initialization.block_indices import LAYER_WORDS, name_words
 
-_OF_THE_PLACE = frozenset(("idx", "index", "id", "number", "num"))
-_WITHOUT_EFFECT = frozenset(("training", "store_full_length_kv", "gradient_checkpointing"))
+_BLOCK_NUMBER_WORDS = frozenset(("idx", "index", "id", "number", "num"))
+_INERT_ATTRIBUTES = frozenset(("training", "store_full_length_kv", "gradient_checkpointing"))
 
 
 @dataclass(frozen=True)
-class BlockKind:
+class BlockSignature:
     """What a block is built like.
 
     Attributes:
@@ -35,7 +35,7 @@ class BlockKind:
     sizes: frozenset[tuple[str, str, Any]]
 
 
-def block_kind(block: nn.Module) -> BlockKind:
+def block_signature(block: nn.Module) -> BlockSignature:
     """Return what a block is built like; its number and constants computed from it are no part of that."""
     structure: list[tuple[str, str, tuple[str, ...]]] = []
     switches: list[tuple[str, str, Any]] = []
@@ -44,25 +44,25 @@ def block_kind(block: nn.Module) -> BlockKind:
         name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", full)  # of how many a list is made is a size
         if "drop" in f"{name} {type(module).__name__}".lower():
             continue  # at a rate of zero often another class
-        structure.append((name, type(module).__name__, tuple(sorted(key for key, _ in _tensors(module)))))
-        sizes += [(name, key, tuple(tensor.shape)) for key, tensor in _tensors(module)]
+        structure.append((name, type(module).__name__, tuple(sorted(key for key, _ in _named_tensors(module)))))
+        sizes += [(name, key, tuple(tensor.shape)) for key, tensor in _named_tensors(module)]
         for key, value in vars(module).items():
-            if key.startswith("_") or key in _WITHOUT_EFFECT:
+            if key.startswith("_") or key in _INERT_ATTRIBUTES:
                 continue
             if value is None or isinstance(value, (bool, str)):
                 switches.append((name, key, value))
-            elif isinstance(value, int) and not _is_place(key):
+            elif isinstance(value, int) and not _is_block_number(key):
                 sizes.append((name, key, value))
-    return BlockKind(frozenset(structure), frozenset(switches), frozenset(sizes))
+    return BlockSignature(frozenset(structure), frozenset(switches), frozenset(sizes))
 
 
-def _tensors(module: nn.Module) -> list[tuple[str, Any]]:
+def _named_tensors(module: nn.Module) -> list[tuple[str, Any]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
-def _is_place(name: str) -> bool:
-    meaning = words(name)
-    return bool(meaning & _OF_THE_PLACE) and bool(meaning & LAYER_WORDS or len(meaning) == 1)
+def _is_block_number(name: str) -> bool:
+    meaning = name_words(name)
+    return bool(meaning & _BLOCK_NUMBER_WORDS) and bool(meaning & LAYER_WORDS or len(meaning) == 1)
 
 
 def block_modules(model: PreTrainedModel, stack: str, size: int) -> list[nn.Module]:
@@ -79,16 +79,16 @@ def block_modules(model: PreTrainedModel, stack: str, size: int) -> list[nn.Modu
     return []
 
 
-def kinds_of_stack(model: PreTrainedModel, stack: str, size: int) -> list[BlockKind]:
+def stack_signatures(model: PreTrainedModel, stack: str, size: int) -> list[BlockSignature]:
     """Return the kind of each block of a stack; a number that no two blocks share is a place and no size."""
-    kinds = [block_kind(block) for block in block_modules(model, stack, size)]
+    kinds = [block_signature(block) for block in block_modules(model, stack, size)]
     seen: dict[tuple[str, str], list[Any]] = {}
     for kind in kinds:
         for name, key, value in kind.sizes:
             seen.setdefault((name, key), []).append(value)
     places = {at for at, values in seen.items() if len(values) > 2 and len(set(values)) == len(values)}
     return [
-        BlockKind(
+        BlockSignature(
             kind.structure,
             kind.switches,
             frozenset(entry for entry in kind.sizes if (entry[0], entry[1]) not in places),
@@ -97,9 +97,9 @@ def kinds_of_stack(model: PreTrainedModel, stack: str, size: int) -> list[BlockK
     ]
 
 
-def difference(teacher: BlockKind, student: BlockKind, *, widths: bool) -> str:
+def describe_difference(teacher: BlockSignature, student: BlockSignature, *, widths: bool) -> str:
     """Return in what two blocks differ, in words; "" where one can be made of the other."""
-    had, has = parameters_of(teacher), parameters_of(student)
+    had, has = tensor_names(teacher), tensor_names(student)
     if had != has:
         lacking = [f"has no {name}" for name in sorted(has - had)[:1]]
         more = [f"has {name}, for which the student's has no place" for name in sorted(had - has)[:1]]
@@ -116,13 +116,13 @@ def difference(teacher: BlockKind, student: BlockKind, *, widths: bool) -> str:
     return ""
 
 
-def parameters_of(kind: BlockKind) -> set[str]:
+def tensor_names(kind: BlockSignature) -> set[str]:
     """Return the names of a block's tensors."""
     return {f"{name}.{key}".removeprefix(".") for name, _, keys in kind.structure for key in keys}
 
 
 @dataclass(frozen=True)
-class Requirements:
+class BlockRequirements:
     """What a set of kept blocks must satisfy.
 
     Attributes:
@@ -133,29 +133,27 @@ class Requirements:
     groups: tuple[frozenset[int], ...] = ()
     needs: Mapping[int, frozenset[int]] = None  # type: ignore[assignment]
 
-    def broken_by(self, blocks: Sequence[int]) -> str:
+    def violation(self, blocks: Sequence[int]) -> str:
         """Return what a choice does not satisfy, "" where it is all."""
         for group in self.groups:
             if not group & set(blocks):
-                return f"at least one of the blocks {_listed(group)} must be kept"
+                return f"at least one of the blocks {_sorted_list(group)} must be kept"
         for place, block in enumerate(blocks):
             sources = (self.needs or {}).get(block)
             if sources and not sources & set(blocks[:place]):
-                return (
-                    f"block {block} needs one of {_listed(sources)}, from which it takes keys and values or an index"
-                )
+                return f"block {block} needs one of {_sorted_list(sources)}, from which it takes keys and values or an index"
         return ""
 
 
-def _listed(blocks: Iterable[int]) -> list[int]:
+def _sorted_list(blocks: Iterable[int]) -> list[int]:
     return sorted(blocks)
 
 
-def best_blocks(
+def select_cheapest_blocks(
     depth: int,
     count: int,
     cost: Callable[[int, int], Fraction | int],
-    requirements: Requirements,
+    requirements: BlockRequirements,
     allowed: "Callable[[int, int], bool] | None" = None,
 ) -> list[int] | None:
     """Return the increasing choice of `count` of `depth` blocks of least total cost, None where there is none.
@@ -191,21 +189,21 @@ def best_blocks(
 def nearest_blocks(
     wanted: Sequence[int],
     depth: int,
-    requirements: Requirements,
+    requirements: BlockRequirements,
     allowed: "Callable[[int, int], bool] | None" = None,
 ) -> list[int] | None:
     """Return the admissible choice whose blocks lie nearest to `wanted`, by the sum of squared distances."""
-    return best_blocks(
+    return select_cheapest_blocks(
         depth, len(wanted), lambda position, block: (wanted[position] - block) ** 2, requirements, allowed
     )
 
 
-def most_influential(
+def most_influential_blocks(
     influence: Sequence[float],
     count: int,
-    requirements: Requirements = Requirements(),  # noqa: B008
+    requirements: BlockRequirements = BlockRequirements(),  # noqa: B008
     allowed: "Callable[[int, int], bool] | None" = None,
 ) -> list[int] | None:
     """Return the admissible choice of greatest total influence; of equals the first."""
     exact = [Fraction(value) for value in influence]
-    return best_blocks(len(exact), count, lambda position, block: -exact[block], requirements, allowed)
+    return select_cheapest_blocks(len(exact), count, lambda position, block: -exact[block], requirements, allowed)

@@ -8,28 +8,28 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.initialization.axes import Axis, Name, Product, Sum
 from hf_guide.initialization.block_indices import (
     LAYER_WORDS,
-    NOT_DEPTHS,
+    NON_DEPTH_WORDS,
+    ConfigPath,
     Depth,
-    Path,
-    Reads,
+    ListAccess,
     StackDepths,
-    parts_of,
+    iter_subconfigs,
+    name_words,
     set_at,
     value_at,
-    words,
 )
-from hf_guide.initialization.layouts import Layout, Row
-from hf_guide.initialization.planning import canonical, stack_sizes
-from hf_guide.initialization.twins import TWIN_ERRORS
+from hf_guide.initialization.planning import stack_sizes, strip_base_prefix
+from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, AxisProduct
+from hf_guide.layouts.registry import Layout, LayoutRow
+from hf_guide.models.tiny_models import MODEL_ERRORS
 
 
-class _RecordsReads:
+class _RecordsAccess:
     """Record which entries of a sequence are read and which numbers it is asked for."""
 
-    reads: Reads
+    reads: ListAccess
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int):
@@ -38,7 +38,7 @@ class _RecordsReads:
 
     def __contains__(self, item: object) -> bool:
         if isinstance(item, int):
-            self.reads.questions.add(item)
+            self.reads.membership_tests.add(item)
         return super().__contains__(item)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -47,23 +47,23 @@ class _RecordsReads:
         return duplicate
 
 
-class RecordingList(_RecordsReads, list):
+class RecordingList(_RecordsAccess, list):
     """A list that records how it is read."""
 
 
-class RecordingTuple(_RecordsReads, tuple):
+class RecordingTuple(_RecordsAccess, tuple):
     """A tuple that records how it is read."""
 
 
-def record_reads(config: PreTrainedConfig) -> dict[Path, Reads]:
+def record_list_access(config: PreTrainedConfig) -> dict[ConfigPath, ListAccess]:
     """Replace every list in `config` by one that records how it is read; return the records by path."""
-    records: dict[Path, Reads] = {}
-    for prefix, part in parts_of(config):
+    records: dict[ConfigPath, ListAccess] = {}
+    for prefix, part in iter_subconfigs(config):
         for name, value in list(vars(part).items()):
             if name.startswith("_") or type(value) not in (list, tuple) or not value:
                 continue
             recording: Any = RecordingList(value) if isinstance(value, list) else RecordingTuple(value)
-            recording.reads = Reads()
+            recording.reads = ListAccess()
             path = (*prefix, name)
             records[path] = recording.reads
             part.__dict__[name] = recording
@@ -86,41 +86,41 @@ def find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], la
     config.__dict__.pop("quantization_config", None)
     stacks_known = tuple(row.pattern for row in layout.rows if "{block}" in row.pattern)
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str), stacks_known)
-    if key not in _found:
-        _found.clear()  # of one model at a time, for it is held
-        _found[key] = _find_depths(config, model_class, layout)
-    return _found[key]
+    if key not in _depths_cache:
+        _depths_cache.clear()  # of one model at a time, for it is held
+        _depths_cache[key] = _probe_depths(config, model_class, layout)
+    return _depths_cache[key]
 
 
-_found: dict[Any, StackDepths] = {}
+_depths_cache: dict[Any, StackDepths] = {}
 
 
-def _find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
+def _probe_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
     model = build_on_meta(model_class, config)
-    whole = stacks_of(model, layout)
+    whole = stack_lengths(model, layout)
     found = StackDepths({}, {}, model)
     taken: set[str] = set()
     for path, size in _depth_candidates(config, set(whole.values())):
         stacks: tuple[str, ...] = ()
-        records: dict[Path, Reads] = {}
-        tables: dict[str, tuple[int, Path, bool]] = {}
+        records: dict[ConfigPath, ListAccess] = {}
+        tables: dict[str, tuple[int, ConfigPath, bool]] = {}
         refused = False
         for with_lists in (False, True):  # where the length of a list is the depth, or must be
-            shorter = _shortened(config, path, size, with_lists=with_lists)
-            records = record_reads(shorter)
+            shorter = _one_block_shorter(config, path, size, with_lists=with_lists)
+            records = record_list_access(shorter)
             try:
                 other = build_on_meta(model_class, shorter)
-            except TWIN_ERRORS:
+            except MODEL_ERRORS:
                 refused = True
                 continue
-            sizes, tables = stacks_of(other, layout), _tables(model, other, path, size)
+            sizes, tables = stack_lengths(other, layout), _per_block_parameters(model, other, path, size)
             stacks = tuple(stack for stack, had in whole.items() if had == size and sizes.get(stack, 0) == size - 1)
             if stacks:
                 break
         if refused and not stacks:
             records, tables = {}, {}
             like = [stack for stack, had in whole.items() if had == size and stack not in taken]
-            stacks = tuple(like) if len(like) == 1 and path[-1] == _usual_depth(config, path) else ()
+            stacks = tuple(like) if len(like) == 1 and path[-1] == _standard_depth_field(config, path) else ()
         stacks = tuple(stack for stack in stacks if stack not in taken)
         if stacks:
             taken |= set(stacks)
@@ -130,32 +130,36 @@ def _find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], l
     return found
 
 
-def stacks_of(model: PreTrainedModel, layout: Layout) -> dict[str, int]:
+def stack_lengths(model: PreTrainedModel, layout: Layout) -> dict[str, int]:
     """Return how many blocks each stack of a model has."""
-    sizes = stack_sizes(layout, [canonical(name, model.base_model_prefix) for name in model.state_dict()])
+    sizes = stack_sizes(layout, [strip_base_prefix(name, model.base_model_prefix) for name in model.state_dict()])
     return {stack: size for stack, size in sizes.items() if stack.endswith("{block}")}
 
 
-def with_block_tables(layout: Layout, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
+def add_block_axes(layout: Layout, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
     """Return a derived layout in which axes with an entry per block, outside of blocks, are known as such.
 
     Such an axis is laid out by block first, as in ESM's contact head over (blocks heads) or Gemma 3n's embeddings per layer.
     """
     try:
         depths = find_depths(config, model_class, layout)
-    except TWIN_ERRORS:
+    except MODEL_ERRORS:
         return layout
-    rows: dict[str, Row] = {}
+    rows: dict[str, LayoutRow] = {}
     stacks: dict[str, str] = {}
     for name, (axis, path, has_input) in depths.tables.items():
-        match = layout.find(canonical(name, model_class.base_model_prefix))
+        match = layout.find(strip_base_prefix(name, model_class.base_model_prefix))
         stack = depths.depths[path].stacks[0]
         if match is None or "block" in match.numbers or match.is_bias or match.row.pattern in rows:
             continue
         axes: list[Axis] = list(match.row.axes)
-        if not isinstance(axes[axis], Name):
+        if not isinstance(axes[axis], AxisName):
             continue
-        axes[axis] = Sum((Name("1"), Name("blocks"))) if has_input else Product((Name("blocks"), axes[axis]))
+        axes[axis] = (
+            AxisConcat((AxisName("1"), AxisName("blocks")))
+            if has_input
+            else AxisProduct((AxisName("blocks"), axes[axis]))
+        )
         rows[match.row.pattern] = dataclasses.replace(match.row, axes=tuple(axes))
         stacks[match.row.pattern] = stack
     if not rows:
@@ -167,9 +171,9 @@ def with_block_tables(layout: Layout, config: PreTrainedConfig, model_class: typ
     )
 
 
-def _tables(
-    model: PreTrainedModel, shorter: PreTrainedModel, path: Path, size: int
-) -> dict[str, tuple[int, Path, bool]]:
+def _per_block_parameters(
+    model: PreTrainedModel, shorter: PreTrainedModel, path: ConfigPath, size: int
+) -> dict[str, tuple[int, ConfigPath, bool]]:
     """Return the parameters that are longer on one axis by what one more block brings."""
     found = {}
     shapes = {name: tensor.shape for name, tensor in shorter.state_dict().items()}
@@ -186,7 +190,7 @@ def _tables(
     return found
 
 
-def _shortened(config: PreTrainedConfig, path: Path, size: int, *, with_lists: bool) -> PreTrainedConfig:
+def _one_block_shorter(config: PreTrainedConfig, path: ConfigPath, size: int, *, with_lists: bool) -> PreTrainedConfig:
     """Return a config with one block fewer, and with `with_lists` one entry fewer in lists of that length."""
     shorter = copy.deepcopy(config)
     part = value_at(shorter, path[:-1]) if len(path) > 1 else shorter
@@ -198,20 +202,22 @@ def _shortened(config: PreTrainedConfig, path: Path, size: int, *, with_lists: b
     return shorter
 
 
-def _usual_depth(config: PreTrainedConfig, path: Path) -> str:
+def _standard_depth_field(config: PreTrainedConfig, path: ConfigPath) -> str:
     part = value_at(config, path[:-1]) if len(path) > 1 else config
     return part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
 
 
-def _depth_candidates(config: PreTrainedConfig, sizes: set[int]) -> list[tuple[Path, int]]:
+def _depth_candidates(config: PreTrainedConfig, sizes: set[int]) -> list[tuple[ConfigPath, int]]:
     found = []
-    for prefix, part in parts_of(config):
+    for prefix, part in iter_subconfigs(config):
         usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         names = [name for name, value in vars(part).items() if type(value) is int and value in sizes and value > 1]
         if usual not in vars(part) and value_at(part, (usual,)) in sizes:
             names.append(usual)
         named = [
-            name for name in names if name == usual or (words(name) & LAYER_WORDS and not words(name) & NOT_DEPTHS)
+            name
+            for name in names
+            if name == usual or (name_words(name) & LAYER_WORDS and not name_words(name) & NON_DEPTH_WORDS)
         ]
         found += [((*prefix, name), value_at(part, (name,))) for name in sorted(named, key=lambda name: name != usual)]
     return found

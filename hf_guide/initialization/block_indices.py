@@ -18,9 +18,9 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, ShapeError
-from hf_guide.initialization.twins import TWIN_ERRORS
+from hf_guide.models.tiny_models import MODEL_ERRORS
 
-Path = tuple[str, ...]
+ConfigPath = tuple[str, ...]
 """Where a value is in a config: names of nested configs, and the field's own at the end."""
 
 
@@ -49,7 +49,7 @@ class FieldKind(str, Enum):
 class Depth:
     """A number of blocks that a config states, and the stacks (by a layout's pattern) that have it."""
 
-    path: Path
+    path: ConfigPath
     size: int
     stacks: tuple[str, ...] = ()
 
@@ -58,12 +58,12 @@ class Depth:
 class BlockField:
     """A field that goes by the blocks of one depth."""
 
-    path: Path
+    path: ConfigPath
     kind: FieldKind
-    depth: Path
+    depth: ConfigPath
 
 
-def value_at(config: PreTrainedConfig, path: Path) -> Any:
+def value_at(config: PreTrainedConfig, path: ConfigPath) -> Any:
     """Return the value at `path`, None where there is no such field."""
     part: Any = config
     for name in path:
@@ -77,7 +77,7 @@ def value_at(config: PreTrainedConfig, path: Path) -> Any:
     return part
 
 
-def set_at(config: PreTrainedConfig, path: Path, value: Any) -> None:
+def set_at(config: PreTrainedConfig, path: ConfigPath, value: Any) -> None:
     """Set the field at `path`."""
     part: Any = config
     for name in path[:-1]:
@@ -85,19 +85,21 @@ def set_at(config: PreTrainedConfig, path: Path, value: Any) -> None:
     setattr(part, path[-1], value)
 
 
-def parts_of(config: PreTrainedConfig, prefix: Path = ()) -> Iterator[tuple[Path, PreTrainedConfig]]:
+def iter_subconfigs(
+    config: PreTrainedConfig, prefix: ConfigPath = ()
+) -> Iterator[tuple[ConfigPath, PreTrainedConfig]]:
     """Yield a config and its nested ones, each with its path."""
     yield prefix, config
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig) and not name.startswith("_"):
-            yield from parts_of(value, (*prefix, name))
+            yield from iter_subconfigs(value, (*prefix, name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How a value follows
 
 
-def follow(value: Any, kind: FieldKind, blocks: Sequence[int], depth: int) -> Any:
+def remap_field(value: Any, kind: FieldKind, blocks: Sequence[int], depth: int) -> Any:
     """Return the student's value of a field whose value in the teacher, `depth` blocks deep, is `value`.
 
     Args:
@@ -117,7 +119,7 @@ def follow(value: Any, kind: FieldKind, blocks: Sequence[int], depth: int) -> An
         case FieldKind.STATES:
             return type(value)([value[0], *(value[block + 1] for block in blocks)])
         case FieldKind.KEYED:
-            return _rekeyed(value, blocks)
+            return _remap_keys(value, blocks)
         case FieldKind.SOURCES:
             place = {block: index for index, block in reversed(list(enumerate(blocks)))}
             return type(value)(place.get(value[block], index) for index, block in enumerate(blocks))
@@ -126,7 +128,7 @@ def follow(value: Any, kind: FieldKind, blocks: Sequence[int], depth: int) -> An
             named = {int(number) - first for number in value}
             return type(value)(index + first for index, block in enumerate(blocks) if block in named)
         case FieldKind.AFTER:
-            mapped = _mapped(value, functools.partial(_output_number, blocks=blocks, depth=depth))
+            mapped = _map_numbers(value, functools.partial(_output_number, blocks=blocks, depth=depth))
             if not isinstance(value, int) and len(set(mapped)) < len(set(value)):
                 raise ShapeError(
                     f"the outputs of the blocks {list(value)} are used, and two of them would be one: between each two "
@@ -134,9 +136,9 @@ def follow(value: Any, kind: FieldKind, blocks: Sequence[int], depth: int) -> An
                 )
             return mapped
         case FieldKind.OUTPUTS:
-            return _mapped(value, functools.partial(_output_number, blocks=blocks, depth=depth))
+            return _map_numbers(value, functools.partial(_output_number, blocks=blocks, depth=depth))
         case FieldKind.STATE_NUMBERS:
-            return _mapped(value, functools.partial(_state_number, blocks=blocks, depth=depth))
+            return _map_numbers(value, functools.partial(_state_number, blocks=blocks, depth=depth))
         case FieldKind.FIRST:
             return sum(block < value for block in blocks) if value > 0 else value
         case FieldKind.LAST:
@@ -145,7 +147,7 @@ def follow(value: Any, kind: FieldKind, blocks: Sequence[int], depth: int) -> An
             return sum(block <= value for block in blocks) - 1 if value >= 0 else value
 
 
-def _rekeyed(value: Mapping[Any, Any], blocks: Sequence[int]) -> dict[Any, Any]:
+def _remap_keys(value: Mapping[Any, Any], blocks: Sequence[int]) -> dict[Any, Any]:
     kept = {}
     for index, block in enumerate(blocks):
         for key in (block, str(block)):
@@ -154,7 +156,7 @@ def _rekeyed(value: Mapping[Any, Any], blocks: Sequence[int]) -> dict[Any, Any]:
     return kept
 
 
-def _mapped(value: Any, number: Callable[[int], int]) -> Any:
+def _map_numbers(value: Any, number: Callable[[int], int]) -> Any:
     return number(value) if isinstance(value, int) else type(value)(number(int(entry)) for entry in value)
 
 
@@ -179,20 +181,20 @@ def _state_number(number: int, blocks: Sequence[int], depth: int) -> int:
 
 
 @dataclass
-class Reads:
+class ListAccess:
     """How a list was read while a model was built."""
 
     indices: set[int] = field(default_factory=set)
-    questions: set[int] = field(default_factory=set)
+    membership_tests: set[int] = field(default_factory=set)
 
 
 LAYER_WORDS = frozenset(("layer", "layers", "block", "blocks", "depth"))
 INDEX_WORDS = frozenset(("index", "indices", "indexes", "idx", "idxs", "ids", "layers", "blocks"))
 OUTPUT_WORDS = frozenset(("out", "output", "outputs", "feature", "features", "deepstack", "intermediate"))
-OF_OTHERS = frozenset(("mtp", "target", "nextn"))  # stacks that are no part of this one
-NOT_DEPTHS = frozenset(("norm", "eps", "type", "scale", "dropout", "head", "heads", "size", "dim"))
+OTHER_STACK_WORDS = frozenset(("mtp", "target", "nextn"))  # stacks that are no part of this one
+NON_DEPTH_WORDS = frozenset(("norm", "eps", "type", "scale", "dropout", "head", "heads", "size", "dim"))
 
-DECLARED: dict[str, dict[str, FieldKind]] = {
+DECLARED_KINDS: dict[str, dict[str, FieldKind]] = {
     "bert": {"pruned_heads": FieldKind.KEYED},
     "dpt": {"backbone_out_indices": FieldKind.AFTER},
     "eomt": {"num_blocks": FieldKind.LAST},
@@ -202,7 +204,7 @@ DECLARED: dict[str, dict[str, FieldKind]] = {
 """By the `model_type` of the (nested) config: fields whose meaning cannot be found. A layout declares its own."""
 
 
-def words(name: str) -> set[str]:
+def name_words(name: str) -> set[str]:
     """Return the words of a field's name."""
     return set(name.lower().split("_"))
 
@@ -217,20 +219,20 @@ class StackDepths:
             and whether it has an entry for the stack's input before them.
     """
 
-    depths: dict[Path, Depth]
-    reads: dict[Path, dict[Path, Reads]]
+    depths: dict[ConfigPath, Depth]
+    reads: dict[ConfigPath, dict[ConfigPath, ListAccess]]
     model: PreTrainedModel | None = None
-    tables: dict[str, tuple[int, Path, bool]] = field(default_factory=dict)
+    tables: dict[str, tuple[int, ConfigPath, bool]] = field(default_factory=dict)
 
     def of_stack(self, stack: str) -> Depth | None:
         """Return the depth that a stack has."""
         return next((depth for depth in self.depths.values() if stack in depth.stacks), None)
 
 
-def usual_depths(config: PreTrainedConfig) -> StackDepths:
+def standard_depths(config: PreTrainedConfig) -> StackDepths:
     """Return the numbers of blocks as families usually call them, for when there is no model to build."""
     found = StackDepths({}, {})
-    for prefix, part in parts_of(config):
+    for prefix, part in iter_subconfigs(config):
         name = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         size = vars(part).get(name)
         if type(size) is int and size > 0:
@@ -239,7 +241,7 @@ def usual_depths(config: PreTrainedConfig) -> StackDepths:
     return found
 
 
-def find_fields(
+def find_block_fields(
     config: PreTrainedConfig, depths: StackDepths, declared: "Mapping[str, str] | None" = None
 ) -> list[BlockField]:
     """Return the fields of `config` and its nested configs that go by block.
@@ -252,10 +254,10 @@ def find_fields(
         LayoutError: a declared kind or depth that is not known.
     """
     said = {tuple(name.split(".")): meaning for name, meaning in (declared or {}).items()}
-    found: dict[Path, BlockField] = {}
-    for prefix, part in parts_of(config):
+    found: dict[ConfigPath, BlockField] = {}
+    for prefix, part in iter_subconfigs(config):
         own = {path: depth for path, depth in depths.depths.items() if path[:-1] == prefix}
-        for name, value in _plain_values(part).items():
+        for name, value in _flat_values(part).items():
             path = (*prefix, name)
             if path in depths.depths or value is None or isinstance(value, (bool, float)):
                 continue
@@ -263,21 +265,21 @@ def find_fields(
                 if said[path] != "none":
                     found[path] = _declared_field(path, said[path], own, depths)
                 continue
-            kind = DECLARED.get(part.model_type, {}).get(name)
+            kind = DECLARED_KINDS.get(part.model_type, {}).get(name)
             if kind is not None and own:
                 found[path] = BlockField(path, kind, next(iter(own)))
                 continue
             for depth in own.values():
-                kind = _kind_of(part, name, value, depth, depths.reads.get(depth.path, {}).get(path))
+                kind = _infer_kind(part, name, value, depth, depths.reads.get(depth.path, {}).get(path))
                 if kind is not None:
                     found[path] = BlockField(path, kind, depth.path)
                     break
-            if path not in found and (elsewhere := _of_another_part(path, value, own, depths)) is not None:
+            if path not in found and (elsewhere := _field_of_other_stack(path, value, own, depths)) is not None:
                 found[path] = elsewhere
     return list(found.values())
 
 
-def _plain_values(part: PreTrainedConfig) -> dict[str, Any]:
+def _flat_values(part: PreTrainedConfig) -> dict[str, Any]:
     """Return a config's own values, nested configs left out, tuples as tuples."""
     stated = part.to_dict()
     return {
@@ -287,7 +289,9 @@ def _plain_values(part: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _declared_field(path: Path, meaning: str, own: Mapping[Path, Depth], depths: StackDepths) -> BlockField:
+def _declared_field(
+    path: ConfigPath, meaning: str, own: Mapping[ConfigPath, Depth], depths: StackDepths
+) -> BlockField:
     kind, _, depth = meaning.partition(" ")
     where = tuple(depth.split(".")) if depth else next(iter(own), ())
     if kind not in [member.value for member in FieldKind]:
@@ -303,26 +307,28 @@ def _declared_field(path: Path, meaning: str, own: Mapping[Path, Depth], depths:
     return BlockField(path, FieldKind(kind), where)
 
 
-def _kind_of(part: PreTrainedConfig, name: str, value: Any, depth: Depth, reads: Reads | None) -> FieldKind | None:
+def _infer_kind(
+    part: PreTrainedConfig, name: str, value: Any, depth: Depth, reads: ListAccess | None
+) -> FieldKind | None:
     """Return how a field of the config that states `depth` goes by its blocks; None where it does not."""
-    size, meaning = depth.size, words(name)
+    size, meaning = depth.size, name_words(name)
     if isinstance(value, Mapping):
         numbered = value and all(str(key).isdigit() and int(key) < size for key in value)
         return FieldKind.KEYED if numbered and meaning & LAYER_WORDS else None
     if isinstance(value, int):
-        return _kind_of_number(name, value, size)
+        return _infer_number_kind(name, value, size)
     if isinstance(value, str):
         return FieldKind.ENTRIES if len(value) == size > 1 and "pattern" in meaning else None
-    if not isinstance(value, (list, tuple)) or meaning & OF_OTHERS:
+    if not isinstance(value, (list, tuple)) or meaning & OTHER_STACK_WORDS:
         return None
     integers = bool(value) and all(type(entry) is int for entry in value)
     before = set(range(size - 1))
     if reads is not None and size > 2:
         if before <= reads.indices and size - 1 not in reads.indices and len(value) >= size:
             return FieldKind.SOURCES if integers and _are_sources(name, value, size) else FieldKind.ENTRIES
-        if integers and len(reads.questions) > 1 and reads.questions <= set(range(size)):
-            return FieldKind.NUMBERS if 0 in reads.questions else FieldKind.NUMBERS_FROM_ONE
-    if len(value) == size and (meaning & LAYER_WORDS or _has_length_of_depth(part, name, depth)):
+        if integers and len(reads.membership_tests) > 1 and reads.membership_tests <= set(range(size)):
+            return FieldKind.NUMBERS if 0 in reads.membership_tests else FieldKind.NUMBERS_FROM_ONE
+    if len(value) == size and (meaning & LAYER_WORDS or _follows_depth(part, name, depth)):
         if not (integers and meaning & OUTPUT_WORDS):
             return FieldKind.SOURCES if integers and _are_sources(name, value, size) else FieldKind.ENTRIES
     if not meaning & LAYER_WORDS and not meaning & OUTPUT_WORDS:
@@ -338,9 +344,9 @@ def _kind_of(part: PreTrainedConfig, name: str, value: Any, depth: Depth, reads:
     return None
 
 
-def _kind_of_number(name: str, value: int, size: int) -> FieldKind | None:
-    meaning = words(name)
-    if not 0 < value <= size or meaning & NOT_DEPTHS:
+def _infer_number_kind(name: str, value: int, size: int) -> FieldKind | None:
+    meaning = name_words(name)
+    if not 0 < value <= size or meaning & NON_DEPTH_WORDS:
         return None
     if {"shared", "layers"} <= meaning or {"last", "layers"} <= meaning:
         return FieldKind.LAST
@@ -359,21 +365,21 @@ def _kind_of_number(name: str, value: int, size: int) -> FieldKind | None:
 
 def _are_sources(name: str, value: Sequence[int], size: int) -> bool:
     """Whether entries say from which block each takes something: itself, or one before it that takes its own."""
-    if not words(name) & {"source", "sources"} and list(value) != list(range(size)):
+    if not name_words(name) & {"source", "sources"} and list(value) != list(range(size)):
         return False
     return all(0 <= source <= block and value[source] == source for block, source in enumerate(value))
 
 
-def _has_length_of_depth(part: PreTrainedConfig, name: str, depth: Depth) -> bool:
+def _follows_depth(part: PreTrainedConfig, name: str, depth: Depth) -> bool:
     """Whether the class itself makes this list longer or shorter with the depth, when it is left out."""
-    return name in _lists_of_depth(type(part), json.dumps(part.to_dict(), sort_keys=True, default=str), part, depth)
+    return name in _depth_sized_lists(type(part), json.dumps(part.to_dict(), sort_keys=True, default=str), part, depth)
 
 
-_of_depth: dict[tuple[type, str, str], frozenset[str]] = {}
+_depth_sized_cache: dict[tuple[type, str, str], frozenset[str]] = {}
 
 
-def _lists_of_depth(kind: type, key: str, part: PreTrainedConfig, depth: Depth) -> frozenset[str]:
-    known = _of_depth.get((kind, key, depth.path[-1]))
+def _depth_sized_lists(kind: type, key: str, part: PreTrainedConfig, depth: Depth) -> frozenset[str]:
+    known = _depth_sized_cache.get((kind, key, depth.path[-1]))
     if known is not None:
         return known
     values = {
@@ -385,63 +391,65 @@ def _lists_of_depth(kind: type, key: str, part: PreTrainedConfig, depth: Depth) 
         rest = {name: copy.deepcopy(value) for name, value in values.items() if name not in names}
         try:
             longer = kind(**rest | {depth.path[-1]: depth.size + 1}).to_dict()
-        except TWIN_ERRORS:
+        except MODEL_ERRORS:
             continue
         found |= {name for name in names if isinstance(longer.get(name), list) and len(longer[name]) == depth.size + 1}
-    _of_depth[kind, key, depth.path[-1]] = frozenset(found)
-    return _of_depth[kind, key, depth.path[-1]]
+    _depth_sized_cache[kind, key, depth.path[-1]] = frozenset(found)
+    return _depth_sized_cache[kind, key, depth.path[-1]]
 
 
-def _of_another_part(path: Path, value: Any, own: Mapping[Path, Depth], depths: StackDepths) -> BlockField | None:
+def _field_of_other_stack(
+    path: ConfigPath, value: Any, own: Mapping[ConfigPath, Depth], depths: StackDepths
+) -> BlockField | None:
     """Return what a field such as `vision_feature_layer` names: hidden states of a nested config's stack."""
-    meaning = words(path[-1])
+    meaning = name_words(path[-1])
     if not {"feature", "features"} & meaning or not meaning & {"layer", "layers"}:
         return None
     numbers = [value] if isinstance(value, int) else value
     if not isinstance(numbers, (list, tuple)) or not all(type(number) is int for number in numbers):
         return None
     inside = [depth for depth in depths.depths.values() if depth.path[: len(path) - 1] == path[:-1]]
-    named = [depth for depth in inside if any(words(part) & meaning - LAYER_WORDS for part in depth.path[:-1])]
+    named = [depth for depth in inside if any(name_words(part) & meaning - LAYER_WORDS for part in depth.path[:-1])]
     nested = named or list(own.values()) or [depth for depth in inside if "text_config" not in depth.path]
     fitting = [depth for depth in nested if all(-depth.size - 1 <= number <= depth.size for number in numbers)]
     return BlockField(path, FieldKind.STATE_NUMBERS, fitting[0].path) if len(fitting) == 1 else None
 
 
-def block_lists(config: PreTrainedConfig) -> dict[Path, Sequence[int]]:
+def block_lists(config: PreTrainedConfig) -> dict[ConfigPath, Sequence[int]]:
     """Return the lists of block numbers that a config and its nested ones hold, by what they are called."""
     return {
         (*prefix, name): value
-        for prefix, part in parts_of(config)
+        for prefix, part in iter_subconfigs(config)
         for name, value in vars(part).items()
         if isinstance(value, (list, tuple))
         and value
         and all(type(entry) is int for entry in value)
-        and words(name) & LAYER_WORDS
-        and words(name) & INDEX_WORDS
+        and name_words(name) & LAYER_WORDS
+        and name_words(name) & INDEX_WORDS
     }
 
 
-def unclear_fields(config: PreTrainedConfig, fields: Sequence[BlockField]) -> list[Path]:
+def ambiguous_block_fields(config: PreTrainedConfig, fields: Sequence[BlockField]) -> list[ConfigPath]:
     """Return fields that seem to name blocks, in pairs or deeper lists, and that are none of `fields`."""
     known = {each.path for each in fields}
     return [
         (*prefix, name)
-        for prefix, part in parts_of(config)
+        for prefix, part in iter_subconfigs(config)
         for name, value in vars(part).items()
         if (*prefix, name) not in known
         and not name.startswith("_")
-        and words(name) & LAYER_WORDS
+        and name_words(name) & LAYER_WORDS
         and isinstance(value, (list, tuple))
         and value
         and all(isinstance(entry, (list, tuple)) and all(type(each) is int for each in entry) for entry in value)
     ]
 
 
-def shared_sources(part: PreTrainedConfig) -> dict[int, int]:
+def kv_sharing_sources(part: PreTrainedConfig) -> dict[int, int]:
     """Return, of each block that takes its keys and values from another, which one that is."""
     try:
         modes = getattr(part, "kv_sharing_modes", None)
-    except TWIN_ERRORS:  # a property that the config's other values do not go with
+    except MODEL_ERRORS:  # a property that the config's other values do not go with
         return {}
     if not isinstance(modes, list):
         return {}
@@ -459,7 +467,7 @@ def shared_sources(part: PreTrainedConfig) -> dict[int, int]:
     return sources
 
 
-def shared_entries(part: PreTrainedConfig, size: int) -> dict[int, frozenset[int]]:
+def shared_entry_sources(part: PreTrainedConfig, size: int) -> dict[int, frozenset[int]]:
     """Return, of each block that a list with an entry per block calls "shared", the blocks before it that are not."""
     needs: dict[int, frozenset[int]] = {}
     for value in vars(part).values():

@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, OptionError, ShapeError
-from hf_guide.initialization.configs import derive_student_config
-from hf_guide.initialization.hierarchy import module_signature
 from hf_guide.initialization.requested_sizes import is_size
-from hf_guide.initialization.twins import TWIN_ERRORS
+from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.layouts.hierarchy import module_signature
+from hf_guide.models.tiny_models import MODEL_ERRORS
 
 _NO_ENTRY = object()
-_BUILDING = ("__init__", "_init_weights")
+_CONSTRUCTION_METHODS = ("__init__", "_init_weights")
 
 
 def check_config_agrees(
@@ -35,7 +35,7 @@ def check_config_agrees(
     Raises:
         ShapeError: names the entry, both values, and the entries that it is computed from.
     """
-    for path, part, had in _parts(config, teacher):
+    for path, part, had in _nested_configs(config, teacher):
         for name, computed in _computed(part).items():
             held = part.__dict__.get(name, _NO_ENTRY)
             if _plain(held) in (_plain(computed), _plain(had.__dict__.get(name, _NO_ENTRY))):
@@ -63,14 +63,14 @@ def check_computed_overrides(
         ShapeError: as `check_config_agrees`.
     """
     config = copy.deepcopy(teacher)
-    for path, value in _leaves(overrides, teacher):
+    for path, value in _flatten_overrides(overrides, teacher):
         parent = _parent(config, path)
         if is_size(path[-1]) and path[-1] not in _declared(parent):
             parent.__dict__[path[-1]] = copy.deepcopy(value)  # some families forbid setting what they compute
     check_config_agrees(model_class, config, teacher)
 
 
-def _parts(
+def _nested_configs(
     config: PreTrainedConfig, teacher: PreTrainedConfig, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig, PreTrainedConfig]]:
     """Give a config and those nested in it, with the names that lead to each and the teacher's of the same names."""
@@ -78,7 +78,7 @@ def _parts(
     for name, value in vars(config).items():
         had = teacher.__dict__.get(name)
         if isinstance(value, PreTrainedConfig) and isinstance(had, PreTrainedConfig):
-            yield from _parts(value, had, (*path, name))
+            yield from _nested_configs(value, had, (*path, name))
 
 
 def check_overrides_hold(
@@ -97,10 +97,10 @@ def check_overrides_hold(
         OptionError: a size that the model does not have.
     """
     check_config_agrees(model_class, config, teacher)
-    asked = list(_leaves(overrides, config))
+    asked = list(_flatten_overrides(overrides, config))
     if not asked:
         return
-    reloaded = _reloaded(config, teacher)
+    reloaded = _round_trip(config, teacher)
     for path, value in asked:
         for held, when in ((_entry(config, path), "holds"), (_entry(reloaded, path), "holds, once saved and loaded,")):
             if _is_number(value) and _plain(held) != _plain(value):
@@ -120,9 +120,9 @@ def check_overrides_hold(
     for path, value in sizes:
         if built is None or built != _structure(model_class, _with_entry_of(teacher, config, path)):
             continue
-        if built != _structure_asked_for(model_class, teacher, _dropped(overrides, path, teacher)):
+        if built != _requested_structure(model_class, teacher, _without_override(overrides, path, teacher)):
             continue  # it acts by what the class derives from it
-        if path[-1] in _read_when_run(model_class, config):
+        if path[-1] in _names_read_at_runtime(model_class, config):
             continue  # ALBERT runs one block as often as the config says
         raise OptionError(
             f"{'.'.join(path)}={value!r} changes nothing in a {model_class.__name__} of this config: the model "
@@ -130,7 +130,7 @@ def check_overrides_hold(
         )
 
 
-def _leaves(
+def _flatten_overrides(
     overrides: Mapping[str, Any], config: PreTrainedConfig, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Give every override with the names that lead to it, its own as the family has it."""
@@ -138,7 +138,7 @@ def _leaves(
         real = config.attribute_map.get(name, name)
         nested = config.__dict__.get(real)
         if isinstance(nested, PreTrainedConfig) and isinstance(value, Mapping):
-            yield from _leaves(value, nested, (*path, real))
+            yield from _flatten_overrides(value, nested, (*path, real))
         else:
             yield (*path, real), value
 
@@ -156,7 +156,7 @@ def _entry(config: PreTrainedConfig, path: tuple[str, ...]) -> Any:
     return parent.__dict__.get(parent.attribute_map.get(path[-1], path[-1]), _NO_ENTRY)
 
 
-def _dropped(overrides: Mapping[str, Any], path: tuple[str, ...], config: PreTrainedConfig) -> dict[str, Any]:
+def _without_override(overrides: Mapping[str, Any], path: tuple[str, ...], config: PreTrainedConfig) -> dict[str, Any]:
     """Return `overrides` without the one that `path`, of the family's own names, leads to."""
     left: dict[str, Any] = {}
     for name, value in overrides.items():
@@ -164,11 +164,11 @@ def _dropped(overrides: Mapping[str, Any], path: tuple[str, ...], config: PreTra
         if real != path[0]:
             left[name] = value
         elif len(path) > 1:
-            left[name] = _dropped(value, path[1:], getattr(config, real))
+            left[name] = _without_override(value, path[1:], getattr(config, real))
     return left
 
 
-def _structure_asked_for(
+def _requested_structure(
     model_class: type[PreTrainedModel], teacher: PreTrainedConfig, overrides: Mapping[str, Any]
 ) -> Any:
     """Return the structure of the student that `overrides` ask for; None where there is none."""
@@ -193,39 +193,44 @@ def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
     try:
         with torch.device("meta"):
             return module_signature(model_class._from_config(copy.deepcopy(config)))
-    except TWIN_ERRORS:
+    except MODEL_ERRORS:
         return None
 
 
-def _read_when_run(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> set[str]:
+def _names_read_at_runtime(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> set[str]:
     """Return the names that the model's own code reads other than when it is built, config entries among them."""
     with torch.device("meta"):
         model = model_class._from_config(copy.deepcopy(config))
     classes = {base for module in model.modules() for base in type(module).__mro__}
     own = [base for base in classes if base.__module__.startswith(("transformers.models.", "transformers_modules."))]
-    functions = [inspect.unwrap(value) for base in own for name, value in vars(base).items() if name not in _BUILDING]
+    functions = [
+        inspect.unwrap(value)
+        for base in own
+        for name, value in vars(base).items()
+        if name not in _CONSTRUCTION_METHODS
+    ]
     return {name for each in functions if inspect.isfunction(each) for name in each.__code__.co_names}
 
 
-def _reloaded(config: PreTrainedConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
+def _round_trip(config: PreTrainedConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config that is read again from what `save_pretrained` writes, or itself where not even the teacher's is.
 
     Raises:
         ShapeError: it cannot be read, though the teacher's can.
     """
     try:
-        return _saved_and_loaded(config)
-    except TWIN_ERRORS as error:
+        return _save_and_load(config)
+    except MODEL_ERRORS as error:
         try:
-            _saved_and_loaded(teacher)
-        except TWIN_ERRORS:
+            _save_and_load(teacher)
+        except MODEL_ERRORS:
             return config
         raise ShapeError(
             f"The student's {type(config).__name__} cannot be loaded once it is saved: {error}"
         ) from error
 
 
-def _saved_and_loaded(config: PreTrainedConfig) -> PreTrainedConfig:
+def _save_and_load(config: PreTrainedConfig) -> PreTrainedConfig:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         config.to_json_file(path)
@@ -267,7 +272,7 @@ def _rebuilt(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrained
     }
     try:
         return type(config)(**copy.deepcopy({**values, **changes}))
-    except TWIN_ERRORS:
+    except MODEL_ERRORS:
         return None
 
 

@@ -9,33 +9,32 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, OptionError, ShapeError, did_you_mean
-from hf_guide.initialization.axes import Axis, Name, Product, Sum, select
-from hf_guide.initialization.block_indices import block_lists, parts_of, shared_sources, value_at
-from hf_guide.initialization.choices import BlockChoice, LaterBlocks, Method
-from hf_guide.initialization.hierarchy import (
-    choose_stage_blocks,
+from hf_guide.initialization.block_indices import block_lists, iter_subconfigs, kv_sharing_sources, value_at
+from hf_guide.initialization.config import InitializationConfig, LayerSelection, Method, SubsequentLayers
+from hf_guide.initialization.plan import AXIS_LABELS, ParameterPlan, Plan
+from hf_guide.initialization.regrouped_heads import check_head_grouping
+from hf_guide.initialization.selection import evenly_spaced_indices, select_blocks
+from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, AxisProduct, select_indices
+from hf_guide.layouts.hierarchy import (
+    check_immovable_blocks,
     is_blocks_only,
-    kinds_of,
-    nested_depths,
+    lists_of_varying_length,
+    module_signatures,
+    nested_list_lengths,
     nested_lists,
-    refuse_moved_blocks,
-    uneven_lists,
+    select_stage_blocks,
 )
-from hf_guide.initialization.layouts import Layout, Match, config_sizes
-from hf_guide.initialization.model_classes import meta_model
-from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.plan import READABLE, Plan, Site
-from hf_guide.initialization.regrouped_heads import refuse_regrouped_heads
-from hf_guide.initialization.selection import choose_blocks, even_places
-from hf_guide.initialization.weights import Teacher
+from hf_guide.layouts.registry import Layout, LayoutMatch, config_sizes
+from hf_guide.models.model_classes import meta_model
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
 
 
-def canonical(name: str, prefix: str) -> str:
+def strip_base_prefix(name: str, prefix: str) -> str:
     """Return `name` relative to the base model."""
     return name.removeprefix(prefix + ".") if prefix else name
 
 
-def resolve_alike(layout: Layout, names: Iterable[str]) -> Layout:
+def merge_tied_axes(layout: Layout, names: Iterable[str]) -> Layout:
     """Return `layout` with two axes made one where the module that would tie them is not in the model."""
     names = list(names)
     renamed = {
@@ -45,18 +44,18 @@ def resolve_alike(layout: Layout, names: Iterable[str]) -> Layout:
         return layout
 
     def rename(axis: Axis) -> Axis:
-        if isinstance(axis, Name):
-            return Name(renamed.get(axis.name, axis.name))
-        if isinstance(axis, Product):
-            return Product(tuple(map(rename, axis.factors)))
-        return Sum(tuple(map(rename, axis.terms)))
+        if isinstance(axis, AxisName):
+            return AxisName(renamed.get(axis.name, axis.name))
+        if isinstance(axis, AxisProduct):
+            return AxisProduct(tuple(map(rename, axis.factors)))
+        return AxisConcat(tuple(map(rename, axis.terms)))
 
     return dataclasses.replace(
         layout, rows=tuple(dataclasses.replace(row, axes=tuple(map(rename, row.axes))) for row in layout.rows)
     )
 
 
-def student_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+def unique_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return a model's saved tensors by name, each once, and the other names of those that are shared.
 
     A shared tensor bears the name of the one that the others are tied to, wherever in the model it is registered
@@ -76,7 +75,7 @@ def student_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str
     return tensors, shared
 
 
-def _stack_of(match: Match, placeholder: str) -> str:
+def _stack_pattern(match: LayoutMatch, placeholder: str) -> str:
     return match.row.pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
 
 
@@ -86,12 +85,12 @@ def parameters_by_block(layout: Layout, names: Iterable[str]) -> dict[str, dict[
     for name in names:
         match = layout.find(name)
         if match is not None and "block" in match.numbers:
-            blocks = found.setdefault(_stack_of(match, "block"), {})
+            blocks = found.setdefault(_stack_pattern(match, "block"), {})
             blocks.setdefault(int(match.numbers["block"]), set()).add(match.row.pattern + match.suffix)
     return found
 
 
-def refuse_surplus(
+def check_block_kinds(
     layout: Layout, stacks: Mapping[str, Sequence[int]], teacher_names: Iterable[str], student_names: Iterable[str]
 ) -> None:
     """Refuse blocks with a parameter that the student has in other blocks, but not where the block is to stand.
@@ -127,14 +126,14 @@ def stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
         if found is None:
             continue
         for placeholder, number in found.numbers.items():
-            stack = _stack_of(found, placeholder)
+            stack = _stack_pattern(found, placeholder)
             sizes[stack] = max(sizes.get(stack, 0), int(number) + 1)
     return sizes
 
 
 def make_plan(
     student: PreTrainedModel,
-    teacher: Teacher,
+    teacher: TeacherCheckpoint,
     layout: Layout,
     options: InitializationConfig,
     *,
@@ -147,29 +146,29 @@ def make_plan(
         LayoutError: a parameter that the layout does not know, or whose axes do not multiply out.
         ShapeError: a student that is longer than its teacher on some axis.
     """
-    tensors, shared = student_tensors(student)
+    tensors, shared = unique_tensors(student)
     if layout.variant is not None and layout.variant(student.config) != layout.family:
         raise ShapeError(
             f"The student is built as {layout.variant(student.config)!r}, its teacher as {layout.family!r}: "
             "their blocks are wired differently. Leave the config's switches for the order of norms and branches as "
             "the teacher has them."
         )
-    student_names = {canonical(name, student.base_model_prefix): name for name in tensors}
+    student_names = {strip_base_prefix(name, student.base_model_prefix): name for name in tensors}
     if len(student_names) < len(tensors):
         raise LayoutError(
             f"{type(student).__name__} has two parameters of one name inside and outside its base model; no layout can tell."
         )
     shared_names = {
-        canonical(name, student.base_model_prefix): canonical(first, student.base_model_prefix)
+        strip_base_prefix(name, student.base_model_prefix): strip_base_prefix(first, student.base_model_prefix)
         for name, first in shared.items()
     }
-    teacher_names = {canonical(name, teacher.base_model_prefix): name for name in teacher.weights.keys()}
+    teacher_names = {strip_base_prefix(name, teacher.base_model_prefix): name for name in teacher.weights.keys()}
     for name, first in teacher.tied.items():
-        if canonical(name, teacher.base_model_prefix) not in teacher_names and first in teacher.weights.keys():
-            teacher_names[canonical(name, teacher.base_model_prefix)] = first
+        if strip_base_prefix(name, teacher.base_model_prefix) not in teacher_names and first in teacher.weights.keys():
+            teacher_names[strip_base_prefix(name, teacher.base_model_prefix)] = first
     teacher_layout, layout = (
-        resolve_alike(layout, teacher_names),
-        resolve_alike(layout, [*student_names, *shared_names]),
+        merge_tied_axes(layout, teacher_names),
+        merge_tied_axes(layout, [*student_names, *shared_names]),
     )
     if teacher_layout.projected() != layout.projected():
         raise ShapeError(
@@ -179,27 +178,27 @@ def make_plan(
         )
 
     had, wanted = stack_sizes(layout, teacher_names), stack_sizes(layout, student_names)
-    refuse_unknown_stacks(options, [*had, *stage_names(layout, teacher_names)])
+    check_stack_names(options, [*had, *stage_names(layout, teacher_names)])
     stacks = {
-        stack: choose_blocks(had[stack], count, options.kept_blocks, stack.removesuffix(".{block}"))
+        stack: select_blocks(had[stack], count, options.resolved_layer_selection, stack.removesuffix(".{block}"))
         if stack.endswith("{block}")
-        else _listed_places(layout, teacher.config, student.config, stack, had[stack], count)
+        else _listed_module_indices(layout, teacher.config, student.config, stack, had[stack], count)
         for stack, count in wanted.items()
         if stack in had and (stack.endswith("{block}") or not is_blocks_only(layout))
     }
-    stacks |= _stage_stacks(student, teacher, layout, options, teacher_names, student_names, stacks)
-    stacks |= _listed_by_block(teacher.config, student.config, stacks, had, wanted)
-    sources = _shared_sources(teacher.config, had)
+    stacks |= _stage_block_mapping(student, teacher, layout, options, teacher_names, student_names, stacks)
+    stacks |= _per_block_list_mapping(teacher.config, student.config, stacks, had, wanted)
+    sources = _shared_kv_sources(teacher.config, had)
     borrowed: dict[str, str] = {}
-    refuse_moved_blocks(layout, stacks)
+    check_immovable_blocks(layout, stacks)
     known_somewhere = {found.row.pattern + found.suffix for name in teacher_names if (found := layout.find(name))}
-    refuse_surplus(layout, stacks, teacher_names, [*student_names, *shared_names])
+    check_block_kinds(layout, stacks, teacher_names, [*student_names, *shared_names])
     if layout.fixed_depth and (changed := [stack for stack, count in wanted.items() if count < had.get(stack, 0)]):
         raise ShapeError(
             f"The student has fewer blocks in {changed[0].removesuffix('.{block}')!r} than its teacher, but "
             f"{layout.fixed_depth}. Keep the teacher's depth, or choose method='random'."
         )
-    sites: dict[str, Site] = {}
+    sites: dict[str, ParameterPlan] = {}
     random: list[str] = []
     for name, actual in student_names.items():
         match = layout.find(name)
@@ -212,10 +211,10 @@ def make_plan(
             random.append(actual)
             continue
         source, block = _source_name(match, stacks)
-        if source not in teacher_names and (other := _shared_source(match, stacks, sources)) in teacher_names:
+        if source not in teacher_names and (other := _shared_kv_source(match, stacks, sources)) in teacher_names:
             borrowed[source] = source = other or source
         before = teacher_layout.find(source)
-        if Name("labels") in match.axes and before is not None and before.axes != match.axes:
+        if AxisName("labels") in match.axes and before is not None and before.axes != match.axes:
             random.append(actual)  # a head of one name that reads something else there
             continue
         if source not in teacher_names:
@@ -229,7 +228,7 @@ def make_plan(
                 random.append(actual)
                 continue
         source_shape = teacher.weights.shape(teacher_names[source]) if source in teacher_names else None
-        sites[name] = Site(
+        sites[name] = ParameterPlan(
             actual,
             name,
             tensors[actual].shape,
@@ -240,9 +239,9 @@ def make_plan(
         )
 
     widths = _projected_widths(layout, sites.values())
-    random_blocks = options.method == Method.GUIDE and options.later_blocks == LaterBlocks.RANDOM
+    random_blocks = options.method == Method.GUIDE and options.later_blocks == SubsequentLayers.RANDOM
     for name, site in list(sites.items()):
-        carries_labels = label_places is not None and len(label_places) == 0 and Name("labels") in site.axes
+        carries_labels = label_places is not None and len(label_places) == 0 and AxisName("labels") in site.axes
         if carries_labels or (random_blocks and site.block is not None and site.block > 0):
             random.append(site.name)
             del sites[name]
@@ -270,7 +269,7 @@ def make_plan(
         if (found := layout.find(name))
         and "block" in found.numbers
         and found.row.pattern + found.suffix not in kinds
-        and (_stack_of(found, "block"), found.numbers["block"]) in feeding
+        and (_stack_pattern(found, "block"), found.numbers["block"]) in feeding
     )
     plan = Plan(
         layout,
@@ -294,15 +293,15 @@ def make_plan(
         "kept, and the student's makes its own from its own input."
         for missing, used in borrowed.items()
     ]
-    _merge_state_weights(plan)
+    _merge_weights_of_dropped_states(plan)
     for site in sites.values():
         if site.source is not None:
             plan.maps(site)
-    refuse_regrouped_heads(student, sites.values(), teacher.model_class, teacher.config)
+    check_head_grouping(student, sites.values(), teacher.model_class, teacher.config)
     return plan
 
 
-def refuse_unknown_stacks(options: InitializationConfig, stacks: Iterable[str]) -> None:
+def check_stack_names(options: InitializationConfig, stacks: Iterable[str]) -> None:
     """Refuse blocks that are named for a stack which the teacher does not have.
 
     Raises:
@@ -316,20 +315,20 @@ def refuse_unknown_stacks(options: InitializationConfig, stacks: Iterable[str]) 
             )
 
 
-def _listed_places(
+def _listed_module_indices(
     layout: Layout, teacher: PreTrainedConfig, student: PreTrainedConfig, stack: str, had: int, wanted: int
 ) -> list[int]:
     """Return the teacher's listed module that feeds each of the student's: `{heads}` go as query heads do."""
     sizes = config_sizes(layout, teacher), config_sizes(layout, student)
     if stack.endswith("{heads}") and all("group" in known for known in sizes):
-        heads = Product((Name("kv_heads"), Name("group")))
+        heads = AxisProduct((AxisName("kv_heads"), AxisName("group")))
 
         def leaf(name: str) -> tuple[Tensor, Tensor]:
-            places = even_places(sizes[0][name], sizes[1][name])
+            places = evenly_spaced_indices(sizes[0][name], sizes[1][name])
             return torch.tensor(places), torch.ones(len(places), dtype=torch.float64)
 
-        return select(heads, leaf, sizes[0])[0].tolist()
-    return choose_blocks(had, wanted, "even", stack)
+        return select_indices(heads, leaf, sizes[0])[0].tolist()
+    return select_blocks(had, wanted, "even", stack)
 
 
 def is_parameter(tensor: Tensor) -> bool:
@@ -341,13 +340,13 @@ def stage_names(layout: Layout, names: Iterable[str]) -> list[str]:
     """Return the names of the lists of blocks within stages, in a model of whose axes nothing is known."""
     if not is_blocks_only(layout):
         return []
-    depths = nested_depths(match for name in names if (match := layout.find(name)))
+    depths = nested_list_lengths(match for name in names if (match := layout.find(name)))
     return [actual for by_stage in depths.values() for actual in by_stage]
 
 
-def _stage_stacks(
+def _stage_block_mapping(
     student: PreTrainedModel,
-    teacher: Teacher,
+    teacher: TeacherCheckpoint,
     layout: Layout,
     options: InitializationConfig,
     teacher_names: Iterable[str],
@@ -357,20 +356,20 @@ def _stage_stacks(
     """Return the chosen blocks of every stage, by the stage's own name, where stages differ in their depths.
 
     Raises:
-        ShapeError, OptionError: as `choose_stage_blocks`.
+        ShapeError, OptionError: as `select_stage_blocks`.
     """
     if not is_blocks_only(layout):
         return {}
     depths = [
-        nested_depths(match for name in names if (match := layout.find(name)))
+        nested_list_lengths(match for name in names if (match := layout.find(name)))
         for names in (teacher_names, student_names)
     ]
     chosen: dict[str, list[int]] = {}
     built = None
-    for generic in sorted(uneven_lists(*depths)):
+    for generic in sorted(lists_of_varying_length(*depths)):
         outer = {key: value for key, value in stacks.items() if key != generic}
-        feeds = {actual: _feeding_list(layout, student_names, generic, actual, outer) for actual in depths[1][generic]}
-        if (ordinals := _entry_for_each_list(depths[0][generic], depths[1][generic], feeds)) is not None:
+        feeds = {actual: _source_list(layout, student_names, generic, actual, outer) for actual in depths[1][generic]}
+        if (ordinals := _shared_adapter_entries(depths[0][generic], depths[1][generic], feeds)) is not None:
             chosen |= dict.fromkeys(feeds, ordinals)
             continue
         if len(depths[0][generic]) != len(depths[1][generic]):
@@ -383,19 +382,23 @@ def _stage_stacks(
             had = depths[0][generic].get(fed, 0)
             built = built or meta_model(teacher.model_class, teacher.config)
             name = actual.rpartition(".")[0]
-            of_stage = options.kept_blocks.get(name) if isinstance(options.kept_blocks, dict) else options.kept_blocks
-            kept = BlockChoice.EVEN.value if of_stage is None else of_stage
-            chosen[actual] = choose_stage_blocks(
+            of_stage = (
+                options.resolved_layer_selection.get(name)
+                if isinstance(options.resolved_layer_selection, dict)
+                else options.resolved_layer_selection
+            )
+            kept = LayerSelection.EVEN.value if of_stage is None else of_stage
+            chosen[actual] = select_stage_blocks(
                 name,
-                kinds_of(built, fed, had),
-                kinds_of(student, actual, wanted),
-                lambda had, wanted, kept=kept, name=name: choose_blocks(had, wanted, kept, name),  # type: ignore[misc]
+                module_signatures(built, fed, had),
+                module_signatures(student, actual, wanted),
+                lambda had, wanted, kept=kept, name=name: select_blocks(had, wanted, kept, name),  # type: ignore[misc]
                 explicit=not isinstance(kept, str),
             )
     return chosen
 
 
-def _feeding_list(
+def _source_list(
     layout: Layout, student_names: Iterable[str], generic: str, actual: str, stacks: Mapping[str, list[int]]
 ) -> str:
     """Return the name of the teacher's nested list that feeds one of the student's, its outer block being chosen."""
@@ -408,7 +411,7 @@ def _feeding_list(
     return next((each[1] for each in nested_lists(found) if each[0] == generic), actual) if found else actual
 
 
-def _entry_for_each_list(
+def _shared_adapter_entries(
     teacher: Mapping[str, int], student: Mapping[str, int], feeds: Mapping[str, str]
 ) -> list[int] | None:
     """Return the entries that are kept of lists with one entry for each block that has such a list; None of others.
@@ -427,7 +430,7 @@ def _numbers(name: str) -> list[int]:
     return [int(part) for part in name.split(".") if part.isdecimal()]
 
 
-def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:
+def _source_name(match: LayoutMatch, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:
     """Return the canonical name of the teacher's parameter that feeds a match, and the student's block number."""
     pattern, block = match.row.pattern, None
     source = named = pattern
@@ -443,7 +446,7 @@ def _source_name(match: Match, stacks: Mapping[str, list[int]]) -> tuple[str, in
     return source + match.suffix, block
 
 
-def _listed_by_block(
+def _per_block_list_mapping(
     teacher: PreTrainedConfig,
     student: PreTrainedConfig,
     stacks: Mapping[str, list[int]],
@@ -468,20 +471,20 @@ def _listed_by_block(
     return found
 
 
-def _merge_state_weights(plan: Plan) -> None:
+def _merge_weights_of_dropped_states(plan: Plan) -> None:
     """Give weights that mix hidden states by a softmax those of the states that dropped blocks leave as they were."""
-    for site in plan.sites.values():
-        stack = plan.stack_of_table(site)
-        if stack is None or site.source is None or len(site.axes) != 1 or not isinstance(site.axes[0], Sum):
+    for site in plan.parameters.values():
+        stack = plan.block_table_stack(site)
+        if stack is None or site.source is None or len(site.axes) != 1 or not isinstance(site.axes[0], AxisConcat):
             continue
         blocks = plan.stacks[stack]
         if not site.canonical.endswith("layer_weights") or sorted(set(blocks)) != blocks:
             plan.notes.append(f"{site.name}: its entries for blocks that are not kept have no place.")
             continue
-        plan.turns[site.source] = functools.partial(merge_states, blocks=blocks)
+        plan.turns[site.source] = functools.partial(merge_state_weights, blocks=blocks)
 
 
-def merge_states(weights: Tensor, blocks: Sequence[int]) -> Tensor:
+def merge_state_weights(weights: Tensor, blocks: Sequence[int]) -> Tensor:
     """Return softmax weights of hidden states, (depth + 1,), with each kept state's standing for those that equal it.
 
     The state after a dropped block is the one before it, so the weights of both add up: in the exponent, the logarithm of
@@ -494,19 +497,19 @@ def merge_states(weights: Tensor, blocks: Sequence[int]) -> Tensor:
     return merged
 
 
-def _shared_sources(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:
+def _shared_kv_sources(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:
     """Return, by stack, from which block the blocks without keys and values of their own take them."""
     found: dict[str, dict[int, int]] = {}
-    for _, part in parts_of(config):
-        sources = shared_sources(part)
+    for _, part in iter_subconfigs(config):
+        sources = kv_sharing_sources(part)
         depth = part.__dict__.get(part.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
         if sources:
             found |= {stack: sources for stack, size in sizes.items() if size == depth}
     return found
 
 
-def _shared_source(
-    match: Match, stacks: Mapping[str, list[int]], sources: Mapping[str, Mapping[int, int]]
+def _shared_kv_source(
+    match: LayoutMatch, stacks: Mapping[str, list[int]], sources: Mapping[str, Mapping[int, int]]
 ) -> str | None:
     """Return what feeds a parameter of a block whose keys and values are another's in the teacher."""
     stack = match.row.pattern.partition("{block}")[0] + "{block}"
@@ -517,7 +520,7 @@ def _shared_source(
     return None if other is None else _source_name(match, {**stacks, stack: [other] * len(stacks[stack])})[0]
 
 
-def _projected_widths(layout: Layout, sites: Iterable[Site]) -> dict[str, tuple[int, int]]:
+def _projected_widths(layout: Layout, sites: Iterable[ParameterPlan]) -> dict[str, tuple[int, int]]:
     """Return teacher's and student's width of every projected axis.
 
     Raises:
@@ -529,10 +532,10 @@ def _projected_widths(layout: Layout, sites: Iterable[Site]) -> dict[str, tuple[
         if site.source_shape is None or len(site.source_shape) != len(site.axes):
             continue
         for axis, had, wanted in zip(site.axes, site.source_shape, site.shape, strict=True):
-            if isinstance(axis, Name) and axis.name in projected:
+            if isinstance(axis, AxisName) and axis.name in projected:
                 if wanted > had:
                     raise ShapeError(
-                        f"The student's {READABLE.get(axis.name, axis.name)} is {wanted}, wider than its teacher's {had} "
+                        f"The student's {AXIS_LABELS.get(axis.name, axis.name)} is {wanted}, wider than its teacher's {had} "
                         f"(seen at {site.name}): a student starts inside its teacher, so choose at most {had}."
                     )
                 if widths.setdefault(axis.name, (had, wanted)) != (had, wanted):

@@ -12,18 +12,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import ShapeError
-from hf_guide.initialization.model_classes import meta_model
-from hf_guide.initialization.twins import TWIN_ERRORS
+from hf_guide.models.model_classes import meta_model
+from hf_guide.models.tiny_models import MODEL_ERRORS
 
 if TYPE_CHECKING:
-    from hf_guide.initialization.plan import Site
+    from hf_guide.initialization.plan import ParameterPlan
 
-_HEADS = re.compile(r"(^|_)(heads?|n_head|head_(dim|size)|d_head|d_kv)$")
+_HEAD_SETTING = re.compile(r"(^|_)(heads?|n_head|head_(dim|size)|d_head|d_kv)$")
 
 
-def refuse_regrouped_heads(
+def check_head_grouping(
     student: PreTrainedModel,
-    sites: Iterable["Site"],
+    sites: Iterable["ParameterPlan"],
     teacher_class: type[PreTrainedModel],
     teacher_config: PreTrainedConfig,
 ) -> None:
@@ -39,24 +39,24 @@ def refuse_regrouped_heads(
         return
     try:
         built = meta_model(teacher_class, teacher_config)
-    except TWIN_ERRORS:
+    except MODEL_ERRORS:
         return
-    theirs, ours = _modules(built), _modules(student)
-    parameters: dict[str, list[Site]] = {}
+    theirs, ours = _base_modules(built), _base_modules(student)
+    parameters: dict[str, list[ParameterPlan]] = {}
     for site in sites:
         path = site.canonical
         while "." in path:
             path = path.rpartition(".")[0]
             parameters.setdefault(path, []).append(site)
     for path, held in parameters.items():
-        settings = _heads(ours.get(path))
+        settings = _head_settings(ours.get(path))
         if not settings or any(site.source is None or site.shape != site.source_shape for site in held):
             continue
-        sources = {_without_end(site.source or "", site.canonical[len(path) :]) for site in held}
+        sources = {_strip_suffix(site.source or "", site.canonical[len(path) :]) for site in held}
         for source in sources:
-            if _shapes(theirs.get(source)) != _shapes(ours.get(path)):
+            if _parameter_shapes(theirs.get(source)) != _parameter_shapes(ours.get(path)):
                 continue  # fewer modules of a list with one for each head: heads are selected, and not cut anew
-            had = _heads(theirs.get(source))
+            had = _head_settings(theirs.get(source))
             for name, value in settings.items():
                 if value != had.get(name, value):
                     raise ShapeError(
@@ -72,31 +72,31 @@ def _heads_differ(config: PreTrainedConfig, teacher: PreTrainedConfig) -> bool:
         if isinstance(value, PreTrainedConfig) and isinstance(had, PreTrainedConfig):
             if _heads_differ(value, had):
                 return True
-        elif value != had and (_HEADS.search(name) or "num_heads" in name):
+        elif value != had and (_HEAD_SETTING.search(name) or "num_heads" in name):
             return True
     return False
 
 
-def _modules(model: PreTrainedModel) -> Mapping[str, nn.Module]:
+def _base_modules(model: PreTrainedModel) -> Mapping[str, nn.Module]:
     """Return the modules of a model by their names relative to its base model, as a plan has them."""
     prefix = model.base_model_prefix + "."
     return {name.removeprefix(prefix): module for name, module in model.named_modules()}
 
 
-def _heads(module: nn.Module | None) -> dict[str, int]:
+def _head_settings(module: nn.Module | None) -> dict[str, int]:
     """Return the numbers and sizes of heads that a module holds as attributes of its own."""
     if module is None:
         return {}
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, int) and not isinstance(value, bool) and _HEADS.search(name)
+        if isinstance(value, int) and not isinstance(value, bool) and _HEAD_SETTING.search(name)
     }
 
 
-def _shapes(module: nn.Module | None) -> dict[str, tuple[int, ...]]:
+def _parameter_shapes(module: nn.Module | None) -> dict[str, tuple[int, ...]]:
     return {} if module is None else {name: tuple(each.shape) for name, each in module.named_parameters()}
 
 
-def _without_end(name: str, end: str) -> str:
+def _strip_suffix(name: str, end: str) -> str:
     return name.removesuffix(end) if name.endswith(end) else ""

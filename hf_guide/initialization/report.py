@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import HfGuideError
-from hf_guide.escaping import plain
-from hf_guide.folders import write_text
-from hf_guide.public_names import is_local, public_name
-from hf_guide.typed_json import check_types
+from hf_guide.utils.escaping import to_single_line
+from hf_guide.utils.files import atomic_write_text
+from hf_guide.utils.public_names import is_local, public_name
+from hf_guide.utils.typed_json import check_field_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from hf_guide.initialization.options import InitializationConfig
-    from hf_guide.initialization.weights import Teacher
+    from hf_guide.initialization.config import InitializationConfig
+    from hf_guide.teachers.checkpoint import TeacherCheckpoint
 
 REPORT_NAME = "initialization_report.json"
 
@@ -96,13 +96,13 @@ class InitializationReport:
 
     @classmethod
     def of_random(
-        cls, student: "PreTrainedModel", teacher: "Teacher", options: "InitializationConfig"
+        cls, student: "PreTrainedModel", teacher: "TeacherCheckpoint", options: "InitializationConfig"
     ) -> "InitializationReport":
         """The report of a student of which nothing came from the teacher but its shape's limits."""
         import transformers
 
-        import hf_guide
-        from hf_guide.fingerprints import teacher_fingerprint
+        from hf_guide.utils.fingerprint import teacher_fingerprint
+        from hf_guide.version import __version__
 
         shapes = {name: list(parameter.shape) for name, parameter in student.named_parameters()}
         return cls(
@@ -111,7 +111,7 @@ class InitializationReport:
             teacher_class=teacher.model_class.__name__,
             student_class=type(student).__name__,
             options=dataclasses.asdict(options),
-            hf_guide_version=hf_guide.__version__,
+            hf_guide_version=__version__,
             transformers_version=transformers.__version__,
             teacher_parameters=sum(teacher.weights.shape(name).numel() for name in teacher.weights.keys()),
             student_parameters=student.num_parameters(),
@@ -138,7 +138,7 @@ class InitializationReport:
         path = Path(folder) / REPORT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         content = dataclasses.asdict(self) | {"teacher": self.teacher_name, "revision": self.public_revision}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+        atomic_write_text(path, json.dumps(content, indent=1) + "\n")
         return path
 
     @classmethod
@@ -160,7 +160,7 @@ class InitializationReport:
                 f"{path} is not an initialization report, or one of another version of hf_guide: {error}. "
                 "Make the student again to get a fresh one."
             ) from error
-        check_types(report, str(path))
+        check_field_types(report, str(path))
         return report
 
     def summary(self) -> str:
@@ -171,11 +171,13 @@ class InitializationReport:
         heard += " that the teacher wrote" if self.calibration.get("own_text") else ""
         what = (
             f"{self.student_class} with {format_count(self.student_parameters)} parameters, "
-            f"{smaller:.1f} times fewer than its teacher {plain(self.teacher_name)}{revision} "
-            f"({format_count(self.teacher_parameters)}), by {plain(self.options.get('method', 'an unnamed method'))}{heard}"
+            f"{smaller:.1f} times fewer than its teacher {to_single_line(self.teacher_name)}{revision} "
+            f"({format_count(self.teacher_parameters)}), by {to_single_line(self.options.get('method', 'an unnamed method'))}{heard}"
         )
         kept = {axis: f" (keeps {share:.1%} of the variance)" for axis, share in self.kept.items()}
-        widths = [f"{plain(axis)} {old} -> {new}{kept.get(axis, '')}" for axis, (old, new) in self.widths.items()]
+        widths = [
+            f"{to_single_line(axis)} {old} -> {new}{kept.get(axis, '')}" for axis, (old, new) in self.widths.items()
+        ]
         blocks = [f"{stack} from the teacher's {_ranges(sources)}" for stack, sources in self.blocks.items()]
         not_exact = [f"{len(self.approximations)} approximated"] if self.approximations else []
         not_exact += [f"{len(self.randomly_initialized)} parameters at random"] if self.randomly_initialized else []
@@ -198,7 +200,7 @@ class InitializationReport:
     def __str__(self) -> str:
         lines = self.summary().splitlines()
         lines += [f"Approximated: {text}" for text in self.approximations]
-        lines += [f"At random: {text}" for text in _folded_names(self.randomly_initialized)]
+        lines += [f"At random: {text}" for text in _merge_block_numbers(self.randomly_initialized)]
         lines += [f"Note: {text}" for text in self.notes]
         return "\n".join([*lines, "", *_table(self.parameters)])
 
@@ -230,7 +232,7 @@ def _table(records: list[ParameterRecord]) -> list[str]:
     ]
 
 
-def _folded_names(names: Iterable[str]) -> list[str]:
+def _merge_block_numbers(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(_without_numbers(name) for name in names))
 
 

@@ -25,7 +25,7 @@ _NOT_A_SIZE = re.compile(
 _POSITIVE = re.compile(
     r"(^|_)(vocab_size|position_embeddings|n_positions|image_size|patch_size|num_channels|window_size)$"
 )
-TOO_LARGE = 4
+MAX_SIZE_RATIO = 4
 """Times the teacher's size, above which nothing is built; what is a little too large is refused where it shows, by name."""
 
 _DEPTH = re.compile(r"(^|_)(layers?|blocks)$")
@@ -104,7 +104,7 @@ def _check_number(name: str, value: Any, had: int, *, bounded: bool, deepest: in
         )
     if had >= 1 > value:
         raise ShapeError(f"{name} must be at least 1, not {value}; the teacher's is {had}.")
-    if bounded and value > max(TOO_LARGE * had, deepest) and had >= 1:
+    if bounded and value > max(MAX_SIZE_RATIO * had, deepest) and had >= 1:
         repeated = (
             " To repeat blocks, name the teacher's block that feeds each with layers=[...]."
             if _DEPTH.search(name)
@@ -131,7 +131,7 @@ def _check_list(name: str, value: Any, had: list[int], teacher: PreTrainedConfig
         _check_number(f"{name}[{stage}]", wanted, size, bounded=True)
 
 
-def check_experts(config: PreTrainedConfig, teacher: PreTrainedConfig, part: str = "") -> None:
+def check_expert_counts(config: PreTrainedConfig, teacher: PreTrainedConfig, part: str = "") -> None:
     """Refuse a mixture, other than the teacher's, with fewer experts than each token is routed to, nested configs included.
 
     Raises:
@@ -139,7 +139,7 @@ def check_experts(config: PreTrainedConfig, teacher: PreTrainedConfig, part: str
     """
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig) and isinstance(had := teacher.__dict__.get(name), PreTrainedConfig):
-            check_experts(value, had, f"{part}{name}.")
+            check_expert_counts(value, had, f"{part}{name}.")
     mixture = (_EXPERTS, _EXPERTS_PER_TOKEN, ("n_group",), ("topk_group",))
     if all(_entry(config, names) == _entry(teacher, names) for names in mixture):
         return

@@ -15,16 +15,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
 from hf_guide.errors import OptionError, ShapeError, did_you_mean
-from hf_guide.initialization.choices import Method
-from hf_guide.initialization.configs import derive_student_config, refuse_impossible
-from hf_guide.initialization.derive import layout_for
-from hf_guide.initialization.options import InitializationConfig
+from hf_guide.initialization.config import InitializationConfig, Method
+from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.initialization.student_blocks import StudentBlocks, resolve_blocks
-from hf_guide.initialization.weights import Teacher, tokenizer_length
+from hf_guide.initialization.student_config import derive_student_config, validate_student_config
+from hf_guide.teachers.checkpoint import TeacherCheckpoint, tokenizer_length
 
 
 def resolve_config(
-    teacher: Teacher,
+    teacher: TeacherCheckpoint,
     config: PreTrainedConfig | None,
     overrides: Mapping[str, Any],
     options: InitializationConfig,
@@ -61,7 +60,7 @@ def resolve_config(
     if overrides:
         raise OptionError(
             f"A config was given and also {sorted(overrides)}, which would override it: set them on the config, or "
-            f"leave the config out.{_hint(overrides, keywords)}"
+            f"leave the config out.{_keyword_hint(overrides, keywords)}"
         )
     if config.model_type != teacher.config.model_type:
         raise ShapeError(
@@ -70,18 +69,20 @@ def resolve_config(
         )
     had, asked = teacher.config.to_dict(), config.to_dict()
     changed = {name for name, value in asked.items() if name not in had or had[name] != value}
-    student = refuse_impossible(copy.deepcopy(config), teacher.config, changed | {"rotary_dim"})
+    student = validate_student_config(copy.deepcopy(config), teacher.config, changed | {"rotary_dim"})
     if options.method == Method.RANDOM:
         return StudentBlocks(student)
     layout = layout_for(teacher.config, teacher.model_class)
     return resolve_blocks(teacher, layout, student, {}, options, influence=influence)
 
 
-def _hint(overrides: Collection[str], keywords: Collection[str]) -> str:
+def _keyword_hint(overrides: Collection[str], keywords: Collection[str]) -> str:
     return next((hint for name in overrides if (hint := did_you_mean(name, keywords))), "")
 
 
-def resolve_class(teacher: Teacher, config: PreTrainedConfig, model_class: type[Any] | None) -> type[PreTrainedModel]:
+def resolve_class(
+    teacher: TeacherCheckpoint, config: PreTrainedConfig, model_class: type[Any] | None
+) -> type[PreTrainedModel]:
     """Return the student's class.
 
     Raises:
@@ -124,7 +125,7 @@ def auto_classes(config: PreTrainedConfig) -> list[str]:
     ]
 
 
-def resolve_dtype(dtype: "str | torch.dtype | None", teacher: Teacher) -> torch.dtype:
+def resolve_dtype(dtype: "str | torch.dtype | None", teacher: TeacherCheckpoint) -> torch.dtype:
     """Return the student's dtype, the teacher's where none is asked for.
 
     Raises:
@@ -138,8 +139,8 @@ def resolve_dtype(dtype: "str | torch.dtype | None", teacher: Teacher) -> torch.
     return found
 
 
-def vocabulary_places(
-    teacher: Teacher,
+def vocab_row_indices(
+    teacher: TeacherCheckpoint,
     config: PreTrainedConfig,
     *,
     token: "str | bool | None" = None,
@@ -179,7 +180,7 @@ def vocabulary_places(
     return torch.tensor([row if row < had else -1 for row in range(wanted)])
 
 
-def label_places(teacher: PreTrainedConfig, student: PreTrainedConfig) -> Tensor | None:
+def label_row_indices(teacher: PreTrainedConfig, student: PreTrainedConfig) -> Tensor | None:
     """Return which of the teacher's labels, by name, each of the student's is; None where all agree.
 
     It is empty where the student has labels that the teacher does not have: then its head is a new one.

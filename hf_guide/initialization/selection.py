@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.choices import BlockChoice
+from hf_guide.initialization.config import LayerSelection
 
 
-def even_places(teacher: int, student: int) -> list[int]:
+def evenly_spaced_indices(teacher: int, student: int) -> list[int]:
     """Return `student` evenly spaced places of `teacher`: i * (t // s) where s divides t, else the rounded linspace.
 
     Weight selection (arXiv 2311.18823), section 3.
@@ -18,14 +18,16 @@ def even_places(teacher: int, student: int) -> list[int]:
     return torch.linspace(0, teacher - 1, student, dtype=torch.float64).round().long().tolist()
 
 
-def rope_places(teacher: int, student: int, teacher_rotary: int, student_rotary: int, style: str | None) -> list[int]:
+def rope_pair_indices(
+    teacher: int, student: int, teacher_rotary: int, student_rotary: int, style: str | None
+) -> list[int]:
     """Return the places of a head that keep rotary pairs together.
 
     Pairs are chosen evenly among the rotated dimensions, the rest evenly among the others. Where the student's rotated
     size divides the teacher's, the student's own frequencies are the teacher's at those pairs.
     """
     if style is None:
-        return even_places(teacher, student)
+        return evenly_spaced_indices(teacher, student)
     if teacher_rotary % 2 or student_rotary % 2:
         raise ShapeError(
             f"Rotary dimensions come in pairs; found {teacher_rotary} in the teacher's heads and {student_rotary} in "
@@ -36,23 +38,25 @@ def rope_places(teacher: int, student: int, teacher_rotary: int, student_rotary:
             f"The student's heads rotate {student_rotary} of {student} dimensions, the teacher's {teacher_rotary} of "
             f"{teacher}: choose a head_dim and a rotary size that fit into the teacher's."
         )
-    pairs = even_places(teacher_rotary // 2, student_rotary // 2) if student_rotary else []
+    pairs = evenly_spaced_indices(teacher_rotary // 2, student_rotary // 2) if student_rotary else []
     if style == "half":
         rotated = pairs + [pair + teacher_rotary // 2 for pair in pairs]
     else:
         rotated = [place for pair in pairs for place in (2 * pair, 2 * pair + 1)]
-    passed = even_places(teacher - teacher_rotary, student - student_rotary) if student > student_rotary else []
+    passed = (
+        evenly_spaced_indices(teacher - teacher_rotary, student - student_rotary) if student > student_rotary else []
+    )
     return rotated + [teacher_rotary + place for place in passed]
 
 
-def alibi_places(teacher: int, student: int) -> list[int]:
+def alibi_head_indices(teacher: int, student: int) -> list[int]:
     """Return the heads whose ALiBi slopes are the student's own where s divides t: the last of each run of t // s."""
     if teacher % student == 0:
         return [(i + 1) * (teacher // student) - 1 for i in range(student)]
-    return even_places(teacher, student)
+    return evenly_spaced_indices(teacher, student)
 
 
-def outer_places(teacher: int, student: int) -> list[int]:
+def first_and_last_indices(teacher: int, student: int) -> list[int]:
     """Return the first and the last places of `teacher`, `student` in all, the middle left out.
 
     Weight subcloning (arXiv 2312.09299), section 3.2: the blocks at both ends change the residual stream most.
@@ -61,7 +65,7 @@ def outer_places(teacher: int, student: int) -> list[int]:
     return [*range(first), *range(teacher - student + first, teacher)]
 
 
-def choose_blocks(
+def select_blocks(
     teacher: int, student: int, layers: "str | Sequence[int] | Mapping[str, Sequence[int]]", stack: str = ""
 ) -> list[int]:
     """Return the teacher's block that feeds each of the student's blocks of one stack.
@@ -72,7 +76,7 @@ def choose_blocks(
     """
     of_stack = f" in {stack!r}" if stack else ""
     if isinstance(layers, Mapping):
-        layers = layers.get(stack, BlockChoice.EVEN.value)
+        layers = layers.get(stack, LayerSelection.EVEN.value)
     if not isinstance(layers, str):
         chosen = list(layers)
         if len(chosen) != student:
@@ -92,6 +96,10 @@ def choose_blocks(
             "with layers=[...] which of the teacher's blocks feeds each."
         )
     # "influence" is made a list once the teacher was heard; until then a student's shape is checked with even places.
-    if layers == BlockChoice.FIRST.value:
+    if layers == LayerSelection.FIRST.value:
         return list(range(student))
-    return outer_places(teacher, student) if layers == BlockChoice.ENDS.value else even_places(teacher, student)
+    return (
+        first_and_last_indices(teacher, student)
+        if layers == LayerSelection.ENDS.value
+        else evenly_spaced_indices(teacher, student)
+    )

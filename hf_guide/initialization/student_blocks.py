@@ -16,41 +16,40 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, ShapeError
 from hf_guide.initialization.block_choice import (
-    BlockKind,
-    Requirements,
-    difference,
-    kinds_of_stack,
-    most_influential,
+    BlockRequirements,
+    BlockSignature,
+    describe_difference,
+    most_influential_blocks,
     nearest_blocks,
-    parameters_of,
+    stack_signatures,
+    tensor_names,
 )
 from hf_guide.initialization.block_depths import build_on_meta, find_depths
 from hf_guide.initialization.block_indices import (
     LAYER_WORDS,
     BlockField,
+    ConfigPath,
     Depth,
     FieldKind,
-    Path,
     StackDepths,
-    find_fields,
-    follow,
-    parts_of,
-    shared_entries,
-    shared_sources,
-    unclear_fields,
+    ambiguous_block_fields,
+    find_block_fields,
+    iter_subconfigs,
+    kv_sharing_sources,
+    name_words,
+    remap_field,
+    shared_entry_sources,
     value_at,
-    words,
 )
-from hf_guide.initialization.choices import BlockChoice
-from hf_guide.initialization.configs import derive_student_config, overridden_values
-from hf_guide.initialization.layouts import Layout
-from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.planning import canonical, refuse_unknown_stacks, stack_sizes, stage_names
-from hf_guide.initialization.selection import choose_blocks
-from hf_guide.initialization.twins import TWIN_ERRORS
-from hf_guide.initialization.weights import Teacher
+from hf_guide.initialization.config import InitializationConfig, LayerSelection
+from hf_guide.initialization.planning import check_stack_names, stack_sizes, stage_names, strip_base_prefix
+from hf_guide.initialization.selection import select_blocks
+from hf_guide.initialization.student_config import derive_student_config, overridden_values
+from hf_guide.layouts.registry import Layout
+from hf_guide.models.tiny_models import MODEL_ERRORS
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
 
-COUNTS = (FieldKind.FIRST, FieldKind.LAST, FieldKind.END)
+COUNT_KINDS = (FieldKind.FIRST, FieldKind.LAST, FieldKind.END)
 
 
 @dataclass(frozen=True)
@@ -77,55 +76,59 @@ class StudentBlocks:
 
 
 @dataclass(frozen=True)
-class _Family:
+class _TeacherStacks:
     """What is known of a teacher's depths before a student is looked at."""
 
-    teacher: Teacher
+    teacher: TeacherCheckpoint
     layout: Layout
     sizes: dict[str, int]
     depths: StackDepths
     fields: list[BlockField]
 
     @functools.cached_property
-    def kinds(self) -> dict[Path, list[tuple[BlockKind, ...]]]:
+    def kinds(self) -> dict[ConfigPath, list[tuple[BlockSignature, ...]]]:
         """The kind of each of the teacher's blocks, by depth: one for each stack of that depth."""
         assert self.depths.model is not None
-        return {path: kinds_at(self.depths.model, depth, depth.size) for path, depth in self.depths.depths.items()}
+        return {
+            path: signatures_at(self.depths.model, depth, depth.size) for path, depth in self.depths.depths.items()
+        }
 
-    def part(self, path: Path) -> PreTrainedConfig:
+    def part(self, path: ConfigPath) -> PreTrainedConfig:
         """The (nested) config that states a depth."""
         return value_at(self.teacher.config, path[:-1]) if len(path) > 1 else self.teacher.config
 
 
-def kinds_at(model: PreTrainedModel, depth: Depth, size: int) -> list[tuple[BlockKind, ...]]:
+def signatures_at(model: PreTrainedModel, depth: Depth, size: int) -> list[tuple[BlockSignature, ...]]:
     """Return the kinds of the blocks of one depth, for each block one of every stack."""
-    return list(zip(*(kinds_of_stack(model, stack, size) for stack in depth.stacks), strict=True))
+    return list(zip(*(stack_signatures(model, stack, size) for stack in depth.stacks), strict=True))
 
 
-def of_one_structure(teacher: Sequence[BlockKind], student: Sequence[BlockKind]) -> bool:
+def same_structure(teacher: Sequence[BlockSignature], student: Sequence[BlockSignature]) -> bool:
     """Whether blocks, one of every stack, have the same modules and parameters."""
     return all(had.structure == has.structure for had, has in zip(teacher, student, strict=True))
 
 
-def of_one_kind(teacher: Sequence[BlockKind], student: Sequence[BlockKind], *, widths: bool = True) -> bool:
+def same_signature(
+    teacher: Sequence[BlockSignature], student: Sequence[BlockSignature], *, widths: bool = True
+) -> bool:
     """Whether they have the same switches as well, and with `widths` the same sizes."""
-    return not any(difference(had, has, widths=widths) for had, has in zip(teacher, student, strict=True))
+    return not any(describe_difference(had, has, widths=widths) for had, has in zip(teacher, student, strict=True))
 
 
-def _family(teacher: Teacher, layout: Layout) -> _Family:
+def _teacher_stacks(teacher: TeacherCheckpoint, layout: Layout) -> _TeacherStacks:
     depths = find_depths(teacher.config, teacher.model_class, layout)
-    names = [canonical(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
-    fields = find_fields(teacher.config, depths, layout.block_fields)
-    return _Family(teacher, layout, stack_sizes(layout, names), depths, fields)
+    names = [strip_base_prefix(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
+    fields = find_block_fields(teacher.config, depths, layout.block_fields)
+    return _TeacherStacks(teacher, layout, stack_sizes(layout, names), depths, fields)
 
 
-def stack_depths(teacher: Teacher, layout: Layout) -> dict[Path, Depth]:
+def stack_depths(teacher: TeacherCheckpoint, layout: Layout) -> dict[ConfigPath, Depth]:
     """Return where a teacher's config states the depth of its stacks, by the path of the field."""
-    return _family(teacher, layout).depths.depths
+    return _teacher_stacks(teacher, layout).depths.depths
 
 
 def resolve_blocks(
-    teacher: Teacher,
+    teacher: TeacherCheckpoint,
     layout: Layout,
     config: PreTrainedConfig | None,
     overrides: Mapping[str, Any],
@@ -146,11 +149,11 @@ def resolve_blocks(
         OptionError: an unknown override, or blocks named wrongly.
     """
     asked = overridden_values(teacher.config, overrides) if config is None else {}
-    if not _concerns_blocks(teacher.config, config, asked, options):
+    if not _changes_blocks(teacher.config, config, asked, options):
         return StudentBlocks(config or derive_student_config(teacher.config, overrides, keywords=keywords))
-    family = _family(teacher, layout)
-    names = [canonical(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
-    refuse_unknown_stacks(options, [*family.sizes, *stage_names(layout, names)])
+    family = _teacher_stacks(teacher, layout)
+    names = [strip_base_prefix(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
+    check_stack_names(options, [*family.sizes, *stage_names(layout, names)])
     student = config or derive_student_config(
         teacher.config, overrides, keywords=keywords, block_fields=family.fields, left=(FieldKind.AFTER,)
     )
@@ -158,65 +161,65 @@ def resolve_blocks(
     wanted = {
         path: blocks
         for path, depth in family.depths.depths.items()
-        if type(counts[path]) is int and (blocks := _wanted(depth, counts, family, options)) is not None
+        if type(counts[path]) is int and (blocks := _requested_blocks(depth, counts, family, options)) is not None
     }
     if not wanted:
         return StudentBlocks(student)
-    search = _Search(family, config, overrides, asked, keywords, options, influence or {}, wanted)
+    search = _BlockSearch(family, config, overrides, asked, keywords, options, influence or {}, wanted)
     return search.run()
 
 
-def _concerns_blocks(
+def _changes_blocks(
     teacher: PreTrainedConfig,
     config: PreTrainedConfig | None,
-    asked: Mapping[Path, Any],
+    asked: Mapping[ConfigPath, Any],
     options: InitializationConfig,
 ) -> bool:
     """Whether blocks are named, or a number that may be one of blocks changes."""
-    if not isinstance(options.kept_blocks, str):
+    if not isinstance(options.resolved_layer_selection, str):
         return True
-    for prefix, part in parts_of(teacher):
+    for prefix, part in iter_subconfigs(teacher):
         usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         for name in {usual, *(name for name, value in vars(part).items() if type(value) is int)}:
             path = (*prefix, name)
             had = value_at(teacher, path)
             wanted = asked.get(path, had) if config is None else value_at(config, path)
-            if wanted != had and (name == usual or words(name) & LAYER_WORDS):
+            if wanted != had and (name == usual or name_words(name) & LAYER_WORDS):
                 return True
     return False
 
 
-def _wanted(
-    depth: Depth, counts: Mapping[Path, Any], family: _Family, options: InitializationConfig
+def _requested_blocks(
+    depth: Depth, counts: Mapping[ConfigPath, Any], family: _TeacherStacks, options: InitializationConfig
 ) -> list[int] | None:
     """Return the blocks that are asked for, or that the choice by its rule gives; None where a stack stays as it is."""
-    count, layers = counts[depth.path], options.kept_blocks
+    count, layers = counts[depth.path], options.resolved_layer_selection
     names = [stack.removesuffix(".{block}") for stack in depth.stacks]
     if count < 1:
         return None  # which is refused with the family's other sizes
     if isinstance(layers, str):
-        return choose_blocks(depth.size, count, layers, names[0]) if count != depth.size else None
+        return select_blocks(depth.size, count, layers, names[0]) if count != depth.size else None
     if isinstance(layers, Mapping):
         named = next((name for name in names if name in layers), None)
         if named is None:
-            return choose_blocks(depth.size, count, "even", names[0]) if count != depth.size else None
-        return choose_blocks(depth.size, count, layers, named)
+            return select_blocks(depth.size, count, "even", names[0]) if count != depth.size else None
+        return select_blocks(depth.size, count, layers, named)
     others = [path for path, other in family.depths.depths.items() if counts[path] != other.size]
     if others and depth.path not in others:
         return None  # a list is meant for the stacks whose number of blocks changes
-    return choose_blocks(depth.size, count, layers, names[0])
+    return select_blocks(depth.size, count, layers, names[0])
 
 
 @dataclass
-class _Attempt:
+class _Candidate:
     """A student config for chosen blocks at the teacher's widths, and where its blocks do not fit what feeds them."""
 
-    blocks: dict[Path, list[int]]
+    blocks: dict[ConfigPath, list[int]]
     left: tuple[FieldKind, ...] = ()
-    values: dict[Path, Any] = field(default_factory=dict)
-    kinds: dict[Path, list[tuple[BlockKind, ...]]] = field(default_factory=dict)
+    values: dict[ConfigPath, Any] = field(default_factory=dict)
+    kinds: dict[ConfigPath, list[tuple[BlockSignature, ...]]] = field(default_factory=dict)
     refusal: str = ""
-    misfits: dict[Path, list[tuple[int, str]]] = field(default_factory=dict)
+    misfits: dict[ConfigPath, list[tuple[int, str]]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -224,17 +227,17 @@ class _Attempt:
 
 
 @dataclass
-class _Search:
+class _BlockSearch:
     """The search for blocks and a config that go together."""
 
-    family: _Family
+    family: _TeacherStacks
     config: PreTrainedConfig | None
     overrides: Mapping[str, Any]
-    asked: Mapping[Path, Any]
+    asked: Mapping[ConfigPath, Any]
     keywords: Collection[str]
     options: InitializationConfig
     influence: Mapping[str, Sequence[float]]
-    wanted: dict[Path, list[int]]
+    wanted: dict[ConfigPath, list[int]]
     notes: list[str] = field(default_factory=list)
     approximations: list[str] = field(default_factory=list)
 
@@ -257,31 +260,31 @@ class _Search:
         self.approximations += [
             f"{'.'.join(path)}={value_at(self.family.teacher.config, path)!r} seems to name blocks and was left as it is: say "
             "how it goes by block with register_layout(block_fields=...)."
-            for path in unclear_fields(self.family.teacher.config, self.family.fields)
+            for path in ambiguous_block_fields(self.family.teacher.config, self.family.fields)
         ]
         layers = {stack: attempt.blocks[path] for path in attempt.blocks for stack in self._depth(path).stacks}
         return StudentBlocks(student, layers, self.notes, self.approximations)
 
-    def _depth(self, path: Path) -> Depth:
+    def _depth(self, path: ConfigPath) -> Depth:
         return self.family.depths.depths[path]
 
     def _fixed(self) -> list[BlockField]:
         """The fields that go by block and that the user has said."""
         return [each for each in self.family.fields if each.path in self.asked and each.depth in self.wanted]
 
-    def _is_named(self, path: Path) -> bool:
+    def _is_named(self, path: ConfigPath) -> bool:
         """Whether the user has named the blocks of a depth."""
-        layers = self.options.kept_blocks
+        layers = self.options.resolved_layer_selection
         if isinstance(layers, Mapping):
             return any(stack.removesuffix(".{block}") in layers for stack in self._depth(path).stacks)
         return not isinstance(layers, str)
 
-    def _influence(self, path: Path) -> Sequence[float] | None:
-        if self.options.kept_blocks != BlockChoice.INFLUENCE:
+    def _influence(self, path: ConfigPath) -> Sequence[float] | None:
+        if self.options.resolved_layer_selection != LayerSelection.INFLUENCE:
             return None
         return next((self.influence[stack] for stack in self._depth(path).stacks if stack in self.influence), None)
 
-    def _requirements(self, path: Path, *, every_kind: bool = True) -> Requirements:
+    def _requirements(self, path: ConfigPath, *, every_kind: bool = True) -> BlockRequirements:
         """Return what a choice of blocks must satisfy, whatever its positions."""
         depth, part = self._depth(path), self.family.part(path)
         groups: list[frozenset[int]] = []
@@ -298,10 +301,10 @@ class _Search:
                 groups += [
                     frozenset(range(start + 1, stop + 1)) for start, stop in zip([-1, *numbers], numbers, strict=False)
                 ]
-        needs = {block: frozenset((source,)) for block, source in shared_sources(part).items()}
-        return Requirements(tuple(groups), needs | shared_entries(part, depth.size))
+        needs = {block: frozenset((source,)) for block, source in kv_sharing_sources(part).items()}
+        return BlockRequirements(tuple(groups), needs | shared_entry_sources(part, depth.size))
 
-    def _injections(self, path: Path) -> int:
+    def _injections(self, path: ConfigPath) -> int:
         """Return after how many of a text stack's first blocks features of images are added (Qwen3-VL's deepstack)."""
         if "text_config" not in path:
             return 0
@@ -313,16 +316,16 @@ class _Search:
         return max(map(len, lists), default=0)
 
     def _choose(
-        self, path: Path, allowed: "Callable[[int, int], bool] | None" = None, *, every_kind: bool = True
+        self, path: ConfigPath, allowed: "Callable[[int, int], bool] | None" = None, *, every_kind: bool = True
     ) -> list[int] | None:
         """Return the best choice: of greatest influence where that is known, else nearest to what the rule gives."""
         requirements, wanted = self._requirements(path, every_kind=every_kind), self.wanted[path]
         influence = self._influence(path)
         if influence is not None:
-            return most_influential(influence, len(wanted), requirements, allowed)
+            return most_influential_blocks(influence, len(wanted), requirements, allowed)
         return nearest_blocks(wanted, self._depth(path).size, requirements, allowed)
 
-    def _refuse_broken_places(self, path: Path, blocks: Sequence[int]) -> None:
+    def _refuse_broken_places(self, path: ConfigPath, blocks: Sequence[int]) -> None:
         """Refuse blocks without those that the forward pass itself counts from the start."""
         count = self._injections(path)
         if list(blocks[:count]) != list(range(count)):
@@ -333,18 +336,18 @@ class _Search:
                 f"with {list(range(count))}; found {list(blocks)}. The nearest such choice is {nearest}."
             )
 
-    def _first_choice(self, path: Path) -> list[int]:
+    def _first_choice(self, path: ConfigPath) -> list[int]:
         wanted = self.wanted[path]
         if self._is_named(path):
             return wanted
-        if self._influence(path) is None and not self._requirements(path).broken_by(wanted):
+        if self._influence(path) is None and not self._requirements(path).violation(wanted):
             return wanted
         return self._choose(path) or self._choose(path, every_kind=False) or wanted
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _derive(self, attempt: _Attempt, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-        merged = merge_nested(nest(attempt.values), overrides)
+    def _derive(self, attempt: _Candidate, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+        merged = merge_nested(nest_paths(attempt.values), overrides)
         return derive_student_config(
             self.family.teacher.config,
             merged,
@@ -354,76 +357,76 @@ class _Search:
             left=attempt.left,
         )
 
-    def _student(self, attempt: _Attempt) -> PreTrainedConfig:
+    def _student(self, attempt: _Candidate) -> PreTrainedConfig:
         return self.config if self.config is not None else self._derive(attempt, self.overrides)
 
-    def _try(self, attempt: _Attempt) -> _Attempt:
+    def _try(self, attempt: _Candidate) -> _Candidate:
         """Build a student of the teacher's widths and compare its blocks with those that feed them."""
         try:
-            config = self._derive(attempt, nest({path: len(blocks) for path, blocks in attempt.blocks.items()}))
+            config = self._derive(attempt, nest_paths({path: len(blocks) for path, blocks in attempt.blocks.items()}))
             model = build_on_meta(self.family.teacher.model_class, config)
-        except (HfGuideError, *TWIN_ERRORS) as error:
+        except (HfGuideError, *MODEL_ERRORS) as error:
             attempt.refusal = str(error).rstrip(".")
             return attempt
         for path, blocks in attempt.blocks.items():
-            attempt.kinds[path] = kinds_at(model, self._depth(path), len(blocks))
+            attempt.kinds[path] = signatures_at(model, self._depth(path), len(blocks))
             attempt.misfits[path] = self._misfits(path, blocks, attempt.kinds[path], widths=True)
         return attempt
 
     def _misfits(
-        self, path: Path, blocks: Sequence[int], kinds: Sequence[tuple[BlockKind, ...]], *, widths: bool
+        self, path: ConfigPath, blocks: Sequence[int], kinds: Sequence[tuple[BlockSignature, ...]], *, widths: bool
     ) -> list[tuple[int, str]]:
         """Return the positions whose block cannot be made of what feeds it, and why."""
-        sources = shared_sources(self.family.part(path))
+        sources = kv_sharing_sources(self.family.part(path))
         found = []
         for position, (block, student) in enumerate(zip(blocks, kinds, strict=True)):
             teacher = self.family.kinds[path][block]
             for stack, had, has in zip(self._depth(path).stacks, teacher, student, strict=True):
-                reason = difference(had, has, widths=widths)
+                reason = describe_difference(had, has, widths=widths)
                 if reason and block in sources and sources[block] not in blocks[:position]:
-                    source = parameters_of(self.family.kinds[path][sources[block]][0])
-                    if parameters_of(has) <= parameters_of(had) | source:
+                    source = tensor_names(self.family.kinds[path][sources[block]][0])
+                    if tensor_names(has) <= tensor_names(had) | source:
                         continue  # keys and values of its own, from the weights of the block that it took them from
                 if reason and not self._is_read_elsewhere(stack, had, has):
                     found.append((position, f"the teacher's block {block} {reason}"))
         return found
 
-    def _is_read_elsewhere(self, stack: str, had: BlockKind, has: BlockKind) -> bool:
+    def _is_read_elsewhere(self, stack: str, had: BlockSignature, has: BlockSignature) -> bool:
         """Whether blocks differ only in what the layout takes from one block by its number, as T5's table of distances."""
-        differing = parameters_of(had) ^ parameters_of(has)
+        differing = tensor_names(had) ^ tensor_names(has)
         rows = [
             self.family.layout.find(f"{stack.replace('{block}', '0')}.{name}".replace("*", "0")) for name in differing
         ]
         return bool(rows) and all(row is not None and "block" not in row.numbers for row in rows)
 
-    def _express(self, blocks: dict[Path, list[int]]) -> _Attempt:
+    def _express(self, blocks: dict[ConfigPath, list[int]]) -> _Candidate:
         """Return the first way of setting the config that fits these blocks, or the last one tried."""
-        attempt = self._try(_Attempt(blocks))
+        attempt = self._try(_Candidate(blocks))
         if attempt.passed:
             return attempt
-        ways = [_Attempt(blocks, COUNTS)]
-        ways += [_Attempt(blocks, (), values) for values in self._fewer_shared(blocks)]
-        ways += [_Attempt(blocks, (), values) for values in self._other_periods(blocks)]
+        ways = [_Candidate(blocks, COUNT_KINDS)]
+        ways += [_Candidate(blocks, (), values) for values in self._fewer_shared(blocks)]
+        ways += [_Candidate(blocks, (), values) for values in self._other_periods(blocks)]
         for other in ways:
             if self._try(other).passed:
                 return other
         return attempt
 
-    def _fewer_shared(self, blocks: Mapping[Path, list[int]]) -> Iterator[dict[Path, Any]]:
+    def _fewer_shared(self, blocks: Mapping[ConfigPath, list[int]]) -> Iterator[dict[ConfigPath, Any]]:
         """Yield smaller numbers of the last blocks that share, for where a block that they take from is not kept."""
         for each in self.family.fields:
             if each.kind == FieldKind.LAST and each.depth in blocks:
                 value = value_at(self.family.teacher.config, each.path)
-                most = follow(value, each.kind, blocks[each.depth], self._depth(each.depth).size)
+                most = remap_field(value, each.kind, blocks[each.depth], self._depth(each.depth).size)
                 yield from ({each.path: fewer} for fewer in range(most - 1, -1, -1))
 
-    def _other_periods(self, blocks: Mapping[Path, list[int]]) -> Iterator[dict[Path, Any]]:
+    def _other_periods(self, blocks: Mapping[ConfigPath, list[int]]) -> Iterator[dict[ConfigPath, Any]]:
         """Yield other periods and offsets that put the kept blocks' kinds where they are."""
         ways = [
             way
             for path in blocks
             for name, value in vars(self.family.part(path)).items()
-            if type(value) is int and value > 0 and words(name) & PERIOD_WORDS
+            if type(value) is int and value > 0 and name_words(name) & PERIOD_WORDS
             for way in [list(self._periods(path, name, value, blocks[path]))]
             if way
         ]
@@ -431,9 +434,11 @@ class _Search:
             if combination:
                 yield {path: value for values in combination for path, value in values.items()}
 
-    def _periods(self, path: Path, name: str, period: int, blocks: Sequence[int]) -> Iterator[dict[Path, Any]]:
+    def _periods(
+        self, path: ConfigPath, name: str, period: int, blocks: Sequence[int]
+    ) -> Iterator[dict[ConfigPath, Any]]:
         part, prefix = self.family.part(path), path[:-1]
-        (word,) = tuple(words(name) & PERIOD_WORDS)[:1]
+        (word,) = tuple(name_words(name) & PERIOD_WORDS)[:1]
         offset_name = name.replace(word, "offset")
         offset = vars(part).get(offset_name)
         listed = [each for each in self.family.fields if each.depth == path and each.kind == FieldKind.NUMBERS]
@@ -456,15 +461,15 @@ class _Search:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _move(self, attempt: _Attempt) -> _Attempt:
+    def _move(self, attempt: _Candidate) -> _Candidate:
         """Return an attempt with other blocks that fits what the config builds at each position."""
         misfit = next((path for path, reasons in attempt.misfits.items() if reasons), next(iter(attempt.blocks)))
         nearest = None
-        for left, alike in itertools.product((COUNTS, ()), (of_one_structure, of_one_kind)):
-            start = self._try(_Attempt(attempt.blocks, left))
+        for left, alike in itertools.product((COUNT_KINDS, ()), (same_structure, same_signature)):
+            start = self._try(_Candidate(attempt.blocks, left))
             for _ in range(3):  # for lists follow the blocks that were moved
                 moved = self._moved(start, alike)
-                start = self._try(_Attempt(moved, left)) if moved is not None else start
+                start = self._try(_Candidate(moved, left)) if moved is not None else start
                 if moved is None or start.passed:
                     break
             if start.passed:
@@ -477,14 +482,14 @@ class _Search:
         raise ShapeError(self._refusal(attempt, misfit, nearest))
 
     def _moved(
-        self, attempt: _Attempt, alike: Callable[[Sequence[BlockKind], Sequence[BlockKind]], bool]
-    ) -> dict[Path, list[int]] | None:
+        self, attempt: _Candidate, alike: Callable[[Sequence[BlockSignature], Sequence[BlockSignature]], bool]
+    ) -> dict[ConfigPath, list[int]] | None:
         if attempt.refusal:
             return None
         moved = {}
         for path, kinds in attempt.kinds.items():
 
-            def allowed(position: int, block: int, path: Path = path, kinds: Any = kinds) -> bool:
+            def allowed(position: int, block: int, path: ConfigPath = path, kinds: Any = kinds) -> bool:
                 return alike(self.family.kinds[path][block], kinds[position])
 
             blocks = self._choose(path, allowed) or self._choose(path, allowed, every_kind=False)
@@ -493,7 +498,7 @@ class _Search:
             moved[path] = blocks
         return moved
 
-    def _refusal(self, attempt: _Attempt, path: Path, nearest: _Attempt | None) -> str:
+    def _refusal(self, attempt: _Candidate, path: ConfigPath, nearest: _Candidate | None) -> str:
         stack = self._depth(path).stacks[0].removesuffix(".{block}")
         reasons = attempt.misfits.get(path) or []
         why = f"student block {reasons[0][0]}: {reasons[0][1]}" if reasons else attempt.refusal
@@ -506,24 +511,24 @@ class _Search:
         )
         return f"{asked}: {why}.{advice}"
 
-    def _fit_to_said(self, attempt: _Attempt, student: PreTrainedConfig) -> tuple[_Attempt, PreTrainedConfig]:
+    def _fit_to_said(self, attempt: _Candidate, student: PreTrainedConfig) -> tuple[_Candidate, PreTrainedConfig]:
         """Choose blocks for the positions as the user's own config, or overridden fields, say they are."""
         try:
             model = build_on_meta(self.family.teacher.model_class, student)
-        except TWIN_ERRORS:
+        except MODEL_ERRORS:
             return attempt, student  # refused when the student is built, with the family's reason
         blocks = dict(attempt.blocks)
         for path in blocks:
-            kinds = kinds_at(model, self._depth(path), len(blocks[path]))
+            kinds = signatures_at(model, self._depth(path), len(blocks[path]))
             misfits = self._misfits(path, blocks[path], kinds, widths=False)
             if not misfits:
                 continue
 
-            def allowed(position: int, block: int, path: Path = path, kinds: Any = kinds) -> bool:
-                return of_one_kind(self.family.kinds[path][block], kinds[position], widths=False)
+            def allowed(position: int, block: int, path: ConfigPath = path, kinds: Any = kinds) -> bool:
+                return same_signature(self.family.kinds[path][block], kinds[position], widths=False)
 
-            def loosely(position: int, block: int, path: Path = path, kinds: Any = kinds) -> bool:
-                return of_one_structure(self.family.kinds[path][block], kinds[position])
+            def loosely(position: int, block: int, path: ConfigPath = path, kinds: Any = kinds) -> bool:
+                return same_structure(self.family.kinds[path][block], kinds[position])
 
             moved = self._choose(path, allowed, every_kind=False)
             if moved is not None and not self._is_named(path):
@@ -532,7 +537,7 @@ class _Search:
             loose = self._choose(path, loosely, every_kind=False)
             stands = all(loosely(position, block) for position, block in enumerate(blocks[path]))
             if not stands and (loose is None or self._is_named(path)):
-                nearest = _Attempt({**blocks, path: moved or loose or blocks[path]})
+                nearest = _Candidate({**blocks, path: moved or loose or blocks[path]})
                 raise ShapeError(self._refusal(dataclasses.replace(attempt, misfits={path: misfits}), path, nearest))
             if not stands and loose is not None:
                 blocks[path] = loose
@@ -543,19 +548,19 @@ class _Search:
             ]
         return dataclasses.replace(attempt, blocks=blocks), student
 
-    def _note_moves(self, attempt: _Attempt) -> None:
+    def _note_moves(self, attempt: _Candidate) -> None:
         for path, blocks in attempt.blocks.items():
             wanted = self.wanted[path]
             influence = self._influence(path)
             if influence is not None:
-                free = most_influential(influence, len(wanted))
+                free = most_influential_blocks(influence, len(wanted))
                 wanted = free if free is not None else wanted
-            elif self.options.kept_blocks == BlockChoice.INFLUENCE:
+            elif self.options.resolved_layer_selection == LayerSelection.INFLUENCE:
                 continue
             if blocks != wanted:
                 stack = self._depth(path).stacks[0].removesuffix(".{block}")
                 self.notes.append(
-                    f"{stack}: the choice by {self.options.kept_blocks!r} alone is {wanted}; the nearest that the config can "
+                    f"{stack}: the choice by {self.options.resolved_layer_selection!r} alone is {wanted}; the nearest that the config can "
                     f"state, with a block of each kind, is {blocks}."
                 )
 
@@ -563,7 +568,7 @@ class _Search:
 PERIOD_WORDS = frozenset(("period", "freq", "frequency", "interval", "step", "every", "pattern"))
 
 
-def nest(values: Mapping[Path, Any]) -> dict[str, Any]:
+def nest_paths(values: Mapping[ConfigPath, Any]) -> dict[str, Any]:
     """Return values by path as nested mappings."""
     nested: dict[str, Any] = {}
     for path, value in values.items():

@@ -3,6 +3,10 @@
 The rule (methods of GUIDE, arXiv 2510.06502, and SliceGPT's invariance, arXiv 2401.15024): every projected axis is contracted
 with its basis M, every other axis is selected; the gain c of a norm is folded into the weights W that read it,
 W diag(c) M sqrt(d_T / d_S), so that for a residual stream inside span(M) the student computes what the teacher does.
+
+The value of each of a student's norms: its gain and bias, which mostly stand in the weights that read it.
+
+The value of each of a student's parameters: weights, biases and norms, with what multiplies them.
 """
 
 import functools
@@ -13,21 +17,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_guide.errors import TeacherError
-from hf_guide.initialization.axes import (
-    Name,
+from hf_guide.errors import ShapeError, TeacherError
+from hf_guide.initialization.norm_folding import NormFolding
+from hf_guide.initialization.plan import ParameterPlan, Plan, is_constant
+from hf_guide.layouts.grammar import (
+    AxisConcat,
+    AxisName,
+    Identity,
     Projection,
     Selection,
-    Sum,
     apply_selection,
     axis_size,
-    contract,
-    repeated,
+    name_and_repeats,
+    project_axis,
     solve_sizes,
 )
-from hf_guide.initialization.folding import Folding
-from hf_guide.initialization.layouts import PREFIX_AXES, config_sizes
-from hf_guide.initialization.plan import Plan, Site
+from hf_guide.layouts.registry import PREFIX_AXES, BlockTransfer, config_sizes
 
 
 @dataclass
@@ -40,20 +45,20 @@ class Transfer:
 
     plan: Plan
     moments: dict[str, Tensor]
-    shares: dict[str, float]
+    norm_retained: dict[str, float]
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
     steps: dict[str, list[str]] = field(default_factory=dict)
     norm_biases: dict[str, Tensor] = field(default_factory=dict)
 
     @functools.cached_property
-    def folding(self) -> Folding:
+    def folding(self) -> NormFolding:
         """Which norms have their gain in other weights."""
-        return Folding(self.plan)
+        return NormFolding(self.plan)
 
     # What the teacher has
 
-    def teacher_norm(self, norm: str, site: Site, part: str) -> Tensor | None:
+    def teacher_norm(self, norm: str, site: ParameterPlan, part: str) -> Tensor | None:
         """Return the gain or bias, float64, of the teacher's norm that `site`'s source reads; None where it has none."""
         name = self.folding.name(norm, site, of_teacher=True) + (".bias" if part == "bias" else ".weight")
         if name not in self.plan.teacher_names:
@@ -66,42 +71,44 @@ class Transfer:
     def scale(self, axis: str) -> float:
         """Return sqrt(d_T / d_S), times the share of length kept where the energy is corrected."""
         teacher, student = self.plan.widths[axis]
-        return math.sqrt(teacher / student) * (self.shares[axis] if self.plan.options.energy_correction else 1.0)
+        return math.sqrt(teacher / student) * (
+            self.norm_retained[axis] if self.plan.options.energy_correction else 1.0
+        )
 
-    def gain_left(self, norm: str, gain: Tensor | None) -> float | None:
+    def residual_gain_rms(self, norm: str, gain: Tensor | None) -> float | None:
         """Return the root mean square of a folded gain, which stays in the student's norm; None where that has no gain.
 
         W diag(c) is divided by it, which changes nothing but how fast the weights learn: an optimizer like Adam moves each
         by its learning rate, so those that took in a gain of a hundredth would be lost in a step. So they stay as large as
         the teacher's own, and the norm keeps sqrt(d_T / d_S) too.
         """
-        if gain is None or not {norm, f"{norm}.weight"} & self.plan.sites.keys():
+        if gain is None or not {norm, f"{norm}.weight"} & self.plan.parameters.keys():
             return None
         return root_mean_square(gain) or None
 
-    def output_gain(self, site: Site) -> Tensor | None:
+    def output_gain(self, site: ParameterPlan) -> Tensor | None:
         """Return the gain that is folded into what `site` writes, None for none: of a learned scale less what stays in it."""
-        scale = self.folding.scale_of_output(site)
+        scale = self.folding.output_gain_name(site)
         gain = self.teacher_norm(scale, site, "weight") if scale else None
         if gain is None or scale != site.match.row.scaled_by:
             return gain
         return gain / (root_mean_square(gain) or 1.0)
 
-    def stream_scale(self, site: Site) -> float:
+    def residual_stream_scale(self, site: ParameterPlan) -> float:
         """Return what the student's residual stream is multiplied with, where `site` writes onto it.
 
         It is 1 but where the norm before a tied head has no gain that could carry sqrt(d_T / d_S) (OLMo): the norms of a
         pre-norm model do not see the stream's length, so all that is written onto it carries the factor instead.
         """
-        if not self.folding.bare_axes or site.source is None:
+        if not self.folding.axes_without_final_gain or site.source is None:
             return 1.0
         row = site.match.row
-        looked_up = row.kind == "table" or any(Name(name) in site.axes for name in PREFIX_AXES)
+        looked_up = row.kind == "table" or any(AxisName(name) in site.axes for name in PREFIX_AXES)
         for dim, (axis, chosen) in enumerate(zip(site.axes, self.plan.maps(site), strict=True)):
             writes = looked_up or site.match.is_bias or dim != row.input_axis
             if (
-                isinstance(axis, Name)
-                and axis.name in self.folding.bare_axes
+                isinstance(axis, AxisName)
+                and axis.name in self.folding.axes_without_final_gain
                 and isinstance(chosen, Projection)
                 and writes
             ):
@@ -111,9 +118,9 @@ class Transfer:
                     / self.ratio(self.plan.layout.embedding_scale)
                     * self.plan.options.logit_gain
                 )
-                self.note_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
+                self.record_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
                 if self.plan.options.logit_gain != 1.0:
-                    self.note_step(site, f"logits times {self.plan.options.logit_gain:.6g}")
+                    self.record_step(site, f"logits times {self.plan.options.logit_gain:.6g}")
                 return factor
         return 1.0
 
@@ -122,12 +129,12 @@ class Transfer:
             return 1.0
         return float(scale(self.plan.teacher.config)) / float(scale(self.plan.student_config))
 
-    def note_step(self, site: Site, step: str) -> None:
+    def record_step(self, site: ParameterPlan, step: str) -> None:
         steps = self.steps.setdefault(site.name, [])
         if step not in steps:
             steps.append(step)
 
-    def weight_value(self, site: Site, vectors: Sequence[Tensor | None] | None = None) -> Tensor:
+    def weight_value(self, site: ParameterPlan, vectors: Sequence[Tensor | None] | None = None) -> Tensor:
         """Return a weight's value; with `vectors`, one a term of its output axis, what it makes of these instead.
 
         A vector lies on the teacher's input axis, (d_T,); the result then has the student's output axis alone.
@@ -156,13 +163,15 @@ class Transfer:
                 result = result.to(self.dtype) * chosen.factors.view(shape).to(self.dtype)
         return result
 
-    def _terms(self, site: Site, total: int) -> list[int]:
+    def _terms(self, site: ParameterPlan, total: int) -> list[int]:
         output = site.match.row.output_axis
-        assert isinstance(output, Sum)
+        assert isinstance(output, AxisConcat)
         sizes = solve_sizes(site.axes, site.shape, config_sizes(self.plan.layout, self.plan.student_config), site.name)
         return [axis_size(term, sizes) or total for term in output.terms]
 
-    def _contract(self, site: Site, tensor: Tensor, norm: str | None, vector: "tuple[Tensor | None] | None") -> Tensor:
+    def _contract(
+        self, site: ParameterPlan, tensor: Tensor, norm: str | None, vector: "tuple[Tensor | None] | None"
+    ) -> Tensor:
         """Contract one piece of a weight along its projected axes, with the norm it reads and the scale that follows it."""
         row, maps = site.match.row, self.plan.maps(site)
         for dim, chosen in enumerate(maps):
@@ -170,7 +179,7 @@ class Transfer:
                 if vector is not None and dim == row.input_axis:
                     raise TeacherError(f"{site.name}: a norm's bias can only be folded along a projected axis.")
                 continue
-            axis, times = repeated(site.axes[dim])
+            axis, times = name_and_repeats(site.axes[dim])
             diagonal, factor, matrix = None, 1.0, chosen.matrix
             if dim == row.input_axis and vector is not None:
                 matrix = (
@@ -184,15 +193,15 @@ class Transfer:
                 and self.folding.is_folded(self.folding.name(norm, site, of_teacher=False))
             ):
                 diagonal = self.teacher_norm(norm, site, "weight")
-                left = self.gain_left(self.folding.name(norm, site, of_teacher=False), diagonal)
+                left = self.residual_gain_rms(self.folding.name(norm, site, of_teacher=False), diagonal)
                 factor = self.scale(axis) if left is None else 1.0 / left
-                self.note_step(
+                self.record_step(
                     site, f"gain of {self.folding.name(norm, site, of_teacher=True)} folded, times {factor:.6g}"
                 )
             elif dim != row.input_axis:
                 diagonal = self.output_gain(site)
             diagonal = diagonal if diagonal is None else diagonal.repeat(times)
-            tensor = contract(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
+            tensor = project_axis(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
         return tensor.squeeze(row.input_axis) if vector is not None else tensor
 
     def note(self, note: str) -> None:
@@ -202,3 +211,272 @@ class Transfer:
 
 def root_mean_square(gain: Tensor) -> float:
     return gain.square().mean().sqrt().item()
+
+
+def norm_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
+    """Return a norm's gain or bias, or another learned diagonal."""
+    assert site.source is not None
+    layout, maps = transfer.plan.layout, transfer.plan.maps(site)
+    chosen = maps[-1]
+    is_bias = site.canonical.endswith(".bias")
+    stored = transfer.plan.read(site.source)
+    offset = 0.0 if is_bias else layout.norm_offset
+    if all(isinstance(each, Identity) for each in maps):
+        return stored
+    if not isinstance(chosen, Projection):
+        kept = stored.to(transfer.dtype) + offset
+        for dim, each in enumerate(maps):
+            if isinstance(each, Selection):
+                kept = apply_selection(kept, dim, each) * each.factors.to(transfer.dtype).view(
+                    -1, *[1] * (kept.ndim - 1 - dim)
+                )
+        return kept - offset
+    axis = site.axes[-1]
+    assert isinstance(axis, AxisName)
+    norm = site.module
+    matrix, gain = chosen.matrix, stored.double() + offset
+    if norm in transfer.folding.learned_scales:
+        transfer.record_step(site, "folded into the weights it multiplies, its root mean square left")
+        return torch.full(site.shape, (root_mean_square(gain) or 1.0) - offset, dtype=transfer.dtype)
+    if (writer := transfer.folding.writers.get(norm)) is not None and not is_bias:
+        transfer.record_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
+        transfer.note(
+            f"{site.name}: its gain is folded into {writer.name}, before the norm, which then sees another length."
+        )
+        return torch.full(site.shape, output_norm_ratio(transfer, writer) - offset, dtype=transfer.dtype)
+    if transfer.folding.is_folded(norm):
+        transfer.record_step(site, "folded into the weights that read it, its root mean square left")
+        if is_bias and (bias := norm_bias(transfer, norm)) is not None:
+            return bias.to(transfer.dtype)
+        left = None if is_bias else transfer.residual_gain_rms(norm, gain)
+        one = (0.0 if is_bias else 1.0) if left is None else left * transfer.scale(axis.name)
+        return torch.full(site.shape, one - offset, dtype=transfer.dtype)
+    head_scale = (
+        transfer.ratio(layout.tied_head_scale) / transfer.ratio(layout.embedding_scale)
+        if transfer.folding.is_tied(norm)
+        else 1.0
+    )
+    if is_bias:
+        return (gain @ matrix * head_scale).to(transfer.dtype)
+    if transfer.folding.is_tied(norm):
+        diagonal = fit_tied_gain(transfer.moments[axis.name], matrix, gain) * head_scale
+        transfer.record_step(site, "fitted in the logits of the tied head")
+        transfer.note(
+            f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, "
+            "not folded; tie_word_embeddings=False folds it exactly."
+        )
+    else:
+        diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
+        transfer.record_step(site, "diagonal of the projected gain")
+        if not chosen.is_selection and not is_constant(gain):
+            transfer.note(
+                f"{site.name}: {_why_not_folded(transfer, norm)}; the diagonal of the projected gain stands for it."
+            )
+    return (diagonal * transfer.scale(axis.name) - offset).to(transfer.dtype)
+
+
+def norm_bias(transfer: Transfer, norm: str) -> Tensor | None:
+    """Return the bias of a folded norm of the student, (d_S,) float64; None where it has none.
+
+    It is zero where every weight that reads it has a bias to take it in; otherwise the least-squares solution of
+    W_S b_S = W b over those that have not.
+    """
+    if norm + ".bias" not in transfer.plan.parameters:
+        return None
+    if norm not in transfer.norm_biases:
+        site = transfer.plan.parameters[norm + ".bias"]
+        width, length = site.shape[0], 0.0
+        normal, right = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+        for reader in transfer.folding.readers[norm]:
+            if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in transfer.plan.parameters:
+                continue
+            if not isinstance(transfer.plan.maps(reader)[reader.match.row.input_axis], Projection):
+                continue  # a later block that is selected reads what it can
+            vectors = [
+                transfer.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.reads
+            ]
+            wanted = transfer.weight_value(reader, vectors).double().flatten()
+            weight = transfer.weight_value(reader).movedim(reader.match.row.input_axis, -1).reshape(-1, width).double()
+            normal += weight.T @ weight
+            right += weight.T @ wanted
+            length += wanted.square().sum().item()
+        found = torch.linalg.pinv(normal, hermitian=True) @ right
+        lost = math.sqrt(max(0.0, 1 - (found @ right).item() / length)) if length else 0.0
+        if lost > 1e-6:
+            transfer.note(
+                f"{site.name}: fitted to what weights without a bias made of the teacher's; {lost:.1%} of that is lost."
+            )
+        transfer.norm_biases[norm] = found
+    return transfer.norm_biases[norm]
+
+
+def output_norm_ratio(transfer: Transfer, writer: ParameterPlan) -> float:
+    """Return sqrt(d_T / d_S) |M^T diag(c) W| / |W|: what is left of the gain c of a norm that norms W's output.
+
+    The norm divides by the length of M^T diag(c) W h instead of that of W h; their ratio is that of the weights'
+    lengths for a white h, and exactly so where c is constant and nothing is cut.
+    """
+    assert writer.source is not None
+    tensor, width = transfer.plan.read(writer.source), (1, 1)
+    for dim, chosen in enumerate(transfer.plan.maps(writer)):
+        if isinstance(chosen, Selection):
+            tensor = apply_selection(tensor, dim, chosen)
+        elif isinstance(chosen, Projection):
+            width = transfer.plan.widths[str(writer.axes[dim])]
+    teacher, student = width
+    length = transfer.weight_value(writer).double().norm() / tensor.double().norm()
+    return math.sqrt(teacher / student) * length.item()
+
+
+def _why_not_folded(transfer: Transfer, norm: str) -> str:
+    if not transfer.plan.options.fold_norms:
+        return "its gain is not folded, for fold_norms is off"
+    match = transfer.plan.layout.find(norm + ".weight")
+    if match is not None and any(match.row.pattern in row.reads for row in transfer.plan.layout.rows):
+        return "no weight that reads it came from the teacher, so its gain is not folded"
+    return "its output goes onto the residual stream, so its gain cannot be folded"
+
+
+def fit_tied_gain(moment: Tensor, matrix: Tensor, gain: Tensor) -> Tensor:
+    """Return the diagonal that stands for the gain c before a tied head, fitted in the logits.
+
+    g_j = <E m_j, E diag(c) m_j> / |E m_j|^2 for column m_j of M, with `moment` E^T E, (d_T, d_T) float64.
+    """
+    image = moment @ matrix
+    norms = (matrix * image).sum(0)
+    fitted = (image * (gain[:, None] * matrix)).sum(0) / norms
+    plain = (matrix * (gain[:, None] * matrix)).sum(0)
+    return torch.where(norms > norms.max() * 1e-12, fitted, plain)
+
+
+def parameter_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
+    """Return the student's parameter, in the transfer's dtype or the teacher's own."""
+    result, gain = (
+        _adjust_for_block_index(transfer, site, _base_value(transfer, site)),
+        transfer.plan.options.logit_gain,
+    )
+    row = site.match.row
+    if gain == 1.0:
+        return result
+    if row.kind == "norm" and transfer.folding.is_tied(site.module):
+        offset = 0.0 if site.canonical.endswith(".bias") else transfer.plan.layout.norm_offset
+        transfer.record_step(site, f"logits times {gain:.6g}")
+        return (result.to(transfer.dtype) + offset) * gain - offset
+    is_logit_bias = site.axes == (AxisName("vocab"),)  # also one that stands beside a tied head
+    if is_logit_bias or (row.kind == "weight" and row.reads and AxisName("vocab") in row.axes):
+        transfer.record_step(site, f"logits times {gain:.6g}")
+        return _scale(transfer, result, gain)
+    return result
+
+
+def _adjust_for_block_index(transfer: Transfer, site: ParameterPlan, value: Tensor) -> Tensor:
+    """Return a parameter of a block as it must be at the student's block index and depth."""
+    plan, row = transfer.plan, site.match.row
+    factor = plan.block_ratio(site, plan.layout.block_scale.get(row.pattern))
+    if factor != 1.0:
+        transfer.record_step(site, f"times {factor:.6g}: the model scales it by the block's index or by the depth")
+        value = _scale(transfer, value, factor)
+    change = plan.layout.block_value.get(row.pattern)
+    if change is not None and site.block is not None and site.source is not None:
+        block = plan.teacher_block(site)
+        home = row.pattern.partition("{block}")[0] + str(block)
+
+        def read(name: str) -> Tensor:
+            return plan.read(f"{home}.{name}")
+
+        changed = change(value, BlockTransfer(plan.teacher.config, block, plan.student_config, site.block, read))
+        if changed is not value:
+            transfer.record_step(site, "changed for the block's index: see block_value of the layout")
+        return changed
+    return value
+
+
+def _base_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
+    if site.match.row.kind == "norm":
+        return norm_value(transfer, site)
+    if site.match.is_bias:
+        return _scale(transfer, bias_value(transfer, site), transfer.residual_stream_scale(site))
+    row = site.match.row
+    result = _scale(transfer, transfer.weight_value(site), transfer.residual_stream_scale(site))
+    if row.kind == "table" and AxisName("vocab") in row.axes and transfer.plan.options.projects:
+        ratio = transfer.ratio(transfer.plan.layout.embedding_scale)
+        if ratio != 1.0:
+            transfer.record_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
+            result = _scale(transfer, result, ratio)
+    if row.pattern in transfer.plan.layout.scales and transfer.plan.options.projects:
+        ratio = transfer.ratio(transfer.plan.layout.scales[row.pattern])
+        if ratio != 1.0:
+            transfer.record_step(site, f"times {ratio:.6g}: what it is added to is multiplied by the model's width")
+            result = _scale(transfer, result, ratio)
+    if row.kind != "table" and AxisName("vocab") in row.axes and row.reads:
+        ratio = transfer.ratio(transfer.plan.layout.tied_head_scale)
+        result = _scale(transfer, result, ratio)
+    return result
+
+
+def bias_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
+    """Return a bias: the teacher's own, selected or projected, and what the norm's bias made of it through the weight."""
+    row = site.match.row
+    weight = transfer.plan.parameters.get(site.canonical.removesuffix("bias") + "weight")
+    if site.source is not None:
+        (chosen,) = transfer.plan.maps(site)
+        result = transfer.plan.read(site.source)
+        if isinstance(chosen, Selection):
+            result = apply_selection(result, 0, chosen).to(transfer.dtype) * chosen.factors.to(transfer.dtype)
+        elif isinstance(chosen, Projection):
+            result = project_axis(result, 0, chosen.matrix, transfer.dtype, diagonal=transfer.output_gain(site))
+    else:
+        result = torch.zeros(site.shape, dtype=transfer.dtype)
+    if (
+        weight is not None
+        and weight.source is not None
+        and any(_folds_bias(transfer, norm, weight) for norm in row.reads)
+    ):
+        result = result.to(transfer.dtype) + _folded_norm_bias(transfer, weight)
+        transfer.record_step(site, "takes in the bias of the norm before it")
+    elif site.source is None:
+        transfer.record_step(site, "zero: the teacher has none")
+    return result
+
+
+def _folds_bias(transfer: Transfer, norm: str | None, site: ParameterPlan) -> bool:
+    if norm is None or not isinstance(transfer.plan.maps(site)[site.match.row.input_axis], Projection):
+        return False
+    return (
+        transfer.folding.is_folded(transfer.folding.name(norm, site, of_teacher=False))
+        and transfer.teacher_norm(norm, site, "bias") is not None
+    )
+
+
+def _folded_norm_bias(transfer: Transfer, weight: ParameterPlan) -> Tensor:
+    """Return W b for the bias b of the norm that `weight` reads, less what the student's own norm bias gives."""
+    reads = weight.match.row.reads
+    vectors = [transfer.teacher_norm(norm, weight, "bias") if norm else None for norm in reads]
+    result = transfer.weight_value(weight, vectors)
+    norm = transfer.folding.name(reads[0] or "", weight, of_teacher=False)
+    own = norm_bias(transfer, norm)
+    if own is not None and bool(own.any()):
+        student = transfer.weight_value(weight).movedim(weight.match.row.input_axis, -1)
+        result = result - student @ own.repeat(student.shape[-1] // len(own)).to(student)
+    return result
+
+
+def _scale(transfer: Transfer, value: Tensor, factor: float) -> Tensor:
+    return value if factor == 1.0 else value.to(transfer.dtype) * factor
+
+
+def check_no_overflow(stored: Tensor, value: Tensor, name: str) -> None:
+    """Refuse a student's parameter that overflowed when `value` was `stored` in its dtype.
+
+    Raises:
+        ShapeError: says how large the value is, and how large a number the dtype holds.
+    """
+    if not stored.is_floating_point() or torch.isfinite(
+        stored.sum(dtype=torch.promote_types(stored.dtype, torch.float32))
+    ):
+        return  # one pass without a copy; a sum that overflows is looked at again
+    if not bool(torch.isfinite(stored).all()):
+        raise ShapeError(
+            f"{name} has values up to {value.abs().max().item():.3g}, more than {stored.dtype} holds "
+            f"({torch.finfo(stored.dtype).max:.3g}). Make the student with dtype='bfloat16' or 'float32'."
+        )

@@ -23,20 +23,20 @@ from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
 from hf_guide.errors import ShapeError
-from hf_guide.initialization.trial_inputs import positions, trial_inputs
-from hf_guide.initialization.twins import TWIN_ERRORS
+from hf_guide.models.tiny_inputs import count_positions, tiny_inputs
+from hf_guide.models.tiny_models import MODEL_ERRORS
 
-MOST_OPERATIONS = 1e12
+MAX_TRIAL_OPERATIONS = 1e12
 """Of the trial, 2 for each parameter and position: seconds on a CPU. What would cost more is not tried."""
 
-COPIED = 1 << 30
+MAX_COPIED_BYTES = 1 << 30
 """Bytes of parameters up to which a copy is run, and above which the parameters are shared with the copy and read-only."""
 
-_RECYCLED = 64 << 20
+_FRESH_MEMORY_BYTES = 64 << 20
 """Bytes above which the allocator takes fresh pages from the kernel, which are zeros; smaller memory may hold anything."""
 
 
-def check_runs(student: PreTrainedModel, teacher_config: PreTrainedConfig, *, filled: bool) -> list[str]:
+def check_forward(student: PreTrainedModel, teacher_config: PreTrainedConfig, *, filled: bool) -> list[str]:
     """Run one tiny forward of `student`; return what the report should say where that could not be tried.
 
     An error is the student's fault only where a model of the teacher's own shape takes the same inputs: one is built, without
@@ -50,51 +50,51 @@ def check_runs(student: PreTrainedModel, teacher_config: PreTrainedConfig, *, fi
     Raises:
         ShapeError: the student cannot run, with the family's own reason, or its outputs are not finite.
     """
-    choices = trial_inputs(student)
+    choices = tiny_inputs(student)
     name = type(student).__name__
     if not choices:
         return [f"whether {name} runs was not tried: no small input is known for it."]
-    operations = 2.0 * student.num_parameters() * positions(choices[0])
-    if operations > MOST_OPERATIONS:
+    operations = 2.0 * student.num_parameters() * count_positions(choices[0])
+    if operations > MAX_TRIAL_OPERATIONS:
         return [f"whether {name} runs was not tried: its smallest input costs {operations:.0e} operations on the CPU."]
     if not filled:
-        _clear(student)
+        _zero_parameters(student)
     errors: list[Exception] = []
     for inputs in choices:
-        outputs, error = _try(student, inputs)
+        outputs, error = _try_forward(student, inputs)
         if error is None:
             if filled:
                 _check_finite(outputs, student)
             return []
         errors.append(error)
-    reference = _unfilled(type(student), teacher_config, student.dtype)
+    reference = _reference_model(type(student), teacher_config, student.dtype)
     if reference is None:
         return [f"whether {name} runs was not tried: {type(errors[0]).__name__}: {errors[0]}"]
-    own_inputs = {frozenset(inputs): inputs for inputs in trial_inputs(reference)}
+    own_inputs = {frozenset(inputs): inputs for inputs in tiny_inputs(reference)}
     for error, inputs in zip(errors, choices, strict=True):
-        if _try(reference, own_inputs.get(frozenset(inputs), inputs))[1] is None:
+        if _try_forward(reference, own_inputs.get(frozenset(inputs), inputs))[1] is None:
             raise ShapeError(
-                f"The student is refused because it cannot run: {_reason(error)}. A {name} of the teacher's shape takes the "
+                f"The student is refused because it cannot run: {_describe_error(error)}. A {name} of the teacher's shape takes the "
                 "same input, so one of the sizes asked for does not fit the others."
             ) from error
-    return [f"whether {name} runs was not tried: no small input is known for it ({_reason(errors[0])})."]
+    return [f"whether {name} runs was not tried: no small input is known for it ({_describe_error(errors[0])})."]
 
 
-def _try(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Any, Exception | None]:
-    with _undisturbed(model) as twin:
+def _try_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Any, Exception | None]:
+    with _isolated_copy(model) as twin:
         try:
-            return _run(twin, inputs), None
-        except TWIN_ERRORS as error:
+            return _forward_with_cache(twin, inputs), None
+        except MODEL_ERRORS as error:
             return None, error
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
-    if _generates(model) and "input_ids" in inputs and set(inputs) <= {"input_ids", "decoder_input_ids"}:
+def _forward_with_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
+    if _can_generate(model) and "input_ids" in inputs and set(inputs) <= {"input_ids", "decoder_input_ids"}:
         model.generation_config = (
             GenerationConfig()
         )  # of the copy: whatever it leaves open would be taken from the model's own
-        return model.generate(**inputs, generation_config=_two_tokens(model, inputs))  # type: ignore[operator]
+        return model.generate(**inputs, generation_config=_two_token_config(model, inputs))  # type: ignore[operator]
     outputs = model(**inputs)
     cache = getattr(outputs, "past_key_values", None)
     last = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
@@ -109,7 +109,7 @@ def _run(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
     return outputs
 
 
-def _generates(model: PreTrainedModel) -> bool:
+def _can_generate(model: PreTrainedModel) -> bool:
     return (
         model.main_input_name == "input_ids"
         and isinstance(model, GenerationMixin)
@@ -118,7 +118,7 @@ def _generates(model: PreTrainedModel) -> bool:
     )
 
 
-def _two_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> GenerationConfig:
+def _two_token_config(model: PreTrainedModel, inputs: dict[str, Tensor]) -> GenerationConfig:
     """Return the plainest way to generate: a first token, and one more that reads the cache."""
     absent = int(inputs["input_ids"].max()) + 1  # a token taken for padding would be masked
     return GenerationConfig(
@@ -133,7 +133,7 @@ def _two_tokens(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Generation
 
 
 def _check_finite(outputs: Any, student: PreTrainedModel) -> None:
-    for name, tensor in _tensors(outputs):
+    for name, tensor in _iter_tensors(outputs):
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any() | torch.isposinf(tensor).any()):
             raise ShapeError(
                 f"The student's {name} are not finite on {type(student).__name__}'s smallest input, in {student.dtype}. "
@@ -141,18 +141,18 @@ def _check_finite(outputs: Any, student: PreTrainedModel) -> None:
             )
 
 
-def _tensors(outputs: Any, name: str = "outputs") -> Iterator[tuple[str, Tensor]]:
+def _iter_tensors(outputs: Any, name: str = "outputs") -> Iterator[tuple[str, Tensor]]:
     if isinstance(outputs, Tensor):
         yield name, outputs
     elif isinstance(outputs, (ModelOutput, dict)):
         for key, value in outputs.items():
-            yield from _tensors(value, str(key))
+            yield from _iter_tensors(value, str(key))
     elif isinstance(outputs, (tuple, list)):
         for value in outputs:
-            yield from _tensors(value, name)
+            yield from _iter_tensors(value, name)
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return what went wrong and the statement of the model's own code where it did."""
     where = ""
     trace = error.__traceback__
@@ -166,23 +166,23 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}{where}: {text[:300].rstrip('.')}"
 
 
-def _clear(model: PreTrainedModel) -> None:
+def _zero_parameters(model: PreTrainedModel) -> None:
     """Set parameters that may hold anything to zero: what a forward does with garbage is no one's fault."""
     for parameter in model.parameters():
-        if parameter.numel() * parameter.element_size() <= _RECYCLED:
+        if parameter.numel() * parameter.element_size() <= _FRESH_MEMORY_BYTES:
             parameter.data.zero_()
 
 
-def _unfilled(
+def _reference_model(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel | None:
     """Return a model without weights in evaluation mode, or None where it cannot be built here."""
     try:
-        with _kept_random_state(), no_init_weights():
+        with _preserved_random_state(), no_init_weights():
             model = model_class._from_config(copy.deepcopy(config), dtype=dtype)
-    except TWIN_ERRORS:
+    except MODEL_ERRORS:
         return None
-    _clear(model)
+    _zero_parameters(model)
     return model
 
 
@@ -202,17 +202,17 @@ class _ReadOnly(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+def _isolated_copy(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Give a copy in evaluation mode, and restore what a forward may change outside it.
 
     Some models change their weights when they run (RWKV rescales its own): a large one, whose parameters are not copied,
     raises instead.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    shared = {id(parameter): parameter for parameter in model.parameters()} if size > COPIED else {}
+    shared = {id(parameter): parameter for parameter in model.parameters()} if size > MAX_COPIED_BYTES else {}
     read_only = _ReadOnly(set(shared)) if shared else contextlib.nullcontext()
     verbosity = transformers.logging.get_verbosity()
-    with _kept_random_state(), warnings.catch_warnings():
+    with _preserved_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
         try:
@@ -226,7 +226,7 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 @contextlib.contextmanager
-def _kept_random_state() -> Iterator[None]:
+def _preserved_random_state() -> Iterator[None]:
     """Restore the CPU's, NumPy's and Python's random states at the end."""
     states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):

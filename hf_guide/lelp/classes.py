@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
-from hf_guide.lelp.arrays import UNLABELLED, as_labels
-from hf_guide.lelp.moments import refuse_not_finite, refuse_outside
+from hf_guide.lelp.moments import check_class_range, check_finite_rows
+from hf_guide.lelp.validation import MISSING_LABELS, as_labels
 
 
-def classes_of(
+def resolve_classes(
     labels: Any, logits: Tensor | None, rows: int, num_classes: int, numbers: Sequence[int] | None = None
 ) -> Tensor:
     """Return each example's class, (rows,).
@@ -27,21 +27,21 @@ def classes_of(
     """
     names = range(rows) if numbers is None else numbers
     if labels is None:
-        return _said(logits, rows, num_classes, names)
+        return _teacher_argmax(logits, rows, num_classes, names)
     found = as_labels(labels)
     if found.shape != (rows,) or found.is_floating_point() or found.is_complex():
         raise SubclassError(
             f"Labels are whole numbers, one an example, ({rows},); found {tuple(found.shape)} of {found.dtype}."
         )
     found = found.long()
-    missing = torch.isin(found, torch.tensor(UNLABELLED, device=found.device))
-    refuse_outside(found.masked_fill(missing, 0), num_classes, names)
+    missing = torch.isin(found, torch.tensor(MISSING_LABELS, device=found.device))
+    check_class_range(found.masked_fill(missing, 0), num_classes, names)
     if not bool(missing.any()):
         return found
-    return torch.where(missing, _said(logits, rows, num_classes, names).to(found.device), found)
+    return torch.where(missing, _teacher_argmax(logits, rows, num_classes, names).to(found.device), found)
 
 
-def _said(logits: Tensor | None, rows: int, num_classes: int, numbers: Sequence[int]) -> Tensor:
+def _teacher_argmax(logits: Tensor | None, rows: int, num_classes: int, numbers: Sequence[int]) -> Tensor:
     """Return the class that the teacher gives each example, (rows,)."""
     if logits is None:
         raise SubclassError(
@@ -49,5 +49,5 @@ def _said(logits: Tensor | None, rows: int, num_classes: int, numbers: Sequence[
         )
     if logits.shape != (rows, num_classes):
         raise SubclassError(f"Logits of the shape ({rows}, {num_classes}) were expected; found {tuple(logits.shape)}.")
-    refuse_not_finite(logits.nan_to_num(nan=torch.nan, neginf=0.0), numbers, "logits")  # a class may be ruled out
+    check_finite_rows(logits.nan_to_num(nan=torch.nan, neginf=0.0), numbers, "logits")  # a class may be ruled out
     return logits.argmax(1)

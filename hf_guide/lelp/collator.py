@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
-from hf_guide.capture.reading import Capture
-from hf_guide.distillation.subclasses import FINER, TARGETS, subclasses_of
-from hf_guide.distillation.tasks import IGNORED
-from hf_guide.distillation.vocabulary import label_alignment
+from hf_guide.distillation.alignment import align_labels
+from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY, TARGETS_KEY, get_num_subclasses
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.projector import SubclassProjector
-from hf_guide.lelp.targets import listener_of, subclass_probabilities, targets_from_capture
+from hf_guide.lelp.targets import load_subclass_teacher, subclass_probabilities, targets_from_cache
+from hf_guide.signal_cache.reader import Capture
+from hf_guide.utils.labels import IGNORE_INDEX
 
 
 class SubclassLabelCollator:
@@ -31,7 +31,7 @@ class SubclassLabelCollator:
     what the trainer's teacher or capture says of the batch, from which the trainer makes them on its own device.
 
     Examples without a label (None, -1, -100, or a dataset without the column) are learned as all others are. The column
-    `subclass_labels` is for projectors that go by finer labels.
+    `subclass_names` is for projectors that go by finer labels.
 
     Args:
         projector: a `SubclassProjector`, or its folder or Hub id.
@@ -62,16 +62,16 @@ class SubclassLabelCollator:
             raise OptionError("A teacher and a capture are both given; the probabilities come from one of them.")
         if teacher_collator is not None and teacher is None and capture is None:
             raise OptionError("teacher_collator makes the batch of a teacher or capture that is given here; give one.")
-        self.projector = _projector(projector)
-        self.data_collator = _collator(tokenizer_or_collator)
+        self.projector = _load_projector(projector)
+        self.data_collator = _resolve_collator(tokenizer_or_collator)
         self.teacher_collator = teacher_collator
         self.capture = capture if capture is None or isinstance(capture, Capture) else Capture.open(capture)
         if self.capture is not None:
-            targets_from_capture(self.projector, self.capture)  # refuses what it cannot be made of
+            targets_from_cache(self.projector, self.capture)  # refuses what it cannot be made of
         made_with = tokenizer_or_collator if teacher_collator is None else teacher_collator
         self._listener = None
         if teacher is not None:
-            self._listener = listener_of(self.projector, teacher, processing_class=made_with)
+            self._listener = load_subclass_teacher(self.projector, teacher, processing_class=made_with)
 
     @property
     def live_teacher(self) -> Any:
@@ -102,9 +102,12 @@ class SubclassLabelCollator:
             VocabularyError: classes of other names.
         """
         mine = self.projector
-        if (config.num_labels, subclasses_of(config)) != (mine.num_classes * mine.num_subclasses, mine.num_subclasses):
+        if (config.num_labels, get_num_subclasses(config)) != (
+            mine.num_classes * mine.num_subclasses,
+            mine.num_subclasses,
+        ):
             raise SubclassError(
-                f"The student has {config.num_labels} outputs, {subclasses_of(config)} for each class; this projector's "
+                f"The student has {config.num_labels} outputs, {get_num_subclasses(config)} for each class; this projector's "
                 f"{mine.num_classes} classes of {mine.num_subclasses} subclasses need "
                 f"{mine.num_classes * mine.num_subclasses}. Make the student with num_subclasses={mine.num_subclasses}."
             )
@@ -115,26 +118,26 @@ class SubclassLabelCollator:
             )
         if teacher is not None:
             mine.check_teacher(teacher)
-        return label_alignment(config, SimpleNamespace(id2label=dict(mine.id2label)))  # type: ignore[arg-type]
+        return align_labels(config, SimpleNamespace(id2label=dict(mine.id2label)))  # type: ignore[arg-type]
 
     def targets_of(self, embedding: Tensor, logits: Tensor, subclass_labels: Tensor | None = None) -> Tensor:
         """Return the probabilities (items, C * S), in the projector's order of classes, of embeddings and logits."""
         return subclass_probabilities(self.projector, embedding, logits, subclass_labels)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
-        batch = dict(self.data_collator([_with_number(each) for each in features]))
+        batch = dict(self.data_collator([_fill_missing_labels(each) for each in features]))
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and not labels.is_floating_point():
-            batch["labels"] = labels.masked_fill(labels == -1, IGNORED)
-        finer = batch.get(FINER)
-        if batch.get(TARGETS) is not None:
-            batch[TARGETS] = torch.as_tensor(batch[TARGETS]).float().flatten(1)
+            batch["labels"] = labels.masked_fill(labels == -1, IGNORE_INDEX)
+        finer = batch.get(FINE_LABELS_KEY)
+        if batch.get(TARGETS_KEY) is not None:
+            batch[TARGETS_KEY] = torch.as_tensor(batch[TARGETS_KEY]).float().flatten(1)
         elif self.makes_targets:
             read = batch if self.teacher_collator is None else dict(self.teacher_collator(features))
             found = self._read(read) if self.capture is not None else self._hear(read, finer)
-            batch.pop(FINER, None)
+            batch.pop(FINE_LABELS_KEY, None)
             if found is not None:
-                batch[TARGETS] = found
+                batch[TARGETS_KEY] = found
         return batch
 
     def _read(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -143,7 +146,7 @@ class SubclassLabelCollator:
         keys = capture.keys(batch)
         if any(key not in capture for key in keys):
             return None
-        return targets_from_capture(self.projector, capture)(capture.lookup(keys))
+        return targets_from_cache(self.projector, capture)(capture.lookup(keys))
 
     def _hear(self, batch: Mapping[str, Any], finer: Any) -> Tensor:
         if get_worker_info() is not None:
@@ -152,20 +155,21 @@ class SubclassLabelCollator:
                 "dataloader_num_workers=0, or give the teacher to the trainer, or capture its targets first."
             )
         assert self._listener is not None
-        inputs = {name: value for name, value in batch.items() if name != FINER}
+        inputs = {name: value for name, value in batch.items() if name != FINE_LABELS_KEY}
         return self._listener.probabilities(inputs, finer).float().cpu().clone()  # no tensor of inference mode
 
 
-def _with_number(example: Any) -> Any:
+def _fill_missing_labels(example: Any) -> Any:
     """Return an example whose missing label is a number, of which a tensor can be made."""
     if not isinstance(example, Mapping) or all(example.get(name, 0) is not None for name in ("label", "labels")):
         return example
     return {
-        name: IGNORED if name in ("label", "labels") and value is None else value for name, value in example.items()
+        name: IGNORE_INDEX if name in ("label", "labels") and value is None else value
+        for name, value in example.items()
     }
 
 
-def _projector(given: Any) -> SubclassProjector:
+def _load_projector(given: Any) -> SubclassProjector:
     if isinstance(given, SubclassProjector):
         return given
     if not isinstance(given, (str, os.PathLike)):
@@ -176,7 +180,7 @@ def _projector(given: Any) -> SubclassProjector:
     return SubclassProjector.from_pretrained(given)
 
 
-def _collator(given: Any) -> Callable[[Any], Mapping[str, Any]]:
+def _resolve_collator(given: Any) -> Callable[[Any], Mapping[str, Any]]:
     if given is None or hasattr(given, "image_mean") or hasattr(given, "image_processor"):
         return default_data_collator
     if isinstance(given, PreTrainedTokenizerBase):

@@ -13,36 +13,36 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.capture.manifest import MANIFEST_NAME
-from hf_guide.capture.options import CaptureConfig
-from hf_guide.capture.reading import Capture
-from hf_guide.capture.signals import Listener
-from hf_guide.capture.teachers import load_teacher
-from hf_guide.capture.writing import capture_teacher, processes
-from hf_guide.distillation.embeddings import classifier_said, find_classifier
-from hf_guide.distillation.tasks import task_of, without_adapter
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, SubclassError
-from hf_guide.fingerprints import weights_fingerprint
-from hf_guide.lelp.arrays import check_whole
-from hf_guide.lelp.gathering import Gathering
-from hf_guide.lelp.projector import SubclassProjector, as_weight, check_options, check_shape
-from hf_guide.lelp.reading import (
-    Labels,
-    Part,
-    all_captured,
-    captured_parts,
+from hf_guide.lelp.accumulator import StatisticsAccumulator
+from hf_guide.lelp.classifier_recovery import StreamingLeastSquares
+from hf_guide.lelp.data import (
+    FeatureChunk,
+    LabelReader,
+    build_collator,
+    cached_teacher_class,
     check_classifier_task,
-    check_exclusive,
-    check_linear,
-    collator_of,
+    check_linear_classifier,
+    check_single_label,
+    iter_all_cached,
+    iter_cached,
+    iter_live,
     linear_weight,
-    live_parts,
-    peeked,
-    teacher_class,
+    peek_first,
 )
-from hf_guide.lelp.regression import LinearFit
-from hf_guide.lelp.splitters import splitter_named
-from hf_guide.worlds import naming_missing_ranks, world
+from hf_guide.lelp.projector import SubclassProjector, check_embedding_width, check_fit_options, to_weight_matrix
+from hf_guide.lelp.splitters.registry import get_splitter
+from hf_guide.lelp.validation import check_integer
+from hf_guide.models.penultimate import classifier_registered, find_classifier
+from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.manifest import MANIFEST_NAME
+from hf_guide.signal_cache.reader import Capture
+from hf_guide.signal_cache.teacher_outputs import TeacherRunner
+from hf_guide.signal_cache.writer import capture_teacher, distributed_state
+from hf_guide.tasks import task_of, without_adapter
+from hf_guide.teachers.loading import load_teacher
+from hf_guide.utils.distributed import rank_and_world_size, report_missing_ranks
+from hf_guide.utils.fingerprint import weights_fingerprint
 
 
 def fit_subclasses(
@@ -87,7 +87,7 @@ def fit_subclasses(
         capture: a `Capture` of this teacher; or a folder, where what it says is kept: that which is there is read, what is
             missing is captured first, so that a killed run goes on where it was and training needs no teacher.
         classifier: the layer that makes the logits, or its name, where it is not found. It is remembered, as by
-            `set_classifier`, unless the fit fails.
+            `register_classifier`, unless the fit fails.
         classifier_weight: W, (classes, width), where it is not that layer's. Of a `Capture` alone it is told from the data.
         batch_size: examples a forward pass.
         dtype, revision, token, trust_remote_code: of a teacher that is loaded here.
@@ -99,14 +99,14 @@ def fit_subclasses(
         TaskError, TeacherError, CaptureError: a teacher that is no classifier, or whose classes do not exclude each other; a
             capture that is not of it.
     """
-    num_subclasses, seed = check_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
-    batch_size = check_whole("batch_size", batch_size)
-    if splitter_named(splitter).needs_labels and (dataset is None or subclass_label_column is None):
+    num_subclasses, seed = check_fit_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
+    batch_size = check_integer("batch_size", batch_size)
+    if get_splitter(splitter).needs_labels and (dataset is None or subclass_label_column is None):
         raise SubclassError(
             f"The splitter {splitter!r} needs one finer label an example: give a dataset, and name their column with "
             "subclass_label_column=."
         )
-    state = processes()
+    state = distributed_state()
     if isinstance(teacher, (str, os.PathLike)) and (Path(teacher) / MANIFEST_NAME).is_file():
         teacher = Capture.open(teacher)
     model = None
@@ -119,19 +119,21 @@ def fit_subclasses(
     else:
         if dataset is None:
             raise OptionError("A teacher that is run needs a dataset; only a capture can do without.")
-        model = _opened(teacher, state, dtype, revision, token, trust_remote_code)
+        model = _load_model(teacher, state, dtype, revision, token, trust_remote_code)
         check_classifier_task(task_of(model), type(model).__name__)
-        check_exclusive(without_adapter(model).config, type(model).__name__)
-    with classifier_said(model, classifier):
+        check_single_label(without_adapter(model).config, type(model).__name__)
+    with classifier_registered(model, classifier):
         if capture is not None and not isinstance(capture, Capture):
-            capture = _captured(model, dataset, capture, data_collator, processing_class, batch_size, show_progress)
-        source = _Source(model, capture, dataset, data_collator, processing_class)
-        weight = _weight(source, classifier_weight, num_subclasses, splitter)
+            capture = _cache_features(
+                model, dataset, capture, data_collator, processing_class, batch_size, show_progress
+            )
+        source = _FeatureSource(model, capture, dataset, data_collator, processing_class)
+        weight = _resolve_classifier_weight(source, classifier_weight, num_subclasses, splitter)
         classes, width = len(source.id2label), source.width if weight is None else weight.shape[1]
-        labels = Labels(dataset, source.id2label, label_column, subclass_label_column)
-        gathering = Gathering(classes, width, splitter=splitter, seed=seed)
-        regression = LinearFit(classes, width) if weight is None else None
-        with _agreed():
+        labels = LabelReader(dataset, source.id2label, label_column, subclass_label_column)
+        gathering = StatisticsAccumulator(classes, width, splitter=splitter, seed=seed)
+        regression = StreamingLeastSquares(classes, width) if weight is None else None
+        with _raise_on_all_ranks():
             bar = tqdm(
                 source.parts(labels, batch_size, state),
                 desc="Fitting subclasses",
@@ -140,7 +142,7 @@ def fit_subclasses(
             )
             for number, part in enumerate(bar):
                 if number == 0 and weight is not None and classifier_weight is None:
-                    check_linear(weight, part, source.model)
+                    check_linear_classifier(weight, part, source.model)
                 gathering.add(part.embeddings, part.labels, part.logits, part.finer, part.numbers)
                 if regression is not None:
                     regression.update(part.embeddings, part.logits)
@@ -149,7 +151,7 @@ def fit_subclasses(
             regression.reduce()
             weight = regression.weight(gathering.moments)
         assert weight is not None
-        return SubclassProjector.from_gathering(
+        return SubclassProjector.from_statistics(
             gathering,
             weight,
             num_subclasses,
@@ -161,7 +163,7 @@ def fit_subclasses(
         )
 
 
-class _Source:
+class _FeatureSource:
     """Where embeddings and logits come from: a model that is run, or a capture, with its model where that is at hand."""
 
     def __init__(self, model: Any, capture: Capture | None, dataset: Any, data_collator: Any, processing_class: Any):
@@ -170,7 +172,7 @@ class _Source:
         if capture is not None:
             manifest = capture.manifest
             check_classifier_task(capture.task, str(capture.folder))
-            check_exclusive(manifest.teacher_config, str(capture.folder))
+            check_single_label(manifest.teacher_config, str(capture.folder))
             if "embedding" not in manifest.shapes:
                 raise CaptureError(
                     f"{capture.folder} holds no embeddings, which subclasses are made of. Capture again with "
@@ -179,7 +181,7 @@ class _Source:
             capture.check(processing_class=processing_class, teacher=model)
             self.task, self.name, self.fingerprint = capture.task, manifest.teacher, manifest.weights
             names = manifest.teacher_config.get("id2label") or {}
-            self.id2label = {number: _name(names, number) for number in range(manifest.classes)}
+            self.id2label = {number: _class_name(names, number) for number in range(manifest.classes)}
         else:
             config = without_adapter(model).config
             self.task, self.fingerprint = task_of(model), weights_fingerprint(model)
@@ -201,30 +203,30 @@ class _Source:
         """Return the classifier's weight, (classes, width), where the model is at hand."""
         return None if self.model is None else linear_weight(find_classifier(self.model, self.task))
 
-    def parts(self, labels: Labels, batch_size: int, state: PartialState) -> Iterator[Part]:
+    def parts(self, labels: LabelReader, batch_size: int, state: PartialState) -> Iterator[FeatureChunk]:
         """Yield this process's share of the examples."""
         share = {"process": state.process_index, "processes": state.num_processes}
         capture, dataset = self.capture, self.dataset
         if dataset is None:
             assert capture is not None
-            yield from all_captured(capture, batch_size=batch_size, **share)
+            yield from iter_all_cached(capture, batch_size=batch_size, **share)
             return
-        dataset, first = peeked(dataset)
-        takes = self.model if self.model is not None or capture is None else teacher_class(capture)
-        collate, _ = collator_of(takes, self.task, first, self.data_collator, self.processing_class)
+        dataset, first = peek_first(dataset)
+        takes = self.model if self.model is not None or capture is None else cached_teacher_class(capture)
+        collate, _ = build_collator(takes, self.task, first, self.data_collator, self.processing_class)
         if capture is not None:
-            yield from captured_parts(capture, dataset, collate, labels, batch_size=batch_size, **share)
+            yield from iter_cached(capture, dataset, collate, labels, batch_size=batch_size, **share)
             return
         was_training = self.model.training
         self.model.eval()
         try:
-            listener = Listener(self.model, self.task, self.processing_class)
-            yield from live_parts(listener, dataset, collate, labels, batch_size=batch_size, **share)
+            listener = TeacherRunner(self.model, self.task, self.processing_class)
+            yield from iter_live(listener, dataset, collate, labels, batch_size=batch_size, **share)
         finally:
             self.model.train(was_training)
 
 
-def _opened(
+def _load_model(
     teacher: Any, state: PartialState, dtype: Any, revision: str | None, token: Any, trust_remote_code: bool
 ) -> Any:
     if isinstance(teacher, PreTrainedModel) or hasattr(teacher, "get_base_model"):
@@ -241,13 +243,15 @@ def _opened(
     )
 
 
-def _weight(source: _Source, given: Any, num_subclasses: int, splitter: str) -> Tensor | None:
+def _resolve_classifier_weight(
+    source: _FeatureSource, given: Any, num_subclasses: int, splitter: str
+) -> Tensor | None:
     """Return W, (classes, width), as it is given or of the model; None where it is to be told from the data.
 
     Raises:
         SubclassError: it is not of this teacher's classes, or has no room for the subclasses.
     """
-    weight = source.weight() if given is None else as_weight(given)
+    weight = source.weight() if given is None else to_weight_matrix(given)
     if weight is None:
         return None
     rows, columns = weight.shape
@@ -256,15 +260,15 @@ def _weight(source: _Source, given: Any, num_subclasses: int, splitter: str) -> 
         raise SubclassError(
             f"The classifier's weight has {rows} rows; the teacher has {len(source.id2label)} classes.{turned}"
         )
-    check_shape(weight, num_subclasses, splitter)
+    check_embedding_width(weight, num_subclasses, splitter)
     return weight
 
 
-def _captured(
+def _cache_features(
     model: Any, dataset: Any, folder: Any, data_collator: Any, processing_class: Any, batch_size: int, show: bool
 ) -> Capture:
-    _, first = peeked(dataset)
-    _, drop = collator_of(model, task_of(model), first, data_collator, processing_class)
+    _, first = peek_first(dataset)
+    _, drop = build_collator(model, task_of(model), first, data_collator, processing_class)
     config = CaptureConfig(embedding=True, hidden_dtype="float32", batch_size=batch_size, remove_unused_columns=drop)
     return capture_teacher(
         model,
@@ -278,16 +282,16 @@ def _captured(
 
 
 @contextlib.contextmanager
-def _agreed() -> Iterator[None]:
+def _raise_on_all_ranks() -> Iterator[None]:
     """Let an error of one process be one of all, before they wait for each other."""
     failure: HfGuideError | None = None
     try:
         yield
     except HfGuideError as error:
         failure = error
-    if world()[1] > 1:
-        everyone: list[str | None] = [None] * world()[1]
-        with naming_missing_ranks():
+    if rank_and_world_size()[1] > 1:
+        everyone: list[str | None] = [None] * rank_and_world_size()[1]
+        with report_missing_ranks():
             dist.all_gather_object(everyone, None if failure is None else str(failure))
         said = [(rank, message) for rank, message in enumerate(everyone) if message is not None]
         if failure is None and said:
@@ -296,5 +300,5 @@ def _agreed() -> Iterator[None]:
         raise failure
 
 
-def _name(names: Mapping[Any, str], number: int) -> str:
+def _class_name(names: Mapping[Any, str], number: int) -> str:
     return str(names.get(number, names.get(str(number), f"LABEL_{number}")))

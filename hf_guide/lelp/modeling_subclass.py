@@ -128,7 +128,7 @@ class SubclassModelForImageClassification(SubclassModel):
 
 
 @torch.no_grad()
-def around(student: PreTrainedModel, model_class: type[SubclassModel], classes: list[str]) -> SubclassModel:
+def wrap_student(student: PreTrainedModel, model_class: type[SubclassModel], classes: list[str]) -> SubclassModel:
     """Return a model with the student itself, not a copy, inside.
 
     Args:

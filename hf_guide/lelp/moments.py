@@ -2,18 +2,28 @@
 
 Does: take chunks in any order, merge with the moments of other data or other processes, all in float64.
 Does not: grow with the number of examples. It holds one (width, width) matrix a class.
+
+A bounded sample of each class's embeddings, for splitters that moments are not enough for.
+
+Which examples are kept depends on what they are and on the seed, not on the order or the process they come in: the rows
+with the smallest hashes. So samples merge, and memory does not grow with the data.
+
+The hash is of the coordinates, to the last digit: of more examples than are kept, others are kept where the embedding space
+is turned or moved, or the teacher rounds otherwise. All that a turned example keeps is its length, and whoever drew by that
+would see too few of embeddings of one length, or lose a cluster whose examples have one.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
-from hf_guide.worlds import collective_device, naming_missing_ranks, world
+from hf_guide.utils.distributed import collective_device, rank_and_world_size, report_missing_ranks
 
-ROWS_AT_ONCE = 1024
+FLUSH_ROWS = 1024
 
 
 class ClassMoments:
@@ -77,13 +87,13 @@ class ClassMoments:
         if not len(embeddings):
             return
         names = range(self.seen, self.seen + len(embeddings)) if numbers is None else numbers
-        refuse_not_finite(embeddings, names, "embedding")
-        refuse_outside(classes, self.num_classes, names)
+        check_finite_rows(embeddings, names, "embedding")
+        check_class_range(classes, self.num_classes, names)
         self.seen += len(embeddings)
         # A copy, since the caller may fill the same memory again; small chunks are folded in together.
         self._pending.append((embeddings.detach().clone(), classes.detach().clone()))
         self._rows_pending += len(embeddings)
-        if self._rows_pending >= ROWS_AT_ONCE:
+        if self._rows_pending >= FLUSH_ROWS:
             self._flush()
 
     def merge(self, other: "ClassMoments") -> None:
@@ -104,19 +114,19 @@ class ClassMoments:
 
     def reduce(self) -> None:
         """Make the moments of each process of `torch.distributed` those of all; nothing to do in a single process."""
-        if world()[1] == 1:
+        if rank_and_world_size()[1] == 1:
             return
         self._flush()
         device = collective_device()
         home = self._counts.device
         counts, means, scatters, skews = (part.to(device) for part in self._parts())
         total, weighted = counts.clone(), counts[:, None] * means
-        with naming_missing_ranks():
+        with report_missing_ranks():
             dist.all_reduce(total)
             dist.all_reduce(weighted)
         joint = weighted / total.clamp(min=1)[:, None]
-        scatters, skews = _moved(counts, scatters, skews, means - joint)
-        with naming_missing_ranks():
+        scatters, skews = _shift_moments(counts, scatters, skews, means - joint)
+        with report_missing_ranks():
             dist.all_reduce(scatters)
             dist.all_reduce(skews)
         self._counts, self._means = total.to(home), joint.to(home)
@@ -153,7 +163,7 @@ class ClassMoments:
         rows = torch.cat([each.to(home).to(torch.float64) for each, _ in pending])
         classes = torch.cat([each.to(home) for _, each in pending])
         for number in classes.unique().tolist():
-            for part in rows[classes == number].split(4 * ROWS_AT_ONCE):
+            for part in rows[classes == number].split(4 * FLUSH_ROWS):
                 mean = part.mean(0)
                 centred = part - mean
                 skew = centred.square().sum(1) @ centred
@@ -165,13 +175,13 @@ class ClassMoments:
         mine = self._counts[which]
         total = mine + counts
         joint = (mine[:, None] * self._means[which] + counts[:, None] * means) / total.clamp(min=1)[:, None]
-        own = _moved(mine, self._scatters[which], self._skews[which], self._means[which] - joint)
-        new = _moved(counts, scatters, skews, means - joint)
+        own = _shift_moments(mine, self._scatters[which], self._skews[which], self._means[which] - joint)
+        new = _shift_moments(counts, scatters, skews, means - joint)
         self._counts[which], self._means[which] = total, joint
         self._scatters[which], self._skews[which] = own[0] + new[0], own[1] + new[1]
 
 
-def _moved(counts: Tensor, scatters: Tensor, skews: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+def _shift_moments(counts: Tensor, scatters: Tensor, skews: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Return scatters and skews about another point, where every y is y + shift, (classes, width); sum y = 0."""
     traces = scatters.diagonal(dim1=1, dim2=2).sum(1)
     turned = torch.einsum("cij,cj->ci", scatters, shift)
@@ -180,7 +190,7 @@ def _moved(counts: Tensor, scatters: Tensor, skews: Tensor, shift: Tensor) -> tu
     return scatters + counts[:, None, None] * shift[:, :, None] * shift[:, None, :], skews
 
 
-def refuse_not_finite(values: Tensor, numbers: Sequence[int], what: str) -> None:
+def check_finite_rows(values: Tensor, numbers: Sequence[int], what: str) -> None:
     """Refuse rows with NaN or infinity.
 
     Raises:
@@ -197,7 +207,7 @@ def refuse_not_finite(values: Tensor, numbers: Sequence[int], what: str) -> None
         )
 
 
-def refuse_outside(classes: Tensor, num_classes: int, numbers: Sequence[int]) -> None:
+def check_class_range(classes: Tensor, num_classes: int, numbers: Sequence[int]) -> None:
     """Refuse classes (rows,) that the teacher does not have.
 
     Raises:
@@ -210,3 +220,57 @@ def refuse_outside(classes: Tensor, num_classes: int, numbers: Sequence[int]) ->
             f"The label of example {numbers[row]} is {int(classes[row])}; the teacher has the classes 0 to "
             f"{num_classes - 1}. Map the labels to the teacher's, or leave them out: then its own class counts."
         )
+
+
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+class ClassSample:
+    """At most `size` rows of each class.
+
+    Attributes:
+        rows: for each class (at most size, width), float64, in the order of their hashes.
+    """
+
+    def __init__(self, num_classes: int, width: int, *, size: int = 2048, seed: int = 0):
+        self.size, self.seed = size, seed
+        self.rows = [torch.zeros(0, width, dtype=torch.float64) for _ in range(num_classes)]
+        self._hashes = [np.zeros(0, np.uint64) for _ in range(num_classes)]
+        self._factors = np.random.default_rng(seed).integers(0, 2**64, width, dtype=np.uint64) | np.uint64(1)
+
+    def update(self, embeddings: Tensor, classes: Tensor) -> None:
+        """Take a chunk, (rows, width) and (rows,), that `ClassMoments.update` has found good."""
+        rows, classes = embeddings.detach().cpu(), classes.cpu()
+        hashes = self._hash(rows)
+        for number in classes.unique().tolist():
+            chosen = classes == number
+            self._keep(number, rows[chosen].double(), hashes[chosen.numpy()])
+
+    def merge(self, other: "ClassSample") -> None:
+        """Add the sample of other data that was drawn with the same seed."""
+        for number, (rows, hashes) in enumerate(zip(other.rows, other._hashes, strict=True)):
+            self._keep(number, rows, hashes)
+
+    def reduce(self) -> None:
+        """Make the sample of each process of `torch.distributed` that of all."""
+        if rank_and_world_size()[1] == 1:
+            return
+        gathered: list[ClassSample | None] = [None] * rank_and_world_size()[1]
+        with report_missing_ranks():
+            dist.all_gather_object(gathered, self)
+        for rank, other in enumerate(gathered):
+            if other is not None and rank != rank_and_world_size()[0]:
+                self.merge(other)
+
+    def _hash(self, rows: Tensor) -> np.ndarray:
+        bits = np.ascontiguousarray(rows.float().numpy()).view(np.uint32).astype(np.uint64)
+        mixed = (bits * self._factors).sum(1, dtype=np.uint64)  # modulo 2 ** 64, on purpose
+        for factor, shift in zip(_MIX, (30, 27), strict=True):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * factor
+        return mixed ^ (mixed >> np.uint64(31))
+
+    def _keep(self, number: int, rows: Tensor, hashes: np.ndarray) -> None:
+        together = np.concatenate([self._hashes[number], hashes])
+        order = np.argsort(together, kind="stable")[: self.size]
+        self.rows[number] = torch.cat([self.rows[number], rows])[torch.from_numpy(order)]
+        self._hashes[number] = together[order]

@@ -18,16 +18,22 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from torch import Tensor, nn
 
-from hf_guide.capture.reading import Capture
 from hf_guide.errors import OptionError, SubclassError
-from hf_guide.fingerprints import weights_fingerprint
-from hf_guide.lelp.arrays import as_tensor, check_positive, check_whole, chunks, refuse_fractions
-from hf_guide.lelp.gathering import Gathering
-from hf_guide.lelp.moments import refuse_not_finite
+from hf_guide.lelp.accumulator import StatisticsAccumulator
+from hf_guide.lelp.data import check_single_label
+from hf_guide.lelp.moments import check_finite_rows
 from hf_guide.lelp.projector_files import read_projector, write_projector
-from hf_guide.lelp.reading import check_exclusive
-from hf_guide.lelp.scores import Scores
-from hf_guide.lelp.splitters import splitter_named
+from hf_guide.lelp.splitters.registry import get_splitter
+from hf_guide.lelp.splitters.scorers import SubclassScorer
+from hf_guide.lelp.validation import (
+    as_tensor,
+    check_integer,
+    check_integer_labels,
+    check_positive,
+    iter_aligned_chunks,
+)
+from hf_guide.signal_cache.reader import Capture
+from hf_guide.utils.fingerprint import weights_fingerprint
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +55,7 @@ class SubclassProjector:
         teacher_fingerprint: of its weights (`weights_fingerprint`), where there is a model.
     """
 
-    scores: Scores
+    scores: SubclassScorer
     num_classes: int
     num_subclasses: int
     embedding_size: int
@@ -105,17 +111,17 @@ class SubclassProjector:
                 go together, D < C + S among them; embeddings that are not finite, and whose.
             OptionError: S or a temperature that is not positive; an unknown splitter.
         """
-        weight = as_weight(classifier_weight)
-        num_subclasses, seed = check_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
-        parts = chunks(embeddings, labels, logits, subclass_labels)
+        weight = to_weight_matrix(classifier_weight)
+        num_subclasses, seed = check_fit_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
+        parts = iter_aligned_chunks(embeddings, labels, logits, subclass_labels)
         first = next(parts, None)
         if first is not None:
-            refuse_transposed(weight, first[0])
-        check_shape(weight, num_subclasses, splitter)
-        gathering = Gathering(*weight.shape, splitter=splitter, seed=seed)
+            check_not_transposed(weight, first[0])
+        check_embedding_width(weight, num_subclasses, splitter)
+        gathering = StatisticsAccumulator(*weight.shape, splitter=splitter, seed=seed)
         for chunk in parts if first is None else chain([first], parts):
             gathering.add(*chunk)
-        return cls.from_gathering(
+        return cls.from_statistics(
             gathering,
             weight,
             num_subclasses,
@@ -125,9 +131,9 @@ class SubclassProjector:
         )
 
     @classmethod
-    def from_gathering(
+    def from_statistics(
         cls,
-        gathering: Gathering,
+        gathering: StatisticsAccumulator,
         classifier_weight: Tensor,
         num_subclasses: int,
         *,
@@ -138,10 +144,10 @@ class SubclassProjector:
         teacher_fingerprint: str | None = None,
     ) -> "SubclassProjector":
         """Return the projector of what was gathered, perhaps by several processes. Arguments and errors are those of `fit`."""
-        classes, width = check_shape(classifier_weight, num_subclasses, gathering.splitter)
-        names = _names(id2label, classes)
+        classes, width = check_embedding_width(classifier_weight, num_subclasses, gathering.splitter)
+        names = _class_names(id2label, classes)
         evidence = gathering.evidence(classifier_weight, num_subclasses, list(names.values()) if id2label else None)
-        scores = splitter_named(gathering.splitter).split(evidence)
+        scores = get_splitter(gathering.splitter).split(evidence)
         moved = {name: tensor.cpu().contiguous() for name, tensor in scores.tensors().items()}
         spectra = [torch.linalg.eigvalsh(evidence.covariance(number)).flip(0) for number in range(classes)]
         variances = gathering.moments.scatters.diagonal(dim1=1, dim2=2).sum(1) / gathering.moments.counts
@@ -202,13 +208,13 @@ class SubclassProjector:
         """
         h = self._rows(embeddings)
         h = h.to(torch.float32 if h.device.type == "mps" else torch.float64)
-        refuse_not_finite(h, range(len(h)), "embedding")
+        check_finite_rows(h, range(len(h)), "embedding")
         if subclass_labels is None:
             return self.scores.of(h, None)
         finer = as_tensor(subclass_labels)
         if finer.shape != (len(h),):
             raise SubclassError(f"{len(h)} embeddings need {len(h)} subclass_labels; found {tuple(finer.shape)}.")
-        refuse_fractions(finer, "Finer labels")
+        check_integer_labels(finer, "Finer labels")
         return self.scores.of(h, finer.long().to(h.device))
 
     def _rows(self, embeddings: Any) -> Tensor:
@@ -256,11 +262,11 @@ class SubclassProjector:
         """
         if isinstance(teacher, Capture):
             classes, found, name = teacher.manifest.classes, teacher.manifest.weights, str(teacher.folder)
-            check_exclusive(teacher.manifest.teacher_config, name)
+            check_single_label(teacher.manifest.teacher_config, name)
         else:
             config: Any = getattr(teacher, "config", None)
             if config is not None:
-                check_exclusive(config, type(teacher).__name__)
+                check_single_label(config, type(teacher).__name__)
             classes = getattr(config, "num_labels", self.num_classes)
             found, name = weights_fingerprint(teacher), getattr(config, "_name_or_path", "") or type(teacher).__name__
         if classes != self.num_classes:
@@ -351,7 +357,7 @@ class SubclassProjector:
         )
 
 
-def as_weight(classifier_weight: Any) -> Tensor:
+def to_weight_matrix(classifier_weight: Any) -> Tensor:
     """Return W, (C, D), float64; of a single row w, which stands for two classes, -w / 2 and w / 2.
 
     Raises:
@@ -366,7 +372,7 @@ def as_weight(classifier_weight: Any) -> Tensor:
     return torch.cat([-weight / 2, weight / 2]) if len(weight) == 1 else weight
 
 
-def check_options(
+def check_fit_options(
     num_subclasses: int, temperature: float, subclass_temperature: float, splitter: str, seed: int
 ) -> tuple[int, int]:
     """Refuse options out of range; return `num_subclasses` and `seed` as numbers of Python.
@@ -374,17 +380,17 @@ def check_options(
     Raises:
         OptionError: names the option, and what it may be.
     """
-    size = check_whole("num_subclasses", num_subclasses)
+    size = check_integer("num_subclasses", num_subclasses)
     check_positive("temperature", temperature)
     check_positive("subclass_temperature", subclass_temperature)
-    splitter_named(splitter)
-    found = check_whole("seed", seed, 0)
+    get_splitter(splitter)
+    found = check_integer("seed", seed, 0)
     if found >= 2**32:
         raise OptionError(f"seed is a whole number from 0 to 2**32 - 1; found {seed!r}.")
     return size, found
 
 
-def refuse_transposed(weight: Tensor, embeddings: Tensor) -> None:
+def check_not_transposed(weight: Tensor, embeddings: Tensor) -> None:
     """Refuse a weight whose other axis is as long as the embeddings (rows, width) are wide.
 
     Raises:
@@ -398,14 +404,14 @@ def refuse_transposed(weight: Tensor, embeddings: Tensor) -> None:
         )
 
 
-def check_shape(weight: Tensor, num_subclasses: int, splitter: str) -> tuple[int, int]:
+def check_embedding_width(weight: Tensor, num_subclasses: int, splitter: str) -> tuple[int, int]:
     """Return the number of classes and the embedding's width, of a width that has room for both.
 
     Raises:
         SubclassError: D < C + S.
     """
     classes, width = weight.shape
-    if width < classes + num_subclasses and num_subclasses > 1 and splitter_named(splitter).finds_directions:
+    if width < classes + num_subclasses and num_subclasses > 1 and get_splitter(splitter).finds_directions:
         rest = f"num_subclasses up to {width - classes}" if width > classes + 1 else "another layer's embeddings"
         raise SubclassError(
             f"Embeddings {width} wide have no room for {num_subclasses} directions beside the classifier's {classes}: "
@@ -414,7 +420,7 @@ def check_shape(weight: Tensor, num_subclasses: int, splitter: str) -> tuple[int
     return classes, width
 
 
-def _names(id2label: "Mapping[int, str] | Sequence[str] | None", classes: int) -> dict[int, str]:
+def _class_names(id2label: "Mapping[int, str] | Sequence[str] | None", classes: int) -> dict[int, str]:
     if id2label is None:
         return {number: f"LABEL_{number}" for number in range(classes)}
     pairs: Iterable[tuple[Any, str]] = id2label.items() if isinstance(id2label, Mapping) else enumerate(id2label)

@@ -15,10 +15,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 from hf_guide.errors import SubclassError
-from hf_guide.folders import move_entries, partial_folder, remove_stale
-from hf_guide.integrity import DamagedFileError, read_json, read_tensors, write_json, write_tensors
-from hf_guide.lelp.scores import FORMS
-from hf_guide.public_names import public_name
+from hf_guide.lelp.splitters.scorers import SCORER_TYPES
+from hf_guide.utils.checksums import DamagedFileError, read_json, read_tensors, write_json, write_tensors
+from hf_guide.utils.files import move_entries, remove_stale_partials, staging_folder
+from hf_guide.utils.public_names import public_name
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def write_projector(projector: Any, save_directory: str | os.PathLike[str]) -> l
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to save the projector in.")
     folder.mkdir(parents=True, exist_ok=True)
-    remove_stale(folder)
+    remove_stale_partials(folder)
     tensors = {f"scores.{name}": tensor.contiguous() for name, tensor in projector.scores.tensors().items()}
     tensors |= {name: getattr(projector, name).contiguous() for name in _STATISTICS}
     entries: dict[str, Any] = {"format": FORMAT, "form": projector.scores.form}
@@ -61,7 +61,7 @@ def write_projector(projector: Any, save_directory: str | os.PathLike[str]) -> l
     entries["teacher"] = None if projector.teacher is None else public_name(projector.teacher)
     entries["id2label"] = {str(number): name for number, name in projector.id2label.items()}
     try:
-        with partial_folder(folder, "subclass_projector") as new:
+        with staging_folder(folder, "subclass_projector") as new:
             entries[WEIGHTS_CHECKSUM] = write_tensors(new / WEIGHTS_NAME, tensors, {})
             write_json(new / CONFIG_NAME, entries)
             move_entries(new, folder, last=(CONFIG_NAME,))
@@ -110,7 +110,7 @@ def read_projector(name: str | os.PathLike[str], **where: Any) -> dict[str, Any]
                 "call save_pretrained to add them.",
                 config.parent,
             )
-        form = FORMS[entries["form"]]
+        form = SCORER_TYPES[entries["form"]]
         found: dict[str, Any] = {key: entries[key] for key in _ENTRIES} | {key: tensors[key] for key in _STATISTICS}
         found["scores"] = form(**{each.name: tensors[f"scores.{each.name}"] for each in dataclasses.fields(form)})
         found["id2label"] = {int(number): label for number, label in entries["id2label"].items()}

@@ -15,27 +15,26 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-import hf_guide
-from hf_guide.capture.collate import Collate, is_by_number
-from hf_guide.capture.decoding import CapturedExample
-from hf_guide.capture.manifest import CaptureManifest
-from hf_guide.capture.options import CaptureConfig
-from hf_guide.capture.reading import Capture
-from hf_guide.capture.run import Run, complete
-from hf_guide.capture.signals import Heard, Listener
-from hf_guide.capture.storage import ShardWriter, shard_name
-from hf_guide.capture.teachers import load_teacher
-from hf_guide.capture.writing import check_folder, processes
-from hf_guide.distillation.subclasses import FINER
-from hf_guide.distillation.tasks import Task, task_of
+from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY
 from hf_guide.errors import CaptureError, OptionError, SubclassError
-from hf_guide.fingerprints import tokenizer_fingerprint
-from hf_guide.folders import remove_stale
 from hf_guide.lelp.projector import SubclassProjector
-from hf_guide.public_names import public_name
-from hf_guide.worlds import wait
+from hf_guide.signal_cache.codec import CapturedExample
+from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.data import TeacherBatchCollator, is_map_style
+from hf_guide.signal_cache.manifest import CaptureManifest
+from hf_guide.signal_cache.reader import Capture
+from hf_guide.signal_cache.shards import ShardWriter, shard_name
+from hf_guide.signal_cache.teacher_outputs import TeacherOutputs, TeacherRunner
+from hf_guide.signal_cache.writer import CaptureRunner, check_output_dir, distributed_state, finalize_capture
+from hf_guide.tasks import Task, task_of
+from hf_guide.teachers.loading import load_teacher
+from hf_guide.utils.distributed import barrier
+from hf_guide.utils.files import remove_stale_partials
+from hf_guide.utils.fingerprint import tokenizer_fingerprint
+from hf_guide.utils.public_names import public_name
+from hf_guide.version import __version__
 
-_ROWS_AT_ONCE = 256
+_WRITE_ROWS = 256
 
 
 def subclass_probabilities(
@@ -45,17 +44,23 @@ def subclass_probabilities(
     return projector.transform(embedding, logits, subclass_labels).flatten(1)
 
 
-class SubclassListener(Listener):
+class SubclassTeacher(TeacherRunner):
     """A teacher of whom nothing is heard but the probabilities of its subclasses."""
 
     def __init__(self, model: PreTrainedModel, task: Task, projector: SubclassProjector, processing_class: Any = None):
         super().__init__(model, task, processing_class)
         self.projector = projector
 
-    def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False) -> Heard:
+    def hear(
+        self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False
+    ) -> TeacherOutputs:
         """Run the teacher on a collated batch; what stands for logits are the probabilities (batch, C * S)."""
-        found = self.probabilities({name: value for name, value in batch.items() if name != FINER}, batch.get(FINER))
-        return Heard(classes=found.shape[1], logits=found, at=lambda rows, places: found, layers=(), embedding=None)
+        found = self.probabilities(
+            {name: value for name, value in batch.items() if name != FINE_LABELS_KEY}, batch.get(FINE_LABELS_KEY)
+        )
+        return TeacherOutputs(
+            classes=found.shape[1], logits=found, at=lambda rows, places: found, layers=(), embedding=None
+        )
 
     def probabilities(self, batch: Mapping[str, Any], subclass_labels: Any = None) -> Tensor:
         """Return the probabilities (batch, C * S) of a collated batch."""
@@ -65,12 +70,12 @@ class SubclassListener(Listener):
         return subclass_probabilities(self.projector, heard.embedding, heard.logits, finer)
 
 
-def listener_of(
+def load_subclass_teacher(
     projector: SubclassProjector,
     teacher: "str | os.PathLike[str] | PreTrainedModel",
     device: torch.device | None = None,
     processing_class: Any = None,
-) -> SubclassListener:
+) -> SubclassTeacher:
     """Return a teacher, loaded onto `device` where it is named, that says what its subclasses' probabilities are.
 
     Raises:
@@ -82,10 +87,10 @@ def listener_of(
     if not isinstance(teacher, PreTrainedModel) and not hasattr(teacher, "get_base_model"):
         raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
     projector.check_teacher(teacher)
-    return SubclassListener(teacher.eval(), task_of(teacher), projector, processing_class)
+    return SubclassTeacher(teacher.eval(), task_of(teacher), projector, processing_class)
 
 
-def targets_from_capture(
+def targets_from_cache(
     projector: SubclassProjector, capture: Capture
 ) -> Callable[[Sequence[CapturedExample]], Tensor]:
     """Return what gives probabilities (examples, C * S) of captured examples.
@@ -93,18 +98,18 @@ def targets_from_capture(
     Raises:
         SubclassError: a capture of another projector or teacher, or one without embeddings.
     """
-    if _is_of_projector(capture):
+    if _is_target_cache(capture):
         if capture.manifest.weights != projector_fingerprint(projector):
             raise SubclassError(
                 f"{capture.folder} holds the targets of another projector: it has "
-                f"{_told(capture.manifest.teacher_config)} there, and {_told(_facts(projector))} here. Run "
+                f"{_format_settings(capture.manifest.teacher_config)} there, and {_format_settings(_projector_settings(projector))} here. Run "
                 "capture_targets with this one."
             )
-        return lambda examples: torch.stack([_not_none(each.logits) for each in examples])
+        return lambda examples: torch.stack([_require_tensor(each.logits) for each in examples])
     if projector.scores.needs_subclass_labels:
         raise SubclassError(
             f"The projector goes by finer labels, which {capture.folder} does not hold. Give the teacher, and the column "
-            f"{FINER!r} in the dataset."
+            f"{FINE_LABELS_KEY!r} in the dataset."
         )
     if "embedding" not in capture.manifest.shapes:
         raise SubclassError(
@@ -114,8 +119,8 @@ def targets_from_capture(
     projector.check_teacher(capture)
 
     def made(examples: Sequence[CapturedExample]) -> Tensor:
-        embeddings = torch.stack([_not_none(each.embedding) for each in examples])
-        logits = torch.stack([_not_none(each.logits) for each in examples])
+        embeddings = torch.stack([_require_tensor(each.embedding) for each in examples])
+        logits = torch.stack([_require_tensor(each.logits) for each in examples])
         return subclass_probabilities(projector, embeddings, logits)
 
     return made
@@ -156,46 +161,48 @@ def capture_targets(
     """
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
-    check_folder(folder)
-    state = processes()
+    check_output_dir(folder)
+    state = distributed_state()
     if isinstance(source, Capture):
         if state.is_main_process:
-            _convert(projector, source, folder)
-        wait()
+            _convert_cache(projector, source, folder)
+        barrier()
         return Capture.open(folder)
-    if not is_by_number(dataset) or not len(dataset):
+    if not is_map_style(dataset) or not len(dataset):
         raise OptionError("A teacher needs a dataset with a length and examples by number, to run over.")
-    listener = listener_of(projector, source, state.device, processing_class)
-    collate = _CollateWithFiner(listener.model, listener.task, data_collator, processing_class, options)
-    manifest = _manifest(projector, listener.task, len(dataset), tokenizer_fingerprint(processing_class), options)
-    run = Run(folder, manifest, listener, dataset, collate, dataloader_num_workers)
+    listener = load_subclass_teacher(projector, source, state.device, processing_class)
+    collate = _FineLabelCollator(listener.model, listener.task, data_collator, processing_class, options)
+    manifest = _target_manifest(
+        projector, listener.task, len(dataset), tokenizer_fingerprint(processing_class), options
+    )
+    run = CaptureRunner(folder, manifest, listener, dataset, collate, dataloader_num_workers)
     run.begin(state)
     run.write_missing(state, show_progress)
     run.finish(state)
     return Capture.open(folder)
 
 
-class _CollateWithFiner(Collate):
+class _FineLabelCollator(TeacherBatchCollator):
     def __init__(self, model: Any, task: Task, collator: Any, processing_class: Any, options: CaptureConfig):
         super().__init__(model, task, collator, processing_class, options.remove_unused_columns)
-        self._known |= {FINER}
+        self._known |= {FINE_LABELS_KEY}
 
 
 def projector_fingerprint(projector: SubclassProjector) -> str:
     """Return a hash of everything that a projector's probabilities depend on."""
-    whole = blake2b(repr(sorted(_facts(projector).items())).encode(), digest_size=16)
+    whole = blake2b(repr(sorted(_projector_settings(projector).items())).encode(), digest_size=16)
     for name, tensor in sorted(projector.scores.tensors().items()):
         whole.update(f"{name}{tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
-def _convert(projector: SubclassProjector, source: Capture, folder: Path) -> None:
-    made = targets_from_capture(projector, source)
+def _convert_cache(projector: SubclassProjector, source: Capture, folder: Path) -> None:
+    made = targets_from_cache(projector, source)
     there = source.manifest
-    manifest = _manifest(projector, source.task, there.examples, there.tokenizer, there.config)
+    manifest = _target_manifest(projector, source.task, there.examples, there.tokenizer, there.config)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_stale(folder)
+    remove_stale_partials(folder)
     if (folder / "capture.json").exists():
         found = CaptureManifest.load(folder)
         differing = found.differences(manifest)
@@ -209,21 +216,21 @@ def _convert(projector: SubclassProjector, source: Capture, folder: Path) -> Non
     for number in range(manifest.shard_count):
         rows = source.shard(number)
         with ShardWriter(folder / shard_name(number), manifest.columns) as shard:
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                some = [rows.key(row) for row in range(start, min(len(rows), start + _ROWS_AT_ONCE))]
+            for start in range(0, len(rows), _WRITE_ROWS):
+                some = [rows.key(row) for row in range(start, min(len(rows), start + _WRITE_ROWS))]
                 values = made(source.lookup(some)).float().numpy()
                 shard.write(some, [{"logits": value} for value in values])
-    complete(folder, manifest, {})
+    finalize_capture(folder, manifest, {})
 
 
-def _manifest(
+def _target_manifest(
     projector: SubclassProjector, task: Task, examples: int, tokenizer: str | None, options: CaptureConfig
 ) -> CaptureManifest:
     return CaptureManifest(
         teacher=public_name(projector.teacher or "arrays"),
         teacher_revision=None,
         teacher_class=SubclassProjector.__name__,
-        teacher_config=_facts(projector),
+        teacher_config=_projector_settings(projector),
         teacher_dtype="float32",
         weights=projector_fingerprint(projector),
         files=None,
@@ -233,23 +240,23 @@ def _manifest(
         examples=examples,
         shapes={},
         config=dataclasses.replace(options, embedding=False, hidden_states=[]),
-        hf_guide_version=hf_guide.__version__,
+        hf_guide_version=__version__,
     )
 
 
-def _facts(projector: SubclassProjector) -> dict[str, Any]:
+def _projector_settings(projector: SubclassProjector) -> dict[str, Any]:
     names = ("num_classes", "num_subclasses", "temperature", "subclass_temperature", "splitter", "seed")
     return {name: getattr(projector, name) for name in names} | {"teacher_fingerprint": projector.teacher_fingerprint}
 
 
-def _told(facts: Mapping[str, Any]) -> str:
+def _format_settings(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def _is_of_projector(capture: Capture) -> bool:
+def _is_target_cache(capture: Capture) -> bool:
     return capture.manifest.teacher_class == SubclassProjector.__name__
 
 
-def _not_none(tensor: Tensor | None) -> Tensor:
+def _require_tensor(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor

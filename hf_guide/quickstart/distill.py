@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 
-from hf_guide.capture.reading import Capture
-from hf_guide.capture.writing import capture_teacher
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.trainer import DistillationTrainer
+from hf_guide.signal_cache.reader import Capture
+from hf_guide.signal_cache.writer import capture_teacher
 
 # Rows of logits handled at once: few enough to stay in the processor's cache, many enough to hide the loop.
 _ROWS = 16

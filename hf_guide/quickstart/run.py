@@ -16,20 +16,20 @@ from huggingface_hub import EvalResult
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from hf_guide import folders
-from hf_guide.auto import AutoStudentForCausalLM
-from hf_guide.companions import copy_companions
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.folders import check_space, new_folder
-from hf_guide.hub import write_model_card
-from hf_guide.integrity import check_written_model
-from hf_guide.pretrained import load_config, load_processing_class, unreadable_as
-from hf_guide.public_names import public_name, public_value
+from hf_guide.hub.companions import copy_tokenizer_files
+from hf_guide.hub.model_card import write_model_card
+from hf_guide.modeling import AutoStudentForCausalLM
+from hf_guide.models.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.quickstart import QuickstartOptions
 from hf_guide.quickstart.corpus import pack, read_text, split_documents
 from hf_guide.quickstart.distill import Evaluation, Recipe, capture, evaluate, train
 from hf_guide.quickstart.memory import keep_freed_memory
 from hf_guide.quickstart.teacher import default_teacher
+from hf_guide.utils import files as folders
+from hf_guide.utils.checksums import check_written_model
+from hf_guide.utils.files import atomic_folder, check_disk_space
+from hf_guide.utils.public_names import public_name, public_value
 
 RESULTS_NAME = "quickstart.json"
 
@@ -149,7 +149,7 @@ def check_output(output: Path) -> None:
         FileExistsError: it is a file, or holds something else.
     """
     if not (output / RESULTS_NAME).is_file():
-        folders.check_output(output)
+        folders.check_output_folder(output)
 
 
 def shuffled(blocks: Tensor, count: int, options: QuickstartOptions) -> Tensor:
@@ -225,10 +225,10 @@ def save(student: PreTrainedModel, teacher: str, rows: list[Row], options: Quick
         metric_value=round(end, 2),
     )
     told = {"options": public_value(dataclasses.asdict(options)), "rows": [dataclasses.asdict(row) for row in rows]}
-    with new_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_written_model) as folder:
-        check_space(folder, student.get_memory_footprint())
+    with atomic_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_written_model) as folder:
+        check_disk_space(folder, student.get_memory_footprint())
         student.save_pretrained(folder)
-        copy_companions(teacher, folder)
+        copy_tokenizer_files(teacher, folder)
         write_model_card(folder, report, model_id=output.resolve().name, results=[result])
         (folder / RESULTS_NAME).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 

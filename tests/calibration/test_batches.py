@@ -10,10 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hf_guide.calibration.batches import draw_batches
+from hf_guide.calibration.data import load_calibration_batches
 from hf_guide.errors import OptionError
-from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.weights import open_teacher
+from hf_guide.initialization.config import InitializationConfig
+from hf_guide.teachers.checkpoint import open_teacher
 from tests.tiny import KINDS
 
 IDS = torch.randint(3, 96, (8, 9), generator=torch.Generator().manual_seed(3))
@@ -23,7 +23,7 @@ PIXELS = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 def drawn(teacher: PreTrainedModel, dataset: Any, **options: Any) -> list[dict[str, Tensor]]:
     config = InitializationConfig("calibrated", calibration_batch_size=4, **options)
-    return draw_batches(dataset, teacher, open_teacher(teacher), config, tokens=10**6)
+    return load_calibration_batches(dataset, teacher, open_teacher(teacher), config, tokens=10**6)
 
 
 def alike(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> bool:

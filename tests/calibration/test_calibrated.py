@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hf_guide import HfGuideError, InitializationConfig, InitializationReport, OptionError, from_teacher
-from hf_guide.calibration import run
-from hf_guide.calibration.anatomy import study
-from hf_guide.calibration.batches import tokens_for
-from hf_guide.calibration.statistics import neurons_of
-from hf_guide.cli import main
+from hf_guide.calibration.data import default_num_tokens
+from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.statistics import mlp_width
+from hf_guide.cli.main import main
 from hf_guide.errors import TeacherError
-from hf_guide.initialization.derive import layout_for
-from hf_guide.worlds import own_device
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.methods import calibrated as run
+from hf_guide.utils.distributed import default_device
 from tests.tiny import KINDS, Kind, inputs, logits, same_bits
 
 SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
@@ -54,7 +54,7 @@ def tied() -> LlamaForCausalLM:
 def test_the_same_call_gives_the_same_bits_from_memory_and_from_disk(
     teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "own_device", lambda: torch.device("cpu"))  # where the one in memory is
+    monkeypatch.setattr(run, "default_device", lambda: torch.device("cpu"))  # where the one in memory is
     teacher.save_pretrained(tmp_path)
     first = student_of(teacher)
     assert same_bits(first, student_of(teacher)) and same_bits(first, student_of(tmp_path))
@@ -62,9 +62,11 @@ def test_the_same_call_gives_the_same_bits_from_memory_and_from_disk(
 
 def test_a_teacher_of_a_folder_runs_on_this_processes_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[torch.device] = []
-    gather = run.gather
+    gather = run.collect_statistics
     monkeypatch.setattr(
-        run, "gather", lambda model, *rest, **more: ran.append(model.device) or gather(model, *rest, **more)
+        run,
+        "collect_statistics",
+        lambda model, *rest, **more: ran.append(model.device) or gather(model, *rest, **more),
     )
     loaded = KINDS["llama"].teacher()
     loaded.save_pretrained(tmp_path)
@@ -87,18 +89,18 @@ def test_accelerates_choice_of_a_device_is_kept(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(PartialState, "_shared_state", {})
-    assert own_device() == torch.device("cuda", 1)
+    assert default_device() == torch.device("cuda", 1)
     for chosen, expected in (("cuda:0", "cuda:0"), ("cpu", "cpu"), ("mps", "cpu")):
         monkeypatch.setattr(PartialState, "_shared_state", {"device": torch.device(chosen)})
-        assert own_device() == torch.device(expected)
+        assert default_device() == torch.device(expected)
 
 
 def test_a_teacher_that_is_spread_over_devices_is_refused() -> None:
     spread = KINDS["llama"].teacher()
-    run.refuse_spread(spread)
+    run.check_single_device(spread)
     spread.model.layers[2].to("meta")  # stands for another GPU
     with pytest.raises(TeacherError, match=r"spread over cpu, meta.*Load it on one"):
-        run.refuse_spread(spread)
+        run.check_single_device(spread)
 
 
 def test_a_dataset_of_ids_is_batches_of_them(teacher: Any) -> None:
@@ -125,14 +127,14 @@ def test_no_more_than_the_tokens_asked_for_is_drawn(teacher: Any) -> None:
 
 @pytest.mark.parametrize(("neurons", "tokens"), [(192, 8192), (1536, 15360), (6553, 65530), (14336, 65536)])
 def test_a_wider_mlp_is_heard_for_longer(neurons: int, tokens: int) -> None:
-    assert tokens_for(neurons) == tokens
+    assert default_num_tokens(neurons) == tokens
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 def test_the_neurons_of_an_mlp_are_counted(name: str) -> None:
     model = KINDS[name].teacher()
     layout = layout_for(model.config, type(model))
-    assert neurons_of(study(model, layout), layout, model) == 64
+    assert mlp_width(find_modules(model, layout), layout, model) == 64
 
 
 def test_by_default_no_more_is_drawn_than_a_small_mlp_needs(teacher: Any) -> None:

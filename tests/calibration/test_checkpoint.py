@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from hf_guide import OptionError, folders, from_teacher
-from hf_guide.calibration import checkpoint, repair, statistics
-from hf_guide.calibration.replay import Replay
-from hf_guide.cli import main
+from hf_guide import OptionError, from_teacher
+from hf_guide.calibration import reconstruction as repair
+from hf_guide.calibration import resume as checkpoint
+from hf_guide.calibration import statistics
+from hf_guide.calibration.sequential import SequentialBlocks
+from hf_guide.cli.main import main
+from hf_guide.utils import files as folders
 from tests.calibration.test_calibrated import SMALLER, batches_for, data
 from tests.tiny import KINDS, same_bits
 
@@ -27,7 +30,7 @@ class Killed(BaseException):
 def die_after(count: int, monkeypatch: pytest.MonkeyPatch, *, halfway: bool) -> None:
     """Let a run die once it has written `count` files: right after the last, or, halfway, before that has its name."""
     written: list[Path] = []
-    publish = getattr(folders.publish, "__wrapped__", folders.publish)
+    publish = getattr(folders.sync_and_rename, "__wrapped__", folders.sync_and_rename)
 
     def dying(partial: Path, path: Path) -> None:
         if halfway and len(written) == count:
@@ -38,7 +41,7 @@ def die_after(count: int, monkeypatch: pytest.MonkeyPatch, *, halfway: bool) -> 
             raise Killed
 
     dying.__wrapped__ = publish  # type: ignore[attr-defined]
-    monkeypatch.setattr(folders, "publish", dying)
+    monkeypatch.setattr(folders, "sync_and_rename", dying)
 
 
 def made(name: str, folder: Path | None, **method: Any) -> Any:
@@ -68,8 +71,8 @@ def test_killed_after_every_file_it_ends_with_the_same_bits(
     expected = made(name, None)
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
     heard: list[int] = []
-    run = statistics.run
-    monkeypatch.setattr(statistics, "run", lambda *given: heard.append(len(deaths)) or run(*given))
+    run = statistics.forward_no_cache
+    monkeypatch.setattr(statistics, "forward_no_cache", lambda *given: heard.append(len(deaths)) or run(*given))
     deaths: list[None] = []
     while True:
         with monkeypatch.context() as within:
@@ -96,9 +99,9 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     def never(*given: Any, **more: Any) -> None:
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr(statistics, "run", never)
-    monkeypatch.setattr(repair, "best_correction", never)
-    monkeypatch.setattr(Replay, "__init__", never)
+    monkeypatch.setattr(statistics, "forward_no_cache", never)
+    monkeypatch.setattr(repair, "select_ridge", never)
+    monkeypatch.setattr(SequentialBlocks, "__init__", never)
     assert same_bits(made("llama", tmp_path), expected)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
 
@@ -223,7 +226,7 @@ def test_the_command_line_takes_the_folder(tmp_path: Path, monkeypatch: pytest.M
             (options["calibration_dir"] / "calibration.json").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_guide.students.from_teacher", stopped)
+    monkeypatch.setattr("hf_guide.modeling.from_teacher", stopped)
     command = ["init", "teacher", "-o", str(tmp_path / "out"), "--method", "calibrated"]
     assert main([*command, "--calibration-dir", str(tmp_path / "kept")]) == 130
     assert given["calibration_dir"] == tmp_path / "kept"

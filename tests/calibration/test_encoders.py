@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
 
 from hf_guide import OptionError, ShapeError, from_teacher
-from hf_guide.initialization.basis import fit_places
+from hf_guide.initialization.basis import fit_channel_selection
 from hf_guide.quickstart.corpus import read_text
 from hf_guide.quickstart.teacher import default_encoder
 from tests.calibration.test_calibrated import batches_for
@@ -77,11 +77,11 @@ def test_gains_are_those_of_the_places_kept() -> None:
 
 def test_places_are_those_with_most_energy() -> None:
     moment = torch.diag(torch.tensor([1.0, 5, 2, 4, 0]))
-    found = fit_places(moment, 2)
+    found = fit_channel_selection(moment, 2)
     torch.testing.assert_close(found.matrix, torch.eye(5, dtype=torch.float64)[:, [1, 3]])
     assert found.explained == pytest.approx(9 / 12)
     with pytest.raises(ShapeError, match="6 places"):
-        fit_places(moment, 6)
+        fit_channel_selection(moment, 6)
 
 
 class StrictEncoder(BertModel):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hf_guide import from_teacher
-from hf_guide.calibration import run
-from hf_guide.calibration.anatomy import study
-from hf_guide.calibration.experts import hear_experts
-from hf_guide.calibration.listening import listening_mode
+from hf_guide.calibration.hooks import eval_mode
+from hf_guide.calibration.importance import collect_expert_importance
+from hf_guide.calibration.modules import find_modules
+from hf_guide.methods import calibrated as run
 from tests.calibration.test_calibrated import batches_for
 from tests.calibration.test_laws import data
 from tests.invariants.case import Case, build, logits_of, settle
@@ -112,7 +112,7 @@ def test_what_is_heard_of_an_expert_is_what_it_writes_over_the_tokens_routed_to_
     case = ALL["mixtral"]
     model = build(case, case.big)
     shake(model, layout_of(model), seed=1)
-    part = study(model, layout_of(model)).experts["layers.0.mlp.experts"]
+    part = find_modules(model, layout_of(model)).experts["layers.0.mlp.experts"]
     batches = data(case, 2)
     mask = torch.ones_like(batches[1]["input_ids"])
     mask[:, 7:] = 0
@@ -121,11 +121,11 @@ def test_what_is_heard_of_an_expert_is_what_it_writes_over_the_tokens_routed_to_
     class Whole:
         bases: dict[str, Tensor] = {}
 
-    found = hear_experts(model, {part.name: part}, Whole(), batches)[part.name]  # type: ignore[arg-type]
+    found = collect_expert_importance(model, {part.name: part}, Whole(), batches)[part.name]  # type: ignore[arg-type]
     expected = torch.zeros(4, dtype=torch.float64)
     heard: list[tuple[Tensor, ...]] = []
     handle = part.module.register_forward_pre_hook(lambda _, args: heard.append(args))
-    with torch.no_grad(), listening_mode(model):
+    with torch.no_grad(), eval_mode(model):
         for batch in batches:
             model(**batch)
     handle.remove()
@@ -158,7 +158,7 @@ def test_the_router_is_fitted_again_and_experts_are_heard_once(tmp_path: Any, mo
     steps = {record.name: record.steps for record in first.initialization_report.parameters}
     assert any("fitted again" in step for step in steps["model.layers.0.mlp.gate.weight"])
     assert (tmp_path / "fitted-experts.safetensors").exists()
-    monkeypatch.setattr(run, "hear_experts", None)
+    monkeypatch.setattr(run, "collect_expert_importance", None)
     assert same_bits(make(), first)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_guide.students import from_teacher
+from hf_guide.modeling import from_teacher
 from tests.calibration.scrambling import scramble
 from tests.invariants.case import INPUTS, Case, build, logits_of, settle
 from tests.invariants.cases import CASES

@@ -10,11 +10,12 @@ import torch
 from transformers import GenerationConfig
 
 from hf_guide import InitializationReport, OptionError, from_teacher
-from hf_guide.calibration import own_text, run
-from hf_guide.cli import main
+from hf_guide.calibration import self_generation as own_text
+from hf_guide.cli.main import main
 from hf_guide.errors import TeacherError
-from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.weights import open_teacher
+from hf_guide.initialization.config import InitializationConfig
+from hf_guide.methods import calibrated as run
+from hf_guide.teachers.checkpoint import open_teacher
 from tests.tiny import KINDS, same_bits
 
 SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
@@ -39,7 +40,7 @@ def student_of(teacher: Any, dataset: Any = "teacher", folder: Path | None = Non
 
 def written(teacher: Any, **options: Any) -> torch.Tensor:
     chosen = InitializationConfig(method="calibrated", **{"calibration_length": 32, **options})
-    return own_text.write_text(teacher, open_teacher(teacher), chosen, tokens=500)
+    return own_text.generate_calibration_text(teacher, open_teacher(teacher), chosen, tokens=500)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "gemma3", "mixtral"])
@@ -84,7 +85,7 @@ def test_a_student_is_that_of_the_text_that_was_written(teacher: Any) -> None:
 def test_what_was_written_is_kept_for_the_next_time(teacher: Any, tmp_path: Path, monkeypatch: Any) -> None:
     first = student_of(teacher, folder=tmp_path)
     assert (tmp_path / "text.safetensors").exists()
-    monkeypatch.setattr(run, "write_text", lambda *_, **__: pytest.fail("was written again"))
+    monkeypatch.setattr(run, "generate_calibration_text", lambda *_, **__: pytest.fail("was written again"))
     assert same_bits(first, student_of(teacher, folder=tmp_path))
     with pytest.raises(OptionError, match="another call"):
         student_of(teacher, folder=tmp_path, calibration_tokens=256)

@@ -9,8 +9,8 @@ import transformers
 from torch import Tensor
 
 from hf_guide import InitializationReport, ShapeError, from_teacher
-from hf_guide.calibration.logits import token_counts
-from hf_guide.calibration.repair import store
+from hf_guide.calibration.head_fitting import token_counts
+from hf_guide.calibration.reconstruction import assign_checked
 from tests.calibration.test_calibrated import data, student_of
 from tests.tiny import KINDS, same_bits
 
@@ -88,9 +88,9 @@ def test_squares_that_float16_does_not_hold_are_taken_in_float32() -> None:
 def test_a_fitted_value_that_cannot_be_stored_is_refused() -> None:
     parameter = torch.zeros(3, dtype=torch.float16)
     with pytest.raises(ShapeError, match=r"norm\.weight has values up to 1e\+05, more than torch\.float16"):
-        store(parameter, torch.tensor([0.0, 1e5, 1.0]), "norm.weight")
+        assign_checked(parameter, torch.tensor([0.0, 1e5, 1.0]), "norm.weight")
     with pytest.raises(ShapeError, match=r"fitted for norm\.weight is not finite.*dtype='bfloat16'"):
-        store(parameter, torch.tensor([0.0, torch.nan, 1.0]), "norm.weight")
+        assign_checked(parameter, torch.tensor([0.0, torch.nan, 1.0]), "norm.weight")
 
 
 def test_a_scale_of_logits_that_are_not_finite_is_refused() -> None:

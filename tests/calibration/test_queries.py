@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_guide import from_teacher
-from hf_guide.calibration.queries import product_factors
-from hf_guide.initialization.axes import axis_names, places_of, solve_sizes
-from hf_guide.initialization.layouts import Layout, config_sizes
+from hf_guide.calibration.head_rotation import low_rank_product_factors
+from hf_guide.layouts.grammar import axis_names, group_indices, solve_sizes
+from hf_guide.layouts.registry import Layout, config_sizes
 from tests.calibration.test_laws import data
 from tests.invariants.case import build, logits_of, settle
 from tests.invariants.cases import CASES
@@ -50,7 +50,7 @@ def turn_heads(model: Any, layout: Layout, scale: float) -> None:
                     key = (name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[0], head)
                     if key not in rotations:
                         rotations[key] = torch.linalg.qr(normal(sizes[size], sizes[size], seed=len(rotations)))[0]
-                    for places in places_of(axis, heads, head, size, sizes).view(-1, sizes[size]):
+                    for places in group_indices(axis, heads, head, size, sizes).view(-1, sizes[size]):
                         rows = tensor.movedim(dim, 0)
                         turned = torch.tensordot(rotations[key], rows[places], 1)
                         rows[places] = turned * (scale if size.endswith("q_dim") else 1.0)
@@ -92,7 +92,7 @@ def test_no_other_cut_of_this_rank_loses_less() -> None:
     queries, keys = normal(200, 6), normal(150, 6, seed=1) * torch.tensor([4.0, 3, 2, 1, 1, 0.0])
     products = queries @ keys.T
     for rank in (3, 5):
-        of_query, of_key = product_factors(queries.T @ queries, keys.T @ keys, rank)
+        of_query, of_key = low_rank_product_factors(queries.T @ queries, keys.T @ keys, rank)
         assert of_query.shape == of_key.shape == (6, rank)
         lost = (products - queries @ of_query @ of_key.T @ keys.T).square().sum().item()
         expected = torch.linalg.svdvals(products)[rank:].square().sum().item()

@@ -10,12 +10,11 @@ import transformers
 from torch import Tensor
 
 from hf_guide import from_teacher
-from hf_guide.calibration.anatomy import study
-from hf_guide.calibration.regression import Sums, best_correction, correction
-from hf_guide.calibration.repair import Mender
-from hf_guide.calibration.replay import NotReplayable, Replay, are_same
-from hf_guide.calibration.stages import OUTPUT, find_stages
-from hf_guide.initialization.layouts import registered_layouts, variant_for
+from hf_guide.calibration.least_squares import NormalEquations, ridge_update, select_ridge
+from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.reconstruction import BLOCK_OUTPUT, BlockReconstructor, fit_order
+from hf_guide.calibration.sequential import SequentialBlocks, UnsupportedBlockStructure, calls_equal
+from hf_guide.layouts.registry import registered_layouts, variant_for
 from tests.tiny import KINDS
 
 
@@ -23,8 +22,8 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def sums(x: Tensor, y: Tensor) -> Sums:
-    found = Sums.of(x.shape[1], y.shape[1])
+def sums(x: Tensor, y: Tensor) -> NormalEquations:
+    found = NormalEquations.of(x.shape[1], y.shape[1])
     for rows in zip(x.split(7), y.split(7), strict=True):
         found.add(*rows)
     return found
@@ -37,7 +36,7 @@ def test_a_correction_is_ridge_regression(by_feature: bool) -> None:
     squares = x.square().sum(0)
     held = squares.diag() if by_feature else squares.mean() * torch.eye(6, dtype=torch.float64)
     expected = torch.linalg.solve(x.T @ x + 0.1 * held, x.T @ r).T
-    torch.testing.assert_close(correction(total.gram, total.cross, 0.1, by_feature=by_feature), expected)
+    torch.testing.assert_close(ridge_update(total.gram, total.cross, 0.1, by_feature=by_feature), expected)
 
 
 def test_noise_is_not_fitted_but_what_holds_on_other_tokens_is() -> None:
@@ -49,12 +48,12 @@ def test_noise_is_not_fitted_but_what_holds_on_other_tokens_is() -> None:
             r = noise * normal(40, 3, seed=seed + 10) + (x @ truth.T if changed else 0)
             halves.append(sums(x, r))
         grams, residuals = (halves[0].gram, halves[1].gram), (halves[0].cross, halves[1].cross)
-        found, ridge = best_correction(own, grams, residuals, None)
+        found, ridge = select_ridge(own, grams, residuals, None)
         if changed:
             assert (found - truth).norm() < 0.05 * truth.norm()
         else:
             assert ridge is None or ridge >= 1
-            assert found.norm() < 0.3 * best_correction(own, grams, residuals, 1e-3)[0].norm()
+            assert found.norm() < 0.3 * select_ridge(own, grams, residuals, 1e-3)[0].norm()
 
 
 def test_loud_features_do_not_hold_the_quiet_ones() -> None:
@@ -63,19 +62,19 @@ def test_loud_features_do_not_hold_the_quiet_ones() -> None:
     x, truth = normal(400, 20) * loudness, normal(3, 20, seed=1)
     halves = [sums(rows, rows @ truth.T) for rows in x.split(200)]
     grams, residuals = (halves[0].gram, halves[1].gram), (halves[0].cross, halves[1].cross)
-    found, _ = best_correction(torch.zeros(3, 20, dtype=torch.float64), grams, residuals, None)
-    held = correction(grams[0] + grams[1], residuals[0] + residuals[1], 1e-3)  # by the mean of all, the loud one's
+    found, _ = select_ridge(torch.zeros(3, 20, dtype=torch.float64), grams, residuals, None)
+    held = ridge_update(grams[0] + grams[1], residuals[0] + residuals[1], 1e-3)  # by the mean of all, the loud one's
     errors = [((each - truth)[:, 1:].norm() / truth[:, 1:].norm()).item() for each in (found, held)]
     assert errors[0] < 0.1 < 0.9 < errors[1]
 
 
 def stages_of(model: transformers.PreTrainedModel, inputs: dict[str, Tensor]) -> list[tuple[list[str], str | None]]:
     layout = variant_for(registered_layouts()[model.config.model_type], model.config)
-    anatomy = study(model, layout)
+    anatomy = find_modules(model, layout)
     (stack,) = anatomy.blocks
-    replay = Replay(model, anatomy.blocks[stack], [inputs], "the model")
-    found = find_stages(replay, anatomy, stack, 0, {*anatomy.readers, *anatomy.writers}, [])
-    return [([part.name.rpartition(".")[2] for part in stage.parts], stage.point) for stage in found]
+    replay = SequentialBlocks(model, anatomy.blocks[stack], [inputs], "the model")
+    found = fit_order(replay, anatomy, stack, 0, {*anatomy.readers, *anatomy.writers}, [])
+    return [([part.name.rpartition(".")[2] for part in stage.parts], stage.observed_at) for stage in found]
 
 
 def test_the_order_of_a_block_and_where_its_writers_are_heard() -> None:
@@ -84,7 +83,7 @@ def test_the_order_of_a_block_and_where_its_writers_are_heard() -> None:
         (["q_proj", "k_proj", "v_proj"], None),
         (["o_proj"], "layers.0.post_attention_layernorm"),
         (["gate_proj", "up_proj"], None),
-        (["down_proj"], OUTPUT),
+        (["down_proj"], BLOCK_OUTPUT),
     ]
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
     for parallel in (True, False):  # beside each other, neither branch's norm sees what the other wrote
@@ -95,14 +94,14 @@ def test_the_order_of_a_block_and_where_its_writers_are_heard() -> None:
             for _, point in stages_of(transformers.GPTNeoXForCausalLM(config).eval(), tokens)
             if point is not None
         ]
-        assert points == [OUTPUT if parallel else "layers.0.post_attention_layernorm", OUTPUT]
+        assert points == [BLOCK_OUTPUT if parallel else "layers.0.post_attention_layernorm", BLOCK_OUTPUT]
 
 
 def test_blocks_that_run_more_than_once_are_not_replayed() -> None:
     model = KINDS["llama"].teacher()
     model.model.layers[1] = model.model.layers[0]
-    with pytest.raises(NotReplayable, match="order"):
-        Replay(model, list(model.model.layers), [{"input_ids": torch.arange(3, 12)[None]}], "the model")
+    with pytest.raises(UnsupportedBlockStructure, match="order"):
+        SequentialBlocks(model, list(model.model.layers), [{"input_ids": torch.arange(3, 12)[None]}], "the model")
 
 
 def test_what_blocks_are_called_with_is_heard_without_running_them_again() -> None:
@@ -127,12 +126,12 @@ def test_what_blocks_are_called_with_is_heard_without_running_them_again() -> No
     blocks, run = list(model.model.layers), []
     for block in blocks:
         block.mlp.register_forward_pre_hook(lambda module, args: run.append(module))
-    replay = Replay(model, blocks, batches, "the model")
+    replay = SequentialBlocks(model, blocks, batches, "the model")
     assert len(run) == 2 * len(blocks)  # the first batch, and the first again a block at a time
     assert not any("forward" in vars(block) for block in blocks)
     while replay.next < len(blocks):
         replay.step()
-    for batch, stream in zip(batches, replay.streams, strict=True):
+    for batch, stream in zip(batches, replay.hidden_states, strict=True):
         expected = model(**batch, output_hidden_states=True).hidden_states[-1]
         assert torch.allclose(model.model.norm(stream), expected, atol=1e-6)
 
@@ -144,32 +143,34 @@ def test_what_depends_on_what_blocks_do_is_heard_of_every_batch() -> None:
     for block in model.encoder.block:
         block.layer[1].register_forward_pre_hook(lambda module, args: run.append(module))
     batches = [{"input_ids": row[None], "decoder_input_ids": row[None]} for row in torch.randint(3, 90, (3, 9))]
-    replay = Replay(model, list(model.encoder.block), batches, "the model")
+    replay = SequentialBlocks(model, list(model.encoder.block), batches, "the model")
     assert len(run) == (len(batches) + 1) * len(model.encoder.block)
-    assert len(replay.streams) == len(batches)
+    assert len(replay.hidden_states) == len(batches)
 
 
 def test_calls_are_alike_only_to_the_last_bit() -> None:
     one = ((torch.ones(2), None), {"mask": torch.zeros(3), "use_cache": False, "names": ["a"]}, "hidden_states")
-    assert are_same(one, ((torch.ones(2), None), {"mask": torch.zeros(3), "use_cache": False, "names": ["a"]}, one[2]))
+    assert calls_equal(
+        one, ((torch.ones(2), None), {"mask": torch.zeros(3), "use_cache": False, "names": ["a"]}, one[2])
+    )
     for other in (torch.full((3,), 1e-7), torch.zeros(3).double(), torch.zeros(2), None):
-        assert not are_same(one, (one[0], one[1] | {"mask": other}, one[2]))
-    assert not are_same({"a": object()}, {"a": object()})
+        assert not calls_equal(one, (one[0], one[1] | {"mask": other}, one[2]))
+    assert not calls_equal({"a": object()}, {"a": object()})
 
 
 def test_what_a_block_was_fitted_to_is_let_go_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[weakref.ref[Tensor]] = []
     left: list[int] = []
-    tap = Mender._tap
+    tap = BlockReconstructor._tap
 
-    def counting(self: Mender, *given: Any) -> dict[str, list[Tensor]]:
+    def counting(self: BlockReconstructor, *given: Any) -> dict[str, list[Tensor]]:
         gc.collect()
         left.append(sum(reference() is not None for reference in held))
         taps = tap(self, *given)
         held[:] = [weakref.ref(tensor) for tensors in taps.values() for tensor in tensors]
         return taps
 
-    monkeypatch.setattr(Mender, "_tap", counting)
+    monkeypatch.setattr(BlockReconstructor, "_tap", counting)
     tokens = [{"input_ids": torch.arange(3 + start, 35 + start)[None]} for start in (0, 32)]
     for repair, taps in (("all", 3), ("writing", 1)):  # what attention and MLP read, and the stream between them
         held.clear()

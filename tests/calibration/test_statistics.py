@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from hf_guide.calibration.anatomy import study
-from hf_guide.calibration.statistics import Statistics, gather
-from hf_guide.initialization.layouts import registered_layouts
+from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.statistics import ActivationStatistics, collect_statistics
+from hf_guide.layouts.registry import registered_layouts
 from tests.tiny import KINDS
 
 LAYOUT = registered_layouts()["llama"]
@@ -22,8 +22,8 @@ def ids(rows: int = 6) -> Tensor:
     return torch.randint(3, 96, (rows, 9), generator=torch.Generator().manual_seed(4))
 
 
-def heard(teacher: LlamaForCausalLM, batches: list[dict[str, Tensor]], pooling: str = "norm") -> Statistics:
-    return gather(teacher, study(teacher, LAYOUT), LAYOUT, batches, pooling=pooling)
+def heard(teacher: LlamaForCausalLM, batches: list[dict[str, Tensor]], pooling: str = "norm") -> ActivationStatistics:
+    return collect_statistics(teacher, find_modules(teacher, LAYOUT), LAYOUT, batches, pooling=pooling)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def test_the_moment_is_that_of_the_streams(teacher: LlamaForCausalLM, pooling: s
 def test_influence_is_one_minus_the_cosine_of_input_and_output(teacher: LlamaForCausalLM) -> None:
     at = [of_block[0].flatten(0, 1) for of_block in streams(teacher)]
     expected = [1 - torch.cosine_similarity(one, other).mean() for one, other in zip(at, at[1:], strict=False)]
-    found = heard(teacher, [{"input_ids": ids()}]).turned["layers.{block}"]
+    found = heard(teacher, [{"input_ids": ids()}]).block_influence["layers.{block}"]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=1e-8)
 
 
@@ -64,7 +64,11 @@ def test_batches_may_be_cut_anyhow(teacher: LlamaForCausalLM) -> None:
     whole = heard(teacher, [{"input_ids": ids()}])
     cut = heard(teacher, [{"input_ids": rows} for rows in ids().split([1, 3, 2])])
     assert whole.tokens == cut.tokens == 54
-    for one, other in ((whole.moments, cut.moments), (whole.turned, cut.turned), (whole.inner, cut.inner)):
+    for one, other in (
+        (whole.moments, cut.moments),
+        (whole.block_influence, cut.block_influence),
+        (whole.inner, cut.inner),
+    ):
         assert one.keys() == other.keys()
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-12)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hf_guide import from_teacher
-from hf_guide.calibration import run, values
+from hf_guide.calibration import head_rotation as values
+from hf_guide.methods import calibrated as run
 from tests.calibration.test_calibrated import data as token_batches
 from tests.calibration.test_laws import data
 from tests.invariants.case import Case, build, logits_of, settle
@@ -39,10 +40,10 @@ def turns_of(teacher: Any, monkeypatch: pytest.MonkeyPatch, **given: Any) -> Any
     kept: list[Any] = []
 
     def watched(transfer: Any, inner: Any) -> None:
-        values.turn_values(transfer, inner)
+        values.rotate_values(transfer, inner)
         kept.append(transfer.plan)
 
-    monkeypatch.setattr(run, "turn_values", watched)
+    monkeypatch.setattr(run, "rotate_values", watched)
     from_teacher(teacher, show_progress=False, **given)
     return kept[0]
 
@@ -64,7 +65,7 @@ def test_what_is_turned_and_cut_is_turned_back_by_what_reads_it(case: Case, monk
     once, twice = copy.deepcopy(teacher), copy.deepcopy(teacher)
     tensors = [dict(model.state_dict(keep_vars=True)) for model in (once, twice)]
     decoders: dict[str, torch.Tensor] = {}
-    writers = {site.source: site for site in plan.sites.values() if values.is_writer(plan, site)}
+    writers = {site.source: site for site in plan.parameters.values() if values.is_output_projection(plan, site)}
     for source, turn in plan.turns.items():
         if source in writers:
             decoders[source.rsplit(".", 2)[0]] = turn.matrices
@@ -78,7 +79,7 @@ def test_what_is_turned_and_cut_is_turned_back_by_what_reads_it(case: Case, monk
             members = len(decoders[near]) // len(turn.matrices)
             back = torch.einsum("gir,gjr->gij", turn.matrices, decoders[near][::members])
             assert not torch.allclose(back, torch.eye(back.shape[1]).to(back), atol=0.1), "something is cut"
-            parameters[1].copy_(values.Turn(turn.dim, turn.places, back)(parameters[1]))
+            parameters[1].copy_(values.HeadRotation(turn.dim, turn.places, back)(parameters[1]))
     found, expected = logits_of(once, case), logits_of(twice, case)
     assert relative_error(found, expected) <= max(case.identity, 1e-6)
     assert relative_error(logits_of(teacher, case), expected) > 1e-4
@@ -122,11 +123,11 @@ def test_no_other_cut_of_this_rank_loses_less() -> None:
     def lost(encoder: torch.Tensor, decoder: torch.Tensor) -> float:
         return ((heard - heard @ encoder @ decoder.T) @ weight.T).square().sum().item()
 
-    encoder, decoder = values.factors(moment, read, 3)
+    encoder, decoder = values.low_rank_factors(moment, read, 3)
     torch.testing.assert_close(encoder.T @ encoder, torch.eye(3, dtype=torch.float64))
     best = lost(encoder, decoder)
     product = heard @ weight.T
     smallest = torch.linalg.svdvals(product)[3:].square().sum().item()  # Eckart and Young
     assert best == pytest.approx(smallest, rel=1e-9)
-    exact = values.factors(moment, read, 5)
+    exact = values.low_rank_factors(moment, read, 5)
     assert lost(*exact) < 1e-9 * best, "the sixth direction is silent"

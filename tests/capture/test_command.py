@@ -9,14 +9,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_guide.capture.options import CaptureConfig
-from hf_guide.capture.reading import Capture, CapturedCollator
-from hf_guide.commands import capture as capture_command
-from hf_guide.distillation.data_options import DataOptions
-from hf_guide.distillation.examples import prepare
-from hf_guide.distillation.splits import read_splits
-from hf_guide.distillation.tasks import Task
+from hf_guide.cli import capture as capture_command
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.loading import load_splits
+from hf_guide.data.preprocessing import preprocess
 from hf_guide.errors import CaptureError, OptionError, TeacherError
+from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
+from hf_guide.tasks import Task
 from tests.capture.capturing import TEACHERS, VOCABULARY
 
 
@@ -58,10 +58,10 @@ def training(task: Task, folder: Path, **options):
     """Return the datasets and the collator that a distillation of the same data would use."""
     from transformers import AutoConfig, AutoTokenizer
 
-    chosen = DataOptions(**options)
-    train, held_out = read_splits(chosen)
+    chosen = DataArguments(**options)
+    train, held_out = load_splits(chosen)
     tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder)
-    return prepare(task, train, held_out, tokenizer, chosen, mask_once=True, config=config)
+    return preprocess(task, train, held_out, tokenizer, chosen, mask_once=True, config=config)
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "masked-lm", "sequence-classification"])
@@ -78,7 +78,7 @@ def test_what_is_captured_is_what_a_distillation_of_the_same_data_looks_up(task,
     made = Capture.open(output)
     assert len(made) == len(same.train) + len(same.eval)
     for split in (same.train, same.eval):
-        batch = CapturedCollator(same.collator, made)([split[number] for number in (0, 1)])
+        batch = CaptureDataCollator(same.collator, made)([split[number] for number in (0, 1)])
         assert "teacher_embedding" in batch and ("teacher_hidden_4" in batch) == bool(flags)
     assert run(*words, *flags, "--embedding", "--examples-per-shard", 4) == 0  # finished already
     with pytest.raises(CaptureError, match="examples_per_shard is 4 there and 5 here"):
@@ -89,7 +89,7 @@ def test_where_no_length_is_asked_for_a_capture_has_that_of_a_distillation(teach
     words = [teacher / "causal-lm", "-o", teacher / "captured", "--data-files", data, "--validation-share", 0.2]
     assert run(*words, "--top-k", 4) == 0
     same = training(Task.CAUSAL_LM, teacher / "causal-lm", data_files=str(data), validation_share=0.2)
-    found = CapturedCollator(same.collator, Capture.open(teacher / "captured"))(list(same.train))
+    found = CaptureDataCollator(same.collator, Capture.open(teacher / "captured"))(list(same.train))
     assert found["teacher_indices"].shape[:2] == found["input_ids"].shape
 
 
@@ -131,7 +131,7 @@ def test_wrong_usage_is_said_before_any_work(teacher, data):
 
 def test_every_option_is_a_flag_that_shows_its_help():
     shown = parser().format_help().split()
-    for kind in (CaptureConfig, DataOptions):
+    for kind in (CaptureConfig, DataArguments):
         for field in dataclasses.fields(kind):
             if field.name != "remove_unused_columns":
                 assert "--" + field.name.replace("_", "-") in " ".join(shown).replace(",", " ").split(), field.name

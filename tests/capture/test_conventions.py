@@ -20,12 +20,12 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_guide.capture.writing import capture_teacher
-from hf_guide.distillation.data_options import DataOptions
-from hf_guide.distillation.examples import prepare
-from hf_guide.distillation.processors import check_processors
-from hf_guide.distillation.tasks import Task, task_of
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.preprocessing import preprocess
 from hf_guide.errors import CaptureError, OptionError, TaskError, TeacherError
+from hf_guide.signal_cache.writer import capture_teacher
+from hf_guide.tasks import Task, task_of
+from hf_guide.teachers.processors import check_processors
 from tests.distillation.small import model_for
 from tests.distillation.test_teacher_inputs import END, STUDENTS_OWN, examples, model, saved, tokenizer
 
@@ -83,7 +83,7 @@ def test_a_broken_image_is_no_full_disk(prepared: bool, tmp_path: Path) -> None:
     columns = {"image": [str(tmp_path / f"{name}.png") for name in "abc"], "label": [0, 1, 2]}
     data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     if prepared:
-        data = prepare(Task.IMAGE_CLASSIFICATION, data, None, processor, DataOptions(dataset="x")).train
+        data = preprocess(Task.IMAGE_CLASSIFICATION, data, None, processor, DataArguments(dataset="x")).train
         error, said = OptionError, r"the image c\.png in row 2"
     else:
         data = data.with_transform(

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_guide.capture.reading import Capture, CapturedCollator
-from hf_guide.capture.writing import capture_teacher
-from hf_guide.distillation.divergences import Dense, TopK, divergence
+from hf_guide.distillation.losses.divergences import DenseTarget, TopKTarget, divergence
 from hf_guide.errors import CaptureError, OptionError
+from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
+from hf_guide.signal_cache.writer import capture_teacher
 from tests.capture.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, hear
 from tests.tiny import run_python
 
@@ -32,7 +32,7 @@ def test_a_capture_of_everything_is_what_the_live_teacher_says_in_another_order_
     kind, dataset = TEACHERS[task], examples_for(task)
     made = capture(kind, dataset, tmp_path, **ALL, **LAYERS)
     assert len(made) == len(dataset) and str(made.task) == task.partition(" ")[0]
-    collate = CapturedCollator(Pad(extra=3), made)
+    collate = CaptureDataCollator(Pad(extra=3), made)
     batch = collate([dataset[number] for number in (20, 3, 11, 3)])
     live = hear(kind.teacher(), batch, output_hidden_states=True)
     states = live.get("hidden_states") or live.decoder_hidden_states
@@ -54,7 +54,7 @@ def test_a_capture_of_everything_is_what_the_live_teacher_says_in_another_order_
 def test_the_embedding_is_what_makes_the_logits(task, tmp_path):
     kind, dataset = TEACHERS[task], examples_for(task)
     made, model = capture(kind, dataset, tmp_path, **ALL, embedding=True), kind.teacher()
-    batch = CapturedCollator(Pad(), made)(dataset[:4])
+    batch = CaptureDataCollator(Pad(), made)(dataset[:4])
     head = next(getattr(model, name) for name in ("classifier", "score", "lm_head") if hasattr(model, name))
     again, said = head(batch["teacher_embedding"]), batch["teacher_logits"]
     if made.task.is_per_token:
@@ -68,7 +68,7 @@ def test_the_largest_k_and_the_tails_mass_are_the_live_teachers_at_every_capture
     kind, dataset, k = TEACHERS[task], examples_for(task), 10
     made = capture(kind, dataset, tmp_path, top_k=k, temperatures=[2.0, 0.5])
     for temperature in (0.5, 1.0, 2.0):
-        batch = CapturedCollator(Pad(extra=1), made, temperature)([dataset[4], dataset[17], dataset[0]])
+        batch = CaptureDataCollator(Pad(extra=1), made, temperature)([dataset[4], dataset[17], dataset[0]])
         seen = batch["labels"] != -100 if task == "seq2seq-lm" else batch["attention_mask"].bool()
         log_probs = hear(kind.teacher(), batch).logits[seen].double().log_softmax(-1)
         best = log_probs.topk(k)
@@ -89,15 +89,17 @@ def test_the_captured_divergence_is_a_lower_bound_of_the_live_one_and_equals_it_
     values = {}
     for k in (1, 8, 64, VOCABULARY):
         made = capture(kind, dataset, tmp_path / str(k), top_k=k, log_prob_dtype="float32", temperatures=[3.0])
-        batch = CapturedCollator(Pad(), made, 3.0)(dataset[:5])
+        batch = CaptureDataCollator(Pad(), made, 3.0)(dataset[:5])
         seen = batch["attention_mask"].bool()
         if k == VOCABULARY:
-            target = Dense(batch["teacher_logits"][seen])
+            target = DenseTarget(batch["teacher_logits"][seen])
         else:
-            target = TopK(*(batch[f"teacher_{name}"][seen] for name in ("indices", "log_probs", "log_normalizer")))
+            target = TopKTarget(
+                *(batch[f"teacher_{name}"][seen] for name in ("indices", "log_probs", "log_normalizer"))
+            )
         values[k] = divergence(hear(student, batch).logits[seen], target, temperature=3.0)
         live = divergence(
-            hear(student, batch).logits[seen], Dense(hear(kind.teacher(), batch).logits[seen]), temperature=3.0
+            hear(student, batch).logits[seen], DenseTarget(hear(kind.teacher(), batch).logits[seen]), temperature=3.0
         )
     for fewer, more in ((1, 8), (8, 64), (64, VOCABULARY)):
         assert (values[fewer] <= values[more] + 1e-5).all() and values[fewer].sum() < values[more].sum()
@@ -107,7 +109,7 @@ def test_the_captured_divergence_is_a_lower_bound_of_the_live_one_and_equals_it_
 def test_padding_on_the_left_finds_the_same_signals_at_their_tokens(tmp_path):
     dataset = examples_for("causal-lm")
     made = capture(TEACHERS["causal-lm"], dataset, tmp_path, **ALL)
-    right, left = (CapturedCollator(Pad(side), made)(dataset[:6]) for side in ("right", "left"))
+    right, left = (CaptureDataCollator(Pad(side), made)(dataset[:6]) for side in ("right", "left"))
     for name in right:
         at = [batch[name][batch["attention_mask"].bool()] for batch in (right, left)]
         assert torch.equal(*at), name
@@ -117,9 +119,13 @@ def test_padding_on_the_left_finds_the_same_signals_at_their_tokens(tmp_path):
 def test_shuffled_epochs_over_worker_processes_need_no_teacher(tmp_path):
     dataset = examples_for("causal-lm")
     made = capture(TEACHERS["causal-lm"], dataset, tmp_path, top_k=8)
-    alone = {made.keys(Pad()([example]))[0]: CapturedCollator(Pad(), made)([example]) for example in dataset}
+    alone = {made.keys(Pad()([example]))[0]: CaptureDataCollator(Pad(), made)([example]) for example in dataset}
     loader = DataLoader(
-        dataset, batch_size=4, shuffle=True, num_workers=2, collate_fn=CapturedCollator(Pad(), Capture.open(tmp_path))
+        dataset,
+        batch_size=4,
+        shuffle=True,
+        num_workers=2,
+        collate_fn=CaptureDataCollator(Pad(), Capture.open(tmp_path)),
     )
     for _ in range(2):
         seen = 0
@@ -134,7 +140,7 @@ def test_shuffled_epochs_over_worker_processes_need_no_teacher(tmp_path):
 def test_a_collator_is_sent_to_a_process_without_what_it_reads(tmp_path):
     dataset = examples_for("causal-lm")
     made = capture(TEACHERS["causal-lm"], dataset, tmp_path, top_k=8)
-    collate = CapturedCollator(Pad(), made)
+    collate = CaptureDataCollator(Pad(), made)
     expected = collate(dataset[:3])
     sent = pickle.dumps(collate)
     assert len(sent) < 5000 < sum(file.stat().st_size for file in tmp_path.iterdir())
@@ -149,12 +155,12 @@ def test_an_example_that_was_not_captured_is_an_error_or_leaves_the_batch_withou
     other["input_ids"][-1] = 1 + (other["input_ids"][-1] + 1) % (VOCABULARY - 1)
     for missing in (dataset[21], other, {"input_ids": dataset[0]["input_ids"][:-1]}):
         with pytest.raises(CaptureError, match="is not in .*masked at random, truncated or tokenised otherwise"):
-            CapturedCollator(Pad(), made)([dataset[0], missing])
-        batch = CapturedCollator(Pad(), made, missing="skip")([dataset[0], missing])
+            CaptureDataCollator(Pad(), made)([dataset[0], missing])
+        batch = CaptureDataCollator(Pad(), made, missing="skip")([dataset[0], missing])
         assert set(batch) == {"input_ids", "attention_mask"}
-    assert "teacher_indices" in CapturedCollator(Pad(), made, missing="skip")(dataset[:2])
+    assert "teacher_indices" in CaptureDataCollator(Pad(), made, missing="skip")(dataset[:2])
     with pytest.raises(OptionError, match="missing is 'error' or 'skip'; found 'ignore'"):
-        CapturedCollator(Pad(), made, missing="ignore")
+        CaptureDataCollator(Pad(), made, missing="ignore")
 
 
 def test_token_types_tell_examples_apart_unless_they_are_zero_or_ignored(tmp_path):
@@ -175,19 +181,19 @@ def test_token_types_tell_examples_apart_unless_they_are_zero_or_ignored(tmp_pat
         )
 
     plain = made(tmp_path / "plain", zero)
-    assert "teacher_logits" in CapturedCollator(Pad(), plain)(dataset[:2])
+    assert "teacher_logits" in CaptureDataCollator(Pad(), plain)(dataset[:2])
     with pytest.raises(CaptureError, match="is not in"):
-        CapturedCollator(Pad(), made(tmp_path / "typed", typed))(dataset[5:7])
+        CaptureDataCollator(Pad(), made(tmp_path / "typed", typed))(dataset[5:7])
     ignoring = made(tmp_path / "ignoring", typed, ignore_in_key=["token_type_ids"])
-    assert "teacher_logits" in CapturedCollator(Pad(), ignoring)(dataset[5:7])
+    assert "teacher_logits" in CaptureDataCollator(Pad(), ignoring)(dataset[5:7])
 
 
 def test_a_temperature_that_was_not_captured_is_refused_where_the_tail_needs_it(tmp_path):
     dataset = examples_for("causal-lm", 3)
     made = capture(TEACHERS["causal-lm"], dataset, tmp_path / "some", top_k=8, temperatures=[2.0])
     with pytest.raises(CaptureError, match=r"temperature=4.0 was not captured; .* has \[1.0, 2.0\]"):
-        CapturedCollator(Pad(), made, 4.0)
-    CapturedCollator(Pad(), capture(TEACHERS["causal-lm"], dataset, tmp_path / "all", **ALL), 4.0)(dataset)
+        CaptureDataCollator(Pad(), made, 4.0)
+    CaptureDataCollator(Pad(), capture(TEACHERS["causal-lm"], dataset, tmp_path / "all", **ALL), 4.0)(dataset)
 
 
 def test_batches_without_content_or_with_packed_rows_are_refused(tmp_path):
@@ -202,7 +208,7 @@ def test_batches_without_content_or_with_packed_rows_are_refused(tmp_path):
 def test_the_same_example_twice_is_found(tmp_path):
     example = {"input_ids": [5, 6, 7]}
     made = capture(TEACHERS["causal-lm"], Examples([example] * 9 + [{"input_ids": [5, 6, 8]}]), tmp_path, top_k=8)
-    batch = CapturedCollator(Pad(), made)([example, example])
+    batch = CaptureDataCollator(Pad(), made)([example, example])
     assert torch.equal(batch["teacher_log_probs"][0], batch["teacher_log_probs"][1])
 
 
@@ -210,8 +216,8 @@ def test_neither_capturing_nor_reading_holds_the_dataset_in_memory(tmp_path):
     script = """
     import resource, sys
     from pathlib import Path
-    from hf_guide.capture.writing import capture_teacher
-    from hf_guide.capture.reading import Capture, CapturedCollator
+    from hf_guide.signal_cache.writer import capture_teacher
+    from hf_guide.signal_cache.reader import Capture, CapturedCollator
     from tests.capture.capturing import TEACHERS, Pad
 
     class Long:

@@ -15,12 +15,12 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_guide.capture import run as capture_run
-from hf_guide.capture.options import CaptureConfig
-from hf_guide.capture.reading import Capture, CapturedCollator
-from hf_guide.capture.writing import capture_teacher
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError
-from hf_guide.integrity import read_json, write_json
+from hf_guide.signal_cache import writer as capture_run
+from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
+from hf_guide.signal_cache.writer import capture_teacher
+from hf_guide.utils.checksums import read_json, write_json
 from tests.capture.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
 from tests.tiny import run_python
 
@@ -63,10 +63,10 @@ def test_at_most_300_bytes_a_token_with_64_of_a_quarter_million_tokens(tmp_path)
     assert made.manifest.example_bytes(64) == 16 + 64 * (64 * 4 + 16 + 8)
     with torch.no_grad():
         expected = model(torch.tensor([dataset[1]["input_ids"]])).logits
-    batch = CapturedCollator(Pad(), made)([dataset[1]])
+    batch = CaptureDataCollator(Pad(), made)([dataset[1]])
     assert batch["teacher_indices"].max() > 2**17
     assert torch.equal(batch["teacher_indices"], expected.topk(64).indices)
-    batch = CapturedCollator(Pad(), Capture.open(tmp_path / "1"))([dataset[1]])
+    batch = CaptureDataCollator(Pad(), Capture.open(tmp_path / "1"))([dataset[1]])
     cut = expected[..., :131072]
     assert torch.equal(batch["teacher_indices"], cut.topk(64).indices)
     best = cut.log_softmax(-1).topk(64).values
@@ -83,7 +83,7 @@ def test_batches_are_prepared_here_or_beside(tmp_path, workers):
 def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     script = """
     import sys, time
-    from hf_guide.capture.writing import capture_teacher
+    from hf_guide.signal_cache.writer import capture_teacher
     from tests.capture.capturing import Pad, TEACHERS, examples_for
 
     class Slow(Pad):
@@ -131,7 +131,7 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
     import os, signal, sys
     from pathlib import Path
     from hf_guide import folders
-    from hf_guide.capture.writing import capture_teacher
+    from hf_guide.signal_cache.writer import capture_teacher
     from tests.capture.capturing import TEACHERS, Pad, examples_for
 
     publish = folders.publish
@@ -229,7 +229,7 @@ def test_a_missing_or_truncated_shard_is_named_and_written_again_alone(tmp_path)
     shard.write_bytes(bytes(len(before[shard.name])))
     made, collate = Capture.open(tmp_path), Pad()
     with pytest.raises(CaptureError, match="shard-000001.arrow is damaged: its checksum is"):
-        CapturedCollator(collate, made)(examples_for("causal-lm")[5:7])
+        CaptureDataCollator(collate, made)(examples_for("causal-lm")[5:7])
     shard.write_bytes(before[shard.name])
     (tmp_path / "index.arrow").unlink()
     with pytest.raises(CaptureError, match="index.arrow is missing or damaged"):
@@ -359,7 +359,7 @@ def test_a_dataset_with_labels_and_other_columns_needs_no_collator(task, tmp_pat
         config=config,
         show_progress=False,
     )
-    assert len(made) == len(CapturedCollator(Pad(), made)(examples)["input_ids"])
+    assert len(made) == len(CaptureDataCollator(Pad(), made)(examples)["input_ids"])
     made.check(processing_class=tokenizer)
     tokenizer.add_tokens(["another"])
     with pytest.raises(CaptureError, match="captured with another tokenizer or processor than this"):

@@ -27,10 +27,10 @@ from transformers import (
 
 from hf_guide import DistillationTrainer, capture_teacher
 from hf_guide.distillation import merging
-from hf_guide.distillation.embeddings import find_classifier, set_classifier
 from hf_guide.distillation.merging import save_merged
-from hf_guide.distillation.tasks import Task
 from hf_guide.errors import OptionError
+from hf_guide.models.penultimate import find_classifier, register_classifier
+from hf_guide.tasks import Task
 from tests.distillation.small import CLASSES, VOCABULARY, collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
 
@@ -176,7 +176,7 @@ def trained_by_us(family: str, student: Any, teacher: Any, folder: Path, *, chun
     )
     trainer = DistillationTrainer(student, args, collate, examples_for(task, 8), teacher=teacher)
     if not chunked:
-        trainer.learning.head = None
+        trainer.objective_computer.head = None
         trainer.teachers[0].head = None
     trainer.train()
     return trainer
@@ -545,7 +545,7 @@ def test_the_classifier_is_found_inside_what_wraps_it() -> None:
     with model.disable_adapter():
         assert find_classifier(model, task) is wrapper.original_module.out_proj
     model = roberta()
-    set_classifier(model, "classifier.out_proj")
+    register_classifier(model, "classifier.out_proj")
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
     assert find_classifier(model, task) is model.get_base_model().classifier.modules_to_save["default"].out_proj
     model = peft.get_peft_model(roberta(), peft.LoraConfig(target_modules=["out_proj"]))

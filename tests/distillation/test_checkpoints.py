@@ -60,7 +60,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     folder = tmp_path_factory.mktemp("whole")
     done = trainer(folder)
     done.train()
-    assert [path.name for path in checkpoints.checkpoints(folder)] == ["checkpoint-8", "checkpoint-6", "checkpoint-3"]
+    assert [path.name for path in checkpoints.list_checkpoints(folder)] == [
+        "checkpoint-8",
+        "checkpoint-6",
+        "checkpoint-3",
+    ]
     return folder, curve(done)
 
 
@@ -101,9 +105,9 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_every_damage_is_seen(damage: str, whole: tuple[Path, list[dict[str, float]]], tmp_path: Path) -> None:
     folder = shutil.copytree(whole[0], tmp_path / "run")
-    assert checkpoints.last_whole(folder) == folder / "checkpoint-8"
+    assert checkpoints.last_complete_checkpoint(folder) == folder / "checkpoint-8"
     DAMAGE[damage](folder / "checkpoint-8")
-    assert checkpoints.last_whole(folder) == folder / "checkpoint-6"
+    assert checkpoints.last_complete_checkpoint(folder) == folder / "checkpoint-6"
 
 
 @pytest.mark.parametrize("damage", ["no state", "weights cut", "optimizer flipped"])
@@ -121,7 +125,10 @@ def test_an_unfinished_or_damaged_checkpoint_is_skipped_and_the_curve_stays(
         assert text in caplog.text
     assert curve(again) == whole[1]
     for name in ("checkpoint-6", "checkpoint-8"):
-        assert same(weights(folder / name), weights(whole[0] / name)) and checkpoints.defect(folder / name) is None
+        assert (
+            same(weights(folder / name), weights(whole[0] / name))
+            and checkpoints.checkpoint_defect(folder / name) is None
+        )
 
 
 def test_a_named_checkpoint_that_is_unfinished_is_refused_and_a_whole_one_named(
@@ -197,7 +204,10 @@ def test_a_write_that_fails_at_any_file_leaves_the_whole_checkpoints_and_nothing
             with monkeypatch.context() as patched, pytest.raises(type(error)) as raised:
                 patched.setattr(home, name, failing)
                 broken.train()
-            assert os.listdir(folder) == ["checkpoint-3"] and checkpoints.defect(folder / "checkpoint-3") is None
+            assert (
+                os.listdir(folder) == ["checkpoint-3"]
+                and checkpoints.checkpoint_defect(folder / "checkpoint-3") is None
+            )
             if error is DISK_FULL:
                 assert "The checkpoint of step 6" in str(raised.value) and "MiB free" in str(raised.value)
                 assert f"{folder / 'checkpoint-3'} is whole" in str(raised.value)
@@ -283,7 +293,7 @@ def test_a_checkpoint_on_sigterm_is_whole(tmp_path: Path) -> None:
     done.train()
     done.state.global_step = 7
     CheckpointManager(done).execute_jit_checkpoint()
-    assert checkpoints.last_whole(tmp_path) == tmp_path / "checkpoint-7"
+    assert checkpoints.last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-7"
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-7"]
 
 
@@ -304,5 +314,5 @@ def test_a_run_does_not_go_on_from_an_earlier_one_in_its_folder(
     assert ends[0] == ends[1]
     assert "checkpoint-8 is of an earlier run in the same output_dir and is skipped" in caplog.text
     assert (
-        checkpoints.last_whole(tmp_path / "shared") == tmp_path / "shared" / "checkpoint-8"
+        checkpoints.last_complete_checkpoint(tmp_path / "shared") == tmp_path / "shared" / "checkpoint-8"
     )  # it is the second's now

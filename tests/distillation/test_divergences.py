@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_guide.distillation.divergences import Dense, DivergenceKind, TopK, divergence, dkd
+from hf_guide.distillation.losses.divergences import DenseTarget, DivergenceKind, TopKTarget, divergence, dkd
 from hf_guide.errors import HfGuideError, OptionError, VocabularyError
 
 KINDS = [kind.value for kind in DivergenceKind]
@@ -38,10 +38,10 @@ def naive_of_log_probs(log_q: Tensor, log_p: Tensor, kind: str, beta: float) -> 
     return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
 
 
-def top_k(teacher: Tensor, k: int, temperature: float) -> TopK:
+def top_k(teacher: Tensor, k: int, temperature: float) -> TopKTarget:
     log_probs = teacher.double().log_softmax(-1)
     kept = log_probs.topk(k)
-    return TopK(kept.indices, kept.values, torch.logsumexp(log_probs / temperature, -1))
+    return TopKTarget(kept.indices, kept.values, torch.logsumexp(log_probs / temperature, -1))
 
 
 def coarse(logits: Tensor, indices: Tensor) -> Tensor:
@@ -71,7 +71,9 @@ def test_values_and_gradients_are_those_of_a_naive_float64_reference(kind, tempe
     exact = student.double().requires_grad_()
     expected = value_and_slope(naive(exact, teacher, kind, 0.3, temperature), exact)
     student.requires_grad_()
-    found = value_and_slope(divergence(student, Dense(teacher), kind=kind, beta=0.3, temperature=temperature), student)
+    found = value_and_slope(
+        divergence(student, DenseTarget(teacher), kind=kind, beta=0.3, temperature=temperature), student
+    )
     assert found[0].dtype == found[1].dtype == torch.float32
     assert error(found[0], expected[0]) < 1e-6
     assert error(found[1], expected[1]) < 1e-6
@@ -96,7 +98,7 @@ def test_a_top_k_is_compared_with_its_tail_as_one_more_outcome(kind, temperature
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_top_k_never_says_more_than_the_whole_and_the_whole_where_k_is_all(kind, temperature):
     student, teacher = pair(40, 30, torch.float64, spread=1.0)
-    whole = divergence(student, Dense(teacher), kind=kind, temperature=temperature)
+    whole = divergence(student, DenseTarget(teacher), kind=kind, temperature=temperature)
     parts = [
         divergence(student, top_k(teacher, k, temperature), kind=kind, temperature=temperature) for k in range(1, 31)
     ]
@@ -110,7 +112,7 @@ def test_a_top_k_never_says_more_than_the_whole_and_the_whole_where_k_is_all(kin
 def test_a_top_k_of_everything_has_the_gradient_of_the_whole(kind):
     student, teacher = pair(9, 30, torch.float64)
     student.requires_grad_()
-    of_whole = value_and_slope(divergence(student, Dense(teacher), kind=kind, temperature=2.0), student)
+    of_whole = value_and_slope(divergence(student, DenseTarget(teacher), kind=kind, temperature=2.0), student)
     of_all = value_and_slope(divergence(student, top_k(teacher, 30, 2.0), kind=kind, temperature=2.0), student)
     torch.testing.assert_close(of_all, of_whole, rtol=1e-10, atol=1e-12)
 
@@ -125,10 +127,10 @@ def test_masked_classes_add_nothing_and_get_no_gradient(kind, temperature):
     kept = [1, 2, 4, 5, 6, 8, 9, 10, 11]
     smaller = student[:, kept].requires_grad_()
     expected = value_and_slope(
-        divergence(smaller, Dense(teacher[:, kept]), kind=kind, temperature=temperature), smaller
+        divergence(smaller, DenseTarget(teacher[:, kept]), kind=kind, temperature=temperature), smaller
     )
     masked_student.requires_grad_()
-    for target in (Dense(masked_teacher), top_k(masked_teacher, len(kept), temperature)):
+    for target in (DenseTarget(masked_teacher), top_k(masked_teacher, len(kept), temperature)):
         found = value_and_slope(divergence(masked_student, target, kind=kind, temperature=temperature), masked_student)
         torch.testing.assert_close(found[0], expected[0], rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(found[1][:, kept], expected[1], rtol=2e-5, atol=2e-6)
@@ -139,10 +141,10 @@ def test_masked_classes_add_nothing_and_get_no_gradient(kind, temperature):
 def test_a_class_that_only_one_of_them_excludes_is_infinitely_far_where_the_definition_says_so(kind, infinite):
     student, teacher = pair(2, 5)
     (student if infinite == "student" else teacher)[0, 2] = -math.inf
-    values = divergence(student, Dense(teacher), kind=kind)
+    values = divergence(student, DenseTarget(teacher), kind=kind)
     assert values[0] == math.inf
     assert values[1].isfinite()
-    assert divergence(student, Dense(teacher), kind="jsd").isfinite().all()
+    assert divergence(student, DenseTarget(teacher), kind="jsd").isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,7 +152,7 @@ def test_a_class_that_only_one_of_them_excludes_is_infinitely_far_where_the_defi
 def test_not_a_number_is_not_hidden(kind, where):
     student, teacher = pair(3, 5)
     (student if where == "student" else teacher)[1, 4] = math.nan
-    assert divergence(student, Dense(teacher), kind=kind).isnan().tolist() == [False, True, False]
+    assert divergence(student, DenseTarget(teacher), kind=kind).isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("classes", [3, 1000])
@@ -158,7 +160,9 @@ def test_not_a_number_is_not_hidden(kind, where):
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind, classes):
     student, _ = pair(20, classes)
     student.requires_grad_()
-    values, slope = value_and_slope(divergence(student, Dense(student.detach()), kind=kind, temperature=2.0), student)
+    values, slope = value_and_slope(
+        divergence(student, DenseTarget(student.detach()), kind=kind, temperature=2.0), student
+    )
     assert values.abs().max() < 1e-7
     assert slope.abs().max() < 1e-7
     if kind == "forward_kl":
@@ -171,7 +175,7 @@ def test_rounding_is_all_that_is_wrong_with_a_divergence_of_nearly_equals(kind):
     student, teacher = pair(200, 3000)
     near = student + 1e-4 * teacher
     expected = naive(student, near, kind, 0.5, 1.0)
-    found = divergence(student, Dense(near), kind=kind)
+    found = divergence(student, DenseTarget(near), kind=kind)
     assert (found > -3e-7).all()
     torch.testing.assert_close(found.double(), expected, rtol=0.0, atol=3e-7)
 
@@ -180,7 +184,7 @@ def test_rounding_is_all_that_is_wrong_with_a_divergence_of_nearly_equals(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_logits_are_compared_in_single_precision(kind, dtype):
     student, teacher = pair(8, 500, dtype)
-    found = divergence(student.requires_grad_(), Dense(teacher), kind=kind)
+    found = divergence(student.requires_grad_(), DenseTarget(teacher), kind=kind)
     assert found.dtype == torch.float32
     assert error(found.detach(), naive(student.detach(), teacher, kind, 0.5, 1.0)) < 1e-6
     (slope,) = torch.autograd.grad(found.sum(), student)
@@ -191,7 +195,7 @@ def test_half_precision_logits_are_compared_in_single_precision(kind, dtype):
 def test_gradients_are_those_of_finite_differences(kind):
     student, teacher = pair(3, 6, torch.float64)
     student.requires_grad_()
-    for target in (Dense(teacher), top_k(teacher, 2, 1.5)):
+    for target in (DenseTarget(teacher), top_k(teacher, 2, 1.5)):
         assert torch.autograd.gradcheck(partial(divergence, target=target, kind=kind, temperature=1.5), student)
 
 
@@ -199,18 +203,18 @@ def test_jsd_tends_to_both_kls_at_its_ends():
     student, teacher = pair(10, 8, torch.float64)
     small = 1e-6
     for beta, kind in ((small, "forward_kl"), (1 - small, "reverse_kl")):
-        scaled = divergence(student, Dense(teacher), kind="jsd", beta=beta) / small
-        torch.testing.assert_close(scaled, divergence(student, Dense(teacher), kind=kind), rtol=1e-3, atol=0)
+        scaled = divergence(student, DenseTarget(teacher), kind="jsd", beta=beta) / small
+        torch.testing.assert_close(scaled, divergence(student, DenseTarget(teacher), kind=kind), rtol=1e-3, atol=0)
 
 
 def test_a_teacher_of_rounded_log_probabilities_gives_no_negative_tail():
     student, teacher = pair(50, 100, spread=8.0)
     exact = top_k(teacher, 99, 1.0)
-    rounded = TopK(exact.indices, exact.log_probs.half(), exact.log_normalizer)
+    rounded = TopKTarget(exact.indices, exact.log_probs.half(), exact.log_normalizer)
     for kind in KINDS:
         values, slope = value_and_slope(divergence(student.requires_grad_(), rounded, kind=kind), student)
         assert values.isfinite().all() and slope.isfinite().all()
-    narrow = TopK(exact.indices.int(), exact.log_probs.half(), exact.log_normalizer)
+    narrow = TopKTarget(exact.indices.int(), exact.log_probs.half(), exact.log_normalizer)
     forward = divergence(student, rounded).detach()
     assert torch.equal(divergence(student, narrow).detach(), forward)
     torch.testing.assert_close(forward, divergence(student, exact).detach(), rtol=5e-3, atol=5e-3)
@@ -242,12 +246,12 @@ def test_decoupled_distillation_weighed_by_the_others_share_is_forward_kl():
     share = 1 - teacher.softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     of_label = dkd(student, teacher, labels, alpha=1.0, beta=0.0, temperature=1.0)
     of_others = dkd(student, teacher, labels, alpha=0.0, beta=1.0, temperature=1.0)
-    torch.testing.assert_close(of_label + share * of_others, divergence(student, Dense(teacher)))
+    torch.testing.assert_close(of_label + share * of_others, divergence(student, DenseTarget(teacher)))
 
 
 def test_nothing_of_no_items():
     student = torch.zeros(0, 5, requires_grad=True)
-    values = divergence(student, Dense(torch.zeros(0, 5)))
+    values = divergence(student, DenseTarget(torch.zeros(0, 5)))
     values.sum().backward()
     assert values.shape == (0,)
     assert student.grad.shape == (0, 5)
@@ -267,18 +271,18 @@ def test_nothing_of_no_items():
 def test_options_that_mean_nothing_are_refused(options, message):
     student, teacher = pair(2, 4)
     with pytest.raises(OptionError, match=message):
-        divergence(student, Dense(teacher), **options)
+        divergence(student, DenseTarget(teacher), **options)
 
 
 def test_distributions_that_do_not_fit_are_refused():
     student, teacher = pair(2, 4)
     with pytest.raises(VocabularyError, match="student has 4 classes and the teacher 3"):
-        divergence(student, Dense(teacher[:, :3]))
+        divergence(student, DenseTarget(teacher[:, :3]))
     with pytest.raises(HfGuideError, match=r"\(2, 4\) and teacher \(1, 4\)"):
-        divergence(student, Dense(teacher[:1]))
+        divergence(student, DenseTarget(teacher[:1]))
     target = top_k(teacher, 2, 1.0)
     with pytest.raises(HfGuideError, match=r"log_normalizer \(2,\)"):
-        divergence(student, TopK(target.indices, target.log_probs[:, :1], target.log_normalizer))
+        divergence(student, TopKTarget(target.indices, target.log_probs[:, :1], target.log_normalizer))
     with pytest.raises(VocabularyError, match="top 4 cannot be among the student's 3"):
         divergence(student[:, :3], top_k(teacher, 4, 1.0))
     with pytest.raises(OptionError, match="3 at least; found 2"):

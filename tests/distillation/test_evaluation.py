@@ -10,7 +10,7 @@ from transformers import BertForSequenceClassification, set_seed
 
 from hf_guide import DistillationTrainer, VocabularyError, capture_teacher
 from hf_guide.errors import TaskError
-from hf_guide.plots import curves_of
+from hf_guide.visualization import loss_curves
 from tests.distillation.small import TASKS, _bert_config, collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
 
@@ -75,7 +75,7 @@ def test_the_best_model_by_the_objective_is_kept(tmp_path: Path) -> None:
     }
     assert len(curve) == 4 and trainer.state.best_metric == min(curve.values())
     assert trainer.state.best_global_step == min(curve, key=lambda step: curve[step])
-    drawn = curves_of(trainer.state.log_history)
+    drawn = loss_curves(trainer.state.log_history)
     assert dict(drawn["eval_objective"]) == curve and "eval_loss" not in drawn
 
 
@@ -143,12 +143,12 @@ def test_a_regression_learns_vectors_and_is_evaluated(outputs: int, tmp_path: Pa
 
 
 def test_one_shared_token_is_refused(tmp_path: Path) -> None:
-    from hf_guide.distillation.making import make_learning
-    from hf_guide.distillation.tasks import Task
-    from hf_guide.distillation.teachers import LiveTeacher
+    from hf_guide.distillation.objective import build_objective
+    from hf_guide.tasks import Task
+    from hf_guide.teachers.forward import LiveTeacher
 
     args = arguments(tmp_path, objective="kd")
     trainer = DistillationTrainer(llama(1), args, collate, examples_for("causal-lm"), teacher=llama(2))
     teacher = LiveTeacher(llama(2), Task.CAUSAL_LM, classes=1)
     with pytest.raises(VocabularyError, match="share 1 token"):
-        make_learning(trainer.model, Task.CAUSAL_LM, [teacher], args, trainer.accelerator, head=None)
+        build_objective(trainer.model, Task.CAUSAL_LM, [teacher], args, trainer.accelerator, head=None)

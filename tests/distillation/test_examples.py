@@ -9,11 +9,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
-from hf_guide.distillation.data_options import DataOptions
-from hf_guide.distillation.examples import prepare
-from hf_guide.distillation.splits import read_splits
-from hf_guide.distillation.tasks import Task
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.loading import load_splits
+from hf_guide.data.preprocessing import preprocess
 from hf_guide.errors import OptionError
+from hf_guide.tasks import Task
 
 BEGIN, END, PAD = 20, 21, 22
 TEXTS = ["t1 t2 t3", "t4", "t5 t6 t7 t8 t9", "", "t1 t2"]
@@ -38,13 +38,13 @@ def tokenizer(adds: str = "", **changes: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, **(own | changes))
 
 
-def options(**changes: Any) -> DataOptions:
-    return DataOptions(**({"dataset": "some/data", "pack": False, "max_length": 8} | changes))
+def options(**changes: Any) -> DataArguments:
+    return DataArguments(**({"dataset": "some/data", "pack": False, "max_length": 8} | changes))
 
 
 def made(task: Task, columns: dict[str, list[Any]], tok: Any = None, **changes: Any) -> Any:
     data = datasets.Dataset.from_dict(columns)
-    return prepare(task, data, None, tok or tokenizer(), options(**changes)).train
+    return preprocess(task, data, None, tok or tokenizer(), options(**changes)).train
 
 
 # Ends
@@ -230,7 +230,7 @@ def test_a_split_that_fills_no_block_is_named() -> None:
     with pytest.raises(
         OptionError, match="'text' of the evaluation split, 1 rows, does not fill one block of 5 tokens"
     ):
-        prepare(
+        preprocess(
             Task.CAUSAL_LM,
             data.select([0, 0]),
             data.select([0]).map(lambda _: {"text": "t1"}),
@@ -260,7 +260,7 @@ def test_files_without_a_row_are_refused(tmp_path, ending: str, content: str) ->
     path = tmp_path / f"empty.{ending}"
     path.write_text(content)
     with pytest.raises(OptionError, match=f"{path.name}"):
-        read_splits(DataOptions(data_files=str(path)))
+        load_splits(DataArguments(data_files=str(path)))
 
 
 # Images
@@ -276,7 +276,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path) -> None:
     for name in ("broken", "text"):
         files = [str(tmp_path / "a.png"), str(tmp_path / f"{name}.png")]
         data = datasets.Dataset.from_dict({"image": files, "label": [0, 1]}).cast_column("image", datasets.Image())
-        train = prepare(Task.IMAGE_CLASSIFICATION, data, None, processor, options()).train
+        train = preprocess(Task.IMAGE_CLASSIFICATION, data, None, processor, options()).train
         assert train[0]["pixel_values"].shape == (3, 8, 8)
         with pytest.raises(OptionError, match=rf"the image {name}\.png in row 1, column 'image', cannot be read"):
             train[1]

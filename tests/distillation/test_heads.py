@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import PreTrainedModel
 
-from hf_guide.distillation.divergences import Dense, divergence
-from hf_guide.distillation.heads import Head, chunked_loss, find_head, without_logits
+from hf_guide.distillation.losses.divergences import DenseTarget, divergence
 from hf_guide.errors import HfGuideError, OptionError
+from hf_guide.models.lm_head import LMHead, chunked_loss, find_lm_head, skip_lm_head
 from tests.tiny import SIZES, run_python
 
 VOCABULARY = SIZES["vocab_size"]
@@ -89,16 +89,16 @@ def batch_for(model: PreTrainedModel) -> dict[str, Tensor]:
     return batch
 
 
-def items(head: Head, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def items(head: LMHead, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """What stands at the places with a label, and the labels."""
     if head.shifted:
         places, labels = places[:, :-1], labels[:, 1:]
     return places[labels != -100], labels[labels != -100]
 
 
-def fed_to_head(model: nn.Module, head: Head, batch: dict[str, Tensor]) -> Tensor:
+def fed_to_head(model: nn.Module, head: LMHead, batch: dict[str, Tensor]) -> Tensor:
     heard: list[Tensor] = []
-    with without_logits(model, head, heard.append):
+    with skip_lm_head(model, head, heard.append):
         outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
     assert outputs.logits.shape == (3, 0, VOCABULARY)
     return heard[0]
@@ -108,7 +108,7 @@ def two_terms(labels: Tensor, teacher: Tensor):
     def loss(logits: Tensor, rows: slice) -> dict[str, Tensor]:
         return {
             "ce": nn.functional.cross_entropy(logits, labels[rows], reduction="none"),
-            "kd": divergence(logits, Dense(teacher[rows]), temperature=2.0),
+            "kd": divergence(logits, DenseTarget(teacher[rows]), temperature=2.0),
         }
 
     return loss
@@ -127,7 +127,7 @@ def same(gradient: Tensor | None, expected: Tensor | None) -> bool:
 @pytest.mark.parametrize("name", HEADS)
 def test_loss_and_gradients_are_the_models_own(name):
     model = build(name).double()
-    head = find_head(model)
+    head = find_lm_head(model)
     assert head is not None
     batch = batch_for(model)
     own = model(**batch).loss
@@ -156,7 +156,7 @@ def test_loss_and_gradients_are_the_models_own(name):
 )
 def test_values_and_gradients_are_those_of_whole_float64_logits(name, rows):
     model = build(name)
-    head = find_head(model)
+    head = find_lm_head(model)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(13, head.module.in_features, generator=generator)
     labels = torch.randint(VOCABULARY, (13,), generator=generator)
@@ -183,7 +183,7 @@ def test_values_and_gradients_are_those_of_whole_float64_logits(name, rows):
 
 def test_a_tied_head_is_its_table():
     model = build("llama, tied")
-    head = find_head(model)
+    head = find_lm_head(model)
     assert head.module.weight is model.get_input_embeddings().weight
 
 
@@ -199,7 +199,7 @@ NOT_PLAIN: dict[str, Any] = {
 def test_what_is_not_certain_is_not_taken_out(why):
     model_class, config = NOT_PLAIN[why]()
     cls = getattr(transformers, model_class)
-    assert find_head(cls(cls.config_class(**config))) is None
+    assert find_lm_head(cls(cls.config_class(**config))) is None
 
 
 class MaskingLlama(transformers.LlamaForCausalLM):
@@ -236,17 +236,17 @@ def test_a_model_with_ways_of_its_own_is_found_out(cls, dtype):
     model = cls(transformers.LlamaConfig(**SHAPE)).to(dtype)
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
-    assert find_head(model) is None
+    assert find_lm_head(model) is None
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_is_found_in_bfloat16_too(name):
-    assert find_head(build(name).bfloat16()) is not None
+    assert find_lm_head(build(name).bfloat16()) is not None
 
 
 def test_a_logits_bias_is_read_when_it_is_used():
     model = build("marian, logits bias")
-    head = find_head(model)
+    head = find_lm_head(model)
     model.final_logits_bias = model.final_logits_bias + 1.0
     logits = torch.zeros(2, VOCABULARY)
     torch.testing.assert_close(head.transform(logits), model.final_logits_bias.expand(2, -1))
@@ -258,7 +258,7 @@ def test_finding_a_head_leaves_no_trace():
     model.model.encoder.eval()
     modes = [module.training for module in model.modules()]
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    assert find_head(model) is not None
+    assert find_lm_head(model) is not None
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -269,7 +269,7 @@ def test_finding_a_head_leaves_no_trace():
 def test_the_logits_of_a_head_are_those_of_its_model():
     for name in ("gemma2, soft-cap", "marian, logits bias"):
         model = build(name)
-        head = find_head(model)
+        head = find_lm_head(model)
         batch = batch_for(model)
         with torch.no_grad():
             torch.testing.assert_close(head.logits(fed_to_head(model, head, batch)), model(**batch).logits)
@@ -291,7 +291,7 @@ renamed = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is depr
 @pytest.mark.parametrize("copied", [{}, {"modules_to_save": ["lm_head"]}], ids=["elsewhere", "and a copied head"])
 def test_a_lora_elsewhere_and_a_copy_of_the_head_train_as_they_do_with_whole_logits(copied):
     model = lora(build("llama"), target_modules=["q_proj"], **copied)
-    head = find_head(model)
+    head = find_lm_head(model)
     assert head is not None
     batch = batch_for(model)
     own = model(**batch).loss
@@ -318,12 +318,12 @@ def test_a_lora_elsewhere_and_a_copy_of_the_head_train_as_they_do_with_whole_log
 
 @renamed
 def test_a_lora_on_the_head_is_not_taken_out():
-    assert find_head(lora(build("llama"), target_modules=["q_proj", "lm_head"])) is None
+    assert find_lm_head(lora(build("llama"), target_modules=["q_proj", "lm_head"])) is None
 
 
-def simple(width: int = 8, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> Head:
+def simple(width: int = 8, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> LMHead:
     torch.manual_seed(0)
-    return Head(nn.Linear(width, VOCABULARY, bias=bias, dtype=dtype), lambda logits: logits)
+    return LMHead(nn.Linear(width, VOCABULARY, bias=bias, dtype=dtype), lambda logits: logits)
 
 
 def squares(logits: Tensor, rows: slice) -> dict[str, Tensor]:
@@ -415,12 +415,12 @@ def test_half_precision_is_as_near_as_whole_logits_in_half_precision_are(dtype, 
 
 def test_logits_of_no_place_have_the_dtype_that_the_head_would_give():
     model = build("gemma2, soft-cap")
-    head = find_head(model)
+    head = find_lm_head(model)
     batch = {"input_ids": batch_for(model)["input_ids"]}
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             expected = model(**batch).logits.dtype
-            with without_logits(model, head, lambda hidden: None):
+            with skip_lm_head(model, head, lambda hidden: None):
                 assert model(**batch).logits.dtype == expected
 
 
@@ -435,7 +435,7 @@ def test_a_hook_of_accelerates_around_the_head_still_runs():
             return args, options
 
     model = build("llama")
-    head = find_head(model)
+    head = find_lm_head(model)
     hook = Counting()
     add_hook_to_module(model.lm_head, hook)
     batch = batch_for(model)
@@ -443,19 +443,19 @@ def test_a_hook_of_accelerates_around_the_head_still_runs():
     assert hook.calls == 1
     torch.testing.assert_close(model(**batch).logits, head.logits(hidden))
     assert hook.calls == 2
-    assert find_head(model) is not None
+    assert find_lm_head(model) is not None
     remove_hook_from_module(model.lm_head)
     torch.testing.assert_close(model(**batch).logits, head.logits(hidden))
 
 
 def test_the_head_is_itself_again_when_the_model_fails():
     model = build("llama")
-    head = find_head(model)
+    head = find_lm_head(model)
 
     def refuse(hidden: Tensor) -> None:
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match="no"), without_logits(model, head, refuse):
+    with pytest.raises(RuntimeError, match="no"), skip_lm_head(model, head, refuse):
         model(**batch_for(model))
     assert "forward" not in vars(model.lm_head)
     assert model(input_ids=batch_for(model)["input_ids"]).logits.shape == (3, 7, VOCABULARY)
@@ -463,7 +463,7 @@ def test_the_head_is_itself_again_when_the_model_fails():
 
 def test_a_compiled_model_is_not_compiled_anew_for_every_step():
     model = build("llama")
-    head = find_head(model)
+    head = find_lm_head(model)
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
     batch = batch_for(model)
@@ -489,19 +489,19 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(HfGuideError, match="once"):
         total.backward()
     model, other = build("llama"), build("llama")
-    found = find_head(other)
-    with pytest.raises(HfGuideError, match="without its head being called"), without_logits(model, found, print):
+    found = find_lm_head(other)
+    with pytest.raises(HfGuideError, match="without its head being called"), skip_lm_head(model, found, print):
         model(**batch_for(model))
-    with pytest.raises(HfGuideError, match="tapped already"), without_logits(other, found, print):
-        with without_logits(other, found, print):
+    with pytest.raises(HfGuideError, match="tapped already"), skip_lm_head(other, found, print):
+        with skip_lm_head(other, found, print):
             pass
 
 
 PEAK = """
 import torch
 from torch import nn
-from hf_guide.distillation.divergences import Dense, divergence
-from hf_guide.distillation.heads import Head, chunked_loss
+from hf_guide.distillation.losses.divergences import Dense, divergence
+from hf_guide.models.lm_head import Head, chunked_loss
 
 vocabulary, width = 16384, 16
 student, teacher = (nn.Linear(width, vocabulary, bias=False) for _ in range(2))
@@ -540,7 +540,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from hf_guide.distillation.heads import chunked_loss, find_head, without_logits
+from hf_guide.models.lm_head import chunked_loss, find_head, without_logits
 from tests.distillation.test_heads import batch_for, build, items, same
 
 dist.init_process_group("gloo")

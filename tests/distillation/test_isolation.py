@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_guide import DistillationTrainer, capture_teacher
 from hf_guide.errors import HfGuideError, OptionError, TeacherError
-from hf_guide.students import from_teacher
+from hf_guide.modeling import from_teacher
 from tests.distillation.small import collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
 
@@ -174,7 +174,7 @@ def test_each_trial_of_a_search_is_apart_from_the_teacher(tmp_path: Path) -> Non
     )
     with pytest.raises(OptionError, match="the student itself"):
         trainer.model = trainer.call_model_init()
-        trainer._begin()
+        trainer._setup_objective()
 
 
 def test_teachers_with_adapters_on_one_base_are_refused_and_teachers_without_may_share(tmp_path: Path) -> None:

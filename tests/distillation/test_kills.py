@@ -59,7 +59,7 @@ def prepare(folder: Path) -> None:
 
 def distil(folder: Path, name: str) -> None:
     """Run the command as a shell would; its output is in a file."""
-    from hf_guide.cli import main
+    from hf_guide.cli.main import main
 
     given = {
         "teacher": str(folder / "teacher"),
@@ -111,11 +111,13 @@ def ending(folder: Path) -> dict[str, Any]:
     """Return everything that a run has ended with, but for how long it took."""
     from safetensors.torch import load_file
 
-    from hf_guide.distillation.checkpoints import checkpoints, unfinished
+    from hf_guide.distillation.checkpoints import list_checkpoints, reason_incomplete
 
     state = json.loads((folder / "trainer_state.json").read_text())
-    last = checkpoints(folder)[0]
-    assert unfinished(last) is None and not [path for path in folder.iterdir() if path.name.endswith(".partial")]
+    last = list_checkpoints(folder)[0]
+    assert reason_incomplete(last) is None and not [
+        path for path in folder.iterdir() if path.name.endswith(".partial")
+    ]
     return {
         "curve": [{key: value for key, value in entry.items() if key not in TIMES} for entry in state["log_history"]],
         "weights": load_file(folder / "model.safetensors"),
@@ -124,7 +126,7 @@ def ending(folder: Path) -> dict[str, Any]:
         "optimizer": _loaded(last / "optimizer.pt"),
         "schedule": _loaded(last / "scheduler.pt"),
         "random": _loaded(last / "rng_state.pth"),
-        "checkpoints": sorted(path.name for path in checkpoints(folder)),
+        "checkpoints": sorted(path.name for path in list_checkpoints(folder)),
     }
 
 
@@ -161,7 +163,7 @@ def main() -> None:
     tqdm.monitor_interval = 0  # its thread would be forked in the middle of anything
     draw, kills, same = random.Random(args.seed), 0, 0
     prepare(args.folder)
-    import hf_guide.distillation.run  # noqa: F401  here, so that the children need not import anything
+    import hf_guide.scripts.distill  # noqa: F401  here, so that the children need not import anything
 
     run(args.folder, "warm")
     length = run(args.folder, "whole")

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from hf_guide import DistillationTrainer
-from hf_guide.distillation.layers import depth_of_config, hidden_states_of
+from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of
 from tests.distillation.small import collate, examples_for
 from tests.distillation.test_trainer import arguments
 
@@ -52,4 +52,4 @@ def test_hidden_states_of_a_shallower_decoder_are_learned(family: str, tmp_path:
     args = arguments(tmp_path, objective={"ce": 0.5, "hidden": 0.5}, max_steps=1)
     trainer = DistillationTrainer(model(family, 2, 1, 1), args, collate, data, teacher=model(family, 3, 2, 2))
     trainer.train()
-    assert trainer.learning.layers == {1: 2} and trainer.state.log_history[0]["hidden"] > 0
+    assert trainer.objective_computer.layers == {1: 2} and trainer.state.log_history[0]["hidden"] > 0

@@ -104,7 +104,7 @@ def test_an_adapter_alone_is_learned_saved_and_merged(wrapped: str, tmp_path: Pa
         trainer = trained(tmp_path, student=get_peft_model(student, config))
     else:
         trainer = trained(tmp_path, student=student, peft_config=config)
-    assert trainer.learning.head is not None
+    assert trainer.objective_computer.head is not None
     trainer.save_model(str(tmp_path / "adapter"))
     assert {path.name for path in (tmp_path / "adapter").glob("*.safetensors")} == {"adapter_model.safetensors"}
     trainer.save_merged_model(tmp_path / "merged")

@@ -10,9 +10,9 @@ import torch
 from transformers import TrainerCallback
 
 from hf_guide import DistillationTrainer, from_teacher
-from hf_guide.cli import main
+from hf_guide.cli.main import main
 from hf_guide.errors import NotFiniteError, TeacherError
-from hf_guide.finite import all_finite, check_finite, not_finite
+from hf_guide.utils.finite import all_finite, check_weights_finite, non_finite_names
 from tests.distillation.small import TASKS, collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
 
@@ -109,7 +109,7 @@ def test_a_term_is_named(accumulation: int, tmp_path: Path) -> None:
 
 def test_maps_between_widths_are_checked_too(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, objective="hidden", teacher=llama(2, width=48))
-    parameter = next(trainer.learning.projections.parameters())
+    parameter = next(trainer.objective_computer.projections.parameters())
     parameter.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(NotFiniteError, match=r"step 1,.* the gradient of projections\.maps"):
         trainer.train()
@@ -173,6 +173,6 @@ def test_each_value_is_found_in_each_dtype(dtype: torch.dtype, value: float) -> 
     wrong[3, 5] = value
     other = [torch.zeros(0, dtype=dtype), torch.ones(3, dtype=torch.int64), torch.ones(2, device="meta")]
     assert all_finite([large, *other]) and not all_finite([large, wrong, *other])
-    assert not_finite([("a", large), ("b", wrong), ("c", wrong)]) == ["b", "c"]
+    assert non_finite_names([("a", large), ("b", wrong), ("c", wrong)]) == ["b", "c"]
     with pytest.raises(NotFiniteError, match="its weight b has NaN or infinity, as 2 of 3 weights do"):
-        check_finite({"a": large, "b": wrong, "c": wrong, "extra": 3})
+        check_weights_finite({"a": large, "b": wrong, "c": wrong, "extra": 3})

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, set_seed
 
 from hf_guide import DistillationTrainer, OptionError, register_term
-from hf_guide.distillation.objectives import _TERMS
+from hf_guide.distillation.losses.registry import _LOSSES
 from tests.distillation.small import TASKS, collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
 
@@ -49,7 +49,7 @@ def test_a_derived_loss_is_given_the_logits(objective: Any, tmp_path: Path) -> N
 
 @pytest.fixture
 def own_terms() -> Iterator[None]:
-    before = dict(_TERMS)
+    before = dict(_LOSSES)
 
     @register_term("mean_of_logits", needs="logits")
     def mean_of_logits(student: Any, teacher: Any, labels: Any, args: Any) -> torch.Tensor:
@@ -68,8 +68,8 @@ def own_terms() -> Iterator[None]:
         return (student - teacher).square().mean()
 
     yield
-    _TERMS.clear()
-    _TERMS.update(before)
+    _LOSSES.clear()
+    _LOSSES.update(before)
 
 
 @pytest.mark.parametrize("term", ["mean_of_logits", "class_by_class", "mean_of_states", "mean_of_embeddings"])

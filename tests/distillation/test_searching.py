@@ -61,14 +61,14 @@ def test_a_trial_learns_with_its_own_student(chosen: dict[str, int], tmp_path: P
     shape |= chosen
     found = curve(searched)
     other = trainer_of(tmp_path, objective="hidden", shape=chosen)
-    assert found == curve(other) and searched.learning.layers == other.learning.layers
+    assert found == curve(other) and searched.objective_computer.layers == other.objective_computer.layers
 
 
 def test_maps_between_widths_begin_anew_with_their_student(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, objective="hidden")
     first = curve(trainer)
     assert curve(trainer) == first
-    assert sum("SynchronizeProjections" in type(each).__name__ for each in trainer.callback_handler.callbacks) == 1
+    assert sum("ProjectionGradSyncCallback" in type(each).__name__ for each in trainer.callback_handler.callbacks) == 1
 
 
 def test_a_trial_from_a_capture_is_fed_the_tail_of_its_own_temperature(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from hf_guide import DistillationTrainer
-from hf_guide.distillation.label_shift import shifts_labels
-from hf_guide.distillation.tasks import Task, task_of
 from hf_guide.errors import TaskError
-from hf_guide.initialization.twins import TWIN_ERRORS, build_twin, tiny_twin
+from hf_guide.models.label_shift import shifts_labels
+from hf_guide.models.tiny_models import MODEL_ERRORS, build_tiny_model, tiny_config
+from hf_guide.tasks import Task, task_of
 from tests.distillation.test_trainer import arguments
 
 MAPPINGS = {
@@ -53,14 +53,14 @@ def build(kind: str, name: str, task: Task, seed: int = 0, **changes: Any) -> Pr
         torch.manual_seed(seed)
         config = AutoConfig.for_model(kind, **(SMALL[kind] | changes))
         return model_class._from_config(config).eval()
-    config = tiny_twin(AutoConfig.for_model(kind, **changes))
+    config = tiny_config(AutoConfig.for_model(kind, **changes))
     if not task.is_language_model:
         config.num_labels = LABELS
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
     if task is Task.SEQ2SEQ_LM and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = 1
-    return build_twin(model_class, config, seed)
+    return build_tiny_model(model_class, config, seed)
 
 
 def batch_for(model: PreTrainedModel, task: Task) -> dict[str, torch.Tensor]:
@@ -111,7 +111,7 @@ def check_task_loss(model: PreTrainedModel, task: Task, batch: dict[str, torch.T
     counted = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
     model.training = True  # the top alone: dropout inside stays off
     trainer.compute_loss(model, dict(batch), num_items_in_batch=counted)
-    found = trainer._train_tally.means(trainer.accelerator, ["ce", "kd"])
+    found = trainer._train_means.means(trainer.accelerator, ["ce", "kd"])
     tolerance = 1e-5 if loss.dtype is torch.float64 else 1e-4
     assert found["ce"] == pytest.approx(loss.item(), rel=tolerance), "ce in training"
     assert found["kd"] == pytest.approx(divergence.mean().item(), rel=1e-3, abs=1e-7), "kd"
@@ -158,7 +158,7 @@ def test_the_task_loss_is_the_models_own(task: Task, kind: str, name: str, tmp_p
         task = task_of(model)  # a class that serves several tasks counts for the first
         batch = batch_for(model, task)
         reference(model, batch)
-    except (*TWIN_ERRORS, OSError) as refusal:
+    except (*MODEL_ERRORS, OSError) as refusal:
         assert name not in FIRST, refusal
         pytest.skip(f"no small model, or it cannot be run on this batch: {refusal}"[:200])
     except AssertionError:
@@ -197,7 +197,7 @@ def test_a_loss_with_something_added_is_taken_whole(kind: str, name: str, tmp_pa
 def test_what_is_added_in_training_alone_is_found(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from hf_guide.distillation.heads import find_head
+    from hf_guide.models.lm_head import find_lm_head
 
     class Penalised(LlamaForCausalLM):
         def forward(self, *args: Any, **keywords: Any) -> Any:
@@ -209,7 +209,7 @@ def test_what_is_added_in_training_alone_is_found(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    assert find_head(LlamaForCausalLM(config)) is not None and find_head(Penalised(config)) is None
+    assert find_lm_head(LlamaForCausalLM(config)) is not None and find_lm_head(Penalised(config)) is None
 
 
 def test_logits_of_different_tokens_are_not_compared(tmp_path: Path) -> None:

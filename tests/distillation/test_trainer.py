@@ -11,8 +11,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_guide import DistillationArguments, DistillationTrainer
-from hf_guide.cards import load_record
 from hf_guide.errors import OptionError
+from hf_guide.hub.metadata import load_record
 from tests.distillation.small import TASKS, collate, copy_of, examples_for, llama, model_for
 
 OBJECTIVES = {
@@ -234,13 +234,19 @@ def test_maps_between_widths_are_learned_resumed_and_not_published(tmp_path: Pat
         )
 
     whole = run(tmp_path / "whole")
-    first = {name: value.clone() for name, value in whole.learning.projections.state_dict().items()}
+    first = {name: value.clone() for name, value in whole.objective_computer.projections.state_dict().items()}
     whole.train()
-    assert whole.learning.layers == {1: 2, 2: 4}
-    assert all(not torch.equal(value, first[name]) for name, value in whole.learning.projections.state_dict().items())
+    assert whole.objective_computer.layers == {1: 2, 2: 4}
+    assert all(
+        not torch.equal(value, first[name])
+        for name, value in whole.objective_computer.projections.state_dict().items()
+    )
     again = run(tmp_path / "whole")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    for one, other in ((whole.model, again.model), (whole.learning.projections, again.learning.projections)):
+    for one, other in (
+        (whole.model, again.model),
+        (whole.objective_computer.projections, again.objective_computer.projections),
+    ):
         for name, value in one.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
     whole.save_model(str(tmp_path / "saved"))
@@ -291,11 +297,11 @@ def test_a_users_own_loss_and_smoothing_are_the_task_loss(task: str, tmp_path: P
 
 
 def test_a_term_of_ones_own(tmp_path: Path) -> None:
-    from hf_guide.distillation.divergences import Dense
-    from hf_guide.distillation.objectives import _TERMS, register_term
+    from hf_guide.distillation.losses.divergences import DenseTarget
+    from hf_guide.distillation.losses.registry import _LOSSES, register_term
 
     @register_term("squared", needs="logits", help="squared difference of logits")
-    def squared(student: torch.Tensor, teacher: Dense, labels: Any, args: DistillationArguments) -> torch.Tensor:
+    def squared(student: torch.Tensor, teacher: DenseTarget, labels: Any, args: DistillationArguments) -> torch.Tensor:
         return (student - teacher.logits).square().mean(-1)
 
     try:
@@ -309,7 +315,7 @@ def test_a_term_of_ones_own(tmp_path: Path) -> None:
         trainer.train()
         assert trainer.state.log_history[0]["squared"] > 0
     finally:
-        del _TERMS["squared"]
+        del _LOSSES["squared"]
 
 
 def test_model_init_makes_a_fresh_student_each_time(tmp_path: Path) -> None:
@@ -324,7 +330,7 @@ def test_model_init_makes_a_fresh_student_each_time(tmp_path: Path) -> None:
     for _ in range(2):
         trainer.train()
         curves.append(trainer.state.log_history[0]["kd"])
-    assert curves[0] == curves[1] and trainer.learning.head.module is trainer.model.lm_head
+    assert curves[0] == curves[1] and trainer.objective_computer.head.module is trainer.model.lm_head
 
 
 MAKERS: dict[str, Callable[[], Any]] = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hf_guide import DistillationArguments, DistillationTrainer, capture_teacher
-from hf_guide.distillation.objectives import register_term
+from hf_guide.distillation.losses.registry import register_term
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError, VocabularyError
 from tests.distillation.small import collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
@@ -221,7 +221,7 @@ def test_maps_that_the_users_optimizer_does_not_have_are_asked_for(tmp_path: Pat
         trainer.train()
     assert trainer.state.global_step == 0
     trainer, optimizer = begun()
-    maps = trainer.learning.projections
+    maps = trainer.objective_computer.projections
     before = [value.clone() for value in maps.parameters()]
     optimizer.add_param_group({"params": list(maps.parameters())})
     trainer.train()

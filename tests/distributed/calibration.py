@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hf_guide import folders
-from hf_guide.calibration import checkpoint
+from hf_guide.calibration import resume as checkpoint
+from hf_guide.utils import files as folders
 from tests.calibration.test_calibrated import student_of
 from tests.tiny import KINDS
 
 given = json.loads(sys.argv[1])
 dist.init_process_group("gloo")
-publish = folders.publish
+publish = folders.sync_and_rename
 
 
 def dying(partial: Path, path: Path) -> None:
@@ -30,7 +30,7 @@ def dying(partial: Path, path: Path) -> None:
     publish(partial, path)
 
 
-folders.publish = dying
+folders.sync_and_rename = dying
 checkpoint.SECONDS_BETWEEN_SAVES = 0.0
 student = student_of(KINDS["llama"].teacher().double(), given.get("dataset"), given.get("folder"))
 vector = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from hf_guide.capture.writing import capture_teacher
+from hf_guide.signal_cache.writer import capture_teacher
 from tests.capture.capturing import TEACHERS, Pad, examples_for, recorded
 
 given = json.loads(sys.argv[1])

@@ -15,7 +15,7 @@ given = json.loads(sys.argv[1])
 folder = Path(given["folder"])
 whole = trainer(folder, max_steps=6)
 whole.train()
-named = [path.name for path in checkpoints.checkpoints(folder)]
+named = [path.name for path in checkpoints.list_checkpoints(folder)]
 files = sorted(path.name for path in (folder / "checkpoint-3").iterdir())
 dist.barrier()
 if dist.get_rank() == 0:

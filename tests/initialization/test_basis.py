@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guide.errors import ShapeError, TeacherError
-from hf_guide.initialization.basis import ROWS_AT_ONCE, explained_variance, fit_basis, second_moment
+from hf_guide.initialization.basis import CHUNK_ROWS, explained_variance, fit_basis, second_moment
 
 WIDTH = 24
 
@@ -84,7 +84,7 @@ def test_signs_are_fixed_and_the_same_rows_give_the_same_bits():
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("width", [5, 600])
 def test_chunked_is_whole(width, centered):
-    rows = decaying_rows(ROWS_AT_ONCE + 77, width)
+    rows = decaying_rows(CHUNK_ROWS + 77, width)
     weights = torch.rand(len(rows), generator=torch.Generator().manual_seed(1))
     whole = second_moment([rows], width, weights=weights, centered=centered)
     chunked = second_moment(rows.split(333), width, weights=weights, centered=centered)

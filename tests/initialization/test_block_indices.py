@@ -24,16 +24,21 @@ from transformers import (
 )
 
 from hf_guide import InitializationConfig, LayoutError, ShapeError, from_teacher, register_layout
-from hf_guide.initialization.block_choice import Requirements, best_blocks, most_influential, nearest_blocks
+from hf_guide.hub.push import remap_generation_config
+from hf_guide.initialization.block_choice import (
+    BlockRequirements,
+    most_influential_blocks,
+    nearest_blocks,
+    select_cheapest_blocks,
+)
 from hf_guide.initialization.block_indices import (
     FieldKind,
-    find_fields,
-    follow,
-    usual_depths,
+    find_block_fields,
+    remap_field,
+    standard_depths,
     value_at,
 )
-from hf_guide.initialization.planning import merge_states
-from hf_guide.saving import follow_blocks
+from hf_guide.initialization.planning import merge_state_weights
 
 SIZES = {
     "vocab_size": 96,
@@ -87,14 +92,14 @@ SHARING = {
     ],
 )
 def test_a_value_follows_its_blocks(kind: FieldKind, value: object, expected: object) -> None:
-    assert follow(value, kind, [1, 2, 5], 6) == expected
+    assert remap_field(value, kind, [1, 2, 5], 6) == expected
 
 
 def test_an_output_that_no_kept_block_has_is_refused() -> None:
     with pytest.raises(ShapeError, match="output of block 0 is used"):
-        follow([0], FieldKind.AFTER, [1, 2, 5], 6)
+        remap_field([0], FieldKind.AFTER, [1, 2, 5], 6)
     with pytest.raises(ShapeError, match="two of them would be one"):
-        follow([3, 4], FieldKind.AFTER, [1, 2, 5], 6)
+        remap_field([3, 4], FieldKind.AFTER, [1, 2, 5], 6)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -104,7 +109,7 @@ def test_the_best_admissible_choice_is_found(seed: int) -> None:
     influence = [draw.random() for _ in range(depth)]
     groups = tuple(frozenset(draw.sample(range(depth), 3)) for _ in range(2))
     needs = {draw.randrange(4, depth): frozenset(draw.sample(range(4), 2))}
-    requirements = Requirements(groups, needs)
+    requirements = BlockRequirements(groups, needs)
     kinds = [draw.randrange(2) for _ in range(depth)]
     positions = [draw.randrange(2) for _ in range(count)]
 
@@ -114,9 +119,9 @@ def test_the_best_admissible_choice_is_found(seed: int) -> None:
     choices = [
         list(choice)
         for choice in itertools.combinations(range(depth), count)
-        if not requirements.broken_by(choice) and all(allowed(i, block) for i, block in enumerate(choice))
+        if not requirements.violation(choice) and all(allowed(i, block) for i, block in enumerate(choice))
     ]
-    found = most_influential(influence, count, requirements, allowed)
+    found = most_influential_blocks(influence, count, requirements, allowed)
     near = nearest_blocks([0, 2, 4, 6], depth, requirements, allowed)
     if not choices:
         assert found is None and near is None
@@ -127,8 +132,8 @@ def test_the_best_admissible_choice_is_found(seed: int) -> None:
 
 
 def test_of_equal_choices_the_first_is_taken() -> None:
-    assert most_influential([0.5] * 6, 3) == [0, 1, 2]
-    assert best_blocks(4, 5, lambda position, block: 0, Requirements()) is None
+    assert most_influential_blocks([0.5] * 6, 3) == [0, 1, 2]
+    assert select_cheapest_blocks(4, 5, lambda position, block: 0, BlockRequirements()) is None
 
 
 def teacher_of(config: PreTrainedConfig) -> torch.nn.Module:
@@ -161,9 +166,9 @@ def test_every_field_by_block_is_the_teachers_at_the_kept_blocks(family: str, ch
         teacher_of(config), num_hidden_layers=3, method=InitializationConfig(layers=choice), show_progress=False
     )
     (blocks,) = [blocks for stack, blocks in student.initialization_report.blocks.items() if stack == "layers"]
-    fields = find_fields(config, usual_depths(config))
+    fields = find_block_fields(config, standard_depths(config))
     for each in fields:
-        expected = follow(value_at(config, each.path), each.kind, blocks, 6)
+        expected = remap_field(value_at(config, each.path), each.kind, blocks, 6)
         assert value_at(student.config, each.path) == expected, each
     assert type(config)(**student.config.to_dict()).to_dict() == student.config.to_dict()
 
@@ -367,12 +372,12 @@ def test_images_are_added_after_the_first_blocks_of_text() -> None:
 def test_a_layout_declares_what_cannot_be_found() -> None:
     config = AutoConfig.for_model("llama", **GROUPED)
     config.clipped = [1, 4]
-    found = find_fields(config, usual_depths(config), {"clipped": "numbers"})
+    found = find_block_fields(config, standard_depths(config), {"clipped": "numbers"})
     assert [(each.path, each.kind) for each in found] == [(("clipped",), FieldKind.NUMBERS)]
     with pytest.raises(LayoutError, match="must be one of"):
-        find_fields(config, usual_depths(config), {"clipped": "indices"})
+        find_block_fields(config, standard_depths(config), {"clipped": "indices"})
     with pytest.raises(LayoutError, match="name one of them"):
-        find_fields(config, usual_depths(config), {"clipped": "numbers text_config.num_hidden_layers"})
+        find_block_fields(config, standard_depths(config), {"clipped": "numbers text_config.num_hidden_layers"})
     layout = register_layout("blocks_declared", like="llama", block_fields={"clipped": "numbers"})
     assert layout.block_fields == {"clipped": "numbers"}
 
@@ -380,19 +385,19 @@ def test_a_layout_declares_what_cannot_be_found() -> None:
 def test_alignment_heads_follow_blocks_and_heads() -> None:
     blocks = {"encoder.layers": [0, 1], "decoder.layers": [1, 3]}
     generation = GenerationConfig(alignment_heads=[[1, 0], [2, 1], [3, 3], [3, 2]])
-    notes = follow_blocks(generation, blocks, {})
+    notes = remap_generation_config(generation, blocks, {})
     assert generation.alignment_heads == [[0, 0], [1, 3], [1, 2]] and "names 1 heads" in notes[0]
     generation = GenerationConfig(alignment_heads=[[1, 0], [2, 1], [3, 3], [3, 2]])
-    follow_blocks(generation, blocks, {"decoder.layers.encoder_attn": [[0, 1], [2, 3]]})
+    remap_generation_config(generation, blocks, {"decoder.layers.encoder_attn": [[0, 1], [2, 3]]})
     assert generation.alignment_heads == [[0, 0], [1, 1], [1, 0]]
     generation = GenerationConfig(alignment_heads=[[2, 1]])
-    assert "none is left" in follow_blocks(generation, blocks, {})[0] and generation.alignment_heads is None
+    assert "none is left" in remap_generation_config(generation, blocks, {})[0] and generation.alignment_heads is None
 
 
 def test_weights_of_states_that_become_one_add_up() -> None:
     weights = torch.randn(5, dtype=torch.float64)
     states = torch.randn(3, dtype=torch.float64)
     of_teacher = torch.stack([states[i] for i in (0, 0, 1, 1, 2)])  # blocks 1 and 3 are kept of four
-    merged = merge_states(weights, [1, 3])[[0, 2, 4]]
+    merged = merge_state_weights(weights, [1, 3])[[0, 2, 4]]
     expected = (weights.softmax(0) * of_teacher).sum()
     torch.testing.assert_close((merged.softmax(0) * states).sum(), expected)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.configs import derive_student_config
+from hf_guide.initialization.student_config import derive_student_config
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 8, "vocab_size": 96}
 LLAMA_LIKE = {**SIZES, "intermediate_size": 128}

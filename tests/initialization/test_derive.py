@@ -8,19 +8,19 @@ from transformers import CONFIG_MAPPING, Gemma3Config, Gemma3ForConditionalGener
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide import LayoutError, ShapeError, from_teacher
-from hf_guide.initialization.axes import axis_names, parse_axes
-from hf_guide.initialization.certify import certify, random_rotation, relative_error
-from hf_guide.initialization.derive import derive_layout, layout_for
-from hf_guide.initialization.layouts import Layout, registered_layouts
-from hf_guide.initialization.twins import build_twin, move_from_defaults, tiny_twin
+from hf_guide.initialization.equivalence import check_equivalence, random_stream_rotation, relative_logit_error
+from hf_guide.initialization.infer_layout import infer_layout, layout_for
+from hf_guide.layouts.grammar import axis_names, parse_axes
+from hf_guide.layouts.registry import Layout, registered_layouts
+from hf_guide.models.tiny_models import build_tiny_model, randomize_parameters, tiny_config
 from tests.invariants.lifting import lift, shake
 
 
 def twin_of(family: str, seed: int = 0, **sizes: int) -> PreTrainedModel:
     config = CONFIG_MAPPING[family]()
     tied = {"tie_word_embeddings": False} if hasattr(config, "tie_word_embeddings") else {}
-    model = build_twin(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tiny_twin(config, **tied, **sizes), seed)
-    move_from_defaults(model, seed)
+    model = build_tiny_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tiny_config(config, **tied, **sizes), seed)
+    randomize_parameters(model, seed)
     return model
 
 
@@ -43,11 +43,13 @@ def test_derived_layout_passes_the_law_of_lift(family: str) -> None:
     assert layout.exactness.startswith("derived: exact")
     shake(small, layout, seed=2, stream_gains="constant")
     lift(small, big, layout, seed=3)
-    assert relative_error(big, small) <= 1e-5, "the lifted teacher is not the small model: the derived layout is wrong"
+    assert relative_logit_error(big, small) <= 1e-5, (
+        "the lifted teacher is not the small model: the derived layout is wrong"
+    )
     student = from_teacher(big, small.config, show_progress=False)
     student.set_attn_implementation("eager")
     student.set_experts_implementation("eager")
-    assert relative_error(exactly_normed(student), small) <= 1e-5
+    assert relative_logit_error(exactly_normed(student), small) <= 1e-5
 
 
 def test_heads_are_kept_where_the_family_cannot_run_with_fewer() -> None:
@@ -60,18 +62,18 @@ def test_heads_are_kept_where_the_family_cannot_run_with_fewer() -> None:
 def test_what_grows_with_the_width_unseen_is_refused() -> None:
     config = CONFIG_MAPPING["recurrent_gemma"]()
     with pytest.raises(LayoutError, match="embeddings with is not known to be independent of its width"):
-        derive_layout(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+        infer_layout(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
 def test_unknown_family_keeps_its_width_and_may_lose_blocks() -> None:
     teacher = twin_of("recurrent_gemma")
     same = from_teacher(teacher, show_progress=False)
     same.set_attn_implementation("eager")
-    assert relative_error(same, teacher) <= 1e-9
+    assert relative_logit_error(same, teacher) <= 1e-9
     attention = next(
         number for number, layer in enumerate(teacher.model.layers) if hasattr(layer.temporal_block, "q_proj")
     )
-    fewer = tiny_twin(teacher.config)
+    fewer = tiny_config(teacher.config)
     fewer.num_hidden_layers = 3
     student = from_teacher(teacher, fewer, method={"layers": [0, 1, attention]}, show_progress=False)
     for ours, theirs in ((0, 0), (1, 1), (2, attention)):
@@ -80,7 +82,7 @@ def test_unknown_family_keeps_its_width_and_may_lose_blocks() -> None:
         ):
             assert torch.equal(mine, its)
     with pytest.raises(ShapeError, match="must be the teacher's 64, found 48.*independent of its width"):
-        from_teacher(teacher, tiny_twin(teacher.config, hidden_size=48), show_progress=False)
+        from_teacher(teacher, tiny_config(teacher.config, hidden_size=48), show_progress=False)
 
 
 def wrong_layouts() -> dict[str, Layout]:
@@ -107,12 +109,12 @@ def wrong_layouts() -> dict[str, Layout]:
 @pytest.mark.parametrize("fault", list(wrong_layouts()))
 def test_certify_refuses_a_wrong_layout(fault: str) -> None:
     twin = twin_of("llama")
-    assert certify(registered_layouts()["llama"], twin).passed
-    assert not certify(wrong_layouts()[fault], twin).passed
+    assert check_equivalence(registered_layouts()["llama"], twin).passed
+    assert not check_equivalence(wrong_layouts()[fault], twin).passed
 
 
 def test_rotation_keeps_the_mean_where_asked() -> None:
-    rotation = random_rotation(12, keep_mean=True)
+    rotation = random_stream_rotation(12, keep_mean=True)
     ones = torch.ones(12, dtype=torch.float64)
     assert torch.allclose(rotation.T @ rotation, torch.eye(12, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(ones @ rotation, ones, atol=1e-12)

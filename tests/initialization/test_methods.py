@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_guide import from_teacher
-from hf_guide.initialization.layouts import registered_layouts
+from hf_guide.layouts.registry import registered_layouts
 from tests.invariants.case import build, logits_of
 from tests.invariants.cases import CASES
 from tests.invariants.lifting import shake

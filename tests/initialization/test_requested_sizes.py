@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from hf_guide import HfGuideError, OptionError, ShapeError, from_teacher
-from hf_guide.cli import main
+from hf_guide.cli.main import main
 from tests.tiny import KINDS, SIZES
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -155,7 +155,7 @@ def sizes_of_config(config: Any) -> list[tuple[str, str, Any]]:
 @pytest.mark.parametrize("value", ["x", -32, 0, True, 1.5, 10**9], ids=str)
 def test_what_is_no_size_is_refused_at_once(family: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = TEACHERS[family]()
-    monkeypatch.setattr("hf_guide.students.build_student", None)  # nothing may be built
+    monkeypatch.setattr("hf_guide.modeling.build_student", None)  # nothing may be built
     for part, name, had in sizes_of_config(teacher.config):
         wrong = [*had[:-1], value] if isinstance(had, list) else value
         with pytest.raises((ShapeError, OptionError), match=name):

@@ -11,9 +11,9 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hf_guide import from_teacher
-from hf_guide.initialization.layouts import registered_layouts
-from hf_guide.initialization.trial_forward import check_runs
-from hf_guide.initialization.twins import TWIN_ERRORS, tiny_twin
+from hf_guide.initialization.trial_forward import check_forward
+from hf_guide.layouts.registry import registered_layouts
+from hf_guide.models.tiny_models import MODEL_ERRORS, tiny_config
 
 MAPPINGS = {
     "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -72,7 +72,7 @@ def teacher_of(name: str, task: str, model_type: str, **changes: Any) -> PreTrai
             model_class = mapping[config_class]
             if isinstance(model_class, tuple):
                 model_class = next(each for each in model_class if each.__name__ == name)
-            config = tiny_twin(config_class()) if small else config_class()
+            config = tiny_config(config_class()) if small else config_class()
             for key, value in changes.items():
                 setattr(config, key, value)
             with torch.device("meta"):
@@ -82,7 +82,7 @@ def teacher_of(name: str, task: str, model_type: str, **changes: Any) -> PreTrai
                 continue
             torch.manual_seed(0)
             return model_class._from_config(config, dtype=torch.float32).eval()
-        except TWIN_ERRORS as error:
+        except MODEL_ERRORS as error:
             reason = f"{type(error).__name__}: {error}"
     pytest.skip(f"{name} has no small model here: {reason[:200]}")
 
@@ -98,7 +98,7 @@ def test_with_nothing_changed_a_student_is_its_teacher(name: str, task: str, mod
     assert [key for key, value in teacher.named_buffers() if not torch.equal(value, buffers[key])] == []
     assert student.initialization_report.randomly_initialized == []
     assert student.config.to_dict() == {**teacher.config.to_dict(), "_name_or_path": student.config._name_or_path}
-    assert all("not tried" in note for note in check_runs(student, teacher.config, filled=True))
+    assert all("not tried" in note for note in check_forward(student, teacher.config, filled=True))
 
 
 def language_models() -> list[Any]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_guide import LayoutError, OptionError, ShapeError, from_teacher
-from hf_guide.initialization.hierarchy import choose_by_kind
+from hf_guide.layouts.hierarchy import match_by_signature
 
 FOUR = {"hidden_sizes": [8, 16, 16, 24]}
 HEADS = {"num_attention_heads": [1, 2, 2, 4]}
@@ -202,8 +202,8 @@ def test_stages_that_cannot_be_are_refused_with_the_reason() -> None:
 
 
 def test_blocks_are_chosen_by_kind_in_their_order_and_near_where_they_were_meant() -> None:
-    assert choose_by_kind("ABABAB", "AB", [0, 5]) == [0, 5]
-    assert choose_by_kind("ABABAB", "ABA", [0, 1, 5]) == [0, 1, 4]
-    assert choose_by_kind("ABABAB", "AA", [0, 5]) == [0, 4]
-    assert choose_by_kind("ABB", "BA", [0, 1]) is None
-    assert choose_by_kind("AAAA", "AAAA", [0, 1, 2, 3]) == [0, 1, 2, 3]
+    assert match_by_signature("ABABAB", "AB", [0, 5]) == [0, 5]
+    assert match_by_signature("ABABAB", "ABA", [0, 1, 5]) == [0, 1, 4]
+    assert match_by_signature("ABABAB", "AA", [0, 5]) == [0, 4]
+    assert match_by_signature("ABB", "BA", [0, 1]) is None
+    assert match_by_signature("AAAA", "AAAA", [0, 1, 2, 3]) == [0, 1, 2, 3]

@@ -11,8 +11,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from hf_guide import ShapeError, from_teacher
-from hf_guide.initialization.trial_forward import check_runs
-from hf_guide.initialization.trial_inputs import trial_inputs
+from hf_guide.initialization.trial_forward import check_forward
+from hf_guide.models.tiny_inputs import tiny_inputs
 from tests.initialization.test_requested_sizes import deepseek, swin
 from tests.tiny import KINDS, everything
 
@@ -89,20 +89,20 @@ def test_a_model_of_every_modality_runs_and_nothing_of_it_changes(name: str) -> 
     next(iter(model.children())).eval()  # as where a part is frozen
     tensors = {key: value.clone() for key, value in everything(model).items()}
     before = state_of(model)
-    assert trial_inputs(model) and check_runs(model, model.config, filled=True) == []
+    assert tiny_inputs(model) and check_forward(model, model.config, filled=True) == []
     assert state_of(model) == before
     assert all(torch.equal(value, tensors[key]) for key, value in everything(model).items())
-    assert check_runs(model, model.config, filled=False) == []  # with nothing but zeros
+    assert check_forward(model, model.config, filled=False) == []  # with nothing but zeros
 
 
 def test_a_large_model_that_changes_its_own_weights_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "hf_guide.initialization.trial_forward.COPIED", 0
+        "hf_guide.initialization.trial_forward.MAX_COPIED_BYTES", 0
     )  # every model is large, and shares its weights
     for name in ("weights that a forward rescales", "llama", "t5", "vit"):
         model = model_of(name)
         tensors = {key: value.clone() for key, value in everything(model).items()}
-        notes = check_runs(model, model.config, filled=True)
+        notes = check_forward(model, model.config, filled=True)
         assert all(torch.equal(value, tensors[key]) for key, value in everything(model).items())
         assert notes == [] or (name.startswith("weights") and "changes its own parameters" in notes[0])
 

@@ -5,8 +5,8 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, OPTConfig, StableLmConfig, StableLmForCausalLM
 
 from hf_guide.errors import ShapeError
-from hf_guide.initialization.layouts import registered_layouts, variant_for
-from hf_guide.students import from_teacher
+from hf_guide.layouts.registry import registered_layouts, variant_for
+from hf_guide.modeling import from_teacher
 
 STABLELM = {
     "vocab_size": 60,

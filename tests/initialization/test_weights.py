@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.initialization.checkpoints import CheckpointWeights
-from hf_guide.initialization.weights import LoadedWeights, Teacher, open_teacher, tokenizer_length
+from hf_guide.teachers.checkpoint import InMemoryTensors, TeacherCheckpoint, open_teacher, tokenizer_length
+from hf_guide.teachers.shards import SafetensorsTensors
 
 SIZES = {
     "hidden_size": 32,
@@ -68,7 +68,7 @@ MODELS = {
 }
 
 
-def assert_holds(teacher: Teacher, model: PreTrainedModel) -> None:
+def assert_holds(teacher: TeacherCheckpoint, model: PreTrainedModel) -> None:
     """Every tensor of the model is there, bit for bit, under its own name or the one it is tied to."""
     expected = model.state_dict()
     assert set(teacher.weights.keys()) | teacher.tied.keys() == set(expected)
@@ -89,7 +89,7 @@ def test_a_saved_model_is_read_bit_for_bit(name: str, shard: str, tmp_path: Path
     teacher = open_teacher(tmp_path)
     assert_holds(teacher, model)
     converted_on_load = name == "mixtral"  # its experts are stored one by one
-    assert isinstance(teacher.weights, LoadedWeights if converted_on_load else CheckpointWeights)
+    assert isinstance(teacher.weights, InMemoryTensors if converted_on_load else SafetensorsTensors)
     assert teacher.model_class is type(model) and teacher.base_model_prefix == model.base_model_prefix
     assert teacher.name == str(tmp_path) and teacher.revision is None
     assert teacher.dtype == model.dtype
@@ -140,7 +140,7 @@ def test_a_base_models_prefix_is_added_and_stripped(tmp_path: Path) -> None:
     tensors = {f"model.{name}": tensor for name, tensor in load_file(with_prefix / "model.safetensors").items()}
     save_file({**tensors, "lm_head.weight": torch.ones(64, 32)}, with_prefix / "model.safetensors")
     for folder in (with_prefix, without):
-        assert isinstance(open_teacher(folder).weights, CheckpointWeights)
+        assert isinstance(open_teacher(folder).weights, SafetensorsTensors)
         assert_holds(open_teacher(folder), body)
     edit_config(without, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
     assert "model.norm.weight" in open_teacher(without).weights.keys()
@@ -156,7 +156,7 @@ def test_old_names_are_renamed_without_loading(tmp_path: Path) -> None:
     }
     assert any("gamma" in name for name in old)
     save_file(old, file, metadata={"format": "pt"})
-    assert isinstance(open_teacher(tmp_path).weights, CheckpointWeights)
+    assert isinstance(open_teacher(tmp_path).weights, SafetensorsTensors)
     assert_holds(open_teacher(tmp_path), model)
 
 
@@ -189,7 +189,7 @@ def test_reading_never_holds_more_than_a_few_tensors(tmp_path: Path) -> None:
     gc.collect()
     script = f"""
         import os
-        from hf_guide.initialization.weights import open_teacher
+        from hf_guide.teachers.checkpoint import open_teacher
 
         def resident():
             pages = int(open("/proc/self/statm").read().split()[1])
@@ -244,7 +244,7 @@ def test_a_torch_checkpoint_is_loaded_and_a_broken_one_named(tmp_path: Path) -> 
     file = tmp_path / "pytorch_model.bin"
     torch.save(model.state_dict(), file)
     teacher = open_teacher(tmp_path)
-    assert isinstance(teacher.weights, LoadedWeights)
+    assert isinstance(teacher.weights, InMemoryTensors)
     assert_holds(teacher, model)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(TeacherError, match=str(tmp_path)):
@@ -338,7 +338,7 @@ def test_remote_code_runs_only_with_permission(model_type: str, tmp_path: Path) 
     teacher = open_teacher(folder, trust_remote_code=True)
     assert witness.exists()
     assert teacher.model_class.__name__ == "ElsewhereForCausalLM"
-    assert isinstance(teacher.weights, CheckpointWeights)
+    assert isinstance(teacher.weights, SafetensorsTensors)
     assert_holds(teacher, model)
 
 
@@ -362,7 +362,7 @@ def test_a_quantised_teacher_is_dequantised(tmp_path: Path, monkeypatch: pytest.
     save_file(stored, file, metadata={"format": "pt"})
     edit_config(tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [64, 64]})
     teacher = open_teacher(tmp_path)
-    assert isinstance(teacher.weights, LoadedWeights)
+    assert isinstance(teacher.weights, InMemoryTensors)
     assert not hasattr(teacher.config, "quantization_config")
     for name, tensor in expected.items():
         assert torch.allclose(teacher.weights.get(name).float(), tensor, rtol=1e-2, atol=1e-6), name

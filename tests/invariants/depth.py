@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.initialization.twins import build_twin, move_from_defaults, tiny_twin
+from hf_guide.models.tiny_models import build_tiny_model, randomize_parameters, tiny_config
 
 DEPTH_NAMES = (
     "num_hidden_layers",
@@ -39,8 +39,8 @@ VOCABULARY = 90
 def teacher_for(model_class: type[PreTrainedModel], config: PreTrainedConfig, depth: int = 5) -> PreTrainedModel:
     """Return a tiny float64 model with `depth` blocks in each stack, its parameters away from their defaults."""
     sizes = dict.fromkeys(DEPTH_NAMES, depth)
-    model = build_twin(model_class, tiny_twin(config, **sizes))
-    move_from_defaults(model, seed=1)
+    model = build_tiny_model(model_class, tiny_config(config, **sizes))
+    randomize_parameters(model, seed=1)
     return model
 
 

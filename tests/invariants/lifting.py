@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.axes import Axis, Name, Product, axis_names, solve_sizes
-from hf_guide.initialization.layouts import Layout, Match, Row, config_sizes
+from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct, axis_names, solve_sizes
+from hf_guide.layouts.registry import Layout, LayoutMatch, LayoutRow, config_sizes
 
 
 def shake(
@@ -25,7 +25,7 @@ def shake(
     generator = torch.Generator().manual_seed(seed)
     present = [match.row for match in (layout.find(short(name, model)) for name in model.state_dict()) if match]
     folded = norms_read(present, layout) | {row.scaled_by for row in present if row.scaled_by}
-    tied, stream = tied_norms(model, layout), [Name(name) for name in layout.projected()]
+    tied, stream = tied_norms(model, layout), [AxisName(name) for name in layout.projected()]
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -39,7 +39,7 @@ def shake(
                 noise = noise * length
             if match is not None and match.row.kind == "norm" and not name.endswith("bias"):
                 free = match.row.pattern in folded and match.row.pattern not in tied or stream_gains == "random"
-                if match.axes[-1] not in (Name("embed"), *map(Name, layout.projected())):
+                if match.axes[-1] not in (AxisName("embed"), *map(AxisName, layout.projected())):
                     free = True
                 gain = 1.0 + 0.3 * noise.clamp(-2, 2) if free else torch.full(tensor.shape, 0.8, dtype=torch.float64)
                 tensor.copy_(gain - layout.norm_offset)
@@ -49,7 +49,7 @@ def shake(
                 tensor.copy_(noise * (0.3 if match.is_bias or tensor.ndim < 2 else 1.0 / math.sqrt(tensor.shape[-1])))
 
 
-def norms_read(rows: Iterable[Row], layout: Layout) -> set[str]:
+def norms_read(rows: Iterable[LayoutRow], layout: Layout) -> set[str]:
     """The norms that some of `rows` read along the residual stream."""
     stream = set(layout.projected())
     along = [row for row in rows if row.reads and set(axis_names(row.axes[row.input_axis])) <= stream]
@@ -88,7 +88,7 @@ def outer(big: int, small: int) -> list[int]:
 
 def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[int]:
     """Where each of the small model's places of `axis` stands in the big model's."""
-    if isinstance(axis, Name):
+    if isinstance(axis, AxisName):
         if axis.name.isdigit():
             return list(range(int(axis.name)))
         if axis.name in ("positions", "token_types") or big[axis.name] == small[axis.name]:
@@ -96,7 +96,7 @@ def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[in
         if axis.name in ("heads", "kv_heads", "group") and big.get("alibi"):
             return [(i + 1) * (big[axis.name] // small[axis.name]) - 1 for i in range(small[axis.name])]
         return spread(big[axis.name], small[axis.name])
-    if isinstance(axis, Product):
+    if isinstance(axis, AxisProduct):
         found = [0]
         for factor in axis.factors:
             inner, length = positions(factor, big, small), total(factor, big)
@@ -110,10 +110,10 @@ def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[in
 
 
 def total(axis: Axis, sizes: dict[str, int]) -> int:
-    if isinstance(axis, Name):
+    if isinstance(axis, AxisName):
         return int(axis.name) if axis.name.isdigit() else sizes[axis.name]
-    lengths = [total(part, sizes) for part in (axis.factors if isinstance(axis, Product) else axis.terms)]
-    return math.prod(lengths) if isinstance(axis, Product) else sum(lengths)
+    lengths = [total(part, sizes) for part in (axis.factors if isinstance(axis, AxisProduct) else axis.terms)]
+    return math.prod(lengths) if isinstance(axis, AxisProduct) else sum(lengths)
 
 
 def orthonormal(big: int, small: int, seed: int, *, keep_mean: bool) -> Tensor:
@@ -140,7 +140,7 @@ class Lifter:
         self.source = {short(name, small): tensor for name, tensor in small.state_dict().items()}
         self.targets = {short(name, big): tensor for name, tensor in big.state_dict(keep_vars=True).items()}
         self.generator = torch.Generator().manual_seed(seed + 1)
-        self.projected = [Name(name) for name in layout.projected()]
+        self.projected = [AxisName(name) for name in layout.projected()]
         present = [match.row for match in map(layout.find, self.targets) if match]
         self.read = norms_read(present, layout) - tied_norms(big, layout)
         bare = [
@@ -182,7 +182,7 @@ class Lifter:
             else:
                 target.copy_(self._lifted(match, name, twin))
 
-    def _twin(self, match: Match, name: str) -> tuple[str, bool]:
+    def _twin(self, match: LayoutMatch, name: str) -> tuple[str, bool]:
         """The small model's parameter of the same meaning, or that the block is an added one."""
         twin = match.row.pattern + match.suffix
         for placeholder, number in match.numbers.items():
@@ -192,16 +192,18 @@ class Lifter:
             twin = twin.replace("{" + placeholder + "}", str(kept.index(int(number))))
         return twin, False
 
-    def _kept(self, match: Match, placeholder: str) -> list[int]:
+    def _kept(self, match: LayoutMatch, placeholder: str) -> list[int]:
         """Where the small model's numbered modules stand among the big one's."""
         if placeholder == "block":
             return outer(*self.counts[match.row.pattern.partition("{block}")[0]])
-        axis = Product((Name("kv_heads"), Name("group"))) if placeholder == "heads" else Name(placeholder)
+        axis = (
+            AxisProduct((AxisName("kv_heads"), AxisName("group"))) if placeholder == "heads" else AxisName(placeholder)
+        )
         big, small = config_sizes(self.layout, self.big.config), config_sizes(self.layout, self.small.config)
-        unsized = isinstance(axis, Name) and axis.name not in big
+        unsized = isinstance(axis, AxisName) and axis.name not in big
         return list(range(int(match.numbers[placeholder]) + 1)) if unsized else positions(axis, big, small)
 
-    def _fill_added(self, match: Match, name: str, target: Tensor) -> None:
+    def _fill_added(self, match: LayoutMatch, name: str, target: Tensor) -> None:
         """A block that writes nothing onto the stream, whatever it reads."""
         if match.row.kind == "norm":
             target.fill_(0.0 if name.endswith("bias") else 1.0 - self.layout.norm_offset)
@@ -210,7 +212,7 @@ class Lifter:
         else:
             target.copy_(0.1 * torch.randn(target.shape, generator=self.generator, dtype=torch.float64))
 
-    def _basis(self, axis: Name, wide: int, narrow: int) -> Tensor:
+    def _basis(self, axis: AxisName, wide: int, narrow: int) -> Tensor:
         if axis.name not in self.bases:
             self.bases[axis.name] = orthonormal(
                 wide, narrow, self.seed + 7 + len(self.bases), keep_mean=self.layout.norm == "layer"
@@ -221,7 +223,7 @@ class Lifter:
 
     def _copies(self, axis: Axis) -> int:
         """How often a projected axis stands side by side in `axis`; 0 where it is no projected axis."""
-        if isinstance(axis, Product) and len(axis.factors) == 2 and axis.factors[1] in self.projected:
+        if isinstance(axis, AxisProduct) and len(axis.factors) == 2 and axis.factors[1] in self.projected:
             return int(axis.factors[0].name)
         return int(axis in self.projected)
 
@@ -246,7 +248,7 @@ class Lifter:
             self.gains[name] = 1.0 + 0.5 * torch.rand(found.shape, generator=self.generator, dtype=torch.float64)
         return self.gains[name]
 
-    def _named(self, pattern: str, match: Match, *, of_small: bool) -> str:
+    def _named(self, pattern: str, match: LayoutMatch, *, of_small: bool) -> str:
         for placeholder, number in match.numbers.items():
             stack, marker, _ = pattern.partition("{" + placeholder + "}")
             if of_small and marker and stack in self.counts:
@@ -255,7 +257,7 @@ class Lifter:
             pattern = pattern.replace("{" + placeholder + "}", number)
         return pattern
 
-    def _lifted(self, match: Match, name: str, twin: str) -> Tensor:
+    def _lifted(self, match: LayoutMatch, name: str, twin: str) -> Tensor:
         target, value = self.targets[name], self.source[twin].double()
         row = match.row
         if row.kind == "norm":
@@ -277,7 +279,7 @@ class Lifter:
             )
         return self._widened(match, value, target, terms[0])
 
-    def _placed(self, match: Match, value: Tensor, target: Tensor, dims: Iterable[int]) -> Tensor:
+    def _placed(self, match: LayoutMatch, value: Tensor, target: Tensor, dims: Iterable[int]) -> Tensor:
         """`value` among zeros, at the places along `dims` where the method looks for it."""
         big, small = self._sizes(self.big, match, target), self._sizes(self.small, match, value)
         for dim in dims:
@@ -285,7 +287,7 @@ class Lifter:
             value = wide.index_copy(dim, torch.tensor(positions(match.axes[dim], big, small)), value)
         return value
 
-    def _widened(self, match: Match, value: Tensor, target: Tensor, norm: str | None) -> Tensor:
+    def _widened(self, match: LayoutMatch, value: Tensor, target: Tensor, norm: str | None) -> Tensor:
         row = match.row
         for dim, axis in enumerate(match.axes):
             copies = self._copies(axis)
@@ -309,19 +311,21 @@ class Lifter:
                     self._own_gain(self._named(row.scaled_by, match, of_small=False)),
                 )
                 matrix = matrix if small is None else matrix * small[None, :] / big[:, None]
-            written = row.kind == "table" or match.is_bias or Name("positions") in match.axes or dim != row.input_axis
+            written = (
+                row.kind == "table" or match.is_bias or AxisName("positions") in match.axes or dim != row.input_axis
+            )
             if axis.name in self.bare and written:
                 matrix = matrix * math.sqrt(narrow / wide)
             value = (value.movedim(dim, -1).unflatten(-1, (copies, narrow)) @ matrix.T).flatten(-2).movedim(-1, dim)
-        if row.kind == "table" and Name("vocab") in match.axes:
+        if row.kind == "table" and AxisName("vocab") in match.axes:
             value = value * self._ratio(self.layout.embedding_scale)
         elif row.pattern in self.layout.scales:
             value = value * self._ratio(self.layout.scales[row.pattern])
-        elif Name("vocab") in match.axes and row.reads and not match.is_bias:
+        elif AxisName("vocab") in match.axes and row.reads and not match.is_bias:
             value = value * self._ratio(self.layout.tied_head_scale)
         return value
 
-    def _lifted_norm(self, match: Match, name: str, twin: str) -> Tensor:
+    def _lifted_norm(self, match: LayoutMatch, name: str, twin: str) -> Tensor:
         target, value = self.targets[name], self.source[twin].double()
         axis, pattern, offset = match.axes[-1], match.row.pattern, self.layout.norm_offset
         if len(match.axes) > 1:
@@ -347,7 +351,7 @@ class Lifter:
         gain = scale * (value + offset).mean() * math.sqrt(narrow / wide)
         return torch.full(target.shape, gain.item() - offset, dtype=torch.float64)
 
-    def _sizes(self, model: PreTrainedModel, match: Match, tensor: Tensor) -> dict[str, int]:
+    def _sizes(self, model: PreTrainedModel, match: LayoutMatch, tensor: Tensor) -> dict[str, int]:
         stated = solve_sizes(match.axes, tensor.shape, config_sizes(self.layout, model.config), match.row.pattern)
         if self.layout.alibi is not None and self.layout.alibi(model.config):
             stated["alibi"] = 1

@@ -25,9 +25,9 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from hf_guide import HfGuideError, LayoutError, ShapeError, from_teacher
-from hf_guide.initialization.certify import certify
-from hf_guide.initialization.derive import layout_for
-from hf_guide.initialization.twins import TWIN_ERRORS, move_from_defaults
+from hf_guide.initialization.equivalence import check_equivalence
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.models.tiny_models import MODEL_ERRORS, randomize_parameters
 from tests.invariants.depth import (
     bypassed,
     cut,
@@ -184,7 +184,7 @@ def test_adapters_of_a_shared_block_follow_the_places_it_is_used_at(kept: list[i
         use_shared_attention_adapter=True,
     )
     teacher = Zamba2ForCausalLM(config).to(torch.float64).eval()
-    move_from_defaults(teacher, seed=1)
+    randomize_parameters(teacher, seed=1)
     student = from_teacher(teacher, num_hidden_layers=3, method={"layers": kept}, show_progress=False)
     batch = inputs_for(teacher)
     with bypassed(teacher, {"layers": kept}):
@@ -231,9 +231,9 @@ def test_a_narrower_student_too_has_the_constants_of_its_blocks(method: str) -> 
 def test_certify_refuses_depth_but_not_width_where_blocks_depend_on_their_index() -> None:
     teacher = teacher_for(MiniCPM3ForCausalLM, MiniCPM3Config(tie_word_embeddings=False), depth=4)
     layout = layout_for(teacher.config, type(teacher))
-    verdict = certify(layout, teacher)
+    verdict = check_equivalence(layout, teacher)
     assert verdict.passed and verdict.depth == ""
-    verdict = certify(dataclasses.replace(layout, block_scale={}), teacher)
+    verdict = check_equivalence(dataclasses.replace(layout, block_scale={}), teacher)
     assert verdict.passed and "depend on their index" in verdict.depth
 
 
@@ -273,7 +273,7 @@ def deep(config_class: type) -> Any:
         return config_class()
     try:
         return config_class(num_hidden_layers=8)
-    except TWIN_ERRORS:
+    except MODEL_ERRORS:
         return config_class()
 
 
@@ -284,7 +284,7 @@ def test_nothing_is_silent_about_depth(config_class: type, model_class: type[Pre
         teacher = teacher_for(model_class, deep(config_class))
         outputs_of(teacher, inputs_for(teacher))
         whole = from_teacher(teacher, show_progress=False)
-    except (*TWIN_ERRORS, LayoutError) as error:
+    except (*MODEL_ERRORS, LayoutError) as error:
         pytest.skip(f"no tiny teacher of it runs: {type(error).__name__}: {error}")
     if not depths(teacher.config):
         pytest.skip("its config has no depth")

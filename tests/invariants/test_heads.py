@@ -10,9 +10,9 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from hf_guide.initialization.layouts import registered_layouts, variant_for
-from hf_guide.initialization.planning import resolve_alike
-from hf_guide.students import from_teacher
+from hf_guide.initialization.planning import merge_tied_axes
+from hf_guide.layouts.registry import registered_layouts, variant_for
+from hf_guide.modeling import from_teacher
 from tests.invariants.case import Case, build, config_of, logits_of
 from tests.invariants.cases import decoders, gpt_decoders, layer_norm_decoders, mixtures
 from tests.invariants.lifting import lift, shake, short
@@ -49,7 +49,7 @@ WITH_HEADS = [found for case in CASES for task in HEADS if (found := with_head(c
 def test_a_head_says_what_it_said_before_the_lift(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)
     layout = variant_for(registered_layouts()[small.config.model_type], small.config)
-    layout = resolve_alike(layout, [short(name, small) for name in small.state_dict()])
+    layout = merge_tied_axes(layout, [short(name, small) for name in small.state_dict()])
     shake(small, layout, seed=2, stream_gains="constant", length=case.length)
     lift(small, big, layout, seed=3)
     assert case.lift is not None

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.layouts import Layout, registered_layouts, variant_for
-from hf_guide.initialization.methods import initialize
-from hf_guide.initialization.options import InitializationConfig
-from hf_guide.initialization.planning import resolve_alike
-from hf_guide.initialization.weights import open_teacher
-from hf_guide.students import build_student, from_teacher
+from hf_guide.initialization.apply import initialize
+from hf_guide.initialization.config import InitializationConfig
+from hf_guide.initialization.planning import merge_tied_axes
+from hf_guide.layouts.registry import Layout, registered_layouts, variant_for
+from hf_guide.modeling import build_student, from_teacher
+from hf_guide.teachers.checkpoint import open_teacher
 from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
 from tests.invariants.lifting import lift, orthonormal, shake, short
@@ -23,7 +23,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def layout_of(model: PreTrainedModel) -> Layout:
     layout = variant_for(registered_layouts()[model.config.model_type], model.config)
-    return resolve_alike(layout, [short(name, model) for name in model.state_dict()])
+    return merge_tied_axes(layout, [short(name, model) for name in model.state_dict()])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -14,10 +14,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.axes import Axis, Name, Product
-from hf_guide.initialization.layouts import config_sizes, registered_layouts, variant_for
-from hf_guide.initialization.planning import resolve_alike
-from hf_guide.students import from_teacher
+from hf_guide.initialization.planning import merge_tied_axes
+from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct
+from hf_guide.layouts.registry import config_sizes, registered_layouts, variant_for
+from hf_guide.modeling import from_teacher
 from tests.invariants.case import TOKENS, tokens
 from tests.invariants.lifting import orthonormal, shake, short
 
@@ -141,21 +141,22 @@ def attention_of(model: PreTrainedModel) -> Tensor:
 def restrict(teacher: PreTrainedModel, rope: Rope) -> None:
     """Let `teacher` compare queries and keys in the kept places alone, times 2: its other queries are made zero."""
     layout = variant_for(registered_layouts()[teacher.config.model_type], teacher.config)
-    layout = resolve_alike(layout, [short(name, teacher) for name in teacher.state_dict()])
+    layout = merge_tied_axes(layout, [short(name, teacher) for name in teacher.state_dict()])
     mask = torch.zeros(16, dtype=torch.float64)
     mask[kept_places(rope)] = 2.0
 
     def multipliers(axis: Axis, sizes: dict[str, int]) -> Tensor:
-        if isinstance(axis, Name):
+        if isinstance(axis, AxisName):
             return (
                 mask
                 if axis.name == "q_dim"
                 else torch.ones(int(axis.name) if axis.name.isdigit() else sizes[axis.name])
             )
         parts = [
-            multipliers(part, sizes).double() for part in (axis.factors if isinstance(axis, Product) else axis.terms)
+            multipliers(part, sizes).double()
+            for part in (axis.factors if isinstance(axis, AxisProduct) else axis.terms)
         ]
-        if not isinstance(axis, Product):
+        if not isinstance(axis, AxisProduct):
             return torch.cat(parts)
         found = parts[0]
         for part in parts[1:]:

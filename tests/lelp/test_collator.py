@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_guide import Capture, DistillationTrainer, SubclassProjector, capture_teacher
-from hf_guide.distillation.embeddings import find_classifier, heard_embeddings
-from hf_guide.distillation.subclasses import TARGETS, subclass_labels
-from hf_guide.distillation.tasks import task_of
+from hf_guide.distillation.subclass_logits import TARGETS_KEY, subclass_names
 from hf_guide.errors import CaptureError, OptionError, SubclassError, TaskError, VocabularyError
 from hf_guide.lelp.collator import SubclassLabelCollator
 from hf_guide.lelp.targets import capture_targets
+from hf_guide.models.penultimate import capture_head_inputs, find_classifier
+from hf_guide.tasks import task_of
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments, step_of
 from tests.lelp.test_objective import student_of, with_targets
@@ -37,13 +37,13 @@ def teacher_of(task: str, seed: int = 2) -> PreTrainedModel:
 def heard(teacher: PreTrainedModel, examples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """Return embeddings and logits, one example after the other."""
     inputs = [{name: value for name, value in collate([each]).items() if name != "labels"} for each in examples]
-    with torch.no_grad(), heard_embeddings(find_classifier(teacher, task_of(teacher))) as fed:
+    with torch.no_grad(), capture_head_inputs(find_classifier(teacher, task_of(teacher))) as fed:
         logits = [teacher(**each).logits for each in inputs]
     return torch.cat(fed), torch.cat(logits)
 
 
 def projector_of(teacher: PreTrainedModel, examples: list[dict[str, Any]], **options: Any) -> SubclassProjector:
-    from hf_guide.fingerprints import weights_fingerprint
+    from hf_guide.utils.fingerprint import weights_fingerprint
 
     embeddings, logits = heard(teacher, examples)
     labels = torch.arange(len(examples)) % CLASSES
@@ -81,8 +81,8 @@ def test_teacher_capture_and_targets_say_the_same(task: str, tmp_path: Path) -> 
     ):
         batch = SubclassLabelCollator(projector, collate, **source)(chosen)
         assert batch["labels"].tolist() == [each["labels"] for each in chosen]
-        torch.testing.assert_close(batch[TARGETS], expected, rtol=1e-4, atol=1e-6)
-        assert not batch[TARGETS].is_inference()
+        torch.testing.assert_close(batch[TARGETS_KEY], expected, rtol=1e-4, atol=1e-6)
+        assert not batch[TARGETS_KEY].is_inference()
     assert len(converted) == len(run) == COUNT
     # S * C numbers an example, beside its key: nothing of the embedding is kept.
     assert converted.manifest.example_bytes(12) == 16 + 4 * SUBCLASSES * CLASSES
@@ -125,7 +125,7 @@ def test_classes_are_aligned_by_name(tmp_path: Path) -> None:
     projector = projector_of(teacher, examples_for(TEXT, COUNT, seed=1))
     order = [2, 0, 4, 1, 3]
     student = student_of(TEXT)
-    student.config.id2label = dict(enumerate(subclass_labels([NAMES[number] for number in order], SUBCLASSES)))
+    student.config.id2label = dict(enumerate(subclass_names([NAMES[number] for number in order], SUBCLASSES)))
     shuffled = expected_of(projector, teacher, examples).view(-1, CLASSES, SUBCLASSES)[:, order].flatten(1)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     args = arguments(tmp_path, objective="lelp", temperature=2.0)
@@ -145,7 +145,7 @@ def test_classes_are_aligned_by_name(tmp_path: Path) -> None:
     known = first.evaluate()["eval_lelp"]
     DistillationTrainer(copy.deepcopy(student), args, shared, examples)
     assert first.evaluate()["eval_lelp"] == known
-    student.config.id2label = dict(enumerate(subclass_labels(list("abcde"), SUBCLASSES)))
+    student.config.id2label = dict(enumerate(subclass_names(list("abcde"), SUBCLASSES)))
     with pytest.raises(VocabularyError, match="aligned by name"):
         DistillationTrainer(student, args, SubclassLabelCollator(projector, collate, teacher=teacher), examples)
 
@@ -217,7 +217,9 @@ def test_a_teacher_may_see_what_the_student_reads(tmp_path: Path) -> None:
         teacher=teacher,
         teacher_collator=only("pixel_values"),
     )
-    torch.testing.assert_close(collator(pairs)[TARGETS], expected_of(projector, teacher, images), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        collator(pairs)[TARGETS_KEY], expected_of(projector, teacher, images), rtol=1e-4, atol=1e-6
+    )
     args = arguments(tmp_path, objective="lelp", temperature=2.0, remove_unused_columns=False)
     DistillationTrainer(student_of(TEXT), args, collator, pairs).train()
     args = arguments(tmp_path, objective="lelp", temperature=2.0)
@@ -234,7 +236,7 @@ def test_a_teacher_of_another_library_teaches_by_a_column(tmp_path: Path) -> Non
     logits = teacher.decision_function(features)
     projector = SubclassProjector.fit(features, labels, teacher.coef_, SUBCLASSES)
     rows = datasets.Dataset.from_list(examples).add_column(
-        TARGETS, projector.transform(features, logits).flatten(1).tolist()
+        TARGETS_KEY, projector.transform(features, logits).flatten(1).tolist()
     )
     trainer = DistillationTrainer(
         student_of(TEXT), arguments(tmp_path, objective="lelp", max_steps=2), collate_columns, rows
@@ -245,15 +247,15 @@ def test_a_teacher_of_another_library_teaches_by_a_column(tmp_path: Path) -> Non
     args = arguments(tmp_path, objective="lelp", max_steps=1)
     collator = SubclassLabelCollator(projector, collate_columns)
     DistillationTrainer(student_of(TEXT), args, collator, rows).train()
-    with pytest.raises(OptionError, match=f"there are 0.*the column {TARGETS}"):
-        DistillationTrainer(student_of(TEXT), args, collator, rows.remove_columns(TARGETS))
-    tripled = rows.map(lambda row: {TARGETS: [3 * share for share in row[TARGETS]]})
+    with pytest.raises(OptionError, match=f"there are 0.*the column {TARGETS_KEY}"):
+        DistillationTrainer(student_of(TEXT), args, collator, rows.remove_columns(TARGETS_KEY))
+    tripled = rows.map(lambda row: {TARGETS_KEY: [3 * share for share in row[TARGETS_KEY]]})
     with pytest.raises(TaskError, match="no probabilities: they sum to 3"):
         DistillationTrainer(student_of(TEXT), args, collate_columns, tripled).train()
 
 
 def collate_columns(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-    return collate([each | {TARGETS: torch.tensor(each[TARGETS])} for each in features])
+    return collate([each | {TARGETS_KEY: torch.tensor(each[TARGETS_KEY])} for each in features])
 
 
 def test_finer_labels_reach_an_oracle(tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ def test_finer_labels_reach_an_oracle(tmp_path: Path) -> None:
     expected = projector.transform(embeddings[:8], logits[:8], finer[:8]).flatten(1)
     found = SubclassLabelCollator(projector, collate, teacher=teacher)(rows[:8])
     assert "subclass_labels" not in found
-    torch.testing.assert_close(found[TARGETS], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[TARGETS_KEY], expected, rtol=1e-4, atol=1e-6)
     before = {name: value.clone() for name, value in student_of(TEXT).state_dict().items()}
     args = arguments(tmp_path / "out", objective="lelp")
     steps = []
@@ -289,7 +291,7 @@ def test_finer_labels_reach_an_oracle(tmp_path: Path) -> None:
     assert (steps[0] - steps[1]).norm() < 1e-4 * steps[0].norm()
     targets = capture_targets(projector, teacher, rows, tmp_path / "t", data_collator=collate, show_progress=False)
     read = SubclassLabelCollator(projector, collate, capture=targets)(rows[:8])
-    torch.testing.assert_close(read[TARGETS], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(read[TARGETS_KEY], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_tokenizer_pads_and_an_image_processor_stacks() -> None:
@@ -298,7 +300,7 @@ def test_a_tokenizer_pads_and_an_image_processor_stacks() -> None:
     teacher = teacher_of(IMAGE)
     projector = projector_of(teacher, examples_for(IMAGE, COUNT))
     batch = SubclassLabelCollator(projector, ViTImageProcessor(), teacher=teacher)(examples_for(IMAGE, 4))
-    assert batch["pixel_values"].shape == (4, 3, 8, 8) and batch[TARGETS].shape == (4, CLASSES * SUBCLASSES)
+    assert batch["pixel_values"].shape == (4, 3, 8, 8) and batch[TARGETS_KEY].shape == (4, CLASSES * SUBCLASSES)
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from hf_guide import (
     capture_teacher,
     fit_subclasses,
 )
-from hf_guide.capture.signals import Listener
-from hf_guide.distillation.embeddings import find_classifier
-from hf_guide.distillation.tasks import task_of
 from hf_guide.errors import CaptureError, TaskError
-from hf_guide.lelp.reading import linear_weight
-from hf_guide.lelp.splitters import known_splitters
+from hf_guide.lelp.data import linear_weight
+from hf_guide.lelp.splitters.registry import known_splitters
+from hf_guide.models.penultimate import find_classifier
+from hf_guide.signal_cache.teacher_outputs import TeacherRunner
+from hf_guide.tasks import task_of
 from tests.capture.capturing import Pad
 from tests.tiny import KINDS, SIZES, Kind
 
@@ -59,7 +59,7 @@ def teacher_of(kind: str = "bert"):
 
 def arrays(teacher, dataset) -> SimpleNamespace:
     """What a teacher says of each example, one by one."""
-    listener = Listener(teacher, task_of(teacher))
+    listener = TeacherRunner(teacher, task_of(teacher))
     said = []
     for example in dataset:
         inputs = {
@@ -338,7 +338,7 @@ def test_what_the_classifier_is_fed_is_found(model_class, config):
         size = getattr(teacher.config, "image_size", 32)
         batch = {"pixel_values": torch.randn(4, 3, size, size)}
     task = task_of(teacher)
-    heard = Listener(teacher, task).hear(batch, embedding=True)
+    heard = TeacherRunner(teacher, task).hear(batch, embedding=True)
     classifier = find_classifier(teacher, task)
     weight = linear_weight(classifier)
     assert weight.shape == (3, classifier.in_features) and heard.embedding.shape == (4, classifier.in_features)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from hf_guide import SubclassError, SubclassProjector
-from hf_guide.lelp.forecast import (
-    forecast_gain,
+from hf_guide.lelp.analysis.probe import (
+    estimate_gain,
+    r2_ridge,
     reduce_features,
-    stability_of,
-    subclasses_beyond_class,
-    tiny_students,
-    told_share,
+    subclass_stability,
+    train_probes,
+    within_class_targets,
 )
 
 COUNT, FINER, WIDTH = 1200, 4, 16
@@ -42,7 +42,7 @@ def projector_of(hidden, splitter="lelp", subclasses=FINER, **options):
 
 def forecast(hidden, projector, **options):
     features, embeddings, logits, classes, finer, weight = hidden
-    return forecast_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, **options)
+    return estimate_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, **options)
 
 
 def test_one_subclass_a_class_gains_exactly_nothing(hidden):
@@ -81,7 +81,7 @@ def test_what_is_forecast_is_what_tiny_students_gain(hidden):
     projector = SubclassProjector.fit(
         embeddings, classes, weight, 8, splitter="labels", subclass_labels=finer, subclass_temperature=0.2
     )
-    found = forecast_gain(projector, embeddings, logits, features, classes, subclass_labels=finer)
+    found = estimate_gain(projector, embeddings, logits, features, classes, subclass_labels=finer)
     assert found.recommended and found.gain > 1 and found.gain > found.shuffled
     assert found.verdict == "likely to help"
     assert found.to_dict()["recommended"] is True
@@ -90,9 +90,9 @@ def test_what_is_forecast_is_what_tiny_students_gain(hidden):
 def test_the_same_seed_gives_the_same_forecast_and_arrays_do_as_well(hidden):
     features, embeddings, logits, classes, _, weight = hidden
     projector = projector_of(hidden)
-    first = forecast_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, students=2)
+    first = estimate_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, students=2)
     arrays = [each.numpy() for each in (embeddings, logits, features, classes)]
-    second = forecast_gain(projector, *arrays, classifier_weight=weight.numpy(), students=2)
+    second = estimate_gain(projector, *arrays, classifier_weight=weight.numpy(), students=2)
     assert first == second
 
 
@@ -100,12 +100,12 @@ def test_without_labels_the_teachers_classes_count(hidden):
     features, embeddings, logits, classes, _, _ = hidden
     assert torch.equal(logits.argmax(1), classes)
     projector = projector_of(hidden)
-    found = forecast_gain(projector, embeddings, logits, features, students=2)
-    assert found == forecast_gain(projector, embeddings, logits, features, classes, students=2)
+    found = estimate_gain(projector, embeddings, logits, features, students=2)
+    assert found == estimate_gain(projector, embeddings, logits, features, classes, students=2)
     assert found.stability is None
     half = [number if row % 2 else (None, -1, -100)[row % 3] for row, number in enumerate(classes.tolist())]
     for missing in (half, [-100] * len(half)):
-        assert found == forecast_gain(projector, embeddings, logits, features, missing, students=2)
+        assert found == estimate_gain(projector, embeddings, logits, features, missing, students=2)
 
 
 def test_where_a_third_is_too_few_examples_there_is_no_stability(hidden):
@@ -113,30 +113,30 @@ def test_where_a_third_is_too_few_examples_there_is_no_stability(hidden):
     rare = torch.cat([(classes == 0).nonzero()[:390], (classes == 1).nonzero()[:10]]).flatten()
     given = [each[rare] for each in (embeddings, logits, features, classes)]
     projector = SubclassProjector.fit(given[0], given[3], weight, FINER)
-    found = forecast_gain(projector, *given, classifier_weight=weight, students=2)
+    found = estimate_gain(projector, *given, classifier_weight=weight, students=2)
     assert found.stability is None and found.examples == 400
     unknown = dataclasses.replace(projector_of(hidden), splitter="someone's")
-    assert stability_of(unknown, embeddings, logits, classes, weight, {}) is None
+    assert subclass_stability(unknown, embeddings, logits, classes, weight, {}) is None
 
 
 def test_every_example_alike_in_its_class_has_nothing_beyond_it():
     targets = torch.tensor([[[0.6, 0.2], [0.1, 0.1]]]).repeat(5, 1, 1)
-    assert subclasses_beyond_class(targets, torch.zeros(5, dtype=torch.long)).abs().max() < 1e-7
+    assert within_class_targets(targets, torch.zeros(5, dtype=torch.long)).abs().max() < 1e-7
 
 
 def test_told_share_is_one_for_a_linear_map_and_none_for_noise():
     generator = torch.Generator().manual_seed(0)
     given, noise = (torch.randn(4000, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     wanted = given @ torch.randn(5, 3, generator=generator, dtype=torch.float64)
-    assert told_share(given[:2000], wanted[:2000], given[2000:], wanted[2000:]) > 0.999
-    assert told_share(given[:2000], noise[:2000], given[2000:], noise[2000:]) < 0.01
+    assert r2_ridge(given[:2000], wanted[:2000], given[2000:], wanted[2000:]) > 0.999
+    assert r2_ridge(given[:2000], noise[:2000], given[2000:], noise[2000:]) < 0.01
 
 
 def test_stability_does_not_mind_how_subclasses_are_turned(hidden):
     _, embeddings, logits, classes, _, weight = hidden
     for rotation in range(2):
         projector = projector_of(hidden, seed=rotation)
-        assert stability_of(projector, embeddings, logits, classes, weight, {}) > 0.8
+        assert subclass_stability(projector, embeddings, logits, classes, weight, {}) > 0.8
 
 
 def test_many_features_are_reduced_and_constant_ones_left_out():
@@ -150,7 +150,7 @@ def test_many_features_are_reduced_and_constant_ones_left_out():
 def test_tiny_students_learn_a_line(hidden):
     features, _, _, classes, _, _ = hidden
     targets = torch.nn.functional.one_hot((features[:, 0] > 0).long(), 2).double().unsqueeze(2)
-    found = tiny_students(features, targets, (features[:, 0] > 0).long(), COUNT // 2, 1.0, 2, 0)
+    found = train_probes(features, targets, (features[:, 0] > 0).long(), COUNT // 2, 1.0, 2, 0)
     assert found.shape == (2,) and found.min() > 95
 
 
@@ -171,10 +171,10 @@ def test_what_cannot_be_forecast_is_refused(hidden, change, told):
     features, embeddings, logits, classes, _, _ = hidden
     given = {"features": features, "labels": classes, "students": 2} | change
     with pytest.raises(SubclassError, match=told):
-        forecast_gain(projector_of(hidden), embeddings, logits, **given)
+        estimate_gain(projector_of(hidden), embeddings, logits, **given)
 
 
 def test_too_few_examples_are_refused(hidden):
     features, embeddings, logits, classes, _, _ = hidden
     with pytest.raises(SubclassError, match="needs 40 examples or more; found 39"):
-        forecast_gain(projector_of(hidden), embeddings[:39], logits[:39], features[:39], classes[:39])
+        estimate_gain(projector_of(hidden), embeddings[:39], logits[:39], features[:39], classes[:39])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_guide import AutoStudentForImageClassification, AutoStudentForSequenceClassification, from_teacher
-from hf_guide.distillation.subclasses import class_logits
+from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.lelp.test_collator import COUNT, IMAGE, NAMES, SUBCLASSES, TEXT, heard, projector_of, teacher_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guide.errors import OptionError, SubclassError, TaskError
-from hf_guide.lelp.hearing import hear
+from hf_guide.lelp.analysis.features import collect_features
 from tests.capture.capturing import Pad
 from tests.lelp.test_fitting import KINDS_HERE, collator, examples, teacher_of
 from tests.tiny import SIZES, Kind
@@ -29,7 +29,7 @@ def test_logits_are_linear_in_what_is_heard(kind):
     """Texts of unequal length, padded: also where logits are averaged over the places of a text (EuroBERT)."""
     teacher = LATE.teacher() if kind == "late" else teacher_of(kind)
     rows = examples(kind, 20)
-    heard = hear(teacher, rows, collator(kind) or stacked, batch_size=8, show_progress=False)
+    heard = collect_features(teacher, rows, collator(kind) or stacked, batch_size=8, show_progress=False)
     left = heard.logits.double() - heard.embeddings.double() @ heard.classifier_weight.T
     assert heard.embeddings.shape == (20, heard.classifier_weight.shape[1])
     assert left.std(0).max() < 1e-5 * heard.logits.std(0).max() + 1e-6
@@ -43,19 +43,19 @@ def test_examples_without_labels_are_of_the_teachers_own_class():
     def collate(some):
         return {**Pad()(some), "labels": torch.tensor([each["label"] for each in some])}
 
-    heard = hear(teacher, given, collate, batch_size=5, show_progress=False)
+    heard = collect_features(teacher, given, collate, batch_size=5, show_progress=False)
     own = heard.logits.argmax(1).tolist()
     expected = [said if label < 0 else label for said, label in zip(own, labels, strict=True)]
     assert heard.labels.tolist() == expected
     given[7]["label"] = 3
     with pytest.raises(SubclassError, match="label of example 7 is 3; the teacher has the classes 0 to 2"):
-        hear(teacher, given, collate, batch_size=5, show_progress=False)
+        collect_features(teacher, given, collate, batch_size=5, show_progress=False)
     with pytest.raises(OptionError, match="batch_size is a whole number"):
-        hear(teacher, given, collate, batch_size=0, show_progress=False)
+        collect_features(teacher, given, collate, batch_size=0, show_progress=False)
 
 
 def test_a_teacher_of_several_classes_at_once_is_refused():
     teacher = teacher_of()
     teacher.config.problem_type = "multi_label_classification"
     with pytest.raises(TaskError, match="exclude each other.*multi_label_classification"):
-        hear(teacher, examples(), Pad(), show_progress=False)
+        collect_features(teacher, examples(), Pad(), show_progress=False)

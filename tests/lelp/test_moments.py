@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from hf_guide import SubclassError
-from hf_guide.lelp.moments import ROWS_AT_ONCE, ClassMoments
-from hf_guide.lelp.sampling import ClassSample
+from hf_guide.lelp.moments import FLUSH_ROWS, ClassMoments, ClassSample
 from tests.lelp.clouds import CLASSES, WIDTH, cloud
 from tests.tiny import run_python
 
@@ -52,7 +51,7 @@ def test_any_size_of_chunk_gives_the_same(size):
 
 
 def test_merging_any_partition_gives_the_moments_of_all():
-    data = cloud(count=3 * ROWS_AT_ONCE)
+    data = cloud(count=3 * FLUSH_ROWS)
     whole = of(data.embeddings, data.labels, 999)
     for seed, parts in itertools.product(range(3), (2, 5)):
         owner = torch.randint(0, parts, (len(data.labels),), generator=torch.Generator().manual_seed(seed))
@@ -97,7 +96,7 @@ def test_memory_does_not_grow_with_the_number_of_examples():
     script = """
         import resource, sys, torch
         from hf_guide.lelp.moments import ClassMoments
-        from hf_guide.lelp.sampling import ClassSample
+        from hf_guide.lelp.moments import ClassSample
         moments, sample = ClassMoments(2, 64), ClassSample(2, 64, size=128)
         def feed(chunks):
             for _ in range(chunks):

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_guide import DistillationArguments, DistillationTrainer
-from hf_guide.distillation.objectives import registered_terms
-from hf_guide.distillation.subclasses import class_labels, class_logits, subclass_labels
+from hf_guide.distillation.losses.registry import registered_losses
+from hf_guide.distillation.subclass_logits import class_logits, config_class_names, subclass_names
 from hf_guide.errors import OptionError, TaskError
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments, step_of
@@ -24,7 +24,7 @@ def student_of(task: str, num_subclasses: int = SUBCLASSES, seed: int = 1) -> Pr
     """Return a small student with subclasses."""
     plain = model_for(task, seed)
     config = copy.deepcopy(plain.config)
-    names = subclass_labels([f"class {number}" for number in range(CLASSES)], num_subclasses)
+    names = subclass_names([f"class {number}" for number in range(CLASSES)], num_subclasses)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in enumerate(names)}
     config.num_subclasses = num_subclasses
@@ -93,15 +93,15 @@ def test_one_subclass_is_exactly_distillation(task: str, tmp_path: Path) -> None
 
 def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding() -> None:
     terms, args = (
-        registered_terms(),
+        registered_losses(),
         DistillationArguments("unused", temperature=3.0, objective="lelp", report_to="none"),
     )
-    from hf_guide.distillation.divergences import Dense
+    from hf_guide.distillation.losses.divergences import DenseTarget
 
     teacher, student = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mine, theirs = (student.clone().requires_grad_() for _ in range(2))
     found = terms["lelp"].function(mine, (teacher / 3.0).softmax(-1), args)
-    expected = terms["kd"].function(theirs, Dense(teacher), None, args)
+    expected = terms["kd"].function(theirs, DenseTarget(teacher), None, args)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     found.sum().backward()
     expected.sum().backward()
@@ -112,7 +112,7 @@ def test_a_subclass_without_a_share_is_no_nan() -> None:
     args = DistillationArguments("unused", objective="lelp", report_to="none")
     target = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     student = torch.zeros(1, 4, requires_grad=True)
-    value = registered_terms()["lelp"].function(student, target, args)
+    value = registered_losses()["lelp"].function(student, target, args)
     value.sum().backward()
     assert torch.isfinite(value).all() and torch.isfinite(student.grad).all()
     torch.testing.assert_close(student.grad, torch.full((1, 4), 0.25) - target)
@@ -250,9 +250,9 @@ def test_label_smoothing_and_a_loss_of_ones_own_see_classes(tmp_path: Path) -> N
 
 def test_the_names_of_classes_are_read_from_those_of_subclasses() -> None:
     config = student_of("sequence-classification").config
-    assert class_labels(config) == [f"class {number}" for number in range(CLASSES)]
+    assert config_class_names(config) == [f"class {number}" for number in range(CLASSES)]
     config.id2label = {number: f"LABEL_{number}" for number in range(CLASSES * SUBCLASSES)}
-    assert class_labels(config) == [f"LABEL_{number}" for number in range(CLASSES)]
+    assert config_class_names(config) == [f"LABEL_{number}" for number in range(CLASSES)]
 
 
 def test_a_batch_without_subclasses_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
 from hf_guide import DistillationTrainer, SubclassProjector
-from hf_guide.distillation.subclasses import TARGETS
+from hf_guide.distillation.subclass_logits import TARGETS_KEY
 from tests.distillation.small import collate
 from tests.distillation.test_trainer import arguments
 from tests.lelp.test_objective import by_hand, gradient_of, student_of
@@ -36,7 +36,7 @@ def taught_pairs() -> tuple[list[dict[str, Any]], torch.Tensor]:
     draw = np.random.default_rng(0)
     texts = [[int(digit) + 3, *draw.integers(20, 60, draw.integers(2, 6)).tolist()] for digit in digits]
     rows = [
-        {"input_ids": text, "attention_mask": [1] * len(text), "labels": int(label), TARGETS: target.float()}
+        {"input_ids": text, "attention_mask": [1] * len(text), "labels": int(label), TARGETS_KEY: target.float()}
         for text, label, target in zip(texts, classes, targets, strict=True)
     ]
     return rows, targets
@@ -47,7 +47,7 @@ def test_what_is_learned_first_is_the_gradient_of_the_image_teachers_subclasses(
     student = student_of("sequence-classification", SUBCLASSES)
 
     def unified(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return -(TAU**2) * (batch[TARGETS] * (logits / TAU).log_softmax(-1)).sum(-1).mean()
+        return -(TAU**2) * (batch[TARGETS_KEY] * (logits / TAU).log_softmax(-1)).sum(-1).mean()
 
     expected = by_hand(student, rows[:8], unified)
     found = gradient_of(student, tmp_path, rows[:8], objective="lelp", temperature=TAU)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from hf_guide import HfGuideError, OptionError, SubclassError, SubclassProjector, register_splitter
-from hf_guide.integrity import read_json, write_json
-from hf_guide.lelp.gathering import Gathering
+from hf_guide.lelp.accumulator import StatisticsAccumulator
 from hf_guide.lelp.projector_files import CONFIG_NAME, WEIGHTS_NAME
-from hf_guide.lelp.scores import Affine
-from hf_guide.lelp.splitters import known_splitters
+from hf_guide.lelp.splitters.registry import known_splitters
+from hf_guide.lelp.splitters.scorers import LinearScorer
+from hf_guide.utils.checksums import read_json, write_json
 from tests.lelp.clouds import CLASSES, SUBCLASSES, WIDTH, Cloud, cloud, rotation
 
 BLIND = [name for name in known_splitters() if name != "labels"]
@@ -105,13 +105,13 @@ def test_merging_any_partition_gives_the_same_projector(splitter):
     expected = fit(data, splitter)
     for parts, seed in ((2, 0), (5, 1)):
         owner = torch.randint(0, parts, (len(data.labels),), generator=torch.Generator().manual_seed(seed))
-        merged = Gathering(CLASSES, WIDTH, splitter=splitter)
+        merged = StatisticsAccumulator(CLASSES, WIDTH, splitter=splitter)
         for part in range(parts):
             chosen = owner == part
-            other = Gathering(CLASSES, WIDTH, splitter=splitter)
+            other = StatisticsAccumulator(CLASSES, WIDTH, splitter=splitter)
             other.add(data.embeddings[chosen], data.labels[chosen], subclass_labels=data.finer[chosen])
             merged.merge(other)
-        found = SubclassProjector.from_gathering(merged, data.weight, SUBCLASSES)
+        found = SubclassProjector.from_statistics(merged, data.weight, SUBCLASSES)
         for name, tensor in found.scores.tensors().items():
             wanted = expected.scores.tensors()[name]
             assert (tensor - wanted).abs().max() <= 1e-9 * wanted.abs().max(), name
@@ -120,7 +120,7 @@ def test_merging_any_partition_gives_the_same_projector(splitter):
 def test_directions_are_those_of_the_paper():
     data = cloud()
     projector = fit(data)
-    assert isinstance(projector.scores, Affine)
+    assert isinstance(projector.scores, LinearScorer)
     w = data.weight - data.weight.mean(0)
     null = torch.eye(WIDTH, dtype=torch.float64) - torch.linalg.pinv(w, rtol=1e-10) @ w
     for number in range(CLASSES):
@@ -209,7 +209,7 @@ def test_anyone_may_register_a_splitter():
     def by_first_number(evidence):
         directions = torch.zeros(evidence.moments.num_classes, evidence.moments.width, evidence.num_subclasses)
         directions[:, 0, 0] = 1
-        return Affine(directions, torch.zeros(evidence.moments.num_classes, evidence.num_subclasses))
+        return LinearScorer(directions, torch.zeros(evidence.moments.num_classes, evidence.num_subclasses))
 
     register_splitter("test-first-number", by_first_number)
     data = cloud()

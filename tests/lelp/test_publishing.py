@@ -29,11 +29,11 @@ from transformers import (
 
 import hf_guide
 from hf_guide import DistillationTrainer, from_teacher, save_subclass_student
-from hf_guide.cards import load_record
-from hf_guide.distillation.subclasses import class_logits
+from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.errors import OptionError, TaskError
-from hf_guide.lelp.publishing import with_class_logits
-from hf_guide.lelp.refitting import AGREEMENT, refit_classes
+from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, load_record
+from hf_guide.lelp.export import with_class_logits
+from hf_guide.lelp.refit import refit_class_head
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments
 from tests.lelp.test_collator import NAMES, SUBCLASSES, teacher_of
@@ -178,16 +178,16 @@ def test_one_row_a_class_is_refitted_and_its_agreement_is_measured(
     with torch.no_grad():
         exact = class_logits(student.eval()(**batch).logits, SUBCLASSES).argmax(-1)
         found = (stock.eval()(**batch).logits.argmax(-1) == exact).double().mean().item()
-    told = load_record(tmp_path).metrics[AGREEMENT]
+    told = load_record(tmp_path).metrics[SUBCLASS_HEAD_AGREEMENT]
     assert told == pytest.approx(found) and 0.7 < found <= 1
     assert f"{found:.2%} of 60 examples" in capsys.readouterr().out
-    assert AGREEMENT.replace("_", " ") in (tmp_path / "README.md").read_text().replace("_", " ")
+    assert SUBCLASS_HEAD_AGREEMENT.replace("_", " ") in (tmp_path / "README.md").read_text().replace("_", " ")
 
 
 def test_rows_that_are_alike_are_refitted_exactly() -> None:
     """A class whose subclasses have one row has a log-sum-exp that is linear."""
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
-    found = refit_classes(student, examples_for(TEXT, 100), data_collator=collate, show_progress=False)
+    found = refit_class_head(student, examples_for(TEXT, 100), data_collator=collate, show_progress=False)
     assert (found.agreement, found.examples) == (1.0, 20)
     exact = classes_of(student, TEXT).log_softmax(-1)
     torch.testing.assert_close(logits_of(found.model, TEXT).log_softmax(-1), exact, rtol=2e-2, atol=2e-2)
@@ -201,7 +201,7 @@ def test_a_head_without_a_bias_is_refitted_without(tmp_path: Path) -> None:
     teacher = (KINDS[kind] if kind else TEACHERS["sequence-classification of a decoder"]).teacher()
     student = from_teacher(teacher, num_subclasses=2, show_progress=False)
     examples = decoder_examples("sequence-classification", 60)
-    found = refit_classes(student, examples, data_collator=Pad(), show_progress=False)
+    found = refit_class_head(student, examples, data_collator=Pad(), show_progress=False)
     assert found.model.score.bias is None and found.model.score.out_features == teacher.config.num_labels
     assert found.agreement == 1.0
 
@@ -304,9 +304,9 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="give it a dataset"):
         save_subclass_student(student, tmp_path, "classes")
     with pytest.raises(OptionError, match="too few"):
-        refit_classes(student, examples_for(TEXT, 4), data_collator=collate, show_progress=False)
+        refit_class_head(student, examples_for(TEXT, 4), data_collator=collate, show_progress=False)
     with pytest.raises(OptionError, match="between 0 and 1"):
-        refit_classes(student, examples_for(TEXT, 40), data_collator=collate, held_out=1.0, show_progress=False)
+        refit_class_head(student, examples_for(TEXT, 40), data_collator=collate, held_out=1.0, show_progress=False)
     with pytest.raises(OptionError, match="empty"):
-        refit_classes(student, [], data_collator=collate, show_progress=False)
+        refit_class_head(student, [], data_collator=collate, show_progress=False)
     assert with_class_logits(student).student is student

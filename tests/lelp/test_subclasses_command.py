@@ -19,11 +19,13 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_guide import SubclassProjector, TeacherError, cli
-from hf_guide.capture.writing import processes
-from hf_guide.distillation.data_options import DataOptions
-from hf_guide.lelp import looking, targets
-from hf_guide.lelp.hearing import hear
+from hf_guide import SubclassProjector, TeacherError
+from hf_guide.cli import main as cli
+from hf_guide.data.arguments import DataArguments
+from hf_guide.lelp import targets
+from hf_guide.lelp.analysis import analyze as looking
+from hf_guide.lelp.analysis.features import collect_features
+from hf_guide.signal_cache.writer import distributed_state
 
 NAMES = ["no", "yes"]
 COUNT = 120
@@ -72,7 +74,9 @@ def text(tmp_path_factory):
         dict(tokenizer(row["text"], return_token_type_ids=False)) | {"labels": NAMES.index(row["label"])}
         for row in sentences()
     ]
-    heard = hear(teacher, examples, lambda some: tokenizer.pad(some, return_tensors="pt"), show_progress=False)
+    heard = collect_features(
+        teacher, examples, lambda some: tokenizer.pad(some, return_tensors="pt"), show_progress=False
+    )
     made = SubclassProjector.fit(heard.embeddings, heard.labels, heard.classifier_weight, 3, id2label=NAMES)
     made.save_pretrained(home / "projector")
     return home, made, heard
@@ -171,11 +175,11 @@ def test_the_teacher_is_loaded_onto_the_accelerator(text, tmp_path, monkeypatch)
         asked.append(device)
         raise TeacherError("seen")
 
-    device = processes().device
+    device = distributed_state().device
     for module in (looking, targets):
         monkeypatch.setattr(module, "load_teacher", load)
     with pytest.raises(TeacherError, match="seen"):
-        looking.look(projector, DataOptions("d"), tmp_path / "page.html", teacher=str(home / "teacher"))
+        looking.analyze(projector, DataArguments("d"), tmp_path / "page.html", teacher=str(home / "teacher"))
     with pytest.raises(TeacherError, match="seen"):
         targets.capture_targets(projector, home / "teacher", [{"text": "w1"}], tmp_path / "targets")
     assert asked == [device, device]
@@ -201,7 +205,7 @@ def test_images_are_shown(tmp_path):
     rows = {"image": list(pixels), "label": [number % 2 for number in range(COUNT)], "kind": list(range(COUNT))}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
     examples = [{"pixel_values": torch.from_numpy(each / 127.5 - 1).permute(2, 0, 1).float()} for each in pixels]
-    heard = hear(
+    heard = collect_features(
         teacher,
         examples,
         lambda some: {"pixel_values": torch.stack([each["pixel_values"] for each in some])},

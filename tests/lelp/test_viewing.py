@@ -10,15 +10,15 @@ from PIL import Image
 from sklearn.metrics import mutual_info_score
 
 from hf_guide import SubclassError, SubclassProjector
-from hf_guide.lelp.splitters import known_splitters
-from hf_guide.lelp.viewing import (
-    knowledge_of,
+from hf_guide.lelp.analysis.report import (
+    label_mutual_information,
     mutual_information,
     plot_class,
     principal_plane,
-    view_subclasses,
+    summarize_subclasses,
     write_page,
 )
+from hf_guide.lelp.splitters.registry import known_splitters
 from tests.lelp.clouds import CLASSES, SUBCLASSES, cloud
 
 
@@ -28,7 +28,7 @@ def seen():
     projector = SubclassProjector.fit(
         given.embeddings, given.labels, given.weight, SUBCLASSES, id2label=["<a>", "b & c", "d"]
     )
-    view = view_subclasses(projector, given.embeddings, given.logits, given.labels, given.finer, examples=3)
+    view = summarize_subclasses(projector, given.embeddings, given.logits, given.labels, given.finer, examples=3)
     return given, projector, view
 
 
@@ -57,11 +57,11 @@ def test_the_nearest_examples_are_those_the_projector_is_surest_of(seen):
 
 def test_without_labels_classes_are_the_teachers(seen):
     given, projector, _ = seen
-    view = view_subclasses(projector, given.embeddings, given.logits)
+    view = summarize_subclasses(projector, given.embeddings, given.logits)
     for each in view.classes:
         assert bool((given.logits[each.rows].argmax(1) == each.number).all())
     for labels in ([None] * 600, torch.full((600,), -1), torch.full((600,), -100)):
-        again = view_subclasses(projector, given.embeddings, given.logits, labels)
+        again = summarize_subclasses(projector, given.embeddings, given.logits, labels)
         assert all(torch.equal(one.rows, two.rows) for one, two in zip(again.classes, view.classes, strict=True))
 
 
@@ -77,10 +77,12 @@ def test_subclasses_that_are_the_finer_labels_know_all_and_shuffled_ones_nothing
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(0, 2, (4000,), generator=generator)
     finer = 3 * classes + torch.randint(0, 3, (4000,), generator=generator)
-    whole = knowledge_of(finer % 3, classes, finer)
+    whole = label_mutual_information(finer % 3, classes, finer)
     assert whole.share == pytest.approx(1) and whole.told == pytest.approx(whole.entropy)
-    assert abs(knowledge_of(torch.randint(0, 3, (4000,), generator=generator), classes, finer).share) < 0.01
-    assert knowledge_of(finer % 3, finer, finer).share == 0  # the class tells all
+    assert (
+        abs(label_mutual_information(torch.randint(0, 3, (4000,), generator=generator), classes, finer).share) < 0.01
+    )
+    assert label_mutual_information(finer % 3, finer, finer).share == 0  # the class tells all
 
 
 def test_the_plane_is_that_of_largest_variance_and_turns_with_nothing():
@@ -127,7 +129,9 @@ def test_variance_is_told_of_directions_of_variance_alone(splitter, seen, tmp_pa
     projector = SubclassProjector.fit(
         given.embeddings, given.labels, given.weight, SUBCLASSES, splitter=splitter, subclass_labels=finer
     )
-    view = view_subclasses(projector, given.embeddings, given.logits, given.labels, subclass_labels=finer, examples=1)
+    view = summarize_subclasses(
+        projector, given.embeddings, given.logits, given.labels, subclass_labels=finer, examples=1
+    )
     page = write_page(replace(view, classes=view.classes[:1]), tmp_path / "page.html", str).read_text(encoding="utf-8")
     told = splitter in ("lelp", "no-rotation", "no-scaling")
     assert ("directions hold" in page) == told and (view.classes[0].explained is not None) == told
@@ -143,17 +147,17 @@ def test_what_cannot_be_seen_is_refused(seen):
     given, projector, _ = seen
     one = SubclassProjector.fit(given.embeddings, given.labels, given.weight, 1)
     with pytest.raises(SubclassError, match="one subclass a class"):
-        view_subclasses(one, given.embeddings, given.logits)
+        summarize_subclasses(one, given.embeddings, given.logits)
     with pytest.raises(SubclassError, match="no examples"):
-        view_subclasses(projector, given.embeddings[:0], given.logits[:0])
+        summarize_subclasses(projector, given.embeddings[:0], given.logits[:0])
     for labels, told in (
         (torch.where(torch.arange(600) == 9, 3, given.labels), "label of example 9 is 3"),
         (given.labels[:5], r"one an example, \(600,\); found \(5,\)"),
         (given.labels.double(), "whole numbers"),
     ):
         with pytest.raises(SubclassError, match=told):
-            view_subclasses(projector, given.embeddings, given.logits, labels)
+            summarize_subclasses(projector, given.embeddings, given.logits, labels)
     with pytest.raises(SubclassError, match=r"Logits of the shape \(600, 3\) were expected; found \(600, 2\)"):
-        view_subclasses(projector, given.embeddings, given.logits[:, :2])
+        summarize_subclasses(projector, given.embeddings, given.logits[:, :2])
     with pytest.raises(SubclassError, match="600 examples need as many finer labels; found 5"):
-        view_subclasses(projector, given.embeddings, given.logits, finer=given.finer[:5])
+        summarize_subclasses(projector, given.embeddings, given.logits, finer=given.finer[:5])

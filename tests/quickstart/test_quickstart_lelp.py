@@ -17,9 +17,8 @@ from transformers import (
     BertTokenizer,
 )
 
-from hf_guide.cards import load_record
 from hf_guide.errors import OptionError
-from hf_guide.lelp.refitting import AGREEMENT
+from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, load_record
 from hf_guide.quickstart import LelpOptions, QuickstartOptions, add_arguments, options_of
 from hf_guide.quickstart.corpus import package_folder
 from hf_guide.quickstart.run import RESULTS_NAME
@@ -90,7 +89,7 @@ def check_result(rows, options: LelpOptions, printed: str) -> None:
     assert len(AutoTokenizer.from_pretrained(options.output)) == saved.config.vocab_size
     record = load_record(options.output)
     assert record.objective == {"lelp": 1.0} and record.teacher_metrics["eval_accuracy"] == teacher.accuracy
-    assert 0.0 <= record.metrics[AGREEMENT] <= 1.0
+    assert 0.0 <= record.metrics[SUBCLASS_HEAD_AGREEMENT] <= 1.0
     card = Path(options.output, "README.md").read_text(encoding="utf-8")
     assert "accuracy" in card and str(Path(options.output).parent) not in card
     told = json.loads(Path(options.output, RESULTS_NAME).read_text(encoding="utf-8"))
@@ -156,7 +155,7 @@ from pathlib import Path
 tempfile.tempdir = {str(tmp_path / "scratch")!r}
 from transformers import TrainerCallback
 from hf_guide import DistillationTrainer
-from hf_guide.cli import main
+from hf_guide.cli.main import main
 class Interrupt(TrainerCallback):
     def on_step_end(self, *args, **kwargs):
         raise KeyboardInterrupt

@@ -17,11 +17,11 @@ from hf_guide import (
     DistillationTrainer,
     capture_targets,
     capture_teacher,
-    cli,
     fit_subclasses,
     from_teacher,
     save_subclass_student,
 )
+from hf_guide.cli import main as cli
 from tests.tiny import KINDS
 
 SECRET = "sekrit-user-4711"

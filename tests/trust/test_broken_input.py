@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from hf_guide import cli, fit_subclasses
+from hf_guide import fit_subclasses
+from hf_guide.cli import main as cli
 from tests.tiny import KINDS
 from tests.trust import damage
 from tests.trust.artefacts import make_tokenizer, texts_file

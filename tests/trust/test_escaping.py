@@ -12,14 +12,20 @@ import pytest
 import torch
 import yaml
 
-from hf_guide import cli
-from hf_guide.card_files import BEGIN, END
-from hf_guide.cards import DistillationRecord, TeacherRecord, save_record
-from hf_guide.escaping import code, figure_text, for_terminal, markdown, plain
-from hf_guide.hub import write_model_card
+from hf_guide.cli import main as cli
+from hf_guide.hub.card_files import BEGIN, END
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record
+from hf_guide.hub.model_card import write_model_card
 from hf_guide.initialization.report import InitializationReport
-from hf_guide.lelp.viewing import ClassView, View, plot_class, write_page
-from hf_guide.plots import plot_explained_variance
+from hf_guide.lelp.analysis.report import ClassSummary, SubclassSummary, plot_class, write_page
+from hf_guide.utils.escaping import (
+    escape_control_characters,
+    escape_markdown,
+    escape_mathtext,
+    markdown_code,
+    to_single_line,
+)
+from hf_guide.visualization import plot_explained_variance
 
 NASTY = [
     r"$\frac{1$",
@@ -132,7 +138,7 @@ def _structure(body: str) -> list[str]:
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text)[:30])
 def test_figures_and_pages_show_names_as_they_are(text: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    view = ClassView(
+    view = ClassSummary(
         number=0,
         name=text,
         rows=torch.arange(4),
@@ -147,7 +153,7 @@ def test_figures_and_pages_show_names_as_they_are(text: str, tmp_path: Path) -> 
     assert all(len(axes.get_title()) <= 160 for axes in figure.axes)
     plot_explained_variance({text: [0.5, 1.0], "other": [0.4, 1.0]}, tmp_path / "curve.svg")
     facts = {text: text}
-    page = write_page(View(text, facts, [view], no_forecast=text), tmp_path / "page.html", lambda row: text)
+    page = write_page(SubclassSummary(text, facts, [view], no_forecast=text), tmp_path / "page.html", lambda row: text)
     tags = _Tags()
     tags.feed(page.read_text())
     assert not {"script", "h1x", "object", "iframe"} & tags.found.keys() and tags.found["h1"] == 1
@@ -167,9 +173,15 @@ class _Tags(HTMLParser):
 
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text)[:30])
 def test_nothing_controls_the_terminal(text: str) -> None:
-    for shown in (plain(text), for_terminal(text), markdown(text), code(text), figure_text(text)):
+    for shown in (
+        to_single_line(text),
+        escape_control_characters(text),
+        escape_markdown(text),
+        markdown_code(text),
+        escape_mathtext(text),
+    ):
         assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
-    assert "\n" not in plain(text) + markdown(text) + code(text) + figure_text(text)
+    assert "\n" not in to_single_line(text) + escape_markdown(text) + markdown_code(text) + escape_mathtext(text)
 
 
 def test_an_error_message_does_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,8 +192,14 @@ def test_an_error_message_does_not_control_the_terminal(capsys: pytest.CaptureFi
 
 def test_plain_names_stay_as_they_are() -> None:
     for name in ("org/SmolLM2-135M_v1.0", "embed 576 -> 288 (keeps 84.2%)", "model.layers.0.mlp.up_proj.weight"):
-        assert markdown(name) == plain(name) == figure_text(name) == for_terminal(name) == name
-        assert code(name) == f"`{name}`"
+        assert (
+            escape_markdown(name)
+            == to_single_line(name)
+            == escape_mathtext(name)
+            == escape_control_characters(name)
+            == name
+        )
+        assert markdown_code(name) == f"`{name}`"
 
 
 def test_a_student_folder_cannot_name_code_for_its_class(tmp_path: Path) -> None:

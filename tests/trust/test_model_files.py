@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_guide import DistillationArguments, DistillationTrainer, TeacherError, cli, from_teacher
-from hf_guide.capture.teachers import load_teacher
-from hf_guide.companions import copy_companions
-from hf_guide.distillation.opening import open_teachers
-from hf_guide.distillation.tasks import Task
-from hf_guide.model_files import check_model_folder, leaves_folder
-from hf_guide.pretrained import load_config
+from hf_guide import DistillationArguments, DistillationTrainer, TeacherError, from_teacher
+from hf_guide.cli import main as cli
+from hf_guide.hub.companions import copy_tokenizer_files
+from hf_guide.models.model_files import check_model_folder, is_outside_folder
+from hf_guide.models.pretrained import load_config
+from hf_guide.tasks import Task
+from hf_guide.teachers.loading import load_teacher, load_teachers
 from tests.tiny import KINDS
 from tests.trust.artefacts import change_json, make_tokenizer, save_teacher
 
@@ -59,7 +59,7 @@ def test_a_link_out_of_the_teachers_folder_is_not_copied(
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "private")
     (tmp_path / "student").mkdir()
-    copy_companions(str(folder), tmp_path / "student")
+    copy_tokenizer_files(str(folder), tmp_path / "student")
     assert not (tmp_path / "student" / name).exists()
     assert f"{folder / name} is a link to {tmp_path / 'private'}" in caplog.text
     others = {"tokenizer.json", "tokenizer_config.json"} - {name}
@@ -82,7 +82,7 @@ def test_a_link_to_another_repositorys_blobs_is_refused(folder: Path, tmp_path: 
     other.write_text("{}")
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(other)
-    assert leaves_folder(snapshot / "config.json", snapshot)
+    assert is_outside_folder(snapshot / "config.json", snapshot)
     with pytest.raises(TeacherError, match="config.json is a link to"):
         from_teacher(snapshot)
 
@@ -92,7 +92,7 @@ def test_links_within_a_folder_and_to_a_folder_are_followed(folder: Path, tmp_pa
     (folder / "tokenizer.json").symlink_to("real.json")
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "student").mkdir()
-    copy_companions(str(tmp_path / "link"), tmp_path / "student")
+    copy_tokenizer_files(str(tmp_path / "link"), tmp_path / "student")
     assert (tmp_path / "student" / "tokenizer.json").read_bytes() == (folder / "real.json").read_bytes()
     assert not (tmp_path / "student" / "tokenizer.json").is_symlink()
     check_model_folder(tmp_path / "link")
@@ -113,7 +113,7 @@ def test_what_is_no_regular_file_is_not_copied(
     else:
         path.symlink_to(path.name if kind == "loop" else "nowhere")
     (tmp_path / "student").mkdir()
-    copy_companions(str(folder), tmp_path / "student")
+    copy_tokenizer_files(str(folder), tmp_path / "student")
     assert str(path) in caplog.text and not os.path.lexists(tmp_path / "student" / "vocab.txt")
 
 
@@ -121,7 +121,7 @@ def test_code_and_pickles_are_not_taken_for_a_tokenizers_files(folder: Path, tmp
     for name in ("tokenizer.py", "tokenizer.pkl", "vocab.bin"):
         (folder / name).write_text("x")
     (tmp_path / "student").mkdir()
-    copy_companions(str(folder), tmp_path / "student")
+    copy_tokenizer_files(str(folder), tmp_path / "student")
     assert sorted(os.listdir(tmp_path / "student")) == ["tokenizer.json", "tokenizer_config.json"]
 
 
@@ -132,7 +132,7 @@ def loads_from(name: str, folder: Path) -> None:
     elif name == "capture":
         load_teacher(folder)
     elif name == "trainer":
-        open_teachers(str(folder), Task.CAUSAL_LM)
+        load_teachers(str(folder), Task.CAUSAL_LM)
 
 
 WAYS_IN = ["from_teacher", "capture", "trainer"]
@@ -229,7 +229,7 @@ def test_a_stock_model_keeps_no_code_of_its_tokenizer_without_permission(
 
 def test_a_card_names_code_only_where_its_file_stands_beside_the_weights(custom: Path, tmp_path: Path) -> None:
     from_teacher(custom, method="random", trust_remote_code=True, show_progress=False).save_pretrained(tmp_path / "s")
-    from hf_guide.hub import write_model_card
+    from hf_guide.hub.model_card import write_model_card
 
     assert "trust_remote_code=True" in write_model_card(tmp_path / "s").read_text()
     (tmp_path / "s" / "own_code.py").unlink()

@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoConfig
 
 from hf_guide import Capture, CaptureError, SubclassProjector, from_teacher
-from hf_guide.code_references import CONFIG_FILES, names_code
-from hf_guide.public_names import public_name
+from hf_guide.models.code_references import CONFIG_FILES, has_code_references
 from hf_guide.quickstart import QuickstartOptions
 from hf_guide.quickstart.run import Row, save
+from hf_guide.utils.public_names import public_name
 from tests.stand_in_hub import Hub, stand_in_hub
 from tests.test_saving import run_with_hub
 from tests.trust.artefacts import (
@@ -71,9 +71,9 @@ def test_no_config_refers_to_code_that_is_not_beside_it(folders: dict[str, Path]
                 references = values["auto_map"]
                 assert references.keys() == {"AutoConfig", "AutoModelForSequenceClassification"}
                 assert all((path.parent / f"{each.split('.')[0]}.py").is_file() for each in references.values())
-                assert not names_code(values["student"])
+                assert not has_code_references(values["student"])
             else:
-                assert not names_code(values), path
+                assert not has_code_references(values), path
     for card in folders[kind].rglob("README.md"):
         assert ("trust_remote_code" in card.read_text()) is (kind == "code")
         assert ("Its code stands beside the weights" in card.read_text()) is (kind == "code")
@@ -121,7 +121,7 @@ def _check_pushed(hub: Hub, repository: str) -> None:
     for name, content in files.items():
         assert SECRET.encode() not in content and TOKEN.encode() not in content, name
         if Path(name).name in CONFIG_FILES:
-            assert not names_code(json.loads(content)), name
+            assert not has_code_references(json.loads(content)), name
     assert b"trust_remote_code" not in files["README.md"]
 
 
@@ -135,7 +135,7 @@ def test_the_quickstarts_table_tells_no_path(tmp_path: Path) -> None:
     save(student, str(teacher), [Row("guide", 1, 2.0, 1.0, 0.5, 1.0)], options, output)
     assert files_with(output, SECRET, str(tmp_path)) == []
     assert json.loads((output / "quickstart.json").read_text())["options"]["text"] == ["texts"]
-    assert not names_code(json.loads((output / "tokenizer_config.json").read_text()))
+    assert not has_code_references(json.loads((output / "tokenizer_config.json").read_text()))
 
 
 # What is named without its path is found again by its fingerprint
@@ -224,8 +224,8 @@ def test_nested_configs_lose_their_references_too(tmp_path: Path) -> None:
     text = LlamaConfig(**{**SIZES, "auto_map": {"AutoModel": "o.O"}})
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=95)
     LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "teacher")
-    assert names_code(json.loads((tmp_path / "teacher" / "config.json").read_text()))
+    assert has_code_references(json.loads((tmp_path / "teacher" / "config.json").read_text()))
     student = from_teacher(tmp_path / "teacher", method="random", show_progress=False)
     student.save_pretrained(tmp_path / "student")
-    assert not names_code(json.loads((tmp_path / "student" / "config.json").read_text()))
+    assert not has_code_references(json.loads((tmp_path / "student" / "config.json").read_text()))
     assert AutoConfig.from_pretrained(tmp_path / "student").text_config.hidden_size == SIZES["hidden_size"]

@@ -1,0 +1,96 @@
+"""Calibration text that the teacher writes itself, for when there is none (self-calibration, arXiv 2410.17170)."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+
+from hf_guide.calibration.data import max_text_length
+from hf_guide.calibration.hooks import eval_mode
+from hf_guide.errors import OptionError, TeacherError
+from hf_guide.initialization.config import SELF_GENERATED, InitializationConfig
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
+
+GENERATION_BATCH_SIZE = 64
+_SEED_STRIDE = 1_000_003  # the second rows of one seed are not the first of the next
+
+
+def generate_calibration_text(
+    model: PreTrainedModel,
+    teacher: TeacherCheckpoint,
+    options: InitializationConfig,
+    *,
+    tokens: int,
+    show_progress: bool = False,
+) -> Tensor:
+    """Return at least `tokens` tokens, (rows, length), that a causal language model samples from a first one by chance on.
+
+    Tokens are drawn as the model foretells them, at temperature 1; a text that ends is followed by another, as in training.
+    With one seed and machine they are the same, however many processes share the work. The global random state is kept.
+
+    Raises:
+        OptionError: a model that writes no text: an encoder, an encoder-decoder, or one without its language head.
+        TeacherError: a model that says NaN.
+    """
+    if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise OptionError(
+            f"calibration_dataset={SELF_GENERATED!r} is text that the teacher writes, and {type(model).__name__} writes none: only "
+            "causal language models do, loaded with their head. Pass a dataset."
+        )
+    length = max_text_length(options.calibration_length, teacher)
+    ids = torch.zeros(-(-tokens // length), length, dtype=torch.long)
+    rank, processes = rank_and_world_size()
+    chunks = list(enumerate(ids.split(GENERATION_BATCH_SIZE)))[rank::processes]
+    bar = tqdm(total=len(chunks) * (length - 1), desc="the teacher writes", unit="step", disable=not show_progress)
+    with bar, eval_mode(model), _default_generation_config(model):
+        for number, chunk in chunks:
+            chunk.copy_(_sample_rows(model, chunk.shape, options.seed + number * _SEED_STRIDE, bar))
+    all_reduce_sum_([ids])  # each process has written its own rows, and has zeros in the others'
+    return ids
+
+
+class _ProgressLogitsProcessor(LogitsProcessor):
+    """Leaves logits as they are, moves a bar by a step, and refuses what nothing can be drawn from."""
+
+    def __init__(self, bar: "tqdm[None]"):
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.bar.update()
+        if bool(scores.isnan().any()):
+            raise TeacherError(
+                "The teacher says NaN of text that it writes itself: run it in a wider dtype (bfloat16 or float32), or check "
+                "its weights."
+            )
+        return scores
+
+
+def _sample_rows(model: Any, shape: torch.Size, seed: int, bar: "tqdm[None]") -> Tensor:
+    """Return rows of tokens, on the CPU."""
+    device = model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        first = torch.randint(model.get_input_embeddings().num_embeddings, (shape[0], 1)).to(device)
+        rows: Tensor = model.generate(
+            first,
+            attention_mask=torch.ones_like(first),
+            max_new_tokens=shape[1] - 1,
+            logits_processor=[_ProgressLogitsProcessor(bar)],
+        )
+    return rows.cpu()
+
+
+@contextlib.contextmanager
+def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Let a model sample from all that it foretells, to the full length, whatever its own generation config says."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    try:
+        yield
+    finally:
+        model.generation_config = own

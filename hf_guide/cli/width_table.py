@@ -1,0 +1,105 @@
+"""Looking at a teacher before choosing a width: how much of its tables each keeps, how large it would be."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from hf_guide.errors import HfGuideError
+from hf_guide.initialization.basis import embedding_second_moments, explained_variance, fit_basis
+from hf_guide.initialization.config import InitializationConfig
+from hf_guide.initialization.planning import make_plan
+from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.layouts.registry import Layout
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.visualization import LANDMARKS, Curve, width_reaching
+
+
+@dataclass(frozen=True)
+class WidthSuggestion:
+    """A student that would keep at least a share of the embedding table's variance, and that its family accepts.
+
+    Attributes:
+        share: the share asked for, 0 to 1.
+        needed: the smallest width that keeps it, whether or not heads suit.
+        overrides: what to pass to `from_teacher`; `hidden_size` is the suggested width.
+        kept: the share that this width keeps.
+        parameters, parameters_half: the student's size, with all of the teacher's blocks and with half of them.
+    """
+
+    share: float
+    needed: int
+    overrides: dict[str, int]
+    kept: float
+    parameters: int
+    parameters_half: int | None
+
+
+def variance_curves(teacher: TeacherCheckpoint, layout: Layout) -> dict[str, list[float]]:
+    """For each projected axis the cumulative share of variance, 0 to 1, kept at width 1, 2, ....
+
+    Raises:
+        TeacherError: a table that cannot be read, or holds numbers that are not finite.
+    """
+    plan = make_plan(_meta_model(teacher, teacher.config), teacher, layout, InitializationConfig())
+    moments = embedding_second_moments(plan, list(plan.widths))
+    return {
+        axis: explained_variance(fit_basis(moment, len(moment)).eigenvalues).tolist()
+        for axis, moment in moments.items()
+    }
+
+
+def suggest_widths(teacher: TeacherCheckpoint, layout: Layout, curve: Curve) -> list[WidthSuggestion]:
+    """The smallest suitable widths that keep 50, 80, 90, 95 and 99 % of the variance; each was tried, not guessed.
+
+    A width suits where it is a multiple of 64, or of eight times the number of heads, and the family accepts it.
+    """
+    suggestions: list[WidthSuggestion] = []
+    for share in LANDMARKS:
+        needed = width_reaching(curve, share)
+        for width in _suitable_widths(teacher.config, needed):
+            overrides = {"hidden_size": width, **_proportional_mlp(teacher.config, width)}
+            parameters = count_parameters(teacher, layout, overrides)
+            if parameters is not None:
+                blocks = getattr(teacher.config, "num_hidden_layers", 1)
+                half = {**overrides, "num_hidden_layers": math.ceil(blocks / 2)}
+                parameters_half = count_parameters(teacher, layout, half)
+                suggestions.append(
+                    WidthSuggestion(share, needed, overrides, curve[width - 1], parameters, parameters_half)
+                )
+                break
+    return suggestions
+
+
+def count_parameters(teacher: TeacherCheckpoint, layout: Layout, overrides: dict[str, Any]) -> int | None:
+    """How many parameters a student with these overrides has; None where it cannot be made from this teacher."""
+    try:
+        student = _meta_model(teacher, derive_student_config(teacher.config, overrides))
+        make_plan(student, teacher, layout, InitializationConfig())
+    except HfGuideError:
+        return None
+    return student.num_parameters()
+
+
+def _meta_model(teacher: TeacherCheckpoint, config: PreTrainedConfig) -> Any:
+    with torch.device("meta"):
+        return teacher.model_class._from_config(config)
+
+
+def _suitable_widths(config: PreTrainedConfig, needed: int) -> Iterator[int]:
+    heads = getattr(config, "num_attention_heads", 1)
+    for width in range(needed, config.hidden_size):
+        if width % 64 == 0 or width % (8 * heads) == 0:
+            yield width
+
+
+def _proportional_mlp(config: PreTrainedConfig, width: int) -> dict[str, int]:
+    """The intermediate size in the teacher's proportion, rounded to a multiple of 64, where the config states one."""
+    size = getattr(config, "intermediate_size", None)
+    if not isinstance(size, int):
+        return {}
+    step = 64 if size >= 512 else 8
+    return {"intermediate_size": min(size, max(step, round(size * width / config.hidden_size / step) * step))}

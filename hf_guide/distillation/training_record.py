@@ -1,0 +1,82 @@
+"""What a trainer tells of its run, for the card: `distillation.json`."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hf_guide.distillation.cached_teacher import CachedTeacher
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, reported_arguments
+from hf_guide.hub.provenance import teacher_record
+from hf_guide.tasks import Task
+from hf_guide.teachers.loading import model_name
+from hf_guide.utils.public_names import public_name
+
+if TYPE_CHECKING:
+    from hf_guide.distillation.trainer import DistillationTrainer
+
+_ON_THE_HUB = {
+    Task.CAUSAL_LM: "text-generation",
+    Task.MASKED_LM: "fill-mask",
+    Task.SEQ2SEQ_LM: "text2text-generation",
+    Task.SEQUENCE_CLASSIFICATION: "text-classification",
+    Task.TOKEN_CLASSIFICATION: "token-classification",
+    Task.IMAGE_CLASSIFICATION: "image-classification",
+}
+
+_TEACHER_METRIC = re.compile(r"_teacher_(?=ce$|perplexity$)")
+
+
+def build_training_record(
+    trainer: "DistillationTrainer",
+    *,
+    datasets: Sequence[str] = (),
+    evaluated_on: Sequence[str] = (),
+    languages: Sequence[str] = (),
+) -> DistillationRecord:
+    """Return what there is to tell of a run so far. The metrics are those of the last evaluation."""
+    args, state = trainer.args, trainer.state
+    student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    history = eval_history(state.log_history)
+    found: dict[str, float | None] = dict(history[-1]) if history else {}
+    of_teacher = {name: _TEACHER_METRIC.sub("_", name) for name in found if _TEACHER_METRIC.search(name)}
+    return DistillationRecord(
+        teachers=[_teacher_record(each, args) for each in trainer.teachers],
+        objective=args.weights,
+        temperature=args.temperature,
+        divergence=args.divergence if "kd" in args.weights else None,
+        student_class=type(student).__name__,
+        student_parameters=student.num_parameters() if hasattr(student, "num_parameters") else None,
+        task=_ON_THE_HUB[trainer.task],
+        datasets=[public_name(name) for name in datasets],
+        evaluated_on=", ".join(map(public_name, evaluated_on)) or None,
+        languages=list(languages),
+        steps=state.global_step,
+        epochs=state.epoch,
+        training=reported_arguments(args),
+        metrics={
+            name: value for name, value in found.items() if name not in of_teacher and not name.endswith("_weighted")
+        },
+        teacher_metrics={of_teacher[name]: value for name, value in found.items() if name in of_teacher},
+        history=[dict(entry) for entry in history],
+    )
+
+
+def eval_history(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return what was measured at each step of a `Trainer`'s log at which it evaluated, on one dataset or on several."""
+    found: dict[float, dict[str, float]] = {}
+    for entry in history:
+        if any(name.startswith("eval_") and name.endswith("_loss") for name in entry):
+            found.setdefault(entry["step"], {}).update(entry)
+    return list(found.values())
+
+
+def _teacher_record(teacher: Any, args: Any) -> TeacherRecord:
+    if isinstance(teacher, CachedTeacher):
+        manifest = teacher.capture.manifest
+        told = teacher_record(
+            manifest.teacher, revision=manifest.teacher_revision, captured=True, token=args.hub_token
+        )
+        return dataclasses.replace(told, fingerprint=manifest.files)
+    revision = getattr(teacher.bare.config, "_commit_hash", None)
+    return teacher_record(model_name(teacher.bare), revision=revision, weight=teacher.weight, token=args.hub_token)

@@ -1,0 +1,129 @@
+"""The layers that PEFT and torch put in the place of a model's own, and what of them is computed.
+
+Does: recognise such layers, and find the stock layer inside one, or the copy that is trained in its place.
+Does not: import PEFT (a model can only hold its layers once it is imported), or change a model.
+"""
+
+import copy
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_guide.errors import OptionError
+
+
+def is_adapter_layer(module: Any) -> bool:
+    """Return whether a module is one that PEFT puts around a layer: of LoRA and its kin, or of `modules_to_save`."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost PEFT layers of a model with their names: none of what such a layer is made of."""
+    prefixes: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if is_adapter_layer(module) and not name.startswith(prefixes):
+            prefixes += (f"{name}.",)
+            yield name, module
+
+
+def has_adapter(model: Any) -> bool:
+    """Return whether a model carries an adapter: layers of PEFT's, or virtual tokens."""
+    return bool(getattr(model, "peft_config", None)) or next(adapter_layers(model), None) is not None
+
+
+def stock_module(module: Any) -> Any:
+    """Return the layer of the model's own that PEFT wrapped, or the layer itself."""
+    while is_adapter_layer(module):
+        module = module.base_layer if hasattr(module, "base_layer") else module.original_module
+    return module
+
+
+def active_module(module: Any) -> Any:
+    """Return what a layer's forward calls: of `modules_to_save` the active copy, of any other layer the layer itself."""
+    copies = getattr(module, "modules_to_save", None)
+    if not is_adapter_layer(module) or copies is None:
+        return module
+    if module.disable_adapters or not module.active_adapters:
+        return module.original_module
+    name = module.active_adapters[0]
+    return copies[name] if name in copies else module
+
+
+def check_no_virtual_tokens(model: Any, role: str) -> None:
+    """Check that a model's outputs are at the positions of its inputs: of its student's, of its teacher's and of labels.
+
+    Raises:
+        OptionError: an adapter that puts virtual tokens before the text (prefixes of keys and values move nothing).
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+            raise OptionError(
+                f"{config.peft_type.value} puts virtual tokens before the text, so that the {role}'s outputs are not at the "
+                "positions of the other model's and of the labels. Use another adapter, such as LORA or PREFIX_TUNING."
+            )
+
+
+def called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that a model's forward can call, with their names, parents first.
+
+    A PEFT layer counts as one module, without what it is made of; of `modules_to_save` there is only the active copy.
+    """
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    known: set[nn.Module] = set()
+    while pending:
+        name, module = pending.pop()
+        if module in known:
+            continue
+        known.add(module)
+        yield name, module
+        if not is_adapter_layer(module):
+            prefix = f"{name}." if name else ""
+            children = [(prefix + key, active_module(child)) for key, child in module.named_children()]
+            pending += reversed(children)
+
+
+def called_module(model: nn.Module, module: nn.Module) -> nn.Module:
+    """Return what is called where `module` was before PEFT wrapped it, or a module that holds it."""
+    for _, layer in adapter_layers(model):
+        for name, inside in stock_module(layer).named_modules():
+            if inside is module:
+                active = active_module(layer)
+                return active if active is layer else active.get_submodule(name)
+    return module
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Return whether a layer computes `x W^T + b` of a weight that is an ordinary parameter.
+
+    Adapters, quantised weights (tensor subclasses), sharded weights, and `torch.nn.utils.parametrize` are not plain: what
+    they multiply with is made anew for each forward pass.
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return False
+    return not nn.utils.parametrize.is_parametrized(module) and type(module.weight.data) is torch.Tensor
+
+
+def parametrized_layers(model: Any) -> list[str]:
+    """Return the names of the layers that `torch.nn.utils.parametrize` has changed, and that are plain in the stock class.
+
+    Some families have such layers themselves (wav2vec 2.0).
+    """
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = _parametrized(model)
+    if not found:
+        return []
+    with torch.device("meta"):
+        stock = tuple(_parametrized(type(bare)(copy.deepcopy(bare.config))))
+    return [name for name in found if not name.endswith(stock)] if stock else found
+
+
+def _parametrized(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if nn.utils.parametrize.is_parametrized(module)]

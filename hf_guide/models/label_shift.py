@@ -1,0 +1,69 @@
+"""Whether a language model's own loss compares the logits of token i with the label of token i + 1.
+
+Nearly all decoders do, audio models among them, which Transformers lists with encoder-decoders. XLNet and XLM compare
+them with the label of token i, for permutation language modelling and `run_mlm`. It is found by running the model on labels
+of one token, not by its name.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_guide.errors import TaskError
+from hf_guide.models.adapters import stock_module
+from hf_guide.models.lm_head import FORWARD_ERRORS, eval_preserving_state, probe_inputs
+from hf_guide.tasks import Task, is_encoder_decoder, without_adapter
+from hf_guide.utils.labels import IGNORE_INDEX
+
+_UNSHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")
+"""Stock classes that do not shift: for models that cannot be run here, being sharded already."""
+
+
+def shifts_labels(model: nn.Module, task: Task) -> bool:
+    """Return whether a model's own loss shifts its labels; its mode and the random state are left as they were.
+
+    The loss of a model that shifts does not depend on the label of the first token. A model that cannot be run on token
+    ids alone is judged by its class.
+    """
+    bare: Any = without_adapter(model)
+    if task is not Task.CAUSAL_LM and (task is not Task.SEQ2SEQ_LM or is_encoder_decoder(bare)):
+        return False
+    by_class = not any(each.__name__ in _UNSHIFTED for each in type(bare).__mro__)
+    table = stock_module(bare.get_input_embeddings())
+    weight = getattr(table, "weight", None)
+    if weight is None or weight.is_meta or not weight.numel() or hasattr(weight, "to_local") or weight.ndim != 2:
+        return by_class
+    with eval_preserving_state(model, weight.device):
+        try:
+            probe = probe_inputs(bare, weight.shape[0])
+            found = None if probe is None else _ignores_first_label(bare, probe)
+            return by_class if found is None else found
+        except FORWARD_ERRORS:
+            return by_class
+
+
+def check_label_shift(teacher: nn.Module, student: nn.Module, task: Task) -> None:
+    """Check that the logits of teacher and student at one place are about the same token.
+
+    Raises:
+        TaskError: one of them shifts its labels, the other does not.
+    """
+    shifts = {"teacher": shifts_labels(teacher, task), "student": shifts_labels(student, task)}
+    if shifts["teacher"] != shifts["student"]:
+        which, model = ("student", student) if shifts["student"] else ("teacher", teacher)
+        raise TaskError(
+            f"Only the {which}'s logits ({type(without_adapter(model)).__name__}) are about the next token; those of both "
+            "must be about the same one. Take a teacher whose own loss shifts its labels as the student's does."
+        )
+
+
+def _ignores_first_label(model: nn.Module, probe: dict[str, Tensor]) -> bool | None:
+    """Return whether the loss does not depend on the first label; None where the loss is not finite."""
+    losses = []
+    for label in (1, 2):
+        labels = torch.full_like(probe["input_ids"], IGNORE_INDEX)
+        labels[:, 0], labels[:, -1] = label, 3
+        losses.append(model(**probe, labels=labels, return_dict=True)["loss"])
+    finite = all(bool(loss.isfinite()) for loss in losses)
+    return bool(losses[0] == losses[1]) if finite else None

@@ -1,0 +1,112 @@
+"""Files of a teacher's folder, which may have come from anyone: read and copied only where they lie in that folder.
+
+A symbolic link in a folder may point anywhere on this machine; what is copied through it would be published with the
+student. The links of the Hub's cache, from a snapshot to the blobs of the same repository, are followed.
+"""
+
+import fnmatch
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from hf_guide.errors import TeacherError
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_AND_CONFIGS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_*",
+    "*.safetensors",
+    "*.bin",
+    "*.index.json",
+    "*.gguf",
+    "*.py",
+)
+"""Files that a model is made of."""
+
+
+def is_outside_folder(path: Path, folder: Path) -> bool:
+    """Whether a file lies outside of `folder` once links are followed; a snapshot's blobs lie inside."""
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    repository = root.parent.parent
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        root = repository
+    return not target.is_relative_to(root)
+
+
+def regular_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """Return the files of a folder that match one of `patterns`, in their order, by name where several match one.
+
+    What is no regular file, or lies elsewhere, is left out, with a warning that names it.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            if is_outside_folder(path, folder):
+                logger.warning("%s is a link to %s, outside of its folder: not copied.", path, os.path.realpath(path))
+            elif not path.exists() or not stat.S_ISREG(path.stat().st_mode):
+                logger.warning("%s is not a regular file: not copied.", path)
+            else:
+                found[path] = None
+    return list(found)
+
+
+def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = WEIGHTS_AND_CONFIGS) -> None:
+    """Refuse a folder whose files of a model are links out of it, or whose index names files outside of it.
+
+    A name that is no folder, a Hub id, is not looked at: the Hub's client keeps its files together.
+
+    Raises:
+        TeacherError: names the file; or the name begins with '~', which nothing would expand.
+    """
+    folder = Path(name)
+    if folder.parts[:1] == ("~",) and not folder.exists():
+        raise TeacherError(
+            f"There is no folder {name}: '~' is expanded by shells alone. Write the path out, {folder.expanduser()}."
+        )
+    if not folder.is_dir():
+        return
+    for entry in os.scandir(folder):
+        if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns):
+            continue
+        path = Path(entry.path)
+        if entry.is_symlink() and is_outside_folder(path, folder):
+            raise TeacherError(
+                f"{path} is a link to {os.path.realpath(path)}, outside of its folder; what it holds would be published with "
+                "the student. If you put it there, replace the link by the file."
+            )
+        if entry.name.endswith(".index.json") and path.is_file():
+            read_shard_index(path)
+
+
+def read_shard_index(path: Path) -> dict[str, Any]:
+    """Return an index of shards, whose files are named relative to its own folder and lie in it.
+
+    Raises:
+        TeacherError: it cannot be read, or names a file elsewhere.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TeacherError(f"{path} is not a readable index of shards ({error}). Fetch it again.") from error
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
+        raise TeacherError(
+            f"{path} is not a readable index of shards: weight_map must map tensor names to file names. Fetch it again."
+        )
+    for shard in sorted(set(shards.values())):
+        if _is_outside(shard):
+            raise TeacherError(
+                f"{path} names the shard {shard!r}, which is not in its folder; a shard must be a file beside the index."
+            )
+    return index
+
+
+def _is_outside(shard: str) -> bool:
+    parts = {*PurePosixPath(shard).parts, *PureWindowsPath(shard).parts}
+    return not shard or ".." in parts or PurePosixPath(shard).is_absolute() or bool(PureWindowsPath(shard).anchor)

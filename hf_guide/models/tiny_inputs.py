@@ -1,0 +1,147 @@
+"""The smallest inputs that a model of any modality takes, made from its config and its forward's signature alone."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+NUM_TOKENS = 8
+IMAGE_SIDE = 64
+"""Of models whose config names no image size: convolutional ones, which take any that survives their strides."""
+
+
+def tiny_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """Return inputs to try, fewest first: the model's main input, then with all others that can be made.
+
+    The list is empty where the main input, or one that `forward` requires, is of a kind that cannot be made.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    required = {
+        name
+        for name, parameter in accepted.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    known = {name: value for name in accepted if (value := _make_input(name, model)) is not None}
+    main = model.main_input_name if model.main_input_name in accepted else None
+    least = {name for name in known if name == main or name in required}
+    if not known or not required <= known.keys():
+        return []
+    choices = [least] if main in known else []
+    if model.config.is_encoder_decoder and "decoder_input_ids" in known and main in known:
+        choices.insert(0, least | {"decoder_input_ids"})  # classifiers make their own, and take no others
+    for choice in (set(known), set(known) - {"decoder_input_ids"}):
+        if choice not in choices:
+            choices.append(choice)
+    return [{name: known[name] for name in choice} for choice in choices if choice]
+
+
+def count_positions(inputs: dict[str, Tensor]) -> int:
+    """Return about how many positions a forward on these inputs has: tokens, patches of 16 x 16 pixels or frames."""
+    counts = [0]
+    for name, value in inputs.items():
+        if name.endswith("ids"):
+            counts.append(value.numel())
+        elif value.ndim >= 4:
+            counts.append(value.numel() // value.shape[-3] // 256 + 1)
+        else:
+            counts.append(value.shape[-1] // 320 + 1 if value.ndim == 2 else max(value.shape[1:]))
+    return sum(counts)
+
+
+def _make_input(name: str, model: PreTrainedModel) -> Tensor | None:
+    config = model.config
+    if name == "input_ids":
+        return _tokens(config.get_text_config())
+    if name == "decoder_input_ids":
+        start, vocabulary = getattr(config, "decoder_start_token_id", None), _first_attribute(config, "vocab_size")
+        fits = isinstance(start, int) and 0 <= start < (vocabulary if isinstance(vocabulary, int) else 0)
+        return torch.tensor([[start if fits else 0, 1]])
+    if name in ("pixel_values", "pixel_values_videos"):
+        return _pixels(config, model.dtype)
+    if name in ("input_features", "input_values"):
+        return _audio(config, name, model.dtype)
+    return None
+
+
+def _tokens(config: PreTrainedConfig) -> Tensor | None:
+    vocabulary = _first_attribute(config, "vocab_size")
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        return None
+    special = {value for name, value in _all_values(config) if name.endswith("token_id") and isinstance(value, int)}
+    plain = [token for token in range(min(vocabulary, 64 + len(special))) if token not in special] or [0]
+    longest = _first_attribute(config, "max_position_embeddings", "n_positions", "max_target_positions")
+    length = NUM_TOKENS
+    if isinstance(longest, int) and longest >= 1:
+        pad = getattr(config, "pad_token_id", None)
+        offset = pad + 1 if isinstance(pad, int) and pad >= 0 else 0  # where RoBERTa's positions begin
+        length = max(1, min(NUM_TOKENS, longest - offset if longest > offset else longest))
+    ids = [plain[number % len(plain)] for number in range(length)]
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and 0 <= end < vocabulary and length > 1:
+        ids[-1] = end  # BART's classifier reads the state at the end token
+    return torch.tensor([ids])
+
+
+def _pixels(config: PreTrainedConfig, dtype: torch.dtype) -> Tensor | None:
+    seen = next((each for each in _iter_configs(config) if hasattr(each, "image_size")), None)
+    seen = seen or next((each for each in _iter_configs(config) if hasattr(each, "num_channels")), None)
+    if seen is None:
+        return None
+    size = getattr(seen, "image_size", None) or IMAGE_SIDE
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    channels = getattr(seen, "num_channels", None) or getattr(seen, "in_channels", None)
+    if not all(isinstance(value, int) for value in (height, width)):
+        return None
+    shape = [channels if isinstance(channels, int) else 3, height, width]
+    frames = getattr(seen, "num_frames", None)
+    if isinstance(frames, int):
+        shape.insert(0, frames)
+    return _sine_wave(shape, dtype)
+
+
+def _audio(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> Tensor | None:
+    bands = getattr(config, "num_mel_bins", None)
+    if name == "input_features":
+        longest = getattr(config, "max_source_positions", None)
+        if isinstance(bands, int) and isinstance(longest, int):
+            return _sine_wave([bands, 2 * longest], dtype)  # Whisper refuses every other length
+        width = next(
+            (
+                getattr(config, each)
+                for each in ("input_feat_per_channel", "feature_projection_input_dim")
+                if isinstance(getattr(config, each, None), int)
+            ),
+            None,
+        )
+        return None if width is None else _sine_wave([32, width], dtype)
+    kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
+    if isinstance(kernels, (list, tuple)) and isinstance(strides, (list, tuple)):
+        return _sine_wave([math.prod(strides) * 8 + sum(kernels) * max(strides)], dtype)
+    frames = getattr(config, "max_length", None)
+    return _sine_wave([frames, bands], dtype) if isinstance(frames, int) and isinstance(bands, int) else None
+
+
+def _sine_wave(shape: list[int], dtype: torch.dtype) -> Tensor:
+    count = math.prod(shape)
+    return torch.linspace(-1, 1, count, dtype=torch.float32).mul(7).sin().view(1, *shape).to(dtype)
+
+
+def _iter_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _iter_configs(value)
+
+
+def _all_values(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
+    for each in _iter_configs(config):
+        yield from vars(each).items()
+
+
+def _first_attribute(config: PreTrainedConfig, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

@@ -1,0 +1,206 @@
+"""What a capture is of, in `capture.json`: written first, marked complete last."""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from hf_guide.errors import CaptureError
+from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.keys import KEY_BYTES
+from hf_guide.signal_cache.shards import Column, high_bits, shard_name
+from hf_guide.tasks import Task
+from hf_guide.utils.checksums import DamagedFileError, read_json, write_json
+
+MANIFEST_NAME = "capture.json"
+FORMAT_VERSION = 2
+FORMAT_WITHOUT_CHECKSUMS = 1
+
+_CHANGEABLE_OPTIONS = {"batch_size"}  # may change between a run and its resumption
+
+
+@dataclass
+class CaptureManifest:
+    """What a capture is of and what it holds.
+
+    Attributes:
+        teacher, teacher_revision: where the teacher came from, and its commit where that is known.
+        teacher_class, teacher_config, teacher_dtype: what it is.
+        weights: fingerprint of its parameters (`weights_fingerprint`).
+        files: fingerprint of its safetensors files, None where it had none.
+        tokenizer: fingerprint of the tokenizer or processor, None where none was known.
+        task: a value of `Task`.
+        classes: its vocabulary, as far as captured, or its labels.
+        examples: how many examples the dataset has.
+        shapes: of one example's hidden states and embedding, -1 for the axis that is its number of tokens.
+        config: what was asked for.
+        shards: the bytes of each shard's file, once complete.
+        checksums: of each shard and of the index by file name, once complete; empty in captures of earlier versions.
+        complete: whether all of it is there.
+    """
+
+    teacher: str
+    teacher_revision: str | None
+    teacher_class: str
+    teacher_config: dict[str, Any]
+    teacher_dtype: str
+    weights: str
+    files: str | None
+    tokenizer: str | None
+    task: str
+    classes: int
+    examples: int
+    shapes: dict[str, list[int]]
+    config: CaptureConfig
+    hf_guide_version: str
+    shards: list[int] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)
+    complete: bool = False
+    format: int = FORMAT_VERSION
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all classes were kept: always of classifiers, of language models where k is the vocabulary."""
+        return not Task(self.task).is_language_model or self.config.top_k == self.classes
+
+    @property
+    def temperatures(self) -> list[float] | None:
+        """The temperatures that signals can be had at; None where all can."""
+        return None if self.is_dense else self.config.temperatures
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards the examples fill."""
+        return -(-self.examples // self.config.examples_per_shard)
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """The columns of a shard beside the key."""
+        task, config = Task(self.task), self.config
+        found: dict[str, Column] = {}
+        if not task.is_language_model:
+            found["logits"] = Column("float32", (-1, self.classes) if task.is_per_token else (self.classes,))
+        elif self.is_dense:
+            found["log_probs"] = Column(config.log_prob_dtype, (-1, self.classes))
+        else:
+            found["indices_low"] = Column("uint16", (-1, config.top_k))
+            if high_bits(self.classes):
+                found["indices_high"] = Column("uint8", (-1,))
+            found["log_probs"] = Column(config.log_prob_dtype, (-1, config.top_k))
+            found["log_tail"] = Column("float32", (-1, len(config.temperatures)))
+        for name, shape in self.shapes.items():
+            found[name] = Column(config.hidden_dtype, tuple(shape))
+        return found
+
+    def example_bytes(self, tokens: int) -> int:
+        """Return how many bytes an example of so many tokens takes, its key among them."""
+        config, total = self.config, KEY_BYTES
+        for name, column in self.columns.items():
+            if name == "indices_high":  # packed: the shape does not tell
+                total += -(-tokens * config.top_k * high_bits(self.classes) // 8)
+            else:
+                total += column.bytes_per_token * (tokens if -1 in column.shape else 1)
+        return total
+
+    def shard_examples(self, number: int) -> range:
+        """Return which examples of the dataset a shard holds."""
+        size = self.config.examples_per_shard
+        return range(number * size, min((number + 1) * size, self.examples))
+
+    def teacher_config_object(self) -> PreTrainedConfig:
+        """Return the teacher's config.
+
+        Raises:
+            CaptureError: it is of a family that Transformers does not know here, or the capture is one of subclasses.
+        """
+        settings = dict(self.teacher_config)
+        if "model_type" not in settings:
+            raise CaptureError(
+                "The capture holds no teacher's logits but the probabilities of subclasses, as capture_targets writes them: "
+                "pass it to SubclassLabelCollator(projector, ..., capture=...)."
+            )
+        try:
+            return AutoConfig.for_model(settings.pop("model_type"), **settings)
+        except (KeyError, ValueError) as error:
+            raise CaptureError(f"The teacher's config in {MANIFEST_NAME} cannot be read here: {error}") from error
+
+    def differences(self, other: "CaptureManifest") -> list[str]:
+        """Return what differs between two captures, one sentence each: `self` is what is there, `other` what is wanted."""
+        found = []
+        for name in (
+            "teacher_class",
+            "teacher_dtype",
+            "task",
+            "classes",
+            "examples",
+            "tokenizer",
+            "weights",
+            "shapes",
+        ):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                found.append(f"{name} is {mine!r} there and {theirs!r} here")
+        for option in dataclasses.fields(CaptureConfig):
+            mine, theirs = getattr(self.config, option.name), getattr(other.config, option.name)
+            if mine != theirs and option.name not in _CHANGEABLE_OPTIONS:
+                found.append(f"{option.name} is {mine!r} there and {theirs!r} here")
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Write `capture.json`, all or nothing."""
+        write_json(folder / MANIFEST_NAME, dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "CaptureManifest":
+        """Read `capture.json`.
+
+        Raises:
+            CaptureError: there is none, or it is none of this version's.
+        """
+        path = Path(folder) / MANIFEST_NAME
+        try:
+            found, has_checksum = read_json(path, required=False)
+        except FileNotFoundError:
+            raise CaptureError(
+                f"{folder} holds no capture: it has no {MANIFEST_NAME}. Name the folder that capture_teacher or "
+                "`hf-guide capture` wrote."
+            ) from None
+        except DamagedFileError as error:
+            raise CaptureError(f"{error} Capture again into a new folder.") from error
+        version = found.get("format")
+        if version not in (FORMAT_VERSION, FORMAT_WITHOUT_CHECKSUMS):
+            raise CaptureError(f"{path} has format {version}; this version of hf_guide reads format {FORMAT_VERSION}.")
+        expected = {option.name for option in dataclasses.fields(cls)}
+        if version == FORMAT_WITHOUT_CHECKSUMS:
+            expected.remove("checksums")
+        elif not has_checksum:
+            raise CaptureError(f"{path} is damaged: it has no checksum of its own. Capture again into a new folder.")
+        if found.keys() != expected:
+            raise CaptureError(f"{path} is damaged: {sorted(found.keys() ^ expected)} are missing or unknown.")
+        return cls(**found | {"config": CaptureConfig(**found["config"]), "format": FORMAT_VERSION})
+
+    def check_files(self, folder: Path) -> None:
+        """Refuse a capture that is not complete, or whose shards are missing or truncated.
+
+        Raises:
+            CaptureError: names the file.
+        """
+        if not self.complete:
+            done = sum((folder / shard_name(number)).exists() for number in range(self.shard_count))
+            raise CaptureError(
+                f"{folder} is not complete: {done} of {self.shard_count} shards are there. Run the same capture again; "
+                "it goes on where it was."
+            )
+        for number, expected in enumerate(self.shards):
+            path = folder / shard_name(number)
+            if not path.exists():
+                raise CaptureError(f"{path} is missing. Run the same capture again; it writes this shard alone.")
+            size = path.stat().st_size
+            if size != expected:
+                raise CaptureError(
+                    f"{path} has {size} bytes and should have {expected}: it is truncated or was changed. Run the same "
+                    "capture again; it writes this shard alone."
+                )

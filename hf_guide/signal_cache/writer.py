@@ -1,0 +1,438 @@
+"""One capture on its way: what is missing is written, shard by shard, by one process or several.
+
+A run that was killed left whole shards and nothing else; the next one writes those that are missing.
+
+The teacher run once over a dataset, and what it says written to disk, so that training needs no teacher.
+
+Does: share the shards out among the processes of `torchrun`, go on where a killed run was, refuse to mix two captures.
+Does not: read them back (`reading.py`), or hold more than a batch in memory.
+"""
+
+import dataclasses
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import distributed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_guide.errors import CaptureError, OptionError
+from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.data import IndexedCollator, IndexedDataset, TeacherBatchCollator, is_map_style
+from hf_guide.signal_cache.keys import example_keys, token_positions
+from hf_guide.signal_cache.manifest import MANIFEST_NAME, CaptureManifest
+from hf_guide.signal_cache.reader import Capture
+from hf_guide.signal_cache.shards import (
+    INDEX_NAME,
+    Shard,
+    ShardWriter,
+    checksum_path,
+    shard_checksum,
+    shard_defect,
+    shard_name,
+    write_index,
+)
+from hf_guide.signal_cache.teacher_outputs import TeacherRunner, encode_batch, resolve_layers
+from hf_guide.tasks import Task, task_of, without_adapter
+from hf_guide.teachers.loading import load_teacher
+from hf_guide.utils.checksums import file_checksum
+from hf_guide.utils.distributed import RankMonitor, barrier, rank_and_world_size
+from hf_guide.utils.files import check_can_create, is_partial, remove_stale_partials
+from hf_guide.utils.fingerprint import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from hf_guide.utils.public_names import public_name, without_private_keys
+from hf_guide.version import __version__
+
+logger = logging.getLogger(__name__)
+
+_NUM_SAMPLED_LENGTHS = 32
+
+
+class LazyBatchSampler:
+    """An iterable of batches that are never all there at once."""
+
+    def __init__(self, batches: Callable[[], Iterator[list[int]]]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._batches()
+
+
+class CaptureRunner:
+    """One capture on its way."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: CaptureManifest,
+        listener: TeacherRunner,
+        dataset: Any,
+        collate: TeacherBatchCollator,
+        workers: int,
+    ):
+        self.folder, self.manifest, self.listener = folder, manifest, listener
+        self.dataset, self.collate, self.workers = dataset, collate, workers
+        self.task = Task(manifest.task)
+        self.was_complete = False
+
+    def begin(self, state: PartialState) -> None:
+        """Write the manifest, or agree with the one that is there; then look at what is there, and at the disk."""
+        if state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_stale_partials(self.folder)
+            if not (self.folder / MANIFEST_NAME).exists():
+                self.manifest.save(self.folder)
+        barrier()
+        there = CaptureManifest.load(self.folder)
+        differing = there.differences(self.manifest)
+        if differing:
+            raise CaptureError(
+                f"{self.folder} holds a capture with other settings: {'; '.join(differing)}. Capture with those, or into a "
+                "new folder."
+            )
+        self.was_complete, self.checksums = there.complete, there.checksums
+        if state.is_main_process:
+            self._remove_damaged()
+        barrier()
+        self.missing = [
+            number for number in range(there.shard_count) if not (self.folder / shard_name(number)).exists()
+        ]
+        if state.is_main_process:
+            self._check_finished()
+            self._check_disk()
+        barrier()  # or a shard written by one process would be missing from another's list
+
+    def write_missing(self, state: PartialState, show_progress: bool) -> None:
+        """Write this process's share of the shards that are missing."""
+        mine = self.missing[state.process_index :: state.num_processes]
+        loader: DataLoader[Any] = DataLoader(
+            IndexedDataset(self.dataset),
+            batch_sampler=LazyBatchSampler(
+                lambda: (list(batch) for number in mine for batch in self._batches(number))
+            ),
+            collate_fn=IndexedCollator(self.collate),
+            num_workers=self.workers,
+        )
+        with tqdm(
+            total=sum(len(self.manifest.shard_examples(number)) for number in mine),
+            unit="example",
+            desc="Listening to the teacher",
+            disable=not (show_progress and state.is_main_process),
+        ) as bar:
+            stream = iter(loader)
+            for number in mine:
+                self._write(number, stream, bar)
+
+    def finish(self, state: PartialState) -> None:
+        """Write the index of all keys and mark the capture complete, in the first process.
+
+        Raises:
+            MissingRankError: another process has ended, so that its shards will never be there.
+        """
+        watch = RankMonitor()
+        for place, number in enumerate(self.missing):
+            # A barrier alone gives up after some minutes, and another process's last shard may take longer.
+            while not (self.folder / shard_name(number)).exists():
+                watch.check(f"{shard_name(number)} of rank {place % state.num_processes}")
+                time.sleep(0.2)
+        barrier()
+        if state.is_main_process:
+            if self.missing or not (self.was_complete and self.checksums and (self.folder / INDEX_NAME).exists()):
+                finalize_capture(self.folder, self.manifest, self.checksums)
+            for number in range(self.manifest.shard_count):  # also those of a run that was killed right here
+                checksum_path(self.folder / shard_name(number)).unlink(missing_ok=True)
+        barrier()
+
+    def _remove_damaged(self) -> None:
+        """Remove shards, and the index, whose bytes are not those that were written: they are written again."""
+        for number in range(self.manifest.shard_count):
+            path = self.folder / shard_name(number)
+            defect = shard_defect(path, self.checksums.get(path.name)) if path.exists() else None
+            if defect is not None:
+                logger.warning("%s It is written again.", defect)
+                path.unlink()
+        index = self.folder / INDEX_NAME
+        if index.exists() and self.checksums and file_checksum(index) != self.checksums.get(index.name):
+            logger.warning("%s is damaged. It is written again.", index)
+            index.unlink()
+
+    def _batches(self, number: int) -> list[range]:
+        inside, size = self.manifest.shard_examples(number), self.manifest.config.batch_size
+        return [inside[start : start + size] for start in range(0, len(inside), size)]
+
+    def _next(self, stream: Iterator[Any], inside: range) -> Any:
+        """Return the next batch; what cannot be read of the dataset is not taken for a disk that cannot be written."""
+        try:
+            return next(stream)
+        except OSError as error:
+            raise CaptureError(
+                f"The dataset's examples {inside[0]} to {inside[-1]} cannot be read: {error}. Replace or remove the one that "
+                "is damaged."
+            ) from error
+
+    def _write(self, number: int, stream: Iterator[Any], bar: Any) -> None:
+        path = self.folder / shard_name(number)
+        try:
+            with ShardWriter(path, self.manifest.columns) as shard:
+                for inside in self._batches(number):
+                    numbers, batch = self._next(stream, inside)
+                    keys = example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key)
+                    if len(keys) != len(numbers):
+                        raise CaptureError(
+                            f"The collator made {len(keys)} rows of {len(numbers)} examples, so which is which cannot be "
+                            "told. Use one that keeps one row an example."
+                        )
+                    shard.write(keys, encode_batch(self.listener, batch, self.manifest.config, numbers))
+                    bar.update(len(numbers))
+        except OSError as error:
+            raise CaptureError(
+                f"{path} could not be written: {error}. Make room; the same call then goes on from here."
+            ) from error
+
+    def _check_finished(self) -> None:
+        """Refuse a dataset other than the one that the finished shards are of."""
+        for number in set(range(self.manifest.shard_count)) - set(self.missing):
+            shard, inside = (
+                Shard(self.folder / shard_name(number), self.manifest.columns),
+                self.manifest.shard_examples(number),
+            )
+            if len(shard) != len(inside):
+                raise CaptureError(
+                    f"{self.folder / shard_name(number)} has {len(shard)} examples, not {len(inside)}. Remove it and go on."
+                )
+            batch = self.collate([self.dataset[inside[0]]])
+            if example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key) != [shard.key(0)]:
+                raise CaptureError(
+                    f"{self.folder} holds a capture of another dataset: example {inside[0]} is another one, or is processed "
+                    "or collated otherwise (masked at random, perhaps). Capture that dataset, or into a new folder."
+                )
+
+    def _check_disk(self) -> None:
+        remaining = sum(len(self.manifest.shard_examples(number)) for number in self.missing)
+        if not remaining:
+            return
+        step = max(1, self.manifest.examples // _NUM_SAMPLED_LENGTHS)
+        sampled = [self._example_bytes(number) for number in range(0, self.manifest.examples, step)]
+        needed = remaining * sum(sampled) // len(sampled)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CaptureError(
+                f"The capture takes about {needed / 2**20:,.0f} MiB and {self.folder} has {free / 2**20:,.0f} MiB free. "
+                "Choose another disk, a smaller top_k, or fewer hidden_states."
+            )
+
+    def _example_bytes(self, number: int) -> int:
+        if self.task is Task.IMAGE_CLASSIFICATION:
+            return self.manifest.example_bytes(0)
+        (places,) = token_positions(self.collate([self.dataset[number]]), self.task)
+        return self.manifest.example_bytes(len(places))
+
+
+def finalize_capture(folder: Path, manifest: CaptureManifest, listed: Mapping[str, str]) -> None:
+    """Write the index of a capture whose shards are all there, and its manifest with their sizes and checksums.
+
+    Args:
+        listed: checksums of shards that an earlier run has completed.
+    """
+    index = folder / INDEX_NAME
+    paths = [folder / shard_name(number) for number in range(manifest.shard_count)]
+    write_index(index, [Shard(path, manifest.columns).keys() for path in paths])
+    checksums = {path.name: shard_checksum(path, listed.get(path.name)) for path in paths}
+    checksums[index.name] = file_checksum(index)
+    sizes = [path.stat().st_size for path in paths]
+    dataclasses.replace(manifest, shards=sizes, checksums=checksums, complete=True).save(folder)
+    for path in paths:
+        checksum_path(path).unlink(missing_ok=True)
+
+
+def capture_teacher(
+    teacher: "str | os.PathLike[str] | PreTrainedModel",
+    dataset: Any,
+    output_dir: str | os.PathLike[str],
+    *,
+    processing_class: Any = None,
+    data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
+    config: "CaptureConfig | Mapping[str, Any] | None" = None,
+    dtype: "str | torch.dtype | None" = None,
+    revision: str | None = None,
+    token: "str | bool | None" = None,
+    trust_remote_code: bool = False,
+    dataloader_num_workers: int = 0,
+    show_progress: bool = True,
+) -> Capture:
+    """Run a teacher once over a dataset and write what it says to `output_dir`, in Arrow files.
+
+    Of classifiers all logits are kept; of language models the largest k log-probabilities at each token and the mass of all
+    others; hidden states and embeddings on request. Killed at any moment, the same call goes on where it was. Under
+    `torchrun` the processes share the work; each calls this, with a folder that all of them see.
+
+    Args:
+        teacher: a Hub id, a folder or a loaded model.
+        dataset: what the student will be trained on, processed as for `Trainer`: a length, and examples by number.
+        output_dir: a new or empty folder, or one that the same call began.
+        processing_class: the tokenizer or processor; remembered by its fingerprint, and used to pad.
+        data_collator: as for training, but for its padding; by default one that pads.
+        config: a `CaptureConfig` or a mapping of its fields.
+        dtype: of a teacher that is loaded here; None or "auto" takes the checkpoint's.
+        revision, token, trust_remote_code: as in `from_pretrained`.
+        dataloader_num_workers: processes that prepare batches beside this one.
+        show_progress: whether the first process shows a bar.
+
+    Returns:
+        The capture, opened.
+
+    Raises:
+        CaptureError: the folder holds something else or a capture with other settings, and which; the teacher says
+            something that is not finite, and of which example; the disk is too small.
+        OptionError: an option out of range, such as a k over the vocabulary, or a dataset without a length.
+        TaskError, TeacherError: a teacher of no known task, or one that cannot be loaded.
+    """
+    options = CaptureConfig.parse(config)
+    folder = Path(output_dir)
+    examples = _num_examples(dataset)
+    check_output_dir(folder)
+    state = distributed_state()
+    if isinstance(teacher, PreTrainedModel) or hasattr(teacher, "get_base_model"):
+        if dtype is not None or revision is not None:
+            raise OptionError("dtype and revision are for a teacher that is loaded here; this one is loaded already.")
+        model: Any = teacher
+    elif not isinstance(teacher, (str, os.PathLike)):
+        raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
+    else:
+        model = load_teacher(
+            teacher,
+            dtype=dtype,
+            device=state.device,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+        )
+    task = task_of(model)
+    collate = TeacherBatchCollator(model, task, data_collator, processing_class, options.remove_unused_columns)
+    was_training = model.training
+    model.eval()
+    try:
+        where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        listener = TeacherRunner(model, task, processing_class, where)
+        manifest = build_manifest(teacher, listener, collate([dataset[0]]), examples, processing_class, options)
+        run = CaptureRunner(folder, manifest, listener, dataset, collate, dataloader_num_workers)
+        run.begin(state)
+        run.write_missing(state, show_progress)
+        run.finish(state)
+    finally:
+        model.train(was_training)
+    return Capture.open(folder)
+
+
+def build_manifest(
+    teacher: Any,
+    listener: TeacherRunner,
+    batch: Mapping[str, Any],
+    examples: int,
+    processing_class: Any,
+    options: CaptureConfig,
+) -> CaptureManifest:
+    """Return the manifest of a capture that is to begin; the first example, collated, shows the shapes.
+
+    Raises:
+        OptionError: k or the vocabulary's size is over the teacher's, or it has no such layer.
+        CaptureError: the first example already cannot be captured.
+    """
+    model, task = listener.model, listener.task
+    heard = listener.hear(batch, hidden_states=bool(options.hidden_states))
+    classes = heard.classes
+    if task.is_language_model:
+        if options.vocabulary_size is not None and options.vocabulary_size > classes:
+            raise OptionError(f"vocabulary_size is {options.vocabulary_size}; the teacher's has {classes} rows.")
+        classes = options.vocabulary_size or classes
+        if options.top_k > classes:
+            raise OptionError(
+                f"top_k is {options.top_k}; the vocabulary has {classes} rows, which would keep them all. "
+                f"Set top_k to {classes} at most."
+            )
+    elif options.vocabulary_size is not None:
+        raise OptionError(f"vocabulary_size is for language models; the teacher is one for {task}.")
+    config = dataclasses.replace(options, hidden_states=resolve_layers(options.hidden_states, len(heard.layers)))
+    (first,) = encode_batch(listener, batch, config, [0])
+    by_place = task is not Task.IMAGE_CLASSIFICATION
+    shapes = {}
+    for name, array in first.items():
+        if name.startswith("hidden_") or (name == "embedding" and task.is_per_token):
+            shapes[name] = [-1, *array.shape[1:]] if by_place else list(array.shape)
+        elif name == "embedding":
+            shapes[name] = list(array.shape)
+    bare = without_adapter(model)
+    loaded_here = isinstance(teacher, (str, os.PathLike))
+    name = os.fspath(teacher) if loaded_here else bare.config._name_or_path or type(bare).__name__
+    return CaptureManifest(
+        teacher=public_name(name),
+        teacher_revision=getattr(bare.config, "_commit_hash", None),
+        teacher_class=type(bare).__name__,
+        teacher_config=without_private_keys(bare.config.to_dict()),
+        teacher_dtype=str(bare.dtype).removeprefix("torch."),
+        weights=weights_fingerprint(model),
+        files=files_fingerprint(name) if loaded_here and os.path.isdir(name) else None,
+        tokenizer=tokenizer_fingerprint(processing_class),
+        task=str(task),
+        classes=classes,
+        examples=examples,
+        shapes=shapes,
+        config=config,
+        hf_guide_version=__version__,
+    )
+
+
+def distributed_state() -> PartialState:
+    """Return which of how many processes this is; they speak by gloo where there is no accelerator."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    except distributed.DistError as error:
+        raise CaptureError(
+            f"The {started} processes did not find each other (this is rank {os.environ.get('RANK')}): {error}. Start ranks 0 "
+            f"to {started - 1}, each with the same MASTER_ADDR and MASTER_PORT."
+        ) from error
+    if started != state.num_processes:
+        raise CaptureError(
+            f"{started} processes were started, and accelerate knows of {state.num_processes}: all would do all of the work. "
+            "Call capture_teacher before anything else makes accelerate's PartialState, or make that with cpu=True."
+        )
+    rank_and_world_size()  # from now on the others notice when this process ends
+    return state
+
+
+def _num_examples(dataset: Any) -> int:
+    if not is_map_style(dataset):
+        raise OptionError(
+            f"A capture needs a dataset with a length and examples by number, not a {type(dataset).__name__}: it goes on "
+            "where it was. Save a stream to disk first."
+        )
+    if len(dataset) == 0:
+        raise OptionError("The dataset is empty; there is nothing to capture.")
+    return len(dataset)
+
+
+def check_output_dir(folder: Path) -> None:
+    """Refuse an output that is a file, or a folder that holds something else than a capture.
+
+    Raises:
+        CaptureError: names what is there.
+        OSError: it lies in a file, or in a folder that is not writable.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CaptureError(f"The output {folder} is a file; name a folder that is new, empty, or of this capture.")
+    check_can_create(folder)
+    if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
+        others = sorted(path.name for path in folder.iterdir() if not is_partial(path))
+        if others:
+            raise CaptureError(
+                f"The output folder {folder} holds something else: {', '.join(others[:5])}. Name one that is new or empty."
+            )

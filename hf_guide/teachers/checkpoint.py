@@ -1,0 +1,393 @@
+"""Where the teacher's tensors come from: a folder, a Hub id, a GGUF file or a loaded model, all read the same way.
+
+Does: open the teacher, one tensor at a time where its files allow, the whole model where they do not.
+Does not: change a loaded model, run a checkpoint's code without permission, or unpickle.
+"""
+
+import copy
+import functools
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from hf_guide.errors import OptionError, TeacherError
+from hf_guide.models.adapters import has_adapter, parametrized_layers
+from hf_guide.models.model_classes import candidate_model_classes, meta_model, without_quantization_config
+from hf_guide.models.model_files import check_model_folder
+from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
+from hf_guide.teachers.shards import SafetensorsTensors, find_safetensors, match_stored_tensors, read_headers
+
+
+class TensorSource(Protocol):
+    """A model's tensors by their state-dict names; of tied ones only one name is there (see `Teacher.tied`)."""
+
+    def keys(self) -> Collection[str]:
+        """Return the names."""
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype a tensor is stored in without reading it."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return one tensor, detached, in its stored dtype; it may share memory with the teacher, so never write."""
+
+
+class InMemoryTensors:
+    """The tensors of a model in memory, shared with it and not copied.
+
+    `factor`, called at every read, tells what undoes for a name what the model did to its own tensor.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], factor: "Callable[[str], float] | None" = None):
+        self._tensors = tensors
+        self._factor = factor
+
+    def keys(self) -> Collection[str]:
+        """Return the names, as the model's `state_dict` has them."""
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        return self._tensors[name].dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return the model's own tensor, detached: never write to it."""
+        tensor = self._tensors[name]
+        factor = 1.0 if self._factor is None else self._factor(name)
+        return tensor if factor == 1.0 else tensor * factor
+
+
+@dataclass(frozen=True)
+class TeacherCheckpoint:
+    """An opened teacher: its config, its tensors and the class whose names they bear."""
+
+    config: PreTrainedConfig
+    weights: TensorSource
+    model_class: type[PreTrainedModel]
+    base_model_prefix: str
+    tied: dict[str, str]  # a tied name -> the name under which `weights` has its tensor
+    name: str  # Hub id, folder, or where a loaded model came from
+    revision: str | None  # the commit, where it is known
+    dtype: torch.dtype  # the floating dtype that most of its numbers are stored in
+
+
+def open_teacher(
+    teacher: str | os.PathLike[str] | PreTrainedModel,
+    *,
+    config: PreTrainedConfig | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    subfolder: str = "",
+) -> TeacherCheckpoint:
+    """Open a teacher for reading.
+
+    A folder or Hub id is found as `from_pretrained` finds it. Where its safetensors hold the model's tensors under
+    names that need no more than renaming, nothing but the headers is read now and one tensor at a time later. Other
+    checkpoints (`.bin`, GGUF, quantised, experts stored one by one) are loaded whole, on the CPU, in the dtype they
+    are stored in, and dequantised. A loaded model is used as it is, without a copy, and left untouched.
+
+    Raises:
+        TeacherError: what cannot be read, by name: missing, truncated or corrupted files, parameters that are not in
+            the checkpoint, remote code without `trust_remote_code=True`, quantised weights that cannot be
+            dequantised, adapters, a loaded model whose weights are not in memory.
+        OptionError: `teacher` is neither of these things.
+    """
+    if isinstance(teacher, torch.nn.Module):
+        return _open_model(teacher, config)
+    if not isinstance(teacher, (str, os.PathLike)):
+        raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
+    name = os.fspath(teacher)
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
+    check_model_folder(name)
+    missing = "" if os.path.exists(name) else ": there is no such folder here, and as the name of a Hub model"
+    with unreadable_as(TeacherError, f"{name} cannot be read{missing}"):
+        adapter = None if gguf_file else find_adapter_config_file(name, **hub)
+        known = cached_file(name, gguf_file or CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
+    if adapter is not None:
+        raise TeacherError(f"{name} holds an adapter. Load it, `merge_and_unload()` it and pass the merged model.")
+    commit = extract_commit_hash(known, None)
+    hub["revision"] = commit or revision  # all files from one state of the repository
+
+    config = copy.deepcopy(config) or load_config(name, hub, trust_remote_code, gguf_file)
+    classes = candidate_model_classes(config, name, hub, trust_remote_code)
+    quantised = gguf_file is not None or getattr(config, "quantization_config", None) is not None
+    explicit_file = getattr(config, "transformers_weights", None) is not None
+    files = None if quantised or explicit_file else find_safetensors(name, hub)
+    if files is not None:
+        opened = _open_files(classes, config, name, files, commit)
+        if opened is not None:
+            return opened
+    model_class = classes[0 if gguf_file else -1]  # of several, GGUF files hold the one with the language head
+    model = _load_whole_model(model_class, config, name, hub, trust_remote_code, gguf_file)
+    return _checkpoint_from_model(model, model.config, name, commit)
+
+
+def tokenizer_length(
+    teacher: TeacherCheckpoint,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    gguf_file: str | None = None,
+    subfolder: str = "",
+) -> int | None:
+    """Return how many rows the teacher's vocabulary needs (highest token id + 1), padding not counted.
+
+    Read from the tokenizer files beside the checkpoint, without remote code; None where there are none, or where
+    they cannot be read without it.
+    """
+    hub: dict[str, Any] = {
+        "revision": teacher.revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
+    if gguf_file is not None:
+        hub["gguf_file"] = gguf_file
+    tokenizer = find_tokenizer(teacher.name, **hub)
+    if tokenizer is None:
+        return None
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def _open_files(
+    classes: Iterable[type[PreTrainedModel]], config: PreTrainedConfig, name: str, files: list[str], commit: str | None
+) -> TeacherCheckpoint | None:
+    """Open safetensors lazily, or return None where only `from_pretrained` can read them."""
+    stored = read_headers(files)
+    missing: set[str] = set()
+    for model_class in classes:
+        with unreadable_as(TeacherError, f"{name} has a config that {model_class.__name__} cannot be built of"):
+            model = meta_model(model_class, config)
+        tensors = match_stored_tensors(model, stored)
+        if tensors is None:
+            return None
+        weights = SafetensorsTensors(tensors)
+        tied = _tied_parameters(model, tensors, lambda a, b: torch.equal(weights.get(a), weights.get(b)))  # noqa: B023
+        missing = {key for key, _ in model.named_parameters()} - tensors.keys() - tied.keys()
+        if not missing:
+            kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
+            return _build_checkpoint(model, config, SafetensorsTensors(kept), tied, name, commit)
+        if model._keys_to_ignore_on_load_missing:
+            return None  # the model may compute them itself
+    raise _missing_parameters_error(name, missing)
+
+
+def _missing_parameters_error(name: str, missing: Collection[str]) -> TeacherError:
+    shown = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
+    return TeacherError(
+        f"{len(missing)} parameters are not in the checkpoint {name} and would be random: {shown}. "
+        "Use a complete checkpoint, or set `architectures` in its config to the class it holds."
+    )
+
+
+def _load_whole_model(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    name: str,
+    hub: Mapping[str, Any],
+    trust: bool,
+    gguf_file: str | None,
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"trust_remote_code": trust, **hub}
+    if gguf_file is not None:
+        options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
+    packed = "quantised and " if getattr(config, "quantization_config", None) is not None else ""
+    with unreadable_as(TeacherError, f"{name} is {packed}not loadable as {model_class.__name__} here"):
+        config = _dequantize_on_load(config)
+        loaded: Any = model_class.from_pretrained(
+            name, config=config, dtype="auto", output_loading_info=True, **options
+        )
+    model, report = loaded
+    if report["missing_keys"]:
+        raise _missing_parameters_error(name, report["missing_keys"])
+    if _is_quantized(model):
+        with unreadable_as(TeacherError, f"{name} is quantised and cannot be dequantised"):
+            model = _dequantize(model)
+    return model
+
+
+def _dequantize_on_load(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config by which weights are dequantised as they are read, where their format has that option.
+
+    Left to itself Transformers does so without a GPU only, and of some formats (FP8) it knows no way back afterwards.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return config
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if hasattr(AutoQuantizationConfig.from_dict(stored), "dequantize"):
+        config = copy.copy(config)
+        config.quantization_config = {**stored, "dequantize": True}
+    return config
+
+
+def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model with stock weights. Of torchao Transformers knows no way back, but its tensors do, one by one."""
+    if getattr(model.config.quantization_config, "quant_method", None) != "torchao":
+        return model.dequantize()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if type(parameter.data) is not torch.Tensor:
+                setattr(module, name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
+    return model
+
+
+def _is_quantized(model: PreTrainedModel) -> bool:
+    parameters = (parameter for _, parameter in model.named_parameters())
+    if any(type(p.data) is not torch.Tensor or not p.is_floating_point() or p.element_size() < 2 for p in parameters):
+        return True
+    if not getattr(model, "is_quantized", False):
+        return False
+    stock = meta_model(type(model), without_quantization_config(model.config))  # packed weights bear other names
+    return stock.state_dict().keys() != model.state_dict().keys()
+
+
+def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> TeacherCheckpoint:
+    if has_adapter(model):
+        raise TeacherError(
+            "The teacher carries an adapter, or is the base model of one. Pass what the PeftModel's `merge_and_unload()` "
+            "returns, or the base model's folder or Hub id."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: unwrap it first.")
+    _check_stock_names(model)
+    return _checkpoint_from_model(
+        model, config or model.config, model.config._name_or_path or type(model).__name__, None
+    )
+
+
+def _check_stock_names(model: PreTrainedModel) -> None:
+    """Check that a loaded model has its class's weights: layers that were wrapped or changed would be taken for absent ones.
+
+    A part that the class can be built without, such as a pooler (`add_pooling_layer=False`), may be absent as a whole.
+
+    Raises:
+        TeacherError: names the first that is missing.
+    """
+    added = parametrized_layers(model)
+    if added:
+        raise TeacherError(
+            f"{len(added)} layers of the teacher are parametrized (weight_norm, spectral_norm, ...), such as {added[0]}, and "
+            "have no weights by their stock names. Call torch.nn.utils.parametrize.remove_parametrizations on them first."
+        )
+    stock = meta_model(type(model), model.config)
+    tied = {*stock.all_tied_weights_keys, *stock.all_tied_weights_keys.values()}
+    missing = {name for name, _ in stock.named_parameters()} - model.state_dict().keys() - tied
+    missing = {name for name in missing if not _is_optional_and_absent(model, name)}
+    if missing:
+        raise TeacherError(
+            f"{len(missing)} weights of {type(model).__name__} are not in the loaded teacher, such as {min(missing)}: its "
+            "layers were wrapped (torch.compile), replaced or removed. Pass the model as from_pretrained loads it, or its "
+            "folder."
+        )
+
+
+def _is_optional_and_absent(model: torch.nn.Module, name: str) -> bool:
+    """Whether an attribute on the way to a parameter is None: so classes leave out a part that is optional."""
+    part: Any = model
+    for attribute in name.split("."):
+        if not hasattr(part, attribute):
+            return False
+        part = getattr(part, attribute)
+        if part is None:
+            return True
+    return False
+
+
+def _checkpoint_from_model(
+    model: PreTrainedModel, config: PreTrainedConfig, name: str, commit: str | None
+) -> TeacherCheckpoint:
+    offloaded = [key for key, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise TeacherError(
+            f"{len(offloaded)} weights of {name} are not in memory ({offloaded[0]} is on the meta device). "
+            "Pass its folder or Hub id instead of the loaded model."
+        )
+    if _is_quantized(model):
+        raise TeacherError(
+            f"The weights of {name} are quantised, or spread over devices. Pass its folder or Hub id instead of the "
+            "loaded model, or what its `dequantize()` returns."
+        )
+    tensors = model.state_dict()
+
+    def same(first: str, second: str) -> bool:
+        a, b = tensors[first], tensors[second]
+        return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+    tied = _tied_parameters(model, tensors, same)
+    kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
+    weights = InMemoryTensors(kept, functools.partial(_rwkv_rescaling, model))
+    return _build_checkpoint(model, config, weights, tied, name, commit)
+
+
+def _rwkv_rescaling(model: PreTrainedModel, name: str) -> float:
+    """Return what undoes the rescaling of RWKV, which divides what its later blocks write when it is first run."""
+    if not getattr(model.base_model, "layers_are_rescaled", False) or not model.config.rescale_every:
+        return 1.0
+    match = re.search(r"blocks\.(\d+)\.(attention\.output|feed_forward\.value)\.weight$", name)
+    return 2.0 ** (int(match.group(1)) // model.config.rescale_every) if match else 1.0
+
+
+def _tied_parameters(
+    model: PreTrainedModel, present: Collection[str], same: Callable[[str, str], bool]
+) -> dict[str, str]:
+    """Return each tied name and the one that stands for it; names with different tensors of their own are not tied."""
+    groups: dict[str, list[str]] = {}
+    for name, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, [source]).append(name)
+    tied = {}
+    for group in groups.values():
+        first = next((name for name in group if name in present), None)
+        for name in group:
+            if first not in (None, name) and (name not in present or same(first, name)):
+                tied[name] = first
+    return tied
+
+
+def _build_checkpoint(
+    model: PreTrainedModel,
+    config: PreTrainedConfig,
+    weights: TensorSource,
+    tied: dict[str, str],
+    name: str,
+    commit: str | None,
+) -> TeacherCheckpoint:
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    sizes: Counter[torch.dtype] = Counter()
+    names = [key for key in weights.keys() if weights.dtype(key).is_floating_point]
+    for key in names:
+        sizes[weights.dtype(key)] += weights.shape(key).numel()
+    dtype = sizes.most_common(1)[0][0] if sizes else torch.float32
+    return TeacherCheckpoint(
+        without_quantization_config(config), weights, type(model), model.base_model_prefix, tied, name, commit, dtype
+    )

@@ -1,0 +1,392 @@
+"""Whether a teacher's own processor or tokenizer makes of raw data what the batches' processor makes of it.
+
+Two processors are compared by what they make of the same images, sound or texts, wherever their settings differ at all.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+
+from hf_guide.distillation.alignment import shared_vocabulary_size
+from hf_guide.errors import TeacherError
+from hf_guide.models.pretrained import find_tokenizer
+from hf_guide.tasks import Task, without_adapter
+
+logger = logging.getLogger(__name__)
+
+_HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code")
+_NOT_FOUND_ERRORS = (OSError, ValueError, ImportError, KeyError)
+_PROCESSING_ERRORS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError)
+_MAX_GREY_LEVELS = 2.0
+"""By so many of 256 levels of grey two backends of one image processor may differ, for they round when they resize."""
+
+_IRRELEVANT_SETTINGS = (
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "auto_map",
+    "name_or_path",
+)
+_PROBE_TEXTS = (
+    "The quick Brown fox, déjà-vu: 12345 × 3.14!",
+    " leading and  double  spaces\tand\nlines ",
+    "HELLO World iPhone ÄÖÜ ß ﬁ ① naïve Ｆｕｌｌ",
+    "def f(x):\n    return x['key'] != 0  # comment",
+    "我们今天 привет мир مرحبا こんにちは 🙂",
+    "can't won't it's e-mail@example.com https://example.com/a_b?c=d",
+)
+_SAMPLED_TOKENS = 64
+_BACKEND_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "model")
+
+
+@dataclass(frozen=True)
+class PixelConversion:
+    """Pixels of one normalisation in another: `pixels * scale + shift`, channel by channel."""
+
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Return pixels (..., channels, height, width) as the other normalisation has them."""
+        dtype = torch.promote_types(pixels.dtype, torch.float32)
+        scale, shift = (
+            torch.tensor(each, dtype=dtype, device=pixels.device).view(-1, 1, 1) for each in (self.scale, self.shift)
+        )
+        return (pixels.to(dtype) * scale + shift).to(pixels.dtype)
+
+
+@dataclass(frozen=True)
+class InputConversion:
+    """What of two processors' conventions must be converted.
+
+    Attributes:
+        pixels: the batches' pixels in the teacher's normalisation; None where it is the same.
+        pair_separator: as `TeacherInputs` has it.
+    """
+
+    pixels: PixelConversion | None = None
+    pair_separator: int | None = None
+
+
+def check_processors(
+    teacher: Any,
+    task: Task,
+    name: str,
+    processing_class: Any,
+    *,
+    student: Any = None,
+    init_kwargs: Mapping[str, Any] | None = None,
+) -> InputConversion:
+    """Compare what the batches are made with, and what lies beside a teacher's files.
+
+    Args:
+        teacher: the model.
+        task: of the model.
+        name: the teacher's, for errors.
+        processing_class: what the batches are made with; where it is None, what lies beside the student's files.
+        student: the student, or None.
+        init_kwargs: `from_pretrained`'s.
+
+    Raises:
+        VocabularyError: tokenizers with other tokens.
+        TeacherError: they differ in a way that cannot be converted exactly; names the settings and both values.
+    """
+    where = {key: value for key, value in (init_kwargs or {}).items() if key in _HUB_KWARGS}
+    if teacher.main_input_name == "pixel_values":
+        images = _sub_processor(processing_class, "image_processor", "image_mean", "do_rescale", "do_resize")
+        return InputConversion(_compare(images, teacher, name, student, where, AutoImageProcessor, _compare_images))
+    if teacher.main_input_name in ("input_features", "input_values"):
+        sounds = _sub_processor(processing_class, "feature_extractor", "sampling_rate")
+        _compare(sounds, teacher, name, student, where, AutoFeatureExtractor, _compare_sounds)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if not hasattr(tokenizer, "get_vocab") or not teacher.config._name_or_path:
+        return InputConversion()
+    hub = {key: value for key, value in where.items() if key != "trust_remote_code"}
+    own = find_tokenizer(teacher.config._name_or_path, **hub)
+    if own is not None and task is Task.TOKEN_CLASSIFICATION and getattr(tokenizer, "add_prefix_space", None):
+        own = _load_processor(
+            AutoTokenizer, teacher, hub | {"add_prefix_space": True}
+        )  # words are given one by one there
+    if own is None:
+        return InputConversion()
+    # Vocabularies of language models may be shared in part, which `build_live_teachers` finds out.
+    if student is None or not task.is_language_model:
+        sizes = num_token_rows(student or teacher) or len(tokenizer), num_token_rows(teacher) or len(own)
+        shared_vocabulary_size(tokenizer, own, *sizes)
+    _compare_tokenizers(tokenizer, own, name, task)
+    templates = [getattr(each, "chat_template", None) for each in (tokenizer, own)]
+    if None not in templates and templates[0] != templates[1]:
+        logger.warning(
+            "The tokenizer of the batches and that of the teacher %s have different chat templates. Conversations must be "
+            "rendered with the teacher's, or it reads another format than it was trained on.",
+            name,
+        )
+    return InputConversion(pair_separator=_pair_separator(tokenizer, own))
+
+
+def num_token_rows(model: Any) -> int | None:
+    """Return how many tokens a model has a row for; None where it has no table of them."""
+    try:
+        table = without_adapter(model).get_input_embeddings()
+    except NotImplementedError:  # models of characters, which hash them
+        return None
+    rows = getattr(table, "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
+
+
+def _sub_processor(processing_class: Any, attribute: str, *signs: str) -> Any:
+    part = getattr(processing_class, attribute, None)
+    if part is not None:
+        return part
+    return processing_class if any(hasattr(processing_class, sign) for sign in signs) else None
+
+
+def _load_processor(auto: Any, model: Any, where: Mapping[str, Any]) -> Any:
+    """Return what lies beside a model's files, or None where there is nothing."""
+    name = getattr(model.config, "_name_or_path", "")
+    try:
+        return auto.from_pretrained(name, **where) if name else None
+    except _NOT_FOUND_ERRORS:
+        return None
+
+
+def _compare(
+    mine: Any, teacher: Any, name: str, student: Any, where: Mapping[str, Any], auto: Any, compare: Any
+) -> Any:
+    own = _load_processor(auto, teacher, where)
+    if own is None:
+        return None
+    if mine is None and student is not None:
+        mine = _load_processor(auto, student, {})
+    if mine is None:
+        logger.warning(
+            "What the batches are made with is not known, and the teacher %s expects what its %s makes. Pass "
+            "processing_class, and both are compared.",
+            name,
+            type(own).__name__,
+        )
+        return None
+    return compare(mine, own, name)
+
+
+def _differences(mine: Any, own: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the settings in which two processors differ, with the values of both."""
+    settings = [
+        {
+            key: value
+            for key, value in each.to_dict().items()
+            if key not in _IRRELEVANT_SETTINGS and not key.startswith("_")
+        }
+        for each in (mine, own)
+    ]
+    plain = [{key: _to_plain(value) for key, value in each.items()} for each in settings]
+    return {
+        key: (plain[0].get(key), plain[1].get(key))
+        for key in sorted(plain[0].keys() | plain[1].keys())
+        if plain[0].get(key) != plain[1].get(key)
+    }
+
+
+def _to_plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _to_plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, (list, tuple)):
+        return [_to_plain(each) for each in value]
+    if hasattr(value, "to_dict") or hasattr(value, "__dataclass_fields__"):
+        return {key: _to_plain(each) for key, each in vars(value).items() if each is not None}
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _base_class_name(processor: Any) -> str:
+    return type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
+
+
+def _mismatch_error(mine: Any, own: Any, name: str, differing: Mapping[str, tuple[Any, Any]]) -> TeacherError:
+    shown = "; ".join(
+        f"{key} is {one!r} there and {other!r} for the teacher" for key, (one, other) in differing.items()
+    )
+    return TeacherError(
+        f"The batches are made with a {type(mine).__name__}, and the teacher {name} expects what its own "
+        f"{type(own).__name__} makes, which is something else: {shown or 'they process differently'}. Process the data with "
+        "the teacher's, or distil from a teacher with the student's."
+    )
+
+
+# Images
+
+
+def _compare_images(mine: Any, own: Any, name: str) -> PixelConversion | None:
+    differing = _differences(mine, own)
+    if not differing and _base_class_name(mine) == _base_class_name(own):
+        return None
+    try:
+        one, other = _pixel_normalization(mine), _pixel_normalization(own)
+        scale = other[0] / one[0]
+        shift = other[1] - one[1] * scale
+        made = [
+            (_process_image(mine, image).double() * scale + shift, _process_image(own, image).double())
+            for image in _probe_images()
+        ]
+    except _PROCESSING_ERRORS:
+        raise _mismatch_error(mine, own, name, differing) from None
+    level = other[0].abs()
+    for converted, expected in made:
+        if converted.shape != expected.shape or bool(((converted - expected).abs() > _MAX_GREY_LEVELS * level).any()):
+            raise _mismatch_error(mine, own, name, differing)
+    if torch.allclose(scale, torch.ones_like(scale), rtol=0, atol=1e-12) and not bool(shift.any()):
+        return None
+    logger.info("Pixels are converted to the normalisation of the teacher %s: %s.", name, differing)
+    return PixelConversion(tuple(scale.flatten().tolist()), tuple(shift.flatten().tolist()))
+
+
+def _pixel_normalization(processor: Any) -> tuple[Tensor, Tensor]:
+    """Return by what grey levels are multiplied, and what is then added, (channels, 1, 1) each."""
+    rescale = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
+    if not getattr(processor, "do_normalize", False):
+        return torch.full((1, 1, 1), rescale, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
+    mean, std = (
+        torch.as_tensor(np.asarray(value, dtype=np.float64)).reshape(-1, 1, 1)
+        for value in (processor.image_mean, processor.image_std)
+    )
+    return rescale / std, -mean / std
+
+
+def _probe_images() -> Iterator[np.ndarray]:
+    draw = np.random.default_rng(0)
+    for height, width in ((48, 64), (75, 40)):
+        yield draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _process_image(processor: Any, image: np.ndarray) -> Tensor:
+    return processor(image, return_tensors="pt")["pixel_values"]
+
+
+# Sound
+
+
+def _compare_sounds(mine: Any, own: Any, name: str) -> None:
+    differing = _differences(mine, own)
+    if not differing and _base_class_name(mine) == _base_class_name(own):
+        return
+    if "sampling_rate" in differing:
+        raise _mismatch_error(mine, own, name, differing)
+    wave = np.random.default_rng(0).standard_normal(int(mine.sampling_rate)).astype(np.float32) * 0.1
+    try:
+        one, other = (
+            next(iter(each(wave, sampling_rate=mine.sampling_rate, return_tensors="pt").values())).double()
+            for each in (mine, own)
+        )
+    except _PROCESSING_ERRORS:
+        raise _mismatch_error(mine, own, name, differing) from None
+    if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+        raise _mismatch_error(mine, own, name, differing)
+
+
+# Texts
+
+
+def _compare_tokenizers(mine: Any, own: Any, name: str, task: Task) -> None:
+    if task is Task.MASKED_LM and own.mask_token is not None and mine.mask_token != own.mask_token:
+        raise TeacherError(
+            f"The batches are masked with {mine.mask_token!r}, and the teacher {name} expects {own.mask_token!r}. Set the "
+            "tokenizer's mask_token to the teacher's."
+        )
+    parts = [_backend_settings(each) for each in (mine, own)]
+    differing = {
+        key: (parts[0].get(key), parts[1].get(key)) for key in _BACKEND_PARTS if parts[0].get(key) != parts[1].get(key)
+    }
+    if parts[0] and parts[1] and not differing:
+        return
+    for text in [*_PROBE_TEXTS, *_vocabulary_texts(own)]:
+        made = [_tokenize(each, text, task) for each in (mine, own)]
+        if made[0] != made[1]:
+            raise TeacherError(
+                f"The tokenizer of the batches and that of the teacher {name} make other tokens of the same text: of "
+                f"{text[:24]!r}... {_format_tokens(mine, made[0])} and, for the teacher, {_format_tokens(own, made[1])}. "
+                f"{_explain_settings(mine, own, differing)}Tokenise with the teacher's, or distil from a teacher with the student's."
+            )
+
+
+def _vocabulary_texts(tokenizer: Any) -> list[str]:
+    """Return texts of some of a tokenizer's own tokens, spread over its vocabulary, in several cases."""
+    vocabulary = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    some = vocabulary[:: max(1, len(vocabulary) // _SAMPLED_TOKENS)]
+    text = " ".join(tokenizer.convert_tokens_to_string([token]).strip() for token in some)
+    return [text, text.upper(), text.title(), f"  {text}"]
+
+
+def _backend_settings(tokenizer: Any) -> dict[str, Any]:
+    """Return what a fast tokenizer does, but for its vocabulary, which is compared elsewhere; empty for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {}
+    described = json.loads(backend.to_str())
+    parts = {key: described.get(key) for key in _BACKEND_PARTS}
+    if isinstance(parts["model"], dict):
+        parts["model"] = {key: value for key, value in parts["model"].items() if key != "vocab"}
+    return parts
+
+
+def _tokenize(tokenizer: Any, text: str, task: Task) -> Any:
+    """Return the tokens of a text, and those that are put around it.
+
+    What ends a causal language model's text is not compared: whoever adds an end token says where texts end.
+    """
+    try:
+        bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        whole = tokenizer(text, verbose=False)["input_ids"]
+    except Exception as error:  # noqa: BLE001  # tokenizers raises no narrower class
+        return str(error)
+    at = next((start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare), None)
+    if at is None:
+        return bare, whole, []
+    return bare, whole[:at], [] if task is Task.CAUSAL_LM else whole[at + len(bare) :]
+
+
+def _format_tokens(tokenizer: Any, made: Any) -> str:
+    if isinstance(made, str):
+        return f"nothing ({made})"
+    bare, before, after = made
+    ids = [*before, *bare, *after] if before != bare else bare
+    return str(tokenizer.convert_ids_to_tokens(ids[:8]))
+
+
+def _explain_settings(mine: Any, own: Any, differing: Mapping[str, Any]) -> str:
+    options = (
+        "do_lower_case",
+        "do_basic_tokenize",
+        "strip_accents",
+        "add_prefix_space",
+        "add_bos_token",
+        "add_eos_token",
+    )
+    said = [
+        f"{option} is {values[0]!r} there and {values[1]!r} for the teacher"
+        for option in options
+        if len(set(values := [getattr(each, option, each.init_kwargs.get(option)) for each in (mine, own)])) > 1
+    ]
+    said += [f"their {key} differs" for key in differing] if not said else []
+    return f"Their settings: {'; '.join(said)}. " if said else ""
+
+
+def _pair_separator(mine: Any, own: Any) -> int | None:
+    """Return the token between two texts where the teacher's tokenizer types the second, and the batches' none."""
+    types = own("a", "b", verbose=False).get("token_type_ids") if _has_token_types(own) else None
+    return own.sep_token_id if types is not None and any(_flatten(types)) and not _has_token_types(mine) else None
+
+
+def _has_token_types(tokenizer: Any) -> bool:
+    return "token_type_ids" in getattr(tokenizer, "model_input_names", ())
+
+
+def _flatten(values: Sequence[Any]) -> list[int]:
+    return [each for value in values for each in (value if isinstance(value, list) else [value])]

@@ -1,0 +1,162 @@
+"""Where a checkpoint's tensors lie on disk, read from the headers alone.
+
+Does: find safetensors files as `from_pretrained` does, check them, and say which of a model's tensors lie where.
+Does not: read weights into memory, except the one tensor asked for.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from hf_guide.errors import TeacherError
+from hf_guide.models.model_files import read_shard_index
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file, not read yet."""
+
+    file: str
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype | None  # None: a format that only quantised checkpoints use
+
+
+class SafetensorsTensors:
+    """A model's tensors in safetensors files; one is in memory while its caller holds it, no file stays open."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]):
+        self._tensors = tensors
+
+    def keys(self) -> Collection[str]:
+        """Return the names, as the model's `state_dict` has them."""
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape without reading it."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype a tensor is stored in without reading it."""
+        dtype = self._tensors[name].dtype
+        assert dtype is not None  # `match_stored_tensors` lets no other through
+        return dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor from its file, mapped read-only where the system can.
+
+        Raises:
+            TeacherError: the file changed or broke since it was opened first; the file is named.
+        """
+        stored = self._tensors[name]
+        try:
+            with safe_open(stored.file, framework="pt") as file:
+                return file.get_tensor(stored.key)
+        except (SafetensorError, OSError) as error:
+            raise _corrupted_file_error(stored.file, error) from error
+
+
+def find_safetensors(name: str, hub: Mapping[str, Any]) -> list[str] | None:
+    """Return the safetensors files of a folder or Hub id, downloaded where needed; None where it has none.
+
+    `hub` holds what `cached_file` takes: revision, token, cache_dir, local_files_only, subfolder.
+
+    Raises:
+        TeacherError: an index that cannot be read, or a shard of it that is missing; the file is named.
+    """
+    optional: dict[str, Any] = dict(_raise_exceptions_for_missing_entries=False, **hub)
+    single = cached_file(name, SAFE_WEIGHTS_NAME, **optional)
+    if single is not None:
+        return [single]
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **optional)
+    if index is None:
+        return None
+    read_shard_index(Path(index))
+    try:
+        shards, _ = get_checkpoint_shard_files(name, index, **hub)
+    except (ValueError, KeyError, TypeError) as error:  # no metadata, which Transformers wants
+        raise TeacherError(f"{index} is not a readable index of shards ({error}). Fetch it again.") from error
+    except OSError as error:
+        raise TeacherError(f"A shard that {index} names cannot be had: {error}") from error
+    missing = [shard for shard in shards if not os.path.isfile(shard)]
+    if missing:
+        raise TeacherError(f"{index} names shards that are missing: {', '.join(missing)}. Fetch them again.")
+    return shards
+
+
+def read_headers(files: Iterable[str]) -> list[StoredTensor]:
+    """Return every tensor of the files; only their headers are read, and checked against the files' lengths.
+
+    Raises:
+        TeacherError: a truncated or corrupted file, named.
+    """
+    tensors = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():
+                    entry = opened.get_slice(key)
+                    shape = torch.Size(entry.get_shape())
+                    tensors.append(StoredTensor(file, key, shape, _DTYPES.get(entry.get_dtype())))
+        except (SafetensorError, OSError) as error:
+            raise _corrupted_file_error(file, error) from error
+    return tensors
+
+
+def match_stored_tensors(model: PreTrainedModel, stored: Iterable[StoredTensor]) -> dict[str, StoredTensor] | None:
+    """Return where each tensor of `model` (which may be on the meta device) lies, by its state-dict name.
+
+    Names are matched by Transformers' own rules: renamed keys of old checkpoints, the base model's prefix added or
+    stripped, keys the model does not have ignored. None where some tensor must be converted to fit and not only
+    renamed (experts stored one by one, for instance): only `from_pretrained` reads such a checkpoint.
+
+    Raises:
+        TeacherError: a tensor whose shape is not the one the config gives.
+    """
+    expected = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    found = {}
+    for tensor in stored:
+        name, converter = rename_source_key(tensor.key, renamings, converters, model.base_model_prefix, expected)
+        if name not in expected and tensor.key in expected:
+            name, converter = tensor.key, None
+        if name not in expected:
+            continue
+        if converter is not None or tensor.dtype is None:
+            return None
+        if tensor.shape != expected[name].shape:
+            raise TeacherError(
+                f"{tensor.key} in {tensor.file} has shape {tuple(tensor.shape)}, but {type(model).__name__} of its "
+                f"config needs {tuple(expected[name].shape)}. Pass the config the checkpoint was saved with."
+            )
+        found[name] = tensor
+    return found
+
+
+def _corrupted_file_error(file: str, error: Exception) -> TeacherError:
+    return TeacherError(f"{file} is truncated or corrupted ({error}). Fetch it again.")

@@ -1,0 +1,119 @@
+"""Accept the old names of renamed options for one release, with a warning that states the new name.
+
+Does: translate keyword arguments of a function or dataclass, the entries of a mapping (YAML, JSON) and values that were
+renamed; raise for an option that was removed, with the reason. Does not: keep an old behavior alive.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from hf_guide.errors import OptionError
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class RenamedOptions:
+    """Names and values that an earlier release used.
+
+    Args:
+        names: Old option name -> new option name.
+        values: New option name -> {old value: new value}.
+        removed: Old option name -> why it is gone and what to do instead, as the end of a sentence.
+
+    Example:
+        >>> import warnings
+        >>> renamed = RenamedOptions(
+        ...     names={"heads": "head_importance"}, values={"head_importance": {"even": "uniform"}}
+        ... )
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     options = renamed.translate({"heads": "even"}, "InitializationConfig")
+        >>> options, str(caught[0].message)
+        ({'head_importance': 'uniform'}, "InitializationConfig: 'heads' is deprecated; use 'head_importance'.")
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
+    removed: Mapping[str, str] = field(default_factory=dict)
+
+    def translate(self, options: Mapping[str, Any], owner: str, stacklevel: int = 3) -> dict[str, Any]:
+        """Return `options` under their new names and values; warn (FutureWarning) for each old one.
+
+        Raises:
+            OptionError: An option was removed, or is given under both its old and its new name.
+        """
+        translated = {}
+        for name, value in options.items():
+            if name in self.removed:
+                raise OptionError(f"{owner}: {name!r} was removed: {self.removed[name]}")
+            new_name = self.names.get(name, name)
+            if new_name != name:
+                if new_name in options:
+                    raise OptionError(
+                        f"{owner}: {new_name!r} and its deprecated name {name!r} are both given; keep {new_name!r}."
+                    )
+                warn_renamed(owner, name, new_name, stacklevel)
+            translated[new_name] = self._new_value(new_name, value, owner, stacklevel)
+        return translated
+
+    def _new_value(self, name: str, value: Any, owner: str, stacklevel: int) -> Any:
+        if not isinstance(value, str) or value not in self.values.get(name, {}):
+            return value
+        new_value = self.values[name][value]
+        warnings.warn(
+            f"{owner}: {name}={value!r} is deprecated; use {new_value!r}.", FutureWarning, stacklevel=stacklevel + 1
+        )
+        return new_value
+
+
+def warn_renamed(owner: str, old: str, new: str, stacklevel: int = 2) -> None:
+    """Warn that `old` is deprecated and `new` replaces it."""
+    warnings.warn(f"{owner}: {old!r} is deprecated; use {new!r}.", FutureWarning, stacklevel=stacklevel + 1)
+
+
+def with_renamed_options(renamed: RenamedOptions) -> Callable[[type[T]], type[T]]:
+    """Decorate a dataclass: its constructor takes old names too, and an old attribute can still be read.
+
+    Place it above `@dataclass`. Both uses warn (FutureWarning); removed options raise OptionError.
+    """
+
+    def decorate(cls: type[T]) -> type[T]:
+        construct = cls.__init__
+
+        @functools.wraps(construct)
+        def __init__(self: T, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+            construct(self, *args, **renamed.translate(kwargs, cls.__name__))
+
+        setattr(cls, "__init__", __init__)  # noqa: B010
+        for old, new in renamed.names.items():
+            if not hasattr(cls, old):
+                setattr(cls, old, _deprecated_attribute(cls.__name__, old, new))
+        return cls
+
+    return decorate
+
+
+def with_renamed_parameters(renamed: RenamedOptions) -> Callable[[F], F]:
+    """Decorate a function or method: it takes the old names of its keyword parameters too, with a warning."""
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(*args, **renamed.translate(kwargs, function.__qualname__))
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _deprecated_attribute(owner: str, old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        warn_renamed(owner, old, new, stacklevel=2)
+        return getattr(self, new)
+
+    return property(read, doc=f"Deprecated: use `{new}`.")

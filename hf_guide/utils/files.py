@@ -1,0 +1,323 @@
+"""A student's folder: all of it or nothing, with its teacher's tokenizer beside it; and files that are whole or not there."""
+
+import contextlib
+import errno
+import functools
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+_PARTIAL = re.compile(r"^[._].+\.(?P<host>[0-9a-f]{8})-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.partial$")
+
+_CONFIGS = ("config.json", "adapter_config.json")
+_WEIGHTS = re.compile(
+    r"^(model|pytorch_model|adapter_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
+)
+
+
+class DiskError(OSError):
+    """A disk that has no room for what is to be written, or broke off while it was."""
+
+
+def check_output_folder(output: Path) -> None:
+    """Refuse an output that is there and is not an empty folder; unfinished folders of earlier runs do not count."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"The output {output} is a file; name a folder that is new or empty.")
+    check_can_create(output)
+    if output.is_dir() and any(not is_partial(path) for path in output.iterdir()):
+        raise FileExistsError(f"The output folder {output} is not empty; name a new one, or empty it first.")
+
+
+def check_can_create(output: Path) -> None:
+    """Refuse an output that is not there and cannot be made: within a file, or for want of a permission.
+
+    Raises:
+        NotADirectoryError: names the file.
+        PermissionError: names the folder.
+    """
+    if output.exists():
+        return
+    home = next(path for path in output.absolute().parents if path.exists())
+    if not home.is_dir():
+        raise NotADirectoryError(f"The output {output} cannot be made: {home} is a file. Name another folder.")
+    if not os.access(home, os.W_OK | os.X_OK):
+        raise PermissionError(f"The output {output} cannot be made: {home} is not writable. Name another folder.")
+
+
+def check_disk_space(folder: Path, needed: int) -> None:
+    """Refuse to begin a write into `folder`, which need not be there yet, that the disk has no room for."""
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    if free < needed:
+        raise DiskError(
+            f"The student takes {needed / 2**20:.1f} MiB, but {folder.parent} has only {free / 2**20:.1f} MiB free. "
+            "Free some space or choose another disk."
+        )
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a name is one that `atomic_write` or `staging_folder` gives."""
+    return _PARTIAL.match(path.name) is not None
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a name to write a file under; it becomes `path` if the block succeeds and is removed if it fails.
+
+    The name is unique, and locked while the block runs, so that `remove_stale_partials` of another process leaves it alone.
+    """
+    partial, descriptor = _new_partial_file(path)
+    try:
+        yield partial
+        sync_and_rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def staging_folder(parent: Path, name: str, *, prefix: str = ".") -> Iterator[Path]:
+    """Yield a new folder in `parent`, named after `name`, locked while the block runs; remove it afterwards if still there."""
+    folder, descriptor = _partial_name(parent, name, prefix), None
+    try:
+        descriptor = _create_and_lock(folder)  # inside the try: an interruption within it would leave the folder
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_stale_partials(folder: Path) -> None:
+    """Remove the partial files and folders in `folder` that killed processes have left; those of living ones stay.
+
+    Stale is what this machine made, by the host's or the boot's name in it, and nobody has locked. File systems without
+    locks keep theirs.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _PARTIAL.match(path.name)
+        if found is None or not {found["host"], found["boot"]} & set(_machine_id()):
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                if _try_lock(descriptor):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def sync_and_rename(partial: Path, path: Path) -> None:
+    """Give a file that was written whole its name, once it is on the disk."""
+    sync_to_disk(partial)
+    partial.replace(path)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a text file, UTF-8, all of it or nothing."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sync_to_disk(path: Path) -> None:
+    """Return once a file, or all files below a folder, are on the disk."""
+    for each in path.rglob("*") if path.is_dir() else [path]:
+        if each.is_file():
+            with each.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    output: Path, *, replaces: bool = False, check: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
+    """Yield a folder to write into that becomes `output` if the block succeeds, and is removed if it fails.
+
+    Where `output` is there and cannot be replaced by a rename (a mount point, the current directory, a parent that is not
+    writable), the folder is made inside it and its entries are moved up at the end, `config.json` last, without which
+    nothing loads.
+
+    Args:
+        output: new or empty.
+        replaces: remove what `output` holds, once the block has succeeded.
+        check: called with the folder at the end of the block; what it raises fails the block.
+
+    Raises:
+        FileExistsError: `output` is a file or is not empty; before the block, and after it where it was filled meanwhile.
+        FileNotFoundError: another process has removed the folder.
+    """
+    output = output.resolve()
+    if not replaces:
+        check_output_folder(output)
+    inside = output.is_dir() and not _can_be_renamed(output)
+    home = output if inside else next(parent for parent in output.parents if parent.exists())
+    remove_stale_partials(home)
+    with staging_folder(home, output.name) as folder:
+        made = folder.stat()
+        yield folder
+        if not folder.is_dir() or not os.path.samestat(folder.stat(), made):
+            raise FileNotFoundError(
+                f"{folder}, in which the output was written, was removed by another process. Run the command again."
+            )
+        if check is not None:
+            check(folder)
+        if replaces:
+            _clear(output)
+        else:
+            check_output_folder(output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if inside or not _try_rename(folder, output):
+            move_entries(folder, output, last=("config.json",))
+
+
+@contextlib.contextmanager
+def staged_update(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to save a model into; if the block succeeds, its files take the place of those in `folder`.
+
+    `folder` keeps its other files, but for weights of the model that was there. If the block fails, it is as it was. It has
+    no config while files are replaced, so that what a kill leaves does not load, where it could mix two models.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; name a folder to save in.")
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_stale_partials(folder)
+        with staging_folder(folder, "saved", prefix="_") as new:
+            yield new
+            for name in _CONFIGS:
+                if (new / name).exists():
+                    (folder / name).unlink(missing_ok=True)
+            kinds = {_weights_kind(path) for path in new.iterdir()} - {None}
+            for path in folder.iterdir():
+                if _weights_kind(path) in kinds and not (new / path.name).exists():
+                    path.unlink()
+            move_entries(new, folder, last=_CONFIGS)
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _weights_kind(path: Path) -> str | None:
+    """Return a name without which of how many shards it is, for files of weights and their index."""
+    found = _WEIGHTS.match(path.name)
+    return found[1] if found and not path.is_dir() else None
+
+
+def move_entries(folder: Path, output: Path, *, last: Collection[str] = ()) -> None:
+    """Move all entries of a folder into another one, those named in `last` at the end.
+
+    An entry that replaces none is removed again when the move fails.
+    """
+    entries = sorted(folder.iterdir(), key=lambda path: (path.name in last, path.name))
+    added: list[Path] = []
+    try:
+        for entry in entries:
+            target = output / entry.name
+            if not target.exists():
+                added.append(target)
+            if target.is_dir():
+                shutil.rmtree(target)
+            try:
+                entry.replace(target)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    raise
+                shutil.move(entry, target)
+    except BaseException:
+        for target in added:
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        raise
+
+
+def _try_rename(folder: Path, output: Path) -> bool:
+    """Rename a folder to `output`, which is empty or not there; False where the system refuses because of what it is."""
+    try:
+        folder.rename(output)
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM) and output.is_dir():
+            return False
+        raise
+    return True
+
+
+def _can_be_renamed(output: Path) -> bool:
+    return not (
+        os.path.ismount(output)
+        or output in _mount_points()
+        or output.samefile(Path.cwd())
+        or not os.access(output.parent, os.W_OK | os.X_OK)
+    )
+
+
+def _mount_points() -> set[Path]:
+    """Return where anything is mounted: `os.path.ismount` does not see a folder bound from the same file system."""
+    table = Path("/proc/self/mountinfo")
+    if not table.exists():
+        return set()
+    names = (line.split()[4] for line in table.read_text(encoding="utf-8", errors="replace").splitlines())
+    return {Path(re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), name)) for name in names}
+
+
+def _clear(output: Path) -> None:
+    for path in output.iterdir() if output.is_dir() else ():
+        if not is_partial(path):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _new_partial_file(path: Path) -> tuple[Path, int]:
+    while True:
+        partial = _partial_name(path.parent, path.name)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        _try_lock(descriptor, wait=True)
+        if partial.exists():
+            return partial, descriptor
+        os.close(descriptor)  # taken for a stale one before it was locked
+
+
+def _partial_name(parent: Path, name: str, prefix: str = ".") -> Path:
+    return parent / f"{prefix}{name[:100]}.{'-'.join(_machine_id())}-{secrets.token_hex(4)}.partial"
+
+
+@functools.cache
+def _machine_id() -> tuple[str, str]:
+    """Return short hashes of the host's name and of its boot: containers on one machine share the second alone."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    names = (platform.node(), boot.read_text() if boot.exists() else platform.node())
+    return tuple(blake2b(name.encode(), digest_size=4).hexdigest() for name in names)  # type: ignore[return-value]
+
+
+def _create_and_lock(folder: Path) -> int | None:
+    """Make a folder and return a descriptor that locks it; None where folders cannot be opened."""
+    while True:
+        folder.mkdir()
+        if fcntl is None:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            _try_lock(descriptor, wait=True)
+            if folder.exists():
+                return descriptor
+            os.close(descriptor)  # taken for a stale one before it was locked
+
+
+def _try_lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file or folder; False where another process has locked it, or the file system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,61 @@
+"""Check what a JSON file gave a dataclass against the annotations of its fields."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Union
+
+from hf_guide.errors import HfGuideError
+
+
+def check_field_types(record: Any, where: str) -> None:
+    """Refuse a dataclass whose fields hold something else than they are annotated with; dataclasses within it too.
+
+    Annotations may be built of `str`, `int`, `float`, `bool`, `None`, `Any`, `list`, `dict`, unions and dataclasses.
+
+    Raises:
+        HfGuideError: names the field, what it must be, and what was found.
+    """
+    hints = typing.get_type_hints(type(record))
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if not matches_annotation(value, hints[field.name]):
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            raise HfGuideError(
+                f"{field.name} in {where} must be {_format_annotation(hints[field.name])}; found {shown}. The file was changed or is "
+                "damaged: write it again, or remove it."
+            )
+
+
+def matches_annotation(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says; a whole number is a float too, and a truth value no number."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if hint is None or hint is type(None):
+        return value is None
+    if origin in (Union, types.UnionType):
+        return any(matches_annotation(value, argument) for argument in arguments)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin is list:
+        return isinstance(value, list) and all(matches_annotation(entry, arguments[0]) for entry in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(
+            matches_annotation(key, arguments[0]) and matches_annotation(entry, arguments[1])
+            for key, entry in value.items()
+        )
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return type(value) is hint and all(
+            matches_annotation(getattr(value, name), each) for name, each in hints.items()
+        )
+    return isinstance(value, hint)
+
+
+def _format_annotation(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("typing.", "")
