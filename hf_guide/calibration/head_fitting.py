@@ -7,18 +7,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch
-from hf_guide.calibration.hooks import (
-    StopForward,
-    capture_input,
-    drop_padding,
-    forward_no_cache,
-    register_input_hook,
-    removable_hooks,
-)
+from hf_guide.calibration.forward import capture_input, drop_padding, forward_no_cache
 from hf_guide.calibration.least_squares import NormalEquations, append_bias_column, at_least_float32, max_eps
 from hf_guide.calibration.modules import ModuleRef, linear_weight, module_bias, norm_weight
 from hf_guide.calibration.reconstruction import BlockReconstructor, assign_checked
 from hf_guide.errors import ShapeError
+from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 
 LOGIT_SCALE_TOKENS = 1024  # one number is fitted: more would cost a product with the vocabulary each, and tell no more

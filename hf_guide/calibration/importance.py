@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch
-from hf_guide.calibration.hooks import drop_padding, eval_mode, forward_no_cache, removable_hooks
+from hf_guide.calibration.forward import calibration_mode, drop_padding, forward_no_cache
 from hf_guide.calibration.modules import ModuleMap, ModuleRef
 from hf_guide.calibration.statistics import ActivationStatistics
 from hf_guide.initialization.block_choice import most_influential_blocks
 from hf_guide.initialization.config import Importance
 from hf_guide.initialization.plan import ParameterPlan, Plan
 from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct, Projection, axis_names, merge_adjacent, project_axis
+from hf_guide.models.hooks import removable_hooks
 from hf_guide.utils.distributed import all_reduce_sum_, local_shard
 
 SelectedIndices = dict[str, Tensor]
@@ -281,7 +282,7 @@ def collect_expert_importance(
             written = written if matrix is None else written @ matrix.to(written)
             heard[expert] += written.square().sum(dtype=torch.float64).cpu()
 
-    with removable_hooks() as handles, eval_mode(model):
+    with removable_hooks() as handles, calibration_mode(model):
         for name, part in experts.items():
             energies[name] = torch.zeros(count_experts(part), dtype=torch.float64)
 

@@ -17,15 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch
-from hf_guide.calibration.hooks import (
-    StopForward,
-    capture_input,
-    drop_padding,
-    is_decoder_stack,
-    reads_decoder_tokens,
-    register_input_hook,
-    removable_hooks,
-)
+from hf_guide.calibration.forward import capture_input, drop_padding, is_decoder_stack, reads_decoder_tokens
 from hf_guide.calibration.least_squares import (
     TrainValNormalEquations,
     append_bias_column,
@@ -41,6 +33,7 @@ from hf_guide.initialization.config import Refit, RefitInputs
 from hf_guide.initialization.plan import ParameterPlan
 from hf_guide.initialization.transfer import Transfer, check_no_overflow
 from hf_guide.layouts.grammar import Identity, Projection, Selection
+from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_scalar, local_shard
 
 BLOCK_OUTPUT = ""

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
 from hf_guide.calibration.data import max_text_length
-from hf_guide.calibration.hooks import eval_mode
+from hf_guide.calibration.forward import calibration_mode
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.initialization.config import SELF_GENERATED, InitializationConfig
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
@@ -47,7 +47,7 @@ def generate_calibration_text(
     rank, processes = rank_and_world_size()
     chunks = list(enumerate(ids.split(GENERATION_BATCH_SIZE)))[rank::processes]
     bar = tqdm(total=len(chunks) * (length - 1), desc="the teacher writes", unit="step", disable=not show_progress)
-    with bar, eval_mode(model), _default_generation_config(model):
+    with bar, calibration_mode(model), _default_generation_config(model):
         for number, chunk in chunks:
             chunk.copy_(_sample_rows(model, chunk.shape, options.seed + number * _SEED_STRIDE, bar))
     all_reduce_sum_([ids])  # each process has written its own rows, and has zeros in the others'

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch
-from hf_guide.calibration.hooks import StopForward, first_output, forward_no_cache, hidden_states_arg, removable_hooks
+from hf_guide.calibration.forward import forward_no_cache
 from hf_guide.errors import HfGuideError
+from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, removable_hooks
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any], str | None]
 

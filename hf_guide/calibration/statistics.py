@@ -10,17 +10,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch, count_tokens
-from hf_guide.calibration.hooks import (
-    StopForward,
+from hf_guide.calibration.forward import (
+    calibration_mode,
     drop_padding,
-    eval_mode,
-    first_output,
     forward_no_cache,
-    hidden_states_arg,
     is_decoder_stack,
     reads_decoder_tokens,
-    register_input_hook,
-    removable_hooks,
 )
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint
@@ -28,6 +23,7 @@ from hf_guide.errors import TeacherError
 from hf_guide.initialization.config import Pooling
 from hf_guide.layouts.grammar import AxisName, AxisProduct, axis_names, axis_size, group_indices
 from hf_guide.layouts.registry import Layout, config_sizes, rotary_size
+from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, local_shard
 
 
@@ -140,7 +136,7 @@ def collect_statistics(
     def enough(heard: Tensor) -> None:
         raise StopForward
 
-    with removable_hooks() as handles, eval_mode(model):
+    with removable_hooks() as handles, calibration_mode(model):
         for name, (part, where) in query_key_outputs(anatomy, layout, model).items():
             handles.append(
                 part.module.register_forward_hook(

@@ -4,10 +4,9 @@ Does: merge a copy, untie what the adapter has made different, write it, and pro
 Does not: change the student, or merge what has no place in stock weights.
 """
 
-import contextlib
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers.utils import logging
 
 from hf_guide.errors import OptionError
 from hf_guide.models.adapters import adapter_layers, has_adapter
+from hf_guide.models.modes import eval_mode
 from hf_guide.tasks import without_adapter
 from hf_guide.utils.files import move_entries, staging_folder
 from hf_guide.utils.finite import check_weights_finite
@@ -227,20 +227,9 @@ def _logits(model: Any, student: Any) -> Tensor:
         name: each.to(base.device, base.dtype if each.is_floating_point() else each.dtype)
         for name, each in _tiny_inputs(without_adapter(student)).items()
     }
-    with _eval_mode(model):
+    with eval_mode(model):
         # Not by a call, which autocasts it while it is trained in mixed precision.
         return type(model).forward(model, **inputs).logits.double().cpu()
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _tiny_inputs(model: Any) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from hf_guide.lelp.data import (
 from hf_guide.lelp.projector import SubclassProjector, check_embedding_width, check_fit_options, to_weight_matrix
 from hf_guide.lelp.splitters.registry import get_splitter
 from hf_guide.lelp.validation import check_integer
+from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import classifier_registered, find_classifier
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.manifest import MANIFEST_NAME
@@ -217,13 +218,9 @@ class _FeatureSource:
         if capture is not None:
             yield from iter_cached(capture, dataset, collate, labels, batch_size=batch_size, **share)
             return
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with eval_mode(self.model):
             listener = TeacherRunner(self.model, self.task, self.processing_class)
             yield from iter_live(listener, dataset, collate, labels, batch_size=batch_size, **share)
-        finally:
-            self.model.train(was_training)
 
 
 def _load_model(

@@ -18,6 +18,7 @@ from hf_guide.distillation.subclass_logits import class_logits, config_class_nam
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, DistillationRecord
 from hf_guide.lelp.modeling_subclass import SubclassConfig
+from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.signal_cache.data import TeacherBatchCollator
 from hf_guide.tasks import Task, task_of
@@ -143,9 +144,9 @@ def _collect_head_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return what the head is fed, (N, width), and the class logits, (N, C), in float64."""
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-    was_training, fed, logits = student.training, [], []
-    student.eval()
-    try:
+    fed: list[Tensor] = []
+    logits: list[Tensor] = []
+    with eval_mode(student):
         for batch in tqdm(loader, desc="Listening to the student", disable=not show_progress):
             inputs = {name: value.to(student.device) for name, value in batch.items() if name != "labels"}
             with capture_head_inputs(classifier) as heard:
@@ -153,8 +154,6 @@ def _collect_head_inputs(
             everyone = torch.ones(len(found), dtype=torch.bool, device=found.device)
             fed.append(pooled_features(task, heard[-1], everyone, inputs, student.config).double().cpu())
             logits.append(class_logits(found, get_num_subclasses(student.config)).cpu())
-    finally:
-        student.train(was_training)
     if not fed:
         raise OptionError("The dataset is empty; the head is refitted to what the student says of its examples.")
     return torch.cat(fed), torch.cat(logits)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
+from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.head_fitting import (
     find_head_pair,
     fit_final_norm,
@@ -32,7 +33,6 @@ from hf_guide.calibration.head_fitting import (
     token_counts,
 )
 from hf_guide.calibration.head_rotation import head_dim_name, rotate_queries_keys, rotate_values
-from hf_guide.calibration.hooks import eval_mode
 from hf_guide.calibration.importance import (
     collect_expert_importance,
     prunable_experts,
@@ -234,7 +234,7 @@ def initialize_calibrated(
         "own_text": calibration.own_text,
         "influence": _by_stack(statistics.block_influence),
     }
-    with eval_mode(model), eval_mode(student):
+    with calibration_mode(model), calibration_mode(student):
         if head is not None and head.tied and options.fit_table and not mender.resume_step("table"):
             fit_tied_embedding(mender, head, token_counts(mender, len(linear_weight(head.student.module))))
             mender.keep("table")

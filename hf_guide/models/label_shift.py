@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hf_guide.errors import TaskError
 from hf_guide.models.adapters import stock_module
-from hf_guide.models.lm_head import FORWARD_ERRORS, eval_preserving_state, probe_inputs
+from hf_guide.models.lm_head import FORWARD_ERRORS, probe_inputs
+from hf_guide.models.modes import eval_preserving_state
 from hf_guide.tasks import Task, is_encoder_decoder, without_adapter
 from hf_guide.utils.labels import IGNORE_INDEX
 

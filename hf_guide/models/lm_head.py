@@ -20,6 +20,7 @@ from transformers.utils import logging
 from hf_guide.distillation.losses.chunked import ChunkedLoss, ChunkedLossState, linear_compute_dtype
 from hf_guide.errors import HfGuideError
 from hf_guide.models.adapters import active_module, is_plain_linear, stock_module
+from hf_guide.models.modes import eval_preserving_state
 from hf_guide.tasks import without_adapter
 
 logger = logging.get_logger(__name__)
@@ -197,21 +198,6 @@ def _patched_forward(tap: _HeadForward, on_hidden: Callable[[Tensor], Tensor | N
             delattr(tap.module, slot)
         else:
             setattr(tap.module, slot, before)
-
-
-@contextlib.contextmanager
-def eval_preserving_state(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and the random state are as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def probe_inputs(model: Any, vocabulary: int) -> dict[str, Tensor] | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import TaskError
 from hf_guide.models.adapters import called_module, called_modules, stock_module
+from hf_guide.models.hooks import register_input_hook, removable_hooks
 from hf_guide.tasks import Task, without_adapter
 
 _REGISTERED_CLASSIFIERS: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
@@ -126,18 +127,15 @@ def capture_head_inputs(classifier: "nn.Module | DualHead") -> Iterator[list[Ten
     heads = classifier.heads if isinstance(classifier, DualHead) else (classifier,)
     parts: list[Tensor] = []
 
-    def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        parts.append(inputs[0])
+    def record(head_input: Tensor) -> None:
+        parts.append(head_input)
         if len(parts) == len(heads):
             heard.append(parts[0] if len(parts) == 1 else torch.cat(parts, -1))
             parts.clear()
 
-    handles = [head.register_forward_pre_hook(hear) for head in heads]
-    try:
+    with removable_hooks() as handles:
+        handles += [register_input_hook(head, record) for head in heads]
         yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def pooled_features(

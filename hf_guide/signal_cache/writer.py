@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.errors import CaptureError, OptionError
+from hf_guide.models.modes import eval_mode
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.data import IndexedCollator, IndexedDataset, TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.keys import example_keys, token_positions
@@ -317,9 +318,7 @@ def capture_teacher(
         )
     task = task_of(model)
     collate = TeacherBatchCollator(model, task, data_collator, processing_class, options.remove_unused_columns)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         listener = TeacherRunner(model, task, processing_class, where)
         manifest = build_manifest(teacher, listener, collate([dataset[0]]), examples, processing_class, options)
@@ -327,8 +326,6 @@ def capture_teacher(
         run.begin(state)
         run.write_missing(state, show_progress)
         run.finish(state)
-    finally:
-        model.train(was_training)
     return Capture.open(folder)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_guide import from_teacher
-from hf_guide.calibration.hooks import eval_mode
+from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import collect_expert_importance
 from hf_guide.calibration.modules import find_modules
 from hf_guide.methods import calibrated as run
@@ -125,7 +125,7 @@ def test_what_is_heard_of_an_expert_is_what_it_writes_over_the_tokens_routed_to_
     expected = torch.zeros(4, dtype=torch.float64)
     heard: list[tuple[Tensor, ...]] = []
     handle = part.module.register_forward_pre_hook(lambda _, args: heard.append(args))
-    with torch.no_grad(), eval_mode(model):
+    with torch.no_grad(), calibration_mode(model):
         for batch in batches:
             model(**batch)
     handle.remove()

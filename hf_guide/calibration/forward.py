@@ -1,9 +1,9 @@
-"""Running a model to be listened to: hooks that go away again, masks of padding, and stopping halfway."""
+"""Run a model on calibration batches: without a cache, in evaluation mode, and without the rows of padding."""
 
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,44 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.modules import ModuleRef
+from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
+from hf_guide.models.modes import eager_float64_experts, eval_mode
 
-ActivationCallback = Callable[[Tensor], object]
 CROSS_ATTENTION_KEY_VALUE = re.compile(r"\.(?:EncDecAttention|encoder_attn)\.[kv]")
 """Modules of a decoder that are given the encoder's tokens."""
-
-
-class StopForward(Exception):  # noqa: N818  # not an error: what was wanted of a forward has been heard
-    """Raised by a hook to end a forward; `run` swallows it."""
-
-
-@contextlib.contextmanager
-def removable_hooks() -> Iterator[list[Any]]:
-    """Give a list for the handles of hooks, all of which are removed in the end."""
-    handles: list[Any] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def register_input_hook(module: nn.Module, hear: ActivationCallback) -> Any:
-    """Call `hear` with the stream or features that `module` is given; return the hook's handle."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hear(hidden_states_arg(args, kwargs))
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def hidden_states_arg(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the tensor that a module was called with: its first argument, or `hidden_states`."""
-    return args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
-
-
-def first_output(output: Any) -> Tensor:
-    """Return a module's output, or the first of several."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 @torch.no_grad()
@@ -87,21 +54,10 @@ def _to_model(value: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 @contextlib.contextmanager
-def eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into evaluation mode, and back; of float64 its experts are run one by one, for no kernel groups them."""
-    were_training = {module: module.training for module in model.modules()}  # a part may be frozen in its own mode
-    experts = None
-    model.eval()
-    if model.dtype == torch.float64 and model._can_set_experts_implementation():
-        experts = model.get_experts_implementation()
-        model.set_experts_implementation("eager")
-    try:
+def calibration_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation mode, with experts that run in its dtype, for the duration of the block."""
+    with eval_mode(model), eager_float64_experts(model):
         yield
-    finally:
-        for module, was_training in were_training.items():
-            module.training = was_training
-        if experts is not None:
-            model.set_experts_implementation(experts)
 
 
 def reads_decoder_tokens(part: ModuleRef, config: PreTrainedConfig) -> bool:

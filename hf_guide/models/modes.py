@@ -1,0 +1,54 @@
+"""Run a model in evaluation mode for the duration of a block, and restore what it was."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode; restore the mode of each of its modules afterwards.
+
+    `model.train(was_training)` would put modules that are frozen in evaluation mode back into training mode.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with eval_mode(model):
+        ...     model.training
+        False
+        >>> [module.training for module in model]
+        [True, False]
+    """
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+
+
+@contextlib.contextmanager
+def eval_preserving_state(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Enter `eval_mode` without gradients; restore the random state of the CPU and of `device` as well."""
+    devices = [] if device.type == "cpu" else [device]
+    device_type = "cuda" if device.type == "cpu" else device.type
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=device_type):
+        yield
+
+
+@contextlib.contextmanager
+def eager_float64_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Run the experts of a float64 mixture one by one: the grouped kernels have no float64."""
+    if model.dtype != torch.float64 or not model._can_set_experts_implementation():
+        yield
+        return
+    implementation = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(implementation)
