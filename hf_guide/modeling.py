@@ -9,7 +9,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 from transformers import (
@@ -45,14 +45,12 @@ from hf_guide.initialization.resolve import (
     resolve_dtype,
     vocab_row_indices,
 )
+from hf_guide.initialization.subclass_head import SubclassDirections, widen_to_subclasses
 from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.layouts.hierarchy import check_single_stage_width
 from hf_guide.methods.calibrated import collect_calibration, initialize_calibrated, select_blocks_by_influence
 from hf_guide.models.tiny_models import MODEL_ERRORS
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
-
-if TYPE_CHECKING:
-    from hf_guide.lelp.projector import SubclassProjector
 
 P = ParamSpec("P")
 
@@ -86,7 +84,7 @@ def from_teacher(
     model_class: type[Any] | None = None,
     dtype: "str | torch.dtype | None" = None,
     num_subclasses: int | None = None,
-    projector: "SubclassProjector | None" = None,
+    projector: SubclassDirections | None = None,
     revision: str | None = None,
     token: "str | bool | None" = None,
     cache_dir: "str | os.PathLike[str] | None" = None,
@@ -172,9 +170,7 @@ def from_teacher(
             call = describe_call(opened, student_class, student_config, resolve_dtype(dtype, opened), options)
             call |= {"num_subclasses": num_subclasses}
             if projector is not None:
-                from hf_guide.lelp.targets import projector_fingerprint  # only here: nothing else needs LELP
-
-                call |= {"projector": projector_fingerprint(projector)}
+                call |= {"projector": projector.fingerprint()}
         calibration = collect_calibration(
             teacher,
             opened,
@@ -194,8 +190,6 @@ def from_teacher(
     labels = label_row_indices(opened.config, student_config)
     lost: list[str] = []
     if num_subclasses is not None or projector is not None:
-        from hf_guide.lelp.head_init import widen_to_subclasses  # only here: nothing else needs LELP
-
         opened, student_config, labels, lost = widen_to_subclasses(
             opened, student_config, student_class, labels, num_subclasses, projector
         )

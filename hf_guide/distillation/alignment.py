@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hf_guide.distillation.subclass_logits import config_class_names
 from hf_guide.errors import VocabularyError
+from hf_guide.initialization.subclass_head import config_class_names
 from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES
 
 

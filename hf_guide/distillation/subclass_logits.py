@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_guide.distillation.losses.registry import TeacherSignal
 from hf_guide.errors import OptionError, TaskError
-from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES
+from hf_guide.initialization.subclass_head import get_num_subclasses
 from hf_guide.utils.labels import IGNORE_INDEX
 
 TARGETS_KEY = "subclass_probabilities"
@@ -46,30 +46,6 @@ def find_target_provider(collator: Any) -> SubclassTargetProvider | None:
     return None
 
 
-def get_num_subclasses(config: Any) -> int:
-    """Return how many subclasses each class of a student has: its config's `num_subclasses`, else 1.
-
-    Raises:
-        TaskError: they do not go together with its number of labels or its kind of problem.
-    """
-    count = getattr(config, "num_subclasses", None)
-    if count is None or count == 1:
-        return 1
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise TaskError(f"num_subclasses in the student's config is a whole number of at least 1; found {count!r}.")
-    if config.num_labels % count:
-        raise TaskError(
-            f"The student has {config.num_labels} outputs, which is not a multiple of its {count} subclasses a class. Give "
-            "it classes * num_subclasses labels, as from_teacher(num_subclasses=...) does."
-        )
-    kind = getattr(config, "problem_type", None)
-    if kind in NON_CATEGORICAL_PROBLEM_TYPES:
-        raise TaskError(
-            f"Subclasses are those of classes that exclude each other; the student's problem_type is {kind}."
-        )
-    return count
-
-
 def class_logits(logits: Tensor, num_subclasses: int) -> Tensor:
     """Return class logits (..., C) of subclass logits (..., C * S), class by class: log-sum-exp, float32 or better.
 
@@ -79,23 +55,6 @@ def class_logits(logits: Tensor, num_subclasses: int) -> Tensor:
         return logits
     wide = logits.float() if logits.dtype.itemsize < 4 else logits
     return wide.unflatten(-1, (-1, num_subclasses)).logsumexp(-1)
-
-
-def config_class_names(config: Any) -> list[str]:
-    """Return the names of the classes in their order: "positive" of the subclasses "positive/0", "positive/1", ..."""
-    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
-    count = getattr(config, "num_subclasses", None) or 1
-    if count == 1:
-        return names
-    classes = [name.rpartition("/")[0] for name in names[::count]]
-    if subclass_names(classes, count) == names:
-        return classes
-    return [f"LABEL_{number}" for number in range(len(names) // count)]
-
-
-def subclass_names(classes: list[str], num_subclasses: int) -> list[str]:
-    """Return the names of all subclasses, class by class: "positive/0", "positive/1", ..."""
-    return [f"{name}/{number}" for name in classes for number in range(num_subclasses)]
 
 
 class ClassLogitsWrapper(nn.Module):

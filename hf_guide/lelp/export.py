@@ -19,12 +19,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_guide.distillation.subclass_logits import config_class_names
 from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError, did_you_mean
 from hf_guide.hub.model_card import write_model_card
 from hf_guide.hub.push import attach_record, save_student
+from hf_guide.initialization.subclass_head import config_class_names
 from hf_guide.lelp.modeling_subclass import (
     SubclassConfig,
     SubclassModel,

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from hf_guide.lelp.data import check_single_label
 from hf_guide.lelp.moments import check_finite_rows
 from hf_guide.lelp.projector_files import read_projector, write_projector
 from hf_guide.lelp.splitters.registry import get_splitter
-from hf_guide.lelp.splitters.scorers import SubclassScorer
+from hf_guide.lelp.splitters.scorers import LinearScorer, SubclassScorer
 from hf_guide.lelp.validation import (
     as_tensor,
     check_integer,
@@ -252,6 +253,37 @@ class SubclassProjector:
             temperature=self.temperature if temperature is None else temperature,
             subclass_temperature=self.subclass_temperature if subclass_temperature is None else subclass_temperature,
         )
+
+    def head_offsets(self) -> tuple[Tensor, Tensor]:
+        """Return what the rows of subclasses add to their class's row, (C * S, D), and to its bias, (C * S,).
+
+        A head of the teacher's rows w_c + tau / beta u_{c,s}, u the directions, has the logits of the subclasses, up to a
+        number that all subclasses of a class share.
+
+        Raises:
+            OptionError: The splitter finds no directions.
+        """
+        if not isinstance(self.scores, LinearScorer):
+            raise OptionError(
+                f"The splitter {self.splitter!r} finds no directions that a head could be initialized from. Leave projector "
+                "out: all rows of a class are then the teacher's."
+            )
+        slope = self.temperature / self.subclass_temperature
+        rows = slope * self.scores.directions.transpose(1, 2).flatten(0, 1)
+        return rows, slope * self.scores.offsets.flatten()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the probabilities depend on besides the scores' tensors."""
+        names = ("num_classes", "num_subclasses", "temperature", "subclass_temperature", "splitter", "seed")
+        return {name: getattr(self, name) for name in names} | {"teacher_fingerprint": self.teacher_fingerprint}
+
+    def fingerprint(self) -> str:
+        """Return a hash of everything that the probabilities depend on."""
+        digest = blake2b(repr(sorted(self.settings().items())).encode(), digest_size=16)
+        for name, tensor in sorted(self.scores.tensors().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def check_teacher(self, teacher: "nn.Module | Capture") -> None:
         """Refuse a teacher, or the capture of one, that this projector is not of. One made of arrays tells by shape alone.

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.distillation.subclass_logits import class_logits, config_class_names, get_num_subclasses
+from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, DistillationRecord
+from hf_guide.initialization.subclass_head import config_class_names, get_num_subclasses
 from hf_guide.lelp.modeling_subclass import SubclassConfig
 from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features

@@ -7,7 +7,6 @@ probabilities where a classifier's logits are.
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +98,10 @@ def targets_from_cache(
         SubclassError: a capture of another projector or teacher, or one without embeddings.
     """
     if _is_target_cache(capture):
-        if capture.manifest.weights != projector_fingerprint(projector):
+        if capture.manifest.weights != projector.fingerprint():
             raise SubclassError(
                 f"{capture.folder} holds the targets of another projector: it has "
-                f"{_format_settings(capture.manifest.teacher_config)} there, and {_format_settings(_projector_settings(projector))} here. Run "
+                f"{_format_settings(capture.manifest.teacher_config)} there, and {_format_settings(projector.settings())} here. Run "
                 "capture_targets with this one."
             )
         return lambda examples: torch.stack([_require_tensor(each.logits) for each in examples])
@@ -188,15 +187,6 @@ class _FineLabelCollator(TeacherBatchCollator):
         self._known |= {FINE_LABELS_KEY}
 
 
-def projector_fingerprint(projector: SubclassProjector) -> str:
-    """Return a hash of everything that a projector's probabilities depend on."""
-    whole = blake2b(repr(sorted(_projector_settings(projector).items())).encode(), digest_size=16)
-    for name, tensor in sorted(projector.scores.tensors().items()):
-        whole.update(f"{name}{tuple(tensor.shape)}".encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
-
-
 def _convert_cache(projector: SubclassProjector, source: Capture, folder: Path) -> None:
     made = targets_from_cache(projector, source)
     there = source.manifest
@@ -230,9 +220,9 @@ def _target_manifest(
         teacher=public_name(projector.teacher or "arrays"),
         teacher_revision=None,
         teacher_class=SubclassProjector.__name__,
-        teacher_config=_projector_settings(projector),
+        teacher_config=projector.settings(),
         teacher_dtype="float32",
-        weights=projector_fingerprint(projector),
+        weights=projector.fingerprint(),
         files=None,
         tokenizer=tokenizer,
         task=str(task),
@@ -242,11 +232,6 @@ def _target_manifest(
         config=dataclasses.replace(options, embedding=False, hidden_states=[]),
         hf_guide_version=__version__,
     )
-
-
-def _projector_settings(projector: SubclassProjector) -> dict[str, Any]:
-    names = ("num_classes", "num_subclasses", "temperature", "subclass_temperature", "splitter", "seed")
-    return {name: getattr(projector, name) for name in names} | {"teacher_fingerprint": projector.teacher_fingerprint}
 
 
 def _format_settings(facts: Mapping[str, Any]) -> str:

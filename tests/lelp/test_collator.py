@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_guide import Capture, DistillationTrainer, SubclassProjector, capture_teacher
-from hf_guide.distillation.subclass_logits import TARGETS_KEY, subclass_names
+from hf_guide.distillation.subclass_logits import TARGETS_KEY
 from hf_guide.errors import CaptureError, OptionError, SubclassError, TaskError, VocabularyError
+from hf_guide.initialization.subclass_head import subclass_names
 from hf_guide.lelp.collator import SubclassLabelCollator
 from hf_guide.lelp.targets import capture_targets
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier
