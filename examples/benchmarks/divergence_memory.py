@@ -25,8 +25,9 @@ from peak import peak_memory
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_guide.distillation.losses.divergences import DenseTarget, divergence
+from hf_guide.distillation.losses.divergences import divergence
 from hf_guide.models.lm_head import LMHead, chunked_loss
+from hf_guide.teachers.signals import DenseTarget
 
 
 def naive_step(hidden: Tensor, heard: Tensor, student: nn.Linear, teacher: nn.Linear, labels: Tensor) -> Tensor:

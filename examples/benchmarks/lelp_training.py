@@ -19,10 +19,11 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from hf_guide import SubclassProjector
-from hf_guide.distillation.losses.divergences import DenseTarget, divergence, dkd
+from hf_guide.distillation.losses.divergences import divergence, dkd
 from hf_guide.lelp.splitters.base import SplitterInputs
 from hf_guide.lelp.splitters.registry import register_splitter
 from hf_guide.lelp.splitters.scorers import LinearScorer
+from hf_guide.teachers.signals import DenseTarget
 
 Settings = dict[str, Any]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -8,14 +8,12 @@ from typing import Any
 
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import align_special_tokens, has_length
 
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.errors import OptionError
-from hf_guide.models.adapters import has_adapter, parametrized_layers
+from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import without_adapter
 from hf_guide.utils.files import check_can_create
@@ -55,24 +53,6 @@ def validate_student(model: Any) -> None:
             "task, or pass a config, or the arguments of from_teacher, to make it out of its teacher."
         )
     validate_unwrapped(model, "student")
-
-
-def validate_unwrapped(model: Any, role: str) -> None:
-    """Check that nothing is wrapped around a model that the trainer itself wraps, or that hides its layers.
-
-    Raises:
-        OptionError: a compiled model, or one of several processes or devices; says what to pass instead.
-    """
-    option = "torch_compile" if role == "student" else "teacher_compile"
-    if isinstance(model, OptimizedModule):
-        raise OptionError(
-            f"The {role} is compiled already. Pass the model itself, and DistillationArguments({option}=True)."
-        )
-    if isinstance(model, (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
-        raise OptionError(
-            f"The {role} is wrapped in {type(model).__name__}. Pass the model itself: what several processes or devices need "
-            "is done here. Launch one process a GPU, with `accelerate launch` or `torchrun`."
-        )
 
 
 def validate_trainable(student: nn.Module) -> None:

@@ -20,14 +20,7 @@ from torch import Tensor, nn
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.cached_teacher import CachedTeacher
 from hf_guide.distillation.layer_projections import LayerProjections
-from hf_guide.distillation.losses.divergences import DenseTarget, TopKTarget
-from hf_guide.distillation.losses.registry import (
-    TASK_LOSS,
-    LossTerm,
-    TeacherSignal,
-    categorical_terms,
-    registered_losses,
-)
+from hf_guide.distillation.losses.registry import TASK_LOSS, LossTerm, categorical_terms, registered_losses
 from hf_guide.distillation.subclass_logits import ClassLogitsWrapper
 from hf_guide.errors import OptionError, TaskError, VocabularyError
 from hf_guide.models.layer_mapping import hidden_states_of, resolve_layer_mapping
@@ -35,6 +28,7 @@ from hf_guide.models.lm_head import LMHead, chunked_loss, find_lm_head, skip_lm_
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.tasks import Task, mean_per_item
 from hf_guide.teachers.forward import LiveTeacher, TeacherSignals
+from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
 from hf_guide.utils.labels import IGNORE_INDEX
 
 TEACHER_AGREEMENT = "teacher_agreement"

@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from hf_guide.distillation.losses.registry import TeacherSignal
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.initialization.subclass_head import get_num_subclasses
+from hf_guide.teachers.signals import TeacherSignal
 from hf_guide.utils.labels import IGNORE_INDEX
 
 TARGETS_KEY = "subclass_probabilities"

@@ -26,7 +26,6 @@ from hf_guide.distillation.checks import (
     validate_output_dir,
     validate_student,
     validate_trainable,
-    validate_unwrapped,
     wrap_with_peft,
 )
 from hf_guide.distillation.layer_projections import ProjectionGradSyncCallback, check_optimizer_has_projections
@@ -53,6 +52,7 @@ from hf_guide.distillation.resuming import ResumableTrainer, remove_paths_from_s
 from hf_guide.distillation.step_checks import StepChecksCallback, non_finite_gradients, non_finite_loss_error
 from hf_guide.distillation.student_init import init_student_from_teacher
 from hf_guide.distillation.subclass_logits import build_subclass_targets, find_target_provider
+from hf_guide.distillation.teacher_setup import build_live_teachers
 from hf_guide.distillation.trainer_compatibility import (
     check_init_keywords,
     check_overridden_methods,
@@ -66,7 +66,7 @@ from hf_guide.hub.metadata import save_record
 from hf_guide.hub.model_card import remove_local_paths, write_model_card
 from hf_guide.hub.provenance import fetch_card
 from hf_guide.hub.push import attach_record
-from hf_guide.models.adapters import check_no_virtual_tokens
+from hf_guide.models.adapters import check_no_virtual_tokens, validate_unwrapped
 from hf_guide.models.code_references import clean_saved_folder, drop_code_references
 from hf_guide.models.label_shift import shifts_labels
 from hf_guide.models.lm_head import LMHead
@@ -74,7 +74,6 @@ from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.tasks import task_of
 from hf_guide.teachers.forward import LiveTeacher, non_finite_signals_error
 from hf_guide.teachers.isolation import check_no_shared_parameters
-from hf_guide.teachers.loading import build_live_teachers
 from hf_guide.utils.files import staged_update
 from hf_guide.utils.finite import check_weights_finite
 

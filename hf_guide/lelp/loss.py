@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_guide.distillation.losses.registry import TeacherSignal, register_term
+from hf_guide.distillation.losses.registry import register_term
+from hf_guide.teachers.signals import TeacherSignal
 
 if TYPE_CHECKING:
     from hf_guide.distillation.arguments import DistillationArguments

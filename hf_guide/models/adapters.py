@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_guide.errors import OptionError
 
@@ -127,3 +130,21 @@ def parametrized_layers(model: Any) -> list[str]:
 
 def _parametrized(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if nn.utils.parametrize.is_parametrized(module)]
+
+
+def validate_unwrapped(model: Any, role: str) -> None:
+    """Check that nothing is wrapped around a model that the trainer itself wraps, or that hides its layers.
+
+    Raises:
+        OptionError: a compiled model, or one of several processes or devices; says what to pass instead.
+    """
+    option = "torch_compile" if role == "student" else "teacher_compile"
+    if isinstance(model, OptimizedModule):
+        raise OptionError(
+            f"The {role} is compiled already. Pass the model itself, and DistillationArguments({option}=True)."
+        )
+    if isinstance(model, (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
+        raise OptionError(
+            f"The {role} is wrapped in {type(model).__name__}. Pass the model itself: what several processes or devices need "
+            "is done here. Launch one process a GPU, with `accelerate launch` or `torchrun`."
+        )

@@ -11,14 +11,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.distillation.losses.divergences import DenseTarget, TopKTarget
-from hf_guide.distillation.losses.registry import TeacherSignal
 from hf_guide.errors import TeacherError
 from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.models.lm_head import LMHead, skip_lm_head
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.tasks import Task, forward_parameters
 from hf_guide.teachers.inputs import TeacherInputs
+from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
 
 
 @dataclass(frozen=True)

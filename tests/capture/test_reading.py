@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_guide.distillation.losses.divergences import DenseTarget, TopKTarget, divergence
+from hf_guide.distillation.losses.divergences import divergence
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.signal_cache.writer import capture_teacher
+from hf_guide.teachers.signals import DenseTarget, TopKTarget
 from tests.capture.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, hear
 from tests.tiny import run_python
 

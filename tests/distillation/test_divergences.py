@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_guide.distillation.losses.divergences import DenseTarget, DivergenceKind, TopKTarget, divergence, dkd
+from hf_guide.distillation.losses.divergences import DivergenceKind, divergence, dkd
 from hf_guide.errors import HfGuideError, OptionError, VocabularyError
+from hf_guide.teachers.signals import DenseTarget, TopKTarget
 
 KINDS = [kind.value for kind in DivergenceKind]
 SHAPES = [(7, 2), (5, 11), (64, 1000), (3, 49152)]

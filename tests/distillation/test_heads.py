@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import PreTrainedModel
 
-from hf_guide.distillation.losses.divergences import DenseTarget, divergence
+from hf_guide.distillation.losses.divergences import divergence
 from hf_guide.errors import HfGuideError, OptionError
 from hf_guide.models.lm_head import LMHead, chunked_loss, find_lm_head, skip_lm_head
+from hf_guide.teachers.signals import DenseTarget
 from tests.tiny import SIZES, run_python
 
 VOCABULARY = SIZES["vocab_size"]
@@ -500,7 +501,8 @@ def test_what_cannot_be_is_refused():
 PEAK = """
 import torch
 from torch import nn
-from hf_guide.distillation.losses.divergences import Dense, divergence
+from hf_guide.distillation.losses.divergences import divergence
+from hf_guide.teachers.signals import DenseTarget
 from hf_guide.models.lm_head import Head, chunked_loss
 
 vocabulary, width = 16384, 16
@@ -515,7 +517,7 @@ def step(items):
 
     def loss(logits, rows):
         with torch.no_grad():
-            target = Dense(teacher(hidden[rows]))
+            target = DenseTarget(teacher(hidden[rows]))
         return {"ce": nn.functional.cross_entropy(logits, labels[rows], reduction="none"), "kd": divergence(logits, target)}
 
     total, _ = chunked_loss(hidden, Head(student, lambda logits: logits), loss, {"ce": 0.5, "kd": 0.5}, max_logits=2**19)

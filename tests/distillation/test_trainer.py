@@ -297,8 +297,8 @@ def test_a_users_own_loss_and_smoothing_are_the_task_loss(task: str, tmp_path: P
 
 
 def test_a_term_of_ones_own(tmp_path: Path) -> None:
-    from hf_guide.distillation.losses.divergences import DenseTarget
     from hf_guide.distillation.losses.registry import _LOSSES, register_term
+    from hf_guide.teachers.signals import DenseTarget
 
     @register_term("squared", needs="logits", help="squared difference of logits")
     def squared(student: torch.Tensor, teacher: DenseTarget, labels: Any, args: DistillationArguments) -> torch.Tensor:

@@ -97,7 +97,7 @@ def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding
         registered_losses(),
         DistillationArguments("unused", temperature=3.0, objective="lelp", report_to="none"),
     )
-    from hf_guide.distillation.losses.divergences import DenseTarget
+    from hf_guide.teachers.signals import DenseTarget
 
     teacher, student = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mine, theirs = (student.clone().requires_grad_() for _ in range(2))

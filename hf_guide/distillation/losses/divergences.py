@@ -8,8 +8,7 @@ Does not: shift, mask, weigh or average. Logits come as (items, classes), and on
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import HfGuideError, OptionError, VocabularyError, did_you_mean
+from hf_guide.models.lm_head import row_chunks
+from hf_guide.teachers.signals import DenseTarget, TopKTarget
 
 
 class DivergenceKind(str, Enum):
@@ -99,38 +100,8 @@ DIVERGENCE_FUNCTIONS: dict[DivergenceKind, DivergenceFunction] = {
 }
 
 
-# Elements of logits walked over at once: on a CPU few enough to stay in its cache, elsewhere enough to keep it busy.
-_CPU_CHUNK_SIZE = 2**19
-_DEVICE_CHUNK_SIZE = 2**26
 # So few classes cost nothing beside the model, and float64 then holds the small divergences of sure classifiers too.
 _MAX_CLASSES_IN_FLOAT64 = 1024
-
-
-@dataclass(frozen=True)
-class DenseTarget:
-    """A teacher's whole distribution.
-
-    Args:
-        logits: (items, classes), any floating dtype; no gradient goes into them.
-    """
-
-    logits: Tensor
-
-
-@dataclass(frozen=True)
-class TopKTarget:
-    """A teacher's k largest log-probabilities; the mass of all other outcomes is taken together as one more outcome.
-
-    Args:
-        indices: whole numbers (items, k), distinct in each row; int64 saves a copy.
-        log_probs: (items, k) in nats, at temperature 1.
-        log_normalizer: (items,), log sum_j exp(log p_j / temperature) over the whole vocabulary, for the temperature
-            that will be used; zero at temperature 1.
-    """
-
-    indices: Tensor
-    log_probs: Tensor
-    log_normalizer: Tensor
 
 
 def divergence(
@@ -280,13 +251,6 @@ def _check_top_k_target(student_logits: Tensor, target: TopKTarget) -> None:
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def row_chunks(logits: Tensor) -> Iterator[slice]:
-    """Yield the rows of (items, classes) in runs that stay in a processor's cache; once where there are none."""
-    items, classes = logits.shape
-    rows = max(1, (_CPU_CHUNK_SIZE if logits.device.type == "cpu" else _DEVICE_CHUNK_SIZE) // max(1, classes))
-    return (slice(start, min(start + rows, items)) for start in range(0, max(1, items), rows))
 
 
 class _Divergence(torch.autograd.Function):

@@ -11,32 +11,22 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_guide.distillation.losses.divergences import DenseTarget, TopKTarget, divergence
+from hf_guide.distillation.losses.divergences import divergence
 from hf_guide.distillation.losses.divergences import dkd as decoupled_divergence
 from hf_guide.errors import OptionError, TaskError, did_you_mean
 from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task
+from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
 from hf_guide.validation import check_weight
 
 if TYPE_CHECKING:
     from hf_guide.distillation.arguments import DistillationArguments
 
 TASK_LOSS = "ce"
-
-
-class TeacherSignal(str, Enum):
-    """What of student and teacher a term looks at."""
-
-    LABELS = "labels"
-    LOGITS = "logits"
-    HIDDEN_STATES = "hidden_states"
-    FEATURES = "embedding"
-    SUBCLASSES = "subclasses"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+"""What a loss may compare with a teacher: its logits, whole or the k largest, hidden states, penultimate features.
+
+Does: name these signals and define the form in which a teacher's distribution is passed to a loss.
+Does not: run a model (`teachers.forward`), read a cache (`signal_cache`), or compute a loss (`distillation.losses`).
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class TeacherSignal(str, Enum):
+    """What of student and teacher a term looks at."""
+
+    LABELS = "labels"
+    LOGITS = "logits"
+    HIDDEN_STATES = "hidden_states"
+    FEATURES = "embedding"
+    SUBCLASSES = "subclasses"
+
+
+@dataclass(frozen=True)
+class DenseTarget:
+    """A teacher's whole distribution.
+
+    Args:
+        logits: (items, classes), any floating dtype; no gradient goes into them.
+    """
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class TopKTarget:
+    """A teacher's k largest log-probabilities; the mass of all other outcomes is taken together as one more outcome.
+
+    Args:
+        indices: whole numbers (items, k), distinct in each row; int64 saves a copy.
+        log_probs: (items, k) in nats, at temperature 1.
+        log_normalizer: (items,), log sum_j exp(log p_j / temperature) over the whole vocabulary, for the temperature
+            that will be used; zero at temperature 1.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    log_normalizer: Tensor
