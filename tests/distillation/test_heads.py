@@ -503,7 +503,7 @@ import torch
 from torch import nn
 from hf_guide.distillation.losses.divergences import divergence
 from hf_guide.teachers.signals import DenseTarget
-from hf_guide.models.lm_head import Head, chunked_loss
+from hf_guide.models.lm_head import LMHead, chunked_loss
 
 vocabulary, width = 16384, 16
 student, teacher = (nn.Linear(width, vocabulary, bias=False) for _ in range(2))
@@ -520,7 +520,7 @@ def step(items):
             target = DenseTarget(teacher(hidden[rows]))
         return {"ce": nn.functional.cross_entropy(logits, labels[rows], reduction="none"), "kd": divergence(logits, target)}
 
-    total, _ = chunked_loss(hidden, Head(student, lambda logits: logits), loss, {"ce": 0.5, "kd": 0.5}, max_logits=2**19)
+    total, _ = chunked_loss(hidden, LMHead(student, lambda logits: logits), loss, {"ce": 0.5, "kd": 0.5}, max_logits=2**19)
     total.backward()
     return peak()
 
