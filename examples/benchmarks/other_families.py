@@ -31,8 +31,10 @@ from curves import spread, tokens_until
 from family_teachers import FAMILIES, Examples, Setting
 from transformers import PreTrainedModel, default_data_collator
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.malloc import keep_freed_memory
 from hf_guide import DistillationArguments, DistillationTrainer, from_teacher
-from hf_guide.quickstart.memory import keep_freed_memory
 
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},

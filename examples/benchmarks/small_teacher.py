@@ -13,6 +13,7 @@ more, as folders of .txt files (the `_sources` of the Debian packages linux-doc-
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_guide.quickstart.corpus import Split, pack, read_text, split_documents
-from hf_guide.quickstart.memory import keep_freed_memory
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.data import TextSplit, pack, read_documents, split_documents
+from examples.common.malloc import keep_freed_memory
 
 SOURCES = ("wikipedia", "shakespeare")
 LENGTH = 128
@@ -42,12 +45,12 @@ TOKENS_A_PARAMETER = 24
 LEARNING_RATE = 3e-3
 
 
-def texts(sources: tuple[str, ...] = SOURCES) -> Split:
+def texts(sources: tuple[str, ...] = SOURCES) -> TextSplit:
     """Return the documents to learn from, and those that no training run sees; the split is the same for every run."""
-    return split_documents((text for source in sources for text in read_text(source)), seed=0)
+    return split_documents((text for source in sources for text in read_documents(source)), seed=0)
 
 
-def train_tokenizer(split: Split, folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(split: TextSplit, folder: Path, vocabulary: int) -> PreTrainedTokenizerFast:
     """Return a tokenizer trained on the documents to learn from, or the one that is in the folder already."""
     if (folder / "tokenizer.json").is_file():
         return AutoTokenizer.from_pretrained(folder)
@@ -84,7 +87,7 @@ def teacher_config(width: int, vocabulary: int) -> LlamaConfig:
     )
 
 
-def blocks(split: Split, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+def blocks(split: TextSplit, tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """Return what is learned from and what is held out, int64 (blocks, LENGTH + 1)."""
     return pack(split.train, tokenizer, LENGTH), pack(split.held_out, tokenizer, LENGTH)
 

@@ -20,6 +20,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -33,13 +34,15 @@ from starting_arms import ARMS, SHAPES, SPENT, Given, sizes_of
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, default_data_collator
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.malloc import keep_freed_memory
 from hf_guide import (
     CaptureConfig,
     DistillationArguments,
     DistillationTrainer,
     capture_teacher,
 )
-from hf_guide.quickstart.memory import keep_freed_memory
 
 KD = {"ce": 0.5, "kd": 0.5}
 OBJECTIVES: dict[str, dict[str, Any]] = {

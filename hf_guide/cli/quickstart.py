@@ -1,32 +1,23 @@
-"""`hf-guide quickstart`: make students, distil each on the same data, compare, save the best, load it back.
-
-This module is light, so that `hf-guide --help` answers at once; the work is in `hf_guide/quickstart`.
-"""
+"""`hf-guide quickstart`: print where the quickstart is; it needs packages of data, which this package does not."""
 
 import argparse
 
-from hf_guide.quickstart import LelpOptions, add_arguments, options_of
-
 __all__ = ["DESCRIPTION", "EXAMPLE", "HELP", "add_arguments", "run"]
 
-HELP = "the whole way on a real model: initialise, distil, compare, save"
+HELP = "print how to run the quickstart, which is part of the repository"
 DESCRIPTION = (
-    "Make random, uniform, guide and calibrated students of one teacher, train each on the same tokens, and compare\n"
-    "them; or, with --task lelp, teach three like students of a classifier by hard labels, by KD and by\n"
-    "pseudo-subclasses."
+    "The quickstart is a pair of scripts in the repository: examples/quickstart/run.py makes students of one language\n"
+    "model by several methods, trains and compares them; examples/quickstart/classification.py does so for classifiers,\n"
+    "by hard labels, by KD and by LELP. `make quickstart` in a clone of the repository runs both."
 )
-EXAMPLE = "hf-guide quickstart --task lelp"
+EXAMPLE = "python examples/quickstart/run.py"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add no arguments."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the quickstart with the flags of `add_arguments` and return the exit code."""
-    options = options_of(args)
-    if isinstance(options, LelpOptions):
-        from hf_guide.quickstart.subclasses import quickstart_lelp
-
-        quickstart_lelp(options)
-    else:
-        from hf_guide.quickstart.run import quickstart
-
-        quickstart(options)
+    """Print where the quickstart is and return the exit code."""
+    print(f"{DESCRIPTION}\n\n    {EXAMPLE}")
     return 0

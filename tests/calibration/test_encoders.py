@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
 
+from examples.common.data import read_documents
+from examples.common.teachers import default_encoder
 from hf_guide import OptionError, ShapeError, from_teacher
 from hf_guide.initialization.basis import fit_channel_selection
-from hf_guide.quickstart.corpus import read_text
-from hf_guide.quickstart.teacher import default_encoder
 from tests.calibration.test_calibrated import batches_for
 from tests.tiny import KINDS
 
@@ -17,7 +17,7 @@ from tests.tiny import KINDS
 def texts(count: int) -> list[str]:
     try:
         default_encoder()
-        found = [text for text, _ in zip(read_text("wikipedia"), range(count), strict=False)]
+        found = [text for text, _ in zip(read_documents("wikipedia"), range(count), strict=False)]
     except OptionError as missing:
         pytest.skip(str(missing))
     return found

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from examples.quickstart import classification as classification_script
+from examples.quickstart import run as quickstart_script
 from hf_guide import fit_subclasses
 from hf_guide.cli import main as cli
 from tests.tiny import KINDS
@@ -89,13 +91,22 @@ def distill_into(home: Path, scratch: Path, broken: Path) -> list[object]:
 
 def quickstart(home: Path, scratch: Path, broken: Path) -> list[object]:
     little = ["--steps", 1, "--sequence-length", 8, "--held-out-blocks", 1]
-    return ["quickstart", "--teacher", broken, "--text", home / "texts", *little, "--output", scratch / "out"]
+    return [
+        "quickstart",
+        "--teacher_model",
+        broken,
+        "--text",
+        home / "texts",
+        *little,
+        "--output_dir",
+        scratch / "out",
+    ]
 
 
-def quickstart_lelp(home: Path, scratch: Path, broken: Path) -> list[object]:
+def quickstart_classification(home: Path, scratch: Path, broken: Path) -> list[object]:
     little = ["--examples", 20, "--held-out", 10, "--teacher-steps", 1, "--steps", 1]
-    task = ["--task", "lelp", "--text", home / "rows.jsonl", *little]
-    return ["quickstart", "--teacher", broken, *task, "--output", scratch / "out"]
+    data = ["--text", home / "rows.jsonl", *little]
+    return ["quickstart_classification", "--teacher_model", broken, *data, "--output_dir", scratch / "out"]
 
 
 def subclasses(home: Path, scratch: Path, broken: Path) -> list[object]:
@@ -122,7 +133,8 @@ HARMLESS = {
     "quickstart": {"unknown architecture", "architecture no model"},
     "distill_from": {"unknown architecture", "architecture no model"},
     "distill_into": {"unknown architecture", "architecture no model", "quantized by nobody"},
-    "quickstart_lelp": {"unknown architecture", "architecture no model", "quantized by nobody"} | {"a tensor missing"},
+    "quickstart_classification": {"unknown architecture", "architecture no model", "quantized by nobody"}
+    | {"a tensor missing"},
     "subclasses": {"quantized by nobody"},
 }
 ANYWHERE = {"auto_map of numbers", "tokenizer missing", "tokenizer class unknown", "tokenizer in remote code"}
@@ -139,6 +151,7 @@ PROJECTOR: Broken = {
     "another form": entries("subclass_projector.json", form="no-such-form"),
 }
 RECORD = "distillation.json"
+SCRIPTS = {"quickstart": quickstart_script.main, "quickstart_classification": classification_script.main}
 STUDENT: Broken = {
     **damage.FOLDER,
     "card not UTF-8": text("README.md", b"\xff\xfe"),
@@ -178,8 +191,9 @@ STUDENT: Broken = {
 def refused(argv: list[object], captured: pytest.CaptureFixture[str]) -> str:
     """Assert that a command ends with one paragraph; return it."""
     captured.readouterr()
-    code = cli.main([str(word) for word in argv])
-    error = captured.readouterr().err.partition("hf-guide: error: ")[2].strip()
+    command, *words = map(str, argv)
+    code = SCRIPTS[command](words) if command in SCRIPTS else cli.main([command, *words])
+    error = captured.readouterr().err.partition("error: ")[2].strip()
     assert code in (1, 2), argv
     assert error and "\n\n" not in error and "Traceback" not in error
     assert not re.fullmatch(r"['\"]?\w+['\"]?", error), f"{error!r} does not say what is wrong"
@@ -234,10 +248,10 @@ def test_a_broken_teacher_or_student_of_a_distillation(
     ("command", "source"),
     [
         (quickstart, "teacher"),
-        pytest.param(quickstart_lelp, "classifier", marks=pytest.mark.slow),
+        pytest.param(quickstart_classification, "classifier", marks=pytest.mark.slow),
         (subclasses, "classifier"),
     ],
-    ids=["quickstart", "lelp", "subclasses"],
+    ids=["quickstart", "classification", "subclasses"],
 )
 def test_a_broken_teacher_of_the_other_commands(
     home: Path, tmp_path: Path, command: Any, source: str, capsys: pytest.CaptureFixture[str]
@@ -325,8 +339,9 @@ def test_texts_that_cannot_be_read(home: Path, tmp_path: Path, name: str, capsys
     path.write_bytes(TEXTS[name])
     page = ["-o", tmp_path / "page.html", "--no-forecast", "--no-progress"]
     refused(["subclasses", home / "projector", path, "--teacher", home / "classifier", *page], capsys)
-    little = ["--examples", 2, "--held-out", 1, "--teacher-steps", 1, "--steps", 1, "--output", tmp_path / "out"]
-    refused(["quickstart", "--task", "lelp", "--teacher", home / "classifier", "--text", path, *little], capsys)
+    little = ["--examples", 2, "--held-out", 1, "--teacher-steps", 1, "--steps", 1, "--output_dir", tmp_path / "out"]
+    data = ["--teacher_model", home / "classifier", "--text", path, *little]
+    refused(["quickstart_classification", *data], capsys)
     if name in ("not UTF-8", "bytes", "empty"):
         calibrated = ["--method", "calibrated", "--calibration-dataset", path, "--hidden-size", 24, "--no-progress"]
         refused(["init", home / "teacher", "-o", tmp_path / "student", *calibrated], capsys)
@@ -342,7 +357,7 @@ def test_outputs_that_cannot_be_written(
     refused(["init", teacher, "-o", path, "--no-progress"], capsys)
     refused(["capture", teacher, "-o", path, *data, "--no-progress"], capsys)
     refused(["distill", settings(home, tmp_path, output_dir=str(path))], capsys)
-    refused(["quickstart", "--teacher", teacher, "--text", home / "texts", "--output", path], capsys)
+    refused(["quickstart", "--teacher_model", teacher, "--text", home / "texts", "--output_dir", path], capsys)
     page = ["--teacher", home / "classifier", "--no-forecast", "--no-progress"]
     refused(["subclasses", home / "projector", home / "rows.jsonl", *page, "-o", path / "page.html"], capsys)
     refused(["inspect", teacher, "--plot", path / "plot.png"], capsys)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from examples.quickstart.run import QuickstartArguments, ResultRow, save
 from hf_guide import Capture, CaptureError, SubclassProjector, from_teacher
+from hf_guide.hub.metadata import DistillationRecord
 from hf_guide.models.code_references import CONFIG_FILES, has_code_references
-from hf_guide.quickstart import QuickstartOptions
-from hf_guide.quickstart.run import Row, save
 from hf_guide.utils.public_names import public_name
 from tests.stand_in_hub import Hub, stand_in_hub
 from tests.test_saving import run_with_hub
@@ -131,8 +131,11 @@ def test_the_quickstarts_table_tells_no_path(tmp_path: Path) -> None:
     text = tmp_path / SECRET / "texts"
     text.mkdir()
     output = tmp_path / "student"
-    options = QuickstartOptions(str(output), str(teacher), [str(text)], cache_dir=str(tmp_path / SECRET))
-    save(student, str(teacher), [Row("guide", 1, 2.0, 1.0, 0.5, 1.0)], options, output)
+    args = QuickstartArguments(
+        str(output), teacher_model=str(teacher), text=[str(text)], cache_dir=str(tmp_path / SECRET)
+    )
+    record = DistillationRecord(objective={"ce": 1.0})
+    save(student, record, str(teacher), [ResultRow("guide", 1, 2.0, 1.0, 0.5, 1.0)], args, output)
     assert files_with(output, SECRET, str(tmp_path)) == []
     assert json.loads((output / "quickstart.json").read_text())["options"]["text"] == ["texts"]
     assert not has_code_references(json.loads((output / "tokenizer_config.json").read_text()))

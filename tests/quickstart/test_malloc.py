@@ -7,7 +7,7 @@ import pytest
 
 SCRIPT = """
 import resource, torch
-from hf_guide.quickstart.memory import keep_freed_memory
+from examples.common.malloc import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

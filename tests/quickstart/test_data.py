@@ -5,13 +5,21 @@ import random
 import pytest
 import torch
 
+from examples.common.data import (
+    OVERLAP_WORDS,
+    TEXT_SOURCES,
+    clean_text,
+    pack,
+    package_dir,
+    read_documents,
+    split_documents,
+)
 from hf_guide.errors import OptionError
-from hf_guide.quickstart.corpus import SHARED_RUN, SOURCES, clean, pack, package_folder, read_text, split_documents
 
 
 def runs(text: str) -> set[tuple[str, ...]]:
     words = text.casefold().split()
-    return {tuple(words[start : start + SHARED_RUN]) for start in range(len(words) - SHARED_RUN + 1)}
+    return {tuple(words[start : start + OVERLAP_WORDS]) for start in range(len(words) - OVERLAP_WORDS + 1)}
 
 
 def test_a_split_does_not_depend_on_the_order_of_its_documents(documents):
@@ -24,7 +32,7 @@ def test_every_document_is_on_one_side_alone(documents):
     assert split.train
     assert split.held_out
     assert set(split.train).isdisjoint(split.held_out)
-    assert set(split.train) | set(split.held_out) <= {clean(text) for text in documents}
+    assert set(split.train) | set(split.held_out) <= {clean_text(text) for text in documents}
 
 
 def test_more_documents_leave_the_others_where_they_were(documents):
@@ -63,7 +71,7 @@ def test_training_text_that_shares_a_long_run_of_words_with_held_out_text_is_dro
     def quote(length: int) -> list[str]:
         return [" ".join(draw.sample(words, 20) + quoted[:length] + draw.sample(words, 20)) for _ in range(20)]
 
-    long, short = quote(SHARED_RUN), quote(SHARED_RUN - 1)
+    long, short = quote(OVERLAP_WORDS), quote(OVERLAP_WORDS - 1)
     split = split_documents(documents + long + short, held_out=0.2)
     assert " ".join(quoted) in split.held_out
     assert set(split.train).isdisjoint(long)
@@ -81,7 +89,7 @@ def test_packed_blocks_are_the_text_end_to_end(documents, tokenizer):
 
 
 def test_clean_text_keeps_its_words_and_paragraphs():
-    assert clean("  a\u0301 \t b\r\n\r\n\r\n\r\n c \rd\u00a0e ") == "\u00e1 b\n\nc\nd e"
+    assert clean_text("  a\u0301 \t b\r\n\r\n\r\n\r\n c \rd\u00a0e ") == "\u00e1 b\n\nc\nd e"
 
 
 @pytest.mark.parametrize("held_out", [0.0, 1.0, -0.1])
@@ -97,9 +105,9 @@ def test_too_few_documents_are_refused():
 
 def test_an_unknown_text_is_refused_with_the_nearest(tmp_path):
     with pytest.raises(OptionError, match="Did you mean 'wikipedia'"):
-        list(read_text("wikipdia"))
-    with pytest.raises(OptionError, match=r"holds no \.txt"):
-        list(read_text(str(tmp_path)))
+        list(read_documents("wikipdia"))
+    with pytest.raises(OptionError, match="must contain .txt files"):
+        list(read_documents(str(tmp_path)))
 
 
 def test_a_folder_gives_one_document_a_file(tmp_path):
@@ -107,18 +115,18 @@ def test_a_folder_gives_one_document_a_file(tmp_path):
     for name in ("b.txt", "a.txt", "inner/c.txt"):
         (tmp_path / name).write_text(f"this is {name}")
     (tmp_path / "d.md").write_text("not a text")
-    assert list(read_text(str(tmp_path))) == ["this is a.txt", "this is b.txt", "this is inner/c.txt"]
+    assert list(read_documents(str(tmp_path))) == ["this is a.txt", "this is b.txt", "this is inner/c.txt"]
 
 
 def test_a_missing_package_is_named():
     with pytest.raises(OptionError, match="pip install --no-deps no-such-thing"):
-        package_folder("no_such_thing", "no-such-thing")
+        package_dir("no_such_thing", "no-such-thing")
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", TEXT_SOURCES)
 def test_real_text_is_split_without_leaks(source):
     try:
-        documents = list(read_text(source))
+        documents = list(read_documents(source))
     except OptionError as missing:
         pytest.skip(str(missing))
     split = split_documents(documents)

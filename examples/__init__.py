@@ -1,0 +1,1 @@
+"""Example scripts, benchmarks and the quickstart; not installed with the package."""
