@@ -1,9 +1,5 @@
 """The errors hf_guide raises on purpose. All are `ValueError`s, so that a caller need not know them."""
 
-import difflib
-from collections.abc import Iterable
-from typing import Any
-
 
 class HfGuideError(ValueError):
     """Base of every error raised on purpose."""
@@ -54,23 +50,3 @@ def one_paragraph(error: BaseException) -> str:
     message = " ".join(str(error).split()).rstrip(".")
     speaks_for_itself = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and message
     return message if speaks_for_itself else f"{type(error).__name__}: {message}".rstrip(": ")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `" Did you mean 'x' or 'y'?"`, or an empty string where nothing known is near `word`."""
-    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-
-
-def refuse_unknown_fields(options: Any, given: Iterable[str]) -> None:
-    """Refuse a keyword that is no field of a dataclass of options, where the nearest field can still be named.
-
-    Raises:
-        OptionError: names the keyword, and the fields.
-    """
-    known = list(options.__dataclass_fields__)
-    for name in given:
-        if name not in known:
-            raise OptionError(
-                f"{options.__name__} has no {name!r}; expected some of {known}.{did_you_mean(name, known)}"
-            )

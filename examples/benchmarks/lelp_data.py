@@ -16,7 +16,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import HUMANITIES, package_dir, read_wikipedia_topics
-from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.errors import OptionError
+from hf_guide.validation import did_you_mean
 
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 CONFUSABLE = (0, 1, 1, 0, 0, 0, 1, 1, 1, 0)  # of each garment; its likeliest confusions are in the other class

@@ -18,7 +18,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.errors import OptionError
+from hf_guide.validation import did_you_mean
 
 OVERLAP_WORDS = 13
 """Two texts that share a run of this many words are not independent: at most one of them may be held out."""

@@ -13,9 +13,10 @@ from typing import Any
 
 from hf_guide.cli.teacher_arguments import hub_arguments
 from hf_guide.data.arguments import DataArguments
-from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.errors import OptionError
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.utils.escaping import escape_control_characters
+from hf_guide.validation import did_you_mean
 
 if typing.TYPE_CHECKING:
     from accelerate import PartialState

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_guide.errors import OptionError, did_you_mean
-from hf_guide.validation import check_integer, check_number
+from hf_guide.errors import OptionError
+from hf_guide.validation import check_integer, check_number, did_you_mean
 
 DEFAULT_TARGET_LENGTH = 128
 

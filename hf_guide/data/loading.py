@@ -8,8 +8,9 @@ from datasets.exceptions import DatasetsError
 
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.texts import CONVERSATION_COLUMNS
-from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.errors import OptionError
 from hf_guide.tasks import Task
+from hf_guide.validation import did_you_mean
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "source", "question")
 TARGET_COLUMNS = ("target", "summary", "highlights", "answer", "translation")

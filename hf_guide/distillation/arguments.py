@@ -15,9 +15,9 @@ from transformers import TrainingArguments
 
 from hf_guide.distillation.losses.divergences import DivergenceKind
 from hf_guide.distillation.losses.registry import parse_losses, registered_losses
-from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.errors import OptionError
 from hf_guide.utils.public_names import public_value
-from hf_guide.validation import MAX_WEIGHT, check_integer, check_number, check_temperature, check_weight
+from hf_guide.validation import MAX_WEIGHT, check_integer, check_number, check_temperature, check_weight, did_you_mean
 
 
 class FeatureLoss(str, Enum):

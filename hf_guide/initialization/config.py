@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from hf_guide.errors import OptionError, did_you_mean, refuse_unknown_fields
+from hf_guide.errors import OptionError
+from hf_guide.validation import check_known_fields, did_you_mean
 
 
 class StringEnum(str, Enum):
@@ -342,7 +343,7 @@ class InitializationConfig:
 
     def __new__(cls, *args: Any, **fields: Any) -> "InitializationConfig":
         """Refuse a keyword that is no field here, where the nearest field can still be named."""
-        refuse_unknown_fields(cls, fields)
+        check_known_fields(cls, fields)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

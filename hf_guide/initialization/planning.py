@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.errors import LayoutError, OptionError, ShapeError, did_you_mean
+from hf_guide.errors import LayoutError, OptionError, ShapeError
 from hf_guide.initialization.block_indices import block_lists, iter_subconfigs, kv_sharing_sources, value_at
 from hf_guide.initialization.config import InitializationConfig, LayerSelection, Method, SubsequentLayers
 from hf_guide.initialization.plan import AXIS_LABELS, ParameterPlan, Plan
@@ -27,6 +27,7 @@ from hf_guide.layouts.hierarchy import (
 from hf_guide.layouts.registry import Layout, LayoutMatch, config_sizes
 from hf_guide.models.model_classes import meta_model
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.validation import did_you_mean
 
 
 def strip_base_prefix(name: str, prefix: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 
-from hf_guide.errors import OptionError, ShapeError, did_you_mean
+from hf_guide.errors import OptionError, ShapeError
 from hf_guide.initialization.block_indices import (
     BlockField,
     ConfigPath,
@@ -25,6 +25,7 @@ from hf_guide.initialization.block_indices import (
 )
 from hf_guide.initialization.selection import evenly_spaced_indices
 from hf_guide.models.code_references import without_code_references
+from hf_guide.validation import did_you_mean
 
 # What identifies or stores the teacher, and is not the student's.
 _NOT_INHERITED = ("model_type", "transformers_version", "_name_or_path", "quantization_config", "transformers_weights")

@@ -31,8 +31,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
 
-from hf_guide.errors import LayoutError, did_you_mean
+from hf_guide.errors import LayoutError
 from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, parse_axes
+from hf_guide.validation import did_you_mean
 
 FIXED_AXES = ("channels", "kernel", "buckets", "groups", "patches", "one")
 """Axes that must be as long in the student as in the teacher."""

@@ -11,7 +11,8 @@ Each module is a file that needs nothing of hf_guide, so that it can also be cop
 
 from pathlib import Path
 
-from hf_guide.errors import OptionError, did_you_mean
+from hf_guide.errors import OptionError
+from hf_guide.validation import did_you_mean
 
 NAMES = ("gap_closed", "perplexity_from_losses", "teacher_agreement")
 

@@ -19,7 +19,8 @@ from transformers import HfArgumentParser
 
 from hf_guide.data.arguments import DataArguments, ModelArguments
 from hf_guide.distillation.arguments import DistillationArguments
-from hf_guide.errors import HfGuideError, OptionError, did_you_mean
+from hf_guide.errors import HfGuideError, OptionError
+from hf_guide.validation import did_you_mean
 
 DATACLASSES = (ModelArguments, DataArguments, DistillationArguments)
 

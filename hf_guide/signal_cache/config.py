@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_guide.errors import OptionError, did_you_mean, refuse_unknown_fields
-from hf_guide.validation import check_integer, check_temperature
+from hf_guide.errors import OptionError
+from hf_guide.validation import check_integer, check_known_fields, check_temperature, did_you_mean
 
 STORAGE_DTYPES = ("float16", "float32")
 
@@ -73,7 +73,7 @@ class CaptureConfig:
 
     def __new__(cls, *args: Any, **fields: Any) -> "CaptureConfig":
         """Refuse a keyword that is no field here, where the nearest field can still be named."""
-        refuse_unknown_fields(cls, fields)
+        check_known_fields(cls, fields)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

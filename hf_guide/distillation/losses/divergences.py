@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_guide.errors import HfGuideError, OptionError, VocabularyError, did_you_mean
+from hf_guide.errors import HfGuideError, OptionError, VocabularyError
 from hf_guide.models.lm_head import row_chunks
 from hf_guide.teachers.signals import DenseTarget, TopKTarget
+from hf_guide.validation import did_you_mean
 
 
 class DivergenceKind(str, Enum):

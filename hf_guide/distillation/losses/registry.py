@@ -18,10 +18,10 @@ from torch import Tensor
 
 from hf_guide.distillation.losses.divergences import divergence
 from hf_guide.distillation.losses.divergences import dkd as decoupled_divergence
-from hf_guide.errors import OptionError, TaskError, did_you_mean
+from hf_guide.errors import OptionError, TaskError
 from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
-from hf_guide.validation import check_weight
+from hf_guide.validation import check_weight, did_you_mean
 
 if TYPE_CHECKING:
     from hf_guide.distillation.arguments import DistillationArguments

@@ -15,7 +15,7 @@ from hf_guide.data.arguments import DataArguments
 from hf_guide.data.class_labels import label_encoder
 from hf_guide.data.loading import class_names, default_columns, find_column, load_splits
 from hf_guide.data.preprocessing import preprocess
-from hf_guide.errors import OptionError, SubclassError, TeacherError, did_you_mean
+from hf_guide.errors import OptionError, SubclassError, TeacherError
 from hf_guide.lelp.analysis.features import AnalysisFeatures, collect_features
 from hf_guide.lelp.analysis.probe import GainEstimate, estimate_gain
 from hf_guide.lelp.analysis.report import SubclassSummary, plot_class, summarize_subclasses, write_page
@@ -27,6 +27,7 @@ from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.loading import load_teacher
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.labels import IGNORE_INDEX
+from hf_guide.validation import did_you_mean
 
 
 @dataclass(frozen=True)

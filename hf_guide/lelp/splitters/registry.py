@@ -9,10 +9,11 @@ from functools import partial
 
 import torch
 
-from hf_guide.errors import OptionError, SubclassError, did_you_mean
+from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.splitters.base import SplitterInputs, check_variance, fix_signs, random_rotation
 from hf_guide.lelp.splitters.clusters import split_by_kernel_pca, split_by_kmeans, split_by_random_partition
 from hf_guide.lelp.splitters.scorers import LinearScorer, LookupScorer, SubclassScorer
+from hf_guide.validation import did_you_mean
 
 Splitter = Callable[[SplitterInputs], SubclassScorer]
 
