@@ -19,7 +19,7 @@ from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.utils import checksums as integrity
 from hf_guide.utils.checksums import DamagedFileError, read_json, read_tensors, write_json, write_tensors
-from tests.capture.capturing import TEACHERS, Pad, examples_for
+from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
 from tests.tiny import KINDS, SMALLER
 
 FLIPS = 100

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_guide.distillation.alignment import align_labels, shared_vocabulary_size
 from hf_guide.errors import CaptureError, TaskError
 from hf_guide.models.layer_mapping import depth_of_config
 from hf_guide.signal_cache.codec import COLUMN_PREFIX
 from hf_guide.signal_cache.reader import MISSING_EXAMPLE_HINT, Capture
 from hf_guide.tasks import Task
-from hf_guide.teachers.forward import TeacherSignals, align_logits
-from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
+from hf_guide.teachers.alignment import align_labels, shared_vocabulary_size
+from hf_guide.teachers.forward import align_logits
+from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
 
 
 def split_teacher_columns(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

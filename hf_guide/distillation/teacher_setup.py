@@ -6,11 +6,11 @@ from typing import Any
 import accelerate
 import torch
 
-from hf_guide.distillation.alignment import align_labels, shared_vocabulary_size
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.models.label_shift import check_label_shift
 from hf_guide.models.lm_head import find_lm_head
 from hf_guide.tasks import Task
+from hf_guide.teachers.alignment import align_labels, shared_vocabulary_size
 from hf_guide.teachers.forward import LiveTeacher
 from hf_guide.teachers.inputs import build_teacher_inputs
 from hf_guide.teachers.loading import load_teachers, model_name, prepare_teacher, teacher_tokenizer

@@ -28,8 +28,7 @@ from hf_guide.initialization.planning import is_parameter, make_plan, strip_base
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.initialization.transfer import Transfer, check_no_overflow, parameter_value
 from hf_guide.layouts.registry import Layout, config_sizes, rotary_size
-from hf_guide.teachers.checkpoint import TeacherCheckpoint
-from hf_guide.utils.fingerprint import teacher_fingerprint
+from hf_guide.teachers.checkpoint import TeacherCheckpoint, teacher_fingerprint
 from hf_guide.version import __version__
 
 

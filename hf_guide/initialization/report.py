@@ -101,7 +101,7 @@ class InitializationReport:
         """The report of a student of which nothing came from the teacher but its shape's limits."""
         import transformers
 
-        from hf_guide.utils.fingerprint import teacher_fingerprint
+        from hf_guide.teachers.checkpoint import teacher_fingerprint
         from hf_guide.version import __version__
 
         shapes = {name: list(parameter.shape) for name, parameter in student.named_parameters()}

@@ -20,6 +20,7 @@ from hf_guide.models.model_classes import meta_model
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task, task_of
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, TensorSource
+from hf_guide.utils.labels import config_class_names, subclass_names
 from hf_guide.validation import check_integer
 
 _SUBCLASS_TASKS = (Task.SEQUENCE_CLASSIFICATION, Task.IMAGE_CLASSIFICATION)
@@ -84,31 +85,6 @@ def get_num_subclasses(config: Any) -> int:
             f"Subclasses need classes that exclude each other; the student's problem_type is {problem_type}."
         )
     return count
-
-
-def config_class_names(config: Any) -> list[str]:
-    """Return the names of the classes in order: "positive" for the subclasses "positive/0", "positive/1", ...
-
-    Labels of a config with `num_subclasses` that are not named in this way give "LABEL_0", "LABEL_1", ...
-    """
-    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
-    count = getattr(config, "num_subclasses", None) or 1
-    if count == 1:
-        return names
-    classes = [name.rpartition("/")[0] for name in names[::count]]
-    if subclass_names(classes, count) == names:
-        return classes
-    return [f"LABEL_{number}" for number in range(len(names) // count)]
-
-
-def subclass_names(classes: list[str], num_subclasses: int) -> list[str]:
-    """Return the names of all subclasses, class by class.
-
-    Example:
-        >>> subclass_names(["negative", "positive"], 2)
-        ['negative/0', 'negative/1', 'positive/0', 'positive/1']
-    """
-    return [f"{name}/{number}" for name in classes for number in range(num_subclasses)]
 
 
 def widen_to_subclasses(

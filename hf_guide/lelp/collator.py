@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
-from hf_guide.distillation.alignment import align_labels
 from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY, TARGETS_KEY
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.initialization.subclass_head import get_num_subclasses
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.lelp.targets import load_subclass_teacher, subclass_probabilities, targets_from_cache
 from hf_guide.signal_cache.reader import Capture
+from hf_guide.teachers.alignment import align_labels
 from hf_guide.utils.labels import IGNORE_INDEX
 
 

@@ -24,7 +24,6 @@ from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError
 from hf_guide.hub.model_card import write_model_card
 from hf_guide.hub.push import attach_record, save_student
-from hf_guide.initialization.subclass_head import config_class_names
 from hf_guide.lelp.modeling_subclass import (
     SubclassConfig,
     SubclassModel,
@@ -36,6 +35,7 @@ from hf_guide.lelp.refit import check_subclass_student, refit_class_head
 from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.tasks import Task
 from hf_guide.utils.files import staged_update
+from hf_guide.utils.labels import config_class_names
 from hf_guide.validation import did_you_mean
 
 __all__ = [

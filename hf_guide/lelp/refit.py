@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, DistillationRecord
-from hf_guide.initialization.subclass_head import config_class_names, get_num_subclasses
+from hf_guide.initialization.subclass_head import get_num_subclasses
 from hf_guide.lelp.modeling_subclass import SubclassConfig
 from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.signal_cache.data import TeacherBatchCollator
 from hf_guide.tasks import Task, task_of
+from hf_guide.utils.labels import config_class_names
 
 _MAX_ITER = 200
 _RIDGE = 1e-6

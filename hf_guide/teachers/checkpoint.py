@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,7 @@ from hf_guide.models.model_classes import candidate_model_classes, meta_model, w
 from hf_guide.models.model_files import check_model_folder
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
 from hf_guide.teachers.shards import SafetensorsTensors, find_safetensors, match_stored_tensors, read_headers
+from hf_guide.utils.fingerprint import files_fingerprint, sampled_bytes
 
 
 class TensorSource(Protocol):
@@ -391,3 +393,20 @@ def _build_checkpoint(
     return TeacherCheckpoint(
         without_quantization_config(config), weights, type(model), model.base_model_prefix, tied, name, commit, dtype
     )
+
+
+def teacher_fingerprint(teacher: TeacherCheckpoint) -> str | None:
+    """Return what tells a teacher without a commit from others: `files_fingerprint` of its folder, else of its tensors.
+
+    None where the commit is known, which says more.
+    """
+    if teacher.revision is not None:
+        return None
+    in_files = files_fingerprint(teacher.name) if os.path.isdir(teacher.name) else None
+    if in_files is not None:
+        return in_files
+    whole = blake2b(digest_size=16)
+    for name in sorted(teacher.weights.keys()):
+        whole.update(f"{name}{tuple(teacher.weights.shape(name))}".encode())
+        whole.update(sampled_bytes(teacher.weights.get(name)))
+    return whole.hexdigest()

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +17,7 @@ from hf_guide.models.lm_head import LMHead, skip_lm_head
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.tasks import Task, forward_parameters
 from hf_guide.teachers.inputs import TeacherInputs
-from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
-
-
-@dataclass(frozen=True)
-class TeacherSignals:
-    """What one teacher says of one batch.
-
-    Attributes:
-        target: the distribution at some of the items, in their order; None where none was asked for or captured.
-        hidden_states: (batch, length, width) by number of blocks passed.
-        embedding: (items, width).
-        weight: this teacher's share.
-    """
-
-    target: Callable[[slice], DenseTarget | TopKTarget] | None = None
-    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
-    embedding: Tensor | None = None
-    weight: float = 1.0
+from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals
 
 
 def align_logits(logits: Tensor, classes: int | None, order: list[int] | None) -> Tensor:

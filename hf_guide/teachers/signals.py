@@ -4,7 +4,8 @@ Does: name these signals and define the form in which a teacher's distribution i
 Does not: run a model (`teachers.forward`), read a cache (`signal_cache`), or compute a loss (`distillation.losses`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from torch import Tensor
@@ -45,3 +46,20 @@ class TopKTarget:
     indices: Tensor
     log_probs: Tensor
     log_normalizer: Tensor
+
+
+@dataclass(frozen=True)
+class TeacherSignals:
+    """What one teacher says of one batch.
+
+    Attributes:
+        target: the distribution at some of the items, in their order; None where none was asked for or captured.
+        hidden_states: (batch, length, width) by number of blocks passed.
+        embedding: (items, width).
+        weight: this teacher's share.
+    """
+
+    target: Callable[[slice], DenseTarget | TopKTarget] | None = None
+    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
+    embedding: Tensor | None = None
+    weight: float = 1.0

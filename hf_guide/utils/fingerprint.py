@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_guide.utils.public_names import without_private_keys
-
-if TYPE_CHECKING:
-    from hf_guide.teachers.checkpoint import TeacherCheckpoint
 
 SAMPLES_PER_TENSOR = 64
 BYTES_PER_SAMPLE = 64
@@ -52,24 +49,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
             whole.update(f"{name}{tuple(tensor.shape)}".encode())
-            whole.update(_sampled_bytes(tensor))
-    return whole.hexdigest()
-
-
-def teacher_fingerprint(teacher: "TeacherCheckpoint") -> str | None:
-    """Return what tells a teacher without a commit from others: `files_fingerprint` of its folder, else of its tensors.
-
-    None where the commit is known, which says more.
-    """
-    if teacher.revision is not None:
-        return None
-    in_files = files_fingerprint(teacher.name) if os.path.isdir(teacher.name) else None
-    if in_files is not None:
-        return in_files
-    whole = blake2b(digest_size=16)
-    for name in sorted(teacher.weights.keys()):
-        whole.update(f"{name}{tuple(teacher.weights.shape(name))}".encode())
-        whole.update(_sampled_bytes(teacher.weights.get(name)))
+            whole.update(sampled_bytes(tensor))
     return whole.hexdigest()
 
 
@@ -121,10 +101,11 @@ def comparable_config(config: "PreTrainedConfig | Mapping[str, Any]") -> dict[st
     return json.loads(json.dumps(facts, default=str))
 
 
-def _sampled_bytes(tensor: Tensor) -> bytes:
+def sampled_bytes(tensor: Tensor) -> bytes:
+    """Return the bytes of a sample of a tensor, floating numbers as bfloat16."""
     tensor = tensor.detach()
     if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight is several tensors in one
-        return b"".join(_sampled_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return b"".join(sampled_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     if tensor.is_meta or tensor.numel() == 0:
         return b""
     flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()

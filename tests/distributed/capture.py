@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hf_guide.signal_cache.writer import capture_teacher
-from tests.capture.capturing import TEACHERS, Pad, examples_for, recorded
+from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for, recorded
 
 given = json.loads(sys.argv[1])
 heard = {}

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hf_guide import HfGuideError, fit_subclasses
-from tests.capture.capturing import Pad
 from tests.lelp.test_fitting import examples, teacher_of
+from tests.signal_cache.tiny_teachers import Pad
 
 given = json.loads(sys.argv[1])
 rows = [row | {"fine": 2 * (number % 3) + number % 2} for number, row in enumerate(examples())]

@@ -1,8 +1,8 @@
 """Several processes capture what one does, and share the work."""
 
 from hf_guide.signal_cache.writer import capture_teacher
-from tests.capture.capturing import TEACHERS, Pad, examples_for
 from tests.distributed.worlds import run_world
+from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
 
 SHARDS = {"examples_per_shard": 6, "batch_size": 4, "hidden_states": [2]}
 CONFIGS = {"causal-lm": {**SHARDS, "top_k": 8}, "sequence-classification": SHARDS}

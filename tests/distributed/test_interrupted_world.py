@@ -16,7 +16,7 @@ CAPTURE = """
 import os, sys, time
 from pathlib import Path
 from hf_guide import HfGuideError, capture_teacher, worlds
-from tests.capture.capturing import TEACHERS, Pad, examples_for
+from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
 
 worlds.SECONDS_UNTIL_MISSING = 4.0
 

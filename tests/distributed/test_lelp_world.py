@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hf_guide import SubclassProjector, fit_subclasses
-from tests.capture.capturing import Pad
 from tests.distributed.test_gradients import vector
 from tests.distributed.worlds import run_world
 from tests.lelp.test_fitting import arrays, examples, teacher_of
+from tests.signal_cache.tiny_teachers import Pad
 
 RUNS = [("lelp", False), ("lelp", True), ("kmeans", False), ("labels", False)]
 

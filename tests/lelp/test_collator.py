@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from hf_guide import Capture, DistillationTrainer, SubclassProjector, capture_teacher
 from hf_guide.distillation.subclass_logits import TARGETS_KEY
 from hf_guide.errors import CaptureError, OptionError, SubclassError, TaskError, VocabularyError
-from hf_guide.initialization.subclass_head import subclass_names
 from hf_guide.lelp.collator import SubclassLabelCollator
 from hf_guide.lelp.targets import capture_targets
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier
 from hf_guide.tasks import task_of
+from hf_guide.utils.labels import subclass_names
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments, step_of
 from tests.lelp.test_objective import student_of, with_targets

@@ -21,7 +21,7 @@ from hf_guide.lelp.splitters.registry import known_splitters
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.signal_cache.teacher_outputs import TeacherRunner
 from hf_guide.tasks import task_of
-from tests.capture.capturing import Pad
+from tests.signal_cache.tiny_teachers import Pad
 from tests.tiny import KINDS, SIZES, Kind
 
 COUNT = 90

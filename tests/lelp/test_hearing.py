@@ -5,8 +5,8 @@ import torch
 
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.lelp.analysis.features import collect_features
-from tests.capture.capturing import Pad
 from tests.lelp.test_fitting import KINDS_HERE, collator, examples, teacher_of
+from tests.signal_cache.tiny_teachers import Pad
 from tests.tiny import SIZES, Kind
 
 LATE = Kind(

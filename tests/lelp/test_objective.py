@@ -13,7 +13,7 @@ from hf_guide import DistillationArguments, DistillationTrainer
 from hf_guide.distillation.losses.registry import registered_losses
 from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.errors import OptionError, TaskError
-from hf_guide.initialization.subclass_head import config_class_names, subclass_names
+from hf_guide.utils.labels import config_class_names, subclass_names
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments, step_of
 

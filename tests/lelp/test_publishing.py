@@ -195,8 +195,8 @@ def test_rows_that_are_alike_are_refitted_exactly() -> None:
 
 def test_a_head_without_a_bias_is_refitted_without(tmp_path: Path) -> None:
     kind = "llama classifier" if "llama classifier" in KINDS else None
-    from tests.capture.capturing import TEACHERS, Pad
-    from tests.capture.capturing import examples_for as decoder_examples
+    from tests.signal_cache.tiny_teachers import TEACHERS, Pad
+    from tests.signal_cache.tiny_teachers import examples_for as decoder_examples
 
     teacher = (KINDS[kind] if kind else TEACHERS["sequence-classification of a decoder"]).teacher()
     student = from_teacher(teacher, num_subclasses=2, show_progress=False)

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import VocabularyError
-from hf_guide.initialization.subclass_head import config_class_names
 from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES
+from hf_guide.utils.labels import config_class_names
 
 
 def shared_vocabulary_size(

@@ -13,7 +13,7 @@ from hf_guide.errors import CaptureError, OptionError
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.teachers.signals import DenseTarget, TopKTarget
-from tests.capture.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, hear
+from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad, examples_for, hear
 from tests.tiny import run_python
 
 ALL = {"top_k": VOCABULARY, "log_prob_dtype": "float32", "hidden_dtype": "float32"}
@@ -218,8 +218,8 @@ def test_neither_capturing_nor_reading_holds_the_dataset_in_memory(tmp_path):
     import resource, sys
     from pathlib import Path
     from hf_guide.signal_cache.writer import capture_teacher
-    from hf_guide.signal_cache.reader import Capture, CapturedCollator
-    from tests.capture.capturing import TEACHERS, Pad
+    from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
+    from tests.signal_cache.tiny_teachers import TEACHERS, Pad
 
     class Long:
         def __init__(self, count): self.count = count
@@ -240,7 +240,7 @@ def test_neither_capturing_nor_reading_holds_the_dataset_in_memory(tmp_path):
     run(160, "small")
     before, size = peak(), run(1600, "big")
     grown, whole = peak() - before, resident("VmRSS")
-    collate = CapturedCollator(Pad(), Capture.open(f"{sys.argv[1]}/big"))
+    collate = CaptureDataCollator(Pad(), Capture.open(f"{sys.argv[1]}/big"))
     collate([Long(1600)[7]])
     one, own = resident("VmRSS") - whole, resident("RssAnon")
     for number in range(0, 1600, 3):  # what is mapped of the files is the system's, and it takes it back when it likes

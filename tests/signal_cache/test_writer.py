@@ -21,7 +21,7 @@ from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.utils.checksums import read_json, write_json
-from tests.capture.capturing import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
+from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
 from tests.tiny import run_python
 
 CONFIG = {"top_k": 8, "examples_per_shard": 5, "batch_size": 2}
@@ -84,7 +84,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     script = """
     import sys, time
     from hf_guide.signal_cache.writer import capture_teacher
-    from tests.capture.capturing import Pad, TEACHERS, examples_for
+    from tests.signal_cache.tiny_teachers import Pad, TEACHERS, examples_for
 
     class Slow(Pad):
         def __call__(self, features):
@@ -130,11 +130,11 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
     script = """
     import os, signal, sys
     from pathlib import Path
-    from hf_guide import folders
+    from hf_guide.utils import files
     from hf_guide.signal_cache.writer import capture_teacher
-    from tests.capture.capturing import TEACHERS, Pad, examples_for
+    from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
 
-    publish = folders.publish
+    sync_and_rename = files.sync_and_rename
 
     def capture(folder):
         capture_teacher(TEACHERS["causal-lm"].teacher(), examples_for("causal-lm", 12), folder, data_collator=Pad(),
@@ -146,11 +146,11 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
             nonlocal named
             if named == moment // 2:
                 if moment % 2:
-                    publish(partial, path)
+                    sync_and_rename(partial, path)
                 os.kill(os.getpid(), signal.SIGKILL)
             named += 1
-            publish(partial, path)
-        folders.publish = dying
+            sync_and_rename(partial, path)
+        files.sync_and_rename = dying
         capture(folder)
 
     def apart(work, *given):

@@ -27,7 +27,7 @@ from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.processors import check_processors
 from tests.distillation.small import model_for
-from tests.distillation.test_teacher_inputs import END, STUDENTS_OWN, examples, model, saved, tokenizer
+from tests.teachers.test_inputs import END, STUDENTS_OWN, examples, model, saved, tokenizer
 
 
 def captured(teacher: str, data: Any, collate: Any, processor: Any, folder: Path) -> torch.Tensor:

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from hf_guide.distillation.alignment import align_labels, shared_vocabulary_size
 from hf_guide.errors import VocabularyError
+from hf_guide.teachers.alignment import align_labels, shared_vocabulary_size
 
 WORDS = ["<unk>", "the", "cat", "sat", "on", "a", "mat"]
 

@@ -542,8 +542,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from hf_guide.models.lm_head import chunked_loss, find_head, without_logits
-from tests.distillation.test_heads import batch_for, build, items, same
+from hf_guide.models.lm_head import chunked_loss, find_lm_head, skip_lm_head
+from tests.models.test_lm_head import batch_for, build, items, same
 
 dist.init_process_group("gloo")
 assert dist.get_world_size() == 2
@@ -557,18 +557,18 @@ def run(model, head, rank):
         loss = lambda logits, rows: {"ce": nn.functional.cross_entropy(logits, aims[rows], reduction="none")}
         losses.append(chunked_loss(picked, head, loss, {"ce": 1.0}, max_logits=400)[0])
 
-    with without_logits(model, head, on_hidden):
+    with skip_lm_head(model, head, on_hidden):
         model(input_ids=batch["input_ids"][rank : rank + 2])
     return losses[0]
 
 for name in ("llama", "llama, tied"):
     alone = build(name)
-    head, batch = find_head(alone), batch_for(alone)
+    head, batch = find_lm_head(alone), batch_for(alone)
     (sum(run(alone, head, rank) for rank in range(2)) / 2).backward()
     expected = {key: parameter.grad for key, parameter in alone.named_parameters()}
     for wrapper in ("ddp", "fsdp2"):
         model = build(name)
-        head = find_head(model)
+        head = find_lm_head(model)
         if wrapper == "ddp":
             wrapped = DistributedDataParallel(model)
         else:

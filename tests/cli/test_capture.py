@@ -17,7 +17,7 @@ from hf_guide.errors import CaptureError, OptionError, TeacherError
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.tasks import Task
-from tests.capture.capturing import TEACHERS, VOCABULARY
+from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY
 
 
 def parser() -> argparse.ArgumentParser:
