@@ -120,7 +120,7 @@ def test_every_flipped_bit_is_noticed_and_the_file_named(made: Path, tmp_path: P
     assert unnoticed == []
 
 
-@pytest.mark.parametrize("kind", ["hearing", "fitted-layers.0", "calibration"])
+@pytest.mark.parametrize("kind", ["statistics", "step-layers.0", "calibration"])
 def test_every_flipped_bit_in_a_calibration_folder_is_noticed(made: Path, tmp_path: Path, kind: str) -> None:
     """By what reads each file: a whole calibration for one bit of each, for the others the reader that it calls."""
     folder = shutil.copytree(made / "calibration", tmp_path / "calibration")
@@ -176,7 +176,7 @@ def test_each_shard_is_checked_once(made: Path, monkeypatch: pytest.MonkeyPatch)
         checked.append(path.name)
         original(path, expected)
 
-    monkeypatch.setattr("hf_guide.signal_cache.reader.check_file", counting)
+    monkeypatch.setattr("hf_guide.signal_cache.reader.verify_checksum", counting)
     collate = CaptureDataCollator(Pad(), Capture.open(made / "capture"))
     for _ in range(2):
         collate(EXAMPLES[:7])

@@ -198,7 +198,7 @@ class BlockReconstructor:
         """
         if self.checkpoint is None:
             return False
-        kept = self.checkpoint.fitted(step)
+        kept = self.checkpoint.load_step(step)
         if kept is None:
             self.checkpoint.steps.clear()  # those after it were fitted to what it had made of the student
             return False

@@ -192,7 +192,7 @@ def collect_statistics(
 
 def _resume(found: ActivationStatistics, seen: dict[str, Tensor], checkpoint: CalibrationCheckpoint | None) -> int:
     """Take up what was heard before; return how many batches that were."""
-    kept = None if checkpoint is None else checkpoint.heard()
+    kept = None if checkpoint is None else checkpoint.load_statistics()
     if kept is None:
         return 0
     sums, facts = kept

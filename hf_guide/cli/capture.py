@@ -79,9 +79,10 @@ def run(args: argparse.Namespace) -> int:
         **{name: value for name, value in given.items() if name in fields} | _explicit_flags(args, DataArguments)
     )
 
-    from hf_guide.signal_cache.writer import check_output_dir, distributed_state
+    from hf_guide.signal_cache.manifest import cache_folder
+    from hf_guide.signal_cache.writer import distributed_state
 
-    check_output_dir(args.output)
+    cache_folder(args.output).check()
     state = distributed_state()
     try:
         made = _capture(args, teacher, args.processor or given.get("processor_name_or_path"), config, data, state)

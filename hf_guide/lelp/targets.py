@@ -15,20 +15,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY
-from hf_guide.errors import CaptureError, OptionError, SubclassError
+from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.signal_cache.codec import CapturedExample
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.data import TeacherBatchCollator, is_map_style
-from hf_guide.signal_cache.manifest import CaptureManifest
+from hf_guide.signal_cache.manifest import CaptureManifest, cache_folder
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.shards import ShardWriter, shard_name
 from hf_guide.signal_cache.teacher_outputs import TeacherOutputs, TeacherRunner
-from hf_guide.signal_cache.writer import CaptureRunner, check_output_dir, distributed_state, finalize_capture
+from hf_guide.signal_cache.writer import CaptureRunner, distributed_state, finalize_capture
 from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.loading import load_teacher
 from hf_guide.utils.distributed import barrier
-from hf_guide.utils.files import remove_stale_partials
 from hf_guide.utils.fingerprint import tokenizer_fingerprint
 from hf_guide.utils.public_names import public_name
 from hf_guide.version import __version__
@@ -160,7 +159,7 @@ def capture_targets(
     """
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
-    check_output_dir(folder)
+    cache_folder(folder).check()
     state = distributed_state()
     if isinstance(source, Capture):
         if state.is_main_process:
@@ -189,20 +188,14 @@ class _FineLabelCollator(TeacherBatchCollator):
 
 def _convert_cache(projector: SubclassProjector, source: Capture, folder: Path) -> None:
     made = targets_from_cache(projector, source)
-    there = source.manifest
-    manifest = _target_manifest(projector, source.task, there.examples, there.tokenizer, there.config)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_stale_partials(folder)
-    if (folder / "capture.json").exists():
-        found = CaptureManifest.load(folder)
-        differing = found.differences(manifest)
-        if differing:
-            raise CaptureError(
-                f"{folder} holds a capture with other settings: {'; '.join(differing)}. Capture into a new folder."
-            )
-        if found.complete:
-            return
-    manifest.save(folder)
+    of_source = source.manifest
+    manifest = _target_manifest(projector, source.task, of_source.examples, of_source.tokenizer, of_source.config)
+    resumable = cache_folder(folder)
+    resumable.create(lambda: manifest.save(folder))
+    there = CaptureManifest.load(folder)
+    resumable.check_same_call(there.comparable(), manifest.comparable())
+    if there.complete:
+        return
     for number in range(manifest.shard_count):
         rows = source.shard(number)
         with ShardWriter(folder / shard_name(number), manifest.columns) as shard:

@@ -283,7 +283,7 @@ def _expert_importance(
 ) -> dict[str, Tensor]:
     """Return what each expert writes, as an earlier run of the same call has heard it or as it is heard now."""
     checkpoint = calibration.checkpoint
-    kept = None if checkpoint is None else checkpoint.fitted("experts")
+    kept = None if checkpoint is None else checkpoint.load_step("experts")
     if kept is not None:
         return kept[0]
     energies = collect_expert_importance(

@@ -14,12 +14,18 @@ from hf_guide.signal_cache.keys import KEY_BYTES
 from hf_guide.signal_cache.shards import Column, high_bits, shard_name
 from hf_guide.tasks import Task
 from hf_guide.utils.checksums import DamagedFileError, read_json, write_json
+from hf_guide.utils.resumable import ResumableFolder
 
 MANIFEST_NAME = "capture.json"
 FORMAT_VERSION = 2
 FORMAT_WITHOUT_CHECKSUMS = 1
 
 _CHANGEABLE_OPTIONS = {"batch_size"}  # may change between a run and its resumption
+
+
+def cache_folder(folder: Path) -> ResumableFolder:
+    """Return the folder of a capture."""
+    return ResumableFolder(folder, MANIFEST_NAME, "The capture's folder", CaptureError)
 
 
 @dataclass
@@ -127,27 +133,13 @@ class CaptureManifest:
         except (KeyError, ValueError) as error:
             raise CaptureError(f"The teacher's config in {MANIFEST_NAME} cannot be read here: {error}") from error
 
-    def differences(self, other: "CaptureManifest") -> list[str]:
-        """Return what differs between two captures, one sentence each: `self` is what is there, `other` what is wanted."""
-        found = []
-        for name in (
-            "teacher_class",
-            "teacher_dtype",
-            "task",
-            "classes",
-            "examples",
-            "tokenizer",
-            "weights",
-            "shapes",
-        ):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                found.append(f"{name} is {mine!r} there and {theirs!r} here")
-        for option in dataclasses.fields(CaptureConfig):
-            mine, theirs = getattr(self.config, option.name), getattr(other.config, option.name)
-            if mine != theirs and option.name not in _CHANGEABLE_OPTIONS:
-                found.append(f"{option.name} is {mine!r} there and {theirs!r} here")
-        return found
+    def comparable(self) -> dict[str, Any]:
+        """Return what a resumed capture must agree on: the teacher, the dataset and the options that shape the files."""
+        names = ("teacher_class", "teacher_dtype", "task", "classes", "examples", "tokenizer", "weights", "shapes")
+        options = dataclasses.asdict(self.config).items()
+        return {name: getattr(self, name) for name in names} | {
+            name: value for name, value in options if name not in _CHANGEABLE_OPTIONS
+        }
 
     def save(self, folder: Path) -> None:
         """Write `capture.json`, all or nothing."""

@@ -30,7 +30,7 @@ from hf_guide.models.modes import eval_mode
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.data import IndexedCollator, IndexedDataset, TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.keys import example_keys, token_positions
-from hf_guide.signal_cache.manifest import MANIFEST_NAME, CaptureManifest
+from hf_guide.signal_cache.manifest import CaptureManifest, cache_folder
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.shards import (
     INDEX_NAME,
@@ -47,9 +47,9 @@ from hf_guide.tasks import Task, task_of, without_adapter
 from hf_guide.teachers.loading import load_teacher
 from hf_guide.utils.checksums import file_checksum
 from hf_guide.utils.distributed import RankMonitor, barrier, rank_and_world_size
-from hf_guide.utils.files import check_can_create, is_partial, remove_stale_partials
 from hf_guide.utils.fingerprint import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from hf_guide.utils.public_names import public_name, without_private_keys
+from hf_guide.utils.resumable import resumable_write
 from hf_guide.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -86,19 +86,10 @@ class CaptureRunner:
 
     def begin(self, state: PartialState) -> None:
         """Write the manifest, or agree with the one that is there; then look at what is there, and at the disk."""
-        if state.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_stale_partials(self.folder)
-            if not (self.folder / MANIFEST_NAME).exists():
-                self.manifest.save(self.folder)
-        barrier()
+        folder = cache_folder(self.folder)
+        folder.begin(lambda: self.manifest.save(self.folder))
         there = CaptureManifest.load(self.folder)
-        differing = there.differences(self.manifest)
-        if differing:
-            raise CaptureError(
-                f"{self.folder} holds a capture with other settings: {'; '.join(differing)}. Capture with those, or into a "
-                "new folder."
-            )
+        folder.check_same_call(there.comparable(), self.manifest.comparable())
         self.was_complete, self.checksums = there.complete, there.checksums
         if state.is_main_process:
             self._remove_damaged()
@@ -181,22 +172,17 @@ class CaptureRunner:
 
     def _write(self, number: int, stream: Iterator[Any], bar: Any) -> None:
         path = self.folder / shard_name(number)
-        try:
-            with ShardWriter(path, self.manifest.columns) as shard:
-                for inside in self._batches(number):
-                    numbers, batch = self._next(stream, inside)
-                    keys = example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key)
-                    if len(keys) != len(numbers):
-                        raise CaptureError(
-                            f"The collator made {len(keys)} rows of {len(numbers)} examples, so which is which cannot be "
-                            "told. Use one that keeps one row an example."
-                        )
-                    shard.write(keys, encode_batch(self.listener, batch, self.manifest.config, numbers))
-                    bar.update(len(numbers))
-        except OSError as error:
-            raise CaptureError(
-                f"{path} could not be written: {error}. Make room; the same call then goes on from here."
-            ) from error
+        with resumable_write(path, CaptureError), ShardWriter(path, self.manifest.columns) as shard:
+            for inside in self._batches(number):
+                numbers, batch = self._next(stream, inside)
+                keys = example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key)
+                if len(keys) != len(numbers):
+                    raise CaptureError(
+                        f"The collator made {len(keys)} rows of {len(numbers)} examples, so which is which cannot be "
+                        "told. Use one that keeps one row an example."
+                    )
+                shard.write(keys, encode_batch(self.listener, batch, self.manifest.config, numbers))
+                bar.update(len(numbers))
 
     def _check_finished(self) -> None:
         """Refuse a dataset other than the one that the finished shards are of."""
@@ -299,7 +285,7 @@ def capture_teacher(
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
     examples = _num_examples(dataset)
-    check_output_dir(folder)
+    cache_folder(folder).check()
     state = distributed_state()
     if isinstance(teacher, PreTrainedModel) or hasattr(teacher, "get_base_model"):
         if dtype is not None or revision is not None:
@@ -415,21 +401,3 @@ def _num_examples(dataset: Any) -> int:
     if len(dataset) == 0:
         raise OptionError("The dataset is empty; there is nothing to capture.")
     return len(dataset)
-
-
-def check_output_dir(folder: Path) -> None:
-    """Refuse an output that is a file, or a folder that holds something else than a capture.
-
-    Raises:
-        CaptureError: names what is there.
-        OSError: it lies in a file, or in a folder that is not writable.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise CaptureError(f"The output {folder} is a file; name a folder that is new, empty, or of this capture.")
-    check_can_create(folder)
-    if folder.is_dir() and not (folder / MANIFEST_NAME).exists():
-        others = sorted(path.name for path in folder.iterdir() if not is_partial(path))
-        if others:
-            raise CaptureError(
-                f"The output folder {folder} holds something else: {', '.join(others[:5])}. Name one that is new or empty."
-            )

@@ -157,7 +157,7 @@ def test_the_router_is_fitted_again_and_experts_are_heard_once(tmp_path: Any, mo
     first = make()
     steps = {record.name: record.steps for record in first.initialization_report.parameters}
     assert any("fitted again" in step for step in steps["model.layers.0.mlp.gate.weight"])
-    assert (tmp_path / "fitted-experts.safetensors").exists()
+    assert (tmp_path / "step-experts.safetensors").exists()
     monkeypatch.setattr(run, "collect_expert_importance", None)
     assert same_bits(make(), first)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guide.modeling import from_teacher
-from tests.calibration.scrambling import scramble
+from tests.calibration.equivalent_models import scramble
 from tests.invariants.case import INPUTS, Case, build, logits_of, settle
 from tests.invariants.cases import CASES
 from tests.invariants.lifting import lift, shake

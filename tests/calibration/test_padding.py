@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from hf_guide import OptionError, from_teacher
-from tests.calibration.test_batches import drawn
+from tests.calibration.test_data import drawn
 from tests.tiny import KINDS
 
 SIZES = {"vocab_size": 96, "max_position_embeddings": 32}

@@ -342,7 +342,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     targets = capture_targets(projector, teacher, examples, tmp_path / "targets", **given)
     with pytest.raises(SubclassError, match="of another projector: it has .*temperature 2.0"):
         SubclassLabelCollator(projector.at(temperature=1.0), collate, capture=targets)
-    with pytest.raises(CaptureError, match="other settings"):
+    with pytest.raises(CaptureError, match="was begun with other settings"):
         capture_targets(projector.at(temperature=1.0), teacher, examples, tmp_path / "targets", **given)
     assert isinstance(capture_targets(projector, teacher, examples, tmp_path / "targets", **given), Capture)
     with pytest.raises(OptionError, match="needs a dataset"):

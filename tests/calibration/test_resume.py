@@ -82,7 +82,7 @@ def test_killed_after_every_file_it_ends_with_the_same_bits(
                 break
             except Killed:
                 deaths.append(None)
-    steps = len(list((tmp_path / "kept").glob("fitted-*")))
+    steps = len(list((tmp_path / "kept").glob("step-*")))
     assert steps == 1 + (4 if name == "t5" else 2) + 1, "the table, each block, and what is behind the last"
     assert len(deaths) == 1 + 5 + steps - halfway, "as many as there were files to write"
     if not halfway:
@@ -94,7 +94,7 @@ def test_killed_after_every_file_it_ends_with_the_same_bits(
 def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = made("llama", tmp_path)
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert "fitted-layers.1.safetensors" in files
+    assert "step-layers.1.safetensors" in files
 
     def never(*given: Any, **more: Any) -> None:
         raise AssertionError("this was done before")
@@ -110,11 +110,11 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_step_that_was_removed_is_worked_out_again_and_all_after_it(removed: str, tmp_path: Path) -> None:
     expected = made("llama tied", tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    (tmp_path / f"fitted-{removed}.safetensors").unlink()
+    (tmp_path / f"step-{removed}.safetensors").unlink()
     assert same_bits(made("llama tied", tmp_path), expected)
     steps = ["table", "layers.0", "layers.1", "heads"]
     again = [
-        step for step in steps if (path := tmp_path / f"fitted-{step}.safetensors").stat().st_mtime_ns != written[path]
+        step for step in steps if (path := tmp_path / f"step-{step}.safetensors").stat().st_mtime_ns != written[path]
     ]
     assert again == steps[steps.index(removed) :]
 
@@ -145,7 +145,7 @@ def test_another_call_is_refused_with_what_differs(change: dict[str, Any], named
         )
 
     make()
-    with pytest.raises(OptionError, match="is of another call") as found:
+    with pytest.raises(OptionError, match="was begun with other settings") as found:
         make(**change)
     assert named in str(found.value)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     from_teacher(
         teacher, method="calibrated", calibration_dataset=data(), calibration_dir=kept, show_progress=False, **SMALLER
     )
-    hearing = next(kept.glob("hearing-*"))
+    hearing = next(kept.glob("statistics-*"))
     hearing.write_bytes(hearing.read_bytes()[:100])
     refused(kept, "damaged")
     (kept / "calibration.json").write_text("{")
@@ -190,14 +190,14 @@ def test_a_process_that_gets_sigkill_while_it_repairs(tmp_path: Path) -> None:
     script = """
         import os, signal, sys
         from pathlib import Path
-        from hf_guide import folders
-        from tests.calibration.test_checkpoint import made
-        publish = folders.publish
+        from hf_guide.utils import files
+        from tests.calibration.test_resume import made
+        publish = files.sync_and_rename
         def dying(partial, path):
-            if path.name == "fitted-layers.1.safetensors":
+            if path.name == "step-layers.1.safetensors":
                 os.kill(os.getpid(), signal.SIGKILL)
             publish(partial, path)
-        folders.publish = dying
+        files.sync_and_rename = dying
         made("llama", Path(sys.argv[1]))
     """
     done = subprocess.run(
@@ -210,7 +210,7 @@ def test_a_process_that_gets_sigkill_while_it_repairs(tmp_path: Path) -> None:
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = {path.name for path in tmp_path.iterdir()}
-    assert "fitted-layers.0.safetensors" in left and "fitted-layers.1.safetensors" not in left
+    assert "step-layers.0.safetensors" in left and "step-layers.1.safetensors" not in left
     assert any(name.endswith(".partial") for name in left)
     assert same_bits(made("llama", tmp_path), made("llama", None))
     assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())

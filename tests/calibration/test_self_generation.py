@@ -84,10 +84,10 @@ def test_a_student_is_that_of_the_text_that_was_written(teacher: Any) -> None:
 
 def test_what_was_written_is_kept_for_the_next_time(teacher: Any, tmp_path: Path, monkeypatch: Any) -> None:
     first = student_of(teacher, folder=tmp_path)
-    assert (tmp_path / "text.safetensors").exists()
+    assert (tmp_path / "generated_text.safetensors").exists()
     monkeypatch.setattr(run, "generate_calibration_text", lambda *_, **__: pytest.fail("was written again"))
     assert same_bits(first, student_of(teacher, folder=tmp_path))
-    with pytest.raises(OptionError, match="another call"):
+    with pytest.raises(OptionError, match="other settings"):
         student_of(teacher, folder=tmp_path, calibration_tokens=256)
 
 
