@@ -14,7 +14,7 @@ from hf_guide.initialization.planning import merge_tied_axes
 from hf_guide.layouts.registry import registered_layouts, variant_for
 from hf_guide.modeling import from_teacher
 from tests.invariants.case import Case, build, config_of, logits_of
-from tests.invariants.cases import decoders, gpt_decoders, layer_norm_decoders, mixtures
+from tests.invariants import cases
 from tests.invariants.lifting import lift, shake, short
 
 HEADS = {
@@ -22,10 +22,10 @@ HEADS = {
     "token": (AutoModelForTokenClassification, "logits"),
     "question": (AutoModelForQuestionAnswering, "start_logits"),
 }
-ALL = [*decoders.CASES, *gpt_decoders.CASES, *layer_norm_decoders.CASES, *mixtures.CASES]
+DECODERS = [case for case in cases.CASES if case.model_class.endswith(("ForCausalLM", "LMHeadModel"))]
 CASES = [
-    *{case.family: case for case in reversed(ALL)}.values(),
-    *(case for case in ALL if case.name == "opt-projected"),
+    *{case.family: case for case in reversed(DECODERS)}.values(),
+    *(case for case in DECODERS if case.name == "opt-projected"),
 ]
 
 

@@ -1,23 +1,31 @@
-"""The built-in layouts: importing this registers them."""
+"""The built-in layouts: importing this package registers them."""
 
-from hf_guide.layouts.families import (
-    decoders,
-    depth_rules,
-    encoder_decoders,
-    encoders,
-    gpt_decoders,
-    layer_norm_decoders,
-    mixtures,
-    vision,
-)
+import importlib
 
-__all__ = [
-    "decoders",
-    "depth_rules",
-    "encoder_decoders",
-    "encoders",
-    "gpt_decoders",
-    "layer_norm_decoders",
-    "mixtures",
+FILES = (
+    "llama",
+    "gemma",
+    "glm",
+    "olmo",
+    "phi",
+    "cohere",
+    "stablelm",
+    "gpt2",
+    "gpt_neox",
+    "bloom_falcon",
+    "opt",
+    "moe",
+    "bert",
+    "modernbert",
+    "deberta",
+    "t5",
+    "bart",
+    "audio",
     "vision",
-]
+    "clip",
+    "block_rules",
+)
+"""In this order: a family may be `like` one of a file before its own."""
+
+for _file in FILES:
+    importlib.import_module(f"{__name__}.{_file}")

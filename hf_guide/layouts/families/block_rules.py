@@ -1,4 +1,4 @@
-"""What families compute from a block's index or from the depth, where their layouts are derived."""
+"""Block rules of families whose layouts are inferred: what they compute from a block's index or from the depth."""
 
 import functools
 import math

@@ -1,16 +1,17 @@
-"""Mixtures of experts: as many experts in both shapes, since a router would send tokens to added ones."""
+"""A student may have fewer experts than its teacher, and its router their rows: chosen evenly, or, by `calibrated`, by what they"""
 
 from tests.invariants.case import TIED_RESIDUAL, Case
-from tests.invariants.cases.decoders import (
+from tests.invariants.shapes import (
+    ALTERNATING,
     BIG,
-    BIG_TURNS,
+    BIG_ALTERNATING,
     DECODER,
+    GRANITE,
     NARROW,
     RMS,
     SLIDING,
     SMALL,
     TIED,
-    TURNS,
     UNTIED,
     WIDE,
 )
@@ -19,7 +20,6 @@ LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MANY = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
 MOE_SMALL, MOE_BIG = {"moe_intermediate_size": 10}, {"moe_intermediate_size": 16}
 SHARED = {"shared_expert_intermediate_size": 14}
-GRANITE = {"embedding_multiplier": 3.0, "logits_scaling": 5.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
 LATENT = {
     "q_lora_rank": 10,
     "kv_lora_rank": 12,
@@ -32,8 +32,7 @@ LATENT = {
     "n_group": 1,
     "topk_group": 1,
 }
-
-CASES = [
+CASES: list[Case] = [
     Case("mixtral", "MixtralForCausalLM", SMALL, BIG, RMS | UNTIED | LOCAL),
     Case(
         "mixtral",
@@ -61,7 +60,6 @@ CASES = [
         WIDE | MOE_BIG | {"shared_expert_intermediate_size": 28},
         RMS | UNTIED | MANY,
     ),
-    Case("granitemoe", "GraniteMoeForCausalLM", NARROW, WIDE, RMS | UNTIED | LOCAL | GRANITE),
     Case(
         "phimoe",
         "PhimoeForCausalLM",
@@ -69,12 +67,13 @@ CASES = [
         WIDE,
         DECODER | UNTIED | LOCAL | {"rms_norm_eps": 1e-12, "attention_bias": True, "lm_head_bias": True},
     ),
-    Case("gpt_oss", "GptOssForCausalLM", SMALL | TURNS, BIG | BIG_TURNS, RMS | UNTIED | LOCAL | SLIDING),
+    Case("granitemoe", "GraniteMoeForCausalLM", NARROW, WIDE, RMS | UNTIED | LOCAL | GRANITE),
+    Case("gpt_oss", "GptOssForCausalLM", SMALL | ALTERNATING, BIG | BIG_ALTERNATING, RMS | UNTIED | LOCAL | SLIDING),
     Case(
         "gpt_oss",
         "GptOssForCausalLM",
-        SMALL | TURNS,
-        BIG | BIG_TURNS,
+        SMALL | ALTERNATING,
+        BIG | BIG_ALTERNATING,
         RMS | TIED | LOCAL,
         "gpt_oss-tied",
         residual=TIED_RESIDUAL,

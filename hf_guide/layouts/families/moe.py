@@ -1,6 +1,4 @@
-"""Layouts of mixtures of experts. Nothing but tables: `layouts.py` says how they are read.
-
-A student may have fewer experts than its teacher, and its router their rows: chosen evenly, or, by `calibrated`, by what they
+"""A student may have fewer experts than its teacher, and its router their rows: chosen evenly, or, by `calibrated`, by what they
 write.
 """
 

@@ -1,14 +1,7 @@
-"""Layouts of encoders. Nothing but tables: `layouts.py` says how they are read.
+"""BERT, RoBERTa, DistilBERT, ELECTRA, ALBERT, MPNet and their variants."""
 
-Most are post-norm: a norm's output is the residual stream itself, so its gain becomes a diagonal.
-"""
-
+from hf_guide.layouts.families.exactness import POST_NORM_NOTE
 from hf_guide.layouts.registry import register_layout
-
-POST_NORM_NOTE = (
-    "post-norm: gains become diagonals: logits off by {} on a turned stream, gains being 1 +- 0.3; by {} behind the "
-    "masked-language head, whose GELU does not commute with a projection"
-)
 
 register_layout(
     "bert",
@@ -147,15 +140,6 @@ register_layout(
     exactness="the gain of the embeddings' norm becomes a diagonal: logits off by 15 % on a turned stream, gains at "
     "1 +- 0.3; GELU in the masked-language head does not commute with a projection",
 )
-register_layout(
-    "eurobert",
-    """
-    dense: pooled embed < norm
-    classifier: labels pooled < norm
-    """,
-    like="llama",
-    alike=(("dense", "pooled", "embed"),),
-)
 
 register_layout(
     "distilbert",
@@ -250,65 +234,4 @@ register_layout(
     """,
     like="roberta",
     exactness=POST_NORM_NOTE.format("33 %", "96 %"),
-)
-
-register_layout(
-    "modernbert",
-    """
-    embeddings.tok_embeddings: table vocab embed
-    embeddings.norm: norm embed
-    layers.{block}
-      .attn_norm: norm embed
-      .attn.Wqkv: (heads q_dim + heads k_dim + heads head_dim) embed < .attn_norm | .attn_norm | .attn_norm
-      .attn.Wo: embed (heads head_dim)
-      .mlp_norm: norm embed
-      .mlp.Wi: (mlp + mlp) embed < .mlp_norm | .mlp_norm
-      .mlp.Wo: embed mlp
-    final_norm: norm embed
-    head.dense: pooled embed < final_norm
-    head.norm: norm pooled
-    classifier: labels pooled
-    decoder: vocab pooled < head.norm
-    """,
-    norm="layer",
-    rope="half",
-    sizes={"mlp": "intermediate_size"},
-    alike=(("classifier", "pooled", "embed"),),  # the masked-language decoder is tied to the table
-    exactness="the gain of the embeddings' norm becomes a diagonal: logits off by 23 % on a turned stream, gains at "
-    "1 +- 0.3; by 98 % behind the masked-language head, whose GELU does not commute with a projection",
-)
-
-register_layout(
-    "deberta-v2",
-    """
-    embeddings.word_embeddings: table vocab table_embed
-    embeddings.position_embeddings: positions table_embed
-    embeddings.token_type_embeddings: token_types table_embed
-    embeddings.embed_proj: table embed table_embed
-    encoder.rel_embeddings: table buckets embed
-    encoder.LayerNorm: norm embed
-    encoder.conv.conv: embed embed kernel
-    encoder.conv.LayerNorm: norm embed
-    encoder.layer.{block}
-      .attention.self.query_proj: (heads q_dim) embed
-      .attention.self.key_proj: (heads k_dim) embed
-      .attention.self.value_proj: (heads head_dim) embed
-      .attention.self.pos_query_proj: (heads q_dim) embed
-      .attention.self.pos_key_proj: (heads k_dim) embed
-    cls.predictions.transform.dense: table_embed embed
-    cls.predictions.transform.LayerNorm: norm table_embed
-    cls.predictions.decoder: vocab table_embed < cls.predictions.transform.LayerNorm
-    lm_predictions.lm_head.dense: embed embed
-    lm_predictions.lm_head.LayerNorm: norm embed
-    lm_predictions.lm_head.bias: vocab
-    """,
-    like="bert",
-    alike=(("embeddings.embed_proj", "table_embed", "embed"), ("pooler", "pooled", "embed")),
-    sizes={
-        "head_dim": lambda config: getattr(
-            config, "attention_head_size", config.hidden_size // config.num_attention_heads
-        )
-    },
-    exactness=POST_NORM_NOTE.format("37 %, 97 % where factorised", "86 %")
-    + "; nor does the convolution's activation, where there is one",
 )

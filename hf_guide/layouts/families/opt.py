@@ -1,4 +1,4 @@
-"""Layouts of OPT, and of decoders with Llama's rows and LayerNorm. Nothing but tables: `layouts.py` says how."""
+"""OPT and BioGPT."""
 
 from transformers import PreTrainedConfig
 
@@ -84,80 +84,4 @@ register_layout(
     """,
     norm="layer",
     embedding_scale=lambda config: config.hidden_size**0.5 if config.scale_embedding else 1.0,
-)
-
-# Llama's rows with LayerNorm in the place of RMSNorm.
-
-register_layout("olmo", like="llama", norm="layer")
-register_layout("nemotron", like="llama", norm="layer", norm_offset=1.0)
-
-register_layout(
-    "starcoder2",
-    """
-    layers.{block}
-      .mlp.c_fc: mlp embed < .post_attention_layernorm
-      .mlp.c_proj: embed mlp
-    """,
-    like="llama",
-    norm="layer",
-)
-
-register_layout(
-    "cohere",
-    """
-    layers.{block}
-      .self_attn.q_norm: norm (kv_heads group) q_dim
-      .self_attn.k_norm: norm kv_heads k_dim
-      .mlp.gate_proj: mlp embed < .input_layernorm
-      .mlp.up_proj: mlp embed < .input_layernorm
-    """,
-    like="llama",
-    norm="layer",
-    rope="interleaved",
-    tied_head_scale=lambda config: config.logit_scale,
-)
-register_layout("cohere2", like="cohere")
-
-register_layout(
-    "phi",
-    """
-    layers.{block}
-      .self_attn.dense: embed (kv_heads group head_dim)
-      .self_attn.q_layernorm: norm q_dim
-      .self_attn.k_layernorm: norm k_dim
-      .mlp.fc1: mlp embed < .input_layernorm
-      .mlp.fc2: embed mlp
-    final_layernorm: norm embed
-    lm_head: vocab embed < final_layernorm
-    score: labels embed < final_layernorm
-    """,
-    like="llama",
-    norm="layer",
-)
-
-
-def _stablelm(config: PreTrainedConfig) -> str:
-    return "stablelm (parallel)" if config.use_parallel_residual else "stablelm"
-
-
-register_layout(
-    "stablelm",
-    """
-    layers.{block}
-      .self_attn.q_layernorm.norms.{heads}: norm q_dim
-      .self_attn.k_layernorm.norms.{kv_heads}: norm k_dim
-    """,
-    like="llama",
-    norm="layer",
-    variant=_stablelm,
-)
-register_layout(
-    "stablelm (parallel)",
-    """
-    layers.{block}
-      .mlp.gate_proj: mlp embed < .input_layernorm
-      .mlp.up_proj: mlp embed < .input_layernorm
-    """,
-    like="stablelm",
-    variant=_stablelm,
 )
