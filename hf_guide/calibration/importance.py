@@ -21,7 +21,7 @@ from hf_guide.calibration.data import Batch
 from hf_guide.calibration.forward import calibration_mode, drop_padding, forward_no_cache
 from hf_guide.calibration.modules import ModuleMap, ModuleRef
 from hf_guide.calibration.statistics import ActivationStatistics
-from hf_guide.initialization.block_choice import most_influential_blocks
+from hf_guide.initialization.blocks.selection import most_influential_blocks
 from hf_guide.initialization.config import Importance
 from hf_guide.initialization.plan import ParameterPlan, Plan
 from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct, Projection, axis_names, merge_adjacent, project_axis

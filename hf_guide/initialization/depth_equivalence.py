@@ -19,10 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, ShapeError
 from hf_guide.initialization.apply import initialize
-from hf_guide.initialization.block_indices import value_at
+from hf_guide.initialization.blocks.config_fields import value_at
+from hf_guide.initialization.blocks.mapping import nest_paths, resolve_blocks, stack_depths
 from hf_guide.initialization.config import InitializationConfig
 from hf_guide.initialization.planning import parameters_by_block, stack_sizes, strip_base_prefix
-from hf_guide.initialization.student_blocks import nest_paths, resolve_blocks, stack_depths
 from hf_guide.layouts.registry import Layout
 from hf_guide.models.model_classes import meta_model
 from hf_guide.models.tiny_models import (

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide.errors import LayoutError
-from hf_guide.initialization.block_depths import add_block_axes
+from hf_guide.initialization.blocks.depths import add_block_axes
 from hf_guide.initialization.equivalence import EquivalenceReport, check_equivalence
 from hf_guide.initialization.planning import strip_base_prefix
 from hf_guide.layouts.grammar import AxisName, axis_names, axis_size, parse_axes

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, OptionError, ShapeError
-from hf_guide.initialization.block_indices import block_lists, iter_subconfigs, kv_sharing_sources, value_at
+from hf_guide.initialization.blocks.config_fields import block_lists, iter_subconfigs, kv_sharing_sources, value_at
 from hf_guide.initialization.config import InitializationConfig, LayerSelection, Method, SubsequentLayers
+from hf_guide.initialization.head_grouping import check_head_grouping
 from hf_guide.initialization.plan import AXIS_LABELS, ParameterPlan, Plan
-from hf_guide.initialization.regrouped_heads import check_head_grouping
 from hf_guide.initialization.selection import evenly_spaced_indices, select_blocks
 from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, AxisProduct, select_indices
 from hf_guide.layouts.hierarchy import (

@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import auto_factory, modeling_auto
 
 from hf_guide.errors import OptionError, ShapeError
+from hf_guide.initialization.blocks.mapping import StudentBlocks, resolve_blocks
 from hf_guide.initialization.config import InitializationConfig, Method
 from hf_guide.initialization.infer_layout import layout_for
-from hf_guide.initialization.student_blocks import StudentBlocks, resolve_blocks
 from hf_guide.initialization.student_config import derive_student_config, validate_student_config
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, tokenizer_length
 from hf_guide.validation import did_you_mean

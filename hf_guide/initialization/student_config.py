@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.block_indices import (
+from hf_guide.initialization.blocks.config_fields import (
     BlockField,
     ConfigPath,
     FieldKind,

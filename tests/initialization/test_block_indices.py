@@ -25,18 +25,18 @@ from transformers import (
 
 from hf_guide import InitializationConfig, LayoutError, ShapeError, from_teacher, register_layout
 from hf_guide.hub.push import remap_generation_config
-from hf_guide.initialization.block_choice import (
-    BlockRequirements,
-    most_influential_blocks,
-    nearest_blocks,
-    select_cheapest_blocks,
-)
-from hf_guide.initialization.block_indices import (
+from hf_guide.initialization.blocks.config_fields import (
     FieldKind,
     find_block_fields,
     remap_field,
     standard_depths,
     value_at,
+)
+from hf_guide.initialization.blocks.selection import (
+    BlockRequirements,
+    most_influential_blocks,
+    nearest_blocks,
+    select_cheapest_blocks,
 )
 from hf_guide.initialization.planning import merge_state_weights
 

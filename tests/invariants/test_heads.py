@@ -13,8 +13,8 @@ from transformers import (
 from hf_guide.initialization.planning import merge_tied_axes
 from hf_guide.layouts.registry import registered_layouts, variant_for
 from hf_guide.modeling import from_teacher
-from tests.invariants.case import Case, build, config_of, logits_of
 from tests.invariants import cases
+from tests.invariants.case import Case, build, config_of, logits_of
 from tests.invariants.lifting import lift, shake, short
 
 HEADS = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.initialization.block_indices import (
+from hf_guide.initialization.blocks.config_fields import (
     LAYER_WORDS,
     NON_DEPTH_WORDS,
     ConfigPath,

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.block_indices import LAYER_WORDS, name_words
+from hf_guide.initialization.blocks.config_fields import LAYER_WORDS, name_words
 
 _BLOCK_NUMBER_WORDS = frozenset(("idx", "index", "id", "number", "num"))
 _INERT_ATTRIBUTES = frozenset(("training", "store_full_length_kv", "gradient_checkpointing"))

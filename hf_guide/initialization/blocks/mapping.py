@@ -15,17 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, ShapeError
-from hf_guide.initialization.block_choice import (
-    BlockRequirements,
-    BlockSignature,
-    describe_difference,
-    most_influential_blocks,
-    nearest_blocks,
-    stack_signatures,
-    tensor_names,
-)
-from hf_guide.initialization.block_depths import build_on_meta, find_depths
-from hf_guide.initialization.block_indices import (
+from hf_guide.initialization.blocks.config_fields import (
     LAYER_WORDS,
     BlockField,
     ConfigPath,
@@ -40,6 +30,16 @@ from hf_guide.initialization.block_indices import (
     remap_field,
     shared_entry_sources,
     value_at,
+)
+from hf_guide.initialization.blocks.depths import build_on_meta, find_depths
+from hf_guide.initialization.blocks.selection import (
+    BlockRequirements,
+    BlockSignature,
+    describe_difference,
+    most_influential_blocks,
+    nearest_blocks,
+    stack_signatures,
+    tensor_names,
 )
 from hf_guide.initialization.config import InitializationConfig, LayerSelection
 from hf_guide.initialization.planning import check_stack_names, stack_sizes, stage_names, strip_base_prefix
