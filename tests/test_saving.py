@@ -244,7 +244,7 @@ PUSH_AGAIN = """
     from tokenizers.models import WordLevel
     from hf_guide import from_teacher
     from hf_guide.hub.metadata import DistillationRecord
-    from hf_guide.hub.provenance import describe_teacher
+    from hf_guide.hub.provenance import teacher_record
     from hf_guide.hub.push import attach_record
     from tests.tiny import KINDS
     kind = KINDS["llama"]
@@ -255,7 +255,7 @@ PUSH_AGAIN = """
     student.add_model_tags(["tiny"])
     student.push_to_hub("me/mine", private=True, tags=["extra"], commit_description="at length")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).push_to_hub("me/mine")
-    taught = [describe_teacher("someone/teacher", revision="main")]
+    taught = [teacher_record("someone/teacher", revision="main")]
     assert (taught[0].license, taught[0].languages) == ("apache-2.0", ["en"])
     attach_record(student, DistillationRecord(taught, objective={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
     student.push_to_hub("me/mine")

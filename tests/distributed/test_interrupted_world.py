@@ -15,10 +15,11 @@ from tests.distributed.worlds import ROOT, run_world
 CAPTURE = """
 import os, sys, time
 from pathlib import Path
-from hf_guide import HfGuideError, capture_teacher, worlds
+from hf_guide import HfGuideError, capture_teacher
+from hf_guide.utils import distributed
 from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
 
-worlds.SECONDS_UNTIL_MISSING = 4.0
+distributed.SECONDS_UNTIL_MISSING = 4.0
 
 class Slow(Pad):
     def __call__(self, features):
@@ -38,16 +39,17 @@ SUM = """
 import os, sys, time
 import torch
 import torch.distributed as dist
-from hf_guide import HfGuideError, worlds
+from hf_guide import HfGuideError
+from hf_guide.utils import distributed
 
 dist.init_process_group("gloo")
 number = [torch.ones(3, dtype=torch.float64)]
-worlds.add_up(number)
+distributed.all_reduce_sum_(number)
 assert number[0].tolist() == [dist.get_world_size()] * 3
 if os.environ["RANK"] == sys.argv[2]:
     os.kill(os.getpid(), 9)
 try:
-    worlds.add_up(number)
+    distributed.all_reduce_sum_(number)
 except HfGuideError as error:
     sys.exit(str(error))
 """
