@@ -105,15 +105,14 @@ def _capture(
     data: DataArguments,
     state: "PartialState",
 ) -> "Capture":
+    import transformers
     from datasets import concatenate_datasets
-    from transformers import AutoImageProcessor, AutoTokenizer
     from transformers.utils import logging
 
     from hf_guide.data.loading import load_splits
     from hf_guide.data.preprocessing import preprocess
     from hf_guide.models.pretrained import load_config, load_processing_class
     from hf_guide.signal_cache.writer import capture_teacher
-    from hf_guide.tasks import Task
     from hf_guide.teachers.loading import task_of_checkpoint
     from hf_guide.utils.distributed import report_missing_ranks
 
@@ -121,7 +120,7 @@ def _capture(
         logging.disable_progress_bar()
     source = hub_arguments(args)
     task = task_of_checkpoint(teacher, **source)
-    load = AutoImageProcessor if task is Task.IMAGE_CLASSIFICATION else AutoTokenizer
+    load = getattr(transformers, task.processor_class)
     processing_class = load_processing_class(load, processor or teacher, **({} if processor else source))
     with report_missing_ranks(), state.local_main_process_first():  # the others find what it prepared
         train, held_out = load_splits(data)

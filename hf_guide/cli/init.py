@@ -14,6 +14,7 @@ from hf_guide.cli.teacher_arguments import add_teacher_arguments, hub_arguments,
 from hf_guide.errors import OptionError
 from hf_guide.hub.companions import check_tokenizer_files, copy_tokenizer_files
 from hf_guide.initialization.config import SELF_GENERATED, InitializationConfig
+from hf_guide.tasks import Task
 from hf_guide.utils.escaping import escape_control_characters
 from hf_guide.utils.files import atomic_folder, check_disk_space, check_output_folder
 
@@ -40,15 +41,8 @@ SIZES = {
     "head_dim": "size of one head",
 }
 
-TASKS = {
-    "base": "AutoStudent",
-    "causal-lm": "AutoStudentForCausalLM",
-    "masked-lm": "AutoStudentForMaskedLM",
-    "seq2seq-lm": "AutoStudentForSeq2SeqLM",
-    "sequence-classification": "AutoStudentForSequenceClassification",
-    "token-classification": "AutoStudentForTokenClassification",
-    "image-classification": "AutoStudentForImageClassification",
-}
+TASKS = {"base": "AutoStudent"} | {str(task): task.auto_student_class for task in Task}
+"""The value of --task for each class of `hf_guide` that makes a student."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

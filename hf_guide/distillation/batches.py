@@ -13,7 +13,9 @@ from hf_guide.distillation.losses.registry import TASK_LOSS, categorical_terms
 from hf_guide.distillation.objective import DistillationBatch, ObjectiveComputer
 from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY, TARGETS_KEY, SubclassTargets
 from hf_guide.errors import TaskError
-from hf_guide.tasks import Task, add_decoder_inputs, forward_parameters, item_labels, target_mask
+from hf_guide.models.adapters import forward_parameters
+from hf_guide.models.targets import add_decoder_inputs, item_labels, target_mask
+from hf_guide.tasks import Task
 from hf_guide.teachers.forward import LiveTeacher
 from hf_guide.teachers.signals import TeacherSignal, TeacherSignals
 from hf_guide.utils.labels import IGNORE_INDEX

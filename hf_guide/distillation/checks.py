@@ -13,9 +13,8 @@ from transformers.trainer_utils import align_special_tokens, has_length
 
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.errors import OptionError
-from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped
+from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped, without_adapter
 from hf_guide.signal_cache.reader import Capture
-from hf_guide.tasks import without_adapter
 from hf_guide.utils.files import check_can_create
 
 

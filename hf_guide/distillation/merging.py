@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_guide.errors import OptionError
-from hf_guide.models.adapters import adapter_layers, has_adapter
+from hf_guide.models.adapters import adapter_layers, has_adapter, without_adapter
 from hf_guide.models.modes import eval_mode
-from hf_guide.tasks import without_adapter
 from hf_guide.utils.files import move_entries, staging_folder
 from hf_guide.utils.finite import check_weights_finite
 

@@ -26,7 +26,8 @@ from hf_guide.errors import OptionError, TaskError, VocabularyError
 from hf_guide.models.layer_mapping import hidden_states_of, resolve_layer_mapping
 from hf_guide.models.lm_head import LMHead, chunked_loss, find_lm_head, skip_lm_head
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
-from hf_guide.tasks import Task, mean_per_item
+from hf_guide.models.targets import mean_per_item
+from hf_guide.tasks import Task
 from hf_guide.teachers.forward import LiveTeacher
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
 from hf_guide.utils.labels import IGNORE_INDEX

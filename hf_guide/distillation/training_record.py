@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING, Any
 from hf_guide.distillation.cached_teacher import CachedTeacher
 from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, reported_arguments
 from hf_guide.hub.provenance import teacher_record
-from hf_guide.tasks import Task
+from hf_guide.models.adapters import without_adapter
+from hf_guide.tasks import pipeline_tag
 from hf_guide.teachers.loading import model_name
 from hf_guide.utils.public_names import public_name
 
 if TYPE_CHECKING:
     from hf_guide.distillation.trainer import DistillationTrainer
-
-_ON_THE_HUB = {
-    Task.CAUSAL_LM: "text-generation",
-    Task.MASKED_LM: "fill-mask",
-    Task.SEQ2SEQ_LM: "text2text-generation",
-    Task.SEQUENCE_CLASSIFICATION: "text-classification",
-    Task.TOKEN_CLASSIFICATION: "token-classification",
-    Task.IMAGE_CLASSIFICATION: "image-classification",
-}
 
 _TEACHER_METRIC = re.compile(r"_teacher_(?=ce$|perplexity$)")
 
@@ -47,7 +39,7 @@ def build_training_record(
         divergence=args.divergence if "kd" in args.weights else None,
         student_class=type(student).__name__,
         student_parameters=student.num_parameters() if hasattr(student, "num_parameters") else None,
-        task=_ON_THE_HUB[trainer.task],
+        task=pipeline_tag(type(without_adapter(student))),
         datasets=[public_name(name) for name in datasets],
         evaluated_on=", ".join(map(public_name, evaluated_on)) or None,
         languages=list(languages),

@@ -9,25 +9,9 @@ from typing import Any
 from hf_guide.errors import TeacherError
 from hf_guide.hub.saved_model import PROCESSOR_CLASSES
 from hf_guide.models.code_references import CONFIG_FILES, clean_saved_folder, has_code_references
-from hf_guide.models.model_files import check_model_folder, regular_files
+from hf_guide.models.model_files import PROCESSOR_FILES, check_model_folder, regular_files
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "bpe.codes",
-    "normalizer.json",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-)
-"""Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
 
 _EXECUTABLE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth", ".bin")
 
@@ -57,9 +41,9 @@ def copy_tokenizer_files(
     if not source.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = list(TOKENIZER_FILES)
+        patterns = list(PROCESSOR_FILES)
         source = Path(snapshot_download(teacher, revision=revision, token=token, allow_patterns=patterns))
-    files = [file for file in regular_files(source, TOKENIZER_FILES) if file.suffix not in _EXECUTABLE_SUFFIXES]
+    files = [file for file in regular_files(source, PROCESSOR_FILES) if file.suffix not in _EXECUTABLE_SUFFIXES]
     in_code = [
         file.name for file in files if file.name in CONFIG_FILES and has_code_references(_read_json_or_none(file))
     ]

@@ -42,6 +42,7 @@ from hf_guide.hub.metadata import (
 from hf_guide.hub.provenance import teacher_record, teacher_repo_id, to_repo_id
 from hf_guide.hub.saved_model import SavedModel
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
+from hf_guide.tasks import pipeline_tag, task_of_class_name
 from hf_guide.utils.escaping import escape_markdown, markdown_code, to_single_line
 from hf_guide.utils.public_names import is_local
 from hf_guide.visualization import loss_curves, plot_explained_variance, plot_training
@@ -49,15 +50,8 @@ from hf_guide.visualization import loss_curves, plot_explained_variance, plot_tr
 PLOT_NAME = "variance_explained.png"
 TRAINING_PLOT_NAME = "training.png"
 
-# What the Hub calls the task of a class whose name ends so.
-TASKS = {
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForImageClassification": "image-classification",
-}
+_PEFT_AUTO_CLASSES = ("ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification")
+"""How the names of PEFT's Auto classes end; `AutoPeftModel` itself finds the class of any other."""
 
 
 def write_model_card(
@@ -112,7 +106,7 @@ def write_model_card(
     student_class = saved.stock_class or _class_from_records(report, record)
     adapter = saved.adapter_base
     _remove_local_base_models(data)
-    task = (record.task if record is not None else None) or _pipeline_tag_for(student_class)
+    task = (record.task if record is not None else None) or pipeline_tag(student_class)
     from_record = to_eval_results(record) if record is not None else []
     merge_metadata(
         data,
@@ -301,13 +295,10 @@ def _describe_subclasses(config: dict[str, Any], record: DistillationRecord | No
     return None
 
 
-def _pipeline_tag_for(student_class: str) -> str | None:
-    return next((task for ending, task in TASKS.items() if student_class.endswith(ending)), None)
-
-
 def _auto_class_suffix(student_class: str) -> str:
-    known = ("ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification")
-    return next((ending for ending in known if student_class.endswith(ending)), "")
+    task = task_of_class_name(student_class)
+    suffix = "" if task is None else task.row.auto_class.removeprefix("AutoModel")
+    return suffix if suffix in _PEFT_AUTO_CLASSES else ""
 
 
 def _format_student_size(report: InitializationReport | None, record: DistillationRecord | None) -> str | None:

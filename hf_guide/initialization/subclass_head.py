@@ -23,7 +23,7 @@ from hf_guide.teachers.checkpoint import TeacherCheckpoint, TensorSource
 from hf_guide.utils.labels import config_class_names, subclass_names
 from hf_guide.validation import check_integer
 
-_SUBCLASS_TASKS = (Task.SEQUENCE_CLASSIFICATION, Task.IMAGE_CLASSIFICATION)
+_SUBCLASS_TASKS = tuple(task for task in Task if task.is_example_classification)
 
 
 class SubclassDirections(Protocol):

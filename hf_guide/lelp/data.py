@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.lelp.validation import MISSING_LABELS
+from hf_guide.models.adapters import forward_parameters
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.signal_cache.codec import decode_example
 from hf_guide.signal_cache.data import TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.teacher_outputs import TeacherRunner
-from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task, forward_parameters
+from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task
 
 TRAINER_LABEL_COLUMNS = ("labels", "label", "label_ids")
 LOGIT_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits' spread; 1e-3 for others
@@ -294,7 +295,7 @@ def check_classifier_task(task: Task, name: str) -> None:
     Raises:
         TaskError: it is for another task.
     """
-    if task not in (Task.SEQUENCE_CLASSIFICATION, Task.IMAGE_CLASSIFICATION):
+    if not task.is_example_classification:
         raise TaskError(f"Subclasses are of classifiers of sequences or images; {name} is for {task}.")
 
 

@@ -33,6 +33,7 @@ from hf_guide.lelp.data import (
 from hf_guide.lelp.projector import SubclassProjector, check_embedding_width, check_fit_options, to_weight_matrix
 from hf_guide.lelp.splitters.registry import get_splitter
 from hf_guide.lelp.validation import check_integer
+from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import classifier_registered, find_classifier
 from hf_guide.signal_cache.config import CaptureConfig
@@ -40,7 +41,7 @@ from hf_guide.signal_cache.manifest import MANIFEST_NAME
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.teacher_outputs import TeacherRunner
 from hf_guide.signal_cache.writer import capture_teacher, distributed_state
-from hf_guide.tasks import task_of, without_adapter
+from hf_guide.tasks import task_of
 from hf_guide.teachers.loading import load_teacher
 from hf_guide.utils.distributed import rank_and_world_size, report_missing_ranks
 from hf_guide.utils.fingerprint import weights_fingerprint

@@ -5,6 +5,8 @@ Does not: import PEFT (a model can only hold its layers once it is imported), or
 """
 
 import copy
+import functools
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -148,3 +150,34 @@ def validate_unwrapped(model: Any, role: str) -> None:
             f"The {role} is wrapped in {type(model).__name__}. Pass the model itself: what several processes or devices need "
             "is done here. Launch one process a GPU, with `accelerate launch` or `torchrun`."
         )
+
+
+def without_adapter(model: Any) -> Any:
+    """Return the model that PEFT wrapped, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def forward_parameters(model: Any) -> frozenset[str]:
+    """Return what the `forward` of a model, or of a model's class, takes by name, within an adapter and hooks around it."""
+    kind: Any = model if isinstance(model, type) else type(without_adapter(model))
+    return _forward_parameters_of_class(kind)
+
+
+@functools.cache
+def _forward_parameters_of_class(kind: type) -> frozenset[str]:
+    """Return the names that a class's `forward` takes; where it takes any keyword, those of the class it derives from, too."""
+    found: frozenset[str] = frozenset()
+    for each in kind.__mro__:
+        forward = vars(each).get("forward")
+        if each is nn.Module or forward is None:
+            continue
+        parameters = inspect.signature(forward).parameters
+        found |= frozenset(parameters)
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return found - {"self"}
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Return whether a model has a decoder with inputs of its own."""
+    return bool(getattr(without_adapter(model).config, "is_encoder_decoder", False))

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_guide.errors import TaskError
-from hf_guide.models.adapters import stock_module
+from hf_guide.models.adapters import is_encoder_decoder, stock_module, without_adapter
 from hf_guide.models.lm_head import FORWARD_ERRORS, probe_inputs
 from hf_guide.models.modes import eval_preserving_state
-from hf_guide.tasks import Task, is_encoder_decoder, without_adapter
+from hf_guide.tasks import Task
 from hf_guide.utils.labels import IGNORE_INDEX
 
 _UNSHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")
@@ -28,7 +28,7 @@ def shifts_labels(model: nn.Module, task: Task) -> bool:
     ids alone is judged by its class.
     """
     bare: Any = without_adapter(model)
-    if task is not Task.CAUSAL_LM and (task is not Task.SEQ2SEQ_LM or is_encoder_decoder(bare)):
+    if task is not Task.CAUSAL_LM and (not task.row.targets_in_decoder or is_encoder_decoder(bare)):
         return False
     by_class = not any(each.__name__ in _UNSHIFTED for each in type(bare).__mro__)
     table = stock_module(bare.get_input_embeddings())

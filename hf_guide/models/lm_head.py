@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_guide.errors import HfGuideError, OptionError
-from hf_guide.models.adapters import active_module, is_plain_linear, stock_module
+from hf_guide.models.adapters import active_module, is_plain_linear, stock_module, without_adapter
 from hf_guide.models.modes import eval_preserving_state
-from hf_guide.tasks import without_adapter
 
 logger = logging.get_logger(__name__)
 

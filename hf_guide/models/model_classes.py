@@ -15,15 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_guide.errors import TeacherError, one_paragraph
 from hf_guide.models.pretrained import LOADING_ERRORS, remote_code_error
-
-# Tried in this order where a config names no class: the first whose parameters are all in the checkpoint is taken.
-_AUTO_MAPPING_NAMES = (
-    "SEQ_TO_SEQ_CAUSAL_LM",
-    "MASKED_LM",
-    "CAUSAL_LM",
-    "IMAGE_CLASSIFICATION",
-    "SEQUENCE_CLASSIFICATION",
-)
+from hf_guide.tasks import Task
 
 
 def candidate_model_classes(
@@ -55,9 +47,11 @@ def candidate_model_classes(
         return [stock]
     if remote:
         raise remote_code_error(name)
-    mappings = [getattr(transformers, f"MODEL_FOR_{task}_MAPPING") for task in _AUTO_MAPPING_NAMES] + [
-        transformers.MODEL_MAPPING
+    ordered = {task.row.checkpoint_order: task for task in Task if task.row.checkpoint_order is not None}
+    names = [
+        f"MODEL_FOR_{mapping}_MAPPING" for order in sorted(ordered) for mapping in ordered[order].row.pipeline_tags
     ]
+    mappings: list[Any] = [getattr(transformers, name) for name in (*names, "MODEL_MAPPING")]
     classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
     classes = [entry[0] if isinstance(entry, tuple) else entry for entry in classes]
     if not classes:

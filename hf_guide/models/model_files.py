@@ -29,6 +29,22 @@ WEIGHTS_AND_CONFIGS = (
 )
 """Files that a model is made of."""
 
+PROCESSOR_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "bpe.codes",
+    "normalizer.json",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
+
 
 def is_outside_folder(path: Path, folder: Path) -> bool:
     """Whether a file lies outside of `folder` once links are followed; a snapshot's blobs lie inside."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import TaskError
-from hf_guide.models.adapters import called_module, called_modules, stock_module
+from hf_guide.models.adapters import called_module, called_modules, stock_module, without_adapter
 from hf_guide.models.hooks import register_input_hook, removable_hooks
-from hf_guide.tasks import Task, without_adapter
+from hf_guide.tasks import Task
 
 _REGISTERED_CLASSIFIERS: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
 """What users said is the classifier of a model."""

@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, EvalPrediction, PreTrainedConfig, PreTrainedModel
+from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 from hf_guide.data.arguments import DataArguments, ModelArguments
 from hf_guide.data.class_labels import has_generic_names
@@ -26,7 +26,6 @@ from hf_guide.models.pretrained import load_config, load_processing_class, unrea
 from hf_guide.scripts.distill_config import DistillConfig
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import Task, task_of
-from hf_guide.teachers.loading import AUTO_CLASSES
 from hf_guide.utils.labels import IGNORE_INDEX
 
 _HUB_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
@@ -253,7 +252,7 @@ def _load_student(
         names = dict(enumerate(labels))
         given |= {"num_labels": len(labels), "id2label": names, "label2id": {v: k for k, v in names.items()}}
     name = models.model_name_or_path
-    loader = getattr(transformers, AUTO_CLASSES[task])
+    loader = getattr(transformers, task.row.auto_class)
     kwargs = f" with model_init_kwargs={sorted(models.model_init_kwargs)}" if models.model_init_kwargs else ""
     with unreadable_as(OptionError, f"The student {name} does not load as a model for {task}{kwargs}"):
         student, found = loader.from_pretrained(name, output_loading_info=True, **given)
@@ -274,7 +273,7 @@ def _load_processing_class(task: Task, models: ModelArguments, args: Distillatio
     if name is None:
         raise OptionError("Nothing says how the data is to be read; give processor_name_or_path.")
     where = _hub_kwargs(models.model_init_kwargs if own else args.teacher_init_kwargs)
-    auto: Any = AutoImageProcessor if task is Task.IMAGE_CLASSIFICATION else AutoTokenizer
+    auto: Any = getattr(transformers, task.processor_class)
     if task is Task.TOKEN_CLASSIFICATION:
         trust = bool(where.get("trust_remote_code", False))
         hub = {key: value for key, value in where.items() if key != "trust_remote_code"}

@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from hf_guide.errors import CaptureError, OptionError
-from hf_guide.tasks import Task, forward_parameters
+from hf_guide.models.adapters import forward_parameters
+from hf_guide.tasks import Task
 
 _LABEL_COLUMNS = ("label", "label_ids", "labels")
 
@@ -30,12 +31,12 @@ class TeacherBatchCollator:
     ):
         self._known = {*forward_parameters(model), *_LABEL_COLUMNS}
         self._drop = drop
-        self._without_labels = data_collator is None and task is not Task.SEQ2SEQ_LM
+        self._without_labels = data_collator is None and not task.row.targets_in_decoder
         if data_collator is not None:
             self._collator = data_collator
         elif not isinstance(processing_class, PreTrainedTokenizerBase):
             self._collator = default_data_collator
-        elif task is Task.SEQ2SEQ_LM:
+        elif task.row.targets_in_decoder:
             self._collator = DataCollatorForSeq2Seq(processing_class)
         else:
             self._collator = DataCollatorWithPadding(processing_class)

@@ -38,7 +38,7 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
     beside = {name: torch.as_tensor(batch[name]) for name in _AUXILIARY_INPUTS if batch.get(name) is not None}
     mask = _padding_mask(batch, "attention_mask")
     written: list[Tensor] = []
-    if task is Task.SEQ2SEQ_LM:
+    if task.row.targets_in_decoder:
         name = "labels" if batch.get("labels") is not None else "decoder_input_ids"
         if batch.get(name) is None:
             raise CaptureError(
@@ -62,7 +62,7 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
 
 def token_positions(batch: Mapping[str, Any], task: Task) -> list[Tensor]:
     """Return for each example the places (int64) of its unpadded tokens along the logits' second axis."""
-    if task is not Task.SEQ2SEQ_LM:
+    if not task.row.targets_in_decoder:
         mask = _padding_mask(batch, "attention_mask")
         ids = next(torch.as_tensor(batch[name]) for name in _PRIMARY_INPUTS if batch.get(name) is not None)
     elif (labels := batch.get("labels")) is not None:

@@ -347,7 +347,7 @@ class CaptureDataCollator:
         return batch
 
     def _length(self, batch: Mapping[str, Any]) -> int:
-        if self.capture.task is Task.SEQ2SEQ_LM:
+        if self.capture.task.row.targets_in_decoder:
             names: tuple[str, ...] = ("labels", "decoder_input_ids")
         else:
             names = ("attention_mask", "input_ids", "inputs_embeds")

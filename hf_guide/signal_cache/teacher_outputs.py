@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_guide.errors import CaptureError, OptionError
-from hf_guide.models.adapters import check_no_virtual_tokens
+from hf_guide.models.adapters import check_no_virtual_tokens, forward_parameters, without_adapter
 from hf_guide.models.layer_mapping import hidden_states_of
 from hf_guide.models.lm_head import find_lm_head, skip_lm_head
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
+from hf_guide.models.targets import add_decoder_inputs
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.keys import token_positions
 from hf_guide.signal_cache.shards import Arrays, pack_indices
-from hf_guide.tasks import Task, add_decoder_inputs, forward_parameters, without_adapter
+from hf_guide.tasks import Task
 from hf_guide.teachers.inputs import build_teacher_inputs
 
 MAX_CHUNK_LOGITS = 2**24  # held at once in float32
@@ -138,7 +139,7 @@ def encode_batch(
     """
     task = listener.task
     heard = listener.hear(batch, hidden_states=bool(config.hidden_states), embedding=config.embedding)
-    by_token = task is not Task.IMAGE_CLASSIFICATION
+    by_token = task.has_token_positions
     places = [place.to(heard.logits.device) for place in token_positions(batch, task)] if by_token else []
     if task.is_language_model:
         examples = _encode_language_model(heard, places, config, numbers)

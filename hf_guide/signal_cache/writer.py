@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.errors import CaptureError, OptionError
+from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import eval_mode
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.data import IndexedCollator, IndexedDataset, TeacherBatchCollator, is_map_style
@@ -43,7 +44,7 @@ from hf_guide.signal_cache.shards import (
     write_index,
 )
 from hf_guide.signal_cache.teacher_outputs import TeacherRunner, encode_batch, resolve_layers
-from hf_guide.tasks import Task, task_of, without_adapter
+from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.loading import load_teacher
 from hf_guide.utils.checksums import file_checksum
 from hf_guide.utils.distributed import RankMonitor, barrier, rank_and_world_size
@@ -217,7 +218,7 @@ class CaptureRunner:
             )
 
     def _example_bytes(self, number: int) -> int:
-        if self.task is Task.IMAGE_CLASSIFICATION:
+        if not self.task.has_token_positions:
             return self.manifest.example_bytes(0)
         (places,) = token_positions(self.collate([self.dataset[number]]), self.task)
         return self.manifest.example_bytes(len(places))
@@ -345,7 +346,7 @@ def build_manifest(
         raise OptionError(f"vocabulary_size is for language models; the teacher is one for {task}.")
     config = dataclasses.replace(options, hidden_states=resolve_layers(options.hidden_states, len(heard.layers)))
     (first,) = encode_batch(listener, batch, config, [0])
-    by_place = task is not Task.IMAGE_CLASSIFICATION
+    by_place = task.has_token_positions
     shapes = {}
     for name, array in first.items():
         if name.startswith("hidden_") or (name == "embedding" and task.is_per_token):

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_guide.errors import TeacherError
+from hf_guide.models.adapters import forward_parameters
 from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.models.lm_head import LMHead, skip_lm_head
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
-from hf_guide.tasks import Task, forward_parameters
+from hf_guide.tasks import Task
 from hf_guide.teachers.inputs import TeacherInputs
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals
 

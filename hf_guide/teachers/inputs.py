@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import TeacherError
+from hf_guide.models.adapters import forward_parameters, without_adapter
 from hf_guide.models.positions import TextPositions, max_input_tokens, position_padding_token, text_positions
-from hf_guide.tasks import Task, forward_parameters, without_adapter
+from hf_guide.tasks import Task
 from hf_guide.teachers.processors import PixelConversion, check_processors, num_token_rows
 from hf_guide.utils.labels import IGNORE_INDEX, decoder_ids_from_labels
 
@@ -65,7 +66,7 @@ class TeacherInputs:
         if isinstance(ids, Tensor) and ids.ndim == 2:
             self._check_text(found, ids)
             found["input_ids"] = self._with_own_padding(ids, found.get("attention_mask"))
-        if self.task is Task.SEQ2SEQ_LM:
+        if self.task.row.targets_in_decoder:
             self._start_decoder(found)
         return found
 

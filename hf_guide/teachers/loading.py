@@ -102,16 +102,6 @@ def _model_loader(config: Any, name: str, trust: bool) -> Any:
     )
 
 
-AUTO_CLASSES = {
-    Task.CAUSAL_LM: "AutoModelForCausalLM",
-    Task.MASKED_LM: "AutoModelForMaskedLM",
-    Task.SEQ2SEQ_LM: "AutoModelForSeq2SeqLM",
-    Task.SEQUENCE_CLASSIFICATION: "AutoModelForSequenceClassification",
-    Task.TOKEN_CLASSIFICATION: "AutoModelForTokenClassification",
-    Task.IMAGE_CLASSIFICATION: "AutoModelForImageClassification",
-}
-
-
 def load_teachers(
     teacher: "str | os.PathLike[str] | PreTrainedModel | Sequence[Any]",
     task: Task,
@@ -155,7 +145,7 @@ def load_teachers(
 
 
 def _load_for_task(name: str, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    loader = getattr(transformers, AUTO_CLASSES[task])
+    loader = getattr(transformers, task.row.auto_class)
     load_config(name, _hub_kwargs(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
     given = f" with teacher_init_kwargs={sorted(init_kwargs)}" if init_kwargs else ""
     with unreadable_as(TeacherError, f"The teacher {name} does not load as a model for {task}{given}"):

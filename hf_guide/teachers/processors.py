@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from hf_guide.errors import TeacherError
+from hf_guide.models.adapters import without_adapter
 from hf_guide.models.pretrained import find_tokenizer
-from hf_guide.tasks import Task, without_adapter
+from hf_guide.tasks import Task
 from hf_guide.teachers.alignment import shared_vocabulary_size
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from hf_guide.lelp.classes import resolve_classes
 from hf_guide.lelp.data import check_classifier_task, check_single_label, linear_weight
 from hf_guide.lelp.validation import check_integer
+from hf_guide.models.adapters import without_adapter
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
-from hf_guide.tasks import task_of, without_adapter
+from hf_guide.tasks import task_of
 
 POOLED_SIZE = 14
 

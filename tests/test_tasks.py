@@ -1,0 +1,150 @@
+"""One table of tasks: every row names classes that exist, and every module that needs to know a task reads its row."""
+
+import importlib
+import inspect
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+import hf_guide
+from hf_guide.models.tiny_models import build_tiny_model, tiny_config
+from hf_guide.tasks import (
+    PROCESSOR_CLASSES,
+    OutputKind,
+    Task,
+    mapping_names,
+    output_kind,
+    pipeline_tag,
+    task_of,
+    task_of_class_name,
+)
+
+HUB_PIPELINE_TAGS = {
+    "automatic-speech-recognition",
+    "fill-mask",
+    "image-classification",
+    "text-classification",
+    "text-generation",
+    "text2text-generation",
+    "token-classification",
+}
+"""Those among the Hub's tags that a covered class has: a tag outside the Hub's list would be ignored there."""
+
+SHARED_BY_TASKS = {"XLMWithLMHeadModel", "MossTranscribeDiarizeForConditionalGeneration"}
+"""Classes in the mappings of two tasks besides BART and its kin: they belong to the first row."""
+
+
+def classes_of(mapping: str) -> list[str]:
+    entries = [(entry,) if isinstance(entry, str) else entry for entry in mapping_names(mapping).values()]
+    return sorted({name for names in entries for name in names})
+
+
+@pytest.mark.parametrize("task", Task)
+def test_a_row_names_classes_that_exist(task: Task) -> None:
+    row = task.row
+    assert hasattr(transformers, row.auto_class) and hasattr(transformers, task.processor_class)
+    assert row.inputs in PROCESSOR_CLASSES and set(row.pipeline_tags.values()) <= HUB_PIPELINE_TAGS
+    assert all(hasattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES") for mapping in row.pipeline_tags)
+    assert len(row.outputs) >= 1 and {output.classes for output in row.outputs} <= {"vocabulary", "labels"}
+    assert {output.items for output in row.outputs} <= {"token", "example"}
+    assert Task(str(task)) is task
+
+
+@pytest.mark.parametrize("task", Task)
+def test_every_task_has_a_class_that_makes_a_student(task: Task) -> None:
+    auto_student = getattr(hf_guide, task.auto_student_class)
+    assert auto_student.model_class is getattr(transformers, task.row.auto_class)
+    assert task.auto_student_class in hf_guide.__all__
+
+
+@pytest.mark.parametrize("task", Task)
+def test_every_class_of_a_mapping_has_its_task_and_tag(task: Task) -> None:
+    for mapping, tag in task.row.pipeline_tags.items():
+        for name in classes_of(mapping):
+            first = task_of_class_name(name)
+            assert first is task or list(Task).index(first) < list(Task).index(task), name
+            if first is task and name not in SHARED_BY_TASKS:
+                tags = {t for m, t in task.row.pipeline_tags.items() if name in classes_of(m)}
+                assert pipeline_tag(name) in tags and (len(tags) > 1 or pipeline_tag(name) == tag), name
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [
+        ("T5ForConditionalGeneration", "text2text-generation"),
+        ("BartForConditionalGeneration", "text2text-generation"),
+        ("MarianMTModel", "text2text-generation"),
+        ("WhisperForConditionalGeneration", "automatic-speech-recognition"),
+        ("Speech2TextForConditionalGeneration", "automatic-speech-recognition"),
+        ("VoxtralForConditionalGeneration", "automatic-speech-recognition"),
+        ("GPT2LMHeadModel", "text-generation"),
+        ("LlamaForCausalLM", "text-generation"),
+        ("ReformerModelWithLMHead", "text-generation"),
+        ("BertForMaskedLM", "fill-mask"),
+        ("DeiTForImageClassificationWithTeacher", "image-classification"),
+        ("OwnForSequenceClassification", "text-classification"),
+        ("LlamaModel", None),
+        ("BertForQuestionAnswering", None),
+    ],
+)
+def test_a_class_has_the_pipeline_tag_that_the_hub_expects(name: str, tag: str | None) -> None:
+    assert pipeline_tag(name) == tag
+    model_class = getattr(transformers, name, None)
+    if model_class is not None:
+        assert pipeline_tag(model_class) == tag
+        assert pipeline_tag(type("Own", (model_class,), {})) == tag  # a subclass of the user's
+
+
+REAL_CLASSES = {
+    Task.SEQ2SEQ_LM: ["T5ForConditionalGeneration", "BartForConditionalGeneration"],
+    Task.CAUSAL_LM: ["LlamaForCausalLM", "GPT2LMHeadModel"],
+    Task.MASKED_LM: ["BertForMaskedLM", "ModernBertForMaskedLM"],
+    Task.SEQUENCE_CLASSIFICATION: ["BertForSequenceClassification", "LlamaForSequenceClassification"],
+    Task.TOKEN_CLASSIFICATION: ["BertForTokenClassification", "Qwen2ForTokenClassification"],
+    Task.IMAGE_CLASSIFICATION: ["ViTForImageClassification", "Dinov2ForImageClassification"],
+}
+
+
+@pytest.mark.parametrize("task", Task)
+def test_the_logits_of_real_models_have_the_axes_of_their_row(task: Task) -> None:
+    (output,) = task.row.outputs
+    for name in REAL_CLASSES[task]:
+        model_class = getattr(transformers, name)
+        config = tiny_config(model_class.config_class())
+        config.decoder_start_token_id = config.pad_token_id = 0
+        if output.classes == "labels":
+            config.num_labels = 3
+        model = build_tiny_model(model_class, config).float()
+        assert task_of(model) is task
+        tokens = torch.arange(1, 11).view(2, 5)
+        size = getattr(config, "image_size", None)
+        inputs = (
+            {"input_ids": tokens} if task.row.inputs == "text" else {"pixel_values": torch.zeros(2, 3, size, size)}
+        )
+        if task.row.targets_in_decoder:
+            inputs["decoder_input_ids"] = tokens
+        logits = getattr(model(**inputs), output.name)
+        classes = 3 if output.classes == "labels" else model.get_output_embeddings().weight.shape[0]
+        assert logits.shape == ((2, 5, classes) if output.items == "token" else (2, classes)), name
+
+
+def test_the_kind_of_a_classifiers_output_is_what_its_config_says() -> None:
+    config = transformers.BertConfig(num_labels=3)
+    task = Task.SEQUENCE_CLASSIFICATION
+    assert output_kind(task, config) is OutputKind.CATEGORICAL
+    config.problem_type = "multi_label_classification"
+    assert output_kind(task, config) is OutputKind.BERNOULLI
+    config.problem_type = "regression"
+    assert output_kind(task, config) is OutputKind.REAL
+    assert output_kind(task, transformers.BertConfig(num_labels=1)) is OutputKind.REAL
+    assert output_kind(Task.CAUSAL_LM, config) is OutputKind.CATEGORICAL
+
+
+def test_no_other_module_has_a_table_of_tasks() -> None:
+    """A mapping from tasks, or a list of the Hub's tags, outside the table would be a second home."""
+    for path in ("cli.init", "hub.model_card", "teachers.loading", "distillation.training_record", "scripts.distill"):
+        source = inspect.getsource(importlib.import_module(f"hf_guide.{path}"))
+        assert "Task.CAUSAL_LM:" not in source and "AutoModelForCausalLM" not in source, path
+        assert not any(f'"{tag}"' in source for tag in HUB_PIPELINE_TAGS), path
