@@ -1,4 +1,4 @@
-"""Metrics of a distillation as modules of `evaluate`, loaded offline by their path.
+"""Load metrics for distillation with `evaluate`, offline, by their path.
 
     import evaluate
     from hf_guide import metrics
@@ -6,7 +6,7 @@
     gap = evaluate.load(metrics.path("gap_closed"))
     gap.compute(predictions=[21.5], references=[16.5], baselines=[41.5])  # {"gap_closed": 0.8, ...}
 
-Each module is a file that needs nothing of hf_guide, so that it can also be copied or published by itself.
+Each module is one file that does not import hf_guide, so it can also be copied or published on its own.
 """
 
 from pathlib import Path
@@ -18,11 +18,16 @@ NAMES = ("gap_closed", "perplexity_from_losses", "teacher_agreement")
 
 
 def path(name: str) -> str:
-    """Return the folder of a metric, which `evaluate.load` takes.
+    """Return the folder of a metric, for `evaluate.load`.
+
+    Args:
+        name: "gap_closed", "perplexity_from_losses" or "teacher_agreement".
 
     Raises:
-        OptionError: there is no metric of that name.
+        OptionError: There is no metric of that name; the nearest is suggested.
     """
     if name not in NAMES:
-        raise OptionError(f"There is no metric {name!r}; there are {', '.join(NAMES)}.{did_you_mean(name, NAMES)}")
+        raise OptionError(
+            f"There is no metric {name!r}; expected one of {', '.join(NAMES)}.{did_you_mean(name, NAMES)}"
+        )
     return str(Path(__file__).parent / name)

@@ -19,7 +19,7 @@ from hf_guide.errors import OptionError
 
 @pytest.fixture
 def load(tmp_path):
-    """Load a metric that keeps what is added to it in a folder of the test's own."""
+    """Load a metric whose cache is in a temporary folder."""
     return lambda name, **options: evaluate.load(metrics.path(name), cache_dir=str(tmp_path / "tables"), **options)
 
 
@@ -37,24 +37,25 @@ def test_perplexity_weighs_each_mean_by_its_tokens(load):
     sizes = [10, 1, 30, 19]
     for chunk in losses.split(sizes):
         metric.add(prediction=chunk.mean(), reference=len(chunk))
-    found = metric.compute()
-    assert found["perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-12)
-    assert found["loss"] == pytest.approx(losses.mean().item(), rel=1e-12) and found["tokens"] == 60
+    results = metric.compute()
+    assert results["perplexity"] == pytest.approx(losses.mean().exp().item(), rel=1e-12)
+    assert results["loss"] == pytest.approx(losses.mean().item(), rel=1e-12) and results["tokens"] == 60
     assert metric.compute(predictions=[1.0, math.nan], references=[3, 0])["loss"] == 1.0, (
-        "a mean of nothing is nothing"
+        "a batch without tokens is left out"
     )
     assert metric.compute(predictions=[1e4], references=[1])["perplexity"] == math.inf
 
 
 @pytest.mark.parametrize(
-    "losses,tokens,message", [([math.nan], [1], "Row 0"), ([1.0], [-1], "Row 0"), ([1.0, 2.0], [0, 0], "no tokens")]
+    "losses,tokens,message",
+    [([math.nan], [1], "Row 0"), ([1.0], [-1], "Row 0"), ([1.0, 2.0], [0, 0], "No batch has tokens")],
 )
-def test_perplexity_of_nothing_is_refused(load, losses, tokens, message):
+def test_perplexity_of_nothing_is_an_error(load, losses, tokens, message):
     with pytest.raises(ValueError, match=message):
         load("perplexity_from_losses").compute(predictions=losses, references=tokens)
 
 
-def test_gap_closed_is_the_share_of_the_way_to_the_teacher(load):
+def test_gap_closed_is_a_share_of_the_gap_to_the_teacher(load):
     metric = load("gap_closed")
     assert metric.compute(predictions=[21.5], references=[16.5], baselines=[41.5]) == {
         "gap_closed": 0.8,
@@ -67,7 +68,7 @@ def test_gap_closed_is_the_share_of_the_way_to_the_teacher(load):
 
 
 @pytest.mark.parametrize("teacher", [41.5, math.nan])
-def test_a_gap_that_is_none_is_refused(load, teacher):
+def test_a_gap_that_is_none_is_an_error(load, teacher):
     with pytest.raises(ValueError, match="Row 1.*no gap"):
         load("gap_closed").compute(predictions=[1.0, 1.0], references=[16.5, teacher], baselines=[41.5, 41.5])
 
@@ -76,23 +77,23 @@ def test_agreement_counts_examples_or_tokens(load):
     metric = load("teacher_agreement")
     assert metric.compute(predictions=[1, 2, 0, 2], references=[1, 2, 2, 2]) == {
         "teacher_agreement": 0.75,
-        "places": 4,
+        "positions": 4,
     }
     metric.add_batch(
         predictions=torch.tensor([[5, 6, 7], [8, 0, 0]]), references=torch.tensor([[5, 6, 9], [8, -100, -100]])
     )
     metric.add_batch(predictions=[[1]], references=[[1]])
-    assert metric.compute() == {"teacher_agreement": 0.8, "places": 5}
+    assert metric.compute() == {"teacher_agreement": 0.8, "positions": 5}
     metric.add_batch(predictions=np.array([[3], [4]]), references=np.array([[3], [5]]))
-    assert metric.compute() == {"teacher_agreement": 0.5, "places": 2}, "lists of one token are lists"
-    assert metric.compute(predictions=[0, 1], references=[0, 7], ignore_index=7)["places"] == 1
+    assert metric.compute() == {"teacher_agreement": 0.5, "positions": 2}, "lists of one token are lists"
+    assert metric.compute(predictions=[0, 1], references=[0, 7], ignore_index=7)["positions"] == 1
 
 
 @pytest.mark.parametrize(
     "student,teacher,message",
-    [([[1, 2]], [[1]], "Row 0: 2 predictions of the student, 1 of the teacher"), ([[1]], [[-100]], "does not count")],
+    [([[1, 2]], [[1]], "Row 0 has 2 predictions of the student and 1 of the teacher"), ([[1]], [[-100]], "left out")],
 )
-def test_agreement_of_nothing_is_refused(load, student, teacher, message):
+def test_agreement_of_nothing_is_an_error(load, student, teacher, message):
     with pytest.raises(ValueError, match=message):
         load("teacher_agreement").compute(predictions=student, references=teacher)
 
@@ -118,7 +119,7 @@ WORKER = """
         metric = evaluate.load(folder, num_process=2, process_id=rank, experiment_id="both", cache_dir=cache)
         assert (metric.num_process, metric.process_id) == (2, rank)
         metric.add_batch(**rows[metric.name][rank])
-        found[metric.name] = metric.compute()
+        results[metric.name] = metric.compute()
     assert "hf_guide" not in sys.modules
     print(json.dumps(found))
 """
@@ -145,6 +146,6 @@ def test_what_two_processes_added_is_merged_in_the_first(tmp_path):
     assert first == {
         "perplexity_from_losses": {"perplexity": math.e, "loss": 1.0, "tokens": 300},
         "gap_closed": {"gap_closed": 0.9, "gaps": [0.8, 1.0]},
-        "teacher_agreement": {"teacher_agreement": 0.75, "places": 4},
+        "teacher_agreement": {"teacher_agreement": 0.75, "positions": 4},
     }
     assert second == dict.fromkeys(metrics.NAMES)

@@ -51,7 +51,7 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def save_teacher(kind: str, folder: Path) -> Path:
-    """Save a stock teacher whose configs refer to code that it does not need, and tell where they were."""
+    """Save a stock teacher whose configs refer to code that it does not need, and contain local paths."""
     KINDS[kind].teacher().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     change_json(folder / "config.json", **REFERENCES)

@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(home: Path, scratch: Path, **changes: Any) -> Path:
-    told = {
+    config = {
         "teacher": str(home / "teacher"),
         "model_name_or_path": str(home / "teacher"),
         "data_files": str(home / "texts.txt"),
@@ -59,7 +59,7 @@ def settings(home: Path, scratch: Path, **changes: Any) -> Path:
         "disable_tqdm": True,
     }
     path = scratch / "settings.yaml"
-    path.write_text(json.dumps({key: value for key, value in (told | changes).items() if value is not None}))
+    path.write_text(json.dumps({key: value for key, value in (config | changes).items() if value is not None}))
     return path
 
 
@@ -188,7 +188,7 @@ STUDENT: Broken = {
 }
 
 
-def refused(argv: list[object], captured: pytest.CaptureFixture[str]) -> str:
+def error_of(argv: list[object], captured: pytest.CaptureFixture[str]) -> str:
     """Assert that a command ends with one paragraph; return it."""
     captured.readouterr()
     command, *words = map(str, argv)
@@ -217,7 +217,7 @@ def check(home: Path, scratch: Path, command: Any, source: str, broken: Broken, 
         if name in ANYWHERE | HARMLESS.get(command.__name__, set()) and command is not subclasses_of:
             continue
         try:
-            error = refused(argv, captured)
+            error = error_of(argv, captured)
             assert str(folder) in error or folder.name in error, f"{error!r} names no file"
         except Exception as raised:  # reported below: whatever is raised is what this test is about
             wrong.append(f"{name}: {type(raised).__name__} {str(raised)[:300]}")
@@ -308,8 +308,8 @@ def test_settings_that_are_no_settings(
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "settings.yaml"
     path.write_bytes(SETTINGS[name])
-    assert str(path) in refused(["distill", path], capsys)
-    assert str(path) in refused(["capture", "-o", tmp_path / "out", "--config", path], capsys) or name == "empty"
+    assert str(path) in error_of(["distill", path], capsys)
+    assert str(path) in error_of(["capture", "-o", tmp_path / "out", "--config", path], capsys) or name == "empty"
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -317,7 +317,7 @@ def test_settings_that_are_no_settings(
 def test_settings_of_the_wrong_kind(
     home: Path, tmp_path: Path, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = refused(["distill", settings(home, tmp_path, **changes)], capsys)
+    error = error_of(["distill", settings(home, tmp_path, **changes)], capsys)
     assert any(word in error for name, value in changes.items() for word in (name, *re.findall(r"\w+", str(value)))), (
         error
     )
@@ -338,13 +338,13 @@ def test_texts_that_cannot_be_read(home: Path, tmp_path: Path, name: str, capsys
     path = tmp_path / "rows.jsonl"
     path.write_bytes(TEXTS[name])
     page = ["-o", tmp_path / "page.html", "--no-forecast", "--no-progress"]
-    refused(["subclasses", home / "projector", path, "--teacher", home / "classifier", *page], capsys)
+    error_of(["subclasses", home / "projector", path, "--teacher", home / "classifier", *page], capsys)
     little = ["--examples", 2, "--held-out", 1, "--teacher-steps", 1, "--steps", 1, "--output_dir", tmp_path / "out"]
     data = ["--teacher_model", home / "classifier", "--text", path, *little]
-    refused(["quickstart_classification", *data], capsys)
+    error_of(["quickstart_classification", *data], capsys)
     if name in ("not UTF-8", "bytes", "empty"):
         calibrated = ["--method", "calibrated", "--calibration-dataset", path, "--hidden-size", 24, "--no-progress"]
-        refused(["init", home / "teacher", "-o", tmp_path / "student", *calibrated], capsys)
+        error_of(["init", home / "teacher", "-o", tmp_path / "student", *calibrated], capsys)
 
 
 @pytest.mark.parametrize("output", ["a file", "under a file"])
@@ -354,30 +354,30 @@ def test_outputs_that_cannot_be_written(
     (tmp_path / "file").write_text("mine")
     path = tmp_path / "file" if output == "a file" else tmp_path / "file" / "x"
     teacher, data = home / "teacher", ["--data-files", home / "texts.txt", "--top-k", 4]
-    refused(["init", teacher, "-o", path, "--no-progress"], capsys)
-    refused(["capture", teacher, "-o", path, *data, "--no-progress"], capsys)
-    refused(["distill", settings(home, tmp_path, output_dir=str(path))], capsys)
-    refused(["quickstart", "--teacher_model", teacher, "--text", home / "texts", "--output_dir", path], capsys)
+    error_of(["init", teacher, "-o", path, "--no-progress"], capsys)
+    error_of(["capture", teacher, "-o", path, *data, "--no-progress"], capsys)
+    error_of(["distill", settings(home, tmp_path, output_dir=str(path))], capsys)
+    error_of(["quickstart", "--teacher_model", teacher, "--text", home / "texts", "--output_dir", path], capsys)
     page = ["--teacher", home / "classifier", "--no-forecast", "--no-progress"]
-    refused(["subclasses", home / "projector", home / "rows.jsonl", *page, "-o", path / "page.html"], capsys)
-    refused(["inspect", teacher, "--plot", path / "plot.png"], capsys)
-    refused(["card", path], capsys)
+    error_of(["subclasses", home / "projector", home / "rows.jsonl", *page, "-o", path / "page.html"], capsys)
+    error_of(["inspect", teacher, "--plot", path / "plot.png"], capsys)
+    error_of(["card", path], capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_words_that_are_no_options(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = home / "teacher"
-    assert "zzz" in refused(["inspect", teacher, "--plot", tmp_path / "plot.zzz"], capsys)
-    assert "png" in refused(["inspect", teacher, "--plot", tmp_path / "plot.zzz"], capsys)
-    refused(["families", "no-such-family"], capsys)
-    refused(["init", teacher, "-o", tmp_path / "out", "--set", "x"], capsys)
+    assert "zzz" in error_of(["inspect", teacher, "--plot", tmp_path / "plot.zzz"], capsys)
+    assert "png" in error_of(["inspect", teacher, "--plot", tmp_path / "plot.zzz"], capsys)
+    error_of(["families", "no-such-family"], capsys)
+    error_of(["init", teacher, "-o", tmp_path / "out", "--set", "x"], capsys)
     (home / "teacher" / "bad.gguf").write_bytes(b"GGUFxxxxx")
     for name in ("none.gguf", "bad.gguf"):
-        refused(["init", teacher, "-o", tmp_path / "out", "--gguf-file", name], capsys)
+        error_of(["init", teacher, "-o", tmp_path / "out", "--gguf-file", name], capsys)
     (home / "teacher" / "bad.gguf").unlink()
     for name in ("a\0b", "x" * 300, "", "a b/../c"):
-        refused(["init", name, "-o", tmp_path / "out"], capsys)
-        refused(["inspect", name], capsys)
+        error_of(["init", name, "-o", tmp_path / "out"], capsys)
+        error_of(["inspect", name], capsys)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read everything")
@@ -386,7 +386,7 @@ def test_files_that_may_not_be_read(home: Path, tmp_path: Path, name: str, capsy
     folder = Path(shutil.copytree(home / "teacher", tmp_path / "broken"))
     (folder / name).chmod(0)
     for command in (init, capture, distill):
-        assert "ermission" in refused(command(home, tmp_path, folder), capsys)
+        assert "ermission" in error_of(command(home, tmp_path, folder), capsys)
 
 
 def test_a_pickled_checkpoint_of_tensors_is_read(home: Path, tmp_path: Path) -> None:
@@ -404,5 +404,5 @@ def test_a_pickle_that_would_run_code_says_what_to_do(
 ) -> None:
     folder = Path(shutil.copytree(home / "teacher", tmp_path / "broken"))
     damage.WEIGHT_FILES["pickle that runs code"](folder)
-    error = refused(init(home, tmp_path, folder), capsys)
+    error = error_of(init(home, tmp_path, folder), capsys)
     assert "Convert it to safetensors" in error

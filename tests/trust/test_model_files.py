@@ -1,4 +1,4 @@
-"""A teacher's folder may have come from anyone: what is read and copied of it lies in it, and its code runs by permission."""
+"""A teacher's folder is untrusted: only files inside it are read or copied, and its code runs only with permission."""
 
 import json
 import os

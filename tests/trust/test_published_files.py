@@ -1,4 +1,4 @@
-"""What hf_guide writes tells no path, user or token, and asks nobody to run code that does not stand beside the weights."""
+"""No file that hf_guide writes contains a path, user or token, or refers to code outside its folder."""
 
 import json
 from pathlib import Path

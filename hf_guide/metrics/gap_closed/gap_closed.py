@@ -1,22 +1,22 @@
-"""How much of the way from a random start to the teacher a student has gone."""
+"""Measure how much of the gap between a randomly initialised student and the teacher is closed."""
 
 import datasets
 import evaluate
 
 _DESCRIPTION = """\
-Gap closed: (baseline - student) / (baseline - teacher). 0 is as good as the baseline, an equal student that started at
-random and was trained the same; 1 is as good as the teacher; above 1 is better than it. The three are figures of the same
-metric on the same data. Whether less of it is better (perplexity) or more (accuracy) makes no difference.
+Gap closed: (baseline - student) / (baseline - teacher). 0 is as good as the baseline, a student of the same shape that was
+initialised at random and trained in the same way; 1 is as good as the teacher; above 1 is better than the teacher. All three
+are values of one metric on the same data. It may be a metric to minimise (perplexity) or to maximise (accuracy).
 """
 
 _INPUTS = """
 Args:
-    predictions: the students' figures, such as perplexities.
-    references: their teachers'.
-    baselines: those of the students that started at random.
+    predictions: metric of each student, perplexity for example.
+    references: metric of its teacher.
+    baselines: metric of the same student initialised at random.
 Returns:
     gap_closed: the mean over the students.
-    gaps: one for each of them.
+    gaps: the gap closed by each student.
 Examples:
     >>> gap_closed = evaluate.load(hf_guide.metrics.path("gap_closed"))
     >>> gap_closed.compute(predictions=[21.5], references=[16.5], baselines=[41.5])
@@ -39,10 +39,10 @@ class GapClosed(evaluate.Metric):
     def _compute(self, predictions, references, baselines):
         gaps = []
         for number, (student, teacher, baseline) in enumerate(zip(predictions, references, baselines, strict=True)):
-            if not abs(baseline - teacher) > 0:  # so that NaN is refused too
+            if not abs(baseline - teacher) > 0:  # NaN is an error too
                 raise ValueError(
-                    f"Row {number}: the baseline's figure is {baseline} and the teacher's {teacher}, so there is no gap to "
-                    "close. Give the figures of a teacher that is better than a random start."
+                    f"Row {number}: the baseline has {baseline} and the teacher {teacher}, so there is no gap to close. "
+                    "The teacher must be better than the baseline."
                 )
             gaps.append((baseline - student) / (baseline - teacher))
         return {"gap_closed": sum(gaps) / len(gaps), "gaps": gaps}

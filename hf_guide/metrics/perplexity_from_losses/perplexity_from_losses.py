@@ -1,4 +1,4 @@
-"""Perplexity of what was evaluated in batches of unequal size, from the batches' mean losses."""
+"""Compute perplexity from the mean losses of batches of unequal size."""
 
 import math
 
@@ -7,18 +7,18 @@ import evaluate
 
 _DESCRIPTION = """\
 Perplexity from losses: exp(sum of tokens * loss / sum of tokens), the exponential of the mean cross-entropy per token in
-nats. The mean of the batches' perplexities, or of their losses without the tokens, would be another number as soon as
-batches differ in tokens.
+nats. Averaging the batches' perplexities, or their losses without the token counts, gives a different and wrong number as
+soon as batches differ in tokens.
 """
 
 _INPUTS = """
 Args:
-    predictions: mean losses per token, one for each batch or example, in nats.
-    references: how many tokens each is the mean of. A mean of no tokens counts nothing, whatever it is.
+    predictions: mean loss per token of each batch or example, in nats.
+    references: number of tokens of each. A batch without tokens is left out, whatever its loss is.
 Returns:
-    perplexity: inf where it is too large for a float.
+    perplexity: inf if it is too large for a float.
     loss: the mean cross-entropy per token.
-    tokens: how many there were.
+    tokens: number of tokens.
 Examples:
     >>> perplexity = evaluate.load(hf_guide.metrics.path("perplexity_from_losses"))
     >>> perplexity.compute(predictions=[0.0, 3.0], references=[200, 100])
@@ -44,11 +44,11 @@ class PerplexityFromLosses(evaluate.Metric):
         for number, (loss, count) in enumerate(zip(losses, counts, strict=True)):
             if count < 0 or (count and math.isnan(loss)):
                 raise ValueError(
-                    f"Row {number}: a mean loss of {loss} over {count} tokens; expected a number, over 0 or more."
+                    f"Row {number} has a mean loss of {loss} over {count} tokens; the loss must be a number and the count 0 or more."
                 )
         tokens = sum(counts)
         if not tokens:
-            raise ValueError("There are no tokens in all of the batches, so there is no perplexity; check the labels.")
+            raise ValueError("No batch has tokens, so there is no perplexity. Check the labels.")
         loss = math.fsum(loss * count for loss, count in zip(losses, counts, strict=True) if count) / tokens
         try:
             perplexity = math.exp(loss)

@@ -1,25 +1,26 @@
-"""How often a student says what its teacher says."""
+"""Measure how often a student predicts what its teacher predicts."""
 
 import datasets
 import evaluate
 
 _DESCRIPTION = """\
-Teacher agreement: the share of places where the student's most probable class or token is the teacher's. It needs no
-labels, and says how faithful a student is where accuracy says how right it is.
+Teacher agreement: the share of positions where the student's most probable class or token is the teacher's. It needs no
+labels: it measures fidelity to the teacher, where accuracy measures correctness.
 """
 
 _INPUTS = """
 Args:
     predictions: the student's most probable classes: one number for each example, or one list of them (one for each token).
-    references: the teacher's, of the same shape. Places where it is `ignore_index` do not count, such as padding.
-    ignore_index: -100 unless told.
+    references: the teacher's, of the same shape. Positions where it is `ignore_index`
+        (padding, for example) are left out.
+    ignore_index: the value that marks a position to leave out (default -100).
 Returns:
     teacher_agreement: between 0 and 1.
-    places: how many were counted.
+    positions: number of positions compared.
 Examples:
     >>> agreement = evaluate.load(hf_guide.metrics.path("teacher_agreement"))
     >>> agreement.compute(predictions=[[5, 6, 7], [8, 0]], references=[[5, 6, 9], [8, -100]])
-    {'teacher_agreement': 0.75, 'places': 4}
+    {'teacher_agreement': 0.75, 'positions': 4}
 """
 
 _CITATION = ""
@@ -40,21 +41,21 @@ class TeacherAgreement(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, ignore_index=-100):
-        agreed = places = 0
+        agreed = positions = 0
         for number, (student, teacher) in enumerate(zip(predictions, references, strict=True)):
             mine, theirs = _as_list(student), _as_list(teacher)
             if len(mine) != len(theirs):
                 raise ValueError(
-                    f"Row {number}: {len(mine)} predictions of the student, {len(theirs)} of the teacher."
+                    f"Row {number} has {len(mine)} predictions of the student and {len(theirs)} of the teacher; the two must be equally long."
                 )
             counted = [one == other for one, other in zip(mine, theirs, strict=True) if other != ignore_index]
             agreed += sum(counted)
-            places += len(counted)
-        if not places:
+            positions += len(counted)
+        if not positions:
             raise ValueError(
-                f"Every place of the teacher's is {ignore_index}, which does not count; check the references."
+                f"Every reference is {ignore_index}, which is left out: there is nothing to compare. Check the references."
             )
-        return {"teacher_agreement": agreed / places, "places": places}
+        return {"teacher_agreement": agreed / positions, "positions": positions}
 
 
 def _as_list(value):
