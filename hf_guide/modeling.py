@@ -32,7 +32,7 @@ from hf_guide.hub.push import attach_report, copy_generation_config, save_studen
 from hf_guide.initialization.apply import initialize, rng_seed
 from hf_guide.initialization.built_shape import check_computed_overrides, check_overrides_hold
 from hf_guide.initialization.config import InitializationConfig, Method
-from hf_guide.initialization.depth_equivalence import depth_notes
+from hf_guide.initialization.equivalence import depth_notes
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan, strip_base_prefix

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, OptionError, ShapeError
 from hf_guide.initialization.requested_sizes import is_size
 from hf_guide.initialization.student_config import derive_student_config
-from hf_guide.layouts.hierarchy import module_signature
+from hf_guide.models.model_classes import meta_model
+from hf_guide.models.module_signature import module_signature
 from hf_guide.models.tiny_models import MODEL_ERRORS
 
 _NO_ENTRY = object()
@@ -191,16 +191,14 @@ def _with_entry_of(teacher: PreTrainedConfig, config: PreTrainedConfig, path: tu
 def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
     """Return the modules, settings and shapes of the model that a config makes; None where it makes none."""
     try:
-        with torch.device("meta"):
-            return module_signature(model_class._from_config(copy.deepcopy(config)))
+        return module_signature(meta_model(model_class, config))
     except MODEL_ERRORS:
         return None
 
 
 def _names_read_at_runtime(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> set[str]:
     """Return the names that the model's own code reads other than when it is built, config entries among them."""
-    with torch.device("meta"):
-        model = model_class._from_config(copy.deepcopy(config))
+    model = meta_model(model_class, config)
     classes = {base for module in model.modules() for base in type(module).__mro__}
     own = [base for base in classes if base.__module__.startswith(("transformers.models.", "transformers_modules."))]
     functions = [

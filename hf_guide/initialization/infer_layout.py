@@ -6,6 +6,7 @@ counterparts are called is convention. The result is believed only if the twin p
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,6 +33,7 @@ from hf_guide.layouts.registry import (
     registered_layouts,
     variant_for,
 )
+from hf_guide.models.model_classes import meta_model
 from hf_guide.models.tiny_models import MODEL_ERRORS, TINY_SIZES, build_tiny_model, randomize_parameters, tiny_config
 
 WIDER_SIZE = 80
@@ -62,7 +64,9 @@ MODULE_CONVENTIONS = {
 }
 """What modules of these names hold, as Transformers calls them; believed where shapes and `certify` agree."""
 
-_inferred_layouts: dict[tuple[type, str], Layout] = {}
+_FIXED_AXES_TRIED = ((), ("kv_heads", "group"), ("mlp",), ("kv_heads", "group", "mlp"))
+
+_inferred_layouts: dict[tuple[type, str], "Layout | str"] = {}
 _blocks_only_layouts: dict[tuple[type, str], Layout] = {}
 
 
@@ -130,53 +134,58 @@ def _value_of_subconfig(value: BlockValue, name: str) -> BlockValue:
 
 
 def infer_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
-    """Return a certified layout for an unregistered family.
+    """Return the layout of an unregistered family, inferred from a tiny model and believed only where the laws hold on it.
+
+    A config is probed once: the layout, or the reason why there is none, is kept.
 
     Raises:
-        LayoutError: the twin cannot be built or run, or the derived layout does not pass the laws on it; says which.
+        LayoutError: the tiny model cannot be built or run, or the inferred layout does not pass the laws on it; says which.
     """
     key = (model_class, repr(sorted(config.to_diff_dict().items(), key=str)))
-    if key in _inferred_layouts:
-        return _inferred_layouts[key]
+    if key not in _inferred_layouts:
+        try:
+            _inferred_layouts[key] = _probe_layout(config, model_class)
+        except LayoutError as error:
+            _inferred_layouts[key] = str(error)
+    outcome = _inferred_layouts[key]
+    if isinstance(outcome, str):
+        raise LayoutError(outcome)
+    return outcome
+
+
+def _probe_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
     family = config.model_type
+    untied = untying_override(config)
+    wider_sizes = {name: WIDER_SIZE for name, size in TINY_SIZES.items() if size == 64}
     try:
-        twin = build_tiny_model(model_class, tiny_config(config, **untying_override(config)))
-        with torch.device("meta"):
-            wider = model_class._from_config(
-                tiny_config(
-                    config,
-                    **untying_override(config),
-                    **{name: WIDER_SIZE for name, size in TINY_SIZES.items() if size == 64},
-                )
-            )
-        randomize_parameters(twin, seed=0)
-        reads, gains = trace_norms(twin)
+        model = build_tiny_model(model_class, tiny_config(config, **untied))
+        wider = meta_model(model_class, tiny_config(config, **untied, **wider_sizes))
+        randomize_parameters(model, seed=0)
+        reads, norms = trace_norms(model)
     except MODEL_ERRORS as error:
         raise LayoutError(
-            f"No layout is known for {family!r}, and a tiny twin of it cannot be tried: {type(error).__name__}: {error}"
+            f"No layout is known for {family!r}, and a tiny model of it cannot be tried: {type(error).__name__}: {error}"
         ) from error
-    refusal = width_dependence(model_class, config)
-    norm, offset = detect_norm_type(twin, gains)
-    if norm is None or offset is None:
-        refusal = refusal or "its norms are of several kinds"
-    rows = () if refusal else infer_rows(twin, wider, reads, gains)
-    for frozen in () if refusal else ((), ("kv_heads", "group"), ("mlp",), ("kv_heads", "group", "mlp")):
-        for fold in (True, False):
+    norm, offset = detect_norm_type(model, norms)
+    reason = width_dependence(model_class, config)
+    if reason is None and (norm is None or offset is None):
+        reason = "its norms are of several kinds"
+    if reason is None:
+        rows = infer_rows(model, wider, reads, norms)
+        for fixed, fold in itertools.product(_FIXED_AXES_TRIED, (True, False)):
             layout = Layout(
                 family,
-                fix_axes(rows if fold else without_folding(rows), frozen),
+                fix_axes(rows if fold else without_folding(rows), fixed),
                 norm=norm or "rms",
                 norm_offset=offset or 0.0,
             )
-            layout = add_block_axes(add_block_rules(layout, config), twin.config, model_class)
-            verdict = check_equivalence(layout, twin)
-            if verdict.passed:
-                _inferred_layouts[key] = dataclasses.replace(
-                    layout, exactness=_describe_exactness(layout, verdict), fixed_depth=verdict.depth
-                )
-                return _inferred_layouts[key]
-            refusal = verdict.reason
-    raise LayoutError(f"No layout is known for {family!r}, and none could be derived with certainty: {refusal}.")
+            layout = add_block_axes(add_block_rules(layout, config), model.config, model_class)
+            report = check_equivalence(layout, model)
+            if report.passed:
+                exactness = _describe_exactness(layout, report)
+                return dataclasses.replace(layout, exactness=exactness, fixed_depth=report.depth)
+            reason = report.reason
+    raise LayoutError(f"No layout is known for {family!r}, and none could be inferred with certainty: {reason}.")
 
 
 def _describe_exactness(layout: Layout, verdict: EquivalenceReport) -> str:
@@ -447,8 +456,7 @@ def without_folding(rows: Iterable[LayoutRow]) -> tuple[LayoutRow, ...]:
 
 def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel], reason: str) -> Layout:
     """Return a layout in which every axis must keep its length and only blocks are chosen; with the reason why."""
-    with torch.device("meta"):
-        model = model_class._from_config(config)
+    model = meta_model(model_class, config)
     ndims = {
         strip_base_prefix(name, model.base_model_prefix): tensor.ndim for name, tensor in model.state_dict().items()
     }
@@ -485,8 +493,7 @@ def add_task_head(layout: Layout, config: PreTrainedConfig, model_class: type[Pr
     Raises:
         LayoutError: a parameter of `model_class` that is neither of the base model nor a linear head on the last norm.
     """
-    with torch.device("meta"):
-        model = model_class._from_config(config)
+    model = meta_model(model_class, config)
     width = config.get_text_config().hidden_size
     reads = next((row.reads for row in layout.rows if row.kind == "weight" and AxisName("vocab") in row.axes), ())
     rows: list[LayoutRow] = []

@@ -8,15 +8,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from hf_guide.errors import LayoutError, OptionError, ShapeError
 from hf_guide.layouts.grammar import axis_names
 from hf_guide.layouts.registry import Layout, LayoutMatch
-
-IGNORED_ATTRIBUTES = re.compile(r"(^|_)(idx|index|id|number|drop\w*|training|\w*dropout\w*)$")
-"""Attributes of modules that differ between blocks of one kind: their number, and what acts in training alone."""
+from hf_guide.models.module_signature import ModuleSignature, module_signature, stack_modules
 
 SHARED_POSITION_BIAS = re.compile(r"(^|\.)rel(ative)?_\w*(bias|embed)\w*")
 """A table that the first block of a stack may hold for all, whichever of the teacher's blocks feeds it."""
@@ -113,35 +110,10 @@ def lists_of_varying_length(teacher: Mapping[str, ListLengths], student: Mapping
     }
 
 
-def module_signature(module: nn.Module) -> tuple[Any, ...]:
-    """Return what tells a block's function from another's besides its weights: its modules, their settings and shapes."""
-    kind: list[Any] = []
-    for name, part in module.named_modules():
-        if isinstance(part, (nn.Identity, nn.Dropout)) or "DropPath" in type(part).__name__:
-            continue
-        settings = {
-            key: value
-            for key, value in vars(part).items()
-            if isinstance(value, (int, float, str, tuple))
-            and not key.startswith("_")
-            and not IGNORED_ATTRIBUTES.search(key)
-        }
-        shapes = tuple((key, tuple(value.shape)) for key, value in part.named_parameters(recurse=False))
-        kind.append((name, type(part).__name__, tuple(sorted(settings.items(), key=str)), shapes))
-    return tuple(kind)
-
-
-def module_signatures(model: PreTrainedModel, stack: str, depth: int) -> list[tuple[Any, ...]]:
-    """Return the kind of each module of a list, `stack` being relative to the base model and ending in its placeholder."""
-    path = stack.rpartition(".")[0]
-    base = model.base_model_prefix
-    for name in (f"{base}.{path}" if base else path, path):
-        try:
-            modules = model.get_submodule(name)
-        except AttributeError:
-            continue
-        return [module_signature(modules.get_submodule(str(number))) for number in range(depth)]
-    return [()] * depth
+def module_signatures(model: PreTrainedModel, stack: str, depth: int) -> list[ModuleSignature | None]:
+    """Return the signature of each module of a list, such as "stages.2.layers.{item}"; None for each that is not found."""
+    modules = stack_modules(model, stack)[:depth]
+    return [module_signature(module) for module in modules] if modules else [None] * depth
 
 
 def match_by_signature(teacher: Sequence[Any], student: Sequence[Any], ideal: Sequence[int]) -> list[int] | None:

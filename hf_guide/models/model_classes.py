@@ -71,6 +71,6 @@ def without_quantization_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model without memory for its weights: their names, shapes and ties."""
+    """Return the model on the meta device, without memory for its weights: their names, shapes and ties."""
     with torch.device("meta"):
-        return model_class(copy.deepcopy(config))
+        return model_class._from_config(copy.deepcopy(config))

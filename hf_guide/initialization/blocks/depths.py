@@ -5,7 +5,6 @@ import dataclasses
 import json
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.initialization.blocks.config_fields import (
@@ -23,6 +22,7 @@ from hf_guide.initialization.blocks.config_fields import (
 from hf_guide.initialization.planning import stack_sizes, strip_base_prefix
 from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, AxisProduct
 from hf_guide.layouts.registry import Layout, LayoutRow
+from hf_guide.models.model_classes import meta_model
 from hf_guide.models.tiny_models import MODEL_ERRORS
 
 
@@ -70,12 +70,6 @@ def record_list_access(config: PreTrainedConfig) -> dict[ConfigPath, ListAccess]
     return records
 
 
-def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model without weights."""
-    with torch.device("meta"):
-        return model_class._from_config(copy.deepcopy(config))
-
-
 def find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
     """Return each number of blocks that `config` states, with the stacks that have it.
 
@@ -96,7 +90,7 @@ _depths_cache: dict[Any, StackDepths] = {}
 
 
 def _probe_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
-    model = build_on_meta(model_class, config)
+    model = meta_model(model_class, config)
     whole = stack_lengths(model, layout)
     found = StackDepths({}, {}, model)
     taken: set[str] = set()
@@ -109,7 +103,7 @@ def _probe_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], 
             shorter = _one_block_shorter(config, path, size, with_lists=with_lists)
             records = record_list_access(shorter)
             try:
-                other = build_on_meta(model_class, shorter)
+                other = meta_model(model_class, shorter)
             except MODEL_ERRORS:
                 refused = True
                 continue

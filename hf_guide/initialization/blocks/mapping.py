@@ -31,21 +31,20 @@ from hf_guide.initialization.blocks.config_fields import (
     shared_entry_sources,
     value_at,
 )
-from hf_guide.initialization.blocks.depths import build_on_meta, find_depths
+from hf_guide.initialization.blocks.depths import find_depths
 from hf_guide.initialization.blocks.selection import (
     BlockRequirements,
-    BlockSignature,
-    describe_difference,
     most_influential_blocks,
     nearest_blocks,
     stack_signatures,
-    tensor_names,
 )
 from hf_guide.initialization.config import InitializationConfig, LayerSelection
 from hf_guide.initialization.planning import check_stack_names, stack_sizes, stage_names, strip_base_prefix
 from hf_guide.initialization.selection import select_blocks
 from hf_guide.initialization.student_config import derive_student_config, overridden_values
 from hf_guide.layouts.registry import Layout
+from hf_guide.models.model_classes import meta_model
+from hf_guide.models.module_signature import ModuleSignature, describe_difference
 from hf_guide.models.tiny_models import MODEL_ERRORS
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 
@@ -86,7 +85,7 @@ class _TeacherStacks:
     fields: list[BlockField]
 
     @functools.cached_property
-    def kinds(self) -> dict[ConfigPath, list[tuple[BlockSignature, ...]]]:
+    def kinds(self) -> dict[ConfigPath, list[tuple[ModuleSignature, ...]]]:
         """The kind of each of the teacher's blocks, by depth: one for each stack of that depth."""
         assert self.depths.model is not None
         return {
@@ -98,18 +97,18 @@ class _TeacherStacks:
         return value_at(self.teacher.config, path[:-1]) if len(path) > 1 else self.teacher.config
 
 
-def signatures_at(model: PreTrainedModel, depth: Depth, size: int) -> list[tuple[BlockSignature, ...]]:
+def signatures_at(model: PreTrainedModel, depth: Depth, size: int) -> list[tuple[ModuleSignature, ...]]:
     """Return the kinds of the blocks of one depth, for each block one of every stack."""
     return list(zip(*(stack_signatures(model, stack, size) for stack in depth.stacks), strict=True))
 
 
-def same_structure(teacher: Sequence[BlockSignature], student: Sequence[BlockSignature]) -> bool:
+def same_structure(teacher: Sequence[ModuleSignature], student: Sequence[ModuleSignature]) -> bool:
     """Whether blocks, one of every stack, have the same modules and parameters."""
     return all(had.structure == has.structure for had, has in zip(teacher, student, strict=True))
 
 
 def same_signature(
-    teacher: Sequence[BlockSignature], student: Sequence[BlockSignature], *, widths: bool = True
+    teacher: Sequence[ModuleSignature], student: Sequence[ModuleSignature], *, widths: bool = True
 ) -> bool:
     """Whether they have the same switches as well, and with `widths` the same sizes."""
     return not any(describe_difference(had, has, widths=widths) for had, has in zip(teacher, student, strict=True))
@@ -217,7 +216,7 @@ class _Candidate:
     blocks: dict[ConfigPath, list[int]]
     left: tuple[FieldKind, ...] = ()
     values: dict[ConfigPath, Any] = field(default_factory=dict)
-    kinds: dict[ConfigPath, list[tuple[BlockSignature, ...]]] = field(default_factory=dict)
+    kinds: dict[ConfigPath, list[tuple[ModuleSignature, ...]]] = field(default_factory=dict)
     refusal: str = ""
     misfits: dict[ConfigPath, list[tuple[int, str]]] = field(default_factory=dict)
 
@@ -364,7 +363,7 @@ class _BlockSearch:
         """Build a student of the teacher's widths and compare its blocks with those that feed them."""
         try:
             config = self._derive(attempt, nest_paths({path: len(blocks) for path, blocks in attempt.blocks.items()}))
-            model = build_on_meta(self.family.teacher.model_class, config)
+            model = meta_model(self.family.teacher.model_class, config)
         except (HfGuideError, *MODEL_ERRORS) as error:
             attempt.refusal = str(error).rstrip(".")
             return attempt
@@ -374,7 +373,7 @@ class _BlockSearch:
         return attempt
 
     def _misfits(
-        self, path: ConfigPath, blocks: Sequence[int], kinds: Sequence[tuple[BlockSignature, ...]], *, widths: bool
+        self, path: ConfigPath, blocks: Sequence[int], kinds: Sequence[tuple[ModuleSignature, ...]], *, widths: bool
     ) -> list[tuple[int, str]]:
         """Return the positions whose block cannot be made of what feeds it, and why."""
         sources = kv_sharing_sources(self.family.part(path))
@@ -384,16 +383,16 @@ class _BlockSearch:
             for stack, had, has in zip(self._depth(path).stacks, teacher, student, strict=True):
                 reason = describe_difference(had, has, widths=widths)
                 if reason and block in sources and sources[block] not in blocks[:position]:
-                    source = tensor_names(self.family.kinds[path][sources[block]][0])
-                    if tensor_names(has) <= tensor_names(had) | source:
+                    source = self.family.kinds[path][sources[block]][0].tensor_names
+                    if has.tensor_names <= had.tensor_names | source:
                         continue  # keys and values of its own, from the weights of the block that it took them from
                 if reason and not self._is_read_elsewhere(stack, had, has):
                     found.append((position, f"the teacher's block {block} {reason}"))
         return found
 
-    def _is_read_elsewhere(self, stack: str, had: BlockSignature, has: BlockSignature) -> bool:
+    def _is_read_elsewhere(self, stack: str, had: ModuleSignature, has: ModuleSignature) -> bool:
         """Whether blocks differ only in what the layout takes from one block by its number, as T5's table of distances."""
-        differing = tensor_names(had) ^ tensor_names(has)
+        differing = had.tensor_names ^ has.tensor_names
         rows = [
             self.family.layout.find(f"{stack.replace('{block}', '0')}.{name}".replace("*", "0")) for name in differing
         ]
@@ -482,7 +481,7 @@ class _BlockSearch:
         raise ShapeError(self._refusal(attempt, misfit, nearest))
 
     def _moved(
-        self, attempt: _Candidate, alike: Callable[[Sequence[BlockSignature], Sequence[BlockSignature]], bool]
+        self, attempt: _Candidate, alike: Callable[[Sequence[ModuleSignature], Sequence[ModuleSignature]], bool]
     ) -> dict[ConfigPath, list[int]] | None:
         if attempt.refusal:
             return None
@@ -514,7 +513,7 @@ class _BlockSearch:
     def _fit_to_said(self, attempt: _Candidate, student: PreTrainedConfig) -> tuple[_Candidate, PreTrainedConfig]:
         """Choose blocks for the positions as the user's own config, or overridden fields, say they are."""
         try:
-            model = build_on_meta(self.family.teacher.model_class, student)
+            model = meta_model(self.family.teacher.model_class, student)
         except MODEL_ERRORS:
             return attempt, student  # refused when the student is built, with the family's reason
         blocks = dict(attempt.blocks)

@@ -5,120 +5,34 @@ student's config, its fields by block set for these blocks, builds at every posi
 of that is found from models on the meta device, so before any weight is read and any calibration data is run.
 """
 
-import re
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.blocks.config_fields import LAYER_WORDS, name_words
-
-_BLOCK_NUMBER_WORDS = frozenset(("idx", "index", "id", "number", "num"))
-_INERT_ATTRIBUTES = frozenset(("training", "store_full_length_kv", "gradient_checkpointing"))
+from hf_guide.models.module_signature import ModuleSignature, module_signature, stack_modules
 
 
-@dataclass(frozen=True)
-class BlockSignature:
-    """What a block is built like.
+def stack_signatures(model: PreTrainedModel, stack: str, size: int) -> list[ModuleSignature]:
+    """Return the signature of each block of a stack, such as "layers.{block}"; empty where the model has no such stack.
 
-    Attributes:
-        structure: its modules, their classes and the names of their tensors, whatever the widths.
-        switches: booleans, strings and None by module and name: such as a kind of attention.
-        sizes: the shapes of its tensors, and whole numbers by module and name: such as a window.
+    A number that no two blocks share follows from the index of the block, and is no size.
     """
-
-    structure: frozenset[tuple[str, str, tuple[str, ...]]]
-    switches: frozenset[tuple[str, str, Any]]
-    sizes: frozenset[tuple[str, str, Any]]
-
-
-def block_signature(block: nn.Module) -> BlockSignature:
-    """Return what a block is built like; its number and constants computed from it are no part of that."""
-    structure: list[tuple[str, str, tuple[str, ...]]] = []
-    switches: list[tuple[str, str, Any]] = []
-    sizes: list[tuple[str, str, Any]] = []
-    for full, module in block.named_modules():
-        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", full)  # of how many a list is made is a size
-        if "drop" in f"{name} {type(module).__name__}".lower():
-            continue  # at a rate of zero often another class
-        structure.append((name, type(module).__name__, tuple(sorted(key for key, _ in _named_tensors(module)))))
-        sizes += [(name, key, tuple(tensor.shape)) for key, tensor in _named_tensors(module)]
-        for key, value in vars(module).items():
-            if key.startswith("_") or key in _INERT_ATTRIBUTES:
-                continue
-            if value is None or isinstance(value, (bool, str)):
-                switches.append((name, key, value))
-            elif isinstance(value, int) and not _is_block_number(key):
-                sizes.append((name, key, value))
-    return BlockSignature(frozenset(structure), frozenset(switches), frozenset(sizes))
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, Any]]:
-    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-
-
-def _is_block_number(name: str) -> bool:
-    meaning = name_words(name)
-    return bool(meaning & _BLOCK_NUMBER_WORDS) and bool(meaning & LAYER_WORDS or len(meaning) == 1)
-
-
-def block_modules(model: PreTrainedModel, stack: str, size: int) -> list[nn.Module]:
-    """Return the modules of a stack, given by a layout's pattern such as "layers.{block}"."""
-    prefix = model.base_model_prefix
-    base = getattr(model, prefix, None) if prefix else None
-    for root in (base, model):
-        if not isinstance(root, nn.Module):
-            continue
-        try:
-            return [root.get_submodule(stack.replace("{block}", str(number))) for number in range(size)]
-        except AttributeError:
-            continue
-    return []
-
-
-def stack_signatures(model: PreTrainedModel, stack: str, size: int) -> list[BlockSignature]:
-    """Return the kind of each block of a stack; a number that no two blocks share is a place and no size."""
-    kinds = [block_signature(block) for block in block_modules(model, stack, size)]
-    seen: dict[tuple[str, str], list[Any]] = {}
-    for kind in kinds:
-        for name, key, value in kind.sizes:
-            seen.setdefault((name, key), []).append(value)
-    places = {at for at, values in seen.items() if len(values) > 2 and len(set(values)) == len(values)}
+    signatures = [module_signature(block).of_block() for block in stack_modules(model, stack)[:size]]
+    values: dict[tuple[str, str], list[Any]] = {}
+    for signature in signatures:
+        for name, key, value in signature.sizes:
+            values.setdefault((name, key), []).append(value)
+    unshared = {entry for entry, found in values.items() if len(found) > 2 and len(set(found)) == len(found)}
     return [
-        BlockSignature(
-            kind.structure,
-            kind.switches,
-            frozenset(entry for entry in kind.sizes if (entry[0], entry[1]) not in places),
+        dataclasses.replace(
+            signature, sizes=frozenset(each for each in signature.sizes if (each[0], each[1]) not in unshared)
         )
-        for kind in kinds
+        for signature in signatures
     ]
-
-
-def describe_difference(teacher: BlockSignature, student: BlockSignature, *, widths: bool) -> str:
-    """Return in what two blocks differ, in words; "" where one can be made of the other."""
-    had, has = tensor_names(teacher), tensor_names(student)
-    if had != has:
-        lacking = [f"has no {name}" for name in sorted(has - had)[:1]]
-        more = [f"has {name}, for which the student's has no place" for name in sorted(had - has)[:1]]
-        return " and ".join(lacking + more)
-    if teacher.structure != student.structure:
-        modules = dict((name, kind) for name, kind, _ in student.structure)
-        name, kind, _ = min(teacher.structure - student.structure)
-        return f"has a {kind} at {name or 'its root'}, the student's a {modules.get(name, 'nothing')}"
-    pairs = [(teacher.switches, student.switches)] + [(teacher.sizes, student.sizes)] * widths
-    for theirs, ours in pairs:
-        other = {(name, key): value for name, key, value in ours}
-        for name, key, value in sorted(theirs - ours, key=str):
-            return f"has {'.'.join(filter(None, (name, key)))}={value!r}, the student's {other.get((name, key))!r}"
-    return ""
-
-
-def tensor_names(kind: BlockSignature) -> set[str]:
-    """Return the names of a block's tensors."""
-    return {f"{name}.{key}".removeprefix(".") for name, _, keys in kind.structure for key in keys}
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide import LayoutError, ShapeError, from_teacher
 from hf_guide.initialization.equivalence import check_equivalence, random_stream_rotation, relative_logit_error
-from hf_guide.initialization.infer_layout import infer_layout, layout_for
+from hf_guide.initialization.infer_layout import infer_layout, layout_for, trace_norms
 from hf_guide.layouts.grammar import axis_names, parse_axes
 from hf_guide.layouts.registry import Layout, registered_layouts
 from hf_guide.models.tiny_models import build_tiny_model, randomize_parameters, tiny_config
 from tests.invariants.lifting import lift, shake
 
 
-def twin_of(family: str, seed: int = 0, **sizes: int) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, **sizes: int) -> PreTrainedModel:
     config = CONFIG_MAPPING[family]()
     tied = {"tie_word_embeddings": False} if hasattr(config, "tie_word_embeddings") else {}
     model = build_tiny_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tiny_config(config, **tied, **sizes), seed)
@@ -37,8 +37,8 @@ def exactly_normed(model: PreTrainedModel) -> PreTrainedModel:
 def test_derived_layout_passes_the_law_of_lift(family: str) -> None:
     assert family not in registered_layouts()
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "head_dim": 16}
-    small = exactly_normed(twin_of(family, **(sizes if family != "qwen3_next" else {"hidden_size": 48})))
-    big = exactly_normed(twin_of(family, seed=1))
+    small = exactly_normed(tiny_model(family, **(sizes if family != "qwen3_next" else {"hidden_size": 48})))
+    big = exactly_normed(tiny_model(family, seed=1))
     layout = layout_for(big.config, type(big))
     assert layout.exactness.startswith("derived: exact")
     shake(small, layout, seed=2, stream_gains="constant")
@@ -53,7 +53,7 @@ def test_derived_layout_passes_the_law_of_lift(family: str) -> None:
 
 
 def test_heads_are_kept_where_the_family_cannot_run_with_fewer() -> None:
-    twin = twin_of("bitnet")
+    twin = tiny_model("bitnet")
     layout = layout_for(twin.config, type(twin))
     assert layout.exactness.startswith("derived")
     assert "kv_heads" not in {name for row in layout.rows for axis in row.axes for name in axis_names(axis)}
@@ -65,8 +65,25 @@ def test_what_grows_with_the_width_unseen_is_refused() -> None:
         infer_layout(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
+def test_a_family_whose_layout_cannot_be_inferred_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes: list[PreTrainedModel] = []
+
+    def trace(model: PreTrainedModel) -> tuple:
+        probes.append(model)
+        return trace_norms(model)
+
+    monkeypatch.setattr("hf_guide.initialization.infer_layout.trace_norms", trace)
+    teacher = tiny_model("recurrent_gemma", vocab_size=97)  # of no other test
+    for _ in range(2):
+        from_teacher(teacher, show_progress=False)
+        assert "blocks only" in layout_for(teacher.config, type(teacher)).exactness
+        with pytest.raises(LayoutError, match="embeddings with is not known"):
+            infer_layout(teacher.config, type(teacher))
+    assert len(probes) == 1
+
+
 def test_unknown_family_keeps_its_width_and_may_lose_blocks() -> None:
-    teacher = twin_of("recurrent_gemma")
+    teacher = tiny_model("recurrent_gemma")
     same = from_teacher(teacher, show_progress=False)
     same.set_attn_implementation("eager")
     assert relative_logit_error(same, teacher) <= 1e-9
@@ -108,7 +125,7 @@ def wrong_layouts() -> dict[str, Layout]:
 
 @pytest.mark.parametrize("fault", list(wrong_layouts()))
 def test_certify_refuses_a_wrong_layout(fault: str) -> None:
-    twin = twin_of("llama")
+    twin = tiny_model("llama")
     assert check_equivalence(registered_layouts()["llama"], twin).passed
     assert not check_equivalence(wrong_layouts()[fault], twin).passed
 
