@@ -28,11 +28,12 @@ from transformers.initialization import no_init_weights
 from hf_guide.calibration.data import check_calibration_dataset
 from hf_guide.calibration.resume import check_calibration_dir, describe_call
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.hub.push import attach_report, copy_generation_config, save_student
+from hf_guide.hub.push import attach_report, save_student
 from hf_guide.initialization.apply import initialize, rng_seed
 from hf_guide.initialization.built_shape import check_computed_overrides, check_overrides_hold
 from hf_guide.initialization.config import InitializationConfig, Method
 from hf_guide.initialization.equivalence import depth_notes
+from hf_guide.initialization.generation_config import copy_generation_config
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan, strip_base_prefix

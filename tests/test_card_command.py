@@ -49,5 +49,5 @@ def test_the_card_of_a_folder_is_drawn_again(tmp_path, capsys):
 
 
 def test_a_folder_that_is_none_of_ours_is_refused(tmp_path):
-    with pytest.raises(HfGuideError, match="nothing to tell"):
+    with pytest.raises(HfGuideError, match="nothing to write a card from"):
         run(tmp_path)

@@ -42,9 +42,9 @@ from examples.quickstart.output import RESULTS_NAME, check_output_dir, format_ta
 from hf_guide import AutoStudentForCausalLM, DistillationTrainer
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.hub.companions import copy_tokenizer_files
 from hf_guide.hub.metadata import DistillationRecord, save_record
 from hf_guide.hub.model_card import write_model_card
+from hf_guide.hub.saved_model import copy_tokenizer_files
 from hf_guide.models.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.utils.checksums import check_written_model
 from hf_guide.utils.files import atomic_folder, check_disk_space

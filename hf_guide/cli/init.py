@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_guide.cli.teacher_arguments import add_teacher_arguments, hub_arguments, to_flag
 from hf_guide.errors import OptionError
-from hf_guide.hub.companions import check_tokenizer_files, copy_tokenizer_files
+from hf_guide.hub.saved_model import check_tokenizer_files, copy_tokenizer_files
 from hf_guide.initialization.config import SELF_GENERATED, InitializationConfig
 from hf_guide.tasks import Task
 from hf_guide.utils.escaping import escape_control_characters

@@ -64,8 +64,7 @@ from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import HfGuideError, OptionError
 from hf_guide.hub.metadata import save_record
 from hf_guide.hub.model_card import remove_local_paths, write_model_card
-from hf_guide.hub.provenance import fetch_card
-from hf_guide.hub.push import attach_record
+from hf_guide.hub.push import attach_record, fetch_card
 from hf_guide.models.adapters import check_no_virtual_tokens, validate_unwrapped
 from hf_guide.models.code_references import clean_saved_folder, drop_code_references
 from hf_guide.models.label_shift import shifts_labels

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_guide.distillation.cached_teacher import CachedTeacher
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, reported_arguments
-from hf_guide.hub.provenance import teacher_record
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, reported_arguments, teacher_record
 from hf_guide.models.adapters import without_adapter
 from hf_guide.tasks import pipeline_tag
 from hf_guide.teachers.loading import model_name

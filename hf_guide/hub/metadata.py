@@ -1,35 +1,46 @@
-"""What a card tells of a student's training: the record that stands beside the weights, and its figures.
+"""Records of how a student was trained, and the metadata of model cards.
 
-Does: say in JSON who taught, by what objective, on what, and with what result; put the teacher's figures and a random
-start's beside the student's.
-Does not: write a card (`hub/model_card.py` does), or know the trainer.
+Does: write and read `distillation.json`; look up a teacher's license and languages; read a card and merge its YAML metadata.
+Does not: draw a card's text (`model_card.py`), or upload anything (`push.py`).
 """
 
 import dataclasses
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult
+import yaml
+from huggingface_hub import CardData, EvalResult, RepoCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
 
 from hf_guide.errors import HfGuideError
-from hf_guide.utils.escaping import escape_markdown
+from hf_guide.initialization.config import Method
+from hf_guide.initialization.report import InitializationReport
 from hf_guide.utils.files import atomic_write_text
+from hf_guide.utils.fingerprint import files_fingerprint
+from hf_guide.utils.public_names import is_local, public_name
 from hf_guide.utils.typed_json import check_field_types
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-RECORD_NAME = "distillation.json"
-SUBCLASS_HEAD_AGREEMENT = "agreement_with_subclass_head"
-"""The metric of a head that was refitted from subclasses to classes: the share of examples whose class is the same."""
+logger = logging.getLogger(__name__)
 
-# The training arguments that make a run what it is; the first are always told, the others where they are set.
+CARD_NAME = "README.md"
+RECORD_NAME = "distillation.json"
+LIBRARY_TAG = "hf_guide"
+MODEL_INDEX = "model-index"
+SUBCLASS_HEAD_AGREEMENT = "agreement_with_subclass_head"
+"""Metric of a head that was refitted from subclasses to classes: the fraction of examples with the same predicted class."""
+
 REPORTED_ARGUMENTS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -38,6 +49,7 @@ REPORTED_ARGUMENTS = (
     "optim",
     "seed",
 )
+"""Training arguments that a record always holds."""
 REPORTED_ARGUMENTS_IF_SET = (
     "warmup_steps",
     "weight_decay",
@@ -48,9 +60,14 @@ REPORTED_ARGUMENTS_IF_SET = (
     "activation_checkpointing",
     "torch_compile",
 )
+"""Training arguments that a record holds where they are set."""
 
-# Endings of metrics that are about the machine, or about where the run stood.
+_TEXT_KEYS = ("license", "license_name", "license_link", "language", "datasets", "tags", "base_model", "pipeline_tag")
 _NON_RESULT_SUFFIXES = ("runtime", "per_second", "_time", "epoch", "step", "total_flos", "num_input_tokens_seen")
+"""Suffixes of metrics that describe the machine or the progress of the run, not the model."""
+
+
+# The training record
 
 
 @dataclass
@@ -58,12 +75,12 @@ class TeacherRecord:
     """One teacher of a student.
 
     Attributes:
-        name: its id on the Hub, or the bare name of its folder or class: a record is published with the weights.
-        revision: its commit, where known.
-        weight: its share in what the student was told.
-        captured: whether its signals came from disk.
-        fingerprint: of a folder, a hash of its weights (see `fingerprints.files_fingerprint`).
-        license, license_name, license_link, languages: what its own card says, see `provenance.describe_teacher`.
+        name: Hub id, or the bare name of a folder or class: a record is published with the weights.
+        revision: Commit, where known.
+        weight: Weight of this teacher in the averaged teacher signal.
+        captured: Whether its signals were read from a teacher cache.
+        license, license_name, license_link, languages: From its own model card, see `teacher_record`.
+        fingerprint: For a folder, a hash of its weights (`utils.fingerprint.files_fingerprint`).
     """
 
     name: str
@@ -81,29 +98,36 @@ class TeacherRecord:
 class DistillationRecord:
     """How a student was trained, saved beside its weights as `distillation.json`.
 
-    Attributes:
-        teachers: who taught.
-        objective: the terms of the loss and their weights, such as {"ce": 0.5, "kd": 0.5}.
-        temperature: what both models' logits were divided by.
-        divergence: between teacher and student, such as "forward_kl"; None where no term has one.
-        student_class: the stock model class.
-        student_parameters: how many numbers it holds, tied ones counted once.
-        task: the kind of task as the Hub calls it, such as "text-generation".
-        datasets: ids on the Hub of what the student was trained on.
-        evaluated_on: name of what the metrics were measured on; by default the first of the datasets.
-        languages: codes such as "en".
-        steps, epochs: updates of the weights; passes over the dataset.
-        items: targets the loss was averaged over, tokens or examples, over all of the training.
-        training: the training arguments worth telling.
-        metrics: the last evaluation, as `Trainer.evaluate` returns it.
-        teacher_metrics, random_metrics: the same of the teacher and of an equal student that started at random.
-        history: one mapping for each evaluation during the training, with its "step".
-        hf_guide_version, transformers_version: what trained it.
+    Scalars of NumPy and torch become numbers; numbers that are not finite, which JSON cannot represent, become None.
 
-    Scalars of NumPy and torch become numbers, and numbers that are not finite, which JSON cannot hold, None.
+    Attributes:
+        teachers: The teachers.
+        objective: Weight of each loss term, such as {"ce": 0.5, "kd": 0.5}.
+        temperature: Divisor of both models' logits in the distillation loss.
+        divergence: Divergence between teacher and student, such as "forward_kl"; None if no loss term uses one.
+        student_class: Name of the stock model class.
+        student_parameters: Number of parameters, tied ones counted once.
+        task: Pipeline tag of the Hub, such as "text-generation".
+        datasets: Hub ids of the training datasets.
+        evaluated_on: Name of the evaluation dataset; None means the first of `datasets`.
+        languages: Language codes such as "en".
+        steps, epochs: Optimizer steps and passes over the dataset.
+        items: Number of targets, tokens or examples, in all training steps.
+        training: Training arguments, see `reported_arguments`.
+        metrics: Last evaluation, as `Trainer.evaluate` returns it.
+        teacher_metrics, random_metrics: The same of the teacher, and of an equal student trained from random initialization.
+        history: Evaluations during training, each with its "step".
+        hf_guide_version, transformers_version: Versions used for training; by default the installed ones.
 
     Raises:
-        HfGuideError: a field holds something that is no text, number, list or mapping.
+        HfGuideError: A field holds a value that is not a string, number, list or mapping.
+
+    Example:
+        >>> record = DistillationRecord(
+        ...     [TeacherRecord("org/teacher")], objective={"kd": 1.0}, metrics={"eval_loss": 2.5}
+        ... )
+        >>> [(row.metric, row.student) for row in result_rows(record)]
+        [('loss', 2.5)]
     """
 
     teachers: list[TeacherRecord] = field(default_factory=list)
@@ -139,7 +163,7 @@ class DistillationRecord:
 
 
 def save_record(folder: str | os.PathLike[str], record: DistillationRecord) -> Path:
-    """Write `distillation.json` into a folder, which is made if need be, and return the file's path."""
+    """Write `distillation.json` into a folder, creating the folder if necessary, and return the file's path."""
     path = Path(folder) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     content = _to_json_types(dataclasses.asdict(record), RECORD_NAME)
@@ -148,11 +172,11 @@ def save_record(folder: str | os.PathLike[str], record: DistillationRecord) -> P
 
 
 def load_record(path: str | os.PathLike[str]) -> DistillationRecord:
-    """Read a record from its file, or from the folder it was saved into.
+    """Read a record from its file, or from the folder that contains it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        HfGuideError: the file is not a record.
+        FileNotFoundError: There is no such file.
+        HfGuideError: The file is not a record.
     """
     path = Path(path)
     path = path / RECORD_NAME if path.is_dir() else path
@@ -162,28 +186,49 @@ def load_record(path: str | os.PathLike[str]) -> DistillationRecord:
         record = DistillationRecord(teachers=teachers, **content)
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise HfGuideError(
-            f"{path} is not a record of a distillation, or one of another version of hf_guide: {error}. "
-            "Remove it, or train again to get a fresh one."
+            f"{path} is not a distillation record, or was written by an incompatible version of hf_guide: {error}. "
+            "Remove it, or train again to write a new one."
         ) from error
     check_field_types(record, str(path))
     return record
 
 
 def reported_arguments(args: "TrainingArguments") -> dict[str, Any]:
-    """Return those of the training arguments that a reader of a card wants to know."""
-    told = {name: getattr(args, name) for name in REPORTED_ARGUMENTS}
-    told |= {
-        name: getattr(args, name) for name in REPORTED_ARGUMENTS_IF_SET if getattr(args, name, None)
-    }  # not all have each
+    """Return the training arguments that a model card reports."""
+    reported = {name: getattr(args, name) for name in REPORTED_ARGUMENTS}
+    reported |= {name: getattr(args, name) for name in REPORTED_ARGUMENTS_IF_SET if getattr(args, name, None)}
     if args.world_size > 1:
-        told["processes"] = args.world_size
-    told["total_train_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return {name: value.value if isinstance(value, Enum) else value for name, value in told.items()}
+        reported["processes"] = args.world_size
+    reported["total_train_batch_size"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {name: value.value if isinstance(value, Enum) else value for name, value in reported.items()}
+
+
+def _to_json_types(value: Any, path: str) -> Any:
+    """Convert `value` to types that JSON has; `path` names it in errors."""
+    if isinstance(value, Enum):
+        return _to_json_types(value.value, path)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _to_json_types(entry, f"{path}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_to_json_types(entry, f"{path}[{index}]") for index, entry in enumerate(value)]
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a NumPy or torch scalar
+        return _to_json_types(value.item(), path)
+    raise HfGuideError(
+        f"{path} is of type {type(value).__name__}, which cannot be written as JSON; it must be a string, a number, a list "
+        "or a mapping."
+    )
+
+
+# Results
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One line of a card's results: a metric of the student, the teacher and a random start, None where not known."""
+    """One row of a card's results: a metric of the student, the teacher and a randomly initialized student, None if unknown."""
 
     dataset: str
     metric: str
@@ -193,66 +238,192 @@ class MetricRow:
 
     @property
     def gap_closed(self) -> float | None:
-        """(random - student) / (random - teacher): 0 is as good as a random start, 1 as good as the teacher."""
+        """(random - student) / (random - teacher): 0 equals random initialization, 1 equals the teacher."""
         if not isinstance(self.student, int | float) or self.teacher is None or self.random is None:
             return None
         return (self.random - self.student) / (self.random - self.teacher) if self.random != self.teacher else None
 
 
 def result_rows(record: DistillationRecord) -> list[MetricRow]:
-    """Return the lines of a record's results, in the order of its metrics."""
+    """Return the results of a record, in the order of its metrics."""
     dataset = eval_dataset_name(record) or "evaluation set"
     student, teacher, random = map(_result_metrics, (record.metrics, record.teacher_metrics, record.random_metrics))
     return [MetricRow(dataset, name, value, teacher.get(name), random.get(name)) for name, value in student.items()]
 
 
 def to_eval_results(record: DistillationRecord) -> list[EvalResult]:
-    """Return a record's results for a card's metadata: none where the task or the dataset has no name."""
+    """Return a record's results for a card's metadata; empty if the task or the dataset is not known."""
     dataset = eval_dataset_name(record)
     if record.task is None or dataset is None:
         return []
-    kind = record.datasets[0] if record.datasets else "custom"
-    return [
-        EvalResult(record.task, kind, dataset, name, value) for name, value in _result_metrics(record.metrics).items()
-    ]
+    dataset_type = record.datasets[0] if record.datasets else "custom"
+    metrics = _result_metrics(record.metrics)
+    return [EvalResult(record.task, dataset_type, dataset, name, value) for name, value in metrics.items()]
 
 
 def eval_dataset_name(record: DistillationRecord) -> str | None:
-    """Return the name of what a record's metrics were measured on."""
+    """Return the name of the dataset that a record's metrics were measured on."""
     return record.evaluated_on or (record.datasets[0] if record.datasets else None)
 
 
-def format_metric(value: object) -> str:
-    """A figure as it stands in a table: four digits of a fraction, a dash for what is not known."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else escape_markdown(value)
-
-
 def _result_metrics(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Return the metrics that say how good a model is, without the prefix that `Trainer` gives them."""
-    named = {name.removeprefix("eval_").removeprefix("test_"): value for name, value in metrics.items()}
+    """Return the metrics that describe the model, without `Trainer`'s prefix."""
+    unprefixed = {name.removeprefix("eval_").removeprefix("test_"): value for name, value in metrics.items()}
     return {
         name: value
-        for name, value in named.items()
+        for name, value in unprefixed.items()
         if isinstance(value, int | float) and math.isfinite(value) and not name.endswith(_NON_RESULT_SUFFIXES)
     }
 
 
-def _to_json_types(value: Any, where: str) -> Any:
-    """Return `value` in JSON's own types."""
-    if isinstance(value, Enum):
-        return _to_json_types(value.value, where)
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _to_json_types(inner, f"{where}[{key!r}]") for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_json_types(inner, f"{where}[{place}]") for place, inner in enumerate(value)]
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of NumPy's or torch's
-        return _to_json_types(value.item(), where)
-    raise HfGuideError(
-        f"{where} is a {type(value).__name__}, which cannot be written as JSON; give a text, a number, a list or a mapping."
+# Teachers and their Hub ids
+
+
+def teacher_record(
+    name: str,
+    *,
+    revision: str | None = None,
+    weight: float = 1.0,
+    captured: bool = False,
+    token: str | bool | None = None,
+) -> TeacherRecord:
+    """Return the record of a teacher: its public name, and the license and languages from its model card.
+
+    Args:
+        name: Hub id, folder, or name of a model class. Only the last component of a folder's path is recorded.
+        revision, token: To download its card. If that fails, the license is left unknown.
+    """
+    path: Path | None
+    fingerprint = None
+    if is_local(name):
+        path = Path(name).expanduser() / CARD_NAME
+        fingerprint = files_fingerprint(path.parent) if path.parent.is_dir() else None
+        name = public_name(name)
+        revision = revision if "/" in name else None
+    else:
+        path = _download_card(name, revision, token)
+    data = CardData()
+    try:
+        card = read_card(path) if path is not None else None
+        data = card.data if card is not None else data
+    except HfGuideError as error:
+        logger.warning("The teacher's license is not known: %s", error)
+    license_fields = {key: data.get(key) for key in ("license", "license_name", "license_link")}
+    license_fields["license"] = next(iter(as_list(license_fields["license"])), None)
+    license_fields = {key: None if value is None else str(value) for key, value in license_fields.items()}
+    languages = [str(language) for language in as_list(data.get("language"))]
+    return TeacherRecord(
+        name, revision, weight, captured, languages=languages, fingerprint=fingerprint, **license_fields
     )
+
+
+def teacher_repo_id(report: InitializationReport) -> str | None:
+    """Return the teacher's Hub id, or None if the teacher was a folder or a model without an id."""
+    return to_repo_id(report.teacher_name, report.public_revision)
+
+
+def to_repo_id(name: str, revision: str | None) -> str | None:
+    """Return a public name if it is a Hub id, or None if it is the name of a folder or a class.
+
+    A name without an owner counts as an id only if the Hub returned a commit for it.
+
+    >>> to_repo_id("org/name", None), to_repo_id("LlamaForCausalLM", None)
+    ('org/name', None)
+    """
+    if "/" not in name and revision is None:
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _download_card(name: str, revision: str | None, token: str | bool | None) -> Path | None:
+    if to_repo_id(name, revision) is None:
+        return None
+    try:
+        return Path(hf_hub_download(name, CARD_NAME, revision=revision, token=token))
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        logger.info("The model card of %s could not be downloaded: %s", name, error)
+        return None
+
+
+# The metadata of a card
+
+
+def read_card(path: Path) -> RepoCard | None:
+    """Return the card in a file with its metadata unchanged, or None if there is no file.
+
+    Raises:
+        HfGuideError: The text is not UTF-8, or the metadata are not a YAML mapping.
+    """
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        card = RepoCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise HfGuideError(
+            f"The model card {path} cannot be read: {error}. Correct the metadata between the two lines of dashes, or "
+            "move the file away to get a new one."
+        ) from error
+    for key in _TEXT_KEYS:
+        if any(isinstance(value, (Mapping, list)) for value in as_list(card.data.get(key))):
+            raise HfGuideError(
+                f"The metadata of the model card {path} cannot be read: {key} must be a string or a list of strings, found "
+                f"{card.data.get(key)!r}. Change it, or move the file away to get a new one."
+            )
+    return card
+
+
+def merge_metadata(
+    data: CardData, *, updates: Mapping[str, Any], appended: Mapping[str, Iterable[str]], defaults: Mapping[str, Any]
+) -> None:
+    """Change a card's metadata in place.
+
+    Args:
+        updates: Replace existing values, except where they are None.
+        appended: Extend existing lists.
+        defaults: Fill in missing values.
+    """
+    for key, value in updates.items():
+        if value:
+            data[key] = value
+    for key, value in defaults.items():
+        if value and not data.get(key):
+            data[key] = value
+    for key, values in appended.items():
+        values, existing = list(values), as_list(data.get(key))
+        if key == "tags" and LIBRARY_TAG in existing:  # our section may have named another method before
+            outdated = {method.value for method in Method} - set(values)
+            existing = [tag for tag in existing if tag not in outdated]
+        merged = list(dict.fromkeys([*existing, *values]))
+        if merged:
+            data[key] = merged
+
+
+def merge_results(data: CardData, results: Sequence[EvalResult], model_id: str) -> list[EvalResult]:
+    """Add results to a card's metadata, replacing older ones of the same metric, and return all results.
+
+    A model index that the Hub's own parser does not understand is left unchanged.
+    """
+    index = data.get(MODEL_INDEX)
+    existing: list[EvalResult] = []
+    if index:
+        try:
+            model_id, existing = model_index_to_eval_results(index)
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return list(results)
+    unchanged = [old for old in existing if not any(new.is_equal_except_value(old) for new in results)]
+    merged = [*unchanged, *results]
+    if merged:
+        data[MODEL_INDEX] = eval_results_to_model_index(model_id, merged)
+    return merged
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a metadata value, which may be one string, a list or missing, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,7 +1,7 @@
-"""Model cards: what a published student says about where it came from.
+"""Draw a student's model card: its section of `README.md`, between two comments, and its plots.
 
-Does: draw the part of `README.md` that is ours, between two comments, and our keys of its metadata.
-Does not: touch a word outside them, or upload anything (`hub/push.py` does).
+Does: render `model_cards/student.md` from the initialization report, the training record and the folder's configs; replace
+only that section and our keys of the metadata. Does not: change other text of the card, or upload anything (`push.py`).
 """
 
 import contextlib
@@ -12,41 +12,38 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CardData, EvalResult, RepoCard
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from hf_guide.errors import HfGuideError
-from hf_guide.hub.card_files import (
+from hf_guide.hub.metadata import (
     CARD_NAME,
     LIBRARY_TAG,
-    as_list,
-    card_title,
-    extract_section,
-    is_default_template,
-    merge_metadata,
-    merge_results,
-    read_card,
-    replace_section,
-    write_card,
-)
-from hf_guide.hub.metadata import (
     RECORD_NAME,
     SUBCLASS_HEAD_AGREEMENT,
     DistillationRecord,
     MetricRow,
     TeacherRecord,
-    format_metric,
+    as_list,
     load_record,
+    merge_metadata,
+    merge_results,
+    read_card,
     result_rows,
+    teacher_record,
+    teacher_repo_id,
     to_eval_results,
+    to_repo_id,
 )
-from hf_guide.hub.provenance import teacher_record, teacher_repo_id, to_repo_id
 from hf_guide.hub.saved_model import SavedModel
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
 from hf_guide.tasks import pipeline_tag, task_of_class_name
 from hf_guide.utils.escaping import escape_markdown, markdown_code, to_single_line
+from hf_guide.utils.files import atomic_write
 from hf_guide.utils.public_names import is_local
 from hf_guide.visualization import loss_curves, plot_explained_variance, plot_training
 
+BEGIN = "<!-- hf_guide:begin -->"
+END = "<!-- hf_guide:end -->"
 PLOT_NAME = "variance_explained.png"
 TRAINING_PLOT_NAME = "training.png"
 
@@ -67,33 +64,41 @@ def write_model_card(
     results: Sequence[EvalResult] | None = None,
     token: str | bool | None = None,
 ) -> Path:
-    """Draw our part of a student's `README.md`, with the plot it shows, and return the card's path.
+    """Draw our section of a student's `README.md` and its plots, and return the card's path.
 
-    A card that is there keeps its text and its metadata; only what stands between `<!-- hf_guide:begin -->` and
-    `<!-- hf_guide:end -->` is drawn again, and our keys of the metadata. A card without them gets the part at its end.
+    An existing card keeps its text and metadata: only the section between `<!-- hf_guide:begin -->` and
+    `<!-- hf_guide:end -->`, and our keys of the metadata, are replaced. A card without these comments gets the section at
+    its end.
 
     Args:
-        folder: where the student was saved.
-        report: how the student was made; by default `initialization_report.json` in the folder, where there is one.
-        record: how it was trained; by default `distillation.json` in the folder, where there is one.
-        model_id: the student's name on the Hub; by default the card's title, if that is such a name, or the folder's.
-        license: the licence's identifier on the Hub, such as "apache-2.0"; by default the card's own, or the teacher's.
-        language: codes such as "en"; by default the card's own, the record's, or the teacher's.
-        datasets: ids of the datasets that the student was trained on, besides those of the record.
-        tags: tags besides ours.
-        results: evaluations besides those of the record, shown as a table and in the card's metadata.
-        token: access token for the teacher's card on the Hub.
+        folder: Folder of the saved student.
+        report: How it was initialized; by default `initialization_report.json` of the folder, if there is one.
+        record: How it was trained; by default `distillation.json` of the folder, if there is one.
+        model_id: Hub id of the student; by default the card's title if that is an id, otherwise the folder's name.
+        license: License identifier of the Hub, such as "apache-2.0"; by default the card's, otherwise the teacher's.
+        language: Language codes such as "en"; by default the card's, the record's, otherwise the teacher's.
+        datasets: Ids of training datasets in addition to the record's.
+        tags: Tags in addition to ours.
+        results: Evaluations in addition to the record's, for the table and the metadata.
+        token: Access token for the teacher's card on the Hub.
 
     Raises:
-        HfGuideError: there is neither a report nor a record; or the card that is there cannot be read.
+        HfGuideError: There is neither a report nor a record, or the existing card cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_model_card(folder, record=DistillationRecord(steps=100), model_id="me/student")
+        ...     "100 steps" in path.read_text()
+        True
     """
     folder = Path(folder)
     report = report or (InitializationReport.load(folder) if (folder / REPORT_NAME).is_file() else None)
     record = record or (load_record(folder) if (folder / RECORD_NAME).is_file() else None)
     if report is None and record is None:
         raise HfGuideError(
-            f"{folder} holds neither {REPORT_NAME} nor {RECORD_NAME}, so there is nothing to tell of it; name the folder "
-            "of a student that hf_guide made or trained."
+            f"{folder} contains neither {REPORT_NAME} nor {RECORD_NAME}, so there is nothing to write a card from; name the "
+            "folder of a student that hf_guide initialized or trained."
         )
     path = folder / CARD_NAME
     card = read_card(path)
@@ -104,93 +109,171 @@ def write_model_card(
     teachers = _teacher_records(report, record, look_up=not (license or data.get("license")), token=token)
     saved = SavedModel.read(folder)
     student_class = saved.stock_class or _class_from_records(report, record)
-    adapter = saved.adapter_base
     _remove_local_base_models(data)
-    task = (record.task if record is not None else None) or pipeline_tag(student_class)
-    from_record = to_eval_results(record) if record is not None else []
+    record_results = to_eval_results(record) if record is not None else []
     merge_metadata(
         data,
-        ours={"base_model": _base_models(report, teachers, adapter)} | _explicit_metadata(license, language),
-        added={
+        updates={"base_model": _base_models(report, teachers, saved.adapter_base)}
+        | _explicit_metadata(license, language),
+        appended={
             "datasets": [*(record.datasets if record is not None else []), *(datasets or [])],
             "tags": [*_default_tags(report, record), *(tags or [])],
         },
-        defaults={"library_name": "transformers" if adapter is None else "peft", "pipeline_tag": task}
-        | _inherited_licence(teachers)
-        | {"language": (record.languages if record is not None else []) or _languages(teachers)},
+        defaults={
+            "library_name": "transformers" if saved.adapter_base is None else "peft",
+            "pipeline_tag": (record.task if record is not None else None) or pipeline_tag(student_class),
+            "language": (record.languages if record is not None else []) or _languages(teachers),
+        }
+        | _inherited_license(teachers),
     )
-    told = merge_results(data, [*from_record, *(results or [])], model_id)
-    figures = result_rows(record) if record is not None else []
-    figures += [_metric_row(result) for result in told if result not in from_record]
-    plots = draw_plots(report, record, folder)
-    drawn = RepoCard.from_template(
+    all_results = merge_results(data, [*record_results, *(results or [])], model_id)
+    rows = result_rows(record) if record is not None else []
+    rows += [_metric_row(result) for result in all_results if result not in record_results]
+    rendered = RepoCard.from_template(
         CardData(),
         template_str=resources.files("hf_guide.model_cards").joinpath("student.md").read_text(encoding="utf-8"),
         model_id=model_id,
-        report=report,
-        record=record,
         student_class=student_class,
-        student_size=_format_student_size(report, record),
-        teacher_size=format_count(report.teacher_parameters) if report is not None else None,
-        teacher=_markdown_link(report.teacher_name, teacher_repo_id(report)) if report is not None else None,
-        teachers=[(_markdown_link(one.name, to_repo_id(one.name, one.revision)), one) for one in teachers],
-        adapter=adapter,
-        adapter_on_hub=adapter is not None and to_repo_id(adapter, None) is not None,
-        code_comment=to_single_line,
-        auto_class=f"AutoPeftModel{_auto_class_suffix(student_class)}",
-        code_class=saved.code_class,
-        subclasses=_describe_subclasses(saved.config, record),
-        processor=saved.processor,
-        plot=PLOT_NAME if PLOT_NAME in plots else None,
-        training_plot=TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
-        results=_results_table(figures),
+        results=_results_table(rows),
         license=", ".join(map(str, as_list(data.get("license")))),
         inherited=data.get("license") in [teacher.license for teacher in teachers],
-        format_count=format_count,
-        format_figure=format_metric,
-        markdown=escape_markdown,
-        code=markdown_code,
-        quoted=lambda text: json.dumps(to_single_line(text), ensure_ascii=False).replace("<!--", "<\\u0021--"),
+        **_report_and_record_values(report, record, teachers, draw_plots(report, record, folder)),
+        **_saved_model_values(saved, student_class, record),
+        **_FILTERS,
     )
     if card is None:
-        card = drawn
+        card = rendered
         card.data = data
     else:
-        card.text = replace_section(card.text, extract_section(drawn.text), path)
+        card.text = replace_section(card.text, extract_section(rendered.text), path)
     write_card(path, card)
     return path
 
 
-def redraw_card(folder: str | os.PathLike[str], **told: Any) -> Path:
-    """Draw our part of the card of a folder again, from what is saved in the folder, and return the card's path.
+def _report_and_record_values(
+    report: InitializationReport | None,
+    record: DistillationRecord | None,
+    teachers: list[TeacherRecord],
+    plots: set[str],
+) -> dict[str, Any]:
+    """Return the template's variables about initialization and training."""
+    return {
+        "report": report,
+        "record": record,
+        "student_size": _format_student_size(report, record),
+        "teacher_size": format_count(report.teacher_parameters) if report is not None else None,
+        "teacher": _markdown_link(report.teacher_name, teacher_repo_id(report)) if report is not None else None,
+        "teachers": [(_markdown_link(each.name, to_repo_id(each.name, each.revision)), each) for each in teachers],
+        "plot": PLOT_NAME if PLOT_NAME in plots else None,
+        "training_plot": TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
+    }
 
-    `told` are the keywords of `write_model_card`.
+
+def _saved_model_values(saved: SavedModel, student_class: str, record: DistillationRecord | None) -> dict[str, Any]:
+    """Return the template's variables about how the folder is loaded."""
+    adapter = saved.adapter_base
+    return {
+        "adapter": adapter,
+        "adapter_on_hub": adapter is not None and to_repo_id(adapter, None) is not None,
+        "auto_class": f"AutoPeftModel{_auto_class_suffix(student_class)}",
+        "code_class": saved.code_class,
+        "subclasses": _describe_subclasses(saved.config, record),
+        "processor": saved.processor,
+    }
+
+
+def redraw_card(folder: str | os.PathLike[str], **card_options: Any) -> Path:
+    """Draw our section of a folder's card again from the folder's files, and return the card's path.
+
+    Args:
+        folder: Folder of a student that hf_guide initialized or trained.
+        **card_options: Keyword arguments of `write_model_card`.
 
     Raises:
-        NotADirectoryError: there is no such folder.
-        HfGuideError: it holds no student of ours, or a card that cannot be read.
+        NotADirectoryError: There is no such folder.
+        HfGuideError: It contains no report and no record, or a card that cannot be read.
     """
     if not Path(folder).is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder; name the one that a student was saved in.")
-    return write_model_card(folder, **told)
+        raise NotADirectoryError(f"{folder} is not a folder; name the folder that a student was saved in.")
+    return write_model_card(folder, **card_options)
 
 
 def draw_plots(report: InitializationReport | None, record: DistillationRecord | None, folder: Path) -> set[str]:
-    """Draw what a card shows beside it, where there is something to draw and matplotlib; return the names of the plots.
+    """Draw the plots of a card where there is data and matplotlib is installed; return the names of the files.
 
-    The variance that each width keeps, and the losses during the training.
+    They show the variance retained at each width, and the losses during training. Plots of an earlier call stay if
+    matplotlib is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = set()
-    with contextlib.suppress(ImportError):  # then plots of an earlier time still stand
+    names = set()
+    with contextlib.suppress(ImportError):
         if report is not None and report.explained_variance:
-            wanted.add(PLOT_NAME)
+            names.add(PLOT_NAME)
             plot_explained_variance(report, folder / PLOT_NAME)
     with contextlib.suppress(ImportError):
         if record is not None and loss_curves(record.history):
-            wanted.add(TRAINING_PLOT_NAME)
+            names.add(TRAINING_PLOT_NAME)
             plot_training(record.history, folder / TRAINING_PLOT_NAME)
-    return {name for name in wanted if (folder / name).is_file()}
+    return {name for name in names if (folder / name).is_file()}
+
+
+# The file
+
+
+def write_card(path: Path, card: RepoCard) -> None:
+    """Write a card atomically: an existing one may contain someone's work."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as partial:
+        partial.write_bytes(str(card).encode("utf-8"))
+
+
+def is_default_template(card: RepoCard | None) -> bool:
+    """Return whether a card is the Hub's unfilled template, with which PEFT saves every adapter."""
+    template = ModelCard.from_template(ModelCardData()).text.strip()
+    return card is not None and card.text.strip().startswith(template)
+
+
+def replace_section(text: str, section: str, path: Path) -> str:
+    """Return a card's text with our section in it: in place of an older one, or at the end.
+
+    Args:
+        text: The card below its metadata.
+        section: From one comment to the other, both included.
+        path: Path of the card, for the error.
+
+    Raises:
+        HfGuideError: The text contains one of the two comments without the other after it.
+    """
+    if "\r\n" in text:
+        section = section.replace("\n", "\r\n")
+    begin = text.find(BEGIN)
+    end = text.find(END, max(begin, 0))
+    if (begin < 0) != (end < 0) or END in text[: max(begin, 0)]:
+        raise HfGuideError(
+            f"{path} has only one of the comments {BEGIN} and {END}, or has them in the wrong order, so the section to "
+            "replace cannot be found. Restore the missing comment, or remove both comments and the section's text."
+        )
+    if begin < 0:
+        line = "\r\n" if "\r\n" in text else "\n"
+        return f"{text.rstrip()}{line * 2}{section}{line}" if text.strip() else f"{line}{section}{line}"
+    return text[:begin] + section + text[end + len(END) :]
+
+
+def extract_section(text: str) -> str:
+    """Return our section of a text that has one, both comments included."""
+    return text[text.index(BEGIN) : text.index(END) + len(END)]
+
+
+def remove_local_paths(folder: Path) -> None:
+    """Remove paths of this machine from the metadata of a card that PEFT wrote into `folder`, if there is one."""
+    path = folder / CARD_NAME
+    card = read_card(path)
+    if card is not None and any(is_local(str(name)) for name in as_list(card.data.get("base_model"))):
+        _remove_local_base_models(card.data)
+        write_card(path, card)
+
+
+# The metadata
 
 
 def _teacher_records(
@@ -200,7 +283,7 @@ def _teacher_records(
     look_up: bool,
     token: str | bool | None,
 ) -> list[TeacherRecord]:
-    """Return who taught; where nobody did, the teacher that the student was made of."""
+    """Return the teachers of the training; without training, the teacher that the student was initialized from."""
     if record is not None and record.teachers:
         return record.teachers
     if report is None:
@@ -215,37 +298,28 @@ def _base_models(
 ) -> str | list[str] | None:
     if adapter is not None:
         return to_repo_id(adapter, None)
-    made_of = [teacher_repo_id(report)] if report is not None else []
-    found = [*made_of, *(to_repo_id(teacher.name, teacher.revision) for teacher in teachers)]
-    ids = list(dict.fromkeys(name for name in found if name is not None))
+    candidates = [teacher_repo_id(report)] if report is not None else []
+    candidates += [to_repo_id(teacher.name, teacher.revision) for teacher in teachers]
+    ids = list(dict.fromkeys(name for name in candidates if name is not None))
     return ids[0] if len(ids) == 1 else ids or None
 
 
-def remove_local_paths(folder: Path) -> None:
-    """Take folders of this machine out of the metadata of a card that PEFT wrote into `folder`, where there is one."""
-    path = folder / CARD_NAME
-    card = read_card(path)
-    if card is not None and any(is_local(str(name)) for name in as_list(card.data.get("base_model"))):
-        _remove_local_base_models(card.data)
-        write_card(path, card)
-
-
 def _remove_local_base_models(data: CardData) -> None:
-    """Take folders of this machine out of a card's metadata: PEFT names the base of an adapter by where it was loaded."""
+    """Remove paths of this machine from a card's metadata: PEFT writes the path of an adapter's base model."""
     bases = as_list(data.get("base_model"))
-    known = [name for name in bases if not is_local(str(name))]
-    if len(known) < len(bases):
-        data["base_model"] = known or None
-        gone = {f"base_model:adapter:{name}" for name in bases if name not in known}
-        data["tags"] = [tag for tag in as_list(data.get("tags")) if tag not in gone] or None
+    public = [name for name in bases if not is_local(str(name))]
+    if len(public) < len(bases):
+        data["base_model"] = public or None
+        local_tags = {f"base_model:adapter:{name}" for name in bases if name not in public}
+        data["tags"] = [tag for tag in as_list(data.get("tags")) if tag not in local_tags] or None
 
 
 def _explicit_metadata(license: str | None, language: str | Sequence[str] | None) -> dict[str, Any]:
     return {"license": license, "language": language if language is None or isinstance(language, str) else [*language]}
 
 
-def _inherited_licence(teachers: list[TeacherRecord]) -> dict[str, str | None]:
-    """Return the licence of the teachers, where they have one in common."""
+def _inherited_license(teachers: list[TeacherRecord]) -> dict[str, str | None]:
+    """Return the license of the teachers, if they all have the same."""
     if len({(teacher.license, teacher.license_name) for teacher in teachers}) != 1:
         return {}
     (first, *_) = teachers
@@ -264,33 +338,38 @@ def _default_tags(report: InitializationReport | None, record: DistillationRecor
 
 
 def _repo_id_from_title(card: RepoCard | None) -> str | None:
-    title = card_title(card)
+    """Return the first heading of a card if it is a Hub id."""
+    lines = card.text.splitlines() if card is not None else []
+    title = next((line[2:].strip() for line in lines if line.startswith("# ")), None)
     return to_repo_id(title, None) if title is not None else None
 
 
+# The text
+
+
 def _class_from_records(report: InitializationReport | None, record: DistillationRecord | None) -> str:
-    known = report.student_class if report is not None else record.student_class if record is not None else None
-    return known if known and known.isidentifier() else "AutoModel"
+    name = report.student_class if report is not None else record.student_class if record is not None else None
+    return name if name and name.isidentifier() else "AutoModel"
 
 
 def _describe_subclasses(config: dict[str, Any], record: DistillationRecord | None) -> str | None:
-    """Return what a classifier's labels have to do with subclasses; None where it never had any."""
+    """Describe how a classifier's labels relate to pseudo-subclasses; None if it was not trained with any."""
     count = config.get("num_subclasses")
     count = count if isinstance(count, int) else 1
     if count > 1 and "student" in config:
         return (
-            f"Its labels are classes. The stock model within tells {count} pseudo-subclasses of each apart, and a class's "
-            "logit is the log-sum-exp of theirs, exactly as it was trained and measured."
+            f"Its labels are classes. The stock model inside it distinguishes {count} pseudo-subclasses of each class; the "
+            "logit of a class is the log-sum-exp of its subclasses' logits, exactly as in training and evaluation."
         )
     if count > 1:
         return (
-            f"Its labels are {count} pseudo-subclasses of each class, class by class: the probability of a class is the sum "
-            "of its subclasses'."
+            f"Its labels are {count} pseudo-subclasses of each class, ordered by class: the probability of a class is the sum "
+            "of its subclasses' probabilities."
         )
     if record is not None and SUBCLASS_HEAD_AGREEMENT in record.metrics:
         return (
-            "It was trained on pseudo-subclasses; its head was then refitted to one row a class, which says nearly the "
-            f"same: on examples that it was not fitted to, it chooses the same class in {record.metrics[SUBCLASS_HEAD_AGREEMENT]:.2%}."
+            "It was trained on pseudo-subclasses; its head was then refitted to one row per class. On examples held out from "
+            f"that fit, both heads predict the same class in {record.metrics[SUBCLASS_HEAD_AGREEMENT]:.2%} of cases."
         )
     return None
 
@@ -302,31 +381,58 @@ def _auto_class_suffix(student_class: str) -> str:
 
 
 def _format_student_size(report: InitializationReport | None, record: DistillationRecord | None) -> str | None:
-    known = (
+    count = (
         report.student_parameters if report is not None else record.student_parameters if record is not None else None
     )
-    return format_count(known) if known else None
+    return format_count(count) if count else None
 
 
 def _markdown_link(name: str, repo_id: str | None) -> str:
-    return (
-        f"[{escape_markdown(name)}](https://huggingface.co/{repo_id})" if repo_id is not None else markdown_code(name)
-    )
+    if repo_id is None:
+        return markdown_code(name)
+    return f"[{escape_markdown(name)}](https://huggingface.co/{repo_id})"
 
 
 def _metric_row(result: EvalResult) -> MetricRow:
     return MetricRow(result.dataset_name, result.metric_name or result.metric_type, result.metric_value)
 
 
-def _results_table(figures: list[MetricRow]) -> list[list[str]]:
-    """Return the results as rows of cells, the header first; without the columns of which nothing is known."""
+def _results_table(rows: list[MetricRow]) -> list[list[str]]:
+    """Return the results as rows of cells, the header first; columns without any value are left out."""
     columns: dict[str, list[Any]] = {
-        "dataset": [figure.dataset for figure in figures],
-        "metric": [figure.metric for figure in figures],
-        "this student": [figure.student for figure in figures],
-        "its teacher": [figure.teacher for figure in figures],
-        "a random start": [figure.random for figure in figures],
-        "gap closed": [None if figure.gap_closed is None else f"{figure.gap_closed:.1%}" for figure in figures],
+        "dataset": [row.dataset for row in rows],
+        "metric": [row.metric for row in rows],
+        "this model": [row.student for row in rows],
+        "teacher": [row.teacher for row in rows],
+        "random initialization": [row.random for row in rows],
+        "gap closed": [None if row.gap_closed is None else f"{row.gap_closed:.1%}" for row in rows],
     }
-    known = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
-    return [list(known), *([format_metric(cell) for cell in row] for row in zip(*known.values(), strict=True))]
+    shown = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    return [list(shown), *([format_metric(cell) for cell in cells] for cells in zip(*shown.values(), strict=True))]
+
+
+def format_metric(value: object) -> str:
+    """Format a value for a table: a float in four digits, a dash for None.
+
+    >>> format_metric(0.123456), format_metric(None)
+    ('0.1235', '–')
+    """
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else escape_markdown(value)
+
+
+def _python_string(text: str) -> str:
+    """Return a string literal for the card's code."""
+    return json.dumps(to_single_line(text), ensure_ascii=False).replace("<!--", "<\\u0021--")
+
+
+_FILTERS: dict[str, Any] = {
+    "code": markdown_code,
+    "code_comment": to_single_line,
+    "format_count": format_count,
+    "format_metric": format_metric,
+    "markdown": escape_markdown,
+    "quoted": _python_string,
+}
+"""Functions that the template calls."""

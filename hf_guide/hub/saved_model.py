@@ -1,31 +1,47 @@
-"""What the files of a saved student say of it: which class loads it, with which tokenizer or processor, upon what."""
+"""The folder of a saved student: the class that loads it, and the tokenizer or processor that it shares with its teacher.
+
+Does: read a folder's configs; copy and check the teacher's tokenizer and processor files.
+Does not: read or write weights.
+"""
 
 import json
+import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_guide.errors import HfGuideError
-from hf_guide.models.code_references import local_code_references
+from hf_guide.errors import HfGuideError, TeacherError
+from hf_guide.models.code_references import (
+    CONFIG_FILES,
+    clean_saved_folder,
+    has_code_references,
+    local_code_references,
+)
+from hf_guide.models.model_files import PROCESSOR_FILES, check_model_folder, regular_files
 from hf_guide.utils.public_names import public_name
 
-# The file by which a folder shows that it holds a tokenizer or processor, and the class that loads it.
+logger = logging.getLogger(__name__)
+
 PROCESSOR_CLASSES = {
     "processor_config.json": "AutoProcessor",
     "tokenizer_config.json": "AutoTokenizer",
     "preprocessor_config.json": "AutoImageProcessor",
 }
+"""Config files of tokenizers and processors, with the Auto class that loads each."""
+
+_EXECUTABLE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A folder that a student was saved in.
+    """The configs of a folder that a student was saved in.
 
     Attributes:
-        config: the whole model's; of an adapter's folder nothing.
-        code: the classes, by Auto class, whose code stands beside the weights.
-        processor: the class that loads its tokenizer or processor, where there is one.
-        adapter_base: of an adapter's folder, what it belongs to: an id, or the bare name of a folder.
+        config: The model's config; empty for an adapter.
+        code: By Auto class, the classes whose code is in the folder.
+        processor: Auto class that loads the folder's tokenizer or processor; None if it has none.
+        adapter_base: For an adapter, its base model: a Hub id, or the bare name of a folder; None for a model.
     """
 
     config: dict[str, Any]
@@ -35,10 +51,10 @@ class SavedModel:
 
     @classmethod
     def read(cls, folder: Path) -> "SavedModel":
-        """Read what is there; a folder may hold no model yet.
+        """Read the configs of a folder, which need not hold a model yet.
 
         Raises:
-            HfGuideError: a config that cannot be read.
+            HfGuideError: A config cannot be read.
         """
         config = _read_json(folder / "config.json")
         adapter = _read_json(folder / "adapter_config.json")
@@ -51,15 +67,99 @@ class SavedModel:
 
     @property
     def stock_class(self) -> str | None:
-        """The class that loads the folder: its config names the stock one, also of a student of one's own class."""
+        """The class that loads the folder: the config names the stock class, for users' own subclasses too."""
         names = self.config.get("architectures")
         names = names if isinstance(names, list) else []
         return next((name for name in names if isinstance(name, str) and name.isidentifier()), None)
 
     @property
     def code_class(self) -> str | None:
-        """The Auto class that loads a folder with code of its own; None of a stock model's."""
+        """The Auto class that loads a model with its own code; None for a stock model."""
         return next((name for name in self.code if name.startswith("AutoModel") and name.isidentifier()), None)
+
+
+def copy_tokenizer_files(
+    teacher: str,
+    folder: Path,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Copy the teacher's tokenizer and processor into a student's folder; existing files are not overwritten.
+
+    Only regular files inside the teacher's folder are copied. A tokenizer or processor with its own Python code is saved
+    with that code if `trust_remote_code` allows running it; otherwise references to the code are dropped, with a warning.
+
+    Args:
+        teacher: Hub id or folder.
+        folder: Where the student is saved.
+        gguf_file: GGUF file of the teacher that describes its tokenizer, which is then converted.
+        revision, token, trust_remote_code: As in `from_pretrained`.
+    """
+    hub_kwargs: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    if gguf_file:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(teacher, gguf_file=gguf_file, **hub_kwargs).save_pretrained(folder)
+        clean_saved_folder(folder)
+        return
+    source = Path(teacher)
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = list(PROCESSOR_FILES)
+        source = Path(snapshot_download(teacher, revision=revision, token=token, allow_patterns=patterns))
+    files = [file for file in regular_files(source, PROCESSOR_FILES) if file.suffix not in _EXECUTABLE_SUFFIXES]
+    with_code = [
+        file.name for file in files if file.name in CONFIG_FILES and has_code_references(_read_json_or_none(file))
+    ]
+    for file in files:
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    if with_code and trust_remote_code:
+        _save_with_code(teacher, folder, with_code, hub_kwargs)
+    elif with_code:
+        logger.warning(
+            "%s of %s refer to Python code of the teacher; the student is saved without it. If the student needs this "
+            "tokenizer or processor, read the code and pass trust_remote_code=True.",
+            ", ".join(with_code),
+            teacher,
+        )
+    clean_saved_folder(folder)
+
+
+def check_tokenizer_files(
+    teacher: str, *, gguf_file: str | None = None, revision: str | None = None, token: str | None = None
+) -> None:
+    """Check, before a student is made, that the teacher's tokenizer and processor files are complete JSON.
+
+    Raises:
+        TeacherError: A file is truncated or is not a JSON mapping.
+    """
+    from transformers.utils import cached_file
+
+    from hf_guide.models.pretrained import unreadable_as
+
+    check_model_folder(teacher)
+    if gguf_file is not None:
+        return
+    hub_kwargs: dict[str, Any] = {"revision": revision, "token": token}
+    for name in ("tokenizer.json", *CONFIG_FILES):
+        with unreadable_as(TeacherError, f"{name} of {teacher} cannot be read"):
+            path = cached_file(teacher, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+            if path is not None and not isinstance(json.loads(Path(path).read_text(encoding="utf-8")), dict):
+                raise TeacherError(f"{name} of {teacher} must be a JSON mapping. Download it again.")
+
+
+def _save_with_code(teacher: str, folder: Path, names: list[str], hub_kwargs: dict[str, Any]) -> None:
+    """Save the tokenizers and processors of these config files by their own classes, which also saves their code."""
+    import transformers
+
+    for name, auto_class in PROCESSOR_CLASSES.items():
+        if name in names:
+            getattr(transformers, auto_class).from_pretrained(teacher, **hub_kwargs).save_pretrained(folder)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:
@@ -70,10 +170,15 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise HfGuideError(f"{file} cannot be read: {error}. Save the student again.") from error
     if not isinstance(values, dict):
-        raise HfGuideError(
-            f"{file} must be a mapping in JSON; found a {type(values).__name__}. Save the student again."
-        )
+        raise HfGuideError(f"{file} must be a JSON mapping; found a {type(values).__name__}. Save the student again.")
     return values
+
+
+def _read_json_or_none(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
 
 
 def _adapter_base(adapter: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_guide.errors import CaptureError, OptionError
-from hf_guide.hub.provenance import to_repo_id
+from hf_guide.hub.metadata import to_repo_id
 from hf_guide.models.pretrained import load_config
 from hf_guide.signal_cache.codec import COLUMN_PREFIX, CapturedExample, decode_example
 from hf_guide.signal_cache.keys import example_keys, token_positions

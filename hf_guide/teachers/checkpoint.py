@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +26,7 @@ from hf_guide.models.model_classes import candidate_model_classes, meta_model, w
 from hf_guide.models.model_files import check_model_folder
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
 from hf_guide.teachers.shards import SafetensorsTensors, find_safetensors, match_stored_tensors, read_headers
-from hf_guide.utils.fingerprint import files_fingerprint, sampled_bytes
+from hf_guide.utils.fingerprint import files_fingerprint, tensors_fingerprint
 
 
 class TensorSource(Protocol):
@@ -148,6 +147,19 @@ def open_teacher(
     model_class = classes[0 if gguf_file else -1]  # of several, GGUF files hold the one with the language head
     model = _load_whole_model(model_class, config, name, hub, trust_remote_code, gguf_file)
     return _checkpoint_from_model(model, model.config, name, commit)
+
+
+def teacher_fingerprint(teacher: TeacherCheckpoint) -> str | None:
+    """Return a hash that identifies a teacher without a commit: of its folder's files, else of its tensors.
+
+    None if the commit is known, which identifies the teacher by itself.
+    """
+    if teacher.revision is not None:
+        return None
+    files = files_fingerprint(teacher.name) if os.path.isdir(teacher.name) else None
+    if files is not None:
+        return files
+    return tensors_fingerprint((name, teacher.weights.get(name)) for name in sorted(teacher.weights.keys()))
 
 
 def tokenizer_length(
@@ -393,20 +405,3 @@ def _build_checkpoint(
     return TeacherCheckpoint(
         without_quantization_config(config), weights, type(model), model.base_model_prefix, tied, name, commit, dtype
     )
-
-
-def teacher_fingerprint(teacher: TeacherCheckpoint) -> str | None:
-    """Return what tells a teacher without a commit from others: `files_fingerprint` of its folder, else of its tensors.
-
-    None where the commit is known, which says more.
-    """
-    if teacher.revision is not None:
-        return None
-    in_files = files_fingerprint(teacher.name) if os.path.isdir(teacher.name) else None
-    if in_files is not None:
-        return in_files
-    whole = blake2b(digest_size=16)
-    for name in sorted(teacher.weights.keys()):
-        whole.update(f"{name}{tuple(teacher.weights.shape(name))}".encode())
-        whole.update(sampled_bytes(teacher.weights.get(name)))
-    return whole.hexdigest()

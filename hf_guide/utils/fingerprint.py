@@ -7,7 +7,7 @@ changes a model on purpose.
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,17 @@ def weights_fingerprint(model: nn.Module) -> str:
     Numbers are taken as bfloat16, so that a bfloat16 checkpoint is the same loaded as float32, and a float32 one loaded as
     bfloat16. Weights that are not in memory count by name and shape alone.
     """
-    whole = blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            whole.update(f"{name}{tuple(tensor.shape)}".encode())
-            whole.update(sampled_bytes(tensor))
-    return whole.hexdigest()
+    state = sorted(model.state_dict().items())
+    return tensors_fingerprint((name, tensor) for name, tensor in state if isinstance(tensor, Tensor))
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of named tensors, in this order: each one's name and shape, and a sample of its values as bfloat16."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(_sampled_bytes(tensor))
+    return digest.hexdigest()
 
 
 def files_fingerprint(folder: str | os.PathLike[str]) -> str | None:
@@ -101,11 +106,11 @@ def comparable_config(config: "PreTrainedConfig | Mapping[str, Any]") -> dict[st
     return json.loads(json.dumps(facts, default=str))
 
 
-def sampled_bytes(tensor: Tensor) -> bytes:
+def _sampled_bytes(tensor: Tensor) -> bytes:
     """Return the bytes of a sample of a tensor, floating numbers as bfloat16."""
     tensor = tensor.detach()
     if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight is several tensors in one
-        return b"".join(sampled_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return b"".join(_sampled_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     if tensor.is_meta or tensor.numel() == 0:
         return b""
     flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()

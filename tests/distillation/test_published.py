@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.stand_in_hub import stand_in_hub
-from tests.test_saving import pull, run_with_hub
+from tests.fake_hub import fake_hub
+from tests.hub.test_push import pull, run_with_hub
 from tests.tiny import run_python
 
 TRAIN = """
@@ -63,7 +63,7 @@ LOAD = """
 def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: Path) -> None:
     from tests.distillation.small import examples_for
 
-    with stand_in_hub() as hub:
+    with fake_hub() as hub:
         hub.repositories["me/student"] = {"README.md": b"---\ntags:\n- mine\n---\n# My student\n\nMy own words.\n"}
         run_with_hub(TRAIN, hub, tmp_path)
     assert set(hub.repositories) == {"me/student"} and ("me/student", "the end") in hub.commits

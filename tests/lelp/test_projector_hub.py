@@ -6,9 +6,9 @@ import pytest
 
 from hf_guide import SubclassProjector
 from hf_guide.lelp.projector_files import CONFIG_NAME, WEIGHTS_NAME
+from tests.fake_hub import fake_hub
 from tests.lelp.clouds import cloud
 from tests.lelp.test_projector import fit
-from tests.stand_in_hub import stand_in_hub
 from tests.tiny import run_python
 
 PUSH = """
@@ -36,7 +36,7 @@ def test_it_is_pushed_and_loaded_by_its_id(tmp_path):
     (tmp_path / "teacher").mkdir()
     projector = dataclasses.replace(fit(cloud()), teacher=str(tmp_path / "teacher"))
     projector.save_pretrained(tmp_path / "mine")
-    with stand_in_hub() as hub:
+    with fake_hub() as hub:
         hub.repositories["me/projector"] = {"model.safetensors": b"a student's"}
         printed = run_python(PUSH, tmp_path / "mine", tmp_path / "other", HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="0")
         assert {"model.safetensors", CONFIG_NAME, WEIGHTS_NAME} == set(hub.repositories["me/projector"])

@@ -275,7 +275,7 @@ def test_untold_of_its_training_the_card_makes_none_up(tmp_path: Path) -> None:
     options: dict[str, Any] = {"dataset": examples_for(TEXT, 16), "data_collator": collate, "show_progress": False}
     save_subclass_student(student, tmp_path, "classes", **options)
     card = (tmp_path / "README.md").read_text()
-    assert "distilled from" not in card and "How it was trained" not in card and "refitted" in card
+    assert "distilled from" not in card and "## Training" not in card and "refitted" in card
 
 
 def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:

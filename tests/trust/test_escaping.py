@@ -13,9 +13,8 @@ import torch
 import yaml
 
 from hf_guide.cli import main as cli
-from hf_guide.hub.card_files import BEGIN, END
 from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record
-from hf_guide.hub.model_card import write_model_card
+from hf_guide.hub.model_card import BEGIN, END, write_model_card
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.lelp.analysis.report import ClassSummary, SubclassSummary, plot_class, write_page
 from hf_guide.utils.escaping import (

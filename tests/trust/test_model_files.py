@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_guide import DistillationArguments, DistillationTrainer, TeacherError, from_teacher
 from hf_guide.cli import main as cli
-from hf_guide.hub.companions import copy_tokenizer_files
+from hf_guide.hub.saved_model import copy_tokenizer_files
 from hf_guide.models.model_files import check_model_folder, is_outside_folder
 from hf_guide.models.pretrained import load_config
 from hf_guide.tasks import Task
@@ -212,7 +212,7 @@ def test_a_student_of_trusted_code_is_saved_with_it(
     assert AutoTokenizer.from_pretrained(tmp_path / "student", trust_remote_code=True).answer() == 42
     card = (tmp_path / "student" / "README.md").read_text()
     assert 'AutoModelForCausalLM.from_pretrained("student", trust_remote_code=True)' in card
-    assert "Its code stands beside the weights." in card
+    assert "Its code is in this repository." in card
     assert "--" not in json.dumps(json.loads((tmp_path / "student" / "config.json").read_text())["auto_map"])
 
 

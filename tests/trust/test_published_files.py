@@ -12,8 +12,8 @@ from hf_guide import Capture, CaptureError, SubclassProjector, from_teacher
 from hf_guide.hub.metadata import DistillationRecord
 from hf_guide.models.code_references import CONFIG_FILES, has_code_references
 from hf_guide.utils.public_names import public_name
-from tests.stand_in_hub import Hub, stand_in_hub
-from tests.test_saving import run_with_hub
+from tests.fake_hub import FakeHub, fake_hub
+from tests.hub.test_push import run_with_hub
 from tests.trust.artefacts import (
     SECRET,
     TOKEN,
@@ -76,7 +76,7 @@ def test_no_config_refers_to_code_that_is_not_beside_it(folders: dict[str, Path]
                 assert not has_code_references(values), path
     for card in folders[kind].rglob("README.md"):
         assert ("trust_remote_code" in card.read_text()) is (kind == "code")
-        assert ("Its code stands beside the weights" in card.read_text()) is (kind == "code")
+        assert ("Its code is in this repository" in card.read_text()) is (kind == "code")
 
 
 def test_every_kind_of_folder_is_looked_at(folders: dict[str, Path]) -> None:
@@ -108,14 +108,14 @@ PUSH = """
 @pytest.mark.slow
 def test_what_is_pushed_tells_no_path_and_refers_to_no_code(tmp_path: Path) -> None:
     (tmp_path / SECRET).mkdir()
-    with stand_in_hub() as hub:
+    with fake_hub() as hub:
         run_with_hub(PUSH, hub, tmp_path / SECRET)
     assert "checkpoint-1/trainer_state.json" in hub.repositories["me/distilled"]
     for repository in ("me/student", "me/distilled"):
         _check_pushed(hub, repository)
 
 
-def _check_pushed(hub: Hub, repository: str) -> None:
+def _check_pushed(hub: FakeHub, repository: str) -> None:
     files = hub.repositories[repository]
     assert "config.json" in files and "README.md" in files
     for name, content in files.items():

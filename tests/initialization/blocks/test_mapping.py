@@ -24,7 +24,6 @@ from transformers import (
 )
 
 from hf_guide import InitializationConfig, LayoutError, ShapeError, from_teacher, register_layout
-from hf_guide.hub.push import remap_generation_config
 from hf_guide.initialization.blocks.config_fields import (
     FieldKind,
     find_block_fields,
@@ -38,6 +37,7 @@ from hf_guide.initialization.blocks.selection import (
     nearest_blocks,
     select_cheapest_blocks,
 )
+from hf_guide.initialization.generation_config import remap_generation_config
 from hf_guide.initialization.planning import merge_state_weights
 
 SIZES = {

@@ -8,10 +8,9 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_guide.errors import HfGuideError
-from hf_guide.hub.card_files import BEGIN, END
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record
-from hf_guide.hub.model_card import PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
-from hf_guide.hub.provenance import fetch_card, teacher_record, teacher_repo_id
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record, teacher_record, teacher_repo_id
+from hf_guide.hub.model_card import BEGIN, END, PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
+from hf_guide.hub.push import fetch_card
 from hf_guide.initialization.report import InitializationReport
 
 REPORT = InitializationReport(
@@ -69,7 +68,7 @@ def test_card_parses_and_names_the_teacher(tmp_path):
     assert text.startswith("\n# student\n\n" + BEGIN) and text.rstrip().endswith(END)
     assert 'LlamaForCausalLM.from_pretrained("student")' in text
     assert "- the final gain: fitted in the logits\n" in text
-    assert "Licence: apache-2.0." in text and "{" not in text
+    assert "License: apache-2.0." in text and "{" not in text
 
 
 def test_results_are_in_the_table_and_in_the_metadata(tmp_path):
@@ -78,7 +77,7 @@ def test_results_are_in_the_table_and_in_the_metadata(tmp_path):
     assert card.data.model_name == "me/student"
     (parsed,) = card.data.eval_results
     assert (parsed.metric_type, parsed.metric_value, parsed.dataset_name) == ("perplexity", 21.5, "Some text")
-    assert "| dataset | metric | this student |\n|---|---|---|\n| Some text | perplexity | 21.5 |" in card.text
+    assert "| dataset | metric | this model |\n|---|---|---|\n| Some text | perplexity | 21.5 |" in card.text
 
 
 def test_the_distillation_is_told_with_the_teacher_and_the_random_start_beside_the_student(tmp_path):
@@ -86,17 +85,17 @@ def test_the_distillation_is_told_with_the_teacher_and_the_random_start_beside_t
     text = body(path)
     for line in (
         "with `hf_guide`, method `guide`, and then distilled from it.\n",
-        "- Taught by: [someone/teacher](https://huggingface.co/someone/teacher) at 0123456789ab\n",
-        "- Objective: 0.25 x `ce` + 0.75 x `kd`\n",
-        "- Divergence: `forward_kl`, temperature 2\n",
-        "- Data: someone/text\n",
+        "- Teacher: [someone/teacher](https://huggingface.co/someone/teacher) at 0123456789ab\n",
+        "- Loss: 0.25 x `ce` + 0.75 x `kd`\n",
+        "- Distillation loss: `forward_kl`, temperature 2\n",
+        "- Datasets: someone/text\n",
         "- Length: 12,000 steps, 1.5 epochs, 3.2 M targets\n",
         "- learning_rate: 0.001\n",
         "- lr_scheduler_type: cosine\n",
-        "| dataset | metric | this student | its teacher | a random start | gap closed |\n",
+        "| dataset | metric | this model | teacher | random initialization | gap closed |\n",
         "| someone/text | loss | 3.068 | – | – | – |\n",
         "| someone/text | perplexity | 21.5 | 16.5 | 41.5 | 80.0% |\n",
-        "Licence: mit, its teacher's.",
+        "License: mit (the teacher's).",
     ):
         assert line in text, line
     assert "runtime" not in text and "epoch |" not in text
@@ -118,8 +117,8 @@ def test_a_model_that_was_only_trained_has_a_card_too(tmp_path):
     save_record(tmp_path, RECORD)
     path = redraw_card(tmp_path, model_id="me/student")
     text = body(path)
-    assert "A `LlamaForCausalLM` of 33.4 M parameters that was distilled from [someone/teacher]" in text
-    assert "How it was made" not in text and "initialization_report" not in text
+    assert "A `LlamaForCausalLM` with 33.4 M parameters, distilled from [someone/teacher]" in text
+    assert "## Initialization" not in text and "initialization_report" not in text
     assert metadata(path)["base_model"] == "someone/teacher" and metadata(path)["tags"] == ["hf_guide", "distillation"]
 
 
@@ -129,7 +128,7 @@ def test_several_teachers_are_all_named(tmp_path):
     path = write_model_card(tmp_path, record=record)
     assert metadata(path)["base_model"] == ["a/big", "b/big"]
     assert "license" not in metadata(path), "two licences are not one"
-    assert "weight 0.75; `folder`, weight 0.25 (signals captured beforehand);" in body(path)
+    assert "weight 0.75; `folder`, weight 0.25 (outputs read from a cache);" in body(path)
 
 
 MINE = """---
@@ -167,7 +166,7 @@ def test_a_card_without_our_part_gets_it_once_and_keeps_its_own_words(tmp_path):
     assert data["datasets"] == ["someone/text"] and data["model-index"][0]["name"] == "Mine"
     found = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
     assert found == [12.5, 3.0681, 21.5]
-    assert "| Mine | bleu | 12.5 |" in text and "Licence: cc-by-4.0." in text
+    assert "| Mine | bleu | 12.5 |" in text and "License: cc-by-4.0." in text
     assert write_model_card(tmp_path, REPORT, record=RECORD).read_text() == first, "drawn twice is drawn once"
 
 
@@ -223,7 +222,7 @@ def test_an_index_that_the_hub_would_not_understand_is_left_as_it_is(tmp_path):
 
 
 def test_a_folder_of_nobody_has_no_card(tmp_path):
-    with pytest.raises(HfGuideError, match="holds neither initialization_report.json nor distillation.json"):
+    with pytest.raises(HfGuideError, match="contains neither initialization_report.json nor distillation.json"):
         redraw_card(tmp_path)
     with pytest.raises(NotADirectoryError, match="missing is not a folder"):
         redraw_card(tmp_path / "missing")
@@ -234,7 +233,7 @@ def test_a_local_teacher_is_no_base_model_and_its_path_stays_private(tmp_path):
     path = write_model_card(tmp_path / "student", report)
     assert "base_model" not in metadata(path) and "license" not in metadata(path)
     assert str(tmp_path) not in path.read_text() and "`teacher-folder`" in path.read_text()
-    assert "could not be carried over" not in path.read_text()
+    assert "could not be transferred" not in path.read_text()
 
 
 def test_the_licence_is_that_of_the_teachers_card(tmp_path):
@@ -258,7 +257,7 @@ def test_the_licence_is_that_of_the_teachers_card(tmp_path):
 def test_a_teachers_card_that_cannot_be_read_gives_no_licence(tmp_path, caplog):
     (tmp_path / "README.md").write_text("---\n[\n---\n")
     assert teacher_record(str(tmp_path)).license is None
-    assert "licence is not known" in caplog.text
+    assert "license is not known" in caplog.text
     assert teacher_record("nobody/that-was-ever-cached").license is None
 
 
@@ -341,7 +340,7 @@ def test_a_blank_card_gives_way_to_that_of_the_hub(tmp_path, monkeypatch):
         asked.append((repo_id, name, where))
         return str(tmp_path / "hub.md")
 
-    monkeypatch.setattr("hf_guide.hub.provenance.hf_hub_download", download)
+    monkeypatch.setattr("hf_guide.hub.push.hf_hub_download", download)
     folder = tmp_path / "adapter"
     folder.mkdir()
     ModelCard.from_template(ModelCardData(library_name="peft")).save(folder / "README.md")

@@ -14,13 +14,13 @@ from hf_guide.hub.metadata import (
     DistillationRecord,
     MetricRow,
     TeacherRecord,
-    format_metric,
     load_record,
     reported_arguments,
     result_rows,
     save_record,
     to_eval_results,
 )
+from hf_guide.hub.model_card import format_metric
 
 
 def test_a_record_comes_back_from_its_file(tmp_path):
@@ -41,12 +41,12 @@ def test_a_record_comes_back_from_its_file(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"teachers": [], "unknown": 1}', '{"teachers": [{"nam": 1}]}'])
 def test_a_file_that_is_no_record_is_refused(tmp_path, text):
     (tmp_path / RECORD_NAME).write_text(text)
-    with pytest.raises(HfGuideError, match=r"distillation\.json is not a record of a distillation"):
+    with pytest.raises(HfGuideError, match=r"distillation\.json is not a distillation record"):
         load_record(tmp_path)
 
 
 def test_what_json_cannot_hold_is_refused_with_its_place():
-    with pytest.raises(HfGuideError, match=r"training\['optimizer'\]\[1\] is a object"):
+    with pytest.raises(HfGuideError, match=r"training\['optimizer'\]\[1\] is of type object"):
         DistillationRecord(training={"optimizer": ["adam", object()]})
 
 

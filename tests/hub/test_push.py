@@ -1,4 +1,4 @@
-"""What is saved is a stock model and its report, here and on the Hub: or nothing at all."""
+"""What is saved is a stock model and its report, on disk and on the Hub, or nothing is saved."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from hf_guide import FromTeacherMixin, InitializationReport, OptionError, from_t
 from hf_guide.hub.metadata import RECORD_NAME, load_record
 from hf_guide.hub.model_card import PLOT_NAME
 from hf_guide.initialization.report import REPORT_NAME
-from tests.stand_in_hub import Hub, stand_in_hub
+from tests.fake_hub import FakeHub, fake_hub
 from tests.tiny import KINDS, Kind, inputs, logits, run_python, same_bits
 
 LLAMA = KINDS["llama"]
@@ -182,7 +182,7 @@ def test_a_class_of_ones_own_keeps_its_methods_and_saves_as_the_stock_class(tmp_
 
 PUSH = """
     import sys
-    from tests.test_saving import LLAMA, MyStudent, llama_student
+    from tests.hub.test_push import LLAMA, MyStudent, llama_student
     student = llama_student()
     student.push_to_hub("me/student")
     student.save_pretrained(sys.argv[1] + "/saved", push_to_hub=True, commit_message="with a word")
@@ -201,13 +201,13 @@ PUSH = """
 """
 
 
-def run_with_hub(script: str, hub: Hub, folder: Path) -> None:
-    """Run a script that finds the stand-in as its Hub, with caches of its own."""
+def run_with_hub(script: str, hub: FakeHub, folder: Path) -> None:
+    """Run a script that uses the fake Hub, with caches of its own."""
     there = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none", "NO_PROXY": "*"}
     run_python(script, folder, HF_HOME=str(folder / "hf_home"), **there)
 
 
-def pull(hub: Hub, name: str, folder: Path) -> Path:
+def pull(hub: FakeHub, name: str, folder: Path) -> Path:
     """Write a repository's files into a folder."""
     for file, content in hub.repositories[name].items():
         (folder / name / file).parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def pull(hub: Hub, name: str, folder: Path) -> Path:
 
 
 def test_what_is_pushed_is_the_stock_files_the_report_and_its_card(tmp_path: Path) -> None:
-    with stand_in_hub() as hub:
+    with fake_hub() as hub:
         hub.repositories["me/shut"] = {"README.md": b"mine"}
         hub.refuses.add("/me/shut/resolve/main/README.md")
         run_with_hub(PUSH, hub, tmp_path)
@@ -244,7 +244,7 @@ PUSH_AGAIN = """
     from tokenizers.models import WordLevel
     from hf_guide import from_teacher
     from hf_guide.hub.metadata import DistillationRecord
-    from hf_guide.hub.provenance import teacher_record
+    from hf_guide.hub.metadata import describe_teacher
     from hf_guide.hub.push import attach_record
     from tests.tiny import KINDS
     kind = KINDS["llama"]
@@ -255,7 +255,7 @@ PUSH_AGAIN = """
     student.add_model_tags(["tiny"])
     student.push_to_hub("me/mine", private=True, tags=["extra"], commit_description="at length")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).push_to_hub("me/mine")
-    taught = [teacher_record("someone/teacher", revision="main")]
+    taught = [describe_teacher("someone/teacher", revision="main")]
     assert (taught[0].license, taught[0].languages) == ("apache-2.0", ["en"])
     attach_record(student, DistillationRecord(taught, objective={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
     student.push_to_hub("me/mine")
@@ -266,7 +266,7 @@ PUSH_AGAIN = """
 
 def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
     """Pushed, told of by hand, its tokenizer added, pushed again after training, to a branch, and as a proposal."""
-    with stand_in_hub() as hub:
+    with fake_hub() as hub:
         hub.repositories["me/mine"] = {
             "README.md": b"---\nthumbnail: a.png\ntags:\n- mine\n---\n\n# Mine\n\nMy own words.\n"
         }

@@ -1,4 +1,4 @@
-"""A Hub on this machine that takes what is pushed to it and gives it back, over the protocol of the real one."""
+"""A local server that implements the parts of the Hub's HTTP protocol that a push and a download use."""
 
 import base64
 import contextlib
@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 REPOSITORY = r"([\w.-]+/[\w.-]+)"
 
 
-class Hub(ThreadingHTTPServer):
+class FakeHub(ThreadingHTTPServer):
     """Repositories by id; of each, its files by path.
 
     Attributes:
@@ -44,9 +44,9 @@ class Hub(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def stand_in_hub() -> Iterator[Hub]:
-    """Serve a Hub while the body runs. A client finds it by the environment variable HF_ENDPOINT."""
-    with Hub() as hub:
+def fake_hub() -> Iterator[FakeHub]:
+    """Run the server during the block; clients find it through the environment variable HF_ENDPOINT."""
+    with FakeHub() as hub:
         thread = threading.Thread(target=hub.serve_forever, daemon=True)
         thread.start()
         yield hub
@@ -55,7 +55,7 @@ def stand_in_hub() -> Iterator[Hub]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Hub
+    server: FakeHub
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
@@ -131,4 +131,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Do not log requests."""
