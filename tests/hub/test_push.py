@@ -243,8 +243,7 @@ PUSH_AGAIN = """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from hf_guide import from_teacher
-    from hf_guide.hub.metadata import DistillationRecord
-    from hf_guide.hub.metadata import describe_teacher
+    from hf_guide.hub.metadata import DistillationRecord, teacher_record
     from hf_guide.hub.push import attach_record
     from tests.tiny import KINDS
     kind = KINDS["llama"]
@@ -255,9 +254,9 @@ PUSH_AGAIN = """
     student.add_model_tags(["tiny"])
     student.push_to_hub("me/mine", private=True, tags=["extra"], commit_description="at length")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).push_to_hub("me/mine")
-    taught = [describe_teacher("someone/teacher", revision="main")]
-    assert (taught[0].license, taught[0].languages) == ("apache-2.0", ["en"])
-    attach_record(student, DistillationRecord(taught, objective={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
+    teachers = [teacher_record("someone/teacher", revision="main")]
+    assert (teachers[0].license, teachers[0].languages) == ("apache-2.0", ["en"])
+    attach_record(student, DistillationRecord(teachers, objective={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
     student.push_to_hub("me/mine")
     student.push_to_hub("me/mine", revision="trial")
     student.push_to_hub("me/mine", create_pr=True)
@@ -300,7 +299,7 @@ def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "student").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="student is a file; name a folder"):
+    with pytest.raises(NotADirectoryError, match="student is a file; save_directory must be a folder"):
         llama_student().save_pretrained(tmp_path / "student")
     assert (tmp_path / "student").read_text() == "mine" and os.listdir(tmp_path) == ["student"]
 

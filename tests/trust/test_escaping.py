@@ -119,7 +119,7 @@ def test_a_card_is_the_same_whatever_its_names_are(text: str, tmp_path: Path) ->
     again = (
         write_model_card(tmp_path / "a", dataclasses.replace(REPORT, teacher=text)).read_text().split("\n---\n", 1)[1]
     )
-    assert again.count(BEGIN) == again.count(END) == 1 and again.count("## What it is") == 1
+    assert again.count(BEGIN) == again.count(END) == 1 and again.count("## Model description") == 1
 
 
 def _structure(body: str) -> list[str]:
