@@ -4,7 +4,7 @@
 
 The teacher is as large as MiniLM (6 blocks, 384 wide), random, on one thread; texts have 8 to 40 tokens. Each turn runs the
 teacher alone over the data, then `fit_subclasses`. `added` is what is done with embeddings once they are there
-(`Gathering.add`), free of the noise of the teacher's own time; `once` is what follows at the end, however many there were.
+(`StatisticsAccumulator.update`), free of the noise of the teacher's own time; `once` is what follows at the end, however many there were.
 """
 
 import argparse
@@ -77,14 +77,14 @@ def main() -> None:
         fit_subclasses(model, data, 8, data_collator=pad, batch_size=given.batch_size, show_progress=False)
         fitted.append(time.process_time() - start)
         start = time.process_time()
-        gathering = StatisticsAccumulator(given.classes, 384)
+        accumulator = StatisticsAccumulator(given.classes, 384)
         for number, (embedding, logits) in enumerate(said):
             rows = data[number * given.batch_size : (number + 1) * given.batch_size]
-            gathering.add(embedding, torch.tensor([row["label"] for row in rows]), logits)
-        _ = gathering.moments.counts
+            accumulator.update(embedding, torch.tensor([row["label"] for row in rows]), logits)
+        _ = accumulator.moments.counts
         added.append(time.process_time() - start)
         start = time.process_time()
-        SubclassProjector.from_statistics(gathering, model.classifier.weight.detach().double(), 8)
+        SubclassProjector.from_statistics(accumulator, model.classifier.weight.detach().double(), 8)
         final.append(time.process_time() - start)
     teacher_time = statistics.median(alone)
     print(

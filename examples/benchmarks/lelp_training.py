@@ -10,19 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import lelp_splitters  # noqa: F401  # registers the ablations
 import numpy
 import torch
 from lelp_data import Labelled
 from lelp_models import Batches, Classifier, Signals
-from sklearn.decomposition import FastICA
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from hf_guide import SubclassProjector
 from hf_guide.distillation.losses.divergences import divergence, dkd
-from hf_guide.lelp.splitters.base import SplitterInputs
-from hf_guide.lelp.splitters.registry import register_splitter
-from hf_guide.lelp.splitters.scorers import LinearScorer
 from hf_guide.teachers.signals import DenseTarget
 
 Settings = dict[str, Any]
@@ -53,26 +50,6 @@ SPLITTERS = {
 ORACLES = ("oracle", "oracle-read")
 OWN_GRID = ("lelp", "kmeans", "kmeans-stable", "kmeans-early")
 ARMS = ("ce", "kd", "dkd", "embedding", *ORACLES, *SPLITTERS)
-
-
-def split_by_independence(evidence: SplitterInputs) -> LinearScorer:
-    """Split along the independent components (FastICA) of each class's directions of largest variance."""
-    if evidence.sample is None:
-        raise ValueError("Independent components need examples.")
-    directions, offsets = [], []
-    for number, mean in enumerate(evidence.moments.means):
-        _, vectors = torch.linalg.eigh(evidence.covariance(number))
-        basis = evidence.unseen(vectors.flip(1)[:, : evidence.num_subclasses].T).T
-        scores = (evidence.sample.rows[number] - mean) @ basis
-        found = FastICA(whiten="unit-variance", random_state=evidence.seed, max_iter=500, tol=1e-3).fit(scores.numpy())
-        turn = torch.from_numpy(found.components_.T)
-        turn = turn * (scores @ turn).pow(3).mean(0).sign() / (scores @ turn).square().mean().sqrt()
-        directions.append(basis @ turn)
-        offsets.append(-mean @ directions[-1])
-    return LinearScorer(torch.stack(directions), torch.stack(offsets))
-
-
-register_splitter("independent", split_by_independence, needs_sample=True)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_guide.distillation.cached_teacher import CachedTeacher, missing_example_error, split_teacher_columns
 from hf_guide.distillation.losses.registry import TASK_LOSS, categorical_terms
 from hf_guide.distillation.objective import DistillationBatch, ObjectiveComputer
-from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY, TARGETS_KEY, SubclassTargets
+from hf_guide.distillation.subclass_logits import SUBCLASS_COLUMNS, TARGETS_KEY, SubclassTargets
 from hf_guide.errors import TaskError
 from hf_guide.models.adapters import forward_parameters
 from hf_guide.models.targets import add_decoder_inputs, item_labels, target_mask
@@ -47,7 +47,7 @@ class BatchBuilder:
     def teacher_only_columns(self) -> set[str]:
         """The columns that only teachers read, and those that are targets."""
         live = (each.bare for each in self.teachers if isinstance(each, LiveTeacher))
-        return {TARGETS_KEY, FINE_LABELS_KEY}.union(*map(forward_parameters, live)) - forward_parameters(self.student)
+        return set(SUBCLASS_COLUMNS).union(*map(forward_parameters, live)) - forward_parameters(self.student)
 
     def student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return what of a batch the student itself is fed."""
@@ -96,7 +96,7 @@ class BatchBuilder:
         self._check_labels(own)
         signals = self._teacher_signals(own, captured, mask, training=training)
         orders = [teacher.order for teacher in self.teachers]
-        captured_targets = getattr(self.subclasses.source, "capture", None)
+        captured_targets = getattr(self.subclasses.provider, "capture", None)
         if training and captured_targets is not None and own.get(TARGETS_KEY) is None:
             raise missing_example_error(captured_targets)
         subclasses = self.subclasses.batch_targets(own, mask, signals, orders, training=training)

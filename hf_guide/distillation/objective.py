@@ -198,8 +198,12 @@ class ObjectiveComputer:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1 if TASK_LOSS in sums else 0]
         if not any(self.terms[name].needs in _LOGIT_SIGNALS for name in self.weights):
             total = total + zero_loss_with_gradient((logits,))
-        if batch.subclasses is not None and isinstance(model, ClassLogitsWrapper) and model.heard is not None:
-            for name, values in self._subclass_terms(model.heard[batch.mask], batch.subclasses):
+        if (
+            batch.subclasses is not None
+            and isinstance(model, ClassLogitsWrapper)
+            and model.subclass_logits is not None
+        ):
+            for name, values in self._subclass_terms(model.subclass_logits[batch.mask], batch.subclasses):
                 sums[name] = values.sum().detach()
                 total = total + self.weights[name] * values.sum()
         if not batch.signals:

@@ -1,7 +1,7 @@
-"""Students that tell the subclasses of a class apart: S logits for each of C classes, whose log-sum-exp is the class's own.
+"""The outputs of a student with subclasses, S logits for each of C classes, as class logits; and the targets that it learns.
 
-Does: read from a config how many subclasses there are, and show everything that speaks of classes the class logits.
-Does not: say what the subclasses are (`hf_guide.lelp` does).
+Does: reduce subclass logits to class logits for everything that is about classes, and find the subclass probabilities of a
+batch. Does not: find subclasses or compute their probabilities (`hf_guide.lelp` does).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -14,31 +14,42 @@ from torch import Tensor, nn
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.initialization.subclass_head import get_num_subclasses
 from hf_guide.teachers.signals import TeacherSignal
+from hf_guide.utils.deprecation import warn_renamed
 from hf_guide.utils.labels import IGNORE_INDEX
 
 TARGETS_KEY = "subclass_probabilities"
-"""The name in a batch of what a student with subclasses learns: (batch, C * S), class by class, or (batch, C, S)."""
+"""The key in a batch of the subclass probabilities to learn: (batch, C * S), class by class, or (batch, C, S)."""
 
-FINE_LABELS_KEY = "subclass_labels"
-"""The name in a batch of finer labels, (batch,), for those who have them."""
+FINE_LABELS_KEY = "fine_labels"
+"""The key in a batch of fine labels, (batch,), for projectors of the splitter "labels"."""
+
+OLD_FINE_LABELS_KEY = "subclass_labels"
+"""Deprecated: the key of fine labels in an earlier release."""
+
+SUBCLASS_COLUMNS = (TARGETS_KEY, FINE_LABELS_KEY, OLD_FINE_LABELS_KEY)
+"""Columns of a dataset that the collator or the trainer reads and the student's forward does not take."""
 
 
 @runtime_checkable
 class SubclassTargetProvider(Protocol):
-    """A collator that gives a batch's subclass probabilities, or makes them of what a teacher is heard to say."""
+    """A collator that adds subclass probabilities to batches, or computes them from a teacher's embeddings and logits."""
 
     makes_targets: bool
-    """Whether the batch has them already."""
+    """Whether it adds them to batches itself."""
 
     def match(self, config: Any, temperature: float, teacher: Any) -> list[int] | None:
-        """Refuse a student, a temperature or a teacher that they are not for; return which class each of the student's is."""
+        """Check student, temperature and teacher; return the provider's class of each of the student's, None for the same.
 
-    def targets_of(self, embedding: Tensor, logits: Tensor, subclass_labels: Tensor | None = None) -> Tensor:
-        """Return the probabilities (items, C * S), in its own order, of embeddings (items, D) and logits (items, C)."""
+        Raises:
+            SubclassError, OptionError, VocabularyError: The probabilities are not for this student, temperature or teacher.
+        """
+
+    def targets_of(self, embedding: Tensor, logits: Tensor, fine_labels: Tensor | None = None) -> Tensor:
+        """Return the probabilities (items, C * S), in its own order of classes, of embeddings (items, D) and logits (items, C)."""
 
 
 def find_target_provider(collator: Any) -> SubclassTargetProvider | None:
-    """Return the collator itself or the one that it wraps, where it gives subclass probabilities."""
+    """Return the collator, or the one that it wraps, if it provides subclass probabilities."""
     while collator is not None:
         if isinstance(collator, SubclassTargetProvider):
             return collator
@@ -46,10 +57,22 @@ def find_target_provider(collator: Any) -> SubclassTargetProvider | None:
     return None
 
 
-def class_logits(logits: Tensor, num_subclasses: int) -> Tensor:
-    """Return class logits (..., C) of subclass logits (..., C * S), class by class: log-sum-exp, float32 or better.
+def take_fine_labels(batch: dict[str, Any]) -> Any:
+    """Remove the fine labels from a batch and return them; None if there are none."""
+    if OLD_FINE_LABELS_KEY in batch:
+        warn_renamed("column of the dataset", OLD_FINE_LABELS_KEY, FINE_LABELS_KEY)
+        batch.setdefault(FINE_LABELS_KEY, batch.pop(OLD_FINE_LABELS_KEY))
+    return batch.pop(FINE_LABELS_KEY, None)
 
-    Their softmax is the sum of the subclasses' probabilities.
+
+def class_logits(logits: Tensor, num_subclasses: int) -> Tensor:
+    """Return class logits (..., C) of subclass logits (..., C * S), class by class: their log-sum-exp, float32 or better.
+
+    The softmax of class logits is the sum of the subclasses' probabilities.
+
+    Example:
+        >>> class_logits(torch.zeros(1, 6), num_subclasses=2).exp()
+        tensor([[2.0000, 2.0000, 2.0000]])
     """
     if num_subclasses == 1:
         return logits
@@ -58,20 +81,20 @@ def class_logits(logits: Tensor, num_subclasses: int) -> Tensor:
 
 
 class ClassLogitsWrapper(nn.Module):
-    """A student with subclasses, called as it is and seen in classes: its loss is that of the class logits.
+    """A student with subclasses whose outputs are class logits and whose loss is that of the class logits.
 
     Args:
-        items: how many items the batch has, where not all of them have labels; by default those that have.
+        items: The number of items in the batch, if some have no label; None counts those that have one.
 
     Attributes:
-        heard: the subclass logits of the last call.
+        subclass_logits: Of the last forward pass.
     """
 
     def __init__(self, model: nn.Module, num_subclasses: int, items: Tensor | None = None):
         super().__init__()
         self.model, self.num_subclasses, self.items = model, num_subclasses, items
         self.training = model.training
-        self.heard: Tensor | None = None
+        self.subclass_logits: Tensor | None = None
 
     def forward(
         self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
@@ -79,47 +102,47 @@ class ClassLogitsWrapper(nn.Module):
         """Return the model's outputs with class logits, and with `labels` their cross-entropy, a mean over the items."""
         outputs = self.model(**inputs)
         named = dict(outputs) if isinstance(outputs, dict) else {"logits": outputs[0]}
-        self.heard = named["logits"]
-        named["logits"] = class_logits(self.heard, self.num_subclasses)
+        self.subclass_logits = named["logits"]
+        named["logits"] = class_logits(self.subclass_logits, self.num_subclasses)
         if labels is None:
             return named
         loss = nn.functional.cross_entropy(named["logits"], labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        own = (labels != IGNORE_INDEX).sum() if self.items is None else self.items
-        return {"loss": loss / (own.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), **named}
+        items = (labels != IGNORE_INDEX).sum() if self.items is None else self.items
+        return {"loss": loss / (items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), **named}
 
 
 @dataclass(frozen=True)
 class SubclassTargets:
-    """Where a student's subclass probabilities come from, batch by batch.
+    """The subclass probabilities that one student learns, from the batch or computed from a teacher's signals.
 
     Attributes:
-        outputs: the student's, C * S.
+        outputs: The student's, C * S.
         num_subclasses: S.
-        learned: whether the objective has them.
-        source: the collator that gives them, or that makes them of a teacher's signals.
-        order: which of the source's classes each of the student's is; None for the same order. One collator may serve the
-            trainers of several students, so it is kept here.
+        learned: Whether a loss term reads them.
+        provider: The collator that adds them to batches, or computes them from a teacher's signals.
+        order: The provider's class of each of the student's; None for the same order. It is stored here, because one
+            collator may serve the trainers of several students.
     """
 
     outputs: int = 0
     num_subclasses: int = 1
     learned: bool = False
-    source: SubclassTargetProvider | None = None
+    provider: SubclassTargetProvider | None = None
     order: list[int] | None = None
 
-    def in_classes(self, model: nn.Module, items: Tensor | None = None) -> nn.Module:
-        """Return the student as it is seen in classes; itself where it has nothing but classes."""
+    def wrap_in_class_logits(self, model: nn.Module, items: Tensor | None = None) -> nn.Module:
+        """Return the student with class logits for outputs; a student without subclasses is returned as it is."""
         plain = self.num_subclasses == 1 and not self.learned
-        return (
-            model
-            if plain or isinstance(model, ClassLogitsWrapper)
-            else ClassLogitsWrapper(model, self.num_subclasses, items)
-        )
+        if plain or isinstance(model, ClassLogitsWrapper):
+            return model
+        return ClassLogitsWrapper(model, self.num_subclasses, items)
 
     def needs(self, inputs: Mapping[str, Any]) -> set[TeacherSignal]:
-        """Return what a teacher must be heard to say, where the batch has no probabilities and they can be made."""
-        make = self.learned and self.source is not None and not self.source.makes_targets
-        return {TeacherSignal.LOGITS, TeacherSignal.FEATURES} if make and inputs.get(TARGETS_KEY) is None else set()
+        """Return the teacher signals that the probabilities are computed from, if the batch does not hold them."""
+        computes = self.learned and self.provider is not None and not self.provider.makes_targets
+        return (
+            {TeacherSignal.LOGITS, TeacherSignal.FEATURES} if computes and inputs.get(TARGETS_KEY) is None else set()
+        )
 
     def batch_targets(
         self,
@@ -130,46 +153,45 @@ class SubclassTargets:
         *,
         training: bool,
     ) -> Tensor | None:
-        """Return the probabilities (items, C * S) of a batch's items; None where they are not learned, or not there.
+        """Return the probabilities (items, C * S) of a batch's items; None if they are not learned, or absent in evaluation.
 
         Args:
-            signals: what the teachers say.
-            orders: for each teacher, which of its classes each of the student's is; None for the same order.
+            signals: Of each teacher.
+            orders: For each teacher its class of each of the student's; None for the same order.
 
         Raises:
-            TaskError: a batch to train on has none, or they are not of the student's shape, or no probabilities.
+            TaskError: A training batch has none, or they have another shape than the student's outputs or do not sum to 1.
         """
         if not self.learned:
             return None
-        given = inputs.get(TARGETS_KEY)
-        if given is not None:
-            found = torch.as_tensor(given).flatten(1)
-            if found.shape[1] != self.outputs:
+        targets = inputs.get(TARGETS_KEY)
+        if targets is not None:
+            flat = torch.as_tensor(targets).flatten(1)
+            if flat.shape[1] != self.outputs:
                 raise TaskError(
-                    f"{TARGETS_KEY} in the batch has the shape {tuple(given.shape)}; the student has {self.outputs} outputs, "
+                    f"{TARGETS_KEY} in the batch has the shape {tuple(targets.shape)}; the student has {self.outputs} outputs, "
                     f"which are {self.outputs // self.num_subclasses} classes of {self.num_subclasses} subclasses. "
                     "Make student and projector with the same num_subclasses."
                 )
-            found = found.to(mask.device)[mask]
-            off = (found.sum(1) - 1).abs()
-            if len(found) and not (bool((found >= 0).all()) and bool((off < 0.01).all())):
+            probabilities = flat.to(mask.device)[mask]
+            sums = probabilities.sum(1)
+            if len(sums) and not (bool((probabilities >= 0).all()) and bool(((sums - 1).abs() < 0.01).all())):
                 raise TaskError(
-                    f"{TARGETS_KEY} in the batch are no probabilities: they sum to {found.sum(1).min().item():.4g} to "
-                    f"{found.sum(1).max().item():.4g} an example, and the least is {found.min().item():.4g}. Over the "
-                    "subclasses of all classes they are at least 0 and sum to 1."
+                    f"{TARGETS_KEY} in the batch are no probabilities: they sum to {sums.min().item():.4g} to "
+                    f"{sums.max().item():.4g} an example, and the least is {probabilities.min().item():.4g}. Over the "
+                    "subclasses of all classes they must be at least 0 and sum to 1."
                 )
-            return self._ordered(found)
-        if self.needs(inputs) and len(signals) == 1 and self.source is not None:
+            return self._ordered(probabilities)
+        if self.needs(inputs) and len(signals) == 1 and self.provider is not None:
             logits = signals[0].target(slice(None)).logits
-            finer = inputs.get(FINE_LABELS_KEY)
+            fine_labels = take_fine_labels(dict(inputs))
+            fine_labels = None if fine_labels is None else fine_labels[mask]
             return self._ordered(
-                self.source.targets_of(
-                    signals[0].embedding, _undo_alignment(logits, orders[0]), None if finer is None else finer[mask]
-                )
+                self.provider.targets_of(signals[0].embedding, _undo_alignment(logits, orders[0]), fine_labels)
             )
         if training:
             raise TaskError(
-                f"The objective has the subclasses of a teacher, but the batch has no {TARGETS_KEY}; it has {sorted(inputs)}. "
+                f"A loss term needs subclass probabilities, but the batch has no {TARGETS_KEY}; it has {sorted(inputs)}. "
                 "Pass data_collator=SubclassLabelCollator(projector, ...) and a teacher, or give the dataset that column."
             )
         return None
@@ -190,40 +212,40 @@ def build_subclass_targets(
     columns: Collection[str],
     keeps_columns: bool,
 ) -> SubclassTargets:
-    """Return where a student's subclass probabilities come from.
+    """Return the subclass probabilities that a student learns, after checking that they are for this student.
 
     Args:
-        config: the student's.
-        collator: the trainer's.
-        temperature: what the student's logits are divided by.
-        teachers: the trainer's: models, captures, or None for one that cannot be compared.
-        learned: whether the objective has them.
-        columns: of the dataset to train on, as far as they are known.
-        keeps_columns: whether the collator sees those columns too that the student does not read.
+        config: The student's.
+        collator: The trainer's.
+        temperature: Of the student's logits.
+        teachers: The trainer's: models, captures, or None for one that cannot be compared.
+        learned: Whether a loss term reads the probabilities.
+        columns: Of the training dataset, as far as they are known.
+        keeps_columns: Whether the collator is passed columns that the student does not take.
 
     Raises:
-        TaskError: a student whose outputs are not classes times subclasses.
-        OptionError: what the collator refuses, or there is not one teacher to make them of.
+        TaskError: The student's outputs are not classes times subclasses.
+        OptionError: As `SubclassTargetProvider.match`, or there is not exactly one teacher to compute them from.
     """
     count = get_num_subclasses(config)
-    source = find_target_provider(collator) if learned else None
+    provider = find_target_provider(collator) if learned else None
     order = None
-    if source is not None:
-        if not source.makes_targets and len(teachers) != 1 and TARGETS_KEY not in columns:
+    if provider is not None:
+        if not provider.makes_targets and len(teachers) != 1 and TARGETS_KEY not in columns:
             raise OptionError(
-                f"The subclass probabilities are made of what one teacher says; there are {len(teachers)}. Pass teacher= or a "
-                f"capture to the trainer, or to the collator; or give the dataset the column {TARGETS_KEY}."
+                f"Subclass probabilities are computed from the signals of one teacher; there are {len(teachers)}. Pass one to "
+                f"the trainer or the collator, or a capture of it; or give the dataset the column {TARGETS_KEY}."
             )
-        if getattr(source, "teacher_collator", None) is not None and not keeps_columns:
+        if getattr(provider, "teacher_collator", None) is not None and not keeps_columns:
             raise OptionError(
-                "teacher_collator makes the teacher's batch of columns that the student does not read, and Trainer removes "
+                "teacher_collator makes the teacher's batch from columns that the student does not take, and Trainer removes "
                 "these. Set DistillationArguments(remove_unused_columns=False)."
             )
-        heard = None if source.makes_targets or len(teachers) != 1 else teachers[0]
-        order = source.match(config, temperature, heard)
-    return SubclassTargets(getattr(config, "num_labels", 0), count, learned, source, order)
+        teacher = None if provider.makes_targets or len(teachers) != 1 else teachers[0]
+        order = provider.match(config, temperature, teacher)
+    return SubclassTargets(getattr(config, "num_labels", 0), count, learned, provider, order)
 
 
 def _undo_alignment(logits: Tensor, order: list[int] | None) -> Tensor:
-    """A teacher's logits in its own order of classes, of those that were put in the student's."""
+    """Return a teacher's logits in its own order of classes, given in the student's."""
     return logits if order is None else logits[:, torch.tensor(order, device=logits.device).argsort()]

@@ -391,7 +391,7 @@ class DistillationTrainer(ResumableTrainer):
         here = batch.mask.sum()
         told = num_items_in_batch is not None
         items = clamp_num_items(num_items_in_batch) if told else here.clamp(min=1)
-        model = self._subclasses.in_classes(model, here)
+        model = self._subclasses.wrap_in_class_logits(model, here)
         if training and self.objective_computer.weights == {TASK_LOSS: 1.0}:
             # What `Trainer` does, to the last bit.
             loss, outputs = self._task_loss(model, batch.inputs, batch, items, told)
@@ -527,7 +527,7 @@ class DistillationTrainer(ResumableTrainer):
             return loss, predictions, labels
         if not labelled:
             inputs = self._reader.student_inputs(inputs)
-            model = self._subclasses.in_classes(model)
+            model = self._subclasses.wrap_in_class_logits(model)
         return self._prediction_step(step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
 
     def _prediction_step(

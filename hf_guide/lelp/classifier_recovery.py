@@ -1,4 +1,4 @@
-"""A classifier's weight told from what it is fed and what it says, where the model itself is not at hand."""
+"""A classifier's weight, recovered from captured embeddings and logits where the model itself is not available."""
 
 import torch
 import torch.distributed as dist
@@ -8,8 +8,8 @@ from hf_guide.errors import SubclassError
 from hf_guide.lelp.moments import ClassMoments
 from hf_guide.utils.distributed import collective_device, rank_and_world_size, report_missing_ranks
 
-EIGENVALUE_TOLERANCE = 1e-7  # of the largest variance: what was kept in float16 or float32 has no more to tell
-MAX_UNEXPLAINED_VARIANCE = 1e-3  # of the logits' variance, that may be left over
+EIGENVALUE_TOLERANCE = 1e-7  # of the largest variance: below it is rounding of float16 or float32
+MAX_UNEXPLAINED_VARIANCE = 1e-3  # of the logits' variance
 
 
 class StreamingLeastSquares:
@@ -23,16 +23,16 @@ class StreamingLeastSquares:
         self.count = 0.0
 
     def update(self, embeddings: Tensor, logits: Tensor) -> None:
-        """Take a chunk, (rows, width) and (rows, classes)."""
+        """Add a chunk, (rows, width) and (rows, classes)."""
         if not len(embeddings):
             return
         h, z = embeddings.cpu().double(), logits.cpu().double()
         means = z.mean(0), h.mean(0)
-        z_centred, h_centred = z - means[0], h - means[1]
-        self._add(float(len(h)), *means, z_centred.T @ h_centred, z_centred.square().sum(0))
+        z_centered, h_centered = z - means[0], h - means[1]
+        self._add(float(len(h)), *means, z_centered.T @ h_centered, z_centered.square().sum(0))
 
     def reduce(self) -> None:
-        """Make what each process of `torch.distributed` has that of all."""
+        """Merge the moments of all processes of `torch.distributed` into each of them; a no-op in a single process."""
         if rank_and_world_size()[1] == 1:
             return
         device = collective_device()
@@ -42,31 +42,31 @@ class StreamingLeastSquares:
         with report_missing_ranks():
             dist.all_gather(gathered, flat)
         total = StreamingLeastSquares(*self.cross.shape)
-        for each in gathered:
-            split = each.cpu().split([part.numel() for part in parts])
-            count, *rest = (one.view(part.shape) for one, part in zip(split, parts, strict=True))
-            total._add(count.item(), *rest)
+        for rank_sums in gathered:
+            split = rank_sums.cpu().split([part.numel() for part in parts])
+            count, *sums = (values.view(part.shape) for values, part in zip(split, parts, strict=True))
+            total._add(count.item(), *sums)
         self.__dict__.update(total.__dict__)
 
     def weight(self, moments: ClassMoments) -> Tensor:
-        """Return W, (classes, width), by least squares of least norm.
+        """Return W, (classes, width), the least-squares solution of minimum norm.
 
-        Where embeddings never differ (a layer norm leaves out one direction) nothing is known of W, and nothing of it counts.
+        W is zero in directions in which embeddings never differ, such as the one that a layer norm removes.
 
         Raises:
-            SubclassError: the logits are not linear in the embeddings.
+            SubclassError: The logits are not linear in the embeddings.
         """
         scatter = moments.total_scatter().cpu()
         values, axes = torch.linalg.eigh(scatter)
-        kept = values > values.max() * EIGENVALUE_TOLERANCE
-        weight = (self.cross @ axes[:, kept] / values[kept]) @ axes[:, kept].T
+        large = values > values.max() * EIGENVALUE_TOLERANCE
+        weight = (self.cross @ axes[:, large] / values[large]) @ axes[:, large].T
         explained = (weight * self.cross).sum(1)
-        left = 1 - explained.sum() / self.power.sum().clamp(min=1e-300)
-        if not left < MAX_UNEXPLAINED_VARIANCE:
+        unexplained = 1 - explained.sum() / self.power.sum().clamp(min=1e-300)
+        if not unexplained < MAX_UNEXPLAINED_VARIANCE:
             raise SubclassError(
-                f"{left.item():.2%} of the captured logits' variance is not linear in the captured embeddings, so the "
-                "classifier cannot be told from them. Pass classifier_weight, or the teacher beside its capture; embeddings "
-                "captured with hidden_dtype='float32' tell it better."
+                f"{unexplained.item():.2%} of the captured logits' variance is not linear in the captured embeddings, so the "
+                "classifier cannot be recovered from them. Pass classifier_weight, or the teacher in addition to its capture; "
+                "embeddings captured with hidden_dtype='float32' are more precise."
             )
         return weight
 

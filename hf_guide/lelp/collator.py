@@ -1,8 +1,8 @@
-"""`SubclassLabelCollator`: the user's own collator, and beside what it collates the subclass probabilities to learn.
+"""`SubclassLabelCollator`: adds subclass probabilities to the batches of another collator.
 
-Does: read them from a capture of them, make them of a capture of embeddings or of a teacher that runs on each batch, or leave
-that to the trainer and its teacher.
-Does not: look at labels. A projector needs them, or the teacher's own classes, when it is fitted.
+Does: read them from a capture, compute them from captured embeddings or with a teacher that runs on each batch, or leave that
+to the trainer and its teacher.
+Does not: read labels. Only fitting a projector needs them, or the classes that the teacher predicts.
 """
 
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 
-from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY, TARGETS_KEY
+from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY, TARGETS_KEY, take_fine_labels
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.initialization.subclass_head import get_num_subclasses
 from hf_guide.lelp.projector import SubclassProjector
@@ -26,28 +26,32 @@ from hf_guide.utils.labels import IGNORE_INDEX
 
 
 class SubclassLabelCollator:
-    """A collator that adds `subclass_probabilities`, (batch, C * S) class by class, for the objective `lelp`.
+    """A collator that adds `subclass_probabilities`, (batch, C * S) class by class, for the loss term `lelp`.
 
-    They come from where they are to be had: the dataset's own column of that name; `capture`; `teacher`; or, with neither,
-    what the trainer's teacher or capture says of the batch, from which the trainer makes them on its own device.
+    They come from, in this order: the dataset's column of that name; `capture`; `teacher`; or, with neither, the trainer's
+    teacher or capture, from whose signals the trainer computes them on its own device.
 
-    Examples without a label (None, -1, -100, or a dataset without the column) are learned as all others are. The column
-    `subclass_names` is for projectors that go by finer labels.
+    Examples without a label (None, -1, -100, or a dataset without the column) are learned like all others. The column
+    `fine_labels` is for projectors of the splitter "labels".
 
     Args:
-        projector: a `SubclassProjector`, or its folder or Hub id.
-        tokenizer_or_collator: what collates: a tokenizer, which then pads; an image processor, whose images are stacked; or a
-            collator. By default tensors are stacked.
-        teacher: a model, folder or Hub id, run on every batch in this process; it cannot be with DataLoader workers. Where
-            it is named it runs on the CPU; load it and move it to run it elsewhere, or give it to the trainer.
-        capture: what `capture_targets` wrote, or a capture of logits and embeddings. A batch with an example that is not in
-            it carries no probabilities; the trainer refuses such a batch in training and evaluates it by its task.
-        teacher_collator: makes the teacher's batch of the same examples, where the teacher reads something else than the
-            student: another tokenizer's tokens, or images beside text.
+        projector: A `SubclassProjector`, or its folder or Hub id.
+        tokenizer_or_collator: A tokenizer, which then pads; an image processor, whose images are stacked; or a collator. None
+            stacks tensors.
+        teacher: A model, folder or Hub id, run on every batch in this process, so not with DataLoader workers. A name or
+            folder is loaded to the CPU; to run it elsewhere load and move it, or pass it to the trainer.
+        capture: As `capture_targets` wrote it, or a capture of logits and embeddings. A batch with an example that is not in
+            it gets no probabilities: the trainer raises in training, and evaluates such a batch by its task loss.
+        teacher_collator: Makes the teacher's batch from the same examples, where the teacher reads something else than the
+            student: another tokenizer's tokens, or images in addition to text.
 
     Raises:
-        OptionError: both a teacher and a capture, or something that does not collate.
-        SubclassError: a teacher or capture that the projector is not of.
+        OptionError: Both a teacher and a capture, or something that does not collate.
+        SubclassError: The projector was fitted to another teacher.
+
+    Example:
+        >>> collator = SubclassLabelCollator(projector, tokenizer)  # doctest: +SKIP
+        >>> trainer = DistillationTrainer(student, args, collator, dataset, teacher=teacher)  # doctest: +SKIP
     """
 
     def __init__(
@@ -60,88 +64,90 @@ class SubclassLabelCollator:
         teacher_collator: Callable[[Any], Mapping[str, Any]] | None = None,
     ):
         if teacher is not None and capture is not None:
-            raise OptionError("A teacher and a capture are both given; the probabilities come from one of them.")
+            raise OptionError("A teacher and a capture were both given; pass one of them.")
         if teacher_collator is not None and teacher is None and capture is None:
-            raise OptionError("teacher_collator makes the batch of a teacher or capture that is given here; give one.")
+            raise OptionError(
+                "teacher_collator makes the batch of a teacher or capture that is passed here; pass one."
+            )
         self.projector = _load_projector(projector)
         self.data_collator = _resolve_collator(tokenizer_or_collator)
         self.teacher_collator = teacher_collator
         self.capture = capture if capture is None or isinstance(capture, Capture) else Capture.open(capture)
         if self.capture is not None:
-            targets_from_cache(self.projector, self.capture)  # refuses what it cannot be made of
-        made_with = tokenizer_or_collator if teacher_collator is None else teacher_collator
-        self._listener = None
+            targets_from_cache(self.projector, self.capture)  # raises where the targets cannot be computed from it
+        processing_class = tokenizer_or_collator if teacher_collator is None else teacher_collator
+        self._teacher = None
         if teacher is not None:
-            self._listener = load_subclass_teacher(self.projector, teacher, processing_class=made_with)
+            self._teacher = load_subclass_teacher(self.projector, teacher, processing_class=processing_class)
 
     @property
     def live_teacher(self) -> Any:
-        """The model that the probabilities are made with here; None for a capture's, or the trainer's own."""
-        return None if self._listener is None else self._listener.model
+        """The model that runs in this collator; None with a capture, or with the trainer's teacher."""
+        return None if self._teacher is None else self._teacher.model
 
     @property
     def makes_targets(self) -> bool:
-        """Whether the batch has the probabilities already; otherwise the trainer makes them, by `targets_of`."""
-        return self._listener is not None or self.capture is not None
+        """Whether the batch holds the probabilities already; otherwise the trainer computes them, by `targets_of`."""
+        return self._teacher is not None or self.capture is not None
 
     def match(self, config: Any, temperature: float, teacher: Any) -> list[int] | None:
-        """Refuse what does not go together, and say which of the projector's classes each of the student's is, by name.
+        """Check student, temperature and teacher; return the projector's class of each of the student's, by name.
 
         The trainer calls it, and puts the probabilities in that order.
 
         Args:
-            config: the student's.
-            temperature: what its logits are divided by.
-            teacher: the trainer's model or capture, where it is to be heard; None where it cannot be compared.
+            config: The student's.
+            temperature: Of its logits in the loss.
+            teacher: The trainer's model or capture, if the probabilities are computed from its signals; else None.
 
         Returns:
             The order; None where it is the projector's own.
 
         Raises:
-            SubclassError: a student with another number of outputs or subclasses; another teacher.
-            OptionError: another temperature than the projector's.
-            VocabularyError: classes of other names.
+            SubclassError: The student has another number of outputs or subclasses; another teacher.
+            OptionError: Another temperature than the projector's.
+            VocabularyError: Classes of other names.
         """
-        mine = self.projector
-        if (config.num_labels, get_num_subclasses(config)) != (
-            mine.num_classes * mine.num_subclasses,
-            mine.num_subclasses,
-        ):
+        projector = self.projector
+        outputs, num_subclasses = projector.num_classes * projector.num_subclasses, projector.num_subclasses
+        if (config.num_labels, get_num_subclasses(config)) != (outputs, num_subclasses):
             raise SubclassError(
                 f"The student has {config.num_labels} outputs, {get_num_subclasses(config)} for each class; this projector's "
-                f"{mine.num_classes} classes of {mine.num_subclasses} subclasses need "
-                f"{mine.num_classes * mine.num_subclasses}. Make the student with num_subclasses={mine.num_subclasses}."
+                f"{projector.num_classes} classes of {num_subclasses} subclasses need {outputs}. Make the student with "
+                f"num_subclasses={num_subclasses}."
             )
-        if temperature != mine.temperature:
+        if temperature != projector.temperature:
             raise OptionError(
-                f"temperature={temperature}, but the projector makes its probabilities at {mine.temperature}. Set "
-                f"DistillationArguments(temperature={mine.temperature}), or take projector.at(temperature={temperature})."
+                f"temperature={temperature}, but the projector's probabilities are those at {projector.temperature}. Set "
+                f"DistillationArguments(temperature={projector.temperature}), or take "
+                f"projector.with_temperature({temperature})."
             )
         if teacher is not None:
-            mine.check_teacher(teacher)
-        return align_labels(config, SimpleNamespace(id2label=dict(mine.id2label)))  # type: ignore[arg-type]
+            projector.check_teacher(teacher)
+        return align_labels(config, SimpleNamespace(id2label=dict(projector.id2label)))  # type: ignore[arg-type]
 
-    def targets_of(self, embedding: Tensor, logits: Tensor, subclass_labels: Tensor | None = None) -> Tensor:
+    def targets_of(self, embedding: Tensor, logits: Tensor, fine_labels: Tensor | None = None) -> Tensor:
         """Return the probabilities (items, C * S), in the projector's order of classes, of embeddings and logits."""
-        return subclass_probabilities(self.projector, embedding, logits, subclass_labels)
+        return subclass_probabilities(self.projector, embedding, logits, fine_labels)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
-        batch = dict(self.data_collator([_fill_missing_labels(each) for each in features]))
+        batch = dict(self.data_collator([_fill_missing_labels(example) for example in features]))
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             batch["labels"] = labels.masked_fill(labels == -1, IGNORE_INDEX)
-        finer = batch.get(FINE_LABELS_KEY)
+        fine_labels = take_fine_labels(batch)
         if batch.get(TARGETS_KEY) is not None:
             batch[TARGETS_KEY] = torch.as_tensor(batch[TARGETS_KEY]).float().flatten(1)
         elif self.makes_targets:
-            read = batch if self.teacher_collator is None else dict(self.teacher_collator(features))
-            found = self._read(read) if self.capture is not None else self._hear(read, finer)
-            batch.pop(FINE_LABELS_KEY, None)
-            if found is not None:
-                batch[TARGETS_KEY] = found
+            inputs = batch if self.teacher_collator is None else dict(self.teacher_collator(features))
+            targets = self._lookup(inputs) if self.capture is not None else self._run_teacher(inputs, fine_labels)
+            if targets is not None:
+                batch[TARGETS_KEY] = targets
+        elif fine_labels is not None:
+            batch[FINE_LABELS_KEY] = fine_labels  # for the trainer
         return batch
 
-    def _read(self, batch: Mapping[str, Any]) -> Tensor | None:
+    def _lookup(self, batch: Mapping[str, Any]) -> Tensor | None:
         capture = self.capture
         assert capture is not None
         keys = capture.keys(batch)
@@ -149,19 +155,21 @@ class SubclassLabelCollator:
             return None
         return targets_from_cache(self.projector, capture)(capture.lookup(keys))
 
-    def _hear(self, batch: Mapping[str, Any], finer: Any) -> Tensor:
+    def _run_teacher(self, batch: Mapping[str, Any], fine_labels: Any) -> Tensor:
         if get_worker_info() is not None:
             raise OptionError(
-                "SubclassLabelCollator's teacher runs in the process that trains, not in a DataLoader worker. Set "
-                "dataloader_num_workers=0, or give the teacher to the trainer, or capture its targets first."
+                "SubclassLabelCollator's teacher runs in the training process, not in a DataLoader worker. Set "
+                "dataloader_num_workers=0, or pass the teacher to the trainer, or capture its targets first."
             )
-        assert self._listener is not None
-        inputs = {name: value for name, value in batch.items() if name != FINE_LABELS_KEY}
-        return self._listener.probabilities(inputs, finer).float().cpu().clone()  # no tensor of inference mode
+        assert self._teacher is not None
+        inputs = dict(batch)
+        take_fine_labels(inputs)
+        probabilities = self._teacher.probabilities(inputs, fine_labels)
+        return probabilities.float().cpu().clone()  # no tensor of inference mode
 
 
 def _fill_missing_labels(example: Any) -> Any:
-    """Return an example whose missing label is a number, of which a tensor can be made."""
+    """Return an example with -100 for a missing label, so that it can be put into a tensor."""
     if not isinstance(example, Mapping) or all(example.get(name, 0) is not None for name in ("label", "labels")):
         return example
     return {
@@ -170,22 +178,27 @@ def _fill_missing_labels(example: Any) -> Any:
     }
 
 
-def _load_projector(given: Any) -> SubclassProjector:
-    if isinstance(given, SubclassProjector):
-        return given
-    if not isinstance(given, (str, os.PathLike)):
+def _load_projector(projector: Any) -> SubclassProjector:
+    if isinstance(projector, SubclassProjector):
+        return projector
+    if not isinstance(projector, (str, os.PathLike)):
         raise OptionError(
-            f"A SubclassProjector, or its folder or Hub id, was expected first, not a {type(given).__name__}: "
-            "SubclassLabelCollator(projector, tokenizer)."
+            f"The first argument must be a SubclassProjector, or its folder or Hub id; found a {type(projector).__name__}. "
+            "Call SubclassLabelCollator(projector, tokenizer)."
         )
-    return SubclassProjector.from_pretrained(given)
+    return SubclassProjector.from_pretrained(projector)
 
 
-def _resolve_collator(given: Any) -> Callable[[Any], Mapping[str, Any]]:
-    if given is None or hasattr(given, "image_mean") or hasattr(given, "image_processor"):
+def _resolve_collator(tokenizer_or_collator: Any) -> Callable[[Any], Mapping[str, Any]]:
+    if tokenizer_or_collator is None or any(
+        hasattr(tokenizer_or_collator, name) for name in ("image_mean", "image_processor")
+    ):
         return default_data_collator
-    if isinstance(given, PreTrainedTokenizerBase):
-        return DataCollatorWithPadding(given)
-    if not callable(given):
-        raise OptionError(f"A tokenizer, an image processor or a collator was expected, not a {type(given).__name__}.")
-    return given
+    if isinstance(tokenizer_or_collator, PreTrainedTokenizerBase):
+        return DataCollatorWithPadding(tokenizer_or_collator)
+    if not callable(tokenizer_or_collator):
+        raise OptionError(
+            "tokenizer_or_collator must be a tokenizer, an image processor or a collator; found a "
+            f"{type(tokenizer_or_collator).__name__}."
+        )
+    return tokenizer_or_collator

@@ -1,4 +1,4 @@
-"""Examples of a dataset on their way to a projector: batches, labels in the teacher's numbering, and what a teacher said."""
+"""Features of a dataset's examples for a projector: batches, labels in the teacher's numbering, embeddings and logits."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,111 +25,113 @@ LOGIT_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits' s
 
 @dataclass(frozen=True)
 class FeatureChunk:
-    """What is known of some examples.
+    """The features of some examples.
 
     Attributes:
-        numbers: their places in the dataset.
+        indices: Their positions in the dataset.
         embeddings, logits: (rows, width) and (rows, classes).
-        labels, finer: (rows,), or None where there are none.
+        labels, fine_labels: (rows,), or None where there are none.
     """
 
-    numbers: Sequence[int]
+    indices: Sequence[int]
     embeddings: Tensor
     logits: Tensor
     labels: Tensor | None
-    finer: Tensor | None
+    fine_labels: Tensor | None
 
 
 class LabelReader:
-    """The labels of examples, by the teacher's numbers.
+    """Reads the labels of examples, numbered as the teacher's.
 
     Args:
-        dataset: whose features may name the classes.
-        id2label: the teacher's names.
-        column: which column; by default "labels", "label" or "label_ids", where there is one.
-        finer: the column of finer labels, if any.
+        dataset: Its features may name the classes.
+        id2label: The teacher's names.
+        column: The column of labels; None takes "labels", "label" or "label_ids", where there is one.
+        fine_column: The column of fine labels, if any.
     """
 
-    def __init__(self, dataset: Any, id2label: Mapping[int, str], column: str | None, finer: str | None):
-        self.column, self.finer = column, finer
-        self._by_name = {name.casefold(): number for number, name in id2label.items()}
+    def __init__(self, dataset: Any, id2label: Mapping[int, str], column: str | None, fine_column: str | None):
+        self.column, self.fine_column = column, fine_column
+        self._numbers_by_name = {name.casefold(): number for number, name in id2label.items()}
         features = getattr(dataset, "features", None) or {}
-        found = column or next((name for name in TRAINER_LABEL_COLUMNS if name in features), None)
-        names = getattr(features.get(found), "names", None) if found else None
-        # Where the data's names are the teacher's, names decide; else numbers stand, as everywhere in Transformers.
-        known = names is not None and sorted(map(str.casefold, names)) == sorted(self._by_name)
-        self._places = [self._by_name[name.casefold()] for name in names] if known and names else None
+        label_column = column or next((name for name in TRAINER_LABEL_COLUMNS if name in features), None)
+        names = getattr(features.get(label_column), "names", None) if label_column else None
+        # If the data's names are the teacher's, labels are aligned by name; if not, by number, as in Transformers.
+        same_names = names is not None and sorted(map(str.casefold, names)) == sorted(self._numbers_by_name)
+        self._teacher_numbers = (
+            [self._numbers_by_name[name.casefold()] for name in names] if same_names and names else None
+        )
 
-    def of(self, examples: Sequence[Any], batch: Mapping[str, Any]) -> Tensor | None:
-        """Return the labels (rows,) of examples or, where these have none, of their batch; None for none.
+    def labels(self, examples: Sequence[Any], batch: Mapping[str, Any]) -> Tensor | None:
+        """Return the labels (rows,) of examples or, where these have none, of their batch; None if there are none.
 
         Raises:
-            OptionError: the column is missing.
-            SubclassError: a label that is no class.
+            OptionError: The column is missing.
+            SubclassError: A label is not one of the teacher's classes.
         """
         first = examples[0]
         names = (self.column,) if self.column else TRAINER_LABEL_COLUMNS
         if isinstance(first, Mapping):
-            found = next((name for name in names if name in first), None)
-            if found is not None:
-                return torch.tensor([self._number(example[found], found) for example in examples])
-        given = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
-        if given is None and self.column is not None:
-            shown = sorted(first) if isinstance(first, Mapping) else sorted(batch)
-            raise OptionError(f"label_column={self.column!r} is not in the dataset, which has {shown}.")
-        return given
+            column = next((name for name in names if name in first), None)
+            if column is not None:
+                return torch.tensor([self._class_number(example[column], column) for example in examples])
+        labels = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
+        if labels is None and self.column is not None:
+            columns = sorted(first) if isinstance(first, Mapping) else sorted(batch)
+            raise OptionError(f"label_column={self.column!r} is not in the dataset, which has {columns}.")
+        return labels
 
     def fine_labels(self, examples: Sequence[Any]) -> Tensor | None:
-        """Return the finer labels (rows,), None where there are none to be had.
+        """Return the fine labels (rows,), or None without a column of them.
 
         Raises:
-            OptionError: the column is missing.
-            SubclassError: a label that is no whole number.
+            OptionError: The column is missing.
+            SubclassError: A label is not a whole number.
         """
-        if self.finer is None:
+        column = self.fine_column
+        if column is None:
             return None
-        if not isinstance(examples[0], Mapping) or self.finer not in examples[0]:
-            shown = sorted(examples[0]) if isinstance(examples[0], Mapping) else type(examples[0]).__name__
-            raise OptionError(f"subclass_label_column={self.finer!r} is not in the dataset, which has {shown}.")
-        return torch.tensor(
-            [_label_to_int(example[self.finer], f"finer labels in {self.finer!r}") for example in examples]
-        )
+        if not isinstance(examples[0], Mapping) or column not in examples[0]:
+            columns = sorted(examples[0]) if isinstance(examples[0], Mapping) else type(examples[0]).__name__
+            raise OptionError(f"fine_label_column={column!r} is not in the dataset, which has {columns}.")
+        return torch.tensor([_label_to_int(example[column], f"fine labels in {column!r}") for example in examples])
 
-    def _number(self, value: Any, column: str) -> int:
+    def _class_number(self, value: Any, column: str) -> int:
         if value is None:
             return MISSING_LABELS[0]
         if isinstance(value, str):
-            if value.casefold() not in self._by_name:
+            if value.casefold() not in self._numbers_by_name:
                 raise SubclassError(
-                    f"The label {value!r} in {column!r} is none of the teacher's classes: {', '.join(self._by_name)}."
+                    f"The label {value!r} in {column!r} is not one of the teacher's classes: {', '.join(self._numbers_by_name)}."
                 )
-            return self._by_name[value.casefold()]
+            return self._numbers_by_name[value.casefold()]
         number = _label_to_int(value, f"labels in {column!r}", " or names")
-        return self._places[number] if self._places is not None and 0 <= number < len(self._places) else number
+        numbers = self._teacher_numbers
+        return numbers[number] if numbers is not None and 0 <= number < len(numbers) else number
 
 
-def iter_batches(dataset: Any, size: int, process: int, processes: int) -> Iterator[tuple[list[int], list[Any]]]:
-    """Yield numbers and examples, batch by batch; of several processes each takes every so manieth batch.
+def iter_batches(dataset: Any, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[list[int], list[Any]]]:
+    """Yield (indices, examples) batch by batch; each rank reads every world_size-th batch.
 
-    A dataset with a length is read by number, any other from its beginning to its end, once.
+    A map-style dataset is read by index, any other once from beginning to end.
     """
     if is_map_style(dataset):
-        for batch in range(process, -(-len(dataset) // size), processes):
-            numbers = list(range(batch * size, min((batch + 1) * size, len(dataset))))
-            yield numbers, [dataset[number] for number in numbers]
+        for batch in range(rank, -(-len(dataset) // batch_size), world_size):
+            indices = list(range(batch * batch_size, min((batch + 1) * batch_size, len(dataset))))
+            yield indices, [dataset[index] for index in indices]
         return
     stream, batch = iter(dataset), 0
-    while examples := list(islice(stream, size)):
-        if batch % processes == process:
-            yield list(range(batch * size, batch * size + len(examples))), examples
+    while examples := list(islice(stream, batch_size)):
+        if batch % world_size == rank:
+            yield list(range(batch * batch_size, batch * batch_size + len(examples))), examples
         batch += 1
 
 
 def peek_first(dataset: Any) -> tuple[Any, Any]:
-    """Return a dataset that still has all of its examples, and the first of them.
+    """Return a dataset that still yields all of its examples, and the first of them.
 
     Raises:
-        OptionError: it is empty, or no dataset, or several of them.
+        OptionError: It is empty, a mapping of several datasets, or not a dataset.
     """
     if isinstance(dataset, Mapping):
         raise OptionError(
@@ -138,16 +140,16 @@ def peek_first(dataset: Any) -> tuple[Any, Any]:
         )
     if is_map_style(dataset):
         if not len(dataset):
-            raise OptionError("The dataset is empty; there is nothing to fit.")
+            raise OptionError("The dataset is empty; pass one with examples.")
         return dataset, dataset[0]
     if not hasattr(dataset, "__iter__"):
         raise OptionError(
-            f"A dataset has examples, by number or one after the other; a {type(dataset).__name__} has none."
+            f"A dataset must have a length and examples by index, or be iterable; a {type(dataset).__name__} is neither."
         )
     stream = iter(dataset)
     for first in stream:
         return chain([first], stream), first
-    raise OptionError("The dataset is empty; there is nothing to fit.")
+    raise OptionError("The dataset is empty; pass one with examples.")
 
 
 def build_collator(
@@ -157,41 +159,41 @@ def build_collator(
     data_collator: Callable[[Any], Mapping[str, Any]] | None,
     processing_class: Any,
 ) -> tuple[TeacherBatchCollator, bool]:
-    """Return what makes examples a batch, and whether it drops the columns that the model's forward does not take.
+    """Return a collator for the teacher's batches, and whether it drops the columns that the model's forward does not take.
 
-    It does as `Trainer` does, unless nothing would be left: then the user's collator is for raw columns.
+    It drops them as `Trainer` does, unless none would be left: then `data_collator` reads raw columns.
 
     Raises:
-        OptionError: nothing would be left, and there is no such collator.
+        OptionError: No column would be left, and there is no `data_collator`.
     """
     known = forward_parameters(model) - {*TRAINER_LABEL_COLUMNS}
     drop = not isinstance(example, Mapping) or bool(known & {*example})
     if not drop and data_collator is None:
         raise OptionError(
-            f"The dataset's columns {sorted(example)} are none of those that the teacher takes ({sorted(known)}). Process it "
-            "as for training (tokenise texts, make images pixels), or pass a data_collator that does."
+            f"The dataset has the columns {sorted(example)}, and the teacher takes {sorted(known)}. Process the dataset as for "
+            "training (tokenize texts, turn images into pixels), or pass a data_collator that does."
         )
     return TeacherBatchCollator(model, task, data_collator, processing_class, drop), drop
 
 
 def iter_live(
-    listener: TeacherRunner,
+    teacher: TeacherRunner,
     dataset: Any,
     collate: TeacherBatchCollator,
     labels: LabelReader,
     *,
     batch_size: int,
-    process: int = 0,
-    processes: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[FeatureChunk]:
-    """Yield what a teacher says of a dataset, run here."""
-    for numbers, examples in iter_batches(dataset, batch_size, process, processes):
+    """Yield the features of a dataset's examples by running the teacher."""
+    for indices, examples in iter_batches(dataset, batch_size, rank, world_size):
         batch = collate(examples)
-        heard = listener.hear(batch, embedding=True)
-        assert heard.embedding is not None
-        check_row_count(len(heard.logits), len(numbers))
-        found = labels.of(examples, batch)
-        yield FeatureChunk(numbers, heard.embedding, heard.logits, found, labels.fine_labels(examples))
+        outputs = teacher.hear(batch, embedding=True)
+        assert outputs.embedding is not None
+        check_row_count(len(outputs.logits), len(indices))
+        class_labels = labels.labels(examples, batch)
+        yield FeatureChunk(indices, outputs.embedding, outputs.logits, class_labels, labels.fine_labels(examples))
 
 
 def iter_cached(
@@ -201,39 +203,39 @@ def iter_cached(
     labels: LabelReader,
     *,
     batch_size: int,
-    process: int = 0,
-    processes: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[FeatureChunk]:
-    """Yield what was captured of a dataset's examples, found by what they are."""
-    for numbers, examples in iter_batches(dataset, batch_size, process, processes):
+    """Yield the captured features of a dataset's examples, which are looked up by their content."""
+    for indices, examples in iter_batches(dataset, batch_size, rank, world_size):
         batch = collate(examples)
         keys = capture.keys(batch)
-        check_row_count(len(keys), len(numbers))
-        said = capture.lookup(keys)
-        yield _stack_chunk(numbers, said, labels.of(examples, batch), labels.fine_labels(examples))
+        check_row_count(len(keys), len(indices))
+        signals = capture.lookup(keys)
+        yield _stack_chunk(indices, signals, labels.labels(examples, batch), labels.fine_labels(examples))
 
 
 def iter_all_cached(
-    capture: Capture, *, batch_size: int, process: int = 0, processes: int = 1
+    capture: Capture, *, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[FeatureChunk]:
-    """Yield everything that a capture holds, without labels."""
+    """Yield the features of all examples in a capture, without labels."""
     manifest = capture.manifest
-    for number in range(process, manifest.shard_count, processes):
-        shard = capture.shard(number)
-        inside = manifest.shard_examples(number)
+    for shard_number in range(rank, manifest.shard_count, world_size):
+        shard = capture.shard(shard_number)
+        shard_indices = manifest.shard_examples(shard_number)
         for start in range(0, len(shard), batch_size):
             rows = range(start, min(start + batch_size, len(shard)))
-            said = [decode_example(manifest, shard.arrays(row), 1.0) for row in rows]
-            yield _stack_chunk([inside[row] for row in rows], said, None, None)
+            signals = [decode_example(manifest, shard.arrays(row), 1.0) for row in rows]
+            yield _stack_chunk([shard_indices[row] for row in rows], signals, None, None)
 
 
 def linear_weight(classifier: Any) -> Tensor:
-    """Return the weight (classes, width), float64, of a layer that is linear in what it is fed.
+    """Return the weight (classes, width), float64, of a layer that is linear in its input.
 
-    Of layers that are not plain ones (adapters, quantised ones) it is what they make of the unit vectors.
+    For layers other than `nn.Linear` (adapters, quantized layers) it is computed from the outputs for the unit vectors.
 
     Raises:
-        SubclassError: it is no such layer.
+        SubclassError: The layer has no such weight.
     """
     if isinstance(classifier, nn.Linear) or not isinstance(classifier, nn.Module):
         return classifier.weight.detach().double().cpu()
@@ -243,29 +245,28 @@ def linear_weight(classifier: Any) -> Tensor:
             f"The classifier is a {type(classifier).__name__}, which has no weight of the shape (classes, width). Name the "
             "linear layer that makes the logits with classifier=, or give classifier_weight=."
         )
-    probe = next(classifier.parameters())
-    dtype = probe.dtype if probe.is_floating_point() else torch.float32
-    units = torch.eye(width, device=probe.device, dtype=dtype)
+    parameter = next(classifier.parameters())
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    units = torch.eye(width, device=parameter.device, dtype=dtype)
     with torch.no_grad():
         return (classifier(units) - classifier(torch.zeros_like(units[:1]))).double().T.cpu()
 
 
-def check_linear_classifier(weight: Tensor, part: FeatureChunk, model: Any) -> None:
-    """Refuse a classifier whose weight does not make the logits of the embeddings, up to a constant.
+def check_linear_classifier(weight: Tensor, chunk: FeatureChunk, model: Any) -> None:
+    """Check that a classifier's weight makes the logits of the embeddings, up to a constant.
 
     Raises:
-        SubclassError: names the classifier that was taken.
+        SubclassError: It does not; names the layer that was taken for the classifier.
     """
-    h, z = part.embeddings.cpu().double(), part.logits.cpu().double()
-    wide_enough = weight.shape == (z.shape[1], h.shape[1])
-    if wide_enough:
+    h, z = chunk.embeddings.cpu().double(), chunk.logits.cpu().double()
+    if weight.shape == (z.shape[1], h.shape[1]):
         if len(h) < 2:
             return
-        left = (z - h @ weight.T).std(0).max()
+        residual = (z - h @ weight.T).std(0).max()
         spread = z.std(0).max()
         # Rounding of large embeddings shows as noise of their own size.
-        noise = LOGIT_TOLERANCE.get(part.embeddings.dtype, 1e-3)
-        if left <= noise * spread + 1e-6 * (h.abs() @ weight.abs().T).max():
+        tolerance = LOGIT_TOLERANCE.get(chunk.embeddings.dtype, 1e-3)
+        if residual <= tolerance * spread + 1e-6 * (h.abs() @ weight.abs().T).max():
             return
     layer = type(find_classifier(model, Task.SEQUENCE_CLASSIFICATION)).__name__
     raise SubclassError(
@@ -275,75 +276,76 @@ def check_linear_classifier(weight: Tensor, part: FeatureChunk, model: Any) -> N
 
 
 def cached_teacher_class(capture: Capture) -> Any:
-    """Return the class of a capture's teacher, whose forward says which columns it takes.
+    """Return the class of a capture's teacher, whose forward determines the columns that it takes.
 
     Raises:
         OptionError: Transformers does not have it.
     """
-    found = getattr(transformers, capture.manifest.teacher_class, None)
-    if found is None:
+    teacher_class = getattr(transformers, capture.manifest.teacher_class, None)
+    if teacher_class is None:
         raise OptionError(
             f"{capture.folder} is of a {capture.manifest.teacher_class}, which Transformers does not have: pass the teacher "
-            "beside its capture, or a data_collator."
+            "in addition to its capture, or a data_collator."
         )
-    return found
+    return teacher_class
 
 
 def check_classifier_task(task: Task, name: str) -> None:
-    """Refuse a teacher that does not say one thing an example.
+    """Check that a teacher classifies whole sequences or images.
 
     Raises:
-        TaskError: it is for another task.
+        TaskError: It has another task.
     """
     if not task.is_example_classification:
-        raise TaskError(f"Subclasses are of classifiers of sequences or images; {name} is for {task}.")
+        raise TaskError(f"Subclasses need a classifier of sequences or images; {name} is for {task}.")
 
 
 def check_single_label(config: Any, name: str) -> None:
-    """Refuse a teacher whose classes do not exclude each other: its logits are no distribution that could be split.
+    """Check that a teacher's classes exclude each other; otherwise its logits are no distribution that could be split.
 
     Args:
-        config: the teacher's, or what a capture tells of it.
+        config: The teacher's, or the mapping of it in a capture.
 
     Raises:
-        TaskError: names the kind of problem.
+        TaskError: States the problem type.
     """
-    told = config if isinstance(config, Mapping) else vars(config)
-    kind = told.get("problem_type")
-    if kind in NON_CATEGORICAL_PROBLEM_TYPES:
+    fields = config if isinstance(config, Mapping) else vars(config)
+    problem_type = fields.get("problem_type")
+    if problem_type in NON_CATEGORICAL_PROBLEM_TYPES:
         raise TaskError(
-            f"Subclasses are of classes that exclude each other; {name} has problem_type={kind!r}. Give a teacher that was "
-            "trained with one class an example, or set its config's problem_type to 'single_label_classification' if it was."
+            f"Subclasses need classes that exclude each other; {name} has problem_type={problem_type!r}. Pass a teacher that "
+            "was trained with one class an example, or set its config's problem_type to 'single_label_classification' if it "
+            "was."
         )
 
 
-def check_row_count(made: int, expected: int) -> None:
-    """Refuse a collator that does not keep one row an example.
+def check_row_count(rows: int, expected: int) -> None:
+    """Check that a collator makes one row of each example.
 
     Raises:
-        SubclassError: the numbers differ.
+        SubclassError: The numbers differ.
     """
-    if made != expected:
+    if rows != expected:
         raise SubclassError(
-            f"The collator made {made} rows of {expected} examples, so which is which cannot be told. Use one that keeps one "
-            "row an example."
+            f"The collator made {rows} rows of {expected} examples, so rows cannot be matched to examples. Use one that makes "
+            "one row of each example."
         )
 
 
 def _stack_chunk(
-    numbers: Sequence[int], said: Sequence[Any], labels: Tensor | None, finer: Tensor | None
+    indices: Sequence[int], signals: Sequence[Any], labels: Tensor | None, fine_labels: Tensor | None
 ) -> FeatureChunk:
-    embeddings, logits = (torch.stack([getattr(each, name) for each in said]) for name in ("embedding", "logits"))
-    return FeatureChunk(numbers, embeddings, logits, labels, finer)
+    embeddings = torch.stack([example.embedding for example in signals])
+    return FeatureChunk(indices, embeddings, torch.stack([example.logits for example in signals]), labels, fine_labels)
 
 
-def _label_to_int(value: Any, what: str, otherwise: str = "") -> int:
-    """Return a label as a number of Python.
+def _label_to_int(value: Any, what: str, alternative: str = "") -> int:
+    """Return a label as Python's number.
 
     Raises:
-        SubclassError: it is no whole number, of Python, NumPy or torch.
+        SubclassError: Not a whole number of Python, NumPy or torch.
     """
-    one = value.item() if getattr(value, "ndim", None) == 0 else value
-    if not isinstance(one, int):
-        raise SubclassError(f"The {what} are whole numbers{otherwise}; found {value!r}.")
-    return int(one)
+    number = value.item() if getattr(value, "ndim", None) == 0 else value
+    if not isinstance(number, int):
+        raise SubclassError(f"The {what} must be whole numbers{alternative}; found {value!r}.")
+    return int(number)

@@ -1,4 +1,4 @@
-"""`fit_subclasses`: from a teacher and a dataset to a projector, in one pass."""
+"""`fit_subclasses`: fit a projector to a teacher and a dataset, in one pass over the data."""
 
 import contextlib
 import os
@@ -32,7 +32,6 @@ from hf_guide.lelp.data import (
 )
 from hf_guide.lelp.projector import SubclassProjector, check_embedding_width, check_fit_options, to_weight_matrix
 from hf_guide.lelp.splitters.registry import get_splitter
-from hf_guide.lelp.validation import check_integer
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import classifier_registered, find_classifier
@@ -43,10 +42,15 @@ from hf_guide.signal_cache.teacher_outputs import TeacherRunner
 from hf_guide.signal_cache.writer import capture_teacher, distributed_state
 from hf_guide.tasks import task_of
 from hf_guide.teachers.loading import load_teacher
+from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
 from hf_guide.utils.distributed import rank_and_world_size, report_missing_ranks
 from hf_guide.utils.fingerprint import weights_fingerprint
+from hf_guide.validation import check_integer
+
+_RENAMED = RenamedOptions(names={"subclass_label_column": "fine_label_column"})
 
 
+@with_renamed_parameters(_RENAMED)
 def fit_subclasses(
     teacher: "str | os.PathLike[str] | PreTrainedModel | Capture",
     dataset: Any = None,
@@ -59,7 +63,7 @@ def fit_subclasses(
     processing_class: Any = None,
     data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
     label_column: str | None = None,
-    subclass_label_column: str | None = None,
+    fine_label_column: str | None = None,
     capture: "Capture | str | os.PathLike[str] | None" = None,
     classifier: "nn.Module | str | None" = None,
     classifier_weight: Any = None,
@@ -70,43 +74,49 @@ def fit_subclasses(
     trust_remote_code: bool = False,
     show_progress: bool = True,
 ) -> SubclassProjector:
-    """Fit a projector to what a classifier makes of a dataset, in one pass (LELP, arXiv 2409.20449).
+    """Fit a projector to a classifier's embeddings of a dataset, in one pass (LELP, arXiv 2409.20449).
 
-    The teacher runs here; or what it says was captured, and need not be run. Under `torchrun` the processes share the
-    examples; each calls this and returns the same projector.
+    The teacher is run, or its captured signals are read. Under `torchrun` the processes share the examples; each must call
+    this function, and all return the same projector.
 
     Args:
-        teacher: a Hub id, a folder or a loaded model, for sequences or images; or a `Capture` with embeddings.
-        dataset: processed as for `Trainer`, with a length or streamed. Of a `Capture` it may be left out: then all that was
-            captured counts, by the teacher's own classes.
+        teacher: A Hub id, a folder or a loaded model, a classifier of sequences or images; or a `Capture` with embeddings.
+        dataset: Processed as for `Trainer`, with a length or streamed. With a `Capture` as teacher it may be left out: then
+            all captured examples count, grouped by the classes that the teacher predicts.
         num_subclasses: S.
-        subclass_temperature, temperature, splitter, seed: as of `SubclassProjector.fit`.
-        processing_class: the tokenizer or processor, used to pad where there is no collator.
-        data_collator: as for training, but for its padding.
-        label_column: where labels are; by default "labels", "label" or "label_ids". Missing ones (None, -1, -100, or all)
-            stand for the teacher's own class. Names, and numbers whose names are the teacher's, are aligned by name.
-        subclass_label_column: finer labels, for the splitter "labels".
-        capture: a `Capture` of this teacher; or a folder, where what it says is kept: that which is there is read, what is
-            missing is captured first, so that a killed run goes on where it was and training needs no teacher.
-        classifier: the layer that makes the logits, or its name, where it is not found. It is remembered, as by
+        subclass_temperature, temperature, splitter, seed: As of `SubclassProjector.fit`.
+        processing_class: The tokenizer or processor, which pads where there is no `data_collator`.
+        data_collator: As for training.
+        label_column: The column of labels; None takes "labels", "label" or "label_ids". For missing labels (None, -1, -100,
+            or all) the class that the teacher predicts counts. Names, and numbers whose names are the teacher's, are aligned
+            by name.
+        fine_label_column: The column of fine labels, for the splitter "labels".
+        capture: A `Capture` of this teacher, which is read; or a folder, into which examples that are missing are captured
+            first. A killed run resumes from the folder, and training can read it instead of running the teacher.
+        classifier: The layer that makes the logits, or its name, where it is not found. It is registered for this model, as by
             `register_classifier`, unless the fit fails.
-        classifier_weight: W, (classes, width), where it is not that layer's. Of a `Capture` alone it is told from the data.
-        batch_size: examples a forward pass.
-        dtype, revision, token, trust_remote_code: of a teacher that is loaded here.
-        show_progress: whether the first process shows a bar.
+        classifier_weight: W, (classes, width), where it is not that layer's. For a `Capture` alone it is recovered from the
+            data.
+        batch_size: Examples of a forward pass.
+        dtype, revision, token, trust_remote_code: Of a teacher that is loaded here.
+        show_progress: Whether the main process shows a bar.
 
     Raises:
-        SubclassError: as of `SubclassProjector.fit`, or logits that are not linear in the embeddings.
-        OptionError: an option out of range, a missing column.
-        TaskError, TeacherError, CaptureError: a teacher that is no classifier, or whose classes do not exclude each other; a
-            capture that is not of it.
+        SubclassError: As of `SubclassProjector.fit`, or the logits are not linear in the embeddings.
+        OptionError: An option out of range, or a missing column.
+        TaskError, TeacherError, CaptureError: The teacher is not a classifier, its classes do not exclude each other, or the
+            capture is of another teacher.
+
+    Example:
+        >>> projector = fit_subclasses("teacher/", dataset, num_subclasses=4)  # doctest: +SKIP
+        >>> projector.save_pretrained("projector/")  # doctest: +SKIP
     """
     num_subclasses, seed = check_fit_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
     batch_size = check_integer("batch_size", batch_size)
-    if get_splitter(splitter).needs_labels and (dataset is None or subclass_label_column is None):
+    if get_splitter(splitter).needs_fine_labels and (dataset is None or fine_label_column is None):
         raise SubclassError(
-            f"The splitter {splitter!r} needs one finer label an example: give a dataset, and name their column with "
-            "subclass_label_column=."
+            f"The splitter {splitter!r} needs one fine label an example: give a dataset, and name their column with "
+            "fine_label_column=."
         )
     state = distributed_state()
     if isinstance(teacher, (str, os.PathLike)) and (Path(teacher) / MANIFEST_NAME).is_file():
@@ -115,12 +125,12 @@ def fit_subclasses(
     if isinstance(teacher, Capture):
         if capture is not None or classifier is not None:
             raise OptionError(
-                "The teacher is a capture already; capture= and classifier= are for one that is a model."
+                "The teacher is a capture; leave capture= and classifier= out, which belong to a teacher that is a model."
             )
         capture = teacher
     else:
         if dataset is None:
-            raise OptionError("A teacher that is run needs a dataset; only a capture can do without.")
+            raise OptionError("A teacher that is a model needs a dataset; only a capture can do without.")
         model = _load_model(teacher, state, dtype, revision, token, trust_remote_code)
         check_classifier_task(task_of(model), type(model).__name__)
         check_single_label(without_adapter(model).config, type(model).__name__)
@@ -132,29 +142,29 @@ def fit_subclasses(
         source = _FeatureSource(model, capture, dataset, data_collator, processing_class)
         weight = _resolve_classifier_weight(source, classifier_weight, num_subclasses, splitter)
         classes, width = len(source.id2label), source.width if weight is None else weight.shape[1]
-        labels = LabelReader(dataset, source.id2label, label_column, subclass_label_column)
-        gathering = StatisticsAccumulator(classes, width, splitter=splitter, seed=seed)
+        labels = LabelReader(dataset, source.id2label, label_column, fine_label_column)
+        statistics = StatisticsAccumulator(classes, width, splitter=splitter, seed=seed)
         regression = StreamingLeastSquares(classes, width) if weight is None else None
         with _raise_on_all_ranks():
             bar = tqdm(
-                source.parts(labels, batch_size, state),
+                source.chunks(labels, batch_size, state),
                 desc="Fitting subclasses",
                 unit="batch",
                 disable=not (show_progress and state.is_main_process),
             )
-            for number, part in enumerate(bar):
+            for number, chunk in enumerate(bar):
                 if number == 0 and weight is not None and classifier_weight is None:
-                    check_linear_classifier(weight, part, source.model)
-                gathering.add(part.embeddings, part.labels, part.logits, part.finer, part.numbers)
+                    check_linear_classifier(weight, chunk, source.model)
+                statistics.update(chunk.embeddings, chunk.labels, chunk.logits, chunk.fine_labels, chunk.indices)
                 if regression is not None:
-                    regression.update(part.embeddings, part.logits)
-        gathering.reduce()
+                    regression.update(chunk.embeddings, chunk.logits)
+        statistics.reduce()
         if regression is not None:
             regression.reduce()
-            weight = regression.weight(gathering.moments)
+            weight = regression.weight(statistics.moments)
         assert weight is not None
         return SubclassProjector.from_statistics(
-            gathering,
+            statistics,
             weight,
             num_subclasses,
             subclass_temperature=subclass_temperature,
@@ -166,7 +176,7 @@ def fit_subclasses(
 
 
 class _FeatureSource:
-    """Where embeddings and logits come from: a model that is run, or a capture, with its model where that is at hand."""
+    """The source of embeddings and logits: a model that is run, or a capture, with its model where that is loaded."""
 
     def __init__(self, model: Any, capture: Capture | None, dataset: Any, data_collator: Any, processing_class: Any):
         self.model, self.capture, self.dataset = model, capture, dataset
@@ -177,7 +187,7 @@ class _FeatureSource:
             check_single_label(manifest.teacher_config, str(capture.folder))
             if "embedding" not in manifest.shapes:
                 raise CaptureError(
-                    f"{capture.folder} holds no embeddings, which subclasses are made of. Capture again with "
+                    f"{capture.folder} holds no embeddings, which subclasses are computed from. Capture again with "
                     'config={"embedding": True}.'
                 )
             capture.check(processing_class=processing_class, teacher=model)
@@ -191,37 +201,37 @@ class _FeatureSource:
             self.id2label = {int(number): str(name) for number, name in config.id2label.items()}
         if len(self.id2label) < 2:
             raise SubclassError(
-                f"{self.name} has a single output; subclasses are of two classes or more. Give a classifier with one output "
-                "a class."
+                f"{self.name} has a single output; subclasses need two classes or more. Give a classifier with one output "
+                "for each class."
             )
 
     @property
     def width(self) -> int:
-        """How many numbers an embedding has, by the capture."""
+        """The width of captured embeddings."""
         assert self.capture is not None
         return int(self.capture.manifest.shapes["embedding"][-1])
 
     def weight(self) -> Tensor | None:
-        """Return the classifier's weight, (classes, width), where the model is at hand."""
+        """Return the classifier's weight, (classes, width), or None without a model."""
         return None if self.model is None else linear_weight(find_classifier(self.model, self.task))
 
-    def parts(self, labels: LabelReader, batch_size: int, state: PartialState) -> Iterator[FeatureChunk]:
-        """Yield this process's share of the examples."""
-        share = {"process": state.process_index, "processes": state.num_processes}
+    def chunks(self, labels: LabelReader, batch_size: int, state: PartialState) -> Iterator[FeatureChunk]:
+        """Yield the features of this process's shard of the examples."""
+        shard = {"rank": state.process_index, "world_size": state.num_processes}
         capture, dataset = self.capture, self.dataset
         if dataset is None:
             assert capture is not None
-            yield from iter_all_cached(capture, batch_size=batch_size, **share)
+            yield from iter_all_cached(capture, batch_size=batch_size, **shard)
             return
         dataset, first = peek_first(dataset)
-        takes = self.model if self.model is not None or capture is None else cached_teacher_class(capture)
-        collate, _ = build_collator(takes, self.task, first, self.data_collator, self.processing_class)
+        model = self.model if self.model is not None or capture is None else cached_teacher_class(capture)
+        collate, _ = build_collator(model, self.task, first, self.data_collator, self.processing_class)
         if capture is not None:
-            yield from iter_cached(capture, dataset, collate, labels, batch_size=batch_size, **share)
+            yield from iter_cached(capture, dataset, collate, labels, batch_size=batch_size, **shard)
             return
         with eval_mode(self.model):
-            listener = TeacherRunner(self.model, self.task, self.processing_class)
-            yield from iter_live(listener, dataset, collate, labels, batch_size=batch_size, **share)
+            teacher = TeacherRunner(self.model, self.task, self.processing_class)
+            yield from iter_live(teacher, dataset, collate, labels, batch_size=batch_size, **shard)
 
 
 def _load_model(
@@ -233,8 +243,8 @@ def _load_model(
         return teacher
     if not isinstance(teacher, (str, os.PathLike)):
         raise OptionError(
-            f"A teacher is a Hub id, a folder, a PreTrainedModel or a Capture, not a {type(teacher).__name__}. Of any other, "
-            "SubclassProjector.fit takes the arrays."
+            f"A teacher must be a Hub id, a folder, a PreTrainedModel or a Capture; found a {type(teacher).__name__}. For any "
+            "other, pass its embeddings to SubclassProjector.fit."
         )
     return load_teacher(
         teacher, dtype=dtype, device=state.device, revision=revision, token=token, trust_remote_code=trust_remote_code
@@ -242,21 +252,21 @@ def _load_model(
 
 
 def _resolve_classifier_weight(
-    source: _FeatureSource, given: Any, num_subclasses: int, splitter: str
+    source: _FeatureSource, classifier_weight: Any, num_subclasses: int, splitter: str
 ) -> Tensor | None:
-    """Return W, (classes, width), as it is given or of the model; None where it is to be told from the data.
+    """Return W, (classes, width), as passed or of the model; None where it must be recovered from the data.
 
     Raises:
-        SubclassError: it is not of this teacher's classes, or has no room for the subclasses.
+        SubclassError: It has another number of classes than the teacher, or is too narrow for the subclasses.
     """
-    weight = source.weight() if given is None else to_weight_matrix(given)
+    weight = source.weight() if classifier_weight is None else to_weight_matrix(classifier_weight)
     if weight is None:
         return None
     rows, columns = weight.shape
     if rows != len(source.id2label):
-        turned = f" It looks transposed: give it as ({columns}, {rows})." if columns == len(source.id2label) else ""
+        hint = f" It looks transposed: give it as ({columns}, {rows})." if columns == len(source.id2label) else ""
         raise SubclassError(
-            f"The classifier's weight has {rows} rows; the teacher has {len(source.id2label)} classes.{turned}"
+            f"The classifier's weight has {rows} rows; the teacher has {len(source.id2label)} classes.{hint}"
         )
     check_embedding_width(weight, num_subclasses, splitter)
     return weight
@@ -281,19 +291,19 @@ def _cache_features(
 
 @contextlib.contextmanager
 def _raise_on_all_ranks() -> Iterator[None]:
-    """Let an error of one process be one of all, before they wait for each other."""
+    """Raise an error of one process on all of them, before they wait for each other."""
     failure: HfGuideError | None = None
     try:
         yield
     except HfGuideError as error:
         failure = error
     if rank_and_world_size()[1] > 1:
-        everyone: list[str | None] = [None] * rank_and_world_size()[1]
+        gathered: list[str | None] = [None] * rank_and_world_size()[1]
         with report_missing_ranks():
-            dist.all_gather_object(everyone, None if failure is None else str(failure))
-        said = [(rank, message) for rank, message in enumerate(everyone) if message is not None]
-        if failure is None and said:
-            raise SubclassError(f"Process {said[0][0]} found: {said[0][1]}")
+            dist.all_gather_object(gathered, None if failure is None else str(failure))
+        messages = [(rank, message) for rank, message in enumerate(gathered) if message is not None]
+        if failure is None and messages:
+            raise SubclassError(f"Process {messages[0][0]} failed: {messages[0][1]}")
     if failure is not None:
         raise failure
 

@@ -1,4 +1,4 @@
-"""The term `lelp`: the student's subclasses against the teacher's, one divergence over all of them."""
+"""The loss term `lelp`: one divergence between the student's and the teacher's subclass probabilities, over all classes."""
 
 from typing import TYPE_CHECKING
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 def lelp_loss(student: Tensor, target: Tensor, args: "DistillationArguments") -> Tensor:
     """Return tau^2 times KL(p, softmax(student / tau)) over all C * S subclasses, (items,).
 
-    It is LELP's unified cross-entropy less the entropy of p, which is a constant: the gradient is the cross-entropy's, the
-    value is zero where the student has learned everything, and with one subclass a class both are distillation's `kd`.
+    It is LELP's unified cross-entropy (arXiv 2409.20449) less the entropy of p, which is constant: its gradient is that of the
+    cross-entropy, its minimum is zero, and with one subclass a class it equals `kd`.
 
     Args:
-        student: subclass logits (items, C * S).
-        target: probabilities p (items, C * S), made at the temperature of `args`.
-        args: of which the temperature, tau, counts.
+        student: Subclass logits (items, C * S).
+        target: Probabilities p (items, C * S), at the temperature of `args`.
+        args: Their `temperature` is tau.
     """
     tau = args.temperature
     target = target.to(student.device, torch.promote_types(target.dtype, student.dtype))

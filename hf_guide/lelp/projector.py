@@ -1,7 +1,7 @@
-"""`SubclassProjector`: from a teacher's embedding and logits to the probabilities of pseudo-subclasses.
+"""`SubclassProjector`: from a teacher's embeddings and logits to the probabilities of pseudo-subclasses.
 
-LELP, arXiv 2409.20449: the linear structure inside each class becomes targets to learn from, and each class keeps exactly
-the probability that the teacher gives it.
+LELP, arXiv 2409.20449: the linear structure inside each class becomes distillation targets; each class keeps exactly the
+probability that the teacher gives it.
 """
 
 import copy
@@ -22,38 +22,43 @@ from torch import Tensor, nn
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.accumulator import StatisticsAccumulator
 from hf_guide.lelp.data import check_single_label
-from hf_guide.lelp.moments import check_finite_rows
 from hf_guide.lelp.projector_files import read_projector, write_projector
 from hf_guide.lelp.splitters.registry import get_splitter
 from hf_guide.lelp.splitters.scorers import LinearScorer, SubclassScorer
-from hf_guide.lelp.validation import (
-    as_tensor,
-    check_integer,
-    check_integer_labels,
-    check_positive,
-    iter_aligned_chunks,
-)
+from hf_guide.lelp.validation import as_tensor, check_finite_rows, check_integer_labels, iter_aligned_chunks
 from hf_guide.signal_cache.reader import Capture
+from hf_guide.utils.deprecation import RenamedOptions, warn_renamed, with_renamed_parameters
 from hf_guide.utils.fingerprint import weights_fingerprint
+from hf_guide.validation import check_integer, check_positive
+
+_RENAMED = RenamedOptions(names={"subclass_labels": "fine_labels"})
 
 
 @dataclass(frozen=True, eq=False)
 class SubclassProjector:
-    """What makes subclass targets of a teacher's embeddings and logits. The flat axis of classes times subclasses is
+    """Computes subclass targets from a teacher's embeddings and logits. The flat axis of classes times subclasses is
     class-major everywhere: subclass s of class c is number c * num_subclasses + s.
 
     Attributes:
-        scores: how an embedding is scored for each subclass.
+        scores: Scores an embedding for each subclass.
         num_classes, num_subclasses, embedding_size: C, S and D.
-        temperature: tau, of the teacher's logits; it is that of the loss as well.
+        temperature: tau, of the teacher's logits and of the loss.
         subclass_temperature: beta, of the scores within a class.
-        splitter, seed: how the subclasses were found.
-        id2label: the names of the classes.
-        counts: (C,), how many examples of each class were seen, float64.
-        eigenvalues: (C, D), descending: the spectrum of each class's covariance outside what the classifier sees.
+        splitter, seed: How the subclasses were found.
+        id2label: The names of the classes.
+        counts: (C,), the number of examples of each class, float64.
+        eigenvalues: (C, D), descending: the spectrum of each class's covariance in the null space of the classifier.
         variances: (C,): the trace of each class's whole covariance.
-        teacher: where the teacher came from, where that is known.
-        teacher_fingerprint: of its weights (`weights_fingerprint`), where there is a model.
+        teacher: The teacher's name or path, if known.
+        teacher_fingerprint: Of its weights (`weights_fingerprint`), if there is a model.
+
+    Example:
+        >>> import torch
+        >>> embeddings, labels = torch.randn(300, 16), torch.arange(300) % 2
+        >>> classifier_weight = torch.randn(2, 16)
+        >>> projector = SubclassProjector.fit(embeddings, labels, classifier_weight, num_subclasses=4)
+        >>> projector.transform(embeddings, embeddings @ classifier_weight.T).shape
+        torch.Size([300, 2, 4])
     """
 
     scores: SubclassScorer
@@ -76,6 +81,7 @@ class SubclassProjector:
             object.__setattr__(self, name, check_positive(name, getattr(self, name)))
 
     @classmethod
+    @with_renamed_parameters(_RENAMED)
     def fit(
         cls,
         embeddings: Any,
@@ -88,42 +94,42 @@ class SubclassProjector:
         temperature: float = 1.0,
         splitter: str = "lelp",
         seed: int = 0,
-        subclass_labels: Any = None,
+        fine_labels: Any = None,
         id2label: "Mapping[int, str] | Sequence[str] | None" = None,
     ) -> "SubclassProjector":
-        """Fit a projector to arrays: of tensors or NumPy, of any teacher and modality.
+        """Fit a projector to arrays, torch's or NumPy's, of any teacher and modality.
 
         Args:
-            embeddings: (N, D), or an iterable of chunks (any, D): nothing is kept of what was seen but its moments.
+            embeddings: (N, D), or an iterable of chunks (any, D), of which only statistics are kept.
             labels: (N,), whole numbers or bool, or an iterable of chunks; -1, -100 and, in a list, None, or None for all,
-                stand for examples without, which are grouped by the teacher's own class.
-            classifier_weight: W, (C, D); a single row stands for two classes, as scikit-learn has it.
-            num_subclasses: S.
+                mark missing ones: those examples are grouped by the class that the teacher predicts.
+            classifier_weight: W, (C, D); a single row stands for two classes, as in scikit-learn.
+            num_subclasses: S, at least 1.
             logits: (N, C), or chunks; needed where labels are missing.
-            subclass_temperature: beta: the larger, the more alike a class's subclasses.
+            subclass_temperature: beta: the larger, the more even the probabilities of a class's subclasses.
             temperature: tau, of the teacher's logits and the student's.
-            splitter: `known_splitters()` lists them.
-            seed: of the rotation, and whatever else a splitter draws.
-            subclass_labels: (N,), or chunks: finer labels, for the splitter "labels".
-            id2label: the names of the classes.
+            splitter: "lelp", "kmeans" (needs scikit-learn), "labels", or one of `register_splitter`.
+            seed: Of the rotation, and whatever else a splitter draws.
+            fine_labels: (N,), or chunks, for the splitter "labels".
+            id2label: The names of the classes.
 
         Raises:
-            SubclassError: too few examples in a class, or none; no variance; labels outside the classes; shapes that do not
-                go together, D < C + S among them; embeddings that are not finite, and whose.
-            OptionError: S or a temperature that is not positive; an unknown splitter.
+            SubclassError: Too few examples in a class, or none; no variance; labels outside the classes; shapes that do not
+                match, D < C + S among them; embeddings that are not finite.
+            OptionError: S or a temperature that is not positive; an unknown splitter, or one that is not installed.
         """
         weight = to_weight_matrix(classifier_weight)
         num_subclasses, seed = check_fit_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
-        parts = iter_aligned_chunks(embeddings, labels, logits, subclass_labels)
-        first = next(parts, None)
+        chunks = iter_aligned_chunks(embeddings, labels, logits, fine_labels)
+        first = next(chunks, None)
         if first is not None:
             check_not_transposed(weight, first[0])
         check_embedding_width(weight, num_subclasses, splitter)
-        gathering = StatisticsAccumulator(*weight.shape, splitter=splitter, seed=seed)
-        for chunk in parts if first is None else chain([first], parts):
-            gathering.add(*chunk)
+        statistics = StatisticsAccumulator(*weight.shape, splitter=splitter, seed=seed)
+        for chunk in chunks if first is None else chain([first], chunks):
+            statistics.update(*chunk)
         return cls.from_statistics(
-            gathering,
+            statistics,
             weight,
             num_subclasses,
             subclass_temperature=subclass_temperature,
@@ -134,7 +140,7 @@ class SubclassProjector:
     @classmethod
     def from_statistics(
         cls,
-        gathering: StatisticsAccumulator,
+        statistics: StatisticsAccumulator,
         classifier_weight: Tensor,
         num_subclasses: int,
         *,
@@ -144,46 +150,49 @@ class SubclassProjector:
         teacher: str | None = None,
         teacher_fingerprint: str | None = None,
     ) -> "SubclassProjector":
-        """Return the projector of what was gathered, perhaps by several processes. Arguments and errors are those of `fit`."""
-        classes, width = check_embedding_width(classifier_weight, num_subclasses, gathering.splitter)
+        """Return the projector of accumulated statistics. Arguments and errors are those of `fit`."""
+        classes, width = check_embedding_width(classifier_weight, num_subclasses, statistics.splitter)
         names = _class_names(id2label, classes)
-        evidence = gathering.evidence(classifier_weight, num_subclasses, list(names.values()) if id2label else None)
-        scores = get_splitter(gathering.splitter).split(evidence)
-        moved = {name: tensor.cpu().contiguous() for name, tensor in scores.tensors().items()}
-        spectra = [torch.linalg.eigvalsh(evidence.covariance(number)).flip(0) for number in range(classes)]
-        variances = gathering.moments.scatters.diagonal(dim1=1, dim2=2).sum(1) / gathering.moments.counts
+        class_names = list(names.values()) if id2label else None
+        inputs = statistics.splitter_inputs(classifier_weight, num_subclasses, class_names)
+        scores = get_splitter(statistics.splitter).split(inputs)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in scores.tensors().items()}
+        spectra = [torch.linalg.eigvalsh(inputs.covariance(number)).flip(0) for number in range(classes)]
+        moments = statistics.moments
+        variances = moments.scatters.diagonal(dim1=1, dim2=2).sum(1) / moments.counts
         return cls(
-            scores=dataclasses.replace(scores, **moved),
+            scores=dataclasses.replace(scores, **tensors),
             num_classes=classes,
             num_subclasses=int(num_subclasses),
             embedding_size=width,
             temperature=float(temperature),
             subclass_temperature=float(subclass_temperature),
-            splitter=gathering.splitter,
-            seed=gathering.seed,
+            splitter=statistics.splitter,
+            seed=statistics.seed,
             id2label=names,
-            counts=gathering.moments.counts.cpu(),
+            counts=moments.counts.cpu(),
             eigenvalues=torch.stack(spectra).clamp(min=0).cpu(),
             variances=variances.cpu(),
             teacher=teacher,
             teacher_fingerprint=teacher_fingerprint,
         )
 
+    @with_renamed_parameters(_RENAMED)
     @torch.no_grad()
-    def transform(self, embeddings: Any, logits: Any, subclass_labels: Any = None) -> Tensor:
+    def transform(self, embeddings: Any, logits: Any, fine_labels: Any = None) -> Tensor:
         """Return subclass probabilities: softmax(logits / tau)_c softmax_s(scores_c / beta).
 
         Args:
             embeddings: (N, D), tensor or NumPy array.
-            logits: (N, C); log-probabilities are logits too.
-            subclass_labels: (N,), only of a projector that goes by finer labels.
+            logits: (N, C); log-probabilities do as well.
+            fine_labels: (N,), needed only by the splitter "labels".
 
         Returns:
             (N, C, S), of the dtype of the embeddings, float32 at least, on their device. Those of a class sum to exactly
-            what the teacher gives it.
+            the teacher's probability of the class.
 
         Raises:
-            SubclassError: another shape, or values that are not finite.
+            SubclassError: Another shape, or values that are not finite.
         """
         h, z = self._rows(embeddings), as_tensor(logits)
         if z.ndim != 2 or z.shape[1] != self.num_classes or len(z) != len(h):
@@ -191,48 +200,59 @@ class SubclassProjector:
                 f"{len(h)} embeddings need logits of the shape ({len(h)}, {self.num_classes}); found {tuple(z.shape)}."
             )
         dtype = torch.promote_types(h.dtype if h.is_floating_point() else torch.float64, torch.float32)
-        shares = (self.coordinates(h, subclass_labels) / self.subclass_temperature).softmax(-1)
+        shares = (self.coordinates(h, fine_labels) / self.subclass_temperature).softmax(-1)
         z = z.to(shares)
         if bool(z.isnan().any() | z.isposinf().any() | z.isneginf().all(1).any()):
             wrong = z.isnan().any(1) | z.isposinf().any(1) | z.isneginf().all(1)
             raise SubclassError(f"The logits of example {int(wrong.int().argmax())} are not finite.")
         return ((z / self.temperature).softmax(-1)[:, :, None] * shares).to(dtype)
 
+    @with_renamed_parameters(_RENAMED)
     @torch.no_grad()
-    def coordinates(self, embeddings: Any, subclass_labels: Any = None) -> Tensor:
-        """Return scores (N, C, S) of embeddings (N, D), before temperature and softmax, in float64 where the device knows it.
+    def coordinates(self, embeddings: Any, fine_labels: Any = None) -> Tensor:
+        """Return scores (N, C, S) of embeddings (N, D), before temperature and softmax, in float64 where the device has it.
 
-        Of linear splitters these are coordinates in each class's subspace.
+        For linear splitters these are coordinates in each class's subspace.
 
         Raises:
-            SubclassError: another shape, or values that are not finite.
+            SubclassError: Another shape, or values that are not finite.
         """
         h = self._rows(embeddings)
         h = h.to(torch.float32 if h.device.type == "mps" else torch.float64)
         check_finite_rows(h, range(len(h)), "embedding")
-        if subclass_labels is None:
-            return self.scores.of(h, None)
-        finer = as_tensor(subclass_labels)
-        if finer.shape != (len(h),):
-            raise SubclassError(f"{len(h)} embeddings need {len(h)} subclass_labels; found {tuple(finer.shape)}.")
-        check_integer_labels(finer, "Finer labels")
-        return self.scores.of(h, finer.long().to(h.device))
+        if fine_labels is None:
+            return self.scores.score(h, None)
+        labels = as_tensor(fine_labels)
+        if labels.shape != (len(h),):
+            raise SubclassError(f"{len(h)} embeddings need {len(h)} fine_labels; found {tuple(labels.shape)}.")
+        check_integer_labels(labels, "Fine labels")
+        return self.scores.score(h, labels.long().to(h.device))
 
     def _rows(self, embeddings: Any) -> Tensor:
-        """Return embeddings as a tensor (N, D); refuse those of another shape."""
+        """Return embeddings as a tensor (N, D).
+
+        Raises:
+            SubclassError: Another shape.
+        """
         rows = as_tensor(embeddings)
         if rows.ndim != 2 or rows.shape[1] != self.embedding_size:
             raise SubclassError(
-                f"Embeddings of the shape (N, {self.embedding_size}) were expected; found {tuple(rows.shape)}. Are they those "
-                f"of the teacher that this projector is of{f', {self.teacher}' if self.teacher else ''}?"
+                f"Embeddings must have the shape (N, {self.embedding_size}); found {tuple(rows.shape)}. Take those of the "
+                f"teacher that this projector was fitted to{f', {self.teacher}' if self.teacher else ''}."
             )
         return rows
 
     @property
+    def explained_variance_ratio(self) -> Tensor:
+        """The share (C,) of each class's variance in the classifier's null space that its first S directions explain."""
+        explained = self.eigenvalues[:, : self.num_subclasses].sum(1)
+        return explained / self.eigenvalues.sum(1).clamp(min=1e-300)
+
+    @property
     def explained(self) -> Tensor:
-        """The share (C,) of each class's variance outside what the classifier sees that S directions can hold."""
-        kept = self.eigenvalues[:, : self.num_subclasses].sum(1)
-        return kept / self.eigenvalues.sum(1).clamp(min=1e-300)
+        """Deprecated: use `explained_variance_ratio`."""
+        warn_renamed("SubclassProjector", "explained", "explained_variance_ratio")
+        return self.explained_variance_ratio
 
     @property
     def subclass_id2label(self) -> dict[int, str]:
@@ -243,10 +263,20 @@ class SubclassProjector:
     def at(
         self, *, temperature: float | None = None, subclass_temperature: float | None = None
     ) -> "SubclassProjector":
-        """Return the same projector at other temperatures; nothing has to be fitted again.
+        """Deprecated: use `with_temperature`."""
+        warn_renamed("SubclassProjector", "at", "with_temperature")
+        return self.with_temperature(temperature, subclass_temperature)
+
+    def with_temperature(
+        self, temperature: float | None = None, subclass_temperature: float | None = None
+    ) -> "SubclassProjector":
+        """Return the same projector with other temperatures, without fitting again; None keeps one.
 
         Raises:
-            OptionError: one that is not positive.
+            OptionError: Not a positive number.
+
+        Example:
+            >>> sharper = projector.with_temperature(subclass_temperature=0.5)  # doctest: +SKIP
         """
         return dataclasses.replace(
             self,
@@ -286,27 +316,30 @@ class SubclassProjector:
         return digest.hexdigest()
 
     def check_teacher(self, teacher: "nn.Module | Capture") -> None:
-        """Refuse a teacher, or the capture of one, that this projector is not of. One made of arrays tells by shape alone.
+        """Check that a teacher, or a capture of one, is the one that this projector was fitted to.
+
+        A projector that was fitted to arrays is compared by the number of classes alone.
 
         Raises:
-            SubclassError: names what differs.
-            TaskError: its classes do not exclude each other.
+            SubclassError: States what differs.
+            TaskError: The teacher's classes do not exclude each other.
         """
         if isinstance(teacher, Capture):
-            classes, found, name = teacher.manifest.classes, teacher.manifest.weights, str(teacher.folder)
+            classes, fingerprint, name = teacher.manifest.classes, teacher.manifest.weights, str(teacher.folder)
             check_single_label(teacher.manifest.teacher_config, name)
         else:
             config: Any = getattr(teacher, "config", None)
             if config is not None:
                 check_single_label(config, type(teacher).__name__)
             classes = getattr(config, "num_labels", self.num_classes)
-            found, name = weights_fingerprint(teacher), getattr(config, "_name_or_path", "") or type(teacher).__name__
+            fingerprint = weights_fingerprint(teacher)
+            name = getattr(config, "_name_or_path", "") or type(teacher).__name__
         if classes != self.num_classes:
-            raise SubclassError(f"The teacher {name} has {classes} classes; this projector is of {self.num_classes}.")
-        if self.teacher_fingerprint is not None and found != self.teacher_fingerprint:
+            raise SubclassError(f"The teacher {name} has {classes} classes; this projector has {self.num_classes}.")
+        if self.teacher_fingerprint is not None and fingerprint != self.teacher_fingerprint:
             raise SubclassError(
                 f"This projector is of another teacher ({self.teacher}, fingerprint {self.teacher_fingerprint}) than {name} "
-                f"({found}): its directions mean nothing there. Fit one to this teacher with fit_subclasses."
+                f"({fingerprint}), so its directions do not apply. Fit one to this teacher with fit_subclasses."
             )
 
     def save_pretrained(
@@ -319,10 +352,12 @@ class SubclassProjector:
     ) -> list[str]:
         """Write `subclass_projector.json` and `subclass_projector.safetensors` into a folder; return their paths.
 
-        With `push_to_hub`, `repo_id` (by default the folder's name) and what else `push_to_hub` takes.
+        Args:
+            push_to_hub: Upload them as well, to `repo_id` (by default the folder's name).
+            **push: Further arguments of `push_to_hub`.
 
         Raises:
-            NotADirectoryError: a file stands where the folder should be.
+            NotADirectoryError: `save_directory` is a file.
         """
         paths = write_projector(self, save_directory)
         if push_to_hub:
@@ -342,8 +377,8 @@ class SubclassProjector:
         """Load a projector from a folder or from the Hub.
 
         Raises:
-            SubclassError: the files are not those of a projector, or damaged.
-            OSError: there is no such folder, and the Hub does not have it.
+            SubclassError: The files are not those of a projector, or damaged.
+            OSError: There is no such folder, nor a repository of this name on the Hub.
         """
         where: dict[str, Any] = {
             "revision": revision,
@@ -364,7 +399,7 @@ class SubclassProjector:
         revision: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Upload both files in one commit; what else the repository has, a student perhaps, stays."""
+        """Upload both files in one commit, to a new repository or beside the files of an existing one."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
@@ -379,7 +414,7 @@ class SubclassProjector:
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SubclassProjector":
-        return dataclasses.replace(self, id2label=copy.copy(dict(self.id2label)))  # its tensors are never written to
+        return dataclasses.replace(self, id2label=copy.copy(dict(self.id2label)))  # its tensors are never modified
 
     def __repr__(self) -> str:
         return (
@@ -390,14 +425,16 @@ class SubclassProjector:
 
 
 def to_weight_matrix(classifier_weight: Any) -> Tensor:
-    """Return W, (C, D), float64; of a single row w, which stands for two classes, -w / 2 and w / 2.
+    """Return W, (C, D), float64; a single row w stands for two classes and becomes -w / 2 and w / 2.
 
     Raises:
-        SubclassError: it is no matrix, or not finite.
+        SubclassError: Not a matrix, or not finite.
     """
     weight = as_tensor(classifier_weight)
     if weight.ndim != 2:
-        raise SubclassError(f"A classifier's weight has the shape (classes, width); found {tuple(weight.shape)}.")
+        raise SubclassError(
+            f"A classifier's weight must have the shape (classes, width); found {tuple(weight.shape)}."
+        )
     weight = weight.to("cpu", torch.float64)
     if not bool(weight.isfinite().all()):
         raise SubclassError("The classifier's weight holds NaN or infinity; check how the teacher was saved.")
@@ -407,26 +444,23 @@ def to_weight_matrix(classifier_weight: Any) -> Tensor:
 def check_fit_options(
     num_subclasses: int, temperature: float, subclass_temperature: float, splitter: str, seed: int
 ) -> tuple[int, int]:
-    """Refuse options out of range; return `num_subclasses` and `seed` as numbers of Python.
+    """Check the options of a fit; return `num_subclasses` and `seed` as Python's numbers.
 
     Raises:
-        OptionError: names the option, and what it may be.
+        OptionError: Names the option and its valid values.
     """
     size = check_integer("num_subclasses", num_subclasses)
     check_positive("temperature", temperature)
     check_positive("subclass_temperature", subclass_temperature)
-    get_splitter(splitter)
-    found = check_integer("seed", seed, 0)
-    if found >= 2**32:
-        raise OptionError(f"seed is a whole number from 0 to 2**32 - 1; found {seed!r}.")
-    return size, found
+    get_splitter(splitter).check_requirements()
+    return size, check_integer("seed", seed, 0, 2**32 - 1)
 
 
 def check_not_transposed(weight: Tensor, embeddings: Tensor) -> None:
-    """Refuse a weight whose other axis is as long as the embeddings (rows, width) are wide.
+    """Check that a weight's columns, not its rows, are as many as the embeddings (rows, width) are wide.
 
     Raises:
-        SubclassError: it looks transposed.
+        SubclassError: It looks transposed.
     """
     rows, columns = weight.shape
     if embeddings.ndim == 2 and embeddings.shape[1] == rows != columns:
@@ -437,17 +471,17 @@ def check_not_transposed(weight: Tensor, embeddings: Tensor) -> None:
 
 
 def check_embedding_width(weight: Tensor, num_subclasses: int, splitter: str) -> tuple[int, int]:
-    """Return the number of classes and the embedding's width, of a width that has room for both.
+    """Return the number of classes and the embedding width, which must hold C + S directions.
 
     Raises:
-        SubclassError: D < C + S.
+        SubclassError: D < C + S, and the splitter finds directions.
     """
     classes, width = weight.shape
     if width < classes + num_subclasses and num_subclasses > 1 and get_splitter(splitter).finds_directions:
-        rest = f"num_subclasses up to {width - classes}" if width > classes + 1 else "another layer's embeddings"
+        advice = f"num_subclasses up to {width - classes}" if width > classes + 1 else "another layer's embeddings"
         raise SubclassError(
-            f"Embeddings {width} wide have no room for {num_subclasses} directions beside the classifier's {classes}: "
-            f"{classes + num_subclasses} or more were expected. Choose {rest}."
+            f"Embeddings {width} wide cannot hold {num_subclasses} directions in addition to the classifier's {classes}: they "
+            f"must be at least {classes + num_subclasses} wide. Choose {advice}."
         )
     return classes, width
 
@@ -458,5 +492,5 @@ def _class_names(id2label: "Mapping[int, str] | Sequence[str] | None", classes: 
     pairs: Iterable[tuple[Any, str]] = id2label.items() if isinstance(id2label, Mapping) else enumerate(id2label)
     names = {int(number): str(name) for number, name in pairs}
     if sorted(names) != list(range(classes)):
-        raise SubclassError(f"id2label names the classes {sorted(names)}; the classifier has 0 to {classes - 1}.")
+        raise SubclassError(f"id2label must name the classes 0 to {classes - 1}; found {sorted(names)}.")
     return {number: names[number] for number in range(classes)}

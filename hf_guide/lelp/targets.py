@@ -1,7 +1,7 @@
-"""Subclass probabilities of a batch from whoever knows them, and captured once: S * C numbers an example and no more.
+"""Subclass probabilities of a batch, computed from a live teacher or a capture; and captured themselves: S * C numbers an example.
 
-A capture of them has the form of every capture (Arrow, known by content), with a `SubclassProjector` for teacher and the
-probabilities where a classifier's logits are.
+A capture of them has the format of every capture, with a `SubclassProjector` as its teacher and the probabilities in the place
+of a classifier's logits.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY
+from hf_guide.distillation.subclass_logits import FINE_LABELS_KEY, SUBCLASS_COLUMNS, take_fine_labels
 from hf_guide.errors import OptionError, SubclassError
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.signal_cache.codec import CapturedExample
@@ -36,14 +36,14 @@ _WRITE_ROWS = 256
 
 
 def subclass_probabilities(
-    projector: SubclassProjector, embedding: Tensor, logits: Tensor, subclass_labels: Any = None
+    projector: SubclassProjector, embedding: Tensor, logits: Tensor, fine_labels: Any = None
 ) -> Tensor:
-    """Return probabilities (items, C * S), class by class, float32 or better."""
-    return projector.transform(embedding, logits, subclass_labels).flatten(1)
+    """Return the probabilities (items, C * S), class by class, float32 or better."""
+    return projector.transform(embedding, logits, fine_labels).flatten(1)
 
 
 class SubclassTeacher(TeacherRunner):
-    """A teacher of whom nothing is heard but the probabilities of its subclasses."""
+    """A teacher whose only output is the probabilities of its subclasses."""
 
     def __init__(self, model: PreTrainedModel, task: Task, projector: SubclassProjector, processing_class: Any = None):
         super().__init__(model, task, processing_class)
@@ -52,20 +52,24 @@ class SubclassTeacher(TeacherRunner):
     def hear(
         self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False
     ) -> TeacherOutputs:
-        """Run the teacher on a collated batch; what stands for logits are the probabilities (batch, C * S)."""
-        found = self.probabilities(
-            {name: value for name, value in batch.items() if name != FINE_LABELS_KEY}, batch.get(FINE_LABELS_KEY)
-        )
+        """Run the teacher on a collated batch; return the probabilities (batch, C * S) as its logits."""
+        inputs = dict(batch)
+        fine_labels = take_fine_labels(inputs)
+        probabilities = self.probabilities(inputs, fine_labels)
         return TeacherOutputs(
-            classes=found.shape[1], logits=found, at=lambda rows, places: found, layers=(), embedding=None
+            classes=probabilities.shape[1],
+            logits=probabilities,
+            at=lambda rows, positions: probabilities,
+            layers=(),
+            embedding=None,
         )
 
-    def probabilities(self, batch: Mapping[str, Any], subclass_labels: Any = None) -> Tensor:
+    def probabilities(self, batch: Mapping[str, Any], fine_labels: Any = None) -> Tensor:
         """Return the probabilities (batch, C * S) of a collated batch."""
-        heard = super().hear(batch, embedding=True)
-        assert heard.embedding is not None
-        finer = None if subclass_labels is None else torch.as_tensor(subclass_labels)
-        return subclass_probabilities(self.projector, heard.embedding, heard.logits, finer)
+        outputs = super().hear(batch, embedding=True)
+        assert outputs.embedding is not None
+        fine_labels = None if fine_labels is None else torch.as_tensor(fine_labels)
+        return subclass_probabilities(self.projector, outputs.embedding, outputs.logits, fine_labels)
 
 
 def load_subclass_teacher(
@@ -74,16 +78,19 @@ def load_subclass_teacher(
     device: torch.device | None = None,
     processing_class: Any = None,
 ) -> SubclassTeacher:
-    """Return a teacher, loaded onto `device` where it is named, that says what its subclasses' probabilities are.
+    """Return a teacher that outputs the probabilities of its subclasses; one that is a name or a folder is loaded to `device`.
 
     Raises:
-        SubclassError: another teacher than the projector's.
-        TeacherError, TaskError: it cannot be loaded, or is of no known task.
+        OptionError: Not a name, a folder or a model.
+        SubclassError: Another teacher than the projector's.
+        TeacherError, TaskError: It cannot be loaded, or its task is not known.
     """
     if isinstance(teacher, (str, os.PathLike)):
         teacher = load_teacher(teacher, device=device)
     if not isinstance(teacher, PreTrainedModel) and not hasattr(teacher, "get_base_model"):
-        raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
+        raise OptionError(
+            f"A teacher must be a Hub id, a folder or a PreTrainedModel; found a {type(teacher).__name__}."
+        )
     projector.check_teacher(teacher)
     return SubclassTeacher(teacher.eval(), task_of(teacher), projector, processing_class)
 
@@ -91,37 +98,37 @@ def load_subclass_teacher(
 def targets_from_cache(
     projector: SubclassProjector, capture: Capture
 ) -> Callable[[Sequence[CapturedExample]], Tensor]:
-    """Return what gives probabilities (examples, C * S) of captured examples.
+    """Return a function from captured examples to their probabilities (examples, C * S).
 
     Raises:
-        SubclassError: a capture of another projector or teacher, or one without embeddings.
+        SubclassError: The capture is of another projector or teacher, or holds no embeddings.
     """
     if _is_target_cache(capture):
         if capture.manifest.weights != projector.fingerprint():
             raise SubclassError(
-                f"{capture.folder} holds the targets of another projector: it has "
-                f"{_format_settings(capture.manifest.teacher_config)} there, and {_format_settings(projector.settings())} here. Run "
-                "capture_targets with this one."
+                f"{capture.folder} holds the targets of another projector, with "
+                f"{_format_settings(capture.manifest.teacher_config)}; this one has {_format_settings(projector.settings())}. "
+                "Run capture_targets with this one."
             )
-        return lambda examples: torch.stack([_require_tensor(each.logits) for each in examples])
-    if projector.scores.needs_subclass_labels:
+        return lambda examples: torch.stack([_require_tensor(example.logits) for example in examples])
+    if projector.scores.needs_fine_labels:
         raise SubclassError(
-            f"The projector goes by finer labels, which {capture.folder} does not hold. Give the teacher, and the column "
+            f"This projector splits by fine labels, which {capture.folder} does not hold. Give the teacher, and the column "
             f"{FINE_LABELS_KEY!r} in the dataset."
         )
     if "embedding" not in capture.manifest.shapes:
         raise SubclassError(
-            f"{capture.folder} holds no embeddings, of which the subclasses are made. Capture again with "
+            f"{capture.folder} holds no embeddings, which the subclasses are computed from. Capture again with "
             "config={'embedding': True}."
         )
     projector.check_teacher(capture)
 
-    def made(examples: Sequence[CapturedExample]) -> Tensor:
-        embeddings = torch.stack([_require_tensor(each.embedding) for each in examples])
-        logits = torch.stack([_require_tensor(each.logits) for each in examples])
+    def compute(examples: Sequence[CapturedExample]) -> Tensor:
+        embeddings = torch.stack([_require_tensor(example.embedding) for example in examples])
+        logits = torch.stack([_require_tensor(example.logits) for example in examples])
         return subclass_probabilities(projector, embeddings, logits)
 
-    return made
+    return compute
 
 
 def capture_targets(
@@ -138,24 +145,28 @@ def capture_targets(
 ) -> Capture:
     """Write the subclass probabilities of a dataset to `output_dir`: S * C numbers an example, for `SubclassLabelCollator`.
 
-    Killed at any moment, the same call goes on where it was; under `torchrun` the processes share the work of a teacher.
+    A killed run is resumed by the same call; under `torchrun` the processes share the work of a teacher.
 
     Args:
-        projector: whose subclasses.
-        source: the teacher, a model, folder or Hub id, which is run once over the dataset; or a capture of its logits and
-            embeddings, of which all examples are taken.
-        dataset: as for `capture_teacher`; None where a capture is the source.
-        output_dir: a new or empty folder, or one that the same call began.
-        processing_class, data_collator, config, dataloader_num_workers, show_progress: as for `capture_teacher`; of the
-            config count batch_size, examples_per_shard, ignore_in_key and remove_unused_columns.
+        projector: Of the teacher.
+        source: The teacher, a model, folder or Hub id, which is run once over the dataset; or a capture of its logits and
+            embeddings, whose examples are all converted.
+        dataset: As for `capture_teacher`; None where a capture is the source.
+        output_dir: A new or empty folder, or one that the same call began.
+        processing_class, data_collator, config, dataloader_num_workers, show_progress: As for `capture_teacher`; only what
+            concerns batches, shards, keys and columns is read from the config.
 
     Returns:
         The capture, opened.
 
     Raises:
-        CaptureError: the folder holds something else; the disk is too small.
-        SubclassError: another teacher than the projector's, or a capture without embeddings.
-        OptionError: a teacher without a dataset.
+        CaptureError: The folder holds something else; the disk is too small.
+        SubclassError: Another teacher than the projector's, or a capture without embeddings.
+        OptionError: A teacher without a dataset.
+
+    Example:
+        >>> capture = capture_targets(projector, "teacher/", dataset, "targets/")  # doctest: +SKIP
+        >>> collator = SubclassLabelCollator(projector, tokenizer, capture=capture)  # doctest: +SKIP
     """
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
@@ -167,42 +178,45 @@ def capture_targets(
         barrier()
         return Capture.open(folder)
     if not is_map_style(dataset) or not len(dataset):
-        raise OptionError("A teacher needs a dataset with a length and examples by number, to run over.")
-    listener = load_subclass_teacher(projector, source, state.device, processing_class)
-    collate = _FineLabelCollator(listener.model, listener.task, data_collator, processing_class, options)
+        raise OptionError("A teacher needs a map-style dataset, with a length and examples by index.")
+    teacher = load_subclass_teacher(projector, source, state.device, processing_class)
+    collate = _FineLabelCollator(teacher.model, teacher.task, data_collator, processing_class, options)
     manifest = _target_manifest(
-        projector, listener.task, len(dataset), tokenizer_fingerprint(processing_class), options
+        projector, teacher.task, len(dataset), tokenizer_fingerprint(processing_class), options
     )
-    run = CaptureRunner(folder, manifest, listener, dataset, collate, dataloader_num_workers)
-    run.begin(state)
-    run.write_missing(state, show_progress)
-    run.finish(state)
+    runner = CaptureRunner(folder, manifest, teacher, dataset, collate, dataloader_num_workers)
+    runner.begin(state)
+    runner.write_missing(state, show_progress)
+    runner.finish(state)
     return Capture.open(folder)
 
 
 class _FineLabelCollator(TeacherBatchCollator):
+    """A collator of the teacher's batches that keeps the column of fine labels."""
+
     def __init__(self, model: Any, task: Task, collator: Any, processing_class: Any, options: CaptureConfig):
         super().__init__(model, task, collator, processing_class, options.remove_unused_columns)
-        self._known |= {FINE_LABELS_KEY}
+        self._known |= set(SUBCLASS_COLUMNS)
 
 
 def _convert_cache(projector: SubclassProjector, source: Capture, folder: Path) -> None:
-    made = targets_from_cache(projector, source)
-    of_source = source.manifest
-    manifest = _target_manifest(projector, source.task, of_source.examples, of_source.tokenizer, of_source.config)
+    """Write the probabilities of all examples of a capture of embeddings."""
+    compute_targets = targets_from_cache(projector, source)
+    examples, tokenizer, config = source.manifest.examples, source.manifest.tokenizer, source.manifest.config
+    manifest = _target_manifest(projector, source.task, examples, tokenizer, config)
     resumable = cache_folder(folder)
     resumable.create(lambda: manifest.save(folder))
-    there = CaptureManifest.load(folder)
-    resumable.check_same_call(there.comparable(), manifest.comparable())
-    if there.complete:
+    existing = CaptureManifest.load(folder)
+    resumable.check_same_call(existing.comparable(), manifest.comparable())
+    if existing.complete:
         return
     for number in range(manifest.shard_count):
         rows = source.shard(number)
         with ShardWriter(folder / shard_name(number), manifest.columns) as shard:
             for start in range(0, len(rows), _WRITE_ROWS):
-                some = [rows.key(row) for row in range(start, min(len(rows), start + _WRITE_ROWS))]
-                values = made(source.lookup(some)).float().numpy()
-                shard.write(some, [{"logits": value} for value in values])
+                keys = [rows.key(row) for row in range(start, min(len(rows), start + _WRITE_ROWS))]
+                values = compute_targets(source.lookup(keys)).float().numpy()
+                shard.write(keys, [{"logits": value} for value in values])
     finalize_capture(folder, manifest, {})
 
 
@@ -227,8 +241,8 @@ def _target_manifest(
     )
 
 
-def _format_settings(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in facts.items())
+def _format_settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def _is_target_cache(capture: Capture) -> bool:

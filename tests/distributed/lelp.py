@@ -19,7 +19,7 @@ for splitter, capture in given["runs"]:
         rows if capture else iter(rows),
         4,
         splitter=splitter,
-        subclass_label_column="fine",
+        fine_label_column="fine",
         data_collator=Pad(),
         batch_size=9,
         capture=given["folder"] + "/capture" if capture else None,

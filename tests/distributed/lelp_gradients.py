@@ -12,7 +12,7 @@ from hf_guide import DistillationTrainer, SubclassLabelCollator
 from tests.distillation.small import collate, examples_for
 from tests.distillation.test_trainer import arguments
 from tests.lelp.test_collator import COUNT, projector_of, teacher_of
-from tests.lelp.test_objective import student_of
+from tests.lelp.test_loss import student_of
 
 TASK = "sequence-classification"
 

@@ -26,7 +26,7 @@ def test_two_processes_fit_the_projector_of_one(tmp_path):
             rows,
             4,
             splitter=splitter,
-            subclass_label_column="fine",
+            fine_label_column="fine",
             data_collator=Pad(),
             batch_size=9,
             show_progress=False,

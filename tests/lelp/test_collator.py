@@ -22,7 +22,7 @@ from hf_guide.tasks import task_of
 from hf_guide.utils.labels import subclass_names
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments, step_of
-from tests.lelp.test_objective import student_of, with_targets
+from tests.lelp.test_loss import student_of, with_targets
 
 SUBCLASSES, COUNT = 3, 48
 TEXT, IMAGE = "sequence-classification", "image-classification"
@@ -259,10 +259,10 @@ def collate_columns(features: list[dict[str, Any]]) -> dict[str, Tensor]:
     return collate([each | {TARGETS_KEY: torch.tensor(each[TARGETS_KEY])} for each in features])
 
 
-def test_finer_labels_reach_an_oracle(tmp_path: Path) -> None:
+def test_fine_labels_reach_a_projector_that_splits_by_them(tmp_path: Path) -> None:
     examples, teacher = examples_for(TEXT, COUNT), teacher_of(TEXT)
     labels = torch.arange(COUNT) % CLASSES
-    finer = labels * SUBCLASSES + torch.arange(COUNT) // CLASSES % SUBCLASSES
+    fine_labels = labels * SUBCLASSES + torch.arange(COUNT) // CLASSES % SUBCLASSES
     embeddings, logits = heard(teacher, examples)
     projector = SubclassProjector.fit(
         embeddings,
@@ -270,13 +270,13 @@ def test_finer_labels_reach_an_oracle(tmp_path: Path) -> None:
         find_classifier(teacher, task_of(teacher)).weight.detach(),
         SUBCLASSES,
         splitter="labels",
-        subclass_labels=finer,
+        fine_labels=fine_labels,
         id2label=NAMES,
     )
-    rows = [each | {"subclass_labels": int(label)} for each, label in zip(examples, finer, strict=True)]
-    expected = projector.transform(embeddings[:8], logits[:8], finer[:8]).flatten(1)
+    rows = [each | {"fine_labels": int(label)} for each, label in zip(examples, fine_labels, strict=True)]
+    expected = projector.transform(embeddings[:8], logits[:8], fine_labels[:8]).flatten(1)
     found = SubclassLabelCollator(projector, collate, teacher=teacher)(rows[:8])
-    assert "subclass_labels" not in found
+    assert "fine_labels" not in found
     torch.testing.assert_close(found[TARGETS_KEY], expected, rtol=1e-4, atol=1e-6)
     before = {name: value.clone() for name, value in student_of(TEXT).state_dict().items()}
     args = arguments(tmp_path / "out", objective="lelp")
@@ -321,15 +321,17 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         train(teacher=teacher_of(TEXT, 3))
     with pytest.raises(SubclassError, match="of another teacher"):
         SubclassLabelCollator(projector, collate, teacher=teacher_of(TEXT, 3))
-    with pytest.raises(OptionError, match="one teacher says; there are 0"):
+    with pytest.raises(OptionError, match="the signals of one teacher; there are 0"):
         train()
-    with pytest.raises(OptionError, match="a capture are both given"):
+    with pytest.raises(OptionError, match="a capture were both given"):
         SubclassLabelCollator(projector, collate, teacher=teacher, capture="here")
     with pytest.raises(OptionError, match="teacher_collator"):
         SubclassLabelCollator(projector, collate, teacher_collator=collate)
-    with pytest.raises(OptionError, match="not a int"):
+    with pytest.raises(OptionError, match="found a int"):
         SubclassLabelCollator(projector, 3)
-    with pytest.raises(OptionError, match=r"expected first, not a function: SubclassLabelCollator\(projector"):
+    with pytest.raises(
+        OptionError, match=r"first argument must be .*; found a function. Call SubclassLabelCollator\(projector"
+    ):
         SubclassLabelCollator(collate, projector)  # type: ignore[arg-type]
     student = student_of(TEXT)
     del student.config.num_subclasses
@@ -340,12 +342,12 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SubclassError, match="holds no embeddings.*'embedding': True"):
         SubclassLabelCollator(projector, collate, capture=bare)
     targets = capture_targets(projector, teacher, examples, tmp_path / "targets", **given)
-    with pytest.raises(SubclassError, match="of another projector: it has .*temperature 2.0"):
-        SubclassLabelCollator(projector.at(temperature=1.0), collate, capture=targets)
+    with pytest.raises(SubclassError, match="of another projector, with .*temperature 2.0"):
+        SubclassLabelCollator(projector.with_temperature(temperature=1.0), collate, capture=targets)
     with pytest.raises(CaptureError, match="was begun with other settings"):
-        capture_targets(projector.at(temperature=1.0), teacher, examples, tmp_path / "targets", **given)
+        capture_targets(projector.with_temperature(temperature=1.0), teacher, examples, tmp_path / "targets", **given)
     assert isinstance(capture_targets(projector, teacher, examples, tmp_path / "targets", **given), Capture)
-    with pytest.raises(OptionError, match="needs a dataset"):
+    with pytest.raises(OptionError, match="needs a map-style dataset"):
         capture_targets(projector, teacher, None, tmp_path / "none")
 
 

@@ -17,13 +17,15 @@ from hf_guide import (
 )
 from hf_guide.errors import CaptureError, TaskError
 from hf_guide.lelp.data import linear_weight
-from hf_guide.lelp.splitters.registry import known_splitters
+from hf_guide.lelp.splitters.registry import BENCHMARK_SPLITTERS
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.signal_cache.teacher_outputs import TeacherRunner
 from hf_guide.tasks import task_of
+from tests.lelp.benchmark_modules import import_benchmark
 from tests.signal_cache.tiny_teachers import Pad
 from tests.tiny import KINDS, SIZES, Kind
 
+import_benchmark("lelp_splitters")
 COUNT = 90
 TEXT = KINDS["bert classifier"]
 KINDS_HERE = {
@@ -167,7 +169,7 @@ def test_labels_are_aligned_by_name_where_they_have_names():
     for dataset in (as_text, datasets.Dataset.from_list(numbered, features=features)):
         found = fit_subclasses(teacher, dataset, 4, data_collator=Pad(), show_progress=False)
         assert torch.equal(found.eigenvalues, expected.eigenvalues)
-    with pytest.raises(SubclassError, match="'ugly' in 'label' is none of the teacher's classes"):
+    with pytest.raises(SubclassError, match="'ugly' in 'label' is not one of the teacher's classes"):
         fit_subclasses(teacher, [rows[0] | {"label": "ugly"}], 4, data_collator=Pad(), show_progress=False)
 
 
@@ -264,7 +266,7 @@ def test_an_adapter_on_the_classifier_counts():
     assert_same(found, SubclassProjector.fit(said.embeddings, labels, merged, 4), said)
 
 
-@pytest.mark.parametrize("splitter", [name for name in known_splitters() if not name.startswith("test-")])
+@pytest.mark.parametrize("splitter", ["lelp", "kmeans", "labels", *BENCHMARK_SPLITTERS])
 def test_every_splitter_takes_a_model(splitter):
     rows = [row | {"fine": 2 * (number % 3) + number % 2} for number, row in enumerate(examples())]
     found = fit_subclasses(
@@ -272,7 +274,7 @@ def test_every_splitter_takes_a_model(splitter):
         rows,
         2,
         splitter=splitter,
-        subclass_label_column="fine",
+        fine_label_column="fine",
         data_collator=Pad(),
         show_progress=False,
     )
@@ -352,25 +354,25 @@ def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
     without = capture_teacher(teacher, rows, tmp_path / "c", **options)
     for given, error, message in (
         ({"capture": without}, CaptureError, "holds no embeddings"),
-        ({"num_subclasses": 0}, OptionError, "num_subclasses is a whole number"),
-        ({"num_subclasses": 60}, SubclassError, "48 wide have no room for 60 directions"),
+        ({"num_subclasses": 0}, OptionError, "num_subclasses must be a whole number"),
+        ({"num_subclasses": 60}, SubclassError, "48 wide cannot hold 60 directions"),
         ({"num_subclasses": 31}, SubclassError, "has 30 examples; 31 subclasses need"),
         ({"splitter": "lepl"}, OptionError, "Did you mean 'lelp'"),
         ({"label_column": "sentiment"}, OptionError, "label_column='sentiment' is not in the dataset"),
-        ({"splitter": "labels", "subclass_label_column": "fine"}, OptionError, "'fine' is not in the dataset"),
-        ({"splitter": "labels"}, SubclassError, "needs one finer label.*with subclass_label_column="),
+        ({"splitter": "labels", "fine_label_column": "fine"}, OptionError, "'fine' is not in the dataset"),
+        ({"splitter": "labels"}, SubclassError, "needs one fine label.*with fine_label_column="),
         (
             {
                 "splitter": "labels",
-                "subclass_label_column": "fine",
+                "fine_label_column": "fine",
                 "dataset": [row | {"fine": 0.5} for row in rows],
             },
             SubclassError,
-            "finer labels in 'fine' are whole numbers; found 0.5",
+            "fine labels in 'fine' must be whole numbers; found 0.5",
         ),
-        ({"splitter": None}, OptionError, "splitter=None is not known"),
-        ({"seed": "a"}, OptionError, "seed is a whole number"),
-        ({"batch_size": 0}, OptionError, "batch_size is a whole number of at least 1; found 0"),
+        ({"splitter": None}, OptionError, "splitter must be one of .* found None"),
+        ({"seed": "a"}, OptionError, "seed must be a whole number"),
+        ({"batch_size": 0}, OptionError, "batch_size must be a whole number of at least 1; found 0"),
         ({"classifier_weight": torch.randn(48, 3)}, SubclassError, r"looks transposed: give it as \(3, 48\)"),
         (
             {"dataset": datasets.DatasetDict(train=datasets.Dataset.from_list(rows))},
@@ -380,7 +382,7 @@ def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
         (
             {"dataset": [{"text": "words", "label": 0}], "data_collator": None},
             OptionError,
-            r"columns \['label', 'text'\] are none of those that the teacher takes",
+            r"columns \['label', 'text'\], and the teacher takes",
         ),
         ({"classifier_weight": torch.randn(2, 48)}, SubclassError, "has 2 rows; the teacher has 3 classes"),
         ({"dataset": []}, OptionError, "dataset is empty"),
@@ -388,10 +390,10 @@ def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
         ({"dataset": None}, OptionError, "needs a dataset"),
         ({"dataset": [row | {"label": 7} for row in rows]}, SubclassError, "label of example 0 is 7"),
         ({"dataset": [row | {"label": 0.5} for row in rows]}, SubclassError, "whole numbers or names"),
-        ({"teacher": KINDS["bert"].teacher()}, TaskError, "classifiers of sequences or images"),
+        ({"teacher": KINDS["bert"].teacher()}, TaskError, "need a classifier of sequences or images"),
         ({"teacher": TEXT.teacher(num_labels=1, id2label=None, label2id=None)}, SubclassError, "single output"),
-        ({"teacher": 5}, OptionError, "not a int"),
-        ({"teacher": without, "capture": without}, OptionError, "a capture already"),
+        ({"teacher": 5}, OptionError, "found a int"),
+        ({"teacher": without, "capture": without}, OptionError, "The teacher is a capture"),
     ):
         with pytest.raises(error, match=message):
             fit_subclasses(**({"teacher": teacher, "dataset": rows, "num_subclasses": 4} | options | given))

@@ -1,4 +1,4 @@
-"""The laws of LELP's projector, and what it refuses."""
+"""The laws of LELP's projector and its splitters, and the inputs that raise."""
 
 import json
 
@@ -7,49 +7,54 @@ import pandas
 import pytest
 import torch
 
-from hf_guide import HfGuideError, OptionError, SubclassError, SubclassProjector, register_splitter
+from hf_guide import HfGuideError, OptionError, SubclassError, SubclassProjector
 from hf_guide.lelp.accumulator import StatisticsAccumulator
 from hf_guide.lelp.projector_files import CONFIG_NAME, WEIGHTS_NAME
-from hf_guide.lelp.splitters.registry import known_splitters
+from hf_guide.lelp.splitters.registry import BENCHMARK_SPLITTERS
 from hf_guide.lelp.splitters.scorers import LinearScorer
 from hf_guide.utils.checksums import read_json, write_json
-from tests.lelp.clouds import CLASSES, SUBCLASSES, WIDTH, Cloud, cloud, rotation
+from tests.lelp.benchmark_modules import import_benchmark
+from tests.lelp.synthetic_data import CLASSES, SUBCLASSES, WIDTH, LabeledEmbeddings, make_embeddings, rotation
 
-BLIND = [name for name in known_splitters() if name != "labels"]
+import_benchmark("lelp_splitters")
+SPLITTERS = ("lelp", "kmeans", "labels", *BENCHMARK_SPLITTERS)
+WITHOUT_FINE_LABELS = [name for name in SPLITTERS if name != "labels"]
 
 
-def fit(data: Cloud, splitter: str = "lelp", num_subclasses: int = SUBCLASSES, **options) -> SubclassProjector:
+def fit(
+    data: LabeledEmbeddings, splitter: str = "lelp", num_subclasses: int = SUBCLASSES, **options
+) -> SubclassProjector:
     if splitter == "labels":
-        options["subclass_labels"] = data.finer
+        options["fine_labels"] = data.fine_labels
     return SubclassProjector.fit(
         data.embeddings, data.labels, data.weight, num_subclasses, splitter=splitter, **options
     )
 
 
-def targets(projector: SubclassProjector, data: Cloud) -> torch.Tensor:
-    finer = data.finer if projector.splitter == "labels" else None
-    return projector.transform(data.embeddings, data.logits, finer)
+def targets(projector: SubclassProjector, data: LabeledEmbeddings) -> torch.Tensor:
+    fine_labels = data.fine_labels if projector.splitter == "labels" else None
+    return projector.transform(data.embeddings, data.logits, fine_labels)
 
 
-@pytest.mark.parametrize("splitter", known_splitters())
+@pytest.mark.parametrize("splitter", SPLITTERS)
 @pytest.mark.parametrize("tau", [1.0, 3.0])
 def test_each_class_keeps_exactly_the_teachers_probability(splitter, tau):
-    data = cloud()
+    data = make_embeddings()
     found = targets(fit(data, splitter, temperature=tau, subclass_temperature=0.3), data)
     assert found.shape == (len(data.labels), CLASSES, SUBCLASSES) and found.dtype == torch.float64
     assert (found.sum(-1) - (data.logits / tau).softmax(-1)).abs().max() <= 1e-12
-    assert found.min() >= 0 and found.std(-1).max() > 0.01, "subclasses that say nothing"
+    assert found.min() >= 0 and found.std(-1).max() > 0.01, "subclasses without information"
 
 
-@pytest.mark.parametrize("splitter", BLIND)
+@pytest.mark.parametrize("splitter", WITHOUT_FINE_LABELS)
 def test_one_subclass_is_the_teachers_distribution_itself(splitter):
-    data = cloud()
+    data = make_embeddings()
     found = targets(fit(data, splitter, 1, temperature=2.0), data)
     assert torch.equal(found[..., 0], (data.logits / 2).softmax(-1))
 
 
 def test_the_loss_of_one_subclass_is_that_of_distillation_value_and_gradient():
-    data = cloud()
+    data = make_embeddings()
     tau = 2.0
     found = targets(fit(data, num_subclasses=1, temperature=tau), data).flatten(1)
     student = torch.randn(len(found), CLASSES, dtype=torch.float64, requires_grad=True)
@@ -61,28 +66,32 @@ def test_the_loss_of_one_subclass_is_that_of_distillation_value_and_gradient():
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("splitter", known_splitters())
-def test_turning_the_embedding_space_leaves_the_targets_unchanged(splitter):
-    data = cloud()
+@pytest.mark.parametrize("splitter", SPLITTERS)
+def test_rotating_the_embedding_space_leaves_the_targets_unchanged(splitter):
+    data = make_embeddings()
     expected = targets(fit(data, splitter, subclass_temperature=0.3), data)
     for seed in range(3):
-        turn = rotation(seed)
-        turned = Cloud(data.embeddings @ turn, data.labels, data.finer, data.weight @ turn, data.logits)
+        matrix = rotation(seed)
+        turned = LabeledEmbeddings(
+            data.embeddings @ matrix, data.labels, data.fine_labels, data.weight @ matrix, data.logits
+        )
         assert (targets(fit(turned, splitter, subclass_temperature=0.3), turned) - expected).abs().max() < 1e-9
 
 
 def test_a_reflection_of_one_axis_leaves_the_targets_unchanged():
-    data = cloud()
+    data = make_embeddings()
     mirror = torch.ones(WIDTH, dtype=torch.float64)
     mirror[3] = -1
-    mirrored = Cloud(data.embeddings * mirror, data.labels, data.finer, data.weight * mirror, data.logits)
+    mirrored = LabeledEmbeddings(
+        data.embeddings * mirror, data.labels, data.fine_labels, data.weight * mirror, data.logits
+    )
     assert (targets(fit(mirrored), mirrored) - targets(fit(data), data)).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("splitter", known_splitters())
+@pytest.mark.parametrize("splitter", SPLITTERS)
 def test_moving_and_scaling_the_embeddings_leaves_the_targets_unchanged(splitter):
-    data = cloud()
-    moved = Cloud(3 * data.embeddings + 1, data.labels, data.finer, data.weight, data.logits)
+    data = make_embeddings()
+    moved = LabeledEmbeddings(3 * data.embeddings + 1, data.labels, data.fine_labels, data.weight, data.logits)
     expected = targets(fit(data, splitter), data)
     found = targets(fit(moved, splitter), moved)
     if splitter == "no-scaling":
@@ -91,17 +100,17 @@ def test_moving_and_scaling_the_embeddings_leaves_the_targets_unchanged(splitter
         assert (found - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("splitter", known_splitters())
+@pytest.mark.parametrize("splitter", SPLITTERS)
 def test_a_shift_of_all_class_weights_changes_nothing(splitter):
-    data = cloud()
+    data = make_embeddings()
     shift = 10 * torch.randn(WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
-    shifted = Cloud(data.embeddings, data.labels, data.finer, data.weight + shift, data.logits)
+    shifted = LabeledEmbeddings(data.embeddings, data.labels, data.fine_labels, data.weight + shift, data.logits)
     assert (targets(fit(shifted, splitter), data) - targets(fit(data, splitter), data)).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("splitter", known_splitters())
+@pytest.mark.parametrize("splitter", SPLITTERS)
 def test_merging_any_partition_gives_the_same_projector(splitter):
-    data = cloud()
+    data = make_embeddings()
     expected = fit(data, splitter)
     for parts, seed in ((2, 0), (5, 1)):
         owner = torch.randint(0, parts, (len(data.labels),), generator=torch.Generator().manual_seed(seed))
@@ -109,7 +118,7 @@ def test_merging_any_partition_gives_the_same_projector(splitter):
         for part in range(parts):
             chosen = owner == part
             other = StatisticsAccumulator(CLASSES, WIDTH, splitter=splitter)
-            other.add(data.embeddings[chosen], data.labels[chosen], subclass_labels=data.finer[chosen])
+            other.update(data.embeddings[chosen], data.labels[chosen], fine_labels=data.fine_labels[chosen])
             merged.merge(other)
         found = SubclassProjector.from_statistics(merged, data.weight, SUBCLASSES)
         for name, tensor in found.scores.tensors().items():
@@ -118,7 +127,7 @@ def test_merging_any_partition_gives_the_same_projector(splitter):
 
 
 def test_directions_are_those_of_the_paper():
-    data = cloud()
+    data = make_embeddings()
     projector = fit(data)
     assert isinstance(projector.scores, LinearScorer)
     w = data.weight - data.weight.mean(0)
@@ -129,19 +138,19 @@ def test_directions_are_those_of_the_paper():
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows))
         top = vectors[:, -SUBCLASSES:]
         directions = projector.scores.directions[number]
-        assert (w @ directions).abs().max() < 1e-10, "the classifier sees them"
+        assert (w @ directions).abs().max() < 1e-10, "they are in the row space of the classifier"
         assert (directions - top @ (top.T @ directions)).abs().max() < 1e-10, "they leave the class's subspace"
         gram = directions.T @ directions * values[-SUBCLASSES:].mean()
         assert (gram - torch.eye(SUBCLASSES, dtype=torch.float64)).abs().max() < 1e-9, "not orthonormal over rms"
         scores = projector.coordinates(data.embeddings)[data.labels == number, number]
         assert scores.mean(0).abs().max() < 1e-10 and abs(scores.square().mean() - 1) < 1e-10
         torch.testing.assert_close(
-            projector.explained[number], values[-SUBCLASSES:].sum() / values.sum(), rtol=1e-9, atol=0
+            projector.explained_variance_ratio[number], values[-SUBCLASSES:].sum() / values.sum(), rtol=1e-9, atol=0
         )
 
 
 def test_ablations_differ_from_the_method_in_what_their_names_say():
-    data = cloud()
+    data = make_embeddings()
     w = data.weight - data.weight.mean(0)
     assert (w @ fit(data, "no-null-space").scores.directions).abs().max() > 1e-3
     assert (w @ fit(data, "random-projection").scores.directions).abs().max() < 1e-9
@@ -151,22 +160,22 @@ def test_ablations_differ_from_the_method_in_what_their_names_say():
     assert fit(data, "no-scaling").coordinates(data.embeddings)[own].square().mean() > 2
 
 
-def test_clusters_that_are_there_are_found_by_k_means_and_the_kernel():
+def test_separate_clusters_are_found_by_k_means_and_the_kernel():
     draw = torch.Generator().manual_seed(0)
-    centres = 6 * torch.randn(2 * 3, 12, generator=draw, dtype=torch.float64)
-    finer = torch.arange(600) % 6
-    embeddings = centres[finer] + torch.randn(600, 12, generator=draw, dtype=torch.float64)
+    centers = 6 * torch.randn(2 * 3, 12, generator=draw, dtype=torch.float64)
+    fine_labels = torch.arange(600) % 6
+    embeddings = centers[fine_labels] + torch.randn(600, 12, generator=draw, dtype=torch.float64)
     weight = torch.zeros(2, 12, dtype=torch.float64)
     for splitter, share in (("kmeans", 1.0), ("spectral", 0.9)):
-        projector = SubclassProjector.fit(embeddings, finer // 3, weight, 3, splitter=splitter)
-        scores = projector.coordinates(embeddings)[torch.arange(600), finer // 3]
+        projector = SubclassProjector.fit(embeddings, fine_labels // 3, weight, 3, splitter=splitter)
+        scores = projector.coordinates(embeddings)[torch.arange(600), fine_labels // 3]
         winners = scores.argmax(1)
-        right = sum(torch.bincount(winners[finer == number]).max().item() for number in range(6))
+        right = sum(torch.bincount(winners[fine_labels == number]).max().item() for number in range(6))
         assert right >= share * 600, splitter
 
 
 def test_a_random_partition_is_even_and_steady_under_rounding():
-    data = cloud(count=3000)
+    data = make_embeddings(count=3000)
     projector = fit(data, "random-partition")
     first = projector.coordinates(data.embeddings).argmax(-1)
     shares = torch.bincount(first[:, 0], minlength=SUBCLASSES) / len(first)
@@ -177,50 +186,36 @@ def test_a_random_partition_is_even_and_steady_under_rounding():
     assert (near == first).double().mean() < 0.5
 
 
-def test_finer_labels_are_followed_and_unused_subclasses_have_no_share():
-    data = cloud()
-    finer = torch.where(data.labels == 0, 0, data.finer)  # class 0 has but one
+def test_fine_labels_determine_the_subclass_and_unused_subclasses_have_no_share():
+    data = make_embeddings()
+    fine_labels = torch.where(data.labels == 0, 0, data.fine_labels)  # class 0 has but one
     projector = SubclassProjector.fit(
         data.embeddings,
         data.labels,
         data.weight,
         5,
         splitter="labels",
-        subclass_labels=finer,
+        fine_labels=fine_labels,
         subclass_temperature=0.1,
     )
-    found = projector.transform(data.embeddings, data.logits, finer)
+    found = projector.transform(data.embeddings, data.logits, fine_labels)
     assert (found[:, 0, 1:] == 0).all() and (found[:, 1:, 4] == 0).all()
-    own = found[torch.arange(len(finer)), data.labels]
-    assert torch.equal(own.argmax(1), torch.where(data.labels == 0, 0, data.finer - 4 * data.labels))
-    with pytest.raises(SubclassError, match="splits by finer labels"):
+    own = found[torch.arange(len(fine_labels)), data.labels]
+    assert torch.equal(own.argmax(1), torch.where(data.labels == 0, 0, data.fine_labels - 4 * data.labels))
+    with pytest.raises(SubclassError, match="splits by fine labels"):
         projector.transform(data.embeddings, data.logits)
-    with pytest.raises(SubclassError, match="finer label 99 was not there"):
+    with pytest.raises(SubclassError, match="fine label 99 was absent"):
         projector.transform(data.embeddings[:1], data.logits[:1], torch.tensor([99]))
-    with pytest.raises(SubclassError, match="Finer labels are whole numbers; found torch.float64"):
-        projector.transform(data.embeddings, data.logits, finer.double())
+    with pytest.raises(SubclassError, match="Fine labels must be whole numbers; found torch.float64"):
+        projector.transform(data.embeddings, data.logits, fine_labels.double())
     with pytest.raises(SubclassError, match="Pass num_subclasses=4 or more"):
         fit(data, "labels", 3)
-    with pytest.raises(SubclassError, match="give subclass_labels"):
+    with pytest.raises(SubclassError, match="give fine_labels"):
         SubclassProjector.fit(data.embeddings, data.labels, data.weight, 4, splitter="labels")
 
 
-def test_anyone_may_register_a_splitter():
-    def by_first_number(evidence):
-        directions = torch.zeros(evidence.moments.num_classes, evidence.moments.width, evidence.num_subclasses)
-        directions[:, 0, 0] = 1
-        return LinearScorer(directions, torch.zeros(evidence.moments.num_classes, evidence.num_subclasses))
-
-    register_splitter("test-first-number", by_first_number)
-    data = cloud()
-    found = fit(data, "test-first-number", 2).coordinates(data.embeddings)
-    assert torch.equal(found[:, 1, 0], data.embeddings[:, 0])
-    with pytest.raises(OptionError, match="already"):
-        register_splitter("test-first-number", by_first_number)
-
-
 def test_arrays_chunks_and_numpy_are_all_the_same():
-    data = cloud()
+    data = make_embeddings()
     expected = targets(fit(data), data)
     h, y, z = data.embeddings.numpy(), data.labels.numpy(), data.logits.numpy()
     for embeddings, labels in (
@@ -236,13 +231,17 @@ def test_arrays_chunks_and_numpy_are_all_the_same():
         assert (projector.transform(h, z) - expected).abs().max() < 1e-9
 
 
-def test_examples_without_labels_are_grouped_by_the_teachers_own_class():
-    data = cloud()
-    own = data.logits.argmax(1)
-    expected = SubclassProjector.fit(data.embeddings, own, data.weight, SUBCLASSES)
-    silent = SubclassProjector.fit(data.embeddings, None, data.weight, SUBCLASSES, logits=data.logits)
-    assert torch.equal(silent.counts, expected.counts) and torch.equal(silent.eigenvalues, expected.eigenvalues)
-    some = torch.where(torch.arange(len(own)) % 2 == 0, own, torch.where(torch.arange(len(own)) % 3 == 0, -1, -100))
+def test_examples_without_labels_are_grouped_by_the_class_that_the_teacher_predicts():
+    data = make_embeddings()
+    predicted = data.logits.argmax(1)
+    expected = SubclassProjector.fit(data.embeddings, predicted, data.weight, SUBCLASSES)
+    unlabelled = SubclassProjector.fit(data.embeddings, None, data.weight, SUBCLASSES, logits=data.logits)
+    assert torch.equal(unlabelled.counts, expected.counts) and torch.equal(
+        unlabelled.eigenvalues, expected.eigenvalues
+    )
+    some = torch.where(
+        torch.arange(len(predicted)) % 2 == 0, predicted, torch.where(torch.arange(len(predicted)) % 3 == 0, -1, -100)
+    )
     mixed = SubclassProjector.fit(data.embeddings, some, data.weight, SUBCLASSES, logits=data.logits)
     assert torch.equal(mixed.eigenvalues, expected.eigenvalues)
     listed = [None if label == -1 else label for label in some.tolist()]
@@ -253,13 +252,13 @@ def test_examples_without_labels_are_grouped_by_the_teachers_own_class():
 
 
 def test_numbers_of_numpy_and_labels_that_are_false_or_true_are_taken(tmp_path):
-    data = cloud(classes=2)
+    data = make_embeddings(classes=2)
     expected = SubclassProjector.fit(data.embeddings, data.labels, data.weight, 4, temperature=2.0, seed=3)
     found = SubclassProjector.fit(
         data.embeddings, data.labels == 1, data.weight, np.int64(4), temperature=np.float32(2), seed=np.int64(3)
     )
     assert torch.equal(targets(found, data), targets(expected, data))
-    found.at(subclass_temperature=np.float32(0.5)).save_pretrained(tmp_path)
+    found.with_temperature(subclass_temperature=np.float32(0.5)).save_pretrained(tmp_path)
     assert SubclassProjector.from_pretrained(tmp_path).subclass_temperature == 0.5
 
 
@@ -276,7 +275,7 @@ def test_a_logistic_regression_of_scikit_learn_is_a_teacher():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_embeddings_give_float32_near_the_exact_targets(dtype):
-    data = cloud()
+    data = make_embeddings()
     projector = fit(data)
     found = projector.transform(data.embeddings.to(dtype), data.logits)
     assert found.dtype == torch.float32
@@ -284,7 +283,7 @@ def test_narrow_embeddings_give_float32_near_the_exact_targets(dtype):
 
 
 def test_a_class_that_is_ruled_out_has_no_share():
-    data = cloud()
+    data = make_embeddings()
     logits = data.logits.clone()
     logits[:, 1] = -torch.inf
     found = fit(data).transform(data.embeddings, logits)
@@ -292,15 +291,15 @@ def test_a_class_that_is_ruled_out_has_no_share():
 
 
 def test_temperatures_are_changed_without_fitting_again():
-    data = cloud()
-    changed = fit(data).at(temperature=2.0, subclass_temperature=0.25)
+    data = make_embeddings()
+    changed = fit(data).with_temperature(temperature=2.0, subclass_temperature=0.25)
     assert torch.equal(targets(changed, data), targets(fit(data, temperature=2.0, subclass_temperature=0.25), data))
-    with pytest.raises(OptionError, match="subclass_temperature is a positive number; found 0"):
-        changed.at(subclass_temperature=0)
+    with pytest.raises(OptionError, match="subclass_temperature must be a positive number; found 0"):
+        changed.with_temperature(subclass_temperature=0)
 
 
 def test_seeds_decide_and_the_same_seed_decides_alike():
-    data = cloud()
+    data = make_embeddings()
     assert torch.equal(targets(fit(data, seed=3), data), targets(fit(data, seed=3), data))
     assert not torch.allclose(targets(fit(data, seed=3), data), targets(fit(data, seed=4), data))
     state = torch.random.get_rng_state()
@@ -308,9 +307,9 @@ def test_seeds_decide_and_the_same_seed_decides_alike():
     assert torch.equal(torch.random.get_rng_state(), state), "the caller's own random numbers were drawn from"
 
 
-@pytest.mark.parametrize("splitter", known_splitters())
+@pytest.mark.parametrize("splitter", SPLITTERS)
 def test_saved_and_loaded_it_gives_the_same_bits(splitter, tmp_path):
-    data = cloud()
+    data = make_embeddings()
     projector = fit(data, splitter, temperature=2.0, id2label={0: "bad", 1: "good", 2: "neither"}, seed=5)
     projector.save_pretrained(tmp_path)
     loaded = SubclassProjector.from_pretrained(tmp_path)
@@ -326,13 +325,13 @@ def test_saved_and_loaded_it_gives_the_same_bits(splitter, tmp_path):
     ):
         assert getattr(loaded, name) == getattr(projector, name)
     assert torch.equal(loaded.eigenvalues, projector.eigenvalues) and torch.equal(
-        loaded.explained, projector.explained
+        loaded.explained_variance_ratio, projector.explained_variance_ratio
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]
 
 
-def test_damaged_or_missing_files_are_refused(tmp_path):
-    fit(cloud()).save_pretrained(tmp_path)
+def test_damaged_or_missing_files_raise(tmp_path):
+    fit(make_embeddings()).save_pretrained(tmp_path)
     whole = (tmp_path / WEIGHTS_NAME).read_bytes()
     (tmp_path / WEIGHTS_NAME).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SubclassError, match=f"{WEIGHTS_NAME} is damaged: it has .* bytes and should have"):
@@ -356,12 +355,12 @@ def test_damaged_or_missing_files_are_refused(tmp_path):
         with pytest.raises(SubclassError, match=f"{CONFIG_NAME} is damaged"):
             SubclassProjector.from_pretrained(tmp_path)
     with pytest.raises(NotADirectoryError, match="is a file"):
-        fit(cloud()).save_pretrained(tmp_path / CONFIG_NAME)
+        fit(make_embeddings()).save_pretrained(tmp_path / CONFIG_NAME)
 
 
 def broken(**changes):
-    """What is given to `fit`, with something wrong with it."""
-    data = cloud()
+    """Arguments of `fit`, some of them invalid."""
+    data = make_embeddings()
     given = {
         "embeddings": data.embeddings,
         "labels": data.labels,
@@ -391,7 +390,10 @@ def with_nan(h):
         ),
         ({"embeddings": lambda h: h * 0 + 1}, "differ in 0 directions"),
         ({"embeddings": lambda h: torch.cat([h[:, :3], h[:, 3:] * 0], 1)}, "differ in 3 directions"),
-        ({"num_subclasses": 22}, "24 wide have no room for 22 directions beside the classifier's 3: 25 or more"),
+        (
+            {"num_subclasses": 22},
+            "24 wide cannot hold 22 directions in addition to the classifier's 3: they must be at least 25",
+        ),
         ({"labels": lambda y: torch.where(torch.arange(600) == 17, 5, y)}, "label of example 17 is 5"),
         ({"labels": lambda y: torch.where(torch.arange(600) == 17, -7, y)}, "label of example 17 is -7"),
         ({"labels": lambda y: y.double()}, "whole numbers"),
@@ -402,40 +404,40 @@ def with_nan(h):
             {"labels": lambda y: iter(y.tolist())},
             "Chunks of several examples were expected; found the single number 0",
         ),
-        ({"splitter": "labels", "subclass_labels": torch.rand(600)}, "Finer labels are whole numbers"),
+        ({"splitter": "labels", "fine_labels": torch.rand(600)}, "Fine labels must be whole numbers"),
         ({"embeddings": with_nan}, "embedding of example 411 holds NaN or infinity"),
-        ({"embeddings": lambda h: h[0]}, r"shape \(N, width\) were expected"),
+        ({"embeddings": lambda h: h[0]}, r"must have the shape \(N, width\)"),
         ({"embeddings": "words"}, "An array of numbers was expected"),
-        ({"classifier_weight": lambda w: w[:, :9]}, r"\(any, 9\) were expected; found \(600, 24\)"),
-        ({"classifier_weight": lambda w: w[0]}, "has the shape"),
+        ({"classifier_weight": lambda w: w[:, :9]}, r"must have the shape \(any, 9\); found \(600, 24\)"),
+        ({"classifier_weight": lambda w: w[0]}, "must have the shape"),
         (
             {"classifier_weight": lambda w: w.T},
             r"looks transposed.* \(24, 3\).*Give it as \(classes, width\), \(3, 24\)",
         ),
         ({"classifier_weight": lambda w: w * torch.nan}, "weight holds NaN"),
-        ({"num_subclasses": 0}, "num_subclasses is a whole number of at least 1; found 0"),
+        ({"num_subclasses": 0}, "num_subclasses must be a whole number of at least 1; found 0"),
         ({"num_subclasses": 2.0}, "found 2.0"),
-        ({"temperature": 0.0}, "temperature is a positive number"),
-        ({"subclass_temperature": -1.0}, "subclass_temperature is a positive number"),
+        ({"temperature": 0.0}, "temperature must be a positive number"),
+        ({"subclass_temperature": -1.0}, "subclass_temperature must be a positive number"),
         ({"splitter": "kmean"}, "Did you mean 'kmeans'"),
-        ({"splitter": None}, "splitter=None is not known"),
-        ({"splitter": ["lelp"]}, "is not known; expected one of"),
-        ({"seed": "a"}, "seed is a whole number of at least 0; found 'a'"),
-        ({"seed": 2**64}, "seed is a whole number from 0 to"),
-        ({"id2label": ["one"]}, "id2label names the classes"),
+        ({"splitter": None}, "splitter must be one of .*; found None"),
+        ({"splitter": ["lelp"]}, "splitter must be one of"),
+        ({"seed": "a"}, "seed must be a whole number from 0 to 4294967295; found 'a'"),
+        ({"seed": 2**64}, "seed must be a whole number from 0 to"),
+        ({"id2label": ["one"]}, "id2label must name the classes"),
     ],
 )
-def test_what_no_projector_can_be_made_of_is_refused(changes, message):
+def test_invalid_arguments_of_a_fit_raise(changes, message):
     with pytest.raises(HfGuideError, match=message):
         SubclassProjector.fit(**broken(**changes))
 
 
-def test_what_cannot_be_transformed_is_refused():
-    data = cloud()
+def test_invalid_arguments_of_transform_raise():
+    data = make_embeddings()
     projector = fit(data)
-    with pytest.raises(SubclassError, match=r"Embeddings of the shape \(N, 24\)"):
+    with pytest.raises(SubclassError, match=r"Embeddings must have the shape \(N, 24\)"):
         projector.transform(data.embeddings[:, :5], data.logits)
-    with pytest.raises(SubclassError, match=r"Embeddings of the shape \(N, 24\) were expected; found \(\)"):
+    with pytest.raises(SubclassError, match=r"Embeddings must have the shape \(N, 24\); found \(\)"):
         projector.transform(3.0, 4.0)
     with pytest.raises(SubclassError, match=r"need logits of the shape \(600, 3\)"):
         projector.transform(data.embeddings, data.logits[:, :2])

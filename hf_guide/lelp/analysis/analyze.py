@@ -93,7 +93,7 @@ def analyze(
             f"{error} The projector says that its teacher is {name!r}; name it with --teacher."
         ) from error
     projector.check_teacher(model)
-    if projector.scores.needs_subclass_labels and finer_column is None:
+    if projector.scores.needs_fine_labels and finer_column is None:
         raise OptionError("This projector splits by finer labels; name their column with --finer-column.")
     task = task_of(model)
     whole = load_splits(replace(data, validation_share=0.0, max_train_examples=None))[0]
@@ -122,7 +122,7 @@ def analyze(
         examples=examples,
         forecast=found,
         no_forecast=why_not,
-        subclass_labels=finer if projector.scores.needs_subclass_labels else None,
+        subclass_labels=finer if projector.scores.needs_fine_labels else None,
         title=f"Subclasses of {data.name}",
     )
     column = find_column(raw, task, "image" if of_images else "text", data)
@@ -193,7 +193,7 @@ def _estimate_gain_or_reason(
             heard.features,
             heard.labels,
             classifier_weight=heard.classifier_weight,
-            subclass_labels=finer if projector.scores.needs_subclass_labels else None,
+            subclass_labels=finer if projector.scores.needs_fine_labels else None,
         )
     except SubclassError as error:
         return None, str(error)

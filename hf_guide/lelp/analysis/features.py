@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.lelp.classes import resolve_classes
 from hf_guide.lelp.data import check_classifier_task, check_single_label, linear_weight
-from hf_guide.lelp.validation import check_integer
+from hf_guide.lelp.validation import resolve_classes
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.tasks import task_of
+from hf_guide.validation import check_integer
 
 POOLED_SIZE = 14
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
-from hf_guide.lelp.classes import resolve_classes
 from hf_guide.lelp.projector import SubclassProjector, to_weight_matrix
 from hf_guide.lelp.splitters.registry import known_splitters
+from hf_guide.lelp.validation import resolve_classes
 
 MAX_ROWS = 6000
 MAX_FEATURES = 128

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from hf_guide.errors import SubclassError
 from hf_guide.lelp.analysis.probe import GainEstimate
-from hf_guide.lelp.classes import resolve_classes
-from hf_guide.lelp.splitters.registry import selects_top_variance
+from hf_guide.lelp.splitters.registry import takes_top_variance
+from hf_guide.lelp.validation import resolve_classes
 from hf_guide.utils.escaping import escape_mathtext
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.visualization import save_figure
@@ -163,7 +163,7 @@ def summarize_subclasses(
                 sizes=mine.mean(0),
                 nearest=[rows[order[:, each]].tolist() for each in range(projector.num_subclasses)],
                 sureness=[mine[order[:, each], each].tolist() for each in range(projector.num_subclasses)],
-                explained=projector.explained[number].item() if selects_top_variance(projector.splitter) else None,
+                explained=projector.explained[number].item() if takes_top_variance(projector.splitter) else None,
             )
         )
     facts = {

@@ -1,4 +1,4 @@
-"""What a splitter may look at, and what splitters have in common."""
+"""What a splitter is given, and the linear algebra that splitters share."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,21 +9,22 @@ from torch import Tensor
 from hf_guide.errors import SubclassError
 from hf_guide.lelp.moments import ClassMoments, ClassSample
 
-VARIANCE_TOLERANCE = 1e-12  # of all variance: what rounding leaves of none
+VARIANCE_TOLERANCE = 1e-12  # of a class's whole variance; below it is rounding
 
 
 @dataclass(frozen=True)
 class SplitterInputs:
-    """What a splitter may look at.
+    """What a splitter is given.
 
     Attributes:
-        moments: of all embeddings, by class.
+        moments: Count, mean, scatter and third moment of each class's embeddings.
         classifier_weight: W, (classes, width), float64.
-        num_subclasses: how many subclasses each class is to have.
-        seed: of whatever is drawn.
-        sample: some embeddings of each class, where the splitter was registered with `needs_sample`.
-        finer: by class and finer label how many examples there are, (classes, finer labels), where labels were given.
-        class_names: for errors.
+        num_subclasses: How many subclasses each class is to have.
+        seed: Of whatever is drawn.
+        sample: Some embeddings of each class, for splitters registered with `needs_sample`.
+        fine_label_counts: Examples by class and fine label, (classes, fine labels), for splitters registered with
+            `needs_fine_labels`.
+        class_names: For errors.
     """
 
     moments: ClassMoments
@@ -31,32 +32,46 @@ class SplitterInputs:
     num_subclasses: int
     seed: int = 0
     sample: ClassSample | None = None
-    finer: Tensor | None = None
+    fine_label_counts: Tensor | None = None
     class_names: tuple[str, ...] = ()
 
     @cached_property
-    def seen(self) -> Tensor:
-        """Orthonormal rows (rank, width) spanning what the classifier sees: W's, less their mean, which says nothing."""
+    def classifier_axes(self) -> Tensor:
+        """Orthonormal rows (rank, width) that span the rows of W less their mean, which no softmax depends on."""
         return row_space(self.classifier_weight)
 
-    def unseen(self, rows: Tensor) -> Tensor:
-        """Return rows (any, width) without what the classifier sees: P h, P = I - W^+ W."""
-        return rows - rows @ self.seen.T @ self.seen
+    def project_out_classifier(self, rows: Tensor) -> Tensor:
+        """Return P h of rows h (any, width): their projection onto the null space of W, P = I - W^+ W."""
+        return rows - rows @ self.classifier_axes.T @ self.classifier_axes
 
-    def covariance(self, number: int, *, null_space: bool = True) -> Tensor:
-        """Return the covariance (width, width) of a class, of P h where `null_space`."""
-        found = self.moments.scatters[number] / self.moments.counts[number]
-        return self.unseen(self.unseen(found).T) if null_space else found
+    def covariance(self, number: int) -> Tensor:
+        """Return the covariance (width, width) of P h over a class."""
+        covariance = self.moments.scatters[number] / self.moments.counts[number]
+        return self.project_out_classifier(self.project_out_classifier(covariance).T)
 
-    def name(self, number: int) -> str:
+    def centered_sample(self, number: int) -> Tensor:
+        """Return P (h - mean) of a class's sample, (rows, width), on the CPU, by ascending norm: an order that no rotation
+        of the embedding space changes.
+
+        Raises:
+            SubclassError: There is no sample: the splitter was registered without `needs_sample`.
+        """
+        if self.sample is None:
+            raise SubclassError("This splitter needs examples, not only moments: register it with needs_sample=True.")
+        rows = self.sample.rows[number] - self.moments.means[number].cpu()
+        axes = self.classifier_axes.cpu()
+        rows = rows - rows @ axes.T @ axes
+        return rows[rows.square().sum(1).argsort(stable=True)]
+
+    def class_label(self, number: int) -> str:
         """Return what to call a class in an error."""
         return f"{number} ({self.class_names[number]})" if self.class_names else str(number)
 
 
 def row_space(weight: Tensor) -> Tensor:
     """Return orthonormal rows (rank, width) that span the rows of W (classes, width), less their mean."""
-    centred = weight - weight.mean(0)
-    _, sizes, rows = torch.linalg.svd(centred, full_matrices=False)
+    centered = weight - weight.mean(0)
+    _, sizes, rows = torch.linalg.svd(centered, full_matrices=False)
     # Less one for the mean: it leaves a last singular value that is mere rounding.
     return rows[: len(weight) - 1][sizes[: len(weight) - 1] > sizes.max() * 1e-10]
 
@@ -68,35 +83,36 @@ def random_rotation(size: int, generator: torch.Generator) -> Tensor:
 
 
 def fix_signs(directions: Tensor, skew: Tensor, others: Tensor) -> Tensor:
-    """Turn each column of (width, any) to the side that the data lean to, whatever the coordinates are.
+    """Choose the sign of each column of (width, any) by the data, so that it does not depend on the coordinates.
 
-    That is where `skew` (width,) points; where it does not tell, where `others` points; then the largest entry decides.
+    A column points along `skew` (width,); where they are orthogonal, along `others`; then its largest entry is positive.
     """
-    leaning = directions.T @ skew / skew.norm().clamp(min=1e-300)
-    second = directions.T @ others / others.norm().clamp(min=1e-300)
+    by_skew = directions.T @ skew / skew.norm().clamp(min=1e-300)
+    by_others = directions.T @ others / others.norm().clamp(min=1e-300)
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))[0]
-    sign = torch.where(second.abs() > 1e-9, second, largest)
-    sign = torch.where(leaning.abs() > 1e-9, leaning, sign)
+    sign = torch.where(by_others.abs() > 1e-9, by_others, largest)
+    sign = torch.where(by_skew.abs() > 1e-9, by_skew, sign)
     return torch.where(sign < 0, -directions, directions)
 
 
-def check_variance(evidence: SplitterInputs, number: int, variances: Tensor) -> Tensor:
-    """Return the mean of the variances along a class's directions, none of which is zero unless there is but one.
+def check_variance(inputs: SplitterInputs, number: int, variances: Tensor) -> Tensor:
+    """Return the mean of the variances along a class's directions; all must be positive where there are several.
 
     Raises:
-        SubclassError: there are fewer directions with variance than subclasses.
+        SubclassError: Fewer directions with variance than subclasses.
     """
-    trace = evidence.covariance(number, null_space=False).trace()
-    there = int((variances > max(VARIANCE_TOLERANCE * trace.item(), 0.0)).sum())
-    if there < len(variances) and evidence.num_subclasses > 1:
-        raise SubclassError(too_few_directions_message(evidence, number, there))
+    trace = (inputs.moments.scatters[number] / inputs.moments.counts[number]).trace()
+    rank = int((variances > max(VARIANCE_TOLERANCE * trace.item(), 0.0)).sum())
+    if rank < len(variances) and inputs.num_subclasses > 1:
+        raise SubclassError(too_few_directions_message(inputs, number, rank))
     return variances.mean()
 
 
-def too_few_directions_message(evidence: SplitterInputs, number: int, there: int) -> str:
-    count = int(evidence.moments.counts[number])
-    rest = f"Choose num_subclasses up to {there}" if there > 1 else "Take another layer's embeddings"
+def too_few_directions_message(inputs: SplitterInputs, number: int, rank: int) -> str:
+    """Return the message for a class that varies in `rank` directions only, fewer than it needs."""
+    count = int(inputs.moments.counts[number])
+    advice = f"Choose num_subclasses up to {rank}" if rank > 1 else "Take another layer's embeddings"
     return (
-        f"The {count} examples of class {evidence.name(number)} differ in {there} directions that the classifier does not "
-        f"see; {evidence.num_subclasses} subclasses need as many. {rest}, or give more examples."
+        f"The {count} examples of class {inputs.class_label(number)} differ in {rank} directions that the classifier does not "
+        f"read; {inputs.num_subclasses} subclasses need as many. {advice}, or give more examples."
     )

@@ -1,7 +1,7 @@
-"""How an embedding is scored for each subclass of each class: what a splitter finds, and a projector keeps.
+"""Scorers: what a splitter returns and a projector saves. A scorer gives an embedding's score for each subclass of each class.
 
-Each form gives scores (items, classes, subclasses) from embeddings; a softmax of them over a class's subclasses is the
-share of each. Over a class's own examples scores are of unit root mean square, so that one temperature serves all.
+A softmax of the scores over a class's subclasses is the share of each. Over a class's own examples scores have a root mean
+square of 1, so that one temperature serves all splitters. `SCORER_TYPES` are the forms that files may hold.
 """
 
 from dataclasses import dataclass, fields
@@ -15,21 +15,26 @@ from hf_guide.errors import SubclassError
 
 @dataclass(frozen=True)
 class SubclassScorer:
-    """What all forms have in common: tensors, saved by their names."""
+    """The base of all forms: a dataclass of tensors, saved by their names.
+
+    Attributes:
+        form: Its name in files.
+        needs_fine_labels: Scores depend on the fine labels of the examples.
+    """
 
     form: ClassVar[str]
-    needs_subclass_labels: ClassVar[bool] = False
+    needs_fine_labels: ClassVar[bool] = False
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
+        """Return the tensors to save."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """How many classes there are, how wide embeddings are, and how many subclasses a class has."""
+        """Classes, embedding width, and subclasses of each class."""
         raise NotImplementedError
 
-    def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
+    def score(self, embeddings: Tensor, fine_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses) of embeddings (items, width)."""
         raise NotImplementedError
 
@@ -49,11 +54,11 @@ class LinearScorer(SubclassScorer):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """As of all scores."""
+        """Classes, embedding width, and subclasses of each class."""
         classes, width, subclasses = self.directions.shape
         return classes, width, subclasses
 
-    def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
+    def score(self, embeddings: Tensor, fine_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses)."""
         classes, width, subclasses = self.directions.shape
         flat = self.directions.to(embeddings).transpose(0, 1).reshape(width, classes * subclasses)
@@ -62,9 +67,9 @@ class LinearScorer(SubclassScorer):
 
 @dataclass(frozen=True)
 class RandomPartitionScorer(SubclassScorer):
-    """A partition that is settled by the embedding and has nothing to do with it: the highest of fast waves wins.
+    """A partition that the embedding determines and that has nothing to do with it: the highest of fast waves wins.
 
-    A hash would do the same, but for an embedding that differs in its last digits from one batch to another.
+    Unlike a hash it gives the same subclass to embeddings that differ in their last digits, as from batch to batch.
 
     Attributes:
         frequencies: (classes, width, subclasses).
@@ -77,25 +82,25 @@ class RandomPartitionScorer(SubclassScorer):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """As of all scores."""
+        """Classes, embedding width, and subclasses of each class."""
         classes, width, subclasses = self.frequencies.shape
         return classes, width, subclasses
 
-    def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
+    def score(self, embeddings: Tensor, fine_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses)."""
-        heights = LinearScorer(self.frequencies, self.phases).of(embeddings, None).cos()
+        heights = LinearScorer(self.frequencies, self.phases).score(embeddings, None).cos()
         return _one_hot_scores(heights.argmax(-1), torch.ones_like(heights, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
 class KernelScorer(SubclassScorer):
-    """Affine in the nearness to landmarks: exp(-|P h - landmark|^2 / bandwidth).
+    """Linear in a Gaussian kernel at landmarks, exp(-|P h - landmark|^2 / bandwidth).
 
     Attributes:
-        seen: (rank, width), orthonormal rows that P takes away: what the classifier sees.
+        seen: (rank, width), orthonormal rows that span the row space of the classifier, which P removes.
         landmarks: (classes, landmarks, width).
         bandwidths: (classes,).
-        directions, offsets: as of `Affine`, with landmarks for width.
+        directions, offsets: As of `LinearScorer`, over landmarks instead of coordinates.
     """
 
     seen: Tensor
@@ -107,26 +112,26 @@ class KernelScorer(SubclassScorer):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """As of all scores."""
+        """Classes, embedding width, and subclasses of each class."""
         return len(self.directions), self.landmarks.shape[2], self.directions.shape[2]
 
-    def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
+    def score(self, embeddings: Tensor, fine_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses)."""
         seen = self.seen.to(embeddings)
-        rest = embeddings - embeddings @ seen.T @ seen
-        found = []
+        residual = embeddings - embeddings @ seen.T @ seen
+        scores = []
         for number, landmarks in enumerate(self.landmarks.to(embeddings)):
-            near = rbf_kernel(rest, landmarks, self.bandwidths[number].item())
-            found.append(near @ self.directions[number].to(near) + self.offsets[number].to(near))
-        return torch.stack(found, 1)
+            kernel = rbf_kernel(residual, landmarks, self.bandwidths[number].item())
+            scores.append(kernel @ self.directions[number].to(kernel) + self.offsets[number].to(kernel))
+        return torch.stack(scores, 1)
 
 
 @dataclass(frozen=True)
 class LookupScorer(SubclassScorer):
-    """Subclasses that are given: an example's finer label settles them.
+    """Subclasses that are known: an example's fine label determines them.
 
     Attributes:
-        subclass_of: (classes, finer labels), int64: the subclass within a class of each finer label; -1 where it has none.
+        subclass_of: (classes, fine labels), int64: the subclass within a class of each fine label; -1 where it has none.
         sizes: (classes,), int64: how many subclasses a class has; those beyond have no share.
         width_and_subclasses: (2,), int64.
     """
@@ -135,42 +140,42 @@ class LookupScorer(SubclassScorer):
     sizes: Tensor
     width_and_subclasses: Tensor
     form = "table"
-    needs_subclass_labels = True
+    needs_fine_labels = True
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """As of all scores."""
+        """Classes, embedding width, and subclasses of each class."""
         width, subclasses = self.width_and_subclasses.tolist()
         return len(self.subclass_of), width, subclasses
 
-    def of(self, embeddings: Tensor, subclass_labels: Tensor | None) -> Tensor:
+    def score(self, embeddings: Tensor, fine_labels: Tensor | None) -> Tensor:
         """Return scores (items, classes, subclasses).
 
         Raises:
-            SubclassError: there are no finer labels, or one that was not there when the projector was fitted.
+            SubclassError: No fine labels, or one that was absent when the projector was fitted.
         """
-        if subclass_labels is None:
+        if fine_labels is None:
             raise SubclassError(
-                "This projector splits by finer labels: give those of the examples as subclass_labels, or fit one with "
+                "This projector splits by fine labels: give those of the examples as fine_labels, or fit one with "
                 "another splitter."
             )
-        known = self.subclass_of.to(subclass_labels.device)
-        wrong = (subclass_labels < 0) | (subclass_labels >= known.shape[1])
+        known = self.subclass_of.to(fine_labels.device)
+        wrong = (fine_labels < 0) | (fine_labels >= known.shape[1])
         if bool(wrong.any()):
             raise SubclassError(
-                f"The finer label {int(subclass_labels[wrong][0])} was not there when the projector was fitted; it knows 0 "
-                f"to {known.shape[1] - 1}."
+                f"The fine label {int(fine_labels[wrong][0])} was absent when the projector was fitted; it must be "
+                f"from 0 to {known.shape[1] - 1}."
             )
-        chosen = known[:, subclass_labels].T  # (items, classes)
-        subclasses = int(self.width_and_subclasses[1])
-        there = torch.arange(subclasses, device=known.device) < self.sizes.to(known.device)[:, None]
-        there = there.expand(*chosen.shape, subclasses)
-        scores = _one_hot_scores(chosen.clamp(min=0), there).masked_fill(chosen[..., None] < 0, 0.0)
-        return scores.masked_fill(~there, -torch.inf).to(embeddings)
+        subclasses = known[:, fine_labels].T  # (items, classes)
+        num_subclasses = int(self.width_and_subclasses[1])
+        used = torch.arange(num_subclasses, device=known.device) < self.sizes.to(known.device)[:, None]
+        used = used.expand(*subclasses.shape, num_subclasses)
+        scores = _one_hot_scores(subclasses.clamp(min=0), used).masked_fill(subclasses[..., None] < 0, 0.0)
+        return scores.masked_fill(~used, -torch.inf).to(embeddings)
 
 
 SCORER_TYPES: dict[str, type[SubclassScorer]] = {
-    each.form: each for each in (LinearScorer, RandomPartitionScorer, KernelScorer, LookupScorer)
+    scorer.form: scorer for scorer in (LinearScorer, RandomPartitionScorer, KernelScorer, LookupScorer)
 }
 
 
@@ -180,8 +185,8 @@ def rbf_kernel(rows: Tensor, landmarks: Tensor, bandwidth: float) -> Tensor:
     return (-squares.clamp(min=0) / bandwidth).exp()
 
 
-def _one_hot_scores(chosen: Tensor, there: Tensor) -> Tensor:
-    """Return what stands for one subclass of those that are `there`: scores of mean 0 and mean square 1."""
-    count = there.sum(-1, keepdim=True).double()
-    hot = torch.zeros_like(there, dtype=torch.float64).scatter_(-1, chosen[..., None], 1.0)
-    return torch.where(count > 1, (hot - 1 / count) * count / (count - 1).clamp(min=1).sqrt(), 0.0)
+def _one_hot_scores(subclasses: Tensor, used: Tensor) -> Tensor:
+    """Return one-hot scores of subclasses, scaled to mean 0 and mean square 1 over the subclasses that are `used`."""
+    count = used.sum(-1, keepdim=True).double()
+    one_hot = torch.zeros_like(used, dtype=torch.float64).scatter_(-1, subclasses[..., None], 1.0)
+    return torch.where(count > 1, (one_hot - 1 / count) * count / (count - 1).clamp(min=1).sqrt(), 0.0)

@@ -7,20 +7,20 @@ import pytest
 from hf_guide import SubclassProjector
 from hf_guide.lelp.projector_files import CONFIG_NAME, WEIGHTS_NAME
 from tests.fake_hub import fake_hub
-from tests.lelp.clouds import cloud
+from tests.lelp.synthetic_data import make_embeddings
 from tests.lelp.test_projector import fit
 from tests.tiny import run_python
 
 PUSH = """
     import sys, torch
     from hf_guide import SubclassProjector
-    from tests.lelp.clouds import cloud
+    from tests.lelp.synthetic_data import make_embeddings
     projector = SubclassProjector.from_pretrained(sys.argv[1])
     told = projector.push_to_hub("me/projector", private=True, commit_message="Directions", token="hf_test")
     print(told.oid)
     projector.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="me/again", token="hf_test")
     loaded = SubclassProjector.from_pretrained("me/projector", token="hf_test", cache_dir=sys.argv[2])
-    data = cloud()
+    data = make_embeddings()
     assert torch.equal(
         loaded.transform(data.embeddings, data.logits), projector.transform(data.embeddings, data.logits)
     )
@@ -34,7 +34,7 @@ PUSH = """
 
 def test_it_is_pushed_and_loaded_by_its_id(tmp_path):
     (tmp_path / "teacher").mkdir()
-    projector = dataclasses.replace(fit(cloud()), teacher=str(tmp_path / "teacher"))
+    projector = dataclasses.replace(fit(make_embeddings()), teacher=str(tmp_path / "teacher"))
     projector.save_pretrained(tmp_path / "mine")
     with fake_hub() as hub:
         hub.repositories["me/projector"] = {"model.safetensors": b"a student's"}

@@ -15,7 +15,9 @@ from hf_guide.lelp.analysis.probe import (
     train_probes,
     within_class_targets,
 )
+from tests.lelp.benchmark_modules import import_benchmark
 
+import_benchmark("lelp_splitters")
 COUNT, FINER, WIDTH = 1200, 4, 16
 
 
@@ -79,9 +81,9 @@ def test_what_is_forecast_is_what_tiny_students_gain(hidden):
     )
     logits = embeddings @ weight.T
     projector = SubclassProjector.fit(
-        embeddings, classes, weight, 8, splitter="labels", subclass_labels=finer, subclass_temperature=0.2
+        embeddings, classes, weight, 8, splitter="labels", fine_labels=finer, subclass_temperature=0.2
     )
-    found = estimate_gain(projector, embeddings, logits, features, classes, subclass_labels=finer)
+    found = estimate_gain(projector, embeddings, logits, features, classes, fine_labels=finer)
     assert found.recommended and found.gain > 1 and found.gain > found.shuffled
     assert found.verdict == "likely to help"
     assert found.to_dict()["recommended"] is True

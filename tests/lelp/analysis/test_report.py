@@ -18,17 +18,20 @@ from hf_guide.lelp.analysis.report import (
     summarize_subclasses,
     write_page,
 )
-from hf_guide.lelp.splitters.registry import known_splitters
-from tests.lelp.clouds import CLASSES, SUBCLASSES, cloud
+from hf_guide.lelp.splitters.registry import BENCHMARK_SPLITTERS
+from tests.lelp.benchmark_modules import import_benchmark
+from tests.lelp.synthetic_data import CLASSES, SUBCLASSES, make_embeddings
+
+import_benchmark("lelp_splitters")
 
 
 @pytest.fixture(scope="module")
 def seen():
-    given = cloud()
+    given = make_embeddings()
     projector = SubclassProjector.fit(
         given.embeddings, given.labels, given.weight, SUBCLASSES, id2label=["<a>", "b & c", "d"]
     )
-    view = summarize_subclasses(projector, given.embeddings, given.logits, given.labels, given.finer, examples=3)
+    view = summarize_subclasses(projector, given.embeddings, given.logits, given.labels, given.fine_labels, examples=3)
     return given, projector, view
 
 
@@ -41,7 +44,7 @@ def test_every_example_is_in_its_class_and_sizes_add_up(seen):
         assert bool((given.labels[each.rows] == each.number).all())
         assert each.points.shape == (len(each.rows), 2)
         assert abs(each.sizes.sum().item() - 1) < 1e-9
-        assert each.explained == projector.explained[each.number].item()
+        assert each.explained_variance_ratio == projector.explained_variance_ratio[each.number].item()
 
 
 def test_the_nearest_examples_are_those_the_projector_is_surest_of(seen):
@@ -122,19 +125,17 @@ def test_the_page_shows_images(seen, tmp_path):
     assert page.read_text(encoding="utf-8").count('class="example"') == CLASSES * SUBCLASSES * 3
 
 
-@pytest.mark.parametrize("splitter", known_splitters())
+@pytest.mark.parametrize("splitter", ["lelp", "kmeans", "labels", *BENCHMARK_SPLITTERS])
 def test_variance_is_told_of_directions_of_variance_alone(splitter, seen, tmp_path):
     given, _, _ = seen
-    finer = given.finer if splitter == "labels" else None
+    finer = given.fine_labels if splitter == "labels" else None
     projector = SubclassProjector.fit(
-        given.embeddings, given.labels, given.weight, SUBCLASSES, splitter=splitter, subclass_labels=finer
+        given.embeddings, given.labels, given.weight, SUBCLASSES, splitter=splitter, fine_labels=finer
     )
-    view = summarize_subclasses(
-        projector, given.embeddings, given.logits, given.labels, subclass_labels=finer, examples=1
-    )
+    view = summarize_subclasses(projector, given.embeddings, given.logits, given.labels, fine_labels=finer, examples=1)
     page = write_page(replace(view, classes=view.classes[:1]), tmp_path / "page.html", str).read_text(encoding="utf-8")
     told = splitter in ("lelp", "no-rotation", "no-scaling")
-    assert ("directions hold" in page) == told and (view.classes[0].explained is not None) == told
+    assert ("directions hold" in page) == told and (view.classes[0].explained_variance_ratio is not None) == told
 
 
 def test_the_page_says_why_there_is_no_forecast(seen, tmp_path):
@@ -160,4 +161,4 @@ def test_what_cannot_be_seen_is_refused(seen):
     with pytest.raises(SubclassError, match=r"Logits of the shape \(600, 3\) were expected; found \(600, 2\)"):
         summarize_subclasses(projector, given.embeddings, given.logits[:, :2])
     with pytest.raises(SubclassError, match="600 examples need as many finer labels; found 5"):
-        summarize_subclasses(projector, given.embeddings, given.logits, finer=given.finer[:5])
+        summarize_subclasses(projector, given.embeddings, given.logits, finer=given.fine_labels[:5])

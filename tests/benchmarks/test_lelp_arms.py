@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+from tests.lelp.benchmark_modules import BENCHMARKS, import_benchmark
+
 SMALL = [
     "--seen",
     "300",
@@ -31,17 +32,10 @@ ONCE = ["--seeds", "1", "--tune-seeds", "1"]
 
 
 @pytest.fixture(scope="module")
-def rooms():
-    """The benchmark's modules, which stand beside each other as scripts do."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import lelp_data
-        import lelp_models
-        import lelp_runs
-        import lelp_training
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return SimpleNamespace(data=lelp_data, models=lelp_models, runs=lelp_runs, training=lelp_training)
+def benchmark():
+    """The benchmark's modules."""
+    names = ("data", "models", "runs", "training")
+    return SimpleNamespace(**{name: import_benchmark(f"lelp_{name}") for name in names})
 
 
 def arms(output: Path, *words: str) -> str:
@@ -75,20 +69,22 @@ def test_a_run_that_was_cut_off_goes_on_and_none_is_done_twice(tmp_path):
         assert one == other
 
 
-def lesson_of(rooms, classes=2):
+def lesson_of(benchmark, classes=2):
     generator = torch.Generator().manual_seed(0)
     finer = torch.arange(240) % 6
-    labelled = rooms.data.Labelled(torch.zeros(240, 1, 8, 8), finer % classes, classes, finer)
+    labelled = benchmark.data.Labelled(torch.zeros(240, 1, 8, 8), finer % classes, classes, finer)
     embeddings = torch.nn.functional.one_hot(finer, 12).float() * 8 + torch.randn(240, 12, generator=generator)
     logits = torch.randn(240, classes, generator=generator)
-    signals = rooms.models.Signals(logits, embeddings, embeddings + 0.1, embeddings[:, :8])
-    return rooms.training.Lesson(labelled, signals, (signals, labelled), torch.randn(classes, 12, generator=generator))
+    signals = benchmark.models.Signals(logits, embeddings, embeddings + 0.1, embeddings[:, :8])
+    return benchmark.training.Lesson(
+        labelled, signals, (signals, labelled), torch.randn(classes, 12, generator=generator)
+    )
 
 
 @pytest.mark.parametrize("tau", [1.0, 4.0])
-def test_all_targets_keep_the_teachers_classes(rooms, tau):
-    training = rooms.training
-    lesson = lesson_of(rooms)
+def test_all_targets_keep_the_teachers_classes(benchmark, tau):
+    training = benchmark.training
+    lesson = lesson_of(benchmark)
     wanted = (lesson.signals.logits / tau).softmax(-1)
     for arm in training.ARMS:
         if training.is_split(arm):
@@ -97,37 +93,37 @@ def test_all_targets_keep_the_teachers_classes(rooms, tau):
             assert targets[0].numel() == training.outputs_of(arm, lesson, {"tau": tau, "S": 3, "beta": 0.5})
 
 
-def test_an_oracle_gives_a_class_whole_to_the_finer_label(rooms):
-    lesson = lesson_of(rooms)
-    shares = rooms.training.oracle_targets(lesson, 1.0)
+def test_an_oracle_gives_a_class_whole_to_the_finer_label(benchmark):
+    lesson = lesson_of(benchmark)
+    shares = benchmark.training.oracle_targets(lesson, 1.0)
     own = shares[torch.arange(240), lesson.data.labels]
     assert torch.equal(own.argmax(1), lesson.data.finer // 2)
     assert torch.allclose(own.max(1).values, own.sum(1))
 
 
-def test_what_is_read_of_finer_labels_is_right_where_embeddings_show_them(rooms):
-    lesson = lesson_of(rooms)
-    own = rooms.training.read_targets(lesson, 1.0)[torch.arange(240), lesson.data.labels]
+def test_what_is_read_of_finer_labels_is_right_where_embeddings_show_them(benchmark):
+    lesson = lesson_of(benchmark)
+    own = benchmark.training.read_targets(lesson, 1.0)[torch.arange(240), lesson.data.labels]
     assert (own.argmax(1) == lesson.data.finer // 2).float().mean() > 0.95
 
 
-def test_a_metric_changes_what_is_large_and_nothing_that_the_classifier_says(rooms):
-    training = rooms.training
-    lesson = lesson_of(rooms)
+def test_a_metric_changes_what_is_large_and_nothing_that_the_classifier_says(benchmark):
+    training = benchmark.training
+    lesson = lesson_of(benchmark)
     plain = lesson.signals.embeddings.double() @ lesson.weight.double().T
     for arm in ("lelp-stable", "lelp-predictable"):
         (embeddings, weight), _ = training.embeddings_for(arm, lesson)
         assert torch.allclose(embeddings @ weight.T, plain, atol=1e-6)
 
 
-def test_whitened_noise_is_white(rooms):
+def test_whitened_noise_is_white(benchmark):
     noise = torch.randn(500, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * torch.arange(1, 6)
-    white = noise @ rooms.training.whitener(noise, ridge=1e-12)
+    white = noise @ benchmark.training.whitener(noise, ridge=1e-12)
     assert torch.allclose(torch.cov(white.T, correction=0), torch.eye(5, dtype=torch.float64), atol=1e-6)
 
 
-def test_parts_share_no_example_and_are_the_same_every_time(rooms):
-    data = rooms.data
+def test_parts_share_no_example_and_are_the_same_every_time(benchmark):
+    data = benchmark.data
     whole = data.digits()
     parts = data.split(whole, [900, 300, 200, 200])
     again = data.split(whole, [900, 300, 200, 200])
@@ -153,9 +149,9 @@ def test_settings_given_stand_in_place_of_the_grid(tmp_path):
     assert "examples" in last["result"]["skipped"] and "left out: lelp" in again
 
 
-def test_settings_are_chosen_by_some_seeds_and_measured_by_others(rooms, tmp_path):
+def test_settings_are_chosen_by_some_seeds_and_measured_by_others(benchmark, tmp_path):
     """The first seed alone would choose the other setting, and so would the test part."""
-    runs = rooms.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=2)
+    runs = benchmark.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=2)
     one, other = {"tau": 1.0}, {"tau": 4.0}
     for settings, validation, test in ((one, [0.9, 0.5], 0.6), (other, [0.8, 0.8], 0.5)):
         for seed, each in enumerate(validation):
@@ -163,7 +159,7 @@ def test_settings_are_chosen_by_some_seeds_and_measured_by_others(rooms, tmp_pat
             runs.add(run, {"validation": each, "test": test})
     measured = {"validation": 0.1, "test": 0.4}
     runs.add({"set": "digits", "arm": "kd", "settings": other, "seed": 2}, measured)
-    again = rooms.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=2)
+    again = benchmark.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=2)
     assert again.within({"set": "digits"}, "kd") == (other, {2: measured})
     assert again.within({"set": "digits"}, "lelp") == (None, {})
 
@@ -178,7 +174,7 @@ def test_tables_are_of_the_rows_that_are_kept_and_ask_for_them_where_there_are_n
     assert none.returncode != 0 and "No runs are kept in" in none.stderr
 
 
-def words(rooms, count=40):
+def words(benchmark, count=40):
     """Batches of texts of many lengths, of a tokenizer that knows 30 words."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = {"[PAD]": 0, "[UNK]": 1} | {f"w{number}": number + 2 for number in range(30)}
@@ -189,20 +185,20 @@ def words(rooms, count=40):
         " ".join(f"w{word}" for word in torch.randint(0, 20, (1 + number * 7 % 11,), generator=generator).tolist())
         for number in range(count)
     ]
-    data = rooms.data.Labelled(texts, torch.arange(count) % 2, 2)
-    return rooms.models.Batches(data, tokenizer, 16)
+    data = benchmark.data.Labelled(texts, torch.arange(count) % 2, 2)
+    return benchmark.models.Batches(data, tokenizer, 16)
 
 
-def test_rows_are_in_order_however_texts_are_grouped(rooms):
-    batches = words(rooms)
+def test_rows_are_in_order_however_texts_are_grouped(benchmark):
+    batches = words(benchmark)
     (found,) = batches.of_each(lambda inputs: (inputs["input_ids"].sum(1),))
     assert torch.equal(found, batches.ids.sum(1))
     (padded,) = batches.of_each(lambda inputs: (inputs["attention_mask"].sum(1),))
     assert torch.equal(padded, batches.lengths) and len(batches.lengths.unique()) > 5
 
 
-def test_all_rows_are_drawn_alike_and_the_same_by_the_same_seed(rooms):
-    batches = words(rooms)
+def test_all_rows_are_drawn_alike_and_the_same_by_the_same_seed(benchmark):
+    batches = words(benchmark)
     first, again = (torch.cat(list(islice(batches.drawn(5, 3), 16))) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(first.sort().values, torch.arange(40).repeat_interleave(2))
@@ -213,29 +209,29 @@ def test_all_rows_are_drawn_alike_and_the_same_by_the_same_seed(rooms):
 
 
 @pytest.mark.parametrize("method", ["guide", "calibrated"])
-def test_a_started_student_is_the_same_without_the_rows_that_no_text_has(rooms, method):
-    batches = words(rooms)
+def test_a_started_student_is_the_same_without_the_rows_that_no_text_has(benchmark, method):
+    batches = words(benchmark)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=32, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=32, pad_token_id=0,
     )  # fmt: skip
-    teacher = rooms.models.Classifier(BertModel(config, add_pooling_layer=False).eval(), 2)
+    teacher = benchmark.models.Classifier(BertModel(config, add_pooling_layer=False).eval(), 2)
     shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
     whole, less = (
-        rooms.models.start_student(teacher, batches, method, tokens, shape)
+        benchmark.models.start_student(teacher, batches, method, tokens, shape)
         for tokens in (None, batches.known_tokens())
     )
     assert less.encoder.get_input_embeddings().num_embeddings == 22 and whole.places is None
     inputs = batches.take(torch.arange(40))
     with torch.no_grad():
         assert torch.equal(whole.features(inputs), less.features(inputs))
-    copied = rooms.models.make_student(batches, "resnet", 8, less)
+    copied = benchmark.models.make_student(batches, "resnet", 8, less)
     assert copied.head.out_features == 8 and copied.encoder is not less.encoder
 
 
-def test_a_resnet_starts_no_student(rooms):
-    data = rooms.data.Labelled(torch.zeros(4, 1, 8, 8), torch.arange(4) % 2, 2)
-    teacher = rooms.models.make_teacher(data, "resnet")
+def test_a_resnet_starts_no_student(benchmark):
+    data = benchmark.data.Labelled(torch.zeros(4, 1, 8, 8), torch.arange(4) % 2, 2)
+    teacher = benchmark.models.make_teacher(data, "resnet")
     with pytest.raises(ValueError, match="--images vit"):
-        rooms.models.start_student(teacher, rooms.models.Batches(data), "guide")
+        benchmark.models.start_student(teacher, benchmark.models.Batches(data), "guide")

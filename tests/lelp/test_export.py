@@ -36,9 +36,9 @@ from hf_guide.lelp.export import with_class_logits
 from hf_guide.lelp.refit import refit_class_head
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments
+from tests.initialization.test_subclass_head import IMAGE, TEXT, logits_of
 from tests.lelp.test_collator import NAMES, SUBCLASSES, teacher_of
-from tests.lelp.test_head import IMAGE, TEXT, logits_of
-from tests.lelp.test_objective import some_targets, student_of, with_targets
+from tests.lelp.test_loss import some_targets, student_of, with_targets
 from tests.tiny import KINDS
 
 LABELLED: dict[str, Any] = {

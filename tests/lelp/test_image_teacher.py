@@ -12,7 +12,7 @@ from hf_guide import DistillationTrainer, SubclassProjector
 from hf_guide.distillation.subclass_logits import TARGETS_KEY
 from tests.distillation.small import collate
 from tests.distillation.test_trainer import arguments
-from tests.lelp.test_objective import by_hand, gradient_of, student_of
+from tests.lelp.test_loss import by_hand, gradient_of, student_of
 
 COUNT, CLASSES, SUBCLASSES, TAU = 400, 5, 3, 2.0
 

@@ -10,8 +10,11 @@ from hf_guide import AutoStudentForImageClassification, AutoStudentForSequenceCl
 from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
+from tests.lelp.benchmark_modules import import_benchmark
 from tests.lelp.test_collator import COUNT, IMAGE, NAMES, SUBCLASSES, TEXT, heard, projector_of, teacher_of
 from tests.tiny import KINDS
+
+import_benchmark("lelp_splitters")
 
 DOORS = {TEXT: AutoStudentForSequenceClassification, IMAGE: AutoStudentForImageClassification}
 
@@ -105,7 +108,7 @@ def test_what_cannot_be_is_refused() -> None:
         from_teacher(teacher, num_subclasses=4, projector=projector, show_progress=False)
     with pytest.raises(SubclassError, match="of another teacher"):
         from_teacher(teacher_of(TEXT, 3), projector=projector, show_progress=False)
-    with pytest.raises(OptionError, match="no directions"):
+    with pytest.raises(OptionError, match="finds no directions"):
         nothing = projector_of(teacher, examples, splitter="random-partition")
         from_teacher(teacher, projector=nothing, show_progress=False)
     with pytest.raises(OptionError, match="already"):

@@ -1,4 +1,4 @@
-"""Seeded embeddings of a few classes, leaning and of unequal variance as real ones are."""
+"""Seeded embeddings of a few classes, skewed and of unequal variance, as real ones are."""
 
 from dataclasses import dataclass
 
@@ -9,26 +9,28 @@ CLASSES, WIDTH, SUBCLASSES = 3, 24, 4
 
 
 @dataclass(frozen=True)
-class Cloud:
-    """Embeddings (N, D), their labels and finer labels, the classifier (C, D) and its logits (N, C), in float64."""
+class LabeledEmbeddings:
+    """Embeddings (N, D), their labels and fine labels, the classifier (C, D) and its logits (N, C), in float64."""
 
     embeddings: Tensor
     labels: Tensor
-    finer: Tensor
+    fine_labels: Tensor
     weight: Tensor
     logits: Tensor
 
 
-def cloud(seed: int = 0, *, count: int = 600, classes: int = CLASSES, width: int = WIDTH) -> Cloud:
+def make_embeddings(
+    seed: int = 0, *, count: int = 600, classes: int = CLASSES, width: int = WIDTH
+) -> LabeledEmbeddings:
     draw = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
-    finer = 4 * labels + torch.randint(0, 4, (count,), generator=draw)
+    fine_labels = 4 * labels + torch.randint(0, 4, (count,), generator=draw)
     noise = -torch.rand(count, width, generator=draw, dtype=torch.float64).log()
     mixed = noise @ torch.randn(width, width, generator=draw, dtype=torch.float64)
-    centres = torch.randn(4 * classes, width, generator=draw, dtype=torch.float64)
-    embeddings = mixed + 2 * centres[finer] + 5
+    centers = torch.randn(4 * classes, width, generator=draw, dtype=torch.float64)
+    embeddings = mixed + 2 * centers[fine_labels] + 5
     weight = torch.randn(classes, width, generator=draw, dtype=torch.float64)
-    return Cloud(embeddings, labels, finer, weight, embeddings @ weight.T / 8)
+    return LabeledEmbeddings(embeddings, labels, fine_labels, weight, embeddings @ weight.T / 8)
 
 
 def rotation(seed: int, width: int = WIDTH) -> Tensor:

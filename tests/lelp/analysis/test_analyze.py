@@ -152,7 +152,7 @@ def test_a_projector_of_finer_labels_asks_for_their_column(text, tmp_path, capsy
     home, _, heard = text
     finer = torch.arange(COUNT) % 3
     SubclassProjector.fit(
-        heard.embeddings, heard.labels, heard.classifier_weight, 3, splitter="labels", subclass_labels=finer
+        heard.embeddings, heard.labels, heard.classifier_weight, 3, splitter="labels", fine_labels=finer
     ).save_pretrained(tmp_path / "projector")
     words = ["subclasses", tmp_path / "projector", home / "data.jsonl", "--teacher", home / "teacher"]
     assert cli.main([*map(str, words), "-o", str(tmp_path / "page.html")]) == 2
