@@ -27,7 +27,7 @@ EXAMPLES = examples_for("causal-lm")
 
 
 def capture(folder: Path, options: dict[str, Any] | None = None) -> Capture:
-    config = {"top_k": 8, "examples_per_shard": 5, "batch_size": 4}
+    config = {"top_k": 8, "shard_size": 5, "batch_size": 4}
     return capture_teacher(
         TEACHERS["causal-lm"].teacher(), EXAMPLES, folder, data_collator=Pad(), config=config, show_progress=False
     )
@@ -235,7 +235,7 @@ def test_checksums_cover_what_is_written(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_checking_a_capture_costs_less_than_a_hundredth_of_reading_it(tmp_path: Path) -> None:
     kind, dataset = TEACHERS["causal-lm"], examples_for("causal-lm", 4000, longest=30)
-    config = {"top_k": 32, "examples_per_shard": 1000, "batch_size": 50, "hidden_states": [1, 2, 3]}
+    config = {"top_k": 32, "shard_size": 1000, "batch_size": 50, "hidden_layers": [1, 2, 3]}
     capture_teacher(kind.teacher(), dataset, tmp_path, data_collator=Pad(), config=config, show_progress=False)
     opened = Capture.open(tmp_path)
     started = time.perf_counter()

@@ -27,7 +27,7 @@ WHOLE = [
     "top_k",
     "vocabulary_size",
     "batch_size",
-    "examples_per_shard",
+    "shard_size",
 ]
 REFUSED: dict[str, list[Any]] = {name: [*INVALID, 1e200] for name in REALS} | {
     name: [*INVALID, 1.5, 1e200] for name in WHOLE

@@ -70,8 +70,8 @@ def main() -> None:
         start = time.process_time()
         said = []
         for first in range(0, len(data), given.batch_size):
-            heard = listener.hear(pad(data[first : first + given.batch_size]), embedding=True)
-            said.append((heard.embedding, heard.logits))
+            heard = listener.hear(pad(data[first : first + given.batch_size]), features=True)
+            said.append((heard.features, heard.logits))
         alone.append(time.process_time() - start)
         start = time.process_time()
         fit_subclasses(model, data, 8, data_collator=pad, batch_size=given.batch_size, show_progress=False)

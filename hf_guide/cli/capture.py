@@ -33,7 +33,7 @@ EXAMPLE = (
     "      --dataset Salesforce/wikitext --dataset-config-name wikitext-2-raw-v1"
 )
 
-_LIST_FIELDS = {"temperatures": float, "hidden_states": int, "ignore_in_key": str}
+_LIST_FIELDS = {"temperatures": float, "hidden_layers": int, "ignored_inputs": str}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,15 +200,15 @@ def _capture_options_from_config(given: Mapping[str, Any], args: argparse.Namesp
         from hf_guide.distillation.losses.registry import parse_losses
 
         objective = parse_losses(given["objective"])
-        found["embedding"] = "embedding" in objective
-        if "hidden" in objective and args.hidden_states is None:
+        found["save_penultimate"] = "embedding" in objective
+        if "hidden" in objective and args.hidden_layers is None:
             layers = given.get("hidden_layers")
             if not isinstance(layers, Mapping):
                 raise OptionError(
                     "The objective has 'hidden', but the file does not say which of the teacher's layers: give hidden_layers "
-                    "there, or --hidden-states."
+                    "there, or --hidden-layers."
                 )
-            found["hidden_states"] = sorted({int(layer) for layer in layers.values()})
+            found["hidden_layers"] = sorted({int(layer) for layer in layers.values()})
     return found
 
 

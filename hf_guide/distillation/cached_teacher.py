@@ -41,7 +41,7 @@ class CachedTeacher:
         return depth_of_config(self.capture.manifest.teacher_config_object())
 
     def width(self, name: str) -> int | None:
-        """Return how wide `hidden_N` or `embedding` is, None where it was not captured."""
+        """Return how wide `hidden_N` or `features` is, None where it was not captured."""
         shape = self.capture.manifest.shapes.get(name)
         return shape[-1] if shape else None
 
@@ -61,8 +61,11 @@ class CachedTeacher:
             if "teacher_logits" in captured:
                 logits = align_logits(captured["teacher_logits"][mask], self.classes, self.order)
                 target = lambda rows: DenseTarget(logits[rows])  # noqa: E731
-            elif "teacher_indices" in captured:
-                kept = [captured[COLUMN_PREFIX + name][mask] for name in ("indices", "log_probs", "log_normalizer")]
+            elif "teacher_topk_indices" in captured:
+                kept = [
+                    captured[COLUMN_PREFIX + name][mask]
+                    for name in ("topk_indices", "topk_log_probs", "log_normalizer")
+                ]
                 target = lambda rows: TopKTarget(*(each[rows] for each in kept))  # noqa: E731
             else:
                 missing.append("logits")
@@ -71,16 +74,16 @@ class CachedTeacher:
         }
         if TeacherSignal.HIDDEN_STATES in needs and len(hidden) < len(set(layers)):
             missing.append(f"hidden states of layers {sorted(set(layers) - hidden.keys())}")
-        embedding = captured.get(f"{COLUMN_PREFIX}embedding")
-        if TeacherSignal.FEATURES in needs and embedding is None:
-            missing.append("embeddings")
+        features = captured.get(f"{COLUMN_PREFIX}features")
+        if TeacherSignal.FEATURES in needs and features is None:
+            missing.append("penultimate features")
         if missing:
             raise CaptureError(
                 f"The objective needs what {self.capture.folder} does not hold: {', '.join(missing)}. Capture "
                 "again with them, or change the objective."
             )
         return TeacherSignals(
-            target=target, hidden_states=hidden, embedding=None if embedding is None else embedding[mask]
+            target=target, hidden_states=hidden, features=None if features is None else features[mask]
         )
 
 

@@ -280,7 +280,7 @@ class ObjectiveComputer:
                     mine_per_item = pooled_features(self.task, fed[-1], batch.mask, batch.inputs, config)
                     mine_per_item = self._project(f"{number}_embedding", mine_per_item)
                     own = _check_one_value_per_item(
-                        term, term.function(mine_per_item, signals.embedding, self.args), mine_per_item
+                        term, term.function(mine_per_item, signals.features, self.args), mine_per_item
                     )
                 else:
                     continue
@@ -420,7 +420,7 @@ def _feature_widths(
     for number, teacher in enumerate(teachers):
         pairs = [(f"{number}_{mine}", f"hidden_{theirs}") for mine, theirs in learning.layers.items()]
         if TeacherSignal.FEATURES in learning.needs:
-            pairs.append((f"{number}_embedding", "embedding"))
+            pairs.append((f"{number}_embedding", "features"))
         for name, asked in pairs:
             theirs_wide = teacher.width(asked)
             if theirs_wide is None:

@@ -187,7 +187,7 @@ class SubclassTargets:
             fine_labels = take_fine_labels(dict(inputs))
             fine_labels = None if fine_labels is None else fine_labels[mask]
             return self._ordered(
-                self.provider.targets_of(signals[0].embedding, _undo_alignment(logits, orders[0]), fine_labels)
+                self.provider.targets_of(signals[0].features, _undo_alignment(logits, orders[0]), fine_labels)
             )
         if training:
             raise TaskError(

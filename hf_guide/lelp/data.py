@@ -189,11 +189,11 @@ def iter_live(
     """Yield the features of a dataset's examples by running the teacher."""
     for indices, examples in iter_batches(dataset, batch_size, rank, world_size):
         batch = collate(examples)
-        outputs = teacher.hear(batch, embedding=True)
-        assert outputs.embedding is not None
+        outputs = teacher.hear(batch, features=True)
+        assert outputs.features is not None
         check_row_count(len(outputs.logits), len(indices))
         class_labels = labels.labels(examples, batch)
-        yield FeatureChunk(indices, outputs.embedding, outputs.logits, class_labels, labels.fine_labels(examples))
+        yield FeatureChunk(indices, outputs.features, outputs.logits, class_labels, labels.fine_labels(examples))
 
 
 def iter_cached(
@@ -335,7 +335,7 @@ def check_row_count(rows: int, expected: int) -> None:
 def _stack_chunk(
     indices: Sequence[int], signals: Sequence[Any], labels: Tensor | None, fine_labels: Tensor | None
 ) -> FeatureChunk:
-    embeddings = torch.stack([example.embedding for example in signals])
+    embeddings = torch.stack([example.features for example in signals])
     return FeatureChunk(indices, embeddings, torch.stack([example.logits for example in signals]), labels, fine_labels)
 
 

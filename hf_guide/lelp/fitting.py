@@ -185,10 +185,10 @@ class _FeatureSource:
             manifest = capture.manifest
             check_classifier_task(capture.task, str(capture.folder))
             check_single_label(manifest.teacher_config, str(capture.folder))
-            if "embedding" not in manifest.shapes:
+            if "features" not in manifest.shapes:
                 raise CaptureError(
                     f"{capture.folder} holds no embeddings, which subclasses are computed from. Capture again with "
-                    'config={"embedding": True}.'
+                    'config={"save_penultimate": True}.'
                 )
             capture.check(processing_class=processing_class, teacher=model)
             self.task, self.name, self.fingerprint = capture.task, manifest.teacher, manifest.weights
@@ -209,7 +209,7 @@ class _FeatureSource:
     def width(self) -> int:
         """The width of captured embeddings."""
         assert self.capture is not None
-        return int(self.capture.manifest.shapes["embedding"][-1])
+        return int(self.capture.manifest.shapes["features"][-1])
 
     def weight(self) -> Tensor | None:
         """Return the classifier's weight, (classes, width), or None without a model."""
@@ -277,7 +277,9 @@ def _cache_features(
 ) -> Capture:
     _, first = peek_first(dataset)
     _, drop = build_collator(model, task_of(model), first, data_collator, processing_class)
-    config = CaptureConfig(embedding=True, hidden_dtype="float32", batch_size=batch_size, remove_unused_columns=drop)
+    config = CaptureConfig(
+        save_penultimate=True, hidden_dtype="float32", batch_size=batch_size, remove_unused_columns=drop
+    )
     return capture_teacher(
         model,
         dataset,

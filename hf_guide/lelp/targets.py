@@ -49,9 +49,7 @@ class SubclassTeacher(TeacherRunner):
         super().__init__(model, task, processing_class)
         self.projector = projector
 
-    def hear(
-        self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False
-    ) -> TeacherOutputs:
+    def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, features: bool = False) -> TeacherOutputs:
         """Run the teacher on a collated batch; return the probabilities (batch, C * S) as its logits."""
         inputs = dict(batch)
         fine_labels = take_fine_labels(inputs)
@@ -61,15 +59,15 @@ class SubclassTeacher(TeacherRunner):
             logits=probabilities,
             at=lambda rows, positions: probabilities,
             layers=(),
-            embedding=None,
+            features=None,
         )
 
     def probabilities(self, batch: Mapping[str, Any], fine_labels: Any = None) -> Tensor:
         """Return the probabilities (batch, C * S) of a collated batch."""
-        outputs = super().hear(batch, embedding=True)
-        assert outputs.embedding is not None
+        outputs = super().hear(batch, features=True)
+        assert outputs.features is not None
         fine_labels = None if fine_labels is None else torch.as_tensor(fine_labels)
-        return subclass_probabilities(self.projector, outputs.embedding, outputs.logits, fine_labels)
+        return subclass_probabilities(self.projector, outputs.features, outputs.logits, fine_labels)
 
 
 def load_subclass_teacher(
@@ -116,15 +114,15 @@ def targets_from_cache(
             f"This projector splits by fine labels, which {capture.folder} does not hold. Give the teacher, and the column "
             f"{FINE_LABELS_KEY!r} in the dataset."
         )
-    if "embedding" not in capture.manifest.shapes:
+    if "features" not in capture.manifest.shapes:
         raise SubclassError(
             f"{capture.folder} holds no embeddings, which the subclasses are computed from. Capture again with "
-            "config={'embedding': True}."
+            "config={'save_penultimate': True}."
         )
     projector.check_teacher(capture)
 
     def compute(examples: Sequence[CapturedExample]) -> Tensor:
-        embeddings = torch.stack([_require_tensor(example.embedding) for example in examples])
+        embeddings = torch.stack([_require_tensor(example.features) for example in examples])
         logits = torch.stack([_require_tensor(example.logits) for example in examples])
         return subclass_probabilities(projector, embeddings, logits)
 
@@ -236,7 +234,7 @@ def _target_manifest(
         classes=projector.num_classes * projector.num_subclasses,
         examples=examples,
         shapes={},
-        config=dataclasses.replace(options, embedding=False, hidden_states=[]),
+        config=dataclasses.replace(options, save_penultimate=False, hidden_layers=[]),
         hf_guide_version=__version__,
     )
 

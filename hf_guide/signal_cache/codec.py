@@ -1,4 +1,4 @@
-"""What is stored of an example made into what a loss takes."""
+"""Decode what is stored of an example into the tensors that a loss takes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,59 +11,65 @@ from hf_guide.signal_cache.manifest import CaptureManifest
 from hf_guide.signal_cache.shards import Arrays, unpack_indices
 
 COLUMN_PREFIX = "teacher_"
-"""How the names begin of what `CapturedCollator` adds to a batch."""
+"""How the names begin of what `CaptureDataCollator` adds to a batch."""
+
+_SINGLE_SIGNALS = ("logits", "topk_indices", "topk_log_probs", "log_normalizer", "features")
 
 
 @dataclass(frozen=True)
 class CapturedExample:
-    """What a teacher said of one example. `places` are its unpadded tokens, or those of the decoder.
+    """The signals of a teacher for one example of N unpadded tokens (of an encoder-decoder those of the decoder).
 
     Attributes:
-        logits: of classifiers (classes,), or (places, classes) where items are tokens; of language models whose whole
-            distribution was kept its log-probabilities (places, classes). Float32.
-        indices, log_probs: of language models the largest k, (places, k), int64 and float32, at temperature 1.
-        log_normalizer: log sum_j exp(log p_j / temperature) over the whole vocabulary, (places,), float32.
-        hidden_states: by layer, (places, width) or as the model gives it, float32.
-        embedding: what the head is fed, (width,), or (places, width) where items are tokens, float32.
+        logits: Of classifiers (classes,), or (N, classes) where items are tokens; of language models whose whole
+            distribution was stored its log-probabilities (N, classes). Float32.
+        topk_indices, topk_log_probs: Of language models the k most likely tokens and their log-probabilities at temperature
+            1, (N, k), int64 and float32.
+        log_normalizer: log sum_j exp(log p_j / temperature) over the whole vocabulary, (N,), float32.
+        hidden_states: By layer, (N, width) or as the model returns it, float32.
+        features: The input of the head, (width,), or (N, width) where items are tokens, float32.
     """
 
     logits: Tensor | None = None
-    indices: Tensor | None = None
-    log_probs: Tensor | None = None
+    topk_indices: Tensor | None = None
+    topk_log_probs: Tensor | None = None
     log_normalizer: Tensor | None = None
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
-    embedding: Tensor | None = None
+    features: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """Return what there is by the names that it has in a batch."""
-        single = ("logits", "indices", "log_probs", "log_normalizer", "embedding")
-        found = {COLUMN_PREFIX + name: value for name in single if (value := getattr(self, name)) is not None}
-        return found | {f"{COLUMN_PREFIX}hidden_{layer}": value for layer, value in self.hidden_states.items()}
+        """Return the signals that there are, by their names in a batch."""
+        single = {COLUMN_PREFIX + name: getattr(self, name) for name in _SINGLE_SIGNALS}
+        layers = {f"{COLUMN_PREFIX}hidden_{layer}": value for layer, value in self.hidden_states.items()}
+        return {name: value for name, value in single.items() if value is not None} | layers
 
 
 def decode_example(manifest: CaptureManifest, arrays: Arrays, temperature: float) -> CapturedExample:
-    """Return what a teacher said of an example from what is stored of it, at a captured temperature."""
+    """Return the signals of an example from what is stored of it, at one of the captured temperatures.
+
+    Rounding moved some of the k largest probabilities' mass; their log-probabilities are rescaled so that the mass of the
+    tail is exactly the stored one.
+    """
     hidden = {
         int(name.removeprefix("hidden_")): _to_float32(value)
         for name, value in arrays.items()
         if name.startswith("hidden_")
     }
-    embedding = _to_float32(arrays["embedding"]) if "embedding" in arrays else None
+    features = _to_float32(arrays["features"]) if "features" in arrays else None
     if manifest.is_dense:
         logits = _to_float32(arrays["logits" if "logits" in arrays else "log_probs"])
-        return CapturedExample(logits=logits, hidden_states=hidden, embedding=embedding)
+        return CapturedExample(logits=logits, hidden_states=hidden, features=features)
     indices = torch.from_numpy(unpack_indices(arrays, manifest.classes))
     temperatures = manifest.config.temperatures
-    heads = log1mexp(torch.from_numpy(arrays["log_tail"].astype(np.float64)))
-    # What rounding took from the largest k or gave to them is set right, so that the tail keeps its mass exactly.
+    log_head_mass = log1mexp(torch.from_numpy(arrays["log_tail"].astype(np.float64)))
     log_probs = _to_float32(arrays["log_probs"])
-    log_probs += (heads[:, temperatures.index(1.0)] - log_probs.double().logsumexp(1)).float().unsqueeze(1)
+    log_probs += (log_head_mass[:, temperatures.index(1.0)] - log_probs.double().logsumexp(1)).float().unsqueeze(1)
     if temperature == 1.0:
         normalizer = torch.zeros(len(log_probs))
     else:
         scaled = (log_probs.double() / temperature).logsumexp(1)
-        normalizer = (scaled - heads[:, temperatures.index(temperature)]).float()
-    return CapturedExample(None, indices, log_probs, normalizer, hidden, embedding)
+        normalizer = (scaled - log_head_mass[:, temperatures.index(temperature)]).float()
+    return CapturedExample(None, indices, log_probs, normalizer, hidden, features)
 
 
 def log1mexp(log_mass: Tensor) -> Tensor:

@@ -6,14 +6,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_guide.errors import OptionError
+from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
 from hf_guide.validation import check_integer, check_known_fields, check_temperature, did_you_mean
 
 STORAGE_DTYPES = ("float16", "float32")
 
 
+RENAMED_OPTIONS = RenamedOptions(
+    names={
+        "embedding": "save_penultimate",
+        "hidden_states": "hidden_layers",
+        "ignore_in_key": "ignored_inputs",
+        "examples_per_shard": "shard_size",
+    }
+)
+"""Names of options in version 0.1; caches of formats 1 and 2 have them too."""
+
+
+@with_renamed_options(RENAMED_OPTIONS)
 @dataclass
 class CaptureConfig:
-    """The options of `capture_teacher`.
+    """Configure `capture_teacher`: what of a teacher's outputs is stored, and how.
 
     Raises:
         OptionError: an unknown option (with the nearest one), or a value out of range.
@@ -36,16 +49,19 @@ class CaptureConfig:
     log_prob_dtype: str = field(
         default="float16", metadata={"help": "How log-probabilities are stored: float16 or float32."}
     )
-    hidden_states: list[int] = field(
+    hidden_layers: list[int] = field(
         default_factory=list,
         metadata={
             "help": "Layers whose hidden states are kept, by number of blocks passed, 0 being the embeddings; negative "
             "numbers count from the end."
         },
     )
-    embedding: bool = field(default=False, metadata={"help": "Keep what the classifier or the language head is fed."})
+    save_penultimate: bool = field(
+        default=False, metadata={"help": "Keep what the classifier or the language head is fed."}
+    )
     hidden_dtype: str = field(
-        default="float16", metadata={"help": "How hidden states and embeddings are stored: float16 or float32."}
+        default="float16",
+        metadata={"help": "How hidden states and penultimate features are stored: float16 or float32."},
     )
     vocabulary_size: int | None = field(
         default=None,
@@ -54,7 +70,7 @@ class CaptureConfig:
             "vocabulary is padded otherwise. By default all."
         },
     )
-    ignore_in_key: list[str] = field(
+    ignored_inputs: list[str] = field(
         default_factory=list,
         metadata={
             "help": "Inputs that do not tell examples apart, for a student that is not fed them: token_type_ids, "
@@ -66,18 +82,18 @@ class CaptureConfig:
         metadata={"help": "Drop the columns that the teacher's forward does not take, as TrainingArguments does."},
     )
     batch_size: int = field(default=8, metadata={"help": "Examples a forward pass."})
-    examples_per_shard: int = field(
+    shard_size: int = field(
         default=512,
         metadata={"help": "Examples a file; what was finished of a file is lost when the capture is killed."},
     )
 
     def __new__(cls, *args: Any, **fields: Any) -> "CaptureConfig":
-        """Refuse a keyword that is no field here, where the nearest field can still be named."""
-        check_known_fields(cls, fields)
+        """Check that every keyword is a field, or the old name of one, where the nearest field can still be named."""
+        check_known_fields(cls, [RENAMED_OPTIONS.names.get(name, name) for name in fields])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for option in ("top_k", "batch_size", "examples_per_shard"):
+        for option in ("top_k", "batch_size", "shard_size"):
             setattr(self, option, check_integer(option, getattr(self, option)))
         if self.vocabulary_size is not None:
             self.vocabulary_size = check_integer("vocabulary_size", self.vocabulary_size)
@@ -86,14 +102,14 @@ class CaptureConfig:
             if value not in STORAGE_DTYPES:
                 hint = did_you_mean(str(value), STORAGE_DTYPES)
                 raise OptionError(f"{option}={value!r} is not known; expected one of {list(STORAGE_DTYPES)}.{hint}")
-        for option in ("embedding", "remove_unused_columns"):
+        for option in ("save_penultimate", "remove_unused_columns"):
             if not isinstance(getattr(self, option), bool):
                 raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
         self.temperatures = _parse_temperatures(self.temperatures)
-        self.hidden_states = _parse_layers(self.hidden_states)
-        if isinstance(self.ignore_in_key, str) or not all(isinstance(name, str) for name in self.ignore_in_key):
-            raise OptionError(f"ignore_in_key must be a list of names of inputs; found {self.ignore_in_key!r}.")
-        self.ignore_in_key = sorted(self.ignore_in_key)
+        self.hidden_layers = _parse_layers(self.hidden_layers)
+        if isinstance(self.ignored_inputs, str) or not all(isinstance(name, str) for name in self.ignored_inputs):
+            raise OptionError(f"ignored_inputs must be a list of names of inputs; found {self.ignored_inputs!r}.")
+        self.ignored_inputs = sorted(self.ignored_inputs)
 
     @classmethod
     def parse(cls, config: "CaptureConfig | Mapping[str, Any] | None") -> "CaptureConfig":
@@ -114,5 +130,5 @@ def _parse_temperatures(temperatures: Any) -> list[float]:
 
 def _parse_layers(layers: Any) -> list[int]:
     if not isinstance(layers, (list, tuple)) or any(isinstance(n, bool) or not isinstance(n, int) for n in layers):
-        raise OptionError(f"hidden_states is a list of layer numbers such as [0, 6, 12]; found {layers!r}.")
+        raise OptionError(f"hidden_layers is a list of layer numbers such as [0, 6, 12]; found {layers!r}.")
     return list(dict.fromkeys(layers))

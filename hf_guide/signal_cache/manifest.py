@@ -9,16 +9,19 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_guide.errors import CaptureError
-from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.config import RENAMED_OPTIONS, CaptureConfig
 from hf_guide.signal_cache.keys import KEY_BYTES
-from hf_guide.signal_cache.shards import Column, high_bits, shard_name
+from hf_guide.signal_cache.shards import OLD_COLUMN_NAMES, Column, high_bits, shard_name
 from hf_guide.tasks import Task
 from hf_guide.utils.checksums import DamagedFileError, read_json, write_json
 from hf_guide.utils.resumable import ResumableFolder
 
 MANIFEST_NAME = "capture.json"
-FORMAT_VERSION = 2
-FORMAT_WITHOUT_CHECKSUMS = 1
+FORMAT_VERSION = 3
+"""The version of the format, written down in `FORMAT.md`."""
+
+_OLD_FORMATS = (1, 2)
+"""Formats of version 0.1: with the old names of options and of the column `features`; the first without checksums."""
 
 _CHANGEABLE_OPTIONS = {"batch_size"}  # may change between a run and its resumption
 
@@ -35,13 +38,13 @@ class CaptureManifest:
     Attributes:
         teacher, teacher_revision: where the teacher came from, and its commit where that is known.
         teacher_class, teacher_config, teacher_dtype: what it is.
-        weights: fingerprint of its parameters (`weights_fingerprint`).
+        weights: fingerprint of its parameters (`weights_fingerprint`), None where another program wrote the cache.
         files: fingerprint of its safetensors files, None where it had none.
         tokenizer: fingerprint of the tokenizer or processor, None where none was known.
         task: a value of `Task`.
         classes: its vocabulary, as far as captured, or its labels.
         examples: how many examples the dataset has.
-        shapes: of one example's hidden states and embedding, -1 for the axis that is its number of tokens.
+        shapes: of one example's hidden states and penultimate features, -1 for the axis that is its number of tokens.
         config: what was asked for.
         shards: the bytes of each shard's file, once complete.
         checksums: of each shard and of the index by file name, once complete; empty in captures of earlier versions.
@@ -53,7 +56,7 @@ class CaptureManifest:
     teacher_class: str
     teacher_config: dict[str, Any]
     teacher_dtype: str
-    weights: str
+    weights: str | None
     files: str | None
     tokenizer: str | None
     task: str
@@ -80,7 +83,7 @@ class CaptureManifest:
     @property
     def shard_count(self) -> int:
         """How many shards the examples fill."""
-        return -(-self.examples // self.config.examples_per_shard)
+        return -(-self.examples // self.config.shard_size)
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -113,7 +116,7 @@ class CaptureManifest:
 
     def shard_examples(self, number: int) -> range:
         """Return which examples of the dataset a shard holds."""
-        size = self.config.examples_per_shard
+        size = self.config.shard_size
         return range(number * size, min((number + 1) * size, self.examples))
 
     def teacher_config_object(self) -> PreTrainedConfig:
@@ -150,7 +153,7 @@ class CaptureManifest:
         """Read `capture.json`.
 
         Raises:
-            CaptureError: there is none, or it is none of this version's.
+            CaptureError: There is none, it is damaged, or its format is newer than `FORMAT_VERSION`.
         """
         path = Path(folder) / MANIFEST_NAME
         try:
@@ -163,16 +166,22 @@ class CaptureManifest:
         except DamagedFileError as error:
             raise CaptureError(f"{error} Capture again into a new folder.") from error
         version = found.get("format")
-        if version not in (FORMAT_VERSION, FORMAT_WITHOUT_CHECKSUMS):
-            raise CaptureError(f"{path} has format {version}; this version of hf_guide reads format {FORMAT_VERSION}.")
+        if version not in (*_OLD_FORMATS, FORMAT_VERSION):
+            raise CaptureError(
+                f"{path} has format {version!r}; this version of hf_guide reads formats 1 to {FORMAT_VERSION}. Update hf_guide, "
+                "or capture again into a new folder."
+            )
+        if version in _OLD_FORMATS:
+            found = _upgrade(found)
         expected = {option.name for option in dataclasses.fields(cls)}
-        if version == FORMAT_WITHOUT_CHECKSUMS:
-            expected.remove("checksums")
-        elif not has_checksum:
-            raise CaptureError(f"{path} is damaged: it has no checksum of its own. Capture again into a new folder.")
         if found.keys() != expected:
             raise CaptureError(f"{path} is damaged: {sorted(found.keys() ^ expected)} are missing or unknown.")
-        return cls(**found | {"config": CaptureConfig(**found["config"]), "format": FORMAT_VERSION})
+        may_lack_checksum = version == 1 or (
+            version == FORMAT_VERSION and found["complete"] and not found["checksums"]
+        )
+        if not (has_checksum or may_lack_checksum):
+            raise CaptureError(f"{path} is damaged: it has no checksum of its own. Capture again into a new folder.")
+        return cls(**found | {"config": CaptureConfig(**found["config"])})
 
     def check_files(self, folder: Path) -> None:
         """Refuse a capture that is not complete, or whose shards are missing or truncated.
@@ -196,3 +205,10 @@ class CaptureManifest:
                     f"{path} has {size} bytes and should have {expected}: it is truncated or was changed. Run the same "
                     "capture again; it writes this shard alone."
                 )
+
+
+def _upgrade(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a manifest of an old format as those of this one. The shards are the same but for a name."""
+    config = {RENAMED_OPTIONS.names.get(name, name): value for name, value in entries["config"].items()}
+    shapes = {OLD_COLUMN_NAMES.get(name, name): shape for name, shape in entries["shapes"].items()}
+    return {"checksums": {}} | entries | {"config": config, "shapes": shapes, "format": FORMAT_VERSION}

@@ -78,8 +78,8 @@ class Capture:
         manifest.check_files(Path(folder))
         if not manifest.checksums:
             logger.warning(
-                "%s was captured by an earlier version and has no checksums, so that damage to it cannot be seen. Run the "
-                "same capture again to add them; the teacher does not run for it.",
+                "%s has no checksums, so that damage to it cannot be seen: an earlier version or another program wrote it. "
+                "Run the same capture again to add them; the teacher does not run for it.",
                 folder,
             )
         capture = cls(Path(folder), manifest)
@@ -167,7 +167,7 @@ class Capture:
 
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
         """Return the keys of a collated batch's examples, as this capture has them."""
-        return example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key)
+        return example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs)
 
     def lookup(self, keys: Iterable[bytes], *, temperature: float = 1.0) -> list[CapturedExample]:
         """Return what the teacher said of these examples.
@@ -223,7 +223,11 @@ class Capture:
             shown = "; ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in differing[:5])
             raise CaptureError(f"{self.folder} was captured from another teacher, {wanted.teacher}: {shown}.")
         model = load_teacher(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
-        if weights_fingerprint(model) != wanted.weights:
+        if wanted.weights is None:
+            logger.warning(
+                "%s has no fingerprint of its teacher's weights, so only the configs were compared.", self.folder
+            )
+        elif weights_fingerprint(model) != wanted.weights:
             raise CaptureError(
                 f"{self.folder} was captured from another teacher, {wanted.teacher}: the shapes agree, the weights differ. "
                 "Capture again with this one."
@@ -264,7 +268,7 @@ class Capture:
         return shard.arrays(place)
 
     def _shard_of(self, row: int) -> tuple[Shard, int]:
-        number, place = divmod(row, self.manifest.config.examples_per_shard)
+        number, place = divmod(row, self.manifest.config.shard_size)
         if number not in self._shards:
             self._shards[number] = self.shard(number)
             if len(self._shards) > MAX_OPEN_SHARDS:
@@ -283,8 +287,8 @@ class CaptureDataCollator:
     """A user's collator, and beside what it collates the signals of the teacher, padded as it padded.
 
     Added are `teacher_logits` (batch, classes), or (batch, length, classes) where items are tokens; or of language models
-    with the largest k `teacher_indices` and `teacher_log_probs` (batch, length, k) and `teacher_log_normalizer` (batch,
-    length); and as captured `teacher_hidden_N` and `teacher_embedding`. Padded places are zeros.
+    with the largest k `teacher_topk_indices` and `teacher_topk_log_probs` (batch, length, k) and `teacher_log_normalizer` (batch,
+    length); and as captured `teacher_hidden_N` and `teacher_features`. Padded places are zeros.
 
     Args:
         data_collator: gives a batch of tensors. It may pad as it likes; it may not mask or cut at random.

@@ -22,6 +22,8 @@ from hf_guide.utils.files import atomic_write
 
 INDEX_NAME = "index.arrow"
 LOW_BITS = 16
+OLD_COLUMN_NAMES = {"embedding": "features"}
+"""What columns of formats 1 and 2 are called in this one."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -157,9 +159,10 @@ class Shard:
             raise CaptureError(
                 f"{path} is missing or damaged ({error}). Remove it and capture again: {RESUME_HINT}"
             ) from error
-        if self._reader.schema.names != ["key", *columns]:
+        names = [OLD_COLUMN_NAMES.get(name, name) for name in self._reader.schema.names]
+        if names != ["key", *columns]:
             raise CaptureError(
-                f"{path} holds {self._reader.schema.names}, where {['key', *columns]} were expected: it is of another capture."
+                f"{path} has the columns {names}; they must be {['key', *columns]}. It is of another capture."
             )
         self._columns = columns
         self._batches = batches
@@ -182,8 +185,8 @@ class Shard:
         """Return the arrays of a row: read-only, still on the disk until they are looked at."""
         batch, place = self._find(row)
         found = {}
-        for name, column in self._columns.items():
-            lists = batch.column(name)
+        for number, (name, column) in enumerate(self._columns.items(), start=1):
+            lists = batch.column(number)
             start, end = lists.offsets[place].as_py(), lists.offsets[place + 1].as_py()
             found[name] = lists.values[start:end].to_numpy(zero_copy_only=True).reshape(column.shape)
         return found

@@ -37,14 +37,14 @@ class TeacherOutputs:
         logits: of a classifier, as the model gives them.
         at: of a language model, its logits (places, classes) at rows and places of the batch, (places,) each.
         layers: all hidden states, where wanted.
-        embedding: what its head is fed, where wanted: (batch, width), or (batch, length, width) where items are tokens.
+        features: what its head is fed, where wanted: (batch, width), or (batch, length, width) where items are tokens.
     """
 
     classes: int
     logits: Tensor
     at: Callable[[Tensor, Tensor], Tensor]
     layers: tuple[Tensor, ...]
-    embedding: Tensor | None
+    features: Tensor | None
 
 
 class TeacherRunner:
@@ -68,12 +68,10 @@ class TeacherRunner:
         self.head = find_lm_head(model) if task.is_language_model else None
 
     @torch.inference_mode()
-    def hear(
-        self, batch: Mapping[str, Any], *, hidden_states: bool = False, embedding: bool = False
-    ) -> TeacherOutputs:
+    def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, features: bool = False) -> TeacherOutputs:
         """Run the teacher on a collated batch, on its own device."""
         bare, task = without_adapter(self.model), self.task
-        if task.is_per_token or hidden_states or embedding:
+        if task.is_per_token or hidden_states or features:
             check_no_virtual_tokens(self.model, "teacher")
         # Of a teacher that is spread, or offloaded, accelerate brings the input to where it is needed.
         device = next((each.device for each in self.model.parameters() if not each.is_meta), torch.device("cpu"))
@@ -89,7 +87,7 @@ class TeacherRunner:
         hidden: list[Tensor] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.inputs.special_tokens())
-            heard = stack.enter_context(capture_head_inputs(find_classifier(bare, task))) if embedding else []
+            heard = stack.enter_context(capture_head_inputs(find_classifier(bare, task))) if features else []
             if self.head is not None:
                 stack.enter_context(skip_lm_head(self.model, self.head, hidden.append))
             outputs = self.model(**inputs, output_hidden_states=hidden_states, return_dict=True)
@@ -102,7 +100,7 @@ class TeacherRunner:
             logits=outputs.logits,
             at=partial(self._logits_at, hidden[0] if hidden else outputs.logits),
             layers=hidden_states_of(outputs) if hidden_states else (),
-            embedding=fed,
+            features=fed,
         )
 
     def _logits_at(self, whole: Tensor, rows: Tensor, places: Tensor) -> Tensor:
@@ -118,7 +116,7 @@ def resolve_layers(layers: Sequence[int], count: int) -> list[int]:
     """
     for layer in layers:
         if not -count <= layer < count:
-            raise OptionError(f"hidden_states has layer {layer}; this teacher has layers 0 to {count - 1}.")
+            raise OptionError(f"hidden_layers has layer {layer}; this teacher has layers 0 to {count - 1}.")
     return list(dict.fromkeys(layer % count for layer in layers))
 
 
@@ -138,7 +136,7 @@ def encode_batch(
         CaptureError: the teacher said something that is not finite, or that float16 does not hold; it names the example.
     """
     task = listener.task
-    heard = listener.hear(batch, hidden_states=bool(config.hidden_states), embedding=config.embedding)
+    heard = listener.hear(batch, hidden_states=bool(config.hidden_layers), features=config.save_penultimate)
     by_token = task.has_token_positions
     places = [place.to(heard.logits.device) for place in token_positions(batch, task)] if by_token else []
     if task.is_language_model:
@@ -149,15 +147,15 @@ def encode_batch(
             _raise_not_finite(logits.isnan() | logits.isposinf(), numbers, "logits")
         kept = [row[place] for row, place in zip(logits, places, strict=True)] if task.is_per_token else list(logits)
         examples = [{"logits": value.float().cpu().numpy()} for value in kept]
-    found = {f"hidden_{layer}": heard.layers[layer] for layer in config.hidden_states}
-    if heard.embedding is not None:
-        found["embedding"] = heard.embedding
+    found = {f"hidden_{layer}": heard.layers[layer] for layer in config.hidden_layers}
+    if heard.features is not None:
+        found["features"] = heard.features
     for name, value in found.items():
         narrow = value.to(heard.logits.device, getattr(torch, config.hidden_dtype))
         if not bool(narrow.isfinite().all()):
             reason = " in float16: pass hidden_dtype='float32'" if bool(value.isfinite().all()) else ""
             _raise_not_finite(~narrow.isfinite(), numbers, name, reason)
-        stripped = by_token and (name != "embedding" or task.is_per_token)
+        stripped = by_token and (name != "features" or task.is_per_token)
         for row, example in enumerate(examples):
             example[name] = (narrow[row][places[row]] if stripped else narrow[row]).cpu().numpy()
     return examples

@@ -176,7 +176,7 @@ class CaptureRunner:
         with resumable_write(path, CaptureError), ShardWriter(path, self.manifest.columns) as shard:
             for inside in self._batches(number):
                 numbers, batch = self._next(stream, inside)
-                keys = example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key)
+                keys = example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs)
                 if len(keys) != len(numbers):
                     raise CaptureError(
                         f"The collator made {len(keys)} rows of {len(numbers)} examples, so which is which cannot be "
@@ -197,7 +197,7 @@ class CaptureRunner:
                     f"{self.folder / shard_name(number)} has {len(shard)} examples, not {len(inside)}. Remove it and go on."
                 )
             batch = self.collate([self.dataset[inside[0]]])
-            if example_keys(batch, self.task, ignore=self.manifest.config.ignore_in_key) != [shard.key(0)]:
+            if example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs) != [shard.key(0)]:
                 raise CaptureError(
                     f"{self.folder} holds a capture of another dataset: example {inside[0]} is another one, or is processed "
                     "or collated otherwise (masked at random, perhaps). Capture that dataset, or into a new folder."
@@ -214,7 +214,7 @@ class CaptureRunner:
         if free < needed:
             raise CaptureError(
                 f"The capture takes about {needed / 2**20:,.0f} MiB and {self.folder} has {free / 2**20:,.0f} MiB free. "
-                "Choose another disk, a smaller top_k, or fewer hidden_states."
+                "Choose another disk, a smaller top_k, or fewer hidden_layers."
             )
 
     def _example_bytes(self, number: int) -> int:
@@ -259,7 +259,7 @@ def capture_teacher(
     """Run a teacher once over a dataset and write what it says to `output_dir`, in Arrow files.
 
     Of classifiers all logits are kept; of language models the largest k log-probabilities at each token and the mass of all
-    others; hidden states and embeddings on request. Killed at any moment, the same call goes on where it was. Under
+    others; hidden states and penultimate features on request. Killed at any moment, the same call goes on where it was. Under
     `torchrun` the processes share the work; each calls this, with a folder that all of them see.
 
     Args:
@@ -331,7 +331,7 @@ def build_manifest(
         CaptureError: the first example already cannot be captured.
     """
     model, task = listener.model, listener.task
-    heard = listener.hear(batch, hidden_states=bool(options.hidden_states))
+    heard = listener.hear(batch, hidden_states=bool(options.hidden_layers))
     classes = heard.classes
     if task.is_language_model:
         if options.vocabulary_size is not None and options.vocabulary_size > classes:
@@ -344,14 +344,14 @@ def build_manifest(
             )
     elif options.vocabulary_size is not None:
         raise OptionError(f"vocabulary_size is for language models; the teacher is one for {task}.")
-    config = dataclasses.replace(options, hidden_states=resolve_layers(options.hidden_states, len(heard.layers)))
+    config = dataclasses.replace(options, hidden_layers=resolve_layers(options.hidden_layers, len(heard.layers)))
     (first,) = encode_batch(listener, batch, config, [0])
     by_place = task.has_token_positions
     shapes = {}
     for name, array in first.items():
-        if name.startswith("hidden_") or (name == "embedding" and task.is_per_token):
+        if name.startswith("hidden_") or (name == "features" and task.is_per_token):
             shapes[name] = [-1, *array.shape[1:]] if by_place else list(array.shape)
-        elif name == "embedding":
+        elif name == "features":
             shapes[name] = list(array.shape)
     bare = without_adapter(model)
     loaded_here = isinstance(teacher, (str, os.PathLike))

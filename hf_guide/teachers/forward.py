@@ -58,8 +58,8 @@ class LiveTeacher:
         return depth_of_config(self.bare.config)
 
     def width(self, name: str) -> int | None:
-        """Return how wide `hidden_N` or `embedding` is."""
-        if name == "embedding":
+        """Return how wide `hidden_N` or `features` is."""
+        if name == "features":
             return int(find_classifier(self.bare, self.task).in_features)
         return width_of_config(self.bare.config)
 
@@ -112,7 +112,7 @@ class LiveTeacher:
             if self.head is not None:
                 stack.enter_context(skip_lm_head(self.bare, self.head, fed.append))
             outputs = self.model(**given)
-            embedding = pooled_features(self.task, heard[-1], mask, inputs, self.bare.config) if heard else None
+            features = pooled_features(self.task, heard[-1], mask, inputs, self.bare.config) if heard else None
         target = None
         if TeacherSignal.LOGITS in needs:
             target = (
@@ -123,7 +123,7 @@ class LiveTeacher:
         return TeacherSignals(
             target=target,
             hidden_states={layer: hidden_states_of(outputs)[layer] for layer in layers},
-            embedding=embedding,
+            features=features,
             weight=self.weight,
         )
 
@@ -165,8 +165,8 @@ def non_finite_signals_error(
             # Classes that it rules out may be at -inf, but not the largest.
             largest = (target.logits if isinstance(target, DenseTarget) else target.log_probs).amax(-1)
             wrong |= set(of_items[~torch.isfinite(largest)].tolist())
-        if signals.embedding is not None:
-            wrong |= set(of_items[~torch.isfinite(signals.embedding).all(-1)].tolist())
+        if signals.features is not None:
+            wrong |= set(of_items[~torch.isfinite(signals.features).all(-1)].tolist())
         for hidden in signals.hidden_states.values():
             wrong |= set(rows[~torch.isfinite(hidden.flatten(1)).all(-1)].tolist())
         if wrong:

@@ -55,11 +55,11 @@ class TeacherSignals:
     Attributes:
         target: the distribution at some of the items, in their order; None where none was asked for or captured.
         hidden_states: (batch, length, width) by number of blocks passed.
-        embedding: (items, width).
+        features: what its head is fed, (items, width).
         weight: this teacher's share.
     """
 
     target: Callable[[slice], DenseTarget | TopKTarget] | None = None
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
-    embedding: Tensor | None = None
+    features: Tensor | None = None
     weight: float = 1.0

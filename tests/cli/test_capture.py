@@ -67,11 +67,11 @@ def training(task: Task, folder: Path, **options):
 @pytest.mark.parametrize("task", ["causal-lm", "masked-lm", "sequence-classification"])
 def test_what_is_captured_is_what_a_distillation_of_the_same_data_looks_up(task, teacher, data, capsys):
     flags = (
-        [] if task == "sequence-classification" else ["--top-k", 8, "--temperatures", 2, 4, "--hidden-states", 0, -1]
+        [] if task == "sequence-classification" else ["--top-k", 8, "--temperatures", 2, 4, "--hidden-layers", 0, -1]
     )
     output = teacher / "captured"
     words = [teacher / task, "-o", output, "--data-files", data, "--max-length", 16, "--validation-share", 0.2]
-    assert run(*words, *flags, "--embedding", "--examples-per-shard", 4) == 0
+    assert run(*words, *flags, "--save-penultimate", "--shard-size", 4) == 0
     printed = capsys.readouterr().out
     assert f"{len(Capture.open(output))} examples" in printed and f"capture: {output}" in printed
     same = training(Task(task), teacher / task, data_files=str(data), max_length=16, validation_share=0.2)
@@ -79,10 +79,10 @@ def test_what_is_captured_is_what_a_distillation_of_the_same_data_looks_up(task,
     assert len(made) == len(same.train) + len(same.eval)
     for split in (same.train, same.eval):
         batch = CaptureDataCollator(same.collator, made)([split[number] for number in (0, 1)])
-        assert "teacher_embedding" in batch and ("teacher_hidden_4" in batch) == bool(flags)
-    assert run(*words, *flags, "--embedding", "--examples-per-shard", 4) == 0  # finished already
-    with pytest.raises(CaptureError, match="examples_per_shard is 4 there and 5 here"):
-        run(*words, *flags, "--embedding", "--examples-per-shard", 5)
+        assert "teacher_features" in batch and ("teacher_hidden_4" in batch) == bool(flags)
+    assert run(*words, *flags, "--save-penultimate", "--shard-size", 4) == 0  # finished already
+    with pytest.raises(CaptureError, match="shard_size is 4 there and 5 here"):
+        run(*words, *flags, "--save-penultimate", "--shard-size", 5)
 
 
 def test_where_no_length_is_asked_for_a_capture_has_that_of_a_distillation(teacher, data):
@@ -90,7 +90,7 @@ def test_where_no_length_is_asked_for_a_capture_has_that_of_a_distillation(teach
     assert run(*words, "--top-k", 4) == 0
     same = training(Task.CAUSAL_LM, teacher / "causal-lm", data_files=str(data), validation_share=0.2)
     found = CaptureDataCollator(same.collator, Capture.open(teacher / "captured"))(list(same.train))
-    assert found["teacher_indices"].shape[:2] == found["input_ids"].shape
+    assert found["teacher_topk_indices"].shape[:2] == found["input_ids"].shape
 
 
 def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
@@ -102,13 +102,13 @@ def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
     assert len(Capture.open(teacher / "captured")) == len(same.train)
     asking = config | {"temperature": 3.0, "objective": {"hidden": 1, "embedding": 1}}
     (teacher / "distill.yaml").write_text(json.dumps(asking))
-    with pytest.raises(OptionError, match="give hidden_layers there, or --hidden-states"):
+    with pytest.raises(OptionError, match="give hidden_layers there, or --hidden-layers"):
         run(*words)
     (teacher / "distill.yaml").write_text(json.dumps(asking | {"hidden_layers": {"1": 2, "2": 4}}))
     words[1] = teacher / "asked"
     assert run(*words) == 0
     made = Capture.open(teacher / "asked").manifest
-    assert made.temperatures == [1.0, 3.0] and set(made.shapes) == {"hidden_2", "hidden_4", "embedding"}
+    assert made.temperatures == [1.0, 3.0] and set(made.shapes) == {"hidden_2", "hidden_4", "features"}
     (teacher / "distill.yaml").write_text(json.dumps(config | {"max_lenght": 3}))
     with pytest.raises(OptionError, match="has 'max_lenght', which is no option .* Did you mean 'max_length'"):
         run(*words)

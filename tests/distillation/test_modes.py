@@ -130,8 +130,8 @@ def test_a_captured_run_equals_a_live_one(task: str, tmp_path: Path) -> None:
         "top_k": 61,
         "log_prob_dtype": "float32",
         "hidden_dtype": "float32",
-        "hidden_states": [1, 2],
-        "embedding": True,
+        "hidden_layers": [1, 2],
+        "save_penultimate": True,
     }
     capture = capture_teacher(
         teacher, examples, tmp_path / "capture", data_collator=collate, config=config, show_progress=False

@@ -4,7 +4,7 @@ from hf_guide.signal_cache.writer import capture_teacher
 from tests.distributed.worlds import run_world
 from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
 
-SHARDS = {"examples_per_shard": 6, "batch_size": 4, "hidden_states": [2]}
+SHARDS = {"shard_size": 6, "batch_size": 4, "hidden_layers": [2]}
 CONFIGS = {"causal-lm": {**SHARDS, "top_k": 8}, "sequence-classification": SHARDS}
 
 

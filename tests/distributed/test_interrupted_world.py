@@ -30,7 +30,7 @@ class Slow(Pad):
 
 try:
     capture_teacher(TEACHERS["causal-lm"].teacher(), examples_for("causal-lm", 60), sys.argv[1], data_collator=Slow(),
-                    config={"top_k": 8, "examples_per_shard": 5, "batch_size": 2}, show_progress=False)
+                    config={"top_k": 8, "shard_size": 5, "batch_size": 2}, show_progress=False)
 except HfGuideError as error:
     sys.exit(str(error))
 """

@@ -65,11 +65,11 @@ def test_teacher_capture_and_targets_say_the_same(task: str, tmp_path: Path) -> 
     examples, teacher = examples_for(task, COUNT), teacher_of(task)
     projector = projector_of(teacher, examples)
     unlabelled = [{name: value for name, value in each.items() if name != "labels"} for each in examples]
-    config = {"embedding": True, "hidden_dtype": "float32", "examples_per_shard": 20}
+    config = {"save_penultimate": True, "hidden_dtype": "float32", "shard_size": 20}
     capture = capture_teacher(
         teacher, unlabelled, tmp_path / "capture", data_collator=collate, config=config, show_progress=False
     )
-    options = {"config": {"examples_per_shard": 20}, "show_progress": False, "data_collator": collate}
+    options = {"config": {"shard_size": 20}, "show_progress": False, "data_collator": collate}
     run = capture_targets(projector, teacher, unlabelled, tmp_path / "run", **options)
     converted = capture_targets(projector, capture, None, tmp_path / "converted")
     chosen = [examples[number] for number in (40, 3, 17, 8)]
@@ -102,7 +102,7 @@ def test_a_student_learns_the_same_by_all_ways(task: str, way: str, tmp_path: Pa
     by_column = DistillationTrainer(student_of(task), args, collate, plain)
     by_column.train()
     source: dict[str, Any] = {}
-    config = {"embedding": True, "hidden_dtype": "float32"}
+    config = {"save_penultimate": True, "hidden_dtype": "float32"}
     given: dict[str, Any] = {"data_collator": collate, "show_progress": False}
     if way == "the trainer's teacher":
         collator, source = SubclassLabelCollator(projector, collate), {"teacher": teacher}
@@ -339,7 +339,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         train(student, teacher=teacher)
     given: dict[str, Any] = {"data_collator": collate, "show_progress": False}
     bare = capture_teacher(teacher, examples, tmp_path / "bare", **given)
-    with pytest.raises(SubclassError, match="holds no embeddings.*'embedding': True"):
+    with pytest.raises(SubclassError, match="holds no embeddings.*'save_penultimate': True"):
         SubclassLabelCollator(projector, collate, capture=bare)
     targets = capture_targets(projector, teacher, examples, tmp_path / "targets", **given)
     with pytest.raises(SubclassError, match="of another projector, with .*temperature 2.0"):

@@ -67,9 +67,9 @@ def arrays(teacher, dataset) -> SimpleNamespace:
         inputs = {
             name: torch.as_tensor(value)[None] for name, value in example.items() if name.startswith(("in", "pi"))
         }
-        said.append(listener.hear(inputs, embedding=True))
+        said.append(listener.hear(inputs, features=True))
     return SimpleNamespace(
-        embeddings=torch.cat([each.embedding for each in said]).clone(),
+        embeddings=torch.cat([each.features for each in said]).clone(),
         logits=torch.cat([each.logits for each in said]).clone(),
         weight=find_classifier(teacher, task_of(teacher)).weight.detach(),
     )
@@ -180,7 +180,7 @@ def test_a_capture_does_in_the_teachers_place(kind, tmp_path):
     expected = fit_subclasses(teacher, rows, 4, **options)
     said, labels = arrays(teacher, rows), [row["label"] for row in rows]
     capture = capture_teacher(
-        teacher, rows, tmp_path / "c", config={"embedding": True, "hidden_dtype": "float32"}, **options
+        teacher, rows, tmp_path / "c", config={"save_penultimate": True, "hidden_dtype": "float32"}, **options
     )
     assert_same(fit_subclasses(teacher, rows, 4, capture=capture, **options), expected, said)
     alone = fit_subclasses(Capture.open(tmp_path / "c"), rows, 4, **options)
@@ -340,11 +340,11 @@ def test_what_the_classifier_is_fed_is_found(model_class, config):
         size = getattr(teacher.config, "image_size", 32)
         batch = {"pixel_values": torch.randn(4, 3, size, size)}
     task = task_of(teacher)
-    heard = TeacherRunner(teacher, task).hear(batch, embedding=True)
+    heard = TeacherRunner(teacher, task).hear(batch, features=True)
     classifier = find_classifier(teacher, task)
     weight = linear_weight(classifier)
-    assert weight.shape == (3, classifier.in_features) and heard.embedding.shape == (4, classifier.in_features)
-    left = heard.logits.double() - heard.embedding.double() @ weight.T
+    assert weight.shape == (3, classifier.in_features) and heard.features.shape == (4, classifier.in_features)
+    left = heard.logits.double() - heard.features.double() @ weight.T
     assert left.std(0).max() < 1e-4 * heard.logits.std(0).max() + 1e-5, "the logits are not linear in it"
 
 
@@ -411,7 +411,7 @@ def test_classes_that_do_not_exclude_each_other_are_refused(kind, tmp_path):
     teacher, rows = teacher_of(), examples()
     plain = fit_subclasses(teacher, rows, 2, data_collator=Pad(), show_progress=False)
     teacher.config.problem_type = kind
-    config = {"embedding": True}
+    config = {"save_penultimate": True}
     capture = capture_teacher(
         teacher, rows, tmp_path / "capture", data_collator=Pad(), config=config, show_progress=False
     )

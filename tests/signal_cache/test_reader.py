@@ -17,12 +17,12 @@ from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad
 from tests.tiny import run_python
 
 ALL = {"top_k": VOCABULARY, "log_prob_dtype": "float32", "hidden_dtype": "float32"}
-LAYERS = {"hidden_states": [1, -1], "embedding": True}
+LAYERS = {"hidden_layers": [1, -1], "save_penultimate": True}
 LANGUAGE = ["causal-lm", "masked-lm", "seq2seq-lm"]
 
 
 def capture(kind, dataset, folder, **config):
-    settings = {"examples_per_shard": 7, "batch_size": 3, **config}
+    settings = {"shard_size": 7, "batch_size": 3, **config}
     if kind.model_class not in ("LlamaForCausalLM", "BertForMaskedLM", "T5ForConditionalGeneration"):
         settings.pop("top_k", None)
     return capture_teacher(kind.teacher(), dataset, folder, data_collator=Pad(), config=settings, show_progress=False)
@@ -45,7 +45,7 @@ def test_a_capture_of_everything_is_what_the_live_teacher_says_in_another_order_
     torch.testing.assert_close(batch["teacher_logits"][by_item], expected[by_item], atol=2e-5, rtol=1e-5)
     for layer in (1, 4):
         torch.testing.assert_close(batch[f"teacher_hidden_{layer}"][seen], states[layer][seen], atol=2e-5, rtol=1e-5)
-    embedding = batch["teacher_embedding"]
+    embedding = batch["teacher_features"]
     assert embedding.shape[-1] == states[-1].shape[-1] and embedding.ndim == (3 if made.task.is_per_token else 2)
     if made.task.is_per_token and seen is not Ellipsis:
         assert not batch["teacher_logits"][~seen].any() and not batch["teacher_hidden_1"][~seen].any()
@@ -54,10 +54,10 @@ def test_a_capture_of_everything_is_what_the_live_teacher_says_in_another_order_
 @pytest.mark.parametrize("task", ["sequence-classification", "sequence-classification of a decoder", "causal-lm"])
 def test_the_embedding_is_what_makes_the_logits(task, tmp_path):
     kind, dataset = TEACHERS[task], examples_for(task)
-    made, model = capture(kind, dataset, tmp_path, **ALL, embedding=True), kind.teacher()
+    made, model = capture(kind, dataset, tmp_path, **ALL, save_penultimate=True), kind.teacher()
     batch = CaptureDataCollator(Pad(), made)(dataset[:4])
     head = next(getattr(model, name) for name in ("classifier", "score", "lm_head") if hasattr(model, name))
-    again, said = head(batch["teacher_embedding"]), batch["teacher_logits"]
+    again, said = head(batch["teacher_features"]), batch["teacher_logits"]
     if made.task.is_per_token:
         seen = batch["attention_mask"].bool()
         again, said = again.log_softmax(-1)[seen], said[seen]
@@ -73,7 +73,7 @@ def test_the_largest_k_and_the_tails_mass_are_the_live_teachers_at_every_capture
         seen = batch["labels"] != -100 if task == "seq2seq-lm" else batch["attention_mask"].bool()
         log_probs = hear(kind.teacher(), batch).logits[seen].double().log_softmax(-1)
         best = log_probs.topk(k)
-        indices, mine = batch["teacher_indices"][seen], batch["teacher_log_probs"][seen]
+        indices, mine = batch["teacher_topk_indices"][seen], batch["teacher_topk_log_probs"][seen]
         assert indices.dtype == torch.int64 and torch.equal(indices, best.indices)
         torch.testing.assert_close(mine.double(), best.values, atol=5e-3, rtol=1e-3)  # they were float16
         normalizer = batch["teacher_log_normalizer"][seen]
@@ -96,7 +96,7 @@ def test_the_captured_divergence_is_a_lower_bound_of_the_live_one_and_equals_it_
             target = DenseTarget(batch["teacher_logits"][seen])
         else:
             target = TopKTarget(
-                *(batch[f"teacher_{name}"][seen] for name in ("indices", "log_probs", "log_normalizer"))
+                *(batch[f"teacher_{name}"][seen] for name in ("topk_indices", "topk_log_probs", "log_normalizer"))
             )
         values[k] = divergence(hear(student, batch).logits[seen], target, temperature=3.0)
         live = divergence(
@@ -133,7 +133,9 @@ def test_shuffled_epochs_over_worker_processes_need_no_teacher(tmp_path):
         for batch in loader:
             for row, key in enumerate(made.keys(batch)):
                 length = int(batch["attention_mask"][row].sum())
-                assert torch.equal(batch["teacher_log_probs"][row, :length], alone[key]["teacher_log_probs"][0])
+                assert torch.equal(
+                    batch["teacher_topk_log_probs"][row, :length], alone[key]["teacher_topk_log_probs"][0]
+                )
                 seen += 1
         assert seen == len(dataset)
 
@@ -159,7 +161,7 @@ def test_an_example_that_was_not_captured_is_an_error_or_leaves_the_batch_withou
             CaptureDataCollator(Pad(), made)([dataset[0], missing])
         batch = CaptureDataCollator(Pad(), made, missing="skip")([dataset[0], missing])
         assert set(batch) == {"input_ids", "attention_mask"}
-    assert "teacher_indices" in CaptureDataCollator(Pad(), made, missing="skip")(dataset[:2])
+    assert "teacher_topk_indices" in CaptureDataCollator(Pad(), made, missing="skip")(dataset[:2])
     with pytest.raises(OptionError, match="missing is 'error' or 'skip'; found 'ignore'"):
         CaptureDataCollator(Pad(), made, missing="ignore")
 
@@ -185,7 +187,7 @@ def test_token_types_tell_examples_apart_unless_they_are_zero_or_ignored(tmp_pat
     assert "teacher_logits" in CaptureDataCollator(Pad(), plain)(dataset[:2])
     with pytest.raises(CaptureError, match="is not in"):
         CaptureDataCollator(Pad(), made(tmp_path / "typed", typed))(dataset[5:7])
-    ignoring = made(tmp_path / "ignoring", typed, ignore_in_key=["token_type_ids"])
+    ignoring = made(tmp_path / "ignoring", typed, ignored_inputs=["token_type_ids"])
     assert "teacher_logits" in CaptureDataCollator(Pad(), ignoring)(dataset[5:7])
 
 
@@ -210,7 +212,7 @@ def test_the_same_example_twice_is_found(tmp_path):
     example = {"input_ids": [5, 6, 7]}
     made = capture(TEACHERS["causal-lm"], Examples([example] * 9 + [{"input_ids": [5, 6, 8]}]), tmp_path, top_k=8)
     batch = CaptureDataCollator(Pad(), made)([example, example])
-    assert torch.equal(batch["teacher_log_probs"][0], batch["teacher_log_probs"][1])
+    assert torch.equal(batch["teacher_topk_log_probs"][0], batch["teacher_topk_log_probs"][1])
 
 
 def test_neither_capturing_nor_reading_holds_the_dataset_in_memory(tmp_path):
@@ -231,8 +233,8 @@ def test_neither_capturing_nor_reading_holds_the_dataset_in_memory(tmp_path):
         return int(next(line.split()[1] for line in lines if line.startswith(kind)))
 
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    config = {"top_k": 8, "hidden_states": [0, 1, 2, 3, 4], "hidden_dtype": "float32", "batch_size": 32}
-    config["examples_per_shard"] = 320
+    config = {"top_k": 8, "hidden_layers": [0, 1, 2, 3, 4], "hidden_dtype": "float32", "batch_size": 32}
+    config["shard_size"] = 320
     def run(count, name):
         capture_teacher(TEACHERS["causal-lm"].teacher(), Long(count), f"{sys.argv[1]}/{name}", data_collator=Pad(),
                         config=config, show_progress=False)

@@ -24,7 +24,7 @@ from hf_guide.utils.checksums import read_json, write_json
 from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
 from tests.tiny import run_python
 
-CONFIG = {"top_k": 8, "examples_per_shard": 5, "batch_size": 2}
+CONFIG = {"top_k": 8, "shard_size": 5, "batch_size": 2}
 KIND = TEACHERS["causal-lm"]
 
 
@@ -55,7 +55,7 @@ def test_at_most_300_bytes_a_token_with_64_of_a_quarter_million_tokens(tmp_path)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=262144, num_key_value_heads=1, **sizes))
     dataset = Examples({"input_ids": list(range(number, number + 64))} for number in range(4))
-    made = capture(tmp_path, teacher=model, dataset=dataset, top_k=64, temperatures=[2.0], examples_per_shard=4)
+    made = capture(tmp_path, teacher=model, dataset=dataset, top_k=64, temperatures=[2.0], shard_size=4)
     for bits, vocabulary in ((0, 60000), (1, 131072)):
         capture(tmp_path / str(bits), teacher=model, dataset=dataset, top_k=64, vocabulary_size=vocabulary)
     size = sum(path.stat().st_size for path in tmp_path.iterdir() if path.is_file() and path.suffix == ".arrow")
@@ -64,13 +64,13 @@ def test_at_most_300_bytes_a_token_with_64_of_a_quarter_million_tokens(tmp_path)
     with torch.no_grad():
         expected = model(torch.tensor([dataset[1]["input_ids"]])).logits
     batch = CaptureDataCollator(Pad(), made)([dataset[1]])
-    assert batch["teacher_indices"].max() > 2**17
-    assert torch.equal(batch["teacher_indices"], expected.topk(64).indices)
+    assert batch["teacher_topk_indices"].max() > 2**17
+    assert torch.equal(batch["teacher_topk_indices"], expected.topk(64).indices)
     batch = CaptureDataCollator(Pad(), Capture.open(tmp_path / "1"))([dataset[1]])
     cut = expected[..., :131072]
-    assert torch.equal(batch["teacher_indices"], cut.topk(64).indices)
+    assert torch.equal(batch["teacher_topk_indices"], cut.topk(64).indices)
     best = cut.log_softmax(-1).topk(64).values
-    torch.testing.assert_close(batch["teacher_log_probs"], best, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(batch["teacher_topk_log_probs"], best, atol=1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -92,7 +92,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
             return super().__call__(features)
 
     capture_teacher(TEACHERS["causal-lm"].teacher(), examples_for("causal-lm", 60), sys.argv[1], data_collator=Slow(),
-                    config={"top_k": 8, "examples_per_shard": 5, "batch_size": 2}, show_progress=False)
+                    config={"top_k": 8, "shard_size": 5, "batch_size": 2}, show_progress=False)
     """
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     dataset = examples_for("causal-lm", 60)
@@ -138,7 +138,7 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
 
     def capture(folder):
         capture_teacher(TEACHERS["causal-lm"].teacher(), examples_for("causal-lm", 12), folder, data_collator=Pad(),
-                        config={"top_k": 8, "examples_per_shard": 5, "batch_size": 2}, show_progress=False)
+                        config={"top_k": 8, "shard_size": 5, "batch_size": 2}, show_progress=False)
 
     def capture_and_die(folder, moment):
         named = 0
@@ -194,7 +194,7 @@ def test_a_finished_capture_is_opened_again_without_running_over_the_dataset(tmp
     [
         ({"top_k": 9}, "top_k is 8 there and 9 here"),
         ({"temperatures": [2.0]}, r"temperatures is \[1.0\] there and \[1.0, 2.0\] here"),
-        ({"hidden_states": [1]}, r"hidden_states is \[\] there and \[1\] here"),
+        ({"hidden_layers": [1]}, r"hidden_layers is \[\] there and \[1\] here"),
         ({"teacher": lambda: KIND.teacher(num_hidden_layers=3)}, "weights is '.*' there and '.*' here"),
         ({"teacher": lambda: KIND.teacher().bfloat16()}, "teacher_dtype is 'float32' there and 'bfloat16' here"),
         ({"dataset": lambda: examples_for("causal-lm", 24)}, "examples is 23 there and 24 here"),
@@ -245,7 +245,7 @@ def test_a_folder_without_a_capture_or_with_a_damaged_manifest_is_named(tmp_path
     manifest = tmp_path / "made" / "capture.json"
     whole, _ = read_json(manifest)
     for entries, said in (
-        (whole | {"format": 3}, "has format 3; this version of hf_guide reads format 2"),
+        (whole | {"format": 4}, "has format 4; this version of hf_guide reads formats 1 to 3"),
         ({name: value for name, value in whole.items() if name != "classes"}, r"\['classes'\] are missing"),
     ):
         write_json(manifest, entries)
@@ -285,8 +285,8 @@ def test_hidden_states_beyond_float16_say_so(tmp_path):
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1e6)
     said = "hidden_0 of example 0 are not finite in float16: pass hidden_dtype='float32'"
-    refused(CaptureError, said, tmp_path, teacher=model, hidden_states=[0])
-    assert len(capture(tmp_path, teacher=model, hidden_states=[0], hidden_dtype="float32")) == 23
+    refused(CaptureError, said, tmp_path, teacher=model, hidden_layers=[0])
+    assert len(capture(tmp_path, teacher=model, hidden_layers=[0], hidden_dtype="float32")) == 23
 
 
 @pytest.mark.parametrize(
@@ -295,13 +295,13 @@ def test_hidden_states_beyond_float16_say_so(tmp_path):
         ({"top_k": VOCABULARY + 1}, f"top_k is {VOCABULARY + 1}; the vocabulary has {VOCABULARY} rows"),
         ({"vocabulary_size": VOCABULARY + 1}, f"vocabulary_size is {VOCABULARY + 1}; the teacher's has {VOCABULARY}"),
         ({"vocabulary_size": 7}, "top_k is 8; the vocabulary has 7 rows"),
-        ({"hidden_states": [5]}, "hidden_states has layer 5; this teacher has layers 0 to 4"),
+        ({"hidden_layers": [5]}, "hidden_layers has layer 5; this teacher has layers 0 to 4"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1; found 0"),
         ({"temperatures": [0.0]}, "temperatures must be a number from 0.001 to 1000; found 0.0"),
         ({"log_prob_dtype": "float8"}, "expected one of .*float16"),
         ({"topk": 4}, "has no 'topk'; .* Did you mean 'top_k'"),
-        ({"hidden_states": "last"}, "hidden_states is a list of layer numbers"),
-        ({"embedding": "yes"}, "embedding is True or False"),
+        ({"hidden_layers": "last"}, "hidden_layers is a list of layer numbers"),
+        ({"save_penultimate": "yes"}, "save_penultimate is True or False"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path, config, said):
@@ -334,7 +334,7 @@ def test_a_disk_that_is_too_small_is_refused_before_it_is_written_to(tmp_path, m
 
 
 def test_the_estimate_of_the_space_is_near_what_is_written(tmp_path):
-    made = capture(tmp_path, hidden_states=[1], embedding=True, temperatures=[2.0], examples_per_shard=23)
+    made = capture(tmp_path, hidden_layers=[1], save_penultimate=True, temperatures=[2.0], shard_size=23)
     estimated = sum(made.manifest.example_bytes(len(example["input_ids"])) for example in examples_for("causal-lm"))
     written = (tmp_path / "shard-000000.arrow").stat().st_size
     assert 0.7 * written < estimated < written
@@ -350,7 +350,7 @@ def test_a_dataset_with_labels_and_other_columns_needs_no_collator(task, tmp_pat
     )
     examples = examples_for(task)
     rows = [{**each, "labels": each["input_ids"], "text": "words", "number": 3} for each in examples]
-    config = {"examples_per_shard": 5, "batch_size": 4} | ({"top_k": 8} if task == "causal-lm" else {})
+    config = {"shard_size": 5, "batch_size": 4} | ({"top_k": 8} if task == "causal-lm" else {})
     made = capture_teacher(
         TEACHERS[task].teacher(),
         Dataset.from_list(rows),
@@ -404,7 +404,7 @@ def test_a_checkpoint_without_all_of_the_teacher_is_refused(tmp_path):
 def test_the_teacher_is_left_as_it_was(tmp_path):
     model = KIND.teacher().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    capture(tmp_path, teacher=model, embedding=True)
+    capture(tmp_path, teacher=model, save_penultimate=True)
     assert model.training and all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
@@ -422,10 +422,10 @@ def test_the_teachers_config_is_there_without_the_teacher(task, tmp_path):
 
 
 def test_the_config_is_copied_and_its_values_normalised(tmp_path):
-    config = CaptureConfig(temperatures=2, hidden_states=(1, 1, -1))
-    assert config.temperatures == [1.0, 2.0] and config.hidden_states == [1, -1]
+    config = CaptureConfig(temperatures=2, hidden_layers=(1, 1, -1))
+    assert config.temperatures == [1.0, 2.0] and config.hidden_layers == [1, -1]
     made = capture_teacher(
         KIND.teacher(), examples_for("causal-lm"), tmp_path, data_collator=Pad(), config=config, show_progress=False
     )
-    assert made.manifest.config.hidden_states == [1, 4] and config.hidden_states == [1, -1]
+    assert made.manifest.config.hidden_layers == [1, 4] and config.hidden_layers == [1, -1]
     assert made.manifest.temperatures == [1.0, 2.0] and issubclass(CaptureError, HfGuideError)

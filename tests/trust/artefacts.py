@@ -156,7 +156,9 @@ def classifiers(home: Path, root: Path) -> dict[str, Path]:
     options: dict[str, Any] = {"processing_class": tokenizer, "show_progress": False}
     projector = fit_subclasses(teacher, rows, 2, **options)
     projector.save_pretrained(root / "projector")
-    capture_teacher(folder, rows, root / "embeddings", config=CaptureConfig(embedding=True), token=TOKEN, **options)
+    capture_teacher(
+        folder, rows, root / "embeddings", config=CaptureConfig(save_penultimate=True), token=TOKEN, **options
+    )
     capture_targets(projector, teacher, rows, root / "targets", **options)
     for way in ("code", "subclasses", "classes"):
         student = from_teacher(folder, num_subclasses=2, hidden_size=24, show_progress=False)
