@@ -1,4 +1,4 @@
-"""What the curves of `starting_points.py` say: its tables and its plot."""
+"""What the curves of `initialization_comparison.py` say: its tables and its plot."""
 
 import math
 import statistics
@@ -23,7 +23,7 @@ def tokens_until(curve: list[list[float]], goal: float) -> float:
 
 def setting(row: Row) -> tuple[str, float]:
     """Return what of a run its random baseline shares: the student's shape and the tokens for each of its parameters."""
-    return row["shape"], row["tokens_a_parameter"]
+    return row["shape"], row["tokens_per_parameter"]
 
 
 def baselines(rows: list[Row]) -> dict[tuple[Any, ...], list[list[float]]]:
@@ -50,7 +50,7 @@ def table(rows: list[Row]) -> str:
     for (shape, budget), objective in dict.fromkeys((setting(row), row["objective"]) for row in rows):
         lines.append(f"{shape}, {budget:g} tokens a parameter, {objective}; gap and tokens against random on labels")
         for arm in dict.fromkeys(row["arm"] for row in rows):
-            wanted = {"shape": shape, "tokens_a_parameter": budget, "objective": objective, "arm": arm}
+            wanted = {"shape": shape, "tokens_per_parameter": budget, "objective": objective, "arm": arm}
             own = [row for row in rows if wanted.items() <= row.items() and (shape, budget, row["seed"]) in random]
             if not own:
                 continue
@@ -60,10 +60,10 @@ def table(rows: list[Row]) -> str:
                 baseline = random[shape, budget, row["seed"]]
                 gaps.append(gap_closed(row, baseline))
                 shares.append(tokens_until(row["curve"], baseline[-1][1]) / baseline[-1][0])
-            cost = statistics.mean(row["start_seconds"] for row in own)
-            share = statistics.mean(row["start_seconds"] / row["seconds"] for row in own)
+            cost = statistics.mean(row["initialization_seconds"] for row in own)
+            share = statistics.mean(row["initialization_seconds"] / row["seconds"] for row in own)
             lines.append(
-                f"  {arm:{wide}} {own[0]['parameters']:>10,} {own[0]['rate']:>6g} {spread(ends):>16} {spread(gaps):>16} "
+                f"  {arm:{wide}} {own[0]['parameters']:>10,} {own[0]['learning_rate']:>6g} {spread(ends):>16} {spread(gaps):>16} "
                 f"{spread(shares):>14} {cost:>9.1f} {share:>7.1%}"
             )
     weak = [row for row in rows if row["curve"][-1][1] < row["teacher"]]
@@ -184,7 +184,7 @@ def plot(rows: list[Row], file: Path) -> None:
     from matplotlib import pyplot
 
     most = {
-        shape: max(row["tokens_a_parameter"] for row in rows if row["shape"] == shape)
+        shape: max(row["tokens_per_parameter"] for row in rows if row["shape"] == shape)
         for shape, _ in map(setting, rows)
     }
     rows = [
@@ -192,7 +192,7 @@ def plot(rows: list[Row], file: Path) -> None:
         for row in rows
         if not row["tuning"]
         and row["objective"] in ("labels", "KD")
-        and row["tokens_a_parameter"] == most[row["shape"]]
+        and row["tokens_per_parameter"] == most[row["shape"]]
     ]
     if not rows:
         return  # so far only learning rates were chosen
@@ -233,5 +233,5 @@ def plot(rows: list[Row], file: Path) -> None:
 
 
 def _kind(arm: str) -> str:
-    """Return what an arm is a variant of: "guide" of "guide, outer blocks"."""
+    """Return what an arm is a variant of: "guide" of "guide, first and last blocks"."""
     return arm.partition(",")[0]

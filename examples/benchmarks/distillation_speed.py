@@ -9,7 +9,7 @@
 2. capture: a step from a captured teacher's top 64, against fine-tuning the student with the stock `Trainer`, which
    has no teacher at all. Reading the capture is part of the step.
 
-The objective is 0.5 task loss + 0.5 KL(teacher || student), temperature 2. See turns.py for how time and memory are taken.
+The objective is 0.5 task loss + 0.5 KL(teacher || student), temperature 2. See interleaved_timing.py for how time and memory are taken.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from interleaved_timing import Arm, Turn, add_turn_arguments, measure, print_header, print_table, take_part
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from turns import Arm, Turn, add_turn_arguments, measure, print_header, print_table, take_part
 from workloads import (
     LEARNING_RATE,
     TakeTurns,

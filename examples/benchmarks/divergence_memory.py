@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peak import peak_memory
+from peak_memory import peak_memory
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -74,7 +74,7 @@ def run_arm(arm: str, tokens: int, vocabulary: int, width: int, rounds: int, max
         seconds.append(time.perf_counter() - start)
     assert hidden.grad is not None and student.weight.grad is not None
     return {
-        "peak": peak_memory() - before,
+        "peak_memory": peak_memory() - before,
         "seconds": statistics.median(seconds[1:]),
         "loss": value.item(),
         "gradient": student.weight.grad.double().norm().item(),

@@ -95,12 +95,12 @@ def similarity_kept(predicted: EvalPrediction) -> dict[str, float]:
     for vectors in (predicted.predictions, predicted.label_ids):
         unit = torch.nn.functional.normalize(torch.as_tensor(vectors), dim=-1)
         cosines.append((unit @ unit.T)[pairs[0], pairs[1]])
-    return {"measure": torch.corrcoef(torch.stack(cosines))[0, 1].item()}
+    return {"metric": torch.corrcoef(torch.stack(cosines))[0, 1].item()}
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
     """Return the share of images that are told right."""
-    return {"measure": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+    return {"metric": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
 
 
 def examples(**columns: Tensor) -> Examples:
@@ -153,7 +153,7 @@ def encoder(folder: Path, fashion: Path | None = None, *, texts: int | None = No
         (2e-4, 6e-4, 2e-3, 6e-3),
         measure=similarity_kept,
         settle=lambda student: fit_head(student, learned[:1024]),
-        best={"loss": 0.0, "measure": 1.0},
+        best={"loss": 0.0, "metric": 1.0},
         fixed={"num_labels": width, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     )
 

@@ -7,8 +7,8 @@
         --objectives labels
     python examples/benchmarks/larger_teacher.py --output results/larger_teacher.jsonl --table
 
-The arms, the rows and the table are those of `starting_points.py`; the loop is PyTorch's alone (bfloat16 autocast, each block
-compiled once), for a GPU's time is dear. Text: `package_text.py` makes folders of it. The learning rate of an arm is chosen at
+The arms, the rows and the table are those of `initialization_comparison.py`; the loop is PyTorch's alone (bfloat16 autocast, each block
+compiled once), for a GPU's time is dear. Text: `debian_text.py` makes folders of it. The learning rate of an arm is chosen at
 the first shape on labels, on a run of a share of the tokens with its own seed and held-out text, looked for until the best
 had worse ones on both sides, and kept for the other shapes and for KD. Runs are made in the order of what they tell; a run is
 not begun when the minutes do not suffice for it, and the command goes on from the rows that are there.
@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import ARMS, Given
 from curves import interaction, plot, table
+from initialization_comparison import best_rate, drawn, ends_by_rate, next_rate, read
 from safetensors.torch import load_file, save_file
-from starting_arms import ARMS, Given
-from starting_points import best_rate, drawn, ends_by_rate, next_rate, read
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
@@ -70,8 +70,8 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 FIRST = next(iter(SHAPES))
-LEADING = ("random", "calibrated, 8,192 tokens", "guide, outer blocks")  # of the arms; with KD as well
-OTHERS = ("subcloning", "uniform, outer blocks")
+LEADING = ("random", "calibrated, 8,192 tokens", "guide, first and last blocks")  # of the arms; with KD as well
+OTHERS = ("subcloning", "uniform, first and last blocks")
 OBJECTIVES = ("labels", "KD")
 
 
@@ -128,8 +128,8 @@ def next_run(rows: list[dict[str, Any]], job: dict[str, Any]) -> dict[str, Any] 
     tuned = job | {"shape": FIRST, "objective": "labels", "tuning": True, "seed": TUNING_SEED}
     ends = ends_by_rate(rows, tuned)
     if (rate := next_rate(ends, RATES)) is not None:
-        return tuned | {"rate": rate}
-    wanted = job | {"rate": best_rate(ends), "tuning": False}
+        return tuned | {"learning_rate": rate}
+    wanted = job | {"learning_rate": best_rate(ends), "tuning": False}
     return None if any(wanted.items() <= row.items() for row in rows) else wanted
 
 
@@ -147,8 +147,8 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
                 file.write(json.dumps(row) + "\n")
             first, last = (math.exp(min(row["curve"][place][1], 99.0)) for place in (0, -1))
             print(
-                f"{row['shape']}; {row['arm']}; {row['objective']}; seed {row['seed']}; rate {row['rate']:g}: "
-                f"{first:.1f} -> {last:.2f} in {row['seconds']:.1f} s, start {row['start_seconds']:.1f} s",
+                f"{row['shape']}; {row['arm']}; {row['objective']}; seed {row['seed']}; rate {row['learning_rate']:g}: "
+                f"{first:.1f} -> {last:.2f} in {row['seconds']:.1f} s, start {row['initialization_seconds']:.1f} s",
                 flush=True,
             )
 
@@ -157,7 +157,7 @@ def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any], tuning_sh
     """Return how long a run may take, start included: by the median of its objective here, or by three times any other's."""
     alike = [row for row in rows if row["objective"] == todo["objective"] and row["device"] == device_name()]
     each = [row["seconds"] / row["curve"][-1][0] for row in alike or rows]
-    starts = [row["start_seconds"] for row in rows if row["arm"] == todo["arm"]]
+    starts = [row["initialization_seconds"] for row in rows if row["arm"] == todo["arm"]]
     tokens = todo["tokens"] / (tuning_share if todo["tuning"] else 1)
     return (statistics.median(each) * tokens if each else 0.0) * (1 if alike else 3) + max(starts, default=0.0)
 
@@ -174,18 +174,18 @@ def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> di
         text[: args.calibration_blocks, :LENGTH].to(args.device),
         text[:0],
     )
-    state, start_seconds = started(todo, given)
+    state, initialization_seconds = started(todo, given)
     model = compiled(todo["shape"], given.config, args)
     model.load_state_dict(state)
     watched = bench.tuning if todo["tuning"] else bench.measured
     loss_of = token_loss if todo["objective"] == "labels" else functools.partial(distilled_loss, bench.teacher)
     clock = time.perf_counter()
     points = 1 if todo["tuning"] else args.points
-    curve = learn(model, loss_of, text.to(args.device), watched, todo["rate"], points, bench.batch)
+    curve = learn(model, loss_of, text.to(args.device), watched, todo["learning_rate"], points, bench.batch)
     return {
-        "tokens_a_parameter": round(todo["tokens"] / model.num_parameters(), 2),
+        "tokens_per_parameter": round(todo["tokens"] / model.num_parameters(), 2),
         "parameters": model.num_parameters(),
-        "start_seconds": round(start_seconds, 2),
+        "initialization_seconds": round(initialization_seconds, 2),
         "seconds": round(time.perf_counter() - clock, 2),
         "curve": curve,
         "device": device_name(),

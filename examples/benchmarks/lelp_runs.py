@@ -41,7 +41,7 @@ class Runs:
         Raises:
             OptionError: nothing is kept there, and none are to be made.
         """
-        file = args.rows or (args.output / RUNS if args.output else RESULTS / "lelp_arms.jsonl")
+        file = args.rows or (args.output / RUNS if args.output else RESULTS / "lelp_comparison.jsonl")
         if args.report and not file.is_file():
             raise OptionError(
                 f"No runs are kept in {file}: name the folder of an earlier run (-o), or a file (--rows)."
@@ -76,7 +76,7 @@ def _key(run: dict[str, Any]) -> str:
 
 def place_of(run: dict[str, Any]) -> tuple[Any, ...]:
     """Return what arms are compared within."""
-    return tuple(run[name] for name in ("set", "teacher", "transfer", "share", "start", "steps"))
+    return tuple(run[name] for name in ("set", "teacher", "transfer", "share", "initialization", "steps"))
 
 
 def plan(name: str, text: bool, args: argparse.Namespace) -> dict[str, Any]:
@@ -86,10 +86,10 @@ def plan(name: str, text: bool, args: argparse.Namespace) -> dict[str, Any]:
         "teacher": args.teacher if text else args.images,
         "transfer": args.transfer,
         "share": args.share,
-        "start": args.start,
+        "initialization": args.initialization,
         "steps": args.steps,
         "batch": args.batch,
-        "rate": args.rate,
+        "learning_rate": args.rate,
         "length": args.length if text else None,
         "sizes": [args.seen, args.unseen, args.held_out, args.teacher_steps],
     }

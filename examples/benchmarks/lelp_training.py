@@ -47,9 +47,9 @@ SPLITTERS = {
     "ica-stable": "independent",
     "ica-predictable": "independent",
 }
-ORACLES = ("oracle", "oracle-read")
+ORACLES = ("oracle", "oracle-probe")
 OWN_GRID = ("lelp", "kmeans", "kmeans-stable", "kmeans-early")
-ARMS = ("ce", "kd", "dkd", "embedding", *ORACLES, *SPLITTERS)
+ARMS = ("ce", "kd", "dkd", "features", *ORACLES, *SPLITTERS)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def settings_of(arm: str, grid: str, classes: int, of_lelp: Settings | None = No
     if arm == "dkd":
         weights = [1.0, 4.0, 8.0] if full else [1.0, 8.0]
         return [] if classes < 3 else [{"tau": tau, "dkd_beta": weight} for tau in taus for weight in weights]
-    if arm == "embedding":
+    if arm == "features":
         return [{"tau": tau, "gamma": gamma} for tau in taus for gamma in ([0.1, 1.0, 10.0] if full else [0.3, 3.0])]
     if of_lelp is not None and not full and arm not in OWN_GRID:
         return [of_lelp]
@@ -118,7 +118,7 @@ def targets_of(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
 def _make_targets(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
     if arm == "oracle":
         return oracle_targets(lesson, settings["tau"])
-    if arm == "oracle-read":
+    if arm == "oracle-probe":
         return read_targets(lesson, settings["tau"])
     (embeddings, weight), (fitted, labels) = embeddings_for(arm, lesson)
     projector = SubclassProjector.fit(
@@ -268,7 +268,7 @@ def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, see
             return nn.functional.cross_entropy(mine, labels[rows]) + own.mean()
 
         return decoupled
-    if arm == "embedding":
+    if arm == "features":
         wanted = lesson.signals.embeddings
         wanted = (wanted - wanted.mean(0)) / (wanted - wanted.mean(0)).square().mean().sqrt()
         torch.manual_seed(seed)

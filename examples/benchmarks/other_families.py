@@ -40,7 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
     "uniform": {"method": "uniform", "layers": "even"},
     "guide": {"method": "guide", "layers": "even"},
-    "guide, outer blocks": {"method": "guide", "layers": "ends"},
+    "guide, first and last blocks": {"method": "guide", "layers": "ends"},
     "calibrated": {"method": "calibrated"},
 }
 BATCH = 32
@@ -121,7 +121,7 @@ def learn(
 def said(entry: dict[str, float]) -> dict[str, float]:
     """Return what an evaluation found: the loss, and the measure where a family has one."""
     kept = {"loss": entry["eval_ce"]}
-    return kept | ({"measure": entry["eval_measure"]} if "eval_measure" in entry else {})
+    return kept | ({"metric": entry["eval_metric"]} if "eval_metric" in entry else {})
 
 
 def goal_of(setting: Setting, watched: Examples) -> dict[str, float]:
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace, family: str) -> None:
         for seed, rate, steps, watched in jobs:
             rows = read(args.output)
             key = {"family": family, "budget": args.steps, "arm": arm, "seed": seed, "tuning": rate is not None}
-            key |= {"rate": rate or best_rate(rows, family, args.steps, arm), "steps": steps}
+            key |= {"learning_rate": rate or best_rate(rows, family, args.steps, arm), "steps": steps}
             if any(key.items() <= row.items() for row in rows):
                 continue
             if seed not in made:
@@ -152,15 +152,15 @@ def run(args: argparse.Namespace, family: str) -> None:
                 student = make(setting, arm, seed)
                 made = {seed: (student, time.process_time() - clock)}
             student, clock = copy.deepcopy(made[seed][0]), time.process_time()
-            curve = learn(student, setting, watched, key["rate"], steps, args.points, seed)
+            curve = learn(student, setting, watched, key["learning_rate"], steps, args.points, seed)
             row = key | {"parameters": student.num_parameters(), "curve": curve, "teacher": goals[key["tuning"]]}
-            row |= {"start_seconds": made[seed][1], "seconds": time.process_time() - clock, "batch": BATCH}
+            row |= {"initialization_seconds": made[seed][1], "seconds": time.process_time() - clock, "batch": BATCH}
             row |= {"torch": torch.__version__, "transformers": transformers.__version__}
             row |= {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {torch.get_num_threads()} threads"}
             args.output.parent.mkdir(parents=True, exist_ok=True)
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(f"{family}; {arm}; seed {seed}; {key['rate']:g}: {curve[0]} -> {curve[-1]}", flush=True)
+            print(f"{family}; {arm}; seed {seed}; {key['learning_rate']:g}: {curve[0]} -> {curve[-1]}", flush=True)
 
 
 def read(output: Path) -> list[dict[str, Any]]:
@@ -171,7 +171,7 @@ def read(output: Path) -> list[dict[str, Any]]:
 def best_rate(rows: list[dict[str, Any]], family: str, budget: int, arm: str) -> float:
     """Return the learning rate at which an arm's short run ended best."""
     wanted = {"family": family, "budget": budget, "arm": arm, "tuning": True}
-    ends = {row["rate"]: row["curve"][-1]["loss"] for row in rows if wanted.items() <= row.items()}
+    ends = {row["learning_rate"]: row["curve"][-1]["loss"] for row in rows if wanted.items() <= row.items()}
     return float(min(ends, key=lambda rate: ends[rate] if math.isfinite(ends[rate]) else math.inf))
 
 
@@ -182,7 +182,8 @@ def at_chosen_rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         row
         for row in rows
-        if not row["tuning"] and row["rate"] == chosen.get((row["family"], row["budget"], row["arm"]), row["rate"])
+        if not row["tuning"]
+        and row["learning_rate"] == chosen.get((row["family"], row["budget"], row["arm"]), row["learning_rate"])
     ]
 
 
@@ -195,7 +196,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines, rates = [], {}
     for row in rows:
         if row["tuning"]:
-            rates.setdefault((row["family"], row["budget"], row["arm"]), set()).add(row["rate"])
+            rates.setdefault((row["family"], row["budget"], row["arm"]), set()).add(row["learning_rate"])
     rows = at_chosen_rates(rows)
     for family, budget in dict.fromkeys((row["family"], row["budget"]) for row in rows):
         own = [row for row in rows if (row["family"], row["budget"]) == (family, budget)]
@@ -206,7 +207,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             + ", ".join(f"{name} {value:.4f}" for name, value in goal.items())
         )
         lines.append(
-            f"  {'':19} {'parameters':>10} {'rate':>7} {'loss':>17} {'measure':>17} {'gap closed, %':>15} "
+            f"  {'':19} {'parameters':>10} {'rate':>7} {'loss':>17} {'metric':>17} {'gap closed, %':>15} "
             f"{'steps':>13} {'start, s':>8}   "
             + "; ".join(f"{name} after " + ", ".join(f"{share:.0%}" for share in SHOWN) for name in goal)
         )
@@ -221,13 +222,13 @@ def table(rows: list[dict[str, Any]]) -> str:
                 shares.append(tokens_until(curve, last) / row["curve"][-1]["step"])
             if not runs:
                 continue
-            rate, grid = runs[0]["rate"], rates.get((family, budget, arm), set())
+            rate, grid = runs[0]["learning_rate"], rates.get((family, budget, arm), set())
             edge = "*" if rate in (min(grid, default=None), max(grid, default=None)) else " "
-            measured = four([end["measure"] for end in ends]) if "measure" in ends[0] else "-"
+            measured = four([end["metric"] for end in ends]) if "metric" in ends[0] else "-"
             lines.append(
                 f"  {arm:19} {runs[0]['parameters']:>10,} {rate:>6g}{edge} {four([end['loss'] for end in ends]):>17} "
                 f"{measured:>17} {spread(gaps):>15} {spread(shares):>13} "
-                f"{statistics.mean(row['start_seconds'] for row in runs):>8.1f}   "
+                f"{statistics.mean(row['initialization_seconds'] for row in runs):>8.1f}   "
                 + "; ".join(along(runs, name) for name in goal)
             )
     lines.append("* the learning rate is at an end of its grid")

@@ -1,4 +1,4 @@
-"""The teacher of `starting_points.py`: a small Llama, trained here to convergence on the text of the quickstart.
+"""The teacher of `initialization_comparison.py`: a small Llama, trained here to convergence on the text of the quickstart.
 
     python examples/benchmarks/small_teacher.py --folder small_teacher
     python examples/benchmarks/small_teacher.py --width 64 --vocabulary 1024 --text wikipedia shakespeare FOLDER ...
@@ -100,7 +100,7 @@ def as_examples(tokens: Tensor) -> list[dict[str, Tensor]]:
 def train_teacher(
     folder: Path,
     *,
-    tokens_a_parameter: float = TOKENS_A_PARAMETER,
+    tokens_per_parameter: float = TOKENS_A_PARAMETER,
     sources: tuple[str, ...] = SOURCES,
     width: int = WIDTH,
     vocabulary: int = VOCABULARY,
@@ -115,7 +115,7 @@ def train_teacher(
     learned, held_out = blocks(split, tokenizer)
     torch.manual_seed(0)
     model = LlamaForCausalLM(teacher_config(width, vocabulary))
-    steps = math.ceil(model.num_parameters() * tokens_a_parameter / (BATCH * LENGTH))
+    steps = math.ceil(model.num_parameters() * tokens_per_parameter / (BATCH * LENGTH))
     args = TrainingArguments(
         str(folder / "run"),
         max_steps=steps,
@@ -150,14 +150,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("small_teacher"))
     parser.add_argument("--text", nargs="+", default=list(SOURCES), help="names of texts, or folders of .txt files")
-    parser.add_argument("--tokens-a-parameter", type=float, default=TOKENS_A_PARAMETER)
+    parser.add_argument("--tokens-per-parameter", type=float, default=TOKENS_A_PARAMETER)
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     args = parser.parse_args()
     keep_freed_memory()
     told = train_teacher(
         args.folder,
-        tokens_a_parameter=args.tokens_a_parameter,
+        tokens_per_parameter=args.tokens_per_parameter,
         sources=tuple(args.text),
         width=args.width,
         vocabulary=args.vocabulary,

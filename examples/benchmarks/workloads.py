@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from interleaved_timing import Turn
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -15,7 +16,6 @@ from transformers import (
     ViTForImageClassification,
     set_seed,
 )
-from turns import Turn
 
 CLASSES = 10
 IMAGE = 64

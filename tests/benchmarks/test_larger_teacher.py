@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-curves, larger_teacher, package_text, starting_points = map(
-    importlib.import_module, ("curves", "larger_teacher", "package_text", "starting_points")
+curves, larger_teacher, package_text, comparison = map(
+    importlib.import_module, ("curves", "larger_teacher", "debian_text", "initialization_comparison")
 )
 
 SIZES = {"hidden_size": 16, "head_dim": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -46,31 +46,31 @@ def args(tmp_path, monkeypatch):
 def test_runs_go_on_and_have_their_rates_chosen(args):
     bench = larger_teacher.Bench.prepare(args)
     larger_teacher.run(bench, args)
-    rows = starting_points.read(args.output)
+    rows = comparison.read(args.output)
     args.output.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     larger_teacher.run(bench, args)
-    again = starting_points.read(args.output)
+    again = comparison.read(args.output)
     kept = [key for key in rows[-1] if "seconds" not in key]
     assert [[row[key] for key in kept] for row in again] == [[row[key] for key in kept] for row in rows]
     runs = [(row["arm"], row["objective"]) for row in rows if not row["tuning"]]
     arms = ["random", "calibrated, 8,192 tokens", "subcloning"]
     assert runs == [*((arm, "labels") for arm in arms), ("random", "KD"), ("calibrated, 8,192 tokens", "KD")]
     for row in rows:
-        tried = {each["rate"] for each in rows if each["arm"] == row["arm"] and each["tuning"]}
-        assert tried >= set(larger_teacher.RATES) and row["rate"] in tried
+        tried = {each["learning_rate"] for each in rows if each["arm"] == row["arm"] and each["tuning"]}
+        assert tried >= set(larger_teacher.RATES) and row["learning_rate"] in tried
         assert row["curve"][-1][0] == (2 if row["tuning"] else 31) * 2 * 16
 
 
 def test_no_run_is_begun_that_would_end_too_late(args):
     args.minutes = 0.0
     larger_teacher.run(larger_teacher.Bench.prepare(args), args)
-    assert starting_points.read(args.output) == []
+    assert comparison.read(args.output) == []
 
 
 def test_only_the_runs_that_are_asked_for_are_made(args):
     args.arms, args.objectives = ["random"], ["KD"]
     larger_teacher.run(larger_teacher.Bench.prepare(args), args)
-    rows = starting_points.read(args.output)
+    rows = comparison.read(args.output)
     assert [(row["arm"], row["objective"]) for row in rows if not row["tuning"]] == [("random", "KD")]
     assert {(row["arm"], row["objective"]) for row in rows if row["tuning"]} == {("random", "labels")}
     curves.plot(rows, args.output.with_suffix(".png"))
@@ -90,7 +90,7 @@ def test_every_arm_is_run_at_every_shape_and_seed_on_as_many_tokens_as_are_asked
     args.arms, args.objectives, args.seeds = ["subcloning"], ["labels"], [0, 1]
     args.shapes, args.tuning_share, args.calibration_blocks = [larger_teacher.FIRST, other], 5, 4
     larger_teacher.run(larger_teacher.Bench.prepare(args), args)
-    rows = starting_points.read(args.output)
+    rows = comparison.read(args.output)
     runs = [(row["shape"], row["seed"]) for row in rows if not row["tuning"]]
     assert runs == [(shape, seed) for seed in (0, 1) for shape in (larger_teacher.FIRST, other)]
     assert {row["curve"][-1][0] for row in rows if row["tuning"]} == {31 // 5 * 2 * 16}
@@ -98,7 +98,7 @@ def test_every_arm_is_run_at_every_shape_and_seed_on_as_many_tokens_as_are_asked
 
 
 def test_nothing_is_drawn_of_runs_that_choose_a_rate(args):
-    row = {"shape": larger_teacher.FIRST, "objective": "labels", "tokens_a_parameter": 1.0, "tuning": True}
+    row = {"shape": larger_teacher.FIRST, "objective": "labels", "tokens_per_parameter": 1.0, "tuning": True}
     curves.plot([row], args.output.with_suffix(".png"))
     assert not args.output.with_suffix(".png").exists()
 

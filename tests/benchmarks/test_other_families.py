@@ -27,7 +27,7 @@ needs_encoder = pytest.mark.skipif(
 def few_texts(monkeypatch):
     """Sixty documents in place of thousands."""
     documents = teachers.wikipedia()
-    few = teachers.Split(documents.train[:40], documents.held_out[:20])
+    few = teachers.TextSplit(documents.train[:40], documents.held_out[:20])
     monkeypatch.setattr(teachers, "wikipedia", lambda: few)
 
 
@@ -58,8 +58,8 @@ def runs(tmp_path: Path, monkeypatch, family: str, setting, fashion: Path | None
     assert all(row["steps"] == (1 if row["tuning"] else 3) == row["curve"][-1]["step"] for row in rows)
     for arm in ("random", "guide"):
         own = [row for row in rows if row["arm"] == arm]
-        ends = {row["rate"]: row["curve"][-1]["loss"] for row in own if row["tuning"]}
-        assert own[-1]["rate"] == min(ends, key=ends.get) and len(ends) == 4
+        ends = {row["learning_rate"]: row["curve"][-1]["loss"] for row in own if row["tuning"]}
+        assert own[-1]["learning_rate"] == min(ends, key=ends.get) and len(ends) == 4
     assert len({row["parameters"] for row in rows}) == 1, "all arms have the same shape"
     return rows
 
@@ -79,7 +79,7 @@ def test_an_encoder_decoder_is_trained_distilled_and_measured(tmp_path, monkeypa
 def test_an_image_classifier_is_trained_distilled_and_measured(tmp_path, monkeypatch, fashion):
     setting = functools.partial(teachers.vision, steps=2, sizes=(96, 32, 32))
     rows = runs(tmp_path, monkeypatch, "vision", setting, fashion)
-    assert all(0 <= row["curve"][-1]["measure"] <= 1 for row in rows)
+    assert all(0 <= row["curve"][-1]["metric"] <= 1 for row in rows)
     assert rows[-1]["teacher"]["loss"] > 0
 
 
@@ -87,7 +87,7 @@ def test_an_image_classifier_is_trained_distilled_and_measured(tmp_path, monkeyp
 @needs_encoder
 def test_an_encoders_head_is_fitted_and_its_students_regressed(tmp_path, monkeypatch, few_texts):
     rows = runs(tmp_path, monkeypatch, "encoder", teachers.encoder)
-    assert rows[-1]["teacher"] == {"loss": 0.0, "measure": 1.0}
+    assert rows[-1]["teacher"] == {"loss": 0.0, "metric": 1.0}
     setting = teachers.encoder(tmp_path / "teachers" / "encoder")
     goals = torch.stack([example["labels"] for example in setting.learned])
     torch.testing.assert_close(goals.square().mean(1), torch.ones(len(goals)))
@@ -115,16 +115,29 @@ def test_similarities_kept_do_not_depend_on_lengths_or_a_rotation():
     vectors = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
     seen = SimpleNamespace(predictions=(3 * vectors @ turn).numpy(), label_ids=vectors.numpy())
-    assert teachers.similarity_kept(seen)["measure"] == pytest.approx(1, abs=1e-5)
+    assert teachers.similarity_kept(seen)["metric"] == pytest.approx(1, abs=1e-5)
     seen.predictions = torch.randn(30, 6, generator=torch.Generator().manual_seed(2)).numpy()
-    assert abs(teachers.similarity_kept(seen)["measure"]) < 0.3
+    assert abs(teachers.similarity_kept(seen)["metric"]) < 0.3
 
 
 def test_the_table_says_what_the_curves_do():
     def row(arm: str, seed: int, end: float) -> dict:
-        key = {"family": "vision", "arm": arm, "seed": seed, "rate": 1e-3, "tuning": False, "budget": 10, "batch": 32}
-        curve = [{"step": 0, "loss": 4.0, "measure": 0.1}, {"step": 10, "loss": end, "measure": 0.5}]
-        return key | {"curve": curve, "teacher": {"loss": 1.0, "measure": 0.9}, "parameters": 7, "start_seconds": 2.0}
+        key = {
+            "family": "vision",
+            "arm": arm,
+            "seed": seed,
+            "learning_rate": 1e-3,
+            "tuning": False,
+            "budget": 10,
+            "batch": 32,
+        }
+        curve = [{"step": 0, "loss": 4.0, "metric": 0.1}, {"step": 10, "loss": end, "metric": 0.5}]
+        return key | {
+            "curve": curve,
+            "teacher": {"loss": 1.0, "metric": 0.9},
+            "parameters": 7,
+            "initialization_seconds": 2.0,
+        }
 
     rows = [row("random", 0, 3.0), row("random", 1, 2.0), row("guide", 0, 2.0), row("guide", 1, 1.5)]
     line = next(line for line in families.table(rows).splitlines() if "guide" in line)

@@ -1,8 +1,8 @@
 """`DistillationTrainer` beside other libraries' trainers, on the same task: the same models, batches, loss and optimizer.
 
     pip install trl nvidia-modelopt torchdistill
-    python examples/benchmarks/distillation_peers.py
-    python examples/benchmarks/distillation_peers.py --only texts --tokens 4096 --rounds 2     # for memory
+    python examples/benchmarks/distillation_libraries.py
+    python examples/benchmarks/distillation_libraries.py --only texts --tokens 4096 --rounds 2     # for memory
 
 texts    KL(teacher || student) at temperature 1, without a task loss, from a live teacher, on a fixed dataset:
          TRL's GKDTrainer (lmbda 0, so that it never generates; beta 0, which is forward KL there; its temperature is for
@@ -12,7 +12,7 @@ images   0.5 task loss + 0.5 KL at temperature 2 on an image classifier: torchdi
 A library that is not installed is left out, with a line that says so. torchdistill needs a torchvision built for the torch
 that is installed. TRL's own DistillationTrainer always generates, so that it cannot be given a fixed dataset.
 
-See turns.py for how time and memory are taken.
+See interleaved_timing.py for how time and memory are taken.
 Each peer's version stands in its row; ours runs first, in the same environment.
 """
 
@@ -24,11 +24,11 @@ import sys
 import tempfile
 
 import torch
+from interleaved_timing import Arm, Turn, add_turn_arguments, measure, print_header, print_table, take_part
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
-from turns import Arm, Turn, add_turn_arguments, measure, print_header, print_table, take_part
 from workloads import (
     LEARNING_RATE,
     TakeTurns,

@@ -1,4 +1,4 @@
-"""Healing, tried as an arm of `starting_points.py`: a calibrated student's blocks regressed on the teacher's stream.
+"""Healing, tried as an arm of `initialization_comparison.py`: a calibrated student's blocks regressed on the teacher's stream.
 
 Each block learns by itself, by Adam, from what the student's own stream brings it (no gradient goes further back) to make
 of each token what the teacher has where the student's next block begins, carried through M; squared error in units of the

@@ -1,4 +1,4 @@
-"""The arms of `starting_points.py`: how each of them makes a smaller Llama out of a teacher."""
+"""The arms of `initialization_comparison.py`: how each of them makes a smaller Llama out of a teacher."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from competitors import pruned_as_minitron, subcloned, with_blocks
-from healing import carrying_matrix, heal
+from blockwise_distillation import carrying_matrix, heal
+from published_methods import pruned_as_minitron, subcloned, with_blocks
 from small_teacher import BATCH
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -126,26 +126,28 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "subcloning": lambda given: subcloned(given.teacher, given.config, given.batches),
     "minitron": lambda given: pruned_as_minitron(given.teacher, given.config, given.batches),
     "first blocks, full width": dropped(first=True),
-    "even blocks, full width": dropped(first=False),
-    "activations' PCA": by(
+    "uniform blocks, full width": dropped(first=False),
+    "activation PCA": by(
         {"method": "calibrated", "heads": "even", "neurons": "even", "layers": "even"} | NOTHING_FITTED
     ),
-    "calibrated, nothing fitted": by({"method": "calibrated"} | NOTHING_FITTED),
+    "calibrated, no fitting": by({"method": "calibrated"} | NOTHING_FITTED),
     "guide": by({"method": "guide", "layers": "even"}),
-    "guide, later selected": by({"method": "guide", "layers": "even", "later_blocks": "select"}),
-    "guide, later random": by({"method": "guide", "layers": "even", "later_blocks": "random"}),
+    "guide, subsequent layers uniform": by({"method": "guide", "layers": "even", "later_blocks": "select"}),
+    "guide, subsequent layers random": by({"method": "guide", "layers": "even", "later_blocks": "random"}),
     "calibrated": by({"method": "calibrated", "calibration_tokens": 16384}),
     "calibrated, 8,192 tokens": by({"method": "calibrated", "calibration_tokens": 8192}),
     "calibrated, 4,096 tokens": by({"method": "calibrated", "calibration_tokens": 4096}),
     "calibrated, 2,048 tokens": by({"method": "calibrated", "calibration_tokens": 2048}),
-    "calibrated, text of its own": by(
+    "calibrated, self-generated text": by(
         {"method": "calibrated", "calibration_tokens": 8192, "calibration_length": 128, "calibration_batch_size": 16},
         own_text=True,
     ),
-    "calibrated, even blocks": by({"method": "calibrated", "calibration_tokens": 16384, "layers": "even"}),
-    "guide, outer blocks": by({"method": "guide", "layers": "ends"}),
-    "guide, outer blocks, logit_gain 0.36": by({"method": "guide", "layers": "ends", "logit_gain": 0.358797}),
-    "uniform, outer blocks": by({"method": "uniform", "layers": "ends"}),
-    "healed": healed,
+    "calibrated, uniform blocks": by({"method": "calibrated", "calibration_tokens": 16384, "layers": "even"}),
+    "guide, first and last blocks": by({"method": "guide", "layers": "ends"}),
+    "guide, first and last blocks, logit_scale 0.36": by(
+        {"method": "guide", "layers": "ends", "logit_gain": 0.358797}
+    ),
+    "uniform, first and last blocks": by({"method": "uniform", "layers": "ends"}),
+    "blockwise distillation": healed,
 }
-SPENT = {"healed": 0.1}  # of the budget of tokens
+SPENT = {"blockwise distillation": 0.1}  # of the budget of tokens

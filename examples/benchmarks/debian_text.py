@@ -1,7 +1,7 @@
 """The English text of Debian packages, as folders of .txt files that `small_teacher.py` and `larger_teacher.py` can read.
 
     apt-get download linux-doc-6.1 python3.11-doc anarchism ...
-    python examples/benchmarks/package_text.py --output text *.deb
+    python examples/benchmarks/debian_text.py --output text *.deb
 
 Pages (.html), sources of pages (.rst.txt, .txt, .pod) and dictionaries (.dict.dz) are read; markup is dropped, and with it
 what stands in scripts, styles and navigation. One file a document in a folder a package; a package gives no more than

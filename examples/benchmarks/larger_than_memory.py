@@ -1,7 +1,7 @@
 """How much memory and time `from_teacher` takes when the teacher is a checkpoint on disk.
 
-    python examples/benchmarks/streaming.py                 # writes 4.3 GB into the temporary folder, then removes it
-    python examples/benchmarks/streaming.py --gigabytes 1   # a quick look
+    python examples/benchmarks/larger_than_memory.py                 # writes 4.3 GB into the temporary folder, then removes it
+    python examples/benchmarks/larger_than_memory.py --gigabytes 1   # a quick look
 
 Memory: a random sharded Llama is written shard by shard, then a student of half its width and a third of its depth is
 made in a fresh process. What counts is that process's peak resident memory less what importing the libraries takes by
@@ -40,14 +40,14 @@ import torch, transformers
 import hf_guide.initialization.apply
 from hf_guide.modeling import from_teacher
 from transformers import LlamaForCausalLM  # its module is imported lazily, and belongs to the libraries
-from peak import peak_memory
+from peak_memory import peak_memory
 
 before = peak_memory()
 start = time.perf_counter()
 student = from_teacher(sys.argv[1], show_progress=False, **json.loads(sys.argv[2]))
 seconds = time.perf_counter() - start
 size = sum(p.numel() * p.element_size() for p in student.parameters())
-print(json.dumps({"before": before, "peak": peak_memory(), "student": size, "seconds": seconds}))
+print(json.dumps({"before": before, "peak_memory": peak_memory(), "student": size, "seconds": seconds}))
 """
 
 
@@ -122,7 +122,7 @@ def measure_memory(gigabytes: float) -> None:
         blocks = LlamaConfig.from_pretrained(place).num_hidden_layers
         shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": blocks // 3}
         found = in_fresh_process(MAKE, place, json.dumps(shape))
-    taken, bound = found["peak"] - found["before"], found["student"] + 3 * largest
+    taken, bound = found["peak_memory"] - found["before"], found["student"] + 3 * largest
     mib = 2**20
     print(f"teacher {size / 1e9:.2f} GB on disk in {blocks + 3} shards, its largest tensor {largest / mib:.0f} MiB")
     print(f"student {found['student'] / mib:.0f} MiB, made in {found['seconds']:.1f} s")

@@ -1,4 +1,4 @@
-"""Starting points of others for a smaller Llama, from their papers, written for the comparison of `starting_points.py` alone.
+"""Starting points of others for a smaller Llama, from their papers, written for the comparison of `initialization_comparison.py` alone.
 
 All of them keep places of the teacher's axes as they are, and differ in which, and in what they do to the weights:
 

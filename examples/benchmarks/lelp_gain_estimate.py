@@ -1,7 +1,7 @@
-"""Is the forecast of `hf-guide subclasses` right? Against what `lelp_arms.py` measured, arm by arm.
+"""Is the forecast of `hf-guide subclasses` right? Against what `lelp_comparison.py` measured, arm by arm.
 
-    python examples/benchmarks/lelp_arms.py --sets digits -o results
-    python examples/benchmarks/lelp_forecast.py --sets digits -o results          # the same options
+    python examples/benchmarks/lelp_comparison.py --sets digits -o results
+    python examples/benchmarks/lelp_gain_estimate.py --sets digits -o results          # the same options
 
 For each set and arm of subclasses: what tiny students gain over KD on pixels, or on the mean of a text's input embeddings,
 beside how much of the finer labels the subclasses know, and what students gained on the test part. Last, over all of them,
@@ -12,7 +12,7 @@ learn from; the test part is not looked at.
 import statistics
 
 import torch
-from lelp_arms import Runs, parser, plan, prepare
+from lelp_comparison import Runs, parser, plan, prepare
 from lelp_data import Labelled
 from lelp_models import Batches, Classifier
 from lelp_training import ORACLES, SPLITTERS, targets_of

@@ -1,8 +1,8 @@
 """Does LELP help a student, and where? Every arm on equal steps, each tuned on a validation split, over several seeds.
 
-    python examples/benchmarks/lelp_arms.py --sets digits trec-binary -o results
-    python examples/benchmarks/lelp_arms.py --sets fashion-confusable --fashion FOLDER --transfer unseen -o results
-    python examples/benchmarks/lelp_arms.py --report             # the tables of the runs kept in results/
+    python examples/benchmarks/lelp_comparison.py --sets digits trec-binary -o results
+    python examples/benchmarks/lelp_comparison.py --sets fashion-confusable --fashion FOLDER --transfer unseen -o results
+    python examples/benchmarks/lelp_comparison.py --report             # the tables of the runs kept in results/
 
 Each run is one line of OUTPUT/runs.jsonl (or of --rows), written when it is done; killed at any moment, the same command
 goes on. Of each arm every setting is tried with the first `--tune-seeds` seeds, and the one best on the validation split is
@@ -11,7 +11,7 @@ the data are too few for are left out, and the tables say so. Seeds differ in th
 teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
 that is trained here. `--transfer` says whether students learn from what the teacher was trained on or from other
-examples; `--start guide` and `--start calibrated` start them by `from_teacher`.
+examples; `--initialization guide` and `--initialization calibrated` start them by `from_teacher`.
 """
 
 import argparse
@@ -58,7 +58,7 @@ from torch import Tensor
 
 from hf_guide.errors import SubclassError
 
-USUAL_ARMS = ("ce", "kd", "dkd", "embedding", "lelp", "kmeans", "random-partition", "oracle")
+USUAL_ARMS = ("ce", "kd", "dkd", "features", "lelp", "kmeans", "random-partition", "oracle")
 
 
 @dataclass
@@ -177,8 +177,8 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
     """Do all runs of a set that are not done."""
     bench = prepare(name, args)
     batches, lesson = bench.lesson(args.transfer, args.share)
-    if args.start != "scratch":
-        bench.started = start_student(bench.teacher, batches, args.start, bench.tokens())
+    if args.initialization != "scratch":
+        bench.started = start_student(bench.teacher, batches, args.initialization, bench.tokens())
     common = plan(name, bench.test.data.is_text, args)
     for arm in args.arms:
         if arm in ORACLES and lesson.data.finer is None:
@@ -225,7 +225,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")
     parser.add_argument("--teacher", choices=["frozen", "tuned"], default="frozen", help="of texts")
     parser.add_argument("--transfer", choices=["seen", "unseen"], default="seen")
-    parser.add_argument("--start", choices=["scratch", "guide", "calibrated"], default="scratch")
+    parser.add_argument("--initialization", choices=["scratch", "guide", "calibrated"], default="scratch")
     parser.add_argument("--share", type=float, default=1.0, help="of the transfer set that students are trained on")
     parser.add_argument("--seen", type=int, default=4000, help="examples that the teacher is trained on")
     parser.add_argument("--unseen", type=int, default=8000)

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_guide import from_teacher
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-names = ("competitors", "curves", "healing", "starting_points")
-competitors, curves, healing, starting_points = map(importlib.import_module, names)
+names = ("published_methods", "curves", "blockwise_distillation", "initialization_comparison")
+published, curves, blockwise, comparison = map(importlib.import_module, names)
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
 
@@ -47,14 +47,14 @@ def texts() -> list[torch.Tensor]:
 
 @torch.no_grad()
 def test_minitron_finds_what_is_dead(teacher):
-    student = competitors.pruned_as_minitron(teacher, config(**SMALL), texts()).eval()
+    student = published.pruned_as_minitron(teacher, config(**SMALL), texts()).eval()
     (batch, *_) = texts()
     torch.testing.assert_close(student(batch).logits, teacher(batch).logits, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_subcloning_finds_what_is_dead_and_scales_what_is_left(teacher):
-    student = competitors.subcloned(teacher, config(**SMALL), texts())
+    student = published.subcloned(teacher, config(**SMALL), texts())
     first = teacher.model.layers[0]
     own = student.model.layers[0].mlp.down_proj.weight
     torch.testing.assert_close(own, first.mlp.down_proj.weight[:, 1::2] * math.sqrt(2))
@@ -65,10 +65,10 @@ def test_subcloning_finds_what_is_dead_and_scales_what_is_left(teacher):
 
 @torch.no_grad()
 def test_both_keep_the_whole_stream_on_the_same_places(teacher):
-    student = competitors.subcloned(teacher, config(hidden_size=16, **SMALL), texts())
+    student = published.subcloned(teacher, config(hidden_size=16, **SMALL), texts())
     assert student.num_parameters() == LlamaForCausalLM(config(hidden_size=16, **SMALL)).num_parameters()
-    activity = competitors.listen(teacher, texts(), competitors.mean_magnitude)
-    kept = competitors.most(activity.stream, 16)
+    activity = published.listen(teacher, texts(), published.mean_magnitude)
+    kept = published.most(activity.stream, 16)
     torch.testing.assert_close(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight[:, kept])
     assert torch.isfinite(student(texts()[0]).logits).all()
 
@@ -76,7 +76,7 @@ def test_both_keep_the_whole_stream_on_the_same_places(teacher):
 @torch.no_grad()
 def test_dropped_blocks_are_those_named(teacher):
     (batch, *_) = texts()
-    torch.testing.assert_close(competitors.with_blocks(teacher, [0, 3])(batch).logits, teacher(batch).logits)
+    torch.testing.assert_close(published.with_blocks(teacher, [0, 3])(batch).logits, teacher(batch).logits)
 
 
 def test_tokens_until_reads_between_the_points():
@@ -88,9 +88,9 @@ def test_tokens_until_reads_between_the_points():
 
 def row(arm: str, seed: int, end: float, objective: str = "labels", **more: object) -> dict:
     """A run that begins at a perplexity of 100, with a teacher at 10."""
-    key = {"shape": "half width", "arm": arm, "objective": objective, "tokens_a_parameter": 20.0, "seed": seed}
-    key |= {"rate": 6e-3, "tuning": False, "curve": [[0, math.log(100.0)], [1000, math.log(end)]]}
-    return key | {"teacher": math.log(10.0), "parameters": 5, "start_seconds": 1.0, "seconds": 50.0} | more
+    key = {"shape": "half width", "arm": arm, "objective": objective, "tokens_per_parameter": 20.0, "seed": seed}
+    key |= {"learning_rate": 6e-3, "tuning": False, "curve": [[0, math.log(100.0)], [1000, math.log(end)]]}
+    return key | {"teacher": math.log(10.0), "parameters": 5, "initialization_seconds": 1.0, "seconds": 50.0} | more
 
 
 def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
@@ -98,7 +98,7 @@ def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
     assert "37.50 ± 17.68" in curves.table(rows)  # halfway from 30 to 10, and a quarter of the way
     assert "2.0%" in curves.table(rows), "a second of fifty"
     assert "0 of 1" in curves.table([*rows, row("uniform", 0, 40.0)]), "it never came to random's loss"
-    assert "37.50 ± 17.68" in curves.table([*rows, row("guide", 0, 11.0, tokens_a_parameter=2.0)]), "another budget"
+    assert "37.50 ± 17.68" in curves.table([*rows, row("guide", 0, 11.0, tokens_per_parameter=2.0)]), "another budget"
     assert "overtook" in curves.table([*rows, row("guide", 0, 9.0)]) and "overtook" not in curves.table(rows)
     curves.plot([*rows, row("guide", 0, 15.0, "KD")], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
@@ -109,8 +109,8 @@ def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
 
 
 def test_a_plot_has_the_arms_that_were_run_with_every_objective():
-    rows = [row("random", 0, 20.0), row("guide", 0, 15.0), row("guide, outer blocks", 0, 14.0)]
-    assert curves._run_with(rows, ["labels"]) == ["random", "guide", "guide, outer blocks"]
+    rows = [row("random", 0, 20.0), row("guide", 0, 15.0), row("guide, first and last blocks", 0, 14.0)]
+    assert curves._run_with(rows, ["labels"]) == ["random", "guide", "guide, first and last blocks"]
     rows += [row("guide", 0, 13.0, "KD"), row("random", 0, 19.0, "KD")]
     assert curves._run_with(rows, ["labels", "KD"]) == ["random", "guide"]
 
@@ -122,10 +122,10 @@ def test_the_interaction_is_what_is_left_of_the_sum_of_a_start_and_an_objective(
     assert curves.interaction(rows[:2]) == "", "one objective interacts with nothing"
 
 
-def test_the_learning_rate_is_looked_for_until_the_best_has_worse_ones_on_both_sides():
+def test_the_learning_rate_is_searched_until_the_best_has_worse_ones_on_both_sides():
     def losses(best: float) -> dict[float, float]:
         tried: dict[float, float] = {}
-        while (rate := starting_points.next_rate(tried)) is not None:
+        while (rate := comparison.next_rate(tried)) is not None:
             tried[rate] = abs(math.log(rate / best))
         return tried
 
@@ -135,31 +135,33 @@ def test_the_learning_rate_is_looked_for_until_the_best_has_worse_ones_on_both_s
 
 
 def test_other_objectives_take_the_rate_that_kd_chose_and_seeds_follow():
-    key = {"shape": "half width", "arm": "guide", "objective": "JSD", "tokens_a_parameter": 20.0}
+    key = {"shape": "half width", "arm": "guide", "objective": "JSD", "tokens_per_parameter": 20.0}
     with pytest.raises(SystemExit, match="run this first"):
-        starting_points.next_job([], key, [0])
-    short = [row("guide", 1000, end, "KD", tuning=True, rate=rate) for rate, end in ((2e-3, 40.0), (6e-3, 30.0))]
-    assert starting_points.next_job(short, key, [0, 1]) == {"seed": 0, "rate": 6e-3, "tuning": False}
+        comparison.next_job([], key, [0])
+    short = [
+        row("guide", 1000, end, "KD", tuning=True, learning_rate=rate) for rate, end in ((2e-3, 40.0), (6e-3, 30.0))
+    ]
+    assert comparison.next_job(short, key, [0, 1]) == {"seed": 0, "learning_rate": 6e-3, "tuning": False}
     done = [*short, row("guide", 0, 20.0, "JSD")]
-    assert starting_points.next_job(done, key, [0, 1]) == {"seed": 1, "rate": 6e-3, "tuning": False}
-    assert starting_points.next_job(done, key, [0]) is None
-    assert starting_points.next_job(short, key | {"objective": "KD"}, [0]) == {
+    assert comparison.next_job(done, key, [0, 1]) == {"seed": 1, "learning_rate": 6e-3, "tuning": False}
+    assert comparison.next_job(done, key, [0]) is None
+    assert comparison.next_job(short, key | {"objective": "KD"}, [0]) == {
         "seed": 1000,
-        "rate": 2e-2,
+        "learning_rate": 2e-2,
         "tuning": True,
     }
 
 
-def test_healing_brings_a_students_blocks_nearer_to_the_teacher_and_leaves_the_teacher_alone(teacher):
+def test_blockwise_distillation_brings_a_students_blocks_nearer_to_the_teacher_and_leaves_the_teacher_alone(teacher):
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     made = from_teacher(
         teacher, method={"method": "guide", "layers": [0, 3]}, hidden_size=24, num_hidden_layers=2, show_progress=False
     )
-    matrix = healing.carrying_matrix(teacher, made)
+    matrix = blockwise.carrying_matrix(teacher, made)
     torch.testing.assert_close(matrix.T @ matrix, torch.eye(24), rtol=0, atol=1e-4)
     torch.testing.assert_close(teacher.model.embed_tokens.weight @ matrix, made.model.embed_tokens.weight)
     table = made.model.embed_tokens.weight.clone()
-    losses = healing.heal(made, teacher, matrix, [0, 3], texts() * 40)
+    losses = blockwise.heal(made, teacher, matrix, [0, 3], texts() * 40)
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
     torch.testing.assert_close(made.model.embed_tokens.weight, table, rtol=0, atol=0)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in made.model.layers)

@@ -5,7 +5,7 @@ Every arm is a student of half the width and a third of the depth of SmolLM2-135
 same order with the same distillation loss, from one capture of the teacher. Seeds change the text's split and order
 and whatever is random. One JSON line a seed and arm is appended to --output; what is there already is not run again.
 
-    python examples/benchmarks/later_blocks.py --output later_blocks.jsonl --seeds 0 1 2 --steps 150
+    python examples/benchmarks/few_tokens.py --output few_tokens.jsonl --seeds 0 1 2 --steps 150
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import transformers
-from starting_arms import NOTHING_FITTED
+from baselines import NOTHING_FITTED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -42,25 +42,25 @@ LENGTH = 256
 
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
-    "uniform, even blocks": {"method": "uniform", "layers": "even"},
+    "uniform, uniform blocks": {"method": "uniform", "layers": "even"},
     "uniform, first blocks": {"method": "uniform", "layers": "first"},
-    "guide, even blocks": {"method": "guide", "layers": "even"},
+    "guide, uniform blocks": {"method": "guide", "layers": "even"},
     "guide, first blocks": {"method": "guide", "layers": "first"},
-    "guide, first blocks, logit_gain 0.3": {"method": "guide", "layers": "first", "logit_gain": 0.3},
-    "guide, first blocks, later selected": {
+    "guide, first blocks, logit_scale 0.3": {"method": "guide", "layers": "first", "logit_gain": 0.3},
+    "guide, first blocks, subsequent layers uniform": {
         "method": "guide",
         "layers": "first",
         "later_blocks": "select",
     },
-    "uniform, outer blocks": {"method": "uniform", "layers": "ends"},
-    "guide, outer blocks": {"method": "guide", "layers": "ends"},
-    "guide, outer blocks, logit_gain 0.3": {"method": "guide", "layers": "ends", "logit_gain": 0.3},
-    "guide, later random": {"method": "guide", "layers": "first", "later_blocks": "random"},
+    "uniform, first and last blocks": {"method": "uniform", "layers": "ends"},
+    "guide, first and last blocks": {"method": "guide", "layers": "ends"},
+    "guide, first and last blocks, logit_scale 0.3": {"method": "guide", "layers": "ends", "logit_gain": 0.3},
+    "guide, subsequent layers random": {"method": "guide", "layers": "first", "later_blocks": "random"},
     "calibrated": {"method": "calibrated", "calibration_tokens": 16384},
     "calibrated, 8,192 tokens": {"method": "calibrated", "calibration_tokens": 8192},
-    "calibrated, text of its own": {"method": "calibrated", "calibration_tokens": 16384},
-    "calibrated, nothing fitted": {"method": "calibrated", "calibration_tokens": 8192} | NOTHING_FITTED,
-    "calibrated, nothing but directions": {
+    "calibrated, self-generated text": {"method": "calibrated", "calibration_tokens": 16384},
+    "calibrated, no fitting": {"method": "calibrated", "calibration_tokens": 8192} | NOTHING_FITTED,
+    "calibrated, basis only": {
         "method": "calibrated",
         "calibration_tokens": 8192,
         "layers": "ends",
@@ -68,7 +68,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "neurons": "even",
     }
     | NOTHING_FITTED,
-    "guide, first blocks, no energy correction": {
+    "guide, first blocks, no norm correction": {
         "method": "guide",
         "layers": "first",
         "energy_correction": False,
@@ -93,26 +93,26 @@ def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]
     for arm in arms:
         seen: dict[str, Any] = {}
         if ARMS[arm]["method"] == "calibrated":
-            own = arm == "calibrated, text of its own"
+            own = arm == "calibrated, self-generated text"
             seen["calibration_dataset"] = "teacher" if own else [{"input_ids": batch} for batch in learned.split(8)]
         students[arm] = AutoStudentForCausalLM.from_teacher(
             name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **seen, **shape
         )
-    start = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
+    before = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
     by_method = LEARNING_RATES | {"calibrated": args.calibrated_rate}
     rates = {arm: by_method[ARMS[arm]["method"]] for arm in students}
     with tempfile.TemporaryDirectory(prefix="later-blocks-") as place:
         heard = cache_teacher(teacher, learned, Path(place, "capture"), recipe)
         for arm, student in students.items():
             train(student, heard, learned, rates[arm], recipe, Path(place))
-    end = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
+    after = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
     return [
         {
             "seed": seed,
             "arm": arm,
             "teacher": goal,
-            "start": start[arm],
-            "end": end[arm],
+            "perplexity_before": before[arm],
+            "perplexity_after": after[arm],
             "steps": args.steps,
             "tokens": learned[:, 1:].numel(),
             "learning_rate": rates[arm],
@@ -125,16 +125,16 @@ def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]
 def table(rows: list[dict]) -> str:
     """Return mean and spread (standard deviation) over seeds as text."""
     lines = [f"{'':42} {'at start':>12} {'at end':>18} {'gap closed':>18}"]
-    end = {(row["seed"], row["arm"]): row["end"] for row in rows}
+    end = {(row["seed"], row["arm"]): row["perplexity_after"] for row in rows}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
         gaps = [
-            (end[row["seed"], "random"] - row["end"]) / (end[row["seed"], "random"] - row["teacher"])
+            (end[row["seed"], "random"] - row["perplexity_after"]) / (end[row["seed"], "random"] - row["teacher"])
             for row in own
             if (row["seed"], "random") in end
         ]
         lines.append(
-            f"{arm:42} {statistics.mean(row['start'] for row in own):12.4g} "
+            f"{arm:42} {statistics.mean(row['perplexity_before'] for row in own):12.4g} "
             f"{_spread([row['end'] for row in own]):>18} {_spread([100 * gap for gap in gaps]):>17}%"
         )
     return "\n".join(lines)
@@ -148,7 +148,7 @@ def _spread(values: list[float]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("later_blocks.jsonl"))
+    parser.add_argument("--output", type=Path, default=Path("few_tokens.jsonl"))
     parser.add_argument("--teacher", help="by default SmolLM2-135M")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from peak import peak_memory
+from peak_memory import peak_memory
 
 FORGET_PEAK = Path("/proc/self/clear_refs")
 

@@ -1,7 +1,7 @@
 """How fast the basis of a large embedding table is, against scikit-learn's full PCA and against the work it must do.
 
-    python examples/benchmarks/basis.py
-    python examples/benchmarks/basis.py --rows 32768 --width 1024 --size 512      # a quick look
+    python examples/benchmarks/basis_fit.py
+    python examples/benchmarks/basis_fit.py --rows 32768 --width 1024 --size 512      # a quick look
 
 All arms run in one process on one table, turn by turn, so that what else the machine does falls on all of them.
 What it does not do: compare across machines. The ratios are the result; the seconds are only for this machine.
@@ -79,7 +79,7 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    import numpy  # only here, as start_cost.py, which shares the tables and the products, does without
+    import numpy  # only here, as initialization_cost.py, which shares the tables and the products, does without
     import sklearn
     from sklearn.decomposition import PCA
 

@@ -1,8 +1,8 @@
 """What a start costs: time and memory of the directions, and of a whole transfer, by vocabulary and width.
 
-    python examples/benchmarks/start_cost.py --output start_cost.jsonl
-    python examples/benchmarks/start_cost.py --vocabularies 32768 --widths 512 1024    # a quick look
-    python examples/benchmarks/start_cost.py --output start_cost.jsonl --table
+    python examples/benchmarks/initialization_cost.py --output initialization_cost.jsonl
+    python examples/benchmarks/initialization_cost.py --vocabularies 32768 --widths 512 1024    # a quick look
+    python examples/benchmarks/initialization_cost.py --output initialization_cost.jsonl --table
 
 Each measurement has a process of its own and one thread. Counted are processor time, the median of turns, and peak resident
 memory less what there was once the libraries were imported (and, for the directions, a part of the table read).
@@ -29,20 +29,20 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import basis
+import basis_fit
 import torch
 import transformers
-from basis import Result
-from peak import peak_memory
+from basis_fit import Result
+from larger_than_memory import in_fresh_process, shapes_of, write_llama
+from peak_memory import peak_memory
 from safetensors.torch import load_file, save_file
-from streaming import in_fresh_process, shapes_of, write_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_guide.initialization.basis import fit_basis, second_moment
 from hf_guide.modeling import from_teacher
 
 ROWS = 16384  # of the table are different; the rest repeats them, which costs as much
-CODE = "import sys; import start_cost; start_cost.measure(*sys.argv[1:])"
+CODE = "import sys; import initialization_cost; initialization_cost.measure(*sys.argv[1:])"
 MIB = 2**20
 
 
@@ -72,8 +72,8 @@ def measure(what: str, folder: str, vocabulary: str, width: str, turns: str, min
     limit = math.ceil(float(minutes) * 60)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
     torch.set_num_threads(1)
-    basis.CLOCK = time.process_time
-    work = {"directions": directions, "transfer": transfer}[what]
+    basis_fit.CLOCK = time.process_time
+    work = {"basis": directions, "transfer": transfer}[what]
     print(json.dumps(work(Path(folder), int(vocabulary), int(width), int(turns))))
 
 
@@ -85,8 +85,8 @@ def directions(folder: Path, vocabulary: int, width: int, turns: int) -> dict[st
     for _ in range(turns):
         moment = found.timed("moment", lambda: second_moment(repeat(part, vocabulary // len(part)), width))
         found.timed("fit", lambda moment=moment: fit_basis(moment, width // 2))
-        found.setdefault("memory", peak_memory() - before)
-        found.setdefault("products", []).append(basis.matmul_seconds(vocabulary, width))
+        found.setdefault("peak_bytes", peak_memory() - before)
+        found.setdefault("products", []).append(basis_fit.matmul_seconds(vocabulary, width))
         found.timed("eigen", lambda moment=moment: torch.linalg.eigh(moment))
     return found
 
@@ -100,8 +100,8 @@ def transfer(folder: Path, vocabulary: int, width: int, turns: int) -> dict[str,
     rows, repeats = 2048, max(3, round(2e10 / (2048 * width**2)))
     for _ in range(turns):
         student = found.timed("seconds", lambda: from_teacher(folder, show_progress=False, **student_sizes(width)))
-        found.setdefault("memory", peak_memory() - before)
-        found["student"] = sum(tensor.nbytes for tensor in student.parameters())
+        found.setdefault("peak_bytes", peak_memory() - before)
+        found["student_bytes"] = sum(tensor.nbytes for tensor in student.parameters())
         table, matrix = torch.randn(rows, width), torch.randn(width, width // 2)
         found.timed("projection", lambda pair=(table, matrix): [pair[0] @ pair[1] for _ in range(repeats)])
         found["projection"][-1] *= vocabulary / rows / repeats
@@ -113,7 +113,7 @@ class Counted(dict[str, Any]):
 
     def timed(self, name: str, work: Callable[[], Result]) -> Result:
         """Add the seconds that some work took to those of a name; return what it made."""
-        result, seconds = basis.timed(work)
+        result, seconds = basis_fit.timed(work)
         self.setdefault(name, []).append(seconds)
         return result
 
@@ -130,12 +130,12 @@ def run(args: argparse.Namespace) -> None:
     """Make every measurement that is not there yet, small ones first."""
     points = [(vocabulary, width) for width in args.widths for vocabulary in args.vocabularies]
     for vocabulary, width in sorted(points, key=lambda point: point[0] * point[1] ** 2):
-        for what in ("directions", "transfer"):
-            key = {"what": what, "vocabulary": vocabulary, "width": width}
+        for what in ("basis", "transfer"):
+            key = {"measurement": what, "vocabulary": vocabulary, "width": width}
             if any(key.items() <= row.items() for row in read(args.output)):
                 continue
-            row = key | {"bound": memory_bound(vocabulary, width)}
-            if what == "transfer" and row["bound"] > args.gigabytes * 1e9:
+            row = key | {"bound_bytes": memory_bound(vocabulary, width)}
+            if what == "transfer" and row["bound_bytes"] > args.gigabytes * 1e9:
                 row["left_out"] = f"more than {args.gigabytes:g} GB"
             else:
                 turns = 1 if vocabulary * width**2 > args.once_above else args.turns
@@ -154,7 +154,7 @@ def measured(what: str, vocabulary: int, width: int, turns: int, minutes: float)
         if what == "transfer":
             write_llama(Path(place), teacher_config(vocabulary, width))
         else:
-            rows = basis.decaying_table(min(ROWS, vocabulary), width, 0).bfloat16()
+            rows = basis_fit.decaying_table(min(ROWS, vocabulary), width, 0).bfloat16()
             save_file({"rows": rows}, Path(place) / "rows.safetensors")
             del rows
         try:
@@ -175,21 +175,23 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"{'vocabulary':>10} {'width':>6} {'turns':>5} {'moment, s':>9} {'fit, s':>7} {'bound, s':>8} {'ratio':>5} "
         f"{'MiB':>6} {'d x d':>5}   {'seconds':>8} {'bound, s':>8} {'ratio':>5} {'MiB':>7} {'bound, MiB':>10} {'ratio':>5}",
     ]
-    found = {(row["what"], row["vocabulary"], row["width"]): row for row in rows}
+    found = {(row["measurement"], row["vocabulary"], row["width"]): row for row in rows}
     for vocabulary, width in dict.fromkeys((row["vocabulary"], row["width"]) for row in rows):
-        first, second = (found.get((what, vocabulary, width), {}) for what in ("directions", "transfer"))
+        first, second = (found.get((what, vocabulary, width), {}) for what in ("basis", "transfer"))
         line, floor = f"{vocabulary:>10} {width:>6} ", math.nan
         if "moment" in first:
             moment, fit, products, eigen = (median(first[name]) for name in ("moment", "fit", "products", "eigen"))
             floor = products + eigen
             line += f"{len(first['moment']):>5} {moment:>9.2f} {fit:>7.2f} {floor:>8.2f} {ratio(moment + fit, floor):>5.2f} "
-            line += f"{first['memory'] / MIB:>6.0f} {first['memory'] / (8 * width**2):>5.1f}"
+            line += f"{first['peak_bytes'] / MIB:>6.0f} {first['peak_bytes'] / (8 * width**2):>5.1f}"
         else:
             line += f"{first.get('left_out', 'not measured'):>51}"
         if "seconds" in second:
             seconds, bound = median(second["seconds"]), floor + median(second["projection"])
-            line += f"   {seconds:>8.2f} {bound:>8.2f} {ratio(seconds, bound):>5.2f} {second['memory'] / MIB:>7.0f} "
-            line += f"{second['bound'] / MIB:>10.0f} {ratio(second['memory'], second['bound']):>5.2f}"
+            line += (
+                f"   {seconds:>8.2f} {bound:>8.2f} {ratio(seconds, bound):>5.2f} {second['peak_bytes'] / MIB:>7.0f} "
+            )
+            line += f"{second['bound_bytes'] / MIB:>10.0f} {ratio(second['peak_bytes'], second['bound_bytes']):>5.2f}"
         else:
             line += f"   {second.get('left_out', 'not measured'):>48}"
         lines.append(line)
@@ -203,7 +205,7 @@ def ratio(one: float, other: float) -> float:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("start_cost.jsonl"))
+    parser.add_argument("--output", type=Path, default=Path("initialization_cost.jsonl"))
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32768, 65536, 131072, 262144])
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--turns", type=int, default=3, help="of the small ones, of which the median counts")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-start_cost, streaming = map(importlib.import_module, ("start_cost", "streaming"))
+initialization_cost, larger_than_memory = map(importlib.import_module, ("initialization_cost", "larger_than_memory"))
 
 VOCABULARY, WIDTH = 4096, 64
 
@@ -20,23 +20,30 @@ def read(file: Path) -> list[dict]:
 def test_each_point_is_measured_once_and_what_is_too_large_is_left_out_and_said(tmp_path, capsys):
     output = tmp_path / "cost.jsonl"
     words = ["--widths", str(WIDTH), "--turns", "1", "--output", str(output)]
-    start_cost.main([*words, "--vocabularies", str(VOCABULARY)])
+    initialization_cost.main([*words, "--vocabularies", str(VOCABULARY)])
     first, second = read(output)
 
     in_block = 2 * WIDTH * WIDTH + 2 * 2 * 32 * WIDTH + 3 * 2 * WIDTH * WIDTH + 2 * WIDTH
     half = WIDTH // 2
     student = VOCABULARY * half + half + 2 * (2 * half * half + 2 * 32 * half + 3 * 2 * half * half + 2 * half)
-    assert start_cost.shapes_of(start_cost.teacher_config(VOCABULARY, WIDTH))[0].keys() >= {".mlp.up_proj.weight"}
-    assert sum(x.numel() for x in start_cost.shapes_of(start_cost.teacher_config(9, WIDTH))[0].values()) == in_block
-    assert second["student"] == 2 * student
-    assert second["bound"] == 2 * (student + 3 * VOCABULARY * WIDTH)
-    assert second["memory"] >= second["student"]
-    assert (first["what"], second["what"]) == ("directions", "transfer")
+    assert initialization_cost.shapes_of(initialization_cost.teacher_config(VOCABULARY, WIDTH))[0].keys() >= {
+        ".mlp.up_proj.weight"
+    }
+    assert (
+        sum(x.numel() for x in initialization_cost.shapes_of(initialization_cost.teacher_config(9, WIDTH))[0].values())
+        == in_block
+    )
+    assert second["student_bytes"] == 2 * student
+    assert second["bound_bytes"] == 2 * (student + 3 * VOCABULARY * WIDTH)
+    assert second["peak_bytes"] >= second["student_bytes"]
+    assert (first["measurement"], second["measurement"]) == ("basis", "transfer")
 
     with output.open("a") as file:
         file.write(json.dumps(first | {"vocabulary": 2 * VOCABULARY}) + "\n")
     for _ in range(2):
-        start_cost.main([*words, "--vocabularies", str(VOCABULARY), str(2 * VOCABULARY), "--gigabytes", "0.003"])
+        initialization_cost.main(
+            [*words, "--vocabularies", str(VOCABULARY), str(2 * VOCABULARY), "--gigabytes", "0.003"]
+        )
     rows = read(output)
     assert rows[:2] == [first, second] and len(rows) == 4, "what was there is not made again"
     assert rows[3]["left_out"] == "more than 0.003 GB"
@@ -44,18 +51,25 @@ def test_each_point_is_measured_once_and_what_is_too_large_is_left_out_and_said(
 
 
 def test_a_measurement_that_takes_too_long_is_left_out_and_one_that_fails_is_not_taken_for_it(tmp_path):
-    assert start_cost.measured("directions", 512, 16, 1, 0) == {"left_out": "more than 0 minutes"}
+    assert initialization_cost.measured("basis", 512, 16, 1, 0) == {"left_out": "more than 0 minutes"}
     with pytest.raises(RuntimeError, match="failed"):
-        streaming.in_fresh_process("raise SystemExit(3)")
+        larger_than_memory.in_fresh_process("raise SystemExit(3)")
 
 
 def test_the_table_has_medians_and_their_ratio_to_the_bounds():
     key = {"vocabulary": 1000, "width": 128}
     times = {"moment": [9.0, 2.0, 3.0], "fit": [1.0] * 3, "products": [3.0] * 3, "eigen": [1.0] * 3}
-    rows = [key | times | {"what": "directions", "memory": 8 * 8 * 128**2}]
+    rows = [key | times | {"measurement": "basis", "peak_bytes": 8 * 8 * 128**2}]
     rows.append(
-        key | {"what": "transfer", "seconds": [10.0], "projection": [1.0], "memory": 3 * 2**20, "bound": 6 * 2**20}
+        key
+        | {
+            "measurement": "transfer",
+            "seconds": [10.0],
+            "projection": [1.0],
+            "peak_bytes": 3 * 2**20,
+            "bound_bytes": 6 * 2**20,
+        }
     )
-    line = start_cost.table(rows).splitlines()[-1].split()
+    line = initialization_cost.table(rows).splitlines()[-1].split()
     assert line == "1000 128 3 3.00 1.00 4.00 1.00 1 8.0 10.00 5.00 2.00 3 6 0.50".split()
-    assert "not measured" in start_cost.table(rows[:1])
+    assert "not measured" in initialization_cost.table(rows[:1])

@@ -41,7 +41,7 @@ def benchmark():
 def arms(output: Path, *words: str) -> str:
     command = [
         sys.executable,
-        str(BENCHMARKS / "lelp_arms.py"),
+        str(BENCHMARKS / "lelp_comparison.py"),
         "--sets",
         "digits",
         "--grid",
@@ -167,7 +167,7 @@ def test_settings_are_chosen_by_some_seeds_and_measured_by_others(benchmark, tmp
 def test_tables_are_of_the_rows_that_are_kept_and_ask_for_them_where_there_are_none(tmp_path):
     arms(tmp_path, "--arms", "kd", *ONCE, "--rows", str(tmp_path / "kept.jsonl"))
     assert not (tmp_path / "runs.jsonl").exists()
-    report = [sys.executable, str(BENCHMARKS / "lelp_arms.py"), *ONCE, "--report", "--rows"]
+    report = [sys.executable, str(BENCHMARKS / "lelp_comparison.py"), *ONCE, "--report", "--rows"]
     done = subprocess.run([*report, str(tmp_path / "kept.jsonl")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "kd" in done.stdout and "1 seeds" in done.stdout
     none = subprocess.run([*report, str(tmp_path / "none.jsonl")], capture_output=True, text=True, timeout=300)

@@ -6,8 +6,8 @@ line a student is appended to --output; those that are there already are not mad
 loss and a unigram model's, whose counts are those of the text that the calibration text is drawn from. Each seed parts the
 corpus anew into text to calibrate on and text held out, and draws from both.
 
-    python examples/benchmarks/calibration.py --output calibration.jsonl --tokens 8192
-    python examples/benchmarks/calibration.py --shapes half --arms calibrated "no repair" --tokens 32768 --seeds 0 1 2
+    python examples/benchmarks/calibration_ablation.py --output calibration_ablation.jsonl --tokens 8192
+    python examples/benchmarks/calibration_ablation.py --shapes half --arms calibrated "no refit" --tokens 32768 --seeds 0 1 2
 """
 
 import argparse
@@ -52,28 +52,28 @@ NOTHING_FITTED = {"repair": "none", "fit_table": False, "fit_gain": False, "fit_
 ARMS: dict[str, dict[str, Any]] = {
     "guide": {"method": "guide"},
     "calibrated": {},
-    "nothing fitted": NOTHING_FITTED,
-    "nothing fitted, embedding basis": {**NOTHING_FITTED, "basis": "embeddings"},
-    "no repair": {"repair": "none"},
-    "writing weights alone": {"repair": "writing"},
-    "fitted on the teacher's stream": {"repair_inputs": "teacher"},
-    "dropped blocks not absorbed": {"absorb_blocks": False},
+    "no fitting": NOTHING_FITTED,
+    "no fitting, embedding basis": {**NOTHING_FITTED, "basis": "embeddings"},
+    "no refit": {"repair": "none"},
+    "output projections only": {"repair": "writing"},
+    "refit on teacher inputs": {"repair_inputs": "teacher"},
+    "dropped blocks not merged": {"absorb_blocks": False},
     "ridge 0.1": {"ridge": 0.1},
     "ridge 0.03": {"ridge": 0.03},
     "pooled by block": {"pooling": "block"},
-    "pooled by energy": {"pooling": "energy"},
+    "pooled by squared norm": {"pooling": "energy"},
     "embedding basis": {"basis": "embeddings"},
-    "places of the stream": {"basis": "places"},
-    "blocks evenly": {"layers": "even"},
-    "even heads": {"heads": "even"},
-    "even neurons": {"neurons": "even"},
-    "values not turned": {"turn_values": False},
-    "table not fitted": {"fit_table": False},
-    "gain not fitted": {"fit_gain": False},
-    "logits not scaled": {"fit_logit_scale": False},
-    "text of its own": {},
-    "text of its own, nothing fitted": NOTHING_FITTED,
-    "tokens by chance": {},
+    "channel selection": {"basis": "places"},
+    "uniform blocks": {"layers": "even"},
+    "uniform heads": {"heads": "even"},
+    "uniform neurons": {"neurons": "even"},
+    "values not rotated": {"turn_values": False},
+    "embedding not fitted": {"fit_table": False},
+    "final norm not fitted": {"fit_gain": False},
+    "logit scale not fitted": {"fit_logit_scale": False},
+    "self-generated text": {},
+    "self-generated text, no fitting": NOTHING_FITTED,
+    "random tokens": {},
 }
 
 
@@ -111,12 +111,12 @@ def make(teacher: PreTrainedModel, shape: str, arm: str, learned: Tensor, args: 
     data: Any = None
     if method["method"] == "calibrated":
         method |= {"calibration_tokens": args.tokens}
-        if arm == "tokens by chance":
+        if arm == "random tokens":
             learned = torch.randint(
                 teacher.config.vocab_size, learned.shape, generator=torch.Generator().manual_seed(0)
             )
         batches = [{"input_ids": rows} for rows in learned[:, :LENGTH].split(args.batch_size)]
-        data = "teacher" if arm.startswith("text of its own") else batches
+        data = "teacher" if arm.startswith("self-generated text") else batches
     return from_teacher(
         teacher,
         method=method,
@@ -161,7 +161,7 @@ def draw(seed: int, tokenizer: Any, size: int, args: argparse.Namespace) -> Text
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("calibration.jsonl"))
+    parser.add_argument("--output", type=Path, default=Path("calibration_ablation.jsonl"))
     parser.add_argument("--teacher", help="by default SmolLM2-135M")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))

@@ -4,7 +4,7 @@ BERT norms the residual stream itself, so a projection cannot carry the gains ex
 its teacher's similarities: the correlation, over all pairs of texts, of the cosines of mean-pooled embeddings. `calibrated`
 listens to 200 texts that are not among those compared. The heads stay as many, so they get smaller with the width.
 
-    python examples/benchmarks/encoder_start.py [--widths 372 336 288 192] [--methods calibrated "queries not turned"]
+    python examples/benchmarks/encoder_similarity.py [--widths 372 336 288 192] [--methods calibrated "queries not rotated"]
 """
 
 import argparse
@@ -30,7 +30,7 @@ METHODS = {
     "calibrated": {"method": "calibrated"},
     "ridge 0.1": {"method": "calibrated", "ridge": 0.1},
     "ridge 0.03": {"method": "calibrated", "ridge": 0.03},
-    "queries not turned": {"method": "calibrated", "turn_queries": False},
+    "queries not rotated": {"method": "calibrated", "turn_queries": False},
     "nothing repaired": {"method": "calibrated", "repair": "none"},
     "nothing repaired nor turned": {"method": "calibrated", "repair": "none", "turn_queries": False},
 }
