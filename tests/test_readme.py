@@ -88,7 +88,9 @@ def test_the_first_snippet_prints_what_the_readme_shows(in_scratch: Path, capsys
     assert f"{namespace['student'].num_parameters():,}" in shown
 
 
-@pytest.mark.parametrize(("name", "words"), [("README.md", "trainer.train()"), ("examples/README.md", "eval_dataset=")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("README.md", "trainer.train()"), ("examples/README.md", "eval_dataset=")]
+)
 def test_the_snippets_of_the_trainer_train(name: str, words: str, in_scratch: Path, texts: Any) -> None:
     code = block_with(name, words).replace("trainer.push_to_hub()\n", "")
     teacher = make_model(in_scratch / "teacher", "llama", "ForCausalLM")
@@ -102,7 +104,11 @@ def test_the_snippets_of_the_trainer_train(name: str, words: str, in_scratch: Pa
 
 
 def test_the_snippet_of_lelp_trains_and_saves_a_student(in_scratch: Path) -> None:
-    code = block_with("examples/README.md", "fit_subclasses").replace("192", "16").replace("num_subclasses=8", "num_subclasses=2")
+    code = (
+        block_with("examples/README.md", "fit_subclasses")
+        .replace("192", "16")
+        .replace("num_subclasses=8", "num_subclasses=2")
+    )
     code = code.replace('DistillationArguments("out",', 'DistillationArguments("out", max_steps=1, report_to="none",')
     rows = [(tokenizer()(text).input_ids, label) for text, label in sentences(80)]
     train = datasets.Dataset.from_dict({"input_ids": [ids for ids, _ in rows], "labels": [label for _, label in rows]})
@@ -162,7 +168,9 @@ def test_the_links_lead_to_files(name: str) -> None:
         assert file.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, (
+                target
+            )
 
 
 def test_the_options_in_the_guide_are_options() -> None:

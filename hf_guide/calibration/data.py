@@ -110,7 +110,7 @@ def default_num_tokens(neurons: int) -> int:
     """Return how many tokens are looked at by default: ten for each neuron of the teacher's MLP, within `TOKENS`.
 
     After a whole run a student of a Llama of 192 neurons ended alike whether 2,048, 4,096, 8,192 or 16,384 were heard
-    (starting_points.py, three seeds, within 0.6 perplexities), so the floor is for what is trained for less; one of
+    (initialization_comparison.py, three seeds, within 0.6 perplexities), so the floor is for what is trained for less; one of
     SmolLM2-135M, of 1,536, trained on 92,160 tokens ended 5 % better with ten a neuron than with five.
     """
     return min(max(TOKENS_PER_NEURON * neurons, MIN_MAX_TOKENS[0]), MIN_MAX_TOKENS[1])
