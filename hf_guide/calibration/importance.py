@@ -110,7 +110,7 @@ def is_output_projection(plan: Plan, site: ParameterPlan) -> bool:
     row = site.match.row
     if row.kind != "weight" or site.match.is_bias or site.source is None or site.block is None or len(site.axes) != 2:
         return False
-    stream = {AxisName(name) for name in plan.layout.projected()}
+    stream = {AxisName(name) for name in plan.layout.projected_axes()}
     return row.output_axis in stream and row.axes[row.input_axis] not in stream
 
 

@@ -71,7 +71,7 @@ class ModuleMap:
 def find_modules(model: PreTrainedModel, layout: Layout) -> ModuleMap:
     """Return where to listen in `model`."""
     found = ModuleMap()
-    projected = set(layout.projected())
+    projected = set(layout.projected_axes())
     reads = {norm for row in layout.rows for norm in row.reads if norm}
     stacks = {row.pattern.partition("{block}")[0] + "{block}" for row in layout.rows if "{block}" in row.pattern}
     modules = {strip_base_prefix(name, model.base_model_prefix): module for name, module in model.named_modules()}

@@ -361,7 +361,7 @@ class BlockReconstructor:
             teacher_bias = self.plan.read(bias.source).double()
         kept = torch.cat([kept, teacher_bias[:, None]], 1)
         if isinstance(chosen, Selection):
-            rows = kept[chosen.places.clamp(min=0)] * (chosen.places >= 0).double()[:, None]
+            rows = kept[chosen.indices.clamp(min=0)] * (chosen.indices >= 0).double()[:, None]
             return rows * chosen.factors.double()[:, None]
         if isinstance(chosen, Projection):
             return chosen.matrix.cpu().double().T @ kept

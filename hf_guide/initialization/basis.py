@@ -209,7 +209,7 @@ def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
     weighed with that axis's moment.
     """
     tables: dict[str, list[ParameterPlan]] = {axis: [] for axis in axes}
-    chained = set(plan.layout.projected())
+    chained = set(plan.layout.projected_axes())
     for site in plan.parameters.values():
         for axis in axes:
             read = len(chained & set(_site_axis_names(site))) > 1 and site.axes[site.match.row.input_axis] == AxisName(

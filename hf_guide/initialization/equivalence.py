@@ -138,7 +138,7 @@ def pruning_error(layout: Layout, twin: PreTrainedModel) -> float:
             for dim, chosen in enumerate(plan.maps(site) if writes and site.source else []):
                 if isinstance(chosen, Selection):
                     dead = torch.ones(chosen.size, dtype=torch.bool)
-                    dead[chosen.places] = False
+                    dead[chosen.indices] = False
                     tensors[site.source or ""].index_fill_(dim, dead.nonzero().flatten(), 0.0)
     initialize(student, open_teacher(teacher), layout, options)
     try:

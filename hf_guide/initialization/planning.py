@@ -171,9 +171,9 @@ def make_plan(
         merge_tied_axes(layout, teacher_names),
         merge_tied_axes(layout, [*student_names, *shared_names]),
     )
-    if teacher_layout.projected() != layout.projected():
+    if teacher_layout.projected_axes() != layout.projected_axes():
         raise ShapeError(
-            f"The teacher's projected axes are {teacher_layout.projected()}, the student's {layout.projected()}: one has a "
+            f"The teacher's projected axes are {teacher_layout.projected_axes()}, the student's {layout.projected_axes()}: one has a "
             "projection after its embedding table, the other has not. Keep the embedding size different from, or equal "
             "to, the hidden size as there."
         )
@@ -528,7 +528,7 @@ def _projected_widths(layout: Layout, sites: Iterable[ParameterPlan]) -> dict[st
         ShapeError: a student that is wider than its teacher.
     """
     widths: dict[str, tuple[int, int]] = {}
-    projected = layout.projected()
+    projected = layout.projected_axes()
     for site in sites:
         if site.source_shape is None or len(site.source_shape) != len(site.axes):
             continue

@@ -1,7 +1,7 @@
-"""The grammar of axis names, and how one axis of one tensor gets smaller.
+"""The grammar of axis names, and the map that makes one axis of a tensor smaller.
 
 An axis is written as in einops: a name (`embed`), a whole number (`3`), a product (`(heads head_dim)`), or a product of
-sums (`(heads q_dim + heads k_dim + heads head_dim)`), nested at will. A tensor's axes are written side by side.
+sums (`(heads q_dim + heads k_dim + heads head_dim)`), nested at will. A tensor's axes are separated by spaces.
 """
 
 import math
@@ -17,7 +17,7 @@ from hf_guide.errors import LayoutError
 
 @dataclass(frozen=True)
 class AxisName:
-    """An axis of one meaning, or a whole number of places that are always kept."""
+    """An axis of one meaning, or a whole number of entries that are always kept."""
 
     name: str
 
@@ -27,7 +27,7 @@ class AxisName:
 
 @dataclass(frozen=True)
 class AxisProduct:
-    """Axes laid out inside one another, the last one running fastest."""
+    """Axes nested in one another; the last one varies fastest."""
 
     factors: "tuple[Axis, ...]"
 
@@ -37,7 +37,7 @@ class AxisProduct:
 
 @dataclass(frozen=True)
 class AxisConcat:
-    """Axes laid out one after another, as in a fused query, key and value."""
+    """Axes that follow one another, as in a fused query, key and value."""
 
     terms: "tuple[Axis, ...]"
 
@@ -47,28 +47,36 @@ class AxisConcat:
 
 Axis = AxisName | AxisProduct | AxisConcat
 AxisSelector = Callable[[str], tuple[Tensor, Tensor]]
+"""The indices that are selected on a named axis, and a factor for each."""
 
 
 def parse_axes(pattern: str) -> tuple[Axis, ...]:
-    """Return the axes that `pattern` names, for example `"(heads head_dim) embed"`.
+    """Parse the axes of a tensor.
+
+    Args:
+        pattern: for example `"(heads head_dim) embed"`.
 
     Raises:
         LayoutError: unbalanced parentheses or an unexpected character.
+
+    Example:
+        >>> [str(axis) for axis in parse_axes("(heads q_dim + heads k_dim) embed")]
+        ['(heads q_dim + heads k_dim)', 'embed']
     """
     tokens = re.findall(r"[A-Za-z_]\w*|\d+|[()+]|\S", pattern)
     position = 0
 
-    def product() -> tuple[Axis, ...]:
+    def parse_product() -> tuple[Axis, ...]:
         nonlocal position
         factors: list[Axis] = []
         while position < len(tokens) and tokens[position] not in ("+", ")"):
             token = tokens[position]
             position += 1
             if token == "(":
-                terms = [product()]
+                terms = [parse_product()]
                 while position < len(tokens) and tokens[position] == "+":
                     position += 1
-                    terms.append(product())
+                    terms.append(parse_product())
                 if position == len(tokens) or not all(terms):
                     raise LayoutError(f"The axes {pattern!r} do not parse: a parenthesis is empty or not closed.")
                 position += 1
@@ -80,33 +88,41 @@ def parse_axes(pattern: str) -> tuple[Axis, ...]:
                 raise LayoutError(f"The axes {pattern!r} do not parse at {token!r}.")
         return tuple(factors)
 
-    axes = product()
+    axes = parse_product()
     if position != len(tokens):
         raise LayoutError(f"The axes {pattern!r} do not parse at {tokens[position]!r}.")
     return axes
 
 
 def axis_names(axis: Axis) -> list[str]:
-    """Return the names in `axis`, whole numbers left out, in their order."""
+    """Return the names in `axis` in their order, without the whole numbers.
+
+    Example:
+        >>> axis_names(parse_axes("(2 heads head_dim)")[0])
+        ['heads', 'head_dim']
+    """
     if isinstance(axis, AxisName):
         return [] if axis.name.isdigit() else [axis.name]
-    parts = axis.factors if isinstance(axis, AxisProduct) else axis.terms
-    return [name for part in parts for name in axis_names(part)]
+    return [name for part in _parts(axis) for name in axis_names(part)]
+
+
+def _parts(axis: "AxisProduct | AxisConcat") -> tuple[Axis, ...]:
+    return axis.factors if isinstance(axis, AxisProduct) else axis.terms
 
 
 def name_and_repeats(axis: Axis) -> tuple[str, int]:
-    """Return the name of `axis` and how often it stands side by side: once, or n times in `(n name)`; "" for other axes."""
+    """Return the name of `axis` and how often it is repeated: once, or n times in `(n name)`; "" for other axes."""
     if isinstance(axis, AxisName):
         return axis.name, 1
     if isinstance(axis, AxisProduct) and len(axis.factors) == 2:
-        times, inner = axis.factors
-        if isinstance(times, AxisName) and times.name.isdigit() and isinstance(inner, AxisName):
-            return inner.name, int(times.name)
+        repeats, inner = axis.factors
+        if isinstance(repeats, AxisName) and repeats.name.isdigit() and isinstance(inner, AxisName):
+            return inner.name, int(repeats.name)
     return "", 1
 
 
 def merge_adjacent(axis: Axis, first: str, second: str) -> Axis:
-    """Return `axis` with the names `first` and `second`, where they stand side by side, made the one "first second"."""
+    """Return `axis` with `first` and `second`, where they are adjacent factors, merged into one name "first second"."""
     if isinstance(axis, AxisName):
         return axis
     if isinstance(axis, AxisConcat):
@@ -121,12 +137,17 @@ def merge_adjacent(axis: Axis, first: str, second: str) -> Axis:
 
 
 def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int | None:
-    """Return the length of `axis`, or None where a name in it has no known size."""
+    """Return the length of `axis`; None where a name in it has no known size.
+
+    Example:
+        >>> axis_size(parse_axes("(heads head_dim)")[0], {"heads": 4, "head_dim": 16})
+        64
+    """
     if isinstance(axis, AxisName):
         return int(axis.name) if axis.name.isdigit() else sizes.get(axis.name)
-    parts = [axis_size(part, sizes) for part in (axis.factors if isinstance(axis, AxisProduct) else axis.terms)]
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts):
+    lengths = [axis_size(part, sizes) for part in _parts(axis)]
+    known = [length for length in lengths if length is not None]
+    if len(known) < len(lengths):
         return None
     return math.prod(known) if isinstance(axis, AxisProduct) else sum(known)
 
@@ -136,8 +157,16 @@ def solve_sizes(axes: tuple[Axis, ...], shape: torch.Size, sizes: Mapping[str, i
 
     An axis of a single name takes its size from the tensor; one unknown factor of a product follows by division.
 
+    Args:
+        sizes: those that are known from the config.
+        parameter: the tensor's name, for the error.
+
     Raises:
         LayoutError: the axes do not multiply out to the shape; names the parameter, the pattern and both shapes.
+
+    Example:
+        >>> solve_sizes(parse_axes("(heads head_dim) embed"), torch.Size([64, 32]), {"heads": 4}, "q_proj")
+        {'heads': 4, 'head_dim': 16, 'embed': 32}
     """
     pattern = " ".join(map(str, axes))
     if len(axes) != len(shape):
@@ -160,41 +189,52 @@ def solve_sizes(axes: tuple[Axis, ...], shape: torch.Size, sizes: Mapping[str, i
     return solved
 
 
-def select_indices(axis: Axis, leaf: AxisSelector, sizes: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """Return which places of the teacher's flattened `axis` the student keeps, and a factor for each.
+def select_indices(axis: Axis, selector: AxisSelector, sizes: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """Return the indices of the teacher's flattened `axis` that the student keeps, and a factor for each.
 
-    `leaf(name)` gives both for one named axis; `sizes` are the teacher's.
+    Args:
+        selector: gives both for one named axis.
+        sizes: the teacher's.
+
+    Example:
+        >>> first_two = lambda name: (torch.arange(2), torch.ones(2))
+        >>> select_indices(parse_axes("(heads head_dim)")[0], first_two, {"heads": 4, "head_dim": 8})[0].tolist()
+        [0, 1, 8, 9]
     """
     if isinstance(axis, AxisName):
         if axis.name.isdigit():
             return torch.arange(int(axis.name)), torch.ones(int(axis.name), dtype=torch.float64)
-        return leaf(axis.name)
-    parts = [
-        select_indices(part, leaf, sizes) for part in (axis.factors if isinstance(axis, AxisProduct) else axis.terms)
-    ]
-    lengths = [axis_size(part, sizes) or 0 for part in (axis.factors if isinstance(axis, AxisProduct) else axis.terms)]
-    places, factors = parts[0]
+        return selector(axis.name)
+    selected = [select_indices(part, selector, sizes) for part in _parts(axis)]
+    lengths = [axis_size(part, sizes) or 0 for part in _parts(axis)]
+    indices, factors = selected[0]
     if isinstance(axis, AxisProduct):
-        for (inner, inner_factors), length in zip(parts[1:], lengths[1:], strict=True):
-            places = (places[:, None] * length + inner[None, :]).flatten()
+        for (inner, inner_factors), length in zip(selected[1:], lengths[1:], strict=True):
+            indices = (indices[:, None] * length + inner[None, :]).flatten()
             factors = (factors[:, None] * inner_factors[None, :]).flatten()
-        return places, factors
+        return indices, factors
     offsets = [sum(lengths[:i]) for i in range(len(lengths))]
-    places = torch.cat([part[0] + offset for part, offset in zip(parts, offsets, strict=True)])
-    return places, torch.cat([part[1] for part in parts])
+    indices = torch.cat([part[0] + offset for part, offset in zip(selected, offsets, strict=True)])
+    return indices, torch.cat([part[1] for part in selected])
 
 
 def group_indices(axis: Axis, groups: str, group: int, size: str, sizes: Mapping[str, int]) -> Tensor:
-    """Return where on an axis the places of `size` of one group stand, its members one after another."""
+    """Return the indices on `axis` of the entries of one group: those of its members one after another.
 
-    def leaf(name: str) -> tuple[Tensor, Tensor]:
+    Args:
+        groups: the axis that counts the groups, such as "kv_heads".
+        group: the number of the group.
+        size: the axis of an entry of a group, such as "head_dim".
+    """
+
+    def selector(name: str) -> tuple[Tensor, Tensor]:
         if name == groups:
-            places = torch.tensor([group])
+            indices = torch.tensor([group])
         else:
-            places = torch.arange(sizes[name]) if name in (size, "group") else torch.arange(0)
-        return places, torch.ones(len(places), dtype=torch.float64)
+            indices = torch.arange(sizes[name]) if name in (size, "group") else torch.arange(0)
+        return indices, torch.ones(len(indices), dtype=torch.float64)
 
-    return select_indices(axis, leaf, sizes)[0]
+    return select_indices(axis, selector, sizes)[0]
 
 
 @dataclass(frozen=True)
@@ -207,15 +247,15 @@ class Identity:
 
 @dataclass(frozen=True)
 class Selection:
-    """The axis keeps the teacher's `places`, each times its factor; a place of -1 is a row of zeros (a padded vocabulary)."""
+    """The axis keeps the teacher's entries at `indices`, each times its factor; -1 is a row of zeros (a padded vocabulary)."""
 
-    places: Tensor
+    indices: Tensor
     factors: Tensor
     size: int
 
     def __str__(self) -> str:
         scaled = "" if bool((self.factors == 1).all()) else ", scaled"
-        return f"selection {self.size} -> {len(self.places)}{scaled}"
+        return f"selection {self.size} -> {len(self.indices)}{scaled}"
 
 
 @dataclass(frozen=True)
@@ -226,24 +266,26 @@ class Projection:
 
     @property
     def is_selection(self) -> bool:
-        """Whether each direction is one of the places."""
+        """Whether each direction is one of the teacher's channels."""
         return bool(((self.matrix == 0) | (self.matrix == 1)).all() and (self.matrix.sum(0) == 1).all())
 
     def __str__(self) -> str:
-        return f"{'places' if self.is_selection else 'projection'} {self.matrix.shape[0]} -> {self.matrix.shape[1]}"
+        kind = "channels" if self.is_selection else "projection"
+        return f"{kind} {self.matrix.shape[0]} -> {self.matrix.shape[1]}"
 
 
 AxisMap = Identity | Selection | Projection
 
 
-def apply_selection(tensor: Tensor, dim: int, chosen: Selection) -> Tensor:
-    """Return `tensor` with only the chosen places of axis `dim`, in its own dtype; the factors are left to the caller."""
-    if not bool((chosen.places < 0).any()):
-        return tensor.index_select(dim, chosen.places.to(tensor.device))
-    kept = tensor.index_select(dim, chosen.places.clamp(min=0).to(tensor.device))
+def apply_selection(tensor: Tensor, dim: int, selection: Selection) -> Tensor:
+    """Return `tensor` with only the selected entries of axis `dim`, in its own dtype; the factors are not applied."""
+    absent = selection.indices < 0
+    if not bool(absent.any()):
+        return tensor.index_select(dim, selection.indices.to(tensor.device))
+    selected = tensor.index_select(dim, selection.indices.clamp(min=0).to(tensor.device))
     shape = [1] * tensor.ndim
     shape[dim] = -1
-    return kept.masked_fill_((chosen.places < 0).view(shape).to(tensor.device), 0)
+    return selected.masked_fill_(absent.view(shape).to(tensor.device), 0)
 
 
 def project_axis(
@@ -251,7 +293,7 @@ def project_axis(
 ) -> Tensor:
     """Return `tensor` with axis `dim` contracted with `diag(diagonal) @ matrix`, computed in `dtype`.
 
-    The work goes in pieces of about 64 MB, so that a half-precision tensor is never held whole in a wider dtype.
+    The tensor is processed in pieces of about 64 MB, so that one in half precision is never held whole in a wider dtype.
     """
     effective = matrix if diagonal is None else diagonal[:, None] * matrix
     effective = effective.to(device=tensor.device, dtype=dtype)

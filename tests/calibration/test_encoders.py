@@ -70,7 +70,7 @@ def test_gains_are_those_of_the_places_kept() -> None:
     shares = own[gain] / had[gain][places]
     torch.testing.assert_close(shares, shares[:1].expand_as(shares))
     report = student.initialization_report
-    assert "places 48 -> 24" in str(report) and not any(
+    assert "channels 48 -> 24" in str(report) and not any(
         "LayerNorm" in note and "tied" not in note for note in report.approximations
     )
 

@@ -25,7 +25,7 @@ def shake(
     generator = torch.Generator().manual_seed(seed)
     present = [match.row for match in (layout.find(short(name, model)) for name in model.state_dict()) if match]
     folded = norms_read(present, layout) | {row.scaled_by for row in present if row.scaled_by}
-    tied, stream = tied_norms(model, layout), [AxisName(name) for name in layout.projected()]
+    tied, stream = tied_norms(model, layout), [AxisName(name) for name in layout.projected_axes()]
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -39,7 +39,7 @@ def shake(
                 noise = noise * length
             if match is not None and match.row.kind == "norm" and not name.endswith("bias"):
                 free = match.row.pattern in folded and match.row.pattern not in tied or stream_gains == "random"
-                if match.axes[-1] not in (AxisName("embed"), *map(AxisName, layout.projected())):
+                if match.axes[-1] not in (AxisName("embed"), *map(AxisName, layout.projected_axes())):
                     free = True
                 gain = 1.0 + 0.3 * noise.clamp(-2, 2) if free else torch.full(tensor.shape, 0.8, dtype=torch.float64)
                 tensor.copy_(gain - layout.norm_offset)
@@ -51,7 +51,7 @@ def shake(
 
 def norms_read(rows: Iterable[LayoutRow], layout: Layout) -> set[str]:
     """The norms that some of `rows` read along the residual stream."""
-    stream = set(layout.projected())
+    stream = set(layout.projected_axes())
     along = [row for row in rows if row.reads and set(axis_names(row.axes[row.input_axis])) <= stream]
     return {read for row in along for read in row.reads if read}
 
@@ -140,7 +140,7 @@ class Lifter:
         self.source = {short(name, small): tensor for name, tensor in small.state_dict().items()}
         self.targets = {short(name, big): tensor for name, tensor in big.state_dict(keep_vars=True).items()}
         self.generator = torch.Generator().manual_seed(seed + 1)
-        self.projected = [AxisName(name) for name in layout.projected()]
+        self.projected = [AxisName(name) for name in layout.projected_axes()]
         present = [match.row for match in map(layout.find, self.targets) if match]
         self.read = norms_read(present, layout) - tied_norms(big, layout)
         bare = [

@@ -67,7 +67,7 @@ def rotation_residual(teacher: PreTrainedModel, layout: Layout, case: Case) -> f
         match = layout.find(short(name, teacher))
         assert match is not None, f"the layout says nothing of {name}"
         lengths = {str(axis): length for axis, length in zip(match.axes, tensor.shape, strict=True)}
-        widths |= {axis: lengths[axis] for axis in layout.projected() if axis in lengths}
+        widths |= {axis: lengths[axis] for axis in layout.projected_axes() if axis in lengths}
     bases = {
         axis: orthonormal(width, width, seed=6, keep_mean=layout.norm == "layer") for axis, width in widths.items()
     }
