@@ -64,7 +64,7 @@ def reads_decoder_tokens(part: ModuleRef, config: PreTrainedConfig) -> bool:
     """Whether what a part is given are the tokens of an encoder-decoder's decoder: those that it reads, wherever it stands."""
     if CROSS_ATTENTION_KEY_VALUE.search(part.name):
         return False
-    return is_decoder_stack(next((norm for norm in part.match.row.reads if norm), part.name), config)
+    return is_decoder_stack(next((norm for norm in part.match.row.input_norms if norm), part.name), config)
 
 
 def is_decoder_stack(name: str, config: PreTrainedConfig) -> bool:

@@ -46,7 +46,7 @@ def find_head_pair(mender: BlockReconstructor) -> HeadPair | None:
     for name, part in mender.student_modules.readers.items():
         twin = mender.of_teacher.readers.get(name)
         if part.is_language_head and twin is not None:
-            reads = part.match.row.reads
+            reads = part.match.row.input_norms
             tied = name + ".weight" in mender.plan.tied_parameters
             return HeadPair(part, twin, reads[0] if reads else None, tied)
     return None

@@ -72,7 +72,7 @@ def find_modules(model: PreTrainedModel, layout: Layout) -> ModuleMap:
     """Return where to listen in `model`."""
     found = ModuleMap()
     projected = set(layout.projected_axes())
-    reads = {norm for row in layout.rows for norm in row.reads if norm}
+    reads = {norm for row in layout.rows for norm in row.input_norms if norm}
     stacks = {row.pattern.partition("{block}")[0] + "{block}" for row in layout.rows if "{block}" in row.pattern}
     modules = {strip_base_prefix(name, model.base_model_prefix): module for name, module in model.named_modules()}
     for stack in sorted(stacks):
@@ -86,7 +86,7 @@ def find_modules(model: PreTrainedModel, layout: Layout) -> ModuleMap:
             match = layout.find(f"{name}.{parameter}")
             if match is not None and len(match.axes) == 3 and match.axes[0] == AxisName("experts"):
                 axis = match.axes[2 if match.row.transposed else 1]
-                if isinstance(axis, AxisName) and axis.name in projected and not match.row.reads:
+                if isinstance(axis, AxisName) and axis.name in projected and not match.row.input_norms:
                     found.experts[name] = ModuleRef(name, module, match, axis.name)
         match = layout.find(name)
         if match is None or match.suffix or not match.axes:

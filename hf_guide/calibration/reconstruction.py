@@ -108,7 +108,7 @@ def _probe_residual_location(
 ) -> str | None:
     """Find where what a writer writes is next seen on the stream, by writing something else; return why it is nowhere."""
     (part,) = stage.parts
-    if part.match.row.normed_by is not None:
+    if part.match.row.output_norm is not None:
         return "a norm stands between it and the stream"
     size = max(_rms(stream) for stream in (replay.hidden_states[0], *before.values()))  # so that none rounds it away
     generator = torch.Generator().manual_seed(0)

@@ -206,7 +206,9 @@ def _resume(found: ActivationStatistics, seen: dict[str, Tensor], checkpoint: Ca
 
 def residual_inputs(anatomy: ModuleMap) -> list[ModuleRef]:
     """Return the modules whose input is the residual stream: norms that are read, and weights in blocks that read no norm."""
-    bare = [part for part in anatomy.readers.values() if part.block is not None and not any(part.match.row.reads)]
+    bare = [
+        part for part in anatomy.readers.values() if part.block is not None and not any(part.match.row.input_norms)
+    ]
     return [*anatomy.read_norms.values(), *bare]
 
 

@@ -101,7 +101,7 @@ def rotation_error(layout: Layout, twin: PreTrainedModel, width: int) -> float:
     """Return by how much the function changes, of the largest logit, when the residual stream is turned at random."""
     student = build_tiny_model(type(twin), copy.deepcopy(twin.config), seed=1)
     rotation = random_stream_rotation(width, keep_mean=layout.norm == "layer")
-    options = InitializationConfig(energy_correction=False, fold_norms=any(row.reads for row in layout.rows))
+    options = InitializationConfig(energy_correction=False, fold_norms=any(row.input_norms for row in layout.rows))
     initialize(student, open_teacher(twin), layout, options, bases={"embed": rotation})
     return relative_logit_error(student, twin)
 
@@ -134,7 +134,7 @@ def pruning_error(layout: Layout, twin: PreTrainedModel) -> float:
     }
     with torch.no_grad():
         for site in plan.parameters.values():
-            writes = AxisName("embed") in site.axes and not site.match.row.reads and len(site.axes) > 1
+            writes = AxisName("embed") in site.axes and not site.match.row.input_norms and len(site.axes) > 1
             for dim, chosen in enumerate(plan.maps(site) if writes and site.source else []):
                 if isinstance(chosen, Selection):
                     dead = torch.ones(chosen.size, dtype=torch.bool)
@@ -176,7 +176,7 @@ def _residual_width(layout: Layout, twin: PreTrainedModel) -> int | None:
 
 
 def _constant_gains(layout: Layout, twin: PreTrainedModel) -> None:
-    read = {norm for row in layout.rows for norm in row.reads}
+    read = {norm for row in layout.rows for norm in row.input_norms}
     with torch.no_grad():
         for name, tensor in twin.state_dict(keep_vars=True).items():
             match = layout.find(strip_base_prefix(name, twin.base_model_prefix))

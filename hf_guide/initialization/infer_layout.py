@@ -189,7 +189,7 @@ def _probe_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
 
 
 def _describe_exactness(layout: Layout, verdict: EquivalenceReport) -> str:
-    read = {norm for row in layout.rows for norm in row.reads}
+    read = {norm for row in layout.rows for norm in row.input_norms}
     stream = [
         row
         for row in layout.rows
@@ -445,13 +445,13 @@ def fix_axes(rows: Iterable[LayoutRow], names: tuple[str, ...]) -> tuple[LayoutR
             AxisName(f"fixed{number}") if set(names) & set(axis_names(axis)) else axis
             for number, axis in enumerate(row.axes)
         )
-        frozen.append(LayoutRow(row.pattern, axes, row.kind, row.reads, row.scaled_by, row.transposed))
+        frozen.append(LayoutRow(row.pattern, axes, row.kind, row.input_norms, row.output_diagonal, row.transposed))
     return tuple(frozen)
 
 
 def without_folding(rows: Iterable[LayoutRow]) -> tuple[LayoutRow, ...]:
     """Return `rows` without what their weights read, so that no norm is folded."""
-    return tuple(LayoutRow(row.pattern, row.axes, row.kind, (), row.scaled_by, row.transposed) for row in rows)
+    return tuple(LayoutRow(row.pattern, row.axes, row.kind, (), row.output_diagonal, row.transposed) for row in rows)
 
 
 def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel], reason: str) -> Layout:
@@ -495,7 +495,9 @@ def add_task_head(layout: Layout, config: PreTrainedConfig, model_class: type[Pr
     """
     model = meta_model(model_class, config)
     width = config.get_text_config().hidden_size
-    reads = next((row.reads for row in layout.rows if row.kind == "weight" and AxisName("vocab") in row.axes), ())
+    reads = next(
+        (row.input_norms for row in layout.rows if row.kind == "weight" and AxisName("vocab") in row.axes), ()
+    )
     rows: list[LayoutRow] = []
     for name, tensor in model.state_dict().items():
         relative = strip_base_prefix(name, model.base_model_prefix)
@@ -505,5 +507,5 @@ def add_task_head(layout: Layout, config: PreTrainedConfig, model_class: type[Pr
         if name != relative or kind not in ("weight", "bias") or tensor.shape[0] != config.num_labels:
             raise LayoutError(f"What is derived of {layout.family!r} does not know {name!r} of {model_class.__name__}")
         if kind == "weight" and tuple(tensor.shape) == (config.num_labels, width):
-            rows.append(LayoutRow(module, (AxisName("labels"), AxisName("embed")), reads=reads))
+            rows.append(LayoutRow(module, (AxisName("labels"), AxisName("embed")), input_norms=reads))
     return dataclasses.replace(layout, rows=(*layout.rows, *rows)) if rows else layout

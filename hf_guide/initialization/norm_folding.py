@@ -28,9 +28,9 @@ class NormFolding:
         found: dict[str, list[ParameterPlan]] = {}
         for site in self.plan.parameters.values():
             row = site.match.row
-            if not row.reads or name_and_repeats(row.axes[row.input_axis])[0] not in self.plan.widths:
+            if not row.input_norms or name_and_repeats(row.axes[row.input_axis])[0] not in self.plan.widths:
                 continue
-            for norm in {self.name(read, site, of_teacher=False) for read in row.reads if read}:
+            for norm in {self.name(read, site, of_teacher=False) for read in row.input_norms if read}:
                 found.setdefault(norm, []).append(site)
         return found
 
@@ -39,7 +39,7 @@ class NormFolding:
         """The weight whose output each norm norms, where the norm's gain is folded into that weight."""
         found: dict[str, ParameterPlan] = {}
         for site in self.plan.parameters.values():
-            after = site.match.row.normed_by
+            after = site.match.row.output_norm
             if after and not site.match.is_bias and self.output_gain_name(site) == after:
                 found.setdefault(self.name(after, site, of_teacher=False), site)
         return found
@@ -47,13 +47,13 @@ class NormFolding:
     @functools.cached_property
     def learned_scales(self) -> set[str]:
         """The learned diagonals that are folded into the weights whose outputs they multiply."""
-        rows = [(site.match.row.scaled_by, site) for site in self.plan.parameters.values()]
+        rows = [(site.match.row.output_diagonal, site) for site in self.plan.parameters.values()]
         return {self.name(scale, site, of_teacher=False) for scale, site in rows if scale}
 
     @functools.cached_property
     def axes_without_final_gain(self) -> set[str]:
         """The projected axes that a tied head reads through a norm without parameters."""
-        heads = [row for row in self._tied_rows if row.reads]
+        heads = [row for row in self._tied_rows if row.input_norms]
         return {
             axis
             for axis in self.plan.widths
@@ -61,7 +61,7 @@ class NormFolding:
             if AxisName(axis) in head.axes
             if any(
                 norm and norm not in self.plan.parameters and norm + ".weight" not in self.plan.parameters
-                for norm in head.reads
+                for norm in head.input_norms
             )
         }
 
@@ -76,14 +76,14 @@ class NormFolding:
 
     def is_tied(self, norm: str) -> bool:
         """Whether a weight that reads this norm is shared with a table in the student."""
-        return any(norm in row.reads for row in self._tied_rows)
+        return any(norm in row.input_norms for row in self._tied_rows)
 
     def output_gain_name(self, site: ParameterPlan) -> str | None:
         """Return the learned diagonal, or the gain of the norm, that is folded into what `site` writes."""
         row = site.match.row
-        if row.normed_by is not None and self.plan.options.fold_norms and self.plan.layout.norm == "rms":
-            return row.normed_by
-        return row.scaled_by
+        if row.output_norm is not None and self.plan.options.fold_norms and self.plan.layout.norm == "rms":
+            return row.output_norm
+        return row.output_diagonal
 
     @functools.cached_property
     def _tied_rows(self) -> list[LayoutRow]:

@@ -141,7 +141,7 @@ class Plan:
         used = {
             name
             for row in (site.match.row for site in self.parameters.values())
-            for name in (*row.reads, row.normed_by, row.scaled_by)
+            for name in (*row.input_norms, row.output_norm, row.output_diagonal)
         }
         streams = {AxisName(name) for name in self.widths}
         for site in self.parameters.values():

@@ -225,7 +225,7 @@ def make_plan(
                     f"{actual}: the teacher's block that feeds it has no {source!r}: blocks of another kind. "
                     "Choose blocks of the same kinds with layers=[...], or leave per-block lists to the teacher's config."
                 )
-            if not (match.is_bias and (match.row.reads or elsewhere)):  # a bias that a block lacks is zero there
+            if not (match.is_bias and (match.row.input_norms or elsewhere)):  # a bias that a block lacks is zero there
                 random.append(actual)
                 continue
         source_shape = teacher.weights.shape(teacher_names[source]) if source in teacher_names else None

@@ -90,7 +90,7 @@ class Transfer:
         """Return the gain that is folded into what `site` writes, None for none: of a learned scale less what stays in it."""
         scale = self.folding.output_gain_name(site)
         gain = self.teacher_norm(scale, site, "weight") if scale else None
-        if gain is None or scale != site.match.row.scaled_by:
+        if gain is None or scale != site.match.row.output_diagonal:
             return gain
         return gain / (root_mean_square(gain) or 1.0)
 
@@ -148,10 +148,10 @@ class Transfer:
             if isinstance(chosen, Selection):
                 tensor = apply_selection(tensor, dim, chosen)
         output = len(maps) - 1 if row.transposed else 0
-        terms = self._terms(site, tensor.shape[output]) if len(row.reads) > 1 else [tensor.shape[output]]
+        terms = self._terms(site, tensor.shape[output]) if len(row.input_norms) > 1 else [tensor.shape[output]]
         pieces = []
         for number, piece in enumerate(tensor.split(terms, dim=output)):
-            read = row.reads[number] if row.reads else None
+            read = row.input_norms[number] if row.input_norms else None
             pieces.append(self._contract(site, piece, read, None if vectors is None else (vectors[number],)))
         result = torch.cat(pieces, dim=0 if vectors is not None else output) if len(pieces) > 1 else pieces[0]
         for dim, chosen in enumerate(maps):
@@ -293,7 +293,7 @@ def norm_bias(transfer: Transfer, norm: str) -> Tensor | None:
             if not isinstance(transfer.plan.maps(reader)[reader.match.row.input_axis], Projection):
                 continue  # a later block that is selected reads what it can
             vectors = [
-                transfer.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.reads
+                transfer.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.input_norms
             ]
             wanted = transfer.weight_value(reader, vectors).double().flatten()
             weight = transfer.weight_value(reader).movedim(reader.match.row.input_axis, -1).reshape(-1, width).double()
@@ -332,7 +332,7 @@ def _why_not_folded(transfer: Transfer, norm: str) -> str:
     if not transfer.plan.options.fold_norms:
         return "its gain is not folded, for fold_norms is off"
     match = transfer.plan.layout.find(norm + ".weight")
-    if match is not None and any(match.row.pattern in row.reads for row in transfer.plan.layout.rows):
+    if match is not None and any(match.row.pattern in row.input_norms for row in transfer.plan.layout.rows):
         return "no weight that reads it came from the teacher, so its gain is not folded"
     return "its output goes onto the residual stream, so its gain cannot be folded"
 
@@ -363,7 +363,7 @@ def parameter_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
         transfer.record_step(site, f"logits times {gain:.6g}")
         return (result.to(transfer.dtype) + offset) * gain - offset
     is_logit_bias = site.axes == (AxisName("vocab"),)  # also one that stands beside a tied head
-    if is_logit_bias or (row.kind == "weight" and row.reads and AxisName("vocab") in row.axes):
+    if is_logit_bias or (row.kind == "weight" and row.input_norms and AxisName("vocab") in row.axes):
         transfer.record_step(site, f"logits times {gain:.6g}")
         return _scale(transfer, result, gain)
     return result
@@ -408,7 +408,7 @@ def _base_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
         if ratio != 1.0:
             transfer.record_step(site, f"times {ratio:.6g}: what it is added to is multiplied by the model's width")
             result = _scale(transfer, result, ratio)
-    if row.kind != "table" and AxisName("vocab") in row.axes and row.reads:
+    if row.kind != "table" and AxisName("vocab") in row.axes and row.input_norms:
         ratio = transfer.ratio(transfer.plan.layout.tied_head_scale)
         result = _scale(transfer, result, ratio)
     return result
@@ -430,7 +430,7 @@ def bias_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
     if (
         weight is not None
         and weight.source is not None
-        and any(_folds_bias(transfer, norm, weight) for norm in row.reads)
+        and any(_folds_bias(transfer, norm, weight) for norm in row.input_norms)
     ):
         result = result.to(transfer.dtype) + _folded_norm_bias(transfer, weight)
         transfer.record_step(site, "takes in the bias of the norm before it")
@@ -450,7 +450,7 @@ def _folds_bias(transfer: Transfer, norm: str | None, site: ParameterPlan) -> bo
 
 def _folded_norm_bias(transfer: Transfer, weight: ParameterPlan) -> Tensor:
     """Return W b for the bias b of the norm that `weight` reads, less what the student's own norm bias gives."""
-    reads = weight.match.row.reads
+    reads = weight.match.row.input_norms
     vectors = [transfer.teacher_norm(norm, weight, "bias") if norm else None for norm in reads]
     result = transfer.weight_value(weight, vectors)
     norm = transfer.folding.name(reads[0] or "", weight, of_teacher=False)

@@ -73,10 +73,10 @@ class LayoutRow:
     pattern: str
     axes: tuple[Axis, ...]
     kind: str = "weight"
-    reads: tuple[str | None, ...] = ()
-    scaled_by: str | None = None
+    input_norms: tuple[str | None, ...] = ()
+    output_diagonal: str | None = None
     transposed: bool = False
-    normed_by: str | None = None
+    output_norm: str | None = None
 
     @functools.cached_property
     def expression(self) -> re.Pattern[str]:
@@ -150,7 +150,7 @@ class Layout:
             best = best or match
         return best
 
-    def projected(self) -> list[str]:
+    def projected_axes(self) -> list[str]:
         """Return the axes that are projected: those on which a `table` lies, other than those a table is long."""
         names = [
             axis.name for row in self.rows if row.kind == "table" for axis in row.axes if isinstance(axis, AxisName)

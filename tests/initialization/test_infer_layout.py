@@ -116,7 +116,7 @@ def wrong_layouts() -> dict[str, Layout]:
             "o_proj", axes=parse_axes("place (kv_heads group head_dim)")
         ),
         "a norm that nothing is said to read, folded elsewhere": changed(
-            "gate_proj", reads=("layers.{block}.input_layernorm",)
+            "gate_proj", input_norms=("layers.{block}.input_layernorm",)
         ),
         "heads inside of the head size": changed("q_proj", axes=parse_axes("(q_dim kv_heads group) embed")),
         "gains that are stored less one": dataclasses.replace(right, norm_offset=1.0),

@@ -24,7 +24,7 @@ def shake(
     """
     generator = torch.Generator().manual_seed(seed)
     present = [match.row for match in (layout.find(short(name, model)) for name in model.state_dict()) if match]
-    folded = norms_read(present, layout) | {row.scaled_by for row in present if row.scaled_by}
+    folded = norms_read(present, layout) | {row.output_diagonal for row in present if row.output_diagonal}
     tied, stream = tied_norms(model, layout), [AxisName(name) for name in layout.projected_axes()]
     done: set[int] = set()
     with torch.no_grad():
@@ -34,7 +34,7 @@ def shake(
             done.add(id(tensor))
             match = layout.find(short(name, model))
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            written = match is not None and match.row.kind != "norm" and not match.row.reads
+            written = match is not None and match.row.kind != "norm" and not match.row.input_norms
             if written and any(axis in stream for axis in match.axes):
                 noise = noise * length
             if match is not None and match.row.kind == "norm" and not name.endswith("bias"):
@@ -52,8 +52,8 @@ def shake(
 def norms_read(rows: Iterable[LayoutRow], layout: Layout) -> set[str]:
     """The norms that some of `rows` read along the residual stream."""
     stream = set(layout.projected_axes())
-    along = [row for row in rows if row.reads and set(axis_names(row.axes[row.input_axis])) <= stream]
-    return {read for row in along for read in row.reads if read}
+    along = [row for row in rows if row.input_norms and set(axis_names(row.axes[row.input_axis])) <= stream]
+    return {read for row in along for read in row.input_norms if read}
 
 
 def short(name: str, model: PreTrainedModel) -> str:
@@ -69,7 +69,7 @@ def tied_norms(model: PreTrainedModel, layout: Layout) -> set[str]:
     for names in groups.values():
         rows = [match.row for match in map(layout.find, names) if match]
         if any(row.kind == "table" for row in rows):
-            found |= {read for row in rows for read in row.reads if read}
+            found |= {read for row in rows for read in row.input_norms if read}
     return found
 
 
@@ -147,9 +147,13 @@ class Lifter:
             norm for norm in tied_norms(big, layout) if norm not in self.source and norm + ".weight" not in self.source
         ]
         self.bare = {
-            axis.name for row in present if set(row.reads) & set(bare) for axis in row.axes if axis in self.projected
+            axis.name
+            for row in present
+            if set(row.input_norms) & set(bare)
+            for axis in row.axes
+            if axis in self.projected
         }
-        self.learned_scales = {row.scaled_by for row in layout.rows if row.scaled_by}
+        self.learned_scales = {row.output_diagonal for row in layout.rows if row.output_diagonal}
         self.bases: dict[str, Tensor] = {}
         self.gains: dict[str, Tensor] = {}
         self.counts: dict[str, tuple[int, int]] = {}
@@ -207,7 +211,7 @@ class Lifter:
         """A block that writes nothing onto the stream, whatever it reads."""
         if match.row.kind == "norm":
             target.fill_(0.0 if name.endswith("bias") else 1.0 - self.layout.norm_offset)
-        elif not match.row.reads and any(axis in self.projected for axis in match.axes):
+        elif not match.row.input_norms and any(axis in self.projected for axis in match.axes):
             target.zero_()
         else:
             target.copy_(0.1 * torch.randn(target.shape, generator=self.generator, dtype=torch.float64))
@@ -268,13 +272,13 @@ class Lifter:
             if not self._copies(axis) or target.shape[dim] == value.shape[dim]
         ]
         value = self._placed(match, value, target, kept)
-        terms, big = [row.reads[0] if row.reads else None], self._sizes(self.big, match, target)
-        if len(row.reads) > 1 and not match.is_bias:
+        terms, big = [row.input_norms[0] if row.input_norms else None], self._sizes(self.big, match, target)
+        if len(row.input_norms) > 1 and not match.is_bias:
             lengths = [total(term, big) for term in row.output_axis.terms]
             output = len(match.axes) - 1 if row.transposed else 0
             parts = value.split(lengths, dim=output)
             return torch.cat(
-                [self._widened(match, part, target, norm) for part, norm in zip(parts, row.reads, strict=True)],
+                [self._widened(match, part, target, norm) for part, norm in zip(parts, row.input_norms, strict=True)],
                 dim=output,
             )
         return self._widened(match, value, target, terms[0])
@@ -305,10 +309,10 @@ class Lifter:
                 if small is not None:
                     matrix = matrix * small[None, :] / big[:, None]
                 matrix = matrix * math.sqrt(narrow / wide)
-            elif row.scaled_by is not None and (match.is_bias or dim != row.input_axis):
+            elif row.output_diagonal is not None and (match.is_bias or dim != row.input_axis):
                 small, big = (
-                    self._gain(self.source, self._named(row.scaled_by, match, of_small=True)),
-                    self._own_gain(self._named(row.scaled_by, match, of_small=False)),
+                    self._gain(self.source, self._named(row.output_diagonal, match, of_small=True)),
+                    self._own_gain(self._named(row.output_diagonal, match, of_small=False)),
                 )
                 matrix = matrix if small is None else matrix * small[None, :] / big[:, None]
             written = (
@@ -321,7 +325,7 @@ class Lifter:
             value = value * self._ratio(self.layout.embedding_scale)
         elif row.pattern in self.layout.scales:
             value = value * self._ratio(self.layout.scales[row.pattern])
-        elif AxisName("vocab") in match.axes and row.reads and not match.is_bias:
+        elif AxisName("vocab") in match.axes and row.input_norms and not match.is_bias:
             value = value * self._ratio(self.layout.tied_head_scale)
         return value
 
@@ -342,7 +346,7 @@ class Lifter:
             return math.sqrt(wide / narrow) * own * (self._basis(axis, wide, narrow) @ (value / gain))
         if pattern in self.learned_scales:
             return self._own_gain(norm) - offset
-        before_head = any(pattern in row.reads for row in self.layout.rows)
+        before_head = any(pattern in row.input_norms for row in self.layout.rows)
         scale = (
             self._ratio(self.layout.tied_head_scale) / self._ratio(self.layout.embedding_scale) if before_head else 1.0
         )

@@ -220,7 +220,7 @@ class StackDepths:
     """
 
     depths: dict[ConfigPath, Depth]
-    reads: dict[ConfigPath, dict[ConfigPath, ListAccess]]
+    list_access: dict[ConfigPath, dict[ConfigPath, ListAccess]]
     model: PreTrainedModel | None = None
     tables: dict[str, tuple[int, ConfigPath, bool]] = field(default_factory=dict)
 
@@ -270,7 +270,7 @@ def find_block_fields(
                 found[path] = BlockField(path, kind, next(iter(own)))
                 continue
             for depth in own.values():
-                kind = _infer_kind(part, name, value, depth, depths.reads.get(depth.path, {}).get(path))
+                kind = _infer_kind(part, name, value, depth, depths.list_access.get(depth.path, {}).get(path))
                 if kind is not None:
                     found[path] = BlockField(path, kind, depth.path)
                     break

@@ -29,21 +29,21 @@ from hf_guide.models.tiny_models import MODEL_ERRORS
 class _RecordsAccess:
     """Record which entries of a sequence are read and which numbers it is asked for."""
 
-    reads: ListAccess
+    access: ListAccess
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int):
-            self.reads.indices.add(index)
+            self.access.indices.add(index)
         return super().__getitem__(index)  # type: ignore[misc]
 
     def __contains__(self, item: object) -> bool:
         if isinstance(item, int):
-            self.reads.membership_tests.add(item)
+            self.access.membership_tests.add(item)
         return super().__contains__(item)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         duplicate = type(self)(copy.deepcopy(list(self), memo))  # type: ignore[call-overload,call-arg]
-        duplicate.reads = self.reads
+        duplicate.access = self.access
         return duplicate
 
 
@@ -63,9 +63,9 @@ def record_list_access(config: PreTrainedConfig) -> dict[ConfigPath, ListAccess]
             if name.startswith("_") or type(value) not in (list, tuple) or not value:
                 continue
             recording: Any = RecordingList(value) if isinstance(value, list) else RecordingTuple(value)
-            recording.reads = ListAccess()
+            recording.access = ListAccess()
             path = (*prefix, name)
-            records[path] = recording.reads
+            records[path] = recording.access
             part.__dict__[name] = recording
     return records
 
@@ -119,7 +119,7 @@ def _probe_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], 
         if stacks:
             taken |= set(stacks)
             found.depths[path] = Depth(path, size, stacks)
-            found.reads[path] = records
+            found.list_access[path] = records
             found.tables.update(tables)
     return found
 
