@@ -72,7 +72,7 @@ def class_logits(logits: Tensor, num_subclasses: int) -> Tensor:
 
     Example:
         >>> class_logits(torch.zeros(1, 6), num_subclasses=2).exp()
-        tensor([[2.0000, 2.0000, 2.0000]])
+        tensor([[2., 2., 2.]])
     """
     if num_subclasses == 1:
         return logits

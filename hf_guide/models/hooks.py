@@ -18,6 +18,7 @@ def removable_hooks() -> Iterator[list[Any]]:
     """Yield a list for the handles of hooks; remove them all at the end of the block.
 
     Example:
+        >>> import torch
         >>> layer, inputs = nn.Linear(2, 3), []
         >>> with removable_hooks() as handles:
         ...     handles.append(register_input_hook(layer, inputs.append))

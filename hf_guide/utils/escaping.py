@@ -27,7 +27,7 @@ def escape_control_characters(text: object) -> str:
 def escape_markdown(text: object) -> str:
     """Return a text as Markdown, in a paragraph, a list item, a heading, or a cell of a table.
 
-    >>> markdown("a|b")
+    >>> escape_markdown("a|b")
     'a\\\\|b'
     """
     escaped = re.sub(
