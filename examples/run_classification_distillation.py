@@ -3,7 +3,7 @@
     python examples/run_classification_distillation.py \
         --teacher textattack/roberta-base-SST-2 --model_name_or_path distilbert/distilroberta-base \
         --dataset_name stanfordnlp/sst2 --text_column_name sentence \
-        --do_train --do_eval --objective '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
+        --do_train --do_eval --losses '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
 
 Labels by name are brought into the teacher's order; numbers are taken as they stand.
 """
@@ -110,7 +110,7 @@ def main() -> None:
     label2id = AutoConfig.from_pretrained(training_args.teacher).label2id if training_args.teacher else {}
     if set(label2id) != set(names):  # the teacher's are only numbered; then the data's names stand
         label2id = {name: number for number, name in enumerate(names)}
-    model = None  # then the trainer makes it out of the teacher, as `student` says
+    model = None  # then the trainer makes it out of the teacher, as `student_init_kwargs` specifies
     if model_args.model_name_or_path:
         model = AutoModelForSequenceClassification.from_pretrained(
             model_args.model_name_or_path,

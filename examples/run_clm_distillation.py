@@ -1,12 +1,12 @@
 """Distil a causal language model (GPT, Llama, Qwen, ...) on a text dataset or text files.
 
-The student is made out of the teacher (`--student`), or is one that is there already (`--model_name_or_path`):
+The student is made out of the teacher (`--student_init_kwargs`), or is one that is there already (`--model_name_or_path`):
 
     python examples/run_clm_distillation.py \
         --teacher HuggingFaceTB/SmolLM2-135M \
-        --student '{"hidden_size": 288, "num_hidden_layers": 10, "intermediate_size": 768, "dtype": "float32"}' \
+        --student_init_kwargs '{"hidden_size": 288, "num_hidden_layers": 10, "intermediate_size": 768, "dtype": "float32"}' \
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 \
-        --do_train --do_eval --objective '{"ce": 0.5, "kd": 0.5}' --output_dir student
+        --do_train --do_eval --losses '{"ce": 0.5, "kd": 0.5}' --output_dir student
 
     accelerate launch --config_file examples/accelerate/multi_gpu.yaml examples/run_clm_distillation.py ...
 """
@@ -93,7 +93,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path or training_args.teacher
     )
-    model = None  # then the trainer makes it out of the teacher, as `student` says
+    model = None  # then the trainer makes it out of the teacher, as `student_init_kwargs` specifies
     if model_args.model_name_or_path:
         model = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype

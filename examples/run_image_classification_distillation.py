@@ -1,9 +1,9 @@
 """Distil an image classifier (ViT, DINOv2, ...) on a dataset of the Hub, or on a folder of images, one folder a class.
 
     python examples/run_image_classification_distillation.py \
-        --teacher nateraw/vit-base-beans --student '{"num_hidden_layers": 6}' --dataset_name AI-Lab-Makerere/beans \
+        --teacher nateraw/vit-base-beans --student_init_kwargs '{"num_hidden_layers": 6}' --dataset_name AI-Lab-Makerere/beans \
         --image_column_name image --label_column_name labels \
-        --do_train --do_eval --objective '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
+        --do_train --do_eval --losses '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
 
 Labels by name are brought into the teacher's order. Images are resized and normalised as the teacher's processor does, in
 the workers of the dataloader.
@@ -117,7 +117,7 @@ def main() -> None:
     label2id = AutoConfig.from_pretrained(training_args.teacher).label2id if training_args.teacher else {}
     if set(label2id) != set(names):  # the teacher's are only numbered; then the data's names stand
         label2id = {name: number for number, name in enumerate(names)}
-    model = None  # then the trainer makes it out of the teacher, as `student` says
+    model = None  # then the trainer makes it out of the teacher, as `student_init_kwargs` specifies
     if model_args.model_name_or_path:
         model = AutoModelForImageClassification.from_pretrained(
             model_args.model_name_or_path,

@@ -2,9 +2,9 @@
 
     python examples/run_mlm_distillation.py \
         --teacher answerdotai/ModernBERT-base \
-        --student '{"num_hidden_layers": 10, "method": "uniform"}' \
+        --student_init_kwargs '{"num_hidden_layers": 10, "method": "uniform"}' \
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 \
-        --do_train --do_eval --objective '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
+        --do_train --do_eval --losses '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
 
 Other tokens are masked in every epoch; those of the evaluation are masked once, so that its figures can be compared.
 """
@@ -97,7 +97,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path or training_args.teacher
     )
-    model = None  # then the trainer makes it out of the teacher, as `student` says
+    model = None  # then the trainer makes it out of the teacher, as `student_init_kwargs` specifies
     if model_args.model_name_or_path:
         model = AutoModelForMaskedLM.from_pretrained(
             model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype

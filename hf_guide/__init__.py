@@ -31,6 +31,8 @@ _HOMES = {
     "DistillationArguments": "distillation.arguments",
     "DistillationTrainer": "distillation.trainer",
     "capture_teacher": "signal_cache.writer",
+    "LossConfig": "distillation.losses.registry",
+    "register_loss": "distillation.losses.registry",
     "register_term": "distillation.losses.registry",
     "InitializationConfig": "initialization.config",
     "InitializationReport": "initialization.report",
@@ -63,6 +65,7 @@ __all__ = [
     "InitializationConfig",
     "InitializationReport",
     "LayoutError",
+    "LossConfig",
     "MissingRankError",
     "NotFiniteError",
     "OptionError",
@@ -81,6 +84,7 @@ __all__ = [
     "from_teacher",
     "register_layout",
     "register_splitter",
+    "register_loss",
     "register_term",
     "save_subclass_student",
     "__version__",
@@ -88,7 +92,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from hf_guide.distillation.arguments import DistillationArguments
-    from hf_guide.distillation.losses.registry import register_term
+    from hf_guide.distillation.losses.registry import LossConfig, register_loss, register_term
     from hf_guide.distillation.trainer import DistillationTrainer
     from hf_guide.errors import (
         CaptureError,

@@ -87,7 +87,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str, Any]] = {
 def test_every_task_is_trained_evaluated_and_saved(task, tmp_path, capsys):
     family, kind, changes, where, write = CASES[task]
     teacher = make_model(tmp_path / "teacher", family, kind, **changes)
-    told = {"teacher": teacher, "student": SMALLER[family], where: write(tmp_path), "validation_share": 0.25}
+    told = {
+        "teacher": teacher,
+        "student_init_kwargs": SMALLER[family],
+        where: write(tmp_path),
+        "validation_share": 0.25,
+    }
     assert run(written(tmp_path, **told), "--max_steps", "2") == 0
     shown = capsys.readouterr().out
     folder = tmp_path / "student"
@@ -112,7 +117,7 @@ def test_a_student_that_is_there_already_gets_its_teachers_labels(tmp_path):
     base = make_model(tmp_path / "base", "bert", "ForMaskedLM", width=16, blocks=1, seed=1)
     data = local.write_labelled(tmp_path / "labelled.csv", 200)
     told = {"teacher": teacher, "model_name_or_path": base, "data_files": data, "max_steps": 60}
-    path = written(tmp_path, **told, objective={"ce": 1.0, "kd": 1e-4}, per_device_train_batch_size=16)
+    path = written(tmp_path, **told, losses={"ce": 1.0, "kd": 1e-4}, per_device_train_batch_size=16)
     metrics = distill(read_config(path, ["--learning_rate", "1e-2"]))
     assert metrics["eval_accuracy"] > 0.9
     config = transformers.AutoConfig.from_pretrained(tmp_path / "student")
@@ -135,9 +140,9 @@ def test_from_a_capture_no_teacher_is_needed(task, tmp_path):
     )
     told = {"model_name_or_path": student, "data_files": data[where]}
     found = []
-    for source in ({"teacher": teacher}, {"capture": tmp_path / "capture"}):
+    for source in ({"teacher": teacher}, {"teacher_cache": tmp_path / "capture"}):
         (tmp_path / "run.yaml").unlink(missing_ok=True)
-        path = written(tmp_path, **told, **source, mask_once=True, objective="kd", log_level="error")
+        path = written(tmp_path, **told, **source, mask_once=True, losses="kd", log_level="error")
         distill(read_config(path))
         state = json.loads((tmp_path / "student" / "trainer_state.json").read_text())
         found.append([entry["kd"] for entry in state["log_history"] if "kd" in entry])
@@ -155,7 +160,11 @@ def test_an_adapter_can_be_trained(teacher, tmp_path):
 
 
 def test_a_run_that_was_cut_off_goes_on(teacher, tmp_path, capsys):
-    told = {"teacher": teacher, "student": SMALLER["llama"], "data_files": local.write_text(tmp_path / "text.txt")}
+    told = {
+        "teacher": teacher,
+        "student_init_kwargs": SMALLER["llama"],
+        "data_files": local.write_text(tmp_path / "text.txt"),
+    }
     path = written(tmp_path, **told, resume_from_checkpoint=True, save_strategy="steps", save_steps=1)
     assert run(path, "--max_steps", "2") == 0  # there is nothing to resume yet
     assert run(path, "--max_steps", "3") == 0
@@ -176,13 +185,13 @@ def test_help_after_the_file_lists_every_option(tmp_path, capsys):
 
 
 def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_likes(teacher, tmp_path):
-    path = written(tmp_path, teacher=teacher, student={"hidden_size": 16}, data_files="a.txt")
+    path = written(tmp_path, teacher=teacher, student_init_kwargs={"hidden_size": 16}, data_files="a.txt")
     path.write_text(path.read_text() + "weight_decay: 1e-2\nbf16: 'no'\nsave_steps: 0.5\n")
-    settings = read_config(path, ["--objective", '{"kd": 2}', "--no-pack", "--temperature=3", "--max-length", "9"])
+    settings = read_config(path, ["--losses", '{"kd": 2}', "--no-pack", "--temperature=3", "--max-length", "9"])
     assert settings.training.weight_decay == 0.01 and settings.training.bf16 is False
-    assert settings.training.objective == {"kd": 2.0} and settings.training.temperature == 3.0
+    assert settings.training.losses == {"kd": 2.0} and settings.training.temperature == 3.0
     assert settings.data.pack is False and settings.data.max_length == 9 and settings.data.dataset == "text"
-    assert settings.training.student == {"hidden_size": 16}
+    assert settings.training.student_init_kwargs == {"hidden_size": 16}
     path.with_suffix(".json").write_text(json.dumps({"data_files": ["a.csv"], "output_dir": str(tmp_path)}))
     assert read_config(path.with_suffix(".json")).data.dataset == "csv"
 
@@ -210,7 +219,9 @@ def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_
     ],
 )
 def test_what_the_file_says_wrong_is_named(told, words, said, tmp_path):
-    path = written(tmp_path, **{"data_files": "a.txt", "teacher": "no/such", "student": {"hidden_size": 8}} | told)
+    path = written(
+        tmp_path, **{"data_files": "a.txt", "teacher": "no/such", "student_init_kwargs": {"hidden_size": 8}} | told
+    )
     with pytest.raises(OptionError, match=said):
         read_config(path, words)
 
@@ -228,15 +239,15 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
     "told,said",
     [
         ({"model_name_or_path": "also"}, "both given"),
-        ({"peft_config": {"peft_type": "LORA"}}, "peft_config and student are both given"),
-        ({"student": None}, "There is no student"),
+        ({"peft_config": {"peft_type": "LORA"}}, "peft_config and student_init_kwargs are both given"),
+        ({"student_init_kwargs": None}, "There is no student"),
         ({"text_column": "txt"}, "no column 'txt'"),
         ({"max_length": 65}, "reads at most 64"),
         ({"eval_split": "test"}, "no split 'test'"),
         ({"train_split": "train[:x]"}, "not understood"),
         ({"validation_share": 0.001}, "to evaluate on"),
-        ({"objective": "dkd"}, "dkd"),
-        ({"objective": "lelp"}, "learns the subclasses of a projector"),
+        ({"losses": "dkd"}, "dkd"),
+        ({"losses": "lelp"}, "needs the subclasses of a projector"),
         ({"processor_name_or_path": "EMPTY"}, "processor_name_or_path"),
         ({"teacher": "/no/such/folder"}, "The teacher /no/such/folder has no config"),
         ({"teacher_init_kwargs": {"dtyp": "bfloat16"}}, "teacher_init_kwargs=.'dtyp'.*dtyp"),
@@ -248,7 +259,9 @@ def test_what_cannot_be_done_is_said_before_the_first_step(told, said, teacher, 
     (tmp_path / "empty").mkdir()
     data = local.write_text(tmp_path / "text.txt")
     told = {name: tmp_path / "empty" if value == "EMPTY" else value for name, value in told.items()}
-    path = written(tmp_path, **{"teacher": teacher, "student": SMALLER["llama"], "data_files": data} | told)
+    path = written(
+        tmp_path, **{"teacher": teacher, "student_init_kwargs": SMALLER["llama"], "data_files": data} | told
+    )
     with pytest.raises(ValueError, match=said):
         distill(read_config(path))
     assert not (tmp_path / "student" / "model.safetensors").exists()
@@ -257,7 +270,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(told, said, teacher, 
 def test_labels_that_the_teacher_does_not_know_are_refused(tmp_path):
     teacher = make_model(tmp_path / "teacher", "bert", "ForSequenceClassification", id2label={0: "up", 1: "down"})
     data = local.write_labelled(tmp_path / "labelled.csv")
-    path = written(tmp_path, teacher=teacher, student=SMALLER["bert"], data_files=data)
+    path = written(tmp_path, teacher=teacher, student_init_kwargs=SMALLER["bert"], data_files=data)
     with pytest.raises(OptionError, match="'bad', 'good'.*'up', 'down'"):
         distill(read_config(path))
 
@@ -386,7 +399,7 @@ def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
     words = local.flags(
         **QUICK | {"max_steps": 2},
         teacher=teacher,
-        student=SMALLER["llama"] | {"method": "calibrated"},  # as it stands in the file
+        student_init_kwargs=SMALLER["llama"] | {"method": "calibrated"},  # as it stands in the file
         dataset="text",
         data_files=local.write_text(tmp_path / "text.txt"),
         train_split="train",
@@ -407,7 +420,7 @@ def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
 def test_the_real_example_makes_the_student_it_promises():
     """On the meta device, from the teacher's published shape."""
     settings = read_config(EXAMPLES / "distill_smollm2.yaml", ["--use_cpu", "--output_dir", "unused"])
-    student = dict(settings.training.student)
+    student = dict(settings.training.student_init_kwargs)
     assert InitializationConfig.parse(student.pop("method")).method == "calibrated"
     shape = {name: value for name, value in student.items() if name != "dtype"}
     with torch.device("meta"):

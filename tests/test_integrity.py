@@ -64,11 +64,11 @@ def calibrate(folder: Path) -> Any:
 
 def save_projections(folder: Path) -> None:
     folder.mkdir()
-    LayerProjections({"hidden_1": (4, 6), "embedding": (4, 8)}, seed=0).save(folder)
+    LayerProjections({"hidden_1": (4, 6), "0_features": (4, 8)}, seed=0).save(folder)
 
 
 def load_projections(folder: Path) -> None:
-    LayerProjections({"hidden_1": (4, 6), "embedding": (4, 8)}, seed=1).load(folder)
+    LayerProjections({"hidden_1": (4, 6), "0_features": (4, 8)}, seed=1).load(folder)
 
 
 @pytest.fixture(scope="module")

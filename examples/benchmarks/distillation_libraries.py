@@ -58,7 +58,7 @@ def ours_texts(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
         plain = plain_arguments(args, folder, args.tokens // args.length)
         trainer = DistillationTrainer(
             student,
-            DistillationArguments(**plain, objective="kd"),
+            DistillationArguments(**plain, losses="kd"),
             collate,
             texts(args),
             teacher=teacher,
@@ -126,7 +126,7 @@ def ours_images(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
         plain = plain_arguments(args, folder, args.images)
         trainer = DistillationTrainer(
             student,
-            DistillationArguments(**plain, objective={"ce": 0.5, "kd": 0.5}, temperature=2.0),
+            DistillationArguments(**plain, losses={"ce": 0.5, "kd": 0.5}, temperature=2.0),
             collate,
             images(args),
             teacher=teacher,

@@ -134,7 +134,7 @@ def _train(
 ) -> tuple[float, str]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = DistillationArguments(
-            **plain_arguments(args, folder, batch), objective=OBJECTIVE, temperature=TEMPERATURE, capture=capture
+            **plain_arguments(args, folder, batch), losses=OBJECTIVE, temperature=TEMPERATURE, teacher_cache=capture
         )
         trainer = DistillationTrainer(
             student, arguments, collate, examples, teacher=teacher, callbacks=[TakeTurns(turn)]

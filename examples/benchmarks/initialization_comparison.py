@@ -1,9 +1,9 @@
 """Which start is best: ours and those of others, on the same tokens, over the whole curve.
 
-    python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl
-    python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl --shapes "half width" \
-        --objectives labels KD "reverse KL" JSD "hidden states" "top-k capture" --arms random guide calibrated --tokens-per-parameter 2
-    python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl --table
+    python examples/benchmarks/starting_points.py --output starting_points.jsonl
+    python examples/benchmarks/starting_points.py --output starting_points.jsonl --shapes "half width" \
+        --objectives labels KD "reverse KL" JSD hidden "top-k capture" --arms random guide calibrated --tokens-a-parameter 2
+    python examples/benchmarks/starting_points.py --output starting_points.jsonl --table
 
 The teacher is the one of small_teacher.py, in whose folder it stands with the text it was trained on; without one it is
 trained first, as that script does by default. Students have half its width, or half its width and half its depth;
@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import ARMS, SHAPES, SPENT, Given, sizes_of
 from curves import interaction, plot, plot_interaction, table
 from small_teacher import BATCH, LENGTH, as_examples, blocks, texts, train_teacher
+from starting_arms import ARMS, SHAPES, SPENT, Given, sizes_of
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, default_data_collator
 
@@ -46,12 +46,12 @@ from hf_guide import (
 
 KD = {"ce": 0.5, "kd": 0.5}
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "labels": {"objective": "ce"},
-    "KD": {"objective": KD},
-    "reverse KL": {"objective": KD, "divergence": "reverse_kl"},
-    "JSD": {"objective": KD, "divergence": "jsd"},
-    "hidden states": {"objective": {"ce": 0.5, "hidden": 0.5}},
-    "top-k capture": {"objective": KD},
+    "labels": {"losses": "ce"},
+    "KD": {"losses": KD},
+    "reverse KL": {"losses": KD, "kd_loss_type": "reverse_kl"},
+    "JSD": {"losses": KD, "kd_loss_type": "jsd"},
+    "hidden states": {"losses": {"ce": 0.5, "hidden_states": 0.5}},
+    "top-k capture": {"losses": KD},
 }
 TUNED = ("labels", "KD")  # the others are run at the learning rate of KD
 TOP_K = 16
@@ -91,7 +91,7 @@ def learn(
             DistillationArguments(
                 place,
                 **OBJECTIVES[objective],
-                capture=captured,
+                teacher_cache=captured,
                 max_steps=steps,
                 per_device_train_batch_size=BATCH,
                 per_device_eval_batch_size=BATCH,
@@ -149,10 +149,10 @@ class Bench:
         """Return what a student of a shape has other than the teacher."""
         return sizes_of(shape, self.teacher.config)
 
-    def examples_for(self, shape: str, tokens_per_parameter: float) -> int:
+    def examples_for(self, shape: str, tokens_a_parameter: float) -> int:
         """Return how many blocks of text a student of a shape learns from: whole batches."""
         config = Given(self.folder, self.teacher, self.sizes(shape), 0, self.learned, self.learned).config
-        tokens = LlamaForCausalLM(config).num_parameters() * tokens_per_parameter
+        tokens = LlamaForCausalLM(config).num_parameters() * tokens_a_parameter
         return math.ceil(tokens / (BATCH * LENGTH)) * BATCH
 
 
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     bench = Bench.prepare(args)
     goals = {True: loss_of(bench.teacher, bench.tuning), False: loss_of(bench.teacher, bench.measured)}
     for shape, objective, arm in itertools.product(args.shapes, args.objectives, args.arms):
-        key = {"shape": shape, "arm": arm, "objective": objective, "tokens_per_parameter": args.tokens_per_parameter}
+        key = {"shape": shape, "arm": arm, "objective": objective, "tokens_a_parameter": args.tokens_a_parameter}
         while (job := next_job(read(args.output), key, args.seeds)) is not None:
             row = key | job | {"teacher": goals[job["tuning"]]} | make_run(bench, key | job, args)
             with args.output.open("a") as file:
@@ -179,16 +179,16 @@ def next_job(rows: list[dict[str, Any]], key: dict[str, Any], seeds: list[int]) 
     tuned = key | {"objective": key["objective"] if key["objective"] in TUNED else "KD"}
     ends = ends_by_rate(rows, tuned | {"tuning": True})
     if key == tuned and (rate := next_rate(ends)) is not None:
-        return {"seed": TUNING_SEED, "learning_rate": rate, "tuning": True}
+        return {"seed": TUNING_SEED, "rate": rate, "tuning": True}
     if not ends:
         raise SystemExit(f"No run has chosen a learning rate for {tuned}: run this first.")
-    jobs = [{"seed": seed, "learning_rate": best_rate(ends), "tuning": False} for seed in seeds]
+    jobs = [{"seed": seed, "rate": best_rate(ends), "tuning": False} for seed in seeds]
     return next((job for job in jobs if not any((key | job).items() <= row.items() for row in rows)), None)
 
 
 def ends_by_rate(rows: list[dict[str, Any]], tuned: dict[str, Any]) -> dict[float, float]:
     """Return the loss after each of the runs that choose a rate, by its rate; infinity where it is no number."""
-    ends = {row["learning_rate"]: row["curve"][-1][1] for row in rows if tuned.items() <= row.items()}
+    ends = {row["rate"]: row["curve"][-1][1] for row in rows if tuned.items() <= row.items()}
     return {rate: loss if math.isfinite(loss) else math.inf for rate, loss in ends.items()}
 
 
@@ -213,7 +213,7 @@ def next_rate(ends: dict[float, float], first: tuple[float, ...] = FIRST_RATES) 
 
 def make_run(bench: Bench, job: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Make one student, train it, and return its curve and what it cost in seconds of the processor."""
-    count = bench.examples_for(job["shape"], job["tokens_per_parameter"])
+    count = bench.examples_for(job["shape"], job["tokens_a_parameter"])
     text = drawn(bench.learned, max(count // TUNING_SHARE if job["tuning"] else count, BATCH), job["seed"])
     before = math.ceil(SPENT.get(job["arm"], 0) * len(text) / BATCH) * BATCH
     heard, spent = text[: args.calibration_blocks, :LENGTH], text[:before, :LENGTH]
@@ -222,21 +222,14 @@ def make_run(bench: Bench, job: dict[str, Any], args: argparse.Namespace) -> dic
     student = ARMS[job["arm"]](
         Given(bench.folder, bench.teacher, bench.sizes(job["shape"]), job["seed"], heard, spent)
     )
-    initialization_seconds, clock = time.process_time() - clock, time.process_time()
+    start_seconds, clock = time.process_time() - clock, time.process_time()
     watched = bench.tuning if job["tuning"] else bench.measured
     curve = learn(
-        student,
-        bench.teacher,
-        job["objective"],
-        text[before:],
-        watched,
-        job["learning_rate"],
-        args.points,
-        job["seed"],
+        student, bench.teacher, job["objective"], text[before:], watched, job["rate"], args.points, job["seed"]
     )
     return {
         "parameters": student.num_parameters(),
-        "initialization_seconds": round(initialization_seconds, 2),
+        "start_seconds": round(start_seconds, 2),
         "seconds": round(time.process_time() - clock, 2),
         "curve": [(tokens + before * LENGTH, round(loss, 5)) for tokens, loss in curve],
     }
@@ -256,13 +249,13 @@ def read(output: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("initialization_comparison.jsonl"))
+    parser.add_argument("--output", type=Path, default=Path("starting_points.jsonl"))
     parser.add_argument("--teacher", type=Path, default=Path("small_teacher"), help="the folder of small_teacher.py")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(TUNED))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens-per-parameter", type=float, default=20.0, help="of the student")
+    parser.add_argument("--tokens-a-parameter", type=float, default=20.0, help="of the student")
     parser.add_argument("--points", type=int, default=20, help="of each curve")
     parser.add_argument(
         "--held-out-blocks", type=int, default=256, help="to tune on, and as many others to measure on"

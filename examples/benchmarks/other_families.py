@@ -73,7 +73,7 @@ def trainer_of(
         model,
         DistillationArguments(
             place,
-            objective=objective,
+            losses=objective,
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=128,
             logging_strategy="no",

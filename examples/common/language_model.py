@@ -132,7 +132,7 @@ def train(
         folder: For what the trainer writes.
     """
     options: dict[str, Any] = {
-        "objective": {"ce": 1 - recipe.kd_weight, "kd": recipe.kd_weight},
+        "losses": {"ce": 1 - recipe.kd_weight, "kd": recipe.kd_weight},
         "max_steps": recipe.steps,
         "per_device_train_batch_size": recipe.batch_size,
         "learning_rate": learning_rate,

@@ -282,7 +282,7 @@ def training_arguments(
     """Return the training arguments, which are the same for every student except the objective."""
     return DistillationArguments(
         str(folder),
-        objective=objective,
+        losses=objective,
         temperature=args.temperature,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,

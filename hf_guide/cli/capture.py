@@ -170,7 +170,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     from hf_guide.data.arguments import ModelArguments
-    from hf_guide.distillation.arguments import DistillationArguments
+    from hf_guide.distillation.arguments import RENAMED_ARGUMENTS, DistillationArguments
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -178,6 +178,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise OptionError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(found, Mapping):
         raise OptionError(f"{path} holds {type(found).__name__}; a mapping of options was expected.")
+    found = RENAMED_ARGUMENTS.translate(found, str(path))
     known = [
         field.name
         for kind in (ModelArguments, DataArguments, DistillationArguments)
@@ -196,16 +197,16 @@ def _capture_options_from_config(given: Mapping[str, Any], args: argparse.Namesp
     found: dict[str, Any] = {}
     if "temperature" in given:
         found["temperatures"] = [given["temperature"]]
-    if "objective" in given:
+    if "losses" in given:
         from hf_guide.distillation.losses.registry import parse_losses
 
-        objective = parse_losses(given["objective"])
-        found["save_penultimate"] = "embedding" in objective
-        if "hidden" in objective and args.hidden_layers is None:
-            layers = given.get("hidden_layers")
+        losses = parse_losses(given["losses"])
+        found["save_penultimate"] = "features" in losses
+        if "hidden_states" in losses and args.hidden_layers is None:
+            layers = given.get("layer_mapping")
             if not isinstance(layers, Mapping):
                 raise OptionError(
-                    "The objective has 'hidden', but the file does not say which of the teacher's layers: give hidden_layers "
+                    "The losses have 'hidden_states', but the file does not specify which of the teacher's layers: give layer_mapping "
                     "there, or --hidden-layers."
                 )
             found["hidden_layers"] = sorted({int(layer) for layer in layers.values()})

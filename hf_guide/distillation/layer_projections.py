@@ -59,7 +59,8 @@ class LayerProjections(nn.Module):
             ) from error
         except DamagedFileError as error:
             raise OptionError(f"{error} Resume from another checkpoint.") from error
-        self.load_state_dict(tensors)
+        # Until version 0.1 the loss "features" was called "embedding".
+        self.load_state_dict({name.replace("_embedding.", "_features."): value for name, value in tensors.items()})
 
 
 def check_optimizer_has_projections(optimizer: torch.optim.Optimizer, maps: Sequence[nn.Parameter]) -> None:
@@ -72,7 +73,7 @@ def check_optimizer_has_projections(optimizer: torch.optim.Optimizer, maps: Sequ
     if not known.issuperset(map(id, maps)):
         raise OptionError(
             "The student's widths differ from the teacher's, and the optimizer that was passed does not have the maps between "
-            "them: they would stay random. Add trainer.learning.projections.parameters() to it before train(), or pass "
+            "them: they would stay random. Add trainer.distillation_objective.projections.parameters() to it before train(), or pass "
             "optimizer_cls_and_kwargs in place of optimizers."
         )
 

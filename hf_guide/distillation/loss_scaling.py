@@ -1,23 +1,158 @@
-"""Whether a model's own loss is divided by the number of items it is told of, or by that of its own batch.
+"""What losses are divided by: gradient accumulation, `num_items_in_batch`, and Trainer's factor for several processes.
 
-`Trainer` tells every model whose forward takes keywords, and then expects the former; some take the mean all the same (T5,
-BERT's classifiers), and their gradients grow with accumulation and processes.
+Every loss is a mean over the items of the whole accumulated batch, on all processes where
+`average_tokens_across_devices` is set, so that one step is the same however its batch is split up.
+
+Does: count the items of the micro-batches; turn sums over a micro-batch into parts of that mean, and the task loss, which
+models divide by themselves, into a sum; return a loss of zero, with gradient, for a batch without any target.
+Does not: compute the other losses (`objective.py`).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Trainer
 
+from hf_guide.distillation.batches import BatchBuilder, DistillationBatch
+from hf_guide.distillation.objective import zero_loss_with_gradient
+from hf_guide.distillation.subclass_logits import SubclassTargets
 from hf_guide.models.modes import eval_mode
+
+
+@dataclass(frozen=True)
+class LossDenominator:
+    """What the sum of a loss over a micro-batch is divided by.
+
+    Attributes:
+        num_items: Items of the accumulated batch, or of this micro-batch where `Trainer` counted none; never 0.
+        is_global: Whether `num_items` counts the accumulated batch.
+        world_scale: Undoes the mean over processes of DistributedDataParallel, as `Trainer` does.
+    """
+
+    num_items: Any
+    is_global: bool
+    world_scale: int
+
+    def to_mean(self, loss_sum: Tensor) -> Tensor:
+        """Return what a sum over the micro-batch contributes to the mean."""
+        return loss_sum / self.num_items * self.world_scale
+
+    def to_sum(self, loss_mean: Tensor) -> Tensor:
+        """Return the sum over the micro-batch of what it contributes to the mean."""
+        return loss_mean * self.num_items / self.world_scale
+
+
+class LossScalingTrainer(Trainer):
+    """A `Trainer` that counts the items of accumulated batches, and scales the task loss of any model by them."""
+
+    # Every loss is divided by the number of items in the whole accumulated batch, so Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    called_methods: set[str]
+    _batch_builder: BatchBuilder
+    _subclass_targets: SubclassTargets
+    _is_predicting: bool = False
+    _unlabeled_loss_factor: Tensor | None = None
+    _accepts_num_items: bool | None = None
+    """Whether the student's own loss is divided by `num_items_in_batch`; None until it is known."""
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` is set."""
+        self.called_methods.add("_get_num_items_in_batch")
+        if self.compute_loss_func is not None or not batch_samples:
+            return _at_least_one(super()._get_num_items_in_batch(batch_samples, device))
+        training = not self._is_predicting
+        counts = [self._batch_builder.count_items(batch, training=training) for batch in batch_samples]
+        totals = torch.stack(counts).sum(0).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            totals = self.accelerator.gather(totals).view(-1, 2).sum(0)
+        num_items, num_labeled = totals
+        self._unlabeled_loss_factor = num_items / num_labeled.clamp(min=1) if training else None
+        # Without any target the losses are sums over nothing, and zero whatever they are divided by.
+        return num_items.clamp(min=1) / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+
+    def _loss_denominator(self, batch: DistillationBatch, num_items_in_batch: Any) -> LossDenominator:
+        """Return what the losses of a micro-batch are divided by, given `Trainer`'s count, or None."""
+        if batch.has_padding_examples:
+            num_items_in_batch = None  # it counts what the dataloader only filled the last batches up with
+        if num_items_in_batch is None:
+            return LossDenominator(batch.num_items.clamp(min=1), False, 1)
+        is_averaged = self.args.average_tokens_across_devices
+        world_scale = self.accelerator.num_processes // self.get_tp_size() if is_averaged else 1
+        return LossDenominator(_at_least_one(num_items_in_batch), True, world_scale)
+
+    def _divide_by_accumulation_steps(self, loss: Tensor, denominator: LossDenominator) -> Tensor:
+        """Return the loss of a training step; without a global count, the mean of the micro-batches' means, as in `Trainer`."""
+        return loss if denominator.is_global else loss / getattr(self, "current_gradient_accumulation_steps", 1)
+
+    def _task_loss(
+        self, model: nn.Module, inputs: dict[str, Any], batch: DistillationBatch, denominator: LossDenominator
+    ) -> tuple[Tensor, Any]:
+        """Return the task loss as `Trainer` computes it, a mean over the items of the accumulated batch, and outputs."""
+        if not bool(batch.num_labeled_items):
+            return self._zero_task_loss(model, inputs)
+        if denominator.is_global and self._model_normalizes_loss(model, inputs):
+            loss, outputs = super().compute_loss(model, dict(inputs), True, denominator.num_items)
+            return loss, outputs
+        # Models that take the mean over their own batch, whatever num_items_in_batch is (T5, BERT's classifiers).
+        loss, outputs = super().compute_loss(model, dict(inputs), True, None)
+        return loss * (batch.mask.sum() / denominator.num_items) * denominator.world_scale, outputs
+
+    def _zero_task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Return zero and the outputs of a batch without labels: many models' own loss is 0 / 0 there.
+
+        The zero has a gradient, zero too, to every parameter: DistributedDataParallel and FSDP wait for it.
+        """
+        labels = {*self.label_names, "labels", "shift_labels"}
+        outputs = model(**{name: value for name, value in inputs.items() if name not in labels})
+        loss = zero_loss_with_gradient(outputs)
+        return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
+
+    def _task_loss_sum(
+        self, model: nn.Module, inputs: dict[str, Any], batch: DistillationBatch, denominator: LossDenominator
+    ) -> tuple[Tensor, Any]:
+        """Return the task loss as a sum over the items, of which those without a label have the mean of the others."""
+        loss, outputs = self._task_loss(model, inputs, batch, denominator)
+        loss = denominator.to_sum(loss)
+        if model.training and self._subclass_targets.learned and batch.labels is not None:
+            local_factor = batch.mask.sum() / batch.num_labeled_items.clamp(min=1)
+            factor = self._unlabeled_loss_factor if denominator.is_global else local_factor
+            loss = loss if factor is None else loss * factor
+        return loss, outputs
+
+    def _model_normalizes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Return whether the task loss that `Trainer` computes is divided by the `num_items_in_batch` it is passed."""
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            return True
+        if not self.model_accepts_loss_kwargs:
+            return False
+        if self.args.world_size == self.args.gradient_accumulation_steps == 1:
+            return True  # its own batch is the whole batch
+        if self._accepts_num_items is None:
+            self._accepts_num_items = accepts_num_items_in_batch(model, inputs)
+        return self._accepts_num_items
 
 
 @torch.no_grad()
 def accepts_num_items_in_batch(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Ask the model itself: the same batch, said to be one item and two. Modes and random states are left as they were."""
+    """Return whether a model's own loss is divided by `num_items_in_batch`, or by the items of its own batch all the same.
+
+    `Trainer` passes it to every model whose forward takes keywords, and assumes the former; with the latter (T5, BERT's
+    classifiers) gradients would grow with accumulation and processes. It is found out by computing the loss of one batch
+    with a count of one and of two. Modes and random states are restored.
+    """
     devices = sorted({tensor.device.index for tensor in inputs.values() if getattr(tensor, "is_cuda", False)})
     with torch.random.fork_rng(devices=devices), eval_mode(model):
         one, two = (model(**inputs, num_items_in_batch=torch.tensor(float(count))) for count in (1, 2))
     losses = [outputs["loss"] if isinstance(outputs, dict) else outputs[0] for outputs in (one, two)]
     return bool(torch.isclose(losses[0], 2 * losses[1], rtol=1e-3)) and bool(losses[0] != losses[1])
+
+
+def _at_least_one(num_items: Any) -> Any:
+    """Return a number of items to divide by, 1 where there are none; None stays."""
+    if isinstance(num_items, Tensor):
+        return torch.where(num_items > 0, num_items, torch.ones_like(num_items))
+    return num_items if num_items is None or num_items > 0 else 1

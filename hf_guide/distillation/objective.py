@@ -1,9 +1,7 @@
-"""One batch through the student: the sum of every term over its items, with gradient.
+"""The objective computed on a batch: the sum of every loss over the items, with gradient.
 
-A language model whose head is known never makes all its logits: its losses are computed inside the head's forward, where
-sharded weights are whole, over chunks of tokens. Every other model gives its logits as it always does.
-
-How a student comes to learn: its head, its layers beside the teacher's, and the maps between their widths.
+A language model whose head is verified never holds all its logits: its losses are computed inside the head's forward, where
+sharded weights are whole, in chunks of tokens. Every other model returns its logits as usual.
 """
 
 import functools
@@ -18,9 +16,16 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.batches import DistillationBatch
 from hf_guide.distillation.cached_teacher import CachedTeacher
 from hf_guide.distillation.layer_projections import LayerProjections
-from hf_guide.distillation.losses.registry import TASK_LOSS, LossTerm, categorical_terms, registered_losses
+from hf_guide.distillation.losses.registry import (
+    TASK_LOSS,
+    LossTerm,
+    categorical_terms,
+    registered_losses,
+    required_signals,
+)
 from hf_guide.distillation.subclass_logits import ClassLogitsWrapper
 from hf_guide.errors import OptionError, TaskError, VocabularyError
 from hf_guide.models.layer_mapping import hidden_states_of, resolve_layer_mapping
@@ -29,7 +34,7 @@ from hf_guide.models.penultimate import capture_head_inputs, find_classifier, po
 from hf_guide.models.targets import mean_per_item
 from hf_guide.tasks import Task
 from hf_guide.teachers.forward import LiveTeacher
-from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
+from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
 from hf_guide.utils.labels import IGNORE_INDEX
 
 TEACHER_AGREEMENT = "teacher_agreement"
@@ -40,42 +45,14 @@ _LOGIT_SIGNALS = (TeacherSignal.LOGITS, TeacherSignal.LABELS, TeacherSignal.SUBC
 TaskLossFunction = Callable[[dict[str, Any]], tuple[Tensor, Any]]
 
 
-@dataclass(frozen=True)
-class DistillationBatch:
-    """A batch, its items and what the teachers said of it.
-
-    Attributes:
-        inputs: what the student is called with, labels among it.
-        mask: which places have a target.
-        labels: of the items, (items,) or (items, labels).
-        signals: one a teacher.
-        subclasses: of the items, the probabilities of all subclasses, (items, C * S), where they are learned.
-        has_filler: some examples are not real and have no items: a dataloader filled its last batch up with them.
-    """
-
-    inputs: dict[str, Any]
-    mask: Tensor
-    labels: Tensor | None
-    signals: list[TeacherSignals]
-    subclasses: Tensor | None = None
-    has_padding_examples: bool = False
-
-    @functools.cached_property
-    def labelled(self) -> Tensor:
-        """How many of the items have a label."""
-        if self.labels is None or self.labels.is_floating_point() or self.labels.ndim > 1:
-            return self.mask.sum()
-        return (self.labels != IGNORE_INDEX).sum()
-
-
 @dataclass
 class ObjectiveOutput:
-    """What one batch came to.
+    """The objective of one batch.
 
     Attributes:
-        total: the weighted sum of all terms over the items, with gradient.
-        sums: every term's own sum, and that of what else was measured, without gradient.
-        outputs: the model's.
+        total: The weighted sum of all losses over the items, with gradient.
+        sums: Each loss's own sum over the items, and that of other measurements, without gradient.
+        outputs: The student's.
     """
 
     total: Tensor
@@ -84,102 +61,104 @@ class ObjectiveOutput:
 
 
 @dataclass
-class ObjectiveComputer:
-    """How a student learns: its objective, and what it takes to compute it.
+class Objective:
+    """The losses of a student and what it takes to compute them; `build_objective` makes one.
 
     Attributes:
-        weights: by term.
-        classes: how many of the first classes student and teacher share.
-        layers: which of the teacher's layers each of the student's is compared with.
-        head: the student's language head where losses can be computed inside it.
+        weights: By loss.
+        losses: By name, in the order in which they are summed.
+        configs: By loss, the options that its function is called with.
+        num_classes: How many of their first classes student and teacher share; None for all.
+        layers: Student layer -> teacher layer, for losses that compare hidden states.
+        projections: Linear maps from the student's widths to the teacher's, where these differ.
+        head: The student's language head, where losses can be computed inside it.
+        max_logits: How many logits a chunk has.
     """
 
     task: Task
-    args: DistillationArguments
     weights: dict[str, float]
-    classes: int | None = None
+    losses: dict[str, LossTerm]
+    configs: dict[str, Any]
+    max_logits: int
+    num_classes: int | None = None
     layers: dict[int, int] = field(default_factory=dict)
     projections: LayerProjections | None = None
     head: LMHead | None = None
 
     @functools.cached_property
-    def terms(self) -> dict[str, LossTerm]:
-        """The terms of the objective by name."""
-        return {name: term for name, term in registered_losses().items() if name in self.weights}
-
-    @functools.cached_property
-    def needs(self) -> set[TeacherSignal]:
-        """What teachers are listened to for."""
-        return {term.needs for term in self.terms.values()} - {TeacherSignal.LABELS, TeacherSignal.SUBCLASSES}
+    def required_signals(self) -> set[TeacherSignal]:
+        """What the losses compare with a teacher."""
+        return required_signals(self.losses)
 
     @property
     def needs_subclasses(self) -> bool:
-        """Whether probabilities of subclasses are learned."""
-        return any(term.needs is TeacherSignal.SUBCLASSES for term in self.terms.values())
+        """Whether a loss compares probabilities of subclasses."""
+        return any(term.requires is TeacherSignal.SUBCLASSES for term in self.losses.values())
 
     def compute(
         self,
         model: nn.Module,
-        bare: Any,
+        unwrapped: Any,
         batch: DistillationBatch,
         task_loss: TaskLossFunction,
         *,
         measure: bool,
-        whole_logits: bool,
+        all_logits: bool,
     ) -> ObjectiveOutput:
-        """Run the student on a batch and return every term.
+        """Run the student on a batch and return every loss.
 
         Args:
-            model: the student as it is wrapped for training; it is what is called.
-            bare: the student within.
-            task_loss: gives the task loss as a sum over the items, and the model's outputs, for inputs with labels.
-            measure: also measure the task loss and the agreement with the teachers, whether or not they are learned.
-            whole_logits: the caller wants the model's logits.
+            model: The student as it is wrapped for training; it is what is called.
+            unwrapped: The student itself.
+            task_loss: Returns the task loss as a sum over the items, and the model's outputs, for inputs with labels.
+            measure: Whether the task loss and the agreement with the teachers are measured, too.
+            all_logits: Whether the caller wants the model's logits.
         """
         inputs = dict(batch.inputs)
-        if TeacherSignal.HIDDEN_STATES in self.needs and batch.signals:
+        if TeacherSignal.HIDDEN_STATES in self.required_signals and batch.signals:
             inputs["output_hidden_states"] = True
-        fed: list[Tensor] = []
+        head_inputs: list[Tensor] = []
         with ExitStack() as stack:
-            if TeacherSignal.FEATURES in self.needs and batch.signals:
-                fed = stack.enter_context(capture_head_inputs(find_classifier(bare, self.task)))
-            if self.head is not None and not whole_logits:
-                learned = self._compute_chunked(model, bare, self.head, inputs, batch, measure)
+            if TeacherSignal.FEATURES in self.required_signals and batch.signals:
+                classifier = find_classifier(unwrapped, self.task)
+                head_inputs = stack.enter_context(capture_head_inputs(classifier))
+            if self.head is not None and not all_logits:
+                result = self._compute_chunked(model, unwrapped, self.head, inputs, batch, measure)
             else:
-                learned = self._from_logits(model, inputs, batch, task_loss, measure)
-        for name, values in self._feature_terms(learned.outputs, fed, batch, bare.config):
-            learned.total = learned.total + self.weights[name] * values.sum()
-            learned.sums[name] = values.sum().detach()
-        return learned
+                result = self._compute_dense(model, inputs, batch, task_loss, measure)
+        for name, values in self._feature_terms(result.outputs, head_inputs, batch, unwrapped.config):
+            result.total = result.total + self.weights[name] * values.sum()
+            result.sums[name] = values.sum().detach()
+        return result
 
     def _compute_chunked(
         self,
         model: nn.Module,
-        bare: Any,
+        unwrapped: Any,
         head: LMHead,
         inputs: dict[str, Any],
         batch: DistillationBatch,
         measure: bool,
     ) -> ObjectiveOutput:
+        """Compute the losses inside the forward of the language head, in chunks of logits."""
         for name in ("labels", "shift_labels"):
             inputs.pop(name, None)
-        found: list[tuple[Tensor, dict[str, Tensor]]] = []
-        terms = self._of_logits(batch, measure, task_loss=True)
-
-        needs = _LOGIT_SIGNALS if batch.signals else (TeacherSignal.LABELS,)
-        weights = {name: weight for name, weight in self.weights.items() if self.terms[name].needs in needs}
+        results: list[tuple[Tensor, dict[str, Tensor]]] = []
+        terms = self._logit_terms(batch, measure, task_loss=True)
+        signals = _LOGIT_SIGNALS if batch.signals else (TeacherSignal.LABELS,)
+        weights = {name: weight for name, weight in self.weights.items() if self.losses[name].requires in signals}
 
         def on_hidden(hidden: Tensor) -> None:
             if weights or measure:
-                found.append(chunked_loss(hidden[batch.mask], head, terms, weights, max_logits=self.args.max_logits))
+                results.append(chunked_loss(hidden[batch.mask], head, terms, weights, max_logits=self.max_logits))
             else:
-                found.append((zero_loss_with_gradient((head.logits(hidden[:, :1]),)), {}))
+                results.append((zero_loss_with_gradient((head.logits(hidden[:, :1]),)), {}))
 
-        with skip_lm_head(bare, head, on_hidden), attach_loss_to_outputs(bare, lambda: found[0][0]):
+        with skip_lm_head(unwrapped, head, on_hidden), attach_loss_to_outputs(unwrapped, lambda: results[0][0]):
             outputs = model(**inputs)
-        return ObjectiveOutput(outputs.loss, dict(found[0][1]), outputs)
+        return ObjectiveOutput(outputs.loss, dict(results[0][1]), outputs)
 
-    def _from_logits(
+    def _compute_dense(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
@@ -187,6 +166,7 @@ class ObjectiveComputer:
         task_loss: TaskLossFunction,
         measure: bool,
     ) -> ObjectiveOutput:
+        """Compute the losses from all of the model's logits."""
         sums: dict[str, Tensor] = {}
         if batch.labels is not None and (TASK_LOSS in self.weights or measure):
             loss, outputs = task_loss(inputs)
@@ -196,7 +176,7 @@ class ObjectiveComputer:
             outputs = model(**inputs)
             total = torch.zeros((), device=batch.mask.device)
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1 if TASK_LOSS in sums else 0]
-        if not any(self.terms[name].needs in _LOGIT_SIGNALS for name in self.weights):
+        if not any(term.requires in _LOGIT_SIGNALS for term in self.losses.values()):
             total = total + zero_loss_with_gradient((logits,))
         if (
             batch.subclasses is not None
@@ -208,108 +188,114 @@ class ObjectiveComputer:
                 total = total + self.weights[name] * values.sum()
         if not batch.signals:
             return ObjectiveOutput(total, sums, outputs)
-        rows = _upcast(logits[batch.mask])
-        for name, values in self._of_logits(batch, measure, task_loss=False)(rows, slice(None)).items():
+        item_logits = _upcast(logits[batch.mask])
+        terms = self._logit_terms(batch, measure, task_loss=False)
+        for name, values in terms(item_logits, slice(None)).items():
             sums[name] = values.sum().detach()
             if name in self.weights:
                 total = total + self.weights[name] * values.sum()
         return ObjectiveOutput(total, sums, outputs)
 
-    def _of_logits(
+    def _logit_terms(
         self, batch: DistillationBatch, measure: bool, *, task_loss: bool
     ) -> Callable[[Tensor, slice], dict[str, Tensor]]:
-        """Return what gives every term of logits, (items,) each, for some items' logits."""
-        terms = [term for term in self.terms.values() if term.needs is TeacherSignal.LOGITS]
+        """Return the function that computes every loss of logits, (items,) each, from the logits of some items."""
+        losses = [term for term in self.losses.values() if term.requires is TeacherSignal.LOGITS]
 
-        def values(logits: Tensor, chosen: slice) -> dict[str, Tensor]:
-            labels = None if batch.labels is None else batch.labels[chosen]
-            found = {}
+        def compute_terms(logits: Tensor, rows: slice) -> dict[str, Tensor]:
+            labels = None if batch.labels is None else batch.labels[rows]
+            terms: dict[str, Tensor] = {}
             if task_loss and labels is not None and (measure or TASK_LOSS in self.weights):
-                found[TASK_LOSS] = nn.functional.cross_entropy(logits, labels, reduction="none")
-            shared = logits if self.classes is None else logits[:, : self.classes]
-            # Of a regression, or of labels that hold at once, there is no class that is chosen.
-            exclusive = shared.shape[-1] > 1 and (labels is None or not labels.is_floating_point())
+                terms[TASK_LOSS] = nn.functional.cross_entropy(logits, labels, reduction="none")
+            shared = logits if self.num_classes is None else logits[:, : self.num_classes]
+            # A regression, or labels that hold at once, have no predicted class.
+            is_categorical = shared.shape[-1] > 1 and (labels is None or not labels.is_floating_point())
             for signals in batch.signals:
                 if signals.target is None:
                     continue
-                target = signals.target(chosen)
-                for term in terms:
-                    value = signals.weight * _check_one_value_per_item(
-                        term, term.function(shared, target, labels, self.args), shared
-                    )
-                    found[term.name] = found[term.name] + value if term.name in found else value
-                if not measure or not exclusive:
-                    continue
-                if isinstance(target, DenseTarget) and labels is not None and labels.ndim == 1:
-                    known = labels.masked_fill(labels >= target.logits.shape[-1], IGNORE_INDEX)
-                    own = nn.functional.cross_entropy(target.logits.float(), known, reduction="none")
-                    found[TEACHER_CE] = found.get(TEACHER_CE, 0) + signals.weight * own
-                best = target.logits.argmax(-1) if isinstance(target, DenseTarget) else _most_likely_class(target)
-                same = signals.weight * (shared.argmax(-1) == best)
-                found[TEACHER_AGREEMENT] = found[TEACHER_AGREEMENT] + same if TEACHER_AGREEMENT in found else same
-            return found
+                target = signals.target(rows)
+                for loss in losses:
+                    values = loss.function(shared, target, labels, self.configs[loss.name])
+                    value = signals.weight * _check_one_value_per_item(loss, values, shared)
+                    terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
+                if measure and is_categorical:
+                    _measure_teacher(terms, shared, target, labels, signals.weight)
+            return terms
 
-        return values
+        return compute_terms
 
     def _subclass_terms(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield every term of subclasses, (items,), for logits and probabilities (items, C * S)."""
-        for name, term in self.terms.items():
-            if term.needs is TeacherSignal.SUBCLASSES:
-                yield (
-                    name,
-                    _check_one_value_per_item(term, term.function(_upcast(logits), targets, self.args), targets),
-                )
+        """Yield every loss of subclasses, (items,), for logits and probabilities (items, C * S)."""
+        for name, loss in self.losses.items():
+            if loss.requires is TeacherSignal.SUBCLASSES:
+                values = loss.function(_upcast(logits), targets, self.configs[name])
+                yield name, _check_one_value_per_item(loss, values, targets)
 
     def _feature_terms(
-        self, outputs: Any, fed: list[Tensor], batch: DistillationBatch, config: Any
+        self, outputs: Any, head_inputs: list[Tensor], batch: DistillationBatch, config: Any
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield every term of hidden states and embeddings, (items,), summed over teachers by weight."""
-        for name, term in self.terms.items():
-            value: Tensor | None = None
-            for number, signals in enumerate(batch.signals):
-                if term.needs is TeacherSignal.HIDDEN_STATES:
+        """Yield every loss of hidden states and features, (items,), the weighted sum over the teachers."""
+        for name, loss in self.losses.items():
+            total: Tensor | None = None
+            for index, signals in enumerate(batch.signals):
+                if loss.requires is TeacherSignal.HIDDEN_STATES:
                     states = hidden_states_of(outputs)
                     pairs = [
                         self._hidden_states_term(
-                            term, f"{number}_{mine}", states[mine], signals.hidden_states[theirs], batch
+                            loss,
+                            f"{index}_{student_layer}",
+                            states[student_layer],
+                            signals.hidden_states[teacher_layer],
+                            batch,
                         )
-                        for mine, theirs in self.layers.items()
+                        for student_layer, teacher_layer in self.layers.items()
                     ]
-                    own = torch.stack(pairs).mean(0)
-                elif term.needs is TeacherSignal.FEATURES:
-                    mine_per_item = pooled_features(self.task, fed[-1], batch.mask, batch.inputs, config)
-                    mine_per_item = self._project(f"{number}_embedding", mine_per_item)
-                    own = _check_one_value_per_item(
-                        term, term.function(mine_per_item, signals.features, self.args), mine_per_item
-                    )
+                    values = torch.stack(pairs).mean(0)
+                elif loss.requires is TeacherSignal.FEATURES:
+                    features = pooled_features(self.task, head_inputs[-1], batch.mask, batch.inputs, config)
+                    features = self._project(f"{index}_features", features)
+                    values = loss.function(features, signals.features, self.configs[name])
+                    values = _check_one_value_per_item(loss, values, features)
                 else:
                     continue
-                value = signals.weight * own if value is None else value + signals.weight * own
-            if value is not None:
-                yield name, value
+                total = signals.weight * values if total is None else total + signals.weight * values
+            if total is not None:
+                yield name, total
 
     def _hidden_states_term(
-        self, term: LossTerm, pair: str, student: Tensor, teacher: Tensor, batch: DistillationBatch
+        self, loss: LossTerm, pair: str, student: Tensor, teacher: Tensor, batch: DistillationBatch
     ) -> Tensor:
         if student.shape[:-1] != teacher.shape[:-1]:
             raise TaskError(
-                f"Hidden states of the student, {tuple(student.shape)}, and of the teacher, {tuple(teacher.shape)}, do not "
-                "stand at the same places. Leave the term 'hidden' out."
+                f"Hidden states of the student, {tuple(student.shape)}, and of the teacher, {tuple(teacher.shape)}, are not of "
+                "the same positions. Leave the loss 'hidden_states' out."
             )
-        values = _check_one_value_per_item(
-            term, term.function(self._project(pair, student), teacher, self.args), student
-        )
+        values = loss.function(self._project(pair, student), teacher, self.configs[loss.name])
+        values = _check_one_value_per_item(loss, values, student)
         return mean_per_item(self.task, values, batch.mask, batch.inputs)
 
     def _project(self, name: str, student: Tensor) -> Tensor:
         return student if self.projections is None else self.projections(name, student)
 
 
-def _check_one_value_per_item(term: LossTerm, values: Tensor, given: Tensor) -> Tensor:
-    """Return a term's values for vectors `given`, checked to be one number a vector, as what sums and divides them expects."""
-    if values.shape != given.shape[:-1]:
+def _measure_teacher(
+    terms: dict[str, Tensor], logits: Tensor, target: DenseTarget | TopKTarget, labels: Tensor | None, weight: float
+) -> None:
+    """Add to `terms` a teacher's own task loss and whether student and teacher predict the same class, (items,) each."""
+    if isinstance(target, DenseTarget) and labels is not None and labels.ndim == 1:
+        known = labels.masked_fill(labels >= target.logits.shape[-1], IGNORE_INDEX)
+        teacher_ce = nn.functional.cross_entropy(target.logits.float(), known, reduction="none")
+        terms[TEACHER_CE] = terms.get(TEACHER_CE, 0) + weight * teacher_ce
+    predicted = target.logits.argmax(-1) if isinstance(target, DenseTarget) else _most_likely_class(target)
+    agrees = weight * (logits.argmax(-1) == predicted)
+    terms[TEACHER_AGREEMENT] = terms[TEACHER_AGREEMENT] + agrees if TEACHER_AGREEMENT in terms else agrees
+
+
+def _check_one_value_per_item(loss: LossTerm, values: Tensor, vectors: Tensor) -> Tensor:
+    """Return a loss's values for `vectors`, checked to be one a vector, as the sums and the division assume."""
+    if values.shape != vectors.shape[:-1]:
         raise OptionError(
-            f"The term {term.name!r} must return one number an item, {tuple(given.shape[:-1])}; found "
+            f"The loss {loss.name!r} must return one value an item, {tuple(vectors.shape[:-1])}; found "
             f"{tuple(values.shape)}. Reduce the last axis alone; the trainer takes the mean over the items."
         )
     return values
@@ -325,8 +311,8 @@ def zero_loss_with_gradient(outputs: "Mapping[str, Any] | Sequence[Any]") -> Ten
     DistributedDataParallel and FSDP wait for the gradient of every parameter. Zero times a sum would be NaN where logits are
     infinite.
     """
-    found = outputs.values() if isinstance(outputs, Mapping) else outputs
-    tensors = [value for value in found if isinstance(value, Tensor) and value.is_floating_point()]
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     zero: Tensor = _ZeroWithGradient.apply(*tensors)
     return zero
 
@@ -347,9 +333,9 @@ def _most_likely_class(target: TopKTarget) -> Tensor:
 
 
 @contextmanager
-def attach_loss_to_outputs(bare: Any, loss: Callable[[], Tensor]) -> Iterator[None]:
-    """Within, the model's outputs carry `loss()`: wrappers that shard weights look for gradients in the outputs."""
-    forward, own = bare.forward, "forward" in vars(bare)
+def attach_loss_to_outputs(model: Any, loss: Callable[[], Tensor]) -> Iterator[None]:
+    """Put `loss()` into the model's outputs, where wrappers that shard weights look for tensors with gradient."""
+    forward, is_replaced = model.forward, "forward" in vars(model)
 
     @functools.wraps(forward)
     def with_loss(*args: Any, **kwargs: Any) -> Any:
@@ -357,76 +343,76 @@ def attach_loss_to_outputs(bare: Any, loss: Callable[[], Tensor]) -> Iterator[No
         outputs["loss"] = loss()
         return outputs
 
-    bare.forward = with_loss
+    model.forward = with_loss
     try:
         yield
     finally:
-        if own:
-            bare.forward = forward
+        if is_replaced:
+            model.forward = forward
         else:
-            del bare.forward
-
-
-Teachers = Sequence[LiveTeacher | CachedTeacher]
+            del model.forward
 
 
 def build_objective(
     student: Any,
     task: Task,
-    teachers: Teachers,
+    teachers: Sequence[LiveTeacher | CachedTeacher],
     args: DistillationArguments,
     accelerator: Accelerator,
     *,
     head: LMHead | None,
-) -> ObjectiveComputer:
-    """Return how `student` learns from its teachers.
+) -> Objective:
+    """Return the objective of `student` with its teachers.
 
     Raises:
-        VocabularyError: the vocabularies share one token.
-        OptionError: the objective needs a teacher and there is none, or what was not captured; or maps between widths,
-            where weights are sharded.
+        VocabularyError: The vocabularies share one token.
+        OptionError: A loss needs a teacher and there is none, or a signal that the cache does not have; or maps between
+            widths, where weights are sharded.
     """
-    learning = ObjectiveComputer(task, args, args.weights)
-    if learning.needs and not teachers:
-        names = sorted(name for name, term in learning.terms.items() if term.needs is not TeacherSignal.LABELS)
-        raise OptionError(f"The objective's {', '.join(names)} need a teacher: pass teacher=, or a capture.")
-    learning.classes = min((each.classes for each in teachers if each.classes is not None), default=None)
-    names = categorical_terms(args.weights)
-    if names and learning.classes is not None and learning.classes < 2:
+    weights = args.loss_weights
+    losses = {name: term for name, term in registered_losses().items() if name in weights}
+    objective = Objective(task, weights, losses, args.loss_configs, args.loss_chunk_size, head=head)
+    if objective.required_signals and not teachers:
+        names = sorted(name for name, term in losses.items() if term.requires is not TeacherSignal.LABELS)
+        raise OptionError(f"The losses {', '.join(names)} need a teacher: pass teacher= or teacher_cache=.")
+    objective.num_classes = min((each.classes for each in teachers if each.classes is not None), default=None)
+    names = categorical_terms(weights)
+    if names and objective.num_classes is not None and objective.num_classes < 2:
         raise VocabularyError(
-            f"Student and teacher share {learning.classes} token of their vocabularies, and {' and '.join(map(repr, names))} "
-            "compare distributions over two at least. Take a teacher of the student's vocabulary."
+            f"Student and teacher share {objective.num_classes} token of their vocabularies, and "
+            f"{' and '.join(map(repr, names))} compare distributions over two at least. Use a teacher with the student's "
+            "vocabulary."
         )
-    learning.head = head
-    if TeacherSignal.HIDDEN_STATES in learning.needs:
-        learning.layers = resolve_layer_mapping(student, [each.depth for each in teachers], args.hidden_layers)  # type: ignore[arg-type]
-    widths = _feature_widths(student, task, teachers, learning)
+    if TeacherSignal.HIDDEN_STATES in objective.required_signals:
+        depths = [each.depth for each in teachers]
+        objective.layers = resolve_layer_mapping(student, depths, args.layer_mapping)  # type: ignore[arg-type]
+    widths = _feature_widths(student, teachers, objective)
     projections = LayerProjections(widths, seed=args.seed)
     if len(projections.maps):
         if is_sharded(accelerator):
             raise OptionError(
-                f"The student's widths differ from the teacher's ({sorted(set(widths.values()))}), and the maps between "
-                "them cannot be sharded. Leave 'hidden' and 'embedding' out, or train without FSDP and DeepSpeed."
+                f"The student's widths differ from the teacher's ({sorted(set(widths.values()))}), and the maps between them "
+                "cannot be sharded. Leave 'hidden_states' and 'features' out, or train without FSDP and DeepSpeed."
             )
-        learning.projections = projections.to(args.device)
-    return learning
+        objective.projections = projections.to(args.device)
+    return objective
 
 
 def _feature_widths(
-    student: Any, task: Task, teachers: Teachers, learning: ObjectiveComputer
+    student: Any, teachers: Sequence[LiveTeacher | CachedTeacher], objective: Objective
 ) -> dict[str, tuple[int, int]]:
-    """Return how wide what is compared is, in the student and in the teacher, by name."""
+    """Return the student's and the teacher's width of each pair of vectors that is compared, by name."""
     widths: dict[str, tuple[int, int]] = {}
-    for number, teacher in enumerate(teachers):
-        pairs = [(f"{number}_{mine}", f"hidden_{theirs}") for mine, theirs in learning.layers.items()]
-        if TeacherSignal.FEATURES in learning.needs:
-            pairs.append((f"{number}_embedding", "features"))
-        for name, asked in pairs:
-            theirs_wide = teacher.width(asked)
-            if theirs_wide is None:
-                raise OptionError(f"The capture holds no {asked}. Capture again with it, or change the objective.")
-            own = LiveTeacher(student, task).width(asked)
-            widths[name] = (own or theirs_wide, theirs_wide)
+    for index, teacher in enumerate(teachers):
+        pairs = [(f"{index}_{mine}", f"hidden_{theirs}") for mine, theirs in objective.layers.items()]
+        if TeacherSignal.FEATURES in objective.required_signals:
+            pairs.append((f"{index}_features", "features"))
+        for name, signal in pairs:
+            teacher_width = teacher.width(signal)
+            if teacher_width is None:
+                raise OptionError(f"The signal cache has no {signal}. Capture again with it, or change the losses.")
+            student_width = LiveTeacher(student, objective.task).width(signal)
+            widths[name] = (student_width or teacher_width, teacher_width)
     return widths
 
 

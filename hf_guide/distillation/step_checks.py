@@ -1,24 +1,85 @@
-"""Ends a run at the step at which a loss, a gradient or a weight is not finite, or at which the teacher was left out."""
+"""End a run at the step at which a loss, a gradient or a weight is not finite, or at which the teacher was left out."""
 
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_guide.distillation.layer_projections import check_optimizer_has_projections
+from hf_guide.distillation.objective import Objective, is_sharded
 from hf_guide.errors import HfGuideError, NotFiniteError
 from hf_guide.utils.finite import all_finite, non_finite_names
 
-if TYPE_CHECKING:
-    from hf_guide.distillation.trainer import DistillationTrainer
-
 # A gradient scaler halves its factor for every step that it skips: after so many in a row it is at 2**-24 of one.
 _MAX_SKIPPED_STEPS = 40
+
+
+class StepCheckedTrainer(Trainer):
+    """A `Trainer` that keeps what `StepChecksCallback` checks at each step of the optimizer."""
+
+    distillation_objective: Objective
+    called_methods: set[str]
+    """Which of the trainer's own methods were called since the last step, or in this evaluation."""
+
+    pending_error: HfGuideError | None = None
+    """An error of this process, raised before the step in all processes."""
+
+    grad_norm: Tensor | float | None = None
+    non_finite_gradients: list[str] | None = None
+    """Names of weights, where gradients had to be checked before they were clipped."""
+
+    _unwrapped: tuple[Any, Any] | None = None
+
+    def _unwrap(self, model: Any) -> Any:
+        """Return the student without its wrappers, found once: that walks over every module."""
+        if self._unwrapped is None or self._unwrapped[0] is not model:
+            self._unwrapped = (model, self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        return self._unwrapped[1]
+
+    @property
+    def unwrapped_student(self) -> Any:
+        """The student itself, without what wraps it for training."""
+        return self._unwrap(self.model)
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether a process has only a shard of the student's weights."""
+        return is_sharded(self.accelerator) or any(
+            hasattr(each, "to_local") for each in self.unwrapped_student.parameters()
+        )
+
+    def check_called(self, *names: str) -> None:
+        """Check that the trainer's own methods of these names were called; `DistillationTrainer` does."""
+        raise NotImplementedError
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip as `Trainer` does, but not where gradients are not finite: clipped, they would all be NaN."""
+        if self.shards_weights:
+            self.non_finite_gradients = non_finite_gradients(self)
+            return super()._clip_grad_norm(model)
+        norm = self._gradient_norm(model)
+        if bool(norm.isfinite()):
+            clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Return the norm of the gradients as `Trainer` does, and keep it for the check before the optimizer's step."""
+        if grad_norm is None and not self.shards_weights:
+            grad_norm = self._gradient_norm(model)
+        elif grad_norm is None:
+            self.non_finite_gradients = non_finite_gradients(self)
+        self.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.grad_norm
+
+    def _gradient_norm(self, model: nn.Module) -> Tensor:
+        self.accelerator.unscale_gradients()
+        return get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
 
 
 class StepChecksCallback(TrainerCallback):
@@ -27,7 +88,7 @@ class StepChecksCallback(TrainerCallback):
     One norm of the gradients, which `Trainer` computes anyway, and one pass over the trainable weights.
     """
 
-    def __init__(self, trainer: "DistillationTrainer"):
+    def __init__(self, trainer: "StepCheckedTrainer"):
         self.trainer = trainer
         self.skipped = 0
 
@@ -36,7 +97,7 @@ class StepChecksCallback(TrainerCallback):
         self.skipped = 0
         self.trainer.pending_error = None
         self.trainer.called_methods.clear()
-        maps = self.trainer.objective_computer.projections
+        maps = self.trainer.distillation_objective.projections
         if maps is not None and self.trainer.optimizer is not None:
             check_optimizer_has_projections(self.trainer.optimizer, list(maps.parameters()))
 
@@ -77,14 +138,14 @@ class StepChecksCallback(TrainerCallback):
             raise failure
 
 
-def named_trained_parameters(trainer: "DistillationTrainer") -> list[tuple[str, nn.Parameter]]:
+def named_trained_parameters(trainer: "StepCheckedTrainer") -> list[tuple[str, nn.Parameter]]:
     """Return the student's parameters by name, and those of the maps between widths."""
-    maps = trainer.objective_computer.projections
+    maps = trainer.distillation_objective.projections
     others = [] if maps is None else [(f"projections.{name}", each) for name, each in maps.named_parameters()]
     return [*trainer.unwrapped_student.named_parameters(), *others]
 
 
-def non_finite_loss_error(trainer: "DistillationTrainer", loss: Tensor, terms: dict[str, Tensor]) -> NotFiniteError:
+def non_finite_loss_error(trainer: "StepCheckedTrainer", loss: Tensor, terms: dict[str, Tensor]) -> NotFiniteError:
     """Return the error for a loss that is not finite: it names what came first, a weight or a term."""
     step = trainer.state.global_step + 1
     wrong = non_finite_names(named_trained_parameters(trainer))
@@ -97,14 +158,14 @@ def non_finite_loss_error(trainer: "DistillationTrainer", loss: Tensor, terms: d
     return NotFiniteError(f"At step {step}, after {step - 1} whole ones, {cause}. {_advice(trainer)}")
 
 
-def non_finite_gradients(trainer: "DistillationTrainer") -> list[str]:
+def non_finite_gradients(trainer: "StepCheckedTrainer") -> list[str]:
     """Return the names of the weights whose gradients are not finite, as far as this process holds them."""
     named = [(name, each.grad) for name, each in named_trained_parameters(trainer) if each.grad is not None]
     return [] if all_finite(gradient for _, gradient in named) else non_finite_names(named)
 
 
-def _non_finite_gradient_error(trainer: "DistillationTrainer") -> NotFiniteError | None:
-    norm, wrong, maps = trainer.grad_norm, trainer.non_finite_gradients, trainer.objective_computer.projections
+def _non_finite_gradient_error(trainer: "StepCheckedTrainer") -> NotFiniteError | None:
+    norm, wrong, maps = trainer.grad_norm, trainer.non_finite_gradients, trainer.distillation_objective.projections
     finite = norm is None or math.isfinite(norm.item() if isinstance(norm, Tensor) else norm)
     others = [] if maps is None else [each.grad for each in maps.parameters() if each.grad is not None]
     if wrong is None:  # not looked for before they were clipped, which the whole norm makes needless
@@ -120,14 +181,14 @@ def _non_finite_gradient_error(trainer: "DistillationTrainer") -> NotFiniteError
     return NotFiniteError(f"At step {step}, after {step - 1} whole ones, {cause}. {_advice(trainer)}")
 
 
-def _advice(trainer: "DistillationTrainer") -> str:
+def _advice(trainer: "StepCheckedTrainer") -> str:
     folder = trainer.args.output_dir
     last = get_last_checkpoint(folder) if folder and trainer.args.should_save and os.path.isdir(folder) else None
     told = f"The last checkpoint is {last}." if last else "No checkpoint had been saved."
     return f"Lower learning_rate, set max_grad_norm (such as 1.0), or train in bfloat16 or float32. {told}"
 
 
-def _uses_gradient_scaler(trainer: "DistillationTrainer") -> bool:
+def _uses_gradient_scaler(trainer: "StepCheckedTrainer") -> bool:
     """Return whether a gradient scaler, of PyTorch's or DeepSpeed's, skips steps whose gradients are not finite."""
     scaler = getattr(trainer.accelerator, "scaler", None)
     if scaler is not None and scaler.is_enabled():
@@ -136,7 +197,7 @@ def _uses_gradient_scaler(trainer: "DistillationTrainer") -> bool:
     return engine is not None and bool(engine.fp16_enabled())
 
 
-def _raise_on_all_ranks(trainer: "DistillationTrainer", failure: HfGuideError | None) -> None:
+def _raise_on_all_ranks(trainer: "StepCheckedTrainer", failure: HfGuideError | None) -> None:
     """Raise in every process where one of them has failed, so that none waits for it."""
     if _any_rank(trainer.accelerator, failure is not None):
         raise failure or NotFiniteError(

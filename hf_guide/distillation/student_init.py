@@ -1,13 +1,17 @@
-"""The student that a trainer makes out of its teacher, where it is given arguments instead of a model."""
+"""The student of a trainer: checked, initialized from its teacher where no model is passed, and wrapped with PEFT."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch._dynamo import OptimizedModule
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.trainer_utils import align_special_tokens
 
 from hf_guide.errors import OptionError
+from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped, without_adapter
 from hf_guide.signal_cache.reader import Capture
 
 
@@ -58,3 +62,82 @@ def _has_token_ids(dataset: Any) -> bool:
     """Whether a dataset's examples are rows of token ids."""
     first = None if dataset is None else next(iter(dataset), None)
     return isinstance(first, Mapping) and "input_ids" in first
+
+
+def validate_student(model: Any) -> None:
+    """Refuse what is no student.
+
+    Raises:
+        OptionError: a name, which does not say what the student is for; or a model in a wrapper.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        raise OptionError(
+            f"model is a student, not its name; found {os.fspath(model)!r}. Load it with the AutoModelFor... class of its "
+            "task, or pass a config, or the arguments of from_teacher, to make it out of its teacher."
+        )
+    validate_unwrapped(model, "student")
+
+
+def validate_trainable(student: nn.Module) -> None:
+    """Check that a student can be trained, and saved as a model of its class.
+
+    Raises:
+        OptionError: all of its parameters are frozen; or `torch.compile` or `torch.nn.utils.parametrize` has renamed some,
+            which its stock class does not know.
+    """
+    compiled = [name for name, module in student.named_modules() if isinstance(module, OptimizedModule)]
+    if compiled:
+        raise OptionError(
+            f"{compiled[0]} of the student is compiled, and its weights would be saved by other names. Pass the model itself, "
+            "and DistillationArguments(torch_compile=True)."
+        )
+    added = parametrized_layers(student)
+    if added:
+        raise OptionError(
+            f"{len(added)} layers of the student are parametrized (weight_norm, spectral_norm, ...), such as {added[0]}: its "
+            f"files would not load as a {type(without_adapter(student)).__name__}. Call "
+            "torch.nn.utils.parametrize.remove_parametrizations on them first."
+        )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise OptionError(
+            "No parameter of the student is trainable: all have requires_grad=False. Unfreeze some with requires_grad_(True), "
+            "pass peft_config, or load a saved adapter with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+
+
+def align_student_special_tokens(student: Any, processing_class: Any) -> None:
+    """Give a student's config the special tokens of the tokenizer, as `Trainer` does when training begins.
+
+    Classifiers find the last token of a text by them: without this, an evaluation before the training would read padding.
+    """
+    if isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)) and hasattr(student, "config"):
+        align_special_tokens(student, processing_class)
+
+
+def wrap_with_peft(model: Any, model_init: Any, peft_config: Any) -> tuple[Any, Any]:
+    """Return the model, or what makes it, with an adapter.
+
+    Raises:
+        OptionError: the model has an adapter already, or `peft_config` is none of PEFT's.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise OptionError(
+            f"peft_config must be one of PEFT's configs, such as LoraConfig; found {type(peft_config).__name__}."
+        )
+
+    def with_adapter(student: Any) -> Any:
+        if has_adapter(student):
+            raise OptionError(
+                "The student has an adapter already, so peft_config would put a second one around it. Leave peft_config out "
+                "to train the adapter that is there, or pass the base model."
+            )
+        return get_peft_model(student, peft_config)
+
+    if model is not None:
+        return with_adapter(model), None
+    takes_trial = model_init is not None and len(inspect.signature(model_init).parameters) > 0
+    if takes_trial:
+        return None, lambda trial: with_adapter(model_init(trial))
+    return None, lambda: with_adapter(model_init())

@@ -1,4 +1,4 @@
-"""`DistillationTrainer`: a `transformers.Trainer` that also listens to a teacher."""
+"""`DistillationTrainer`: a `transformers.Trainer` whose student also learns from a teacher."""
 
 import inspect
 import math
@@ -10,26 +10,22 @@ from typing import Any
 import torch
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedConfig, PreTrainedModel, Seq2SeqTrainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from transformers.utils import ModelOutput
 
-from hf_guide.distillation.arguments import DistillationArguments, redacted_training_args
-from hf_guide.distillation.batches import BatchBuilder
-from hf_guide.distillation.cached_teacher import CachedTeacher, load_cached_teacher
-from hf_guide.distillation.checks import (
-    align_student_special_tokens,
+from hf_guide.distillation.arguments import (
+    DistillationArguments,
+    redacted_training_args,
     resolve_teacher,
     validate_arguments,
     validate_not_empty,
     validate_output_dir,
-    validate_student,
-    validate_trainable,
-    wrap_with_peft,
 )
+from hf_guide.distillation.batches import BatchBuilder, DistillationBatch
+from hf_guide.distillation.cached_teacher import CachedTeacher, load_cached_teacher
 from hf_guide.distillation.layer_projections import ProjectionGradSyncCallback, check_optimizer_has_projections
-from hf_guide.distillation.loss_scaling import accepts_num_items_in_batch
+from hf_guide.distillation.loss_scaling import LossScalingTrainer
 from hf_guide.distillation.losses.registry import (
     TASK_LOSS,
     check_class_distribution,
@@ -41,16 +37,20 @@ from hf_guide.distillation.metrics import RunningMeans
 from hf_guide.distillation.objective import (
     TEACHER_AGREEMENT,
     TEACHER_CE,
-    DistillationBatch,
     ObjectiveOutput,
     build_objective,
     find_head_all_ranks,
     is_sharded,
-    zero_loss_with_gradient,
 )
 from hf_guide.distillation.resuming import ResumableTrainer, remove_paths_from_state
-from hf_guide.distillation.step_checks import StepChecksCallback, non_finite_gradients, non_finite_loss_error
-from hf_guide.distillation.student_init import init_student_from_teacher
+from hf_guide.distillation.step_checks import StepCheckedTrainer, StepChecksCallback, non_finite_loss_error
+from hf_guide.distillation.student_init import (
+    align_student_special_tokens,
+    init_student_from_teacher,
+    validate_student,
+    validate_trainable,
+    wrap_with_peft,
+)
 from hf_guide.distillation.subclass_logits import build_subclass_targets, find_target_provider
 from hf_guide.distillation.teacher_setup import build_live_teachers
 from hf_guide.distillation.trainer_compatibility import (
@@ -77,7 +77,7 @@ from hf_guide.utils.files import staged_update
 from hf_guide.utils.finite import check_weights_finite
 
 
-class DistillationTrainer(ResumableTrainer):
+class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrainer):
     """A `Trainer` whose student learns from a teacher as well as from labels.
 
     Everything that `Trainer` takes and does stays: collators, callbacks, metrics, `compute_loss_func`, label smoothing,
@@ -105,9 +105,6 @@ class DistillationTrainer(ResumableTrainer):
         CaptureError: a capture that is truncated, of another teacher or another tokenizer.
     """
 
-    # Every term is divided by the number of items in the whole accumulated batch, so Trainer must not divide again.
-    loss_is_scaled_for_ga = True
-
     def __new__(cls, *_: Any, **keywords: Any) -> "DistillationTrainer":
         """Check the order of the bases before another class's `__init__` meets a keyword that it does not know."""
         check_init_keywords(cls, DistillationTrainer, keywords)
@@ -130,19 +127,22 @@ class DistillationTrainer(ResumableTrainer):
         preprocess_logits_for_metrics: Callable[..., Tensor] | None = None,
         *,
         teacher: "str | os.PathLike[str] | PreTrainedModel | Sequence[Any] | Capture | None" = None,
+        teacher_model: "str | os.PathLike[str] | PreTrainedModel | None" = None,
         peft_config: Any = None,
     ):
         args = DistillationArguments("tmp_trainer") if args is None else args
         validate_arguments(args)
         check_seq2seq(self, DistillationTrainer, args)
-        if set(args.weights) != {TASK_LOSS}:
+        if set(args.loss_weights) != {TASK_LOSS}:
             check_overridden_methods(self, DistillationTrainer)
         validate_student(model)
         for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
             validate_not_empty(dataset, name)
-        source = resolve_teacher(teacher, args)
-        if model is None and model_init is None and args.student is not None:
-            model = dict(args.student)  # type: ignore[arg-type]  # parsed by now
+        if teacher is not None and teacher_model is not None:
+            raise OptionError("teacher and teacher_model, its name in TRL, are both given; keep teacher.")
+        source = resolve_teacher(teacher if teacher_model is None else teacher_model, args)
+        if model is None and model_init is None and args.student_init_kwargs is not None:
+            model = dict(args.student_init_kwargs)  # type: ignore[arg-type]  # parsed by now
         validate_output_dir(args, source, model)
         student: Any = model
         if isinstance(model, (PreTrainedConfig, Mapping)):
@@ -151,15 +151,10 @@ class DistillationTrainer(ResumableTrainer):
         check_no_shared_parameters(student, source if isinstance(source, (list, tuple)) else [source])
         if peft_config is not None:
             student, model_init = wrap_with_peft(student, model_init, peft_config)
-        self._unwrapped: tuple[Any, Any] | None = None
         self._train_means, self._eval_means = RunningMeans(), RunningMeans()
-        self._needs_all_logits = self._predicting = False
-        self._unlabelled_loss_factor: Tensor | None = None
+        self._needs_all_logits = False
         self._hub_target = {"token": args.hub_token, "revision": args.hub_revision}
-        self.called_methods: set[str] = set()
-        self.pending_error: HfGuideError | None = None
-        self.grad_norm: Tensor | float | None = None
-        self.non_finite_gradients: list[str] | None = None
+        self.called_methods = set()
         keywords = {
             "model": student,
             "args": args,
@@ -183,7 +178,7 @@ class DistillationTrainer(ResumableTrainer):
         align_student_special_tokens(self.model, processing_class)
         student = self.unwrapped_student
         self.task = task_of(student)
-        check_losses_fit_task(args.weights, self.task, student.config)
+        check_losses_fit_task(args.loss_configs, self.task, student.config)
         if train_dataset is not None:
             validate_trainable(student)
         self.teachers: list[LiveTeacher | CachedTeacher] = []
@@ -197,34 +192,16 @@ class DistillationTrainer(ResumableTrainer):
                 self.task,
                 init_kwargs=args.teacher_init_kwargs,  # type: ignore[arg-type]
                 weights=args.teacher_weights,  # type: ignore[arg-type]
-                compile=args.teacher_compile,
+                compile=args.compile_teacher,
                 processing_class=processing_class,
                 accelerator=self.accelerator,
             )
         for each in self.teachers:
-            check_class_distribution(args.weights, self.task, each.config, "teacher")
+            check_class_distribution(args.loss_weights, self.task, each.config, "teacher")
         self.add_callback(StepChecksCallback(self))
         self._setup_objective()
 
     # The student and what it learns
-
-    def _unwrap(self, model: Any) -> Any:
-        """Return the student within its wrappers, looked for once: that walks over every module."""
-        if self._unwrapped is None or self._unwrapped[0] is not model:
-            self._unwrapped = (model, self.accelerator.unwrap_model(model, keep_torch_compile=False))
-        return self._unwrapped[1]
-
-    @property
-    def unwrapped_student(self) -> Any:
-        """The student without what wraps it for training."""
-        return self._unwrap(self.model)
-
-    @property
-    def shards_weights(self) -> bool:
-        """Whether a process holds only a part of the student's weights."""
-        return is_sharded(self.accelerator) or any(
-            hasattr(each, "to_local") for each in self.unwrapped_student.parameters()
-        )
 
     def check_called(self, *names: str) -> None:
         """Check that the trainer's own methods were called, where the objective is more than the task loss.
@@ -232,7 +209,7 @@ class DistillationTrainer(ResumableTrainer):
         Raises:
             OptionError: names the class whose method was called in place of one of them.
         """
-        if set(self.args.weights) == {TASK_LOSS}:
+        if set(self.args.loss_weights) == {TASK_LOSS}:
             return
         for name in names:
             if name not in self.called_methods:
@@ -261,37 +238,39 @@ class DistillationTrainer(ResumableTrainer):
         check_no_shared_parameters(
             student, [*teachers, getattr(find_target_provider(self.data_collator), "live_teacher", None)]
         )
-        if self.task.is_per_token or compares_features(self.args.weights):
+        if self.task.is_per_token or compares_features(self.args.loss_weights):
             check_no_virtual_tokens(student, "student")
             for teacher in teachers:
                 check_no_virtual_tokens(teacher, "teacher")
         self._accepts_num_items: bool | None = None
         self._shifted = shifts_labels(student, self.task)
-        self.objective_computer = build_objective(
+        self.distillation_objective = build_objective(
             student, self.task, self.teachers, self.args, self.accelerator, head=self._find_head(student)
         )
-        self._subclasses = build_subclass_targets(
+        self._subclass_targets = build_subclass_targets(
             student.config,
             self.data_collator,
             self.args.temperature,
             [self._unwrapped_teacher(each) for each in self.teachers],
-            learned=self.objective_computer.needs_subclasses,
+            learned=self.distillation_objective.needs_subclasses,
             columns=getattr(self.train_dataset, "column_names", None) or (),
             keeps_columns=not self.args.remove_unused_columns,
         )
-        self._reader = BatchBuilder(
+        self._batch_builder = BatchBuilder(
             student,
             self.task,
             self.teachers,
-            self.objective_computer,
+            self.distillation_objective.losses,
+            self.distillation_objective.layers,
             self.accelerator,
-            self._subclasses,
+            self._subclass_targets,
             tuple(self.label_names),
             self._shifted,
+            self.distillation_objective.max_logits,
         )
         self.remove_callback(ProjectionGradSyncCallback)
-        if self.objective_computer.projections is not None:
-            self.add_callback(ProjectionGradSyncCallback(self.objective_computer.projections, self.accelerator))
+        if self.distillation_objective.projections is not None:
+            self.add_callback(ProjectionGradSyncCallback(self.distillation_objective.projections, self.accelerator))
 
     def _hp_search_setup(self, trial: Any) -> None:
         """Take a trial's arguments as `Trainer` does; what `model_init` just made then begins with them."""
@@ -299,7 +278,7 @@ class DistillationTrainer(ResumableTrainer):
         if self.model_init is None:
             return
         self.args.check_options()
-        check_losses_fit_task(self.args.weights, self.task, self.unwrapped_student.config)
+        check_losses_fit_task(self.args.loss_configs, self.task, self.unwrapped_student.config)
         if isinstance(self.data_collator, CaptureDataCollator):
             self.data_collator = self.data_collator.at(self.args.temperature)
         self._setup_objective()
@@ -312,8 +291,8 @@ class DistillationTrainer(ResumableTrainer):
         """
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if self.objective_computer.projections is not None:
-            maps = list(self.objective_computer.projections.parameters())
+        if self.distillation_objective.projections is not None:
+            maps = list(self.distillation_objective.projections.parameters())
             if fresh:
                 optimizer.add_param_group({"params": maps, "weight_decay": 0.0})
             check_optimizer_has_projections(optimizer, maps)
@@ -326,46 +305,7 @@ class DistillationTrainer(ResumableTrainer):
         fresh = self._signature_columns is None
         super()._set_signature_columns_if_needed()
         if fresh and self._signature_columns is not None:
-            self._signature_columns += self._reader.teacher_only_columns
-
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` says so."""
-        self.called_methods.add("_get_num_items_in_batch")
-        if self.compute_loss_func is not None or not batch_samples:
-            return clamp_num_items(super()._get_num_items_in_batch(batch_samples, device))
-        training = not self._predicting
-        counts = (
-            torch.stack([self._reader.count(batch, training=training) for batch in batch_samples]).sum(0).to(device)
-        )
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counts = self.accelerator.gather(counts).view(-1, 2).sum(0)
-        items, labelled = counts
-        self._unlabelled_loss_factor = items / labelled.clamp(min=1) if training else None
-        # Without any target the losses are sums over nothing, and zero whatever they are divided by.
-        return items.clamp(min=1) / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip as `Trainer` does, but leave gradients alone that are not finite: clipped, they would all be NaN."""
-        if self.shards_weights:
-            self.non_finite_gradients = non_finite_gradients(self)
-            return super()._clip_grad_norm(model)
-        norm = self._norm_of_gradients(model)
-        if bool(norm.isfinite()):
-            clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, norm)
-        return norm
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Return the norm of the gradients as `Trainer` does, and keep it for the check before the optimizer's step."""
-        if grad_norm is None and not self.shards_weights:
-            grad_norm = self._norm_of_gradients(model)
-        elif grad_norm is None:
-            self.non_finite_gradients = non_finite_gradients(self)
-        self.grad_norm = super()._get_grad_norm(model, grad_norm)
-        return self.grad_norm
-
-    def _norm_of_gradients(self, model: nn.Module) -> Tensor:
-        self.accelerator.unscale_gradients()
-        return get_total_norm([each.grad for each in model.parameters() if each.grad is not None])
+            self._signature_columns += self._batch_builder.teacher_only_columns
 
     # Losses
 
@@ -376,49 +316,44 @@ class DistillationTrainer(ResumableTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the weighted sum of the objective's terms, each its mean over the items of the accumulated batch.
+        """Return the weighted sum of the losses, each its mean over the items of the accumulated batch.
 
         In evaluation it is the task loss, where there are labels; a batch without any target has loss and gradient zero.
-        With `return_outputs` a language model makes all its logits, which takes their memory.
+        With `return_outputs` a language model computes all its logits, which takes their memory.
         """
         self.called_methods.add("compute_loss")
         training = model.training
         if isinstance(self.data_collator, CaptureDataCollator):
             self.data_collator.check_temperature(self.args.temperature)
-        batch = self._reader.read(inputs, training=training)
-        if batch.has_padding_examples:
-            num_items_in_batch = None  # it counts what the dataloader only filled the last batches up with
-        here = batch.mask.sum()
-        told = num_items_in_batch is not None
-        items = clamp_num_items(num_items_in_batch) if told else here.clamp(min=1)
-        model = self._subclasses.wrap_in_class_logits(model, here)
-        if training and self.objective_computer.weights == {TASK_LOSS: 1.0}:
+        batch = self._batch_builder.build(inputs, training=training)
+        denominator = self._loss_denominator(batch, num_items_in_batch)
+        model = self._subclass_targets.wrap_in_class_logits(model, batch.num_items)
+        if training and self.distillation_objective.weights == {TASK_LOSS: 1.0}:
             # What `Trainer` does, to the last bit.
-            loss, outputs = self._task_loss(model, batch.inputs, batch, items, told)
-            learned = ObjectiveOutput(loss, {TASK_LOSS: loss.detach() * items / self._scale(told)}, outputs)
+            loss, outputs = self._task_loss(model, batch.inputs, batch, denominator)
+            result = ObjectiveOutput(loss, {TASK_LOSS: denominator.to_sum(loss.detach())}, outputs)
         else:
-            learned = self.objective_computer.compute(
+            result = self.distillation_objective.compute(
                 model,
                 self.unwrapped_student,
                 batch,
-                lambda given: self._task_loss_sum(model, given, batch, items, told),
+                lambda inputs: self._task_loss_sum(model, inputs, batch, denominator),
                 measure=not training,
-                whole_logits=self._needs_all_logits or (return_outputs and not self._discards_outputs),
+                all_logits=self._needs_all_logits or (return_outputs and not self._discards_outputs),
             )
-            of_task = not training and TASK_LOSS in learned.sums
-            loss = (learned.sums[TASK_LOSS] if of_task else learned.total) / items * self._scale(told)
-        if training and not told:
-            # A mean over this micro-batch alone, as `Trainer` has it where nothing was counted.
-            loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
-        self._check_loss(loss, learned, batch)
-        (self._train_means if training else self._eval_means).add(learned.sums, here)
-        return (loss, self._strip_hidden_states(learned.outputs, loss)) if return_outputs else loss
+            is_task_loss = not training and TASK_LOSS in result.sums
+            loss = denominator.to_mean(result.sums[TASK_LOSS] if is_task_loss else result.total)
+        if training:
+            loss = self._divide_by_accumulation_steps(loss, denominator)
+        self._check_loss(loss, result, batch)
+        (self._train_means if training else self._eval_means).add(result.sums, batch.num_items)
+        return (loss, self._strip_hidden_states(result.outputs, loss)) if return_outputs else loss
 
     @property
     def _discards_outputs(self) -> bool:
         """Whether nobody looks at the outputs that `compute_loss` returns: in `Trainer`'s evaluation of losses alone."""
         replaced = type(self).compute_loss is not DistillationTrainer.compute_loss or "compute_loss" in vars(self)
-        return self._predicting and not self._needs_all_logits and not replaced
+        return self._is_predicting and not self._needs_all_logits and not replaced
 
     def _check_loss(self, loss: Tensor, learned: ObjectiveOutput, batch: DistillationBatch) -> None:
         """Raise for a teacher's signals that are not finite, and in training for a loss; of several processes later, in all.
@@ -438,57 +373,6 @@ class DistillationTrainer(ResumableTrainer):
         if not training or self.accelerator.num_processes == 1:
             raise failure
         self.pending_error = self.pending_error or failure
-
-    def _scale(self, told: bool) -> int:
-        """Return what undoes DistributedDataParallel's mean over processes, as `Trainer` has it."""
-        if not told or not self.args.average_tokens_across_devices:
-            return 1
-        return self.accelerator.num_processes // self.get_tp_size()
-
-    def _task_loss(
-        self, model: nn.Module, inputs: dict[str, Any], batch: DistillationBatch, items: Any, told: bool
-    ) -> tuple[Tensor, Any]:
-        """Return the task loss as `Trainer` computes it, a mean over the `items` of the accumulated batch, and outputs."""
-        if not bool(batch.labelled):
-            return self._no_task_loss(model, inputs)
-        if told and self._model_normalizes_loss(model, inputs):
-            loss, outputs = super().compute_loss(model, dict(inputs), True, items)
-            return loss, outputs
-        # Models that take the mean over their own batch whatever they are told (T5, BERT's classifiers).
-        loss, outputs = super().compute_loss(model, dict(inputs), True, None)
-        return loss * (batch.mask.sum() / items) * self._scale(told), outputs
-
-    def _no_task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Return zero and the outputs of a batch without labels: many models' own loss is 0 / 0 there.
-
-        The zero has a gradient, zero too, of every parameter: DistributedDataParallel and FSDP wait for it.
-        """
-        labels = {*self.label_names, "labels", "shift_labels"}
-        outputs = model(**{name: value for name, value in inputs.items() if name not in labels})
-        loss = zero_loss_with_gradient(outputs)
-        return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
-
-    def _task_loss_sum(
-        self, model: nn.Module, inputs: dict[str, Any], batch: DistillationBatch, items: Any, told: bool
-    ) -> tuple[Tensor, Any]:
-        """Return the task loss as a sum over the items, of which those without a label have the mean of the others."""
-        loss, outputs = self._task_loss(model, inputs, batch, items, told)
-        loss = loss * items / self._scale(told)
-        if model.training and self._subclasses.learned and batch.labels is not None:
-            factor = self._unlabelled_loss_factor if told else batch.mask.sum() / batch.labelled.clamp(min=1)
-            loss = loss if factor is None else loss * factor
-        return loss, outputs
-
-    def _model_normalizes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        if self.compute_loss_func is not None or self.label_smoother is not None:
-            return True
-        if not self.model_accepts_loss_kwargs:
-            return False
-        if self.args.world_size == self.args.gradient_accumulation_steps == 1:
-            return True  # its own batch is the whole batch
-        if self._accepts_num_items is None:
-            self._accepts_num_items = accepts_num_items_in_batch(model, inputs)
-        return self._accepts_num_items
 
     def _strip_hidden_states(self, outputs: Any, loss: Tensor) -> Any:
         """Return the outputs without what only the objective asked for: the rest is gathered as predictions."""
@@ -520,14 +404,14 @@ class DistillationTrainer(ResumableTrainer):
         step = super().prediction_step
         labelled = all(inputs.get(name) is not None for name in self.label_names)
         if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate and not prediction_loss_only:
-            own = self._reader.student_inputs(inputs)
+            own = self._batch_builder.student_inputs(inputs)
             loss, predictions, labels = step(model, own, False, ignore_keys, **gen_kwargs)
             if labelled:
                 loss, _, _ = self._prediction_step(step, model, inputs, True, ignore_keys)
             return loss, predictions, labels
         if not labelled:
-            inputs = self._reader.student_inputs(inputs)
-            model = self._subclasses.wrap_in_class_logits(model)
+            inputs = self._batch_builder.student_inputs(inputs)
+            model = self._subclass_targets.wrap_in_class_logits(model)
         return self._prediction_step(step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
 
     def _prediction_step(
@@ -539,23 +423,23 @@ class DistillationTrainer(ResumableTrainer):
         ignore_keys: list[str] | None,
         **gen_kwargs: Any,
     ) -> Any:
-        self._needs_all_logits, self._predicting = not prediction_loss_only, True
+        self._needs_all_logits, self._is_predicting = not prediction_loss_only, True
         try:
             return step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         finally:
-            self._needs_all_logits = self._predicting = False
+            self._needs_all_logits = self._is_predicting = False
 
     # Logs
 
     def _add_weighted_terms(self, means: Mapping[str, float]) -> dict[str, float]:
-        weights = self.args.weights
+        weights = self.args.loss_weights
         weighted = {f"{name}_weighted": weights[name] * value for name, value in means.items() if name in weights}
         return dict(means) | weighted
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, and in training every term, raw and weighted."""
         if "loss" in logs:
-            logs |= self._add_weighted_terms(self._train_means.means(self.accelerator, self.args.weights))
+            logs |= self._add_weighted_terms(self._train_means.means(self.accelerator, self.args.loss_weights))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -573,12 +457,12 @@ class DistillationTrainer(ResumableTrainer):
         if f"{prefix}_loss" in metrics and "compute_loss" not in self.called_methods:
             self.check_called("compute_loss")
         means = self._eval_means.means(
-            self.accelerator, {*self.args.weights, TASK_LOSS, TEACHER_AGREEMENT, TEACHER_CE}
+            self.accelerator, {*self.args.loss_weights, TASK_LOSS, TEACHER_AGREEMENT, TEACHER_CE}
         )
         if TASK_LOSS in means:
             metrics[f"{prefix}_loss"] = means[TASK_LOSS]
-        if means.keys() >= self.args.weights.keys():
-            means["objective"] = sum(weight * means[name] for name, weight in self.args.weights.items())
+        if means.keys() >= self.args.loss_weights.keys():
+            means["objective"] = sum(weight * means[name] for name, weight in self.args.loss_weights.items())
         if self.task.is_language_model:
             for loss, perplexity in ((TASK_LOSS, "perplexity"), (TEACHER_CE, "teacher_perplexity")):
                 if loss in means:
@@ -597,9 +481,9 @@ class DistillationTrainer(ResumableTrainer):
         if self.args.should_save:
             clean_saved_folder(folder)
             remove_local_paths(folder)
-        if self.args.should_save and self.objective_computer.projections is not None:
+        if self.args.should_save and self.distillation_objective.projections is not None:
             if folder.name.startswith("checkpoint-"):  # what resumes needs them; what is published does not
-                self.objective_computer.projections.save(folder)
+                self.distillation_objective.projections.save(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         remove_paths_from_state(Path(checkpoint_folder))
@@ -621,8 +505,8 @@ class DistillationTrainer(ResumableTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.objective_computer.projections is not None:
-            self.objective_computer.projections.load(Path(resume_from_checkpoint))
+        if self.distillation_objective.projections is not None:
+            self.distillation_objective.projections.load(Path(resume_from_checkpoint))
 
     def push_to_hub(
         self,
@@ -704,10 +588,3 @@ class DistillationTrainer(ResumableTrainer):
 
 def _as_list(given: "str | list[str] | None") -> list[str]:
     return [given] if isinstance(given, str) else list(given or [])
-
-
-def clamp_num_items(items: Any) -> Any:
-    """Return a number of items to divide by, 1 where there are none; None stays."""
-    if isinstance(items, Tensor):
-        return torch.where(items > 0, items, torch.ones_like(items))
-    return items if items is None or items > 0 else 1

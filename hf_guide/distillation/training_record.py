@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_guide.distillation.cached_teacher import CachedTeacher
 from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, reported_arguments, teacher_record
@@ -12,14 +12,11 @@ from hf_guide.tasks import pipeline_tag
 from hf_guide.teachers.loading import model_name
 from hf_guide.utils.public_names import public_name
 
-if TYPE_CHECKING:
-    from hf_guide.distillation.trainer import DistillationTrainer
-
 _TEACHER_METRIC = re.compile(r"_teacher_(?=ce$|perplexity$)")
 
 
 def build_training_record(
-    trainer: "DistillationTrainer",
+    trainer: Any,
     *,
     datasets: Sequence[str] = (),
     evaluated_on: Sequence[str] = (),
@@ -33,9 +30,9 @@ def build_training_record(
     of_teacher = {name: _TEACHER_METRIC.sub("_", name) for name in found if _TEACHER_METRIC.search(name)}
     return DistillationRecord(
         teachers=[_teacher_record(each, args) for each in trainer.teachers],
-        objective=args.weights,
+        objective=args.loss_weights,
         temperature=args.temperature,
-        divergence=args.divergence if "kd" in args.weights else None,
+        divergence=args.kd_loss_type if "kd" in args.loss_weights else None,
         student_class=type(student).__name__,
         student_parameters=student.num_parameters() if hasattr(student, "num_parameters") else None,
         task=pipeline_tag(type(without_adapter(student))),

@@ -1,24 +1,19 @@
-"""The loss term `lelp`: one divergence between the student's and the teacher's subclass probabilities, over all classes."""
-
-from typing import TYPE_CHECKING
+"""The loss `lelp`: one divergence between the student's and the teacher's subclass probabilities, over all classes."""
 
 import torch
 from torch import Tensor
 
-from hf_guide.distillation.losses.registry import register_term
+from hf_guide.distillation.losses.registry import LossConfig, register_loss
 from hf_guide.teachers.signals import TeacherSignal
 
-if TYPE_CHECKING:
-    from hf_guide.distillation.arguments import DistillationArguments
 
-
-@register_term(
+@register_loss(
     "lelp",
-    needs=TeacherSignal.SUBCLASSES,
+    requires=TeacherSignal.SUBCLASSES,
+    tasks=("sequence-classification", "image-classification"),
     help="the teacher's pseudo-subclasses, all at once (LELP); the batch has them from a SubclassLabelCollator",
-    task_only=("sequence-classification", "image-classification"),
 )
-def lelp_loss(student: Tensor, target: Tensor, args: "DistillationArguments") -> Tensor:
+def lelp_loss(student: Tensor, target: Tensor, config: LossConfig) -> Tensor:
     """Return tau^2 times KL(p, softmax(student / tau)) over all C * S subclasses, (items,).
 
     It is LELP's unified cross-entropy (arXiv 2409.20449) less the entropy of p, which is constant: its gradient is that of the
@@ -26,10 +21,10 @@ def lelp_loss(student: Tensor, target: Tensor, args: "DistillationArguments") ->
 
     Args:
         student: Subclass logits (items, C * S).
-        target: Probabilities p (items, C * S), at the temperature of `args`.
-        args: Their `temperature` is tau.
+        target: Probabilities p (items, C * S), at the temperature of `config`.
+        config: Its `temperature` is tau.
     """
-    tau = args.temperature
+    tau = config.temperature
     target = target.to(student.device, torch.promote_types(target.dtype, student.dtype))
     log_student = torch.log_softmax(student / tau, -1)
     return tau**2 * (torch.xlogy(target, target) - target * log_student).sum(-1)

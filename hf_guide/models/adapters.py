@@ -140,7 +140,7 @@ def validate_unwrapped(model: Any, role: str) -> None:
     Raises:
         OptionError: a compiled model, or one of several processes or devices; says what to pass instead.
     """
-    option = "torch_compile" if role == "student" else "teacher_compile"
+    option = "torch_compile" if role == "student" else "compile_teacher"
     if isinstance(model, OptimizedModule):
         raise OptionError(
             f"The {role} is compiled already. Pass the model itself, and DistillationArguments({option}=True)."

@@ -21,7 +21,9 @@ def depth_of_config(config: Any) -> int:
             found = getattr(each, name, None)
             if isinstance(found, int):
                 return found
-    raise OptionError(f"{type(text).__name__} does not say how many blocks there are; leave the term 'hidden' out.")
+    raise OptionError(
+        f"{type(text).__name__} does not say how many blocks there are; leave the loss 'hidden_states' out."
+    )
 
 
 def width_of_config(config: Any) -> int:
@@ -33,7 +35,7 @@ def width_of_config(config: Any) -> int:
     found = getattr(config.get_text_config(decoder=True), "hidden_size", None)
     if not isinstance(found, int):
         raise OptionError(
-            f"{type(config).__name__} does not say how wide hidden states are; leave the term 'hidden' out."
+            f"{type(config).__name__} does not say how wide hidden states are; leave the loss 'hidden_states' out."
         )
     return found
 
@@ -53,22 +55,22 @@ def resolve_layer_mapping(
     otherwise with evenly spaced ones, the last with the last.
 
     Raises:
-        OptionError: a layer that is not there, or teachers of several depths and no `hidden_layers`.
+        OptionError: a layer that is not there, or teachers of several depths and no `layer_mapping`.
     """
     depth = depth_of_config(student.config)
     if given is not None:
         for mine, theirs in given.items():
             if not 0 <= mine <= depth or any(not 0 <= theirs <= each for each in teacher_depths):
                 raise OptionError(
-                    f"hidden_layers pairs layer {mine} of the student with {theirs} of the teacher; the student has layers 0 "
+                    f"layer_mapping pairs layer {mine} of the student with {theirs} of the teacher; the student has layers 0 "
                     f"to {depth}, the teacher 0 to {min(teacher_depths)}."
                 )
         if not given:
-            raise OptionError("hidden_layers is empty; name at least one pair, or leave the term 'hidden' out.")
+            raise OptionError("layer_mapping is empty; name at least one pair, or leave the loss 'hidden_states' out.")
         return dict(given)
     if len(set(teacher_depths)) > 1:
         raise OptionError(
-            f"The teachers have {sorted(set(teacher_depths))} blocks; say with hidden_layers what to compare."
+            f"The teachers have {sorted(set(teacher_depths))} blocks; specify with layer_mapping what to compare."
         )
     teacher_depth = teacher_depths[0]
     report = getattr(student, "initialization_report", None)

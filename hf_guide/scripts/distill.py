@@ -77,7 +77,7 @@ def distill(settings: DistillConfig) -> dict[str, float]:
             processing_class,
             data,
             labels=labels,
-            mask_once=args.capture is not None,
+            mask_once=args.teacher_cache is not None,
             config=[own_config or _student_config(teacher_config, args), teacher_config],
         )
     if made.keep_columns:
@@ -126,24 +126,25 @@ def _train_and_save(trainer: DistillationTrainer, data: DataArguments) -> dict[s
 
 
 def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
-    if models.model_name_or_path and args.student:
+    if models.model_name_or_path and args.student_init_kwargs:
         raise OptionError(
-            "model_name_or_path and student are both given: the student is there already, or it is made out of its teacher."
+            "model_name_or_path and student_init_kwargs are both given: the student exists already, or it is initialized from its "
+            "teacher. Keep one of them."
         )
-    if not models.model_name_or_path and not args.student:
+    if not models.model_name_or_path and not args.student_init_kwargs:
         raise OptionError(
-            "There is no student: give model_name_or_path, or student, what from_teacher makes it with, such as "
+            "There is no student: give model_name_or_path, or student_init_kwargs, the arguments of from_teacher, such as "
             "{hidden_size: 288, num_hidden_layers: 10}."
         )
 
-    if models.peft_config and args.student:
+    if models.peft_config and args.student_init_kwargs:
         raise OptionError(
-            "peft_config and student are both given: the adapter would be saved without the student that is made, which it "
-            "belongs to. Save the student first, with `hf-guide init`, and name its folder as model_name_or_path."
+            "peft_config and student_init_kwargs are both given: the adapter would be saved without the student that it belongs "
+            "to. Save the student first, with `hf-guide init`, and name its folder as model_name_or_path."
         )
-    if "lelp" in args.weights:
+    if "lelp" in args.loss_weights:
         raise OptionError(
-            "The objective lelp learns the subclasses of a projector, which settings cannot give. In Python: projector = "
+            "The loss lelp needs the subclasses of a projector, which a file cannot give. In Python: projector = "
             "fit_subclasses(...); DistillationTrainer(..., data_collator=SubclassLabelCollator(projector, tokenizer))."
         )
     resume = args.resume_from_checkpoint
@@ -157,8 +158,8 @@ def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
 
 def _teacher_name_and_config(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig | None]:
     """Return the first teacher's name and its config; of a capture only the captured one's config."""
-    if args.capture:
-        manifest = Capture.open(args.capture).manifest
+    if args.teacher_cache:
+        manifest = Capture.open(args.teacher_cache).manifest
         return None, manifest.teacher_config_object()
     if not args.teacher:
         return None, None
@@ -170,15 +171,15 @@ def _teacher_name_and_config(args: DistillationArguments) -> tuple[str | None, P
 
 def _cached_teacher_source(args: DistillationArguments) -> str | None:
     """Return what the captured teacher's tokenizer is loaded from; None without a capture."""
-    if not args.capture:
+    if not args.teacher_cache:
         return None
-    named = (args.student or {}).get("teacher")  # type: ignore[union-attr]  # parsed by now
-    return named if isinstance(named, str) else Capture.open(args.capture).teacher_source()
+    named = (args.student_init_kwargs or {}).get("teacher")  # type: ignore[union-attr]  # parsed
+    return named if isinstance(named, str) else Capture.open(args.teacher_cache).teacher_source()
 
 
 def _student_config(teacher: PreTrainedConfig | None, args: DistillationArguments) -> PreTrainedConfig | None:
-    """Return the teacher's config with the number of positions that `student` asks for, where it does."""
-    asked: Any = args.student or {}
+    """Return the teacher's config with the number of positions that `student_init_kwargs` asks for, where it does."""
+    asked: Any = args.student_init_kwargs or {}
     positions = {name: asked[name] for name in ("max_position_embeddings", "n_positions") if name in asked}
     if teacher is None or not positions:
         return None

@@ -18,8 +18,9 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_guide.data.arguments import DataArguments, ModelArguments
-from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.arguments import RENAMED_ARGUMENTS, DistillationArguments
 from hf_guide.errors import HfGuideError, OptionError
+from hf_guide.utils.deprecation import RenamedOptions
 from hf_guide.validation import did_you_mean
 
 DATACLASSES = (ModelArguments, DataArguments, DistillationArguments)
@@ -47,13 +48,17 @@ def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     parser = _make_parser()
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
-    over = parse_overrides(overrides)
-    chosen = _read_file(Path(path))
-    for name in chosen:
+    flags, in_file = parse_overrides(overrides), _read_file(Path(path))
+    for name in in_file:
         if name not in actions:
             raise OptionError(f"{path} has the key {name!r}, which is not known.{did_you_mean(str(name), actions)}")
-    _check_strings(chosen)
-    chosen = {name: _coerce(name, value, actions[name]) for name, value in chosen.items()} | over
+    overridden = {RENAMED_ARGUMENTS.names.get(name, name) for name in flags}
+    kept = {
+        name: value for name, value in in_file.items() if RENAMED_ARGUMENTS.names.get(name, name) not in overridden
+    }
+    chosen = RENAMED_ARGUMENTS.translate(kept | flags, str(path))
+    _check_strings({name: value for name, value in chosen.items() if name not in overridden})
+    chosen = {name: _coerce(name, value, actions[name]) for name, value in chosen.items()}
     try:
         models, data, training = parser.parse_dict(chosen)
     except HfGuideError:
@@ -64,7 +69,7 @@ def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Return the fields that words of a command line set, and only those.
+    """Return the fields that words of a command line set, and only those; old names are kept as they are.
 
     Raises:
         OptionError: a flag that is no field (with the nearest one), or a value that its field does not take.
@@ -90,7 +95,20 @@ class _ArgumentParser(HfArgumentParser):
 
 
 def _make_parser() -> HfArgumentParser:
-    return _ArgumentParser(DATACLASSES, prog="hf-guide distill CONFIG", allow_abbrev=False)  # type: ignore[arg-type]
+    parser = _ArgumentParser(DATACLASSES, prog="hf-guide distill CONFIG", allow_abbrev=False)  # type: ignore[arg-type]
+    _add_renamed_flags(parser, RENAMED_ARGUMENTS)
+    return parser
+
+
+def _add_renamed_flags(parser: argparse.ArgumentParser, renamed: RenamedOptions) -> None:
+    """Accept the flags of the previous release, too; they are not listed, and `renamed.translate` warns of them."""
+    actions = {action.dest: action for action in parser._actions}
+    for old, new in renamed.names.items():
+        action = actions[new]
+        options: dict[str, Any] = {"nargs": action.nargs, "const": action.const, "type": action.type}
+        parser.add_argument(f"--{old}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
+    for old in renamed.moved:
+        parser.add_argument(f"--{old}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, type=yaml.safe_load)
 
 
 def _read_file(path: Path) -> Mapping[str, Any]:
@@ -109,7 +127,7 @@ def _check_strings(chosen: Mapping[str, Any]) -> None:
     hints = {name: hint for part in DATACLASSES for name, hint in typing.get_type_hints(part).items()}
     names = {field.name for part in DATACLASSES[:2] for field in dataclasses.fields(part)} | {
         "teacher",
-        "capture",
+        "teacher_cache",
         "output_dir",
     }
     for name, value in chosen.items():

@@ -17,7 +17,7 @@ class TeacherSignal(str, Enum):
     LABELS = "labels"
     LOGITS = "logits"
     HIDDEN_STATES = "hidden_states"
-    FEATURES = "embedding"
+    FEATURES = "features"
     SUBCLASSES = "subclasses"
 
 

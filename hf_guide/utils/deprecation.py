@@ -24,6 +24,8 @@ class RenamedOptions:
         names: Old option name -> new option name.
         values: New option name -> {old value: new value}.
         removed: Old option name -> why it is gone and what to do instead, as the end of a sentence.
+        moved: Old option name -> a function that puts its value into the translated options, which are passed to it, and
+            returns what to write instead.
 
     Example:
         >>> import warnings
@@ -40,6 +42,7 @@ class RenamedOptions:
     names: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     removed: Mapping[str, str] = field(default_factory=dict)
+    moved: Mapping[str, Callable[[dict[str, Any], Any], str]] = field(default_factory=dict)
 
     def translate(self, options: Mapping[str, Any], owner: str, stacklevel: int = 3) -> dict[str, Any]:
         """Return `options` under their new names and values; warn (FutureWarning) for each old one.
@@ -59,6 +62,9 @@ class RenamedOptions:
                     )
                 warn_renamed(owner, name, new_name, stacklevel)
             translated[new_name] = self._new_value(new_name, value, owner, stacklevel)
+        for name in [name for name in self.moved if name in translated]:
+            replacement = self.moved[name](translated, translated.pop(name))
+            warnings.warn(f"{owner}: {name!r} is deprecated; use {replacement}.", FutureWarning, stacklevel=stacklevel)
         return translated
 
     def _new_value(self, name: str, value: Any, owner: str, stacklevel: int) -> Any:
@@ -77,7 +83,7 @@ def warn_renamed(owner: str, old: str, new: str, stacklevel: int = 2) -> None:
 
 
 def with_renamed_options(renamed: RenamedOptions) -> Callable[[type[T]], type[T]]:
-    """Decorate a dataclass: its constructor takes old names too, and an old attribute can still be read.
+    """Decorate a dataclass: its constructor takes old names too, and an old attribute can still be read and set.
 
     Place it above `@dataclass`. Both uses warn (FutureWarning); removed options raise OptionError.
     """
@@ -116,4 +122,8 @@ def _deprecated_attribute(owner: str, old: str, new: str) -> property:
         warn_renamed(owner, old, new, stacklevel=2)
         return getattr(self, new)
 
-    return property(read, doc=f"Deprecated: use `{new}`.")
+    def write(self: Any, value: Any) -> None:
+        warn_renamed(owner, old, new, stacklevel=2)
+        setattr(self, new, value)
+
+    return property(read, write, doc=f"Deprecated: use `{new}`.")

@@ -100,11 +100,11 @@ def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
     assert run(*words, "--train-only") == 0
     same = training(Task.CAUSAL_LM, teacher / "causal-lm", data_files=str(data), max_length=12)
     assert len(Capture.open(teacher / "captured")) == len(same.train)
-    asking = config | {"temperature": 3.0, "objective": {"hidden": 1, "embedding": 1}}
+    asking = config | {"temperature": 3.0, "losses": {"hidden_states": 1, "features": 1}}
     (teacher / "distill.yaml").write_text(json.dumps(asking))
     with pytest.raises(OptionError, match="give hidden_layers there, or --hidden-layers"):
         run(*words)
-    (teacher / "distill.yaml").write_text(json.dumps(asking | {"hidden_layers": {"1": 2, "2": 4}}))
+    (teacher / "distill.yaml").write_text(json.dumps(asking | {"layer_mapping": {"1": 2, "2": 4}}))
     words[1] = teacher / "asked"
     assert run(*words) == 0
     made = Capture.open(teacher / "asked").manifest

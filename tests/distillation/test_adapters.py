@@ -172,11 +172,11 @@ def reference_curve(student: Any, teacher: Any, batch: dict[str, Tensor], task: 
 def trained_by_us(family: str, student: Any, teacher: Any, folder: Path, *, chunked: bool) -> DistillationTrainer:
     task = FAMILIES[family][0]
     args = arguments(
-        folder, objective={"ce": 0.5, "kd": 0.5}, temperature=TEMPERATURE, learning_rate=LEARNING_RATE, max_steps=3
+        folder, losses={"ce": 0.5, "kd": 0.5}, temperature=TEMPERATURE, learning_rate=LEARNING_RATE, max_steps=3
     )
     trainer = DistillationTrainer(student, args, collate, examples_for(task, 8), teacher=teacher)
     if not chunked:
-        trainer.objective_computer.head = None
+        trainer.distillation_objective.head = None
         trainer.teachers[0].head = None
     trainer.train()
     return trainer
@@ -216,13 +216,13 @@ def test_an_adapter_trains_as_a_plain_loop_trains_it_and_saves_and_merges_equal(
         assert error(loaded.double().eval()(**batch).logits, logits) < 1e-6
 
 
-EVERY_TERM = {"ce": 0.2, "kd": 0.3, "hidden": 0.2, "embedding": 0.3}
+EVERY_TERM = {"ce": 0.2, "kd": 0.3, "hidden_states": 0.2, "features": 0.3}
 
 
 def measured(task: str, student: Any, teacher: Any, folder: Path, **changes: Any) -> dict[str, float]:
     """Return every term of the objective, evaluated without training."""
     data = examples_for(task, 8)
-    args = arguments(folder, objective=EVERY_TERM, **changes)
+    args = arguments(folder, losses=EVERY_TERM, **changes)
     trainer = DistillationTrainer(student, args, collate, eval_dataset=data, teacher=teacher)
     metrics = trainer.evaluate()
     return {
@@ -302,7 +302,7 @@ def test_gradient_checkpointing_leaves_an_adapters_gradients_as_they_are(family:
     for saving in (False, True):
         student = adapted(family, "a copy of the head")
         before = {name: each.detach().clone() for name, each in student.named_parameters() if each.requires_grad}
-        args = arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}, activation_checkpointing=saving)
+        args = arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}, activation_checkpointing=saving)
         DistillationTrainer(student, args, collate, examples_for(task), teacher=make(2).double()).train()
         steps.append(torch.cat([(before[name] - student.get_parameter(name)).flatten() for name in before]))
     assert steps[0].norm() > 0 and error(steps[1], steps[0]) < 1e-6
@@ -320,7 +320,7 @@ def test_an_adapters_folder_is_captured_as_its_model(tmp_path: Path) -> None:
             config={"top_k": VOCABULARY},
             show_progress=False,
         )
-        args = arguments(tmp_path, objective="kd")
+        args = arguments(tmp_path, losses="kd")
         trainer = DistillationTrainer(llama(1), args, collate, eval_dataset=data, teacher=capture)
         found.append(trainer.evaluate()["eval_kd"])
     assert found[0] > 0 and found[0] == pytest.approx(found[1], rel=1e-3)

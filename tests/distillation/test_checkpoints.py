@@ -23,7 +23,7 @@ DISK_FULL = OSError(28, "No space left on device")
 def trainer(folder: Path, **changes: Any) -> DistillationTrainer:
     """Return a trainer with dropout, momentum and a schedule, whose student is wider than its teacher: it learns maps, too."""
     plain: dict[str, Any] = {
-        "objective": {"ce": 0.5, "kd": 0.5, "hidden": 0.1},
+        "losses": {"ce": 0.5, "kd": 0.5, "hidden_states": 0.1},
         "max_steps": 8,
         "save_strategy": "steps",
         "save_steps": 3,
@@ -250,10 +250,10 @@ def test_the_best_checkpoint_is_known_by_the_name_it_has_at_the_end(tmp_path: Pa
 def test_a_checkpoint_of_a_stock_trainer_is_resumed(tmp_path: Path) -> None:
     from transformers import Trainer
 
-    args = arguments(tmp_path, objective="ce", max_steps=2, save_strategy="steps", save_steps=2)
+    args = arguments(tmp_path, losses="ce", max_steps=2, save_strategy="steps", save_steps=2)
     Trainer(llama(1), args, collate, examples_for("causal-lm", 18)).train()
     assert not (tmp_path / "checkpoint-2" / checkpoints.PROGRESS_NAME).exists()
-    again = trainer(tmp_path, objective="ce", max_steps=4, optim="sgd")
+    again = trainer(tmp_path, losses="ce", max_steps=4, optim="sgd")
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 4 and (tmp_path / "checkpoint-4" / checkpoints.PROGRESS_NAME).exists()
 
@@ -266,7 +266,7 @@ def test_what_was_summed_before_a_checkpoint_is_logged_after_it(
     for name in ("checkpoint-6", "checkpoint-8"):
         shutil.rmtree(folder / name)
     (state,) = checkpoints.read_progress(folder / "checkpoint-3")
-    assert state["last_logged"] == 2 and set(state["terms"]) == {"ce", "kd", "hidden"}
+    assert state["last_logged"] == 2 and set(state["terms"]) == {"ce", "kd", "hidden_states"}
     again = trainer(folder)
     again.train(resume_from_checkpoint=True)
     assert curve(again) == whole[1]

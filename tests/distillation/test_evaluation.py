@@ -15,13 +15,13 @@ from tests.distillation.small import TASKS, _bert_config, collate, examples_for,
 from tests.distillation.test_trainer import arguments
 
 
-@pytest.mark.parametrize("objective", [{"ce": 0.3, "kd": 0.7}, {"kd": 1.0}, {"hidden": 2.0}, {"ce": 1.0}])
+@pytest.mark.parametrize("objective", [{"ce": 0.3, "kd": 0.7}, {"kd": 1.0}, {"hidden_states": 2.0}, {"ce": 1.0}])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_loss_of_evaluation_is_the_task_loss(task: str, objective: dict[str, float], tmp_path: Path) -> None:
     held_out = examples_for(task, 7, seed=9)
     trainer = DistillationTrainer(
         model_for(task, 1),
-        arguments(tmp_path, objective=objective, per_device_eval_batch_size=3),
+        arguments(tmp_path, losses=objective, per_device_eval_batch_size=3),
         collate,
         eval_dataset=held_out,
         teacher=model_for(task, 2),
@@ -48,7 +48,7 @@ def test_the_loss_of_evaluation_is_the_task_loss(task: str, objective: dict[str,
 
 @pytest.mark.parametrize("metric", ["loss", "objective", "eval_kd", "perplexity", "eval_far_objective", "kd_weighted"])
 def test_the_best_model_is_that_with_the_least_of_what_should_be_small(metric: str, tmp_path: Path) -> None:
-    args = arguments(tmp_path, metric_for_best_model=metric, objective={"ce": 0.5, "kd": 0.5})
+    args = arguments(tmp_path, metric_for_best_model=metric, losses={"ce": 0.5, "kd": 0.5})
     assert args.greater_is_better is False
     assert arguments(tmp_path, metric_for_best_model="teacher_agreement").greater_is_better is True
     assert arguments(tmp_path, metric_for_best_model=metric, greater_is_better=True).greater_is_better is True
@@ -103,8 +103,8 @@ def batch_of(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def test_no_distribution_over_classes_is_refused(kind: str | None, objective: Any, tmp_path: Path) -> None:
     outputs = 3 if kind == "multi_label_classification" else 1
     student, teacher = (scores(outputs, seed, problem_type=kind) for seed in (1, 2))
-    args = arguments(tmp_path, objective=objective)
-    with pytest.raises(TaskError, match="The student.*no distribution over classes.*'embedding' or 'hidden'"):
+    args = arguments(tmp_path, losses=objective)
+    with pytest.raises(TaskError, match="The student.*no distribution over classes.*'features' or 'hidden_states'"):
         DistillationTrainer(student, args, batch_of, rated(outputs=outputs), teacher=teacher)
 
 
@@ -114,13 +114,13 @@ def test_a_teacher_of_something_else_is_refused_live_and_captured(tmp_path: Path
     capture = capture_teacher(teacher, data, tmp_path / "capture", data_collator=batch_of, show_progress=False)
     for source in (teacher, capture):
         with pytest.raises((TaskError, VocabularyError), match="teacher's .*multi_label_classification"):
-            DistillationTrainer(scores(3), arguments(tmp_path, objective="kd"), batch_of, data, teacher=source)
+            DistillationTrainer(scores(3), arguments(tmp_path, losses="kd"), batch_of, data, teacher=source)
 
 
 def test_labels_that_are_no_classes_are_refused_at_the_first_batch(tmp_path: Path) -> None:
     """Transformers settles the kind of problem by the first batch's labels."""
     trainer = DistillationTrainer(
-        scores(3), arguments(tmp_path, objective="kd"), batch_of, rated(outputs=3), teacher=scores(3, 2)
+        scores(3), arguments(tmp_path, losses="kd"), batch_of, rated(outputs=3), teacher=scores(3, 2)
     )
     with pytest.raises(TaskError, match=r"torch.float32, \(8, 3\).*'kd' cannot be learned"):
         trainer.train()
@@ -130,7 +130,7 @@ def test_labels_that_are_no_classes_are_refused_at_the_first_batch(tmp_path: Pat
 def test_a_regression_learns_vectors_and_is_evaluated(outputs: int, tmp_path: Path) -> None:
     trainer = DistillationTrainer(
         scores(outputs),
-        arguments(tmp_path, objective={"ce": 1.0, "embedding": 1.0}),
+        arguments(tmp_path, losses={"ce": 1.0, "features": 1.0}),
         batch_of,
         rated(outputs=outputs),
         eval_dataset=rated(6, outputs=outputs),
@@ -147,7 +147,7 @@ def test_one_shared_token_is_refused(tmp_path: Path) -> None:
     from hf_guide.tasks import Task
     from hf_guide.teachers.forward import LiveTeacher
 
-    args = arguments(tmp_path, objective="kd")
+    args = arguments(tmp_path, losses="kd")
     trainer = DistillationTrainer(llama(1), args, collate, examples_for("causal-lm"), teacher=llama(2))
     teacher = LiveTeacher(llama(2), Task.CAUSAL_LM, classes=1)
     with pytest.raises(VocabularyError, match="share 1 token"):

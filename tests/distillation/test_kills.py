@@ -27,7 +27,7 @@ TIMES = {"train_runtime", "train_samples_per_second", "train_steps_per_second", 
 TIMES |= {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 
 OPTIONS: dict[str, Any] = {
-    "objective": {"ce": 0.5, "kd": 0.5, "hidden": 0.1},
+    "losses": {"ce": 0.5, "kd": 0.5, "hidden_states": 0.1},
     "max_steps": 16,
     "save_strategy": "steps",
     "save_steps": 2,

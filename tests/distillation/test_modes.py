@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def trained(folder: Path, student: Any = None, teacher: Any = None, **changes: Any) -> DistillationTrainer:
-    plain: dict[str, Any] = {"objective": {"ce": 0.5, "kd": 0.5}, "max_steps": 3, "learning_rate": 0.1}
+    plain: dict[str, Any] = {"losses": {"ce": 0.5, "kd": 0.5}, "max_steps": 3, "learning_rate": 0.1}
     peft_config = changes.pop("peft_config", None)
     trainer = DistillationTrainer(
         student or llama(1),
@@ -49,7 +49,7 @@ def test_float16_autocast_with_a_scaled_loss_is_near_float32(task: str, tmp_path
     student = model_for(task, 1)
     trainer = DistillationTrainer(
         student,
-        arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}, temperature=2.0),
+        arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}, temperature=2.0),
         collate,
         examples_for(task),
         teacher=model_for(task, 2, width=48),
@@ -87,7 +87,7 @@ def test_gradient_checkpointing_leaves_gradients_as_they_are(tmp_path: Path) -> 
 @pytest.mark.slow
 def test_compiled_students_and_teachers_have_the_same_gradients(tmp_path: Path) -> None:
     plain = gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5})
-    for changes in ({"torch_compile": True}, {"teacher_compile": True}):
+    for changes in ({"torch_compile": True}, {"compile_teacher": True}):
         compiled = gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5}, **changes)
         assert (plain - compiled).norm() < 1e-4 * plain.norm(), changes
 
@@ -104,7 +104,7 @@ def test_an_adapter_alone_is_learned_saved_and_merged(wrapped: str, tmp_path: Pa
         trainer = trained(tmp_path, student=get_peft_model(student, config))
     else:
         trainer = trained(tmp_path, student=student, peft_config=config)
-    assert trainer.objective_computer.head is not None
+    assert trainer.distillation_objective.head is not None
     trainer.save_model(str(tmp_path / "adapter"))
     assert {path.name for path in (tmp_path / "adapter").glob("*.safetensors")} == {"adapter_model.safetensors"}
     trainer.save_merged_model(tmp_path / "merged")
@@ -124,7 +124,7 @@ def test_an_adapter_alone_is_learned_saved_and_merged(wrapped: str, tmp_path: Pa
     "task", ["causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"]
 )
 def test_a_captured_run_equals_a_live_one(task: str, tmp_path: Path) -> None:
-    objective: dict[str, float] = {"ce": 0.3, "kd": 0.7, "hidden": 0.1, "embedding": 0.1}
+    objective: dict[str, float] = {"ce": 0.3, "kd": 0.7, "hidden_states": 0.1, "features": 0.1}
     teacher, examples = model_for(task, 2, width=48, blocks=2), examples_for(task)
     config = {
         "top_k": 61,
@@ -138,7 +138,7 @@ def test_a_captured_run_equals_a_live_one(task: str, tmp_path: Path) -> None:
     )
     curves = []
     for source in (teacher, capture):
-        args = arguments(tmp_path, objective=objective, max_steps=6, learning_rate=0.01, temperature=2.0)
+        args = arguments(tmp_path, losses=objective, max_steps=6, learning_rate=0.01, temperature=2.0)
         trainer = DistillationTrainer(model_for(task, 1), args, collate, examples, teacher=source)
         trainer.train()
         curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
@@ -171,7 +171,7 @@ from tests.distillation.test_trainer import arguments
 from tests.distillation.small import collate, examples_for, llama
 from hf_guide import DistillationTrainer
 folder = Path(sys.argv[1])
-changes = {{"objective": {{"ce": 0.5, "kd": 0.5}}, "max_steps": 40, "learning_rate": 0.01, "optim": "adamw_torch"}}
+changes = {{"losses": {{"ce": 0.5, "kd": 0.5}}, "max_steps": 40, "learning_rate": 0.01, "optim": "adamw_torch"}}
 args = arguments(folder, save_strategy="steps", save_steps=4, **changes)
 data, teacher = examples_for("causal-lm", 40), llama(2, width=48)
 trainer = DistillationTrainer(llama(1, attention_dropout=0.1), args, collate, data, teacher=teacher)
@@ -208,7 +208,7 @@ def test_hyper_parameter_search_makes_students_anew(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     trainer = DistillationTrainer(
         model_init=lambda: llama(1),
-        args=arguments(tmp_path, objective="kd", max_steps=2),
+        args=arguments(tmp_path, losses="kd", max_steps=2),
         data_collator=collate,
         train_dataset=examples_for("causal-lm"),
         eval_dataset=examples_for("causal-lm", 4),

@@ -42,7 +42,7 @@ def trainer_of(folder: Path, task: str = "causal-lm", **changes: Any) -> Distill
     given = {name: changes.pop(name) for name in ("compute_loss_func", "callbacks", "teacher") if name in changes}
     student = changes.pop("model", None) or model_for(task, 1)
     common = {
-        "objective": {"ce": 0.5, "kd": 0.5},
+        "losses": {"ce": 0.5, "kd": 0.5},
         "max_steps": 4,
         "learning_rate": 0.01,
         "save_strategy": "steps",
@@ -87,7 +87,7 @@ def test_a_weight_is_named_rather_than_the_loss_that_it_spoils(tmp_path: Path) -
 
 
 def test_a_weight_that_the_optimizer_spoils_is_named_at_that_step(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, learning_rate=3e38, max_steps=1, objective="ce")
+    trainer = trainer_of(tmp_path, learning_rate=3e38, max_steps=1, losses="ce")
     with pytest.raises(NotFiniteError, match=r"After step 1 the weight model\.\S+ has NaN or infinity"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -108,8 +108,8 @@ def test_a_term_is_named(accumulation: int, tmp_path: Path) -> None:
 
 
 def test_maps_between_widths_are_checked_too(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, objective="hidden", teacher=llama(2, width=48))
-    parameter = next(trainer.objective_computer.projections.parameters())
+    trainer = trainer_of(tmp_path, losses="hidden_states", teacher=llama(2, width=48))
+    parameter = next(trainer.distillation_objective.projections.parameters())
     parameter.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(NotFiniteError, match=r"step 1,.* the gradient of projections\.maps"):
         trainer.train()

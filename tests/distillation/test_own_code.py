@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM, set_seed
 
-from hf_guide import DistillationTrainer, OptionError, register_term
+from hf_guide import DistillationTrainer, OptionError, register_loss
 from hf_guide.distillation.losses.registry import _LOSSES
 from tests.distillation.small import TASKS, collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
@@ -26,13 +26,13 @@ class OnOutputs(DistillationTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-@pytest.mark.parametrize("objective", ["ce", "kd", {"ce": 0.5, "kd": 0.5}, "hidden"])
+@pytest.mark.parametrize("objective", ["ce", "kd", {"ce": 0.5, "kd": 0.5}, "hidden_states"])
 def test_a_derived_loss_is_given_the_logits(objective: Any, tmp_path: Path) -> None:
     data = examples_for("causal-lm", 4)
     shape = collate(data)["input_ids"].shape
 
     def trained(kind: type[DistillationTrainer]) -> tuple[DistillationTrainer, float]:
-        args = arguments(tmp_path, objective=objective, max_steps=1, per_device_train_batch_size=4)
+        args = arguments(tmp_path, losses=objective, max_steps=1, per_device_train_batch_size=4)
         trainer = kind(llama(1), args, collate, data, data, teacher=llama(2))
         trainer.train()
         return trainer, trainer.state.log_history[0]["loss"]
@@ -51,20 +51,20 @@ def test_a_derived_loss_is_given_the_logits(objective: Any, tmp_path: Path) -> N
 def own_terms() -> Iterator[None]:
     before = dict(_LOSSES)
 
-    @register_term("mean_of_logits", needs="logits")
-    def mean_of_logits(student: Any, teacher: Any, labels: Any, args: Any) -> torch.Tensor:
+    @register_loss("mean_of_logits", requires="logits")
+    def mean_of_logits(student: Any, teacher: Any, labels: Any, config: Any) -> torch.Tensor:
         return (student - teacher.logits).square().mean()
 
-    @register_term("class_by_class", needs="logits")
-    def class_by_class(student: Any, teacher: Any, labels: Any, args: Any) -> torch.Tensor:
+    @register_loss("class_by_class", requires="logits")
+    def class_by_class(student: Any, teacher: Any, labels: Any, config: Any) -> torch.Tensor:
         return (student - teacher.logits).square()
 
-    @register_term("mean_of_states", needs="hidden_states")
-    def mean_of_states(student: Any, teacher: Any, args: Any) -> torch.Tensor:
+    @register_loss("mean_of_states", requires="hidden_states")
+    def mean_of_states(student: Any, teacher: Any, config: Any) -> torch.Tensor:
         return (student - teacher).square().mean()
 
-    @register_term("mean_of_embeddings", needs="embedding")
-    def mean_of_embeddings(student: Any, teacher: Any, args: Any) -> torch.Tensor:
+    @register_loss("mean_of_embeddings", requires="features")
+    def mean_of_embeddings(student: Any, teacher: Any, config: Any) -> torch.Tensor:
         return (student - teacher).square().mean()
 
     yield
@@ -76,15 +76,15 @@ def own_terms() -> Iterator[None]:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.usefixtures("own_terms")
 def test_a_term_that_is_not_one_number_an_item_is_refused(task: str, term: str, tmp_path: Path) -> None:
-    args = arguments(tmp_path, objective={"ce": 0.5, term: 0.5}, max_steps=1)
+    args = arguments(tmp_path, losses={"ce": 0.5, term: 0.5}, max_steps=1)
     trainer = DistillationTrainer(model_for(task, 1), args, collate, examples_for(task, 4), teacher=model_for(task, 2))
-    with pytest.raises(OptionError, match=f"'{term}' must return one number an item"):
+    with pytest.raises(OptionError, match=f"'{term}' must return one value an item"):
         trainer.train()
 
 
 def test_a_term_of_labels_alone_is_refused() -> None:
     with pytest.raises(OptionError, match="'labels' is for the task loss alone.*'smoothed'.*compute_loss_func"):
-        register_term("smoothed", needs="labels")
+        register_loss("smoothed", requires="labels")
 
 
 class PassesOn(LlamaForCausalLM):
@@ -144,7 +144,7 @@ class WithoutLabels(DistillationTrainer):
 def test_labels_may_be_kept_from_the_trainer(tmp_path: Path) -> None:
     data = examples_for("causal-lm", 4)
     trainer = WithoutLabels(
-        llama(1), arguments(tmp_path, objective="kd", max_steps=2), collate, data, data, teacher=llama(2)
+        llama(1), arguments(tmp_path, losses="kd", max_steps=2), collate, data, data, teacher=llama(2)
     )
     trainer.train()
     assert trainer.evaluate()["eval_kd"] > 0

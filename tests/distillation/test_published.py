@@ -29,7 +29,7 @@ TRAIN = """
         str(folder / "teacher"), hidden_size=16, num_hidden_layers=2, intermediate_size=32, head_dim=4, show_progress=False
     )
     args = arguments(
-        folder / "run", objective={"ce": 0.5, "kd": 0.5}, max_steps=4, learning_rate=0.1, push_to_hub=True,
+        folder / "run", losses={"ce": 0.5, "kd": 0.5}, max_steps=4, learning_rate=0.1, push_to_hub=True,
         hub_model_id="me/student", hub_private_repo=True, hub_token="hf_none",
         hub_strategy="checkpoint",
         save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,

@@ -35,7 +35,7 @@ def curve(trainer: DistillationTrainer, trial: dict[str, Any] | None = None) -> 
         trainer._hp_search_setup(trial)
         trainer.hp_search_backend = None
     trainer.train()
-    names = {"loss", "ce", "kd", "hidden"}
+    names = {"loss", "ce", "kd", "hidden_states"}
     return [
         {name: entry[name] for name in sorted(names & entry.keys())}
         for entry in trainer.state.log_history
@@ -44,28 +44,28 @@ def curve(trainer: DistillationTrainer, trial: dict[str, Any] | None = None) -> 
 
 
 @pytest.mark.parametrize(
-    "chosen", [{"objective": {"kd": 1.0}}, {"temperature": 3.0}, {"objective": {"hidden": 0.5, "ce": 0.5}}], ids=str
+    "chosen", [{"losses": {"kd": 1.0}}, {"temperature": 3.0}, {"losses": {"hidden_states": 0.5, "ce": 0.5}}], ids=str
 )
 def test_a_trial_learns_by_its_own_arguments(chosen: dict[str, Any], tmp_path: Path) -> None:
     objective = {"ce": 0.5, "kd": 0.5}
-    alone = curve(trainer_of(tmp_path, **({"objective": objective} | chosen)))
-    searched = trainer_of(tmp_path, objective=objective)
-    assert curve(searched, dict(chosen)) == alone != curve(trainer_of(tmp_path, objective=objective))
+    alone = curve(trainer_of(tmp_path, **({"losses": objective} | chosen)))
+    searched = trainer_of(tmp_path, losses=objective)
+    assert curve(searched, dict(chosen)) == alone != curve(trainer_of(tmp_path, losses=objective))
 
 
 @pytest.mark.parametrize("chosen", [{"width": 16}, {"blocks": 4}], ids=str)
 def test_a_trial_learns_with_its_own_student(chosen: dict[str, int], tmp_path: Path) -> None:
     shape: dict[str, int] = {"width": 32}
-    searched = trainer_of(tmp_path, objective="hidden", shape=shape)
+    searched = trainer_of(tmp_path, losses="hidden_states", shape=shape)
     curve(searched)
     shape |= chosen
     found = curve(searched)
-    other = trainer_of(tmp_path, objective="hidden", shape=chosen)
-    assert found == curve(other) and searched.objective_computer.layers == other.objective_computer.layers
+    other = trainer_of(tmp_path, losses="hidden_states", shape=chosen)
+    assert found == curve(other) and searched.distillation_objective.layers == other.distillation_objective.layers
 
 
 def test_maps_between_widths_begin_anew_with_their_student(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, objective="hidden")
+    trainer = trainer_of(tmp_path, losses="hidden_states")
     first = curve(trainer)
     assert curve(trainer) == first
     assert sum("ProjectionGradSyncCallback" in type(each).__name__ for each in trainer.callback_handler.callbacks) == 1
@@ -77,11 +77,11 @@ def test_a_trial_from_a_capture_is_fed_the_tail_of_its_own_temperature(tmp_path:
     capture = capture_teacher(
         llama(2), examples, tmp_path / "capture", data_collator=collate, config=options, show_progress=False
     )
-    alone = curve(trainer_of(tmp_path, teacher=capture, objective="kd", temperature=2.0))
-    assert curve(trainer_of(tmp_path, teacher=capture, objective="kd"), {"temperature": 2.0}) == alone
+    alone = curve(trainer_of(tmp_path, teacher=capture, losses="kd", temperature=2.0))
+    assert curve(trainer_of(tmp_path, teacher=capture, losses="kd"), {"temperature": 2.0}) == alone
     with pytest.raises(CaptureError, match="temperature=3.0 was not captured"):
-        curve(trainer_of(tmp_path, teacher=capture, objective="kd"), {"temperature": 3.0})
-    changed = trainer_of(tmp_path, teacher=capture, objective="kd")
+        curve(trainer_of(tmp_path, teacher=capture, losses="kd"), {"temperature": 3.0})
+    changed = trainer_of(tmp_path, teacher=capture, losses="kd")
     changed.args.temperature = 2.0  # as a callback might
     with pytest.raises(CaptureError, match="made for temperature=1.0.*now has 2.0"):
         changed.model_init = None
@@ -89,9 +89,9 @@ def test_a_trial_from_a_capture_is_fed_the_tail_of_its_own_temperature(tmp_path:
 
 
 def test_what_a_trial_cannot_have_is_refused_before_its_first_step(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, objective="kd")
+    trainer = trainer_of(tmp_path, losses="kd")
     with pytest.raises(OptionError, match="temperature must be a number"):
         curve(trainer, {"temperature": 0.0})
     with pytest.raises(OptionError, match="'kdd'.*Did you mean 'kd'"):
-        curve(trainer_of(tmp_path, objective="kd"), {"objective": {"kdd": 1.0}})
+        curve(trainer_of(tmp_path, losses="kd"), {"losses": {"kdd": 1.0}})
     assert trainer.state.global_step == 0

@@ -18,8 +18,8 @@ from tests.distillation.small import TASKS, collate, copy_of, examples_for, llam
 OBJECTIVES = {
     "kd": {"ce": 0.3, "kd": 0.7},
     "reverse": {"kd": 1.0},
-    "hidden": {"hidden": 1.0},
-    "embedding": {"embedding": 1.0, "ce": 0.5},
+    "hidden_states": {"hidden_states": 1.0},
+    "features": {"features": 1.0, "ce": 0.5},
     "dkd": {"dkd": 1.0},
 }
 
@@ -55,7 +55,7 @@ def gradient(task: str, folder: Path, objective: dict[str, float], **changes: An
     before = {name: value.clone() for name, value in student.state_dict().items()}
     trainer = DistillationTrainer(
         student,
-        arguments(folder, objective=objective, temperature=2.0, **changes),
+        arguments(folder, losses=objective, temperature=2.0, **changes),
         data_collator=collate,
         train_dataset=examples_for(task),
         teacher=model_for(task, 2, width=48 if objective.keys() & {"kd", "dkd"} else 32),
@@ -70,7 +70,7 @@ def test_accumulation_leaves_gradients_as_they_are(task: str, objective: str, tm
     if objective == "dkd" and task.endswith("lm"):
         pytest.skip("dkd is for classifiers")
     weights = OBJECTIVES[objective]
-    changes = {"divergence": "reverse_kl"} if objective == "reverse" else {}
+    changes = {"kd_loss_type": "reverse_kl"} if objective == "reverse" else {}
     at_once = gradient(task, tmp_path, weights, **changes)
     one_by_one = gradient(
         task, tmp_path, weights, per_device_train_batch_size=1, gradient_accumulation_steps=8, **changes
@@ -83,7 +83,7 @@ def test_accumulation_leaves_gradients_as_they_are(task: str, objective: str, tm
 def test_the_task_loss_alone_is_plain_trainer(task: str, tmp_path: Path) -> None:
     ours, plain = model_for(task, 1), model_for(task, 1)
     changes: dict[str, Any] = {"max_steps": 5, "optim": "adamw_torch", "learning_rate": 1e-2, "max_grad_norm": 1.0}
-    args = arguments(tmp_path, objective="ce", **changes)
+    args = arguments(tmp_path, losses="ce", **changes)
     own = DistillationTrainer(ours, args, collate, examples_for(task), teacher=model_for(task, 2))
     own.train()
     same = {
@@ -101,11 +101,11 @@ def test_the_task_loss_alone_is_plain_trainer(task: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
-def test_a_student_distilled_from_itself_stays(task: str, divergence: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kd_loss_type", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_student_distilled_from_itself_stays(task: str, kd_loss_type: str, tmp_path: Path) -> None:
     student = model_for(task, 1)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    args = arguments(tmp_path, objective="kd", divergence=divergence, temperature=3.0)
+    args = arguments(tmp_path, losses="kd", kd_loss_type=kd_loss_type, temperature=3.0)
     trainer = DistillationTrainer(student, args, collate, examples_for(task), teacher=copy_of(student))
     trainer.train()
     assert abs(trainer.state.log_history[0]["kd"]) < 1e-6
@@ -114,8 +114,8 @@ def test_a_student_distilled_from_itself_stays(task: str, divergence: str, tmp_p
 
 def test_whole_logits_and_chunks_of_them_agree(tmp_path: Path) -> None:
     found = []
-    for max_logits in (61 * 3, 2**24):
-        found.append(gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5}, max_logits=max_logits))
+    for loss_chunk_size in (61 * 3, 2**24):
+        found.append(gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5}, loss_chunk_size=loss_chunk_size))
     smooth = gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5}, label_smoothing_factor=1e-9)  # takes whole logits
     for other in (found[1], smooth):
         assert (found[0] - other).norm() < 1e-5 * other.norm()
@@ -123,7 +123,7 @@ def test_whole_logits_and_chunks_of_them_agree(tmp_path: Path) -> None:
 
 def test_terms_are_logged_raw_and_weighted_and_evaluation_reports_the_task(tmp_path: Path) -> None:
     student, teacher = llama(1), llama(2)
-    args = arguments(tmp_path, objective={"kd": 0.25, "ce": 0.5}, learning_rate=0.1)
+    args = arguments(tmp_path, losses={"kd": 0.25, "ce": 0.5}, learning_rate=0.1)
     trainer = DistillationTrainer(
         student,
         args,
@@ -160,7 +160,7 @@ def test_terms_are_logged_raw_and_weighted_and_evaluation_reports_the_task(tmp_p
 def test_a_card_tells_what_was_measured_on_each_of_several_datasets(tmp_path: Path) -> None:
     trainer = DistillationTrainer(
         llama(1),
-        arguments(tmp_path, objective="kd", max_steps=2, learning_rate=0.05, eval_strategy="steps", eval_steps=1),
+        arguments(tmp_path, losses="kd", max_steps=2, learning_rate=0.05, eval_strategy="steps", eval_steps=1),
         collate,
         examples_for("causal-lm"),
         eval_dataset={"near": examples_for("causal-lm", 4, seed=5), "far": examples_for("causal-lm", 6, seed=6)},
@@ -187,7 +187,7 @@ def test_metrics_see_the_logits_alone(tmp_path: Path) -> None:
     task = "sequence-classification"
     trainer = DistillationTrainer(
         model_for(task, 1),
-        arguments(tmp_path, objective={"hidden": 1.0, "ce": 1.0}),
+        arguments(tmp_path, losses={"hidden_states": 1.0, "ce": 1.0}),
         collate,
         examples_for(task),
         eval_dataset=examples_for(task, 6),
@@ -195,7 +195,7 @@ def test_metrics_see_the_logits_alone(tmp_path: Path) -> None:
         teacher=model_for(task, 2),
     )
     metrics = trainer.evaluate()
-    assert seen[0].shape == (6, 5) and "eval_accuracy" in metrics and "eval_hidden" in metrics
+    assert seen[0].shape == (6, 5) and "eval_accuracy" in metrics and "eval_hidden_states" in metrics
     assert trainer.predict(examples_for(task, 4)).predictions.shape == (4, 5)
 
 
@@ -204,7 +204,7 @@ def test_the_teacher_is_left_alone(tmp_path: Path) -> None:
     before = copy.deepcopy(teacher.state_dict())
     teacher.train()
     trainer = DistillationTrainer(
-        student, arguments(tmp_path, objective="kd"), collate, examples_for("causal-lm"), teacher=teacher
+        student, arguments(tmp_path, losses="kd"), collate, examples_for("causal-lm"), teacher=teacher
     )
     trainer.train()
     assert not teacher.training
@@ -222,7 +222,7 @@ def test_maps_between_widths_are_learned_resumed_and_not_published(tmp_path: Pat
     def run(folder: Path, **changes: Any) -> DistillationTrainer:
         args = arguments(
             folder,
-            objective={"hidden": 1.0, "embedding": 1.0},
+            losses={"hidden_states": 1.0, "features": 1.0},
             max_steps=4,
             learning_rate=0.05,
             save_steps=2,
@@ -234,18 +234,18 @@ def test_maps_between_widths_are_learned_resumed_and_not_published(tmp_path: Pat
         )
 
     whole = run(tmp_path / "whole")
-    first = {name: value.clone() for name, value in whole.objective_computer.projections.state_dict().items()}
+    first = {name: value.clone() for name, value in whole.distillation_objective.projections.state_dict().items()}
     whole.train()
-    assert whole.objective_computer.layers == {1: 2, 2: 4}
+    assert whole.distillation_objective.layers == {1: 2, 2: 4}
     assert all(
         not torch.equal(value, first[name])
-        for name, value in whole.objective_computer.projections.state_dict().items()
+        for name, value in whole.distillation_objective.projections.state_dict().items()
     )
     again = run(tmp_path / "whole")
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for one, other in (
         (whole.model, again.model),
-        (whole.objective_computer.projections, again.objective_computer.projections),
+        (whole.distillation_objective.projections, again.distillation_objective.projections),
     ):
         for name, value in one.state_dict().items():
             assert torch.equal(value, other.state_dict()[name]), name
@@ -257,7 +257,7 @@ def test_several_teachers_are_weighed(tmp_path: Path) -> None:
     def losses(teacher: Any, **changes: Any) -> float:
         trainer = DistillationTrainer(
             llama(1),
-            arguments(tmp_path, objective="kd", **changes),
+            arguments(tmp_path, losses="kd", **changes),
             collate,
             examples_for("causal-lm"),
             teacher=teacher,
@@ -282,7 +282,7 @@ def test_a_users_own_loss_and_smoothing_are_the_task_loss(task: str, tmp_path: P
     def ce(**given: Any) -> float:
         trainer = DistillationTrainer(
             model_for(task, 1),
-            arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}, **given.pop("changes", {})),
+            arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}, **given.pop("changes", {})),
             collate,
             examples_for(task),
             teacher=model_for(task, 2),
@@ -297,17 +297,17 @@ def test_a_users_own_loss_and_smoothing_are_the_task_loss(task: str, tmp_path: P
 
 
 def test_a_term_of_ones_own(tmp_path: Path) -> None:
-    from hf_guide.distillation.losses.registry import _LOSSES, register_term
+    from hf_guide.distillation.losses.registry import _LOSSES, register_loss
     from hf_guide.teachers.signals import DenseTarget
 
-    @register_term("squared", needs="logits", help="squared difference of logits")
-    def squared(student: torch.Tensor, teacher: DenseTarget, labels: Any, args: DistillationArguments) -> torch.Tensor:
+    @register_loss("squared", requires="logits", help="squared difference of logits")
+    def squared(student: torch.Tensor, teacher: DenseTarget, labels: Any, config: Any) -> torch.Tensor:
         return (student - teacher.logits).square().mean(-1)
 
     try:
         trainer = DistillationTrainer(
             llama(1),
-            arguments(tmp_path, objective={"squared": 1.0}),
+            arguments(tmp_path, losses={"squared": 1.0}),
             collate,
             examples_for("causal-lm"),
             teacher=llama(2),
@@ -321,7 +321,7 @@ def test_a_term_of_ones_own(tmp_path: Path) -> None:
 def test_model_init_makes_a_fresh_student_each_time(tmp_path: Path) -> None:
     trainer = DistillationTrainer(
         model_init=lambda: llama(1),
-        args=arguments(tmp_path, objective="kd"),
+        args=arguments(tmp_path, losses="kd"),
         data_collator=collate,
         train_dataset=examples_for("causal-lm"),
         teacher=llama(2),
@@ -330,7 +330,7 @@ def test_model_init_makes_a_fresh_student_each_time(tmp_path: Path) -> None:
     for _ in range(2):
         trainer.train()
         curves.append(trainer.state.log_history[0]["kd"])
-    assert curves[0] == curves[1] and trainer.objective_computer.head.module is trainer.model.lm_head
+    assert curves[0] == curves[1] and trainer.distillation_objective.head.module is trainer.model.lm_head
 
 
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -350,7 +350,7 @@ def test_a_student_is_made_out_of_its_teacher(maker: str, tmp_path: Path) -> Non
     llama(2).save_pretrained(tmp_path / "teacher")
     trainer = DistillationTrainer(
         MAKERS[maker](),
-        arguments(tmp_path, objective="kd"),
+        arguments(tmp_path, losses="kd"),
         collate,
         examples_for("causal-lm"),
         teacher=str(tmp_path / "teacher"),
@@ -363,7 +363,7 @@ def test_a_student_is_made_out_of_its_teacher(maker: str, tmp_path: Path) -> Non
 def test_a_calibrated_student_is_made_with_what_it_is_trained_on(tmp_path: Path) -> None:
     llama(2).save_pretrained(tmp_path / "teacher")
     asked = MAKERS["arguments"]() | {"method": "calibrated"}
-    options = arguments(tmp_path, objective="kd")
+    options = arguments(tmp_path, losses="kd")
     teacher = {"teacher": str(tmp_path / "teacher")}
     examples = examples_for("causal-lm")
     trainer = DistillationTrainer(asked, options, collate, examples, **teacher)

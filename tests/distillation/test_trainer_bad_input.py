@@ -11,25 +11,25 @@ import pytest
 import torch
 
 from hf_guide import DistillationArguments, DistillationTrainer, capture_teacher
-from hf_guide.distillation.losses.registry import register_term
+from hf_guide.distillation.losses.registry import register_loss
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError, VocabularyError
 from tests.distillation.small import collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
 
 ARGUMENTS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"objective": "kdd"}, ["'kdd'", "Did you mean 'kd'"]),
-    ({"objective": {"kd": -1.0}}, ["'kd'", "from 0 to", "-1.0"]),
-    ({"objective": {"kd": 0.0, "ce": 0.0}}, ["sum to nothing"]),
-    ({"objective": '{"kd": 0.5'}, ["not JSON"]),
-    ({"objective": {"kd": float("nan")}}, ["'kd'", "nan"]),
+    ({"losses": "kdd"}, ["'kdd'", "Did you mean 'kd'"]),
+    ({"losses": {"kd": -1.0}}, ["'kd'", "from 0 to", "-1.0"]),
+    ({"losses": {"kd": 0.0, "ce": 0.0}}, ["sum to zero"]),
+    ({"losses": '{"kd": 0.5'}, ["not JSON"]),
+    ({"losses": {"kd": float("nan")}}, ["'kd'", "nan"]),
     ({"temperature": 0.0}, ["temperature", "from 0.001 to 1000", "0.0"]),
     ({"temperature": -2.0}, ["temperature", "from 0.001 to 1000"]),
-    ({"divergence": "forward-kl"}, ["'forward-kl'", "Did you mean 'forward_kl'?"]),
-    ({"divergence": "jsd", "jsd_beta": 1.0}, ["jsd_beta", "above 0 and below 1", "reverse_kl"]),
-    ({"hidden_layers": "[1, 2]"}, ["hidden_layers", "mapping"]),
-    ({"teacher_weights": [0, 0]}, ["sum to nothing"]),
-    ({"max_logits": 0}, ["max_logits", "at least 1"]),
-    ({"teacher": "a", "capture": "b"}, ["teacher and capture"]),
+    ({"kd_loss_type": "forward-kl"}, ["'forward-kl'", "Did you mean 'forward_kl'?"]),
+    ({"kd_loss_type": "jsd", "beta": 1.0}, ["beta", "above 0 and below 1", "reverse_kl"]),
+    ({"layer_mapping": "[1, 2]"}, ["layer_mapping", "mapping"]),
+    ({"teacher_weights": [0, 0]}, ["sum to zero"]),
+    ({"loss_chunk_size": 0}, ["loss_chunk_size", "at least 1"]),
+    ({"teacher": "a", "teacher_cache": "b"}, ["teacher and teacher_cache"]),
 ]
 
 
@@ -41,18 +41,18 @@ def test_options_that_cannot_be(wrong: dict[str, Any], words: list[str], tmp_pat
 
 
 def lonely(folder: Path) -> Any:
-    return DistillationTrainer(llama(1), arguments(folder, objective="kd"), collate, examples_for("causal-lm"))
+    return DistillationTrainer(llama(1), arguments(folder, losses="kd"), collate, examples_for("causal-lm"))
 
 
 def itself(folder: Path) -> Any:
     student = llama(1)
-    return DistillationTrainer(student, arguments(folder, objective="kd"), collate, teacher=student)
+    return DistillationTrainer(student, arguments(folder, losses="kd"), collate, teacher=student)
 
 
 def given(task: str, teacher: Any, **changes: Any) -> Callable[[Path], Any]:
     return lambda folder: DistillationTrainer(
         model_for(task, 1),
-        arguments(folder, **({"objective": "kd"} | changes)),
+        arguments(folder, **({"losses": "kd"} | changes)),
         collate,
         examples_for(task),
         teacher=teacher(),
@@ -62,7 +62,7 @@ def given(task: str, teacher: Any, **changes: Any) -> Callable[[Path], Any]:
 def several_labels(folder: Path) -> Any:
     student = model_for("sequence-classification", 1)
     student.config.problem_type = "multi_label_classification"
-    return DistillationTrainer(student, arguments(folder, objective="kd"), collate, teacher=copy.deepcopy(student))
+    return DistillationTrainer(student, arguments(folder, losses="kd"), collate, teacher=copy.deepcopy(student))
 
 
 def named(folder: Path) -> Any:
@@ -72,7 +72,7 @@ def named(folder: Path) -> Any:
 def two_classes(folder: Path) -> Any:
     student = model_for("sequence-classification", 1)
     student.config.num_labels = 2
-    return DistillationTrainer(student, arguments(folder, objective="dkd"), collate, teacher=copy.deepcopy(student))
+    return DistillationTrainer(student, arguments(folder, losses="dkd"), collate, teacher=copy.deepcopy(student))
 
 
 def virtual_tokens(folder: Path) -> Any:
@@ -102,11 +102,11 @@ REFUSED: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
         ["image-classification"],
     ),
     (given("causal-lm", lambda: llama(2, vocab_size=70)), VocabularyError, ["61", "70"]),
-    (given("causal-lm", lambda: llama(2), objective="dkd"), TaskError, ["'dkd'", "causal-lm"]),
-    (several_labels, TaskError, ["multi_label_classification", "'kd'", "'embedding'"]),
+    (given("causal-lm", lambda: llama(2), losses="dkd"), TaskError, ["'dkd'", "causal-lm"]),
+    (several_labels, TaskError, ["multi_label_classification", "'kd'", "'features'"]),
     (given("causal-lm", lambda: [llama(2)], teacher_weights=[1, 2]), OptionError, ["2 teacher_weights for 1"]),
     (
-        given("causal-lm", lambda: llama(2), objective="hidden", hidden_layers={5: 1}),
+        given("causal-lm", lambda: llama(2), losses="hidden_states", layer_mapping={5: 1}),
         OptionError,
         ["layer 5", "0 to 2"],
     ),
@@ -131,7 +131,7 @@ def test_trainers_that_cannot_be(
 def test_plain_training_arguments_are_refused(tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
-    with pytest.raises(OptionError, match="takes DistillationArguments, found TrainingArguments"):
+    with pytest.raises(OptionError, match="must be DistillationArguments.*found TrainingArguments"):
         DistillationTrainer(llama(1), TrainingArguments(str(tmp_path)), teacher=llama(2))  # type: ignore[arg-type]
 
 
@@ -143,7 +143,7 @@ def test_labels_are_matched_by_name_or_refused(tmp_path: Path) -> None:
 
     def first_loss(teacher: Any) -> float:
         trainer = DistillationTrainer(
-            copy.deepcopy(kept), arguments(tmp_path, objective="kd"), collate, examples, teacher=teacher
+            copy.deepcopy(kept), arguments(tmp_path, losses="kd"), collate, examples, teacher=teacher
         )
         trainer.train()
         return trainer.state.log_history[0]["kd"]
@@ -165,7 +165,7 @@ def test_a_teacher_that_says_nan_is_named_with_the_example_and_the_step(tmp_path
     with torch.no_grad():
         teacher.model.embed_tokens.weight[bad] = float("nan")
     trainer = DistillationTrainer(
-        llama(1), arguments(tmp_path, objective="kd"), collate, examples_for("causal-lm"), teacher=teacher
+        llama(1), arguments(tmp_path, losses="kd"), collate, examples_for("causal-lm"), teacher=teacher
     )
     with pytest.raises(TeacherError, match=r"NaN or infinity of \d+ of 8 examples at step 0.*begins with the tokens"):
         trainer.train()
@@ -181,7 +181,7 @@ def test_a_classifier_that_says_nan_or_infinity_is_refused(said: float, tmp_path
 
     teacher.register_forward_hook(spoil)
     trainer = DistillationTrainer(
-        model_for(task, 1), arguments(tmp_path, objective="kd"), collate, examples_for(task), teacher=teacher
+        model_for(task, 1), arguments(tmp_path, losses="kd"), collate, examples_for(task), teacher=teacher
     )
     with pytest.raises(TeacherError, match="of 1 of 8 examples at step 0: the first is number 1"):
         trainer.train()
@@ -193,7 +193,7 @@ def test_a_teacher_may_rule_classes_out(tmp_path: Path) -> None:
         teacher.classifier.bias[2] = -math.inf
     trainer = DistillationTrainer(
         model_for("sequence-classification", 1),
-        arguments(tmp_path, objective="kd"),
+        arguments(tmp_path, losses="kd"),
         collate,
         examples_for("sequence-classification"),
         teacher=teacher,
@@ -208,7 +208,7 @@ def test_maps_that_the_users_optimizer_does_not_have_are_asked_for(tmp_path: Pat
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         trainer = DistillationTrainer(
             student,
-            arguments(tmp_path, objective="hidden"),
+            arguments(tmp_path, losses="hidden_states"),
             collate,
             examples_for("causal-lm"),
             teacher=llama(2, width=48),
@@ -217,11 +217,11 @@ def test_maps_that_the_users_optimizer_does_not_have_are_asked_for(tmp_path: Pat
         return trainer, optimizer
 
     trainer, _ = begun()
-    with pytest.raises(OptionError, match="trainer.learning.projections.parameters"):
+    with pytest.raises(OptionError, match="trainer.distillation_objective.projections.parameters"):
         trainer.train()
     assert trainer.state.global_step == 0
     trainer, optimizer = begun()
-    maps = trainer.objective_computer.projections
+    maps = trainer.distillation_objective.projections
     before = [value.clone() for value in maps.parameters()]
     optimizer.add_param_group({"params": list(maps.parameters())})
     trainer.train()
@@ -233,7 +233,7 @@ def test_arguments_keep_secrets_from_those_who_print_and_report_them(tmp_path: P
         tmp_path,
         hub_token="hf_mine",
         teacher_init_kwargs={"token": "hf_theirs", "dtype": torch.bfloat16},
-        student={"hidden_size": 16, "token": "hf_theirs"},
+        student_init_kwargs={"hidden_size": 16, "token": "hf_theirs"},
     )
     for told in (str(args), repr(args), args.to_json_string(), str(args.to_sanitized_dict())):
         assert "hf_mine" not in told and "hf_theirs" not in told and "bfloat16" in told
@@ -242,7 +242,7 @@ def test_arguments_keep_secrets_from_those_who_print_and_report_them(tmp_path: P
 
 def test_what_trainer_pickles_has_no_token_of_the_teacher(tmp_path: Path) -> None:
     llama(1).save_pretrained(tmp_path / "teacher")
-    args = arguments(tmp_path / "run", objective="kd", teacher_init_kwargs={"token": "hf_secret"})
+    args = arguments(tmp_path / "run", losses="kd", teacher_init_kwargs={"token": "hf_secret"})
     trainer = DistillationTrainer(
         llama(1), args, collate, examples_for("causal-lm"), teacher=str(tmp_path / "teacher")
     )
@@ -256,11 +256,11 @@ def test_a_batch_without_labels_is_refused_where_the_task_loss_is_wanted(tmp_pat
         {name: value for name, value in example.items() if name != "labels"} for example in examples_for("causal-lm")
     ]
     trainer = DistillationTrainer(
-        llama(1), arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}), collate, unlabelled, teacher=llama(2)
+        llama(1), arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}), collate, unlabelled, teacher=llama(2)
     )
     with pytest.raises(TaskError, match="'ce'.*no labels"):
         trainer.train()
-    DistillationTrainer(llama(1), arguments(tmp_path, objective="kd"), collate, unlabelled, teacher=llama(2)).train()
+    DistillationTrainer(llama(1), arguments(tmp_path, losses="kd"), collate, unlabelled, teacher=llama(2)).train()
 
 
 def test_captures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -273,44 +273,44 @@ def test_captures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     def make(**changes: Any) -> DistillationTrainer:
         data = changes.pop("data", examples)
         return DistillationTrainer(
-            llama(1), arguments(tmp_path, **({"objective": "kd"} | changes)), collate, data, teacher=capture
+            llama(1), arguments(tmp_path, **({"losses": "kd"} | changes)), collate, data, teacher=capture
         )
 
     with pytest.raises(CaptureError, match="temperature=3.0 was not captured"):
         make(temperature=3.0)
-    with pytest.raises(OptionError, match="The capture holds no hidden_1"):
-        make(objective="hidden")
+    with pytest.raises(OptionError, match="The signal cache has no hidden_1"):
+        make(losses="hidden_states")
     with pytest.raises(CaptureError, match="not in .*capture.*masked at random"):
         make(data=examples_for("causal-lm", 16, seed=8)).train()
     with pytest.raises(TaskError, match="causal-lm"):
-        DistillationTrainer(model_for("masked-lm", 1), arguments(tmp_path, objective="kd"), collate, teacher=capture)
+        DistillationTrainer(model_for("masked-lm", 1), arguments(tmp_path, losses="kd"), collate, teacher=capture)
     with pytest.raises(VocabularyError):
-        DistillationTrainer(llama(1, vocab_size=70), arguments(tmp_path, objective="kd"), collate, teacher=capture)
+        DistillationTrainer(llama(1, vocab_size=70), arguments(tmp_path, losses="kd"), collate, teacher=capture)
     shard = next(folder.glob("*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CaptureError, match=shard.name):
-        DistillationTrainer(llama(1), arguments(tmp_path, objective="kd", capture=str(folder)), collate, examples)
+        DistillationTrainer(llama(1), arguments(tmp_path, losses="kd", teacher_cache=str(folder)), collate, examples)
 
 
-def test_a_name_is_registered_once() -> None:
-    with pytest.raises(OptionError, match="There is a term 'kd' already"):
-        register_term("kd", needs="logits")
-    with pytest.raises(OptionError, match="needs='logit'"):
-        register_term("mine", needs="logit")
+def test_a_loss_is_registered_once() -> None:
+    with pytest.raises(OptionError, match="A loss 'kd' is registered already"):
+        register_loss("kd", requires="logits")
+    with pytest.raises(OptionError, match="requires='logit' is invalid.*Did you mean 'logits'"):
+        register_loss("mine", requires="logit")
 
 
 def test_arguments_survive_json(tmp_path: Path) -> None:
     args = arguments(
-        tmp_path, objective='{"ce": 0.5, "kd": 0.5}', hidden_layers='{"1": 2}', teacher_init_kwargs='{"dtype": "auto"}'
+        tmp_path, losses='{"ce": 0.5, "kd": 0.5}', layer_mapping='{"1": 2}', teacher_init_kwargs='{"dtype": "auto"}'
     )
-    assert args.weights == {"ce": 0.5, "kd": 0.5} and args.hidden_layers == {1: 2}
+    assert args.loss_weights == {"ce": 0.5, "kd": 0.5} and args.layer_mapping == {1: 2}
     (tmp_path / "args.json").write_text(
-        json.dumps({"output_dir": str(tmp_path), "objective": {"kd": 1.0}, "temperature": 2})
+        json.dumps({"output_dir": str(tmp_path), "losses": {"kd": 1.0}, "temperature": 2})
     )
     from transformers import HfArgumentParser
 
     (read,) = HfArgumentParser(DistillationArguments).parse_json_file(str(tmp_path / "args.json"))  # type: ignore[arg-type]
-    assert read.weights == {"kd": 1.0} and read.temperature == 2
+    assert read.loss_weights == {"kd": 1.0} and read.temperature == 2
 
 
 @pytest.mark.parametrize("named", ["folder", "path", "list", "mapping", "loaded", "link", "file"])
@@ -347,5 +347,5 @@ def test_an_output_in_the_capture_is_refused(tmp_path: Path) -> None:
     capture = capture_teacher(
         llama(2), examples_for("causal-lm"), tmp_path / "capture", data_collator=collate, config={"top_k": 4}
     )
-    with pytest.raises(OptionError, match="output_dir .* is the folder of the capture"):
+    with pytest.raises(OptionError, match="output_dir .* is the folder of the signal cache"):
         DistillationTrainer(llama(1), arguments(capture.folder), collate, examples_for("causal-lm"), teacher=capture)

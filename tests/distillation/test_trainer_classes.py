@@ -56,7 +56,7 @@ class Passes(Trainer):
 
 def given(folder: Path, **changes: Any) -> dict[str, Any]:
     return {
-        "args": arguments(folder, **({"objective": {"ce": 0.5, "kd": 0.5}} | changes)),
+        "args": arguments(folder, **({"losses": {"ce": 0.5, "kd": 0.5}} | changes)),
         "data_collator": collate,
         "train_dataset": examples_for("causal-lm"),
         "eval_dataset": examples_for("causal-lm", 4),
@@ -83,7 +83,7 @@ def test_a_loss_that_leaves_ours_out_is_refused_when_the_trainer_is_made(tmp_pat
     with pytest.raises(OptionError, match=r"Alone takes compute_loss from Alone, .*Call super\(\).compute_loss"):
         Alone(llama(1), **given(tmp_path), teacher=llama(2))
     # An objective without a teacher needs none.
-    first(llama(1), **given(tmp_path, objective="ce")).train()
+    first(llama(1), **given(tmp_path, losses="ce")).train()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def seq2seq(folder: Path, kind: Any, **changes: Any) -> dict[str, Any]:
         "use_cpu",
     )
     options = {name: getattr(plain, name) for name in kept} | {
-        "objective": {"ce": 0.5, "kd": 0.5},
+        "losses": {"ce": 0.5, "kd": 0.5},
         "learning_rate": 0.01,
     }
     return {

@@ -14,15 +14,18 @@ from tests.distillation.test_trainer import arguments
 
 SIZE = 4
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "ce": {"objective": "ce"},
-    "kd": {"objective": "kd"},
-    "mixed": {"objective": {"ce": 0.5, "kd": 0.5}},
-    "reverse": {"objective": {"kd": 1.0}, "divergence": "reverse_kl", "temperature": 2.0},
-    "jsd": {"objective": {"kd": 1.0}, "divergence": "jsd"},
-    "vectors": {"objective": {"hidden": 1.0, "embedding": 1.0}},
-    "cosine": {"objective": {"hidden": 1.0, "embedding": 1.0, "ce": 1.0}, "hidden_distance": "cosine"},
-    "dkd": {"objective": {"dkd": 1.0, "ce": 1.0}},
-    "smooth": {"objective": {"ce": 0.5, "kd": 0.5}, "label_smoothing_factor": 0.1},
+    "ce": {"losses": "ce"},
+    "kd": {"losses": "kd"},
+    "mixed": {"losses": {"ce": 0.5, "kd": 0.5}},
+    "reverse": {"losses": {"kd": 1.0}, "kd_loss_type": "reverse_kl", "temperature": 2.0},
+    "jsd": {"losses": {"kd": 1.0}, "kd_loss_type": "jsd"},
+    "vectors": {"losses": {"hidden_states": 1.0, "features": 1.0}},
+    "cosine": {
+        "losses": {"hidden_states": 1.0, "features": 1.0, "ce": 1.0},
+        "loss_options": {name: {"distance": "cosine"} for name in ("hidden_states", "features")},
+    },
+    "dkd": {"losses": {"dkd": 1.0, "ce": 1.0}},
+    "smooth": {"losses": {"ce": 0.5, "kd": 0.5}, "label_smoothing_factor": 0.1},
 }
 
 
@@ -92,7 +95,7 @@ def test_nothing_is_learned_where_there_is_no_target(task: str, objective: str, 
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[2], weights[3])
     assert bool(weights[-1].isfinite().all()) and log[2]["loss"] > 0
     assert all(math.isfinite(value) for entry in log for value in entry.values())
-    assert all(log[1].get(name, 0.0) == 0.0 for name in OBJECTIVES[objective]["objective"] or ())
+    assert all(log[1].get(name, 0.0) == 0.0 for name in OBJECTIVES[objective]["losses"] or ())
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -102,7 +105,7 @@ def test_micro_batches_without_targets_count_for_nothing(task: str, average: boo
     data = examples(task, {1, 2}, steps=4)
     plain = [each for number, each in enumerate(data) if number // SIZE not in (1, 2)]
     common: dict[str, Any] = {
-        "objective": {"ce": 0.5, "kd": 0.5},
+        "losses": {"ce": 0.5, "kd": 0.5},
         "max_steps": 1,
         "average_tokens_across_devices": average,
     }
@@ -120,7 +123,7 @@ def test_micro_batches_without_targets_count_for_nothing(task: str, average: boo
 
 
 def test_means_over_a_logging_interval_are_those_of_the_steps_with_targets(tmp_path: Path) -> None:
-    common = {"objective": {"ce": 0.5, "kd": 0.5}, "learning_rate": 0.0}
+    common = {"losses": {"ce": 0.5, "kd": 0.5}, "learning_rate": 0.0}
     _, log = run("causal-lm", tmp_path, examples("causal-lm", {1}), logging_steps=3, **common)
     _, each = run("causal-lm", tmp_path, examples("causal-lm", {1}), **common)
     assert min(each[0]["kd"], each[2]["kd"]) <= log[0]["kd"] <= max(each[0]["kd"], each[2]["kd"])
@@ -136,7 +139,7 @@ def test_a_users_own_loss_is_not_asked_for_nothing(task: str, tmp_path: Path) ->
         loss = torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
         return loss / kept.sum() if num_items_in_batch is None else loss / num_items_in_batch
 
-    weights, log = run(task, tmp_path, examples(task, {1}), objective={"ce": 0.5, "kd": 0.5}, compute_loss_func=own)
+    weights, log = run(task, tmp_path, examples(task, {1}), losses={"ce": 0.5, "kd": 0.5}, compute_loss_func=own)
     assert torch.equal(weights[1], weights[2]) and log[1]["loss"] == 0.0 and log[2]["loss"] > 0
     assert bool(weights[-1].isfinite().all())
 
@@ -147,7 +150,7 @@ def test_a_captured_teacher_has_nothing_to_say_either(task: str, tmp_path: Path)
     capture = capture_teacher(
         model_for(task, 2), data, tmp_path / "capture", data_collator=collate, config={"top_k": 8}, show_progress=False
     )
-    weights, log = run(task, tmp_path, data, objective={"ce": 0.5, "kd": 0.5}, teacher=capture)
+    weights, log = run(task, tmp_path, data, losses={"ce": 0.5, "kd": 0.5}, teacher=capture)
     assert torch.equal(weights[1], weights[2]) and log[1]["loss"] == 0.0 and log[2]["kd"] > 0
 
 
@@ -158,7 +161,7 @@ def test_the_optimizer_does_what_it_does_with_zero_gradients(task: str, tmp_path
         task,
         tmp_path,
         examples(task, {0, 1, 2}),
-        objective={"ce": 0.5, "kd": 0.5},
+        losses={"ce": 0.5, "kd": 0.5},
         optim="adamw_torch",
         weight_decay=0.1,
     )
@@ -170,7 +173,7 @@ def test_the_optimizer_does_what_it_does_with_zero_gradients(task: str, tmp_path
 def test_evaluation_without_targets_has_a_loss_of_nothing(task: str, tmp_path: Path) -> None:
     trainer = DistillationTrainer(
         model_for(task, 1),
-        arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}, per_device_eval_batch_size=SIZE),
+        arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}, per_device_eval_batch_size=SIZE),
         collate,
         examples(task, set()),
         eval_dataset={"some": examples(task, {1}), "none": examples(task, {0, 1, 2})},

@@ -58,7 +58,7 @@ def main() -> None:
         temperature=2.0,
         **given["arguments"],
     )
-    same_width = {"hidden", "embedding"} & args.objective.keys()
+    same_width = {"hidden_states", "features"} & args.losses.keys()
     teacher = model_for(given["task"], 2, width=48 if given.get("wide") or not same_width else 32)
     trainer = (ShardedOnCpu if given.get("sharded") else DistillationTrainer)(
         student,
@@ -71,7 +71,7 @@ def main() -> None:
     trainer.train()
     after = {name: whole(value) for name, value in trainer.model.named_parameters()}
     metrics = trainer.evaluate()
-    maps = trainer.objective_computer.projections
+    maps = trainer.distillation_objective.projections
     if trainer.is_world_process_zero():
         found = {
             "world_size": dist.get_world_size() if dist.is_initialized() else 1,
@@ -83,7 +83,7 @@ def main() -> None:
             else {name: value.flatten().tolist() for name, value in maps.state_dict().items()},
             "sharded": type(next(trainer.model.parameters())).__name__,
             "teacher_sharded": type(next(trainer.teachers[0].bare.parameters())).__name__,
-            "inside_head": trainer.objective_computer.head is not None,
+            "inside_head": trainer.distillation_objective.head is not None,
         }
         Path(given["output"]).write_text(json.dumps(found))
 

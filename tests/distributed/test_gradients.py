@@ -25,7 +25,7 @@ def vector(found: dict[str, Any]) -> torch.Tensor:
     ("task", "objective", "more"),
     [
         ("causal-lm", {"ce": 0.3, "kd": 0.7}, {}),
-        ("causal-lm", {"hidden": 1.0, "kd": 1.0}, {"wide": True}),
+        ("causal-lm", {"hidden_states": 1.0, "kd": 1.0}, {"wide": True}),
         ("sequence-classification", {"ce": 0.5, "kd": 0.5}, {}),
         ("seq2seq-lm", {"ce": 0.5, "kd": 0.5}, {}),
     ],
@@ -36,7 +36,7 @@ def test_two_processes_of_four_are_one_of_eight(
     found = []
     for processes in (1, 2):
         arguments = {
-            "objective": objective,
+            "losses": objective,
             "per_device_train_batch_size": 8 // processes,
             "per_device_eval_batch_size": 2,
         }
@@ -55,7 +55,7 @@ def test_two_processes_of_four_are_one_of_eight(
 def test_sharded_students_and_teachers_have_the_same_gradients(tmp_path: Path) -> None:
     found = []
     for processes in (1, 2):
-        arguments = {"objective": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8 // processes}
+        arguments = {"losses": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8 // processes}
         given = {"task": "causal-lm", "arguments": arguments, "sharded": processes == 2}
         found.append(run_world("gradients.py", processes, given, tmp_path))
     one, two = map(vector, found)
@@ -69,7 +69,7 @@ def test_deepspeed_leaves_gradients_as_they_are(stage: int, tmp_path: Path) -> N
     pytest.importorskip("deepspeed")
     found = []
     for more in ({}, {"deepspeed": {"zero_optimization": {"stage": stage}, **DEEPSPEED}}):
-        arguments = {"objective": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8} | more
+        arguments = {"losses": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8} | more
         found.append(run_world("gradients.py", 1, {"task": "causal-lm", "arguments": arguments}, tmp_path))
     one, two = map(vector, found)
     assert found[1]["inside_head"] == (stage == 2)

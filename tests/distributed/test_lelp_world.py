@@ -43,7 +43,7 @@ def test_two_processes_of_four_learn_subclasses_as_one_of_eight(tmp_path):
     found, objective = [], {"ce": 0.3, "lelp": 0.7}
     for processes in (1, 2):
         sizes = {"per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 2}
-        given = {"arguments": {"objective": objective} | sizes}
+        given = {"arguments": {"losses": objective} | sizes}
         found.append(run_world("lelp_gradients.py", processes, given, tmp_path))
     one, two = map(vector, found)
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()

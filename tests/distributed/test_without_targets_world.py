@@ -31,7 +31,7 @@ def run(processes: int, folder: Path, **given: Any) -> dict[str, Any]:
     ],
 )
 def test_a_process_without_targets_adds_nothing(task: str, average: bool, tmp_path: Path) -> None:
-    arguments = {"objective": {"ce": 0.5, "kd": 0.5}, "average_tokens_across_devices": average}
+    arguments = {"losses": {"ce": 0.5, "kd": 0.5}, "average_tokens_across_devices": average}
     one, two = (run(processes, tmp_path, task=task, arguments=arguments) for processes in (1, 2))
     weights, expected = (torch.tensor(each["weights"]) for each in (two, one))
     assert torch.equal(weights[1], weights[2]) and two["log"][1]["loss"] == 0.0
@@ -48,7 +48,7 @@ def test_a_process_without_targets_adds_nothing(task: str, average: bool, tmp_pa
 
 
 def test_sharded_weights_do_not_wait_for_a_process_without_targets(tmp_path: Path) -> None:
-    arguments = {"objective": {"ce": 0.5, "kd": 0.5}}
+    arguments = {"losses": {"ce": 0.5, "kd": 0.5}}
     one, two = (run(processes, tmp_path, arguments=arguments, sharded=processes == 2) for processes in (1, 2))
     weights, expected = (torch.tensor(each["weights"]) for each in (two, one))
     assert torch.equal(weights[1], weights[2])
@@ -60,7 +60,7 @@ def test_sharded_weights_do_not_wait_for_a_process_without_targets(tmp_path: Pat
     [("loss", False), ("gradient", True), pytest.param("gradient", False, marks=pytest.mark.slow)],
 )
 def test_what_is_not_finite_in_one_process_ends_all(spoil: str, sharded: bool, tmp_path: Path) -> None:
-    arguments = {"objective": {"ce": 0.5, "kd": 0.5}}
+    arguments = {"losses": {"ce": 0.5, "kd": 0.5}}
     found = run(2, tmp_path, empty=[], spoil=spoil, arguments=arguments, sharded=sharded)
     assert all("step 2" in error for error in found["errors"]), found["errors"]
     if spoil == "loss":

@@ -79,7 +79,7 @@ def main() -> None:
 
         trainer.model.get_input_embeddings().register_forward_hook(spoil_backward)
     if spoil == "loss" and rank == 1:
-        step = trainer.objective_computer.compute
+        step = trainer.distillation_objective.compute
 
         def learn(*args: Any, **keywords: Any) -> Any:
             learned = step(*args, **keywords)
@@ -89,7 +89,7 @@ def main() -> None:
                 learned.sums["kd"] = learned.sums["kd"] + math.inf
             return learned
 
-        trainer.objective_computer.compute = learn
+        trainer.distillation_objective.compute = learn
     error = ""
     try:
         trainer.train()

@@ -50,7 +50,7 @@ def causal(tmp_path_factory) -> dict[str, Any]:
     teacher = make_model(folder / "teacher", "llama", "ForCausalLM")
     return {
         "teacher": teacher,
-        "student": SMALLER["llama"],
+        "student_init_kwargs": SMALLER["llama"],
         "train_file": write_text(folder / "text.txt"),
         "block_size": 32,
     }
@@ -93,7 +93,7 @@ def test_masked_language_models(tmp_path):
         "run_mlm_distillation.py",
         tmp_path / "student",
         teacher=teacher,
-        student=SMALLER["bert"],
+        student_init_kwargs=SMALLER["bert"],
         train_file=write_text(tmp_path / "text.txt"),
         max_seq_length=32,
     )
@@ -112,7 +112,7 @@ def test_text_classifiers_keep_the_order_of_the_teachers_labels(tmp_path):
         train_file=write_labelled(tmp_path / "train.csv", 200),
         validation_file=write_labelled(tmp_path / "held_out.csv", 40, seed=1),
         text_column_name="sentence",
-        objective={"ce": 1.0, "kd": 1e-4},
+        losses={"ce": 1.0, "kd": 1e-4},
         max_steps=60,
         per_device_train_batch_size=16,
         learning_rate=1e-2,
@@ -129,7 +129,7 @@ def test_image_classifiers(tmp_path):
         "run_image_classification_distillation.py",
         tmp_path / "student",
         teacher=teacher,
-        student=SMALLER["vit"],
+        student_init_kwargs=SMALLER["vit"],
         train_dir=folder / "train",
     )
     assert 0 <= measured["eval_accuracy"] <= 1

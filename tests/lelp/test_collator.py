@@ -98,7 +98,7 @@ def test_a_student_learns_the_same_by_all_ways(task: str, way: str, tmp_path: Pa
     projector = projector_of(teacher, examples_for(task, COUNT, seed=1))
     plain = with_targets(examples, expected_of(projector, teacher, examples))
     before = {name: value.clone() for name, value in student_of(task).state_dict().items()}
-    args = arguments(tmp_path / "out", objective="lelp", temperature=2.0)
+    args = arguments(tmp_path / "out", losses="lelp", temperature=2.0)
     by_column = DistillationTrainer(student_of(task), args, collate, plain)
     by_column.train()
     source: dict[str, Any] = {}
@@ -129,7 +129,7 @@ def test_classes_are_aligned_by_name(tmp_path: Path) -> None:
     student.config.id2label = dict(enumerate(subclass_names([NAMES[number] for number in order], SUBCLASSES)))
     shuffled = expected_of(projector, teacher, examples).view(-1, CLASSES, SUBCLASSES)[:, order].flatten(1)
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    args = arguments(tmp_path, objective="lelp", temperature=2.0)
+    args = arguments(tmp_path, losses="lelp", temperature=2.0)
     by_column = DistillationTrainer(copy.deepcopy(student), args, collate, with_targets(examples, shuffled))
     by_column.train()
     for collator, source in (
@@ -157,7 +157,7 @@ def test_a_stream_of_labelled_and_unlabelled_examples_is_learned(tmp_path: Path)
     for number, each in enumerate(examples[::2]):
         each["labels"] = (-100, -1, None)[number % 3]
     stream = datasets.Dataset.from_list(examples).to_iterable_dataset(num_shards=2)
-    args = arguments(tmp_path, objective={"ce": 0.5, "lelp": 0.5}, temperature=2.0, max_steps=3)
+    args = arguments(tmp_path, losses={"ce": 0.5, "lelp": 0.5}, temperature=2.0, max_steps=3)
     collator = SubclassLabelCollator(projector, collate)
     trainer = DistillationTrainer(
         student_of(TEXT), args, collator, stream, datasets.Dataset.from_list(examples[1::2]), teacher=teacher
@@ -174,7 +174,7 @@ def test_targets_are_read_in_workers(tmp_path: Path) -> None:
     targets = capture_targets(
         projector, teacher, examples, tmp_path / "targets", data_collator=collate, show_progress=False
     )
-    args = arguments(tmp_path / "out", objective="lelp", temperature=2.0, dataloader_num_workers=1, max_steps=2)
+    args = arguments(tmp_path / "out", losses="lelp", temperature=2.0, dataloader_num_workers=1, max_steps=2)
     trainer = DistillationTrainer(
         student_of(TEXT), args, SubclassLabelCollator(projector, collate, capture=targets), examples
     )
@@ -191,7 +191,7 @@ def test_what_is_evaluated_need_not_be_captured(tmp_path: Path) -> None:
     targets = capture_targets(
         projector, teacher, examples[:8], tmp_path / "targets", data_collator=collate, show_progress=False
     )
-    args = arguments(tmp_path / "out", objective="lelp", temperature=2.0)
+    args = arguments(tmp_path / "out", losses="lelp", temperature=2.0)
     collator = SubclassLabelCollator(projector, collate, capture=targets)
     trainer = DistillationTrainer(student_of(TEXT), args, collator, examples[:8], examples[8:])
     trainer.train()
@@ -221,9 +221,9 @@ def test_a_teacher_may_see_what_the_student_reads(tmp_path: Path) -> None:
     torch.testing.assert_close(
         collator(pairs)[TARGETS_KEY], expected_of(projector, teacher, images), rtol=1e-4, atol=1e-6
     )
-    args = arguments(tmp_path, objective="lelp", temperature=2.0, remove_unused_columns=False)
+    args = arguments(tmp_path, losses="lelp", temperature=2.0, remove_unused_columns=False)
     DistillationTrainer(student_of(TEXT), args, collator, pairs).train()
-    args = arguments(tmp_path, objective="lelp", temperature=2.0)
+    args = arguments(tmp_path, losses="lelp", temperature=2.0)
     with pytest.raises(OptionError, match="remove_unused_columns=False"):
         DistillationTrainer(student_of(TEXT), args, collator, pairs)
 
@@ -240,12 +240,12 @@ def test_a_teacher_of_another_library_teaches_by_a_column(tmp_path: Path) -> Non
         TARGETS_KEY, projector.transform(features, logits).flatten(1).tolist()
     )
     trainer = DistillationTrainer(
-        student_of(TEXT), arguments(tmp_path, objective="lelp", max_steps=2), collate_columns, rows
+        student_of(TEXT), arguments(tmp_path, losses="lelp", max_steps=2), collate_columns, rows
     )
     trainer.train()
     assert trainer.state.log_history[0]["lelp"] > 0
     # So it does where the collator could make them, and there is no teacher to make them of.
-    args = arguments(tmp_path, objective="lelp", max_steps=1)
+    args = arguments(tmp_path, losses="lelp", max_steps=1)
     collator = SubclassLabelCollator(projector, collate_columns)
     DistillationTrainer(student_of(TEXT), args, collator, rows).train()
     with pytest.raises(OptionError, match=f"there are 0.*the column {TARGETS_KEY}"):
@@ -279,7 +279,7 @@ def test_fine_labels_reach_a_projector_that_splits_by_them(tmp_path: Path) -> No
     assert "fine_labels" not in found
     torch.testing.assert_close(found[TARGETS_KEY], expected, rtol=1e-4, atol=1e-6)
     before = {name: value.clone() for name, value in student_of(TEXT).state_dict().items()}
-    args = arguments(tmp_path / "out", objective="lelp")
+    args = arguments(tmp_path / "out", losses="lelp")
     steps = []
     data = with_targets(examples[:8], expected)
     for collator, given, source in (
@@ -307,7 +307,7 @@ def test_a_tokenizer_pads_and_an_image_processor_stacks() -> None:
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     examples, teacher = examples_for(TEXT, 8), teacher_of(TEXT)
     projector = projector_of(teacher, examples_for(TEXT, COUNT, seed=1))
-    args = arguments(tmp_path / "out", objective="lelp", temperature=2.0)
+    args = arguments(tmp_path / "out", losses="lelp", temperature=2.0)
 
     def train(student: Any = None, args: Any = args, collator: Any = None, **options: Any) -> None:
         collator = collator or SubclassLabelCollator(projector, collate)
@@ -316,7 +316,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SubclassError, match="The student has 10 outputs, 2 for each class.*num_subclasses=3"):
         train(student_of(TEXT, 2), teacher=teacher)
     with pytest.raises(OptionError, match="temperature=1.0, but the projector.*at 2.0"):
-        train(args=arguments(tmp_path, objective="lelp"), teacher=teacher)
+        train(args=arguments(tmp_path, losses="lelp"), teacher=teacher)
     with pytest.raises(SubclassError, match="of another teacher"):
         train(teacher=teacher_of(TEXT, 3))
     with pytest.raises(SubclassError, match="of another teacher"):
@@ -355,6 +355,6 @@ def test_a_collators_teacher_that_shares_parameters_with_the_student_is_refused(
     examples, teacher, student = examples_for(TEXT, COUNT), teacher_of(TEXT), student_of(TEXT)
     collator = SubclassLabelCollator(projector_of(teacher, examples), collate, teacher=teacher)
     student.bert = teacher.bert
-    args = arguments(tmp_path, objective="lelp", temperature=2.0)
+    args = arguments(tmp_path, losses="lelp", temperature=2.0)
     with pytest.raises(OptionError, match=r"shares \d+ of its tensors.*bert"):
         DistillationTrainer(student, args, collator, examples)

@@ -142,7 +142,7 @@ def test_image_pipelines_see_classes(tmp_path: Path) -> None:
 def test_the_predictions_of_what_is_saved_are_the_trainers(tmp_path: Path) -> None:
     examples = examples_for(TEXT, 16)
     data = with_targets(examples, some_targets(16))
-    args = arguments(tmp_path / "out", objective="lelp", max_steps=3, learning_rate=0.1)
+    args = arguments(tmp_path / "out", losses="lelp", max_steps=3, learning_rate=0.1)
     trainer = DistillationTrainer(student_of(TEXT), args, collate, data, data)
     trainer.train()
     predicted = torch.tensor(trainer.predict(data).predictions)
@@ -256,7 +256,7 @@ def test_of_a_trainer_the_card_tells_its_run_and_what_the_labels_are(tmp_path: P
     examples = examples_for(TEXT, 16)
     data = with_targets(examples, some_targets(16))
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
-    args = arguments(tmp_path / "out", objective="lelp", max_steps=2)
+    args = arguments(tmp_path / "out", losses="lelp", max_steps=2)
     trainer = DistillationTrainer(student, args, collate, data, data)
     trainer.train()
     cards = {}

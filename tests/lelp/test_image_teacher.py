@@ -50,7 +50,7 @@ def test_what_is_learned_first_is_the_gradient_of_the_image_teachers_subclasses(
         return -(TAU**2) * (batch[TARGETS_KEY] * (logits / TAU).log_softmax(-1)).sum(-1).mean()
 
     expected = by_hand(student, rows[:8], unified)
-    found = gradient_of(student, tmp_path, rows[:8], objective="lelp", temperature=TAU)
+    found = gradient_of(student, tmp_path, rows[:8], losses="lelp", temperature=TAU)
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -60,7 +60,7 @@ def test_a_student_of_text_learns_what_only_the_pictures_show(tmp_path: Path) ->
     unlabelled = [{name: value for name, value in row.items() if name != "labels"} for row in learned]
     args = arguments(
         tmp_path,
-        objective="lelp",
+        losses="lelp",
         temperature=TAU,
         max_steps=150,
         per_device_train_batch_size=32,

@@ -74,7 +74,7 @@ def test_the_gradient_is_that_of_the_unified_cross_entropy(task: str, tmp_path: 
         return -(tau**2) * (batch["subclass_probabilities"] * (logits / tau).log_softmax(-1)).sum(-1).mean()
 
     expected = by_hand(student, examples, unified)
-    found = gradient_of(student, tmp_path, examples, objective="lelp", temperature=tau)
+    found = gradient_of(student, tmp_path, examples, losses="lelp", temperature=tau)
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -86,16 +86,16 @@ def test_one_subclass_is_exactly_distillation(task: str, tmp_path: Path) -> None
     with torch.no_grad():
         targets = (teacher(**inputs).logits / tau).softmax(-1)
     kd = gradient_of(
-        student_of(task, 1), tmp_path, plain, objective="kd", temperature=tau, teacher=copy.deepcopy(teacher)
+        student_of(task, 1), tmp_path, plain, losses="kd", temperature=tau, teacher=copy.deepcopy(teacher)
     )
-    found = gradient_of(student_of(task, 1), tmp_path, with_targets(plain, targets), objective="lelp", temperature=tau)
+    found = gradient_of(student_of(task, 1), tmp_path, with_targets(plain, targets), losses="lelp", temperature=tau)
     assert (found - kd).norm() < 1e-5 * kd.norm()
 
 
 def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding() -> None:
     terms, args = (
         registered_losses(),
-        DistillationArguments("unused", temperature=3.0, objective="lelp", report_to="none"),
+        DistillationArguments("unused", temperature=3.0, losses="lelp", report_to="none"),
     )
     from hf_guide.teachers.signals import DenseTarget
 
@@ -110,7 +110,7 @@ def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding
 
 
 def test_a_subclass_without_a_share_is_no_nan() -> None:
-    args = DistillationArguments("unused", objective="lelp", report_to="none")
+    args = DistillationArguments("unused", losses="lelp", report_to="none")
     target = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     student = torch.zeros(1, 4, requires_grad=True)
     value = registered_losses()["lelp"].function(student, target, args)
@@ -139,7 +139,7 @@ def test_hard_labels_and_distillation_see_classes(task: str, tmp_path: Path) -> 
         return 0.25 * hard + 0.75 * torch.nn.functional.kl_div(log_classes, told, reduction="batchmean")
 
     expected = by_hand(student, examples, both)
-    found = gradient_of(student, tmp_path, examples, objective={"ce": 0.25, "kd": 0.75}, teacher=teacher)
+    found = gradient_of(student, tmp_path, examples, losses={"ce": 0.25, "kd": 0.75}, teacher=teacher)
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -149,12 +149,12 @@ def test_accumulated_batches_are_one_batch(objective: Any, tmp_path: Path) -> No
     examples = with_targets(examples_for(task, 8), some_targets(8))
     for example in examples[::3]:
         example["labels"] = -100
-    whole = gradient_of(student_of(task), tmp_path, examples, objective=objective)
+    whole = gradient_of(student_of(task), tmp_path, examples, losses=objective)
     parts = gradient_of(
         student_of(task),
         tmp_path,
         examples,
-        objective=objective,
+        losses=objective,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
     )
@@ -164,13 +164,13 @@ def test_accumulated_batches_are_one_batch(objective: Any, tmp_path: Path) -> No
 def test_examples_without_a_label_are_learned_by_their_subclasses(tmp_path: Path) -> None:
     task = "sequence-classification"
     examples = with_targets(examples_for(task, 8), some_targets(8))
-    labelled = gradient_of(student_of(task), tmp_path, examples, objective="lelp")
+    labelled = gradient_of(student_of(task), tmp_path, examples, losses="lelp")
     for example in examples[1:]:
         example["labels"] = -100
-    some = gradient_of(student_of(task), tmp_path, examples, objective="lelp")
+    some = gradient_of(student_of(task), tmp_path, examples, losses="lelp")
     none = [{name: value for name, value in example.items() if name != "labels"} for example in examples]
     assert torch.equal(labelled, some)
-    assert torch.equal(labelled, gradient_of(student_of(task), tmp_path, none, objective="lelp"))
+    assert torch.equal(labelled, gradient_of(student_of(task), tmp_path, none, losses="lelp"))
     # Labels are averaged over the examples that have one, however few these are, and however they are cut into batches.
     examples[6]["labels"] = 2
     student = student_of(task)
@@ -183,7 +183,7 @@ def test_examples_without_a_label_are_learned_by_their_subclasses(tmp_path: Path
     expected = by_hand(student, examples, mixed)
     for size in (8, 2):
         parts: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-        found = gradient_of(copy.deepcopy(student), tmp_path, examples, objective={"ce": 1.0, "lelp": 1.0}, **parts)
+        found = gradient_of(copy.deepcopy(student), tmp_path, examples, losses={"ce": 1.0, "lelp": 1.0}, **parts)
         assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
@@ -198,7 +198,7 @@ def test_predictions_and_metrics_see_classes(task: str, tmp_path: Path) -> None:
 
     trainer = DistillationTrainer(
         student,
-        arguments(tmp_path, objective="lelp"),
+        arguments(tmp_path, losses="lelp"),
         collate,
         None,
         with_targets(examples, some_targets(6)),
@@ -222,7 +222,7 @@ def test_predictions_and_metrics_see_classes(task: str, tmp_path: Path) -> None:
 def test_evaluation_without_subclasses_is_by_the_task(tmp_path: Path) -> None:
     task = "sequence-classification"
     trainer = DistillationTrainer(
-        student_of(task), arguments(tmp_path, objective="lelp"), collate, None, examples_for(task, 6)
+        student_of(task), arguments(tmp_path, losses="lelp"), collate, None, examples_for(task, 6)
     )
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(found["eval_ce"]) and "eval_lelp" not in found
@@ -236,13 +236,13 @@ def test_label_smoothing_and_a_loss_of_ones_own_see_classes(tmp_path: Path) -> N
         return torch.nn.functional.cross_entropy(outputs["logits"], labels)
 
     trainer = DistillationTrainer(
-        student_of(task), arguments(tmp_path, objective="ce"), collate, examples_for(task, 8), compute_loss_func=own
+        student_of(task), arguments(tmp_path, losses="ce"), collate, examples_for(task, 8), compute_loss_func=own
     )
     trainer.train()
     assert shapes == [(8, CLASSES)]
     smoothed = DistillationTrainer(
         student_of(task),
-        arguments(tmp_path, objective="ce", label_smoothing_factor=0.1),
+        arguments(tmp_path, losses="ce", label_smoothing_factor=0.1),
         collate,
         examples_for(task, 8),
     )
@@ -258,9 +258,7 @@ def test_the_names_of_classes_are_read_from_those_of_subclasses() -> None:
 
 def test_a_batch_without_subclasses_is_refused(tmp_path: Path) -> None:
     task = "sequence-classification"
-    trainer = DistillationTrainer(
-        student_of(task), arguments(tmp_path, objective="lelp"), collate, examples_for(task, 8)
-    )
+    trainer = DistillationTrainer(student_of(task), arguments(tmp_path, losses="lelp"), collate, examples_for(task, 8))
     with pytest.raises(TaskError, match=r"no subclass_probabilities.*SubclassLabelCollator"):
         trainer.train()
 
@@ -268,26 +266,26 @@ def test_a_batch_without_subclasses_is_refused(tmp_path: Path) -> None:
 def test_another_number_of_outputs_is_refused(tmp_path: Path) -> None:
     task = "sequence-classification"
     examples = with_targets(examples_for(task, 8), some_targets(8, CLASSES * 2))
-    trainer = DistillationTrainer(student_of(task), arguments(tmp_path, objective="lelp"), collate, examples)
+    trainer = DistillationTrainer(student_of(task), arguments(tmp_path, losses="lelp"), collate, examples)
     with pytest.raises(TaskError, match=r"\(8, 10\); the student has 15 outputs, which are 5 classes of 3"):
         trainer.train()
     odd = student_of(task)
     odd.config.num_subclasses = 4
     with pytest.raises(TaskError, match="15 outputs, which is not a multiple of its 4"):
-        DistillationTrainer(odd, arguments(tmp_path, objective="ce"), collate, examples)
+        DistillationTrainer(odd, arguments(tmp_path, losses="ce"), collate, examples)
 
 
 def test_the_term_is_for_classes_that_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="'lelp' is for"):
         DistillationTrainer(
-            model_for("causal-lm", 1), arguments(tmp_path, objective="lelp"), collate, examples_for("causal-lm")
+            model_for("causal-lm", 1), arguments(tmp_path, losses="lelp"), collate, examples_for("causal-lm")
         )
     student = student_of("sequence-classification")
     student.config.problem_type = "multi_label_classification"
     with pytest.raises(TaskError, match="multi_label_classification"):
-        DistillationTrainer(student, arguments(tmp_path, objective="ce"), collate)
+        DistillationTrainer(student, arguments(tmp_path, losses="ce"), collate)
     with pytest.raises(OptionError, match="'lelpp'.*Did you mean 'lelp'"):
-        arguments(tmp_path, objective="lelpp")
+        arguments(tmp_path, losses="lelpp")
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
@@ -303,7 +301,7 @@ def test_an_adapter_learns_subclasses_and_is_merged(on_classifier: str, tmp_path
         adapter = LoraConfig(r=SUBCLASSES * CLASSES, target_modules=["query", "classifier"])
     trainer = DistillationTrainer(
         student_of(task),
-        arguments(tmp_path, objective="lelp", max_steps=4, learning_rate=0.1),
+        arguments(tmp_path, losses="lelp", max_steps=4, learning_rate=0.1),
         collate,
         examples,
         examples,
@@ -316,13 +314,13 @@ def test_an_adapter_learns_subclasses_and_is_merged(on_classifier: str, tmp_path
     assert trainer.predict(examples).predictions.shape == (8, CLASSES)
     trainer.save_merged_model(tmp_path / "merged")
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
-    again = DistillationTrainer(merged, arguments(tmp_path, objective="lelp"), collate, eval_dataset=examples)
+    again = DistillationTrainer(merged, arguments(tmp_path, losses="lelp"), collate, eval_dataset=examples)
     assert again.evaluate()["eval_lelp"] == pytest.approx(after, rel=1e-5)
 
 
 def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
     task = "sequence-classification"
     examples = with_targets(examples_for(task, 8), some_targets(8))
-    exact = gradient_of(student_of(task), tmp_path, examples, objective={"ce": 0.5, "lelp": 0.5})
-    rounded = gradient_of(student_of(task), tmp_path, examples, objective={"ce": 0.5, "lelp": 0.5}, bf16=True)
+    exact = gradient_of(student_of(task), tmp_path, examples, losses={"ce": 0.5, "lelp": 0.5})
+    rounded = gradient_of(student_of(task), tmp_path, examples, losses={"ce": 0.5, "lelp": 0.5}, bf16=True)
     assert 0 < (exact - rounded).norm() < 0.05 * exact.norm()

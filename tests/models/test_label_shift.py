@@ -101,7 +101,7 @@ def check_task_loss(model: PreTrainedModel, task: Task, batch: dict[str, torch.T
         ).sum(-1)[items]
     trainer = DistillationTrainer(
         model,
-        arguments(folder, objective={"ce": 0.5, "kd": 0.5}, label_names=["labels"]),
+        arguments(folder, losses={"ce": 0.5, "kd": 0.5}, label_names=["labels"]),
         lambda _: dict(batch),
         [{}] * 3,
         teacher=teacher,
@@ -217,4 +217,4 @@ def test_logits_of_different_tokens_are_not_compared(tmp_path: Path) -> None:
     teacher = build("xlnet", "XLNetLMHeadModel", Task.CAUSAL_LM)
     assert shifts_labels(student, Task.CAUSAL_LM) and not shifts_labels(teacher, Task.CAUSAL_LM)
     with pytest.raises(TaskError, match="Only the student's logits .LlamaForCausalLM. are about the next token"):
-        DistillationTrainer(student, arguments(tmp_path, objective="kd"), teacher=teacher)
+        DistillationTrainer(student, arguments(tmp_path, losses="kd"), teacher=teacher)

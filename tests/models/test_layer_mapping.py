@@ -49,7 +49,7 @@ def test_hidden_states_of_a_shallower_decoder_are_learned(family: str, tmp_path:
     for example in data:
         example["attention_mask"] = [1] * len(example["input_ids"])
     data = [example for example in data if len(example["input_ids"]) == len(data[0]["input_ids"])] * 4
-    args = arguments(tmp_path, objective={"ce": 0.5, "hidden": 0.5}, max_steps=1)
+    args = arguments(tmp_path, losses={"ce": 0.5, "hidden_states": 0.5}, max_steps=1)
     trainer = DistillationTrainer(model(family, 2, 1, 1), args, collate, data, teacher=model(family, 3, 2, 2))
     trainer.train()
-    assert trainer.objective_computer.layers == {1: 2} and trainer.state.log_history[0]["hidden"] > 0
+    assert trainer.distillation_objective.layers == {1: 2} and trainer.state.log_history[0]["hidden_states"] > 0

@@ -140,7 +140,7 @@ def collator(kind: str, tok: Any, student: Any = None) -> Any:
 
 
 def trainer_of(tmp_path: Path, student: Any, teacher: Any, data: Any, collate: Any, processing_class: Any) -> Any:
-    args = arguments(tmp_path / "out", objective="kd", learning_rate=0.0, max_steps=1, per_device_eval_batch_size=4)
+    args = arguments(tmp_path / "out", losses="kd", learning_rate=0.0, max_steps=1, per_device_eval_batch_size=4)
     return DistillationTrainer(student, args, collate, data, data, processing_class=processing_class, teacher=teacher)
 
 

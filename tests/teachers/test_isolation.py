@@ -135,7 +135,7 @@ def test_models_that_call_one_activation_are_apart(kind: str, tmp_path: Path) ->
     student, teacher = (getattr(transformers, f"{kind}WithLMHeadModel")(config) for _ in range(2))
     assert student.transformer.ffns[0].act is teacher.transformer.ffns[0].act
     data = examples_for("masked-lm", 4)
-    args = arguments(tmp_path, objective={"ce": 0.5, "kd": 0.5}, max_steps=1)
+    args = arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}, max_steps=1)
     trainer = DistillationTrainer(student, args, collate, data, data, teacher=teacher)
     trainer.train()
     assert trainer.evaluate()["eval_kd"] > 0
@@ -148,7 +148,7 @@ def test_a_copy_made_before_the_adapter_teaches_the_adapter_alone(tmp_path: Path
     student = lora(model)
     trainer = DistillationTrainer(
         student,
-        arguments(tmp_path, objective="kd", max_steps=3, learning_rate=0.1),
+        arguments(tmp_path, losses="kd", max_steps=3, learning_rate=0.1),
         collate,
         examples_for("causal-lm"),
         teacher=teacher,
@@ -264,7 +264,7 @@ def test_a_frozen_student_can_be_evaluated(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_kd"] > 0
 
 
-@pytest.mark.parametrize(("make", "reason"), [(compiled, "teacher_compile=True"), (in_data_parallel, "DataParallel")])
+@pytest.mark.parametrize(("make", "reason"), [(compiled, "compile_teacher=True"), (in_data_parallel, "DataParallel")])
 def test_a_wrapped_teacher_is_refused(make: Callable[[Path], Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"The teacher is .*{reason}"):
         DistillationTrainer(llama(3), arguments(tmp_path), collate, examples_for("causal-lm"), teacher=make(tmp_path))
@@ -278,7 +278,7 @@ def test_a_parametrized_teacher_teaches_what_it_computes(norm: str, tmp_path: Pa
         getattr(nn.utils.parametrizations, norm)(teacher.lm_head)
         if removed:
             nn.utils.parametrize.remove_parametrizations(teacher.lm_head, "weight")
-        args = arguments(tmp_path, objective="kd")
+        args = arguments(tmp_path, losses="kd")
         trainer = DistillationTrainer(llama(1), args, collate, eval_dataset=data, teacher=teacher)
         found.append(trainer.evaluate()["eval_kd"])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -332,7 +332,7 @@ def taught_by_virtual_tokens(folder: Path) -> Any:
 
 def embeddings_behind_virtual_tokens(folder: Path) -> Any:
     task = "sequence-classification"
-    args = arguments(folder, objective="embedding")
+    args = arguments(folder, losses="features")
     return DistillationTrainer(model_for(task, 1), args, collate, teacher=prompt_tuned(task))
 
 
@@ -379,7 +379,7 @@ def test_prefixes_and_a_classifiers_virtual_tokens_teach_what_the_model_computes
         ("sequence-classification", prompt_tuned("sequence-classification")),
     ):
         data, student = examples_for(task, 8), model_for(task, 1)
-        args = arguments(tmp_path, objective="kd")
+        args = arguments(tmp_path, losses="kd")
         trainer = DistillationTrainer(student, args, collate, eval_dataset=data, teacher=teacher)
         found = trainer.evaluate()["eval_kd"]
         batch = collate(data)

@@ -15,7 +15,7 @@ ON_DISK = {
     "model.layers.2": "disk",
     "model.norm": "cpu",
 }
-EVERYTHING = {"ce": 0.4, "kd": 0.4, "hidden": 0.1, "embedding": 0.1}
+EVERYTHING = {"ce": 0.4, "kd": 0.4, "hidden_states": 0.1, "features": 0.1}
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def quantised(include_head: bool):
     return TorchAoConfig(torchao.Int8WeightOnlyConfig(), include_input_output_embeddings=include_head)
 
 
-def train(tmp_path, teacher, objective=EVERYTHING, **teacher_init_kwargs):
+def train(tmp_path, teacher, losses=EVERYTHING, **teacher_init_kwargs):
     """Train a small student for three steps; return every loss and gradient norm that was logged, (3, losses)."""
     trainer = DistillationTrainer(
         llama(2),
         DistillationArguments(
             str(tmp_path / "out"),
-            objective=objective,
+            losses=losses,
             teacher_init_kwargs=teacher_init_kwargs or None,
             max_steps=3,
             per_device_train_batch_size=4,
@@ -55,7 +55,7 @@ def train(tmp_path, teacher, objective=EVERYTHING, **teacher_init_kwargs):
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "kd" in entry]
     assert len(logged) == 3
-    return torch.tensor([[entry[name] for name in (*objective, "grad_norm")] for entry in logged])
+    return torch.tensor([[entry[name] for name in (*losses, "grad_norm")] for entry in logged])
 
 
 @pytest.mark.parametrize("head", ["disk", "cpu"])  # with a GPU the student and the targets are elsewhere

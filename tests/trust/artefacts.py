@@ -110,7 +110,13 @@ def language_models(home: Path, root: Path) -> dict[str, Path]:
     flags = ["--max-length", 16, "--top-k", 8, "--no-progress", "--token", TOKEN]
     command("capture", teacher, "-o", root / "capture", "--data-files", data, "--validation-share", 0.2, *flags)
     chosen = {"teacher": str(teacher), "hidden_size": 24, "token": TOKEN}
-    distil(home, root / "from capture", capture=str(root / "capture"), student=chosen, teacher_init_kwargs=None)
+    distil(
+        home,
+        root / "from capture",
+        teacher_cache=str(root / "capture"),
+        student_init_kwargs=chosen,
+        teacher_init_kwargs=None,
+    )
     calibrated = from_teacher(
         teacher,
         method={"method": "calibrated", "calibration_tokens": 400},

@@ -82,7 +82,10 @@ def distill(home: Path, scratch: Path, broken: Path) -> list[object]:
 
 def distill_from(home: Path, scratch: Path, broken: Path) -> list[object]:
     student = {"hidden_size": 24}
-    return ["distill", settings(home, scratch, teacher=str(broken), model_name_or_path=None, student=student)]
+    return [
+        "distill",
+        settings(home, scratch, teacher=str(broken), model_name_or_path=None, student_init_kwargs=student),
+    ]
 
 
 def distill_into(home: Path, scratch: Path, broken: Path) -> list[object]:
@@ -282,8 +285,8 @@ SETTINGS = {
 VALUES: list[dict[str, Any]] = [
     *({"learning_rate": value} for value in ("x", [1], "2020-01-01")),
     *({"teacher": value} for value in (3, ["a"])),
-    *({"student": value, "model_name_or_path": None} for value in ("x", {"hiden": 1}, [1])),
-    *({"objective": value} for value in ({"zz": 1}, 3)),
+    *({"student_init_kwargs": value, "model_name_or_path": None} for value in ("x", {"hiden": 1}, [1])),
+    *({"losses": value} for value in ({"zz": 1}, 3)),
     *({"peft_config": value} for value in ({"peft_type": "zz"}, "x")),
     *({"teacher_init_kwargs": value} for value in ({"dtype": "zz"}, {"zzz": 1}, [1])),
     *({"output_dir": value} for value in (3,)),

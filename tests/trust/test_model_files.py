@@ -239,7 +239,7 @@ def test_a_card_names_code_only_where_its_file_stands_beside_the_weights(custom:
 def test_a_stock_students_tokenizer_loses_its_reference_in_a_checkpoint_too(tmp_path: Path) -> None:
     teacher = save_teacher("llama", tmp_path / "teacher")
     tokenizer: Any = AutoTokenizer.from_pretrained(teacher)
-    args = DistillationArguments(str(tmp_path / "out"), objective="ce", report_to="none", max_steps=1)
+    args = DistillationArguments(str(tmp_path / "out"), losses="ce", report_to="none", max_steps=1)
     data = [{"input_ids": [3, 4], "labels": [3, 4]}]
     trainer = DistillationTrainer(
         AutoModelForCausalLM.from_pretrained(teacher), args, train_dataset=data, processing_class=tokenizer

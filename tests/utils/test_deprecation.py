@@ -50,6 +50,25 @@ def test_an_old_attribute_can_be_read():
         assert Config("even").heads == "even"
 
 
+def test_an_old_attribute_can_be_set():
+    config = Config("uniform")
+    with pytest.warns(FutureWarning, match="use 'head_importance'"):
+        config.heads = "activation"
+    assert config.head_importance == "activation"
+
+
+def test_an_option_that_became_an_entry_of_another_one_moves_there():
+    def move(options, value):
+        options["loss_options"] = {"dkd": {"beta": value}}
+        return f"loss_options={options['loss_options']}"
+
+    renamed = RenamedOptions(moved={"dkd_beta": move})
+    with pytest.warns(
+        FutureWarning, match=r"Arguments: 'dkd_beta' is deprecated; use loss_options={'dkd': {'beta': 2.0}}"
+    ):
+        assert renamed.translate({"dkd_beta": 2.0}, "Arguments") == {"loss_options": {"dkd": {"beta": 2.0}}}
+
+
 def test_both_names_at_once_and_removed_options_are_errors():
     with pytest.raises(OptionError, match="both given"):
         Config(heads="even", head_importance="even")

@@ -1,28 +1,29 @@
-"""The formulas of the divergences: of two distributions, each item's value, and the slope by the student's logits.
+"""Divergences between a student's and a teacher's distribution, one value an item: forward KL, reverse KL, JSD and DKD.
 
-How far a student's distribution is from a teacher's, item by item: forward KL, reverse KL, JSD, and DKD.
-
-Does: values and gradients in one walk over the logits, a few rows at a time, so that the gradient is the only buffer as
-large as the logits; a teacher of which only the top k is known, exactly, with the rest as one more outcome.
-Does not: shift, mask, weigh or average. Logits come as (items, classes), and one number per item goes.
+Does: compute values and gradients in one pass over the logits, a few rows at a time, so that the gradient is the only
+buffer as large as the logits; treat a teacher of which only the top k is known exactly, with the tail as one more outcome.
+Register them as the losses `kd` and `dkd`.
+Does not: shift, mask, weight or average.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_guide.errors import HfGuideError, OptionError, VocabularyError
+from hf_guide.distillation.losses.registry import LossConfig, register_loss
+from hf_guide.errors import HfGuideError, OptionError, TaskError, VocabularyError
 from hf_guide.models.lm_head import row_chunks
-from hf_guide.teachers.signals import DenseTarget, TopKTarget
-from hf_guide.validation import did_you_mean
+from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
+from hf_guide.validation import MAX_WEIGHT, check_choice, check_number, check_positive
 
 
 class DivergenceKind(str, Enum):
-    """Which divergence, by the names of `DistillationArguments.divergence`."""
+    """Which divergence, by the values of `DistillationArguments.kd_loss_type`."""
 
     FORWARD_KL = "forward_kl"
     REVERSE_KL = "reverse_kl"
@@ -143,7 +144,7 @@ def divergence(
         HfGuideError: they have different numbers of items, or the parts of a `TopK` do not fit together.
     """
     kind = _parse_divergence_kind(kind, beta)
-    check_temperature(temperature)
+    check_positive("temperature", temperature)
     if student_logits.dim() != 2:
         raise HfGuideError(f"Logits are (items, classes) here; the student's are {tuple(student_logits.shape)}.")
     if isinstance(target, DenseTarget):
@@ -181,7 +182,7 @@ def dkd(
         VocabularyError: student and teacher have different numbers of classes.
         HfGuideError: they have different numbers of items, or a label is no class.
     """
-    check_temperature(temperature)
+    check_positive("temperature", temperature)
     _check_dense_target(student_logits, DenseTarget(teacher_logits))
     items, classes = student_logits.shape
     if classes < 3:
@@ -206,19 +207,65 @@ def dkd(
     return alpha * of_label + beta * of_others
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse, with an `OptionError`, a temperature that is not a positive number."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise OptionError(f"temperature is a positive number; found {temperature!r}.")
+@dataclass(frozen=True)
+class KDConfig(LossConfig):
+    """Options of the loss `kd`, which are arguments of `DistillationArguments`."""
+
+    kind: str = field(default="forward_kl", metadata={"argument": "kd_loss_type"})
+    beta: float = field(default=0.5, metadata={"argument": "beta"})
+
+
+@register_loss(
+    "kd",
+    requires=TeacherSignal.LOGITS,
+    config=KDConfig,
+    help="a divergence between teacher and student (Hinton et al., arXiv 1503.02531)",
+)
+def kd_loss(student: Tensor, teacher: DenseTarget | TopKTarget, labels: Tensor | None, config: KDConfig) -> Tensor:
+    """Return the divergence of kind `config.kind`, times temperature squared, (items,)."""
+    return divergence(student, teacher, kind=config.kind, beta=config.beta, temperature=config.temperature)
+
+
+@dataclass(frozen=True)
+class DKDConfig(LossConfig):
+    """Options of the loss `dkd`."""
+
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the target class's part."})
+    beta: float = field(default=8.0, metadata={"help": "Weight of the other classes' part."})
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            value = check_number(f"dkd's {name}", getattr(self, name), 0.0, MAX_WEIGHT, includes_low=False)
+            object.__setattr__(self, name, value)
+
+    def check_student(self, config: Any) -> None:
+        """Check that there are classes other than the target class and one more."""
+        num_classes = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
+        if num_classes < 3:
+            raise TaskError(
+                f"The loss 'dkd' compares the classes other than the target class, of which it needs two at least; the student "
+                f"has {num_classes} classes. Use 'kd'."
+            )
+
+
+@register_loss(
+    "dkd",
+    requires=TeacherSignal.LOGITS,
+    tasks=("sequence-classification", "token-classification", "image-classification"),
+    config=DKDConfig,
+    help="decoupled distillation: the target class apart from the others (arXiv 2203.08679)",
+)
+def dkd_loss(student: Tensor, teacher: DenseTarget | TopKTarget, labels: Tensor | None, config: DKDConfig) -> Tensor:
+    """Return the decoupled divergence, times temperature squared, (items,)."""
+    if labels is None:
+        raise TaskError("The loss 'dkd' needs labels; the batch has none.")
+    if not isinstance(teacher, DenseTarget):
+        raise TaskError("The loss 'dkd' needs all of the teacher's logits, not its top k.")
+    return dkd(student, teacher.logits, labels, alpha=config.alpha, beta=config.beta, temperature=config.temperature)
 
 
 def _parse_divergence_kind(kind: str, beta: float) -> DivergenceKind:
-    try:
-        parsed = DivergenceKind(kind)
-    except ValueError:
-        known = [member.value for member in DivergenceKind]
-        hint = did_you_mean(str(kind), known)
-        raise OptionError(f"divergence={kind!r} is not known; expected one of {known}.{hint}") from None
+    parsed = DivergenceKind(check_choice("kind", kind, DivergenceKind))
     if parsed is DivergenceKind.JSD and not 0 < beta < 1:
         raise OptionError(
             f"jsd needs a beta between 0 and 1, both excluded; found {beta!r}. It is zero at both ends; what it tends "

@@ -1,242 +1,360 @@
-"""What a student can be asked to learn: named terms, each one number an item, and the registry they stand in.
+"""The registry of losses: what a student can be trained on, each under a name that `losses` takes.
 
-Adding one takes a function and a decorator:
-
-    @register_term("margin", needs="logits", help="the teacher's margin, squared error")
-    def margin(student: Tensor, teacher: Dense, labels: Tensor | None, args: DistillationArguments) -> Tensor:
-        return (top_two(student) - top_two(teacher.logits)).square()
+Does: register a loss with the teacher signal that it compares, the tasks that it is for and the options that it declares;
+parse `losses` and `loss_options`; check that losses fit a task.
+Does not: compute anything (`losses/divergences.py`, `losses/features.py` and `hf_guide/lelp/loss.py` do).
 """
 
+import dataclasses
 import importlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_guide.distillation.losses.divergences import divergence
-from hf_guide.distillation.losses.divergences import dkd as decoupled_divergence
-from hf_guide.errors import OptionError, TaskError
+from hf_guide.errors import HfGuideError, OptionError, TaskError
 from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task
-from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
-from hf_guide.validation import check_weight, did_you_mean
-
-if TYPE_CHECKING:
-    from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.teachers.signals import TeacherSignal
+from hf_guide.utils.deprecation import warn_renamed
+from hf_guide.utils.typed_json import check_field_types
+from hf_guide.validation import check_choice, check_mapping, check_weight, did_you_mean
 
 TASK_LOSS = "ce"
+
+RENAMED_LOSSES = {"embedding": "features", "hidden": "hidden_states"}
+"""Names of losses that an earlier release used, and the present ones."""
+
+_LAZY_LOSS_MODULES = {"lelp": "hf_guide.lelp.loss"}
+"""Losses whose modules are imported when they are first named: their packages are above this one."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The options of a loss. Derive a dataclass from it to declare a loss's own, with a default and a help text each.
+
+    A field whose metadata has an "argument" is not an option of the loss: its value is that argument's of
+    `DistillationArguments`.
+
+    Args:
+        temperature: What student and teacher logits are divided by, `DistillationArguments.temperature`.
+
+    Example:
+        >>> @dataclass(frozen=True)
+        ... class MarginConfig(LossConfig):
+        ...     width: float = field(default=1.0, metadata={"help": "Margins above it count as equal."})
+        >>> MarginConfig(width=2.0)
+        MarginConfig(temperature=1.0, width=2.0)
+    """
+
+    temperature: float = field(default=1.0, metadata={"argument": "temperature"})
+
+    def check_student(self, config: Any) -> None:
+        """Check that the loss can be computed for a student with this model config; by default it always can.
+
+        Raises:
+            TaskError: It cannot.
+        """
 
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One thing to learn.
+    """A registered loss; see `register_loss`.
 
-    Attributes:
-        function: `logits` terms take (student's logits (items, classes), the teacher's `Dense` or `TopK`, labels or None,
-            arguments); `hidden_states` and `embedding` terms take (student's, teacher's, arguments), each (items, width),
-            once for each pair of layers; `subclasses` terms (student's subclass logits (items, S * C), the batch's subclass
-            probabilities (items, S * C), arguments). All return one number an item, (items,), which is checked.
-        needs: what it looks at.
-        help: one line for people.
-        task_only: the values of `Task` it is for; empty for all.
+    Args:
+        name: The name in `losses`.
+        function: Returns one value an item.
+        requires: What of the teacher (and of the student) it compares.
+        tasks: The values of `Task` that it is for; empty for all.
+        config: The class of its options; None for a function that takes the `DistillationArguments` in their place.
+        help: One line for people.
     """
 
     name: str
     function: Callable[..., Tensor]
-    needs: TeacherSignal
+    requires: TeacherSignal
+    tasks: tuple[str, ...]
+    config: type[LossConfig] | None
     help: str
-    task_only: tuple[str, ...] = field(default=())
+
+    def build_config(self, options: Mapping[str, Any], args: Any) -> Any:
+        """Return the config of the loss: its own options from `options`, the shared ones from `args`.
+
+        Raises:
+            OptionError: There is no such option (with the nearest one), or its value has another type.
+        """
+        if self.config is None:
+            if options:
+                raise OptionError(
+                    f"loss_options: the loss {self.name!r} declares no options; found {sorted(options)}."
+                )
+            return args
+        fields = {each.name: each for each in dataclasses.fields(self.config)}
+        shared = {name: each.metadata["argument"] for name, each in fields.items() if "argument" in each.metadata}
+        own = [name for name in fields if name not in shared]
+        for name in options:
+            if name in shared:
+                raise OptionError(
+                    f"loss_options: {name!r} of the loss {self.name!r} is set once for all losses: pass "
+                    f"DistillationArguments({shared[name]}=...) instead."
+                )
+            if name not in own:
+                raise OptionError(
+                    f"loss_options: the loss {self.name!r} has no option {name!r}; expected one of {own}."
+                    f"{did_you_mean(str(name), own)}"
+                )
+        config = self.config(**{name: getattr(args, argument) for name, argument in shared.items()}, **options)
+        try:
+            check_field_types(config, f"loss_options[{self.name!r}]")
+        except HfGuideError as error:
+            raise OptionError(str(error).partition(". The file")[0] + ".") from error
+        return config
 
 
 _LOSSES: dict[str, LossTerm] = {}
 
-_LAZY_LOSS_MODULES = {"lelp": "hf_guide.lelp.loss"}
-"""Terms of ours that stand in other rooms, which are entered when they are first named."""
+
+def register_loss(
+    name: str,
+    *,
+    requires: str | TeacherSignal = TeacherSignal.LOGITS,
+    tasks: Iterable[str] = (),
+    config: type[LossConfig] = LossConfig,
+    help: str = "",
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register the decorated function as a loss that `DistillationArguments(losses=...)` can name.
+
+    The function returns one value an item, without dividing by anything: the trainer takes the mean over the items of the
+    accumulated batch. An item is a token with a target, or an example. It is called with
+
+    - requires="logits": student logits (items, classes) in float32 or better, the teacher's `DenseTarget` or `TopKTarget`,
+      labels (items,) or None, and the config;
+    - requires="hidden_states": the student's and the teacher's hidden states (batch, length, width), once for each pair of
+      layers, and the config; it returns (batch, length);
+    - requires="features": the student's and the teacher's penultimate features (items, width), and the config;
+    - requires="subclasses": student subclass logits (items, C * S), the batch's subclass probabilities (items, C * S), and
+      the config.
+
+    Args:
+        name: The name in `losses`, in the logs and on the card.
+        requires: What it compares, one of the above.
+        tasks: The tasks that it is for, such as "image-classification"; empty for all.
+        config: A dataclass derived from `LossConfig` that declares the loss's options; `loss_options` sets them.
+        help: One line for people; by default the first line of the function's docstring.
+
+    Raises:
+        OptionError: The name is taken, or `requires`, `tasks` or `config` is invalid.
+
+    Example:
+        >>> from dataclasses import dataclass, field
+        >>> from hf_guide import DistillationArguments, LossConfig, register_loss
+        >>> @dataclass(frozen=True)
+        ... class LogitRegressionConfig(LossConfig):
+        ...     power: float = field(default=2.0, metadata={"help": "Exponent of the difference."})
+        >>> @register_loss("logit_regression", requires="logits", config=LogitRegressionConfig)
+        ... def logit_regression(student, teacher, labels, config):
+        ...     return (student - teacher.logits).abs().pow(config.power).mean(-1)
+        >>> args = DistillationArguments(
+        ...     "out",
+        ...     losses={"ce": 0.5, "logit_regression": 0.5},
+        ...     loss_options={"logit_regression": {"power": 1.0}},
+        ... )
+        >>> args.loss_configs["logit_regression"].power
+        1.0
+    """
+    signals = [each.value for each in TeacherSignal if each is not TeacherSignal.LABELS]
+    if requires == TeacherSignal.LABELS and name != TASK_LOSS:
+        raise OptionError(
+            f"requires='labels' is for the task loss alone; the loss {name!r} must require one of {signals}. One that requires "
+            "'logits' is passed the labels too; for another task loss pass compute_loss_func to the trainer."
+        )
+    signal = TeacherSignal.LABELS if name == TASK_LOSS else TeacherSignal(check_choice("requires", requires, signals))
+    tasks = tuple(check_choice("tasks", task, [each.value for each in Task]) for task in tasks)
+    if not (isinstance(config, type) and issubclass(config, LossConfig) and dataclasses.is_dataclass(config)):
+        raise OptionError(
+            f"config of the loss {name!r} must be a dataclass derived from LossConfig; found {config!r}."
+        )
+    return _register(name, signal, tasks, config, help)
 
 
 def register_term(
     name: str, *, needs: str | TeacherSignal, help: str = "", task_only: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Make a function a term that `objective` can name. See `Term` for what it is called with.
+    """Deprecated: use `register_loss`. The function's last argument is the `DistillationArguments`, not a config."""
+    warn_renamed("hf_guide", "register_term(needs=, task_only=)", "register_loss(requires=, tasks=, config=)")
+    register_loss(name, requires=RENAMED_LOSSES.get(str(needs), needs), tasks=task_only)  # checks the options
+    return _register(name, TeacherSignal(RENAMED_LOSSES.get(str(needs), needs)), tuple(task_only), None, help)
 
-    Raises:
-        OptionError: the name is taken, or `needs` is not known.
-    """
-    if name in _LOSSES:
-        raise OptionError(f"There is a term {name!r} already; give yours another name.")
-    known = [each.value for each in TeacherSignal if each is not TeacherSignal.LABELS or name == TASK_LOSS]
-    try:
-        needed = TeacherSignal(needs)
-    except ValueError:
-        raise OptionError(f"needs={needs!r} is not known; expected one of {known}.") from None
-    if needed is TeacherSignal.LABELS and name != TASK_LOSS:
-        raise OptionError(
-            f"needs='labels' is for the task loss alone; the term {name!r} must need one of {known}. One that needs 'logits' "
-            "is given the labels too; for another task loss pass compute_loss_func to the trainer."
-        )
+
+def _register(
+    name: str, requires: TeacherSignal, tasks: tuple[str, ...], config: type[LossConfig] | None, help: str
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    if name in _LOSSES or name in RENAMED_LOSSES:
+        raise OptionError(f"A loss {name!r} is registered already; choose another name.")
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        _LOSSES[name] = LossTerm(
-            name, function, needed, help or (function.__doc__ or "").partition("\n")[0], task_only
-        )
+        text = help or (function.__doc__ or "").partition("\n")[0]
+        _LOSSES[name] = LossTerm(name, function, requires, tasks, config, text)
         return function
 
     return register
 
 
-def registered_losses() -> dict[str, LossTerm]:
-    """Return all terms by name."""
-    return dict(_LOSSES)
-
-
-def parse_losses(objective: "str | Mapping[str, float] | None") -> dict[str, float]:
-    """Return weights by term for one term's name, a mapping, or such a mapping as JSON. Terms of weight 0 are left out.
-
-    Raises:
-        OptionError: an unknown term (with the nearest name), a weight that is not a finite number of at least 0, or
-            weights that sum to nothing.
-    """
-    if isinstance(objective, str) and objective.lstrip().startswith("{"):
-        try:
-            objective = json.loads(objective)
-        except json.JSONDecodeError as error:
-            raise OptionError(f'objective is not JSON ({error}); write it as \'{{"ce": 0.5, "kd": 0.5}}\'.') from error
-    weights: Any = {objective: 1.0} if isinstance(objective, str) else objective
-    if not isinstance(weights, Mapping):
-        raise OptionError(f"objective is a term's name or a mapping of names to weights; found {objective!r}.")
-    for name, weight in weights.items():
-        if name not in _LOSSES and name in _LAZY_LOSS_MODULES:
-            importlib.import_module(_LAZY_LOSS_MODULES[name])
-        if name not in _LOSSES:
-            known = sorted({*_LOSSES, *_LAZY_LOSS_MODULES})
-            raise OptionError(
-                f"objective has no term {name!r}; expected some of {known}.{did_you_mean(str(name), known)}"
-            )
-        check_weight(f"The weight of {name!r} in objective", weight)
-    kept = {str(name): float(weight) for name, weight in weights.items() if weight}
-    if not kept:
-        raise OptionError(f"The weights of objective {dict(weights)} sum to nothing; give at least one term a weight.")
-    return kept
-
-
-def compares_features(weights: Mapping[str, float]) -> bool:
-    """Return whether an objective looks at hidden states or embeddings, whatever its outputs are."""
-    terms = registered_losses()
-    return any(
-        terms[name].needs in (TeacherSignal.HIDDEN_STATES, TeacherSignal.FEATURES, TeacherSignal.SUBCLASSES)
-        for name in weights
-    )
-
-
-def check_losses_fit_task(weights: Mapping[str, float], task: str, config: Any) -> None:
-    """Refuse terms that are not for a student's task, or compare a distribution over classes that its logits are not.
-
-    Args:
-        weights: by term.
-        task: the student's.
-        config: the student's.
-
-    Raises:
-        TaskError: names the terms and what they are for.
-    """
-    for name in weights:
-        only = _LOSSES[name].task_only
-        if only and task not in only:
-            raise TaskError(
-                f"The term {name!r} is for {' and '.join(only)}, not for {task}. Leave it out of objective."
-            )
-    check_class_distribution(weights, task, config, "student")
-    classes = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
-    if "dkd" in weights and classes < 3:
-        raise TaskError(f"The term 'dkd' is about the classes beside the label; the student has {classes}. Use 'kd'.")
-
-
-def categorical_terms(weights: Mapping[str, float]) -> list[str]:
-    """Return the terms that compare distributions over classes that exclude each other."""
-    return [name for name in weights if _LOSSES[name].needs in (TeacherSignal.LOGITS, TeacherSignal.SUBCLASSES)]
-
-
-def check_class_distribution(weights: Mapping[str, float], task: str, config: Any, whose: str) -> None:
-    """Check that a classifier's logits are a distribution over two classes or more, where terms compare such.
-
-    Args:
-        weights: by term.
-        task: the model's.
-        config: the model's.
-        whose: "student" or "teacher", for the error.
-
-    Raises:
-        TaskError: a regression, one output, or several labels at once.
-    """
-    names = categorical_terms(weights)
-    if not names or Task(task).is_language_model:
-        return
-    kind = getattr(config, "problem_type", None)
-    outputs = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
-    if kind in NON_CATEGORICAL_PROBLEM_TYPES:
-        found = f"The {whose}'s problem_type is {kind}"
-    elif outputs < 2:
-        found = f"The {whose} has one output (num_labels=1), which Transformers takes for a regression"
-    else:
-        return
-    raise TaskError(
-        f"{found}: its logits are no distribution over classes, which {' and '.join(map(repr, names))} compare. Learn from "
-        "the teacher by 'embedding' or 'hidden'."
-    )
-
-
-@register_term(TASK_LOSS, needs=TeacherSignal.LABELS, help="the model's own task loss on the labels")
+@register_loss(TASK_LOSS, requires=TeacherSignal.LABELS, help="the model's own task loss on the labels")
 def task_loss(student: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy with the labels, (items,); the trainer calls it where it works in chunks of logits."""
+    """Return the cross-entropy with the labels, (items,): the task loss where it is computed in chunks of logits."""
     return torch.nn.functional.cross_entropy(student, labels, reduction="none")
 
 
-@register_term(
-    "kd", needs=TeacherSignal.LOGITS, help="a divergence between teacher and student (Hinton et al., arXiv 1503.02531)"
-)
-def kd(
-    student: Tensor, teacher: DenseTarget | TopKTarget, labels: Tensor | None, args: "DistillationArguments"
-) -> Tensor:
-    """Return the divergence that `args` names, times temperature squared, (items,)."""
-    return divergence(student, teacher, kind=args.divergence, beta=args.jsd_beta, temperature=args.temperature)
+def registered_losses() -> dict[str, LossTerm]:
+    """Return all losses by name."""
+    return dict(_LOSSES)
 
 
-@register_term(
-    "dkd",
-    needs=TeacherSignal.LOGITS,
-    help="decoupled distillation: the target class apart from the others (arXiv 2203.08679)",
-    task_only=("sequence-classification", "token-classification", "image-classification"),
-)
-def dkd(
-    student: Tensor, teacher: DenseTarget | TopKTarget, labels: Tensor | None, args: "DistillationArguments"
-) -> Tensor:
-    """Return the decoupled divergence, (items,)."""
-    if labels is None:
-        raise TaskError("The term 'dkd' needs labels; the batch has none.")
-    if not isinstance(teacher, DenseTarget):
-        raise TaskError("The term 'dkd' needs all of the teacher's logits, not its largest few.")
-    return decoupled_divergence(
-        student, teacher.logits, labels, alpha=args.dkd_alpha, beta=args.dkd_beta, temperature=args.temperature
+def get_loss(name: str) -> LossTerm:
+    """Return the loss of a name.
+
+    Raises:
+        OptionError: There is none; names the nearest one.
+    """
+    if name not in _LOSSES and name in _LAZY_LOSS_MODULES:
+        importlib.import_module(_LAZY_LOSS_MODULES[name])
+    if name not in _LOSSES:
+        known = sorted({*_LOSSES, *_LAZY_LOSS_MODULES})
+        raise OptionError(f"losses has no loss {name!r}; expected some of {known}.{did_you_mean(str(name), known)}")
+    return _LOSSES[name]
+
+
+def parse_losses(losses: "str | Mapping[str, float] | None") -> dict[str, float]:
+    """Return weights by name for one loss's name, a mapping, or such a mapping as JSON. Losses of weight 0 are left out.
+
+    Raises:
+        OptionError: An unknown loss (with the nearest name), a weight that is not a finite number of at least 0, or
+            weights that sum to zero.
+
+    Example:
+        >>> parse_losses("kd"), parse_losses('{"ce": 0.5, "kd": 0.5}')
+        ({'kd': 1.0}, {'ce': 0.5, 'kd': 0.5})
+    """
+    if isinstance(losses, str) and not losses.lstrip().startswith("{"):
+        losses = {losses: 1.0}
+    given = check_mapping("losses", losses, like='{"ce": 0.5, "kd": 0.5}')
+    weights: dict[str, float] = {}
+    for name, weight in current_names(given, "losses").items():
+        get_loss(name)
+        weights[name] = check_weight(f"The weight of {name!r} in losses", weight)
+    nonzero = {name: weight for name, weight in weights.items() if weight}
+    if not nonzero:
+        raise OptionError(f"The weights of losses {dict(weights)} sum to zero; give at least one loss a weight.")
+    return nonzero
+
+
+def current_names(by_loss: Mapping[str, Any], option: str) -> dict[str, Any]:
+    """Return a mapping of losses under their present names; warn (FutureWarning) for each old name.
+
+    Raises:
+        OptionError: A loss is given under both names.
+    """
+    renamed = {}
+    for name, value in by_loss.items():
+        new_name = RENAMED_LOSSES.get(name, name)
+        if new_name != name:
+            if new_name in by_loss:
+                raise OptionError(
+                    f"{option} has both {new_name!r} and its deprecated name {name!r}; keep {new_name!r}."
+                )
+            warn_renamed(option, name, new_name, stacklevel=3)
+        renamed[new_name] = value
+    return renamed
+
+
+def parse_loss_options(loss_options: Any, weights: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """Return options by loss, from a mapping of mappings or from JSON.
+
+    Args:
+        loss_options: Such as {"dkd": {"beta": 4.0}}, or None.
+        weights: The losses that are trained on.
+
+    Raises:
+        OptionError: Options of a loss that is not among the losses, or not a mapping.
+    """
+    if loss_options is None:
+        return {}
+    like = '{"dkd": {"beta": 4.0}}'
+    parsed = current_names(check_mapping("loss_options", loss_options, like=like), "loss_options")
+    for name, options in parsed.items():
+        if name not in weights:
+            raise OptionError(
+                f"loss_options has options of {name!r}, which is not among the losses {sorted(weights)}."
+                f"{did_you_mean(name, weights)}"
+            )
+        check_mapping(f"loss_options[{name!r}]", options, like='{"beta": 4.0}')
+    return {name: dict(options) for name, options in parsed.items()}
+
+
+def categorical_terms(losses: Mapping[str, Any]) -> list[str]:
+    """Return the losses that compare distributions over classes that exclude each other."""
+    return [name for name in losses if _LOSSES[name].requires in (TeacherSignal.LOGITS, TeacherSignal.SUBCLASSES)]
+
+
+def required_signals(losses: Mapping[str, Any]) -> set[TeacherSignal]:
+    """Return which signals losses require of a teacher; subclass probabilities come with the batch."""
+    signals = {_LOSSES[name].requires for name in losses}
+    return signals - {TeacherSignal.LABELS, TeacherSignal.SUBCLASSES}
+
+
+def compares_features(losses: Mapping[str, Any]) -> bool:
+    """Return whether a loss compares hidden states or features, whatever the model's outputs are."""
+    signals = (TeacherSignal.HIDDEN_STATES, TeacherSignal.FEATURES, TeacherSignal.SUBCLASSES)
+    return any(_LOSSES[name].requires in signals for name in losses)
+
+
+def check_losses_fit_task(configs: Mapping[str, Any], task: str, config: Any) -> None:
+    """Check that losses are for a student's task, and that its logits are what they compare.
+
+    Args:
+        configs: By loss, its config.
+        task: The student's.
+        config: The student's model config.
+
+    Raises:
+        TaskError: Names the losses and what they are for.
+    """
+    for name in configs:
+        tasks = _LOSSES[name].tasks
+        if tasks and task not in tasks:
+            raise TaskError(f"The loss {name!r} is for {' and '.join(tasks)}, not for {task}. Leave it out of losses.")
+    check_class_distribution(configs, task, config, "student")
+    for loss_config in configs.values():
+        if isinstance(loss_config, LossConfig):
+            loss_config.check_student(config)
+
+
+def check_class_distribution(losses: Mapping[str, Any], task: str, config: Any, role: str) -> None:
+    """Check that a classifier's logits are a distribution over two classes or more, where losses compare such.
+
+    Args:
+        losses: By name; the values do not matter.
+        task: The model's.
+        config: The model's config.
+        role: "student" or "teacher", for the error.
+
+    Raises:
+        TaskError: A regression, one output, or several labels at once.
+    """
+    names = categorical_terms(losses)
+    if not names or Task(task).is_language_model:
+        return
+    problem_type = getattr(config, "problem_type", None)
+    num_classes = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
+    if problem_type in NON_CATEGORICAL_PROBLEM_TYPES:
+        reason = f"The {role}'s problem_type is {problem_type}"
+    elif num_classes < 2:
+        reason = f"The {role} has one output (num_labels=1), which Transformers takes for a regression"
+    else:
+        return
+    raise TaskError(
+        f"{reason}: its logits are no distribution over classes, which {' and '.join(map(repr, names))} compare. Use the "
+        "losses 'features' or 'hidden_states' instead."
     )
-
-
-@register_term("hidden", needs=TeacherSignal.HIDDEN_STATES, help="hidden states, layer by layer")
-def hidden_states_loss(student: Tensor, teacher: Tensor, args: "DistillationArguments") -> Tensor:
-    """Return the distance of hidden states, (..., width) to (...)."""
-    return feature_distance(student, teacher, args.hidden_distance)
-
-
-@register_term("embedding", needs=TeacherSignal.FEATURES, help="what the classifier or the language head is fed")
-def features_loss(student: Tensor, teacher: Tensor, args: "DistillationArguments") -> Tensor:
-    """Return the distance of embeddings, (items, width) to (items,)."""
-    return feature_distance(student, teacher, args.hidden_distance)
-
-
-def feature_distance(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
-    """Return the mean squared difference, or 1 - cosine, over the last axis, in float32 or better."""
-    student, teacher = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (student, teacher))
-    if kind == "cosine":
-        return 1 - torch.nn.functional.cosine_similarity(student, teacher, dim=-1)
-    return (student - teacher).square().mean(-1)

@@ -264,7 +264,7 @@ def test_nothing_of_no_items():
         ({"kind": "foward_kl"}, "forward_kl"),
         ({"kind": "jsd", "beta": 0.0}, "forward_kl"),
         ({"kind": "jsd", "beta": 1.0}, "reverse_kl"),
-        ({"temperature": 0.0}, "temperature is a positive number; found 0.0"),
+        ({"temperature": 0.0}, "temperature must be a positive number; found 0.0"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
     ],
