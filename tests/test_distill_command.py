@@ -22,7 +22,6 @@ from hf_guide.data.preprocessing import preprocess
 from hf_guide.scripts.distill import accuracy, distill
 from hf_guide.scripts.distill_config import read_config
 from hf_guide.tasks import Task
-from hf_guide.teachers.loading import AUTO_CLASSES
 from tests.examples import local
 from tests.examples.local import EXAMPLES, QUICK, SMALLER, make_model, run_process
 
@@ -102,7 +101,7 @@ def test_every_task_is_trained_evaluated_and_saved(task, tmp_path, capsys):
     assert ("eval_perplexity" if Task(task).is_language_model else "eval_accuracy") in record["metrics"]
     card = (folder / "README.md").read_text()
     assert "distillation" in card and str(tmp_path) not in card
-    auto = getattr(transformers, AUTO_CLASSES[Task(task)])
+    auto = getattr(transformers, Task(task).row.auto_class)
     student = auto.from_pretrained(folder)
     assert type(student) is type(auto.from_pretrained(teacher))
     assert student.num_parameters() < auto.from_pretrained(teacher).num_parameters()

@@ -155,7 +155,7 @@ def test_distill_ends_with_an_error_and_leaves_no_student(tmp_path: Path, capsys
 
     teacher = make_model(tmp_path / "teacher", "llama", "ForCausalLM")
     options = {
-        "student": {"num_hidden_layers": 1},
+        "student_init_kwargs": {"num_hidden_layers": 1},
         "data_files": write_text(tmp_path / "text.txt"),
         "teacher": teacher,
     }

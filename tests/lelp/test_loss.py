@@ -93,16 +93,14 @@ def test_one_subclass_is_exactly_distillation(task: str, tmp_path: Path) -> None
 
 
 def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding() -> None:
-    terms, args = (
-        registered_losses(),
-        DistillationArguments("unused", temperature=3.0, losses="lelp", report_to="none"),
-    )
+    args = DistillationArguments("unused", temperature=3.0, losses={"lelp": 0.5, "kd": 0.5}, report_to="none")
+    losses, configs = registered_losses(), args.loss_configs
     from hf_guide.teachers.signals import DenseTarget
 
     teacher, student = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mine, theirs = (student.clone().requires_grad_() for _ in range(2))
-    found = terms["lelp"].function(mine, (teacher / 3.0).softmax(-1), args)
-    expected = terms["kd"].function(theirs, DenseTarget(teacher), None, args)
+    found = losses["lelp"].function(mine, (teacher / 3.0).softmax(-1), configs["lelp"])
+    expected = losses["kd"].function(theirs, DenseTarget(teacher), None, configs["kd"])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     found.sum().backward()
     expected.sum().backward()
@@ -110,10 +108,10 @@ def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding
 
 
 def test_a_subclass_without_a_share_is_no_nan() -> None:
-    args = DistillationArguments("unused", losses="lelp", report_to="none")
+    config = DistillationArguments("unused", losses="lelp", report_to="none").loss_configs["lelp"]
     target = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     student = torch.zeros(1, 4, requires_grad=True)
-    value = registered_losses()["lelp"].function(student, target, args)
+    value = registered_losses()["lelp"].function(student, target, config)
     value.sum().backward()
     assert torch.isfinite(value).all() and torch.isfinite(student.grad).all()
     torch.testing.assert_close(student.grad, torch.full((1, 4), 0.25) - target)

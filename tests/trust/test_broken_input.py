@@ -295,7 +295,7 @@ VALUES: list[dict[str, Any]] = [
     *({name: "zz"} for name in ("optim", "lr_scheduler_type", "save_strategy", "report_to", "task", "train_split")),
     {"dataset": 3},
     {"dataset": "no/such-dataset", "data_files": None},
-    {"capture": "/no/such/folder", "teacher": None},
+    {"teacher_cache": "/no/such/folder", "teacher": None},
     {"model_name_or_path": 3},
     {"lr_scheduler_kwargs": "x"},
     {"text_column": "zz"},
