@@ -54,7 +54,7 @@ def test_a_splitter_from_outside_fits_saves_loads_and_trains(splitters, tmp_path
     student = student_of(TEXT, SUBCLASSES)
     args = DistillationArguments(
         tmp_path / "run",
-        objective="lelp",
+        losses="lelp",
         temperature=loaded.temperature,
         max_steps=2,
         per_device_train_batch_size=8,
