@@ -18,7 +18,7 @@ def run(*words: object) -> int:
 
 def test_the_card_of_a_folder_is_drawn_again(tmp_path, capsys):
     save_record(
-        tmp_path, DistillationRecord(student_class="BertForSequenceClassification", objective={"kd": 1.0}, steps=3)
+        tmp_path, DistillationRecord(student_class="BertForSequenceClassification", losses={"kd": 1.0}, steps=3)
     )
     flags = [
         "--model-id",
@@ -40,7 +40,7 @@ def test_the_card_of_a_folder_is_drawn_again(tmp_path, capsys):
     assert data["tags"] == ["hf_guide", "distillation", "small"] and data["pipeline_tag"] == "text-classification"
     path.write_text(path.read_text() + "\nMine.\n")
     save_record(
-        tmp_path, DistillationRecord(student_class="BertForSequenceClassification", objective={"kd": 1.0}, steps=4)
+        tmp_path, DistillationRecord(student_class="BertForSequenceClassification", losses={"kd": 1.0}, steps=4)
     )
     assert run(tmp_path) == 0
     text = path.read_text()

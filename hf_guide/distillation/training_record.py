@@ -30,9 +30,9 @@ def build_training_record(
     of_teacher = {name: _TEACHER_METRIC.sub("_", name) for name in found if _TEACHER_METRIC.search(name)}
     return DistillationRecord(
         teachers=[_teacher_record(each, args) for each in trainer.teachers],
-        objective=args.loss_weights,
+        losses=args.loss_weights,
         temperature=args.temperature,
-        divergence=args.kd_loss_type if "kd" in args.loss_weights else None,
+        kd_loss_type=args.kd_loss_type if "kd" in args.loss_weights else None,
         student_class=type(student).__name__,
         student_parameters=student.num_parameters() if hasattr(student, "num_parameters") else None,
         task=pipeline_tag(type(without_adapter(student))),

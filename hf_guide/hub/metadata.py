@@ -102,9 +102,9 @@ class DistillationRecord:
 
     Attributes:
         teachers: The teachers.
-        objective: Weight of each loss term, such as {"ce": 0.5, "kd": 0.5}.
+        losses: Weight of each loss, such as {"ce": 0.5, "kd": 0.5}.
         temperature: Divisor of both models' logits in the distillation loss.
-        divergence: Divergence between teacher and student, such as "forward_kl"; None if no loss term uses one.
+        kd_loss_type: Which divergence the loss "kd" was, such as "forward_kl"; None without that loss.
         student_class: Name of the stock model class.
         student_parameters: Number of parameters, tied ones counted once.
         task: Pipeline tag of the Hub, such as "text-generation".
@@ -124,16 +124,16 @@ class DistillationRecord:
 
     Example:
         >>> record = DistillationRecord(
-        ...     [TeacherRecord("org/teacher")], objective={"kd": 1.0}, metrics={"eval_loss": 2.5}
+        ...     [TeacherRecord("org/teacher")], losses={"kd": 1.0}, metrics={"eval_loss": 2.5}
         ... )
         >>> [(row.metric, row.student) for row in result_rows(record)]
         [('loss', 2.5)]
     """
 
     teachers: list[TeacherRecord] = field(default_factory=list)
-    objective: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
     temperature: float = 1.0
-    divergence: str | None = None
+    kd_loss_type: str | None = None
     student_class: str | None = None
     student_parameters: int | None = None
     task: str | None = None
@@ -158,7 +158,7 @@ class DistillationRecord:
 
         self.hf_guide_version = self.hf_guide_version or __version__
         self.transformers_version = self.transformers_version or transformers.__version__
-        for name in ("objective", "training", "metrics", "teacher_metrics", "random_metrics", "history"):
+        for name in ("losses", "training", "metrics", "teacher_metrics", "random_metrics", "history"):
             setattr(self, name, _to_json_types(getattr(self, name), name))
 
 
@@ -183,7 +183,7 @@ def load_record(path: str | os.PathLike[str]) -> DistillationRecord:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         teachers = [TeacherRecord(**teacher) for teacher in content.pop("teachers")]
-        record = DistillationRecord(teachers=teachers, **content)
+        record = DistillationRecord(teachers=teachers, **_present_keys(content))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         raise HfGuideError(
             f"{path} is not a distillation record, or was written by an incompatible version of hf_guide: {error}. "
@@ -191,6 +191,16 @@ def load_record(path: str | os.PathLike[str]) -> DistillationRecord:
         ) from error
     check_field_types(record, str(path))
     return record
+
+
+def _present_keys(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a record that an earlier version may have written, under their present keys."""
+    renamed = {"objective": "losses", "divergence": "kd_loss_type"}
+    content = {renamed.get(key, key): value for key, value in content.items()}
+    if isinstance(content.get("losses"), dict):
+        losses = {"embedding": "features", "hidden": "hidden_states"}
+        content["losses"] = {losses.get(name, name): weight for name, weight in content["losses"].items()}
+    return content
 
 
 def reported_arguments(args: "TrainingArguments") -> dict[str, Any]:

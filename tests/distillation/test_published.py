@@ -93,5 +93,5 @@ def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: P
     reports = [pushed / folder / "initialization_report.json" for folder in (".", "last-checkpoint")]
     assert not any(str(tmp_path) in report.read_text() for report in reports)
     record = json.loads((pushed / "distillation.json").read_text())
-    assert record["objective"] == {"ce": 0.5, "kd": 0.5} and record["steps"] == 4
+    assert record["losses"] == {"ce": 0.5, "kd": 0.5} and record["steps"] == 4
     assert [entry["step"] for entry in record["history"]] == [2, 4], "the last evaluation is of the same step again"

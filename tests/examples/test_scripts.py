@@ -37,7 +37,7 @@ def run(script: str, folder: Path, *, launcher: tuple[str, ...] = (), **options:
     printed = run_example(script, "--do_train", "--do_eval", *words, launcher=launcher)
     record = json.loads((folder / "distillation.json").read_text())
     assert record["steps"] == options.get("max_steps", QUICK["max_steps"]) and (folder / "README.md").is_file()
-    assert {"kd", "ce"} <= record["objective"].keys()
+    assert {"kd", "ce"} <= record["losses"].keys()
     measured = json.loads((folder / "all_results.json").read_text())
     assert measured["eval_ce"] > 0 and 0 <= measured["eval_teacher_agreement"] <= 1
     return printed, measured

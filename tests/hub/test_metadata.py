@@ -23,10 +23,17 @@ from hf_guide.hub.metadata import (
 from hf_guide.hub.model_card import format_metric
 
 
+def test_a_record_of_the_previous_version_is_read(tmp_path):
+    old = {"teachers": [], "objective": {"embedding": 0.5, "hidden": 0.5}, "divergence": "jsd", "temperature": 2.0}
+    (tmp_path / "distillation.json").write_text(json.dumps(old))
+    record = load_record(tmp_path)
+    assert record.losses == {"features": 0.5, "hidden_states": 0.5} and record.kd_loss_type == "jsd"
+
+
 def test_a_record_comes_back_from_its_file(tmp_path):
     record = DistillationRecord(
         teachers=[TeacherRecord("a/big", "f00d", 0.5), TeacherRecord("folder", captured=True)],
-        objective={"ce": 0.5, "kd": 0.5},
+        losses={"ce": 0.5, "kd": 0.5},
         training={"learning_rate": 1e-3, "betas": (0.9, 0.95)},
         metrics={"eval_loss": np.float32(0.5), "eval_accuracy": torch.tensor(0.25)},
         history=[{"step": 10, "eval_loss": 2.0}, {"step": 20, "eval_loss": math.nan}],

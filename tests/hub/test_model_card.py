@@ -27,9 +27,9 @@ REPORT = InitializationReport(
 )
 RECORD = DistillationRecord(
     teachers=[TeacherRecord("someone/teacher", "0123456789abcdef", license="mit", languages=["en"])],
-    objective={"ce": 0.25, "kd": 0.75},
+    losses={"ce": 0.25, "kd": 0.75},
     temperature=2.0,
-    divergence="forward_kl",
+    kd_loss_type="forward_kl",
     student_class="LlamaForCausalLM",
     student_parameters=33_400_000,
     task="text-generation",

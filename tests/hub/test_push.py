@@ -256,7 +256,7 @@ PUSH_AGAIN = """
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, unk_token="a"))).push_to_hub("me/mine")
     teachers = [teacher_record("someone/teacher", revision="main")]
     assert (teachers[0].license, teachers[0].languages) == ("apache-2.0", ["en"])
-    attach_record(student, DistillationRecord(teachers, objective={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
+    attach_record(student, DistillationRecord(teachers, losses={"kd": 1.0}, steps=7, metrics={"eval_loss": 1.5}))
     student.push_to_hub("me/mine")
     student.push_to_hub("me/mine", revision="trial")
     student.push_to_hub("me/mine", create_pr=True)

@@ -80,7 +80,7 @@ def check_result(rows, options: ClassificationArguments, printed: str) -> None:
     assert saved.config.num_labels == 2 and type(saved).__module__.startswith("transformers.models.bert")
     assert len(AutoTokenizer.from_pretrained(options.output_dir)) == saved.config.vocab_size
     record = load_record(options.output_dir)
-    assert record.objective == {"lelp": 1.0} and record.teacher_metrics["eval_accuracy"] == teacher.accuracy
+    assert record.losses == {"lelp": 1.0} and record.teacher_metrics["eval_accuracy"] == teacher.accuracy
     assert 0.0 <= record.metrics[SUBCLASS_HEAD_AGREEMENT] <= 1.0
     card = Path(options.output_dir, "README.md").read_text(encoding="utf-8")
     assert "accuracy" in card and str(Path(options.output_dir).parent) not in card

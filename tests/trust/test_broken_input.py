@@ -183,7 +183,7 @@ STUDENT: Broken = {
     "record cut": text(RECORD, "{"),
     "record not UTF-8": text(RECORD, b"\xff\xfe"),
     "record of teachers": text(RECORD, json.dumps({"teachers": [{"name": 3}]})),
-    "record of objectives": text(RECORD, json.dumps({"teachers": [], "objective": 3})),
+    "record of losses": text(RECORD, json.dumps({"teachers": [], "losses": 3})),
     "record of metrics": text(RECORD, json.dumps({"teachers": [], "metrics": [1]})),
     "record of history": text(RECORD, json.dumps({"teachers": [], "history": [{"step": "x", "loss": "y"}]})),
     "record of steps": text(RECORD, json.dumps({"teachers": [], "steps": "x"})),

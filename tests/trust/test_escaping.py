@@ -90,8 +90,8 @@ def card_of(text: str, folder: Path) -> str:
     )
     record = DistillationRecord(
         teachers=[TeacherRecord(text, license=text, license_name=text, languages=[text])],
-        objective={text: 1.0},
-        divergence=text,
+        losses={text: 1.0},
+        kd_loss_type=text,
         task="text-generation",
         datasets=[text],
         evaluated_on=text,

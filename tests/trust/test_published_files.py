@@ -134,7 +134,7 @@ def test_the_quickstarts_table_tells_no_path(tmp_path: Path) -> None:
     args = QuickstartArguments(
         str(output), teacher_model=str(teacher), text=[str(text)], cache_dir=str(tmp_path / SECRET)
     )
-    record = DistillationRecord(objective={"ce": 1.0})
+    record = DistillationRecord(losses={"ce": 1.0})
     save(student, record, str(teacher), [ResultRow("guide", 1, 2.0, 1.0, 0.5, 1.0)], args, output)
     assert files_with(output, SECRET, str(tmp_path)) == []
     assert json.loads((output / "quickstart.json").read_text())["options"]["text"] == ["texts"]
