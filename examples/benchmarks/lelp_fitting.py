@@ -19,8 +19,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from hf_guide.lelp.accumulator import StatisticsAccumulator
 from hf_guide.lelp.fitting import fit_subclasses
 from hf_guide.lelp.projector import SubclassProjector
-from hf_guide.signal_cache.teacher_outputs import TeacherRunner
 from hf_guide.tasks import Task
+from hf_guide.teachers.forward import TeacherRunner
 
 
 def teacher(classes: int) -> BertForSequenceClassification:
@@ -70,7 +70,7 @@ def main() -> None:
         start = time.process_time()
         said = []
         for first in range(0, len(data), given.batch_size):
-            heard = listener.hear(pad(data[first : first + given.batch_size]), features=True)
+            heard = listener.forward(pad(data[first : first + given.batch_size]), features=True)
             said.append((heard.features, heard.logits))
         alone.append(time.process_time() - start)
         start = time.process_time()

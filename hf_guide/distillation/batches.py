@@ -161,12 +161,12 @@ class BatchBuilder:
         signals: list[TeacherSignals] = []
         for teacher in self.teachers if required else ():
             if isinstance(teacher, CachedTeacher):
-                from_cache = teacher.listen(cached, mask, learned, layers)
+                from_cache = teacher.forward(cached, mask, learned, layers)
                 if from_cache is None and training:
                     raise missing_example_error(teacher.capture)
                 signals += [] if from_cache is None else [from_cache]
             else:
-                signals.append(teacher.listen(own, mask, required, layers, max_logits=self.max_logits))
+                signals.append(teacher.forward(own, mask, required, layers, max_logits=self.max_logits))
         return signals
 
 

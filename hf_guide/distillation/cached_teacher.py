@@ -45,7 +45,7 @@ class CachedTeacher:
         shape = self.capture.manifest.shapes.get(name)
         return shape[-1] if shape else None
 
-    def listen(
+    def forward(
         self, captured: Mapping[str, Any], mask: Tensor, needs: Collection[TeacherSignal], layers: Collection[int]
     ) -> TeacherSignals | None:
         """Return what was captured of the items that `mask` picks; None where the batch carries nothing.

@@ -16,8 +16,8 @@ from hf_guide.models.penultimate import find_classifier
 from hf_guide.signal_cache.codec import decode_example
 from hf_guide.signal_cache.data import TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.reader import Capture
-from hf_guide.signal_cache.teacher_outputs import TeacherRunner
 from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task
+from hf_guide.teachers.forward import TeacherRunner
 
 TRAINER_LABEL_COLUMNS = ("labels", "label", "label_ids")
 LOGIT_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits' spread; 1e-3 for others
@@ -189,7 +189,7 @@ def iter_live(
     """Yield the features of a dataset's examples by running the teacher."""
     for indices, examples in iter_batches(dataset, batch_size, rank, world_size):
         batch = collate(examples)
-        outputs = teacher.hear(batch, features=True)
+        outputs = teacher.forward(batch, features=True)
         assert outputs.features is not None
         check_row_count(len(outputs.logits), len(indices))
         class_labels = labels.labels(examples, batch)

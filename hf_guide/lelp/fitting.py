@@ -38,9 +38,9 @@ from hf_guide.models.penultimate import classifier_registered, find_classifier
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.manifest import MANIFEST_NAME
 from hf_guide.signal_cache.reader import Capture
-from hf_guide.signal_cache.teacher_outputs import TeacherRunner
 from hf_guide.signal_cache.writer import capture_teacher, distributed_state
 from hf_guide.tasks import task_of
+from hf_guide.teachers.forward import TeacherRunner
 from hf_guide.teachers.loading import load_teacher
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
 from hf_guide.utils.distributed import rank_and_world_size, report_missing_ranks

@@ -20,9 +20,10 @@ from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, DistillationRecord
 from hf_guide.initialization.subclass_head import get_num_subclasses
 from hf_guide.lelp.modeling_subclass import SubclassConfig
 from hf_guide.models.modes import eval_mode
-from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
+from hf_guide.models.penultimate import find_classifier
 from hf_guide.signal_cache.data import TeacherBatchCollator
 from hf_guide.tasks import Task, task_of
+from hf_guide.teachers.forward import forward_outputs
 from hf_guide.utils.labels import config_class_names
 
 _MAX_ITER = 200
@@ -151,11 +152,10 @@ def _collect_head_inputs(
     with eval_mode(student):
         for batch in tqdm(loader, desc="Listening to the student", disable=not show_progress):
             inputs = {name: value.to(student.device) for name, value in batch.items() if name != "labels"}
-            with capture_head_inputs(classifier) as heard:
-                found = student(**inputs).logits.double()
-            everyone = torch.ones(len(found), dtype=torch.bool, device=found.device)
-            fed.append(pooled_features(task, heard[-1], everyone, inputs, student.config).double().cpu())
-            logits.append(class_logits(found, get_num_subclasses(student.config)).cpu())
+            outputs = forward_outputs(student, task, inputs, features=True)
+            every_example = torch.ones(len(outputs.logits), dtype=torch.bool, device=outputs.logits.device)
+            fed.append(outputs.item_features(task, every_example, student.config).double().cpu())
+            logits.append(class_logits(outputs.logits.double(), get_num_subclasses(student.config)).cpu())
     if not fed:
         raise OptionError("The dataset is empty; the head is refitted to what the student says of its examples.")
     return torch.cat(fed), torch.cat(logits)

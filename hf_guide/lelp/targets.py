@@ -23,9 +23,9 @@ from hf_guide.signal_cache.data import TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.manifest import CaptureManifest, cache_folder
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.shards import ShardWriter, shard_name
-from hf_guide.signal_cache.teacher_outputs import TeacherOutputs, TeacherRunner
 from hf_guide.signal_cache.writer import CaptureRunner, distributed_state, finalize_capture
 from hf_guide.tasks import Task, task_of
+from hf_guide.teachers.forward import TeacherOutputs, TeacherRunner
 from hf_guide.teachers.loading import load_teacher
 from hf_guide.utils.distributed import barrier
 from hf_guide.utils.fingerprint import tokenizer_fingerprint
@@ -49,7 +49,9 @@ class SubclassTeacher(TeacherRunner):
         super().__init__(model, task, processing_class)
         self.projector = projector
 
-    def hear(self, batch: Mapping[str, Any], *, hidden_states: bool = False, features: bool = False) -> TeacherOutputs:
+    def forward(
+        self, batch: Mapping[str, Any], *, hidden_states: bool = False, features: bool = False
+    ) -> TeacherOutputs:
         """Run the teacher on a collated batch; return the probabilities (batch, C * S) as its logits."""
         inputs = dict(batch)
         fine_labels = take_fine_labels(inputs)
@@ -57,14 +59,14 @@ class SubclassTeacher(TeacherRunner):
         return TeacherOutputs(
             classes=probabilities.shape[1],
             logits=probabilities,
-            at=lambda rows, positions: probabilities,
-            layers=(),
+            logits_at=lambda rows, positions: probabilities,
+            hidden_states=(),
             features=None,
         )
 
     def probabilities(self, batch: Mapping[str, Any], fine_labels: Any = None) -> Tensor:
         """Return the probabilities (batch, C * S) of a collated batch."""
-        outputs = super().hear(batch, features=True)
+        outputs = super().forward(batch, features=True)
         assert outputs.features is not None
         fine_labels = None if fine_labels is None else torch.as_tensor(fine_labels)
         return subclass_probabilities(self.projector, outputs.features, outputs.logits, fine_labels)

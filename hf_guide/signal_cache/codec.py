@@ -1,19 +1,33 @@
-"""Decode what is stored of an example into the tensors that a loss takes."""
+"""Encode a teacher's outputs as the arrays that are stored, and decode them into the tensors that a loss takes.
 
-from collections.abc import Mapping
+`FORMAT.md` defines the arrays.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_guide.errors import CaptureError, OptionError
+from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.keys import token_positions
 from hf_guide.signal_cache.manifest import CaptureManifest
-from hf_guide.signal_cache.shards import Arrays, unpack_indices
+from hf_guide.signal_cache.shards import Arrays, pack_indices, unpack_indices
+from hf_guide.teachers.forward import TeacherOutputs, TeacherRunner
 
 COLUMN_PREFIX = "teacher_"
 """How the names begin of what `CaptureDataCollator` adds to a batch."""
 
 _SINGLE_SIGNALS = ("logits", "topk_indices", "topk_log_probs", "log_normalizer", "features")
+
+
+MAX_CHUNK_LOGITS = 2**24
+"""How many logits are held at once in float32."""
+CPU_CACHE_LOGITS = 2**19
+"""How many logits a CPU encodes at once: they fit in its caches, which is several times as fast."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +93,122 @@ def log1mexp(log_mass: Tensor) -> Tensor:
 
 def _to_float32(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.float32))  # a copy: what is mapped is read-only
+
+
+def resolve_layers(layers: Sequence[int], count: int) -> list[int]:
+    """Return layer numbers counted from the start, of `count` hidden states.
+
+    Raises:
+        OptionError: there is no such layer.
+    """
+    for layer in layers:
+        if not -count <= layer < count:
+            raise OptionError(f"hidden_layers has layer {layer}; this teacher has layers 0 to {count - 1}.")
+    return list(dict.fromkeys(layer % count for layer in layers))
+
+
+@torch.inference_mode()
+def encode_batch(
+    teacher: TeacherRunner, batch: Mapping[str, Any], config: CaptureConfig, numbers: Sequence[int]
+) -> list[Arrays]:
+    """Run a teacher on a collated batch and return the arrays that are stored of each example.
+
+    Args:
+        teacher: The teacher.
+        batch: As the collator returns it.
+        config: What is stored; its layers are resolved.
+        numbers: The examples' indices in the dataset, for errors.
+
+    Raises:
+        CaptureError: An output is not finite, or not in float16; it names the example.
+    """
+    task = teacher.task
+    outputs = teacher.forward(batch, hidden_states=bool(config.hidden_layers), features=config.save_penultimate)
+    by_token = task.has_token_positions
+    positions = [each.to(outputs.logits.device) for each in token_positions(batch, task)] if by_token else []
+    if task.is_language_model:
+        examples = _encode_language_model(outputs, positions, config, numbers)
+    else:
+        logits = outputs.logits
+        if bool(logits.isnan().any() | logits.isposinf().any()):
+            _raise_not_finite(logits.isnan() | logits.isposinf(), numbers, "logits")
+        values = [row[at] for row, at in zip(logits, positions, strict=True)] if task.is_per_token else list(logits)
+        examples = [{"logits": value.float().cpu().numpy()} for value in values]
+    vectors = {f"hidden_{layer}": outputs.hidden_states[layer] for layer in config.hidden_layers}
+    if outputs.features is not None:
+        vectors["features"] = outputs.features
+    for name, value in vectors.items():
+        narrow = value.to(outputs.logits.device, getattr(torch, config.hidden_dtype))
+        if not bool(narrow.isfinite().all()):
+            reason = " in float16: pass hidden_dtype='float32'" if bool(value.isfinite().all()) else ""
+            _raise_not_finite(~narrow.isfinite(), numbers, name, reason)
+        stripped = by_token and (name != "features" or task.is_per_token)
+        for row, example in enumerate(examples):
+            example[name] = (narrow[row][positions[row]] if stripped else narrow[row]).cpu().numpy()
+    return examples
+
+
+def _encode_language_model(
+    outputs: TeacherOutputs, positions: Sequence[Tensor], config: CaptureConfig, numbers: Sequence[int]
+) -> list[Arrays]:
+    classes = config.vocabulary_size or outputs.classes
+    rows = torch.cat([torch.full_like(each, row) for row, each in enumerate(positions)])
+    columns = torch.cat(list(positions))
+    parts: list[Arrays] = []
+    size = max(1, MAX_CHUNK_LOGITS // classes)
+    for start in range(0, len(rows), size):
+        chunk = slice(start, start + size)
+        logits = outputs.logits_at(rows[chunk], columns[chunk])[:, :classes]
+        largest = logits.amax(1)  # NaN if any logit is, -inf if all are
+        if not bool(largest.isfinite().all()):
+            at = int((~largest.isfinite()).int().argmax())
+            raise CaptureError(
+                f"The teacher's logits of example {numbers[int(rows[chunk][at])]} are not finite at position "
+                f"{int(columns[chunk][at])}. Look at this example, or run the teacher in a wider dtype."
+            )
+        for part in logits.split(max(1, CPU_CACHE_LOGITS // classes)) if logits.device.type == "cpu" else (logits,):
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            parts.append(encode_dense(wide, config) if config.top_k == classes else encode_topk(wide, config))
+    counts = [len(each) for each in positions]
+    if not parts:
+        raise CaptureError(f"Examples {list(numbers)} have no tokens. Remove empty examples from the dataset.")
+    merged = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+    split = {name: np.split(value, np.cumsum(counts)[:-1]) for name, value in merged.items()}
+    examples = [{name: values[row] for name, values in split.items()} for row in range(len(positions))]
+    for example in examples:
+        if "indices" in example:
+            example |= pack_indices(example.pop("indices"), classes)
+    return examples
+
+
+def encode_dense(logits: Tensor, config: CaptureConfig) -> Arrays:
+    """Return all log-probabilities of logits (tokens, classes)."""
+    return {"log_probs": logits.log_softmax(1).to(getattr(torch, config.log_prob_dtype)).cpu().numpy()}
+
+
+def encode_topk(logits: Tensor, config: CaptureConfig) -> Arrays:
+    """Return the k largest log-probabilities, their indices, and the log mass of all others at each temperature.
+
+    The mass of the tail is summed from its own terms: one minus the mass of the k would cancel where it is small.
+    """
+    top, indices = logits.topk(config.top_k, dim=1)
+    tails, total = [], top.new_zeros(len(top))
+    for temperature in config.temperatures:
+        odds = (logits - top[:, :1]).div_(temperature).exp_()  # relative to the most likely class
+        whole = odds.sum(1)
+        tails.append(odds.scatter_(1, indices, 0.0).sum(1).log() - whole.log())
+        if temperature == 1.0:
+            total = whole.log()
+    log_probs = top - top[:, :1] - total[:, None]
+    return {
+        "indices": indices.cpu().numpy(),
+        "log_probs": log_probs.to(getattr(torch, config.log_prob_dtype)).cpu().numpy(),
+        "log_tail": torch.stack(tails, 1).clamp(max=0).float().cpu().numpy(),
+    }
+
+
+def _raise_not_finite(wrong: Tensor, numbers: Sequence[int], what: str, reason: str = "") -> None:
+    row = int(wrong.flatten(1).any(1).int().argmax())
+    raise CaptureError(
+        f"The teacher's {what} of example {numbers[row]} are not finite{reason or ': look at this example'}."
+    )

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import eval_mode
+from hf_guide.signal_cache.codec import encode_batch, resolve_layers
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.data import IndexedCollator, IndexedDataset, TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.keys import example_keys, token_positions
@@ -43,8 +44,8 @@ from hf_guide.signal_cache.shards import (
     shard_name,
     write_index,
 )
-from hf_guide.signal_cache.teacher_outputs import TeacherRunner, encode_batch, resolve_layers
 from hf_guide.tasks import Task, task_of
+from hf_guide.teachers.forward import TeacherRunner
 from hf_guide.teachers.loading import load_teacher
 from hf_guide.utils.checksums import file_checksum
 from hf_guide.utils.distributed import RankMonitor, barrier, rank_and_world_size
@@ -331,7 +332,7 @@ def build_manifest(
         CaptureError: the first example already cannot be captured.
     """
     model, task = listener.model, listener.task
-    heard = listener.hear(batch, hidden_states=bool(options.hidden_layers))
+    heard = listener.forward(batch, hidden_states=bool(options.hidden_layers))
     classes = heard.classes
     if task.is_language_model:
         if options.vocabulary_size is not None and options.vocabulary_size > classes:
@@ -344,7 +345,9 @@ def build_manifest(
             )
     elif options.vocabulary_size is not None:
         raise OptionError(f"vocabulary_size is for language models; the teacher is one for {task}.")
-    config = dataclasses.replace(options, hidden_layers=resolve_layers(options.hidden_layers, len(heard.layers)))
+    config = dataclasses.replace(
+        options, hidden_layers=resolve_layers(options.hidden_layers, len(heard.hidden_states))
+    )
     (first,) = encode_batch(listener, batch, config, [0])
     by_place = task.has_token_positions
     shapes = {}

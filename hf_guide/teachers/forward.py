@@ -1,4 +1,8 @@
-"""A teacher that runs beside the student, and what it is heard to say of a batch."""
+"""Run a teacher on a batch and return its signals: logits, hidden states, penultimate features.
+
+Does: the one forward pass of teachers (`forward_outputs`), shared by training with a live teacher, the signal cache and LELP.
+Does not: load a teacher (`loading.py`), or decide how a batch becomes what the teacher expects (`inputs.py`).
+"""
 
 import contextlib
 import functools
@@ -8,21 +12,106 @@ from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import TeacherError
-from hf_guide.models.adapters import forward_parameters
+from hf_guide.models.adapters import check_no_virtual_tokens, forward_parameters, without_adapter
 from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of, width_of_config
-from hf_guide.models.lm_head import LMHead, skip_lm_head
+from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
+from hf_guide.models.targets import add_decoder_inputs
 from hf_guide.tasks import Task
-from hf_guide.teachers.inputs import TeacherInputs
-from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals
+from hf_guide.teachers.inputs import TeacherInputs, build_teacher_inputs
+from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
+
+_TARGET_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
+"""Inputs by which a model would compute a loss of its own."""
+
+
+@dataclass(frozen=True)
+class ForwardOutputs:
+    """The outputs of one forward pass.
+
+    Attributes:
+        inputs: What the model was called with.
+        logits: As the model returns them; without any position where its head was skipped.
+        head_inputs: The input of the language head, (batch, length, width), where the head was skipped.
+        hidden_states: All of them, the input embeddings first, where asked for: of an encoder-decoder the decoder's.
+        features: The input of the layer that makes the logits, where asked for, as the model computes it.
+    """
+
+    inputs: dict[str, Any]
+    logits: Tensor
+    head_inputs: Tensor | None
+    hidden_states: tuple[Tensor, ...]
+    features: Tensor | None
+
+    def item_features(self, task: Task, mask: Tensor, config: PreTrainedConfig) -> Tensor:
+        """Return one feature vector for each item that `mask` selects, (items, width)."""
+        assert self.features is not None
+        return pooled_features(task, self.features, mask, self.inputs, config)
+
+
+def forward_outputs(
+    model: Any,
+    task: Task,
+    batch: Mapping[str, Any],
+    *,
+    inputs: TeacherInputs | None = None,
+    head: LMHead | None = None,
+    hidden_states: bool = False,
+    features: bool = False,
+) -> ForwardOutputs:
+    """Run a model on a batch without its labels, and return what a loss may compare.
+
+    Args:
+        model: In evaluation mode; what wraps it may be PEFT, torch.compile, FSDP or DeepSpeed.
+        task: What its head is for.
+        batch: The student's, on the model's device; what the model's forward does not name is left out.
+        inputs: Converts the batch to what this teacher expects; None where it is that already.
+        head: The model's language head; it is then not run, and `head_inputs` is returned instead of logits.
+        hidden_states, features: Whether to return them.
+
+    Raises:
+        TeacherError: The batch cannot be converted to what the teacher expects.
+    """
+    bare = without_adapter(extract_model_from_parallel(model, keep_torch_compile=False))
+    known = forward_parameters(bare)
+    converted = dict(batch) if inputs is None else inputs.convert(batch)
+    given = {name: value for name, value in converted.items() if name in known and name not in _TARGET_INPUTS}
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
+    if hidden_states:
+        options["output_hidden_states"] = True
+    if not getattr(bare.config, "return_dict", True):
+        options["return_dict"] = True
+    head_inputs: list[Tensor] = []
+    captured: list[Tensor] = []
+    with contextlib.ExitStack() as stack:
+        if inputs is not None:
+            stack.enter_context(inputs.special_tokens())
+        if features:
+            captured = stack.enter_context(capture_head_inputs(find_classifier(bare, task)))
+        if head is not None:
+            stack.enter_context(skip_lm_head(bare, head, head_inputs.append))
+        outputs = model(**given, **options)
+    return ForwardOutputs(
+        inputs=converted,
+        logits=outputs.logits,
+        head_inputs=head_inputs[0] if head_inputs else None,
+        hidden_states=hidden_states_of(outputs) if hidden_states else (),
+        features=captured[-1] if captured else None,
+    )
 
 
 def align_logits(logits: Tensor, classes: int | None, order: list[int] | None) -> Tensor:
-    """Return a teacher's logits, (items, classes), of what the student has too: its first `classes`, or those of `order`."""
+    """Return the columns of a teacher's logits that the student has too: the first `classes`, or those of `order`.
+
+    Args:
+        logits: (items, classes of the teacher).
+        classes: How many leading classes are shared; None for all.
+        order: The teacher's class for each of the student's; it takes precedence.
+    """
     if order is not None:
         return logits[:, order]
     return logits if classes is None else logits[:, :classes]
@@ -30,13 +119,14 @@ def align_logits(logits: Tensor, classes: int | None, order: list[int] | None) -
 
 @dataclass
 class LiveTeacher:
-    """A model that is run on every batch, in evaluation mode and without gradients.
+    """A teacher that is run on every batch, in evaluation mode and without gradients.
 
     Attributes:
-        classes: how many of its first classes student and teacher share; None for all.
-        order: which of its classes each of the student's is; None where they stand in the same order.
-        head: its language head, where that is known and its weights are whole in this process.
-        inputs: how batches, made for the student, become what it expects; None where they are that already.
+        classes: How many of its first classes student and teacher share; None for all.
+        order: The teacher's class for each of the student's; None where their order is the same.
+        weight: Its share where there are several teachers.
+        head: Its language head, where that is known and its weights are whole in this process.
+        inputs: Converts batches, made for the student, to what it expects; None where they are that already.
     """
 
     model: PreTrainedModel
@@ -49,32 +139,32 @@ class LiveTeacher:
 
     @property
     def config(self) -> Any:
-        """Its config."""
+        """The config of the model."""
         return self.bare.config
 
     @property
     def depth(self) -> int:
-        """Its number of blocks."""
+        """Its number of blocks, of an encoder-decoder the decoder's."""
         return depth_of_config(self.bare.config)
 
     def width(self, name: str) -> int | None:
-        """Return how wide `hidden_N` or `features` is."""
+        """Return the width of "hidden_N" or "features"."""
         if name == "features":
             return int(find_classifier(self.bare, self.task).in_features)
         return width_of_config(self.bare.config)
 
     @functools.cached_property
     def bare(self) -> Any:
-        """The model without what wraps it."""
+        """The model without the wrappers of several processes and of torch.compile."""
         return extract_model_from_parallel(self.model, keep_torch_compile=False)
 
     def set_student(self, student: Any) -> None:
-        """Expect batches that are made for this student from now on."""
+        """Expect batches made for `student` from now on."""
         if self.inputs is not None:
             self.inputs = self.inputs.for_pair(student, self.bare)
 
     @torch.no_grad()
-    def listen(
+    def forward(
         self,
         inputs: Mapping[str, Any],
         mask: Tensor,
@@ -83,98 +173,176 @@ class LiveTeacher:
         *,
         max_logits: int = 2**23,
     ) -> TeacherSignals:
-        """Return what the teacher says of a batch.
+        """Return the teacher's signals for a batch.
 
         Args:
-            inputs: the student's; what the teacher's forward does not name is left out.
-            mask: which places have a target, as `tasks.target_mask` gives.
-            needs: what to listen for.
-            layers: the numbers of blocks after which hidden states are wanted.
-            max_logits: so many logits are held at once where the head is known.
+            inputs: The student's batch.
+            mask: The positions that have a target, as from `models.targets.target_mask`.
+            needs: Which signals to return.
+            layers: The numbers of blocks after which hidden states are returned.
+            max_logits: How many logits are held at once where the head is known.
         """
-        known = forward_parameters(self.bare)
-        if self.inputs is not None:
-            inputs = self.inputs.convert(inputs)
-        given = {
-            name: value for name, value in inputs.items() if name in known and name not in ("labels", "return_loss")
-        }
-        if "use_cache" in known:
-            given["use_cache"] = False
-        if TeacherSignal.HIDDEN_STATES in needs:
-            given["output_hidden_states"] = True
-        fed: list[Tensor] = []
-        heard: list[Tensor] = []
-        with contextlib.ExitStack() as stack:
-            if self.inputs is not None:
-                stack.enter_context(self.inputs.special_tokens())
-            if TeacherSignal.FEATURES in needs:
-                heard = stack.enter_context(capture_head_inputs(find_classifier(self.bare, self.task)))
-            if self.head is not None:
-                stack.enter_context(skip_lm_head(self.bare, self.head, fed.append))
-            outputs = self.model(**given)
-            features = pooled_features(self.task, heard[-1], mask, inputs, self.bare.config) if heard else None
-        target = None
-        if TeacherSignal.LOGITS in needs:
-            target = (
-                self._from_head(fed[0][mask.to(fed[0].device)], max_logits, mask.device)
-                if self.head is not None
-                else self._from_logits(outputs.logits[mask])
-            )
+        outputs = forward_outputs(
+            self.model,
+            self.task,
+            inputs,
+            inputs=self.inputs,
+            head=self.head,
+            hidden_states=TeacherSignal.HIDDEN_STATES in needs,
+            features=TeacherSignal.FEATURES in needs,
+        )
+        target: Callable[[slice], DenseTarget | TopKTarget] | None = None
+        if TeacherSignal.LOGITS in needs and outputs.head_inputs is not None:
+            at_items = outputs.head_inputs[mask.to(outputs.head_inputs.device)]
+            target = self._target_from_head_inputs(at_items, max_logits, mask.device)
+        elif TeacherSignal.LOGITS in needs:
+            target = self._target_from_logits(outputs.logits[mask])
         return TeacherSignals(
             target=target,
-            hidden_states={layer: hidden_states_of(outputs)[layer] for layer in layers},
-            features=features,
+            hidden_states={layer: outputs.hidden_states[layer] for layer in layers},
+            features=None if outputs.features is None else outputs.item_features(self.task, mask, self.bare.config),
             weight=self.weight,
         )
 
-    def _from_head(self, hidden: Tensor, max_logits: int, device: torch.device) -> Callable[[slice], DenseTarget]:
-        """Return what makes logits where the head is, which may be another device, and hands them over to `device`."""
+    def _target_from_head_inputs(
+        self, hidden: Tensor, max_logits: int, device: torch.device
+    ) -> Callable[[slice], DenseTarget]:
+        """Return a function that computes logits on the head's device and returns them on `device`.
+
+        Few rows are requested at a time, in order, and a product with the whole head is efficient for many: it is computed
+        ahead, `max_logits` at a time, and kept until rows outside of it are requested.
+        """
         head = self.head
         assert head is not None
         ahead = max(1, max_logits // head.module.weight.shape[0])
-        held: Tensor | None = None
+        computed: Tensor | None = None
         first = 0
 
-        def rows(chosen: slice) -> DenseTarget:
-            """Few rows are asked for at a time, one after the other; a product with the whole head is worth it for many."""
-            nonlocal held, first
+        def target_of(chosen: slice) -> DenseTarget:
+            nonlocal computed, first
             start, stop, _ = chosen.indices(len(hidden))
-            if held is None or not first <= start <= stop <= first + len(held):
-                held, first = None, start
+            if computed is None or not first <= start <= stop <= first + len(computed):
+                computed, first = None, start
                 # In the teacher's own precision, whatever the student's is.
                 with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                    held = head.logits(hidden[start : max(stop, start + ahead)]).to(device)
-            return DenseTarget(align_logits(held[start - first : stop - first], self.classes, self.order))
+                    computed = head.logits(hidden[start : max(stop, start + ahead)]).to(device)
+            return DenseTarget(align_logits(computed[start - first : stop - first], self.classes, self.order))
 
-        return rows
+        return target_of
 
-    def _from_logits(self, logits: Tensor) -> Callable[[slice], DenseTarget]:
+    def _target_from_logits(self, logits: Tensor) -> Callable[[slice], DenseTarget]:
         return lambda chosen: DenseTarget(align_logits(logits[chosen], self.classes, self.order))
 
 
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """What a teacher computes for one batch.
+
+    Attributes:
+        classes: The rows of its vocabulary, or the number of its labels.
+        logits: Of a classifier, as the model returns them.
+        logits_at: Of a language model, its logits (tokens, classes) at rows and positions of the batch, (tokens,) each.
+        hidden_states: All of them, where asked for.
+        features: The input of the head, where asked for: (batch, width), or (batch, length, width) where items are tokens.
+    """
+
+    classes: int
+    logits: Tensor
+    logits_at: Callable[[Tensor, Tensor], Tensor]
+    hidden_states: tuple[Tensor, ...]
+    features: Tensor | None
+
+
+class TeacherRunner:
+    """A teacher run without gradients; a language model's logits are computed token by token where its head is known.
+
+    Args:
+        model: The teacher.
+        task: What its head is for.
+        processing_class: What the batches are made with; they are converted to what the teacher's own processor would make.
+        init_kwargs: `from_pretrained`'s, of which those that find files on the Hub are used.
+
+    Raises:
+        TeacherError: Batches of this processor cannot be converted to what the teacher expects.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, processing_class: Any = None, init_kwargs: Mapping[str, Any] | None = None
+    ):
+        self.model, self.task = model, task
+        self.inputs = build_teacher_inputs(model, task, processing_class, init_kwargs=init_kwargs)
+        self.head = find_lm_head(model) if task.is_language_model else None
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: Mapping[str, Any], *, hidden_states: bool = False, features: bool = False
+    ) -> TeacherOutputs:
+        """Run the teacher on a collated batch, on the teacher's own device."""
+        bare, task = without_adapter(self.model), self.task
+        if task.is_per_token or hidden_states or features:
+            check_no_virtual_tokens(self.model, "teacher")
+        # Of an offloaded teacher, or one on several devices, accelerate moves the inputs to where they are needed.
+        device = next((each.device for each in self.model.parameters() if not each.is_meta), torch.device("cpu"))
+        tensors = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        outputs = forward_outputs(
+            self.model,
+            task,
+            add_decoder_inputs(bare, task, tensors),
+            inputs=self.inputs,
+            head=self.head,
+            hidden_states=hidden_states,
+            features=features,
+        )
+        head_features = outputs.features
+        if head_features is not None and not task.is_per_token:
+            every_example = torch.ones(len(head_features), dtype=torch.bool, device=device)
+            head_features = outputs.item_features(task, every_example, bare.config)
+        return TeacherOutputs(
+            classes=outputs.logits.shape[-1],
+            logits=outputs.logits,
+            logits_at=functools.partial(self._logits_at, outputs),
+            hidden_states=outputs.hidden_states,
+            features=head_features,
+        )
+
+    def _logits_at(self, outputs: ForwardOutputs, rows: Tensor, positions: Tensor) -> Tensor:
+        source = outputs.logits if outputs.head_inputs is None else outputs.head_inputs
+        selected = source[rows.to(source.device), positions.to(source.device)]
+        return selected if self.head is None else self.head.transform(self.head.module(selected))
+
+
 def non_finite_signals_error(
-    inputs: Mapping[str, Any], mask: Tensor, said: Sequence[TeacherSignals], step: int
+    inputs: Mapping[str, Any], mask: Tensor, teachers: Sequence[TeacherSignals], step: int
 ) -> TeacherError | None:
-    """Return the error for a teacher whose signals have NaN or infinity: it names the examples of the batch, and the step."""
+    """Return an error if a teacher's signals are not finite, None if all are.
+
+    Args:
+        inputs: The batch.
+        mask: The positions that have a target, (batch, length) or (batch,).
+        teachers: The signals of each teacher.
+        step: The training step, for the error.
+    """
     rows = torch.arange(len(mask), device=mask.device)
-    of_items = rows[:, None].expand(mask.shape)[mask] if mask.ndim == 2 else rows[mask]
-    for number, signals in enumerate(said):
+    row_of_item = rows[:, None].expand(mask.shape)[mask] if mask.ndim == 2 else rows[mask]
+    for number, signals in enumerate(teachers):
         wrong: set[int] = set()
         if signals.target is not None:
             target = signals.target(slice(None))
-            # Classes that it rules out may be at -inf, but not the largest.
+            # A class may be ruled out by -inf, but the largest logit must be finite.
             largest = (target.logits if isinstance(target, DenseTarget) else target.log_probs).amax(-1)
-            wrong |= set(of_items[~torch.isfinite(largest)].tolist())
+            wrong |= set(row_of_item[~torch.isfinite(largest)].tolist())
         if signals.features is not None:
-            wrong |= set(of_items[~torch.isfinite(signals.features).all(-1)].tolist())
+            wrong |= set(row_of_item[~torch.isfinite(signals.features).all(-1)].tolist())
         for hidden in signals.hidden_states.values():
             wrong |= set(rows[~torch.isfinite(hidden.flatten(1)).all(-1)].tolist())
         if wrong:
             ids = inputs.get("input_ids")
-            shown = f", which begins with the tokens {ids[min(wrong)][:8].tolist()}" if isinstance(ids, Tensor) else ""
+            beginning = (
+                f", which begins with the tokens {ids[min(wrong)][:8].tolist()}" if isinstance(ids, Tensor) else ""
+            )
             return TeacherError(
-                f"Teacher {number} says NaN or infinity of {len(wrong)} of {len(mask)} examples at step {step}: the first is "
-                f"number {min(wrong)} of the batch{shown}. Run the teacher in a wider dtype (bfloat16 or float32), or "
+                f"Teacher {number} gives NaN or infinity for {len(wrong)} of {len(mask)} examples at step {step}: the first is "
+                f"number {min(wrong)} of the batch{beginning}. Run the teacher in a wider dtype (bfloat16 or float32), or "
                 "leave the example out."
             )
     return None

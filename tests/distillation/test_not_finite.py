@@ -119,7 +119,7 @@ def test_a_teacher_is_named_before_its_student(tmp_path: Path) -> None:
     teacher = llama(2)
     with torch.no_grad():
         teacher.lm_head.weight[3] = math.nan
-    with pytest.raises(TeacherError, match="Teacher 0 says NaN"):
+    with pytest.raises(TeacherError, match="Teacher 0 gives NaN"):
         trainer_of(tmp_path, teacher=teacher).train()
 
 

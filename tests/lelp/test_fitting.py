@@ -19,8 +19,8 @@ from hf_guide.errors import CaptureError, TaskError
 from hf_guide.lelp.data import linear_weight
 from hf_guide.lelp.splitters.registry import BENCHMARK_SPLITTERS
 from hf_guide.models.penultimate import find_classifier
-from hf_guide.signal_cache.teacher_outputs import TeacherRunner
 from hf_guide.tasks import task_of
+from hf_guide.teachers.forward import TeacherRunner
 from tests.lelp.benchmark_modules import import_benchmark
 from tests.signal_cache.tiny_teachers import Pad
 from tests.tiny import KINDS, SIZES, Kind
@@ -67,7 +67,7 @@ def arrays(teacher, dataset) -> SimpleNamespace:
         inputs = {
             name: torch.as_tensor(value)[None] for name, value in example.items() if name.startswith(("in", "pi"))
         }
-        said.append(listener.hear(inputs, features=True))
+        said.append(listener.forward(inputs, features=True))
     return SimpleNamespace(
         embeddings=torch.cat([each.features for each in said]).clone(),
         logits=torch.cat([each.logits for each in said]).clone(),
@@ -340,7 +340,7 @@ def test_what_the_classifier_is_fed_is_found(model_class, config):
         size = getattr(teacher.config, "image_size", 32)
         batch = {"pixel_values": torch.randn(4, 3, size, size)}
     task = task_of(teacher)
-    heard = TeacherRunner(teacher, task).hear(batch, features=True)
+    heard = TeacherRunner(teacher, task).forward(batch, features=True)
     classifier = find_classifier(teacher, task)
     weight = linear_weight(classifier)
     assert weight.shape == (3, classifier.in_features) and heard.features.shape == (4, classifier.in_features)

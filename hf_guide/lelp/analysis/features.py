@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from hf_guide.lelp.data import check_classifier_task, check_single_label, linear_weight
 from hf_guide.lelp.validation import resolve_classes
 from hf_guide.models.adapters import without_adapter
-from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
+from hf_guide.models.penultimate import find_classifier
 from hf_guide.tasks import task_of
+from hf_guide.teachers.forward import forward_outputs
 from hf_guide.validation import check_integer
 
 POOLED_SIZE = 14
@@ -73,10 +74,11 @@ def collect_features(
     for batch in tqdm(loader, desc="Listening to the teacher", disable=not show_progress):
         inputs = {name: value.to(teacher.device) for name, value in batch.items() if isinstance(value, Tensor)}
         labels = inputs.pop("labels", None)
-        with torch.no_grad(), capture_head_inputs(classifier) as heard:
-            logits = teacher(**inputs).logits.float()
-        everyone = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        embeddings = pooled_features(task, heard[-1], everyone, inputs, config).float()
+        with torch.no_grad():
+            outputs = forward_outputs(teacher, task, inputs, features=True)
+        logits = outputs.logits.float()
+        every_example = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        embeddings = outputs.item_features(task, every_example, config).float()
         classes = resolve_classes(labels, logits, len(logits), logits.shape[1], range(seen, seen + len(logits)))
         seen += len(logits)
         found.append(tuple(each.cpu() for each in (embeddings, logits, _input_features(teacher, inputs), classes)))
