@@ -50,7 +50,7 @@ def test_examples_without_labels_are_of_the_teachers_own_class():
     given[7]["label"] = 3
     with pytest.raises(SubclassError, match="label of example 7 is 3; the teacher has the classes 0 to 2"):
         collect_features(teacher, given, collate, batch_size=5, show_progress=False)
-    with pytest.raises(OptionError, match="batch_size is a whole number"):
+    with pytest.raises(OptionError, match="batch_size must be a whole number"):
         collect_features(teacher, given, collate, batch_size=0, show_progress=False)
 
 
