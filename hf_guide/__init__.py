@@ -34,7 +34,9 @@ _HOMES = {
     "LossConfig": "distillation.losses.registry",
     "register_loss": "distillation.losses.registry",
     "register_term": "distillation.losses.registry",
-    "InitializationConfig": "initialization.config",
+    "InitializationConfig": "methods",
+    "InitializationMethod": "methods",
+    "register_method": "methods",
     "InitializationReport": "initialization.report",
     "register_layout": "layouts.registry",
     "SubclassLabelCollator": "lelp.collator",
@@ -63,6 +65,7 @@ __all__ = [
     "DistillationTrainer",
     "HfGuideError",
     "InitializationConfig",
+    "InitializationMethod",
     "InitializationReport",
     "LayoutError",
     "LossConfig",
@@ -83,6 +86,7 @@ __all__ = [
     "fit_subclasses",
     "from_teacher",
     "register_layout",
+    "register_method",
     "register_splitter",
     "register_loss",
     "register_term",
@@ -107,7 +111,6 @@ if TYPE_CHECKING:
         TeacherError,
         VocabularyError,
     )
-    from hf_guide.initialization.config import InitializationConfig
     from hf_guide.initialization.report import InitializationReport
     from hf_guide.layouts.registry import register_layout
     from hf_guide.lelp.collator import SubclassLabelCollator
@@ -120,6 +123,7 @@ if TYPE_CHECKING:
     from hf_guide.lelp.projector import SubclassProjector
     from hf_guide.lelp.splitters.registry import register_splitter
     from hf_guide.lelp.targets import capture_targets
+    from hf_guide.methods import InitializationConfig, InitializationMethod, register_method
     from hf_guide.modeling import (
         AutoStudent,
         AutoStudentForCausalLM,

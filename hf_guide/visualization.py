@@ -42,7 +42,7 @@ def plot_explained_variance(
     curves: Mapping[str, Curve]
     chosen: Mapping[str, Sequence[int]] = {}
     if isinstance(report_or_curve, InitializationReport):
-        curves, chosen = report_or_curve.explained_variance, report_or_curve.widths
+        curves, chosen = report_or_curve.explained_variance, report_or_curve.sizes
     elif isinstance(report_or_curve, Mapping):
         curves = report_or_curve
     else:

@@ -77,7 +77,7 @@ def refused(error: type[HfGuideError], teacher: object, *said: str, **options: A
         ({"head_dim": 16}, ["head size", "is 16", "the teacher's 12", "choose 1 to 12"]),
         ({"num_attention_heads": 8, "head_dim": 12}, ["query heads per key/value head is 4", "the teacher's 2"]),
         ({"num_key_value_heads": 4}, ["key/value heads is 4", "the teacher's 2", "choose 1 to 2"]),
-        ({"num_hidden_layers": 5}, ["5 blocks", "teacher 4", "choose at most 4", "layers=[...]"]),
+        ({"num_hidden_layers": 5}, ["5 blocks", "teacher 4", "choose at most 4", "layer_selection=[...]"]),
         ({"vocab_size": 100}, ["100 rows", "the teacher's 96", "Leave vocab_size at 96"]),
     ],
 )
@@ -192,27 +192,41 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
         ({"metod": "uniform"}, ["'metod'", "Did you mean 'method'?"]),
         ({"trust_remote_cod": True}, ["'trust_remote_cod'", "'trust_remote_code'"]),
         ({"quantization_config": {}}, ["'quantization_config'"]),
-        ({"later_blocks": "select"}, ["'later_blocks' is an option of the method", "'later_blocks': 'select'"]),
+        (
+            {"subsequent_layers": "uniform"},
+            ["'subsequent_layers' is an option of the method", "'subsequent_layers': 'uniform'"],
+        ),
         ({"method": "gide"}, ["method='gide'", "'uniform', 'random'", "Did you mean 'guide'?"]),
         ({"method": "calibratd"}, ["method='calibratd'", "['guide', 'calibrated', 'uniform', 'random']"]),
-        ({"method": 3}, ["method is one of", "found 3"]),
-        ({"method": {"layrs": "first"}}, ["no 'layrs'", "Did you mean 'layers'?"]),
-        ({"method": {"later_blocks": "projct"}}, ["later_blocks='projct'", "Did you mean 'project'?"]),
-        ({"method": {"layers": "frist"}}, ["layers='frist'", "Did you mean 'first'?"]),
-        ({"method": {"layers": 3}}, ["layers is a list", "even, first or ends", "found 3"]),
-        ({"method": {"layers": ["a"]}}, ["layers is a list", "found ['a']"]),
-        ({"method": {"layers": {"leyers": [0, 1]}}}, ["'leyers'", "Did you mean 'layers'?"]),
-        ({"method": {"layers": [0, 1, 2]}}, ["names 3 teacher blocks", "the student has 2"]),
-        ({"method": {"layers": [0, 4]}}, ["[4]", "0 to 3"]),
+        ({"method": 3}, ["method must be one of", "found 3"]),
+        (
+            {"method": {"layrs": "first"}},
+            ["'layrs' is not an option of method 'guide'", "Did you mean 'layer_selection'?"],
+        ),
+        ({"method": {"subsequent_layers": "projct"}}, ["subsequent_layers='projct'", "Did you mean 'project'?"]),
+        ({"method": {"layer_selection": "frist"}}, ["layer_selection='frist'", "Did you mean 'first'?"]),
+        (
+            {"method": {"layer_selection": 3}},
+            ["layer_selection must be a list", "one of ['uniform', 'first'", "found 3"],
+        ),
+        ({"method": {"layer_selection": ["a"]}}, ["layer_selection must be a list", "found ['a']"]),
+        ({"method": {"layer_selection": {"leyers": [0, 1]}}}, ["'leyers'", "Did you mean 'layers'?"]),
+        ({"method": {"layer_selection": [0, 1, 2]}}, ["names 3 teacher blocks", "the student has 2"]),
+        ({"method": {"layer_selection": [0, 4]}}, ["[4]", "0 to 3"]),
         ({"method": {"seed": "one"}}, ["seed", "'one'"]),
-        ({"method": {"fold_norms": "no"}}, ["fold_norms is True or False", "'no'"]),
-        ({"method": {"token_weights": [1.0] * 95}}, ["95 numbers", "96 rows", "one weight a row"]),
-        ({"method": {"token_weights": [1.0] * 95 + [-1.0]}}, ["row 95", "-1.0", "not negative"]),
-        ({"method": {"token_weights": [0.0] * 96}}, ["all zero", "leave them out"]),
-        ({"method": {"token_weights": "many"}}, ["token_weights is a list of numbers"]),
-        ({"method": {"method": "uniform", "centered": True}}, ["'uniform' has no use for centered", "leave it out"]),
-        ({"method": {"method": "random", "layers": "first"}}, ["'random' has no use for layers", "leave it out"]),
-        ({"calibration_dataset": [1]}, ["calibration_dataset", "'guide' looks at no data", "leave it out"]),
+        ({"method": {"fold_norms": False}}, ["'fold_norms' was removed", "always folded"]),
+        ({"method": {"method": "uniform", "centered": True}}, ["'centered' was removed", "leave it out"]),
+        ({"method": {"method": "uniform", "basis": "auto"}}, ["not an option of method 'uniform'", "of 'calibrated'"]),
+        (
+            {"method": {"method": "random", "layer_selection": "first"}},
+            ["not an option of method 'random'", "['seed']"],
+        ),
+        (
+            {"method": {"method": "calibrated", "fit_final_norm": "no"}},
+            ["fit_final_norm must be True or False", "'no'"],
+        ),
+        ({"method": {"layer_selection": "block_influence"}}, ["needs activations", "method='calibrated'"]),
+        ({"calibration_dataset": [1]}, ["calibration_dataset", "method='guide' uses no data", "leave it out"]),
     ],
     ids=str,
 )
@@ -222,7 +236,7 @@ def test_unknown_names_and_options(teacher: PreTrainedModel, options: dict[str, 
 
 
 def test_unknown_fields_of_the_options() -> None:
-    with pytest.raises(OptionError, match="no 'later_block'.*Did you mean 'later_blocks'"):
+    with pytest.raises(OptionError, match="'later_block' is not an option.*Did you mean 'subsequent_layers'"):
         InitializationConfig(later_block="select")
     options = InitializationConfig()
     options.method = "gide"  # set later, and found all the same
@@ -250,7 +264,7 @@ def test_a_broken_shard_is_named_before_any_work(folder: Path, damage: str, monk
         broken = folder / "model.safetensors.index.json"
         broken.write_text(broken.read_text()[:-20])
     started: list[object] = []
-    monkeypatch.setattr("hf_guide.modeling.build_student", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr("hf_guide.initialization.registry.build_student", lambda *a, **k: started.append(a))
     message = refused(TeacherError, folder, broken.name, "etch", hidden_size=24)
     assert str(folder) in message and not started
 

@@ -55,7 +55,7 @@ def calibrate(folder: Path) -> Any:
         KINDS["llama"].teacher(),
         method="calibrated",
         calibration_dataset=data,
-        calibration_dir=folder,
+        calibration_cache_dir=folder,
         show_progress=False,
         **SMALLER,
         num_key_value_heads=1,

@@ -27,7 +27,7 @@ def test_figure_shows_the_curve_and_the_chosen_width(tmp_path):
         1,
         1,
         explained_variance={"embed": CURVE},
-        widths={"embed": [4, 2], "mlp": [9, 3]},
+        sizes={"embed": [4, 2], "mlp": [9, 3]},
     )
     figure = plot_explained_variance(report, tmp_path / "curve.png")
     line = figure.axes[0].lines[0]

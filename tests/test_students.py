@@ -55,7 +55,10 @@ def test_a_default_device_is_where_the_student_comes_to(method: str) -> None:
         found = student_of(teacher, LLAMA, method=method, calibration_dataset=heard)
     assert found.device.type == "meta" and expected.device.type == teacher.device.type == "cpu"
     reports = [student.initialization_report for student in (found, expected)]
-    assert reports[0].kept == reports[1].kept and reports[0].calibration == reports[1].calibration
+    assert (
+        reports[0].variance_explained == reports[1].variance_explained
+        and reports[0].calibration == reports[1].calibration
+    )
 
 
 @of_every_kind
@@ -95,7 +98,7 @@ BITS = """
     from hf_guide import from_teacher
     from tests.tiny import KINDS, everything
     for name, kind in KINDS.items():
-        for method in ("guide", {"later_blocks": "random", "seed": 3}):
+        for method in ("guide", {"subsequent_layers": "random", "seed": 3}):
             student = from_teacher(kind.teacher(), method=method, show_progress=False, **kind.smaller)
             digest = hashlib.sha256()
             for key, tensor in sorted(everything(student).items()):
@@ -116,7 +119,7 @@ def test_the_seed_matters_for_what_is_random_and_for_nothing_else() -> None:
     for method, random in (("guide", False), ("uniform", False), ("random", True)):
         students = [student_of(teacher, LLAMA, method={"method": method, "seed": seed}) for seed in (0, 1)]
         assert same_bits(*students) != random, method
-    students = [student_of(teacher, LLAMA, method={"later_blocks": "random", "seed": seed}) for seed in (0, 1)]
+    students = [student_of(teacher, LLAMA, method={"subsequent_layers": "random", "seed": seed}) for seed in (0, 1)]
     fresh = students[0].initialization_report.randomly_initialized
     matrices = {name for name in fresh if "norm" not in name}
     first, second = (everything(student) for student in students)
@@ -259,8 +262,6 @@ def test_the_report_says_what_is_not_exact_and_why() -> None:
     assert notes(teacher) == [] == notes(teacher, head_dim=6)
     (uneven,) = notes(teacher, head_dim=8)
     assert "rotate 8 dimensions" in uneven and "the teacher's 12" in uneven
-    unfolded = notes(teacher, method={"fold_norms": False})
-    assert len(unfolded) == 5 and all("fold_norms is off" in note for note in unfolded)
     (headless,) = notes(teacher.model, model_class=transformers.AutoModelForCausalLM)
     assert "model.norm.weight" in headless and "no weight that reads it" in headless
     biased = notes(LLAMA.teacher(attention_bias=True), attention_bias=False)
@@ -354,7 +355,7 @@ def test_a_gguf_file_of_a_real_model_is_a_teacher(tmp_path: Path) -> None:
     projected = student.model.embed_tokens.weight.detach().float()
     assert not projected[len(table) :].any()  # rows beyond the tokenizer's: its vocabulary was read from the file
     kept = (projected.norm() / table.norm()).square().item()
-    assert kept == pytest.approx(student.initialization_report.kept["embed"], rel=1e-2) and kept > 0.7
+    assert kept == pytest.approx(student.initialization_report.variance_explained["embed"], rel=1e-2) and kept > 0.7
     student.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert same_bits(again, student)

@@ -259,7 +259,9 @@ def test_an_encoder_decoder_keeps_its_head(name: str, config: dict[str, Any], ti
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
 
 
-@pytest.mark.parametrize("method", ["uniform", {"later_blocks": "select"}, {"later_blocks": "random"}], ids=str)
+@pytest.mark.parametrize(
+    "method", ["uniform", {"subsequent_layers": "uniform"}, {"subsequent_layers": "random"}], ids=str
+)
 def test_a_speech_model_starts_by_every_method(method: Any, tmp_path: Path) -> None:
     sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     config = SEQ2SEQ | {"num_mel_bins": 7, "max_source_positions": 10, "bos_token_id": 1} | sizes
@@ -268,4 +270,4 @@ def test_a_speech_model_starts_by_every_method(method: Any, tmp_path: Path) -> N
     sounds = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(1))
     said = student(input_features=sounds, decoder_input_ids=torch.tensor([[1, 5, 9], [1, 7, 8]])).logits
     assert torch.isfinite(said).all()
-    assert bool(new_in(student)) == (method == {"later_blocks": "random"})
+    assert bool(new_in(student)) == (method == {"subsequent_layers": "random"})

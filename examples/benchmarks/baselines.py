@@ -68,7 +68,7 @@ def by(method: dict[str, Any], own_text: bool = False) -> Callable[[Given], PreT
                 1, tokens // given.text.shape[1] // 4
             )  # two batches to fit on, and two to choose the ridge with
             batches = [{"input_ids": batch} for batch in given.text.split(rows)]
-            more["calibration_dataset"] = "teacher" if own_text else batches
+            more["calibration_dataset"] = "self_generated" if own_text else batches
         return AutoStudentForCausalLM.from_teacher(
             given.teacher if given.teacher.device.type == "cuda" else given.folder,
             method=method | {"seed": given.seed},
@@ -102,17 +102,19 @@ def _spaced(had: int, count: int) -> list[float]:
 
 
 NOTHING_FITTED = {
-    "repair": "none",
-    "turn_values": False,
-    "fit_table": False,
-    "fit_gain": False,
+    "refit": "none",
+    "rotate_values": False,
+    "fit_tied_embedding": False,
+    "fit_final_norm": False,
     "fit_logit_scale": False,
 }
 
 
 def healed(given: Given) -> PreTrainedModel:
     """Return the arm of a calibrated student whose blocks are then regressed on the teacher's stream."""
-    carried = by({"method": "calibrated", "repair": "none", "fit_table": False, "fit_gain": False})(given)
+    carried = by({"method": "calibrated", "refit": "none", "fit_tied_embedding": False, "fit_final_norm": False})(
+        given
+    )
     student = by({"method": "calibrated"})(given)
     layers = student.initialization_report.blocks["layers"]
     matrix = carrying_matrix(given.teacher, carried)
@@ -122,32 +124,49 @@ def healed(given: Given) -> PreTrainedModel:
 
 ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
     "random": by({"method": "random"}),
-    "uniform": by({"method": "uniform", "layers": "even"}),
+    "uniform": by({"method": "uniform", "layer_selection": "uniform"}),
     "subcloning": lambda given: subcloned(given.teacher, given.config, given.batches),
     "minitron": lambda given: pruned_as_minitron(given.teacher, given.config, given.batches),
     "first blocks, full width": dropped(first=True),
     "uniform blocks, full width": dropped(first=False),
     "activation PCA": by(
-        {"method": "calibrated", "heads": "even", "neurons": "even", "layers": "even"} | NOTHING_FITTED
+        {
+            "method": "calibrated",
+            "head_importance": "uniform",
+            "neuron_importance": "uniform",
+            "layer_selection": "uniform",
+        }
+        | NOTHING_FITTED
     ),
     "calibrated, no fitting": by({"method": "calibrated"} | NOTHING_FITTED),
-    "guide": by({"method": "guide", "layers": "even"}),
-    "guide, subsequent layers uniform": by({"method": "guide", "layers": "even", "later_blocks": "select"}),
-    "guide, subsequent layers random": by({"method": "guide", "layers": "even", "later_blocks": "random"}),
+    "guide": by({"method": "guide", "layer_selection": "uniform"}),
+    "guide, subsequent layers uniform": by(
+        {"method": "guide", "layer_selection": "uniform", "subsequent_layers": "uniform"}
+    ),
+    "guide, subsequent layers random": by(
+        {"method": "guide", "layer_selection": "uniform", "subsequent_layers": "random"}
+    ),
     "calibrated": by({"method": "calibrated", "calibration_tokens": 16384}),
     "calibrated, 8,192 tokens": by({"method": "calibrated", "calibration_tokens": 8192}),
     "calibrated, 4,096 tokens": by({"method": "calibrated", "calibration_tokens": 4096}),
     "calibrated, 2,048 tokens": by({"method": "calibrated", "calibration_tokens": 2048}),
     "calibrated, self-generated text": by(
-        {"method": "calibrated", "calibration_tokens": 8192, "calibration_length": 128, "calibration_batch_size": 16},
+        {
+            "method": "calibrated",
+            "calibration_tokens": 8192,
+            "calibration_seq_length": 128,
+            "calibration_batch_size": 16,
+        },
         own_text=True,
     ),
-    "calibrated, uniform blocks": by({"method": "calibrated", "calibration_tokens": 16384, "layers": "even"}),
-    "guide, first and last blocks": by({"method": "guide", "layers": "ends"}),
-    "guide, first and last blocks, logit_scale 0.36": by(
-        {"method": "guide", "layers": "ends", "logit_gain": 0.358797}
+    "calibrated, uniform blocks": by(
+        {"method": "calibrated", "calibration_tokens": 16384, "layer_selection": "uniform"}
     ),
-    "uniform, first and last blocks": by({"method": "uniform", "layers": "ends"}),
+    "guide, first and last blocks": by({"method": "guide", "layer_selection": "first_last"}),
+    "guide, first and last blocks, logit_scale 0.36": by(
+        {"method": "guide", "layer_selection": "first_last", "logit_scale": 0.358797}
+    ),
+    "uniform, first and last blocks": by({"method": "uniform", "layer_selection": "first_last"}),
     "blockwise distillation": healed,
 }
 SPENT = {"blockwise distillation": 0.1}  # of the budget of tokens

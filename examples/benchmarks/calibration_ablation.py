@@ -48,28 +48,24 @@ SHAPES = {
     "the quickstart's": (0.5, 1 / 3, True),
 }
 
-NOTHING_FITTED = {"repair": "none", "fit_table": False, "fit_gain": False, "fit_logit_scale": False}
+NOTHING_FITTED = {"refit": "none", "fit_tied_embedding": False, "fit_final_norm": False, "fit_logit_scale": False}
 ARMS: dict[str, dict[str, Any]] = {
     "guide": {"method": "guide"},
     "calibrated": {},
     "no fitting": NOTHING_FITTED,
     "no fitting, embedding basis": {**NOTHING_FITTED, "basis": "embeddings"},
-    "no refit": {"repair": "none"},
-    "output projections only": {"repair": "writing"},
-    "refit on teacher inputs": {"repair_inputs": "teacher"},
-    "dropped blocks not merged": {"absorb_blocks": False},
+    "no refit": {"refit": "none"},
+    "output projections only": {"refit": "output_projections"},
     "ridge 0.1": {"ridge": 0.1},
     "ridge 0.03": {"ridge": 0.03},
-    "pooled by block": {"pooling": "block"},
-    "pooled by squared norm": {"pooling": "energy"},
     "embedding basis": {"basis": "embeddings"},
-    "channel selection": {"basis": "places"},
-    "uniform blocks": {"layers": "even"},
-    "uniform heads": {"heads": "even"},
-    "uniform neurons": {"neurons": "even"},
-    "values not rotated": {"turn_values": False},
-    "embedding not fitted": {"fit_table": False},
-    "final norm not fitted": {"fit_gain": False},
+    "channel selection": {"basis": "channels"},
+    "uniform blocks": {"layer_selection": "uniform"},
+    "uniform heads": {"head_importance": "uniform"},
+    "uniform neurons": {"neuron_importance": "uniform"},
+    "values not rotated": {"rotate_values": False},
+    "embedding not fitted": {"fit_tied_embedding": False},
+    "final norm not fitted": {"fit_final_norm": False},
     "logit scale not fitted": {"fit_logit_scale": False},
     "self-generated text": {},
     "self-generated text, no fitting": NOTHING_FITTED,
@@ -116,7 +112,7 @@ def make(teacher: PreTrainedModel, shape: str, arm: str, learned: Tensor, args: 
                 teacher.config.vocab_size, learned.shape, generator=torch.Generator().manual_seed(0)
             )
         batches = [{"input_ids": rows} for rows in learned[:, :LENGTH].split(args.batch_size)]
-        data = "teacher" if arm.startswith("self-generated text") else batches
+        data = "self_generated" if arm.startswith("self-generated text") else batches
     return from_teacher(
         teacher,
         method=method,

@@ -30,9 +30,7 @@ METHODS = {
     "calibrated": {"method": "calibrated"},
     "ridge 0.1": {"method": "calibrated", "ridge": 0.1},
     "ridge 0.03": {"method": "calibrated", "ridge": 0.03},
-    "queries not rotated": {"method": "calibrated", "turn_queries": False},
-    "nothing repaired": {"method": "calibrated", "repair": "none"},
-    "nothing repaired nor turned": {"method": "calibrated", "repair": "none", "turn_queries": False},
+    "nothing repaired": {"method": "calibrated", "refit": "none"},
 }
 
 

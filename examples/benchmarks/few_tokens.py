@@ -9,6 +9,7 @@ and whatever is random. One JSON line a seed and arm is appended to --output; wh
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -36,26 +37,49 @@ from examples.common.language_model import (
 )
 from examples.common.malloc import keep_freed_memory
 from examples.common.teachers import default_language_model
-from hf_guide import AutoStudentForCausalLM
+from hf_guide import AutoStudentForCausalLM, register_method
+from hf_guide.initialization.config import PlanOptions
+from hf_guide.methods import GuideConfig, GuideMethod
 
 LENGTH = 256
 
+
+@dataclasses.dataclass
+class UncorrectedConfig(GuideConfig):
+    """Options of an ablation of guide."""
+
+    method: str = "guide_without_norm_correction"
+
+
+class UncorrectedGuide(GuideMethod):
+    """guide, in which a projected vector that is shorter than the teacher's is not made up for after norms."""
+
+    def plan_options(self) -> PlanOptions:
+        return dataclasses.replace(super().plan_options(), norm_correction=False)
+
+
+register_method("guide_without_norm_correction", UncorrectedConfig, UncorrectedGuide)
+
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
-    "uniform, uniform blocks": {"method": "uniform", "layers": "even"},
-    "uniform, first blocks": {"method": "uniform", "layers": "first"},
-    "guide, uniform blocks": {"method": "guide", "layers": "even"},
-    "guide, first blocks": {"method": "guide", "layers": "first"},
-    "guide, first blocks, logit_scale 0.3": {"method": "guide", "layers": "first", "logit_gain": 0.3},
+    "uniform, uniform blocks": {"method": "uniform", "layer_selection": "uniform"},
+    "uniform, first blocks": {"method": "uniform", "layer_selection": "first"},
+    "guide, uniform blocks": {"method": "guide", "layer_selection": "uniform"},
+    "guide, first blocks": {"method": "guide", "layer_selection": "first"},
+    "guide, first blocks, logit_scale 0.3": {"method": "guide", "layer_selection": "first", "logit_scale": 0.3},
     "guide, first blocks, subsequent layers uniform": {
         "method": "guide",
-        "layers": "first",
-        "later_blocks": "select",
+        "layer_selection": "first",
+        "subsequent_layers": "uniform",
     },
-    "uniform, first and last blocks": {"method": "uniform", "layers": "ends"},
-    "guide, first and last blocks": {"method": "guide", "layers": "ends"},
-    "guide, first and last blocks, logit_scale 0.3": {"method": "guide", "layers": "ends", "logit_gain": 0.3},
-    "guide, subsequent layers random": {"method": "guide", "layers": "first", "later_blocks": "random"},
+    "uniform, first and last blocks": {"method": "uniform", "layer_selection": "first_last"},
+    "guide, first and last blocks": {"method": "guide", "layer_selection": "first_last"},
+    "guide, first and last blocks, logit_scale 0.3": {
+        "method": "guide",
+        "layer_selection": "first_last",
+        "logit_scale": 0.3,
+    },
+    "guide, subsequent layers random": {"method": "guide", "layer_selection": "first", "subsequent_layers": "random"},
     "calibrated": {"method": "calibrated", "calibration_tokens": 16384},
     "calibrated, 8,192 tokens": {"method": "calibrated", "calibration_tokens": 8192},
     "calibrated, self-generated text": {"method": "calibrated", "calibration_tokens": 16384},
@@ -63,15 +87,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "calibrated, basis only": {
         "method": "calibrated",
         "calibration_tokens": 8192,
-        "layers": "ends",
-        "heads": "even",
-        "neurons": "even",
+        "layer_selection": "first_last",
+        "head_importance": "uniform",
+        "neuron_importance": "uniform",
     }
     | NOTHING_FITTED,
     "guide, first blocks, no norm correction": {
-        "method": "guide",
-        "layers": "first",
-        "energy_correction": False,
+        "method": "guide_without_norm_correction",
+        "layer_selection": "first",
     },
 }
 
@@ -94,7 +117,9 @@ def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]
         seen: dict[str, Any] = {}
         if ARMS[arm]["method"] == "calibrated":
             own = arm == "calibrated, self-generated text"
-            seen["calibration_dataset"] = "teacher" if own else [{"input_ids": batch} for batch in learned.split(8)]
+            seen["calibration_dataset"] = (
+                "self_generated" if own else [{"input_ids": batch} for batch in learned.split(8)]
+            )
         students[arm] = AutoStudentForCausalLM.from_teacher(
             name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **seen, **shape
         )

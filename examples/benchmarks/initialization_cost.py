@@ -93,7 +93,7 @@ def directions(folder: Path, vocabulary: int, width: int, turns: int) -> dict[st
 
 def transfer(folder: Path, vocabulary: int, width: int, turns: int) -> dict[str, Any]:
     """Return the cost of a transfer from a checkpoint in `folder`, in seconds and bytes, and the student's bytes."""
-    import hf_guide.initialization.apply  # noqa: F401  # imported lazily, and belongs to the libraries
+    import hf_guide.initialization.transfer  # noqa: F401  # imported lazily, and belongs to the libraries
 
     assert LlamaForCausalLM  # so does its module
     before, found = peak_memory(), Counted()

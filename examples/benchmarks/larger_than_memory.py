@@ -37,7 +37,7 @@ from hf_guide.modeling import from_teacher
 MAKE = """
 import json, sys, time
 import torch, transformers
-import hf_guide.initialization.apply
+import hf_guide.initialization.transfer
 from hf_guide.modeling import from_teacher
 from transformers import LlamaForCausalLM  # its module is imported lazily, and belongs to the libraries
 from peak_memory import peak_memory

@@ -38,9 +38,9 @@ from hf_guide import DistillationArguments, DistillationTrainer, from_teacher
 
 ARMS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
-    "uniform": {"method": "uniform", "layers": "even"},
-    "guide": {"method": "guide", "layers": "even"},
-    "guide, first and last blocks": {"method": "guide", "layers": "ends"},
+    "uniform": {"method": "uniform", "layer_selection": "uniform"},
+    "guide": {"method": "guide", "layer_selection": "uniform"},
+    "guide, first and last blocks": {"method": "guide", "layer_selection": "first_last"},
     "calibrated": {"method": "calibrated"},
 }
 BATCH = 32

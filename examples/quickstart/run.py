@@ -52,8 +52,8 @@ from hf_guide.utils.public_names import public_name, public_value
 
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"method": "random"},
-    "uniform": {"method": "uniform", "layers": "first"},
-    "guide": {"method": "guide", "layers": "first", "logit_gain": 0.3},
+    "uniform": {"method": "uniform", "layer_selection": "first"},
+    "guide": {"method": "guide", "layer_selection": "first", "logit_scale": 0.3},
     "calibrated": {"method": "calibrated"},
 }
 """How each student is initialized.

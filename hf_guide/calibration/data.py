@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.initialization.config import SELF_GENERATED, InitializationConfig
 from hf_guide.models.positions import TextPositions, max_input_tokens, text_positions
 from hf_guide.models.pretrained import load_processing_class
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
@@ -58,7 +58,7 @@ def load_calibration_batches(
     dataset: Iterable[Any],
     model: PreTrainedModel,
     teacher: TeacherCheckpoint,
-    options: InitializationConfig,
+    options: CalibratedConfig,
     *,
     tokens: int,
     **hub: Any,
@@ -191,9 +191,9 @@ def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -
 
 
 def _iter_batches(
-    rows: Iterator[Any], first: Any, teacher: TeacherCheckpoint, options: InitializationConfig, hub: Mapping[str, Any]
+    rows: Iterator[Any], first: Any, teacher: TeacherCheckpoint, options: CalibratedConfig, hub: Mapping[str, Any]
 ) -> Iterator[Mapping[str, Any]]:
-    size, length = options.calibration_batch_size, max_text_length(options.calibration_length, teacher)
+    size, length = options.calibration_batch_size, max_text_length(options.calibration_seq_length, teacher)
     if isinstance(first, str):
         return _batches_of_text(_iter_texts(rows), _tokenizer(teacher, hub), size, length)
     if not isinstance(first, Mapping):

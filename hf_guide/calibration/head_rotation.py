@@ -238,9 +238,7 @@ def _rotate_query_key_heads(
     )
     tokens = said[:, -1, -1].clamp(min=1)[:, None, None]
     said = said[:, :-1, :-1] / tokens - said[:, :-1, -1:] @ said[:, -1:, :-1] / tokens**2
-    scale = 1.0
-    if plan.options.restore_logit_scale:
-        scale = plan.attention_scale(plan.teacher.config, had) / plan.attention_scale(plan.student_config, wanted)
+    scale = plan.attention_scale(plan.teacher.config, had) / plan.attention_scale(plan.student_config, wanted)
     pairs = [low_rank_product_factors(asked[group], said[group], wanted) for group in range(count)]
     matrices = {"q_dim": [pair[0] * scale for pair in pairs], "k_dim": [pair[1] for pair in pairs]}
     for site in sites:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_guide.calibration.config import CalibratedConfig, Importance
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.forward import calibration_mode, drop_padding, forward_no_cache
 from hf_guide.calibration.modules import ModuleMap, ModuleRef
 from hf_guide.calibration.statistics import ActivationStatistics
 from hf_guide.initialization.blocks.selection import most_influential_blocks
-from hf_guide.initialization.config import Importance
 from hf_guide.initialization.plan import ParameterPlan, Plan
 from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct, Projection, axis_names, merge_adjacent, project_axis
 from hf_guide.models.hooks import removable_hooks
@@ -40,13 +40,15 @@ def top_influence_blocks(turned: Tensor, count: int) -> list[int]:
     return most_influential_blocks(turned.tolist(), count) or []
 
 
-def select_units(plan: Plan, statistics: ActivationStatistics) -> tuple[dict[str, SelectedIndices], list[str]]:
+def select_units(
+    plan: Plan, statistics: ActivationStatistics, config: CalibratedConfig
+) -> tuple[dict[str, SelectedIndices], list[str]]:
     """Return for each of the student's parameters which heads and neurons it keeps, and what could not be chosen so.
 
     A unit's energy is the mean of |M^T W_u a_u|^2: what it writes into the span of M (Minitron's importance,
     arXiv 2407.14679, seen after the output weight).
     """
-    options, notes = plan.options, []
+    notes: list[str] = []
     units: dict[str, SelectedIndices] = {}
     families: dict[str, list[ParameterPlan]] = {}
     for site in plan.parameters.values():
@@ -55,8 +57,8 @@ def select_units(plan: Plan, statistics: ActivationStatistics) -> tuple[dict[str
     writers = [site for family in families.values() for site in family]
     for family in families.values():
         names = _unit_names(family[0])
-        wanted = options.neurons if len(names) == 1 and _is_flat(family[0]) else options.heads
-        if wanted == Importance.EVEN or not names or not _shrinks(plan, family[0], names):
+        wanted = config.neuron_importance if len(names) == 1 and _is_flat(family[0]) else config.head_importance
+        if wanted == Importance.UNIFORM or not names or not _shrinks(plan, family[0], names):
             continue
         served = {writer.name: _coupled_parameters(plan, writer, writers, names) for writer in family}
         reason = _why_units_unsupported(plan, names, served)
@@ -230,11 +232,13 @@ def _restrict_to_axes(
     return {key: places for key, places in choice.items() if set(key.split()) <= names}
 
 
-def prunable_experts(plan: Plan, anatomy: ModuleMap) -> tuple[dict[str, ModuleRef], list[str]]:
+def prunable_experts(
+    plan: Plan, anatomy: ModuleMap, config: CalibratedConfig
+) -> tuple[dict[str, ModuleRef], list[str]]:
     """Return the teacher's experts modules of which a student keeps a part, by name, and what is chosen evenly and why."""
     found: dict[str, ModuleRef] = {}
     notes: list[str] = []
-    if plan.options.experts == Importance.EVEN:
+    if config.expert_importance == Importance.UNIFORM:
         return found, notes
     for site in plan.parameters.values():
         part = anatomy.experts.get(_source_parent(site))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_guide.initialization.planning import strip_base_prefix
 from hf_guide.layouts.grammar import AxisName
 from hf_guide.layouts.registry import Layout, LayoutMatch
+from hf_guide.models.model_classes import strip_base_prefix
 
 
 @dataclass(frozen=True)

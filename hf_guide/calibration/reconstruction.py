@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.forward import capture_input, drop_padding, is_decoder_stack, reads_decoder_tokens
 from hf_guide.calibration.least_squares import (
@@ -29,7 +30,6 @@ from hf_guide.calibration.modules import ModuleMap, ModuleRef, find_modules, lin
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import SequentialBlocks, UnsupportedBlockStructure
 from hf_guide.errors import ShapeError
-from hf_guide.initialization.config import Refit, RefitInputs
 from hf_guide.initialization.plan import ParameterPlan
 from hf_guide.initialization.transfer import Transfer, check_no_overflow
 from hf_guide.layouts.grammar import Identity, Projection, Selection
@@ -163,6 +163,7 @@ class BlockReconstructor:
     student: PreTrainedModel
     transfer: Transfer
     batches: Sequence[Batch]
+    config: CalibratedConfig
     lost: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     progress: bool = False
@@ -171,7 +172,6 @@ class BlockReconstructor:
 
     def __post_init__(self) -> None:
         self.plan = self.transfer.plan
-        self.options = self.plan.options
         self.batches = local_shard(self.batches)
         self.rounding = max_eps(self.teacher.dtype, self.student.dtype)
         self.of_teacher, self.student_modules = (
@@ -185,7 +185,7 @@ class BlockReconstructor:
                 self._refit_stack(stack)
             except UnsupportedBlockStructure as error:
                 self.notes.append(f"{stack.removesuffix('.{block}')} was not repaired: {error}")
-        if self.options.repair == Refit.ALL and not self.resume_step("heads"):
+        if self.config.refit == Refit.ALL and not self.resume_step("heads"):
             self._refit_lm_head()
             self.keep("heads")
 
@@ -261,17 +261,13 @@ class BlockReconstructor:
                 continue
             while teacher.next < fed[number]:
                 teacher.step()
-            if self.options.repair_inputs == RefitInputs.TEACHER:
-                dtype = student.hidden_states[0].dtype
-                student.hidden_states = [self._carried(stream, stack).to(dtype) for stream in teacher.hidden_states]
             stages = fit_order(student, self.student_modules, stack, number, may, self.notes)
-            if self.options.repair != Refit.ALL:
+            if self.config.refit != Refit.ALL:
                 stages = [stage for stage in stages if stage.observed_at is not None]
             taps = self._tap(teacher, stack, fed[number], stages)
             end = fed[number + 1] if number + 1 < len(fed) else len(teacher.blocks)
-            if self.options.absorb_blocks:
-                while teacher.next < end:
-                    teacher.step()
+            while teacher.next < end:  # dropped blocks are merged into the one before them
+                teacher.step()
             taps[BLOCK_OUTPUT] = list(teacher.hidden_states)
             for stage in stages:
                 if stage.observed_at is None:
@@ -414,7 +410,7 @@ class BlockReconstructor:
         residuals: tuple[Tensor, Tensor],
         biased: bool,
     ) -> None:
-        found, ridge = select_ridge(own, grams, residuals, self.options.ridge, self.rounding)
+        found, ridge = select_ridge(own, grams, residuals, self.config.ridge, self.rounding)
         if ridge is None:
             return
         value = own + found

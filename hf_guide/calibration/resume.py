@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.data import Batch
 from hf_guide.errors import OptionError
-from hf_guide.initialization.config import InitializationConfig
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.checksums import DamagedFileError, read_json, read_tensors, write_json, write_tensors
 from hf_guide.utils.distributed import all_reduce_scalar, rank_and_world_size
@@ -56,7 +56,7 @@ def describe_call(
     student_class: type[PreTrainedModel],
     student_config: PreTrainedConfig,
     student_dtype: torch.dtype,
-    options: InitializationConfig,
+    options: CalibratedConfig,
 ) -> dict[str, Any]:
     """Return what a calibration depends on before its data are read: both models' configs and the options."""
     return {

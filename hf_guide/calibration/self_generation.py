@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
 
+from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig
 from hf_guide.calibration.data import max_text_length
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.initialization.config import SELF_GENERATED, InitializationConfig
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 
@@ -23,7 +23,7 @@ _SEED_STRIDE = 1_000_003  # the second rows of one seed are not the first of the
 def generate_calibration_text(
     model: PreTrainedModel,
     teacher: TeacherCheckpoint,
-    options: InitializationConfig,
+    options: CalibratedConfig,
     *,
     tokens: int,
     show_progress: bool = False,
@@ -42,7 +42,7 @@ def generate_calibration_text(
             f"calibration_dataset={SELF_GENERATED!r} is text that the teacher writes, and {type(model).__name__} writes none: only "
             "causal language models do, loaded with their head. Pass a dataset."
         )
-    length = max_text_length(options.calibration_length, teacher)
+    length = max_text_length(options.calibration_seq_length, teacher)
     ids = torch.zeros(-(-tokens // length), length, dtype=torch.long)
     rank, processes = rank_and_world_size()
     chunks = list(enumerate(ids.split(GENERATION_BATCH_SIZE)))[rank::processes]

@@ -20,7 +20,6 @@ from hf_guide.calibration.forward import (
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.errors import TeacherError
-from hf_guide.initialization.config import Pooling
 from hf_guide.layouts.grammar import AxisName, AxisProduct, axis_names, axis_size, group_indices
 from hf_guide.layouts.registry import Layout, config_sizes, rotary_size
 from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, register_input_hook, removable_hooks
@@ -70,15 +69,12 @@ def collect_statistics(
     layout: Layout,
     batches: Sequence[Batch],
     *,
-    pooling: str = "norm",
     checkpoint: CalibrationCheckpoint | None = None,
     show_progress: bool = False,
 ) -> ActivationStatistics:
     """Hear a teacher once on all batches; with several processes each takes its share and all get the same sums.
 
     Args:
-        pooling: "norm": each token at length 1, each norm alike; "block": the norms of one block share its weight; "energy":
-            tokens at their own length.
         checkpoint: where sums are kept meanwhile, and gone on with.
 
     Raises:
@@ -88,7 +84,6 @@ def collect_statistics(
     seen = {stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in anatomy.blocks.items()}
     found.block_influence = {stack: torch.zeros_like(count) for stack, count in seen.items()}
     places = residual_inputs(anatomy)
-    shares = _pooling_weights(places, pooling)
     heads = {name: head_size(part, layout, model) for name, part in anatomy.writers.items()}
     current: Batch = {}
     last: list[Tensor] = []
@@ -97,16 +92,15 @@ def collect_statistics(
         rows = drop_padding(heard, current, of_decoder=reads_decoder_tokens(part, model.config))
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
-    def hear_stream(place: ModuleRef, share: float, stream: Tensor) -> None:
+    def hear_stream(place: ModuleRef, stream: Tensor) -> None:
         if last and last[0] is stream:
             return  # another weight reads the same
         last[:] = [stream]
         rows = real(stream, place)
         if layout.norm == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
-        if pooling != Pooling.ENERGY:
-            rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        found.moments[place.axis] = found.moments.get(place.axis, 0) + share * (rows.T @ rows).double().cpu()
+        rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        found.moments[place.axis] = found.moments.get(place.axis, 0) + (rows.T @ rows).double().cpu()
 
     def hear_inner(name: str, part: ModuleRef, inner: Tensor) -> None:
         rows, size = real(inner, part), heads[name]
@@ -143,8 +137,8 @@ def collect_statistics(
                     lambda _, args, output, n=name, p=part, w=where: hear_projected(n, p, w, output)
                 )
             )
-        for place, share in zip(places, shares, strict=True):
-            handles.append(register_input_hook(place.module, lambda heard, p=place, s=share: hear_stream(p, s, heard)))  # type: ignore[misc]
+        for place in places:
+            handles.append(register_input_hook(place.module, lambda heard, p=place: hear_stream(p, heard)))  # type: ignore[misc]
         for name, part in anatomy.writers.items():
             handles.append(register_input_hook(part.module, lambda heard, n=name, p=part: hear_inner(n, p, heard)))  # type: ignore[misc]
         for stack, blocks in anatomy.blocks.items():
@@ -246,13 +240,6 @@ def mlp_width(anatomy: ModuleMap, layout: Layout, model: PreTrainedModel) -> int
     """Return how many neurons the widest MLP has, 0 where there is none."""
     mlps = [part for part in anatomy.writers.values() if head_size(part, layout, model) is None]
     return max((linear_weight(part.module).shape[1] for part in mlps), default=0)
-
-
-def _pooling_weights(places: Sequence[ModuleRef], pooling: str) -> list[float]:
-    if pooling != Pooling.BLOCK:
-        return [1.0] * len(places)
-    homes = [(place.stack, place.block) if place.block is not None else (place.name, None) for place in places]
-    return [1.0 / homes.count(home) for home in homes]
 
 
 def _input_moment_shape(part: ModuleRef, head: int | None) -> tuple[int, ...]:

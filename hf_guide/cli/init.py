@@ -3,17 +3,16 @@
 import argparse
 import ast
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_guide.calibration.config import SELF_GENERATED
 from hf_guide.cli.teacher_arguments import add_teacher_arguments, hub_arguments, to_flag
 from hf_guide.errors import OptionError
 from hf_guide.hub.saved_model import check_tokenizer_files, copy_tokenizer_files
-from hf_guide.initialization.config import SELF_GENERATED, InitializationConfig
 from hf_guide.tasks import Task
 from hf_guide.utils.escaping import escape_control_characters
 from hf_guide.utils.files import atomic_folder, check_disk_space, check_output_folder
@@ -46,7 +45,7 @@ TASKS = {"base": "AutoStudent"} | {str(task): task.auto_student_class for task i
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the teacher, the output, the student's shape, and one flag for each field of `InitializationConfig`."""
+    """Give `parser` the teacher, the output, the student's shape, and the method with its options."""
     add_teacher_arguments(parser)
     parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the student; new or empty")
     parser.add_argument("--task", choices=TASKS, help="the student's head; by default the one the teacher has")
@@ -72,16 +71,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         help="text files, which --method calibrated runs through the teacher; texts part where a line is empty. The one word "
-        "teacher: text that it writes itself",
+        "self_generated: text that it writes itself",
     )
     method.add_argument(
-        "--calibration-dir",
+        "--calibration-cache-dir",
         metavar="DIR",
         type=Path,
         help="folder, new or of the same command, that keeps what --method calibrated has done: killed, the command goes on "
         "from there. It stays until you remove it",
     )
-    _add_options(method)
+    method.add_argument(
+        "--method",
+        default="guide",
+        metavar="NAME",
+        help="guide, calibrated, uniform, random, or one that is registered",
+    )
+    method.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the method, as often as needed: --option layer_selection=[0,4,9]",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,8 +103,9 @@ def run(args: argparse.Namespace) -> int:
         if key in overrides:
             raise OptionError(f"{key} is given twice: as {overrides[key]!r} and as {value!r}. Name it once.")
         overrides[key] = value
-    chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(InitializationConfig)}
-    method = InitializationConfig(**{name: value for name, value in chosen.items() if value is not None})
+    from hf_guide.methods import InitializationConfig
+
+    method = InitializationConfig(args.method, **dict(parse_override(text, "--option") for text in args.option))
     check_output_folder(args.output)
     check_tokenizer_files(args.teacher, gguf_file=args.gguf_file, revision=args.revision, token=args.token)
 
@@ -108,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             args.teacher,
             method=method,
             calibration_dataset=_calibration_dataset(args.calibration_dataset),
-            calibration_dir=args.calibration_dir,
+            calibration_cache_dir=args.calibration_cache_dir,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             gguf_file=args.gguf_file,
             show_progress=not args.no_progress,
@@ -125,30 +137,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str, flag: str = "--set") -> tuple[str, Any]:
     """Split KEY=VALUE, the value read as JSON or Python where it is either, otherwise as a string."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise OptionError(
-            f"--set {text!r} is not understood; write --set key=value, for example --set rms_norm_eps=1e-6."
+            f"{flag} {text!r} is not understood; write {flag} key=value, for example --set rms_norm_eps=1e-6."
         )
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError):
             return key, read(value)
     return key, value
-
-
-def parse_layers(text: str) -> str | list[int]:
-    """`even` or `first`, or numbers such as `0,4,9`."""
-    return [int(number) for number in text.split(",")] if text[:1].isdigit() else text
-
-
-def parse_numbers(path: str) -> list[float]:
-    """The numbers in a text file, separated by white space."""
-    try:
-        return [float(word) for word in Path(path).read_text(encoding="utf-8").split()]
-    except (OSError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"expected a text file of numbers, one a token: {error}") from error
 
 
 def _calibration_dataset(paths: Sequence[Path] | None) -> list[str] | str | None:
@@ -193,16 +192,3 @@ def _write_card_and_plot(report: "InitializationReport", folder: Path, args: arg
             plot_explained_variance(report, folder / PLOT_NAME)
         except ImportError as error:
             print(f"No plot was drawn: {error}", file=sys.stderr)
-
-
-def _add_options(group: argparse._ArgumentGroup) -> None:
-    """One flag for each field of InitializationConfig. What is not given stays None and takes the field's default."""
-    parsers: dict[str, Any] = {"layers": parse_layers, "token_weights": parse_numbers}
-    parsers |= {"ridge": float, "calibration_tokens": int}  # their default, None, does not tell
-    for field in dataclasses.fields(InitializationConfig):
-        text = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
-        if isinstance(field.default, bool):
-            group.add_argument(to_flag(field.name), action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            read = parsers.get(field.name, str if field.default is None else type(field.default))
-            group.add_argument(to_flag(field.name), type=read, default=None, help=text)

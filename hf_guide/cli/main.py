@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def describe_remaining_output(args: argparse.Namespace) -> str:
     """Return what an interrupted command has left where it was to write; nothing of one that has no output."""
-    kept = getattr(args, "calibration_dir", None)
+    kept = getattr(args, "calibration_cache_dir", None)
     if kept is not None and kept.is_dir() and any(kept.iterdir()):
         return f"; the same command goes on from {kept}"
     if getattr(args, "output", None) is None:

@@ -10,12 +10,14 @@ from transformers import PreTrainedConfig
 
 from hf_guide.errors import HfGuideError
 from hf_guide.initialization.basis import embedding_second_moments, explained_variance, fit_basis
-from hf_guide.initialization.config import InitializationConfig
+from hf_guide.initialization.config import LayerSelection, PlanOptions
 from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.student_config import derive_student_config
 from hf_guide.layouts.registry import Layout
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.visualization import LANDMARKS, Curve, width_reaching
+
+_PLAN = PlanOptions(LayerSelection.FIRST_LAST.value, projects=True)
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def variance_curves(teacher: TeacherCheckpoint, layout: Layout) -> dict[str, lis
     Raises:
         TeacherError: a table that cannot be read, or holds numbers that are not finite.
     """
-    plan = make_plan(_meta_model(teacher, teacher.config), teacher, layout, InitializationConfig())
+    plan = make_plan(_meta_model(teacher, teacher.config), teacher, layout, _PLAN)
     moments = embedding_second_moments(plan, list(plan.widths))
     return {
         axis: explained_variance(fit_basis(moment, len(moment)).eigenvalues).tolist()
@@ -78,7 +80,7 @@ def count_parameters(teacher: TeacherCheckpoint, layout: Layout, overrides: dict
     """How many parameters a student with these overrides has; None where it cannot be made from this teacher."""
     try:
         student = _meta_model(teacher, derive_student_config(teacher.config, overrides))
-        make_plan(student, teacher, layout, InitializationConfig())
+        make_plan(student, teacher, layout, _PLAN)
     except HfGuideError:
         return None
     return student.num_parameters()

@@ -35,7 +35,7 @@ def init_student_from_teacher(
         TeacherError: the teacher has an adapter, or cannot be read.
     """
     # Only here: distillation works without initialization.
-    from hf_guide.initialization.config import InitializationConfig, Method
+    from hf_guide.methods import InitializationConfig, make_method
     from hf_guide.modeling import from_teacher
 
     where = {
@@ -52,8 +52,8 @@ def init_student_from_teacher(
             f"A student is made out of one teacher, a Hub id, a folder or a model; found {type(source).__name__}. Name it "
             "with 'teacher' among the student's arguments, or pass a model."
         )
-    calibrated = InitializationConfig.parse(chosen.get("method", "guide")).method == Method.CALIBRATED
-    if calibrated and "calibration_dataset" not in chosen and _has_token_ids(train_dataset):
+    initializer = make_method(InitializationConfig.parse(chosen.get("method", "guide")))
+    if initializer.requires_data and "calibration_dataset" not in chosen and _has_token_ids(train_dataset):
         chosen["calibration_dataset"] = train_dataset
     return from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it says what is wrong with another module
 

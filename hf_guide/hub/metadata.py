@@ -22,8 +22,8 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from huggingface_hub.utils import validate_repo_id
 
 from hf_guide.errors import HfGuideError
-from hf_guide.initialization.config import Method
 from hf_guide.initialization.report import InitializationReport
+from hf_guide.methods import list_methods
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.fingerprint import files_fingerprint
 from hf_guide.utils.public_names import is_local, public_name
@@ -406,7 +406,7 @@ def merge_metadata(
     for key, values in appended.items():
         values, existing = list(values), as_list(data.get(key))
         if key == "tags" and LIBRARY_TAG in existing:  # our section may have named another method before
-            outdated = {method.value for method in Method} - set(values)
+            outdated = set(list_methods()) - set(values)
             existing = [tag for tag in existing if tag not in outdated]
         merged = list(dict.fromkeys([*existing, *values]))
         if merged:

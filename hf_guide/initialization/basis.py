@@ -236,24 +236,9 @@ def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
                 inner = embedding_second_moments(plan, other)[other[0]] if inner is None else inner
                 moment += rows.double().T @ inner @ rows.double()
                 continue
-            weights = _row_weights(plan, site, len(rows))
-            moment += second_moment(
-                [rows], width, weights=weights, centered=plan.options.centered, name=site.source or ""
-            )
+            moment += second_moment([rows], width, name=site.source or "")
         moments[axis] = moment
     return moments
-
-
-def _row_weights(plan: Plan, site: ParameterPlan, rows: int) -> Tensor | None:
-    """Return one weight a row, (rows,), for a table of tokens where weights are given; None for others."""
-    if plan.options.token_weights is None or "vocab" not in _site_axis_names(site):
-        return None
-    if len(plan.options.token_weights) != rows:
-        raise OptionError(
-            f"token_weights has {len(plan.options.token_weights)} numbers, but the teacher's table {site.source!r} has "
-            f"{rows} rows: give one weight a row."
-        )
-    return torch.tensor(plan.options.token_weights, dtype=torch.float64)
 
 
 def fit_embedding_basis(plan: Plan, axis: str, moments: dict[str, Tensor]) -> ResidualBasis:

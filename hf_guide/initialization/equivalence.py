@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, ShapeError
-from hf_guide.initialization.apply import initialize
 from hf_guide.initialization.blocks.config_fields import value_at
 from hf_guide.initialization.blocks.mapping import nest_paths, resolve_blocks, stack_depths
-from hf_guide.initialization.config import InitializationConfig
-from hf_guide.initialization.planning import make_plan, parameters_by_block, stack_sizes, strip_base_prefix
+from hf_guide.initialization.config import LayerSelection, PlanOptions
+from hf_guide.initialization.planning import make_plan, parameters_by_block, stack_sizes
+from hf_guide.initialization.transfer import transfer_weights
 from hf_guide.layouts.grammar import AxisName, Selection, axis_names
 from hf_guide.layouts.registry import Layout
-from hf_guide.models.model_classes import meta_model
+from hf_guide.models.model_classes import meta_model, strip_base_prefix
 from hf_guide.models.module_signature import stack_modules
 from hf_guide.models.tiny_models import (
     DEPTH_FIELDS,
@@ -97,12 +97,17 @@ def check_equivalence(layout: Layout, twin: PreTrainedModel) -> EquivalenceRepor
     return EquivalenceReport(True, max(turned, dropped), depth=depth_dependence(layout, twin))
 
 
+def _options(*, fold_norms: bool = True) -> PlanOptions:
+    """Return the options of a plan that must be exact: nothing is cut that a norm correction would make up for."""
+    return PlanOptions(LayerSelection.FIRST_LAST.value, projects=True, norm_correction=False, fold_norms=fold_norms)
+
+
 def rotation_error(layout: Layout, twin: PreTrainedModel, width: int) -> float:
     """Return by how much the function changes, of the largest logit, when the residual stream is turned at random."""
     student = build_tiny_model(type(twin), copy.deepcopy(twin.config), seed=1)
     rotation = random_stream_rotation(width, keep_mean=layout.norm == "layer")
-    options = InitializationConfig(energy_correction=False, fold_norms=any(row.input_norms for row in layout.rows))
-    initialize(student, open_teacher(twin), layout, options, bases={"embed": rotation})
+    options = _options(fold_norms=any(row.input_norms for row in layout.rows))
+    transfer_weights(student, open_teacher(twin), layout, options, bases={"embed": rotation})
     return relative_logit_error(student, twin)
 
 
@@ -126,7 +131,7 @@ def pruning_error(layout: Layout, twin: PreTrainedModel) -> float:
             f"a twin with fewer heads and neurons cannot be built: {type(error).__name__}: {error}"
         ) from error
     teacher = copy.deepcopy(twin)
-    options = InitializationConfig(energy_correction=False)
+    options = _options()
     plan = make_plan(student, open_teacher(teacher), layout, options)
     tensors = {
         strip_base_prefix(name, teacher.base_model_prefix): tensor
@@ -140,7 +145,7 @@ def pruning_error(layout: Layout, twin: PreTrainedModel) -> float:
                     dead = torch.ones(chosen.size, dtype=torch.bool)
                     dead[chosen.indices] = False
                     tensors[site.source or ""].index_fill_(dim, dead.nonzero().flatten(), 0.0)
-    initialize(student, open_teacher(teacher), layout, options)
+    transfer_weights(student, open_teacher(teacher), layout, options)
     try:
         return relative_logit_error(student, teacher)
     except MODEL_ERRORS as error:
@@ -274,11 +279,11 @@ def compare_with_bypassed(
     Raises:
         HfGuideError: the student cannot be made. What the family raises in a forward pass is passed on.
     """
-    options = InitializationConfig(layers={stack: list(kept) for stack, kept in blocks.items()})
+    options = PlanOptions({stack: list(kept) for stack, kept in blocks.items()}, projects=True)
     teacher = open_teacher(twin)
     resolved = resolve_blocks(teacher, layout, None, overrides, options)
     student = build_tiny_model(type(twin), resolved.config, seed=1)
-    report = initialize(student, teacher, layout, options)
+    report = transfer_weights(student, teacher, layout, options)
     kept = report.blocks
     if {stack: list(each) for stack, each in blocks.items()} != kept:
         raise ShapeError(f"the tiny model's stacks are {kept}, not {dict(blocks)}")

@@ -19,7 +19,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from hf_guide.errors import LayoutError
 from hf_guide.initialization.blocks.depths import add_block_axes
 from hf_guide.initialization.equivalence import EquivalenceReport, check_equivalence
-from hf_guide.initialization.planning import strip_base_prefix
 from hf_guide.layouts.grammar import AxisName, axis_names, axis_size, parse_axes
 from hf_guide.layouts.hierarchy import SHARED_POSITION_BIAS
 from hf_guide.layouts.registry import (
@@ -33,7 +32,7 @@ from hf_guide.layouts.registry import (
     registered_layouts,
     variant_for,
 )
-from hf_guide.models.model_classes import meta_model
+from hf_guide.models.model_classes import meta_model, strip_base_prefix
 from hf_guide.models.tiny_models import MODEL_ERRORS, TINY_SIZES, build_tiny_model, randomize_parameters, tiny_config
 
 WIDER_SIZE = 80

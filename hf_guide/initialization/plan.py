@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import ShapeError, TeacherError
-from hf_guide.initialization.config import InitializationConfig, SubsequentLayers
+from hf_guide.initialization.config import PlanOptions, SubsequentLayers
 from hf_guide.initialization.selection import alibi_head_indices, evenly_spaced_indices, rope_pair_indices
 from hf_guide.layouts.grammar import (
     Axis,
@@ -89,7 +89,7 @@ class Plan:
     """
 
     layout: Layout
-    options: InitializationConfig
+    options: PlanOptions
     teacher: TeacherCheckpoint
     student_config: PreTrainedConfig
     parameters: dict[str, ParameterPlan]
@@ -97,8 +97,8 @@ class Plan:
     teacher_names: dict[str, str]
     stacks: dict[str, list[int]]
     widths: dict[str, tuple[int, int]]
-    vocab_places: Tensor | None
-    label_places: Tensor | None
+    vocab_indices: Tensor | None
+    label_indices: Tensor | None
     random: list[str]
     lost: list[str]
     bases: dict[str, Tensor] = field(default_factory=dict)
@@ -159,7 +159,9 @@ class Plan:
         if name not in self.widths or not self.options.projects:
             return False
         teacher, student = self.widths[name]
-        selected = site.block is not None and site.block > 0 and self.options.later_blocks == SubsequentLayers.SELECT
+        selected = (
+            site.block is not None and site.block > 0 and self.options.subsequent_layers == SubsequentLayers.UNIFORM
+        )
         return (teacher != student or name in self.bases) and not selected
 
     def maps(self, site: ParameterPlan) -> list[AxisMap]:
@@ -204,7 +206,7 @@ class Plan:
                 matrix = self.bases.get(name, torch.empty(self.widths[name]))
                 found.append(Projection(matrix if times == 1 else torch.block_diag(*[matrix] * times)))
             elif axis in (AxisName("vocab"), AxisName("labels")):
-                places = self.vocab_places if axis == AxisName("vocab") else self.label_places
+                places = self.vocab_indices if axis == AxisName("vocab") else self.label_indices
                 if places is None and teacher[str(axis)] != student[str(axis)]:
                     raise ShapeError(
                         f"{site.name}: the student has {student[str(axis)]} rows for its {axis}, the teacher "
@@ -270,13 +272,7 @@ class Plan:
             )
             places = rope_pair_indices(had, wanted, *rotary, self.layout.rope)
             scaled_here = site.match.row.kind == "norm" or not self._has_query_norm(site)
-            if (
-                name.endswith("q_dim")
-                and had != wanted
-                and scaled_here
-                and self.options.projects
-                and self.options.restore_logit_scale
-            ):
+            if name.endswith("q_dim") and had != wanted and scaled_here and self.options.projects:
                 factor *= (
                     had
                     / wanted
@@ -311,6 +307,33 @@ class Plan:
             0
         ].tolist()
         return heads if len(heads) != axis_size(axis, teacher) else None
+
+    def selected_heads_by_block(self) -> dict[str, list[list[int]]]:
+        """Return the teacher's heads that each block's attention keeps, by module, where it has fewer than the teacher."""
+        by_module: dict[str, dict[int, list[int]]] = {}
+        for site in self.parameters.values():
+            if site.source is None or site.block is None or len(site.axes) < 2:
+                continue
+            heads = self.selected_heads(site)
+            if heads is not None:
+                module = site.match.row.pattern.replace(".{block}", "").rpartition(".")[0]
+                by_module.setdefault(module, {})[site.block] = heads
+        return {module: [heads[block] for block in sorted(heads)] for module, heads in by_module.items()}
+
+    def rope_mismatch_notes(self) -> list[str]:
+        """Return what the report notes where the student's rotary frequencies are not those of the pairs it keeps."""
+        layout, configs = self.layout, (self.teacher.config, self.student_config)
+        teacher_head, student_head = (config_sizes(layout, config).get("q_dim") for config in configs)
+        if layout.rope is None or teacher_head is None or student_head is None:
+            return []
+        teacher = rotary_size(layout, self.teacher.config, teacher_head)
+        student = rotary_size(layout, self.student_config, student_head)
+        if not student or teacher % student == 0:
+            return []
+        return [
+            f"heads rotate {student} dimensions, which does not divide the teacher's {teacher}: the student's rotary "
+            "frequencies differ from those of the pairs it keeps."
+        ]
 
     def attention_scale(self, config: PreTrainedConfig, head_dim: int) -> float:
         """Return what a model multiplies the products of queries and keys with."""

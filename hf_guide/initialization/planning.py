@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, OptionError, ShapeError
 from hf_guide.initialization.blocks.config_fields import block_lists, iter_subconfigs, kv_sharing_sources, value_at
-from hf_guide.initialization.config import InitializationConfig, LayerSelection, Method, SubsequentLayers
+from hf_guide.initialization.config import LayerSelection, PlanOptions, SubsequentLayers
 from hf_guide.initialization.head_grouping import check_head_grouping
 from hf_guide.initialization.plan import AXIS_LABELS, ParameterPlan, Plan
 from hf_guide.initialization.selection import evenly_spaced_indices, select_blocks
@@ -25,14 +25,9 @@ from hf_guide.layouts.hierarchy import (
     select_stage_blocks,
 )
 from hf_guide.layouts.registry import Layout, LayoutMatch, config_sizes
-from hf_guide.models.model_classes import meta_model
+from hf_guide.models.model_classes import meta_model, strip_base_prefix
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.validation import did_you_mean
-
-
-def strip_base_prefix(name: str, prefix: str) -> str:
-    """Return `name` relative to the base model."""
-    return name.removeprefix(prefix + ".") if prefix else name
 
 
 def merge_tied_axes(layout: Layout, names: Iterable[str]) -> Layout:
@@ -115,7 +110,7 @@ def check_block_kinds(
                 raise ShapeError(
                     f"The teacher's block {block} of {stack.removesuffix('.{block}')!r} cannot feed the student's block "
                     f"{position}: it has {surplus[0]!r}, for which the student's has no place: blocks of another kind. "
-                    "Choose blocks of the same kinds with layers=[...], or leave per-block lists to the teacher's config."
+                    "Choose blocks of the same kinds with layer_selection=[...], or leave per-block lists to the teacher's config."
                 )
 
 
@@ -136,10 +131,10 @@ def make_plan(
     student: PreTrainedModel,
     teacher: TeacherCheckpoint,
     layout: Layout,
-    options: InitializationConfig,
+    options: PlanOptions,
     *,
-    vocab_places: Tensor | None = None,
-    label_places: Tensor | None = None,
+    vocab_indices: Tensor | None = None,
+    label_indices: Tensor | None = None,
 ) -> Plan:
     """Return the plan of a transfer, having checked every shape.
 
@@ -181,7 +176,7 @@ def make_plan(
     had, wanted = stack_sizes(layout, teacher_names), stack_sizes(layout, student_names)
     check_stack_names(options, [*had, *stage_names(layout, teacher_names)])
     stacks = {
-        stack: select_blocks(had[stack], count, options.resolved_layer_selection, stack.removesuffix(".{block}"))
+        stack: select_blocks(had[stack], count, options.layer_selection, stack.removesuffix(".{block}"))
         if stack.endswith("{block}")
         else _listed_module_indices(layout, teacher.config, student.config, stack, had[stack], count)
         for stack, count in wanted.items()
@@ -223,7 +218,7 @@ def make_plan(
             if elsewhere and not match.is_bias:
                 raise ShapeError(
                     f"{actual}: the teacher's block that feeds it has no {source!r}: blocks of another kind. "
-                    "Choose blocks of the same kinds with layers=[...], or leave per-block lists to the teacher's config."
+                    "Choose blocks of the same kinds with layer_selection=[...], or leave per-block lists to the teacher's config."
                 )
             if not (match.is_bias and (match.row.input_norms or elsewhere)):  # a bias that a block lacks is zero there
                 random.append(actual)
@@ -240,9 +235,9 @@ def make_plan(
         )
 
     widths = _projected_widths(layout, sites.values())
-    random_blocks = options.method == Method.GUIDE and options.later_blocks == SubsequentLayers.RANDOM
+    random_blocks = options.subsequent_layers == SubsequentLayers.RANDOM
     for name, site in list(sites.items()):
-        carries_labels = label_places is not None and len(label_places) == 0 and AxisName("labels") in site.axes
+        carries_labels = label_indices is not None and len(label_indices) == 0 and AxisName("labels") in site.axes
         if carries_labels or (random_blocks and site.block is not None and site.block > 0):
             random.append(site.name)
             del sites[name]
@@ -282,8 +277,8 @@ def make_plan(
         teacher_names,
         stacks,
         widths,
-        vocab_places,
-        label_places,
+        vocab_indices,
+        label_indices,
         random,
         lost,
         depths=had,
@@ -302,17 +297,17 @@ def make_plan(
     return plan
 
 
-def check_stack_names(options: InitializationConfig, stacks: Iterable[str]) -> None:
+def check_stack_names(options: PlanOptions, stacks: Iterable[str]) -> None:
     """Refuse blocks that are named for a stack which the teacher does not have.
 
     Raises:
         OptionError: names the stacks that it has.
     """
     known = [stack.rpartition(".")[0] for stack in stacks if stack.count("{") == 1]
-    for name in options.layers if isinstance(options.layers, dict) else ():
+    for name in options.layer_selection if isinstance(options.layer_selection, dict) else ():
         if name not in known:
             raise OptionError(
-                f"layers names the stack {name!r}, but this teacher's stacks are {known}.{did_you_mean(name, known)}"
+                f"layer_selection names the stack {name!r}, but this teacher's stacks are {known}.{did_you_mean(name, known)}"
             )
 
 
@@ -329,7 +324,7 @@ def _listed_module_indices(
             return torch.tensor(places), torch.ones(len(places), dtype=torch.float64)
 
         return select_indices(heads, leaf, sizes[0])[0].tolist()
-    return select_blocks(had, wanted, "even", stack)
+    return select_blocks(had, wanted, LayerSelection.UNIFORM.value, stack)
 
 
 def is_parameter(tensor: Tensor) -> bool:
@@ -349,7 +344,7 @@ def _stage_block_mapping(
     student: PreTrainedModel,
     teacher: TeacherCheckpoint,
     layout: Layout,
-    options: InitializationConfig,
+    options: PlanOptions,
     teacher_names: Iterable[str],
     student_names: Iterable[str],
     stacks: Mapping[str, list[int]],
@@ -384,11 +379,11 @@ def _stage_block_mapping(
             built = built or meta_model(teacher.model_class, teacher.config)
             name = actual.rpartition(".")[0]
             of_stage = (
-                options.resolved_layer_selection.get(name)
-                if isinstance(options.resolved_layer_selection, dict)
-                else options.resolved_layer_selection
+                options.layer_selection.get(name)
+                if isinstance(options.layer_selection, dict)
+                else options.layer_selection
             )
-            kept = LayerSelection.EVEN.value if of_stage is None else of_stage
+            kept = LayerSelection.UNIFORM.value if of_stage is None else of_stage
             chosen[actual] = select_stage_blocks(
                 name,
                 module_signatures(built, fed, had),

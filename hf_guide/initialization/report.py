@@ -1,27 +1,37 @@
-"""What came from where: the record that every student carries and saves beside its weights."""
+"""The initialization report: where each parameter of a student came from, saved next to its weights."""
 
 import dataclasses
 import json
 import os
 import re
+import resource
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
 
 from hf_guide.errors import HfGuideError
+from hf_guide.teachers.checkpoint import TeacherCheckpoint, teacher_fingerprint
+from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
 from hf_guide.utils.escaping import to_single_line
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.public_names import is_local, public_name
 from hf_guide.utils.typed_json import check_field_types
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from hf_guide.initialization.config import InitializationConfig
-    from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.version import __version__
 
 REPORT_NAME = "initialization_report.json"
+
+_RENAMED_FIELDS = {"kept": "variance_explained", "widths": "sizes"}
+_RENAMED_CALIBRATION_KEYS = {
+    "lost": "residual_error",
+    "own_text": "self_generated",
+    "units": "selected",
+    "influence": "block_influence",
+}
 
 
 @dataclass
@@ -43,32 +53,37 @@ class ParameterRecord:
     steps: list[str] = field(default_factory=list)
 
 
+@with_renamed_options(RenamedOptions(names=_RENAMED_FIELDS))
 @dataclass
 class InitializationReport:
-    """How a student was made of its teacher. Printed, it is a table; `summary()` says it in five lines.
+    """How a student was initialized from its teacher. Printed, it is a table; `summary()` is five lines.
 
     Attributes:
-        teacher, revision: the teacher's id, folder or class, and its commit where known; of a folder only the last part
-            of its path is saved.
-        teacher_fingerprint: of a teacher without a commit, a hash of its weights (see `fingerprints`).
-        teacher_class, student_class: names of the model classes.
-        options: the fields of the `InitializationConfig` used, and `method` among them.
-        hf_guide_version, transformers_version: what made it.
-        teacher_parameters, student_parameters: how many numbers each holds, tied ones counted once.
-        blocks: for each stack of blocks, the teacher's block that feeds each of the student's.
-        heads: for each attention module, by its name without the block's number, the teacher's heads that each block keeps,
-            where it has fewer.
-        explained_variance: for each projected axis the share, 0 to 1, kept at width 1, 2, ..., the teacher's.
-        kept: for each projected axis the share kept at the student's width.
-        widths: for each axis the teacher's size and the student's.
-        parameters: one record for each parameter of the student.
-        approximations: what could not be carried over exactly, and why.
-        randomly_initialized: parameters that the teacher has nothing for.
-        notes: choices that were made otherwise than asked for, and why, such as other blocks.
-        calibration: of a calibrated student: the tokens seen, whether the teacher wrote them, each block's influence (1 -
-            cosine of input and output), the places of heads and neurons kept, by writing weight, and the share of the stream
-            that was lost after each block.
-        seconds: time by step; peak_memory_bytes: the most the process had resident.
+        teacher, revision: The teacher's id, folder or class, and its commit where known; of a folder only the last part of
+            its path is saved.
+        teacher_fingerprint: Hash of the weights of a teacher without a commit.
+        teacher_class, student_class: Names of the model classes.
+        options: The fields of the `InitializationConfig` that was used, `method` among them.
+        hf_guide_version, transformers_version: The versions that made it.
+        teacher_parameters, student_parameters: How many numbers each holds, tied ones counted once.
+        blocks: By stack, the teacher's block that feeds each of the student's.
+        heads: By attention module (without the block's number), the teacher's heads that each block keeps, where it has fewer.
+        explained_variance: By projected axis, the fraction (0 to 1) of variance explained at width 1, 2, ..., the teacher's.
+        variance_explained: By projected axis, the fraction explained at the student's width.
+        sizes: By axis, the teacher's size and the student's.
+        parameters: One record for each parameter of the student.
+        approximations: What could not be transferred exactly, and why.
+        randomly_initialized: Parameters that the teacher has nothing for.
+        notes: Choices that differ from what was asked for, and why, such as other blocks.
+        calibration: Of a calibrated student: `tokens` seen; `self_generated`, whether the teacher wrote them;
+            `block_influence` (1 - cosine of input and output); `selected`, the indices of heads and neurons by output
+            projection; `residual_error`, the relative error of the residual stream after each block; and `logit_scale`.
+        seconds: Time by step.
+        peak_memory_bytes: The most the process had resident.
+
+    Example:
+        >>> report = student.initialization_report  # doctest: +SKIP
+        >>> print(report.summary())  # doctest: +SKIP
     """
 
     teacher: str
@@ -83,8 +98,8 @@ class InitializationReport:
     blocks: dict[str, list[int]] = field(default_factory=dict)
     heads: dict[str, list[list[int]]] = field(default_factory=dict)
     explained_variance: dict[str, list[float]] = field(default_factory=dict)
-    kept: dict[str, float] = field(default_factory=dict)
-    widths: dict[str, list[int]] = field(default_factory=dict)
+    variance_explained: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, list[int]] = field(default_factory=dict)
     parameters: list[ParameterRecord] = field(default_factory=list)
     approximations: list[str] = field(default_factory=list)
     randomly_initialized: list[str] = field(default_factory=list)
@@ -95,29 +110,21 @@ class InitializationReport:
     teacher_fingerprint: str | None = None
 
     @classmethod
-    def of_random(
-        cls, student: "PreTrainedModel", teacher: "TeacherCheckpoint", options: "InitializationConfig"
-    ) -> "InitializationReport":
-        """The report of a student of which nothing came from the teacher but its shape's limits."""
-        import transformers
-
-        from hf_guide.teachers.checkpoint import teacher_fingerprint
-        from hf_guide.version import __version__
-
-        shapes = {name: list(parameter.shape) for name, parameter in student.named_parameters()}
+    def begin(cls, student: PreTrainedModel, teacher: TeacherCheckpoint, **fields: Any) -> "InitializationReport":
+        """Return a report with what is known of both models, and `fields`."""
         return cls(
             teacher=teacher.name,
             revision=teacher.revision,
             teacher_class=teacher.model_class.__name__,
             student_class=type(student).__name__,
-            options=dataclasses.asdict(options),
+            options={},
             hf_guide_version=__version__,
             transformers_version=transformers.__version__,
             teacher_parameters=sum(teacher.weights.shape(name).numel() for name in teacher.weights.keys()),
             student_parameters=student.num_parameters(),
-            parameters=[ParameterRecord(name, shape) for name, shape in shapes.items()],
-            randomly_initialized=list(shapes),
+            peak_memory_bytes=_peak_memory_bytes(),
             teacher_fingerprint=teacher_fingerprint(teacher),
+            **fields,
         )
 
     @property
@@ -154,7 +161,7 @@ class InitializationReport:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             records = [ParameterRecord(**record) for record in content.pop("parameters")]
-            report = cls(parameters=records, **content)
+            report = cls(parameters=records, **_with_new_keys(content))
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
             raise HfGuideError(
                 f"{path} is not an initialization report, or one of another version of hf_guide: {error}. "
@@ -167,16 +174,17 @@ class InitializationReport:
         """The report in five lines: what, widths, blocks, what is not exact, cost."""
         smaller = self.teacher_parameters / max(self.student_parameters, 1)
         revision = f" at {self.revision[:12]}" if self.revision else ""
-        heard = f" on {self.calibration['tokens']} tokens" if self.calibration else ""
-        heard += " that the teacher wrote" if self.calibration.get("own_text") else ""
+        data = f" on {self.calibration['tokens']} tokens" if self.calibration else ""
+        data += " that the teacher generated" if self.calibration.get("self_generated") else ""
         what = (
             f"{self.student_class} with {format_count(self.student_parameters)} parameters, "
             f"{smaller:.1f} times fewer than its teacher {to_single_line(self.teacher_name)}{revision} "
-            f"({format_count(self.teacher_parameters)}), by {to_single_line(self.options.get('method', 'an unnamed method'))}{heard}"
+            f"({format_count(self.teacher_parameters)}), by {to_single_line(self.options.get('method', 'an unnamed method'))}{data}"
         )
-        kept = {axis: f" (keeps {share:.1%} of the variance)" for axis, share in self.kept.items()}
-        widths = [
-            f"{to_single_line(axis)} {old} -> {new}{kept.get(axis, '')}" for axis, (old, new) in self.widths.items()
+        explained = {axis: f" ({share:.1%} of variance explained)" for axis, share in self.variance_explained.items()}
+        sizes = [
+            f"{to_single_line(axis)} {old} -> {new}{explained.get(axis, '')}"
+            for axis, (old, new) in self.sizes.items()
         ]
         blocks = [f"{stack} from the teacher's {_ranges(sources)}" for stack, sources in self.blocks.items()]
         not_exact = [f"{len(self.approximations)} approximated"] if self.approximations else []
@@ -190,7 +198,7 @@ class InitializationReport:
         return "\n".join(
             [
                 what,
-                f"Widths: {', '.join(widths) or 'none named'}",
+                f"Widths: {', '.join(sizes) or 'none named'}",
                 f"Blocks: {'; '.join(blocks) or 'none'}",
                 f"Not exact beyond the smaller sizes: {', '.join(not_exact) or 'nothing'}",
                 cost,
@@ -203,6 +211,27 @@ class InitializationReport:
         lines += [f"At random: {text}" for text in _merge_block_numbers(self.randomly_initialized)]
         lines += [f"Note: {text}" for text in self.notes]
         return "\n".join([*lines, "", *_table(self.parameters)])
+
+
+def _with_new_keys(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a report's content under today's keys: versions before 0.2 used others."""
+    content = {_RENAMED_FIELDS.get(key, key): value for key, value in content.items()}
+    calibration = content.get("calibration")
+    if isinstance(calibration, dict):
+        content["calibration"] = {_RENAMED_CALIBRATION_KEYS.get(key, key): each for key, each in calibration.items()}
+    return content
+
+
+def random_report(student: PreTrainedModel, teacher: TeacherCheckpoint) -> InitializationReport:
+    """Return the report of a student of which nothing but its config came from the teacher."""
+    records = [ParameterRecord(name, list(each.shape)) for name, each in student.named_parameters()]
+    names = [record.name for record in records]
+    return InitializationReport.begin(student, teacher, parameters=records, randomly_initialized=names)
+
+
+def _peak_memory_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def format_count(number: int) -> str:

@@ -106,7 +106,7 @@ def _check_number(name: str, value: Any, had: int, *, bounded: bool, deepest: in
         raise ShapeError(f"{name} must be at least 1, not {value}; the teacher's is {had}.")
     if bounded and value > max(MAX_SIZE_RATIO * had, deepest) and had >= 1:
         repeated = (
-            " To repeat blocks, name the teacher's block that feeds each with layers=[...]."
+            " To repeat blocks, name the teacher's block that feeds each with layer_selection=[...]."
             if _DEPTH.search(name)
             else ""
         )

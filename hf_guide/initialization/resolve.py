@@ -4,9 +4,11 @@ Does: refuse what cannot be, before any weight is read.
 """
 
 import copy
+import dataclasses
 import inspect
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,39 +18,110 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from hf_guide.errors import OptionError, ShapeError
 from hf_guide.initialization.blocks.mapping import StudentBlocks, resolve_blocks
-from hf_guide.initialization.config import InitializationConfig, Method
+from hf_guide.initialization.built_shape import check_computed_overrides, check_overrides_hold
+from hf_guide.initialization.config import PlanOptions, owner_of_option
 from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.initialization.requested_sizes import check_config_sizes, check_expert_counts, check_requested_sizes
 from hf_guide.initialization.student_config import derive_student_config, validate_student_config
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, tokenizer_length
 from hf_guide.validation import did_you_mean
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """The student's class and config, and the teacher's blocks that feed it.
+
+    Attributes:
+        notes: What the report notes of how blocks were chosen.
+        approximations: What the config cannot state of the blocks that feed it.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    layers: dict[str, list[int]]
+    notes: list[str]
+    approximations: list[str]
+
+    def plan_options(self, options: PlanOptions | None) -> PlanOptions:
+        """Return a method's plan options with these blocks listed."""
+        options = options or PlanOptions()
+        if not self.layers:
+            return options
+        layers = {stack.removesuffix(".{block}"): list(blocks) for stack, blocks in self.layers.items()}
+        return dataclasses.replace(options, layer_selection=layers)
+
+
+def resolve_student(
+    teacher: TeacherCheckpoint,
+    config: PreTrainedConfig | None,
+    overrides: Mapping[str, Any],
+    options: PlanOptions | None,
+    model_class: type[Any] | None,
+    *,
+    keywords: Collection[str] = (),
+    influence: "Mapping[str, Sequence[float]] | None" = None,
+) -> StudentShape:
+    """Return the student's class, its config and its blocks, having checked every requested size.
+
+    Args:
+        teacher: The opened teacher.
+        config: The student's config; None takes the teacher's with `overrides`.
+        overrides: Fields of the teacher's config that the student changes.
+        options: The plan's; None where nothing of the teacher but its config is used.
+        model_class: A class or an Auto class; None takes the teacher's.
+        keywords: Of the caller, one of which may be meant where an override is unknown.
+        influence: Of each of the teacher's blocks, by stack, once it is known.
+
+    Raises:
+        OptionError, ShapeError: As `resolve_config`, `resolve_class` and the checks of sizes.
+    """
+    deepest = _max_listed_depth(options)
+    check_requested_sizes(teacher.config, overrides, deepest=deepest)
+    check_computed_overrides(teacher.model_class, teacher.config, overrides)
+    blocks = resolve_config(teacher, config, overrides, options, keywords=keywords, influence=influence)
+    student_class = resolve_class(teacher, blocks.config, model_class)
+    if config is not None:
+        check_config_sizes(blocks.config, teacher.config, deepest=deepest)
+    check_expert_counts(blocks.config, teacher.config)
+    check_overrides_hold(student_class, blocks.config, teacher.config, overrides)
+    return StudentShape(student_class, blocks.config, blocks.layers, blocks.notes, blocks.approximations)
+
+
+def _max_listed_depth(options: PlanOptions | None) -> int:
+    """Return how many blocks a stack may have because a list of the teacher's blocks is given for it; 0 without lists."""
+    layers = PlanOptions.layer_selection if options is None else options.layer_selection
+    lists = layers.values() if isinstance(layers, dict) else [layers]
+    return max((len(blocks) for blocks in lists if not isinstance(blocks, str)), default=0)
 
 
 def resolve_config(
     teacher: TeacherCheckpoint,
     config: PreTrainedConfig | None,
     overrides: Mapping[str, Any],
-    options: InitializationConfig,
+    options: PlanOptions | None,
     *,
     keywords: Collection[str] = (),
     influence: "Mapping[str, Sequence[float]] | None" = None,
 ) -> StudentBlocks:
     """Return the student's config, the one given or the teacher's with overrides, and the blocks that feed it.
 
-    `keywords` are those of the caller, one of which may be meant where an override is unknown; `influence` is that of each of
-    the teacher's blocks, by stack, once it is known.
+    Args:
+        options: The plan's; None where nothing of the teacher but its config is used, so that no blocks are chosen.
+        keywords: Of the caller, one of which may be meant where an override is unknown.
+        influence: Of each of the teacher's blocks, by stack, once it is known.
 
     Raises:
         OptionError: both are given, an override is unknown, or the config is none.
         ShapeError: another family than the teacher's, or sizes that do not go together.
     """
     if config is None:
-        for name in overrides:
-            if name in InitializationConfig.__dataclass_fields__ and not hasattr(teacher.config, name):
+        for name, value in overrides.items():
+            if (method := owner_of_option(name)) is not None and not hasattr(teacher.config, name):
                 raise OptionError(
-                    f"{name!r} is an option of the method and none of the config; say "
-                    f"method={{'method': {options.method!r}, {name!r}: {overrides[name]!r}}}."
+                    f"{name!r} is an option of the method, not of the config; pass "
+                    f"method={{'method': {method!r}, {name!r}: {value!r}}}."
                 )
-        if options.method == Method.RANDOM:
+        if options is None:
             return StudentBlocks(derive_student_config(teacher.config, overrides, keywords=keywords))
         layout = layout_for(teacher.config, teacher.model_class)
         return resolve_blocks(teacher, layout, None, overrides, options, keywords=keywords, influence=influence)
@@ -71,7 +144,7 @@ def resolve_config(
     had, asked = teacher.config.to_dict(), config.to_dict()
     changed = {name for name, value in asked.items() if name not in had or had[name] != value}
     student = validate_student_config(copy.deepcopy(config), teacher.config, changed | {"rotary_dim"})
-    if options.method == Method.RANDOM:
+    if options is None:
         return StudentBlocks(student)
     layout = layout_for(teacher.config, teacher.model_class)
     return resolve_blocks(teacher, layout, student, {}, options, influence=influence)

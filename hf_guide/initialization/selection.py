@@ -76,30 +76,30 @@ def select_blocks(
     """
     of_stack = f" in {stack!r}" if stack else ""
     if isinstance(layers, Mapping):
-        layers = layers.get(stack, LayerSelection.EVEN.value)
+        layers = layers.get(stack, LayerSelection.UNIFORM.value)
     if not isinstance(layers, str):
         chosen = list(layers)
         if len(chosen) != student:
             raise OptionError(
-                f"layers names {len(chosen)} teacher blocks, but the student has {student}{of_stack}: name one for "
+                f"layer_selection names {len(chosen)} teacher blocks, but the student has {student}{of_stack}: name one for "
                 "each of the student's blocks, with a mapping from stack to list where there are several stacks."
             )
         outside = [block for block in chosen if not 0 <= block < teacher]
         if outside:
             raise OptionError(
-                f"layers names the teacher blocks {outside}{of_stack}, but the teacher has only 0 to {teacher - 1}."
+                f"layer_selection names the teacher blocks {outside}{of_stack}, but the teacher has only 0 to {teacher - 1}."
             )
         return chosen
     if student > teacher:
         raise ShapeError(
             f"The student has {student} blocks{of_stack}, its teacher {teacher}: choose at most {teacher}, or say "
-            "with layers=[...] which of the teacher's blocks feeds each."
+            "with layer_selection=[...] which of the teacher's blocks feeds each."
         )
-    # "influence" is made a list once the teacher was heard; until then a student's shape is checked with even places.
+    # "block_influence" becomes a list once activations are collected; until then the shape is checked with even blocks.
     if layers == LayerSelection.FIRST.value:
         return list(range(student))
     return (
         first_and_last_indices(teacher, student)
-        if layers == LayerSelection.ENDS.value
+        if layers == LayerSelection.FIRST_LAST.value
         else evenly_spaced_indices(teacher, student)
     )

@@ -1,25 +1,37 @@
-"""A plan applied: what of a teacher's weights and norms stands in a student's, one teacher tensor at a time.
+"""Apply a plan: compute each of the student's parameters from its teacher's, one tensor at a time.
 
 The rule (methods of GUIDE, arXiv 2510.06502, and SliceGPT's invariance, arXiv 2401.15024): every projected axis is contracted
 with its basis M, every other axis is selected; the gain c of a norm is folded into the weights W that read it,
 W diag(c) M sqrt(d_T / d_S), so that for a residual stream inside span(M) the student computes what the teacher does.
-
-The value of each of a student's norms: its gain and bias, which mostly stand in the weights that read it.
-
-The value of each of a student's parameters: weights, biases and norms, with what multiplies them.
 """
 
 import functools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from hf_guide.errors import ShapeError, TeacherError
+from hf_guide.initialization.basis import (
+    ResidualBasis,
+    embedding_second_moments,
+    explained_variance,
+    fit_basis,
+    fit_channel_selection,
+    fit_embedding_basis,
+    norm_retained,
+)
+from hf_guide.initialization.build import init_missing_weights, untie_like_teacher
+from hf_guide.initialization.config import PlanOptions
 from hf_guide.initialization.norm_folding import NormFolding
 from hf_guide.initialization.plan import ParameterPlan, Plan, is_constant
+from hf_guide.initialization.planning import is_parameter, make_plan, unique_tensors
+from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.layouts.grammar import (
     AxisConcat,
     AxisName,
@@ -32,7 +44,78 @@ from hf_guide.layouts.grammar import (
     project_axis,
     solve_sizes,
 )
-from hf_guide.layouts.registry import PREFIX_AXES, BlockTransfer, config_sizes
+from hf_guide.layouts.registry import PREFIX_AXES, BlockTransfer, Layout, config_sizes
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
+
+
+@torch.no_grad()
+def transfer_weights(
+    student: PreTrainedModel,
+    teacher: TeacherCheckpoint,
+    layout: Layout,
+    options: PlanOptions,
+    *,
+    vocab_indices: Tensor | None = None,
+    label_indices: Tensor | None = None,
+    bases: dict[str, Tensor] | None = None,
+    show_progress: bool = False,
+) -> InitializationReport:
+    """Fill `student`, whose parameters may be uninitialized, from `teacher`; return where each came from.
+
+    Args:
+        vocab_indices: Teacher row of each of the student's vocabulary rows, -1 for a row of zeros; None for all in order.
+        label_indices: The same for a classification head; empty where the labels disagree and the head is new.
+        bases: A basis by projected axis, (d_T, d_S) with orthonormal columns, instead of a fitted one.
+
+    Raises:
+        ShapeError, LayoutError: What the plan finds wrong, before any weight is read.
+        TeacherError: Weights that are truncated or not finite.
+    """
+    started = time.perf_counter()
+    untie_like_teacher(student, teacher)
+    plan = make_plan(student, teacher, layout, options, vocab_indices=vocab_indices, label_indices=label_indices)
+    plan.bases = dict(bases or {})
+    transfer, fitted = fit_bases(plan)
+    basis_seconds = time.perf_counter() - started
+    transfer.fill_parameters(student, show_progress=show_progress)
+    seconds = {"basis": basis_seconds, "transfer": time.perf_counter() - started - basis_seconds}
+    return transfer.report(student, fitted, seconds)
+
+
+def projected_axes(plan: Plan) -> list[str]:
+    """Return the axes that are contracted with a basis."""
+    if not plan.options.projects:
+        return []
+    return [axis for axis, (teacher, student) in plan.widths.items() if teacher != student or axis in plan.bases]
+
+
+def fit_bases(
+    plan: Plan, activations: Mapping[str, Tensor] | None = None, *, channels: bool = False
+) -> "tuple[Transfer, dict[str, ResidualBasis]]":
+    """Fit a basis for each projected axis that has none; return the transfer and the bases that were fitted.
+
+    Args:
+        activations: Second moment by axis, (d_T, d_T), to fit to instead of that of the embedding tables.
+        channels: Keep the channels with the largest second moment of the activations instead of principal directions.
+    """
+    axes = projected_axes(plan)
+    moments = embedding_second_moments(plan, axes)
+    centered = plan.layout.norm == "layer"
+    fitted: dict[str, ResidualBasis] = {}
+    for axis in axes:
+        if axis in plan.bases:
+            continue
+        if activations is not None and axis in activations:
+            moment, size = activations[axis], plan.widths[axis][1]
+            fitted[axis] = (
+                fit_channel_selection(moment, size) if channels else fit_basis(moment, size, keep_mean=centered)
+            )
+        else:
+            fitted[axis] = fit_embedding_basis(plan, axis, moments)
+    plan.bases.update({axis: basis.matrix for axis, basis in fitted.items()})
+    measured = {**moments, **(activations or {})}
+    retained = {axis: norm_retained(measured[axis], plan.bases[axis], centered=centered) for axis in axes}
+    return Transfer(plan, moments, retained, torch.promote_types(plan.teacher.dtype, torch.float32)), fitted
 
 
 @dataclass
@@ -56,7 +139,18 @@ class Transfer:
         """Which norms have their gain in other weights."""
         return NormFolding(self.plan)
 
-    # What the teacher has
+    def fill_parameters(self, student: PreTrainedModel, *, show_progress: bool = False) -> None:
+        """Fill every parameter of `student`: from its teacher where the plan has a source, else by the model's own init."""
+        tensors, _ = unique_tensors(student)
+        planned = [site for site in self.plan.parameters.values() if site.name not in self.plan.random]
+        for site in tqdm(planned, desc="initializing", unit="tensor", disable=not show_progress):
+            target = tensors[site.name]
+            value = self.parameter_value(site)
+            target.data.copy_(value)
+            if is_parameter(target):
+                check_no_overflow(target, value, site.name)
+            target._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' mark: initialize_weights skips it
+        init_missing_weights(student, self.plan.options.seed)
 
     def teacher_norm(self, norm: str, site: ParameterPlan, part: str) -> Tensor | None:
         """Return the gain or bias, float64, of the teacher's norm that `site`'s source reads; None where it has none."""
@@ -71,9 +165,7 @@ class Transfer:
     def scale(self, axis: str) -> float:
         """Return sqrt(d_T / d_S), times the share of length kept where the energy is corrected."""
         teacher, student = self.plan.widths[axis]
-        return math.sqrt(teacher / student) * (
-            self.norm_retained[axis] if self.plan.options.energy_correction else 1.0
-        )
+        return math.sqrt(teacher / student) * (self.norm_retained[axis] if self.plan.options.norm_correction else 1.0)
 
     def residual_gain_rms(self, norm: str, gain: Tensor | None) -> float | None:
         """Return the root mean square of a folded gain, which stays in the student's norm; None where that has no gain.
@@ -116,11 +208,11 @@ class Transfer:
                     self.scale(axis.name)
                     * self.ratio(self.plan.layout.tied_head_scale)
                     / self.ratio(self.plan.layout.embedding_scale)
-                    * self.plan.options.logit_gain
+                    * self.plan.options.logit_scale
                 )
                 self.record_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
-                if self.plan.options.logit_gain != 1.0:
-                    self.record_step(site, f"logits times {self.plan.options.logit_gain:.6g}")
+                if self.plan.options.logit_scale != 1.0:
+                    self.record_step(site, f"logits times {self.plan.options.logit_scale:.6g}")
                 return factor
         return 1.0
 
@@ -208,133 +300,288 @@ class Transfer:
         if note not in self.notes:
             self.notes.append(note)
 
+    def parameter_value(self, site: ParameterPlan) -> Tensor:
+        """Return the student's parameter, in the transfer's dtype or the teacher's own."""
+        result, gain = (
+            self._adjust_for_block_index(site, self._base_value(site)),
+            self.plan.options.logit_scale,
+        )
+        row = site.match.row
+        if gain == 1.0:
+            return result
+        if row.kind == "norm" and self.folding.is_tied(site.module):
+            offset = 0.0 if site.canonical.endswith(".bias") else self.plan.layout.norm_offset
+            self.record_step(site, f"logits times {gain:.6g}")
+            return (result.to(self.dtype) + offset) * gain - offset
+        is_logit_bias = site.axes == (AxisName("vocab"),)  # also one that stands beside a tied head
+        if is_logit_bias or (row.kind == "weight" and row.input_norms and AxisName("vocab") in row.axes):
+            self.record_step(site, f"logits times {gain:.6g}")
+            return self._scaled(result, gain)
+        return result
+
+    def _adjust_for_block_index(self, site: ParameterPlan, value: Tensor) -> Tensor:
+        """Return a parameter of a block as it must be at the student's block index and depth."""
+        plan, row = self.plan, site.match.row
+        factor = plan.block_ratio(site, plan.layout.block_scale.get(row.pattern))
+        if factor != 1.0:
+            self.record_step(site, f"times {factor:.6g}: the model scales it by the block's index or by the depth")
+            value = self._scaled(value, factor)
+        change = plan.layout.block_value.get(row.pattern)
+        if change is not None and site.block is not None and site.source is not None:
+            block = plan.teacher_block(site)
+            home = row.pattern.partition("{block}")[0] + str(block)
+
+            def read(name: str) -> Tensor:
+                return plan.read(f"{home}.{name}")
+
+            changed = change(value, BlockTransfer(plan.teacher.config, block, plan.student_config, site.block, read))
+            if changed is not value:
+                self.record_step(site, "changed for the block's index: see block_value of the layout")
+            return changed
+        return value
+
+    def _base_value(self, site: ParameterPlan) -> Tensor:
+        if site.match.row.kind == "norm":
+            return self._norm_value(site)
+        if site.match.is_bias:
+            return self._scaled(self._bias_value(site), self.residual_stream_scale(site))
+        row = site.match.row
+        result = self._scaled(self.weight_value(site), self.residual_stream_scale(site))
+        if row.kind == "table" and AxisName("vocab") in row.axes and self.plan.options.projects:
+            ratio = self.ratio(self.plan.layout.embedding_scale)
+            if ratio != 1.0:
+                self.record_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
+                result = self._scaled(result, ratio)
+        if row.pattern in self.plan.layout.scales and self.plan.options.projects:
+            ratio = self.ratio(self.plan.layout.scales[row.pattern])
+            if ratio != 1.0:
+                self.record_step(site, f"times {ratio:.6g}: what it is added to is multiplied by the model's width")
+                result = self._scaled(result, ratio)
+        if row.kind != "table" and AxisName("vocab") in row.axes and row.input_norms:
+            ratio = self.ratio(self.plan.layout.tied_head_scale)
+            result = self._scaled(result, ratio)
+        return result
+
+    def _bias_value(self, site: ParameterPlan) -> Tensor:
+        """Return a bias: the teacher's own, selected or projected, and what the norm's bias made of it through the weight."""
+        row = site.match.row
+        weight = self.plan.parameters.get(site.canonical.removesuffix("bias") + "weight")
+        if site.source is not None:
+            (chosen,) = self.plan.maps(site)
+            result = self.plan.read(site.source)
+            if isinstance(chosen, Selection):
+                result = apply_selection(result, 0, chosen).to(self.dtype) * chosen.factors.to(self.dtype)
+            elif isinstance(chosen, Projection):
+                result = project_axis(result, 0, chosen.matrix, self.dtype, diagonal=self.output_gain(site))
+        else:
+            result = torch.zeros(site.shape, dtype=self.dtype)
+        if (
+            weight is not None
+            and weight.source is not None
+            and any(self._folds_bias(norm, weight) for norm in row.input_norms)
+        ):
+            result = result.to(self.dtype) + self._folded_norm_bias(weight)
+            self.record_step(site, "takes in the bias of the norm before it")
+        elif site.source is None:
+            self.record_step(site, "zero: the teacher has none")
+        return result
+
+    def _folds_bias(self, norm: str | None, site: ParameterPlan) -> bool:
+        if norm is None or not isinstance(self.plan.maps(site)[site.match.row.input_axis], Projection):
+            return False
+        return (
+            self.folding.is_folded(self.folding.name(norm, site, of_teacher=False))
+            and self.teacher_norm(norm, site, "bias") is not None
+        )
+
+    def _folded_norm_bias(self, weight: ParameterPlan) -> Tensor:
+        """Return W b for the bias b of the norm that `weight` reads, less what the student's own norm bias gives."""
+        reads = weight.match.row.input_norms
+        vectors = [self.teacher_norm(norm, weight, "bias") if norm else None for norm in reads]
+        result = self.weight_value(weight, vectors)
+        norm = self.folding.name(reads[0] or "", weight, of_teacher=False)
+        own = self._norm_bias(norm)
+        if own is not None and bool(own.any()):
+            student = self.weight_value(weight).movedim(weight.match.row.input_axis, -1)
+            result = result - student @ own.repeat(student.shape[-1] // len(own)).to(student)
+        return result
+
+    def _norm_value(self, site: ParameterPlan) -> Tensor:
+        """Return a norm's gain or bias, or another learned diagonal."""
+        assert site.source is not None
+        layout, maps = self.plan.layout, self.plan.maps(site)
+        chosen = maps[-1]
+        is_bias = site.canonical.endswith(".bias")
+        stored = self.plan.read(site.source)
+        offset = 0.0 if is_bias else layout.norm_offset
+        if all(isinstance(each, Identity) for each in maps):
+            return stored
+        if not isinstance(chosen, Projection):
+            kept = stored.to(self.dtype) + offset
+            for dim, each in enumerate(maps):
+                if isinstance(each, Selection):
+                    kept = apply_selection(kept, dim, each) * each.factors.to(self.dtype).view(
+                        -1, *[1] * (kept.ndim - 1 - dim)
+                    )
+            return kept - offset
+        axis = site.axes[-1]
+        assert isinstance(axis, AxisName)
+        norm = site.module
+        matrix, gain = chosen.matrix, stored.double() + offset
+        if norm in self.folding.learned_scales:
+            self.record_step(site, "folded into the weights it multiplies, its root mean square left")
+            return torch.full(site.shape, (root_mean_square(gain) or 1.0) - offset, dtype=self.dtype)
+        if (writer := self.folding.writers.get(norm)) is not None and not is_bias:
+            self.record_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
+            self.note(
+                f"{site.name}: its gain is folded into {writer.name}, before the norm, which then sees another length."
+            )
+            return torch.full(site.shape, self._output_norm_ratio(writer) - offset, dtype=self.dtype)
+        if self.folding.is_folded(norm):
+            self.record_step(site, "folded into the weights that read it, its root mean square left")
+            if is_bias and (bias := self._norm_bias(norm)) is not None:
+                return bias.to(self.dtype)
+            left = None if is_bias else self.residual_gain_rms(norm, gain)
+            one = (0.0 if is_bias else 1.0) if left is None else left * self.scale(axis.name)
+            return torch.full(site.shape, one - offset, dtype=self.dtype)
+        head_scale = (
+            self.ratio(layout.tied_head_scale) / self.ratio(layout.embedding_scale)
+            if self.folding.is_tied(norm)
+            else 1.0
+        )
+        if is_bias:
+            return (gain @ matrix * head_scale).to(self.dtype)
+        if self.folding.is_tied(norm):
+            diagonal = fit_tied_gain(self.moments[axis.name], matrix, gain) * head_scale
+            self.record_step(site, "fitted in the logits of the tied head")
+            self.note(
+                f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, "
+                "not folded; tie_word_embeddings=False folds it exactly."
+            )
+        else:
+            diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
+            self.record_step(site, "diagonal of the projected gain")
+            if not chosen.is_selection and not is_constant(gain):
+                self.note(
+                    f"{site.name}: {self._why_not_folded(norm)}; the diagonal of the projected gain stands for it."
+                )
+        return (diagonal * self.scale(axis.name) - offset).to(self.dtype)
+
+    def _norm_bias(self, norm: str) -> Tensor | None:
+        """Return the bias of a folded norm of the student, (d_S,) float64; None where it has none.
+
+        It is zero where every weight that reads it has a bias to take it in; otherwise the least-squares solution of
+        W_S b_S = W b over those that have not.
+        """
+        if norm + ".bias" not in self.plan.parameters:
+            return None
+        if norm not in self.norm_biases:
+            site = self.plan.parameters[norm + ".bias"]
+            width, length = site.shape[0], 0.0
+            normal, right = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
+            for reader in self.folding.readers[norm]:
+                if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in self.plan.parameters:
+                    continue
+                if not isinstance(self.plan.maps(reader)[reader.match.row.input_axis], Projection):
+                    continue  # a later block that is selected reads what it can
+                vectors = [
+                    self.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.input_norms
+                ]
+                wanted = self.weight_value(reader, vectors).double().flatten()
+                weight = self.weight_value(reader).movedim(reader.match.row.input_axis, -1).reshape(-1, width).double()
+                normal += weight.T @ weight
+                right += weight.T @ wanted
+                length += wanted.square().sum().item()
+            found = torch.linalg.pinv(normal, hermitian=True) @ right
+            lost = math.sqrt(max(0.0, 1 - (found @ right).item() / length)) if length else 0.0
+            if lost > 1e-6:
+                self.note(
+                    f"{site.name}: fitted to what weights without a bias made of the teacher's; {lost:.1%} of that is lost."
+                )
+            self.norm_biases[norm] = found
+        return self.norm_biases[norm]
+
+    def _output_norm_ratio(self, writer: ParameterPlan) -> float:
+        """Return sqrt(d_T / d_S) |M^T diag(c) W| / |W|: what is left of the gain c of a norm that norms W's output.
+
+        The norm divides by the length of M^T diag(c) W h instead of that of W h; their ratio is that of the weights'
+        lengths for a white h, and exactly so where c is constant and nothing is cut.
+        """
+        assert writer.source is not None
+        tensor, width = self.plan.read(writer.source), (1, 1)
+        for dim, chosen in enumerate(self.plan.maps(writer)):
+            if isinstance(chosen, Selection):
+                tensor = apply_selection(tensor, dim, chosen)
+            elif isinstance(chosen, Projection):
+                width = self.plan.widths[str(writer.axes[dim])]
+        teacher, student = width
+        length = self.weight_value(writer).double().norm() / tensor.double().norm()
+        return math.sqrt(teacher / student) * length.item()
+
+    def _why_not_folded(self, norm: str) -> str:
+        if not self.plan.options.fold_norms:
+            return "its gain is not folded, for fold_norms is off"
+        match = self.plan.layout.find(norm + ".weight")
+        if match is not None and any(match.row.pattern in row.input_norms for row in self.plan.layout.rows):
+            return "no weight that reads it came from the teacher, so its gain is not folded"
+        return "its output goes onto the residual stream, so its gain cannot be folded"
+
+    def _scaled(self, value: Tensor, factor: float) -> Tensor:
+        return value if factor == 1.0 else value.to(self.dtype) * factor
+
+    def report(
+        self, student: PreTrainedModel, fitted: Mapping[str, ResidualBasis], seconds: dict[str, float]
+    ) -> InitializationReport:
+        """Return where each parameter of `student` came from.
+
+        Args:
+            fitted: The bases that were fitted, by axis.
+            seconds: Time by step.
+        """
+        plan = self.plan
+        notes = [*plan.notes, *self.notes] + [f"{name}: the student has no parameter for it" for name in plan.lost]
+        notes += plan.rope_mismatch_notes()
+        scaled = any("logits times" in step for steps in self.steps.values() for step in steps)
+        if plan.options.logit_scale != 1.0 and not scaled:
+            notes.append(
+                "logit_scale found no norm or weight of the teacher's that makes logits, and changed nothing."
+            )
+        return InitializationReport.begin(
+            student,
+            plan.teacher,
+            blocks={
+                stack.rpartition(".")[0]: blocks
+                for stack, blocks in plan.stacks.items()
+                if stack.endswith("{block}") or stack.count("{") == 1  # the second: blocks within one stage
+            },
+            explained_variance={
+                axis: explained_variance(basis.eigenvalues).tolist() for axis, basis in fitted.items()
+            },
+            variance_explained={axis: basis.explained for axis, basis in fitted.items()},
+            heads=plan.selected_heads_by_block(),
+            sizes={axis: list(sizes) for axis, sizes in plan.widths.items()},
+            parameters=self._records(student),
+            approximations=notes,
+            randomly_initialized=list(plan.random),
+            seconds=seconds,
+        )
+
+    def _records(self, student: PreTrainedModel) -> list[ParameterRecord]:
+        plan, records = self.plan, []
+        by_name = {site.name: site for site in plan.parameters.values()}
+        for name, tensor in unique_tensors(student)[0].items():
+            record = ParameterRecord(name, list(tensor.shape), steps=self.steps.get(name, []))
+            site = by_name.get(name)
+            if site is not None and site.source is not None and name not in plan.random:
+                record.source = plan.teacher_names[site.source]
+                record.source_shape = list(site.source_shape or ())
+                record.maps = [f"{axis}: {kept}" for axis, kept in zip(site.axes, plan.maps(site), strict=True)]
+            records.append(record)
+        return records
+
 
 def root_mean_square(gain: Tensor) -> float:
     return gain.square().mean().sqrt().item()
-
-
-def norm_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
-    """Return a norm's gain or bias, or another learned diagonal."""
-    assert site.source is not None
-    layout, maps = transfer.plan.layout, transfer.plan.maps(site)
-    chosen = maps[-1]
-    is_bias = site.canonical.endswith(".bias")
-    stored = transfer.plan.read(site.source)
-    offset = 0.0 if is_bias else layout.norm_offset
-    if all(isinstance(each, Identity) for each in maps):
-        return stored
-    if not isinstance(chosen, Projection):
-        kept = stored.to(transfer.dtype) + offset
-        for dim, each in enumerate(maps):
-            if isinstance(each, Selection):
-                kept = apply_selection(kept, dim, each) * each.factors.to(transfer.dtype).view(
-                    -1, *[1] * (kept.ndim - 1 - dim)
-                )
-        return kept - offset
-    axis = site.axes[-1]
-    assert isinstance(axis, AxisName)
-    norm = site.module
-    matrix, gain = chosen.matrix, stored.double() + offset
-    if norm in transfer.folding.learned_scales:
-        transfer.record_step(site, "folded into the weights it multiplies, its root mean square left")
-        return torch.full(site.shape, (root_mean_square(gain) or 1.0) - offset, dtype=transfer.dtype)
-    if (writer := transfer.folding.writers.get(norm)) is not None and not is_bias:
-        transfer.record_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
-        transfer.note(
-            f"{site.name}: its gain is folded into {writer.name}, before the norm, which then sees another length."
-        )
-        return torch.full(site.shape, output_norm_ratio(transfer, writer) - offset, dtype=transfer.dtype)
-    if transfer.folding.is_folded(norm):
-        transfer.record_step(site, "folded into the weights that read it, its root mean square left")
-        if is_bias and (bias := norm_bias(transfer, norm)) is not None:
-            return bias.to(transfer.dtype)
-        left = None if is_bias else transfer.residual_gain_rms(norm, gain)
-        one = (0.0 if is_bias else 1.0) if left is None else left * transfer.scale(axis.name)
-        return torch.full(site.shape, one - offset, dtype=transfer.dtype)
-    head_scale = (
-        transfer.ratio(layout.tied_head_scale) / transfer.ratio(layout.embedding_scale)
-        if transfer.folding.is_tied(norm)
-        else 1.0
-    )
-    if is_bias:
-        return (gain @ matrix * head_scale).to(transfer.dtype)
-    if transfer.folding.is_tied(norm):
-        diagonal = fit_tied_gain(transfer.moments[axis.name], matrix, gain) * head_scale
-        transfer.record_step(site, "fitted in the logits of the tied head")
-        transfer.note(
-            f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, "
-            "not folded; tie_word_embeddings=False folds it exactly."
-        )
-    else:
-        diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
-        transfer.record_step(site, "diagonal of the projected gain")
-        if not chosen.is_selection and not is_constant(gain):
-            transfer.note(
-                f"{site.name}: {_why_not_folded(transfer, norm)}; the diagonal of the projected gain stands for it."
-            )
-    return (diagonal * transfer.scale(axis.name) - offset).to(transfer.dtype)
-
-
-def norm_bias(transfer: Transfer, norm: str) -> Tensor | None:
-    """Return the bias of a folded norm of the student, (d_S,) float64; None where it has none.
-
-    It is zero where every weight that reads it has a bias to take it in; otherwise the least-squares solution of
-    W_S b_S = W b over those that have not.
-    """
-    if norm + ".bias" not in transfer.plan.parameters:
-        return None
-    if norm not in transfer.norm_biases:
-        site = transfer.plan.parameters[norm + ".bias"]
-        width, length = site.shape[0], 0.0
-        normal, right = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-        for reader in transfer.folding.readers[norm]:
-            if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in transfer.plan.parameters:
-                continue
-            if not isinstance(transfer.plan.maps(reader)[reader.match.row.input_axis], Projection):
-                continue  # a later block that is selected reads what it can
-            vectors = [
-                transfer.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.input_norms
-            ]
-            wanted = transfer.weight_value(reader, vectors).double().flatten()
-            weight = transfer.weight_value(reader).movedim(reader.match.row.input_axis, -1).reshape(-1, width).double()
-            normal += weight.T @ weight
-            right += weight.T @ wanted
-            length += wanted.square().sum().item()
-        found = torch.linalg.pinv(normal, hermitian=True) @ right
-        lost = math.sqrt(max(0.0, 1 - (found @ right).item() / length)) if length else 0.0
-        if lost > 1e-6:
-            transfer.note(
-                f"{site.name}: fitted to what weights without a bias made of the teacher's; {lost:.1%} of that is lost."
-            )
-        transfer.norm_biases[norm] = found
-    return transfer.norm_biases[norm]
-
-
-def output_norm_ratio(transfer: Transfer, writer: ParameterPlan) -> float:
-    """Return sqrt(d_T / d_S) |M^T diag(c) W| / |W|: what is left of the gain c of a norm that norms W's output.
-
-    The norm divides by the length of M^T diag(c) W h instead of that of W h; their ratio is that of the weights'
-    lengths for a white h, and exactly so where c is constant and nothing is cut.
-    """
-    assert writer.source is not None
-    tensor, width = transfer.plan.read(writer.source), (1, 1)
-    for dim, chosen in enumerate(transfer.plan.maps(writer)):
-        if isinstance(chosen, Selection):
-            tensor = apply_selection(tensor, dim, chosen)
-        elif isinstance(chosen, Projection):
-            width = transfer.plan.widths[str(writer.axes[dim])]
-    teacher, student = width
-    length = transfer.weight_value(writer).double().norm() / tensor.double().norm()
-    return math.sqrt(teacher / student) * length.item()
-
-
-def _why_not_folded(transfer: Transfer, norm: str) -> str:
-    if not transfer.plan.options.fold_norms:
-        return "its gain is not folded, for fold_norms is off"
-    match = transfer.plan.layout.find(norm + ".weight")
-    if match is not None and any(match.row.pattern in row.input_norms for row in transfer.plan.layout.rows):
-        return "no weight that reads it came from the teacher, so its gain is not folded"
-    return "its output goes onto the residual stream, so its gain cannot be folded"
 
 
 def fit_tied_gain(moment: Tensor, matrix: Tensor, gain: Tensor) -> Tensor:
@@ -347,122 +594,6 @@ def fit_tied_gain(moment: Tensor, matrix: Tensor, gain: Tensor) -> Tensor:
     fitted = (image * (gain[:, None] * matrix)).sum(0) / norms
     plain = (matrix * (gain[:, None] * matrix)).sum(0)
     return torch.where(norms > norms.max() * 1e-12, fitted, plain)
-
-
-def parameter_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
-    """Return the student's parameter, in the transfer's dtype or the teacher's own."""
-    result, gain = (
-        _adjust_for_block_index(transfer, site, _base_value(transfer, site)),
-        transfer.plan.options.logit_gain,
-    )
-    row = site.match.row
-    if gain == 1.0:
-        return result
-    if row.kind == "norm" and transfer.folding.is_tied(site.module):
-        offset = 0.0 if site.canonical.endswith(".bias") else transfer.plan.layout.norm_offset
-        transfer.record_step(site, f"logits times {gain:.6g}")
-        return (result.to(transfer.dtype) + offset) * gain - offset
-    is_logit_bias = site.axes == (AxisName("vocab"),)  # also one that stands beside a tied head
-    if is_logit_bias or (row.kind == "weight" and row.input_norms and AxisName("vocab") in row.axes):
-        transfer.record_step(site, f"logits times {gain:.6g}")
-        return _scale(transfer, result, gain)
-    return result
-
-
-def _adjust_for_block_index(transfer: Transfer, site: ParameterPlan, value: Tensor) -> Tensor:
-    """Return a parameter of a block as it must be at the student's block index and depth."""
-    plan, row = transfer.plan, site.match.row
-    factor = plan.block_ratio(site, plan.layout.block_scale.get(row.pattern))
-    if factor != 1.0:
-        transfer.record_step(site, f"times {factor:.6g}: the model scales it by the block's index or by the depth")
-        value = _scale(transfer, value, factor)
-    change = plan.layout.block_value.get(row.pattern)
-    if change is not None and site.block is not None and site.source is not None:
-        block = plan.teacher_block(site)
-        home = row.pattern.partition("{block}")[0] + str(block)
-
-        def read(name: str) -> Tensor:
-            return plan.read(f"{home}.{name}")
-
-        changed = change(value, BlockTransfer(plan.teacher.config, block, plan.student_config, site.block, read))
-        if changed is not value:
-            transfer.record_step(site, "changed for the block's index: see block_value of the layout")
-        return changed
-    return value
-
-
-def _base_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
-    if site.match.row.kind == "norm":
-        return norm_value(transfer, site)
-    if site.match.is_bias:
-        return _scale(transfer, bias_value(transfer, site), transfer.residual_stream_scale(site))
-    row = site.match.row
-    result = _scale(transfer, transfer.weight_value(site), transfer.residual_stream_scale(site))
-    if row.kind == "table" and AxisName("vocab") in row.axes and transfer.plan.options.projects:
-        ratio = transfer.ratio(transfer.plan.layout.embedding_scale)
-        if ratio != 1.0:
-            transfer.record_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
-            result = _scale(transfer, result, ratio)
-    if row.pattern in transfer.plan.layout.scales and transfer.plan.options.projects:
-        ratio = transfer.ratio(transfer.plan.layout.scales[row.pattern])
-        if ratio != 1.0:
-            transfer.record_step(site, f"times {ratio:.6g}: what it is added to is multiplied by the model's width")
-            result = _scale(transfer, result, ratio)
-    if row.kind != "table" and AxisName("vocab") in row.axes and row.input_norms:
-        ratio = transfer.ratio(transfer.plan.layout.tied_head_scale)
-        result = _scale(transfer, result, ratio)
-    return result
-
-
-def bias_value(transfer: Transfer, site: ParameterPlan) -> Tensor:
-    """Return a bias: the teacher's own, selected or projected, and what the norm's bias made of it through the weight."""
-    row = site.match.row
-    weight = transfer.plan.parameters.get(site.canonical.removesuffix("bias") + "weight")
-    if site.source is not None:
-        (chosen,) = transfer.plan.maps(site)
-        result = transfer.plan.read(site.source)
-        if isinstance(chosen, Selection):
-            result = apply_selection(result, 0, chosen).to(transfer.dtype) * chosen.factors.to(transfer.dtype)
-        elif isinstance(chosen, Projection):
-            result = project_axis(result, 0, chosen.matrix, transfer.dtype, diagonal=transfer.output_gain(site))
-    else:
-        result = torch.zeros(site.shape, dtype=transfer.dtype)
-    if (
-        weight is not None
-        and weight.source is not None
-        and any(_folds_bias(transfer, norm, weight) for norm in row.input_norms)
-    ):
-        result = result.to(transfer.dtype) + _folded_norm_bias(transfer, weight)
-        transfer.record_step(site, "takes in the bias of the norm before it")
-    elif site.source is None:
-        transfer.record_step(site, "zero: the teacher has none")
-    return result
-
-
-def _folds_bias(transfer: Transfer, norm: str | None, site: ParameterPlan) -> bool:
-    if norm is None or not isinstance(transfer.plan.maps(site)[site.match.row.input_axis], Projection):
-        return False
-    return (
-        transfer.folding.is_folded(transfer.folding.name(norm, site, of_teacher=False))
-        and transfer.teacher_norm(norm, site, "bias") is not None
-    )
-
-
-def _folded_norm_bias(transfer: Transfer, weight: ParameterPlan) -> Tensor:
-    """Return W b for the bias b of the norm that `weight` reads, less what the student's own norm bias gives."""
-    reads = weight.match.row.input_norms
-    vectors = [transfer.teacher_norm(norm, weight, "bias") if norm else None for norm in reads]
-    result = transfer.weight_value(weight, vectors)
-    norm = transfer.folding.name(reads[0] or "", weight, of_teacher=False)
-    own = norm_bias(transfer, norm)
-    if own is not None and bool(own.any()):
-        student = transfer.weight_value(weight).movedim(weight.match.row.input_axis, -1)
-        result = result - student @ own.repeat(student.shape[-1] // len(own)).to(student)
-    return result
-
-
-def _scale(transfer: Transfer, value: Tensor, factor: float) -> Tensor:
-    return value if factor == 1.0 else value.to(transfer.dtype) * factor
 
 
 def check_no_overflow(stored: Tensor, value: Tensor, name: str) -> None:

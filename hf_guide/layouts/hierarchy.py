@@ -68,7 +68,7 @@ def check_immovable_blocks(layout: Layout, stacks: Mapping[str, Sequence[int]]) 
             if len(blocks) > 1 and list(chosen) != list(range(len(chosen))):
                 raise ShapeError(
                     f"{prefix}{blocks[0]}.{rest} has another shape than in other blocks, so none can take another's place: "
-                    "name the teacher's first blocks with layers='first', or keep the depth."
+                    "name the teacher's first blocks with layer_selection='first', or keep the depth."
                 )
 
 
@@ -165,7 +165,7 @@ def select_stage_blocks(
         wrong = [block for block, kind in zip(ideal, student_kinds, strict=True) if teacher_kinds[block] != kind]
         if wrong:
             raise OptionError(
-                f"layers names the teacher's blocks {wrong} in {stage!r}, where the student has blocks of another kind "
+                f"layer_selection names the teacher's blocks {wrong} in {stage!r}, where the student has blocks of another kind "
                 f"(such as windows that are shifted in every other block). {_describe_signatures(teacher_kinds, student_kinds)}"
             )
         return ideal

@@ -16,14 +16,21 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
+from hf_guide.calibration.config import BasisKind, CalibratedConfig, Refit
+from hf_guide.calibration.data import (
+    Batch,
+    check_calibration_dataset,
+    default_num_tokens,
+    is_self_generated,
+    load_calibration_batches,
+)
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.head_fitting import (
     find_head_pair,
@@ -42,16 +49,25 @@ from hf_guide.calibration.importance import (
 )
 from hf_guide.calibration.modules import ModuleRef, find_modules, linear_weight
 from hf_guide.calibration.reconstruction import BlockReconstructor
-from hf_guide.calibration.resume import CalibrationCheckpoint, describe_data, load_text
+from hf_guide.calibration.resume import (
+    CalibrationCheckpoint,
+    check_calibration_dir,
+    describe_call,
+    describe_data,
+    load_text,
+)
 from hf_guide.calibration.self_generation import generate_calibration_text
 from hf_guide.calibration.statistics import ActivationStatistics, collect_statistics, mlp_width
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.initialization.apply import fill_parameters, fit_bases, make_report, projected_axes, untie_like_teacher
-from hf_guide.initialization.config import BasisKind, InitializationConfig, LayerSelection, Refit
+from hf_guide.initialization.build import untie_like_teacher
+from hf_guide.initialization.config import LayerSelection, PlanOptions
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.initialization.plan import Plan
 from hf_guide.initialization.planning import make_plan
+from hf_guide.initialization.registry import InitializationMethod, StudentSetup
 from hf_guide.initialization.report import InitializationReport
+from hf_guide.initialization.transfer import fit_bases, projected_axes
+from hf_guide.initialization.validate_plan import validate_plan
 from hf_guide.layouts.registry import Layout
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.distributed import default_device, rank_and_world_size
@@ -69,12 +85,72 @@ class CalibrationResult:
     own_text: bool = False
 
 
+class CalibratedMethod(InitializationMethod):
+    """Collect activations of the teacher, plan and transfer by them, then refit the student's weights."""
+
+    requires_data: ClassVar[bool] = True
+    config: CalibratedConfig
+
+    def check_data(self, calibration_dataset: Any, calibration_cache_dir: Any) -> None:
+        """Check that there is a dataset, and that the folder is new or an earlier run's."""
+        check_calibration_dataset(calibration_dataset, self.config.method)
+        if calibration_cache_dir is not None:
+            check_calibration_dir(Path(calibration_cache_dir))
+
+    def plan_options(self) -> PlanOptions:
+        """Return the options of a plan that projects."""
+        return PlanOptions(
+            layer_selection=self.config.layer_selection,
+            projects=True,
+            logit_scale=self.config.logit_scale,
+            seed=self.config.seed,
+        )
+
+    def collect(self, setup: StudentSetup) -> dict[str, list[float]]:
+        """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""
+        plan = validate_plan(setup.model_class, setup.config, setup.teacher, setup.options)
+        self.stacks = plan.stacks
+        folder, call = setup.calibration_cache_dir, None
+        if folder is not None:
+            folder = Path(folder)
+            call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)
+            call |= setup.identity
+        self.calibration = collect_calibration(
+            setup.source,
+            setup.teacher,
+            setup.calibration_dataset,
+            self.config,
+            folder=folder,
+            call=call,
+            show_progress=setup.show_progress,
+            **setup.hub,
+        )
+        return {stack: values.tolist() for stack, values in self.calibration.statistics.block_influence.items()}
+
+    def initialize(self, student: PreTrainedModel, setup: StudentSetup) -> InitializationReport:
+        """Fill `student` by the activations that `collect` has."""
+        options = setup.options
+        if self.config.layer_selection == LayerSelection.BLOCK_INFLUENCE:
+            options = select_blocks_by_influence(self.calibration, options, self.stacks)
+        return initialize_calibrated(
+            student,
+            setup.teacher,
+            setup.layout,
+            options,
+            self.config,
+            self.calibration,
+            vocab_indices=setup.vocab_indices,
+            label_indices=setup.label_indices,
+            show_progress=setup.show_progress,
+        )
+
+
 @torch.no_grad()
 def collect_calibration(
     teacher: "PreTrainedModel | Any",
     opened: TeacherCheckpoint,
     dataset: Any,
-    options: InitializationConfig,
+    config: CalibratedConfig,
     *,
     folder: Path | None = None,
     call: Mapping[str, Any] | None = None,
@@ -98,14 +174,14 @@ def collect_calibration(
     model = teacher if isinstance(teacher, PreTrainedModel) else materialize_teacher(opened, default_device())
     check_single_device(model)
     anatomy = find_modules(model, layout)
-    tokens = options.calibration_tokens or default_num_tokens(mlp_width(anatomy, layout, model))
+    tokens = config.calibration_tokens or default_num_tokens(mlp_width(anatomy, layout, model))
     written = None
     if is_self_generated(dataset):
         written = load_text(folder) if folder is not None else None
         if written is None:
-            written = generate_calibration_text(model, opened, options, tokens=tokens, show_progress=show_progress)
-        dataset = [{"input_ids": rows} for rows in written.split(options.calibration_batch_size)]
-    batches = load_calibration_batches(dataset, model, opened, options, tokens=tokens, **hub)
+            written = generate_calibration_text(model, opened, config, tokens=tokens, show_progress=show_progress)
+        dataset = [{"input_ids": rows} for rows in written.split(config.calibration_batch_size)]
+    batches = load_calibration_batches(dataset, model, opened, config, tokens=tokens, **hub)
     processes = rank_and_world_size()[1]
     if len(batches) < processes:
         raise OptionError(
@@ -122,7 +198,6 @@ def collect_calibration(
         anatomy,
         layout,
         batches,
-        pooling=options.pooling,
         checkpoint=checkpoint,
         show_progress=show_progress,
     )
@@ -157,22 +232,19 @@ def materialize_teacher(opened: TeacherCheckpoint, device: torch.device) -> PreT
 
 
 def select_blocks_by_influence(
-    calibration: CalibrationResult,
-    options: InitializationConfig,
-    stacks: Mapping[str, list[int]],
-    settled: Mapping[str, list[int]],
-) -> InitializationConfig:
-    """Return the options with every stack's blocks named.
+    calibration: CalibrationResult, options: PlanOptions, stacks: Mapping[str, list[int]]
+) -> PlanOptions:
+    """Return the plan's options with every stack's blocks listed, where they are selected by their influence.
 
-    Those that are `settled`, because the student's config goes by them, stay; of the other `stacks` the blocks that turn the
-    teacher's stream most are chosen.
+    Stacks whose blocks `options` lists already, because the student's config depends on them, keep those.
     """
-    layers = {stack.removesuffix(".{block}"): list(blocks) for stack, blocks in settled.items()}
-    turned = calibration.statistics.block_influence
-    for stack, blocks in stacks.items() if options.resolved_layer_selection == LayerSelection.INFLUENCE else ():
-        if stack in turned and stack not in settled:
-            layers[stack.removesuffix(".{block}")] = top_influence_blocks(turned[stack], len(blocks))
-    return dataclasses.replace(options, layers=layers) if layers else options
+    layers = dict(options.layer_selection) if isinstance(options.layer_selection, dict) else {}
+    influence = calibration.statistics.block_influence
+    for stack, blocks in stacks.items():
+        name = stack.removesuffix(".{block}")
+        if stack in influence and name not in layers:
+            layers[name] = top_influence_blocks(influence[stack], len(blocks))
+    return dataclasses.replace(options, layer_selection=layers) if layers else options
 
 
 @torch.no_grad()
@@ -180,11 +252,12 @@ def initialize_calibrated(
     student: PreTrainedModel,
     teacher: TeacherCheckpoint,
     layout: Layout,
-    options: InitializationConfig,
+    options: PlanOptions,
+    config: CalibratedConfig,
     calibration: CalibrationResult,
     *,
-    vocab_places: Tensor | None = None,
-    label_places: Tensor | None = None,
+    vocab_indices: Tensor | None = None,
+    label_indices: Tensor | None = None,
     show_progress: bool = False,
 ) -> InitializationReport:
     """Fill `student` from a teacher that was heard; return where all came from.
@@ -195,30 +268,29 @@ def initialize_calibrated(
     """
     started = time.perf_counter()
     untie_like_teacher(student, teacher)
-    plan = make_plan(student, teacher, layout, options, vocab_places=vocab_places, label_places=label_places)
+    plan = make_plan(student, teacher, layout, options, vocab_indices=vocab_indices, label_indices=label_indices)
     statistics = calibration.statistics
     activations = None
-    basis = options.basis
+    basis = config.basis
     if basis == BasisKind.AUTO:
-        basis = BasisKind.PLACES if plan.has_unfoldable_norms() else BasisKind.ACTIVATIONS
+        basis = BasisKind.CHANNELS if plan.has_unfoldable_norms() else BasisKind.ACTIVATIONS
     if basis != BasisKind.EMBEDDINGS:
         activations = {axis: statistics.moments[axis] for axis in projected_axes(plan) if axis in statistics.moments}
     if basis == BasisKind.ACTIVATIONS:
         _check_enough_tokens(plan, statistics)
-    transfer, fitted = fit_bases(plan, activations, places=basis == BasisKind.PLACES)
-    units, notes = select_units(plan, statistics)
+    transfer, fitted = fit_bases(plan, activations, channels=basis == BasisKind.CHANNELS)
+    units, notes = select_units(plan, statistics, config)
     transfer.notes += notes
     plan.keep(units)
-    experts, notes = prunable_experts(plan, find_modules(calibration.model, layout))
+    experts, notes = prunable_experts(plan, find_modules(calibration.model, layout), config)
     transfer.notes += notes
     if experts:
         plan.keep(select_experts(plan, _expert_importance(experts, plan, calibration, show_progress)))
-    if options.turn_values:
+    if config.rotate_values:
         rotate_values(transfer, statistics.inner)
-    if options.turn_queries:
-        rotate_queries_keys(transfer, statistics.projected)
+    rotate_queries_keys(transfer, statistics.projected)
     seconds = {"hearing": calibration.seconds, "basis": time.perf_counter() - started}
-    fill_parameters(student, transfer, show_progress=show_progress)
+    transfer.fill_parameters(student, show_progress=show_progress)
     seconds["transfer"] = time.perf_counter() - started - seconds["basis"]
 
     mended = time.perf_counter()
@@ -226,24 +298,30 @@ def initialize_calibrated(
     home = student.device
     student.to(model.device)  # type: ignore[arg-type]
     mender = BlockReconstructor(
-        model, student, transfer, calibration.batches, progress=show_progress, checkpoint=calibration.checkpoint
+        model,
+        student,
+        transfer,
+        calibration.batches,
+        config,
+        progress=show_progress,
+        checkpoint=calibration.checkpoint,
     )
     head = find_head_pair(mender)
     facts: dict[str, Any] = {
         "tokens": statistics.tokens,
-        "own_text": calibration.own_text,
-        "influence": _by_stack(statistics.block_influence),
+        "self_generated": calibration.own_text,
+        "block_influence": _by_stack(statistics.block_influence),
     }
     with calibration_mode(model), calibration_mode(student):
-        if head is not None and head.tied and options.fit_table and not mender.resume_step("table"):
+        if head is not None and head.tied and config.fit_tied_embedding and not mender.resume_step("table"):
             fit_tied_embedding(mender, head, token_counts(mender, len(linear_weight(head.student.module))))
             mender.keep("table")
-        if options.repair != Refit.NONE:
+        if config.refit != Refit.NONE:
             mender.refit()
-            facts["lost"] = mender.lost
-        if head is not None and head.tied and options.fit_gain:
+            facts["residual_error"] = mender.lost
+        if head is not None and head.tied and config.fit_final_norm:
             fit_final_norm(mender, head)
-        if head is not None and options.fit_logit_scale:
+        if head is not None and config.fit_logit_scale:
             facts["logit_scale"] = fit_logit_scale(mender, head)
     student.to(home)  # type: ignore[arg-type]
     seconds["repair"] = time.perf_counter() - mended
@@ -252,7 +330,7 @@ def initialize_calibrated(
         *mender.student_modules.writers,
         *(f"{name}.{part.parameter}" for name, part in mender.student_modules.experts.items()),
     }
-    facts["units"] = {
+    facts["selected"] = {
         site.canonical: {
             axis: places.tolist()
             for axis, places in plan.selected_indices[site.name].items()
@@ -261,7 +339,7 @@ def initialize_calibrated(
         for site in plan.parameters.values()
         if site.name in plan.selected_indices and site.canonical.removesuffix(".weight") in named
     }
-    report = make_report(student, transfer, fitted, seconds)
+    report = transfer.report(student, fitted, seconds)
     report.calibration = facts
     return report
 

@@ -74,3 +74,13 @@ def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
     """Return the model on the meta device, without memory for its weights: their names, shapes and ties."""
     with torch.device("meta"):
         return model_class._from_config(copy.deepcopy(config))
+
+
+def strip_base_prefix(name: str, prefix: str) -> str:
+    """Return `name` relative to the base model.
+
+    Example:
+        >>> strip_base_prefix("model.norm.weight", "model")
+        'norm.weight'
+    """
+    return name.removeprefix(prefix + ".") if prefix else name

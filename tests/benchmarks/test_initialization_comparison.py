@@ -155,7 +155,11 @@ def test_other_objectives_take_the_rate_that_kd_chose_and_seeds_follow():
 def test_blockwise_distillation_brings_a_students_blocks_nearer_to_the_teacher_and_leaves_the_teacher_alone(teacher):
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     made = from_teacher(
-        teacher, method={"method": "guide", "layers": [0, 3]}, hidden_size=24, num_hidden_layers=2, show_progress=False
+        teacher,
+        method={"method": "guide", "layer_selection": [0, 3]},
+        hidden_size=24,
+        num_hidden_layers=2,
+        show_progress=False,
     )
     matrix = blockwise.carrying_matrix(teacher, made)
     torch.testing.assert_close(matrix.T @ matrix, torch.eye(24), rtol=0, atol=1e-4)

@@ -35,7 +35,7 @@ def student_of(teacher: Any, dataset: Any = None, folder: Any = None, **method: 
         teacher,
         method={"method": "calibrated", **method},
         calibration_dataset=data() if dataset is None else dataset,
-        calibration_dir=folder,
+        calibration_cache_dir=folder,
         show_progress=False,
         **SMALLER,
     )
@@ -149,11 +149,11 @@ def test_the_report_says_what_was_chosen(teacher: Any, tmp_path: Path) -> None:
     report = student_of(teacher).initialization_report
     report.save(tmp_path)
     said = InitializationReport.load(tmp_path).calibration
-    assert said["tokens"] == 288 and len(said["influence"]["layers"]) == 4
-    strongest = sorted(torch.tensor(said["influence"]["layers"]).topk(2).indices.tolist())
-    assert report.blocks == {"layers": strongest} and report.options["layers"] == "auto"
-    assert len(said["units"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
-    assert len(said["lost"]["layers"]) == 2 and said["logit_scale"] > 0
+    assert said["tokens"] == 288 and len(said["block_influence"]["layers"]) == 4
+    strongest = sorted(torch.tensor(said["block_influence"]["layers"]).topk(2).indices.tolist())
+    assert report.blocks == {"layers": strongest} and report.options["layer_selection"] == "block_influence"
+    assert len(said["selected"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
+    assert len(said["residual_error"]["layers"]) == 2 and said["logit_scale"] > 0
 
 
 def batches_for(kind: Kind) -> list[dict[str, Tensor]]:
@@ -196,43 +196,39 @@ def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> 
                 read.weight[40:] = read.weight[:24]
             block.mlp.down_proj.weight[:, 40:] = 1e-2 * block.mlp.down_proj.weight[:, 40:]
     errors = {}
-    for repair in ("writing", "none"):
-        method = {"method": "calibrated", "repair": repair, "ridge": 1e-12 if repair == "writing" else None}
+    for refit in ("output_projections", "none"):
+        method = {"method": "calibrated", "refit": refit, "ridge": 1e-12 if refit == "output_projections" else None}
         student = from_teacher(
             doubled, method=method, calibration_dataset=data(20), show_progress=False, intermediate_size=40
         )
-        assert student.initialization_report.calibration["units"]["layers.0.mlp.down_proj.weight"]["mlp"] == [
+        assert student.initialization_report.calibration["selected"]["layers.0.mlp.down_proj.weight"]["mlp"] == [
             *range(40)
         ]
-        errors[repair] = error_of(student, doubled)
-    assert errors["writing"] < 1e-6 < 1e-3 < errors["none"]
+        errors[refit] = error_of(student, doubled)
+    assert errors["output_projections"] < 1e-6 < 1e-3 < errors["none"]
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"basis": "embeddings"},
-        {"basis": "places"},
-        {"pooling": "block"},
-        {"pooling": "energy"},
-        {"heads": "even"},
-        {"neurons": "even"},
-        {"layers": "first"},
-        {"repair": "writing"},
-        {"repair": "none"},
-        {"repair_inputs": "teacher"},
-        {"absorb_blocks": False},
+        {"basis": "channels"},
+        {"head_importance": "uniform"},
+        {"neuron_importance": "uniform"},
+        {"layer_selection": "first"},
+        {"refit": "output_projections"},
+        {"refit": "none"},
         {"ridge": 0.3},
-        {"fit_table": False},
-        {"turn_values": False},
-        {"fit_gain": False},
+        {"fit_tied_embedding": False},
+        {"rotate_values": False},
+        {"fit_final_norm": False},
         {"fit_logit_scale": False},
     ],
     ids=str,
 )
 def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> None:
-    plain = {"method": "calibrated", "layers": [0, 2]}
-    plain |= {"repair": "none"} if set(change) & {"fit_table", "fit_gain"} else {}
+    plain = {"method": "calibrated", "layer_selection": [0, 2]}
+    plain |= {"refit": "none"} if set(change) & {"fit_tied_embedding", "fit_final_norm"} else {}
     shape = SMALLER | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 6}
 
     def make(method: dict[str, Any]) -> Any:
@@ -279,16 +275,15 @@ def test_a_shape_that_cannot_be_is_refused_before_data_are_drawn(teacher: Any) -
     "options",
     [
         {"method": "guide", "ridge": 0.1},
-        {"method": "guide", "layers": "influence"},
+        {"method": "guide", "layer_selection": "block_influence"},
         {"method": "uniform", "calibration_tokens": 5},
-        {"method": "calibrated", "later_blocks": "select"},
+        {"method": "calibrated", "subsequent_layers": "uniform"},
         {"method": "calibrated", "centered": True},
-        {"method": "calibrated", "basis": "embeddings", "pooling": "block"},
-        {"method": "calibrated", "repair": "none", "ridge": 0.1},
-        {"method": "calibrated", "repair": "none", "absorb_blocks": False},
+        {"method": "calibrated", "pooling": "block"},
+        {"method": "calibrated", "refit": "none", "ridge": 0.1},
         {"method": "calibrated", "ridge": 0.0},
         {"method": "calibrated", "calibration_tokens": 0},
-        {"method": "calibrated", "pooling": "norms"},
+        {"method": "calibrated", "refit": "some"},
     ],
     ids=str,
 )
@@ -335,7 +330,7 @@ def test_the_command_line_takes_text_files(teacher: Any, tmp_path: Path, capsys:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(" ".join(f"w{(7 * i + j) % 95 + 1}" for j in range(20)) for i in range(40)))
     command = ["init", str(tmp_path / "teacher"), "-o", str(tmp_path / "out"), "--hidden-size", "24", "--no-progress"]
-    command += ["--head-dim", "12", "--method", "calibrated", "--calibration-length", "10"]
+    command += ["--head-dim", "12", "--method", "calibrated", "--option", "calibration_seq_length=10"]
     assert main(command) == 2 and "calibration_dataset" in capsys.readouterr().err
     assert main([*command, "--calibration-dataset", str(text)]) == 0
     assert InitializationReport.load(tmp_path / "out").calibration["tokens"] == 800

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_guide.calibration.data import load_calibration_batches
 from hf_guide.errors import OptionError
-from hf_guide.initialization.config import InitializationConfig
+from hf_guide.methods import InitializationConfig
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.tiny import KINDS
 
@@ -97,7 +97,7 @@ TEXTS = [" ".join(f"w{(7 * i + j) % 95 + 1}" for j in range(20)) for i in range(
 
 def test_text_is_cut_where_positions_end(reader: PreTrainedModel) -> None:
     assert [tuple(batch["input_ids"].shape) for batch in drawn(reader, TEXTS)] == [(4, 32)] * 3 + [(1, 16)]
-    assert drawn(reader, TEXTS, calibration_length=10)[0]["input_ids"].shape == (4, 10)
+    assert drawn(reader, TEXTS, calibration_seq_length=10)[0]["input_ids"].shape == (4, 10)
 
 
 def test_missing_texts_are_passed_over(reader: PreTrainedModel) -> None:

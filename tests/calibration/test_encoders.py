@@ -58,7 +58,7 @@ def test_gains_are_those_of_the_places_kept() -> None:
     teacher = kind.teacher()
     student = from_teacher(
         teacher,
-        method={"method": "calibrated", "repair": "none", "fit_table": False, "fit_gain": False},
+        method={"method": "calibrated", "refit": "none", "fit_tied_embedding": False, "fit_final_norm": False},
         calibration_dataset=batches_for(kind),
         hidden_size=24,
         show_progress=False,

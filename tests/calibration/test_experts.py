@@ -87,25 +87,25 @@ def test_dead_experts_are_found_and_dropped(name: str) -> None:
     expected = logits_of(small, case)
     assert relative_error(logits_of(big, case), expected) <= (case.lift or 0), "the teacher is not the small model"
     errors = {}
-    for how in ("energy", "even"):
+    for how in ("activation", "uniform"):
         student = from_teacher(
             big,
             small.config,
-            method={"method": "calibrated", "experts": how},
+            method={"method": "calibrated", "expert_importance": how},
             calibration_dataset=data(case),
             show_progress=False,
         )
         errors[how] = relative_error(logits_of(student, case), expected)
-        if how == "energy":
+        if how == "activation":
             report = student.initialization_report
             (blocks,) = report.blocks.values()
             kept = {
                 int(site.split(".")[1]): units["experts"]
-                for site, units in report.calibration["units"].items()
+                for site, units in report.calibration["selected"].items()
                 if "experts" in units
             }
             assert kept and all(kept[number] == live[blocks[number]] for number in kept)
-    assert errors["energy"] <= (case.lift or 0) < 1e-3 < errors["even"]
+    assert errors["activation"] <= (case.lift or 0) < 1e-3 < errors["uniform"]
 
 
 def test_what_is_heard_of_an_expert_is_what_it_writes_over_the_tokens_routed_to_it() -> None:
@@ -149,7 +149,7 @@ def test_the_router_is_fitted_again_and_experts_are_heard_once(tmp_path: Any, mo
             kind.teacher(),
             method="calibrated",
             calibration_dataset=batches_for(kind),
-            calibration_dir=tmp_path,
+            calibration_cache_dir=tmp_path,
             show_progress=False,
             **shape,
         )
@@ -168,7 +168,7 @@ def test_experts_that_are_chosen_by_groups_stay_even() -> None:
     teacher = build(case, case.big)
     student = from_teacher(
         teacher,
-        method={"method": "calibrated", "repair": "none"},
+        method={"method": "calibrated", "refit": "none"},
         calibration_dataset=data(case, 1),
         show_progress=False,
         n_routed_experts=4,

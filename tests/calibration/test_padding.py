@@ -65,7 +65,7 @@ def test_what_stands_in_padding_changes_nothing(make: Any, pair: bool) -> None:
     students = [
         from_teacher(
             teacher,
-            method={"method": "calibrated", "fit_table": False},
+            method={"method": "calibrated", "fit_tied_embedding": False},
             calibration_dataset=with_decoder(padded(pad)) if pair else padded(pad),
             show_progress=False,
             **smaller,

@@ -36,7 +36,7 @@ def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_cop
     ]
     assert fitted(reports[0]) == fitted(reports[1]) and fitted(reports[0])
     assert not any("was not repaired" in said for said in reports[0].approximations)
-    lost = [report.calibration["lost"] for report in reports]
+    lost = [report.calibration["residual_error"] for report in reports]
     assert lost[0].keys() == lost[1].keys()
     for stack, shares in lost[1].items():
         assert lost[0][stack] == pytest.approx(shares, rel=0.05)
@@ -47,7 +47,7 @@ def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_cop
 def test_where_a_half_precision_teacher_loses_nothing_nothing_changes(name: str, dtype: torch.dtype) -> None:
     teacher = KINDS[name].teacher().to(dtype)
     options: dict[str, Any] = {"calibration_dataset": data(), "show_progress": False}
-    carried = {"method": "calibrated", "repair": "none", "fit_gain": False, "fit_logit_scale": False}
+    carried = {"method": "calibrated", "refit": "none", "fit_final_norm": False, "fit_logit_scale": False}
     student = from_teacher(teacher, method="calibrated", **options)
     assert same_bits(student, from_teacher(teacher, method=carried, **options))
     assert student.initialization_report.calibration["logit_scale"] == 1.0
@@ -82,7 +82,7 @@ def test_squares_that_float16_does_not_hold_are_taken_in_float32() -> None:
     student = student_of(teacher.half())
     assert all(parameter.isfinite().all() for parameter in student.parameters())
     said = student.initialization_report.calibration
-    assert 0 < said["logit_scale"] < 10 and all(0 <= share < 10 for share in said["lost"]["layers"])
+    assert 0 < said["logit_scale"] < 10 and all(0 <= share < 10 for share in said["residual_error"]["layers"])
 
 
 def test_a_fitted_value_that_cannot_be_stored_is_refused() -> None:

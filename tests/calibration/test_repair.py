@@ -176,7 +176,7 @@ def test_what_a_block_was_fitted_to_is_let_go_before_the_next(monkeypatch: pytes
         held.clear()
         from_teacher(
             KINDS["llama"].teacher(),
-            method={"method": "calibrated", "repair": repair},
+            method={"method": "calibrated", "refit": repair},
             calibration_dataset=tokens,
             hidden_size=24,
             show_progress=False,

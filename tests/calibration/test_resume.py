@@ -50,7 +50,7 @@ def made(name: str, folder: Path | None, **method: Any) -> Any:
         kind.teacher(),
         method={"method": "calibrated", **method},
         calibration_dataset=batches_for(kind),
-        calibration_dir=folder,
+        calibration_cache_dir=folder,
         show_progress=False,
         **kind.smaller,
     )
@@ -139,7 +139,7 @@ def test_another_call_is_refused_with_what_differs(change: dict[str, Any], named
             teacher,
             method={"method": "calibrated", "ridge": ridge},
             calibration_dataset=dataset or data(),
-            calibration_dir=tmp_path,
+            calibration_cache_dir=tmp_path,
             show_progress=False,
             **SMALLER | shape,
         )
@@ -164,7 +164,7 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
                 teacher,
                 method=method,
                 calibration_dataset=drawn if method == "calibrated" else None,
-                calibration_dir=folder,
+                calibration_cache_dir=folder,
                 show_progress=False,
                 **SMALLER,
             )
@@ -173,11 +173,16 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "is a file")
     refused(tmp_path, "holds something else: file")
-    refused(tmp_path / "new", "looks at no data", method="guide")
+    refused(tmp_path / "new", "uses no data", method="guide")
     assert not (tmp_path / "new").exists()
     kept = tmp_path / "kept"
     from_teacher(
-        teacher, method="calibrated", calibration_dataset=data(), calibration_dir=kept, show_progress=False, **SMALLER
+        teacher,
+        method="calibrated",
+        calibration_dataset=data(),
+        calibration_cache_dir=kept,
+        show_progress=False,
+        **SMALLER,
     )
     hearing = next(kept.glob("statistics-*"))
     hearing.write_bytes(hearing.read_bytes()[:100])
@@ -221,15 +226,15 @@ def test_the_command_line_takes_the_folder(tmp_path: Path, monkeypatch: pytest.M
 
     def stopped(teacher: str, **options: Any) -> None:
         given.update(options)
-        if options.get("calibration_dir"):
-            options["calibration_dir"].mkdir()
-            (options["calibration_dir"] / "calibration.json").touch()
+        if options.get("calibration_cache_dir"):
+            options["calibration_cache_dir"].mkdir()
+            (options["calibration_cache_dir"] / "calibration.json").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_guide.modeling.from_teacher", stopped)
     command = ["init", "teacher", "-o", str(tmp_path / "out"), "--method", "calibrated"]
-    assert main([*command, "--calibration-dir", str(tmp_path / "kept")]) == 130
-    assert given["calibration_dir"] == tmp_path / "kept"
+    assert main([*command, "--calibration-cache-dir", str(tmp_path / "kept")]) == 130
+    assert given["calibration_cache_dir"] == tmp_path / "kept"
     assert f"the same command goes on from {tmp_path / 'kept'}" in capsys.readouterr().err
     assert main(command) == 130 and "nothing was left behind" in capsys.readouterr().err
 

@@ -1,12 +1,15 @@
 """Queries and keys of heads that get smaller: what is planted at random directions is found; no rotary one is turned."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import hf_guide.methods.calibrated as calibrated
 from hf_guide import from_teacher
 from hf_guide.calibration.head_rotation import low_rank_product_factors
 from hf_guide.layouts.grammar import axis_names, group_indices, solve_sizes
@@ -28,6 +31,15 @@ HEADS = {  # as many heads in both shapes, so that they get smaller with the wid
     "t5": [],
     "bart": ["encoder_attention_heads", "decoder_attention_heads"],
 }
+
+
+@contextlib.contextmanager
+def rotation(on: bool) -> Iterator[None]:
+    """Rotate queries and keys within the block, or leave them as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not on:
+            patch.setattr(calibrated, "rotate_queries_keys", lambda *arguments: None)
+        yield
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -76,13 +88,14 @@ def test_smaller_heads_are_found_wherever_they_were_turned(name: str) -> None:
     assert relative_error(logits_of(big, case), expected) <= (case.lift or 0), "the teacher is not the small model"
     errors = {}
     for turned in (True, False):
-        student = from_teacher(
-            big,
-            small.config,
-            method={"method": "calibrated", "turn_queries": turned, "repair": "none"},
-            calibration_dataset=data(case),
-            show_progress=False,
-        )
+        with rotation(turned):
+            student = from_teacher(
+                big,
+                small.config,
+                method={"method": "calibrated", "refit": "none"},
+                calibration_dataset=data(case),
+                show_progress=False,
+            )
         errors[turned] = relative_error(logits_of(student, case), expected)
     assert errors[True] <= (case.lift or 0) < 1e-3 < errors[False]
 
@@ -101,16 +114,18 @@ def test_no_other_cut_of_this_rank_loses_less() -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("llama", {"head_dim": 6}), ("gemma3", {"head_dim": 6})])
 def test_what_is_rotated_or_normed_is_not_turned(name: str, size: dict[str, int]) -> None:
-    students = [
-        from_teacher(
-            KINDS[name].teacher(),
-            method={"method": "calibrated", "repair": "none", "turn_queries": turned},
-            calibration_dataset=[{"input_ids": torch.arange(3, 30)[None]}],
-            show_progress=False,
-            **size,
-        )
-        for turned in (True, False)
-    ]
+    students = []
+    for turned in (True, False):
+        with rotation(turned):
+            students.append(
+                from_teacher(
+                    KINDS[name].teacher(),
+                    method={"method": "calibrated", "refit": "none"},
+                    calibration_dataset=[{"input_ids": torch.arange(3, 30)[None]}],
+                    show_progress=False,
+                    **size,
+                )
+            )
     assert all(map(torch.equal, students[0].parameters(), students[1].parameters()))
     said = [note for note in students[0].initialization_report.approximations if "queries and keys are chosen" in note]
     assert len(said) == 1 and ("rotary" in said[0] or "norm" in said[0])

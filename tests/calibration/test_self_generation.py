@@ -13,7 +13,7 @@ from hf_guide import InitializationReport, OptionError, from_teacher
 from hf_guide.calibration import self_generation as own_text
 from hf_guide.cli.main import main
 from hf_guide.errors import TeacherError
-from hf_guide.initialization.config import InitializationConfig
+from hf_guide.methods import InitializationConfig
 from hf_guide.methods import calibrated as run
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.tiny import KINDS, same_bits
@@ -26,20 +26,20 @@ def teacher() -> Any:
     return KINDS["llama"].teacher()
 
 
-def student_of(teacher: Any, dataset: Any = "teacher", folder: Path | None = None, **method: Any) -> Any:
-    method = {"method": "calibrated", "calibration_tokens": 512, "calibration_length": 32, **method}
+def student_of(teacher: Any, dataset: Any = "self_generated", folder: Path | None = None, **method: Any) -> Any:
+    method = {"method": "calibrated", "calibration_tokens": 512, "calibration_seq_length": 32, **method}
     return from_teacher(
         teacher,
         method=method,
         calibration_dataset=dataset,
-        calibration_dir=folder,
+        calibration_cache_dir=folder,
         show_progress=False,
         **SMALLER,
     )
 
 
 def written(teacher: Any, **options: Any) -> torch.Tensor:
-    chosen = InitializationConfig(method="calibrated", **{"calibration_length": 32, **options})
+    chosen = InitializationConfig(method="calibrated", **{"calibration_seq_length": 32, **options})
     return own_text.generate_calibration_text(teacher, open_teacher(teacher), chosen, tokens=500)
 
 
@@ -78,8 +78,8 @@ def test_a_student_is_that_of_the_text_that_was_written(teacher: Any) -> None:
     student = student_of(teacher)
     ids = written(teacher, calibration_tokens=512)
     assert same_bits(student, student_of(teacher, [{"input_ids": rows} for rows in ids.split(8)]))
-    assert student.initialization_report.calibration["own_text"] is True
-    assert "512 tokens that the teacher wrote" in student.initialization_report.summary()
+    assert student.initialization_report.calibration["self_generated"] is True
+    assert "512 tokens that the teacher generated" in student.initialization_report.summary()
 
 
 def test_what_was_written_is_kept_for_the_next_time(teacher: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -94,7 +94,9 @@ def test_what_was_written_is_kept_for_the_next_time(teacher: Any, tmp_path: Path
 @pytest.mark.parametrize("name", ["bert", "t5", "vit"])
 def test_what_writes_no_text_is_refused(name: str) -> None:
     with pytest.raises(OptionError, match="only causal language models"):
-        from_teacher(KINDS[name].teacher(), method="calibrated", calibration_dataset="teacher", show_progress=False)
+        from_teacher(
+            KINDS[name].teacher(), method="calibrated", calibration_dataset="self_generated", show_progress=False
+        )
 
 
 def test_a_teacher_that_says_nan_is_refused(teacher: Any) -> None:
@@ -105,16 +107,18 @@ def test_a_teacher_that_says_nan_is_refused(teacher: Any) -> None:
 
 
 def test_other_words_are_refused(teacher: Any) -> None:
-    with pytest.raises(OptionError, match="'teacher', for text that the teacher writes itself; found 'wikitext'"):
+    with pytest.raises(
+        OptionError, match="'self_generated', for text that the teacher writes itself; found 'wikitext'"
+    ):
         student_of(teacher, "wikitext")
-    with pytest.raises(OptionError, match="or 'teacher', for text that the teacher writes itself; or choose"):
+    with pytest.raises(OptionError, match="or 'self_generated', for text that the teacher writes itself; or choose"):
         student_of(teacher, None)
 
 
 def test_the_command_line_lets_the_teacher_write(teacher: Any, tmp_path: Path) -> None:
     teacher.save_pretrained(tmp_path / "teacher")
     sizes = [word for name, size in SMALLER.items() for word in (f"--{name.replace('_', '-')}", str(size))]
-    options = ["--calibration-tokens", "256", "--calibration-length", "32", "--method", "calibrated"]
+    options = ["--method", "calibrated", "--option", "calibration_tokens=256", "--option", "calibration_seq_length=32"]
     command = ["init", str(tmp_path / "teacher"), "-o", str(tmp_path / "out"), *sizes, *options]
-    assert main([*command, "--calibration-dataset", "teacher"]) == 0
-    assert InitializationReport.load(tmp_path / "out").calibration["own_text"] is True
+    assert main([*command, "--calibration-dataset", "self_generated"]) == 0
+    assert InitializationReport.load(tmp_path / "out").calibration["self_generated"] is True

@@ -54,10 +54,11 @@ def test_what_is_turned_and_cut_is_turned_back_by_what_reads_it(case: Case, monk
     teacher = build(case, case.big)
     shake(teacher, layout_of(teacher), seed=1)
     settle(teacher, case)
+    monkeypatch.setattr(run, "rotate_queries_keys", lambda *arguments: None)
     plan = turns_of(
         teacher,
         monkeypatch,
-        method={"method": "calibrated", "repair": "none", "turn_queries": False},
+        method={"method": "calibrated", "refit": "none"},
         calibration_dataset=data(case),
         **SMALLER_HEADS[str(case)],
     )
@@ -104,14 +105,14 @@ def test_values_that_fill_half_of_their_heads_lose_nothing() -> None:
                 group.copy_(basis @ basis.T @ group)
     expected, errors = logits(teacher, KINDS["llama"]), {}
     for turned in (True, False):
-        method = {"method": "calibrated", "repair": "none", "fit_logit_scale": False, "turn_values": turned}
+        method = {"method": "calibrated", "refit": "none", "fit_logit_scale": False, "rotate_values": turned}
         student = from_teacher(
             teacher, method=method, calibration_dataset=token_batches(), show_progress=False, head_dim=size // 2
         )
         errors[turned] = relative_error(logits(student, KINDS["llama"]), expected)
     assert errors[True] < 1e-9 < 1e-3 < errors[False]
     said = student.initialization_report
-    assert not any("head_dim" in units for units in said.calibration["units"].values())
+    assert not any("head_dim" in units for units in said.calibration["selected"].values())
 
 
 def test_no_other_cut_of_this_rank_loses_less() -> None:

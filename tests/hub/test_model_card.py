@@ -270,7 +270,9 @@ def test_without_matplotlib_the_card_shows_no_plot(tmp_path, monkeypatch):
 def test_the_plots_are_drawn_beside_the_card(tmp_path):
     pytest.importorskip("matplotlib")
     curve = {"embed": [0.5, 0.75, 1.0]}
-    report = dataclasses.replace(REPORT, explained_variance=curve, widths={"embed": [3, 2]}, kept={"embed": 0.75})
+    report = dataclasses.replace(
+        REPORT, explained_variance=curve, sizes={"embed": [3, 2]}, variance_explained={"embed": 0.75}
+    )
     record = dataclasses.replace(RECORD, history=[{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
     path = write_model_card(tmp_path, report, record=record)
     for name in (PLOT_NAME, TRAINING_PLOT_NAME):

@@ -92,7 +92,7 @@ def test_unknown_family_keeps_its_width_and_may_lose_blocks() -> None:
     )
     fewer = tiny_config(teacher.config)
     fewer.num_hidden_layers = 3
-    student = from_teacher(teacher, fewer, method={"layers": [0, 1, attention]}, show_progress=False)
+    student = from_teacher(teacher, fewer, method={"layer_selection": [0, 1, attention]}, show_progress=False)
     for ours, theirs in ((0, 0), (1, 1), (2, attention)):
         for mine, its in zip(
             student.model.layers[ours].parameters(), teacher.model.layers[theirs].parameters(), strict=True

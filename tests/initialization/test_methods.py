@@ -1,6 +1,7 @@
 """Guide and uniform are what the papers say, written again by hand; each option changes what it says and nothing else."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from hf_guide import from_teacher
+from hf_guide.initialization.build import build_student
+from hf_guide.initialization.config import PlanOptions
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.initialization.transfer import transfer_weights
 from hf_guide.layouts.registry import registered_layouts
+from hf_guide.teachers.checkpoint import open_teacher
 from tests.invariants.case import build, logits_of
 from tests.invariants.cases import CASES
 from tests.invariants.lifting import shake
@@ -61,16 +67,14 @@ def directions(table: Tensor, size: int) -> Tensor:
     return vectors * largest.sign()
 
 
-def by_hand(
-    teacher: LlamaForCausalLM, basis: Tensor, *, energy: bool = True, logits: bool = True
-) -> dict[str, Tensor]:
+def by_hand(teacher: LlamaForCausalLM, basis: Tensor, *, norm_correction: bool = True) -> dict[str, Tensor]:
     """GUIDE's student: every axis on the stream contracted with the basis, gains folded, all other axes selected.
 
     Of a folded gain its root mean square stays in the norm, with sqrt(d_T / d_S) and the energy's correction.
     """
     had = teacher.state_dict()
     table = had["model.embed_tokens.weight"]
-    scale = math.sqrt(48 / 24) * ((table @ basis).norm() / table.norm() if energy else 1.0)
+    scale = math.sqrt(48 / 24) * ((table @ basis).norm() / table.norm() if norm_correction else 1.0)
 
     def left(norm: str) -> Tensor:  # of a gain, in the norm
         return had[f"{norm}.weight"].square().mean().sqrt()
@@ -86,8 +90,8 @@ def by_hand(
             folded = had[f"{there}{name}.weight"][places] * had[f"{there}{norm}.weight"]
             made[f"{here}{name}.weight"] = folded @ basis / left(there + norm)
             made[f"{here}{norm}.weight"] = scale * left(there + norm) * torch.ones(24, dtype=torch.float64)
-        if logits:  # a head of 4 and not 8 dimensions: q k / sqrt(l) grows by sqrt(8 / 4) again
-            made[f"{here}self_attn.q_proj.weight"] *= math.sqrt(8 / 4)
+        # a head of 4 and not 8 dimensions: q k / sqrt(l) grows by sqrt(8 / 4) again
+        made[f"{here}self_attn.q_proj.weight"] *= math.sqrt(8 / 4)
         for name, places in WRITERS.items():
             made[f"{here}{name}.weight"] = basis.T @ had[f"{there}{name}.weight"][:, places]
     return made
@@ -134,35 +138,39 @@ def test_guide_is_the_projection_on_the_tables_directions(teacher: LlamaForCausa
     report = student.initialization_report
     spectrum = torch.linalg.svdvals(teacher.model.embed_tokens.weight.detach()).square().cumsum(0)
     torch.testing.assert_close(torch.tensor(report.explained_variance["embed"]).double(), spectrum / spectrum[-1])
-    assert report.kept["embed"] == pytest.approx((spectrum[23] / spectrum[-1]).item())
+    assert report.variance_explained["embed"] == pytest.approx((spectrum[23] / spectrum[-1]).item())
 
 
 def test_guide_at_full_width_selects_and_changes_nothing_else(teacher: LlamaForCausalLM) -> None:
     student = student_of(teacher, hidden_size=48, head_dim=8)
-    assert same_bits(student, student_of(teacher, {"method": "uniform", "layers": "ends"}, hidden_size=48, head_dim=8))
+    assert same_bits(
+        student,
+        student_of(teacher, {"method": "uniform", "layer_selection": "first_last"}, hidden_size=48, head_dim=8),
+    )
 
 
-def test_without_energy_correction_norms_keep_their_length(teacher: LlamaForCausalLM) -> None:
+def planned_student(teacher: LlamaForCausalLM, **options: Any) -> PreTrainedModel:
+    """Return guide's student by a plan with other options, of which no method makes one of its own."""
+    student = build_student(type(teacher), student_of(teacher).config, teacher.dtype)
+    plan_options = PlanOptions("first_last", projects=True, **options)
+    layout = layout_for(teacher.config, type(teacher))
+    student.initialization_report = transfer_weights(student, open_teacher(teacher), layout, plan_options)
+    return student.eval()
+
+
+def test_without_norm_correction_norms_keep_their_length(teacher: LlamaForCausalLM) -> None:
     basis = directions(teacher.model.embed_tokens.weight.detach(), 24)
-    student = student_of(teacher, {"energy_correction": False})
-    assert_is(student, by_hand(teacher, basis, energy=False))
+    student = planned_student(teacher, norm_correction=False)
+    assert_is(student, by_hand(teacher, basis, norm_correction=False))
     norms = {f"model.layers.{i}.{norm}.weight" for i in (0, 1) for _, norm in SIDES.values()} | {"model.norm.weight"}
     assert changed(student, student_of(teacher)) == norms
-
-
-def test_without_restoring_the_logits_scale_queries_stay_as_they_are(teacher: LlamaForCausalLM) -> None:
-    basis = directions(teacher.model.embed_tokens.weight.detach(), 24)
-    student = student_of(teacher, {"restore_logit_scale": False})
-    assert_is(student, by_hand(teacher, basis, logits=False))
-    queries = {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
-    assert changed(student, student_of(teacher)) == queries
 
 
 def test_unfolded_gains_become_diagonals(teacher: LlamaForCausalLM) -> None:
     table = teacher.model.embed_tokens.weight.detach()
     basis = directions(table, 24)
     scale = math.sqrt(48 / 24) * ((table @ basis).norm() / table.norm())
-    student = student_of(teacher, {"fold_norms": False})
+    student = planned_student(teacher, fold_norms=False)
     expected, had = by_hand(teacher, basis), teacher.state_dict()
     expected["lm_head.weight"] = had["lm_head.weight"] @ basis
     expected["model.norm.weight"] = scale * (basis.T @ torch.diag(had["model.norm.weight"]) @ basis).diagonal()
@@ -177,31 +185,8 @@ def test_unfolded_gains_become_diagonals(teacher: LlamaForCausalLM) -> None:
     assert student.initialization_report.approximations
 
 
-def test_a_centred_fit_takes_the_directions_around_the_mean(teacher: LlamaForCausalLM) -> None:
-    table = teacher.model.embed_tokens.weight.detach()
-    student = student_of(teacher, {"centered": True})
-    expected = by_hand(teacher, directions(table - table.mean(0), 24))
-    torch.testing.assert_close(
-        student.model.embed_tokens.weight.detach(), expected["model.embed_tokens.weight"], rtol=1e-9, atol=1e-9
-    )
-    torch.testing.assert_close(
-        student.model.layers[1].mlp.down_proj.weight.detach(), expected["model.layers.1.mlp.down_proj.weight"]
-    )
-
-
-def test_token_weights_count_rows_as_often_as_they_say(teacher: LlamaForCausalLM) -> None:
-    assert same_bits(student_of(teacher, {"token_weights": torch.ones(96)}), student_of(teacher))
-    table = teacher.model.embed_tokens.weight.detach()
-    counts = [row % 4 for row in range(96)]
-    student = student_of(teacher, {"token_weights": counts})
-    repeated = torch.cat([table[row : row + 1].expand(count, -1) for row, count in enumerate(counts)])
-    torch.testing.assert_close(
-        student.model.embed_tokens.weight.detach(), table @ directions(repeated, 24), rtol=1e-9, atol=1e-9
-    )
-
-
 def test_later_blocks_can_be_selected(teacher: LlamaForCausalLM) -> None:
-    student, whole = student_of(teacher, {"later_blocks": "select"}), student_of(teacher)
+    student, whole = student_of(teacher, {"subsequent_layers": "uniform"}), student_of(teacher)
     later = {name for name in everything(student) if name.startswith("model.layers.1.")}
     assert changed(student, whole) == later
     selected = selected_by_hand(teacher, OUTER)
@@ -212,7 +197,7 @@ def test_later_blocks_can_be_selected(teacher: LlamaForCausalLM) -> None:
 
 
 def test_later_blocks_can_be_random(teacher: LlamaForCausalLM) -> None:
-    student, whole = student_of(teacher, {"later_blocks": "random"}), student_of(teacher)
+    student, whole = student_of(teacher, {"subsequent_layers": "random"}), student_of(teacher)
     later = {name for name in everything(student) if name.startswith("model.layers.1.")}
     assert changed(student, whole) == later
     assert set(student.initialization_report.randomly_initialized) == later
@@ -229,8 +214,8 @@ def test_later_blocks_can_be_random(teacher: LlamaForCausalLM) -> None:
 @pytest.mark.parametrize(
     "layers,count,expected",
     [
-        ("even", 2, [0, 2]),
-        ("even", 3, [0, 2, 3]),  # linspace(0, 3, 3) is 0, 1.5, 3; halves go to the even number
+        ("uniform", 2, [0, 2]),
+        ("uniform", 3, [0, 2, 3]),  # linspace(0, 3, 3) is 0, 1.5, 3; halves go to the even number
         ("first", 3, [0, 1, 2]),
         ([3, 1], 2, [3, 1]),
         ({"layers": [3, 1]}, 2, [3, 1]),
@@ -242,7 +227,7 @@ def test_every_block_comes_from_the_one_chosen(name: str, layers: object, count:
     teacher = KINDS[name].teacher()
     if name == "gemma3":
         teacher.config.layer_types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
-    student = from_teacher(teacher, num_hidden_layers=count, method={"layers": layers}, show_progress=False)
+    student = from_teacher(teacher, num_hidden_layers=count, method={"layer_selection": layers}, show_progress=False)
     assert list(student.initialization_report.blocks.values()) == [expected]
     for block, chosen in zip(student.model.layers, expected, strict=True):
         fed = teacher.model.layers[chosen].state_dict()
@@ -256,7 +241,9 @@ def test_each_stack_has_its_own_blocks() -> None:
     kind = KINDS["t5"]
     teacher = kind.teacher()
     layers = {"encoder.block": [3, 1, 0], "decoder.block": [2, 0]}
-    student = from_teacher(teacher, num_layers=3, num_decoder_layers=2, method={"layers": layers}, show_progress=False)
+    student = from_teacher(
+        teacher, num_layers=3, num_decoder_layers=2, method={"layer_selection": layers}, show_progress=False
+    )
     assert student.initialization_report.blocks == layers
     for stack, chosen in layers.items():
         part = stack.partition(".")[0]
@@ -273,7 +260,7 @@ def test_logit_gain_multiplies_the_logits_and_nothing_else(family: str, width: s
     shake(teacher, registered_layouts()[case.family], seed=1)
     shape = build(case, case.small).config if width == "reduced" else None
     plain, humble = (
-        from_teacher(teacher, shape, method={"logit_gain": gain}, show_progress=False) for gain in (1, 0.3)
+        from_teacher(teacher, shape, method={"logit_scale": gain}, show_progress=False) for gain in (1, 0.3)
     )
     assert torch.allclose(logits_of(humble, case), 0.3 * logits_of(plain, case), rtol=1e-6, atol=1e-9)
     assert len(changed(humble, plain)) <= 2
@@ -284,7 +271,7 @@ def test_logit_gain_reaches_a_bias_beside_a_tied_head(name: str) -> None:
     kind = KINDS[name]
     teacher = kind.teacher().double()
     plain, humble = (
-        from_teacher(teacher, method={"logit_gain": gain}, show_progress=False, **kind.smaller) for gain in (1, 0.3)
+        from_teacher(teacher, method={"logit_scale": gain}, show_progress=False, **kind.smaller) for gain in (1, 0.3)
     )
     assert torch.allclose(logits(humble, kind), 0.3 * logits(plain, kind), rtol=1e-6, atol=1e-9)
 
@@ -292,13 +279,13 @@ def test_logit_gain_reaches_a_bias_beside_a_tied_head(name: str) -> None:
 def test_logit_gain_that_finds_no_logits_is_said_so() -> None:
     case = next(case for case in CASES if case.family == "bart" and case.model_class == "BartForConditionalGeneration")
     teacher = build(case, case.big)
-    student = from_teacher(teacher, build(case, case.small).config, method={"logit_gain": 0.3}, show_progress=False)
-    assert any("logit_gain" in note for note in student.initialization_report.approximations)
+    student = from_teacher(teacher, build(case, case.small).config, method={"logit_scale": 0.3}, show_progress=False)
+    assert any("logit_scale" in note for note in student.initialization_report.approximations)
 
 
 def test_outer_blocks_leave_the_middle_out(teacher: LlamaForCausalLM) -> None:
     """Weight subcloning's choice, arXiv 2312.09299: the first half, and the last."""
-    ends = {"method": "uniform", "layers": "ends"}
+    ends = {"method": "uniform", "layer_selection": "first_last"}
     assert student_of(teacher, ends).initialization_report.blocks == {"layers": OUTER}
     deeper = student_of(teacher, ends, num_hidden_layers=3)
     assert deeper.initialization_report.blocks == {"layers": [0, 1, 3]}
@@ -309,4 +296,6 @@ def test_which_blocks_are_kept_where_nothing_says_so(
     teacher: LlamaForCausalLM, method: str, blocks: list[int]
 ) -> None:
     assert student_of(teacher, method).initialization_report.blocks == {"layers": blocks}
-    assert student_of(teacher, {"method": method, "layers": "even"}).initialization_report.blocks == {"layers": SPREAD}
+    assert student_of(teacher, {"method": method, "layer_selection": "uniform"}).initialization_report.blocks == {
+        "layers": SPREAD
+    }

@@ -33,8 +33,8 @@ def some_report(**changes) -> InitializationReport:
         student_parameters=33_400_000,
         blocks={"model.layers": [0, 2, 4]},
         explained_variance={"embed": [0.25, 0.5, 0.8, 1.0]},
-        kept={"embed": 0.5},
-        widths={"embed": [4, 2], "mlp": [8, 4]},
+        variance_explained={"embed": 0.5},
+        sizes={"embed": [4, 2], "mlp": [8, 4]},
         parameters=[ParameterRecord("model.norm.weight", [16], None, None), *layers],
         approximations=["the final gain was fitted in the logits"],
         randomly_initialized=[f"model.extra.{block}.weight" for block in range(7)],
@@ -59,7 +59,7 @@ def test_summary_has_five_lines_with_the_facts():
         "33.4 M parameters, 4.0 times fewer than its teacher someone/teacher at 0123456789ab (134.5 M), by guide"
         in lines[0]
     )
-    assert "embed 4 -> 2 (keeps 50.0% of the variance), mlp 8 -> 4" in lines[1]
+    assert "embed 4 -> 2 (50.0% of variance explained), mlp 8 -> 4" in lines[1]
     assert "model.layers from the teacher's 0 2 4" in lines[2]
     assert "1 approximated, 7 parameters at random" in lines[3]
     assert "1.8 s (basis 1.2, transfer 0.5), peak memory 1.00 GiB" in lines[4]

@@ -155,7 +155,7 @@ def sizes_of_config(config: Any) -> list[tuple[str, str, Any]]:
 @pytest.mark.parametrize("value", ["x", -32, 0, True, 1.5, 10**9], ids=str)
 def test_what_is_no_size_is_refused_at_once(family: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = TEACHERS[family]()
-    monkeypatch.setattr("hf_guide.modeling.build_student", None)  # nothing may be built
+    monkeypatch.setattr("hf_guide.initialization.registry.build_student", None)  # nothing may be built
     for part, name, had in sizes_of_config(teacher.config):
         wrong = [*had[:-1], value] if isinstance(had, list) else value
         with pytest.raises((ShapeError, OptionError), match=name):
@@ -260,11 +260,15 @@ def test_a_mixture_that_cannot_run_is_refused_with_what_does_not_fit(
 
 def test_blocks_may_be_repeated_where_each_is_named() -> None:
     teacher = KINDS["llama"].teacher()
-    student = from_teacher(teacher, num_hidden_layers=6, method={"layers": [0, 1, 1, 2, 2, 3]}, show_progress=False)
+    student = from_teacher(
+        teacher, num_hidden_layers=6, method={"layer_selection": [0, 1, 1, 2, 2, 3]}, show_progress=False
+    )
     assert len(student.model.layers) == 6
     for depth in (7, 10**9):
         with pytest.raises(HfGuideError):
-            from_teacher(teacher, num_hidden_layers=depth, method={"layers": [0, 1, 1, 2, 2, 3]}, show_progress=False)
+            from_teacher(
+                teacher, num_hidden_layers=depth, method={"layer_selection": [0, 1, 1, 2, 2, 3]}, show_progress=False
+            )
 
 
 def test_known_sizes_are_spelled_as_configs_spell_them() -> None:

@@ -41,7 +41,7 @@ from tests.invariants.depth import (
 )
 
 TOLERANCE = 1e-5
-CHOICES = ("even", "ends", "explicit")
+CHOICES = ("uniform", "first_last", "explicit")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,9 @@ def student_of(
             stacks = from_teacher(teacher, show_progress=False).initialization_report.blocks
         sizes = {stack: len(stack_of(teacher, stack)) for stack in stacks}
         layers = {stack: list(kept) if size == 5 else list(range(size)) for stack, size in sizes.items()}
-    return from_teacher(teacher, method={"layers": layers}, show_progress=False, **cut(depths(teacher.config), 3))
+    return from_teacher(
+        teacher, method={"layer_selection": layers}, show_progress=False, **cut(depths(teacher.config), 3)
+    )
 
 
 def difference(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
@@ -137,7 +139,7 @@ def test_a_student_of_some_blocks_is_the_teacher_with_the_others_bypassed(family
 def test_what_depends_on_a_block_index_otherwise_is_reported(family: Family) -> None:
     teacher = family.teacher()
     try:
-        student = student_of(teacher, "even")
+        student = student_of(teacher, "uniform")
     except ShapeError as error:
         assert "depend on their index" in str(error)
     else:
@@ -156,10 +158,10 @@ def test_a_block_that_cannot_stand_where_it_is_put_is_refused(name: str) -> None
 def test_a_model_that_rescales_its_weights_when_run_gives_them_as_they_were() -> None:
     sizes = {"vocab_size": 60, "hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24}
     teacher = teacher_for(RwkvForCausalLM, RwkvConfig(**sizes, num_hidden_layers=5, rescale_every=2))
-    fresh = from_teacher(teacher, show_progress=False, num_hidden_layers=4, method={"layers": [0, 2, 3, 4]})
+    fresh = from_teacher(teacher, show_progress=False, num_hidden_layers=4, method={"layer_selection": [0, 2, 3, 4]})
     outputs_of(teacher, inputs_for(teacher))
     assert teacher.rwkv.layers_are_rescaled
-    student = from_teacher(teacher, show_progress=False, num_hidden_layers=4, method={"layers": [0, 2, 3, 4]})
+    student = from_teacher(teacher, show_progress=False, num_hidden_layers=4, method={"layer_selection": [0, 2, 3, 4]})
     for after, before in zip(student.parameters(), fresh.parameters(), strict=True):
         assert torch.equal(after, before)
     assert difference(student, teacher) <= 1e-3  # halving the stream makes the norms' eps weigh more
@@ -167,7 +169,7 @@ def test_a_model_that_rescales_its_weights_when_run_gives_them_as_they_were() ->
 
 def test_blocks_that_are_repeated_are_reported() -> None:
     teacher = Family("LlamaForCausalLM").teacher()
-    student = from_teacher(teacher, num_hidden_layers=3, method={"layers": [0, 0, 4]}, show_progress=False)
+    student = from_teacher(teacher, num_hidden_layers=3, method={"layer_selection": [0, 0, 4]}, show_progress=False)
     (note,) = student.initialization_report.approximations
     assert "repeated or in another order" in note
 
@@ -185,7 +187,7 @@ def test_adapters_of_a_shared_block_follow_the_places_it_is_used_at(kept: list[i
     )
     teacher = Zamba2ForCausalLM(config).to(torch.float64).eval()
     randomize_parameters(teacher, seed=1)
-    student = from_teacher(teacher, num_hidden_layers=3, method={"layers": kept}, show_progress=False)
+    student = from_teacher(teacher, num_hidden_layers=3, method={"layer_selection": kept}, show_progress=False)
     batch = inputs_for(teacher)
     with bypassed(teacher, {"layers": kept}):
         expected = outputs_of(teacher, batch)
@@ -200,10 +202,10 @@ INFLUENCE = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForCon
 def test_blocks_chosen_by_influence_obey_the_law_too(name: str) -> None:
     family = next(family for family in EXACT if family.model_class == name)
     teacher = family.teacher()
-    unchanged = {"repair": "none", "fit_table": False, "fit_gain": False, "fit_logit_scale": False}
+    unchanged = {"refit": "none", "fit_tied_embedding": False, "fit_final_norm": False, "fit_logit_scale": False}
     student = from_teacher(
         teacher,
-        method={"method": "calibrated", "layers": "influence", **unchanged},
+        method={"method": "calibrated", "layer_selection": "block_influence", **unchanged},
         calibration_dataset=[inputs_for(teacher)] * 3,
         show_progress=False,
         **cut(depths(teacher.config), 3),
@@ -223,7 +225,7 @@ def test_a_narrower_student_too_has_the_constants_of_its_blocks(method: str) -> 
         for block in teacher.transformer.h:
             block.mlp.c_proj.weight[1::2] = 0.0
     student = from_teacher(
-        teacher, n_layer=2, n_inner=20, method={"method": method, "layers": [1, 3]}, show_progress=False
+        teacher, n_layer=2, n_inner=20, method={"method": method, "layer_selection": [1, 3]}, show_progress=False
     )
     assert difference(student, teacher) <= TOLERANCE
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.apply import initialize
-from hf_guide.initialization.config import InitializationConfig
+from hf_guide.initialization.build import build_student
+from hf_guide.initialization.config import PlanOptions
 from hf_guide.initialization.planning import merge_tied_axes
+from hf_guide.initialization.transfer import transfer_weights
 from hf_guide.layouts.registry import Layout, registered_layouts, variant_for
-from hf_guide.modeling import build_student, from_teacher
+from hf_guide.modeling import from_teacher
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
@@ -46,7 +47,7 @@ def test_lift(case: Case) -> None:
     assert relative_error(logits_of(big, case), expected) <= case.lift, (
         "the lifted teacher is not the small model: the layout is wrong"
     )
-    student = from_teacher(big, small.config, show_progress=False, method={"energy_correction": True})
+    student = from_teacher(big, small.config, show_progress=False)
     assert relative_error(logits_of(student, case), expected) <= case.lift
 
 
@@ -71,7 +72,7 @@ def rotation_residual(teacher: PreTrainedModel, layout: Layout, case: Case) -> f
     bases = {
         axis: orthonormal(width, width, seed=6, keep_mean=layout.norm == "layer") for axis, width in widths.items()
     }
-    options = InitializationConfig()
-    student = build_student(type(teacher), teacher.config, torch.float64, options)
-    initialize(student, open_teacher(teacher), layout, options, bases=bases)
+    options = PlanOptions("first_last", projects=True)
+    student = build_student(type(teacher), teacher.config, torch.float64)
+    transfer_weights(student, open_teacher(teacher), layout, options, bases=bases)
     return relative_error(logits_of(student.eval(), case), logits_of(teacher, case))

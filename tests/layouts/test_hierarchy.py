@@ -157,7 +157,7 @@ def test_the_users_own_blocks_of_a_stage_are_kept_or_refused() -> None:
     name = "encoder.layers.2.blocks"
 
     def student_with(blocks: list[int]) -> PreTrainedModel:
-        return from_teacher(teacher, depths=[2, 4, 2], method={"layers": {name: blocks}}, show_progress=False)
+        return from_teacher(teacher, depths=[2, 4, 2], method={"layer_selection": {name: blocks}}, show_progress=False)
 
     student = student_with([2, 5])
     assert student.initialization_report.blocks[name] == [2, 5]
@@ -168,7 +168,7 @@ def test_the_users_own_blocks_of_a_stage_are_kept_or_refused() -> None:
     with pytest.raises(OptionError, match=r"teacher blocks \[6\]"):
         student_with([0, 6])
     with pytest.raises(OptionError, match="names the stack 'encoder.layers.7.blocks'.*Did you mean"):
-        from_teacher(teacher, method={"layers": {"encoder.layers.7.blocks": [0]}}, show_progress=False)
+        from_teacher(teacher, method={"layer_selection": {"encoder.layers.7.blocks": [0]}}, show_progress=False)
 
 
 @pytest.mark.parametrize("depths", [[2, 2, 2], [2, 4, 6]], ids=str)

@@ -16,11 +16,11 @@ from transformers import (
     WhisperConfig,
 )
 
+from hf_guide import InitializationConfig
 from hf_guide.calibration.data import load_calibration_batches
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.preprocessing import resolve_lengths
 from hf_guide.errors import OptionError
-from hf_guide.initialization.config import InitializationConfig
 from hf_guide.models.positions import max_input_tokens, text_positions
 from hf_guide.models.tiny_models import tiny_config
 from hf_guide.teachers.checkpoint import open_teacher

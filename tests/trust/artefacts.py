@@ -121,7 +121,7 @@ def language_models(home: Path, root: Path) -> dict[str, Path]:
         teacher,
         method={"method": "calibrated", "calibration_tokens": 400},
         calibration_dataset=data.read_text().splitlines(),
-        calibration_dir=root / "calibration",
+        calibration_cache_dir=root / "calibration",
         hidden_size=24,
         show_progress=False,
         token=TOKEN,

@@ -172,7 +172,7 @@ STUDENT: Broken = {
     "report of texts": entries("initialization_report.json", student_parameters="x"),
     "report of a revision": entries("initialization_report.json", revision=3),
     "report of blocks": entries("initialization_report.json", blocks={"a": "x"}),
-    "report of widths": entries("initialization_report.json", widths={"a": 3}),
+    "report of widths": entries("initialization_report.json", sizes={"a": 3}),
     "report of options": entries("initialization_report.json", options=[]),
     "config cut": cut("config.json"),
     "config a list": text("config.json", "[]"),

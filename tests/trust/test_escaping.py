@@ -84,9 +84,9 @@ def card_of(text: str, folder: Path) -> str:
         teacher=text,
         approximations=[text],
         options={"method": text},
-        widths={text: [2, 1]},
+        sizes={text: [2, 1]},
         explained_variance={text: [0.5, 1.0]},
-        kept={text: 0.5},
+        variance_explained={text: 0.5},
     )
     record = DistillationRecord(
         teachers=[TeacherRecord(text, license=text, license_name=text, languages=[text])],

@@ -19,10 +19,10 @@ from hf_guide.initialization.blocks.config_fields import (
     set_at,
     value_at,
 )
-from hf_guide.initialization.planning import stack_sizes, strip_base_prefix
+from hf_guide.initialization.planning import stack_sizes
 from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, AxisProduct
 from hf_guide.layouts.registry import Layout, LayoutRow
-from hf_guide.models.model_classes import meta_model
+from hf_guide.models.model_classes import meta_model, strip_base_prefix
 from hf_guide.models.tiny_models import MODEL_ERRORS
 
 

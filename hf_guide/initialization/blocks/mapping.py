@@ -38,12 +38,12 @@ from hf_guide.initialization.blocks.selection import (
     nearest_blocks,
     stack_signatures,
 )
-from hf_guide.initialization.config import InitializationConfig, LayerSelection
-from hf_guide.initialization.planning import check_stack_names, stack_sizes, stage_names, strip_base_prefix
+from hf_guide.initialization.config import LayerSelection, PlanOptions
+from hf_guide.initialization.planning import check_stack_names, stack_sizes, stage_names
 from hf_guide.initialization.selection import select_blocks
 from hf_guide.initialization.student_config import derive_student_config, overridden_values
 from hf_guide.layouts.registry import Layout
-from hf_guide.models.model_classes import meta_model
+from hf_guide.models.model_classes import meta_model, strip_base_prefix
 from hf_guide.models.module_signature import ModuleSignature, describe_difference
 from hf_guide.models.tiny_models import MODEL_ERRORS
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
@@ -64,14 +64,6 @@ class StudentBlocks:
     layers: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     approximations: list[str] = field(default_factory=list)
-
-    def options(self, options: InitializationConfig) -> InitializationConfig:
-        """Return the options with these blocks named."""
-        if not self.layers:
-            return options
-        return dataclasses.replace(
-            options, layers={stack.removesuffix(".{block}"): list(blocks) for stack, blocks in self.layers.items()}
-        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,7 @@ def resolve_blocks(
     layout: Layout,
     config: PreTrainedConfig | None,
     overrides: Mapping[str, Any],
-    options: InitializationConfig,
+    options: PlanOptions,
     *,
     keywords: Collection[str] = (),
     influence: "Mapping[str, Sequence[float]] | None" = None,
@@ -172,10 +164,10 @@ def _changes_blocks(
     teacher: PreTrainedConfig,
     config: PreTrainedConfig | None,
     asked: Mapping[ConfigPath, Any],
-    options: InitializationConfig,
+    options: PlanOptions,
 ) -> bool:
     """Whether blocks are named, or a number that may be one of blocks changes."""
-    if not isinstance(options.resolved_layer_selection, str):
+    if not isinstance(options.layer_selection, str):
         return True
     for prefix, part in iter_subconfigs(teacher):
         usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
@@ -189,10 +181,10 @@ def _changes_blocks(
 
 
 def _requested_blocks(
-    depth: Depth, counts: Mapping[ConfigPath, Any], family: _TeacherStacks, options: InitializationConfig
+    depth: Depth, counts: Mapping[ConfigPath, Any], family: _TeacherStacks, options: PlanOptions
 ) -> list[int] | None:
     """Return the blocks that are asked for, or that the choice by its rule gives; None where a stack stays as it is."""
-    count, layers = counts[depth.path], options.resolved_layer_selection
+    count, layers = counts[depth.path], options.layer_selection
     names = [stack.removesuffix(".{block}") for stack in depth.stacks]
     if count < 1:
         return None  # which is refused with the family's other sizes
@@ -201,7 +193,11 @@ def _requested_blocks(
     if isinstance(layers, Mapping):
         named = next((name for name in names if name in layers), None)
         if named is None:
-            return select_blocks(depth.size, count, "even", names[0]) if count != depth.size else None
+            return (
+                select_blocks(depth.size, count, LayerSelection.UNIFORM.value, names[0])
+                if count != depth.size
+                else None
+            )
         return select_blocks(depth.size, count, layers, named)
     others = [path for path, other in family.depths.depths.items() if counts[path] != other.size]
     if others and depth.path not in others:
@@ -234,7 +230,7 @@ class _BlockSearch:
     overrides: Mapping[str, Any]
     asked: Mapping[ConfigPath, Any]
     keywords: Collection[str]
-    options: InitializationConfig
+    options: PlanOptions
     influence: Mapping[str, Sequence[float]]
     wanted: dict[ConfigPath, list[int]]
     notes: list[str] = field(default_factory=list)
@@ -273,13 +269,13 @@ class _BlockSearch:
 
     def _is_named(self, path: ConfigPath) -> bool:
         """Whether the user has named the blocks of a depth."""
-        layers = self.options.resolved_layer_selection
+        layers = self.options.layer_selection
         if isinstance(layers, Mapping):
             return any(stack.removesuffix(".{block}") in layers for stack in self._depth(path).stacks)
         return not isinstance(layers, str)
 
     def _influence(self, path: ConfigPath) -> Sequence[float] | None:
-        if self.options.resolved_layer_selection != LayerSelection.INFLUENCE:
+        if self.options.layer_selection != LayerSelection.BLOCK_INFLUENCE:
             return None
         return next((self.influence[stack] for stack in self._depth(path).stacks if stack in self.influence), None)
 
@@ -504,7 +500,7 @@ class _BlockSearch:
         said = "named" if self._is_named(path) else "chosen"
         asked = f"The blocks {attempt.blocks[path]} {said} for {stack!r} cannot be a {type(self.family.part(path)).__name__}'s"
         advice = (
-            f" The nearest blocks that can are {nearest.blocks[path]}: name those with layers=."
+            f" The nearest blocks that can are {nearest.blocks[path]}: name those with layer_selection=."
             if nearest is not None and nearest.blocks[path] != attempt.blocks[path]
             else " No other choice of as many blocks was found that can; choose another number of blocks."
         )
@@ -554,12 +550,12 @@ class _BlockSearch:
             if influence is not None:
                 free = most_influential_blocks(influence, len(wanted))
                 wanted = free if free is not None else wanted
-            elif self.options.resolved_layer_selection == LayerSelection.INFLUENCE:
+            elif self.options.layer_selection == LayerSelection.BLOCK_INFLUENCE:
                 continue
             if blocks != wanted:
                 stack = self._depth(path).stacks[0].removesuffix(".{block}")
                 self.notes.append(
-                    f"{stack}: the choice by {self.options.resolved_layer_selection!r} alone is {wanted}; the nearest that the config can "
+                    f"{stack}: the choice by {self.options.layer_selection!r} alone is {wanted}; the nearest that the config can "
                     f"state, with a block of each kind, is {blocks}."
                 )
 

@@ -141,7 +141,7 @@ def teacher_of(config: PreTrainedConfig) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-CHOICES = ("even", "ends", [1, 2, 5])
+CHOICES = ("uniform", "first_last", [1, 2, 5])
 FAMILIES = {
     name: {**GROUPED, **more}
     for name, more in {
@@ -163,7 +163,10 @@ FAMILIES = {
 def test_every_field_by_block_is_the_teachers_at_the_kept_blocks(family: str, choice: object) -> None:
     config = AutoConfig.for_model(family, **FAMILIES[family])
     student = from_teacher(
-        teacher_of(config), num_hidden_layers=3, method=InitializationConfig(layers=choice), show_progress=False
+        teacher_of(config),
+        num_hidden_layers=3,
+        method=InitializationConfig(layer_selection=choice),
+        show_progress=False,
     )
     (blocks,) = [blocks for stack, blocks in student.initialization_report.blocks.items() if stack == "layers"]
     fields = find_block_fields(config, standard_depths(config))
@@ -192,7 +195,7 @@ def test_nested_lists_follow_the_blocks_of_their_own_stack() -> None:
         teacher,
         text_config={"num_hidden_layers": 3},
         vision_config={"num_hidden_layers": 2},
-        method={"layers": layers},
+        method={"layer_selection": layers},
         show_progress=False,
     )
     assert student.initialization_report.blocks == layers
@@ -200,7 +203,7 @@ def test_nested_lists_follow_the_blocks_of_their_own_stack() -> None:
     assert student.config.vision_feature_layer == -1  # the state before block 3, now after the last
     assert config.vision_feature_layer == -2
     listed = from_teacher(
-        teacher, text_config={"num_hidden_layers": 3}, method={"layers": [1, 2, 3]}, show_progress=False
+        teacher, text_config={"num_hidden_layers": 3}, method={"layer_selection": [1, 2, 3]}, show_progress=False
     )
     assert listed.initialization_report.blocks["language_model.layers"] == [1, 2, 3]
     assert listed.initialization_report.blocks["vision_tower.encoder.layers"] == [0, 1, 2, 3]
@@ -244,7 +247,9 @@ def test_counts_periods_and_index_lists_say_the_kinds_of_the_kept_blocks(
     config: PreTrainedConfig, blocks: list[int], expected: dict
 ) -> None:
     teacher = teacher_of(config)
-    student = from_teacher(teacher, num_hidden_layers=len(blocks), method={"layers": blocks}, show_progress=False)
+    student = from_teacher(
+        teacher, num_hidden_layers=len(blocks), method={"layer_selection": blocks}, show_progress=False
+    )
     assert student.initialization_report.blocks["layers"] == blocks
     assert {name: getattr(student.config, name) for name in expected} == expected
     for number, block in enumerate(blocks):
@@ -268,8 +273,8 @@ def test_blocks_that_the_config_cannot_state_are_refused_and_the_nearest_named()
     with pytest.raises(
         ShapeError, match=r"\[0, 2, 5, 7\] named for 'layers'.*nearest blocks that can are \[0, 1, 6, 7\]"
     ):
-        from_teacher(teacher, num_hidden_layers=4, method={"layers": [0, 2, 5, 7]}, show_progress=False)
-    student = from_teacher(teacher, num_hidden_layers=4, method={"layers": [0, 1, 6, 7]}, show_progress=False)
+        from_teacher(teacher, num_hidden_layers=4, method={"layer_selection": [0, 2, 5, 7]}, show_progress=False)
+    student = from_teacher(teacher, num_hidden_layers=4, method={"layer_selection": [0, 1, 6, 7]}, show_progress=False)
     assert student.initialization_report.blocks["layers"] == [0, 1, 6, 7]
 
 
@@ -298,11 +303,11 @@ def test_calibrated_chooses_the_most_influential_blocks_that_fit() -> None:
         for weight in (teacher.model.layers[0].self_attn.o_proj, teacher.model.layers[0].mlp.down_proj):
             weight.weight.zero_()  # block 0 has no influence, and is the only dense one
     text = [{"input_ids": torch.randint(3, 64, (2, 16), generator=torch.Generator().manual_seed(0))} for _ in range(4)]
-    options = {"method": "calibrated", "repair": "none"}
+    options = {"method": "calibrated", "refit": "none"}
     report = from_teacher(
         teacher, num_hidden_layers=3, method=options, calibration_dataset=text, show_progress=False
     ).initialization_report
-    influence = report.calibration["influence"]["layers"]
+    influence = report.calibration["block_influence"]["layers"]
     others = sorted(range(1, 6), key=lambda block: -influence[block])[:2]
     assert report.blocks["layers"] == [0, *sorted(others)]
 
@@ -316,7 +321,7 @@ def test_kinds_are_checked_before_any_data_is_run() -> None:
             never()
 
     config = Glm4MoeConfig(**GROUPED, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=1)
-    named = {"method": "calibrated", "layers": [3, 0, 4]}  # the dense block cannot be second
+    named = {"method": "calibrated", "layer_selection": [3, 0, 4]}  # the dense block cannot be second
     with pytest.raises(ShapeError, match="cannot be a Glm4MoeConfig's"):
         from_teacher(
             teacher_of(config), num_hidden_layers=3, method=named, calibration_dataset=Unread(), show_progress=False
@@ -326,7 +331,7 @@ def test_kinds_are_checked_before_any_data_is_run() -> None:
 def test_what_a_block_takes_from_one_that_is_dropped_is_made_and_reported() -> None:
     config = Gemma3nTextConfig(**GROUPED, **SHARING)
     teacher = teacher_of(config)
-    student = from_teacher(teacher, num_hidden_layers=3, method={"layers": [0, 2, 5]}, show_progress=False)
+    student = from_teacher(teacher, num_hidden_layers=3, method={"layer_selection": [0, 2, 5]}, show_progress=False)
     assert student.config.num_kv_shared_layers == 0
     keys = student.model.layers[2].self_attn.k_proj.weight
     assert torch.equal(keys, teacher.model.layers[3].self_attn.k_proj.weight)
@@ -359,13 +364,20 @@ def test_images_are_added_after_the_first_blocks_of_text() -> None:
     config = Qwen3VLConfig(vision_config=vision, text_config=GROUPED)
     teacher = Qwen3VLForConditionalGeneration(config)
     with pytest.raises(ShapeError, match=r"must begin with \[0, 1\]; found \[1, 3, 4\]. The nearest .* \[0, 1, 4\]"):
-        from_teacher(teacher, text_config={"num_hidden_layers": 3}, method={"layers": [1, 3, 4]}, show_progress=False)
+        from_teacher(
+            teacher, text_config={"num_hidden_layers": 3}, method={"layer_selection": [1, 3, 4]}, show_progress=False
+        )
     layers = {"visual.blocks": [0, 2, 3]}
-    student = from_teacher(teacher, vision_config={"depth": 3}, method={"layers": layers}, show_progress=False)
+    student = from_teacher(
+        teacher, vision_config={"depth": 3}, method={"layer_selection": layers}, show_progress=False
+    )
     assert student.config.vision_config.deepstack_visual_indexes == [0, 2]
     with pytest.raises(ShapeError, match="output of block"):
         from_teacher(
-            teacher, vision_config={"depth": 2}, method={"layers": {"visual.blocks": [2, 3]}}, show_progress=False
+            teacher,
+            vision_config={"depth": 2},
+            method={"layer_selection": {"visual.blocks": [2, 3]}},
+            show_progress=False,
         )
 
 

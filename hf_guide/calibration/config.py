@@ -1,0 +1,171 @@
+"""The options of `method="calibrated"`."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_guide.errors import OptionError
+from hf_guide.initialization.config import (
+    InitializationConfig,
+    LayerSelection,
+    LayerSpec,
+    StringEnum,
+    check_logit_scale,
+    layer_selection_field,
+    logit_scale_field,
+    parse_layer_selection,
+    renamed_options,
+)
+from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
+from hf_guide.validation import check_integer, check_number
+
+SELF_GENERATED = "self_generated"
+"""As a calibration dataset: text that the teacher generates itself."""
+
+
+class BasisKind(StringEnum):
+    """How the residual stream is narrowed."""
+
+    AUTO = "auto"
+    ACTIVATIONS = "activations"
+    CHANNELS = "channels"
+    EMBEDDINGS = "embeddings"
+
+
+class Importance(StringEnum):
+    """How heads, neurons or experts are selected."""
+
+    ACTIVATION = "activation"
+    UNIFORM = "uniform"
+
+
+class Refit(StringEnum):
+    """Which weights are refitted after they were transferred."""
+
+    ALL = "all"
+    OUTPUT_PROJECTIONS = "output_projections"
+    NONE = "none"
+
+
+_IMPORTANCES = {"energy": "activation", "even": "uniform"}
+_RENAMED = renamed_options(
+    LayerSelection.BLOCK_INFLUENCE,
+    names={
+        "logit_gain": "logit_scale",
+        "heads": "head_importance",
+        "neurons": "neuron_importance",
+        "experts": "expert_importance",
+        "repair": "refit",
+        "fit_table": "fit_tied_embedding",
+        "fit_gain": "fit_final_norm",
+        "turn_values": "rotate_values",
+        "calibration_length": "calibration_seq_length",
+    },
+    values={
+        "basis": {"places": "channels"},
+        "head_importance": _IMPORTANCES,
+        "neuron_importance": _IMPORTANCES,
+        "expert_importance": _IMPORTANCES,
+        "refit": {"writing": "output_projections"},
+    },
+)
+
+
+def _choice(choices: type[StringEnum], default: StringEnum, text: str) -> Any:
+    return field(default=default.value, metadata={"help": text, "choices": choices})
+
+
+def _importance(units: str) -> Any:
+    text = (
+        f"Which {units} to keep: activation (largest mean squared output on the student's residual stream) or uniform."
+    )
+    return _choice(Importance, Importance.ACTIVATION, text)
+
+
+@with_renamed_options(_RENAMED)
+@dataclass
+class CalibratedConfig(InitializationConfig):
+    """The residual basis, blocks, heads and neurons are chosen by the teacher's activations, and weights are refitted.
+
+    Example:
+        >>> CalibratedConfig(refit="none", calibration_tokens=8192).layer_selection
+        'block_influence'
+    """
+
+    method: str = field(default="calibrated", metadata={"help": "calibrated"})
+    layer_selection: LayerSpec = layer_selection_field(LayerSelection.BLOCK_INFLUENCE)
+    logit_scale: float = logit_scale_field()
+    basis: str = _choice(
+        BasisKind,
+        BasisKind.AUTO,
+        "How the residual stream is narrowed: activations (their principal directions), embeddings (those of the embedding "
+        "table, as guide) or channels (those with the largest second moment; gains stay exact). auto is channels where blocks "
+        "normalize the stream itself with gains that differ, as BERT's do, and activations elsewhere.",
+    )
+    head_importance: str = _importance("attention heads")
+    neuron_importance: str = _importance("MLP neurons")
+    expert_importance: str = _importance("experts of a mixture (over the tokens routed to them)")
+    refit: str = _choice(
+        Refit,
+        Refit.ALL,
+        "Which weights are refitted by ridge regression on the teacher's activations, block by block: all, "
+        "output_projections (those that write onto the residual stream) or none.",
+    )
+    ridge: float | None = field(
+        default=None,
+        metadata={
+            "help": "Strength of the ridge toward the transferred weight, in units of its inputs' mean square. None selects it "
+            "for each weight on a quarter of the batches, or leaves the weight as it is."
+        },
+    )
+    fit_tied_embedding: bool = field(
+        default=True,
+        metadata={"help": "Where the head is tied, fit the embedding table to both the embeddings and the logits."},
+    )
+    rotate_values: bool = field(
+        default=True,
+        metadata={
+            "help": "Where the head size shrinks, rotate each head's values to their principal directions after the output "
+            "projection and keep those; otherwise values are selected evenly."
+        },
+    )
+    fit_final_norm: bool = field(
+        default=True,
+        metadata={"help": "Fit the gain before a tied head on the calibration tokens, in the logits."},
+    )
+    fit_logit_scale: bool = field(
+        default=True,
+        metadata={
+            "help": "Fit one factor of the logits on the calibration tokens, by the divergence from the teacher."
+        },
+    )
+    calibration_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of tokens of the calibration dataset to use. None is ten for each neuron of the teacher's MLP, from "
+            "8,192 to 65,536."
+        },
+    )
+    calibration_seq_length: int = field(
+        default=256,
+        metadata={
+            "help": "Length in tokens that text is cut to; at most the number of the teacher's positions.",
+        },
+    )
+    calibration_batch_size: int = field(
+        default=8, metadata={"help": "Rows per forward pass, where the dataset is not batched already."}
+    )
+
+    renamed_options: ClassVar[RenamedOptions] = _RENAMED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.layer_selection = parse_layer_selection(self.layer_selection, allows_influence=True)
+        self.logit_scale = check_logit_scale(self.logit_scale)
+        if self.ridge is not None:
+            self.ridge = check_number("ridge", self.ridge, 0.0, 1e12, includes_low=False)
+            if self.refit == Refit.NONE:
+                raise OptionError("ridge is of use only where weights are refitted; leave out ridge or refit='none'.")
+        if self.calibration_tokens is not None:
+            self.calibration_tokens = check_integer("calibration_tokens", self.calibration_tokens)
+        self.calibration_seq_length = check_integer("calibration_seq_length", self.calibration_seq_length)
+        self.calibration_batch_size = check_integer("calibration_batch_size", self.calibration_batch_size)

@@ -1,0 +1,227 @@
+"""The registry of initialization methods, and the protocol by which `from_teacher` asks them.
+
+`from_teacher` asks a method in this order:
+
+1. `method_class(config)`; then `check_data(calibration_dataset, calibration_cache_dir)` before the teacher is opened.
+2. `plan_options(layer_selection)`: what the plan needs, with the config's own choice of blocks. A method with
+   `requires_layout = False` is not asked: nothing is known of the family's axes, and the student's sizes are its config's.
+3. `collect(setup)`: with `requires_data = True`, run the teacher on the data. It may return each block's influence, by which
+   `layer_selection="block_influence"` selects blocks.
+4. `build(setup)`: the student, by default with uninitialized parameters.
+5. `initialize(student, setup)`: fill every parameter and report where each came from.
+
+A fifth method needs no edit elsewhere: `from_teacher(method="name")`, `InitializationConfig(method="name", ...)`, the command
+line and `hf-guide methods` read the registry.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import OptionError
+from hf_guide.initialization.build import build_student
+from hf_guide.initialization.config import CONFIG_CLASSES, InitializationConfig, PlanOptions
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.initialization.report import InitializationReport
+from hf_guide.layouts.registry import Layout
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
+
+
+@dataclass(frozen=True)
+class StudentSetup:
+    """What a method is given: the opened teacher, and the student to make.
+
+    Attributes:
+        teacher: The opened checkpoint: config, class, and tensors that are read one by one.
+        source: The teacher as `from_teacher` was given it: a Hub id, a folder, or a loaded model.
+        model_class, config, dtype: The student's.
+        options: What `plan_options` returned, with the blocks resolved.
+        vocab_indices: Teacher row of each of the student's vocabulary rows, -1 for a row of zeros; None for all in order.
+        label_indices: The same of a classification head; empty where the labels disagree and the head is new.
+        calibration_dataset, calibration_cache_dir: As `from_teacher` was given them.
+        hub: Keywords of `from_pretrained` (token, cache_dir, ...) by which files beside the teacher are found.
+        identity: What else the student depends on, as JSON: with all other fields it tells one call from another.
+        show_progress: Whether to show progress bars.
+    """
+
+    teacher: TeacherCheckpoint
+    source: Any
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    options: PlanOptions
+    vocab_indices: Tensor | None = None
+    label_indices: Tensor | None = None
+    calibration_dataset: Any = None
+    calibration_cache_dir: Any = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    show_progress: bool = True
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the teacher's family: registered, or inferred once per class and config.
+
+        Raises:
+            LayoutError: The axes of the family are not known.
+        """
+        return layout_for(self.teacher.config, self.teacher.model_class)
+
+
+class InitializationMethod(abc.ABC):
+    """How a student is initialized from its teacher. Subclass it and call `register_method`; see the module's docstring.
+
+    Attributes:
+        requires_data: The method needs a `calibration_dataset`; without it, one is an error.
+        requires_layout: The method needs the names of the family's axes; without it, the teacher only lends its config.
+    """
+
+    requires_data: ClassVar[bool] = False
+    requires_layout: ClassVar[bool] = True
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def check_data(self, calibration_dataset: Any, calibration_cache_dir: Any) -> None:
+        """Check the data of a call before the teacher is opened.
+
+        Raises:
+            OptionError: Data for a method that uses none.
+        """
+        for name, value in (
+            ("calibration_dataset", calibration_dataset),
+            ("calibration_cache_dir", calibration_cache_dir),
+        ):
+            if value is not None:
+                raise OptionError(f"{name} was given, but method={self.config.method!r} uses no data; leave it out.")
+
+    def plan_options(self) -> PlanOptions:
+        """Return what a plan needs to know of the method; by default every axis and the blocks are selected evenly."""
+        layers = getattr(self.config, "layer_selection", PlanOptions.layer_selection)
+        return PlanOptions(layer_selection=layers, seed=self.config.seed)
+
+    def collect(self, setup: StudentSetup) -> "dict[str, list[float]] | None":
+        """Run the teacher on the data; return the influence of each block by stack, or None where blocks do not depend on it."""
+        return None
+
+    def build(self, setup: StudentSetup) -> PreTrainedModel:
+        """Return the student before it is initialized.
+
+        Raises:
+            ShapeError: The family rejects the shape.
+        """
+        return build_student(setup.model_class, setup.config, setup.dtype, seed=self.config.seed)
+
+    @abc.abstractmethod
+    def initialize(self, student: PreTrainedModel, setup: StudentSetup) -> InitializationReport:
+        """Fill every parameter of `student`, in place; return where each came from."""
+
+
+_METHOD_CLASSES: dict[str, type[InitializationMethod]] = {}
+
+
+def register_method(
+    name: str, config_class: type[InitializationConfig], method_class: type[InitializationMethod]
+) -> None:
+    """Register an initialization method under a name.
+
+    Args:
+        name: What `from_teacher(method=...)` and the command line call it.
+        config_class: A dataclass that extends `InitializationConfig`; `method` defaults to `name`, and each field of its
+            own has a default and metadata with a "help" text (and "choices", a StringEnum, where values are named).
+        method_class: Implements `InitializationMethod` and is constructed with an instance of `config_class`.
+
+    Raises:
+        OptionError: The name is taken by other classes, or a class does not fit; says which.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from hf_guide import InitializationConfig, register_method
+        >>> from hf_guide.methods.uniform import UniformMethod
+        >>> @dataclass
+        ... class FirstBlocksConfig(InitializationConfig):
+        ...     method: str = "first_blocks"
+        >>> class FirstBlocks(UniformMethod):
+        ...     def plan_options(self):
+        ...         return PlanOptions(layer_selection="first", seed=self.config.seed)
+        >>> register_method("first_blocks", FirstBlocksConfig, FirstBlocks)
+    """
+    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+        raise OptionError(f"A method's name must be an identifier such as 'my_method'; found {name!r}.")
+    if not (isinstance(config_class, type) and issubclass(config_class, InitializationConfig)):
+        raise OptionError(f"config_class of {name!r} must extend InitializationConfig; found {config_class!r}.")
+    if config_class is InitializationConfig or "__dataclass_fields__" not in vars(config_class):
+        raise OptionError(f"config_class of {name!r} must be a dataclass of its own; found {config_class.__name__}.")
+    if not (isinstance(method_class, type) and issubclass(method_class, InitializationMethod)):
+        raise OptionError(f"method_class of {name!r} must extend InitializationMethod; found {method_class!r}.")
+    default = config_class.__dataclass_fields__["method"].default
+    if default != name:
+        raise OptionError(f"{config_class.__name__}.method must default to {name!r}; found {default!r}.")
+    for option in dataclasses.fields(config_class):
+        if option.default is dataclasses.MISSING and option.default_factory is dataclasses.MISSING:
+            raise OptionError(f"{config_class.__name__}.{option.name} must have a default.")
+        if option.name != "method" and not option.metadata.get("help"):
+            raise OptionError(
+                f"{config_class.__name__}.{option.name} must have a help text: field(default=..., metadata={{'help': ...}})."
+            )
+    registered = (CONFIG_CLASSES.get(name), _METHOD_CLASSES.get(name))
+    if registered != (None, None) and registered != (config_class, method_class):
+        raise OptionError(
+            f"method {name!r} is registered already, with {registered[0].__name__} and {registered[1].__name__}; "  # type: ignore[union-attr]
+            "choose another name."
+        )
+    CONFIG_CLASSES[name], _METHOD_CLASSES[name] = config_class, method_class
+
+
+def make_method(config: InitializationConfig) -> InitializationMethod:
+    """Return the method that `config` belongs to."""
+    return _METHOD_CLASSES[config.method](config)
+
+
+@dataclass(frozen=True)
+class MethodOption:
+    """One option of a method, as a listing shows it.
+
+    Attributes:
+        name: The field's name.
+        type: The field's type, as text.
+        default: The field's default.
+        help: One or two sentences.
+        choices: The values that are named, empty for others.
+    """
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+
+
+def list_methods() -> dict[str, list[MethodOption]]:
+    """Return every registered method's options by the method's name, in the order of registration.
+
+    Example:
+        >>> from hf_guide.methods import list_methods
+        >>> [option.name for option in list_methods()["random"]]
+        ['seed']
+    """
+    return {
+        name: [
+            MethodOption(
+                option.name,
+                option.type if isinstance(option.type, str) else getattr(option.type, "__name__", str(option.type)),
+                option.default,
+                option.metadata["help"],
+                tuple(member.value for member in option.metadata.get("choices", ())),
+            )
+            for option in dataclasses.fields(config_class)
+            if option.name != "method"
+        ]
+        for name, config_class in CONFIG_CLASSES.items()
+    }
