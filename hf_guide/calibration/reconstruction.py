@@ -35,6 +35,7 @@ from hf_guide.initialization.transfer import Transfer, check_no_overflow
 from hf_guide.layouts.grammar import Identity, Projection, Selection
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_scalar, local_shard
+from hf_guide.utils.finite import is_finite
 
 BLOCK_OUTPUT = ""
 """The name of the place where a block's own output is heard."""
@@ -474,7 +475,7 @@ def assign_checked(parameter: Tensor, value: Tensor, name: str) -> None:
     Raises:
         ShapeError: a value that is not finite, or more than the parameter's dtype holds.
     """
-    if not bool(value.isfinite().all()):
+    if not is_finite(value):
         raise ShapeError(
             f"What was fitted for {name} is not finite, expected finite numbers: activations overflow in {parameter.dtype}. "
             "Make the student with dtype='bfloat16' or 'float32'."

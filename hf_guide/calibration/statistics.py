@@ -1,6 +1,5 @@
 """What a teacher does with real data, in sums whose size does not depend on how much data there was."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +23,7 @@ from hf_guide.layouts.grammar import AxisName, AxisProduct, axis_names, axis_siz
 from hf_guide.layouts.registry import Layout, config_sizes, rotary_size
 from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, local_shard
+from hf_guide.utils.finite import is_finite
 
 
 @dataclass
@@ -250,12 +250,12 @@ def _input_moment_shape(part: ModuleRef, head: int | None) -> tuple[int, ...]:
 def _check_statistics_finite(found: ActivationStatistics, model: PreTrainedModel) -> None:
     for what, tensors in (("the residual stream", found.moments), ("the input of", found.inner)):
         for name, tensor in tensors.items():
-            if not math.isfinite(tensor.sum().item()):
+            if not is_finite(tensor):
                 raise _non_finite_error(model, f"{what} {name!r}")
 
 
 def _non_finite_error(model: PreTrainedModel, where: str) -> TeacherError:
-    weights = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    weights = [name for name, weight in model.named_parameters() if not is_finite(weight)]
     if weights:
         advice = f"{len(weights)} of its weights are not either, such as {weights[0]}: fetch the checkpoint again"
     else:

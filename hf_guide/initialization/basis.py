@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_guide.errors import OptionError, ShapeError, TeacherError
 from hf_guide.initialization.plan import ParameterPlan, Plan
 from hf_guide.layouts.grammar import AxisName, axis_names
+from hf_guide.utils.finite import non_finite_rows
 
 CHUNK_ROWS = 512  # so many rows in float64 stay in the processor's cache while the panels walk over them
 PANEL_COLUMNS = 256
@@ -184,7 +185,7 @@ def _mean_free_basis(width: int) -> Tensor:
 
 
 def _check_finite_rows(chunk: Tensor, first_row: int, name: str) -> None:
-    bad = (~torch.isfinite(chunk)).any(1).nonzero().flatten() + first_row
+    bad = non_finite_rows(chunk) + first_row
     if len(bad) == 0:
         raise TeacherError(
             f"{name}: values up to {chunk.abs().max().item():.3g}, whose squares are more than float64 holds."

@@ -35,6 +35,7 @@ from hf_guide.layouts.registry import (
     rotary_size,
 )
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.utils.finite import is_finite
 
 HEADS = ("heads", "kv_heads", "group")
 
@@ -379,10 +380,8 @@ def check_finite_weights(tensor: Tensor, what: str) -> None:
     Raises:
         TeacherError: says how many there are and where the first is.
     """
-    if torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
-        return  # one pass without a copy; a sum that overflows is looked at again
-    wrong = ~torch.isfinite(tensor)
-    if bool(wrong.any()):
+    if not is_finite(tensor):
+        wrong = ~torch.isfinite(tensor)
         raise TeacherError(
             f"{what} holds {int(wrong.sum())} NaN or infinite values, the first at {wrong.nonzero()[0].tolist()}. A teacher's "
             "weights must be finite: fetch it again, or take a checkpoint from before its training diverged."

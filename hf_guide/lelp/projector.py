@@ -29,6 +29,7 @@ from hf_guide.lelp.validation import as_tensor, check_finite_rows, check_integer
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.utils.deprecation import RenamedOptions, warn_renamed, with_renamed_parameters
 from hf_guide.utils.fingerprint import weights_fingerprint
+from hf_guide.utils.finite import is_finite
 from hf_guide.validation import check_integer, check_positive
 
 _RENAMED = RenamedOptions(names={"subclass_labels": "fine_labels"})
@@ -436,7 +437,7 @@ def to_weight_matrix(classifier_weight: Any) -> Tensor:
             f"A classifier's weight must have the shape (classes, width); found {tuple(weight.shape)}."
         )
     weight = weight.to("cpu", torch.float64)
-    if not bool(weight.isfinite().all()):
+    if not is_finite(weight):
         raise SubclassError("The classifier's weight holds NaN or infinity; check how the teacher was saved.")
     return torch.cat([-weight / 2, weight / 2]) if len(weight) == 1 else weight
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
+from hf_guide.utils.finite import non_finite_rows
 
 MISSING_LABELS = (-1, -100)
 CHUNK_ROWS = 8192
@@ -175,13 +176,10 @@ def check_finite_rows(values: Tensor, numbers: Sequence[int], what: str) -> None
     Raises:
         SubclassError: Names the first example that does.
     """
-    if bool(values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64).isfinite()):
-        return
-    wrong = ~values.isfinite().all(1)
-    if bool(wrong.any()):
-        row = int(wrong.int().argmax())
+    wrong = non_finite_rows(values)
+    if len(wrong):
         raise SubclassError(
-            f"The {what} of example {numbers[row]} holds NaN or infinity, as {int(wrong.sum())} of {len(values)} do. Look at "
+            f"The {what} of example {numbers[int(wrong[0])]} holds NaN or infinity, as {len(wrong)} of {len(values)} do. Look at "
             "this example, or run the teacher in a wider dtype."
         )
 

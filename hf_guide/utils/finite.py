@@ -1,9 +1,14 @@
-"""NaN and infinity in weights and gradients: found in one pass, named, and never saved."""
+"""NaN and infinity in weights, gradients and activations: found in one pass over them.
+
+Does: detect them, and name the tensors or rows that have them. Does not: advise, except for weights that are to be saved; a
+caller knows what they are and what to do.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -11,7 +16,7 @@ from hf_guide.errors import NotFiniteError
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return what of a sharded tensor (FSDP, tensor parallelism, ZeRO-3) this process holds; others as they are."""
+    """Return this process's shard of a sharded tensor (FSDP, tensor parallelism, ZeRO-3); others as they are."""
     tensor = getattr(tensor, "ds_tensor", tensor)
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -20,8 +25,33 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether no tensor has NaN or infinity, in one pass over them and one wait for their device."""
     checked = [local_tensor(tensor.detach()) for tensor in tensors]
     checked = [tensor for tensor in checked if _is_checkable(tensor)]
-    # The Euclidean norm is many times as fast on a CPU, but overflows for large values, which only the largest one tells.
+    # The Euclidean norm is many times as fast on a CPU, but overflows for large values; the largest value does not.
     return not checked or any(bool(get_total_norm(checked, norm).isfinite()) for norm in (2.0, math.inf))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither NaN nor infinity, in one pass without a copy where it has none.
+
+    Example:
+        >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, float("nan")]))
+        (True, False)
+    """
+    if not tensor.is_floating_point():
+        return True
+    total = tensor.sum(dtype=torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())  # a sum of finite values may overflow
+
+
+def non_finite_rows(values: Tensor) -> Tensor:
+    """Return the indices of the rows along the first axis that have NaN or infinity, in ascending order.
+
+    Example:
+        >>> non_finite_rows(torch.tensor([[0.0, 1.0], [float("inf"), 0.0]]))
+        tensor([1])
+    """
+    if is_finite(values):
+        return torch.empty(0, dtype=torch.long, device=values.device)
+    return (~values.isfinite().flatten(1).all(1)).nonzero().flatten()
 
 
 def non_finite_names(named: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -33,11 +63,11 @@ def check_weights_finite(weights: nn.Module | Mapping[str, Any], what: str = "Th
     """Check that no weight is NaN or infinite, before it is saved.
 
     Args:
-        weights: a model, or its state dict.
-        what: the subject of the error's sentence.
+        weights: A model, or its state dict.
+        what: The subject of the error's sentence.
 
     Raises:
-        NotFiniteError: names the first such weight, and how many there are.
+        NotFiniteError: Names the first such weight, and how many there are.
     """
     tensors = weights if isinstance(weights, Mapping) else weights.state_dict()
     named = [(name, value) for name, value in tensors.items() if isinstance(value, Tensor)]
@@ -46,7 +76,7 @@ def check_weights_finite(weights: nn.Module | Mapping[str, Any], what: str = "Th
     wrong = non_finite_names(named)
     raise NotFiniteError(
         f"{what} was not saved: its weight {wrong[0]} has NaN or infinity, as {len(wrong)} of {len(named)} weights do. "
-        "Weights must be finite: go back to the last checkpoint, or make the student anew."
+        "Weights must be finite: go back to the last checkpoint, or initialize the student again."
     )
 
 

@@ -17,6 +17,7 @@ from hf_guide.errors import SubclassError
 from hf_guide.lelp.projector import SubclassProjector, to_weight_matrix
 from hf_guide.lelp.splitters.registry import known_splitters
 from hf_guide.lelp.validation import resolve_classes
+from hf_guide.utils.finite import non_finite_rows
 
 MAX_ROWS = 6000
 MAX_FEATURES = 128
@@ -344,7 +345,7 @@ def _check_matrix(values: Any, name: str) -> Tensor:
     found = torch.as_tensor(values).detach().cpu().double()
     if found.ndim != 2:
         raise SubclassError(f"{name} have one row an example; found a tensor of shape {tuple(found.shape)}.")
-    finite = found.isfinite().all(1)
-    if not bool(finite.all()):
-        raise SubclassError(f"{name} of example {int((~finite).nonzero()[0])} are not finite.")
+    wrong = non_finite_rows(found)
+    if len(wrong):
+        raise SubclassError(f"{name} of example {int(wrong[0])} are not finite.")
     return found
