@@ -59,7 +59,7 @@ def check_choice(option: str, value: Any, choices: "type[Enum] | Iterable[str]")
     text = value.value if isinstance(value, Enum) else value
     if isinstance(text, str) and text in known:
         return text
-    raise OptionError(f"{option}={value!r} is invalid; expected one of {known}.{did_you_mean(str(text), known)}")
+    raise OptionError(f"{option}={value!r} is not known; expected one of {known}.{did_you_mean(str(text), known)}")
 
 
 def check_mapping(option: str, value: Any, *, like: str = "") -> dict[str, Any]:

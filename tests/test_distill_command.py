@@ -214,7 +214,7 @@ def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_
         ({"max_length": 0}, [], "max_length must be a whole number of at least 1"),
         ({"validation_share": 1.0}, [], "validation_share must be a number from 0 and below 1"),
         ({"data_files": "{train"}, [], "read as JSON"),
-        ({"peft_config": [1]}, [], "peft_config is a mapping"),
+        ({"peft_config": [1]}, [], "peft_config must be a mapping"),
     ],
 )
 def test_what_the_file_says_wrong_is_named(told, words, said, tmp_path):

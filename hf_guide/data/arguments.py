@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_guide.errors import OptionError
-from hf_guide.validation import check_integer, check_number, did_you_mean
+from hf_guide.validation import check_choice, check_integer, check_mapping, check_number
 
 DEFAULT_TARGET_LENGTH = 128
 
@@ -53,13 +53,12 @@ class ModelArguments:
     def __post_init__(self) -> None:
         from hf_guide.tasks import Task
 
-        known = [str(task) for task in Task]
-        if self.task is not None and self.task not in known:
-            raise OptionError(
-                f"task={self.task!r} is not known; expected one of {known}.{did_you_mean(self.task, known)}"
-            )
-        self.model_init_kwargs = parse_mapping(self.model_init_kwargs, "model_init_kwargs")
-        self.peft_config = parse_mapping(self.peft_config, "peft_config")
+        if self.task is not None:
+            self.task = check_choice("task", self.task, Task)
+        if self.model_init_kwargs is not None:
+            self.model_init_kwargs = check_mapping("model_init_kwargs", self.model_init_kwargs)
+        if self.peft_config is not None:
+            self.peft_config = check_mapping("peft_config", self.peft_config, like='{"peft_type": "LORA", "r": 8}')
 
 
 @dataclass
@@ -208,19 +207,6 @@ def _builder_for(files: Any) -> str:
             f"How {name!r} is to be read is not known by its name; say dataset: one of {list(DATASET_BUILDERS)}."
         )
     return _BUILDER_BY_SUFFIX[endings[-1]]
-
-
-def parse_mapping(value: Any, option: str) -> dict[str, Any] | None:
-    """Return a mapping, read as JSON where it is text.
-
-    Raises:
-        OptionError: it is none.
-    """
-    if isinstance(value, str):
-        value = _parse_json(value, option)
-    if value is not None and not isinstance(value, dict):
-        raise OptionError(f"{option} is a mapping; found {value!r}.")
-    return value
 
 
 def _parse_json(text: str, option: str) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from hf_guide.errors import OptionError
 from hf_guide.utils.deprecation import RenamedOptions
-from hf_guide.validation import check_integer, check_number, did_you_mean
+from hf_guide.validation import check_bool, check_choice, check_integer, check_number, did_you_mean
 
 LayerSpec = str | list[int] | dict[str, list[int]]
 """Which teacher block feeds each student block: a rule's name, a list of block numbers, or a list for each stack."""
@@ -29,12 +29,7 @@ class StringEnum(str, Enum):
         Raises:
             OptionError: Unknown value; names the nearest one.
         """
-        known = [member.value for member in cls]
-        try:
-            return cls(value)
-        except ValueError:
-            hint = did_you_mean(str(value), known)
-            raise OptionError(f"{option}={value!r} is not known; expected one of {known}.{hint}") from None
+        return cls(check_choice(option, value, cls))
 
     def __str__(self) -> str:
         return str(self.value)
@@ -182,11 +177,9 @@ class InitializationConfig:
             value = getattr(self, each.name)
             if "choices" in each.metadata:
                 setattr(self, each.name, str(each.metadata["choices"].parse(value, each.name)))
-            elif isinstance(each.default, bool) and not isinstance(value, bool):
-                raise OptionError(f"{each.name} must be True or False; found {value!r}.")
-        self.seed = check_integer("seed", self.seed, 0)
-        if self.seed >= 2**64:
-            raise OptionError(f"seed must be a whole number from 0 to 2**64 - 1; found {self.seed!r}.")
+            elif isinstance(each.default, bool):
+                check_bool(each.name, value)
+        self.seed = check_integer("seed", self.seed, 0, 2**64 - 1)
 
     @classmethod
     def parse(cls, method: "str | InitializationConfig | Mapping[str, Any]") -> "InitializationConfig":
@@ -228,12 +221,7 @@ def _renamed_hint(name: str, names: Mapping[str, str]) -> str:
 
 
 def _config_class(method: str) -> type[InitializationConfig]:
-    if not isinstance(method, str) or method not in CONFIG_CLASSES:
-        known = list(CONFIG_CLASSES)
-        raise OptionError(
-            f"method={method!r} is not known; expected one of {known}.{did_you_mean(str(method), known)}"
-        )
-    return CONFIG_CLASSES[method]
+    return CONFIG_CLASSES[check_choice("method", method, CONFIG_CLASSES)]
 
 
 _REMOVED = "it had no effect worth an option in any benchmark; leave it out."

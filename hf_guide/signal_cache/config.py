@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_guide.errors import OptionError
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
-from hf_guide.validation import check_integer, check_known_fields, check_temperature, did_you_mean
+from hf_guide.validation import check_bool, check_choice, check_integer, check_known_fields, check_temperature
 
 STORAGE_DTYPES = ("float16", "float32")
 
@@ -98,13 +98,9 @@ class CaptureConfig:
         if self.vocabulary_size is not None:
             self.vocabulary_size = check_integer("vocabulary_size", self.vocabulary_size)
         for option in ("log_prob_dtype", "hidden_dtype"):
-            value = getattr(self, option)
-            if value not in STORAGE_DTYPES:
-                hint = did_you_mean(str(value), STORAGE_DTYPES)
-                raise OptionError(f"{option}={value!r} is not known; expected one of {list(STORAGE_DTYPES)}.{hint}")
+            setattr(self, option, check_choice(option, getattr(self, option), STORAGE_DTYPES))
         for option in ("save_penultimate", "remove_unused_columns"):
-            if not isinstance(getattr(self, option), bool):
-                raise OptionError(f"{option} is True or False; found {getattr(self, option)!r}.")
+            check_bool(option, getattr(self, option))
         self.temperatures = _parse_temperatures(self.temperatures)
         self.hidden_layers = _parse_layers(self.hidden_layers)
         if isinstance(self.ignored_inputs, str) or not all(isinstance(name, str) for name in self.ignored_inputs):
@@ -120,7 +116,7 @@ class CaptureConfig:
             return dataclasses.replace(config)  # checked again, for its fields may have been set since
         if isinstance(config, Mapping):
             return cls(**{str(name): value for name, value in config.items()})
-        raise OptionError(f"config is a CaptureConfig or a mapping of its fields; found {config!r}.")
+        raise OptionError(f"config must be a CaptureConfig or a mapping of its fields; found {config!r}.")
 
 
 def _parse_temperatures(temperatures: Any) -> list[float]:
@@ -130,5 +126,5 @@ def _parse_temperatures(temperatures: Any) -> list[float]:
 
 def _parse_layers(layers: Any) -> list[int]:
     if not isinstance(layers, (list, tuple)) or any(isinstance(n, bool) or not isinstance(n, int) for n in layers):
-        raise OptionError(f"hidden_layers is a list of layer numbers such as [0, 6, 12]; found {layers!r}.")
+        raise OptionError(f"hidden_layers must be a list of layer numbers such as [0, 6, 12]; found {layers!r}.")
     return list(dict.fromkeys(layers))

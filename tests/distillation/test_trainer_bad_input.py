@@ -295,7 +295,7 @@ def test_captures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_a_loss_is_registered_once() -> None:
     with pytest.raises(OptionError, match="A loss 'kd' is registered already"):
         register_loss("kd", requires="logits")
-    with pytest.raises(OptionError, match="requires='logit' is invalid.*Did you mean 'logits'"):
+    with pytest.raises(OptionError, match="requires='logit' is not known.*Did you mean 'logits'"):
         register_loss("mine", requires="logit")
 
 

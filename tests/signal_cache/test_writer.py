@@ -301,7 +301,7 @@ def test_hidden_states_beyond_float16_say_so(tmp_path):
         ({"log_prob_dtype": "float8"}, "expected one of .*float16"),
         ({"topk": 4}, "has no 'topk'; .* Did you mean 'top_k'"),
         ({"hidden_layers": "last"}, "hidden_layers is a list of layer numbers"),
-        ({"save_penultimate": "yes"}, "save_penultimate is True or False"),
+        ({"save_penultimate": "yes"}, "save_penultimate must be True or False"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path, config, said):

@@ -83,7 +83,7 @@ def test_an_option_that_a_loss_does_not_declare_is_an_error(options: Any, words:
 def test_options_of_built_in_losses_are_checked(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="dkd's beta must be a number above 0"):
         arguments(tmp_path, losses="dkd", loss_options={"dkd": {"beta": -1.0}})
-    with pytest.raises(OptionError, match="distance='cosin' is invalid.*Did you mean 'cosine'"):
+    with pytest.raises(OptionError, match="distance='cosin' is not known.*Did you mean 'cosine'"):
         arguments(tmp_path, losses="features", loss_options={"features": {"distance": "cosin"}})
     with pytest.raises(OptionError, match=r"pass DistillationArguments\(kd_loss_type=...\)"):
         arguments(tmp_path, losses="kd", loss_options={"kd": {"kind": "jsd"}})
@@ -104,8 +104,8 @@ def test_a_loss_of_another_task_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"requires": "logit"}, "requires='logit' is invalid.*Did you mean 'logits'"),
-        ({"tasks": ["causal"]}, "tasks='causal' is invalid.*'causal-lm'"),
+        ({"requires": "logit"}, "requires='logit' is not known.*Did you mean 'logits'"),
+        ({"tasks": ["causal"]}, "tasks='causal' is not known.*'causal-lm'"),
         ({"config": dict}, "must be a dataclass derived from LossConfig"),
     ],
 )
