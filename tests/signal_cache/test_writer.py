@@ -270,7 +270,7 @@ def test_what_the_teacher_says_that_is_not_finite_names_the_example(tmp_path):
     place = dataset[13]["input_ids"].index(token)
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = float("nan")
-    refused(CaptureError, f"logits of example 13 are not finite at place {place}", tmp_path / "lm", teacher=model)
+    refused(CaptureError, f"logits of example 13 are not finite at position {place}", tmp_path / "lm", teacher=model)
     finished = sorted(path.name for path in (tmp_path / "lm").iterdir() if not path.name.endswith(".arrow.json"))
     assert finished == ["capture.json", "shard-000000.arrow", "shard-000001.arrow"]  # nothing half-written
     kind = TEACHERS["image-classification"]
@@ -300,7 +300,7 @@ def test_hidden_states_beyond_float16_say_so(tmp_path):
         ({"temperatures": [0.0]}, "temperatures must be a number from 0.001 to 1000; found 0.0"),
         ({"log_prob_dtype": "float8"}, "expected one of .*float16"),
         ({"topk": 4}, "has no 'topk'; .* Did you mean 'top_k'"),
-        ({"hidden_layers": "last"}, "hidden_layers is a list of layer numbers"),
+        ({"hidden_layers": "last"}, "hidden_layers must be a list of layer numbers"),
         ({"save_penultimate": "yes"}, "save_penultimate must be True or False"),
     ],
 )
