@@ -207,7 +207,7 @@ def _with_label_rows(
 
 
 class _FromTeacherBase:
-    """`from_teacher` as a classmethod, of a class that has its model class already."""
+    """Provide `from_teacher` as a classmethod, for one model class or task."""
 
     @classmethod
     def _student_class(cls) -> type[Any]:
@@ -223,7 +223,7 @@ class _FromTeacherBase:
         calibration_dataset: Any = None,
         **options: Any,
     ) -> Any:
-        """As `hf_guide.from_teacher`, for the class or task that this stands for."""
+        """Call `hf_guide.from_teacher` with the model class of this class or task."""
         if "model_class" in options:
             raise OptionError(
                 f"{cls.__name__}.from_teacher has its model class already; call hf_guide.from_teacher to choose another."
@@ -239,28 +239,39 @@ class _FromTeacherBase:
 
 
 class FromTeacherMixin(_FromTeacherBase):
-    """`from_teacher` as a classmethod, for `class MyStudent(FromTeacherMixin, LlamaForCausalLM)`.
+    """Add `from_teacher` to a model class of your own.
 
     The saved config names the stock class, so the folder loads where hf_guide is not installed.
+
+    Example:
+        >>> from transformers import LlamaForCausalLM
+        >>> class MyStudent(FromTeacherMixin, LlamaForCausalLM):
+        ...     pass
+        >>> student = MyStudent.from_teacher(
+        ...     "HuggingFaceTB/SmolLM2-135M", hidden_size=288, head_dim=32, intermediate_size=768, show_progress=False
+        ... )
+        >>> student.save_pretrained("student")
+        >>> LlamaForCausalLM.from_pretrained("student").config.hidden_size
+        288
     """
 
     initialization_report: InitializationReport | None = None
 
     def save_pretrained(self, save_directory: "str | os.PathLike[str]", *args: Any, **kwargs: Any) -> None:
-        """Save a folder that the stock class loads, and write `initialization_report.json` beside the weights."""
+        """Save a folder that the stock class loads, with `initialization_report.json` next to the weights."""
         save = super().save_pretrained.__func__  # type: ignore[misc]
         save_student(self, save, save_directory, *args, architecture=_stock_class(self).__name__, **kwargs)  # type: ignore[arg-type]
 
 
 def _stock_class(student: Any) -> type:
-    """Return the class that a folder of this student loads as where its own class is not known."""
+    """Return the class that loads this student's folder where its own class is not known."""
     bases = [base for base in type(student).__mro__ if issubclass(base, PreTrainedModel)]
     stock = (base for base in bases if base.__module__.startswith(("transformers.models.", "transformers_modules.")))
     return next(stock, type(student))
 
 
 class _AutoStudent(_FromTeacherBase):
-    """What the Auto classes share: a task's stock class, filled from a teacher."""
+    """Share what the Auto classes have in common: a task's stock class, initialized from a teacher."""
 
     model_class: type[Any] = AutoModel
 
@@ -274,40 +285,103 @@ class _AutoStudent(_FromTeacherBase):
 
 
 class AutoStudent(_AutoStudent):
-    """A base model, without a head, that starts inside its teacher."""
+    """Initialize a base model, without a head, from a teacher.
+
+    Example:
+        >>> from hf_guide import AutoStudent
+        >>> student = AutoStudent.from_teacher(
+        ...     "HuggingFaceTB/SmolLM2-135M", hidden_size=288, head_dim=32, intermediate_size=768, show_progress=False
+        ... )
+        >>> type(student).__name__
+        'LlamaModel'
+    """
 
 
 class AutoStudentForCausalLM(_AutoStudent):
-    """A causal language model that starts inside its teacher."""
+    """Initialize a causal language model from a teacher.
+
+    Example:
+        >>> from hf_guide import AutoStudentForCausalLM
+        >>> student = AutoStudentForCausalLM.from_teacher(
+        ...     "HuggingFaceTB/SmolLM2-135M", hidden_size=288, head_dim=32, intermediate_size=768, show_progress=False
+        ... )
+        >>> type(student).__name__
+        'LlamaForCausalLM'
+    """
 
     model_class = AutoModelForCausalLM
 
 
 class AutoStudentForMaskedLM(_AutoStudent):
-    """A masked language model that starts inside its teacher."""
+    """Initialize a masked language model from a teacher.
+
+    Example:
+        >>> from hf_guide import AutoStudentForMaskedLM
+        >>> student = AutoStudentForMaskedLM.from_teacher(
+        ...     "distilbert/distilbert-base-uncased", dim=384, n_heads=6, hidden_dim=1536, show_progress=False
+        ... )
+        >>> type(student).__name__
+        'DistilBertForMaskedLM'
+    """
 
     model_class = AutoModelForMaskedLM
 
 
 class AutoStudentForSequenceClassification(_AutoStudent):
-    """A sequence classifier that starts inside its teacher; its head too where the labels agree."""
+    """Initialize a sequence classifier from a teacher; its head too where the labels agree.
+
+    Example:
+        >>> from hf_guide import AutoStudentForSequenceClassification
+        >>> student = AutoStudentForSequenceClassification.from_teacher(
+        ...     "distilbert/distilbert-base-uncased-finetuned-sst-2-english", dim=384, n_heads=6, hidden_dim=1536, show_progress=False
+        ... )
+        >>> type(student).__name__
+        'DistilBertForSequenceClassification'
+    """
 
     model_class = AutoModelForSequenceClassification
 
 
 class AutoStudentForTokenClassification(_AutoStudent):
-    """A token classifier that starts inside its teacher; its head too where the labels agree."""
+    """Initialize a token classifier from a teacher; its head too where the labels agree.
+
+    Example:
+        >>> from hf_guide import AutoStudentForTokenClassification
+        >>> student = AutoStudentForTokenClassification.from_teacher(
+        ...     "dslim/bert-base-NER", hidden_size=384, num_attention_heads=6, intermediate_size=1536, show_progress=False
+        ... )
+        >>> type(student).__name__
+        'BertForTokenClassification'
+    """
 
     model_class = AutoModelForTokenClassification
 
 
 class AutoStudentForSeq2SeqLM(_AutoStudent):
-    """An encoder-decoder that starts inside its teacher."""
+    """Initialize an encoder-decoder language model from a teacher.
+
+    Example:
+        >>> from hf_guide import AutoStudentForSeq2SeqLM
+        >>> student = AutoStudentForSeq2SeqLM.from_teacher(
+        ...     "google-t5/t5-small", d_model=256, num_heads=4, d_ff=1024, show_progress=False
+        ... )
+        >>> type(student).__name__
+        'T5ForConditionalGeneration'
+    """
 
     model_class = AutoModelForSeq2SeqLM
 
 
 class AutoStudentForImageClassification(_AutoStudent):
-    """An image classifier that starts inside its teacher; its head too where the labels agree."""
+    """Initialize an image classifier from a teacher; its head too where the labels agree.
+
+    Example:
+        >>> from hf_guide import AutoStudentForImageClassification
+        >>> student = AutoStudentForImageClassification.from_teacher(
+        ...     "google/vit-base-patch16-224", hidden_size=384, num_attention_heads=6, intermediate_size=1536, show_progress=False
+        ... )
+        >>> type(student).__name__
+        'ViTForImageClassification'
+    """
 
     model_class = AutoModelForImageClassification

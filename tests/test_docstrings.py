@@ -1,24 +1,111 @@
-"""Every example in a docstring runs and prints what it says."""
+"""Every public docstring has an example, and every example in a docstring runs and prints what it shows.
+
+Examples name models of the Hub. Here those ids are folders of small random models of the same width, in the working directory,
+where Transformers looks first. `dataset` is a `datasets.Dataset` with the columns `text` and `label`.
+"""
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import re
+from pathlib import Path
 
+import datasets
 import pytest
+import torch
+import transformers
 
 import hf_guide
 from hf_guide.layouts import registry
+from tests.trust.artefacts import make_tokenizer
+
+BERT = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072}
+DISTILBERT = transformers.DistilBertConfig(vocab_size=96, n_layers=3, max_position_embeddings=64, num_labels=2)
+MODELS = {
+    "HuggingFaceTB/SmolLM2-135M": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig(
+            vocab_size=96,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=4,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "distilbert/distilbert-base-uncased": (transformers.DistilBertForMaskedLM, DISTILBERT),
+    "distilbert/distilbert-base-uncased-finetuned-sst-2-english": (
+        transformers.DistilBertForSequenceClassification,
+        DISTILBERT,
+    ),
+    "dslim/bert-base-NER": (
+        transformers.BertForTokenClassification,
+        transformers.BertConfig(vocab_size=96, num_labels=3, **BERT),
+    ),
+    "google-t5/t5-small": (
+        transformers.T5ForConditionalGeneration,
+        transformers.T5Config(vocab_size=96, num_layers=2, decoder_start_token_id=0),
+    ),
+    "google/vit-base-patch16-224": (
+        transformers.ViTForImageClassification,
+        transformers.ViTConfig(image_size=32, num_labels=3, **BERT),
+    ),
+}
 
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(hf_guide.__path__, "hf_guide.")
     if not module.name.startswith("hf_guide.metrics.") and not module.name.endswith(".__main__")
 ]
+PUBLIC = [
+    name
+    for name in hf_guide.__all__
+    if not name.startswith("__")
+    and not (inspect.isclass(getattr(hf_guide, name)) and issubclass(getattr(hf_guide, name), Exception))
+]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the ids of the examples are folders of small models with tokenizers."""
+    root = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    for name, (model_class, config) in MODELS.items():
+        model_class(config).save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def dataset() -> datasets.Dataset:
+    """Return 64 texts of 24 known words with two labels."""
+    words = torch.randint(0, 93, (64, 24), generator=torch.Generator().manual_seed(0))
+    texts = [" ".join(f"w{word}" for word in row) for row in words.tolist()]
+    return datasets.Dataset.from_dict({"text": texts, "label": [number % 2 for number in range(len(texts))]})
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_print_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_print_what_they_show(
+    name: str, hub: Path, dataset: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry.registered_layouts()
     monkeypatch.setattr(registry, "_LAYOUTS", dict(registry._LAYOUTS))  # an example registers a family
-    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    for entry in hub.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(
+        module, extraglobs={"dataset": dataset}, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    )
     assert not failed
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_an_example(name: str) -> None:
+    documented = getattr(hf_guide, name)
+    assert re.search(r"^\s*>>> ", documented.__doc__ or "", re.MULTILINE), (
+        f"the docstring of {name} has no example (>>>)"
+    )
