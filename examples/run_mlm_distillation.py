@@ -1,4 +1,4 @@
-"""Distil a masked language model (BERT, RoBERTa, ModernBERT, ...) on a text dataset or text files.
+"""Distill a masked language model (BERT, RoBERTa, ModernBERT, ...) on a text dataset or text files.
 
     python examples/run_mlm_distillation.py \
         --teacher answerdotai/ModernBERT-base \
@@ -6,7 +6,7 @@
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 \
         --do_train --do_eval --losses '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
 
-Other tokens are masked in every epoch; those of the evaluation are masked once, so that its figures can be compared.
+Training tokens are masked anew in every epoch; evaluation tokens are masked once, so that evaluations are comparable.
 """
 
 import gc
@@ -34,35 +34,37 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """The student, where it is not made out of its teacher, and its tokenizer."""
+    """Arguments for a student that is not made from its teacher, and for the tokenizer."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "The student: a Hub id or a folder."})
-    model_revision: str = field(default="main", metadata={"help": "Its branch, tag or commit."})
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Student: a Hub id or a folder."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the student."})
     tokenizer_name: str | None = field(
-        default=None, metadata={"help": "The tokenizer; by default the student's, else the teacher's."}
+        default=None, metadata={"help": "Tokenizer; by default the student's, else the teacher's."}
     )
-    dtype: str = field(default="float32", metadata={"help": "The precision its weights are trained in."})
+    dtype: str = field(default="float32", metadata={"help": "Precision in which the student's weights are trained."})
 
 
 @dataclass
 class DataTrainingArguments:
-    """What is learned from."""
+    """Arguments for the training and evaluation data."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Which of its configurations."})
-    train_file: str | None = field(default=None, metadata={"help": "A text, CSV or JSON file to train on."})
-    validation_file: str | None = field(default=None, metadata={"help": "A file of the same kind to evaluate on."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Name of a dataset on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Training file: text, CSV or JSON."})
+    validation_file: str | None = field(default=None, metadata={"help": "Evaluation file of the same kind."})
     validation_split_percentage: int = field(
-        default=5, metadata={"help": "What is held out of the training split where there is no other validation."}
+        default=5, metadata={"help": "Percentage of the training split to hold out if there is no validation split."}
     )
-    text_column: str = field(default="text", metadata={"help": "The column with the text."})
-    max_seq_length: int = field(default=512, metadata={"help": "Tokens an example."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "The share of tokens that is masked."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
+    text_column_name: str = field(default="text", metadata={"help": "Column with the text."})
+    max_seq_length: int = field(default=512, metadata={"help": "Tokens per example."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens to mask."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes for preprocessing."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_file is None:
-            raise ValueError("Need either a dataset name or a training file.")
+            raise ValueError("Give either dataset_name or train_file.")
 
 
 def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
@@ -81,7 +83,7 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
 
 
 def main() -> None:
-    """Train, evaluate and save as the command line, or one YAML or JSON file, says."""
+    """Train, evaluate and save, with the arguments of the command line or of one YAML or JSON file."""
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, DistillationArguments))
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".json")):
         read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
@@ -97,7 +99,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path or training_args.teacher
     )
-    model = None  # then the trainer makes it out of the teacher, as `student_init_kwargs` specifies
+    model = None  # the trainer makes it from the teacher, with `student_init_kwargs`
     if model_args.model_name_or_path:
         model = AutoModelForMaskedLM.from_pretrained(
             model_args.model_name_or_path, revision=model_args.model_revision, dtype=model_args.dtype
@@ -105,8 +107,8 @@ def main() -> None:
     masker = DataCollatorForLanguageModeling(tokenizer, mlm_probability=data_args.mlm_probability)
 
     def tokenize_and_group(examples: dict) -> dict:
-        """Lay texts end to end and cut them into blocks; what fills no block is left out."""
-        texts = [text for text in examples[data_args.text_column] if text]
+        """Concatenate texts and cut them into blocks; the rest that fills no block is dropped."""
+        texts = [text for text in examples[data_args.text_column_name] if text]
         tokens, size = list(chain(*tokenizer(texts).input_ids)), data_args.max_seq_length
         return {"input_ids": [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]}
 
@@ -114,9 +116,9 @@ def main() -> None:
         return dict(masker([{"input_ids": ids} for ids in examples["input_ids"]], return_tensors="np"))
 
     options = {"batched": True, "num_proc": data_args.preprocessing_num_workers}
-    with training_args.main_process_first(desc="tokenising"):
+    with training_args.main_process_first(desc="tokenizing"):
         columns = raw_datasets["train"].column_names
-        blocks = raw_datasets.map(tokenize_and_group, remove_columns=columns, desc="Tokenising", **options)
+        blocks = raw_datasets.map(tokenize_and_group, remove_columns=columns, desc="Tokenizing", **options)
         eval_dataset = blocks["validation"].map(mask, batched=True, desc="Masking")
 
     def collate(examples: list[dict]) -> dict:
@@ -130,7 +132,7 @@ def main() -> None:
         processing_class=tokenizer,
         data_collator=collate,
     )
-    logger.info("%s", trainer.accelerator.state)  # which process of how many, on what, sharded or not
+    logger.info("%s", trainer.accelerator.state)  # rank, world size, device, sharding
 
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -139,18 +141,18 @@ def main() -> None:
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
     if training_args.do_eval:
-        metrics = trainer.evaluate()  # perplexity and agreement with the teacher are among them
+        metrics = trainer.evaluate()  # includes perplexity and agreement with the teacher
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
 
-    told = {"dataset_tags": data_args.dataset_name} if data_args.dataset_name else {}
+    card = {"dataset_tags": data_args.dataset_name} if data_args.dataset_name else {}
     if training_args.push_to_hub:
-        trainer.push_to_hub(**told)
+        trainer.push_to_hub(**card)
     else:
-        trainer.create_model_card(**told)
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":
     main()
-    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
+    gc.collect()  # destroying the process group while a wrapped model exists can hang
     PartialState().destroy_process_group()
