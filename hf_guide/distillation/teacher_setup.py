@@ -5,6 +5,8 @@ from typing import Any
 
 import accelerate
 import torch
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel
 
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.models.label_shift import check_label_shift
@@ -13,7 +15,7 @@ from hf_guide.tasks import Task
 from hf_guide.teachers.alignment import align_labels, shared_vocabulary_size
 from hf_guide.teachers.forward import LiveTeacher
 from hf_guide.teachers.inputs import build_teacher_inputs
-from hf_guide.teachers.loading import load_teachers, model_name, prepare_teacher, teacher_tokenizer
+from hf_guide.teachers.loading import load_teachers, model_name, teacher_tokenizer
 
 
 def build_live_teachers(
@@ -62,3 +64,41 @@ def build_live_teachers(
         head = None if sharded else head
         made.append(LiveTeacher(placed, task, classes, order, share / sum(shares), head, inputs))
     return made
+
+
+def prepare_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator) -> tuple[PreTrainedModel, bool]:
+    """Bring a teacher to where the student is trained, sharded as the student is; return it and whether it is sharded.
+
+    A quantised one, or one that a `device_map` has spread already, stays where it is.
+    """
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or getattr(model, "is_quantized", False):
+        return model, False
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if accelerator.is_fsdp2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(accelerator, model), True
+        return accelerator.prepare_model(model), True
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _prepare_with_deepspeed(model, accelerator)
+    return model.to(accelerator.device), False
+
+
+def _prepare_with_deepspeed(
+    model: PreTrainedModel, accelerator: accelerate.Accelerator
+) -> tuple[PreTrainedModel, bool]:
+    """Shard a teacher where the student's weights are: ZeRO-3 alone shards them, other stages gradients and optimizers."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage != 3:
+        return model.to(accelerator.device), False
+    import deepspeed
+
+    sharding = {"stage": 3}
+    if "offload_param" in plugin.deepspeed_config["zero_optimization"]:
+        sharding["offload_param"] = plugin.deepspeed_config["zero_optimization"]["offload_param"]
+    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sharding}
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        config[name] = {"enabled": model.dtype is dtype}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine, True

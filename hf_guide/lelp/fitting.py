@@ -41,7 +41,7 @@ from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.writer import capture_teacher, distributed_state
 from hf_guide.tasks import task_of
 from hf_guide.teachers.forward import TeacherRunner
-from hf_guide.teachers.loading import load_teacher
+from hf_guide.teachers.loading import is_loaded, load_teacher
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
 from hf_guide.utils.distributed import rank_and_world_size, report_missing_ranks
 from hf_guide.utils.fingerprint import weights_fingerprint
@@ -131,7 +131,19 @@ def fit_subclasses(
     else:
         if dataset is None:
             raise OptionError("A teacher that is a model needs a dataset; only a capture can do without.")
-        model = _load_model(teacher, state, dtype, revision, token, trust_remote_code)
+        if not is_loaded(teacher) and not isinstance(teacher, (str, os.PathLike)):
+            raise OptionError(
+                f"A teacher must be a Hub id, a folder, a PreTrainedModel or a Capture; found a {type(teacher).__name__}. For "
+                "any other, pass its embeddings to SubclassProjector.fit."
+            )
+        model = load_teacher(
+            teacher,
+            dtype=dtype,
+            device=state.device,
+            revision=revision,
+            token=token,
+            trust_remote_code=trust_remote_code,
+        )
         check_classifier_task(task_of(model), type(model).__name__)
         check_single_label(without_adapter(model).config, type(model).__name__)
     with classifier_registered(model, classifier):
@@ -232,23 +244,6 @@ class _FeatureSource:
         with eval_mode(self.model):
             teacher = TeacherRunner(self.model, self.task, self.processing_class)
             yield from iter_live(teacher, dataset, collate, labels, batch_size=batch_size, **shard)
-
-
-def _load_model(
-    teacher: Any, state: PartialState, dtype: Any, revision: str | None, token: Any, trust_remote_code: bool
-) -> Any:
-    if isinstance(teacher, PreTrainedModel) or hasattr(teacher, "get_base_model"):
-        if dtype is not None or revision is not None:
-            raise OptionError("dtype and revision are for a teacher that is loaded here; this one is loaded already.")
-        return teacher
-    if not isinstance(teacher, (str, os.PathLike)):
-        raise OptionError(
-            f"A teacher must be a Hub id, a folder, a PreTrainedModel or a Capture; found a {type(teacher).__name__}. For any "
-            "other, pass its embeddings to SubclassProjector.fit."
-        )
-    return load_teacher(
-        teacher, dtype=dtype, device=state.device, revision=revision, token=token, trust_remote_code=trust_remote_code
-    )
 
 
 def _resolve_classifier_weight(

@@ -85,14 +85,9 @@ def load_subclass_teacher(
         SubclassError: Another teacher than the projector's.
         TeacherError, TaskError: It cannot be loaded, or its task is not known.
     """
-    if isinstance(teacher, (str, os.PathLike)):
-        teacher = load_teacher(teacher, device=device)
-    if not isinstance(teacher, PreTrainedModel) and not hasattr(teacher, "get_base_model"):
-        raise OptionError(
-            f"A teacher must be a Hub id, a folder or a PreTrainedModel; found a {type(teacher).__name__}."
-        )
-    projector.check_teacher(teacher)
-    return SubclassTeacher(teacher.eval(), task_of(teacher), projector, processing_class)
+    model = load_teacher(teacher, device=device)
+    projector.check_teacher(model)
+    return SubclassTeacher(model.eval(), task_of(model), projector, processing_class)
 
 
 def targets_from_cache(

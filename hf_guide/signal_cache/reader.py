@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.hub.metadata import to_repo_id
+from hf_guide.models.adapters import without_adapter
 from hf_guide.models.pretrained import load_config
 from hf_guide.signal_cache.codec import COLUMN_PREFIX, CapturedExample, decode_example
 from hf_guide.signal_cache.keys import example_keys, token_positions
 from hf_guide.signal_cache.manifest import CaptureManifest
 from hf_guide.signal_cache.shards import DAMAGED_HINT, INDEX_NAME, Arrays, KeyIndex, Shard, shard_name
 from hf_guide.tasks import Task
+from hf_guide.teachers.loading import check_is_teacher, load_teacher
 from hf_guide.utils.checksums import DamagedFileError, verify_checksum
 from hf_guide.utils.fingerprint import (
     comparable_config,
@@ -205,24 +206,21 @@ class Capture:
         return Capture, (self.folder, self.manifest)
 
     def _check_teacher(self, teacher: Any) -> None:
-        from hf_guide.teachers.loading import load_teacher
-
         wanted = self.manifest
         if isinstance(teacher, (str, os.PathLike)):
             if wanted.files is not None and files_fingerprint(teacher) == wanted.files:
                 return
             config = load_config(os.fspath(teacher))
-        elif isinstance(teacher, PreTrainedModel):
-            config = teacher.config
         else:
-            raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
+            check_is_teacher(teacher)
+            config = without_adapter(teacher).config
         there, here = comparable_config(wanted.teacher_config), comparable_config(config)
         # What only one has may be of another version of Transformers; the weights tell.
         differing = sorted(name for name in there.keys() & here.keys() if there[name] != here[name])
         if differing:
             shown = "; ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in differing[:5])
             raise CaptureError(f"{self.folder} was captured from another teacher, {wanted.teacher}: {shown}.")
-        model = load_teacher(teacher) if isinstance(teacher, (str, os.PathLike)) else teacher
+        model = load_teacher(teacher)
         if wanted.weights is None:
             logger.warning(
                 "%s has no fingerprint of its teacher's weights, so only the configs were compared.", self.folder

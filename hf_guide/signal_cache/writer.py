@@ -289,21 +289,14 @@ def capture_teacher(
     examples = _num_examples(dataset)
     cache_folder(folder).check()
     state = distributed_state()
-    if isinstance(teacher, PreTrainedModel) or hasattr(teacher, "get_base_model"):
-        if dtype is not None or revision is not None:
-            raise OptionError("dtype and revision are for a teacher that is loaded here; this one is loaded already.")
-        model: Any = teacher
-    elif not isinstance(teacher, (str, os.PathLike)):
-        raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
-    else:
-        model = load_teacher(
-            teacher,
-            dtype=dtype,
-            device=state.device,
-            revision=revision,
-            token=token,
-            trust_remote_code=trust_remote_code,
-        )
+    model = load_teacher(
+        teacher,
+        dtype=dtype,
+        device=state.device,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+    )
     task = task_of(model)
     collate = TeacherBatchCollator(model, task, data_collator, processing_class, options.remove_unused_columns)
     with eval_mode(model):

@@ -20,11 +20,12 @@ from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_guide.errors import OptionError, TeacherError
+from hf_guide.errors import TeacherError
 from hf_guide.models.adapters import has_adapter, parametrized_layers
 from hf_guide.models.model_classes import candidate_model_classes, meta_model, without_quantization_config
 from hf_guide.models.model_files import check_model_folder
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
+from hf_guide.teachers.loading import check_is_teacher, load_complete_model, missing_parameters_error
 from hf_guide.teachers.shards import SafetensorsTensors, find_safetensors, match_stored_tensors, read_headers
 from hf_guide.utils.fingerprint import files_fingerprint, tensors_fingerprint
 
@@ -115,8 +116,7 @@ def open_teacher(
     """
     if isinstance(teacher, torch.nn.Module):
         return _open_model(teacher, config)
-    if not isinstance(teacher, (str, os.PathLike)):
-        raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(teacher).__name__}.")
+    check_is_teacher(teacher)
     name = os.fspath(teacher)
     hub: dict[str, Any] = {
         "revision": revision,
@@ -211,15 +211,7 @@ def _open_files(
             return _build_checkpoint(model, config, SafetensorsTensors(kept), tied, name, commit)
         if model._keys_to_ignore_on_load_missing:
             return None  # the model may compute them itself
-    raise _missing_parameters_error(name, missing)
-
-
-def _missing_parameters_error(name: str, missing: Collection[str]) -> TeacherError:
-    shown = ", ".join(sorted(missing)[:5]) + (", ..." if len(missing) > 5 else "")
-    return TeacherError(
-        f"{len(missing)} parameters are not in the checkpoint {name} and would be random: {shown}. "
-        "Use a complete checkpoint, or set `architectures` in its config to the class it holds."
-    )
+    raise missing_parameters_error(name, missing)
 
 
 def _load_whole_model(
@@ -234,14 +226,10 @@ def _load_whole_model(
     if gguf_file is not None:
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
     packed = "quantised and " if getattr(config, "quantization_config", None) is not None else ""
-    with unreadable_as(TeacherError, f"{name} is {packed}not loadable as {model_class.__name__} here"):
-        config = _dequantize_on_load(config)
-        loaded: Any = model_class.from_pretrained(
-            name, config=config, dtype="auto", output_loading_info=True, **options
-        )
-    model, report = loaded
-    if report["missing_keys"]:
-        raise _missing_parameters_error(name, report["missing_keys"])
+    what = f"{name} is {packed}not loadable as {model_class.__name__} here"
+    with unreadable_as(TeacherError, what):
+        options |= {"config": _dequantize_on_load(config), "dtype": "auto"}
+    model = load_complete_model(model_class, name, what, **options)
     if _is_quantized(model):
         with unreadable_as(TeacherError, f"{name} is quantised and cannot be dequantised"):
             model = _dequantize(model)

@@ -1,27 +1,30 @@
-"""A teacher loaded to be listened to, of the class that its config names.
+"""Load teachers: ids, folders and loaded models, with every parameter from the checkpoint, in evaluation mode.
 
-Teachers opened: loaded where they are named, compared with the student, and placed where it is trained.
+Does: the one place where a checkpoint becomes a model that is run; `checkpoint.py` loads through it what it cannot read tensor
+by tensor (GGUF, quantised files).
+Does not: compare a teacher with a student (`alignment.py`, `inputs.py`) or run it (`forward.py`).
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import accelerate
 import torch
 import transformers
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
 from hf_guide.errors import OptionError, TaskError, TeacherError
 from hf_guide.models.adapters import validate_unwrapped
-from hf_guide.models.pretrained import find_tokenizer, load_config, remote_code_error, unreadable_as
+from hf_guide.models.model_classes import candidate_model_classes
+from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
 from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.isolation import check_no_shared_parameters, check_teachers_independent
 
+_SHOWN_PARAMETERS = 5
+
 
 def load_teacher(
-    name: str | os.PathLike[str],
+    teacher: "str | os.PathLike[str] | PreTrainedModel",
     *,
     dtype: "str | torch.dtype | None" = None,
     device: torch.device | None = None,
@@ -29,35 +32,34 @@ def load_teacher(
     token: "str | bool | None" = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Return a teacher as `from_pretrained` loads it, of the class its config names, in evaluation mode.
+    """Return a teacher of the class that its config names; a loaded model is returned as it is.
 
     Args:
-        name: a Hub id or a folder.
+        teacher: A Hub id, a folder, or a model, also with a PEFT adapter.
         dtype: None or "auto" takes that of the checkpoint.
-        device: None leaves it on the CPU.
-        revision, token, trust_remote_code: as in `from_pretrained`.
+        device: None leaves a model that is loaded here on the CPU.
+        revision, token, trust_remote_code: As in `from_pretrained`.
 
     Raises:
-        TeacherError: it cannot be read, names no class, or lacks parameters, which would be random.
+        OptionError: `teacher` is none of these, or a loaded model with `dtype` or `revision`.
+        TeacherError: It cannot be read, names no known class, or lacks parameters, which would be random.
+
+    Example:
+        >>> model = load_teacher("HuggingFaceTB/SmolLM2-135M", dtype="bfloat16")  # doctest: +SKIP
     """
-    name = os.fspath(name)
-    hub: dict[str, Any] = {"revision": revision, "token": token}
-    config = load_config(name, hub, trust_remote_code, what=f"{name} cannot be loaded")
-    loader = _model_loader(config, name, trust_remote_code)
-    with unreadable_as(TeacherError, f"{name} cannot be loaded"):
-        if loader.__name__.startswith("Auto"):
-            hub["trust_remote_code"] = trust_remote_code
-        if device is not None and device.type != "cpu":
-            hub["device_map"] = {"": device}
-        loaded: Any = loader.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True, **hub)
-    model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise TeacherError(
-            f"{len(missing)} parameters are not in the checkpoint {name} and would be random: {', '.join(missing[:5])}. "
-            "Use a complete checkpoint, or set `architectures` in its config to the class it holds."
-        )
-    return model.eval()
+    if is_loaded(teacher):
+        if dtype is not None or revision is not None:
+            raise OptionError(
+                "dtype and revision are for a teacher that is loaded here; this one is loaded already. Leave them out."
+            )
+        return teacher  # type: ignore[return-value]
+    check_is_teacher(teacher)
+    name = os.fspath(teacher)  # type: ignore[arg-type]
+    model_class = _model_class(name, revision, token, trust_remote_code)
+    options: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    if device is not None and device.type != "cpu":
+        options["device_map"] = {"": device}
+    return load_complete_model(model_class, name, f"{name} cannot be loaded", dtype=dtype or "auto", **options).eval()
 
 
 def task_of_checkpoint(
@@ -67,39 +69,13 @@ def task_of_checkpoint(
     token: "str | bool | None" = None,
     trust_remote_code: bool = False,
 ) -> Task:
-    """Return what the head of a Hub id's or folder's model is for, without its weights.
+    """Return what the head of a Hub id's or folder's model is for, without reading its weights.
 
     Raises:
-        TeacherError: its config cannot be read, or names no class.
-        TaskError: none of the tasks that can be distilled.
+        TeacherError: Its config cannot be read, or names no known class.
+        TaskError: It has no head, or one for a task that cannot be distilled.
     """
-    name = os.fspath(name)
-    config = load_config(
-        name, {"revision": revision, "token": token}, trust_remote_code, what=f"{name} cannot be loaded"
-    )
-    loader = _model_loader(config, name, trust_remote_code)
-    with unreadable_as(TeacherError, f"{name} cannot be loaded"), torch.device("meta"):
-        auto = loader.__name__.startswith("Auto")
-        model = loader.from_config(config, trust_remote_code=True) if auto else loader(config)
-    return task_of(model)
-
-
-def _model_loader(config: Any, name: str, trust: bool) -> Any:
-    architecture = (config.architectures or [""])[0]
-    remote = [
-        auto for auto, reference in (getattr(config, "auto_map", None) or {}).items() if architecture in str(reference)
-    ]
-    if remote and trust and architecture:
-        return getattr(transformers, remote[0])
-    found = getattr(transformers, architecture, None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return found
-    if remote:
-        raise remote_code_error(name)
-    raise TeacherError(
-        f"The config of {name} names the class {architecture!r}, which Transformers does not have. Set `architectures` to a "
-        "known class, or pass a loaded model."
-    )
+    return task_of(_model_class(os.fspath(name), revision, token, trust_remote_code))
 
 
 def load_teachers(
@@ -109,53 +85,127 @@ def load_teachers(
     init_kwargs: Mapping[str, Any] | None = None,
     student: Any = None,
 ) -> list[PreTrainedModel]:
-    """Return the teachers, loaded where they are named: a Hub id, a folder, several with commas, a model, or a sequence.
+    """Return the teachers of a student for `task`, frozen and in evaluation mode.
+
+    Args:
+        teacher: A Hub id or folder, several of them separated by commas, a model, or a sequence of all these.
+        task: The student's.
+        init_kwargs: Keywords of `from_pretrained` for those that are loaded here.
+        student: Its parameters must not be those of a teacher.
 
     Raises:
-        TeacherError: one that cannot be loaded.
-        TaskError: one for another task than the student's.
-        OptionError: something else than a teacher, or one that shares parameters with `student` or another teacher.
+        TeacherError: One cannot be loaded.
+        TaskError: One is for another task than the student.
+        OptionError: One is no teacher, or shares parameters with `student` or another teacher.
     """
     if isinstance(teacher, str) and "," in teacher and not os.path.exists(teacher):
         teacher = [name.strip() for name in teacher.split(",")]
-    many = teacher if isinstance(teacher, (list, tuple)) else [teacher]
-    if not many:
+    teachers = teacher if isinstance(teacher, (list, tuple)) else [teacher]
+    if not teachers:
         raise OptionError("There is no teacher in the sequence of teachers; name at least one.")
-    opened = []
-    for one in many:
-        if isinstance(one, (str, os.PathLike)):
-            model = _load_for_task(os.fspath(one), task, dict(init_kwargs or {}))
-        elif isinstance(one, torch.nn.Module):
-            model = one  # type: ignore[assignment]
-        else:
-            raise OptionError(f"A teacher is a Hub id, a folder or a PreTrainedModel, not a {type(one).__name__}.")
+    models: list[Any] = [
+        each if isinstance(each, torch.nn.Module) else _load_for_task(each, task, dict(init_kwargs or {}))
+        for each in teachers
+    ]
+    for model in models:
         validate_unwrapped(model, "teacher")
         if task_of(model) is not task:
             raise TaskError(
                 f"The teacher {model_name(model)} is a {type(model).__name__}, for {task_of(model)}; the student is for {task}. "
-                "Give a teacher of the student's task."
+                "Use a teacher of the student's task."
             )
-        opened.append(model)
-    check_no_shared_parameters(student, opened)
-    check_teachers_independent(opened)
-    for model in opened:
+    check_no_shared_parameters(student, models)
+    check_teachers_independent(models)
+    for model in models:
         model.eval()
         model.requires_grad_(False)
-    return opened
+    return models
 
 
-def _load_for_task(name: str, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    loader = getattr(transformers, task.row.auto_class)
-    load_config(name, _hub_kwargs(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
-    given = f" with teacher_init_kwargs={sorted(init_kwargs)}" if init_kwargs else ""
-    with unreadable_as(TeacherError, f"The teacher {name} does not load as a model for {task}{given}"):
-        model, found = loader.from_pretrained(name, output_loading_info=True, **init_kwargs)
-    if found["missing_keys"]:
-        raise TeacherError(
-            f"{len(found['missing_keys'])} weights of {type(model).__name__} are not in {name} and would be random: "
-            f"{', '.join(sorted(found['missing_keys'])[:3])}, ... A teacher must be trained for {task}."
+def load_complete_model(
+    loader: Any,
+    name: str,
+    what: str,
+    *,
+    advice: str = "Use a complete checkpoint, or set `architectures` in its config to the class it holds.",
+    **options: Any,
+) -> PreTrainedModel:
+    """Return a model whose parameters are all in its checkpoint.
+
+    Args:
+        loader: A model class or an Auto class.
+        name: A Hub id or a folder.
+        what: How an error begins if the files cannot be read.
+        advice: How an error ends if parameters are missing.
+        options: Keywords of `from_pretrained`.
+
+    Raises:
+        TeacherError: The files cannot be read, or lack parameters, which would be random.
+    """
+    with unreadable_as(TeacherError, what):
+        model, report = loader.from_pretrained(name, output_loading_info=True, **options)
+    if report["missing_keys"]:
+        raise missing_parameters_error(name, report["missing_keys"], advice)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def missing_parameters_error(
+    name: str,
+    missing: Collection[str],
+    advice: str = "Use a complete checkpoint, or set `architectures` in its config to the class it holds.",
+) -> TeacherError:
+    """Return the error for a checkpoint without some of its model's parameters."""
+    shown = ", ".join(sorted(missing)[:_SHOWN_PARAMETERS]) + (", ..." if len(missing) > _SHOWN_PARAMETERS else "")
+    return TeacherError(
+        f"{len(missing)} parameters are not in the checkpoint {name} and would be random: {shown}. {advice}"
+    )
+
+
+def is_loaded(teacher: Any) -> bool:
+    """Return whether a teacher is a model, also with a PEFT adapter."""
+    return isinstance(teacher, PreTrainedModel) or hasattr(teacher, "get_base_model")
+
+
+def check_is_teacher(teacher: Any) -> None:
+    """Check that a teacher is a name, a folder or a model.
+
+    Raises:
+        OptionError: It is something else.
+    """
+    if not isinstance(teacher, (str, os.PathLike)) and not is_loaded(teacher):
+        raise OptionError(
+            f"A teacher must be a Hub id, a folder or a PreTrainedModel; found {type(teacher).__name__} {teacher!r:.60}."
         )
-    return model
+
+
+def _load_for_task(teacher: Any, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:
+    """Load a teacher as the Auto class of the student's task does."""
+    check_is_teacher(teacher)
+    name = os.fspath(teacher)
+    load_config(name, _hub_kwargs(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
+    stated = f" with teacher_init_kwargs={sorted(init_kwargs)}" if init_kwargs else ""
+    return load_complete_model(
+        getattr(transformers, task.row.auto_class),
+        name,
+        f"The teacher {name} does not load as a model for {task}{stated}",
+        advice=f"A teacher must be trained for {task}.",
+        **init_kwargs,
+    )
+
+
+def _model_class(name: str, revision: str | None, token: "str | bool | None", trust: bool) -> type[PreTrainedModel]:
+    """Return the class that the config of a checkpoint names."""
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    config = load_config(name, hub, trust, what=f"{name} cannot be loaded")
+    architecture = (config.architectures or [""])[0]
+    model_class = candidate_model_classes(config, name, hub, trust)[0]
+    if model_class.__name__ != architecture:
+        raise TeacherError(
+            f"The config of {name} names the class {architecture!r}, which Transformers does not have. Set `architectures` to a "
+            "known class, or pass a loaded model."
+        )
+    return model_class
 
 
 def model_name(model: Any) -> str:
@@ -173,41 +223,3 @@ def _hub_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return those of the keywords of `from_pretrained` that say where files are found."""
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     return {key: value for key, value in (init_kwargs or {}).items() if key in names}
-
-
-def prepare_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator) -> tuple[PreTrainedModel, bool]:
-    """Bring a teacher to where the student is trained, sharded as the student is; return it and whether it is sharded.
-
-    A quantised one, or one that a `device_map` has spread already, stays where it is.
-    """
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or getattr(model, "is_quantized", False):
-        return model, False
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if accelerator.is_fsdp2:
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
-
-            return fsdp2_prepare_model(accelerator, model), True
-        return accelerator.prepare_model(model), True
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _prepare_with_deepspeed(model, accelerator)
-    return model.to(accelerator.device), False
-
-
-def _prepare_with_deepspeed(
-    model: PreTrainedModel, accelerator: accelerate.Accelerator
-) -> tuple[PreTrainedModel, bool]:
-    """Shard a teacher where the student's weights are: ZeRO-3 alone shards them, other stages gradients and optimizers."""
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin.zero_stage != 3:
-        return model.to(accelerator.device), False
-    import deepspeed
-
-    sharding = {"stage": 3}
-    if "offload_param" in plugin.deepspeed_config["zero_optimization"]:
-        sharding["offload_param"] = plugin.deepspeed_config["zero_optimization"]["offload_param"]
-    config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": sharding}
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
-        config[name] = {"enabled": model.dtype is dtype}
-    engine, *_ = deepspeed.initialize(model=model, config=config)
-    engine.eval()
-    return engine, True

@@ -110,7 +110,7 @@ REFUSED: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
         OptionError,
         ["layer 5", "0 to 2"],
     ),
-    (given("causal-lm", lambda: 7), OptionError, ["not a int"]),
+    (given("causal-lm", lambda: 7), OptionError, ["found int 7"]),
     (given("causal-lm", list), OptionError, ["no teacher in the sequence"]),
     (given("causal-lm", lambda: "no/such-teacher"), TeacherError, ["no/such-teacher"]),
     (given("causal-lm", lambda: llama(2), use_liger_kernel=True), OptionError, ["use_liger_kernel"]),

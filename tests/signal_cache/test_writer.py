@@ -318,7 +318,7 @@ def test_datasets_and_teachers_that_cannot_be_captured_are_refused(tmp_path):
     refused(OptionError, "The dataset is empty", tmp_path, dataset=Examples())
     refused(TeacherError, "no-such-folder", tmp_path, teacher=str(tmp_path / "no-such-folder"))
     refused(OptionError, "this one is loaded already", tmp_path, options={"dtype": "float16"})
-    refused(OptionError, "A teacher is a Hub id, a folder or a PreTrainedModel, not a int", tmp_path, teacher=3)
+    refused(OptionError, "A teacher must be a Hub id, a folder or a PreTrainedModel; found int 3", tmp_path, teacher=3)
     refused(TaskError, "LlamaModel has no head, so there is nothing to distil", tmp_path, teacher=KIND.teacher().model)
     text = Dataset.from_dict({"text": ["some", "words"]})
     refused(CaptureError, r"columns \['text'\] are none of those that the teacher takes", tmp_path, dataset=text)
@@ -385,7 +385,7 @@ def test_a_teachers_folder_is_known_again_and_another_is_named(tmp_path):
         Capture.open(tmp_path / "made", teacher=KIND.teacher(num_hidden_layers=2))
     with pytest.raises(CaptureError, match="holds 23 examples and the dataset has 24"):
         made.check(dataset=examples_for("causal-lm", 24))
-    with pytest.raises(OptionError, match="not a int"):
+    with pytest.raises(OptionError, match="found int 3"):
         made.check(teacher=3)
 
 

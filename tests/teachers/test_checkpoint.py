@@ -283,7 +283,7 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(TeacherError, match="unheard_of"):
         open_teacher(tmp_path)
-    with pytest.raises(OptionError, match="not a int"):
+    with pytest.raises(OptionError, match="found int 3"):
         open_teacher(3)
     with pytest.raises(TeacherError, match="Linear"):
         open_teacher(torch.nn.Linear(2, 2))
