@@ -377,7 +377,7 @@ def save(
         saved = save_subclass_student(
             student,
             folder,
-            way="classes",
+            export_format="refit_head",
             dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_guide.errors import HfGuideError, OptionError
 from hf_guide.utils.escaping import escape_control_characters
@@ -36,8 +37,7 @@ def describe_remaining_output(args: argparse.Namespace) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from hf_guide.cli import analyze_subclasses as subclasses
-    from hf_guide.cli import capture, card, distill, families, init, inspect, quickstart
+    from hf_guide.cli import analyze_subclasses, capture, card, distill, families, init, inspect, quickstart
 
     parser = argparse.ArgumentParser(
         prog="hf-guide",
@@ -47,17 +47,23 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (init, inspect, families, capture, distill, card, subclasses, quickstart):
-        command = commands.add_parser(
-            module.__name__.rpartition(".")[2],
-            help=module.HELP,
-            description=module.DESCRIPTION,
-            epilog=f"example:\n  {module.EXAMPLE}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+    for module in (init, inspect, families, capture, distill, card, analyze_subclasses, quickstart):
+        _add_command(commands, module.__name__.rpartition(".")[2].replace("_", "-"), module, help=module.HELP)
+        if hasattr(module, "DEPRECATED_NAME"):
+            _add_command(commands, module.DEPRECATED_NAME, module)  # not listed by --help
     return parser
+
+
+def _add_command(commands: Any, name: str, module: Any, **options: str) -> None:
+    command = commands.add_parser(
+        name,
+        description=module.DESCRIPTION,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+    module.add_arguments(command)
+    command.set_defaults(run=module.run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A classifier of classes made of one that tells their subclasses apart: class logits are log-sum-exps over subclasses.
+"""A classifier of classes around a student that classifies subclasses: class logits are log-sum-exps over subclasses.
 
-This file is saved beside the weights and loads with `trust_remote_code=True` where hf_guide is not installed, so it needs
-nothing but torch and transformers.
+This file is saved beside the weights and loads with `trust_remote_code=True` where hf_guide is not installed, so it imports
+only torch and transformers.
 """
 
 from typing import Any
@@ -23,8 +23,8 @@ class SubclassConfig(PreTrainedConfig):
     """The config of such a classifier: its labels are the classes.
 
     Args:
-        student: the config, as a mapping, of the stock model within, whose labels are the subclasses, class by class.
-        num_subclasses: how many there are for each class.
+        student: The config, as a mapping, of the stock model inside, whose labels are the subclasses, class by class.
+        num_subclasses: Subclasses of each class.
     """
 
     model_type = "subclass-classifier"
@@ -36,16 +36,16 @@ class SubclassConfig(PreTrainedConfig):
 
     @property
     def student_config(self) -> PreTrainedConfig:
-        """The config of the stock model within."""
+        """The config of the stock model inside."""
         settings = dict(self.student or {})
         return AutoConfig.for_model(settings.pop("model_type", "bert"), **settings)
 
 
 class SubclassModel(PreTrainedModel):
-    """What the classes for sequences and for images have in common.
+    """The base of the classes for sequences and for images.
 
     Attributes:
-        student: the stock model, whose logits are those of the subclasses.
+        student: The stock model, whose logits are those of the subclasses.
     """
 
     config_class = SubclassConfig
@@ -55,41 +55,40 @@ class SubclassModel(PreTrainedModel):
     _auto: Any = AutoModelForSequenceClassification
 
     def __init__(self, config: SubclassConfig):
-        asked = getattr(config, "_attn_implementation", None)
+        attention = getattr(config, "_attn_implementation", None)
         super().__init__(config)
         inner = config.student_config
-        if asked is not None:  # else the student within chooses: not every family has every implementation
-            inner._attn_implementation = asked
-        # The dtype asked of this model, not the one that the student was saved with.
+        if attention is not None:  # if not, the student chooses: not every family has every implementation
+            inner._attn_implementation = attention
+        # The dtype of this model, not the one that the student was saved with.
         self.student = self._auto.from_config(inner, dtype=torch.get_default_dtype())
         config._attn_implementation = self.student.config._attn_implementation
         outputs = self.student.config.num_labels
         if outputs != (config.num_labels or 0) * config.num_subclasses:
             raise ValueError(
-                f"The config has {config.num_labels} labels; the student within has {outputs} "
-                f"outputs, which are {config.num_subclasses} for each of its classes. Leave num_labels as it was saved."
+                f"The config has {config.num_labels} labels; the student that it contains has {outputs} "
+                f"outputs, {config.num_subclasses} for each of its classes. Leave num_labels as it was saved."
             )
         self.main_input_name = self.student.main_input_name
         self.num_labels = config.num_labels
         self.post_init()
 
-    def in_classes(self, labels: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
+    def class_forward(self, labels: Tensor | None, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return loss, class logits (batch, classes), hidden states and attentions."""
         num_items = inputs.pop("num_items_in_batch", None)
-        given = {name: value for name, value in inputs.items() if value is not None}
-        outputs = self.student(**given, return_dict=True)
+        arguments = {name: value for name, value in inputs.items() if value is not None}
+        outputs = self.student(**arguments, return_dict=True)
         wide = outputs.logits.float() if outputs.logits.dtype.itemsize < 4 else outputs.logits
         logits = wide.unflatten(-1, (-1, self.config.num_subclasses)).logsumexp(-1)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits, labels, reduction="mean" if num_items is None else "sum")
             loss = loss if num_items is None else loss / num_items
-        found = {"loss": loss, "logits": logits}
-        return found | {name: outputs.get(name) for name in ("hidden_states", "attentions")}
+        return {"loss": loss, "logits": logits} | {name: outputs.get(name) for name in ("hidden_states", "attentions")}
 
 
 class SubclassModelForSequenceClassification(SubclassModel):
-    """A text classifier whose class logits are exactly those that the student was trained and measured by."""
+    """A text classifier whose class logits are exactly those that the student was trained and evaluated with."""
 
     @can_return_tuple
     def forward(
@@ -110,11 +109,11 @@ class SubclassModelForSequenceClassification(SubclassModel):
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
         }
-        return SequenceClassifierOutput(**self.in_classes(labels, inputs))
+        return SequenceClassifierOutput(**self.class_forward(labels, inputs))
 
 
 class SubclassModelForImageClassification(SubclassModel):
-    """An image classifier whose class logits are exactly those that the student was trained and measured by."""
+    """An image classifier whose class logits are exactly those that the student was trained and evaluated with."""
 
     main_input_name = "pixel_values"
     _auto = AutoModelForImageClassification
@@ -124,20 +123,20 @@ class SubclassModelForImageClassification(SubclassModel):
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, **inputs: Any
     ) -> ImageClassifierOutput:
         """Return class logits (batch, classes), and with `labels` (batch,) their cross-entropy."""
-        return ImageClassifierOutput(**self.in_classes(labels, inputs | {"pixel_values": pixel_values}))
+        return ImageClassifierOutput(**self.class_forward(labels, inputs | {"pixel_values": pixel_values}))
 
 
 @torch.no_grad()
 def wrap_student(student: PreTrainedModel, model_class: type[SubclassModel], classes: list[str]) -> SubclassModel:
-    """Return a model with the student itself, not a copy, inside.
+    """Return a model that contains the student itself, not a copy.
 
     Args:
-        student: whose config has `num_subclasses`.
-        model_class: for its task.
-        classes: their names, in order.
+        student: Its config has `num_subclasses`.
+        model_class: For its task.
+        classes: The names of the classes, in order.
     """
-    own = ("_name_or_path", "auto_map", "dtype")
-    settings = {name: value for name, value in student.config.to_dict().items() if name not in own}
+    excluded = ("_name_or_path", "auto_map", "dtype")
+    settings = {name: value for name, value in student.config.to_dict().items() if name not in excluded}
     settings["architectures"] = [type(student).__name__]  # some families have several classes for one task
     config = SubclassConfig(
         student=settings,

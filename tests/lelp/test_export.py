@@ -32,8 +32,7 @@ from hf_guide import DistillationTrainer, from_teacher, save_subclass_student
 from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, load_record
-from hf_guide.lelp.export import with_class_logits
-from hf_guide.lelp.refit import refit_class_head
+from hf_guide.lelp.export import refit_class_head, with_class_logits
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.distillation.test_trainer import arguments
 from tests.initialization.test_subclass_head import IMAGE, TEXT, logits_of
@@ -76,7 +75,7 @@ torch.save(logits, {str(scratch / "logits.pt")!r})
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
 def test_with_code_the_class_logits_are_exact(task: str, tmp_path: Path) -> None:
     student = student_of(task)
-    published = save_subclass_student(student, tmp_path, "code")
+    published = save_subclass_student(student, tmp_path, "remote_code")
     assert torch.equal(logits_of(published, task), classes_of(student, task))
     again = (
         hf_guide.SubclassModelForSequenceClassification
@@ -97,7 +96,7 @@ def test_with_code_the_class_logits_are_exact(task: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
 def test_the_code_needs_nothing_of_ours(task: str, tmp_path: Path) -> None:
     student = student_of(task)
-    save_subclass_student(student, tmp_path / "student", "code")
+    save_subclass_student(student, tmp_path / "student", "remote_code")
     logits = strangers_logits(tmp_path / "student", task, 6, tmp_path)
     torch.testing.assert_close(logits, classes_of(student, task))
     # What a stranger saves again is whole, too.
@@ -112,17 +111,19 @@ def test_pipelines_see_classes_or_subclasses(tmp_path: Path) -> None:
     )
     tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
     student = student_of(TEXT)
-    save_subclass_student(student, tmp_path / "code", "code", processing_class=tokenizer)
-    save_subclass_student(student, tmp_path / "subclasses", "subclasses", processing_class=tokenizer)
+    save_subclass_student(student, tmp_path / "remote_code", "remote_code", processing_class=tokenizer)
+    save_subclass_student(student, tmp_path / "subclass_head", "subclass_head", processing_class=tokenizer)
     inputs = tokenizer("7 8 9", return_tensors="pt")
     with torch.no_grad():
         logits = student.eval()(**inputs).logits
     expected = class_logits(logits, SUBCLASSES).softmax(-1)[0]
-    found = pipeline("text-classification", model=str(tmp_path / "code"), trust_remote_code=True)("7 8 9", top_k=None)
+    found = pipeline("text-classification", model=str(tmp_path / "remote_code"), trust_remote_code=True)(
+        "7 8 9", top_k=None
+    )
     assert {each["label"]: each["score"] for each in found} == pytest.approx(
         dict(zip(NAMES, expected.tolist(), strict=True)), rel=1e-5
     )
-    named = pipeline("text-classification", model=str(tmp_path / "subclasses"))("7 8 9")[0]
+    named = pipeline("text-classification", model=str(tmp_path / "subclass_head"))("7 8 9")[0]
     best = int(logits.argmax())
     assert named["label"] == f"{NAMES[best // SUBCLASSES]}/{best % SUBCLASSES}"
 
@@ -131,7 +132,7 @@ def test_image_pipelines_see_classes(tmp_path: Path) -> None:
     from PIL import Image
 
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
-    save_subclass_student(student_of(IMAGE), tmp_path, "code", processing_class=processor)
+    save_subclass_student(student_of(IMAGE), tmp_path, "remote_code", processing_class=processor)
     found = pipeline("image-classification", model=str(tmp_path), trust_remote_code=True)(
         Image.new("RGB", (8, 8), "red")
     )
@@ -146,15 +147,15 @@ def test_the_predictions_of_what_is_saved_are_the_trainers(tmp_path: Path) -> No
     trainer = DistillationTrainer(student_of(TEXT), args, collate, data, data)
     trainer.train()
     predicted = torch.tensor(trainer.predict(data).predictions)
-    save_subclass_student(trainer.model, tmp_path / "code", "code")
-    save_subclass_student(trainer.model, tmp_path / "subclasses", "subclasses")
-    exact = AutoModelForSequenceClassification.from_pretrained(tmp_path / "code")
-    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "subclasses")
+    save_subclass_student(trainer.model, tmp_path / "remote_code", "remote_code")
+    save_subclass_student(trainer.model, tmp_path / "subclass_head", "subclass_head")
+    exact = AutoModelForSequenceClassification.from_pretrained(tmp_path / "remote_code")
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "subclass_head")
     assert type(stock).__module__.startswith("transformers.models.bert")
     torch.testing.assert_close(logits_of(exact, TEXT, 16), predicted)
     torch.testing.assert_close(class_logits(logits_of(stock, TEXT, 16), SUBCLASSES), predicted)
     assert torch.equal(logits_of(exact, TEXT, 16).argmax(-1), predicted.argmax(-1))
-    elsewhere = strangers_logits(tmp_path / "code", TEXT, 16, tmp_path)
+    elsewhere = strangers_logits(tmp_path / "remote_code", TEXT, 16, tmp_path)
     torch.testing.assert_close(elsewhere, predicted)
     assert torch.equal(elsewhere.argmax(-1), predicted.argmax(-1))
 
@@ -167,7 +168,7 @@ def test_one_row_a_class_is_refitted_and_its_agreement_is_measured(
     examples, others = examples_for(task, 200), examples_for(task, 60, seed=4)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     model = save_subclass_student(
-        student, tmp_path, "classes", dataset=examples, eval_dataset=others, data_collator=collate
+        student, tmp_path, "refit_head", dataset=examples, eval_dataset=others, data_collator=collate
     )
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     stock = AUTO[task].from_pretrained(tmp_path)
@@ -233,7 +234,7 @@ FAMILIES = {
 def test_with_code_families_without_sdpa_or_with_several_heads_are_saved_too(family: str, tmp_path: Path) -> None:
     student = FAMILIES[family]().eval()
     task = TEXT if family == "deberta" else IMAGE
-    save_subclass_student(student, tmp_path, "code")
+    save_subclass_student(student, tmp_path, "remote_code")
     loaded = AUTO[task].from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == student.config._attn_implementation
     assert torch.equal(logits_of(loaded, task), class_logits(logits_of(student, task), SUBCLASSES))
@@ -241,14 +242,14 @@ def test_with_code_families_without_sdpa_or_with_several_heads_are_saved_too(fam
 
 def test_with_code_dtype_and_return_dict_are_those_asked_for(tmp_path: Path) -> None:
     student = student_of(TEXT)
-    save_subclass_student(student, tmp_path, "code")
+    save_subclass_student(student, tmp_path, "remote_code")
     load = AutoModelForSequenceClassification.from_pretrained
     assert {each.dtype for each in load(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
     assert {each.dtype for each in load(tmp_path).parameters()} == {torch.float32}
     inputs = {name: value for name, value in collate(examples_for(TEXT, 6)).items() if name != "labels"}
     (logits,) = load(tmp_path).eval()(**inputs, return_dict=False)
     assert torch.equal(logits, classes_of(student, TEXT))
-    with pytest.raises(ValueError, match="labels; the student within has"):
+    with pytest.raises(ValueError, match="labels; the student that it contains has"):
         load(tmp_path, num_labels=CLASSES + 1)
 
 
@@ -260,52 +261,52 @@ def test_of_a_trainer_the_card_tells_its_run_and_what_the_labels_are(tmp_path: P
     trainer = DistillationTrainer(student, args, collate, data, data)
     trainer.train()
     cards = {}
-    for way in ("code", "subclasses", "classes"):
-        more: dict[str, Any] = {"dataset": examples, "data_collator": collate} if way == "classes" else {}
-        save_subclass_student(trainer, tmp_path / way, way, show_progress=False, **more)
-        cards[way] = (tmp_path / way / "README.md").read_text()
-        assert "`lelp`" in cards[way] and "2 steps" in cards[way]
-    assert "Its labels are classes" in cards["code"]
-    assert f"Its labels are {SUBCLASSES} pseudo-subclasses of each class" in cards["subclasses"]
-    assert "refitted to one row a class" in cards["classes"]
+    for export_format in ("remote_code", "subclass_head", "refit_head"):
+        more: dict[str, Any] = {"dataset": examples, "data_collator": collate} if export_format == "refit_head" else {}
+        save_subclass_student(trainer, tmp_path / export_format, export_format, show_progress=False, **more)
+        cards[export_format] = (tmp_path / export_format / "README.md").read_text()
+        assert "`lelp`" in cards[export_format] and "2 steps" in cards[export_format]
+    assert "Its labels are classes" in cards["remote_code"]
+    assert f"Its labels are {SUBCLASSES} pseudo-subclasses of each class" in cards["subclass_head"]
+    assert "refitted to one row per class" in cards["refit_head"]
 
 
 def test_untold_of_its_training_the_card_makes_none_up(tmp_path: Path) -> None:
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
     options: dict[str, Any] = {"dataset": examples_for(TEXT, 16), "data_collator": collate, "show_progress": False}
-    save_subclass_student(student, tmp_path, "classes", **options)
+    save_subclass_student(student, tmp_path, "refit_head", **options)
     card = (tmp_path / "README.md").read_text()
     assert "distilled from" not in card and "## Training" not in card and "refitted" in card
 
 
 def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
-    save_subclass_student(student, tmp_path / "code", "code")
-    card = (tmp_path / "code" / "README.md").read_text()
+    save_subclass_student(student, tmp_path / "remote_code", "remote_code")
+    card = (tmp_path / "remote_code" / "README.md").read_text()
     assert "AutoModelForSequenceClassification.from_pretrained" in card and "trust_remote_code=True" in card
     assert "stock Transformers model" not in card
-    save_subclass_student(student, tmp_path / "subclasses", "subclasses")
-    assert "trust_remote_code" not in (tmp_path / "subclasses" / "README.md").read_text()
-    config = (tmp_path / "code" / "config.json").read_text()
+    save_subclass_student(student, tmp_path / "subclass_head", "subclass_head")
+    assert "trust_remote_code" not in (tmp_path / "subclass_head" / "README.md").read_text()
+    config = (tmp_path / "remote_code" / "config.json").read_text()
     assert str(tmp_path) not in config and json.loads(config)["auto_map"]
-    assert (tmp_path / "code" / "initialization_report.json").is_file()
+    assert (tmp_path / "remote_code" / "initialization_report.json").is_file()
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="has no subclasses"):
         save_subclass_student(model_for(TEXT, 1), tmp_path)
     student: Any = student_of(TEXT)
-    with pytest.raises(TaskError, match="gives class logits already"):
+    with pytest.raises(TaskError, match="outputs class logits already"):
         save_subclass_student(with_class_logits(student), tmp_path)
-    with pytest.raises(OptionError, match="a PreTrainedModel, not a dict"):
+    with pytest.raises(OptionError, match="must be a PreTrainedModel; found a dict"):
         save_subclass_student({}, tmp_path)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="'codes'.*Did you mean 'code'"):
-        save_subclass_student(student, tmp_path, "codes")
-    with pytest.raises(OptionError, match="give it a dataset"):
-        save_subclass_student(student, tmp_path, "classes")
+    with pytest.raises(OptionError, match="'remote-code'.*Did you mean 'remote_code'"):
+        save_subclass_student(student, tmp_path, "remote-code")
+    with pytest.raises(OptionError, match="pass dataset="):
+        save_subclass_student(student, tmp_path, "refit_head")
     with pytest.raises(OptionError, match="too few"):
         refit_class_head(student, examples_for(TEXT, 4), data_collator=collate, show_progress=False)
-    with pytest.raises(OptionError, match="between 0 and 1"):
+    with pytest.raises(OptionError, match="above 0 and below 1"):
         refit_class_head(student, examples_for(TEXT, 40), data_collator=collate, held_out=1.0, show_progress=False)
     with pytest.raises(OptionError, match="empty"):
         refit_class_head(student, [], data_collator=collate, show_progress=False)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from hf_guide import SubclassLabelCollator, SubclassProjector, fit_subclasses
+from hf_guide import SubclassLabelCollator, SubclassProjector, fit_subclasses, save_subclass_student
+from hf_guide.cli.main import build_parser, main
 from hf_guide.distillation.subclass_logits import TARGETS_KEY
 from tests.distillation.small import collate, examples_for
 from tests.lelp.synthetic_data import SUBCLASSES, make_embeddings
 from tests.lelp.test_collator import COUNT, TEXT, projector_of, teacher_of
+from tests.lelp.test_loss import student_of
 
 
 def test_subclass_labels_are_fine_labels() -> None:
@@ -42,3 +44,30 @@ def test_members_of_a_projector() -> None:
     assert changed.settings() == projector.with_temperature(subclass_temperature=0.5).settings()
     with pytest.warns(FutureWarning, match="use 'explained_variance_ratio'"):
         assert torch.equal(projector.explained, projector.explained_variance_ratio)
+
+
+def test_the_way_of_a_saved_student_is_its_export_format(tmp_path) -> None:
+    with pytest.warns(FutureWarning, match="'way' is deprecated; use 'export_format'"):
+        save_subclass_student(student_of(TEXT), tmp_path / "named", way="subclass_head")
+    with pytest.warns(FutureWarning, match="export_format='subclasses' is deprecated; use 'subclass_head'"):
+        save_subclass_student(student_of(TEXT), tmp_path / "by position", "subclasses")
+    with pytest.warns(FutureWarning, match="export_format='code' is deprecated; use 'remote_code'"):
+        save_subclass_student(student_of(TEXT), tmp_path / "code", export_format="code")
+    assert (tmp_path / "code" / "modeling_subclass.py").is_file()
+
+
+def test_flags_of_the_command(capsys) -> None:
+    parser = build_parser()
+    with pytest.warns(FutureWarning) as caught:
+        args = parser.parse_args(
+            ["subclasses", "p", "d", "--finer-column", "x", "--nearest", "3", "--max-examples", "9", "--no-forecast"]
+        )
+    assert (args.fine_label_column, args.num_examples, args.max_samples, args.no_probe) == ("x", 3, 9, True)
+    texts = [str(warning.message) for warning in caught]
+    for old, new in (("finer-column", "fine-label-column"), ("nearest", "num-examples"), ("no-forecast", "no-probe")):
+        assert any(f"'--{old}' is deprecated; use '--{new}'" in text for text in texts)
+    with pytest.warns(FutureWarning, match="'subclasses' is deprecated; use 'analyze-subclasses'"):
+        assert main(["subclasses", "no/projector", "no/data.jsonl"]) != 0
+    assert "subclasses" not in parser.format_help().replace("analyze-subclasses", "").replace("pseudo-subclasses", "")
+    args = parser.parse_args(["analyze-subclasses", "p", "d"])
+    assert (args.fine_label_column, args.num_examples, args.max_samples, args.no_probe) == (None, 6, 4000, False)

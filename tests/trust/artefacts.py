@@ -166,14 +166,14 @@ def classifiers(home: Path, root: Path) -> dict[str, Path]:
         folder, rows, root / "embeddings", config=CaptureConfig(save_penultimate=True), token=TOKEN, **options
     )
     capture_targets(projector, teacher, rows, root / "targets", **options)
-    for way in ("code", "subclasses", "classes"):
+    for export_format in ("remote_code", "subclass_head", "refit_head"):
         student = from_teacher(folder, num_subclasses=2, hidden_size=24, show_progress=False)
-        save_subclass_student(student, root / way, way, dataset=rows, **options)
+        save_subclass_student(student, root / export_format, export_format, dataset=rows, **options)
     lines = [json.dumps({"text": " ".join(f"w{id - 3}" for id in row.tolist()), "label": "good"}) for row in tokens]
     (home / "rows.jsonl").write_text("\n".join(lines))
     (root / "page").mkdir()
-    figures = ["-o", root / "page" / "subclasses.html", "--figures", root / "page", "--no-forecast", "--no-progress"]
-    command("subclasses", root / "projector", home / "rows.jsonl", "--teacher", folder, *figures)
+    figures = ["-o", root / "page" / "subclasses.html", "--figures", root / "page", "--no-probe", "--no-progress"]
+    command("analyze-subclasses", root / "projector", home / "rows.jsonl", "--teacher", folder, *figures)
     return {path.name: path for path in root.iterdir()}
 
 

@@ -113,13 +113,13 @@ def quickstart_classification(home: Path, scratch: Path, broken: Path) -> list[o
 
 
 def subclasses(home: Path, scratch: Path, broken: Path) -> list[object]:
-    page = ["-o", scratch / "page.html", "--no-forecast", "--no-progress"]
-    return ["subclasses", home / "projector", home / "rows.jsonl", "--teacher", broken, *page]
+    page = ["-o", scratch / "page.html", "--no-probe", "--no-progress"]
+    return ["analyze-subclasses", home / "projector", home / "rows.jsonl", "--teacher", broken, *page]
 
 
 def subclasses_of(home: Path, scratch: Path, broken: Path) -> list[object]:
-    page = ["-o", scratch / "page.html", "--no-forecast", "--no-progress"]
-    return ["subclasses", broken, home / "rows.jsonl", "--teacher", home / "classifier", *page]
+    page = ["-o", scratch / "page.html", "--no-probe", "--no-progress"]
+    return ["analyze-subclasses", broken, home / "rows.jsonl", "--teacher", home / "classifier", *page]
 
 
 def card(home: Path, scratch: Path, broken: Path) -> list[object]:
@@ -340,8 +340,8 @@ TEXTS = {
 def test_texts_that_cannot_be_read(home: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(TEXTS[name])
-    page = ["-o", tmp_path / "page.html", "--no-forecast", "--no-progress"]
-    error_of(["subclasses", home / "projector", path, "--teacher", home / "classifier", *page], capsys)
+    page = ["-o", tmp_path / "page.html", "--no-probe", "--no-progress"]
+    error_of(["analyze-subclasses", home / "projector", path, "--teacher", home / "classifier", *page], capsys)
     little = ["--examples", 2, "--held-out", 1, "--teacher-steps", 1, "--steps", 1, "--output_dir", tmp_path / "out"]
     data = ["--teacher_model", home / "classifier", "--text", path, *little]
     error_of(["quickstart_classification", *data], capsys)
@@ -361,8 +361,8 @@ def test_outputs_that_cannot_be_written(
     error_of(["capture", teacher, "-o", path, *data, "--no-progress"], capsys)
     error_of(["distill", settings(home, tmp_path, output_dir=str(path))], capsys)
     error_of(["quickstart", "--teacher_model", teacher, "--text", home / "texts", "--output_dir", path], capsys)
-    page = ["--teacher", home / "classifier", "--no-forecast", "--no-progress"]
-    error_of(["subclasses", home / "projector", home / "rows.jsonl", *page, "-o", path / "page.html"], capsys)
+    page = ["--teacher", home / "classifier", "--no-probe", "--no-progress"]
+    error_of(["analyze-subclasses", home / "projector", home / "rows.jsonl", *page, "-o", path / "page.html"], capsys)
     error_of(["inspect", teacher, "--plot", path / "plot.png"], capsys)
     error_of(["card", path], capsys)
     assert (tmp_path / "file").read_text() == "mine"

@@ -144,15 +144,17 @@ def test_figures_and_pages_show_names_as_they_are(text: str, tmp_path: Path) -> 
         points=torch.randn(4, 2, generator=torch.Generator().manual_seed(0)),
         subclasses=torch.tensor([0, 1, 0, 1]),
         sizes=torch.tensor([0.5, 0.5]),
-        nearest=[[0], [1]],
-        sureness=[[0.5], [0.5]],
-        explained=None,
+        top_examples=[[0], [1]],
+        top_probabilities=[[0.5], [0.5]],
+        explained_variance_ratio=None,
     )
     figure = plot_class(view, tmp_path / "class.png")
     assert all(len(axes.get_title()) <= 160 for axes in figure.axes)
     plot_explained_variance({text: [0.5, 1.0], "other": [0.4, 1.0]}, tmp_path / "curve.svg")
     facts = {text: text}
-    page = write_page(SubclassSummary(text, facts, [view], no_forecast=text), tmp_path / "page.html", lambda row: text)
+    page = write_page(
+        SubclassSummary(text, facts, [view], no_gain_estimate=text), tmp_path / "page.html", lambda row: text
+    )
     tags = _Tags()
     tags.feed(page.read_text())
     assert not {"script", "h1x", "object", "iframe"} & tags.found.keys() and tags.found["h1"] == 1

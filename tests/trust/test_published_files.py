@@ -40,7 +40,7 @@ FOLDERS = [
         "merged",
         "run",
     ),
-    *("projector", "embeddings", "targets", "code", "subclasses", "classes", "page"),
+    *("projector", "embeddings", "targets", "remote_code", "subclass_head", "refit_head", "page"),
 ]
 
 
@@ -67,7 +67,7 @@ def test_no_config_refers_to_code_that_is_not_beside_it(folders: dict[str, Path]
     for name in CONFIG_FILES:
         for path in folders[kind].rglob(name):
             values = json.loads(path.read_text())
-            if kind == "code" and name == "config.json":
+            if kind == "remote_code" and name == "config.json":
                 references = values["auto_map"]
                 assert references.keys() == {"AutoConfig", "AutoModelForSequenceClassification"}
                 assert all((path.parent / f"{each.split('.')[0]}.py").is_file() for each in references.values())
@@ -75,8 +75,8 @@ def test_no_config_refers_to_code_that_is_not_beside_it(folders: dict[str, Path]
             else:
                 assert not has_code_references(values), path
     for card in folders[kind].rglob("README.md"):
-        assert ("trust_remote_code" in card.read_text()) is (kind == "code")
-        assert ("Its code is in this repository" in card.read_text()) is (kind == "code")
+        assert ("trust_remote_code" in card.read_text()) is (kind == "remote_code")
+        assert ("Its code is in this repository" in card.read_text()) is (kind == "remote_code")
 
 
 def test_every_kind_of_folder_is_looked_at(folders: dict[str, Path]) -> None:

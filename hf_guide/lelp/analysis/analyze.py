@@ -1,4 +1,4 @@
-"""What `hf-guide subclasses` does: read a dataset, listen to the teacher, forecast, and write the page."""
+"""`analyze`, the work of `hf-guide analyze-subclasses`: read a dataset, run the teacher, estimate the gain, write the page."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.class_labels import label_encoder
@@ -32,15 +32,15 @@ from hf_guide.validation import did_you_mean
 
 @dataclass(frozen=True)
 class SubclassReport:
-    """What was found, and where it was written.
+    """The result of `analyze`.
 
     Attributes:
-        view: what was measured.
-        page: the HTML file.
-        figures: one a class, where they were asked for.
+        summary: What was measured.
+        page: The HTML file.
+        figures: One for each class, if they were asked for.
     """
 
-    view: SubclassSummary
+    summary: SubclassSummary
     page: Path
     figures: list[Path]
 
@@ -52,178 +52,195 @@ def analyze(
     *,
     teacher: str | os.PathLike[str] | None = None,
     processor: str | None = None,
-    finer_column: str | None = None,
+    fine_label_column: str | None = None,
     figures: str | os.PathLike[str] | None = None,
-    examples: int = 6,
+    num_examples: int = 6,
     batch_size: int = 32,
-    forecast: bool = True,
+    train_probes: bool = True,
     revision: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
     show_progress: bool = True,
 ) -> SubclassReport:
-    """Look at a projector's subclasses on a dataset, and write a page of them.
+    """Analyze a projector's subclasses on a dataset, and write a page about them.
 
     Args:
-        projector: what `SubclassProjector.from_pretrained` gives.
-        data: the dataset; of its splits only `train_split` is read, and of that `max_train_examples`, drawn at random.
-        page: the HTML file to write.
-        teacher: a Hub id or a folder; by default what the projector was fitted to.
-        processor: the tokenizer or image processor; by default the teacher's.
-        finer_column: a column of finer labels to compare the subclasses with.
-        figures: a folder for one figure a class as well, and for what was measured as JSON.
-        examples: how many nearest examples of each subclass are shown.
-        forecast: whether tiny students are trained to tell what to expect.
+        projector: As `SubclassProjector.from_pretrained` returns it.
+        data: The dataset; only its training split is read, and of that a random sample of the maximum number of samples.
+        page: The HTML file to write.
+        teacher: A Hub id or a folder; None takes the teacher that the projector was fitted to.
+        processor: The tokenizer or image processor; None takes the teacher's.
+        fine_label_column: A column of fine labels to compare the subclasses with.
+        figures: A folder for one figure of each class as well, and for all measurements as JSON.
+        num_examples: How many examples of each subclass are shown.
+        batch_size: Examples of a forward pass.
+        train_probes: Whether probes are trained to estimate the gain.
+        revision, token, trust_remote_code: Of the teacher.
+        show_progress: Whether to show a bar.
 
     Raises:
-        SubclassError: the projector is of another teacher, or its teacher is not known.
-        TeacherError: its teacher cannot be loaded.
-        OptionError: a column that is not there.
+        SubclassError: The projector was fitted to another teacher, or its teacher is not known.
+        TeacherError: Its teacher cannot be loaded.
+        OptionError: A column is missing.
     """
-    source: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    hub: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    model, name = _load_teacher(projector, teacher, hub)
+    if projector.scores.needs_fine_labels and fine_label_column is None:
+        raise OptionError("This projector splits by fine labels; name their column with --fine-label-column.")
+    task = task_of(model)
+    whole = load_splits(replace(data, validation_share=0.0, max_train_examples=None))[0]
+    teacher_classes = list(projector.id2label.values())
+    raw = mark_missing_labels(subsample(whole, data.max_train_examples), task, data, teacher_classes)
+    if fine_label_column is not None and fine_label_column not in raw.column_names:
+        raise OptionError(
+            f"{data.name} has no column {fine_label_column!r}; it has {raw.column_names}."
+            f"{did_you_mean(fine_label_column, raw.column_names)}"
+        )
+    is_image_task = task is Task.IMAGE_CLASSIFICATION
+    loader = AutoImageProcessor if is_image_task else AutoTokenizer
+    processing_class = load_processing_class(loader, processor or name, **({} if processor else hub))
+    processed = preprocess(task, raw, None, processing_class, data, labels=teacher_classes, config=model.config)
+    features = collect_features(
+        model, processed.train, processed.collator, batch_size=batch_size, show_progress=show_progress
+    )
+    compared_labels = None if fine_label_column is None else encode_labels(raw, fine_label_column)
+    fine_labels = compared_labels if projector.scores.needs_fine_labels else None
+    gain, reason = _estimate_gain_or_reason(projector, features, fine_labels) if train_probes else (None, None)
+    summary = summarize_subclasses(
+        projector,
+        features.embeddings,
+        features.logits,
+        features.labels,
+        compared_labels,
+        num_examples=num_examples,
+        gain_estimate=gain,
+        no_gain_estimate=reason,
+        fine_labels=fine_labels,
+        title=f"Subclasses of {data.name}",
+    )
+    column = find_column(raw, task, "image" if is_image_task else "text", data)
+    written = write_page(summary, page, lambda row: raw[row][column])
+    return SubclassReport(summary, written, [] if figures is None else _write_figures(summary, Path(figures)))
+
+
+def _load_teacher(
+    projector: SubclassProjector, teacher: str | os.PathLike[str] | None, hub: dict[str, Any]
+) -> tuple[PreTrainedModel, str | os.PathLike[str]]:
+    """Return the teacher that a projector was fitted to, and its name or folder."""
     name = teacher or projector.teacher
     if not name:
-        raise SubclassError("This projector does not say what its teacher is; name it with --teacher.")
+        raise SubclassError("This projector does not state its teacher; name it with --teacher.")
     try:
-        model = load_teacher(name, device=distributed_state().device, **source)
+        model = load_teacher(name, device=distributed_state().device, **hub)
     except TeacherError as error:
         if teacher is not None:
             raise
         raise TeacherError(
-            f"{error} The projector says that its teacher is {name!r}; name it with --teacher."
+            f"{error} The projector states that its teacher is {name!r}; name it with --teacher."
         ) from error
     projector.check_teacher(model)
-    if projector.scores.needs_fine_labels and finer_column is None:
-        raise OptionError("This projector splits by finer labels; name their column with --finer-column.")
-    task = task_of(model)
-    whole = load_splits(replace(data, validation_share=0.0, max_train_examples=None))[0]
-    labels = list(projector.id2label.values())
-    raw = mark_missing_labels(subsample(whole, data.max_train_examples), task, data, labels)
-    if finer_column is not None and finer_column not in raw.column_names:
-        raise OptionError(
-            f"{data.name} has no column {finer_column!r}; it has {raw.column_names}."
-            f"{did_you_mean(finer_column, raw.column_names)}"
-        )
-    of_images = task is Task.IMAGE_CLASSIFICATION
-    loader = AutoImageProcessor if of_images else AutoTokenizer
-    processing_class = load_processing_class(loader, processor or name, **({} if processor else source))
-    prepared = preprocess(task, raw, None, processing_class, data, labels=labels, config=model.config)
-    heard = collect_features(
-        model, prepared.train, prepared.collator, batch_size=batch_size, show_progress=show_progress
-    )
-    finer = None if finer_column is None else encode_labels(raw, finer_column)
-    found, why_not = _estimate_gain_or_reason(projector, heard, finer) if forecast else (None, None)
-    view = summarize_subclasses(
-        projector,
-        heard.embeddings,
-        heard.logits,
-        heard.labels,
-        finer,
-        examples=examples,
-        forecast=found,
-        no_forecast=why_not,
-        subclass_labels=finer if projector.scores.needs_fine_labels else None,
-        title=f"Subclasses of {data.name}",
-    )
-    column = find_column(raw, task, "image" if of_images else "text", data)
-
-    def show(row: int) -> Any:
-        return raw[row][column]
-
-    written = write_page(view, page, show)
-    return SubclassReport(view, written, [] if figures is None else _write_figures(view, Path(figures)))
+    return model, name
 
 
 def subsample(raw: Dataset, count: int | None) -> Dataset:
-    """Return so many examples, drawn with a fixed seed, for data may lie in order of their classes."""
+    """Return `count` examples, drawn with a fixed seed, since data may be in order of their classes; None returns all."""
     return raw if count is None or len(raw) <= count else raw.shuffle(seed=0).select(range(count))
 
 
 def mark_missing_labels(raw: Dataset, task: Task, options: DataArguments, labels: list[str]) -> Dataset:
-    """Return a dataset with a column of labels that says of each example without one, None or -1, that there is none.
+    """Return a dataset whose column of labels holds -100 for missing ones (None, -1), and class numbers if any is missing.
 
     Args:
-        labels: the names of the teacher's classes, whose numbers stand for labels where one is missing.
+        labels: The names of the teacher's classes.
 
     Raises:
-        OptionError: a column that is not there, or a label that is none of the classes.
+        OptionError: A column is missing, or a label is not one of the classes.
     """
-    known = any(name in raw.column_names for name in default_columns(task, "label"))
-    if options.label_column is None and not known:
+    has_labels = any(name in raw.column_names for name in default_columns(task, "label"))
+    if options.label_column is None and not has_labels:
         return raw.add_column("label", [IGNORE_INDEX] * len(raw))
     column = find_column(raw, task, "label", options)
     values = list(raw[column])
-    there = [row for row, value in enumerate(values) if value is not None and value not in MISSING_LABELS]
-    if len(there) == len(values):
+    labelled = [row for row, value in enumerate(values) if value is not None and value not in MISSING_LABELS]
+    if len(labelled) == len(values):
         return raw
     numbers = [IGNORE_INDEX] * len(values)
-    if there:
-        names = class_names(raw.select_columns([column]).select(there), column)
+    if labelled:
+        names = class_names(raw.select_columns([column]).select(labelled), column)
         number = label_encoder(names, labels, column)
-        for row in there:
+        for row in labelled:
             numbers[row] = number(values[row])
     return raw.remove_columns(column).add_column(column, numbers)
 
 
 def encode_labels(raw: Dataset, column: str) -> Tensor:
-    """Return a column of labels as numbers, (N,): names in their order, whole numbers as they stand.
+    """Return a column of labels as numbers, (N,): names in sorted order, whole numbers as they are.
 
     Raises:
-        OptionError: the labels are neither.
+        OptionError: The labels are neither.
     """
     values = list(raw[column])
     if all(isinstance(value, int) for value in values):
         return torch.tensor(values).long()
     if not all(isinstance(value, str) for value in values):
         kinds = sorted({type(value).__name__ for value in values})
-        raise OptionError(f"The column {column!r} holds {', '.join(kinds)}; labels are whole numbers or names.")
-    places = {name: number for number, name in enumerate(sorted(set(values)))}
-    return torch.tensor([places[value] for value in values])
+        raise OptionError(f"The column {column!r} holds {', '.join(kinds)}; labels must be whole numbers or names.")
+    numbers = {name: number for number, name in enumerate(sorted(set(values)))}
+    return torch.tensor([numbers[value] for value in values])
 
 
 def _estimate_gain_or_reason(
-    projector: SubclassProjector, heard: AnalysisFeatures, finer: Tensor | None
+    projector: SubclassProjector, features: AnalysisFeatures, fine_labels: Tensor | None
 ) -> tuple[GainEstimate | None, str | None]:
-    """Return a forecast, or why there is none: the rest of the page does without."""
+    """Return an estimate of the gain, or the reason why there is none: the rest of the page does not need it."""
     try:
-        found = estimate_gain(
+        gain = estimate_gain(
             projector,
-            heard.embeddings,
-            heard.logits,
-            heard.features,
-            heard.labels,
-            classifier_weight=heard.classifier_weight,
-            subclass_labels=finer if projector.scores.needs_fine_labels else None,
+            features.embeddings,
+            features.logits,
+            features.input_features,
+            features.labels,
+            classifier_weight=features.classifier_weight,
+            fine_labels=fine_labels,
         )
     except SubclassError as error:
         return None, str(error)
-    return found, None
+    return gain, None
 
 
-def _write_figures(view: SubclassSummary, folder: Path) -> list[Path]:
+def _write_figures(summary: SubclassSummary, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for each in view.classes:
-        path = folder / f"class_{each.number}.png"
-        plot_class(each, path)
+    for class_summary in summary.classes:
+        path = folder / f"class_{class_summary.number}.png"
+        plot_class(class_summary, path)
         paths.append(path)
+    atomic_write_text(folder / "subclasses.json", json.dumps(_to_json(summary), indent=2) + "\n")
+    return paths
+
+
+def _to_json(summary: SubclassSummary) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "classes": {
-            each.name: {
-                "examples": len(each.rows),
-                "sizes": each.sizes.tolist(),
-                "explained": each.explained,
-                "nearest": each.nearest,
+            class_summary.name: {
+                "examples": len(class_summary.rows),
+                "sizes": class_summary.sizes.tolist(),
+                "explained_variance_ratio": class_summary.explained_variance_ratio,
+                "top_examples": class_summary.top_examples,
             }
-            for each in view.classes
+            for class_summary in summary.classes
         }
     }
-    if view.forecast is not None:
-        facts["forecast"] = view.forecast.to_dict()
-    if view.no_forecast is not None:
-        facts["no_forecast"] = view.no_forecast
-    if view.knowledge is not None:
-        facts["finer_labels"] = {"told": view.knowledge.told, "entropy": view.knowledge.entropy}
-        facts["finer_labels"] |= {"by_chance": view.knowledge.by_chance, "share": view.knowledge.share}
-    atomic_write_text(folder / "subclasses.json", json.dumps(facts, indent=2) + "\n")
-    return paths
+    if summary.gain_estimate is not None:
+        facts["gain_estimate"] = summary.gain_estimate.to_dict()
+    if summary.no_gain_estimate is not None:
+        facts["no_gain_estimate"] = summary.no_gain_estimate
+    information = summary.fine_label_information
+    if information is not None:
+        facts["fine_labels"] = {
+            "bits": information.bits,
+            "entropy": information.entropy,
+            "chance": information.chance,
+            "adjusted": information.adjusted,
+        }
+    return facts

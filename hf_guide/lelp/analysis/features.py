@@ -1,4 +1,4 @@
-"""One pass of a teacher over a few examples: what a projector reads, and what a student could know without the teacher."""
+"""Run a teacher over some examples once: what a projector reads, and features of the inputs alone for the probes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ POOLED_SIZE = 14
 
 @dataclass(frozen=True)
 class AnalysisFeatures:
-    """What was heard of N examples.
+    """The features of N examples.
 
     Attributes:
-        embeddings: (N, D), what the teacher's classifier is fed.
+        embeddings: (N, D), the inputs of the teacher's classifier.
         logits: (N, C).
-        features: (N, F): pixels made coarse, or the mean of a text's input embeddings.
-        labels: (N,), the teacher's own class where an example has no label.
+        input_features: (N, F): downsampled pixels, or the mean of a text's input embeddings.
+        labels: (N,), the class that the teacher predicts where an example has no label.
         classifier_weight: (C, D), float64.
     """
 
     embeddings: Tensor
     logits: Tensor
-    features: Tensor
+    input_features: Tensor
     labels: Tensor
     classifier_weight: Tensor
 
@@ -52,26 +52,26 @@ def collect_features(
     """Run a classifier over a dataset that fits in memory.
 
     Args:
-        teacher: of sequences or images.
-        dataset: examples as `data_collator` takes them.
-        data_collator: makes batches of tensors; of their labels -1 and -100 stand for the teacher's own class.
+        teacher: Of sequences or images.
+        dataset: Examples as `data_collator` takes them.
+        data_collator: Makes batches of tensors; labels of -1 and -100 stand for the class that the teacher predicts.
 
     Raises:
-        OptionError: a batch_size that is no whole number of at least 1.
-        SubclassError: a label that is none of the teacher's classes.
-        TaskError: the teacher is no classifier of whole examples, or its classes do not exclude each other.
+        OptionError: `batch_size` is not a whole number of at least 1.
+        SubclassError: A label is not one of the teacher's classes.
+        TaskError: The teacher does not classify whole examples, or its classes do not exclude each other.
     """
     task = task_of(teacher)
     check_classifier_task(task, type(teacher).__name__)
     config = without_adapter(teacher).config
     check_single_label(config, type(teacher).__name__)
     classifier = find_classifier(teacher, task)
-    found: list[tuple[Tensor, ...]] = []
-    seen = 0
+    columns: list[tuple[Tensor, ...]] = []
+    num_read = 0
     size = check_integer("batch_size", batch_size)
     loader: Any = DataLoader(dataset, batch_size=size, collate_fn=data_collator)
     teacher.eval()
-    for batch in tqdm(loader, desc="Listening to the teacher", disable=not show_progress):
+    for batch in tqdm(loader, desc="Running the teacher", disable=not show_progress):
         inputs = {name: value.to(teacher.device) for name, value in batch.items() if isinstance(value, Tensor)}
         labels = inputs.pop("labels", None)
         with torch.no_grad():
@@ -79,10 +79,12 @@ def collect_features(
         logits = outputs.logits.float()
         every_example = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         embeddings = outputs.item_features(task, every_example, config).float()
-        classes = resolve_classes(labels, logits, len(logits), logits.shape[1], range(seen, seen + len(logits)))
-        seen += len(logits)
-        found.append(tuple(each.cpu() for each in (embeddings, logits, _input_features(teacher, inputs), classes)))
-    embeddings, logits, features, classes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        numbers = range(num_read, num_read + len(logits))
+        classes = resolve_classes(labels, logits, len(logits), logits.shape[1], numbers)
+        num_read += len(logits)
+        batch_columns = (embeddings, logits, _input_features(teacher, inputs), classes)
+        columns.append(tuple(column.cpu() for column in batch_columns))
+    embeddings, logits, features, classes = (torch.cat(parts) for parts in zip(*columns, strict=True))
     return AnalysisFeatures(embeddings, logits, features, classes, linear_weight(classifier))
 
 
@@ -93,9 +95,9 @@ def _input_features(teacher: PreTrainedModel, inputs: Mapping[str, Tensor]) -> T
         if pixels.ndim != 4:
             return pixels.flatten(1)
         return adaptive_avg_pool2d(pixels, min(POOLED_SIZE, pixels.shape[-1], pixels.shape[-2])).flatten(1)
-    table: Any = teacher.get_input_embeddings()
-    vectors = table(inputs["input_ids"]).float()
+    embedding: Any = teacher.get_input_embeddings()
+    vectors = embedding(inputs["input_ids"]).float()
     mask = inputs.get("attention_mask")
-    seen = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-    weights = (seen != 0).unsqueeze(-1).float()
+    mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+    weights = (mask != 0).unsqueeze(-1).float()
     return (vectors * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -1,4 +1,4 @@
-"""`hf-guide subclasses`, as a process: texts and images, with and without labels, and what it refuses."""
+"""`hf-guide analyze-subclasses`, as a process: texts and images, with and without labels, and its errors."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ from hf_guide import SubclassProjector, TeacherError
 from hf_guide.cli import main as cli
 from hf_guide.data.arguments import DataArguments
 from hf_guide.lelp import targets
-from hf_guide.lelp.analysis import analyze as looking
+from hf_guide.lelp.analysis import analyze as analyze_module
 from hf_guide.lelp.analysis.features import collect_features
 from hf_guide.signal_cache.writer import distributed_state
 
@@ -74,94 +74,98 @@ def text(tmp_path_factory):
         dict(tokenizer(row["text"], return_token_type_ids=False)) | {"labels": NAMES.index(row["label"])}
         for row in sentences()
     ]
-    heard = collect_features(
+    features = collect_features(
         teacher, examples, lambda some: tokenizer.pad(some, return_tensors="pt"), show_progress=False
     )
-    made = SubclassProjector.fit(heard.embeddings, heard.labels, heard.classifier_weight, 3, id2label=NAMES)
-    made.save_pretrained(home / "projector")
-    return home, made, heard
+    projector = SubclassProjector.fit(
+        features.embeddings, features.labels, features.classifier_weight, 3, id2label=NAMES
+    )
+    projector.save_pretrained(home / "projector")
+    return home, projector, features
 
 
-def test_texts_are_shown_by_subclass_with_finer_labels_and_a_forecast(text, tmp_path):
-    home, projector, heard = text
+def test_texts_are_shown_by_subclass_with_fine_labels_and_an_estimated_gain(text, tmp_path):
+    home, projector, features = text
     done = hf_guide(
-        "subclasses", home / "projector", home / "data.jsonl", "--teacher", home / "teacher", "--no-progress",
-        "--finer-column", "kind", "-o", tmp_path / "page.html", "--figures", tmp_path / "figures",
+        "analyze-subclasses", home / "projector", home / "data.jsonl", "--teacher", home / "teacher", "--no-progress",
+        "--fine-label-column", "kind", "-o", tmp_path / "page.html", "--figures", tmp_path / "figures",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "tiny students" in done.stdout and "bits of the finer labels" in done.stdout
-    told = json.loads((tmp_path / "figures" / "subclasses.json").read_text())
-    targets = projector.transform(heard.embeddings, heard.logits)
+    assert "probes trained with classes" in done.stdout and "bits of the fine labels" in done.stdout
+    facts = json.loads((tmp_path / "figures" / "subclasses.json").read_text())
+    targets = projector.transform(features.embeddings, features.logits)
     for number, name in enumerate(NAMES):
-        mine = heard.labels == number
+        mine = features.labels == number
         shares = targets[mine, number] / targets[mine, number].sum(1, keepdim=True)
-        assert told["classes"][name]["sizes"] == pytest.approx(shares.mean(0).tolist(), abs=1e-4)
+        assert facts["classes"][name]["sizes"] == pytest.approx(shares.mean(0).tolist(), abs=1e-4)
         assert (tmp_path / "figures" / f"class_{number}.png").is_file()
-        first = told["classes"][name]["nearest"][0][0]
+        first = facts["classes"][name]["top_examples"][0][0]
         assert sentences()[first]["text"] in (tmp_path / "page.html").read_text()
-    assert 0 <= told["finer_labels"]["told"] <= told["finer_labels"]["entropy"]
-    assert told["forecast"]["examples"] == COUNT
+    assert 0 <= facts["fine_labels"]["bits"] <= facts["fine_labels"]["entropy"]
+    assert facts["gain_estimate"]["examples"] == COUNT
 
 
-def told_without_forecast(home, data, folder):
+def facts_without_probes(home, data, folder):
     """Return what the command writes of a file of texts beside its figures."""
     words = [
-        "subclasses", home / "projector", data, "--teacher", home / "teacher", "--no-progress",
-        "--no-forecast", "-o", folder / "page.html", "--figures", folder / "figures",
+        "analyze-subclasses", home / "projector", data, "--teacher", home / "teacher", "--no-progress",
+        "--no-probe", "-o", folder / "page.html", "--figures", folder / "figures",
     ]  # fmt: skip
     assert cli.main([str(word) for word in words]) == 0
     return json.loads((folder / "figures" / "subclasses.json").read_text())
 
 
-def test_texts_without_labels_go_by_the_teachers_class(text, tmp_path):
-    home, _, heard = text
-    told = told_without_forecast(home, home / "bare.jsonl", tmp_path)
-    found = heard.logits.argmax(1).bincount(minlength=2).tolist()
-    assert [told["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == found
-    assert "forecast" not in told
+def test_texts_without_labels_count_for_the_predicted_class(text, tmp_path):
+    home, _, features = text
+    facts = facts_without_probes(home, home / "bare.jsonl", tmp_path)
+    found = features.logits.argmax(1).bincount(minlength=2).tolist()
+    assert [facts["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == found
+    assert "gain_estimate" not in facts
 
 
 @pytest.mark.parametrize("missing,named", [(None, False), (-1, False), (-100, False), (None, True)])
-def test_an_example_without_label_goes_by_the_teachers_class(text, tmp_path, missing, named):
-    home, _, heard = text
+def test_an_example_without_label_counts_for_the_predicted_class(text, tmp_path, missing, named):
+    home, _, features = text
     rows = sentences()
     labels = [row["label"] if named else NAMES.index(row["label"]) for row in rows]
     labels = [label if number % 3 else missing for number, label in enumerate(labels)]
-    given = "".join(
+    lines = "".join(
         json.dumps({"text": row["text"], "label": label}) + "\n" for row, label in zip(rows, labels, strict=True)
     )
-    (tmp_path / "some.jsonl").write_text(given)
-    told = told_without_forecast(home, tmp_path / "some.jsonl", tmp_path)
-    expected = torch.where(torch.arange(COUNT) % 3 > 0, heard.labels, heard.logits.argmax(1)).bincount(minlength=2)
-    assert [told["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == expected.tolist()
+    (tmp_path / "some.jsonl").write_text(lines)
+    facts = facts_without_probes(home, tmp_path / "some.jsonl", tmp_path)
+    expected = torch.where(torch.arange(COUNT) % 3 > 0, features.labels, features.logits.argmax(1)).bincount(
+        minlength=2
+    )
+    assert [facts["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == expected.tolist()
 
 
-def test_the_page_is_there_without_its_forecast_and_says_why(text, tmp_path, capsys):
+def test_the_page_is_written_without_an_estimate_and_states_the_reason(text, tmp_path, capsys):
     home, _, _ = text
     words = [
-        "subclasses", home / "projector", home / "data.jsonl", "--teacher", home / "teacher", "--no-progress",
-        "--max-examples", 39, "-o", tmp_path / "page.html",
+        "analyze-subclasses", home / "projector", home / "data.jsonl", "--teacher", home / "teacher", "--no-progress",
+        "--max-samples", 39, "-o", tmp_path / "page.html",
     ]  # fmt: skip
     assert cli.main([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
-    assert "There is no forecast: A forecast needs 40 examples or more; found 39. (--no-forecast" in printed
-    assert "There is none: A forecast needs 40 examples" in (tmp_path / "page.html").read_text()
+    assert "The gain was not estimated: An estimate needs at least 40 examples; found 39. (--no-probe" in printed
+    assert "Not estimated: An estimate needs at least 40 examples" in (tmp_path / "page.html").read_text()
 
 
-def test_a_projector_of_finer_labels_asks_for_their_column(text, tmp_path, capsys):
-    home, _, heard = text
-    finer = torch.arange(COUNT) % 3
+def test_a_projector_that_splits_by_fine_labels_needs_their_column(text, tmp_path, capsys):
+    home, _, features = text
+    fine_labels = torch.arange(COUNT) % 3
     SubclassProjector.fit(
-        heard.embeddings, heard.labels, heard.classifier_weight, 3, splitter="labels", fine_labels=finer
+        features.embeddings, features.labels, features.classifier_weight, 3, splitter="labels", fine_labels=fine_labels
     ).save_pretrained(tmp_path / "projector")
-    words = ["subclasses", tmp_path / "projector", home / "data.jsonl", "--teacher", home / "teacher"]
+    words = ["analyze-subclasses", tmp_path / "projector", home / "data.jsonl", "--teacher", home / "teacher"]
     assert cli.main([*map(str, words), "-o", str(tmp_path / "page.html")]) == 2
-    assert "name their column with --finer-column" in capsys.readouterr().err
+    assert "name their column with --fine-label-column" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["projekt/", "/no/such/projekt", "./projekt"])
-def test_a_projector_that_is_not_there_is_one_clear_message(text, name, tmp_path, capsys):
-    words = ["subclasses", name, str(text[0] / "data.jsonl"), "-o", str(tmp_path / "page.html")]
+def test_a_missing_projector_is_one_clear_message(text, name, tmp_path, capsys):
+    words = ["analyze-subclasses", name, str(text[0] / "data.jsonl"), "-o", str(tmp_path / "page.html")]
     assert cli.main(words) == 1
     assert f"There is no folder {name!r}" in capsys.readouterr().err
 
@@ -176,10 +180,10 @@ def test_the_teacher_is_loaded_onto_the_accelerator(text, tmp_path, monkeypatch)
         raise TeacherError("seen")
 
     device = distributed_state().device
-    for module in (looking, targets):
+    for module in (analyze_module, targets):
         monkeypatch.setattr(module, "load_teacher", load)
     with pytest.raises(TeacherError, match="seen"):
-        looking.analyze(projector, DataArguments("d"), tmp_path / "page.html", teacher=str(home / "teacher"))
+        analyze_module.analyze(projector, DataArguments("d"), tmp_path / "page.html", teacher=str(home / "teacher"))
     with pytest.raises(TeacherError, match="seen"):
         targets.capture_targets(projector, home / "teacher", [{"text": "w1"}], tmp_path / "targets")
     assert asked == [device, device]
@@ -205,61 +209,73 @@ def test_images_are_shown(tmp_path):
     rows = {"image": list(pixels), "label": [number % 2 for number in range(COUNT)], "kind": list(range(COUNT))}
     Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
     examples = [{"pixel_values": torch.from_numpy(each / 127.5 - 1).permute(2, 0, 1).float()} for each in pixels]
-    heard = collect_features(
+    features = collect_features(
         teacher,
         examples,
         lambda some: {"pixel_values": torch.stack([each["pixel_values"] for each in some])},
         show_progress=False,
     )
     labels = torch.arange(COUNT) % 2
-    made = SubclassProjector.fit(heard.embeddings, labels, heard.classifier_weight, 2, id2label=NAMES)
-    made.save_pretrained(tmp_path / "projector")
+    projector = SubclassProjector.fit(features.embeddings, labels, features.classifier_weight, 2, id2label=NAMES)
+    projector.save_pretrained(tmp_path / "projector")
     done = hf_guide(
-        "subclasses", tmp_path / "projector", tmp_path / "data", "--teacher", tmp_path / "teacher", "--no-progress",
-        "--nearest", 4, "-o", tmp_path / "page.html",
+        "analyze-subclasses", tmp_path / "projector", tmp_path / "data", "--teacher", tmp_path / "teacher", "--no-progress",
+        "--num-examples", 4, "-o", tmp_path / "page.html",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").read_text().count('class="example"') == 2 * 2 * 4
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, facts",
     [
-        (["--finer-column", "kinds"], "has no column 'kinds'"),
+        (["--fine-label-column", "kinds"], "has no column 'kinds'"),
         (["--teacher", "{home}/other"], "cannot be loaded"),
-        (["--nearest", "0"], "--nearest is a whole number of at least 1"),
+        (["--num-examples", "0"], "--num-examples must be a whole number of at least 1"),
         (["-o", "{home}/nowhere/page.html"], "There is no folder"),
         (["--split", "tests"], "has no split 'tests'"),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused_by_name(text, words, told, tmp_path, capsys):
+def test_invalid_input_raises_and_names_it(text, words, facts, tmp_path, capsys):
     home, _, _ = text
     words = [word.format(home=home) for word in words]
-    usual = ["subclasses", str(home / "projector"), str(home / "data.jsonl"), "--teacher", str(home / "teacher")]
+    usual = [
+        "analyze-subclasses",
+        str(home / "projector"),
+        str(home / "data.jsonl"),
+        "--teacher",
+        str(home / "teacher"),
+    ]
     output = [] if "-o" in words else ["-o", str(tmp_path / "page.html")]
-    assert cli.main([*usual, "--no-progress", "--no-forecast", *output, *words]) in (1, 2)
-    assert told in capsys.readouterr().err
+    assert cli.main([*usual, "--no-progress", "--no-probe", *output, *words]) in (1, 2)
+    assert facts in capsys.readouterr().err
     assert not (tmp_path / "page.html").exists()
 
 
 def test_a_projector_of_arrays_asks_for_its_teacher(text, tmp_path, capsys):
     home, _, _ = text
     output = str(tmp_path / "page.html")
-    assert cli.main(["subclasses", str(home / "projector"), str(home / "data.jsonl"), "-o", output]) == 1
+    assert cli.main(["analyze-subclasses", str(home / "projector"), str(home / "data.jsonl"), "-o", output]) == 1
     assert "name it with --teacher" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_no_dataset_of_the_hub(text, tmp_path, capsys):
     home, _, _ = text
     output = str(tmp_path / "page.html")
-    assert cli.main(["subclasses", str(home / "projector"), str(home / "dat.jsonl"), "-o", output]) in (1, 2)
+    assert cli.main(["analyze-subclasses", str(home / "projector"), str(home / "dat.jsonl"), "-o", output]) in (1, 2)
     assert "There is no file" in capsys.readouterr().err
 
 
 def test_a_teacher_that_went_away_is_asked_for(text, tmp_path, capsys):
     """As where it was fitted to a model that has no name but its class's."""
-    home, made, _ = text
-    replace(made, teacher="BertForSequenceClassification").save_pretrained(tmp_path / "projector")
-    words = ["subclasses", str(tmp_path / "projector"), str(home / "data.jsonl"), "-o", str(tmp_path / "page.html")]
+    home, projector, _ = text
+    replace(projector, teacher="BertForSequenceClassification").save_pretrained(tmp_path / "projector")
+    words = [
+        "analyze-subclasses",
+        str(tmp_path / "projector"),
+        str(home / "data.jsonl"),
+        "-o",
+        str(tmp_path / "page.html"),
+    ]
     assert cli.main(words) == 1
     assert "name it with --teacher" in capsys.readouterr().err

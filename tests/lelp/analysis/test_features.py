@@ -1,4 +1,4 @@
-"""One pass for the forecast: what it hears is what the classifier is fed, whatever is done with it there."""
+"""The features of an analysis: the embeddings are the inputs of the classifier, also where it is applied token by token."""
 
 import pytest
 import torch
@@ -25,17 +25,17 @@ def stacked(rows):
 
 
 @pytest.mark.parametrize("kind", [*KINDS_HERE, "late"])
-def test_logits_are_linear_in_what_is_heard(kind):
+def test_logits_are_linear_in_the_embeddings(kind):
     """Texts of unequal length, padded: also where logits are averaged over the places of a text (EuroBERT)."""
     teacher = LATE.teacher() if kind == "late" else teacher_of(kind)
     rows = examples(kind, 20)
-    heard = collect_features(teacher, rows, collator(kind) or stacked, batch_size=8, show_progress=False)
-    left = heard.logits.double() - heard.embeddings.double() @ heard.classifier_weight.T
-    assert heard.embeddings.shape == (20, heard.classifier_weight.shape[1])
-    assert left.std(0).max() < 1e-5 * heard.logits.std(0).max() + 1e-6
+    features = collect_features(teacher, rows, collator(kind) or stacked, batch_size=8, show_progress=False)
+    residual = features.logits.double() - features.embeddings.double() @ features.classifier_weight.T
+    assert features.embeddings.shape == (20, features.classifier_weight.shape[1])
+    assert residual.std(0).max() < 1e-5 * features.logits.std(0).max() + 1e-6
 
 
-def test_examples_without_labels_are_of_the_teachers_own_class():
+def test_examples_without_labels_have_the_predicted_class():
     teacher, rows = teacher_of(), examples(count=12)
     labels = [-1, -100, 0, 1] * 3
     given = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
@@ -43,10 +43,10 @@ def test_examples_without_labels_are_of_the_teachers_own_class():
     def collate(some):
         return {**Pad()(some), "labels": torch.tensor([each["label"] for each in some])}
 
-    heard = collect_features(teacher, given, collate, batch_size=5, show_progress=False)
-    own = heard.logits.argmax(1).tolist()
+    features = collect_features(teacher, given, collate, batch_size=5, show_progress=False)
+    own = features.logits.argmax(1).tolist()
     expected = [said if label < 0 else label for said, label in zip(own, labels, strict=True)]
-    assert heard.labels.tolist() == expected
+    assert features.labels.tolist() == expected
     given[7]["label"] = 3
     with pytest.raises(SubclassError, match="label of example 7 is 3; the teacher has the classes 0 to 2"):
         collect_features(teacher, given, collate, batch_size=5, show_progress=False)
@@ -54,7 +54,7 @@ def test_examples_without_labels_are_of_the_teachers_own_class():
         collect_features(teacher, given, collate, batch_size=0, show_progress=False)
 
 
-def test_a_teacher_of_several_classes_at_once_is_refused():
+def test_a_multi_label_teacher_raises():
     teacher = teacher_of()
     teacher.config.problem_type = "multi_label_classification"
     with pytest.raises(TaskError, match="exclude each other.*multi_label_classification"):

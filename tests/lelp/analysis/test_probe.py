@@ -18,62 +18,62 @@ from hf_guide.lelp.analysis.probe import (
 from tests.lelp.benchmark_modules import import_benchmark
 
 import_benchmark("lelp_splitters")
-COUNT, FINER, WIDTH = 1200, 4, 16
+COUNT, NUM_FINE, WIDTH = 1200, 4, 16
 
 
 @pytest.fixture(scope="module")
 def hidden():
     """Two classes of four clusters each, which the embeddings tell apart and the features show."""
     generator = torch.Generator().manual_seed(0)
-    finer = torch.arange(COUNT) % (2 * FINER)
-    classes = finer % 2
-    spots = 3 * torch.randn(2 * FINER, 8, generator=generator, dtype=torch.float64)
-    features = spots[finer] + torch.randn(COUNT, 8, generator=generator, dtype=torch.float64)
-    sides = torch.randn(2 * FINER, WIDTH - 1, generator=generator, dtype=torch.float64)
-    sides = sides[finer] + 0.2 * torch.randn(COUNT, WIDTH - 1, generator=generator, dtype=torch.float64)
+    fine_labels = torch.arange(COUNT) % (2 * NUM_FINE)
+    classes = fine_labels % 2
+    spots = 3 * torch.randn(2 * NUM_FINE, 8, generator=generator, dtype=torch.float64)
+    features = spots[fine_labels] + torch.randn(COUNT, 8, generator=generator, dtype=torch.float64)
+    sides = torch.randn(2 * NUM_FINE, WIDTH - 1, generator=generator, dtype=torch.float64)
+    sides = sides[fine_labels] + 0.2 * torch.randn(COUNT, WIDTH - 1, generator=generator, dtype=torch.float64)
     embeddings = torch.cat([4.0 * (2 * classes - 1)[:, None].double(), sides], 1)
     weight = torch.zeros(2, WIDTH, dtype=torch.float64)
     weight[:, 0] = torch.tensor([-1.0, 1.0])
-    return features, embeddings, embeddings @ weight.T, classes, finer, weight
+    return features, embeddings, embeddings @ weight.T, classes, fine_labels, weight
 
 
-def projector_of(hidden, splitter="lelp", subclasses=FINER, **options):
-    features, embeddings, logits, classes, finer, weight = hidden
+def projector_of(hidden, splitter="lelp", subclasses=NUM_FINE, **options):
+    features, embeddings, logits, classes, fine_labels, weight = hidden
     return SubclassProjector.fit(embeddings, classes, weight, subclasses, splitter=splitter, **options)
 
 
-def forecast(hidden, projector, **options):
-    features, embeddings, logits, classes, finer, weight = hidden
+def estimate(hidden, projector, **options):
+    features, embeddings, logits, classes, fine_labels, weight = hidden
     return estimate_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, **options)
 
 
 def test_one_subclass_a_class_gains_exactly_nothing(hidden):
-    found = forecast(hidden, projector_of(hidden, subclasses=1), students=2)
+    found = estimate(hidden, projector_of(hidden, subclasses=1), num_probes=2)
     assert found.gain == found.gain_error == found.shuffled == found.predictability == 0
     assert not found.recommended and found.verdict == "no help expected"
 
 
-def test_subclasses_that_features_show_are_predictable_and_come_back(hidden):
-    found = forecast(hidden, projector_of(hidden), students=2)
+def test_subclasses_that_features_show_are_predictable_and_stable(hidden):
+    found = estimate(hidden, projector_of(hidden), num_probes=2)
     assert found.predictability > 0.5 and found.stability is not None and found.stability > 0.8
-    assert "comes back from subclasses found on other examples, a third" in found.summary()
+    assert "subclasses fitted to other examples, a third" in found.summary()
     assert f"{found.predictability:.0%}" in found.summary()
 
 
 def test_a_partition_that_has_nothing_to_do_with_the_data_is_not_recommended(hidden):
-    found = forecast(hidden, projector_of(hidden, "random-partition"), students=4)
+    found = estimate(hidden, projector_of(hidden, "random-partition"), num_probes=4)
     assert found.predictability < 0.05 and found.stability is not None and found.stability < 0.05
     assert not found.recommended
 
 
-def test_what_is_forecast_is_what_tiny_students_gain(hidden):
+def test_the_estimate_is_what_probes_gain(hidden):
     """Classes by the parity of hard-to-separate cells: a student that is told the cells finds the classes."""
     generator = torch.Generator().manual_seed(1)
     cells = torch.randint(0, 4, (3000, 2), generator=generator)
     classes = cells.sum(1) % 2
-    finer = cells[:, 0] * 4 + cells[:, 1]
+    fine_labels = cells[:, 0] * 4 + cells[:, 1]
     features = cells.double() + 0.15 * torch.randn(3000, 2, generator=generator, dtype=torch.float64)
-    hot = torch.nn.functional.one_hot(finer, 16).double()
+    hot = torch.nn.functional.one_hot(fine_labels, 16).double()
     weight = torch.zeros(2, 17, dtype=torch.float64)
     weight[:, 16] = torch.tensor([-1.0, 1.0])
     embeddings = torch.cat(
@@ -81,41 +81,41 @@ def test_what_is_forecast_is_what_tiny_students_gain(hidden):
     )
     logits = embeddings @ weight.T
     projector = SubclassProjector.fit(
-        embeddings, classes, weight, 8, splitter="labels", fine_labels=finer, subclass_temperature=0.2
+        embeddings, classes, weight, 8, splitter="labels", fine_labels=fine_labels, subclass_temperature=0.2
     )
-    found = estimate_gain(projector, embeddings, logits, features, classes, fine_labels=finer)
+    found = estimate_gain(projector, embeddings, logits, features, classes, fine_labels=fine_labels)
     assert found.recommended and found.gain > 1 and found.gain > found.shuffled
     assert found.verdict == "likely to help"
     assert found.to_dict()["recommended"] is True
 
 
-def test_the_same_seed_gives_the_same_forecast_and_arrays_do_as_well(hidden):
+def test_the_same_seed_gives_the_same_estimate_also_for_arrays(hidden):
     features, embeddings, logits, classes, _, weight = hidden
     projector = projector_of(hidden)
-    first = estimate_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, students=2)
+    first = estimate_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, num_probes=2)
     arrays = [each.numpy() for each in (embeddings, logits, features, classes)]
-    second = estimate_gain(projector, *arrays, classifier_weight=weight.numpy(), students=2)
+    second = estimate_gain(projector, *arrays, classifier_weight=weight.numpy(), num_probes=2)
     assert first == second
 
 
-def test_without_labels_the_teachers_classes_count(hidden):
+def test_without_labels_the_predicted_classes_count(hidden):
     features, embeddings, logits, classes, _, _ = hidden
     assert torch.equal(logits.argmax(1), classes)
     projector = projector_of(hidden)
-    found = estimate_gain(projector, embeddings, logits, features, students=2)
-    assert found == estimate_gain(projector, embeddings, logits, features, classes, students=2)
+    found = estimate_gain(projector, embeddings, logits, features, num_probes=2)
+    assert found == estimate_gain(projector, embeddings, logits, features, classes, num_probes=2)
     assert found.stability is None
     half = [number if row % 2 else (None, -1, -100)[row % 3] for row, number in enumerate(classes.tolist())]
     for missing in (half, [-100] * len(half)):
-        assert found == estimate_gain(projector, embeddings, logits, features, missing, students=2)
+        assert found == estimate_gain(projector, embeddings, logits, features, missing, num_probes=2)
 
 
 def test_where_a_third_is_too_few_examples_there_is_no_stability(hidden):
     features, embeddings, logits, classes, _, weight = hidden
     rare = torch.cat([(classes == 0).nonzero()[:390], (classes == 1).nonzero()[:10]]).flatten()
     given = [each[rare] for each in (embeddings, logits, features, classes)]
-    projector = SubclassProjector.fit(given[0], given[3], weight, FINER)
-    found = estimate_gain(projector, *given, classifier_weight=weight, students=2)
+    projector = SubclassProjector.fit(given[0], given[3], weight, NUM_FINE)
+    found = estimate_gain(projector, *given, classifier_weight=weight, num_probes=2)
     assert found.stability is None and found.examples == 400
     unknown = dataclasses.replace(projector_of(hidden), splitter="someone's")
     assert subclass_stability(unknown, embeddings, logits, classes, weight, {}) is None
@@ -126,7 +126,7 @@ def test_every_example_alike_in_its_class_has_nothing_beyond_it():
     assert within_class_targets(targets, torch.zeros(5, dtype=torch.long)).abs().max() < 1e-7
 
 
-def test_told_share_is_one_for_a_linear_map_and_none_for_noise():
+def test_r2_is_one_for_a_linear_map_and_zero_for_noise():
     generator = torch.Generator().manual_seed(0)
     given, noise = (torch.randn(4000, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     wanted = given @ torch.randn(5, 3, generator=generator, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_told_share_is_one_for_a_linear_map_and_none_for_noise():
     assert r2_ridge(given[:2000], noise[:2000], given[2000:], noise[2000:]) < 0.01
 
 
-def test_stability_does_not_mind_how_subclasses_are_turned(hidden):
+def test_stability_is_invariant_to_rotations_of_the_subclasses(hidden):
     _, embeddings, logits, classes, _, weight = hidden
     for rotation in range(2):
         projector = projector_of(hidden, seed=rotation)
@@ -149,7 +149,7 @@ def test_many_features_are_reduced_and_constant_ones_left_out():
     assert reduce_features(features[:, :4]).shape == (300, 3)
 
 
-def test_tiny_students_learn_a_line(hidden):
+def test_probes_learn_a_linear_boundary(hidden):
     features, _, _, classes, _, _ = hidden
     targets = torch.nn.functional.one_hot((features[:, 0] > 0).long(), 2).double().unsqueeze(2)
     found = train_probes(features, targets, (features[:, 0] > 0).long(), COUNT // 2, 1.0, 2, 0)
@@ -163,20 +163,20 @@ def test_tiny_students_learn_a_line(hidden):
         ({"features": torch.zeros(COUNT - 1, 3)}, f"found {COUNT}, {COUNT} and {COUNT - 1}"),
         ({"features": torch.full((COUNT, 3), torch.nan)}, "Features of example 0 are not finite"),
         ({"features": torch.zeros(COUNT)}, "one row an example"),
-        ({"students": 1}, "2 tiny students or more"),
+        ({"num_probes": 1}, "num_probes must be at least 2"),
         ({"labels": torch.full((COUNT,), 2)}, "label of example 0 is 2; the teacher has the classes 0 to 1"),
         ({"labels": torch.zeros(5).long()}, rf"one an example, \({COUNT},\); found \(5,\)"),
-        ({"classifier_weight": torch.zeros(2, 3)}, r"shape \(2, 16\) was expected; found \(2, 3\)"),
+        ({"classifier_weight": torch.zeros(2, 3)}, r"must have the shape \(2, 16\); found \(2, 3\)"),
     ],
 )
-def test_what_cannot_be_forecast_is_refused(hidden, change, told):
+def test_invalid_arguments_raise(hidden, change, told):
     features, embeddings, logits, classes, _, _ = hidden
-    given = {"features": features, "labels": classes, "students": 2} | change
+    given = {"features": features, "labels": classes, "num_probes": 2} | change
     with pytest.raises(SubclassError, match=told):
         estimate_gain(projector_of(hidden), embeddings, logits, **given)
 
 
-def test_too_few_examples_are_refused(hidden):
+def test_too_few_examples_raise(hidden):
     features, embeddings, logits, classes, _, _ = hidden
-    with pytest.raises(SubclassError, match="needs 40 examples or more; found 39"):
+    with pytest.raises(SubclassError, match="needs at least 40 examples; found 39"):
         estimate_gain(projector_of(hidden), embeddings[:39], logits[:39], features[:39], classes[:39])

@@ -1,4 +1,4 @@
-"""Subclasses seen: each example in its place, sizes that add up, information as it is defined, a page that needs nothing."""
+"""Subclasses summarized: each example in its place, sizes that add up, information as it is defined, a page that needs nothing."""
 
 import math
 import re
@@ -26,46 +26,48 @@ import_benchmark("lelp_splitters")
 
 
 @pytest.fixture(scope="module")
-def seen():
-    given = make_embeddings()
+def summarized():
+    data = make_embeddings()
     projector = SubclassProjector.fit(
-        given.embeddings, given.labels, given.weight, SUBCLASSES, id2label=["<a>", "b & c", "d"]
+        data.embeddings, data.labels, data.weight, SUBCLASSES, id2label=["<a>", "b & c", "d"]
     )
-    view = summarize_subclasses(projector, given.embeddings, given.logits, given.labels, given.fine_labels, examples=3)
-    return given, projector, view
+    summary = summarize_subclasses(
+        projector, data.embeddings, data.logits, data.labels, data.fine_labels, num_examples=3
+    )
+    return data, projector, summary
 
 
-def test_every_example_is_in_its_class_and_sizes_add_up(seen):
-    given, projector, view = seen
-    assert [each.name for each in view.classes] == ["<a>", "b & c", "d"]
-    rows = torch.cat([each.rows for each in view.classes])
-    assert torch.equal(rows.sort().values, torch.arange(len(given.labels)))
-    for each in view.classes:
-        assert bool((given.labels[each.rows] == each.number).all())
+def test_every_example_is_in_its_class_and_sizes_add_up(summarized):
+    data, projector, summary = summarized
+    assert [each.name for each in summary.classes] == ["<a>", "b & c", "d"]
+    rows = torch.cat([each.rows for each in summary.classes])
+    assert torch.equal(rows.sort().values, torch.arange(len(data.labels)))
+    for each in summary.classes:
+        assert bool((data.labels[each.rows] == each.number).all())
         assert each.points.shape == (len(each.rows), 2)
         assert abs(each.sizes.sum().item() - 1) < 1e-9
         assert each.explained_variance_ratio == projector.explained_variance_ratio[each.number].item()
 
 
-def test_the_nearest_examples_are_those_the_projector_is_surest_of(seen):
-    given, projector, view = seen
-    targets = projector.transform(given.embeddings, given.logits)
-    for each in view.classes:
+def test_the_top_examples_have_the_highest_probabilities(summarized):
+    data, projector, summary = summarized
+    targets = projector.transform(data.embeddings, data.logits)
+    for each in summary.classes:
         shares = targets[:, each.number] / targets[:, each.number].sum(1, keepdim=True)
-        mine = torch.where(given.labels == each.number, 1.0, -1.0)[:, None] * shares
-        for number, (nearest, sure) in enumerate(zip(each.nearest, each.sureness, strict=True)):
+        mine = torch.where(data.labels == each.number, 1.0, -1.0)[:, None] * shares
+        for number, (nearest, sure) in enumerate(zip(each.top_examples, each.top_probabilities, strict=True)):
             best = mine[:, number].sort(descending=True).values[:3]
             assert torch.allclose(mine[nearest, number], best) and torch.allclose(torch.tensor(sure).double(), best)
 
 
-def test_without_labels_classes_are_the_teachers(seen):
-    given, projector, _ = seen
-    view = summarize_subclasses(projector, given.embeddings, given.logits)
-    for each in view.classes:
-        assert bool((given.logits[each.rows].argmax(1) == each.number).all())
+def test_without_labels_classes_are_the_teachers(summarized):
+    data, projector, _ = summarized
+    summary = summarize_subclasses(projector, data.embeddings, data.logits)
+    for each in summary.classes:
+        assert bool((data.logits[each.rows].argmax(1) == each.number).all())
     for labels in ([None] * 600, torch.full((600,), -1), torch.full((600,), -100)):
-        again = summarize_subclasses(projector, given.embeddings, given.logits, labels)
-        assert all(torch.equal(one.rows, two.rows) for one, two in zip(again.classes, view.classes, strict=True))
+        again = summarize_subclasses(projector, data.embeddings, data.logits, labels)
+        assert all(torch.equal(one.rows, two.rows) for one, two in zip(again.classes, summary.classes, strict=True))
 
 
 def test_mutual_information_is_that_of_scikit_learn():
@@ -79,13 +81,14 @@ def test_mutual_information_is_that_of_scikit_learn():
 def test_subclasses_that_are_the_finer_labels_know_all_and_shuffled_ones_nothing():
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(0, 2, (4000,), generator=generator)
-    finer = 3 * classes + torch.randint(0, 3, (4000,), generator=generator)
-    whole = label_mutual_information(finer % 3, classes, finer)
-    assert whole.share == pytest.approx(1) and whole.told == pytest.approx(whole.entropy)
+    fine_labels = 3 * classes + torch.randint(0, 3, (4000,), generator=generator)
+    whole = label_mutual_information(fine_labels % 3, classes, fine_labels)
+    assert whole.adjusted == pytest.approx(1) and whole.bits == pytest.approx(whole.entropy)
     assert (
-        abs(label_mutual_information(torch.randint(0, 3, (4000,), generator=generator), classes, finer).share) < 0.01
+        abs(label_mutual_information(torch.randint(0, 3, (4000,), generator=generator), classes, fine_labels).adjusted)
+        < 0.01
     )
-    assert label_mutual_information(finer % 3, finer, finer).share == 0  # the class tells all
+    assert label_mutual_information(fine_labels % 3, fine_labels, fine_labels).adjusted == 0  # the class tells all
 
 
 def test_the_plane_is_that_of_largest_variance_and_turns_with_nothing():
@@ -98,8 +101,8 @@ def test_the_plane_is_that_of_largest_variance_and_turns_with_nothing():
     assert torch.allclose(plane.norm(dim=0), values[:2])
 
 
-def test_a_figure_has_a_point_an_example_and_a_bar_a_subclass(seen, tmp_path):
-    each = seen[2].classes[0]
+def test_a_figure_has_a_point_an_example_and_a_bar_a_subclass(summarized, tmp_path):
+    each = summarized[2].classes[0]
     figure = plot_class(each, tmp_path / "class.png")
     plane, bars = figure.axes
     assert sum(len(dots.get_offsets()) for dots in plane.collections) == len(each.rows)
@@ -107,58 +110,64 @@ def test_a_figure_has_a_point_an_example_and_a_bar_a_subclass(seen, tmp_path):
     assert (tmp_path / "class.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_needs_no_other_file_and_takes_texts_as_they_are(seen, tmp_path):
-    _, _, view = seen
-    page = write_page(view, tmp_path / "page.html", lambda row: f"text {row} <script>alert(1)</script>")
+def test_the_page_needs_no_other_file_and_takes_texts_as_they_are(summarized, tmp_path):
+    _, _, summary = summarized
+    page = write_page(summary, tmp_path / "page.html", lambda row: f"text {row} <script>alert(1)</script>")
     text = page.read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|href)="([^"]*)"', text)
     assert len(sources) == CLASSES and all(source.startswith("data:image/png;base64,") for source in sources)
     assert "<script>" not in text and "&lt;script&gt;" in text and "b &amp; c" in text
-    for each in view.classes:
-        assert all(f"text {row} " in text for rows in each.nearest for row in rows)
-    assert "bits of the finer labels" in text
+    for each in summary.classes:
+        assert all(f"text {row} " in text for rows in each.top_examples for row in rows)
+    assert "bits of the fine labels" in text
 
 
-def test_the_page_shows_images(seen, tmp_path):
-    _, _, view = seen
-    page = write_page(view, tmp_path / "page.html", lambda row: Image.new("L", (4, 4), row % 256))
+def test_the_page_shows_images(summarized, tmp_path):
+    _, _, summary = summarized
+    page = write_page(summary, tmp_path / "page.html", lambda row: Image.new("L", (4, 4), row % 256))
     assert page.read_text(encoding="utf-8").count('class="example"') == CLASSES * SUBCLASSES * 3
 
 
 @pytest.mark.parametrize("splitter", ["lelp", "kmeans", "labels", *BENCHMARK_SPLITTERS])
-def test_variance_is_told_of_directions_of_variance_alone(splitter, seen, tmp_path):
-    given, _, _ = seen
-    finer = given.fine_labels if splitter == "labels" else None
+def test_explained_variance_is_only_of_directions_of_variance(splitter, summarized, tmp_path):
+    data, _, _ = summarized
+    fine_labels = data.fine_labels if splitter == "labels" else None
     projector = SubclassProjector.fit(
-        given.embeddings, given.labels, given.weight, SUBCLASSES, splitter=splitter, fine_labels=finer
+        data.embeddings, data.labels, data.weight, SUBCLASSES, splitter=splitter, fine_labels=fine_labels
     )
-    view = summarize_subclasses(projector, given.embeddings, given.logits, given.labels, fine_labels=finer, examples=1)
-    page = write_page(replace(view, classes=view.classes[:1]), tmp_path / "page.html", str).read_text(encoding="utf-8")
-    told = splitter in ("lelp", "no-rotation", "no-scaling")
-    assert ("directions hold" in page) == told and (view.classes[0].explained_variance_ratio is not None) == told
+    summary = summarize_subclasses(
+        projector, data.embeddings, data.logits, data.labels, fine_labels=fine_labels, num_examples=1
+    )
+    page = write_page(replace(summary, classes=summary.classes[:1]), tmp_path / "page.html", str).read_text(
+        encoding="utf-8"
+    )
+    expected = splitter in ("lelp", "no-rotation", "no-scaling")
+    assert ("directions explain" in page) == expected and (
+        summary.classes[0].explained_variance_ratio is not None
+    ) == expected
 
 
-def test_the_page_says_why_there_is_no_forecast(seen, tmp_path):
-    view = replace(seen[2], classes=[], no_forecast="too <few>")
-    page = write_page(view, tmp_path / "page.html", str).read_text(encoding="utf-8")
-    assert "There is none: too &lt;few&gt;" in page
+def test_the_page_states_why_the_gain_was_not_estimated(summarized, tmp_path):
+    summary = replace(summarized[2], classes=[], no_gain_estimate="too <few>")
+    page = write_page(summary, tmp_path / "page.html", str).read_text(encoding="utf-8")
+    assert "Not estimated: too &lt;few&gt;" in page
 
 
-def test_what_cannot_be_seen_is_refused(seen):
-    given, projector, _ = seen
-    one = SubclassProjector.fit(given.embeddings, given.labels, given.weight, 1)
-    with pytest.raises(SubclassError, match="one subclass a class"):
-        summarize_subclasses(one, given.embeddings, given.logits)
+def test_invalid_arguments_raise(summarized):
+    data, projector, _ = summarized
+    one = SubclassProjector.fit(data.embeddings, data.labels, data.weight, 1)
+    with pytest.raises(SubclassError, match="one subclass of each class"):
+        summarize_subclasses(one, data.embeddings, data.logits)
     with pytest.raises(SubclassError, match="no examples"):
-        summarize_subclasses(projector, given.embeddings[:0], given.logits[:0])
-    for labels, told in (
-        (torch.where(torch.arange(600) == 9, 3, given.labels), "label of example 9 is 3"),
-        (given.labels[:5], r"one an example, \(600,\); found \(5,\)"),
-        (given.labels.double(), "whole numbers"),
+        summarize_subclasses(projector, data.embeddings[:0], data.logits[:0])
+    for labels, expected in (
+        (torch.where(torch.arange(600) == 9, 3, data.labels), "label of example 9 is 3"),
+        (data.labels[:5], r"one an example, \(600,\); found \(5,\)"),
+        (data.labels.double(), "whole numbers"),
     ):
-        with pytest.raises(SubclassError, match=told):
-            summarize_subclasses(projector, given.embeddings, given.logits, labels)
-    with pytest.raises(SubclassError, match=r"Logits of the shape \(600, 3\) were expected; found \(600, 2\)"):
-        summarize_subclasses(projector, given.embeddings, given.logits[:, :2])
-    with pytest.raises(SubclassError, match="600 examples need as many finer labels; found 5"):
-        summarize_subclasses(projector, given.embeddings, given.logits, finer=given.fine_labels[:5])
+        with pytest.raises(SubclassError, match=expected):
+            summarize_subclasses(projector, data.embeddings, data.logits, labels)
+    with pytest.raises(SubclassError, match=r"Logits must have the shape \(600, 3\); found \(600, 2\)"):
+        summarize_subclasses(projector, data.embeddings, data.logits[:, :2])
+    with pytest.raises(SubclassError, match="600 examples need as many fine labels; found 5"):
+        summarize_subclasses(projector, data.embeddings, data.logits, compared_labels=data.fine_labels[:5])
