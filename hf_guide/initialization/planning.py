@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, OptionError, ShapeError
 from hf_guide.initialization.blocks.config_fields import block_lists, iter_subconfigs, kv_sharing_sources, value_at
+from hf_guide.initialization.blocks.stages import select_stage_blocks, stage_signatures
 from hf_guide.initialization.config import LayerSelection, PlanOptions, SubsequentLayers
 from hf_guide.initialization.head_grouping import check_head_grouping
 from hf_guide.initialization.plan import AXIS_LABELS, ParameterPlan, Plan
@@ -19,10 +20,8 @@ from hf_guide.layouts.hierarchy import (
     check_immovable_blocks,
     is_blocks_only,
     lists_of_varying_length,
-    module_signatures,
     nested_list_lengths,
     nested_lists,
-    select_stage_blocks,
 )
 from hf_guide.layouts.registry import Layout, LayoutMatch, config_sizes
 from hf_guide.models.model_classes import meta_model, strip_base_prefix
@@ -386,8 +385,8 @@ def _stage_block_mapping(
             kept = LayerSelection.UNIFORM.value if of_stage is None else of_stage
             chosen[actual] = select_stage_blocks(
                 name,
-                module_signatures(built, fed, had),
-                module_signatures(student, actual, wanted),
+                stage_signatures(built, fed, had),
+                stage_signatures(student, actual, wanted),
                 lambda had, wanted, kept=kept, name=name: select_blocks(had, wanted, kept, name),  # type: ignore[misc]
                 explicit=not isinstance(kept, str),
             )

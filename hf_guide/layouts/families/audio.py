@@ -26,6 +26,6 @@ register_layout(
     classifier: labels pooled
     """,
     like="mbart",
-    embedding_scale=lambda config: 1.0,  # which it has, and does not use
+    embedding_scale=lambda config: 1.0,  # its config has a scale, which it does not use
     exactness="exact but for GELU on the encoder's stream after the second convolution",
 )

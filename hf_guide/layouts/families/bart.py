@@ -66,11 +66,11 @@ register_layout(
     """,
     norm="layer",
     sizes=TWO_SIDED_SIZES,
-    scales={  # a norm follows the sum; the table itself is tied to a head with no norm before it
+    scales={  # a norm follows the sum; the embedding itself is tied to a head without a norm
         "encoder.embed_positions": _positions_against_tokens,
         "decoder.embed_positions": _positions_against_tokens,
     },
-    exactness="post-norm: gains become diagonals: logits off by 44 % on a turned stream, gains being 1 +- 0.3",
+    exactness="post-norm: gains become diagonals: logits off by 44 % on a rotated residual stream, gains at 1 +- 0.3",
 )
 
 for family in ("plbart", "mvp"):
@@ -103,7 +103,7 @@ register_layout(
     like="bart",
     embedding_scale=_scaled_embedding,
     scales={},
-    exactness="gains of the embeddings' norms become diagonals: logits off by 18 % on a turned stream, gains being "
+    exactness="gains of the embeddings' norms become diagonals: logits off by 18 % on a rotated residual stream, gains at "
     "1 +- 0.3",
 )
 for family in ("pegasus", "blenderbot"):

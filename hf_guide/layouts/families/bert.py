@@ -29,7 +29,7 @@ register_layout(
     cls.predictions.bias: vocab
     """,
     norm="layer",
-    alike=(("pooler", "pooled", "embed"),),  # a token classifier reads the stream, not the pooler
+    alike=(("pooler", "pooled", "embed"),),  # a token classifier takes the residual stream, not the pooler
     exactness=POST_NORM_NOTE.format("25 % to 43 %", "82 %"),
 )
 register_layout(
@@ -137,7 +137,7 @@ register_layout(
     lm_head.dense: embed embed < LayerNorm
     """,
     like="roberta",
-    exactness="the gain of the embeddings' norm becomes a diagonal: logits off by 15 % on a turned stream, gains at "
+    exactness="the gain of the embeddings' norm becomes a diagonal: logits off by 15 % on a rotated residual stream, gains at "
     "1 +- 0.3; GELU in the masked-language head does not commute with a projection",
 )
 

@@ -15,7 +15,7 @@ def _branch_scale(config: PreTrainedConfig, block: int) -> float:
     return float(config.scale_depth) / math.sqrt(config.num_hidden_layers)
 
 
-# Both multiply what a branch adds to the stream, so the ratio goes into the weights that write it.
+# Both are factors of what a branch adds to the residual stream: the output projections compensate for the ratio.
 register_block_rules(
     "minicpm3",
     block_scale={
@@ -42,10 +42,10 @@ def _inverse_index(config: PreTrainedConfig, block: int) -> float:
     return 1 / (block + 1) if config.scale_attn_by_inverse_layer_idx else 1.0
 
 
-def _scale_queries(value: Tensor, moved: BlockTransfer) -> Tensor:
+def _scale_queries(value: Tensor, transfer: BlockTransfer) -> Tensor:
     """Return a fused weight or bias, [queries keys values] along the last axis, with the queries scaled."""
-    factor = _inverse_index(moved.teacher_config, moved.teacher_block) / _inverse_index(
-        moved.student_config, moved.student_block
+    factor = _inverse_index(transfer.teacher_config, transfer.teacher_block) / _inverse_index(
+        transfer.student_config, transfer.student_block
     )
     if factor == 1.0:
         return value
@@ -60,34 +60,34 @@ def _lambda_init(config: PreTrainedConfig, block: int) -> float:
     return 0.8 - 0.6 * math.exp(-0.3 * block)
 
 
-def _scale_lambda(value: Tensor, moved: BlockTransfer, pair: int) -> Tensor:
+def _scale_lambda(value: Tensor, transfer: BlockTransfer, pair: int) -> Tensor:
     """Return lambda_q of a pair so that exp(q1 k1) - exp(q2 k2) + lambda_init is the teacher's in another block.
 
-    What lambda_init lacks there is added to the first exponential, or to the second where it is negative; q moves along k.
+    A smaller lambda_init is compensated for in the first exponential, a larger one in the second; q changes along k.
     """
-    lacking = _lambda_init(moved.teacher_config, moved.teacher_block) - _lambda_init(
-        moved.student_config, moved.student_block
+    missing = _lambda_init(transfer.teacher_config, transfer.teacher_block) - _lambda_init(
+        transfer.student_config, transfer.student_block
     )
-    if lacking == 0.0 or (lacking > 0) != (pair == 1):
+    if missing == 0.0 or (missing > 0) != (pair == 1):
         return value
-    queries, keys = (moved.read(f"self_attn.lambda_{kind}{pair}").double() for kind in "qk")
+    queries, keys = (transfer.read(f"self_attn.lambda_{kind}{pair}").double() for kind in "qk")
     if not bool(keys.any()):
         raise TeacherError(
-            f"lambda_k{pair} of the teacher's block {moved.teacher_block} is zero, so that its lambda_init cannot be moved "
-            "into lambda_q. Keep every block where it stands, or choose method='random'."
+            f"lambda_k{pair} of the teacher's block {transfer.teacher_block} is zero, so that its lambda_init cannot be moved "
+            "into lambda_q. Keep every block at its index, or choose method='random'."
         )
     product = (queries @ keys).item()
-    change = math.log(math.exp(product) + abs(lacking)) - product
+    change = math.log(math.exp(product) + abs(missing)) - product
     return queries + change * keys / keys.square().sum()
 
 
-def _scale_left(config: PreTrainedConfig, block: int) -> float:
+def _one_minus_lambda_init(config: PreTrainedConfig, block: int) -> float:
     return 1 - _lambda_init(config, block)
 
 
 register_block_rules(
     "diffllama",
-    block_scale={"layers.{block}.self_attn.o_proj": _scale_left},
+    block_scale={"layers.{block}.self_attn.o_proj": _one_minus_lambda_init},
     block_value={
         f"layers.{{block}}.self_attn.lambda_q{pair}": functools.partial(_scale_lambda, pair=pair) for pair in (1, 2)
     },

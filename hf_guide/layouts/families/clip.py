@@ -82,7 +82,7 @@ register_layout(
     """
     logit_scale: 1
     logit_bias: 1
-    text_model.head: embed text_embed < text_model.final_layer_norm  # compared with what the image's head writes
+    text_model.head: embed text_embed < text_model.final_layer_norm  # compared with the output of the image head
     classifier: labels embed < vision_model.post_layernorm
     """,
     like="clip",

@@ -23,8 +23,8 @@ register_layout(
     norm="layer",
     rope="half",
     sizes={"mlp": "intermediate_size"},
-    alike=(("classifier", "pooled", "embed"),),  # the masked-language decoder is tied to the table
-    exactness="the gain of the embeddings' norm becomes a diagonal: logits off by 23 % on a turned stream, gains at "
+    alike=(("classifier", "pooled", "embed"),),  # the masked-language decoder is tied to the embedding
+    exactness="the gain of the embeddings' norm becomes a diagonal: logits off by 23 % on a rotated residual stream, gains at "
     "1 +- 0.3; by 98 % behind the masked-language head, whose GELU does not commute with a projection",
 )
 

@@ -1,5 +1,7 @@
-"""A student may have fewer experts than its teacher, and its router their rows: chosen evenly, or, by `calibrated`, by what they
-write.
+"""Mixtures of experts: Mixtral, Qwen MoE, PhiMoE, Granite MoE, gpt-oss and DeepSeek V3.
+
+A student may have fewer experts than its teacher, and its router their rows: evenly spaced ones, or, with `calibrated`, those
+of the highest importance.
 """
 
 from hf_guide.layouts.registry import register_layout

@@ -60,7 +60,7 @@ register_layout(
     like="opt (projected embeddings)",
     alike=(("decoder.project_in", "word", "embed"),),
     variant=_opt,
-    exactness="post-norm: gains become diagonals, logits off by 51 % on a turned stream, gains being 1 +- 0.3",
+    exactness="post-norm: gains become diagonals, logits off by 51 % on a rotated residual stream, gains at 1 +- 0.3",
 )
 
 register_layout(

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_guide import LayoutError, OptionError, ShapeError, from_teacher
-from hf_guide.layouts.hierarchy import match_by_signature
+from hf_guide.initialization.blocks.stages import match_by_signature
 
 FOUR = {"hidden_sizes": [8, 16, 16, 24]}
 HEADS = {"num_attention_heads": [1, 2, 2, 4]}
