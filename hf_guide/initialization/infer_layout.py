@@ -1,8 +1,8 @@
-"""Layouts of families that are not in the table: derived where that is certain, refused where it is not.
+"""Layouts of families that are not registered: inferred where that is certain, refused where it is not.
 
-A tiny twin of the model is built from its config. Which axes follow the residual stream's width is probed by building it once
-more, wider; which norm feeds which weight is seen by running it; what queries, keys, values, gates and their
-counterparts are called is convention. The result is believed only if the twin passes `certify`.
+A tiny model is built from the config. The axes that follow the width of the residual stream are found by building it once
+more, wider; the norm whose output a weight takes is found by running it; which modules are queries, keys, values, gates and
+their counterparts is a convention of names. The result is believed only where the tiny model passes `check_equivalence`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from hf_guide.errors import LayoutError
 from hf_guide.initialization.blocks.depths import add_block_axes
 from hf_guide.initialization.equivalence import EquivalenceReport, check_equivalence
-from hf_guide.layouts.grammar import AxisName, axis_names, axis_size, parse_axes
+from hf_guide.layouts.grammar import Axis, AxisName, axis_names, axis_size, parse_axes
 from hf_guide.layouts.hierarchy import SHARED_POSITION_BIAS
 from hf_guide.layouts.registry import (
     BlockScale,
@@ -33,10 +33,11 @@ from hf_guide.layouts.registry import (
     variant_for,
 )
 from hf_guide.models.model_classes import meta_model, strip_base_prefix
+from hf_guide.models.tiny_inputs import example_tokens
 from hf_guide.models.tiny_models import MODEL_ERRORS, TINY_SIZES, build_tiny_model, randomize_parameters, tiny_config
 
 WIDER_SIZE = 80
-"""The second width of the probe; the first is the twin's, 64. Both are multiples of the twin's heads."""
+"""The second width of the probe; the first is 64. Both are multiples of the number of heads of a tiny model."""
 
 QUERY_AXES, KEY_AXES = "(kv_heads group fixed_head)", "(kv_heads fixed_head)"
 MODULE_CONVENTIONS = {
@@ -61,7 +62,7 @@ MODULE_CONVENTIONS = {
     "w2": "embed mlp",
     "w3": "mlp embed",
 }
-"""What modules of these names hold, as Transformers calls them; believed where shapes and `certify` agree."""
+"""The axes of modules by the names that Transformers gives them; believed where shapes and `check_equivalence` agree."""
 
 _FIXED_AXES_TRIED = ((), ("kv_heads", "group"), ("mlp",), ("kv_heads", "group", "mlp"))
 
@@ -70,10 +71,15 @@ _blocks_only_layouts: dict[tuple[type, str], Layout] = {}
 
 
 def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
-    """Return the layout of a config's family: registered, or derived, or else one that knows its blocks alone.
+    """Return the layout of a config's family: registered, inferred, or else one of its blocks alone.
 
-    With the last every axis must keep its length: the copy is exact, and a narrower student is refused with the reason why
-    nothing more is known.
+    In a layout of blocks alone every axis must keep its length: a student of the same width is exact, and a narrower one is
+    refused with the reason why nothing more is known.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> layout_for(LlamaConfig(), LlamaForCausalLM).family
+        'llama'
     """
     layouts = registered_layouts()
     if config.model_type in layouts:
@@ -82,7 +88,7 @@ def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
         causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if causal is None:
             raise LayoutError(
-                f"No layout is known for {config.model_type!r}, and layouts are derived for causal language models only."
+                f"No layout is known for {config.model_type!r}, and layouts are inferred for causal language models only."
             )
         language_model = causal[0] if isinstance(causal, tuple) else causal
         layout = infer_layout(config, language_model)
@@ -97,7 +103,7 @@ def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
 
 
 def add_block_rules(layout: Layout, config: PreTrainedConfig) -> Layout:
-    """Return a derived layout with what is registered of its family's blocks, and of those of its nested configs."""
+    """Return an inferred layout with the registered block rules of its family, and those of its nested configs."""
     scales, values = dict(layout.block_scale), dict(layout.block_value)
     parts = {"": config} | {
         name: part for name in config.sub_configs if isinstance(part := getattr(config, name, None), PreTrainedConfig)
@@ -122,14 +128,14 @@ def _scale_of_subconfig(scale: BlockScale, name: str) -> BlockScale:
 
 
 def _value_of_subconfig(value: BlockValue, name: str) -> BlockValue:
-    def of_part(tensor: Tensor, moved: BlockTransfer) -> Tensor:
+    def value_of_subconfig(tensor: Tensor, transfer: BlockTransfer) -> Tensor:
         configs = {
-            key: getattr(config, name)
-            for key, config in (("teacher_config", moved.teacher_config), ("student_config", moved.student_config))
+            "teacher_config": getattr(transfer.teacher_config, name),
+            "student_config": getattr(transfer.student_config, name),
         }
-        return value(tensor, dataclasses.replace(moved, **configs))
+        return value(tensor, dataclasses.replace(transfer, **configs))
 
-    return of_part if name else value
+    return value_of_subconfig if name else value
 
 
 def infer_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
@@ -187,121 +193,126 @@ def _probe_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) 
     raise LayoutError(f"No layout is known for {family!r}, and none could be inferred with certainty: {reason}.")
 
 
-def _describe_exactness(layout: Layout, verdict: EquivalenceReport) -> str:
-    read = {norm for row in layout.rows for norm in row.input_norms}
-    stream = [
+def _describe_exactness(layout: Layout, report: EquivalenceReport) -> str:
+    folded = {norm for row in layout.rows for norm in row.input_norms}
+    unfolded = [
         row
         for row in layout.rows
-        if row.kind == "norm" and row.axes[-1] == AxisName("embed") and row.pattern.removesuffix(".weight") not in read
+        if row.kind == "norm"
+        and row.axes[-1] == AxisName("embed")
+        and row.pattern.removesuffix(".weight") not in folded
     ]
-    told = "exact" if not stream else f"exact but for {len(stream)} kinds of norms, whose gains become diagonals"
-    depth = "; its depth is fixed" if verdict.depth else ""
-    return f"derived: {told} (certified to {verdict.error:.0e}){depth}"
+    exactness = "exact"
+    if unfolded:
+        exactness = f"exact but for {len(unfolded)} kinds of norms, whose gains become diagonals"
+    depth = "; its depth is fixed" if report.depth else ""
+    return f"inferred: {exactness} (the laws hold to {report.error:.0e}){depth}"
 
 
 def width_dependence(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str | None:
-    """Return why a layout cannot be certain where a model multiplies by its width; None where it does not.
+    """Return why a layout cannot be certain because a model may multiply by its width; None where it does not.
 
-    The law of rotation does not see such a factor: it is compared between twins of two widths.
+    The law of rotation does not see such a factor: it is compared between tiny models of two widths.
     """
     try:
-        twins = [
-            build_tiny_model(
-                model_class,
-                tiny_config(
-                    config,
-                    **untying_override(config),
-                    **{name: width for name, size in TINY_SIZES.items() if size == 64},
-                ),
+        narrow, wide = (
+            _embedding_and_logit_scales(
+                build_tiny_model(
+                    model_class,
+                    tiny_config(
+                        config,
+                        **untying_override(config),
+                        **{name: width for name, size in TINY_SIZES.items() if size == 64},
+                    ),
+                )
             )
             for width in (TINY_SIZES["hidden_size"], WIDER_SIZE)
-        ]
-        narrow, wide = (_embedding_and_logit_scales(twin) for twin in twins)
+        )
     except MODEL_ERRORS as error:
-        return f"a wider twin of it cannot be tried: {type(error).__name__}: {error}"
-    for where, had, found in zip(("its embeddings", "its logits"), narrow, wide, strict=True):
-        if had is None or found is None or abs(had - found) > 1e-4 * abs(had):
-            return f"what it multiplies {where} with is not known to be independent of its width ({had} and {found} in twins)"
+        return f"a wider tiny model of it cannot be tried: {type(error).__name__}: {error}"
+    for what, first, second in zip(("embeddings", "logits"), narrow, wide, strict=True):
+        if first is None or second is None or abs(first - second) > 1e-4 * abs(first):
+            return f"the factor of its {what} is not known to be independent of its width ({first} and {second} in tiny models)"
     return None
 
 
 @torch.no_grad()
-def _embedding_and_logit_scales(twin: PreTrainedModel) -> tuple[float | None, float | None]:
-    """Return what a model multiplies its embeddings with, and its head's output with; None where that is no one number."""
-    table = twin.get_input_embeddings()
-    for module in twin.modules():
-        if isinstance(module, nn.Embedding) and module is not table:
+def _embedding_and_logit_scales(model: PreTrainedModel) -> tuple[float | None, float | None]:
+    """Return the factors of a model's embeddings and of its head's output; None where there is no single factor."""
+    embedding = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not embedding:
             module.weight.zero_()
-    first = next(
+    first_block = next(
         (
             module
-            for name, module in twin.named_modules()
+            for name, module in model.named_modules()
             if re.search(r"(^|\.)(layers|h|blocks|layer|block)\.0$", name)
         ),
         None,
     )
-    head = twin.get_output_embeddings()
-    if first is None or head is None:
+    head = model.get_output_embeddings()
+    if first_block is None or head is None:
         return None, None
-    seen: dict[str, Tensor] = {}
+    recorded: dict[str, Tensor] = {}
     handles = [
-        table.register_forward_hook(lambda module, arguments, output: seen.update(embedded=output)),
-        first.register_forward_pre_hook(
-            lambda module, arguments, keywords: seen.update(
-                entered=arguments[0] if arguments else keywords["hidden_states"]
+        embedding.register_forward_hook(lambda module, arguments, output: recorded.update(embedded=output)),
+        first_block.register_forward_pre_hook(
+            lambda module, arguments, keywords: recorded.update(
+                block_input=arguments[0] if arguments else keywords["hidden_states"]
             ),
             with_kwargs=True,
         ),
-        head.register_forward_hook(lambda module, arguments, output: seen.update(head=output)),
+        head.register_forward_hook(lambda module, arguments, output: recorded.update(head=output)),
     ]
     try:
-        logits = twin(input_ids=torch.arange(3, 14)[None]).logits
+        logits = model(input_ids=example_tokens()).logits
     finally:
         for handle in handles:
             handle.remove()
-    if "entered" not in seen:
-        return None, None  # a model with a tower of images, whose blocks come first and are not run
+    if "block_input" not in recorded:
+        return None, None  # a model with an image tower, whose blocks come first and are not run
     # A soft-capped head is no multiple of its logits; where it is capped does not depend on the width.
-    return _scalar_ratio(seen["entered"], seen["embedded"]), _scalar_ratio(logits, seen["head"]) or 0.0
+    return _scalar_ratio(recorded["block_input"], recorded["embedded"]), _scalar_ratio(logits, recorded["head"]) or 0.0
 
 
-def _scalar_ratio(found: Tensor, base: Tensor) -> float | None:
-    """Return the number that `found` is of `base`; None where it is no one number."""
-    if found.shape != base.shape:
+def _scalar_ratio(value: Tensor, base: Tensor) -> float | None:
+    """Return the number c with `value = c * base`; None where there is none."""
+    if value.shape != base.shape:
         return None
-    found, base = found.double(), base.double()
-    ratio = ((found * base).sum() / (base * base).sum()).item()
-    return ratio if torch.allclose(found, ratio * base, rtol=1e-5, atol=1e-6 * base.abs().max().item()) else None
+    value, base = value.double(), base.double()
+    ratio = ((value * base).sum() / (base * base).sum()).item()
+    return ratio if torch.allclose(value, ratio * base, rtol=1e-5, atol=1e-6 * base.abs().max().item()) else None
 
 
 def untying_override(config: PreTrainedConfig) -> dict[str, bool]:
-    """Return the override that unties a twin's head, where its config knows one."""
+    """Return the override that unties a tiny model's head, where its config has one."""
     return {"tie_word_embeddings": False} if hasattr(config, "tie_word_embeddings") else {}
 
 
-def trace_norms(twin: PreTrainedModel) -> tuple[dict[str, set[str]], dict[str, nn.Module]]:
-    """Run a twin and return, by module name, the norms whose very output each module is fed, and the norms themselves."""
+def trace_norms(model: PreTrainedModel) -> tuple[dict[str, set[str]], dict[str, nn.Module]]:
+    """Run a tiny model, and return the norms whose very output each module takes, by module name, and the norms themselves."""
     outputs: list[tuple[str, Tensor]] = []
-    fed: dict[str, set[str]] = {}
+    input_norms: dict[str, set[str]] = {}
     norms = {
         name: module
-        for name, module in twin.named_modules()
+        for name, module in model.named_modules()
         if re.search(r"norm|ln", name.rpartition(".")[2].lower() + type(module).__name__.lower())
         and [parameter.ndim for parameter in module.parameters()] in ([1], [1, 1])
     }
 
-    def before(name: str):
+    def record_input(name: str):
         def hook(module: nn.Module, arguments: tuple, keywords: dict) -> None:
             for value in (*arguments, *keywords.values()):
                 if isinstance(value, Tensor):
-                    owner = value.untyped_storage().data_ptr()
-                    fed.setdefault(name, set()).update(
-                        norm for norm, output in outputs if output.untyped_storage().data_ptr() == owner
+                    storage = value.untyped_storage().data_ptr()
+                    input_norms.setdefault(name, set()).update(
+                        norm for norm, output in outputs if output.untyped_storage().data_ptr() == storage
                     )
 
         return hook
 
-    def after(name: str):
+    def record_output(name: str):
         def hook(module: nn.Module, arguments: tuple, keywords: dict, output: Tensor) -> None:
             if isinstance(output, Tensor):
                 outputs.append((name, output))
@@ -309,23 +320,26 @@ def trace_norms(twin: PreTrainedModel) -> tuple[dict[str, set[str]], dict[str, n
         return hook
 
     handles = []
-    for name, module in twin.named_modules():
+    for name, module in model.named_modules():
         if name in norms:
-            handles.append(module.register_forward_hook(after(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(record_output(name), with_kwargs=True))
         elif any(True for _ in module.parameters(recurse=False)):
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(record_input(name), with_kwargs=True))
     try:
         with torch.no_grad():
-            twin(input_ids=torch.arange(3, 14)[None])
+            model(input_ids=example_tokens())
     finally:
         for handle in handles:
             handle.remove()
-    return fed, norms
+    return input_norms, norms
 
 
-def detect_norm_type(twin: PreTrainedModel, norms: dict[str, nn.Module]) -> tuple[str | None, float | None]:
-    """Return whether norms subtract a mean, and what they add to their stored gain; None where they differ."""
-    kinds, offsets = set(), set()
+def detect_norm_type(model: PreTrainedModel, norms: dict[str, nn.Module]) -> tuple[str | None, float | None]:
+    """Return "layer" or "rms", by whether norms subtract a mean, and what they add to their stored gain.
+
+    Each is None where the norms differ, or cannot be called alone.
+    """
+    types, offsets = set(), set()
     for module in norms.values():
         weight = next(module.parameters())
         if len(weight) != TINY_SIZES["hidden_size"]:
@@ -334,71 +348,76 @@ def detect_norm_type(twin: PreTrainedModel, norms: dict[str, nn.Module]) -> tupl
         with torch.no_grad():
             try:
                 plain, shifted = module(sample), module(sample + 3.0)
-                kept = weight.clone()
+                original = weight.clone()
                 weight.zero_()
                 bare = module(sample) - (module.bias if getattr(module, "bias", None) is not None else 0.0)
-                weight.copy_(kept)
+                weight.copy_(original)
             except (TypeError, RuntimeError, IndexError):
                 return None, None  # a norm with other arguments, such as a gate
-        kinds.add("layer" if torch.allclose(plain, shifted, atol=1e-5) else "rms")
+        types.add("layer" if torch.allclose(plain, shifted, atol=1e-5) else "rms")
         offsets.add(1.0 if bare.abs().max() > 1e-6 else 0.0)
-    return (kinds.pop() if len(kinds) == 1 else None), (offsets.pop() if len(offsets) == 1 else None)
+    return (types.pop() if len(types) == 1 else None), (offsets.pop() if len(offsets) == 1 else None)
 
 
 def infer_rows(
-    twin: PreTrainedModel, wider: PreTrainedModel, reads: dict[str, set[str]], norms: dict[str, nn.Module]
+    model: PreTrainedModel,
+    wider: PreTrainedModel,
+    input_norms: dict[str, set[str]],
+    norms: dict[str, nn.Module],
 ) -> tuple[LayoutRow, ...]:
-    """Return a row for each kind of parameter: axes that grow with the stream are `embed`, unless convention knows better."""
-    prefix = twin.base_model_prefix
-    sizes = config_sizes(Layout("", ()), twin.config.get_text_config())
+    """Return a row for each kind of parameter: axes that grow with the width are `embed`, unless a convention names them."""
+    sizes = config_sizes(Layout("", ()), model.config.get_text_config())
     wider_shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
     rows: dict[str, LayoutRow] = {}
-    for name, tensor in twin.state_dict().items():
-        module, _, kind = name.rpartition(".")
-        pattern = with_placeholders(strip_base_prefix(name, prefix))
-        grows = [
-            had == TINY_SIZES["hidden_size"] and grown == WIDER_SIZE
-            for had, grown in zip(tensor.shape, wider_shapes[name], strict=True)
-        ]
-        if kind == "bias" and pattern.removesuffix(".bias") in rows:
-            continue  # a module's row speaks for its bias as well
+    for name, tensor in model.state_dict().items():
+        module, _, parameter = name.rpartition(".")
+        pattern = with_placeholders(strip_base_prefix(name, model.base_model_prefix))
+        if parameter == "bias" and pattern.removesuffix(".bias") in rows:
+            continue  # a module's row describes its bias as well
         pattern = pattern.removesuffix(".weight")
-        meaning = MODULE_CONVENTIONS.get(module.rpartition(".")[2]) if kind == "weight" else None
-        if meaning is not None and _fits_convention(meaning, tensor.shape, grows, sizes):
-            axes = parse_axes(meaning.removeprefix("norm "))
-            row_kind = "norm" if meaning.startswith("norm ") else "weight"
-        else:
-            axes = tuple(AxisName("embed" if grown else f"fixed{number}") for number, grown in enumerate(grows))
-            row_kind = (
-                "norm" if module in norms or (tensor.ndim == 1 and grows == [True] and kind != "bias") else "weight"
-            )
-        if (
-            tensor.ndim == 2
-            and tensor.shape[0] == getattr(twin.config.get_text_config(), "vocab_size", None)
-            and grows == [False, True]
-        ):
-            axes = (AxisName("vocab"), AxisName("embed"))
-            row_kind = "table" if isinstance(twin.get_submodule(module), nn.Embedding) else "weight"
-        reading = row_kind == "weight" and AxisName("embed") in axes and not re.search(r"down|out|bias|w2", kind)
-        arrow = reading and tensor.ndim == 3 and axes[1] == AxisName("embed")  # experts stored (expert, in, out)
-        rows.setdefault(
-            pattern,
-            LayoutRow(
-                pattern, axes, row_kind, _feeding_norms(module, reads, prefix) if reading else (), transposed=arrow
-            ),
-        )
+        grows = [
+            length == TINY_SIZES["hidden_size"] and wider_length == WIDER_SIZE
+            for length, wider_length in zip(tensor.shape, wider_shapes[name], strict=True)
+        ]
+        axes, kind = _axes_and_kind(model, name, tensor, grows, sizes, norms)
+        takes_stream = kind == "weight" and AxisName("embed") in axes and not re.search(r"down|out|bias|w2", parameter)
+        transposed = takes_stream and tensor.ndim == 3 and axes[1] == AxisName("embed")  # experts as (expert, in, out)
+        norm = _input_norm(module, input_norms, model.base_model_prefix) if takes_stream else ()
+        rows.setdefault(pattern, LayoutRow(pattern, axes, kind, norm, transposed=transposed))
     return tuple(rows.values())
 
 
-def _feeding_norms(module: str, reads: dict[str, set[str]], prefix: str) -> tuple[str | None, ...]:
-    """Return the pattern of the one norm that feeds a module, its block's own number as placeholder."""
-    found = {with_placeholders(strip_base_prefix(norm, prefix)) for norm in reads.get(module, ())}
-    return (found.pop(),) if len(found) == 1 else ()
+def _axes_and_kind(
+    model: PreTrainedModel,
+    name: str,
+    tensor: Tensor,
+    grows: list[bool],
+    sizes: dict[str, int],
+    norms: dict[str, nn.Module],
+) -> tuple[tuple[Axis, ...], str]:
+    """Return the axes of a parameter, and whether it is a "weight", a "norm" or a "table"."""
+    module, _, parameter = name.rpartition(".")
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)
+    if tensor.ndim == 2 and tensor.shape[0] == vocab_size and grows == [False, True]:
+        is_embedding = isinstance(model.get_submodule(module), nn.Embedding)
+        return (AxisName("vocab"), AxisName("embed")), "table" if is_embedding else "weight"
+    convention = MODULE_CONVENTIONS.get(module.rpartition(".")[2]) if parameter == "weight" else None
+    if convention is not None and _fits_convention(convention, tensor.shape, grows, sizes):
+        return parse_axes(convention.removeprefix("norm ")), "norm" if convention.startswith("norm ") else "weight"
+    axes = tuple(AxisName("embed" if grown else f"fixed{number}") for number, grown in enumerate(grows))
+    is_norm = module in norms or (tensor.ndim == 1 and grows == [True] and parameter != "bias")
+    return axes, "norm" if is_norm else "weight"
 
 
-def _fits_convention(meaning: str, shape: torch.Size, grows: list[bool], sizes: dict[str, int]) -> bool:
-    """Whether what convention says of a module can be: as many axes, the stream's among those that grow, heads that divide."""
-    axes = parse_axes(meaning.removeprefix("norm "))
+def _input_norm(module: str, input_norms: dict[str, set[str]], prefix: str) -> tuple[str | None, ...]:
+    """Return the pattern of the one norm whose output a module takes, its block's index as placeholder; () for several."""
+    patterns = {with_placeholders(strip_base_prefix(norm, prefix)) for norm in input_norms.get(module, ())}
+    return (patterns.pop(),) if len(patterns) == 1 else ()
+
+
+def _fits_convention(convention: str, shape: torch.Size, grows: list[bool], sizes: dict[str, int]) -> bool:
+    """Return whether a convention fits a tensor: as many axes, `embed` among those that grow, heads that divide."""
+    axes = parse_axes(convention.removeprefix("norm "))
     if len(axes) != len(shape):
         return False
     for axis, length, grown in zip(axes, shape, grows, strict=True):
@@ -413,19 +432,24 @@ def _fits_convention(meaning: str, shape: torch.Size, grows: list[bool], sizes: 
 
 
 def with_placeholders(name: str, literal: int = 0) -> str:
-    """Return `name` with `{block}` for its first number and `{item}`, `{item2}`, ... for those in it.
+    """Return `name` with `{block}` for its first index and `{item}`, `{item2}`, ... for the following ones.
 
-    The last `literal` numbers stay.
+    Args:
+        literal: how many of the last indices stay as they are.
+
+    Example:
+        >>> with_placeholders("stages.2.layers.0.weight")
+        'stages.{block}.layers.{item}.weight'
     """
-    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
-    marks = ["{block}", "{item}", "{item2}", "{item3}"][: len(numbers)]
-    kept = iter([*marks[: max(0, len(numbers) - literal)], *numbers[max(0, len(numbers) - literal) :]])
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", lambda _: next(kept), name)
+    indices = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+    placeholders = ["{block}", "{item}", "{item2}", "{item3}"][: len(indices)]
+    replaced = max(0, len(indices) - literal)
+    replacements = iter([*placeholders[:replaced], *indices[replaced:]])
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", lambda _: next(replacements), name)
 
 
 def shared_position_biases(names: Iterable[str]) -> set[str]:
-    """Return the tables of relative positions that a stack's first block alone holds and hands on (T5's, WavLM's).
-
+    """Return the tables of relative positions that the first block of a stack holds for all blocks (T5's, WavLM's).
 
     They stay in the first block, whichever block feeds it.
     """
@@ -437,24 +461,30 @@ def shared_position_biases(names: Iterable[str]) -> set[str]:
 
 
 def fix_axes(rows: Iterable[LayoutRow], names: tuple[str, ...]) -> tuple[LayoutRow, ...]:
-    """Return `rows` in which an axis that holds one of `names` must keep its length."""
-    frozen = []
-    for row in rows:
-        axes = tuple(
-            AxisName(f"fixed{number}") if set(names) & set(axis_names(axis)) else axis
-            for number, axis in enumerate(row.axes)
+    """Return `rows` in which an axis that contains one of `names` must keep its length."""
+    return tuple(
+        dataclasses.replace(
+            row,
+            axes=tuple(
+                AxisName(f"fixed{number}") if set(names) & set(axis_names(axis)) else axis
+                for number, axis in enumerate(row.axes)
+            ),
         )
-        frozen.append(LayoutRow(row.pattern, axes, row.kind, row.input_norms, row.output_diagonal, row.transposed))
-    return tuple(frozen)
+        for row in rows
+    )
 
 
 def without_folding(rows: Iterable[LayoutRow]) -> tuple[LayoutRow, ...]:
-    """Return `rows` without what their weights read, so that no norm is folded."""
-    return tuple(LayoutRow(row.pattern, row.axes, row.kind, (), row.output_diagonal, row.transposed) for row in rows)
+    """Return `rows` without the norms before their weights, so that no norm is folded."""
+    return tuple(dataclasses.replace(row, input_norms=()) for row in rows)
 
 
 def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel], reason: str) -> Layout:
-    """Return a layout in which every axis must keep its length and only blocks are chosen; with the reason why."""
+    """Return a layout in which every axis must keep its length and only blocks are selected.
+
+    Args:
+        reason: why no axis is known; it is part of the layout's `exactness`.
+    """
     model = meta_model(model_class, config)
     ndims = {
         strip_base_prefix(name, model.base_model_prefix): tensor.ndim for name, tensor in model.state_dict().items()
@@ -471,30 +501,34 @@ def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedMod
 
 
 def _patterns_of_equal_rank(ndims: Mapping[str, int]) -> dict[str, int]:
-    """Return the patterns of parameters with the number of axes that all of a pattern's parameters have.
+    """Return patterns of parameters, with the number of axes that all parameters of a pattern have.
 
-    Where a norm and a convolution go by numbers in one list (`downsampling_layer.0`, `.1`), the numbers stay in the pattern.
+    Where a norm and a convolution are in one list (`downsampling_layer.0`, `.1`), the indices stay in the pattern.
     """
-    found: dict[str, int] = {}
-    named = dict.fromkeys(ndims, 0)  # how many of a name's last numbers stay
-    while named:
+    ranks: dict[str, int] = {}
+    literal_indices = dict.fromkeys(ndims, 0)  # by name, how many of its last indices stay
+    while literal_indices:
         groups: dict[str, set[int]] = {}
-        for name, literal in named.items():
+        for name, literal in literal_indices.items():
             groups.setdefault(with_placeholders(name, literal), set()).add(ndims[name])
-        found |= {pattern: shapes.pop() for pattern, shapes in groups.items() if len(shapes) == 1}
-        named = {name: n + 1 for name, n in named.items() if with_placeholders(name, n) not in found}
-    return found
+        ranks |= {pattern: group.pop() for pattern, group in groups.items() if len(group) == 1}
+        literal_indices = {
+            name: literal + 1
+            for name, literal in literal_indices.items()
+            if with_placeholders(name, literal) not in ranks
+        }
+    return ranks
 
 
 def add_task_head(layout: Layout, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
-    """Return a layout derived from a family's language model with the heads of another class of the same base model.
+    """Return an inferred layout of a language model with the heads of another class of the same base model.
 
     Raises:
         LayoutError: a parameter of `model_class` that is neither of the base model nor a linear head on the last norm.
     """
     model = meta_model(model_class, config)
     width = config.get_text_config().hidden_size
-    reads = next(
+    last_norm = next(
         (row.input_norms for row in layout.rows if row.kind == "weight" and AxisName("vocab") in row.axes), ()
     )
     rows: list[LayoutRow] = []
@@ -502,9 +536,11 @@ def add_task_head(layout: Layout, config: PreTrainedConfig, model_class: type[Pr
         relative = strip_base_prefix(name, model.base_model_prefix)
         if layout.find(relative) is not None:
             continue
-        module, _, kind = relative.rpartition(".")
-        if name != relative or kind not in ("weight", "bias") or tensor.shape[0] != config.num_labels:
-            raise LayoutError(f"What is derived of {layout.family!r} does not know {name!r} of {model_class.__name__}")
-        if kind == "weight" and tuple(tensor.shape) == (config.num_labels, width):
-            rows.append(LayoutRow(module, (AxisName("labels"), AxisName("embed")), input_norms=reads))
+        module, _, parameter = relative.rpartition(".")
+        if name != relative or parameter not in ("weight", "bias") or tensor.shape[0] != config.num_labels:
+            raise LayoutError(
+                f"The inferred layout of {layout.family!r} does not know {name!r} of {model_class.__name__}"
+            )
+        if parameter == "weight" and tuple(tensor.shape) == (config.num_labels, width):
+            rows.append(LayoutRow(module, (AxisName("labels"), AxisName("embed")), input_norms=last_norm))
     return dataclasses.replace(layout, rows=(*layout.rows, *rows)) if rows else layout

@@ -1,4 +1,7 @@
-"""The smallest inputs that a model of any modality takes, made from its config and its forward's signature alone."""
+"""Inputs for a model of any modality, made from its config and the signature of its forward alone.
+
+`tiny_inputs` are the smallest that a user's model runs on; `example_batch` is a fixed batch on which tiny models are compared.
+"""
 
 import inspect
 import math
@@ -6,8 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import ShapeError
 
 NUM_TOKENS = 8
 IMAGE_SIDE = 64
@@ -15,9 +20,15 @@ IMAGE_SIDE = 64
 
 
 def tiny_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
-    """Return inputs to try, fewest first: the model's main input, then with all others that can be made.
+    """Return the smallest inputs of a model, in the order to try them: its main input alone, then all that can be made.
 
-    The list is empty where the main input, or one that `forward` requires, is of a kind that cannot be made.
+    The list is empty where the main input, or one that `forward` requires, is of an unknown kind.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> model = LlamaModel(LlamaConfig(vocab_size=64, hidden_size=8, intermediate_size=8, num_attention_heads=2))
+        >>> [tuple(inputs["input_ids"].shape) for inputs in tiny_inputs(model)]
+        [(1, 8)]
     """
     accepted = inspect.signature(model.forward).parameters
     required = {
@@ -33,7 +44,7 @@ def tiny_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
         return []
     choices = [least] if main in known else []
     if model.config.is_encoder_decoder and "decoder_input_ids" in known and main in known:
-        choices.insert(0, least | {"decoder_input_ids"})  # classifiers make their own, and take no others
+        choices.insert(0, least | {"decoder_input_ids"})  # classifiers make their own
     for choice in (set(known), set(known) - {"decoder_input_ids"}):
         if choice not in choices:
             choices.append(choice)
@@ -74,31 +85,31 @@ def _tokens(config: PreTrainedConfig) -> Tensor | None:
         return None
     special = {value for name, value in _all_values(config) if name.endswith("token_id") and isinstance(value, int)}
     plain = [token for token in range(min(vocabulary, 64 + len(special))) if token not in special] or [0]
-    longest = _first_attribute(config, "max_position_embeddings", "n_positions", "max_target_positions")
+    limit = _first_attribute(config, "max_position_embeddings", "n_positions", "max_target_positions")
     length = NUM_TOKENS
-    if isinstance(longest, int) and longest >= 1:
+    if isinstance(limit, int) and limit >= 1:
         pad = getattr(config, "pad_token_id", None)
-        offset = pad + 1 if isinstance(pad, int) and pad >= 0 else 0  # where RoBERTa's positions begin
-        length = max(1, min(NUM_TOKENS, longest - offset if longest > offset else longest))
+        offset = pad + 1 if isinstance(pad, int) and pad >= 0 else 0  # RoBERTa's positions begin there
+        length = max(1, min(NUM_TOKENS, limit - offset if limit > offset else limit))
     ids = [plain[number % len(plain)] for number in range(length)]
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and 0 <= end < vocabulary and length > 1:
-        ids[-1] = end  # BART's classifier reads the state at the end token
+        ids[-1] = end  # BART's classifier takes the state at the end token
     return torch.tensor([ids])
 
 
 def _pixels(config: PreTrainedConfig, dtype: torch.dtype) -> Tensor | None:
-    seen = next((each for each in _iter_configs(config) if hasattr(each, "image_size")), None)
-    seen = seen or next((each for each in _iter_configs(config) if hasattr(each, "num_channels")), None)
-    if seen is None:
+    vision = next((each for each in _iter_configs(config) if hasattr(each, "image_size")), None)
+    vision = vision or next((each for each in _iter_configs(config) if hasattr(each, "num_channels")), None)
+    if vision is None:
         return None
-    size = getattr(seen, "image_size", None) or IMAGE_SIDE
+    size = getattr(vision, "image_size", None) or IMAGE_SIDE
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    channels = getattr(seen, "num_channels", None) or getattr(seen, "in_channels", None)
+    channels = getattr(vision, "num_channels", None) or getattr(vision, "in_channels", None)
     if not all(isinstance(value, int) for value in (height, width)):
         return None
     shape = [channels if isinstance(channels, int) else 3, height, width]
-    frames = getattr(seen, "num_frames", None)
+    frames = getattr(vision, "num_frames", None)
     if isinstance(frames, int):
         shape.insert(0, frames)
     return _sine_wave(shape, dtype)
@@ -107,9 +118,9 @@ def _pixels(config: PreTrainedConfig, dtype: torch.dtype) -> Tensor | None:
 def _audio(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> Tensor | None:
     bands = getattr(config, "num_mel_bins", None)
     if name == "input_features":
-        longest = getattr(config, "max_source_positions", None)
-        if isinstance(bands, int) and isinstance(longest, int):
-            return _sine_wave([bands, 2 * longest], dtype)  # Whisper refuses every other length
+        positions = getattr(config, "max_source_positions", None)
+        if isinstance(bands, int) and isinstance(positions, int):
+            return _sine_wave([bands, 2 * positions], dtype)  # Whisper accepts no other length
         width = next(
             (
                 getattr(config, each)
@@ -145,3 +156,69 @@ def _all_values(config: PreTrainedConfig) -> Iterator[tuple[str, Any]]:
 
 def _first_attribute(config: PreTrainedConfig, *names: str) -> Any:
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A fixed batch
+
+_COMPARED_OUTPUTS = (
+    "logits",
+    "prediction_logits",
+    "start_logits",
+    "logits_per_image",
+    "last_hidden_state",
+    "pooler_output",
+)
+
+
+def example_tokens() -> Tensor:
+    """Return the ids of one text of 11 tokens, (1, 11), on which tiny language models are compared."""
+    return torch.arange(3, 14)[None]
+
+
+def example_batch(model: nn.Module) -> dict[str, Tensor]:
+    """Return two rows of fixed tokens, pixels or sounds, by the names of the arguments of the model's `forward`; float64."""
+    config: Any = model.config
+    arguments = inspect.signature(model.forward).parameters
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None) or 64
+    tokens = torch.randint(3, max(4, min(vocabulary, 60)), (2, 11), generator=generator)
+    batch: dict[str, Tensor] = {}
+    if "input_ids" in arguments:
+        batch["input_ids"] = tokens
+    if "pixel_values" in arguments and ("input_ids" not in arguments or hasattr(model, "logit_scale")):
+        vision = getattr(config, "vision_config", config)
+        size = getattr(vision, "image_size", None) or 16
+        height, width = (size, size) if isinstance(size, int) else size
+        batch["pixel_values"] = draw(2, getattr(vision, "num_channels", 3), height, width)
+    if not batch and "input_features" in arguments:
+        bands, frames = getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 10)
+        batch["input_features"] = draw(2, bands, frames)
+    if not batch and "input_values" in arguments:
+        batch["input_values"] = draw(2, 4000)
+    if not batch and "inputs_embeds" in arguments:
+        batch["inputs_embeds"] = draw(2, 11, config.hidden_size)
+    if "decoder_input_ids" in arguments:
+        batch["decoder_input_ids"] = tokens[:, :7]
+    return batch
+
+
+@torch.no_grad()
+def run_on_example(model: nn.Module) -> Tensor:
+    """Return a model's output on `example_batch`: the first of logits, hidden states and a pooled output that it has.
+
+    Raises:
+        ShapeError: it has none of these.
+    """
+    batch = example_batch(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = model(**batch)
+    for name in _COMPARED_OUTPUTS:
+        if (output := getattr(outputs, name, None)) is not None:
+            return output
+    raise ShapeError(f"{type(model).__name__} has none of the outputs {', '.join(_COMPARED_OUTPUTS)}")

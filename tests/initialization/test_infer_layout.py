@@ -1,4 +1,4 @@
-"""Layouts of unregistered families: right where they are derived, refused where they cannot be certain."""
+"""Layouts of unregistered families: right where they are inferred, refused where they cannot be certain."""
 
 import dataclasses
 
@@ -34,17 +34,17 @@ def exactly_normed(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("family", ["arcee", "seed_oss", "mamba", "qwen3_next", "minimax_m2"])
-def test_derived_layout_passes_the_law_of_lift(family: str) -> None:
+def test_inferred_layout_passes_the_law_of_lift(family: str) -> None:
     assert family not in registered_layouts()
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "head_dim": 16}
     small = exactly_normed(tiny_model(family, **(sizes if family != "qwen3_next" else {"hidden_size": 48})))
     big = exactly_normed(tiny_model(family, seed=1))
     layout = layout_for(big.config, type(big))
-    assert layout.exactness.startswith("derived: exact")
+    assert layout.exactness.startswith("inferred: exact")
     shake(small, layout, seed=2, stream_gains="constant")
     lift(small, big, layout, seed=3)
     assert relative_logit_error(big, small) <= 1e-5, (
-        "the lifted teacher is not the small model: the derived layout is wrong"
+        "the lifted teacher is not the small model: the inferred layout is wrong"
     )
     student = from_teacher(big, small.config, show_progress=False)
     student.set_attn_implementation("eager")
@@ -53,15 +53,15 @@ def test_derived_layout_passes_the_law_of_lift(family: str) -> None:
 
 
 def test_heads_are_kept_where_the_family_cannot_run_with_fewer() -> None:
-    twin = tiny_model("bitnet")
-    layout = layout_for(twin.config, type(twin))
-    assert layout.exactness.startswith("derived")
+    model = tiny_model("bitnet")
+    layout = layout_for(model.config, type(model))
+    assert layout.exactness.startswith("inferred")
     assert "kv_heads" not in {name for row in layout.rows for axis in row.axes for name in axis_names(axis)}
 
 
-def test_what_grows_with_the_width_unseen_is_refused() -> None:
+def test_a_hidden_factor_of_the_width_is_refused() -> None:
     config = CONFIG_MAPPING["recurrent_gemma"]()
-    with pytest.raises(LayoutError, match="embeddings with is not known to be independent of its width"):
+    with pytest.raises(LayoutError, match="factor of its embeddings is not known to be independent of its width"):
         infer_layout(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
 
 
@@ -77,7 +77,7 @@ def test_a_family_whose_layout_cannot_be_inferred_is_probed_once(monkeypatch: py
     for _ in range(2):
         from_teacher(teacher, show_progress=False)
         assert "blocks only" in layout_for(teacher.config, type(teacher)).exactness
-        with pytest.raises(LayoutError, match="embeddings with is not known"):
+        with pytest.raises(LayoutError, match="factor of its embeddings is not known"):
             infer_layout(teacher.config, type(teacher))
     assert len(probes) == 1
 
@@ -112,10 +112,10 @@ def wrong_layouts() -> dict[str, Layout]:
         return dataclasses.replace(right, rows=rows)
 
     return {
-        "a writing weight taken for one that selects": changed(
+        "an output projection whose output axis is not the residual stream": changed(
             "o_proj", axes=parse_axes("place (kv_heads group head_dim)")
         ),
-        "a norm that nothing is said to read, folded elsewhere": changed(
+        "a weight with the norm of another branch": changed(
             "gate_proj", input_norms=("layers.{block}.input_layernorm",)
         ),
         "heads inside of the head size": changed("q_proj", axes=parse_axes("(q_dim kv_heads group) embed")),
@@ -124,10 +124,10 @@ def wrong_layouts() -> dict[str, Layout]:
 
 
 @pytest.mark.parametrize("fault", list(wrong_layouts()))
-def test_certify_refuses_a_wrong_layout(fault: str) -> None:
-    twin = tiny_model("llama")
-    assert check_equivalence(registered_layouts()["llama"], twin).passed
-    assert not check_equivalence(wrong_layouts()[fault], twin).passed
+def test_check_equivalence_refuses_a_wrong_layout(fault: str) -> None:
+    model = tiny_model("llama")
+    assert check_equivalence(registered_layouts()["llama"], model).passed
+    assert not check_equivalence(wrong_layouts()[fault], model).passed
 
 
 def test_rotation_keeps_the_mean_where_asked() -> None:
@@ -146,4 +146,7 @@ def test_a_model_that_reads_images_too_is_refused_a_narrower_student_with_a_reas
         vision_config=seen | {"image_size": 32, "patch_size": 16},
     )
     layout = layout_for(config, Gemma3ForConditionalGeneration)
-    assert "blocks only" in layout.exactness and "embeddings with is not known to be independent" in layout.exactness
+    assert (
+        "blocks only" in layout.exactness
+        and "factor of its embeddings is not known to be independent" in layout.exactness
+    )

@@ -230,13 +230,13 @@ def test_a_narrower_student_too_has_the_constants_of_its_blocks(method: str) -> 
     assert difference(student, teacher) <= TOLERANCE
 
 
-def test_certify_refuses_depth_but_not_width_where_blocks_depend_on_their_index() -> None:
+def test_check_equivalence_refuses_depth_but_not_width_where_blocks_depend_on_their_index() -> None:
     teacher = teacher_for(MiniCPM3ForCausalLM, MiniCPM3Config(tie_word_embeddings=False), depth=4)
     layout = layout_for(teacher.config, type(teacher))
-    verdict = check_equivalence(layout, teacher)
-    assert verdict.passed and verdict.depth == ""
-    verdict = check_equivalence(dataclasses.replace(layout, block_scale={}), teacher)
-    assert verdict.passed and "depend on their index" in verdict.depth
+    report_of_laws = check_equivalence(layout, teacher)
+    assert report_of_laws.passed and report_of_laws.depth == ""
+    report_of_laws = check_equivalence(dataclasses.replace(layout, block_scale={}), teacher)
+    assert report_of_laws.passed and "depend on their index" in report_of_laws.depth
 
 
 def test_a_layout_of_fixed_depth_refuses_fewer_blocks_with_its_reason() -> None:
