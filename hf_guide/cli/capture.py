@@ -14,7 +14,7 @@ from typing import Any
 from hf_guide.cli.teacher_arguments import hub_arguments
 from hf_guide.data.arguments import DataArguments
 from hf_guide.errors import OptionError
-from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.config import RENAMED_OPTIONS, CaptureConfig
 from hf_guide.utils.escaping import escape_control_characters
 from hf_guide.validation import did_you_mean
 
@@ -230,8 +230,13 @@ def _add_fields(group: Any, kind: type[Any], *, skip: tuple[str, ...] = ()) -> N
             options["type"] = parts[0] if parts[0] in (int, float) else str
             options["metavar"] = "N" if parts[0] in (int, float) else "X"
         group.add_argument(flag, **options)
+        for old in (old for old, new in RENAMED_OPTIONS.names.items() if kind is CaptureConfig and new == field.name):
+            options["help"] = argparse.SUPPRESS  # its value is passed on under the old name, which warns
+            group.add_argument("--" + old.replace("_", "-"), **options)
 
 
 def _explicit_flags(args: argparse.Namespace, kind: type[Any]) -> dict[str, Any]:
-    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(kind)}
+    names = [field.name for field in dataclasses.fields(kind)]
+    names += RENAMED_OPTIONS.names if kind is CaptureConfig else ()
+    values = {name: getattr(args, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}

@@ -93,6 +93,13 @@ def test_where_no_length_is_asked_for_a_capture_has_that_of_a_distillation(teach
     assert found["teacher_topk_indices"].shape[:2] == found["input_ids"].shape
 
 
+def test_an_old_flag_is_taken_with_a_warning_that_says_the_new_name(teacher, data):
+    words = [teacher / "causal-lm", "-o", teacher / "captured", "--data-files", data, "--top-k", 4, "--max-length", 8]
+    with pytest.warns(FutureWarning, match="'examples_per_shard' is deprecated; use 'shard_size'"):
+        assert run(*words, "--examples-per-shard", 3) == 0
+    assert Capture.open(teacher / "captured").manifest.config.shard_size == 3
+
+
 def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
     config = {"teacher": str(teacher / "causal-lm"), "data_files": str(data), "max_length": 12, "learning_rate": 1e-3}
     (teacher / "distill.yaml").write_text(json.dumps(config))
@@ -102,7 +109,7 @@ def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
     assert len(Capture.open(teacher / "captured")) == len(same.train)
     asking = config | {"temperature": 3.0, "losses": {"hidden_states": 1, "features": 1}}
     (teacher / "distill.yaml").write_text(json.dumps(asking))
-    with pytest.raises(OptionError, match="give hidden_layers there, or --hidden-layers"):
+    with pytest.raises(OptionError, match="give layer_mapping there, or --hidden-layers"):
         run(*words)
     (teacher / "distill.yaml").write_text(json.dumps(asking | {"layer_mapping": {"1": 2, "2": 4}}))
     words[1] = teacher / "asked"
