@@ -16,41 +16,7 @@ from hf_guide.models.hooks import StopForward, register_input_hook, removable_ho
 from hf_guide.models.modes import eager_float64_experts, eval_mode
 
 CROSS_ATTENTION_KEY_VALUE = re.compile(r"\.(?:EncDecAttention|encoder_attn)\.[kv]")
-"""Modules of a decoder that are given the encoder's tokens."""
-
-
-@torch.no_grad()
-def forward_no_cache(model: PreTrainedModel, batch: Batch) -> Any:
-    """Run a forward without a cache; return its outputs, or None where a hook has heard enough."""
-    inputs: dict[str, Any] = {name: _to_model(value, model) for name, value in batch.items()}
-    accepted = inspect.signature(model.forward).parameters
-    hands_on = any(each.kind == inspect.Parameter.VAR_KEYWORD for each in accepted.values())
-    inside = inspect.signature(model.base_model.forward).parameters if hands_on else {}
-    if "use_cache" in {*accepted, *inside}:
-        inputs["use_cache"] = False  # of some families' heads it is one of the keywords that are handed on
-    try:
-        return model(**inputs)
-    except StopForward:
-        return None
-
-
-def capture_input(model: PreTrainedModel, module: nn.Module, batch: Batch) -> Tensor | None:
-    """Return what a module is given in a forward, which ends there; None where the forward never comes to it."""
-    heard: list[Tensor] = []
-
-    def stop(tensor: Tensor) -> None:
-        heard.append(tensor)
-        raise StopForward
-
-    with removable_hooks() as handles:
-        handles.append(register_input_hook(module, stop))
-        forward_no_cache(model, batch)
-    return heard[0] if heard else None
-
-
-def _to_model(value: Tensor, model: PreTrainedModel) -> Tensor:
-    value = value.to(model.device)
-    return value.to(model.dtype) if value.is_floating_point() else value
+"""Modules of a decoder that read the encoder's tokens."""
 
 
 @contextlib.contextmanager
@@ -60,27 +26,69 @@ def calibration_mode(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
-def reads_decoder_tokens(part: ModuleRef, config: PreTrainedConfig) -> bool:
-    """Whether what a part is given are the tokens of an encoder-decoder's decoder: those that it reads, wherever it stands."""
-    if CROSS_ATTENTION_KEY_VALUE.search(part.name):
+@torch.no_grad()
+def forward_no_cache(model: PreTrainedModel, batch: Batch) -> Any:
+    """Return the model's outputs, computed without a cache; None if a hook raised `StopForward`."""
+    inputs: dict[str, Any] = {name: _to_model(value, model) for name, value in batch.items()}
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    inner = inspect.signature(model.base_model.forward).parameters if takes_any else {}
+    if "use_cache" in {*accepted, *inner}:
+        inputs["use_cache"] = False  # the heads of some families pass it on as one of their keywords
+    try:
+        return model(**inputs)
+    except StopForward:
+        return None
+
+
+def capture_input(model: PreTrainedModel, module: nn.Module, batch: Batch) -> Tensor | None:
+    """Run a forward pass up to `module` and return its input; None if the forward pass never calls it."""
+    inputs: list[Tensor] = []
+
+    def stop(tensor: Tensor) -> None:
+        inputs.append(tensor)
+        raise StopForward
+
+    with removable_hooks() as handles:
+        handles.append(register_input_hook(module, stop))
+        forward_no_cache(model, batch)
+    return inputs[0] if inputs else None
+
+
+def _to_model(value: Tensor, model: PreTrainedModel) -> Tensor:
+    value = value.to(model.device)
+    return value.to(model.dtype) if value.is_floating_point() else value
+
+
+def reads_decoder_tokens(ref: ModuleRef, config: PreTrainedConfig) -> bool:
+    """Return whether a module's inputs are the tokens of an encoder-decoder's decoder.
+
+    The keys and values of cross-attention are in the decoder, and their inputs are the encoder's tokens.
+    """
+    if CROSS_ATTENTION_KEY_VALUE.search(ref.name):
         return False
-    return is_decoder_stack(next((norm for norm in part.match.row.input_norms if norm), part.name), config)
+    return is_decoder_stack(next((norm for norm in ref.match.row.input_norms if norm), ref.name), config)
 
 
 def is_decoder_stack(name: str, config: PreTrainedConfig) -> bool:
-    """Whether a stack, or the norm behind it, is an encoder-decoder's decoder; a head that names neither reads the decoder.
+    """Return whether a stack, or the norm after it, belongs to an encoder-decoder's decoder.
 
-    A model that is a decoder and nothing else may call its blocks so as well (OPT): its mask is the only one.
+    A head that names neither side reads the decoder. A model that is only a decoder may also call its blocks so (OPT):
+    its one mask is `attention_mask`.
     """
     return bool(config.is_encoder_decoder) and ("decoder" in name or "encoder" not in name)
 
 
-def drop_padding(heard: Tensor, batch: Batch, *, of_decoder: bool = False) -> Tensor:
-    """Return the rows, (tokens, width), of what was heard, (batch, length, width), that are not padding.
+def drop_padding(activations: Tensor, batch: Batch, *, of_decoder: bool = False) -> Tensor:
+    """Return the rows that are not padding, (tokens, width).
 
-    What is heard within a mixture of experts has the two axes made one, (batch * length, width).
+    Args:
+        activations: (batch, length, width), or (batch * length, width) as inside of a mixture of experts.
+        batch: The inputs, with the masks.
+        of_decoder: Whether the tokens are the decoder's, which have a mask of their own.
     """
     mask = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
-    if mask is not None and mask.ndim == 2 and heard.shape[:-1] in (mask.shape, (mask.numel(),)):
-        return heard.reshape(-1, heard.shape[-1])[mask.to(heard.device).bool().flatten()]
-    return heard.reshape(-1, heard.shape[-1])
+    rows = activations.reshape(-1, activations.shape[-1])
+    if mask is not None and mask.ndim == 2 and activations.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return rows[mask.to(activations.device).bool().flatten()]
+    return rows

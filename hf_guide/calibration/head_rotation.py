@@ -1,18 +1,15 @@
-"""Heads that get smaller: what each says is put into the directions that say most, before places are dropped.
+"""Rotate values, queries and keys within each head before a smaller head size truncates them.
 
-A head's values and the weight that writes them can be turned into one another: W_o W_v = (W_o D)(E^T W_v) wherever D E^T = 1.
-So where the head size shrinks, values are not selected place by place. With the second moment C of what a group of heads
-hands to W_o, the D and E of rank l_S are taken for which |M^T W_o (1 - D E^T) z|^2 is least in the mean: from the leading
-eigenvectors V of C^1/2 (W_o^T M M^T W_o) C^1/2, D = C^1/2 V and E = C^-1/2 V.
+A head's values and its output projection can be changed together: W_o W_v = (W_o D)(E^T W_v) wherever D E^T = 1. With the
+second moment C of what a group of heads passes to W_o, the D and E of rank l_S are taken that minimise the mean of
+|M^T W_o (1 - D E^T) z|^2: from the leading eigenvectors V of C^1/2 (W_o^T M M^T W_o) C^1/2, D = C^1/2 V and E = C^-1/2 V.
 
-Heads that get smaller: queries and keys are turned together, so that what is cut says least about their products.
-
-Where nothing stands between the weights and the product q k^T, a head's queries and keys can be turned against each other:
-q A k^T with A = E_q E_k^T is what q E_q and k E_k make. With C_q the second moment of a head's queries and C_k the covariance
-of its keys (what all keys share moves every logit of a query alike, and softmax does not see it), the A of rank l_S for which
-E |q (1 - A) k^T|^2 is least, query and key taken from any two tokens, has the leading singular vectors of C_q^1/2 C_k^1/2:
-E_q = C_q^-1/2 U S^1/2 and E_k = C_k^-1/2 V S^1/2. A rotary embedding, or a norm of each head, does not turn along: there
-places are selected as ever.
+Where nothing is between the weights and the product q k^T, queries and keys can be changed against each other too: q A k^T
+with A = E_q E_k^T is the product of q E_q and k E_k. With C_q the second moment of a head's queries and C_k the covariance of
+its keys (what all keys have in common shifts all logits of a query alike, and softmax ignores it), the A of rank l_S that
+minimises E |q (1 - A) k^T|^2, over independent q and k, has the leading singular vectors of C_q^1/2 C_k^1/2:
+E_q = C_q^-1/2 U S^1/2 and E_k = C_k^-1/2 V S^1/2. Rotary embeddings and norms of each head do not commute with A: there
+indices are selected evenly.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,111 +30,316 @@ from hf_guide.layouts.grammar import AxisName, AxisProduct, axis_names, group_in
 from hf_guide.layouts.registry import rotary_size
 
 NEGLIGIBLE = 1e-10
-"""Directions with less than this share of the loudest one's energy are taken to be silent."""
+"""Directions whose second moment is less than this share of the largest are taken to be zero."""
 
 
 @dataclass(frozen=True)
 class HeadRotation:
-    """A change of the teacher's tensor along an axis, group by group: places[g] become matrices[g]^T of themselves."""
+    """A change of a tensor along an axis, head by head: indices[g] become matrices[g]^T of themselves.
 
+    Attributes:
+        dim_name: The name of the head's size, such as "head_dim".
+        dim: The axis.
+        indices: (groups, l), int64.
+        matrices: (groups, l, rank).
+    """
+
+    dim_name: str
     dim: int
-    places: Tensor
+    indices: Tensor
     matrices: Tensor
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return a turned copy, in float32 or better; a group's places beyond the matrix's columns hold zeros."""
-        turned = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).movedim(self.dim, 0).clone()
-        for places, matrix in zip(self.places, self.matrices, strict=True):
-            made = torch.tensordot(matrix.T.to(turned), turned[places], 1)
-            turned[places] = 0
-            turned[places[: len(made)]] = made
-        return turned.movedim(0, self.dim)
+        """Return a rotated copy, in float32 or better; a head's indices beyond the rank hold zeros."""
+        rotated = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).movedim(self.dim, 0).clone()
+        for indices, matrix in zip(self.indices, self.matrices, strict=True):
+            head = torch.tensordot(matrix.T.to(rotated), rotated[indices], 1)
+            rotated[indices] = 0
+            rotated[indices[: len(head)]] = head
+        return rotated.movedim(0, self.dim)
 
 
-def rotate_values(transfer: Transfer, inner: Mapping[str, Tensor]) -> None:
-    """Have the plan read values and output weights turned, where heads get smaller; note what could not be turned and why.
+@dataclass(frozen=True)
+class Compose:
+    """Changes of one tensor, one after another."""
+
+    transforms: tuple[Callable[[Tensor], Tensor], ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return the tensor with all transforms applied in order."""
+        for transform in self.transforms:
+            tensor = transform(tensor)
+        return tensor
+
+
+def _rotate(plan: Plan, parameter: ParameterPlan, dim_name: str, groups: str, matrices: Sequence[Tensor]) -> None:
+    """Have the plan rotate a parameter's source along the axis of its heads' dimensions, and keep the first of each.
 
     Args:
-        inner: the second moment among a head's own places of what each writer is given, (heads, l, l), by module.
+        plan: The plan, which is changed.
+        parameter: The parameter that is rotated.
+        dim_name: The name of the head's size, such as "head_dim".
+        groups: The name of the axis of groups; each of a group's members is rotated alike.
+        matrices: For each group a matrix, (l, rank).
+    """
+    dim = next(dim for dim, axis in enumerate(parameter.axes) if dim_name in axis_names(axis))
+    sizes, _ = plan.sizes(parameter)
+    count = len(matrices)
+    indices = torch.stack([group_indices(parameter.axes[dim], groups, g, dim_name, sizes) for g in range(count)])
+    indices = indices.view(count, -1, sizes[dim_name])  # of queries and output projections a row per member of a group
+    members = indices.shape[1]
+    repeated = torch.stack(list(matrices)).repeat_interleave(members, 0)
+    rotation = HeadRotation(dim_name, dim, indices.flatten(0, 1), repeated)
+    source = parameter.source or ""
+    plan.turns[source] = Compose((plan.turns[source], rotation)) if source in plan.turns else rotation
+    _keep_first(plan, parameter, dim_name)
+
+
+def _keep_first(plan: Plan, parameter: ParameterPlan, dim_name: str) -> None:
+    plan.keep({parameter.name: {dim_name: torch.arange(plan.sizes(parameter)[1][dim_name])}})
+
+
+def _is_rotated(plan: Plan, parameter: ParameterPlan, dim_name: str) -> bool:
+    """Return whether the teacher's parameter is rotated already, for another block of the student that it feeds as well."""
+    transform = plan.turns.get(parameter.source or "")
+    transforms = transform.transforms if isinstance(transform, Compose) else (transform,)
+    return any(isinstance(each, HeadRotation) and each.dim_name == dim_name for each in transforms)
+
+
+def _note_once(transfer: Transfer, note: str) -> None:
+    if note not in transfer.notes:
+        transfer.notes.append(note)
+
+
+# Values
+
+
+def rotate_values(transfer: Transfer, input_second_moments: Mapping[str, Tensor]) -> None:
+    """Have the plan rotate values and output projections where heads shrink; note which are selected evenly, and why.
+
+    Args:
+        transfer: The transfer, whose plan is changed.
+        input_second_moments: Second moment within each head of an output projection's input, (heads, l, l), by module.
     """
     plan = transfer.plan
-    writers = [
-        site
-        for site in plan.parameters.values()
-        if is_output_projection(plan, site)
-        and head_dim_name(site)
-        and source_module_name(site) in inner
-        and inner[source_module_name(site)].ndim == 3
+    projections = [
+        parameter
+        for parameter in plan.parameters.values()
+        if is_output_projection(plan, parameter)
+        and head_dim_name(parameter)
+        and source_module_name(parameter) in input_second_moments
+        and input_second_moments[source_module_name(parameter)].ndim == 3
     ]
-    for writer in writers:
-        size = head_dim_name(writer)
-        teacher, student = plan.sizes(writer)
-        if teacher[size] == student[size]:
+    for projection in projections:
+        dim_name = head_dim_name(projection)
+        teacher, student = plan.sizes(projection)
+        if teacher[dim_name] == student[dim_name]:
             continue
-        rivals = [other for other in writers if head_dim_name(other) == size]
-        makers = [
-            site
-            for site in plan.parameters.values()
-            if site.source is not None
-            and site not in writers
-            and _has_axis(site, size)
-            and writer in nearest_by_name(site, rivals)
+        rivals = [other for other in projections if head_dim_name(other) == dim_name]
+        values = [
+            parameter
+            for parameter in plan.parameters.values()
+            if parameter.source is not None
+            and parameter not in projections
+            and _has_axis(parameter, dim_name)
+            and projection in nearest_by_name(parameter, rivals)
         ]
-        reason = _why_values_unsupported(writer, makers, rivals)
+        reason = _why_values_unsupported(projection, values, rivals)
         if reason:
-            note = f"{writer.match.row.pattern}: its heads' values are chosen evenly, for {reason}."
-            transfer.notes += [] if note in transfer.notes else [note]
+            _note_once(
+                transfer, f"{projection.match.row.pattern}: its heads' values are selected evenly, because {reason}."
+            )
             continue
-        _rotate_value_heads(plan, writer, makers, size, inner[source_module_name(writer)])
-        for site in (writer, *makers):
+        _rotate_value_heads(plan, projection, values, input_second_moments[source_module_name(projection)])
+        for parameter in (projection, *values):
             transfer.record_step(
-                site, f"values of each head turned, the {student[size]} directions kept that say most"
+                parameter, f"values rotated within each head, the {student[dim_name]} principal directions kept"
             )
 
 
 def _rotate_value_heads(
-    plan: Plan, writer: ParameterPlan, makers: Sequence[ParameterPlan], size: str, moment: Tensor
+    plan: Plan, projection: ParameterPlan, values: Sequence[ParameterPlan], second_moment: Tensor
 ) -> None:
-    dim = writer.match.row.input_axis
-    teacher, student = plan.sizes(writer)
-    groups = axis_names(writer.axes[dim])[0]
-    members = len(moment) // teacher[groups]
-    heard = moment * selected_head_mask(plan, writer, len(moment)).view(-1, 1, 1)
-    weight = projected_output_weight(plan, writer).unflatten(1, (teacher[groups], members, teacher[size]))
+    dim_name = head_dim_name(projection)
+    if _is_rotated(plan, projection, dim_name):
+        for parameter in (projection, *values):
+            _keep_first(plan, parameter, dim_name)
+        return
+    teacher, student = plan.sizes(projection)
+    groups = axis_names(projection.axes[projection.match.row.input_axis])[0]
+    members = len(second_moment) // teacher[groups]
+    moments = second_moment * selected_head_mask(plan, projection, len(second_moment)).view(-1, 1, 1)
+    weight = projected_output_weight(plan, projection).unflatten(1, (teacher[groups], members, teacher[dim_name]))
     encoders, decoders = [], []
-    for group, moments in enumerate(heard.unflatten(0, (teacher[groups], members))):
-        read = weight[:, group].reshape(-1, teacher[size])  # all that its members write
-        encoder, decoder = low_rank_factors(moments.sum(0), read.T @ read, student[size])
+    for group, of_group in enumerate(moments.unflatten(0, (teacher[groups], members))):
+        output_weight = weight[:, group].reshape(-1, teacher[dim_name])  # of all its members
+        encoder, decoder = low_rank_factors(of_group.sum(0), output_weight.T @ output_weight, student[dim_name])
         encoders.append(encoder)
         decoders.append(decoder)
-    kept = {}
-    for site, matrices in [(writer, decoders), *((maker, encoders) for maker in makers)]:
-        along = next(dim for dim, axis in enumerate(site.axes) if size in axis_names(axis))
-        sizes, _ = plan.sizes(site)
-        places = torch.stack(
-            [group_indices(site.axes[along], groups, group, size, sizes) for group in range(len(matrices))]
-        )
-        rows = places.view(len(matrices), -1, sizes[size])  # of a writer a row for each member
-        each = torch.stack(matrices).repeat_interleave(rows.shape[1], 0)
-        plan.turns[site.source or ""] = HeadRotation(along, rows.flatten(0, 1), each)
-        kept[site.name] = {size: torch.arange(student[size])}
-    plan.keep(kept)
+    _rotate(plan, projection, dim_name, groups, decoders)
+    for parameter in values:
+        _rotate(plan, parameter, dim_name, groups, encoders)
 
 
-def selected_head_mask(plan: Plan, writer: ParameterPlan, heads: int) -> Tensor:
-    """Return 1 for each of the teacher's heads that the student keeps, as far as that was chosen, (heads,) float64."""
-    units = plan.selected_indices.get(writer.name, {})
-    chosen = next((places for name, places in units.items() if name.endswith("heads group")), None)
-    if chosen is None:
+def selected_head_mask(plan: Plan, parameter: ParameterPlan, heads: int) -> Tensor:
+    """Return 1 for each of the teacher's heads that is selected so far, (heads,) float64."""
+    selected = plan.selected_indices.get(parameter.name, {})
+    indices = next((indices for name, indices in selected.items() if name.endswith("heads group")), None)
+    if indices is None:
         return torch.ones(heads, dtype=torch.float64)
-    return torch.zeros(heads, dtype=torch.float64).index_fill_(0, chosen, 1.0)
+    return torch.zeros(heads, dtype=torch.float64).index_fill_(0, indices, 1.0)
+
+
+def head_dim_name(projection: ParameterPlan) -> str:
+    """Return the name of the size of an output projection's heads; "" if its input is something else."""
+    axis = projection.axes[projection.match.row.input_axis]
+    last = axis.factors[-1] if isinstance(axis, AxisProduct) else None
+    return last.name if isinstance(last, AxisName) and not last.name.isdigit() else ""
+
+
+def _has_axis(parameter: ParameterPlan, name: str) -> bool:
+    return any(name in axis_names(axis) for axis in parameter.axes)
+
+
+def _why_values_unsupported(
+    projection: ParameterPlan, values: Sequence[ParameterPlan], rivals: Sequence[ParameterPlan]
+) -> str:
+    groups = axis_names(projection.axes[projection.match.row.input_axis])[0]
+    weights = [each for each in values if each.match.row.kind == "weight" and not each.match.is_bias]
+    if len(weights) != 1 or any(each.match.row.kind != "weight" for each in values):
+        return "something else than one weight computes them"
+    if not all(_has_axis(each, groups) and len(nearest_by_name(each, rivals)) == 1 for each in values):
+        return "the heads that they belong to are not known"
+    if any("{heads}" in each.match.row.pattern for each in (projection, *values)):
+        return "they are a list of modules"
+    return ""
+
+
+# Queries and keys
+
+
+def rotate_queries_keys(transfer: Transfer, qk_second_moments: Mapping[str, Tensor]) -> None:
+    """Have the plan rotate queries and keys where heads shrink; note which are selected evenly, and why.
+
+    Args:
+        transfer: The transfer, whose plan is changed.
+        qk_second_moments: By module and axis, "layers.0.attn.q_proj/q_dim", the second moment within each head with a one
+            appended, (heads, l + 1, l + 1).
+    """
+    plan = transfer.plan
+    for attention, parameters in _by_attention(plan).items():
+        queries, keys = (
+            [each for each in parameters if not each.match.is_bias and _dim_name(each, kind)]
+            for kind in ("q_dim", "k_dim")
+        )
+        if not any(_head_dim_shrinks(plan, each) for each in parameters):
+            continue
+        reason = _why_queries_unsupported(plan, parameters, queries, keys, qk_second_moments)
+        if reason:
+            pattern = parameters[0].match.row.pattern.rpartition(".")[0]
+            _note_once(transfer, f"{pattern}: queries and keys are selected evenly, because {reason}.")
+            continue
+        _rotate_query_key_heads(plan, parameters, queries[0], keys[0], qk_second_moments)
+        for parameter in parameters:
+            transfer.record_step(
+                parameter, f"queries and keys of {attention} rotated together, the principal directions kept"
+            )
+
+
+def _rotate_query_key_heads(
+    plan: Plan,
+    parameters: Sequence[ParameterPlan],
+    query: ParameterPlan,
+    key: ParameterPlan,
+    qk_second_moments: Mapping[str, Tensor],
+) -> None:
+    names = {"q_dim": _dim_name(query, "q_dim"), "k_dim": _dim_name(key, "k_dim")}
+    if _is_rotated(plan, query, names["q_dim"]):
+        for parameter in parameters:
+            for name in filter(None, (_dim_name(parameter, kind) for kind in names)):
+                _keep_first(plan, parameter, name)
+        return
+    teacher_size, student_size = (sizes[names["q_dim"]] for sizes in plan.sizes(query))
+    groups = _heads_axis_name(key)
+    count = plan.sizes(key)[0][groups]
+    q = qk_second_moments[f"{source_module_name(query)}/{names['q_dim']}"]
+    k = qk_second_moments[f"{source_module_name(key)}/{names['k_dim']}"]
+    q = (q[:, :-1, :-1] * selected_head_mask(plan, query, len(q)).view(-1, 1, 1)).unflatten(0, (count, -1)).sum(1)
+    tokens = k[:, -1, -1].clamp(min=1)[:, None, None]
+    k = k[:, :-1, :-1] / tokens - k[:, :-1, -1:] @ k[:, -1:, :-1] / tokens**2
+    teacher_scale = plan.attention_scale(plan.teacher.config, teacher_size)
+    scale = teacher_scale / plan.attention_scale(plan.student_config, student_size)
+    pairs = [low_rank_product_factors(q[group], k[group], student_size) for group in range(count)]
+    matrices = {"q_dim": [pair[0] * scale for pair in pairs], "k_dim": [pair[1] for pair in pairs]}
+    for parameter in parameters:
+        for kind, name in names.items():
+            if _dim_name(parameter, kind):
+                _rotate(plan, parameter, name, groups, matrices[kind])
+
+
+def _by_attention(plan: Plan) -> dict[str, list[ParameterPlan]]:
+    """Return, by attention module, the parameters in it with an axis of queries or keys."""
+    parameters = [
+        each
+        for each in plan.parameters.values()
+        if each.source and (_dim_name(each, "q_dim") or _dim_name(each, "k_dim"))
+    ]
+    attentions = dict.fromkeys(
+        each.module.rpartition(".")[0] for each in parameters if each.match.row.kind == "weight"
+    )
+    return {
+        attention: [each for each in parameters if each.canonical.startswith(attention + ".")]
+        for attention in attentions
+    }
+
+
+def _dim_name(parameter: ParameterPlan, kind: str) -> str:
+    """Return the name of the size of its queries ("q_dim") or keys ("k_dim"); "" if it has none."""
+    return next((name for axis in parameter.axes for name in axis_names(axis) if name.endswith(kind)), "")
+
+
+def _heads_axis_name(key: ParameterPlan) -> str:
+    return next(name for axis in key.axes for name in axis_names(axis) if name.endswith("heads"))
+
+
+def _head_dim_shrinks(plan: Plan, parameter: ParameterPlan) -> bool:
+    teacher, student = plan.sizes(parameter)
+    names = (_dim_name(parameter, "q_dim"), _dim_name(parameter, "k_dim"))
+    return any(teacher[name] != student[name] for name in names if name)
+
+
+def _why_queries_unsupported(
+    plan: Plan,
+    parameters: Sequence[ParameterPlan],
+    queries: Sequence[ParameterPlan],
+    keys: Sequence[ParameterPlan],
+    qk_second_moments: Mapping[str, Tensor],
+) -> str:
+    if any(each.match.row.kind != "weight" for each in parameters):
+        return "there is a norm between them"
+    if len(queries) != 1 or len(keys) != 1:
+        return "more than one weight computes them"
+    head_dim = plan.sizes(queries[0])[0][_dim_name(queries[0], "q_dim")]
+    if rotary_size(plan.layout, plan.teacher.config, head_dim):
+        return "there is a rotary embedding between them"
+    if any("{heads}" in each.match.row.pattern for each in parameters):
+        return "they are a list of modules"
+    for parameter, kind in ((queries[0], "q_dim"), (keys[0], "k_dim")):
+        if f"{source_module_name(parameter)}/{_dim_name(parameter, kind)}" not in qk_second_moments:
+            return "their activations were not recorded"
+    return ""
+
+
+# Factors
 
 
 def low_rank_factors(moment: Tensor, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return E with orthonormal columns and D, (l, rank), of the best D E^T for z with second moment C, read by W.
+    """Return E with orthonormal columns and D, (l, rank), of the best D E^T for inputs of second moment C, read by W.
 
     Args:
-        moment: C, (l, l). weight: W^T W, (l, l).
+        moment: C, (l, l).
+        weight: W^T W, (l, l).
+        rank: The rank of D E^T.
     """
     root, inverse = sqrt_and_pinv_sqrt(moment)
     leading = torch.linalg.eigh(root @ weight.double() @ root).eigenvectors.flip(1)[:, :rank]
@@ -145,125 +347,12 @@ def low_rank_factors(moment: Tensor, weight: Tensor, rank: int) -> tuple[Tensor,
     return encoder, root @ leading @ triangle.T
 
 
-def sqrt_and_pinv_sqrt(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Return C^1/2 and its pseudoinverse C^-1/2, (l, l) float64, of a second moment C."""
-    energies, axes = torch.linalg.eigh(moment.double())
-    heard = energies > NEGLIGIBLE * energies[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    root = torch.where(heard, energies, 0.0).sqrt()
-    inverse = torch.where(heard, energies, 1.0).rsqrt() * heard
-    return (axes * root) @ axes.T, (axes * inverse) @ axes.T
-
-
-def _has_axis(site: ParameterPlan, name: str) -> bool:
-    return any(name in axis_names(axis) for axis in site.axes)
-
-
-def head_dim_name(writer: ParameterPlan) -> str:
-    """The name of the size of a writer's heads; "" where it reads something else."""
-    axis = writer.axes[writer.match.row.input_axis]
-    last = axis.factors[-1] if isinstance(axis, AxisProduct) else None
-    return last.name if isinstance(last, AxisName) and not last.name.isdigit() else ""
-
-
-def _why_values_unsupported(
-    writer: ParameterPlan, makers: Sequence[ParameterPlan], rivals: Sequence[ParameterPlan]
-) -> str:
-    groups = axis_names(writer.axes[writer.match.row.input_axis])[0]
-    weights = [maker for maker in makers if maker.match.row.kind == "weight" and not maker.match.is_bias]
-    if len(weights) != 1 or any(maker.match.row.kind != "weight" for maker in makers):
-        return "something else than one weight stands on them"
-    if not all(_has_axis(maker, groups) and len(nearest_by_name(maker, rivals)) == 1 for maker in makers):
-        return "it is not known which heads they are of"
-    if any("{heads}" in site.match.row.pattern for site in (writer, *makers)):
-        return "they stand in a list of modules"
-    return ""
-
-
-@dataclass(frozen=True)
-class Compose:
-    """Changes of one tensor, one after another."""
-
-    changes: tuple[Callable[[Tensor], Tensor], ...]
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the tensor with all changes made."""
-        for change in self.changes:
-            tensor = change(tensor)
-        return tensor
-
-
-def rotate_queries_keys(transfer: Transfer, projected: Mapping[str, Tensor]) -> None:
-    """Have the plan read queries and keys turned, where heads get smaller; note what could not be turned and why.
-
-    Args:
-        projected: by module and size, "layers.0.attn.q_proj/q_dim", the second moment of what each head's places are given,
-            with a one beside them, (heads, l + 1, l + 1).
-    """
-    plan = transfer.plan
-    for home, sites in _by_attention(plan).items():
-        queries, keys = (
-            [site for site in sites if not site.match.is_bias and _dim_name(site, kind)] for kind in ("q_dim", "k_dim")
-        )
-        if not any(_head_dim_shrinks(plan, site) for site in sites):
-            continue
-        reason = _why_queries_unsupported(plan, sites, queries, keys, projected)
-        if reason:
-            note = (
-                f"{sites[0].match.row.pattern.rpartition('.')[0]}: queries and keys are chosen evenly, for {reason}."
-            )
-            transfer.notes += [] if note in transfer.notes else [note]
-            continue
-        _rotate_query_key_heads(plan, sites, queries[0], keys[0], projected)
-        for site in sites:
-            transfer.record_step(
-                site, f"queries and keys of {home} turned together, the directions kept that say most"
-            )
-
-
-def _rotate_query_key_heads(
-    plan: Plan, sites: list[ParameterPlan], query: ParameterPlan, key: ParameterPlan, projected: Mapping[str, Tensor]
-) -> None:
-    names = {"q_dim": _dim_name(query, "q_dim"), "k_dim": _dim_name(key, "k_dim")}
-    had, wanted = (sizes[names["q_dim"]] for sizes in plan.sizes(query))
-    groups = _heads_axis_name(key)
-    count = plan.sizes(key)[0][groups]
-    asked, said = (
-        projected[f"{source_module_name(query)}/{names['q_dim']}"],
-        projected[f"{source_module_name(key)}/{names['k_dim']}"],
-    )
-    asked = (
-        (asked[:, :-1, :-1] * selected_head_mask(plan, query, len(asked)).view(-1, 1, 1))
-        .unflatten(0, (count, -1))
-        .sum(1)
-    )
-    tokens = said[:, -1, -1].clamp(min=1)[:, None, None]
-    said = said[:, :-1, :-1] / tokens - said[:, :-1, -1:] @ said[:, -1:, :-1] / tokens**2
-    scale = plan.attention_scale(plan.teacher.config, had) / plan.attention_scale(plan.student_config, wanted)
-    pairs = [low_rank_product_factors(asked[group], said[group], wanted) for group in range(count)]
-    matrices = {"q_dim": [pair[0] * scale for pair in pairs], "k_dim": [pair[1] for pair in pairs]}
-    for site in sites:
-        for kind, name in names.items():
-            if not _dim_name(site, kind):
-                continue
-            along = next(dim for dim, axis in enumerate(site.axes) if name in axis_names(axis))
-            sizes, _ = plan.sizes(site)
-            places = torch.stack(
-                [group_indices(site.axes[along], groups, group, name, sizes) for group in range(count)]
-            )
-            rows = places.view(count, -1, had)  # of queries a row for each member of a group
-            turn = HeadRotation(
-                along, rows.flatten(0, 1), torch.stack(matrices[kind]).repeat_interleave(rows.shape[1], 0)
-            )
-            source = site.source or ""
-            plan.turns[source] = Compose((plan.turns[source], turn)) if source in plan.turns else turn
-            plan.keep({site.name: {name: torch.arange(wanted)}})
-
-
 def low_rank_product_factors(queries: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return E_q and E_k, (l, rank), of the A = E_q E_k^T of this rank for which E |q (1 - A) k^T|^2 is least.
+    """Return E_q and E_k, (l, rank), of the A = E_q E_k^T of this rank that minimises E |q (1 - A) k^T|^2.
 
     Args:
-        queries, keys: the second moments of independent q and k, (l, l).
+        queries, keys: Second moments of independent q and k, (l, l).
+        rank: The rank of A.
     """
     root_q, inverse_q = sqrt_and_pinv_sqrt(queries)
     root_k, inverse_k = sqrt_and_pinv_sqrt(keys)
@@ -272,50 +361,10 @@ def low_rank_product_factors(queries: Tensor, keys: Tensor, rank: int) -> tuple[
     return inverse_q @ left[:, :rank] * shares, inverse_k @ right.T[:, :rank] * shares
 
 
-def _by_attention(plan: Plan) -> dict[str, list[ParameterPlan]]:
-    """Return by attention module the parameters in it that have an axis of queries' or keys' places."""
-    having = [
-        site
-        for site in plan.parameters.values()
-        if site.source and (_dim_name(site, "q_dim") or _dim_name(site, "k_dim"))
-    ]
-    homes = dict.fromkeys(site.module.rpartition(".")[0] for site in having if site.match.row.kind == "weight")
-    return {home: [site for site in having if site.canonical.startswith(home + ".")] for home in homes}
-
-
-def _dim_name(site: ParameterPlan, kind: str) -> str:
-    """The name of the size of a site's queries ("q_dim") or keys ("k_dim") on its output axis; "" where it has none."""
-    names = [name for axis in site.axes for name in axis_names(axis) if name.endswith(kind)]
-    return names[0] if names else ""
-
-
-def _heads_axis_name(key: ParameterPlan) -> str:
-    """The name of the axis of heads that a key weight has."""
-    return next(name for axis in key.axes for name in axis_names(axis) if name.endswith("heads"))
-
-
-def _head_dim_shrinks(plan: Plan, site: ParameterPlan) -> bool:
-    teacher, student = plan.sizes(site)
-    return any(teacher[name] != student[name] for name in (_dim_name(site, "q_dim"), _dim_name(site, "k_dim")) if name)
-
-
-def _why_queries_unsupported(
-    plan: Plan,
-    sites: list[ParameterPlan],
-    queries: list[ParameterPlan],
-    keys: list[ParameterPlan],
-    projected: Mapping[str, Tensor],
-) -> str:
-    if any(site.match.row.kind != "weight" for site in sites):
-        return "a norm stands between them"
-    if len(queries) != 1 or len(keys) != 1:
-        return "not one weight makes each"
-    had = plan.sizes(queries[0])[0][_dim_name(queries[0], "q_dim")]
-    if rotary_size(plan.layout, plan.teacher.config, had):
-        return "a rotary embedding stands between them"
-    if any("{heads}" in site.match.row.pattern for site in sites):
-        return "they stand in a list of modules"
-    for site, kind in ((queries[0], "q_dim"), (keys[0], "k_dim")):
-        if f"{source_module_name(site)}/{_dim_name(site, kind)}" not in projected:
-            return "they were not heard"
-    return ""
+def sqrt_and_pinv_sqrt(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Return C^1/2 and its pseudoinverse C^-1/2, (l, l) float64, of a second moment C."""
+    eigenvalues, axes = torch.linalg.eigh(moment.double())
+    is_large = eigenvalues > NEGLIGIBLE * eigenvalues[-1].clamp(min=torch.finfo(torch.float64).tiny)
+    root = torch.where(is_large, eigenvalues, 0.0).sqrt()
+    inverse = torch.where(is_large, eigenvalues, 1.0).rsqrt() * is_large
+    return (axes * root) @ axes.T, (axes * inverse) @ axes.T

@@ -1,10 +1,12 @@
-"""Which blocks, heads and neurons a student keeps, by what the teacher was heard to do with them.
+"""Select the teacher's blocks, heads, neurons and experts by their importance in its activations.
 
-Which experts of a mixture a student keeps: those that write the most onto its stream, over the tokens routed to them.
+The importance of a head or neuron is the mean squared norm of what it adds to the student's residual stream (Minitron,
+arXiv 2407.14679, measured after the output projection); that of an expert, the same over the tokens routed to it; that of a
+block, its influence (ShortGPT, arXiv 2403.03853).
 
-What an expert writes is asked of the teacher's own experts module, one expert at a time with the tokens and weights that its
-router has given it: so the arithmetic is the family's, whatever its activation and however it is run. It takes one more pass
-through the teacher, for which directions the student keeps is known only after the first.
+Experts take one more forward pass, because the student's residual basis is known only after the first. Each expert is
+computed by the teacher's own experts module, for the tokens and weights that its router gave it, so the arithmetic is the
+family's, whatever its activation function and however the module is implemented.
 """
 
 import inspect
@@ -21,6 +23,7 @@ from hf_guide.calibration.config import CalibratedConfig, Importance
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.forward import calibration_mode, drop_padding, forward_no_cache
 from hf_guide.calibration.modules import ModuleMap, ModuleRef
+from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.statistics import ActivationStatistics
 from hf_guide.initialization.blocks.selection import most_influential_blocks
 from hf_guide.initialization.plan import ParameterPlan, Plan
@@ -29,105 +32,104 @@ from hf_guide.models.hooks import removable_hooks
 from hf_guide.utils.distributed import all_reduce_sum_, local_shard
 
 SelectedIndices = dict[str, Tensor]
+"""The teacher's indices that are kept, by the name of an axis; "kv_heads group" where each group keeps its own."""
 
 
-def top_influence_blocks(turned: Tensor, count: int) -> list[int]:
-    """Return the `count` blocks that turn the residual stream most, in order; of equals the first.
+def top_influence_blocks(influence: Tensor, count: int) -> list[int]:
+    """Return the `count` blocks with the largest influence, (blocks,), in order; of equal ones the first."""
+    return most_influential_blocks(influence.tolist(), count) or []
 
-    Args:
-        turned: (blocks,), 1 - mean cosine of each block's input and output (ShortGPT, arXiv 2403.03853, equation 1).
-    """
-    return most_influential_blocks(turned.tolist(), count) or []
+
+# Heads and neurons
 
 
 def select_units(
     plan: Plan, statistics: ActivationStatistics, config: CalibratedConfig
 ) -> tuple[dict[str, SelectedIndices], list[str]]:
-    """Return for each of the student's parameters which heads and neurons it keeps, and what could not be chosen so.
-
-    A unit's energy is the mean of |M^T W_u a_u|^2: what it writes into the span of M (Minitron's importance,
-    arXiv 2407.14679, seen after the output weight).
-    """
+    """Return, by the student's parameter, which heads and neurons it keeps; and notes on those selected evenly instead."""
     notes: list[str] = []
-    units: dict[str, SelectedIndices] = {}
-    families: dict[str, list[ParameterPlan]] = {}
-    for site in plan.parameters.values():
-        if is_output_projection(plan, site) and source_module_name(site) in statistics.inner:
-            families.setdefault(site.match.row.pattern, []).append(site)
-    writers = [site for family in families.values() for site in family]
-    for family in families.values():
-        names = _unit_names(family[0])
-        wanted = config.neuron_importance if len(names) == 1 and _is_flat(family[0]) else config.head_importance
-        if wanted == Importance.UNIFORM or not names or not _shrinks(plan, family[0], names):
+    selected: dict[str, SelectedIndices] = {}
+    by_pattern: dict[str, list[ParameterPlan]] = {}
+    for parameter in plan.parameters.values():
+        if is_output_projection(plan, parameter) and source_module_name(parameter) in statistics.input_second_moments:
+            by_pattern.setdefault(parameter.match.row.pattern, []).append(parameter)
+    projections = [projection for group in by_pattern.values() for projection in group]
+    for pattern, group in by_pattern.items():
+        names = _unit_names(group[0])
+        is_neurons = len(names) == 1 and _has_flat_input(group[0])
+        importance = config.neuron_importance if is_neurons else config.head_importance
+        if importance == Importance.UNIFORM or not names or not _shrinks(plan, group[0], names):
             continue
-        served = {writer.name: _coupled_parameters(plan, writer, writers, names) for writer in family}
-        reason = _why_units_unsupported(plan, names, served)
+        coupled = {each.name: _coupled_parameters(plan, each, projections, names) for each in group}
+        reason = _why_units_unsupported(plan, names, coupled)
         if reason:
-            notes.append(f"{family[0].match.row.pattern}: its {' and '.join(names)} are chosen evenly, for {reason}.")
+            notes.append(f"{pattern}: its {' and '.join(names)} are selected evenly, because {reason}.")
             continue
-        energies = {
-            writer.name: unit_importance(plan, writer, statistics.inner[source_module_name(writer)])
-            for writer in family
+        scores = {
+            each.name: unit_importance(plan, each, statistics.input_second_moments[source_module_name(each)])
+            for each in group
         }
-        if _is_shared_across_blocks(
-            plan, served, family, names
-        ):  # one parameter serves several blocks: they keep the same heads
-            pooled = torch.stack(list(energies.values())).sum(0)
-            energies = dict.fromkeys(energies, pooled)
-        for writer in family:
-            choice = _select(plan, writer, names, energies[writer.name], served[writer.name])
-            for site in [writer, *served[writer.name]]:
-                units.setdefault(site.name, {}).update(choice)
-    chosen = {name: _restrict_to_axes(choice, plan.parameters, name, plan) for name, choice in units.items()}
-    return chosen, notes
+        if _is_shared_across_blocks(coupled, group):  # then all blocks keep the same units
+            pooled = torch.stack(list(scores.values())).sum(0)
+            scores = dict.fromkeys(scores, pooled)
+        for projection in group:
+            indices = _select(plan, projection, names, scores[projection.name], coupled[projection.name])
+            for parameter in [projection, *coupled[projection.name]]:
+                selected.setdefault(parameter.name, {}).update(indices)
+    by_name = {parameter.name: parameter for parameter in plan.parameters.values()}
+    return {name: _restrict_to_axes(indices, by_name[name]) for name, indices in selected.items()}, notes
 
 
-def unit_importance(plan: Plan, writer: ParameterPlan, inner: Tensor) -> Tensor:
-    """Return the energy that each head or neuron writes into the span of M, (units,) float64.
+def unit_importance(plan: Plan, projection: ParameterPlan, second_moment: Tensor) -> Tensor:
+    """Return each unit's mean squared output after M^T W, (units,) float64.
 
     Args:
-        inner: the second moment of its input, (f,) of neurons or (heads, l, l) of heads.
+        plan: The plan, with its bases M.
+        projection: An output projection W.
+        second_moment: Of its input: (f,) for neurons, (heads, l, l) for heads.
     """
-    weight = projected_output_weight(plan, writer)
-    if inner.ndim == 1:
-        return weight.square().sum(0) * inner
-    heads, size, _ = inner.shape
-    per_head = weight.unflatten(1, (heads, size)).movedim(1, 0)  # (heads, d, l)
-    return ((per_head @ inner) * per_head).sum((1, 2))
+    weight = projected_output_weight(plan, projection)
+    if second_moment.ndim == 1:
+        return weight.square().sum(0) * second_moment
+    heads, head_dim, _ = second_moment.shape
+    per_head = weight.unflatten(1, (heads, head_dim)).movedim(1, 0)  # (heads, d, l)
+    return ((per_head @ second_moment) * per_head).sum((1, 2))
 
 
-def projected_output_weight(plan: Plan, writer: ParameterPlan) -> Tensor:
-    """Return what a writer writes into the span of M, M^T W, (d_S, in) float64."""
-    weight = plan.read(writer.source or "").double()
-    row = writer.match.row
-    weight = weight.T if row.transposed else weight  # (d_T, in)
-    chosen = plan.maps(writer)[len(writer.axes) - 1 if row.transposed else 0]
-    if isinstance(chosen, Projection) and chosen.matrix.numel():
-        weight = project_axis(weight, 0, chosen.matrix.cpu(), torch.float64)
+def projected_output_weight(plan: Plan, projection: ParameterPlan) -> Tensor:
+    """Return M^T W of an output projection W, (d_S, in) float64."""
+    weight = plan.read(projection.source or "").double()
+    transposed = projection.match.row.transposed
+    weight = weight.T if transposed else weight  # (d_T, in)
+    axis_map = plan.maps(projection)[len(projection.axes) - 1 if transposed else 0]
+    if isinstance(axis_map, Projection) and axis_map.matrix.numel():
+        weight = project_axis(weight, 0, axis_map.matrix.cpu(), torch.float64)
     return weight
 
 
-def is_output_projection(plan: Plan, site: ParameterPlan) -> bool:
-    """Whether a site is a weight in a block that writes onto the stream and reads something else."""
-    row = site.match.row
-    if row.kind != "weight" or site.match.is_bias or site.source is None or site.block is None or len(site.axes) != 2:
+def is_output_projection(plan: Plan, parameter: ParameterPlan) -> bool:
+    """Return whether a parameter is a weight in a block that writes to the residual stream and reads something else."""
+    row = parameter.match.row
+    if row.kind != "weight" or parameter.match.is_bias or len(parameter.axes) != 2:
         return False
-    stream = {AxisName(name) for name in plan.layout.projected_axes()}
-    return row.output_axis in stream and row.axes[row.input_axis] not in stream
+    if parameter.source is None or parameter.block is None:
+        return False
+    residual = {AxisName(name) for name in plan.layout.projected_axes()}
+    return row.output_axis in residual and row.axes[row.input_axis] not in residual
 
 
-def source_module_name(site: ParameterPlan) -> str:
-    """The teacher's module that feeds a site."""
-    return (site.source or "").removesuffix(".weight")
+def source_module_name(parameter: ParameterPlan) -> str:
+    """Return the name of the teacher's module that a parameter comes from."""
+    return (parameter.source or "").removesuffix(".weight")
 
 
-def _is_flat(site: ParameterPlan) -> bool:
-    return isinstance(site.axes[site.match.row.input_axis], AxisName)
+def _has_flat_input(parameter: ParameterPlan) -> bool:
+    return isinstance(parameter.axes[parameter.match.row.input_axis], AxisName)
 
 
-def _unit_names(site: ParameterPlan) -> list[str]:
-    """The names of the units that a writer reads: ["mlp"], ["heads"] or ["kv_heads", "group"]; none where they are not one."""
-    axis = site.axes[site.match.row.input_axis]
+def _unit_names(projection: ParameterPlan) -> list[str]:
+    """Return the axes of its units: ["mlp"], ["heads"] or ["kv_heads", "group"]; [] where its input is something else."""
+    axis = projection.axes[projection.match.row.input_axis]
     if isinstance(axis, AxisName):
         return [] if axis.name.isdigit() else [axis.name]
     factors = axis.factors[:-1] if isinstance(axis, AxisProduct) else ()
@@ -135,125 +137,146 @@ def _unit_names(site: ParameterPlan) -> list[str]:
     return names if len(names) == len(factors) and len(names) in (1, 2) else []
 
 
-def _shrinks(plan: Plan, site: ParameterPlan, names: Sequence[str]) -> bool:
-    teacher, student = plan.sizes(site)
+def _shrinks(plan: Plan, parameter: ParameterPlan, names: Sequence[str]) -> bool:
+    teacher, student = plan.sizes(parameter)
     return any(teacher[name] != student[name] for name in names)
 
 
 def _coupled_parameters(
-    plan: Plan, writer: ParameterPlan, writers: Sequence[ParameterPlan], names: Sequence[str]
+    plan: Plan, projection: ParameterPlan, projections: Sequence[ParameterPlan], names: Sequence[str]
 ) -> list[ParameterPlan]:
-    """The other parameters whose heads or neurons are this writer's: those nearest to it by name."""
-    found = []
-    for site in plan.parameters.values():
-        if (
-            site.source is None
-            or site is writer
-            or not set(names) & {n for axis in site.axes for n in axis_names(axis)}
-        ):
+    """Return the other parameters with this projection's units on an axis: those nearest to it by name."""
+    rivals = [other for other in projections if set(names) & set(_unit_names(other))]
+    coupled = []
+    for parameter in plan.parameters.values():
+        if parameter.source is None or parameter in projections or not _has_any_axis(parameter, names):
             continue
-        if is_output_projection(plan, site) and site in writers:
-            continue
-        rivals = [other for other in writers if set(names) & set(_unit_names(other))]
-        if writer in nearest_by_name(site, rivals) or site.block is None:
-            found.append(site)
-    return found
+        if projection in nearest_by_name(parameter, rivals) or parameter.block is None:
+            coupled.append(parameter)
+    return coupled
 
 
-def nearest_by_name(site: ParameterPlan, others: Sequence[ParameterPlan]) -> list[ParameterPlan]:
-    """Return those of some parameters whose names agree longest with a site's."""
-    best = max(_common_prefix_length(other, site) for other in others)
-    return [other for other in others if _common_prefix_length(other, site) == best]
+def _has_any_axis(parameter: ParameterPlan, names: Sequence[str]) -> bool:
+    return bool(set(names) & {name for axis in parameter.axes for name in axis_names(axis)})
 
 
-def _common_prefix_length(one: ParameterPlan, other: ParameterPlan) -> int:
-    return len(os.path.commonprefix([one.canonical.split("."), other.canonical.split(".")]))
+def nearest_by_name(parameter: ParameterPlan, others: Sequence[ParameterPlan]) -> list[ParameterPlan]:
+    """Return those of some parameters whose names share the longest prefix with a parameter's."""
+    longest = max(_common_prefix_length(other, parameter) for other in others)
+    return [other for other in others if _common_prefix_length(other, parameter) == longest]
 
 
-def _why_units_unsupported(plan: Plan, names: Sequence[str], served: Mapping[str, Sequence[ParameterPlan]]) -> str:
+def _common_prefix_length(first: ParameterPlan, second: ParameterPlan) -> int:
+    return len(os.path.commonprefix([first.canonical.split("."), second.canonical.split(".")]))
+
+
+def _why_units_unsupported(plan: Plan, names: Sequence[str], coupled: Mapping[str, Sequence[ParameterPlan]]) -> str:
     layout = plan.layout
     if any("{heads}" in row.pattern for row in layout.rows) and "mlp" not in names:
-        return "they stand in a list of modules"
+        return "they are a list of modules"
     if layout.alibi is not None and layout.alibi(plan.teacher.config) and not names[0].endswith("mlp"):
-        return "their slopes (ALiBi) go by their place"
-    if not any(served.values()):
-        return "no weight is known that makes them"
+        return "their ALiBi slopes depend on their index"
+    if not any(coupled.values()):
+        return "the weight that computes them is not known"
     return ""
 
 
-def _is_shared_across_blocks(
-    plan: Plan, served: Mapping[str, Sequence[ParameterPlan]], family: Sequence[ParameterPlan], names: Sequence[str]
-) -> bool:
+def _is_shared_across_blocks(coupled: Mapping[str, Sequence[ParameterPlan]], group: Sequence[ParameterPlan]) -> bool:
+    """Return whether one parameter has the units of several blocks on an axis."""
+    parameters = [parameter for each in coupled.values() for parameter in each]
     counts: dict[str, int] = {}
-    for sites in served.values():
-        for site in sites:
-            counts[site.match.row.pattern] = counts.get(site.match.row.pattern, 0) + 1
-    outside = any(site.block is None for sites in served.values() for site in sites)
-    weights = {site.match.row.pattern for sites in served.values() for site in sites if not site.match.is_bias}
-    return outside or any(counts[pattern] < len(family) for pattern in weights)
+    for parameter in parameters:
+        counts[parameter.match.row.pattern] = counts.get(parameter.match.row.pattern, 0) + 1
+    weights = {parameter.match.row.pattern for parameter in parameters if not parameter.match.is_bias}
+    is_outside = any(parameter.block is None for parameter in parameters)
+    return is_outside or any(counts[pattern] < len(group) for pattern in weights)
 
 
 def _select(
-    plan: Plan, writer: ParameterPlan, names: Sequence[str], energies: Tensor, served: Sequence[ParameterPlan]
+    plan: Plan,
+    projection: ParameterPlan,
+    names: Sequence[str],
+    importance: Tensor,
+    coupled: Sequence[ParameterPlan],
 ) -> SelectedIndices:
-    teacher, student = plan.sizes(writer)
+    teacher, student = plan.sizes(projection)
     if len(names) == 1:
-        return {names[0]: _top_indices(energies, student[names[0]])}
+        return {names[0]: _top_indices(importance, student[names[0]])}
     groups, members = names
-    table = energies.view(teacher[groups], teacher[members])
-    keep_groups, keep_members = student[groups], student[members]
-    if any(_is_nested(axis, groups, members) for site in served for axis in site.axes):
-        places = _top_indices(
-            table.sum(0), keep_members
-        )  # the same of every group, for the groups are not written side by side
-        kept = _top_indices(table[:, places].sum(1), keep_groups)
-        return {groups: kept, members: places}
-    best = table.sort(dim=1, descending=True, stable=True)
-    kept = _top_indices(best.values[:, :keep_members].sum(1), keep_groups)
-    inside = best.indices[kept, :keep_members].sort(1).values
-    return {groups: kept, f"{groups} {members}": (kept[:, None] * teacher[members] + inside).flatten()}
+    table = importance.view(teacher[groups], teacher[members])
+    if any(_is_nested(axis, groups, members) for parameter in coupled for axis in parameter.axes):
+        # The groups are not adjacent in memory, so every group keeps the same members.
+        member_indices = _top_indices(table.sum(0), student[members])
+        group_indices = _top_indices(table[:, member_indices].sum(1), student[groups])
+        return {groups: group_indices, members: member_indices}
+    ranked = table.sort(dim=1, descending=True, stable=True)
+    group_indices = _top_indices(ranked.values[:, : student[members]].sum(1), student[groups])
+    within = ranked.indices[group_indices, : student[members]].sort(1).values
+    return {
+        groups: group_indices,
+        f"{groups} {members}": (group_indices[:, None] * teacher[members] + within).flatten(),
+    }
 
 
-def _top_indices(energies: Tensor, count: int) -> Tensor:
-    """The places of the `count` greatest, in order; of equals the first."""
-    return energies.argsort(descending=True, stable=True)[:count].sort().values
+def _top_indices(importance: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` largest, in order; of equal ones the first."""
+    return importance.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _is_nested(axis: Axis, first: str, second: str) -> bool:
     return second in axis_names(merge_adjacent(axis, first, second))
 
 
-def _restrict_to_axes(
-    choice: SelectedIndices, sites: Mapping[str, ParameterPlan], name: str, plan: Plan
-) -> SelectedIndices:
-    """Leave to a parameter the choices that its own axes name."""
-    site = next(site for site in sites.values() if site.name == name)
-    names = {found for axis in site.axes for found in axis_names(axis)}
-    return {key: places for key, places in choice.items() if set(key.split()) <= names}
+def _restrict_to_axes(selected: SelectedIndices, parameter: ParameterPlan) -> SelectedIndices:
+    """Return the selections of those axes that a parameter has."""
+    names = {name for axis in parameter.axes for name in axis_names(axis)}
+    return {key: indices for key, indices in selected.items() if set(key.split()) <= names}
+
+
+# Experts
 
 
 def prunable_experts(
-    plan: Plan, anatomy: ModuleMap, config: CalibratedConfig
+    plan: Plan, modules: ModuleMap, config: CalibratedConfig
 ) -> tuple[dict[str, ModuleRef], list[str]]:
-    """Return the teacher's experts modules of which a student keeps a part, by name, and what is chosen evenly and why."""
-    found: dict[str, ModuleRef] = {}
+    """Return the teacher's experts modules to prune by importance; and notes on those whose experts are selected evenly."""
+    prunable: dict[str, ModuleRef] = {}
     notes: list[str] = []
     if config.expert_importance == Importance.UNIFORM:
-        return found, notes
-    for site in plan.parameters.values():
-        part = anatomy.experts.get(_source_parent(site))
-        if part is None or part.match.row != site.match.row:
+        return prunable, notes
+    for parameter in plan.parameters.values():
+        ref = modules.experts.get(_source_parent(parameter))
+        if ref is None or ref.match.row != parameter.match.row:
             continue
-        teacher, student = plan.sizes(site)
+        teacher, student = plan.sizes(parameter)
         if teacher["experts"] == student["experts"]:
             continue
-        reason = _why_experts_unsupported(plan, part)
-        note = f"{site.match.row.pattern}: its experts are chosen evenly, for {reason}."
+        reason = _why_experts_unsupported(plan, ref)
+        note = f"{parameter.match.row.pattern}: its experts are selected evenly, because {reason}."
         if not reason:
-            found[part.name] = part
+            prunable[ref.name] = ref
         elif note not in notes:
             notes.append(note)
-    return found, notes
+    return prunable, notes
+
+
+def load_or_collect_expert_importance(
+    model: PreTrainedModel,
+    experts: Mapping[str, ModuleRef],
+    plan: Plan,
+    batches: Sequence[Batch],
+    checkpoint: CalibrationCheckpoint | None,
+    *,
+    show_progress: bool = False,
+) -> dict[str, Tensor]:
+    """Return `collect_expert_importance`, from the checkpoint if an earlier run has finished it."""
+    saved = None if checkpoint is None else checkpoint.load_step("expert_importance")
+    if saved is not None:
+        return saved[0]
+    importance = collect_expert_importance(model, experts, plan, batches, show_progress=show_progress)
+    if checkpoint is not None:
+        checkpoint.save_step("expert_importance", importance, {})
+    return importance
 
 
 @torch.no_grad()
@@ -265,73 +288,73 @@ def collect_expert_importance(
     *,
     show_progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Return by experts module the energy that each expert writes into the span of M, (experts,) float64.
+    """Return, by experts module, the importance of each expert, (experts,) float64; the same in all processes.
 
-    It is the sum over the tokens routed to it of |M^T w c|^2, with w the router's weight and c what the expert makes of the
-    token. With several processes each hears its share, and all get the same sums.
+    It is the sum over the tokens routed to the expert of |M^T w c|^2, with w the router's weight and c the expert's output.
     """
-    energies: dict[str, Tensor] = {}
-    current: Batch = {}
+    importance = {name: torch.zeros(count_experts(ref), dtype=torch.float64) for name, ref in experts.items()}
+    batch: Batch = {}
 
-    def hear(part: ModuleRef, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream, chosen, weights = (drop_padding(each, current) for each in (*args, *kwargs.values()))
-        matrix = plan.bases.get(part.axis)
-        heard = energies[part.name]
-        for expert in range(len(heard)):
-            tokens, places = (chosen == expert).nonzero(as_tuple=True)
-            if not len(tokens):
+    def add(ref: ModuleRef, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens, expert_indices, weights = (drop_padding(each, batch) for each in (*args, *kwargs.values()))
+        matrix = plan.bases.get(ref.axis)
+        sums = importance[ref.name]
+        for expert in range(len(sums)):
+            rows, slots = (expert_indices == expert).nonzero(as_tuple=True)
+            if not len(rows):
                 continue
-            # its own forward, and not the module itself, which would call this hook again
-            written = part.module.forward(stream[tokens], chosen[tokens, places, None], weights[tokens, places, None])
-            written = written if matrix is None else written @ matrix.to(written)
-            heard[expert] += written.square().sum(dtype=torch.float64).cpu()
+            # Its forward, because a call of the module would call this hook again.
+            output = ref.module.forward(tokens[rows], expert_indices[rows, slots, None], weights[rows, slots, None])
+            output = output if matrix is None else output @ matrix.to(output)
+            sums[expert] += output.square().sum(dtype=torch.float64).cpu()
 
     with removable_hooks() as handles, calibration_mode(model):
-        for name, part in experts.items():
-            energies[name] = torch.zeros(count_experts(part), dtype=torch.float64)
+        for ref in experts.values():
 
-            def hook(module: nn.Module, args: Any, kwargs: Any, part: ModuleRef = part) -> None:
-                hear(part, args, kwargs)
+            def hook(module: nn.Module, args: Any, kwargs: Any, ref: ModuleRef = ref) -> None:
+                add(ref, args, kwargs)
 
-            handles.append(part.module.register_forward_pre_hook(hook, with_kwargs=True))
-        for current in tqdm(local_shard(batches), desc="hearing the experts", unit="batch", disable=not show_progress):
-            forward_no_cache(model, current)
-    all_reduce_sum_(energies.values())
-    return energies
+            handles.append(ref.module.register_forward_pre_hook(hook, with_kwargs=True))
+        local_batches = local_shard(batches)
+        for batch in tqdm(local_batches, desc="calibration: experts", unit="batch", disable=not show_progress):
+            forward_no_cache(model, batch)
+    all_reduce_sum_(importance.values())
+    return importance
 
 
-def select_experts(plan: Plan, energies: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return for each of the student's parameters with an axis of experts which it keeps: the loudest, in their order."""
-    chosen: dict[tuple[str, int | None], Tensor] = {}
-    for site in plan.parameters.values():
-        if _source_parent(site) in energies:
-            count = plan.sizes(site)[1]["experts"]
-            loudest = energies[_source_parent(site)].argsort(descending=True, stable=True)[:count]
-            chosen[_stack_prefix(site), site.block] = loudest.sort().values
+def select_experts(plan: Plan, importance: Mapping[str, Tensor]) -> dict[str, SelectedIndices]:
+    """Return, by the student's parameter with an axis of experts, which it keeps: the most important, in their order."""
+    selected: dict[tuple[str, int | None], Tensor] = {}
+    for parameter in plan.parameters.values():
+        if _source_parent(parameter) in importance:
+            count = plan.sizes(parameter)[1]["experts"]
+            selected[_stack_prefix(parameter), parameter.block] = _top_indices(
+                importance[_source_parent(parameter)], count
+            )
     return {
-        site.name: {"experts": chosen[_stack_prefix(site), site.block]}
-        for site in plan.parameters.values()
-        if (_stack_prefix(site), site.block) in chosen and any("experts" in axis_names(axis) for axis in site.axes)
+        parameter.name: {"experts": selected[_stack_prefix(parameter), parameter.block]}
+        for parameter in plan.parameters.values()
+        if (_stack_prefix(parameter), parameter.block) in selected and _has_any_axis(parameter, ["experts"])
     }
 
 
-def count_experts(part: ModuleRef) -> int:
+def count_experts(ref: ModuleRef) -> int:
     """Return how many experts a module holds."""
-    return len(getattr(part.module, part.parameter))
+    return len(getattr(ref.module, ref.parameter))
 
 
-def _why_experts_unsupported(plan: Plan, part: ModuleRef) -> str:
+def _why_experts_unsupported(plan: Plan, ref: ModuleRef) -> str:
     if (getattr(plan.teacher.config, "n_group", None) or 1) > 1:
-        return "their router chooses groups of them first"
-    if len(inspect.signature(part.module.forward).parameters) != 3:
-        return "they are given something else than tokens, their experts and their weights"
+        return "their router selects groups of them first"
+    if len(inspect.signature(ref.module.forward).parameters) != 3:
+        return "their module takes other arguments than tokens, their experts and their weights"
     return ""
 
 
-def _source_parent(site: ParameterPlan) -> str:
-    """The teacher's module that holds what feeds a site."""
-    return (site.source or "").rpartition(".")[0]
+def _source_parent(parameter: ParameterPlan) -> str:
+    """Return the name of the teacher's module that holds the parameter's source."""
+    return (parameter.source or "").rpartition(".")[0]
 
 
-def _stack_prefix(site: ParameterPlan) -> str:
-    return site.match.row.pattern.partition("{block}")[0]
+def _stack_prefix(parameter: ParameterPlan) -> str:
+    return parameter.match.row.pattern.partition("{block}")[0]

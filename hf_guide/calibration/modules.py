@@ -1,6 +1,7 @@
-"""Where to listen in a model: its blocks, the norms that read the residual stream, and the modules that read or write it.
+"""Find the modules of a model whose activations matter: its blocks, its norms, and its projections from and to the
+residual stream.
 
-Found by the names that a layout gives, so the same in every family whose axes are known.
+They are found by the names that a layout gives, so alike in every family whose axes are known.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +18,14 @@ from hf_guide.models.model_classes import strip_base_prefix
 
 @dataclass(frozen=True)
 class ModuleRef:
-    """A module of a model with what the layout says of it; `axis` is the projected axis on which it lies."""
+    """A module and what the layout says of it.
+
+    Attributes:
+        name: Its canonical name, without the base model's prefix.
+        module: The module.
+        match: The row of the layout that describes it.
+        axis: The projected axis (the residual stream) that it reads or writes.
+    """
 
     name: str
     module: nn.Module
@@ -26,108 +34,125 @@ class ModuleRef:
 
     @property
     def block(self) -> int | None:
-        """The number of the block it is in, None outside of blocks."""
-        number = self.match.numbers.get("block")
-        return None if number is None else int(number)
+        """Return the index of its block; None outside of blocks."""
+        index = self.match.numbers.get("block")
+        return None if index is None else int(index)
 
     @property
     def parameter(self) -> str:
-        """The last word of the layout's name: of experts that of the parameter they are matched by."""
+        """Return the last word of the layout's name: for experts, the parameter by which they are matched."""
         return self.match.row.pattern.rpartition(".")[2]
 
     @property
     def is_language_head(self) -> bool:
-        """Whether it makes logits over a vocabulary."""
+        """Return whether it computes logits over a vocabulary."""
         return self.block is None and AxisName("vocab") in self.match.axes
 
     @property
     def stack(self) -> str:
-        """The stack it is in, such as "layers.{block}"; "" outside of blocks."""
-        before, found, _ = self.match.row.pattern.partition("{block}")
-        return before + found if found else ""
+        """Return its stack of blocks, such as "layers.{block}"; "" outside of blocks."""
+        before, block, _ = self.match.row.pattern.partition("{block}")
+        return before + block if block else ""
 
 
 @dataclass
 class ModuleMap:
-    """The parts of one model by their canonical names.
+    """The modules of one model, by canonical name.
 
     Attributes:
-        blocks: the modules of each stack, in order.
-        norms: every norm whose axis is on the stream.
-        read_norms: those norms that other weights read (of a pre-norm model all), by name.
-        readers: linear modules that read along the stream, routers of experts among them; writers: those that write onto it,
-            and read elsewhere.
-        experts: modules that hold a mixture's experts side by side, matched by the weight that writes onto the stream.
+        blocks: The blocks of each stack, in order.
+        norms: Norms over the residual stream.
+        read_norms: Those whose output other weights read; in a pre-norm model, all of them.
+        residual_in: Linear modules that read the residual stream, routers of experts included.
+        residual_out: Linear modules that write to the residual stream and read something else (o_proj, down_proj).
+        experts: Modules that hold a mixture's experts in one parameter, matched by the weight that writes to the stream.
     """
 
     blocks: dict[str, list[nn.Module]] = field(default_factory=dict)
     norms: dict[str, ModuleRef] = field(default_factory=dict)
     read_norms: dict[str, ModuleRef] = field(default_factory=dict)
-    readers: dict[str, ModuleRef] = field(default_factory=dict)
-    writers: dict[str, ModuleRef] = field(default_factory=dict)
+    residual_in: dict[str, ModuleRef] = field(default_factory=dict)
+    residual_out: dict[str, ModuleRef] = field(default_factory=dict)
     experts: dict[str, ModuleRef] = field(default_factory=dict)
+
+    @property
+    def linear(self) -> dict[str, ModuleRef]:
+        """Return the linear modules that read or write the residual stream."""
+        return {**self.residual_in, **self.residual_out}
 
 
 def find_modules(model: PreTrainedModel, layout: Layout) -> ModuleMap:
-    """Return where to listen in `model`."""
+    """Return the modules of `model` that the layout describes."""
     found = ModuleMap()
-    projected = set(layout.projected_axes())
-    reads = {norm for row in layout.rows for norm in row.input_norms if norm}
-    stacks = {row.pattern.partition("{block}")[0] + "{block}" for row in layout.rows if "{block}" in row.pattern}
     modules = {strip_base_prefix(name, model.base_model_prefix): module for name, module in model.named_modules()}
+    stacks = {row.pattern.partition("{block}")[0] + "{block}" for row in layout.rows if "{block}" in row.pattern}
     for stack in sorted(stacks):
-        held: list[nn.Module] = []
-        while (name := stack.replace("{block}", str(len(held)))) in modules:
-            held.append(modules[name])
-        if held:
-            found.blocks[stack] = held
+        blocks: list[nn.Module] = []
+        while (name := stack.replace("{block}", str(len(blocks)))) in modules:
+            blocks.append(modules[name])
+        if blocks:
+            found.blocks[stack] = blocks
+    patterns_read = {norm for row in layout.rows for norm in row.input_norms if norm}
     for name, module in modules.items():
-        for parameter, _ in module.named_parameters(recurse=False):
-            match = layout.find(f"{name}.{parameter}")
-            if match is not None and len(match.axes) == 3 and match.axes[0] == AxisName("experts"):
-                axis = match.axes[2 if match.row.transposed else 1]
-                if isinstance(axis, AxisName) and axis.name in projected and not match.row.input_norms:
-                    found.experts[name] = ModuleRef(name, module, match, axis.name)
+        _add_experts(found, name, module, layout)
         match = layout.find(name)
         if match is None or match.suffix or not match.axes:
             continue
-        row = match.row
-        if row.kind == "norm":
-            axis = match.axes[-1]
-            if len(match.axes) == 1 and isinstance(axis, AxisName) and axis.name in projected:
-                found.norms[name] = ModuleRef(name, module, match, axis.name)
-                if row.pattern in reads:
-                    found.read_norms[name] = found.norms[name]
-        elif row.kind == "weight" and len(match.axes) == 2 and (is_linear(module) or is_router(module, match)):
-            read, written = row.axes[row.input_axis], row.output_axis
-            if isinstance(read, AxisName) and read.name in projected:
-                found.readers[name] = ModuleRef(name, module, match, read.name)
-            elif isinstance(written, AxisName) and written.name in projected:
-                found.writers[name] = ModuleRef(name, module, match, written.name)
+        if match.row.kind == "norm":
+            _add_norm(found, name, module, match, layout, patterns_read)
+        elif match.row.kind == "weight" and len(match.axes) == 2 and (is_linear(module) or is_router(module, match)):
+            _add_linear(found, name, module, match, layout)
     return found
 
 
+def _add_experts(found: ModuleMap, name: str, module: nn.Module, layout: Layout) -> None:
+    for parameter, _ in module.named_parameters(recurse=False):
+        match = layout.find(f"{name}.{parameter}")
+        if match is not None and len(match.axes) == 3 and match.axes[0] == AxisName("experts"):
+            axis = match.axes[2 if match.row.transposed else 1]
+            if isinstance(axis, AxisName) and axis.name in layout.projected_axes() and not match.row.input_norms:
+                found.experts[name] = ModuleRef(name, module, match, axis.name)
+
+
+def _add_norm(
+    found: ModuleMap, name: str, module: nn.Module, match: LayoutMatch, layout: Layout, patterns_read: set[str]
+) -> None:
+    axis = match.axes[-1]
+    if len(match.axes) == 1 and isinstance(axis, AxisName) and axis.name in layout.projected_axes():
+        found.norms[name] = ModuleRef(name, module, match, axis.name)
+        if match.row.pattern in patterns_read:
+            found.read_norms[name] = found.norms[name]
+
+
+def _add_linear(found: ModuleMap, name: str, module: nn.Module, match: LayoutMatch, layout: Layout) -> None:
+    input_axis, output_axis = match.row.axes[match.row.input_axis], match.row.output_axis
+    if isinstance(input_axis, AxisName) and input_axis.name in layout.projected_axes():
+        found.residual_in[name] = ModuleRef(name, module, match, input_axis.name)
+    elif isinstance(output_axis, AxisName) and output_axis.name in layout.projected_axes():
+        found.residual_out[name] = ModuleRef(name, module, match, output_axis.name)
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies with a matrix, and adds a bias at most."""
+    """Return whether a module multiplies by a matrix, and at most adds a bias."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def is_router(module: nn.Module, match: LayoutMatch) -> bool:
-    """Whether a module multiplies the stream with a matrix, a row an expert, before it chooses among them."""
+    """Return whether a module multiplies the residual stream by a matrix with one row per expert."""
     return match.axes[0] == AxisName("experts") and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a linear module, (out, in), sharing memory with it."""
+    """Return the weight of a linear module, (out, in), sharing its memory."""
     weight = cast(Tensor, module.weight)
     return weight.T if isinstance(module, Conv1D) else weight
 
 
 def module_bias(module: nn.Module) -> Tensor | None:
-    """Return the bias of a linear module or a norm, (out,), sharing memory with it; None where it has none."""
+    """Return the bias of a linear module or a norm, (out,), sharing its memory; None if it has none."""
     return cast("Tensor | None", getattr(module, "bias", None))
 
 
 def norm_weight(norm: nn.Module) -> Tensor:
-    """Return the stored gain of a norm, (d,), sharing memory with it."""
+    """Return the weight of a norm as it is stored, (d,), sharing its memory."""
     return cast(Tensor, norm.weight)

@@ -1,491 +1,409 @@
-"""In which order a block's weights can be fitted, and where on the stream each is heard: found by running it.
+"""Refit the student's weights block by block, each to the teacher's activations on the same tokens.
 
-Weights fitted again, block by block: each to what the teacher makes of the same tokens, seen from the student's own stream.
-
-A reading weight is fitted to the teacher's own output (of the heads and neurons that are kept), a writing weight to the
-teacher's stream after it, carried through M, less what the student's stream has already. So each block sees, and makes up for,
-what those before it have lost. It is ridge regression towards the weight that was carried over: where nothing was lost,
-nothing changes.
+An input projection is fitted to the teacher's own output (of the selected heads and neurons), an output projection to what
+the student's residual stream still lacks of the teacher's, projected by M, after the dropped blocks that follow. Inputs are the
+student's own, so each block corrects the error of those before it. It is ridge regression towards the transferred weight:
+where nothing was lost, nothing changes.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
-from hf_guide.calibration.config import CalibratedConfig, Refit
-from hf_guide.calibration.data import Batch
+from hf_guide.calibration.config import Refit
 from hf_guide.calibration.forward import capture_input, drop_padding, is_decoder_stack, reads_decoder_tokens
-from hf_guide.calibration.least_squares import (
-    TrainValNormalEquations,
-    append_bias_column,
-    at_least_float32,
-    max_eps,
-    select_ridge,
-)
-from hf_guide.calibration.modules import ModuleMap, ModuleRef, find_modules, linear_weight, module_bias
-from hf_guide.calibration.resume import CalibrationCheckpoint
+from hf_guide.calibration.least_squares import TrainValNormalEquations, append_bias_column, max_eps, select_ridge
+from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight, module_bias
+from hf_guide.calibration.refit import RefitState, weight_and_bias
 from hf_guide.calibration.sequential import SequentialBlocks, UnsupportedBlockStructure
-from hf_guide.errors import ShapeError
-from hf_guide.initialization.plan import ParameterPlan
-from hf_guide.initialization.transfer import Transfer, check_no_overflow
 from hf_guide.layouts.grammar import Identity, Projection, Selection
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
-from hf_guide.utils.distributed import all_reduce_scalar, local_shard
-from hf_guide.utils.finite import is_finite
+from hf_guide.utils.distributed import all_reduce_scalar
 
 BLOCK_OUTPUT = ""
-"""The name of the place where a block's own output is heard."""
+"""The name of a block's own output among the locations where the residual stream is observed."""
 
 RELATIVE_TOLERANCE, MAX_TOLERANCE = 1e-2, 0.1
-"""What is written may arrive so far from itself, in units of its length, and with the rounding errors of a dtype so far."""
+"""How far an output may change on its way to where it is observed, relative to its RMS; with a dtype's rounding, how far."""
 
 
 @dataclass
 class FitStep:
-    """Modules that are fitted together: readers of one tensor, or one writer, which is heard again at `point`.
+    """Modules that are fitted together: input projections of one tensor, or one output projection.
 
-    What a writer writes arrives there times `slope` (of a scaled residual connection).
+    Attributes:
+        refs: The modules.
+        observed_at: For an output projection, the norm at whose input its output is next observed on the residual stream,
+            or `BLOCK_OUTPUT`; None for input projections.
+        residual_scale: The factor by which its output is multiplied before that (scaled residual connections).
     """
 
-    parts: list[ModuleRef]
+    refs: list[ModuleRef]
     observed_at: str | None = None
     residual_scale: float = 1.0
 
 
 def fit_order(
-    replay: SequentialBlocks, anatomy: ModuleMap, stack: str, number: int, fed: set[str], notes: list[str]
+    blocks: SequentialBlocks, modules: ModuleMap, stack: str, index: int, fittable: set[str], notes: list[str]
 ) -> list[FitStep]:
-    """Return what is to be fitted in a block, in the order in which it runs, heard on the first batch.
+    """Return what is to be fitted in a block, in the order in which it runs on the first batch.
 
     Args:
-        fed: names of the modules that may be fitted.
-        notes: takes what cannot be fitted and why.
+        blocks: The student's blocks, before that block.
+        modules: The student's modules.
+        stack: The stack, such as "layers.{block}".
+        index: The block.
+        fittable: Names of the modules that may be fitted.
+        notes: Extended by what cannot be fitted, and why.
     """
-    readers, writers, points = (
-        [part for part in parts.values() if part.stack == stack and part.block == number]
-        for parts in (anatomy.readers, anatomy.writers, anatomy.norms)
+    residual_in, residual_out, norms = (
+        [ref for ref in refs.values() if ref.stack == stack and ref.block == index]
+        for refs in (modules.residual_in, modules.residual_out, modules.norms)
     )
-    found: list[FitStep] = []
-    read: list[Tensor] = []
+    steps: list[FitStep] = []
+    last_input: list[Tensor] = []
+    observed: dict[str, Tensor] = {}
 
-    def hear_reader(part: ModuleRef, heard: Tensor) -> None:
-        if read and read[-1] is heard and found and found[-1].observed_at is None:
-            found[-1].parts.append(part)
+    def on_input_projection(ref: ModuleRef, inputs: Tensor) -> None:
+        if last_input and last_input[-1] is inputs and steps and steps[-1].observed_at is None:
+            steps[-1].refs.append(ref)
         else:
-            found.append(FitStep([part]))
-        read.append(heard)
+            steps.append(FitStep([ref]))
+        last_input.append(inputs)
 
-    before: dict[str, Tensor] = {}
     with removable_hooks() as handles:
-        for part in readers:
-            if part.name in fed:
-                handles.append(register_input_hook(part.module, lambda heard, p=part: hear_reader(p, heard)))  # type: ignore[misc]
-        for part in writers:
-            if part.name in fed:
-                hear_writer = lambda _, p=part: found.append(FitStep([p], BLOCK_OUTPUT))  # noqa: E731
-                handles.append(register_input_hook(part.module, hear_writer))
-        for part in points:
-            handles.append(register_input_hook(part.module, lambda heard, n=part.name: before.setdefault(n, heard)))  # type: ignore[misc]
-        before[BLOCK_OUTPUT] = replay.run(number, 0, replay.hidden_states[0])
-    kept = []
-    for stage in found:
-        reason = (
-            None if stage.observed_at is None else _probe_residual_location(replay, anatomy, number, stage, before)
-        )
-        note = f"{stage.parts[0].match.row.pattern} was not repaired: {reason}."
+        for ref in residual_in:
+            if ref.name in fittable:
+                handles.append(register_input_hook(ref.module, lambda x, r=ref: on_input_projection(r, x)))  # type: ignore[misc]
+        for ref in residual_out:
+            if ref.name in fittable:
+                handles.append(
+                    register_input_hook(ref.module, lambda _, r=ref: steps.append(FitStep([r], BLOCK_OUTPUT)))  # type: ignore[misc]
+                )
+        for ref in norms:
+            handles.append(register_input_hook(ref.module, lambda x, n=ref.name: observed.setdefault(n, x)))  # type: ignore[misc]
+        observed[BLOCK_OUTPUT] = blocks.run_block(index, 0, blocks.hidden_states[0])
+    supported = []
+    for step in steps:
+        reason = None
+        if step.observed_at is not None:
+            reason = _probe_residual_location(blocks, modules, index, step, observed)
+        note = f"{step.refs[0].match.row.pattern} was not refitted: {reason}."
         if reason is None:
-            kept.append(stage)
+            supported.append(step)
         elif note not in notes:
             notes.append(note)
-    return kept
+    return supported
 
 
 def _probe_residual_location(
-    replay: SequentialBlocks, anatomy: ModuleMap, number: int, stage: FitStep, before: dict[str, Tensor]
+    blocks: SequentialBlocks, modules: ModuleMap, index: int, step: FitStep, observed: dict[str, Tensor]
 ) -> str | None:
-    """Find where what a writer writes is next seen on the stream, by writing something else; return why it is nowhere."""
-    (part,) = stage.parts
-    if part.match.row.output_norm is not None:
-        return "a norm stands between it and the stream"
-    size = max(_rms(stream) for stream in (replay.hidden_states[0], *before.values()))  # so that none rounds it away
+    """Set where an output projection's output is next observed, by adding noise to it; return why it is nowhere, if so."""
+    (ref,) = step.refs
+    if ref.match.row.output_norm is not None:
+        return "a norm is between it and the residual stream"
+    rms = max(
+        _rms(each) for each in (blocks.hidden_states[0], *observed.values())
+    )  # so that none rounds the noise away
     generator = torch.Generator().manual_seed(0)
-    noise = size * torch.randn(before[BLOCK_OUTPUT].shape[-1], generator=generator, dtype=torch.float64)
-    after: dict[str, Tensor] = {}
+    noise = rms * torch.randn(observed[BLOCK_OUTPUT].shape[-1], generator=generator, dtype=torch.float64)
+    perturbed: dict[str, Tensor] = {}
 
-    def disturb(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    def add_noise(module: nn.Module, args: object, output: Tensor) -> Tensor:
         return output + noise.to(output)
 
     with removable_hooks() as handles:
-        handles.append(part.module.register_forward_hook(disturb))
-        for name in before:
+        handles.append(ref.module.register_forward_hook(add_noise))
+        for name in observed:
             if name != BLOCK_OUTPUT:
-                module = anatomy.norms[name].module
-                handles.append(register_input_hook(module, lambda heard, n=name: after.setdefault(n, heard)))  # type: ignore[misc]
-        after[BLOCK_OUTPUT] = replay.run(number, 0, replay.hidden_states[0])
-    rounding = max_eps(linear_weight(part.module).dtype, before[BLOCK_OUTPUT].dtype)
-    for name in [*(name for name in after if name != BLOCK_OUTPUT), BLOCK_OUTPUT]:  # in the order in which they run
-        change = (after[name].double() - before[name].double()).cpu()
+                norm = modules.norms[name].module
+                handles.append(register_input_hook(norm, lambda x, n=name: perturbed.setdefault(n, x)))  # type: ignore[misc]
+        perturbed[BLOCK_OUTPUT] = blocks.run_block(index, 0, blocks.hidden_states[0])
+    eps = max_eps(linear_weight(ref.module).dtype, observed[BLOCK_OUTPUT].dtype)
+    in_order = [*(name for name in perturbed if name != BLOCK_OUTPUT), BLOCK_OUTPUT]
+    for name in in_order:
+        change = (perturbed[name].double() - observed[name].double()).cpu()
         if change.abs().max() <= 1e-6 * noise.abs().max():
-            continue  # this place is before it, or beside it
-        slope = (change @ noise / noise.square().sum()).mean().item()
-        if not _rms(change - slope * noise) <= _tolerance(slope, rounding) * _rms(noise):
+            continue  # this location is before it, or on another branch
+        scale = (change @ noise / noise.square().sum()).mean().item()
+        if not _rms(change - scale * noise) <= _tolerance(scale, eps) * _rms(noise):
             break
-        stage.observed_at, stage.residual_scale = name, slope
+        step.observed_at, step.residual_scale = name, scale
         return None
-    return "what it writes is nowhere seen on the stream as it is"
+    return "its output is nowhere unchanged on the residual stream"
 
 
-def _tolerance(slope: float, rounding: float) -> float:
-    """Return how far from `slope` times the noise, in lengths of the noise, it may arrive.
+def _tolerance(scale: float, eps: float) -> float:
+    """Return how far the change may be from `scale` times the noise, relative to the noise's RMS.
 
-    What is written and the stream it is added to are as long as the noise at most, and each sum of them is rounded.
+    The output and the residual stream are at most as large as the noise, and each sum of them is rounded.
     """
-    return min(RELATIVE_TOLERANCE * max(abs(slope), 1e-3) + 2 * rounding, MAX_TOLERANCE * abs(slope))
+    return min(RELATIVE_TOLERANCE * max(abs(scale), 1e-3) + 2 * eps, MAX_TOLERANCE * abs(scale))
 
 
 def _rms(rows: Tensor) -> float:
-    """Return the root mean square of all that is in a tensor."""
     return rows.double().square().mean().sqrt().item()
 
 
-@dataclass
 class BlockReconstructor:
-    """What a repair needs to know: both models and what was planned.
+    """Refits the blocks of a student, stack by stack, and then the weights after the last block."""
 
-    `lost` tells for each of a stack's blocks how much of the stream the student has not, |x_T M - x_S|^2 / |x_T M|^2 with
-    each token at length 1, before and after. `checkpoint` is where each step is kept, and gone on with.
-    """
-
-    teacher: PreTrainedModel
-    student: PreTrainedModel
-    transfer: Transfer
-    batches: Sequence[Batch]
-    config: CalibratedConfig
-    lost: dict[str, list[float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    progress: bool = False
-    checkpoint: CalibrationCheckpoint | None = None
-    changed: list[ModuleRef] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.plan = self.transfer.plan
-        self.batches = local_shard(self.batches)
-        self.rounding = max_eps(self.teacher.dtype, self.student.dtype)
-        self.of_teacher, self.student_modules = (
-            find_modules(model, self.plan.layout) for model in (self.teacher, self.student)
-        )
+    def __init__(self, state: RefitState):
+        self.state = state
 
     def refit(self) -> None:
-        """Fit the student's weights again, stack by stack and then behind the last block."""
-        for stack in self.student_modules.blocks:
+        """Refit everything that `config.refit` names, and record the residual error of each block."""
+        state = self.state
+        for stack in state.student_modules.blocks:
             try:
                 self._refit_stack(stack)
             except UnsupportedBlockStructure as error:
-                self.notes.append(f"{stack.removesuffix('.{block}')} was not repaired: {error}")
-        if self.config.refit == Refit.ALL and not self.resume_step("heads"):
+                state.notes.append(f"{stack.removesuffix('.{block}')} was not refitted: {error}")
+        if state.config.refit == Refit.ALL and not state.resume_step("lm_head"):
             self._refit_lm_head()
-            self.keep("heads")
-
-    # Going on where a killed run was
-
-    def resume_step(self, step: str) -> bool:
-        """Put back the weights that an earlier run of the same call fitted in a step; return whether there are any.
-
-        Steps are asked for in the order in which they are fitted. After one that is not there, none is put back.
-        """
-        if self.checkpoint is None:
-            return False
-        kept = self.checkpoint.load_step(step)
-        if kept is None:
-            self.checkpoint.steps.clear()  # those after it were fitted to what it had made of the student
-            return False
-        weights, facts = kept
-        parts = {**self.student_modules.readers, **self.student_modules.writers}
-        for name, value in weights.items():
-            module, _, parameter = name.rpartition(".")
-            getattr(parts[module].module, parameter).data.copy_(value)
-        self.lost, self.notes, self.transfer.steps = facts["lost"], facts["notes"], facts["steps"]
-        return True
-
-    def keep(self, step: str) -> None:
-        """Keep the weights that were written since the last step."""
-        if self.checkpoint is not None:
-            weights = {
-                f"{part.name}.{name}": value
-                for part in self.changed
-                for name, value in part.module.named_parameters(recurse=False)
-            }
-            facts = {"lost": self.lost, "notes": self.notes, "steps": self.transfer.steps}
-            self.checkpoint.save_step(step, weights, facts)
-        self.changed.clear()
-
-    def write(self, part: ModuleRef, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Give a module of the student a fitted weight, (out, in), and a bias where it has one.
-
-        Raises:
-            ShapeError: as `store`.
-        """
-        assign_checked(linear_weight(part.module), weight, part.name + ".weight")
-        own = module_bias(part.module)
-        if own is not None and bias is not None:
-            assign_checked(own, bias, part.name + ".bias")
-        self.changed.append(part)
-
-    # One stack
+            state.save_step("lm_head")
 
     def _refit_stack(self, stack: str) -> None:
-        fed, name = self.plan.stacks[stack], stack.removesuffix(".{block}")
-        steps = [f"{name}.{number}" for number in range(len(fed))]
-        if self.checkpoint is not None and self.checkpoint.steps.issuperset(steps):
+        state = self.state
+        sources, name = state.plan.stacks[stack], stack.removesuffix(".{block}")
+        steps = [f"{name}.{index}" for index in range(len(sources))]
+        if state.checkpoint is not None and state.checkpoint.steps.issuperset(steps):
             for step in steps:
-                self.resume_step(step)
+                state.resume_step(step)
             return
-        if not any(part.stack == stack for part in self.student_modules.norms.values()):
+        if not any(ref.stack == stack for ref in state.student_modules.norms.values()):
             raise UnsupportedBlockStructure(
-                f"what is known of {self.plan.layout.family!r} is its blocks alone, not their axes."
+                f"the layout of {state.plan.layout.family!r} names its blocks alone, not their axes."
             )
-        if any(first >= second for first, second in zip(fed, fed[1:], strict=False)):
-            raise UnsupportedBlockStructure(
-                f"its blocks come from the teacher's {fed}, which is not their order there."
-            )
-        teacher = SequentialBlocks(self.teacher, self.of_teacher.blocks[stack], self.batches, "the teacher")
-        student = SequentialBlocks(self.student, self.student_modules.blocks[stack], self.batches, "the student")
-        parts = {**self.student_modules.readers, **self.student_modules.writers}
-        may = {name for name, part in parts.items() if self._comes_from_teacher(part)}
-        for number in tqdm(range(len(fed)), desc=f"repairing {stack}", unit="block", disable=not self.progress):
-            if self.resume_step(steps[number]):
-                student.step()
+        if any(first >= second for first, second in zip(sources, sources[1:], strict=False)):
+            raise UnsupportedBlockStructure(f"its blocks come from the teacher's {sources}, which are not in order.")
+        teacher_blocks, student_blocks = state.teacher_modules.blocks[stack], state.student_modules.blocks[stack]
+        teacher = SequentialBlocks(state.teacher, teacher_blocks, state.batches, "the teacher")
+        student = SequentialBlocks(state.student, student_blocks, state.batches, "the student")
+        bar = tqdm(range(len(sources)), desc=f"refitting {name}", unit="block", disable=not state.show_progress)
+        for index in bar:
+            if state.resume_step(steps[index]):
+                student.advance()
                 continue
-            while teacher.next < fed[number]:
-                teacher.step()
-            stages = fit_order(student, self.student_modules, stack, number, may, self.notes)
-            if self.config.refit != Refit.ALL:
-                stages = [stage for stage in stages if stage.observed_at is not None]
-            taps = self._tap(teacher, stack, fed[number], stages)
-            end = fed[number + 1] if number + 1 < len(fed) else len(teacher.blocks)
-            while teacher.next < end:  # dropped blocks are merged into the one before them
-                teacher.step()
-            taps[BLOCK_OUTPUT] = list(teacher.hidden_states)
-            for stage in stages:
-                if stage.observed_at is None:
-                    self._refit_inputs(student, number, stage, taps.pop(stage.parts[0].name))
-                else:
-                    self._refit_output(student, number, stage, taps[stage.observed_at])
-            student.step()
-            self.lost.setdefault(name, []).append(
-                self._relative_error(student.hidden_states, taps[BLOCK_OUTPUT], stack)
-            )
-            taps.clear()  # before the next block's are held beside them
-            self.keep(steps[number])
+            while teacher.next < sources[index]:
+                teacher.advance()
+            next_source = sources[index + 1] if index + 1 < len(sources) else len(teacher.blocks)
+            error = self._refit_block(stack, teacher, student, next_source)
+            state.residual_error.setdefault(name, []).append(error)
+            state.save_step(steps[index])
 
-    def _tap(
-        self, teacher: SequentialBlocks, stack: str, number: int, stages: Sequence[FitStep]
-    ) -> dict[str, list[Tensor]]:
-        """Run the teacher's block and return what is given to the twins of readers and of points, a tensor a batch."""
-        taps: dict[str, list[Tensor]] = {}
-        names: dict[str, nn.Module] = {}
-        for stage in stages:
-            if stage.observed_at is None:
-                names[stage.parts[0].name] = self._twin(stage.parts[0], number).module
-            elif stage.observed_at != BLOCK_OUTPUT:
-                names[stage.observed_at] = self._twin(self.student_modules.norms[stage.observed_at], number).module
+    def _refit_block(
+        self, stack: str, teacher: SequentialBlocks, student: SequentialBlocks, next_source: int
+    ) -> float:
+        """Refit the student's next block; run it, and the teacher up to block `next_source`; return the residual error."""
+        state, index = self.state, student.next
+        fittable = {name for name, ref in state.student_modules.linear.items() if state.comes_from_teacher(ref)}
+        steps = fit_order(student, state.student_modules, stack, index, fittable, state.notes)
+        if state.config.refit != Refit.ALL:
+            steps = [step for step in steps if step.observed_at is not None]
+        targets = self._record_teacher(teacher, steps)
+        while teacher.next < next_source:  # so that the block also fits the dropped ones that follow it
+            teacher.advance()
+        targets[BLOCK_OUTPUT] = list(teacher.hidden_states)
+        for step in steps:
+            if step.observed_at is None:
+                self._refit_inputs(student, step, targets.pop(step.refs[0].name))
+            else:
+                self._refit_output(student, step, targets[step.observed_at])
+        student.advance()
+        return self._residual_error(student.hidden_states, targets[BLOCK_OUTPUT], stack)
+
+    def _record_teacher(self, teacher: SequentialBlocks, steps: Sequence[FitStep]) -> dict[str, list[Tensor]]:
+        """Run the teacher's next block; return what the steps are fitted to, a tensor per batch.
+
+        Inputs of input projections are recorded under the name of the student's first module, residual streams under the
+        name of the norm where they are observed.
+        """
+        state, block = self.state, teacher.next
+        modules: dict[str, nn.Module] = {}
+        for step in steps:
+            if step.observed_at is None:
+                modules[step.refs[0].name] = state.teacher_module(step.refs[0], block).module
+            elif step.observed_at != BLOCK_OUTPUT:
+                norm = state.student_modules.norms[step.observed_at]
+                modules[step.observed_at] = state.teacher_module(norm, block).module
+        recorded: dict[str, list[Tensor]] = {}
         with removable_hooks() as handles:
-            for name, module in names.items():
-                handles.append(register_input_hook(module, taps.setdefault(name, []).append))
-            teacher.step()
-        return taps
+            for name, module in modules.items():
+                handles.append(register_input_hook(module, recorded.setdefault(name, []).append))
+            teacher.advance()
+        return recorded
 
-    def _twin(self, part: ModuleRef, number: int) -> ModuleRef:
-        """Return the teacher's module that a student's module comes from."""
-        name = part.match.row.pattern.replace("{block}", str(number))
-        for placeholder, value in part.match.numbers.items():
-            name = name.replace("{" + placeholder + "}", value)
-        return {**self.of_teacher.norms, **self.of_teacher.readers, **self.of_teacher.writers}[name]
+    # Input projections
 
-    # One weight
-
-    def _refit_inputs(self, student: SequentialBlocks, number: int, stage: FitStep, taps: Sequence[Tensor]) -> None:
-        """Fit weights that read one tensor to what the teacher's make of theirs."""
-        first = stage.parts[0]
+    def _refit_inputs(self, student: SequentialBlocks, step: FitStep, teacher_inputs: Sequence[Tensor]) -> None:
+        """Fit input projections of one tensor to the teacher's outputs for its own input."""
+        first = step.refs[0]
         sums: list[TrainValNormalEquations] = []
 
-        def hear(batch: int, heard: Tensor) -> None:
-            self._add_input_rows(sums, first, heard, taps[batch], batch)
+        def on_input(batch: int, inputs: Tensor) -> None:
+            self._add_inputs(sums, first, inputs, teacher_inputs[batch], batch)
             raise StopForward
 
-        for batch in range(len(self.batches)):
+        for batch in range(len(self.state.batches)):
             with removable_hooks() as handles:
-                handles.append(register_input_hook(first.module, lambda heard, b=batch: hear(b, heard)))  # type: ignore[misc]
-                student.hear(number, batch)
-        self._solve_inputs(stage.parts, sums)
+                handles.append(register_input_hook(first.module, lambda x, b=batch: on_input(b, x)))  # type: ignore[misc]
+                student.run_next(batch)
+        self._solve_inputs(step.refs, sums)
 
-    def _add_input_rows(
-        self, sums: list[TrainValNormalEquations], part: ModuleRef, heard: Tensor, wanted: Tensor, batch: int
+    def _add_inputs(
+        self,
+        sums: list[TrainValNormalEquations],
+        ref: ModuleRef,
+        student_inputs: Tensor,
+        teacher_inputs: Tensor,
+        batch: int,
     ) -> None:
-        of_decoder, mask = reads_decoder_tokens(part, self.student.config), self.batches[batch]
-        x, y = (append_bias_column(drop_padding(each, mask, of_decoder=of_decoder), True) for each in (heard, wanted))
+        of_decoder = reads_decoder_tokens(ref, self.state.student.config)
+        x, y = (
+            append_bias_column(drop_padding(each, self.state.batches[batch], of_decoder=of_decoder), True)
+            for each in (student_inputs, teacher_inputs)
+        )
         if not sums:
-            sums.append(TrainValNormalEquations.of(x.shape[1], y.shape[1]))
+            sums.append(TrainValNormalEquations.zeros(x.shape[1], y.shape[1]))
         sums[0].add(x, y, batch)
 
-    def _solve_inputs(self, parts: Sequence[ModuleRef], sums: Sequence[TrainValNormalEquations]) -> None:
+    def _solve_inputs(self, refs: Sequence[ModuleRef], sums: Sequence[TrainValNormalEquations]) -> None:
         if not sums:
             return
-        total = sums[0].gather()
-        for part in parts:
-            biased = module_bias(part.module) is not None
-            size = None if biased else -1
-            own = weight_and_bias(part.module) if biased else linear_weight(part.module).double().cpu()
-            source = self._source(part)
-            first, second = (
-                (half.gram[:size, :size], half.cross[:, :size]) for half in (total.fitted, total.held_out)
+        total = sums[0].reduce()
+        for ref in refs:
+            has_bias = module_bias(ref.module) is not None
+            columns = None if has_bias else -1
+            weight = weight_and_bias(ref.module)
+            teacher_weight = self._teacher_weight_and_bias(ref)
+            train, validation = (
+                (each.gram[:columns, :columns], each.cross[:, :columns]) for each in (total.train, total.validation)
             )
-            residuals = source @ first[1] - own @ first[0], source @ second[1] - own @ second[0]
-            self._correct(part, own, (first[0], second[0]), residuals, biased)
+            residuals = (
+                teacher_weight @ train[1] - weight @ train[0],
+                teacher_weight @ validation[1] - weight @ validation[0],
+            )
+            self._update(ref, weight, (train[0], validation[0]), residuals, has_bias)
 
-    def _source(self, part: ModuleRef) -> Tensor:
-        """Return the teacher's [weight bias] with the output that the student keeps, (out_S, d_T + 1), float64."""
-        weight, bias = self._site(part, "weight"), self.plan.parameters.get(part.name + ".bias")
-        kept = self.plan.read(weight.source or "").double()
-        kept = kept.T if part.match.row.transposed else kept
-        chosen = self.plan.maps(weight)[len(weight.axes) - 1 if part.match.row.transposed else 0]
-        teacher_bias = torch.zeros(len(kept), dtype=torch.float64)
+    def _teacher_weight_and_bias(self, ref: ModuleRef) -> Tensor:
+        """Return the teacher's [weight bias] of those outputs that the student keeps, (out_S, d_T + 1), float64."""
+        plan = self.state.plan
+        weight, bias = self.state.parameter_plan(ref), plan.parameters.get(ref.name + ".bias")
+        transposed = ref.match.row.transposed
+        joined = plan.read(weight.source or "").double()
+        joined = joined.T if transposed else joined
+        axis_map = plan.maps(weight)[len(weight.axes) - 1 if transposed else 0]
+        teacher_bias = torch.zeros(len(joined), dtype=torch.float64)
         if bias is not None and bias.source is not None:
-            teacher_bias = self.plan.read(bias.source).double()
-        kept = torch.cat([kept, teacher_bias[:, None]], 1)
-        if isinstance(chosen, Selection):
-            rows = kept[chosen.indices.clamp(min=0)] * (chosen.indices >= 0).double()[:, None]
-            return rows * chosen.factors.double()[:, None]
-        if isinstance(chosen, Projection):
-            return chosen.matrix.cpu().double().T @ kept
-        assert isinstance(chosen, Identity)
-        return kept
+            teacher_bias = plan.read(bias.source).double()
+        joined = torch.cat([joined, teacher_bias[:, None]], 1)
+        if isinstance(axis_map, Selection):
+            rows = joined[axis_map.indices.clamp(min=0)] * (axis_map.indices >= 0).double()[:, None]
+            return rows * axis_map.factors.double()[:, None]
+        if isinstance(axis_map, Projection):
+            return axis_map.matrix.cpu().double().T @ joined
+        assert isinstance(axis_map, Identity)
+        return joined
 
-    def _refit_output(self, student: SequentialBlocks, number: int, stage: FitStep, taps: Sequence[Tensor]) -> None:
-        """Fit a weight that writes onto the stream to what is missing there."""
-        (part,) = stage.parts
-        biased = module_bias(part.module) is not None
+    # Output projections
+
+    def _refit_output(self, student: SequentialBlocks, step: FitStep, teacher_streams: Sequence[Tensor]) -> None:
+        """Fit an output projection to what the student's residual stream lacks of the teacher's."""
+        state, (ref,) = self.state, step.refs
+        has_bias = module_bias(ref.module) is not None
+        stream_scale = state.transfer.residual_stream_scale(state.parameter_plan(ref))
+        of_decoder = reads_decoder_tokens(ref, state.student.config)
         sums: list[TrainValNormalEquations] = []
-        factor = self.transfer.residual_stream_scale(self._site(part, "weight"))
-        of_decoder = reads_decoder_tokens(part, self.student.config)
-        for batch in range(len(self.batches)):
-            heard: dict[str, Tensor] = {}
-
-            def hear(name: str, tensor: Tensor, last: bool, heard: dict[str, Tensor] = heard) -> None:
-                heard[name] = tensor
-                if last:
-                    raise StopForward
-
-            with removable_hooks() as handles:
-                handles.append(register_input_hook(part.module, lambda t: hear("inner", t, False)))
-                if stage.observed_at != BLOCK_OUTPUT:
-                    point = self.student_modules.norms[stage.observed_at or ""].module
-                    handles.append(register_input_hook(point, lambda t: hear("stream", t, "inner" in heard)))  # noqa: B023
-                output = student.hear(number, batch)
-            stream = heard["stream"] if stage.observed_at != BLOCK_OUTPUT else output
-            assert stream is not None
-            x, has, wanted = (
-                drop_padding(each, self.batches[batch], of_decoder=of_decoder)
-                for each in (heard["inner"], stream, self._carried(taps[batch], part.axis) * factor)
+        for batch in range(len(state.batches)):
+            inputs, stream = self._run_output_projection(student, step, batch)
+            x, student_stream, target = (
+                drop_padding(each, state.batches[batch], of_decoder=of_decoder)
+                for each in (inputs, stream, state.project(teacher_streams[batch], ref.axis) * stream_scale)
             )
-            weights = 1 / wanted.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(wanted.dtype).tiny)
-            missing = (wanted - has) / stage.residual_scale
+            token_weights = 1 / target.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+            missing = (target - student_stream) / step.residual_scale
             if not sums:
-                sums.append(TrainValNormalEquations.of(x.shape[1] + biased, missing.shape[1]))
-            sums[0].add(append_bias_column(x, biased) * weights, missing * weights, batch)
+                sums.append(TrainValNormalEquations.zeros(x.shape[1] + has_bias, missing.shape[1]))
+            sums[0].add(append_bias_column(x, has_bias) * token_weights, missing * token_weights, batch)
         if sums:
-            total = sums[0].gather()
-            own = weight_and_bias(part.module) if biased else linear_weight(part.module).double().cpu()
-            grams = total.fitted.gram, total.held_out.gram
-            self._correct(part, own, grams, (total.fitted.cross, total.held_out.cross), biased)
+            total = sums[0].reduce()
+            grams, residuals = (total.train.gram, total.validation.gram), (total.train.cross, total.validation.cross)
+            self._update(ref, weight_and_bias(ref.module), grams, residuals, has_bias)
 
-    def _correct(
+    def _run_output_projection(self, student: SequentialBlocks, step: FitStep, batch: int) -> tuple[Tensor, Tensor]:
+        """Return an output projection's input on a batch, and the residual stream where its output is observed."""
+        recorded: dict[str, Tensor] = {}
+
+        def on_input(inputs: Tensor) -> None:
+            recorded["inputs"] = inputs
+
+        def on_stream(stream: Tensor) -> None:
+            recorded["stream"] = stream
+            if "inputs" in recorded:
+                raise StopForward
+
+        with removable_hooks() as handles:
+            handles.append(register_input_hook(step.refs[0].module, on_input))
+            if step.observed_at != BLOCK_OUTPUT:
+                norm = self.state.student_modules.norms[step.observed_at or ""].module
+                handles.append(register_input_hook(norm, on_stream))
+            output = student.run_next(batch)
+        stream = recorded["stream"] if step.observed_at != BLOCK_OUTPUT else output
+        assert stream is not None
+        return recorded["inputs"], stream
+
+    def _update(
         self,
-        part: ModuleRef,
-        own: Tensor,
+        ref: ModuleRef,
+        weight: Tensor,
         grams: tuple[Tensor, Tensor],
         residuals: tuple[Tensor, Tensor],
-        biased: bool,
+        has_bias: bool,
     ) -> None:
-        found, ridge = select_ridge(own, grams, residuals, self.config.ridge, self.rounding)
+        update, ridge = select_ridge(weight, grams, residuals, self.state.config.ridge, self.state.eps)
         if ridge is None:
             return
-        value = own + found
-        self.write(part, value[:, :-1] if biased else value, value[:, -1] if biased else None)
-        self.transfer.record_step(
-            self._site(part, "weight"), f"fitted again on the calibration tokens, ridge {ridge:g}"
-        )
+        fitted = weight + update
+        self.state.assign(ref, fitted[:, :-1] if has_bias else fitted, fitted[:, -1] if has_bias else None)
+        step = f"refitted on the calibration tokens, ridge {ridge:g}"
+        self.state.transfer.record_step(self.state.parameter_plan(ref), step)
 
-    # Behind the last block
+    # After the last block
 
     def _refit_lm_head(self) -> None:
-        """Fit the weights outside of blocks that read the stream, such as an untied head."""
-        for name, part in self.student_modules.readers.items():
-            twin = self.of_teacher.readers.get(name)
-            if part.block is not None or twin is None or not self._comes_from_teacher(part):
+        """Fit the weights outside of blocks that read the residual stream, such as an untied head."""
+        state = self.state
+        for name, ref in state.student_modules.residual_in.items():
+            teacher_ref = state.teacher_modules.residual_in.get(name)
+            if ref.block is not None or teacher_ref is None or not state.comes_from_teacher(ref):
                 continue
             sums: list[TrainValNormalEquations] = []
-            for number, batch in enumerate(self.batches):
-                heard = [
-                    capture_input(model, each.module, batch)
-                    for model, each in ((self.student, part), (self.teacher, twin))
-                ]
-                if heard[0] is not None and heard[1] is not None and heard[0].shape[:-1] == heard[1].shape[:-1]:
-                    self._add_input_rows(sums, part, heard[0], heard[1], number)
-            self._solve_inputs([part], sums)
+            for index, batch in enumerate(state.batches):
+                student_inputs = capture_input(state.student, ref.module, batch)
+                teacher_inputs = capture_input(state.teacher, teacher_ref.module, batch)
+                if student_inputs is None or teacher_inputs is None:
+                    continue
+                if student_inputs.shape[:-1] == teacher_inputs.shape[:-1]:
+                    self._add_inputs(sums, ref, student_inputs, teacher_inputs, index)
+            self._solve_inputs([ref], sums)
 
-    # Small things
-
-    def _comes_from_teacher(self, part: ModuleRef) -> bool:
-        """Whether a module's weight came from the teacher, and is no other's as well."""
-        site = self.plan.parameters.get(part.name + ".weight")
-        return site is not None and site.source is not None and site.name not in self.plan.random
-
-    def _site(self, part: ModuleRef, parameter: str) -> ParameterPlan:
-        return self.plan.parameters[f"{part.name}.{parameter}"]
-
-    def _carried(self, stream: Tensor, axis: str) -> Tensor:
-        """Return the teacher's stream in the student's coordinates, in float32 or better, and so all that is made of it."""
-        axis = axis if axis in self.plan.widths else self._axis_of(axis)
-        matrix = self.plan.bases.get(axis)
-        stream = at_least_float32(stream)
-        return stream if matrix is None else stream @ matrix.to(stream)
-
-    def _axis_of(self, stack: str) -> str:
-        return next(part.axis for part in self.student_modules.norms.values() if part.stack == stack)
-
-    def _relative_error(self, has: Sequence[Tensor], wanted: Sequence[Tensor], stack: str) -> float:
-        lost = whole = 0.0
-        of_decoder = is_decoder_stack(stack, self.student.config)
-        for batch, one, other in zip(self.batches, has, wanted, strict=True):
-            x, y = (drop_padding(each, batch, of_decoder=of_decoder) for each in (one, self._carried(other, stack)))
-            length = y.square().sum(-1, dtype=torch.float64).clamp(min=1e-300)
-            lost += ((y - x).square().sum(-1, dtype=torch.float64) / length).sum().item()
-            whole += len(length)
-        return all_reduce_scalar(lost) / max(all_reduce_scalar(whole), 1.0)
-
-
-def assign_checked(parameter: Tensor, value: Tensor, name: str) -> None:
-    """Give a parameter of the student a fitted value of its shape.
-
-    Raises:
-        ShapeError: a value that is not finite, or more than the parameter's dtype holds.
-    """
-    if not is_finite(value):
-        raise ShapeError(
-            f"What was fitted for {name} is not finite, expected finite numbers: activations overflow in {parameter.dtype}. "
-            "Make the student with dtype='bfloat16' or 'float32'."
-        )
-    parameter.data.copy_(value)
-    check_no_overflow(parameter, value, name)
-
-
-def weight_and_bias(module: nn.Module) -> Tensor:
-    """Return a linear module's [weight bias], (out, in + 1), float64, on the CPU."""
-    bias = module_bias(module)
-    assert bias is not None
-    return torch.cat([linear_weight(module), bias[:, None]], 1).detach().double().cpu()
+    def _residual_error(
+        self, student_streams: Sequence[Tensor], teacher_streams: Sequence[Tensor], stack: str
+    ) -> float:
+        state = self.state
+        of_decoder, axis = is_decoder_stack(stack, state.student.config), state.stack_axis(stack)
+        error = num_tokens = 0.0
+        for batch, student_stream, teacher_stream in zip(state.batches, student_streams, teacher_streams, strict=True):
+            x, y = (
+                drop_padding(each, batch, of_decoder=of_decoder)
+                for each in (student_stream, state.project(teacher_stream, axis))
+            )
+            squared_norm = y.square().sum(-1, dtype=torch.float64).clamp(min=1e-300)
+            error += ((y - x).square().sum(-1, dtype=torch.float64) / squared_norm).sum().item()
+            num_tokens += len(squared_norm)
+        return all_reduce_scalar(error) / max(all_reduce_scalar(num_tokens), 1.0)

@@ -46,11 +46,6 @@ def cache_folder(folder: Path) -> ResumableFolder:
     return ResumableFolder(folder, MANIFEST_NAME, OPTION, OptionError)
 
 
-def check_calibration_dir(folder: Path) -> None:
-    """Raise if `folder` cannot serve as the cache of a calibration; see `ResumableFolder.check`."""
-    cache_folder(folder).check()
-
-
 def describe_call(
     teacher: TeacherCheckpoint,
     student_class: type[PreTrainedModel],

@@ -1,4 +1,4 @@
-"""Calibration text that the teacher writes itself, for when there is none (self-calibration, arXiv 2410.17170)."""
+"""Generate calibration text with the teacher itself, for when there is none (self-calibration, arXiv 2410.17170)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 
 GENERATION_BATCH_SIZE = 64
-_SEED_STRIDE = 1_000_003  # the second rows of one seed are not the first of the next
+_SEED_STRIDE = 1_000_003  # the second batch of one seed is not the first of the next
 
 
 def generate_calibration_text(
@@ -25,37 +25,39 @@ def generate_calibration_text(
     teacher: TeacherCheckpoint,
     options: CalibratedConfig,
     *,
-    tokens: int,
+    num_tokens: int,
     show_progress: bool = False,
 ) -> Tensor:
-    """Return at least `tokens` tokens, (rows, length), that a causal language model samples from a first one by chance on.
+    """Return at least `num_tokens` tokens, (rows, length), that a causal language model samples.
 
-    Tokens are drawn as the model foretells them, at temperature 1; a text that ends is followed by another, as in training.
-    With one seed and machine they are the same, however many processes share the work. The global random state is kept.
+    Each row starts with a token drawn uniformly from the vocabulary and is continued at temperature 1; after an
+    end-of-text token another text follows, as in training. The tokens depend on the seed and the machine, and not on how
+    many processes share the work. The global random state is restored.
 
     Raises:
-        OptionError: a model that writes no text: an encoder, an encoder-decoder, or one without its language head.
-        TeacherError: a model that says NaN.
+        OptionError: The model generates no text: an encoder, an encoder-decoder, or one without its language head.
+        TeacherError: The model predicts NaN.
     """
     if not model.can_generate() or model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise OptionError(
-            f"calibration_dataset={SELF_GENERATED!r} is text that the teacher writes, and {type(model).__name__} writes none: only "
-            "causal language models do, loaded with their head. Pass a dataset."
+            f"calibration_dataset={SELF_GENERATED!r} is text that the teacher generates, and {type(model).__name__} "
+            "generates none: it must be a causal language model, loaded with its head. Pass a dataset."
         )
     length = max_text_length(options.calibration_seq_length, teacher)
-    ids = torch.zeros(-(-tokens // length), length, dtype=torch.long)
-    rank, processes = rank_and_world_size()
-    chunks = list(enumerate(ids.split(GENERATION_BATCH_SIZE)))[rank::processes]
-    bar = tqdm(total=len(chunks) * (length - 1), desc="the teacher writes", unit="step", disable=not show_progress)
+    ids = torch.zeros(-(-num_tokens // length), length, dtype=torch.long)
+    rank, world_size = rank_and_world_size()
+    batches = list(enumerate(ids.split(GENERATION_BATCH_SIZE)))[rank::world_size]
+    total_steps = len(batches) * (length - 1)
+    bar = tqdm(total=total_steps, desc="calibration: generating text", unit="step", disable=not show_progress)
     with bar, calibration_mode(model), _default_generation_config(model):
-        for number, chunk in chunks:
-            chunk.copy_(_sample_rows(model, chunk.shape, options.seed + number * _SEED_STRIDE, bar))
-    all_reduce_sum_([ids])  # each process has written its own rows, and has zeros in the others'
+        for number, batch in batches:
+            batch.copy_(_sample_rows(model, batch.shape, options.seed + number * _SEED_STRIDE, bar))
+    all_reduce_sum_([ids])  # each process has filled its own rows, and has zeros in the others'
     return ids
 
 
 class _ProgressLogitsProcessor(LogitsProcessor):
-    """Leaves logits as they are, moves a bar by a step, and refuses what nothing can be drawn from."""
+    """Leave logits as they are, advance a bar by a step, and raise where nothing can be sampled from them."""
 
     def __init__(self, bar: "tqdm[None]"):
         self.bar = bar
@@ -64,14 +66,14 @@ class _ProgressLogitsProcessor(LogitsProcessor):
         self.bar.update()
         if bool(scores.isnan().any()):
             raise TeacherError(
-                "The teacher says NaN of text that it writes itself: run it in a wider dtype (bfloat16 or float32), or check "
-                "its weights."
+                "The teacher predicts NaN for text that it generates itself: run it in a wider dtype (bfloat16 or float32), "
+                "or check its weights."
             )
         return scores
 
 
 def _sample_rows(model: Any, shape: torch.Size, seed: int, bar: "tqdm[None]") -> Tensor:
-    """Return rows of tokens, on the CPU."""
+    """Return rows of sampled tokens, on the CPU."""
     device = model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -87,10 +89,10 @@ def _sample_rows(model: Any, shape: torch.Size, seed: int, bar: "tqdm[None]") ->
 
 @contextlib.contextmanager
 def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model sample from all that it foretells, to the full length, whatever its own generation config says."""
-    own = model.generation_config
+    """Sample from the whole distribution and to the full length, whatever the model's own generation config says."""
+    generation_config = model.generation_config
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = generation_config

@@ -1,8 +1,8 @@
-"""A stack of blocks, run one block at a time on streams that are held in between.
+"""Run a stack of blocks one block at a time, with the hidden states between them kept in memory (as GPTQ does).
 
-So a block can be heard, changed and heard again without running what stands before it. The price: one stream, (tokens, d),
-is held per model for all calibration tokens of this process, and what else blocks are called with: a mask a batch where there
-is padding, (batch, length, length), and the encoder's output where it is a decoder that reads one.
+So a block can be run, changed and run again without running the blocks before it. Kept for all calibration tokens of this
+process, per model: the hidden states before one block, (tokens, d), and the other arguments of the blocks: a mask per batch
+where there is padding, (batch, length, length), and the encoder's output in the decoder of an encoder-decoder.
 """
 
 import contextlib
@@ -20,15 +20,16 @@ from hf_guide.errors import HfGuideError
 from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, removable_hooks
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any], str | None]
+"""The other positional arguments, the other keywords, and the keyword of the hidden states; None if they are positional."""
 
 
 class UnsupportedBlockStructure(HfGuideError):
-    """A stack whose blocks cannot be run one after another on the stream alone."""
+    """A stack whose blocks cannot be run one after another on the hidden states alone."""
 
 
 @dataclass
 class BlockTrace:
-    """What the blocks were called with on one batch, the stream and all else, and what they returned: an entry a block."""
+    """One forward pass: for each block its input, its other arguments and its outputs."""
 
     hidden_states: list[Tensor] = field(default_factory=list)
     calls: list[BlockCall] = field(default_factory=list)
@@ -36,68 +37,79 @@ class BlockTrace:
 
     @property
     def returns_hidden_states_only(self) -> bool:
-        """Whether every block returns a stream like the one it is given, and nothing beside it."""
-        for stream, output in zip(self.hidden_states, self.outputs, strict=True):
-            after, beside = first_output(output), () if isinstance(output, Tensor) else tuple(output)[1:]
-            if (after.shape, after.dtype) != (stream.shape, stream.dtype) or any(each is not None for each in beside):
+        """Return whether every block returns hidden states like its input, and nothing in addition."""
+        for before, output in zip(self.hidden_states, self.outputs, strict=True):
+            after, others = first_output(output), () if isinstance(output, Tensor) else tuple(output)[1:]
+            if (after.shape, after.dtype) != (before.shape, before.dtype) or any(each is not None for each in others):
                 return False
         return True
 
 
 class SequentialBlocks:
-    """The blocks of one stack of `model`, and the stream before the block that is next, a tensor a batch."""
+    """The blocks of one stack, and the hidden states before the next block.
+
+    Args:
+        model: The model that the blocks are part of.
+        blocks: The blocks of the stack, in order.
+        batches: The calibration batches of this process.
+        name: What errors call the model.
+
+    Attributes:
+        hidden_states: For each batch the input of block `next`, (batch, length, d).
+        next: The index of the block to run next.
+
+    Raises:
+        UnsupportedBlockStructure: The blocks run in another order or more than once, or a block passes more to the next
+            than the hidden states.
+    """
 
     def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Sequence[Batch], name: str):
         self.model, self.blocks, self.batches, self.name = model, list(blocks), batches, name
         self.hidden_states: list[Tensor] = []
         self.next = 0
         self._calls: list[list[BlockCall]] = []
-        self._record()
+        self._record_calls()
 
     @torch.no_grad()
-    def _record(self) -> None:
-        """Hear on every batch what the blocks are called with besides the stream.
+    def _record_calls(self) -> None:
+        """Record with which other arguments the blocks are called, on every batch.
 
-        On the first batch they are run. On the others each hands on the stream that it is given, which costs nothing, where
-        it is found on the first that they are called with the same then.
-
-        Raises:
-            NotReplayable: blocks that are run in another order, or more than once, or that take more than the stream from
-                the block before.
+        On the first batch the blocks run. If the other arguments do not depend on what the blocks compute, the blocks are
+        replaced by the identity for the other batches, which costs nothing.
         """
-        first = self._hear(self.batches[0])
-        self._keep(first)
-        for number, expected in enumerate([*first.hidden_states[1:], first_output(first.outputs[-1])]):
-            found = self.run(number, 0, first.hidden_states[number])
-            if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-3, atol=1e-5):
+        first = self._trace(self.batches[0])
+        self._append(first)
+        for index, expected in enumerate([*first.hidden_states[1:], first_output(first.outputs[-1])]):
+            output = self.run_block(index, 0, first.hidden_states[index])
+            if output.shape != expected.shape or not torch.allclose(output, expected, rtol=1e-3, atol=1e-5):
                 raise UnsupportedBlockStructure(
-                    f"{self.name}: block {number} takes more from the one before than the stream."
+                    f"{self.name}: block {index} takes more from the one before than the hidden states."
                 )
-        with contextlib.ExitStack() as skipping:
+        with contextlib.ExitStack() as replaced:
             if len(self.batches) > 1 and first.returns_hidden_states_only:
-                skipping.enter_context(identity_blocks(self.blocks, first.outputs))
-                if not calls_equal(self._hear(self.batches[0]).calls, first.calls):
-                    skipping.close()
+                replaced.enter_context(identity_blocks(self.blocks, first.outputs))
+                if not calls_equal(self._trace(self.batches[0]).calls, first.calls):
+                    replaced.close()
             for batch in self.batches[1:]:
-                self._keep(self._hear(batch))
+                self._append(self._trace(batch))
 
-    def _keep(self, heard: BlockTrace) -> None:
-        self.hidden_states.append(heard.hidden_states[0])
-        self._calls.append(heard.calls)
+    def _append(self, trace: BlockTrace) -> None:
+        self.hidden_states.append(trace.hidden_states[0])
+        self._calls.append(trace.calls)
 
-    def _hear(self, batch: Batch) -> BlockTrace:
+    def _trace(self, batch: Batch) -> BlockTrace:
         """Run the model on a batch, up to the end of the last block."""
-        place = {id(block): number for number, block in enumerate(self.blocks)}
-        heard, order = BlockTrace(), []
+        index_of = {id(block): index for index, block in enumerate(self.blocks)}
+        trace, order = BlockTrace(), []
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            order.append(place[id(block)])
+            order.append(index_of[id(block)])
             key = None if args else "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-            heard.hidden_states.append(args[0] if key is None else kwargs[key])
-            heard.calls.append((args[1:], {name: value for name, value in kwargs.items() if name != key}, key))
+            trace.hidden_states.append(args[0] if key is None else kwargs[key])
+            trace.calls.append((args[1:], {name: value for name, value in kwargs.items() if name != key}, key))
 
         def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            heard.outputs.append(output)
+            trace.outputs.append(output)
             if block is self.blocks[-1]:
                 raise StopForward
 
@@ -108,59 +120,60 @@ class SequentialBlocks:
             forward_no_cache(self.model, batch)
         if order != list(range(len(self.blocks))):
             raise UnsupportedBlockStructure(f"{self.name}: its blocks run in the order {order}.")
-        return heard
+        return trace
 
     @torch.no_grad()
-    def run(self, block: int, batch: int, stream: Tensor) -> Tensor:
-        """Return what a block makes of a stream, (batch, length, d)."""
+    def run_block(self, block: int, batch: int, hidden_states: Tensor) -> Tensor:
+        """Return the output of a block for its input on one batch, (batch, length, d) each."""
         args, kwargs, key = self._calls[batch][block]
         output = (
-            self.blocks[block](stream, *args, **kwargs)
+            self.blocks[block](hidden_states, *args, **kwargs)
             if key is None
-            else self.blocks[block](**{key: stream}, **kwargs)
+            else self.blocks[block](**{key: hidden_states}, **kwargs)
         )
         return first_output(output)
 
     @torch.no_grad()
-    def hear(self, block: int, batch: int) -> Tensor | None:
-        """Run a block on the stream that is held for it; return its output, or None where a hook had heard enough."""
+    def run_next(self, batch: int) -> Tensor | None:
+        """Run the next block on its hidden states, which stay; return its output, or None if a hook stopped it."""
         try:
-            return self.run(block, batch, self.hidden_states[batch])
+            return self.run_block(self.next, batch, self.hidden_states[batch])
         except StopForward:
             return None
 
-    def step(self) -> None:
-        """Run the next block on all batches and hold what it returns."""
+    def advance(self) -> None:
+        """Run the next block on all batches and keep its outputs."""
         for batch in range(len(self.batches)):
-            self.hidden_states[batch] = self.run(self.next, batch, self.hidden_states[batch])
+            self.hidden_states[batch] = self.run_block(self.next, batch, self.hidden_states[batch])
         self.next += 1
 
 
 @contextlib.contextmanager
 def identity_blocks(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Let blocks return the stream that they are given and do nothing, in the form of their own `outputs`."""
+    """Replace blocks by the identity: each returns its input, in the form of its entry in `outputs`."""
 
-    def instead(output: Any) -> Callable[..., Any]:
+    def identity_like(output: Any) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            stream = hidden_states_arg(args, kwargs)
-            return stream if isinstance(output, Tensor) else (stream, *output[1:])
+            hidden_states = hidden_states_arg(args, kwargs)
+            return hidden_states if isinstance(output, Tensor) else (hidden_states, *output[1:])
 
         return forward
 
-    own = [block.__dict__.get("forward") for block in blocks]  # an instance has one where Accelerate moves its weights
+    # An instance has a `forward` of its own where Accelerate moves its weights.
+    instance_forwards = [block.__dict__.get("forward") for block in blocks]
     try:
         for block, output in zip(blocks, outputs, strict=True):
-            block.forward = instead(output)
+            block.forward = identity_like(output)
         yield
     finally:
-        for block, forward in zip(blocks, own, strict=True):
+        for block, forward in zip(blocks, instance_forwards, strict=True):
             del block.forward
             if forward is not None:
                 block.forward = forward
 
 
 def calls_equal(first: Any, second: Any) -> bool:
-    """Whether two calls, or parts of calls, are alike to the last bit; what cannot be compared is not."""
+    """Return whether two calls, or parts of calls, are equal bit by bit; values that cannot be compared are not."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return first.dtype == second.dtype and torch.equal(first, second)
     if isinstance(first, Mapping) and isinstance(second, Mapping):

@@ -1,7 +1,8 @@
-"""What a teacher does with real data, in sums whose size does not depend on how much data there was."""
+"""Collect statistics of a teacher's activations on calibration data, in sums whose size does not depend on the data's."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,236 +29,295 @@ from hf_guide.utils.finite import is_finite
 
 @dataclass
 class ActivationStatistics:
-    """Sums over tokens, float64 (the products of one batch are in the model's dtype, float32 at least).
+    """Sums over tokens, float64; the products of one batch are in the model's dtype, float32 at least.
 
     Attributes:
-        tokens: how many tokens of input were seen.
-        moments: for each projected axis the second moment of the stream, (d_T, d_T), pooled over where it is read.
-        turned: for each stack 1 - mean cosine of a block's input and output, (blocks,): its influence.
-        inner: for each writer the second moment of its input: of each neuron, (f,), or among a head's own places,
-            (heads, l, l).
-        projected: for each weight that makes queries or keys, by its name and the size, ".../q_dim", the second moment of what
-            a head's places are given, with a one beside them, (heads, l + 1, l + 1); not where they are rotated.
-        heard: for each projected axis how many tokens were seen on it, at the block that was given most.
+        num_tokens: Number of input tokens.
+        residual_second_moments: For each projected axis the second moment of the residual stream, (d_T, d_T), summed over
+            the modules that read it, each token scaled to length 1.
+        block_influence: For each stack 1 - the mean cosine similarity of a block's input and output, (blocks,)
+            (ShortGPT, arXiv 2403.03853, equation 1).
+        input_second_moments: For each output projection the second moment of its input: per neuron, (f,), or within each
+            head, (heads, head_dim, head_dim).
+        qk_second_moments: For each query or key projection, by its name and its axis, ".../q_dim", the second moment of its
+            output within each head, a one appended, (heads, head_dim + 1, head_dim + 1). Not of rotary ones.
+        token_counts: For each projected axis the number of tokens at the block that reads most.
     """
 
-    tokens: int = 0
-    moments: dict[str, Tensor] = field(default_factory=dict)
+    num_tokens: int = 0
+    residual_second_moments: dict[str, Tensor] = field(default_factory=dict)
     block_influence: dict[str, Tensor] = field(default_factory=dict)
-    inner: dict[str, Tensor] = field(default_factory=dict)
-    projected: dict[str, Tensor] = field(default_factory=dict)
-    heard: dict[str, int] = field(default_factory=dict)
-
-    def parts(self, seen: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Return all sums by what they are of, and beside them on how many tokens each block was heard."""
-        named = {
-            "moments": self.moments,
-            "turned": self.block_influence,
-            "inner": self.inner,
-            "projected": self.projected,
-        }
-        return {**named, "seen": seen}
-
-    def sums(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the same under one name each."""
-        return {f"{part}/{name}": tensor for part, sums in self.parts(seen).items() for name, tensor in sums.items()}
+    input_second_moments: dict[str, Tensor] = field(default_factory=dict)
+    qk_second_moments: dict[str, Tensor] = field(default_factory=dict)
+    token_counts: dict[str, int] = field(default_factory=dict)
 
 
 def collect_statistics(
     model: PreTrainedModel,
-    anatomy: ModuleMap,
+    modules: ModuleMap,
     layout: Layout,
     batches: Sequence[Batch],
     *,
     checkpoint: CalibrationCheckpoint | None = None,
     show_progress: bool = False,
 ) -> ActivationStatistics:
-    """Hear a teacher once on all batches; with several processes each takes its share and all get the same sums.
+    """Run the teacher once on all batches; each process runs its share, and all return the same sums.
 
     Args:
-        checkpoint: where sums are kept meanwhile, and gone on with.
+        model: The teacher.
+        modules: Its modules, from `find_modules`.
+        layout: Its layout.
+        batches: The calibration batches of all processes.
+        checkpoint: Where sums are saved meanwhile, and continued from.
+        show_progress: Whether to show a progress bar.
 
     Raises:
-        TeacherError: activations that are not finite, as soon as a block makes such; names it, and weights that are not.
+        TeacherError: Activations are not finite; names the first block that computes such, and weights that are not finite.
     """
-    found = ActivationStatistics()
-    seen = {stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in anatomy.blocks.items()}
-    found.block_influence = {stack: torch.zeros_like(count) for stack, count in seen.items()}
-    places = residual_inputs(anatomy)
-    heads = {name: head_size(part, layout, model) for name, part in anatomy.writers.items()}
-    current: Batch = {}
-    last: list[Tensor] = []
-
-    def real(heard: Tensor, part: ModuleRef) -> Tensor:
-        rows = drop_padding(heard, current, of_decoder=reads_decoder_tokens(part, model.config))
-        return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-    def hear_stream(place: ModuleRef, stream: Tensor) -> None:
-        if last and last[0] is stream:
-            return  # another weight reads the same
-        last[:] = [stream]
-        rows = real(stream, place)
-        if layout.norm == "layer":
-            rows = rows - rows.mean(-1, keepdim=True)
-        rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        found.moments[place.axis] = found.moments.get(place.axis, 0) + (rows.T @ rows).double().cpu()
-
-    def hear_inner(name: str, part: ModuleRef, inner: Tensor) -> None:
-        rows, size = real(inner, part), heads[name]
-        if size is None:
-            total = rows.square().sum(0, dtype=torch.float64).cpu()
-        else:
-            split = rows.unflatten(-1, (-1, size)).movedim(1, 0)
-            total = (split.mT @ split).double().cpu()
-        found.inner[name] = found.inner.get(name, 0) + total
-
-    def hear_block(stack: str, number: int, stream: Tensor, output: Tensor) -> None:
-        of_decoder = is_decoder_stack(stack, model.config)
-        before, after = (drop_padding(each, current, of_decoder=of_decoder).double() for each in (stream, output))
-        cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
-        turned = (1 - cosine).sum().cpu()
-        if not turned.isfinite():
-            does = "makes" if before.isfinite().all() else "is given"
-            raise _non_finite_error(model, f"first in what {stack.replace('{block}', str(number))} {does}")
-        found.block_influence[stack][number] += turned
-        seen[stack][number] += len(cosine)
-
-    def hear_projected(name: str, part: ModuleRef, places: Tensor, output: Tensor) -> None:
-        rows = real(output, part)[:, places]  # (tokens, heads, l)
-        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1).movedim(1, 0)
-        found.projected[name] = found.projected.get(name, 0) + (rows.mT @ rows).double().cpu()
-
-    def enough(heard: Tensor) -> None:
-        raise StopForward
-
+    collector = _StatisticsCollector(model, modules, layout)
     with removable_hooks() as handles, calibration_mode(model):
-        for name, (part, where) in query_key_outputs(anatomy, layout, model).items():
+        collector.register_hooks(handles)
+        local_batches = local_shard(batches)
+        done = collector.resume(checkpoint)
+        bar = {"total": len(local_batches), "initial": done, "unit": "batch", "disable": not show_progress}
+        for number, batch in enumerate(tqdm(local_batches[done:], desc="calibration: teacher", **bar), done + 1):
+            collector.run(batch)
+            collector.save(checkpoint, number, complete=number == len(local_batches))
+    return collector.reduce()
+
+
+class _StatisticsCollector:
+    """Hooks on a teacher that add to `statistics`, batch by batch."""
+
+    def __init__(self, model: PreTrainedModel, modules: ModuleMap, layout: Layout):
+        self.model, self.modules, self.layout = model, modules, layout
+        self.statistics = ActivationStatistics()
+        self.block_tokens = {
+            stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in modules.blocks.items()
+        }
+        self.statistics.block_influence = {
+            stack: torch.zeros_like(count) for stack, count in self.block_tokens.items()
+        }
+        self.readers = residual_inputs(modules)
+        self.head_dims = {name: head_size(ref, layout, model) for name, ref in modules.residual_out.items()}
+        self.batch: Batch = {}
+        self.last_input: Tensor | None = None
+
+    def register_hooks(self, handles: list[Any]) -> None:
+        """Register all hooks, and one before the language head that stops the forward pass."""
+        for name, (ref, indices) in query_key_outputs(self.modules, self.layout, self.model).items():
             handles.append(
-                part.module.register_forward_hook(
-                    lambda _, args, output, n=name, p=part, w=where: hear_projected(n, p, w, output)
+                ref.module.register_forward_hook(
+                    lambda _, args, output, n=name, r=ref, i=indices: self.on_query_key(n, r, i, output)
                 )
             )
-        for place in places:
-            handles.append(register_input_hook(place.module, lambda heard, p=place: hear_stream(p, heard)))  # type: ignore[misc]
-        for name, part in anatomy.writers.items():
-            handles.append(register_input_hook(part.module, lambda heard, n=name, p=part: hear_inner(n, p, heard)))  # type: ignore[misc]
-        for stack, blocks in anatomy.blocks.items():
-            for number, block in enumerate(blocks):
+        for ref in self.readers:
+            handles.append(register_input_hook(ref.module, lambda stream, r=ref: self.on_residual(r, stream)))  # type: ignore[misc]
+        for ref in self.modules.residual_out.values():
+            handles.append(register_input_hook(ref.module, lambda inputs, r=ref: self.on_output_projection(r, inputs)))  # type: ignore[misc]
+        for stack, blocks in self.modules.blocks.items():
+            for index, block in enumerate(blocks):
                 handles.append(
                     block.register_forward_hook(
-                        lambda _, args, kwargs, output, s=stack, n=number: hear_block(
-                            s, n, hidden_states_arg(args, kwargs), first_output(output)
+                        lambda _, args, kwargs, output, s=stack, i=index: self.on_block(
+                            s, i, hidden_states_arg(args, kwargs), first_output(output)
                         ),
                         with_kwargs=True,
                     )
                 )
-        for part in anatomy.readers.values():
-            if part.is_language_head:  # the last of all: not needed
-                handles.append(register_input_hook(part.module, enough))
-        own = local_shard(batches)
-        begun = _resume(found, seen, checkpoint)
-        bar = {"total": len(own), "initial": begun, "unit": "batch", "disable": not show_progress}
-        for number, current in enumerate(tqdm(own[begun:], desc="hearing the teacher", **bar), begun + 1):
-            last.clear()
-            forward_no_cache(model, current)
-            found.tokens += count_tokens(current, model)
-            if checkpoint is not None:
-                facts = {"batches": number, "tokens": found.tokens}
-                checkpoint.save_statistics(found.sums(seen), facts, complete=number == len(own))
-    found.inner |= {
-        name: torch.zeros(_input_moment_shape(part, heads[name]), dtype=torch.float64)
-        for name, part in anatomy.writers.items()
-        if name not in found.inner
-    }
-    found.inner = {name: found.inner[name] for name in anatomy.writers}
-    found.tokens = round(all_reduce_scalar(found.tokens))
-    found.moments, found.projected = (dict(sorted(sums.items())) for sums in (found.moments, found.projected))
-    # sorted, for a process that was resumed may have them in another order
-    all_reduce_sum_([*found.moments.values(), *found.block_influence.values(), *seen.values(), *found.inner.values()])
-    all_reduce_sum_(found.projected.values())
-    for stack, count in seen.items():
-        found.block_influence[stack] /= count.clamp(min=1)
-    for place in places:
-        if place.stack in seen:
-            found.heard[place.axis] = max(found.heard.get(place.axis, 0), int(seen[place.stack].max()))
-    _check_statistics_finite(found, model)
-    return found
+        for ref in self.modules.residual_in.values():
+            if ref.is_language_head:  # its logits are not needed
+                handles.append(register_input_hook(ref.module, self.on_language_head))
+
+    def run(self, batch: Batch) -> None:
+        """Add one batch."""
+        self.batch, self.last_input = batch, None
+        forward_no_cache(self.model, batch)
+        self.statistics.num_tokens += count_tokens(batch, self.model)
+
+    # Hooks
+
+    def on_residual(self, ref: ModuleRef, stream: Tensor) -> None:
+        """Add the second moment of the residual stream where a module reads it."""
+        if self.last_input is stream:
+            return  # another weight reads the same tensor
+        self.last_input = stream
+        rows = self._rows(stream, ref)
+        if self.layout.norm == "layer":
+            rows = rows - rows.mean(-1, keepdim=True)
+        rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        _add(self.statistics.residual_second_moments, ref.axis, (rows.T @ rows).double().cpu())
+
+    def on_output_projection(self, ref: ModuleRef, inputs: Tensor) -> None:
+        """Add the second moment of an output projection's input: per neuron, or within each head."""
+        rows, head_dim = self._rows(inputs, ref), self.head_dims[ref.name]
+        if head_dim is None:
+            moment = rows.square().sum(0, dtype=torch.float64).cpu()
+        else:
+            heads = rows.unflatten(-1, (-1, head_dim)).movedim(1, 0)
+            moment = (heads.mT @ heads).double().cpu()
+        _add(self.statistics.input_second_moments, ref.name, moment)
+
+    def on_block(self, stack: str, index: int, stream: Tensor, output: Tensor) -> None:
+        """Add 1 - the cosine similarity of a block's input and output."""
+        of_decoder = is_decoder_stack(stack, self.model.config)
+        before, after = (drop_padding(each, self.batch, of_decoder=of_decoder).double() for each in (stream, output))
+        cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
+        influence = (1 - cosine).sum().cpu()
+        if not influence.isfinite():
+            side = "output" if before.isfinite().all() else "input"
+            raise _non_finite_error(self.model, f"first in the {side} of {stack.replace('{block}', str(index))}")
+        self.statistics.block_influence[stack][index] += influence
+        self.block_tokens[stack][index] += len(cosine)
+
+    def on_query_key(self, name: str, ref: ModuleRef, indices: Tensor, output: Tensor) -> None:
+        """Add the second moment of queries or keys within each head, a one appended."""
+        rows = self._rows(output, ref)[:, indices]  # (tokens, heads, head_dim)
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1).movedim(1, 0)
+        _add(self.statistics.qk_second_moments, name, (rows.mT @ rows).double().cpu())
+
+    def on_language_head(self, inputs: Tensor) -> None:
+        """Stop the forward pass."""
+        raise StopForward
+
+    def _rows(self, activations: Tensor, ref: ModuleRef) -> Tensor:
+        of_decoder = reads_decoder_tokens(ref, self.model.config)
+        rows = drop_padding(activations, self.batch, of_decoder=of_decoder)
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+    # Sums
+
+    def _sums(self) -> dict[str, dict[str, Tensor]]:
+        statistics = self.statistics
+        return {
+            "residual_second_moments": statistics.residual_second_moments,
+            "block_influence": statistics.block_influence,
+            "input_second_moments": statistics.input_second_moments,
+            "qk_second_moments": statistics.qk_second_moments,
+            "block_tokens": self.block_tokens,
+        }
+
+    def resume(self, checkpoint: CalibrationCheckpoint | None) -> int:
+        """Load the sums of an earlier run; return over how many batches of this process they are."""
+        saved = None if checkpoint is None else checkpoint.load_statistics()
+        if saved is None:
+            return 0
+        tensors, progress = saved
+        sums = self._sums()
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            sums[kind][name] = tensor
+        self.statistics.num_tokens = progress["tokens"]
+        return int(progress["batches"])
+
+    def save(self, checkpoint: CalibrationCheckpoint | None, batches: int, *, complete: bool) -> None:
+        """Save the sums over the first batches of this process."""
+        if checkpoint is not None:
+            tensors = {
+                f"{kind}/{name}": tensor for kind, sums in self._sums().items() for name, tensor in sums.items()
+            }
+            progress = {"batches": batches, "tokens": self.statistics.num_tokens}
+            checkpoint.save_statistics(tensors, progress, complete=complete)
+
+    def reduce(self) -> ActivationStatistics:
+        """Return the statistics over all processes."""
+        statistics = self.statistics
+        for name, ref in self.modules.residual_out.items():  # a module that no batch reached has zeros
+            shape = _input_moment_shape(ref, self.head_dims[name])
+            statistics.input_second_moments.setdefault(name, torch.zeros(shape, dtype=torch.float64))
+        statistics.input_second_moments = {
+            name: statistics.input_second_moments[name] for name in self.modules.residual_out
+        }
+        # Sorted, because a process that was resumed may have them in another order.
+        statistics.residual_second_moments = dict(sorted(statistics.residual_second_moments.items()))
+        statistics.qk_second_moments = dict(sorted(statistics.qk_second_moments.items()))
+        statistics.num_tokens = round(all_reduce_scalar(statistics.num_tokens))
+        all_reduce_sum_(
+            [
+                *statistics.residual_second_moments.values(),
+                *statistics.block_influence.values(),
+                *self.block_tokens.values(),
+                *statistics.input_second_moments.values(),
+            ]
+        )
+        all_reduce_sum_(statistics.qk_second_moments.values())
+        for stack, count in self.block_tokens.items():
+            statistics.block_influence[stack] /= count.clamp(min=1)
+        for ref in self.readers:
+            if ref.stack in self.block_tokens:
+                most = int(self.block_tokens[ref.stack].max())
+                statistics.token_counts[ref.axis] = max(statistics.token_counts.get(ref.axis, 0), most)
+        _check_statistics_finite(statistics, self.model)
+        return statistics
 
 
-def _resume(found: ActivationStatistics, seen: dict[str, Tensor], checkpoint: CalibrationCheckpoint | None) -> int:
-    """Take up what was heard before; return how many batches that were."""
-    kept = None if checkpoint is None else checkpoint.load_statistics()
-    if kept is None:
-        return 0
-    sums, facts = kept
-    parts = found.parts(seen)
-    for name, tensor in sums.items():
-        part, _, where = name.partition("/")
-        parts[part][where] = tensor
-    found.tokens = facts["tokens"]
-    return int(facts["batches"])
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums.get(name, 0) + value
 
 
-def residual_inputs(anatomy: ModuleMap) -> list[ModuleRef]:
-    """Return the modules whose input is the residual stream: norms that are read, and weights in blocks that read no norm."""
-    bare = [
-        part for part in anatomy.readers.values() if part.block is not None and not any(part.match.row.input_norms)
+def residual_inputs(modules: ModuleMap) -> list[ModuleRef]:
+    """Return the modules whose input is the residual stream: norms that are read, and weights in blocks without a norm."""
+    without_norm = [
+        ref for ref in modules.residual_in.values() if ref.block is not None and not any(ref.match.row.input_norms)
     ]
-    return [*anatomy.read_norms.values(), *bare]
+    return [*modules.read_norms.values(), *without_norm]
 
 
 def query_key_outputs(
-    anatomy: ModuleMap, layout: Layout, model: PreTrainedModel
+    modules: ModuleMap, layout: Layout, model: PreTrainedModel
 ) -> dict[str, tuple[ModuleRef, Tensor]]:
-    """Return the weights that make queries and keys which nothing turns, and where each head's places are, (heads, l).
+    """Return the query and key projections whose outputs are not rotary, and each head's indices there, (heads, head_dim).
 
-    By the weight's name and that of the size, "layers.0.attn.q_proj/q_dim".
+    The keys are the weight's name and that of its axis, such as "layers.0.attn.q_proj/q_dim".
     """
-    found: dict[str, tuple[ModuleRef, Tensor]] = {}
-    known = config_sizes(layout, model.config)
-    for name, part in anatomy.readers.items():
-        axis = part.match.row.output_axis
-        for size in axis_names(axis):
-            if not size.endswith(("q_dim", "k_dim")) or rotary_size(layout, model.config, known.get(size, 0)):
+    outputs: dict[str, tuple[ModuleRef, Tensor]] = {}
+    sizes = config_sizes(layout, model.config)
+    for name, ref in modules.residual_in.items():
+        axis = ref.match.row.output_axis
+        for dim in axis_names(axis):
+            if not dim.endswith(("q_dim", "k_dim")) or rotary_size(layout, model.config, sizes.get(dim, 0)):
                 continue
-            if axis_size(axis, known) != len(linear_weight(part.module)):
+            if axis_size(axis, sizes) != len(linear_weight(ref.module)):
                 continue
             heads = next(other for other in axis_names(axis) if other.endswith("heads"))
-            places = [group_indices(axis, heads, head, size, known) for head in range(known[heads])]
-            found[f"{name}/{size}"] = (part, torch.cat(places).view(-1, known[size]))
-    return found
+            indices = [group_indices(axis, heads, head, dim, sizes) for head in range(sizes[heads])]
+            outputs[f"{name}/{dim}"] = (ref, torch.cat(indices).view(-1, sizes[dim]))
+    return outputs
 
 
-def head_size(part: ModuleRef, layout: Layout, model: PreTrainedModel) -> int | None:
-    """Return the size of a head where a writer's input is heads side by side, None where it is neurons."""
-    axis = part.match.axes[part.match.row.input_axis]
+def head_size(ref: ModuleRef, layout: Layout, model: PreTrainedModel) -> int | None:
+    """Return the size of a head if the input of an output projection is heads; None if it is neurons."""
+    axis = ref.match.axes[ref.match.row.input_axis]
     if isinstance(axis, AxisProduct) and isinstance(axis.factors[-1], AxisName):
         return config_sizes(layout, model.config).get(axis.factors[-1].name)
     return None
 
 
-def mlp_width(anatomy: ModuleMap, layout: Layout, model: PreTrainedModel) -> int:
-    """Return how many neurons the widest MLP has, 0 where there is none."""
-    mlps = [part for part in anatomy.writers.values() if head_size(part, layout, model) is None]
-    return max((linear_weight(part.module).shape[1] for part in mlps), default=0)
+def mlp_width(modules: ModuleMap, layout: Layout, model: PreTrainedModel) -> int:
+    """Return the number of neurons of the widest MLP; 0 if there is none."""
+    mlps = [ref for ref in modules.residual_out.values() if head_size(ref, layout, model) is None]
+    return max((linear_weight(ref.module).shape[1] for ref in mlps), default=0)
 
 
-def _input_moment_shape(part: ModuleRef, head: int | None) -> tuple[int, ...]:
-    width = linear_weight(part.module).shape[1]
-    return (width,) if head is None else (width // head, head, head)
+def _input_moment_shape(ref: ModuleRef, head_dim: int | None) -> tuple[int, ...]:
+    width = linear_weight(ref.module).shape[1]
+    return (width,) if head_dim is None else (width // head_dim, head_dim, head_dim)
 
 
-def _check_statistics_finite(found: ActivationStatistics, model: PreTrainedModel) -> None:
-    for what, tensors in (("the residual stream", found.moments), ("the input of", found.inner)):
-        for name, tensor in tensors.items():
-            if not is_finite(tensor):
+def _check_statistics_finite(statistics: ActivationStatistics, model: PreTrainedModel) -> None:
+    for what, moments in (
+        ("in the residual stream", statistics.residual_second_moments),
+        ("in the input of", statistics.input_second_moments),
+    ):
+        for name, moment in moments.items():
+            if not is_finite(moment):
                 raise _non_finite_error(model, f"{what} {name!r}")
 
 
 def _non_finite_error(model: PreTrainedModel, where: str) -> TeacherError:
     weights = [name for name, weight in model.named_parameters() if not is_finite(weight)]
     if weights:
-        advice = f"{len(weights)} of its weights are not either, such as {weights[0]}: fetch the checkpoint again"
+        advice = f"{len(weights)} of its weights are not either, such as {weights[0]}: download the checkpoint again"
     else:
-        advice = "Its weights are: load it in a wider dtype, or look at the data"
+        advice = "Its weights are: load it in a wider dtype, or check the data"
     return TeacherError(f"The teacher's activations are not finite on the calibration dataset, {where}. {advice}.")

@@ -1,4 +1,4 @@
-"""Put what a lift added at random places: dead heads, dead neurons and blocks that write nothing."""
+"""Permute a lifted model's units, so that its dead heads, neurons and blocks are at random indices."""
 
 import torch
 from torch import Tensor
@@ -20,17 +20,17 @@ def scramble(model: PreTrainedModel, layout: Layout, small_blocks: int, seed: in
     )
     live = sorted(torch.randperm(blocks, generator=generator)[:small_blocks].tolist())
     dead = [block for block in range(blocks) if block not in live]
-    home = dict(zip(outer(blocks, small_blocks), live, strict=True))
-    home |= dict(zip([block for block in range(blocks) if block not in home], dead, strict=True))
+    new_index = dict(zip(outer(blocks, small_blocks), live, strict=True))
+    new_index |= dict(zip([block for block in range(blocks) if block not in new_index], dead, strict=True))
     permutations: dict[tuple[str, str], Tensor] = {}
 
-    def places(block: str, name: str, sizes: dict[str, int]) -> Tensor:
+    def permutation(block: str, name: str, sizes: dict[str, int]) -> Tensor:
         key = (block, name)
         if key not in permutations:
             permutations[key] = torch.randperm(sizes[name], generator=generator)
         return permutations[key]
 
-    moved = {}
+    permuted = {}
     for name, tensor in tensors.items():
         match = layout.find(name)
         if match is None or "block" not in match.numbers:
@@ -46,21 +46,21 @@ def scramble(model: PreTrainedModel, layout: Layout, small_blocks: int, seed: in
 
             def leaf(unit: str, block: str = block, sizes: dict[str, int] = sizes) -> tuple[Tensor, Tensor]:
                 if unit == "kv_heads group":
-                    groups = places(block, "kv_heads", sizes)
+                    groups = permutation(block, "kv_heads", sizes)
                     inside = [
-                        places(block, f"group {group}", {f"group {group}": sizes["group"]})
+                        permutation(block, f"group {group}", {f"group {group}": sizes["group"]})
                         for group in groups.tolist()
                     ]
-                    found = torch.cat(
-                        [group * sizes["group"] + own for group, own in zip(groups, inside, strict=True)]
+                    indices = torch.cat(
+                        [group * sizes["group"] + members for group, members in zip(groups, inside, strict=True)]
                     )
                 else:
-                    found = places(block, unit, sizes) if unit in UNITS else torch.arange(sizes[unit])
-                return found, torch.ones(len(found))
+                    indices = permutation(block, unit, sizes) if unit in UNITS else torch.arange(sizes[unit])
+                return indices, torch.ones(len(indices))
 
             value = value.index_select(dim, select_indices(pair, leaf, sizes)[0])
-        moved[name.replace(f".{block}.", f".{home[int(block)]}.", 1)] = value
+        permuted[name.replace(f".{block}.", f".{new_index[int(block)]}.", 1)] = value
     with torch.no_grad():
-        for name, value in moved.items():
+        for name, value in permuted.items():
             tensors[name].copy_(value)
     return live

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hf_guide import HfGuideError, InitializationConfig, InitializationReport, OptionError, from_teacher
+from hf_guide.calibration import collection
 from hf_guide.calibration.data import default_num_tokens
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.statistics import mlp_width
 from hf_guide.cli.main import main
 from hf_guide.errors import TeacherError
 from hf_guide.initialization.infer_layout import layout_for
-from hf_guide.methods import calibrated as run
 from hf_guide.utils.distributed import default_device
 from tests.tiny import KINDS, Kind, inputs, logits, same_bits
 
@@ -54,7 +54,7 @@ def tied() -> LlamaForCausalLM:
 def test_the_same_call_gives_the_same_bits_from_memory_and_from_disk(
     teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "default_device", lambda: torch.device("cpu"))  # where the one in memory is
+    monkeypatch.setattr(collection, "default_device", lambda: torch.device("cpu"))  # where the one in memory is
     teacher.save_pretrained(tmp_path)
     first = student_of(teacher)
     assert same_bits(first, student_of(teacher)) and same_bits(first, student_of(tmp_path))
@@ -62,11 +62,11 @@ def test_the_same_call_gives_the_same_bits_from_memory_and_from_disk(
 
 def test_a_teacher_of_a_folder_runs_on_this_processes_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[torch.device] = []
-    gather = run.collect_statistics
+    collect = collection.collect_statistics
     monkeypatch.setattr(
-        run,
+        collection,
         "collect_statistics",
-        lambda model, *rest, **more: ran.append(model.device) or gather(model, *rest, **more),
+        lambda model, *rest, **more: ran.append(model.device) or collect(model, *rest, **more),
     )
     loaded = KINDS["llama"].teacher()
     loaded.save_pretrained(tmp_path)
@@ -97,10 +97,10 @@ def test_accelerates_choice_of_a_device_is_kept(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_teacher_that_is_spread_over_devices_is_refused() -> None:
     spread = KINDS["llama"].teacher()
-    run.check_single_device(spread)
+    collection.check_single_device(spread)
     spread.model.layers[2].to("meta")  # stands for another GPU
     with pytest.raises(TeacherError, match=r"spread over cpu, meta.*Load it on one"):
-        run.check_single_device(spread)
+        collection.check_single_device(spread)
 
 
 def test_a_dataset_of_ids_is_batches_of_them(teacher: Any) -> None:
@@ -247,7 +247,7 @@ def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> N
         ("file.txt", ["found 'file.txt'"]),
         ([{"label": 3}], ["['label']", "input_ids, text or pixel_values"]),
         ([3], ["yields a int"]),
-        (["a text"], ["no tokenizer beside it", "input_ids"]),
+        (["a text"], ["no tokenizer that loads", "input_ids"]),
         ([{"pixel_values": torch.zeros(1, 3, 4, 4)}], ["['pixel_values']", "LlamaForCausalLM"]),
         ([{"pixel_values": torch.zeros(3, 4, size)} for size in (4, 5)], ["(3, 4, 4) and (3, 4, 5)", "the same"]),
         ([{"input_ids": [3, 96]}], ["token id 96", "0 to 95"]),
@@ -297,7 +297,7 @@ def test_infinite_activations_are_named() -> None:
     with torch.no_grad():
         loud.model.layers[2].mlp.down_proj.weight.mul_(1e38)
     with pytest.raises(
-        HfGuideError, match=r"not finite on the calibration dataset, first in what layers.2 makes. Its weights are"
+        HfGuideError, match=r"not finite on the calibration dataset, first in the output of layers.2. Its weights are"
     ):
         student_of(loud)
 
@@ -305,8 +305,8 @@ def test_infinite_activations_are_named() -> None:
 @pytest.mark.parametrize(
     ("weight", "said"),
     [
-        ("model.layers.1.mlp.up_proj.weight", "first in what layers.1 makes"),
-        ("model.embed_tokens.weight", "first in what layers.0 is given"),
+        ("model.layers.1.mlp.up_proj.weight", "first in the output of layers.1"),
+        ("model.embed_tokens.weight", "first in the input of layers.0"),
     ],
 )
 def test_weights_that_are_not_finite_are_named_at_the_first_batch(weight: str, said: str) -> None:

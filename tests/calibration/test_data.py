@@ -1,4 +1,4 @@
-"""The same data in any shape that users have them in are the same batches; what holds nothing is passed over."""
+"""The same data make the same batches in any form; empty rows are skipped."""
 
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ RAGGED = [row[:length].tolist() for row, length in zip(IDS, (9, 4, 7, 9, 1, 2, 9
 PIXELS = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
-def drawn(teacher: PreTrainedModel, dataset: Any, **options: Any) -> list[dict[str, Tensor]]:
+def load(teacher: PreTrainedModel, dataset: Any, **options: Any) -> list[dict[str, Tensor]]:
     config = InitializationConfig("calibrated", calibration_batch_size=4, **options)
-    return load_calibration_batches(dataset, teacher, open_teacher(teacher), config, tokens=10**6)
+    return load_calibration_batches(dataset, teacher, open_teacher(teacher), config, num_tokens=10**6)
 
 
-def alike(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> bool:
+def are_equal(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> bool:
     return len(found) == len(expected) and all(
         one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
         for one, other in zip(found, expected, strict=True)
@@ -40,19 +40,19 @@ def table(column: str, values: Any, kind: str | None = None) -> datasets.Dataset
 @pytest.mark.parametrize("kind", [None, "torch", "numpy"])
 def test_rows_of_ids_and_batches_of_them_are_one(kind: str | None) -> None:
     teacher = KINDS["llama"].teacher()
-    rows = drawn(teacher, table("input_ids", RAGGED, kind))
-    assert alike(drawn(teacher, table("input_ids", RAGGED, kind).iter(batch_size=4)), rows)
-    held = [row[mask.bool()].tolist() for batch in rows for row, mask in zip(*batch.values(), strict=True)]
-    assert held == RAGGED
+    rows = load(teacher, table("input_ids", RAGGED, kind))
+    assert are_equal(load(teacher, table("input_ids", RAGGED, kind).iter(batch_size=4)), rows)
+    unpadded = [row[mask.bool()].tolist() for batch in rows for row, mask in zip(*batch.values(), strict=True)]
+    assert unpadded == RAGGED
     full = [{"input_ids": half} for half in IDS.split(4)]
-    assert alike(drawn(teacher, table("input_ids", IDS.tolist(), kind)), full)
-    assert alike(drawn(teacher, table("input_ids", IDS.tolist(), kind).iter(batch_size=4)), full)
+    assert are_equal(load(teacher, table("input_ids", IDS.tolist(), kind)), full)
+    assert are_equal(load(teacher, table("input_ids", IDS.tolist(), kind).iter(batch_size=4)), full)
 
 
 def test_batches_of_arrays_are_batches() -> None:
     teacher = KINDS["llama"].teacher()
-    tensors = drawn(teacher, [{"input_ids": half} for half in IDS.split(4)])
-    assert alike(drawn(teacher, [{"input_ids": half.numpy()} for half in IDS.split(4)]), tensors)
+    tensors = load(teacher, [{"input_ids": half} for half in IDS.split(4)])
+    assert are_equal(load(teacher, [{"input_ids": half.numpy()} for half in IDS.split(4)]), tensors)
 
 
 @pytest.mark.parametrize(
@@ -69,21 +69,21 @@ def test_batches_of_arrays_are_batches() -> None:
 )
 def test_images_in_any_shape(dataset: Any) -> None:
     expected = [{"pixel_values": half} for half in PIXELS.split(4)]
-    assert alike(drawn(KINDS["vit"].teacher(), dataset), expected)
+    assert are_equal(load(KINDS["vit"].teacher(), dataset), expected)
 
 
-def test_rows_that_hold_nothing_are_passed_over() -> None:
+def test_empty_rows_are_skipped() -> None:
     teacher = KINDS["llama"].teacher()
     rows: list[Any] = [{"input_ids": row} for row in RAGGED]
-    assert alike(drawn(teacher, [{"input_ids": []}, *rows, {"input_ids": None}]), drawn(teacher, rows))
+    assert are_equal(load(teacher, [{"input_ids": []}, *rows, {"input_ids": None}]), load(teacher, rows))
     batches = [{"input_ids": IDS[:4]}, {"input_ids": IDS[:0]}, {"input_ids": IDS[4:]}]
-    assert alike(drawn(teacher, batches), drawn(teacher, [batches[0], batches[2]]))
+    assert are_equal(load(teacher, batches), load(teacher, [batches[0], batches[2]]))
 
 
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    """A GPT-2, which has 32 positions, with a tokenizer beside it."""
-    folder: Path = tmp_path_factory.mktemp("reader")
+def text_teacher(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    """A GPT-2, which has 32 positions, with a tokenizer in its folder."""
+    folder: Path = tmp_path_factory.mktemp("teacher")
     core = Tokenizer(models.WordLevel({f"w{number}": number for number in range(96)}, unk_token="w0"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=core, unk_token="w0").save_pretrained(folder)
@@ -95,22 +95,24 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
 TEXTS = [" ".join(f"w{(7 * i + j) % 95 + 1}" for j in range(20)) for i in range(20)]
 
 
-def test_text_is_cut_where_positions_end(reader: PreTrainedModel) -> None:
-    assert [tuple(batch["input_ids"].shape) for batch in drawn(reader, TEXTS)] == [(4, 32)] * 3 + [(1, 16)]
-    assert drawn(reader, TEXTS, calibration_seq_length=10)[0]["input_ids"].shape == (4, 10)
+def test_text_is_cut_where_positions_end(text_teacher: PreTrainedModel) -> None:
+    assert [tuple(batch["input_ids"].shape) for batch in load(text_teacher, TEXTS)] == [(4, 32)] * 3 + [(1, 16)]
+    assert load(text_teacher, TEXTS, calibration_seq_length=10)[0]["input_ids"].shape == (4, 10)
 
 
-def test_missing_texts_are_passed_over(reader: PreTrainedModel) -> None:
-    expected = drawn(reader, TEXTS)
+def test_missing_texts_are_skipped(text_teacher: PreTrainedModel) -> None:
+    expected = load(text_teacher, TEXTS)
     holes = datasets.Dataset.from_dict({"text": [None, *TEXTS[:5], "", *TEXTS[5:], None], "label": [0] * 23})
-    assert alike(drawn(reader, holes), expected) and alike(drawn(reader, holes.iter(batch_size=3)), expected)
+    assert are_equal(load(text_teacher, holes), expected) and are_equal(
+        load(text_teacher, holes.iter(batch_size=3)), expected
+    )
     for empty in (["", ""], [{"text": None}]):
         with pytest.raises(OptionError, match="not one token"):
-            drawn(reader, empty)
-    with pytest.raises(OptionError, match="a int where text is"):
-        drawn(reader, [{"text": 3}])
+            load(text_teacher, empty)
+    with pytest.raises(OptionError, match="a int where text must be"):
+        load(text_teacher, [{"text": 3}])
 
 
-def test_ids_are_looked_at_in_all_batches() -> None:
+def test_ids_are_checked_in_all_batches() -> None:
     with pytest.raises(OptionError, match=r"token id 96 in decoder_input_ids.*tokens 0 to 95"):
-        drawn(KINDS["t5"].teacher(), [{"input_ids": IDS}, {"input_ids": IDS, "decoder_input_ids": IDS.clamp(min=96)}])
+        load(KINDS["t5"].teacher(), [{"input_ids": IDS}, {"input_ids": IDS, "decoder_input_ids": IDS.clamp(min=96)}])

@@ -1,4 +1,4 @@
-"""The laws of `calibrated`: identity, and lift with dead heads, neurons and blocks at random places, which it has to find."""
+"""The laws of `calibrated`: identity, and lift with dead heads, neurons and blocks at random indices, which it prunes."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_identity(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CHOSEN if case.lift is not None], ids=str)
-def test_dead_heads_neurons_and_blocks_are_found_and_dropped(case: Case) -> None:
+def test_dead_heads_neurons_and_blocks_are_pruned(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)
     layout = layout_of(small)
     shake(small, layout, seed=2, stream_gains="constant", length=case.length)

@@ -1,4 +1,4 @@
-"""What stands in padding changes nothing, whatever a family calls its blocks; a decoder hears what it reads in training."""
+"""The content of padding changes nothing, whatever a family calls its blocks; a decoder reads what it reads in training."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from hf_guide import OptionError, from_teacher
-from tests.calibration.test_data import drawn
+from tests.calibration.test_data import load
 from tests.tiny import KINDS
 
 SIZES = {"vocab_size": 96, "max_position_embeddings": 32}
@@ -48,7 +48,7 @@ def padded(pad: int, **more: Tensor) -> list[dict[str, Tensor]]:
 
 
 def with_decoder(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Name what the decoder reads as well: as long, so that no mask is told by its shape, and padded elsewhere."""
+    """Name what the decoder reads as well: as long, so that masks cannot be told apart by their shapes, and padded elsewhere."""
     return [
         {
             **batch,
@@ -60,7 +60,7 @@ def with_decoder(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(("make", "pair"), [(opt, False), (bart, False), (bart, True), (t5, False), (t5, True)])
-def test_what_stands_in_padding_changes_nothing(make: Any, pair: bool) -> None:
+def test_the_content_of_padding_changes_nothing(make: Any, pair: bool) -> None:
     teacher, smaller = make()
     students = [
         from_teacher(
@@ -77,20 +77,20 @@ def test_what_stands_in_padding_changes_nothing(make: Any, pair: bool) -> None:
     assert max(differing.values()) < 1e-4, {name: value for name, value in differing.items() if value >= 1e-4}
 
 
-def test_a_decoder_hears_the_labels_as_it_reads_them_in_training() -> None:
+def test_a_decoder_reads_the_labels_as_in_training() -> None:
     teacher, _ = t5()
     labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
-    (batch,) = drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": labels}])
+    (batch,) = load(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": labels}])
     assert batch["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 8, 9]]
     assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     rows = [{"input_ids": [3, 4, 5], "labels": [5, 6, 7]}, {"input_ids": [3], "labels": [8, 9]}]
-    assert torch.equal(drawn(teacher, rows)[0]["decoder_input_ids"], batch["decoder_input_ids"])
+    assert torch.equal(load(teacher, rows)[0]["decoder_input_ids"], batch["decoder_input_ids"])
     given = {"decoder_input_ids": torch.tensor([[4, 4], [4, 4]]), "labels": labels}
-    (batch,) = drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), **given}])
+    (batch,) = load(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), **given}])
     assert batch["decoder_input_ids"].tolist() == [[4, 4], [4, 4]] and "decoder_attention_mask" not in batch
 
 
 def test_labels_that_cannot_be_shifted() -> None:
     teacher = KINDS["t5"].teacher()  # its config has no decoder_start_token_id
     with pytest.raises(OptionError, match="decoder_start_token_id"):
-        drawn(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": torch.tensor([[5], [6]])}])
+        load(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": torch.tensor([[5], [6]])}])

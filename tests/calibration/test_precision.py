@@ -1,4 +1,4 @@
-"""Teachers of bfloat16 and float16 are calibrated as their float32 copies are, and what overflows is refused."""
+"""Teachers of bfloat16 and float16 are calibrated like their float32 copies, and what overflows is an error."""
 
 import copy
 from typing import Any
@@ -6,20 +6,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from hf_guide import InitializationReport, ShapeError, from_teacher
-from hf_guide.calibration.head_fitting import token_counts
-from hf_guide.calibration.reconstruction import assign_checked
+from hf_guide.calibration.head_fitting import count_token_ids
+from hf_guide.calibration.refit import assign_checked
 from tests.calibration.test_calibrated import data, student_of
 from tests.tiny import KINDS, same_bits
 
 HALF = [torch.bfloat16, torch.float16]
 
 
-def fitted(report: InitializationReport) -> set[str]:
-    """Return the names of the parameters that were fitted again."""
-    return {each.name for each in report.parameters if any("fitted again" in step for step in each.steps)}
+def refitted(report: InitializationReport) -> set[str]:
+    """Return the names of the parameters that were refitted."""
+    return {each.name for each in report.parameters if any("refitted" in step for step in each.steps)}
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -34,12 +33,12 @@ def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_cop
         from_teacher(teacher, **options, **kind.smaller).initialization_report
         for teacher in (half, copy.deepcopy(half).float())
     ]
-    assert fitted(reports[0]) == fitted(reports[1]) and fitted(reports[0])
-    assert not any("was not repaired" in said for said in reports[0].approximations)
-    lost = [report.calibration["residual_error"] for report in reports]
-    assert lost[0].keys() == lost[1].keys()
-    for stack, shares in lost[1].items():
-        assert lost[0][stack] == pytest.approx(shares, rel=0.05)
+    assert refitted(reports[0]) == refitted(reports[1]) and refitted(reports[0])
+    assert not any("was not refitted" in note for note in reports[0].approximations)
+    errors = [report.calibration["residual_error"] for report in reports]
+    assert errors[0].keys() == errors[1].keys()
+    for stack, shares in errors[1].items():
+        assert errors[0][stack] == pytest.approx(shares, rel=0.05)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -70,7 +69,7 @@ def test_the_logits_scale_is_fitted_where_half_precision_logits_are_multiplied(
         report = from_teacher(
             teacher, method="calibrated", calibration_dataset=data(), show_progress=False, hidden_size=24
         ).initialization_report
-        assert not any("not fitted" in said or "not repaired" in said for said in report.approximations)
+        assert not any("not fitted" in note or "not refitted" in note for note in report.approximations)
         found.append(report.calibration["logit_scale"])
     assert found[0] == pytest.approx(found[1], rel=0.02) and found[0] != 1.0
 
@@ -81,11 +80,12 @@ def test_squares_that_float16_does_not_hold_are_taken_in_float32() -> None:
         teacher.model.embed_tokens.weight[:, 5] += 300
     student = student_of(teacher.half())
     assert all(parameter.isfinite().all() for parameter in student.parameters())
-    said = student.initialization_report.calibration
-    assert 0 < said["logit_scale"] < 10 and all(0 <= share < 10 for share in said["residual_error"]["layers"])
+    calibration = student.initialization_report.calibration
+    assert 0 < calibration["logit_scale"] < 10
+    assert all(0 <= error < 10 for error in calibration["residual_error"]["layers"])
 
 
-def test_a_fitted_value_that_cannot_be_stored_is_refused() -> None:
+def test_a_fitted_value_that_cannot_be_stored_is_an_error() -> None:
     parameter = torch.zeros(3, dtype=torch.float16)
     with pytest.raises(ShapeError, match=r"norm\.weight has values up to 1e\+05, more than torch\.float16"):
         assign_checked(parameter, torch.tensor([0.0, 1e5, 1.0]), "norm.weight")
@@ -93,7 +93,7 @@ def test_a_fitted_value_that_cannot_be_stored_is_refused() -> None:
         assign_checked(parameter, torch.tensor([0.0, torch.nan, 1.0]), "norm.weight")
 
 
-def test_a_scale_of_logits_that_are_not_finite_is_refused() -> None:
+def test_a_scale_of_logits_that_are_not_finite_is_an_error() -> None:
     teacher = KINDS["llama"].teacher()
     with torch.no_grad():
         teacher.lm_head.weight.mul_(2e4)  # float16 holds it, and not what it makes
@@ -101,16 +101,9 @@ def test_a_scale_of_logits_that_are_not_finite_is_refused() -> None:
         student_of(teacher.half())
 
 
-class Batches:
-    """What `token_counts` asks a Mender for."""
-
-    def __init__(self, *batches: dict[str, Tensor]):
-        self.batches = batches
-
-
-def test_padding_is_no_token_of_the_text() -> None:
+def test_padding_is_not_counted() -> None:
     tokens = torch.tensor([[3, 4, 0, 0], [3, 0, 5, 4]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    counted = token_counts(Batches({"input_ids": tokens, "attention_mask": mask}), 6)  # type: ignore[arg-type]
+    counted = count_token_ids([{"input_ids": tokens, "attention_mask": mask}], 6)
     assert counted.tolist() == [1, 0, 0, 2, 2, 1]
-    assert token_counts(Batches({"input_ids": tokens}), 6).tolist() == [3, 0, 0, 2, 2, 1]  # type: ignore[arg-type]
+    assert count_token_ids([{"input_ids": tokens}], 6).tolist() == [3, 0, 0, 2, 2, 1]

@@ -1,4 +1,4 @@
-"""A calibrated start that was killed goes on where it was, to the same bits, and refuses what another call has left."""
+"""A calibration that was killed continues to the same bits; a folder of another call is an error."""
 
 import dataclasses
 import json
@@ -13,12 +13,11 @@ import pytest
 import torch
 
 from hf_guide import OptionError, from_teacher
-from hf_guide.calibration import reconstruction as repair
-from hf_guide.calibration import resume as checkpoint
-from hf_guide.calibration import statistics
+from hf_guide.calibration import reconstruction, resume, statistics
 from hf_guide.calibration.sequential import SequentialBlocks
 from hf_guide.cli.main import main
-from hf_guide.utils import files as folders
+from hf_guide.utils import files
+from hf_guide.utils.checksums import write_json
 from tests.calibration.test_calibrated import SMALLER, batches_for, data
 from tests.tiny import KINDS, same_bits
 
@@ -30,7 +29,7 @@ class Killed(BaseException):
 def die_after(count: int, monkeypatch: pytest.MonkeyPatch, *, halfway: bool) -> None:
     """Let a run die once it has written `count` files: right after the last, or, halfway, before that has its name."""
     written: list[Path] = []
-    publish = getattr(folders.sync_and_rename, "__wrapped__", folders.sync_and_rename)
+    publish = getattr(files.sync_and_rename, "__wrapped__", files.sync_and_rename)
 
     def dying(partial: Path, path: Path) -> None:
         if halfway and len(written) == count:
@@ -41,10 +40,10 @@ def die_after(count: int, monkeypatch: pytest.MonkeyPatch, *, halfway: bool) -> 
             raise Killed
 
     dying.__wrapped__ = publish  # type: ignore[attr-defined]
-    monkeypatch.setattr(folders, "sync_and_rename", dying)
+    monkeypatch.setattr(files, "sync_and_rename", dying)
 
 
-def made(name: str, folder: Path | None, **method: Any) -> Any:
+def make_student(name: str, folder: Path | None, **method: Any) -> Any:
     kind = KINDS[name]
     return from_teacher(
         kind.teacher(),
@@ -56,7 +55,7 @@ def made(name: str, folder: Path | None, **method: Any) -> Any:
     )
 
 
-def said(student: Any) -> dict[str, Any]:
+def report_of(student: Any) -> dict[str, Any]:
     report = dataclasses.asdict(student.initialization_report)
     return {name: value for name, value in report.items() if name not in ("seconds", "peak_memory_bytes")}
 
@@ -68,51 +67,53 @@ def test_killed_after_every_file_it_ends_with_the_same_bits(
     name: str, halfway: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each run dies one file further on; that there is an end shows that each goes on from what the others left."""
-    expected = made(name, None)
-    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN_SAVES", 0.0)
-    heard: list[int] = []
+    expected = make_student(name, None)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_SAVES", 0.0)
+    forwards: list[int] = []
     run = statistics.forward_no_cache
-    monkeypatch.setattr(statistics, "forward_no_cache", lambda *given: heard.append(len(deaths)) or run(*given))
+    monkeypatch.setattr(
+        statistics, "forward_no_cache", lambda *arguments: forwards.append(len(deaths)) or run(*arguments)
+    )
     deaths: list[None] = []
     while True:
         with monkeypatch.context() as within:
             die_after(1, within, halfway=halfway)
             try:
-                student = made(name, tmp_path / "kept")
+                student = make_student(name, tmp_path / "kept")
                 break
             except Killed:
                 deaths.append(None)
     steps = len(list((tmp_path / "kept").glob("step-*")))
-    assert steps == 1 + (4 if name == "t5" else 2) + 1, "the table, each block, and what is behind the last"
+    assert steps == 1 + (4 if name == "t5" else 2) + 1, "the table, each block, and the head"
     assert len(deaths) == 1 + 5 + steps - halfway, "as many as there were files to write"
     if not halfway:
-        assert heard == [1, 2, 3, 4, 5], "each run but the first heard one batch, until there were no more"
-    assert same_bits(student, expected) and said(student) == said(expected)
+        assert forwards == [1, 2, 3, 4, 5], "each run but the first ran one batch, until there were no more"
+    assert same_bits(student, expected) and report_of(student) == report_of(expected)
     assert not list((tmp_path / "kept").glob("*.partial"))
 
 
 def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = made("llama", tmp_path)
+    expected = make_student("llama", tmp_path)
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert "step-layers.1.safetensors" in files
 
-    def never(*given: Any, **more: Any) -> None:
+    def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("this was done before")
 
     monkeypatch.setattr(statistics, "forward_no_cache", never)
-    monkeypatch.setattr(repair, "select_ridge", never)
+    monkeypatch.setattr(reconstruction, "select_ridge", never)
     monkeypatch.setattr(SequentialBlocks, "__init__", never)
-    assert same_bits(made("llama", tmp_path), expected)
+    assert same_bits(make_student("llama", tmp_path), expected)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
 
 
-@pytest.mark.parametrize("removed", ["table", "layers.0", "layers.1", "heads"])
-def test_a_step_that_was_removed_is_worked_out_again_and_all_after_it(removed: str, tmp_path: Path) -> None:
-    expected = made("llama tied", tmp_path)
+@pytest.mark.parametrize("removed", ["tied_embedding", "layers.0", "layers.1", "lm_head"])
+def test_a_step_that_was_removed_is_computed_again_with_all_after_it(removed: str, tmp_path: Path) -> None:
+    expected = make_student("llama tied", tmp_path)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     (tmp_path / f"step-{removed}.safetensors").unlink()
-    assert same_bits(made("llama tied", tmp_path), expected)
-    steps = ["table", "layers.0", "layers.1", "heads"]
+    assert same_bits(make_student("llama tied", tmp_path), expected)
+    steps = ["tied_embedding", "layers.0", "layers.1", "lm_head"]
     again = [
         step for step in steps if (path := tmp_path / f"step-{step}.safetensors").stat().st_mtime_ns != written[path]
     ]
@@ -131,7 +132,7 @@ def test_a_step_that_was_removed_is_worked_out_again_and_all_after_it(removed: s
     ],
     ids=str,
 )
-def test_another_call_is_refused_with_what_differs(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_another_call_is_an_error_that_names_what_differs(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     teacher = KINDS["llama"].teacher()
 
     def make(ridge: float | None = None, dataset: Any = None, teacher: Any = teacher, **shape: Any) -> Any:
@@ -157,7 +158,7 @@ def test_another_call_is_refused_with_what_differs(change: dict[str, Any], named
 def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     teacher = KINDS["llama"].teacher()
 
-    def refused(folder: Path, word: str, method: str = "calibrated") -> None:
+    def check_error(folder: Path, word: str, method: str = "calibrated") -> None:
         drawn = iter(data())
         with pytest.raises(OptionError, match=word):
             from_teacher(
@@ -171,9 +172,9 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
         assert len(list(drawn)) == 8 or folder.joinpath("calibration.json").exists()
 
     (tmp_path / "file").write_text("")
-    refused(tmp_path / "file", "is a file")
-    refused(tmp_path, "holds something else: file")
-    refused(tmp_path / "new", "uses no data", method="guide")
+    check_error(tmp_path / "file", "is a file")
+    check_error(tmp_path, "holds something else: file")
+    check_error(tmp_path / "new", "uses no data", method="guide")
     assert not (tmp_path / "new").exists()
     kept = tmp_path / "kept"
     from_teacher(
@@ -184,26 +185,26 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
         show_progress=False,
         **SMALLER,
     )
-    hearing = next(kept.glob("statistics-*"))
-    hearing.write_bytes(hearing.read_bytes()[:100])
-    refused(kept, "damaged")
+    statistics_file = next(kept.glob("statistics-*"))
+    statistics_file.write_bytes(statistics_file.read_bytes()[:100])
+    check_error(kept, "damaged")
     (kept / "calibration.json").write_text("{")
-    refused(kept, "damaged")
+    check_error(kept, "damaged")
 
 
-def test_a_process_that_gets_sigkill_while_it_repairs(tmp_path: Path) -> None:
+def test_a_process_that_gets_sigkill_while_it_refits(tmp_path: Path) -> None:
     script = """
         import os, signal, sys
         from pathlib import Path
         from hf_guide.utils import files
-        from tests.calibration.test_resume import made
+        from tests.calibration.test_resume import make_student
         publish = files.sync_and_rename
         def dying(partial, path):
             if path.name == "step-layers.1.safetensors":
                 os.kill(os.getpid(), signal.SIGKILL)
             publish(partial, path)
         files.sync_and_rename = dying
-        made("llama", Path(sys.argv[1]))
+        make_student("llama", Path(sys.argv[1]))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), tmp_path],
@@ -217,7 +218,7 @@ def test_a_process_that_gets_sigkill_while_it_repairs(tmp_path: Path) -> None:
     left = {path.name for path in tmp_path.iterdir()}
     assert "step-layers.0.safetensors" in left and "step-layers.1.safetensors" not in left
     assert any(name.endswith(".partial") for name in left)
-    assert same_bits(made("llama", tmp_path), made("llama", None))
+    assert same_bits(make_student("llama", tmp_path), make_student("llama", None))
     assert not any(path.name.endswith(".partial") for path in tmp_path.iterdir())
 
 
@@ -240,7 +241,18 @@ def test_the_command_line_takes_the_folder(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_manifest_is_json_and_the_rest_safetensors(tmp_path: Path) -> None:
-    made("llama", tmp_path)
+    make_student("llama", tmp_path)
     manifest = json.loads((tmp_path / "calibration.json").read_text())
     assert manifest["options"]["method"] == "calibrated" and manifest["processes"] == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_folder_of_an_earlier_format_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    write_json(tmp_path / "calibration.json", {"format": 2})
+    with pytest.raises(
+        OptionError, match="has format 2.*reads format 3.*Finish it with that version, or remove the folder"
+    ):
+        make_student("llama", tmp_path)
+    (tmp_path / "calibration.json").write_text('{"format": 3}')
+    with pytest.raises(OptionError, match="damaged: it has no checksum"):
+        make_student("llama", tmp_path)

@@ -1,4 +1,4 @@
-"""Where there is no text the teacher writes it: what it foretells, the same again, and nothing of the teacher is changed."""
+"""Self-generated calibration text is sampled from the teacher's distribution, reproducibly; the teacher is unchanged."""
 
 import copy
 import math
@@ -10,11 +10,11 @@ import torch
 from transformers import GenerationConfig
 
 from hf_guide import InitializationReport, OptionError, from_teacher
-from hf_guide.calibration import self_generation as own_text
+from hf_guide.calibration import collection
+from hf_guide.calibration.self_generation import generate_calibration_text
 from hf_guide.cli.main import main
 from hf_guide.errors import TeacherError
 from hf_guide.methods import InitializationConfig
-from hf_guide.methods import calibrated as run
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.tiny import KINDS, same_bits
 
@@ -38,24 +38,24 @@ def student_of(teacher: Any, dataset: Any = "self_generated", folder: Path | Non
     )
 
 
-def written(teacher: Any, **options: Any) -> torch.Tensor:
+def generate(teacher: Any, **options: Any) -> torch.Tensor:
     chosen = InitializationConfig(method="calibrated", **{"calibration_seq_length": 32, **options})
-    return own_text.generate_calibration_text(teacher, open_teacher(teacher), chosen, tokens=500)
+    return generate_calibration_text(teacher, open_teacher(teacher), chosen, num_tokens=500)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "gemma3", "mixtral"])
-def test_causal_models_write(name: str) -> None:
-    ids = written(KINDS[name].teacher())
+def test_causal_models_generate(name: str) -> None:
+    ids = generate(KINDS[name].teacher())
     assert ids.shape == (16, 32) and ids.dtype == torch.long and ids.unique(dim=0).shape[0] == 16
 
 
-def test_what_is_written_is_what_the_teacher_foretells(teacher: Any) -> None:
+def test_tokens_are_sampled_from_the_teachers_distribution(teacher: Any) -> None:
     """Of tokens drawn from a model, the mean loss is its mean entropy, and they take no notice of its generation config."""
     with torch.no_grad():
         for parameter in teacher.lm_head.parameters():
-            parameter.mul_(20.0)  # foretells something
+            parameter.mul_(20.0)  # predicts something
     teacher.generation_config = GenerationConfig(do_sample=True, temperature=0.1, max_new_tokens=3, eos_token_id=5)
-    ids = written(teacher)
+    ids = generate(teacher)
     assert ids.shape == (16, 32)
     with torch.no_grad():
         logs = teacher(input_ids=ids).logits[:, :-1].log_softmax(-1)
@@ -65,57 +65,59 @@ def test_what_is_written_is_what_the_teacher_foretells(teacher: Any) -> None:
     assert (loss - entropy).mean().abs() < 4 * (loss - entropy).std() / math.sqrt(loss.numel())
 
 
-def test_the_same_text_is_written_again_and_nothing_else_is_changed(teacher: Any) -> None:
+def test_the_same_text_is_generated_again_and_nothing_else_changes(teacher: Any) -> None:
     before, config, state = copy.deepcopy(teacher), teacher.generation_config, torch.get_rng_state()
     teacher.train()
-    first = written(teacher)
-    assert torch.equal(first, written(teacher)) and not torch.equal(first, written(teacher, seed=1))
+    first = generate(teacher)
+    assert torch.equal(first, generate(teacher)) and not torch.equal(first, generate(teacher, seed=1))
     assert torch.equal(torch.get_rng_state(), state)
     assert teacher.training and teacher.generation_config is config and same_bits(teacher, before)
 
 
-def test_a_student_is_that_of_the_text_that_was_written(teacher: Any) -> None:
+def test_a_student_is_that_of_the_text_that_was_generate(teacher: Any) -> None:
     student = student_of(teacher)
-    ids = written(teacher, calibration_tokens=512)
+    ids = generate(teacher, calibration_tokens=512)
     assert same_bits(student, student_of(teacher, [{"input_ids": rows} for rows in ids.split(8)]))
     assert student.initialization_report.calibration["self_generated"] is True
     assert "512 tokens that the teacher generated" in student.initialization_report.summary()
 
 
-def test_what_was_written_is_kept_for_the_next_time(teacher: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_generated_text_is_saved_and_loaded(teacher: Any, tmp_path: Path, monkeypatch: Any) -> None:
     first = student_of(teacher, folder=tmp_path)
     assert (tmp_path / "generated_text.safetensors").exists()
-    monkeypatch.setattr(run, "generate_calibration_text", lambda *_, **__: pytest.fail("was written again"))
+    monkeypatch.setattr(collection, "generate_calibration_text", lambda *_, **__: pytest.fail("generated again"))
     assert same_bits(first, student_of(teacher, folder=tmp_path))
     with pytest.raises(OptionError, match="other settings"):
         student_of(teacher, folder=tmp_path, calibration_tokens=256)
 
 
 @pytest.mark.parametrize("name", ["bert", "t5", "vit"])
-def test_what_writes_no_text_is_refused(name: str) -> None:
-    with pytest.raises(OptionError, match="only causal language models"):
+def test_models_that_generate_no_text_are_an_error(name: str) -> None:
+    with pytest.raises(OptionError, match="must be a causal language model"):
         from_teacher(
             KINDS[name].teacher(), method="calibrated", calibration_dataset="self_generated", show_progress=False
         )
 
 
-def test_a_teacher_that_says_nan_is_refused(teacher: Any) -> None:
+def test_a_teacher_that_predicts_nan_is_an_error(teacher: Any) -> None:
     with torch.no_grad():
         teacher.lm_head.weight[5] = torch.nan
-    with pytest.raises(TeacherError, match="says NaN of text that it writes itself"):
-        written(teacher)
+    with pytest.raises(TeacherError, match="predicts NaN for text that it generates itself"):
+        generate(teacher)
 
 
-def test_other_words_are_refused(teacher: Any) -> None:
+def test_other_strings_are_an_error(teacher: Any) -> None:
     with pytest.raises(
-        OptionError, match="'self_generated', for text that the teacher writes itself; found 'wikitext'"
+        OptionError, match="'self_generated', for text that the teacher generates itself; found 'wikitext'"
     ):
         student_of(teacher, "wikitext")
-    with pytest.raises(OptionError, match="or 'self_generated', for text that the teacher writes itself; or choose"):
+    with pytest.raises(
+        OptionError, match="or 'self_generated', for text that the teacher generates itself; or choose"
+    ):
         student_of(teacher, None)
 
 
-def test_the_command_line_lets_the_teacher_write(teacher: Any, tmp_path: Path) -> None:
+def test_the_command_line_lets_the_teacher_generate(teacher: Any, tmp_path: Path) -> None:
     teacher.save_pretrained(tmp_path / "teacher")
     sizes = [word for name, size in SMALLER.items() for word in (f"--{name.replace('_', '-')}", str(size))]
     options = ["--method", "calibrated", "--option", "calibration_tokens=256", "--option", "calibration_seq_length=32"]

@@ -17,28 +17,30 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) -> None:
-    found = uninterrupted
+    result = uninterrupted
     one = student_of(KINDS["llama"].teacher().double())
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
-    assert found["alike"] and found["tokens"] == one.initialization_report.calibration["tokens"]
-    assert (torch.tensor(found["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
+    assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"]
+    assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
 
 
-def test_two_processes_write_the_text_of_one(tmp_path: Path) -> None:
-    found = run_world("calibrate.py", 2, {"dataset": "teacher"}, tmp_path)
+def test_two_processes_generate_the_text_of_one(tmp_path: Path) -> None:
+    result = run_world("calibrate.py", 2, {"dataset": "teacher"}, tmp_path)
     one = student_of(KINDS["llama"].teacher().double(), "teacher")
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
-    assert found["alike"] and found["tokens"] == one.initialization_report.calibration["tokens"] == 8192
-    assert (torch.tensor(found["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
+    assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"] == 8192
+    assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
 
 
-def test_two_processes_that_were_killed_go_on_to_the_same_bits(uninterrupted: dict[str, Any], tmp_path: Path) -> None:
-    """Rank 1 dies while it hears, then rank 0 between two blocks; each time the other is ended by torchrun."""
+def test_two_processes_that_were_killed_continue_to_the_same_bits(
+    uninterrupted: dict[str, Any], tmp_path: Path
+) -> None:
+    """Rank 1 dies while it collects statistics, then rank 0 between two blocks; each time the other is ended by torchrun."""
     given = {"folder": str(tmp_path / "kept")}
     for kill in ("statistics-00001-of-00002.safetensors", "step-layers.1.safetensors"):
         with pytest.raises(AssertionError, match="Signal 9"):
             run_world("calibrate.py", 2, given | {"kill": kill}, tmp_path)
         assert not (tmp_path / "kept" / kill).exists()
     assert (tmp_path / "kept" / "step-layers.0.safetensors").exists()
-    found = run_world("calibrate.py", 2, given, tmp_path)
-    assert found["alike"] and found["vector"] == uninterrupted["vector"]
+    result = run_world("calibrate.py", 2, given, tmp_path)
+    assert result["equal"] and result["vector"] == uninterrupted["vector"]

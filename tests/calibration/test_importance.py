@@ -1,4 +1,4 @@
-"""Mixtures of experts: those that no token needs are found and dropped, and what is heard of one is what it writes."""
+"""Experts of a mixture that no token needs are pruned; an expert's importance is what it adds to the residual stream."""
 
 import dataclasses
 from typing import Any
@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from hf_guide import from_teacher
+from hf_guide.calibration import importance
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import collect_expert_importance
 from hf_guide.calibration.modules import find_modules
-from hf_guide.methods import calibrated as run
 from tests.calibration.test_calibrated import batches_for
 from tests.calibration.test_laws import data
 from tests.invariants.case import Case, build, logits_of, settle
@@ -81,38 +81,38 @@ def lifted(case: Case, *, per_token: int) -> tuple[Any, Any, dict[int, list[int]
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_dead_experts_are_found_and_dropped(name: str) -> None:
+def test_dead_experts_are_pruned(name: str) -> None:
     case = ALL[name]
     small, big, live = lifted(case, per_token=2 if name in ("gpt_oss", "deepseek_v3") else 1)
     expected = logits_of(small, case)
     assert relative_error(logits_of(big, case), expected) <= (case.lift or 0), "the teacher is not the small model"
     errors = {}
-    for how in ("activation", "uniform"):
+    for expert_importance in ("activation", "uniform"):
         student = from_teacher(
             big,
             small.config,
-            method={"method": "calibrated", "expert_importance": how},
+            method={"method": "calibrated", "expert_importance": expert_importance},
             calibration_dataset=data(case),
             show_progress=False,
         )
-        errors[how] = relative_error(logits_of(student, case), expected)
-        if how == "activation":
+        errors[expert_importance] = relative_error(logits_of(student, case), expected)
+        if expert_importance == "activation":
             report = student.initialization_report
             (blocks,) = report.blocks.values()
-            kept = {
-                int(site.split(".")[1]): units["experts"]
-                for site, units in report.calibration["selected"].items()
+            selected = {
+                int(name.split(".")[1]): units["experts"]
+                for name, units in report.calibration["selected"].items()
                 if "experts" in units
             }
-            assert kept and all(kept[number] == live[blocks[number]] for number in kept)
+            assert selected and all(selected[number] == live[blocks[number]] for number in selected)
     assert errors["activation"] <= (case.lift or 0) < 1e-3 < errors["uniform"]
 
 
-def test_what_is_heard_of_an_expert_is_what_it_writes_over_the_tokens_routed_to_it() -> None:
+def test_the_importance_of_an_expert_is_its_squared_output_over_the_tokens_routed_to_it() -> None:
     case = ALL["mixtral"]
     model = build(case, case.big)
     shake(model, layout_of(model), seed=1)
-    part = find_modules(model, layout_of(model)).experts["layers.0.mlp.experts"]
+    ref = find_modules(model, layout_of(model)).experts["layers.0.mlp.experts"]
     batches = data(case, 2)
     mask = torch.ones_like(batches[1]["input_ids"])
     mask[:, 7:] = 0
@@ -121,26 +121,28 @@ def test_what_is_heard_of_an_expert_is_what_it_writes_over_the_tokens_routed_to_
     class Whole:
         bases: dict[str, Tensor] = {}
 
-    found = collect_expert_importance(model, {part.name: part}, Whole(), batches)[part.name]  # type: ignore[arg-type]
+    found = collect_expert_importance(model, {ref.name: ref}, Whole(), batches)[ref.name]  # type: ignore[arg-type]
     expected = torch.zeros(4, dtype=torch.float64)
-    heard: list[tuple[Tensor, ...]] = []
-    handle = part.module.register_forward_pre_hook(lambda _, args: heard.append(args))
+    routed: list[tuple[Tensor, ...]] = []
+    handle = ref.module.register_forward_pre_hook(lambda _, args: routed.append(args))
     with torch.no_grad(), calibration_mode(model):
         for batch in batches:
             model(**batch)
     handle.remove()
-    for batch, (stream, chosen, weights) in zip(batches, heard, strict=True):
+    for batch, (stream, chosen, weights) in zip(batches, routed, strict=True):
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().bool()
         for token in real.nonzero().flatten().tolist():
             for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
-                gate, up = (part.module.gate_up_proj[expert] @ stream[token]).chunk(2)
-                written = part.module.down_proj[expert] @ (torch.nn.functional.silu(gate) * up) * weight
+                gate, up = (ref.module.gate_up_proj[expert] @ stream[token]).chunk(2)
+                written = ref.module.down_proj[expert] @ (torch.nn.functional.silu(gate) * up) * weight
                 expected[expert] += written.square().sum().item()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_the_router_is_fitted_again_and_experts_are_heard_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer experts and a narrower stream; a second call of the same goes on from what the first has kept."""
+def test_the_router_is_refitted_and_expert_importance_is_collected_once(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer experts and a narrower stream; a second call of the same goes on from what the first has selected."""
     kind = KINDS["mixtral"]
     shape = {**kind.smaller, "num_local_experts": 2}
 
@@ -156,13 +158,13 @@ def test_the_router_is_fitted_again_and_experts_are_heard_once(tmp_path: Any, mo
 
     first = make()
     steps = {record.name: record.steps for record in first.initialization_report.parameters}
-    assert any("fitted again" in step for step in steps["model.layers.0.mlp.gate.weight"])
-    assert (tmp_path / "step-experts.safetensors").exists()
-    monkeypatch.setattr(run, "collect_expert_importance", None)
+    assert any("refitted" in step for step in steps["model.layers.0.mlp.gate.weight"])
+    assert (tmp_path / "step-expert_importance.safetensors").exists()
+    monkeypatch.setattr(importance, "collect_expert_importance", None)
     assert same_bits(make(), first)
 
 
-def test_experts_that_are_chosen_by_groups_stay_even() -> None:
+def test_experts_that_are_routed_by_groups_are_selected_evenly() -> None:
     case = ALL["deepseek_v3"]
     case = dataclasses.replace(case, both=case.both | {"n_routed_experts": 8, "n_group": 2})
     teacher = build(case, case.big)
@@ -173,5 +175,7 @@ def test_experts_that_are_chosen_by_groups_stay_even() -> None:
         show_progress=False,
         n_routed_experts=4,
     )
-    said = [note for note in student.initialization_report.approximations if "chooses groups" in note]
-    assert len(said) == 1 and said[0].startswith("layers.{block}.mlp.experts.down_proj: its experts are chosen evenly")
+    notes = [note for note in student.initialization_report.approximations if "selects groups" in note]
+    assert len(notes) == 1 and notes[0].startswith(
+        "layers.{block}.mlp.experts.down_proj: its experts are selected evenly"
+    )

@@ -1,4 +1,4 @@
-"""Where blocks norm the stream itself its places are kept: gains stay exact, and a real encoder starts well."""
+"""Where blocks normalise the residual stream itself its channels are selected: norm weights stay exact."""
 
 from typing import Any
 
@@ -53,7 +53,7 @@ def test_a_real_encoder_of_half_the_width_keeps_its_teachers_similarities() -> N
     assert kept["calibrated"] > 0.6 and kept["calibrated"] > kept["uniform"] + 0.2, kept
 
 
-def test_gains_are_those_of_the_places_kept() -> None:
+def test_norm_weights_are_those_of_the_selected_channels() -> None:
     kind = KINDS["bert"]
     teacher = kind.teacher()
     student = from_teacher(
@@ -75,7 +75,7 @@ def test_gains_are_those_of_the_places_kept() -> None:
     )
 
 
-def test_places_are_those_with_most_energy() -> None:
+def test_channels_are_those_with_the_largest_second_moment() -> None:
     moment = torch.diag(torch.tensor([1.0, 5, 2, 4, 0]))
     found = fit_channel_selection(moment, 2)
     torch.testing.assert_close(found.matrix, torch.eye(5, dtype=torch.float64)[:, [1, 3]])
@@ -91,7 +91,7 @@ class StrictEncoder(BertModel):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask)
 
 
-def test_a_class_whose_forward_takes_nothing_more_can_be_heard() -> None:
+def test_a_class_whose_forward_takes_no_other_arguments_is_calibrated() -> None:
     kind = KINDS["bert"]
     teacher = kind.teacher()
     strict = StrictEncoder(teacher.config)
