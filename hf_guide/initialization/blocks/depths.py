@@ -1,4 +1,4 @@
-"""Find the numbers of blocks that a config states, by building the model one block shorter."""
+"""Find the fields of a config that are a number of blocks, by building the model one block shorter."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ from hf_guide.models.tiny_models import MODEL_ERRORS
 
 
 class _RecordsAccess:
-    """Record which entries of a sequence are read and which numbers it is asked for."""
+    """Record the indices and the membership tests with which a sequence is accessed."""
 
     access: ListAccess
 
@@ -48,15 +48,15 @@ class _RecordsAccess:
 
 
 class RecordingList(_RecordsAccess, list):
-    """A list that records how it is read."""
+    """A list that records how it is accessed."""
 
 
 class RecordingTuple(_RecordsAccess, tuple):
-    """A tuple that records how it is read."""
+    """A tuple that records how it is accessed."""
 
 
 def record_list_access(config: PreTrainedConfig) -> dict[ConfigPath, ListAccess]:
-    """Replace every list in `config` by one that records how it is read; return the records by path."""
+    """Replace every list in `config` by one that records how it is accessed; return the records by path."""
     records: dict[ConfigPath, ListAccess] = {}
     for prefix, part in iter_subconfigs(config):
         for name, value in list(vars(part).items()):
@@ -71,17 +71,24 @@ def record_list_access(config: PreTrainedConfig) -> dict[ConfigPath, ListAccess]
 
 
 def find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
-    """Return each number of blocks that `config` states, with the stacks that have it.
+    """Return the depths of `config`, with the stacks of each.
 
-    Each candidate is lowered by one in turn and the model built on the meta device: what makes a stack shorter is its depth.
-    Where a family refuses that, the field it usually calls `num_hidden_layers` is taken for the stack of its length.
+    Each candidate is lowered by one and the model built on the meta device: what makes a stack shorter is its depth. Where a
+    family refuses that, the standard field of the depth is assigned to the stack of its length.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_guide.layouts.registry import registered_layouts
+        >>> depths = find_depths(LlamaConfig(num_hidden_layers=3), LlamaForCausalLM, registered_layouts()["llama"])
+        >>> depths.depths[("num_hidden_layers",)].stacks
+        ('layers.{block}',)
     """
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
     stacks_known = tuple(row.pattern for row in layout.rows if "{block}" in row.pattern)
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str), stacks_known)
     if key not in _depths_cache:
-        _depths_cache.clear()  # of one model at a time, for it is held
+        _depths_cache.clear()  # keep one model at a time
         _depths_cache[key] = _probe_depths(config, model_class, layout)
     return _depths_cache[key]
 
@@ -91,49 +98,60 @@ _depths_cache: dict[Any, StackDepths] = {}
 
 def _probe_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
     model = meta_model(model_class, config)
-    whole = stack_lengths(model, layout)
-    found = StackDepths({}, {}, model)
-    taken: set[str] = set()
-    for path, size in _depth_candidates(config, set(whole.values())):
+    lengths = stack_lengths(model, layout)
+    result = StackDepths({}, {}, model)
+    assigned: set[str] = set()
+    for path, size in _depth_candidates(config, set(lengths.values())):
         stacks: tuple[str, ...] = ()
         records: dict[ConfigPath, ListAccess] = {}
         tables: dict[str, tuple[int, ConfigPath, bool]] = {}
         refused = False
-        for with_lists in (False, True):  # where the length of a list is the depth, or must be
+        for with_lists in (False, True):  # where the length of a list is the depth, or must equal it
             shorter = _one_block_shorter(config, path, size, with_lists=with_lists)
             records = record_list_access(shorter)
             try:
-                other = meta_model(model_class, shorter)
+                shorter_model = meta_model(model_class, shorter)
             except MODEL_ERRORS:
                 refused = True
                 continue
-            sizes, tables = stack_lengths(other, layout), _per_block_parameters(model, other, path, size)
-            stacks = tuple(stack for stack, had in whole.items() if had == size and sizes.get(stack, 0) == size - 1)
+            shorter_lengths, tables = (
+                stack_lengths(shorter_model, layout),
+                _per_block_parameters(model, shorter_model, path, size),
+            )
+            stacks = tuple(
+                stack
+                for stack, length in lengths.items()
+                if length == size and shorter_lengths.get(stack, 0) == size - 1
+            )
             if stacks:
                 break
         if refused and not stacks:
             records, tables = {}, {}
-            like = [stack for stack, had in whole.items() if had == size and stack not in taken]
-            stacks = tuple(like) if len(like) == 1 and path[-1] == _standard_depth_field(config, path) else ()
-        stacks = tuple(stack for stack in stacks if stack not in taken)
+            of_this_length = [stack for stack, length in lengths.items() if length == size and stack not in assigned]
+            stacks = (
+                tuple(of_this_length)
+                if len(of_this_length) == 1 and path[-1] == _standard_depth_field(config, path)
+                else ()
+            )
+        stacks = tuple(stack for stack in stacks if stack not in assigned)
         if stacks:
-            taken |= set(stacks)
-            found.depths[path] = Depth(path, size, stacks)
-            found.list_access[path] = records
-            found.tables.update(tables)
-    return found
+            assigned |= set(stacks)
+            result.depths[path] = Depth(path, size, stacks)
+            result.list_access[path] = records
+            result.per_block.update(tables)
+    return result
 
 
 def stack_lengths(model: PreTrainedModel, layout: Layout) -> dict[str, int]:
-    """Return how many blocks each stack of a model has."""
+    """Return the number of blocks of each stack of a model."""
     sizes = stack_sizes(layout, [strip_base_prefix(name, model.base_model_prefix) for name in model.state_dict()])
     return {stack: size for stack, size in sizes.items() if stack.endswith("{block}")}
 
 
 def add_block_axes(layout: Layout, config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> Layout:
-    """Return a derived layout in which axes with an entry per block, outside of blocks, are known as such.
+    """Return an inferred layout with a `blocks` axis in the parameters outside of blocks that have an entry per block.
 
-    Such an axis is laid out by block first, as in ESM's contact head over (blocks heads) or Gemma 3n's embeddings per layer.
+    In such an axis the block varies slowest, as in ESM's contact head over (blocks heads) or Gemma 3n's per-layer embeddings.
     """
     try:
         depths = find_depths(config, model_class, layout)
@@ -141,7 +159,7 @@ def add_block_axes(layout: Layout, config: PreTrainedConfig, model_class: type[P
         return layout
     rows: dict[str, LayoutRow] = {}
     stacks: dict[str, str] = {}
-    for name, (axis, path, has_input) in depths.tables.items():
+    for name, (axis, path, has_input) in depths.per_block.items():
         match = layout.find(strip_base_prefix(name, model_class.base_model_prefix))
         stack = depths.depths[path].stacks[0]
         if match is None or "block" in match.numbers or match.is_bias or match.row.pattern in rows:
@@ -168,24 +186,28 @@ def add_block_axes(layout: Layout, config: PreTrainedConfig, model_class: type[P
 def _per_block_parameters(
     model: PreTrainedModel, shorter: PreTrainedModel, path: ConfigPath, size: int
 ) -> dict[str, tuple[int, ConfigPath, bool]]:
-    """Return the parameters that are longer on one axis by what one more block brings."""
-    found = {}
+    """Return the parameters with an axis that one more block makes longer: by name as `StackDepths.per_block`."""
+    result = {}
     shapes = {name: tensor.shape for name, tensor in shorter.state_dict().items()}
     for name, tensor in model.state_dict().items():
-        less = shapes.get(name, ())
-        grown = [axis for axis, (had, has) in enumerate(zip(tensor.shape, less, strict=False)) if had != has]
-        if len(grown) != 1 or len(less) != tensor.ndim:
+        shorter_shape = shapes.get(name, ())
+        changed = [
+            axis
+            for axis, (length, shorter_length) in enumerate(zip(tensor.shape, shorter_shape, strict=False))
+            if length != shorter_length
+        ]
+        if len(changed) != 1 or len(shorter_shape) != tensor.ndim:
             continue
-        had, has = tensor.shape[grown[0]], less[grown[0]]
-        if had % size == 0 and has == had // size * (size - 1):
-            found[name] = (grown[0], path, False)
-        elif (had, has) == (size + 1, size):
-            found[name] = (grown[0], path, True)
-    return found
+        length, shorter_length = tensor.shape[changed[0]], shorter_shape[changed[0]]
+        if length % size == 0 and shorter_length == length // size * (size - 1):
+            result[name] = (changed[0], path, False)
+        elif (length, shorter_length) == (size + 1, size):
+            result[name] = (changed[0], path, True)
+    return result
 
 
 def _one_block_shorter(config: PreTrainedConfig, path: ConfigPath, size: int, *, with_lists: bool) -> PreTrainedConfig:
-    """Return a config with one block fewer, and with `with_lists` one entry fewer in lists of that length."""
+    """Return a config with one block fewer and, with `with_lists`, one entry fewer in lists of that length."""
     shorter = copy.deepcopy(config)
     part = value_at(shorter, path[:-1]) if len(path) > 1 else shorter
     if path[-1] in part.__dict__:
@@ -202,16 +224,19 @@ def _standard_depth_field(config: PreTrainedConfig, path: ConfigPath) -> str:
 
 
 def _depth_candidates(config: PreTrainedConfig, sizes: set[int]) -> list[tuple[ConfigPath, int]]:
-    found = []
+    candidates = []
     for prefix, part in iter_subconfigs(config):
-        usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        standard = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         names = [name for name, value in vars(part).items() if type(value) is int and value in sizes and value > 1]
-        if usual not in vars(part) and value_at(part, (usual,)) in sizes:
-            names.append(usual)
-        named = [
+        if standard not in vars(part) and value_at(part, (standard,)) in sizes:
+            names.append(standard)
+        depth_like = [
             name
             for name in names
-            if name == usual or (name_words(name) & LAYER_WORDS and not name_words(name) & NON_DEPTH_WORDS)
+            if name == standard or (name_words(name) & LAYER_WORDS and not name_words(name) & NON_DEPTH_WORDS)
         ]
-        found += [((*prefix, name), value_at(part, (name,))) for name in sorted(named, key=lambda name: name != usual)]
-    return found
+        candidates += [
+            ((*prefix, name), value_at(part, (name,)))
+            for name in sorted(depth_like, key=lambda name: name != standard)
+        ]
+    return candidates

@@ -1,8 +1,8 @@
-"""Settle a student's config and the teacher's blocks that feed it together: one follows the other.
+"""Determine a student's config and the teacher's blocks that feed it together, because each depends on the other.
 
-What is asked for gives the number of blocks of each stack, and how they are chosen. The choice is checked against what the
-config can state; where it cannot be, the nearest choice that can is taken, and the report says so. An explicit list is never
-moved: it is refused, and the nearest admissible one named.
+The overrides and options give the number of blocks of each stack, and how they are selected. The selection is compared with
+what the config can express; where it cannot, the nearest selection that it can is used, and the report notes it. An explicit
+list is never changed: it is an error, which names the nearest admissible list.
 """
 
 import dataclasses
@@ -53,11 +53,12 @@ COUNT_KINDS = (FieldKind.FIRST, FieldKind.LAST, FieldKind.END)
 
 @dataclass(frozen=True)
 class StudentBlocks:
-    """A student's config and the teacher's blocks that feed it, by stack.
+    """A student's config and the teacher's blocks that feed it.
 
     Attributes:
-        notes: what the report says of how they were chosen.
-        approximations: what the config cannot state of the blocks that feed it.
+        layers: by stack, the teacher's block that feeds each of the student's.
+        notes: for the report, how they were selected.
+        approximations: what the config cannot express of the blocks that feed it.
     """
 
     config: PreTrainedConfig
@@ -68,7 +69,7 @@ class StudentBlocks:
 
 @dataclass(frozen=True)
 class _TeacherStacks:
-    """What is known of a teacher's depths before a student is looked at."""
+    """A teacher's stacks, their depths and the config fields that depend on them."""
 
     teacher: TeacherCheckpoint
     layout: Layout
@@ -78,32 +79,38 @@ class _TeacherStacks:
 
     @functools.cached_property
     def kinds(self) -> dict[ConfigPath, list[tuple[ModuleSignature, ...]]]:
-        """The kind of each of the teacher's blocks, by depth: one for each stack of that depth."""
+        """The signatures of the teacher's blocks, by depth: for each block one of every stack of that depth."""
         assert self.depths.model is not None
         return {
             path: signatures_at(self.depths.model, depth, depth.size) for path, depth in self.depths.depths.items()
         }
 
     def part(self, path: ConfigPath) -> PreTrainedConfig:
-        """The (nested) config that states a depth."""
+        """Return the (nested) config that a depth is a field of."""
         return value_at(self.teacher.config, path[:-1]) if len(path) > 1 else self.teacher.config
 
 
 def signatures_at(model: PreTrainedModel, depth: Depth, size: int) -> list[tuple[ModuleSignature, ...]]:
-    """Return the kinds of the blocks of one depth, for each block one of every stack."""
+    """Return the signatures of the blocks of one depth: for each block one of every stack."""
     return list(zip(*(stack_signatures(model, stack, size) for stack in depth.stacks), strict=True))
 
 
 def same_structure(teacher: Sequence[ModuleSignature], student: Sequence[ModuleSignature]) -> bool:
-    """Whether blocks, one of every stack, have the same modules and parameters."""
-    return all(had.structure == has.structure for had, has in zip(teacher, student, strict=True))
+    """Return whether blocks, one of every stack, have the same modules and parameters."""
+    return all(
+        teacher_kind.structure == student_kind.structure
+        for teacher_kind, student_kind in zip(teacher, student, strict=True)
+    )
 
 
 def same_signature(
     teacher: Sequence[ModuleSignature], student: Sequence[ModuleSignature], *, widths: bool = True
 ) -> bool:
-    """Whether they have the same switches as well, and with `widths` the same sizes."""
-    return not any(describe_difference(had, has, widths=widths) for had, has in zip(teacher, student, strict=True))
+    """Return whether they have the same switches as well and, with `widths`, the same sizes."""
+    return not any(
+        describe_difference(teacher_kind, student_kind, widths=widths)
+        for teacher_kind, student_kind in zip(teacher, student, strict=True)
+    )
 
 
 def _teacher_stacks(teacher: TeacherCheckpoint, layout: Layout) -> _TeacherStacks:
@@ -114,7 +121,7 @@ def _teacher_stacks(teacher: TeacherCheckpoint, layout: Layout) -> _TeacherStack
 
 
 def stack_depths(teacher: TeacherCheckpoint, layout: Layout) -> dict[ConfigPath, Depth]:
-    """Return where a teacher's config states the depth of its stacks, by the path of the field."""
+    """Return the depths of a teacher's stacks, by the path of the config's field."""
     return _teacher_stacks(teacher, layout).depths.depths
 
 
@@ -131,42 +138,43 @@ def resolve_blocks(
     """Return the student's config and the blocks that feed it.
 
     Args:
-        config: the student's own; what it says of its blocks stays, and blocks are chosen to fit. None takes the teacher's
-            with `overrides`, and what goes by block follows the blocks.
-        influence: by stack the influence of each of the teacher's blocks; until it is known the even choice stands in.
+        config: the user's own student config; blocks are selected to fit it. None is the teacher's with `overrides`, whose
+            fields that depend on the blocks are remapped.
+        influence: by stack the influence of each of the teacher's blocks; until it is known, blocks are evenly spaced.
 
     Raises:
-        ShapeError: no choice of blocks, or not the one that was named, fits what the student's config can state.
-        OptionError: an unknown override, or blocks named wrongly.
+        ShapeError: the student's config can express no selection of blocks, or not the explicit one.
+        OptionError: an unknown override, or an invalid list of blocks.
     """
-    asked = overridden_values(teacher.config, overrides) if config is None else {}
-    if not _changes_blocks(teacher.config, config, asked, options):
+    overridden = overridden_values(teacher.config, overrides) if config is None else {}
+    if not _changes_blocks(teacher.config, config, overridden, options):
         return StudentBlocks(config or derive_student_config(teacher.config, overrides, keywords=keywords))
-    family = _teacher_stacks(teacher, layout)
+    teacher_stacks = _teacher_stacks(teacher, layout)
     names = [strip_base_prefix(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
-    check_stack_names(options, [*family.sizes, *stage_names(layout, names)])
+    check_stack_names(options, [*teacher_stacks.sizes, *stage_names(layout, names)])
     student = config or derive_student_config(
-        teacher.config, overrides, keywords=keywords, block_fields=family.fields, left=(FieldKind.AFTER,)
+        teacher.config, overrides, keywords=keywords, block_fields=teacher_stacks.fields, left=(FieldKind.AFTER,)
     )
-    counts = {path: value_at(student, path) for path in family.depths.depths}
-    wanted = {
+    counts = {path: value_at(student, path) for path in teacher_stacks.depths.depths}
+    requested = {
         path: blocks
-        for path, depth in family.depths.depths.items()
-        if type(counts[path]) is int and (blocks := _requested_blocks(depth, counts, family, options)) is not None
+        for path, depth in teacher_stacks.depths.depths.items()
+        if type(counts[path]) is int
+        and (blocks := _requested_blocks(depth, counts, teacher_stacks, options)) is not None
     }
-    if not wanted:
+    if not requested:
         return StudentBlocks(student)
-    search = _BlockSearch(family, config, overrides, asked, keywords, options, influence or {}, wanted)
+    search = _BlockSearch(teacher_stacks, config, overrides, overridden, keywords, options, influence or {}, requested)
     return search.run()
 
 
 def _changes_blocks(
     teacher: PreTrainedConfig,
     config: PreTrainedConfig | None,
-    asked: Mapping[ConfigPath, Any],
+    overridden: Mapping[ConfigPath, Any],
     options: PlanOptions,
 ) -> bool:
-    """Whether blocks are named, or a number that may be one of blocks changes."""
+    """Return whether blocks are listed, or a number changes that may be a number of blocks."""
     if not isinstance(options.layer_selection, str):
         return True
     for prefix, part in iter_subconfigs(teacher):
@@ -174,20 +182,20 @@ def _changes_blocks(
         for name in {usual, *(name for name, value in vars(part).items() if type(value) is int)}:
             path = (*prefix, name)
             had = value_at(teacher, path)
-            wanted = asked.get(path, had) if config is None else value_at(config, path)
-            if wanted != had and (name == usual or name_words(name) & LAYER_WORDS):
+            requested = overridden.get(path, had) if config is None else value_at(config, path)
+            if requested != had and (name == usual or name_words(name) & LAYER_WORDS):
                 return True
     return False
 
 
 def _requested_blocks(
-    depth: Depth, counts: Mapping[ConfigPath, Any], family: _TeacherStacks, options: PlanOptions
+    depth: Depth, counts: Mapping[ConfigPath, Any], teacher_stacks: _TeacherStacks, options: PlanOptions
 ) -> list[int] | None:
-    """Return the blocks that are asked for, or that the choice by its rule gives; None where a stack stays as it is."""
+    """Return the blocks that are listed, or that the rule of selection gives; None where a stack does not change."""
     count, layers = counts[depth.path], options.layer_selection
     names = [stack.removesuffix(".{block}") for stack in depth.stacks]
     if count < 1:
-        return None  # which is refused with the family's other sizes
+        return None  # an error that `validate_student_config` raises
     if isinstance(layers, str):
         return select_blocks(depth.size, count, layers, names[0]) if count != depth.size else None
     if isinstance(layers, Mapping):
@@ -199,76 +207,86 @@ def _requested_blocks(
                 else None
             )
         return select_blocks(depth.size, count, layers, named)
-    others = [path for path, other in family.depths.depths.items() if counts[path] != other.size]
+    others = [path for path, other in teacher_stacks.depths.depths.items() if counts[path] != other.size]
     if others and depth.path not in others:
-        return None  # a list is meant for the stacks whose number of blocks changes
+        return None  # a list is for the stacks whose number of blocks changes
     return select_blocks(depth.size, count, layers, names[0])
 
 
 @dataclass
 class _Candidate:
-    """A student config for chosen blocks at the teacher's widths, and where its blocks do not fit what feeds them."""
+    """A student config for selected blocks at the teacher's widths, and how its blocks differ from those that feed them.
+
+    Attributes:
+        blocks: the selected blocks, by depth.
+        unchanged: kinds of fields that keep the teacher's value.
+        values: other overrides that were tried, by path.
+        kinds: the signatures of the student's blocks.
+        error: why the config or the model cannot be built; "" where it can.
+        mismatches: positions whose block cannot be made of the one that feeds it, and why.
+    """
 
     blocks: dict[ConfigPath, list[int]]
-    left: tuple[FieldKind, ...] = ()
+    unchanged: tuple[FieldKind, ...] = ()
     values: dict[ConfigPath, Any] = field(default_factory=dict)
     kinds: dict[ConfigPath, list[tuple[ModuleSignature, ...]]] = field(default_factory=dict)
-    refusal: str = ""
-    misfits: dict[ConfigPath, list[tuple[int, str]]] = field(default_factory=dict)
+    error: str = ""
+    mismatches: dict[ConfigPath, list[tuple[int, str]]] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        return not self.refusal and not any(self.misfits.values())
+        """Whether the config can be built and every block fits."""
+        return not self.error and not any(self.mismatches.values())
 
 
 @dataclass
 class _BlockSearch:
-    """The search for blocks and a config that go together."""
+    """The search for blocks and a config that fit each other."""
 
-    family: _TeacherStacks
+    stacks: _TeacherStacks
     config: PreTrainedConfig | None
     overrides: Mapping[str, Any]
-    asked: Mapping[ConfigPath, Any]
+    overridden: Mapping[ConfigPath, Any]
     keywords: Collection[str]
     options: PlanOptions
     influence: Mapping[str, Sequence[float]]
-    wanted: dict[ConfigPath, list[int]]
+    requested: dict[ConfigPath, list[int]]
     notes: list[str] = field(default_factory=list)
     approximations: list[str] = field(default_factory=list)
 
     def run(self) -> StudentBlocks:
-        """Return what was settled.
+        """Return the config and the blocks.
 
         Raises:
-            ShapeError: nothing fits; with the reason, and of a named list with the nearest one that would.
+            ShapeError: nothing fits; with the reason and, for an explicit list, the nearest admissible one.
         """
-        blocks = {path: self._first_choice(path) for path in self.wanted}
+        blocks = {path: self._first_choice(path) for path in self.requested}
         for path in blocks:
-            self._refuse_broken_places(path, blocks[path])
-        attempt = self._express(blocks)
-        if not attempt.passed:
-            attempt = self._move(attempt)
-        student = self._student(attempt)
-        if self.config is not None or self._fixed():
-            attempt, student = self._fit_to_said(attempt, student)
-        self._note_moves(attempt)
+            self._check_injections(path, blocks[path])
+        candidate = self._find_config(blocks)
+        if not candidate.passed:
+            candidate = self._find_admissible(candidate)
+        student = self._student(candidate)
+        if self.config is not None or self._overridden_fields():
+            candidate, student = self._fit_to_user_config(candidate, student)
+        self._note_changes(candidate)
         self.approximations += [
-            f"{'.'.join(path)}={value_at(self.family.teacher.config, path)!r} seems to name blocks and was left as it is: say "
-            "how it goes by block with register_layout(block_fields=...)."
-            for path in ambiguous_block_fields(self.family.teacher.config, self.family.fields)
+            f"{'.'.join(path)}={value_at(self.stacks.teacher.config, path)!r} seems to list blocks and was not changed: "
+            "declare how it depends on them with register_layout(block_fields=...)."
+            for path in ambiguous_block_fields(self.stacks.teacher.config, self.stacks.fields)
         ]
-        layers = {stack: attempt.blocks[path] for path in attempt.blocks for stack in self._depth(path).stacks}
+        layers = {stack: candidate.blocks[path] for path in candidate.blocks for stack in self._depth(path).stacks}
         return StudentBlocks(student, layers, self.notes, self.approximations)
 
     def _depth(self, path: ConfigPath) -> Depth:
-        return self.family.depths.depths[path]
+        return self.stacks.depths.depths[path]
 
-    def _fixed(self) -> list[BlockField]:
-        """The fields that go by block and that the user has said."""
-        return [each for each in self.family.fields if each.path in self.asked and each.depth in self.wanted]
+    def _overridden_fields(self) -> list[BlockField]:
+        """The fields that depend on the blocks and that the user overrides."""
+        return [each for each in self.stacks.fields if each.path in self.overridden and each.depth in self.requested]
 
-    def _is_named(self, path: ConfigPath) -> bool:
-        """Whether the user has named the blocks of a depth."""
+    def _is_explicit(self, path: ConfigPath) -> bool:
+        """Return whether the user lists the blocks of a depth."""
         layers = self.options.layer_selection
         if isinstance(layers, Mapping):
             return any(stack.removesuffix(".{block}") in layers for stack in self._depth(path).stacks)
@@ -280,18 +298,18 @@ class _BlockSearch:
         return next((self.influence[stack] for stack in self._depth(path).stacks if stack in self.influence), None)
 
     def _requirements(self, path: ConfigPath, *, every_kind: bool = True) -> BlockRequirements:
-        """Return what a choice of blocks must satisfy, whatever its positions."""
-        depth, part = self._depth(path), self.family.part(path)
+        """Return what a selection of blocks must satisfy, whatever the positions."""
+        depth, part = self._depth(path), self.stacks.part(path)
         groups: list[frozenset[int]] = []
         by_structure: dict[Any, set[int]] = {}
-        for block, kinds in enumerate(self.family.kinds[path]):
+        for block, kinds in enumerate(self.stacks.kinds[path]):
             by_structure.setdefault(tuple(kind.structure for kind in kinds), set()).add(block)
-        if every_kind and 1 < len(by_structure) <= len(self.wanted[path]):
+        if every_kind and 1 < len(by_structure) <= len(self.requested[path]):
             groups += map(frozenset, by_structure.values())
-        groups += [frozenset((block,)) for block in range(self._injections(path))]
-        for each in self.family.fields:
-            value = value_at(self.family.teacher.config, each.path)
-            if each.depth == path and each.kind == FieldKind.AFTER and each.path not in self.asked:
+        groups += [frozenset((block,)) for block in range(self._num_injections(path))]
+        for each in self.stacks.fields:
+            value = value_at(self.stacks.teacher.config, each.path)
+            if each.depth == path and each.kind == FieldKind.AFTER and each.path not in self.overridden:
                 numbers = sorted({number % depth.size for number in ([value] if isinstance(value, int) else value)})
                 groups += [
                     frozenset(range(start + 1, stop + 1)) for start, stop in zip([-1, *numbers], numbers, strict=False)
@@ -299,13 +317,13 @@ class _BlockSearch:
         needs = {block: frozenset((source,)) for block, source in kv_sharing_sources(part).items()}
         return BlockRequirements(tuple(groups), needs | shared_entry_sources(part, depth.size))
 
-    def _injections(self, path: ConfigPath) -> int:
-        """Return after how many of a text stack's first blocks features of images are added (Qwen3-VL's deepstack)."""
+    def _num_injections(self, path: ConfigPath) -> int:
+        """Return after how many of a text stack's first blocks image features are added (Qwen3-VL's deepstack)."""
         if "text_config" not in path:
             return 0
         lists = [
-            value_at(self.family.teacher.config, each.path)
-            for each in self.family.fields
+            value_at(self.stacks.teacher.config, each.path)
+            for each in self.stacks.fields
             if each.path[-1] == "deepstack_visual_indexes" and each.path[:-2] == path[: len(each.path) - 2]
         ]
         return max(map(len, lists), default=0)
@@ -313,114 +331,116 @@ class _BlockSearch:
     def _choose(
         self, path: ConfigPath, allowed: "Callable[[int, int], bool] | None" = None, *, every_kind: bool = True
     ) -> list[int] | None:
-        """Return the best choice: of greatest influence where that is known, else nearest to what the rule gives."""
-        requirements, wanted = self._requirements(path, every_kind=every_kind), self.wanted[path]
+        """Return the best selection: of greatest influence where that is known, else nearest to the requested blocks."""
+        requirements, requested = self._requirements(path, every_kind=every_kind), self.requested[path]
         influence = self._influence(path)
         if influence is not None:
-            return most_influential_blocks(influence, len(wanted), requirements, allowed)
-        return nearest_blocks(wanted, self._depth(path).size, requirements, allowed)
+            return most_influential_blocks(influence, len(requested), requirements, allowed)
+        return nearest_blocks(requested, self._depth(path).size, requirements, allowed)
 
-    def _refuse_broken_places(self, path: ConfigPath, blocks: Sequence[int]) -> None:
-        """Refuse blocks without those that the forward pass itself counts from the start."""
-        count = self._injections(path)
+    def _check_injections(self, path: ConfigPath, blocks: Sequence[int]) -> None:
+        """Check that the first blocks, to whose output the forward pass adds image features, are selected."""
+        count = self._num_injections(path)
         if list(blocks[:count]) != list(range(count)):
             stack = self._depth(path).stacks[0].removesuffix(".{block}")
             nearest = self._choose(path) or list(range(len(blocks)))
             raise ShapeError(
-                f"{stack}: features of images are added after each of the first {count} blocks, so the blocks kept must begin "
-                f"with {list(range(count))}; found {list(blocks)}. The nearest such choice is {nearest}."
+                f"{stack}: image features are added after each of the first {count} blocks, so the selected blocks must begin "
+                f"with {list(range(count))}; found {list(blocks)}. The nearest such selection is {nearest}."
             )
 
     def _first_choice(self, path: ConfigPath) -> list[int]:
-        wanted = self.wanted[path]
-        if self._is_named(path):
-            return wanted
-        if self._influence(path) is None and not self._requirements(path).violation(wanted):
-            return wanted
-        return self._choose(path) or self._choose(path, every_kind=False) or wanted
+        requested = self.requested[path]
+        if self._is_explicit(path):
+            return requested
+        if self._influence(path) is None and not self._requirements(path).violation(requested):
+            return requested
+        return self._choose(path) or self._choose(path, every_kind=False) or requested
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _derive(self, attempt: _Candidate, overrides: Mapping[str, Any]) -> PreTrainedConfig:
-        merged = merge_nested(nest_paths(attempt.values), overrides)
+    def _derive(self, candidate: _Candidate, overrides: Mapping[str, Any]) -> PreTrainedConfig:
+        merged = merge_nested(nest_paths(candidate.values), overrides)
         return derive_student_config(
-            self.family.teacher.config,
+            self.stacks.teacher.config,
             merged,
             keywords=self.keywords,
-            blocks=attempt.blocks,
-            block_fields=self.family.fields,
-            left=attempt.left,
+            blocks=candidate.blocks,
+            block_fields=self.stacks.fields,
+            left=candidate.unchanged,
         )
 
-    def _student(self, attempt: _Candidate) -> PreTrainedConfig:
-        return self.config if self.config is not None else self._derive(attempt, self.overrides)
+    def _student(self, candidate: _Candidate) -> PreTrainedConfig:
+        return self.config if self.config is not None else self._derive(candidate, self.overrides)
 
-    def _try(self, attempt: _Candidate) -> _Candidate:
+    def _try(self, candidate: _Candidate) -> _Candidate:
         """Build a student of the teacher's widths and compare its blocks with those that feed them."""
         try:
-            config = self._derive(attempt, nest_paths({path: len(blocks) for path, blocks in attempt.blocks.items()}))
-            model = meta_model(self.family.teacher.model_class, config)
+            config = self._derive(
+                candidate, nest_paths({path: len(blocks) for path, blocks in candidate.blocks.items()})
+            )
+            model = meta_model(self.stacks.teacher.model_class, config)
         except (HfGuideError, *MODEL_ERRORS) as error:
-            attempt.refusal = str(error).rstrip(".")
-            return attempt
-        for path, blocks in attempt.blocks.items():
-            attempt.kinds[path] = signatures_at(model, self._depth(path), len(blocks))
-            attempt.misfits[path] = self._misfits(path, blocks, attempt.kinds[path], widths=True)
-        return attempt
+            candidate.error = str(error).rstrip(".")
+            return candidate
+        for path, blocks in candidate.blocks.items():
+            candidate.kinds[path] = signatures_at(model, self._depth(path), len(blocks))
+            candidate.mismatches[path] = self._find_mismatches(path, blocks, candidate.kinds[path], widths=True)
+        return candidate
 
-    def _misfits(
+    def _find_mismatches(
         self, path: ConfigPath, blocks: Sequence[int], kinds: Sequence[tuple[ModuleSignature, ...]], *, widths: bool
     ) -> list[tuple[int, str]]:
-        """Return the positions whose block cannot be made of what feeds it, and why."""
-        sources = kv_sharing_sources(self.family.part(path))
-        found = []
+        """Return the positions whose block cannot be made of the one that feeds it, and why."""
+        sources = kv_sharing_sources(self.stacks.part(path))
+        mismatches = []
         for position, (block, student) in enumerate(zip(blocks, kinds, strict=True)):
-            teacher = self.family.kinds[path][block]
-            for stack, had, has in zip(self._depth(path).stacks, teacher, student, strict=True):
-                reason = describe_difference(had, has, widths=widths)
+            teacher = self.stacks.kinds[path][block]
+            for stack, teacher_kind, student_kind in zip(self._depth(path).stacks, teacher, student, strict=True):
+                reason = describe_difference(teacher_kind, student_kind, widths=widths)
                 if reason and block in sources and sources[block] not in blocks[:position]:
-                    source = self.family.kinds[path][sources[block]][0].tensor_names
-                    if has.tensor_names <= had.tensor_names | source:
-                        continue  # keys and values of its own, from the weights of the block that it took them from
-                if reason and not self._is_read_elsewhere(stack, had, has):
-                    found.append((position, f"the teacher's block {block} {reason}"))
-        return found
+                    source = self.stacks.kinds[path][sources[block]][0].tensor_names
+                    if student_kind.tensor_names <= teacher_kind.tensor_names | source:
+                        continue  # its own keys and values, from the weights of the block that shared them
+                if reason and not self._is_shared_tensor(stack, teacher_kind, student_kind):
+                    mismatches.append((position, f"the teacher's block {block} {reason}"))
+        return mismatches
 
-    def _is_read_elsewhere(self, stack: str, had: ModuleSignature, has: ModuleSignature) -> bool:
-        """Whether blocks differ only in what the layout takes from one block by its number, as T5's table of distances."""
-        differing = had.tensor_names ^ has.tensor_names
+    def _is_shared_tensor(self, stack: str, teacher_kind: ModuleSignature, student_kind: ModuleSignature) -> bool:
+        """Return whether blocks differ only in tensors that the layout finds in one block for all (T5's relative positions)."""
+        differing = teacher_kind.tensor_names ^ student_kind.tensor_names
         rows = [
-            self.family.layout.find(f"{stack.replace('{block}', '0')}.{name}".replace("*", "0")) for name in differing
+            self.stacks.layout.find(f"{stack.replace('{block}', '0')}.{name}".replace("*", "0")) for name in differing
         ]
         return bool(rows) and all(row is not None and "block" not in row.numbers for row in rows)
 
-    def _express(self, blocks: dict[ConfigPath, list[int]]) -> _Candidate:
-        """Return the first way of setting the config that fits these blocks, or the last one tried."""
-        attempt = self._try(_Candidate(blocks))
-        if attempt.passed:
-            return attempt
+    def _find_config(self, blocks: dict[ConfigPath, list[int]]) -> _Candidate:
+        """Return the first config that fits these blocks, or the plainest one with its mismatches."""
+        candidate = self._try(_Candidate(blocks))
+        if candidate.passed:
+            return candidate
         ways = [_Candidate(blocks, COUNT_KINDS)]
-        ways += [_Candidate(blocks, (), values) for values in self._fewer_shared(blocks)]
+        ways += [_Candidate(blocks, (), values) for values in self._smaller_shared_counts(blocks)]
         ways += [_Candidate(blocks, (), values) for values in self._other_periods(blocks)]
         for other in ways:
             if self._try(other).passed:
                 return other
-        return attempt
+        return candidate
 
-    def _fewer_shared(self, blocks: Mapping[ConfigPath, list[int]]) -> Iterator[dict[ConfigPath, Any]]:
-        """Yield smaller numbers of the last blocks that share, for where a block that they take from is not kept."""
-        for each in self.family.fields:
+    def _smaller_shared_counts(self, blocks: Mapping[ConfigPath, list[int]]) -> Iterator[dict[ConfigPath, Any]]:
+        """Yield smaller counts of the last blocks that share, for where the block that they share with is not selected."""
+        for each in self.stacks.fields:
             if each.kind == FieldKind.LAST and each.depth in blocks:
-                value = value_at(self.family.teacher.config, each.path)
+                value = value_at(self.stacks.teacher.config, each.path)
                 most = remap_field(value, each.kind, blocks[each.depth], self._depth(each.depth).size)
                 yield from ({each.path: fewer} for fewer in range(most - 1, -1, -1))
 
     def _other_periods(self, blocks: Mapping[ConfigPath, list[int]]) -> Iterator[dict[ConfigPath, Any]]:
-        """Yield other periods and offsets that put the kept blocks' kinds where they are."""
+        """Yield other periods and offsets that give every position the kind of its selected block."""
         ways = [
             way
             for path in blocks
-            for name, value in vars(self.family.part(path)).items()
+            for name, value in vars(self.stacks.part(path)).items()
             if type(value) is int and value > 0 and name_words(name) & PERIOD_WORDS
             for way in [list(self._periods(path, name, value, blocks[path]))]
             if way
@@ -432,11 +452,11 @@ class _BlockSearch:
     def _periods(
         self, path: ConfigPath, name: str, period: int, blocks: Sequence[int]
     ) -> Iterator[dict[ConfigPath, Any]]:
-        part, prefix = self.family.part(path), path[:-1]
+        part, prefix = self.stacks.part(path), path[:-1]
         (word,) = tuple(name_words(name) & PERIOD_WORDS)[:1]
         offset_name = name.replace(word, "offset")
         offset = vars(part).get(offset_name)
-        listed = [each for each in self.family.fields if each.depth == path and each.kind == FieldKind.NUMBERS]
+        listed = [each for each in self.stacks.fields if each.depth == path and each.kind == FieldKind.NUMBERS]
         rules = [offset] if isinstance(offset, int) else [period - 1, 0]
         yield {}
         for start in rules:
@@ -448,115 +468,129 @@ class _BlockSearch:
                     yield {(*prefix, name): step, (*prefix, offset_name): first}
             else:
                 yield {(*prefix, name): first + 1 if start else step}
-            for each in listed:  # with every block special but those that are listed
-                named = set(value_at(self.family.teacher.config, each.path))
-                kept = [position for position, block in enumerate(blocks) if position not in special or block in named]
+            for each in listed:  # every block is special except the listed ones
+                listed_blocks = set(value_at(self.stacks.teacher.config, each.path))
+                special_positions = [
+                    position
+                    for position, block in enumerate(blocks)
+                    if position not in special or block in listed_blocks
+                ]
                 if not isinstance(offset, int):
-                    yield {(*prefix, name): 1, each.path: kept}
+                    yield {(*prefix, name): 1, each.path: special_positions}
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _move(self, attempt: _Candidate) -> _Candidate:
-        """Return an attempt with other blocks that fits what the config builds at each position."""
-        misfit = next((path for path, reasons in attempt.misfits.items() if reasons), next(iter(attempt.blocks)))
+    def _find_admissible(self, candidate: _Candidate) -> _Candidate:
+        """Return a candidate with other blocks, of the kinds that the config builds at each position.
+
+        Raises:
+            ShapeError: there is none, or the blocks are the user's own list.
+        """
+        mismatched = next(
+            (path for path, reasons in candidate.mismatches.items() if reasons), next(iter(candidate.blocks))
+        )
         nearest = None
-        for left, alike in itertools.product((COUNT_KINDS, ()), (same_structure, same_signature)):
-            start = self._try(_Candidate(attempt.blocks, left))
-            for _ in range(3):  # for lists follow the blocks that were moved
-                moved = self._moved(start, alike)
-                start = self._try(_Candidate(moved, left)) if moved is not None else start
-                if moved is None or start.passed:
+        for unchanged, same_kind in itertools.product((COUNT_KINDS, ()), (same_structure, same_signature)):
+            trial = self._try(_Candidate(candidate.blocks, unchanged))
+            for _ in range(3):  # lists follow the blocks that were replaced
+                reselected = self._reselect(trial, same_kind)
+                trial = self._try(_Candidate(reselected, unchanged)) if reselected is not None else trial
+                if reselected is None or trial.passed:
                     break
-            if start.passed:
-                nearest = start
+            if trial.passed:
+                nearest = trial
                 break
         if nearest is not None and not any(
-            self._is_named(path) and nearest.blocks[path] != attempt.blocks[path] for path in attempt.blocks
+            self._is_explicit(path) and nearest.blocks[path] != candidate.blocks[path] for path in candidate.blocks
         ):
             return nearest
-        raise ShapeError(self._refusal(attempt, misfit, nearest))
+        raise ShapeError(self._error_text(candidate, mismatched, nearest))
 
-    def _moved(
-        self, attempt: _Candidate, alike: Callable[[Sequence[ModuleSignature], Sequence[ModuleSignature]], bool]
+    def _reselect(
+        self, candidate: _Candidate, same_kind: Callable[[Sequence[ModuleSignature], Sequence[ModuleSignature]], bool]
     ) -> dict[ConfigPath, list[int]] | None:
-        if attempt.refusal:
+        if candidate.error:
             return None
-        moved = {}
-        for path, kinds in attempt.kinds.items():
+        reselected = {}
+        for path, kinds in candidate.kinds.items():
 
             def allowed(position: int, block: int, path: ConfigPath = path, kinds: Any = kinds) -> bool:
-                return alike(self.family.kinds[path][block], kinds[position])
+                return same_kind(self.stacks.kinds[path][block], kinds[position])
 
             blocks = self._choose(path, allowed) or self._choose(path, allowed, every_kind=False)
             if blocks is None:
                 return None
-            moved[path] = blocks
-        return moved
+            reselected[path] = blocks
+        return reselected
 
-    def _refusal(self, attempt: _Candidate, path: ConfigPath, nearest: _Candidate | None) -> str:
+    def _error_text(self, candidate: _Candidate, path: ConfigPath, nearest: _Candidate | None) -> str:
         stack = self._depth(path).stacks[0].removesuffix(".{block}")
-        reasons = attempt.misfits.get(path) or []
-        why = f"student block {reasons[0][0]}: {reasons[0][1]}" if reasons else attempt.refusal
-        said = "named" if self._is_named(path) else "chosen"
-        asked = f"The blocks {attempt.blocks[path]} {said} for {stack!r} cannot be a {type(self.family.part(path)).__name__}'s"
+        reasons = candidate.mismatches.get(path) or []
+        why = f"student block {reasons[0][0]}: {reasons[0][1]}" if reasons else candidate.error
+        origin = "listed" if self._is_explicit(path) else "selected"
+        problem = f"The blocks {candidate.blocks[path]} {origin} for {stack!r} cannot be those of a {type(self.stacks.part(path)).__name__}"
         advice = (
-            f" The nearest blocks that can are {nearest.blocks[path]}: name those with layer_selection=."
-            if nearest is not None and nearest.blocks[path] != attempt.blocks[path]
-            else " No other choice of as many blocks was found that can; choose another number of blocks."
+            f" The nearest blocks that can be are {nearest.blocks[path]}: pass them as layer_selection."
+            if nearest is not None and nearest.blocks[path] != candidate.blocks[path]
+            else " No other selection of as many blocks was found; choose another number of blocks."
         )
-        return f"{asked}: {why}.{advice}"
+        return f"{problem}: {why}.{advice}"
 
-    def _fit_to_said(self, attempt: _Candidate, student: PreTrainedConfig) -> tuple[_Candidate, PreTrainedConfig]:
-        """Choose blocks for the positions as the user's own config, or overridden fields, say they are."""
+    def _fit_to_user_config(
+        self, candidate: _Candidate, student: PreTrainedConfig
+    ) -> tuple[_Candidate, PreTrainedConfig]:
+        """Select blocks of the kinds that the user's own config, or overridden fields, give each position."""
         try:
-            model = meta_model(self.family.teacher.model_class, student)
+            model = meta_model(self.stacks.teacher.model_class, student)
         except MODEL_ERRORS:
-            return attempt, student  # refused when the student is built, with the family's reason
-        blocks = dict(attempt.blocks)
+            return candidate, student  # the family's own error is raised when the student is built
+        blocks = dict(candidate.blocks)
         for path in blocks:
             kinds = signatures_at(model, self._depth(path), len(blocks[path]))
-            misfits = self._misfits(path, blocks[path], kinds, widths=False)
-            if not misfits:
+            mismatches = self._find_mismatches(path, blocks[path], kinds, widths=False)
+            if not mismatches:
                 continue
 
             def allowed(position: int, block: int, path: ConfigPath = path, kinds: Any = kinds) -> bool:
-                return same_signature(self.family.kinds[path][block], kinds[position], widths=False)
+                return same_signature(self.stacks.kinds[path][block], kinds[position], widths=False)
 
-            def loosely(position: int, block: int, path: ConfigPath = path, kinds: Any = kinds) -> bool:
-                return same_structure(self.family.kinds[path][block], kinds[position])
+            def allowed_structure(position: int, block: int, path: ConfigPath = path, kinds: Any = kinds) -> bool:
+                return same_structure(self.stacks.kinds[path][block], kinds[position])
 
-            moved = self._choose(path, allowed, every_kind=False)
-            if moved is not None and not self._is_named(path):
-                blocks[path] = moved
+            reselected = self._choose(path, allowed, every_kind=False)
+            if reselected is not None and not self._is_explicit(path):
+                blocks[path] = reselected
                 continue
-            loose = self._choose(path, loosely, every_kind=False)
-            stands = all(loosely(position, block) for position, block in enumerate(blocks[path]))
-            if not stands and (loose is None or self._is_named(path)):
-                nearest = _Candidate({**blocks, path: moved or loose or blocks[path]})
-                raise ShapeError(self._refusal(dataclasses.replace(attempt, misfits={path: misfits}), path, nearest))
-            if not stands and loose is not None:
-                blocks[path] = loose
-            left = self._misfits(path, blocks[path], kinds, widths=False)
+            same_structured = self._choose(path, allowed_structure, every_kind=False)
+            fits = all(allowed_structure(position, block) for position, block in enumerate(blocks[path]))
+            if not fits and (same_structured is None or self._is_explicit(path)):
+                nearest = _Candidate({**blocks, path: reselected or same_structured or blocks[path]})
+                raise ShapeError(
+                    self._error_text(dataclasses.replace(candidate, mismatches={path: mismatches}), path, nearest)
+                )
+            if not fits and same_structured is not None:
+                blocks[path] = same_structured
+            remaining = self._find_mismatches(path, blocks[path], kinds, widths=False)
             self.approximations += [
-                f"{self._depth(path).stacks[0].removesuffix('.{block}')}.{position}: {reason}, as the student's config says."
-                for position, reason in left
+                f"{self._depth(path).stacks[0].removesuffix('.{block}')}.{position}: {reason}, by the student's config."
+                for position, reason in remaining
             ]
-        return dataclasses.replace(attempt, blocks=blocks), student
+        return dataclasses.replace(candidate, blocks=blocks), student
 
-    def _note_moves(self, attempt: _Candidate) -> None:
-        for path, blocks in attempt.blocks.items():
-            wanted = self.wanted[path]
+    def _note_changes(self, candidate: _Candidate) -> None:
+        for path, blocks in candidate.blocks.items():
+            requested = self.requested[path]
             influence = self._influence(path)
             if influence is not None:
-                free = most_influential_blocks(influence, len(wanted))
-                wanted = free if free is not None else wanted
+                free = most_influential_blocks(influence, len(requested))
+                requested = free if free is not None else requested
             elif self.options.layer_selection == LayerSelection.BLOCK_INFLUENCE:
                 continue
-            if blocks != wanted:
+            if blocks != requested:
                 stack = self._depth(path).stacks[0].removesuffix(".{block}")
                 self.notes.append(
-                    f"{stack}: the choice by {self.options.layer_selection!r} alone is {wanted}; the nearest that the config can "
-                    f"state, with a block of each kind, is {blocks}."
+                    f"{stack}: the selection by {self.options.layer_selection!r} alone is {requested}; the nearest that the config "
+                    f"can express, with a block of each kind, is {blocks}."
                 )
 
 
@@ -564,7 +598,12 @@ PERIOD_WORDS = frozenset(("period", "freq", "frequency", "interval", "step", "ev
 
 
 def nest_paths(values: Mapping[ConfigPath, Any]) -> dict[str, Any]:
-    """Return values by path as nested mappings."""
+    """Return values by path as nested mappings.
+
+    Example:
+        >>> nest_paths({("text_config", "num_hidden_layers"): 2})
+        {'text_config': {'num_hidden_layers': 2}}
+    """
     nested: dict[str, Any] = {}
     for path, value in values.items():
         inner = nested
@@ -575,10 +614,10 @@ def nest_paths(values: Mapping[ConfigPath, Any]) -> dict[str, Any]:
 
 
 def merge_nested(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return two nested mappings as one; of values that both have, the second's."""
+    """Return two nested mappings merged into one; the second takes precedence."""
     merged = dict(first)
     for name, value in second.items():
-        had = merged.get(name)
-        both = isinstance(had, Mapping) and isinstance(value, Mapping)
-        merged[name] = merge_nested(had, value) if both else value  # type: ignore[arg-type]
+        present = merged.get(name)
+        both = isinstance(present, Mapping) and isinstance(value, Mapping)
+        merged[name] = merge_nested(present, value) if both else value  # type: ignore[arg-type]
     return merged

@@ -1,12 +1,12 @@
-"""Choose the teacher's blocks that feed a student's, among those whose kinds its config can state.
+"""Select the teacher's blocks that feed a student's, from those whose kinds its config can express.
 
-Blocks are of one kind when they are built alike: the same modules, parameters and switches. A choice is admissible when the
-student's config, its fields by block set for these blocks, builds at every position a block of the kind that feeds it. All
-of that is found from models on the meta device, so before any weight is read and any calibration data is run.
+Blocks are of one kind when their signatures are equal: the same modules, parameters and switches. A selection is admissible
+when the student's config, with its fields remapped to these blocks, builds at every position a block of the kind that feeds
+it. All of this is found from models on the meta device, before any weight is read or any calibration data is run.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -37,30 +37,26 @@ def stack_signatures(model: PreTrainedModel, stack: str, size: int) -> list[Modu
 
 @dataclass(frozen=True)
 class BlockRequirements:
-    """What a set of kept blocks must satisfy.
+    """What a selection of blocks must satisfy.
 
     Attributes:
-        groups: of each group of blocks at least one is kept.
-        needs: a block that is kept only where one of these is kept before it.
+        groups: of each group of blocks at least one is selected.
+        needs: block -> blocks of which one must be selected before it.
     """
 
     groups: tuple[frozenset[int], ...] = ()
     needs: Mapping[int, frozenset[int]] = None  # type: ignore[assignment]
 
     def violation(self, blocks: Sequence[int]) -> str:
-        """Return what a choice does not satisfy, "" where it is all."""
+        """Return which requirement a selection violates; "" for none."""
         for group in self.groups:
             if not group & set(blocks):
-                return f"at least one of the blocks {_sorted_list(group)} must be kept"
-        for place, block in enumerate(blocks):
+                return f"at least one of the blocks {sorted(group)} must be selected"
+        for position, block in enumerate(blocks):
             sources = (self.needs or {}).get(block)
-            if sources and not sources & set(blocks[:place]):
-                return f"block {block} needs one of {_sorted_list(sources)}, from which it takes keys and values or an index"
+            if sources and not sources & set(blocks[:position]):
+                return f"block {block} needs one of {sorted(sources)}, from which it takes keys and values or an index"
         return ""
-
-
-def _sorted_list(blocks: Iterable[int]) -> list[int]:
-    return sorted(blocks)
 
 
 def select_cheapest_blocks(
@@ -70,45 +66,52 @@ def select_cheapest_blocks(
     requirements: BlockRequirements,
     allowed: "Callable[[int, int], bool] | None" = None,
 ) -> list[int] | None:
-    """Return the increasing choice of `count` of `depth` blocks of least total cost, None where there is none.
+    """Return the increasing selection of `count` of `depth` blocks of least total cost; None where none is admissible.
+
+    Of selections of equal cost the first in lexicographic order is returned.
 
     Args:
-        cost: of a block at a position, exact numbers; `cost(position, block)`.
-        allowed: whether a block may be at a position. Of equal choices the first in lexicographic order is returned.
+        cost: the cost of a block at a position, an exact number: `cost(position, block)`.
+        allowed: whether a block may be at a position: `allowed(position, block)`.
     """
-    needed = [*requirements.groups]
+    groups = [*requirements.groups]
     sources = list(dict.fromkeys((requirements.needs or {}).values()))
-    bits = [*needed, *sources]
+    bits = [*groups, *sources]
     mask_of = [sum(1 << bit for bit, group in enumerate(bits) if block in group) for block in range(depth)]
-    final = (1 << len(needed)) - 1
+    final = (1 << len(groups)) - 1
     best: dict[tuple[int, int], tuple[Any, tuple[int, ...]]] = {(0, 0): (0, ())}
     for block in range(depth):
         source = (requirements.needs or {}).get(block)
-        required = 0 if source is None else 1 << (len(needed) + sources.index(source))
+        required = 0 if source is None else 1 << (len(groups) + sources.index(source))
         extended = dict(best)
-        for (position, mask), (total, chosen) in best.items():
+        for (position, mask), (total, selected) in best.items():
             if position == count or mask & required != required:
                 continue
             if allowed is not None and not allowed(position, block):
                 continue
             state = (position + 1, mask | mask_of[block])
-            found = (total + cost(position, block), (*chosen, block))
-            if state not in extended or found < extended[state]:
-                extended[state] = found
-        best = {state: found for state, found in extended.items() if count - state[0] <= depth - block - 1}
-    done = [found for (position, mask), found in best.items() if position == count and mask & final == final]
-    return list(min(done)[1]) if done else None
+            entry = (total + cost(position, block), (*selected, block))
+            if state not in extended or entry < extended[state]:
+                extended[state] = entry
+        best = {state: entry for state, entry in extended.items() if count - state[0] <= depth - block - 1}
+    complete = [entry for (position, mask), entry in best.items() if position == count and mask & final == final]
+    return list(min(complete)[1]) if complete else None
 
 
 def nearest_blocks(
-    wanted: Sequence[int],
+    ideal: Sequence[int],
     depth: int,
     requirements: BlockRequirements,
     allowed: "Callable[[int, int], bool] | None" = None,
 ) -> list[int] | None:
-    """Return the admissible choice whose blocks lie nearest to `wanted`, by the sum of squared distances."""
+    """Return the admissible selection nearest to `ideal`, by the sum of squared distances.
+
+    Example:
+        >>> nearest_blocks([0, 3], 6, BlockRequirements(groups=(frozenset({2}),)))
+        [0, 2]
+    """
     return select_cheapest_blocks(
-        depth, len(wanted), lambda position, block: (wanted[position] - block) ** 2, requirements, allowed
+        depth, len(ideal), lambda position, block: (ideal[position] - block) ** 2, requirements, allowed
     )
 
 
@@ -118,6 +121,11 @@ def most_influential_blocks(
     requirements: BlockRequirements = BlockRequirements(),  # noqa: B008
     allowed: "Callable[[int, int], bool] | None" = None,
 ) -> list[int] | None:
-    """Return the admissible choice of greatest total influence; of equals the first."""
+    """Return the admissible selection of greatest total influence; of equals the first.
+
+    Example:
+        >>> most_influential_blocks([0.5, 0.1, 0.4], 2)
+        [0, 2]
+    """
     exact = [Fraction(value) for value in influence]
     return select_cheapest_blocks(len(exact), count, lambda position, block: -exact[block], requirements, allowed)

@@ -98,7 +98,7 @@ def test_a_value_follows_its_blocks(kind: FieldKind, value: object, expected: ob
 def test_an_output_that_no_kept_block_has_is_refused() -> None:
     with pytest.raises(ShapeError, match="output of block 0 is used"):
         remap_field([0], FieldKind.AFTER, [1, 2, 5], 6)
-    with pytest.raises(ShapeError, match="two of them would be one"):
+    with pytest.raises(ShapeError, match="two of them would be the same"):
         remap_field([3, 4], FieldKind.AFTER, [1, 2, 5], 6)
 
 
@@ -271,7 +271,7 @@ def test_blocks_that_the_config_cannot_state_are_refused_and_the_nearest_named()
     )
     teacher = teacher_of(config)
     with pytest.raises(
-        ShapeError, match=r"\[0, 2, 5, 7\] named for 'layers'.*nearest blocks that can are \[0, 1, 6, 7\]"
+        ShapeError, match=r"\[0, 2, 5, 7\] listed for 'layers'.*nearest blocks that can be are \[0, 1, 6, 7\]"
     ):
         from_teacher(teacher, num_hidden_layers=4, method={"layer_selection": [0, 2, 5, 7]}, show_progress=False)
     student = from_teacher(teacher, num_hidden_layers=4, method={"layer_selection": [0, 1, 6, 7]}, show_progress=False)
@@ -322,7 +322,7 @@ def test_kinds_are_checked_before_any_data_is_run() -> None:
 
     config = Glm4MoeConfig(**GROUPED, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=1)
     named = {"method": "calibrated", "layer_selection": [3, 0, 4]}  # the dense block cannot be second
-    with pytest.raises(ShapeError, match="cannot be a Glm4MoeConfig's"):
+    with pytest.raises(ShapeError, match="cannot be those of a Glm4MoeConfig"):
         from_teacher(
             teacher_of(config), num_hidden_layers=3, method=named, calibration_dataset=Unread(), show_progress=False
         )
