@@ -280,7 +280,7 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         self.args.check_options()
         check_losses_fit_task(self.args.loss_configs, self.task, self.unwrapped_student.config)
         if isinstance(self.data_collator, CaptureDataCollator):
-            self.data_collator = self.data_collator.at(self.args.temperature)
+            self.data_collator = self.data_collator.with_temperature(self.args.temperature)
         self._setup_objective()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

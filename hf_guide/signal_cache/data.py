@@ -1,4 +1,4 @@
-"""Examples made batches on their way to the teacher, as `Trainer` makes them on their way to the student."""
+"""Make batches for the teacher out of a dataset's examples, as `Trainer` makes them for the student."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +19,19 @@ _LABEL_COLUMNS = ("label", "label_ids", "labels")
 
 
 class TeacherBatchCollator:
-    """Examples made a batch as `Trainer` would: unused columns dropped, then the user's collator or one that pads."""
+    """Collates examples as `Trainer` does: drops unused columns, then calls the user's collator or one that pads.
+
+    Args:
+        model: The teacher, or its class: its forward names the columns that are used.
+        task: The teacher's.
+        data_collator: The user's; None for one that pads, or stacks where there is no tokenizer.
+        processing_class: The tokenizer, or another processor.
+        drop: Whether columns are dropped that the forward does not take.
+
+    Raises:
+        CaptureError: (when called) No column is left.
+        OptionError: (when called) The examples cannot be stacked.
+    """
 
     def __init__(
         self,
@@ -43,41 +55,40 @@ class TeacherBatchCollator:
 
     def __call__(self, features: Sequence[Any]) -> Mapping[str, Any]:
         if isinstance(features[0], Mapping):
-            kept = [self._keep(feature) for feature in features]
-            if not kept[0]:
+            used = [self._used_columns(feature) for feature in features]
+            if not used[0]:
                 raise CaptureError(
-                    f"The dataset's columns {sorted(features[0])} are none of those that the teacher takes "
-                    f"({sorted(self._known)}). Process it as for training, or pass remove_unused_columns=False and a "
-                    "data_collator that does."
+                    f"The teacher takes none of the dataset's columns {sorted(features[0])}; it takes {sorted(self._known)}. "
+                    "Process the dataset as for training, or pass remove_unused_columns=False and a data_collator that does."
                 )
-            features = kept
+            features = used
         try:
             return self._collator(features)
         except ValueError as error:
             if self._collator is not default_data_collator:
                 raise
             raise OptionError(
-                f"Examples cannot be stacked as they are ({error}). Where they differ in length, pass "
-                "processing_class=tokenizer, which pads, or a data_collator that does."
+                f"The examples cannot be stacked ({error}). If they differ in length, pass processing_class=tokenizer, "
+                "which pads, or a data_collator that pads."
             ) from error
 
-    def _keep(self, feature: Mapping[str, Any]) -> dict[str, Any]:
-        # A collator that only pads does not know how to pad labels; an example is known without them.
-        gone = _LABEL_COLUMNS if self._without_labels else ()
+    def _used_columns(self, feature: Mapping[str, Any]) -> dict[str, Any]:
+        # Collators that only pad cannot pad labels, and the key of an example does not need them.
+        dropped = _LABEL_COLUMNS if self._without_labels else ()
         return {
             name: value
             for name, value in feature.items()
-            if name not in gone and (not self._drop or name in self._known)
+            if name not in dropped and (not self._drop or name in self._known)
         }
 
 
 def is_map_style(dataset: Any) -> bool:
-    """Whether examples can be asked for by number. Torch's `IterableDataset` has a `__getitem__` that only raises."""
+    """Return whether a dataset has a length and an index. (`__getitem__` of torch's `IterableDataset` only raises.)"""
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
 class IndexedDataset(Dataset[tuple[int, Any]]):
-    """A dataset whose examples come with their numbers."""
+    """A dataset that returns each example with its index."""
 
     def __init__(self, dataset: Any):
         self._dataset = dataset
@@ -90,7 +101,7 @@ class IndexedDataset(Dataset[tuple[int, Any]]):
 
 
 class IndexedCollator:
-    """A collator of such examples, which gives their numbers and the batch."""
+    """A collator for the examples of an `IndexedDataset`: returns their indices and the batch."""
 
     def __init__(self, collate: TeacherBatchCollator):
         self._collate = collate

@@ -1,6 +1,6 @@
-"""What an example is known by: a hash of what the model is fed, padding left out.
+"""Compute the key of an example: a hash of the model's inputs without padding.
 
-So an example is found again in another order, epoch or batch, padded otherwise, and not where it was masked, truncated or
+An example is found again in another order, epoch or batch and with other padding, but not if it was masked, truncated or
 tokenised otherwise.
 """
 
@@ -24,20 +24,23 @@ _AUXILIARY_INPUTS = ("token_type_ids", "position_ids")
 def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str] = ()) -> list[bytes]:
     """Return one key of 16 bytes for each example of a collated batch.
 
-    `attention_mask`, (batch, length), strips padding on either side. Of an encoder-decoder the labels count (up to the last
-    that is not -100), or else `decoder_input_ids`. Inputs named in `ignore`, and token types that are all zero, do not.
+    Args:
+        batch: `attention_mask`, (batch, length), strips padding on either side. Of an encoder-decoder the labels (up to the
+            last that is not -100), or else `decoder_input_ids`, are part of the key.
+        task: The model's.
+        ignore: Inputs that are left out; token types that are all zero always are.
 
     Raises:
-        CaptureError: the batch holds nothing that a model is fed, or an attention mask of another shape.
+        CaptureError: The batch has no input of a model, or an attention mask of another shape.
     """
-    fed = {name: torch.as_tensor(batch[name]) for name in _PRIMARY_INPUTS if batch.get(name) is not None}
-    if not fed:
+    inputs = {name: torch.as_tensor(batch[name]) for name in _PRIMARY_INPUTS if batch.get(name) is not None}
+    if not inputs:
         raise CaptureError(
-            f"A batch has none of {', '.join(_PRIMARY_INPUTS)}, by which an example is known; it has {sorted(batch)}."
+            f"The batch has none of {', '.join(_PRIMARY_INPUTS)}, of which the key of an example is made; it has {sorted(batch)}."
         )
-    beside = {name: torch.as_tensor(batch[name]) for name in _AUXILIARY_INPUTS if batch.get(name) is not None}
+    auxiliary = {name: torch.as_tensor(batch[name]) for name in _AUXILIARY_INPUTS if batch.get(name) is not None}
     mask = _padding_mask(batch, "attention_mask")
-    written: list[Tensor] = []
+    decoder_tokens: list[Tensor] = []
     if task.row.targets_in_decoder:
         name = "labels" if batch.get("labels") is not None else "decoder_input_ids"
         if batch.get(name) is None:
@@ -45,30 +48,30 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
                 f"An encoder-decoder's batch needs labels or decoder_input_ids; it has {sorted(batch)}."
             )
         decoder = torch.as_tensor(batch[name])
-        written = [decoder[row][places] for row, places in enumerate(token_positions(batch, task))]
+        decoder_tokens = [decoder[row][positions] for row, positions in enumerate(token_positions(batch, task))]
     keys = []
-    for row in range(len(next(iter(fed.values())))):
+    for row in range(len(next(iter(inputs.values())))):
         key = blake2b(digest_size=KEY_BYTES)
-        for name, tensor in (fed | beside).items():
+        for name, tensor in (inputs | auxiliary).items():
             value = _strip_padding(tensor, mask, row)
             if name in ignore or (name == "token_type_ids" and not value.any()):
                 continue
             _update_hash(key, name, value)
-        if written:
-            _update_hash(key, "decoder", written[row])
+        if decoder_tokens:
+            _update_hash(key, "decoder", decoder_tokens[row])
         keys.append(key.digest())
     return keys
 
 
 def token_positions(batch: Mapping[str, Any], task: Task) -> list[Tensor]:
-    """Return for each example the places (int64) of its unpadded tokens along the logits' second axis."""
+    """Return for each example the positions (int64) of its tokens without padding, along the second axis of the logits."""
     if not task.row.targets_in_decoder:
         mask = _padding_mask(batch, "attention_mask")
         ids = next(torch.as_tensor(batch[name]) for name in _PRIMARY_INPUTS if batch.get(name) is not None)
     elif (labels := batch.get("labels")) is not None:
-        written = torch.as_tensor(labels) != IGNORE_INDEX
-        # Up to the last label: one that is left out in the middle is still a place.
-        mask = written.flip(1).cumsum(1).flip(1) > 0
+        has_label = torch.as_tensor(labels) != IGNORE_INDEX
+        # Up to the last label: an ignored one before it is still a position.
+        mask = has_label.flip(1).cumsum(1).flip(1) > 0
         ids = mask
     else:
         mask = _padding_mask(batch, "decoder_attention_mask")
@@ -84,8 +87,8 @@ def _padding_mask(batch: Mapping[str, Any], name: str) -> Tensor | None:
     mask = torch.as_tensor(batch[name])
     if mask.ndim != 2:
         raise CaptureError(
-            f"{name} has the shape {tuple(mask.shape)}; one of (batch, length) was expected, which says what is padding. "
-            "A collator that packs several examples into one row cannot be used with a capture: let it pad."
+            f"{name} has the shape {tuple(mask.shape)}; it must be (batch, length) and mark padding. A collator that packs several "
+            "examples into one row cannot be used with a capture: let it pad."
         )
     return mask.bool()
 

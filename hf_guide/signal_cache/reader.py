@@ -1,7 +1,7 @@
-"""A teacher's signals read back from disk, in place of the teacher.
+"""Read a teacher's signals from disk in row_in_shard of the teacher.
 
-Does: map a capture, check that it is whole and of whom it should be, find an example's signals, add them to a batch.
-Does not: load a capture into memory, or need the teacher.
+Does: map a capture, check that it is complete and of the right teacher, find an example's signals, add them to a batch.
+Does not: load a capture into memory, or run the teacher.
 """
 
 import logging
@@ -35,45 +35,50 @@ from hf_guide.utils.fingerprint import (
 
 logger = logging.getLogger(__name__)
 
-MAX_OPEN_SHARDS = 128  # each holds a file descriptor
+MAX_OPEN_SHARDS = 128
+"""How many shards are open at once; each needs a file descriptor."""
 
 
 class Capture:
-    """A teacher's signals on disk, read-only. It is cheap to send to another process, which opens the files itself.
+    """The signals of a teacher on disk, read-only. Pickling it is cheap: another process opens the files itself.
 
-    Each file is compared with its checksum when it is first read: once, also by several workers of a dataloader where these
-    are forked, and once in each worker where they are spawned.
+    The checksum of each file is verified when the file is first read: once for all workers of a dataloader that are forked,
+    and once in each worker that is spawned.
 
     Attributes:
-        folder: where it is.
-        manifest: what it is of.
+        folder: Its folder.
+        manifest: Its teacher, dataset and options.
+
+    Example:
+        >>> capture = Capture.open("capture/")  # doctest: +SKIP
+        >>> batch = CaptureDataCollator(collator, capture)(examples)  # doctest: +SKIP
     """
 
     def __init__(self, folder: Path, manifest: CaptureManifest):
         self.folder, self.manifest = folder, manifest
-        # One byte a shard, in memory that forked processes share: whether its checksum was found right.
-        self._checked = mmap.mmap(-1, max(1, manifest.shard_count))
+        # One byte per shard in memory that forked processes share: whether its checksum was verified.
+        self._verified = mmap.mmap(-1, max(1, manifest.shard_count))
         self._check_file(INDEX_NAME)
         self._index = KeyIndex(folder / INDEX_NAME)
         if len(self._index) != manifest.examples:
             raise CaptureError(
-                f"{folder / INDEX_NAME} knows {len(self._index)} examples; the manifest says {manifest.examples}. Run the "
-                "same capture again."
+                f"{folder / INDEX_NAME} has {len(self._index)} examples; it must have {manifest.examples}, as in the manifest. Run "
+                "the same capture again."
             )
         self._columns = manifest.columns
         self._shards: OrderedDict[int, Shard] = OrderedDict()
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], *, processing_class: Any = None, teacher: Any = None) -> "Capture":
-        """Open a capture, mapped and read-only; nothing but the manifest is read.
+        """Open a capture, mapped and read-only; of the shards nothing is read.
 
         Args:
-            folder: what `capture_teacher` or `hf-guide capture` wrote.
-            processing_class, teacher: what it should be of, where known; see `check`.
+            folder: What `capture_teacher` or `hf-guide capture` wrote.
+            processing_class, teacher: What it must be of, see `check`; None is not compared.
 
         Raises:
-            CaptureError: no capture, one that is not complete, a file that is missing, truncated or damaged, or another
-                teacher or tokenizer; it names what differs.
+            CaptureError: There is no capture, it is not complete, a file is missing, truncated or damaged, or it is of another
+                teacher or tokenizer.
         """
         manifest = CaptureManifest.load(folder)
         manifest.check_files(Path(folder))
@@ -93,21 +98,21 @@ class Capture:
         return Task(self.manifest.task)
 
     def check(self, *, processing_class: Any = None, teacher: Any = None, dataset: Any = None) -> None:
-        """Refuse to be taken for the signals of another teacher, tokenizer or dataset. What is None is not looked at.
+        """Check that the capture is of this teacher, tokenizer and dataset. What is None is not compared.
 
         Args:
-            processing_class: the tokenizer or processor that makes the student's input.
-            teacher: a loaded model, or a folder or Hub id, whose files are compared, and which is loaded where these differ.
-            dataset: its number of examples is compared; that each is there shows when it is looked up.
+            processing_class: The tokenizer or processor that makes the student's input.
+            teacher: A loaded model, or a folder or Hub id, whose files are compared; it is loaded if these differ.
+            dataset: Its number of examples is compared; a missing example is an error when it is looked up.
 
         Raises:
-            CaptureError: names what differs.
+            CaptureError: Something differs; it is named.
         """
-        found = tokenizer_fingerprint(processing_class)
-        if found is not None and self.manifest.tokenizer is not None and found != self.manifest.tokenizer:
+        fingerprint = tokenizer_fingerprint(processing_class)
+        if fingerprint is not None and self.manifest.tokenizer not in (None, fingerprint):
             raise CaptureError(
                 f"{self.folder} was captured with another tokenizer or processor than this {type(processing_class).__name__} "
-                f"(fingerprint {self.manifest.tokenizer} there, {found} here). Use that of {self.manifest.teacher}, or "
+                f"(fingerprint {self.manifest.tokenizer} there, {fingerprint} here). Use that of {self.manifest.teacher}, or "
                 "capture again with this one."
             )
         if teacher is not None:
@@ -119,23 +124,23 @@ class Capture:
             )
 
     def teacher_source(self) -> str:
-        """Return what `from_pretrained` loads the captured teacher from.
+        """Return the name or path from which `from_pretrained` loads the captured teacher.
 
-        That is its Hub id, or a folder of its name with the same weights, beside the capture, in the working directory or in
-        a folder of that: a capture does not hold the paths of the machine that it was made on.
+        A capture does not store paths of the machine that made it. The teacher is its Hub id, or a folder of its name with the
+        same weights next to the capture, in the working directory, or one level below it.
 
         Raises:
-            CaptureError: there is no such folder.
+            CaptureError: There is no such folder.
         """
         manifest = self.manifest
         if manifest.files is None and to_repo_id(manifest.teacher, manifest.teacher_revision) is not None:
             return manifest.teacher
-        places = dict.fromkeys([self.folder.resolve().parent, Path.cwd()])
+        parents = dict.fromkeys([self.folder.resolve().parent, Path.cwd()])
         below = sorted(Path.cwd().glob("[!.]*/"))
-        for candidate in (place / manifest.teacher for place in (*places, *below)):
+        for candidate in (parent / manifest.teacher for parent in (*parents, *below)):
             if manifest.files is not None and candidate.is_dir() and files_fingerprint(candidate) == manifest.files:
                 return str(candidate)
-        searched = " and ".join(str(place / manifest.teacher) for place in places)
+        searched = " and ".join(str(parent / manifest.teacher) for parent in parents)
         raise CaptureError(
             f"{self.folder} was captured from {manifest.teacher!r}, a folder or a loaded model, and does not hold its path; "
             f"looked for the same weights in {searched}, and in the folders of the working "
@@ -144,20 +149,23 @@ class Capture:
         )
 
     def summary(self) -> str:
-        """Return what it holds, of whom, and how large it is, in a few lines."""
+        """Return its teacher, signals and size in a few lines."""
         manifest = self.manifest
-        kept = [
+        signals = [
             f"all {manifest.classes} logits"
             if manifest.is_dense
-            else f"the largest {manifest.config.top_k} and the rest"
+            else f"the {manifest.config.top_k} largest logits and the mass of the rest"
         ]
         if manifest.temperatures is not None:
-            kept.append("at temperatures " + ", ".join(f"{value:g}" for value in manifest.temperatures))
-        kept += [name.replace("hidden_", "hidden states of layer ") for name in manifest.shapes]
+            signals.append("at temperatures " + ", ".join(f"{value:g}" for value in manifest.temperatures))
+        signals += [
+            name.replace("hidden_", "hidden states of layer ").replace("features", "penultimate features")
+            for name in manifest.shapes
+        ]
         size = sum(manifest.shards) / 2**20
         return (
             f"{self.folder}: {manifest.examples:,} examples of {manifest.teacher} ({manifest.teacher_class})\n"
-            f"{'; '.join(kept)}\n{manifest.shard_count} shards, {size:,.1f} MiB"
+            f"{'; '.join(signals)}\n{manifest.shard_count} shards, {size:,.1f} MiB"
         )
 
     def __len__(self) -> int:
@@ -167,38 +175,38 @@ class Capture:
         return isinstance(key, bytes) and self._row(key) is not None
 
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
-        """Return the keys of a collated batch's examples, as this capture has them."""
+        """Return the keys of the examples of a collated batch, by this capture's options."""
         return example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs)
 
     def lookup(self, keys: Iterable[bytes], *, temperature: float = 1.0) -> list[CapturedExample]:
-        """Return what the teacher said of these examples.
+        """Return the signals of examples.
 
         Args:
-            keys: as `keys` or `example_keys` give them.
-            temperature: what `log_normalizer` is for; of a capture without all classes it must be a captured one.
+            keys: As from `keys`.
+            temperature: Of `log_normalizer`; for a capture of the k largest logits one of the captured temperatures.
 
         Raises:
-            CaptureError: an example that is not there, a temperature that was not captured, a damaged shard.
+            CaptureError: An example or the temperature was not captured, or a shard is damaged.
         """
         self.check_temperature(temperature)
-        found = []
+        examples = []
         for key in keys:
             row = self._row(key)
             if row is None:
                 raise CaptureError(f"The example {key.hex()} is not in {self.folder}. {MISSING_EXAMPLE_HINT}")
-            found.append(decode_example(self.manifest, self._arrays(row), temperature))
-        return found
+            examples.append(decode_example(self.manifest, self._arrays(row), temperature))
+        return examples
 
     def check_temperature(self, temperature: float) -> None:
-        """Refuse a temperature at which the mass of the tail was not captured.
+        """Check that the mass of the tail was captured at a temperature.
 
         Raises:
-            CaptureError: names those that were.
+            CaptureError: It was not; the captured temperatures are named.
         """
-        known = self.manifest.temperatures
-        if known is not None and temperature not in known:
+        captured = self.manifest.temperatures
+        if captured is not None and temperature not in captured:
             raise CaptureError(
-                f"temperature={temperature} was not captured; {self.folder} has {known}. Train at one of these, or capture "
+                f"temperature={temperature} was not captured; {self.folder} has {captured}. Train at one of these, or capture "
                 f"again with temperatures=[{temperature}]."
             )
 
@@ -206,48 +214,48 @@ class Capture:
         return Capture, (self.folder, self.manifest)
 
     def _check_teacher(self, teacher: Any) -> None:
-        wanted = self.manifest
+        manifest = self.manifest
         if isinstance(teacher, (str, os.PathLike)):
-            if wanted.files is not None and files_fingerprint(teacher) == wanted.files:
+            if manifest.files is not None and files_fingerprint(teacher) == manifest.files:
                 return
             config = load_config(os.fspath(teacher))
         else:
             check_is_teacher(teacher)
             config = without_adapter(teacher).config
-        there, here = comparable_config(wanted.teacher_config), comparable_config(config)
-        # What only one has may be of another version of Transformers; the weights tell.
+        there, here = comparable_config(manifest.teacher_config), comparable_config(config)
+        # An entry that only one of them has may be new in a version of Transformers; the weights decide.
         differing = sorted(name for name in there.keys() & here.keys() if there[name] != here[name])
         if differing:
             shown = "; ".join(f"{name} is {there[name]!r} there and {here[name]!r} here" for name in differing[:5])
-            raise CaptureError(f"{self.folder} was captured from another teacher, {wanted.teacher}: {shown}.")
+            raise CaptureError(f"{self.folder} was captured from another teacher, {manifest.teacher}: {shown}.")
         model = load_teacher(teacher)
-        if wanted.weights is None:
+        if manifest.weights is None:
             logger.warning(
                 "%s has no fingerprint of its teacher's weights, so only the configs were compared.", self.folder
             )
-        elif weights_fingerprint(model) != wanted.weights:
+        elif weights_fingerprint(model) != manifest.weights:
             raise CaptureError(
-                f"{self.folder} was captured from another teacher, {wanted.teacher}: the shapes agree, the weights differ. "
+                f"{self.folder} was captured from another teacher, {manifest.teacher}: the shapes agree, the weights differ. "
                 "Capture again with this one."
             )
 
     def _row(self, key: bytes) -> int | None:
         for row in self._index.rows(key):
-            shard, place = self._shard_of(row)
-            if shard.key(place) == key:
+            shard, row_in_shard = self._shard_of(row)
+            if shard.key(row_in_shard) == key:
                 return row
         return None
 
     def shard(self, number: int) -> Shard:
-        """Return a shard, opened and compared with its checksum.
+        """Open a shard and verify its checksum.
 
         Raises:
-            CaptureError: it is missing or damaged, or of another capture.
+            CaptureError: It is missing or damaged, or of another capture.
         """
         path, expected = self.folder / shard_name(number), len(self.manifest.shard_examples(number))
-        if not self._checked[number]:
+        if not self._verified[number]:
             self._check_file(path.name)
-            self._checked[number] = 1
+            self._verified[number] = 1
         shard = Shard(path, self._columns)
         if len(shard) != expected:
             raise CaptureError(f"{path} has {len(shard)} examples and should have {expected}. {DAMAGED_HINT}")
@@ -262,40 +270,40 @@ class Capture:
                 raise CaptureError(f"{error} {DAMAGED_HINT}") from error
 
     def _arrays(self, row: int) -> Arrays:
-        shard, place = self._shard_of(row)
-        return shard.arrays(place)
+        shard, row_in_shard = self._shard_of(row)
+        return shard.arrays(row_in_shard)
 
     def _shard_of(self, row: int) -> tuple[Shard, int]:
-        number, place = divmod(row, self.manifest.config.shard_size)
+        number, row_in_shard = divmod(row, self.manifest.config.shard_size)
         if number not in self._shards:
             self._shards[number] = self.shard(number)
             if len(self._shards) > MAX_OPEN_SHARDS:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(number)
-        return self._shards[number], place
+        return self._shards[number], row_in_shard
 
 
 MISSING_EXAMPLE_HINT = (
-    "It is known by what the model is fed, padding left out: was it masked at random, truncated or tokenised otherwise, or is "
-    "it of another dataset? Capture what you train on, with the same collator but for its padding."
+    "An example is identified by the model's inputs without padding: was it masked at random, truncated or tokenised otherwise, "
+    "or is it of another dataset? Capture what you train on, with the same collator except for its padding."
 )
 
 
 class CaptureDataCollator:
-    """A user's collator, and beside what it collates the signals of the teacher, padded as it padded.
+    """Wraps a data collator and adds the teacher's signals to each batch, padded as the batch is.
 
-    Added are `teacher_logits` (batch, classes), or (batch, length, classes) where items are tokens; or of language models
-    with the largest k `teacher_topk_indices` and `teacher_topk_log_probs` (batch, length, k) and `teacher_log_normalizer` (batch,
-    length); and as captured `teacher_hidden_N` and `teacher_features`. Padded places are zeros.
+    Adds `teacher_logits` (batch, classes), or (batch, length, classes) where items are tokens; or of language models with the
+    k largest logits `teacher_topk_indices` and `teacher_topk_log_probs` (batch, length, k) and `teacher_log_normalizer` (batch,
+    length); and as captured `teacher_hidden_N` and `teacher_features`. They are zero at padding.
 
     Args:
-        data_collator: gives a batch of tensors. It may pad as it likes; it may not mask or cut at random.
-        capture: where the signals are.
-        temperature: what `teacher_log_normalizer` is for.
-        missing: "error", or "skip": a batch with an example that was not captured then carries no signals.
+        data_collator: Returns a batch of tensors. It may pad in any way; it may not mask or truncate at random.
+        capture: The signals.
+        temperature: Of `teacher_log_normalizer`.
+        missing: "error", or "skip": a batch with an example that was not captured then has no signals.
 
     Raises:
-        CaptureError: a temperature that was not captured; when called, an example that was not.
+        CaptureError: The temperature was not captured; (when called) an example was not.
         OptionError: `missing` is neither.
     """
 
@@ -308,28 +316,28 @@ class CaptureDataCollator:
         missing: str = "error",
     ):
         if missing not in ("error", "skip"):
-            raise OptionError(f"missing is 'error' or 'skip'; found {missing!r}.")
+            raise OptionError(f"missing must be 'error' or 'skip'; found {missing!r}.")
         capture.check_temperature(temperature)
         self.data_collator, self.capture, self.temperature, self.missing = data_collator, capture, temperature, missing
 
-    def at(self, temperature: float) -> "CaptureDataCollator":
+    def with_temperature(self, temperature: float) -> "CaptureDataCollator":
         """Return the same collator for another temperature.
 
         Raises:
-            CaptureError: it was not captured.
+            CaptureError: It was not captured.
         """
         return CaptureDataCollator(self.data_collator, self.capture, temperature, missing=self.missing)
 
     def check_temperature(self, temperature: float) -> None:
-        """Refuse a temperature that the batches are not made for, where the tail's mass needs it.
+        """Check that the batches have the mass of the tail at a temperature.
 
         Raises:
-            CaptureError: names both.
+            CaptureError: They have it at another one.
         """
         if temperature != self.temperature and self.capture.manifest.temperatures is not None:
             raise CaptureError(
-                f"The batches are made for temperature={self.temperature}, and the objective now has {temperature}: the mass "
-                "of the tail is another. Keep the temperature during a run, or capture all logits."
+                f"The batches have the mass of the tail at temperature={self.temperature}, and the loss has temperature={temperature}. "
+                "Keep the temperature during a run, or capture all logits."
             )
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
@@ -339,11 +347,11 @@ class CaptureDataCollator:
             return batch
         examples = [example.named() for example in self.capture.lookup(keys, temperature=self.temperature)]
         if any(-1 in column.shape for column in self.capture.manifest.columns.values()):
-            places, length = token_positions(batch, self.capture.task), self._length(batch)
+            positions, length = token_positions(batch, self.capture.task), self._length(batch)
         for name in examples[0] if examples else ():
             values = [example[name] for example in examples]
-            if self._is_by_place(name):
-                batch[name] = _pad_to_positions(values, places, length)
+            if self._has_token_axis(name):
+                batch[name] = _pad_to_positions(values, positions, length)
             else:
                 batch[name] = torch.stack(values)
         return batch
@@ -355,14 +363,14 @@ class CaptureDataCollator:
             names = ("attention_mask", "input_ids", "inputs_embeds")
         return next(int(batch[name].shape[1]) for name in names if batch.get(name) is not None)
 
-    def _is_by_place(self, name: str) -> bool:
+    def _has_token_axis(self, name: str) -> bool:
         columns = self.capture.manifest.columns
         column = columns.get(name.removeprefix(COLUMN_PREFIX))
         return column is None or -1 in column.shape  # log_normalizer and a language model's logits have no column
 
 
-def _pad_to_positions(values: Sequence[Tensor], places: Sequence[Tensor], length: int) -> Tensor:
+def _pad_to_positions(values: Sequence[Tensor], positions: Sequence[Tensor], length: int) -> Tensor:
     padded = values[0].new_zeros(len(values), length, *values[0].shape[1:])
-    for row, (value, where) in enumerate(zip(values, places, strict=True)):
+    for row, (value, where) in enumerate(zip(values, positions, strict=True)):
         padded[row, where] = value
     return padded

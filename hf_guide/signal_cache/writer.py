@@ -1,11 +1,7 @@
-"""One capture on its way: what is missing is written, shard by shard, by one process or several.
+"""Run a teacher once over a dataset and write its signals to disk, so that training needs no teacher.
 
-A run that was killed left whole shards and nothing else; the next one writes those that are missing.
-
-The teacher run once over a dataset, and what it says written to disk, so that training needs no teacher.
-
-Does: share the shards out among the processes of `torchrun`, go on where a killed run was, refuse to mix two captures.
-Does not: read them back (`reading.py`), or hold more than a batch in memory.
+Does: divide the shards among the processes of `torchrun`, continue after a kill with the missing shards, and never mix two
+captures. Does not: read them back (`reader.py`), or hold more than a batch in memory.
 """
 
 import dataclasses
@@ -60,7 +56,7 @@ _NUM_SAMPLED_LENGTHS = 32
 
 
 class LazyBatchSampler:
-    """An iterable of batches that are never all there at once."""
+    """A batch sampler that makes its batches one at a time."""
 
     def __init__(self, batches: Callable[[], Iterator[list[int]]]):
         self._batches = batches
@@ -70,34 +66,34 @@ class LazyBatchSampler:
 
 
 class CaptureRunner:
-    """One capture on its way."""
+    """Writes the shards of one capture that are missing: a killed run leaves whole shards and nothing else."""
 
     def __init__(
         self,
         folder: Path,
         manifest: CaptureManifest,
-        listener: TeacherRunner,
+        teacher: TeacherRunner,
         dataset: Any,
         collate: TeacherBatchCollator,
         workers: int,
     ):
-        self.folder, self.manifest, self.listener = folder, manifest, listener
+        self.folder, self.manifest, self.teacher = folder, manifest, teacher
         self.dataset, self.collate, self.workers = dataset, collate, workers
         self.task = Task(manifest.task)
         self.was_complete = False
 
     def begin(self, state: PartialState) -> None:
-        """Write the manifest, or agree with the one that is there; then look at what is there, and at the disk."""
+        """Write the manifest or compare it with the one in the folder; then check the finished shards and the free space."""
         folder = cache_folder(self.folder)
         folder.begin(lambda: self.manifest.save(self.folder))
-        there = CaptureManifest.load(self.folder)
-        folder.check_same_call(there.comparable(), self.manifest.comparable())
-        self.was_complete, self.checksums = there.complete, there.checksums
+        recorded = CaptureManifest.load(self.folder)
+        folder.check_same_call(recorded.comparable(), self.manifest.comparable())
+        self.was_complete, self.checksums = recorded.complete, recorded.checksums
         if state.is_main_process:
             self._remove_damaged()
         barrier()
         self.missing = [
-            number for number in range(there.shard_count) if not (self.folder / shard_name(number)).exists()
+            number for number in range(recorded.shard_count) if not (self.folder / shard_name(number)).exists()
         ]
         if state.is_main_process:
             self._check_finished()
@@ -105,48 +101,48 @@ class CaptureRunner:
         barrier()  # or a shard written by one process would be missing from another's list
 
     def write_missing(self, state: PartialState, show_progress: bool) -> None:
-        """Write this process's share of the shards that are missing."""
-        mine = self.missing[state.process_index :: state.num_processes]
+        """Write the missing shards of this rank."""
+        local_shards = self.missing[state.process_index :: state.num_processes]
         loader: DataLoader[Any] = DataLoader(
             IndexedDataset(self.dataset),
             batch_sampler=LazyBatchSampler(
-                lambda: (list(batch) for number in mine for batch in self._batches(number))
+                lambda: (list(batch) for number in local_shards for batch in self._batches(number))
             ),
             collate_fn=IndexedCollator(self.collate),
             num_workers=self.workers,
         )
         with tqdm(
-            total=sum(len(self.manifest.shard_examples(number)) for number in mine),
+            total=sum(len(self.manifest.shard_examples(number)) for number in local_shards),
             unit="example",
-            desc="Listening to the teacher",
+            desc="Running the teacher",
             disable=not (show_progress and state.is_main_process),
         ) as bar:
             stream = iter(loader)
-            for number in mine:
+            for number in local_shards:
                 self._write(number, stream, bar)
 
     def finish(self, state: PartialState) -> None:
         """Write the index of all keys and mark the capture complete, in the first process.
 
         Raises:
-            MissingRankError: another process has ended, so that its shards will never be there.
+            MissingRankError: Another process has ended, so that its shards will never be written.
         """
         watch = RankMonitor()
-        for place, number in enumerate(self.missing):
-            # A barrier alone gives up after some minutes, and another process's last shard may take longer.
+        for index, number in enumerate(self.missing):
+            # A barrier alone times out after some minutes; the last shard of another process may take longer.
             while not (self.folder / shard_name(number)).exists():
-                watch.check(f"{shard_name(number)} of rank {place % state.num_processes}")
+                watch.check(f"{shard_name(number)} of rank {index % state.num_processes}")
                 time.sleep(0.2)
         barrier()
         if state.is_main_process:
             if self.missing or not (self.was_complete and self.checksums and (self.folder / INDEX_NAME).exists()):
                 finalize_capture(self.folder, self.manifest, self.checksums)
-            for number in range(self.manifest.shard_count):  # also those of a run that was killed right here
+            for number in range(self.manifest.shard_count):  # also those of a run that was killed at this point
                 checksum_path(self.folder / shard_name(number)).unlink(missing_ok=True)
         barrier()
 
     def _remove_damaged(self) -> None:
-        """Remove shards, and the index, whose bytes are not those that were written: they are written again."""
+        """Remove the shards and the index whose checksum is wrong, so that they are written again."""
         for number in range(self.manifest.shard_count):
             path = self.folder / shard_name(number)
             defect = shard_defect(path, self.checksums.get(path.name)) if path.exists() else None
@@ -159,49 +155,51 @@ class CaptureRunner:
             index.unlink()
 
     def _batches(self, number: int) -> list[range]:
-        inside, size = self.manifest.shard_examples(number), self.manifest.config.batch_size
-        return [inside[start : start + size] for start in range(0, len(inside), size)]
+        numbers, size = self.manifest.shard_examples(number), self.manifest.config.batch_size
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
-    def _next(self, stream: Iterator[Any], inside: range) -> Any:
-        """Return the next batch; what cannot be read of the dataset is not taken for a disk that cannot be written."""
+    def _next(self, stream: Iterator[Any], expected: range) -> Any:
+        """Return the next batch. A dataset that cannot be read is an error of its own, not one of writing the shard."""
         try:
             return next(stream)
         except OSError as error:
             raise CaptureError(
-                f"The dataset's examples {inside[0]} to {inside[-1]} cannot be read: {error}. Replace or remove the one that "
+                f"The dataset's examples {expected[0]} to {expected[-1]} cannot be read: {error}. Replace or remove the one that "
                 "is damaged."
             ) from error
 
     def _write(self, number: int, stream: Iterator[Any], bar: Any) -> None:
         path = self.folder / shard_name(number)
         with resumable_write(path, CaptureError), ShardWriter(path, self.manifest.columns) as shard:
-            for inside in self._batches(number):
-                numbers, batch = self._next(stream, inside)
+            for expected in self._batches(number):
+                numbers, batch = self._next(stream, expected)
                 keys = example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs)
                 if len(keys) != len(numbers):
                     raise CaptureError(
-                        f"The collator made {len(keys)} rows of {len(numbers)} examples, so which is which cannot be "
-                        "told. Use one that keeps one row an example."
+                        f"The collator made {len(keys)} rows of {len(numbers)} examples, so rows cannot be assigned to "
+                        "examples. Use one that makes one row per example."
                     )
-                shard.write(keys, encode_batch(self.listener, batch, self.manifest.config, numbers))
+                shard.write(keys, encode_batch(self.teacher, batch, self.manifest.config, numbers))
                 bar.update(len(numbers))
 
     def _check_finished(self) -> None:
-        """Refuse a dataset other than the one that the finished shards are of."""
+        """Check that the finished shards are of this dataset.
+
+        Raises:
+            CaptureError: The first example of a shard has another key.
+        """
         for number in set(range(self.manifest.shard_count)) - set(self.missing):
-            shard, inside = (
-                Shard(self.folder / shard_name(number), self.manifest.columns),
-                self.manifest.shard_examples(number),
-            )
-            if len(shard) != len(inside):
+            path, expected = self.folder / shard_name(number), self.manifest.shard_examples(number)
+            shard = Shard(path, self.manifest.columns)
+            if len(shard) != len(expected):
                 raise CaptureError(
-                    f"{self.folder / shard_name(number)} has {len(shard)} examples, not {len(inside)}. Remove it and go on."
+                    f"{path} has {len(shard)} examples; it must have {len(expected)}. Remove it and repeat the call."
                 )
-            batch = self.collate([self.dataset[inside[0]]])
+            batch = self.collate([self.dataset[expected[0]]])
             if example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs) != [shard.key(0)]:
                 raise CaptureError(
-                    f"{self.folder} holds a capture of another dataset: example {inside[0]} is another one, or is processed "
-                    "or collated otherwise (masked at random, perhaps). Capture that dataset, or into a new folder."
+                    f"{self.folder} holds a capture of another dataset: example {expected[0]} is another one, or is processed "
+                    "or collated otherwise (masked at random, perhaps). Capture that dataset, or use a new folder."
                 )
 
     def _check_disk(self) -> None:
@@ -221,15 +219,17 @@ class CaptureRunner:
     def _example_bytes(self, number: int) -> int:
         if not self.task.has_token_positions:
             return self.manifest.example_bytes(0)
-        (places,) = token_positions(self.collate([self.dataset[number]]), self.task)
-        return self.manifest.example_bytes(len(places))
+        (positions,) = token_positions(self.collate([self.dataset[number]]), self.task)
+        return self.manifest.example_bytes(len(positions))
 
 
 def finalize_capture(folder: Path, manifest: CaptureManifest, listed: Mapping[str, str]) -> None:
-    """Write the index of a capture whose shards are all there, and its manifest with their sizes and checksums.
+    """Write the index of a capture whose shards are all written, and its manifest with their sizes and checksums.
 
     Args:
-        listed: checksums of shards that an earlier run has completed.
+        folder: The capture's.
+        manifest: Of the capture.
+        listed: Checksums of shards that an earlier run completed, by file name.
     """
     index = folder / INDEX_NAME
     paths = [folder / shard_name(number) for number in range(manifest.shard_count)]
@@ -257,32 +257,38 @@ def capture_teacher(
     dataloader_num_workers: int = 0,
     show_progress: bool = True,
 ) -> Capture:
-    """Run a teacher once over a dataset and write what it says to `output_dir`, in Arrow files.
+    """Run a teacher once over a dataset and write its signals to `output_dir`, in Arrow files.
 
-    Of classifiers all logits are kept; of language models the largest k log-probabilities at each token and the mass of all
-    others; hidden states and penultimate features on request. Killed at any moment, the same call goes on where it was. Under
-    `torchrun` the processes share the work; each calls this, with a folder that all of them see.
+    Of classifiers all logits are stored; of language models the k largest log-probabilities at each token and the mass of all
+    others; hidden states and penultimate features on request. A killed run is continued by the same call. Under `torchrun` the
+    processes share the work; each calls this, with a folder that all of them see.
 
     Args:
-        teacher: a Hub id, a folder or a loaded model.
-        dataset: what the student will be trained on, processed as for `Trainer`: a length, and examples by number.
-        output_dir: a new or empty folder, or one that the same call began.
-        processing_class: the tokenizer or processor; remembered by its fingerprint, and used to pad.
-        data_collator: as for training, but for its padding; by default one that pads.
-        config: a `CaptureConfig` or a mapping of its fields.
-        dtype: of a teacher that is loaded here; None or "auto" takes the checkpoint's.
-        revision, token, trust_remote_code: as in `from_pretrained`.
-        dataloader_num_workers: processes that prepare batches beside this one.
-        show_progress: whether the first process shows a bar.
+        teacher: A Hub id, a folder or a loaded model.
+        dataset: What the student will be trained on, processed as for `Trainer`; it has a length and an index.
+        output_dir: A new or empty folder, or one that the same call began.
+        processing_class: The tokenizer or processor; its fingerprint is stored, and it pads.
+        data_collator: As for training, except for its padding; by default one that pads.
+        config: A `CaptureConfig` or a mapping of its fields.
+        dtype: Of a teacher that is loaded here; None or "auto" takes the checkpoint's.
+        revision, token, trust_remote_code: As in `from_pretrained`.
+        dataloader_num_workers: Processes that prepare batches, besides this one.
+        show_progress: Whether the first process shows a progress bar.
 
     Returns:
         The capture, opened.
 
     Raises:
-        CaptureError: the folder holds something else or a capture with other settings, and which; the teacher says
-            something that is not finite, and of which example; the disk is too small.
-        OptionError: an option out of range, such as a k over the vocabulary, or a dataset without a length.
-        TaskError, TeacherError: a teacher of no known task, or one that cannot be loaded.
+        CaptureError: The folder holds something else or a capture with other settings; an output of the teacher is not
+            finite; the disk is too small. The error names the settings, the example, the sizes.
+        OptionError: An option is out of range, such as `top_k`, or the dataset has no length.
+        TaskError, TeacherError: The teacher's task is not known, or it cannot be loaded.
+
+    Example:
+        >>> capture = capture_teacher(  # doctest: +SKIP
+        ...     "HuggingFaceTB/SmolLM2-135M", dataset, "capture/", processing_class=tokenizer, config={"top_k": 64}
+        ... )
+        >>> DistillationTrainer(student, args, collator, dataset, teacher=capture).train()  # doctest: +SKIP
     """
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
@@ -300,58 +306,66 @@ def capture_teacher(
     task = task_of(model)
     collate = TeacherBatchCollator(model, task, data_collator, processing_class, options.remove_unused_columns)
     with eval_mode(model):
-        where = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        listener = TeacherRunner(model, task, processing_class, where)
-        manifest = build_manifest(teacher, listener, collate([dataset[0]]), examples, processing_class, options)
-        run = CaptureRunner(folder, manifest, listener, dataset, collate, dataloader_num_workers)
-        run.begin(state)
-        run.write_missing(state, show_progress)
-        run.finish(state)
+        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        runner = TeacherRunner(model, task, processing_class, hub)
+        manifest = build_manifest(teacher, runner, collate([dataset[0]]), examples, processing_class, options)
+        capture = CaptureRunner(folder, manifest, runner, dataset, collate, dataloader_num_workers)
+        capture.begin(state)
+        capture.write_missing(state, show_progress)
+        capture.finish(state)
     return Capture.open(folder)
 
 
 def build_manifest(
-    teacher: Any,
-    listener: TeacherRunner,
+    source: Any,
+    teacher: TeacherRunner,
     batch: Mapping[str, Any],
     examples: int,
     processing_class: Any,
     options: CaptureConfig,
 ) -> CaptureManifest:
-    """Return the manifest of a capture that is to begin; the first example, collated, shows the shapes.
+    """Return the manifest of a capture that is about to begin.
+
+    Args:
+        source: The teacher as it was passed to `capture_teacher`.
+        teacher: Runs it.
+        batch: The first example, collated: it is run for the shapes of what is stored.
+        examples: The number of examples.
+        processing_class: The tokenizer or processor.
+        options: What is stored.
 
     Raises:
-        OptionError: k or the vocabulary's size is over the teacher's, or it has no such layer.
-        CaptureError: the first example already cannot be captured.
+        OptionError: `top_k` or `vocabulary_size` is larger than the teacher's vocabulary, or it has no such layer.
+        CaptureError: The first example cannot be captured.
     """
-    model, task = listener.model, listener.task
-    heard = listener.forward(batch, hidden_states=bool(options.hidden_layers))
-    classes = heard.classes
+    model, task = teacher.model, teacher.task
+    outputs = teacher.forward(batch, hidden_states=bool(options.hidden_layers))
+    classes = outputs.classes
     if task.is_language_model:
         if options.vocabulary_size is not None and options.vocabulary_size > classes:
-            raise OptionError(f"vocabulary_size is {options.vocabulary_size}; the teacher's has {classes} rows.")
+            raise OptionError(
+                f"vocabulary_size is {options.vocabulary_size}; it must be at most {classes}, the rows of the teacher's."
+            )
         classes = options.vocabulary_size or classes
         if options.top_k > classes:
             raise OptionError(
-                f"top_k is {options.top_k}; the vocabulary has {classes} rows, which would keep them all. "
-                f"Set top_k to {classes} at most."
+                f"top_k is {options.top_k}; it must be at most {classes}, the rows of the vocabulary, which stores all of them."
             )
     elif options.vocabulary_size is not None:
-        raise OptionError(f"vocabulary_size is for language models; the teacher is one for {task}.")
+        raise OptionError(f"vocabulary_size is for language models, and the teacher's task is {task}. Leave it out.")
     config = dataclasses.replace(
-        options, hidden_layers=resolve_layers(options.hidden_layers, len(heard.hidden_states))
+        options, hidden_layers=resolve_layers(options.hidden_layers, len(outputs.hidden_states))
     )
-    (first,) = encode_batch(listener, batch, config, [0])
-    by_place = task.has_token_positions
+    (first,) = encode_batch(teacher, batch, config, [0])
     shapes = {}
     for name, array in first.items():
         if name.startswith("hidden_") or (name == "features" and task.is_per_token):
-            shapes[name] = [-1, *array.shape[1:]] if by_place else list(array.shape)
+            shapes[name] = [-1, *array.shape[1:]] if task.has_token_positions else list(array.shape)
         elif name == "features":
             shapes[name] = list(array.shape)
     bare = without_adapter(model)
-    loaded_here = isinstance(teacher, (str, os.PathLike))
-    name = os.fspath(teacher) if loaded_here else bare.config._name_or_path or type(bare).__name__
+    loaded_here = isinstance(source, (str, os.PathLike))
+    name = os.fspath(source) if loaded_here else bare.config._name_or_path or type(bare).__name__
     return CaptureManifest(
         teacher=public_name(name),
         teacher_revision=getattr(bare.config, "_commit_hash", None),
@@ -371,29 +385,29 @@ def build_manifest(
 
 
 def distributed_state() -> PartialState:
-    """Return which of how many processes this is; they speak by gloo where there is no accelerator."""
+    """Return the rank and the number of processes; they communicate by gloo where there is no accelerator."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     try:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     except distributed.DistError as error:
         raise CaptureError(
-            f"The {started} processes did not find each other (this is rank {os.environ.get('RANK')}): {error}. Start ranks 0 "
+            f"The {started} processes could not connect to each other (this is rank {os.environ.get('RANK')}): {error}. Start ranks 0 "
             f"to {started - 1}, each with the same MASTER_ADDR and MASTER_PORT."
         ) from error
     if started != state.num_processes:
         raise CaptureError(
-            f"{started} processes were started, and accelerate knows of {state.num_processes}: all would do all of the work. "
-            "Call capture_teacher before anything else makes accelerate's PartialState, or make that with cpu=True."
+            f"{started} processes were started, and accelerate knows of {state.num_processes}: each would do all of the work. "
+            "Call capture_teacher before anything else creates accelerate's PartialState, or create it with cpu=True."
         )
-    rank_and_world_size()  # from now on the others notice when this process ends
+    rank_and_world_size()  # so that the other processes notice when this one ends
     return state
 
 
 def _num_examples(dataset: Any) -> int:
     if not is_map_style(dataset):
         raise OptionError(
-            f"A capture needs a dataset with a length and examples by number, not a {type(dataset).__name__}: it goes on "
-            "where it was. Save a stream to disk first."
+            f"The dataset must have a length and an index, so that a killed capture can be continued; found a "
+            f"{type(dataset).__name__}. Save a stream to disk first."
         )
     if len(dataset) == 0:
         raise OptionError("The dataset is empty; there is nothing to capture.")

@@ -162,7 +162,7 @@ def test_an_example_that_was_not_captured_is_an_error_or_leaves_the_batch_withou
         batch = CaptureDataCollator(Pad(), made, missing="skip")([dataset[0], missing])
         assert set(batch) == {"input_ids", "attention_mask"}
     assert "teacher_topk_indices" in CaptureDataCollator(Pad(), made, missing="skip")(dataset[:2])
-    with pytest.raises(OptionError, match="missing is 'error' or 'skip'; found 'ignore'"):
+    with pytest.raises(OptionError, match="missing must be 'error' or 'skip'; found 'ignore'"):
         CaptureDataCollator(Pad(), made, missing="ignore")
 
 

@@ -292,9 +292,12 @@ def test_hidden_states_beyond_float16_say_so(tmp_path):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"top_k": VOCABULARY + 1}, f"top_k is {VOCABULARY + 1}; the vocabulary has {VOCABULARY} rows"),
-        ({"vocabulary_size": VOCABULARY + 1}, f"vocabulary_size is {VOCABULARY + 1}; the teacher's has {VOCABULARY}"),
-        ({"vocabulary_size": 7}, "top_k is 8; the vocabulary has 7 rows"),
+        (
+            {"top_k": VOCABULARY + 1},
+            f"top_k is {VOCABULARY + 1}; it must be at most {VOCABULARY}, the rows of the vocabulary",
+        ),
+        ({"vocabulary_size": VOCABULARY + 1}, f"vocabulary_size is {VOCABULARY + 1}; it must be at most {VOCABULARY}"),
+        ({"vocabulary_size": 7}, "top_k is 8; it must be at most 7"),
         ({"hidden_layers": [5]}, "hidden_layers has layer 5; this teacher has layers 0 to 4"),
         ({"top_k": 0}, "top_k must be a whole number of at least 1; found 0"),
         ({"temperatures": [0.0]}, "temperatures must be a number from 0.001 to 1000; found 0.0"),
@@ -314,14 +317,14 @@ def test_datasets_and_teachers_that_cannot_be_captured_are_refused(tmp_path):
         def __iter__(self):
             return iter(())
 
-    refused(OptionError, "a dataset with a length and examples by number, not a Stream", tmp_path, dataset=Stream())
+    refused(OptionError, "must have a length and an index, so that .* found a Stream", tmp_path, dataset=Stream())
     refused(OptionError, "The dataset is empty", tmp_path, dataset=Examples())
     refused(TeacherError, "no-such-folder", tmp_path, teacher=str(tmp_path / "no-such-folder"))
     refused(OptionError, "this one is loaded already", tmp_path, options={"dtype": "float16"})
     refused(OptionError, "A teacher must be a Hub id, a folder or a PreTrainedModel; found int 3", tmp_path, teacher=3)
     refused(TaskError, "LlamaModel has no head, so there is nothing to distil", tmp_path, teacher=KIND.teacher().model)
     text = Dataset.from_dict({"text": ["some", "words"]})
-    refused(CaptureError, r"columns \['text'\] are none of those that the teacher takes", tmp_path, dataset=text)
+    refused(CaptureError, r"The teacher takes none of the dataset's columns \['text'\]", tmp_path, dataset=text)
     merging = lambda features: {name: value[:1] for name, value in Pad()(features).items()}  # noqa: E731
     refused(CaptureError, "The collator made 1 rows of 2 examples", tmp_path, collator=merging)
 
