@@ -25,7 +25,7 @@ from hf_guide.hub.push import attach_report, save_student
 from hf_guide.initialization.equivalence import depth_notes
 from hf_guide.initialization.generation_config import copy_generation_config
 from hf_guide.initialization.report import InitializationReport
-from hf_guide.initialization.resolve import label_row_indices, resolve_dtype, resolve_student, vocab_row_indices
+from hf_guide.initialization.student_shape import label_row_indices, resolve_dtype, resolve_student, vocab_row_indices
 from hf_guide.initialization.subclass_head import SubclassDirections, widen_to_subclasses
 from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.methods import InitializationConfig, StudentSetup, make_method

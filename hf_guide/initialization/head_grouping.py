@@ -6,8 +6,9 @@ that are copied from the one to the other compute something else.
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -15,22 +16,32 @@ from hf_guide.errors import ShapeError
 from hf_guide.models.model_classes import meta_model
 from hf_guide.models.tiny_models import MODEL_ERRORS
 
-if TYPE_CHECKING:
-    from hf_guide.initialization.plan import ParameterPlan
-
 _HEAD_SETTING = re.compile(r"(^|_)(heads?|n_head|head_(dim|size)|d_head|d_kv)$")
+
+
+class _Planned(Protocol):
+    """A parameter of the student and its source, by names relative to the base model, as `plan.ParameterPlan` has them."""
+
+    @property
+    def canonical(self) -> str: ...
+    @property
+    def shape(self) -> torch.Size: ...
+    @property
+    def source(self) -> str | None: ...
+    @property
+    def source_shape(self) -> torch.Size | None: ...
 
 
 def check_head_grouping(
     student: PreTrainedModel,
-    sites: Iterable["ParameterPlan"],
+    planned: Iterable[_Planned],
     teacher_class: type[PreTrainedModel],
     teacher_config: PreTrainedConfig,
 ) -> None:
     """Refuse modules whose parameters all have the shapes of the teacher's, but whose heads are others.
 
     Args:
-        sites: where each parameter of the student comes from.
+        planned: Where each parameter of the student comes from.
 
     Raises:
         ShapeError: names the module, its setting and both values.
@@ -42,12 +53,12 @@ def check_head_grouping(
     except MODEL_ERRORS:
         return
     theirs, ours = _base_modules(built), _base_modules(student)
-    parameters: dict[str, list[ParameterPlan]] = {}
-    for site in sites:
-        path = site.canonical
+    parameters: dict[str, list[_Planned]] = {}
+    for parameter in planned:
+        path = parameter.canonical
         while "." in path:
             path = path.rpartition(".")[0]
-            parameters.setdefault(path, []).append(site)
+            parameters.setdefault(path, []).append(parameter)
     for path, held in parameters.items():
         settings = _head_settings(ours.get(path))
         if not settings or any(site.source is None or site.shape != site.source_shape for site in held):

@@ -1,17 +1,28 @@
-"""Where each of a student's parameters comes from, and how each of its axes gets smaller."""
+"""The plan of a transfer: where each of a student's parameters comes from, and how each of its axes gets smaller."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.errors import ShapeError, TeacherError
+from hf_guide.errors import LayoutError, ShapeError, TeacherError
+from hf_guide.initialization.blocks.stacks import (
+    map_stacks,
+    shared_kv_source,
+    shared_kv_sources,
+    source_name,
+    stack_pattern,
+)
 from hf_guide.initialization.config import PlanOptions, SubsequentLayers
+from hf_guide.initialization.head_grouping import check_head_grouping
 from hf_guide.initialization.selection import alibi_head_indices, evenly_spaced_indices, rope_pair_indices
 from hf_guide.layouts.grammar import (
     Axis,
+    AxisConcat,
     AxisMap,
     AxisName,
     AxisProduct,
@@ -34,6 +45,7 @@ from hf_guide.layouts.registry import (
     config_sizes,
     rotary_size,
 )
+from hf_guide.models.model_classes import strip_base_prefix
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.finite import is_finite
 
@@ -386,3 +398,317 @@ def check_finite_weights(tensor: Tensor, what: str) -> None:
             f"{what} holds {int(wrong.sum())} NaN or infinite values, the first at {wrong.nonzero()[0].tolist()}. A teacher's "
             "weights must be finite: fetch it again, or take a checkpoint from before its training diverged."
         )
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Both models' tensors by their names relative to the base model.
+
+    Attributes:
+        tensors: The student's tensors by their own names, each once.
+        student, teacher: Each model's own names by relative ones.
+        tied: The tensor that a tied one shares, by relative names, in the student.
+    """
+
+    tensors: dict[str, Tensor]
+    student: dict[str, str]
+    tied: dict[str, str]
+    teacher: dict[str, str]
+
+    @classmethod
+    def of(cls, student: PreTrainedModel, teacher: TeacherCheckpoint) -> "_Names":
+        tensors, tied = unique_tensors(student)
+        prefix, teacher_prefix = student.base_model_prefix, teacher.base_model_prefix
+        names = {strip_base_prefix(name, prefix): name for name in tensors}
+        if len(names) < len(tensors):
+            raise LayoutError(
+                f"{type(student).__name__} has two parameters of one name inside and outside its base model, which no "
+                "layout can tell apart."
+            )
+        tied = {strip_base_prefix(name, prefix): strip_base_prefix(first, prefix) for name, first in tied.items()}
+        teacher_names = {strip_base_prefix(name, teacher_prefix): name for name in teacher.weights.keys()}
+        for name, first in teacher.tied.items():
+            if strip_base_prefix(name, teacher_prefix) not in teacher_names and first in teacher.weights.keys():
+                teacher_names[strip_base_prefix(name, teacher_prefix)] = first
+        return cls(tensors, names, tied, teacher_names)
+
+
+def make_plan(
+    student: PreTrainedModel,
+    teacher: TeacherCheckpoint,
+    layout: Layout,
+    options: PlanOptions,
+    *,
+    vocab_indices: Tensor | None = None,
+    label_indices: Tensor | None = None,
+) -> Plan:
+    """Return the plan of a transfer, made from names and shapes alone: what cannot work is found before a weight is read.
+
+    Args:
+        student: A model whose parameters may be uninitialized.
+        vocab_indices: Teacher row of each of the student's vocabulary rows, -1 for a row of zeros; None for all in order.
+        label_indices: The same for a classification head; empty where the labels disagree and the head is new.
+
+    Raises:
+        LayoutError: A parameter that the layout does not know, or whose axes do not multiply out.
+        ShapeError: A student that is larger than its teacher on some axis, or of other blocks.
+    """
+    names = _Names.of(student, teacher)
+    teacher_layout, layout = _layouts_of_both(layout, student.config, names)
+    stacks, depths = map_stacks(student, teacher, layout, options, names.teacher, names.student, names.tied)
+    parameters, random, borrowed = _plan_parameters(names, teacher, teacher_layout, layout, stacks, depths)
+    widths = _projected_widths(layout, parameters.values())
+    random_blocks = options.subsequent_layers == SubsequentLayers.RANDOM
+    new_head = label_indices is not None and len(label_indices) == 0
+    for name, site in list(parameters.items()):
+        is_new = new_head and AxisName("labels") in site.axes
+        if is_new or (random_blocks and site.block is not None and site.block > 0):
+            random.append(site.name)
+            del parameters[name]
+    buffers = {
+        each.source for each in parameters.values() if each.source and not is_parameter(names.tensors[each.name])
+    }
+    plan = Plan(
+        layout,
+        options,
+        teacher,
+        student.config,
+        parameters,
+        names.tied,
+        names.teacher,
+        stacks,
+        widths,
+        vocab_indices,
+        label_indices,
+        random,
+        _dropped_parameters(names, teacher, layout, stacks, parameters),
+        depths=depths,
+        bounds=buffers,
+    )
+    plan.notes += [
+        f"{names.teacher[used]} stands for {missing}: that block takes its keys and values from another, which is not "
+        "kept, and the student's makes its own from its own input."
+        for missing, used in borrowed.items()
+    ]
+    _merge_weights_of_dropped_states(plan)
+    for site in parameters.values():
+        if site.source is not None:
+            plan.maps(site)
+    check_head_grouping(student, parameters.values(), teacher.model_class, teacher.config)
+    return plan
+
+
+def _layouts_of_both(layout: Layout, config: PreTrainedConfig, names: _Names) -> tuple[Layout, Layout]:
+    """Return the layout as the teacher has it and as the student has it.
+
+    Raises:
+        ShapeError: The student's config builds blocks that are wired differently.
+    """
+    if layout.variant is not None and layout.variant(config) != layout.family:
+        raise ShapeError(
+            f"The student is built as {layout.variant(config)!r}, its teacher as {layout.family!r}: "
+            "their blocks are wired differently. Leave the config's switches for the order of norms and branches as "
+            "the teacher has them."
+        )
+    of_teacher = merge_tied_axes(layout, names.teacher)
+    of_student = merge_tied_axes(layout, [*names.student, *names.tied])
+    if of_teacher.projected_axes() != of_student.projected_axes():
+        raise ShapeError(
+            f"The teacher's projected axes are {of_teacher.projected_axes()}, the student's "
+            f"{of_student.projected_axes()}: one has a projection after its embedding table, the other has not. Keep the "
+            "embedding size different from, or equal to, the hidden size as there."
+        )
+    return of_teacher, of_student
+
+
+def _plan_parameters(
+    names: _Names,
+    teacher: TeacherCheckpoint,
+    teacher_layout: Layout,
+    layout: Layout,
+    stacks: Mapping[str, list[int]],
+    depths: Mapping[str, int],
+) -> tuple[dict[str, ParameterPlan], list[str], dict[str, str]]:
+    """Return the student's planned parameters, those that are initialized at random, and which source replaces another.
+
+    Raises:
+        LayoutError: A parameter that the layout does not know.
+        ShapeError: A block of another kind would feed a parameter.
+    """
+    planned: dict[str, ParameterPlan] = {}
+    random: list[str] = []
+    borrowed: dict[str, str] = {}
+    kv_sources = shared_kv_sources(teacher.config, depths)
+    known = {match.row.pattern + match.suffix for name in names.teacher if (match := layout.find(name))}
+    for name, own_name in names.student.items():
+        shape, match = names.tensors[own_name].shape, layout.find(name)
+        if match is None:
+            if name in names.teacher:
+                raise LayoutError(
+                    f"The layout of {layout.family!r} does not state what the axes of {own_name!r}, shape {tuple(shape)}, "
+                    "mean. Add a row for it: see hf_guide.register_layout."
+                )
+            random.append(own_name)
+            continue
+        source, block = source_name(match, stacks)
+        if source not in names.teacher and (other := shared_kv_source(match, stacks, kv_sources)) in names.teacher:
+            borrowed[source] = source = other or source
+        before = teacher_layout.find(source)
+        if AxisName("labels") in match.axes and before is not None and before.axes != match.axes:
+            random.append(own_name)  # a head of the same name that reads something else in the teacher
+            continue
+        if source not in names.teacher:
+            elsewhere = block is not None and match.row.pattern + match.suffix in known
+            if elsewhere and not match.is_bias:
+                raise ShapeError(
+                    f"{own_name}: the teacher's block that feeds it has no {source!r}: blocks of another kind. Choose blocks "
+                    "of the same kinds with layer_selection=[...], or leave per-block lists to the teacher's config."
+                )
+            if not (match.is_bias and (match.row.input_norms or elsewhere)):  # a bias that a block lacks is zero there
+                random.append(own_name)
+                continue
+        stored = names.teacher.get(source)
+        planned[name] = ParameterPlan(
+            own_name,
+            name,
+            shape,
+            match,
+            source if stored is not None else None,
+            teacher.weights.shape(stored) if stored is not None else None,
+            block,
+        )
+    return planned, random, borrowed
+
+
+def _dropped_parameters(
+    names: _Names,
+    teacher: TeacherCheckpoint,
+    layout: Layout,
+    stacks: Mapping[str, list[int]],
+    parameters: Mapping[str, ParameterPlan],
+) -> list[str]:
+    """Return the teacher's parameters that no parameter of the student takes: of blocks that are kept, by kind."""
+    used = {each.source for each in parameters.values()} | set(names.student) | set(names.tied)
+    dropped = [  # a head of its own, for which a tied student has no tensor
+        f"{names.teacher[name]} (the student's is tied to {first}; tie_word_embeddings=False keeps it)"
+        for name, first in names.tied.items()
+        if first in names.teacher and names.teacher.get(name, names.teacher[first]) != names.teacher[first]
+    ]
+    dropped += [
+        own_name
+        for name, own_name in names.teacher.items()
+        if name not in used
+        and (match := layout.find(name))
+        and "block" not in match.numbers
+        and own_name.startswith(teacher.base_model_prefix + ".")
+    ]
+    matches = [match for name in [*names.student, *names.tied] if (match := layout.find(name))]
+    kinds = {match.row.pattern + match.suffix for match in matches}
+    selected = {(stack, str(block)) for stack, blocks in stacks.items() for block in blocks}
+    dropped += dict.fromkeys(
+        f"{match.row.pattern}{match.suffix} of every block"
+        for name in names.teacher
+        if (match := layout.find(name))
+        and "block" in match.numbers
+        and match.row.pattern + match.suffix not in kinds
+        and (stack_pattern(match, "block"), match.numbers["block"]) in selected
+    )
+    return dropped
+
+
+def merge_tied_axes(layout: Layout, names: Iterable[str]) -> Layout:
+    """Return `layout` with two axes made one where the module that would tie them is not in the model."""
+    names = list(names)
+    renamed = {
+        axis: same for module, axis, same in layout.alike if not any(name.startswith(module + ".") for name in names)
+    }
+    if not renamed:
+        return layout
+
+    def rename(axis: Axis) -> Axis:
+        if isinstance(axis, AxisName):
+            return AxisName(renamed.get(axis.name, axis.name))
+        if isinstance(axis, AxisProduct):
+            return AxisProduct(tuple(map(rename, axis.factors)))
+        return AxisConcat(tuple(map(rename, axis.terms)))
+
+    return dataclasses.replace(
+        layout, rows=tuple(dataclasses.replace(row, axes=tuple(map(rename, row.axes))) for row in layout.rows)
+    )
+
+
+def unique_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a model's saved tensors by name, each once, and the other names of those that are shared.
+
+    A shared tensor bears the name of the one that the others are tied to, wherever in the model it is registered
+    (XLM-RoBERTa registers its head before its embeddings).
+    """
+    by_tensor: dict[int, list[str]] = {}
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    sources = set((getattr(model, "all_tied_weights_keys", None) or {}).values())
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for names in by_tensor.values():
+        first = next((name for name in names if name in sources), names[0])
+        tensors[first] = state[first]
+        shared |= {name: first for name in names if name != first}
+    return tensors, shared
+
+
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether a model's saved tensor is learned, and no buffer."""
+    return isinstance(tensor, torch.nn.Parameter)
+
+
+def _merge_weights_of_dropped_states(plan: Plan) -> None:
+    """Give weights that mix hidden states by a softmax those of the states that dropped blocks leave as they were."""
+    for site in plan.parameters.values():
+        stack = plan.block_table_stack(site)
+        if stack is None or site.source is None or len(site.axes) != 1 or not isinstance(site.axes[0], AxisConcat):
+            continue
+        blocks = plan.stacks[stack]
+        if not site.canonical.endswith("layer_weights") or sorted(set(blocks)) != blocks:
+            plan.notes.append(f"{site.name}: its entries for blocks that are not kept have no place.")
+            continue
+        plan.turns[site.source] = functools.partial(merge_state_weights, blocks=blocks)
+
+
+def merge_state_weights(weights: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Return softmax weights of hidden states, (depth + 1,), with each kept state's standing for those that equal it.
+
+    The state after a dropped block is the one before it, so the weights of both add up: in the exponent, the logarithm of
+    the sum of exponentials.
+    """
+    merged = weights.clone()
+    kept = [0, *(block + 1 for block in blocks)]
+    for start, stop in zip(kept, [*kept[1:], len(weights)], strict=True):
+        merged[start] = weights[start:stop].logsumexp(0)
+    return merged
+
+
+def _projected_widths(layout: Layout, sites: Iterable[ParameterPlan]) -> dict[str, tuple[int, int]]:
+    """Return teacher's and student's width of every projected axis.
+
+    Raises:
+        ShapeError: a student that is wider than its teacher.
+    """
+    widths: dict[str, tuple[int, int]] = {}
+    projected = layout.projected_axes()
+    for site in sites:
+        if site.source_shape is None or len(site.source_shape) != len(site.axes):
+            continue
+        for axis, had, wanted in zip(site.axes, site.source_shape, site.shape, strict=True):
+            if isinstance(axis, AxisName) and axis.name in projected:
+                if wanted > had:
+                    raise ShapeError(
+                        f"The student's {AXIS_LABELS.get(axis.name, axis.name)} is {wanted}, wider than its teacher's {had} "
+                        f"(seen at {site.name}): a student starts inside its teacher, so choose at most {had}."
+                    )
+                if widths.setdefault(axis.name, (had, wanted)) != (had, wanted):
+                    raise LayoutError(
+                        f"{site.name} is {had} -> {wanted} along {axis.name!r}, elsewhere it is {widths[axis.name]}: "
+                        f"the layout of {layout.family!r} calls two different axes by one name."
+                    )
+    return widths

@@ -28,8 +28,13 @@ from hf_guide.errors import OptionError
 from hf_guide.initialization.build import build_student
 from hf_guide.initialization.config import CONFIG_CLASSES, InitializationConfig, PlanOptions
 from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.initialization.plan import Plan, make_plan
 from hf_guide.initialization.report import InitializationReport
+from hf_guide.initialization.student_shape import label_row_indices
+from hf_guide.initialization.trial_forward import check_forward
+from hf_guide.layouts.hierarchy import check_single_stage_width
 from hf_guide.layouts.registry import Layout
+from hf_guide.models.model_classes import strip_base_prefix
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 
 
@@ -72,6 +77,23 @@ class StudentSetup:
             LayoutError: The axes of the family are not known.
         """
         return layout_for(self.teacher.config, self.teacher.model_class)
+
+    def validate_plan(self) -> Plan:
+        """Return the plan of this student, before the teacher is run; the student that it is made of is discarded.
+
+        Raises:
+            ShapeError, LayoutError: The student cannot be made, or cannot run.
+        """
+        teacher, layout = self.teacher, self.layout
+        prefix = teacher.base_model_prefix
+        shapes = {strip_base_prefix(name, prefix): teacher.weights.shape(name) for name in teacher.weights.keys()}
+        check_single_stage_width(layout, shapes)
+        student = build_student(self.model_class, self.config, teacher.dtype, seed=self.options.seed)
+        all_rows = torch.arange(getattr(self.config, "vocab_size", None) or 0)  # `vocab_row_indices` checks the rows
+        labels = label_row_indices(teacher.config, self.config)
+        plan = make_plan(student, teacher, layout, self.options, vocab_indices=all_rows, label_indices=labels)
+        check_forward(student, teacher.config, filled=False)
+        return plan
 
 
 class InitializationMethod(abc.ABC):

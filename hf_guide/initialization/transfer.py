@@ -29,8 +29,7 @@ from hf_guide.initialization.basis import (
 from hf_guide.initialization.build import init_missing_weights, untie_like_teacher
 from hf_guide.initialization.config import PlanOptions
 from hf_guide.initialization.norm_folding import NormFolding
-from hf_guide.initialization.plan import ParameterPlan, Plan, is_constant
-from hf_guide.initialization.planning import is_parameter, make_plan, unique_tensors
+from hf_guide.initialization.plan import ParameterPlan, Plan, is_constant, is_parameter, make_plan, unique_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.layouts.grammar import (
     AxisConcat,

@@ -44,12 +44,10 @@ from hf_guide.calibration.resume import cache_folder, describe_call
 from hf_guide.initialization.basis import ResidualBasis
 from hf_guide.initialization.build import untie_like_teacher
 from hf_guide.initialization.config import LayerSelection, PlanOptions
-from hf_guide.initialization.plan import Plan
-from hf_guide.initialization.planning import make_plan
+from hf_guide.initialization.plan import Plan, make_plan
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.transfer import Transfer
-from hf_guide.initialization.validate_plan import validate_plan
 
 
 class CalibratedMethod(InitializationMethod):
@@ -75,7 +73,7 @@ class CalibratedMethod(InitializationMethod):
 
     def collect(self, setup: StudentSetup) -> dict[str, list[float]]:
         """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""
-        plan = validate_plan(setup.model_class, setup.config, setup.teacher, setup.options)
+        plan = setup.validate_plan()
         self.stacks = plan.stacks
         folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir)
         call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hf_guide import ShapeError, from_teacher
 from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.models.tiny_inputs import tiny_inputs
-from tests.initialization.test_requested_sizes import deepseek, swin
+from tests.initialization.test_size_checks import deepseek, swin
 from tests.tiny import KINDS, everything
 
 TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -19,7 +19,7 @@ from hf_guide.initialization.blocks.config_fields import (
     set_at,
     value_at,
 )
-from hf_guide.initialization.planning import stack_sizes
+from hf_guide.initialization.blocks.stacks import stack_sizes
 from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, AxisProduct
 from hf_guide.layouts.registry import Layout, LayoutRow
 from hf_guide.models.model_classes import meta_model, strip_base_prefix

@@ -38,8 +38,8 @@ from hf_guide.initialization.blocks.selection import (
     nearest_blocks,
     stack_signatures,
 )
+from hf_guide.initialization.blocks.stacks import check_stack_names, stack_sizes, stage_names
 from hf_guide.initialization.config import LayerSelection, PlanOptions
-from hf_guide.initialization.planning import check_stack_names, stack_sizes, stage_names
 from hf_guide.initialization.selection import select_blocks
 from hf_guide.initialization.student_config import derive_student_config, overridden_values
 from hf_guide.layouts.registry import Layout

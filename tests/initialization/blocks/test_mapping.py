@@ -38,7 +38,7 @@ from hf_guide.initialization.blocks.selection import (
     select_cheapest_blocks,
 )
 from hf_guide.initialization.generation_config import remap_generation_config
-from hf_guide.initialization.planning import merge_state_weights
+from hf_guide.initialization.plan import merge_state_weights
 
 SIZES = {
     "vocab_size": 96,

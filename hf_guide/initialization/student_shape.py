@@ -18,10 +18,15 @@ from transformers.models.auto import auto_factory, modeling_auto
 
 from hf_guide.errors import OptionError, ShapeError
 from hf_guide.initialization.blocks.mapping import StudentBlocks, resolve_blocks
-from hf_guide.initialization.built_shape import check_computed_overrides, check_overrides_hold
 from hf_guide.initialization.config import PlanOptions, owner_of_option
 from hf_guide.initialization.infer_layout import layout_for
-from hf_guide.initialization.requested_sizes import check_config_sizes, check_expert_counts, check_requested_sizes
+from hf_guide.initialization.size_checks import (
+    check_computed_overrides,
+    check_config_sizes,
+    check_expert_counts,
+    check_overrides_hold,
+    check_requested_sizes,
+)
 from hf_guide.initialization.student_config import derive_student_config, validate_student_config
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, tokenizer_length
 from hf_guide.validation import did_you_mean
