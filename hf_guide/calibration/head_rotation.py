@@ -91,17 +91,19 @@ def _rotate(plan: Plan, parameter: ParameterPlan, dim_name: str, groups: str, ma
     repeated = torch.stack(list(matrices)).repeat_interleave(members, 0)
     rotation = HeadRotation(dim_name, dim, indices.flatten(0, 1), repeated)
     source = parameter.source or ""
-    plan.turns[source] = Compose((plan.turns[source], rotation)) if source in plan.turns else rotation
+    plan.tensor_transforms[source] = (
+        Compose((plan.tensor_transforms[source], rotation)) if source in plan.tensor_transforms else rotation
+    )
     _keep_first(plan, parameter, dim_name)
 
 
 def _keep_first(plan: Plan, parameter: ParameterPlan, dim_name: str) -> None:
-    plan.keep({parameter.name: {dim_name: torch.arange(plan.sizes(parameter)[1][dim_name])}})
+    plan.select({parameter.name: {dim_name: torch.arange(plan.sizes(parameter)[1][dim_name])}})
 
 
 def _is_rotated(plan: Plan, parameter: ParameterPlan, dim_name: str) -> bool:
     """Return whether the teacher's parameter is rotated already, for another block of the student that it feeds as well."""
-    transform = plan.turns.get(parameter.source or "")
+    transform = plan.tensor_transforms.get(parameter.source or "")
     transforms = transform.transforms if isinstance(transform, Compose) else (transform,)
     return any(isinstance(each, HeadRotation) and each.dim_name == dim_name for each in transforms)
 

@@ -169,7 +169,7 @@ class BlockReconstructor:
 
     def _refit_stack(self, stack: str) -> None:
         state = self.state
-        sources, name = state.plan.stacks[stack], stack.removesuffix(".{block}")
+        sources, name = state.plan.block_mapping[stack], stack.removesuffix(".{block}")
         steps = [f"{name}.{index}" for index in range(len(sources))]
         if state.checkpoint is not None and state.checkpoint.steps.issuperset(steps):
             for step in steps:

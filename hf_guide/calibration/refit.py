@@ -111,7 +111,11 @@ class RefitState:
     def comes_from_teacher(self, ref: ModuleRef) -> bool:
         """Return whether a module's weight came from the teacher, and is not tied to another."""
         parameter = self.plan.parameters.get(ref.name + ".weight")
-        return parameter is not None and parameter.source is not None and parameter.name not in self.plan.random
+        return (
+            parameter is not None
+            and parameter.source is not None
+            and parameter.name not in self.plan.random_parameters
+        )
 
     def teacher_module(self, ref: ModuleRef, block: int) -> ModuleRef:
         """Return the module of the teacher's block that corresponds to a module of the student."""

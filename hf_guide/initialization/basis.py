@@ -1,8 +1,6 @@
-"""The residual stream's directions that a narrower student keeps: a streamed second moment and its eigenvectors.
+"""Fit the basis onto which a residual stream is projected: eigenvectors of a second moment of embeddings or activations.
 
-Everything is float64 on the way, while no more than a few thousand rows are ever held in float64 at once.
-
-The directions that a teacher's own tables span: embeddings, patches, whatever the residual stream is made from.
+Arithmetic is in float64, with at most a few thousand rows in float64 at once.
 """
 
 from collections.abc import Iterable
@@ -27,7 +25,7 @@ class ResidualBasis:
     Attributes:
         matrix: M, shape (width, size), float64, orthonormal columns: a teacher's row x becomes the student's x M.
         eigenvalues: shape (width,), float64, descending: the spectrum of the whole second moment.
-        explained: the share, 0 to 1, of the second moment's trace that M keeps.
+        explained: Fraction (0 to 1) of the second moment's trace that M keeps.
     """
 
     matrix: Tensor

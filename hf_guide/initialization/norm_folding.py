@@ -1,4 +1,4 @@
-"""Which norms of a student have their gain in other weights: decided from names alone, no weight is read here."""
+"""Decide which norms of a student have their gain folded into other weights, from names alone."""
 
 import functools
 from dataclasses import dataclass
@@ -10,39 +10,43 @@ from hf_guide.layouts.registry import LayoutRow
 
 @dataclass
 class NormFolding:
-    """What reads, and what is read by, each norm of a plan's student. Norms go by their canonical names."""
+    """The weights before and after each norm of a plan's student. Norms are named relative to the base model."""
 
     plan: Plan
 
     def name(self, norm: str, site: ParameterPlan, *, of_teacher: bool) -> str:
-        """Return the norm that a row's `norm` means for `site`: its placeholders filled for the student or for the teacher."""
+        """Return the name of the norm that a row of the layout gives as `norm`, for the student's or the teacher's block."""
         for placeholder, number in site.match.numbers.items():
             stack = norm.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
-            fed = self.plan.stacks[stack][int(number)] if of_teacher and stack in self.plan.stacks else int(number)
-            norm = norm.replace("{" + placeholder + "}", str(fed))
+            block = (
+                self.plan.block_mapping[stack][int(number)]
+                if of_teacher and stack in self.plan.block_mapping
+                else int(number)
+            )
+            norm = norm.replace("{" + placeholder + "}", str(block))
         return norm
 
     @functools.cached_property
     def readers(self) -> dict[str, list[ParameterPlan]]:
         """The student's parameters that read each norm along a projected axis."""
-        found: dict[str, list[ParameterPlan]] = {}
+        by_norm: dict[str, list[ParameterPlan]] = {}
         for site in self.plan.parameters.values():
             row = site.match.row
             if not row.input_norms or name_and_repeats(row.axes[row.input_axis])[0] not in self.plan.widths:
                 continue
             for norm in {self.name(read, site, of_teacher=False) for read in row.input_norms if read}:
-                found.setdefault(norm, []).append(site)
-        return found
+                by_norm.setdefault(norm, []).append(site)
+        return by_norm
 
     @functools.cached_property
     def writers(self) -> dict[str, ParameterPlan]:
-        """The weight whose output each norm norms, where the norm's gain is folded into that weight."""
-        found: dict[str, ParameterPlan] = {}
+        """The weight whose output each norm normalizes, where the norm's gain is folded into that weight."""
+        by_norm: dict[str, ParameterPlan] = {}
         for site in self.plan.parameters.values():
             after = site.match.row.output_norm
             if after and not site.match.is_bias and self.output_gain_name(site) == after:
-                found.setdefault(self.name(after, site, of_teacher=False), site)
-        return found
+                by_norm.setdefault(self.name(after, site, of_teacher=False), site)
+        return by_norm
 
     @functools.cached_property
     def learned_scales(self) -> set[str]:
@@ -66,20 +70,20 @@ class NormFolding:
         }
 
     def is_folded(self, norm: str) -> bool:
-        """Whether the student's norm has its gain in the weights that read it.
+        """Return whether the gain of the student's norm is folded into the weights that read it.
 
-        It has not where one of these is the embedding table itself (a tied head), nor where nothing is known to read it.
+        It is not where one of these is the embedding table (a tied head), nor where no weight is known to read it.
         """
         if not self.plan.options.fold_norms or not self.plan.options.projects:
             return False
         return norm in self.readers and not self.is_tied(norm) and not self._exists_only_in_other_blocks(norm)
 
     def is_tied(self, norm: str) -> bool:
-        """Whether a weight that reads this norm is shared with a table in the student."""
+        """Return whether a weight that reads this norm is tied to an embedding table in the student."""
         return any(norm in row.input_norms for row in self._tied_rows)
 
     def output_gain_name(self, site: ParameterPlan) -> str | None:
-        """Return the learned diagonal, or the gain of the norm, that is folded into what `site` writes."""
+        """Return the name of the learned diagonal or norm whose gain is folded into the output of `site`."""
         row = site.match.row
         if row.output_norm is not None and self.plan.options.fold_norms and self.plan.layout.norm == "rms":
             return row.output_norm
@@ -88,7 +92,7 @@ class NormFolding:
     @functools.cached_property
     def _tied_rows(self) -> list[LayoutRow]:
         shared = [name for name, first in self.plan.tied_parameters.items() if first in self.plan.parameters]
-        return [found.row for name in shared if (found := self.plan.layout.find(name))]
+        return [match.row for name in shared if (match := self.plan.layout.find(name))]
 
     @functools.cached_property
     def _norms(self) -> dict[str, LayoutRow]:
@@ -96,7 +100,7 @@ class NormFolding:
         return {site.module: site.match.row for site in norms}
 
     def _exists_only_in_other_blocks(self, norm: str) -> bool:
-        """Whether other blocks have this norm and this one has not: the stream is read as it is (ModernBERT's first)."""
+        """Return whether other blocks have this norm and this one has not (ModernBERT's first block)."""
         match = self.plan.layout.find(norm)
         if match is None or match.row.kind != "norm" or norm in self._norms:
             return False

@@ -66,7 +66,17 @@ AXIS_LABELS = {
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """One parameter of the student, its place in the layout, and the teacher's parameter that feeds it (or None)."""
+    """One parameter of the student and the teacher's parameter that it is made of.
+
+    Attributes:
+        name: The student's own name of it.
+        canonical: Its name relative to the base model.
+        shape: The student's.
+        match: The row of the layout that describes it.
+        source: The teacher's parameter, relative to the base model; None where the teacher has none.
+        source_shape: The teacher's shape.
+        block: The student's block that holds it; None outside of blocks.
+    """
 
     name: str
     canonical: str
@@ -78,6 +88,7 @@ class ParameterPlan:
 
     @property
     def axes(self) -> tuple[Axis, ...]:
+        """The named axes of the parameter."""
         return self.match.axes
 
     @property
@@ -87,18 +98,32 @@ class ParameterPlan:
 
 
 def is_constant(gain: Tensor) -> bool:
-    """Whether a gain is the same everywhere: then it turns with the stream."""
+    """Return whether a gain is the same everywhere: it then commutes with a rotation of the residual stream."""
     return bool(torch.isclose(gain, gain[:1].expand_as(gain)).all())
 
 
 @dataclass
 class Plan:
-    """All that a transfer needs to know besides the weights and the bases.
+    """Where each parameter of a student comes from, and one AxisMap for each of its axes.
 
-    `units` are the places that were chosen for a site's named axes, by the site's name; the two axes of grouped heads go by
-    one name, "kv_heads group", where each group keeps others. What is not there is chosen evenly. `turns` are what is done
-    to a teacher's tensor, by its canonical name, whenever it is read: a change of coordinates inside its heads. `notes` are
-    what the plan itself does not carry exactly, `depths` how many blocks each of the teacher's stacks has.
+    Names are relative to the base model unless stated otherwise.
+
+    Attributes:
+        parameters: The student's parameters that the teacher has a source for.
+        tied_parameters: The tensor that each tied parameter of the student shares.
+        teacher_names: The teacher's own names.
+        block_mapping: By stack, the teacher's block that feeds each of the student's.
+        widths: By axis on the residual stream, (teacher's size, student's size).
+        vocab_indices, label_indices: Teacher row of each of the student's rows; see `make_plan`.
+        random_parameters: Own names of parameters that are initialized as the model does it.
+        dropped_parameters: The teacher's parameters that the student has no parameter for.
+        bases: By projected axis, (d_T, d_S), float64, orthonormal columns.
+        selected_indices: By a parameter's own name, the indices selected along its named axes. The two axes of grouped heads
+            share the name "kv_heads group" where groups keep different members. Other axes are selected evenly.
+        tensor_transforms: By name, what is applied to a teacher's tensor when it is read: rotations inside its heads.
+        notes: What the plan itself cannot transfer exactly.
+        depths: By stack, the number of the teacher's blocks.
+        may_be_infinite: The teacher's buffers; some hold infinity as a bound.
     """
 
     layout: Layout
@@ -108,48 +133,47 @@ class Plan:
     parameters: dict[str, ParameterPlan]
     tied_parameters: dict[str, str]
     teacher_names: dict[str, str]
-    stacks: dict[str, list[int]]
+    block_mapping: dict[str, list[int]]
     widths: dict[str, tuple[int, int]]
     vocab_indices: Tensor | None
     label_indices: Tensor | None
-    random: list[str]
-    lost: list[str]
+    random_parameters: list[str]
+    dropped_parameters: list[str]
     bases: dict[str, Tensor] = field(default_factory=dict)
     selected_indices: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    turns: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    tensor_transforms: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     depths: dict[str, int] = field(default_factory=dict)
-    bounds: set[str] = field(
-        default_factory=set
-    )  # of the teacher's buffers, which may be infinite: what nothing exceeds
+    may_be_infinite: set[str] = field(default_factory=set)
     _seen_finite: set[str] = field(default_factory=set)
     _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by site and number of bases
 
     def read(self, canonical: str) -> Tensor:
-        """Return the teacher's tensor of this canonical name, on the CPU: as it is stored, or turned, in float32 or better.
+        """Return the teacher's tensor on the CPU: as stored, or transformed in float32 or better.
 
         Raises:
-            TeacherError: it holds NaN or infinite values; says which tensor, how many, and where the first is.
+            TeacherError: NaN or infinite values; names the tensor, their number and the first position.
         """
         name = self.teacher_names[canonical]
         tensor = self.teacher.weights.get(name).cpu()
         if name not in self._seen_finite and tensor.is_floating_point():
-            found = tensor.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0) if canonical in self.bounds else tensor
-            check_finite_weights(found, f"{name!r} of the teacher {self.teacher.name}")
+            bounded = canonical in self.may_be_infinite
+            checked = tensor.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0) if bounded else tensor
+            check_finite_weights(checked, f"{name!r} of the teacher {self.teacher.name}")
             self._seen_finite.add(name)
-        return self.turns[canonical](tensor) if canonical in self.turns else tensor
+        return self.tensor_transforms[canonical](tensor) if canonical in self.tensor_transforms else tensor
 
-    def keep(self, units: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Choose places of named axes, by the site's name, beside those that were chosen before."""
+    def select(self, indices: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Select indices of named axes, by a parameter's own name, in addition to those selected before."""
         self.selected_indices |= {
-            name: self.selected_indices.get(name, {}) | dict(chosen) for name, chosen in units.items()
+            name: self.selected_indices.get(name, {}) | dict(by_axis) for name, by_axis in indices.items()
         }
         self._maps.clear()
 
     def has_unfoldable_norms(self) -> bool:
-        """Whether blocks hand on what a norm made of the stream (post-norm, as in BERT) with gains that differ.
+        """Return whether blocks normalize the residual stream itself (post-norm, as in BERT) with gains that differ.
 
-        Such gains do not turn with the stream, and there is nothing that they could be folded into.
+        Such gains do not commute with a projection, and no weight can absorb them.
         """
         used = {
             name
@@ -167,7 +191,7 @@ class Plan:
         return False
 
     def is_projected(self, site: ParameterPlan, axis: Axis) -> bool:
-        """Whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
+        """Return whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
         name, _ = name_and_repeats(axis)
         if name not in self.widths or not self.options.projects:
             return False
@@ -178,10 +202,10 @@ class Plan:
         return (teacher != student or name in self.bases) and not selected
 
     def maps(self, site: ParameterPlan) -> list[AxisMap]:
-        """Return the map of each of the site's axes. A projection has an empty matrix until its basis is known.
+        """Return the map of each axis of `site`. A projection has an empty matrix until its basis is known.
 
         Raises:
-            ShapeError, LayoutError: the student's shape cannot be made from the teacher's.
+            ShapeError, LayoutError: The student's shape cannot be made from the teacher's.
         """
         key = (site.name, len(self.bases))
         if key not in self._maps:
@@ -189,25 +213,27 @@ class Plan:
         return self._maps[key]
 
     def sizes(self, site: ParameterPlan) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the teacher's and the student's size of every name in the site's axes.
+        """Return the teacher's and the student's size of every named axis of `site`.
 
         Raises:
-            LayoutError: the axes do not multiply out to the shapes.
+            LayoutError: The axes do not multiply out to the shapes.
         """
         assert site.source_shape is not None
-        source_name = self.teacher_names.get(site.source or "", site.source or "")
-        known, wanted = (config_sizes(self.layout, each) for each in (self.teacher.config, self.student_config))
+        source = self.teacher_names.get(site.source or "", site.source or "")
+        teacher_sizes, student_sizes = (
+            config_sizes(self.layout, each) for each in (self.teacher.config, self.student_config)
+        )
         stack = self.block_table_stack(site)
         if stack is not None:
-            known["blocks"], wanted["blocks"] = self.depths[stack], len(self.stacks[stack])
-        teacher = solve_sizes(site.axes, site.source_shape, known, source_name)
-        return teacher, solve_sizes(site.axes, site.shape, wanted, site.name)
+            teacher_sizes["blocks"], student_sizes["blocks"] = self.depths[stack], len(self.block_mapping[stack])
+        teacher = solve_sizes(site.axes, site.source_shape, teacher_sizes, source)
+        return teacher, solve_sizes(site.axes, site.shape, student_sizes, site.name)
 
     def block_table_stack(self, site: ParameterPlan) -> str | None:
-        """Return the stack for whose blocks a parameter has an entry each; None where it has none."""
+        """Return the stack of a parameter that has one entry per block; None for others."""
         if not any("blocks" in axis_names(axis) for axis in site.axes):
             return None
-        first = next(stack for stack in self.stacks if stack.endswith("{block}"))
+        first = next(stack for stack in self.block_mapping if stack.endswith("{block}"))
         return self.layout.block_tables.get(site.match.row.pattern, first)
 
     def _find_maps(self, site: ParameterPlan) -> list[AxisMap]:
@@ -244,7 +270,7 @@ class Plan:
 
     def _blocks_change(self, site: ParameterPlan, axis: Axis) -> bool:
         stack = self.block_table_stack(site) if "blocks" in axis_names(axis) else None
-        return stack is not None and self.stacks[stack] != list(range(self.depths[stack]))
+        return stack is not None and self.block_mapping[stack] != list(range(self.depths[stack]))
 
     @staticmethod
     def _selection_or_identity(places: Tensor | None, size: int) -> AxisMap:
@@ -259,7 +285,9 @@ class Plan:
             return units, torch.full((len(units),), of_block, dtype=torch.float64)
         stack = self.block_table_stack(site) if name == "blocks" else None
         if stack is not None:
-            return torch.tensor(self.stacks[stack]), torch.ones(len(self.stacks[stack]), dtype=torch.float64)
+            return torch.tensor(self.block_mapping[stack]), torch.ones(
+                len(self.block_mapping[stack]), dtype=torch.float64
+            )
         had, wanted = teacher[name], student[name]
         what = AXIS_LABELS.get(name, name)
         if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:
@@ -357,7 +385,7 @@ class Plan:
         """Return the index of the teacher's block that feeds the block in which `site` stands."""
         assert site.block is not None
         stack = site.match.row.pattern.partition("{block}")[0] + "{block}"
-        return self.stacks[stack][site.block] if stack in self.stacks else site.block
+        return self.block_mapping[stack][site.block] if stack in self.block_mapping else site.block
 
     def block_attention_ratio(self, site: ParameterPlan) -> float:
         """Return what queries are multiplied with because their block has another index, or their model another depth."""
@@ -483,7 +511,7 @@ def make_plan(
         random,
         _dropped_parameters(names, teacher, layout, stacks, parameters),
         depths=depths,
-        bounds=buffers,
+        may_be_infinite=buffers,
     )
     plan.notes += [
         f"{names.teacher[used]} stands for {missing}: that block takes its keys and values from another, which is not "
@@ -668,11 +696,11 @@ def _merge_weights_of_dropped_states(plan: Plan) -> None:
         stack = plan.block_table_stack(site)
         if stack is None or site.source is None or len(site.axes) != 1 or not isinstance(site.axes[0], AxisConcat):
             continue
-        blocks = plan.stacks[stack]
+        blocks = plan.block_mapping[stack]
         if not site.canonical.endswith("layer_weights") or sorted(set(blocks)) != blocks:
             plan.notes.append(f"{site.name}: its entries for blocks that are not kept have no place.")
             continue
-        plan.turns[site.source] = functools.partial(merge_state_weights, blocks=blocks)
+        plan.tensor_transforms[site.source] = functools.partial(merge_state_weights, blocks=blocks)
 
 
 def merge_state_weights(weights: Tensor, blocks: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which places of an axis, and which blocks, a student keeps."""
+"""Rules that select indices of an axis, or blocks of a stack."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,13 @@ from hf_guide.initialization.config import LayerSelection
 
 
 def evenly_spaced_indices(teacher: int, student: int) -> list[int]:
-    """Return `student` evenly spaced places of `teacher`: i * (t // s) where s divides t, else the rounded linspace.
+    """Return `student` evenly spaced indices below `teacher`: i * (t // s) if s divides t, else the rounded linspace.
 
     Weight selection (arXiv 2311.18823), section 3.
+
+    Example:
+        >>> evenly_spaced_indices(8, 4), evenly_spaced_indices(4, 3)
+        ([0, 2, 4, 6], [0, 2, 3])
     """
     if teacher % student == 0:
         return [i * (teacher // student) for i in range(student)]
@@ -21,7 +25,7 @@ def evenly_spaced_indices(teacher: int, student: int) -> list[int]:
 def rope_pair_indices(
     teacher: int, student: int, teacher_rotary: int, student_rotary: int, style: str | None
 ) -> list[int]:
-    """Return the places of a head that keep rotary pairs together.
+    """Return indices within a head that keep rotary pairs together.
 
     Pairs are chosen evenly among the rotated dimensions, the rest evenly among the others. Where the student's rotated
     size divides the teacher's, the student's own frequencies are the teacher's at those pairs.
@@ -42,11 +46,11 @@ def rope_pair_indices(
     if style == "half":
         rotated = pairs + [pair + teacher_rotary // 2 for pair in pairs]
     else:
-        rotated = [place for pair in pairs for place in (2 * pair, 2 * pair + 1)]
+        rotated = [index for pair in pairs for index in (2 * pair, 2 * pair + 1)]
     passed = (
         evenly_spaced_indices(teacher - teacher_rotary, student - student_rotary) if student > student_rotary else []
     )
-    return rotated + [teacher_rotary + place for place in passed]
+    return rotated + [teacher_rotary + index for index in passed]
 
 
 def alibi_head_indices(teacher: int, student: int) -> list[int]:
@@ -57,7 +61,7 @@ def alibi_head_indices(teacher: int, student: int) -> list[int]:
 
 
 def first_and_last_indices(teacher: int, student: int) -> list[int]:
-    """Return the first and the last places of `teacher`, `student` in all, the middle left out.
+    """Return the first and last indices below `teacher`, `student` in total, leaving out the middle.
 
     Weight subcloning (arXiv 2312.09299), section 3.2: the blocks at both ends change the residual stream most.
     """

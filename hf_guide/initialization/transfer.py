@@ -120,10 +120,16 @@ def fit_bases(
 
 @dataclass
 class Transfer:
-    """A plan with its bases, and what is worked out once for several parameters.
+    """A plan with its bases: computes every parameter of the student.
 
-    `moments` are the second moments E^T E of the tables by axis, (d_T, d_T) float64; `shares` the share of their length that
-    the projection keeps, |x_S| / |x_T|.
+    Attributes:
+        plan: Where each parameter comes from; its bases are fitted.
+        moments: By axis, the second moment E^T E of the embedding tables, (d_T, d_T), float64.
+        norm_retained: By axis, the fraction |x_S| / |x_T| of the vectors' norm that the projection retains.
+        dtype: Of the arithmetic, float32 or better.
+        notes: What could not be transferred exactly.
+        steps: By the student's parameter, what was folded, scaled or fitted.
+        norm_biases: Biases of the student's folded norms that were computed already.
     """
 
     plan: Plan
@@ -136,13 +142,13 @@ class Transfer:
 
     @functools.cached_property
     def folding(self) -> NormFolding:
-        """Which norms have their gain in other weights."""
+        """Which norms have their gain folded into other weights."""
         return NormFolding(self.plan)
 
     def fill_parameters(self, student: PreTrainedModel, *, show_progress: bool = False) -> None:
         """Fill every parameter of `student`: from its teacher where the plan has a source, else by the model's own init."""
         tensors, _ = unique_tensors(student)
-        planned = [site for site in self.plan.parameters.values() if site.name not in self.plan.random]
+        planned = [site for site in self.plan.parameters.values() if site.name not in self.plan.random_parameters]
         for site in tqdm(planned, desc="initializing", unit="tensor", disable=not show_progress):
             target = tensors[site.name]
             value = self.parameter_value(site)
@@ -153,7 +159,7 @@ class Transfer:
         init_missing_weights(student, self.plan.options.seed)
 
     def teacher_norm(self, norm: str, site: ParameterPlan, part: str) -> Tensor | None:
-        """Return the gain or bias, float64, of the teacher's norm that `site`'s source reads; None where it has none."""
+        """Return the gain or bias, float64, of the teacher's norm in front of `site`'s source; None where it has none."""
         name = self.folding.name(norm, site, of_teacher=True) + (".bias" if part == "bias" else ".weight")
         if name not in self.plan.teacher_names:
             bare = name.rpartition(".")[0]
@@ -163,23 +169,22 @@ class Transfer:
         return self.plan.read(name).double() + (self.plan.layout.norm_offset if part == "weight" else 0.0)
 
     def scale(self, axis: str) -> float:
-        """Return sqrt(d_T / d_S), times the share of length kept where the energy is corrected."""
+        """Return sqrt(d_T / d_S), times the fraction of the norm that is retained where that is corrected."""
         teacher, student = self.plan.widths[axis]
         return math.sqrt(teacher / student) * (self.norm_retained[axis] if self.plan.options.norm_correction else 1.0)
 
     def residual_gain_rms(self, norm: str, gain: Tensor | None) -> float | None:
         """Return the root mean square of a folded gain, which stays in the student's norm; None where that has no gain.
 
-        W diag(c) is divided by it, which changes nothing but how fast the weights learn: an optimizer like Adam moves each
-        by its learning rate, so those that took in a gain of a hundredth would be lost in a step. So they stay as large as
-        the teacher's own, and the norm keeps sqrt(d_T / d_S) too.
+        W diag(c) is divided by it. That changes only how fast the weights learn: Adam moves each weight by about the
+        learning rate, so weights scaled by a gain of 0.01 would be lost in one step. The norm keeps sqrt(d_T / d_S) too.
         """
         if gain is None or not {norm, f"{norm}.weight"} & self.plan.parameters.keys():
             return None
         return root_mean_square(gain) or None
 
     def output_gain(self, site: ParameterPlan) -> Tensor | None:
-        """Return the gain that is folded into what `site` writes, None for none: of a learned scale less what stays in it."""
+        """Return the gain folded into the output of `site`, None for none; a learned diagonal is divided by its own rms."""
         scale = self.folding.output_gain_name(site)
         gain = self.teacher_norm(scale, site, "weight") if scale else None
         if gain is None or scale != site.match.row.output_diagonal:
@@ -187,17 +192,17 @@ class Transfer:
         return gain / (root_mean_square(gain) or 1.0)
 
     def residual_stream_scale(self, site: ParameterPlan) -> float:
-        """Return what the student's residual stream is multiplied with, where `site` writes onto it.
+        """Return the factor on what `site` adds to the student's residual stream.
 
-        It is 1 but where the norm before a tied head has no gain that could carry sqrt(d_T / d_S) (OLMo): the norms of a
-        pre-norm model do not see the stream's length, so all that is written onto it carries the factor instead.
+        It is 1 except where the norm before a tied head has no gain that could hold sqrt(d_T / d_S) (OLMo). The norms of a
+        pre-norm model ignore the stream's scale, so the factor goes on everything that is added to the stream.
         """
         if not self.folding.axes_without_final_gain or site.source is None:
             return 1.0
         row = site.match.row
-        looked_up = row.kind == "table" or any(AxisName(name) in site.axes for name in PREFIX_AXES)
+        is_lookup = row.kind == "table" or any(AxisName(name) in site.axes for name in PREFIX_AXES)
         for dim, (axis, chosen) in enumerate(zip(site.axes, self.plan.maps(site), strict=True)):
-            writes = looked_up or site.match.is_bias or dim != row.input_axis
+            writes = is_lookup or site.match.is_bias or dim != row.input_axis
             if (
                 isinstance(axis, AxisName)
                 and axis.name in self.folding.axes_without_final_gain
@@ -210,26 +215,30 @@ class Transfer:
                     / self.ratio(self.plan.layout.embedding_scale)
                     * self.plan.options.logit_scale
                 )
-                self.record_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to carry it")
+                self.record_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to hold it")
                 if self.plan.options.logit_scale != 1.0:
                     self.record_step(site, f"logits times {self.plan.options.logit_scale:.6g}")
                 return factor
         return 1.0
 
-    def ratio(self, scale: "object") -> float:
+    def ratio(self, scale: object) -> float:
+        """Return the teacher's value of a factor that depends on the config over the student's; 1 for no factor."""
         if not callable(scale):
             return 1.0
         return float(scale(self.plan.teacher.config)) / float(scale(self.plan.student_config))
 
     def record_step(self, site: ParameterPlan, step: str) -> None:
+        """Record what was done to a parameter, once."""
         steps = self.steps.setdefault(site.name, [])
         if step not in steps:
             steps.append(step)
 
     def weight_value(self, site: ParameterPlan, vectors: Sequence[Tensor | None] | None = None) -> Tensor:
-        """Return a weight's value; with `vectors`, one a term of its output axis, what it makes of these instead.
+        """Return a weight's value; with `vectors`, the product of the weight with them instead.
 
-        A vector lies on the teacher's input axis, (d_T,); the result then has the student's output axis alone.
+        Args:
+            vectors: One vector (d_T,) on the teacher's input axis for each term of the output axis, None for zeros. The
+                result has the student's output axis alone.
         """
         assert site.source is not None
         row, maps = site.match.row, self.plan.maps(site)
@@ -285,8 +294,8 @@ class Transfer:
                 and self.folding.is_folded(self.folding.name(norm, site, of_teacher=False))
             ):
                 diagonal = self.teacher_norm(norm, site, "weight")
-                left = self.residual_gain_rms(self.folding.name(norm, site, of_teacher=False), diagonal)
-                factor = self.scale(axis) if left is None else 1.0 / left
+                rms = self.residual_gain_rms(self.folding.name(norm, site, of_teacher=False), diagonal)
+                factor = self.scale(axis) if rms is None else 1.0 / rms
                 self.record_step(
                     site, f"gain of {self.folding.name(norm, site, of_teacher=True)} folded, times {factor:.6g}"
                 )
@@ -297,30 +306,29 @@ class Transfer:
         return tensor.squeeze(row.input_axis) if vector is not None else tensor
 
     def note(self, note: str) -> None:
+        """Record what could not be transferred exactly, once."""
         if note not in self.notes:
             self.notes.append(note)
 
     def parameter_value(self, site: ParameterPlan) -> Tensor:
         """Return the student's parameter, in the transfer's dtype or the teacher's own."""
-        result, gain = (
-            self._adjust_for_block_index(site, self._base_value(site)),
-            self.plan.options.logit_scale,
-        )
+        result = self._adjust_for_block_index(site, self._base_value(site))
+        logit_scale = self.plan.options.logit_scale
         row = site.match.row
-        if gain == 1.0:
+        if logit_scale == 1.0:
             return result
         if row.kind == "norm" and self.folding.is_tied(site.module):
             offset = 0.0 if site.canonical.endswith(".bias") else self.plan.layout.norm_offset
-            self.record_step(site, f"logits times {gain:.6g}")
-            return (result.to(self.dtype) + offset) * gain - offset
-        is_logit_bias = site.axes == (AxisName("vocab"),)  # also one that stands beside a tied head
+            self.record_step(site, f"logits times {logit_scale:.6g}")
+            return (result.to(self.dtype) + offset) * logit_scale - offset
+        is_logit_bias = site.axes == (AxisName("vocab"),)  # also one next to a tied head
         if is_logit_bias or (row.kind == "weight" and row.input_norms and AxisName("vocab") in row.axes):
-            self.record_step(site, f"logits times {gain:.6g}")
-            return self._scaled(result, gain)
+            self.record_step(site, f"logits times {logit_scale:.6g}")
+            return self._scaled(result, logit_scale)
         return result
 
     def _adjust_for_block_index(self, site: ParameterPlan, value: Tensor) -> Tensor:
-        """Return a parameter of a block as it must be at the student's block index and depth."""
+        """Adjust a parameter of a block to the student's block index and depth."""
         plan, row = self.plan, site.match.row
         factor = plan.block_ratio(site, plan.layout.block_scale.get(row.pattern))
         if factor != 1.0:
@@ -363,7 +371,7 @@ class Transfer:
         return result
 
     def _bias_value(self, site: ParameterPlan) -> Tensor:
-        """Return a bias: the teacher's own, selected or projected, and what the norm's bias made of it through the weight."""
+        """Return a bias: the teacher's, selected or projected, plus W b for the bias b of a folded norm."""
         row = site.match.row
         weight = self.plan.parameters.get(site.canonical.removesuffix("bias") + "weight")
         if site.source is not None:
@@ -381,7 +389,7 @@ class Transfer:
             and any(self._folds_bias(norm, weight) for norm in row.input_norms)
         ):
             result = result.to(self.dtype) + self._folded_norm_bias(weight)
-            self.record_step(site, "takes in the bias of the norm before it")
+            self.record_step(site, "includes the bias of the norm before it")
         elif site.source is None:
             self.record_step(site, "zero: the teacher has none")
         return result
@@ -395,7 +403,7 @@ class Transfer:
         )
 
     def _folded_norm_bias(self, weight: ParameterPlan) -> Tensor:
-        """Return W b for the bias b of the norm that `weight` reads, less what the student's own norm bias gives."""
+        """Return W b for the bias b of the norm before `weight`, minus the product with the student's own norm bias."""
         reads = weight.match.row.input_norms
         vectors = [self.teacher_norm(norm, weight, "bias") if norm else None for norm in reads]
         result = self.weight_value(weight, vectors)
@@ -417,13 +425,13 @@ class Transfer:
         if all(isinstance(each, Identity) for each in maps):
             return stored
         if not isinstance(chosen, Projection):
-            kept = stored.to(self.dtype) + offset
+            selected = stored.to(self.dtype) + offset
             for dim, each in enumerate(maps):
                 if isinstance(each, Selection):
-                    kept = apply_selection(kept, dim, each) * each.factors.to(self.dtype).view(
-                        -1, *[1] * (kept.ndim - 1 - dim)
+                    selected = apply_selection(selected, dim, each) * each.factors.to(self.dtype).view(
+                        -1, *[1] * (selected.ndim - 1 - dim)
                     )
-            return kept - offset
+            return selected - offset
         axis = site.axes[-1]
         assert isinstance(axis, AxisName)
         norm = site.module
@@ -432,18 +440,18 @@ class Transfer:
             self.record_step(site, "folded into the weights it multiplies, its root mean square left")
             return torch.full(site.shape, (root_mean_square(gain) or 1.0) - offset, dtype=self.dtype)
         if (writer := self.folding.writers.get(norm)) is not None and not is_bias:
-            self.record_step(site, f"folded into {writer.name}, whose output it norms; one number is left")
+            self.record_step(site, f"folded into {writer.name}, whose output it normalizes; one number is left")
             self.note(
-                f"{site.name}: its gain is folded into {writer.name}, before the norm, which then sees another length."
+                f"{site.name}: its gain is folded into {writer.name}, before the norm, which then normalizes by another length."
             )
             return torch.full(site.shape, self._output_norm_ratio(writer) - offset, dtype=self.dtype)
         if self.folding.is_folded(norm):
             self.record_step(site, "folded into the weights that read it, its root mean square left")
             if is_bias and (bias := self._norm_bias(norm)) is not None:
                 return bias.to(self.dtype)
-            left = None if is_bias else self.residual_gain_rms(norm, gain)
-            one = (0.0 if is_bias else 1.0) if left is None else left * self.scale(axis.name)
-            return torch.full(site.shape, one - offset, dtype=self.dtype)
+            rms = None if is_bias else self.residual_gain_rms(norm, gain)
+            value = (0.0 if is_bias else 1.0) if rms is None else rms * self.scale(axis.name)
+            return torch.full(site.shape, value - offset, dtype=self.dtype)
         head_scale = (
             self.ratio(layout.tied_head_scale) / self.ratio(layout.embedding_scale)
             if self.folding.is_tied(norm)
@@ -463,15 +471,15 @@ class Transfer:
             self.record_step(site, "diagonal of the projected gain")
             if not chosen.is_selection and not is_constant(gain):
                 self.note(
-                    f"{site.name}: {self._why_not_folded(norm)}; the diagonal of the projected gain stands for it."
+                    f"{site.name}: {self._why_not_folded(norm)}; the diagonal of the projected gain approximates it."
                 )
         return (diagonal * self.scale(axis.name) - offset).to(self.dtype)
 
     def _norm_bias(self, norm: str) -> Tensor | None:
         """Return the bias of a folded norm of the student, (d_S,) float64; None where it has none.
 
-        It is zero where every weight that reads it has a bias to take it in; otherwise the least-squares solution of
-        W_S b_S = W b over those that have not.
+        It is zero where every weight that reads the norm has a bias to absorb it; otherwise the least-squares solution of
+        W_S b_S = W b over the weights without a bias.
         """
         if norm + ".bias" not in self.plan.parameters:
             return None
@@ -483,29 +491,27 @@ class Transfer:
                 if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in self.plan.parameters:
                     continue
                 if not isinstance(self.plan.maps(reader)[reader.match.row.input_axis], Projection):
-                    continue  # a later block that is selected reads what it can
+                    continue  # the channels of a later block are selected, not projected
                 vectors = [
                     self.teacher_norm(read, reader, "bias") if read else None for read in reader.match.row.input_norms
                 ]
-                wanted = self.weight_value(reader, vectors).double().flatten()
+                target = self.weight_value(reader, vectors).double().flatten()
                 weight = self.weight_value(reader).movedim(reader.match.row.input_axis, -1).reshape(-1, width).double()
                 normal += weight.T @ weight
-                right += weight.T @ wanted
-                length += wanted.square().sum().item()
-            found = torch.linalg.pinv(normal, hermitian=True) @ right
-            lost = math.sqrt(max(0.0, 1 - (found @ right).item() / length)) if length else 0.0
+                right += weight.T @ target
+                length += target.square().sum().item()
+            bias = torch.linalg.pinv(normal, hermitian=True) @ right
+            lost = math.sqrt(max(0.0, 1 - (bias @ right).item() / length)) if length else 0.0
             if lost > 1e-6:
-                self.note(
-                    f"{site.name}: fitted to what weights without a bias made of the teacher's; {lost:.1%} of that is lost."
-                )
-            self.norm_biases[norm] = found
+                self.note(f"{site.name}: fitted for weights without a bias; {lost:.1%} of the teacher's is lost.")
+            self.norm_biases[norm] = bias
         return self.norm_biases[norm]
 
     def _output_norm_ratio(self, writer: ParameterPlan) -> float:
-        """Return sqrt(d_T / d_S) |M^T diag(c) W| / |W|: what is left of the gain c of a norm that norms W's output.
+        """Return sqrt(d_T / d_S) |M^T diag(c) W| / |W|, the gain that replaces c of a norm after the weight W.
 
-        The norm divides by the length of M^T diag(c) W h instead of that of W h; their ratio is that of the weights'
-        lengths for a white h, and exactly so where c is constant and nothing is cut.
+        The norm divides by |M^T diag(c) W h| instead of |W h|. Their ratio is that of the weights' norms for a white h, and
+        exactly so where c is constant and nothing is cut.
         """
         assert writer.source is not None
         tensor, width = self.plan.read(writer.source), (1, 1)
@@ -520,7 +526,7 @@ class Transfer:
 
     def _why_not_folded(self, norm: str) -> str:
         if not self.plan.options.fold_norms:
-            return "its gain is not folded, for fold_norms is off"
+            return "norms are not folded in this plan"
         match = self.plan.layout.find(norm + ".weight")
         if match is not None and any(match.row.pattern in row.input_norms for row in self.plan.layout.rows):
             return "no weight that reads it came from the teacher, so its gain is not folded"
@@ -539,7 +545,9 @@ class Transfer:
             seconds: Time by step.
         """
         plan = self.plan
-        notes = [*plan.notes, *self.notes] + [f"{name}: the student has no parameter for it" for name in plan.lost]
+        notes = [*plan.notes, *self.notes] + [
+            f"{name}: the student has no parameter for it" for name in plan.dropped_parameters
+        ]
         notes += plan.rope_mismatch_notes()
         scaled = any("logits times" in step for steps in self.steps.values() for step in steps)
         if plan.options.logit_scale != 1.0 and not scaled:
@@ -551,7 +559,7 @@ class Transfer:
             plan.teacher,
             blocks={
                 stack.rpartition(".")[0]: blocks
-                for stack, blocks in plan.stacks.items()
+                for stack, blocks in plan.block_mapping.items()
                 if stack.endswith("{block}") or stack.count("{") == 1  # the second: blocks within one stage
             },
             explained_variance={
@@ -562,7 +570,7 @@ class Transfer:
             sizes={axis: list(sizes) for axis, sizes in plan.widths.items()},
             parameters=self._records(student),
             approximations=notes,
-            randomly_initialized=list(plan.random),
+            randomly_initialized=list(plan.random_parameters),
             seconds=seconds,
         )
 
@@ -572,7 +580,7 @@ class Transfer:
         for name, tensor in unique_tensors(student)[0].items():
             record = ParameterRecord(name, list(tensor.shape), steps=self.steps.get(name, []))
             site = by_name.get(name)
-            if site is not None and site.source is not None and name not in plan.random:
+            if site is not None and site.source is not None and name not in plan.random_parameters:
                 record.source = plan.teacher_names[site.source]
                 record.source_shape = list(site.source_shape or ())
                 record.maps = [f"{axis}: {kept}" for axis, kept in zip(site.axes, plan.maps(site), strict=True)]
@@ -581,6 +589,7 @@ class Transfer:
 
 
 def root_mean_square(gain: Tensor) -> float:
+    """Return sqrt(mean(c^2)) of a gain c."""
     return gain.square().mean().sqrt().item()
 
 
@@ -597,10 +606,10 @@ def fit_tied_gain(moment: Tensor, matrix: Tensor, gain: Tensor) -> Tensor:
 
 
 def check_no_overflow(stored: Tensor, value: Tensor, name: str) -> None:
-    """Refuse a student's parameter that overflowed when `value` was `stored` in its dtype.
+    """Check that a student's parameter did not overflow when `value` was stored in its dtype.
 
     Raises:
-        ShapeError: says how large the value is, and how large a number the dtype holds.
+        ShapeError: It did; states the largest value and the dtype's maximum.
     """
     if not is_finite(stored):
         raise ShapeError(

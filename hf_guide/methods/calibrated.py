@@ -74,7 +74,7 @@ class CalibratedMethod(InitializationMethod):
     def collect(self, setup: StudentSetup) -> dict[str, list[float]]:
         """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""
         plan = setup.validate_plan()
-        self.stacks = plan.stacks
+        self.stacks = plan.block_mapping
         folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir)
         call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)
         self.calibration = collect_calibration(
@@ -128,7 +128,7 @@ class CalibratedMethod(InitializationMethod):
         transfer, bases = fit_activation_bases(plan, statistics, config)
         units, notes = select_units(plan, statistics, config)
         transfer.notes += notes
-        plan.keep(units)
+        plan.select(units)
         experts, notes = prunable_experts(plan, find_modules(self.calibration.model, setup.layout), config)
         transfer.notes += notes
         if experts:
@@ -140,7 +140,7 @@ class CalibratedMethod(InitializationMethod):
                 self.calibration.checkpoint,
                 show_progress=setup.show_progress,
             )
-            plan.keep(select_experts(plan, importance))
+            plan.select(select_experts(plan, importance))
         if config.rotate_values:
             rotate_values(transfer, statistics.input_second_moments)
         rotate_queries_keys(transfer, statistics.qk_second_moments)

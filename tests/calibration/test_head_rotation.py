@@ -80,16 +80,16 @@ def test_rotated_values_are_rotated_back_by_their_output_projection(
         calibration_dataset=data(case),
         **SMALLER_HEADS[str(case)],
     )
-    assert plan.turns, "nothing is rotated"
+    assert plan.tensor_transforms, "nothing is rotated"
     once, twice = copy.deepcopy(teacher), copy.deepcopy(teacher)
     tensors = [dict(model.state_dict(keep_vars=True)) for model in (once, twice)]
     decoders: dict[str, torch.Tensor] = {}
     projections = {each.source for each in plan.parameters.values() if head_rotation.is_output_projection(plan, each)}
-    for source, rotation in plan.turns.items():
+    for source, rotation in plan.tensor_transforms.items():
         if source in projections:
             decoders[source.rsplit(".", 2)[0]] = rotation.matrices
     with torch.no_grad():
-        for source, rotation in plan.turns.items():
+        for source, rotation in plan.tensor_transforms.items():
             parameters = [each[plan.teacher_names[source]] for each in tensors]
             parameters[0].copy_(rotation(parameters[0]))
             if source in projections:
