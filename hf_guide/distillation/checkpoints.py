@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there: found, checked, and given their names once every process has written its part.
+"""Atomic checkpoints: written in full or not at all, found, verified, and selected for resuming.
 
-A checkpoint is written in a folder of another name, `_checkpoint-8.<...>.partial/checkpoint-8`, and renamed when it is whole.
-Those of a stock `Trainer` are written in place, `trainer_state.json` last, so one without that file is unfinished.
+A checkpoint is written into a folder of another name, `_checkpoint-8.<...>.partial/checkpoint-8`, and renamed once every
+process has written its part. A stock `Trainer` writes checkpoints in place, `trainer_state.json` last, so one without that
+file is incomplete.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ STATE_NAME = "trainer_state.json"
 PROGRESS_NAME = "distillation_progress.json"
 
 _CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-_INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"  # of Trainer's checkpoints on SIGTERM
+_INCOMPLETE_MARKER = "checkpoint-is-incomplete.txt"  # Trainer writes it first on SIGTERM
 _OPTIMIZER_FILES = ("optimizer*", "global_step*")
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "pytorch_model_fsdp_*", "global_step*")
 
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 def reason_incomplete(folder: Path) -> str | None:
-    """Return why a checkpoint was not written to its end, by the file that is written last; None if it was."""
+    """Return why a checkpoint is incomplete, judged by the file that is written last; None if it is complete."""
     if (folder / _INCOMPLETE_MARKER).exists():
         return f"{_INCOMPLETE_MARKER} is still there"
     path = folder / STATE_NAME
@@ -56,9 +57,9 @@ def reason_incomplete(folder: Path) -> str | None:
 
 
 def checkpoint_defect(folder: Path) -> str | None:
-    """Return why training cannot go on from a checkpoint: unfinished, a file missing, truncated or damaged; None if it can.
+    """Return why training cannot resume from a checkpoint: incomplete, a file missing, truncated or damaged; None if it can.
 
-    Weights are checked by their size, what `torch.save` wrote by the checksums in it.
+    Weights are checked by their size, files of `torch.save` by the checksums in them.
     """
     reason = reason_incomplete(folder)
     if reason is not None:
@@ -101,7 +102,7 @@ def _file_defect(path: Path) -> str | None:
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
-    """Return the folders in `output_dir` that have a checkpoint's name, the latest first."""
+    """Return the folders in `output_dir` with a checkpoint's name, the latest first."""
     folder = Path(output_dir)
     found = {
         path: _CHECKPOINT_NAME.fullmatch(path.name)
@@ -113,35 +114,35 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def has_checkpoints(output_dir: str | Path) -> bool:
-    """Whether a run has written checkpoints into `output_dir`, or begun to."""
+    """Return whether a run has written checkpoints into `output_dir`, or begun to."""
     folder = Path(output_dir)
-    begun = [path for path in folder.iterdir() if is_partial(path)] if folder.is_dir() else []
-    return bool(list_checkpoints(folder) or any(_CHECKPOINT_NAME.search(path.name) for path in begun))
+    partial = [path for path in folder.iterdir() if is_partial(path)] if folder.is_dir() else []
+    return bool(list_checkpoints(folder) or any(_CHECKPOINT_NAME.search(path.name) for path in partial))
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """Return the latest checkpoint that training can go on from, and log which later ones it cannot go on from, and why.
+    """Return the latest checkpoint that training can resume from; log which later ones are skipped, and why.
 
-    Of several runs in one folder, the one that wrote a checkpoint last counts: an earlier run may have left later steps.
+    Of several runs in one folder, the run that wrote a checkpoint last counts: an earlier run may have left later steps.
     """
     skipped, run = 0, _last_run_id(output_dir)
     for path in list_checkpoints(output_dir):
         reason = checkpoint_defect(path)
         if reason is None and read_run_id(path) not in (run, None):
-            logger.warning("The checkpoint %s is of an earlier run in the same output_dir and is skipped.", path)
+            logger.warning("The checkpoint %s belongs to an earlier run in the same output_dir and is skipped.", path)
             skipped += 1
             continue
         if reason is None:
             if skipped:
-                logger.warning("Training goes on from %s, the last checkpoint that is whole.", path)
+                logger.warning("Training resumes from %s, the last complete checkpoint.", path)
             return path
-        logger.warning("The checkpoint %s is unfinished or damaged and is skipped: %s.", path, reason)
+        logger.warning("The checkpoint %s is incomplete or damaged and is skipped: %s.", path, reason)
         skipped += 1
     return None
 
 
 def read_run_id(folder: Path) -> str | None:
-    """Return what tells the run that wrote a checkpoint from others; None where it is not noted or cannot be read."""
+    """Return the id of the run that wrote a checkpoint; None if it has none or it cannot be read."""
     try:
         return next((each.get("run") for each in read_progress(folder)), None)
     except DamagedFileError:
@@ -149,33 +150,33 @@ def read_run_id(folder: Path) -> str | None:
 
 
 def _last_run_id(output_dir: str | Path) -> str | None:
-    """Return the run whose checkpoint was written last."""
-    whole = [
+    """Return the id of the run whose checkpoint was written last."""
+    complete = [
         path
         for path in list_checkpoints(output_dir)
         if read_run_id(path) is not None and reason_incomplete(path) is None
     ]
-    last = max(whole, key=lambda path: (path / PROGRESS_NAME).stat().st_mtime_ns, default=None)
+    last = max(complete, key=lambda path: (path / PROGRESS_NAME).stat().st_mtime_ns, default=None)
     return None if last is None else read_run_id(last)
 
 
 def warn_about_earlier_run(output_dir: str | Path) -> None:
-    """Log that a run begins anew where an earlier one has left checkpoints."""
+    """Log that a run starts from the beginning although an earlier one has left checkpoints."""
     found = list_checkpoints(output_dir)
     if found:
         logger.warning(
-            "Training begins anew in %s, which holds checkpoints of an earlier run, up to %s. Until this run has saved one, "
-            "resume_from_checkpoint=True would go on from those. Remove them, or choose another output_dir.",
+            "Training starts from the beginning in %s, which has checkpoints of an earlier run, up to %s. Until this run has saved "
+            "one, resume_from_checkpoint=True would resume from those. Remove them, or choose another output_dir.",
             output_dir,
             found[0].name,
         )
 
 
 def validate_checkpoint(folder: str | Path) -> None:
-    """Refuse a checkpoint that training cannot go on from.
+    """Check that training can resume from a checkpoint.
 
     Raises:
-        OptionError: says why, and which other one to take.
+        OptionError: It cannot; says why, and which other checkpoint to use.
     """
     path = Path(folder)
     reason = checkpoint_defect(path) if path.is_dir() else "there is no such folder"
@@ -183,22 +184,24 @@ def validate_checkpoint(folder: str | Path) -> None:
         return
     others = (other for other in list_checkpoints(path.resolve().parent) if other.resolve() != path.resolve())
     other = next((other for other in others if checkpoint_defect(other) is None), None)
-    advice = f"The last whole one there is {other}." if other else "No whole one is beside it; train anew."
-    raise OptionError(f"Training cannot go on from the checkpoint {folder}: {reason}. {advice}")
+    advice = (
+        f"The last complete one there is {other}." if other else "There is no complete one; train from the beginning."
+    )
+    raise OptionError(f"Training cannot resume from the checkpoint {folder}: {reason}. {advice}")
 
 
 def select_checkpoint(resume: "str | bool | None", output_dir: str, accelerator: Accelerator) -> "str | bool | None":
-    """Return the checkpoint to go on from, the same in all processes: the first of them decides.
+    """Return the checkpoint to resume from, the same in all processes: the main process decides.
 
     Args:
-        resume: as for `Trainer.train`. True is the last checkpoint in `output_dir` that is whole; where a run has begun there
-            and none is, training begins anew.
+        resume: As in `Trainer.train`. True means the last complete checkpoint in `output_dir`; where a run has begun there and
+            there is none, training starts from the beginning.
 
     Returns:
-        A folder; None to begin; True where there is no trace of a run, which `Trainer` refuses.
+        A folder; None to start from the beginning; True if there is no trace of a run, for which `Trainer` raises.
 
     Raises:
-        OptionError: a folder was named that is not a whole checkpoint.
+        OptionError: The named folder is not a complete checkpoint.
     """
     if resume is None or resume is False:
         return None
@@ -224,10 +227,13 @@ def _select_checkpoint(resume: "str | bool", output_dir: str) -> "str | bool | N
     else:
         found = last_complete_checkpoint(output_dir)
     if found is None:
-        logger.warning("No checkpoint in %s is whole: training begins anew.", output_dir)
+        logger.warning("No checkpoint in %s is complete: training starts from the beginning.", output_dir)
         return None
     if not any(any(found.glob(pattern)) for pattern in _OPTIMIZER_FILES):
-        logger.warning("%s was saved with save_only_model: the optimizer and the learning rate begin anew.", found)
+        logger.warning(
+            "%s was saved with save_only_model: the optimizer and the learning rate schedule start from the beginning.",
+            found,
+        )
     return str(found)
 
 
@@ -235,14 +241,14 @@ def _select_checkpoint(resume: "str | bool", output_dir: str) -> "str | bool | N
 def atomic_checkpoint(
     run_folder: Path, step: int, accelerator: Accelerator, progress: Mapping[str, Any], *, on_each_node: bool = False
 ) -> Iterator[Path]:
-    """Yield a folder to write `checkpoint-N` into, in all processes; it gets its place in `run_folder` when all have.
+    """Yield a folder to write `checkpoint-N` into, in all processes; it is moved into `run_folder` when all have written.
 
     Args:
-        progress: what this process is to find again when it resumes (`read_progress`).
-        on_each_node: every node writes a whole checkpoint of its own.
+        progress: What this process reads again when it resumes (`read_progress`).
+        on_each_node: Whether every node writes a complete checkpoint.
 
     Raises:
-        OSError: the disk is full; the checkpoints that were there are as they were.
+        OSError: The disk is full; the earlier checkpoints are unchanged.
     """
     name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
     writes = accelerator.is_main_process or (on_each_node and accelerator.is_local_main_process)
@@ -263,7 +269,7 @@ def atomic_checkpoint(
                 _finalize_checkpoint(folder / name, run_folder / name, everyone)
         accelerator.wait_for_everyone()
         if accelerator.is_local_main_process and not writes and (folder / name).is_dir():
-            # A node whose disk is its own has the random states of its processes here.
+            # A node with a disk of its own has the random states of its processes here.
             (run_folder / name).mkdir(exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 move_entries(folder / name, run_folder / name)
@@ -272,7 +278,7 @@ def atomic_checkpoint(
 
 
 def _finalize_checkpoint(written: Path, final: Path, progress: list[dict[str, Any]]) -> None:
-    """Note what a checkpoint consists of, and put it in the place of an older or unfinished one of its step."""
+    """Record the files of a checkpoint, and replace an older or incomplete one of the same step with it."""
     files = sorted(path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file())
     write_json(written / PROGRESS_NAME, {"files": files, "processes": progress})
     sync_to_disk(written)
@@ -282,52 +288,52 @@ def _finalize_checkpoint(written: Path, final: Path, progress: list[dict[str, An
 
 
 def read_progress(folder: str | Path) -> list[dict[str, Any]]:
-    """Return what each process noted of its progress in a checkpoint; nothing where it is a stock `Trainer`'s."""
+    """Return the progress that each process recorded in a checkpoint; empty for one of a stock `Trainer`."""
     path = Path(folder) / PROGRESS_NAME
     return read_json(path)[0]["processes"] if path.is_file() else []
 
 
 def remove_old_checkpoints(run_folder: Path, limit: int | None, best: str | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, and before them those that were never finished."""
+    """Remove the oldest checkpoints beyond `limit`, and before them the incomplete ones."""
     if limit is None or limit <= 0:
         return
     for path in list_checkpoints(run_folder):
         reason = reason_incomplete(path)
         if reason is not None:
-            logger.warning("The checkpoint %s is unfinished and is removed: %s.", path, reason)
+            logger.warning("The checkpoint %s is incomplete and is removed: %s.", path, reason)
             shutil.rmtree(path, ignore_errors=True)
     rotate_checkpoints(str(run_folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
 
 
 @contextlib.contextmanager
 def explain_write_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turn the errors of a full disk, each library's own, into one that names the disk and what is left on it.
+    """Convert the various errors of a full disk into one that names the disk and its free space.
 
     Args:
-        what: what is written, the beginning of a sentence.
-        folder: the run's, in which earlier checkpoints are.
+        what: What is written, the beginning of a sentence.
+        folder: The run's, which has the earlier checkpoints.
     """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         if not is_write_error(error):
             raise
-        home = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-        free = shutil.disk_usage(home).free / 2**20
-        whole = next((path for path in list_checkpoints(folder) if reason_incomplete(path) is None), None)
-        left = (
-            f"{whole} is whole: with resume_from_checkpoint training goes on from there"
-            if whole
-            else "There is none yet"
+        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2**20
+        complete = next((path for path in list_checkpoints(folder) if reason_incomplete(path) is None), None)
+        remaining = (
+            f"The last complete checkpoint is {complete}: resume_from_checkpoint resumes from there"
+            if complete
+            else "There is no complete checkpoint yet"
         )
         raise OSError(
             f"{what} could not be written to {folder}, whose disk has {free:,.0f} MiB free: {error}. What was written of it "
-            f"is removed. Make room on that disk, or choose another output_dir. Of the checkpoints before: {left}."
+            f"is removed. Free space on that disk, or choose another output_dir. {remaining}."
         ) from error
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Whether an error says that a file could not be written: torch and safetensors have no class for it."""
+    """Return whether an error means that a file could not be written: torch and safetensors have no class for it."""
     if isinstance(error, OSError):
         return isinstance(error, DiskError) or error.errno in (
             errno.ENOSPC,
@@ -336,7 +342,7 @@ def is_write_error(error: BaseException) -> bool:
             errno.EIO,
             errno.EROFS,
         )
-    said = str(error)
+    message = str(error)
     if isinstance(error, SafetensorError):
-        return "I/O error" in said or "os error" in said.lower()
-    return any(words in said for words in ("PytorchStreamWriter", "inline_container", "file write failed"))
+        return "I/O error" in message or "os error" in message.lower()
+    return any(words in message for words in ("PytorchStreamWriter", "inline_container", "file write failed"))

@@ -1,7 +1,7 @@
-"""A student with its adapter merged into it: a stock model that computes what the adapted student computes.
+"""Merge a student's adapter: save a stock model that computes what the student with its adapter computes.
 
-Does: merge a copy, untie what the adapter has made different, write it, and prove the files by loading them again.
-Does not: change the student, or merge what has no place in stock weights.
+Does: merge a copy, untie tensors that the adapter made different, write it, and verify the files by loading them again.
+Does not: change the student, or merge what stock weights cannot represent.
 """
 
 import copy
@@ -30,25 +30,25 @@ _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensor
 
 
 def save_merged(student: Any, folder: Path) -> None:
-    """Write a student whose adapter is merged into it: the files of its stock class, proved by loading them again.
+    """Write a student with its adapter merged: the files of its stock class, verified by loading them again.
 
     Embeddings that are tied in the base model and are no longer equal are written as two tensors, with
-    `tie_word_embeddings=False` where the family's config has it. The student stays as it is; a second copy of it is held
+    `tie_word_embeddings=False` where the family's config has it. The student is not changed; a second copy of it is in memory
     meanwhile.
 
     Args:
-        student: a `PeftModel`, whose active adapters are merged.
-        folder: new, or one whose weights are replaced.
+        student: A `PeftModel`, whose active adapters are merged.
+        folder: A new folder, or one whose weights are replaced.
 
     Raises:
-        NotFiniteError: a weight is NaN or infinite once it is merged; nothing is written.
-        OptionError: there is no adapter, or it cannot be merged; or what is written, loaded again, gives other logits. Then
-            nothing is written.
+        NotFiniteError: A merged weight is NaN or infinite; nothing is written.
+        OptionError: There is no adapter, or it cannot be merged; or the written model gives other logits. Then nothing is
+            written.
     """
     check_mergeable(student)
     if (folder / "adapter_config.json").exists():
         raise OptionError(
-            f"{folder.name} holds an adapter, which Transformers would put on top of the merged model. Name another folder."
+            f"{folder.name} has an adapter, which Transformers would add to the merged model. Choose another folder."
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder.parent, folder.name) as written:
@@ -69,14 +69,14 @@ def check_mergeable(student: Any) -> None:
     """Check that a student has an adapter that can become part of its weights.
 
     Raises:
-        OptionError: says why it cannot, and what to do.
+        OptionError: It has none, or one that cannot; says why, and what to do.
     """
     if not has_adapter(student):
         raise OptionError("The student has no adapter to merge; save_model saves it as it is.")
     virtual = [each.peft_type.value for each in student.peft_config.values() if each.is_prompt_learning]
     if virtual:
         raise OptionError(
-            f"{virtual[0]} adds virtual tokens, which are no part of any weight and cannot be merged. save_model saves the "
+            f"{virtual[0]} adds virtual tokens, which are not part of any weight and cannot be merged. save_model saves the "
             "adapter."
         )
     if without_adapter(student) is student:
@@ -90,16 +90,16 @@ def check_mergeable(student: Any) -> None:
         raise OptionError(f"PEFT cannot merge {kinds}. save_model saves the adapter.")
     if getattr(without_adapter(student), "is_quantized", False):
         raise OptionError(
-            "The base model is quantised, and merging would round the adapter away. Save the adapter with save_model, load "
+            "The base model is quantised, and merging would lose the adapter to rounding. Save the adapter with save_model, load "
             "the base model in full precision, and merge there: PeftModel.from_pretrained(base, folder).merge_and_unload()."
         )
 
 
 def merge_adapter(student: Any) -> PreTrainedModel:
-    """Return a stock model that is a merged copy of a student; it shares nothing with it.
+    """Return a stock model that is a merged copy of a student; they share no tensor.
 
     Raises:
-        OptionError: PEFT cannot merge this adapter, with its reason.
+        OptionError: PEFT cannot merge this adapter; has its reason.
     """
     duplicate = copy.deepcopy(student, _deepcopy_memo(student))
     base = without_adapter(duplicate)
@@ -121,7 +121,7 @@ def merge_adapter(student: Any) -> PreTrainedModel:
 
 
 def _deepcopy_memo(model: nn.Module) -> dict[int, Any]:
-    """Return what `deepcopy` needs to copy tensors that are computed from parameters, which PEFT's tied adapters hold."""
+    """Return the memo with which `deepcopy` copies tensors computed from parameters, as in PEFT's tied adapters."""
     memo: dict[int, Any] = {}
 
     def add(value: Any) -> None:
@@ -137,17 +137,17 @@ def _deepcopy_memo(model: nn.Module) -> dict[int, Any]:
 
 
 def _clone_shared_parameters(model: nn.Module) -> None:
-    """Give each module a tensor of its own where several hold one: PEFT merges in place, and so into all of them."""
-    held: set[int] = set()
+    """Clone tensors that several modules share: PEFT merges in place, and so into all of them."""
+    seen: set[int] = set()
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) in held:
+            if id(parameter) in seen:
                 setattr(module, key, nn.Parameter(parameter.detach().clone()))
-            held.add(id(parameter))
+            seen.add(id(parameter))
 
 
 def _restore_ties(model: PreTrainedModel, ties: dict[str, str]) -> None:
-    """Tie again what is still equal; where something is not, write all tensors apart and say so in the config."""
+    """Restore the ties of tensors that are still equal; if one is not, keep all separate and set it in the config."""
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     different = [name for name, source in ties.items() if not torch.equal(tensors[name], tensors[source])]
     if different and _untie_config(model.config):
@@ -163,7 +163,7 @@ def _restore_ties(model: PreTrainedModel, ties: dict[str, str]) -> None:
 
 
 def _untie_config(config: Any) -> bool:
-    """Set `tie_word_embeddings=False`; return whether that says what it should: in T5 it means another function."""
+    """Set `tie_word_embeddings=False`; return whether it only unties: in T5 it changes the function, and is undone."""
     parts = [part for part in (config, config.get_text_config(decoder=True)) if hasattr(part, "tie_word_embeddings")]
     before = [part.tie_word_embeddings for part in parts]
     for part in parts:
@@ -186,18 +186,18 @@ def _verify_saved_model(
     if expected is None:
         return
     base = without_adapter(student)
-    spread = len(set(getattr(base, "hf_device_map", {}).values())) > 1
+    is_sharded = len(set(getattr(base, "hf_device_map", {}).values())) > 1
     loaded: Any = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
     model, report = loaded
     missing = sorted(report["missing_keys"])
-    found = _logits(model if spread else model.to(base.device), student)
-    error = float((found - expected).norm() / expected.norm())
+    actual = _logits(model if is_sharded else model.to(base.device), student)
+    error = float((actual - expected).norm() / expected.norm())
     if missing or not error <= _tolerance(base):
         reason = f"lacks {missing[0]}" if missing else f"gives logits that are off by {100 * error:.2g} %"
         raise OptionError(
-            f"The merged model, loaded again, {reason}, so nothing was written: this adapter has no exact form as a "
-            f"{model_class.__name__}. Save the adapter with save_model, or train one on other layers (not on embeddings "
-            "or a head that are tied)."
+            f"The merged model, loaded again, {reason}, so nothing was written: this adapter has no exact equivalent as a "
+            f"{model_class.__name__}. Save the adapter with save_model, or train one on other layers (not on tied "
+            "embeddings or a tied head)."
         )
 
 
@@ -212,8 +212,8 @@ def _expected_logits(student: Any) -> Tensor | None:
         return _logits(student, student)
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         logger.warning(
-            f"The merged {type(without_adapter(student)).__name__} is not compared with the student, which needs more than "
-            f"token ids or pixels: {error}"
+            f"The merged {type(without_adapter(student)).__name__} is not compared with the student, which needs inputs other "
+            f"than token ids or pixels: {error}"
         )
         return None
 
@@ -227,7 +227,7 @@ def _logits(model: Any, student: Any) -> Tensor:
         for name, each in _tiny_inputs(without_adapter(student)).items()
     }
     with eval_mode(model):
-        # Not by a call, which autocasts it while it is trained in mixed precision.
+        # Not `model(...)`, which autocasts while it is trained in mixed precision.
         return type(model).forward(model, **inputs).logits.double().cpu()
 
 

@@ -1,4 +1,4 @@
-"""Sums of what each term came to, for the logs: means over items, exact over batches, steps and processes."""
+"""Means of each loss over items, for the logs: exact over batches, steps and processes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,14 +8,21 @@ from torch import Tensor
 
 
 class RunningMeans:
-    """Adds up terms and the items they were measured on, without waiting for the device."""
+    """Sum values and the items that they were measured on, without waiting for the device.
+
+    Example:
+        >>> means = RunningMeans()
+        >>> means.add({"kd": torch.tensor(6.0)}, torch.tensor(3))
+        >>> means.means(accelerate.Accelerator(cpu=True), ["kd"])
+        {'kd': 2.0}
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._items: dict[str, Tensor] = {}
 
     def add(self, sums: dict[str, Tensor], items: Tensor) -> None:
-        """Add each term's sum over `items` items; both scalars on one device."""
+        """Add each value's sum over `items` items; both are scalars on one device."""
         for name, value in sums.items():
             zero = torch.zeros(
                 (), dtype=torch.float64 if value.device.type != "mps" else torch.float32, device=value.device
@@ -24,7 +31,7 @@ class RunningMeans:
             self._items[name] = self._items.get(name, zero) + items
 
     def state(self) -> dict[str, list[float]]:
-        """Return each term's sum and number of items so far, to be kept in a checkpoint."""
+        """Return each sum and its number of items so far, to be saved in a checkpoint."""
         return {name: [float(value), float(self._items[name])] for name, value in self._sums.items()}
 
     def add_state_dict(self, state: Mapping[str, Sequence[float]], device: torch.device) -> None:
@@ -37,7 +44,7 @@ class RunningMeans:
             )
 
     def means(self, accelerator: accelerate.Accelerator, names: Iterable[str]) -> dict[str, float]:
-        """Return the mean of each of `names` over all processes' items, and start anew; without those never measured.
+        """Return the mean of each of `names` over all processes' items, without those never measured, and reset all sums.
 
         All processes must call it with the same names.
         """

@@ -83,9 +83,9 @@ class StepCheckedTrainer(Trainer):
 
 
 class StepChecksCallback(TrainerCallback):
-    """Checks a trainer's gradients before each step of the optimizer, and its weights after it.
+    """Check a trainer's gradients before each step of the optimizer, and its weights after it.
 
-    One norm of the gradients, which `Trainer` computes anyway, and one pass over the trainable weights.
+    This costs one norm of the gradients, which `Trainer` computes anyway, and one pass over the trainable weights.
     """
 
     def __init__(self, trainer: "StepCheckedTrainer"):
@@ -93,60 +93,62 @@ class StepChecksCallback(TrainerCallback):
         self.skipped = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Check that the optimizer has everything that is learned."""
+        """Check that the optimizer updates the projections, too."""
         self.skipped = 0
         self.trainer.pending_error = None
         self.trainer.called_methods.clear()
-        maps = self.trainer.distillation_objective.projections
-        if maps is not None and self.trainer.optimizer is not None:
-            check_optimizer_has_projections(self.trainer.optimizer, list(maps.parameters()))
+        projections = self.trainer.distillation_objective.projections
+        if projections is not None and self.trainer.optimizer is not None:
+            check_optimizer_has_projections(self.trainer.optimizer, list(projections.parameters()))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Raise for a loss or a gradient that is not finite, before the optimizer uses it; in all processes alike."""
+        """Raise for a loss or a gradient that is not finite, before the optimizer uses it, in all processes together."""
         trainer = self.trainer
         trainer.check_called("compute_loss", "_get_num_items_in_batch")
         trainer.called_methods.clear()
-        failure = trainer.pending_error
-        if failure is None and not _uses_gradient_scaler(trainer):
-            failure = _non_finite_gradient_error(trainer)
+        error = trainer.pending_error
+        if error is None and not _uses_gradient_scaler(trainer):
+            error = _non_finite_gradient_error(trainer)
         trainer.grad_norm = trainer.non_finite_gradients = None
-        _raise_on_all_ranks(trainer, failure)
+        _raise_on_all_ranks(trainer, error)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Raise for a weight that is not finite, before it could be saved."""
+        """Raise for a weight that is not finite, before it can be saved."""
         trainer = self.trainer
         if trainer.accelerator.optimizer_step_was_skipped:
             self.skipped += 1
             if self.skipped >= _MAX_SKIPPED_STEPS:
                 raise NotFiniteError(
                     f"The gradients of the last {self.skipped} steps, up to step {state.global_step}, were not finite in "
-                    "float16, whatever factor the loss was scaled by: nothing was learned. Train in bfloat16 or float32."
+                    "float16, whatever the scale of the loss: nothing was learned. Train in bfloat16 or float32."
                 )
             return
         self.skipped = 0
         named = [(name, each) for name, each in named_trained_parameters(trainer) if each.requires_grad]
-        failure = None
+        error = None
         if not all_finite(each for _, each in named):
             wrong = non_finite_names(named)
-            failure = NotFiniteError(
+            error = NotFiniteError(
                 f"After step {state.global_step} the weight {wrong[0]} has NaN or infinity, as {len(wrong)} of {len(named)} "
                 f"trained weights do, although the gradients were finite. {_advice(trainer)}"
             )
         if trainer.shards_weights:
-            _raise_on_all_ranks(trainer, failure)
-        elif failure is not None:
-            raise failure
+            _raise_on_all_ranks(trainer, error)
+        elif error is not None:
+            raise error
 
 
 def named_trained_parameters(trainer: "StepCheckedTrainer") -> list[tuple[str, nn.Parameter]]:
-    """Return the student's parameters by name, and those of the maps between widths."""
-    maps = trainer.distillation_objective.projections
-    others = [] if maps is None else [(f"projections.{name}", each) for name, each in maps.named_parameters()]
-    return [*trainer.unwrapped_student.named_parameters(), *others]
+    """Return the student's parameters by name, and those of the projections between widths."""
+    projections = trainer.distillation_objective.projections
+    named = (
+        [] if projections is None else [(f"projections.{name}", each) for name, each in projections.named_parameters()]
+    )
+    return [*trainer.unwrapped_student.named_parameters(), *named]
 
 
 def non_finite_loss_error(trainer: "StepCheckedTrainer", loss: Tensor, terms: dict[str, Tensor]) -> NotFiniteError:
-    """Return the error for a loss that is not finite: it names what came first, a weight or a term."""
+    """Return the error for a loss that is not finite; it names the first weight that is not, or else the loss."""
     step = trainer.state.global_step + 1
     wrong = non_finite_names(named_trained_parameters(trainer))
     if wrong:
@@ -154,38 +156,46 @@ def non_finite_loss_error(trainer: "StepCheckedTrainer", loss: Tensor, terms: di
     else:
         named = [name for name, value in terms.items() if not math.isfinite(value.item())] or ["loss"]
         value = terms.get(named[0], loss).item()
-        cause = f"the term {named[0]!r} of the loss is {value}" if named[0] in terms else f"the loss is {value}"
-    return NotFiniteError(f"At step {step}, after {step - 1} whole ones, {cause}. {_advice(trainer)}")
+        cause = f"the loss {named[0]!r} is {value}" if named[0] in terms else f"the loss is {value}"
+    return NotFiniteError(f"At step {step}, after {step - 1} complete steps, {cause}. {_advice(trainer)}")
 
 
 def non_finite_gradients(trainer: "StepCheckedTrainer") -> list[str]:
-    """Return the names of the weights whose gradients are not finite, as far as this process holds them."""
+    """Return the names of the weights whose gradients, or this process's shards of them, are not finite."""
     named = [(name, each.grad) for name, each in named_trained_parameters(trainer) if each.grad is not None]
     return [] if all_finite(gradient for _, gradient in named) else non_finite_names(named)
 
 
 def _non_finite_gradient_error(trainer: "StepCheckedTrainer") -> NotFiniteError | None:
-    norm, wrong, maps = trainer.grad_norm, trainer.non_finite_gradients, trainer.distillation_objective.projections
-    finite = norm is None or math.isfinite(norm.item() if isinstance(norm, Tensor) else norm)
-    others = [] if maps is None else [each.grad for each in maps.parameters() if each.grad is not None]
-    if wrong is None:  # not looked for before they were clipped, which the whole norm makes needless
-        wrong = non_finite_gradients(trainer) if norm is None or not finite or not all_finite(others) else []
-    if finite and not wrong:
+    norm, wrong, projections = (
+        trainer.grad_norm,
+        trainer.non_finite_gradients,
+        trainer.distillation_objective.projections,
+    )
+    norm_is_finite = norm is None or math.isfinite(norm.item() if isinstance(norm, Tensor) else norm)
+    gradients = (
+        [] if projections is None else [each.grad for each in projections.parameters() if each.grad is not None]
+    )
+    if wrong is None:  # not searched before clipping: the norm of whole gradients shows whether there is any
+        wrong = (
+            non_finite_gradients(trainer) if norm is None or not norm_is_finite or not all_finite(gradients) else []
+        )
+    if norm_is_finite and not wrong:
         return None
     step = trainer.state.global_step + 1
     cause = (
         f"the gradient of {wrong[0]} has NaN or infinity, as those of {len(wrong)} weights do"
         if wrong
-        else "the norm of all gradients is not finite, although every gradient that this process holds is"
+        else "the norm of all gradients is not finite, although every gradient in this process is"
     )
-    return NotFiniteError(f"At step {step}, after {step - 1} whole ones, {cause}. {_advice(trainer)}")
+    return NotFiniteError(f"At step {step}, after {step - 1} complete steps, {cause}. {_advice(trainer)}")
 
 
 def _advice(trainer: "StepCheckedTrainer") -> str:
     folder = trainer.args.output_dir
     last = get_last_checkpoint(folder) if folder and trainer.args.should_save and os.path.isdir(folder) else None
-    told = f"The last checkpoint is {last}." if last else "No checkpoint had been saved."
-    return f"Lower learning_rate, set max_grad_norm (such as 1.0), or train in bfloat16 or float32. {told}"
+    state = f"The last checkpoint is {last}." if last else "No checkpoint had been saved."
+    return f"Lower learning_rate, set max_grad_norm (such as 1.0), or train in bfloat16 or float32. {state}"
 
 
 def _uses_gradient_scaler(trainer: "StepCheckedTrainer") -> bool:
@@ -197,17 +207,17 @@ def _uses_gradient_scaler(trainer: "StepCheckedTrainer") -> bool:
     return engine is not None and bool(engine.fp16_enabled())
 
 
-def _raise_on_all_ranks(trainer: "StepCheckedTrainer", failure: HfGuideError | None) -> None:
-    """Raise in every process where one of them has failed, so that none waits for it."""
-    if _any_rank(trainer.accelerator, failure is not None):
-        raise failure or NotFiniteError(
+def _raise_on_all_ranks(trainer: "StepCheckedTrainer", error: HfGuideError | None) -> None:
+    """Raise in every process if one of them has an error, so that none waits for it."""
+    if _any_rank(trainer.accelerator, error is not None):
+        raise error or NotFiniteError(
             "Another process found a loss, a gradient or a weight that is not finite at step "
             f"{trainer.state.global_step + 1}; its error says which."
         )
 
 
-def _any_rank(accelerator: Accelerator, failed: bool) -> bool:
+def _any_rank(accelerator: Accelerator, condition: bool) -> bool:
     if accelerator.num_processes == 1:
-        return failed
-    flag = torch.tensor(float(failed), device=accelerator.device)
+        return condition
+    flag = torch.tensor(float(condition), device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction="sum") > 0)

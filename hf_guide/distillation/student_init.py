@@ -21,18 +21,18 @@ def init_student_from_teacher(
     init_kwargs: Mapping[str, Any] | None,
     train_dataset: Any = None,
 ) -> PreTrainedModel:
-    """Return what `from_teacher` makes of a config or of its own arguments.
+    """Return the student that `from_teacher` initializes with a config or with its own arguments.
 
     Args:
-        student: a config, or what `from_teacher` takes: method, hidden_size and so on; `teacher` among it names another
-            one than the one that is listened to.
-        teacher: the one that is listened to, or a capture of it.
-        init_kwargs: of them revision, token and trust_remote_code count here too.
-        train_dataset: of token ids; a calibrated student is made with it where no `calibration_dataset` is given.
+        student: A config, or arguments of `from_teacher`: method, hidden_size and so on; `teacher` among them names another
+            teacher than the trainer's.
+        teacher: The trainer's, or its signal cache.
+        init_kwargs: Of `from_pretrained`; revision, token and trust_remote_code apply here too.
+        train_dataset: If it has token ids, the method calibrated uses it where no `calibration_dataset` is given.
 
     Raises:
-        OptionError: there is no single teacher to make it out of.
-        TeacherError: the teacher has an adapter, or cannot be read.
+        OptionError: There is not exactly one teacher to initialize it from.
+        TeacherError: The teacher has an adapter, or cannot be read.
     """
     # Only here: distillation works without initialization.
     from hf_guide.methods import InitializationConfig, make_method
@@ -49,7 +49,7 @@ def init_student_from_teacher(
         source = source.teacher_source()
     if not isinstance(source, (str, os.PathLike, nn.Module)):
         raise OptionError(
-            f"A student is made out of one teacher, a Hub id, a folder or a model; found {type(source).__name__}. Name it "
+            f"A student is initialized from one teacher, a Hub id, a folder or a model; found {type(source).__name__}. Name it "
             "with 'teacher' among the student's arguments, or pass a model."
         )
     initializer = make_method(InitializationConfig.parse(chosen.get("method", "guide")))
@@ -65,15 +65,15 @@ def _has_token_ids(dataset: Any) -> bool:
 
 
 def validate_student(model: Any) -> None:
-    """Refuse what is no student.
+    """Check that a student is a model that the trainer can wrap.
 
     Raises:
-        OptionError: a name, which does not say what the student is for; or a model in a wrapper.
+        OptionError: A name, which does not specify the student's task; or a model in a wrapper.
     """
     if isinstance(model, (str, os.PathLike)):
         raise OptionError(
-            f"model is a student, not its name; found {os.fspath(model)!r}. Load it with the AutoModelFor... class of its "
-            "task, or pass a config, or the arguments of from_teacher, to make it out of its teacher."
+            f"model must be a student, not its name; found {os.fspath(model)!r}. Load it with the AutoModelFor... class of its "
+            "task, or pass a config, or the arguments of from_teacher, to initialize it from its teacher."
         )
     validate_unwrapped(model, "student")
 
@@ -82,13 +82,13 @@ def validate_trainable(student: nn.Module) -> None:
     """Check that a student can be trained, and saved as a model of its class.
 
     Raises:
-        OptionError: all of its parameters are frozen; or `torch.compile` or `torch.nn.utils.parametrize` has renamed some,
+        OptionError: All of its parameters are frozen; or `torch.compile` or `torch.nn.utils.parametrize` has renamed some,
             which its stock class does not know.
     """
     compiled = [name for name, module in student.named_modules() if isinstance(module, OptimizedModule)]
     if compiled:
         raise OptionError(
-            f"{compiled[0]} of the student is compiled, and its weights would be saved by other names. Pass the model itself, "
+            f"{compiled[0]} of the student is compiled, and its weights would be saved under other names. Pass the model itself, "
             "and DistillationArguments(torch_compile=True)."
         )
     added = parametrized_layers(student)
@@ -106,19 +106,19 @@ def validate_trainable(student: nn.Module) -> None:
 
 
 def align_student_special_tokens(student: Any, processing_class: Any) -> None:
-    """Give a student's config the special tokens of the tokenizer, as `Trainer` does when training begins.
+    """Set the special tokens of the tokenizer in a student's config, as `Trainer` does when training begins.
 
-    Classifiers find the last token of a text by them: without this, an evaluation before the training would read padding.
+    Classifiers find the last token of a text by them: without this, an evaluation before training would read padding.
     """
     if isinstance(processing_class, (PreTrainedTokenizerBase, ProcessorMixin)) and hasattr(student, "config"):
         align_special_tokens(student, processing_class)
 
 
 def wrap_with_peft(model: Any, model_init: Any, peft_config: Any) -> tuple[Any, Any]:
-    """Return the model, or what makes it, with an adapter.
+    """Return the model, or the function that makes it, with an adapter.
 
     Raises:
-        OptionError: the model has an adapter already, or `peft_config` is none of PEFT's.
+        OptionError: The model has an adapter already, or `peft_config` is not one of PEFT's.
     """
     from peft import PeftConfig, get_peft_model
 
@@ -130,8 +130,8 @@ def wrap_with_peft(model: Any, model_init: Any, peft_config: Any) -> tuple[Any, 
     def with_adapter(student: Any) -> Any:
         if has_adapter(student):
             raise OptionError(
-                "The student has an adapter already, so peft_config would put a second one around it. Leave peft_config out "
-                "to train the adapter that is there, or pass the base model."
+                "The student has an adapter already, so peft_config would add a second one. Leave peft_config out "
+                "to train the existing adapter, or pass the base model."
             )
         return get_peft_model(student, peft_config)
 

@@ -80,33 +80,49 @@ from hf_guide.utils.finite import check_weights_finite
 class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrainer):
     """A `Trainer` whose student learns from a teacher as well as from labels.
 
-    Everything that `Trainer` takes and does stays: collators, callbacks, metrics, `compute_loss_func`, label smoothing,
-    `resume_from_checkpoint`, `hyperparameter_search` through `model_init`, reporting. The logs gain every term of the
-    objective, raw and weighted; evaluation always reports the task loss (`eval_ce`), for language models the perplexity,
-    and the share of items on which student and teacher choose the same class.
+    All of `Trainer` works as usual: collators, callbacks, metrics, `compute_loss_func`, label smoothing,
+    `resume_from_checkpoint`, `hyperparameter_search` with `model_init`, reporting. Every loss is logged, raw and weighted;
+    evaluation always reports the task loss (`eval_ce`), the perplexity of language models, and the share of items for which
+    student and teacher predict the same class (`eval_teacher_agreement`).
 
-    A language model's losses are computed over chunks of tokens, so that neither its own logits nor the teacher's are
-    ever all held, unless the caller wants them: with `compute_metrics`, label smoothing, `compute_loss_func`,
+    A language model's losses are computed in chunks of tokens, so that neither its own logits nor the teacher's ever exist
+    all at once, except where something needs them: `compute_metrics`, label smoothing, `compute_loss_func`,
     `torch_compile`, `compute_loss(..., return_outputs=True)` of a derived class, or a head that is not a plain linear layer.
 
     Args:
-        model: the student; or a config, or the arguments of `from_teacher` as a mapping, to make it from the teacher.
-        teacher: a Hub id, a folder, a model, several of these, or a `Capture`; also as `args.teacher`, `args.capture`.
-        peft_config: wraps the student in an adapter.
-        processing_class: as `Trainer`'s; it is compared with what lies beside the teacher's files. Pixels that are normalised
-            otherwise are converted for the teacher; any other difference is refused.
-        others: as `Trainer`'s.
+        model: The student; or a config, or a mapping of arguments of `from_teacher`, to initialize it from the teacher.
+        teacher: A Hub id, a folder, a model, several of these, or a `Capture`; `args.teacher` and `args.teacher_cache` do
+            the same.
+        teacher_model: Alias of `teacher`, its name in TRL.
+        peft_config: Wraps the student in an adapter.
+        processing_class: As in `Trainer`; it is compared with the teacher's. Pixels that the teacher expects normalized in
+            another way are converted; any other difference is an error.
+        others: As in `Trainer`.
 
     Raises:
-        OptionError: neither teacher nor capture, where the objective needs one; options that contradict each other.
-        TaskError: a teacher of another task, or terms that are not for this one.
-        VocabularyError: vocabularies or labels that do not agree.
-        TeacherError: a teacher that cannot be loaded, or expects other inputs than the batches.
-        CaptureError: a capture that is truncated, of another teacher or another tokenizer.
+        OptionError: A loss needs a teacher and there is none, or options contradict each other.
+        TaskError: A teacher of another task, or losses that are not for this one.
+        VocabularyError: Vocabularies or labels that do not agree.
+        TeacherError: A teacher that cannot be loaded, or expects other inputs than the batches.
+        CaptureError: A signal cache that is truncated, of another teacher or another tokenizer.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+        >>> teacher = LlamaForCausalLM(LlamaConfig(hidden_size=32, **sizes))
+        >>> student = LlamaForCausalLM(LlamaConfig(hidden_size=16, **sizes))
+        >>> examples = [{"input_ids": [1, 5, 7, 2], "labels": [1, 5, 7, 2]}] * 8
+        >>> args = DistillationArguments(
+        ...     tempfile.mkdtemp(), losses={"ce": 0.5, "kd": 0.5}, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+        ... )
+        >>> trainer = DistillationTrainer(student, args, train_dataset=examples, teacher=teacher)
+        >>> trainer.train().global_step
+        1
     """
 
     def __new__(cls, *_: Any, **keywords: Any) -> "DistillationTrainer":
-        """Check the order of the bases before another class's `__init__` meets a keyword that it does not know."""
+        """Check the order of the bases before another class's `__init__` raises for a keyword that it does not take."""
         check_init_keywords(cls, DistillationTrainer, keywords)
         return super().__new__(cls)
 
@@ -201,13 +217,13 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         self.add_callback(StepChecksCallback(self))
         self._setup_objective()
 
-    # The student and what it learns
+    # Student and losses
 
     def check_called(self, *names: str) -> None:
-        """Check that the trainer's own methods were called, where the objective is more than the task loss.
+        """Check that the trainer's own methods were called, unless the task loss is the only loss.
 
         Raises:
-            OptionError: names the class whose method was called in place of one of them.
+            OptionError: Names the class whose method was called instead of one of them.
         """
         if set(self.args.loss_weights) == {TASK_LOSS}:
             return
@@ -221,18 +237,20 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
             )
 
     def _unwrapped_teacher(self, teacher: LiveTeacher | CachedTeacher) -> Any:
-        """Return the model or capture that a teacher is; None where its weights are not whole in this process."""
+        """Return a teacher's model or signal cache; None where this process has only a shard of its weights."""
         if isinstance(teacher, CachedTeacher):
             return teacher.capture
         return None if is_sharded(self.accelerator) else teacher.bare
 
     def _find_head(self, student: Any) -> LMHead | None:
-        whole = self.compute_loss_func is not None or self.label_smoother is not None or self.args.torch_compile
-        head = None if whole else find_head_all_ranks(student, self.task, self.accelerator)
+        needs_all_logits = (
+            self.compute_loss_func is not None or self.label_smoother is not None or self.args.torch_compile
+        )
+        head = None if needs_all_logits else find_head_all_ranks(student, self.task, self.accelerator)
         return head if head is not None and head.shifted == self._shifted else None
 
     def _setup_objective(self) -> None:
-        """Settle what this student learns by these arguments: at first, and anew for each student and each trial."""
+        """Set up the losses of this student under these arguments; called again for every new student and trial."""
         student = self.unwrapped_student
         teachers = [each.bare for each in self.teachers if isinstance(each, LiveTeacher)]
         check_no_shared_parameters(
@@ -273,7 +291,7 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
             self.add_callback(ProjectionGradSyncCallback(self.distillation_objective.projections, self.accelerator))
 
     def _hp_search_setup(self, trial: Any) -> None:
-        """Take a trial's arguments as `Trainer` does; what `model_init` just made then begins with them."""
+        """Apply a trial's arguments as `Trainer` does, and set up the losses of the student that `model_init` just made."""
         super()._hp_search_setup(trial)
         if self.model_init is None:
             return
@@ -284,27 +302,27 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         self._setup_objective()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer as `Trainer` does; it also learns the maps between widths, where there are any.
+        """Create the optimizer as `Trainer` does; it also updates the projections between widths, where there are any.
 
         Raises:
-            OptionError: one was passed that does not have them.
+            OptionError: An optimizer was passed that does not have them.
         """
-        fresh = self.optimizer is None
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if self.distillation_objective.projections is not None:
-            maps = list(self.distillation_objective.projections.parameters())
-            if fresh:
-                optimizer.add_param_group({"params": maps, "weight_decay": 0.0})
-            check_optimizer_has_projections(optimizer, maps)
+            projections = list(self.distillation_objective.projections.parameters())
+            if is_new:
+                optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
+            check_optimizer_has_projections(optimizer, projections)
         return optimizer
 
     # Batches
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns that the teacher reads, too."""
-        fresh = self._signature_columns is None
+        is_new = self._signature_columns is None
         super()._set_signature_columns_if_needed()
-        if fresh and self._signature_columns is not None:
+        if is_new and self._signature_columns is not None:
             self._signature_columns += self._batch_builder.teacher_only_columns
 
     # Losses
@@ -351,42 +369,42 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
 
     @property
     def _discards_outputs(self) -> bool:
-        """Whether nobody looks at the outputs that `compute_loss` returns: in `Trainer`'s evaluation of losses alone."""
-        replaced = type(self).compute_loss is not DistillationTrainer.compute_loss or "compute_loss" in vars(self)
-        return self._is_predicting and not self._needs_all_logits and not replaced
+        """Whether the outputs that `compute_loss` returns are not used: in `Trainer`'s evaluation of losses alone."""
+        is_overridden = type(self).compute_loss is not DistillationTrainer.compute_loss or "compute_loss" in vars(self)
+        return self._is_predicting and not self._needs_all_logits and not is_overridden
 
-    def _check_loss(self, loss: Tensor, learned: ObjectiveOutput, batch: DistillationBatch) -> None:
-        """Raise for a teacher's signals that are not finite, and in training for a loss; of several processes later, in all.
+    def _check_loss(self, loss: Tensor, result: ObjectiveOutput, batch: DistillationBatch) -> None:
+        """Raise if a teacher's signals are not finite, or in training a loss; several processes raise together, before the step.
 
         In evaluation a student's loss that is not finite is reported as it is.
         """
-        if bool(torch.isfinite(loss) & torch.isfinite(learned.total)):
+        if bool(torch.isfinite(loss) & torch.isfinite(result.total)):
             return
-        failure: HfGuideError | None = non_finite_signals_error(
+        error: HfGuideError | None = non_finite_signals_error(
             batch.inputs, batch.mask, batch.signals, self.state.global_step
         )
         training = self.unwrapped_student.training
-        if failure is None and training:
-            failure = non_finite_loss_error(self, loss, learned.sums)
-        if failure is None:
+        if error is None and training:
+            error = non_finite_loss_error(self, loss, result.sums)
+        if error is None:
             return
         if not training or self.accelerator.num_processes == 1:
-            raise failure
-        self.pending_error = self.pending_error or failure
+            raise error
+        self.pending_error = self.pending_error or error
 
     def _strip_hidden_states(self, outputs: Any, loss: Tensor) -> Any:
-        """Return the outputs without what only the objective asked for: the rest is gathered as predictions."""
+        """Return the outputs without what only the losses needed: the rest is gathered as predictions."""
         if not isinstance(outputs, dict):
             return outputs
-        asked = getattr(self.unwrapped_student.config, "output_hidden_states", False)
-        dropped = () if asked else ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
-        shown = {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
+        is_requested = getattr(self.unwrapped_student.config, "output_hidden_states", False)
+        dropped = () if is_requested else ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
+        kept = {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
         if (
             isinstance(outputs, ModelOutput)
-            and shown.keys() <= vars(type(outputs)).get("__dataclass_fields__", {}).keys()
+            and kept.keys() <= vars(type(outputs)).get("__dataclass_fields__", {}).keys()
         ):
-            return type(outputs)(**shown)
-        return shown
+            return type(outputs)(**kept)
+        return kept
 
     def prediction_step(
         self,
@@ -396,20 +414,20 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Predict as `Trainer` does, and measure the objective; without labels there is no loss, and no teacher is asked.
+        """Predict as `Trainer` does, and measure the losses; without labels there is no loss, and no teacher runs.
 
-        `gen_kwargs` are those of `Seq2SeqTrainer.prediction_step`, for a class derived from both. Where that one generates,
-        the objective is measured in a forward pass of its own.
+        `gen_kwargs` are those of `Seq2SeqTrainer.prediction_step`, for a class derived from both. Where it generates, the
+        losses are measured in a forward pass of their own.
         """
         step = super().prediction_step
-        labelled = all(inputs.get(name) is not None for name in self.label_names)
+        has_labels = all(inputs.get(name) is not None for name in self.label_names)
         if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate and not prediction_loss_only:
-            own = self._batch_builder.student_inputs(inputs)
-            loss, predictions, labels = step(model, own, False, ignore_keys, **gen_kwargs)
-            if labelled:
+            student_inputs = self._batch_builder.student_inputs(inputs)
+            loss, predictions, labels = step(model, student_inputs, False, ignore_keys, **gen_kwargs)
+            if has_labels:
                 loss, _, _ = self._prediction_step(step, model, inputs, True, ignore_keys)
             return loss, predictions, labels
-        if not labelled:
+        if not has_labels:
             inputs = self._batch_builder.student_inputs(inputs)
             model = self._subclass_targets.wrap_in_class_logits(model)
         return self._prediction_step(step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
@@ -437,15 +455,15 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         return dict(means) | weighted
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, and in training every term, raw and weighted."""
+        """Log as `Trainer` does, and in training every loss, raw and weighted."""
         if "loss" in logs:
             logs |= self._add_weighted_terms(self._train_means.means(self.accelerator, self.args.loss_weights))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as `Trainer` does, and measure every term, the task loss, perplexity and agreement.
+        """Evaluate as `Trainer` does, and measure every loss, the task loss, perplexity and agreement with the teacher.
 
-        `eval_loss` is the task loss, its mean over all items, as `eval_ce`; `eval_objective` is the weighted sum of the terms.
+        `eval_loss` is the task loss, its mean over all items, as `eval_ce`; `eval_objective` is the weighted sum of the losses.
         """
         self._eval_means = RunningMeans()
         self.called_methods.discard("compute_loss")
@@ -482,7 +500,7 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
             clean_saved_folder(folder)
             remove_local_paths(folder)
         if self.args.should_save and self.distillation_objective.projections is not None:
-            if folder.name.startswith("checkpoint-"):  # what resumes needs them; what is published does not
+            if folder.name.startswith("checkpoint-"):  # resuming needs them; published files do not
                 self.distillation_objective.projections.save(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -491,13 +509,13 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_state(self) -> None:
-        """Save `trainer_state.json` into `output_dir` as `Trainer` does, but for the path of the best checkpoint."""
+        """Save `trainer_state.json` into `output_dir` as `Trainer` does, without the path of the best checkpoint."""
         super().save_state()
         if self.args.should_save:
             remove_paths_from_state(Path(self.args.output_dir or ""))
 
     def _load_callback_state(self) -> None:
-        """Find the best checkpoint of a resumed run by its step: the state that was saved does not hold its path."""
+        """Find the best checkpoint of a resumed run by its step: the saved state does not have its path."""
         super()._load_callback_state()
         best = Path(self.args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         if self.state.best_model_checkpoint is None and self.state.best_global_step and best.is_dir():
@@ -517,7 +535,7 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo:
-        """Push as `Trainer` does; the card that is kept is that of the revision that is pushed to."""
+        """Push as `Trainer` does; the existing card of the target revision is kept."""
         self._hub_target = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
 
@@ -533,11 +551,11 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Draw the student's card in `output_dir`, and write the record that it is drawn from.
+        """Write the student's model card into `output_dir`, and the record of the training that it is made from.
 
-        The arguments are `Trainer`'s. What a card tells of the teacher, the task and the results is known here, so
-        `finetuned_from` and `tasks` are not looked at; `dataset_tags` are ids on the Hub, `dataset` and `dataset_args` names
-        for people. A card that is there keeps its own text.
+        The arguments are those of `Trainer`. Teacher, task and results are known, so `finetuned_from` and `tasks` have no
+        effect; `dataset_tags` are Hub ids, `dataset` and `dataset_args` are names for people. An existing card keeps the
+        text that a person wrote.
         """
         if not self.is_world_process_zero():
             return
@@ -559,18 +577,18 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         )
 
     def save_merged_model(self, output_dir: str | os.PathLike[str]) -> None:
-        """Save the student with its adapter merged into it: a stock model, as `from_pretrained` loads it.
+        """Save the student with its adapter merged: a stock model that `from_pretrained` loads.
 
-        What is written is loaded again and compared with the student. Embeddings that were tied, and of which the adapter
-        changed one alone, are written as two tensors.
+        The files are loaded again and compared with the student. Tied embeddings of which the adapter changed only one are
+        written as two tensors.
 
         Raises:
-            OptionError: the student has no adapter, or one that cannot be merged; or its weights are sharded.
+            OptionError: The student has no adapter, or one that cannot be merged; or its weights are sharded.
         """
         student = self.unwrapped_student
         if is_sharded(self.accelerator):
             raise OptionError(
-                "The student's weights are spread over processes, and cannot be merged here. Save the adapter with "
+                "The student's weights are sharded over processes and cannot be merged here. Save the adapter with "
                 "save_model, and merge it in one process: PeftModel.from_pretrained(base, folder).merge_and_unload()."
             )
         if not self.args.should_save:
@@ -586,5 +604,5 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
             clean_saved_folder(folder)
 
 
-def _as_list(given: "str | list[str] | None") -> list[str]:
-    return [given] if isinstance(given, str) else list(given or [])
+def _as_list(names: "str | list[str] | None") -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])

@@ -1,8 +1,8 @@
-"""Trainers that users derive from `DistillationTrainer`: whether they still leave to it what it must do itself.
+"""Trainers that users derive from `DistillationTrainer`: whether its own methods are still called.
 
-A class that stands before `DistillationTrainer` in the method resolution order replaces its methods. One that does not call
-`super()` there trains a student without its teacher. What can be seen in the code is refused when the trainer is made, what
-cannot at the first step or evaluation.
+A class before `DistillationTrainer` in the method resolution order overrides its methods. One that does not call `super()`
+there would train a student without its teacher. What its code shows is an error when the trainer is created, what it does
+not show is one at the first step or evaluation.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from hf_guide.errors import OptionError
 
-# For each method that must be reached, and what it may call to reach it.
+# For each method that must be called, the names that an override may call to get there.
 _SUPER_CALLS: dict[str, tuple[str, ...]] = {
     "compute_loss": ("super", "compute_loss"),
     "training_step": ("super", "training_step", "compute_loss"),
@@ -23,7 +23,7 @@ _SUPER_CALLS: dict[str, tuple[str, ...]] = {
     "evaluation_loop": ("super", "evaluation_loop"),
 }
 
-# Who calls a method, and so may have left it out.
+# The callers of a method, which may have left it out.
 _CALLERS = {
     "compute_loss": ("training_step", "prediction_step"),
     "_get_num_items_in_batch": ("get_batch_samples",),
@@ -40,15 +40,15 @@ _CONSEQUENCES = {
 
 
 def check_init_keywords(cls: type, base: type, keywords: Collection[str]) -> None:
-    """Check that every class before `base` hands on the keywords that are `base`'s own.
+    """Check that every class before `base` passes on the keywords that are `base`'s own.
 
     Args:
-        cls: the class that is being instantiated.
+        cls: The class that is being instantiated.
         base: `DistillationTrainer`.
-        keywords: names of the keyword arguments.
+        keywords: Names of the keyword arguments.
 
     Raises:
-        OptionError: names the class whose `__init__` does not take one of them.
+        OptionError: Names the class whose `__init__` does not take one of them.
     """
     own = set(inspect.signature(base.__init__).parameters) & set(keywords)  # type: ignore[misc]
     for each in _classes_before(cls, base):
@@ -58,17 +58,17 @@ def check_init_keywords(cls: type, base: type, keywords: Collection[str]) -> Non
         missing = sorted(own - _accepted_keywords(function, own))
         if missing:
             raise OptionError(
-                f"{each.__name__}.__init__ takes no {' or '.join(missing)} and stands before {base.__name__} in "
+                f"{each.__name__}.__init__ takes no {' or '.join(missing)} and comes before {base.__name__} in "
                 f"{cls.__name__}. {_base_order_advice(cls, base, each)}, "
                 "or name the teacher in the arguments: DistillationArguments(teacher=...)."
             )
 
 
 def check_overridden_methods(trainer: Any, base: type) -> None:
-    """Check that no class before `base` replaces a method without calling the one of `base`, as far as code tells.
+    """Check that no class before `base` overrides a method without calling that of `base`, as far as its code shows.
 
     Raises:
-        OptionError: names the class, the method and what to do.
+        OptionError: Names the class, the method and what to do.
     """
     cls = type(trainer)
     before = list(_classes_before(cls, base))
@@ -83,10 +83,10 @@ def check_overridden_methods(trainer: Any, base: type) -> None:
 
 
 def check_seq2seq(trainer: Any, base: type, args: Any) -> None:
-    """Check that a trainer that generates in evaluation can measure the objective as well.
+    """Check that a trainer that generates in evaluation also measures the losses.
 
     Raises:
-        OptionError: `Seq2SeqTrainer` stands before `base` and would evaluate without it, or the arguments are not its own.
+        OptionError: `Seq2SeqTrainer` comes before `base` and would evaluate without it, or the arguments are not its own.
     """
     cls = type(trainer)
     if not issubclass(cls, Seq2SeqTrainer):
@@ -107,21 +107,21 @@ def next_init_kwargs(trainer: Any, base: type, keywords: Mapping[str, Any]) -> d
     """Return the keywords that the `__init__` after `base` takes; those that it does not take must be None.
 
     Raises:
-        OptionError: one that it does not take was given.
+        OptionError: One that it does not take has a value.
     """
     order = type(trainer).__mro__
     owner = next(each for each in order[order.index(base) + 1 :] if "__init__" in vars(each))
-    taken = _accepted_keywords(vars(owner)["__init__"], keywords)
-    refused = sorted(name for name, value in keywords.items() if name not in taken and value is not None)
-    if refused:
+    accepted = _accepted_keywords(vars(owner)["__init__"], keywords)
+    rejected = sorted(name for name, value in keywords.items() if name not in accepted and value is not None)
+    if rejected:
         raise OptionError(
-            f"{owner.__name__}.__init__, which comes after {base.__name__}, takes no {', '.join(refused)}."
+            f"{owner.__name__}.__init__, which comes after {base.__name__}, takes no {', '.join(rejected)}."
         )
-    return {name: value for name, value in keywords.items() if name in taken}
+    return {name: value for name, value in keywords.items() if name in accepted}
 
 
 def describe_not_called(trainer: Any, base: type, name: str) -> str:
-    """Return the sentences of an error: whose method was called in place of the one of `base`, and what to do."""
+    """Return the text of an error: whose method was called instead of that of `base`, and what to do."""
     cls = type(trainer)
     for each in (name, *_CALLERS[name]):
         if each in vars(trainer):
@@ -132,10 +132,10 @@ def describe_not_called(trainer: Any, base: type, name: str) -> str:
         owner = next((kind for kind in cls.__mro__ if each in vars(kind)), base)
         if owner not in base.__mro__:
             return (
-                f"{cls.__name__} takes {each} from {owner.__name__}, which did not reach {base.__name__}.{name}: "
+                f"{cls.__name__} takes {each} from {owner.__name__}, which did not call {base.__name__}.{name}: "
                 f"{_CONSEQUENCES[each]}. {_override_advice(cls, base, owner, each)}"
             )
-    return f"{cls.__name__} never reached {base.__name__}.{name}: {_CONSEQUENCES[name]}."
+    return f"{cls.__name__} never called {base.__name__}.{name}: {_CONSEQUENCES[name]}."
 
 
 def _classes_before(cls: type, base: type) -> Iterator[type]:
@@ -167,14 +167,14 @@ def _code_object(attribute: Any) -> CodeType | None:
     return getattr(function, "__code__", None)
 
 
-def _references(code: CodeType, wanted: Collection[str], classes: Collection[type], seen: set[CodeType]) -> bool:
-    """Return whether code names one of `wanted`, itself or in the methods of `classes` that it names."""
+def _references(code: CodeType, names: Collection[str], classes: Collection[type], seen: set[CodeType]) -> bool:
+    """Return whether code refers to one of `names`, itself or in the methods of `classes` that it refers to."""
     if code in seen:
         return False
     seen.add(code)
-    named = {*code.co_names, *code.co_freevars}
-    if named & set(wanted):
+    referenced = {*code.co_names, *code.co_freevars}
+    if referenced & set(names):
         return True
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    methods = (_code_object(vars(each).get(name)) for each in classes for name in named)
-    return any(_references(each, wanted, classes, seen) for each in [*inner, *methods] if each is not None)
+    methods = (_code_object(vars(each).get(name)) for each in classes for name in referenced)
+    return any(_references(each, names, classes, seen) for each in [*inner, *methods] if each is not None)

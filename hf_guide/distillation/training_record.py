@@ -1,4 +1,4 @@
-"""What a trainer tells of its run, for the card: `distillation.json`."""
+"""The record of a trainer's run, for the model card: `distillation.json`."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ def build_training_record(
     evaluated_on: Sequence[str] = (),
     languages: Sequence[str] = (),
 ) -> DistillationRecord:
-    """Return what there is to tell of a run so far. The metrics are those of the last evaluation."""
+    """Return the record of a run so far, with the metrics of the last evaluation."""
     args, state = trainer.args, trainer.state
     student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     history = eval_history(state.log_history)
@@ -51,7 +51,7 @@ def build_training_record(
 
 
 def eval_history(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """Return what was measured at each step of a `Trainer`'s log at which it evaluated, on one dataset or on several."""
+    """Return the metrics of each step at which a `Trainer` evaluated, on one dataset or on several, merged by step."""
     found: dict[float, dict[str, float]] = {}
     for entry in history:
         if any(name.startswith("eval_") and name.endswith("_loss") for name in entry):

@@ -121,7 +121,7 @@ def test_an_unfinished_or_damaged_checkpoint_is_skipped_and_the_curve_stays(
     again = trainer(folder)
     with caplog.at_level(logging.WARNING):
         again.train(resume_from_checkpoint=True)
-    for text in ("checkpoint-8 is unfinished or damaged and is skipped", "goes on from", "checkpoint-3, the last"):
+    for text in ("checkpoint-8 is incomplete or damaged and is skipped", "resumes from", "checkpoint-3, the last"):
         assert text in caplog.text
     assert curve(again) == whole[1]
     for name in ("checkpoint-6", "checkpoint-8"):
@@ -137,12 +137,12 @@ def test_a_named_checkpoint_that_is_unfinished_is_refused_and_a_whole_one_named(
     folder = shutil.copytree(whole[0], tmp_path / "run")
     (folder / "checkpoint-8" / "trainer_state.json").unlink()
     with pytest.raises(
-        OptionError, match="no trainer_state.json, which is written last.*last whole one .*checkpoint-6"
+        OptionError, match="no trainer_state.json, which is written last.*last complete one .*checkpoint-6"
     ):
         trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-8"))
     for name in ("checkpoint-6", "checkpoint-3"):
         (folder / name / "optimizer.pt").unlink()
-    with pytest.raises(OptionError, match="optimizer.pt is missing.*No whole one"):
+    with pytest.raises(OptionError, match="optimizer.pt is missing.*no complete one"):
         trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-6"))
     with pytest.raises(OptionError, match="no such folder"):
         trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-9"))
@@ -155,7 +155,7 @@ def test_without_a_whole_checkpoint_training_begins_anew_and_says_so(
     again = trainer(tmp_path)
     with caplog.at_level(logging.WARNING):
         again.train(resume_from_checkpoint=True)
-    assert "is whole: training begins anew" in caplog.text and curve(again) == whole[1]
+    assert "is complete: training starts from the beginning" in caplog.text and curve(again) == whole[1]
     with pytest.raises(
         ValueError, match="No valid checkpoint found"
     ):  # no trace of a run: a wrong folder, as for Trainer
@@ -210,7 +210,7 @@ def test_a_write_that_fails_at_any_file_leaves_the_whole_checkpoints_and_nothing
             )
             if error is DISK_FULL:
                 assert "The checkpoint of step 6" in str(raised.value) and "MiB free" in str(raised.value)
-                assert f"{folder / 'checkpoint-3'} is whole" in str(raised.value)
+                assert f"complete checkpoint is {folder / 'checkpoint-3'}" in str(raised.value)
 
 
 def test_the_limit_counts_whole_checkpoints(tmp_path: Path) -> None:
@@ -281,7 +281,10 @@ def test_a_checkpoint_without_the_optimizer_is_resumed_and_says_so(
     again = trainer(tmp_path, max_steps=4)
     with caplog.at_level(logging.WARNING):
         again.train(resume_from_checkpoint=True)
-    assert "saved with save_only_model: the optimizer and the learning rate begin anew" in caplog.text
+    assert (
+        "saved with save_only_model: the optimizer and the learning rate schedule start from the beginning"
+        in caplog.text
+    )
     assert again.state.global_step == 4
 
 
@@ -305,14 +308,14 @@ def test_a_run_does_not_go_on_from_an_earlier_one_in_its_folder(
     for folder in ("own", "shared"):
         begun = trainer(tmp_path / folder, learning_rate=0.05, max_steps=3, lr_scheduler_type="constant")
         begun.train()
-    assert "holds checkpoints of an earlier run, up to checkpoint-8" in caplog.text
+    assert "has checkpoints of an earlier run, up to checkpoint-8" in caplog.text
     ends = []
     for folder in ("own", "shared"):
         done = trainer(tmp_path / folder, learning_rate=0.05, lr_scheduler_type="constant")
         done.train(resume_from_checkpoint=True)
         ends.append(curve(done))
     assert ends[0] == ends[1]
-    assert "checkpoint-8 is of an earlier run in the same output_dir and is skipped" in caplog.text
+    assert "checkpoint-8 belongs to an earlier run in the same output_dir and is skipped" in caplog.text
     assert (
         checkpoints.last_complete_checkpoint(tmp_path / "shared") == tmp_path / "shared" / "checkpoint-8"
     )  # it is the second's now

@@ -103,7 +103,7 @@ def test_a_term_is_named(accumulation: int, tmp_path: Path) -> None:
         return loss * (math.inf if len(calls) > accumulation else 1.0)
 
     trainer = trainer_of(tmp_path, compute_loss_func=own, gradient_accumulation_steps=accumulation)
-    check_ended(trainer, tmp_path, 2, ["the term 'ce' of the loss is inf", "checkpoint-1"])
+    check_ended(trainer, tmp_path, 2, ["the loss 'ce' is inf", "checkpoint-1"])
     assert all_finite(trainer.model.parameters())
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.distillation.loss_scaling import LossScalingTrainer
 from hf_guide.errors import OptionError
 from tests.distillation.small import collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
@@ -114,7 +115,7 @@ def skip_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None
 
 
 def skip_count(self: Any, batch_samples: Any, device: Any) -> Any:
-    return super(DistillationTrainer, self)._get_num_items_in_batch(batch_samples, device)
+    return super(LossScalingTrainer, self)._get_num_items_in_batch(batch_samples, device)
 
 
 @pytest.mark.parametrize(

@@ -34,63 +34,67 @@ class DivergenceKind(str, Enum):
 
 
 def widest_float_dtype(device: torch.device) -> torch.dtype:
-    """Return float64, or what a device has in its place."""
+    """Return float64, or float32 on a device that has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class SoftmaxDistribution(NamedTuple):
-    """log p = shifted - log_sum. Apart, because one rounding of their difference would be in every class's share."""
+    """log p = shifted - log_sum; kept apart, because the rounding of their difference would be in every class."""
 
     shifted: Tensor  # (rows, classes), the largest of a row is zero
     p: Tensor  # (rows, classes)
-    log_sum: Tensor  # (rows,), the finest dtype there is
+    log_sum: Tensor  # (rows,), the widest dtype there is
 
 
 def softmax_distribution(scaled: Tensor) -> SoftmaxDistribution:
-    """Return the softmax of logits, (rows, classes), that are divided by the temperature already."""
+    """Return the softmax of logits (rows, classes) that are already divided by the temperature."""
     shifted = scaled - scaled.amax(-1, keepdim=True)
     p = shifted.exp()
     total = p.sum(-1, keepdim=True)
     return SoftmaxDistribution(shifted, p.div_(total), total.squeeze(-1).to(widest_float_dtype(scaled.device)).log())
 
 
-# Of teacher p and student q, whose buffers may be used up: values (rows,), and the slope by q's logits, written where
-# there is room for it.
+# Takes teacher p and student q, whose buffers it may overwrite; returns values (rows,), and writes the gradient by q's
+# logits into the last argument, if it is a tensor.
 DivergenceFunction = Callable[[SoftmaxDistribution, SoftmaxDistribution, float, "Tensor | None"], Tensor]
 
 
 def _sum_over_classes(terms: Tensor, of: SoftmaxDistribution) -> Tensor:
-    """Sum over classes, where 0 times infinity is 0; what was not a number before stays so, by way of `log_sum`."""
+    """Sum over classes, where 0 times infinity is 0; NaN inputs still give NaN, through `log_sum`."""
     total = terms.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf).sum(-1)
     return total.to(of.log_sum.dtype).masked_fill_(of.log_sum.isnan(), math.nan)
 
 
-def _forward_kl(teacher: SoftmaxDistribution, student: SoftmaxDistribution, _: float, slope: Tensor | None) -> Tensor:
-    if slope is not None:
-        torch.sub(student.p, teacher.p, out=slope)
+def _forward_kl(
+    teacher: SoftmaxDistribution, student: SoftmaxDistribution, _: float, gradient: Tensor | None
+) -> Tensor:
+    if gradient is not None:
+        torch.sub(student.p, teacher.p, out=gradient)
     terms = teacher.shifted.sub_(student.shifted).mul_(teacher.p)
     return _sum_over_classes(terms, teacher) - teacher.log_sum + student.log_sum
 
 
-def _reverse_kl(teacher: SoftmaxDistribution, student: SoftmaxDistribution, _: float, slope: Tensor | None) -> Tensor:
+def _reverse_kl(
+    teacher: SoftmaxDistribution, student: SoftmaxDistribution, _: float, gradient: Tensor | None
+) -> Tensor:
     terms = student.shifted.sub_(teacher.shifted).mul_(student.p)
     total = _sum_over_classes(terms, student)
-    if slope is not None:
+    if gradient is not None:
         # q (log(q / p) - its mean), of which the normalisers drop out.
-        torch.addcmul(terms, student.p, total.to(terms.dtype).unsqueeze(-1), value=-1, out=slope)
+        torch.addcmul(terms, student.p, total.to(terms.dtype).unsqueeze(-1), value=-1, out=gradient)
     return total - student.log_sum + teacher.log_sum
 
 
-def _jsd(teacher: SoftmaxDistribution, student: SoftmaxDistribution, beta: float, slope: Tensor | None) -> Tensor:
+def _jsd(teacher: SoftmaxDistribution, student: SoftmaxDistribution, beta: float, gradient: Tensor | None) -> Tensor:
     # log(p / m) = -log(beta) - log1p((1 - beta) / beta q / p), and likewise for q: exact too where one is all of m.
     odds = (1.0 - beta) / beta
     of_teacher = torch.div(student.p, teacher.p, out=teacher.shifted).mul_(odds).log1p_().mul_(teacher.p)
     of_student = torch.div(teacher.p, student.p, out=student.shifted).div_(odds).log1p_().mul_(student.p)
     from_teacher, from_student = _sum_over_classes(of_teacher, teacher), _sum_over_classes(of_student, student)
-    if slope is not None:
+    if gradient is not None:
         # The derivative by q is (1 - beta) log(q / m): what m itself changes cancels, and constants drop out.
         mean = from_student.to(of_student.dtype).unsqueeze(-1)
-        torch.addcmul(of_student, student.p, mean, value=-1, out=slope).mul_(beta - 1.0)
+        torch.addcmul(of_student, student.p, mean, value=-1, out=gradient).mul_(beta - 1.0)
     entropy = -beta * math.log(beta) - (1.0 - beta) * math.log1p(-beta)
     return entropy - beta * from_teacher - (1.0 - beta) * from_student
 
@@ -102,7 +106,7 @@ DIVERGENCE_FUNCTIONS: dict[DivergenceKind, DivergenceFunction] = {
 }
 
 
-# So few classes cost nothing beside the model, and float64 then holds the small divergences of sure classifiers too.
+# With so few classes float64 costs nothing next to the model, and represents the small divergences of confident classifiers.
 _MAX_CLASSES_IN_FLOAT64 = 1024
 
 
@@ -119,41 +123,46 @@ def divergence(
         forward_kl = KL(p || q)        reverse_kl = KL(q || p)        p, q = softmax(logits / t)
         jsd = beta KL(p || m) + (1 - beta) KL(q || m),   m = beta p + (1 - beta) q
 
-    The first is distillation's own (Hinton et al., arXiv 1503.02531), with its factor of t squared, which keeps gradients
-    on one scale; the last is the generalised JSD of GKD (arXiv 2306.13649, eq. 2). It is zero at both ends, beta = 0 and
-    1; divided by beta it tends to forward_kl, and by 1 - beta to reverse_kl, which have names of their own, so
-    both ends are refused.
+    forward_kl is knowledge distillation (Hinton et al., arXiv 1503.02531), with its factor of t squared, which keeps
+    gradients on one scale; jsd is the generalized Jensen-Shannon divergence of GKD (arXiv 2306.13649, eq. 2). It is zero at
+    both ends, beta = 0 and 1; divided by beta it tends to forward_kl, and by 1 - beta to reverse_kl, so both ends are
+    errors.
 
-    A class whose logit is -inf in both has probability zero in both and adds nothing. Against a `TopK` each is the same
-    divergence between what both say of the k outcomes and of "any other": never more than the full one (data
-    processing inequality), and the full one where k is the number of classes.
+    A class whose logit is -inf in both has probability zero in both and adds nothing. With a `TopKTarget` it is the
+    divergence between both distributions over the k classes and "any other class": never more than the full one (data
+    processing inequality), and equal to it where k is the number of classes.
 
     Args:
         student_logits: (items, classes), any floating dtype; the gradient goes here.
-        target: what the teacher says of the same items and classes.
-        kind: a `DivergenceKind` or its name.
-        beta: the teacher's share of the mixture in `jsd`, strictly between 0 and 1; other kinds do not look at it.
-        temperature: positive.
+        target: The teacher's distributions of the same items and classes.
+        kind: A `DivergenceKind` or its name.
+        beta: The teacher's weight in the mixture of `jsd`, strictly between 0 and 1; other kinds ignore it.
+        temperature: Positive.
 
     Returns:
         (items,), float64 for float64 logits and float32 for all others.
 
     Raises:
-        OptionError: kind, beta or temperature is not one of those.
-        VocabularyError: student and teacher have different numbers of classes.
-        HfGuideError: they have different numbers of items, or the parts of a `TopK` do not fit together.
+        OptionError: An invalid kind, beta or temperature.
+        VocabularyError: Student and teacher have different numbers of classes.
+        HfGuideError: They have different numbers of items, or the tensors of a `TopKTarget` do not fit together.
+
+    Example:
+        >>> teacher = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+        >>> divergence(torch.zeros(2, 2), DenseTarget(teacher), kind="forward_kl")
+        tensor([0.3278, 0.0000])
     """
     kind = _parse_divergence_kind(kind, beta)
     check_positive("temperature", temperature)
     if student_logits.dim() != 2:
-        raise HfGuideError(f"Logits are (items, classes) here; the student's are {tuple(student_logits.shape)}.")
+        raise HfGuideError(f"Logits must be (items, classes); the student's are {tuple(student_logits.shape)}.")
     if isinstance(target, DenseTarget):
         _check_dense_target(student_logits, target)
-        told: tuple[Tensor, ...] = (target.logits.detach(),)
+        tensors: tuple[Tensor, ...] = (target.logits.detach(),)
     else:
         _check_top_k_target(student_logits, target)
-        told = (target.indices, target.log_probs.detach(), target.log_normalizer.detach())
-    return _Divergence.apply(student_logits, kind, beta, float(temperature), torch.is_grad_enabled(), *told)
+        tensors = (target.indices, target.log_probs.detach(), target.log_normalizer.detach())
+    return _Divergence.apply(student_logits, kind, beta, float(temperature), torch.is_grad_enabled(), *tensors)
 
 
 def dkd(
@@ -170,23 +179,25 @@ def dkd(
         student_logits: (items, classes), three classes at least; the gradient goes here.
         teacher_logits: (items, classes).
         labels: int64 (items,), each a class.
-        alpha: weight of the label's part.
-        beta: weight of the others' part.
-        temperature: positive.
+        alpha: Weight of the label's part.
+        beta: Weight of the other classes' part.
+        temperature: Positive.
 
     Returns:
         (items,), float64 for float64 student logits and float32 for all others.
 
     Raises:
-        OptionError: there are fewer than three classes, or the temperature is not positive.
-        VocabularyError: student and teacher have different numbers of classes.
-        HfGuideError: they have different numbers of items, or a label is no class.
+        OptionError: There are fewer than three classes, or the temperature is not positive.
+        VocabularyError: Student and teacher have different numbers of classes.
+        HfGuideError: They have different numbers of items, or a label is not a class.
     """
     check_positive("temperature", temperature)
     _check_dense_target(student_logits, DenseTarget(teacher_logits))
     items, classes = student_logits.shape
     if classes < 3:
-        raise OptionError(f"dkd is about the classes beside the label, and needs 3 at least; found {classes}. Use kd.")
+        raise OptionError(
+            f"dkd compares the classes other than the label, and needs at least 3 classes; found {classes}. Use kd."
+        )
     if labels.shape != (items,):
         raise HfGuideError(f"dkd needs one label per item, ({items},); found {tuple(labels.shape)}.")
     if items and not bool(((labels >= 0) & (labels < classes)).all()):
@@ -202,9 +213,9 @@ def dkd(
         return torch.stack([at_label, any_other], -1), others
 
     (student_pair, student_others), (teacher_pair, teacher_others) = decouple(student_logits), decouple(teacher_logits)
-    of_label = divergence(student_pair, DenseTarget(teacher_pair), temperature=temperature)
-    of_others = divergence(student_others, DenseTarget(teacher_others), temperature=temperature)
-    return alpha * of_label + beta * of_others
+    label_part = divergence(student_pair, DenseTarget(teacher_pair), temperature=temperature)
+    other_part = divergence(student_others, DenseTarget(teacher_others), temperature=temperature)
+    return alpha * label_part + beta * other_part
 
 
 @dataclass(frozen=True)
@@ -275,12 +286,14 @@ def _parse_divergence_kind(kind: str, beta: float) -> DivergenceKind:
 
 
 def _check_dense_target(student_logits: Tensor, target: DenseTarget) -> None:
-    mine, theirs = tuple(student_logits.shape), tuple(target.logits.shape)
-    if len(mine) != 2 or len(theirs) != 2 or mine[0] != theirs[0]:
-        raise HfGuideError(f"Both logits are (items, classes) of the same items; found {mine} and teacher {theirs}.")
-    if mine[1] != theirs[1]:
+    student_shape, teacher_shape = tuple(student_logits.shape), tuple(target.logits.shape)
+    if len(student_shape) != 2 or len(teacher_shape) != 2 or student_shape[0] != teacher_shape[0]:
+        raise HfGuideError(
+            f"Both logits must be (items, classes) of the same items; found student {student_shape} and teacher {teacher_shape}."
+        )
+    if student_shape[1] != teacher_shape[1]:
         raise VocabularyError(
-            f"The student has {mine[1]} classes and the teacher {theirs[1]}. Cut both to those that they share."
+            f"The student has {student_shape[1]} classes and the teacher {teacher_shape[1]}. Cut both to those that they share."
         )
 
 
@@ -290,7 +303,7 @@ def _check_top_k_target(student_logits: Tensor, target: TopKTarget) -> None:
     k = shapes[0][-1] if shapes[0] else 0
     if shapes != [(items, k), (items, k), (items,)] or k < 1:
         raise HfGuideError(
-            f"A top k of {items} items is indices ({items}, k), log_probs ({items}, k) and log_normalizer ({items},); "
+            f"The top k of {items} items must be indices ({items}, k), log_probs ({items}, k) and log_normalizer ({items},); "
             f"found {', '.join(map(str, shapes))}."
         )
     if k > classes:
@@ -302,7 +315,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Divergence(torch.autograd.Function):
-    """Each item's value, and at once its slope by the logits, which every kind here knows in closed form."""
+    """Compute each item's value, and in the same pass its gradient by the logits, which every kind has in closed form."""
 
     @staticmethod
     def forward(
@@ -312,34 +325,35 @@ class _Divergence(torch.autograd.Function):
         beta: float,
         temperature: float,
         grad_enabled: bool,
-        *told: Tensor,
+        *target: Tensor,
     ) -> Tensor:
         dtype = _at_least_float32(logits.dtype)
         working = widest_float_dtype(logits.device) if logits.shape[-1] <= _MAX_CLASSES_IN_FLOAT64 else dtype
         values = logits.new_empty(len(logits), dtype=dtype)
-        slopes = torch.empty_like(logits, dtype=dtype) if grad_enabled and ctx.needs_input_grad[0] else None
-        against = _compare_dense if len(told) == 1 else _compare_top_k
+        gradients = torch.empty_like(logits, dtype=dtype) if grad_enabled and ctx.needs_input_grad[0] else None
+        compare = _compare_dense if len(target) == 1 else _compare_top_k
         for rows in row_chunks(logits):
-            scaled, heard = _divide_by_temperature(logits[rows], temperature, working), [part[rows] for part in told]
-            slope = None
-            if slopes is not None:
-                slope = slopes[rows] if working == dtype else torch.empty_like(scaled)
+            scaled = _divide_by_temperature(logits[rows], temperature, working)
+            target_rows = [tensor[rows] for tensor in target]
+            gradient = None
+            if gradients is not None:
+                gradient = gradients[rows] if working == dtype else torch.empty_like(scaled)
             values[rows] = (
-                against(scaled, heard, DIVERGENCE_FUNCTIONS[kind], beta, temperature, slope)
+                compare(scaled, target_rows, DIVERGENCE_FUNCTIONS[kind], beta, temperature, gradient)
                 .mul_(temperature**2)
                 .to(dtype)
             )
-            if slopes is not None and slope is not None and working != dtype:
-                slopes[rows] = slope
-        if slopes is not None:
-            ctx.save_for_backward(slopes)
+            if gradients is not None and gradient is not None and working != dtype:
+                gradients[rows] = gradient
+        if gradients is not None:
+            ctx.save_for_backward(gradients)
             ctx.dtype = logits.dtype
         return values
 
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        (slopes,) = ctx.saved_tensors
-        return (slopes * weights.unsqueeze(-1)).to(ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
+        (gradients,) = ctx.saved_tensors
+        return (gradients * weights.unsqueeze(-1)).to(ctx.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _divide_by_temperature(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
@@ -349,56 +363,58 @@ def _divide_by_temperature(logits: Tensor, temperature: float, dtype: torch.dtyp
 
 def _compare_dense(
     scaled: Tensor,
-    told: list[Tensor],
+    target: list[Tensor],
     compare: DivergenceFunction,
     beta: float,
     temperature: float,
-    slope: Tensor | None,
+    gradient: Tensor | None,
 ) -> Tensor:
-    teacher = softmax_distribution(_divide_by_temperature(told[0], temperature, scaled.dtype))
-    values = compare(teacher, softmax_distribution(scaled), beta, slope)
-    if slope is not None and temperature != 1.0:
-        slope.mul_(temperature)  # one t of its square is spent on the division of the logits
+    teacher = softmax_distribution(_divide_by_temperature(target[0], temperature, scaled.dtype))
+    values = compare(teacher, softmax_distribution(scaled), beta, gradient)
+    if gradient is not None and temperature != 1.0:
+        gradient.mul_(temperature)  # of the factor t squared, the division of the logits takes one t
     return values
 
 
 def _compare_top_k(
     scaled: Tensor,
-    told: list[Tensor],
+    target: list[Tensor],
     compare: DivergenceFunction,
     beta: float,
     temperature: float,
-    slope: Tensor | None,
+    gradient: Tensor | None,
 ) -> Tensor:
-    """Compare on k + 1 outcomes, then hand the tail's slope on to the classes in it by their share of the tail."""
-    indices, log_probs, log_normalizer = told[0].long(), *told[1:]
-    finest, k = widest_float_dtype(scaled.device), indices.shape[-1]
-    log_p = _divide_by_temperature(log_probs, temperature, finest) - log_normalizer.to(finest).unsqueeze(-1)
-    outcomes = scaled.gather(-1, indices).to(finest)
+    """Compare k + 1 outcomes, then distribute the tail's gradient over its classes by their share of the tail."""
+    indices, log_probs, log_normalizer = target[0].long(), *target[1:]
+    widest, k = widest_float_dtype(scaled.device), indices.shape[-1]
+    log_p = _divide_by_temperature(log_probs, temperature, widest) - log_normalizer.to(widest).unsqueeze(-1)
+    outcomes = scaled.gather(-1, indices).to(widest)
     has_tail = k < scaled.shape[-1]
     if has_tail:
-        # One exponential of the row serves the tail's mass and its slope; with a temperature `scaled` is nobody else's.
+        # One exponential of the row serves the tail's mass and its gradient; with a temperature `scaled` is a copy.
         rest = (
             scaled.scatter(-1, indices, -math.inf) if temperature == 1.0 else scaled.scatter_(-1, indices, -math.inf)
         )
         most = rest.amax(-1, keepdim=True)
-        nobody = most == -math.inf
-        shares = torch.exp(rest.sub_(most.masked_fill(nobody, 0.0)), out=rest if slope is None else slope)
+        is_empty = most == -math.inf
+        shares = torch.exp(rest.sub_(most.masked_fill(is_empty, 0.0)), out=rest if gradient is None else gradient)
         mass = shares.sum(-1, keepdim=True)
-        log_rest = mass.to(finest).log() + most.to(finest)
-        log_tail = _log_tail(log_p, log_probs.dtype).masked_fill(nobody, -math.inf)
+        log_rest = mass.to(widest).log() + most.to(widest)
+        log_tail = _log_tail(log_p, log_probs.dtype).masked_fill(is_empty, -math.inf)
         log_p, outcomes = torch.cat([log_p, log_tail], -1), torch.cat([outcomes, log_rest], -1)
-    coarse_slope = None if slope is None else torch.empty_like(outcomes)
-    values = compare(softmax_distribution(log_p), softmax_distribution(outcomes), beta, coarse_slope)
-    if slope is not None and coarse_slope is not None:
-        coarse_slope = coarse_slope.to(slope.dtype).mul_(temperature)  # of few, where the whole slope would do as well
+    outcome_gradient = None if gradient is None else torch.empty_like(outcomes)
+    values = compare(softmax_distribution(log_p), softmax_distribution(outcomes), beta, outcome_gradient)
+    if gradient is not None and outcome_gradient is not None:
+        outcome_gradient = outcome_gradient.to(gradient.dtype).mul_(
+            temperature
+        )  # few classes: cheaper than scaling the whole gradient
         if has_tail:
-            slope.mul_((coarse_slope[:, k:] / mass).masked_fill(nobody, 0.0))
-        slope.scatter_(-1, indices, coarse_slope[:, :k])
+            gradient.mul_((outcome_gradient[:, k:] / mass).masked_fill(is_empty, 0.0))
+        gradient.scatter_(-1, indices, outcome_gradient[:, :k])
     return values
 
 
 def _log_tail(log_p: Tensor, stored: torch.dtype) -> Tensor:
-    """Return log(1 - sum p), (items, 1): as good as nothing, but not negative, where rounding made the sum too large."""
+    """Return log(1 - sum p), (items, 1); where rounding made the sum too large, the logarithm of a negligible probability."""
     smallest = torch.finfo(_at_least_float32(stored)).eps
     return (1.0 - log_p.exp().sum(-1, keepdim=True)).clamp_min_(smallest).log_()

@@ -279,14 +279,14 @@ def test_distributions_that_do_not_fit_are_refused():
     student, teacher = pair(2, 4)
     with pytest.raises(VocabularyError, match="student has 4 classes and the teacher 3"):
         divergence(student, DenseTarget(teacher[:, :3]))
-    with pytest.raises(HfGuideError, match=r"\(2, 4\) and teacher \(1, 4\)"):
+    with pytest.raises(HfGuideError, match=r"student \(2, 4\) and teacher \(1, 4\)"):
         divergence(student, DenseTarget(teacher[:1]))
     target = top_k(teacher, 2, 1.0)
     with pytest.raises(HfGuideError, match=r"log_normalizer \(2,\)"):
         divergence(student, TopKTarget(target.indices, target.log_probs[:, :1], target.log_normalizer))
     with pytest.raises(VocabularyError, match="top 4 cannot be among the student's 3"):
         divergence(student[:, :3], top_k(teacher, 4, 1.0))
-    with pytest.raises(OptionError, match="3 at least; found 2"):
+    with pytest.raises(OptionError, match="at least 3 classes; found 2"):
         dkd(student[:, :2], teacher[:, :2], torch.zeros(2, dtype=torch.long), alpha=1.0, beta=1.0, temperature=1.0)
     with pytest.raises(HfGuideError, match="from 0 to 3"):
         dkd(student, teacher, torch.tensor([0, -100]), alpha=1.0, beta=1.0, temperature=1.0)
