@@ -254,7 +254,7 @@ def test_every_term_of_an_adapted_model_is_that_of_its_merged_self(
         pair = (model, other) if side == "student" else (other, model)
         found.append(measured(task, *pair, tmp_path))
     assert found[1] == pytest.approx(found[0], rel=1e-6)
-    assert found[0]["eval_kd"] > 0 and found[0]["eval_embedding"] > 0 and found[0]["eval_hidden"] > 0
+    assert found[0]["eval_kd"] > 0 and found[0]["eval_features"] > 0 and found[0]["eval_hidden_states"] > 0
 
 
 def merged_in_place(folder: Path) -> Any:
@@ -505,7 +505,7 @@ UNMERGEABLE = {
     a_bias_without_a_place: "lora_bias",
     quantised: "quantised.*full precision",
     none: "no adapter to merge",
-    a_folder_with_an_adapter: "merged holds an adapter.*another folder",
+    a_folder_with_an_adapter: "merged has an adapter.*another folder",
     tokens_of_a_tied_head_with_a_bias: "loaded again.*nothing was written",
 }
 

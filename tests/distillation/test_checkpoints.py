@@ -187,12 +187,12 @@ def test_a_write_that_fails_at_any_file_leaves_the_whole_checkpoints_and_nothing
 ) -> None:
     """In place of the disk each part of a checkpoint's writing fails in turn, as the disk does or as an interruption."""
     for number, name in enumerate(
-        ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "_finish", "synchronize")
+        ("save_model", "_save_optimizer_and_scheduler", "_save_rng_state", "_finalize_checkpoint", "sync_to_disk")
     ):
         for error in (DISK_FULL, KeyboardInterrupt()) if name == "_save_rng_state" else (DISK_FULL,):
             folder = tmp_path / f"{number}{type(error).__name__}"
             broken = trainer(folder, max_steps=6)
-            home: Any = checkpoints if name in ("_finish", "synchronize") else broken
+            home: Any = checkpoints if name in ("_finalize_checkpoint", "sync_to_disk") else broken
             original, calls = getattr(home, name), []
 
             def failing(*given: Any, original=original, calls=calls, error=error, **named: Any) -> Any:

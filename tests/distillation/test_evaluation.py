@@ -138,7 +138,7 @@ def test_a_regression_learns_vectors_and_is_evaluated(outputs: int, tmp_path: Pa
     )
     trainer.train()
     metrics = trainer.evaluate()
-    assert metrics["eval_loss"] == metrics["eval_ce"] > 0 and metrics["eval_embedding"] > 0
+    assert metrics["eval_loss"] == metrics["eval_ce"] > 0 and metrics["eval_features"] > 0
     assert "eval_teacher_agreement" not in metrics and "eval_teacher_ce" not in metrics
 
 
