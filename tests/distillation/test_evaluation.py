@@ -122,7 +122,7 @@ def test_labels_that_are_no_classes_are_refused_at_the_first_batch(tmp_path: Pat
     trainer = DistillationTrainer(
         scores(3), arguments(tmp_path, losses="kd"), batch_of, rated(outputs=3), teacher=scores(3, 2)
     )
-    with pytest.raises(TaskError, match=r"torch.float32, \(8, 3\).*'kd' cannot be learned"):
+    with pytest.raises(TaskError, match=r"torch.float32, \(8, 3\).*'kd' cannot learn"):
         trainer.train()
 
 
