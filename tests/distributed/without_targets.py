@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from hf_guide import DistillationArguments, DistillationTrainer
 from hf_guide.errors import NotFiniteError
 from tests.distillation.small import collate, model_for
-from tests.distillation.test_without_targets import examples
+from tests.distillation.test_loss_scaling import examples
 from tests.distributed.gradients import ShardedOnCpu, whole
 
 

@@ -2,7 +2,7 @@
 
 By hand, with more kills and what each run went through:
 
-    python -m tests.distillation.test_kills FOLDER --runs 45 --seed 0
+    python -m tests.distillation.test_resuming FOLDER --runs 45 --seed 0
 """
 
 import argparse
@@ -186,7 +186,7 @@ def main() -> None:
 
 def killed_runs(folder: Path, *words: object) -> str:
     """Run this file as a program and return the last line of what it prints."""
-    script = "import tests.distillation.test_kills as kills; kills.main()"
+    script = "import tests.distillation.test_resuming as kills; kills.main()"
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return run_python(script, folder, *words, seconds=3600, **environment).splitlines()[-1]
 
