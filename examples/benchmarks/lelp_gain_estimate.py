@@ -1,12 +1,12 @@
-"""Is the forecast of `hf-guide subclasses` right? Against what `lelp_comparison.py` measured, arm by arm.
+"""Is the gain that `hf-guide analyze-subclasses` estimates right? Against what `lelp_comparison.py` measured, arm by arm.
 
     python examples/benchmarks/lelp_comparison.py --sets digits -o results
     python examples/benchmarks/lelp_gain_estimate.py --sets digits -o results          # the same options
 
-For each set and arm of subclasses: what tiny students gain over KD on pixels, or on the mean of a text's input embeddings,
-beside how much of the finer labels the subclasses know, and what students gained on the test part. Last, over all of them,
-the correlation of ranks and how often a recommended arm was below KD. Forecasts are made on the examples that students
-learn from; the test part is not looked at.
+For each set and arm of subclasses: what probes gain over KD on pixels, or on the mean of a text's input embeddings, the
+mutual information of subclasses and fine labels, and what students gained on the test part. Last, over all arms, the rank
+correlation and how often a recommended arm was below KD. Estimates are made on the examples that students learn from; they do
+not read the test part.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from hf_guide.lelp.analysis.report import label_mutual_information
 
 
 def features_of(batches: Batches, teacher: Classifier) -> Tensor:
-    """Return what a student could know without the teacher, (N, F)."""
+    """Return features of the inputs alone, (N, F)."""
     if not batches.data.is_text:
         return torch.nn.functional.adaptive_avg_pool2d(
             batches.data.inputs, min(14, batches.data.inputs.shape[-1])
@@ -37,12 +37,12 @@ def features_of(batches: Batches, teacher: Classifier) -> Tensor:
     return batches.of_each(mean)[0]
 
 
-def known(targets: Tensor, data: Labelled) -> float:
-    """Return the share of the finer labels, beyond the class, that the likeliest subclasses know; NaN without any."""
-    if data.finer is None:
+def adjusted_information(targets: Tensor, data: Labelled) -> float:
+    """Return the share of the fine labels' entropy that subclasses explain, adjusted for chance; NaN without fine labels."""
+    if data.fine_labels is None:
         return float("nan")
-    chosen = targets[torch.arange(len(targets)), data.labels].argmax(1)
-    return label_mutual_information(chosen, data.labels, data.finer).share
+    subclasses = targets[torch.arange(len(targets)), data.labels].argmax(1)
+    return label_mutual_information(subclasses, data.labels, data.fine_labels).adjusted
 
 
 def ranks(values: list[float]) -> Tensor:
@@ -58,14 +58,14 @@ def main() -> int:
         bench = prepare(name, args)
         batches, lesson = bench.lesson(args.transfer, args.share)
         features, common = features_of(batches, bench.teacher), plan(name, batches.data.is_text, args)
-        _, plain = runs.within(common, "kd")
+        _, kd_results = runs.within(common, "kd")
         for arm in (*ORACLES, *SPLITTERS):
-            settings, found = runs.within(common, arm)
-            gains = [100 * (found[seed]["test"] - plain[seed]["test"]) for seed in found if seed in plain]
+            settings, results = runs.within(common, arm)
+            gains = [100 * (results[seed]["test"] - kd_results[seed]["test"]) for seed in results if seed in kd_results]
             if settings is None or len(gains) < 2:
                 continue
             targets = targets_of(arm, lesson, settings)
-            told = estimate_gain_from_targets(
+            estimate = estimate_gain_from_targets(
                 targets,
                 lesson.signals.logits,
                 features,
@@ -73,19 +73,19 @@ def main() -> int:
                 temperature=settings["tau"],
             )
             spread = statistics.stdev(gains)
-            pairs.append((told, statistics.mean(gains), spread))
+            pairs.append((estimate, statistics.mean(gains), spread))
             print(
-                f"{name:18} {arm:18} forecast {told.gain:+5.2f} ± {told.gain_error:.2f} (shuffled {told.shuffled:+5.2f}, "
-                f"predictable {told.predictability:4.0%}, knows {known(targets, lesson.data):4.0%})  "
-                f"measured {statistics.mean(gains):+5.2f} ± {spread:.2f}  {told.verdict}",
+                f"{name:18} {arm:18} estimate {estimate.gain:+5.2f} ± {estimate.gain_error:.2f} (shuffled {estimate.shuffled:+5.2f}, "
+                f"predictable {estimate.predictability:4.0%}, fine labels {adjusted_information(targets, lesson.data):4.0%})  "
+                f"measured {statistics.mean(gains):+5.2f} ± {spread:.2f}  {estimate.verdict}",
                 flush=True,
             )
     if len(pairs) > 2:
-        both = torch.stack([ranks([told.gain for told, _, _ in pairs]), ranks([gain for _, gain, _ in pairs])])
-        worse = sum(told.recommended and gain < -spread for told, gain, spread in pairs)
+        both = torch.stack([ranks([estimate.gain for estimate, _, _ in pairs]), ranks([gain for _, gain, _ in pairs])])
+        worse = sum(estimate.recommended and gain < -spread for estimate, gain, spread in pairs)
         print(
             f"{len(pairs)} arms: correlation of ranks {torch.corrcoef(both)[0, 1]:.2f}; "
-            f"{sum(told.recommended for told, _, _ in pairs)} recommended, {worse} of them below KD beyond the spread"
+            f"{sum(estimate.recommended for estimate, _, _ in pairs)} recommended, {worse} of them below KD beyond the spread"
         )
     return 0
 

@@ -156,7 +156,7 @@ class Signals:
     early: Tensor
 
     @classmethod
-    def hear(cls, teacher: Classifier, batches: Batches, *, views: bool = False, seed: int = 0) -> "Signals":
+    def collect(cls, teacher: Classifier, batches: Batches, *, views: bool = False, seed: int = 0) -> "Signals":
         """Run a teacher over a set, and once more where second views are asked for."""
         generator = torch.Generator().manual_seed(seed)
         teacher.eval()
@@ -173,12 +173,12 @@ class Signals:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def hear_kept(teacher: Classifier, batches: Batches, folder: Path, *, views: bool) -> Signals:
+def collect_cached(teacher: Classifier, batches: Batches, folder: Path, *, views: bool) -> Signals:
     """Return what a frozen encoder says of texts, kept in a folder by what the texts are: several sets are of the same."""
     mark = hashlib.blake2b(batches.ids.numpy().tobytes(), digest_size=8).hexdigest()
     file = folder / f"frozen-{mark}{'-views' if views else ''}.safetensors"
     if not file.is_file():
-        save_file(Signals.hear(teacher, batches, views=views).tensors(), file)
+        save_file(Signals.collect(teacher, batches, views=views).tensors(), file)
     return Signals(**load_file(file))
 
 

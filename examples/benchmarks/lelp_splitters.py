@@ -98,7 +98,7 @@ def split_by_kernel_components(inputs: SplitterInputs) -> KernelScorer:
     """Split along the principal components of a Gaussian kernel within each class: the steps of LELP, not linear.
 
     Kernel principal components over landmarks (Nystroem); the bandwidth is twice the median squared distance between
-    landmarks over half the number of subclasses, so that more subclasses are finer ones.
+    landmarks over half the number of subclasses, so that more subclasses are fine_labels ones.
     """
     generator = torch.Generator().manual_seed(inputs.seed)
     classes = range(inputs.moments.num_classes)

@@ -71,13 +71,13 @@ class Lesson:
     made: dict[str, Tensor] = field(default_factory=dict)
 
 
-def settings_of(arm: str, grid: str, classes: int, of_lelp: Settings | None = None) -> list[Settings]:
+def settings_of(arm: str, grid: str, classes: int, lelp_settings: Settings | None = None) -> list[Settings]:
     """Return what is tried for an arm on the validation split.
 
     Args:
         grid: "one", "small" or "full". Unless it is full, variants of LELP and the random partition take LELP's own best
             settings, so that they differ from it in nothing else.
-        of_lelp: these, where they are known.
+        lelp_settings: these, where they are known.
     """
     full = grid == "full"
     taus = {"one": [1.0], "small": [1.0, 4.0], "full": [1.0, 2.0, 4.0]}[grid]
@@ -90,8 +90,8 @@ def settings_of(arm: str, grid: str, classes: int, of_lelp: Settings | None = No
         return [] if classes < 3 else [{"tau": tau, "dkd_beta": weight} for tau in taus for weight in weights]
     if arm == "features":
         return [{"tau": tau, "gamma": gamma} for tau in taus for gamma in ([0.1, 1.0, 10.0] if full else [0.3, 3.0])]
-    if of_lelp is not None and not full and arm not in OWN_GRID:
-        return [of_lelp]
+    if lelp_settings is not None and not full and arm not in OWN_GRID:
+        return [lelp_settings]
     betas = {"one": [0.5], "small": [0.3, 1.0], "full": [0.25, 0.5, 1.0, 2.0]}[grid]
     sizes = {"one": [4], "small": [2, 8], "full": [2, 4, 8, 16]}[grid]
     return [{"tau": tau, "S": size, "beta": beta} for tau in taus for size in sizes for beta in betas]
@@ -140,7 +140,7 @@ def embeddings_for(arm: str, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tup
     `lelp-unseen` fits on examples that the student is not trained on. Those that end in `-early` split the pooled states of a
     layer half-way, with a linear classifier of their own; `lelp-halfway` lays those beside the embeddings, each to unit
     variance. Those that end in `-stable` and `-predictable` keep the embeddings but measure them by what is noise in them:
-    the difference of two views of an example, or what a layer half-way does not foretell, made white, so that
+    the difference of two views of an example, or what a layer half-way does not predict, made white, so that
     directions of large variance are those that stand out of it.
     """
     signals, labels, weight = lesson.signals, lesson.data.labels, lesson.weight.double()
@@ -149,7 +149,7 @@ def embeddings_for(arm: str, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tup
         return (own, weight), (lesson.others[0].embeddings.double(), lesson.others[1].labels)
     if arm.endswith(("-stable", "-predictable")):
         of_views = arm.endswith("-stable")
-        noise = own - signals.views.double() if of_views else _not_foretold(signals.early.double(), own)
+        noise = own - signals.views.double() if of_views else _unpredicted(signals.early.double(), own)
         metric = whitener(noise)
         moved = own @ metric
         return (moved, weight @ torch.linalg.inv(metric)), (moved, labels)
@@ -169,7 +169,7 @@ def whitener(noise: Tensor, ridge: float = 1e-2) -> Tensor:
     return vectors @ torch.diag((values + ridge * values.mean()).rsqrt()) @ vectors.T
 
 
-def _not_foretold(given: Tensor, wanted: Tensor, ridge: float = 1e-2) -> Tensor:
+def _unpredicted(given: Tensor, wanted: Tensor, ridge: float = 1e-2) -> Tensor:
     given, wanted = _unit(given), wanted - wanted.mean(0)
     gram = given.T @ given / len(given)
     solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), given.T @ wanted / len(given))
@@ -200,12 +200,12 @@ def fit_probe(teacher: Classifier, embeddings: Tensor, labels: Tensor) -> None:
 
 
 def oracle_targets(lesson: Lesson, tau: float) -> Tensor:
-    """Return the teacher's class probabilities, each given whole to the finer label, (N, C, most finer labels of a class).
+    """Return the teacher's class probabilities, each given whole to the fine label, (N, C, most fine labels of a class).
 
-    Where the teacher favours a class that the finer label is not in, that class is shared alike among its own: so this
+    Where the teacher favours a class that the fine label is not in, that class is shared alike among its own: so this
     arm also learns from the labels where the teacher errs.
     """
-    places, most = finer_places(lesson.data)
+    places, most = fine_label_indices(lesson.data)
     shares = torch.zeros(len(lesson.data), lesson.data.classes, most)
     for label, known in places.items():
         shares[:, label, : len(known)] = 1 / len(known)
@@ -216,15 +216,15 @@ def oracle_targets(lesson: Lesson, tau: float) -> Tensor:
 
 
 def read_targets(lesson: Lesson, tau: float) -> Tensor:
-    """Return what a linear probe reads of the finer labels in the embeddings, fitted where the student is not trained.
+    """Return what a linear probe reads of the fine labels in the embeddings, fitted where the student is not trained.
 
     Within each class its probabilities are the shares, so that nothing of an example's own labels is told: this is the
     most that any linear splitter of these embeddings could hope for.
     """
     signals, others = lesson.others
-    places, most = finer_places(others)
+    places, most = fine_label_indices(others)
     scale = signals.embeddings.std()
-    fitted = LogisticRegression(C=1.0, max_iter=500).fit((signals.embeddings / scale).numpy(), others.finer.numpy())
+    fitted = LogisticRegression(C=1.0, max_iter=500).fit((signals.embeddings / scale).numpy(), others.fine_labels.numpy())
     found = torch.from_numpy(fitted.predict_proba((lesson.signals.embeddings / scale).numpy())).float()
     columns = {fine: number for number, fine in enumerate(fitted.classes_.tolist())}
     shares = torch.zeros(len(found), others.classes, most)
@@ -235,11 +235,11 @@ def read_targets(lesson: Lesson, tau: float) -> Tensor:
     return (lesson.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
 
 
-def finer_places(data: Labelled) -> tuple[dict[int, dict[int, int]], int]:
-    """Return the place of each finer label within its class, and how many there are at most.
+def fine_label_indices(data: Labelled) -> tuple[dict[int, dict[int, int]], int]:
+    """Return the place of each fine label within its class, and how many there are at most.
 
     Raises:
-        ValueError: the set has no finer labels.
+        ValueError: the set has no fine labels.
     """
     places: dict[int, dict[int, int]] = {}
     for label, fine in sorted(set(zip(*_pairs(data), strict=True))):
@@ -248,9 +248,9 @@ def finer_places(data: Labelled) -> tuple[dict[int, dict[int, int]], int]:
 
 
 def _pairs(data: Labelled) -> tuple[list[int], list[int]]:
-    if data.finer is None:
-        raise ValueError("This set has no finer labels.")
-    return data.labels.tolist(), data.finer.tolist()
+    if data.fine_labels is None:
+        raise ValueError("This set has no fine labels.")
+    return data.labels.tolist(), data.fine_labels.tolist()
 
 
 def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, seed: int) -> Loss:

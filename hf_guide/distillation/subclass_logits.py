@@ -45,7 +45,7 @@ class SubclassTargetProvider(Protocol):
         """
 
     def targets_of(self, embedding: Tensor, logits: Tensor, fine_labels: Tensor | None = None) -> Tensor:
-        """Return the probabilities (items, C * S), in its own order of classes, of embeddings (items, D) and logits (items, C)."""
+        """Return probabilities (items, C * S), in its own order of classes, of embeddings (items, D) and logits (items, C)."""
 
 
 def find_target_provider(collator: Any) -> SubclassTargetProvider | None:
@@ -169,8 +169,8 @@ class SubclassTargets:
             flat = torch.as_tensor(targets).flatten(1)
             if flat.shape[1] != self.outputs:
                 raise TaskError(
-                    f"{TARGETS_KEY} in the batch has the shape {tuple(targets.shape)}; the student has {self.outputs} outputs, "
-                    f"which are {self.outputs // self.num_subclasses} classes of {self.num_subclasses} subclasses. "
+                    f"{TARGETS_KEY} in the batch has the shape {tuple(targets.shape)}; the student has {self.outputs} "
+                    f"outputs, which are {self.outputs // self.num_subclasses} classes of {self.num_subclasses} subclasses. "
                     "Make student and projector with the same num_subclasses."
                 )
             probabilities = flat.to(mask.device)[mask]

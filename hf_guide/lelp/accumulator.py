@@ -1,4 +1,4 @@
-"""Everything that a splitter needs to know of a teacher's embeddings, accumulated chunk by chunk, on one process or several."""
+"""The statistics of a teacher's embeddings that a splitter needs, accumulated chunk by chunk, on one process or several."""
 
 from collections.abc import Sequence
 

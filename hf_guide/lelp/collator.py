@@ -50,8 +50,15 @@ class SubclassLabelCollator:
         SubclassError: The projector was fitted to another teacher.
 
     Example:
-        >>> collator = SubclassLabelCollator(projector, tokenizer)  # doctest: +SKIP
-        >>> trainer = DistillationTrainer(student, args, collator, dataset, teacher=teacher)  # doctest: +SKIP
+        >>> from hf_guide import fit_subclasses
+        >>> from transformers import AutoTokenizer
+        >>> name = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
+        >>> tokenizer = AutoTokenizer.from_pretrained(name)
+        >>> processed = dataset.map(lambda row: tokenizer(row["text"])).remove_columns("text")
+        >>> projector = fit_subclasses(name, processed, 4, processing_class=tokenizer, show_progress=False)
+        >>> collator = SubclassLabelCollator(projector, tokenizer, teacher=name)
+        >>> collator([processed[0], processed[1]])["subclass_probabilities"].shape
+        torch.Size([2, 8])
     """
 
     def __init__(

@@ -102,7 +102,8 @@ class LabelReader:
         if isinstance(value, str):
             if value.casefold() not in self._numbers_by_name:
                 raise SubclassError(
-                    f"The label {value!r} in {column!r} is not one of the teacher's classes: {', '.join(self._numbers_by_name)}."
+                    f"The label {value!r} in {column!r} is not one of the teacher's classes: "
+                    f"{', '.join(self._numbers_by_name)}."
                 )
             return self._numbers_by_name[value.casefold()]
         number = _label_to_int(value, f"labels in {column!r}", " or names")
@@ -170,8 +171,8 @@ def build_collator(
     drop = not isinstance(example, Mapping) or bool(known & {*example})
     if not drop and data_collator is None:
         raise OptionError(
-            f"The dataset has the columns {sorted(example)}, and the teacher takes {sorted(known)}. Process the dataset as for "
-            "training (tokenize texts, turn images into pixels), or pass a data_collator that does."
+            f"The dataset has the columns {sorted(example)}, and the teacher takes {sorted(known)}. Process the dataset as "
+            "for training (tokenize texts, turn images into pixels), or pass a data_collator that does."
         )
     return TeacherBatchCollator(model, task, data_collator, processing_class, drop), drop
 

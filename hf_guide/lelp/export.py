@@ -128,7 +128,16 @@ def save_subclass_student(
         TaskError: A student without subclasses.
 
     Example:
-        >>> save_subclass_student(trainer, "student/", "refit_head", dataset=dataset)  # doctest: +SKIP
+        >>> from hf_guide import from_teacher
+        >>> student = from_teacher(
+        ...     "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+        ...     num_subclasses=4,
+        ...     num_hidden_layers=1,
+        ...     show_progress=False,
+        ... )
+        >>> model = save_subclass_student(student, "student", "remote_code")
+        >>> type(model).__name__, model.config.id2label
+        ('SubclassModelForSequenceClassification', {0: 'LABEL_0', 1: 'LABEL_1'})
     """
     export_format = ExportFormat(_check_export_format(export_format))
     if isinstance(student, DistillationTrainer):
@@ -231,8 +240,8 @@ def check_subclass_student(student: PreTrainedModel) -> Task:
         raise OptionError("The student has an adapter; pass what its merge_and_unload() returns.")
     if student.config.model_type == SubclassConfig.model_type:
         raise TaskError(
-            f"{type(student).__name__} outputs class logits already: save it with save_pretrained. For another format pass the "
-            "student that it contains."
+            f"{type(student).__name__} outputs class logits already: save it with save_pretrained. For another format pass "
+            "the student that it contains."
         )
     if get_num_subclasses(student.config) == 1:
         raise TaskError(

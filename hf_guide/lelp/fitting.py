@@ -108,8 +108,13 @@ def fit_subclasses(
             capture is of another teacher.
 
     Example:
-        >>> projector = fit_subclasses("teacher/", dataset, num_subclasses=4)  # doctest: +SKIP
-        >>> projector.save_pretrained("projector/")  # doctest: +SKIP
+        >>> from transformers import AutoTokenizer
+        >>> name = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
+        >>> tokenizer = AutoTokenizer.from_pretrained(name)
+        >>> processed = dataset.map(lambda row: tokenizer(row["text"])).remove_columns("text")
+        >>> projector = fit_subclasses(name, processed, 4, processing_class=tokenizer, show_progress=False)
+        >>> projector
+        SubclassProjector(2 classes x 4 subclasses of 768 numbers, splitter='lelp', temperature=1, subclass_temperature=1)
     """
     num_subclasses, seed = check_fit_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
     batch_size = check_integer("batch_size", batch_size)

@@ -88,7 +88,20 @@ class SubclassModel(PreTrainedModel):
 
 
 class SubclassModelForSequenceClassification(SubclassModel):
-    """A text classifier whose class logits are exactly those that the student was trained and evaluated with."""
+    """A text classifier whose class logits are exactly those that the student was trained and evaluated with.
+
+    Example:
+        >>> from hf_guide import from_teacher, save_subclass_student
+        >>> student = from_teacher(
+        ...     "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+        ...     num_subclasses=4,
+        ...     num_hidden_layers=1,
+        ...     show_progress=False,
+        ... )
+        >>> model = save_subclass_student(student, "student", "remote_code")
+        >>> AutoModelForSequenceClassification.from_pretrained("student", trust_remote_code=True).num_labels
+        2
+    """
 
     @can_return_tuple
     def forward(
@@ -113,7 +126,17 @@ class SubclassModelForSequenceClassification(SubclassModel):
 
 
 class SubclassModelForImageClassification(SubclassModel):
-    """An image classifier whose class logits are exactly those that the student was trained and evaluated with."""
+    """An image classifier whose class logits are exactly those that the student was trained and evaluated with.
+
+    Example:
+        >>> from hf_guide import from_teacher, save_subclass_student
+        >>> student = from_teacher(
+        ...     "google/vit-base-patch16-224", num_subclasses=4, num_hidden_layers=1, show_progress=False
+        ... )
+        >>> model = save_subclass_student(student, "student", "remote_code")
+        >>> AutoModelForImageClassification.from_pretrained("student", trust_remote_code=True).num_labels
+        3
+    """
 
     main_input_name = "pixel_values"
     _auto = AutoModelForImageClassification

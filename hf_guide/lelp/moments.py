@@ -1,4 +1,4 @@
-"""Statistics of each class's embeddings, streamed: moments, and a bounded sample for splitters that moments are not enough for.
+"""Streamed statistics of each class's embeddings: moments, and a bounded sample for splitters that need examples.
 
 Does: take chunks in any order, and merge with the statistics of other data or other processes, in float64.
 Does not: grow with the number of examples. It holds one (width, width) matrix a class, and a sample of at most 2,048 rows.

@@ -275,9 +275,6 @@ class SubclassProjector:
 
         Raises:
             OptionError: Not a positive number.
-
-        Example:
-            >>> sharper = projector.with_temperature(subclass_temperature=0.5)  # doctest: +SKIP
         """
         return dataclasses.replace(
             self,

@@ -1,7 +1,7 @@
-"""A projector's two files: what it is in `subclass_projector.json`, its numbers in `subclass_projector.safetensors`.
+"""A projector's two files: its settings, `subclass_projector.json`, and its tensors, `subclass_projector.safetensors`.
 
-The first, which is replaced last, names the checksum of the second: two files of different projectors, which an interrupted
-save over an older projector leaves, are refused.
+The settings, which are replaced last, state the checksum of the tensors: files of two different projectors, which an interrupted
+save over an older projector leaves, raise an error.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ _ENTRIES = (
 
 
 def write_projector(projector: Any, save_directory: str | os.PathLike[str]) -> list[str]:
-    """Write both files into a folder, made where it is not there, and return their paths.
+    """Write both files into a folder, which is created if it is missing, and return their paths.
 
     Raises:
-        NotADirectoryError: a file stands where the folder should be.
-        OSError: they could not be written; what the folder held is as it was.
+        NotADirectoryError: The folder is a file.
+        OSError: They could not be written; the folder is unchanged.
     """
     folder = Path(save_directory)
     if folder.exists() and not folder.is_dir():
@@ -71,22 +71,13 @@ def write_projector(projector: Any, save_directory: str | os.PathLike[str]) -> l
 
 
 def read_projector(name: str | os.PathLike[str], **where: Any) -> dict[str, Any]:
-    """Return the fields of a projector, from a folder or, with the keywords of `hf_hub_download`, from the Hub.
+    """Return the fields of a projector, from a folder or, with the keyword arguments of `hf_hub_download`, from the Hub.
 
     Raises:
-        SubclassError: the files are not those of a projector, or damaged; there is no such folder, and no such Hub id can be.
-        OSError: there is no such folder, and the Hub does not have it.
+        SubclassError: The files are not those of a projector, or damaged; the name is neither a folder nor a valid Hub id.
+        OSError: There is no such folder, nor a repository of this name on the Hub.
     """
-    folder = Path(name)
-    paths = []
-    for file in (CONFIG_NAME, WEIGHTS_NAME):
-        if not folder.is_dir():
-            paths.append(_download(os.fspath(name), file, where))
-        elif (folder / file).is_file():
-            paths.append(folder / file)
-        else:
-            raise SubclassError(f"{folder} has no {file}; it is no projector's folder, or not all of one.")
-    config, weights = paths
+    config, weights = _locate_files(os.fspath(name), where)
     try:
         entries, has_checksum = read_json(config, required=False)
         version = entries["format"]
@@ -110,21 +101,38 @@ def read_projector(name: str | os.PathLike[str], **where: Any) -> dict[str, Any]
                 "call save_pretrained to add them.",
                 config.parent,
             )
-        form = SCORER_TYPES[entries["form"]]
-        found: dict[str, Any] = {key: entries[key] for key in _ENTRIES} | {key: tensors[key] for key in _STATISTICS}
-        found["scores"] = form(**{each.name: tensors[f"scores.{each.name}"] for each in dataclasses.fields(form)})
-        found["id2label"] = {int(number): label for number, label in entries["id2label"].items()}
+        scorer_type = SCORER_TYPES[entries["form"]]
+        fields: dict[str, Any] = {key: entries[key] for key in _ENTRIES} | {key: tensors[key] for key in _STATISTICS}
+        scorer_fields = dataclasses.fields(scorer_type)
+        fields["scores"] = scorer_type(**{field.name: tensors[f"scores.{field.name}"] for field in scorer_fields})
+        fields["id2label"] = {int(number): label for number, label in entries["id2label"].items()}
     except DamagedFileError as error:
         raise SubclassError(f"{error} Fetch or fit the projector again.") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise SubclassError(
-            f"{config.parent} does not hold a whole projector: {type(error).__name__} {error}. Fetch or fit it again."
+            f"{config.parent} does not hold a complete projector: {type(error).__name__} {error}. Fetch or fit it again."
         ) from error
-    classes, width, subclasses = (found[name] for name in ("num_classes", "embedding_size", "num_subclasses"))
-    shapes = (tuple(found["eigenvalues"].shape), found["scores"].shape)
-    if shapes != ((classes, width), (classes, width, subclasses)) or len(found["id2label"]) != classes:
-        raise SubclassError(f"{weights} has tensors of other shapes than {config.name} says; fetch or fit it again.")
-    return found
+    classes, width, subclasses = (fields[name] for name in ("num_classes", "embedding_size", "num_subclasses"))
+    shapes = (tuple(fields["eigenvalues"].shape), fields["scores"].shape)
+    if shapes != ((classes, width), (classes, width, subclasses)) or len(fields["id2label"]) != classes:
+        raise SubclassError(
+            f"{weights} has tensors of other shapes than {config.name} states. Fetch or fit the projector again."
+        )
+    return fields
+
+
+def _locate_files(name: str, where: dict[str, Any]) -> list[Path]:
+    """Return the paths of both files in a folder, or downloaded from the Hub."""
+    folder = Path(name)
+    paths = []
+    for file in (CONFIG_NAME, WEIGHTS_NAME):
+        if not folder.is_dir():
+            paths.append(_download(name, file, where))
+        elif (folder / file).is_file():
+            paths.append(folder / file)
+        else:
+            raise SubclassError(f"{folder} has no {file}; it must be the complete folder of a projector.")
+    return paths
 
 
 def _download(name: str, file: str, where: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""Subclass probabilities of a batch, computed from a live teacher or a capture; and captured themselves: S * C numbers an example.
+"""Subclass probabilities of a batch, computed with a live teacher or from a capture, or captured themselves.
 
 A capture of them has the format of every capture, with a `SubclassProjector` as its teacher and the probabilities in the place
 of a classifier's logits.
@@ -160,8 +160,17 @@ def capture_targets(
         OptionError: A teacher without a dataset.
 
     Example:
-        >>> capture = capture_targets(projector, "teacher/", dataset, "targets/")  # doctest: +SKIP
-        >>> collator = SubclassLabelCollator(projector, tokenizer, capture=capture)  # doctest: +SKIP
+        >>> from hf_guide import SubclassLabelCollator, fit_subclasses
+        >>> from transformers import AutoTokenizer
+        >>> name = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
+        >>> tokenizer = AutoTokenizer.from_pretrained(name)
+        >>> processed = dataset.map(lambda row: tokenizer(row["text"])).remove_columns("text")
+        >>> projector = fit_subclasses(name, processed, 4, processing_class=tokenizer, show_progress=False)
+        >>> options = {"processing_class": tokenizer, "show_progress": False}
+        >>> capture = capture_targets(projector, name, processed, "targets", **options)
+        >>> collator = SubclassLabelCollator(projector, tokenizer, capture=capture)
+        >>> collator([processed[0], processed[1]])["subclass_probabilities"].shape
+        torch.Size([2, 8])
     """
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)

@@ -179,8 +179,8 @@ def check_finite_rows(values: Tensor, numbers: Sequence[int], what: str) -> None
     wrong = non_finite_rows(values)
     if len(wrong):
         raise SubclassError(
-            f"The {what} of example {numbers[int(wrong[0])]} holds NaN or infinity, as {len(wrong)} of {len(values)} do. Look at "
-            "this example, or run the teacher in a wider dtype."
+            f"The {what} of example {numbers[int(wrong[0])]} holds NaN or infinity, as {len(wrong)} of {len(values)} do. "
+            "Look at this example, or run the teacher in a wider dtype."
         )
 
 

@@ -71,9 +71,9 @@ def test_a_run_that_was_cut_off_goes_on_and_none_is_done_twice(tmp_path):
 
 def lesson_of(benchmark, classes=2):
     generator = torch.Generator().manual_seed(0)
-    finer = torch.arange(240) % 6
-    labelled = benchmark.data.Labelled(torch.zeros(240, 1, 8, 8), finer % classes, classes, finer)
-    embeddings = torch.nn.functional.one_hot(finer, 12).float() * 8 + torch.randn(240, 12, generator=generator)
+    fine_labels = torch.arange(240) % 6
+    labelled = benchmark.data.Labelled(torch.zeros(240, 1, 8, 8), fine_labels % classes, classes, fine_labels)
+    embeddings = torch.nn.functional.one_hot(fine_labels, 12).float() * 8 + torch.randn(240, 12, generator=generator)
     logits = torch.randn(240, classes, generator=generator)
     signals = benchmark.models.Signals(logits, embeddings, embeddings + 0.1, embeddings[:, :8])
     return benchmark.training.Lesson(
@@ -97,14 +97,14 @@ def test_an_oracle_gives_a_class_whole_to_the_finer_label(benchmark):
     lesson = lesson_of(benchmark)
     shares = benchmark.training.oracle_targets(lesson, 1.0)
     own = shares[torch.arange(240), lesson.data.labels]
-    assert torch.equal(own.argmax(1), lesson.data.finer // 2)
+    assert torch.equal(own.argmax(1), lesson.data.fine_labels // 2)
     assert torch.allclose(own.max(1).values, own.sum(1))
 
 
 def test_what_is_read_of_finer_labels_is_right_where_embeddings_show_them(benchmark):
     lesson = lesson_of(benchmark)
     own = benchmark.training.read_targets(lesson, 1.0)[torch.arange(240), lesson.data.labels]
-    assert (own.argmax(1) == lesson.data.finer // 2).float().mean() > 0.95
+    assert (own.argmax(1) == lesson.data.fine_labels // 2).float().mean() > 0.95
 
 
 def test_a_metric_changes_what_is_large_and_nothing_that_the_classifier_says(benchmark):

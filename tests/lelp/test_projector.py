@@ -345,7 +345,7 @@ def test_damaged_or_missing_files_raise(tmp_path):
         ({"embedding_size": 7}, "other shapes"),
         ({"num_subclasses": 7}, "other shapes"),
         ({"format": 99}, "reads format 2"),
-        ({"form": "unheard-of"}, "whole projector"),
+        ({"form": "unheard-of"}, "complete projector"),
     ):
         write_json(tmp_path / CONFIG_NAME, entries | change)
         with pytest.raises(SubclassError, match=message):

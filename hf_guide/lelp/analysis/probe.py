@@ -2,7 +2,7 @@
 
 Does: train small probes on features of the inputs with and without subclass targets, and measure how well the features predict
 the subclasses and how stable the subclasses are when they are fitted to other examples.
-Does not: train the student. Probes read features and not the inputs themselves, so that their gain indicates the student's, and
+Does not: train the student. Probes read features and not the inputs themselves: their gain indicates the student's gain but
 does not promise it.
 """
 
@@ -57,7 +57,7 @@ class GainEstimate:
 
     @property
     def recommended(self) -> bool:
-        """Whether subclasses are likely to help: the probes' gain is significant and larger than that of shuffled subclasses."""
+        """Whether subclasses are likely to help: the gain is significant and larger than that of shuffled subclasses."""
         return self.gain > max(NUM_STANDARD_ERRORS * self.gain_error, 0.0) and self.gain > self.shuffled
 
     @property

@@ -1,4 +1,4 @@
-"""Summarize a projector's subclasses: sizes, subspaces, examples, mutual information with fine labels; and draw them as a page.
+"""Summarize a projector's subclasses: sizes, subspaces, examples, mutual information with fine labels; and write a page.
 
 Does: measure, draw with matplotlib, and write a self-contained HTML file.
 Does not: run a teacher; `hf-guide analyze-subclasses` does.
