@@ -25,8 +25,9 @@ from peak_memory import peak_memory
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hf_guide.distillation.losses.chunked import chunked_loss
 from hf_guide.distillation.losses.divergences import divergence
-from hf_guide.models.lm_head import LMHead, chunked_loss
+from hf_guide.models.lm_head import LMHead
 from hf_guide.teachers.signals import DenseTarget
 
 

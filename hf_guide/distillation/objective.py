@@ -19,6 +19,7 @@ from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.batches import DistillationBatch
 from hf_guide.distillation.cached_teacher import CachedTeacher
 from hf_guide.distillation.layer_projections import LayerProjections
+from hf_guide.distillation.losses.chunked import chunked_loss
 from hf_guide.distillation.losses.registry import (
     TASK_LOSS,
     LossTerm,
@@ -29,7 +30,7 @@ from hf_guide.distillation.losses.registry import (
 from hf_guide.distillation.subclass_logits import ClassLogitsWrapper
 from hf_guide.errors import OptionError, TaskError, VocabularyError
 from hf_guide.models.layer_mapping import hidden_states_of, resolve_layer_mapping
-from hf_guide.models.lm_head import LMHead, chunked_loss, find_lm_head, skip_lm_head
+from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.models.targets import mean_per_item
 from hf_guide.tasks import Task

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_guide.distillation.losses.chunked import row_chunks
 from hf_guide.distillation.losses.registry import LossConfig, register_loss
 from hf_guide.errors import HfGuideError, OptionError, TaskError, VocabularyError
-from hf_guide.models.lm_head import row_chunks
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
 from hf_guide.validation import MAX_WEIGHT, check_choice, check_number, check_positive
 
