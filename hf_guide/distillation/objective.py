@@ -418,12 +418,12 @@ def _feature_widths(
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Return whether weights, or the state of the optimizer, are spread over processes."""
+    """Return whether weights, or the state of the optimizer, are sharded over processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def find_head_all_ranks(student: Any, task: Task, accelerator: Accelerator) -> LMHead | None:
-    """Return the student's language head, or None where it is not certain in any of the processes: all do the same."""
+    """Return the student's language head, or None if any process cannot verify it, so that all processes do the same."""
     if not task.is_language_model:
         return None
     if (
@@ -432,6 +432,6 @@ def find_head_all_ranks(student: Any, task: Task, accelerator: Accelerator) -> L
     ):
         return None  # ZeRO-3 does not gather the last norm for a backward pass that begins inside the head
     head = find_lm_head(student)
-    found = torch.tensor(float(head is not None), device=accelerator.device)
-    # Where only one process has the weights the others may not find it.
-    return head if accelerator.reduce(found, reduction="sum").item() == accelerator.num_processes else None
+    is_verified = torch.tensor(float(head is not None), device=accelerator.device)
+    # If one process alone has the weights, the others may not find it.
+    return head if accelerator.reduce(is_verified, reduction="sum").item() == accelerator.num_processes else None
