@@ -1,7 +1,7 @@
-"""Attention heads that a student would cut the same weights into otherwise than its teacher does.
+"""Detect students that divide the same weights into other attention heads than their teacher.
 
-Four heads of 16 and two heads of 32 have projections of the same shape. No comparison of shapes tells them apart, and weights
-that are copied from the one to the other compute something else.
+Four heads of 16 and two heads of 32 have projections of the same shape: shapes cannot distinguish them, and weights that are
+copied from one to the other compute something else.
 """
 
 import re
@@ -38,10 +38,10 @@ def check_head_grouping(
     teacher_class: type[PreTrainedModel],
     teacher_config: PreTrainedConfig,
 ) -> None:
-    """Refuse modules whose parameters all have the shapes of the teacher's, but whose heads are others.
+    """Check that modules whose parameters all have the teacher's shapes have the teacher's heads too.
 
     Args:
-        planned: Where each parameter of the student comes from.
+        planned: the plan of each of the student's parameters.
 
     Raises:
         ShapeError: names the module, its setting and both values.
@@ -49,53 +49,53 @@ def check_head_grouping(
     if not _heads_differ(student.config, teacher_config):
         return
     try:
-        built = meta_model(teacher_class, teacher_config)
+        teacher_model = meta_model(teacher_class, teacher_config)
     except MODEL_ERRORS:
         return
-    theirs, ours = _base_modules(built), _base_modules(student)
+    teacher_modules, student_modules = _base_modules(teacher_model), _base_modules(student)
     parameters: dict[str, list[_Planned]] = {}
     for parameter in planned:
         path = parameter.canonical
         while "." in path:
             path = path.rpartition(".")[0]
             parameters.setdefault(path, []).append(parameter)
-    for path, held in parameters.items():
-        settings = _head_settings(ours.get(path))
-        if not settings or any(site.source is None or site.shape != site.source_shape for site in held):
+    for path, plans in parameters.items():
+        settings = _head_settings(student_modules.get(path))
+        if not settings or any(plan.source is None or plan.shape != plan.source_shape for plan in plans):
             continue
-        sources = {_strip_suffix(site.source or "", site.canonical[len(path) :]) for site in held}
+        sources = {_strip_suffix(plan.source or "", plan.canonical[len(path) :]) for plan in plans}
         for source in sources:
-            if _parameter_shapes(theirs.get(source)) != _parameter_shapes(ours.get(path)):
-                continue  # fewer modules of a list with one for each head: heads are selected, and not cut anew
-            had = _head_settings(theirs.get(source))
+            if _parameter_shapes(teacher_modules.get(source)) != _parameter_shapes(student_modules.get(path)):
+                continue  # fewer modules of a list with one for each head: heads are selected, not regrouped
+            teacher_settings = _head_settings(teacher_modules.get(source))
             for name, value in settings.items():
-                if value != had.get(name, value):
+                if value != teacher_settings.get(name, value):
                     raise ShapeError(
-                        f"{path}.{name} must be the teacher's {had[name]}, found {value}: its weights have the teacher's "
-                        "shapes, and would be cut into other heads than they were trained as. Keep the number of heads, "
+                        f"{path}.{name} must be the teacher's {teacher_settings[name]}, found {value}: its weight has the teacher's "
+                        "shapes, and would be divided into other heads than it was trained with. Keep the number of heads, "
                         "or choose method='random'."
                     )
 
 
 def _heads_differ(config: PreTrainedConfig, teacher: PreTrainedConfig) -> bool:
     for name, value in vars(config).items():
-        had = teacher.__dict__.get(name)
-        if isinstance(value, PreTrainedConfig) and isinstance(had, PreTrainedConfig):
-            if _heads_differ(value, had):
+        teacher_value = teacher.__dict__.get(name)
+        if isinstance(value, PreTrainedConfig) and isinstance(teacher_value, PreTrainedConfig):
+            if _heads_differ(value, teacher_value):
                 return True
-        elif value != had and (_HEAD_SETTING.search(name) or "num_heads" in name):
+        elif value != teacher_value and (_HEAD_SETTING.search(name) or "num_heads" in name):
             return True
     return False
 
 
 def _base_modules(model: PreTrainedModel) -> Mapping[str, nn.Module]:
-    """Return the modules of a model by their names relative to its base model, as a plan has them."""
+    """Return the modules of a model by name relative to its base model."""
     prefix = model.base_model_prefix + "."
     return {name.removeprefix(prefix): module for name, module in model.named_modules()}
 
 
 def _head_settings(module: nn.Module | None) -> dict[str, int]:
-    """Return the numbers and sizes of heads that a module holds as attributes of its own."""
+    """Return the attributes of a module that are numbers or sizes of heads."""
     if module is None:
         return {}
     return {

@@ -1,7 +1,6 @@
-"""The layers that PEFT and torch put in the place of a model's own, and what of them is computed.
+"""Recognise layers that PEFT and torch substitute for a model's own, and find the stock layer or the trained copy in them.
 
-Does: recognise such layers, and find the stock layer inside one, or the copy that is trained in its place.
-Does not: import PEFT (a model can only hold its layers once it is imported), or change a model.
+PEFT is not imported: a model can only have its layers once it is imported. No model is changed.
 """
 
 import copy
@@ -21,7 +20,7 @@ from hf_guide.errors import OptionError
 
 
 def is_adapter_layer(module: Any) -> bool:
-    """Return whether a module is one that PEFT puts around a layer: of LoRA and its kin, or of `modules_to_save`."""
+    """Return whether a module is a PEFT layer that wraps another: of LoRA and similar methods, or of `modules_to_save`."""
     if "peft" not in sys.modules:
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,7 +30,7 @@ def is_adapter_layer(module: Any) -> bool:
 
 
 def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost PEFT layers of a model with their names: none of what such a layer is made of."""
+    """Yield the outermost PEFT layers of a model with their names, without the modules inside them."""
     prefixes: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if is_adapter_layer(module) and not name.startswith(prefixes):
@@ -40,19 +39,25 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def has_adapter(model: Any) -> bool:
-    """Return whether a model carries an adapter: layers of PEFT's, or virtual tokens."""
+    """Return whether a model has an adapter: PEFT layers, or virtual tokens."""
     return bool(getattr(model, "peft_config", None)) or next(adapter_layers(model), None) is not None
 
 
 def stock_module(module: Any) -> Any:
-    """Return the layer of the model's own that PEFT wrapped, or the layer itself."""
+    """Return the model's own layer that PEFT wrapped, or the layer itself.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> stock_module(layer) is layer
+        True
+    """
     while is_adapter_layer(module):
         module = module.base_layer if hasattr(module, "base_layer") else module.original_module
     return module
 
 
 def active_module(module: Any) -> Any:
-    """Return what a layer's forward calls: of `modules_to_save` the active copy, of any other layer the layer itself."""
+    """Return the module that is called: of `modules_to_save` the active copy, otherwise the layer itself."""
     copies = getattr(module, "modules_to_save", None)
     if not is_adapter_layer(module) or copies is None:
         return module
@@ -63,10 +68,10 @@ def active_module(module: Any) -> Any:
 
 
 def check_no_virtual_tokens(model: Any, role: str) -> None:
-    """Check that a model's outputs are at the positions of its inputs: of its student's, of its teacher's and of labels.
+    """Check that a model's outputs are at the positions of its inputs, as the other model's and the labels are.
 
     Raises:
-        OptionError: an adapter that puts virtual tokens before the text (prefixes of keys and values move nothing).
+        OptionError: an adapter puts virtual tokens before the text (prefixes of keys and values shift nothing).
     """
     for config in getattr(model, "peft_config", {}).values():
         if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
@@ -79,7 +84,7 @@ def check_no_virtual_tokens(model: Any, role: str) -> None:
 def called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that a model's forward can call, with their names, parents first.
 
-    A PEFT layer counts as one module, without what it is made of; of `modules_to_save` there is only the active copy.
+    A PEFT layer counts as one module, without those inside it; of `modules_to_save` only the active copy is included.
     """
     pending: list[tuple[str, nn.Module]] = [("", model)]
     known: set[nn.Module] = set()
@@ -96,7 +101,7 @@ def called_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def called_module(model: nn.Module, module: nn.Module) -> nn.Module:
-    """Return what is called where `module` was before PEFT wrapped it, or a module that holds it."""
+    """Return the module that is called in place of `module` once PEFT has wrapped it, or a module around it."""
     for _, layer in adapter_layers(model):
         for name, inside in stock_module(layer).named_modules():
             if inside is module:

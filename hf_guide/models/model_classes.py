@@ -1,8 +1,4 @@
-"""Which model class a checkpoint belongs to.
-
-Does: resolve the class as the Auto classes do, the checkpoint's own code only with permission.
-Does not: build a model but on the meta device, or look at weights.
-"""
+"""Find the model class of a checkpoint, as the Auto classes do; its own code is loaded only with permission."""
 
 import copy
 from collections.abc import Mapping
@@ -21,10 +17,15 @@ from hf_guide.tasks import Task
 def candidate_model_classes(
     config: PreTrainedConfig, name: str, hub: Mapping[str, Any], trust: bool
 ) -> list[type[PreTrainedModel]]:
-    """Return the class the config names, or, where it names none, those its family has: with heads first.
+    """Return the class that the config names or, where it names none, the classes of its family: those with heads first.
+
+    Args:
+        name: the folder or Hub id of the checkpoint.
+        hub: keywords of `from_pretrained`, such as the revision.
+        trust: whether the checkpoint's own code may be loaded.
 
     Raises:
-        TeacherError: the class is in the checkpoint's own code and `trust` is false, or there is none at all.
+        TeacherError: the class is in the checkpoint's own code and `trust` is false, or no class is known.
     """
     architecture = (config.architectures or [""])[0]
     references = getattr(config, "auto_map", None) or {}
@@ -35,10 +36,10 @@ def candidate_model_classes(
     }
     stock = getattr(transformers, architecture, None)
     if remote and trust:
-        where = {key: value for key, value in hub.items() if key != "subfolder"}
+        hub_options = {key: value for key, value in hub.items() if key != "subfolder"}
         auto, reference = next(iter(remote.items()))
         try:
-            model_class: Any = get_class_from_dynamic_module(reference, name, **where)
+            model_class: Any = get_class_from_dynamic_module(reference, name, **hub_options)
         except (*LOADING_ERRORS, SyntaxError) as error:
             raise TeacherError(f"{reference} of {name} cannot be loaded: {one_paragraph(error)}.") from error
         model_class.register_for_auto_class(auto)  # a student of it is saved with its code
@@ -63,7 +64,7 @@ def candidate_model_classes(
 
 
 def without_quantization_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a copy of the config that does not say how its weights were stored."""
+    """Return a copy of the config without its quantization."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -71,7 +72,13 @@ def without_quantization_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model on the meta device, without memory for its weights: their names, shapes and ties."""
+    """Return a model of `config` on the meta device: names, shapes and ties of its weights, but no memory for them.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> meta_model(LlamaForCausalLM, LlamaConfig(num_hidden_layers=1)).device
+        device(type='meta')
+    """
     with torch.device("meta"):
         return model_class._from_config(copy.deepcopy(config))
 

@@ -1,4 +1,4 @@
-"""Tiny twins: a config of the same family and the same switches, small enough to try a law on in a second."""
+"""Tiny models: of the same family and with the same switches as a config, small enough to test a law in a second."""
 
 import copy
 import math
@@ -107,7 +107,7 @@ TINY_SIZES = {
     "eos_token_id": 2,
     "decoder_start_token_id": 1,
 }
-"""What a twin's sizes are, by the names that Transformers' configs give them."""
+"""The sizes of a tiny model, by the names that Transformers' configs give them."""
 
 
 MODEL_ERRORS = (
@@ -122,87 +122,88 @@ MODEL_ERRORS = (
     ZeroDivisionError,
     StrictDataclassError,
 )
-"""What a family may raise that refuses a twin's sizes: then nothing is certain, and only that is concluded."""
+"""What a family may raise for a config that it does not support."""
 
 
 DEPTH_FIELDS = (
     *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers"),
     *("num_encoder_layers", "num_decoder_layers"),
 )
-"""What configs call the number of blocks in a stack."""
+"""The names that configs give the number of blocks in a stack."""
 
 
 def tiny_config(config: PreTrainedConfig, **sizes: Any) -> PreTrainedConfig:
     """Return a config of the same class and switches with `TINY_SIZES` (and `sizes`) for its sizes.
 
-    Lists with an entry per block are cut to the twin's blocks; nested configs are shrunk likewise.
+    Lists with an entry per block are cut to the tiny model's blocks, one of every kind; nested configs are shrunk likewise.
 
     Raises:
-        whatever the family's config raises for a shape that it refuses.
+        what the family's config raises for sizes that it does not support.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = tiny_config(LlamaConfig(), num_hidden_layers=2)
+        >>> config.hidden_size, config.num_hidden_layers
+        (64, 2)
     """
     return _shrink(config, sizes, keep_depth=False)
 
 
 def tiny_config_of_same_depth(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a config as `tiny_config` does, but with as many blocks in each stack as `config`, and every list by block whole.
+    """Return a config as `tiny_config` does, but with the depths of `config` and its lists by block unchanged.
 
     Raises:
-        whatever the family's config raises for a shape that it refuses.
+        what the family's config raises for sizes that it does not support.
     """
     return _shrink(config, {}, keep_depth=True)
 
 
+_NOT_COPIED = (
+    *("quantization_config", "transformers_version", "model_type", "dtype", "architectures", "id2label", "label2id"),
+    *("out_features", "out_indices", "stage_names"),  # of backbones: stages follow from the depth
+)
+
+
 def _shrink(config: PreTrainedConfig, sizes: Mapping[str, Any], *, keep_depth: bool) -> PreTrainedConfig:
-    stated = config.to_dict()
-    wanted = TINY_SIZES | dict(sizes)
-    if "qk_rope_head_dim" in stated:  # there the rotary embedding takes head_dim for its own size
-        wanted = wanted | {"head_dim": wanted["qk_rope_head_dim"]}
-    kept = [*range(_num_blocks(stated) or 0)] if keep_depth else _select_blocks(stated, wanted["num_hidden_layers"])
+    values = config.to_dict()
+    tiny_sizes = TINY_SIZES | dict(sizes)
+    if "qk_rope_head_dim" in values:  # there head_dim is the size of the rotary embedding
+        tiny_sizes = tiny_sizes | {"head_dim": tiny_sizes["qk_rope_head_dim"]}
+    blocks = (
+        [*range(_num_blocks(values) or 0)] if keep_depth else _select_blocks(values, tiny_sizes["num_hidden_layers"])
+    )
     tiny: dict[str, Any] = {}
-    for key, value in stated.items():
-        if key in (
-            "quantization_config",
-            "transformers_version",
-            "model_type",
-            "dtype",
-            "architectures",
-            "id2label",
-            "label2id",
-            *(
-                "out_features",
-                "out_indices",
-                "stage_names",
-            ),  # of backbones; they name stages, which follow from the depth
-        ):
+    for key, value in values.items():
+        if key in _NOT_COPIED:
             continue
         if isinstance(value, dict) and key in config.sub_configs:
             tiny[key] = _shrink(getattr(config, key), sizes, keep_depth=keep_depth)
         elif keep_depth and key in DEPTH_FIELDS:
             tiny[key] = value
-        elif isinstance(value, list) and value and len(value) == _num_blocks(stated):
-            tiny[key] = copy.deepcopy([value[block] for block in kept])
+        elif isinstance(value, list) and value and len(value) == _num_blocks(values):
+            tiny[key] = copy.deepcopy([value[block] for block in blocks])
         elif key in _STACK_DEPTH_FIELDS and isinstance(value, int):
-            tiny[key] = len(kept)
+            tiny[key] = len(blocks)
         elif key in sizes:
             tiny[key] = sizes[key]
-        elif isinstance(value, int) and not isinstance(value, bool) and key in wanted:
-            tiny[key] = min(wanted[key], value)
-        elif value is None and key == "head_dim" and {"hidden_size", "num_attention_heads"} <= stated.keys():
-            tiny[key] = wanted["hidden_size"] // wanted["num_attention_heads"]
+        elif isinstance(value, int) and not isinstance(value, bool) and key in tiny_sizes:
+            tiny[key] = min(tiny_sizes[key], value)
+        elif value is None and key == "head_dim" and {"hidden_size", "num_attention_heads"} <= values.keys():
+            tiny[key] = tiny_sizes["hidden_size"] // tiny_sizes["num_attention_heads"]
         elif key == "per_layer_config" and value:
             entries = {int(block): changes for block, changes in value.items()}
             tiny[key] = {
-                place: {name: _shrink_value(size, wanted.get(name)) for name, size in entries[block].items()}
-                for place, block in enumerate(kept)
+                index: {name: _shrink_value(size, tiny_sizes.get(name)) for name, size in entries[block].items()}
+                for index, block in enumerate(blocks)
                 if block in entries
             }
         elif key == "rope_parameters" and isinstance(value, dict) and value.get("mrope_section"):
             tiny[key] = copy.deepcopy(value) | {
-                "mrope_section": _shrink_mrope_sections(value["mrope_section"], stated, wanted)
+                "mrope_section": _shrink_mrope_sections(value["mrope_section"], values, tiny_sizes)
             }
         else:
             tiny[key] = copy.deepcopy(value)
-    if stated.get("num_key_value_heads") is not None and stated["num_key_value_heads"] == stated.get(
+    if values.get("num_key_value_heads") is not None and values["num_key_value_heads"] == values.get(
         "num_attention_heads"
     ):
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]
@@ -211,15 +212,19 @@ def _shrink(config: PreTrainedConfig, sizes: Mapping[str, Any], *, keep_depth: b
     return type(config)(**tiny)
 
 
-def _shrink_value(value: Any, wanted: Any) -> Any:
-    return min(value, wanted) if type(value) is int and type(wanted) is int else copy.deepcopy(value)
+def _shrink_value(value: Any, limit: Any) -> Any:
+    return min(value, limit) if type(value) is int and type(limit) is int else copy.deepcopy(value)
 
 
-def _shrink_mrope_sections(sections: list[int], stated: dict[str, Any], wanted: dict[str, Any]) -> list[int]:
-    """Return how many rotary pairs each axis of a multi-axis rotary embedding has where heads are the twin's."""
-    heads = stated.get("num_attention_heads") or 1
-    head_dim = stated.get("head_dim") or (stated.get("hidden_size") or 0) // heads
-    tiny = wanted["head_dim"] if stated.get("head_dim") else wanted["hidden_size"] // wanted["num_attention_heads"]
+def _shrink_mrope_sections(sections: list[int], values: dict[str, Any], tiny_sizes: dict[str, Any]) -> list[int]:
+    """Return the rotary pairs of each axis of a multi-axis rotary embedding in a tiny model's heads."""
+    heads = values.get("num_attention_heads") or 1
+    head_dim = values.get("head_dim") or (values.get("hidden_size") or 0) // heads
+    tiny = (
+        tiny_sizes["head_dim"]
+        if values.get("head_dim")
+        else tiny_sizes["hidden_size"] // tiny_sizes["num_attention_heads"]
+    )
     total = sum(sections) * min(tiny, head_dim) // max(head_dim, 1)
     shares = [section * total // sum(sections) for section in sections]
     return [*shares[:-1], total - sum(shares[:-1])]
@@ -228,14 +233,14 @@ def _shrink_mrope_sections(sections: list[int], stated: dict[str, Any], wanted: 
 _STACK_DEPTH_FIELDS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
 
-def _num_blocks(stated: dict[str, Any]) -> int | None:
-    return next((stated[key] for key in _STACK_DEPTH_FIELDS if isinstance(stated.get(key), int)), None)
+def _num_blocks(values: dict[str, Any]) -> int | None:
+    return next((values[key] for key in _STACK_DEPTH_FIELDS if isinstance(values.get(key), int)), None)
 
 
-def _select_blocks(stated: dict[str, Any], count: int) -> list[int]:
-    """Return at least `count` blocks, one of every kind that the lists with an entry per block tell apart among them."""
-    blocks = _num_blocks(stated) or count
-    lists = [value for value in stated.values() if isinstance(value, list) and len(value) == blocks]
+def _select_blocks(values: dict[str, Any], count: int) -> list[int]:
+    """Return at least `count` blocks, one of every kind that the lists with an entry per block distinguish."""
+    blocks = _num_blocks(values) or count
+    lists = [value for value in values.values() if isinstance(value, list) and len(value) == blocks]
     kinds = [
         repr(
             [
@@ -252,17 +257,23 @@ def _select_blocks(stated: dict[str, Any], count: int) -> list[int]:
 
 
 def build_tiny_model(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """Return a float64 model of a twin's config in evaluation mode, its parameters drawn with `seed`."""
+    """Return a float64 model of `config` in evaluation mode, its parameters drawn with `seed`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> build_tiny_model(LlamaForCausalLM, tiny_config(LlamaConfig())).dtype
+        torch.float64
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class._from_config(config, dtype=torch.float64)
     model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")  # the grouped kernels know no float64
+    model.set_experts_implementation("eager")  # the grouped kernels do not support float64
     return model.eval()
 
 
 def randomize_parameters(model: PreTrainedModel, seed: int) -> None:
-    """Draw every floating parameter anew, so that a law that holds holds not by chance: gains around 1, the rest around 0."""
+    """Move every floating parameter away from its default, so that no law holds by chance: gains around 1, others around 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
