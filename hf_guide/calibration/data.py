@@ -180,7 +180,7 @@ def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -
     Raises:
         OptionError: Names the id and the vocabulary, or the length and its limit.
     """
-    for name, max_length in (("input_ids", positions.longest), ("decoder_input_ids", positions.max_target_tokens)):
+    for name, max_length in (("input_ids", positions.max_tokens), ("decoder_input_ids", positions.max_target_tokens)):
         ids = batch.get(name)
         table = None if ids is None else model.get_input_embeddings()
         if not isinstance(table, nn.Embedding) or ids is None:

@@ -1,8 +1,8 @@
-"""One tiny forward of a new student, so that a shape that cannot run is refused before anyone waits for it.
+"""Run one tiny forward pass of a new student, so that a shape that cannot run is an error before any long computation.
 
-Does: run a copy, which shares a large student's parameters, in evaluation mode, without gradients, on the CPU; with one cached
-decoding step where the model has a cache. The student itself, random states and module state stay as they are.
-Does not: judge how good the outputs are.
+A copy, which shares the parameters of a large student, is run in evaluation mode, without gradients, on the CPU; with one
+cached decoding step where the model has a cache. The student itself, random states and module state do not change. The
+outputs are checked for finite values only.
 """
 
 import contextlib
@@ -27,28 +27,28 @@ from hf_guide.models.tiny_inputs import count_positions, tiny_inputs
 from hf_guide.models.tiny_models import MODEL_ERRORS
 
 MAX_TRIAL_OPERATIONS = 1e12
-"""Of the trial, 2 for each parameter and position: seconds on a CPU. What would cost more is not tried."""
+"""Operations up to which a student is tried, 2 for each parameter and position: seconds on a CPU."""
 
 MAX_COPIED_BYTES = 1 << 30
-"""Bytes of parameters up to which a copy is run, and above which the parameters are shared with the copy and read-only."""
+"""Bytes of parameters up to which they are copied; those of larger models are shared with the copy, read-only."""
 
 _FRESH_MEMORY_BYTES = 64 << 20
-"""Bytes above which the allocator takes fresh pages from the kernel, which are zeros; smaller memory may hold anything."""
+"""Bytes above which the allocator takes zeroed pages from the kernel; smaller memory may contain anything."""
 
 
 def check_forward(student: PreTrainedModel, teacher_config: PreTrainedConfig, *, filled: bool) -> list[str]:
-    """Run one tiny forward of `student`; return what the report should say where that could not be tried.
+    """Run one tiny forward pass of `student`; return notes for the report where that was not possible.
 
-    An error is the student's fault only where a model of the teacher's own shape takes the same inputs: one is built, without
+    An error is the student's only where a model of the teacher's shape accepts the same inputs: such a model is built, without
     weights, when the student fails.
 
     Args:
-        student: the model, on the CPU. It is left as it is, but for unfilled parameters, which may be set to zero.
-        teacher_config: the teacher's.
+        student: the model, on the CPU. It does not change, but unfilled parameters may be set to zero.
+        teacher_config: the teacher's config.
         filled: whether its parameters have their values; only then must its outputs be finite.
 
     Raises:
-        ShapeError: the student cannot run, with the family's own reason, or its outputs are not finite.
+        ShapeError: the student cannot run, with the family's own error, or its outputs are not finite.
     """
     choices = tiny_inputs(student)
     name = type(student).__name__
@@ -70,20 +70,20 @@ def check_forward(student: PreTrainedModel, teacher_config: PreTrainedConfig, *,
     reference = _reference_model(type(student), teacher_config, student.dtype)
     if reference is None:
         return [f"whether {name} runs was not tried: {type(errors[0]).__name__}: {errors[0]}"]
-    own_inputs = {frozenset(inputs): inputs for inputs in tiny_inputs(reference)}
+    reference_inputs = {frozenset(inputs): inputs for inputs in tiny_inputs(reference)}
     for error, inputs in zip(errors, choices, strict=True):
-        if _try_forward(reference, own_inputs.get(frozenset(inputs), inputs))[1] is None:
+        if _try_forward(reference, reference_inputs.get(frozenset(inputs), inputs))[1] is None:
             raise ShapeError(
-                f"The student is refused because it cannot run: {_describe_error(error)}. A {name} of the teacher's shape takes the "
-                "same input, so one of the sizes asked for does not fit the others."
+                f"The student cannot run: {_describe_error(error)}. A {name} of the teacher's shape accepts the "
+                "same input, so one of the requested sizes does not fit the others."
             ) from error
     return [f"whether {name} runs was not tried: no small input is known for it ({_describe_error(errors[0])})."]
 
 
 def _try_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Any, Exception | None]:
-    with _isolated_copy(model) as twin:
+    with _isolated_copy(model) as clone:
         try:
-            return _forward_with_cache(twin, inputs), None
+            return _forward_with_cache(clone, inputs), None
         except MODEL_ERRORS as error:
             return None, error
 
@@ -91,9 +91,7 @@ def _try_forward(model: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[Any
 @torch.no_grad()
 def _forward_with_cache(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
     if _can_generate(model) and "input_ids" in inputs and set(inputs) <= {"input_ids", "decoder_input_ids"}:
-        model.generation_config = (
-            GenerationConfig()
-        )  # of the copy: whatever it leaves open would be taken from the model's own
+        model.generation_config = GenerationConfig()  # of the copy: unset values would come from the model's own
         return model.generate(**inputs, generation_config=_two_token_config(model, inputs))  # type: ignore[operator]
     outputs = model(**inputs)
     cache = getattr(outputs, "past_key_values", None)
@@ -119,8 +117,8 @@ def _can_generate(model: PreTrainedModel) -> bool:
 
 
 def _two_token_config(model: PreTrainedModel, inputs: dict[str, Tensor]) -> GenerationConfig:
-    """Return the plainest way to generate: a first token, and one more that reads the cache."""
-    absent = int(inputs["input_ids"].max()) + 1  # a token taken for padding would be masked
+    """Return the config of plain generation: a first token, and one more that uses the cache."""
+    absent = int(inputs["input_ids"].max()) + 1  # the padding token would be masked
     return GenerationConfig(
         max_new_tokens=2,
         do_sample=False,
@@ -153,7 +151,7 @@ def _iter_tensors(outputs: Any, name: str = "outputs") -> Iterator[tuple[str, Te
 
 
 def _describe_error(error: Exception) -> str:
-    """Return what went wrong and the statement of the model's own code where it did."""
+    """Return the error, and the method of the model's own code that raised it."""
     where = ""
     trace = error.__traceback__
     while trace is not None:
@@ -167,7 +165,7 @@ def _describe_error(error: Exception) -> str:
 
 
 def _zero_parameters(model: PreTrainedModel) -> None:
-    """Set parameters that may hold anything to zero: what a forward does with garbage is no one's fault."""
+    """Set parameters of uninitialised memory to zero, so that garbage cannot make a forward pass fail."""
     for parameter in model.parameters():
         if parameter.numel() * parameter.element_size() <= _FRESH_MEMORY_BYTES:
             parameter.data.zero_()
@@ -187,7 +185,7 @@ def _reference_model(
 
 
 class _ReadOnly(TorchFunctionMode):
-    """Refuse operations that change one of the tensors of these ids in place."""
+    """Raise on operations that change one of the tensors of these ids in place."""
 
     def __init__(self, tensors: set[int]):
         super().__init__()
@@ -203,9 +201,9 @@ class _ReadOnly(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _isolated_copy(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Give a copy in evaluation mode, and restore what a forward may change outside it.
+    """Yield a copy in evaluation mode, and restore what its forward pass may change outside of it.
 
-    Some models change their weights when they run (RWKV rescales its own): a large one, whose parameters are not copied,
+    Some models change their weights in the forward pass (RWKV rescales them): a large one, whose parameters are not copied,
     raises instead.
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -216,18 +214,18 @@ def _isolated_copy(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
         try:
-            twin = copy.deepcopy(model, shared).eval()
-            if twin.dtype == torch.float64 and twin._can_set_experts_implementation():
-                twin.set_experts_implementation("eager")  # the grouped kernels know no float64
+            clone = copy.deepcopy(model, shared).eval()
+            if clone.dtype == torch.float64 and clone._can_set_experts_implementation():
+                clone.set_experts_implementation("eager")  # the grouped kernels do not support float64
             with read_only:
-                yield twin
+                yield clone
         finally:
             transformers.logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager
 def _preserved_random_state() -> Iterator[None]:
-    """Restore the CPU's, NumPy's and Python's random states at the end."""
+    """Restore the random states of torch (CPU), NumPy and Python at the end."""
     states = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[]):
         try:

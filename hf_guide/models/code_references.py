@@ -1,7 +1,7 @@
-"""The code that a saved model's files ask a reader to run: `auto_map` and `custom_pipelines`.
+"""References to code in a saved model's files, which loading it would run: `auto_map` and `custom_pipelines`.
 
-A reference in a folder that hf_guide writes names a class in a file of that folder. All others are dropped: what a stock
-class inherited from its teacher's config would make readers run code that the model does not need, with
+A reference in a folder that hf_guide writes names a class in a file of that folder. All others are dropped: one that a stock
+class inherited from its teacher's config would make users run code that the model does not need, with
 `trust_remote_code=True`, and code of another repository can change after the student was published.
 """
 
@@ -26,7 +26,7 @@ CONFIG_FILES = (
 """The JSON files of a saved model that Transformers and PEFT read."""
 
 _CODE_KEYS = ("auto_map", "custom_pipelines")
-# Entries of these files that older versions of Transformers and PEFT fill with a path, or with a token.
+# Entries that older versions of Transformers and PEFT fill with a path or a token.
 _PATH_KEYS = (
     "_name_or_path",
     "name_or_path",
@@ -41,14 +41,19 @@ _TOKEN_KEYS = ("token", "use_auth_token", "hub_token")
 
 
 def has_code_references(values: Any) -> bool:
-    """Whether a config, as a mapping, or a config within it refers to code."""
+    """Return whether a config, as a mapping, or a nested config refers to code.
+
+    Example:
+        >>> has_code_references({"text_config": {"auto_map": {"AutoConfig": "configuration.MyConfig"}}})
+        True
+    """
     if not isinstance(values, Mapping):
         return False
     return any(values.get(key) for key in _CODE_KEYS) or any(has_code_references(value) for value in values.values())
 
 
 def without_code_references(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config's values, those of configs within it included, without references to code."""
+    """Return a config's values, nested configs included, without references to code."""
     return {
         key: without_code_references(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
@@ -57,28 +62,28 @@ def without_code_references(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def local_code_references(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return those entries of the `auto_map` in a `config.json` that name the model's own class in a file of `folder`.
+    """Return the entries of the `auto_map` in a `config.json` that name the model's own class in a file of `folder`.
 
-    Nothing of a stock class's: the model's class, the first of `architectures`, must be among the classes that are named.
+    The result is empty for a stock class: the model's class, the first of `architectures`, must be among the named classes.
     """
-    from transformers import CONFIG_MAPPING  # only here: the command line imports this file to show its help
+    from transformers import CONFIG_MAPPING  # imported late: the command line imports this module to print its help
 
     references = config.get("auto_map")
     if not isinstance(references, Mapping):
         return {}
-    kept = {auto: reference for auto, reference in references.items() if _is_local_reference(reference, folder)}
-    models = {_class_name(reference) for auto, reference in kept.items() if auto.startswith("AutoModel")}
+    local = {auto: reference for auto, reference in references.items() if _is_local_reference(reference, folder)}
+    models = {_class_name(reference) for auto, reference in local.items() if auto.startswith("AutoModel")}
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in models and (models or config.get("model_type") in CONFIG_MAPPING):
         return {}
-    return kept
+    return local
 
 
 def clean_saved_folder(folder: Path) -> None:
-    """Take references to code that is not in `folder`, paths of this machine and tokens out of the configs saved in it.
+    """Remove references to code outside of `folder`, local paths and tokens from the configs saved in it.
 
-    Files without them are not touched, nor are files that are not JSON.
+    Files without any are not written, nor are files that are not JSON.
     """
     for name in CONFIG_FILES:
         path = folder / name
@@ -96,7 +101,7 @@ def clean_saved_folder(folder: Path) -> None:
 
 
 def drop_code_references(holder: Any) -> None:
-    """Drop what a stock tokenizer, processor or config in memory refers to, so that it is not saved."""
+    """Drop the code references of a stock tokenizer, processor or config in memory, so that they are not saved."""
     for part in _iter_components(holder):
         if not type(part).__module__.startswith("transformers."):
             continue
@@ -122,22 +127,22 @@ def _clean_code_references(values: dict[str, Any], folder: Path, name: str) -> d
     cleaned = without_code_references(values)
     references = values.get("auto_map")
     if name == "config.json":
-        kept = local_code_references(values, folder)
+        local = local_code_references(values, folder)
     elif isinstance(references, Mapping):
-        kept = {auto: reference for auto, reference in references.items() if _is_local_reference(reference, folder)}
+        local = {auto: reference for auto, reference in references.items() if _is_local_reference(reference, folder)}
     else:
-        kept = {"AutoTokenizer": references} if references and _is_local_reference(references, folder) else {}
-    if kept:
-        cleaned["auto_map"] = kept
+        local = {"AutoTokenizer": references} if references and _is_local_reference(references, folder) else {}
+    if local:
+        cleaned["auto_map"] = local
     pipelines = values.get("custom_pipelines")
     if isinstance(pipelines, Mapping):
-        own = {
+        local_pipelines = {
             task: entry
             for task, entry in pipelines.items()
             if isinstance(entry, Mapping) and _is_local_reference(entry.get("impl"), folder)
         }
-        if own:
-            cleaned["custom_pipelines"] = own
+        if local_pipelines:
+            cleaned["custom_pipelines"] = local_pipelines
     return cleaned
 
 
@@ -148,7 +153,7 @@ def _without_paths_and_tokens(values: dict[str, Any]) -> dict[str, Any]:
             continue
         if key in _PATH_KEYS and isinstance(value, str) and value and is_local(value):
             if key == "base_model_name_or_path":
-                base = public_name(value)  # "./" so that no model on the Hub of the folder's name is taken for it
+                base = public_name(value)  # "./" so that it is not taken for a Hub id
                 cleaned[key] = base if "/" in base else f"./{base}"
             continue
         cleaned[key] = value
@@ -156,7 +161,7 @@ def _without_paths_and_tokens(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_local_reference(reference: Any, folder: Path) -> bool:
-    """Whether a reference, "module.Class" or several of which some may be None, names classes in files of `folder`."""
+    """Return whether a reference, "module.Class" or several of which some may be None, names classes in files of `folder`."""
     if isinstance(reference, (list, tuple)):
         named = [each for each in reference if each is not None]
         return bool(named) and all(_is_local_reference(each, folder) for each in named)

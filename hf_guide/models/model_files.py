@@ -1,7 +1,7 @@
-"""Files of a teacher's folder, which may have come from anyone: read and copied only where they lie in that folder.
+"""Files of a teacher's folder, whose origin is not trusted: read and copied only if they are inside that folder.
 
-A symbolic link in a folder may point anywhere on this machine; what is copied through it would be published with the
-student. The links of the Hub's cache, from a snapshot to the blobs of the same repository, are followed.
+A symbolic link may point to any file of this machine, and a copy of it would be published with the student. The links of the
+Hub's cache, from a snapshot to the blobs of the same repository, are followed.
 """
 
 import fnmatch
@@ -47,7 +47,7 @@ PROCESSOR_FILES = (
 
 
 def is_outside_folder(path: Path, folder: Path) -> bool:
-    """Whether a file lies outside of `folder` once links are followed; a snapshot's blobs lie inside."""
+    """Return whether a file is outside of `folder` once links are resolved; a snapshot's blobs are inside."""
     root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     repository = root.parent.parent
     if root.parent.name == "snapshots" and repository.name.startswith("models--"):
@@ -56,11 +56,11 @@ def is_outside_folder(path: Path, folder: Path) -> bool:
 
 
 def regular_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """Return the files of a folder that match one of `patterns`, in their order, by name where several match one.
+    """Return the files of a folder that match one of `patterns`, in the order of the patterns and then by name.
 
-    What is no regular file, or lies elsewhere, is left out, with a warning that names it.
+    What is not a regular file, or is outside of the folder, is skipped with a warning that names it.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
             if is_outside_folder(path, folder):
@@ -68,22 +68,22 @@ def regular_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
             elif not path.exists() or not stat.S_ISREG(path.stat().st_mode):
                 logger.warning("%s is not a regular file: not copied.", path)
             else:
-                found[path] = None
-    return list(found)
+                files[path] = None
+    return list(files)
 
 
 def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = WEIGHTS_AND_CONFIGS) -> None:
-    """Refuse a folder whose files of a model are links out of it, or whose index names files outside of it.
+    """Check that no file of a model in a folder is a link out of it, and that no index names files outside of it.
 
-    A name that is no folder, a Hub id, is not looked at: the Hub's client keeps its files together.
+    A Hub id is not checked: the Hub's client keeps its files together.
 
     Raises:
-        TeacherError: names the file; or the name begins with '~', which nothing would expand.
+        TeacherError: a file is outside of the folder; or the name begins with '~', which only a shell expands.
     """
     folder = Path(name)
     if folder.parts[:1] == ("~",) and not folder.exists():
         raise TeacherError(
-            f"There is no folder {name}: '~' is expanded by shells alone. Write the path out, {folder.expanduser()}."
+            f"There is no folder {name}: '~' is expanded by a shell only. Write the whole path, {folder.expanduser()}."
         )
     if not folder.is_dir():
         return
@@ -93,18 +93,18 @@ def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = W
         path = Path(entry.path)
         if entry.is_symlink() and is_outside_folder(path, folder):
             raise TeacherError(
-                f"{path} is a link to {os.path.realpath(path)}, outside of its folder; what it holds would be published with "
-                "the student. If you put it there, replace the link by the file."
+                f"{path} is a link to {os.path.realpath(path)}, outside of its folder; its content would be published with "
+                "the student. If you made the link, replace it with the file."
             )
         if entry.name.endswith(".index.json") and path.is_file():
             read_shard_index(path)
 
 
 def read_shard_index(path: Path) -> dict[str, Any]:
-    """Return an index of shards, whose files are named relative to its own folder and lie in it.
+    """Return an index of shards, all of which are in its own folder.
 
     Raises:
-        TeacherError: it cannot be read, or names a file elsewhere.
+        TeacherError: it cannot be read, or names a file outside of its folder.
     """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +118,7 @@ def read_shard_index(path: Path) -> dict[str, Any]:
     for shard in sorted(set(shards.values())):
         if _is_outside(shard):
             raise TeacherError(
-                f"{path} names the shard {shard!r}, which is not in its folder; a shard must be a file beside the index."
+                f"{path} names the shard {shard!r}, which is not in its folder; a shard must be a file next to the index."
             )
     return index
 

@@ -1,8 +1,8 @@
-"""How long a text a model reads where it has a table of positions, and whether padding on the left shifts its positions.
+"""The maximal length of a text where a model has position embeddings, and whether padding on the left shifts its positions.
 
-Families count positions from 0 (BERT), from 2 (BART, OPT) or from one after the padding token (RoBERTa), by place, by
-attention mask or by the tokens that are not padding. That is not read from a list of families: a tiny model of the same
-config class is run, and the rows that it looks up are recorded.
+Families count positions from 0 (BERT), from 2 (BART, OPT) or from one after the padding token (RoBERTa), by index, by
+attention mask or by the tokens that are not padding. There is no list of families: a tiny model of the same config class is
+run, and the rows that it looks up are recorded.
 """
 
 import functools
@@ -21,22 +21,22 @@ from hf_guide.models.tiny_models import MODEL_ERRORS, tiny_config
 _TOKEN, _OTHER_TOKEN = 9, 7
 _PADS = (3, 5)
 _LENGTHS = ((6, 4), (9, 7))
-"""Of the encoder's (or only) text and of the decoder's, so that lookups of one are not taken for the other's."""
+"""Lengths of the encoder's (or only) text and of the decoder's: different, to tell the lookups of one from the other's."""
 
 
 @dataclass(frozen=True)
 class TextPositions:
-    """What a model's tables of positions allow.
+    """What a model's position embeddings allow.
 
     Attributes:
-        longest: tokens of a text; None where no table limits them.
-        longest_target: tokens that a decoder reads, of an encoder-decoder.
-        shifts: padding on the left moves the positions of the tokens after it.
-        needs_pad: positions are right under padding on the left only where it is this token; None where any will do.
-        begins: the token id after which positions are counted, where they are; None otherwise.
+        max_tokens: the maximal number of tokens of a text; None for no limit.
+        max_target_tokens: the same for the decoder of an encoder-decoder.
+        shifted_by_left_padding: whether padding on the left shifts the positions of the tokens after it.
+        required_padding_token: the only padding token that shifts nothing on the left; None where any token will do.
+        offset_token: the token id after which positions are counted, where they are; None otherwise.
     """
 
-    longest: int | None = None
+    max_tokens: int | None = None
     max_target_tokens: int | None = None
     shifted_by_left_padding: bool = False
     required_padding_token: int | None = None
@@ -44,28 +44,39 @@ class TextPositions:
 
 
 def text_positions(config: PreTrainedConfig) -> TextPositions:
-    """Return what the tables of positions of a config's model allow; no limit where it has none, or cannot be tried."""
+    """Return what the position embeddings of a config's model allow; no limit where it has none, or cannot be tried.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> text_positions(BertConfig(max_position_embeddings=40)).max_tokens
+        40
+    """
     if type(config) not in MODEL_MAPPING:
         return TextPositions()
     try:
         entries = json.dumps({key: value for key, value in config.to_dict().items() if key != "_name_or_path"})
         return _probe_cached(type(config).model_type, entries)
-    except MODEL_ERRORS:  # an entry that JSON does not know, or that the config does not take back
+    except MODEL_ERRORS:  # a value that JSON cannot hold, or that the config does not accept again
         return _probe(config)
 
 
 def max_input_tokens(config: "PreTrainedConfig | None", *, target: bool = False) -> int | None:
-    """Return how many tokens of a text a model reads: what its table of positions and `max_position_embeddings` allow.
+    """Return the maximal number of input tokens, by the position embeddings and `max_position_embeddings`; None for no limit.
 
     Args:
-        config: of the model, composite ones included; None is unlimited.
-        target: what the decoder of an encoder-decoder reads.
+        config: of the model, composite ones included; None has no limit.
+        target: return the limit of the decoder of an encoder-decoder.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> max_input_tokens(GPT2Config(n_positions=33))
+        33
     """
     if config is None:
         return None
     positions = text_positions(config)
     text = config.get_text_config(**({"decoder": target, "encoder": not target} if config.is_encoder_decoder else {}))
-    limits = [positions.max_target_tokens if target else positions.longest]
+    limits = [positions.max_target_tokens if target else positions.max_tokens]
     limits += [getattr(text, name, None) for name in (_TARGET_LENGTH_FIELDS if target else _LENGTH_FIELDS)]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
@@ -73,13 +84,15 @@ def max_input_tokens(config: "PreTrainedConfig | None", *, target: bool = False)
 def position_padding_token(model: nn.Module) -> int | None:
     """Return the padding token by which a loaded model counts positions; None where it does not, or no padding shifts them.
 
-    It is fixed when the model is made, whatever its config says afterwards.
+    It is fixed when the model is built; a later change of the config has no effect.
     """
-    needed = text_positions(model.config).required_padding_token  # type: ignore[arg-type]
-    if needed is None:
+    required = text_positions(model.config).required_padding_token  # type: ignore[arg-type]
+    if required is None:
         return None
-    own = (getattr(module, "padding_idx", None) for module in model.modules() if not isinstance(module, nn.Embedding))
-    return next((pad for pad in own if isinstance(pad, int)), needed)
+    built = (
+        getattr(module, "padding_idx", None) for module in model.modules() if not isinstance(module, nn.Embedding)
+    )
+    return next((pad for pad in built if isinstance(pad, int)), required)
 
 
 _LENGTH_FIELDS = ("max_position_embeddings", "max_encoder_position_embeddings")
@@ -94,44 +107,48 @@ def _probe_cached(model_type: str, entries: str) -> TextPositions:
 
 
 def _probe(config: PreTrainedConfig) -> TextPositions:
-    kinds: Any = MODEL_MAPPING[type(config)]
-    model_class = kinds[0] if isinstance(kinds, tuple) else kinds
+    mapped: Any = MODEL_MAPPING[type(config)]
+    model_class = mapped[0] if isinstance(mapped, tuple) else mapped
     try:
         with torch.device("meta"), no_init_weights():
-            whole = model_class._from_config(config)
+            model = model_class._from_config(config)
     except MODEL_ERRORS:
         return TextPositions()
-    if sum("Embedding" in type(module).__name__ for module in whole.modules()) < 2:
+    if sum("Embedding" in type(module).__name__ for module in model.modules()) < 2:
         return TextPositions()
     try:
-        return _probe_lookups(model_class, config, whole)
+        return _probe_lookups(model_class, config, model)
     except MODEL_ERRORS:
-        return _by_padding_index(whole)
+        return _by_padding_index(model)
 
 
-def _probe_lookups(model_class: type[PreTrainedModel], config: PreTrainedConfig, whole: nn.Module) -> TextPositions:
-    twins = [_TinyModel(model_class, config, pad) for pad in _PADS]
-    found = [twin.lookups() for twin in twins]
+def _probe_lookups(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, full_model: nn.Module
+) -> TextPositions:
+    tiny_models = [_TinyModel(model_class, config, pad) for pad in _PADS]
+    lookups = [model.lookups() for model in tiny_models]
     limits: dict[int, int] = {}
-    pad, begins = _pad_token(config), None
-    for (name, stack), offset in found[0].items():
-        other = found[1].get((name, stack), offset)
-        if other - offset == _PADS[1] - _PADS[0] and pad is not None:
-            begins = pad
-            offset += pad - _PADS[0]
-        rows = whole.get_parameter(name).shape[0]
-        limits[stack] = min(limits.get(stack, rows), rows - offset)
-    if not any(stack == 0 for _, stack in found[0]):
+    pad, offset_token = _pad_token(config), None
+    for (name, stack), first_row in lookups[0].items():
+        other = lookups[1].get((name, stack), first_row)
+        if other - first_row == _PADS[1] - _PADS[0] and pad is not None:
+            offset_token = pad
+            first_row += pad - _PADS[0]
+        rows = full_model.get_parameter(name).shape[0]
+        limits[stack] = min(limits.get(stack, rows), rows - first_row)
+    if not any(stack == 0 for _, stack in lookups[0]):
         return TextPositions(None, limits.get(1))
-    own = twins[0].keeps_positions(found[0], twins[0].pad)
-    if not own and pad is not None and pad < twins[0].tokens:
-        own = twins[0].keeps_positions(found[0], pad)  # of families that have it in their code
-    every = own and twins[0].keeps_positions(found[0], _OTHER_TOKEN)
-    return TextPositions(limits.get(0), limits.get(1), not own, pad if own and not every else None, begins)
+    keeps = tiny_models[0].keeps_positions(lookups[0], tiny_models[0].pad)
+    if not keeps and pad is not None and pad < tiny_models[0].tokens:
+        keeps = tiny_models[0].keeps_positions(lookups[0], pad)  # of families with the padding token in their code
+    any_token = keeps and tiny_models[0].keeps_positions(lookups[0], _OTHER_TOKEN)
+    return TextPositions(
+        limits.get(0), limits.get(1), not keeps, pad if keeps and not any_token else None, offset_token
+    )
 
 
 def _by_padding_index(model: nn.Module) -> TextPositions:
-    """Return what can be told without a run: a table of positions with a padding row begins after it."""
+    """Return what is known without running the model: position embeddings with a padding row begin after it."""
     limits, pad = [], None
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(getattr(module, "padding_idx", None), int):
@@ -160,11 +177,11 @@ _ONE_BLOCK = dict.fromkeys(
 
 
 class _TinyModel:
-    """A tiny model of a family, with its own padding token, and what it looks up."""
+    """A tiny model of a family with its own padding token, which records its lookups."""
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig, pad: int):
         tiny = tiny_config(config, pad_token_id=pad, **_ONE_BLOCK)
-        with no_init_weights():  # what is looked up does not depend on the numbers
+        with no_init_weights():  # lookups do not depend on the weights
             self.model = model_class._from_config(tiny).float().eval()
         self.pad = pad
         self.tokens = int(getattr(tiny.get_text_config(), "vocab_size", 0) or 0)
@@ -172,7 +189,7 @@ class _TinyModel:
         self.has_decoder = bool(config.is_encoder_decoder)
 
     def lookups(self) -> dict[tuple[str, int], int]:
-        """Return the first row that is looked up of each table that is looked up row after row.
+        """Return the first row that is looked up of each embedding whose rows are looked up in order.
 
         Returns:
             The row by the table's name and the stack: 0 of the (only) encoder or decoder, 1 of an encoder-decoder's decoder.
@@ -191,7 +208,7 @@ class _TinyModel:
         return {key: first for key, first in seen[0].items() if seen[1].get(key) == first}
 
     def keeps_positions(self, tables: dict[tuple[str, int], int], pad: int) -> bool:
-        """Return whether a text's positions are the same with two padding tokens before it."""
+        """Return whether a text's positions stay the same with two padding tokens before it."""
         length, padding = _LENGTHS[0][0], 2
         mask = torch.ones(1, length + padding, dtype=torch.long)
         mask[:, :padding] = 0
@@ -225,7 +242,7 @@ class _RecordLookups(TorchDispatchMode):
 
 
 def _first_row(indices: Tensor, length: int) -> int | None:
-    """Return the first index where those of one text of `length` tokens count upward from it, one a token, and no further."""
+    """Return the first index where the indices of one text of `length` tokens count up from it, one a token, and end there."""
     rows = indices.reshape(-1).tolist()
     first = rows[0] if rows else 0
     return first if indices.shape[-1] == indices.numel() and _counts_up_from(indices, first, length, 0) else None

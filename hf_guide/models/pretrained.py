@@ -1,8 +1,7 @@
-"""Configs, weights and tokenizers as Transformers loads them from a folder or the Hub; what is broken is one kind of error.
+"""Load configs and tokenizers from a folder or the Hub, with one kind of error for files that cannot be read.
 
-The files may be cut, of another format, or written by hand. Transformers then raises whatever its code runs into: the
-errors in `UNREADABLE`. They become a `TeacherError` (or an `OptionError` where an option named the files) that says which
-folder it is, in one paragraph.
+Files may be truncated, of another format, or written by hand. Transformers then raises any of `LOADING_ERRORS`. They become a
+`TeacherError` (or an `OptionError` where an option named the files) that names the folder, in one paragraph.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from hf_guide.models.model_files import PROCESSOR_FILES, check_model_folder
 
 LOADING_ERRORS = (
     OSError,
-    ValueError,  # no JSON, not UTF-8, no model_type; remote code without permission
+    ValueError,  # not JSON, not UTF-8, no model_type; remote code without permission
     TypeError,  # a list or a number where a mapping or a text was expected
     AttributeError,
     KeyError,
@@ -36,7 +35,7 @@ LOADING_ERRORS = (
     EOFError,
     OverflowError,
     struct.error,  # a cut GGUF file
-    pickle.UnpicklingError,  # a .bin file that is no checkpoint, or would run code
+    pickle.UnpicklingError,  # a .bin file that is not a checkpoint, or would run code
     SafetensorError,
     StrictDataclassError,
 )
@@ -46,12 +45,12 @@ _SHARED_HUB_OPTIONS = ("token", "cache_dir", "local_files_only")
 """Keywords of `from_pretrained` that are not about one repository."""
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _MAX_BLOCKS = 10_000
-"""More than any model has: a model of so many cannot even be laid out without memory in reasonable time."""
+"""More than any model has: building a model of so many blocks takes too long even on the meta device."""
 
 
 @contextlib.contextmanager
 def unreadable_as(error_class: type[HfGuideError], what: str) -> Iterator[None]:
-    """Turn what Transformers raises of broken files into one error: `what` and the reason. Errors of ours pass through."""
+    """Convert the errors of unreadable files into `error_class`: `what` and the reason. An HfGuideError is not converted."""
     try:
         yield
     except HfGuideError:
@@ -81,20 +80,20 @@ def load_config(
 
     Args:
         name: the folder or Hub id.
-        hub: where it is found, as keywords of `from_pretrained`.
-        trust: whether the checkpoint's own code may be run.
-        gguf_file: the GGUF file that holds it.
-        what: the beginning of an error's message; by default that the config cannot be read.
+        hub: keywords of `from_pretrained`, such as the revision.
+        trust: whether the checkpoint's own code may run.
+        gguf_file: the GGUF file that contains it.
+        what: the beginning of an error's message.
 
     Raises:
-        TeacherError: there is none, it cannot be read, or only with the checkpoint's own code and without permission; or it
-            has sizes that no model has.
+        TeacherError: there is no config, it cannot be read, it needs the checkpoint's own code without permission, or its sizes
+            are impossible.
     """
-    where = {**(hub or {}), **({"gguf_file": gguf_file} if gguf_file else {})}
+    source = {**(hub or {}), **({"gguf_file": gguf_file} if gguf_file else {})}
     check_model_folder(name)
-    missing = "" if os.path.exists(name) else ": there is no such folder here, and as the name of a Hub model"
+    missing = "" if os.path.exists(name) else ": there is no such folder, and as a Hub id"
     with unreadable_as(TeacherError, f"{what or f'The config of {name} cannot be read'}{missing}"):
-        values, _ = PreTrainedConfig.get_config_dict(name, **where)
+        values, _ = PreTrainedConfig.get_config_dict(name, **source)
         if not isinstance(values, dict):
             raise TeacherError(f"The config of {name} cannot be read: it must be a mapping, found {values!r}.")
         _check_entries(values, name)
@@ -105,20 +104,24 @@ def load_config(
                 return load_config(base, shared, trust)
             except TeacherError as error:
                 raise TeacherError(
-                    f"{name} holds an adapter of {base!r}, which cannot be opened. An adapter names a base model in a folder "
-                    "without the path to it: start the command where that folder is, or load the base model and put the "
-                    f"adapter on it with PeftModel.from_pretrained. {error}"
+                    f"{name} holds an adapter of {base!r}, which cannot be opened. An adapter names a local base model "
+                    "without its path: start the command in the directory of that folder, or load the base model and add the adapter with "
+                    f"PeftModel.from_pretrained. {error}"
                 ) from error
         remote = "AutoConfig" in (values.get("auto_map") or {})
         if remote and not trust and values.get("model_type") not in CONFIG_MAPPING:
             raise remote_code_error(name)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **where)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust, **source)
         _check_sizes(config, name)
         return config
 
 
 def _adapter_base_model(name: str, hub: Mapping[str, Any]) -> str | None:
-    """Return the base model that an adapter names; None where there is no adapter."""
+    """Return the base model that an adapter names; None where there is no adapter.
+
+    Raises:
+        TeacherError: an adapter that names none.
+    """
     path = find_adapter_config_file(name, **hub)
     if path is None:
         return None
@@ -126,16 +129,16 @@ def _adapter_base_model(name: str, hub: Mapping[str, Any]) -> str | None:
         base = json.load(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or base == name:
         raise TeacherError(
-            f"{name} holds an adapter that does not name its base model. Load the base model, put the adapter on it with "
-            "PeftModel.from_pretrained, and pass that."
+            f"{name} holds an adapter that does not name its base model. Load the base model, add the adapter with "
+            "PeftModel.from_pretrained, and pass the result."
         )
     return base
 
 
 def remote_code_error(name: str) -> TeacherError:
-    """Return the error for a teacher that cannot be opened without its own code."""
+    """Return the error for a teacher that needs its own code."""
     return TeacherError(
-        f"{name} can only be opened by running Python code that comes with it. Read that code, and pass "
+        f"{name} can only be loaded by running the Python code in its repository. Read that code, and pass "
         "trust_remote_code=True if you trust it."
     )
 
@@ -143,7 +146,12 @@ def remote_code_error(name: str) -> TeacherError:
 def load_processing_class(
     auto: Any, name: str | os.PathLike[str], *, error_class: type[HfGuideError] = TeacherError, **where: Any
 ) -> Any:
-    """Return a tokenizer or processor as `auto`, an Auto class, loads it.
+    """Load a tokenizer or processor with an Auto class.
+
+    Args:
+        auto: the class, such as AutoTokenizer.
+        name: the folder or Hub id.
+        where: keywords of `from_pretrained`.
 
     Raises:
         TeacherError, or `error_class`: it cannot be read.
@@ -155,27 +163,27 @@ def load_processing_class(
         try:
             return auto.from_pretrained(name, **where)
         except Exception as error:
-            if type(error) is Exception:  # what the tokenizers library raises of a file that it cannot parse
+            if type(error) is Exception:  # raised by the tokenizers library for a file that it cannot parse
                 raise error_class(f"{what}: {one_paragraph(error)}. Fetch tokenizer.json again.") from error
             raise
 
 
 def find_tokenizer(name: str, **where: Any) -> Any:
-    """Return the tokenizer beside a model's files, loaded without remote code.
+    """Return the tokenizer of a model's folder or repository, loaded without remote code.
 
-    None where there is none, or where it needs a package that is not installed, or code of its own.
+    None where there is none, or where it needs a package that is not installed, or its own code.
 
     Raises:
-        TeacherError: its files are there and cannot be read.
+        TeacherError: its files exist and cannot be read.
     """
     hub = {key: value for key, value in where.items() if key != "gguf_file"}
     try:
-        found = [
+        files = [
             cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub) for file in TOKENIZER_FILES
         ]
-    except OSError:  # the name of no folder and no repository that can be reached
+    except OSError:  # neither a folder nor a repository that can be reached
         return None
-    if where.get("gguf_file") is None and not any(found):
+    if where.get("gguf_file") is None and not any(files):
         return None
     try:
         return load_processing_class(AutoTokenizer, name, trust_remote_code=False, **where)
@@ -186,10 +194,10 @@ def find_tokenizer(name: str, **where: Any) -> Any:
 
 
 def _check_entries(values: Mapping[str, Any], name: str) -> None:
-    """Refuse entries of a kind that Transformers takes for granted."""
+    """Check the types of entries that Transformers does not check."""
     for key, kind, expected in (
         ("auto_map", Mapping, "a mapping"),
-        ("model_type", str, "a text"),
+        ("model_type", str, "a string"),
         ("quantization_config", Mapping, "a mapping"),
         ("id2label", Mapping, "a mapping"),
     ):

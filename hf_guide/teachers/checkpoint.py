@@ -126,7 +126,7 @@ def open_teacher(
         "subfolder": subfolder,
     }
     check_model_folder(name)
-    missing = "" if os.path.exists(name) else ": there is no such folder here, and as the name of a Hub model"
+    missing = "" if os.path.exists(name) else ": there is no such folder, and as a Hub id"
     with unreadable_as(TeacherError, f"{name} cannot be read{missing}"):
         adapter = None if gguf_file else find_adapter_config_file(name, **hub)
         known = cached_file(name, gguf_file or CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)

@@ -142,7 +142,7 @@ class TeacherInputs:
     def _longest(self) -> tuple[int | None, int | None]:
         config = self.teacher.config
         rope = getattr(_text_config(self.teacher), "rope_parameters", None) or {}
-        if self._positions.longest is None and rope.get("rope_type", "default") != "default":
+        if self._positions.max_tokens is None and rope.get("rope_type", "default") != "default":
             return None, None  # scaled to be longer than the config states
         return max_input_tokens(config), max_input_tokens(config, target=True) if config.is_encoder_decoder else None
 

@@ -90,9 +90,9 @@ def test_the_longest_text_is_read_and_one_token_more_is_not(name: str) -> None:
     for pad in (1, 4) if name in AFTER_PAD else (4,):
         config = tiny(name, pad_token_id=pad)
         positions = text_positions(config)
-        assert positions.longest is not None
-        assert positions.longest == (LIMIT - pad - 1 if name in AFTER_PAD else positions.longest)
-        assert reads(config, positions.longest) and not reads(config, positions.longest + 1)
+        assert positions.max_tokens is not None
+        assert positions.max_tokens == (LIMIT - pad - 1 if name in AFTER_PAD else positions.max_tokens)
+        assert reads(config, positions.max_tokens) and not reads(config, positions.max_tokens + 1)
         if positions.max_target_tokens is not None:
             assert reads(config, 3, positions.max_target_tokens) and not reads(
                 config, 3, positions.max_target_tokens + 1
@@ -106,7 +106,7 @@ def test_a_family_that_cannot_be_tried_is_told_by_its_padding_row() -> None:
 
 def test_without_a_table_what_the_config_states_counts() -> None:
     assert (
-        text_positions(LlamaConfig()).longest is None
+        text_positions(LlamaConfig()).max_tokens is None
         and max_input_tokens(LlamaConfig(max_position_embeddings=48)) == 48
     )
     assert max_input_tokens(CONFIG_MAPPING["t5"]()) is None and max_input_tokens(None) is None
@@ -116,11 +116,11 @@ def test_without_a_table_what_the_config_states_counts() -> None:
 
 def test_positions_of_a_vision_tower_are_not_those_of_the_text() -> None:
     config = tiny_config(Gemma3Config(), max_position_embeddings=512)
-    assert text_positions(config).longest is None and max_input_tokens(config) == 512
+    assert text_positions(config).max_tokens is None and max_input_tokens(config) == 512
     model = MODEL_MAPPING[Gemma3Config](config).eval()
     rows = [{"input_ids": [5] * 100}]
     batches = load_calibration_batches(
-        rows, model, open_teacher(model), InitializationConfig(method="calibrated"), tokens=100
+        rows, model, open_teacher(model), InitializationConfig(method="calibrated"), num_tokens=100
     )
     assert batches[0]["input_ids"].shape == (1, 100)
 

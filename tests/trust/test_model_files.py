@@ -256,12 +256,12 @@ def test_a_stock_students_tokenizer_loses_its_reference_in_a_checkpoint_too(tmp_
 def test_a_home_that_no_shell_expanded_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data-files", "a.txt"] if words[0] == "capture" else []
     assert cli.main(words + data) == 1
-    assert "'~' is expanded by shells alone. Write the path out" in capsys.readouterr().err
+    assert "'~' is expanded by a shell only. Write the whole path" in capsys.readouterr().err
 
 
 def test_an_adapter_whose_base_is_not_here_says_where_to_start(folder: Path, tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": "teacher-of-mine"}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(TeacherError, match="holds an adapter of 'teacher-of-mine'.*where that folder is"):
+    with pytest.raises(TeacherError, match="holds an adapter of 'teacher-of-mine'.*in the directory of that folder"):
         load_config(str(tmp_path / "adapter"))
