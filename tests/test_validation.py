@@ -15,15 +15,15 @@ from hf_guide.errors import OptionError
 from hf_guide.signal_cache.config import CaptureConfig
 
 INVALID: list[Any] = [math.nan, math.inf, -math.inf, -1, -1e-9, "many", "2", True, [1.0], {}]
-REALS = ["temperature", "beta", "validation_share", "mlm_probability"]
+REALS = ["temperature", "beta", "validation_split_percentage", "mlm_probability"]
 WHOLE = [
     "loss_chunk_size",
     "max_length",
     "max_target_length",
-    "max_train_examples",
-    "max_eval_examples",
+    "max_train_samples",
+    "max_eval_samples",
     "preprocessing_num_workers",
-    "validation_seed",
+    "validation_split_seed",
     "top_k",
     "vocabulary_size",
     "batch_size",
@@ -49,7 +49,7 @@ def _numbers(options: type, known: set[str]) -> set[str]:
 def make(name: str, value: Any) -> Any:
     for options in (DistillationArguments, CaptureConfig, DataArguments):
         if name in {field.name for field in dataclasses.fields(options)}:
-            always = {"dataset": "some/data"} if options is DataArguments else {}
+            always = {"dataset_name": "some/data"} if options is DataArguments else {}
             always |= {"report_to": [], "use_cpu": True} if options is DistillationArguments else {}
             return options(**always, **{name: value})
     raise AssertionError(name)

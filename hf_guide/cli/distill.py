@@ -1,68 +1,61 @@
-"""`hf-guide distill CONFIG.yaml`: a distillation, all of it said by one file.
-
-This module is light, so that `hf-guide --help` answers at once; the work is in `scripts/distill.py`.
-"""
+"""`hf-guide distill CONFIG.yaml`: distill as a configuration file specifies. The work is in `scripts/distill.py`."""
 
 import argparse
 import gc
 import sys
 from pathlib import Path
 
-HELP = "make, train, evaluate and save a student, as one file says"
+HELP = "initialize, train, evaluate and save a student as a configuration file specifies"
 DESCRIPTION = (
-    "Train a student from a teacher, or from a capture, as a YAML or JSON file says; flags after it override it."
+    "Train a student from a teacher or a teacher cache as a YAML or JSON file specifies; flags after it override it."
 )
 EXAMPLE = "hf-guide distill examples/distill_smollm2.yaml --max_steps 100"
+SHOWN_METRICS = ("loss", "ce", "kd", "perplexity", "accuracy", "teacher_agreement")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the file, and all words after it, which count over the file."""
-    parser.add_argument("config", metavar="CONFIG", type=Path, help="a YAML or JSON file of options and their values")
+    """Add the file, and all arguments after it, which take precedence over it."""
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="YAML or JSON file of options and values")
     parser.add_argument(
         "overrides",
         nargs=argparse.REMAINDER,
         metavar="--key value ...",
-        help="options that count over the file's; `hf-guide distill CONFIG --help` lists every one",
+        help="options that override the file; `hf-guide distill CONFIG --help` lists all of them",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Distil with the flags of `add_arguments`, say where the student is, and return the exit code."""
-    from hf_guide.scripts.distill_config import read_config
+    """Distill, print the metrics and where the student is saved, and return the exit code."""
+    from hf_guide.scripts.distill import distill, read_config
 
-    settings = read_config(args.config, args.overrides)
-
-    from hf_guide.scripts.distill import distill
-
+    config = read_config(args.config, args.overrides)
+    training = config.training
     try:
-        metrics = distill(settings)
+        metrics = distill(config)
     except KeyboardInterrupt:
-        if settings.training.process_index == 0:
+        if training.process_index == 0:
             print(
-                f"hf-guide: interrupted; {describe_checkpoints(Path(settings.training.output_dir or ''))}.",
+                f"hf-guide: interrupted; {describe_checkpoints(Path(training.output_dir or ''))}.",
                 file=sys.stderr,
             )
         return 130
-    if settings.training.process_index == 0:
-        told = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
-        shown = ("loss", "ce", "kd", "perplexity", "accuracy", "teacher_agreement")
-        print(", ".join(f"{name} {told[name]:.4g}" for name in shown if name in told) or "Not evaluated.")
-        print(f"Saved in {settings.training.output_dir}")
-    gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
-    settings.training.distributed_state.destroy_process_group()
+    if training.process_index == 0:
+        shown = {name: metrics[f"eval_{name}"] for name in SHOWN_METRICS if f"eval_{name}" in metrics}
+        print(", ".join(f"{name} {value:.4g}" for name, value in shown.items()) or "Not evaluated.")
+        print(f"Saved in {training.output_dir}")
+    gc.collect()  # a process that leaves its group while a wrapped model still exists can hang
+    training.distributed_state.destroy_process_group()
     return 0
 
 
 def describe_checkpoints(output_dir: Path) -> str:
-    """Return what an interrupted run has left on the disk, and how to go on from there."""
+    """Return what an interrupted run left on disk, and how to continue from it."""
     from hf_guide.distillation.checkpoints import last_complete_checkpoint
 
-    whole = last_complete_checkpoint(output_dir)
-    if whole is not None:
-        return f"the same command with --resume_from_checkpoint true goes on from {whole}"
+    checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is not None:
+        return f"to continue from {checkpoint}, run the same command with --resume_from_checkpoint true"
     names = sorted(path.name for path in output_dir.iterdir()) if output_dir.is_dir() else []
     if not names:
-        return "nothing was left behind"
-    return (
-        f"no checkpoint is whole yet, so that the same command begins anew; {output_dir} holds {', '.join(names[:5])}"
-    )
+        return "nothing was written"
+    return f"no checkpoint is complete yet, so the same command starts again; {output_dir} contains {', '.join(names[:5])}"

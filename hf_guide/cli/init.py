@@ -1,122 +1,120 @@
-"""`hf-guide init`: a student that starts inside its teacher, saved with everything that belongs to it."""
+"""`hf-guide init`: initialize a student from a teacher, and save it with its tokenizer, report and model card."""
 
 import argparse
-import ast
-import contextlib
-import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_guide.calibration.config import SELF_GENERATED
-from hf_guide.cli.teacher_arguments import add_teacher_arguments, hub_arguments, to_flag
+from hf_guide.cli.arguments import add_hub_arguments, hub_arguments, parse_key_value, to_flag
 from hf_guide.errors import OptionError
-from hf_guide.hub.saved_model import check_tokenizer_files, copy_tokenizer_files
 from hf_guide.tasks import Task
+from hf_guide.utils.deprecation import RenamedOptions
 from hf_guide.utils.escaping import escape_control_characters
+from hf_guide.validation import check_choice
 from hf_guide.utils.files import atomic_folder, check_disk_space, check_output_folder
 
 if TYPE_CHECKING:
     from hf_guide.initialization.report import InitializationReport
 
-HELP = "make a student that starts inside its teacher"
+HELP = "initialize a student from a teacher"
 DESCRIPTION = (
-    "Make a student of the shape you ask for and save it as a stock Transformers model, with its tokenizer, a\n"
-    "model card, a report of where each parameter came from, and a plot. Sizes you do not name are the\n"
-    "teacher's, or follow from those you name as the family derives them."
+    "Initialize a student from a teacher and save it as a stock Transformers model, with its tokenizer,\n"
+    "a model card and a report on each parameter. Sizes that are not given are the teacher's, or follow\n"
+    "from the others."
 )
-EXAMPLE = (
-    "hf-guide init HuggingFaceTB/SmolLM2-135M --hidden-size 288 --num-hidden-layers 10 \\\n"
-    "      --intermediate-size 768 --head-dim 32 --method guide -o student/"
-)
+EXAMPLE = "hf-guide init HuggingFaceTB/SmolLM2-135M --hidden-size 288 --num-hidden-layers 10 -o student/"
+USAGE = "hf-guide init TEACHER -o FOLDER [shape] [--method NAME] [--option KEY=VALUE ...]"
+RENAMED_FLAGS = RenamedOptions(names={"set": "config", "calibration_dir": "calibration_cache_dir"})
 
 SIZES = {
     "hidden_size": "width of the residual stream",
     "num_hidden_layers": "number of blocks",
-    "intermediate_size": "width inside the MLP",
+    "intermediate_size": "width of the MLP",
     "num_attention_heads": "number of query heads",
     "num_key_value_heads": "number of key/value heads",
-    "head_dim": "size of one head",
+    "head_dim": "size of a head",
 }
 
 TASKS = {"base": "AutoStudent"} | {str(task): task.auto_student_class for task in Task}
-"""The value of --task for each class of `hf_guide` that makes a student."""
+"""The classes whose `from_teacher` makes a student for each task."""
+
+OLD_OPTION_FLAGS = (
+    "layers later_blocks token_weights logit_gain basis pooling heads neurons experts repair repair_inputs ridge "
+    "calibration_tokens calibration_length calibration_batch_size"
+).split()
+OLD_SWITCHES = (
+    "centered energy_correction fold_norms restore_logit_scale absorb_blocks fit_table turn_values turn_queries fit_gain "
+    "fit_logit_scale"
+).split()
+"""Flags of the previous release for options of a method, which are now `--option KEY=VALUE`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give `parser` the teacher, the output, the student's shape, and the method with its options."""
-    add_teacher_arguments(parser)
-    parser.add_argument("-o", "--output", required=True, type=Path, help="folder for the student; new or empty")
-    parser.add_argument("--task", choices=TASKS, help="the student's head; by default the one the teacher has")
+    """Add the teacher, the output, the student's shape, the method and its data."""
+    parser.usage = USAGE
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16", "float64"], help="by default the teacher's"
+        "-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder for the student: new or empty"
     )
-    parser.add_argument("--license", help="licence named in the model card, such as apache-2.0")
+    parser.add_argument("--task", choices=TASKS, metavar="TASK", help="by default the teacher's")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16", "float64"],
+        metavar="DTYPE",
+        help="by default the teacher's",
+    )
+    parser.add_argument("--license", metavar="ID", help="license for the model card, such as apache-2.0")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
-    shape = parser.add_argument_group("the student's shape")
+    shape = parser.add_argument_group("shape")
     for name, text in SIZES.items():
         shape.add_argument(to_flag(name), type=int, metavar="N", help=text)
-    shape.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any other entry of the config, as often as needed: --set tie_word_embeddings=false",
-    )
-    method = parser.add_argument_group("how it is made")
+    key_value: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
+    shape.add_argument("--config", **key_value, help="any other entry of the config; may be repeated")
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", default="guide", metavar="NAME", help="guide (default), or another of `hf-guide methods`")
+    method.add_argument("--option", **key_value, help="option of the method (see `hf-guide methods`); may be repeated")
+    method.add_argument("--seed", type=int, metavar="N", help="seed for randomly initialized weights (default: 0)")
     method.add_argument(
         "--calibration-dataset",
         metavar="FILE",
         nargs="+",
         type=Path,
-        help="text files, which --method calibrated runs through the teacher; texts part where a line is empty. The one word "
-        "self_generated: text that it writes itself",
+        help="text files, or `self_generated`: by the teacher",
     )
     method.add_argument(
-        "--calibration-cache-dir",
-        metavar="DIR",
-        type=Path,
-        help="folder, new or of the same command, that keeps what --method calibrated has done: killed, the command goes on "
-        "from there. It stays until you remove it",
+        "--calibration-cache-dir", metavar="FOLDER", type=Path, help="where calibrated saves its progress, to resume"
     )
-    method.add_argument(
-        "--method",
-        default="guide",
-        metavar="NAME",
-        help="guide, calibrated, uniform, random, or one that is registered",
-    )
-    method.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the method, as often as needed: --option layer_selection=[0,4,9]",
-    )
+    source = parser.add_argument_group("teacher")
+    source.add_argument("teacher", metavar="TEACHER", help="Hub id or folder of the big model")
+    source.add_argument("--gguf-file", metavar="FILE", help="GGUF file of the teacher to read")
+    add_hub_arguments(source)
+    for name in OLD_OPTION_FLAGS:
+        parser.add_argument(to_flag(name), dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for name in OLD_SWITCHES:
+        switch: Any = argparse.BooleanOptionalAction
+        parser.add_argument(to_flag(name), action=switch, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make a student and save it, all or nothing."""
+    """Initialize the student and save it atomically, print its report, and return the exit code."""
     overrides = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    for text in args.set:
-        key, value = parse_override(text)
-        if key in overrides:
-            raise OptionError(f"{key} is given twice: as {overrides[key]!r} and as {value!r}. Name it once.")
-        overrides[key] = value
-    from hf_guide.methods import InitializationConfig
-
-    method = InitializationConfig(args.method, **dict(parse_override(text, "--option") for text in args.option))
+    overrides = _add_key_values(overrides, args.config, "--config")
+    options = _method_options(args)
     check_output_folder(args.output)
-    check_tokenizer_files(args.teacher, gguf_file=args.gguf_file, revision=args.revision, token=args.token)
 
     import torch
 
     from hf_guide import modeling
+    from hf_guide.hub.saved_model import check_tokenizer_files, copy_tokenizer_files
+    from hf_guide.methods import InitializationConfig
     from hf_guide.utils.checksums import check_written_model
 
-    make = getattr(modeling, TASKS[args.task]).from_teacher if args.task else modeling.from_teacher
+    method = InitializationConfig.parse(options)
+    check_tokenizer_files(args.teacher, gguf_file=args.gguf_file, revision=args.revision, token=args.token)
+    from_teacher = getattr(modeling, TASKS[args.task]).from_teacher if args.task else modeling.from_teacher
     with atomic_folder(args.output, check=check_written_model) as folder:
-        student: Any = make(
+        student: Any = from_teacher(
             args.teacher,
             method=method,
             calibration_dataset=_calibration_dataset(args.calibration_dataset),
@@ -133,43 +131,65 @@ def run(args: argparse.Namespace) -> int:
         copy_tokenizer_files(args.teacher, folder, gguf_file=args.gguf_file, **hub_arguments(args))
         _write_card_and_plot(report, folder, args)
     print(escape_control_characters(report.summary()))
-    print(f"Saved in {args.output}: {type(student).__name__}.from_pretrained({str(args.output)!r}) loads it.")
+    print(f"Saved in {args.output}. Load it with {type(student).__name__}.from_pretrained({str(args.output)!r}).")
     return 0
 
 
-def parse_override(text: str, flag: str = "--set") -> tuple[str, Any]:
-    """Split KEY=VALUE, the value read as JSON or Python where it is either, otherwise as a string."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise OptionError(
-            f"{flag} {text!r} is not understood; write {flag} key=value, for example --set rms_norm_eps=1e-6."
-        )
-    for read in (json.loads, ast.literal_eval):
-        with contextlib.suppress(ValueError, SyntaxError):
-            return key, read(value)
-    return key, value
+def _method_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the method's name and options from `--method`, `--seed`, `--option` and deprecated flags."""
+    from hf_guide.methods import list_methods, renamed_options_of_method
+
+    options: dict[str, Any] = {"method": check_choice("--method", args.method, list_methods())}
+    if args.seed is not None:
+        options["seed"] = args.seed
+    renamed = renamed_options_of_method(args.method)
+    for name in (*OLD_OPTION_FLAGS, *OLD_SWITCHES):
+        if name in vars(args):
+            value = getattr(args, name)
+            options[name] = value if isinstance(value, bool) else parse_key_value(f"{name}={value}", to_flag(name))[1]
+            if name not in renamed.removed:  # otherwise an error says why it is gone
+                message = f"{to_flag(name)} is deprecated; use --option {renamed.names.get(name, name)}=VALUE."
+                warnings.warn(f"hf-guide init: {message}", FutureWarning, stacklevel=2)
+    return _add_key_values(options, args.option, "--option")
+
+
+def _add_key_values(values: dict[str, Any], texts: Sequence[str], flag: str) -> dict[str, Any]:
+    """Return `values` with the parsed KEY=VALUE texts.
+
+    Raises:
+        OptionError: A text is not of this form, or a key is given twice.
+    """
+    values = dict(values)
+    for text in texts:
+        key, value = parse_key_value(text, flag)
+        if key in values:
+            raise OptionError(f"{key} is given twice: as {values[key]!r} and as {value!r}. Give it once.")
+        values[key] = value
+    return values
 
 
 def _calibration_dataset(paths: Sequence[Path] | None) -> list[str] | str | None:
-    if paths == [Path(SELF_GENERATED)] and not paths[0].exists():
-        return SELF_GENERATED
+    """Return the texts in files; the one word `self_generated`, or its old name `teacher`, is returned as it is."""
+    if paths is not None and len(paths) == 1 and str(paths[0]) in ("self_generated", "teacher"):
+        if not paths[0].exists():
+            return str(paths[0])
     return read_texts(paths) if paths else None
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:
-    """The texts in text files, parted by empty lines.
+    """Return the texts in text files, which are separated by empty lines.
 
     Raises:
-        OptionError: a file that is not text, or files without any.
+        OptionError: A file is not text, or the files contain none.
     """
     texts: list[str] = []
     for path in paths:
         try:
             texts += [text for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
         except UnicodeDecodeError as error:
-            raise OptionError(f"{path} is no text file ({error}); --calibration-dataset takes text files.") from error
+            raise OptionError(f"{path} must be a text file for --calibration-dataset: {error}.") from error
     if not texts:
-        raise OptionError(f"{', '.join(map(str, paths))}: no text in it; --calibration-dataset takes text files.")
+        raise OptionError(f"{', '.join(map(str, paths))} must contain text for --calibration-dataset; found none.")
     return texts
 
 
@@ -187,7 +207,7 @@ def _write_card_and_plot(report: "InitializationReport", folder: Path, args: arg
     from hf_guide.visualization import plot_explained_variance
 
     write_model_card(folder, report, model_id=args.output.resolve().name, license=args.license)
-    if report.explained_variance and not (folder / PLOT_NAME).is_file():  # the card draws it where it can
+    if report.explained_variance and not (folder / PLOT_NAME).is_file():
         try:
             plot_explained_variance(report, folder / PLOT_NAME)
         except ImportError as error:

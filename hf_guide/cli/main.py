@@ -1,19 +1,27 @@
-"""`hf-guide`: the command line. Nothing heavy is imported before it is needed, so that --help answers at once."""
+"""`hf-guide`: the command line. Heavy modules are imported when a command runs, so that --help answers at once."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from hf_guide.cli.arguments import translate_renamed_flags
 from hf_guide.errors import HfGuideError, OptionError
+from hf_guide.utils.deprecation import RenamedOptions, add_renamed_flags, warn_renamed
 from hf_guide.utils.escaping import escape_control_characters
+
+RENAMED_COMMANDS = {"subclasses": "analyze-subclasses"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 when done, 1 after an error, 2 after wrong usage, 130 after Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
+        if args.command in RENAMED_COMMANDS:
+            warn_renamed("hf-guide", args.command, RENAMED_COMMANDS[args.command])
+        translate_renamed_flags(args, args.parser, args.renamed_flags, args.command)
         return args.run(args)
     except (HfGuideError, OSError, ImportError) as error:
         print(f"hf-guide: error: {escape_control_characters(error)}", file=sys.stderr)
@@ -24,46 +32,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe_remaining_output(args: argparse.Namespace) -> str:
-    """Return what an interrupted command has left where it was to write; nothing of one that has no output."""
-    kept = getattr(args, "calibration_cache_dir", None)
-    if kept is not None and kept.is_dir() and any(kept.iterdir()):
-        return f"; the same command goes on from {kept}"
+    """Return what an interrupted command left on disk; empty for a command without output."""
+    cache_dir = getattr(args, "calibration_cache_dir", None)
+    if cache_dir is not None and cache_dir.is_dir() and any(cache_dir.iterdir()):
+        return f"; run the same command again to continue from {cache_dir}"
     if getattr(args, "output", None) is None:
         return ""
     output = Path(args.output)
-    is_there = any(output.iterdir()) if output.is_dir() else output.exists()
-    return f"; {output} is there" if is_there else "; nothing was left behind"
+    exists = any(output.iterdir()) if output.is_dir() else output.exists()
+    return f"; {output} was written" if exists else "; nothing was written"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from hf_guide.cli import analyze_subclasses, capture, card, distill, families, init, inspect, quickstart
+    from hf_guide.cli import analyze_subclasses, capture, card, distill, families, init, inspect, methods, quickstart
 
     parser = argparse.ArgumentParser(
         prog="hf-guide",
-        description="Make a small Transformers model out of a big one.",
+        description="Make a small Transformers model from a big one.",
         epilog="first:  hf-guide inspect TEACHER\nthen:   hf-guide init TEACHER --hidden-size 288 -o student/\n"
         "        hf-guide distill CONFIG.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (init, inspect, families, capture, distill, card, analyze_subclasses, quickstart):
-        _add_command(commands, module.__name__.rpartition(".")[2].replace("_", "-"), module, help=module.HELP)
-        if hasattr(module, "DEPRECATED_NAME"):
-            _add_command(commands, module.DEPRECATED_NAME, module)  # not listed by --help
+    for module in (init, methods, inspect, families, capture, distill, card, analyze_subclasses, quickstart):
+        name = module.__name__.rpartition(".")[2].replace("_", "-")
+        _add_command(commands, name, module, help=module.HELP)
+    for old, new in RENAMED_COMMANDS.items():
+        _add_command(commands, old, {"analyze-subclasses": analyze_subclasses}[new])  # without help it is not listed
     return parser
 
 
-def _add_command(commands: Any, name: str, module: Any, **options: str) -> None:
-    command = commands.add_parser(
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps long flags on one line with their help."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
+def _add_command(commands: "argparse._SubParsersAction", name: str, module: ModuleType, **listing: Any) -> None:
+    parser = commands.add_parser(
         name,
         description=module.DESCRIPTION,
         epilog=f"example:\n  {module.EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        **options,
+        formatter_class=_HelpFormatter,
+        **listing,
     )
-    module.add_arguments(command)
-    command.set_defaults(run=module.run)
+    module.add_arguments(parser)
+    renamed = getattr(module, "RENAMED_FLAGS", RenamedOptions())
+    add_renamed_flags(parser, renamed)
+    parser.set_defaults(run=module.run, parser=parser, renamed_flags=renamed)
 
 
 if __name__ == "__main__":

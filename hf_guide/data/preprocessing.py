@@ -1,7 +1,7 @@
-"""Raw examples made into what a model is fed, for every task, and the collator that makes batches of them.
+"""Turn raw examples into model inputs, for every task, and build the collator that batches them.
 
-Does: tokenise, lay texts end to end, mask, bring labels into the student's order, turn images into pixels.
-Does not: augment, or anything else that a capture could not find again, but for the masking of a masked language model.
+Does: apply chat templates, tokenize, pack texts into blocks, mask, map labels to the student's classes, process images.
+Does not: augment, or do anything else whose result a teacher cache could not find again, except random masking in training.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 import PIL.Image
 import torch
 from datasets import Dataset, Image
+from jinja2 import TemplateError
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -24,9 +25,8 @@ from transformers import (
 )
 
 from hf_guide.data.arguments import DEFAULT_TARGET_LENGTH, DataArguments
-from hf_guide.data.class_labels import label_encoder
-from hf_guide.data.loading import class_names, find_column
-from hf_guide.data.texts import check_strings, check_words, encode_with_eos, render_texts
+from hf_guide.data.class_labels import class_names, label_encoder
+from hf_guide.data.loading import find_column
 from hf_guide.errors import OptionError
 from hf_guide.models.positions import max_input_tokens
 from hf_guide.tasks import Task
@@ -39,13 +39,12 @@ Examples = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class ProcessedData:
-    """What a `Trainer` takes.
+    """The datasets and the collator for a `Trainer`.
 
     Attributes:
-        train, eval: datasets of model inputs.
-        collator: makes batches of both.
-        keep_columns: the datasets make inputs of raw columns when they are read, so that `remove_unused_columns` must be
-            off.
+        train, eval: Datasets of model inputs.
+        collator: Builds the batches of both.
+        keep_columns: The datasets transform raw columns when they are read, so `remove_unused_columns` must be False.
     """
 
     train: Any
@@ -62,66 +61,68 @@ def preprocess(
     options: DataArguments,
     *,
     labels: Sequence[str] | None = None,
-    mask_once: bool = False,
+    static_masking: bool = False,
     config: "PreTrainedConfig | Sequence[PreTrainedConfig | None] | None" = None,
 ) -> ProcessedData:
-    """Return two raw splits as what a model of `task` is fed.
+    """Convert two raw splits to the inputs of a model for `task`.
 
     Args:
-        task: what the student is for.
-        train, held_out: raw, as `load_splits` gives them.
-        processing_class: the tokenizer, or the image processor.
-        options: names of columns, lengths, packing.
-        labels: of classifiers, the names of the student's classes in their order; None where labels stand as they are.
-        mask_once: mask what is trained on only once, as `options.mask_once`.
-        config: of every model that reads the texts, as `resolve_lengths` takes it.
+        task: The student's task.
+        train, held_out: Raw splits, as `load_splits` returns them.
+        processing_class: The tokenizer or image processor.
+        options: Column names, lengths, packing.
+        labels: For classifiers, the names of the student's classes in order; None keeps the dataset's class indices.
+        static_masking: Mask the training split once, as `options.static_masking`.
+        config: Configs of all models that read the texts, as for `resolve_lengths`.
 
     Raises:
-        OptionError: a column that is missing, a label that the student does not know, a length that tokenizer or model cannot
-            take, or too little text for one example.
+        OptionError: A column is missing, a label is not among the student's classes, a length is not supported, or there is
+            too little text for one example.
     """
-    number: Callable[[Any], int] | None = None
+    encode_label: Callable[[Any], int] | None = None
     if not task.is_language_model:
         column = find_column(train, task, "label", options)
-        number = label_encoder(class_names(train, column), labels, column)  # one numbering for both splits
+        encode_label = label_encoder(class_names(train, column), labels, column)  # one encoding for both splits
     if task is Task.IMAGE_CLASSIFICATION:
-        seen, watched = (_image_dataset(split, processing_class, options, number) for split in (train, held_out))
-        return ProcessedData(seen, watched, default_data_collator, keep_columns=True)
+        images = [_image_dataset(split, processing_class, options, encode_label) for split in (train, held_out)]
+        return ProcessedData(images[0], images[1], default_data_collator, keep_columns=True)
     options = resolve_lengths(options, processing_class, config)
     _ensure_pad_token(processing_class, options, task)
-    fixed = (mask_once or options.mask_once, True)
-    made = [
-        None if split is None else _tokenize_split(task, split, processing_class, options, number, once, name)
-        for split, once, name in zip((train, held_out), fixed, ("training", "evaluation"), strict=True)
+    static = (static_masking or options.static_masking, True)
+    tokenized = [
+        None
+        if split is None
+        else _tokenize_split(task, split, processing_class, options, encode_label, is_static, name)
+        for split, is_static, name in zip((train, held_out), static, ("training", "evaluation"), strict=True)
     ]
-    return ProcessedData(made[0], made[1], _make_collator(task, processing_class, options))
+    return ProcessedData(tokenized[0], tokenized[1], _make_collator(task, processing_class, options))
 
 
 def resolve_lengths(
     options: DataArguments, tokenizer: Any, config: "PreTrainedConfig | Sequence[PreTrainedConfig | None] | None"
 ) -> DataArguments:
-    """Return the options with a `max_length` and a `max_target_length` that tokenizer and models can take.
+    """Return the options with a `max_length` and a `max_target_length` that the tokenizer and the models support.
 
     Args:
-        options: lengths that are asked for; None takes the longest, but at most `DEFAULT_MAX_LENGTH`.
-        tokenizer: its `model_max_length` counts.
-        config: of every model that reads the texts: the student's, the teacher's; None where one is not known.
+        options: Requested lengths; `max_length=None` selects the longest supported, at most `DEFAULT_MAX_LENGTH`.
+        tokenizer: Limits the length by its `model_max_length`.
+        config: Configs of all models that read the texts, such as student and teacher; None for an unknown one.
 
     Raises:
-        OptionError: a length that is asked for is longer.
+        OptionError: A requested length is not supported.
     """
     configs = [config] if config is None or isinstance(config, PreTrainedConfig) else list(config)
     limits = [limit for each in configs if (limit := max_input_tokens(each)) is not None]
     most = min([tokenizer.model_max_length, *limits])
     if options.max_length is not None and options.max_length > most:
         raise OptionError(
-            f"max_length must be at most {most}: the model reads at most {most} tokens; found {options.max_length}."
+            f"max_length must be at most {most}: the model supports at most {most} tokens; found {options.max_length}."
         )
     targets = [limit for each in configs if (limit := max_input_tokens(each, target=True)) is not None]
     longest_target = min([options.max_target_length, *targets])
     if longest_target < options.max_target_length != DEFAULT_TARGET_LENGTH:
         raise OptionError(
-            f"max_target_length must be at most {longest_target}, which is what the model's decoder reads; found "
+            f"max_target_length must be at most {longest_target}, the longest target that the model's decoder supports; found "
             f"{options.max_target_length}."
         )
     return dataclasses.replace(
@@ -136,68 +137,71 @@ def _tokenize_split(
     split: Dataset,
     tokenizer: Any,
     options: DataArguments,
-    number: Callable[[Any], int] | None,
-    once: bool,
+    encode_label: Callable[[Any], int] | None,
+    static_masking: bool,
     name: str,
 ) -> Dataset:
-    make: Callable[..., Examples]
+    to_inputs: Callable[..., Examples]
     text = find_column(split, task, "text", options)
     if task is Task.SEQ2SEQ_LM:
-        make = _seq2seq_preprocessor(text, find_column(split, task, "target", options), tokenizer, options)
-    elif number is None:
-        make = _text_preprocessor(text, tokenizer, options, masked=task is Task.MASKED_LM)
+        to_inputs = _seq2seq_preprocessor(text, find_column(split, task, "target", options), tokenizer, options)
+    elif encode_label is None:
+        to_inputs = _text_preprocessor(text, tokenizer, options, masked=task is Task.MASKED_LM)
     else:
         column = find_column(split, task, "label", options)
-        make = (_word_preprocessor if task is Task.TOKEN_CLASSIFICATION else _sentence_preprocessor)(
-            text, column, number, tokenizer, options
+        to_inputs = (_word_preprocessor if task is Task.TOKEN_CLASSIFICATION else _sentence_preprocessor)(
+            text, column, encode_label, tokenizer, options
         )
     workers = options.preprocessing_num_workers
-    made = split.map(
-        make, batched=True, with_indices=True, remove_columns=split.column_names, num_proc=workers, desc="Tokenising"
+    tokenized = split.map(
+        to_inputs,
+        batched=True,
+        with_indices=True,
+        remove_columns=split.column_names,
+        num_proc=workers,
+        desc="Tokenizing",
     )
-    if len(made) == 0:
+    if len(tokenized) == 0:
         raise _too_little_text_error(split, text, options, name)
-    if task is Task.MASKED_LM and once:
-        made = made.map(
+    if task is Task.MASKED_LM and static_masking:
+        tokenized = tokenized.map(
             _masking_preprocessor(tokenizer, options),
             batched=True,
             with_indices=True,
             num_proc=workers,
             desc="Masking",
         )
-        made = made.remove_columns("special_tokens_mask")
-    return made
+        tokenized = tokenized.remove_columns("special_tokens_mask")
+    return tokenized
 
 
 def _too_little_text_error(split: Dataset, column: str, options: DataArguments, name: str) -> OptionError:
-    of = f"{options.name}: column {column!r} of the {name} split, {len(split)} rows,"
-    if options.pack and any(len(value) > 0 for value in split[column]):
+    source = f"{options.name}: column {column!r} of the {name} split, {len(split)} rows,"
+    if options.packing and any(len(value) > 0 for value in split[column]):
         return OptionError(
-            f"{of} does not fill one block of {options.max_length} tokens; lower max_length, set pack to false, or give "
+            f"{source} does not fill one block of {options.max_length} tokens; lower max_length, set packing to false, or use "
             "more text."
         )
-    return OptionError(f"{of} holds no text, only empty strings. Name another column with text_column.")
+    return OptionError(f"{source} contains only empty strings. Set text_column to another column.")
 
 
 def _ensure_pad_token(tokenizer: Any, options: DataArguments, task: Task) -> None:
-    packed = options.pack and task in (Task.CAUSAL_LM, Task.MASKED_LM)
+    packed = options.packing and task in (Task.CAUSAL_LM, Task.MASKED_LM)
     if packed or tokenizer.pad_token is not None:
         return
     if tokenizer.eos_token is None:
-        raise OptionError(
-            "The tokenizer has neither a padding nor an end token; give it one with tokenizer.pad_token."
-        )
+        raise OptionError("The tokenizer has neither a padding nor an end-of-sequence token; set tokenizer.pad_token.")
     tokenizer.pad_token = tokenizer.eos_token
 
 
 def _text_preprocessor(
     column: str, tokenizer: Any, options: DataArguments, *, masked: bool
 ) -> Callable[..., Examples]:
-    size = options.max_length if options.pack else None
+    size = options.max_length if options.packing else None
 
     def encode_causal(values: Sequence[Any], rows: Sequence[int]) -> Examples:
         texts, rendered = render_texts(values, rows, column, options.name, tokenizer)
-        length = None if options.pack else options.max_length
+        length = None if options.packing else options.max_length
         ids = encode_with_eos(tokenizer, [text for text in texts if text], rendered=rendered, max_length=length)
         return {"input_ids": ids, "attention_mask": [[1] * len(each) for each in ids]}
 
@@ -208,58 +212,58 @@ def _text_preprocessor(
         return dict(
             tokenizer(
                 texts,
-                truncation=not options.pack,
-                max_length=None if options.pack else options.max_length,
+                truncation=not options.packing,
+                max_length=None if options.packing else options.max_length,
                 return_special_tokens_mask=True,
                 return_token_type_ids=False,
                 verbose=False,
             )
         )
 
-    def make(examples: Examples, rows: list[int]) -> Examples:
-        made = (encode_masked if masked else encode_causal)(examples[column], rows)
+    def to_inputs(examples: Examples, rows: list[int]) -> Examples:
+        encoded = (encode_masked if masked else encode_causal)(examples[column], rows)
         if size is not None:
-            joined = {name: list(chain.from_iterable(values)) for name, values in made.items()}
+            joined = {name: list(chain.from_iterable(values)) for name, values in encoded.items()}
             starts = range(0, len(joined["input_ids"]) - size + 1, size)
-            made = {name: [row[start : start + size] for start in starts] for name, row in joined.items()}
-        return made if masked else made | {"labels": [list(ids) for ids in made["input_ids"]]}
+            encoded = {name: [row[start : start + size] for start in starts] for name, row in joined.items()}
+        return encoded if masked else encoded | {"labels": [list(ids) for ids in encoded["input_ids"]]}
 
-    return make
+    return to_inputs
 
 
 def _seq2seq_preprocessor(text: str, target: str, tokenizer: Any, options: DataArguments) -> Callable[..., Examples]:
-    def make(examples: Examples, rows: list[int]) -> Examples:
+    def to_inputs(examples: Examples, rows: list[int]) -> Examples:
         sources, targets = (check_strings(examples[name], rows, name, options.name) for name in (text, target))
-        made = dict(
+        encoded = dict(
             tokenizer(
                 [options.source_prefix + source for source in sources], truncation=True, max_length=options.max_length
             )
         )
-        made["labels"] = tokenizer(
+        encoded["labels"] = tokenizer(
             text_target=targets, truncation=True, max_length=options.max_target_length
         ).input_ids
-        for column, values in ((text, made["input_ids"]), (target, made["labels"])):
+        for column, values in ((text, encoded["input_ids"]), (target, encoded["labels"])):
             _check_not_empty(values, rows, column, options)
-        return made
+        return encoded
 
-    return make
+    return to_inputs
 
 
 def _sentence_preprocessor(
-    text: str, label: str, number: Callable[[Any], int], tokenizer: Any, options: DataArguments
+    text: str, label: str, encode_label: Callable[[Any], int], tokenizer: Any, options: DataArguments
 ) -> Callable[..., Examples]:
     pair = options.text_pair_column
 
-    def make(examples: Examples, rows: list[int]) -> Examples:
+    def to_inputs(examples: Examples, rows: list[int]) -> Examples:
         if pair is not None and pair not in examples:
             raise OptionError(f"{options.name} has no column {pair!r}; it has {sorted(examples)}.")
         columns = (text,) if pair is None else (text, pair)
         texts = [check_strings(examples[column], rows, column, options.name) for column in columns]
-        made = dict(tokenizer(*texts, truncation=True, max_length=options.max_length))
-        _check_not_empty(made["input_ids"], rows, text, options)
-        return made | {"labels": [number(value) for value in examples[label]]}
+        encoded = dict(tokenizer(*texts, truncation=True, max_length=options.max_length))
+        _check_not_empty(encoded["input_ids"], rows, text, options)
+        return encoded | {"labels": [encode_label(value) for value in examples[label]]}
 
-    return make
+    return to_inputs
 
 
 def _check_not_empty(
@@ -268,57 +272,57 @@ def _check_not_empty(
     for ids, row in zip(values, rows, strict=True):
         if not ids:
             raise OptionError(
-                f"{options.name}: column {column!r} has a text without any token in row {row}. Remove the row, or fill it."
+                f"{options.name}: column {column!r} has a text without any token in row {row}. Remove or complete the row."
             )
 
 
 def _word_preprocessor(
-    text: str, label: str, number: Callable[[Any], int], tokenizer: Any, options: DataArguments
+    text: str, label: str, encode_label: Callable[[Any], int], tokenizer: Any, options: DataArguments
 ) -> Callable[..., Examples]:
-    def make(examples: Examples, rows: list[int]) -> Examples:
+    def to_inputs(examples: Examples, rows: list[int]) -> Examples:
         texts = check_words(examples[text], rows, text, options.name)
-        made = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=options.max_length)
-        _check_not_empty(made["input_ids"], rows, text, options)
+        encoded = tokenizer(texts, is_split_into_words=True, truncation=True, max_length=options.max_length)
+        _check_not_empty(encoded["input_ids"], rows, text, options)
         labels = []
-        for place, values in enumerate(examples[label]):
-            if not isinstance(values, list) or len(values) != len(texts[place]):
+        for index, values in enumerate(examples[label]):
+            if not isinstance(values, list) or len(values) != len(texts[index]):
                 found = f"{len(values)} labels" if isinstance(values, list) else f"a {type(values).__name__}"
                 raise OptionError(
-                    f"{options.name}: column {label!r} must hold one label for each word of {text!r}, and row {rows[place]} "
-                    f"has {found} for {len(texts[place])} words."
+                    f"{options.name}: column {label!r} must contain one label per word of {text!r}; row {rows[index]} "
+                    f"has {found} for {len(texts[index])} words."
                 )
-            words = made.word_ids(place)
-            # The first token of a word stands for it, as in Transformers' own example.
+            words = encoded.word_ids(index)
+            # Only the first token of a word has a label, as in Transformers' own example.
             first = [
                 word is not None and word != before for word, before in zip(words, [None, *words[:-1]], strict=True)
             ]
             labels.append(
                 [
-                    number(values[word]) if is_first else IGNORE_INDEX
+                    encode_label(values[word]) if is_first else IGNORE_INDEX
                     for word, is_first in zip(words, first, strict=True)
                 ]
             )
-        return dict(made) | {"labels": labels}
+        return dict(encoded) | {"labels": labels}
 
-    return make
+    return to_inputs
 
 
 def _masking_preprocessor(tokenizer: Any, options: DataArguments) -> Callable[[Examples, list[int]], Examples]:
-    def make(examples: Examples, numbers: list[int]) -> Examples:
+    def to_inputs(examples: Examples, row_indices: list[int]) -> Examples:
         mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=options.mlm_probability, seed=0)
-        made: Examples = {"input_ids": [], "labels": []}
-        for row, number in enumerate(numbers):
-            mask.generator = torch.Generator().manual_seed(number)
+        masked: Examples = {"input_ids": [], "labels": []}
+        for row, row_index in enumerate(row_indices):
+            mask.generator = torch.Generator().manual_seed(row_index)
             batch = mask([{name: values[row] for name, values in examples.items()}])
-            for name, rows in made.items():
+            for name, rows in masked.items():
                 rows.append(batch[name][0].tolist())
-        return made
+        return masked
 
-    return make
+    return to_inputs
 
 
 def _make_collator(task: Task, tokenizer: Any, options: DataArguments) -> Callable[[Any], Mapping[str, Any]]:
-    if task is Task.CAUSAL_LM and options.pack:
+    if task is Task.CAUSAL_LM and options.packing:
         return default_data_collator
     if task in (Task.CAUSAL_LM, Task.SEQ2SEQ_LM):
         return DataCollatorForSeq2Seq(tokenizer)
@@ -328,7 +332,7 @@ def _make_collator(task: Task, tokenizer: Any, options: DataArguments) -> Callab
 
 
 class MaskingCollator:
-    """Masks examples at random, but for those that carry labels because they were masked before; those are only padded."""
+    """Masks examples at random; examples with labels were masked before and are only padded."""
 
     def __init__(self, tokenizer: Any, mlm_probability: float):
         self.mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
@@ -339,39 +343,39 @@ class MaskingCollator:
 
 
 def _image_dataset(
-    split: Dataset | None, processor: Any, options: DataArguments, number: Callable[[Any], int] | None
+    split: Dataset | None, processor: Any, options: DataArguments, encode_label: Callable[[Any], int] | None
 ) -> Dataset | None:
-    if split is None or number is None:
+    if split is None or encode_label is None:
         return None
     image = find_column(split, Task.IMAGE_CLASSIFICATION, "image", options)
     column = find_column(split, Task.IMAGE_CLASSIFICATION, "label", options)
     if isinstance(split.features[image], Image):
-        split = split.cast_column(image, Image(decode=False))  # decoded below, where an error can name the image
+        split = split.cast_column(image, Image(decode=False))  # decoded below, where errors name the image
     split = split.add_column(_ROW_COLUMN, range(len(split)))
 
-    def make(examples: Examples) -> dict[str, Any]:
+    def to_inputs(examples: Examples) -> dict[str, Any]:
         opened = [
             decode_image(value, row, image, options.name)
             for value, row in zip(examples[image], examples[_ROW_COLUMN], strict=True)
         ]
         pixels = processor(opened, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": list(pixels), "labels": [number(value) for value in examples[column]]}
+        return {"pixel_values": list(pixels), "labels": [encode_label(value) for value in examples[column]]}
 
-    return split.with_transform(make)
+    return split.with_transform(to_inputs)
 
 
 _ROW_COLUMN = "__row__"
 
 
 def decode_image(value: Any, row: int, column: str, dataset: str) -> PIL.Image.Image:
-    """Return an image of a dataset, decoded and in RGB.
+    """Decode an image of a dataset and return it in RGB.
 
     Args:
-        value: an image, or its path or bytes as `datasets.Image(decode=False)` gives them.
-        row: its number; column, dataset: names, for the error.
+        value: An image, or its path or bytes as `datasets.Image(decode=False)` returns them.
+        row, column, dataset: Index of the row and names, for the error.
 
     Raises:
-        OptionError: it cannot be read; names its file, or its row.
+        OptionError: The image cannot be read.
     """
     if isinstance(value, PIL.Image.Image):
         return value.convert("RGB")
@@ -384,3 +388,150 @@ def decode_image(value: Any, row: int, column: str, dataset: str) -> PIL.Image.I
             f"{dataset}: {name} in row {row}, column {column!r}, cannot be read: {error or type(error).__name__}. Replace or "
             "remove it."
         ) from error
+
+
+# Texts
+
+
+def check_strings(values: Sequence[Any], rows: Sequence[int], column: str, dataset: str) -> list[str]:
+    """Return the values of a column if all are strings.
+
+    Args:
+        values: Values of some rows.
+        rows: Indices of these rows.
+        column, dataset: Names, for the error.
+
+    Raises:
+        OptionError: A value is not a string; names the first such row and the value's type.
+    """
+    for value, row in zip(values, rows, strict=True):
+        if not isinstance(value, str):
+            raise _not_text_error(value, row, column, dataset)
+    return list(values)
+
+
+def check_words(values: Sequence[Any], rows: Sequence[int], column: str, dataset: str) -> list[list[str]]:
+    """Return the values of a column if all are lists of strings.
+
+    Raises:
+        OptionError: A value is not; names the first such row and the value's type.
+    """
+    for value, row in zip(values, rows, strict=True):
+        if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+            inner = {type(word).__name__ for word in value} if isinstance(value, list) else None
+            found = f"a list of {' and '.join(sorted(inner))}" if inner else type(value).__name__
+            raise OptionError(
+                f"{dataset}: column {column!r} must contain lists of words; row {row} has {found}. Set text_column to "
+                "another column, or correct the row."
+            )
+    return list(values)
+
+
+def render_texts(
+    values: Sequence[Any], rows: Sequence[int], column: str, dataset: str, tokenizer: Any
+) -> tuple[list[str], bool]:
+    """Return the texts of a column, and whether they are conversations formatted by the chat template.
+
+    A formatted text contains the template's special tokens: tokenize it with `add_special_tokens=False`.
+
+    Args:
+        values: Strings, or conversations: lists of {"role": ..., "content": ...}.
+        rows: Indices of these rows.
+        column, dataset: Names, for errors.
+        tokenizer: Provides the chat template.
+
+    Raises:
+        OptionError: A value has another type, a conversation has another form or the template fails on it (names the row);
+            or there are conversations and no chat template.
+    """
+    if not any(isinstance(value, list) for value in values):
+        return check_strings(values, rows, column, dataset), False
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise OptionError(
+            f"{dataset}: column {column!r} contains conversations, and the tokenizer has no chat_template to "
+            "format them. Set tokenizer.chat_template, or set text_column to a column of texts."
+        )
+    texts = []
+    for value, row in zip(values, rows, strict=True):
+        _check_conversation(value, row, column, dataset)
+        try:
+            texts.append(tokenizer.apply_chat_template(value, tokenize=False))
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise OptionError(
+                f"{dataset}: the tokenizer's chat template fails on column {column!r}, row {row}: {error}."
+            ) from error
+    return texts, True
+
+
+def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None:
+    if not isinstance(value, list):
+        raise _not_text_error(value, row, column, dataset)
+    for message in value:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        without = isinstance(message, Mapping) and content is None and bool(message.get("tool_calls"))
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            found = f"the keys {sorted(message)}" if isinstance(message, Mapping) else f"a {type(message).__name__}"
+        elif not isinstance(content, str) and not without:
+            found = f"content of type {type(content).__name__}"
+        else:
+            continue
+        raise OptionError(
+            f"{dataset}: column {column!r} contains neither texts nor valid conversations: each message must be a mapping "
+            f"with the strings 'role' and 'content'; row {row} has {found}. Rename its keys, or set text_column to a column of "
+            "texts."
+        )
+    if not value:
+        raise OptionError(f"{dataset}: column {column!r} has an empty conversation in row {row}. Remove the row.")
+
+
+def _not_text_error(value: Any, row: int, column: str, dataset: str) -> OptionError:
+    found = "None" if value is None else f"a value of type {type(value).__name__}"
+    return OptionError(
+        f"{dataset}: column {column!r} must contain text; row {row} has {found}. Set text_column to a column of texts, or correct the row."
+    )
+
+
+def encode_with_eos(
+    tokenizer: Any, texts: Sequence[str], *, rendered: bool = False, max_length: int | None = None
+) -> list[list[int]]:
+    """Return the token ids of texts for a causal language model, each followed by the end-of-sequence token.
+
+    A text to which its tokenizer or chat template already added the token does not get a second one; a truncated text gets
+    none. Texts without any token are left out.
+
+    Args:
+        tokenizer: Its `eos_token` is appended, if it has one.
+        texts: Strings.
+        rendered: Whether a chat template formatted them and wrote special tokens.
+        max_length: Truncate to this many tokens, on the side `tokenizer.truncation_side`; None keeps everything.
+    """
+    if not texts:
+        return []
+    made = tokenizer(
+        list(texts),
+        add_special_tokens=not rendered,
+        return_special_tokens_mask=True,
+        return_token_type_ids=False,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    end, found = tokenizer.eos_token_id, []
+    for text, ids, special in zip(texts, made["input_ids"], made["special_tokens_mask"], strict=True):
+        if not ids:
+            continue
+        has_end = ids[-1] == end or (rendered and text.rstrip().endswith(str(tokenizer.eos_token)))
+        whole = ids if end is None or has_end else [*ids, end]
+        found.append(
+            whole if max_length is None else _truncate_ids(whole, special, max_length, tokenizer.truncation_side)
+        )
+    return found
+
+
+def _truncate_ids(ids: list[int], special: list[int], length: int, side: str) -> list[int]:
+    if len(ids) <= length:
+        return ids
+    if side == "right":
+        return ids[:length]
+    first = next((place for place, is_special in enumerate(special) if not is_special), 0)
+    first = min(first, length)
+    return ids[:first] + ids[len(ids) - (length - first) :]

@@ -207,6 +207,11 @@ def owner_of_option(name: str) -> str | None:
     return next(iter(_owners(name)), None)
 
 
+def renamed_options_of_method(method: str) -> RenamedOptions:
+    """Return the old names of a registered method's options."""
+    return _config_class(method).renamed_options
+
+
 def _owners(name: str) -> list[str]:
     return [
         method

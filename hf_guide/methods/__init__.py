@@ -1,7 +1,7 @@
 """The initialization methods. Importing this package registers the four built-in ones; see `register_method` for another."""
 
 from hf_guide.calibration.config import CalibratedConfig
-from hf_guide.initialization.config import InitializationConfig
+from hf_guide.initialization.config import InitializationConfig, renamed_options_of_method
 from hf_guide.initialization.registry import (
     InitializationMethod,
     MethodOption,
@@ -31,6 +31,7 @@ __all__ = [
     "list_methods",
     "make_method",
     "register_method",
+    "renamed_options_of_method",
 ]
 
 register_method("guide", GuideConfig, GuideMethod)

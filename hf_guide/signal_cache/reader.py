@@ -144,7 +144,7 @@ class Capture:
         raise CaptureError(
             f"{self.folder} was captured from {manifest.teacher!r}, a folder or a loaded model, and does not hold its path; "
             f"looked for the same weights in {searched}, and in the folders of the working "
-            "directory. Name the teacher's folder: processor_name_or_path for its tokenizer, and teacher among the arguments "
+            "directory. Name the teacher's folder: processing_class_name_or_path for its tokenizer, and teacher among the arguments "
             "of student for a student that is made of it."
         )
 

@@ -4,7 +4,10 @@ Does: translate keyword arguments of a function or dataclass, the entries of a m
 renamed; raise for an option that was removed, with the reason. Does not: keep an old behavior alive.
 """
 
+import argparse
+import dataclasses
 import functools
+import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +26,8 @@ class RenamedOptions:
     Args:
         names: Old option name -> new option name.
         values: New option name -> {old value: new value}.
+        conversions: Old option name -> function that turns its value into the new option's, such as a fraction into a
+            percentage.
         removed: Old option name -> why it is gone and what to do instead, as the end of a sentence.
         moved: Old option name -> a function that puts its value into the translated options, which are passed to it, and
             returns what to write instead.
@@ -43,6 +48,7 @@ class RenamedOptions:
     values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     removed: Mapping[str, str] = field(default_factory=dict)
     moved: Mapping[str, Callable[[dict[str, Any], Any], str]] = field(default_factory=dict)
+    conversions: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
 
     def translate(self, options: Mapping[str, Any], owner: str, stacklevel: int = 3) -> dict[str, Any]:
         """Return `options` under their new names and values; warn (FutureWarning) for each old one.
@@ -61,6 +67,7 @@ class RenamedOptions:
                         f"{owner}: {new_name!r} and its deprecated name {name!r} are both given; keep {new_name!r}."
                     )
                 warn_renamed(owner, name, new_name, stacklevel)
+                value = self.conversions.get(name, lambda same: same)(value)
             translated[new_name] = self._new_value(new_name, value, owner, stacklevel)
         for name in [name for name in self.moved if name in translated]:
             replacement = self.moved[name](translated, translated.pop(name))
@@ -85,7 +92,8 @@ def warn_renamed(owner: str, old: str, new: str, stacklevel: int = 2) -> None:
 def with_renamed_options(renamed: RenamedOptions) -> Callable[[type[T]], type[T]]:
     """Decorate a dataclass: its constructor takes old names too, and an old attribute can still be read and set.
 
-    Place it above `@dataclass`. Both uses warn (FutureWarning); removed options raise OptionError.
+    Place it above `@dataclass`. Both uses warn (FutureWarning); removed options raise OptionError. Attributes whose values
+    are converted have no alias: their values would not be comparable.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -96,12 +104,58 @@ def with_renamed_options(renamed: RenamedOptions) -> Callable[[type[T]], type[T]
             construct(self, *args, **renamed.translate(kwargs, cls.__name__))
 
         setattr(cls, "__init__", __init__)  # noqa: B010
+        setattr(cls, "_renamed_options", renamed)  # noqa: B010
         for old, new in renamed.names.items():
-            if not hasattr(cls, old):
+            if not hasattr(cls, old) and old not in renamed.conversions:
                 setattr(cls, old, _deprecated_attribute(cls.__name__, old, new))
         return cls
 
     return decorate
+
+
+def renamed_options_of(*classes: type) -> RenamedOptions:
+    """Return the old names of all options of dataclasses that `with_renamed_options` decorates, for files and flags."""
+    merged: dict[str, dict[str, Any]] = {part.name: {} for part in dataclasses.fields(RenamedOptions)}
+    for cls in classes:
+        for part, entries in merged.items():
+            entries.update(getattr(getattr(cls, "_renamed_options", RenamedOptions()), part))
+    return RenamedOptions(**merged)
+
+
+def add_renamed_flags(parser: argparse.ArgumentParser, renamed: RenamedOptions) -> None:
+    """Let a parser accept the old flags of its options, hidden from its help.
+
+    A namespace holds an old name only if its flag was used: pass the values through `translate`, or to the constructor of a
+    dataclass that `with_renamed_options` decorates.
+    """
+    actions: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, []).append(action)
+    for old, new in renamed.names.items():
+        for action in actions.get(new, []):
+            hidden: dict[str, Any] = {"dest": old, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+            flags = [f"--{old.replace('_', '-')}", f"--{old}"]
+            if isinstance(action, argparse.BooleanOptionalAction):
+                parser.add_argument(flags[0], action=argparse.BooleanOptionalAction, **hidden)
+            elif isinstance(action, argparse._StoreFalseAction):
+                negated = [flag.replace("--", "--no-", 1) for flag in flags[:1]] + [f"--no_{old}"]
+                parser.add_argument(*dict.fromkeys(negated), action="store_false", **hidden)
+            elif action.nargs == 0:
+                parser.add_argument(*dict.fromkeys(flags), action=type(action), **hidden)
+            else:
+                hidden["action"] = type(action)
+                hidden |= {name: getattr(action, name) for name in ("type", "nargs", "const", "choices", "metavar")}
+                parser.add_argument(*dict.fromkeys(flags), **hidden)
+    for old in renamed.moved:
+        parser.add_argument(f"--{old}", type=_parse_json, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def _parse_json(text: str) -> Any:
+    """Return a value as JSON has it; other text is a string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def with_renamed_parameters(renamed: RenamedOptions) -> Callable[[F], F]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hf_guide import DistillationTrainer, OptionError
-from hf_guide.scripts.distill_config import read_config
+from hf_guide.scripts.distill import read_config
 from tests.distillation.small import collate, examples_for, llama
 from tests.distillation.test_trainer import arguments
 

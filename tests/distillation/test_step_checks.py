@@ -151,7 +151,7 @@ def test_a_merged_adapter_that_is_not_finite_is_not_saved(tmp_path: Path) -> Non
 def test_distill_ends_with_an_error_and_leaves_no_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A learning rate so large that the weights overflow."""
     from tests.examples.local import make_model, write_text
-    from tests.test_distill_command import written
+    from tests.scripts.test_distill import written
 
     teacher = make_model(tmp_path / "teacher", "llama", "ForCausalLM")
     options = {

@@ -154,16 +154,17 @@ def test_a_distillation_asks_for_no_longer_texts_than_fit(pad: int) -> None:
     config = RobertaConfig(max_position_embeddings=514, pad_token_id=pad)
     most = 514 - pad - 1
     with pytest.raises(OptionError, match=f"max_length must be at most {most}.*found {most + 1}"):
-        resolve_lengths(DataArguments(dataset="x", max_length=most + 1), tokenizer(), config)
-    assert resolve_lengths(DataArguments(dataset="x", max_length=most), tokenizer(), config).max_length == most
-    assert resolve_lengths(DataArguments(dataset="x"), tokenizer(), config).max_length == min(most, 512)
+        resolve_lengths(DataArguments(dataset_name="x", max_length=most + 1), tokenizer(), config)
+    assert resolve_lengths(DataArguments(dataset_name="x", max_length=most), tokenizer(), config).max_length == most
+    assert resolve_lengths(DataArguments(dataset_name="x"), tokenizer(), config).max_length == min(most, 512)
     assert (
-        resolve_lengths(DataArguments(dataset="x"), tokenizer(), [config, GPT2Config(n_positions=40)]).max_length == 40
+        resolve_lengths(DataArguments(dataset_name="x"), tokenizer(), [config, GPT2Config(n_positions=40)]).max_length
+        == 40
     )
 
 
 def test_targets_fit_the_decoder() -> None:
     config = tiny("bart", decoder_start_token_id=2)
-    assert resolve_lengths(DataArguments(dataset="x"), tokenizer(), config).max_target_length == LIMIT
+    assert resolve_lengths(DataArguments(dataset_name="x"), tokenizer(), config).max_target_length == LIMIT
     with pytest.raises(OptionError, match=f"max_target_length must be at most {LIMIT}.*found {LIMIT + 1}"):
-        resolve_lengths(DataArguments(dataset="x", max_target_length=LIMIT + 1), tokenizer(), config)
+        resolve_lengths(DataArguments(dataset_name="x", max_target_length=LIMIT + 1), tokenizer(), config)

@@ -83,7 +83,7 @@ def test_a_broken_image_is_no_full_disk(prepared: bool, tmp_path: Path) -> None:
     columns = {"image": [str(tmp_path / f"{name}.png") for name in "abc"], "label": [0, 1, 2]}
     data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     if prepared:
-        data = preprocess(Task.IMAGE_CLASSIFICATION, data, None, processor, DataArguments(dataset="x")).train
+        data = preprocess(Task.IMAGE_CLASSIFICATION, data, None, processor, DataArguments(dataset_name="x")).train
         error, said = OptionError, r"the image c\.png in row 2"
     else:
         data = data.with_transform(

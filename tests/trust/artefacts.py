@@ -89,7 +89,7 @@ def distil(home: Path, output: Path, **changes: Any) -> None:
         "eval_strategy": "steps",
         "save_strategy": "steps",
         "load_best_model_at_end": True,
-        "validation_share": 0.2,
+        "validation_split_percentage": 20,
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -108,7 +108,9 @@ def language_models(home: Path, root: Path) -> dict[str, Path]:
     lora = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
     distil(home, root / "adapter", model_name_or_path=str(teacher), teacher=str(teacher), peft_config=lora)
     flags = ["--max-length", 16, "--top-k", 8, "--no-progress", "--token", TOKEN]
-    command("capture", teacher, "-o", root / "capture", "--data-files", data, "--validation-share", 0.2, *flags)
+    command(
+        "capture", teacher, "-o", root / "capture", "--data-files", data, "--validation-split-percentage", 20, *flags
+    )
     chosen = {"teacher": str(teacher), "hidden_size": 24, "token": TOKEN}
     distil(
         home,

@@ -291,10 +291,13 @@ VALUES: list[dict[str, Any]] = [
     *({"teacher_init_kwargs": value} for value in ({"dtype": "zz"}, {"zzz": 1}, [1])),
     *({"output_dir": value} for value in (3,)),
     *({"data_files": value} for value in ("none.txt", [], 3)),
-    *({"processor_name_or_path": value} for value in ("/no/such/folder", 3)),
-    *({name: "zz"} for name in ("optim", "lr_scheduler_type", "save_strategy", "report_to", "task", "train_split")),
-    {"dataset": 3},
-    {"dataset": "no/such-dataset", "data_files": None},
+    *({"processing_class_name_or_path": value} for value in ("/no/such/folder", 3)),
+    *(
+        {name: "zz"}
+        for name in ("optim", "lr_scheduler_type", "save_strategy", "report_to", "task", "dataset_train_split")
+    ),
+    {"dataset_name": 3},
+    {"dataset_name": "no/such-dataset", "data_files": None},
     {"teacher_cache": "/no/such/folder", "teacher": None},
     {"model_name_or_path": 3},
     {"lr_scheduler_kwargs": "x"},

@@ -149,7 +149,7 @@ def test_a_capture_finds_its_teacher_by_name_and_weights(
 ) -> None:
     capture = Capture.open(folders["capture"])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CaptureError, match=r"does not hold its path.*processor_name_or_path"):
+    with pytest.raises(CaptureError, match=r"does not hold its path.*processing_class_name_or_path"):
         capture.teacher_source()
     save_teacher("gpt2", tmp_path / "teacher")  # the name alone is not enough
     with pytest.raises(CaptureError, match="same weights"):

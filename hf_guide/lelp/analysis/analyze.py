@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from hf_guide.data.arguments import DataArguments
-from hf_guide.data.class_labels import label_encoder
-from hf_guide.data.loading import class_names, default_columns, find_column, load_splits
+from hf_guide.data.class_labels import class_names, label_encoder
+from hf_guide.data.loading import default_columns, find_column, load_splits
 from hf_guide.data.preprocessing import preprocess
 from hf_guide.errors import OptionError, SubclassError, TeacherError
 from hf_guide.lelp.analysis.features import AnalysisFeatures, collect_features
@@ -88,9 +88,9 @@ def analyze(
     if projector.scores.needs_fine_labels and fine_label_column is None:
         raise OptionError("This projector splits by fine labels; name their column with --fine-label-column.")
     task = task_of(model)
-    whole = load_splits(replace(data, validation_share=0.0, max_train_examples=None))[0]
+    whole = load_splits(replace(data, validation_split_percentage=0, max_train_samples=None))[0]
     teacher_classes = list(projector.id2label.values())
-    raw = mark_missing_labels(subsample(whole, data.max_train_examples), task, data, teacher_classes)
+    raw = mark_missing_labels(subsample(whole, data.max_train_samples), task, data, teacher_classes)
     if fine_label_column is not None and fine_label_column not in raw.column_names:
         raise OptionError(
             f"{data.name} has no column {fine_label_column!r}; it has {raw.column_names}."

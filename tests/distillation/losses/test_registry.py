@@ -11,7 +11,7 @@ import torch
 
 from hf_guide import DistillationTrainer, LossConfig, OptionError, TaskError, register_loss, register_term
 from hf_guide.distillation.losses.registry import _LOSSES, parse_losses
-from hf_guide.scripts.distill_config import read_config
+from hf_guide.scripts.distill import read_config
 from tests.distillation.small import collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_guide.cli.width_table import count_parameters, suggest_widths, variance_curves
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.modeling import from_teacher
+from hf_guide.scripts.inspect import count_parameters, suggest_widths, variance_curves
 from hf_guide.teachers.checkpoint import open_teacher
 
 
@@ -28,12 +28,12 @@ def test_suggested_students_can_be_made_and_are_as_large_and_as_good_as_said(fam
     assert suggestions and len(curve) == 96 and curve[-1] == pytest.approx(1)
     for found in suggestions:
         width = found.overrides["hidden_size"]
-        assert width % 32 == 0 and curve[found.needed - 1] >= found.share > (
-            curve[found.needed - 2] if found.needed > 1 else 0
+        assert width % 32 == 0 and curve[found.min_width - 1] >= found.target > (
+            curve[found.min_width - 2] if found.min_width > 1 else 0
         )
         student = from_teacher(model, show_progress=False, **found.overrides)
         assert student.num_parameters() == found.parameters
-        assert found.kept == pytest.approx(curve[width - 1]) and found.kept >= found.share
+        assert found.explained_variance == pytest.approx(curve[width - 1]) and found.explained_variance >= found.target
         assert student.initialization_report.explained_variance["embed"] == pytest.approx(curve)
         half = from_teacher(model, show_progress=False, num_hidden_layers=2, **found.overrides)
         assert half.num_parameters() == found.parameters_half

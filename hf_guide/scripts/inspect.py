@@ -1,4 +1,4 @@
-"""Looking at a teacher before choosing a width: how much of its tables each keeps, how large it would be."""
+"""Describe the students that a teacher could have: the variance that each width retains, and the number of parameters."""
 
 import math
 from collections.abc import Iterator
@@ -22,29 +22,29 @@ _PLAN = PlanOptions(LayerSelection.FIRST_LAST.value, projects=True)
 
 @dataclass(frozen=True)
 class WidthSuggestion:
-    """A student that would keep at least a share of the embedding table's variance, and that its family accepts.
+    """A student that retains at least a given fraction of the embedding variance, in a shape that its family supports.
 
     Attributes:
-        share: the share asked for, 0 to 1.
-        needed: the smallest width that keeps it, whether or not heads suit.
-        overrides: what to pass to `from_teacher`; `hidden_size` is the suggested width.
-        kept: the share that this width keeps.
-        parameters, parameters_half: the student's size, with all of the teacher's blocks and with half of them.
+        target: The fraction to retain, 0 to 1.
+        min_width: Smallest width that retains it, whether or not the heads divide it.
+        overrides: Arguments for `from_teacher`; `hidden_size` is the suggested width.
+        explained_variance: Fraction that the suggested width retains.
+        parameters, parameters_half: Number of parameters with all of the teacher's blocks, and with half of them.
     """
 
-    share: float
-    needed: int
+    target: float
+    min_width: int
     overrides: dict[str, int]
-    kept: float
+    explained_variance: float
     parameters: int
     parameters_half: int | None
 
 
 def variance_curves(teacher: TeacherCheckpoint, layout: Layout) -> dict[str, list[float]]:
-    """For each projected axis the cumulative share of variance, 0 to 1, kept at width 1, 2, ....
+    """Return, for each projected axis, the cumulative fraction of variance, 0 to 1, retained at width 1, 2, ....
 
     Raises:
-        TeacherError: a table that cannot be read, or holds numbers that are not finite.
+        TeacherError: An embedding matrix cannot be read, or contains numbers that are not finite.
     """
     plan = make_plan(_meta_model(teacher, teacher.config), teacher, layout, _PLAN)
     moments = embedding_second_moments(plan, list(plan.widths))
@@ -55,14 +55,15 @@ def variance_curves(teacher: TeacherCheckpoint, layout: Layout) -> dict[str, lis
 
 
 def suggest_widths(teacher: TeacherCheckpoint, layout: Layout, curve: Curve) -> list[WidthSuggestion]:
-    """The smallest suitable widths that keep 50, 80, 90, 95 and 99 % of the variance; each was tried, not guessed.
+    """Return the smallest suitable widths that retain 50, 80, 90, 95 and 99% of the variance.
 
-    A width suits where it is a multiple of 64, or of eight times the number of heads, and the family accepts it.
+    A width is suitable if it is a multiple of 64, or of eight times the number of heads, and a student of this width can be
+    planned for the teacher.
     """
     suggestions: list[WidthSuggestion] = []
-    for share in LANDMARKS:
-        needed = width_reaching(curve, share)
-        for width in _suitable_widths(teacher.config, needed):
+    for target in LANDMARKS:
+        min_width = width_reaching(curve, target)
+        for width in _suitable_widths(teacher.config, min_width):
             overrides = {"hidden_size": width, **_proportional_mlp(teacher.config, width)}
             parameters = count_parameters(teacher, layout, overrides)
             if parameters is not None:
@@ -70,14 +71,14 @@ def suggest_widths(teacher: TeacherCheckpoint, layout: Layout, curve: Curve) -> 
                 half = {**overrides, "num_hidden_layers": math.ceil(blocks / 2)}
                 parameters_half = count_parameters(teacher, layout, half)
                 suggestions.append(
-                    WidthSuggestion(share, needed, overrides, curve[width - 1], parameters, parameters_half)
+                    WidthSuggestion(target, min_width, overrides, curve[width - 1], parameters, parameters_half)
                 )
                 break
     return suggestions
 
 
 def count_parameters(teacher: TeacherCheckpoint, layout: Layout, overrides: dict[str, Any]) -> int | None:
-    """How many parameters a student with these overrides has; None where it cannot be made from this teacher."""
+    """Return the number of parameters of a student with these overrides; None if it cannot be made from this teacher."""
     try:
         student = _meta_model(teacher, derive_student_config(teacher.config, overrides))
         make_plan(student, teacher, layout, _PLAN)
@@ -91,15 +92,15 @@ def _meta_model(teacher: TeacherCheckpoint, config: PreTrainedConfig) -> Any:
         return teacher.model_class._from_config(config)
 
 
-def _suitable_widths(config: PreTrainedConfig, needed: int) -> Iterator[int]:
+def _suitable_widths(config: PreTrainedConfig, min_width: int) -> Iterator[int]:
     heads = getattr(config, "num_attention_heads", 1)
-    for width in range(needed, config.hidden_size):
+    for width in range(min_width, config.hidden_size):
         if width % 64 == 0 or width % (8 * heads) == 0:
             yield width
 
 
 def _proportional_mlp(config: PreTrainedConfig, width: int) -> dict[str, int]:
-    """The intermediate size in the teacher's proportion, rounded to a multiple of 64, where the config states one."""
+    """Return the intermediate size in the teacher's proportion, rounded to a multiple of 64, if the config has one."""
     size = getattr(config, "intermediate_size", None)
     if not isinstance(size, int):
         return {}

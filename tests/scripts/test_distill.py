@@ -19,8 +19,7 @@ from hf_guide.cli import distill as distill_command
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.loading import load_splits
 from hf_guide.data.preprocessing import preprocess
-from hf_guide.scripts.distill import accuracy, distill
-from hf_guide.scripts.distill_config import read_config
+from hf_guide.scripts.distill import accuracy, distill, read_config
 from hf_guide.tasks import Task
 from tests.examples import local
 from tests.examples.local import EXAMPLES, QUICK, SMALLER, make_model, run_process
@@ -76,7 +75,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str, Any]] = {
         "vit",
         "ForImageClassification",
         LABELS,
-        "dataset",
+        "dataset_name",
         lambda at: local.write_images(at / "images"),
     ),
 }
@@ -90,7 +89,7 @@ def test_every_task_is_trained_evaluated_and_saved(task, tmp_path, capsys):
         "teacher": teacher,
         "student_init_kwargs": SMALLER[family],
         where: write(tmp_path),
-        "validation_share": 0.25,
+        "validation_split_percentage": 25,
     }
     assert run(written(tmp_path, **told), "--max_steps", "2") == 0
     shown = capsys.readouterr().out
@@ -128,7 +127,7 @@ def test_from_a_capture_no_teacher_is_needed(task, tmp_path):
     family, kind, changes, where, write = CASES[task]
     teacher = make_model(tmp_path / "teacher", family, kind)
     student = make_model(tmp_path / "base", family, kind, width=16, blocks=1, seed=1)
-    data = {where: str(write(tmp_path)), "max_length": 32, "mask_once": True}
+    data = {where: str(write(tmp_path)), "max_length": 32, "static_masking": True}
     options = DataArguments(**data)
     train, held_out = load_splits(options)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
@@ -141,7 +140,7 @@ def test_from_a_capture_no_teacher_is_needed(task, tmp_path):
     found = []
     for source in ({"teacher": teacher}, {"teacher_cache": tmp_path / "capture"}):
         (tmp_path / "run.yaml").unlink(missing_ok=True)
-        path = written(tmp_path, **told, **source, mask_once=True, losses="kd", log_level="error")
+        path = written(tmp_path, **told, **source, static_masking=True, losses="kd", log_level="error")
         distill(read_config(path))
         state = json.loads((tmp_path / "student" / "trainer_state.json").read_text())
         found.append([entry["kd"] for entry in state["log_history"] if "kd" in entry])
@@ -186,13 +185,13 @@ def test_help_after_the_file_lists_every_option(tmp_path, capsys):
 def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_likes(teacher, tmp_path):
     path = written(tmp_path, teacher=teacher, student_init_kwargs={"hidden_size": 16}, data_files="a.txt")
     path.write_text(path.read_text() + "weight_decay: 1e-2\nbf16: 'no'\nsave_steps: 0.5\n")
-    settings = read_config(path, ["--losses", '{"kd": 2}', "--no-pack", "--temperature=3", "--max-length", "9"])
+    settings = read_config(path, ["--losses", '{"kd": 2}', "--no-packing", "--temperature=3", "--max-length", "9"])
     assert settings.training.weight_decay == 0.01 and settings.training.bf16 is False
     assert settings.training.losses == {"kd": 2.0} and settings.training.temperature == 3.0
-    assert settings.data.pack is False and settings.data.max_length == 9 and settings.data.dataset == "text"
+    assert settings.data.packing is False and settings.data.max_length == 9 and settings.data.dataset_name == "text"
     assert settings.training.student_init_kwargs == {"hidden_size": 16}
     path.with_suffix(".json").write_text(json.dumps({"data_files": ["a.csv"], "output_dir": str(tmp_path)}))
-    assert read_config(path.with_suffix(".json")).data.dataset == "csv"
+    assert read_config(path.with_suffix(".json")).data.dataset_name == "csv"
 
 
 @pytest.mark.parametrize(
@@ -202,18 +201,22 @@ def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_
         ({}, ["--temprature", "2"], "--temperature"),
         ({}, ["--max_steps", "many"], "--max_steps.*invalid int value"),
         ({}, ["--optim", "nothing"], "invalid choice"),
-        ({"learning_rate": "fast"}, [], "learning_rate is a number; found 'fast'"),
-        ({"max_steps": 2.5}, [], "max_steps is a whole number"),
-        ({"max_steps": True}, [], "max_steps is a number"),
-        ({"bf16": "perhaps"}, [], "bf16 is true or false"),
+        ({"learning_rate": "fast"}, [], "learning_rate must be a number; found 'fast'"),
+        ({"max_steps": 2.5}, [], "max_steps must be a whole number"),
+        ({"max_steps": True}, [], "max_steps must be a number"),
+        ({"bf16": "perhaps"}, [], "bf16 must be true or false"),
         ({"temperature": -1}, [], "temperature must be a number"),
         ({"eval_strategy": "sometimes"}, [], "sometimes"),
         ({"task": "causal"}, [], "causal-lm"),
-        ({"data_files": None}, [], "nothing to learn from"),
-        ({"data_files": "text.unknown"}, [], "how it is to be read|How 'text.unknown'"),
+        ({"data_files": None}, [], "No dataset is given"),
+        ({"data_files": "text.unknown"}, [], "format of 'text.unknown' cannot be inferred"),
         ({"max_length": 0}, [], "max_length must be a whole number of at least 1"),
-        ({"validation_share": 1.0}, [], "validation_share must be a number from 0 and below 1"),
-        ({"data_files": "{train"}, [], "read as JSON"),
+        (
+            {"validation_split_percentage": 100},
+            [],
+            "validation_split_percentage must be a number from 0 and below 100",
+        ),
+        ({"data_files": "{train"}, [], "must be valid JSON"),
         ({"peft_config": [1]}, [], "peft_config must be a mapping"),
     ],
 )
@@ -241,14 +244,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         ({"peft_config": {"peft_type": "LORA"}}, "peft_config and student_init_kwargs are both given"),
         ({"student_init_kwargs": None}, "There is no student"),
         ({"text_column": "txt"}, "no column 'txt'"),
-        ({"max_length": 65}, "reads at most 64"),
-        ({"eval_split": "test"}, "no split 'test'"),
-        ({"train_split": "train[:x]"}, "not understood"),
-        ({"validation_share": 0.001}, "to evaluate on"),
+        ({"max_length": 65}, "supports at most 64"),
+        ({"dataset_test_split": "test"}, "no split 'test'"),
+        ({"dataset_train_split": "train[:x]"}, "slice .* is invalid"),
+        ({"validation_split_percentage": 0.1}, "to evaluate on"),
         ({"losses": "dkd"}, "dkd"),
-        ({"losses": "lelp"}, "needs the subclasses of a projector"),
-        ({"processor_name_or_path": "EMPTY"}, "processor_name_or_path"),
-        ({"teacher": "/no/such/folder"}, "The teacher /no/such/folder has no config"),
+        ({"losses": "lelp"}, "needs a subclass projector"),
+        ({"processing_class_name_or_path": "EMPTY"}, "processing_class_name_or_path"),
+        ({"teacher": "/no/such/folder"}, "The teacher /no/such/folder has no readable config"),
         ({"teacher_init_kwargs": {"dtyp": "bfloat16"}}, "teacher_init_kwargs=.'dtyp'.*dtyp"),
         ({"teacher_init_kwargs": {"dtype": "bfloat61"}}, "teacher_init_kwargs=.'dtype'.*bfloat61"),
         ({"resume_from_checkpoint": "/no/such/checkpoint"}, "no folder '/no/such/checkpoint'"),
@@ -281,12 +284,16 @@ def test_what_is_held_out_depends_on_its_seed_alone_and_none_of_it_is_trained_on
     (tmp_path / "text.txt").write_text("\n".join(f"text {number}" for number in range(50)))
     held_out = []
     for most in (None, 3):
-        options = DataArguments(data_files=str(tmp_path / "text.txt"), validation_share=0.2, max_train_examples=most)
+        options = DataArguments(
+            data_files=str(tmp_path / "text.txt"), validation_split_percentage=20, max_train_samples=most
+        )
         train, evaluated = load_splits(options)
         assert evaluated is not None and not set(train["text"]) & set(evaluated["text"])
         held_out.append(evaluated["text"][:])
     assert len(train) == 3 and len(held_out[0]) == 10 and held_out[0] == held_out[1]
-    other = DataArguments(data_files=str(tmp_path / "text.txt"), validation_share=0.2, validation_seed=1)
+    other = DataArguments(
+        data_files=str(tmp_path / "text.txt"), validation_split_percentage=20, validation_split_seed=1
+    )
     assert load_splits(other)[1]["text"][:] != held_out[0]
 
 
@@ -294,10 +301,10 @@ def test_splits_and_slices_are_found_by_name_in_files_and_in_saved_datasets(tmp_
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {number}" for number in range(10)))
     files = {"train": str(tmp_path / "a.txt"), "validation": str(tmp_path / "b.txt")}
-    train, evaluated = load_splits(DataArguments(data_files=files, train_split="train[20%:50%]"))
+    train, evaluated = load_splits(DataArguments(data_files=files, dataset_train_split="train[20%:50%]"))
     assert train["text"][:] == ["a 2", "a 3", "a 4"] and evaluated["text"][0] == "b 0" and len(evaluated) == 10
     datasets.load_dataset("text", data_files=files).save_to_disk(tmp_path / "saved")
-    train, evaluated = load_splits(DataArguments(dataset=str(tmp_path / "saved"), max_eval_examples=2))
+    train, evaluated = load_splits(DataArguments(dataset_name=str(tmp_path / "saved"), max_eval_samples=2))
     assert len(train) == 10 and evaluated["text"][:] == ["b 0", "b 1"]
 
 
@@ -305,7 +312,7 @@ def test_packed_blocks_are_the_texts_end_to_end(tmp_path):
     tokenizer = local.tokenizer()
     texts = [text for text, _ in local.sentences(40)]
     data = datasets.Dataset.from_dict({"text": texts})
-    options = DataArguments(dataset="text", data_files="a.txt", max_length=16)
+    options = DataArguments(dataset_name="text", data_files="a.txt", max_length=16)
     made = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options).train
     joined = [token for text in texts for token in tokenizer(text).input_ids]  # this tokenizer ends texts by itself
     assert [token for block in made["input_ids"] for token in block] == joined[: len(joined) // 16 * 16]
@@ -316,7 +323,7 @@ def test_a_text_ends_with_the_end_token_where_the_tokenizer_adds_none(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(make_model(tmp_path, "llama", "ForCausalLM"))
     tokenizer.backend_tokenizer.post_processor = None
     data = datasets.Dataset.from_dict({"text": ["the sea", "quiet music"]})
-    options = DataArguments(dataset="text", data_files="a.txt", max_length=2)
+    options = DataArguments(dataset_name="text", data_files="a.txt", max_length=2)
     made = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options).train
     expected = [token for text in data["text"] for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
     assert [token for block in made["input_ids"] for token in block] == expected[: len(expected) // 2 * 2]
@@ -324,7 +331,7 @@ def test_a_text_ends_with_the_end_token_where_the_tokenizer_adds_none(tmp_path):
 
 def test_lengths_are_those_that_tokenizer_and_model_take_and_512_at_most():
     data = datasets.Dataset.from_dict({"text": [text for text, _ in local.sentences(400)]})
-    options = DataArguments(dataset="text", data_files="a.txt")
+    options = DataArguments(dataset_name="text", data_files="a.txt")
     for most, config, expected in (
         (64, None, 64),
         (10**6, None, 512),
@@ -340,27 +347,27 @@ def test_lengths_are_those_that_tokenizer_and_model_take_and_512_at_most():
 def test_evaluation_masks_once_and_training_anew(pack):
     tokenizer = local.tokenizer()
     data = datasets.Dataset.from_dict({"text": [text for text, _ in local.sentences(60)]})
-    options = DataArguments(dataset="text", data_files="a.txt", max_length=32, pack=pack, mlm_probability=0.3)
+    options = DataArguments(dataset_name="text", data_files="a.txt", max_length=32, packing=pack, mlm_probability=0.3)
     made = preprocess(Task.MASKED_LM, data, data, tokenizer, options)
     trained, evaluated = ([made.collator([split[0], split[1]]) for _ in range(2)] for split in (made.train, made.eval))
     assert not torch.equal(trained[0]["labels"], trained[1]["labels"])
     assert torch.equal(evaluated[0]["labels"], evaluated[1]["labels"]) and (evaluated[0]["labels"] >= 0).any()
     again = preprocess(Task.MASKED_LM, data, data, tokenizer, options).eval
     assert again["input_ids"][:] == made.eval["input_ids"][:]
-    once = preprocess(Task.MASKED_LM, data, None, tokenizer, options, mask_once=True).train
+    once = preprocess(Task.MASKED_LM, data, None, tokenizer, options, static_masking=True).train
     assert once["labels"][:] == made.eval["labels"][:]
 
 
 def test_a_file_that_is_no_text_is_refused_with_what_ails_it(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one line\n\xa0\xff another")
     with pytest.raises(OptionError, match="a.txt cannot be read: .*can't decode byte 0xa0"):
-        load_splits(DataArguments(dataset="text", data_files=str(tmp_path / "a.txt")))
+        load_splits(DataArguments(dataset_name="text", data_files=str(tmp_path / "a.txt")))
 
 
 def test_both_splits_number_their_classes_alike():
     train = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": ["x", "y", "z"]})
     held_out = datasets.Dataset.from_dict({"text": ["b", "c"], "label": ["z", "y"]})
-    options = DataArguments(dataset="csv", data_files="a.csv")
+    options = DataArguments(dataset_name="csv", data_files="a.csv")
     tokenizer = local.tokenizer()
     for labels, expected in ((None, [2, 1]), (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 1]), (["Z", "Y", "X"], [0, 1])):
         made = preprocess(Task.SEQUENCE_CLASSIFICATION, train, held_out, tokenizer, options, labels=labels)
@@ -369,14 +376,14 @@ def test_both_splits_number_their_classes_alike():
     with pytest.raises(OptionError, match="'w'.*not among"):
         preprocess(Task.SEQUENCE_CLASSIFICATION, train, strange, tokenizer, options)
     numbered = datasets.Dataset.from_dict({"text": ["b"], "label": [3]})
-    with pytest.raises(OptionError, match="class 3; there are 2"):
+    with pytest.raises(OptionError, match="class 3; it must be from 0 to 1"):
         preprocess(Task.SEQUENCE_CLASSIFICATION, numbered, None, tokenizer, options, labels=["p", "q"])
 
 
 def test_the_first_token_of_a_word_carries_its_label():
     tokenizer = local.tokenizer()
     data = datasets.Dataset.from_dict({"tokens": [["Nobody", "unheard"]], "ner_tags": [["A", "B"]]})
-    options = DataArguments(dataset="json", data_files="a.json", max_length=32)
+    options = DataArguments(dataset_name="json", data_files="a.json", max_length=32)
     made = preprocess(Task.TOKEN_CLASSIFICATION, data, None, tokenizer, options, labels=["B", "A"]).train[0]
     words = tokenizer([["Nobody", "unheard"]], is_split_into_words=True).word_ids(0)
     labelled = [(word, label) for word, label in zip(words, made["labels"], strict=True) if label != -100]
@@ -399,9 +406,9 @@ def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
         **QUICK | {"max_steps": 2},
         teacher=teacher,
         student_init_kwargs=SMALLER["llama"] | {"method": "calibrated"},  # as it stands in the file
-        dataset="text",
+        dataset_name="text",
         data_files=local.write_text(tmp_path / "text.txt"),
-        train_split="train",
+        dataset_train_split="train",
         max_length=32,
         gradient_accumulation_steps=1,
         eval_strategy="no",
@@ -409,7 +416,7 @@ def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
         preprocessing_num_workers=1,
         dataloader_num_workers=0,
     )
-    code = "import sys; from tests.test_distill_command import run; sys.exit(run(*sys.argv[1:]))"
+    code = "import sys; from tests.scripts.test_distill import run; sys.exit(run(*sys.argv[1:]))"
     printed = run_process([sys.executable, "-c", code, str(EXAMPLES / "distill_smollm2.yaml"), *words])
     assert "perplexity" in printed and f"Saved in {folder}" in printed
     told = json.loads((folder / "distillation.json").read_text())

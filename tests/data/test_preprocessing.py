@@ -39,7 +39,7 @@ def tokenizer(adds: str = "", **changes: Any) -> PreTrainedTokenizerFast:
 
 
 def options(**changes: Any) -> DataArguments:
-    return DataArguments(**({"dataset": "some/data", "pack": False, "max_length": 8} | changes))
+    return DataArguments(**({"dataset_name": "some/data", "packing": False, "max_length": 8} | changes))
 
 
 def made(task: Task, columns: dict[str, list[Any]], tok: Any = None, **changes: Any) -> Any:
@@ -67,7 +67,7 @@ def test_every_whole_text_ends_once_and_a_cut_one_does_not(adds: str, side: str)
 def test_packed_blocks_are_the_unpacked_texts_end_to_end(adds: str) -> None:
     tok = tokenizer(adds)
     alone = [token for ids in made(Task.CAUSAL_LM, {"text": TEXTS}, tok, max_length=99)["input_ids"] for token in ids]
-    packed = made(Task.CAUSAL_LM, {"text": TEXTS}, tok, pack=True, max_length=4)
+    packed = made(Task.CAUSAL_LM, {"text": TEXTS}, tok, packing=True, max_length=4)
     assert [token for ids in packed["input_ids"] for token in ids] == alone[: len(alone) // 4 * 4]
     assert packed["labels"][:] == packed["input_ids"][:]
 
@@ -91,7 +91,7 @@ def conversation(*contents: str) -> list[dict[str, str]]:
 def test_conversations_are_the_tokens_of_the_chat_template_and_no_more(column: str, adds: str, pack: bool) -> None:
     tok = tokenizer(adds, chat_template=CHAT)
     rows = [conversation("t1", "t2 t3"), conversation("t4", "t5", "t6")]
-    found = made(Task.CAUSAL_LM, {column: rows, "id": [7, 8]}, tok, pack=pack, max_length=9 if pack else 99)
+    found = made(Task.CAUSAL_LM, {column: rows, "id": [7, 8]}, tok, packing=pack, max_length=9 if pack else 99)
     expected = [tok.apply_chat_template(row, return_dict=False) for row in rows]
     expected = [tok(tok.apply_chat_template(row, tokenize=False), add_special_tokens=False).input_ids for row in rows]
     assert expected[0] == [BEGIN, 23, 1, END, BEGIN, 24, 2, 3, END]
@@ -112,13 +112,13 @@ def test_a_template_that_writes_no_end_gets_one() -> None:
         (
             [conversation("t1")],
             None,
-            "'messages' holds conversations, no text, and the tokenizer has no chat_template",
+            "'messages' contains conversations, and the tokenizer has no chat_template",
         ),
         ([[{"from": "human", "value": "t1"}]], CHAT, "'role' and 'content'; row 0 has the keys .*from.*value"),
         ([conversation("t1"), [{"role": "user", "content": None}]], CHAT, "row 1 has content of type NoneType"),
         ([["t1", "t2"]], CHAT, "row 0 has a str"),
         ([conversation("t1"), []], CHAT, "empty conversation in row 1"),
-        ([conversation("t1"), None], CHAT, "row 1 has nothing"),
+        ([conversation("t1"), None], CHAT, "row 1 has None"),
         ([conversation("t1")], "{{ raise_exception('roles must alternate') }}", "row 0: roles must alternate"),
     ],
 )
@@ -130,7 +130,7 @@ def test_conversations_that_cannot_be_rendered_are_refused(rows: Any, template: 
 # Columns
 
 VALUES: list[tuple[list[Any], str]] = [
-    (["t1", None], "row 1 has nothing"),
+    (["t1", None], "row 1 has None"),
     ([1, 2], "row 0 has a value of type int"),
     ([1.5, 2.5], "row 0 has a value of type float"),
     ([{"en": "t1"}, {"en": "t2"}], "row 0 has a value of type dict"),
@@ -194,12 +194,12 @@ def test_one_of_several_texts_is_never_chosen_without_being_named(task: Task, co
 
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], None])
 def test_words_have_a_label_each(labels: Any) -> None:
-    with pytest.raises(OptionError, match=r"one label for each word of 'tokens', and row 1 has .* for 2 words"):
+    with pytest.raises(OptionError, match=r"one label per word of 'tokens'; row 1 has .* for 2 words"):
         made(Task.TOKEN_CLASSIFICATION, {"tokens": [["t1", "t2"]] * 2, "ner_tags": [[0, 1], labels]})
 
 
 def test_a_label_is_one_class() -> None:
-    with pytest.raises(OptionError, match="'label' must hold one class.*found a list"):
+    with pytest.raises(OptionError, match="'label' must contain one class.*found a list"):
         made(Task.SEQUENCE_CLASSIFICATION, {"text": ["t1", "t2"], "label": [[0], [1, 0]]})
 
 
@@ -209,8 +209,8 @@ def test_a_label_is_one_class() -> None:
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("task", [Task.CAUSAL_LM, Task.MASKED_LM])
 def test_texts_that_are_all_empty_are_refused(task: Task, pack: bool) -> None:
-    with pytest.raises(OptionError, match="some/data: column 'text' of the training split, 2 rows, holds no text"):
-        made(task, {"text": ["", ""]}, pack=pack)
+    with pytest.raises(OptionError, match="some/data: column 'text' of the training split, 2 rows, contains only empty strings"):
+        made(task, {"text": ["", ""]}, packing=pack)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -220,8 +220,8 @@ def test_any_number_of_empty_texts_is_skipped(task: Task, pack: bool) -> None:
         [""] * 1001,
         "t1 t2 t3" if task is Task.MASKED_LM else "t1 t2",
     )  # a block: what is left over is dropped
-    expected = made(task, {"text": [text] * 2}, pack=pack, max_length=3)
-    found = made(task, {"text": [*empty, text, *empty, text, *empty]}, pack=pack, max_length=3)
+    expected = made(task, {"text": [text] * 2}, packing=pack, max_length=3)
+    found = made(task, {"text": [*empty, text, *empty, text, *empty]}, packing=pack, max_length=3)
     assert found[:] == expected[:]
 
 
@@ -235,7 +235,7 @@ def test_a_split_that_fills_no_block_is_named() -> None:
             data.select([0, 0]),
             data.select([0]).map(lambda _: {"text": "t1"}),
             tokenizer(),
-            options(pack=True, max_length=5),
+            options(packing=True, max_length=5),
         )
 
 

@@ -1,0 +1,129 @@
+"""Write a teacher cache of a dataset: what `hf-guide capture` does.
+
+Does: preprocess the dataset as `scripts/distill.py` does, and run the teacher on all splits.
+Does not: define the cache (`signal_cache/`).
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import transformers
+from accelerate import PartialState
+from datasets import concatenate_datasets
+
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.loading import load_splits
+from hf_guide.data.preprocessing import preprocess
+from hf_guide.distillation.losses.registry import parse_losses
+from hf_guide.errors import OptionError
+from hf_guide.models.pretrained import load_config, load_processing_class
+from hf_guide.signal_cache.config import CaptureConfig
+from hf_guide.signal_cache.reader import Capture
+from hf_guide.signal_cache.writer import capture_teacher
+from hf_guide.teachers.loading import task_of_checkpoint
+from hf_guide.utils.distributed import report_missing_ranks
+
+
+def capture_dataset(
+    teacher: str,
+    output_dir: str | os.PathLike[str],
+    data: DataArguments,
+    config: CaptureConfig,
+    state: PartialState,
+    *,
+    processing_class_name_or_path: str | None = None,
+    train_only: bool = False,
+    hub_kwargs: Mapping[str, Any],
+    **options: Any,
+) -> Capture:
+    """Run a teacher over a dataset, preprocessed as for a distillation, and write its outputs.
+
+    Args:
+        teacher: Hub id or folder.
+        output_dir: Folder of the cache: new, empty, or unfinished.
+        data: Dataset and preprocessing.
+        config: What is saved.
+        state: The processes, as `signal_cache.writer.distributed_state` returns them.
+        processing_class_name_or_path: Tokenizer or image processor; by default the teacher's.
+        train_only: Leave out the evaluation split.
+        hub_kwargs: `revision`, `token` and `trust_remote_code` of the teacher.
+        **options: `dtype`, `dataloader_num_workers` and `show_progress` of `capture_teacher`.
+
+    Raises:
+        OptionError, TeacherError, CaptureError: As `preprocess` and `capture_teacher` raise them.
+    """
+    task = task_of_checkpoint(teacher, **hub_kwargs)
+    processing_class = load_processing_class(
+        getattr(transformers, task.processor_class),
+        processing_class_name_or_path or teacher,
+        **({} if processing_class_name_or_path else hub_kwargs),
+    )
+    hub = {name: value for name, value in hub_kwargs.items() if name != "trust_remote_code"}
+    with report_missing_ranks(), state.local_main_process_first():  # the other ranks read the cached result
+        train, held_out = load_splits(data)
+        processed = preprocess(
+            task,
+            train,
+            None if train_only else held_out,
+            processing_class,
+            data,
+            static_masking=True,
+            config=load_config(teacher, hub, bool(hub_kwargs.get("trust_remote_code"))),
+        )
+    splits = [split for split in (processed.train, processed.eval) if split is not None]
+    return capture_teacher(
+        teacher,
+        _ConcatenatedDatasets(splits) if processed.keep_columns else concatenate_datasets(splits),
+        output_dir,
+        processing_class=processing_class,
+        data_collator=processed.collator,
+        config=dataclasses.replace(config, remove_unused_columns=not processed.keep_columns),
+        **hub_kwargs,
+        **options,
+    )
+
+
+def capture_options_from_config(options: Mapping[str, Any], *, needs_hidden_layers: bool = True) -> dict[str, Any]:
+    """Return the fields of `CaptureConfig` that a distillation with these options needs: temperature, layers, features.
+
+    Args:
+        options: Entries of a configuration file of `hf-guide distill`.
+        needs_hidden_layers: Whether `layer_mapping` must be in the options, because no flag sets it.
+
+    Raises:
+        OptionError: A loss compares hidden states, and the options do not say which layers.
+    """
+    required: dict[str, Any] = {}
+    if "temperature" in options:
+        required["temperatures"] = [options["temperature"]]
+    if "losses" in options:
+        losses = parse_losses(options["losses"])
+        required["save_penultimate"] = "features" in losses
+        if "hidden_states" in losses and needs_hidden_layers:
+            layers = options.get("layer_mapping")
+            if not isinstance(layers, Mapping):
+                raise OptionError(
+                    "The loss 'hidden_states' needs the teacher's layers, but the file does not specify them: set "
+                    "layer_mapping there, or pass --hidden-layers."
+                )
+            required["hidden_layers"] = sorted({int(layer) for layer in layers.values()})
+    return required
+
+
+class _ConcatenatedDatasets:
+    """Concatenation that keeps each dataset's transform, which `concatenate_datasets` drops."""
+
+    def __init__(self, datasets: Sequence[Any]):
+        self._datasets = datasets
+
+    def __len__(self) -> int:
+        return sum(map(len, self._datasets))
+
+    def __getitem__(self, index: int) -> Any:
+        for dataset in self._datasets:
+            if index < len(dataset):
+                return dataset[index]
+            index -= len(dataset)
+        raise IndexError(index)
