@@ -372,9 +372,9 @@ def test_a_family_that_nobody_knows_says_what_would_help() -> None:
 WRONG = {
     "wider": ["--hidden-size", "64"],
     "heads": ["--num-attention-heads", "3"],
-    "override": ["--set", "hiden_size=24"],
+    "override": ["--config", "hiden_size=24"],
     "method": ["--method", "gide"],
-    "vocabulary": ["--set", "vocab_size=90"],
+    "vocabulary": ["--config", "vocab_size=90"],
     "task": ["--task", "image-classification"],
 }
 

@@ -12,8 +12,8 @@ from hf_guide.errors import OptionError
 from hf_guide.tasks import Task
 from hf_guide.utils.deprecation import RenamedOptions
 from hf_guide.utils.escaping import escape_control_characters
-from hf_guide.validation import check_choice
 from hf_guide.utils.files import atomic_folder, check_disk_space, check_output_folder
+from hf_guide.validation import check_choice
 
 if TYPE_CHECKING:
     from hf_guide.initialization.report import InitializationReport
@@ -72,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     key_value: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
     shape.add_argument("--config", **key_value, help="any other entry of the config; may be repeated")
     method = parser.add_argument_group("method")
-    method.add_argument("--method", default="guide", metavar="NAME", help="guide (default), or another of `hf-guide methods`")
+    method.add_argument(
+        "--method", default="guide", metavar="NAME", help="guide (default), or another of `hf-guide methods`"
+    )
     method.add_argument("--option", **key_value, help="option of the method (see `hf-guide methods`); may be repeated")
     method.add_argument("--seed", type=int, metavar="N", help="seed for randomly initialized weights (default: 0)")
     method.add_argument(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_guide.cli import init
 from hf_guide.cli import main as cli
+from hf_guide.cli.arguments import parse_key_value
 from hf_guide.hub import model_card as hub
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
 from hf_guide.utils import files as folders
@@ -47,7 +47,7 @@ def hf_guide(*words: object, **options) -> subprocess.CompletedProcess[str]:
 
 def test_init_makes_a_stock_student_with_everything_beside_it(teacher, tmp_path):
     output = tmp_path / "runs" / "student"
-    done = hf_guide("init", teacher, *SMALLER, "--set", "rms_norm_eps=1e-4", "--license", "mit", "-o", output)
+    done = hf_guide("init", teacher, *SMALLER, "--config", "rms_norm_eps=1e-4", "--license", "mit", "-o", output)
     assert done.returncode == 0, done.stderr
     student = AutoModelForCausalLM.from_pretrained(output)
     assert type(student) is LlamaForCausalLM
@@ -72,7 +72,7 @@ def test_options_of_the_method_and_the_task_reach_the_student(teacher, tmp_path)
         "logit_scale=0.5",
         "--dtype",
         "bfloat16",
-        "--set",
+        "--config",
         "num_labels=3",
     ]
     assert cli.main([*words, *options]) == 0
@@ -96,6 +96,55 @@ def test_an_option_of_the_method_arrives_as_what_it_is(monkeypatch):
     assert cli.main(["init", "teacher", "-o", "student", *words]) == 130
     expected = {"layer_selection": [3, 1], "basis": "channels", "ridge": 0.25, "fit_logit_scale": False, "seed": 7}
     assert {name: getattr(given[0], name) for name in expected} == expected
+
+
+def test_the_help_fits_one_screen():
+    """40 lines of 100 columns."""
+    done = hf_guide("init", "--help", env={**os.environ, "COLUMNS": "100"})
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) <= 40 and max(map(len, lines)) <= 100
+    for flag in ("--hidden-size", "--config", "--method", "--option", "--calibration-dataset", "--output"):
+        assert flag in done.stdout
+    assert "--later-blocks" not in done.stdout and "--set" not in done.stdout, "deprecated flags are hidden"
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "expected"),
+    [
+        (["--layers", "3,1"], "layer_selection", [3, 1]),
+        (["--layers", "even"], "layer_selection", "uniform"),
+        (["--later-blocks", "select"], "subsequent_layers", "uniform"),
+        (["--logit-gain", "0.5"], "logit_scale", 0.5),
+        (["--basis", "places", "--method", "calibrated"], "basis", "channels"),
+        (["--heads", "even", "--method", "calibrated"], "head_importance", "uniform"),
+        (["--no-turn-values", "--method", "calibrated"], "rotate_values", False),
+        (["--calibration-length", "64", "--method", "calibrated"], "calibration_seq_length", 64),
+    ],
+)
+def test_an_old_flag_of_a_method_warns_with_the_new_option(words, option, expected, monkeypatch):
+    def stop(teacher, **options):
+        configs.append(options["method"])
+        raise KeyboardInterrupt
+
+    configs = []
+    monkeypatch.setattr("hf_guide.modeling.from_teacher", stop)
+    with pytest.warns(FutureWarning, match=f"use --option {option}=VALUE|'{option}'|{option}="):
+        assert cli.main(["init", "teacher", "-o", "student", *words]) == 130
+    assert getattr(configs[0], option) == expected
+
+
+@pytest.mark.parametrize("words", [["--pooling", "norm"], ["--no-fold-norms"], ["--token-weights", "weights.txt"]])
+def test_a_removed_flag_is_an_error_with_the_reason(words, tmp_path, capsys):
+    assert cli.main(["init", "teacher", "-o", str(tmp_path / "student"), "--method", "calibrated", *words]) == 2
+    assert "was removed" in capsys.readouterr().err
+
+
+def test_old_flags_of_the_command_warn_with_the_new_ones(tmp_path, capsys):
+    words = ["init", str(tmp_path / "nowhere"), "-o", str(tmp_path / "student")]
+    with pytest.warns(FutureWarning, match="'--set' is deprecated; use '--config'"):
+        assert cli.main([*words, "--set", "rms_norm_eps"]) == 2
+    with pytest.warns(FutureWarning, match="'--calibration-dir' is deprecated; use '--calibration-cache-dir'"):
+        assert cli.main([*words, "--calibration-dir", str(tmp_path / "cache")]) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,9 +186,9 @@ def test_an_empty_output_folder_is_used(teacher, tmp_path):
     [
         (["--hidden-size", "128"], 1, "128"),
         (["--hidden-size", "30", "--num-attention-heads", "4"], 1, "30"),
-        (["--set", "hiden_size=32"], 2, "hidden_size"),
-        (["--set", "rms_norm_eps"], 2, "key=value"),
-        (["--hidden-size", "32", "--set", "hidden_size=16"], 2, "twice"),
+        (["--config", "hiden_size=32"], 2, "hidden_size"),
+        (["--config", "rms_norm_eps"], 2, "key=value"),
+        (["--hidden-size", "32", "--config", "hidden_size=16"], 2, "twice"),
         (["--method", "giude"], 2, "guide"),
         (["--method", "random", "--option", "basis=auto"], 2, "basis"),
     ],
@@ -152,7 +201,7 @@ def test_bad_input_is_one_clear_message_and_leaves_nothing(teacher, tmp_path, ca
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["initialise"], ["init"], ["init", "t"], ["init", "t", "-o", "s", "--layers", "1,x"]]
+    "words", [[], ["initialise"], ["init"], ["init", "t"], ["init", "t", "-o", "s", "--seed", "x"]]
 )
 def test_wrong_usage_exits_with_two(words, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -251,7 +300,14 @@ def test_families_are_listed_with_how_exact_they_are(capsys):
 @pytest.mark.parametrize(
     "text,value",
     [("a=1", 1), ("a=1e5", 1e5), ("a=true", True), ("a=True", True), ("a=null", None), ("a=None", None)]
-    + [("a=[1, 2]", [1, 2]), ('a={"b": 1}', {"b": 1}), ("a=silu", "silu"), ("a=", ""), ("a=b=c", "b=c")],
+    + [
+        ("a=[1, 2]", [1, 2]),
+        ("a=1,2", [1, 2]),
+        ('a={"b": 1}', {"b": 1}),
+        ("a=silu", "silu"),
+        ("a=", ""),
+        ("a=b=c", "b=c"),
+    ],
 )
 def test_overrides_are_read_as_json_or_python_or_text(text, value):
-    assert init.parse_override(text) == ("a", value)
+    assert parse_key_value(text, "--config") == ("a", value)

@@ -209,7 +209,9 @@ def test_a_label_is_one_class() -> None:
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("task", [Task.CAUSAL_LM, Task.MASKED_LM])
 def test_texts_that_are_all_empty_are_refused(task: Task, pack: bool) -> None:
-    with pytest.raises(OptionError, match="some/data: column 'text' of the training split, 2 rows, contains only empty strings"):
+    with pytest.raises(
+        OptionError, match="some/data: column 'text' of the training split, 2 rows, contains only empty strings"
+    ):
         made(task, {"text": ["", ""]}, packing=pack)
 
 

@@ -168,8 +168,8 @@ def test_what_is_no_size_is_refused_by_the_command_line(tmp_path: Path, capsys: 
         (["--num-hidden-layers", "1000000000"], "num_hidden_layers is 1000000000, its teacher's 4"),
         (["--hidden-size", "-32"], "hidden_size must be at least 1, not -32"),
         (["--num-attention-heads", "0"], "num_attention_heads must be at least 1, not 0"),
-        (["--set", "num_hidden_layers=1e9"], "num_hidden_layers=1000000000.0 must be a whole number"),
-        (["--set", "hidden_size=wide"], "hidden_size='wide' must be a whole number"),
+        (["--config", "num_hidden_layers=1e9"], "num_hidden_layers=1000000000.0 must be a whole number"),
+        (["--config", "hidden_size=wide"], "hidden_size='wide' must be a whole number"),
     ):
         assert main(["init", str(tmp_path / "teacher"), "-o", str(tmp_path / "student"), *option]) != 0
         assert reason in capsys.readouterr().err

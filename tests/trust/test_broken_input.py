@@ -376,7 +376,7 @@ def test_words_that_are_no_options(home: Path, tmp_path: Path, capsys: pytest.Ca
     assert "zzz" in error_of(["inspect", teacher, "--plot", tmp_path / "plot.zzz"], capsys)
     assert "png" in error_of(["inspect", teacher, "--plot", tmp_path / "plot.zzz"], capsys)
     error_of(["families", "no-such-family"], capsys)
-    error_of(["init", teacher, "-o", tmp_path / "out", "--set", "x"], capsys)
+    error_of(["init", teacher, "-o", tmp_path / "out", "--config", "x"], capsys)
     (home / "teacher" / "bad.gguf").write_bytes(b"GGUFxxxxx")
     for name in ("none.gguf", "bad.gguf"):
         error_of(["init", teacher, "-o", tmp_path / "out", "--gguf-file", name], capsys)

@@ -1,0 +1,63 @@
+"""Commands are listed, and the names of the previous release work with a warning."""
+
+import pytest
+
+from hf_guide.cli import main as cli
+from hf_guide.methods import list_methods
+
+
+def test_methods_are_listed_with_every_option_its_default_and_help(capsys):
+    assert cli.main(["methods"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for name, options in list_methods().items():
+        for option in options:
+            assert name in printed and f"{option.name}={option.default}" in printed
+            assert " ".join(option.help.split()) in printed
+
+
+def test_one_method_is_described_and_a_misspelt_one_names_the_nearest(capsys):
+    assert cli.main(["methods", "uniform"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("uniform\n") and "calibrated\n" not in printed
+    assert cli.main(["methods", "unifrom"]) == 2
+    assert "Did you mean 'uniform'" in capsys.readouterr().err
+
+
+def test_the_old_name_of_a_command_warns_with_the_new_one(capsys):
+    with pytest.warns(FutureWarning, match="'subclasses' is deprecated; use 'analyze-subclasses'"):
+        assert cli.main(["subclasses", "projector", "missing.jsonl"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert "analyze-subclasses" in listed and "subclasses" not in listed
+
+
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        (["--finer-column", "fine"], "--fine-label-column"),
+        (["--nearest", "3"], "--num-examples"),
+        (["--no-forecast"], "--no-probe"),
+        (["--max-examples", "3"], "--max-samples"),
+        (["--processor", "org/model"], "--processing-class-name-or-path"),
+    ],
+)
+def test_an_old_flag_warns_with_the_new_one(words, new, capsys):
+    with pytest.warns(FutureWarning, match=f"use '{new}'"):
+        assert cli.main(["analyze-subclasses", "projector", "missing.jsonl", *words]) == 2
+    assert "There is no file missing.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "new"),
+    [
+        (["--dataset", "org/data"], "--dataset-name"),
+        (["--validation-share", "0.2"], "--validation-split-percentage"),
+        (["--no-pack"], "--packing"),
+        (["--num-workers", "2"], "--dataloader-num-workers"),
+        (["--examples-per-shard", "4"], "--shard-size"),
+    ],
+)
+def test_an_old_flag_of_capture_warns_with_the_new_one(words, new, tmp_path):
+    with pytest.warns(FutureWarning, match=f"use '{new}'"):
+        assert cli.main(["capture", "-o", str(tmp_path / "cache"), *words]) == 2
