@@ -113,7 +113,7 @@ def test_where_no_length_is_asked_for_a_capture_has_that_of_a_distillation(teach
 
 def test_an_old_flag_is_taken_with_a_warning_that_says_the_new_name(teacher, data):
     words = [teacher / "causal-lm", "-o", teacher / "captured", "--data-files", data, "--top-k", 4, "--max-length", 8]
-    with pytest.warns(FutureWarning, match="'examples_per_shard' is deprecated; use 'shard_size'"):
+    with pytest.warns(FutureWarning, match="'--examples-per-shard' is deprecated; use '--shard-size'"):
         assert run(*words, "--examples-per-shard", 3) == 0
     assert Capture.open(teacher / "captured").manifest.config.shard_size == 3
 
