@@ -174,9 +174,11 @@ def test_the_links_lead_to_files(name: str) -> None:
 
 
 def test_the_options_in_the_guide_are_options() -> None:
-    table = read("examples/README.md").split("| option | default |")[1].split("\n\n")[0]
-    names = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", table, re.MULTILINE)
-    assert names
-    config = hf_guide.InitializationConfig()
-    for option, default in names:
-        assert str(getattr(config, option)) == str(ast.literal_eval(default)), option
+    table = read("examples/README.md").split("| method | option | default |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| (.+?) \| `(\w+)` \| (.+?) \|", table, re.MULTILINE)
+    assert len(rows) >= 8
+    for method, option, default in rows:
+        names = ("guide", "uniform", "calibrated") if method.startswith("all") else (method.strip("`"),)
+        for name in names:
+            value = getattr(hf_guide.InitializationConfig(name), option)
+            assert default == "by method" or value == ast.literal_eval(default.strip("`")), (name, option)
