@@ -29,8 +29,8 @@ from hf_guide.models.tiny_models import MODEL_ERRORS, TINY_SIZES, build_tiny_mod
 
 
 def survey(architecture: str) -> dict:
-    """Return what was found of one architecture; `built` is false where its default config makes no model here."""
-    found: dict = {
+    """Return the results of one architecture; `built` is false if its default config builds no model."""
+    result: dict = {
         "architecture": architecture,
         "built": False,
         "identity": None,
@@ -44,23 +44,23 @@ def survey(architecture: str) -> dict:
         with torch.device("meta"):
             model_class._from_config(config)
     except MODEL_ERRORS as error:
-        return found | {"note": f"default config: {type(error).__name__}: {error}"}
-    found["built"] = True
+        return result | {"note": f"default config: {type(error).__name__}: {error}"}
+    result["built"] = True
     try:
         teacher = build_tiny_model(model_class, tiny_config(config))
         randomize_parameters(teacher, seed=0)
         teacher(input_ids=torch.arange(3, 14)[None])
     except MODEL_ERRORS as error:
-        return found | {"note": f"no twin: {type(error).__name__}: {error}"}
+        return result | {"note": f"no twin: {type(error).__name__}: {error}"}
     layout = layout_for(teacher.config, model_class)
     kind = "table" if config.model_type in registered_layouts() else layout.exactness.partition(":")[0]
-    found |= {"layout": kind, "exactness": layout.exactness}
+    result |= {"layout": kind, "exactness": layout.exactness}
     try:
         student = from_teacher(teacher, show_progress=False)
-        found["identity"] = relative_logit_error(_alike(student), teacher)
+        result["identity"] = relative_logit_error(_alike(student), teacher)
     except (HfGuideError, *MODEL_ERRORS) as error:
-        found["note"] = f"identity: {error}"
-    found["narrower"] = None if kind.startswith("blocks") else False
+        result["note"] = f"identity: {error}"
+    result["narrower"] = None if kind.startswith("blocks") else False
     for sizes in (
         ()
         if kind.startswith("blocks")
@@ -76,11 +76,11 @@ def survey(architecture: str) -> dict:
                 teacher.config, **{name: 32 for name, size in TINY_SIZES.items() if size == 64}, **sizes
             )
             student = _alike(from_teacher(teacher, narrow, show_progress=False))
-            found["narrower"] = bool(torch.isfinite(student(input_ids=torch.arange(3, 14)[None]).logits).all())
+            result["narrower"] = bool(torch.isfinite(student(input_ids=torch.arange(3, 14)[None]).logits).all())
             break
         except (HfGuideError, *MODEL_ERRORS) as error:
-            found["note"] = f"narrower: {error}"
-    return found
+            result["note"] = f"narrower: {error}"
+    return result
 
 
 def _alike(student):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blockwise_distillation import carrying_matrix, heal
+from blockwise_distillation import distill_blockwise, projection_matrix
 from published_methods import pruned_as_minitron, subcloned, with_blocks
 from small_teacher import BATCH
 from torch import Tensor
@@ -32,11 +32,11 @@ def sizes_of(shape: str, teacher: LlamaConfig) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Given:
+class ArmInputs:
     """What every arm is made of: the teacher and its folder, the student's sizes, a seed, and text, (blocks, LENGTH).
 
     `sizes` is what the student's config changes; `text` may be listened to; `spent` is the share of the budget of tokens
-    that the start itself learns from.
+    that the initialization itself trains on.
     """
 
     folder: Path
@@ -57,48 +57,49 @@ class Given:
         return LlamaConfig.from_dict(self.teacher.config.to_dict() | self.sizes)
 
 
-def by(method: dict[str, Any], own_text: bool = False) -> Callable[[Given], PreTrainedModel]:
-    """Return the arm of one of our methods; a calibrated one hears the text, or what the teacher writes itself."""
+def by(method: dict[str, Any], self_generated: bool = False) -> Callable[[ArmInputs], PreTrainedModel]:
+    """Return the arm of a method of hf_guide; `calibrated` uses the text, or text that the teacher generates."""
 
-    def make(given: Given) -> PreTrainedModel:
+    def make(inputs: ArmInputs) -> PreTrainedModel:
         more: dict[str, Any] = {}
         if method["method"] == "calibrated":
             tokens = method.get("calibration_tokens", 8192)
             rows = max(
-                1, tokens // given.text.shape[1] // 4
+                1, tokens // inputs.text.shape[1] // 4
             )  # two batches to fit on, and two to choose the ridge with
-            batches = [{"input_ids": batch} for batch in given.text.split(rows)]
-            more["calibration_dataset"] = "self_generated" if own_text else batches
+            batches = [{"input_ids": batch} for batch in inputs.text.split(rows)]
+            more["calibration_dataset"] = "self_generated" if self_generated else batches
         return AutoStudentForCausalLM.from_teacher(
-            given.teacher if given.teacher.device.type == "cuda" else given.folder,
-            method=method | {"seed": given.seed},
+            inputs.teacher if inputs.teacher.device.type == "cuda" else inputs.folder,
+            method=method | {"seed": inputs.seed},
             dtype=torch.float32,
             show_progress=False,
             **more,
-            **given.sizes,
+            **inputs.sizes,
         )
 
     return make
 
 
-def dropped(first: bool) -> Callable[[Given], PreTrainedModel]:
-    """Return the arm of blocks dropped at full width: as many are kept as have the student's parameters, or all but one."""
+def dropped(first: bool) -> Callable[[ArmInputs], PreTrainedModel]:
+    """Return the arm of blocks dropped at full width: as many as match the student's number of parameters, or all but one."""
 
-    def make(given: Given) -> PreTrainedModel:
-        wanted = LlamaForCausalLM(given.config).num_parameters()
-        each = sum(parameter.numel() for parameter in given.teacher.model.layers[0].parameters())
-        rest = given.teacher.num_parameters() - each * given.teacher.config.num_hidden_layers
-        had = given.teacher.config.num_hidden_layers
-        count = min(max(1, round((wanted - rest) / each)), had - 1)
+    def make(inputs: ArmInputs) -> PreTrainedModel:
+        target_size = LlamaForCausalLM(inputs.config).num_parameters()
+        each = sum(parameter.numel() for parameter in inputs.teacher.model.layers[0].parameters())
+        rest = inputs.teacher.num_parameters() - each * inputs.teacher.config.num_hidden_layers
+        num_blocks = inputs.teacher.config.num_hidden_layers
+        count = min(max(1, round((target_size - rest) / each)), num_blocks - 1)
         return with_blocks(
-            given.teacher, list(range(count)) if first else [round(place) for place in _spaced(had, count)]
+            inputs.teacher,
+            list(range(count)) if first else [round(position) for position in _spaced(num_blocks, count)],
         )
 
     return make
 
 
-def _spaced(had: int, count: int) -> list[float]:
-    return torch.linspace(0, had - 1, count).tolist()
+def _spaced(num_blocks: int, count: int) -> list[float]:
+    return torch.linspace(0, num_blocks - 1, count).tolist()
 
 
 NOTHING_FITTED = {
@@ -110,23 +111,23 @@ NOTHING_FITTED = {
 }
 
 
-def healed(given: Given) -> PreTrainedModel:
-    """Return the arm of a calibrated student whose blocks are then regressed on the teacher's stream."""
-    carried = by({"method": "calibrated", "refit": "none", "fit_tied_embedding": False, "fit_final_norm": False})(
-        given
+def blockwise(inputs: ArmInputs) -> PreTrainedModel:
+    """Return the arm of a calibrated student whose blocks are then regressed on the teacher's hidden states."""
+    projected = by({"method": "calibrated", "refit": "none", "fit_tied_embedding": False, "fit_final_norm": False})(
+        inputs
     )
-    student = by({"method": "calibrated"})(given)
+    student = by({"method": "calibrated"})(inputs)
     layers = student.initialization_report.blocks["layers"]
-    matrix = carrying_matrix(given.teacher, carried)
-    heal(student, given.teacher, matrix, layers, list(given.spent.split(BATCH)))
+    matrix = projection_matrix(inputs.teacher, projected)
+    distill_blockwise(student, inputs.teacher, matrix, layers, list(inputs.spent.split(BATCH)))
     return student
 
 
-ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
+ARMS: dict[str, Callable[[ArmInputs], PreTrainedModel]] = {
     "random": by({"method": "random"}),
     "uniform": by({"method": "uniform", "layer_selection": "uniform"}),
-    "subcloning": lambda given: subcloned(given.teacher, given.config, given.batches),
-    "minitron": lambda given: pruned_as_minitron(given.teacher, given.config, given.batches),
+    "subcloning": lambda inputs: subcloned(inputs.teacher, inputs.config, inputs.batches),
+    "minitron": lambda inputs: pruned_as_minitron(inputs.teacher, inputs.config, inputs.batches),
     "first blocks, full width": dropped(first=True),
     "uniform blocks, full width": dropped(first=False),
     "activation PCA": by(
@@ -157,7 +158,7 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
             "calibration_seq_length": 128,
             "calibration_batch_size": 16,
         },
-        own_text=True,
+        self_generated=True,
     ),
     "calibrated, uniform blocks": by(
         {"method": "calibrated", "calibration_tokens": 16384, "layer_selection": "uniform"}
@@ -167,6 +168,6 @@ ARMS: dict[str, Callable[[Given], PreTrainedModel]] = {
         {"method": "guide", "layer_selection": "first_last", "logit_scale": 0.358797}
     ),
     "uniform, first and last blocks": by({"method": "uniform", "layer_selection": "first_last"}),
-    "blockwise distillation": healed,
+    "blockwise distillation": blockwise,
 }
 SPENT = {"blockwise distillation": 0.1}  # of the budget of tokens

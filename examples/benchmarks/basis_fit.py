@@ -3,7 +3,7 @@
     python examples/benchmarks/basis_fit.py
     python examples/benchmarks/basis_fit.py --rows 32768 --width 1024 --size 512      # a quick look
 
-All arms run in one process on one table, turn by turn, so that what else the machine does falls on all of them.
+All arms run in one process on one table, alternating, so that other load affects all of them alike.
 What it does not do: compare across machines. The ratios are the result; the seconds are only for this machine.
 """
 
@@ -63,8 +63,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=128256, help="V, tokens in the table")
     parser.add_argument("--width", type=int, default=2048, help="d, width of the residual stream")
-    parser.add_argument("--size", type=int, default=1024, help="directions kept")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of the quick arms, of which the median counts")
+    parser.add_argument("--size", type=int, default=1024, help="number of directions")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the quick arms; the median is reported")
     parser.add_argument(
         "--dtypes",
         nargs="+",
@@ -111,12 +111,14 @@ def main() -> int:
             bases[dtype] = torch.from_numpy(pca.components_).T
             print(f"scikit-learn on {dtype}: {sklearn_seconds[dtype]:.2f} s", flush=True)
 
-    mine, floor = statistics.median(ours), statistics.median(products) + statistics.median(eigen)
+    our_time, floor = statistics.median(ours), statistics.median(products) + statistics.median(eigen)
     print(f"\nfloor: 2 V d^2 in float64 {statistics.median(products):.2f} s")
     print(f"       + one eigendecomposition {statistics.median(eigen):.2f} s")
-    print(f"ours against that floor: {mine / floor:.2f} times (target: at most 2)")
+    print(f"ours against that floor: {our_time / floor:.2f} times (target: at most 2)")
     for dtype, seconds in sklearn_seconds.items():
-        print(f"scikit-learn's full PCA on {dtype}: {seconds / mine:.1f} times as long as ours (target: at least 10)")
+        print(
+            f"scikit-learn's full PCA on {dtype}: {seconds / our_time:.1f} times as long as ours (target: at least 10)"
+        )
         angle = subspace_distance(basis.matrix, bases[dtype])
         print(f"  largest angle between the two subspaces: {angle:.1e} (target: 1e-6)")
     return 0

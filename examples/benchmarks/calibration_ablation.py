@@ -1,8 +1,8 @@
-"""What each ingredient of a calibrated start buys, and what it costs: loss on held-out text without any training.
+"""What each ingredient of `calibrated` contributes and costs: loss on held-out text without any training.
 
 Students of SmolLM2-135M at several widths and depths, with a head of their own or tied, each made by `method="calibrated"`
 with one ingredient switched at a time. Calibration text and held-out text are other documents of the same corpus. One JSON
-line a student is appended to --output; those that are there already are not made again. Beside them stand the teacher's
+line per student is appended to --output; existing ones are not made again. The rows have the teacher's
 loss and a unigram model's, whose counts are those of the text that the calibration text is drawn from. Each seed parts the
 corpus anew into text to calibrate on and text held out, and draws from both.
 
@@ -35,7 +35,7 @@ from hf_guide import from_teacher
 
 LENGTH = 256
 
-# Nothing but the size that is named gets smaller: the width of the stream, and the number of blocks.
+# Only the named size is reduced: the width of the residual stream, or the number of blocks.
 SHAPES = {
     "whole": (1.0, 1.0, False),
     "three quarters": (0.75, 1.0, False),
@@ -76,42 +76,44 @@ ARMS: dict[str, dict[str, Any]] = {
 def student_shape(teacher: PreTrainedModel, shape: str) -> dict[str, Any]:
     """Return what a student's config changes; heads and neurons are halved "in everything", or their size is."""
     width, depth, tied = SHAPES[shape]
-    had = teacher.config
-    heads, groups = had.num_attention_heads, had.num_key_value_heads
+    teacher_config = teacher.config
+    heads, groups = teacher_config.num_attention_heads, teacher_config.num_key_value_heads
     changes = {
-        "hidden_size": round(had.hidden_size * width),
-        "num_hidden_layers": round(had.num_hidden_layers * depth),
+        "hidden_size": round(teacher_config.hidden_size * width),
+        "num_hidden_layers": round(teacher_config.num_hidden_layers * depth),
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
-        "head_dim": had.hidden_size // heads,
+        "head_dim": teacher_config.hidden_size // heads,
         "tie_word_embeddings": tied,
     }
     if shape == "half in everything":
         kept = max(1, groups // 2)
         changes |= {"num_key_value_heads": kept, "num_attention_heads": heads // groups * kept}
-        changes |= {"intermediate_size": had.intermediate_size // 2}
+        changes |= {"intermediate_size": teacher_config.intermediate_size // 2}
     if shape == "the quickstart's":
-        changes |= {"head_dim": changes["head_dim"] // 2, "intermediate_size": had.intermediate_size // 2}
+        changes |= {"head_dim": changes["head_dim"] // 2, "intermediate_size": teacher_config.intermediate_size // 2}
     return changes
 
 
-def unigram_loss(learned: Tensor, held_out: Tensor, size: int) -> float:
-    """Return the loss of a model that knows how often each token stands in a text, in nats a token."""
-    counts = torch.bincount(learned.flatten(), minlength=size).double() + 0.1
+def unigram_loss(train_blocks: Tensor, held_out: Tensor, size: int) -> float:
+    """Return the loss of a unigram model, in nats per token."""
+    counts = torch.bincount(train_blocks.flatten(), minlength=size).double() + 0.1
     return -(counts / counts.sum()).log()[held_out[:, 1:].flatten()].mean().item()
 
 
-def make(teacher: PreTrainedModel, shape: str, arm: str, learned: Tensor, args: argparse.Namespace) -> PreTrainedModel:
+def make(
+    teacher: PreTrainedModel, shape: str, arm: str, train_blocks: Tensor, args: argparse.Namespace
+) -> PreTrainedModel:
     """Return one student."""
     method = {"method": "calibrated", **ARMS[arm]}
     data: Any = None
     if method["method"] == "calibrated":
         method |= {"calibration_tokens": args.tokens}
         if arm == "random tokens":
-            learned = torch.randint(
-                teacher.config.vocab_size, learned.shape, generator=torch.Generator().manual_seed(0)
+            train_blocks = torch.randint(
+                teacher.config.vocab_size, train_blocks.shape, generator=torch.Generator().manual_seed(0)
             )
-        batches = [{"input_ids": rows} for rows in learned[:, :LENGTH].split(args.batch_size)]
+        batches = [{"input_ids": rows} for rows in train_blocks[:, :LENGTH].split(args.batch_size)]
         data = "self_generated" if arm.startswith("self-generated text") else batches
     return from_teacher(
         teacher,
@@ -130,9 +132,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         cells = []
         for shape in shapes:
-            found = [row["loss"] for row in rows if row["arm"] == arm and row["shape"] == shape]
-            spread = f" ± {statistics.stdev(found):.2f} ({len(found)})" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.2f}{spread}" if found else "-")
+            losses = [row["loss"] for row in rows if row["arm"] == arm and row["shape"] == shape]
+            spread = f" ± {statistics.stdev(losses):.2f} ({len(losses)})" if len(losses) > 1 else ""
+            cells.append(f"{statistics.mean(losses):.2f}{spread}" if losses else "-")
         lines.append(f"{arm:34}" + "".join(f"{cell:>29}" for cell in cells))
     return "\n".join(lines)
 
@@ -141,7 +143,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 class Texts:
     """What one seed draws: text to calibrate on, text held out, and a unigram model's loss on it."""
 
-    learned: Tensor
+    train_blocks: Tensor
     held_out: Tensor
     unigram: float
 
@@ -150,9 +152,9 @@ def draw(seed: int, tokenizer: Any, size: int, args: argparse.Namespace) -> Text
     """Part the corpus by `seed` into documents to calibrate on and others held out, and draw blocks of both; `size` is V."""
     texts = split_documents(read_documents("wikipedia"), seed=seed)
     packed = pack(texts.train, tokenizer, LENGTH)
-    learned = draw_blocks(packed, min(len(packed), -(-args.tokens // LENGTH)), seed)
+    train_blocks = draw_blocks(packed, min(len(packed), -(-args.tokens // LENGTH)), seed)
     held_out = draw_blocks(pack(texts.held_out, tokenizer, LENGTH), args.held_out_blocks, seed)
-    return Texts(learned, held_out, unigram_loss(packed, held_out, size))
+    return Texts(train_blocks, held_out, unigram_loss(packed, held_out, size))
 
 
 def main() -> int:
@@ -172,11 +174,11 @@ def main() -> int:
     tokenizer = AutoTokenizer.from_pretrained(name)
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    asked = []
+    keys = []
     for seed in args.seeds:
-        given = {"tokens": args.tokens, "held_out_blocks": args.held_out_blocks, "seed": seed}
-        asked += [{"shape": shape, "arm": arm, **given} for shape in args.shapes for arm in args.arms]
-        todo = [key for key in asked if key["seed"] == seed and not any(key.items() <= row.items() for row in rows)]
+        setting = {"tokens": args.tokens, "held_out_blocks": args.held_out_blocks, "seed": seed}
+        keys += [{"shape": shape, "arm": arm, **setting} for shape in args.shapes for arm in args.arms]
+        todo = [key for key in keys if key["seed"] == seed and not any(key.items() <= row.items() for row in rows)]
         if not todo:
             continue
         texts = draw(seed, tokenizer, teacher.config.vocab_size, args)
@@ -184,14 +186,14 @@ def main() -> int:
         def loss(model: PreTrainedModel, held_out: Tensor = texts.held_out) -> float:
             return math.log(evaluate(model, held_out, args.batch_size, "held out", show_progress=False).perplexity)
 
-        beside = {"teacher": loss(teacher), "unigram": texts.unigram}
-        print(f"seed {seed}: teacher {beside['teacher']:.3f}, unigram {beside['unigram']:.3f}", flush=True)
+        references = {"teacher": loss(teacher), "unigram": texts.unigram}
+        print(f"seed {seed}: teacher {references['teacher']:.3f}, unigram {references['unigram']:.3f}", flush=True)
         for key in todo:
-            student = make(teacher, str(key["shape"]), str(key["arm"]), texts.learned, args)
+            student = make(teacher, str(key["shape"]), str(key["arm"]), texts.train_blocks, args)
             report = student.initialization_report
             row = key | {
                 "loss": loss(student),
-                **beside,
+                **references,
                 "seconds": report.seconds,
                 "parameters": report.student_parameters,
                 "blocks": report.blocks,
@@ -210,7 +212,7 @@ def main() -> int:
         f"transformers {transformers.__version__}\n{args.tokens} tokens of calibration text, loss in nats on "
         f"{args.held_out_blocks * (LENGTH - 1)} tokens held out"
     )
-    print(table([row for row in rows if any(key.items() <= row.items() for key in asked)]))
+    print(table([row for row in rows if any(key.items() <= row.items() for key in keys)]))
     return 0
 
 

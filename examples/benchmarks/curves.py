@@ -1,4 +1,4 @@
-"""What the curves of `initialization_comparison.py` say: its tables and its plot."""
+"""Tables and plots of the curves of `initialization_comparison.py`."""
 
 import math
 import statistics
@@ -9,14 +9,14 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def tokens_until(curve: list[list[float]], goal: float) -> float:
-    """Return after how many tokens a curve is at `goal`, between its points; infinity where it never is."""
+def tokens_until(curve: list[list[float]], target: float) -> float:
+    """Return after how many tokens a curve is at `target`, between its points; infinity where it never is."""
     before = curve[0]
-    if before[1] <= goal:
+    if before[1] <= target:
         return 0.0
     for point in curve[1:]:
-        if point[1] <= goal:
-            return before[0] + (before[1] - goal) / (before[1] - point[1]) * (point[0] - before[0])
+        if point[1] <= target:
+            return before[0] + (before[1] - target) / (before[1] - point[1]) * (point[0] - before[0])
         before = point
     return math.inf
 
@@ -28,42 +28,42 @@ def setting(row: Row) -> tuple[str, float]:
 
 def baselines(rows: list[Row]) -> dict[tuple[Any, ...], list[list[float]]]:
     """Return the curves of random students trained on labels, by setting and seed."""
-    wanted = {"arm": "random", "objective": "labels", "tuning": False}
-    return {(*setting(row), row["seed"]): row["curve"] for row in rows if wanted.items() <= row.items()}
+    key = {"arm": "random", "objective": "labels", "tuning": False}
+    return {(*setting(row), row["seed"]): row["curve"] for row in rows if key.items() <= row.items()}
 
 
 def gap_closed(row: Row, baseline: list[list[float]]) -> float:
     """Return (random - x) / (random - teacher) in perplexity, in percent."""
-    random, own, teacher = (math.exp(loss) for loss in (baseline[-1][1], row["curve"][-1][1], row["teacher"]))
-    return 100 * (random - own) / (random - teacher)
+    random, arm_rows, teacher = (math.exp(loss) for loss in (baseline[-1][1], row["curve"][-1][1], row["teacher"]))
+    return 100 * (random - arm_rows) / (random - teacher)
 
 
 def table(rows: list[Row]) -> str:
     """Return mean and standard deviation over seeds, a line for each setting, objective and arm."""
     rows = [row for row in rows if not row["tuning"]]
-    wide = max((len(row["arm"]) for row in rows), default=0)
+    width = max((len(row["arm"]) for row in rows), default=0)
     lines = [
-        f"{'':{wide + 2}} {'parameters':>10} {'rate':>6} {'perplexity':>16} {'gap closed, %':>16} {'tokens':>14}"
+        f"{'':{width + 2}} {'parameters':>10} {'rate':>6} {'perplexity':>16} {'gap closed, %':>16} {'tokens':>14}"
         f" {'start, s':>9} {'of run':>7}"
     ]
     random = baselines(rows)
     for (shape, budget), objective in dict.fromkeys((setting(row), row["objective"]) for row in rows):
         lines.append(f"{shape}, {budget:g} tokens a parameter, {objective}; gap and tokens against random on labels")
         for arm in dict.fromkeys(row["arm"] for row in rows):
-            wanted = {"shape": shape, "tokens_per_parameter": budget, "objective": objective, "arm": arm}
-            own = [row for row in rows if wanted.items() <= row.items() and (shape, budget, row["seed"]) in random]
-            if not own:
+            key = {"shape": shape, "tokens_per_parameter": budget, "objective": objective, "arm": arm}
+            arm_rows = [row for row in rows if key.items() <= row.items() and (shape, budget, row["seed"]) in random]
+            if not arm_rows:
                 continue
-            ends = [math.exp(row["curve"][-1][1]) for row in own]
+            ends = [math.exp(row["curve"][-1][1]) for row in arm_rows]
             gaps, shares = [], []
-            for row in own:
+            for row in arm_rows:
                 baseline = random[shape, budget, row["seed"]]
                 gaps.append(gap_closed(row, baseline))
                 shares.append(tokens_until(row["curve"], baseline[-1][1]) / baseline[-1][0])
-            cost = statistics.mean(row["initialization_seconds"] for row in own)
-            share = statistics.mean(row["initialization_seconds"] / row["seconds"] for row in own)
+            cost = statistics.mean(row["initialization_seconds"] for row in arm_rows)
+            share = statistics.mean(row["initialization_seconds"] / row["seconds"] for row in arm_rows)
             lines.append(
-                f"  {arm:{wide}} {own[0]['parameters']:>10,} {own[0]['learning_rate']:>6g} {spread(ends):>16} {spread(gaps):>16} "
+                f"  {arm:{width}} {arm_rows[0]['parameters']:>10,} {arm_rows[0]['learning_rate']:>6g} {spread(ends):>16} {spread(gaps):>16} "
                 f"{spread(shares):>14} {cost:>9.1f} {share:>7.1%}"
             )
     weak = [row for row in rows if row["curve"][-1][1] < row["teacher"]]
@@ -75,18 +75,18 @@ def table(rows: list[Row]) -> str:
 
 
 def interaction(rows: list[Row]) -> str:
-    """Return the gap that each start closes with each objective, and what of the sum of both is left when they are together.
+    """Return the gap that each initialization closes with each objective, and its share of the sum of both gaps.
 
-    The sum: the gap that the start closes on labels, and the one that the objective closes from a random start, seed by seed.
+    The sum is the gap that the initialization closes on labels plus the gap that the objective closes from random, per seed.
     """
     rows = [row for row in rows if not row["tuning"]]
     random = baselines(rows)
     lines = []
     for shape, budget in dict.fromkeys(map(setting, rows)):
-        here = [row for row in rows if setting(row) == (shape, budget) and (shape, budget, row["seed"]) in random]
-        gaps = _gaps(here, random)
-        objectives = list(dict.fromkeys(row["objective"] for row in here))
-        arms = _run_with(here, objectives[-1:])
+        selected = [row for row in rows if setting(row) == (shape, budget) and (shape, budget, row["seed"]) in random]
+        gaps = _gaps(selected, random)
+        objectives = list(dict.fromkeys(row["objective"] for row in selected))
+        arms = _run_with(selected, objectives[-1:])
         if len(objectives) < 2 or not arms:
             continue
         lines.append(f"{shape}, {budget:g} tokens a parameter: gap closed, %, and its share of the sum of both")
@@ -110,11 +110,11 @@ def _gaps(rows: list[Row], random: dict[tuple[Any, ...], list[list[float]]]) -> 
 def _share(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) -> str:
     """Return the gap that an arm closes with an objective, and its share of what both close alone, as text."""
     seeds = _seeds(gaps, arm, objective)
-    own = [gaps[arm, objective, seed] for seed in seeds]
+    arm_rows = [gaps[arm, objective, seed] for seed in seeds]
     sums = [gaps.get((arm, "labels", s), math.nan) + gaps.get(("random", objective, s), math.nan) for s in seeds]
-    none = arm == "random" or objective == "labels" or not own or min(sums) <= 0  # of less than nothing
-    share = "" if none else f" ({spread([a / b for a, b in zip(own, sums, strict=True)])})"
-    return spread(own) + share if own else "-"
+    none = arm == "random" or objective == "labels" or not arm_rows or min(sums) <= 0  # of less than nothing
+    share = "" if none else f" ({spread([a / b for a, b in zip(arm_rows, sums, strict=True)])})"
+    return spread(arm_rows) + share if arm_rows else "-"
 
 
 def _run_with(rows: list[Row], objectives: Collection[str]) -> list[str]:
@@ -136,7 +136,7 @@ def spread(values: list[float]) -> str:
 
 
 def plot_interaction(rows: list[Row], file: Path) -> None:
-    """Draw the gap that each start closes with each objective, mean and standard deviation; a panel for each setting."""
+    """Draw the gap that each initialization closes with each objective, mean and standard deviation; a panel for each setting."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -150,22 +150,22 @@ def plot_interaction(rows: list[Row], file: Path) -> None:
     if not settings:
         return
     figure, axes = pyplot.subplots(1, len(settings), figsize=(6 * len(settings), 4), squeeze=False)
-    for axis, place in zip(axes[0], settings, strict=True):
-        here = [row for row in rows if setting(row) == place]
-        gaps, objectives = _gaps(here, random), list(dict.fromkeys(row["objective"] for row in here))
-        arms = _run_with(here, objectives[-1:])
+    for axis, panel in zip(axes[0], settings, strict=True):
+        selected = [row for row in rows if setting(row) == panel]
+        gaps, objectives = _gaps(selected, random), list(dict.fromkeys(row["objective"] for row in selected))
+        arms = _run_with(selected, objectives[-1:])
         for number, arm in enumerate(arms):
-            found = [[gaps[arm, name, seed] for seed in _seeds(gaps, arm, name)] for name in objectives]
-            places = [at + (number - (len(arms) - 1) / 2) * 0.8 / len(arms) for at in range(len(objectives))]
+            values_by_objective = [[gaps[arm, name, seed] for seed in _seeds(gaps, arm, name)] for name in objectives]
+            positions = [at + (number - (len(arms) - 1) / 2) * 0.8 / len(arms) for at in range(len(objectives))]
             axis.bar(
-                places,
-                [statistics.mean(values) if values else 0.0 for values in found],
+                positions,
+                [statistics.mean(values) if values else 0.0 for values in values_by_objective],
                 0.8 / len(arms),
-                yerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in found],
+                yerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in values_by_objective],
                 label=arm,
             )
         axis.set_xticks(range(len(objectives)), objectives, fontsize="small")
-        axis.set(title=f"{place[0]}, {place[1]:g} tokens a parameter", ylabel="gap closed, %")
+        axis.set(title=f"{panel[0]}, {panel[1]:g} tokens a parameter", ylabel="gap closed, %")
         axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
     figure.tight_layout()
     figure.savefig(file, dpi=80)
@@ -209,23 +209,23 @@ def plot(rows: list[Row], file: Path) -> None:
     ):
         run = [row for row in rows if setting(row) == (shape, budget)]
         arms = _run_with(run, {row["objective"] for row in run})
-        here = [row for row in run if row["objective"] == objective and row["arm"] in arms]
+        selected = [row for row in run if row["objective"] == objective and row["arm"] in arms]
         axis.set(title=f"{shape}, {budget:g} tokens a parameter\n{objective}", xlabel="tokens", ylabel="held-out loss")
-        if not here:
+        if not selected:
             axis.set_axis_off()
             continue
         for arm in arms:
-            curves = [row["curve"] for row in here if row["arm"] == arm]
+            curves = [row["curve"] for row in selected if row["arm"] == arm]
             means = [statistics.mean(point[1] for point in points) for points in zip(*curves, strict=False)]
             tokens = [point[0] for point in curves[0]][: len(means)]
             variants = [each for each in arms if _kind(each) == _kind(arm)]
             style = ("-", "--", "-.", ":")[variants.index(arm) % 4]
             axis.plot(tokens, means, style, color=f"C{kinds.index(_kind(arm)) % 10}", label=arm)
-        goal = statistics.mean(row["teacher"] for row in here)
-        axis.axhline(goal, color="black", linestyle=":", label="teacher")
-        # Where it starts is off the panel's top.
-        late = [loss for row in here for tokens, loss in row["curve"] if tokens > row["curve"][-1][0] / 12]
-        axis.set_ylim(min([goal, *late]) - 0.1, max([goal, *late]) + 0.1)
+        target = statistics.mean(row["teacher"] for row in selected)
+        axis.axhline(target, color="black", linestyle=":", label="teacher")
+        # The first points are above the panel.
+        late = [loss for row in selected for tokens, loss in row["curve"] if tokens > row["curve"][-1][0] / 12]
+        axis.set_ylim(min([target, *late]) - 0.1, max([target, *late]) + 0.1)
         axis.legend(fontsize="small", loc="best")
     figure.tight_layout()
     figure.savefig(file, dpi=80)

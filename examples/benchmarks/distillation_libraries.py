@@ -1,4 +1,4 @@
-"""`DistillationTrainer` beside other libraries' trainers, on the same task: the same models, batches, loss and optimizer.
+"""`DistillationTrainer` compared with other libraries' trainers on the same task: the same models, batches, loss and optimizer.
 
     pip install trl nvidia-modelopt torchdistill
     python examples/benchmarks/distillation_libraries.py
@@ -9,11 +9,11 @@ texts    KL(teacher || student) at temperature 1, without a task loss, from a li
          sampling only), and NVIDIA ModelOpt's Hugging Face plugin, KDTrainer.
 images   0.5 task loss + 0.5 KL at temperature 2 on an image classifier: torchdistill's DistillationBox.
 
-A library that is not installed is left out, with a line that says so. torchdistill needs a torchvision built for the torch
-that is installed. TRL's own DistillationTrainer always generates, so that it cannot be given a fixed dataset.
+A library that is not installed is skipped with a message. torchdistill needs a torchvision built for the torch
+that is installed. TRL's own DistillationTrainer always generates, so it cannot use a fixed dataset.
 
 See interleaved_timing.py for how time and memory are taken.
-Each peer's version stands in its row; ours runs first, in the same environment.
+Each row has the library's version; ours runs first, in the same environment.
 """
 
 import argparse
@@ -24,22 +24,22 @@ import sys
 import tempfile
 
 import torch
-from interleaved_timing import Arm, Turn, add_turn_arguments, measure, print_header, print_table, take_part
+from interleaved_timing import Arm, StepGate, add_timing_arguments, measure, print_header, print_table, run_arm
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainingArguments
 from workloads import (
     LEARNING_RATE,
-    TakeTurns,
+    GateCallback,
     add_workload_arguments,
     classifiers,
     collate,
+    describe_sizes,
     images,
     language_models,
     plain_arguments,
     texts,
-    told,
 )
 
 # What each arm needs, and how much of its time and memory ours may take.
@@ -49,11 +49,11 @@ PEERS = {
 }
 
 
-def ours_texts(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def ours_texts(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     from hf_guide import DistillationArguments, DistillationTrainer
 
     student, teacher = language_models(args)
-    turn.ready()
+    gate.ready()
     with tempfile.TemporaryDirectory() as folder:
         plain = plain_arguments(args, folder, args.tokens // args.length)
         trainer = DistillationTrainer(
@@ -62,18 +62,18 @@ def ours_texts(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
             collate,
             texts(args),
             teacher=teacher,
-            callbacks=[TakeTurns(turn)],
+            callbacks=[GateCallback(gate)],
         )
         return trainer.train().training_loss, _version("hf_guide")
 
 
-def trl_gkd(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def trl_gkd(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     student, teacher = language_models(args)
-    turn.ready()
+    gate.ready()
     with tempfile.TemporaryDirectory() as folder:
         plain = plain_arguments(args, folder, args.tokens // args.length)
         config = GKDConfig(
@@ -95,33 +95,33 @@ def trl_gkd(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
                 [{name: row.tolist() for name, row in each.items()} for each in texts(args)]
             ),
             processing_class=_tokenizer(args.vocabulary),
-            callbacks=[TakeTurns(turn)],
+            callbacks=[GateCallback(gate)],
         )
         return trainer.train().training_loss, _version("trl")
 
 
-def modelopt_kd(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def modelopt_kd(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     from modelopt.torch.distill.plugins.huggingface import KDTrainer
 
     student, teacher = language_models(args)
-    turn.ready()
+    gate.ready()
     with tempfile.TemporaryDirectory() as folder:
         trainer = KDTrainer(
             student,
             TrainingArguments(**plain_arguments(args, folder, args.tokens // args.length)),
             collate,
             texts(args),
-            callbacks=[TakeTurns(turn)],
+            callbacks=[GateCallback(gate)],
             distill_args={"distill": True, "teacher_model": teacher, "temperature": 1.0},
         )
         return trainer.train().training_loss, _version("nvidia-modelopt")
 
 
-def ours_images(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def ours_images(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     from hf_guide import DistillationArguments, DistillationTrainer
 
     student, teacher = classifiers()
-    turn.ready()
+    gate.ready()
     with tempfile.TemporaryDirectory() as folder:
         plain = plain_arguments(args, folder, args.images)
         trainer = DistillationTrainer(
@@ -130,12 +130,12 @@ def ours_images(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
             collate,
             images(args),
             teacher=teacher,
-            callbacks=[TakeTurns(turn)],
+            callbacks=[GateCallback(gate)],
         )
         return trainer.train().training_loss, _version("hf_guide")
 
 
-def torchdistill_box(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def torchdistill_box(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     import torchdistill.losses.mid_level  # noqa: F401  # registers KDLoss
     from torch.utils.data import SequentialSampler
     from torchdistill.core.distillation import get_distillation_box
@@ -151,7 +151,7 @@ def torchdistill_box(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
             return self.model(pixel_values=pixels).logits
 
     student, teacher = classifiers()
-    turn.ready()
+    gate.ready()
     optimizer = {"lr": LEARNING_RATE, "weight_decay": 0.0, "fused": True}
     logits = {}
     for whose in ("student", "teacher"):
@@ -185,7 +185,7 @@ def torchdistill_box(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
         loss = box.forward_process(batch, labels, more)
         losses.append(loss.detach().clone())
         box.post_forward_process(loss)
-        turn.end()
+        gate.end()
     box.post_epoch_process()
     return torch.stack(losses).mean().item(), _version("torchdistill")
 
@@ -214,17 +214,17 @@ ARMS: dict[str, Arm] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_arguments(parser)
-    add_turn_arguments(parser)
+    add_timing_arguments(parser)
     parser.add_argument("--only", choices=["texts", "images"], help="one of the tasks")
     parser.add_argument(
         "--peer", choices=[name for peers in PEERS.values() for name in peers], help="one of the peers"
     )
     args = parser.parse_args()
     if args.arm:
-        return take_part(ARMS, args)
+        return run_arm(ARMS, args)
     print_header(("torch", "transformers", "accelerate", "hf_guide"))
     sizes = {
-        "texts": told(args),
+        "texts": describe_sizes(args),
         "images": f"{args.images} images a step, float32",
     }
     for task, peers in PEERS.items():

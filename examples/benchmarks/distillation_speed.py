@@ -1,4 +1,4 @@
-"""What `DistillationTrainer` costs beside the least that the same step can be written as.
+"""What `DistillationTrainer` costs against a minimal loop for the same step.
 
     python examples/benchmarks/distillation_speed.py
     python examples/benchmarks/distillation_speed.py --only kd --tokens 4096 --rounds 2
@@ -20,22 +20,22 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from interleaved_timing import Arm, Turn, add_turn_arguments, measure, print_header, print_table, take_part
+from interleaved_timing import Arm, StepGate, add_timing_arguments, measure, print_header, print_table, run_arm
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from workloads import (
     LEARNING_RATE,
-    TakeTurns,
+    GateCallback,
     add_workload_arguments,
     classifiers,
     collate,
+    describe_sizes,
     images,
     language_models,
     plain_arguments,
     texts,
-    told,
 )
 
 from hf_guide import DistillationArguments, DistillationTrainer
@@ -46,11 +46,11 @@ TEMPERATURE = 2.0
 
 def text_loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        heard = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        teacher_logits = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     outputs = student(**batch)
     kd = functional.kl_div(
         (outputs.logits[:, :-1] / TEMPERATURE).log_softmax(-1).flatten(0, 1),
-        (heard / TEMPERATURE).log_softmax(-1).flatten(0, 1),
+        (teacher_logits / TEMPERATURE).log_softmax(-1).flatten(0, 1),
         log_target=True,
         reduction="batchmean",
     )
@@ -59,11 +59,11 @@ def text_loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[st
 
 def image_loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        heard = teacher(pixel_values=batch["pixel_values"]).logits
+        teacher_logits = teacher(pixel_values=batch["pixel_values"]).logits
     outputs = student(**batch)
     kd = functional.kl_div(
         (outputs.logits / TEMPERATURE).log_softmax(-1),
-        (heard / TEMPERATURE).log_softmax(-1),
+        (teacher_logits / TEMPERATURE).log_softmax(-1),
         log_target=True,
         reduction="batchmean",
     )
@@ -71,14 +71,14 @@ def image_loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[s
 
 
 def loop(
-    turn: Turn,
+    gate: StepGate,
     models: tuple[PreTrainedModel, PreTrainedModel],
     batches: Iterable[dict[str, Tensor]],
     loss_of: Callable[[PreTrainedModel, PreTrainedModel, dict[str, Tensor]], Tensor],
 ) -> tuple[float, str]:
     """Train by hand; return the mean loss and the version of what did it."""
     student, teacher = models
-    turn.ready()
+    gate.ready()
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     student.train()
     losses = []
@@ -90,40 +90,40 @@ def loop(
         optimizer.zero_grad()
         losses.append(loss.detach())
         del loss
-        turn.end()
+        gate.end()
     return torch.stack(losses).mean().item(), f"torch {torch.__version__}"
 
 
-def texts_by_hand(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def texts_by_hand(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     batches = DataLoader(texts(args), batch_size=args.tokens // args.length, collate_fn=collate)  # type: ignore[arg-type]
-    return loop(turn, language_models(args), batches, text_loss)
+    return loop(gate, language_models(args), batches, text_loss)
 
 
-def images_by_hand(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def images_by_hand(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     batches = DataLoader(images(args), batch_size=args.images, collate_fn=collate)  # type: ignore[arg-type]
-    return loop(turn, classifiers(), batches, image_loss)
+    return loop(gate, classifiers(), batches, image_loss)
 
 
-def distil_texts(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def distil_texts(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     student, teacher = language_models(args)
-    turn.ready()
-    return _train(turn, student, texts(args), args, args.tokens // args.length, teacher=teacher)
+    gate.ready()
+    return _train(gate, student, texts(args), args, args.tokens // args.length, teacher=teacher)
 
 
-def distil_images(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def distil_images(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     student, teacher = classifiers()
-    turn.ready()
-    return _train(turn, student, images(args), args, args.images, teacher=teacher)
+    gate.ready()
+    return _train(gate, student, images(args), args, args.images, teacher=teacher)
 
 
-def distil_from_capture(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def distil_from_capture(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     student, _ = language_models(args)
-    turn.ready()
-    return _train(turn, student, texts(args), args, args.tokens // args.length, capture=args.capture)
+    gate.ready()
+    return _train(gate, student, texts(args), args, args.tokens // args.length, capture=args.capture)
 
 
 def _train(
-    turn: Turn,
+    gate: StepGate,
     student: PreTrainedModel,
     examples: list,  # type: ignore[type-arg]
     args: argparse.Namespace,
@@ -137,17 +137,17 @@ def _train(
             **plain_arguments(args, folder, batch), losses=OBJECTIVE, temperature=TEMPERATURE, teacher_cache=capture
         )
         trainer = DistillationTrainer(
-            student, arguments, collate, examples, teacher=teacher, callbacks=[TakeTurns(turn)]
+            student, arguments, collate, examples, teacher=teacher, callbacks=[GateCallback(gate)]
         )
         return trainer.train().training_loss, f"hf_guide {importlib.metadata.version('hf_guide')}"
 
 
-def fine_tune(turn: Turn, args: argparse.Namespace) -> tuple[float, str]:
+def fine_tune(gate: StepGate, args: argparse.Namespace) -> tuple[float, str]:
     student, _ = language_models(args)
-    turn.ready()
+    gate.ready()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(**plain_arguments(args, folder, args.tokens // args.length))
-        trainer = Trainer(student, arguments, collate, texts(args), callbacks=[TakeTurns(turn)])
+        trainer = Trainer(student, arguments, collate, texts(args), callbacks=[GateCallback(gate)])
         return trainer.train().training_loss, f"transformers {importlib.metadata.version('transformers')}"
 
 
@@ -164,29 +164,29 @@ ARMS: dict[str, Arm] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_workload_arguments(parser)
-    add_turn_arguments(parser)
+    add_timing_arguments(parser)
     parser.add_argument("--only", choices=["kd", "classes", "capture"], help="one of the comparisons")
     args = parser.parse_args()
     if args.arm:
-        return take_part(ARMS, args)
+        return run_arm(ARMS, args)
     print_header(("torch", "transformers", "accelerate", "hf_guide"))
-    of_text = told(args)
+    of_text = describe_sizes(args)
     if args.only in (None, "kd"):
-        found = measure(__file__, ["distil_texts", "texts_by_hand"], args)
-        print_table(f"kd: {of_text}", found, {"texts_by_hand": (1.03, None)})
+        results = measure(__file__, ["distil_texts", "texts_by_hand"], args)
+        print_table(f"kd: {of_text}", results, {"texts_by_hand": (1.03, None)})
     if args.only in (None, "classes"):
-        found = measure(__file__, ["distil_images", "images_by_hand"], args)
-        print_table(f"classes: {args.images} images a step, float32", found, {"images_by_hand": (1.03, None)})
+        results = measure(__file__, ["distil_images", "images_by_hand"], args)
+        print_table(f"classes: {args.images} images a step, float32", results, {"images_by_hand": (1.03, None)})
     if args.only in (None, "capture"):
         with tempfile.TemporaryDirectory() as folder:
             args.capture = capture(Path(folder) / "capture", args)
-            found = measure(__file__, ["distil_from_capture", "fine_tune"], args)
-        print_table(f"capture: {of_text}; the losses are two objectives", found, {"fine_tune": (1.05, None)})
+            results = measure(__file__, ["distil_from_capture", "fine_tune"], args)
+        print_table(f"capture: {of_text}; the losses are two objectives", results, {"fine_tune": (1.05, None)})
     return 0
 
 
 def capture(folder: Path, args: argparse.Namespace) -> str:
-    """Capture what the teacher says of every example; return the folder."""
+    """Cache the teacher's outputs for every example; return the folder."""
     from hf_guide import capture_teacher
 
     torch.set_num_threads(1)

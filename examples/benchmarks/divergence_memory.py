@@ -31,9 +31,11 @@ from hf_guide.models.lm_head import LMHead
 from hf_guide.teachers.signals import DenseTarget
 
 
-def naive_step(hidden: Tensor, heard: Tensor, student: nn.Linear, teacher: nn.Linear, labels: Tensor) -> Tensor:
+def naive_step(
+    hidden: Tensor, teacher_hidden: Tensor, student: nn.Linear, teacher: nn.Linear, labels: Tensor
+) -> Tensor:
     with torch.no_grad():
-        target = teacher(heard).log_softmax(-1)
+        target = teacher(teacher_hidden).log_softmax(-1)
     logits = student(hidden)
     kd = functional.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="sum")
     ce = functional.cross_entropy(logits, labels, reduction="sum")
@@ -41,11 +43,16 @@ def naive_step(hidden: Tensor, heard: Tensor, student: nn.Linear, teacher: nn.Li
 
 
 def chunked_step(
-    hidden: Tensor, heard: Tensor, student: nn.Linear, teacher: nn.Linear, labels: Tensor, max_logits: int = 2**24
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    student: nn.Linear,
+    teacher: nn.Linear,
+    labels: Tensor,
+    max_logits: int = 2**24,
 ) -> Tensor:
     def loss(logits: Tensor, rows: slice) -> dict[str, Tensor]:
         with torch.no_grad():
-            target = DenseTarget(teacher(heard[rows]))
+            target = DenseTarget(teacher(teacher_hidden[rows]))
         return {
             "ce": functional.cross_entropy(logits, labels[rows], reduction="none"),
             "kd": divergence(logits, target),
@@ -61,7 +68,7 @@ def run_arm(arm: str, tokens: int, vocabulary: int, width: int, rounds: int, max
     student, teacher = (nn.Linear(width, vocabulary, bias=False) for _ in range(2))
     for head in (student, teacher):
         nn.init.normal_(head.weight, std=3 * width**-0.5, generator=generator)
-    hidden, heard = (torch.randn(tokens, width, generator=generator) for _ in range(2))
+    hidden, teacher_hidden = (torch.randn(tokens, width, generator=generator) for _ in range(2))
     labels = torch.randint(vocabulary, (tokens,), generator=generator)
     hidden.requires_grad_()
     step: Callable[..., Tensor] = naive_step if arm == "naive" else chunked_step
@@ -70,7 +77,7 @@ def run_arm(arm: str, tokens: int, vocabulary: int, width: int, rounds: int, max
     for _ in range(rounds + 1):
         hidden.grad = student.weight.grad = None
         start = time.perf_counter()
-        value = step(hidden, heard, student, teacher, labels, **more)
+        value = step(hidden, teacher_hidden, student, teacher, labels, **more)
         value.backward()
         seconds.append(time.perf_counter() - start)
     assert hidden.grad is not None and student.weight.grad is not None
@@ -101,18 +108,18 @@ def main() -> int:
         f"the logits of one model take {args.tokens * args.vocabulary * 4 / 2**20:.0f} MiB",
         flush=True,
     )
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     for arm, size in [("naive", args.max_logits[0]), *(("chunked", size) for size in args.max_logits)]:
         words = ["--arm", arm, "--max-logits", str(size), "--rounds", str(args.rounds), "--tokens", str(args.tokens)]
         words += ["--vocabulary", str(args.vocabulary), "--width", str(args.width)]
-        here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         done = subprocess.run(
-            [sys.executable, __file__, *words], capture_output=True, text=True, check=False, env=here
+            [sys.executable, __file__, *words], capture_output=True, text=True, check=False, env=environment
         )
         if done.returncode:
             raise RuntimeError(f"The measured process failed:\n{done.stderr}")
-        one = found[f"{arm} {size}"] = json.loads(done.stdout.splitlines()[-1])
-        naive = next(iter(found.values()))
+        one = results[f"{arm} {size}"] = json.loads(done.stdout.splitlines()[-1])
+        naive = next(iter(results.values()))
         name = arm if arm == "naive" else f"chunks of {size / 2**20:g} Mi logits"
         loss, gradient = (abs(one[what] / naive[what] - 1) for what in ("loss", "gradient"))
         print(

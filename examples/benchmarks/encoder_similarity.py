@@ -1,8 +1,8 @@
-"""How does a post-norm encoder start best? A narrower all-MiniLM-L6-v2, without any training, against its teacher.
+"""Which initialization keeps a post-norm encoder's similarities? A narrowed, untrained all-MiniLM-L6-v2 against its teacher.
 
-BERT norms the residual stream itself, so a projection cannot carry the gains exactly. Measured is how well a student keeps
+BERT normalizes the residual stream itself, so a projection cannot transfer the gains exactly. Measured is how well a student keeps
 its teacher's similarities: the correlation, over all pairs of texts, of the cosines of mean-pooled embeddings. `calibrated`
-listens to 200 texts that are not among those compared. The heads stay as many, so they get smaller with the width.
+uses 200 texts that are not among those compared. The heads stay as many, so they get smaller with the width.
 
     python examples/benchmarks/encoder_similarity.py [--widths 372 336 288 192] [--methods calibrated "queries not rotated"]
 """
@@ -36,12 +36,12 @@ METHODS = {
 
 def embed(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> Tensor:
     """Return one unit vector a text, (texts, width)."""
-    found = []
+    values = []
     with torch.no_grad():
         for batch in batches:
             hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-            found.append((hidden * mask).sum(1) / mask.sum(1))
-    return torch.nn.functional.normalize(torch.cat(found), dim=-1)
+            values.append((hidden * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(values), dim=-1)
 
 
 def similarity_kept(student: Tensor, teacher: Tensor) -> float:
@@ -72,29 +72,29 @@ def main() -> int:
     samples: list[tuple[list[dict[str, Tensor]], Tensor, list[dict[str, Tensor]]]] = []
     for seed in args.seeds:
         split = split_documents(read_documents("wikipedia"), seed=seed)
-        batches, heard = (
+        batches, calibration = (
             [
                 dict(tokenizer(texts[i : i + 50], padding=True, truncation=True, max_length=64, return_tensors="pt"))
                 for i in range(0, len(texts), 50)
             ]
             for texts in (split.held_out[: args.texts], split.train[:200])
         )
-        samples.append((batches, embed(teacher, batches), heard))
+        samples.append((batches, embed(teacher, batches), calibration))
     for width in args.widths:
         for arm in args.methods:
             method = METHODS[arm]
-            found = []
-            for batches, goal, heard in samples:
+            values = []
+            for batches, target, calibration in samples:
                 student = from_teacher(
                     teacher,
                     hidden_size=width - width % heads,
                     method=method,
-                    calibration_dataset=heard if method["method"] == "calibrated" else None,
+                    calibration_dataset=calibration if method["method"] == "calibrated" else None,
                     dtype="float32",
                     show_progress=False,
                 )
-                found.append(similarity_kept(embed(student, batches), goal))
-            kept = torch.tensor(found)
+                values.append(similarity_kept(embed(student, batches), target))
+            kept = torch.tensor(values)
             size = f"width {width:4} of {teacher.config.hidden_size}"
             print(f"{size}  {arm:27} {kept.mean():.3f} ± {kept.std():.3f}", flush=True)
     return 0

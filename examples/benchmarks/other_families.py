@@ -1,4 +1,4 @@
-"""Does a start inside the teacher carry over to an encoder, an image classifier and an encoder-decoder?
+"""Does initialization from the teacher carry over to an encoder, an image classifier and an encoder-decoder?
 
     python examples/benchmarks/other_families.py --families encoder encoder-decoder --output other_families.jsonl
     python examples/benchmarks/other_families.py --families vision --fashion FOLDER     # of Debian's dataset-fashion-mnist
@@ -55,7 +55,7 @@ def make(setting: Setting, arm: str, seed: int) -> PreTrainedModel:
         setting.teacher,
         model_class=setting.model_class,
         method=ARMS[arm] | {"seed": seed},
-        calibration_dataset=setting.heard if arm == "calibrated" else None,
+        calibration_dataset=setting.calibration if arm == "calibrated" else None,
         dtype="float32",
         show_progress=False,
         **setting.changes,
@@ -66,13 +66,18 @@ def make(setting: Setting, arm: str, seed: int) -> PreTrainedModel:
 
 
 def trainer_of(
-    model: PreTrainedModel, setting: Setting, watched: Examples, objective: dict[str, float], place: str, **more: Any
+    model: PreTrainedModel,
+    setting: Setting,
+    watched: Examples,
+    objective: dict[str, float],
+    output_dir: str,
+    **more: Any,
 ) -> DistillationTrainer:
     """Return a trainer that measures on `watched`."""
     return DistillationTrainer(
         model,
         DistillationArguments(
-            place,
+            output_dir,
             losses=objective,
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=128,
@@ -84,7 +89,7 @@ def trainer_of(
             **more,
         ),
         data_collator=default_data_collator,
-        train_dataset=setting.learned,
+        train_dataset=setting.train_data,
         eval_dataset=watched,
         compute_metrics=setting.measure,
         teacher=setting.teacher if set(objective) != {"ce"} else None,
@@ -95,13 +100,13 @@ def learn(
     student: PreTrainedModel, setting: Setting, watched: Examples, rate: float, steps: int, points: int, seed: int
 ) -> list[dict[str, float]]:
     """Train a student; return its held-out loss and measure after so many steps, from none on."""
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as output_dir:
         trainer = trainer_of(
             student,
             setting,
             watched,
             setting.objective,
-            place,
+            output_dir,
             max_steps=steps,
             learning_rate=rate,
             warmup_steps=max(1, steps // 20),
@@ -114,47 +119,58 @@ def learn(
             seed=seed,
         )
         trainer.train()
-    found = [entry for entry in trainer.state.log_history if "eval_ce" in entry]
-    return [{"step": entry["step"]} | said(entry) for entry in found]
+    entries = [entry for entry in trainer.state.log_history if "eval_ce" in entry]
+    return [{"step": entry["step"]} | eval_metrics(entry) for entry in entries]
 
 
-def said(entry: dict[str, float]) -> dict[str, float]:
-    """Return what an evaluation found: the loss, and the measure where a family has one."""
+def eval_metrics(entry: dict[str, float]) -> dict[str, float]:
+    """Return the loss of an evaluation, and the metric if the family has one."""
     kept = {"loss": entry["eval_ce"]}
     return kept | ({"metric": entry["eval_metric"]} if "eval_metric" in entry else {})
 
 
-def goal_of(setting: Setting, watched: Examples) -> dict[str, float]:
+def teacher_metrics(setting: Setting, watched: Examples) -> dict[str, float]:
     """Return what the teacher itself is measured as."""
     if setting.best is not None:
         return setting.best
     teacher = setting.model_class.from_pretrained(setting.teacher)
-    with tempfile.TemporaryDirectory() as place:
-        return said(trainer_of(teacher, setting, watched, {"ce": 1.0}, place).evaluate())
+    with tempfile.TemporaryDirectory() as output_dir:
+        return eval_metrics(trainer_of(teacher, setting, watched, {"ce": 1.0}, output_dir).evaluate())
 
 
 def run(args: argparse.Namespace, family: str) -> None:
     """Make every run of a family that is not there yet."""
     setting = FAMILIES[family](args.folder / family, args.fashion)
-    goals = {True: goal_of(setting, setting.tuning), False: goal_of(setting, setting.held_out)}
+    teacher_metrics_by_split = {
+        True: teacher_metrics(setting, setting.tuning),
+        False: teacher_metrics(setting, setting.held_out),
+    }
     for arm in args.arms:
         jobs = [(TUNING_SEED, rate, args.steps // TUNING_SHARE, setting.tuning) for rate in setting.rates]
         jobs += [(seed, None, args.steps, setting.held_out) for seed in args.seeds]
-        made: dict[int, tuple[PreTrainedModel, float]] = {}
+        students: dict[int, tuple[PreTrainedModel, float]] = {}
         for seed, rate, steps, watched in jobs:
             rows = read(args.output)
             key = {"family": family, "budget": args.steps, "arm": arm, "seed": seed, "tuning": rate is not None}
             key |= {"learning_rate": rate or best_rate(rows, family, args.steps, arm), "steps": steps}
             if any(key.items() <= row.items() for row in rows):
                 continue
-            if seed not in made:
+            if seed not in students:
                 clock = time.process_time()
                 student = make(setting, arm, seed)
-                made = {seed: (student, time.process_time() - clock)}
-            student, clock = copy.deepcopy(made[seed][0]), time.process_time()
+                students = {seed: (student, time.process_time() - clock)}
+            student, clock = copy.deepcopy(students[seed][0]), time.process_time()
             curve = learn(student, setting, watched, key["learning_rate"], steps, args.points, seed)
-            row = key | {"parameters": student.num_parameters(), "curve": curve, "teacher": goals[key["tuning"]]}
-            row |= {"initialization_seconds": made[seed][1], "seconds": time.process_time() - clock, "batch": BATCH}
+            row = key | {
+                "parameters": student.num_parameters(),
+                "curve": curve,
+                "teacher": teacher_metrics_by_split[key["tuning"]],
+            }
+            row |= {
+                "initialization_seconds": students[seed][1],
+                "seconds": time.process_time() - clock,
+                "batch": BATCH,
+            }
             row |= {"torch": torch.__version__, "transformers": transformers.__version__}
             row |= {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {torch.get_num_threads()} threads"}
             args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -170,13 +186,13 @@ def read(output: Path) -> list[dict[str, Any]]:
 
 def best_rate(rows: list[dict[str, Any]], family: str, budget: int, arm: str) -> float:
     """Return the learning rate at which an arm's short run ended best."""
-    wanted = {"family": family, "budget": budget, "arm": arm, "tuning": True}
-    ends = {row["learning_rate"]: row["curve"][-1]["loss"] for row in rows if wanted.items() <= row.items()}
+    key_of_arm = {"family": family, "budget": budget, "arm": arm, "tuning": True}
+    ends = {row["learning_rate"]: row["curve"][-1]["loss"] for row in rows if key_of_arm.items() <= row.items()}
     return float(min(ends, key=lambda rate: ends[rate] if math.isfinite(ends[rate]) else math.inf))
 
 
 def at_chosen_rates(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the runs at the rate that was chosen for their arm: others were made before the grid had that rate."""
+    """Return the runs at the rate that was chosen for their arm: others are older than that rate in the grid."""
     arms = {(row["family"], row["budget"], row["arm"]) for row in rows if row["tuning"]}
     chosen = {arm: best_rate(rows, *arm) for arm in arms}
     return [
@@ -199,20 +215,20 @@ def table(rows: list[dict[str, Any]]) -> str:
             rates.setdefault((row["family"], row["budget"], row["arm"]), set()).add(row["learning_rate"])
     rows = at_chosen_rates(rows)
     for family, budget in dict.fromkeys((row["family"], row["budget"]) for row in rows):
-        own = [row for row in rows if (row["family"], row["budget"]) == (family, budget)]
-        random = {row["seed"]: row["curve"][-1] for row in own if row["arm"] == "random"}
-        goal = own[0]["teacher"]
+        family_rows = [row for row in rows if (row["family"], row["budget"]) == (family, budget)]
+        random = {row["seed"]: row["curve"][-1] for row in family_rows if row["arm"] == "random"}
+        target = family_rows[0]["teacher"]
         lines.append(
-            f"{family}: {budget} steps of {own[0]['batch']}, teacher "
-            + ", ".join(f"{name} {value:.4f}" for name, value in goal.items())
+            f"{family}: {budget} steps of {family_rows[0]['batch']}, teacher "
+            + ", ".join(f"{name} {value:.4f}" for name, value in target.items())
         )
         lines.append(
             f"  {'':19} {'parameters':>10} {'rate':>7} {'loss':>17} {'metric':>17} {'gap closed, %':>15} "
             f"{'steps':>13} {'start, s':>8}   "
-            + "; ".join(f"{name} after " + ", ".join(f"{share:.0%}" for share in SHOWN) for name in goal)
+            + "; ".join(f"{name} after " + ", ".join(f"{share:.0%}" for share in SHOWN) for name in target)
         )
-        for arm in dict.fromkeys(row["arm"] for row in own):
-            runs = [row for row in own if row["arm"] == arm and row["seed"] in random]
+        for arm in dict.fromkeys(row["arm"] for row in family_rows):
+            runs = [row for row in family_rows if row["arm"] == arm and row["seed"] in random]
             ends = [row["curve"][-1] for row in runs]
             gaps, shares = [], []
             for row in runs:
@@ -229,7 +245,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"  {arm:19} {runs[0]['parameters']:>10,} {rate:>6g}{edge} {four([end['loss'] for end in ends]):>17} "
                 f"{measured:>17} {spread(gaps):>15} {spread(shares):>13} "
                 f"{statistics.mean(row['initialization_seconds'] for row in runs):>8.1f}   "
-                + "; ".join(along(runs, name) for name in goal)
+                + "; ".join(along(runs, name) for name in target)
             )
     lines.append("* the learning rate is at an end of its grid")
     return "\n".join(lines)
@@ -244,7 +260,7 @@ def along(runs: list[dict[str, Any]], name: str) -> str:
 
 
 def four(values: list[float]) -> str:
-    """Return mean and standard deviation to four places."""
+    """Return mean and standard deviation to four digits."""
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
 
 
@@ -259,13 +275,15 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     panels = list(dict.fromkeys((row["family"], row["budget"]) for row in rows))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False)
     for axis, (family, budget) in zip(axes[0], panels, strict=True):
-        own = [row for row in rows if (row["family"], row["budget"]) == (family, budget)]
-        for arm in dict.fromkeys(row["arm"] for row in own):
-            curves = [row["curve"] for row in own if row["arm"] == arm]
+        family_rows = [row for row in rows if (row["family"], row["budget"]) == (family, budget)]
+        for arm in dict.fromkeys(row["arm"] for row in family_rows):
+            curves = [row["curve"] for row in family_rows if row["arm"] == arm]
             means = [statistics.mean(point["loss"] for point in points) for points in zip(*curves, strict=True)]
-            axis.plot([point["step"] * own[0]["batch"] for point in curves[0]], means, label=arm)
-        axis.axhline(own[0]["teacher"]["loss"], color="black", linestyle="--", label="teacher")
-        late = [point["loss"] for row in own for point in row["curve"][1:]]  # where it starts is off the panel's top
+            axis.plot([point["step"] * family_rows[0]["batch"] for point in curves[0]], means, label=arm)
+        axis.axhline(family_rows[0]["teacher"]["loss"], color="black", linestyle="--", label="teacher")
+        late = [
+            point["loss"] for row in family_rows for point in row["curve"][1:]
+        ]  # the first points are above the panel
         axis.set_ylim(top=max(late) * 1.05)
         axis.set(title=f"{family}, half the width and depth", xlabel="examples", ylabel="held-out loss")
         axis.legend(fontsize="small")
@@ -277,7 +295,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("other_families.jsonl"))
-    parser.add_argument("--folder", type=Path, default=Path("family_teachers"), help="where teachers are kept")
+    parser.add_argument("--folder", type=Path, default=Path("family_teachers"), help="folder of the teachers")
     parser.add_argument("--fashion", type=Path, help="the folder with train-images-idx3-ubyte.gz")
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def peak_memory() -> int:
-    """In bytes. On Linux from /proc, as `ru_maxrss` there begins with what the parent process had at the time."""
+    """Return it in bytes. On Linux it is read from /proc, because `ru_maxrss` starts at the parent process's value there."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))

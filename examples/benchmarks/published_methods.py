@@ -1,16 +1,16 @@
-"""Starting points of others for a smaller Llama, from their papers, written for the comparison of `initialization_comparison.py` alone.
+"""Published initializations of a smaller Llama, re-implemented for `initialization_comparison.py` only.
 
-All of them keep places of the teacher's axes as they are, and differ in which, and in what they do to the weights:
+All of them select indices of the teacher's axes, and differ in which, and in how they scale the weights:
 
-- subcloning: Samragh et al., "Weight subcloning", arXiv 2312.09299. Places of the stream, heads and neurons with the largest
+- subcloning: Samragh et al., "Weight subcloning", arXiv 2312.09299. Channels, heads and neurons with the largest
   mean activation; consecutive blocks in the middle are left out; weights are scaled by the root of how many inputs were cut,
   so that outputs keep their spread.
 - minitron: Muralidharan et al., "Compact language models via pruning and knowledge distillation", arXiv 2407.14679.
-  Importance is a mean over the sequence and a length over the batch of what comes out of norms (places of the stream), of
-  heads and of neurons; the blocks that change their stream least are left out. Nothing is scaled.
+  Importance is a mean over the sequence and a length over the batch of the outputs of norms (channels), of
+  heads and of neurons; the blocks that change the residual stream least are dropped. Nothing is scaled.
 - dropped blocks: the first blocks, or evenly spaced ones, at the teacher's full width.
 
-Several papers leave details open; what is said here is how we read them.
+Several papers leave details open; this is one interpretation.
 """
 
 import copy
@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass
 class Activity:
-    """How active each place of a teacher's axes is on some text.
+    """Mean activity of each index of a teacher's axes on some text.
 
     Attributes:
         stream: (width,), summed over all norms.
@@ -43,18 +43,18 @@ Measure = Callable[[Tensor], Tensor]
 
 
 def mean_magnitude(activations: Tensor) -> Tensor:
-    """Return the mean over (batch, length) of what (batch, length, places) holds: subcloning's importance."""
+    """Return the mean magnitude over (batch, length) of (batch, length, indices): subcloning's importance."""
     return activations.abs().mean((0, 1))
 
 
 def length_of_means(activations: Tensor) -> Tensor:
-    """Return the length over the batch of the mean over places in the text: Minitron's importance."""
+    """Return the norm over the batch of the mean over positions: Minitron's importance."""
     return activations.abs().mean(1).norm(dim=0)
 
 
 @torch.no_grad()
-def listen(teacher: LlamaForCausalLM, batches: Iterable[Tensor], measure: Measure) -> Activity:
-    """Return how active a teacher's places are on batches of token ids, (batch, length)."""
+def collect_activity(teacher: LlamaForCausalLM, batches: Iterable[Tensor], measure: Measure) -> Activity:
+    """Collect the activity of a teacher on batches of token ids, (batch, length)."""
     config, blocks = teacher.config, teacher.model.layers
     assert config.head_dim is not None
     activity = Activity(
@@ -98,16 +98,16 @@ def listen(teacher: LlamaForCausalLM, batches: Iterable[Tensor], measure: Measur
 
 
 def subcloned(teacher: LlamaForCausalLM, config: LlamaConfig, batches: Iterable[Tensor]) -> LlamaForCausalLM:
-    """Return a student that starts by weight subcloning."""
-    activity = listen(teacher, batches, mean_magnitude)
-    kept, had = config.num_hidden_layers, teacher.config.num_hidden_layers
-    blocks = [*range((kept + 1) // 2), *range(had - kept // 2, had)]
+    """Return a student initialized by weight subcloning."""
+    activity = collect_activity(teacher, batches, mean_magnitude)
+    kept, num_blocks = config.num_hidden_layers, teacher.config.num_hidden_layers
+    blocks = [*range((kept + 1) // 2), *range(num_blocks - kept // 2, num_blocks)]
     return selected(teacher, config, activity, blocks, scaled=True)
 
 
 def pruned_as_minitron(teacher: LlamaForCausalLM, config: LlamaConfig, batches: Iterable[Tensor]) -> LlamaForCausalLM:
-    """Return a student that starts by Minitron's pruning, without its retraining."""
-    activity = listen(teacher, batches, length_of_means)
+    """Return a student initialized by Minitron's pruning, without its retraining."""
+    activity = collect_activity(teacher, batches, length_of_means)
     ranked = sorted(range(len(activity.influence)), key=lambda block: -activity.influence[block])
     return selected(teacher, config, activity, sorted(ranked[: config.num_hidden_layers]), scaled=False)
 
@@ -115,40 +115,44 @@ def pruned_as_minitron(teacher: LlamaForCausalLM, config: LlamaConfig, batches: 
 def selected(
     teacher: LlamaForCausalLM, config: LlamaConfig, activity: Activity, blocks: list[int], *, scaled: bool
 ) -> LlamaForCausalLM:
-    """Return a student with the most active places of some of the teacher's blocks.
+    """Return a student with the most active indices of some of the teacher's blocks.
 
     Args:
         scaled: multiply each weight by the root of how many times more inputs the teacher's has.
     """
     student, size = LlamaForCausalLM(config), config.head_dim
     assert size is not None
-    stream = most(activity.stream, config.hidden_size)
-    wide = (teacher.config.hidden_size / config.hidden_size) ** 0.5 if scaled else 1.0
+    stream = most_active(activity.stream, config.hidden_size)
+    width_factor = (teacher.config.hidden_size / config.hidden_size) ** 0.5 if scaled else 1.0
     with torch.no_grad():
         student.model.embed_tokens.weight.copy_(teacher.model.embed_tokens.weight[:, stream])
         student.model.norm.weight.copy_(teacher.model.norm.weight[stream])
         if config.tie_word_embeddings:
-            student.model.norm.weight.mul_(wide)  # the head is the table itself
+            student.model.norm.weight.mul_(width_factor)  # the head is the table itself
         else:
-            student.lm_head.weight.copy_(teacher.lm_head.weight[:, stream] * wide)
+            student.lm_head.weight.copy_(teacher.lm_head.weight[:, stream] * width_factor)
         shared = teacher.config.num_attention_heads // teacher.config.num_key_value_heads
         own = config.num_attention_heads // config.num_key_value_heads
         for block, source in zip(student.model.layers, blocks, strict=True):
-            theirs = teacher.model.layers[source]
-            groups = most(activity.groups[source], config.num_key_value_heads)
-            neurons = most(activity.neurons[source], config.intermediate_size)
+            source_block = teacher.model.layers[source]
+            groups = most_active(activity.groups[source], config.num_key_value_heads)
+            neurons = most_active(activity.neurons[source], config.intermediate_size)
             queries = (groups[:, None] * shared + torch.arange(own)).flatten()
-            rows = {"q_proj": places(queries, size), "k_proj": places(groups, size), "v_proj": places(groups, size)}
+            rows = {
+                "q_proj": head_rows(queries, size),
+                "k_proj": head_rows(groups, size),
+                "v_proj": head_rows(groups, size),
+            }
             for name, kept in rows.items():
-                _carry(block.self_attn, theirs.self_attn, name, kept, stream, wide)
+                _copy_selected(block.self_attn, source_block.self_attn, name, kept, stream, width_factor)
             fewer = (teacher.config.num_attention_heads / config.num_attention_heads) ** 0.5 if scaled else 1.0
-            _carry(block.self_attn, theirs.self_attn, "o_proj", stream, rows["q_proj"], fewer)
+            _copy_selected(block.self_attn, source_block.self_attn, "o_proj", stream, rows["q_proj"], fewer)
             for name in ("gate_proj", "up_proj"):
-                _carry(block.mlp, theirs.mlp, name, neurons, stream, wide)
+                _copy_selected(block.mlp, source_block.mlp, name, neurons, stream, width_factor)
             fewer = (teacher.config.intermediate_size / config.intermediate_size) ** 0.5 if scaled else 1.0
-            _carry(block.mlp, theirs.mlp, "down_proj", stream, neurons, fewer)
-            block.input_layernorm.weight.copy_(theirs.input_layernorm.weight[stream])
-            block.post_attention_layernorm.weight.copy_(theirs.post_attention_layernorm.weight[stream])
+            _copy_selected(block.mlp, source_block.mlp, "down_proj", stream, neurons, fewer)
+            block.input_layernorm.weight.copy_(source_block.input_layernorm.weight[stream])
+            block.post_attention_layernorm.weight.copy_(source_block.post_attention_layernorm.weight[stream])
     return student
 
 
@@ -163,18 +167,18 @@ def with_blocks(teacher: LlamaForCausalLM, blocks: list[int]) -> LlamaForCausalL
     return student
 
 
-def most(activity: Tensor, count: int) -> Tensor:
-    """Return the `count` most active places, in their order."""
+def most_active(activity: Tensor, count: int) -> Tensor:
+    """Return the `count` most active indices, in ascending order."""
     return activity.topk(count).indices.sort().values
 
 
-def places(heads: Tensor, size: int) -> Tensor:
+def head_rows(heads: Tensor, size: int) -> Tensor:
     """Return the rows of some heads."""
     return (heads[:, None] * size + torch.arange(size)).flatten()
 
 
-def _carry(
+def _copy_selected(
     student: torch.nn.Module, teacher: torch.nn.Module, name: str, rows: Tensor, columns: Tensor, factor: float
 ) -> None:
-    own, theirs = student.get_submodule(name), teacher.get_submodule(name)
-    own.get_parameter("weight").copy_(theirs.get_parameter("weight")[rows][:, columns] * factor)
+    own, source_block = student.get_submodule(name), teacher.get_submodule(name)
+    own.get_parameter("weight").copy_(source_block.get_parameter("weight")[rows][:, columns] * factor)

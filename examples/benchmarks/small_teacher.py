@@ -4,7 +4,7 @@
     python examples/benchmarks/small_teacher.py --width 64 --vocabulary 1024 --text wikipedia shakespeare FOLDER ...
 
 Its tokenizer (byte-level BPE) is trained on the same text, the held-out documents left out. 8 blocks of width 128, 4 heads
-on 2 key/value heads, three neurons for each place of the stream, 4096 entries, tied: 2.1 M parameters; at width 64 with 1024
+on 2 key/value heads, three neurons per channel of the residual stream, 4096 entries, tied: 2.1 M parameters; at width 64 with 1024
 entries 0.46 M. 24 tokens a parameter; AdamW, cosine. A run that is cut off goes on from its last checkpoint when the
 command is given again. The two named texts have 3 M tokens: for a teacher that is to stay ahead of its students give
 more, as folders of .txt files (the `_sources` of the Debian packages linux-doc-6.1 and python3.11-doc are such).
@@ -105,14 +105,14 @@ def train_teacher(
     width: int = WIDTH,
     vocabulary: int = VOCABULARY,
 ) -> dict[str, Any]:
-    """Train the teacher, or go on with it, save it in `folder`, and return what is told of it; at once where it is there."""
+    """Train the teacher, or resume, save it in `folder`, and return its record; at once if it exists."""
     done = folder / "trained.json"
     if done.is_file():
         return json.loads(done.read_text())  # type: ignore[no-any-return]
     folder.mkdir(parents=True, exist_ok=True)
     split = texts(sources)
     tokenizer = train_tokenizer(split, folder, vocabulary)
-    learned, held_out = blocks(split, tokenizer)
+    train_blocks, held_out = blocks(split, tokenizer)
     torch.manual_seed(0)
     model = LlamaForCausalLM(teacher_config(width, vocabulary))
     steps = math.ceil(model.num_parameters() * tokens_per_parameter / (BATCH * LENGTH))
@@ -133,17 +133,17 @@ def train_teacher(
         report_to="none",
         seed=0,
     )
-    trainer = Trainer(model, args, default_data_collator, as_examples(learned), as_examples(held_out[:512]))
+    trainer = Trainer(model, args, default_data_collator, as_examples(train_blocks), as_examples(held_out[:512]))
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     )
     loss = trainer.evaluate()["eval_loss"]
     model.save_pretrained(folder)
     tokens = steps * BATCH * LENGTH
-    told = {"eval_loss": loss, "tokens": tokens, "parameters": model.num_parameters()}
-    told |= {"text": list(sources), "text_tokens": learned.numel()}
-    done.write_text(json.dumps(told, indent=2) + "\n")
-    return told
+    record = {"eval_loss": loss, "tokens": tokens, "parameters": model.num_parameters()}
+    record |= {"text": list(sources), "text_tokens": train_blocks.numel()}
+    done.write_text(json.dumps(record, indent=2) + "\n")
+    return record
 
 
 def main() -> None:
@@ -155,14 +155,14 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     args = parser.parse_args()
     keep_freed_memory()
-    told = train_teacher(
+    record = train_teacher(
         args.folder,
         tokens_per_parameter=args.tokens_per_parameter,
         sources=tuple(args.text),
         width=args.width,
         vocabulary=args.vocabulary,
     )
-    print(f"{told}; perplexity {math.exp(told['eval_loss']):.2f}; in {args.folder}")
+    print(f"{record}; perplexity {math.exp(record['eval_loss']):.2f}; in {args.folder}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from interleaved_timing import Turn
+from interleaved_timing import StepGate
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -71,7 +71,7 @@ def language_models(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrain
     return _llama(0, *args.student, args), _llama(1, *args.teacher, args).eval().requires_grad_(False)
 
 
-def told(args: argparse.Namespace) -> str:
+def describe_sizes(args: argparse.Namespace) -> str:
     """Return the sizes of models and batches, for people."""
     (blocks, width), (teacher_blocks, teacher_width) = args.student, args.teacher
     return (
@@ -88,13 +88,13 @@ def classifiers() -> tuple[PreTrainedModel, PreTrainedModel]:
 def texts(args: argparse.Namespace) -> list[dict[str, Tensor]]:
     """Return the examples of every step, each of `args.length` random tokens."""
     generator = torch.Generator().manual_seed(2)
-    found = []
+    rows = []
     for _ in range((args.rounds + 1) * args.tokens // args.length):
         ids = torch.randint(1, args.vocabulary, (args.length,), generator=generator)
         labels = ids.clone()
-        labels[0] = -100  # no place predicts it; some trainers count it all the same
-        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
-    return found
+        labels[0] = -100  # no position predicts it; some trainers count it nevertheless
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return rows
 
 
 def images(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -135,12 +135,12 @@ def plain_arguments(args: argparse.Namespace, folder: str, batch: int) -> dict[s
     }
 
 
-class TakeTurns(TrainerCallback):
-    """Ends a turn after each step of a `Trainer`, so that fetching the next batch counts too."""
+class GateCallback(TrainerCallback):
+    """End a step of the timing after each step of a `Trainer`, so that fetching the next batch counts too."""
 
-    def __init__(self, turn: Turn):
-        self.turn = turn
+    def __init__(self, gate: StepGate):
+        self.gate = gate
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the next turn."""
-        self.turn.end()
+        """Wait for the next step."""
+        self.gate.end()

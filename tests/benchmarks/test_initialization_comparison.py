@@ -67,7 +67,7 @@ def test_subcloning_finds_what_is_dead_and_scales_what_is_left(teacher):
 def test_both_keep_the_whole_stream_on_the_same_places(teacher):
     student = published.subcloned(teacher, config(hidden_size=16, **SMALL), texts())
     assert student.num_parameters() == LlamaForCausalLM(config(hidden_size=16, **SMALL)).num_parameters()
-    activity = published.listen(teacher, texts(), published.mean_magnitude)
+    activity = published.collect_activity(teacher, texts(), published.mean_magnitude)
     kept = published.most(activity.stream, 16)
     torch.testing.assert_close(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight[:, kept])
     assert torch.isfinite(student(texts()[0]).logits).all()
@@ -161,11 +161,11 @@ def test_blockwise_distillation_brings_a_students_blocks_nearer_to_the_teacher_a
         num_hidden_layers=2,
         show_progress=False,
     )
-    matrix = blockwise.carrying_matrix(teacher, made)
+    matrix = blockwise.projection_matrix(teacher, made)
     torch.testing.assert_close(matrix.T @ matrix, torch.eye(24), rtol=0, atol=1e-4)
     torch.testing.assert_close(teacher.model.embed_tokens.weight @ matrix, made.model.embed_tokens.weight)
     table = made.model.embed_tokens.weight.clone()
-    losses = blockwise.heal(made, teacher, matrix, [0, 3], texts() * 40)
+    losses = blockwise.distill_blockwise(made, teacher, matrix, [0, 3], texts() * 40)
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
     torch.testing.assert_close(made.model.embed_tokens.weight, table, rtol=0, atol=0)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in made.model.layers)

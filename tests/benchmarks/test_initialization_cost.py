@@ -19,7 +19,7 @@ def read(file: Path) -> list[dict]:
 
 def test_each_point_is_measured_once_and_what_is_too_large_is_left_out_and_said(tmp_path, capsys):
     output = tmp_path / "cost.jsonl"
-    words = ["--widths", str(WIDTH), "--turns", "1", "--output", str(output)]
+    words = ["--widths", str(WIDTH), "--rounds", "1", "--output", str(output)]
     initialization_cost.main([*words, "--vocabularies", str(VOCABULARY)])
     first, second = read(output)
 

@@ -72,8 +72,8 @@ def test_an_encoder_decoder_is_trained_distilled_and_measured(tmp_path, monkeypa
     batch = teachers.batches(setting.held_out, len(setting.held_out), "input_ids", "attention_mask", "labels")[0]
     with torch.no_grad():
         assert rows[-1]["teacher"]["loss"] == pytest.approx(teacher(**batch).loss.item(), rel=1e-4)
-    for heard in setting.heard:
-        torch.testing.assert_close(heard["decoder_input_ids"][:, 0], torch.zeros_like(heard["input_ids"][:, 0]))
+    for batch in setting.calibration:
+        torch.testing.assert_close(batch["decoder_input_ids"][:, 0], torch.zeros_like(batch["input_ids"][:, 0]))
 
 
 def test_an_image_classifier_is_trained_distilled_and_measured(tmp_path, monkeypatch, fashion):
@@ -89,10 +89,10 @@ def test_an_encoders_head_is_fitted_and_its_students_regressed(tmp_path, monkeyp
     rows = runs(tmp_path, monkeypatch, "encoder", teachers.encoder)
     assert rows[-1]["teacher"] == {"loss": 0.0, "metric": 1.0}
     setting = teachers.encoder(tmp_path / "teachers" / "encoder")
-    goals = torch.stack([example["labels"] for example in setting.learned])
+    goals = torch.stack([example["labels"] for example in setting.train_data])
     torch.testing.assert_close(goals.square().mean(1), torch.ones(len(goals)))
     student = families.make(setting, "guide", 0)
-    batch = teachers.batches(setting.learned, 8, "input_ids", "attention_mask", "labels")[0]
+    batch = teachers.batches(setting.train_data, 8, "input_ids", "attention_mask", "labels")[0]
     with torch.no_grad():
         fitted = student(**batch).loss.item()
         student.classifier.reset_parameters()
