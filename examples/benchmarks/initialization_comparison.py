@@ -1,9 +1,9 @@
 """Which initialization is best over a whole training run? Those of hf_guide and published ones, on the same tokens.
 
-    python examples/benchmarks/starting_points.py --output starting_points.jsonl
-    python examples/benchmarks/starting_points.py --output starting_points.jsonl --shapes "half width" \
-        --objectives labels KD "reverse KL" JSD hidden "top-k capture" --arms random guide calibrated --tokens-a-parameter 2
-    python examples/benchmarks/starting_points.py --output starting_points.jsonl --table
+    python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl
+    python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl --shapes "half width" \
+        --objectives labels KD "reverse KL" JSD "hidden states" "top-k capture" --arms random guide calibrated --tokens-per-parameter 2
+    python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl --table
 
 The teacher is the one of small_teacher.py, in whose folder the text that it was trained on is recorded; without one it is
 trained first, as that script does by default. Students have half its width, or half its width and half its depth;
@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import ARMS, SHAPES, SPENT, ArmInputs, sizes_of
 from curves import interaction, plot, plot_interaction, table
 from small_teacher import BATCH, LENGTH, as_examples, blocks, texts, train_teacher
-from starting_arms import ARMS, SHAPES, SPENT, ArmInputs, sizes_of
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, default_data_collator
 
@@ -149,12 +149,12 @@ class Bench:
         """Return what a student of a shape has other than the teacher."""
         return sizes_of(shape, self.teacher.config)
 
-    def examples_for(self, shape: str, tokens_a_parameter: float) -> int:
+    def examples_for(self, shape: str, tokens_per_parameter: float) -> int:
         """Return how many blocks of text a student of a shape learns from: whole batches."""
         config = ArmInputs(
             self.folder, self.teacher, self.sizes(shape), 0, self.train_blocks, self.train_blocks
         ).config
-        tokens = LlamaForCausalLM(config).num_parameters() * tokens_a_parameter
+        tokens = LlamaForCausalLM(config).num_parameters() * tokens_per_parameter
         return math.ceil(tokens / (BATCH * LENGTH)) * BATCH
 
 
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
     bench = Bench.prepare(args)
     teacher_losses = {True: loss_of(bench.teacher, bench.tuning), False: loss_of(bench.teacher, bench.measured)}
     for shape, objective, arm in itertools.product(args.shapes, args.objectives, args.arms):
-        key = {"shape": shape, "arm": arm, "objective": objective, "tokens_a_parameter": args.tokens_a_parameter}
+        key = {"shape": shape, "arm": arm, "objective": objective, "tokens_per_parameter": args.tokens_per_parameter}
         while (job := next_job(read(args.output), key, args.seeds)) is not None:
             row = key | job | {"teacher": teacher_losses[job["tuning"]]} | make_run(bench, key | job, args)
             with args.output.open("a") as file:
@@ -181,16 +181,16 @@ def next_job(rows: list[dict[str, Any]], key: dict[str, Any], seeds: list[int]) 
     tuned = key | {"objective": key["objective"] if key["objective"] in TUNED else "KD"}
     ends = ends_by_rate(rows, tuned | {"tuning": True})
     if key == tuned and (rate := next_rate(ends)) is not None:
-        return {"seed": TUNING_SEED, "rate": rate, "tuning": True}
+        return {"seed": TUNING_SEED, "learning_rate": rate, "tuning": True}
     if not ends:
         raise SystemExit(f"No run has chosen a learning rate for {tuned}: run this first.")
-    jobs = [{"seed": seed, "rate": best_rate(ends), "tuning": False} for seed in seeds]
+    jobs = [{"seed": seed, "learning_rate": best_rate(ends), "tuning": False} for seed in seeds]
     return next((job for job in jobs if not any((key | job).items() <= row.items() for row in rows)), None)
 
 
 def ends_by_rate(rows: list[dict[str, Any]], tuned: dict[str, Any]) -> dict[float, float]:
     """Return the loss after each of the runs that choose a rate, by its rate; infinity where it is no number."""
-    ends = {row["rate"]: row["curve"][-1][1] for row in rows if tuned.items() <= row.items()}
+    ends = {row["learning_rate"]: row["curve"][-1][1] for row in rows if tuned.items() <= row.items()}
     return {rate: loss if math.isfinite(loss) else math.inf for rate, loss in ends.items()}
 
 
@@ -215,7 +215,7 @@ def next_rate(ends: dict[float, float], first: tuple[float, ...] = FIRST_RATES) 
 
 def make_run(bench: Bench, job: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """Make one student, train it, and return its curve and what it cost in seconds of the processor."""
-    count = bench.examples_for(job["shape"], job["tokens_a_parameter"])
+    count = bench.examples_for(job["shape"], job["tokens_per_parameter"])
     text = drawn(bench.train_blocks, max(count // TUNING_SHARE if job["tuning"] else count, BATCH), job["seed"])
     before = math.ceil(SPENT.get(job["arm"], 0) * len(text) / BATCH) * BATCH
     calibration, spent = text[: args.calibration_blocks, :LENGTH], text[:before, :LENGTH]
@@ -224,14 +224,21 @@ def make_run(bench: Bench, job: dict[str, Any], args: argparse.Namespace) -> dic
     student = ARMS[job["arm"]](
         ArmInputs(bench.folder, bench.teacher, bench.sizes(job["shape"]), job["seed"], calibration, spent)
     )
-    start_seconds, clock = time.process_time() - clock, time.process_time()
+    initialization_seconds, clock = time.process_time() - clock, time.process_time()
     watched = bench.tuning if job["tuning"] else bench.measured
     curve = learn(
-        student, bench.teacher, job["objective"], text[before:], watched, job["rate"], args.points, job["seed"]
+        student,
+        bench.teacher,
+        job["objective"],
+        text[before:],
+        watched,
+        job["learning_rate"],
+        args.points,
+        job["seed"],
     )
     return {
         "parameters": student.num_parameters(),
-        "start_seconds": round(start_seconds, 2),
+        "initialization_seconds": round(initialization_seconds, 2),
         "seconds": round(time.process_time() - clock, 2),
         "curve": [(tokens + before * LENGTH, round(loss, 5)) for tokens, loss in curve],
     }
@@ -251,13 +258,13 @@ def read(output: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("starting_points.jsonl"))
+    parser.add_argument("--output", type=Path, default=Path("initialization_comparison.jsonl"))
     parser.add_argument("--teacher", type=Path, default=Path("small_teacher"), help="the folder of small_teacher.py")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(TUNED))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--tokens-a-parameter", type=float, default=20.0, help="of the student")
+    parser.add_argument("--tokens-per-parameter", type=float, default=20.0, help="of the student")
     parser.add_argument("--points", type=int, default=20, help="of each curve")
     parser.add_argument(
         "--held-out-blocks", type=int, default=256, help="to tune on, and as many others to measure on"
