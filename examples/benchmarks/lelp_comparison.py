@@ -127,13 +127,19 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
         part_signals = {part: Signals(**tensors) for part, tensors in found.items()}
     else:
         if kind == "frozen":
-            part_signals = {part: collect_cached(teacher, each, args.output, views=views) for part, each in batches_by_part.items()}
+            part_signals = {
+                part: collect_cached(teacher, each, args.output, views=views) for part, each in batches_by_part.items()
+            }
             fit_probe(teacher, part_signals["seen"].embeddings, parts[0].data.labels)
             with torch.no_grad():
-                part_signals = {part: replace(each, logits=teacher.head(each.embeddings)) for part, each in part_signals.items()}
+                part_signals = {
+                    part: replace(each, logits=teacher.head(each.embeddings)) for part, each in part_signals.items()
+                }
         else:
             teach(teacher, parts[0], args.teacher_steps)
-            part_signals = {part: Signals.collect(teacher, each, views=views) for part, each in batches_by_part.items()}
+            part_signals = {
+                part: Signals.collect(teacher, each, views=views) for part, each in batches_by_part.items()
+            }
         stored = {f"w {key}": value for key, value in teacher.state_dict().items()}
         for part, signals in part_signals.items():
             stored |= {f"{part} {key}": value for key, value in signals.tensors().items()}

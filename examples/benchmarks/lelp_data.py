@@ -49,7 +49,9 @@ class Labelled:
     def take(self, rows: Tensor) -> "Labelled":
         """Return some rows of it."""
         inputs = [self.inputs[row] for row in rows.tolist()] if isinstance(self.inputs, list) else self.inputs[rows]
-        return Labelled(inputs, self.labels[rows], self.classes, None if self.fine_labels is None else self.fine_labels[rows])
+        return Labelled(
+            inputs, self.labels[rows], self.classes, None if self.fine_labels is None else self.fine_labels[rows]
+        )
 
 
 def read_set(name: str, fashion: Path | None = None) -> Labelled:

@@ -61,7 +61,9 @@ def main() -> int:
         _, kd_results = runs.within(common, "kd")
         for arm in (*ORACLES, *SPLITTERS):
             settings, results = runs.within(common, arm)
-            gains = [100 * (results[seed]["test"] - kd_results[seed]["test"]) for seed in results if seed in kd_results]
+            gains = [
+                100 * (results[seed]["test"] - kd_results[seed]["test"]) for seed in results if seed in kd_results
+            ]
             if settings is None or len(gains) < 2:
                 continue
             targets = targets_of(arm, lesson, settings)

@@ -224,7 +224,9 @@ def read_targets(lesson: Lesson, tau: float) -> Tensor:
     signals, others = lesson.others
     places, most = fine_label_indices(others)
     scale = signals.embeddings.std()
-    fitted = LogisticRegression(C=1.0, max_iter=500).fit((signals.embeddings / scale).numpy(), others.fine_labels.numpy())
+    fitted = LogisticRegression(C=1.0, max_iter=500).fit(
+        (signals.embeddings / scale).numpy(), others.fine_labels.numpy()
+    )
     found = torch.from_numpy(fitted.predict_proba((lesson.signals.embeddings / scale).numpy())).float()
     columns = {fine: number for number, fine in enumerate(fitted.classes_.tolist())}
     shares = torch.zeros(len(found), others.classes, most)
