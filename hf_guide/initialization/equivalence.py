@@ -251,9 +251,9 @@ def depth_notes(
     config = teacher.config
     names = [strip_base_prefix(name, teacher.base_model_prefix) for name in teacher.weights.keys()]
     sizes = stack_sizes(layout, names)
-    if all(list(kept) == list(range(sizes.get(f"{stack}.{{block}}", 0))) for stack, kept in blocks.items()):
+    if all(list(selected) == list(range(sizes.get(f"{stack}.{{block}}", 0))) for stack, selected in blocks.items()):
         return []
-    if any(list(kept) != sorted(set(kept)) for kept in blocks.values()):
+    if any(list(selected) != sorted(set(selected)) for selected in blocks.values()):
         return ["depth: blocks are repeated or in another order, so no bypassed teacher computes the same."]
     fields = [
         path for path in stack_depths(teacher, layout) if value_at(config, path) != value_at(student_config, path)

@@ -17,7 +17,7 @@ from hf_guide.errors import LayoutError
 
 @dataclass(frozen=True)
 class AxisName:
-    """An axis of one meaning, or a whole number of entries that are always kept."""
+    """An axis with a name, or a whole number of entries that every student keeps."""
 
     name: str
 

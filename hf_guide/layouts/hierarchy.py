@@ -19,7 +19,7 @@ ListLengths = dict[str, int]
 
 
 def is_blocks_only(layout: Layout) -> bool:
-    """Return whether a layout gives no meaning to any axis, so that every axis must keep its length."""
+    """Return whether a layout names no axis, so that every axis must keep its length."""
     names = {name for row in layout.rows for axis in row.axes for name in axis_names(axis)}
     return all(name.startswith("fixed") or name == "blocks" for name in names)
 
@@ -46,7 +46,7 @@ def check_single_stage_width(layout: Layout, shapes: Mapping[str, tuple[int, ...
 
 
 def check_immovable_blocks(layout: Layout, stacks: Mapping[str, Sequence[int]]) -> None:
-    """Check that blocks keep their indices where a parameter differs in shape between blocks, so that each has rows of its own.
+    """Check that blocks keep their indices where a parameter differs in shape between blocks, so that each block has its own rows.
 
     Raises:
         ShapeError: another block would feed such a parameter; names it.

@@ -16,7 +16,7 @@ A layout is written as text, one line for each module or parameter, named relati
   axes are written `in -> out` (GPT-2's Conv1D). A line may name a parameter (`experts.gate_up_proj`) instead of a module. A
   parameter without axes is a `scalar`.
 - `blocks` is an axis with an entry for each block of a stack: of the first stack, unless `block_tables` names another.
-- `norm` marks a gain (and bias): a diagonal on its axis. `table` marks an embedding: what the residual stream is made of.
+- `norm` marks a gain (and bias): a diagonal on its axis. `table` marks an embedding: what the residual stream starts from.
 - `< norm` is the norm whose output the weight takes as its input (`< a | - | b` for the terms of a fused weight),
   `> scale` the learned diagonal that its output is multiplied with, `>> norm` the norm between its output and the
   residual stream.

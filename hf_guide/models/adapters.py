@@ -114,7 +114,7 @@ def is_plain_linear(module: Any) -> bool:
     """Return whether a layer computes `x W^T + b` of a weight that is an ordinary parameter.
 
     Adapters, quantised weights (tensor subclasses), sharded weights, and `torch.nn.utils.parametrize` are not plain: what
-    they multiply with is made anew for each forward pass.
+    they multiply with is computed anew in each forward pass.
     """
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return False
@@ -127,12 +127,12 @@ def parametrized_layers(model: Any) -> list[str]:
     Some families have such layers themselves (wav2vec 2.0).
     """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = _parametrized(model)
-    if not found:
+    layers = _parametrized(model)
+    if not layers:
         return []
     with torch.device("meta"):
         stock = tuple(_parametrized(type(bare)(copy.deepcopy(bare.config))))
-    return [name for name in found if not name.endswith(stock)] if stock else found
+    return [name for name in layers if not name.endswith(stock)] if stock else layers
 
 
 def _parametrized(model: nn.Module) -> list[str]:
@@ -143,7 +143,7 @@ def validate_unwrapped(model: Any, role: str) -> None:
     """Check that nothing is wrapped around a model that the trainer itself wraps, or that hides its layers.
 
     Raises:
-        OptionError: a compiled model, or one of several processes or devices; says what to pass instead.
+        OptionError: a compiled model, or one of several processes or devices; the error names what to pass instead.
     """
     option = "torch_compile" if role == "student" else "compile_teacher"
     if isinstance(model, OptimizedModule):
@@ -171,16 +171,16 @@ def forward_parameters(model: Any) -> frozenset[str]:
 @functools.cache
 def _forward_parameters_of_class(kind: type) -> frozenset[str]:
     """Return the names that a class's `forward` takes; where it takes any keyword, those of the class it derives from, too."""
-    found: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
     for each in kind.__mro__:
         forward = vars(each).get("forward")
         if each is nn.Module or forward is None:
             continue
         parameters = inspect.signature(forward).parameters
-        found |= frozenset(parameters)
+        names |= frozenset(parameters)
         if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
-    return found - {"self"}
+    return names - {"self"}
 
 
 def is_encoder_decoder(model: Any) -> bool:

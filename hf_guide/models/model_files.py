@@ -27,7 +27,7 @@ WEIGHTS_AND_CONFIGS = (
     "*.gguf",
     "*.py",
 )
-"""Files that a model is made of."""
+"""Patterns of the files that hold a model: its weights, configs and code."""
 
 PROCESSOR_FILES = (
     "tokenizer*",

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 _WITHOUT_EFFECT = re.compile(
     r"drop|^training$|^gradient_checkpointing$|^store_full_length_kv$|(^|_)(idx|index|id|number)$"
 )
-"""Attributes that do not change what a module computes in evaluation: a block's own number among them."""
+"""Attributes that do not change what a module computes in evaluation: a block's index among them."""
 
 _OF_THE_STACK = re.compile(r"^num$|(^|_)(num|n)_(\w+_)?(layers?|blocks?)$|(^|_)(layer|block)_num$")
-"""Attributes of a block that are about its stack: its number, or how many blocks there are."""
+"""Attributes of a block that describe its stack: its index, or the number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def module_signature(module: nn.Module) -> ModuleSignature:
 
 
 def describe_difference(teacher: ModuleSignature, student: ModuleSignature, *, widths: bool) -> str:
-    """Return how two blocks differ, in words; "" where the student's can be made of the teacher's.
+    """Return how two blocks differ, in words; "" where the student's can be initialized from the teacher's.
 
     Args:
         widths: whether other sizes are a difference.
@@ -95,7 +95,7 @@ def describe_difference(teacher: ModuleSignature, student: ModuleSignature, *, w
     missing, surplus = student.tensor_names - teacher.tensor_names, teacher.tensor_names - student.tensor_names
     if missing or surplus:
         lacking = [f"has no {name}" for name in sorted(missing)[:1]]
-        more = [f"has {name}, for which the student's has no place" for name in sorted(surplus)[:1]]
+        more = [f"has {name}, which the student's block lacks" for name in sorted(surplus)[:1]]
         return " and ".join(lacking + more)
     for name, kind, _ in sorted(teacher.structure - student.structure):
         modules = {name: kind for name, kind, _ in student.structure}

@@ -21,7 +21,7 @@ from hf_guide.models.tiny_models import MODEL_ERRORS, tiny_config
 _TOKEN, _OTHER_TOKEN = 9, 7
 _PADS = (3, 5)
 _LENGTHS = ((6, 4), (9, 7))
-"""Lengths of the encoder's (or only) text and of the decoder's: different, to tell the lookups of one from the other's."""
+"""Lengths of the encoder's (or only) text and of the decoder's: different, so that their lookups can be distinguished."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,10 @@ class _TinyModel:
         )
 
     def _run(self, texts: list[Tensor], **more: Tensor) -> list[tuple[str, Tensor]]:
-        given = {"input_ids": texts[0], **more} | ({"decoder_input_ids": texts[1]} if self.has_decoder else {})
+        inputs = {"input_ids": texts[0], **more} | ({"decoder_input_ids": texts[1]} if self.has_decoder else {})
         recorder = _RecordLookups()
         with torch.no_grad(), recorder:
-            self.model(**given)
+            self.model(**inputs)
         named = ((self.names.get(pointer), indices) for pointer, indices in recorder.seen)
         return [(name, indices) for name, indices in named if name is not None]
 

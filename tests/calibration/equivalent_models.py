@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.layouts.grammar import axis_names, merge_adjacent, select_indices, solve_sizes
 from hf_guide.layouts.registry import Layout, config_sizes
-from tests.invariants.lifting import outer, short
+from tests.invariants.embed_small_in_large import first_and_last, relative_name
 
 UNITS = ("heads", "kv_heads", "group", "mlp")
 
@@ -14,13 +14,13 @@ UNITS = ("heads", "kv_heads", "group", "mlp")
 def scramble(model: PreTrainedModel, layout: Layout, small_blocks: int, seed: int) -> list[int]:
     """Permute the heads, neurons and blocks of a lifted model, which computes the same; return where its live blocks are."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {short(name, model): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    tensors = {relative_name(name, model): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     blocks = 1 + max(
         int(match.numbers["block"]) for match in map(layout.find, tensors) if match and "block" in match.numbers
     )
     live = sorted(torch.randperm(blocks, generator=generator)[:small_blocks].tolist())
     dead = [block for block in range(blocks) if block not in live]
-    new_index = dict(zip(outer(blocks, small_blocks), live, strict=True))
+    new_index = dict(zip(first_and_last(blocks, small_blocks), live, strict=True))
     new_index |= dict(zip([block for block in range(blocks) if block not in new_index], dead, strict=True))
     permutations: dict[tuple[str, str], Tensor] = {}
 

@@ -20,7 +20,7 @@ from tests.calibration.test_calibrated import data as token_batches
 from tests.calibration.test_laws import data
 from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
-from tests.invariants.lifting import lift, shake, short
+from tests.invariants.embed_small_in_large import embed_small_in_large, randomize, relative_name
 from tests.invariants.test_laws import layout_of, relative_error
 from tests.tiny import KINDS, logits
 
@@ -71,7 +71,7 @@ def test_rotated_values_are_rotated_back_by_their_output_projection(
 ) -> None:
     """Values E^T v with W_o D compute what values D E^T v with W_o compute: no other weight is changed."""
     teacher = build(case, case.big)
-    shake(teacher, layout_of(teacher), seed=1)
+    randomize(teacher, layout_of(teacher), seed=1)
     settle(teacher, case)
     plan = plan_of(
         teacher,
@@ -177,7 +177,7 @@ def rotate_heads(model: Any, layout: Layout, scale: float) -> None:
     """Rotate each head's queries and keys by the same random rotation, and multiply the queries."""
     rotations: dict[tuple[str, int], Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        match = layout.find(short(name, model))
+        match = layout.find(relative_name(name, model))
         if match is None or not match.axes:
             continue
         sizes = solve_sizes(match.axes, tensor.shape, config_sizes(layout, model.config), name)
@@ -206,9 +206,9 @@ def test_smaller_heads_are_recovered_from_rotated_ones(name: str) -> None:
     )
     small, big = build(case, case.small), build(case, case.big)
     layout = layout_of(small)
-    shake(small, layout, seed=2, stream_gains="constant", length=case.length)
+    randomize(small, layout, seed=2, stream_gains="constant", length=case.length)
     settle(small, case)
-    lift(small, big, layout, seed=3)
+    embed_small_in_large(small, big, layout, seed=3)
     rotate_heads(big, layout, 1.0 if name == "t5" else 2**0.5)  # the others divide by the root of the head's size
     expected = logits_of(small, case)
     assert relative_error(logits_of(big, case), expected) <= (case.lift or 0), "the teacher is not the small model"

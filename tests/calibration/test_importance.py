@@ -16,7 +16,7 @@ from tests.calibration.test_calibrated import batches_for
 from tests.calibration.test_laws import data
 from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
-from tests.invariants.lifting import lift, shake, short
+from tests.invariants.embed_small_in_large import embed_small_in_large, randomize, relative_name
 from tests.invariants.test_laws import layout_of, relative_error
 from tests.tiny import KINDS, same_bits
 
@@ -33,7 +33,7 @@ def count(name: str) -> str:
 def test_identity(name: str) -> None:
     case = ALL[name]
     teacher = build(case, case.big)
-    shake(teacher, layout_of(teacher), seed=1)
+    randomize(teacher, layout_of(teacher), seed=1)
     settle(teacher, case)
     before = teacher.get_experts_implementation()
     student = from_teacher(teacher, method="calibrated", calibration_dataset=data(case), show_progress=False)
@@ -53,15 +53,15 @@ def lifted(case: Case, *, per_token: int) -> tuple[Any, Any, dict[int, list[int]
     case.both["num_experts_per_tok"] = per_token
     small, big = build(case, case.small | {experts: 4}), build(case, case.big | {experts: 8})
     layout = layout_of(small)
-    shake(small, layout, seed=2, stream_gains="constant", length=case.length)
+    randomize(small, layout, seed=2, stream_gains="constant", length=case.length)
     settle(small, case)
-    lift(small, big, layout, seed=3)
+    embed_small_in_large(small, big, layout, seed=3)
     generator = torch.Generator().manual_seed(4)
     live: dict[int, list[int]] = {}
     biased = any(name.endswith(("router.bias", "e_score_correction_bias")) for name in big.state_dict())
     with torch.no_grad():
         for name, tensor in big.state_dict(keep_vars=True).items():
-            match = layout.find(short(name, big))
+            match = layout.find(relative_name(name, big))
             if match is None or not match.axes or str(match.axes[0]) != "experts":
                 continue
             dead = torch.ones(8, dtype=torch.bool)
@@ -111,7 +111,7 @@ def test_dead_experts_are_pruned(name: str) -> None:
 def test_the_importance_of_an_expert_is_its_squared_output_over_the_tokens_routed_to_it() -> None:
     case = ALL["mixtral"]
     model = build(case, case.big)
-    shake(model, layout_of(model), seed=1)
+    randomize(model, layout_of(model), seed=1)
     ref = find_modules(model, layout_of(model)).experts["layers.0.mlp.experts"]
     batches = data(case, 2)
     mask = torch.ones_like(batches[1]["input_ids"])

@@ -7,7 +7,7 @@ from hf_guide.modeling import from_teacher
 from tests.calibration.equivalent_models import scramble
 from tests.invariants.case import INPUTS, Case, build, logits_of, settle
 from tests.invariants.cases import CASES
-from tests.invariants.lifting import lift, shake
+from tests.invariants.embed_small_in_large import embed_small_in_large, randomize
 from tests.invariants.test_laws import layout_of, relative_error
 
 NAMES = [
@@ -46,7 +46,7 @@ def data(case: Case, batches: int = 6) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_identity(case: Case) -> None:
     teacher = build(case, case.big)
-    shake(teacher, layout_of(teacher), seed=1)
+    randomize(teacher, layout_of(teacher), seed=1)
     settle(teacher, case)
     expected = logits_of(teacher, case)
     student = from_teacher(teacher, method="calibrated", calibration_dataset=data(case), show_progress=False)
@@ -58,9 +58,9 @@ def test_identity(case: Case) -> None:
 def test_dead_heads_neurons_and_blocks_are_pruned(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)
     layout = layout_of(small)
-    shake(small, layout, seed=2, stream_gains="constant", length=case.length)
+    randomize(small, layout, seed=2, stream_gains="constant", length=case.length)
     settle(small, case)
-    lift(small, big, layout, seed=3)
+    embed_small_in_large(small, big, layout, seed=3)
     blocks = len(
         {match.numbers["block"] for match in map(layout.find, _names(small)) if match and "block" in match.numbers}
     )

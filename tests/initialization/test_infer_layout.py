@@ -13,7 +13,7 @@ from hf_guide.initialization.infer_layout import infer_layout, layout_for, trace
 from hf_guide.layouts.grammar import axis_names, parse_axes
 from hf_guide.layouts.registry import Layout, registered_layouts
 from hf_guide.models.tiny_models import build_tiny_model, randomize_parameters, tiny_config
-from tests.invariants.lifting import lift, shake
+from tests.invariants.embed_small_in_large import embed_small_in_large, randomize
 
 
 def tiny_model(family: str, seed: int = 0, **sizes: int) -> PreTrainedModel:
@@ -41,8 +41,8 @@ def test_inferred_layout_passes_the_law_of_lift(family: str) -> None:
     big = exactly_normed(tiny_model(family, seed=1))
     layout = layout_for(big.config, type(big))
     assert layout.exactness.startswith("inferred: exact")
-    shake(small, layout, seed=2, stream_gains="constant")
-    lift(small, big, layout, seed=3)
+    randomize(small, layout, seed=2, stream_gains="constant")
+    embed_small_in_large(small, big, layout, seed=3)
     assert relative_logit_error(big, small) <= 1e-5, (
         "the lifted teacher is not the small model: the inferred layout is wrong"
     )

@@ -17,7 +17,7 @@ from hf_guide.layouts.registry import registered_layouts
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.invariants.case import build, logits_of
 from tests.invariants.cases import CASES
-from tests.invariants.lifting import shake
+from tests.invariants.embed_small_in_large import randomize
 from tests.tiny import KINDS, everything, logits, same_bits
 
 SMALLER = {
@@ -257,7 +257,7 @@ def test_each_stack_has_its_own_blocks() -> None:
 def test_logit_gain_multiplies_the_logits_and_nothing_else(family: str, width: str) -> None:
     case = next(case for case in CASES if str(case).startswith(family))
     teacher = build(case, case.big)
-    shake(teacher, registered_layouts()[case.family], seed=1)
+    randomize(teacher, registered_layouts()[case.family], seed=1)
     shape = build(case, case.small).config if width == "reduced" else None
     plain, humble = (
         from_teacher(teacher, shape, method={"logit_scale": gain}, show_progress=False) for gain in (1, 0.3)

@@ -93,8 +93,8 @@ EXACT = [
 ]
 REPORTED = [Family("PegasusXForConditionalGeneration"), Family("BeamForCausalLM")]
 REFUSED = {  # by model class: its stack, and the reason
-    "ModernBertForMaskedLM": (["layers"], r"attn_norm.*no place"),
-    "ModernBertDecoderForCausalLM": (["layers"], r"attn_norm.*no place"),
+    "ModernBertForMaskedLM": (["layers"], r"attn_norm.*lacks"),
+    "ModernBertDecoderForCausalLM": (["layers"], r"attn_norm.*lacks"),
     "RwkvForCausalLM": (["blocks"], r"has no .*pre_ln"),
 }
 

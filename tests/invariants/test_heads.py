@@ -15,7 +15,7 @@ from hf_guide.layouts.registry import registered_layouts, variant_for
 from hf_guide.modeling import from_teacher
 from tests.invariants import cases
 from tests.invariants.case import Case, build, config_of, logits_of
-from tests.invariants.lifting import lift, shake, short
+from tests.invariants.embed_small_in_large import embed_small_in_large, randomize, relative_name
 
 HEADS = {
     "sequence": (AutoModelForSequenceClassification, "logits"),
@@ -49,9 +49,9 @@ WITH_HEADS = [found for case in CASES for task in HEADS if (found := with_head(c
 def test_a_head_says_what_it_said_before_the_lift(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)
     layout = variant_for(registered_layouts()[small.config.model_type], small.config)
-    layout = merge_tied_axes(layout, [short(name, small) for name in small.state_dict()])
-    shake(small, layout, seed=2, stream_gains="constant", length=case.length)
-    lift(small, big, layout, seed=3)
+    layout = merge_tied_axes(layout, [relative_name(name, small) for name in small.state_dict()])
+    randomize(small, layout, seed=2, stream_gains="constant", length=case.length)
+    embed_small_in_large(small, big, layout, seed=3)
     assert case.lift is not None
     student = from_teacher(big, small.config, show_progress=False)
     assert student.initialization_report.randomly_initialized == []

@@ -15,7 +15,7 @@ from hf_guide.modeling import from_teacher
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
-from tests.invariants.lifting import lift, orthonormal, shake, short
+from tests.invariants.embed_small_in_large import embed_small_in_large, random_orthonormal, randomize, relative_name
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -24,13 +24,13 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def layout_of(model: PreTrainedModel) -> Layout:
     layout = variant_for(registered_layouts()[model.config.model_type], model.config)
-    return merge_tied_axes(layout, [short(name, model) for name in model.state_dict()])
+    return merge_tied_axes(layout, [relative_name(name, model) for name in model.state_dict()])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_identity(case: Case) -> None:
     teacher = build(case, case.big)
-    shake(teacher, layout_of(teacher), seed=1)
+    randomize(teacher, layout_of(teacher), seed=1)
     settle(teacher, case)
     student = from_teacher(teacher, show_progress=False)
     assert relative_error(logits_of(student, case), logits_of(teacher, case)) <= case.identity
@@ -40,9 +40,9 @@ def test_identity(case: Case) -> None:
 def test_lift(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)
     layout = layout_of(small)
-    shake(small, layout, seed=2, stream_gains="constant", length=case.length)
+    randomize(small, layout, seed=2, stream_gains="constant", length=case.length)
     settle(small, case)
-    lift(small, big, layout, seed=3)
+    embed_small_in_large(small, big, layout, seed=3)
     expected = logits_of(small, case)
     assert relative_error(logits_of(big, case), expected) <= case.lift, (
         "the lifted teacher is not the small model: the layout is wrong"
@@ -56,7 +56,7 @@ def test_rotation(case: Case) -> None:
     """All gains at random and nothing cut, only turned: what is left is what gains that cannot be folded cost."""
     teacher = build(case, case.big)
     layout = layout_of(teacher)
-    shake(teacher, layout, seed=4)
+    randomize(teacher, layout, seed=4)
     settle(teacher, case)
     assert math.isfinite(error := rotation_residual(teacher, layout, case)) and error <= case.residual
 
@@ -65,12 +65,13 @@ def rotation_residual(teacher: PreTrainedModel, layout: Layout, case: Case) -> f
     """Return the relative error of a student as wide as its teacher whose residual stream is turned by a random Q."""
     widths: dict[str, int] = {}
     for name, tensor in teacher.state_dict().items():
-        match = layout.find(short(name, teacher))
+        match = layout.find(relative_name(name, teacher))
         assert match is not None, f"the layout says nothing of {name}"
         lengths = {str(axis): length for axis, length in zip(match.axes, tensor.shape, strict=True)}
         widths |= {axis: lengths[axis] for axis in layout.projected_axes() if axis in lengths}
     bases = {
-        axis: orthonormal(width, width, seed=6, keep_mean=layout.norm == "layer") for axis, width in widths.items()
+        axis: random_orthonormal(width, width, seed=6, keep_mean=layout.norm == "layer")
+        for axis, width in widths.items()
     }
     options = PlanOptions("first_last", projects=True)
     student = build_student(type(teacher), teacher.config, torch.float64)

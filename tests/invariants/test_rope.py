@@ -19,7 +19,7 @@ from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct
 from hf_guide.layouts.registry import config_sizes, registered_layouts, variant_for
 from hf_guide.modeling import from_teacher
 from tests.invariants.case import TOKENS, tokens
-from tests.invariants.lifting import orthonormal, shake, short
+from tests.invariants.embed_small_in_large import random_orthonormal, randomize, relative_name
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 GROUPED = SIZES | {"num_key_value_heads": 2}
@@ -103,11 +103,11 @@ def make_teacher(rope: Rope) -> PreTrainedModel:
     ids = {"vocab_size": TOKENS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
     teacher = model_class._from_config(model_class.config_class(**ids, **rope.teacher), dtype=torch.float64).eval()
     layout = variant_for(registered_layouts()[teacher.config.model_type], teacher.config)
-    shake(teacher, layout, seed=1, length=100.0)  # a long stream hides the eps of the norms
+    randomize(teacher, layout, seed=1, length=100.0)  # a long stream hides the eps of the norms
     width = teacher.config.hidden_size
     kept = rope.student.get("hidden_size", rope.student.get("n_embd", width))
     if kept < width:
-        directions = orthonormal(width, kept, seed=2, keep_mean=layout.norm == "layer")
+        directions = random_orthonormal(width, kept, seed=2, keep_mean=layout.norm == "layer")
         table = teacher.get_input_embeddings().weight
         with torch.no_grad():
             table.copy_(table @ directions @ directions.T)
@@ -141,7 +141,7 @@ def attention_of(model: PreTrainedModel) -> Tensor:
 def restrict(teacher: PreTrainedModel, rope: Rope) -> None:
     """Let `teacher` compare queries and keys in the kept places alone, times 2: its other queries are made zero."""
     layout = variant_for(registered_layouts()[teacher.config.model_type], teacher.config)
-    layout = merge_tied_axes(layout, [short(name, teacher) for name in teacher.state_dict()])
+    layout = merge_tied_axes(layout, [relative_name(name, teacher) for name in teacher.state_dict()])
     mask = torch.zeros(16, dtype=torch.float64)
     mask[kept_places(rope)] = 2.0
 
@@ -165,7 +165,7 @@ def restrict(teacher: PreTrainedModel, rope: Rope) -> None:
 
     changed = 0
     for name, tensor in teacher.state_dict(keep_vars=True).items():
-        match = layout.find(short(name, teacher))
+        match = layout.find(relative_name(name, teacher))
         if match is None or match.row.kind != "weight" or "q_dim" not in str(match.row.output_axis):
             continue
         found = multipliers(match.row.output_axis, config_sizes(layout, teacher.config))

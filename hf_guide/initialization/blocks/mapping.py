@@ -178,12 +178,12 @@ def _changes_blocks(
     if not isinstance(options.layer_selection, str):
         return True
     for prefix, part in iter_subconfigs(teacher):
-        usual = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-        for name in {usual, *(name for name, value in vars(part).items() if type(value) is int)}:
+        standard = part.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        for name in {standard, *(name for name, value in vars(part).items() if type(value) is int)}:
             path = (*prefix, name)
-            had = value_at(teacher, path)
-            requested = overridden.get(path, had) if config is None else value_at(config, path)
-            if requested != had and (name == usual or name_words(name) & LAYER_WORDS):
+            teacher_value = value_at(teacher, path)
+            student_value = overridden.get(path, teacher_value) if config is None else value_at(config, path)
+            if student_value != teacher_value and (name == standard or name_words(name) & LAYER_WORDS):
                 return True
     return False
 
@@ -223,7 +223,7 @@ class _Candidate:
         values: other overrides that were tried, by path.
         kinds: the signatures of the student's blocks.
         error: why the config or the model cannot be built; "" where it can.
-        mismatches: positions whose block cannot be made of the one that feeds it, and why.
+        mismatches: positions whose block cannot be initialized from the one that feeds it, and why.
     """
 
     blocks: dict[ConfigPath, list[int]]
@@ -391,7 +391,7 @@ class _BlockSearch:
     def _find_mismatches(
         self, path: ConfigPath, blocks: Sequence[int], kinds: Sequence[tuple[ModuleSignature, ...]], *, widths: bool
     ) -> list[tuple[int, str]]:
-        """Return the positions whose block cannot be made of the one that feeds it, and why."""
+        """Return the positions whose block cannot be initialized from the one that feeds it, and why."""
         sources = kv_sharing_sources(self.stacks.part(path))
         mismatches = []
         for position, (block, student) in enumerate(zip(blocks, kinds, strict=True)):

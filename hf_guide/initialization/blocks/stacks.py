@@ -103,7 +103,7 @@ def check_block_kinds(
             if surplus:
                 raise ShapeError(
                     f"The teacher's block {block} of {stack.removesuffix('.{block}')!r} cannot feed the student's block "
-                    f"{position}: it has {surplus[0]!r}, for which the student's has no place: blocks of another kind. "
+                    f"{position}: it has {surplus[0]!r}, which the student's block lacks: blocks of another kind. "
                     "Choose blocks of the same kinds with layer_selection=[...], or leave per-block lists to the teacher's config."
                 )
 

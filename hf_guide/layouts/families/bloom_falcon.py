@@ -1,4 +1,4 @@
-"""BLOOM, Falcon and MPT: decoders with ALiBi, or that once had it."""
+"""BLOOM, Falcon and MPT: decoders whose first versions have ALiBi."""
 
 from transformers import PreTrainedConfig
 

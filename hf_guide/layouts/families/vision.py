@@ -1,7 +1,7 @@
 """Image encoders.
 
-What the residual stream is made from are patches, so the directions are fitted on the columns of the patch projection,
-the positions and the added tokens. Positions form a grid: a student keeps its teacher's `patches`.
+The residual stream starts from patches, so the directions are fitted on the columns of the patch projection, the positions
+and the added tokens. Positions form a grid: a student keeps its teacher's `patches`.
 """
 
 from hf_guide.layouts.registry import register_layout

@@ -1,7 +1,7 @@
-"""Lift a small model into a wider, deeper teacher that computes the same function.
+"""Embed a small model in a wider, deeper teacher that computes the same function: the construction of the law of lift.
 
-Written without the library's transfer code: of hf_guide only the layouts (what the axes mean) are read, so a wrong
-layout shows as a lifted teacher that does not compute the small model's function, before `from_teacher` is ever called.
+It does not use the library's transfer code, only its layouts (the meaning of the axes). So with a wrong layout the teacher
+does not compute the small model's function, which is checked before `from_teacher` is called.
 """
 
 import math
@@ -15,24 +15,26 @@ from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct, axis_names, so
 from hf_guide.layouts.registry import Layout, LayoutMatch, LayoutRow, config_sizes
 
 
-def shake(
+def randomize(
     model: PreTrainedModel, layout: Layout, seed: int, *, stream_gains: str = "random", length: float = 1.0
 ) -> None:
-    """Move every parameter away from its default; gains that cannot be folded stay constant if `stream_gains` says so.
+    """Move every parameter away from its default; gains that cannot be folded are constant unless `stream_gains` is "random".
 
-    `length` multiplies all that is written onto the residual stream, as the norms of a pre-norm model let it.
+    `length` multiplies everything that is added to the residual stream; the norms of a pre-norm model divide it out.
     """
     generator = torch.Generator().manual_seed(seed)
-    present = [match.row for match in (layout.find(short(name, model)) for name in model.state_dict()) if match]
-    folded = norms_read(present, layout) | {row.output_diagonal for row in present if row.output_diagonal}
-    tied, stream = tied_norms(model, layout), [AxisName(name) for name in layout.projected_axes()]
+    present = [
+        match.row for match in (layout.find(relative_name(name, model)) for name in model.state_dict()) if match
+    ]
+    folded = input_norms_of(present, layout) | {row.output_diagonal for row in present if row.output_diagonal}
+    tied, stream = norms_before_tied_head(model, layout), [AxisName(name) for name in layout.projected_axes()]
     done: set[int] = set()
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if not tensor.is_floating_point() or id(tensor) in done:
                 continue
             done.add(id(tensor))
-            match = layout.find(short(name, model))
+            match = layout.find(relative_name(name, model))
             noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             written = match is not None and match.row.kind != "norm" and not match.row.input_norms
             if written and any(axis in stream for axis in match.axes):
@@ -49,22 +51,22 @@ def shake(
                 tensor.copy_(noise * (0.3 if match.is_bias or tensor.ndim < 2 else 1.0 / math.sqrt(tensor.shape[-1])))
 
 
-def norms_read(rows: Iterable[LayoutRow], layout: Layout) -> set[str]:
-    """The norms that some of `rows` read along the residual stream."""
+def input_norms_of(rows: Iterable[LayoutRow], layout: Layout) -> set[str]:
+    """Return the norms whose output some of `rows` take along the residual stream."""
     stream = set(layout.projected_axes())
     along = [row for row in rows if row.input_norms and set(axis_names(row.axes[row.input_axis])) <= stream]
     return {read for row in along for read in row.input_norms if read}
 
 
-def short(name: str, model: PreTrainedModel) -> str:
+def relative_name(name: str, model: PreTrainedModel) -> str:
     return name.removeprefix(model.base_model_prefix + ".")
 
 
-def tied_norms(model: PreTrainedModel, layout: Layout) -> set[str]:
-    """Norms read by a head that shares its weight with a table."""
+def norms_before_tied_head(model: PreTrainedModel, layout: Layout) -> set[str]:
+    """Return the norms before a head that shares its weight with an embedding."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(short(name, model))
+        groups.setdefault(id(tensor), []).append(relative_name(name, model))
     found: set[str] = set()
     for names in groups.values():
         rows = [match.row for match in map(layout.find, names) if match]
@@ -73,21 +75,21 @@ def tied_norms(model: PreTrainedModel, layout: Layout) -> set[str]:
     return found
 
 
-def spread(big: int, small: int) -> list[int]:
-    """Where the small model's places stand in the big one: the rule of weight selection, written again."""
+def evenly_spaced(big: int, small: int) -> list[int]:
+    """Return the big model's indices of the small model's entries: the rule of weight selection, implemented independently."""
     step, rest = divmod(big, small)
     return (
         [i * step for i in range(small)] if rest == 0 else [round(i * (big - 1) / (small - 1)) for i in range(small)]
     )
 
 
-def outer(big: int, small: int) -> list[int]:
-    """Where the small model's blocks stand in the big one: at both ends, of an odd number one more at the first."""
+def first_and_last(big: int, small: int) -> list[int]:
+    """Return the big model's indices of the small model's blocks: at both ends, of an odd number one more at the start."""
     return [i if 2 * i < small else big - small + i for i in range(small)]
 
 
-def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[int]:
-    """Where each of the small model's places of `axis` stands in the big model's."""
+def selected_indices(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[int]:
+    """Return the index on the big model's `axis` of each entry of the small model's."""
     if isinstance(axis, AxisName):
         if axis.name.isdigit():
             return list(range(int(axis.name)))
@@ -95,29 +97,29 @@ def positions(axis: Axis, big: dict[str, int], small: dict[str, int]) -> list[in
             return list(range(small[axis.name]))
         if axis.name in ("heads", "kv_heads", "group") and big.get("alibi"):
             return [(i + 1) * (big[axis.name] // small[axis.name]) - 1 for i in range(small[axis.name])]
-        return spread(big[axis.name], small[axis.name])
+        return evenly_spaced(big[axis.name], small[axis.name])
     if isinstance(axis, AxisProduct):
         found = [0]
         for factor in axis.factors:
-            inner, length = positions(factor, big, small), total(factor, big)
-            found = [place * length + other for place in found for other in inner]
+            inner, length = selected_indices(factor, big, small), axis_length(factor, big)
+            found = [index * length + other for index in found for other in inner]
         return found
     found, offset = [], 0
     for term in axis.terms:
-        found += [offset + place for place in positions(term, big, small)]
-        offset += total(term, big)
+        found += [offset + index for index in selected_indices(term, big, small)]
+        offset += axis_length(term, big)
     return found
 
 
-def total(axis: Axis, sizes: dict[str, int]) -> int:
+def axis_length(axis: Axis, sizes: dict[str, int]) -> int:
     if isinstance(axis, AxisName):
         return int(axis.name) if axis.name.isdigit() else sizes[axis.name]
-    lengths = [total(part, sizes) for part in (axis.factors if isinstance(axis, AxisProduct) else axis.terms)]
+    lengths = [axis_length(part, sizes) for part in (axis.factors if isinstance(axis, AxisProduct) else axis.terms)]
     return math.prod(lengths) if isinstance(axis, AxisProduct) else sum(lengths)
 
 
-def orthonormal(big: int, small: int, seed: int, *, keep_mean: bool) -> Tensor:
-    """A random (big, small) matrix with orthonormal columns; with `keep_mean` it carries all-ones onto all-ones."""
+def random_orthonormal(big: int, small: int, seed: int, *, keep_mean: bool) -> Tensor:
+    """Return a random (big, small) matrix with orthonormal columns; with `keep_mean` it maps all-ones onto all-ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def outside_ones(width: int) -> Tensor:
@@ -132,19 +134,21 @@ def orthonormal(big: int, small: int, seed: int, *, keep_mean: bool) -> Tensor:
     ) / math.sqrt(big * small)
 
 
-class Lifter:
-    """Fills `big` so that it computes what `small` does: its residual stream lies in the span of a random Q."""
+class Embedder:
+    """Fills `big` so that it computes what `small` does: its residual stream is in the span of a random Q."""
 
     def __init__(self, small: PreTrainedModel, big: PreTrainedModel, layout: Layout, seed: int = 0):
         self.small, self.big, self.layout, self.seed = small, big, layout, seed
-        self.source = {short(name, small): tensor for name, tensor in small.state_dict().items()}
-        self.targets = {short(name, big): tensor for name, tensor in big.state_dict(keep_vars=True).items()}
+        self.source = {relative_name(name, small): tensor for name, tensor in small.state_dict().items()}
+        self.targets = {relative_name(name, big): tensor for name, tensor in big.state_dict(keep_vars=True).items()}
         self.generator = torch.Generator().manual_seed(seed + 1)
         self.projected = [AxisName(name) for name in layout.projected_axes()]
         present = [match.row for match in map(layout.find, self.targets) if match]
-        self.read = norms_read(present, layout) - tied_norms(big, layout)
+        self.folded = input_norms_of(present, layout) - norms_before_tied_head(big, layout)
         bare = [
-            norm for norm in tied_norms(big, layout) if norm not in self.source and norm + ".weight" not in self.source
+            norm
+            for norm in norms_before_tied_head(big, layout)
+            if norm not in self.source and norm + ".weight" not in self.source
         ]
         self.bare = {
             axis.name
@@ -172,43 +176,43 @@ class Lifter:
         return 1 + max(int(match.numbers["block"]) for match in matches)
 
     @torch.no_grad()
-    def lift(self) -> None:
+    def fill(self) -> None:
         done: set[int] = set()
         for name, target in self.targets.items():
             if id(target) in done:
                 continue
             done.add(id(target))
             match = self.layout.find(name)
-            assert match is not None, f"the layout says nothing of {name}"
-            twin, added = self._twin(match, name)
-            if added:
+            assert match is not None, f"the layout has no row for {name}"
+            source, is_added = self._source_of(match, name)
+            if is_added:
                 self._fill_added(match, name, target)
             else:
-                target.copy_(self._lifted(match, name, twin))
+                target.copy_(self._embedded(match, name, source))
 
-    def _twin(self, match: LayoutMatch, name: str) -> tuple[str, bool]:
-        """The small model's parameter of the same meaning, or that the block is an added one."""
-        twin = match.row.pattern + match.suffix
+    def _source_of(self, match: LayoutMatch, name: str) -> tuple[str, bool]:
+        """Return the small model's parameter of the same meaning, and whether the block is an added one."""
+        source = match.row.pattern + match.suffix
         for placeholder, number in match.numbers.items():
-            kept = self._kept(match, placeholder)
-            if int(number) not in kept:
+            indices = self._indices(match, placeholder)
+            if int(number) not in indices:
                 return name, True
-            twin = twin.replace("{" + placeholder + "}", str(kept.index(int(number))))
-        return twin, False
+            source = source.replace("{" + placeholder + "}", str(indices.index(int(number))))
+        return source, False
 
-    def _kept(self, match: LayoutMatch, placeholder: str) -> list[int]:
-        """Where the small model's numbered modules stand among the big one's."""
+    def _indices(self, match: LayoutMatch, placeholder: str) -> list[int]:
+        """Return the big model's indices of the small model's modules in a list."""
         if placeholder == "block":
-            return outer(*self.counts[match.row.pattern.partition("{block}")[0]])
+            return first_and_last(*self.counts[match.row.pattern.partition("{block}")[0]])
         axis = (
             AxisProduct((AxisName("kv_heads"), AxisName("group"))) if placeholder == "heads" else AxisName(placeholder)
         )
         big, small = config_sizes(self.layout, self.big.config), config_sizes(self.layout, self.small.config)
         unsized = isinstance(axis, AxisName) and axis.name not in big
-        return list(range(int(match.numbers[placeholder]) + 1)) if unsized else positions(axis, big, small)
+        return list(range(int(match.numbers[placeholder]) + 1)) if unsized else selected_indices(axis, big, small)
 
     def _fill_added(self, match: LayoutMatch, name: str, target: Tensor) -> None:
-        """A block that writes nothing onto the stream, whatever it reads."""
+        """Fill a block that adds nothing to the residual stream, whatever its input."""
         if match.row.kind == "norm":
             target.fill_(0.0 if name.endswith("bias") else 1.0 - self.layout.norm_offset)
         elif not match.row.input_norms and any(axis in self.projected for axis in match.axes):
@@ -218,7 +222,7 @@ class Lifter:
 
     def _basis(self, axis: AxisName, wide: int, narrow: int) -> Tensor:
         if axis.name not in self.bases:
-            self.bases[axis.name] = orthonormal(
+            self.bases[axis.name] = random_orthonormal(
                 wide, narrow, self.seed + 7 + len(self.bases), keep_mean=self.layout.norm == "layer"
             )
         found = self.bases[axis.name]
@@ -226,15 +230,15 @@ class Lifter:
         return found
 
     def _copies(self, axis: Axis) -> int:
-        """How often a projected axis stands side by side in `axis`; 0 where it is no projected axis."""
+        """Return how often a projected axis is repeated in `axis`; 0 where it is not projected."""
         if isinstance(axis, AxisProduct) and len(axis.factors) == 2 and axis.factors[1] in self.projected:
             return int(axis.factors[0].name)
         return int(axis in self.projected)
 
-    def _normed(self, name: str, pattern: str) -> bool:
-        """Whether the big model has this norm; one that no block has is a norm without parameters."""
-        has_it = {match.row.pattern for match in map(self.layout.find, self.targets) if match}
-        return name in self.targets or name + ".weight" in self.targets or pattern not in has_it
+    def _has_norm(self, name: str, pattern: str) -> bool:
+        """Return whether the big model has this norm; one that no block has is a norm without parameters."""
+        patterns = {match.row.pattern for match in map(self.layout.find, self.targets) if match}
+        return name in self.targets or name + ".weight" in self.targets or pattern not in patterns
 
     def _ratio(self, scale: "Callable | None") -> float:
         return 1.0 if scale is None else scale(self.small.config) / scale(self.big.config)
@@ -243,8 +247,8 @@ class Lifter:
         found = tensors.get(name + ".weight", tensors.get(name))
         return None if found is None else found.double() + self.layout.norm_offset
 
-    def _own_gain(self, name: str) -> Tensor | None:
-        """The big model's own random gain for a folded norm or a learned scale."""
+    def _big_gain(self, name: str) -> Tensor | None:
+        """Return the big model's random gain of a folded norm or a learned diagonal."""
         found = self.targets.get(name + ".weight", self.targets.get(name))
         if found is None:
             return None
@@ -256,42 +260,45 @@ class Lifter:
         for placeholder, number in match.numbers.items():
             stack, marker, _ = pattern.partition("{" + placeholder + "}")
             if of_small and marker and stack in self.counts:
-                place = outer if placeholder == "block" else spread
-                number = str(place(*self.counts[stack]).index(int(number)))
+                rule = first_and_last if placeholder == "block" else evenly_spaced
+                number = str(rule(*self.counts[stack]).index(int(number)))
             pattern = pattern.replace("{" + placeholder + "}", number)
         return pattern
 
-    def _lifted(self, match: LayoutMatch, name: str, twin: str) -> Tensor:
-        target, value = self.targets[name], self.source[twin].double()
+    def _embedded(self, match: LayoutMatch, name: str, source: str) -> Tensor:
+        target, value = self.targets[name], self.source[source].double()
         row = match.row
         if row.kind == "norm":
-            return self._lifted_norm(match, name, twin)
+            return self._embedded_norm(match, name, source)
         kept = [
             dim
             for dim, axis in enumerate(match.axes)
             if not self._copies(axis) or target.shape[dim] == value.shape[dim]
         ]
-        value = self._placed(match, value, target, kept)
+        value = self._scattered(match, value, target, kept)
         terms, big = [row.input_norms[0] if row.input_norms else None], self._sizes(self.big, match, target)
         if len(row.input_norms) > 1 and not match.is_bias:
-            lengths = [total(term, big) for term in row.output_axis.terms]
+            lengths = [axis_length(term, big) for term in row.output_axis.terms]
             output = len(match.axes) - 1 if row.transposed else 0
             parts = value.split(lengths, dim=output)
             return torch.cat(
-                [self._widened(match, part, target, norm) for part, norm in zip(parts, row.input_norms, strict=True)],
+                [
+                    self._projected(match, part, target, norm)
+                    for part, norm in zip(parts, row.input_norms, strict=True)
+                ],
                 dim=output,
             )
-        return self._widened(match, value, target, terms[0])
+        return self._projected(match, value, target, terms[0])
 
-    def _placed(self, match: LayoutMatch, value: Tensor, target: Tensor, dims: Iterable[int]) -> Tensor:
-        """`value` among zeros, at the places along `dims` where the method looks for it."""
+    def _scattered(self, match: LayoutMatch, value: Tensor, target: Tensor, dims: Iterable[int]) -> Tensor:
+        """Return `value` scattered into zeros, at the indices along `dims` that the method selects."""
         big, small = self._sizes(self.big, match, target), self._sizes(self.small, match, value)
         for dim in dims:
             wide = torch.zeros(*value.shape[:dim], target.shape[dim], *value.shape[dim + 1 :], dtype=torch.float64)
-            value = wide.index_copy(dim, torch.tensor(positions(match.axes[dim], big, small)), value)
+            value = wide.index_copy(dim, torch.tensor(selected_indices(match.axes[dim], big, small)), value)
         return value
 
-    def _widened(self, match: LayoutMatch, value: Tensor, target: Tensor, norm: str | None) -> Tensor:
+    def _projected(self, match: LayoutMatch, value: Tensor, target: Tensor, norm: str | None) -> Tensor:
         row = match.row
         for dim, axis in enumerate(match.axes):
             copies = self._copies(axis)
@@ -300,11 +307,11 @@ class Lifter:
             axis = axis.factors[1] if copies > 1 else axis
             wide, narrow = target.shape[dim] // copies, value.shape[dim] // copies
             matrix = self._basis(axis, wide, narrow)
-            reads = not match.is_bias and dim == row.input_axis and norm is not None and norm in self.read
-            if reads and self._normed(self._named(norm, match, of_small=False), norm):
+            reads = not match.is_bias and dim == row.input_axis and norm is not None and norm in self.folded
+            if reads and self._has_norm(self._named(norm, match, of_small=False), norm):
                 small, big = (
                     self._gain(self.source, self._named(norm, match, of_small=True)),
-                    self._own_gain(self._named(norm, match, of_small=False)),
+                    self._big_gain(self._named(norm, match, of_small=False)),
                 )
                 if small is not None:
                     matrix = matrix * small[None, :] / big[:, None]
@@ -312,7 +319,7 @@ class Lifter:
             elif row.output_diagonal is not None and (match.is_bias or dim != row.input_axis):
                 small, big = (
                     self._gain(self.source, self._named(row.output_diagonal, match, of_small=True)),
-                    self._own_gain(self._named(row.output_diagonal, match, of_small=False)),
+                    self._big_gain(self._named(row.output_diagonal, match, of_small=False)),
                 )
                 matrix = matrix if small is None else matrix * small[None, :] / big[:, None]
             written = (
@@ -329,23 +336,23 @@ class Lifter:
             value = value * self._ratio(self.layout.tied_head_scale)
         return value
 
-    def _lifted_norm(self, match: LayoutMatch, name: str, twin: str) -> Tensor:
-        target, value = self.targets[name], self.source[twin].double()
+    def _embedded_norm(self, match: LayoutMatch, name: str, source: str) -> Tensor:
+        target, value = self.targets[name], self.source[source].double()
         axis, pattern, offset = match.axes[-1], match.row.pattern, self.layout.norm_offset
         if len(match.axes) > 1:
-            return self._placed(match, value, target, range(len(match.axes)))
+            return self._scattered(match, value, target, range(len(match.axes)))
         norm = name.removesuffix(".weight").removesuffix(".bias")
         if axis not in self.projected or target.shape[-1] == value.shape[-1]:
-            return self._placed(match, value, target, [0])
+            return self._scattered(match, value, target, [0])
         wide, narrow = target.shape[-1], value.shape[-1]
-        if pattern in self.read:
-            own = self._own_gain(norm)
+        if pattern in self.folded:
+            own = self._big_gain(norm)
             if not name.endswith(".bias"):
                 return own - offset
-            gain = self._gain(self.source, twin.removesuffix(".bias"))
+            gain = self._gain(self.source, source.removesuffix(".bias"))
             return math.sqrt(wide / narrow) * own * (self._basis(axis, wide, narrow) @ (value / gain))
         if pattern in self.learned_scales:
-            return self._own_gain(norm) - offset
+            return self._big_gain(norm) - offset
         before_head = any(pattern in row.input_norms for row in self.layout.rows)
         scale = (
             self._ratio(self.layout.tied_head_scale) / self._ratio(self.layout.embedding_scale) if before_head else 1.0
@@ -356,12 +363,12 @@ class Lifter:
         return torch.full(target.shape, gain.item() - offset, dtype=torch.float64)
 
     def _sizes(self, model: PreTrainedModel, match: LayoutMatch, tensor: Tensor) -> dict[str, int]:
-        stated = solve_sizes(match.axes, tensor.shape, config_sizes(self.layout, model.config), match.row.pattern)
+        sizes = solve_sizes(match.axes, tensor.shape, config_sizes(self.layout, model.config), match.row.pattern)
         if self.layout.alibi is not None and self.layout.alibi(model.config):
-            stated["alibi"] = 1
-        return stated
+            sizes["alibi"] = 1
+        return sizes
 
 
-def lift(small: PreTrainedModel, big: PreTrainedModel, layout: Layout, seed: int = 0) -> None:
+def embed_small_in_large(small: PreTrainedModel, big: PreTrainedModel, layout: Layout, seed: int = 0) -> None:
     """Fill `big` so that it computes what `small` does."""
-    Lifter(small, big, layout, seed).lift()
+    Embedder(small, big, layout, seed).fill()
