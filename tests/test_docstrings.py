@@ -1,7 +1,7 @@
 """Every public docstring has an example, and every example in a docstring runs and prints what it shows.
 
 Examples name models of the Hub. Here those ids are folders of small random models of the same width, in the working directory,
-where Transformers looks first. `dataset` is a `datasets.Dataset` with the columns `text` and `label`.
+where Transformers looks first. Examples may also use `dataset` and `labeled_dataset` (tokenized) and `tokenizer`.
 """
 
 import doctest
@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -65,6 +66,7 @@ PUBLIC = [
     for name in hf_guide.__all__
     if not name.startswith("__")
     and not (inspect.isclass(getattr(hf_guide, name)) and issubclass(getattr(hf_guide, name), Exception))
+    and not (getattr(hf_guide, name).__doc__ or "").startswith("Deprecated")
 ]
 
 
@@ -79,27 +81,32 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def dataset() -> datasets.Dataset:
-    """Return 64 texts of 24 known words with two labels."""
+@pytest.fixture(scope="module")
+def names(hub: Path) -> dict[str, Any]:
+    """Return what an example may use without making it: `dataset`, `labeled_dataset` and `tokenizer`."""
     words = torch.randint(0, 93, (64, 24), generator=torch.Generator().manual_seed(0))
-    texts = [" ".join(f"w{word}" for word in row) for row in words.tolist()]
-    return datasets.Dataset.from_dict({"text": texts, "label": [number % 2 for number in range(len(texts))]})
+    tokenizer = make_tokenizer()
+    encoded = dict(tokenizer([" ".join(f"w{word}" for word in row) for row in words.tolist()]))
+    encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    labels = [number % 2 for number in range(len(words))]
+    return {
+        "dataset": datasets.Dataset.from_dict(encoded),
+        "labeled_dataset": datasets.Dataset.from_dict({**encoded, "labels": labels}),
+        "tokenizer": tokenizer,
+    }
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_print_what_they_show(
-    name: str, hub: Path, dataset: datasets.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, hub: Path, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.registered_layouts()
-    monkeypatch.setattr(registry, "_LAYOUTS", dict(registry._LAYOUTS))  # an example registers a family
+    monkeypatch.setattr(registry, "_LAYOUTS", dict(registry._LAYOUTS))  # examples register families, methods and losses
     for entry in hub.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
-    failed, _ = doctest.testmod(
-        module, extraglobs={"dataset": dataset}, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    )
+    failed, _ = doctest.testmod(module, extraglobs=names, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert not failed
 
 
@@ -109,3 +116,13 @@ def test_a_public_name_has_an_example(name: str) -> None:
     assert re.search(r"^\s*>>> ", documented.__doc__ or "", re.MULTILINE), (
         f"the docstring of {name} has no example (>>>)"
     )
+
+
+def test_no_example_is_skipped() -> None:
+    root = Path(hf_guide.__file__).parent
+    skipped = [
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if "doctest: +SKIP" in path.read_text(encoding="utf-8")
+    ]
+    assert not skipped

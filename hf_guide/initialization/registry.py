@@ -102,6 +102,19 @@ class InitializationMethod(abc.ABC):
     Attributes:
         requires_data: The method needs a `calibration_dataset`; without it, one is an error.
         requires_layout: The method needs the names of the family's axes; without it, the teacher only lends its config.
+
+    Example:
+        >>> from hf_guide import InitializationConfig, InitializationMethod, from_teacher, register_method
+        >>> class ZerosMethod(InitializationMethod):
+        ...     requires_layout = False
+        ...     def initialize(self, student, setup):
+        ...         for parameter in student.parameters():
+        ...             torch.nn.init.zeros_(parameter)
+        ...         return InitializationReport.of_random(student, setup.teacher, self.config)
+        >>> register_method("zeros", InitializationConfig, ZerosMethod)
+        >>> student = from_teacher("HuggingFaceTB/SmolLM2-135M", method="zeros", num_hidden_layers=2, show_progress=False)
+        >>> student.lm_head.weight.count_nonzero().item()
+        0
     """
 
     requires_data: ClassVar[bool] = False

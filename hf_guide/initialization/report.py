@@ -82,8 +82,10 @@ class InitializationReport:
         peak_memory_bytes: The most the process had resident.
 
     Example:
-        >>> report = student.initialization_report  # doctest: +SKIP
-        >>> print(report.summary())  # doctest: +SKIP
+        >>> from hf_guide import from_teacher
+        >>> student = from_teacher("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=2, show_progress=False)
+        >>> student.initialization_report.blocks
+        {'layers': [0, 3]}
     """
 
     teacher: str

@@ -29,7 +29,11 @@ class CaptureConfig:
     """Configure `capture_teacher`: what of a teacher's outputs is stored, and how.
 
     Raises:
-        OptionError: an unknown option (with the nearest one), or a value out of range.
+        OptionError: An option is unknown (the nearest one is suggested), or a value is out of range.
+
+    Example:
+        >>> CaptureConfig(top_k=64, temperatures=[1.0, 2.0]).temperatures
+        [1.0, 2.0]
     """
 
     top_k: int = field(

@@ -50,8 +50,12 @@ class Capture:
         manifest: Its teacher, dataset and options.
 
     Example:
-        >>> capture = Capture.open("capture/")  # doctest: +SKIP
-        >>> batch = CaptureDataCollator(collator, capture)(examples)  # doctest: +SKIP
+        >>> from hf_guide import Capture, capture_teacher
+        >>> _ = capture_teacher(
+        ...     "HuggingFaceTB/SmolLM2-135M", dataset, "capture", processing_class=tokenizer, show_progress=False
+        ... )
+        >>> Capture.open("capture").manifest.teacher_class
+        'LlamaForCausalLM'
     """
 
     def __init__(self, folder: Path, manifest: CaptureManifest):

@@ -285,10 +285,17 @@ def capture_teacher(
         TaskError, TeacherError: The teacher's task is not known, or it cannot be loaded.
 
     Example:
-        >>> capture = capture_teacher(  # doctest: +SKIP
-        ...     "HuggingFaceTB/SmolLM2-135M", dataset, "capture/", processing_class=tokenizer, config={"top_k": 64}
+        >>> from hf_guide import capture_teacher
+        >>> capture = capture_teacher(
+        ...     "HuggingFaceTB/SmolLM2-135M",
+        ...     dataset,
+        ...     "capture",
+        ...     processing_class=tokenizer,
+        ...     config={"top_k": 64},
+        ...     show_progress=False,
         ... )
-        >>> DistillationTrainer(student, args, collator, dataset, teacher=capture).train()  # doctest: +SKIP
+        >>> capture.manifest.examples
+        64
     """
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)

@@ -45,7 +45,8 @@ def load_teacher(
         TeacherError: It cannot be read, names no known class, or lacks parameters, which would be random.
 
     Example:
-        >>> model = load_teacher("HuggingFaceTB/SmolLM2-135M", dtype="bfloat16")  # doctest: +SKIP
+        >>> load_teacher("HuggingFaceTB/SmolLM2-135M", dtype="bfloat16").dtype
+        torch.bfloat16
     """
     if is_loaded(teacher):
         if dtype is not None or revision is not None:
