@@ -1,7 +1,7 @@
 """Every public docstring has an example, and every example in a docstring runs and prints what it shows.
 
 Examples name models of the Hub. Here those ids are folders of small random models of the same width, in the working directory,
-where Transformers looks first. Examples may also use `dataset` and `labeled_dataset` (tokenized) and `tokenizer`.
+where Transformers looks first. Examples may use `dataset` (text, label), `tokenized_dataset` and `tokenizer`.
 """
 
 import doctest
@@ -83,15 +83,16 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def names(hub: Path) -> dict[str, Any]:
-    """Return what an example may use without making it: `dataset`, `labeled_dataset` and `tokenizer`."""
+    """Return what an example may use without making it: `dataset`, `tokenized_dataset` and `tokenizer`."""
     words = torch.randint(0, 93, (64, 24), generator=torch.Generator().manual_seed(0))
+    texts = [" ".join(f"w{word}" for word in row) for row in words.tolist()]
     tokenizer = make_tokenizer()
-    encoded = dict(tokenizer([" ".join(f"w{word}" for word in row) for row in words.tolist()]))
-    encoded = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-    labels = [number % 2 for number in range(len(words))]
+    encoded = tokenizer(texts)
     return {
-        "dataset": datasets.Dataset.from_dict(encoded),
-        "labeled_dataset": datasets.Dataset.from_dict({**encoded, "labels": labels}),
+        "dataset": datasets.Dataset.from_dict({"text": texts, "label": [number % 2 for number in range(len(texts))]}),
+        "tokenized_dataset": datasets.Dataset.from_dict(
+            {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        ),
         "tokenizer": tokenizer,
     }
 
@@ -101,7 +102,9 @@ def test_examples_print_what_they_show(
     name: str, hub: Path, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.registered_layouts()
-    monkeypatch.setattr(registry, "_LAYOUTS", dict(registry._LAYOUTS))  # examples register families, methods and losses
+    monkeypatch.setattr(
+        registry, "_LAYOUTS", dict(registry._LAYOUTS)
+    )  # examples register families, methods and losses
     for entry in hub.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)

@@ -118,6 +118,7 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         ... )
         >>> trainer = DistillationTrainer(student, args, train_dataset=examples, teacher=teacher)
         >>> trainer.train().global_step
+        {'train_runtime': ...}
         1
     """
 

@@ -105,13 +105,17 @@ class InitializationMethod(abc.ABC):
 
     Example:
         >>> from hf_guide import InitializationConfig, InitializationMethod, from_teacher, register_method
+        >>> from hf_guide.initialization.report import random_report
+        >>> @dataclass
+        ... class ZerosConfig(InitializationConfig):
+        ...     method: str = "zeros"
         >>> class ZerosMethod(InitializationMethod):
         ...     requires_layout = False
         ...     def initialize(self, student, setup):
         ...         for parameter in student.parameters():
         ...             torch.nn.init.zeros_(parameter)
-        ...         return InitializationReport.of_random(student, setup.teacher, self.config)
-        >>> register_method("zeros", InitializationConfig, ZerosMethod)
+        ...         return random_report(student, setup.teacher)
+        >>> register_method("zeros", ZerosConfig, ZerosMethod)
         >>> student = from_teacher("HuggingFaceTB/SmolLM2-135M", method="zeros", num_hidden_layers=2, show_progress=False)
         >>> student.lm_head.weight.count_nonzero().item()
         0

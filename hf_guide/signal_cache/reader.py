@@ -52,7 +52,7 @@ class Capture:
     Example:
         >>> from hf_guide import Capture, capture_teacher
         >>> _ = capture_teacher(
-        ...     "HuggingFaceTB/SmolLM2-135M", dataset, "capture", processing_class=tokenizer, show_progress=False
+        ...     "HuggingFaceTB/SmolLM2-135M", tokenized_dataset, "capture", processing_class=tokenizer, show_progress=False
         ... )
         >>> Capture.open("capture").manifest.teacher_class
         'LlamaForCausalLM'

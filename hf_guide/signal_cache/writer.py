@@ -288,7 +288,7 @@ def capture_teacher(
         >>> from hf_guide import capture_teacher
         >>> capture = capture_teacher(
         ...     "HuggingFaceTB/SmolLM2-135M",
-        ...     dataset,
+        ...     tokenized_dataset,
         ...     "capture",
         ...     processing_class=tokenizer,
         ...     config={"top_k": 64},
