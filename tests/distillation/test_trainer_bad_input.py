@@ -167,7 +167,7 @@ def test_a_teacher_that_says_nan_is_named_with_the_example_and_the_step(tmp_path
     trainer = DistillationTrainer(
         llama(1), arguments(tmp_path, losses="kd"), collate, examples_for("causal-lm"), teacher=teacher
     )
-    with pytest.raises(TeacherError, match=r"NaN or infinity of \d+ of 8 examples at step 0.*begins with the tokens"):
+    with pytest.raises(TeacherError, match=r"NaN or infinity for \d+ of 8 examples at step 0.*begins with the tokens"):
         trainer.train()
 
 
@@ -183,7 +183,7 @@ def test_a_classifier_that_says_nan_or_infinity_is_refused(said: float, tmp_path
     trainer = DistillationTrainer(
         model_for(task, 1), arguments(tmp_path, losses="kd"), collate, examples_for(task), teacher=teacher
     )
-    with pytest.raises(TeacherError, match="of 1 of 8 examples at step 0: the first is number 1"):
+    with pytest.raises(TeacherError, match="for 1 of 8 examples at step 0: the first is number 1"):
         trainer.train()
 
 
