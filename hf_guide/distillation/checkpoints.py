@@ -104,12 +104,12 @@ def _file_defect(path: Path) -> str | None:
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Return the folders in `output_dir` with a checkpoint's name, the latest first."""
     folder = Path(output_dir)
-    found = {
+    matches = {
         path: _CHECKPOINT_NAME.fullmatch(path.name)
         for path in (folder.iterdir() if folder.is_dir() else ())
         if path.is_dir()
     }
-    steps = {path: int(match[1]) for path, match in found.items() if match}
+    steps = {path: int(match[1]) for path, match in matches.items() if match}
     return sorted(steps, key=lambda path: steps[path], reverse=True)
 
 
@@ -162,13 +162,13 @@ def _last_run_id(output_dir: str | Path) -> str | None:
 
 def warn_about_earlier_run(output_dir: str | Path) -> None:
     """Log that a run starts from the beginning although an earlier one has left checkpoints."""
-    found = list_checkpoints(output_dir)
-    if found:
+    earlier = list_checkpoints(output_dir)
+    if earlier:
         logger.warning(
-            "Training starts from the beginning in %s, which has checkpoints of an earlier run, up to %s. Until this run has saved "
-            "one, resume_from_checkpoint=True would resume from those. Remove them, or choose another output_dir.",
+            "Training starts from the beginning in %s, which has checkpoints of an earlier run, up to %s. Until this run has "
+            "saved one, resume_from_checkpoint=True would resume from those. Remove them, or choose another output_dir.",
             output_dir,
-            found[0].name,
+            earlier[0].name,
         )
 
 
@@ -221,20 +221,20 @@ def select_checkpoint(resume: "str | bool | None", output_dir: str, accelerator:
 def _select_checkpoint(resume: "str | bool", output_dir: str) -> "str | bool | None":
     if not isinstance(resume, bool):
         validate_checkpoint(resume)
-        found: Path | None = Path(resume)
+        checkpoint: Path | None = Path(resume)
     elif not has_checkpoints(output_dir):
         return True
     else:
-        found = last_complete_checkpoint(output_dir)
-    if found is None:
+        checkpoint = last_complete_checkpoint(output_dir)
+    if checkpoint is None:
         logger.warning("No checkpoint in %s is complete: training starts from the beginning.", output_dir)
         return None
-    if not any(any(found.glob(pattern)) for pattern in _OPTIMIZER_FILES):
+    if not any(any(checkpoint.glob(pattern)) for pattern in _OPTIMIZER_FILES):
         logger.warning(
             "%s was saved with save_only_model: the optimizer and the learning rate schedule start from the beginning.",
-            found,
+            checkpoint,
         )
-    return str(found)
+    return str(checkpoint)
 
 
 @contextlib.contextmanager

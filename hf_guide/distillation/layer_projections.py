@@ -57,7 +57,8 @@ class LayerProjections(nn.Module):
             tensors, _, _ = read_tensors(folder / PROJECTIONS_FILE_NAME, required=False)
         except FileNotFoundError as error:
             raise OptionError(
-                f"{folder} has no {PROJECTIONS_FILE_NAME}: it is not a checkpoint of a run with these losses. Resume from one that is."
+                f"{folder} has no {PROJECTIONS_FILE_NAME}: it is not a checkpoint of a run with these losses. Resume from one "
+                "that is."
             ) from error
         except DamagedFileError as error:
             raise OptionError(f"{error} Resume from another checkpoint.") from error
@@ -75,8 +76,9 @@ def check_optimizer_has_projections(optimizer: torch.optim.Optimizer, projection
     if not known.issuperset(map(id, projections)):
         raise OptionError(
             "The student's widths differ from the teacher's, and the optimizer that was passed does not have the "
-            "projections between them: they would stay random. Add trainer.distillation_objective.projections.parameters() to it before train(), or pass "
-            "optimizer_cls_and_kwargs in place of optimizers."
+            "projections between them: they would stay random. Add "
+            "trainer.distillation_objective.projections.parameters() to it before train(), or pass "
+            "optimizer_cls_and_kwargs instead of optimizers."
         )
 
 

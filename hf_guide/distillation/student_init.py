@@ -88,8 +88,8 @@ def validate_trainable(student: nn.Module) -> None:
     compiled = [name for name, module in student.named_modules() if isinstance(module, OptimizedModule)]
     if compiled:
         raise OptionError(
-            f"{compiled[0]} of the student is compiled, and its weights would be saved under other names. Pass the model itself, "
-            "and DistillationArguments(torch_compile=True)."
+            f"{compiled[0]} of the student is compiled, and its weights would be saved under other names. Pass the model "
+            "itself, and DistillationArguments(torch_compile=True)."
         )
     added = parametrized_layers(student)
     if added:

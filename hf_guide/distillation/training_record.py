@@ -26,8 +26,8 @@ def build_training_record(
     args, state = trainer.args, trainer.state
     student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     history = eval_history(state.log_history)
-    found: dict[str, float | None] = dict(history[-1]) if history else {}
-    of_teacher = {name: _TEACHER_METRIC.sub("_", name) for name in found if _TEACHER_METRIC.search(name)}
+    last: dict[str, float | None] = dict(history[-1]) if history else {}
+    teacher_names = {name: _TEACHER_METRIC.sub("_", name) for name in last if _TEACHER_METRIC.search(name)}
     return DistillationRecord(
         teachers=[_teacher_record(each, args) for each in trainer.teachers],
         losses=args.loss_weights,
@@ -43,28 +43,28 @@ def build_training_record(
         epochs=state.epoch,
         training=reported_arguments(args),
         metrics={
-            name: value for name, value in found.items() if name not in of_teacher and not name.endswith("_weighted")
+            name: value for name, value in last.items() if name not in teacher_names and not name.endswith("_weighted")
         },
-        teacher_metrics={of_teacher[name]: value for name, value in found.items() if name in of_teacher},
+        teacher_metrics={teacher_names[name]: value for name, value in last.items() if name in teacher_names},
         history=[dict(entry) for entry in history],
     )
 
 
 def eval_history(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
     """Return the metrics of each step at which a `Trainer` evaluated, on one dataset or on several, merged by step."""
-    found: dict[float, dict[str, float]] = {}
+    by_step: dict[float, dict[str, float]] = {}
     for entry in history:
         if any(name.startswith("eval_") and name.endswith("_loss") for name in entry):
-            found.setdefault(entry["step"], {}).update(entry)
-    return list(found.values())
+            by_step.setdefault(entry["step"], {}).update(entry)
+    return list(by_step.values())
 
 
 def _teacher_record(teacher: Any, args: Any) -> TeacherRecord:
     if isinstance(teacher, CachedTeacher):
         manifest = teacher.capture.manifest
-        told = teacher_record(
+        record = teacher_record(
             manifest.teacher, revision=manifest.teacher_revision, captured=True, token=args.hub_token
         )
-        return dataclasses.replace(told, fingerprint=manifest.files)
+        return dataclasses.replace(record, fingerprint=manifest.files)
     revision = getattr(teacher.bare.config, "_commit_hash", None)
     return teacher_record(model_name(teacher.bare), revision=revision, weight=teacher.weight, token=args.hub_token)

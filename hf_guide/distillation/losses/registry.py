@@ -239,9 +239,9 @@ def parse_losses(losses: "str | Mapping[str, float] | None") -> dict[str, float]
     """
     if isinstance(losses, str) and not losses.lstrip().startswith("{"):
         losses = {losses: 1.0}
-    given = check_mapping("losses", losses, like='{"ce": 0.5, "kd": 0.5}')
+    by_name = check_mapping("losses", losses, like='{"ce": 0.5, "kd": 0.5}')
     weights: dict[str, float] = {}
-    for name, weight in current_names(given, "losses").items():
+    for name, weight in current_names(by_name, "losses").items():
         get_loss(name)
         weights[name] = check_weight(f"The weight of {name!r} in losses", weight)
     nonzero = {name: weight for name, weight in weights.items() if weight}
