@@ -503,7 +503,7 @@ UNMERGEABLE = {
     several_experts: "PEFT cannot merge",
     added_inside: "add_adapter.*get_peft_model",
     a_bias_without_a_place: "lora_bias",
-    quantised: "quantised.*full precision",
+    quantised: "quantized.*full precision",
     none: "no adapter to merge",
     a_folder_with_an_adapter: "merged has an adapter.*another folder",
     tokens_of_a_tied_head_with_a_bias: "loaded again.*nothing was written",
