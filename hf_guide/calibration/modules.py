@@ -83,53 +83,53 @@ class ModuleMap:
 
 def find_modules(model: PreTrainedModel, layout: Layout) -> ModuleMap:
     """Return the modules of `model` that the layout describes."""
-    found = ModuleMap()
-    modules = {strip_base_prefix(name, model.base_model_prefix): module for name, module in model.named_modules()}
+    modules = ModuleMap()
+    by_name = {strip_base_prefix(name, model.base_model_prefix): module for name, module in model.named_modules()}
     stacks = {row.pattern.partition("{block}")[0] + "{block}" for row in layout.rows if "{block}" in row.pattern}
     for stack in sorted(stacks):
         blocks: list[nn.Module] = []
-        while (name := stack.replace("{block}", str(len(blocks)))) in modules:
-            blocks.append(modules[name])
+        while (name := stack.replace("{block}", str(len(blocks)))) in by_name:
+            blocks.append(by_name[name])
         if blocks:
-            found.blocks[stack] = blocks
+            modules.blocks[stack] = blocks
     patterns_read = {norm for row in layout.rows for norm in row.input_norms if norm}
-    for name, module in modules.items():
-        _add_experts(found, name, module, layout)
+    for name, module in by_name.items():
+        _add_experts(modules, name, module, layout)
         match = layout.find(name)
         if match is None or match.suffix or not match.axes:
             continue
         if match.row.kind == "norm":
-            _add_norm(found, name, module, match, layout, patterns_read)
+            _add_norm(modules, name, module, match, layout, patterns_read)
         elif match.row.kind == "weight" and len(match.axes) == 2 and (is_linear(module) or is_router(module, match)):
-            _add_linear(found, name, module, match, layout)
-    return found
+            _add_linear(modules, name, module, match, layout)
+    return modules
 
 
-def _add_experts(found: ModuleMap, name: str, module: nn.Module, layout: Layout) -> None:
+def _add_experts(modules: ModuleMap, name: str, module: nn.Module, layout: Layout) -> None:
     for parameter, _ in module.named_parameters(recurse=False):
         match = layout.find(f"{name}.{parameter}")
         if match is not None and len(match.axes) == 3 and match.axes[0] == AxisName("experts"):
             axis = match.axes[2 if match.row.transposed else 1]
             if isinstance(axis, AxisName) and axis.name in layout.projected_axes() and not match.row.input_norms:
-                found.experts[name] = ModuleRef(name, module, match, axis.name)
+                modules.experts[name] = ModuleRef(name, module, match, axis.name)
 
 
 def _add_norm(
-    found: ModuleMap, name: str, module: nn.Module, match: LayoutMatch, layout: Layout, patterns_read: set[str]
+    modules: ModuleMap, name: str, module: nn.Module, match: LayoutMatch, layout: Layout, patterns_read: set[str]
 ) -> None:
     axis = match.axes[-1]
     if len(match.axes) == 1 and isinstance(axis, AxisName) and axis.name in layout.projected_axes():
-        found.norms[name] = ModuleRef(name, module, match, axis.name)
+        modules.norms[name] = ModuleRef(name, module, match, axis.name)
         if match.row.pattern in patterns_read:
-            found.read_norms[name] = found.norms[name]
+            modules.read_norms[name] = modules.norms[name]
 
 
-def _add_linear(found: ModuleMap, name: str, module: nn.Module, match: LayoutMatch, layout: Layout) -> None:
+def _add_linear(modules: ModuleMap, name: str, module: nn.Module, match: LayoutMatch, layout: Layout) -> None:
     input_axis, output_axis = match.row.axes[match.row.input_axis], match.row.output_axis
     if isinstance(input_axis, AxisName) and input_axis.name in layout.projected_axes():
-        found.residual_in[name] = ModuleRef(name, module, match, input_axis.name)
+        modules.residual_in[name] = ModuleRef(name, module, match, input_axis.name)
     elif isinstance(output_axis, AxisName) and output_axis.name in layout.projected_axes():
-        found.residual_out[name] = ModuleRef(name, module, match, output_axis.name)
+        modules.residual_out[name] = ModuleRef(name, module, match, output_axis.name)
 
 
 def is_linear(module: nn.Module) -> bool:

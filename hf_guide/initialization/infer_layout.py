@@ -32,6 +32,7 @@ from hf_guide.layouts.registry import (
     registered_layouts,
     variant_for,
 )
+from hf_guide.models.hooks import register_input_hook, removable_hooks
 from hf_guide.models.model_classes import meta_model, strip_base_prefix
 from hf_guide.models.tiny_inputs import example_tokens
 from hf_guide.models.tiny_models import MODEL_ERRORS, TINY_SIZES, build_tiny_model, randomize_parameters, tiny_config
@@ -255,21 +256,11 @@ def _embedding_and_logit_scales(model: PreTrainedModel) -> tuple[float | None, f
     if first_block is None or head is None:
         return None, None
     recorded: dict[str, Tensor] = {}
-    handles = [
-        embedding.register_forward_hook(lambda module, arguments, output: recorded.update(embedded=output)),
-        first_block.register_forward_pre_hook(
-            lambda module, arguments, keywords: recorded.update(
-                block_input=arguments[0] if arguments else keywords["hidden_states"]
-            ),
-            with_kwargs=True,
-        ),
-        head.register_forward_hook(lambda module, arguments, output: recorded.update(head=output)),
-    ]
-    try:
+    with removable_hooks() as handles:
+        handles.append(embedding.register_forward_hook(lambda _, args, output: recorded.update(embedded=output)))
+        handles.append(register_input_hook(first_block, lambda hidden: recorded.update(block_input=hidden)))
+        handles.append(head.register_forward_hook(lambda _, args, output: recorded.update(head=output)))
         logits = model(input_ids=example_tokens()).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     if "block_input" not in recorded:
         return None, None  # a model with an image tower, whose blocks come first and are not run
     # A soft-capped head is no multiple of its logits; where it is capped does not depend on the width.
@@ -319,18 +310,13 @@ def trace_norms(model: PreTrainedModel) -> tuple[dict[str, set[str]], dict[str, 
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        if name in norms:
-            handles.append(module.register_forward_hook(record_output(name), with_kwargs=True))
-        elif any(True for _ in module.parameters(recurse=False)):
-            handles.append(module.register_forward_pre_hook(record_input(name), with_kwargs=True))
-    try:
-        with torch.no_grad():
-            model(input_ids=example_tokens())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removable_hooks() as handles, torch.no_grad():
+        for name, module in model.named_modules():
+            if name in norms:
+                handles.append(module.register_forward_hook(record_output(name), with_kwargs=True))
+            elif any(True for _ in module.parameters(recurse=False)):
+                handles.append(module.register_forward_pre_hook(record_input(name), with_kwargs=True))
+        model(input_ids=example_tokens())
     return input_norms, norms
 
 

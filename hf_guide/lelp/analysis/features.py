@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_guide.lelp.data import check_classifier_task, check_single_label, linear_weight
 from hf_guide.lelp.validation import resolve_classes
 from hf_guide.models.adapters import without_adapter
+from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.tasks import task_of
 from hf_guide.teachers.forward import forward_outputs
@@ -70,20 +71,20 @@ def collect_features(
     num_read = 0
     size = check_integer("batch_size", batch_size)
     loader: Any = DataLoader(dataset, batch_size=size, collate_fn=data_collator)
-    teacher.eval()
-    for batch in tqdm(loader, desc="Running the teacher", disable=not show_progress):
-        inputs = {name: value.to(teacher.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        labels = inputs.pop("labels", None)
-        with torch.no_grad():
-            outputs = forward_outputs(teacher, task, inputs, features=True)
-        logits = outputs.logits.float()
-        every_example = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        embeddings = outputs.item_features(task, every_example, config).float()
-        numbers = range(num_read, num_read + len(logits))
-        classes = resolve_classes(labels, logits, len(logits), logits.shape[1], numbers)
-        num_read += len(logits)
-        batch_columns = (embeddings, logits, _input_features(teacher, inputs), classes)
-        columns.append(tuple(column.cpu() for column in batch_columns))
+    with eval_mode(teacher):
+        for batch in tqdm(loader, desc="Running the teacher", disable=not show_progress):
+            inputs = {name: value.to(teacher.device) for name, value in batch.items() if isinstance(value, Tensor)}
+            labels = inputs.pop("labels", None)
+            with torch.no_grad():
+                outputs = forward_outputs(teacher, task, inputs, features=True)
+            logits = outputs.logits.float()
+            every_example = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+            embeddings = outputs.item_features(task, every_example, config).float()
+            numbers = range(num_read, num_read + len(logits))
+            classes = resolve_classes(labels, logits, len(logits), logits.shape[1], numbers)
+            num_read += len(logits)
+            batch_columns = (embeddings, logits, _input_features(teacher, inputs), classes)
+            columns.append(tuple(column.cpu() for column in batch_columns))
     embeddings, logits, features, classes = (torch.cat(parts) for parts in zip(*columns, strict=True))
     return AnalysisFeatures(embeddings, logits, features, classes, linear_weight(classifier))
 
