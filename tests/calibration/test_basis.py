@@ -10,7 +10,7 @@ from examples.common.data import read_documents
 from examples.common.teachers import default_encoder
 from hf_guide import OptionError, ShapeError, from_teacher
 from hf_guide.initialization.basis import fit_channel_selection
-from tests.calibration.test_calibrated import batches_for
+from tests.calibration.small_students import kind_batches
 from tests.tiny import KINDS
 
 
@@ -59,7 +59,7 @@ def test_norm_weights_are_those_of_the_selected_channels() -> None:
     student = from_teacher(
         teacher,
         method={"method": "calibrated", "refit": "none", "fit_tied_embedding": False, "fit_final_norm": False},
-        calibration_dataset=batches_for(kind),
+        calibration_dataset=kind_batches(kind),
         hidden_size=24,
         show_progress=False,
     )

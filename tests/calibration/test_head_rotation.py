@@ -16,8 +16,7 @@ from hf_guide.calibration.head_rotation import low_rank_factors, low_rank_produc
 from hf_guide.layouts.grammar import axis_names, group_indices, solve_sizes
 from hf_guide.layouts.registry import Layout, config_sizes
 from hf_guide.methods import calibrated
-from tests.calibration.test_calibrated import data as token_batches
-from tests.calibration.test_laws import data
+from tests.calibration.small_students import case_batches, token_batches
 from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
 from tests.invariants.embed_small_in_large import embed_small_in_large, randomize, relative_name
@@ -77,7 +76,7 @@ def test_rotated_values_are_rotated_back_by_their_output_projection(
         teacher,
         monkeypatch,
         method={"method": "calibrated", "refit": "none"},
-        calibration_dataset=data(case),
+        calibration_dataset=case_batches(case),
         **SMALLER_HEADS[str(case)],
     )
     assert plan.tensor_transforms, "nothing is rotated"
@@ -219,7 +218,7 @@ def test_smaller_heads_are_recovered_from_rotated_ones(name: str) -> None:
                 big,
                 small.config,
                 method={"method": "calibrated", "refit": "none"},
-                calibration_dataset=data(case),
+                calibration_dataset=case_batches(case),
                 show_progress=False,
             )
         errors[is_rotated] = relative_error(logits_of(student, case), expected)

@@ -12,8 +12,7 @@ from hf_guide.calibration import importance
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import collect_expert_importance
 from hf_guide.calibration.modules import find_modules
-from tests.calibration.test_calibrated import batches_for
-from tests.calibration.test_laws import data
+from tests.calibration.small_students import case_batches, kind_batches
 from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
 from tests.invariants.embed_small_in_large import embed_small_in_large, randomize, relative_name
@@ -36,7 +35,7 @@ def test_identity(name: str) -> None:
     randomize(teacher, layout_of(teacher), seed=1)
     settle(teacher, case)
     before = teacher.get_experts_implementation()
-    student = from_teacher(teacher, method="calibrated", calibration_dataset=data(case), show_progress=False)
+    student = from_teacher(teacher, method="calibrated", calibration_dataset=case_batches(case), show_progress=False)
     assert teacher.get_experts_implementation() == before
     expected = logits_of(teacher, case)
     assert relative_error(logits_of(student, case), expected) <= max(case.identity, 1e-9)
@@ -92,7 +91,7 @@ def test_dead_experts_are_pruned(name: str) -> None:
             big,
             small.config,
             method={"method": "calibrated", "expert_importance": expert_importance},
-            calibration_dataset=data(case),
+            calibration_dataset=case_batches(case),
             show_progress=False,
         )
         errors[expert_importance] = relative_error(logits_of(student, case), expected)
@@ -113,7 +112,7 @@ def test_the_importance_of_an_expert_is_its_squared_output_over_the_tokens_route
     model = build(case, case.big)
     randomize(model, layout_of(model), seed=1)
     ref = find_modules(model, layout_of(model)).experts["layers.0.mlp.experts"]
-    batches = data(case, 2)
+    batches = case_batches(case, 2)
     mask = torch.ones_like(batches[1]["input_ids"])
     mask[:, 7:] = 0
     batches[1]["attention_mask"] = mask
@@ -150,7 +149,7 @@ def test_the_router_is_refitted_and_expert_importance_is_collected_once(
         return from_teacher(
             kind.teacher(),
             method="calibrated",
-            calibration_dataset=batches_for(kind),
+            calibration_dataset=kind_batches(kind),
             calibration_cache_dir=tmp_path,
             show_progress=False,
             **shape,
@@ -171,7 +170,7 @@ def test_experts_that_are_routed_by_groups_are_selected_evenly() -> None:
     student = from_teacher(
         teacher,
         method={"method": "calibrated", "refit": "none"},
-        calibration_dataset=data(case, 1),
+        calibration_dataset=case_batches(case, 1),
         show_progress=False,
         n_routed_experts=4,
     )

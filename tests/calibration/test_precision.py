@@ -10,7 +10,7 @@ import transformers
 from hf_guide import InitializationReport, ShapeError, from_teacher
 from hf_guide.calibration.head_fitting import count_token_ids
 from hf_guide.calibration.refit import assign_checked
-from tests.calibration.test_calibrated import data, student_of
+from tests.calibration.small_students import make_student, token_batches
 from tests.tiny import KINDS, same_bits
 
 HALF = [torch.bfloat16, torch.float16]
@@ -28,7 +28,7 @@ def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_cop
 ) -> None:
     kind = KINDS[name]
     half = kind.teacher().to(dtype)
-    options: dict[str, Any] = {"method": "calibrated", "calibration_dataset": data(), "show_progress": False}
+    options: dict[str, Any] = {"method": "calibrated", "calibration_dataset": token_batches(), "show_progress": False}
     reports = [
         from_teacher(teacher, **options, **kind.smaller).initialization_report
         for teacher in (half, copy.deepcopy(half).float())
@@ -45,7 +45,7 @@ def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_cop
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2"])
 def test_where_a_half_precision_teacher_loses_nothing_nothing_changes(name: str, dtype: torch.dtype) -> None:
     teacher = KINDS[name].teacher().to(dtype)
-    options: dict[str, Any] = {"calibration_dataset": data(), "show_progress": False}
+    options: dict[str, Any] = {"calibration_dataset": token_batches(), "show_progress": False}
     carried = {"method": "calibrated", "refit": "none", "fit_final_norm": False, "fit_logit_scale": False}
     student = from_teacher(teacher, method="calibrated", **options)
     assert same_bits(student, from_teacher(teacher, method=carried, **options))
@@ -67,7 +67,7 @@ def test_the_logits_scale_is_fitted_where_half_precision_logits_are_multiplied(
     found = []
     for teacher in (half, copy.deepcopy(half).float()):
         report = from_teacher(
-            teacher, method="calibrated", calibration_dataset=data(), show_progress=False, hidden_size=24
+            teacher, method="calibrated", calibration_dataset=token_batches(), show_progress=False, hidden_size=24
         ).initialization_report
         assert not any("not fitted" in note or "not refitted" in note for note in report.approximations)
         found.append(report.calibration["logit_scale"])
@@ -78,7 +78,7 @@ def test_squares_that_float16_does_not_hold_are_taken_in_float32() -> None:
     teacher = KINDS["llama tied"].teacher()
     with torch.no_grad():
         teacher.model.embed_tokens.weight[:, 5] += 300
-    student = student_of(teacher.half())
+    student = make_student(teacher.half())
     assert all(parameter.isfinite().all() for parameter in student.parameters())
     calibration = student.initialization_report.calibration
     assert 0 < calibration["logit_scale"] < 10
@@ -98,7 +98,7 @@ def test_a_scale_of_logits_that_are_not_finite_is_an_error() -> None:
     with torch.no_grad():
         teacher.lm_head.weight.mul_(2e4)  # float16 holds it, and not what it makes
     with pytest.raises(ShapeError, match=r"logits in torch\.float16.*not finite.*dtype='bfloat16'"):
-        student_of(teacher.half())
+        make_student(teacher.half())
 
 
 def test_padding_is_not_counted() -> None:

@@ -18,7 +18,7 @@ from hf_guide.calibration.sequential import SequentialBlocks
 from hf_guide.cli.main import main
 from hf_guide.utils import files
 from hf_guide.utils.checksums import write_json
-from tests.calibration.test_calibrated import SMALLER, batches_for, data
+from tests.calibration.small_students import SMALLER, kind_batches, token_batches
 from tests.tiny import KINDS, same_bits
 
 
@@ -48,7 +48,7 @@ def make_student(name: str, folder: Path | None, **method: Any) -> Any:
     return from_teacher(
         kind.teacher(),
         method={"method": "calibrated", **method},
-        calibration_dataset=batches_for(kind),
+        calibration_dataset=kind_batches(kind),
         calibration_cache_dir=folder,
         show_progress=False,
         **kind.smaller,
@@ -126,8 +126,8 @@ def test_a_step_that_was_removed_is_computed_again_with_all_after_it(removed: st
         ({"ridge": 0.3}, "options.ridge is None there and 0.3 here"),
         ({"dtype": "bfloat16"}, "student_dtype is 'torch.float32' there and 'torch.bfloat16' here"),
         ({"hidden_size": 32}, "student_config.hidden_size is 24 there and 32 here"),
-        ({"dataset": data(7)}, "batches is 8 there and 7 here"),
-        ({"dataset": list(reversed(data()))}, "calibration_data is"),
+        ({"dataset": token_batches(7)}, "batches is 8 there and 7 here"),
+        ({"dataset": list(reversed(token_batches()))}, "calibration_data is"),
         ({"teacher": KINDS["llama"].teacher(rms_norm_eps=1e-3)}, "teacher_config.rms_norm_eps is"),
     ],
     ids=str,
@@ -139,7 +139,7 @@ def test_another_call_is_an_error_that_names_what_differs(change: dict[str, Any]
         return from_teacher(
             teacher,
             method={"method": "calibrated", "ridge": ridge},
-            calibration_dataset=dataset or data(),
+            calibration_dataset=dataset or token_batches(),
             calibration_cache_dir=tmp_path,
             show_progress=False,
             **SMALLER | shape,
@@ -159,7 +159,7 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     teacher = KINDS["llama"].teacher()
 
     def check_error(folder: Path, word: str, method: str = "calibrated") -> None:
-        drawn = iter(data())
+        drawn = iter(token_batches())
         with pytest.raises(OptionError, match=word):
             from_teacher(
                 teacher,
@@ -180,7 +180,7 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     from_teacher(
         teacher,
         method="calibrated",
-        calibration_dataset=data(),
+        calibration_dataset=token_batches(),
         calibration_cache_dir=kept,
         show_progress=False,
         **SMALLER,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from hf_guide.calibration import resume
 from hf_guide.utils import files
-from tests.calibration.test_calibrated import student_of
+from tests.calibration.small_students import make_student
 from tests.tiny import KINDS
 
 arguments = json.loads(sys.argv[1])
@@ -32,7 +32,7 @@ def dying(partial: Path, path: Path) -> None:
 
 files.sync_and_rename = dying
 resume.SECONDS_BETWEEN_SAVES = 0.0
-student = student_of(KINDS["llama"].teacher().double(), arguments.get("dataset"), arguments.get("folder"))
+student = make_student(KINDS["llama"].teacher().double(), arguments.get("dataset"), arguments.get("folder"))
 vector = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
 everyone = [torch.zeros_like(vector) for _ in range(dist.get_world_size())]
 dist.all_gather(everyone, vector)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.calibration.test_calibrated import student_of
+from tests.calibration.small_students import make_student
 from tests.distributed.worlds import run_world
 from tests.tiny import KINDS
 
@@ -18,7 +18,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) -> None:
     result = uninterrupted
-    one = student_of(KINDS["llama"].teacher().double())
+    one = make_student(KINDS["llama"].teacher().double())
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
     assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"]
     assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
@@ -26,7 +26,7 @@ def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) ->
 
 def test_two_processes_generate_the_text_of_one(tmp_path: Path) -> None:
     result = run_world("calibrate.py", 2, {"dataset": "teacher"}, tmp_path)
-    one = student_of(KINDS["llama"].teacher().double(), "teacher")
+    one = make_student(KINDS["llama"].teacher().double(), "teacher")
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
     assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"] == 8192
     assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()

@@ -5,7 +5,8 @@ import torch
 
 from hf_guide.modeling import from_teacher
 from tests.calibration.equivalent_models import scramble
-from tests.invariants.case import INPUTS, Case, build, logits_of, settle
+from tests.calibration.small_students import case_batches
+from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
 from tests.invariants.embed_small_in_large import embed_small_in_large, randomize
 from tests.invariants.test_laws import layout_of, relative_error
@@ -27,29 +28,13 @@ NAMES = [
 CHOSEN = [case for case in CASES if str(case) in NAMES]
 
 
-def data(case: Case, batches: int = 6) -> list[dict[str, torch.Tensor]]:
-    """Several batches like the one that the laws are checked on, none of them that one."""
-    generator = torch.Generator().manual_seed(11)
-    found = []
-    for _ in range(batches):
-        found.append(
-            {
-                name: torch.randint(3, 60, (4, *value.shape[1:]), generator=generator)
-                if value.dtype == torch.long
-                else torch.randn(4, *value.shape[1:], generator=generator, dtype=value.dtype)
-                for name, value in INPUTS[case.inputs]().items()
-            }
-        )
-    return found
-
-
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_identity(case: Case) -> None:
     teacher = build(case, case.big)
     randomize(teacher, layout_of(teacher), seed=1)
     settle(teacher, case)
     expected = logits_of(teacher, case)
-    student = from_teacher(teacher, method="calibrated", calibration_dataset=data(case), show_progress=False)
+    student = from_teacher(teacher, method="calibrated", calibration_dataset=case_batches(case), show_progress=False)
     assert relative_error(logits_of(student, case), expected) <= max(case.identity, 1e-9)
     assert relative_error(logits_of(teacher, case), expected) == 0, "the teacher was changed"
 
@@ -67,7 +52,9 @@ def test_dead_heads_neurons_and_blocks_are_pruned(case: Case) -> None:
     live = scramble(big, layout, blocks, seed=7)
     expected = logits_of(small, case)
     assert relative_error(logits_of(big, case), expected) <= case.lift, "the scrambled teacher is not the small model"
-    student = from_teacher(big, small.config, method="calibrated", calibration_dataset=data(case), show_progress=False)
+    student = from_teacher(
+        big, small.config, method="calibrated", calibration_dataset=case_batches(case), show_progress=False
+    )
     assert list(student.initialization_report.blocks.values()) == [live]
     assert relative_error(logits_of(student, case), expected) <= case.lift
 

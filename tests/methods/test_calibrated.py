@@ -1,4 +1,4 @@
-"""What calibrated promises besides its laws: the same bits again, repairs that repair, and errors that help."""
+"""What `calibrated` guarantees in addition to its laws: the same bits again, a refit that helps, and errors that help."""
 
 import copy
 from pathlib import Path
@@ -8,7 +8,6 @@ import datasets
 import pytest
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from hf_guide import HfGuideError, InitializationConfig, InitializationReport, OptionError, from_teacher
@@ -20,25 +19,8 @@ from hf_guide.cli.main import main
 from hf_guide.errors import TeacherError
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.utils.distributed import default_device
-from tests.tiny import KINDS, Kind, inputs, logits, same_bits
-
-SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
-
-
-def data(count: int = 8, rows: int = 4) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    return [{"input_ids": torch.randint(3, 96, (rows, 9), generator=generator)} for _ in range(count)]
-
-
-def student_of(teacher: Any, dataset: Any = None, folder: Any = None, **method: Any) -> Any:
-    return from_teacher(
-        teacher,
-        method={"method": "calibrated", **method},
-        calibration_dataset=data() if dataset is None else dataset,
-        calibration_cache_dir=folder,
-        show_progress=False,
-        **SMALLER,
-    )
+from tests.calibration.small_students import SMALLER, kind_batches, make_student, token_batches
+from tests.tiny import KINDS, logits, same_bits
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +38,8 @@ def test_the_same_call_gives_the_same_bits_from_memory_and_from_disk(
 ) -> None:
     monkeypatch.setattr(collection, "default_device", lambda: torch.device("cpu"))  # where the one in memory is
     teacher.save_pretrained(tmp_path)
-    first = student_of(teacher)
-    assert same_bits(first, student_of(teacher)) and same_bits(first, student_of(tmp_path))
+    first = make_student(teacher)
+    assert same_bits(first, make_student(teacher)) and same_bits(first, make_student(tmp_path))
 
 
 def test_a_teacher_of_a_folder_runs_on_this_processes_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +52,7 @@ def test_a_teacher_of_a_folder_runs_on_this_processes_gpu(tmp_path: Path, monkey
     )
     loaded = KINDS["llama"].teacher()
     loaded.save_pretrained(tmp_path)
-    students = [student_of(teacher) for teacher in (tmp_path, loaded)]
+    students = [make_student(teacher) for teacher in (tmp_path, loaded)]
     assert [device.type for device in ran] == ["cuda" if torch.cuda.is_available() else "cpu", "cpu"]
     assert [student.device.type for student in students] == ["cpu", "cpu"]
     one, other = (torch.cat([weight.flatten() for weight in student.parameters()]) for student in students)
@@ -79,13 +61,13 @@ def test_a_teacher_of_a_folder_runs_on_this_processes_gpu(tmp_path: Path, monkey
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_loaded_teacher_runs_where_it_is(teacher: Any) -> None:
-    expected, found = student_of(teacher), student_of(copy.deepcopy(teacher).cuda())
-    assert found.device.type == "cpu"
-    for one, other in zip(found.parameters(), expected.parameters(), strict=True):
+    expected, student = make_student(teacher), make_student(copy.deepcopy(teacher).cuda())
+    assert student.device.type == "cpu"
+    for one, other in zip(student.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-2)
 
 
-def test_accelerates_choice_of_a_device_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerates_choice_of_a_device_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(PartialState, "_shared_state", {})
@@ -95,38 +77,40 @@ def test_accelerates_choice_of_a_device_is_kept(monkeypatch: pytest.MonkeyPatch)
         assert default_device() == torch.device(expected)
 
 
-def test_a_teacher_that_is_spread_over_devices_is_refused() -> None:
+def test_a_teacher_that_is_spread_over_devices_is_an_error() -> None:
     spread = KINDS["llama"].teacher()
     collection.check_single_device(spread)
-    spread.model.layers[2].to("meta")  # stands for another GPU
+    spread.model.layers[2].to("meta")  # in place of another GPU
     with pytest.raises(TeacherError, match=r"spread over cpu, meta.*Load it on one"):
         collection.check_single_device(spread)
 
 
 def test_a_dataset_of_ids_is_batches_of_them(teacher: Any) -> None:
-    rows = datasets.Dataset.from_dict({"input_ids": torch.cat([batch["input_ids"] for batch in data()]).tolist()})
-    assert same_bits(student_of(teacher), student_of(teacher, rows, calibration_batch_size=4))
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": torch.cat([batch["input_ids"] for batch in token_batches()]).tolist()}
+    )
+    assert same_bits(make_student(teacher), make_student(teacher, rows, calibration_batch_size=4))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_rows_longer_than_the_table_of_places_are_refused(name: str) -> None:
+def test_rows_longer_than_the_table_of_positions_are_refused(name: str) -> None:
     teacher = KINDS[name].teacher()
-    places = teacher.config.max_position_embeddings
-    rows = torch.randint(3, 90, (2, places + 1))
+    positions = teacher.config.max_position_embeddings
+    rows = torch.randint(3, 90, (2, positions + 1))
     with pytest.raises(
-        OptionError, match=f"rows of {places + 1} tokens in input_ids, and {type(teacher).__name__} has {places}"
+        OptionError, match=f"rows of {positions + 1} tokens in input_ids, and {type(teacher).__name__} has {positions}"
     ):
         from_teacher(teacher, method="calibrated", calibration_dataset=[{"input_ids": rows}], show_progress=False)
 
 
-def test_no_more_than_the_tokens_asked_for_is_drawn(teacher: Any) -> None:
-    drawn = iter(data(count=50))
-    report = student_of(teacher, drawn, calibration_tokens=100).initialization_report
-    assert report.calibration["tokens"] == 108 and len(list(drawn)) == 47
+def test_no_more_than_calibration_tokens_is_read(teacher: Any) -> None:
+    rows = iter(token_batches(count=50))
+    report = make_student(teacher, rows, calibration_tokens=100).initialization_report
+    assert report.calibration["tokens"] == 108 and len(list(rows)) == 47
 
 
 @pytest.mark.parametrize(("neurons", "tokens"), [(192, 8192), (1536, 15360), (6553, 65530), (14336, 65536)])
-def test_a_wider_mlp_is_heard_for_longer(neurons: int, tokens: int) -> None:
+def test_a_wider_mlp_takes_more_tokens(neurons: int, tokens: int) -> None:
     assert default_num_tokens(neurons) == tokens
 
 
@@ -137,36 +121,23 @@ def test_the_neurons_of_an_mlp_are_counted(name: str) -> None:
     assert mlp_width(find_modules(model, layout), layout, model) == 64
 
 
-def test_by_default_no_more_is_drawn_than_a_small_mlp_needs(teacher: Any) -> None:
-    drawn = iter(data(count=40, rows=32))
+def test_by_default_no_more_is_read_than_a_small_mlp_needs(teacher: Any) -> None:
+    rows = iter(token_batches(count=40, rows=32))
     assert (
-        student_of(teacher, drawn).initialization_report.calibration["tokens"] == 29 * 32 * 9
+        make_student(teacher, rows).initialization_report.calibration["tokens"] == 29 * 32 * 9
     )  # the first past 8,192
-    assert len(list(drawn)) == 11
+    assert len(list(rows)) == 11
 
 
-def test_the_report_says_what_was_chosen(teacher: Any, tmp_path: Path) -> None:
-    report = student_of(teacher).initialization_report
+def test_the_report_states_what_was_selected(teacher: Any, tmp_path: Path) -> None:
+    report = make_student(teacher).initialization_report
     report.save(tmp_path)
-    said = InitializationReport.load(tmp_path).calibration
-    assert said["tokens"] == 288 and len(said["block_influence"]["layers"]) == 4
-    strongest = sorted(torch.tensor(said["block_influence"]["layers"]).topk(2).indices.tolist())
+    calibration = InitializationReport.load(tmp_path).calibration
+    assert calibration["tokens"] == 288 and len(calibration["block_influence"]["layers"]) == 4
+    strongest = sorted(torch.tensor(calibration["block_influence"]["layers"]).topk(2).indices.tolist())
     assert report.blocks == {"layers": strongest} and report.options["layer_selection"] == "block_influence"
-    assert len(said["selected"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
-    assert len(said["residual_error"]["layers"]) == 2 and said["logit_scale"] > 0
-
-
-def batches_for(kind: Kind) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(9)
-    return [
-        {
-            name: torch.randn(value.shape, generator=generator)
-            if value.is_floating_point()
-            else torch.randint(3, 96, value.shape, generator=generator)
-            for name, value in inputs(kind).items()
-        }
-        for _ in range(5)
-    ]
+    assert len(calibration["selected"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
+    assert len(calibration["residual_error"]["layers"]) == 2 and calibration["logit_scale"] > 0
 
 
 @pytest.mark.parametrize("name", list(KINDS))
@@ -174,7 +145,7 @@ def test_every_kind_of_model_becomes_itself_or_smaller(name: str) -> None:
     kind = KINDS[name]
     teacher = kind.teacher()
     expected = logits(teacher, kind)
-    options = {"method": "calibrated", "calibration_dataset": batches_for(kind), "show_progress": False}
+    options = {"method": "calibrated", "calibration_dataset": kind_batches(kind), "show_progress": False}
     same = logits(from_teacher(teacher, **options), kind)
     assert (same - expected).abs().max() <= 1e-4 * expected.abs().max()
     smaller = from_teacher(teacher, **options, **kind.smaller)
@@ -187,8 +158,8 @@ def error_of(student: Any, teacher: Any) -> float:
     return ((logits(student, kind) - logits(teacher, kind)).abs().max() / logits(teacher, kind).abs().max()).item()
 
 
-def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> None:
-    """24 of 64 neurons are copies of kept ones, with less to write: the repair gives what they wrote to the kept ones."""
+def test_neurons_that_repeat_others_cost_nothing_once_refitted(teacher: Any) -> None:
+    """24 of 64 neurons are copies of selected ones, with smaller outputs: the refit adds those to the selected ones."""
     doubled = KINDS["llama"].teacher().double()
     with torch.no_grad():
         for block in doubled.model.layers:
@@ -199,7 +170,7 @@ def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> 
     for refit in ("output_projections", "none"):
         method = {"method": "calibrated", "refit": refit, "ridge": 1e-12 if refit == "output_projections" else None}
         student = from_teacher(
-            doubled, method=method, calibration_dataset=data(20), show_progress=False, intermediate_size=40
+            doubled, method=method, calibration_dataset=token_batches(20), show_progress=False, intermediate_size=40
         )
         assert student.initialization_report.calibration["selected"]["layers.0.mlp.down_proj.weight"]["mlp"] == [
             *range(40)
@@ -226,13 +197,13 @@ def test_neurons_that_repeat_others_cost_nothing_once_repaired(teacher: Any) -> 
     ],
     ids=str,
 )
-def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> None:
+def test_each_option_changes_the_student(tied: Any, change: dict[str, Any]) -> None:
     plain = {"method": "calibrated", "layer_selection": [0, 2]}
     plain |= {"refit": "none"} if set(change) & {"fit_tied_embedding", "fit_final_norm"} else {}
     shape = SMALLER | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 6}
 
     def make(method: dict[str, Any]) -> Any:
-        return from_teacher(tied, method=method, calibration_dataset=data(), show_progress=False, **shape)
+        return from_teacher(tied, method=method, calibration_dataset=token_batches(), show_progress=False, **shape)
 
     one, other = make(plain), make(plain | change)
     assert all(parameter.isfinite().all() for parameter in other.parameters())
@@ -240,7 +211,7 @@ def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
-    ("dataset", "said"),
+    ("dataset", "words"),
     [
         (None, ["no calibration_dataset was given", "method='guide'"]),
         ([], ["empty"]),
@@ -254,21 +225,21 @@ def test_each_switch_changes_the_student(tied: Any, change: dict[str, Any]) -> N
         ([{"input_ids": torch.tensor([[3, -100]])}], ["token id -100", "0 to 95"]),
         ([{"input_ids": []}, {"input_ids": None}], ["not one token"]),
         ([{"input_ids": [3, 4], "attention_mask": [1]}], ["2 input_ids", "attention_mask of 1"]),
-        (data(1, rows=1), ["9 tokens", "24 wide", "at least 24"]),
+        (token_batches(1, rows=1), ["9 tokens", "24 wide", "at least 24"]),
     ],
     ids=str,
 )
-def test_data_of_which_nothing_can_be_made(teacher: Any, dataset: Any, said: list[str]) -> None:
-    with pytest.raises(OptionError) as found:
+def test_data_that_make_no_batches_are_an_error(teacher: Any, dataset: Any, words: list[str]) -> None:
+    with pytest.raises(OptionError) as error:
         from_teacher(teacher, method="calibrated", calibration_dataset=dataset, show_progress=False, **SMALLER)
-    assert all(word in str(found.value) for word in said), found.value
+    assert all(word in str(error.value) for word in words), error.value
 
 
-def test_a_shape_that_cannot_be_is_refused_before_data_are_drawn(teacher: Any) -> None:
-    drawn = iter(data())
+def test_an_impossible_shape_is_an_error_before_data_are_read(teacher: Any) -> None:
+    rows = iter(token_batches())
     with pytest.raises(HfGuideError, match="wider than its teacher"):
-        from_teacher(teacher, method="calibrated", calibration_dataset=drawn, show_progress=False, hidden_size=96)
-    assert len(list(drawn)) == 8
+        from_teacher(teacher, method="calibrated", calibration_dataset=rows, show_progress=False, hidden_size=96)
+    assert len(list(rows)) == 8
 
 
 @pytest.mark.parametrize(
@@ -293,29 +264,29 @@ def test_options_that_contradict_each_other(options: dict[str, Any]) -> None:
 
 
 def test_infinite_activations_are_named() -> None:
-    loud = KINDS["llama"].teacher()
+    teacher = KINDS["llama"].teacher()
     with torch.no_grad():
-        loud.model.layers[2].mlp.down_proj.weight.mul_(1e38)
+        teacher.model.layers[2].mlp.down_proj.weight.mul_(1e38)
     with pytest.raises(
         HfGuideError, match=r"not finite on the calibration dataset, first in the output of layers.2. Its weights are"
     ):
-        student_of(loud)
+        make_student(teacher)
 
 
 @pytest.mark.parametrize(
-    ("weight", "said"),
+    ("weight", "location"),
     [
         ("model.layers.1.mlp.up_proj.weight", "first in the output of layers.1"),
         ("model.embed_tokens.weight", "first in the input of layers.0"),
     ],
 )
-def test_weights_that_are_not_finite_are_named_at_the_first_batch(weight: str, said: str) -> None:
-    broken, drawn = KINDS["llama"].teacher(), []
+def test_weights_that_are_not_finite_are_named_at_the_first_batch(weight: str, location: str) -> None:
+    broken, forwards = KINDS["llama"].teacher(), []
     broken.get_parameter(weight).data.fill_(torch.nan)
-    broken.register_forward_hook(lambda *_: drawn.append(1))
-    with pytest.raises(HfGuideError) as found:
-        student_of(broken)
-    assert said in str(found.value) and weight in str(found.value) and not drawn
+    broken.register_forward_hook(lambda *_: forwards.append(1))
+    with pytest.raises(HfGuideError) as error:
+        make_student(broken)
+    assert location in str(error.value) and weight in str(error.value) and not forwards
 
 
 def test_the_command_line_takes_text_files(teacher: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
