@@ -70,7 +70,7 @@ def collect_calibration(
         **hub: Keywords of `from_pretrained` for the teacher's tokenizer.
 
     Raises:
-        OptionError: The dataset makes no batches, or fewer than there are processes; `calibration_cache_dir` is of another call.
+        OptionError: The dataset makes no batches, or fewer than there are processes; the folder is of another call.
         TeacherError: Activations are not finite, or the model is on several devices.
     """
     started = time.perf_counter()
@@ -107,8 +107,8 @@ def _check_enough_batches(batches: list[Batch]) -> None:
     world_size = rank_and_world_size()[1]
     if len(batches) < world_size:
         raise OptionError(
-            f"calibration_dataset makes {len(batches)} batches for {world_size} processes, and each needs one: pass more data, "
-            "or lower calibration_batch_size."
+            f"calibration_dataset makes {len(batches)} batches for {world_size} processes, and each needs one: pass more "
+            "data, or lower calibration_batch_size."
         )
 
 

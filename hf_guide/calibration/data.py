@@ -119,6 +119,10 @@ def default_num_tokens(num_neurons: int) -> int:
     A student of a Llama of 192 neurons ended alike after full training whether 2,048, 4,096, 8,192 or 16,384 were used
     (initialization_comparison.py, three seeds, within 0.6 perplexities), so the minimum is for short training; one of
     SmolLM2-135M, of 1,536, trained on 92,160 tokens ended 5 % better with ten per neuron than with five.
+
+    Example:
+        >>> default_num_tokens(192), default_num_tokens(1536)
+        (8192, 15360)
     """
     return min(max(TOKENS_PER_NEURON * num_neurons, MIN_TOKENS), MAX_TOKENS)
 
@@ -192,8 +196,9 @@ def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -
             )
         smallest, largest = int(ids.min()), int(ids.max())
         if smallest < 0 or largest >= table.num_embeddings:
+            outside = smallest if smallest < 0 else largest
             raise OptionError(
-                f"calibration_dataset has the token id {smallest if smallest < 0 else largest} in {name}, and {type(model).__name__} "
+                f"calibration_dataset has the token id {outside} in {name}, and {type(model).__name__} "
                 f"has tokens 0 to {table.num_embeddings - 1}: tokenize with the teacher's own tokenizer, and pad with a token "
                 "of it."
             )

@@ -86,6 +86,11 @@ def drop_padding(activations: Tensor, batch: Batch, *, of_decoder: bool = False)
         activations: (batch, length, width), or (batch * length, width) as inside of a mixture of experts.
         batch: The inputs, with the masks.
         of_decoder: Whether the tokens are the decoder's, which have a mask of their own.
+
+    Example:
+        >>> batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+        >>> drop_padding(torch.zeros(2, 3, 8), batch).shape
+        torch.Size([3, 8])
     """
     mask = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
     rows = activations.reshape(-1, activations.shape[-1])

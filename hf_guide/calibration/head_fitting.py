@@ -294,7 +294,12 @@ def _mean_products(total: NormalEquations, *, centered: bool) -> tuple[Tensor, T
 
 
 def first_rows(batch: Batch, tokens: int) -> Batch:
-    """Return the first rows of a batch, as many as hold that many tokens; the whole batch if a row is not an example."""
+    """Return the first rows of a batch, as many as hold that many tokens; the whole batch if a row is not an example.
+
+    Example:
+        >>> first_rows({"input_ids": torch.zeros(8, 16)}, tokens=40)["input_ids"].shape
+        torch.Size([3, 16])
+    """
     ids = batch.get("input_ids")
     if ids is None or any(len(value) != len(ids) for value in batch.values()):
         return batch
@@ -303,7 +308,12 @@ def first_rows(batch: Batch, tokens: int) -> Batch:
 
 
 def count_token_ids(batches: Sequence[Batch], vocab_size: int) -> Tensor:
-    """Return how often each token is in this process's batches and the others', padding excluded, (V,) float64."""
+    """Return how often each token is in this process's batches and the others', padding excluded, (V,) float64.
+
+    Example:
+        >>> count_token_ids([{"input_ids": torch.tensor([[1, 1, 2]])}], vocab_size=4).tolist()
+        [0.0, 2.0, 1.0, 0.0]
+    """
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for batch in batches:
         if "input_ids" in batch:

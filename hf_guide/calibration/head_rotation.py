@@ -90,10 +90,8 @@ def _rotate(plan: Plan, parameter: ParameterPlan, dim_name: str, groups: str, ma
     members = indices.shape[1]
     repeated = torch.stack(list(matrices)).repeat_interleave(members, 0)
     rotation = HeadRotation(dim_name, dim, indices.flatten(0, 1), repeated)
-    source = parameter.source or ""
-    plan.tensor_transforms[source] = (
-        Compose((plan.tensor_transforms[source], rotation)) if source in plan.tensor_transforms else rotation
-    )
+    transforms: tuple[Callable[[Tensor], Tensor], ...] = (*_transforms(plan, parameter), rotation)
+    plan.tensor_transforms[parameter.source or ""] = rotation if len(transforms) == 1 else Compose(transforms)
     _keep_first(plan, parameter, dim_name)
 
 
@@ -101,10 +99,17 @@ def _keep_first(plan: Plan, parameter: ParameterPlan, dim_name: str) -> None:
     plan.select({parameter.name: {dim_name: torch.arange(plan.sizes(parameter)[1][dim_name])}})
 
 
+def _transforms(plan: Plan, parameter: ParameterPlan) -> tuple[Callable[[Tensor], Tensor], ...]:
+    """Return what the plan does to the teacher's parameter so far."""
+    transform = plan.tensor_transforms.get(parameter.source or "")
+    if isinstance(transform, Compose):
+        return transform.transforms
+    return () if transform is None else (transform,)
+
+
 def _is_rotated(plan: Plan, parameter: ParameterPlan, dim_name: str) -> bool:
     """Return whether the teacher's parameter is rotated already, for another block of the student that it feeds as well."""
-    transform = plan.tensor_transforms.get(parameter.source or "")
-    transforms = transform.transforms if isinstance(transform, Compose) else (transform,)
+    transforms = _transforms(plan, parameter)
     return any(isinstance(each, HeadRotation) and each.dim_name == dim_name for each in transforms)
 
 
@@ -342,6 +347,12 @@ def low_rank_factors(moment: Tensor, weight: Tensor, rank: int) -> tuple[Tensor,
         moment: C, (l, l).
         weight: W^T W, (l, l).
         rank: The rank of D E^T.
+
+    Example:
+        >>> z = torch.randn(50, 2, dtype=torch.float64) @ torch.randn(2, 6, dtype=torch.float64)  # of rank 2
+        >>> encoder, decoder = low_rank_factors(z.T @ z, torch.eye(6), rank=2)
+        >>> bool(torch.allclose(z @ encoder @ decoder.T, z))
+        True
     """
     root, inverse = sqrt_and_pinv_sqrt(moment)
     leading = torch.linalg.eigh(root @ weight.double() @ root).eigenvectors.flip(1)[:, :rank]

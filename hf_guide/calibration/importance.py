@@ -36,7 +36,12 @@ SelectedIndices = dict[str, Tensor]
 
 
 def top_influence_blocks(influence: Tensor, count: int) -> list[int]:
-    """Return the `count` blocks with the largest influence, (blocks,), in order; of equal ones the first."""
+    """Return the `count` blocks with the largest influence, (blocks,), in order; of equal ones the first.
+
+    Example:
+        >>> top_influence_blocks(torch.tensor([0.9, 0.1, 0.4, 0.1]), 3)
+        [0, 1, 2]
+    """
     return most_influential_blocks(influence.tolist(), count) or []
 
 

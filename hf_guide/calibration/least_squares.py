@@ -147,6 +147,13 @@ def ridge_update(gram: Tensor, residual: Tensor, ridge: float, *, by_feature: bo
         ridge: Strength of the regularisation.
         by_feature: m_j is the sum of squares of feature j; otherwise the mean of those sums, the same for every feature. A
             few features with massive activations make that mean so large that all others stay as they are.
+
+    Example:
+        >>> x = torch.randn(50, 4, dtype=torch.float64)
+        >>> missing = x @ torch.ones(4, 2, dtype=torch.float64)  # what a weight that is one too small lacks
+        >>> update = ridge_update(x.T @ x, missing.T @ x, ridge=1e-9)
+        >>> bool(torch.allclose(update, torch.ones(2, 4, dtype=torch.float64)))
+        True
     """
     squares = gram.diagonal()
     scale = squares.mean()

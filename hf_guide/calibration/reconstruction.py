@@ -1,9 +1,9 @@
 """Refit the student's weights block by block, each to the teacher's activations on the same tokens.
 
 An input projection is fitted to the teacher's own output (of the selected heads and neurons), an output projection to what
-the student's residual stream still lacks of the teacher's, projected by M, after the dropped blocks that follow. Inputs are the
-student's own, so each block corrects the error of those before it. It is ridge regression towards the transferred weight:
-where nothing was lost, nothing changes.
+the student's residual stream still lacks of the teacher's, projected by M, after the dropped blocks that follow. Inputs are
+the student's own, so each block corrects the error of those before it. It is ridge regression towards the transferred
+weight: where nothing was lost, nothing changes.
 """
 
 from collections.abc import Sequence
