@@ -1,8 +1,7 @@
-"""Whether a language model's own loss compares the logits of token i with the label of token i + 1.
+"""Find whether a language model's own loss compares the logits of token i with the label of token i + 1.
 
-Nearly all decoders do, audio models among them, which Transformers lists with encoder-decoders. XLNet and XLM compare
-them with the label of token i, for permutation language modelling and `run_mlm`. It is found by running the model on labels
-of one token, not by its name.
+Nearly all decoders shift their labels so, also audio models that Transformers lists with encoder-decoders. XLNet and XLM do
+not, for permutation language modelling and `run_mlm`. The model is run on labels of one token; its name does not decide.
 """
 
 from typing import Any
@@ -18,14 +17,14 @@ from hf_guide.tasks import Task
 from hf_guide.utils.labels import IGNORE_INDEX
 
 _UNSHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")
-"""Stock classes that do not shift: for models that cannot be run here, being sharded already."""
+"""Stock classes that do not shift their labels, for models that cannot be run because they are sharded."""
 
 
 def shifts_labels(model: nn.Module, task: Task) -> bool:
-    """Return whether a model's own loss shifts its labels; its mode and the random state are left as they were.
+    """Return whether a model's own loss shifts its labels; restore its mode and the random state.
 
-    The loss of a model that shifts does not depend on the label of the first token. A model that cannot be run on token
-    ids alone is judged by its class.
+    The loss of a model that shifts does not depend on the label of the first token. For a model that cannot be run on token
+    ids alone its class decides.
     """
     bare: Any = without_adapter(model)
     if task is not Task.CAUSAL_LM and (not task.row.targets_in_decoder or is_encoder_decoder(bare)):
@@ -38,24 +37,24 @@ def shifts_labels(model: nn.Module, task: Task) -> bool:
     with eval_preserving_state(model, weight.device):
         try:
             probe = probe_inputs(bare, weight.shape[0])
-            found = None if probe is None else _ignores_first_label(bare, probe)
-            return by_class if found is None else found
+            shifts = None if probe is None else _ignores_first_label(bare, probe)
+            return by_class if shifts is None else shifts
         except FORWARD_ERRORS:
             return by_class
 
 
 def check_label_shift(teacher: nn.Module, student: nn.Module, task: Task) -> None:
-    """Check that the logits of teacher and student at one place are about the same token.
+    """Check that the logits of teacher and student at one position predict the same token.
 
     Raises:
-        TaskError: one of them shifts its labels, the other does not.
+        TaskError: One of them shifts its labels, the other does not.
     """
     shifts = {"teacher": shifts_labels(teacher, task), "student": shifts_labels(student, task)}
     if shifts["teacher"] != shifts["student"]:
         which, model = ("student", student) if shifts["student"] else ("teacher", teacher)
         raise TaskError(
-            f"Only the {which}'s logits ({type(without_adapter(model)).__name__}) are about the next token; those of both "
-            "must be about the same one. Take a teacher whose own loss shifts its labels as the student's does."
+            f"Only the {which}'s logits ({type(without_adapter(model)).__name__}) predict the next token; those of both must predict "
+            "the same one. Use a teacher whose own loss shifts its labels as the student's does."
         )
 
 

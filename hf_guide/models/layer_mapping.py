@@ -1,4 +1,4 @@
-"""Which of the teacher's layers each of the student's is compared with."""
+"""Map each layer of the student to the layer of the teacher that it is compared with."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,18 +9,18 @@ _DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
 
 
 def depth_of_config(config: Any) -> int:
-    """Return a model's number of blocks: of an encoder-decoder, the decoder's.
+    """Return a model's number of blocks, of an encoder-decoder the decoder's.
 
     Raises:
-        OptionError: its config does not say.
+        OptionError: Its config does not state it.
     """
     text = config.get_text_config(decoder=True)
-    # A text config made of an encoder-decoder's, as BART's, has the decoder's depth elsewhere, and the default by this name.
+    # The text config of an encoder-decoder such as BART has the decoder's depth under another name, and a default by this one.
     for each, names in ((config, _DECODER_DEPTHS), (text, (*_DECODER_DEPTHS, "num_hidden_layers"))):
         for name in names:
-            found = getattr(each, name, None)
-            if isinstance(found, int):
-                return found
+            depth = getattr(each, name, None)
+            if isinstance(depth, int):
+                return depth
     raise OptionError(
         f"{type(text).__name__} does not say how many blocks there are; leave the loss 'hidden_states' out."
     )
@@ -30,44 +30,47 @@ def width_of_config(config: Any) -> int:
     """Return the width of a model's hidden states.
 
     Raises:
-        OptionError: its config does not say.
+        OptionError: Its config does not state it.
     """
-    found = getattr(config.get_text_config(decoder=True), "hidden_size", None)
-    if not isinstance(found, int):
+    width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+    if not isinstance(width, int):
         raise OptionError(
             f"{type(config).__name__} does not say how wide hidden states are; leave the loss 'hidden_states' out."
         )
-    return found
+    return width
 
 
 def hidden_states_of(outputs: Any) -> tuple[Any, ...]:
-    """Return a model's hidden states, the embeddings first: of an encoder-decoder, the decoder's."""
-    found = outputs.get("decoder_hidden_states")
-    return tuple(outputs["hidden_states"] if found is None else found)
+    """Return a model's hidden states, the input embeddings first; of an encoder-decoder the decoder's."""
+    decoder = outputs.get("decoder_hidden_states")
+    return tuple(outputs["hidden_states"] if decoder is None else decoder)
 
 
 def resolve_layer_mapping(
-    student: Any, teacher_depths: Sequence[int], given: Mapping[int, int] | None
+    student: Any, teacher_depths: Sequence[int], mapping: Mapping[int, int] | None
 ) -> dict[int, int]:
-    """Return the teacher's layer for each of the student's, both by number of blocks passed, 0 being the embeddings.
+    """Return the teacher's layer for each of the student's; layer N follows block N, and 0 is the input embeddings.
 
-    By default every block of the student is paired: with the block that it was made from, where `from_teacher` made it,
-    otherwise with evenly spaced ones, the last with the last.
+    Args:
+        student: The student.
+        teacher_depths: The number of blocks of each teacher.
+        mapping: Student layer -> teacher layer. None maps every block of the student: to the block that it was initialised
+            from, where `from_teacher` made it, otherwise to evenly spaced ones, the last to the last.
 
     Raises:
-        OptionError: a layer that is not there, or teachers of several depths and no `layer_mapping`.
+        OptionError: A layer does not exist, or teachers have different depths and `mapping` is None.
     """
     depth = depth_of_config(student.config)
-    if given is not None:
-        for mine, theirs in given.items():
-            if not 0 <= mine <= depth or any(not 0 <= theirs <= each for each in teacher_depths):
+    if mapping is not None:
+        for student_layer, teacher_layer in mapping.items():
+            if not 0 <= student_layer <= depth or any(not 0 <= teacher_layer <= each for each in teacher_depths):
                 raise OptionError(
-                    f"layer_mapping pairs layer {mine} of the student with {theirs} of the teacher; the student has layers 0 "
+                    f"layer_mapping pairs layer {student_layer} of the student with {teacher_layer} of the teacher; the student has layers 0 "
                     f"to {depth}, the teacher 0 to {min(teacher_depths)}."
                 )
-        if not given:
+        if not mapping:
             raise OptionError("layer_mapping is empty; name at least one pair, or leave the loss 'hidden_states' out.")
-        return dict(given)
+        return dict(mapping)
     if len(set(teacher_depths)) > 1:
         raise OptionError(
             f"The teachers have {sorted(set(teacher_depths))} blocks; specify with layer_mapping what to compare."

@@ -1,4 +1,4 @@
-"""What a capture is of, in `capture.json`: written first, marked complete last."""
+"""The manifest of a signal cache, `capture.json`: written first, marked complete last. `FORMAT.md` defines it."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ def cache_folder(folder: Path) -> ResumableFolder:
 
 @dataclass
 class CaptureManifest:
-    """What a capture is of and what it holds.
+    """The teacher, dataset, options and files of a capture.
 
     Attributes:
         teacher, teacher_revision: where the teacher came from, and its commit where that is known.
@@ -72,22 +72,22 @@ class CaptureManifest:
 
     @property
     def is_dense(self) -> bool:
-        """Whether all classes were kept: always of classifiers, of language models where k is the vocabulary."""
+        """Whether all classes are stored: always of classifiers, of language models if `top_k` is the vocabulary."""
         return not Task(self.task).is_language_model or self.config.top_k == self.classes
 
     @property
     def temperatures(self) -> list[float] | None:
-        """The temperatures that signals can be had at; None where all can."""
+        """The temperatures at which the mass of the tail is stored; None if all classes are."""
         return None if self.is_dense else self.config.temperatures
 
     @property
     def shard_count(self) -> int:
-        """How many shards the examples fill."""
+        """The number of shards."""
         return -(-self.examples // self.config.shard_size)
 
     @property
     def columns(self) -> dict[str, Column]:
-        """The columns of a shard beside the key."""
+        """The columns of a shard, without the key."""
         task, config = Task(self.task), self.config
         found: dict[str, Column] = {}
         if not task.is_language_model:
@@ -105,7 +105,7 @@ class CaptureManifest:
         return found
 
     def example_bytes(self, tokens: int) -> int:
-        """Return how many bytes an example of so many tokens takes, its key among them."""
+        """Return the bytes of an example of `tokens` tokens, including its key."""
         config, total = self.config, KEY_BYTES
         for name, column in self.columns.items():
             if name == "indices_high":  # packed: the shape does not tell
@@ -115,7 +115,7 @@ class CaptureManifest:
         return total
 
     def shard_examples(self, number: int) -> range:
-        """Return which examples of the dataset a shard holds."""
+        """Return the indices of the examples in a shard."""
         size = self.config.shard_size
         return range(number * size, min((number + 1) * size, self.examples))
 
@@ -145,7 +145,7 @@ class CaptureManifest:
         }
 
     def save(self, folder: Path) -> None:
-        """Write `capture.json`, all or nothing."""
+        """Write `capture.json` atomically."""
         write_json(folder / MANIFEST_NAME, dataclasses.asdict(self))
 
     @classmethod
@@ -184,10 +184,10 @@ class CaptureManifest:
         return cls(**found | {"config": CaptureConfig(**found["config"])})
 
     def check_files(self, folder: Path) -> None:
-        """Refuse a capture that is not complete, or whose shards are missing or truncated.
+        """Check that the capture is complete and its shards have their sizes.
 
         Raises:
-            CaptureError: names the file.
+            CaptureError: It is not complete, or a shard is missing or truncated; the file is named.
         """
         if not self.complete:
             done = sum((folder / shard_name(number)).exists() for number in range(self.shard_count))

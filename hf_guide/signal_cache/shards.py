@@ -1,8 +1,8 @@
-"""How captured signals lie on disk: shards in Arrow's file format, mapped when read, and an index of keys.
+"""Write and read the files of a signal cache: shards in Arrow's file format, mapped when read, and an index of keys.
 
-A shard has one row an example: its key and, flattened, each array that was captured of it. It is written under another name
-and renamed when it is whole, so a file that has its name is complete. Until the capture is, each shard has its checksum in a
-file of its own; then the manifest has all of them.
+A shard has one row per example: its key and its arrays, flattened. It is written under a temporary name and renamed once it is
+whole, so a file with its name is complete. Until the capture is complete, the checksum of each shard is in a file of its own;
+then all are in the manifest. `FORMAT.md` defines the files.
 """
 
 import contextlib
@@ -23,21 +23,21 @@ from hf_guide.utils.files import atomic_write
 INDEX_NAME = "index.arrow"
 LOW_BITS = 16
 OLD_COLUMN_NAMES = {"embedding": "features"}
-"""What columns of formats 1 and 2 are called in this one."""
+"""The name in this format of columns of formats 1 and 2."""
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One array of each example: its number format, and its shape with -1 for the axis that differs."""
+    """The dtype and shape of one array of each example; -1 stands for its number of tokens."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def bytes_per_token(self) -> int:
-        """How many bytes one token, or one example where nothing differs, takes."""
+        """The bytes of one token, or of one example where the shape has no -1."""
         return int(
             np.dtype(self.dtype).itemsize * np.prod([size for size in self.shape if size != -1], dtype=np.int64)
         )
@@ -68,7 +68,7 @@ def shard_checksum(shard: Path, listed: str | None) -> str:
 
 
 def shard_defect(shard: Path, listed: str | None) -> str | None:
-    """Read a shard and return how it differs from what was written, None if it does not; `listed` as above."""
+    """Return what is wrong with a shard by its checksum, None if nothing; `listed` as in `shard_checksum`."""
     try:
         verify_checksum(shard, shard_checksum(shard, listed))
     except DamagedFileError as error:
@@ -77,12 +77,12 @@ def shard_defect(shard: Path, listed: str | None) -> str | None:
 
 
 def high_bits(classes: int) -> int:
-    """Return how many bits of an index into `classes` the low sixteen do not hold."""
+    """Return how many bits an index below `classes` has beyond the low 16."""
     return max(0, (classes - 1).bit_length() - LOW_BITS)
 
 
 def pack_indices(indices: np.ndarray, classes: int) -> Arrays:
-    """Split indices (places, k) below `classes` into their low halves and their packed high bits."""
+    """Split indices (tokens, k) below `classes` into their low 16 bits and their packed high bits."""
     columns: Arrays = {"indices_low": (indices & 0xFFFF).astype(np.uint16)}
     bits = high_bits(classes)
     if bits:
@@ -92,7 +92,7 @@ def pack_indices(indices: np.ndarray, classes: int) -> Arrays:
 
 
 def unpack_indices(columns: Mapping[str, np.ndarray], classes: int) -> np.ndarray:
-    """Return the indices, int64 (places, k), that `pack_indices` split."""
+    """Return the indices, int64 (tokens, k), that `pack_indices` split."""
     indices = columns["indices_low"].astype(np.int64)
     bits = high_bits(classes)
     if bits:
@@ -102,7 +102,7 @@ def unpack_indices(columns: Mapping[str, np.ndarray], classes: int) -> np.ndarra
 
 
 class ShardWriter:
-    """A context within which one shard is written; it bears its name once all went well."""
+    """A context in which one shard is written; it gets its name if the block succeeds."""
 
     def __init__(self, path: Path, columns: Mapping[str, Column]):
         self._path, self._columns = path, columns
@@ -145,10 +145,10 @@ class ShardWriter:
 
 
 class Shard:
-    """One shard, mapped into memory; only what is asked for is read.
+    """One shard, mapped into memory; only the requested rows are read.
 
     Raises:
-        CaptureError: the file is missing, truncated or damaged, or has other columns.
+        CaptureError: The file is missing, truncated or damaged, or has other columns.
     """
 
     def __init__(self, path: Path, columns: Mapping[str, Column]):
@@ -178,16 +178,16 @@ class Shard:
 
     def key(self, row: int) -> bytes:
         """Return the key of a row."""
-        batch, place = self._find(row)
-        return bytes(batch.column(0)[place].as_py())
+        batch, position = self._find(row)
+        return bytes(batch.column(0)[position].as_py())
 
     def arrays(self, row: int) -> Arrays:
-        """Return the arrays of a row: read-only, still on the disk until they are looked at."""
-        batch, place = self._find(row)
+        """Return the arrays of a row, read-only and mapped: they are read from disk when they are used."""
+        batch, position = self._find(row)
         found = {}
         for number, (name, column) in enumerate(self._columns.items(), start=1):
             lists = batch.column(number)
-            start, end = lists.offsets[place].as_py(), lists.offsets[place + 1].as_py()
+            start, end = lists.offsets[position].as_py(), lists.offsets[position + 1].as_py()
             found[name] = lists.values[start:end].to_numpy(zero_copy_only=True).reshape(column.shape)
         return found
 
@@ -203,7 +203,7 @@ DAMAGED_HINT = "Run the same capture again; it writes what is damaged anew, and 
 def write_index(path: Path, keys: Sequence[np.ndarray]) -> None:
     """Write the rows of all keys, uint8 (rows, 16) each, in the order of the keys' first eight bytes.
 
-    Beside the keys it takes 16 bytes an example in memory, once.
+    Needs 16 bytes of memory per example in addition to the keys.
     """
     prefixes = np.concatenate([_prefixes(part) for part in keys])
     order = np.argsort(prefixes, kind="stable")
@@ -214,10 +214,10 @@ def write_index(path: Path, keys: Sequence[np.ndarray]) -> None:
 
 
 class KeyIndex:
-    """The rows of a key, found by bisection in a mapped file.
+    """Finds the rows of a key by bisection in a mapped file.
 
     Raises:
-        CaptureError: the file is missing or damaged.
+        CaptureError: The file is missing or damaged.
     """
 
     def __init__(self, path: Path):
@@ -232,7 +232,7 @@ class KeyIndex:
         return len(self._rows)
 
     def rows(self, key: bytes) -> list[int]:
-        """Return the rows whose key begins as this one does: mostly one, none where it is not there."""
+        """Return the rows whose key has the same first 8 bytes: usually one, or none."""
         prefix = _prefixes(np.frombuffer(key, np.uint8).reshape(1, KEY_BYTES))[0]
         first = int(np.searchsorted(self._prefixes, prefix))
         rows = []

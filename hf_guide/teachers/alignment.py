@@ -1,6 +1,6 @@
-"""Which of a teacher's classes mean the same as the student's: tokens of two vocabularies, labels of two classifiers.
+"""Match a teacher's classes with the student's: tokens of two vocabularies, labels of two classifiers.
 
-Does: compare what tokenizers and configs say, before the first step.
+Does: compare tokenizers and configs, before the first step.
 Does not: look at weights, or map one tokenizer's tokens onto another's.
 """
 
@@ -16,21 +16,22 @@ from hf_guide.utils.labels import config_class_names
 def shared_vocabulary_size(
     student_tokenizer: Any | None, teacher_tokenizer: Any | None, student_size: int, teacher_size: int
 ) -> int:
-    """Return how many of their first classes two language models mean the same by.
+    """Return how many leading classes mean the same in two language models.
 
-    - Equal sizes and the same tokens: all. Where a tokenizer is not known, equal sizes are taken at their word.
+    - Equal sizes and the same tokens: all. Equal sizes are also accepted where a tokenizer is not known.
     - Different sizes and the same tokens, one vocabulary being padded (151936 and 152064 for 151665 tokens): the tokens.
     - A tokenizer may have special tokens after all those of the other (a padding token that was added): the classes
       before them.
 
     Args:
-        student_tokenizer: the one that the data is made with, or a processor that has it; None where it is not known.
-        teacher_tokenizer: the teacher's own.
-        student_size: classes of the student's logits.
-        teacher_size: classes of the teacher's logits.
+        student_tokenizer: The tokenizer, or its processor, that makes the data; None where it is not known.
+        teacher_tokenizer: The teacher's own.
+        student_size: The number of classes of the student's logits.
+        teacher_size: The number of classes of the teacher's logits.
 
     Raises:
-        VocabularyError: names both sizes and the first token that they disagree about, or what is missing to tell.
+        VocabularyError: The vocabularies differ: both sizes and the first token that differs are named; or a tokenizer is
+            missing.
     """
     student_tokens, teacher_tokens = _tokens_by_id(student_tokenizer), _tokens_by_id(teacher_tokenizer)
     sizes = f"The student's vocabulary has {student_size} classes and the teacher's {teacher_size}"
@@ -70,15 +71,15 @@ def shared_vocabulary_size(
 
 
 def align_labels(student_config: PreTrainedConfig, teacher_config: PreTrainedConfig) -> list[int] | None:
-    """Return which of the teacher's classes each of the student's is, so that `teacher_logits[:, order]` mean the same.
+    """Return the teacher's class for each of the student's, so that `teacher_logits[:, order]` are the student's classes.
 
-    Labels are aligned by their names. Names that nobody gave (LABEL_0, ...), on either side, are taken as they stand.
+    Labels are aligned by name. If either model has default names (LABEL_0, ...), the order of both is taken as the same.
 
     Returns:
-        The order, or None where the classes stand in the same order already.
+        The order, or None where it is the same already.
 
     Raises:
-        VocabularyError: the numbers of labels, their names, or the kinds of problem differ; both are shown.
+        VocabularyError: The numbers of labels, their names, or the problem types differ; both are named.
     """
     kinds = [getattr(config, "problem_type", None) for config in (student_config, teacher_config)]
     if (kinds[0] in NON_CATEGORICAL_PROBLEM_TYPES or kinds[1] in NON_CATEGORICAL_PROBLEM_TYPES) and kinds[0] != kinds[
@@ -117,7 +118,7 @@ def _subclass_hint(student: PreTrainedConfig, classes: int) -> str:
 
 
 def _tokens_by_id(tokenizer: Any | None) -> list[str | None] | None:
-    """Tokens by id, None at an id that has none; None for what has no vocabulary, as an image processor."""
+    """Return the tokens by id, None at an unused id; None for a processor without a vocabulary."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
         return None

@@ -1,6 +1,6 @@
-"""Where the teacher's tensors come from: a folder, a Hub id, a GGUF file or a loaded model, all read the same way.
+"""Open a teacher for reading its tensors: a folder, a Hub id, a GGUF file or a loaded model.
 
-Does: open the teacher, one tensor at a time where its files allow, the whole model where they do not.
+Does: read one tensor at a time where the files allow it, and load the whole model where they do not.
 Does not: change a loaded model, run a checkpoint's code without permission, or unpickle.
 """
 
@@ -31,7 +31,7 @@ from hf_guide.utils.fingerprint import files_fingerprint, tensors_fingerprint
 
 
 class TensorSource(Protocol):
-    """A model's tensors by their state-dict names; of tied ones only one name is there (see `Teacher.tied`)."""
+    """The tensors of a model by their names in the state dict; of tied ones only one (see `TeacherCheckpoint.tied`)."""
 
     def keys(self) -> Collection[str]:
         """Return the names."""
@@ -49,7 +49,7 @@ class TensorSource(Protocol):
 class InMemoryTensors:
     """The tensors of a model in memory, shared with it and not copied.
 
-    `factor`, called at every read, tells what undoes for a name what the model did to its own tensor.
+    `factor`, called at each read, returns the number that a tensor is multiplied by to undo a rescaling by the model.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], factor: "Callable[[str], float] | None" = None):
@@ -57,7 +57,7 @@ class InMemoryTensors:
         self._factor = factor
 
     def keys(self) -> Collection[str]:
-        """Return the names, as the model's `state_dict` has them."""
+        """Return the names, as in the model's `state_dict`."""
         return self._tensors.keys()
 
     def shape(self, name: str) -> torch.Size:
@@ -69,7 +69,7 @@ class InMemoryTensors:
         return self._tensors[name].dtype
 
     def get(self, name: str) -> torch.Tensor:
-        """Return the model's own tensor, detached: never write to it."""
+        """Return the model's own tensor, detached; never write to it."""
         tensor = self._tensors[name]
         factor = 1.0 if self._factor is None else self._factor(name)
         return tensor if factor == 1.0 else tensor * factor
@@ -77,7 +77,7 @@ class InMemoryTensors:
 
 @dataclass(frozen=True)
 class TeacherCheckpoint:
-    """An opened teacher: its config, its tensors and the class whose names they bear."""
+    """An opened teacher: its config, its tensors and the class whose state dict names them."""
 
     config: PreTrainedConfig
     weights: TensorSource
@@ -109,10 +109,10 @@ def open_teacher(
     are stored in, and dequantised. A loaded model is used as it is, without a copy, and left untouched.
 
     Raises:
-        TeacherError: what cannot be read, by name: missing, truncated or corrupted files, parameters that are not in
+        TeacherError: Something cannot be read; it is named: missing, truncated or corrupted files, parameters that are not in
             the checkpoint, remote code without `trust_remote_code=True`, quantised weights that cannot be
             dequantised, adapters, a loaded model whose weights are not in memory.
-        OptionError: `teacher` is neither of these things.
+        OptionError: `teacher` is none of these.
     """
     if isinstance(teacher, torch.nn.Module):
         return _open_model(teacher, config)
@@ -171,10 +171,10 @@ def tokenizer_length(
     gguf_file: str | None = None,
     subfolder: str = "",
 ) -> int | None:
-    """Return how many rows the teacher's vocabulary needs (highest token id + 1), padding not counted.
+    """Return how many rows the teacher's vocabulary needs (highest token id + 1), without padding.
 
-    Read from the tokenizer files beside the checkpoint, without remote code; None where there are none, or where
-    they cannot be read without it.
+    Read from the tokenizer files of the checkpoint, without remote code; None where there are none, or where they cannot be
+    read without it.
     """
     hub: dict[str, Any] = {
         "revision": teacher.revision,
@@ -210,7 +210,7 @@ def _open_files(
             kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
             return _build_checkpoint(model, config, SafetensorsTensors(kept), tied, name, commit)
         if model._keys_to_ignore_on_load_missing:
-            return None  # the model may compute them itself
+            return None  # the model may compute the missing ones
     raise missing_parameters_error(name, missing)
 
 
@@ -237,9 +237,9 @@ def _load_whole_model(
 
 
 def _dequantize_on_load(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a config by which weights are dequantised as they are read, where their format has that option.
+    """Return a config by which weights are dequantised while they are read, where their format has that option.
 
-    Left to itself Transformers does so without a GPU only, and of some formats (FP8) it knows no way back afterwards.
+    By default Transformers does this only without a GPU, and some formats (FP8) cannot be dequantised afterwards.
     """
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -252,7 +252,7 @@ def _dequantize_on_load(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model with stock weights. Of torchao Transformers knows no way back, but its tensors do, one by one."""
+    """Return a model with stock weights. Transformers cannot dequantise torchao, but each of its tensors can."""
     if getattr(model.config.quantization_config, "quant_method", None) != "torchao":
         return model.dequantize()
     for module in model.modules():
@@ -268,15 +268,15 @@ def _is_quantized(model: PreTrainedModel) -> bool:
         return True
     if not getattr(model, "is_quantized", False):
         return False
-    stock = meta_model(type(model), without_quantization_config(model.config))  # packed weights bear other names
+    stock = meta_model(type(model), without_quantization_config(model.config))  # packed weights have other names
     return stock.state_dict().keys() != model.state_dict().keys()
 
 
 def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> TeacherCheckpoint:
     if has_adapter(model):
         raise TeacherError(
-            "The teacher carries an adapter, or is the base model of one. Pass what the PeftModel's `merge_and_unload()` "
-            "returns, or the base model's folder or Hub id."
+            "The teacher has an adapter, or is the base model of one. Pass the result of the PeftModel's `merge_and_unload()`, "
+            "or the base model's folder or Hub id."
         )
     if not isinstance(model, PreTrainedModel):
         raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: unwrap it first.")
@@ -287,12 +287,12 @@ def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teac
 
 
 def _check_stock_names(model: PreTrainedModel) -> None:
-    """Check that a loaded model has its class's weights: layers that were wrapped or changed would be taken for absent ones.
+    """Check that a loaded model has the weights of its class: wrapped or changed layers would be taken for missing ones.
 
-    A part that the class can be built without, such as a pooler (`add_pooling_layer=False`), may be absent as a whole.
+    An optional part, such as a pooler (`add_pooling_layer=False`), may be missing as a whole.
 
     Raises:
-        TeacherError: names the first that is missing.
+        TeacherError: Weights are missing; the first is named.
     """
     added = parametrized_layers(model)
     if added:
@@ -313,7 +313,7 @@ def _check_stock_names(model: PreTrainedModel) -> None:
 
 
 def _is_optional_and_absent(model: torch.nn.Module, name: str) -> bool:
-    """Whether an attribute on the way to a parameter is None: so classes leave out a part that is optional."""
+    """Return whether an attribute on the path of a parameter is None: so classes leave out an optional part."""
     part: Any = model
     for attribute in name.split("."):
         if not hasattr(part, attribute):
@@ -335,7 +335,7 @@ def _checkpoint_from_model(
         )
     if _is_quantized(model):
         raise TeacherError(
-            f"The weights of {name} are quantised, or spread over devices. Pass its folder or Hub id instead of the "
+            f"The weights of {name} are quantised or on several devices. Pass its folder or Hub id instead of the "
             "loaded model, or what its `dequantize()` returns."
         )
     tensors = model.state_dict()
@@ -351,7 +351,7 @@ def _checkpoint_from_model(
 
 
 def _rwkv_rescaling(model: PreTrainedModel, name: str) -> float:
-    """Return what undoes the rescaling of RWKV, which divides what its later blocks write when it is first run."""
+    """Return the factor that undoes the rescaling of RWKV, which divides the output weights of later blocks at its first run."""
     if not getattr(model.base_model, "layers_are_rescaled", False) or not model.config.rescale_every:
         return 1.0
     match = re.search(r"blocks\.(\d+)\.(attention\.output|feed_forward\.value)\.weight$", name)
@@ -361,7 +361,7 @@ def _rwkv_rescaling(model: PreTrainedModel, name: str) -> float:
 def _tied_parameters(
     model: PreTrainedModel, present: Collection[str], same: Callable[[str, str], bool]
 ) -> dict[str, str]:
-    """Return each tied name and the one that stands for it; names with different tensors of their own are not tied."""
+    """Return each tied name with the one that is kept; names with different tensors of their own are not tied."""
     groups: dict[str, list[str]] = {}
     for name, source in model.all_tied_weights_keys.items():
         groups.setdefault(source, [source]).append(name)

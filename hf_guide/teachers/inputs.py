@@ -1,8 +1,8 @@
-"""What a teacher expects of its inputs, and how a batch that was made for a student becomes that.
+"""Convert batches that were made for a student to what a teacher expects.
 
-A batch follows the conventions of the processor that made it and of the student's config. A teacher may have others: how
-pixels are normalised, which token pads, what its decoder starts with, how long a text may be. Each is compared before the
-first step, converted where that is exact, and refused otherwise.
+A batch follows the conventions of its processor and of the student's config. A teacher may have others: how pixels are
+normalised, which token pads, what its decoder starts with, how long a text may be. Each is compared before the first step,
+converted where the conversion is exact, and an error otherwise.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from hf_guide.utils.labels import IGNORE_INDEX, decoder_ids_from_labels
 
 @dataclass(frozen=True)
 class TeacherInputs:
-    """How batches become what one teacher expects.
+    """Converts batches to what one teacher expects.
 
     Attributes:
-        teacher: the model, without what wraps it.
-        name: the teacher's, for errors.
-        task: of both models.
-        student: the student, without what wraps it; None where there is none, as in a capture.
-        pad_token: the tokenizer's padding token, where there is no student whose config has it.
-        pixels: how pixels become normalised as the teacher expects; None where they are.
-        pair_separator: the token that separates two texts, where the teacher tells them apart by token types that the
-            student's tokenizer does not make.
+        teacher: The model, without wrappers.
+        name: The teacher's, for errors.
+        task: Of both models.
+        student: The student, without wrappers; None where there is none, as in a capture.
+        pad_token: The tokenizer's padding token, where there is no student whose config has it.
+        pixels: Converts pixels to the teacher's normalisation; None where it is the same.
+        pair_separator: The token between two texts, where the teacher distinguishes them by token types that the student's
+            tokenizer does not make.
     """
 
     teacher: Any
@@ -49,49 +49,49 @@ class TeacherInputs:
     _shifts_alike: list[bool] = field(default_factory=list, repr=False)
 
     def for_pair(self, student: Any, teacher: Any) -> "TeacherInputs":
-        """Return the same for another student, as of the next trial of a search, and for the teacher where it was placed."""
+        """Return the converter for another student, as in the next trial of a search, and for the prepared teacher."""
         pair = {"student": without_adapter(student), "teacher": without_adapter(teacher)}
         return dataclasses.replace(self, **pair, _shifts_alike=[])
 
     def convert(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a batch as the teacher expects it. What needs no change is the same tensor.
+        """Return a batch as the teacher expects it. Inputs that need no change are the same tensors.
 
         Raises:
-            TeacherError: it cannot be; names what the batch has and what the teacher expects.
+            TeacherError: The batch cannot be converted; what it has and what the teacher expects are named.
         """
-        found = dict(inputs)
-        if self.pixels is not None and isinstance(found.get("pixel_values"), Tensor):
-            found["pixel_values"] = self.pixels.apply(found["pixel_values"])
-        ids = found.get("input_ids")
+        converted = dict(inputs)
+        if self.pixels is not None and isinstance(converted.get("pixel_values"), Tensor):
+            converted["pixel_values"] = self.pixels.apply(converted["pixel_values"])
+        ids = converted.get("input_ids")
         if isinstance(ids, Tensor) and ids.ndim == 2:
-            self._check_text(found, ids)
-            found["input_ids"] = self._with_own_padding(ids, found.get("attention_mask"))
+            self._check_text(converted, ids)
+            converted["input_ids"] = self._with_own_padding(ids, converted.get("attention_mask"))
         if self.task.row.targets_in_decoder:
-            self._start_decoder(found)
-        return found
+            self._start_decoder(converted)
+        return converted
 
     @contextlib.contextmanager
     def special_tokens(self) -> Iterator[None]:
-        """Let the teacher find padding and ends in a batch by the ids that they have there, for as long as it runs."""
+        """Set the ids of padding and end tokens in the teacher's config to those of the batch, for the duration of the block."""
         config = _text_config(self.teacher)
         names = ["pad_token_id"]
         if self.task is Task.SEQUENCE_CLASSIFICATION and self.teacher.config.is_encoder_decoder:
-            names.append("eos_token_id")  # such classifiers read the last of them
-        before = {name: getattr(config, name, None) for name in names}
+            names.append("eos_token_id")  # such classifiers use its last position
+        previous = {name: getattr(config, name, None) for name in names}
         for name in names:
             value = self._replaced_pad if name == "pad_token_id" and self._replaces_padding else self._token(name)
-            if value is not None and value != before[name]:
+            if value is not None and value != previous[name]:
                 setattr(config, name, value)
         try:
             yield
         finally:
-            for name, value in before.items():
+            for name, value in previous.items():
                 setattr(config, name, value)
 
     # Tokens
 
     def _token(self, name: str) -> int | None:
-        """Return the id of a special token in the batches."""
+        """Return the id that a special token has in the batches."""
         if self.student is not None:
             return getattr(_text_config(self.student), name, None)
         return self.pad_token if name == "pad_token_id" else None
@@ -110,7 +110,7 @@ class TeacherInputs:
 
     @functools.cached_property
     def _needed_pads(self) -> tuple[int | None, int | None]:
-        """The tokens by which student and teacher count positions."""
+        """The padding tokens from which student and teacher count positions."""
         return None if self.student is None else position_padding_token(self.student), position_padding_token(
             self.teacher
         )
@@ -132,7 +132,7 @@ class TeacherInputs:
         if self._rows is not None and bool((ids >= self._rows).any()):
             raise TeacherError(
                 f"The batch has the token {int(ids.max())}, and the teacher {self.name} has tokens 0 to {self._rows - 1}. "
-                "Distil from a teacher that has the student's tokens."
+                "Distil from a teacher with the student's vocabulary."
             )
         return ids
 
@@ -143,7 +143,7 @@ class TeacherInputs:
         config = self.teacher.config
         rope = getattr(_text_config(self.teacher), "rope_parameters", None) or {}
         if self._positions.max_tokens is None and rope.get("rope_type", "default") != "default":
-            return None, None  # scaled to be longer than the config states
+            return None, None  # rope scaling extends what the config states
         return max_input_tokens(config), max_input_tokens(config, target=True) if config.is_encoder_decoder else None
 
     def _check_text(self, inputs: Mapping[str, Any], ids: Tensor) -> None:
@@ -152,7 +152,7 @@ class TeacherInputs:
             if limit is None or not isinstance(tokens, Tensor):
                 continue
             length = tokens.shape[-1]
-            if name == "input_ids" and isinstance(inputs.get("position_ids"), Tensor):  # texts may lie end to end
+            if name == "input_ids" and isinstance(inputs.get("position_ids"), Tensor):  # several texts may be packed
                 if self._positions.offset_token is not None:
                     continue
                 length = int(inputs["position_ids"].max()) + 1
@@ -177,27 +177,36 @@ class TeacherInputs:
         remedy = "Pad on the right (tokenizer.padding_side), or give position_ids."
         if self._positions.shifted_by_left_padding:
             raise TeacherError(
-                f"The batch is padded on the left, and the teacher {self.name} counts positions from the first place of a "
-                f"row, padding or not: its texts would begin at another position than 0. {remedy}"
+                f"The batch is padded on the left, and the teacher {self.name} counts positions from the start of a "
+                f"row, padding included: its texts would not begin at position 0. {remedy}"
             )
         needed = self._needed_pads[0]
-        found = int(ids[padded][0, 0])
-        if needed is not None and found != needed:
+        pad = int(ids[padded][0, 0])
+        if needed is not None and pad != needed:
             raise TeacherError(
-                f"The batch is padded on the left with the token {found}, and the student counts positions from one after "
-                f"the token {needed}. Set the tokenizer's pad_token to that token. {remedy}"
+                f"The batch is padded on the left with the token {pad}, and the student counts positions after the "
+                f"token {needed}. Set the tokenizer's pad_token to that token. {remedy}"
             )
 
     def _check_last_token(self, ids: Tensor, mask: Tensor) -> None:
-        """Refuse texts whose last token is padding to the teacher: it would have read the token before."""
-        own, here = self._own_pad, self._token("pad_token_id")
-        if own is None or here is None or own == here or self.teacher.config.is_encoder_decoder:
+        """Check that no text ends with the teacher's padding token: it would use the logits of the token before.
+
+        Raises:
+            TeacherError: One does.
+        """
+        teacher_pad, batch_pad = self._own_pad, self._token("pad_token_id")
+        if (
+            teacher_pad is None
+            or batch_pad is None
+            or teacher_pad == batch_pad
+            or self.teacher.config.is_encoder_decoder
+        ):
             return
         last = (mask * torch.arange(1, ids.shape[1] + 1, device=ids.device)).argmax(1)
-        if bool((ids.gather(1, last[:, None]) == own).any()):
+        if bool((ids.gather(1, last[:, None]) == teacher_pad).any()):
             raise TeacherError(
-                f"The batch has texts that end with the token {own}, which is padding to the teacher {self.name} "
-                f"(pad_token_id={own}), and not in the batch (pad_token_id={here}). Give both configs the same "
+                f"The batch has texts that end with the token {teacher_pad}, which is padding to the teacher {self.name} "
+                f"(pad_token_id={teacher_pad}), and not in the batch (pad_token_id={batch_pad}). Give both configs the same "
                 "pad_token_id: the one that the teacher was trained with."
             )
 
@@ -206,23 +215,27 @@ class TeacherInputs:
             return
         if bool(((ids == self.pair_separator).sum(1) > 1).any()):
             raise TeacherError(
-                f"The batch has pairs of texts without token_type_ids, by which the teacher {self.name} tells the second from "
-                "the first. Tokenise with return_token_type_ids=True; the student is not fed what it does not take."
+                f"The batch has pairs of texts without token_type_ids, by which the teacher {self.name} distinguishes "
+                "them. Tokenise with return_token_type_ids=True; the student ignores inputs that it does not take."
             )
 
     # Decoders
 
     def _start_decoder(self, inputs: dict[str, Any]) -> None:
-        """Give the teacher's decoder the labels shifted by its own start token, in place of the student's."""
-        labels, given = inputs.get("labels"), inputs.get("decoder_input_ids")
-        if self.student is None or not isinstance(labels, Tensor) or not isinstance(given, Tensor):
+        """Replace the decoder inputs by the labels shifted with the teacher's own start token.
+
+        Raises:
+            TeacherError: The decoder inputs are not the labels shifted with the student's.
+        """
+        labels, decoder_ids = inputs.get("labels"), inputs.get("decoder_input_ids")
+        if self.student is None or not isinstance(labels, Tensor) or not isinstance(decoder_ids, Tensor):
             return
         if not self._shifts_alike:
             self._shifts_alike.append(self._compare_shifts())
         if self._shifts_alike[0]:
             return
         real = labels != IGNORE_INDEX
-        if not torch.equal(decoder_ids_from_labels(labels, self.student)[real], given[real]):
+        if not torch.equal(decoder_ids_from_labels(labels, self.student)[real], decoder_ids[real]):
             starts = [
                 getattr(_text_config(each), "decoder_start_token_id", None) for each in (self.student, self.teacher)
             ]
@@ -248,23 +261,22 @@ def build_teacher_inputs(
     student: Any = None,
     init_kwargs: Mapping[str, Any] | None = None,
 ) -> TeacherInputs:
-    """Return how batches become what a teacher expects.
+    """Compare the conventions of a teacher with those of the batches, and return what converts them.
 
     Args:
-        teacher: a loaded model; what lies beside its files says how its inputs are to be processed.
-        task: of both models.
-        processing_class: what the batches are made with; None where that is not known.
-        student: whom the batches are for; None in a capture.
+        teacher: A loaded model; the processor among its files says how its inputs are made.
+        task: Of both models.
+        processing_class: What makes the batches; None where that is not known.
+        student: The model that the batches are made for; None in a capture.
         init_kwargs: `from_pretrained`'s, of which those that find files on the Hub are used.
 
     Raises:
-        TeacherError: a convention of the teacher's processor or tokenizer that its batches cannot be converted to; names both
-            values.
-        VocabularyError: a tokenizer with other tokens.
+        TeacherError: The batches cannot be converted to a convention of the teacher's; both values are named.
+        VocabularyError: The tokenizers have other tokens.
     """
     bare = without_adapter(teacher)
     name = getattr(bare.config, "_name_or_path", "") or type(bare).__name__
-    found = check_processors(bare, task, name, processing_class, student=student, init_kwargs=init_kwargs)
+    conversion = check_processors(bare, task, name, processing_class, student=student, init_kwargs=init_kwargs)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     reads_types = "token_type_ids" in forward_parameters(bare)
     return TeacherInputs(
@@ -273,8 +285,8 @@ def build_teacher_inputs(
         task,
         None if student is None else without_adapter(student),
         getattr(tokenizer, "pad_token_id", None),
-        found.pixels,
-        found.pair_separator if reads_types else None,
+        conversion.pixels,
+        conversion.pair_separator if reads_types else None,
     )
 
 

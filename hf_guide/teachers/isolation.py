@@ -1,7 +1,7 @@
-"""Whether models are apart: no tensor and no module of one is also part of another.
+"""Check that models share no tensors and modules.
 
-Identity is a matter of parameters. A teacher is frozen and put into evaluation mode, and a student is trained, whatever
-object is wrapped around them; so a teacher inside an adapter's base model, or with the student's embeddings, is refused.
+Identity is a matter of parameters. A teacher is frozen and set to evaluation mode while the student is trained, whatever
+wrapper objects there are; so a teacher inside an adapter's base model, or with the student's embeddings, is an error.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,11 +19,11 @@ def check_no_shared_parameters(student: Any, teachers: Iterable[Any]) -> None:
     """Check that no teacher shares a tensor or a module with the student, before either is changed.
 
     Args:
-        student: a model; anything else (a config, None) shares nothing.
-        teachers: models, and names of models, which share nothing.
+        student: A model; anything else (a config, None) shares nothing.
+        teachers: Models, or names of models, which share nothing.
 
     Raises:
-        OptionError: one that does; names the first shared tensor.
+        OptionError: One does; the first shared tensor is named.
     """
     models = [each for each in teachers if isinstance(each, nn.Module)]
     if not isinstance(student, nn.Module) or not models:
@@ -34,13 +34,15 @@ def check_no_shared_parameters(student: Any, teachers: Iterable[Any]) -> None:
         if not shared:
             continue
         if teacher is student:
-            found = "The teacher is the student itself."
+            sharing = "The teacher is the student itself."
         else:
             first = next(name for key, name in own.items() if key in shared)
-            found = f"The teacher shares {len(shared)} of its tensors and modules with the student, such as {first!r}."
+            sharing = (
+                f"The teacher shares {len(shared)} of its tensors and modules with the student, such as {first!r}."
+            )
         raise OptionError(
-            f"{found} It would be frozen, switched to evaluation mode or trained together with the student, so a teacher "
-            "must have parameters of its own. To learn from what the model is now, pass copy.deepcopy(model) as the "
+            f"{sharing} It would be frozen, switched to evaluation mode or trained together with the student, so a teacher "
+            "must have parameters of its own. To distil from the model's present state, pass copy.deepcopy(model) as the "
             "teacher, made before an adapter is added to the student."
         )
 
@@ -48,11 +50,11 @@ def check_no_shared_parameters(student: Any, teachers: Iterable[Any]) -> None:
 def check_teachers_independent(teachers: Iterable[Any]) -> None:
     """Check that teachers with adapters share no tensor or module with another teacher.
 
-    PEFT changes the layers of the model that it wraps in place, so two teachers with one base model are the same function:
-    that of the adapter which was made active last.
+    PEFT changes the layers of its base model in place, so two teachers with one base model compute the same: what the adapter
+    that was activated last does.
 
     Raises:
-        OptionError: two that do.
+        OptionError: Two do.
     """
     models = [each for each in dict.fromkeys(teachers) if isinstance(each, nn.Module)]
     for number, first in enumerate(models):
@@ -65,23 +67,23 @@ def check_teachers_independent(teachers: Iterable[Any]) -> None:
                 name = next(name for key, name in own.items() if key in shared)
                 raise OptionError(
                     f"Two teachers have adapters on one base model (both hold {name!r}), so that both compute what the "
-                    "adapter that was made active last does. Load a base model of its own for each teacher."
+                    "adapter that was activated last does. Load a separate base model for each teacher."
                 )
 
 
 def _identities(model: nn.Module) -> dict[Any, str]:
-    """Return what makes a model's tensors and modules themselves (memory, or the object), with their names."""
-    found: dict[Any, str] = {}
+    """Return the identities of a model's tensors and modules (their memory, or the object), with their names."""
+    identities: dict[Any, str] = {}
     for name, tensor in _tensors(model):
-        found.setdefault(_identity(tensor), name)
+        identities.setdefault(_identity(tensor), name)
     for name, module in model.named_modules():
         if not _is_stateless(module):
-            found.setdefault(id(module), name or type(module).__name__)
-    return found
+            identities.setdefault(id(module), name or type(module).__name__)
+    return identities
 
 
 def _is_stateless(module: nn.Module) -> bool:
-    """Return whether a module only computes: some families' models all call one activation, made when it is imported."""
+    """Return whether a module has no state: all models of some families share one activation, made at import."""
     has_parts = any(True for part in (module.parameters(), module.buffers(), module.children()) for _ in part)
     return not has_parts and not isinstance(module, _DropoutNd)
 

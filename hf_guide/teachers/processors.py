@@ -1,6 +1,6 @@
-"""Whether a teacher's own processor or tokenizer makes of raw data what the batches' processor makes of it.
+"""Compare the processor or tokenizer that makes the batches with the teacher's own.
 
-Two processors are compared by what they make of the same images, sound or texts, wherever their settings differ at all.
+If their settings differ at all, both process the same images, sound or texts, and their outputs are compared.
 """
 
 import json
@@ -26,7 +26,7 @@ _HUB_KWARGS = ("revision", "token", "cache_dir", "local_files_only", "subfolder"
 _NOT_FOUND_ERRORS = (OSError, ValueError, ImportError, KeyError)
 _PROCESSING_ERRORS = (ValueError, TypeError, RuntimeError, KeyError, AttributeError, IndexError)
 _MAX_GREY_LEVELS = 2.0
-"""By so many of 256 levels of grey two backends of one image processor may differ, for they round when they resize."""
+"""How many of 256 levels of grey two backends of one image processor may differ by: they round when they resize."""
 
 _IRRELEVANT_SETTINGS = (
     "image_processor_type",
@@ -49,13 +49,13 @@ _BACKEND_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "model")
 
 @dataclass(frozen=True)
 class PixelConversion:
-    """Pixels of one normalisation in another: `pixels * scale + shift`, channel by channel."""
+    """Converts pixels from one normalisation to another: `pixels * scale + shift`, channel by channel."""
 
     scale: tuple[float, ...]
     shift: tuple[float, ...]
 
     def apply(self, pixels: Tensor) -> Tensor:
-        """Return pixels (..., channels, height, width) as the other normalisation has them."""
+        """Return pixels (..., channels, height, width) in the other normalisation."""
         dtype = torch.promote_types(pixels.dtype, torch.float32)
         scale, shift = (
             torch.tensor(each, dtype=dtype, device=pixels.device).view(-1, 1, 1) for each in (self.scale, self.shift)
@@ -65,11 +65,11 @@ class PixelConversion:
 
 @dataclass(frozen=True)
 class InputConversion:
-    """What of two processors' conventions must be converted.
+    """What must be converted between the conventions of two processors.
 
     Attributes:
-        pixels: the batches' pixels in the teacher's normalisation; None where it is the same.
-        pair_separator: as `TeacherInputs` has it.
+        pixels: Converts pixels to the teacher's normalisation; None where it is the same.
+        pair_separator: As in `TeacherInputs`.
     """
 
     pixels: PixelConversion | None = None
@@ -85,35 +85,35 @@ def check_processors(
     student: Any = None,
     init_kwargs: Mapping[str, Any] | None = None,
 ) -> InputConversion:
-    """Compare what the batches are made with, and what lies beside a teacher's files.
+    """Compare the processor of the batches with the one among a teacher's files.
 
     Args:
-        teacher: the model.
-        task: of the model.
-        name: the teacher's, for errors.
-        processing_class: what the batches are made with; where it is None, what lies beside the student's files.
-        student: the student, or None.
+        teacher: The model.
+        task: The model's.
+        name: The teacher's, for errors.
+        processing_class: What makes the batches; if None, the processor among the student's files.
+        student: The student, or None.
         init_kwargs: `from_pretrained`'s.
 
     Raises:
-        VocabularyError: tokenizers with other tokens.
-        TeacherError: they differ in a way that cannot be converted exactly; names the settings and both values.
+        VocabularyError: The tokenizers have other tokens.
+        TeacherError: They differ in a way that cannot be converted exactly; the settings and both values are named.
     """
-    where = {key: value for key, value in (init_kwargs or {}).items() if key in _HUB_KWARGS}
+    hub = {key: value for key, value in (init_kwargs or {}).items() if key in _HUB_KWARGS}
     if teacher.main_input_name == "pixel_values":
         images = _sub_processor(processing_class, "image_processor", "image_mean", "do_rescale", "do_resize")
-        return InputConversion(_compare(images, teacher, name, student, where, AutoImageProcessor, _compare_images))
+        return InputConversion(_compare(images, teacher, name, student, hub, AutoImageProcessor, _compare_images))
     if teacher.main_input_name in ("input_features", "input_values"):
         sounds = _sub_processor(processing_class, "feature_extractor", "sampling_rate")
-        _compare(sounds, teacher, name, student, where, AutoFeatureExtractor, _compare_sounds)
+        _compare(sounds, teacher, name, student, hub, AutoFeatureExtractor, _compare_sounds)
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if not hasattr(tokenizer, "get_vocab") or not teacher.config._name_or_path:
         return InputConversion()
-    hub = {key: value for key, value in where.items() if key != "trust_remote_code"}
-    own = find_tokenizer(teacher.config._name_or_path, **hub)
+    safe = {key: value for key, value in hub.items() if key != "trust_remote_code"}
+    own = find_tokenizer(teacher.config._name_or_path, **safe)
     if own is not None and task is Task.TOKEN_CLASSIFICATION and getattr(tokenizer, "add_prefix_space", None):
         own = _load_processor(
-            AutoTokenizer, teacher, hub | {"add_prefix_space": True}
+            AutoTokenizer, teacher, safe | {"add_prefix_space": True}
         )  # words are given one by one there
     if own is None:
         return InputConversion()
@@ -133,12 +133,12 @@ def check_processors(
 
 
 def num_token_rows(model: Any) -> int | None:
-    """Return how many tokens a model has a row for; None where it has no table of them."""
+    """Return the number of rows of a model's input embeddings; None where it has none."""
     try:
-        table = without_adapter(model).get_input_embeddings()
-    except NotImplementedError:  # models of characters, which hash them
+        embeddings = without_adapter(model).get_input_embeddings()
+    except NotImplementedError:  # models of characters hash them
         return None
-    rows = getattr(table, "num_embeddings", None)
+    rows = getattr(embeddings, "num_embeddings", None)
     return rows if isinstance(rows, int) else None
 
 
@@ -149,27 +149,25 @@ def _sub_processor(processing_class: Any, attribute: str, *signs: str) -> Any:
     return processing_class if any(hasattr(processing_class, sign) for sign in signs) else None
 
 
-def _load_processor(auto: Any, model: Any, where: Mapping[str, Any]) -> Any:
-    """Return what lies beside a model's files, or None where there is nothing."""
+def _load_processor(auto: Any, model: Any, hub: Mapping[str, Any]) -> Any:
+    """Return the processor among a model's files, or None where there is none."""
     name = getattr(model.config, "_name_or_path", "")
     try:
-        return auto.from_pretrained(name, **where) if name else None
+        return auto.from_pretrained(name, **hub) if name else None
     except _NOT_FOUND_ERRORS:
         return None
 
 
-def _compare(
-    mine: Any, teacher: Any, name: str, student: Any, where: Mapping[str, Any], auto: Any, compare: Any
-) -> Any:
-    own = _load_processor(auto, teacher, where)
+def _compare(mine: Any, teacher: Any, name: str, student: Any, hub: Mapping[str, Any], auto: Any, compare: Any) -> Any:
+    own = _load_processor(auto, teacher, hub)
     if own is None:
         return None
     if mine is None and student is not None:
         mine = _load_processor(auto, student, {})
     if mine is None:
         logger.warning(
-            "What the batches are made with is not known, and the teacher %s expects what its %s makes. Pass "
-            "processing_class, and both are compared.",
+            "The processor of the batches is not known, and the teacher %s expects what its %s makes. Pass "
+            "processing_class, so that they are compared.",
             name,
             type(own).__name__,
         )
@@ -216,8 +214,8 @@ def _mismatch_error(mine: Any, own: Any, name: str, differing: Mapping[str, tupl
         f"{key} is {one!r} there and {other!r} for the teacher" for key, (one, other) in differing.items()
     )
     return TeacherError(
-        f"The batches are made with a {type(mine).__name__}, and the teacher {name} expects what its own "
-        f"{type(own).__name__} makes, which is something else: {shown or 'they process differently'}. Process the data with "
+        f"The batches are made by a {type(mine).__name__}, and the teacher {name} expects what its own "
+        f"{type(own).__name__} makes, which differs: {shown or 'they process differently'}. Process the data with "
         "the teacher's, or distil from a teacher with the student's."
     )
 
@@ -250,7 +248,7 @@ def _compare_images(mine: Any, own: Any, name: str) -> PixelConversion | None:
 
 
 def _pixel_normalization(processor: Any) -> tuple[Tensor, Tensor]:
-    """Return by what grey levels are multiplied, and what is then added, (channels, 1, 1) each."""
+    """Return the scale and the shift that a processor applies to grey levels, (channels, 1, 1) each."""
     rescale = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
     if not getattr(processor, "do_normalize", False):
         return torch.full((1, 1, 1), rescale, dtype=torch.float64), torch.zeros(1, 1, 1, dtype=torch.float64)
@@ -318,15 +316,15 @@ def _compare_tokenizers(mine: Any, own: Any, name: str, task: Task) -> None:
 
 
 def _vocabulary_texts(tokenizer: Any) -> list[str]:
-    """Return texts of some of a tokenizer's own tokens, spread over its vocabulary, in several cases."""
+    """Return texts of a sample of a tokenizer's own tokens, in several letter cases."""
     vocabulary = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
-    some = vocabulary[:: max(1, len(vocabulary) // _SAMPLED_TOKENS)]
-    text = " ".join(tokenizer.convert_tokens_to_string([token]).strip() for token in some)
+    sample = vocabulary[:: max(1, len(vocabulary) // _SAMPLED_TOKENS)]
+    text = " ".join(tokenizer.convert_tokens_to_string([token]).strip() for token in sample)
     return [text, text.upper(), text.title(), f"  {text}"]
 
 
 def _backend_settings(tokenizer: Any) -> dict[str, Any]:
-    """Return what a fast tokenizer does, but for its vocabulary, which is compared elsewhere; empty for a slow one."""
+    """Return the settings of a fast tokenizer, without the vocabulary (`alignment` compares it); empty for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {}
@@ -338,9 +336,9 @@ def _backend_settings(tokenizer: Any) -> dict[str, Any]:
 
 
 def _tokenize(tokenizer: Any, text: str, task: Task) -> Any:
-    """Return the tokens of a text, and those that are put around it.
+    """Return the tokens of a text, and the special tokens before and after it.
 
-    What ends a causal language model's text is not compared: whoever adds an end token says where texts end.
+    For causal language models the tokens after a text are not compared: the data decides where texts end.
     """
     try:
         bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -370,17 +368,17 @@ def _explain_settings(mine: Any, own: Any, differing: Mapping[str, Any]) -> str:
         "add_bos_token",
         "add_eos_token",
     )
-    said = [
+    clauses = [
         f"{option} is {values[0]!r} there and {values[1]!r} for the teacher"
         for option in options
         if len(set(values := [getattr(each, option, each.init_kwargs.get(option)) for each in (mine, own)])) > 1
     ]
-    said += [f"their {key} differs" for key in differing] if not said else []
-    return f"Their settings: {'; '.join(said)}. " if said else ""
+    clauses += [f"their {key} differs" for key in differing] if not clauses else []
+    return f"Their settings: {'; '.join(clauses)}. " if clauses else ""
 
 
 def _pair_separator(mine: Any, own: Any) -> int | None:
-    """Return the token between two texts where the teacher's tokenizer types the second, and the batches' none."""
+    """Return the token between two texts, where the teacher's tokenizer makes token types and the batches' does not."""
     types = own("a", "b", verbose=False).get("token_type_ids") if _has_token_types(own) else None
     return own.sep_token_id if types is not None and any(_flatten(types)) and not _has_token_types(mine) else None
 

@@ -1,7 +1,7 @@
-"""Where a checkpoint's tensors lie on disk, read from the headers alone.
+"""Locate a checkpoint's tensors in its safetensors files, and read them one at a time.
 
-Does: find safetensors files as `from_pretrained` does, check them, and say which of a model's tensors lie where.
-Does not: read weights into memory, except the one tensor asked for.
+Does: find the files as `from_pretrained` does, check them, and match their tensors with those of a model by the headers.
+Does not: read weights into memory, except the one tensor that is requested.
 """
 
 import os
@@ -37,7 +37,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file, not read yet."""
+    """The location of one tensor in a safetensors file."""
 
     file: str
     key: str
@@ -46,13 +46,13 @@ class StoredTensor:
 
 
 class SafetensorsTensors:
-    """A model's tensors in safetensors files; one is in memory while its caller holds it, no file stays open."""
+    """The tensors of a model in safetensors files, read one at a time; no file stays open."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]):
         self._tensors = tensors
 
     def keys(self) -> Collection[str]:
-        """Return the names, as the model's `state_dict` has them."""
+        """Return the names, as in the model's `state_dict`."""
         return self._tensors.keys()
 
     def shape(self, name: str) -> torch.Size:
@@ -69,7 +69,7 @@ class SafetensorsTensors:
         """Read one tensor from its file, mapped read-only where the system can.
 
         Raises:
-            TeacherError: the file changed or broke since it was opened first; the file is named.
+            TeacherError: The file has changed or been damaged since it was opened; it is named.
         """
         stored = self._tensors[name]
         try:
@@ -85,7 +85,7 @@ def find_safetensors(name: str, hub: Mapping[str, Any]) -> list[str] | None:
     `hub` holds what `cached_file` takes: revision, token, cache_dir, local_files_only, subfolder.
 
     Raises:
-        TeacherError: an index that cannot be read, or a shard of it that is missing; the file is named.
+        TeacherError: The index cannot be read, or one of its shards is missing; the file is named.
     """
     optional: dict[str, Any] = dict(_raise_exceptions_for_missing_entries=False, **hub)
     single = cached_file(name, SAFE_WEIGHTS_NAME, **optional)
@@ -100,7 +100,7 @@ def find_safetensors(name: str, hub: Mapping[str, Any]) -> list[str] | None:
     except (ValueError, KeyError, TypeError) as error:  # no metadata, which Transformers wants
         raise TeacherError(f"{index} is not a readable index of shards ({error}). Fetch it again.") from error
     except OSError as error:
-        raise TeacherError(f"A shard that {index} names cannot be had: {error}") from error
+        raise TeacherError(f"A shard that {index} names cannot be fetched: {error}") from error
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     if missing:
         raise TeacherError(f"{index} names shards that are missing: {', '.join(missing)}. Fetch them again.")
@@ -111,7 +111,7 @@ def read_headers(files: Iterable[str]) -> list[StoredTensor]:
     """Return every tensor of the files; only their headers are read, and checked against the files' lengths.
 
     Raises:
-        TeacherError: a truncated or corrupted file, named.
+        TeacherError: A file is truncated or corrupted; it is named.
     """
     tensors = []
     for file in files:
@@ -127,20 +127,20 @@ def read_headers(files: Iterable[str]) -> list[StoredTensor]:
 
 
 def match_stored_tensors(model: PreTrainedModel, stored: Iterable[StoredTensor]) -> dict[str, StoredTensor] | None:
-    """Return where each tensor of `model` (which may be on the meta device) lies, by its state-dict name.
+    """Return the location of each tensor of `model` (which may be on the meta device) by its name in the state dict.
 
     Names are matched by Transformers' own rules: renamed keys of old checkpoints, the base model's prefix added or
     stripped, keys the model does not have ignored. None where some tensor must be converted to fit and not only
     renamed (experts stored one by one, for instance): only `from_pretrained` reads such a checkpoint.
 
     Raises:
-        TeacherError: a tensor whose shape is not the one the config gives.
+        TeacherError: A tensor does not have the shape that the config gives.
     """
     expected = model.state_dict()
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
-    found = {}
+    located = {}
     for tensor in stored:
         name, converter = rename_source_key(tensor.key, renamings, converters, model.base_model_prefix, expected)
         if name not in expected and tensor.key in expected:
@@ -154,8 +154,8 @@ def match_stored_tensors(model: PreTrainedModel, stored: Iterable[StoredTensor])
                 f"{tensor.key} in {tensor.file} has shape {tuple(tensor.shape)}, but {type(model).__name__} of its "
                 f"config needs {tuple(expected[name].shape)}. Pass the config the checkpoint was saved with."
             )
-        found[name] = tensor
-    return found
+        located[name] = tensor
+    return located
 
 
 def _corrupted_file_error(file: str, error: Exception) -> TeacherError:

@@ -216,5 +216,5 @@ def test_logits_of_different_tokens_are_not_compared(tmp_path: Path) -> None:
     student = build("llama", "LlamaForCausalLM", Task.CAUSAL_LM)
     teacher = build("xlnet", "XLNetLMHeadModel", Task.CAUSAL_LM)
     assert shifts_labels(student, Task.CAUSAL_LM) and not shifts_labels(teacher, Task.CAUSAL_LM)
-    with pytest.raises(TaskError, match="Only the student's logits .LlamaForCausalLM. are about the next token"):
+    with pytest.raises(TaskError, match="Only the student's logits .LlamaForCausalLM. predict the next token"):
         DistillationTrainer(student, arguments(tmp_path, losses="kd"), teacher=teacher)

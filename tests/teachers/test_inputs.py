@@ -163,7 +163,7 @@ def test_a_copy_has_nothing_to_teach_whatever_pads_and_where(kind: str, side: st
     trainer = trainer_of(tmp_path, student, teacher, examples(kind, tok), collator(kind, tok), tok)
     if side == "left" and kind.startswith(SHIFTED_BY_LEFT_PADDING):
         with pytest.raises(
-            TeacherError, match="padded on the left, and the teacher .* counts positions from the first"
+            TeacherError, match="padded on the left, and the teacher .* counts positions from the start"
         ):
             trainer.evaluate()
     elif side == "left" and kind.startswith("Roberta") and pad != "<pad>":
@@ -367,7 +367,7 @@ def test_pixels_that_cannot_be_converted_are_refused(changes: dict[str, Any], sa
 
 def test_what_is_not_known_to_agree_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     image_trainer(tmp_path, {}, known=False)
-    assert "Pass processing_class, and both are compared" in caplog.text
+    assert "Pass processing_class, so that they are compared" in caplog.text
 
 
 # Labels
