@@ -181,7 +181,16 @@ def register_loss(
 def register_term(
     name: str, *, needs: str | TeacherSignal, help: str = "", task_only: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Deprecated: use `register_loss`. The function's last argument is the `DistillationArguments`, not a config."""
+    """Deprecated: use `register_loss`. The function's last argument is the `DistillationArguments`, not a config.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     decorator = register_term("deprecated_example", needs="logits")
+        >>> caught[0].category.__name__
+        'FutureWarning'
+    """
     warn_renamed("hf_guide", "register_term(needs=, task_only=)", "register_loss(requires=, tasks=, config=)")
     register_loss(name, requires=RENAMED_LOSSES.get(str(needs), needs), tasks=task_only)  # checks the options
     return _register(name, TeacherSignal(RENAMED_LOSSES.get(str(needs), needs)), tuple(task_only), None, help)
