@@ -27,7 +27,7 @@ class ShardedOnCpu(DistillationTrainer):
         self.is_fsdp_enabled = True
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     """Return a sharded tensor whole, on every process."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
@@ -38,11 +38,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    given = json.loads(sys.argv[1])
-    student = model_for(given["task"], 1)
+    options = json.loads(sys.argv[1])
+    student = model_for(options["task"], 1)
     before = {name: value.clone() for name, value in student.named_parameters()}
     args = DistillationArguments(
-        output_dir=str(Path(given["output"]).parent / "run"),
+        output_dir=str(Path(options["output"]).parent / "run"),
         max_steps=1,
         learning_rate=1.0,
         optim="sgd",
@@ -53,39 +53,39 @@ def main() -> None:
         logging_steps=1,
         disable_tqdm=True,
         use_cpu="deepspeed"
-        not in given["arguments"],  # DeepSpeed finds the CPU by itself, Accelerate would leave it out
+        not in options["arguments"],  # DeepSpeed finds the CPU by itself, Accelerate would leave it out
         seed=3,
         temperature=2.0,
-        **given["arguments"],
+        **options["arguments"],
     )
     same_width = {"hidden_states", "features"} & args.losses.keys()
-    teacher = model_for(given["task"], 2, width=48 if given.get("wide") or not same_width else 32)
-    trainer = (ShardedOnCpu if given.get("sharded") else DistillationTrainer)(
+    teacher = model_for(options["task"], 2, width=48 if options.get("wide") or not same_width else 32)
+    trainer = (ShardedOnCpu if options.get("sharded") else DistillationTrainer)(
         student,
         args,
         collate,
-        examples_for(given["task"]),
-        eval_dataset=examples_for(given["task"], 7),
+        examples_for(options["task"]),
+        eval_dataset=examples_for(options["task"], 7),
         teacher=teacher,
     )
     trainer.train()
-    after = {name: whole(value) for name, value in trainer.model.named_parameters()}
+    after = {name: gather_full(value) for name, value in trainer.model.named_parameters()}
     metrics = trainer.evaluate()
-    maps = trainer.distillation_objective.projections
+    projections = trainer.distillation_objective.projections
     if trainer.is_world_process_zero():
-        found = {
+        result = {
             "world_size": dist.get_world_size() if dist.is_initialized() else 1,
             "gradients": {name: (before[name] - after[name]).flatten().tolist() for name in before},
             "log": trainer.state.log_history[0],
             "metrics": metrics,
             "maps": {}
-            if maps is None
-            else {name: value.flatten().tolist() for name, value in maps.state_dict().items()},
+            if projections is None
+            else {name: value.flatten().tolist() for name, value in projections.state_dict().items()},
             "sharded": type(next(trainer.model.parameters())).__name__,
             "teacher_sharded": type(next(trainer.teachers[0].bare.parameters())).__name__,
             "inside_head": trainer.distillation_objective.head is not None,
         }
-        Path(given["output"]).write_text(json.dumps(found))
+        Path(options["output"]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

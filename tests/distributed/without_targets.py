@@ -19,56 +19,56 @@ from hf_guide import DistillationArguments, DistillationTrainer
 from hf_guide.errors import NotFiniteError
 from tests.distillation.small import collate, model_for
 from tests.distillation.test_loss_scaling import examples
-from tests.distributed.gradients import ShardedOnCpu, whole
+from tests.distributed.gradients import ShardedOnCpu, gather_full
 
 
-class Keep(TrainerCallback):
-    """Keeps the weights at first and after each step."""
+class RecordWeights(TrainerCallback):
+    """Record the weights at the beginning and after each step."""
 
     def __init__(self) -> None:
         self.weights: list[list[float]] = []
 
     def on_train_begin(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        self.keep(model)
+        self.record(model)
 
     def on_step_end(self, *_: Any, model: torch.nn.Module, **__: Any) -> None:
-        self.keep(model)
+        self.record(model)
 
-    def keep(self, model: torch.nn.Module) -> None:
-        self.weights.append(torch.cat([whole(each).flatten() for each in model.parameters()]).tolist())
+    def record(self, model: torch.nn.Module) -> None:
+        self.weights.append(torch.cat([gather_full(each).flatten() for each in model.parameters()]).tolist())
 
 
 def main() -> None:
-    given = json.loads(sys.argv[1])
-    task, spoil = given["task"], given.get("spoil")
+    options = json.loads(sys.argv[1])
+    task, spoil = options["task"], options.get("spoil")
     args = DistillationArguments(
-        output_dir=str(Path(given["output"]).parent / f"run_{given['per_device']}"),
+        output_dir=str(Path(options["output"]).parent / f"run_{options['per_device']}"),
         max_steps=3,
-        per_device_train_batch_size=given["per_device"],
+        per_device_train_batch_size=options["per_device"],
         train_sampling_strategy="sequential",
         learning_rate=0.1,
         optim="sgd",
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         report_to="none",
-        save_strategy="steps" if spoil and not given.get("sharded") else "no",
+        save_strategy="steps" if spoil and not options.get("sharded") else "no",
         save_steps=1,
         save_only_model=True,
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=True,
         seed=3,
-        **given["arguments"],
+        **options["arguments"],
     )
-    kind = ShardedOnCpu if given.get("sharded") else DistillationTrainer
-    keep = Keep()
+    kind = ShardedOnCpu if options.get("sharded") else DistillationTrainer
+    recorder = RecordWeights()
     trainer = kind(
         model_for(task, 1),
         args,
         collate,
-        examples(task, set(given["empty"]), steps=6),
+        examples(task, set(options["empty"]), steps=6),
         teacher=model_for(task, 2),
-        callbacks=[keep],
+        callbacks=[recorder],
     )
     rank = trainer.accelerator.process_index
     if spoil == "gradient" and rank == 1:
@@ -79,34 +79,34 @@ def main() -> None:
 
         trainer.model.get_input_embeddings().register_forward_hook(spoil_backward)
     if spoil == "loss" and rank == 1:
-        step = trainer.distillation_objective.compute
+        compute = trainer.distillation_objective.compute
 
-        def learn(*args: Any, **keywords: Any) -> Any:
-            learned = step(*args, **keywords)
+        def compute_infinite(*args: Any, **keywords: Any) -> Any:
+            result = compute(*args, **keywords)
             if trainer.state.global_step == 1:
                 # A value alone: its gradient stays finite, so that no other process would see it.
-                learned.total = learned.total + math.inf
-                learned.sums["kd"] = learned.sums["kd"] + math.inf
-            return learned
+                result.total = result.total + math.inf
+                result.sums["kd"] = result.sums["kd"] + math.inf
+            return result
 
-        trainer.distillation_objective.compute = learn
+        trainer.distillation_objective.compute = compute_infinite
     error = ""
     try:
         trainer.train()
-    except NotFiniteError as found:
-        error = str(found)
+    except NotFiniteError as raised:
+        error = str(raised)
     errors: list[Any] = [None] * dist.get_world_size() if dist.is_initialized() else [error]
     if dist.is_initialized():
         dist.all_gather_object(errors, error)
     if trainer.is_world_process_zero():
-        told = {
+        result = {
             "world_size": dist.get_world_size() if dist.is_initialized() else 1,
-            "weights": keep.weights,
+            "weights": recorder.weights,
             "log": [entry for entry in trainer.state.log_history if "loss" in entry],
             "errors": errors,
             "saved": sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*")),
         }
-        Path(given["output"]).write_text(json.dumps(told))
+        Path(options["output"]).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
