@@ -64,7 +64,7 @@ def test_no_number_is_left_out():
 
 
 @pytest.mark.parametrize("name", [*REALS, *WHOLE])
-def test_what_is_no_number_in_range_is_refused_when_the_options_are_made(name: str):
+def test_a_number_out_of_range_is_an_error_when_the_options_are_created(name: str):
     for value in REFUSED[name]:
         with pytest.raises(OptionError, match=f"{name}.* must be a"):
             make(name, value)
@@ -89,7 +89,7 @@ def test_weights_are_in_range(value: Any):
 
 
 @pytest.mark.parametrize("layers", [{"1": 1.5}, {-1: 2}, {"a": 1}, {1: None}, {True: 1}, [1, 2], "7"])
-def test_layer_numbers_are_whole(layers: Any):
+def test_layers_must_be_whole_numbers(layers: Any):
     with pytest.raises(OptionError, match="layer_mapping"):
         DistillationArguments(report_to=[], use_cpu=True, layer_mapping=layers)
     told = json.dumps({"1": "2", "3": 4})

@@ -111,7 +111,7 @@ def test_every_damage_is_seen(damage: str, whole: tuple[Path, list[dict[str, flo
 
 
 @pytest.mark.parametrize("damage", ["no state", "weights cut", "optimizer flipped"])
-def test_an_unfinished_or_damaged_checkpoint_is_skipped_and_the_curve_stays(
+def test_an_incomplete_or_damaged_checkpoint_is_skipped_and_the_curve_is_unchanged(
     damage: str, whole: tuple[Path, list[dict[str, float]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "run"
@@ -131,7 +131,7 @@ def test_an_unfinished_or_damaged_checkpoint_is_skipped_and_the_curve_stays(
         )
 
 
-def test_a_named_checkpoint_that_is_unfinished_is_refused_and_a_whole_one_named(
+def test_a_named_checkpoint_that_is_incomplete_is_an_error_that_names_a_complete_one(
     whole: tuple[Path, list[dict[str, float]]], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(whole[0], tmp_path / "run")
@@ -148,7 +148,7 @@ def test_a_named_checkpoint_that_is_unfinished_is_refused_and_a_whole_one_named(
         trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-9"))
 
 
-def test_without_a_whole_checkpoint_training_begins_anew_and_says_so(
+def test_without_a_complete_checkpoint_training_starts_from_the_beginning_with_a_warning(
     whole: tuple[Path, list[dict[str, float]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "checkpoint-3").mkdir()
@@ -182,7 +182,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(by: str, tmp_path: Pat
     ]
 
 
-def test_a_write_that_fails_at_any_file_leaves_the_whole_checkpoints_and_nothing_else(
+def test_a_write_that_fails_at_any_file_leaves_only_complete_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In place of the disk each part of a checkpoint's writing fails in turn, as the disk does or as an interruption."""
@@ -213,7 +213,7 @@ def test_a_write_that_fails_at_any_file_leaves_the_whole_checkpoints_and_nothing
                 assert f"complete checkpoint is {folder / 'checkpoint-3'}" in str(raised.value)
 
 
-def test_the_limit_counts_whole_checkpoints(tmp_path: Path) -> None:
+def test_the_limit_counts_complete_checkpoints(tmp_path: Path) -> None:
     """An unfinished one of a later step neither protects itself nor costs a whole one its place."""
     first = trainer(tmp_path, max_steps=3)
     first.train()
@@ -274,7 +274,7 @@ def test_what_was_summed_before_a_checkpoint_is_logged_after_it(
     assert [entry["step"] for entry in logged] == [2, 4, 6, 8]
 
 
-def test_a_checkpoint_without_the_optimizer_is_resumed_and_says_so(
+def test_a_checkpoint_without_the_optimizer_is_resumed_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer(tmp_path, max_steps=3, save_only_model=True).train()
@@ -288,7 +288,7 @@ def test_a_checkpoint_without_the_optimizer_is_resumed_and_says_so(
     assert again.state.global_step == 4
 
 
-def test_a_checkpoint_on_sigterm_is_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_on_sigterm_is_complete(tmp_path: Path) -> None:
     """`Trainer` marks its folder as incomplete, under its name, before it saves."""
     from transformers.trainer_jit_checkpoint import CheckpointManager
 

@@ -89,7 +89,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("task", "objective"), cases())
-def test_nothing_is_learned_where_there_is_no_target(task: str, objective: str, tmp_path: Path) -> None:
+def test_a_step_without_targets_has_loss_and_gradient_zero(task: str, objective: str, tmp_path: Path) -> None:
     weights, log = run(task, tmp_path, examples(task, {1}), **OBJECTIVES[objective])
     assert torch.equal(weights[1], weights[2]) and log[1]["loss"] == log[1]["grad_norm"] == 0.0
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[2], weights[3])
@@ -130,7 +130,7 @@ def test_means_over_a_logging_interval_are_those_of_the_steps_with_targets(tmp_p
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "token-classification"])
-def test_a_users_own_loss_is_not_asked_for_nothing(task: str, tmp_path: Path) -> None:
+def test_a_users_own_loss_is_not_called_for_a_batch_without_targets(task: str, tmp_path: Path) -> None:
     def own(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = outputs["logits"]
         if task == "causal-lm":
@@ -145,7 +145,7 @@ def test_a_users_own_loss_is_not_asked_for_nothing(task: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "token-classification"])
-def test_a_captured_teacher_has_nothing_to_say_either(task: str, tmp_path: Path) -> None:
+def test_a_cached_teacher_has_no_signals_without_targets_either(task: str, tmp_path: Path) -> None:
     data = examples(task, {1})
     capture = capture_teacher(
         model_for(task, 2), data, tmp_path / "capture", data_collator=collate, config={"top_k": 8}, show_progress=False

@@ -363,7 +363,7 @@ def test_a_student_made_of_its_teacher_and_adapted_is_merged_into_as_whole_a_fol
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
 
 
-def test_the_active_adapter_of_several_is_merged_and_the_student_stays(tmp_path: Path) -> None:
+def test_the_active_adapter_of_several_is_merged_and_the_student_is_unchanged(tmp_path: Path) -> None:
     student = adapted("llama, tied", "head")
     student.add_adapter("second", peft.LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False))
     student.double().set_adapter("second")
@@ -511,7 +511,7 @@ UNMERGEABLE = {
 
 
 @pytest.mark.parametrize("make", UNMERGEABLE, ids=lambda make: make.__name__)
-def test_what_cannot_be_merged_exactly_is_refused_and_nothing_is_written(
+def test_what_cannot_be_merged_exactly_is_an_error_and_nothing_is_written(
     make: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     student = make(tmp_path)

@@ -27,7 +27,7 @@ class OnOutputs(DistillationTrainer):
 
 
 @pytest.mark.parametrize("objective", ["ce", "kd", {"ce": 0.5, "kd": 0.5}, "hidden_states"])
-def test_a_derived_loss_is_given_the_logits(objective: Any, tmp_path: Path) -> None:
+def test_a_derived_loss_has_the_logits(objective: Any, tmp_path: Path) -> None:
     data = examples_for("causal-lm", 4)
     shape = collate(data)["input_ids"].shape
 
@@ -75,14 +75,14 @@ def own_terms() -> Iterator[None]:
 @pytest.mark.parametrize("term", ["mean_of_logits", "class_by_class", "mean_of_states", "mean_of_embeddings"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.usefixtures("own_terms")
-def test_a_term_that_is_not_one_number_an_item_is_refused(task: str, term: str, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_one_value_an_item_is_an_error(task: str, term: str, tmp_path: Path) -> None:
     args = arguments(tmp_path, losses={"ce": 0.5, term: 0.5}, max_steps=1)
     trainer = DistillationTrainer(model_for(task, 1), args, collate, examples_for(task, 4), teacher=model_for(task, 2))
     with pytest.raises(OptionError, match=f"'{term}' must return one value an item"):
         trainer.train()
 
 
-def test_a_term_of_labels_alone_is_refused() -> None:
+def test_a_loss_of_labels_alone_is_an_error() -> None:
     with pytest.raises(OptionError, match="'labels' is for the task loss alone.*'smoothed'.*compute_loss_func"):
         register_loss("smoothed", requires="labels")
 
@@ -111,9 +111,7 @@ def of_class(kind: Any, seed: int) -> Any:
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("kind", [PassesOn, NamesOne])
-def test_a_forward_that_passes_its_inputs_on_is_given_what_the_stock_one_is(
-    kind: Any, side: str, tmp_path: Path
-) -> None:
+def test_a_forward_that_passes_its_inputs_on_has_those_of_the_stock_one(kind: Any, side: str, tmp_path: Path) -> None:
     data = [
         {"input_ids": [0] * pads + ids, "attention_mask": [0] * pads + [1] * len(ids), "labels": [-100] * pads + ids}
         for pads, ids in ((3, [5, 6, 7]), (1, [8, 9, 10, 11, 12]))

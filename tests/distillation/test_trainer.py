@@ -102,7 +102,7 @@ def test_the_task_loss_alone_is_plain_trainer(task: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kd_loss_type", ["forward_kl", "reverse_kl", "jsd"])
-def test_a_student_distilled_from_itself_stays(task: str, kd_loss_type: str, tmp_path: Path) -> None:
+def test_a_student_distilled_from_itself_is_unchanged(task: str, kd_loss_type: str, tmp_path: Path) -> None:
     student = model_for(task, 1)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     args = arguments(tmp_path, losses="kd", kd_loss_type=kd_loss_type, temperature=3.0)
@@ -112,7 +112,7 @@ def test_a_student_distilled_from_itself_stays(task: str, kd_loss_type: str, tmp
     assert step_of(student, before).abs().max() < 1e-6
 
 
-def test_whole_logits_and_chunks_of_them_agree(tmp_path: Path) -> None:
+def test_dense_and_chunked_losses_agree(tmp_path: Path) -> None:
     found = []
     for loss_chunk_size in (61 * 3, 2**24):
         found.append(gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5}, loss_chunk_size=loss_chunk_size))
@@ -157,7 +157,7 @@ def test_terms_are_logged_raw_and_weighted_and_evaluation_reports_the_task(tmp_p
     assert metrics["eval_teacher_agreement"] == pytest.approx(same / count)
 
 
-def test_a_card_tells_what_was_measured_on_each_of_several_datasets(tmp_path: Path) -> None:
+def test_a_card_reports_the_metrics_of_each_of_several_datasets(tmp_path: Path) -> None:
     trainer = DistillationTrainer(
         llama(1),
         arguments(tmp_path, losses="kd", max_steps=2, learning_rate=0.05, eval_strategy="steps", eval_steps=1),
@@ -218,7 +218,7 @@ def test_the_teacher_is_left_alone(tmp_path: Path) -> None:
     assert load_file(tmp_path / "saved" / "model.safetensors").keys() <= student.state_dict().keys()
 
 
-def test_maps_between_widths_are_learned_resumed_and_not_published(tmp_path: Path) -> None:
+def test_projections_are_trained_resumed_and_not_published(tmp_path: Path) -> None:
     def run(folder: Path, **changes: Any) -> DistillationTrainer:
         args = arguments(
             folder,

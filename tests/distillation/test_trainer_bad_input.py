@@ -128,14 +128,14 @@ def test_trainers_that_cannot_be(
     assert not list(tmp_path.glob("**/*.safetensors"))
 
 
-def test_plain_training_arguments_are_refused(tmp_path: Path) -> None:
+def test_plain_training_arguments_are_an_error(tmp_path: Path) -> None:
     from transformers import TrainingArguments
 
     with pytest.raises(OptionError, match="must be DistillationArguments.*found TrainingArguments"):
         DistillationTrainer(llama(1), TrainingArguments(str(tmp_path)), teacher=llama(2))  # type: ignore[arg-type]
 
 
-def test_labels_are_matched_by_name_or_refused(tmp_path: Path) -> None:
+def test_labels_are_aligned_by_name_or_an_error(tmp_path: Path) -> None:
     task, names = "sequence-classification", ["a", "b", "c", "d", "e"]
     student, turned = renamed(names), renamed(names[::-1])
     kept = copy.deepcopy(student)
@@ -159,7 +159,7 @@ def test_labels_are_matched_by_name_or_refused(tmp_path: Path) -> None:
     assert "[a, b, c, d, e]" in str(caught.value) and "[a, b, c, d, f]" in str(caught.value)
 
 
-def test_a_teacher_that_says_nan_is_named_with_the_example_and_the_step(tmp_path: Path) -> None:
+def test_nan_of_a_teacher_is_an_error_with_the_example_and_the_step(tmp_path: Path) -> None:
     teacher = llama(2)
     bad = examples_for("causal-lm")[3]["input_ids"][0]
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_teacher_that_says_nan_is_named_with_the_example_and_the_step(tmp_path
 
 
 @pytest.mark.parametrize("said", [math.nan, math.inf])
-def test_a_classifier_that_says_nan_or_infinity_is_refused(said: float, tmp_path: Path) -> None:
+def test_nan_or_infinity_of_a_classifier_is_an_error(said: float, tmp_path: Path) -> None:
     task = "sequence-classification"
     teacher = model_for(task, 2)
 
@@ -202,7 +202,7 @@ def test_a_teacher_may_rule_classes_out(tmp_path: Path) -> None:
     assert math.isfinite(trainer.state.log_history[0]["kd"])
 
 
-def test_maps_that_the_users_optimizer_does_not_have_are_asked_for(tmp_path: Path) -> None:
+def test_projections_missing_in_the_users_optimizer_are_an_error(tmp_path: Path) -> None:
     def begun() -> tuple[DistillationTrainer, torch.optim.Optimizer]:
         student = llama(1)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
@@ -251,7 +251,7 @@ def test_what_trainer_pickles_has_no_token_of_the_teacher(tmp_path: Path) -> Non
     assert trainer.args.teacher_init_kwargs == {"token": "hf_secret"}, "the run itself keeps it"
 
 
-def test_a_batch_without_labels_is_refused_where_the_task_loss_is_wanted(tmp_path: Path) -> None:
+def test_a_batch_without_labels_is_an_error_with_the_task_loss(tmp_path: Path) -> None:
     unlabelled = [
         {name: value for name, value in example.items() if name != "labels"} for example in examples_for("causal-lm")
     ]
@@ -263,7 +263,7 @@ def test_a_batch_without_labels_is_refused_where_the_task_loss_is_wanted(tmp_pat
     DistillationTrainer(llama(1), arguments(tmp_path, losses="kd"), collate, unlabelled, teacher=llama(2)).train()
 
 
-def test_captures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_signal_caches_that_do_not_fit_are_errors(tmp_path: Path) -> None:
     examples = examples_for("causal-lm")
     folder = tmp_path / "capture"
     capture = capture_teacher(
@@ -314,7 +314,7 @@ def test_arguments_survive_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", ["folder", "path", "list", "mapping", "loaded", "link", "file"])
-def test_an_output_that_the_student_would_destroy_is_refused(named: str, tmp_path: Path) -> None:
+def test_an_output_dir_that_the_student_would_overwrite_is_an_error(named: str, tmp_path: Path) -> None:
     """Saving into the teacher's folder would replace the teacher by its student."""
     folder = tmp_path / "teacher"
     llama(2).save_pretrained(folder)
@@ -335,7 +335,7 @@ def test_an_output_that_the_student_would_destroy_is_refused(named: str, tmp_pat
     assert (folder / "model.safetensors").read_bytes() == before
 
 
-def test_an_output_within_a_file_is_refused(tmp_path: Path) -> None:
+def test_an_output_dir_within_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file is a file"):
         DistillationTrainer(
@@ -343,7 +343,7 @@ def test_an_output_within_a_file_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_an_output_in_the_capture_is_refused(tmp_path: Path) -> None:
+def test_an_output_dir_in_the_signal_cache_is_an_error(tmp_path: Path) -> None:
     capture = capture_teacher(
         llama(2), examples_for("causal-lm"), tmp_path / "capture", data_collator=collate, config={"top_k": 4}
     )

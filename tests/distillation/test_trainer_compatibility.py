@@ -69,7 +69,7 @@ def saved_teacher(folder: Path) -> str:
     return str(folder / "teacher")
 
 
-def test_a_loss_that_leaves_ours_out_is_refused_when_the_trainer_is_made(tmp_path: Path) -> None:
+def test_an_override_without_super_is_an_error_when_the_trainer_is_created(tmp_path: Path) -> None:
     first = type("First", (OwnLoss, DistillationTrainer), {})
     with pytest.raises(
         OptionError, match=r"OwnLoss.__init__ takes no teacher.*class First\(DistillationTrainer, OwnLoss\)"
@@ -122,7 +122,7 @@ def skip_count(self: Any, batch_samples: Any, device: Any) -> Any:
     ("method", "function"),
     [("compute_loss", skip_loss), ("training_step", skip_step), ("_get_num_items_in_batch", skip_count)],
 )
-def test_what_is_only_seen_when_it_runs_is_refused_at_the_first_step(
+def test_an_override_that_skips_ours_when_it_runs_is_an_error_at_the_first_step(
     method: str, function: Any, tmp_path: Path
 ) -> None:
     student = llama(1)
@@ -133,14 +133,14 @@ def test_what_is_only_seen_when_it_runs_is_refused_at_the_first_step(
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
 
 
-def test_a_method_of_the_instance_is_refused_at_the_first_step(tmp_path: Path) -> None:
+def test_a_method_replaced_on_the_instance_is_an_error_at_the_first_step(tmp_path: Path) -> None:
     trainer = DistillationTrainer(llama(1), **given(tmp_path), teacher=llama(2))
     trainer.compute_loss = lambda model, inputs, **_: model(**inputs).loss  # type: ignore[method-assign]
     with pytest.raises(OptionError, match="compute_loss of this DistillationTrainer was replaced on the instance"):
         trainer.train()
 
 
-def test_an_evaluation_that_leaves_ours_out_is_refused(tmp_path: Path) -> None:
+def test_an_evaluation_that_skips_ours_is_an_error(tmp_path: Path) -> None:
     def prediction_step(self: Any, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
         if self is None:
             return super(DistillationTrainer, self).prediction_step(model, inputs, True)
@@ -230,7 +230,7 @@ def test_generation_and_the_objective_are_evaluated_together(kind: Any, tmp_path
     assert '"temperature"' in trainer.args.to_json_string()
 
 
-def test_seq2seq_trainer_first_is_refused_where_it_would_pass_the_teacher_by(tmp_path: Path) -> None:
+def test_seq2seq_trainer_first_is_an_error_where_it_would_skip_the_teacher(tmp_path: Path) -> None:
     other = type("Other", (Seq2SeqTrainer, DistillationTrainer), {})
     model_for("seq2seq-lm", 2).save_pretrained(tmp_path / "teacher")
     named = {"teacher": str(tmp_path / "teacher")}
@@ -245,7 +245,7 @@ def test_seq2seq_trainer_first_is_refused_where_it_would_pass_the_teacher_by(tmp
     assert trainer.evaluate()["eval_kd"] > 0 and trainer.state.log_history[0]["kd"] > 0
 
 
-def test_seq2seq_arguments_are_asked_for(tmp_path: Path) -> None:
+def test_seq2seq_trainer_requires_seq2seq_arguments(tmp_path: Path) -> None:
     both = type("Both", (DistillationTrainer, Seq2SeqTrainer), {})
     with pytest.raises(OptionError, match="must be Seq2SeqTrainingArguments too; found DistillationArguments"):
         both(model_for("seq2seq-lm", 1), **(given(tmp_path)), teacher=model_for("seq2seq-lm", 2))

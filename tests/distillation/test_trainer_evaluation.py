@@ -100,7 +100,9 @@ def batch_of(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("objective", ["kd", "dkd", {"ce": 0.5, "kd": 0.5}])
 @pytest.mark.parametrize("kind", [None, "regression", "multi_label_classification"])
-def test_no_distribution_over_classes_is_refused(kind: str | None, objective: Any, tmp_path: Path) -> None:
+def test_logits_that_are_no_distribution_over_classes_are_an_error(
+    kind: str | None, objective: Any, tmp_path: Path
+) -> None:
     outputs = 3 if kind == "multi_label_classification" else 1
     student, teacher = (scores(outputs, seed, problem_type=kind) for seed in (1, 2))
     args = arguments(tmp_path, losses=objective)
@@ -108,7 +110,7 @@ def test_no_distribution_over_classes_is_refused(kind: str | None, objective: An
         DistillationTrainer(student, args, batch_of, rated(outputs=outputs), teacher=teacher)
 
 
-def test_a_teacher_of_something_else_is_refused_live_and_captured(tmp_path: Path) -> None:
+def test_a_teacher_of_another_problem_type_is_an_error_live_and_cached(tmp_path: Path) -> None:
     teacher = scores(3, 2, problem_type="multi_label_classification")
     data = [each | {"labels": 1} for each in rated()]
     capture = capture_teacher(teacher, data, tmp_path / "capture", data_collator=batch_of, show_progress=False)
@@ -117,7 +119,7 @@ def test_a_teacher_of_something_else_is_refused_live_and_captured(tmp_path: Path
             DistillationTrainer(scores(3), arguments(tmp_path, losses="kd"), batch_of, data, teacher=source)
 
 
-def test_labels_that_are_no_classes_are_refused_at_the_first_batch(tmp_path: Path) -> None:
+def test_labels_that_are_no_classes_are_an_error_at_the_first_batch(tmp_path: Path) -> None:
     """Transformers settles the kind of problem by the first batch's labels."""
     trainer = DistillationTrainer(
         scores(3), arguments(tmp_path, losses="kd"), batch_of, rated(outputs=3), teacher=scores(3, 2)
@@ -142,7 +144,7 @@ def test_a_regression_learns_vectors_and_is_evaluated(outputs: int, tmp_path: Pa
     assert "eval_teacher_agreement" not in metrics and "eval_teacher_ce" not in metrics
 
 
-def test_one_shared_token_is_refused(tmp_path: Path) -> None:
+def test_one_shared_token_is_an_error(tmp_path: Path) -> None:
     from hf_guide.distillation.objective import build_objective
     from hf_guide.tasks import Task
     from hf_guide.teachers.forward import LiveTeacher

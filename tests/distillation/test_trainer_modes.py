@@ -94,7 +94,7 @@ def test_compiled_students_and_teachers_have_the_same_gradients(tmp_path: Path) 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
 @pytest.mark.parametrize("wrapped", ["by the trainer", "already"])
-def test_an_adapter_alone_is_learned_saved_and_merged(wrapped: str, tmp_path: Path) -> None:
+def test_an_adapter_alone_is_trained_saved_and_merged(wrapped: str, tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
@@ -204,7 +204,7 @@ def test_killed_in_mid_run_and_resumed_the_curve_is_the_same(tmp_path: Path) -> 
     assert len(curves[0]) == 40 and curves[1] == curves[0]
 
 
-def test_hyper_parameter_search_makes_students_anew(tmp_path: Path) -> None:
+def test_hyperparameter_search_makes_a_new_student_for_each_trial(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     trainer = DistillationTrainer(
         model_init=lambda: llama(1),

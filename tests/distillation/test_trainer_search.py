@@ -64,7 +64,7 @@ def test_a_trial_learns_with_its_own_student(chosen: dict[str, int], tmp_path: P
     assert found == curve(other) and searched.distillation_objective.layers == other.distillation_objective.layers
 
 
-def test_maps_between_widths_begin_anew_with_their_student(tmp_path: Path) -> None:
+def test_projections_are_initialized_again_with_their_student(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, losses="hidden_states")
     first = curve(trainer)
     assert curve(trainer) == first
@@ -88,7 +88,7 @@ def test_a_trial_from_a_capture_is_fed_the_tail_of_its_own_temperature(tmp_path:
         changed.train()
 
 
-def test_what_a_trial_cannot_have_is_refused_before_its_first_step(tmp_path: Path) -> None:
+def test_invalid_arguments_of_a_trial_are_an_error_before_its_first_step(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, losses="kd")
     with pytest.raises(OptionError, match="temperature must be a number"):
         curve(trainer, {"temperature": 0.0})

@@ -98,7 +98,7 @@ def test_a_sum_whose_other_process_was_killed_names_it(killed: int, tmp_path: Pa
         assert rank == killed or f"rank {killed}" in said
 
 
-def test_all_processes_resume_from_the_same_whole_checkpoint(tmp_path: Path) -> None:
+def test_all_processes_resume_from_the_same_complete_checkpoint(tmp_path: Path) -> None:
     found = run_world("checkpoints.py", 2, {"folder": str(tmp_path / "run")}, tmp_path)
     assert found["checkpoints"] == ["checkpoint-6", "checkpoint-3"] == sorted(found["left"], reverse=True)
     assert {"rng_state_0.pth", "rng_state_1.pth", "distillation_progress.json"} <= set(found["files"])

@@ -361,7 +361,7 @@ def test_a_limit_on_files_in_distill_is_said_as_a_full_disk_is(
 
 
 @pytest.mark.parametrize("output", ["file/student", "file/a/student"])
-def test_an_output_within_a_file_is_refused(output: str, tmp_path: Path) -> None:
+def test_an_output_dir_within_a_file_is_an_error(output: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for check in (check_output_folder, lambda folder: cache_folder(folder).check()):
         with pytest.raises(NotADirectoryError, match=r"cannot be made: .*file is a file"):

@@ -97,7 +97,7 @@ def test_a_top_k_is_compared_with_its_tail_as_one_more_outcome(kind, temperature
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_top_k_never_says_more_than_the_whole_and_the_whole_where_k_is_all(kind, temperature):
+def test_a_top_k_divergence_is_at_most_the_full_one_and_equal_where_k_is_all(kind, temperature):
     student, teacher = pair(40, 30, torch.float64, spread=1.0)
     whole = divergence(student, DenseTarget(teacher), kind=kind, temperature=temperature)
     parts = [
@@ -110,7 +110,7 @@ def test_a_top_k_never_says_more_than_the_whole_and_the_whole_where_k_is_all(kin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_top_k_of_everything_has_the_gradient_of_the_whole(kind):
+def test_a_top_k_of_all_classes_has_the_gradient_of_the_full_divergence(kind):
     student, teacher = pair(9, 30, torch.float64)
     student.requires_grad_()
     of_whole = value_and_slope(divergence(student, DenseTarget(teacher), kind=kind, temperature=2.0), student)
@@ -139,7 +139,7 @@ def test_masked_classes_add_nothing_and_get_no_gradient(kind, temperature):
 
 
 @pytest.mark.parametrize(("kind", "infinite"), [("forward_kl", "student"), ("reverse_kl", "teacher")])
-def test_a_class_that_only_one_of_them_excludes_is_infinitely_far_where_the_definition_says_so(kind, infinite):
+def test_a_class_that_only_one_of_them_excludes_is_infinitely_far_where_the_definition_is(kind, infinite):
     student, teacher = pair(2, 5)
     (student if infinite == "student" else teacher)[0, 2] = -math.inf
     values = divergence(student, DenseTarget(teacher), kind=kind)
@@ -269,13 +269,13 @@ def test_nothing_of_no_items():
         ({"temperature": math.nan}, "temperature"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options, message):
+def test_invalid_options_are_errors(options, message):
     student, teacher = pair(2, 4)
     with pytest.raises(OptionError, match=message):
         divergence(student, DenseTarget(teacher), **options)
 
 
-def test_distributions_that_do_not_fit_are_refused():
+def test_distributions_of_other_shapes_are_errors():
     student, teacher = pair(2, 4)
     with pytest.raises(VocabularyError, match="student has 4 classes and the teacher 3"):
         divergence(student, DenseTarget(teacher[:, :3]))
