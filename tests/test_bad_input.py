@@ -394,7 +394,7 @@ def test_nothing_is_left_behind(folder: Path, wrong: str, capsys: pytest.Capture
         remote = {"model_type": "elsewhere", "auto_map": {"AutoConfig": "code.ElsewhereConfig"}}
         (folder / "config.json").write_text(json.dumps(config | (packed if wrong == "quantised" else remote)))
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    words = ["--hidden-size", "24"] if wrong not in WRONG else WRONG[wrong]
+    words = WRONG.get(wrong, ["--hidden-size", "24"])
     code = cli.main(["init", str(folder), "-o", str(home / "new" / "student"), "--no-progress", *words])
     error = capsys.readouterr().err
     assert code in (1, 2) and re.search(r"^hf-guide: error: \S", error, re.MULTILINE) and "Traceback" not in error

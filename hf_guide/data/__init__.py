@@ -1,0 +1,1 @@
+"""Datasets of `hf-guide distill` and `hf-guide capture`: arguments, loading, preprocessing."""

@@ -339,6 +339,7 @@ class MaskingCollator:
         self.pad = DataCollatorForTokenClassification(tokenizer) if tokenizer.pad_token else default_data_collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Pad examples that are masked already; mask and pad others."""
         return self.pad(list(examples)) if "labels" in examples[0] else self.mask(list(examples))
 
 

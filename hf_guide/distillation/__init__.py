@@ -1,0 +1,1 @@
+"""Distillation: the trainer, its arguments, its losses and their scaling."""

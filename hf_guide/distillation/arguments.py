@@ -84,7 +84,7 @@ class DistillationArguments(TrainingArguments):
         {'ce': 0.5, 'kd': 0.5}
     """
 
-    losses: dict | str | None = field(
+    losses: dict | str | None = field(  # type: ignore[type-arg]
         default_factory=lambda: {"ce": 0.5, "kd": 0.5},
         metadata={
             "help": "What the student is trained on: one loss's name, or weights by name, as JSON on the command line: "
@@ -92,7 +92,7 @@ class DistillationArguments(TrainingArguments):
             "(decoupled, classification), hidden_states, features, lelp (subclasses), and what you register."
         },
     )
-    loss_options: dict | str | None = field(
+    loss_options: dict | str | None = field(  # type: ignore[type-arg]
         default=None,
         metadata={
             "help": 'Options of single losses, by loss, as JSON on the command line: \'{"dkd": {"beta": 4.0}}\'. dkd has '
@@ -116,7 +116,7 @@ class DistillationArguments(TrainingArguments):
     beta: float = field(
         default=0.5, metadata={"help": "Of kd_loss_type=jsd: the teacher's weight in the mixture, between 0 and 1."}
     )
-    layer_mapping: dict | str | None = field(
+    layer_mapping: dict | str | None = field(  # type: ignore[type-arg]
         default=None,
         metadata={
             "help": "Of the loss hidden_states: student layer -> teacher layer, by number of blocks passed, 0 being the "
@@ -130,7 +130,7 @@ class DistillationArguments(TrainingArguments):
     teacher_weights: list[float] | str | None = field(
         default=None, metadata={"help": "Of several teachers: one weight each, as a JSON list. By default all equal."}
     )
-    teacher_init_kwargs: dict | str | None = field(
+    teacher_init_kwargs: dict | str | None = field(  # type: ignore[type-arg]
         default=None,
         metadata={
             "help": "Keyword arguments of the teacher's from_pretrained, as JSON: revision, token, dtype, device_map, "
@@ -144,7 +144,7 @@ class DistillationArguments(TrainingArguments):
             "help": "A folder that `hf-guide capture` wrote: the teacher's signals are read from it, and no teacher runs."
         },
     )
-    student_init_kwargs: dict | str | None = field(
+    student_init_kwargs: dict | str | None = field(  # type: ignore[type-arg]
         default=None,
         metadata={
             "help": "Arguments of from_teacher, which initializes the student where no model is given, as JSON: method, "
@@ -215,11 +215,13 @@ class DistillationArguments(TrainingArguments):
             keywords = getattr(self, name)
             if keywords is not None:
                 setattr(redacted, name, {key: _redact_keyword(key, value) for key, value in keywords.items()})
-        return super(DistillationArguments, redacted).to_dict()
+        arguments: dict[str, Any] = super(DistillationArguments, redacted).to_dict()
+        return arguments
 
     def to_json_string(self) -> str:
         """Return the arguments as JSON for experiment trackers, whose logs are in `output_dir`: without paths and tokens."""
-        return super(DistillationArguments, redact_arguments(self)).to_json_string()
+        text: str = super(DistillationArguments, redact_arguments(self)).to_json_string()
+        return text
 
     def __str__(self) -> str:
         lines = [f"{name}={value},\n" for name, value in sorted(self.to_dict().items())]

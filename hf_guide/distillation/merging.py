@@ -127,7 +127,7 @@ def _deepcopy_memo(model: nn.Module) -> dict[int, Any]:
     def add(value: Any) -> None:
         if isinstance(value, Tensor) and not value.is_leaf:
             memo[id(value)] = value.detach().clone()
-        elif isinstance(value, Mapping) or isinstance(value, (list, tuple)):
+        elif isinstance(value, (Mapping, list, tuple)):
             for each in value.values() if isinstance(value, Mapping) else value:
                 add(each)
 

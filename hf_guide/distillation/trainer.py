@@ -431,7 +431,9 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         if not has_labels:
             inputs = self._batch_builder.student_inputs(inputs)
             model = self._subclass_targets.wrap_in_class_logits(model)
-        return self._prediction_step(step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        return self._prediction_step(  # type: ignore[no-any-return]
+            step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs
+        )
 
     def _prediction_step(
         self,

@@ -1,0 +1,1 @@
+"""The Hub: records of a student, its model card, saving and pushing it."""

@@ -1,0 +1,1 @@
+"""Initialization of a student from the weights of its teacher: configuration, plan, transfer, report."""

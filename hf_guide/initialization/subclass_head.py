@@ -34,9 +34,11 @@ class SubclassDirections(Protocol):
     """
 
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:  # noqa: D102
+        ...
     @property
-    def num_subclasses(self) -> int: ...
+    def num_subclasses(self) -> int:  # noqa: D102
+        ...
 
     def head_offsets(self) -> tuple[Tensor, Tensor]:
         """Return what the rows of subclasses add to their class's row, (C * S, D), and to its bias, (C * S,).

@@ -1,0 +1,1 @@
+"""Layouts: what the axes of the parameters of a family mean."""

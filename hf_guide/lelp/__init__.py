@@ -1,0 +1,1 @@
+"""LELP: pseudo-subclasses from the linear structure of a teacher's embeddings."""

@@ -138,6 +138,7 @@ class SubclassLabelCollator:
         return subclass_probabilities(self.projector, embedding, logits, fine_labels)
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        """Collate examples and add the subclass targets."""
         batch = dict(self.data_collator([_fill_missing_labels(example) for example in features]))
         labels = batch.get("labels")
         if isinstance(labels, Tensor) and not labels.is_floating_point():
@@ -208,4 +209,4 @@ def _resolve_collator(tokenizer_or_collator: Any) -> Callable[[Any], Mapping[str
             "tokenizer_or_collator must be a tokenizer, an image processor or a collator; found a "
             f"{type(tokenizer_or_collator).__name__}."
         )
-    return tokenizer_or_collator
+    return tokenizer_or_collator  # type: ignore[no-any-return]

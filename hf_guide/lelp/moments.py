@@ -43,21 +43,25 @@ class ClassMoments:
 
     @property
     def counts(self) -> Tensor:
+        """Number of examples of each class, (C,)."""
         self._flush()
         return self._counts
 
     @property
     def means(self) -> Tensor:
+        """Mean of each class, (C, D)."""
         self._flush()
         return self._means
 
     @property
     def scatters(self) -> Tensor:
+        """Sum of centered outer products of each class, (C, D, D)."""
         self._flush()
         return self._scatters
 
     @property
     def skews(self) -> Tensor:
+        """Third moments of each class."""
         self._flush()
         return self._skews
 

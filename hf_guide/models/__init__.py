@@ -1,0 +1,1 @@
+"""Parts and properties of a model: heads, layers, adapters, files, tiny models."""

@@ -54,6 +54,7 @@ class TeacherBatchCollator:
             self._collator = DataCollatorWithPadding(processing_class)
 
     def __call__(self, features: Sequence[Any]) -> Mapping[str, Any]:
+        """Collate examples for the teacher."""
         if isinstance(features[0], Mapping):
             used = [self._used_columns(feature) for feature in features]
             if not used[0]:
@@ -83,7 +84,7 @@ class TeacherBatchCollator:
 
 
 def is_map_style(dataset: Any) -> bool:
-    """Return whether a dataset has a length and an index. (`__getitem__` of torch's `IterableDataset` only raises.)"""
+    """Return whether a dataset has a length and an index; `__getitem__` of torch's `IterableDataset` only raises."""
     return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset)
 
 
@@ -107,4 +108,5 @@ class IndexedCollator:
         self._collate = collate
 
     def __call__(self, items: Sequence[tuple[int, Any]]) -> tuple[list[int], Mapping[str, Any]]:
+        """Return the numbers of the examples and the collated batch."""
         return [number for number, _ in items], self._collate([example for _, example in items])

@@ -345,6 +345,7 @@ class CaptureDataCollator:
             )
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:
+        """Collate examples and add the cached teacher outputs."""
         batch = dict(self.data_collator(features))
         keys = self.capture.keys(batch)
         if self.missing == "skip" and any(key not in self.capture for key in keys):

@@ -1,0 +1,1 @@
+"""Teachers: loading them, their inputs, and their outputs."""

@@ -1,0 +1,1 @@
+"""Utilities without knowledge of models: files, checksums, processes, labels, deprecation."""

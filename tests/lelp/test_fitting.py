@@ -187,7 +187,7 @@ def test_a_capture_does_in_the_teachers_place(kind, tmp_path):
     assert alone.teacher_fingerprint == expected.teacher_fingerprint and alone.id2label == expected.id2label
     # The classifier told from the data: what it would say of what never occurs is not to be had.
     axes = torch.linalg.svd(said.embeddings.double() - said.embeddings.double().mean(0), full_matrices=False)
-    hull = axes.Vh[axes.S > 1e-3 * axes.S[0]]
+    hull = axes.Vh[1e-3 * axes.S[0] < axes.S]
     inside = said.weight.double() @ hull.T @ hull
     assert len(hull) == (48 if kind == "bert" else 47)
     assert_same(alone, SubclassProjector.fit(said.embeddings, labels, inside, 4), said, 1e-3)

@@ -133,6 +133,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, state: ChunkedLossState) -> Tensor:
+        """Compute the loss, and its gradients with it, chunk by chunk."""
         items, vocabulary = len(hidden), weight.shape[0]
         dtype = linear_compute_dtype(hidden, weight)
         wide_dtype = torch.promote_types(dtype, torch.float32)
@@ -160,6 +161,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that the forward pass computed."""
         if ctx.gradients is None:
             raise HfGuideError("backward() was already called on this loss; compute it again.")
         gradients, ctx.gradients = ctx.gradients, None

@@ -133,6 +133,7 @@ def stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
 
 
 def stack_pattern(match: LayoutMatch, placeholder: str) -> str:
+    """Return the pattern of the modules of a stack, up to the number of the block."""
     return match.row.pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
 
 

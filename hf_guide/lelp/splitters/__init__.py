@@ -1,0 +1,1 @@
+"""Splitters: how the examples of a class are divided into pseudo-subclasses."""

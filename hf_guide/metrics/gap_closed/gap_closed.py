@@ -27,6 +27,8 @@ _CITATION = "The figure of merit of GUIDE: Trinh, Menghani and Vee, arXiv 2510.0
 
 
 class GapClosed(evaluate.Metric):
+    """Share of the gap between a random student and the teacher that a student closes."""
+
     def _info(self) -> evaluate.MetricInfo:
         figure = datasets.Value("float64")
         return evaluate.MetricInfo(

@@ -29,6 +29,8 @@ _CITATION = ""
 
 
 class PerplexityFromLosses(evaluate.Metric):
+    """Perplexity of a model from its losses."""
+
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,

@@ -27,6 +27,8 @@ _CITATION = ""
 
 
 class TeacherAgreement(evaluate.Metric):
+    """Share of predictions that agree with the teacher's."""
+
     def _info(self) -> evaluate.MetricInfo:
         one = datasets.Value("int64")
         many = datasets.Sequence(datasets.Value("int64"))
