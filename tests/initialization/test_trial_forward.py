@@ -1,4 +1,4 @@
-"""A student is tried with one tiny forward, of every modality, that leaves no trace; what cannot run is refused."""
+"""A student of every modality is tried with one tiny forward pass without side effects; one that cannot run is an error."""
 
 import random
 from collections.abc import Iterator

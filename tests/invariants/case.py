@@ -16,20 +16,20 @@ SANDWICH_RESIDUAL = 0.3
 """Of gains that are folded in before their norm; 0.05 to 0.16 was measured."""
 
 STREAM_RESIDUAL = 1.0
-"""Of gains that stand on the stream itself; what was measured stands in each layout's `exactness`."""
+"""Of gains on the residual stream itself; the measured error is in each layout's `exactness`."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One family in two shapes: keyword arguments of its config; `both` go into either.
 
-    `output` is what of the model's outputs is compared; of the residual stream itself, which a projection only turns,
+    `output` is the output that is compared; of the residual stream itself, which a projection only rotates,
     `... gram` compares the products among its rows. `prepare` changes a model that was built, `settle` one whose
     parameters were moved.
-    `identity`, `lift` and `residual` bound the relative error of the laws of those names. The last is that of a turned
-    residual stream under random gains, and is a rounding error only where no gain stands on the stream itself.
-    A `lift` of None: no wider model computes the same function, for the reason in a comment beside the case.
-    `length` multiplies what is written onto the stream of a pre-norm model whose norms have a fixed, large eps.
+    `identity`, `lift` and `residual` bound the relative error of the laws of those names. The last is that of a rotated
+    residual stream under random gains, and is a rounding error only where no gain is on the stream itself.
+    A `lift` of None: no wider model computes the same function, for the reason in the comment at the case.
+    `length` multiplies what is added to the stream of a pre-norm model whose norms have a fixed, large eps.
     """
 
     family: str
@@ -67,17 +67,17 @@ def build(case: Case, shape: dict[str, Any]) -> PreTrainedModel:
 
 @torch.no_grad()
 def settle(model: PreTrainedModel, case: Case) -> None:
-    """Bring a model with random parameters to where the case's laws are meant to hold."""
+    """Apply the case's `settle` to a model with random parameters."""
     if case.settle is not None:
         case.settle(model)
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, case: Case) -> torch.Tensor:
-    """Return what the model makes of fixed input."""
+    """Return the model's output on fixed input."""
     model.set_attn_implementation("eager")
     if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the others multiply no float64
+        model.set_experts_implementation("eager")  # the others do not support float64
     outputs = model(**INPUTS[case.inputs]())
     output, _, gram = case.output.partition(" ")
     found = outputs[output]
@@ -102,7 +102,7 @@ def sounds() -> dict[str, torch.Tensor]:
 
 
 def speech() -> dict[str, torch.Tensor]:
-    """Return two spectrograms and the beginnings of what is said."""
+    """Return two spectrograms and the beginnings of their transcripts."""
     return sounds() | {"decoder_input_ids": pairs()["decoder_input_ids"]}
 
 

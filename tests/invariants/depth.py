@@ -1,6 +1,6 @@
-"""Models of every family for the law of depth: a tiny teacher, what it is fed, and the teacher with blocks bypassed.
+"""Models of every family for the law of depth: a tiny teacher, its inputs, and the teacher with blocks bypassed.
 
-Nothing here reads the library's own depth check: blocks are found as modules of the model, and bypassed by forward hooks.
+Nothing here uses the library's check of depth: blocks are found as modules of the model, and their forward is replaced.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def teacher_for(model_class: type[PreTrainedModel], config: PreTrainedConfig, de
 
 
 def depths(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the overrides, nested as the config is, that name each depth of a config: {"text_config": {"num_layers": 5}}."""
+    """Return each depth of a config as overrides, nested as the config is: {"text_config": {"num_layers": 5}}."""
     stated = config.to_dict()
     found: dict[str, Any] = {}
     for name in DEPTH_NAMES:
@@ -98,46 +98,46 @@ def inputs_for(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def outputs_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return what a model makes of a batch, its first known output."""
+    """Return a model's first known output on a batch."""
     model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")  # the others multiply no float64
+    model.set_experts_implementation("eager")  # the others do not support float64
     torch.manual_seed(0)
     outputs = model(**batch)
     return next(outputs[name] for name in OUTPUTS if outputs.get(name) is not None)
 
 
 @contextlib.contextmanager
-def bypassed(model: PreTrainedModel, kept: Mapping[str, list[int]], *, branches: bool = False) -> Iterator[None]:
-    """Let every block of the stacks in `kept` that is not kept hand on what it is given, within.
+def bypassed(model: PreTrainedModel, selected: Mapping[str, list[int]], *, branches: bool = False) -> Iterator[None]:
+    """Make every block of the stacks in `selected` that is not selected return its input, for the duration of the context.
 
-    With `branches` the modules that are no norms are not blocks but parts of them, whose output is added: they give zeros.
-    `forward` is replaced rather than hooked, for SqueezeBERT calls it directly.
+    With `branches` the modules that are not norms are parts of blocks, whose output is added: they return zeros.
+    `forward` is replaced rather than hooked, because SqueezeBERT calls it directly.
     """
 
-    def handing_on(module: nn.Module, zero: bool) -> Any:
+    def replace_forward(module: nn.Module, zero: bool) -> Any:
         forward = module.forward
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             output = forward(*arguments, **keywords)
-            given = keywords.get("hidden_states", arguments[0] if arguments else None)
-            assert given is not None, f"{type(module).__name__} is given no hidden states"
-            given = torch.zeros_like(given) if zero else given
+            hidden_states = keywords.get("hidden_states", arguments[0] if arguments else None)
+            assert hidden_states is not None, f"{type(module).__name__} has no hidden states as input"
+            hidden_states = torch.zeros_like(hidden_states) if zero else hidden_states
             if isinstance(output, Mapping):
-                return {**output, next(iter(output)): given}
+                return {**output, next(iter(output)): hidden_states}
             if not isinstance(output, (tuple, list)):
-                assert output.shape == given.shape
-                return given
-            assert output[0].shape == given.shape
-            return type(output)((given, *output[1:]))
+                assert output.shape == hidden_states.shape
+                return hidden_states
+            assert output[0].shape == hidden_states.shape
+            return type(output)((hidden_states, *output[1:]))
 
         return call
 
     changed = []
     try:
-        for stack, blocks in kept.items():
+        for stack, blocks in selected.items():
             for number, module in enumerate(stack_of(model, stack)):
                 if number not in blocks:
-                    module.forward = handing_on(module, branches and "norm" not in stack)
+                    module.forward = replace_forward(module, branches and "norm" not in stack)
                     changed.append(module)
         yield
     finally:
@@ -164,7 +164,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def generates_alike_with_and_without_cache(student: PreTrainedModel, teacher: PreTrainedModel) -> bool:
     """Return whether a student that generates gives the same tokens and logits with the cache as without.
 
-    A family whose whole teacher does not do so is no judge of the student's blocks.
+    The result is True for a family whose whole teacher does not do so.
     """
     if not student.can_generate() or "input_ids" not in inputs_for(student):
         return True
@@ -183,12 +183,12 @@ def generates_alike_with_and_without_cache(student: PreTrainedModel, teacher: Pr
         )
         return found.sequences, torch.stack(found.logits)
 
-    def alike(model: PreTrainedModel) -> bool:
+    def same_with_cache(model: PreTrainedModel) -> bool:
         (tokens, logits), (expected, expected_logits) = continued(model, True), continued(model, False)
         return torch.equal(tokens, expected) and relative_error(logits, expected_logits) <= 1e-5
 
     try:
-        whole = alike(teacher)
+        whole = same_with_cache(teacher)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError):
         return True
-    return not whole or alike(student)
+    return not whole or same_with_cache(student)

@@ -1,6 +1,6 @@
 """The law of depth: a full-width student of some blocks is the teacher whose other blocks are bypassed.
 
-Where it cannot hold, the report says so, or the student is refused with the reason.
+Where it cannot hold, the report notes it, or an error gives the reason.
 """
 
 import dataclasses
@@ -46,11 +46,11 @@ CHOICES = ("uniform", "first_last", "explicit")
 
 @dataclass(frozen=True)
 class Family:
-    """A model class, what its config says beyond the defaults, and the blocks of five that are kept by the explicit choice."""
+    """A model class, the entries of its config, and the blocks of five that the explicit selection keeps."""
 
     model_class: str
     config: dict[str, Any] = field(default_factory=dict, hash=False)
-    kept: tuple[int, ...] = (0, 2, 3)
+    selected: tuple[int, ...] = (0, 2, 3)
     name: str = ""
 
     def __str__(self) -> str:
@@ -67,29 +67,31 @@ class Family:
 LAST = (1, 3, 4)
 WAVLM = {"conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 8], "num_conv_pos_embeddings": 16}
 EXACT = [
-    Family("LlamaForCausalLM", kept=LAST),
-    Family("Gemma2ForCausalLM", kept=LAST),
-    Family("Gemma3ForCausalLM", kept=LAST),
-    Family("SmolLM3ForCausalLM", kept=LAST),
-    Family("DeepseekV3ForCausalLM", kept=LAST),
-    Family("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, kept=LAST),
-    Family("DiffLlamaForCausalLM", kept=LAST),
-    Family("MiniCPM3ForCausalLM", kept=LAST),
-    Family("ImageGPTForCausalImageModeling", {"scale_attn_by_inverse_layer_idx": True}, kept=LAST),
-    Family("MambaForCausalLM", kept=LAST),
-    Family("BloomForCausalLM", {"n_layer": 8}, kept=LAST),
-    Family("BertForMaskedLM", kept=LAST),
+    Family("LlamaForCausalLM", selected=LAST),
+    Family("Gemma2ForCausalLM", selected=LAST),
+    Family("Gemma3ForCausalLM", selected=LAST),
+    Family("SmolLM3ForCausalLM", selected=LAST),
+    Family("DeepseekV3ForCausalLM", selected=LAST),
+    Family("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, selected=LAST),
+    Family("DiffLlamaForCausalLM", selected=LAST),
+    Family("MiniCPM3ForCausalLM", selected=LAST),
+    Family("ImageGPTForCausalImageModeling", {"scale_attn_by_inverse_layer_idx": True}, selected=LAST),
+    Family("MambaForCausalLM", selected=LAST),
+    Family("BloomForCausalLM", {"n_layer": 8}, selected=LAST),
+    Family("BertForMaskedLM", selected=LAST),
     Family("ModernBertForMaskedLM"),
-    Family("EsmcForMaskedLM", kept=LAST),
-    Family("DebertaV2ForMaskedLM", kept=LAST),
-    Family("BartForConditionalGeneration", kept=LAST),
-    Family("T5ForConditionalGeneration", kept=LAST),
-    Family("ViTForImageClassification", kept=LAST),
-    Family("LlavaForConditionalGeneration", kept=LAST),
-    Family("CLIPModel", kept=LAST),
-    Family("SqueezeBertForMaskedLM", kept=LAST),
-    Family("XLMWithLMHeadModel", {"n_layers": 5, "emb_dim": 64, "n_heads": 4, "n_words": 99}, name="XLM", kept=LAST),
-    Family("WavLMForSequenceClassification", WAVLM, name="WavLM", kept=LAST),
+    Family("EsmcForMaskedLM", selected=LAST),
+    Family("DebertaV2ForMaskedLM", selected=LAST),
+    Family("BartForConditionalGeneration", selected=LAST),
+    Family("T5ForConditionalGeneration", selected=LAST),
+    Family("ViTForImageClassification", selected=LAST),
+    Family("LlavaForConditionalGeneration", selected=LAST),
+    Family("CLIPModel", selected=LAST),
+    Family("SqueezeBertForMaskedLM", selected=LAST),
+    Family(
+        "XLMWithLMHeadModel", {"n_layers": 5, "emb_dim": 64, "n_heads": 4, "n_words": 99}, name="XLM", selected=LAST
+    ),
+    Family("WavLMForSequenceClassification", WAVLM, name="WavLM", selected=LAST),
 ]
 REPORTED = [Family("PegasusXForConditionalGeneration"), Family("BeamForCausalLM")]
 REFUSED = {  # by model class: its stack, and the reason
@@ -100,7 +102,7 @@ REFUSED = {  # by model class: its stack, and the reason
 
 
 def student_of(
-    teacher: PreTrainedModel, choice: str, kept: tuple[int, ...] = (), stacks: Iterable[str] | None = None
+    teacher: PreTrainedModel, choice: str, selected: tuple[int, ...] = (), stacks: Iterable[str] | None = None
 ) -> PreTrainedModel:
     """Return a student of three blocks in each stack that has five; `stacks` names them, where they are known."""
     layers: Any = choice
@@ -108,7 +110,7 @@ def student_of(
         if stacks is None:
             stacks = from_teacher(teacher, show_progress=False).initialization_report.blocks
         sizes = {stack: len(stack_of(teacher, stack)) for stack in stacks}
-        layers = {stack: list(kept) if size == 5 else list(range(size)) for stack, size in sizes.items()}
+        layers = {stack: list(selected) if size == 5 else list(range(size)) for stack, size in sizes.items()}
     return from_teacher(
         teacher, method={"layer_selection": layers}, show_progress=False, **cut(depths(teacher.config), 3)
     )
@@ -117,18 +119,20 @@ def student_of(
 def difference(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
     """Return how far a student is from its teacher with the other blocks bypassed."""
     batch, blocks = inputs_for(teacher), student.initialization_report.blocks
-    assert any(len(kept) < len(stack_of(teacher, stack)) for stack, kept in blocks.items()), "no block was left out"
-    found = outputs_of(student, batch)
+    assert any(len(selected) < len(stack_of(teacher, stack)) for stack, selected in blocks.items()), (
+        "no block was dropped"
+    )
+    output = outputs_of(student, batch)
     with bypassed(teacher, blocks, branches=teacher.config.model_type in ("xlm", "flaubert")):
         expected = outputs_of(teacher, batch)
-    return relative_error(found, expected)
+    return relative_error(output, expected)
 
 
 @pytest.mark.parametrize("family", EXACT, ids=str)
 def test_a_student_of_some_blocks_is_the_teacher_with_the_others_bypassed(family: Family) -> None:
     teacher, stacks = family.teacher(), None
     for choice in CHOICES:
-        student = student_of(teacher, choice, family.kept, stacks)
+        student = student_of(teacher, choice, family.selected, stacks)
         stacks = student.initialization_report.blocks
         assert difference(student, teacher) <= TOLERANCE, choice
         assert student.initialization_report.approximations == [], choice
@@ -136,7 +140,7 @@ def test_a_student_of_some_blocks_is_the_teacher_with_the_others_bypassed(family
 
 
 @pytest.mark.parametrize("family", REPORTED, ids=str)
-def test_what_depends_on_a_block_index_otherwise_is_reported(family: Family) -> None:
+def test_any_other_dependence_on_a_block_index_is_reported(family: Family) -> None:
     teacher = family.teacher()
     try:
         student = student_of(teacher, "uniform")
@@ -150,12 +154,12 @@ def test_what_depends_on_a_block_index_otherwise_is_reported(family: Family) -> 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_block_that_cannot_stand_where_it_is_put_is_refused(name: str) -> None:
+def test_a_block_of_another_kind_than_its_position_is_an_error(name: str) -> None:
     with pytest.raises(ShapeError, match=REFUSED[name][1]):
         student_of(Family(name).teacher(), "explicit", LAST, REFUSED[name][0])
 
 
-def test_a_model_that_rescales_its_weights_when_run_gives_them_as_they_were() -> None:
+def test_a_model_that_rescales_its_weights_is_transferred_with_the_original_ones() -> None:
     sizes = {"vocab_size": 60, "hidden_size": 16, "attention_hidden_size": 16, "intermediate_size": 24}
     teacher = teacher_for(RwkvForCausalLM, RwkvConfig(**sizes, num_hidden_layers=5, rescale_every=2))
     fresh = from_teacher(teacher, show_progress=False, num_hidden_layers=4, method={"layer_selection": [0, 2, 3, 4]})
@@ -175,7 +179,7 @@ def test_blocks_that_are_repeated_are_reported() -> None:
 
 
 @pytest.mark.parametrize("kept", [[0, 1, 2], [0, 3, 4], [1, 2, 3]], ids=str)
-def test_adapters_of_a_shared_block_follow_the_places_it_is_used_at(kept: list[int]) -> None:
+def test_adapters_of_a_shared_block_follow_the_blocks_that_use_it(kept: list[int]) -> None:
     sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     mamba = {"n_mamba_heads": 4, "mamba_d_state": 8, "mamba_headdim": 16, "mamba_ngroups": 1, "chunk_size": 8}
     shared = {"attention_hidden_size": 64, "attention_head_dim": 16, "num_mem_blocks": 1, "adapter_rank": 4}
@@ -199,7 +203,7 @@ INFLUENCE = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForCon
 
 
 @pytest.mark.parametrize("name", INFLUENCE)
-def test_blocks_chosen_by_influence_obey_the_law_too(name: str) -> None:
+def test_blocks_selected_by_influence_obey_the_law_too(name: str) -> None:
     family = next(family for family in EXACT if family.model_class == name)
     teacher = family.teacher()
     unchanged = {"refit": "none", "fit_tied_embedding": False, "fit_final_norm": False, "fit_logit_scale": False}
@@ -233,13 +237,13 @@ def test_a_narrower_student_too_has_the_constants_of_its_blocks(method: str) -> 
 def test_check_equivalence_refuses_depth_but_not_width_where_blocks_depend_on_their_index() -> None:
     teacher = teacher_for(MiniCPM3ForCausalLM, MiniCPM3Config(tie_word_embeddings=False), depth=4)
     layout = layout_for(teacher.config, type(teacher))
-    report_of_laws = check_equivalence(layout, teacher)
-    assert report_of_laws.passed and report_of_laws.depth == ""
-    report_of_laws = check_equivalence(dataclasses.replace(layout, block_scale={}), teacher)
-    assert report_of_laws.passed and "depend on their index" in report_of_laws.depth
+    report = check_equivalence(layout, teacher)
+    assert report.passed and report.depth == ""
+    report = check_equivalence(dataclasses.replace(layout, block_scale={}), teacher)
+    assert report.passed and "depend on their index" in report.depth
 
 
-def test_a_layout_of_fixed_depth_refuses_fewer_blocks_with_its_reason() -> None:
+def test_a_layout_of_fixed_depth_rejects_fewer_blocks_with_its_reason() -> None:
     teacher = Family("BeamForCausalLM").teacher()
     with pytest.raises(
         ShapeError, match="fewer blocks in 'layers' than its teacher, but its blocks depend on their index"

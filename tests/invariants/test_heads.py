@@ -1,4 +1,4 @@
-"""The heads of other tasks carry over: on a lifted teacher a student's head says what the small model's says."""
+"""The heads of other tasks are transferred: with an embedded small model, a student's head outputs what the small one does."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ WITH_HEADS = [found for case in CASES for task in HEADS if (found := with_head(c
 
 
 @pytest.mark.parametrize("case", WITH_HEADS, ids=str)
-def test_a_head_says_what_it_said_before_the_lift(case: Case) -> None:
+def test_a_head_outputs_what_the_small_model_does(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)
     layout = variant_for(registered_layouts()[small.config.model_type], small.config)
     layout = merge_tied_axes(layout, [relative_name(name, small) for name in small.state_dict()])

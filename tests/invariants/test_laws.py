@@ -53,7 +53,7 @@ def test_lift(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rotation(case: Case) -> None:
-    """All gains at random and nothing cut, only turned: what is left is what gains that cannot be folded cost."""
+    """With random gains and no axis cut, only rotated: the remaining error is that of gains that cannot be folded."""
     teacher = build(case, case.big)
     layout = layout_of(teacher)
     randomize(teacher, layout, seed=4)
@@ -62,11 +62,11 @@ def test_rotation(case: Case) -> None:
 
 
 def rotation_residual(teacher: PreTrainedModel, layout: Layout, case: Case) -> float:
-    """Return the relative error of a student as wide as its teacher whose residual stream is turned by a random Q."""
+    """Return the relative error of a student as wide as its teacher whose residual stream is rotated by a random Q."""
     widths: dict[str, int] = {}
     for name, tensor in teacher.state_dict().items():
         match = layout.find(relative_name(name, teacher))
-        assert match is not None, f"the layout says nothing of {name}"
+        assert match is not None, f"the layout has no row for {name}"
         lengths = {str(axis): length for axis, length in zip(match.axes, tensor.shape, strict=True)}
         widths |= {axis: lengths[axis] for axis in layout.projected_axes() if axis in lengths}
     bases = {

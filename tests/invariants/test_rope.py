@@ -1,7 +1,7 @@
 """The RoPE law: where head sizes divide, a student attends as its teacher does through the selected pairs alone.
 
 A smaller head keeps every r-th pair, r = l_T / l_S, and every r-th of the dimensions that are not rotated. Its logits
-are then those of the teacher's kept dimensions times r, since the sum has r times fewer terms.
+are then those of the teacher's selected dimensions times r, since the sum has r times fewer terms.
 """
 
 import math
@@ -95,9 +95,9 @@ ROPES = [
 
 
 def make_teacher(rope: Rope) -> PreTrainedModel:
-    """Return a teacher, float64, whose embeddings lie in as many directions as the student has: none is lost.
+    """Return a teacher, float64, whose embeddings span as many directions as the student has: none is lost.
 
-    So do its norms' biases, which weights without a bias of their own could not take in otherwise.
+    So do its norms' biases, which weights without a bias could not absorb otherwise.
     """
     model_class = getattr(transformers, rope.model_class)
     ids = {"vocab_size": TOKENS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
@@ -119,7 +119,7 @@ def make_teacher(rope: Rope) -> PreTrainedModel:
 
 
 def kept_places(rope: Rope) -> list[int]:
-    """Return the places of a head that one half as large keeps: every other pair, every other of the rest."""
+    """Return the dimensions of a head that one of half the size keeps: every other pair, every other of the rest."""
     pairs = range(0, rope.rotated // 2, 2)
     if rope.interleaved:
         rotated = [2 * pair + part for pair in pairs for part in (0, 1)]
@@ -139,7 +139,7 @@ def attention_of(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def restrict(teacher: PreTrainedModel, rope: Rope) -> None:
-    """Let `teacher` compare queries and keys in the kept places alone, times 2: its other queries are made zero."""
+    """Restrict the products of `teacher`'s queries and keys to the selected dimensions, times 2: other queries become zero."""
     layout = variant_for(registered_layouts()[teacher.config.model_type], teacher.config)
     layout = merge_tied_axes(layout, [relative_name(name, teacher) for name in teacher.state_dict()])
     mask = torch.zeros(16, dtype=torch.float64)
@@ -186,7 +186,7 @@ def test_attention_is_the_teachers_through_the_selected_pairs(rope: Rope) -> Non
 
 
 def pattern(rope: Rope, queries: Tensor, keys: Tensor, theta: float, scale: float) -> Tensor:
-    """Return the causal attention of kept places, (batch, heads, query, key), by complex numbers.
+    """Return the causal attention of the selected dimensions, (batch, heads, query, key), by complex numbers.
 
     queries, keys: (batch, heads, tokens, l_T), before their rotation; theta: the base of the teacher's frequencies.
     """
@@ -194,12 +194,12 @@ def pattern(rope: Rope, queries: Tensor, keys: Tensor, theta: float, scale: floa
     firsts = [2 * pair if rope.interleaved else pair for pair in range(half)]
     seconds = [2 * pair + 1 if rope.interleaved else pair + half for pair in range(half)]
     frequencies = theta ** (-torch.arange(half, dtype=torch.float64) * 2 / rope.rotated)
-    turns = torch.outer(torch.arange(queries.shape[2], dtype=torch.float64), frequencies)
-    turned = [
-        torch.complex(part[..., firsts], part[..., seconds]) * torch.polar(torch.ones_like(turns), turns)
+    rotations = torch.outer(torch.arange(queries.shape[2], dtype=torch.float64), frequencies)
+    rotated = [
+        torch.complex(part[..., firsts], part[..., seconds]) * torch.polar(torch.ones_like(rotations), rotations)
         for part in (queries, keys)
     ]
-    of_pairs = torch.einsum("bhqp,bhkp->bhqkp", turned[0], turned[1].conj()).real[..., ::2].sum(-1)
+    of_pairs = torch.einsum("bhqp,bhkp->bhqkp", rotated[0], rotated[1].conj()).real[..., ::2].sum(-1)
     rest = list(range(rope.rotated, queries.shape[-1], 2))
     logits = scale * (of_pairs + queries[..., rest] @ keys[..., rest].mT)
     later = torch.ones(logits.shape[-2:]).triu(1).bool()

@@ -1,4 +1,4 @@
-"""A family's config says which of its layouts serves it, and a student is wired as its teacher is."""
+"""A family's config selects its variant of the layout, and a student must have its teacher's."""
 
 import pytest
 import torch
@@ -31,23 +31,23 @@ FALCON = {"vocab_size": 60, "hidden_size": 64, "num_hidden_layers": 2, "num_atte
         (FalconConfig(new_decoder_architecture=True, num_ln_in_parallel_attn=1), "falcon"),
     ],
 )
-def test_config_chooses_its_variant(config: OPTConfig | FalconConfig, name: str) -> None:
+def test_a_config_selects_its_variant(config: OPTConfig | FalconConfig, name: str) -> None:
     assert variant_for(registered_layouts()[config.model_type], config).family == name
 
 
-def test_student_wired_otherwise_is_refused_with_both_names() -> None:
+def test_a_student_of_another_variant_is_an_error_with_both_names() -> None:
     teacher = StableLmForCausalLM(StableLmConfig(**STABLELM))
     with pytest.raises(ShapeError, match=r"stablelm \(parallel\).*'stablelm'"):
         from_teacher(teacher, use_parallel_residual=True, show_progress=False)
 
 
 @torch.no_grad()
-def test_heads_are_chosen_by_their_alibi_slopes() -> None:
+def test_heads_are_selected_by_their_alibi_slopes() -> None:
     """Head i of n has the slope 2 ** (-8 (i + 1) / n): of 8 heads, the second of each pair has a slope of 4 heads'."""
     config = FalconConfig(**FALCON, alibi=True, multi_query=False, parallel_attn=False)
     teacher = FalconForCausalLM(config)
     dense = teacher.transformer.h[0].self_attention.dense.weight
     dense.copy_(torch.arange(8).repeat_interleave(8).float().expand_as(dense))  # each head's columns hold its number
     student = from_teacher(teacher, hidden_size=32, num_attention_heads=4, method="uniform", show_progress=False)
-    kept = student.transformer.h[0].self_attention.dense.weight[0, ::8]
-    assert kept.tolist() == [1.0, 3.0, 5.0, 7.0]
+    selected = student.transformer.h[0].self_attention.dense.weight[0, ::8]
+    assert selected.tolist() == [1.0, 3.0, 5.0, 7.0]

@@ -86,7 +86,7 @@ def reads(config: Any, length: int, target: int = 3) -> bool:
 @pytest.mark.parametrize(
     "name", [*AFTER_PAD, *FROM_ZERO, *WITH_AN_OFFSET, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 )
-def test_the_longest_text_is_read_and_one_token_more_is_not(name: str) -> None:
+def test_a_text_of_the_maximal_length_runs_and_one_token_more_does_not(name: str) -> None:
     for pad in (1, 4) if name in AFTER_PAD else (4,):
         config = tiny(name, pad_token_id=pad)
         positions = text_positions(config)
@@ -99,12 +99,12 @@ def test_the_longest_text_is_read_and_one_token_more_is_not(name: str) -> None:
             )
 
 
-def test_a_family_that_cannot_be_tried_is_told_by_its_padding_row() -> None:
+def test_a_family_that_cannot_be_run_is_recognised_by_its_padding_row() -> None:
     config = CONFIG_MAPPING["xmod"](max_position_embeddings=514, pad_token_id=3)  # needs the language to be chosen
     assert max_input_tokens(config) == 510
 
 
-def test_without_a_table_what_the_config_states_counts() -> None:
+def test_without_position_embeddings_the_config_limits_the_length() -> None:
     assert (
         text_positions(LlamaConfig()).max_tokens is None
         and max_input_tokens(LlamaConfig(max_position_embeddings=48)) == 48
@@ -126,23 +126,23 @@ def test_positions_of_a_vision_tower_are_not_those_of_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kept", "shifted"), [("roberta", [4], [9]), ("opt", [4, 9], []), ("bert", [], [4, 9])]
+    ("name", "unshifted", "shifted"), [("roberta", [4], [9]), ("opt", [4, 9], []), ("bert", [], [4, 9])]
 )
-def test_what_padding_on_the_left_does_is_what_the_model_does(name: str, kept: list[int], shifted: list[int]) -> None:
+def test_the_effect_of_left_padding_is_the_models(name: str, unshifted: list[int], shifted: list[int]) -> None:
     config = tiny(name, attn_implementation="eager")
     positions = text_positions(config)
-    assert positions.shifted_by_left_padding == (not kept)
-    assert positions.required_padding_token == (4 if kept == [4] else None)
+    assert positions.shifted_by_left_padding == (not unshifted)
+    assert positions.required_padding_token == (4 if unshifted == [4] else None)
     torch.manual_seed(0)
     model = MODEL_MAPPING[type(config)](config).eval()
     text = torch.tensor([[11, 12, 13, 14]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
     with torch.no_grad():
         alone = model(input_ids=text).last_hidden_state
-        for pad in (*kept, *shifted):
+        for pad in (*unshifted, *shifted):
             ids = torch.cat([torch.full((1, 2), pad), text], 1)
             padded = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 2:]
-            assert torch.allclose(padded, alone, atol=1e-5) == (pad in kept)
+            assert torch.allclose(padded, alone, atol=1e-5) == (pad in unshifted)
 
 
 def tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
@@ -150,7 +150,7 @@ def tokenizer(**changes: Any) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("pad", [1, 3])
-def test_a_distillation_asks_for_no_longer_texts_than_fit(pad: int) -> None:
+def test_a_distillation_requests_no_longer_texts_than_the_model_supports(pad: int) -> None:
     config = RobertaConfig(max_position_embeddings=514, pad_token_id=pad)
     most = 514 - pad - 1
     with pytest.raises(OptionError, match=f"max_length must be at most {most}.*found {most + 1}"):

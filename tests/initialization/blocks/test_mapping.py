@@ -1,4 +1,4 @@
-"""What a config says of its blocks follows the blocks that are kept, wherever it says it."""
+"""Config fields that depend on the blocks are remapped to the selected blocks, wherever they are."""
 
 import itertools
 import random
@@ -91,11 +91,11 @@ SHARING = {
         (FieldKind.END, -1, -1),
     ],
 )
-def test_a_value_follows_its_blocks(kind: FieldKind, value: object, expected: object) -> None:
+def test_a_field_is_remapped_to_its_blocks(kind: FieldKind, value: object, expected: object) -> None:
     assert remap_field(value, kind, [1, 2, 5], 6) == expected
 
 
-def test_an_output_that_no_kept_block_has_is_refused() -> None:
+def test_an_output_that_no_selected_block_has_is_an_error() -> None:
     with pytest.raises(ShapeError, match="output of block 0 is used"):
         remap_field([0], FieldKind.AFTER, [1, 2, 5], 6)
     with pytest.raises(ShapeError, match="two of them would be the same"):
@@ -103,7 +103,7 @@ def test_an_output_that_no_kept_block_has_is_refused() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_best_admissible_choice_is_found(seed: int) -> None:
+def test_the_best_admissible_selection_is_found(seed: int) -> None:
     draw = random.Random(seed)
     depth, count = 8, 4
     influence = [draw.random() for _ in range(depth)]
@@ -131,7 +131,7 @@ def test_the_best_admissible_choice_is_found(seed: int) -> None:
     assert near == choices[distances.index(min(distances))]
 
 
-def test_of_equal_choices_the_first_is_taken() -> None:
+def test_of_equal_selections_the_first_is_returned() -> None:
     assert most_influential_blocks([0.5] * 6, 3) == [0, 1, 2]
     assert select_cheapest_blocks(4, 5, lambda position, block: 0, BlockRequirements()) is None
 
@@ -160,7 +160,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_field_by_block_is_the_teachers_at_the_kept_blocks(family: str, choice: object) -> None:
+def test_every_field_has_the_teachers_values_at_the_selected_blocks(family: str, choice: object) -> None:
     config = AutoConfig.for_model(family, **FAMILIES[family])
     student = from_teacher(
         teacher_of(config),
@@ -243,7 +243,7 @@ def test_nested_lists_follow_the_blocks_of_their_own_stack() -> None:
     ],
     ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
 )
-def test_counts_periods_and_index_lists_say_the_kinds_of_the_kept_blocks(
+def test_counts_periods_and_index_lists_express_the_kinds_of_the_selected_blocks(
     config: PreTrainedConfig, blocks: list[int], expected: dict
 ) -> None:
     teacher = teacher_of(config)
@@ -259,7 +259,7 @@ def test_counts_periods_and_index_lists_say_the_kinds_of_the_kept_blocks(
         assert parts[0] == parts[1]
 
 
-def test_blocks_that_the_config_cannot_state_are_refused_and_the_nearest_named() -> None:
+def test_blocks_that_the_config_cannot_express_are_an_error_that_names_the_nearest() -> None:
     config = JambaConfig(
         **{**SIZES, "num_hidden_layers": 8, "num_key_value_heads": 2},
         attn_layer_period=4,
@@ -278,7 +278,7 @@ def test_blocks_that_the_config_cannot_state_are_refused_and_the_nearest_named()
     assert student.initialization_report.blocks["layers"] == [0, 1, 6, 7]
 
 
-def test_a_block_of_every_kind_is_kept_and_the_report_says_what_moved() -> None:
+def test_a_block_of_every_kind_is_selected_and_the_report_notes_changes() -> None:
     config = Qwen3NextConfig(
         **{**GROUPED, "num_hidden_layers": 8}, **EXPERTS, **LINEAR, shared_expert_intermediate_size=16
     )
@@ -328,7 +328,7 @@ def test_kinds_are_checked_before_any_data_is_run() -> None:
         )
 
 
-def test_what_a_block_takes_from_one_that_is_dropped_is_made_and_reported() -> None:
+def test_keys_that_a_block_shares_with_a_dropped_one_are_copied_and_reported() -> None:
     config = Gemma3nTextConfig(**GROUPED, **SHARING)
     teacher = teacher_of(config)
     student = from_teacher(teacher, num_hidden_layers=3, method={"layer_selection": [0, 2, 5]}, show_progress=False)
@@ -338,15 +338,15 @@ def test_what_a_block_takes_from_one_that_is_dropped_is_made_and_reported() -> N
     assert any("k_proj" in text and "from another" in text for text in student.initialization_report.approximations)
 
 
-def test_a_config_of_ones_own_says_which_kinds_stand_where() -> None:
+def test_a_users_config_determines_the_kind_at_each_position() -> None:
     config = AutoConfig.for_model("gemma3_text", **FAMILIES["gemma3_text"])
-    own = AutoConfig.for_model(
+    user_config = AutoConfig.for_model(
         "gemma3_text", **{**GROUPED, "num_hidden_layers": 2}, layer_types=["full_attention"] * 2
     )
-    report = from_teacher(teacher_of(config), own, show_progress=False).initialization_report
+    report = from_teacher(teacher_of(config), user_config, show_progress=False).initialization_report
     assert report.blocks["layers"] == [0, 5]
-    own.layer_types = ["sliding_attention", "full_attention"]
-    report = from_teacher(teacher_of(config), own, show_progress=False).initialization_report
+    user_config.layer_types = ["sliding_attention", "full_attention"]
+    report = from_teacher(teacher_of(config), user_config, show_progress=False).initialization_report
     assert report.blocks["layers"] == [1, 5] and report.notes
 
 
@@ -409,7 +409,7 @@ def test_alignment_heads_follow_blocks_and_heads() -> None:
 def test_weights_of_states_that_become_one_add_up() -> None:
     weights = torch.randn(5, dtype=torch.float64)
     states = torch.randn(3, dtype=torch.float64)
-    of_teacher = torch.stack([states[i] for i in (0, 0, 1, 1, 2)])  # blocks 1 and 3 are kept of four
+    teacher_states = torch.stack([states[i] for i in (0, 0, 1, 1, 2)])  # blocks 1 and 3 are kept of four
     merged = merge_state_weights(weights, [1, 3])[[0, 2, 4]]
-    expected = (weights.softmax(0) * of_teacher).sum()
+    expected = (weights.softmax(0) * teacher_states).sum()
     torch.testing.assert_close((merged.softmax(0) * states).sum(), expected)

@@ -110,10 +110,10 @@ def pixels() -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)}
 
 
-def without_other_blocks(teacher: PreTrainedModel, kept: dict[str, list[int]]) -> PreTrainedModel:
-    """Return a copy whose stages hold the kept blocks alone, its modules the teacher's own."""
+def without_other_blocks(teacher: PreTrainedModel, selected: dict[str, list[int]]) -> PreTrainedModel:
+    """Return a copy with only the selected blocks in its stages, which share the teacher's modules."""
     model = copy.deepcopy(teacher)
-    for name, blocks in kept.items():
+    for name, blocks in selected.items():
         home, _, last = f"{model.base_model_prefix}.{name}".rpartition(".")
         parent = model.get_submodule(home)
         modules = parent.get_submodule(last)
@@ -124,7 +124,7 @@ def without_other_blocks(teacher: PreTrainedModel, kept: dict[str, list[int]]) -
 
 def stages_of(student: PreTrainedModel) -> dict[str, list[int]]:
     blocks = student.initialization_report.blocks
-    return {name: kept for name, kept in blocks.items() if any(part.isdigit() for part in name.split("."))}
+    return {name: selected for name, selected in blocks.items() if any(part.isdigit() for part in name.split("."))}
 
 
 @pytest.mark.parametrize("method", ["guide", pytest.param("uniform", marks=pytest.mark.slow)])
@@ -135,10 +135,10 @@ def test_a_student_of_fewer_blocks_in_each_stage_is_its_teacher_without_the_othe
 ) -> None:
     teacher = family.build()
     student = from_teacher(teacher, method=method, show_progress=False, **{family.entry: list(family.student)})
-    kept = stages_of(student)
+    selected = stages_of(student)
     assert getattr(student.config, family.entry) == list(family.student)
     assert student.num_parameters() < teacher.num_parameters()
-    expected = without_other_blocks(teacher, kept)(**pixels()).logits
+    expected = without_other_blocks(teacher, selected)(**pixels()).logits
     assert torch.allclose(student(**pixels()).logits, expected, rtol=1e-9, atol=1e-9 * expected.abs().max())
 
 
@@ -201,7 +201,7 @@ def test_stages_that_cannot_be_are_refused_with_the_reason() -> None:
         from_teacher(teacher, config, show_progress=False)
 
 
-def test_blocks_are_chosen_by_kind_in_their_order_and_near_where_they_were_meant() -> None:
+def test_blocks_are_selected_by_kind_in_their_order_and_near_the_ideal() -> None:
     assert match_by_signature("ABABAB", "AB", [0, 5]) == [0, 5]
     assert match_by_signature("ABABAB", "ABA", [0, 1, 5]) == [0, 1, 4]
     assert match_by_signature("ABABAB", "AA", [0, 5]) == [0, 4]
