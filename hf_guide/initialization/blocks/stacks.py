@@ -67,10 +67,10 @@ def map_stacks(
 
 
 def check_stack_names(options: PlanOptions, stacks: Iterable[str]) -> None:
-    """Refuse blocks that are named for a stack which the teacher does not have.
+    """Check that the stacks whose blocks are listed are the teacher's.
 
     Raises:
-        OptionError: names the stacks that it has.
+        OptionError: an unknown stack; names those of the teacher.
     """
     known = [stack.rpartition(".")[0] for stack in stacks if stack.count("{") == 1]
     for name in options.layer_selection if isinstance(options.layer_selection, dict) else ():
@@ -83,14 +83,14 @@ def check_stack_names(options: PlanOptions, stacks: Iterable[str]) -> None:
 def check_block_kinds(
     layout: Layout, stacks: Mapping[str, Sequence[int]], teacher_names: Iterable[str], student_names: Iterable[str]
 ) -> None:
-    """Refuse blocks with a parameter that the student has in other blocks, but not where the block is to stand.
+    """Check that no block has a parameter that the student has in other blocks, but not at the block's position.
 
-    What the student has in no block does not count: a switch of its config, which the report names.
+    A parameter that the student has in no block is ignored: a switch of its config, which the report notes.
 
     Raises:
         ShapeError: names the stack, the block, its position and the first such parameter.
     """
-    if is_blocks_only(layout):  # what stands in stages is chosen stage by stage, with kinds of its own
+    if is_blocks_only(layout):  # blocks in stages are selected by kind, stage by stage
         teacher_names, student_names = (
             [name for name in names if (match := layout.find(name)) and not nested_lists(match)]
             for names in (teacher_names, student_names)
@@ -103,42 +103,50 @@ def check_block_kinds(
             if surplus:
                 raise ShapeError(
                     f"The teacher's block {block} of {stack.removesuffix('.{block}')!r} cannot feed the student's block "
-                    f"{position}: it has {surplus[0]!r}, which the student's block lacks: blocks of another kind. "
-                    "Choose blocks of the same kinds with layer_selection=[...], or leave per-block lists to the teacher's config."
+                    f"{position}: it has {surplus[0]!r}, which the student's block lacks: they are of different kinds. "
+                    "Select blocks of the same kinds with layer_selection=[...], or leave per-block lists to the teacher's config."
                 )
 
 
 def parameters_by_block(layout: Layout, names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
-    """Return the kinds of parameters (row and suffix) that each block of each stack has, from canonical names."""
-    found: dict[str, dict[int, set[str]]] = {}
+    """Return the parameters (row and suffix) of each block of each stack.
+
+    Args:
+        names: relative to the base model.
+    """
+    parameters: dict[str, dict[int, set[str]]] = {}
     for name in names:
         match = layout.find(name)
         if match is not None and "block" in match.numbers:
-            blocks = found.setdefault(stack_pattern(match, "block"), {})
+            blocks = parameters.setdefault(stack_pattern(match, "block"), {})
             blocks.setdefault(int(match.numbers["block"]), set()).add(match.row.pattern + match.suffix)
-    return found
+    return parameters
 
 
 def stack_sizes(layout: Layout, names: Iterable[str]) -> dict[str, int]:
-    """Return how many blocks (or listed modules) stand in each stack, by the text before the placeholder."""
+    """Return the number of blocks (or listed modules) of each stack, by its pattern.
+
+    Args:
+        names: relative to the base model.
+    """
     sizes: dict[str, int] = {}
     for name in names:
-        found = layout.find(name)
-        if found is None:
+        match = layout.find(name)
+        if match is None:
             continue
-        for placeholder, number in found.numbers.items():
-            stack = stack_pattern(found, placeholder)
+        for placeholder, number in match.numbers.items():
+            stack = stack_pattern(match, placeholder)
             sizes[stack] = max(sizes.get(stack, 0), int(number) + 1)
     return sizes
 
 
 def stack_pattern(match: LayoutMatch, placeholder: str) -> str:
-    """Return the pattern of the modules of a stack, up to the number of the block."""
+    """Return the pattern of a stack: the row's up to and including the placeholder."""
     return match.row.pattern.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
 
 
 def stage_names(layout: Layout, names: Iterable[str]) -> list[str]:
-    """Return the names of the lists of blocks within stages, in a model of whose axes nothing is known."""
+    """Return the names of the lists of blocks within stages, where the layout is one of blocks alone."""
     if not is_blocks_only(layout):
         return []
     depths = nested_list_lengths(match for name in names if (match := layout.find(name)))
@@ -146,36 +154,36 @@ def stage_names(layout: Layout, names: Iterable[str]) -> list[str]:
 
 
 def source_name(match: LayoutMatch, stacks: Mapping[str, list[int]]) -> tuple[str, int | None]:
-    """Return the canonical name of the teacher's parameter that feeds a match, and the student's block number."""
+    """Return the name of the teacher's parameter that feeds a match, relative to the base model, and the student's block."""
     pattern, block = match.row.pattern, None
-    source = named = pattern
+    source = filled = pattern
     for placeholder, number in match.numbers.items():
-        mark = "{" + placeholder + "}"
-        stack, own = (text.partition(mark)[0] + mark for text in (pattern, named))
-        chosen = stacks.get(own, stacks.get(stack))
-        fed = chosen[int(number)] if chosen is not None else int(number)
-        source = source.replace(mark, str(fed))
-        named = named.replace(mark, number)
+        placeholder_text = "{" + placeholder + "}"
+        stack, filled_stack = (text.partition(placeholder_text)[0] + placeholder_text for text in (pattern, filled))
+        selected = stacks.get(filled_stack, stacks.get(stack))
+        teacher_index = selected[int(number)] if selected is not None else int(number)
+        source = source.replace(placeholder_text, str(teacher_index))
+        filled = filled.replace(placeholder_text, number)
         if placeholder == "block":
             block = int(number)
     return source + match.suffix, block
 
 
 def shared_kv_sources(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:
-    """Return, by stack, from which block the blocks without keys and values of their own take them."""
-    found: dict[str, dict[int, int]] = {}
+    """Return, by stack, the block from which each block without its own keys and values takes them."""
+    sources_by_stack: dict[str, dict[int, int]] = {}
     for _, part in iter_subconfigs(config):
         sources = kv_sharing_sources(part)
         depth = part.__dict__.get(part.attribute_map.get("num_hidden_layers", "num_hidden_layers"))
         if sources:
-            found |= {stack: sources for stack, size in sizes.items() if size == depth}
-    return found
+            sources_by_stack |= {stack: sources for stack, size in sizes.items() if size == depth}
+    return sources_by_stack
 
 
 def shared_kv_source(
     match: LayoutMatch, stacks: Mapping[str, list[int]], sources: Mapping[str, Mapping[int, int]]
 ) -> str | None:
-    """Return what feeds a parameter of a block whose keys and values are another's in the teacher."""
+    """Return the source of a parameter of a block that takes its keys and values from another block in the teacher."""
     stack = match.row.pattern.partition("{block}")[0] + "{block}"
     if "block" not in match.numbers or stack not in sources or stack not in stacks:
         return None
@@ -185,19 +193,24 @@ def shared_kv_source(
 
 
 def _listed_module_indices(
-    layout: Layout, teacher: PreTrainedConfig, student: PreTrainedConfig, stack: str, had: int, wanted: int
+    layout: Layout,
+    teacher: PreTrainedConfig,
+    student: PreTrainedConfig,
+    stack: str,
+    teacher_size: int,
+    student_size: int,
 ) -> list[int]:
-    """Return the teacher's listed module that feeds each of the student's: `{heads}` go as query heads do."""
+    """Return the teacher's module of a list that feeds each of the student's; `{heads}` are selected as query heads are."""
     sizes = config_sizes(layout, teacher), config_sizes(layout, student)
     if stack.endswith("{heads}") and all("group" in known for known in sizes):
         heads = AxisProduct((AxisName("kv_heads"), AxisName("group")))
 
-        def leaf(name: str) -> tuple[Tensor, Tensor]:
-            places = evenly_spaced_indices(sizes[0][name], sizes[1][name])
-            return torch.tensor(places), torch.ones(len(places), dtype=torch.float64)
+        def selector(name: str) -> tuple[Tensor, Tensor]:
+            indices = evenly_spaced_indices(sizes[0][name], sizes[1][name])
+            return torch.tensor(indices), torch.ones(len(indices), dtype=torch.float64)
 
-        return select_indices(heads, leaf, sizes[0])[0].tolist()
-    return select_blocks(had, wanted, LayerSelection.UNIFORM.value, stack)
+        return select_indices(heads, selector, sizes[0])[0].tolist()
+    return select_blocks(teacher_size, student_size, LayerSelection.UNIFORM.value, stack)
 
 
 def _stage_block_mapping(
@@ -209,7 +222,7 @@ def _stage_block_mapping(
     student_names: Iterable[str],
     stacks: Mapping[str, list[int]],
 ) -> dict[str, list[int]]:
-    """Return the chosen blocks of every stage, by the stage's own name, where stages differ in their depths.
+    """Return the selected blocks of every stage, by the stage's name, where stages differ in depth.
 
     Raises:
         ShapeError, OptionError: as `select_stage_blocks`.
@@ -220,59 +233,59 @@ def _stage_block_mapping(
         nested_list_lengths(match for name in names if (match := layout.find(name)))
         for names in (teacher_names, student_names)
     ]
-    chosen: dict[str, list[int]] = {}
-    built = None
+    selected: dict[str, list[int]] = {}
+    teacher_model = None
     for generic in sorted(lists_of_varying_length(*depths)):
         outer = {key: value for key, value in stacks.items() if key != generic}
         feeds = {actual: _source_list(layout, student_names, generic, actual, outer) for actual in depths[1][generic]}
         if (ordinals := _shared_adapter_entries(depths[0][generic], depths[1][generic], feeds)) is not None:
-            chosen |= dict.fromkeys(feeds, ordinals)
+            selected |= dict.fromkeys(feeds, ordinals)
             continue
         if len(depths[0][generic]) != len(depths[1][generic]):
             raise ShapeError(
                 f"The student has {len(depths[1][generic])} stages {generic.partition('.{')[0]!r}, its teacher "
                 f"{len(depths[0][generic])}: a stage may have fewer blocks, but none may be missing."
             )
-        for actual, wanted in depths[1][generic].items():
-            fed = feeds[actual]
-            had = depths[0][generic].get(fed, 0)
-            built = built or meta_model(teacher.model_class, teacher.config)
+        for actual, student_size in depths[1][generic].items():
+            source = feeds[actual]
+            teacher_size = depths[0][generic].get(source, 0)
+            teacher_model = teacher_model or meta_model(teacher.model_class, teacher.config)
             name = actual.rpartition(".")[0]
             of_stage = (
                 options.layer_selection.get(name)
                 if isinstance(options.layer_selection, dict)
                 else options.layer_selection
             )
-            kept = LayerSelection.UNIFORM.value if of_stage is None else of_stage
-            chosen[actual] = select_stage_blocks(
+            rule = LayerSelection.UNIFORM.value if of_stage is None else of_stage
+            selected[actual] = select_stage_blocks(
                 name,
-                stage_signatures(built, fed, had),
-                stage_signatures(student, actual, wanted),
-                lambda had, wanted, kept=kept, name=name: select_blocks(had, wanted, kept, name),  # type: ignore[misc]
-                explicit=not isinstance(kept, str),
+                stage_signatures(teacher_model, source, teacher_size),
+                stage_signatures(student, actual, student_size),
+                lambda size, count, rule=rule, name=name: select_blocks(size, count, rule, name),  # type: ignore[misc]
+                explicit=not isinstance(rule, str),
             )
-    return chosen
+    return selected
 
 
 def _source_list(
     layout: Layout, student_names: Iterable[str], generic: str, actual: str, stacks: Mapping[str, list[int]]
 ) -> str:
-    """Return the name of the teacher's nested list that feeds one of the student's, its outer block being chosen."""
+    """Return the name of the teacher's nested list that feeds one of the student's, given the selected outer blocks."""
     match = next(
-        found
+        candidate
         for name in student_names
-        if (found := layout.find(name)) and (generic, actual) in [each[:2] for each in nested_lists(found)]
+        if (candidate := layout.find(name)) and (generic, actual) in [each[:2] for each in nested_lists(candidate)]
     )
-    found = layout.find(source_name(match, stacks)[0])
-    return next((each[1] for each in nested_lists(found) if each[0] == generic), actual) if found else actual
+    candidate = layout.find(source_name(match, stacks)[0])
+    return next((each[1] for each in nested_lists(candidate) if each[0] == generic), actual) if candidate else actual
 
 
 def _shared_adapter_entries(
     teacher: Mapping[str, int], student: Mapping[str, int], feeds: Mapping[str, str]
 ) -> list[int] | None:
-    """Return the entries that are kept of lists with one entry for each block that has such a list; None of others.
+    """Return the selected entries of lists with one entry for each block that has such a list; None for other lists.
 
-    Zamba2's shared blocks hold an adapter for each place where they are used.
+    Zamba2's shared blocks hold an adapter for each block that uses them.
     """
     if len(teacher) == len(student) or not set(feeds.values()) <= teacher.keys():
         return None
@@ -290,22 +303,26 @@ def _per_block_list_mapping(
     teacher: PreTrainedConfig,
     student: PreTrainedConfig,
     stacks: Mapping[str, list[int]],
-    had: Mapping[str, int],
-    wanted: Mapping[str, int],
+    teacher_sizes: Mapping[str, int],
+    student_sizes: Mapping[str, int],
 ) -> dict[str, list[int]]:
-    """Return, of lists of modules with one for each block that a field of the config lists, those that feed the student's.
+    """Return the selected entries of lists with one module for each block that a field of the config lists.
 
-    Such are Zamba 2's adapters: one for each of `hybrid_layer_ids`.
+    Zamba2's adapters are such a list: one for each of `hybrid_layer_ids`.
     """
-    found: dict[str, list[int]] = {}
+    mapping: dict[str, list[int]] = {}
     for path, numbers in block_lists(teacher).items():
-        of_student = value_at(student, path)
-        for stack in had.keys() & wanted.keys():
+        student_numbers = value_at(student, path)
+        for stack in teacher_sizes.keys() & student_sizes.keys():
             outer = stack.partition("{block}")[0] + "{block}"
-            if stack.endswith("{block}") or outer not in stacks or not isinstance(of_student, (list, tuple)):
+            if stack.endswith("{block}") or outer not in stacks or not isinstance(student_numbers, (list, tuple)):
                 continue
-            fed = [stacks[outer][block] for block in of_student if block < len(stacks[outer])]
-            counts = (len(numbers), len(of_student))
-            if (had[stack], wanted[stack]) == counts and set(fed) <= set(numbers) and len(of_student) == len(fed):
-                found[stack] = [list(numbers).index(block) for block in fed]
-    return found
+            sources = [stacks[outer][block] for block in student_numbers if block < len(stacks[outer])]
+            counts = (len(numbers), len(student_numbers))
+            if (
+                (teacher_sizes[stack], student_sizes[stack]) == counts
+                and set(sources) <= set(numbers)
+                and len(student_numbers) == len(sources)
+            ):
+                mapping[stack] = [list(numbers).index(block) for block in sources]
+    return mapping
