@@ -125,7 +125,7 @@ def test_values_of_the_wrong_type(teacher: PreTrainedModel) -> None:
     refused(OptionError, teacher, "hidden_size='24'", "expected int", "got str", hidden_size="24")
     refused(OptionError, teacher, "float32", "'flaot32'", dtype="flaot32")
     for wrong in ("int8", torch.int32, torch.complex64, "float8_e4m3fn", 32):
-        refused(OptionError, teacher, "dtype is 'float32'", repr(wrong), dtype=wrong)
+        refused(OptionError, teacher, "dtype must be 'float32'", repr(wrong), dtype=wrong)
 
 
 # Configs and classes
@@ -151,7 +151,7 @@ def test_a_config_of_another_family(teacher: PreTrainedModel, config: Any) -> No
     ids=["dict", "str", "class", "model"],
 )
 def test_a_config_that_is_none(teacher: PreTrainedModel, config: Any, said: str) -> None:
-    refused(OptionError, teacher, "config is a LlamaConfig", "hidden_size=...", f"found {said}", config=config)
+    refused(OptionError, teacher, "config must be a LlamaConfig", "hidden_size=...", f"found {said}", config=config)
 
 
 def test_a_config_together_with_overrides(teacher: PreTrainedModel) -> None:

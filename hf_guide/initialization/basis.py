@@ -33,34 +33,29 @@ class ResidualBasis:
     explained: float
 
 
-def second_moment(
-    rows: Iterable[Tensor],
-    width: int,
-    *,
-    weights: Tensor | None = None,
-    centered: bool = False,
-    name: str = "the rows",
-) -> Tensor:
-    """Sum w_i x_i^T x_i over all rows x_i, streamed.
+def second_moment(rows: Iterable[Tensor], width: int, *, centered: bool = False, name: str = "the rows") -> Tensor:
+    """Sum x_i^T x_i over all rows x_i, streamed.
 
     Args:
-        rows: chunks of shape (any, width), of any floating dtype; one chunk may be the whole table.
-        width: the number of columns every chunk must have.
-        weights: one non-negative number a row, in the order of the rows, shape (total rows,). `None` weighs all alike.
-        centered: subtract the (weighted) mean row first.
-        name: what to call the rows in an error.
+        rows: Chunks of shape (any, width), of any floating dtype; one chunk may be the whole table.
+        width: Number of columns of every chunk.
+        centered: Subtract the mean row first.
+        name: Name of the rows in errors.
 
     Returns:
-        The second moment, shape (width, width), float64, on the device of the first chunk where that knows float64.
+        The second moment, (width, width), float64, on the device of the first chunk if that is the CPU or a CUDA device.
 
     Raises:
-        ShapeError: a chunk of another width, or weights of another length than the rows.
-        TeacherError: a row or a weight that is not finite, or a negative weight.
+        ShapeError: A chunk of another width.
+        TeacherError: A row that is not finite.
+
+    Example:
+        >>> second_moment([torch.tensor([[1.0, 2.0], [3.0, 0.0]])], 2)
+        tensor([[10.,  2.],
+                [ 2.,  4.]], dtype=torch.float64)
     """
     moment, total = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
-    mass, seen = 0.0, 0
-    if weights is not None:
-        _check_row_weights(weights)
+    seen = 0
     for chunk in rows:
         if chunk.ndim != 2 or chunk.shape[1] != width:
             raise ShapeError(f"{name}: expected chunks of shape (any, {width}), found {tuple(chunk.shape)}.")
@@ -69,35 +64,23 @@ def second_moment(
         first_row = seen
         for part in chunk.detach().split(CHUNK_ROWS):
             part = part.to(moment.device, torch.float64)
-            weighted = part
-            if weights is None:
-                mass += len(part)
-            else:
-                share = weights[seen : seen + len(part)].to(part)
-                if len(share) < len(part):
-                    raise ShapeError(f"{name}: {len(weights)} weights for more rows than that; give one weight a row.")
-                weighted = part * share[:, None]
-                mass += share.sum().item()
             if centered:
-                total += weighted.sum(0)
+                total += part.sum(0)
             # The moment is symmetric: only its lower panels are multiplied out, which saves nearly half the work.
             for start in range(0, width, PANEL_COLUMNS):
-                moment[start:, start : start + PANEL_COLUMNS].addmm_(
-                    part[:, start:].T, weighted[:, start : start + PANEL_COLUMNS]
-                )
+                panel = part[:, start : start + PANEL_COLUMNS]
+                moment[start:, start : start + PANEL_COLUMNS].addmm_(part[:, start:].T, panel)
             seen += len(part)
-        if not torch.isfinite(moment.trace()):  # looked at once a chunk: a pass over every row would cost a tenth more
+        if not torch.isfinite(moment.trace()):  # checked once per chunk: a pass over every row would cost a tenth more
             _check_finite_rows(chunk, first_row, name)
-    if weights is not None and len(weights) != seen:
-        raise ShapeError(f"{name}: {len(weights)} weights for {seen} rows; give one weight a row.")
     moment = moment.tril() + moment.tril(-1).T
-    if centered and mass > 0:
-        moment -= torch.outer(total, total) / mass
+    if centered and seen > 0:
+        moment -= torch.outer(total, total) / seen
     return moment
 
 
 def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> ResidualBasis:
-    """The `size` directions that keep most of a second moment: its top eigenvectors (GUIDE, arXiv 2510.06502).
+    """Return the `size` directions that keep most of a second moment: its top eigenvectors (GUIDE, arXiv 2510.06502).
 
     Signs are fixed (the entry of largest magnitude is positive), so the same moment gives the same basis. With
     `size == width` nothing has to be given up and the matrix is exactly the identity.
@@ -115,7 +98,7 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
     width = moment.shape[0]
     if not 1 <= size <= width:
         raise ShapeError(
-            f"A basis of {size} directions was asked of a residual stream {width} wide; choose 1 to {width}."
+            f"A basis of {size} directions does not fit a residual stream of width {width}; choose 1 to {width}."
         )
     moment = moment.to(torch.float64)
     if size == width:
@@ -135,7 +118,7 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
 
 
 def fit_channel_selection(moment: Tensor, size: int) -> ResidualBasis:
-    """The `size` places that hold most of a second moment's trace, in their order, as columns of the identity.
+    """Return the `size` channels that hold most of a second moment's trace, in their order, as columns of the identity.
 
     Raises:
         ShapeError: a size that is not within 1 and width.
@@ -143,28 +126,28 @@ def fit_channel_selection(moment: Tensor, size: int) -> ResidualBasis:
     whole = fit_basis(moment, len(moment))
     if not 1 <= size <= len(moment):
         raise ShapeError(
-            f"{size} places were asked of a residual stream {len(moment)} wide; choose 1 to {len(moment)}."
+            f"{size} channels do not fit a residual stream of width {len(moment)}; choose 1 to {len(moment)}."
         )
-    energies = moment.diagonal().double()
-    places = energies.argsort(descending=True, stable=True)[:size].sort().values
-    kept = (energies[places].sum() / energies.sum()).item() if energies.sum() > 0 else 1.0
-    return ResidualBasis(whole.matrix[:, places].contiguous(), whole.eigenvalues, kept)
+    squared_norms = moment.diagonal().double()
+    channels = squared_norms.argsort(descending=True, stable=True)[:size].sort().values
+    kept = (squared_norms[channels].sum() / squared_norms.sum()).item() if squared_norms.sum() > 0 else 1.0
+    return ResidualBasis(whole.matrix[:, channels].contiguous(), whole.eigenvalues, kept)
 
 
 def explained_variance(eigenvalues: Tensor) -> Tensor:
-    """The share of the trace that the first 1, 2, ... eigenvalues hold, shape (width,), float64, ending at 1."""
+    """Return the fraction of the trace in the first 1, 2, ... eigenvalues, shape (width,), float64, ending at 1."""
     cumulative = eigenvalues.to(torch.float64).clamp(min=0).cumsum(0)
     return cumulative / cumulative[-1] if cumulative[-1] > 0 else torch.ones_like(cumulative)
 
 
 def _top_eigenvectors(moment: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """All eigenvalues, descending, shape (width,), and the first `size` eigenvectors, shape (width, size)."""
+    """Return all eigenvalues, descending, (width,), and the first `size` eigenvectors, (width, size)."""
     eigenvalues, eigenvectors = torch.linalg.eigh(moment)
     return eigenvalues.flip(0).clamp(min=0), eigenvectors.flip(1)[:, :size]
 
 
 def _fix_signs(directions: Tensor) -> Tensor:
-    """Columns (width, any) turned so that the entry of largest magnitude in each is positive."""
+    """Return columns (width, any) with signs such that the entry of largest magnitude in each is positive."""
     if directions.shape[1] == 0:
         return directions
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
@@ -172,7 +155,7 @@ def _fix_signs(directions: Tensor) -> Tensor:
 
 
 def _mean_free_basis(width: int) -> Tensor:
-    """Orthonormal rows orthogonal to all-ones, (width - 1, width): a Householder reflection of all-ones onto one axis.
+    """Return orthonormal rows orthogonal to all-ones, (width - 1, width): a Householder reflection of all-ones.
 
     A reflection and not Helmert's matrix, because it leaves every direction near its own axis.
     """
@@ -194,31 +177,29 @@ def _check_finite_rows(chunk: Tensor, first_row: int, name: str) -> None:
     )
 
 
-def _check_row_weights(weights: Tensor) -> None:
-    if weights.ndim != 1:
-        raise ShapeError(f"Expected one weight a row, shape (rows,); found {tuple(weights.shape)}.")
-    if not torch.isfinite(weights).all() or (weights < 0).any():
-        raise TeacherError("Weights of rows must be finite and not negative; found some that are not.")
-
-
 def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
-    """Return E^T E, (d_T, d_T) float64, of the tables that lie on each of `axes`.
+    """Return E^T E, (d_T, d_T) float64, of the embedding tables on each of `axes`.
 
     A table whose rows are themselves coordinates of another projected axis (ALBERT's embedding_hidden_mapping_in) is
     weighed with that axis's moment.
     """
     tables: dict[str, list[ParameterPlan]] = {axis: [] for axis in axes}
     chained = set(plan.layout.projected_axes())
-    for site in plan.parameters.values():
+    for parameter in plan.parameters.values():
         for axis in axes:
-            read = len(chained & set(_site_axis_names(site))) > 1 and site.axes[site.match.row.input_axis] == AxisName(
-                axis
-            )
-            if site.match.row.kind == "table" and AxisName(axis) in site.axes and not read and not site.match.is_bias:
-                tables[axis].append(site)
+            read = len(chained & set(_site_axis_names(parameter))) > 1 and parameter.axes[
+                parameter.match.row.input_axis
+            ] == AxisName(axis)
+            if (
+                parameter.match.row.kind == "table"
+                and AxisName(axis) in parameter.axes
+                and not read
+                and not parameter.match.is_bias
+            ):
+                tables[axis].append(parameter)
     moments: dict[str, Tensor] = {}
     for axis in sorted(
-        axes, key=lambda axis: any(len(chained & set(_site_axis_names(site))) > 1 for site in tables[axis])
+        axes, key=lambda axis: any(len(chained & set(_site_axis_names(parameter))) > 1 for parameter in tables[axis])
     ):
         if not tables[axis]:
             raise OptionError(
@@ -226,50 +207,51 @@ def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
             )
         width = plan.widths[axis][0]
         moment = torch.zeros(width, width, dtype=torch.float64)
-        for site in tables[axis]:
-            tensor = plan.read(site.source or "")
-            rows = tensor.movedim(site.axes.index(AxisName(axis)), -1).reshape(-1, width)
-            other = [name for name in _site_axis_names(site) if name in chained and name != axis]
+        for parameter in tables[axis]:
+            tensor = plan.read(parameter.source or "")
+            rows = tensor.movedim(parameter.axes.index(AxisName(axis)), -1).reshape(-1, width)
+            other = [name for name in _site_axis_names(parameter) if name in chained and name != axis]
             if other:
                 inner = moments.get(other[0])
                 inner = embedding_second_moments(plan, other)[other[0]] if inner is None else inner
                 moment += rows.double().T @ inner @ rows.double()
                 continue
-            moment += second_moment([rows], width, name=site.source or "")
+            moment += second_moment([rows], width, name=parameter.source or "")
         moments[axis] = moment
     return moments
 
 
 def fit_embedding_basis(plan: Plan, axis: str, moments: dict[str, Tensor]) -> ResidualBasis:
-    """Return the directions of `axis`, (d_T, d_S), that its tables span best.
+    """Fit the basis of `axis`, (d_T, d_S), to its embedding tables.
 
-    Where the tables span fewer (a factorised embedding, few patches), what the blocks write onto the stream says which
-    others to keep: its second moment, (d_T, d_T), is then added to that in `moments`, small enough to leave the first
-    as they are.
+    Where the tables span fewer directions (a factorized embedding, few patches), the second moment of the output projections,
+    (d_T, d_T), is added to that in `moments`, small enough to leave the first directions as they are.
     """
     width, size = plan.widths[axis]
     keep_mean = plan.layout.norm == "layer"
     basis = fit_basis(moments[axis], size, keep_mean=keep_mean)
     if size == width or basis.eigenvalues[size - 1] > 1e-10 * basis.eigenvalues[0]:
         return basis
-    written = torch.zeros(width, width, dtype=torch.float64)
-    for site in plan.parameters.values():
-        if site.source is None or site.match.row.kind != "weight":
+    output_moment = torch.zeros(width, width, dtype=torch.float64)
+    for parameter in plan.parameters.values():
+        if parameter.source is None or parameter.match.row.kind != "weight":
             continue
-        for dim, name in enumerate(site.axes):
-            if name == AxisName(axis) and (site.match.is_bias or dim != site.match.row.input_axis):
-                rows = plan.read(site.source).movedim(dim, -1).reshape(-1, width)
-                written += second_moment([rows], width, name=site.source)
-    moments[axis] = moments[axis] + 1e-6 * moments[axis].trace() / written.trace().clamp(min=1e-300) * written
+        for dim, name in enumerate(parameter.axes):
+            if name == AxisName(axis) and (parameter.match.is_bias or dim != parameter.match.row.input_axis):
+                rows = plan.read(parameter.source).movedim(dim, -1).reshape(-1, width)
+                output_moment += second_moment([rows], width, name=parameter.source)
+    moments[axis] = (
+        moments[axis] + 1e-6 * moments[axis].trace() / output_moment.trace().clamp(min=1e-300) * output_moment
+    )
     return fit_basis(moments[axis], size, keep_mean=keep_mean)
 
 
-def _site_axis_names(site: ParameterPlan) -> list[str]:
-    return [name for axis in site.axes for name in axis_names(axis)]
+def _site_axis_names(parameter: ParameterPlan) -> list[str]:
+    return [name for axis in parameter.axes for name in axis_names(axis)]
 
 
 def norm_retained(moment: Tensor, matrix: Tensor, *, centered: bool) -> float:
-    """Return the share |x M| / |x| of the rows' root mean square length that a basis keeps, means removed for LayerNorm."""
+    """Return the fraction |x M| / |x| of the rows' root mean square norm that a basis retains, centered for LayerNorm."""
     if centered:
         moment = moment - moment.mean(0, keepdim=True)
         moment = moment - moment.mean(1, keepdim=True)

@@ -37,7 +37,7 @@ def build_student(
                 student = model_class._from_config(config, dtype=dtype)
     except MODEL_ERRORS as error:
         reason = str(error) if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {error}"
-        raise ShapeError(f"{model_class.__name__} refuses this config: {reason}") from error
+        raise ShapeError(f"{model_class.__name__} rejects this config: {reason}") from error
     student.tie_weights()
     return student
 

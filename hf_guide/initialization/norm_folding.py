@@ -14,9 +14,9 @@ class NormFolding:
 
     plan: Plan
 
-    def name(self, norm: str, site: ParameterPlan, *, of_teacher: bool) -> str:
+    def name(self, norm: str, parameter: ParameterPlan, *, of_teacher: bool) -> str:
         """Return the name of the norm that a row of the layout gives as `norm`, for the student's or the teacher's block."""
-        for placeholder, number in site.match.numbers.items():
+        for placeholder, number in parameter.match.numbers.items():
             stack = norm.partition("{" + placeholder + "}")[0] + "{" + placeholder + "}"
             block = (
                 self.plan.block_mapping[stack][int(number)]
@@ -30,29 +30,29 @@ class NormFolding:
     def readers(self) -> dict[str, list[ParameterPlan]]:
         """The student's parameters that read each norm along a projected axis."""
         by_norm: dict[str, list[ParameterPlan]] = {}
-        for site in self.plan.parameters.values():
-            row = site.match.row
+        for parameter in self.plan.parameters.values():
+            row = parameter.match.row
             if not row.input_norms or name_and_repeats(row.axes[row.input_axis])[0] not in self.plan.widths:
                 continue
-            for norm in {self.name(read, site, of_teacher=False) for read in row.input_norms if read}:
-                by_norm.setdefault(norm, []).append(site)
+            for norm in {self.name(read, parameter, of_teacher=False) for read in row.input_norms if read}:
+                by_norm.setdefault(norm, []).append(parameter)
         return by_norm
 
     @functools.cached_property
     def writers(self) -> dict[str, ParameterPlan]:
         """The weight whose output each norm normalizes, where the norm's gain is folded into that weight."""
         by_norm: dict[str, ParameterPlan] = {}
-        for site in self.plan.parameters.values():
-            after = site.match.row.output_norm
-            if after and not site.match.is_bias and self.output_gain_name(site) == after:
-                by_norm.setdefault(self.name(after, site, of_teacher=False), site)
+        for parameter in self.plan.parameters.values():
+            after = parameter.match.row.output_norm
+            if after and not parameter.match.is_bias and self.output_gain_name(parameter) == after:
+                by_norm.setdefault(self.name(after, parameter, of_teacher=False), parameter)
         return by_norm
 
     @functools.cached_property
     def learned_scales(self) -> set[str]:
         """The learned diagonals that are folded into the weights whose outputs they multiply."""
-        rows = [(site.match.row.output_diagonal, site) for site in self.plan.parameters.values()]
-        return {self.name(scale, site, of_teacher=False) for scale, site in rows if scale}
+        rows = [(parameter.match.row.output_diagonal, parameter) for parameter in self.plan.parameters.values()]
+        return {self.name(scale, parameter, of_teacher=False) for scale, parameter in rows if scale}
 
     @functools.cached_property
     def axes_without_final_gain(self) -> set[str]:
@@ -82,9 +82,9 @@ class NormFolding:
         """Return whether a weight that reads this norm is tied to an embedding table in the student."""
         return any(norm in row.input_norms for row in self._tied_rows)
 
-    def output_gain_name(self, site: ParameterPlan) -> str | None:
-        """Return the name of the learned diagonal or norm whose gain is folded into the output of `site`."""
-        row = site.match.row
+    def output_gain_name(self, parameter: ParameterPlan) -> str | None:
+        """Return the name of the learned diagonal or norm whose gain is folded into the output of `parameter`."""
+        row = parameter.match.row
         if row.output_norm is not None and self.plan.options.fold_norms and self.plan.layout.norm == "rms":
             return row.output_norm
         return row.output_diagonal
@@ -96,8 +96,8 @@ class NormFolding:
 
     @functools.cached_property
     def _norms(self) -> dict[str, LayoutRow]:
-        norms = [site for site in self.plan.parameters.values() if site.match.row.kind == "norm"]
-        return {site.module: site.match.row for site in norms}
+        norms = [parameter for parameter in self.plan.parameters.values() if parameter.match.row.kind == "norm"]
+        return {parameter.module: parameter.match.row for parameter in norms}
 
     def _exists_only_in_other_blocks(self, norm: str) -> bool:
         """Return whether other blocks have this norm and this one has not (ModernBERT's first block)."""

@@ -146,7 +146,7 @@ class Plan:
     depths: dict[str, int] = field(default_factory=dict)
     may_be_infinite: set[str] = field(default_factory=set)
     _seen_finite: set[str] = field(default_factory=set)
-    _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by site and number of bases
+    _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by parameter and number of bases
 
     def read(self, canonical: str) -> Tensor:
         """Return the teacher's tensor on the CPU: as stored, or transformed in float32 or better.
@@ -177,161 +177,167 @@ class Plan:
         """
         used = {
             name
-            for row in (site.match.row for site in self.parameters.values())
+            for row in (parameter.match.row for parameter in self.parameters.values())
             for name in (*row.input_norms, row.output_norm, row.output_diagonal)
         }
         streams = {AxisName(name) for name in self.widths}
-        for site in self.parameters.values():
-            row = site.match.row
+        for parameter in self.parameters.values():
+            row = parameter.match.row
             if row.kind != "norm" or "{" not in row.pattern or row.axes[-1] not in streams or row.pattern in used:
                 continue
-            if site.source is not None and not site.canonical.endswith(".bias"):
-                if not is_constant(self.read(site.source)):
+            if parameter.source is not None and not parameter.canonical.endswith(".bias"):
+                if not is_constant(self.read(parameter.source)):
                     return True
         return False
 
-    def is_projected(self, site: ParameterPlan, axis: Axis) -> bool:
-        """Return whether `axis` of `site` is contracted with a basis, rather than kept or selected."""
+    def is_projected(self, parameter: ParameterPlan, axis: Axis) -> bool:
+        """Return whether `axis` of `parameter` is contracted with a basis, rather than kept or selected."""
         name, _ = name_and_repeats(axis)
         if name not in self.widths or not self.options.projects:
             return False
         teacher, student = self.widths[name]
         selected = (
-            site.block is not None and site.block > 0 and self.options.subsequent_layers == SubsequentLayers.UNIFORM
+            parameter.block is not None
+            and parameter.block > 0
+            and self.options.subsequent_layers == SubsequentLayers.UNIFORM
         )
         return (teacher != student or name in self.bases) and not selected
 
-    def maps(self, site: ParameterPlan) -> list[AxisMap]:
-        """Return the map of each axis of `site`. A projection has an empty matrix until its basis is known.
+    def maps(self, parameter: ParameterPlan) -> list[AxisMap]:
+        """Return the map of each axis of `parameter`. A projection has an empty matrix until its basis is known.
 
         Raises:
             ShapeError, LayoutError: The student's shape cannot be made from the teacher's.
         """
-        key = (site.name, len(self.bases))
+        key = (parameter.name, len(self.bases))
         if key not in self._maps:
-            self._maps[key] = self._find_maps(site)
+            self._maps[key] = self._find_maps(parameter)
         return self._maps[key]
 
-    def sizes(self, site: ParameterPlan) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the teacher's and the student's size of every named axis of `site`.
+    def sizes(self, parameter: ParameterPlan) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the teacher's and the student's size of every named axis of `parameter`.
 
         Raises:
             LayoutError: The axes do not multiply out to the shapes.
         """
-        assert site.source_shape is not None
-        source = self.teacher_names.get(site.source or "", site.source or "")
+        assert parameter.source_shape is not None
+        source = self.teacher_names.get(parameter.source or "", parameter.source or "")
         teacher_sizes, student_sizes = (
             config_sizes(self.layout, each) for each in (self.teacher.config, self.student_config)
         )
-        stack = self.block_table_stack(site)
+        stack = self.block_table_stack(parameter)
         if stack is not None:
             teacher_sizes["blocks"], student_sizes["blocks"] = self.depths[stack], len(self.block_mapping[stack])
-        teacher = solve_sizes(site.axes, site.source_shape, teacher_sizes, source)
-        return teacher, solve_sizes(site.axes, site.shape, student_sizes, site.name)
+        teacher = solve_sizes(parameter.axes, parameter.source_shape, teacher_sizes, source)
+        return teacher, solve_sizes(parameter.axes, parameter.shape, student_sizes, parameter.name)
 
-    def block_table_stack(self, site: ParameterPlan) -> str | None:
+    def block_table_stack(self, parameter: ParameterPlan) -> str | None:
         """Return the stack of a parameter that has one entry per block; None for others."""
-        if not any("blocks" in axis_names(axis) for axis in site.axes):
+        if not any("blocks" in axis_names(axis) for axis in parameter.axes):
             return None
         first = next(stack for stack in self.block_mapping if stack.endswith("{block}"))
-        return self.layout.block_tables.get(site.match.row.pattern, first)
+        return self.layout.block_tables.get(parameter.match.row.pattern, first)
 
-    def _find_maps(self, site: ParameterPlan) -> list[AxisMap]:
-        teacher, student = self.sizes(site)
-        found: list[AxisMap] = []
-        for axis in site.axes:
-            if self.is_projected(site, axis):
+    def _find_maps(self, parameter: ParameterPlan) -> list[AxisMap]:
+        teacher, student = self.sizes(parameter)
+        axis_maps: list[AxisMap] = []
+        for axis in parameter.axes:
+            if self.is_projected(parameter, axis):
                 name, times = name_and_repeats(axis)
                 matrix = self.bases.get(name, torch.empty(self.widths[name]))
-                found.append(Projection(matrix if times == 1 else torch.block_diag(*[matrix] * times)))
+                axis_maps.append(Projection(matrix if times == 1 else torch.block_diag(*[matrix] * times)))
             elif axis in (AxisName("vocab"), AxisName("labels")):
-                places = self.vocab_indices if axis == AxisName("vocab") else self.label_indices
-                if places is None and teacher[str(axis)] != student[str(axis)]:
+                indices = self.vocab_indices if axis == AxisName("vocab") else self.label_indices
+                if indices is None and teacher[str(axis)] != student[str(axis)]:
                     raise ShapeError(
-                        f"{site.name}: the student has {student[str(axis)]} rows for its {axis}, the teacher "
+                        f"{parameter.name}: the student has {student[str(axis)]} rows for its {axis}, the teacher "
                         f"{teacher[str(axis)]}: they must agree."
                     )
-                found.append(self._selection_or_identity(places, teacher[str(axis)]))
+                axis_maps.append(self._selection_or_identity(indices, teacher[str(axis)]))
             elif all(teacher[name] == student[name] for name in axis_names(axis)) and not (
-                self._blocks_change(site, axis)
-                or (self._holds_queries(site, axis) and self.block_attention_ratio(site) != 1.0)
+                self._blocks_change(parameter, axis)
+                or (self._holds_queries(parameter, axis) and self.block_attention_ratio(parameter) != 1.0)
             ):
-                found.append(Identity())
+                axis_maps.append(Identity())
             else:
-                for pair in (name for name in self.selected_indices.get(site.name, ()) if " " in name):
+                for pair in (name for name in self.selected_indices.get(parameter.name, ()) if " " in name):
                     first, second = pair.split()
                     axis = merge_adjacent(axis, first, second)
                     teacher[pair] = teacher[first] * teacher[second]
-                places, factors = select_indices(
-                    axis, lambda name: self._axis_selection(site, name, teacher, student), teacher
+                indices, factors = select_indices(
+                    axis, lambda name: self._axis_selection(parameter, name, teacher, student), teacher
                 )
-                found.append(Selection(places, factors, axis_size(axis, teacher) or 0))
-        return found
+                axis_maps.append(Selection(indices, factors, axis_size(axis, teacher) or 0))
+        return axis_maps
 
-    def _blocks_change(self, site: ParameterPlan, axis: Axis) -> bool:
-        stack = self.block_table_stack(site) if "blocks" in axis_names(axis) else None
+    def _blocks_change(self, parameter: ParameterPlan, axis: Axis) -> bool:
+        stack = self.block_table_stack(parameter) if "blocks" in axis_names(axis) else None
         return stack is not None and self.block_mapping[stack] != list(range(self.depths[stack]))
 
     @staticmethod
-    def _selection_or_identity(places: Tensor | None, size: int) -> AxisMap:
-        return Identity() if places is None else Selection(places, torch.ones(len(places), dtype=torch.float64), size)
+    def _selection_or_identity(indices: Tensor | None, size: int) -> AxisMap:
+        return (
+            Identity() if indices is None else Selection(indices, torch.ones(len(indices), dtype=torch.float64), size)
+        )
 
     def _axis_selection(
-        self, site: ParameterPlan, name: str, teacher: Mapping[str, int], student: Mapping[str, int]
+        self, parameter: ParameterPlan, name: str, teacher: Mapping[str, int], student: Mapping[str, int]
     ) -> tuple[Tensor, Tensor]:
-        units = self.selected_indices.get(site.name, {}).get(name)
-        of_block = self.block_attention_ratio(site) if self._holds_queries(site, AxisName(name)) else 1.0
+        units = self.selected_indices.get(parameter.name, {}).get(name)
+        of_block = self.block_attention_ratio(parameter) if self._holds_queries(parameter, AxisName(name)) else 1.0
         if units is not None:
             return units, torch.full((len(units),), of_block, dtype=torch.float64)
-        stack = self.block_table_stack(site) if name == "blocks" else None
+        stack = self.block_table_stack(parameter) if name == "blocks" else None
         if stack is not None:
             return torch.tensor(self.block_mapping[stack]), torch.ones(
                 len(self.block_mapping[stack]), dtype=torch.float64
             )
-        had, wanted = teacher[name], student[name]
-        what = AXIS_LABELS.get(name, name)
-        if (name in FIXED_AXES or name.startswith("fixed")) and had != wanted:
+        teacher_size, student_size = teacher[name], student[name]
+        label = AXIS_LABELS.get(name, name)
+        if (name in FIXED_AXES or name.startswith("fixed")) and teacher_size != student_size:
             if name in FIXED_AXES:
-                raise ShapeError(f"{site.name}: {what} must be the teacher's {had}, found {wanted}.")
+                raise ShapeError(
+                    f"{parameter.name}: {label} must be the teacher's {teacher_size}, found {student_size}."
+                )
             raise ShapeError(
-                f"{site.name}: this size must be the teacher's {had}, found {wanted}. What is known of "
+                f"{parameter.name}: this size must be the teacher's {teacher_size}, found {student_size}. What is known of "
                 f"{self.layout.family!r}: {self.layout.exactness.rstrip('.')}. Keep the size, choose method='random', or "
-                "say what the axes mean with hf_guide.register_layout."
+                "state what the axes mean with hf_guide.register_layout."
             )
-        if not 1 <= wanted <= had:
+        if not 1 <= student_size <= teacher_size:
             raise ShapeError(
-                f"{site.name}: the student's {what} is {wanted}, the teacher's {had}: a student starts inside its teacher, so "
-                f"choose 1 to {had}."
+                f"{parameter.name}: the student's {label} is {student_size}, the teacher's {teacher_size}: "
+                f"choose 1 to {teacher_size}."
             )
         factor = of_block
         if name in PREFIX_AXES:
-            places = list(range(wanted))
+            indices = list(range(student_size))
         elif name.endswith(("q_dim", "k_dim")):
             rotary = (
-                rotary_size(self.layout, self.teacher.config, had),
-                rotary_size(self.layout, self.student_config, wanted),
+                rotary_size(self.layout, self.teacher.config, teacher_size),
+                rotary_size(self.layout, self.student_config, student_size),
             )
-            places = rope_pair_indices(had, wanted, *rotary, self.layout.rope)
-            scaled_here = site.match.row.kind == "norm" or not self._has_query_norm(site)
-            if name.endswith("q_dim") and had != wanted and scaled_here and self.options.projects:
+            indices = rope_pair_indices(teacher_size, student_size, *rotary, self.layout.rope)
+            scaled_here = parameter.match.row.kind == "norm" or not self._has_query_norm(parameter)
+            if name.endswith("q_dim") and teacher_size != student_size and scaled_here and self.options.projects:
                 factor *= (
-                    had
-                    / wanted
-                    * self.attention_scale(self.teacher.config, had)
-                    / self.attention_scale(self.student_config, wanted)
+                    teacher_size
+                    / student_size
+                    * self.attention_scale(self.teacher.config, teacher_size)
+                    / self.attention_scale(self.student_config, student_size)
                 )
         elif name in HEADS and self.layout.alibi is not None and self.layout.alibi(self.teacher.config):
-            places = alibi_head_indices(had, wanted)
+            indices = alibi_head_indices(teacher_size, student_size)
         else:
-            places = evenly_spaced_indices(had, wanted)
-        return torch.tensor(places, dtype=torch.long), torch.full((wanted,), factor, dtype=torch.float64)
+            indices = evenly_spaced_indices(teacher_size, student_size)
+        return torch.tensor(indices, dtype=torch.long), torch.full((student_size,), factor, dtype=torch.float64)
 
-    def selected_heads(self, site: ParameterPlan) -> list[int] | None:
+    def selected_heads(self, parameter: ParameterPlan) -> list[int] | None:
         """Return the teacher's heads that feed a parameter's, of all groups together; None where that is each of them.
 
         A parameter whose axes name no heads, or those of keys and values alone, has none.
         """
-        names = {name for axis in site.axes for name in axis_names(axis)}
+        names = {name for axis in parameter.axes for name in axis_names(axis)}
         named = [name for name in names if name.endswith("heads") and name != "kv_heads"]
         if {"kv_heads", "group"} <= names:
             axis: Axis = AxisProduct((AxisName("kv_heads"), AxisName("group")))
@@ -339,12 +345,12 @@ class Plan:
             axis = AxisName(named[0])
         else:
             return None
-        teacher, student = self.sizes(site)
-        for pair in (name for name in self.selected_indices.get(site.name, ()) if " " in name):
+        teacher, student = self.sizes(parameter)
+        for pair in (name for name in self.selected_indices.get(parameter.name, ()) if " " in name):
             first, second = pair.split()
             axis = merge_adjacent(axis, first, second)
             teacher[pair] = teacher[first] * teacher[second]
-        heads = select_indices(axis, lambda name: self._axis_selection(site, name, teacher, student), teacher)[
+        heads = select_indices(axis, lambda name: self._axis_selection(parameter, name, teacher, student), teacher)[
             0
         ].tolist()
         return heads if len(heads) != axis_size(axis, teacher) else None
@@ -352,13 +358,13 @@ class Plan:
     def selected_heads_by_block(self) -> dict[str, list[list[int]]]:
         """Return the teacher's heads that each block's attention keeps, by module, where it has fewer than the teacher."""
         by_module: dict[str, dict[int, list[int]]] = {}
-        for site in self.parameters.values():
-            if site.source is None or site.block is None or len(site.axes) < 2:
+        for parameter in self.parameters.values():
+            if parameter.source is None or parameter.block is None or len(parameter.axes) < 2:
                 continue
-            heads = self.selected_heads(site)
+            heads = self.selected_heads(parameter)
             if heads is not None:
-                module = site.match.row.pattern.replace(".{block}", "").rpartition(".")[0]
-                by_module.setdefault(module, {})[site.block] = heads
+                module = parameter.match.row.pattern.replace(".{block}", "").rpartition(".")[0]
+                by_module.setdefault(module, {})[parameter.block] = heads
         return {module: [heads[block] for block in sorted(heads)] for module, heads in by_module.items()}
 
     def rope_mismatch_notes(self) -> list[str]:
@@ -381,31 +387,31 @@ class Plan:
         scale = self.layout.attention_scale
         return float(scale(config)) if scale is not None else head_dim**-0.5
 
-    def teacher_block(self, site: ParameterPlan) -> int:
-        """Return the index of the teacher's block that feeds the block in which `site` stands."""
-        assert site.block is not None
-        stack = site.match.row.pattern.partition("{block}")[0] + "{block}"
-        return self.block_mapping[stack][site.block] if stack in self.block_mapping else site.block
+    def teacher_block(self, parameter: ParameterPlan) -> int:
+        """Return the index of the teacher's block that feeds the block in which `parameter` stands."""
+        assert parameter.block is not None
+        stack = parameter.match.row.pattern.partition("{block}")[0] + "{block}"
+        return self.block_mapping[stack][parameter.block] if stack in self.block_mapping else parameter.block
 
-    def block_attention_ratio(self, site: ParameterPlan) -> float:
+    def block_attention_ratio(self, parameter: ParameterPlan) -> float:
         """Return what queries are multiplied with because their block has another index, or their model another depth."""
-        return self.block_ratio(site, self.layout.block_attention_scale)
+        return self.block_ratio(parameter, self.layout.block_attention_scale)
 
-    def block_ratio(self, site: ParameterPlan, scale: BlockScale | None) -> float:
+    def block_ratio(self, parameter: ParameterPlan, scale: BlockScale | None) -> float:
         """Return what the teacher's block multiplies with, by `scale`, over what the student's does at its index."""
-        if scale is None or site.block is None or site.source is None:
+        if scale is None or parameter.block is None or parameter.source is None:
             return 1.0
-        return scale(self.teacher.config, self.teacher_block(site)) / scale(self.student_config, site.block)
+        return scale(self.teacher.config, self.teacher_block(parameter)) / scale(self.student_config, parameter.block)
 
-    def _holds_queries(self, site: ParameterPlan, axis: Axis) -> bool:
-        """Whether an axis holds the queries that carry the attention's scale: a norm's, or else a weight's."""
+    def _holds_queries(self, parameter: ParameterPlan, axis: Axis) -> bool:
+        """Return whether an axis holds the queries that carry the attention's scale: a norm's, or else a weight's."""
         if not any(name.endswith("q_dim") for name in axis_names(axis)):
             return False
-        return site.match.row.kind == "norm" or not self._has_query_norm(site)
+        return parameter.match.row.kind == "norm" or not self._has_query_norm(parameter)
 
-    def _has_query_norm(self, site: ParameterPlan) -> bool:
-        """Whether a learned norm stands between this query weight and the logits, which then carries their scale."""
-        home = site.canonical.rpartition(".")[0].rpartition(".")[0]
+    def _has_query_norm(self, parameter: ParameterPlan) -> bool:
+        """Return whether a learned norm between this query weight and the logits holds the logits' scale."""
+        home = parameter.canonical.rpartition(".")[0].rpartition(".")[0]
         return any(
             other.match.row.kind == "norm"
             and other.canonical.startswith(home)
@@ -488,10 +494,10 @@ def make_plan(
     widths = _projected_widths(layout, parameters.values())
     random_blocks = options.subsequent_layers == SubsequentLayers.RANDOM
     new_head = label_indices is not None and len(label_indices) == 0
-    for name, site in list(parameters.items()):
-        is_new = new_head and AxisName("labels") in site.axes
-        if is_new or (random_blocks and site.block is not None and site.block > 0):
-            random.append(site.name)
+    for name, parameter in list(parameters.items()):
+        is_new = new_head and AxisName("labels") in parameter.axes
+        if is_new or (random_blocks and parameter.block is not None and parameter.block > 0):
+            random.append(parameter.name)
             del parameters[name]
     buffers = {
         each.source for each in parameters.values() if each.source and not is_parameter(names.tensors[each.name])
@@ -514,14 +520,14 @@ def make_plan(
         may_be_infinite=buffers,
     )
     plan.notes += [
-        f"{names.teacher[used]} stands for {missing}: that block takes its keys and values from another, which is not "
-        "kept, and the student's makes its own from its own input."
+        f"{names.teacher[used]} replaces {missing}: that block takes its keys and values from another block, which is not "
+        "selected, and the student's computes its own from its own input."
         for missing, used in borrowed.items()
     ]
     _merge_weights_of_dropped_states(plan)
-    for site in parameters.values():
-        if site.source is not None:
-            plan.maps(site)
+    for parameter in parameters.values():
+        if parameter.source is not None:
+            plan.maps(parameter)
     check_head_grouping(student, parameters.values(), teacher.model_class, teacher.config)
     return plan
 
@@ -615,7 +621,7 @@ def _dropped_parameters(
     stacks: Mapping[str, list[int]],
     parameters: Mapping[str, ParameterPlan],
 ) -> list[str]:
-    """Return the teacher's parameters that no parameter of the student takes: of blocks that are kept, by kind."""
+    """Return the teacher's parameters that no parameter of the student is made of; of selected blocks, by kind."""
     used = {each.source for each in parameters.values()} | set(names.student) | set(names.tied)
     dropped = [  # a head of its own, for which a tied student has no tensor
         f"{names.teacher[name]} (the student's is tied to {first}; tie_word_embeddings=False keeps it)"
@@ -692,31 +698,36 @@ def is_parameter(tensor: Tensor) -> bool:
 
 def _merge_weights_of_dropped_states(plan: Plan) -> None:
     """Give weights that mix hidden states by a softmax those of the states that dropped blocks leave as they were."""
-    for site in plan.parameters.values():
-        stack = plan.block_table_stack(site)
-        if stack is None or site.source is None or len(site.axes) != 1 or not isinstance(site.axes[0], AxisConcat):
+    for parameter in plan.parameters.values():
+        stack = plan.block_table_stack(parameter)
+        if (
+            stack is None
+            or parameter.source is None
+            or len(parameter.axes) != 1
+            or not isinstance(parameter.axes[0], AxisConcat)
+        ):
             continue
         blocks = plan.block_mapping[stack]
-        if not site.canonical.endswith("layer_weights") or sorted(set(blocks)) != blocks:
-            plan.notes.append(f"{site.name}: its entries for blocks that are not kept have no place.")
+        if not parameter.canonical.endswith("layer_weights") or sorted(set(blocks)) != blocks:
+            plan.notes.append(f"{parameter.name}: its entries for blocks that are not selected are dropped.")
             continue
-        plan.tensor_transforms[site.source] = functools.partial(merge_state_weights, blocks=blocks)
+        plan.tensor_transforms[parameter.source] = functools.partial(merge_state_weights, blocks=blocks)
 
 
 def merge_state_weights(weights: Tensor, blocks: Sequence[int]) -> Tensor:
-    """Return softmax weights of hidden states, (depth + 1,), with each kept state's standing for those that equal it.
+    """Return softmax weights of hidden states, (depth + 1,), with each states state's standing for those that equal it.
 
     The state after a dropped block is the one before it, so the weights of both add up: in the exponent, the logarithm of
     the sum of exponentials.
     """
     merged = weights.clone()
-    kept = [0, *(block + 1 for block in blocks)]
-    for start, stop in zip(kept, [*kept[1:], len(weights)], strict=True):
+    states = [0, *(block + 1 for block in blocks)]
+    for start, stop in zip(states, [*states[1:], len(weights)], strict=True):
         merged[start] = weights[start:stop].logsumexp(0)
     return merged
 
 
-def _projected_widths(layout: Layout, sites: Iterable[ParameterPlan]) -> dict[str, tuple[int, int]]:
+def _projected_widths(layout: Layout, parameters: Iterable[ParameterPlan]) -> dict[str, tuple[int, int]]:
     """Return teacher's and student's width of every projected axis.
 
     Raises:
@@ -724,19 +735,21 @@ def _projected_widths(layout: Layout, sites: Iterable[ParameterPlan]) -> dict[st
     """
     widths: dict[str, tuple[int, int]] = {}
     projected = layout.projected_axes()
-    for site in sites:
-        if site.source_shape is None or len(site.source_shape) != len(site.axes):
+    for parameter in parameters:
+        if parameter.source_shape is None or len(parameter.source_shape) != len(parameter.axes):
             continue
-        for axis, had, wanted in zip(site.axes, site.source_shape, site.shape, strict=True):
+        for axis, teacher_size, student_size in zip(
+            parameter.axes, parameter.source_shape, parameter.shape, strict=True
+        ):
             if isinstance(axis, AxisName) and axis.name in projected:
-                if wanted > had:
+                if student_size > teacher_size:
                     raise ShapeError(
-                        f"The student's {AXIS_LABELS.get(axis.name, axis.name)} is {wanted}, wider than its teacher's {had} "
-                        f"(seen at {site.name}): a student starts inside its teacher, so choose at most {had}."
+                        f"The student's {AXIS_LABELS.get(axis.name, axis.name)} is {student_size}, wider than its teacher's {teacher_size} "
+                        f"(at {parameter.name}): it must be at most {teacher_size}."
                     )
-                if widths.setdefault(axis.name, (had, wanted)) != (had, wanted):
+                if widths.setdefault(axis.name, (teacher_size, student_size)) != (teacher_size, student_size):
                     raise LayoutError(
-                        f"{site.name} is {had} -> {wanted} along {axis.name!r}, elsewhere it is {widths[axis.name]}: "
+                        f"{parameter.name} is {teacher_size} -> {student_size} along {axis.name!r}, elsewhere it is {widths[axis.name]}: "
                         f"the layout of {layout.family!r} calls two different axes by one name."
                     )
     return widths

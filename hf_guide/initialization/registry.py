@@ -4,7 +4,7 @@
 
 1. `method_class(config)`; then `check_data(calibration_dataset, calibration_cache_dir)` before the teacher is opened.
 2. `plan_options(layer_selection)`: what the plan needs, with the config's own choice of blocks. A method with
-   `requires_layout = False` is not asked: nothing is known of the family's axes, and the student's sizes are its config's.
+   `requires_layout = False` is not asked: it does not need to know the family's axes.
 3. `collect(setup)`: with `requires_data = True`, run the teacher on the data. It may return each block's influence, by which
    `layer_selection="block_influence"` selects blocks.
 4. `build(setup)`: the student, by default with uninitialized parameters.
@@ -40,17 +40,17 @@ from hf_guide.teachers.checkpoint import TeacherCheckpoint
 
 @dataclass(frozen=True)
 class StudentSetup:
-    """What a method is given: the opened teacher, and the student to make.
+    """The input of a method: the opened teacher, and the student to make.
 
     Attributes:
         teacher: The opened checkpoint: config, class, and tensors that are read one by one.
-        source: The teacher as `from_teacher` was given it: a Hub id, a folder, or a loaded model.
+        source: The `teacher` argument of `from_teacher`: a Hub id, a folder, or a loaded model.
         model_class, config, dtype: The student's.
         options: What `plan_options` returned, with the blocks resolved.
         vocab_indices: Teacher row of each of the student's vocabulary rows, -1 for a row of zeros; None for all in order.
         label_indices: The same of a classification head; empty where the labels disagree and the head is new.
-        calibration_dataset, calibration_cache_dir: As `from_teacher` was given them.
-        hub: Keywords of `from_pretrained` (token, cache_dir, ...) by which files beside the teacher are found.
+        calibration_dataset, calibration_cache_dir: The arguments of `from_teacher`.
+        hub: Keywords of `from_pretrained` (token, cache_dir, ...) by which the teacher's other files are found.
         identity: What else the student depends on, as JSON: with all other fields it tells one call from another.
         show_progress: Whether to show progress bars.
     """
@@ -138,7 +138,7 @@ class InitializationMethod(abc.ABC):
             ("calibration_cache_dir", calibration_cache_dir),
         ):
             if value is not None:
-                raise OptionError(f"{name} was given, but method={self.config.method!r} uses no data; leave it out.")
+                raise OptionError(f"{name} is set, but method={self.config.method!r} uses no data; leave it out.")
 
     def plan_options(self) -> PlanOptions:
         """Return what a plan needs to know of the method; by default every axis and the blocks are selected evenly."""
@@ -180,6 +180,7 @@ def register_method(
         OptionError: The name is taken by other classes, or a class does not fit; says which.
 
     Example:
+        >>> import dataclasses
         >>> from dataclasses import dataclass
         >>> from hf_guide import InitializationConfig, register_method
         >>> from hf_guide.methods.uniform import UniformMethod
@@ -188,7 +189,7 @@ def register_method(
         ...     method: str = "first_blocks"
         >>> class FirstBlocks(UniformMethod):
         ...     def plan_options(self):
-        ...         return PlanOptions(layer_selection="first", seed=self.config.seed)
+        ...         return dataclasses.replace(super().plan_options(), layer_selection="first")
         >>> register_method("first_blocks", FirstBlocksConfig, FirstBlocks)
     """
     if not isinstance(name, str) or not name.replace("-", "_").isidentifier():

@@ -49,108 +49,126 @@ _EXPERTS_PER_TOKEN = (
 
 
 def is_size(name: str) -> bool:
-    """Whether a config's entry of this name says how large the model is along some axis, or how many blocks it has."""
+    """Return whether a config field of this name is the size of an axis or a number of blocks."""
     return _SIZE.search(name) is not None and _NOT_A_SIZE.search(name) is None
 
 
 def check_requested_sizes(
     teacher: PreTrainedConfig, overrides: Mapping[str, Any], *, deepest: int = 0, part: str = ""
 ) -> None:
-    """Refuse sizes among `overrides` that no student of this teacher can have; nested configs are gone through.
+    """Check the sizes among `overrides`, nested configs included, against the teacher's.
 
     Args:
         deepest: how many blocks a stack may have where the user lists the teacher's block for each; 0 without such a list.
         part: the name of the nested config, for errors.
 
     Raises:
-        OptionError: a size that is no whole number.
-        ShapeError: one that is below 1 or above the teacher's, or lists of sizes of another length.
+        OptionError: A size that is not a whole number.
+        ShapeError: A size below 1 or above the teacher's, or a list of sizes of another length.
     """
     for name, value in overrides.items():
         real = teacher.attribute_map.get(name, name)
-        had = teacher.__dict__.get(real)
-        if isinstance(had, PreTrainedConfig) and isinstance(value, Mapping):
-            check_requested_sizes(had, value, deepest=deepest, part=f"{part}{name}.")
+        teacher_value = teacher.__dict__.get(real)
+        if isinstance(teacher_value, PreTrainedConfig) and isinstance(value, Mapping):
+            check_requested_sizes(teacher_value, value, deepest=deepest, part=f"{part}{name}.")
             continue
         if name == "num_labels" and value is not None:
             _check_number(part + name, value, teacher.num_labels or 1, bounded=False)
             continue
         sized = is_size(name) or is_size(real)
-        if value is None or not (sized or _POSITIVE.search(real)) or value == had and type(value) is type(had):
+        if (
+            value is None
+            or not (sized or _POSITIVE.search(real))
+            or value == teacher_value
+            and type(value) is type(teacher_value)
+        ):
             continue
         shown = part + name
-        if isinstance(had, (list, tuple)) and had and all(isinstance(each, int) for each in had):
-            _check_list(shown, value, list(had), teacher)
-        elif isinstance(had, int) and not isinstance(had, bool) and not isinstance(value, (list, tuple, Mapping)):
-            _check_number(shown, value, had, bounded=sized, deepest=deepest if _DEPTH.search(real) else 0)
+        if (
+            isinstance(teacher_value, (list, tuple))
+            and teacher_value
+            and all(isinstance(each, int) for each in teacher_value)
+        ):
+            _check_list(shown, value, list(teacher_value), teacher)
+        elif (
+            isinstance(teacher_value, int)
+            and not isinstance(teacher_value, bool)
+            and not isinstance(value, (list, tuple, Mapping))
+        ):
+            _check_number(shown, value, teacher_value, bounded=sized, deepest=deepest if _DEPTH.search(real) else 0)
 
 
 def check_config_sizes(
     config: PreTrainedConfig, teacher: PreTrainedConfig, *, deepest: int = 0, part: str = ""
 ) -> None:
-    """Refuse sizes of a whole config that no student of this teacher can have; nested configs are gone through.
+    """Check the sizes of a config, nested ones included, against the teacher's.
 
-    Entries that the model may not read are let pass: the plan compares what is built of them.
+    Fields that the model may not read are not checked here: the plan compares the model that is built.
 
     Raises:
         OptionError, ShapeError: as `check_requested_sizes`.
     """
     for name, value in vars(config).items():
-        had = teacher.__dict__.get(name)
-        if isinstance(value, PreTrainedConfig) and isinstance(had, PreTrainedConfig):
-            check_config_sizes(value, had, deepest=deepest, part=f"{part}{name}.")
+        teacher_value = teacher.__dict__.get(name)
+        if isinstance(value, PreTrainedConfig) and isinstance(teacher_value, PreTrainedConfig):
+            check_config_sizes(value, teacher_value, deepest=deepest, part=f"{part}{name}.")
         elif (
-            isinstance(had, int) and not isinstance(had, bool) and value is not None and value != had and is_size(name)
+            isinstance(teacher_value, int)
+            and not isinstance(teacher_value, bool)
+            and value is not None
+            and value != teacher_value
+            and is_size(name)
         ):
             is_depth = name == config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
             if not isinstance(value, (list, tuple)):
-                _check_number(part + name, value, had, bounded=is_depth, deepest=deepest)
+                _check_number(part + name, value, teacher_value, bounded=is_depth, deepest=deepest)
 
 
-def _check_number(name: str, value: Any, had: int, *, bounded: bool, deepest: int = 0) -> None:
+def _check_number(name: str, value: Any, teacher_value: int, *, bounded: bool, deepest: int = 0) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         kind = type(value).__name__
         raise OptionError(
-            f"{name}={value!r} must be a whole number: expected int, got {kind}; the teacher's is {had}."
+            f"{name}={value!r} must be a whole number: expected int, got {kind}; the teacher's is {teacher_value}."
         )
-    if had >= 1 > value:
-        raise ShapeError(f"{name} must be at least 1, not {value}; the teacher's is {had}.")
-    if bounded and value > max(MAX_SIZE_RATIO * had, deepest) and had >= 1:
+    if teacher_value >= 1 > value:
+        raise ShapeError(f"{name} must be at least 1, not {value}; the teacher's is {teacher_value}.")
+    if bounded and value > max(MAX_SIZE_RATIO * teacher_value, deepest) and teacher_value >= 1:
         repeated = (
             " To repeat blocks, name the teacher's block that feeds each with layer_selection=[...]."
             if _DEPTH.search(name)
             else ""
         )
         raise ShapeError(
-            f"The student's {name} is {value}, its teacher's {had}: a student starts inside its teacher, so it must be 1 to "
-            f"{had}.{repeated}"
+            f"The student's {name} is {value}, its teacher's {teacher_value}: it must be 1 to {teacher_value}.{repeated}"
         )
 
 
-def _check_list(name: str, value: Any, had: list[int], teacher: PreTrainedConfig) -> None:
+def _check_list(name: str, value: Any, teacher_value: list[int], teacher: PreTrainedConfig) -> None:
     stages = next(
         (len(each) for key in ("depths", "depth") if isinstance(each := teacher.__dict__.get(key), (list, tuple))),
         None,
     )
-    if len(had) != stages:
+    if len(teacher_value) != stages:
         return  # one entry for each block, or several numbers of one axis
-    if not isinstance(value, (list, tuple)) or len(value) != len(had):
+    if not isinstance(value, (list, tuple)) or len(value) != len(teacher_value):
         raise ShapeError(
-            f"{name} must list {len(had)} numbers, one for each stage as the teacher's {had}, found {value!r}."
+            f"{name} must list {len(teacher_value)} numbers, one for each stage as the teacher's {teacher_value}, found {value!r}."
         )
-    for stage, (wanted, size) in enumerate(zip(value, had, strict=True)):
-        _check_number(f"{name}[{stage}]", wanted, size, bounded=True)
+    for stage, (number, size) in enumerate(zip(value, teacher_value, strict=True)):
+        _check_number(f"{name}[{stage}]", number, size, bounded=True)
 
 
 def check_expert_counts(config: PreTrainedConfig, teacher: PreTrainedConfig, part: str = "") -> None:
-    """Refuse a mixture, other than the teacher's, with fewer experts than each token is routed to, nested configs included.
+    """Check that a mixture has as many experts as each token is routed to, nested configs included.
 
     Raises:
-        ShapeError: names both entries of the config.
+        ShapeError: It has fewer; names both fields.
     """
     for name, value in vars(config).items():
-        if isinstance(value, PreTrainedConfig) and isinstance(had := teacher.__dict__.get(name), PreTrainedConfig):
-            check_expert_counts(value, had, f"{part}{name}.")
+        if isinstance(value, PreTrainedConfig) and isinstance(
+            teacher_value := teacher.__dict__.get(name), PreTrainedConfig
+        ):
+            check_expert_counts(value, teacher_value, f"{part}{name}.")
     mixture = (_EXPERTS, _EXPERTS_PER_TOKEN, ("n_group",), ("topk_group",))
     if all(_first_number(config, names) == _first_number(teacher, names) for names in mixture):
         return
@@ -181,7 +199,7 @@ def check_expert_counts(config: PreTrainedConfig, teacher: PreTrainedConfig, par
 
 
 def _first_number(config: PreTrainedConfig, names: tuple[str, ...]) -> tuple[str, int] | None:
-    """Return the first of `names` that a config holds a whole number under, by the name it is held under, and the number."""
+    """Return the first of `names` under which a config has a whole number, and the number; None if there is none."""
     for name in names:
         real = config.attribute_map.get(name, name)
         value = config.__dict__.get(real)
@@ -197,17 +215,17 @@ _CONSTRUCTION_METHODS = ("__init__", "_init_weights")
 def check_config_agrees(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, teacher: PreTrainedConfig
 ) -> None:
-    """Refuse a config in which an entry, other than the teacher's, contradicts what its class computes for it from the others.
+    """Check that no changed field contradicts the value that the config's class computes for it from other fields.
 
-    An entry that the model reads all the same is none of these: what is built of it is another model.
+    A field that the model reads anyway is fine: it builds another model.
 
     Raises:
-        ShapeError: names the entry, both values, and the entries that it is computed from.
+        ShapeError: A contradiction; names the field, both values, and the fields that it is computed from.
     """
-    for path, part, had in _nested_configs(config, teacher):
+    for path, part, teacher_value in _nested_configs(config, teacher):
         for name, computed in _computed(part).items():
             held = part.__dict__.get(name, _NO_ENTRY)
-            if _plain(held) in (_plain(computed), _plain(had.__dict__.get(name, _NO_ENTRY))):
+            if _plain(held) in (_plain(computed), _plain(teacher_value.__dict__.get(name, _NO_ENTRY))):
                 continue
             if held is _NO_ENTRY or not _is_number(computed) or not _is_number(held):
                 continue
@@ -216,7 +234,7 @@ def check_config_agrees(
             if _structure(model_class, config) != _structure(model_class, other):
                 continue
             raise ShapeError(
-                f"{'.'.join((*path, name))}={held!r} was asked for, but {type(part).__name__} computes {name}={computed!r} "
+                f"{'.'.join((*path, name))}={held!r} was requested, but {type(part).__name__} computes {name}={computed!r} "
                 f"and the model is built of that: {_what_to_set(part, name)}"
             )
 
@@ -224,9 +242,9 @@ def check_config_agrees(
 def check_computed_overrides(
     model_class: type[PreTrainedModel], teacher: PreTrainedConfig, overrides: Mapping[str, Any]
 ) -> None:
-    """Refuse overrides of sizes that the config's class computes from other entries and that the model does not read.
+    """Check that no override is of a size that the config's class computes and the model does not read.
 
-    It needs no student: so the reason is named before a choice of blocks can fail for want of what was asked for.
+    It needs no student config, so the reason is given before a selection of blocks can fail for the same cause.
 
     Raises:
         ShapeError: as `check_config_agrees`.
@@ -242,12 +260,12 @@ def check_computed_overrides(
 def _nested_configs(
     config: PreTrainedConfig, teacher: PreTrainedConfig, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], PreTrainedConfig, PreTrainedConfig]]:
-    """Give a config and those nested in it, with the names that lead to each and the teacher's of the same names."""
+    """Yield a config and those nested in it, each with its path and the teacher's config at the same path."""
     yield path, config, teacher
     for name, value in vars(config).items():
-        had = teacher.__dict__.get(name)
-        if isinstance(value, PreTrainedConfig) and isinstance(had, PreTrainedConfig):
-            yield from _nested_configs(value, had, (*path, name))
+        teacher_value = teacher.__dict__.get(name)
+        if isinstance(value, PreTrainedConfig) and isinstance(teacher_value, PreTrainedConfig):
+            yield from _nested_configs(value, teacher_value, (*path, name))
 
 
 def check_overrides_hold(
@@ -256,31 +274,31 @@ def check_overrides_hold(
     teacher: PreTrainedConfig,
     overrides: Mapping[str, Any],
 ) -> None:
-    """Refuse overrides that are not in the student's config, are lost when it is saved, or change nothing in the model.
+    """Check that every override is in the student's config, survives saving, and changes the model.
 
     Args:
-        overrides: as the user gave them, nested configs as mappings.
+        overrides: As passed by the user, nested configs as mappings.
 
     Raises:
-        ShapeError: an override that the class replaced by another value, or computes.
-        OptionError: a size that the model does not have.
+        ShapeError: The class replaced an override by another value, or computes it.
+        OptionError: A size that the model does not have.
     """
     check_config_agrees(model_class, config, teacher)
-    asked = list(_flatten_overrides(overrides, config))
-    if not asked:
+    requested = list(_flatten_overrides(overrides, config))
+    if not requested:
         return
     reloaded = _round_trip(config, teacher)
-    for path, value in asked:
+    for path, value in requested:
         for held, when in ((_entry(config, path), "holds"), (_entry(reloaded, path), "holds, once saved and loaded,")):
             if _is_number(value) and _plain(held) != _plain(value):
                 raise ShapeError(
-                    f"{'.'.join(path)}={value!r} was asked for, but {type(config).__name__} {when} "
+                    f"{'.'.join(path)}={value!r} was requested, but {type(config).__name__} {when} "
                     f"{'nothing' if held is _NO_ENTRY else repr(held)} under this name: "
                     f"{_what_to_set(_parent(config, path), path[-1])}"
                 )
     sizes = [
         (path, value)
-        for path, value in asked
+        for path, value in requested
         if is_size(path[-1]) and _is_number(value) and _plain(_entry(teacher, path)) != _plain(value)
     ]
     if not sizes:
@@ -302,7 +320,7 @@ def check_overrides_hold(
 def _flatten_overrides(
     overrides: Mapping[str, Any], config: PreTrainedConfig, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Give every override with the names that lead to it, its own as the family has it."""
+    """Yield every override with its path, under the family's own names."""
     for name, value in overrides.items():
         real = config.attribute_map.get(name, name)
         nested = config.__dict__.get(real)
@@ -326,7 +344,7 @@ def _entry(config: PreTrainedConfig, path: tuple[str, ...]) -> Any:
 
 
 def _without_override(overrides: Mapping[str, Any], path: tuple[str, ...], config: PreTrainedConfig) -> dict[str, Any]:
-    """Return `overrides` without the one that `path`, of the family's own names, leads to."""
+    """Return `overrides` without the one at `path`, which has the family's own names."""
     left: dict[str, Any] = {}
     for name, value in overrides.items():
         real = config.attribute_map.get(name, name)
@@ -340,7 +358,7 @@ def _without_override(overrides: Mapping[str, Any], path: tuple[str, ...], confi
 def _requested_structure(
     model_class: type[PreTrainedModel], teacher: PreTrainedConfig, overrides: Mapping[str, Any]
 ) -> Any:
-    """Return the structure of the student that `overrides` ask for; None where there is none."""
+    """Return the structure of the student with these overrides; None if it cannot be built."""
     try:
         return _structure(model_class, derive_student_config(teacher, overrides))
     except HfGuideError:
@@ -348,17 +366,17 @@ def _requested_structure(
 
 
 def _with_entry_of(teacher: PreTrainedConfig, config: PreTrainedConfig, path: tuple[str, ...]) -> PreTrainedConfig:
-    """Return a copy of `config` in which one entry is the teacher's."""
+    """Return a copy of `config` with the teacher's value at `path`."""
     changed = copy.deepcopy(config)
-    had = _entry(teacher, path)
+    teacher_value = _entry(teacher, path)
     parent = _parent(changed, path)
-    if had is not _NO_ENTRY:
-        setattr(parent, path[-1], copy.deepcopy(had))
+    if teacher_value is not _NO_ENTRY:
+        setattr(parent, path[-1], copy.deepcopy(teacher_value))
     return changed
 
 
 def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
-    """Return the modules, settings and shapes of the model that a config makes; None where it makes none."""
+    """Return the modules, settings and shapes of the model of a config; None if it cannot be built."""
     try:
         return module_signature(meta_model(model_class, config))
     except MODEL_ERRORS:
@@ -366,7 +384,7 @@ def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
 
 
 def _names_read_at_runtime(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> set[str]:
-    """Return the names that the model's own code reads other than when it is built, config entries among them."""
+    """Return the names that the model's code reads after construction, config fields among them."""
     model = meta_model(model_class, config)
     classes = {base for module in model.modules() for base in type(module).__mro__}
     own = [base for base in classes if base.__module__.startswith(("transformers.models.", "transformers_modules."))]
@@ -380,10 +398,10 @@ def _names_read_at_runtime(model_class: type[PreTrainedModel], config: PreTraine
 
 
 def _round_trip(config: PreTrainedConfig, teacher: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config that is read again from what `save_pretrained` writes, or itself where not even the teacher's is.
+    """Return the config after saving and loading it, or itself where even the teacher's cannot be loaded.
 
     Raises:
-        ShapeError: it cannot be read, though the teacher's can.
+        ShapeError: It cannot be loaded, though the teacher's can.
     """
     try:
         return _save_and_load(config)
@@ -405,7 +423,7 @@ def _save_and_load(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _computed(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what the class computes, from the entries it declares, for entries that it does not declare."""
+    """Return the values that the class computes from its declared fields for fields that it does not declare."""
     declared = _declared(config)
     extra = {
         name for name in vars(config) if name not in declared and not name.startswith("_") and is_size(name)
@@ -417,7 +435,7 @@ def _computed(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _what_to_set(config: PreTrainedConfig, name: str) -> str:
-    """Return advice that names the declared entries which an entry is computed from."""
+    """Return advice that names the declared fields from which a field is computed."""
     sources = []
     before = None if (rebuilt := _rebuilt(config, {})) is None else rebuilt.__dict__.get(name)
     for field in _declared(config):

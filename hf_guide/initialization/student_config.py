@@ -1,8 +1,7 @@
-"""A student's config made from its teacher's.
+"""Derive a student's config from its teacher's.
 
-Does: keep what was said, derive again what the family derives, set what goes by block for the blocks that are kept, refuse
-what the family refuses.
-Does not: choose blocks, or look at weights.
+Does: keep explicit values, derive again what the family derives, remap fields that list one entry per block, and check sizes.
+Does not: select blocks or read weights.
 """
 
 import copy
@@ -43,7 +42,7 @@ _CONFIG_ERRORS = (
 
 @dataclass(frozen=True)
 class _BlockFieldRules:
-    """What the fields that go by block follow: blocks by depth; where those are not chosen, even ones."""
+    """The blocks by which fields with one entry per block are remapped: by depth; evenly spaced where none are selected."""
 
     fields: tuple[BlockField, ...]
     blocks: Mapping[ConfigPath, Sequence[int]]
@@ -54,23 +53,23 @@ class _BlockFieldRules:
     def values(
         self, teacher_config: PreTrainedConfig, values: Mapping[str, Any], prefix: ConfigPath
     ) -> dict[str, Any]:
-        """Return the values that one part's fields take, by name; `values` are the teacher's."""
-        found: dict[str, Any] = {}
+        """Return the remapped values of the fields of the config at `prefix`, by name; `values` are the teacher's."""
+        remapped: dict[str, Any] = {}
         for field in self.fields:
             name = field.path[-1]
             blocks = self.blocks.get(field.depth, self.even.get(field.depth))
             if field.path[:-1] != prefix or blocks is None or name not in values or field.kind in self.left:
                 continue
             try:
-                found[name] = remap_field(values[name], field.kind, blocks, self.sizes[field.depth])
+                remapped[name] = remap_field(values[name], field.kind, blocks, self.sizes[field.depth])
             except ShapeError as error:
                 raise ShapeError(
                     f"{type(teacher_config).__name__}.{name}={values[name]!r} cannot follow the blocks "
                     f"{list(blocks)}: {error}."
                 ) from error
-        if "attention_layers" in found and "attention_types" in values:  # GPT-Neo computes one from the other
-            found["attention_types"] = [[found["attention_layers"], 1]]
-        return found
+        if "attention_layers" in remapped and "attention_types" in values:  # GPT-Neo computes one from the other
+            remapped["attention_types"] = [[remapped["attention_layers"], 1]]
+        return remapped
 
 
 def derive_student_config(
@@ -82,59 +81,67 @@ def derive_student_config(
     block_fields: "Sequence[BlockField] | None" = None,
     left: Collection[FieldKind] = (),
 ) -> PreTrainedConfig:
-    """Return a new config of the teacher's class with `overrides` applied; the teacher's is left as it is.
+    """Return a new config of the teacher's class with `overrides` applied; the teacher's is not modified.
 
-    Names are the family's own or its aliases (`hidden_size` for GPT-2's `n_embd`); a nested config takes a mapping.
-    A value that the class would give on its own from the others (`head_dim` = hidden size / heads, as many key/value
-    heads as heads, `layer_types` from a pattern) is derived again from the overridden ones. A value that was said
-    explicitly stays, also where it grew with the width once (T5's `d_kv`, Gemma's `query_pre_attn_scalar`); only
-    GPT-J's `rotary_dim` is lowered to the head size where it would exceed it. Fields that go by block, in nested configs as
-    well, take their values at `blocks`, or at even blocks where none are chosen; factors of long RoPE, one
-    for each rotated pair, as the pairs are. Labels are kept unless `num_labels` or `id2label` is overridden, token ids
-    always; the quantisation is dropped. `keywords` are the caller's own, one of which may be meant by an unknown name.
+    Names are the family's own or its aliases (`hidden_size` for GPT-2's `n_embd`); a nested config takes a mapping. A value
+    that the class computes from others (`head_dim` = hidden size / heads, as many key/value heads as heads, `layer_types`
+    from a pattern) is computed again from the overridden ones. A value that was set explicitly stays, even if it once grew
+    with the width (T5's `d_kv`, Gemma's `query_pre_attn_scalar`); only GPT-J's `rotary_dim` is lowered to the head size where
+    it would exceed it. Fields with one entry per block take the entries at `blocks`; factors of long RoPE, one per rotated
+    pair, are subsampled as the pairs are. Labels are kept unless `num_labels` or `id2label` is overridden, token ids always.
+    The quantization is dropped.
 
     Args:
-        blocks: by the path of a number of blocks, such as ("text_config", "num_hidden_layers"), the teacher's block that
-            feeds each of the student's. What is overridden does not follow them.
-        block_fields: what goes by block, from `find_block_fields`; by default what can be found without building a model.
-        left: kinds of fields that do not follow.
+        keywords: The caller's own, one of which may be meant by an unknown name.
+        blocks: By the path of a number of blocks, such as ("text_config", "num_hidden_layers"), the teacher's block that
+            feeds each of the student's; evenly spaced ones where it is missing. Overridden fields are not remapped.
+        block_fields: Fields with one entry per block, from `find_block_fields`; by default those that can be found without
+            building a model.
+        left: Kinds of fields that are not remapped.
 
     Raises:
-        OptionError: an unknown name (with the nearest known ones), one given twice, or a value of the wrong type.
-        ShapeError: a shape the family refuses, with the family's own reason; blocks that the teacher does not have.
+        OptionError: An unknown name (with the nearest known ones), one given twice, or a value of the wrong type.
+        ShapeError: A shape the family rejects, with the family's own reason; blocks that the teacher does not have.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> teacher = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=8)
+        >>> student = derive_student_config(teacher, {"hidden_size": 32, "num_hidden_layers": 2})
+        >>> student.head_dim, student.num_hidden_layers
+        (8, 2)
     """
     if block_fields is None:
         block_fields = find_block_fields(teacher_config, standard_depths(teacher_config))
-    asked = overridden_values(teacher_config, overrides)
-    chosen = {path: list(kept) for path, kept in (blocks or {}).items()}
-    sizes = {path: value_at(teacher_config, path) for path in {*(field.depth for field in block_fields), *chosen}}
+    requested = overridden_values(teacher_config, overrides)
+    selected = {path: list(kept) for path, kept in (blocks or {}).items()}
+    sizes = {path: value_at(teacher_config, path) for path in {*(field.depth for field in block_fields), *selected}}
     even = {
-        path: [i * size // asked[path] for i in range(asked[path])]
+        path: [i * size // requested[path] for i in range(requested[path])]
         for path, size in sizes.items()
-        if type(asked.get(path)) is int and asked[path] != size
+        if type(requested.get(path)) is int and requested[path] != size
     }
-    for path, kept in chosen.items():
+    for path, kept in selected.items():
         if any(not 0 <= block < sizes[path] for block in kept):
-            raise ShapeError(f"The teacher has blocks 0 to {sizes[path] - 1}, but {kept} were asked for.")
-    following = _BlockFieldRules(tuple(block_fields), chosen, even, sizes, frozenset(left))
+            raise ShapeError(f"The teacher has blocks 0 to {sizes[path] - 1}, but {kept} were requested.")
+    following = _BlockFieldRules(tuple(block_fields), selected, even, sizes, frozenset(left))
     return _derive(teacher_config, overrides, keywords, following, ())
 
 
 def overridden_values(
     config: PreTrainedConfig, overrides: Mapping[str, Any], prefix: ConfigPath = ()
 ) -> dict[ConfigPath, Any]:
-    """Return what is overridden by its path, under the family's own names; of nested configs what is inside."""
-    found: dict[ConfigPath, Any] = {}
+    """Return overrides by their path, under the family's own names; nested configs are flattened."""
+    values: dict[ConfigPath, Any] = {}
     for name, value in overrides.items():
         path = (*prefix, _real_name(config, name))
         nested = config.__dict__.get(path[-1])
         if isinstance(nested, PreTrainedConfig) and isinstance(value, Mapping):
-            found |= overridden_values(nested, value, path)
+            values |= overridden_values(nested, value, path)
         elif isinstance(nested, PreTrainedConfig) and isinstance(value, PreTrainedConfig):
-            found |= {(*path, inner): said for inner, said in _constructor_values(value).items()}
+            values |= {(*path, inner): each for inner, each in _constructor_values(value).items()}
         else:
-            found[path] = value
-    return found
+            values[path] = value
+    return values
 
 
 def _derive(
@@ -144,7 +151,7 @@ def _derive(
     following: _BlockFieldRules,
     prefix: ConfigPath,
 ) -> PreTrainedConfig:
-    """Derive one config, and its nested ones; `prefix` is where it is."""
+    """Derive the config at `prefix`, and those nested in it."""
     overrides = _canonical_names(teacher_config, overrides, keywords)
     for path in following.blocks:  # of a nested config of which nothing else changes
         if path[: len(prefix)] == prefix and len(path) > len(prefix) + 1:
@@ -186,7 +193,7 @@ def _derive(
 
 
 def _constructor_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what the config's class needs to be built again, under the family's own names."""
+    """Return the arguments from which the config's class builds it again, under the family's own names."""
     return without_code_references(
         {name: value for name, value in config.to_dict().items() if name not in _NOT_INHERITED}
     )
@@ -215,16 +222,20 @@ def _canonical_names(
             near = _nested_override_hint(config, name, value) or did_you_mean(name, names)
             raise OptionError(f"{type(config).__name__} has no {name!r} to override.{near}")
         if real in named and named[real] != value:
-            raise OptionError(f"{name!r} and its other name say both {named[real]!r} and {value!r}: give one.")
+            raise OptionError(f"{name!r} and its alias are both given, as {named[real]!r} and {value!r}: keep one.")
         named[real] = value
     return named
 
 
 def _nested_override_hint(config: PreTrainedConfig, name: str, value: Any) -> str:
-    """Return how a nested config that knows `name` is given it; "" where none does."""
+    """Return a hint at the nested config that has a field `name`; "" where none has."""
     parts = {part: nested for part, nested in vars(config).items() if isinstance(nested, PreTrainedConfig)}
     having = [part for part, nested in parts.items() if _real_name(nested, name) in _known_names(nested)]
-    return f" It is a part's: {' or '.join(f'{part}={ {name: value}!r}' for part in having)}." if having else ""
+    return (
+        f" It is a field of a nested config: {' or '.join(f'{part}={ {name: value}!r}' for part in having)}."
+        if having
+        else ""
+    )
 
 
 def _nested(current: Any, value: Any, following: _BlockFieldRules, path: ConfigPath) -> Any:
@@ -243,26 +254,26 @@ def _size(config: PreTrainedConfig, name: str) -> int | None:
 
 
 def _derived_names(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> set[str]:
-    """Return the names whose value the class gives on its own once they are left out, all of them together."""
+    """Return the names whose values the class computes by itself when all of them are left out."""
     defaults = {field.name: field.default for field in fields(config_class)}
 
-    def given_without(names: set[str]) -> dict[str, Any]:
+    def values_without(names: set[str]) -> dict[str, Any]:
         try:
             config = config_class(**copy.deepcopy({k: v for k, v in values.items() if k not in names}))
         except (*_CONFIG_ERRORS, TypeError):  # TypeError: a required value was left out
             return {}
-        given = _constructor_values(config)  # not attributes: a backbone stores `out_features` elsewhere
-        return {name: _plain(given.get(name, MISSING)) for name in names}
+        values_again = _constructor_values(config)  # not attributes: a backbone stores `out_features` elsewhere
+        return {name: _plain(values_again.get(name, MISSING)) for name in names}
 
     def is_number_or_list(value: Any) -> bool:
         return isinstance(value, (int, float, list)) and not isinstance(value, bool)
 
     # A value equal to a constant default comes back on its own either way; only computed ones need the trial.
     candidates = {k for k, v in values.items() if is_number_or_list(v) and v != _plain(defaults.get(k, MISSING))}
-    derived = {name for name in candidates if given_without({name}) == {name: values[name]}}
+    derived = {name for name in candidates if values_without({name}) == {name: values[name]}}
     while derived:
-        given = given_without(derived)
-        wrong = {name for name in derived if name not in given or given[name] != values[name]}
+        computed = values_without(derived)
+        wrong = {name for name in derived if name not in computed or computed[name] != values[name]}
         if not wrong:
             break
         derived -= wrong
@@ -270,9 +281,9 @@ def _derived_names(config_class: type[PreTrainedConfig], values: Mapping[str, An
 
 
 def _subsample_rope_factors(
-    config: PreTrainedConfig, had: Mapping[str, Any], wanted: Mapping[str, Any]
+    config: PreTrainedConfig, teacher_values: Mapping[str, Any], student_values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the RoPE parameters with one factor for each pair that a smaller head keeps."""
+    """Return the RoPE parameters with one factor per rotated pair that a smaller head keeps."""
 
     def head_size(values: Mapping[str, Any]) -> int | None:
         hidden, heads = (values.get(_real_name(config, name)) for name in ("hidden_size", "num_attention_heads"))
@@ -281,20 +292,20 @@ def _subsample_rope_factors(
         )
         return size if isinstance(size, int) else None
 
-    before, after = head_size(had), head_size(wanted)
-    rope = had.get("rope_parameters")
+    before, after = head_size(teacher_values), head_size(student_values)
+    rope = teacher_values.get("rope_parameters")
     if not isinstance(rope, dict) or not before or not after or after >= before:
         return {}
     factors = {key: rope[key] for key in ("short_factor", "long_factor") if isinstance(rope.get(key), list)}
     thinned = {
-        key: [value[place] for place in evenly_spaced_indices(len(value), max(1, len(value) * after // before))]
+        key: [value[index] for index in evenly_spaced_indices(len(value), max(1, len(value) * after // before))]
         for key, value in factors.items()
     }
     return {"rope_parameters": {**rope, **thinned}} if thinned else {}
 
 
 def _dedupe_aliases(kept: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """GPT-Neo says its attention twice; the constructor computes `attention_layers` from `attention_types`."""
+    """Drop GPT-Neo's `attention_layers`, which its constructor computes from `attention_types`."""
     if "attention_types" in kept or "attention_types" in overrides:
         return {name: value for name, value in kept.items() if name != "attention_layers"}
     return kept
@@ -303,22 +314,25 @@ def _dedupe_aliases(kept: dict[str, Any], overrides: Mapping[str, Any]) -> dict[
 def _build(
     config_class: type[PreTrainedConfig], values: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> PreTrainedConfig:
-    asked = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
+    requested = ", ".join(f"{name}={value!r}" for name, value in overrides.items())
     try:
         return config_class(**copy.deepcopy(dict(values)))
     except StrictDataclassFieldValidationError as error:
-        raise OptionError(f"{config_class.__name__} refuses {asked}: {error}") from error
+        raise OptionError(f"{config_class.__name__} rejects {requested}: {error}") from error
     except _CONFIG_ERRORS as error:
-        raise ShapeError(f"{config_class.__name__} refuses {asked}: {error}") from error
+        raise ShapeError(f"{config_class.__name__} rejects {requested}: {error}") from error
 
 
 def validate_student_config(
     config: PreTrainedConfig, teacher_config: PreTrainedConfig, overrides: Collection[str]
 ) -> PreTrainedConfig:
-    """Refuse what many families notice only when they build or run the model; return the config.
+    """Check sizes that many families check only when they build or run the model; return the config.
+
+    Args:
+        overrides: Names of the sizes that were requested, the family's own.
 
     Raises:
-        ShapeError: sizes among `overrides`, which are names of the family's own, that are impossible.
+        ShapeError: A requested size is impossible; names it.
     """
     for name in _SIZES:
         size = _size(config, name)

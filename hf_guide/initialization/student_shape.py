@@ -1,7 +1,4 @@
-"""What was asked for, made definite: the student's config, class and dtype, and whose rows its vocabulary has.
-
-Does: refuse what cannot be, before any weight is read.
-"""
+"""Resolve what the student is: its class, config, dtype and blocks, and which rows its vocabulary and labels take."""
 
 import copy
 import dataclasses
@@ -30,6 +27,8 @@ from hf_guide.initialization.size_checks import (
 from hf_guide.initialization.student_config import derive_student_config, validate_student_config
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, tokenizer_length
 from hf_guide.validation import did_you_mean
+
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def resolve_config(
     keywords: Collection[str] = (),
     influence: "Mapping[str, Sequence[float]] | None" = None,
 ) -> StudentBlocks:
-    """Return the student's config, the one given or the teacher's with overrides, and the blocks that feed it.
+    """Return the student's config, `config` itself or the teacher's with overrides, and the blocks that feed it.
 
     Args:
         options: The plan's; None where nothing of the teacher but its config is used, so that no blocks are chosen.
@@ -116,8 +115,8 @@ def resolve_config(
         influence: Of each of the teacher's blocks, by stack, once it is known.
 
     Raises:
-        OptionError: both are given, an override is unknown, or the config is none.
-        ShapeError: another family than the teacher's, or sizes that do not go together.
+        OptionError: A config and overrides together, an unknown override, or an invalid config.
+        ShapeError: Another family than the teacher's, or sizes that do not fit each other.
     """
     if config is None:
         for name, value in overrides.items():
@@ -133,21 +132,21 @@ def resolve_config(
     family = type(teacher.config).__name__
     if not isinstance(config, PreTrainedConfig):
         raise OptionError(
-            f"config is a {family}, or left out for the teacher's with overrides such as hidden_size=...; found "
+            f"config must be a {family}, or left out for the teacher's with overrides such as hidden_size=...; found "
             f"{f'the class {config.__name__}' if isinstance(config, type) else f'a {type(config).__name__}'}."
         )
     if overrides:
         raise OptionError(
-            f"A config was given and also {sorted(overrides)}, which would override it: set them on the config, or "
+            f"config and the overrides {sorted(overrides)} are both given: set them on the config, or "
             f"leave the config out.{_keyword_hint(overrides, keywords)}"
         )
     if config.model_type != teacher.config.model_type:
         raise ShapeError(
             f"The student's config is a {type(config).__name__} ({config.model_type!r}), the teacher a "
-            f"{teacher.config.model_type!r}: a student starts inside a teacher of its own family. Pass a {family}."
+            f"{teacher.config.model_type!r}: a student must be of its teacher's family. Pass a {family}."
         )
-    had, asked = teacher.config.to_dict(), config.to_dict()
-    changed = {name for name, value in asked.items() if name not in had or had[name] != value}
+    teacher_values = teacher.config.to_dict()
+    changed = {name for name, value in config.to_dict().items() if teacher_values.get(name, _MISSING) != value}
     student = validate_student_config(copy.deepcopy(config), teacher.config, changed | {"rotary_dim"})
     if options is None:
         return StudentBlocks(student)
@@ -162,10 +161,10 @@ def _keyword_hint(overrides: Collection[str], keywords: Collection[str]) -> str:
 def resolve_class(
     teacher: TeacherCheckpoint, config: PreTrainedConfig, model_class: type[Any] | None
 ) -> type[PreTrainedModel]:
-    """Return the student's class.
+    """Return the student's class: `model_class`, the class that an Auto class maps the config to, or the teacher's.
 
     Raises:
-        OptionError: the task has no model of this family, or the class is not a Transformers model.
+        OptionError: The Auto class has no model of this family, or the class is not a Transformers model.
     """
     if model_class is None:
         return teacher.model_class
@@ -180,7 +179,7 @@ def resolve_class(
     mapping = getattr(model_class, "_model_mapping", None)
     if mapping is None:
         raise OptionError(
-            f"model_class is a model class or an Auto class of Transformers, such as {teacher.model_class.__name__} "
+            f"model_class must be a model class or an Auto class of Transformers, such as {teacher.model_class.__name__} "
             f"or AutoModelForCausalLM; found {model_class!r}."
         )
     if type(config) not in mapping:
@@ -188,8 +187,8 @@ def resolve_class(
             f"Transformers has no {getattr(model_class, '__name__', model_class)} for {config.model_type!r}. "
             f"It has {', '.join(auto_classes(config)) or 'no Auto class at all for it'}."
         )
-    found = mapping[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    mapped = mapping[type(config)]
+    return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def auto_classes(config: PreTrainedConfig) -> list[str]:
@@ -205,17 +204,17 @@ def auto_classes(config: PreTrainedConfig) -> list[str]:
 
 
 def resolve_dtype(dtype: "str | torch.dtype | None", teacher: TeacherCheckpoint) -> torch.dtype:
-    """Return the student's dtype, the teacher's where none is asked for.
+    """Return the student's dtype; None and "auto" stand for the teacher's.
 
     Raises:
-        OptionError: no floating dtype of torch that a model can be built in.
+        OptionError: Not a floating dtype of torch that a model can be built in.
     """
     if dtype is None or dtype == "auto":
         return teacher.dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
-        raise OptionError(f"dtype is 'float32', 'bfloat16', 'float16', 'float64', or 'auto'; found {dtype!r}.")
-    return found
+    resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point or resolved.itemsize < 2:
+        raise OptionError(f"dtype must be 'float32', 'bfloat16', 'float16', 'float64', or 'auto'; found {dtype!r}.")
+    return resolved
 
 
 def vocab_row_indices(
@@ -228,16 +227,16 @@ def vocab_row_indices(
     gguf_file: str | None = None,
     subfolder: str = "",
 ) -> Tensor | None:
-    """Return which of the teacher's vocabulary rows the student keeps, -1 for a row of zeros; None where all.
+    """Return the teacher's vocabulary row of each of the student's, -1 for a row of zeros; None for all in order.
 
     Raises:
-        ShapeError: another vocabulary. Padded ones of the same tokenizer differ beyond its last token alone.
+        ShapeError: Another vocabulary. Padded sizes of the same tokenizer may differ beyond its last token.
     """
-    had, wanted = getattr(teacher.config, "vocab_size", None), getattr(config, "vocab_size", None)
-    if not isinstance(had, int) or not isinstance(wanted, int) or had == wanted:
+    teacher_size, student_size = getattr(teacher.config, "vocab_size", None), getattr(config, "vocab_size", None)
+    if not isinstance(teacher_size, int) or not isinstance(student_size, int) or teacher_size == student_size:
         return None
-    nameless = teacher.name == teacher.model_class.__name__  # a model that was never on a disk: nowhere to look
-    real = (
+    nameless = teacher.name == teacher.model_class.__name__  # a model that was never saved has no tokenizer
+    num_tokens = (
         None
         if nameless
         else tokenizer_length(
@@ -249,28 +248,34 @@ def vocab_row_indices(
             subfolder=subfolder,
         )
     )
-    if real is None or min(had, wanted) < real:
-        told = "no tokenizer is beside it" if real is None else f"its tokenizer has {real} tokens"
+    if num_tokens is None or min(teacher_size, student_size) < num_tokens:
+        tokens = "no tokenizer was found" if num_tokens is None else f"its tokenizer has {num_tokens} tokens"
         raise ShapeError(
-            f"The student's vocabulary has {wanted} rows, the teacher's {had} ({told}): a student speaks its "
-            f"teacher's tokens. Leave vocab_size at {had}, or let them differ in padded rows beyond the tokenizer's "
-            "last token."
+            f"The student's vocabulary has {student_size} rows, the teacher's {teacher_size} ({tokens}): a student must have "
+            f"its teacher's tokens. Leave vocab_size at {teacher_size}, or let them differ in padded rows beyond the "
+            "tokenizer's last token."
         )
-    return torch.tensor([row if row < had else -1 for row in range(wanted)])
+    return torch.tensor([row if row < teacher_size else -1 for row in range(student_size)])
 
 
 def label_row_indices(teacher: PreTrainedConfig, student: PreTrainedConfig) -> Tensor | None:
-    """Return which of the teacher's labels, by name, each of the student's is; None where all agree.
+    """Return the teacher's label, matched by name, of each of the student's; None where all agree.
 
-    It is empty where the student has labels that the teacher does not have: then its head is a new one.
+    The result is empty where the student has labels that the teacher does not have: its head is initialized anew.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> teacher = BertConfig(id2label={0: "negative", 1: "neutral", 2: "positive"})
+        >>> label_row_indices(teacher, BertConfig(id2label={0: "positive", 1: "negative"}))
+        tensor([2, 0])
     """
-    had, wanted = getattr(teacher, "id2label", None) or {}, getattr(student, "id2label", None) or {}
-    if had == wanted:
+    teacher_labels, student_labels = (getattr(each, "id2label", None) or {} for each in (teacher, student))
+    if teacher_labels == student_labels:
         return None
-    place = {name: int(number) for number, name in had.items()}
-    names = [wanted[number] for number in sorted(wanted)]
-    if not names or any(name not in place for name in names):
+    rows = {name: int(number) for number, name in teacher_labels.items()}
+    names = [student_labels[number] for number in sorted(student_labels)]
+    if not names or any(name not in rows for name in names):
         return torch.empty(0, dtype=torch.long)
     if all(name.startswith("LABEL_") for name in names):
         return torch.empty(0, dtype=torch.long)
-    return torch.tensor([place[name] for name in names])
+    return torch.tensor([rows[name] for name in names])

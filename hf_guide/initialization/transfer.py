@@ -148,19 +148,23 @@ class Transfer:
     def fill_parameters(self, student: PreTrainedModel, *, show_progress: bool = False) -> None:
         """Fill every parameter of `student`: from its teacher where the plan has a source, else by the model's own init."""
         tensors, _ = unique_tensors(student)
-        planned = [site for site in self.plan.parameters.values() if site.name not in self.plan.random_parameters]
-        for site in tqdm(planned, desc="initializing", unit="tensor", disable=not show_progress):
-            target = tensors[site.name]
-            value = self.parameter_value(site)
+        planned = [
+            parameter
+            for parameter in self.plan.parameters.values()
+            if parameter.name not in self.plan.random_parameters
+        ]
+        for parameter in tqdm(planned, desc="initializing", unit="tensor", disable=not show_progress):
+            target = tensors[parameter.name]
+            value = self.parameter_value(parameter)
             target.data.copy_(value)
             if is_parameter(target):
-                check_no_overflow(target, value, site.name)
+                check_no_overflow(target, value, parameter.name)
             target._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' mark: initialize_weights skips it
         init_missing_weights(student, self.plan.options.seed)
 
-    def teacher_norm(self, norm: str, site: ParameterPlan, part: str) -> Tensor | None:
-        """Return the gain or bias, float64, of the teacher's norm in front of `site`'s source; None where it has none."""
-        name = self.folding.name(norm, site, of_teacher=True) + (".bias" if part == "bias" else ".weight")
+    def teacher_norm(self, norm: str, parameter: ParameterPlan, part: str) -> Tensor | None:
+        """Return the gain or bias, float64, of the teacher's norm in front of `parameter`'s source; None where it has none."""
+        name = self.folding.name(norm, parameter, of_teacher=True) + (".bias" if part == "bias" else ".weight")
         if name not in self.plan.teacher_names:
             bare = name.rpartition(".")[0]
             if part == "bias" or bare not in self.plan.teacher_names:
@@ -183,26 +187,26 @@ class Transfer:
             return None
         return root_mean_square(gain) or None
 
-    def output_gain(self, site: ParameterPlan) -> Tensor | None:
-        """Return the gain folded into the output of `site`, None for none; a learned diagonal is divided by its own rms."""
-        scale = self.folding.output_gain_name(site)
-        gain = self.teacher_norm(scale, site, "weight") if scale else None
-        if gain is None or scale != site.match.row.output_diagonal:
+    def output_gain(self, parameter: ParameterPlan) -> Tensor | None:
+        """Return the gain folded into the output of `parameter`, None for none; a learned diagonal is divided by its own rms."""
+        scale = self.folding.output_gain_name(parameter)
+        gain = self.teacher_norm(scale, parameter, "weight") if scale else None
+        if gain is None or scale != parameter.match.row.output_diagonal:
             return gain
         return gain / (root_mean_square(gain) or 1.0)
 
-    def residual_stream_scale(self, site: ParameterPlan) -> float:
-        """Return the factor on what `site` adds to the student's residual stream.
+    def residual_stream_scale(self, parameter: ParameterPlan) -> float:
+        """Return the factor on what `parameter` adds to the student's residual stream.
 
         It is 1 except where the norm before a tied head has no gain that could hold sqrt(d_T / d_S) (OLMo). The norms of a
         pre-norm model ignore the stream's scale, so the factor goes on everything that is added to the stream.
         """
-        if not self.folding.axes_without_final_gain or site.source is None:
+        if not self.folding.axes_without_final_gain or parameter.source is None:
             return 1.0
-        row = site.match.row
-        is_lookup = row.kind == "table" or any(AxisName(name) in site.axes for name in PREFIX_AXES)
-        for dim, (axis, chosen) in enumerate(zip(site.axes, self.plan.maps(site), strict=True)):
-            writes = is_lookup or site.match.is_bias or dim != row.input_axis
+        row = parameter.match.row
+        is_lookup = row.kind == "table" or any(AxisName(name) in parameter.axes for name in PREFIX_AXES)
+        for dim, (axis, chosen) in enumerate(zip(parameter.axes, self.plan.maps(parameter), strict=True)):
+            writes = is_lookup or parameter.match.is_bias or dim != row.input_axis
             if (
                 isinstance(axis, AxisName)
                 and axis.name in self.folding.axes_without_final_gain
@@ -215,9 +219,11 @@ class Transfer:
                     / self.ratio(self.plan.layout.embedding_scale)
                     * self.plan.options.logit_scale
                 )
-                self.record_step(site, f"times {factor:.6g}: the norm before the tied head has no gain to hold it")
+                self.record_step(
+                    parameter, f"times {factor:.6g}: the norm before the tied head has no gain to hold it"
+                )
                 if self.plan.options.logit_scale != 1.0:
-                    self.record_step(site, f"logits times {self.plan.options.logit_scale:.6g}")
+                    self.record_step(parameter, f"logits times {self.plan.options.logit_scale:.6g}")
                 return factor
         return 1.0
 
@@ -227,33 +233,33 @@ class Transfer:
             return 1.0
         return float(scale(self.plan.teacher.config)) / float(scale(self.plan.student_config))
 
-    def record_step(self, site: ParameterPlan, step: str) -> None:
+    def record_step(self, parameter: ParameterPlan, step: str) -> None:
         """Record what was done to a parameter, once."""
-        steps = self.steps.setdefault(site.name, [])
+        steps = self.steps.setdefault(parameter.name, [])
         if step not in steps:
             steps.append(step)
 
-    def weight_value(self, site: ParameterPlan, vectors: Sequence[Tensor | None] | None = None) -> Tensor:
+    def weight_value(self, parameter: ParameterPlan, vectors: Sequence[Tensor | None] | None = None) -> Tensor:
         """Return a weight's value; with `vectors`, the product of the weight with them instead.
 
         Args:
             vectors: One vector (d_T,) on the teacher's input axis for each term of the output axis, None for zeros. The
                 result has the student's output axis alone.
         """
-        assert site.source is not None
-        row, maps = site.match.row, self.plan.maps(site)
-        tensor = self.plan.read(site.source)
+        assert parameter.source is not None
+        row, maps = parameter.match.row, self.plan.maps(parameter)
+        tensor = self.plan.read(parameter.source)
         if not maps:
             return tensor
         for dim, chosen in enumerate(maps):
             if isinstance(chosen, Selection):
                 tensor = apply_selection(tensor, dim, chosen)
         output = len(maps) - 1 if row.transposed else 0
-        terms = self._terms(site, tensor.shape[output]) if len(row.input_norms) > 1 else [tensor.shape[output]]
+        terms = self._terms(parameter, tensor.shape[output]) if len(row.input_norms) > 1 else [tensor.shape[output]]
         pieces = []
         for number, piece in enumerate(tensor.split(terms, dim=output)):
             read = row.input_norms[number] if row.input_norms else None
-            pieces.append(self._contract(site, piece, read, None if vectors is None else (vectors[number],)))
+            pieces.append(self._contract(parameter, piece, read, None if vectors is None else (vectors[number],)))
         result = torch.cat(pieces, dim=0 if vectors is not None else output) if len(pieces) > 1 else pieces[0]
         for dim, chosen in enumerate(maps):
             if isinstance(chosen, Selection) and not bool((chosen.factors == 1).all()):
@@ -264,23 +270,25 @@ class Transfer:
                 result = result.to(self.dtype) * chosen.factors.view(shape).to(self.dtype)
         return result
 
-    def _terms(self, site: ParameterPlan, total: int) -> list[int]:
-        output = site.match.row.output_axis
+    def _terms(self, parameter: ParameterPlan, total: int) -> list[int]:
+        output = parameter.match.row.output_axis
         assert isinstance(output, AxisConcat)
-        sizes = solve_sizes(site.axes, site.shape, config_sizes(self.plan.layout, self.plan.student_config), site.name)
+        sizes = solve_sizes(
+            parameter.axes, parameter.shape, config_sizes(self.plan.layout, self.plan.student_config), parameter.name
+        )
         return [axis_size(term, sizes) or total for term in output.terms]
 
     def _contract(
-        self, site: ParameterPlan, tensor: Tensor, norm: str | None, vector: "tuple[Tensor | None] | None"
+        self, parameter: ParameterPlan, tensor: Tensor, norm: str | None, vector: "tuple[Tensor | None] | None"
     ) -> Tensor:
         """Contract one piece of a weight along its projected axes, with the norm it reads and the scale that follows it."""
-        row, maps = site.match.row, self.plan.maps(site)
+        row, maps = parameter.match.row, self.plan.maps(parameter)
         for dim, chosen in enumerate(maps):
             if not isinstance(chosen, Projection):
                 if vector is not None and dim == row.input_axis:
-                    raise TeacherError(f"{site.name}: a norm's bias can only be folded along a projected axis.")
+                    raise TeacherError(f"{parameter.name}: a norm's bias can only be folded along a projected axis.")
                 continue
-            axis, times = name_and_repeats(site.axes[dim])
+            axis, times = name_and_repeats(parameter.axes[dim])
             diagonal, factor, matrix = None, 1.0, chosen.matrix
             if dim == row.input_axis and vector is not None:
                 matrix = (
@@ -291,16 +299,17 @@ class Transfer:
             elif (
                 dim == row.input_axis
                 and norm is not None
-                and self.folding.is_folded(self.folding.name(norm, site, of_teacher=False))
+                and self.folding.is_folded(self.folding.name(norm, parameter, of_teacher=False))
             ):
-                diagonal = self.teacher_norm(norm, site, "weight")
-                rms = self.residual_gain_rms(self.folding.name(norm, site, of_teacher=False), diagonal)
+                diagonal = self.teacher_norm(norm, parameter, "weight")
+                rms = self.residual_gain_rms(self.folding.name(norm, parameter, of_teacher=False), diagonal)
                 factor = self.scale(axis) if rms is None else 1.0 / rms
                 self.record_step(
-                    site, f"gain of {self.folding.name(norm, site, of_teacher=True)} folded, times {factor:.6g}"
+                    parameter,
+                    f"gain of {self.folding.name(norm, parameter, of_teacher=True)} folded, times {factor:.6g}",
                 )
             elif dim != row.input_axis:
-                diagonal = self.output_gain(site)
+                diagonal = self.output_gain(parameter)
             diagonal = diagonal if diagonal is None else diagonal.repeat(times)
             tensor = project_axis(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
         return tensor.squeeze(row.input_axis) if vector is not None else tensor
@@ -310,96 +319,102 @@ class Transfer:
         if note not in self.notes:
             self.notes.append(note)
 
-    def parameter_value(self, site: ParameterPlan) -> Tensor:
+    def parameter_value(self, parameter: ParameterPlan) -> Tensor:
         """Return the student's parameter, in the transfer's dtype or the teacher's own."""
-        result = self._adjust_for_block_index(site, self._base_value(site))
+        result = self._adjust_for_block_index(parameter, self._base_value(parameter))
         logit_scale = self.plan.options.logit_scale
-        row = site.match.row
+        row = parameter.match.row
         if logit_scale == 1.0:
             return result
-        if row.kind == "norm" and self.folding.is_tied(site.module):
-            offset = 0.0 if site.canonical.endswith(".bias") else self.plan.layout.norm_offset
-            self.record_step(site, f"logits times {logit_scale:.6g}")
+        if row.kind == "norm" and self.folding.is_tied(parameter.module):
+            offset = 0.0 if parameter.canonical.endswith(".bias") else self.plan.layout.norm_offset
+            self.record_step(parameter, f"logits times {logit_scale:.6g}")
             return (result.to(self.dtype) + offset) * logit_scale - offset
-        is_logit_bias = site.axes == (AxisName("vocab"),)  # also one next to a tied head
+        is_logit_bias = parameter.axes == (AxisName("vocab"),)  # also one next to a tied head
         if is_logit_bias or (row.kind == "weight" and row.input_norms and AxisName("vocab") in row.axes):
-            self.record_step(site, f"logits times {logit_scale:.6g}")
+            self.record_step(parameter, f"logits times {logit_scale:.6g}")
             return self._scaled(result, logit_scale)
         return result
 
-    def _adjust_for_block_index(self, site: ParameterPlan, value: Tensor) -> Tensor:
+    def _adjust_for_block_index(self, parameter: ParameterPlan, value: Tensor) -> Tensor:
         """Adjust a parameter of a block to the student's block index and depth."""
-        plan, row = self.plan, site.match.row
-        factor = plan.block_ratio(site, plan.layout.block_scale.get(row.pattern))
+        plan, row = self.plan, parameter.match.row
+        factor = plan.block_ratio(parameter, plan.layout.block_scale.get(row.pattern))
         if factor != 1.0:
-            self.record_step(site, f"times {factor:.6g}: the model scales it by the block's index or by the depth")
+            self.record_step(
+                parameter, f"times {factor:.6g}: the model scales it by the block's index or by the depth"
+            )
             value = self._scaled(value, factor)
         change = plan.layout.block_value.get(row.pattern)
-        if change is not None and site.block is not None and site.source is not None:
-            block = plan.teacher_block(site)
+        if change is not None and parameter.block is not None and parameter.source is not None:
+            block = plan.teacher_block(parameter)
             home = row.pattern.partition("{block}")[0] + str(block)
 
             def read(name: str) -> Tensor:
                 return plan.read(f"{home}.{name}")
 
-            changed = change(value, BlockTransfer(plan.teacher.config, block, plan.student_config, site.block, read))
+            changed = change(
+                value, BlockTransfer(plan.teacher.config, block, plan.student_config, parameter.block, read)
+            )
             if changed is not value:
-                self.record_step(site, "changed for the block's index: see block_value of the layout")
+                self.record_step(parameter, "changed for the block's index: see block_value of the layout")
             return changed
         return value
 
-    def _base_value(self, site: ParameterPlan) -> Tensor:
-        if site.match.row.kind == "norm":
-            return self._norm_value(site)
-        if site.match.is_bias:
-            return self._scaled(self._bias_value(site), self.residual_stream_scale(site))
-        row = site.match.row
-        result = self._scaled(self.weight_value(site), self.residual_stream_scale(site))
+    def _base_value(self, parameter: ParameterPlan) -> Tensor:
+        if parameter.match.row.kind == "norm":
+            return self._norm_value(parameter)
+        if parameter.match.is_bias:
+            return self._scaled(self._bias_value(parameter), self.residual_stream_scale(parameter))
+        row = parameter.match.row
+        result = self._scaled(self.weight_value(parameter), self.residual_stream_scale(parameter))
         if row.kind == "table" and AxisName("vocab") in row.axes and self.plan.options.projects:
             ratio = self.ratio(self.plan.layout.embedding_scale)
             if ratio != 1.0:
-                self.record_step(site, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
+                self.record_step(parameter, f"times {ratio:.6g}: the model multiplies its embeddings by its width")
                 result = self._scaled(result, ratio)
         if row.pattern in self.plan.layout.scales and self.plan.options.projects:
             ratio = self.ratio(self.plan.layout.scales[row.pattern])
             if ratio != 1.0:
-                self.record_step(site, f"times {ratio:.6g}: what it is added to is multiplied by the model's width")
+                self.record_step(
+                    parameter, f"times {ratio:.6g}: what it is added to is multiplied by the model's width"
+                )
                 result = self._scaled(result, ratio)
         if row.kind != "table" and AxisName("vocab") in row.axes and row.input_norms:
             ratio = self.ratio(self.plan.layout.tied_head_scale)
             result = self._scaled(result, ratio)
         return result
 
-    def _bias_value(self, site: ParameterPlan) -> Tensor:
+    def _bias_value(self, parameter: ParameterPlan) -> Tensor:
         """Return a bias: the teacher's, selected or projected, plus W b for the bias b of a folded norm."""
-        row = site.match.row
-        weight = self.plan.parameters.get(site.canonical.removesuffix("bias") + "weight")
-        if site.source is not None:
-            (chosen,) = self.plan.maps(site)
-            result = self.plan.read(site.source)
+        row = parameter.match.row
+        weight = self.plan.parameters.get(parameter.canonical.removesuffix("bias") + "weight")
+        if parameter.source is not None:
+            (chosen,) = self.plan.maps(parameter)
+            result = self.plan.read(parameter.source)
             if isinstance(chosen, Selection):
                 result = apply_selection(result, 0, chosen).to(self.dtype) * chosen.factors.to(self.dtype)
             elif isinstance(chosen, Projection):
-                result = project_axis(result, 0, chosen.matrix, self.dtype, diagonal=self.output_gain(site))
+                result = project_axis(result, 0, chosen.matrix, self.dtype, diagonal=self.output_gain(parameter))
         else:
-            result = torch.zeros(site.shape, dtype=self.dtype)
+            result = torch.zeros(parameter.shape, dtype=self.dtype)
         if (
             weight is not None
             and weight.source is not None
             and any(self._folds_bias(norm, weight) for norm in row.input_norms)
         ):
             result = result.to(self.dtype) + self._folded_norm_bias(weight)
-            self.record_step(site, "includes the bias of the norm before it")
-        elif site.source is None:
-            self.record_step(site, "zero: the teacher has none")
+            self.record_step(parameter, "includes the bias of the norm before it")
+        elif parameter.source is None:
+            self.record_step(parameter, "zero: the teacher has none")
         return result
 
-    def _folds_bias(self, norm: str | None, site: ParameterPlan) -> bool:
-        if norm is None or not isinstance(self.plan.maps(site)[site.match.row.input_axis], Projection):
+    def _folds_bias(self, norm: str | None, parameter: ParameterPlan) -> bool:
+        if norm is None or not isinstance(self.plan.maps(parameter)[parameter.match.row.input_axis], Projection):
             return False
         return (
-            self.folding.is_folded(self.folding.name(norm, site, of_teacher=False))
-            and self.teacher_norm(norm, site, "bias") is not None
+            self.folding.is_folded(self.folding.name(norm, parameter, of_teacher=False))
+            and self.teacher_norm(norm, parameter, "bias") is not None
         )
 
     def _folded_norm_bias(self, weight: ParameterPlan) -> Tensor:
@@ -414,13 +429,13 @@ class Transfer:
             result = result - student @ own.repeat(student.shape[-1] // len(own)).to(student)
         return result
 
-    def _norm_value(self, site: ParameterPlan) -> Tensor:
+    def _norm_value(self, parameter: ParameterPlan) -> Tensor:
         """Return a norm's gain or bias, or another learned diagonal."""
-        assert site.source is not None
-        layout, maps = self.plan.layout, self.plan.maps(site)
+        assert parameter.source is not None
+        layout, maps = self.plan.layout, self.plan.maps(parameter)
         chosen = maps[-1]
-        is_bias = site.canonical.endswith(".bias")
-        stored = self.plan.read(site.source)
+        is_bias = parameter.canonical.endswith(".bias")
+        stored = self.plan.read(parameter.source)
         offset = 0.0 if is_bias else layout.norm_offset
         if all(isinstance(each, Identity) for each in maps):
             return stored
@@ -432,26 +447,26 @@ class Transfer:
                         -1, *[1] * (selected.ndim - 1 - dim)
                     )
             return selected - offset
-        axis = site.axes[-1]
+        axis = parameter.axes[-1]
         assert isinstance(axis, AxisName)
-        norm = site.module
+        norm = parameter.module
         matrix, gain = chosen.matrix, stored.double() + offset
         if norm in self.folding.learned_scales:
-            self.record_step(site, "folded into the weights it multiplies, its root mean square left")
-            return torch.full(site.shape, (root_mean_square(gain) or 1.0) - offset, dtype=self.dtype)
+            self.record_step(parameter, "folded into the weights it multiplies, its root mean square left")
+            return torch.full(parameter.shape, (root_mean_square(gain) or 1.0) - offset, dtype=self.dtype)
         if (writer := self.folding.writers.get(norm)) is not None and not is_bias:
-            self.record_step(site, f"folded into {writer.name}, whose output it normalizes; one number is left")
+            self.record_step(parameter, f"folded into {writer.name}, whose output it normalizes; one number is left")
             self.note(
-                f"{site.name}: its gain is folded into {writer.name}, before the norm, which then normalizes by another length."
+                f"{parameter.name}: its gain is folded into {writer.name}, before the norm, which then normalizes by another length."
             )
-            return torch.full(site.shape, self._output_norm_ratio(writer) - offset, dtype=self.dtype)
+            return torch.full(parameter.shape, self._output_norm_ratio(writer) - offset, dtype=self.dtype)
         if self.folding.is_folded(norm):
-            self.record_step(site, "folded into the weights that read it, its root mean square left")
+            self.record_step(parameter, "folded into the weights that read it, its root mean square left")
             if is_bias and (bias := self._norm_bias(norm)) is not None:
                 return bias.to(self.dtype)
             rms = None if is_bias else self.residual_gain_rms(norm, gain)
             value = (0.0 if is_bias else 1.0) if rms is None else rms * self.scale(axis.name)
-            return torch.full(site.shape, value - offset, dtype=self.dtype)
+            return torch.full(parameter.shape, value - offset, dtype=self.dtype)
         head_scale = (
             self.ratio(layout.tied_head_scale) / self.ratio(layout.embedding_scale)
             if self.folding.is_tied(norm)
@@ -461,17 +476,17 @@ class Transfer:
             return (gain @ matrix * head_scale).to(self.dtype)
         if self.folding.is_tied(norm):
             diagonal = fit_tied_gain(self.moments[axis.name], matrix, gain) * head_scale
-            self.record_step(site, "fitted in the logits of the tied head")
+            self.record_step(parameter, "fitted in the logits of the tied head")
             self.note(
-                f"{site.name}: the head is tied to the embedding table, so the gain before it is fitted, "
+                f"{parameter.name}: the head is tied to the embedding table, so the gain before it is fitted, "
                 "not folded; tie_word_embeddings=False folds it exactly."
             )
         else:
             diagonal = (matrix * (gain[:, None] * matrix)).sum(0)
-            self.record_step(site, "diagonal of the projected gain")
+            self.record_step(parameter, "diagonal of the projected gain")
             if not chosen.is_selection and not is_constant(gain):
                 self.note(
-                    f"{site.name}: {self._why_not_folded(norm)}; the diagonal of the projected gain approximates it."
+                    f"{parameter.name}: {self._why_not_folded(norm)}; the diagonal of the projected gain approximates it."
                 )
         return (diagonal * self.scale(axis.name) - offset).to(self.dtype)
 
@@ -484,8 +499,8 @@ class Transfer:
         if norm + ".bias" not in self.plan.parameters:
             return None
         if norm not in self.norm_biases:
-            site = self.plan.parameters[norm + ".bias"]
-            width, length = site.shape[0], 0.0
+            parameter = self.plan.parameters[norm + ".bias"]
+            width, length = parameter.shape[0], 0.0
             normal, right = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
             for reader in self.folding.readers[norm]:
                 if reader.match.is_bias or reader.canonical.removesuffix("weight") + "bias" in self.plan.parameters:
@@ -503,7 +518,7 @@ class Transfer:
             bias = torch.linalg.pinv(normal, hermitian=True) @ right
             lost = math.sqrt(max(0.0, 1 - (bias @ right).item() / length)) if length else 0.0
             if lost > 1e-6:
-                self.note(f"{site.name}: fitted for weights without a bias; {lost:.1%} of the teacher's is lost.")
+                self.note(f"{parameter.name}: fitted for weights without a bias; {lost:.1%} of the teacher's is lost.")
             self.norm_biases[norm] = bias
         return self.norm_biases[norm]
 
@@ -576,14 +591,16 @@ class Transfer:
 
     def _records(self, student: PreTrainedModel) -> list[ParameterRecord]:
         plan, records = self.plan, []
-        by_name = {site.name: site for site in plan.parameters.values()}
+        by_name = {parameter.name: parameter for parameter in plan.parameters.values()}
         for name, tensor in unique_tensors(student)[0].items():
             record = ParameterRecord(name, list(tensor.shape), steps=self.steps.get(name, []))
-            site = by_name.get(name)
-            if site is not None and site.source is not None and name not in plan.random_parameters:
-                record.source = plan.teacher_names[site.source]
-                record.source_shape = list(site.source_shape or ())
-                record.maps = [f"{axis}: {kept}" for axis, kept in zip(site.axes, plan.maps(site), strict=True)]
+            parameter = by_name.get(name)
+            if parameter is not None and parameter.source is not None and name not in plan.random_parameters:
+                record.source = plan.teacher_names[parameter.source]
+                record.source_shape = list(parameter.source_shape or ())
+                record.maps = [
+                    f"{axis}: {kept}" for axis, kept in zip(parameter.axes, plan.maps(parameter), strict=True)
+                ]
             records.append(record)
         return records
 
@@ -594,7 +611,7 @@ def root_mean_square(gain: Tensor) -> float:
 
 
 def fit_tied_gain(moment: Tensor, matrix: Tensor, gain: Tensor) -> Tensor:
-    """Return the diagonal that stands for the gain c before a tied head, fitted in the logits.
+    """Return the diagonal that approximates the gain c before a tied head, fitted in the logits.
 
     g_j = <E m_j, E diag(c) m_j> / |E m_j|^2 for column m_j of M, with `moment` E^T E, (d_T, d_T) float64.
     """

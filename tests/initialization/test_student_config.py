@@ -227,6 +227,7 @@ def test_a_nested_config_takes_a_mapping() -> None:
     with pytest.raises(OptionError, match="hiden"):
         derive_student_config(teacher, {"text_config": {"hiden_size": 32}})
     with pytest.raises(
-        OptionError, match=r"no 'head_dim' to override. It is a part's: text_config=\{'head_dim': 8\}\."
+        OptionError,
+        match=r"no 'head_dim' to override. It is a field of a nested config: text_config=\{'head_dim': 8\}\.",
     ):
         derive_student_config(teacher, {"head_dim": 8})
