@@ -1,8 +1,8 @@
 """How many of Transformers' causal language models can be a teacher, and how exactly.
 
-For every architecture of the causal-LM mapping that can be built from its default config, a tiny twin (the same
+For every architecture of the causal-LM mapping that can be built from its default config, a tiny model (the same
 switches, small sizes, float64, parameters drawn at random) becomes a teacher. Printed are the error of the identity law
-(same config in, same logits out), where the layout came from (table, derived, or blocks only), and whether a student of
+(same config in, same logits out), where the layout came from (table, inferred, or blocks only), and whether a student of
 half the width can be made and runs.
 
     python examples/benchmarks/architectures.py [--output architectures.jsonl] [ARCHITECTURE ...]
@@ -51,7 +51,7 @@ def survey(architecture: str) -> dict:
         randomize_parameters(teacher, seed=0)
         teacher(input_ids=torch.arange(3, 14)[None])
     except MODEL_ERRORS as error:
-        return result | {"note": f"no twin: {type(error).__name__}: {error}"}
+        return result | {"note": f"no tiny model: {type(error).__name__}: {error}"}
     layout = layout_for(teacher.config, model_class)
     kind = "table" if config.model_type in registered_layouts() else layout.exactness.partition(":")[0]
     result |= {"layout": kind, "exactness": layout.exactness}

@@ -292,8 +292,8 @@ def _test_depth(
     if not test.error <= TOLERANCE:
         return (
             f"depth: the blocks of {config.model_type!r} depend on their index, the depth or other blocks in a way that "
-            f"weights cannot compensate for: in a tiny model, outputs differ by {test.error:.1e} of the largest from the teacher with "
-            "its other blocks bypassed."
+            f"weights cannot compensate for: in a tiny model, outputs differ by {test.error:.1e} of the largest from the "
+            "teacher with its other blocks bypassed."
         )
     reasons = [f"{stack} ({reason.rstrip('.')})" for stack, reason in test.untested.items()]
     return f"depth: in a tiny model, the blocks of {', '.join(reasons)} were not compared." if reasons else ""
@@ -302,7 +302,7 @@ def _test_depth(
 def compare_with_bypassed(
     layout: Layout, model: PreTrainedModel, overrides: Mapping[str, Any], blocks: Mapping[str, Sequence[int]]
 ) -> DepthTest:
-    """Make a student of a tiny model with the depth of `overrides`, and compare it with the model whose other blocks are bypassed.
+    """Make a student of a tiny model with the depth of `overrides`, and compare it with the bypassed model.
 
     Raises:
         HfGuideError: the student cannot be made. What the family raises in a forward pass is not caught.

@@ -71,9 +71,9 @@ def check_head_grouping(
             for name, value in settings.items():
                 if value != teacher_settings.get(name, value):
                     raise ShapeError(
-                        f"{path}.{name} must be the teacher's {teacher_settings[name]}, found {value}: its weight has the teacher's "
-                        "shapes, and would be divided into other heads than it was trained with. Keep the number of heads, "
-                        "or choose method='random'."
+                        f"{path}.{name} must be the teacher's {teacher_settings[name]}, found {value}: its weights have the "
+                        "teacher's shapes, and would be divided into other heads than they were trained with. Keep the number "
+                        "of heads, or choose method='random'."
                     )
 
 

@@ -233,7 +233,7 @@ def width_dependence(model_class: type[PreTrainedModel], config: PreTrainedConfi
         return f"a wider tiny model of it cannot be tried: {type(error).__name__}: {error}"
     for what, first, second in zip(("embeddings", "logits"), narrow, wide, strict=True):
         if first is None or second is None or abs(first - second) > 1e-4 * abs(first):
-            return f"the factor of its {what} is not known to be independent of its width ({first} and {second} in tiny models)"
+            return f"the factor of its {what} is not known to be independent of its width (in tiny models: {first}, {second})"
     return None
 
 

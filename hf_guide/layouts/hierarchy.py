@@ -46,7 +46,7 @@ def check_single_stage_width(layout: Layout, shapes: Mapping[str, tuple[int, ...
 
 
 def check_immovable_blocks(layout: Layout, stacks: Mapping[str, Sequence[int]]) -> None:
-    """Check that blocks keep their indices where a parameter differs in shape between blocks, so that each block has its own rows.
+    """Check that blocks keep their indices where a parameter has another shape in other blocks.
 
     Raises:
         ShapeError: another block would feed such a parameter; names it.

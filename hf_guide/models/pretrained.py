@@ -86,8 +86,8 @@ def load_config(
         what: the beginning of an error's message.
 
     Raises:
-        TeacherError: there is no config, it cannot be read, it needs the checkpoint's own code without permission, or its sizes
-            are impossible.
+        TeacherError: there is no config, it cannot be read, it needs the checkpoint's own code without permission, or its
+            sizes are impossible.
     """
     source = {**(hub or {}), **({"gguf_file": gguf_file} if gguf_file else {})}
     check_model_folder(name)
@@ -105,8 +105,8 @@ def load_config(
             except TeacherError as error:
                 raise TeacherError(
                     f"{name} holds an adapter of {base!r}, which cannot be opened. An adapter names a local base model "
-                    "without its path: start the command in the directory of that folder, or load the base model and add the adapter with "
-                    f"PeftModel.from_pretrained. {error}"
+                    "without its path: start the command in the directory of that folder, or load the base model and add the "
+                    f"adapter with PeftModel.from_pretrained. {error}"
                 ) from error
         remote = "AutoConfig" in (values.get("auto_map") or {})
         if remote and not trust and values.get("model_type") not in CONFIG_MAPPING:

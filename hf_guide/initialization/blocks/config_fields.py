@@ -1,10 +1,10 @@
 """Config fields that depend on the blocks: find them, and remap their values to the blocks that a student keeps.
 
 A field is found by what it does, not by its name alone: the teacher's model is built on the meta device with one block
-fewer, its lists replaced by ones that record how they are read. A list that is indexed with each block's index has an entry per
-block; a list that is tested for containing each index is a list of blocks. What only the forward pass uses is found by
-the value that the config class gives it at another depth, or by its name. What none of this finds, a layout declares
-(`register_layout(block_fields=...)`).
+fewer, its lists replaced by ones that record how they are accessed. A list that is indexed with each block's index has an
+entry per block; a list that is tested for containing each index is a list of blocks. What only the forward pass uses is
+found by the value that the config class gives it at another depth, or by its name. What none of this finds, a layout
+declares (`register_layout(block_fields=...)`).
 """
 
 import copy
@@ -173,7 +173,7 @@ def _map_numbers(value: Any, number: Callable[[int], int]) -> Any:
 
 
 def _output_number(number: int, blocks: Sequence[int], depth: int) -> int:
-    """Return the index of the last selected block up to `number`, whose output is the teacher's there without the dropped ones."""
+    """Return the index of the last selected block up to `number`: its output is the teacher's with the others bypassed."""
     block = number + depth if number < 0 else number
     index = sum(each <= block for each in blocks) - 1
     if index < 0:

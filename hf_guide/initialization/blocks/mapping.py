@@ -407,7 +407,7 @@ class _BlockSearch:
         return mismatches
 
     def _is_shared_tensor(self, stack: str, teacher_kind: ModuleSignature, student_kind: ModuleSignature) -> bool:
-        """Return whether blocks differ only in tensors that the layout finds in one block for all (T5's relative positions)."""
+        """Return whether blocks differ only in tensors that one block holds for all (T5's relative positions)."""
         differing = teacher_kind.tensor_names ^ student_kind.tensor_names
         rows = [
             self.stacks.layout.find(f"{stack.replace('{block}', '0')}.{name}".replace("*", "0")) for name in differing
@@ -528,7 +528,8 @@ class _BlockSearch:
         reasons = candidate.mismatches.get(path) or []
         why = f"student block {reasons[0][0]}: {reasons[0][1]}" if reasons else candidate.error
         origin = "listed" if self._is_explicit(path) else "selected"
-        problem = f"The blocks {candidate.blocks[path]} {origin} for {stack!r} cannot be those of a {type(self.stacks.part(path)).__name__}"
+        kind = type(self.stacks.part(path)).__name__
+        problem = f"The blocks {candidate.blocks[path]} {origin} for {stack!r} cannot be those of a {kind}"
         advice = (
             f" The nearest blocks that can be are {nearest.blocks[path]}: pass them as layer_selection."
             if nearest is not None and nearest.blocks[path] != candidate.blocks[path]
@@ -589,8 +590,8 @@ class _BlockSearch:
             if blocks != requested:
                 stack = self._depth(path).stacks[0].removesuffix(".{block}")
                 self.notes.append(
-                    f"{stack}: the selection by {self.options.layer_selection!r} alone is {requested}; the nearest that the config "
-                    f"can express, with a block of each kind, is {blocks}."
+                    f"{stack}: the selection by {self.options.layer_selection!r} alone is {requested}; the nearest that "
+                    f"the config can express, with a block of each kind, is {blocks}."
                 )
 
 

@@ -104,7 +104,8 @@ def check_block_kinds(
                 raise ShapeError(
                     f"The teacher's block {block} of {stack.removesuffix('.{block}')!r} cannot feed the student's block "
                     f"{position}: it has {surplus[0]!r}, which the student's block lacks: they are of different kinds. "
-                    "Select blocks of the same kinds with layer_selection=[...], or leave per-block lists to the teacher's config."
+                    "Select blocks of the same kinds with layer_selection=[...], or leave per-block lists as in the teacher's "
+                    "config."
                 )
 
 

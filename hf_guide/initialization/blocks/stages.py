@@ -58,8 +58,8 @@ def select_stage_blocks(
         ]
         if wrong:
             raise OptionError(
-                f"layer_selection names the teacher's blocks {wrong} in {stage!r}, where the student has blocks of another kind "
-                f"(such as windows that are shifted in every other block). {kinds}"
+                f"layer_selection names the teacher's blocks {wrong} in {stage!r}, where the student has blocks of another "
+                f"kind (such as windows that are shifted in every other block). {kinds}"
             )
         return ideal
     selected = match_by_signature(teacher_signatures, student_signatures, ideal)

@@ -1,4 +1,4 @@
-"""A student may have fewer experts than its teacher, and its router their rows: chosen evenly, or, by `calibrated`, by what they"""
+"""Mixtures of experts: as many experts in both shapes, since a router would send tokens to added ones."""
 
 from tests.invariants.case import TIED_RESIDUAL, Case
 from tests.invariants.shapes import (
