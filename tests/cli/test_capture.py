@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_guide.cli import capture as capture_command
+from hf_guide.cli.main import main
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.loading import load_splits
 from hf_guide.data.preprocessing import preprocess
@@ -111,10 +112,10 @@ def test_where_no_length_is_asked_for_a_capture_has_that_of_a_distillation(teach
     assert found["teacher_topk_indices"].shape[:2] == found["input_ids"].shape
 
 
-def test_an_old_flag_is_taken_with_a_warning_that_says_the_new_name(teacher, data):
+def test_an_old_flag_is_taken_with_a_warning_that_names_the_new_one(teacher, data):
     words = [teacher / "causal-lm", "-o", teacher / "captured", "--data-files", data, "--top-k", 4, "--max-length", 8]
     with pytest.warns(FutureWarning, match="'--examples-per-shard' is deprecated; use '--shard-size'"):
-        assert run(*words, "--examples-per-shard", 3) == 0
+        assert main(["capture", *map(str, words), "--examples-per-shard", "3", "--no-progress"]) == 0
     assert Capture.open(teacher / "captured").manifest.config.shard_size == 3
 
 

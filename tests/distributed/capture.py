@@ -7,13 +7,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hf_guide.signal_cache.writer import capture_teacher
-from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for, recorded
+from tests.signal_cache.tiny_teachers import TEACHERS, Pad, count_forwards, examples_for
 
 given = json.loads(sys.argv[1])
 heard = {}
 for task, config in given["configs"].items():
     model, forwards = TEACHERS[task].teacher(), []
-    recorded(model, forwards)
+    count_forwards(model, forwards)
     dataset, folder, runs = examples_for(task, given["examples"]), Path(given["folder"], task), []
     for _ in range(2):  # the second finds all done, and runs no more than what shows the shapes
         made = capture_teacher(model, dataset, folder, data_collator=Pad(), config=config, show_progress=False)

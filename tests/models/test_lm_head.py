@@ -91,19 +91,19 @@ def batch_for(model: PreTrainedModel) -> dict[str, Tensor]:
     return batch
 
 
-def items(head: LMHead, places: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands at the places with a label, and the labels."""
+def items(head: LMHead, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the values at the positions with a label, and the labels."""
     if head.shifted:
-        places, labels = places[:, :-1], labels[:, 1:]
-    return places[labels != -100], labels[labels != -100]
+        positions, labels = positions[:, :-1], labels[:, 1:]
+    return positions[labels != -100], labels[labels != -100]
 
 
-def fed_to_head(model: nn.Module, head: LMHead, batch: dict[str, Tensor]) -> Tensor:
-    heard: list[Tensor] = []
-    with skip_lm_head(model, head, heard.append):
+def inputs_of_head(model: nn.Module, head: LMHead, batch: dict[str, Tensor]) -> Tensor:
+    head_inputs: list[Tensor] = []
+    with skip_lm_head(model, head, head_inputs.append):
         outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
     assert outputs.logits.shape == (3, 0, VOCABULARY)
-    return heard[0]
+    return head_inputs[0]
 
 
 def two_terms(labels: Tensor, teacher: Tensor):
@@ -136,7 +136,7 @@ def test_loss_and_gradients_are_the_models_own(name):
     own.backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters()}
     model.zero_grad()
-    hidden, labels = items(head, fed_to_head(model, head, batch), batch["labels"])
+    hidden, labels = items(head, inputs_of_head(model, head, batch), batch["labels"])
     total, sums = chunked_loss(
         hidden,
         head,
@@ -274,7 +274,7 @@ def test_the_logits_of_a_head_are_those_of_its_model():
         head = find_lm_head(model)
         batch = batch_for(model)
         with torch.no_grad():
-            torch.testing.assert_close(head.logits(fed_to_head(model, head, batch)), model(**batch).logits)
+            torch.testing.assert_close(head.logits(inputs_of_head(model, head, batch)), model(**batch).logits)
 
 
 def lora(model: PreTrainedModel, **options: Any) -> Any:
@@ -300,7 +300,7 @@ def test_a_lora_elsewhere_and_a_copy_of_the_head_train_as_they_do_with_whole_log
     own.backward()
     expected = {key: parameter.grad for key, parameter in model.named_parameters()}
     model.zero_grad()
-    hidden, labels = items(head, fed_to_head(model, head, batch), batch["labels"])
+    hidden, labels = items(head, inputs_of_head(model, head, batch), batch["labels"])
     total, _ = chunked_loss(
         hidden,
         head,
@@ -415,7 +415,7 @@ def test_half_precision_is_as_near_as_whole_logits_in_half_precision_are(dtype, 
         assert error(in_chunks, exact) <= 1.5 * error(whole, exact) + 1e-6
 
 
-def test_logits_of_no_place_have_the_dtype_that_the_head_would_give():
+def test_logits_of_no_position_have_the_dtype_that_the_head_would_give():
     model = build("gemma2, soft-cap")
     head = find_lm_head(model)
     batch = {"input_ids": batch_for(model)["input_ids"]}
@@ -441,7 +441,7 @@ def test_a_hook_of_accelerates_around_the_head_still_runs():
     hook = Counting()
     add_hook_to_module(model.lm_head, hook)
     batch = batch_for(model)
-    hidden = fed_to_head(model, head, batch)
+    hidden = inputs_of_head(model, head, batch)
     assert hook.calls == 1
     torch.testing.assert_close(model(**batch).logits, head.logits(hidden))
     assert hook.calls == 2
@@ -454,10 +454,10 @@ def test_the_head_is_itself_again_when_the_model_fails():
     model = build("llama")
     head = find_lm_head(model)
 
-    def refuse(hidden: Tensor) -> None:
+    def raise_error(hidden: Tensor) -> None:
         raise RuntimeError("no")
 
-    with pytest.raises(RuntimeError, match="no"), skip_lm_head(model, head, refuse):
+    with pytest.raises(RuntimeError, match="no"), skip_lm_head(model, head, raise_error):
         model(**batch_for(model))
     assert "forward" not in vars(model.lm_head)
     assert model(input_ids=batch_for(model)["input_ids"]).logits.shape == (3, 7, VOCABULARY)
@@ -469,16 +469,16 @@ def test_a_compiled_model_is_not_compiled_anew_for_every_step():
     counter = CompileCounter()
     compiled = torch.compile(model, backend=counter)
     batch = batch_for(model)
-    first = fed_to_head(compiled, head, batch)
+    first = inputs_of_head(compiled, head, batch)
     frames = counter.frame_count
     for _ in range(3):
-        torch.testing.assert_close(fed_to_head(compiled, head, batch), first)
+        torch.testing.assert_close(inputs_of_head(compiled, head, batch), first)
     assert counter.frame_count == frames > 0
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=batch["input_ids"]).logits, head.logits(first))
 
 
-def test_what_cannot_be_is_refused():
+def test_wrong_shapes_and_uses_are_errors():
     head, hidden = simple(), torch.randn(5, 8, requires_grad=True)
     with pytest.raises(HfGuideError, match=r"\(items, 8\); found \(1, 5, 8\)"):
         chunked_loss(hidden[None], head, squares, {"a": 1.0})

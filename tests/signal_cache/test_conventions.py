@@ -66,7 +66,7 @@ def test_captured_classifiers_find_the_last_token_before_the_batches_padding(pad
     assert torch.allclose(captured(teacher, data, DataCollatorWithPadding(tok), tok, tmp_path / "c"), truth, atol=1e-5)
 
 
-def test_a_capture_of_other_tokens_is_refused(tmp_path: Path) -> None:
+def test_a_capture_of_other_tokens_is_an_error(tmp_path: Path) -> None:
     kind, tok = "LlamaForCausalLM", tokenizer()
     teacher = saved(model(kind), tmp_path / "teacher", tokenizer(lower=False))
     with pytest.raises(TeacherError, match="make other tokens of the same text"):
@@ -84,13 +84,13 @@ def test_a_broken_image_is_no_full_disk(prepared: bool, tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     if prepared:
         data = preprocess(Task.IMAGE_CLASSIFICATION, data, None, processor, DataArguments(dataset_name="x")).train
-        error, said = OptionError, r"the image c\.png in row 2"
+        error, message = OptionError, r"the image c\.png in row 2"
     else:
         data = data.with_transform(
             lambda rows: {"pixel_values": [processor(each)["pixel_values"][0] for each in rows["image"]]}
         )
-        error, said = CaptureError, "The dataset's examples 0 to 2 cannot be read: .*c.png"
-    with pytest.raises(error, match=said) as caught:
+        error, message = CaptureError, "The dataset's examples 0 to 2 cannot be read: .*c.png"
+    with pytest.raises(error, match=message) as caught:
         capture_teacher(
             teacher, data, tmp_path / "capture", processing_class=processor, config={"remove_unused_columns": False}
         )
@@ -98,7 +98,7 @@ def test_a_broken_image_is_no_full_disk(prepared: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({}, None),
         ({"sampling_rate": 8000}, "sampling_rate is 16000 there and 8000 for the teacher"),
@@ -106,8 +106,8 @@ def test_a_broken_image_is_no_full_disk(prepared: bool, tmp_path: Path) -> None:
         ({"feature_size": 40}, "feature_size is 80 there and 40 for the teacher"),
     ],
 )
-def test_sound_that_is_processed_otherwise_is_refused(
-    changes: dict[str, Any], said: str | None, tmp_path: Path
+def test_sound_that_is_processed_otherwise_is_an_error(
+    changes: dict[str, Any], message: str | None, tmp_path: Path
 ) -> None:
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": 20}
     sizes |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "pad_token_id": 0}
@@ -116,10 +116,10 @@ def test_sound_that_is_processed_otherwise_is_refused(
     folder = saved(original, tmp_path, WhisperFeatureExtractor(chunk_length=1, **changes))
     teacher = WhisperForConditionalGeneration.from_pretrained(folder)
     mine = WhisperFeatureExtractor(chunk_length=1)
-    if said is None:
+    if message is None:
         check_processors(teacher, Task.SEQ2SEQ_LM, "teacher", mine)
     else:
-        with pytest.raises(TeacherError, match=said):
+        with pytest.raises(TeacherError, match=message):
             check_processors(teacher, Task.SEQ2SEQ_LM, "teacher", mine)
 
 

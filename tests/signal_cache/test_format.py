@@ -197,7 +197,7 @@ def test_an_unchecked_manifest_that_lists_checksums_is_damaged(tmp_path: Path) -
         ("examples_per_shard", "shard_size", 7),
     ],
 )
-def test_an_old_name_of_an_option_warns_and_says_the_new_one(old: str, new: str, value: Any) -> None:
+def test_an_old_name_of_an_option_warns_with_the_new_one(old: str, new: str, value: Any) -> None:
     with pytest.warns(FutureWarning, match=f"{old!r} is deprecated; use {new!r}"):
         config = CaptureConfig(**{old: value})
     assert getattr(config, new) == value

@@ -1,4 +1,4 @@
-"""What is read back is what the teacher said, wherever an example stands and however it is padded."""
+"""What is read back is what the teacher message, wherever an example stands and however it is padded."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from hf_guide.errors import CaptureError, OptionError
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.teachers.signals import DenseTarget, TopKTarget
-from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad, examples_for, hear
+from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad, examples_for, run_teacher
 from tests.tiny import run_python
 
 ALL = {"top_k": VOCABULARY, "log_prob_dtype": "float32", "hidden_dtype": "float32"}
@@ -29,13 +29,13 @@ def capture(kind, dataset, folder, **config):
 
 
 @pytest.mark.parametrize("task", TEACHERS)
-def test_a_capture_of_everything_is_what_the_live_teacher_says_in_another_order_and_padding(task, tmp_path):
+def test_a_capture_of_everything_equals_the_live_teacher_in_another_order_and_padding(task, tmp_path):
     kind, dataset = TEACHERS[task], examples_for(task)
     made = capture(kind, dataset, tmp_path, **ALL, **LAYERS)
     assert len(made) == len(dataset) and str(made.task) == task.partition(" ")[0]
     collate = CaptureDataCollator(Pad(extra=3), made)
     batch = collate([dataset[number] for number in (20, 3, 11, 3)])
-    live = hear(kind.teacher(), batch, output_hidden_states=True)
+    live = run_teacher(kind.teacher(), batch, output_hidden_states=True)
     states = live.get("hidden_states") or live.decoder_hidden_states
     seen = batch["attention_mask"].bool() if "attention_mask" in batch else slice(None)
     if task == "seq2seq-lm":
@@ -57,11 +57,11 @@ def test_the_embedding_is_what_makes_the_logits(task, tmp_path):
     made, model = capture(kind, dataset, tmp_path, **ALL, save_penultimate=True), kind.teacher()
     batch = CaptureDataCollator(Pad(), made)(dataset[:4])
     head = next(getattr(model, name) for name in ("classifier", "score", "lm_head") if hasattr(model, name))
-    again, said = head(batch["teacher_features"]), batch["teacher_logits"]
+    recomputed, captured = head(batch["teacher_features"]), batch["teacher_logits"]
     if made.task.is_per_token:
         seen = batch["attention_mask"].bool()
-        again, said = again.log_softmax(-1)[seen], said[seen]
-    torch.testing.assert_close(again, said, atol=1e-5, rtol=1e-5)
+        recomputed, captured = recomputed.log_softmax(-1)[seen], captured[seen]
+    torch.testing.assert_close(recomputed, captured, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("task", LANGUAGE)
@@ -71,7 +71,7 @@ def test_the_largest_k_and_the_tails_mass_are_the_live_teachers_at_every_capture
     for temperature in (0.5, 1.0, 2.0):
         batch = CaptureDataCollator(Pad(extra=1), made, temperature)([dataset[4], dataset[17], dataset[0]])
         seen = batch["labels"] != -100 if task == "seq2seq-lm" else batch["attention_mask"].bool()
-        log_probs = hear(kind.teacher(), batch).logits[seen].double().log_softmax(-1)
+        log_probs = run_teacher(kind.teacher(), batch).logits[seen].double().log_softmax(-1)
         best = log_probs.topk(k)
         indices, mine = batch["teacher_topk_indices"][seen], batch["teacher_topk_log_probs"][seen]
         assert indices.dtype == torch.int64 and torch.equal(indices, best.indices)
@@ -98,9 +98,11 @@ def test_the_captured_divergence_is_a_lower_bound_of_the_live_one_and_equals_it_
             target = TopKTarget(
                 *(batch[f"teacher_{name}"][seen] for name in ("topk_indices", "topk_log_probs", "log_normalizer"))
             )
-        values[k] = divergence(hear(student, batch).logits[seen], target, temperature=3.0)
+        values[k] = divergence(run_teacher(student, batch).logits[seen], target, temperature=3.0)
         live = divergence(
-            hear(student, batch).logits[seen], DenseTarget(hear(kind.teacher(), batch).logits[seen]), temperature=3.0
+            run_teacher(student, batch).logits[seen],
+            DenseTarget(run_teacher(kind.teacher(), batch).logits[seen]),
+            temperature=3.0,
         )
     for fewer, more in ((1, 8), (8, 64), (64, VOCABULARY)):
         assert (values[fewer] <= values[more] + 1e-5).all() and values[fewer].sum() < values[more].sum()
@@ -191,7 +193,7 @@ def test_token_types_tell_examples_apart_unless_they_are_zero_or_ignored(tmp_pat
     assert "teacher_logits" in CaptureDataCollator(Pad(), ignoring)(dataset[5:7])
 
 
-def test_a_temperature_that_was_not_captured_is_refused_where_the_tail_needs_it(tmp_path):
+def test_a_temperature_that_was_not_captured_is_an_error_where_the_tail_needs_it(tmp_path):
     dataset = examples_for("causal-lm", 3)
     made = capture(TEACHERS["causal-lm"], dataset, tmp_path / "some", top_k=8, temperatures=[2.0])
     with pytest.raises(CaptureError, match=r"temperature=4.0 was not captured; .* has \[1.0, 2.0\]"):
@@ -199,7 +201,7 @@ def test_a_temperature_that_was_not_captured_is_refused_where_the_tail_needs_it(
     CaptureDataCollator(Pad(), capture(TEACHERS["causal-lm"], dataset, tmp_path / "all", **ALL), 4.0)(dataset)
 
 
-def test_batches_without_content_or_with_packed_rows_are_refused(tmp_path):
+def test_batches_without_content_or_with_packed_rows_are_errors(tmp_path):
     dataset = examples_for("causal-lm", 3)
     made = capture(TEACHERS["causal-lm"], dataset, tmp_path, top_k=8)
     with pytest.raises(CaptureError, match="none of input_ids"):

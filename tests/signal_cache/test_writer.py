@@ -1,4 +1,4 @@
-"""A capture is written once, whole, and goes on where it was; what cannot be captured is refused before work is lost."""
+"""A capture is written once, atomically, and resumed after a kill; what cannot be captured is an error before work is lost."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.utils.checksums import read_json, write_json
-from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad, examples_for, recorded
+from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad, count_forwards, examples_for
 from tests.tiny import run_python
 
 CONFIG = {"top_k": 8, "shard_size": 5, "batch_size": 2}
@@ -40,9 +40,9 @@ def capture(folder, *, teacher=None, dataset=None, collator=None, options=None, 
     )
 
 
-def refused(error, said, folder, **given):
-    """Assert that a capture is refused with an error that says `said`."""
-    with pytest.raises(error, match=said):
+def assert_raises(error, message, folder, **given):
+    """Assert that a capture raises an error whose message matches."""
+    with pytest.raises(error, match=message):
         capture(folder, **given)
 
 
@@ -74,13 +74,13 @@ def test_at_most_300_bytes_a_token_with_64_of_a_quarter_million_tokens(tmp_path)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_are_prepared_here_or_beside(tmp_path, workers):
+def test_workers_make_the_same_batches(tmp_path, workers):
     capture(tmp_path / "made", options={"dataloader_num_workers": workers})
     capture(tmp_path / "expected")
     assert contents(tmp_path / "made") == contents(tmp_path / "expected")
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
+def test_a_killed_capture_is_resumed(tmp_path):
     script = """
     import sys, time
     from hf_guide.signal_cache.writer import capture_teacher
@@ -116,7 +116,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     with pytest.raises(CaptureError, match=f"is not complete: {len(kept)} of 12 shards"):
         Capture.open(folder)
     model, forwards = KIND.teacher(), []
-    recorded(model, forwards)
+    count_forwards(model, forwards)
     capture(folder, teacher=model, dataset=dataset)
     heard = sum(forwards)
     assert {name: (folder / name).stat().st_ino for name in kept} == kept
@@ -126,7 +126,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(tmp_path):
     assert heard == 60 - 5 * len(kept) + sum(forwards)
 
 
-def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
+def test_a_capture_killed_before_or_after_any_rename_is_resumed(tmp_path):
     script = """
     import os, signal, sys
     from pathlib import Path
@@ -184,13 +184,13 @@ def test_killed_before_or_after_any_file_gets_its_name_it_goes_on(tmp_path):
 def test_a_finished_capture_is_opened_again_without_running_over_the_dataset(tmp_path):
     capture(tmp_path)
     before, forwards, model = contents(tmp_path), [], KIND.teacher()
-    recorded(model, forwards)
+    count_forwards(model, forwards)
     assert len(capture(tmp_path, teacher=model, batch_size=7)) == 23
     assert sum(forwards) < 23 and contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"top_k": 9}, "top_k is 8 there and 9 here"),
         ({"temperatures": [2.0]}, r"temperatures is \[1.0\] there and \[1.0, 2.0\] here"),
@@ -204,11 +204,11 @@ def test_a_finished_capture_is_opened_again_without_running_over_the_dataset(tmp
         ),
     ],
 )
-def test_going_on_with_other_settings_names_what_differs(tmp_path, changed, said):
+def test_resuming_with_other_settings_names_what_differs(tmp_path, changed, message):
     capture(tmp_path)
     before = contents(tmp_path)
     given = {name: value() if callable(value) else value for name, value in changed.items()}
-    refused(CaptureError, said, tmp_path, **given)
+    assert_raises(CaptureError, message, tmp_path, **given)
     assert contents(tmp_path) == before
 
 
@@ -244,12 +244,12 @@ def test_a_folder_without_a_capture_or_with_a_damaged_manifest_is_named(tmp_path
     capture(tmp_path / "made")
     manifest = tmp_path / "made" / "capture.json"
     whole, _ = read_json(manifest)
-    for entries, said in (
+    for entries, message in (
         (whole | {"format": 4}, "has format 4; this version of hf_guide reads formats 1 to 3"),
         ({name: value for name, value in whole.items() if name != "classes"}, r"\['classes'\] are missing"),
     ):
         write_json(manifest, entries)
-        with pytest.raises(CaptureError, match=said):
+        with pytest.raises(CaptureError, match=message):
             Capture.open(tmp_path / "made")
     for text in ("{", json.dumps(whole)):
         manifest.write_text(text)
@@ -257,20 +257,22 @@ def test_a_folder_without_a_capture_or_with_a_damaged_manifest_is_named(tmp_path
             Capture.open(tmp_path / "made")
 
 
-def test_an_output_that_holds_something_else_is_refused_before_the_teacher_is_loaded(tmp_path):
+def test_an_output_that_holds_something_else_is_an_error_before_the_teacher_is_loaded(tmp_path):
     (tmp_path / "model.safetensors").write_text("a model")
-    refused(CaptureError, "holds something else: model.safetensors", tmp_path, teacher="no/such-teacher")
-    refused(CaptureError, "is a file", tmp_path / "model.safetensors", teacher="no/such-teacher")
+    assert_raises(CaptureError, "holds something else: model.safetensors", tmp_path, teacher="no/such-teacher")
+    assert_raises(CaptureError, "is a file", tmp_path / "model.safetensors", teacher="no/such-teacher")
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-def test_what_the_teacher_says_that_is_not_finite_names_the_example(tmp_path):
+def test_an_output_that_is_not_finite_names_the_example(tmp_path):
     model, dataset = KIND.teacher(), examples_for("causal-lm")
     token = next(token for token in dataset[13]["input_ids"] if all(token not in e["input_ids"] for e in dataset[:13]))
     place = dataset[13]["input_ids"].index(token)
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = float("nan")
-    refused(CaptureError, f"logits of example 13 are not finite at position {place}", tmp_path / "lm", teacher=model)
+    assert_raises(
+        CaptureError, f"logits of example 13 are not finite at position {place}", tmp_path / "lm", teacher=model
+    )
     finished = sorted(path.name for path in (tmp_path / "lm").iterdir() if not path.name.endswith(".arrow.json"))
     assert finished == ["capture.json", "shard-000000.arrow", "shard-000001.arrow"]  # nothing half-written
     kind = TEACHERS["image-classification"]
@@ -280,17 +282,17 @@ def test_what_the_teacher_says_that_is_not_finite_names_the_example(tmp_path):
         capture_teacher(kind.teacher(), images, tmp_path / "image", data_collator=Pad(), show_progress=False)
 
 
-def test_hidden_states_beyond_float16_say_so(tmp_path):
+def test_hidden_states_beyond_float16_are_an_error_that_names_the_option(tmp_path):
     model = KIND.teacher()
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1e6)
-    said = "hidden_0 of example 0 are not finite in float16: pass hidden_dtype='float32'"
-    refused(CaptureError, said, tmp_path, teacher=model, hidden_layers=[0])
+    message = "hidden_0 of example 0 are not finite in float16: pass hidden_dtype='float32'"
+    assert_raises(CaptureError, message, tmp_path, teacher=model, hidden_layers=[0])
     assert len(capture(tmp_path, teacher=model, hidden_layers=[0], hidden_dtype="float32")) == 23
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (
             {"top_k": VOCABULARY + 1},
@@ -307,32 +309,38 @@ def test_hidden_states_beyond_float16_say_so(tmp_path):
         ({"save_penultimate": "yes"}, "save_penultimate must be True or False"),
     ],
 )
-def test_options_out_of_range_are_refused_before_anything_is_written(tmp_path, config, said):
-    refused(OptionError, said, tmp_path / "out", **config)
+def test_options_out_of_range_are_errors_before_anything_is_written(tmp_path, config, message):
+    assert_raises(OptionError, message, tmp_path / "out", **config)
     assert not (tmp_path / "out").exists()
 
 
-def test_datasets_and_teachers_that_cannot_be_captured_are_refused(tmp_path):
+def test_datasets_and_teachers_that_cannot_be_captured_are_errors(tmp_path):
     class Stream:
         def __iter__(self):
             return iter(())
 
-    refused(OptionError, "must have a length and an index, so that .* found a Stream", tmp_path, dataset=Stream())
-    refused(OptionError, "The dataset is empty", tmp_path, dataset=Examples())
-    refused(TeacherError, "no-such-folder", tmp_path, teacher=str(tmp_path / "no-such-folder"))
-    refused(OptionError, "this one is loaded already", tmp_path, options={"dtype": "float16"})
-    refused(OptionError, "A teacher must be a Hub id, a folder or a PreTrainedModel; found int 3", tmp_path, teacher=3)
-    refused(TaskError, "LlamaModel has no head, so there is nothing to distil", tmp_path, teacher=KIND.teacher().model)
+    assert_raises(
+        OptionError, "must have a length and an index, so that .* found a Stream", tmp_path, dataset=Stream()
+    )
+    assert_raises(OptionError, "The dataset is empty", tmp_path, dataset=Examples())
+    assert_raises(TeacherError, "no-such-folder", tmp_path, teacher=str(tmp_path / "no-such-folder"))
+    assert_raises(OptionError, "this one is loaded already", tmp_path, options={"dtype": "float16"})
+    assert_raises(
+        OptionError, "A teacher must be a Hub id, a folder or a PreTrainedModel; found int 3", tmp_path, teacher=3
+    )
+    assert_raises(
+        TaskError, "LlamaModel has no head, so there is nothing to distil", tmp_path, teacher=KIND.teacher().model
+    )
     text = Dataset.from_dict({"text": ["some", "words"]})
-    refused(CaptureError, r"The teacher takes none of the dataset's columns \['text'\]", tmp_path, dataset=text)
+    assert_raises(CaptureError, r"The teacher takes none of the dataset's columns \['text'\]", tmp_path, dataset=text)
     merging = lambda features: {name: value[:1] for name, value in Pad()(features).items()}  # noqa: E731
-    refused(CaptureError, "The collator made 1 rows of 2 examples", tmp_path, collator=merging)
+    assert_raises(CaptureError, "The collator made 1 rows of 2 examples", tmp_path, collator=merging)
 
 
-def test_a_disk_that_is_too_small_is_refused_before_it_is_written_to(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_an_error_before_it_is_written_to(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(capture_run.shutil, "disk_usage", lambda folder: usage._replace(free=2000))
-    refused(CaptureError, "takes about .* MiB and .* has 0 MiB free", tmp_path / "out")
+    assert_raises(CaptureError, "takes about .* MiB and .* has 0 MiB free", tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["capture.json"]
 
 
@@ -392,11 +400,11 @@ def test_a_teachers_folder_is_known_again_and_another_is_named(tmp_path):
         made.check(teacher=3)
 
 
-def test_a_checkpoint_without_all_of_the_teacher_is_refused(tmp_path):
+def test_a_checkpoint_without_all_of_the_teacher_is_an_error(tmp_path):
     KIND.teacher().model.save_pretrained(tmp_path / "teacher")
     config = json.loads((tmp_path / "teacher" / "config.json").read_text())
     (tmp_path / "teacher" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    refused(
+    assert_raises(
         TeacherError,
         "1 parameters are not in the checkpoint .* lm_head",
         tmp_path / "out",

@@ -75,14 +75,14 @@ class Pad:
         return {"input_ids": ids, "attention_mask": mask}
 
 
-def hear(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> Any:
-    """Return what a live teacher says of a batch; places are told apart from padding on either side."""
+def run_teacher(model: PreTrainedModel, batch: dict[str, Any], **options: Any) -> Any:
+    """Return the outputs of a live teacher for a batch; padding may be on either side."""
     inputs = {name: value for name, value in batch.items() if not name.startswith("teacher_")}
     with torch.no_grad():
         return model.eval()(**inputs, return_dict=True, **options)
 
 
-def recorded(model: PreTrainedModel, forwards: list[int]) -> Callable[[], None]:
+def count_forwards(model: PreTrainedModel, forwards: list[int]) -> Callable[[], None]:
     """Count the examples that a model is run on into `forwards`; return what undoes it."""
     name = model.main_input_name
     handle = model.register_forward_pre_hook(

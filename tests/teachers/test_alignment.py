@@ -34,7 +34,7 @@ def test_equal_sizes_without_tokenizers_are_taken_at_their_word():
         (None, tokenizer(), "the student's tokenizer is not known"),
     ],
 )
-def test_different_sizes_without_tokenizers_are_refused(student, teacher, missing):
+def test_different_sizes_without_tokenizers_are_errors(student, teacher, missing):
     with pytest.raises(VocabularyError, match=f"8 classes and the teacher's 16, and {missing}.*processing_class"):
         shared_vocabulary_size(student, teacher, 8, 16)
 
@@ -66,7 +66,7 @@ def test_a_special_token_that_one_side_added_is_left_out(sizes):
     assert shared_vocabulary_size(tokenizer(), padded, *sizes) == len(WORDS)
 
 
-def test_a_word_that_only_one_side_has_is_refused():
+def test_a_word_that_only_one_side_has_is_an_error():
     longer = tokenizer([*WORDS, "hat"])
     with pytest.raises(
         VocabularyError, match="token 7, 'hat' to the teacher, is none of the student's, which has 7 tokens"
@@ -120,7 +120,7 @@ def test_labels_that_nobody_named_are_taken_as_they_stand():
         (config("a", "a", "b"), config("b", "a", "a"), "each once"),
     ],
 )
-def test_labels_that_differ_are_refused_with_both_lists(student, teacher, message):
+def test_labels_that_differ_are_errors_with_both_lists(student, teacher, message):
     with pytest.raises(VocabularyError, match=message):
         align_labels(student, teacher)
 

@@ -254,7 +254,7 @@ def test_a_torch_checkpoint_is_loaded_and_a_broken_one_named(tmp_path: Path) -> 
         open_teacher(tmp_path)
 
 
-def test_a_checkpoint_that_is_not_its_configs_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_not_its_configs_is_an_error(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     edit_config(tmp_path, intermediate_size=40)
     with pytest.raises(TeacherError, match=r"mlp.*shape \(48, 32\).*needs \(40, 32\)|mlp.*shape \(32, 48\)"):
@@ -275,7 +275,7 @@ def test_a_config_that_names_no_class_is_read_as_the_class_its_checkpoint_holds(
             assert_holds(teacher, model)
 
 
-def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_teacher_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="nowhere"):
         open_teacher(tmp_path / "nowhere")
     with pytest.raises(TeacherError, match="config"):
@@ -294,7 +294,7 @@ def test_what_is_no_teacher_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
-def test_an_adapter_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_an_adapter_is_an_error_with_what_to_do(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(TeacherError, match="merge_and_unload"):
@@ -368,7 +368,7 @@ def test_a_quantised_teacher_is_dequantised(tmp_path: Path, monkeypatch: pytest.
         assert torch.allclose(teacher.weights.get(name).float(), tensor, rtol=1e-2, atol=1e-6), name
 
 
-def test_what_cannot_be_dequantised_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_dequantised_is_an_error(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path)
     edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(TeacherError, match=f"{tmp_path} is quantised and not loadable"):
@@ -429,7 +429,7 @@ def test_a_subfolder_is_read(tmp_path: Path) -> None:
     assert_holds(open_teacher(tmp_path, subfolder="inner"), model)
 
 
-def test_the_tokenizer_says_how_many_rows_are_real(tmp_path: Path) -> None:
+def test_the_tokenizer_gives_the_number_of_real_rows(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast
 

@@ -177,7 +177,7 @@ def test_a_copy_has_nothing_to_teach_whatever_pads_and_where(kind: str, side: st
 
 
 @pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "GPT2ForSequenceClassification"])
-def test_a_text_that_ends_in_the_teachers_padding_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_text_that_ends_in_the_teachers_padding_is_an_error(kind: str, tmp_path: Path) -> None:
     student = model(kind, pad_token_id=END)
     teacher = saved(student, tmp_path / "teacher", tokenizer("</s>"))
     tok = tokenizer("<new>")
@@ -229,7 +229,7 @@ def test_padding_that_the_teacher_has_no_row_for_is_its_own(tmp_path: Path) -> N
     [{"lower": False}, {"template": "$A </s>"}],
     ids=["case", "beginning"],
 )
-def test_other_tokens_of_the_same_text_are_refused(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+def test_other_tokens_of_the_same_text_are_errors(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     student, tok = model(kind), tokenizer()
     teacher = saved(student, tmp_path / "teacher", tokenizer(**changes))
     with pytest.raises(TeacherError, match="make other tokens of the same text: of .* and, for the teacher,"):
@@ -259,7 +259,7 @@ def test_an_end_that_the_user_adds_to_texts_is_no_other_convention(tmp_path: Pat
     assert_nothing_to_learn(trainer_of(tmp_path, student, teacher, data, collator("LlamaForCausalLM", tok), tok))
 
 
-def test_classifiers_of_other_vocabularies_are_refused(tmp_path: Path) -> None:
+def test_classifiers_of_other_vocabularies_are_errors(tmp_path: Path) -> None:
     student, tok = model("BertForSequenceClassification"), tokenizer()
     other = tokenizer()
     raw = Tokenizer(
@@ -271,7 +271,7 @@ def test_classifiers_of_other_vocabularies_are_refused(tmp_path: Path) -> None:
         trainer_of(tmp_path, student, teacher, examples(student.__class__.__name__, tok), None, tok)
 
 
-def test_pairs_without_token_types_are_refused_where_the_teacher_has_them(tmp_path: Path) -> None:
+def test_pairs_without_token_types_are_errors_where_the_teacher_has_them(tmp_path: Path) -> None:
     kind = "BertForSequenceClassification"
     student, tok = model(kind), tokenizer(model_input_names=["input_ids", "attention_mask"])
     teacher = saved(student, tmp_path / "teacher", tokenizer(model_input_names=["input_ids", "token_type_ids"]))
@@ -291,7 +291,7 @@ def test_pairs_without_token_types_are_refused_where_the_teacher_has_them(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "RobertaForMaskedLM", "LlamaForCausalLM"])
-def test_a_text_longer_than_the_teacher_reads_is_refused(kind: str, tmp_path: Path) -> None:
+def test_a_text_longer_than_the_teacher_reads_is_an_error(kind: str, tmp_path: Path) -> None:
     student, tok = model(kind), tokenizer()
     short = {"n_positions": 6} if kind.startswith("GPT2") else {"max_position_embeddings": 6}
     teacher = saved(model(kind, **short), tmp_path / "teacher", tok)
@@ -311,7 +311,7 @@ def test_texts_that_lie_end_to_end_are_as_long_as_each(tmp_path: Path) -> None:
         trainer_of(tmp_path, model("LlamaForCausalLM"), teacher, [flat], default_data_collator, None).evaluate()
 
 
-def test_another_mask_is_refused(tmp_path: Path) -> None:
+def test_another_mask_is_an_error(tmp_path: Path) -> None:
     student, tok = model("BertForMaskedLM"), tokenizer(mask_token="<new>")
     teacher = saved(student, tmp_path / "teacher", tokenizer())
     with pytest.raises(TeacherError, match="masked with '<new>', and the teacher .* expects '<mask>'"):
@@ -359,9 +359,9 @@ def test_pixels_reach_the_teacher_as_its_own_processor_makes_them(changes: dict[
         assert_nothing_to_learn(trainer)
 
 
-@pytest.mark.parametrize(("changes", "said"), OTHERWISE)
-def test_pixels_that_cannot_be_converted_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match=said):
+@pytest.mark.parametrize(("changes", "message"), OTHERWISE)
+def test_pixels_that_cannot_be_converted_are_errors(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match=message):
         image_trainer(tmp_path, changes)
 
 
@@ -373,14 +373,14 @@ def test_what_is_not_known_to_agree_is_warned_of(tmp_path: Path, caplog: pytest.
 # Labels
 
 
-def test_a_teacher_of_another_kind_of_problem_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_of_another_kind_of_problem_is_an_error(tmp_path: Path) -> None:
     student = model("BertForSequenceClassification", problem_type="single_label_classification")
     teacher = model("BertForSequenceClassification", problem_type="multi_label_classification")
     with pytest.raises(HfGuideError, match="single_label_classification.*multi_label_classification"):
         trainer_of(tmp_path, student, teacher, None, None, None)
 
 
-def test_a_dataset_without_an_example_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_without_an_example_is_an_error(tmp_path: Path) -> None:
     for data in ([], {"one": [1], "other": []}):
         with pytest.raises(HfGuideError, match=r"_dataset.* is empty"):
             trainer_of(tmp_path, model("LlamaForCausalLM"), model("LlamaForCausalLM"), data, None, None)

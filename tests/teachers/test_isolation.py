@@ -108,7 +108,7 @@ def state_of(model: nn.Module) -> list[Any]:
 
 @pytest.mark.parametrize("case", SHARED, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("by", ["model", "model_init"])
-def test_a_teacher_that_shares_a_parameter_with_the_student_is_refused(
+def test_a_teacher_that_shares_a_parameter_with_the_student_is_an_error(
     case: Callable[[], Any], by: str, tmp_path: Path
 ) -> None:
     student, teacher, adapter = case()
@@ -177,7 +177,7 @@ def test_each_trial_of_a_search_is_apart_from_the_teacher(tmp_path: Path) -> Non
         trainer._setup_objective()
 
 
-def test_teachers_with_adapters_on_one_base_are_refused_and_teachers_without_may_share(tmp_path: Path) -> None:
+def test_teachers_with_adapters_on_one_base_are_errors_and_teachers_without_may_share(tmp_path: Path) -> None:
     def trainer(*teachers: Any) -> DistillationTrainer:
         data = examples_for("causal-lm")
         return DistillationTrainer(llama(1), arguments(tmp_path), collate, data, teacher=list(teachers))
@@ -241,7 +241,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("by", ["model", "model_init"])
-def test_a_student_that_cannot_be_trained_as_it_is_is_refused(
+def test_a_student_that_cannot_be_trained_as_it_is_is_an_error(
     make: Callable[[Path], Any], by: str, tmp_path: Path
 ) -> None:
     student = make(tmp_path)
@@ -265,7 +265,7 @@ def test_a_frozen_student_can_be_evaluated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("make", "reason"), [(compiled, "compile_teacher=True"), (in_data_parallel, "DataParallel")])
-def test_a_wrapped_teacher_is_refused(make: Callable[[Path], Any], reason: str, tmp_path: Path) -> None:
+def test_a_wrapped_teacher_is_an_error(make: Callable[[Path], Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"The teacher is .*{reason}"):
         DistillationTrainer(llama(3), arguments(tmp_path), collate, examples_for("causal-lm"), teacher=make(tmp_path))
 
@@ -363,7 +363,7 @@ WITH_REASON: dict[Callable[[Path], Any], tuple[type[HfGuideError], str]] = {
 
 
 @pytest.mark.parametrize("make", WITH_REASON, ids=lambda make: make.__name__)
-def test_what_an_adapter_makes_impossible_is_refused_with_the_reason(
+def test_what_an_adapter_makes_impossible_is_an_error_with_the_reason(
     make: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     kind, reason = WITH_REASON[make]

@@ -76,7 +76,7 @@ def test_a_quantised_teacher_teaches_nearly_the_same(tmp_path, folder, include_h
     torch.testing.assert_close(packed, whole, rtol=0.03, atol=1e-4)
 
 
-def test_what_a_quantised_teacher_says_can_be_captured(tmp_path, folder):
+def test_the_outputs_of_a_quantised_teacher_can_be_captured(tmp_path, folder):
     teacher = LlamaForCausalLM.from_pretrained(folder, quantization_config=quantised(True))
     capture = capture_teacher(
         teacher,
