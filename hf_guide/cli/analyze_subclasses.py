@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 HELP = "describe a projector's pseudo-subclasses, and estimate whether they help"
 DESCRIPTION = (
-    "Run the teacher over a dataset and write an HTML page: each class's subspace colored by subclass, the nearest\n"
-    "examples of each subclass, sizes, variance, mutual information with finer labels, and an estimate of the gain:\n"
-    "tiny students are trained with and without subclasses, which is much cheaper than training a real one."
+    "Run the teacher over a dataset and write an HTML page: each class's subspace colored by subclass, the most\n"
+    "probable examples of each subclass, sizes, variance, mutual information with fine labels, and an estimated gain:\n"
+    "probes are trained with and without subclasses, which is much cheaper than training a student."
 )
 EXAMPLE = "hf-guide analyze-subclasses projector/ questions.jsonl --fine-label-column fine_label -o subclasses.html"
 FILES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
@@ -54,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{role}-column", metavar="NAME", help=f"column of {role}s; by default found by its name"
         )
     parser.add_argument(
-        "--fine-label-column", metavar="NAME", help="column of finer labels to compare the subclasses with"
+        "--fine-label-column", metavar="NAME", help="column of fine labels to compare the subclasses with"
     )
     parser.add_argument(
         "--max-samples", type=int, default=4000, metavar="N", help="number of random examples to read (default: 4000)"
     )
     parser.add_argument("--num-examples", type=int, default=6, metavar="N", help="examples to show for each subclass")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="batch size of the teacher")
-    parser.add_argument("--no-probe", action="store_true", help="do not train tiny students to estimate the gain")
+    parser.add_argument("--no-probe", action="store_true", help="do not train probes to estimate the gain")
     add_hub_arguments(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 

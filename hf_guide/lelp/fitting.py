@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +136,8 @@ def fit_subclasses(
     else:
         if dataset is None:
             raise OptionError("A teacher that is a model needs a dataset; only a capture can do without.")
-        if not is_loaded(teacher) and not isinstance(teacher, (str, os.PathLike)):
-            raise OptionError(
-                f"A teacher must be a Hub id, a folder, a PreTrainedModel or a Capture; found a {type(teacher).__name__}. For "
-                "any other, pass its embeddings to SubclassProjector.fit."
-            )
-        model = load_teacher(
-            teacher,
-            dtype=dtype,
-            device=state.device,
-            revision=revision,
-            token=token,
-            trust_remote_code=trust_remote_code,
-        )
-        check_classifier_task(task_of(model), type(model).__name__)
-        check_single_label(without_adapter(model).config, type(model).__name__)
+        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        model = _load_classifier(teacher, dtype=dtype, device=state.device, **hub)
     with classifier_registered(model, classifier):
         if capture is not None and not isinstance(capture, Capture):
             capture = _cache_features(
@@ -161,25 +148,13 @@ def fit_subclasses(
         classes, width = len(source.id2label), source.width if weight is None else weight.shape[1]
         labels = LabelReader(dataset, source.id2label, label_column, fine_label_column)
         statistics = StatisticsAccumulator(classes, width, splitter=splitter, seed=seed)
-        regression = StreamingLeastSquares(classes, width) if weight is None else None
-        with _raise_on_all_ranks():
-            bar = tqdm(
-                source.chunks(labels, batch_size, state),
-                desc="Fitting subclasses",
-                unit="batch",
-                disable=not (show_progress and state.is_main_process),
-            )
-            for number, chunk in enumerate(bar):
-                if number == 0 and weight is not None and classifier_weight is None:
-                    check_linear_classifier(weight, chunk, source.model)
-                statistics.update(chunk.embeddings, chunk.labels, chunk.logits, chunk.fine_labels, chunk.indices)
-                if regression is not None:
-                    regression.update(chunk.embeddings, chunk.logits)
-        statistics.reduce()
-        if regression is not None:
-            regression.reduce()
-            weight = regression.weight(statistics.moments)
-        assert weight is not None
+        chunks = tqdm(
+            source.chunks(labels, batch_size, state),
+            desc="Fitting subclasses",
+            unit="batch",
+            disable=not (show_progress and state.is_main_process),
+        )
+        weight = _accumulate(statistics, chunks, weight, None if classifier_weight is not None else source.model)
         return SubclassProjector.from_statistics(
             statistics,
             weight,
@@ -190,6 +165,44 @@ def fit_subclasses(
             teacher=source.name,
             teacher_fingerprint=source.fingerprint,
         )
+
+
+def _load_classifier(teacher: Any, **options: Any) -> Any:
+    """Return the teacher, loaded with the options of `load_teacher`, after checking that it is a single-label classifier."""
+    if not is_loaded(teacher) and not isinstance(teacher, (str, os.PathLike)):
+        raise OptionError(
+            f"A teacher must be a Hub id, a folder, a PreTrainedModel or a Capture; found a {type(teacher).__name__}. For "
+            "any other, pass its embeddings to SubclassProjector.fit."
+        )
+    model = load_teacher(teacher, **options)
+    check_classifier_task(task_of(model), type(model).__name__)
+    check_single_label(without_adapter(model).config, type(model).__name__)
+    return model
+
+
+def _accumulate(
+    statistics: StatisticsAccumulator, chunks: Iterable[FeatureChunk], weight: Tensor | None, model: Any
+) -> Tensor:
+    """Add all chunks of all processes to `statistics`; return the classifier's weight, recovered from them where it is None.
+
+    Args:
+        model: The model whose classifier has the weight, which is compared with the first chunk; None does not compare.
+    """
+    moments = statistics.moments
+    regression = StreamingLeastSquares(moments.num_classes, moments.width) if weight is None else None
+    with _raise_on_all_ranks():
+        for number, chunk in enumerate(chunks):
+            if number == 0 and weight is not None and model is not None:
+                check_linear_classifier(weight, chunk, model)
+            statistics.update(chunk.embeddings, chunk.labels, chunk.logits, chunk.fine_labels, chunk.indices)
+            if regression is not None:
+                regression.update(chunk.embeddings, chunk.logits)
+    statistics.reduce()
+    if regression is not None:
+        regression.reduce()
+        weight = regression.weight(moments)
+    assert weight is not None
+    return weight
 
 
 class _FeatureSource:

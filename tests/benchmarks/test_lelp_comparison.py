@@ -85,11 +85,11 @@ def lesson_of(benchmark, classes=2):
 def test_all_targets_keep_the_teachers_classes(benchmark, tau):
     training = benchmark.training
     lesson = lesson_of(benchmark)
-    wanted = (lesson.signals.logits / tau).softmax(-1)
+    expected_tensor = (lesson.signals.logits / tau).softmax(-1)
     for arm in training.ARMS:
         if training.is_split(arm):
             targets = training.targets_of(arm, lesson, {"tau": tau, "S": 3, "beta": 0.5})
-            assert torch.allclose(targets.sum(2), wanted, atol=1e-5), arm
+            assert torch.allclose(targets.sum(2), expected_tensor, atol=1e-5), arm
             assert targets[0].numel() == training.outputs_of(arm, lesson, {"tau": tau, "S": 3, "beta": 0.5})
 
 
@@ -139,9 +139,9 @@ def test_settings_given_stand_in_place_of_the_grid(tmp_path):
     """And such as the data are too few for are left out, which the table says."""
     given = '{"tau": 2.0, "S": 3, "beta": 0.3}'
     arms(tmp_path, "--arms", "kd", "kmeans-early", *ONCE, "--settings", given)
-    told = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [each["run"]["settings"] for each in told] == [{"tau": 1.0}] * 2 + [json.loads(given)] * 2
-    assert [each["run"]["seed"] for each in told] == [0, 1, 0, 1], "one seed to tune, one to measure"
+    reported = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [each["run"]["settings"] for each in reported] == [{"tau": 1.0}] * 2 + [json.loads(given)] * 2
+    assert [each["run"]["seed"] for each in reported] == [0, 1, 0, 1], "one seed to tune, one to measure"
     again = arms(
         tmp_path, "--arms", "lelp", *ONCE, "--share", "0.02", "--settings", '{"tau": 1.0, "S": 8, "beta": 0.3}'
     )
@@ -191,8 +191,8 @@ def words(benchmark, count=40):
 
 def test_rows_are_in_order_however_texts_are_grouped(benchmark):
     batches = words(benchmark)
-    (found,) = batches.of_each(lambda inputs: (inputs["input_ids"].sum(1),))
-    assert torch.equal(found, batches.ids.sum(1))
+    (actual,) = batches.of_each(lambda inputs: (inputs["input_ids"].sum(1),))
+    assert torch.equal(actual, batches.ids.sum(1))
     (padded,) = batches.of_each(lambda inputs: (inputs["attention_mask"].sum(1),))
     assert torch.equal(padded, batches.lengths) and len(batches.lengths.unique()) > 5
 

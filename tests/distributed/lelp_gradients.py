@@ -18,7 +18,7 @@ TASK = "sequence-classification"
 
 
 def main() -> None:
-    given = json.loads(sys.argv[1])
+    params = json.loads(sys.argv[1])
     student, teacher = student_of(TASK), teacher_of(TASK)
     before = {name: value.clone() for name, value in student.named_parameters()}
     rows = examples_for(TASK, 8)
@@ -26,7 +26,7 @@ def main() -> None:
         row["labels"] = -100
     trainer = DistillationTrainer(
         student,
-        arguments(Path(given["output"]).parent / "run", temperature=2.0, **given["arguments"]),
+        arguments(Path(params["output"]).parent / "run", temperature=2.0, **params["arguments"]),
         SubclassLabelCollator(projector_of(teacher, examples_for(TASK, COUNT, seed=1)), collate),
         rows,
         eval_dataset=examples_for(TASK, 7),
@@ -36,13 +36,13 @@ def main() -> None:
     after = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
-        found = {
+        actual = {
             "world_size": dist.get_world_size() if dist.is_initialized() else 1,
             "gradients": {name: (before[name] - after[name].detach()).flatten().tolist() for name in before},
             "log": trainer.state.log_history[0],
             "metrics": metrics,
         }
-        Path(given["output"]).write_text(json.dumps(found))
+        Path(params["output"]).write_text(json.dumps(actual))
 
 
 if __name__ == "__main__":

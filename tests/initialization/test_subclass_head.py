@@ -1,4 +1,4 @@
-"""Where a student's S * C rows begin."""
+"""The initial rows of a head with S * C outputs."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from tests.distillation.small import CLASSES, collate, examples_for, model_for
 from tests.lelp.benchmark_modules import import_benchmark
-from tests.lelp.test_collator import COUNT, IMAGE, NAMES, SUBCLASSES, TEXT, heard, projector_of, teacher_of
+from tests.lelp.test_collator import COUNT, IMAGE, NAMES, SUBCLASSES, TEXT, projector_of, run_teacher, teacher_of
 from tests.tiny import KINDS
 
 import_benchmark("lelp_splitters")
 
-DOORS = {TEXT: AutoStudentForSequenceClassification, IMAGE: AutoStudentForImageClassification}
+AUTO_CLASSES = {TEXT: AutoStudentForSequenceClassification, IMAGE: AutoStudentForImageClassification}
 
 
 def logits_of(model: Any, task: str, count: int = 6) -> Tensor:
@@ -26,15 +26,15 @@ def logits_of(model: Any, task: str, count: int = 6) -> Tensor:
 
 
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
-def test_every_row_of_a_class_begins_as_the_teachers(task: str) -> None:
+def test_every_row_of_a_class_is_initialized_from_the_teachers(task: str) -> None:
     teacher = teacher_of(task)
-    student = DOORS[task].from_teacher(teacher, num_subclasses=SUBCLASSES, show_progress=False)
+    student = AUTO_CLASSES[task].from_teacher(teacher, num_subclasses=SUBCLASSES, show_progress=False)
     assert type(student) is type(teacher) and student.config.num_labels == student.num_labels == CLASSES * SUBCLASSES
     assert student.config.num_subclasses == SUBCLASSES
     assert student.config.id2label[SUBCLASSES + 1] == f"{NAMES[1]}/1"
-    found, expected = logits_of(student, task), logits_of(teacher, task)
+    actual, expected = logits_of(student, task), logits_of(teacher, task)
     # The classes' logits are the teacher's, and log S.
-    torch.testing.assert_close(class_logits(found, SUBCLASSES), expected + torch.tensor(float(SUBCLASSES)).log())
+    torch.testing.assert_close(class_logits(actual, SUBCLASSES), expected + torch.tensor(float(SUBCLASSES)).log())
     assert teacher.config.num_labels == CLASSES
 
 
@@ -48,28 +48,28 @@ def test_every_family_can_have_subclasses(kind: str) -> None:
 
 
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
-def test_a_head_may_begin_at_the_projectors_directions(task: str) -> None:
+def test_a_head_is_initialized_from_the_projectors_directions(task: str) -> None:
     teacher = teacher_of(task)
     examples = examples_for(task, COUNT)
     projector = projector_of(teacher, examples, temperature=2.0, subclass_temperature=0.5)
     student = from_teacher(teacher, projector=projector, show_progress=False)
     tau = projector.temperature
-    found = (logits_of(student, task) / tau).unflatten(-1, (CLASSES, SUBCLASSES))
+    actual = (logits_of(student, task) / tau).unflatten(-1, (CLASSES, SUBCLASSES))
     # Within a class the shares are the projector's.
-    expected = projector.transform(*heard(teacher, examples_for(task, 6)))
-    torch.testing.assert_close(found.softmax(-1), expected / expected.sum(-1, keepdim=True), rtol=1e-3, atol=1e-5)
+    expected = projector.transform(*run_teacher(teacher, examples_for(task, 6)))
+    torch.testing.assert_close(actual.softmax(-1), expected / expected.sum(-1, keepdim=True), rtol=1e-3, atol=1e-5)
 
 
-def test_labels_in_another_order_take_their_rows_along() -> None:
+def test_labels_in_another_order_move_their_rows() -> None:
     teacher = teacher_of(TEXT)
     order = [2, 0, 4, 1, 3]
     names = {number: NAMES[each] for number, each in enumerate(order)}
     projector = projector_of(teacher, examples_for(TEXT, COUNT))
     for options in ({"num_subclasses": SUBCLASSES}, {"projector": projector}):
         straight = logits_of(from_teacher(teacher, show_progress=False, **options), TEXT)
-        turned = logits_of(from_teacher(teacher, id2label=names, show_progress=False, **options), TEXT)
+        reordered = logits_of(from_teacher(teacher, id2label=names, show_progress=False, **options), TEXT)
         shuffled = straight.view(-1, CLASSES, SUBCLASSES)[:, order].flatten(1)
-        torch.testing.assert_close(turned, shuffled)
+        torch.testing.assert_close(reordered, shuffled)
 
 
 def test_a_smaller_student_and_its_folder_keep_the_subclasses(tmp_path: Any) -> None:
@@ -81,12 +81,12 @@ def test_a_smaller_student_and_its_folder_keep_the_subclasses(tmp_path: Any) -> 
     again = type(student).from_pretrained(tmp_path)
     assert again.config.num_subclasses == SUBCLASSES
     assert torch.equal(logits_of(again, TEXT), logits_of(student, TEXT))
-    # A student with subclasses is a teacher like any other: what is made of it has them, too.
+    # A student with subclasses is a teacher like any other: its students inherit them.
     heir = from_teacher(again, num_hidden_layers=1, show_progress=False)
     assert heir.config.num_subclasses == SUBCLASSES and heir.config.num_labels == CLASSES * SUBCLASSES
 
 
-def test_random_students_and_one_subclass_are_what_they_were() -> None:
+def test_random_students_and_one_subclass_are_unchanged() -> None:
     teacher = teacher_of(TEXT)
     random = from_teacher(teacher, method="random", num_subclasses=SUBCLASSES, show_progress=False)
     rows = random.classifier.weight.view(CLASSES, SUBCLASSES, -1)
@@ -95,7 +95,7 @@ def test_random_students_and_one_subclass_are_what_they_were() -> None:
     assert torch.equal(logits_of(one, TEXT), logits_of(from_teacher(teacher, show_progress=False), TEXT))
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_subclasses_raise() -> None:
     teacher = teacher_of(TEXT)
     examples = examples_for(TEXT, COUNT)
     for wrong in (0, -1, 2.5, True):

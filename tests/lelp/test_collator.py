@@ -1,4 +1,4 @@
-"""Where a batch's subclass probabilities come from: teacher, capture, targets and trainer all say the same."""
+"""The sources of a batch's subclass probabilities: teacher, capture, targets and trainer give the same."""
 
 import copy
 from pathlib import Path
@@ -35,7 +35,7 @@ def teacher_of(task: str, seed: int = 2) -> PreTrainedModel:
     return teacher
 
 
-def heard(teacher: PreTrainedModel, examples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+def run_teacher(teacher: PreTrainedModel, examples: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """Return embeddings and logits, one example after the other."""
     inputs = [{name: value for name, value in collate([each]).items() if name != "labels"} for each in examples]
     with torch.no_grad(), capture_head_inputs(find_classifier(teacher, task_of(teacher))) as fed:
@@ -46,22 +46,22 @@ def heard(teacher: PreTrainedModel, examples: list[dict[str, Any]]) -> tuple[Ten
 def projector_of(teacher: PreTrainedModel, examples: list[dict[str, Any]], **options: Any) -> SubclassProjector:
     from hf_guide.utils.fingerprint import weights_fingerprint
 
-    embeddings, logits = heard(teacher, examples)
+    embeddings, logits = run_teacher(teacher, examples)
     labels = torch.arange(len(examples)) % CLASSES
     weight = find_classifier(teacher, task_of(teacher)).weight
     plain: dict[str, Any] = {"id2label": NAMES, "temperature": 2.0, "num_subclasses": SUBCLASSES}
-    found = SubclassProjector.fit(embeddings, labels, weight.detach(), logits=logits, **(plain | options))
+    actual = SubclassProjector.fit(embeddings, labels, weight.detach(), logits=logits, **(plain | options))
     import dataclasses
 
-    return dataclasses.replace(found, teacher_fingerprint=weights_fingerprint(teacher), teacher="tests/teacher")
+    return dataclasses.replace(actual, teacher_fingerprint=weights_fingerprint(teacher), teacher="tests/teacher")
 
 
 def expected_of(projector: SubclassProjector, teacher: PreTrainedModel, examples: list[dict[str, Any]]) -> Tensor:
-    return projector.transform(*heard(teacher, examples)).flatten(1)
+    return projector.transform(*run_teacher(teacher, examples)).flatten(1)
 
 
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
-def test_teacher_capture_and_targets_say_the_same(task: str, tmp_path: Path) -> None:
+def test_teacher_capture_and_targets_give_the_same_probabilities(task: str, tmp_path: Path) -> None:
     examples, teacher = examples_for(task, COUNT), teacher_of(task)
     projector = projector_of(teacher, examples)
     unlabelled = [{name: value for name, value in each.items() if name != "labels"} for each in examples]
@@ -85,7 +85,7 @@ def test_teacher_capture_and_targets_say_the_same(task: str, tmp_path: Path) -> 
         torch.testing.assert_close(batch[TARGETS_KEY], expected, rtol=1e-4, atol=1e-6)
         assert not batch[TARGETS_KEY].is_inference()
     assert len(converted) == len(run) == COUNT
-    # S * C numbers an example, beside its key: nothing of the embedding is kept.
+    # S * C numbers an example and its key: the embedding is not stored.
     assert converted.manifest.example_bytes(12) == 16 + 4 * SUBCLASSES * CLASSES
 
 
@@ -93,7 +93,7 @@ def test_teacher_capture_and_targets_say_the_same(task: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "way", ["the trainer's teacher", "the trainer's capture", "the collator's teacher", "targets"]
 )
-def test_a_student_learns_the_same_by_all_ways(task: str, way: str, tmp_path: Path) -> None:
+def test_a_student_learns_the_same_from_every_source(task: str, way: str, tmp_path: Path) -> None:
     examples, teacher = examples_for(task, 8), teacher_of(task)
     projector = projector_of(teacher, examples_for(task, COUNT, seed=1))
     plain = with_targets(examples, expected_of(projector, teacher, examples))
@@ -103,22 +103,24 @@ def test_a_student_learns_the_same_by_all_ways(task: str, way: str, tmp_path: Pa
     by_column.train()
     source: dict[str, Any] = {}
     config = {"save_penultimate": True, "hidden_dtype": "float32"}
-    given: dict[str, Any] = {"data_collator": collate, "show_progress": False}
+    options_of_capture: dict[str, Any] = {"data_collator": collate, "show_progress": False}
     if way == "the trainer's teacher":
         collator, source = SubclassLabelCollator(projector, collate), {"teacher": teacher}
     elif way == "the trainer's capture":
-        capture = capture_teacher(teacher, examples, tmp_path / "capture", config=config, **given)
+        capture = capture_teacher(teacher, examples, tmp_path / "capture", config=config, **options_of_capture)
         collator, source = SubclassLabelCollator(projector, collate), {"teacher": capture}
     elif way == "the collator's teacher":
         collator = SubclassLabelCollator(projector, collate, teacher=teacher)
     else:
         collator = SubclassLabelCollator(
-            projector, collate, capture=capture_targets(projector, teacher, examples, tmp_path / "targets", **given)
+            projector,
+            collate,
+            capture=capture_targets(projector, teacher, examples, tmp_path / "targets", **options_of_capture),
         )
     trainer = DistillationTrainer(student_of(task), args, collator, examples, **source)
     trainer.train()
-    expected, found = step_of(by_column.model, before), step_of(trainer.model, before)
-    assert expected.norm() > 0 and (found - expected).norm() < 1e-4 * expected.norm()
+    expected, actual = step_of(by_column.model, before), step_of(trainer.model, before)
+    assert expected.norm() > 0 and (actual - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_classes_are_aligned_by_name(tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_classes_are_aligned_by_name(tmp_path: Path) -> None:
         DistillationTrainer(student, args, SubclassLabelCollator(projector, collate, teacher=teacher), examples)
 
 
-def test_a_stream_of_labelled_and_unlabelled_examples_is_learned(tmp_path: Path) -> None:
+def test_a_stream_of_labeled_and_unlabeled_examples_is_learned(tmp_path: Path) -> None:
     examples, teacher = examples_for(TEXT, 24), teacher_of(TEXT)
     projector = projector_of(teacher, examples_for(TEXT, COUNT, seed=1))
     for number, each in enumerate(examples[::2]):
@@ -164,8 +166,8 @@ def test_a_stream_of_labelled_and_unlabelled_examples_is_learned(tmp_path: Path)
     )
     trainer.train()
     assert all(np.isfinite(each["lelp"]) for each in trainer.state.log_history if "lelp" in each)
-    found = trainer.evaluate()
-    assert found["eval_lelp"] > 0 and "eval_teacher_agreement" in found
+    actual = trainer.evaluate()
+    assert actual["eval_lelp"] > 0 and "eval_teacher_agreement" in actual
 
 
 def test_targets_are_read_in_workers(tmp_path: Path) -> None:
@@ -185,7 +187,7 @@ def test_targets_are_read_in_workers(tmp_path: Path) -> None:
         DistillationTrainer(student_of(TEXT), args, running, examples).train()
 
 
-def test_what_is_evaluated_need_not_be_captured(tmp_path: Path) -> None:
+def test_evaluation_examples_need_not_be_captured(tmp_path: Path) -> None:
     examples, teacher = examples_for(TEXT, 16), teacher_of(TEXT)
     projector = projector_of(teacher, examples_for(TEXT, COUNT, seed=1))
     targets = capture_targets(
@@ -195,15 +197,15 @@ def test_what_is_evaluated_need_not_be_captured(tmp_path: Path) -> None:
     collator = SubclassLabelCollator(projector, collate, capture=targets)
     trainer = DistillationTrainer(student_of(TEXT), args, collator, examples[:8], examples[8:])
     trainer.train()
-    found = trainer.evaluate()
-    assert found["eval_loss"] == pytest.approx(found["eval_ce"])
+    actual = trainer.evaluate()
+    assert actual["eval_loss"] == pytest.approx(actual["eval_ce"])
     with pytest.raises(CaptureError, match="has an example that is not in"):
         DistillationTrainer(student_of(TEXT), args, collator, examples[8:]).train()
     with pytest.raises(CaptureError, match="SubclassLabelCollator"):
         DistillationTrainer(student_of(TEXT), args, collate, examples[:8], teacher=targets)
 
 
-def test_a_teacher_may_see_what_the_student_reads(tmp_path: Path) -> None:
+def test_a_teacher_may_read_other_inputs_than_the_student(tmp_path: Path) -> None:
     """An image teacher for a student of text: pairs of both."""
     images, texts, teacher = examples_for(IMAGE, 16), examples_for(TEXT, 16), teacher_of(IMAGE)
     projector = projector_of(teacher, examples_for(IMAGE, COUNT, seed=1))
@@ -263,7 +265,7 @@ def test_fine_labels_reach_a_projector_that_splits_by_them(tmp_path: Path) -> No
     examples, teacher = examples_for(TEXT, COUNT), teacher_of(TEXT)
     labels = torch.arange(COUNT) % CLASSES
     fine_labels = labels * SUBCLASSES + torch.arange(COUNT) // CLASSES % SUBCLASSES
-    embeddings, logits = heard(teacher, examples)
+    embeddings, logits = run_teacher(teacher, examples)
     projector = SubclassProjector.fit(
         embeddings,
         labels,
@@ -275,18 +277,18 @@ def test_fine_labels_reach_a_projector_that_splits_by_them(tmp_path: Path) -> No
     )
     rows = [each | {"fine_labels": int(label)} for each, label in zip(examples, fine_labels, strict=True)]
     expected = projector.transform(embeddings[:8], logits[:8], fine_labels[:8]).flatten(1)
-    found = SubclassLabelCollator(projector, collate, teacher=teacher)(rows[:8])
-    assert "fine_labels" not in found
-    torch.testing.assert_close(found[TARGETS_KEY], expected, rtol=1e-4, atol=1e-6)
+    actual = SubclassLabelCollator(projector, collate, teacher=teacher)(rows[:8])
+    assert "fine_labels" not in actual
+    torch.testing.assert_close(actual[TARGETS_KEY], expected, rtol=1e-4, atol=1e-6)
     before = {name: value.clone() for name, value in student_of(TEXT).state_dict().items()}
     args = arguments(tmp_path / "out", losses="lelp")
     steps = []
     data = with_targets(examples[:8], expected)
-    for collator, given, source in (
+    for collator, options_of_capture, source in (
         (collate, data, None),
         (SubclassLabelCollator(projector, collate), datasets.Dataset.from_list(rows[:8]), teacher),
     ):
-        trainer = DistillationTrainer(student_of(TEXT), args, collator, given, teacher=source)
+        trainer = DistillationTrainer(student_of(TEXT), args, collator, options_of_capture, teacher=source)
         trainer.train()
         steps.append(step_of(trainer.model, before))
     assert (steps[0] - steps[1]).norm() < 1e-4 * steps[0].norm()
@@ -304,7 +306,7 @@ def test_a_tokenizer_pads_and_an_image_processor_stacks() -> None:
     assert batch["pixel_values"].shape == (4, 3, 8, 8) and batch[TARGETS_KEY].shape == (4, CLASSES * SUBCLASSES)
 
 
-def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
+def test_mismatched_student_teacher_projector_or_capture_raises(tmp_path: Path) -> None:
     examples, teacher = examples_for(TEXT, 8), teacher_of(TEXT)
     projector = projector_of(teacher, examples_for(TEXT, COUNT, seed=1))
     args = arguments(tmp_path / "out", losses="lelp", temperature=2.0)
@@ -337,21 +339,25 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     del student.config.num_subclasses
     with pytest.raises(VocabularyError, match="subclasses of each class.*num_subclasses=3"):
         train(student, teacher=teacher)
-    given: dict[str, Any] = {"data_collator": collate, "show_progress": False}
-    bare = capture_teacher(teacher, examples, tmp_path / "bare", **given)
+    options_of_capture: dict[str, Any] = {"data_collator": collate, "show_progress": False}
+    bare = capture_teacher(teacher, examples, tmp_path / "bare", **options_of_capture)
     with pytest.raises(SubclassError, match="holds no embeddings.*'save_penultimate': True"):
         SubclassLabelCollator(projector, collate, capture=bare)
-    targets = capture_targets(projector, teacher, examples, tmp_path / "targets", **given)
+    targets = capture_targets(projector, teacher, examples, tmp_path / "targets", **options_of_capture)
     with pytest.raises(SubclassError, match="of another projector, with .*temperature 2.0"):
         SubclassLabelCollator(projector.with_temperature(temperature=1.0), collate, capture=targets)
     with pytest.raises(CaptureError, match="was begun with other settings"):
-        capture_targets(projector.with_temperature(temperature=1.0), teacher, examples, tmp_path / "targets", **given)
-    assert isinstance(capture_targets(projector, teacher, examples, tmp_path / "targets", **given), Capture)
+        capture_targets(
+            projector.with_temperature(temperature=1.0), teacher, examples, tmp_path / "targets", **options_of_capture
+        )
+    assert isinstance(
+        capture_targets(projector, teacher, examples, tmp_path / "targets", **options_of_capture), Capture
+    )
     with pytest.raises(OptionError, match="needs a map-style dataset"):
         capture_targets(projector, teacher, None, tmp_path / "none")
 
 
-def test_a_collators_teacher_that_shares_parameters_with_the_student_is_refused(tmp_path: Path) -> None:
+def test_a_collators_teacher_that_shares_parameters_with_the_student_raises(tmp_path: Path) -> None:
     examples, teacher, student = examples_for(TEXT, COUNT), teacher_of(TEXT), student_of(TEXT)
     collator = SubclassLabelCollator(projector_of(teacher, examples), collate, teacher=teacher)
     student.bert = teacher.bert

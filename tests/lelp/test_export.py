@@ -1,4 +1,4 @@
-"""The three ways out: each loads without us, and says exactly what it says it does."""
+"""The three export formats: each loads without hf_guide, and outputs exactly what it states."""
 
 import json
 import os
@@ -53,13 +53,13 @@ def classes_of(student: PreTrainedModel, task: str) -> Tensor:
     return class_logits(logits_of(student, task), SUBCLASSES)
 
 
-def strangers_logits(folder: Path, task: str, count: int, scratch: Path) -> Tensor:
-    """Return the logits of a saved model in a fresh process that cannot import hf_guide; it saves the model again, too."""
+def logits_without_hf_guide(folder: Path, task: str, count: int, scratch: Path) -> Tensor:
+    """Return the logits of a saved model in a new process that cannot import hf_guide and saves the model again."""
     batch = {name: value for name, value in collate(examples_for(task, count)).items() if name != "labels"}
     torch.save(batch, scratch / "batch.pt")
     program = f"""
 import sys
-sys.modules["hf_guide"] = None  # whoever imports it fails
+sys.modules["hf_guide"] = None  # importing it fails
 import torch, transformers
 model = transformers.{AUTO[task].__name__}.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
 with torch.no_grad():
@@ -73,7 +73,7 @@ torch.save(logits, {str(scratch / "logits.pt")!r})
 
 
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
-def test_with_code_the_class_logits_are_exact(task: str, tmp_path: Path) -> None:
+def test_with_remote_code_class_logits_are_exact(task: str, tmp_path: Path) -> None:
     student = student_of(task)
     published = save_subclass_student(student, tmp_path, "remote_code")
     assert torch.equal(logits_of(published, task), classes_of(student, task))
@@ -94,18 +94,18 @@ def test_with_code_the_class_logits_are_exact(task: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
-def test_the_code_needs_nothing_of_ours(task: str, tmp_path: Path) -> None:
+def test_the_remote_code_does_not_import_hf_guide(task: str, tmp_path: Path) -> None:
     student = student_of(task)
     save_subclass_student(student, tmp_path / "student", "remote_code")
-    logits = strangers_logits(tmp_path / "student", task, 6, tmp_path)
+    logits = logits_without_hf_guide(tmp_path / "student", task, 6, tmp_path)
     torch.testing.assert_close(logits, classes_of(student, task))
-    # What a stranger saves again is whole, too.
+    # Saved again without hf_guide it is complete, too.
     assert (tmp_path / "again" / "modeling_subclass.py").is_file()
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_pipelines_see_classes_or_subclasses(tmp_path: Path) -> None:
+def test_text_pipelines_output_classes_or_subclasses(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(50))])
     )
@@ -117,10 +117,10 @@ def test_pipelines_see_classes_or_subclasses(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = student.eval()(**inputs).logits
     expected = class_logits(logits, SUBCLASSES).softmax(-1)[0]
-    found = pipeline("text-classification", model=str(tmp_path / "remote_code"), trust_remote_code=True)(
+    actual = pipeline("text-classification", model=str(tmp_path / "remote_code"), trust_remote_code=True)(
         "7 8 9", top_k=None
     )
-    assert {each["label"]: each["score"] for each in found} == pytest.approx(
+    assert {each["label"]: each["score"] for each in actual} == pytest.approx(
         dict(zip(NAMES, expected.tolist(), strict=True)), rel=1e-5
     )
     named = pipeline("text-classification", model=str(tmp_path / "subclass_head"))("7 8 9")[0]
@@ -128,19 +128,19 @@ def test_pipelines_see_classes_or_subclasses(tmp_path: Path) -> None:
     assert named["label"] == f"{NAMES[best // SUBCLASSES]}/{best % SUBCLASSES}"
 
 
-def test_image_pipelines_see_classes(tmp_path: Path) -> None:
+def test_image_pipelines_output_classes(tmp_path: Path) -> None:
     from PIL import Image
 
     processor = ViTImageProcessor(size={"height": 8, "width": 8})
     save_subclass_student(student_of(IMAGE), tmp_path, "remote_code", processing_class=processor)
-    found = pipeline("image-classification", model=str(tmp_path), trust_remote_code=True)(
+    actual = pipeline("image-classification", model=str(tmp_path), trust_remote_code=True)(
         Image.new("RGB", (8, 8), "red")
     )
-    assert {each["label"] for each in found} <= set(NAMES) and len(found) == CLASSES
+    assert {each["label"] for each in actual} <= set(NAMES) and len(actual) == CLASSES
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), ViTImageProcessor)
 
 
-def test_the_predictions_of_what_is_saved_are_the_trainers(tmp_path: Path) -> None:
+def test_predictions_of_a_saved_model_equal_the_trainers(tmp_path: Path) -> None:
     examples = examples_for(TEXT, 16)
     data = with_targets(examples, some_targets(16))
     args = arguments(tmp_path / "out", losses="lelp", max_steps=3, learning_rate=0.1)
@@ -155,13 +155,13 @@ def test_the_predictions_of_what_is_saved_are_the_trainers(tmp_path: Path) -> No
     torch.testing.assert_close(logits_of(exact, TEXT, 16), predicted)
     torch.testing.assert_close(class_logits(logits_of(stock, TEXT, 16), SUBCLASSES), predicted)
     assert torch.equal(logits_of(exact, TEXT, 16).argmax(-1), predicted.argmax(-1))
-    elsewhere = strangers_logits(tmp_path / "remote_code", TEXT, 16, tmp_path)
-    torch.testing.assert_close(elsewhere, predicted)
-    assert torch.equal(elsewhere.argmax(-1), predicted.argmax(-1))
+    remote_logits = logits_without_hf_guide(tmp_path / "remote_code", TEXT, 16, tmp_path)
+    torch.testing.assert_close(remote_logits, predicted)
+    assert torch.equal(remote_logits.argmax(-1), predicted.argmax(-1))
 
 
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
-def test_one_row_a_class_is_refitted_and_its_agreement_is_measured(
+def test_a_head_of_one_row_a_class_is_refitted_and_its_agreement_is_recorded(
     task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student = student_of(task)
@@ -178,20 +178,20 @@ def test_one_row_a_class_is_refitted_and_its_agreement_is_measured(
     batch = {name: value for name, value in collate(others).items() if name != "labels"}
     with torch.no_grad():
         exact = class_logits(student.eval()(**batch).logits, SUBCLASSES).argmax(-1)
-        found = (stock.eval()(**batch).logits.argmax(-1) == exact).double().mean().item()
-    told = load_record(tmp_path).metrics[SUBCLASS_HEAD_AGREEMENT]
-    assert told == pytest.approx(found) and 0.7 < found <= 1
-    assert f"{found:.2%} of 60 examples" in capsys.readouterr().out
+        actual = (stock.eval()(**batch).logits.argmax(-1) == exact).double().mean().item()
+    reported = load_record(tmp_path).metrics[SUBCLASS_HEAD_AGREEMENT]
+    assert reported == pytest.approx(actual) and 0.7 < actual <= 1
+    assert f"{actual:.2%} of 60 examples" in capsys.readouterr().out
     assert SUBCLASS_HEAD_AGREEMENT.replace("_", " ") in (tmp_path / "README.md").read_text().replace("_", " ")
 
 
-def test_rows_that_are_alike_are_refitted_exactly() -> None:
+def test_equal_rows_are_refitted_exactly() -> None:
     """A class whose subclasses have one row has a log-sum-exp that is linear."""
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
-    found = refit_class_head(student, examples_for(TEXT, 100), data_collator=collate, show_progress=False)
-    assert (found.agreement, found.examples) == (1.0, 20)
+    actual = refit_class_head(student, examples_for(TEXT, 100), data_collator=collate, show_progress=False)
+    assert (actual.agreement, actual.examples) == (1.0, 20)
     exact = classes_of(student, TEXT).log_softmax(-1)
-    torch.testing.assert_close(logits_of(found.model, TEXT).log_softmax(-1), exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(logits_of(actual.model, TEXT).log_softmax(-1), exact, rtol=2e-2, atol=2e-2)
 
 
 def test_a_head_without_a_bias_is_refitted_without(tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_a_head_without_a_bias_is_refitted_without(tmp_path: Path) -> None:
     teacher = (KINDS[kind] if kind else TEACHERS["sequence-classification of a decoder"]).teacher()
     student = from_teacher(teacher, num_subclasses=2, show_progress=False)
     examples = decoder_examples("sequence-classification", 60)
-    found = refit_class_head(student, examples, data_collator=Pad(), show_progress=False)
-    assert found.model.score.bias is None and found.model.score.out_features == teacher.config.num_labels
-    assert found.agreement == 1.0
+    actual = refit_class_head(student, examples, data_collator=Pad(), show_progress=False)
+    assert actual.model.score.bias is None and actual.model.score.out_features == teacher.config.num_labels
+    assert actual.agreement == 1.0
 
 
 FAMILIES = {
@@ -231,7 +231,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_code_families_without_sdpa_or_with_several_heads_are_saved_too(family: str, tmp_path: Path) -> None:
+def test_remote_code_saves_families_without_sdpa_or_with_several_heads(family: str, tmp_path: Path) -> None:
     student = FAMILIES[family]().eval()
     task = TEXT if family == "deberta" else IMAGE
     save_subclass_student(student, tmp_path, "remote_code")
@@ -240,7 +240,7 @@ def test_with_code_families_without_sdpa_or_with_several_heads_are_saved_too(fam
     assert torch.equal(logits_of(loaded, task), class_logits(logits_of(student, task), SUBCLASSES))
 
 
-def test_with_code_dtype_and_return_dict_are_those_asked_for(tmp_path: Path) -> None:
+def test_remote_code_follows_dtype_and_return_dict(tmp_path: Path) -> None:
     student = student_of(TEXT)
     save_subclass_student(student, tmp_path, "remote_code")
     load = AutoModelForSequenceClassification.from_pretrained
@@ -253,7 +253,7 @@ def test_with_code_dtype_and_return_dict_are_those_asked_for(tmp_path: Path) -> 
         load(tmp_path, num_labels=CLASSES + 1)
 
 
-def test_of_a_trainer_the_card_tells_its_run_and_what_the_labels_are(tmp_path: Path) -> None:
+def test_the_card_of_a_trainers_student_describes_its_run_and_labels(tmp_path: Path) -> None:
     examples = examples_for(TEXT, 16)
     data = with_targets(examples, some_targets(16))
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
@@ -271,7 +271,7 @@ def test_of_a_trainer_the_card_tells_its_run_and_what_the_labels_are(tmp_path: P
     assert "refitted to one row per class" in cards["refit_head"]
 
 
-def test_untold_of_its_training_the_card_makes_none_up(tmp_path: Path) -> None:
+def test_without_a_record_the_card_describes_no_training(tmp_path: Path) -> None:
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
     options: dict[str, Any] = {"dataset": examples_for(TEXT, 16), "data_collator": collate, "show_progress": False}
     save_subclass_student(student, tmp_path, "refit_head", **options)
@@ -279,7 +279,7 @@ def test_untold_of_its_training_the_card_makes_none_up(tmp_path: Path) -> None:
     assert "distilled from" not in card and "## Training" not in card and "refitted" in card
 
 
-def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:
+def test_the_card_states_how_to_load_it(tmp_path: Path) -> None:
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
     save_subclass_student(student, tmp_path / "remote_code", "remote_code")
     card = (tmp_path / "remote_code" / "README.md").read_text()
@@ -292,7 +292,7 @@ def test_the_card_says_how_to_load_it(tmp_path: Path) -> None:
     assert (tmp_path / "remote_code" / "initialization_report.json").is_file()
 
 
-def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
+def test_invalid_arguments_of_a_save_raise(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="has no subclasses"):
         save_subclass_student(model_for(TEXT, 1), tmp_path)
     student: Any = student_of(TEXT)

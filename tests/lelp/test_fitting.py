@@ -1,4 +1,4 @@
-"""A projector made of a model and a dataset is the one made of their arrays, however these are come by."""
+"""A projector fitted to a model and a dataset equals the one fitted to their arrays, live or captured."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ from tests.tiny import KINDS, SIZES, Kind
 import_benchmark("lelp_splitters")
 COUNT = 90
 TEXT = KINDS["bert classifier"]
-KINDS_HERE = {
+CLASSIFIERS = {
     "bert": TEXT,
     "llama": Kind("LlamaForSequenceClassification", "", SIZES | {"num_labels": 3, "num_key_value_heads": 2}, {}),
     "vit": Kind("ViTForImageClassification", "", {**KINDS["vit"].config, "num_labels": 3}, {}, "images"),
@@ -37,15 +37,15 @@ KINDS_HERE = {
 
 def examples(kind: str = "bert", count: int = COUNT, *, labelled: bool = True) -> list[dict]:
     draw = torch.Generator().manual_seed(2)
-    found = []
+    actual = []
     for number in range(count):
         if kind == "vit":
             example = {"pixel_values": torch.randn(3, 16, 16, generator=draw)}
         else:
             length = int(torch.randint(3, 12, (1,), generator=draw))
             example = {"input_ids": torch.randint(3, 96, (length,), generator=draw).tolist()}
-        found.append(example | ({"label": number % 3} if labelled else {}))
-    return found
+        actual.append(example | ({"label": number % 3} if labelled else {}))
+    return actual
 
 
 def collator(kind: str):
@@ -53,66 +53,68 @@ def collator(kind: str):
 
 
 def teacher_of(kind: str = "bert"):
-    teacher = KINDS_HERE[kind].teacher()
+    teacher = CLASSIFIERS[kind].teacher()
     if kind == "llama":
         teacher.config.pad_token_id = 0
     return teacher
 
 
-def arrays(teacher, dataset) -> SimpleNamespace:
-    """What a teacher says of each example, one by one."""
-    listener = TeacherRunner(teacher, task_of(teacher))
-    said = []
+def teacher_arrays(teacher, dataset) -> SimpleNamespace:
+    """Return a teacher's embeddings and logits, computed one example at a time, and its classifier's weight."""
+    runner = TeacherRunner(teacher, task_of(teacher))
+    outputs = []
     for example in dataset:
         inputs = {
             name: torch.as_tensor(value)[None] for name, value in example.items() if name.startswith(("in", "pi"))
         }
-        said.append(listener.forward(inputs, features=True))
+        outputs.append(runner.forward(inputs, features=True))
     return SimpleNamespace(
-        embeddings=torch.cat([each.features for each in said]).clone(),
-        logits=torch.cat([each.logits for each in said]).clone(),
+        embeddings=torch.cat([each.features for each in outputs]).clone(),
+        logits=torch.cat([each.logits for each in outputs]).clone(),
         weight=find_classifier(teacher, task_of(teacher)).weight.detach(),
     )
 
 
 def balanced(teacher, rows):
-    """A teacher that says each class about as often."""
+    """Return a teacher that predicts each class about as often."""
     with torch.no_grad():
         teacher.classifier.weight.mul_(20)
-        teacher.classifier.bias.sub_(arrays(teacher, rows).logits.mean(0))
+        teacher.classifier.bias.sub_(teacher_arrays(teacher, rows).logits.mean(0))
     return teacher
 
 
-def assert_same(found: SubclassProjector, expected: SubclassProjector, said: SimpleNamespace, tolerance=1e-4) -> None:
-    one, other = (each.transform(said.embeddings, said.logits) for each in (found, expected))
+def assert_same(
+    actual: SubclassProjector, expected: SubclassProjector, outputs: SimpleNamespace, tolerance=1e-4
+) -> None:
+    one, other = (each.transform(outputs.embeddings, outputs.logits) for each in (actual, expected))
     assert (one - other).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("kind", KINDS_HERE)
-def test_a_model_and_a_dataset_give_what_their_arrays_give(kind):
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_model_and_a_dataset_give_the_projector_of_their_arrays(kind):
     teacher, dataset = teacher_of(kind), examples(kind)
     teacher.train()
-    found = fit_subclasses(
+    actual = fit_subclasses(
         teacher, dataset, 4, data_collator=collator(kind), batch_size=7, temperature=2.0, seed=3, show_progress=False
     )
     assert teacher.training, "the teacher's mode was not restored"
-    said = arrays(teacher.eval(), dataset)
+    outputs = teacher_arrays(teacher.eval(), dataset)
     labels = [example["label"] for example in dataset]
-    expected = SubclassProjector.fit(said.embeddings, labels, said.weight, 4, temperature=2.0, seed=3)
-    assert_same(found, expected, said)
-    assert found.id2label == teacher.config.id2label and found.counts.tolist() == [30, 30, 30]
-    found.check_teacher(teacher)
+    expected = SubclassProjector.fit(outputs.embeddings, labels, outputs.weight, 4, temperature=2.0, seed=3)
+    assert_same(actual, expected, outputs)
+    assert actual.id2label == teacher.config.id2label and actual.counts.tolist() == [30, 30, 30]
+    actual.check_teacher(teacher)
     with torch.no_grad():
         next(teacher.parameters()).add_(1)
     with pytest.raises(SubclassError, match="is of another teacher"):
-        found.check_teacher(teacher)
+        actual.check_teacher(teacher)
 
 
 def test_streams_and_datasets_of_the_hub_are_read_alike(tmp_path):
     teacher, rows = teacher_of(), examples()
     expected = fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False)
     mapped = datasets.Dataset.from_list(rows)
-    said = arrays(teacher, rows)
+    outputs = teacher_arrays(teacher, rows)
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -122,34 +124,34 @@ def test_streams_and_datasets_of_the_hub_are_read_alike(tmp_path):
             return len(rows)
 
     for dataset in (mapped, mapped.to_iterable_dataset(), iter(rows), Stream()):
-        assert_same(fit_subclasses(teacher, dataset, 4, data_collator=Pad(), show_progress=False), expected, said)
+        assert_same(fit_subclasses(teacher, dataset, 4, data_collator=Pad(), show_progress=False), expected, outputs)
     teacher.save_pretrained(tmp_path)
-    assert_same(fit_subclasses(tmp_path, mapped, 4, data_collator=Pad(), show_progress=False), expected, said)
+    assert_same(fit_subclasses(tmp_path, mapped, 4, data_collator=Pad(), show_progress=False), expected, outputs)
 
 
-def test_columns_that_the_teacher_does_not_take_do_no_harm():
+def test_columns_that_the_teacher_does_not_take_are_ignored():
     teacher, rows = teacher_of(), examples()
     expected = fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False)
-    beside = [row | {"text": "words", "id": number} for number, row in enumerate(rows)]
-    found = fit_subclasses(teacher, beside, 4, data_collator=Pad(), show_progress=False)
-    assert torch.equal(found.eigenvalues, expected.eigenvalues)
+    extra_columns = [row | {"text": "words", "id": number} for number, row in enumerate(rows)]
+    actual = fit_subclasses(teacher, extra_columns, 4, data_collator=Pad(), show_progress=False)
+    assert torch.equal(actual.eigenvalues, expected.eigenvalues)
 
     def from_raw(features):
         return Pad()([{"input_ids": [int(token) for token in each["text"].split()]} for each in features])
 
     raw = [{"text": " ".join(map(str, row["input_ids"])), "label": row["label"]} for row in rows]
-    found = fit_subclasses(teacher, raw, 4, data_collator=from_raw, show_progress=False)
-    assert torch.equal(found.eigenvalues, expected.eigenvalues)
+    actual = fit_subclasses(teacher, raw, 4, data_collator=from_raw, show_progress=False)
+    assert torch.equal(actual.eigenvalues, expected.eigenvalues)
 
 
-def test_examples_without_labels_are_grouped_by_the_teachers_own_class():
+def test_examples_without_labels_are_grouped_by_the_predicted_class():
     rows = examples(labelled=False, count=300)
     teacher = balanced(teacher_of(), rows)
-    said = arrays(teacher, rows)
-    own = said.logits.argmax(1)
-    assert own.bincount(minlength=3).min() > 4, "the test needs a teacher that says each class"
-    found = fit_subclasses(teacher, rows, 3, data_collator=Pad(), show_progress=False)
-    assert found.counts.tolist() == own.bincount(minlength=3).tolist()
+    outputs = teacher_arrays(teacher, rows)
+    own = outputs.logits.argmax(1)
+    assert own.bincount(minlength=3).min() > 4, "the test needs a teacher that predicts each class"
+    actual = fit_subclasses(teacher, rows, 3, data_collator=Pad(), show_progress=False)
+    assert actual.counts.tolist() == own.bincount(minlength=3).tolist()
     some = [row | {"label": number % 3 if number % 2 else None} for number, row in enumerate(rows)]
     mixed = fit_subclasses(teacher, some, 3, data_collator=Pad(), show_progress=False)
     labels = torch.where(torch.arange(300) % 2 == 1, torch.arange(300) % 3, own)
@@ -167,55 +169,57 @@ def test_labels_are_aligned_by_name_where_they_have_names():
         {"input_ids": datasets.List(datasets.Value("int64")), "label": datasets.ClassLabel(names=names)}
     )
     for dataset in (as_text, datasets.Dataset.from_list(numbered, features=features)):
-        found = fit_subclasses(teacher, dataset, 4, data_collator=Pad(), show_progress=False)
-        assert torch.equal(found.eigenvalues, expected.eigenvalues)
+        actual = fit_subclasses(teacher, dataset, 4, data_collator=Pad(), show_progress=False)
+        assert torch.equal(actual.eigenvalues, expected.eigenvalues)
     with pytest.raises(SubclassError, match="'ugly' in 'label' is not one of the teacher's classes"):
         fit_subclasses(teacher, [rows[0] | {"label": "ugly"}], 4, data_collator=Pad(), show_progress=False)
 
 
 @pytest.mark.parametrize("kind", ["bert", "vit"])
-def test_a_capture_does_in_the_teachers_place(kind, tmp_path):
+def test_a_capture_replaces_the_teacher(kind, tmp_path):
     teacher, rows = balanced(teacher_of(kind), examples(kind)), examples(kind)
     options = {"data_collator": collator(kind), "show_progress": False}
     expected = fit_subclasses(teacher, rows, 4, **options)
-    said, labels = arrays(teacher, rows), [row["label"] for row in rows]
+    outputs, labels = teacher_arrays(teacher, rows), [row["label"] for row in rows]
     capture = capture_teacher(
         teacher, rows, tmp_path / "c", config={"save_penultimate": True, "hidden_dtype": "float32"}, **options
     )
-    assert_same(fit_subclasses(teacher, rows, 4, capture=capture, **options), expected, said)
+    assert_same(fit_subclasses(teacher, rows, 4, capture=capture, **options), expected, outputs)
     alone = fit_subclasses(Capture.open(tmp_path / "c"), rows, 4, **options)
     assert alone.teacher_fingerprint == expected.teacher_fingerprint and alone.id2label == expected.id2label
-    # The classifier told from the data: what it would say of what never occurs is not to be had.
-    axes = torch.linalg.svd(said.embeddings.double() - said.embeddings.double().mean(0), full_matrices=False)
+    # The classifier is recovered from the data, only in the directions that occur there.
+    axes = torch.linalg.svd(outputs.embeddings.double() - outputs.embeddings.double().mean(0), full_matrices=False)
     hull = axes.Vh[1e-3 * axes.S[0] < axes.S]
-    inside = said.weight.double() @ hull.T @ hull
+    inside = outputs.weight.double() @ hull.T @ hull
     assert len(hull) == (48 if kind == "bert" else 47)
-    assert_same(alone, SubclassProjector.fit(said.embeddings, labels, inside, 4), said, 1e-3)
+    assert_same(alone, SubclassProjector.fit(outputs.embeddings, labels, inside, 4), outputs, 1e-3)
     by_name = fit_subclasses(str(tmp_path / "c"), rows[::-1], 4, **options)
-    assert_same(by_name, alone, said)
-    known = fit_subclasses(capture, rows, 4, classifier_weight=said.weight, **options)
-    assert_same(known, expected, said)
+    assert_same(by_name, alone, outputs)
+    known = fit_subclasses(capture, rows, 4, classifier_weight=outputs.weight, **options)
+    assert_same(known, expected, outputs)
     alone.check_teacher(capture)
     whole = fit_subclasses(capture, num_subclasses=2, show_progress=False)
-    assert whole.counts.tolist() == said.logits.argmax(1).bincount(minlength=3).tolist()
+    assert whole.counts.tolist() == outputs.logits.argmax(1).bincount(minlength=3).tolist()
 
 
-def test_a_folder_keeps_what_the_teacher_says_so_that_it_is_asked_once(tmp_path):
+def test_a_folder_caches_the_signals_so_that_the_teacher_runs_once(tmp_path):
     teacher, rows = teacher_of(), examples()
     options = {"data_collator": Pad(), "show_progress": False, "capture": tmp_path / "c"}
     first = fit_subclasses(teacher, rows, 4, **options)
     assert_same(
-        first, fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False), arrays(teacher, rows)
+        first,
+        fit_subclasses(teacher, rows, 4, data_collator=Pad(), show_progress=False),
+        teacher_arrays(teacher, rows),
     )
     calls = []
     handle = teacher.register_forward_hook(lambda *_: calls.append(1))
     again = fit_subclasses(teacher, rows, 2, **options)
     handle.remove()
-    assert len(calls) <= 2, "more than what shows the shapes"
+    assert len(calls) <= 2, "more runs than the one that reads the shapes"
     assert torch.equal(again.eigenvalues, first.eigenvalues)
 
 
-def test_the_classifier_may_be_named_or_its_weight_given():
+def test_the_classifier_may_be_named_or_its_weight_passed():
     class Odd(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -231,8 +235,8 @@ def test_the_classifier_may_be_named_or_its_weight_given():
     named = fit_subclasses(teacher, rows, 4, classifier="classifier.inner", **options)
     assert torch.equal(named.scores.directions, expected.scores.directions)
     weight = teacher.classifier.inner.weight
-    given = fit_subclasses(teacher, rows, 4, classifier_weight=weight, **options)
-    assert torch.equal(given.scores.directions, expected.scores.directions)
+    changes = fit_subclasses(teacher, rows, 4, classifier_weight=weight, **options)
+    assert torch.equal(changes.scores.directions, expected.scores.directions)
     with pytest.raises(TaskError, match="has no layer 'nothing'"):
         fit_subclasses(teacher, rows, 4, classifier="nothing", **options)
     for layer, message in (
@@ -241,7 +245,7 @@ def test_the_classifier_may_be_named_or_its_weight_given():
     ):
         with pytest.raises(SubclassError, match=message):
             fit_subclasses(teacher, rows, 4, classifier=layer, **options)
-        assert find_classifier(teacher, task_of(teacher)) is teacher.classifier.inner, "a choice that failed is kept"
+        assert find_classifier(teacher, task_of(teacher)) is teacher.classifier.inner, "a failed choice was registered"
     plain = teacher_of()
     with pytest.raises(SubclassError, match="weight has 48 rows"):
         fit_subclasses(plain, rows, 4, classifier="bert.pooler.dense", **options)
@@ -252,24 +256,24 @@ def test_the_classifier_may_be_named_or_its_weight_given():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own call
-def test_an_adapter_on_the_classifier_counts():
+def test_an_adapter_on_the_classifier_is_part_of_its_weight():
     peft = pytest.importorskip("peft")
     teacher, rows = teacher_of(), examples()
     adapted = peft.get_peft_model(
         teacher, peft.LoraConfig(target_modules=["classifier", "query"], r=2, init_lora_weights=False)
     ).eval()
-    found = fit_subclasses(adapted, rows, 4, data_collator=Pad(), show_progress=False)
-    said = arrays(adapted, rows)
+    actual = fit_subclasses(adapted, rows, 4, data_collator=Pad(), show_progress=False)
+    outputs = teacher_arrays(adapted, rows)
     merged = linear_weight(find_classifier(adapted, task_of(adapted)))
-    assert (merged - said.weight).abs().max() > 1e-3, "the adapter does nothing"
+    assert (merged - outputs.weight).abs().max() > 1e-3, "the adapter does nothing"
     labels = [row["label"] for row in rows]
-    assert_same(found, SubclassProjector.fit(said.embeddings, labels, merged, 4), said)
+    assert_same(actual, SubclassProjector.fit(outputs.embeddings, labels, merged, 4), outputs)
 
 
 @pytest.mark.parametrize("splitter", ["lelp", "kmeans", "labels", *BENCHMARK_SPLITTERS])
 def test_every_splitter_takes_a_model(splitter):
     rows = [row | {"fine": 2 * (number % 3) + number % 2} for number, row in enumerate(examples())]
-    found = fit_subclasses(
+    actual = fit_subclasses(
         teacher_of(),
         rows,
         2,
@@ -278,7 +282,7 @@ def test_every_splitter_takes_a_model(splitter):
         data_collator=Pad(),
         show_progress=False,
     )
-    assert found.splitter == splitter and found.num_subclasses == 2
+    assert actual.splitter == splitter and actual.num_subclasses == 2
 
 
 ARCHITECTURES = [
@@ -323,9 +327,9 @@ ARCHITECTURES = [
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config"), ARCHITECTURES, ids=lambda given: given if isinstance(given, str) else ""
+    ("model_class", "config"), ARCHITECTURES, ids=lambda changes: changes if isinstance(changes, str) else ""
 )
-def test_what_the_classifier_is_fed_is_found(model_class, config):
+def test_the_inputs_of_the_classifier_are_captured(model_class, config):
     special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": 1} if "Sequence" in model_class else {}
     kind = Kind(model_class, "", {**special, **config, "num_labels": 3}, {})
     teacher = kind.teacher()
@@ -340,19 +344,19 @@ def test_what_the_classifier_is_fed_is_found(model_class, config):
         size = getattr(teacher.config, "image_size", 32)
         batch = {"pixel_values": torch.randn(4, 3, size, size)}
     task = task_of(teacher)
-    heard = TeacherRunner(teacher, task).forward(batch, features=True)
+    signals = TeacherRunner(teacher, task).forward(batch, features=True)
     classifier = find_classifier(teacher, task)
     weight = linear_weight(classifier)
-    assert weight.shape == (3, classifier.in_features) and heard.features.shape == (4, classifier.in_features)
-    left = heard.logits.double() - heard.features.double() @ weight.T
-    assert left.std(0).max() < 1e-4 * heard.logits.std(0).max() + 1e-5, "the logits are not linear in it"
+    assert weight.shape == (3, classifier.in_features) and signals.features.shape == (4, classifier.in_features)
+    residual = signals.logits.double() - signals.features.double() @ weight.T
+    assert residual.std(0).max() < 1e-4 * signals.logits.std(0).max() + 1e-5, "the logits are not linear in it"
 
 
-def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
+def test_invalid_input_raises_before_or_where_it_is_read(tmp_path):
     teacher, rows = teacher_of(), examples()
     options = {"data_collator": Pad(), "show_progress": False}
     without = capture_teacher(teacher, rows, tmp_path / "c", **options)
-    for given, error, message in (
+    for changes, error, message in (
         ({"capture": without}, CaptureError, "holds no embeddings"),
         ({"num_subclasses": 0}, OptionError, "num_subclasses must be a whole number"),
         ({"num_subclasses": 60}, SubclassError, "48 wide cannot hold 60 directions"),
@@ -396,7 +400,7 @@ def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
         ({"teacher": without, "capture": without}, OptionError, "The teacher is a capture"),
     ):
         with pytest.raises(error, match=message):
-            fit_subclasses(**({"teacher": teacher, "dataset": rows, "num_subclasses": 4} | options | given))
+            fit_subclasses(**({"teacher": teacher, "dataset": rows, "num_subclasses": 4} | options | changes))
     with torch.no_grad():
         teacher.classifier.bias[1] = torch.nan
     with pytest.raises(SubclassError, match="logits of example 0"):
@@ -407,7 +411,7 @@ def test_bad_input_is_refused_before_or_where_it_is_met(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
-def test_classes_that_do_not_exclude_each_other_are_refused(kind, tmp_path):
+def test_classes_that_do_not_exclude_each_other_raise(kind, tmp_path):
     teacher, rows = teacher_of(), examples()
     plain = fit_subclasses(teacher, rows, 2, data_collator=Pad(), show_progress=False)
     teacher.config.problem_type = kind
@@ -415,8 +419,8 @@ def test_classes_that_do_not_exclude_each_other_are_refused(kind, tmp_path):
     capture = capture_teacher(
         teacher, rows, tmp_path / "capture", data_collator=Pad(), config=config, show_progress=False
     )
-    for given in (teacher, capture):
+    for changes in (teacher, capture):
         with pytest.raises(TaskError, match=f"exclude each other.*{kind}.*single_label_classification"):
-            fit_subclasses(given, rows, 2, data_collator=Pad(), show_progress=False)
+            fit_subclasses(changes, rows, 2, data_collator=Pad(), show_progress=False)
         with pytest.raises(TaskError, match=f"exclude each other.*{kind}"):
-            plain.check_teacher(given)
+            plain.check_teacher(changes)

@@ -1,4 +1,4 @@
-"""An image teacher of another library teaches a student of text by arrays alone: pairs of both, a real fit, a real loss."""
+"""An image teacher of another library distills into a text student by arrays alone, over pairs of images and texts."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ def taught_pairs() -> tuple[list[dict[str, Any]], torch.Tensor]:
 
     A digit's class is its value modulo 5, so that each class hides two digits; a text spells the digit among noise.
     """
-    found = load_digits()
-    images, digits = found.data[:COUNT] / 16, found.target[:COUNT]
+    actual = load_digits()
+    images, digits = actual.data[:COUNT] / 16, actual.target[:COUNT]
     classes = digits % CLASSES
     teacher = MLPClassifier((24,), random_state=0, max_iter=400, tol=1e-3).fit(images, classes)
     embeddings = np.maximum(images @ teacher.coefs_[0] + teacher.intercepts_[0], 0)
@@ -42,7 +42,7 @@ def taught_pairs() -> tuple[list[dict[str, Any]], torch.Tensor]:
     return rows, targets
 
 
-def test_what_is_learned_first_is_the_gradient_of_the_image_teachers_subclasses(tmp_path: Path) -> None:
+def test_the_first_gradient_is_that_of_the_image_teachers_subclasses(tmp_path: Path) -> None:
     rows, _ = taught_pairs()
     student = student_of("sequence-classification", SUBCLASSES)
 
@@ -50,11 +50,11 @@ def test_what_is_learned_first_is_the_gradient_of_the_image_teachers_subclasses(
         return -(TAU**2) * (batch[TARGETS_KEY] * (logits / TAU).log_softmax(-1)).sum(-1).mean()
 
     expected = by_hand(student, rows[:8], unified)
-    found = gradient_of(student, tmp_path, rows[:8], losses="lelp", temperature=TAU)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    actual = gradient_of(student, tmp_path, rows[:8], losses="lelp", temperature=TAU)
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_a_student_of_text_learns_what_only_the_pictures_show(tmp_path: Path) -> None:
+def test_a_text_student_learns_what_only_the_images_show(tmp_path: Path) -> None:
     rows, targets = taught_pairs()
     learned, held_out = rows[:300], rows[300:]
     unlabelled = [{name: value for name, value in row.items() if name != "labels"} for row in learned]

@@ -1,4 +1,4 @@
-"""The laws of learning subclasses: what the student learns, and that everything else sees classes."""
+"""The laws of learning subclasses: the loss of the student, and class logits for everything else."""
 
 import copy
 from pathlib import Path
@@ -74,8 +74,8 @@ def test_the_gradient_is_that_of_the_unified_cross_entropy(task: str, tmp_path: 
         return -(tau**2) * (batch["subclass_probabilities"] * (logits / tau).log_softmax(-1)).sum(-1).mean()
 
     expected = by_hand(student, examples, unified)
-    found = gradient_of(student, tmp_path, examples, losses="lelp", temperature=tau)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    actual = gradient_of(student, tmp_path, examples, losses="lelp", temperature=tau)
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -88,8 +88,8 @@ def test_one_subclass_is_exactly_distillation(task: str, tmp_path: Path) -> None
     kd = gradient_of(
         student_of(task, 1), tmp_path, plain, losses="kd", temperature=tau, teacher=copy.deepcopy(teacher)
     )
-    found = gradient_of(student_of(task, 1), tmp_path, with_targets(plain, targets), losses="lelp", temperature=tau)
-    assert (found - kd).norm() < 1e-5 * kd.norm()
+    actual = gradient_of(student_of(task, 1), tmp_path, with_targets(plain, targets), losses="lelp", temperature=tau)
+    assert (actual - kd).norm() < 1e-5 * kd.norm()
 
 
 def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding() -> None:
@@ -99,15 +99,15 @@ def test_one_subclass_has_the_value_and_the_gradient_of_distillation_to_rounding
 
     teacher, student = torch.randn(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     mine, theirs = (student.clone().requires_grad_() for _ in range(2))
-    found = losses["lelp"].function(mine, (teacher / 3.0).softmax(-1), configs["lelp"])
+    actual = losses["lelp"].function(mine, (teacher / 3.0).softmax(-1), configs["lelp"])
     expected = losses["kd"].function(theirs, DenseTarget(teacher), None, configs["kd"])
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
-    found.sum().backward()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+    actual.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
 
 
-def test_a_subclass_without_a_share_is_no_nan() -> None:
+def test_a_subclass_of_probability_zero_is_no_nan() -> None:
     config = DistillationArguments("unused", losses="lelp", report_to="none").loss_configs["lelp"]
     target = torch.tensor([[0.0, 0.25, 0.75, 0.0]])
     student = torch.zeros(1, 4, requires_grad=True)
@@ -125,20 +125,22 @@ def test_the_softmax_of_class_logits_is_the_sum_over_subclasses() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_hard_labels_and_distillation_see_classes(task: str, tmp_path: Path) -> None:
+def test_hard_labels_and_distillation_use_class_logits(task: str, tmp_path: Path) -> None:
     examples, student, teacher = examples_for(task, 8), student_of(task), model_for(task, 2).eval()
     inputs = {name: value for name, value in collate(examples).items() if name != "labels"}
     with torch.no_grad():
-        told = teacher(**inputs).logits.softmax(-1)
+        teacher_probabilities = teacher(**inputs).logits.softmax(-1)
 
     def both(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         log_classes = logits.softmax(-1).unflatten(-1, (CLASSES, SUBCLASSES)).sum(-1).log()
         hard = torch.nn.functional.nll_loss(log_classes, batch["labels"])
-        return 0.25 * hard + 0.75 * torch.nn.functional.kl_div(log_classes, told, reduction="batchmean")
+        return 0.25 * hard + 0.75 * torch.nn.functional.kl_div(
+            log_classes, teacher_probabilities, reduction="batchmean"
+        )
 
     expected = by_hand(student, examples, both)
-    found = gradient_of(student, tmp_path, examples, losses={"ce": 0.25, "kd": 0.75}, teacher=teacher)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    actual = gradient_of(student, tmp_path, examples, losses={"ce": 0.25, "kd": 0.75}, teacher=teacher)
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("objective", ["ce", "lelp", {"ce": 0.5, "lelp": 0.5}])
@@ -181,12 +183,12 @@ def test_examples_without_a_label_are_learned_by_their_subclasses(tmp_path: Path
     expected = by_hand(student, examples, mixed)
     for size in (8, 2):
         parts: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
-        found = gradient_of(copy.deepcopy(student), tmp_path, examples, losses={"ce": 1.0, "lelp": 1.0}, **parts)
-        assert (found - expected).norm() < 1e-5 * expected.norm()
+        actual = gradient_of(copy.deepcopy(student), tmp_path, examples, losses={"ce": 1.0, "lelp": 1.0}, **parts)
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_predictions_and_metrics_see_classes(task: str, tmp_path: Path) -> None:
+def test_predictions_and_metrics_use_class_logits(task: str, tmp_path: Path) -> None:
     examples, seen = examples_for(task, 6), []
     student = student_of(task)
 
@@ -203,9 +205,9 @@ def test_predictions_and_metrics_see_classes(task: str, tmp_path: Path) -> None:
         compute_metrics=metrics,
         teacher=model_for(task, 2),
     )
-    found = trainer.evaluate()
+    actual = trainer.evaluate()
     assert seen == [(6, CLASSES)]
-    assert {"eval_accuracy", "eval_ce", "eval_lelp", "eval_lelp_weighted", "eval_teacher_agreement"} <= found.keys()
+    assert {"eval_accuracy", "eval_ce", "eval_lelp", "eval_lelp_weighted", "eval_teacher_agreement"} <= actual.keys()
     inputs = {name: value for name, value in collate(examples).items() if name != "labels"}
     with torch.no_grad():
         expected = class_logits(student.eval()(**inputs).logits, SUBCLASSES)
@@ -213,20 +215,20 @@ def test_predictions_and_metrics_see_classes(task: str, tmp_path: Path) -> None:
     unlabelled = [{name: value for name, value in example.items() if name != "labels"} for example in examples]
     torch.testing.assert_close(torch.tensor(trainer.predict(unlabelled).predictions), expected)
     torch.testing.assert_close(
-        torch.tensor(found["eval_ce"]), torch.nn.functional.cross_entropy(expected, collate(examples)["labels"])
+        torch.tensor(actual["eval_ce"]), torch.nn.functional.cross_entropy(expected, collate(examples)["labels"])
     )
 
 
-def test_evaluation_without_subclasses_is_by_the_task(tmp_path: Path) -> None:
+def test_evaluation_without_subclass_probabilities_uses_the_task_loss(tmp_path: Path) -> None:
     task = "sequence-classification"
     trainer = DistillationTrainer(
         student_of(task), arguments(tmp_path, losses="lelp"), collate, None, examples_for(task, 6)
     )
-    found = trainer.evaluate()
-    assert found["eval_loss"] == pytest.approx(found["eval_ce"]) and "eval_lelp" not in found
+    actual = trainer.evaluate()
+    assert actual["eval_loss"] == pytest.approx(actual["eval_ce"]) and "eval_lelp" not in actual
 
 
-def test_label_smoothing_and_a_loss_of_ones_own_see_classes(tmp_path: Path) -> None:
+def test_label_smoothing_and_a_custom_loss_use_class_logits(tmp_path: Path) -> None:
     task, shapes = "sequence-classification", []
 
     def own(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -254,14 +256,14 @@ def test_the_names_of_classes_are_read_from_those_of_subclasses() -> None:
     assert config_class_names(config) == [f"LABEL_{number}" for number in range(CLASSES)]
 
 
-def test_a_batch_without_subclasses_is_refused(tmp_path: Path) -> None:
+def test_a_batch_without_subclass_probabilities_raises(tmp_path: Path) -> None:
     task = "sequence-classification"
     trainer = DistillationTrainer(student_of(task), arguments(tmp_path, losses="lelp"), collate, examples_for(task, 8))
     with pytest.raises(TaskError, match=r"no subclass_probabilities.*SubclassLabelCollator"):
         trainer.train()
 
 
-def test_another_number_of_outputs_is_refused(tmp_path: Path) -> None:
+def test_another_number_of_outputs_raises(tmp_path: Path) -> None:
     task = "sequence-classification"
     examples = with_targets(examples_for(task, 8), some_targets(8, CLASSES * 2))
     trainer = DistillationTrainer(student_of(task), arguments(tmp_path, losses="lelp"), collate, examples)
@@ -273,7 +275,7 @@ def test_another_number_of_outputs_is_refused(tmp_path: Path) -> None:
         DistillationTrainer(odd, arguments(tmp_path, losses="ce"), collate, examples)
 
 
-def test_the_term_is_for_classes_that_exclude_each_other(tmp_path: Path) -> None:
+def test_the_loss_needs_classes_that_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="'lelp' is for"):
         DistillationTrainer(
             model_for("causal-lm", 1), arguments(tmp_path, losses="lelp"), collate, examples_for("causal-lm")

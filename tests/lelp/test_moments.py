@@ -1,4 +1,4 @@
-"""Streamed moments are those of all the data, however these are divided, and never more than these."""
+"""Streamed moments equal those of all the data, however the data are divided."""
 
 import itertools
 import sys
@@ -29,7 +29,7 @@ def same(one: ClassMoments, other: ClassMoments) -> bool:
     return all((a - b).abs().max() <= 1e-9 * b.abs().max() for a, b in pairs)
 
 
-def test_they_are_what_their_names_say():
+def test_moments_match_their_definitions():
     data = make_embeddings()
     moments = of(data.embeddings, data.labels, 50)
     for number in range(CLASSES):
@@ -61,7 +61,7 @@ def test_merging_any_partition_gives_the_moments_of_all():
         assert same(merged, whole) and merged.num_examples == whole.num_examples
 
 
-def test_a_part_may_lack_a_class_or_everything():
+def test_a_part_may_lack_a_class_or_all_examples():
     data = make_embeddings()
     merged = ClassMoments(CLASSES, WIDTH)
     for number in range(CLASSES):
@@ -71,7 +71,7 @@ def test_a_part_may_lack_a_class_or_everything():
     assert same(merged, of(data.embeddings, data.labels, 64))
 
 
-def test_a_common_offset_a_million_times_the_spread_does_not_spoil_them():
+def test_a_common_offset_a_million_times_the_spread_keeps_precision():
     data = make_embeddings()
     moved = of(data.embeddings + 1e6, data.labels, 64)
     expected = of(data.embeddings, data.labels, 64)
@@ -126,7 +126,7 @@ def test_invalid_chunks_raise_and_name_the_example():
         moments.update(data.embeddings[:, :5], data.labels)
     with pytest.raises(SubclassError, match="cannot be merged"):
         moments.merge(ClassMoments(CLASSES, WIDTH + 1))
-    assert same(moments, of(data.embeddings, data.labels, 100)), "what was refused left a trace"
+    assert same(moments, of(data.embeddings, data.labels, 100)), "an invalid chunk changed the moments"
 
 
 def test_a_sample_depends_on_the_data_and_not_on_their_order_or_division():

@@ -40,27 +40,27 @@ def targets(projector: SubclassProjector, data: LabeledEmbeddings) -> torch.Tens
 @pytest.mark.parametrize("tau", [1.0, 3.0])
 def test_each_class_keeps_exactly_the_teachers_probability(splitter, tau):
     data = make_embeddings()
-    found = targets(fit(data, splitter, temperature=tau, subclass_temperature=0.3), data)
-    assert found.shape == (len(data.labels), CLASSES, SUBCLASSES) and found.dtype == torch.float64
-    assert (found.sum(-1) - (data.logits / tau).softmax(-1)).abs().max() <= 1e-12
-    assert found.min() >= 0 and found.std(-1).max() > 0.01, "subclasses without information"
+    actual = targets(fit(data, splitter, temperature=tau, subclass_temperature=0.3), data)
+    assert actual.shape == (len(data.labels), CLASSES, SUBCLASSES) and actual.dtype == torch.float64
+    assert (actual.sum(-1) - (data.logits / tau).softmax(-1)).abs().max() <= 1e-12
+    assert actual.min() >= 0 and actual.std(-1).max() > 0.01, "subclasses without information"
 
 
 @pytest.mark.parametrize("splitter", WITHOUT_FINE_LABELS)
 def test_one_subclass_is_the_teachers_distribution_itself(splitter):
     data = make_embeddings()
-    found = targets(fit(data, splitter, 1, temperature=2.0), data)
-    assert torch.equal(found[..., 0], (data.logits / 2).softmax(-1))
+    actual = targets(fit(data, splitter, 1, temperature=2.0), data)
+    assert torch.equal(actual[..., 0], (data.logits / 2).softmax(-1))
 
 
 def test_the_loss_of_one_subclass_is_that_of_distillation_value_and_gradient():
     data = make_embeddings()
     tau = 2.0
-    found = targets(fit(data, num_subclasses=1, temperature=tau), data).flatten(1)
-    student = torch.randn(len(found), CLASSES, dtype=torch.float64, requires_grad=True)
+    actual = targets(fit(data, num_subclasses=1, temperature=tau), data).flatten(1)
+    student = torch.randn(len(actual), CLASSES, dtype=torch.float64, requires_grad=True)
     learned = (student / tau).log_softmax(-1)
     kd = torch.nn.functional.kl_div(learned, (data.logits / tau).softmax(-1), reduction="batchmean") * tau**2
-    lelp = torch.nn.functional.kl_div(learned, found, reduction="batchmean") * tau**2
+    lelp = torch.nn.functional.kl_div(learned, actual, reduction="batchmean") * tau**2
     assert torch.equal(lelp, kd)
     gradients = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (lelp, kd)]
     assert torch.equal(*gradients)
@@ -72,10 +72,10 @@ def test_rotating_the_embedding_space_leaves_the_targets_unchanged(splitter):
     expected = targets(fit(data, splitter, subclass_temperature=0.3), data)
     for seed in range(3):
         matrix = rotation(seed)
-        turned = LabeledEmbeddings(
+        rotated = LabeledEmbeddings(
             data.embeddings @ matrix, data.labels, data.fine_labels, data.weight @ matrix, data.logits
         )
-        assert (targets(fit(turned, splitter, subclass_temperature=0.3), turned) - expected).abs().max() < 1e-9
+        assert (targets(fit(rotated, splitter, subclass_temperature=0.3), rotated) - expected).abs().max() < 1e-9
 
 
 def test_a_reflection_of_one_axis_leaves_the_targets_unchanged():
@@ -93,11 +93,11 @@ def test_moving_and_scaling_the_embeddings_leaves_the_targets_unchanged(splitter
     data = make_embeddings()
     moved = LabeledEmbeddings(3 * data.embeddings + 1, data.labels, data.fine_labels, data.weight, data.logits)
     expected = targets(fit(data, splitter), data)
-    found = targets(fit(moved, splitter), moved)
+    actual = targets(fit(moved, splitter), moved)
     if splitter == "no-scaling":
-        assert (found - expected).abs().max() > 0.1
+        assert (actual - expected).abs().max() > 0.1
     elif splitter != "random-partition":  # whose waves have no zero that moves with the data
-        assert (found - expected).abs().max() < 1e-9
+        assert (actual - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("splitter", SPLITTERS)
@@ -120,10 +120,10 @@ def test_merging_any_partition_gives_the_same_projector(splitter):
             other = StatisticsAccumulator(CLASSES, WIDTH, splitter=splitter)
             other.update(data.embeddings[chosen], data.labels[chosen], fine_labels=data.fine_labels[chosen])
             merged.merge(other)
-        found = SubclassProjector.from_statistics(merged, data.weight, SUBCLASSES)
-        for name, tensor in found.scores.tensors().items():
-            wanted = expected.scores.tensors()[name]
-            assert (tensor - wanted).abs().max() <= 1e-9 * wanted.abs().max(), name
+        actual = SubclassProjector.from_statistics(merged, data.weight, SUBCLASSES)
+        for name, tensor in actual.scores.tensors().items():
+            expected_tensor = expected.scores.tensors()[name]
+            assert (tensor - expected_tensor).abs().max() <= 1e-9 * expected_tensor.abs().max(), name
 
 
 def test_directions_are_those_of_the_paper():
@@ -198,9 +198,9 @@ def test_fine_labels_determine_the_subclass_and_unused_subclasses_have_no_share(
         fine_labels=fine_labels,
         subclass_temperature=0.1,
     )
-    found = projector.transform(data.embeddings, data.logits, fine_labels)
-    assert (found[:, 0, 1:] == 0).all() and (found[:, 1:, 4] == 0).all()
-    own = found[torch.arange(len(fine_labels)), data.labels]
+    actual = projector.transform(data.embeddings, data.logits, fine_labels)
+    assert (actual[:, 0, 1:] == 0).all() and (actual[:, 1:, 4] == 0).all()
+    own = actual[torch.arange(len(fine_labels)), data.labels]
     assert torch.equal(own.argmax(1), torch.where(data.labels == 0, 0, data.fine_labels - 4 * data.labels))
     with pytest.raises(SubclassError, match="splits by fine labels"):
         projector.transform(data.embeddings, data.logits)
@@ -254,11 +254,11 @@ def test_examples_without_labels_are_grouped_by_the_class_that_the_teacher_predi
 def test_numbers_of_numpy_and_labels_that_are_false_or_true_are_taken(tmp_path):
     data = make_embeddings(classes=2)
     expected = SubclassProjector.fit(data.embeddings, data.labels, data.weight, 4, temperature=2.0, seed=3)
-    found = SubclassProjector.fit(
+    actual = SubclassProjector.fit(
         data.embeddings, data.labels == 1, data.weight, np.int64(4), temperature=np.float32(2), seed=np.int64(3)
     )
-    assert torch.equal(targets(found, data), targets(expected, data))
-    found.with_temperature(subclass_temperature=np.float32(0.5)).save_pretrained(tmp_path)
+    assert torch.equal(targets(actual, data), targets(expected, data))
+    actual.with_temperature(subclass_temperature=np.float32(0.5)).save_pretrained(tmp_path)
     assert SubclassProjector.from_pretrained(tmp_path).subclass_temperature == 0.5
 
 
@@ -268,8 +268,8 @@ def test_a_logistic_regression_of_scikit_learn_is_a_teacher():
     x, y = digits.data[:600] / 16, digits.target[:600] % 2
     model = linear.LogisticRegression(max_iter=500).fit(x, y)
     projector = SubclassProjector.fit(x, y, model.coef_, num_subclasses=5, id2label=["even", "odd"])
-    found = projector.transform(x, model.predict_log_proba(x))
-    assert np.abs(found.sum(-1).numpy() - model.predict_proba(x)).max() < 1e-12
+    actual = projector.transform(x, model.predict_log_proba(x))
+    assert np.abs(actual.sum(-1).numpy() - model.predict_proba(x)).max() < 1e-12
     assert projector.subclass_id2label[7] == "odd/2"
 
 
@@ -277,17 +277,17 @@ def test_a_logistic_regression_of_scikit_learn_is_a_teacher():
 def test_narrow_embeddings_give_float32_near_the_exact_targets(dtype):
     data = make_embeddings()
     projector = fit(data)
-    found = projector.transform(data.embeddings.to(dtype), data.logits)
-    assert found.dtype == torch.float32
-    assert (found - projector.transform(data.embeddings.to(dtype).double(), data.logits)).abs().max() < 1e-6
+    actual = projector.transform(data.embeddings.to(dtype), data.logits)
+    assert actual.dtype == torch.float32
+    assert (actual - projector.transform(data.embeddings.to(dtype).double(), data.logits)).abs().max() < 1e-6
 
 
 def test_a_class_that_is_ruled_out_has_no_share():
     data = make_embeddings()
     logits = data.logits.clone()
     logits[:, 1] = -torch.inf
-    found = fit(data).transform(data.embeddings, logits)
-    assert (found[:, 1] == 0).all() and found.isfinite().all()
+    actual = fit(data).transform(data.embeddings, logits)
+    assert (actual[:, 1] == 0).all() and actual.isfinite().all()
 
 
 def test_temperatures_are_changed_without_fitting_again():
@@ -361,13 +361,15 @@ def test_damaged_or_missing_files_raise(tmp_path):
 def broken(**changes):
     """Arguments of `fit`, some of them invalid."""
     data = make_embeddings()
-    given = {
+    fit_arguments = {
         "embeddings": data.embeddings,
         "labels": data.labels,
         "classifier_weight": data.weight,
         "num_subclasses": SUBCLASSES,
     }
-    return given | {name: change(given.get(name)) if callable(change) else change for name, change in changes.items()}
+    return fit_arguments | {
+        name: change(fit_arguments.get(name)) if callable(change) else change for name, change in changes.items()
+    }
 
 
 def with_nan(h):

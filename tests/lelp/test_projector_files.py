@@ -1,4 +1,4 @@
-"""A projector goes to the Hub and comes back, beside what else is there."""
+"""A projector is pushed to the Hub and loaded from it, and the other files of the repository stay."""
 
 import dataclasses
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_guide import SubclassLabelCollator, SubclassProjector, fit_subclasses, save_subclass_student
-from hf_guide.cli.main import build_parser, main
+from hf_guide.cli import analyze_subclasses
+from hf_guide.cli.main import main
 from hf_guide.distillation.subclass_logits import TARGETS_KEY
 from tests.distillation.small import collate, examples_for
 from tests.lelp.synthetic_data import SUBCLASSES, make_embeddings
@@ -56,18 +57,17 @@ def test_the_way_of_a_saved_student_is_its_export_format(tmp_path) -> None:
     assert (tmp_path / "code" / "modeling_subclass.py").is_file()
 
 
-def test_flags_of_the_command(capsys) -> None:
-    parser = build_parser()
+def test_the_command_and_its_flags(monkeypatch) -> None:
+    parsed = []
+    monkeypatch.setattr(analyze_subclasses, "run", lambda args: parsed.append(args) or 0)
     with pytest.warns(FutureWarning) as caught:
-        args = parser.parse_args(
-            ["subclasses", "p", "d", "--finer-column", "x", "--nearest", "3", "--max-examples", "9", "--no-forecast"]
-        )
-    assert (args.fine_label_column, args.num_examples, args.max_samples, args.no_probe) == ("x", 3, 9, True)
-    texts = [str(warning.message) for warning in caught]
-    for old, new in (("finer-column", "fine-label-column"), ("nearest", "num-examples"), ("no-forecast", "no-probe")):
-        assert any(f"'--{old}' is deprecated; use '--{new}'" in text for text in texts)
-    with pytest.warns(FutureWarning, match="'subclasses' is deprecated; use 'analyze-subclasses'"):
-        assert main(["subclasses", "no/projector", "no/data.jsonl"]) != 0
-    assert "subclasses" not in parser.format_help().replace("analyze-subclasses", "").replace("pseudo-subclasses", "")
-    args = parser.parse_args(["analyze-subclasses", "p", "d"])
-    assert (args.fine_label_column, args.num_examples, args.max_samples, args.no_probe) == (None, 6, 4000, False)
+        main(["subclasses", "p", "d", "--finer-column", "x", "--nearest", "3", "--max-examples", "9", "--no-forecast"])
+    main(["analyze-subclasses", "p", "d"])
+    names = ("fine_label_column", "num_examples", "max_samples", "no_probe")
+    assert [tuple(getattr(args, name) for name in names) for args in parsed] == [
+        ("x", 3, 9, True),
+        (None, 6, 4000, False),
+    ]
+    texts = " ".join(str(warning.message) for warning in caught).replace("_", "-")
+    for new in ("analyze-subclasses", "fine-label-column", "num-examples", "max-samples", "no-probe"):
+        assert new in texts

@@ -118,8 +118,8 @@ def facts_without_probes(home, data, folder):
 def test_texts_without_labels_count_for_the_predicted_class(text, tmp_path):
     home, _, features = text
     facts = facts_without_probes(home, home / "bare.jsonl", tmp_path)
-    found = features.logits.argmax(1).bincount(minlength=2).tolist()
-    assert [facts["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == found
+    actual = features.logits.argmax(1).bincount(minlength=2).tolist()
+    assert [facts["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == actual
     assert "gain_estimate" not in facts
 
 

@@ -5,7 +5,7 @@ import torch
 
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.lelp.analysis.features import collect_features
-from tests.lelp.test_fitting import KINDS_HERE, collator, examples, teacher_of
+from tests.lelp.test_fitting import CLASSIFIERS, collator, examples, teacher_of
 from tests.signal_cache.tiny_teachers import Pad
 from tests.tiny import SIZES, Kind
 
@@ -24,7 +24,7 @@ def stacked(rows):
     }
 
 
-@pytest.mark.parametrize("kind", [*KINDS_HERE, "late"])
+@pytest.mark.parametrize("kind", [*CLASSIFIERS, "late"])
 def test_logits_are_linear_in_the_embeddings(kind):
     """Texts of unequal length, padded: also where logits are averaged over the places of a text (EuroBERT)."""
     teacher = LATE.teacher() if kind == "late" else teacher_of(kind)

@@ -48,22 +48,22 @@ def estimate(hidden, projector, **options):
 
 
 def test_one_subclass_a_class_gains_exactly_nothing(hidden):
-    found = estimate(hidden, projector_of(hidden, subclasses=1), num_probes=2)
-    assert found.gain == found.gain_error == found.shuffled == found.predictability == 0
-    assert not found.recommended and found.verdict == "no help expected"
+    actual = estimate(hidden, projector_of(hidden, subclasses=1), num_probes=2)
+    assert actual.gain == actual.gain_error == actual.shuffled == actual.predictability == 0
+    assert not actual.recommended and actual.verdict == "no help expected"
 
 
 def test_subclasses_that_features_show_are_predictable_and_stable(hidden):
-    found = estimate(hidden, projector_of(hidden), num_probes=2)
-    assert found.predictability > 0.5 and found.stability is not None and found.stability > 0.8
-    assert "subclasses fitted to other examples, a third" in found.summary()
-    assert f"{found.predictability:.0%}" in found.summary()
+    actual = estimate(hidden, projector_of(hidden), num_probes=2)
+    assert actual.predictability > 0.5 and actual.stability is not None and actual.stability > 0.8
+    assert "subclasses fitted to other examples, a third" in actual.summary()
+    assert f"{actual.predictability:.0%}" in actual.summary()
 
 
 def test_a_partition_that_has_nothing_to_do_with_the_data_is_not_recommended(hidden):
-    found = estimate(hidden, projector_of(hidden, "random-partition"), num_probes=4)
-    assert found.predictability < 0.05 and found.stability is not None and found.stability < 0.05
-    assert not found.recommended
+    actual = estimate(hidden, projector_of(hidden, "random-partition"), num_probes=4)
+    assert actual.predictability < 0.05 and actual.stability is not None and actual.stability < 0.05
+    assert not actual.recommended
 
 
 def test_the_estimate_is_what_probes_gain(hidden):
@@ -83,10 +83,10 @@ def test_the_estimate_is_what_probes_gain(hidden):
     projector = SubclassProjector.fit(
         embeddings, classes, weight, 8, splitter="labels", fine_labels=fine_labels, subclass_temperature=0.2
     )
-    found = estimate_gain(projector, embeddings, logits, features, classes, fine_labels=fine_labels)
-    assert found.recommended and found.gain > 1 and found.gain > found.shuffled
-    assert found.verdict == "likely to help"
-    assert found.to_dict()["recommended"] is True
+    actual = estimate_gain(projector, embeddings, logits, features, classes, fine_labels=fine_labels)
+    assert actual.recommended and actual.gain > 1 and actual.gain > actual.shuffled
+    assert actual.verdict == "likely to help"
+    assert actual.to_dict()["recommended"] is True
 
 
 def test_the_same_seed_gives_the_same_estimate_also_for_arrays(hidden):
@@ -102,21 +102,21 @@ def test_without_labels_the_predicted_classes_count(hidden):
     features, embeddings, logits, classes, _, _ = hidden
     assert torch.equal(logits.argmax(1), classes)
     projector = projector_of(hidden)
-    found = estimate_gain(projector, embeddings, logits, features, num_probes=2)
-    assert found == estimate_gain(projector, embeddings, logits, features, classes, num_probes=2)
-    assert found.stability is None
+    actual = estimate_gain(projector, embeddings, logits, features, num_probes=2)
+    assert actual == estimate_gain(projector, embeddings, logits, features, classes, num_probes=2)
+    assert actual.stability is None
     half = [number if row % 2 else (None, -1, -100)[row % 3] for row, number in enumerate(classes.tolist())]
     for missing in (half, [-100] * len(half)):
-        assert found == estimate_gain(projector, embeddings, logits, features, missing, num_probes=2)
+        assert actual == estimate_gain(projector, embeddings, logits, features, missing, num_probes=2)
 
 
 def test_where_a_third_is_too_few_examples_there_is_no_stability(hidden):
     features, embeddings, logits, classes, _, weight = hidden
     rare = torch.cat([(classes == 0).nonzero()[:390], (classes == 1).nonzero()[:10]]).flatten()
-    given = [each[rare] for each in (embeddings, logits, features, classes)]
-    projector = SubclassProjector.fit(given[0], given[3], weight, NUM_FINE)
-    found = estimate_gain(projector, *given, classifier_weight=weight, num_probes=2)
-    assert found.stability is None and found.examples == 400
+    arguments = [each[rare] for each in (embeddings, logits, features, classes)]
+    projector = SubclassProjector.fit(arguments[0], arguments[3], weight, NUM_FINE)
+    actual = estimate_gain(projector, *arguments, classifier_weight=weight, num_probes=2)
+    assert actual.stability is None and actual.examples == 400
     unknown = dataclasses.replace(projector_of(hidden), splitter="someone's")
     assert subclass_stability(unknown, embeddings, logits, classes, weight, {}) is None
 
@@ -128,10 +128,10 @@ def test_every_example_alike_in_its_class_has_nothing_beyond_it():
 
 def test_r2_is_one_for_a_linear_map_and_zero_for_noise():
     generator = torch.Generator().manual_seed(0)
-    given, noise = (torch.randn(4000, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    wanted = given @ torch.randn(5, 3, generator=generator, dtype=torch.float64)
-    assert r2_ridge(given[:2000], wanted[:2000], given[2000:], wanted[2000:]) > 0.999
-    assert r2_ridge(given[:2000], noise[:2000], given[2000:], noise[2000:]) < 0.01
+    arguments, noise = (torch.randn(4000, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    expected_tensor = arguments @ torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    assert r2_ridge(arguments[:2000], expected_tensor[:2000], arguments[2000:], expected_tensor[2000:]) > 0.999
+    assert r2_ridge(arguments[:2000], noise[:2000], arguments[2000:], noise[2000:]) < 0.01
 
 
 def test_stability_is_invariant_to_rotations_of_the_subclasses(hidden):
@@ -152,8 +152,8 @@ def test_many_features_are_reduced_and_constant_ones_left_out():
 def test_probes_learn_a_linear_boundary(hidden):
     features, _, _, classes, _, _ = hidden
     targets = torch.nn.functional.one_hot((features[:, 0] > 0).long(), 2).double().unsqueeze(2)
-    found = train_probes(features, targets, (features[:, 0] > 0).long(), COUNT // 2, 1.0, 2, 0)
-    assert found.shape == (2,) and found.min() > 95
+    actual = train_probes(features, targets, (features[:, 0] > 0).long(), COUNT // 2, 1.0, 2, 0)
+    assert actual.shape == (2,) and actual.min() > 95
 
 
 @pytest.mark.parametrize(
@@ -169,11 +169,11 @@ def test_probes_learn_a_linear_boundary(hidden):
         ({"classifier_weight": torch.zeros(2, 3)}, r"must have the shape \(2, 16\); found \(2, 3\)"),
     ],
 )
-def test_invalid_arguments_raise(hidden, change, told):
+def test_invalid_arguments_raise(hidden, change, reported):
     features, embeddings, logits, classes, _, _ = hidden
-    given = {"features": features, "labels": classes, "num_probes": 2} | change
-    with pytest.raises(SubclassError, match=told):
-        estimate_gain(projector_of(hidden), embeddings, logits, **given)
+    arguments = {"features": features, "labels": classes, "num_probes": 2} | change
+    with pytest.raises(SubclassError, match=reported):
+        estimate_gain(projector_of(hidden), embeddings, logits, **arguments)
 
 
 def test_too_few_examples_raise(hidden):
