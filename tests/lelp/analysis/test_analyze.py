@@ -148,7 +148,7 @@ def test_the_page_is_written_without_an_estimate_and_states_the_reason(text, tmp
     ]  # fmt: skip
     assert cli.main([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
-    assert "The gain was not estimated: An estimate needs at least 40 examples; found 39. (--no-probe" in printed
+    assert "The gain was not estimated: An estimate needs at least 40 examples; found 39. (Pass --no-probe" in printed
     assert "Not estimated: An estimate needs at least 40 examples" in (tmp_path / "page.html").read_text()
 
 
