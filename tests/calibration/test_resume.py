@@ -23,23 +23,23 @@ from tests.tiny import KINDS, same_bits
 
 
 class Killed(BaseException):
-    """Stands for the end of a process."""
+    """Raised in place of the end of a process."""
 
 
-def die_after(count: int, monkeypatch: pytest.MonkeyPatch, *, halfway: bool) -> None:
-    """Let a run die once it has written `count` files: right after the last, or, halfway, before that has its name."""
+def kill_after(count: int, monkeypatch: pytest.MonkeyPatch, *, halfway: bool) -> None:
+    """Kill a run once it has written `count` files: right after the last, or, halfway, before that is renamed."""
     written: list[Path] = []
-    publish = getattr(files.sync_and_rename, "__wrapped__", files.sync_and_rename)
+    rename = getattr(files.sync_and_rename, "__wrapped__", files.sync_and_rename)
 
     def dying(partial: Path, path: Path) -> None:
         if halfway and len(written) == count:
             raise Killed
-        publish(partial, path)
+        rename(partial, path)
         written.append(path)
         if not halfway and len(written) == count:
             raise Killed
 
-    dying.__wrapped__ = publish  # type: ignore[attr-defined]
+    dying.__wrapped__ = rename  # type: ignore[attr-defined]
     monkeypatch.setattr(files, "sync_and_rename", dying)
 
 
@@ -66,7 +66,7 @@ def report_of(student: Any) -> dict[str, Any]:
 def test_killed_after_every_file_it_ends_with_the_same_bits(
     name: str, halfway: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each run dies one file further on; that there is an end shows that each goes on from what the others left."""
+    """Each run is killed one file later; that one ends shows that each continues from what the others saved."""
     expected = make_student(name, None)
     monkeypatch.setattr(resume, "SECONDS_BETWEEN_SAVES", 0.0)
     forwards: list[int] = []
@@ -77,19 +77,19 @@ def test_killed_after_every_file_it_ends_with_the_same_bits(
     deaths: list[None] = []
     while True:
         with monkeypatch.context() as within:
-            die_after(1, within, halfway=halfway)
+            kill_after(1, within, halfway=halfway)
             try:
-                student = make_student(name, tmp_path / "kept")
+                student = make_student(name, tmp_path / "cache")
                 break
             except Killed:
                 deaths.append(None)
-    steps = len(list((tmp_path / "kept").glob("step-*")))
+    steps = len(list((tmp_path / "cache").glob("step-*")))
     assert steps == 1 + (4 if name == "t5" else 2) + 1, "the table, each block, and the head"
     assert len(deaths) == 1 + 5 + steps - halfway, "as many as there were files to write"
     if not halfway:
         assert forwards == [1, 2, 3, 4, 5], "each run but the first ran one batch, until there were no more"
     assert same_bits(student, expected) and report_of(student) == report_of(expected)
-    assert not list((tmp_path / "kept").glob("*.partial"))
+    assert not list((tmp_path / "cache").glob("*.partial"))
 
 
 def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,20 +176,20 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     check_error(tmp_path, "holds something else: file")
     check_error(tmp_path / "new", "uses no data", method="guide")
     assert not (tmp_path / "new").exists()
-    kept = tmp_path / "kept"
+    cache = tmp_path / "cache"
     from_teacher(
         teacher,
         method="calibrated",
         calibration_dataset=token_batches(),
-        calibration_cache_dir=kept,
+        calibration_cache_dir=cache,
         show_progress=False,
         **SMALLER,
     )
-    statistics_file = next(kept.glob("statistics-*"))
+    statistics_file = next(cache.glob("statistics-*"))
     statistics_file.write_bytes(statistics_file.read_bytes()[:100])
-    check_error(kept, "damaged")
-    (kept / "calibration.json").write_text("{")
-    check_error(kept, "damaged")
+    check_error(cache, "damaged")
+    (cache / "calibration.json").write_text("{")
+    check_error(cache, "damaged")
 
 
 def test_a_process_that_gets_sigkill_while_it_refits(tmp_path: Path) -> None:
@@ -198,11 +198,11 @@ def test_a_process_that_gets_sigkill_while_it_refits(tmp_path: Path) -> None:
         from pathlib import Path
         from hf_guide.utils import files
         from tests.calibration.test_resume import make_student
-        publish = files.sync_and_rename
+        rename = files.sync_and_rename
         def dying(partial, path):
             if path.name == "step-layers.1.safetensors":
                 os.kill(os.getpid(), signal.SIGKILL)
-            publish(partial, path)
+            rename(partial, path)
         files.sync_and_rename = dying
         make_student("llama", Path(sys.argv[1]))
     """
@@ -223,21 +223,21 @@ def test_a_process_that_gets_sigkill_while_it_refits(tmp_path: Path) -> None:
 
 
 def test_the_command_line_takes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    given: dict[str, Any] = {}
+    received: dict[str, Any] = {}
 
-    def stopped(teacher: str, **options: Any) -> None:
-        given.update(options)
+    def interrupted(teacher: str, **options: Any) -> None:
+        received.update(options)
         if options.get("calibration_cache_dir"):
             options["calibration_cache_dir"].mkdir()
             (options["calibration_cache_dir"] / "calibration.json").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_guide.modeling.from_teacher", stopped)
+    monkeypatch.setattr("hf_guide.modeling.from_teacher", interrupted)
     command = ["init", "teacher", "-o", str(tmp_path / "out"), "--method", "calibrated"]
-    assert main([*command, "--calibration-cache-dir", str(tmp_path / "kept")]) == 130
-    assert given["calibration_cache_dir"] == tmp_path / "kept"
-    assert f"the same command goes on from {tmp_path / 'kept'}" in capsys.readouterr().err
-    assert main(command) == 130 and "nothing was left behind" in capsys.readouterr().err
+    assert main([*command, "--calibration-cache-dir", str(tmp_path / "cache")]) == 130
+    assert received["calibration_cache_dir"] == tmp_path / "cache"
+    assert f"run the same command again to continue from {tmp_path / 'cache'}" in capsys.readouterr().err
+    assert main(command) == 130 and "nothing was written" in capsys.readouterr().err
 
 
 def test_the_manifest_is_json_and_the_rest_safetensors(tmp_path: Path) -> None:
