@@ -1,4 +1,4 @@
-"""What people would rather see than read: variance against width, as a figure or in the terminal, and losses against steps."""
+"""Plot explained variance against width, as a figure or in a terminal, and losses against steps."""
 
 import math
 import os
@@ -19,7 +19,7 @@ LANDMARKS = (0.5, 0.8, 0.9, 0.95, 0.99)
 
 
 def width_reaching(curve: Curve, share: float) -> int:
-    """The smallest width at which a cumulative curve reaches a share of the variance, 0 to 1."""
+    """Return the smallest width at which a cumulative curve reaches a fraction of the variance, 0 to 1."""
     return next((width for width, value in enumerate(curve, 1) if value >= share - 1e-12), len(curve))
 
 
@@ -27,16 +27,16 @@ def plot_explained_variance(
     report_or_curve: InitializationReport | Mapping[str, Curve] | Curve,
     path: str | os.PathLike[str] | None = None,
 ) -> "Figure":
-    """Draw the share of variance kept against the width, one line for each projected axis.
+    """Plot the explained variance against the width, one line per projected axis.
 
     Args:
-        report_or_curve: a report (the student's widths are marked), curves by axis, or one curve; a curve holds
-            the shares, 0 to 1, at width 1, 2, ....
-        path: where to write the figure; the suffix chooses the format.
+        report_or_curve: A report (the student's widths are marked), curves by axis, or one curve: cumulative fractions,
+            0 to 1, at width 1, 2, ....
+        path: Where to write the figure; the suffix determines the format.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there is no curve to draw.
+        ValueError: There is no curve.
     """
     figure_class = _figure_class()
     curves: Mapping[str, Curve]
@@ -48,7 +48,7 @@ def plot_explained_variance(
     else:
         curves = {"embed": report_or_curve}
     if not any(len(curve) for curve in curves.values()):
-        raise ValueError("There is no variance curve to draw: only an axis that was projected has one.")
+        raise ValueError("There is no variance curve to plot: only projected axes have one.")
 
     figure = figure_class(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -60,7 +60,7 @@ def plot_explained_variance(
             axes.plot([width, width, 0], [0, share, share], ":", color=line.get_color(), linewidth=1)
             axes.plot([width], [share], "o", color=line.get_color())
             axes.annotate(f"{width}: {share:.1%}", (width, share), xytext=(6, -14), textcoords="offset points")
-    axes.set(xlabel="width kept", ylabel="share of variance", xlim=(0, None), ylim=(0, 1.02))
+    axes.set(xlabel="width", ylabel="explained variance", xlim=(0, None), ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(loc="lower right")
@@ -70,9 +70,9 @@ def plot_explained_variance(
 
 
 def loss_curves(history: Sequence[Mapping[str, float | None]]) -> dict[str, list[tuple[float, float]]]:
-    """Return the losses of a `Trainer`'s log, of training and of evaluation, as (step, loss) where there are two or more."""
+    """Return the training and evaluation losses of a `Trainer`'s log as (step, loss), where there are two or more."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    # The loss of training is the objective's, of which evaluation has the task loss apart.
+    # The training loss is the whole objective, which evaluation logs apart from the task loss.
     evaluated = "eval_objective" if any("eval_objective" in entry for entry in history) else "eval_loss"
     for entry in history:
         step = entry.get("step")
@@ -86,20 +86,20 @@ def loss_curves(history: Sequence[Mapping[str, float | None]]) -> dict[str, list
 def plot_training(
     history: Sequence[Mapping[str, float | None]], path: str | os.PathLike[str] | None = None
 ) -> "Figure":
-    """Draw the losses of training and evaluation against the step.
+    """Plot the training and evaluation losses against the step.
 
     Args:
-        history: entries of a `Trainer`'s log, each with its "step".
-        path: where to write the figure; the suffix chooses the format.
+        history: Entries of a `Trainer`'s log, each with its "step".
+        path: Where to write the figure; the suffix determines the format.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there are no two steps to draw a line between.
+        ValueError: Losses were logged at fewer than two steps.
     """
     figure_class = _figure_class()
     curves = loss_curves(history)
     if not curves:
-        raise ValueError("There is no loss to draw: it was logged at fewer than two steps.")
+        raise ValueError("There is no loss to plot: it was logged at fewer than two steps.")
     figure = figure_class(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for name, points in curves.items():
@@ -114,7 +114,7 @@ def plot_training(
 
 
 def text_plot(curve: Curve, columns: int = 64, lines: int = 12) -> str:
-    """Draw a cumulative curve in plain characters: share of variance upwards, width to the right."""
+    """Plot a cumulative curve in plain characters: explained variance upwards, width to the right."""
     columns = min(columns, len(curve))
     heights = [curve[(column + 1) * len(curve) // columns - 1] * lines for column in range(columns)]
     rows = []
@@ -126,10 +126,10 @@ def text_plot(curve: Curve, columns: int = 64, lines: int = 12) -> str:
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) -> None:
-    """Write a figure into a file, all of it or nothing, in the format of its suffix; PNG without one.
+    """Write a figure into a file atomically, in the format of its suffix; PNG without one.
 
     Raises:
-        OptionError: a suffix that matplotlib has no format for.
+        OptionError: matplotlib does not support the suffix.
     """
     known = figure.canvas.get_supported_filetypes()
     suffix = Path(path).suffix.removeprefix(".").lower()

@@ -5,8 +5,7 @@ Does not: change the student, or merge what stock weights cannot represent.
 """
 
 import copy
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.utils import logging
 from hf_guide.errors import OptionError
 from hf_guide.models.adapters import adapter_layers, has_adapter, without_adapter
 from hf_guide.models.modes import eval_mode
-from hf_guide.utils.files import move_entries, staging_folder
+from hf_guide.utils.files import staged_update
 from hf_guide.utils.finite import check_weights_finite
 
 logger = logging.get_logger(__name__)
@@ -26,10 +25,9 @@ logger = logging.get_logger(__name__)
 # Relative error of the logits. In half precision the merged weight is rounded, and the adapter's sum is not.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.2
-_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
-def save_merged(student: Any, folder: Path) -> None:
+def save_merged(student: Any, folder: Path, *, add_files: Callable[[Path], None] | None = None) -> None:
     """Write a student with its adapter merged: the files of its stock class, verified by loading them again.
 
     Embeddings that are tied in the base model and are no longer equal are written as two tensors, with
@@ -39,6 +37,8 @@ def save_merged(student: Any, folder: Path) -> None:
     Args:
         student: A `PeftModel`, whose active adapters are merged.
         folder: A new folder, or one whose weights are replaced.
+        add_files: Writes further files, such as a tokenizer, into the folder that is passed to it; they are published
+            together with the weights.
 
     Raises:
         NotFiniteError: A merged weight is NaN or infinite; nothing is written.
@@ -50,19 +50,15 @@ def save_merged(student: Any, folder: Path) -> None:
         raise OptionError(
             f"{folder.name} has an adapter, which Transformers would add to the merged model. Choose another folder."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with staging_folder(folder.parent, folder.name) as written:
+    with staged_update(folder) as written:
         merged, expected = merge_adapter(student), _expected_logits(student)
         check_weights_finite(merged, "The merged student")
         model_class = type(merged)
         merged.save_pretrained(written)
         del merged
         _verify_saved_model(model_class, written, student, expected)
-        folder.mkdir(exist_ok=True)
-        for path in list(folder.iterdir()):
-            if _WEIGHT_FILE.fullmatch(path.name):
-                path.unlink()
-        move_entries(written, folder, last=("config.json",))
+        if add_files is not None:
+            add_files(written)
 
 
 def check_mergeable(student: Any) -> None:

@@ -73,7 +73,6 @@ from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.tasks import task_of
 from hf_guide.teachers.forward import LiveTeacher, non_finite_signals_error
 from hf_guide.teachers.isolation import check_no_shared_parameters
-from hf_guide.utils.files import staged_update
 from hf_guide.utils.finite import check_weights_finite
 
 
@@ -596,15 +595,17 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
             )
         if not self.args.should_save:
             return
-        with staged_update(Path(output_dir)) as folder:
-            save_merged(student, folder)
-            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        record = getattr(student, "distillation_record", None)
+
+        def add_files(folder: Path) -> None:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            record = getattr(student, "distillation_record", None)
             if record is not None:
                 save_record(folder, record)
             clean_saved_folder(folder)
+
+        save_merged(student, Path(output_dir), add_files=add_files)
 
 
 def _as_list(names: "str | list[str] | None") -> list[str]:

@@ -18,8 +18,8 @@ from hf_guide.signal_cache.data import TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task
 from hf_guide.teachers.forward import TeacherRunner
+from hf_guide.utils.labels import TRAINER_LABEL_COLUMNS
 
-TRAINER_LABEL_COLUMNS = ("labels", "label", "label_ids")
 LOGIT_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits' spread; 1e-3 for others
 
 

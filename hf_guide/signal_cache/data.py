@@ -14,8 +14,7 @@ from transformers import (
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.models.adapters import forward_parameters
 from hf_guide.tasks import Task
-
-_LABEL_COLUMNS = ("label", "label_ids", "labels")
+from hf_guide.utils.labels import TRAINER_LABEL_COLUMNS
 
 
 class TeacherBatchCollator:
@@ -41,7 +40,7 @@ class TeacherBatchCollator:
         processing_class: Any,
         drop: bool,
     ):
-        self._known = {*forward_parameters(model), *_LABEL_COLUMNS}
+        self._known = {*forward_parameters(model), *TRAINER_LABEL_COLUMNS}
         self._drop = drop
         self._without_labels = data_collator is None and not task.row.targets_in_decoder
         if data_collator is not None:
@@ -75,7 +74,7 @@ class TeacherBatchCollator:
 
     def _used_columns(self, feature: Mapping[str, Any]) -> dict[str, Any]:
         # Collators that only pad cannot pad labels, and the key of an example does not need them.
-        dropped = _LABEL_COLUMNS if self._without_labels else ()
+        dropped = TRAINER_LABEL_COLUMNS if self._without_labels else ()
         return {
             name: value
             for name, value in feature.items()

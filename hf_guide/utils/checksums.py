@@ -1,8 +1,8 @@
-"""Checksums of the files that this package writes, so that damage to them is an error and never a wrong number.
+"""Checksums of the files that this package writes, so that damage raises an error instead of giving wrong numbers.
 
-A file is known by the 128 bits of xxHash3 of its bytes: a guard against bad disks, memory and copies, not against someone who
-changes a file on purpose. Arrow files have theirs in the manifest beside them. JSON and safetensors files of ours hold
-their own, in an entry `checksum`; it is computed with that entry's 32 digits as zeros, so that it covers every byte.
+The checksum is 128-bit xxHash3: a guard against faulty disks, memory and copies, not against deliberate changes. Arrow files
+have theirs in the manifest. JSON and safetensors files contain their own in the entry `checksum`, computed with that entry's
+32 digits as zeros, so that it covers every byte.
 """
 
 import json
@@ -30,11 +30,11 @@ _CAUSE = "The disk, the memory or a copy has damaged it, or someone has edited i
 
 
 class DamagedFileError(HfGuideError):
-    """A file whose bytes are not those that were written."""
+    """A file's bytes differ from those that were written."""
 
 
 class Checksum:
-    """The checksum of bytes that are given piece by piece."""
+    """Incremental checksum of bytes."""
 
     def __init__(self) -> None:
         self._state = xxhash.xxh3_128()
@@ -54,10 +54,10 @@ def file_checksum(path: str | os.PathLike[str]) -> str:
 
 
 def verify_checksum(path: Path, expected: str) -> None:
-    """Compare a file's checksum with the one it was written with.
+    """Compare a file's checksum with the expected one.
 
     Raises:
-        DamagedFileError: names the file and both checksums.
+        DamagedFileError: They differ.
     """
     found = file_checksum(path)
     if found != expected:
@@ -65,7 +65,7 @@ def verify_checksum(path: Path, expected: str) -> None:
 
 
 def write_json(path: Path, entries: Mapping[str, Any]) -> None:
-    """Write a JSON file that holds its own checksum, whole or not at all."""
+    """Write a JSON file that contains its own checksum, atomically."""
     text = json.dumps({**entries, CHECKSUM_KEY: _ZEROS}, indent=2, default=str) + "\n"
     data = text.encode("utf-8")
     checksum = xxhash.xxh3_128_hexdigest(data)
@@ -78,11 +78,12 @@ def read_json(path: Path, *, required: bool = True) -> tuple[dict[str, Any], boo
     """Return the entries of a JSON file without its checksum, and whether it had one.
 
     Args:
-        required: refuse a file without a checksum.
+        path: The file.
+        required: Whether a missing checksum is an error.
 
     Raises:
-        DamagedFileError: not JSON, no mapping, no checksum or another one.
-        FileNotFoundError: there is no such file.
+        DamagedFileError: Invalid JSON, not a mapping, or a missing or wrong checksum.
+        FileNotFoundError: There is no such file.
     """
     data = path.read_bytes()
     try:
@@ -90,7 +91,7 @@ def read_json(path: Path, *, required: bool = True) -> tuple[dict[str, Any], boo
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DamagedFileError(f"{path} is damaged: {error}.") from error
     if not isinstance(entries, dict):
-        raise DamagedFileError(f"{path} is damaged: it holds a {type(entries).__name__} and should hold a mapping.")
+        raise DamagedFileError(f"{path} is damaged: it must be a mapping; found a {type(entries).__name__}.")
     checksum = entries.pop(CHECKSUM_KEY, None)
     if checksum is None:
         if required:
@@ -104,10 +105,10 @@ def read_json(path: Path, *, required: bool = True) -> tuple[dict[str, Any], boo
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Write a safetensors file that holds its own checksum, whole or not at all, and return the checksum.
+    """Write a safetensors file that contains its own checksum, atomically, and return the checksum.
 
     Raises:
-        SafetensorError, OSError: it could not be written.
+        SafetensorError, OSError: The file could not be written.
     """
     with atomic_write(path) as partial:
         save_file(
@@ -117,21 +118,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         )
         checksum = file_checksum(partial)
         with partial.open("r+b") as file:
-            place = _checksum_offset(file.read(8 + _header_size(partial)), _ZEROS)
-            file.seek(place)
+            offset = _checksum_offset(file.read(8 + _header_size(partial)), _ZEROS)
+            file.seek(offset)
             file.write(checksum.encode())
     return checksum
 
 
 def read_tensors(path: Path, *, required: bool = True) -> tuple[dict[str, Tensor], dict[str, str], str | None]:
-    """Return the tensors and the metadata of a safetensors file of ours, and its checksum, None where it has none.
+    """Return the tensors, metadata and checksum of a file of `write_tensors`; the checksum is None if it has none.
 
     Args:
-        required: refuse a file without a checksum.
+        path: The file.
+        required: Whether a missing checksum is an error.
 
     Raises:
-        DamagedFileError: not a safetensors file, no checksum or another one.
-        FileNotFoundError: there is no such file.
+        DamagedFileError: Not a safetensors file, or a missing or wrong checksum.
+        FileNotFoundError: There is no such file.
     """
     defect = safetensors_defect(path)
     if defect is not None:
@@ -140,14 +142,14 @@ def read_tensors(path: Path, *, required: bool = True) -> tuple[dict[str, Tensor
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             checksum = metadata.pop(CHECKSUM_KEY, None)
-            # Earlier versions wrote no checksum; a key that lost its name must not pass for that.
+            # Early versions wrote no checksum; a damaged key must not count as such a file.
             if checksum is None and (required or set(metadata) - {"format"}):
                 raise DamagedFileError(f"{path} is damaged: its header has no entry {CHECKSUM_KEY!r}.")
             if checksum is not None:
                 with path.open("rb") as raw:
-                    place = _checksum_offset(raw.read(8 + _header_size(path)), checksum)
+                    offset = _checksum_offset(raw.read(8 + _header_size(path)), checksum)
                 _raise_on_mismatch(
-                    path, checksum, _checksum_excluding(path, checksum, place) if place >= 0 else "none"
+                    path, checksum, _checksum_excluding(path, checksum, offset) if offset >= 0 else "none"
                 )
             return {name: file.get_tensor(name) for name in file.keys()}, metadata, checksum  # noqa: SIM118
     except (SafetensorError, UnicodeDecodeError) as error:
@@ -155,7 +157,7 @@ def read_tensors(path: Path, *, required: bool = True) -> tuple[dict[str, Tensor
 
 
 def safetensors_defect(path: Path) -> str | None:
-    """Return what shows, without reading its tensors, that a safetensors file is not whole; None if nothing does."""
+    """Return why a safetensors file is incomplete, without reading its tensors; None if it seems complete."""
     size = path.stat().st_size
     if size < 8:
         return f"it has {size} bytes"
@@ -174,7 +176,7 @@ def safetensors_defect(path: Path) -> str | None:
 
 
 def weights_defect(folder: Path) -> str | None:
-    """Return why a model's folder cannot be loaded whole; None if its weights are there."""
+    """Return why a model's folder cannot be loaded; None if its weights are complete."""
     found = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
     for index in folder.glob("*.safetensors.index.json"):
         try:
@@ -198,24 +200,24 @@ def weights_defect(folder: Path) -> str | None:
 
 
 def check_written_model(folder: Path) -> None:
-    """Refuse a folder that holds no whole model.
+    """Check that a folder contains a complete model.
 
     Raises:
-        OSError: says what is missing.
+        OSError: A file is missing or damaged; names it.
     """
     defect = weights_defect(folder) or (None if (folder / "config.json").is_file() else "it has no config.json")
     if defect is not None:
-        raise OSError(f"The model that was written to {folder} is not whole: {defect}. Run the command again.")
+        raise OSError(f"The model that was written to {folder} is incomplete: {defect}. Run the command again.")
 
 
 def torch_file_defect(path: Path) -> str | None:
-    """Return what is wrong with a file of `torch.save`, by the checksums in it, without running anything; None if nothing."""
+    """Return what is wrong with a file of `torch.save`, by its own checksums and without running code; None if nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
         return f"it cannot be read ({error})"
-    return None if damaged is None else f"its part {damaged} has another checksum than was written"
+    return None if damaged is None else f"the checksum of its part {damaged} is wrong"
 
 
 def _raise_on_mismatch(path: Path, expected: str, found: str) -> None:
@@ -229,21 +231,21 @@ def _header_size(path: Path) -> int:
 
 
 def _checksum_offset(header: bytes, checksum: str) -> int:
-    """Return where the checksum's digits begin; -1 where they do not stand there as they were written."""
+    """Return the offset of the checksum's digits; -1 if they are not in the header."""
     key = f'"{CHECKSUM_KEY}":"'.encode()
-    place = header.find(key + checksum.encode())
-    return place + len(key) if place >= 0 else -1
+    index = header.find(key + checksum.encode())
+    return index + len(key) if index >= 0 else -1
 
 
-def _checksum_excluding(path: Path, checksum: str, place: int) -> str:
-    """Return the checksum of a file with zeros in place of its own, at `place`."""
-    whole = xxhash.xxh3_128()
+def _checksum_excluding(path: Path, checksum: str, offset: int) -> str:
+    """Return the checksum of a file with zeros instead of its own checksum at `offset`."""
+    state = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         if checksum:
-            whole.update(file.read(place))
-            whole.update(b"0" * len(checksum))
-            file.seek(place + len(checksum))
+            state.update(file.read(offset))
+            state.update(b"0" * len(checksum))
+            file.seek(offset + len(checksum))
         block = memoryview(bytearray(_BLOCK_BYTES))
         while size := file.readinto(block):
-            whole.update(block[:size])
-    return whole.hexdigest()
+            state.update(block[:size])
+    return state.hexdigest()

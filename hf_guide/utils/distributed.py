@@ -1,7 +1,7 @@
-"""Several processes as one: each hears its own batches, and what they sum is added up.
+"""Collective operations across ranks that raise if another rank has ended, instead of waiting forever.
 
-A process that waits for others learns within two minutes that one of them has ended: each counts up a number in the store at
-which the group met, from a thread of its own, so that a process that is merely slow is waited for.
+Each rank increments a counter in the default group's store from a background thread. A rank that waits for another notices
+within two minutes that its counter has stopped; a rank that is only slow is waited for.
 """
 
 import atexit
@@ -26,89 +26,89 @@ FAILURE_GRACE_PERIOD = 10.0
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return the number of this process and how many there are."""
+    """Return this process's rank and the number of processes; (0, 1) without torch.distributed."""
     if distributed.is_available() and distributed.is_initialized():
         if distributed.get_world_size() > 1:
-            _Heartbeat.of_this_group()
+            _Heartbeat.of_default_group()
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def local_shard(items: Sequence[T]) -> list[T]:
-    """Return every n-th of `items`, those of this process."""
+    """Return this rank's items: every `world_size`-th, starting at `rank`."""
     rank, size = rank_and_world_size()
     return list(items[rank::size])
 
 
 def all_reduce_sum_(tensors: Iterable[Tensor]) -> None:
-    """Add to each tensor, in place, what the other processes have under the same place in the list."""
+    """Sum each tensor over all ranks, in place; all ranks must pass tensors of the same shapes in the same order."""
     if rank_and_world_size()[1] == 1:
         return
     for tensor in tensors:
-        shared = tensor.to(collective_device()).contiguous()
+        reduced = tensor.to(collective_device()).contiguous()
         with report_missing_ranks():
-            distributed.all_reduce(shared)
-        tensor.copy_(shared)
+            distributed.all_reduce(reduced)
+        tensor.copy_(reduced)
 
 
 def all_reduce_scalar(number: float) -> float:
-    """Return the sum of one number over all processes."""
+    """Return the sum of one number over all ranks."""
     total = torch.tensor(float(number), dtype=torch.float64)
     all_reduce_sum_([total])
     return total.item()
 
 
 def barrier() -> None:
-    """Return once every process has come here.
+    """Wait until every rank calls this function.
 
     Raises:
-        MissingRankError: names the processes that have ended.
+        MissingRankError: A rank has ended; names it.
     """
     if rank_and_world_size()[1] == 1:
         return
-    presence = _Heartbeat.of_this_group()
-    if presence is not None:
-        presence.meet()
+    heartbeat = _Heartbeat.of_default_group()
+    if heartbeat is not None:
+        heartbeat.meet()
     with report_missing_ranks():
         distributed.barrier()
 
 
 class RankMonitor:
-    """Notices which of the other processes have ended, for a loop that waits for what they do."""
+    """Detects ranks that have ended, for a loop that waits for their work."""
 
-    def __init__(self, seconds: float | None = None):
-        """`seconds` is how long a process may give no sign of life; by default SECONDS_UNTIL_MISSING."""
-        self._seconds = HEARTBEAT_TIMEOUT if seconds is None else seconds
-        self._presence = _Heartbeat.of_this_group() if rank_and_world_size()[1] > 1 else None
+    def __init__(self, timeout: float | None = None):
+        """Set the time after which a rank without heartbeats counts as missing; by default HEARTBEAT_TIMEOUT seconds."""
+        self._timeout = HEARTBEAT_TIMEOUT if timeout is None else timeout
+        self._heartbeat = _Heartbeat.of_default_group() if rank_and_world_size()[1] > 1 else None
         self._seen: dict[int, tuple[int, float]] = {}
-        self._looked = 0.0
+        self._last_check = 0.0
 
     def missing(self) -> list[int]:
-        """Return the ranks of the processes that have given no sign of life for too long; none where that is not known."""
+        """Return the ranks without a heartbeat for too long; empty if that cannot be determined."""
         now = time.monotonic()
-        if self._presence is None or now - self._looked < HEARTBEAT_INTERVAL:
+        if self._heartbeat is None or now - self._last_check < HEARTBEAT_INTERVAL:
             return []
-        self._looked, found = now, []
+        self._last_check, missing = now, []
         for rank in range(rank_and_world_size()[1]):
             try:
-                count = self._presence.signs(rank)
+                count = self._heartbeat.count(rank)
             except RuntimeError:
-                return [0]  # the store is its, and gone
+                return [0]  # rank 0 hosts the store
             before, since = self._seen.get(rank, (-1, now))
             if count != before:
                 self._seen[rank] = (count, now)
-            elif now - since > (self._seconds if count else max(self._seconds, STARTUP_TIMEOUT)):
-                found.append(rank)
-        return found
+            elif now - since > (self._timeout if count else max(self._timeout, STARTUP_TIMEOUT)):
+                missing.append(rank)
+        return missing
 
     def check(self, what: str) -> None:
-        """Raise if a process has ended.
+        """Raise if a rank has ended.
 
         Args:
-            what: what this process waits for, for the error.
+            what: What this rank waits for, for the error.
 
         Raises:
-            MissingRankError: names it.
+            MissingRankError: A rank has ended; names it.
         """
         missing = self.missing()
         if missing:
@@ -117,15 +117,15 @@ class RankMonitor:
 
 @contextlib.contextmanager
 def report_missing_ranks() -> Iterator[None]:
-    """Turn the error of a collective operation into one that names the processes that have ended, if any has."""
+    """Replace the error of a collective operation by a MissingRankError that names the ranks that have ended, if any."""
     try:
         yield
     except RuntimeError as error:
-        watch, end = RankMonitor(FAILURE_GRACE_PERIOD / 2), time.monotonic() + FAILURE_GRACE_PERIOD
+        monitor, end = RankMonitor(FAILURE_GRACE_PERIOD / 2), time.monotonic() + FAILURE_GRACE_PERIOD
         while time.monotonic() < end:
-            missing = watch.missing()
+            missing = monitor.missing()
             if missing:
-                raise MissingRankError(_missing_ranks_message(missing, "an exchange with it")) from error
+                raise MissingRankError(_missing_ranks_message(missing, "a collective operation")) from error
             time.sleep(0.2)
         raise
 
@@ -134,79 +134,81 @@ def _missing_ranks_message(missing: Sequence[int], what: str) -> str:
     rank, size = distributed.get_rank(), distributed.get_world_size()
     names = " and ".join(f"rank {each}" for each in missing)
     return (
-        f"Of the {size} processes {names} gave no sign of life any more while rank {rank} waited for {what}: killed, out of "
-        "memory, or ended by an error of its own. See its output, and start all processes again."
+        f"Of the {size} processes {names} stopped responding while rank {rank} waited for {what}: it was killed, ran out of "
+        "memory, or failed. See its output, and start all processes again."
     )
 
 
 class _Heartbeat:
-    """The numbers in the store of the default group by which its processes know that each of them lives."""
+    """The counters in the default group's store that each rank increments while it runs."""
 
     _current: "_Heartbeat | None" = None
 
     def __init__(self, store: Any):
-        self.given = store
-        self._store = store.clone() if hasattr(store, "clone") else store  # or the thread would wait for the main one
+        self.source = store
+        self._store = (
+            store.clone() if hasattr(store, "clone") else store
+        )  # with one connection, the thread would wait for the main thread
         self._meetings = 0
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="hf_guide presence", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="hf_guide heartbeat", daemon=True)
         self._thread.start()
         atexit.register(self.stop)
 
     @classmethod
-    def of_this_group(cls) -> "_Heartbeat | None":
-        """Return that of the default group, begun with the first call; None where the group has no store (MPI)."""
+    def of_default_group(cls) -> "_Heartbeat | None":
+        """Return the heartbeat of the default group, started by the first call; None if the group has no store (MPI)."""
         try:
             store = distributed.distributed_c10d._get_default_store()
         except (RuntimeError, ValueError, AttributeError):
             return None
-        if cls._current is None or cls._current.given is not store:
+        if cls._current is None or cls._current.source is not store:
             if cls._current is not None:
                 cls._current.stop()
             cls._current = cls(store)
         return cls._current
 
-    def signs(self, rank: int) -> int:
-        """Return how many signs of life a process has given."""
+    def count(self, rank: int) -> int:
+        """Return the number of heartbeats of a rank."""
         return self._store.add(f"hf_guide/signs/{rank}", 0)
 
     def meet(self) -> None:
-        """Return once all processes have called this as often as this one has."""
+        """Wait until all ranks have called this as often as this rank."""
         self._meetings += 1
-        key, watch = f"hf_guide/meetings/{self._meetings}", RankMonitor()
+        key, monitor = f"hf_guide/meetings/{self._meetings}", RankMonitor()
         try:
             arrived = self._store.add(key, 1)
             while arrived < rank_and_world_size()[1]:
-                watch.check("it")
+                monitor.check("it")
                 time.sleep(0.05)
                 arrived = self._store.add(key, 0)
         except RuntimeError as error:
             raise MissingRankError(_missing_ranks_message([0], "it")) from error
 
     def stop(self) -> None:
-        """End the thread: one that is still in the store when the interpreter ends would abort the process."""
+        """Stop the thread: if it used the store while the interpreter exits, the process would abort."""
         self._stopped.set()
         self._thread.join(timeout=5.0)
 
     def _beat(self) -> None:
         key = f"hf_guide/signs/{distributed.get_rank()}"
-        with contextlib.suppress(RuntimeError):  # the process that has the store has ended
+        with contextlib.suppress(RuntimeError):  # the rank that hosts the store has ended
             self._store.add(key, 1)
             while not self._stopped.wait(HEARTBEAT_INTERVAL):
                 self._store.add(key, 1)
 
 
 def collective_device() -> torch.device:
-    """Return where tensors must be that processes send each other."""
+    """Return the device that tensors must be on for collective operations."""
     if "nccl" in str(distributed.get_backend()):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def default_device() -> torch.device:
-    """Return the GPU of this process, or what accelerate has chosen where it was asked already; the CPU where there is none.
+    """Return this process's CUDA (or ROCm) device, as accelerate has selected it if it is initialized; otherwise the CPU.
 
-    It is not asked here, for it would start the processes' group. Only of CUDA (and ROCm) is it known that they have float64.
+    accelerate is not initialized here, because that starts the process group. Other accelerators may lack float64.
     """
     if PartialState._shared_state:
         device = PartialState().device

@@ -1,23 +1,23 @@
-"""Text from outside (names of teachers, labels, licences, datasets, metrics) where it lands: Markdown, figures, a terminal.
+"""Escape untrusted text (names of teachers, labels, licenses, datasets, metrics) for Markdown, figures and terminals.
 
-Each function returns one line that shows the text as it is and is nothing else: no markup, no control sequence.
+Each function returns text that is displayed literally: no markup, no control sequence.
 """
 
 import re
 import unicodedata
 
 _BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that make a reader see other text than stands there."""
+"""Characters that change the displayed order of text."""
 
 
 def to_single_line(text: object) -> str:
-    """Return a text in one line: white space as single blanks, without control characters."""
+    """Return a text on one line, with white space collapsed to single spaces and without control characters."""
     kept = "".join(" " if _is_control(character) else character for character in str(text))
     return " ".join(kept.split())
 
 
 def escape_control_characters(text: object) -> str:
-    """Return a text, of one line or several, whose control characters are written out: a terminal would act on them."""
+    """Return a text with control characters, which a terminal would execute, as escape sequences."""
     return "".join(
         character if character in "\n\t" or not _is_control(character) else ascii(character)[1:-1]
         for character in str(text)
@@ -25,7 +25,7 @@ def escape_control_characters(text: object) -> str:
 
 
 def escape_markdown(text: object) -> str:
-    """Return a text as Markdown, in a paragraph, a list item, a heading, or a cell of a table.
+    """Escape a text for Markdown: paragraphs, list items, headings and table cells.
 
     >>> escape_markdown("a|b")
     'a\\\\|b'
@@ -37,7 +37,7 @@ def escape_markdown(text: object) -> str:
 
 
 def markdown_code(text: object) -> str:
-    """Return a text as Markdown's code, also in a cell of a table."""
+    """Return a text as a Markdown code span, which is also valid in a table cell."""
     shown = to_single_line(text).replace("<!--", "<! --").replace("-->", "-- >").replace("|", "\\|")
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     blank = " " if "`" in shown or not shown else ""
@@ -45,7 +45,7 @@ def markdown_code(text: object) -> str:
 
 
 def escape_mathtext(text: object, longest: int = 80) -> str:
-    """Return a text for matplotlib, which would read what stands between dollar signs as TeX."""
+    """Escape a text for matplotlib, which interprets text between dollar signs as TeX, and shorten it."""
     shown = to_single_line(text)
     shown = shown if len(shown) <= longest else shown[: longest - 1] + "…"
     return shown.replace("$", r"\$")
@@ -55,11 +55,11 @@ def _is_control(character: str) -> bool:
     return character in _BIDI_CONTROLS or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
-def _escape_match(found: "re.Match[str]") -> str:
-    if found[0] == "-->":
+def _escape_match(match: "re.Match[str]") -> str:
+    if match[0] == "-->":
         return "--\\>"
-    return "".join("\\" + character for character in found[0])
+    return "".join("\\" + character for character in match[0])
 
 
-def _escape_line_start(found: "re.Match[str]") -> str:
-    return found[0][:-1] + "\\" + found[0][-1]
+def _escape_line_start(match: "re.Match[str]") -> str:
+    return match[0][:-1] + "\\" + match[0][-1]

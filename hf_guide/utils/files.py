@@ -1,4 +1,4 @@
-"""A student's folder: all of it or nothing, with its teacher's tokenizer beside it; and files that are whole or not there."""
+"""Write files and folders atomically: readers see the old content or the new one, never a part."""
 
 import contextlib
 import errno
@@ -26,36 +26,46 @@ _WEIGHTS = re.compile(
 
 
 class DiskError(OSError):
-    """A disk that has no room for what is to be written, or broke off while it was."""
+    """The disk is full, or failed during a write."""
 
 
 def check_output_folder(output: Path) -> None:
-    """Refuse an output that is there and is not an empty folder; unfinished folders of earlier runs do not count."""
+    """Check that an output is a new or empty folder; unfinished folders of earlier runs are ignored.
+
+    Raises:
+        FileExistsError: It is a file, or a folder that is not empty.
+    """
     if output.exists() and not output.is_dir():
-        raise FileExistsError(f"The output {output} is a file; name a folder that is new or empty.")
+        raise FileExistsError(f"The output {output} is a file; it must be a new or empty folder.")
     check_can_create(output)
     if output.is_dir() and any(not is_partial(path) for path in output.iterdir()):
         raise FileExistsError(f"The output folder {output} is not empty; name a new one, or empty it first.")
 
 
 def check_can_create(output: Path) -> None:
-    """Refuse an output that is not there and cannot be made: within a file, or for want of a permission.
+    """Check that an output that does not exist can be created.
 
     Raises:
-        NotADirectoryError: names the file.
-        PermissionError: names the folder.
+        NotADirectoryError: A parent is a file.
+        PermissionError: The parent folder is not writable.
     """
     if output.exists():
         return
-    home = next(path for path in output.absolute().parents if path.exists())
-    if not home.is_dir():
-        raise NotADirectoryError(f"The output {output} cannot be made: {home} is a file. Name another folder.")
-    if not os.access(home, os.W_OK | os.X_OK):
-        raise PermissionError(f"The output {output} cannot be made: {home} is not writable. Name another folder.")
+    parent = next(path for path in output.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"The output {output} cannot be created: {parent} is a file. Choose another folder.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"The output {output} cannot be created: {parent} is not writable. Choose another folder."
+        )
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Refuse to begin a write into `folder`, which need not be there yet, that the disk has no room for."""
+    """Check that the disk of `folder`, which need not exist yet, has `needed` bytes free.
+
+    Raises:
+        DiskError: It has less.
+    """
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
     if free < needed:
         raise DiskError(
@@ -65,15 +75,23 @@ def check_disk_space(folder: Path, needed: int) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a name is one that `atomic_write` or `staging_folder` gives."""
+    """Return whether a name was created by `atomic_write` or `staging_folder`."""
     return _PARTIAL.match(path.name) is not None
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a name to write a file under; it becomes `path` if the block succeeds and is removed if it fails.
+    """Yield a temporary path to write to; it is renamed to `path` if the block succeeds, and removed if it fails.
 
-    The name is unique, and locked while the block runs, so that `remove_stale_partials` of another process leaves it alone.
+    The path is unique, and locked while the block runs, so that `remove_stale_partials` of another process skips it.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_write(Path(folder) / "a.txt") as partial:
+        ...         _ = partial.write_text("content")
+        ...     (Path(folder) / "a.txt").read_text()
+        'content'
     """
     partial, descriptor = _new_partial_file(path)
     try:
@@ -86,10 +104,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staging_folder(parent: Path, name: str, *, prefix: str = ".") -> Iterator[Path]:
-    """Yield a new folder in `parent`, named after `name`, locked while the block runs; remove it afterwards if still there."""
+    """Yield a new, locked folder in `parent`, named after `name`; remove it after the block if it still exists."""
     folder, descriptor = _partial_name(parent, name, prefix), None
     try:
-        descriptor = _create_and_lock(folder)  # inside the try: an interruption within it would leave the folder
+        descriptor = _create_and_lock(folder)  # inside the try: an interruption would leave the folder
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -98,14 +116,14 @@ def staging_folder(parent: Path, name: str, *, prefix: str = ".") -> Iterator[Pa
 
 
 def remove_stale_partials(folder: Path) -> None:
-    """Remove the partial files and folders in `folder` that killed processes have left; those of living ones stay.
+    """Remove the partial files and folders in `folder` that killed processes left behind.
 
-    Stale is what this machine made, by the host's or the boot's name in it, and nobody has locked. File systems without
-    locks keep theirs.
+    A partial is stale if this machine created it, by the host or boot id in its name, and no process has locked it. On file
+    systems without locks nothing is removed.
     """
     for path in folder.iterdir() if folder.is_dir() else ():
-        found = _PARTIAL.match(path.name)
-        if found is None or not {found["host"], found["boot"]} & set(_machine_id()):
+        match = _PARTIAL.match(path.name)
+        if match is None or not {match["host"], match["boot"]} & set(_machine_id()):
             continue
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY)
@@ -117,19 +135,19 @@ def remove_stale_partials(folder: Path) -> None:
 
 
 def sync_and_rename(partial: Path, path: Path) -> None:
-    """Give a file that was written whole its name, once it is on the disk."""
+    """Flush a complete file to disk, then rename it."""
     sync_to_disk(partial)
     partial.replace(path)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file, UTF-8, all of it or nothing."""
+    """Write a UTF-8 text file atomically."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def sync_to_disk(path: Path) -> None:
-    """Return once a file, or all files below a folder, are on the disk."""
+    """Flush a file, or all files below a folder, to disk."""
     for each in path.rglob("*") if path.is_dir() else [path]:
         if each.is_file():
             with each.open("rb") as file:
@@ -140,33 +158,33 @@ def sync_to_disk(path: Path) -> None:
 def atomic_folder(
     output: Path, *, replaces: bool = False, check: Callable[[Path], None] | None = None
 ) -> Iterator[Path]:
-    """Yield a folder to write into that becomes `output` if the block succeeds, and is removed if it fails.
+    """Yield a folder to write into; it is renamed to `output` if the block succeeds, and removed if it fails.
 
-    Where `output` is there and cannot be replaced by a rename (a mount point, the current directory, a parent that is not
-    writable), the folder is made inside it and its entries are moved up at the end, `config.json` last, without which
+    If `output` exists and cannot be replaced by a rename (a mount point, the current directory, a parent that is not
+    writable), the folder is created inside it and its entries are moved up at the end, `config.json` last: without it
     nothing loads.
 
     Args:
-        output: new or empty.
-        replaces: remove what `output` holds, once the block has succeeded.
-        check: called with the folder at the end of the block; what it raises fails the block.
+        output: New or empty folder.
+        replaces: Remove the content of `output` once the block has succeeded.
+        check: Called with the folder at the end of the block; if it raises, the block fails.
 
     Raises:
-        FileExistsError: `output` is a file or is not empty; before the block, and after it where it was filled meanwhile.
-        FileNotFoundError: another process has removed the folder.
+        FileExistsError: `output` is a file or is not empty, before the block or after it.
+        FileNotFoundError: Another process removed the folder.
     """
     output = output.resolve()
     if not replaces:
         check_output_folder(output)
     inside = output.is_dir() and not _can_be_renamed(output)
-    home = output if inside else next(parent for parent in output.parents if parent.exists())
-    remove_stale_partials(home)
-    with staging_folder(home, output.name) as folder:
-        made = folder.stat()
+    staging_parent = output if inside else next(parent for parent in output.parents if parent.exists())
+    remove_stale_partials(staging_parent)
+    with staging_folder(staging_parent, output.name) as folder:
+        created = folder.stat()
         yield folder
-        if not folder.is_dir() or not os.path.samestat(folder.stat(), made):
+        if not folder.is_dir() or not os.path.samestat(folder.stat(), created):
             raise FileNotFoundError(
-                f"{folder}, in which the output was written, was removed by another process. Run the command again."
+                f"{folder}, which the output was written to, was removed by another process. Run the command again."
             )
         if check is not None:
             check(folder)
@@ -181,13 +199,16 @@ def atomic_folder(
 
 @contextlib.contextmanager
 def staged_update(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to save a model into; if the block succeeds, its files take the place of those in `folder`.
+    """Yield an empty folder to save a model into; if the block succeeds, its files replace those in `folder`.
 
-    `folder` keeps its other files, but for weights of the model that was there. If the block fails, it is as it was. It has
-    no config while files are replaced, so that what a kill leaves does not load, where it could mix two models.
+    `folder` keeps its other files, except weights of the previous model. If the block fails, it is unchanged. It has no
+    config while files are replaced: after a kill it does not load, instead of mixing two models.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
     """
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; name a folder to save in.")
+        raise NotADirectoryError(f"{folder} is a file; it must be a folder.")
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,15 +231,15 @@ def staged_update(folder: Path) -> Iterator[Path]:
 
 
 def _weights_kind(path: Path) -> str | None:
-    """Return a name without which of how many shards it is, for files of weights and their index."""
-    found = _WEIGHTS.match(path.name)
-    return found[1] if found and not path.is_dir() else None
+    """Return the name of a weights file or index without its shard number; None for other files."""
+    match = _WEIGHTS.match(path.name)
+    return match[1] if match and not path.is_dir() else None
 
 
 def move_entries(folder: Path, output: Path, *, last: Collection[str] = ()) -> None:
     """Move all entries of a folder into another one, those named in `last` at the end.
 
-    An entry that replaces none is removed again when the move fails.
+    If a move fails, new entries are removed again; replaced ones stay replaced.
     """
     entries = sorted(folder.iterdir(), key=lambda path: (path.name in last, path.name))
     added: list[Path] = []
@@ -242,7 +263,7 @@ def move_entries(folder: Path, output: Path, *, last: Collection[str] = ()) -> N
 
 
 def _try_rename(folder: Path, output: Path) -> bool:
-    """Rename a folder to `output`, which is empty or not there; False where the system refuses because of what it is."""
+    """Rename a folder to `output`, which is empty or does not exist; return False if it cannot be renamed."""
     try:
         folder.rename(output)
     except OSError as error:
@@ -262,7 +283,7 @@ def _can_be_renamed(output: Path) -> bool:
 
 
 def _mount_points() -> set[Path]:
-    """Return where anything is mounted: `os.path.ismount` does not see a folder bound from the same file system."""
+    """Return all mount points: `os.path.ismount` does not detect bind mounts from the same file system."""
     table = Path("/proc/self/mountinfo")
     if not table.exists():
         return set()
@@ -283,7 +304,7 @@ def _new_partial_file(path: Path) -> tuple[Path, int]:
         _try_lock(descriptor, wait=True)
         if partial.exists():
             return partial, descriptor
-        os.close(descriptor)  # taken for a stale one before it was locked
+        os.close(descriptor)  # removed as stale before it was locked
 
 
 def _partial_name(parent: Path, name: str, prefix: str = ".") -> Path:
@@ -292,14 +313,14 @@ def _partial_name(parent: Path, name: str, prefix: str = ".") -> Path:
 
 @functools.cache
 def _machine_id() -> tuple[str, str]:
-    """Return short hashes of the host's name and of its boot: containers on one machine share the second alone."""
+    """Return short hashes of the host name and of the boot id: containers on one machine share only the boot id."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     names = (platform.node(), boot.read_text() if boot.exists() else platform.node())
     return tuple(blake2b(name.encode(), digest_size=4).hexdigest() for name in names)  # type: ignore[return-value]
 
 
 def _create_and_lock(folder: Path) -> int | None:
-    """Make a folder and return a descriptor that locks it; None where folders cannot be opened."""
+    """Create a folder and return a descriptor that locks it; None if folders cannot be opened."""
     while True:
         folder.mkdir()
         if fcntl is None:
@@ -309,11 +330,11 @@ def _create_and_lock(folder: Path) -> int | None:
             _try_lock(descriptor, wait=True)
             if folder.exists():
                 return descriptor
-            os.close(descriptor)  # taken for a stale one before it was locked
+            os.close(descriptor)  # removed as stale before it was locked
 
 
 def _try_lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Lock an open file or folder; False where another process has locked it, or the file system has no locks."""
+    """Lock an open file or folder; return False if another process has locked it, or the file system has no locks."""
     if fcntl is None:
         return False
     try:

@@ -1,7 +1,6 @@
-"""What a teacher and a tokenizer are known by again: hashes cheap enough for big models.
+"""Fingerprints of models and tokenizers: hashes that are cheap for large models.
 
-A fingerprint tells one model from another by its shapes and a sample of its numbers. It is no proof against someone who
-changes a model on purpose.
+A fingerprint distinguishes models by their shapes and a sample of their values. It does not detect deliberate changes.
 """
 
 import copy
@@ -36,14 +35,14 @@ _RUNTIME_KEYS = (
     "return_dict",
     "quantization_config",
 )
-"""Entries of a config that say how a model is run, and not what it computes."""
+"""Config entries about how a model is run, not what it computes."""
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return a hash of every parameter's and buffer's name and shape, and of a sample of its numbers.
+    """Return a hash of every parameter's and buffer's name, shape, and a sample of its values.
 
-    Numbers are taken as bfloat16, so that a bfloat16 checkpoint is the same loaded as float32, and a float32 one loaded as
-    bfloat16. Weights that are not in memory count by name and shape alone.
+    Values are hashed as bfloat16, so that a checkpoint has the same fingerprint in float32 and in bfloat16. Weights that are
+    not in memory are hashed by name and shape only.
     """
     state = sorted(model.state_dict().items())
     return tensors_fingerprint((name, tensor) for name, tensor in state if isinstance(tensor, Tensor))
@@ -63,23 +62,23 @@ def files_fingerprint(folder: str | os.PathLike[str]) -> str | None:
     names = sorted(path for path in Path(folder).glob("*.safetensors") if path.is_file())
     if not names or not any((Path(folder) / name).exists() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
         return None
-    whole = blake2b(digest_size=16)
+    digest = blake2b(digest_size=16)
     for path in names:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
-            whole.update(f"{path.name} {size}".encode())
-            whole.update(file.read(min(header, size)))
-            for place in range(8 + header, size, max(BYTES_PER_SAMPLE, (size - header) // SAMPLES_PER_FILE)):
-                file.seek(place)
-                whole.update(file.read(BYTES_PER_SAMPLE))
-    return whole.hexdigest()
+            digest.update(f"{path.name} {size}".encode())
+            digest.update(file.read(min(header, size)))
+            for offset in range(8 + header, size, max(BYTES_PER_SAMPLE, (size - header) // SAMPLES_PER_FILE)):
+                file.seek(offset)
+                digest.update(file.read(BYTES_PER_SAMPLE))
+    return digest.hexdigest()
 
 
 def tokenizer_fingerprint(processing_class: Any) -> str | None:
-    """Return a hash of what a tokenizer or processor does to its input; None for None.
+    """Return a hash of what a tokenizer or processor computes; None for None.
 
-    How it pads and truncates does not count, for that is the caller's choice from call to call.
+    Padding and truncation are ignored, because callers choose them per call.
     """
     if processing_class is None:
         return None
@@ -100,7 +99,7 @@ def tokenizer_fingerprint(processing_class: Any) -> str | None:
 
 
 def comparable_config(config: "PreTrainedConfig | Mapping[str, Any]") -> dict[str, Any]:
-    """Return a config's entries as JSON has them, without those that only say how the model is run."""
+    """Return a config's entries as JSON values, without those that only affect how the model is run."""
     entries = copy.deepcopy(config.to_dict() if isinstance(config, PreTrainedConfig) else dict(config))
     facts = without_private_keys({key: value for key, value in entries.items() if key not in _RUNTIME_KEYS})
     return json.loads(json.dumps(facts, default=str))
@@ -109,15 +108,15 @@ def comparable_config(config: "PreTrainedConfig | Mapping[str, Any]") -> dict[st
 def _sampled_bytes(tensor: Tensor) -> bytes:
     """Return the bytes of a sample of a tensor, floating numbers as bfloat16."""
     tensor = tensor.detach()
-    if hasattr(tensor, "__tensor_flatten__"):  # a quantised weight is several tensors in one
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantized weight consists of several tensors
         return b"".join(_sampled_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     if tensor.is_meta or tensor.numel() == 0:
         return b""
     flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
-    places = torch.linspace(
+    indices = torch.linspace(
         0, len(flat) - 1, min(SAMPLES_PER_TENSOR, len(flat)), device=flat.device, dtype=torch.float64
     )
-    some = flat[places.long()]
-    if some.is_floating_point():
-        some = some.to(torch.bfloat16)
-    return bytes(some.cpu().contiguous().view(torch.uint8).numpy().data)
+    values = flat[indices.long()]
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    return bytes(values.cpu().contiguous().view(torch.uint8).numpy().data)

@@ -1,15 +1,18 @@
-"""Labels as Transformers has them: which of them are none, and what an encoder-decoder's decoder reads of them."""
+"""Conventions of Transformers for labels: the ignored index, decoder inputs, column names, and names of classes."""
 
 from typing import Any
 
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of a place that has no target."""
+"""The label of a position without a target."""
+
+TRAINER_LABEL_COLUMNS = ("labels", "label", "label_ids")
+"""Columns of labels that `Trainer` and its collators recognize, the preferred name first."""
 
 
 def decoder_ids_from_labels(labels: Tensor, model: Any) -> Tensor:
-    """Return what a model's decoder reads of labels (batch, length) where it is given nothing else, as the model makes it."""
+    """Return the decoder inputs that a model derives from labels of shape (batch, length): shifted right by one."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
         return model.prepare_decoder_input_ids_from_labels(labels)
     ids = labels.new_full(labels.shape, model.config.decoder_start_token_id)

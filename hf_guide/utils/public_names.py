@@ -1,7 +1,7 @@
-"""How models, datasets and files of this machine are called in what may be published: without a path.
+"""Names of local models, datasets and files for publication: without the path.
 
-Every file that hf_guide writes and a user may upload takes its names from here: a folder is known by the last part of
-its path (and, next to it, by a fingerprint), a Hub id by itself.
+All files that hf_guide writes and a user may upload use these names: a folder is named by the last component of its path
+(and identified by a fingerprint), a Hub model by its id.
 """
 
 import os
@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 _PRIVATE_KEYS = frozenset({"_name_or_path", "token", "hub_token", "use_auth_token", "cache_dir"})
-"""Entries that say where a model was found and with what right, and nothing of the model."""
+"""Config entries about where a model was loaded from and with which token, not about the model."""
 
 
 def is_local(name: str) -> bool:
-    """Whether a name is a path on this machine, and not an id on the Hub."""
+    """Return whether a name is a path on this machine rather than a Hub id."""
     return name.startswith((".", "~")) or os.path.isabs(name) or os.path.exists(name)
 
 
 def public_name(name: str) -> str:
-    """Return a name without the path that leads to it.
+    """Return a name without its path.
 
     >>> public_name("org/name")
     'org/name'
     >>> public_name("/home/someone/models/my-teacher")
     'my-teacher'
 
-    A snapshot in the Hub's cache is called by the id it was downloaded from.
+    A snapshot in the Hub's cache is named by its Hub id.
     """
     if not is_local(name):
         return name
@@ -38,7 +38,7 @@ def public_name(name: str) -> str:
 
 
 def public_value(value: Any) -> Any:
-    """Return a text, or all texts of a list or mapping, as `public_name` has them; entries with tokens are left out."""
+    """Apply `public_name` to a string, or to all strings of a list or mapping; entries with tokens are removed."""
     if isinstance(value, os.PathLike):
         return public_name(os.fspath(value))
     if isinstance(value, str):
@@ -51,7 +51,7 @@ def public_value(value: Any) -> Any:
 
 
 def without_private_keys(config: Any) -> Any:
-    """Return a config's mapping, nested ones included, without the entries that say where the model was found."""
+    """Return a config mapping, nested ones included, without entries about where the model was loaded from."""
     if isinstance(config, Mapping):
         return {key: without_private_keys(entry) for key, entry in config.items() if key not in _PRIVATE_KEYS}
     if isinstance(config, list):

@@ -1,4 +1,4 @@
-"""Check what a JSON file gave a dataclass against the annotations of its fields."""
+"""Check the values of a dataclass that was read from JSON against the annotations of its fields."""
 
 import dataclasses
 import types
@@ -10,12 +10,12 @@ from hf_guide.errors import HfGuideError
 
 
 def check_field_types(record: Any, where: str) -> None:
-    """Refuse a dataclass whose fields hold something else than they are annotated with; dataclasses within it too.
+    """Check that the fields of a dataclass, and of dataclasses in it, have the types of their annotations.
 
-    Annotations may be built of `str`, `int`, `float`, `bool`, `None`, `Any`, `list`, `dict`, unions and dataclasses.
+    Annotations may consist of `str`, `int`, `float`, `bool`, `None`, `Any`, `list`, `dict`, unions and dataclasses.
 
     Raises:
-        HfGuideError: names the field, what it must be, and what was found.
+        HfGuideError: A field has another type; names it, the expected type and the value.
     """
     hints = typing.get_type_hints(type(record))
     for field in dataclasses.fields(record):
@@ -30,7 +30,7 @@ def check_field_types(record: Any, where: str) -> None:
 
 
 def matches_annotation(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation says; a whole number is a float too, and a truth value no number."""
+    """Return whether a value matches an annotation; an int also matches float, a bool matches neither."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True

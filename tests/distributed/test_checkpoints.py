@@ -85,7 +85,7 @@ def test_a_capture_whose_other_process_was_killed_names_it(killed: int, tmp_path
     ended = started_by_hand(CAPTURE, tmp_path / "capture", killed, 2)
     assert ended[killed][0] == -signal.SIGKILL
     code, said = ended[1 - killed]
-    assert code == 1 and f"Of the 2 processes rank {killed} gave no sign of life any more" in said
+    assert code == 1 and f"Of the 2 processes rank {killed} stopped responding" in said
     assert f"while rank {1 - killed} waited for shard-" in said
 
 

@@ -96,7 +96,7 @@ def test_a_folder_that_someone_removed_is_not_published(tmp_path: Path) -> None:
 def test_a_student_without_all_of_its_weights_is_not_published(missing: str, tmp_path: Path) -> None:
     model = KINDS["llama"].teacher()
     with (
-        pytest.raises(OSError, match="is not whole"),
+        pytest.raises(OSError, match="is incomplete"),
         atomic_folder(tmp_path / "s", check=check_written_model) as folder,
     ):
         model.save_pretrained(folder, max_shard_size="20KB" if missing == "a shard" else "1GB")
@@ -364,7 +364,7 @@ def test_a_limit_on_files_in_distill_is_said_as_a_full_disk_is(
 def test_an_output_dir_within_a_file_is_an_error(output: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for check in (check_output_folder, lambda folder: cache_folder(folder).check()):
-        with pytest.raises(NotADirectoryError, match=r"cannot be made: .*file is a file"):
+        with pytest.raises(NotADirectoryError, match=r"cannot be created: .*file is a file"):
             check(tmp_path / output)
 
 
