@@ -1,5 +1,5 @@
-"""The commands of `hf-guide`, a module each.
+"""The commands of `hf-guide`, one thin module each; the work is in `scripts/` or in the packages.
 
-Each has its one line of HELP, a DESCRIPTION, an EXAMPLE, `add_arguments(parser)` and `run(args)`, which returns the exit code.
-They are light, so that `hf-guide --help` answers at once: what is heavy is imported where it is used.
+Each module has HELP (one line), DESCRIPTION, EXAMPLE, `add_arguments(parser)` and `run(args)`, which returns the exit code, and
+RENAMED_FLAGS if flags of the previous release have new names. Heavy modules are imported in `run`, so that --help is fast.
 """

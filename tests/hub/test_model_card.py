@@ -184,6 +184,62 @@ def test_only_our_part_is_redrawn(tmp_path):
     assert metadata(path)["tags"] == ["hf_guide", "distillation", "uniform"]
 
 
+OLD_REPORT = {
+    "teacher": "someone/teacher",
+    "revision": "0123456789abcdef",
+    "teacher_class": "LlamaForCausalLM",
+    "student_class": "LlamaForCausalLM",
+    "options": {"method": "calibrated", "layers": "influence", "heads": "energy"},
+    "hf_guide_version": "0.1.0",
+    "transformers_version": "5.21.0",
+    "teacher_parameters": 134_515_008,
+    "student_parameters": 33_400_000,
+    "blocks": {"model.layers": [0, 2]},
+    "heads": {},
+    "explained_variance": {"embed": [0.5, 0.75, 1.0]},
+    "kept": {"embed": 0.75},
+    "widths": {"embed": [3, 2]},
+    "parameters": [
+        {"name": "model.norm.weight", "shape": [2], "source": None, "source_shape": None, "maps": [], "steps": []}
+    ],
+    "approximations": ["the final gain: fitted in the logits"],
+    "randomly_initialized": [],
+    "notes": [],
+    "calibration": {"tokens": 8192, "own_text": True, "influence": {}, "units": {}, "lost": {}},
+    "seconds": {"plan": 1.0},
+    "peak_memory_bytes": 2**30,
+    "teacher_fingerprint": None,
+}
+OLD_RECORD = {
+    "teachers": [
+        {"name": "someone/teacher", "revision": "0123456789abcdef", "weight": 1.0, "captured": True, "license": "mit"}
+    ],
+    "objective": {"ce": 0.25, "kd": 0.75},
+    "temperature": 2.0,
+    "divergence": "forward_kl",
+    "student_class": "LlamaForCausalLM",
+    "task": "text-generation",
+    "datasets": ["someone/text"],
+    "steps": 12_000,
+    "metrics": {"eval_perplexity": 21.5},
+    "teacher_metrics": {"eval_perplexity": 16.5},
+    "random_metrics": {"eval_perplexity": 41.5},
+    "hf_guide_version": "0.1.0",
+    "transformers_version": "5.21.0",
+}
+
+
+def test_a_folder_of_the_previous_release_is_redrawn(tmp_path):
+    (tmp_path / "initialization_report.json").write_text(json.dumps(OLD_REPORT))
+    (tmp_path / "distillation.json").write_text(json.dumps(OLD_RECORD))
+    (tmp_path / "README.md").write_text(f"# me/student\n\nMine.\n\n{BEGIN}\n## What it is\n\nOld.\n{END}\n")
+    text = body(redraw_card(tmp_path))
+    assert "Mine." in text and "Old." not in text and "## Model description" in text
+    assert "method `calibrated`" in text and "8192 tokens" in text and "- Loss: 0.25 x `ce` + 0.75 x `kd`" in text
+    assert "| someone/text | perplexity | 21.5 | 16.5 | 41.5 | 80.0% |" in text
+    assert metadata(tmp_path / "README.md")["base_model"] == "someone/teacher"
+
+
 def test_line_endings_of_a_card_are_kept(tmp_path):
     path = tmp_path / "README.md"
     path.write_bytes(MINE.replace("\n", "\r\n").encode())
