@@ -265,7 +265,7 @@ def distil(tmp_path: Path, teacher_with_tokenizer: Path, monkeypatch: pytest.Mon
     def run(output: Path, **options: Any) -> int:
         given = {
             "teacher": str(teacher_with_tokenizer),
-            "student": local.SMALLER["llama"],
+            "student_init_kwargs": local.SMALLER["llama"],
             "data_files": str(text),
             "output_dir": str(output),
             "max_length": 32,
@@ -304,10 +304,13 @@ def test_what_is_said_of_an_interrupted_distillation_is_true(
         monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
         assert distil(tmp_path / "out") == 130
         said = capsys.readouterr().err
-        assert f"--resume_from_checkpoint true goes on from {tmp_path / 'out' / 'checkpoint-2'}." in said
+        assert (
+            f"to continue from {tmp_path / 'out' / 'checkpoint-2'}, run the same command with --resume_from_checkpoint true."
+            in said
+        )
         steps.clear()
         assert distil(tmp_path / "none", save_steps=5) == 130
-        assert "nothing was left behind" in capsys.readouterr().err
+        assert "nothing was written" in capsys.readouterr().err
         assert not (tmp_path / "none").exists() or names(tmp_path / "none") == []
     finally:
         signal.signal(signal.SIGINT, before)
@@ -329,7 +332,7 @@ def test_a_full_disk_in_distill_is_said_and_leaves_the_whole_checkpoints(
         r"error: The checkpoint of step \d+ could not be written to .*out, whose disk has \d+ MiB free", said
     )
     kept = list_checkpoints(output)
-    assert f"{kept[0]} is whole" in said and "Make room" in said
+    assert f"The last complete checkpoint is {kept[0]}" in said and "Free space" in said
     assert (
         kept
         and all(checkpoint_defect(path) is None for path in kept)
