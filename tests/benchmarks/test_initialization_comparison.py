@@ -46,14 +46,14 @@ def texts() -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def test_minitron_finds_what_is_dead(teacher):
+def test_minitron_drops_dead_units(teacher):
     student = published.pruned_as_minitron(teacher, config(**SMALL), texts()).eval()
     (batch, *_) = texts()
     torch.testing.assert_close(student(batch).logits, teacher(batch).logits, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_subcloning_finds_what_is_dead_and_scales_what_is_left(teacher):
+def test_subcloning_drops_dead_units_and_scales_the_rest(teacher):
     student = published.subcloned(teacher, config(**SMALL), texts())
     first = teacher.model.layers[0]
     own = student.model.layers[0].mlp.down_proj.weight
@@ -64,12 +64,12 @@ def test_subcloning_finds_what_is_dead_and_scales_what_is_left(teacher):
 
 
 @torch.no_grad()
-def test_both_keep_the_whole_stream_on_the_same_places(teacher):
+def test_both_select_the_same_channels_in_every_weight(teacher):
     student = published.subcloned(teacher, config(hidden_size=16, **SMALL), texts())
     assert student.num_parameters() == LlamaForCausalLM(config(hidden_size=16, **SMALL)).num_parameters()
     activity = published.collect_activity(teacher, texts(), published.mean_magnitude)
-    kept = published.most(activity.stream, 16)
-    torch.testing.assert_close(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight[:, kept])
+    channels = published.most_active(activity.stream, 16)
+    torch.testing.assert_close(student.model.embed_tokens.weight, teacher.model.embed_tokens.weight[:, channels])
     assert torch.isfinite(student(texts()[0]).logits).all()
 
 
@@ -93,7 +93,7 @@ def row(arm: str, seed: int, end: float, objective: str = "labels", **more: obje
     return key | {"teacher": math.log(10.0), "parameters": 5, "initialization_seconds": 1.0, "seconds": 50.0} | more
 
 
-def test_the_table_and_the_plot_say_what_the_curves_do(tmp_path):
+def test_the_table_and_the_plot_agree_with_the_curves(tmp_path):
     rows = [row("random", 0, 30.0), row("random", 1, 30.0), row("guide", 0, 20.0), row("guide", 1, 25.0)]
     assert "37.50 ± 17.68" in curves.table(rows)  # halfway from 30 to 10, and a quarter of the way
     assert "2.0%" in curves.table(rows), "a second of fifty"
