@@ -182,3 +182,10 @@ def test_the_options_in_the_guide_are_options() -> None:
         for name in names:
             value = getattr(hf_guide.InitializationConfig(name), option)
             assert default == "by method" or value == ast.literal_eval(default.strip("`")), (name, option)
+
+
+def test_the_paths_in_contributing_exist() -> None:
+    paths = re.findall(r"`((?:hf_guide|tests|examples|model_cards)/[\w/.]*)`", read("CONTRIBUTING.md"))
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert len(read("CONTRIBUTING.md").splitlines()) <= 60
