@@ -233,7 +233,7 @@ def test_images_are_shown(tmp_path):
         (["--teacher", "{home}/other"], "cannot be loaded"),
         (["--num-examples", "0"], "--num-examples must be a whole number of at least 1"),
         (["-o", "{home}/nowhere/page.html"], "There is no folder"),
-        (["--split", "tests"], "has no split 'tests'"),
+        (["--dataset-split", "tests"], "has no split 'tests'"),
     ],
 )
 def test_invalid_input_raises_and_names_it(text, words, facts, tmp_path, capsys):
