@@ -1,8 +1,8 @@
 """Distill an image classifier (ViT, DINOv2, ...) on a dataset of the Hub, or on a folder of images, one folder a class.
 
     python examples/run_image_classification_distillation.py \
-        --teacher nateraw/vit-base-beans --student_init_kwargs '{"num_hidden_layers": 6}' --dataset_name AI-Lab-Makerere/beans \
-        --image_column_name image --label_column_name labels \
+        --teacher nateraw/vit-base-beans --student_init_kwargs '{"num_hidden_layers": 6}' \
+        --dataset_name AI-Lab-Makerere/beans --image_column_name image --label_column_name labels \
         --do_train --do_eval --losses '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
 
 Named labels are mapped to the teacher's order. Images are resized and normalized by the teacher's processor, in the workers of

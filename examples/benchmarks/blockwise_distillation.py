@@ -24,7 +24,8 @@ def projection_matrix(teacher: LlamaForCausalLM, projected: PreTrainedModel) -> 
 def distill_blockwise(
     student: PreTrainedModel, teacher: LlamaForCausalLM, matrix: Tensor, layers: list[int], batches: list[Tensor]
 ) -> list[float]:
-    """Regress each of a student's blocks on the teacher's hidden states, one step per batch; return the mean loss of each step.
+    """Regress each of a student's blocks on the teacher's hidden states, one step per batch; return the mean loss of
+    each step.
 
     Args:
         matrix: (d_T, d_S), from the teacher's residual stream to the student's.

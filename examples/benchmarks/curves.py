@@ -62,9 +62,10 @@ def table(rows: list[Row]) -> str:
                 shares.append(tokens_until(row["curve"], baseline[-1][1]) / baseline[-1][0])
             cost = statistics.mean(row["initialization_seconds"] for row in arm_rows)
             share = statistics.mean(row["initialization_seconds"] / row["seconds"] for row in arm_rows)
+            first = arm_rows[0]
             lines.append(
-                f"  {arm:{width}} {arm_rows[0]['parameters']:>10,} {arm_rows[0]['learning_rate']:>6g} {spread(ends):>16} {spread(gaps):>16} "
-                f"{spread(shares):>14} {cost:>9.1f} {share:>7.1%}"
+                f"  {arm:{width}} {first['parameters']:>10,} {first['learning_rate']:>6g} {spread(ends):>16} "
+                f"{spread(gaps):>16} {spread(shares):>14} {cost:>9.1f} {share:>7.1%}"
             )
     weak = [row for row in rows if row["curve"][-1][1] < row["teacher"]]
     if weak:
@@ -136,7 +137,8 @@ def spread(values: list[float]) -> str:
 
 
 def plot_interaction(rows: list[Row], file: Path) -> None:
-    """Draw the gap that each initialization closes with each objective, mean and standard deviation; a panel for each setting."""
+    """Draw the gap that each initialization closes with each objective, mean and standard deviation; a panel for each
+    setting."""
     import matplotlib
 
     matplotlib.use("Agg")

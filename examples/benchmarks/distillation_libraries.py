@@ -1,4 +1,5 @@
-"""`DistillationTrainer` compared with other libraries' trainers on the same task: the same models, batches, loss and optimizer.
+"""`DistillationTrainer` compared with other libraries' trainers on the same task: the same models, batches, loss and
+optimizer.
 
     pip install trl nvidia-modelopt torchdistill
     python examples/benchmarks/distillation_libraries.py

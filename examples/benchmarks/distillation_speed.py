@@ -9,7 +9,8 @@
 2. capture: a step from a captured teacher's top 64, against fine-tuning the student with the stock `Trainer`, which
    has no teacher at all. Reading the capture is part of the step.
 
-The objective is 0.5 task loss + 0.5 KL(teacher || student), temperature 2. See interleaved_timing.py for how time and memory are taken.
+The objective is 0.5 task loss + 0.5 KL(teacher || student), temperature 2. See interleaved_timing.py for how time and
+memory are taken.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Which initialization keeps a post-norm encoder's similarities? A narrowed, untrained all-MiniLM-L6-v2 against its teacher.
 
-BERT normalizes the residual stream itself, so a projection cannot transfer the gains exactly. Measured is how well a student keeps
+BERT normalizes the residual stream itself, so a projection cannot transfer the gains exactly. Measured is how well a
+student keeps
 its teacher's similarities: the correlation, over all pairs of texts, of the cosines of mean-pooled embeddings. `calibrated`
 uses 200 texts that are not among those compared. The heads stay as many, so they get smaller with the width.
 

@@ -47,7 +47,8 @@ Examples = list[dict[str, Any]]
 class Setting:
     """A family: its teacher, what students learn from and are measured on, and what its student's config changes.
 
-    `calibration` are the batches that `calibrated` listens to, of the examples to learn from; `settle` is done to a student once
+    `calibration` are the batches that `calibrated` listens to, of the examples to learn from; `settle` is done to a
+    student once
     it is made, whatever the arm; `measure` adds to the held-out loss, which every family has; `best` is what the teacher
     would be measured as, where it is not asked itself.
     """

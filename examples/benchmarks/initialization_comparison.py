@@ -2,7 +2,8 @@
 
     python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl
     python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl --shapes "half width" \
-        --objectives labels KD "reverse KL" JSD "hidden states" "top-k capture" --arms random guide calibrated --tokens-per-parameter 2
+        --objectives labels KD "reverse KL" JSD "hidden states" "top-k capture" --arms random guide calibrated \
+        --tokens-per-parameter 2
     python examples/benchmarks/initialization_comparison.py --output initialization_comparison.jsonl --table
 
 The teacher is the one of small_teacher.py, in whose folder the text that it was trained on is recorded; without one it is

@@ -4,7 +4,8 @@
     python examples/benchmarks/initialization_cost.py --vocabularies 32768 --widths 512 1024    # a quick look
     python examples/benchmarks/initialization_cost.py --output initialization_cost.jsonl --table
 
-Each measurement has a process of its own and one thread. Reported are the median processor time over the rounds and the peak resident
+Each measurement has a process of its own and one thread. Reported are the median processor time over the rounds and
+the peak resident
 memory less what there was once the libraries were imported (and, for the directions, a part of the table read).
 *Directions*: the second moment of a bfloat16 table of so many rows, streamed, and its eigenvectors. *Transfer*:
 `from_teacher(folder, method="guide")`, a tied bfloat16 Llama of two blocks on disk to half its width. Beside them the

@@ -7,7 +7,8 @@
         --objectives labels
     python examples/benchmarks/larger_teacher.py --output results/larger_teacher.jsonl --table
 
-The arms, the rows and the table are those of `initialization_comparison.py`; the loop is PyTorch's alone (bfloat16 autocast, each block
+The arms, the rows and the table are those of `initialization_comparison.py`; the loop is PyTorch's alone (bfloat16
+autocast, each block
 compiled once), for a GPU's time is dear. Text: `debian_text.py` makes folders of it. The learning rate of an arm is chosen at
 the first shape on labels, on a run of a share of the tokens with its own seed and held-out text, looked for until the best
 had worse ones on both sides, and kept for the other shapes and for KD. The most informative runs come first; a run
@@ -157,7 +158,8 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
 
 
 def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any], tuning_share: int) -> float:
-    """Return how long a run may take, initialization included: by the median of its objective here, or by three times any other's."""
+    """Return how long a run may take, initialization included: by the median of its objective here, or by three times
+    any other's."""
     alike = [row for row in rows if row["objective"] == todo["objective"] and row["device"] == device_name()]
     each = [row["seconds"] / row["curve"][-1][0] for row in alike or rows]
     starts = [row["initialization_seconds"] for row in rows if row["arm"] == todo["arm"]]

@@ -4,7 +4,8 @@
 
 The teacher is as large as MiniLM (6 blocks, 384 wide), random, on one thread; texts have 8 to 40 tokens. Each turn runs the
 teacher alone over the data, then `fit_subclasses`. `added` is what is done with embeddings once they are there
-(`StatisticsAccumulator.update`), free of the noise of the teacher's own time; `once` is what follows at the end, however many there were.
+(`StatisticsAccumulator.update`), free of the noise of the teacher's own time; `once` is what follows at the end,
+however many there were.
 """
 
 import argparse

@@ -77,8 +77,8 @@ def main() -> int:
             spread = statistics.stdev(gains)
             pairs.append((estimate, statistics.mean(gains), spread))
             print(
-                f"{name:18} {arm:18} estimate {estimate.gain:+5.2f} ± {estimate.gain_error:.2f} (shuffled {estimate.shuffled:+5.2f}, "
-                f"predictable {estimate.predictability:4.0%}, fine labels {adjusted_information(targets, lesson.data):4.0%})  "
+                f"{name:18} {arm:18} estimate {estimate.gain:+5.2f} ± {estimate.gain_error:.2f} "
+                f"(shuffled {estimate.shuffled:+5.2f}, predictable {estimate.predictability:4.0%}, fine labels {adjusted_information(targets, lesson.data):4.0%})  "
                 f"measured {statistics.mean(gains):+5.2f} ± {spread:.2f}  {estimate.verdict}",
                 flush=True,
             )

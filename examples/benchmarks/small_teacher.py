@@ -4,7 +4,8 @@
     python examples/benchmarks/small_teacher.py --width 64 --vocabulary 1024 --text wikipedia shakespeare FOLDER ...
 
 Its tokenizer (byte-level BPE) is trained on the same text, the held-out documents left out. 8 blocks of width 128, 4 heads
-on 2 key/value heads, three neurons per channel of the residual stream, 4096 entries, tied: 2.1 M parameters; at width 64 with 1024
+on 2 key/value heads, three neurons per channel of the residual stream, 4096 entries, tied: 2.1 M parameters; at width
+64 with 1024
 entries 0.46 M. 24 tokens a parameter; AdamW, cosine. A run that is cut off goes on from its last checkpoint when the
 command is given again. The two named texts have 3 M tokens: for a teacher that is to stay ahead of its students give
 more, as folders of .txt files (the `_sources` of the Debian packages linux-doc-6.1 and python3.11-doc are such).
