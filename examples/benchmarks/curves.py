@@ -138,7 +138,8 @@ def spread(values: list[float]) -> str:
 
 def plot_interaction(rows: list[Row], file: Path) -> None:
     """Draw the gap that each initialization closes with each objective, mean and standard deviation; a panel for each
-    setting."""
+    setting.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

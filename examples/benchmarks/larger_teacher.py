@@ -159,7 +159,8 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
 
 def expected_seconds(rows: list[dict[str, Any]], todo: dict[str, Any], tuning_share: int) -> float:
     """Return how long a run may take, initialization included: by the median of its objective here, or by three times
-    any other's."""
+    any other's.
+    """
     alike = [row for row in rows if row["objective"] == todo["objective"] and row["device"] == device_name()]
     each = [row["seconds"] / row["curve"][-1][0] for row in alike or rows]
     starts = [row["initialization_seconds"] for row in rows if row["arm"] == todo["arm"]]

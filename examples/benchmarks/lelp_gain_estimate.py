@@ -78,7 +78,8 @@ def main() -> int:
             pairs.append((estimate, statistics.mean(gains), spread))
             print(
                 f"{name:18} {arm:18} estimate {estimate.gain:+5.2f} ± {estimate.gain_error:.2f} "
-                f"(shuffled {estimate.shuffled:+5.2f}, predictable {estimate.predictability:4.0%}, fine labels {adjusted_information(targets, lesson.data):4.0%})  "
+                f"(shuffled {estimate.shuffled:+5.2f}, predictable {estimate.predictability:4.0%}, "
+                f"fine labels {adjusted_information(targets, lesson.data):4.0%})  "
                 f"measured {statistics.mean(gains):+5.2f} ± {spread:.2f}  {estimate.verdict}",
                 flush=True,
             )
