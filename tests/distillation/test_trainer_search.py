@@ -83,7 +83,7 @@ def test_a_trial_from_a_capture_is_fed_the_tail_of_its_own_temperature(tmp_path:
         curve(trainer_of(tmp_path, teacher=capture, losses="kd"), {"temperature": 3.0})
     changed = trainer_of(tmp_path, teacher=capture, losses="kd")
     changed.args.temperature = 2.0  # as a callback might
-    with pytest.raises(CaptureError, match="made for temperature=1.0.*now has 2.0"):
+    with pytest.raises(CaptureError, match="temperature=1.0, and the loss has temperature=2.0"):
         changed.model_init = None
         changed.train()
 
