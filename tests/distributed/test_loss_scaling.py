@@ -64,7 +64,7 @@ def test_what_is_not_finite_in_one_process_ends_all(spoil: str, sharded: bool, t
     found = run(2, tmp_path, empty=[], spoil=spoil, arguments=arguments, sharded=sharded)
     assert all("step 2" in error for error in found["errors"]), found["errors"]
     if spoil == "loss":
-        assert "the term 'kd' of the loss is inf" in found["errors"][1]
+        assert "the loss 'kd' is inf" in found["errors"][1]
         assert "Another process" in found["errors"][0]
     else:
         assert all("gradient" in error for error in found["errors"])
