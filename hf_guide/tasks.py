@@ -44,7 +44,7 @@ class DistilledOutput:
 
     Attributes:
         name: Its name among the model's outputs.
-        kind: What its numbers mean. Of a classifier `output_kind` returns what the config says.
+        kind: What its numbers mean. For a classifier the config decides: see `output_kind`.
         classes: What the last axis counts: "vocabulary" (rows of the language head) or "labels" (`config.num_labels`).
         items: What one loss value is for: "token" (output (batch, length, classes), masked by labels and attention) or
             "example" (output (batch, classes)).
@@ -231,14 +231,14 @@ def pipeline_tag(model_class: type | str) -> str | None:
         >>> pipeline_tag("WhisperForConditionalGeneration"), pipeline_tag("T5ForConditionalGeneration")
         ('automatic-speech-recognition', 'text2text-generation')
     """
-    found = _task_and_tag(model_class)
-    return None if found is None else found[1]
+    task_and_tag = _task_and_tag(model_class)
+    return None if task_and_tag is None else task_and_tag[1]
 
 
 def task_of_class_name(model_class: str) -> Task | None:
     """Return the task of a class by its name alone: a stock class, or one whose name ends as those of a task do."""
-    found = _task_and_tag(model_class)
-    return None if found is None else found[0]
+    task_and_tag = _task_and_tag(model_class)
+    return None if task_and_tag is None else task_and_tag[0]
 
 
 def mapping_names(mapping: str) -> Mapping[str, Any]:
@@ -250,7 +250,7 @@ def mapping_names(mapping: str) -> Mapping[str, Any]:
 
 
 def output_kind(task: Task, config: Any) -> OutputKind:
-    """Return what the logits of a model are, which of a classifier its config says.
+    """Return what the logits of a model are; for a classifier its config decides.
 
     Args:
         task: The model's.

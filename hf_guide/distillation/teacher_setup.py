@@ -29,7 +29,7 @@ def build_live_teachers(
     processing_class: Any,
     accelerator: accelerate.Accelerator,
 ) -> list[LiveTeacher]:
-    """Return teachers that are loaded, agree with the student, and stand where it is trained.
+    """Return teachers that are loaded, compatible with the student, and on its device or shards.
 
     Raises:
         OptionError, TaskError, TeacherError: as `load_teachers`, or weights of another number than teachers.

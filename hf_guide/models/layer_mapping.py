@@ -22,7 +22,7 @@ def depth_of_config(config: Any) -> int:
             if isinstance(depth, int):
                 return depth
     raise OptionError(
-        f"{type(text).__name__} does not say how many blocks there are; leave the loss 'hidden_states' out."
+        f"{type(text).__name__} does not state the number of blocks; leave the loss 'hidden_states' out."
     )
 
 
@@ -35,7 +35,7 @@ def width_of_config(config: Any) -> int:
     width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
     if not isinstance(width, int):
         raise OptionError(
-            f"{type(config).__name__} does not say how wide hidden states are; leave the loss 'hidden_states' out."
+            f"{type(config).__name__} does not state the width of hidden states; leave the loss 'hidden_states' out."
         )
     return width
 

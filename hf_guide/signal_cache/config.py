@@ -39,45 +39,46 @@ class CaptureConfig:
     top_k: int = field(
         default=64,
         metadata={
-            "help": "Of language models: how many of the largest log-probabilities are kept at each place; the mass of "
-            "all others is kept as one number. The size of the vocabulary keeps them all."
+            "help": "For language models: how many of the largest log-probabilities are stored at each token, with the mass of all "
+            "others as one number. The size of the vocabulary stores all."
         },
     )
     temperatures: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={
-            "help": "Of language models: the temperatures that a student may be trained at from this capture; 1 is always "
-            "one of them. Each takes 4 bytes a token."
+            "help": "For language models: the temperatures at which a student may be trained from this capture, always with 1. "
+            "Each takes 4 bytes per token."
         },
     )
     log_prob_dtype: str = field(
-        default="float16", metadata={"help": "How log-probabilities are stored: float16 or float32."}
+        default="float16", metadata={"help": "dtype of stored log-probabilities: float16 or float32"}
     )
     hidden_layers: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Layers whose hidden states are kept, by number of blocks passed, 0 being the embeddings; negative "
-            "numbers count from the end."
+            "help": "Layers whose hidden states are stored: N follows block N, 0 is the input embeddings; negative numbers count "
+            "from the end."
         },
     )
     save_penultimate: bool = field(
-        default=False, metadata={"help": "Keep what the classifier or the language head is fed."}
+        default=False,
+        metadata={"help": "Store the penultimate features: the inputs of the classifier or the language head."},
     )
     hidden_dtype: str = field(
         default="float16",
-        metadata={"help": "How hidden states and penultimate features are stored: float16 or float32."},
+        metadata={"help": "dtype of stored hidden states and penultimate features: float16 or float32"},
     )
     vocabulary_size: int | None = field(
         default=None,
         metadata={
-            "help": "Of language models: take only so many leading rows of the teacher's vocabulary, for a student whose "
-            "vocabulary is padded otherwise. By default all."
+            "help": "For language models: how many leading rows of the teacher's vocabulary are used, for a student whose vocabulary "
+            "has other padding; by default all."
         },
     )
     ignored_inputs: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Inputs that do not tell examples apart, for a student that is not fed them: token_type_ids, "
+            "help": "Inputs that are left out of an example's key, for a student that does not take them: token_type_ids, "
             "position_ids."
         },
     )
@@ -85,10 +86,10 @@ class CaptureConfig:
         default=True,
         metadata={"help": "Drop the columns that the teacher's forward does not take, as TrainingArguments does."},
     )
-    batch_size: int = field(default=8, metadata={"help": "Examples a forward pass."})
+    batch_size: int = field(default=8, metadata={"help": "Examples per forward pass."})
     shard_size: int = field(
         default=512,
-        metadata={"help": "Examples a file; what was finished of a file is lost when the capture is killed."},
+        metadata={"help": "Examples per file; an unfinished file is lost when the capture is killed."},
     )
 
     def __new__(cls, *args: Any, **fields: Any) -> "CaptureConfig":
@@ -113,7 +114,7 @@ class CaptureConfig:
 
     @classmethod
     def parse(cls, config: "CaptureConfig | Mapping[str, Any] | None") -> "CaptureConfig":
-        """Return the options that `config` stands for, copied: options, a mapping of fields, or None for the defaults."""
+        """Return a copy of `config`, which may also be a mapping of fields, or None for the defaults."""
         if config is None:
             return cls()
         if isinstance(config, CaptureConfig):
@@ -124,8 +125,8 @@ class CaptureConfig:
 
 
 def _parse_temperatures(temperatures: Any) -> list[float]:
-    given = temperatures if isinstance(temperatures, (list, tuple)) else [temperatures]
-    return sorted({1.0, *(check_temperature("Each of temperatures", value) for value in given)})
+    values = temperatures if isinstance(temperatures, (list, tuple)) else [temperatures]
+    return sorted({1.0, *(check_temperature("Each of temperatures", value) for value in values)})
 
 
 def _parse_layers(layers: Any) -> list[int]:

@@ -39,7 +39,7 @@ class CaptureManifest:
         teacher, teacher_revision: where the teacher came from, and its commit where that is known.
         teacher_class, teacher_config, teacher_dtype: what it is.
         weights: fingerprint of its parameters (`weights_fingerprint`), None where another program wrote the cache.
-        files: fingerprint of its safetensors files, None where it had none.
+        files: fingerprint of its safetensors files, None if it had none.
         tokenizer: fingerprint of the tokenizer or processor, None where none was known.
         task: a value of `Task`.
         classes: its vocabulary, as far as captured, or its labels.
@@ -89,26 +89,26 @@ class CaptureManifest:
     def columns(self) -> dict[str, Column]:
         """The columns of a shard, without the key."""
         task, config = Task(self.task), self.config
-        found: dict[str, Column] = {}
+        columns: dict[str, Column] = {}
         if not task.is_language_model:
-            found["logits"] = Column("float32", (-1, self.classes) if task.is_per_token else (self.classes,))
+            columns["logits"] = Column("float32", (-1, self.classes) if task.is_per_token else (self.classes,))
         elif self.is_dense:
-            found["log_probs"] = Column(config.log_prob_dtype, (-1, self.classes))
+            columns["log_probs"] = Column(config.log_prob_dtype, (-1, self.classes))
         else:
-            found["indices_low"] = Column("uint16", (-1, config.top_k))
+            columns["indices_low"] = Column("uint16", (-1, config.top_k))
             if high_bits(self.classes):
-                found["indices_high"] = Column("uint8", (-1,))
-            found["log_probs"] = Column(config.log_prob_dtype, (-1, config.top_k))
-            found["log_tail"] = Column("float32", (-1, len(config.temperatures)))
+                columns["indices_high"] = Column("uint8", (-1,))
+            columns["log_probs"] = Column(config.log_prob_dtype, (-1, config.top_k))
+            columns["log_tail"] = Column("float32", (-1, len(config.temperatures)))
         for name, shape in self.shapes.items():
-            found[name] = Column(config.hidden_dtype, tuple(shape))
-        return found
+            columns[name] = Column(config.hidden_dtype, tuple(shape))
+        return columns
 
     def example_bytes(self, tokens: int) -> int:
         """Return the bytes of an example of `tokens` tokens, including its key."""
         config, total = self.config, KEY_BYTES
         for name, column in self.columns.items():
-            if name == "indices_high":  # packed: the shape does not tell
+            if name == "indices_high":  # packed, so the shape does not give it
                 total += -(-tokens * config.top_k * high_bits(self.classes) // 8)
             else:
                 total += column.bytes_per_token * (tokens if -1 in column.shape else 1)

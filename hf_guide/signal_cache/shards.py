@@ -184,19 +184,19 @@ class Shard:
     def arrays(self, row: int) -> Arrays:
         """Return the arrays of a row, read-only and mapped: they are read from disk when they are used."""
         batch, position = self._find(row)
-        found = {}
+        arrays = {}
         for number, (name, column) in enumerate(self._columns.items(), start=1):
             lists = batch.column(number)
             start, end = lists.offsets[position].as_py(), lists.offsets[position + 1].as_py()
-            found[name] = lists.values[start:end].to_numpy(zero_copy_only=True).reshape(column.shape)
-        return found
+            arrays[name] = lists.values[start:end].to_numpy(zero_copy_only=True).reshape(column.shape)
+        return arrays
 
     def _find(self, row: int) -> tuple[Any, int]:
         batch = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._batches[batch], row - int(self._starts[batch])
 
 
-RESUME_HINT = "what is there already is kept."
+RESUME_HINT = "finished shards are kept."
 DAMAGED_HINT = "Run the same capture again; it writes what is damaged anew, and that alone."
 
 

@@ -207,8 +207,8 @@ def _open_files(
         tied = _tied_parameters(model, tensors, lambda a, b: torch.equal(weights.get(a), weights.get(b)))  # noqa: B023
         missing = {key for key, _ in model.named_parameters()} - tensors.keys() - tied.keys()
         if not missing:
-            kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
-            return _build_checkpoint(model, config, SafetensorsTensors(kept), tied, name, commit)
+            untied = {key: tensor for key, tensor in tensors.items() if key not in tied}
+            return _build_checkpoint(model, config, SafetensorsTensors(untied), tied, name, commit)
         if model._keys_to_ignore_on_load_missing:
             return None  # the model may compute the missing ones
     raise missing_parameters_error(name, missing)
@@ -345,8 +345,8 @@ def _checkpoint_from_model(
         return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
     tied = _tied_parameters(model, tensors, same)
-    kept = {key: tensor for key, tensor in tensors.items() if key not in tied}
-    weights = InMemoryTensors(kept, functools.partial(_rwkv_rescaling, model))
+    untied = {key: tensor for key, tensor in tensors.items() if key not in tied}
+    weights = InMemoryTensors(untied, functools.partial(_rwkv_rescaling, model))
     return _build_checkpoint(model, config, weights, tied, name, commit)
 
 

@@ -79,7 +79,7 @@ def forward_outputs(
     bare = without_adapter(extract_model_from_parallel(model, keep_torch_compile=False))
     known = forward_parameters(bare)
     converted = dict(batch) if inputs is None else inputs.convert(batch)
-    given = {name: value for name, value in converted.items() if name in known and name not in _TARGET_INPUTS}
+    model_inputs = {name: value for name, value in converted.items() if name in known and name not in _TARGET_INPUTS}
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
     if hidden_states:
         options["output_hidden_states"] = True
@@ -94,7 +94,7 @@ def forward_outputs(
             captured = stack.enter_context(capture_head_inputs(find_classifier(bare, task)))
         if head is not None:
             stack.enter_context(skip_lm_head(bare, head, head_inputs.append))
-        outputs = model(**given, **options)
+        outputs = model(**model_inputs, **options)
     return ForwardOutputs(
         inputs=converted,
         logits=outputs.logits,
@@ -223,7 +223,7 @@ class LiveTeacher:
             start, stop, _ = chosen.indices(len(hidden))
             if computed is None or not first <= start <= stop <= first + len(computed):
                 computed, first = None, start
-                # In the teacher's own precision, whatever the student's is.
+                # In the teacher's precision, not in the student's autocast.
                 with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
                     computed = head.logits(hidden[start : max(stop, start + ahead)]).to(device)
             return DenseTarget(align_logits(computed[start - first : stop - first], self.classes, self.order))

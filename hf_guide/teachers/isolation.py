@@ -28,15 +28,15 @@ def check_no_shared_parameters(student: Any, teachers: Iterable[Any]) -> None:
     models = [each for each in teachers if isinstance(each, nn.Module)]
     if not isinstance(student, nn.Module) or not models:
         return
-    own = _identities(student)
+    of_student = _identities(student)
     for teacher in models:
-        shared = _identities(teacher).keys() & own.keys()
+        shared = _identities(teacher).keys() & of_student.keys()
         if not shared:
             continue
         if teacher is student:
             sharing = "The teacher is the student itself."
         else:
-            first = next(name for key, name in own.items() if key in shared)
+            first = next(name for key, name in of_student.items() if key in shared)
             sharing = (
                 f"The teacher shares {len(shared)} of its tensors and modules with the student, such as {first!r}."
             )
@@ -61,10 +61,10 @@ def check_teachers_independent(teachers: Iterable[Any]) -> None:
         for second in models[number + 1 :]:
             if not (has_adapter(first) or has_adapter(second)):
                 continue
-            own = _identities(first)
-            shared = _identities(second).keys() & own.keys()
+            of_first = _identities(first)
+            shared = _identities(second).keys() & of_first.keys()
             if shared:
-                name = next(name for key, name in own.items() if key in shared)
+                name = next(name for key, name in of_first.items() if key in shared)
                 raise OptionError(
                     f"Two teachers have adapters on one base model (both hold {name!r}), so that both compute what the "
                     "adapter that was activated last does. Load a separate base model for each teacher."

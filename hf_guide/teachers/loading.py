@@ -210,17 +210,17 @@ def _model_class(name: str, revision: str | None, token: "str | bool | None", tr
 
 
 def model_name(model: Any) -> str:
-    """Return where a model came from, or its class's name."""
+    """Return the Hub id or folder of a model, or the name of its class."""
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
 def teacher_tokenizer(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
-    """Return the tokenizer beside a model's files, or None where there is none to be had (see `find_tokenizer`)."""
+    """Return the tokenizer among a model's files; None if there is none or it cannot be loaded (see `find_tokenizer`)."""
     name = model.config._name_or_path
     return find_tokenizer(name, **_hub_kwargs(init_kwargs)) if name else None
 
 
 def _hub_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return those of the keywords of `from_pretrained` that say where files are found."""
+    """Return those keywords of `from_pretrained` that locate files."""
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     return {key: value for key, value in (init_kwargs or {}).items() if key in names}

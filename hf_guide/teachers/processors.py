@@ -110,26 +110,30 @@ def check_processors(
     if not hasattr(tokenizer, "get_vocab") or not teacher.config._name_or_path:
         return InputConversion()
     safe = {key: value for key, value in hub.items() if key != "trust_remote_code"}
-    own = find_tokenizer(teacher.config._name_or_path, **safe)
-    if own is not None and task is Task.TOKEN_CLASSIFICATION and getattr(tokenizer, "add_prefix_space", None):
-        own = _load_processor(
+    teacher_processor = find_tokenizer(teacher.config._name_or_path, **safe)
+    if (
+        teacher_processor is not None
+        and task is Task.TOKEN_CLASSIFICATION
+        and getattr(tokenizer, "add_prefix_space", None)
+    ):
+        teacher_processor = _load_processor(
             AutoTokenizer, teacher, safe | {"add_prefix_space": True}
-        )  # words are given one by one there
-    if own is None:
+        )  # its words are separate
+    if teacher_processor is None:
         return InputConversion()
     # Vocabularies of language models may be shared in part, which `build_live_teachers` finds out.
     if student is None or not task.is_language_model:
-        sizes = num_token_rows(student or teacher) or len(tokenizer), num_token_rows(teacher) or len(own)
-        shared_vocabulary_size(tokenizer, own, *sizes)
-    _compare_tokenizers(tokenizer, own, name, task)
-    templates = [getattr(each, "chat_template", None) for each in (tokenizer, own)]
+        sizes = num_token_rows(student or teacher) or len(tokenizer), num_token_rows(teacher) or len(teacher_processor)
+        shared_vocabulary_size(tokenizer, teacher_processor, *sizes)
+    _compare_tokenizers(tokenizer, teacher_processor, name, task)
+    templates = [getattr(each, "chat_template", None) for each in (tokenizer, teacher_processor)]
     if None not in templates and templates[0] != templates[1]:
         logger.warning(
             "The tokenizer of the batches and that of the teacher %s have different chat templates. Conversations must be "
             "rendered with the teacher's, or it reads another format than it was trained on.",
             name,
         )
-    return InputConversion(pair_separator=_pair_separator(tokenizer, own))
+    return InputConversion(pair_separator=_pair_separator(tokenizer, teacher_processor))
 
 
 def num_token_rows(model: Any) -> int | None:
@@ -158,24 +162,26 @@ def _load_processor(auto: Any, model: Any, hub: Mapping[str, Any]) -> Any:
         return None
 
 
-def _compare(mine: Any, teacher: Any, name: str, student: Any, hub: Mapping[str, Any], auto: Any, compare: Any) -> Any:
-    own = _load_processor(auto, teacher, hub)
-    if own is None:
+def _compare(
+    batch_processor: Any, teacher: Any, name: str, student: Any, hub: Mapping[str, Any], auto: Any, compare: Any
+) -> Any:
+    teacher_processor = _load_processor(auto, teacher, hub)
+    if teacher_processor is None:
         return None
-    if mine is None and student is not None:
-        mine = _load_processor(auto, student, {})
-    if mine is None:
+    if batch_processor is None and student is not None:
+        batch_processor = _load_processor(auto, student, {})
+    if batch_processor is None:
         logger.warning(
             "The processor of the batches is not known, and the teacher %s expects what its %s makes. Pass "
             "processing_class, so that they are compared.",
             name,
-            type(own).__name__,
+            type(teacher_processor).__name__,
         )
         return None
-    return compare(mine, own, name)
+    return compare(batch_processor, teacher_processor, name)
 
 
-def _differences(mine: Any, own: Any) -> dict[str, tuple[Any, Any]]:
+def _differences(batch_processor: Any, teacher_processor: Any) -> dict[str, tuple[Any, Any]]:
     """Return the settings in which two processors differ, with the values of both."""
     settings = [
         {
@@ -183,7 +189,7 @@ def _differences(mine: Any, own: Any) -> dict[str, tuple[Any, Any]]:
             for key, value in each.to_dict().items()
             if key not in _IRRELEVANT_SETTINGS and not key.startswith("_")
         }
-        for each in (mine, own)
+        for each in (batch_processor, teacher_processor)
     ]
     plain = [{key: _to_plain(value) for key, value in each.items()} for each in settings]
     return {
@@ -209,13 +215,15 @@ def _base_class_name(processor: Any) -> str:
     return type(processor).__name__.removesuffix("Fast").removesuffix("Pil")
 
 
-def _mismatch_error(mine: Any, own: Any, name: str, differing: Mapping[str, tuple[Any, Any]]) -> TeacherError:
+def _mismatch_error(
+    batch_processor: Any, teacher_processor: Any, name: str, differing: Mapping[str, tuple[Any, Any]]
+) -> TeacherError:
     shown = "; ".join(
         f"{key} is {one!r} there and {other!r} for the teacher" for key, (one, other) in differing.items()
     )
     return TeacherError(
-        f"The batches are made by a {type(mine).__name__}, and the teacher {name} expects what its own "
-        f"{type(own).__name__} makes, which differs: {shown or 'they process differently'}. Process the data with "
+        f"The batches are made by a {type(batch_processor).__name__}, and the teacher {name} expects what its own "
+        f"{type(teacher_processor).__name__} makes, which differs: {shown or 'they process differently'}. Process the data with "
         "the teacher's, or distil from a teacher with the student's."
     )
 
@@ -223,24 +231,27 @@ def _mismatch_error(mine: Any, own: Any, name: str, differing: Mapping[str, tupl
 # Images
 
 
-def _compare_images(mine: Any, own: Any, name: str) -> PixelConversion | None:
-    differing = _differences(mine, own)
-    if not differing and _base_class_name(mine) == _base_class_name(own):
+def _compare_images(batch_processor: Any, teacher_processor: Any, name: str) -> PixelConversion | None:
+    differing = _differences(batch_processor, teacher_processor)
+    if not differing and _base_class_name(batch_processor) == _base_class_name(teacher_processor):
         return None
     try:
-        one, other = _pixel_normalization(mine), _pixel_normalization(own)
+        one, other = _pixel_normalization(batch_processor), _pixel_normalization(teacher_processor)
         scale = other[0] / one[0]
         shift = other[1] - one[1] * scale
         made = [
-            (_process_image(mine, image).double() * scale + shift, _process_image(own, image).double())
+            (
+                _process_image(batch_processor, image).double() * scale + shift,
+                _process_image(teacher_processor, image).double(),
+            )
             for image in _probe_images()
         ]
     except _PROCESSING_ERRORS:
-        raise _mismatch_error(mine, own, name, differing) from None
+        raise _mismatch_error(batch_processor, teacher_processor, name, differing) from None
     level = other[0].abs()
     for converted, expected in made:
         if converted.shape != expected.shape or bool(((converted - expected).abs() > _MAX_GREY_LEVELS * level).any()):
-            raise _mismatch_error(mine, own, name, differing)
+            raise _mismatch_error(batch_processor, teacher_processor, name, differing)
     if torch.allclose(scale, torch.ones_like(scale), rtol=0, atol=1e-12) and not bool(shift.any()):
         return None
     logger.info("Pixels are converted to the normalisation of the teacher %s: %s.", name, differing)
@@ -272,46 +283,53 @@ def _process_image(processor: Any, image: np.ndarray) -> Tensor:
 # Sound
 
 
-def _compare_sounds(mine: Any, own: Any, name: str) -> None:
-    differing = _differences(mine, own)
-    if not differing and _base_class_name(mine) == _base_class_name(own):
+def _compare_sounds(batch_processor: Any, teacher_processor: Any, name: str) -> None:
+    differing = _differences(batch_processor, teacher_processor)
+    if not differing and _base_class_name(batch_processor) == _base_class_name(teacher_processor):
         return
     if "sampling_rate" in differing:
-        raise _mismatch_error(mine, own, name, differing)
-    wave = np.random.default_rng(0).standard_normal(int(mine.sampling_rate)).astype(np.float32) * 0.1
+        raise _mismatch_error(batch_processor, teacher_processor, name, differing)
+    wave = np.random.default_rng(0).standard_normal(int(batch_processor.sampling_rate)).astype(np.float32) * 0.1
     try:
         one, other = (
-            next(iter(each(wave, sampling_rate=mine.sampling_rate, return_tensors="pt").values())).double()
-            for each in (mine, own)
+            next(iter(each(wave, sampling_rate=batch_processor.sampling_rate, return_tensors="pt").values())).double()
+            for each in (batch_processor, teacher_processor)
         )
     except _PROCESSING_ERRORS:
-        raise _mismatch_error(mine, own, name, differing) from None
+        raise _mismatch_error(batch_processor, teacher_processor, name, differing) from None
     if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
-        raise _mismatch_error(mine, own, name, differing)
+        raise _mismatch_error(batch_processor, teacher_processor, name, differing)
 
 
 # Texts
 
 
-def _compare_tokenizers(mine: Any, own: Any, name: str, task: Task) -> None:
-    if task is Task.MASKED_LM and own.mask_token is not None and mine.mask_token != own.mask_token:
+def _compare_tokenizers(batch_processor: Any, teacher_processor: Any, name: str, task: Task) -> None:
+    if (
+        task is Task.MASKED_LM
+        and teacher_processor.mask_token is not None
+        and batch_processor.mask_token != teacher_processor.mask_token
+    ):
         raise TeacherError(
-            f"The batches are masked with {mine.mask_token!r}, and the teacher {name} expects {own.mask_token!r}. Set the "
+            f"The batches are masked with {batch_processor.mask_token!r}, and the teacher {name} expects "
+            f"{teacher_processor.mask_token!r}. Set the "
             "tokenizer's mask_token to the teacher's."
         )
-    parts = [_backend_settings(each) for each in (mine, own)]
+    parts = [_backend_settings(each) for each in (batch_processor, teacher_processor)]
     differing = {
         key: (parts[0].get(key), parts[1].get(key)) for key in _BACKEND_PARTS if parts[0].get(key) != parts[1].get(key)
     }
     if parts[0] and parts[1] and not differing:
         return
-    for text in [*_PROBE_TEXTS, *_vocabulary_texts(own)]:
-        made = [_tokenize(each, text, task) for each in (mine, own)]
+    for text in [*_PROBE_TEXTS, *_vocabulary_texts(teacher_processor)]:
+        made = [_tokenize(each, text, task) for each in (batch_processor, teacher_processor)]
         if made[0] != made[1]:
             raise TeacherError(
                 f"The tokenizer of the batches and that of the teacher {name} make other tokens of the same text: of "
-                f"{text[:24]!r}... {_format_tokens(mine, made[0])} and, for the teacher, {_format_tokens(own, made[1])}. "
-                f"{_explain_settings(mine, own, differing)}Tokenise with the teacher's, or distil from a teacher with the student's."
+                f"{text[:24]!r}... {_format_tokens(batch_processor, made[0])} and, for the teacher, "
+                f"{_format_tokens(teacher_processor, made[1])}. "
+                f"{_explain_settings(batch_processor, teacher_processor, differing)}Tokenise with the teacher's, or distil from a "
+                "teacher with the student's."
             )
 
 
@@ -359,7 +377,7 @@ def _format_tokens(tokenizer: Any, made: Any) -> str:
     return str(tokenizer.convert_ids_to_tokens(ids[:8]))
 
 
-def _explain_settings(mine: Any, own: Any, differing: Mapping[str, Any]) -> str:
+def _explain_settings(batch_processor: Any, teacher_processor: Any, differing: Mapping[str, Any]) -> str:
     options = (
         "do_lower_case",
         "do_basic_tokenize",
@@ -371,16 +389,32 @@ def _explain_settings(mine: Any, own: Any, differing: Mapping[str, Any]) -> str:
     clauses = [
         f"{option} is {values[0]!r} there and {values[1]!r} for the teacher"
         for option in options
-        if len(set(values := [getattr(each, option, each.init_kwargs.get(option)) for each in (mine, own)])) > 1
+        if len(
+            set(
+                values := [
+                    getattr(each, option, each.init_kwargs.get(option))
+                    for each in (batch_processor, teacher_processor)
+                ]
+            )
+        )
+        > 1
     ]
     clauses += [f"their {key} differs" for key in differing] if not clauses else []
     return f"Their settings: {'; '.join(clauses)}. " if clauses else ""
 
 
-def _pair_separator(mine: Any, own: Any) -> int | None:
+def _pair_separator(batch_processor: Any, teacher_processor: Any) -> int | None:
     """Return the token between two texts, where the teacher's tokenizer makes token types and the batches' does not."""
-    types = own("a", "b", verbose=False).get("token_type_ids") if _has_token_types(own) else None
-    return own.sep_token_id if types is not None and any(_flatten(types)) and not _has_token_types(mine) else None
+    types = (
+        teacher_processor("a", "b", verbose=False).get("token_type_ids")
+        if _has_token_types(teacher_processor)
+        else None
+    )
+    return (
+        teacher_processor.sep_token_id
+        if types is not None and any(_flatten(types)) and not _has_token_types(batch_processor)
+        else None
+    )
 
 
 def _has_token_types(tokenizer: Any) -> bool:

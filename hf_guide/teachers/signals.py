@@ -50,7 +50,7 @@ class TopKTarget:
 
 @dataclass(frozen=True)
 class TeacherSignals:
-    """What one teacher says of one batch.
+    """The signals of one teacher for one batch.
 
     Attributes:
         target: the distribution at some of the items, in their order; None where none was asked for or captured.

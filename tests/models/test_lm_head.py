@@ -484,7 +484,7 @@ def test_wrong_shapes_and_uses_are_errors():
         chunked_loss(hidden[None], head, squares, {"a": 1.0})
     with pytest.raises(OptionError, match=r"returns \['a', 'b'\]; weights also has \['c'\]"):
         chunked_loss(hidden, head, squares, {"a": 1.0, "c": 1.0})
-    with pytest.raises(HfGuideError, match=r"'a' must be one number an item, \(5,\); found \(\)"):
+    with pytest.raises(HfGuideError, match=r"'a' must be one value per item, \(5,\); found \(\)"):
         chunked_loss(hidden, head, lambda logits, rows: {"a": logits.sum()}, {"a": 1.0})
     total, _ = chunked_loss(hidden, head, squares, {"a": 1.0})
     total.backward(retain_graph=True)

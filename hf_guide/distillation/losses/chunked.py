@@ -119,7 +119,7 @@ class ChunkedLossState:
         for name, term in terms.items():
             if term.shape != logits.shape[:1]:
                 raise HfGuideError(
-                    f"The loss {name!r} must be one number an item, ({len(logits)},); found {tuple(term.shape)}."
+                    f"The loss {name!r} must be one value per item, ({len(logits)},); found {tuple(term.shape)}."
                 )
             summed = term.sum(dtype=logits.dtype)
             self.sums[name] = self.sums.get(name, 0.0) + summed.detach()
