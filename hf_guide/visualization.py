@@ -135,8 +135,8 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) 
     suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix and suffix not in known:
         raise OptionError(f"{os.fspath(path)} must end in one of {', '.join(sorted(known))}; found {suffix!r}.")
-    whole = Path(path) if suffix else Path(f"{os.fspath(path)}.png")
-    with atomic_write(whole) as partial:
+    file = Path(path) if suffix else Path(f"{os.fspath(path)}.png")
+    with atomic_write(file) as partial:
         figure.savefig(partial, dpi=dpi, format=suffix or "png")
 
 

@@ -508,7 +508,7 @@ def encode_with_eos(
     """
     if not texts:
         return []
-    made = tokenizer(
+    encoded = tokenizer(
         list(texts),
         add_special_tokens=not rendered,
         return_special_tokens_mask=True,
@@ -516,16 +516,16 @@ def encode_with_eos(
         return_attention_mask=False,
         verbose=False,
     )
-    end, found = tokenizer.eos_token_id, []
-    for text, ids, special in zip(texts, made["input_ids"], made["special_tokens_mask"], strict=True):
+    eos, all_ids = tokenizer.eos_token_id, []
+    for text, ids, special in zip(texts, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
         if not ids:
             continue
-        has_end = ids[-1] == end or (rendered and text.rstrip().endswith(str(tokenizer.eos_token)))
-        whole = ids if end is None or has_end else [*ids, end]
-        found.append(
-            whole if max_length is None else _truncate_ids(whole, special, max_length, tokenizer.truncation_side)
+        has_end = ids[-1] == eos or (rendered and text.rstrip().endswith(str(tokenizer.eos_token)))
+        with_eos = ids if eos is None or has_end else [*ids, eos]
+        all_ids.append(
+            with_eos if max_length is None else _truncate_ids(with_eos, special, max_length, tokenizer.truncation_side)
         )
-    return found
+    return all_ids
 
 
 def _truncate_ids(ids: list[int], special: list[int], length: int, side: str) -> list[int]:
@@ -533,6 +533,6 @@ def _truncate_ids(ids: list[int], special: list[int], length: int, side: str) ->
         return ids
     if side == "right":
         return ids[:length]
-    first = next((place for place, is_special in enumerate(special) if not is_special), 0)
+    first = next((index for index, is_special in enumerate(special) if not is_special), 0)
     first = min(first, length)
     return ids[:first] + ids[len(ids) - (length - first) :]

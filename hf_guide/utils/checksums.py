@@ -59,9 +59,7 @@ def verify_checksum(path: Path, expected: str) -> None:
     Raises:
         DamagedFileError: They differ.
     """
-    found = file_checksum(path)
-    if found != expected:
-        raise DamagedFileError(f"{path} is damaged: its checksum is {found} and should be {expected}. {_CAUSE}")
+    _raise_on_mismatch(path, expected, file_checksum(path))
 
 
 def write_json(path: Path, entries: Mapping[str, Any]) -> None:
@@ -97,9 +95,9 @@ def read_json(path: Path, *, required: bool = True) -> tuple[dict[str, Any], boo
         if required:
             raise DamagedFileError(f"{path} is damaged: it has no entry {CHECKSUM_KEY!r}.")
         return entries, False
-    before, found, after = data.rpartition(str(checksum).encode())
+    before, digits, after = data.rpartition(str(checksum).encode())
     _raise_on_mismatch(
-        path, str(checksum), xxhash.xxh3_128_hexdigest(before + _ZEROS.encode() + after) if found else "none"
+        path, str(checksum), xxhash.xxh3_128_hexdigest(before + _ZEROS.encode() + after) if digits else "none"
     )
     return entries, True
 
@@ -177,7 +175,7 @@ def safetensors_defect(path: Path) -> str | None:
 
 def weights_defect(folder: Path) -> str | None:
     """Return why a model's folder cannot be loaded; None if its weights are complete."""
-    found = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
+    weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
     for index in folder.glob("*.safetensors.index.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -186,11 +184,11 @@ def weights_defect(folder: Path) -> str | None:
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
             return f"{missing[0]} is missing, which {index.name} names"
-    for path in found:
+    for path in weights:
         defect = safetensors_defect(path)
         if defect is not None:
             return f"{path.name} is truncated or damaged: {defect}"
-    names = {path.name for path in found}
+    names = {path.name for path in weights}
     if (
         not names & {"model.safetensors", "adapter_model.safetensors"}
         and not (folder / SAFE_WEIGHTS_INDEX_NAME).is_file()
@@ -220,9 +218,9 @@ def torch_file_defect(path: Path) -> str | None:
     return None if damaged is None else f"the checksum of its part {damaged} is wrong"
 
 
-def _raise_on_mismatch(path: Path, expected: str, found: str) -> None:
-    if found != expected:
-        raise DamagedFileError(f"{path} is damaged: its checksum is {found} and should be {expected}. {_CAUSE}")
+def _raise_on_mismatch(path: Path, expected: str, actual: str) -> None:
+    if actual != expected:
+        raise DamagedFileError(f"{path} is damaged: its checksum must be {expected}; found {actual}. {_CAUSE}")
 
 
 def _header_size(path: Path) -> int:

@@ -22,9 +22,9 @@ from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser()
-    capture_command.add_arguments(made)
-    return made
+    processed = argparse.ArgumentParser()
+    capture_command.add_arguments(processed)
+    return processed
 
 
 def run(*words: object) -> int:
@@ -86,10 +86,10 @@ def test_what_is_captured_is_what_a_distillation_of_the_same_data_looks_up(task,
     printed = capsys.readouterr().out
     assert f"{len(Capture.open(output))} examples" in printed and f"teacher_cache: {output}" in printed
     same = training(Task(task), teacher / task, data_files=str(data), max_length=16, validation_split_percentage=20)
-    made = Capture.open(output)
-    assert len(made) == len(same.train) + len(same.eval)
+    processed = Capture.open(output)
+    assert len(processed) == len(same.train) + len(same.eval)
     for split in (same.train, same.eval):
-        batch = CaptureDataCollator(same.collator, made)([split[number] for number in (0, 1)])
+        batch = CaptureDataCollator(same.collator, processed)([split[number] for number in (0, 1)])
         assert "teacher_features" in batch and ("teacher_hidden_4" in batch) == bool(flags)
     assert run(*words, *flags, "--save-penultimate", "--shard-size", 4) == 0  # finished already
     with pytest.raises(CaptureError, match="shard_size is 4 there and 5 here"):
@@ -108,8 +108,8 @@ def test_where_no_length_is_asked_for_a_capture_has_that_of_a_distillation(teach
     ]
     assert run(*words, "--top-k", 4) == 0
     same = training(Task.CAUSAL_LM, teacher / "causal-lm", data_files=str(data), validation_split_percentage=20)
-    found = CaptureDataCollator(same.collator, Capture.open(teacher / "captured"))(list(same.train))
-    assert found["teacher_topk_indices"].shape[:2] == found["input_ids"].shape
+    results = CaptureDataCollator(same.collator, Capture.open(teacher / "captured"))(list(same.train))
+    assert results["teacher_topk_indices"].shape[:2] == results["input_ids"].shape
 
 
 def test_an_old_flag_is_taken_with_a_warning_that_names_the_new_one(teacher, data):
@@ -133,8 +133,8 @@ def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
     (teacher / "distill.yaml").write_text(json.dumps(asking | {"layer_mapping": {"1": 2, "2": 4}}))
     words[1] = teacher / "asked"
     assert run(*words) == 0
-    made = Capture.open(teacher / "asked").manifest
-    assert made.temperatures == [1.0, 3.0] and set(made.shapes) == {"hidden_2", "hidden_4", "features"}
+    processed = Capture.open(teacher / "asked").manifest
+    assert processed.temperatures == [1.0, 3.0] and set(processed.shapes) == {"hidden_2", "hidden_4", "features"}
     (teacher / "distill.yaml").write_text(json.dumps(config | {"max_lenght": 3}))
     with pytest.raises(OptionError, match="has an unknown key 'max_lenght'. Did you mean 'max_length'"):
         run(*words)

@@ -86,16 +86,16 @@ def test_options_of_the_method_and_the_task_reach_the_student(teacher, tmp_path)
 
 def test_an_option_of_the_method_arrives_as_what_it_is(monkeypatch):
     def stop(teacher, **options):
-        given.append(options["method"])
+        received.append(options["method"])
         raise KeyboardInterrupt
 
-    given = []
+    received = []
     monkeypatch.setattr("hf_guide.modeling.from_teacher", stop)
     words = ["--option", "layer_selection=[3,1]", "--option", "basis=channels", "--option", "ridge=0.25"]
     words += ["--option", "fit_logit_scale=false", "--option", "seed=7", "--method", "calibrated"]
     assert cli.main(["init", "teacher", "-o", "student", *words]) == 130
     expected = {"layer_selection": [3, 1], "basis": "channels", "ridge": 0.25, "fit_logit_scale": False, "seed": 7}
-    assert {name: getattr(given[0], name) for name in expected} == expected
+    assert {name: getattr(received[0], name) for name in expected} == expected
 
 
 def test_the_help_fits_one_screen():
@@ -182,7 +182,7 @@ def test_an_empty_output_folder_is_used(teacher, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words,code,said",
+    "words,code,message",
     [
         (["--hidden-size", "128"], 1, "128"),
         (["--hidden-size", "30", "--num-attention-heads", "4"], 1, "30"),
@@ -193,10 +193,10 @@ def test_an_empty_output_folder_is_used(teacher, tmp_path):
         (["--method", "random", "--option", "basis=auto"], 2, "basis"),
     ],
 )
-def test_bad_input_is_one_clear_message_and_leaves_nothing(teacher, tmp_path, capsys, words, code, said):
+def test_bad_input_is_one_clear_message_and_leaves_nothing(teacher, tmp_path, capsys, words, code, message):
     assert cli.main(["init", str(teacher), "--no-progress", "-o", str(tmp_path / "student"), *words]) == code
     error = capsys.readouterr().err
-    assert said in error and "hf-guide: error:" in error and "Traceback" not in error
+    assert message in error and "hf-guide: error:" in error and "Traceback" not in error
     assert os.listdir(tmp_path) == []
 
 

@@ -42,7 +42,7 @@ def options(**changes: Any) -> DataArguments:
     return DataArguments(**({"dataset_name": "some/data", "packing": False, "max_length": 8} | changes))
 
 
-def made(task: Task, columns: dict[str, list[Any]], tok: Any = None, **changes: Any) -> Any:
+def processed(task: Task, columns: dict[str, list[Any]], tok: Any = None, **changes: Any) -> Any:
     data = datasets.Dataset.from_dict(columns)
     return preprocess(task, data, None, tok or tokenizer(), options(**changes)).train
 
@@ -55,7 +55,7 @@ def made(task: Task, columns: dict[str, list[Any]], tok: Any = None, **changes: 
 def test_every_whole_text_ends_once_and_a_cut_one_does_not(adds: str, side: str) -> None:
     tok = tokenizer(adds, truncation_side=side)
     begin = [BEGIN] if "<s>" in adds else []
-    rows = made(Task.CAUSAL_LM, {"text": TEXTS}, tok, max_length=5)["input_ids"][:]
+    rows = processed(Task.CAUSAL_LM, {"text": TEXTS}, tok, max_length=5)["input_ids"][:]
     for text, ids in zip([text for text in TEXTS if text], rows, strict=True):
         whole = [*begin, *(int(word[1:]) for word in text.split()), END]
         cut = whole[:5] if side == "right" else [*begin, *whole[len(begin) - 5 :]]
@@ -66,16 +66,18 @@ def test_every_whole_text_ends_once_and_a_cut_one_does_not(adds: str, side: str)
 @pytest.mark.parametrize("adds", ["", "<s> $A", "$A </s>", "<s> $A </s>"])
 def test_packed_blocks_are_the_unpacked_texts_end_to_end(adds: str) -> None:
     tok = tokenizer(adds)
-    alone = [token for ids in made(Task.CAUSAL_LM, {"text": TEXTS}, tok, max_length=99)["input_ids"] for token in ids]
-    packed = made(Task.CAUSAL_LM, {"text": TEXTS}, tok, packing=True, max_length=4)
+    alone = [
+        token for ids in processed(Task.CAUSAL_LM, {"text": TEXTS}, tok, max_length=99)["input_ids"] for token in ids
+    ]
+    packed = processed(Task.CAUSAL_LM, {"text": TEXTS}, tok, packing=True, max_length=4)
     assert [token for ids in packed["input_ids"] for token in ids] == alone[: len(alone) // 4 * 4]
     assert packed["labels"][:] == packed["input_ids"][:]
 
 
 def test_a_tokenizer_without_an_end_adds_none_and_masked_texts_and_sentences_get_none() -> None:
-    assert made(Task.CAUSAL_LM, {"text": ["t1 t2"]}, tokenizer(eos_token=None))["input_ids"][:] == [[1, 2]]
-    assert made(Task.MASKED_LM, {"text": ["t1 t2"]})["input_ids"][:] == [[1, 2]]
-    assert made(Task.SEQUENCE_CLASSIFICATION, {"text": ["t1 t2"], "label": [0]})["input_ids"][:] == [[1, 2]]
+    assert processed(Task.CAUSAL_LM, {"text": ["t1 t2"]}, tokenizer(eos_token=None))["input_ids"][:] == [[1, 2]]
+    assert processed(Task.MASKED_LM, {"text": ["t1 t2"]})["input_ids"][:] == [[1, 2]]
+    assert processed(Task.SEQUENCE_CLASSIFICATION, {"text": ["t1 t2"], "label": [0]})["input_ids"][:] == [[1, 2]]
 
 
 # Conversations
@@ -91,23 +93,23 @@ def conversation(*contents: str) -> list[dict[str, str]]:
 def test_conversations_are_the_tokens_of_the_chat_template_and_no_more(column: str, adds: str, pack: bool) -> None:
     tok = tokenizer(adds, chat_template=CHAT)
     rows = [conversation("t1", "t2 t3"), conversation("t4", "t5", "t6")]
-    found = made(Task.CAUSAL_LM, {column: rows, "id": [7, 8]}, tok, packing=pack, max_length=9 if pack else 99)
+    results = processed(Task.CAUSAL_LM, {column: rows, "id": [7, 8]}, tok, packing=pack, max_length=9 if pack else 99)
     expected = [tok.apply_chat_template(row, return_dict=False) for row in rows]
     expected = [tok(tok.apply_chat_template(row, tokenize=False), add_special_tokens=False).input_ids for row in rows]
     assert expected[0] == [BEGIN, 23, 1, END, BEGIN, 24, 2, 3, END]
     if pack:
-        assert found["input_ids"][:] == [expected[0], expected[1][:9]]
+        assert results["input_ids"][:] == [expected[0], expected[1][:9]]
     else:
-        assert found["input_ids"][:] == expected
+        assert results["input_ids"][:] == expected
 
 
 def test_a_template_that_writes_no_end_gets_one() -> None:
     tok = tokenizer(chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}")
-    assert made(Task.CAUSAL_LM, {"messages": [conversation("t1", "t2")]}, tok)["labels"][:] == [[1, 2, END]]
+    assert processed(Task.CAUSAL_LM, {"messages": [conversation("t1", "t2")]}, tok)["labels"][:] == [[1, 2, END]]
 
 
 @pytest.mark.parametrize(
-    ("rows", "template", "said"),
+    ("rows", "template", "message"),
     [
         (
             [conversation("t1")],
@@ -122,9 +124,9 @@ def test_a_template_that_writes_no_end_gets_one() -> None:
         ([conversation("t1")], "{{ raise_exception('roles must alternate') }}", "row 0: roles must alternate"),
     ],
 )
-def test_conversations_that_cannot_be_rendered_are_refused(rows: Any, template: Any, said: str) -> None:
-    with pytest.raises(OptionError, match=said):
-        made(Task.CAUSAL_LM, {"messages": rows}, tokenizer(chat_template=template))
+def test_conversations_that_cannot_be_rendered_are_refused(rows: Any, template: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        processed(Task.CAUSAL_LM, {"messages": rows}, tokenizer(chat_template=template))
 
 
 # Columns
@@ -147,10 +149,10 @@ ROLES = [
 ]
 
 
-@pytest.mark.parametrize(("values", "said"), VALUES)
+@pytest.mark.parametrize(("values", "message"), VALUES)
 @pytest.mark.parametrize(("task", "role"), ROLES)
 def test_what_is_no_text_is_refused_with_its_column_row_and_type(
-    task: Task, role: str, values: Any, said: str
+    task: Task, role: str, values: Any, message: str
 ) -> None:
     words = task is Task.TOKEN_CLASSIFICATION
     columns: dict[str, list[Any]] = {"text": [["t1"]] * 2 if words else ["t1", "t2"]}
@@ -161,12 +163,12 @@ def test_what_is_no_text_is_refused_with_its_column_row_and_type(
     if role == "pair":
         columns["pair"] = ["t5", "t6"]
     if words:
-        said = said.replace("nothing", "NoneType").replace("a value of type ", "")
+        message = message.replace("nothing", "NoneType").replace("a value of type ", "")
         values = [[1], [2]] if isinstance(values[0], list) else values
         values = [["t1"], None] if values[1] is None else values
     columns[role] = values
-    with pytest.raises(OptionError, match=f"some/data: column '{role}'.*{said}"):
-        made(task, columns, tokenizer(chat_template=CHAT), text_pair_column="pair" if role == "pair" else None)
+    with pytest.raises(OptionError, match=f"some/data: column '{role}'.*{message}"):
+        processed(task, columns, tokenizer(chat_template=CHAT), text_pair_column="pair" if role == "pair" else None)
 
 
 @pytest.mark.parametrize(
@@ -185,22 +187,22 @@ def test_what_is_no_text_is_refused_with_its_column_row_and_type(
 def test_one_of_several_texts_is_never_chosen_without_being_named(task: Task, columns: list[str]) -> None:
     data: dict[str, list[Any]] = {name: [0, 1] if name == "label" else ["t1", "t2"] for name in columns}
     with pytest.raises(OptionError, match="text_column"):
-        made(task, data)
+        processed(task, data)
     assert (
-        made(task, data, text_column=columns[0])["input_ids"][:]
-        == made(task, {"text": data[columns[0]]} | data, text_column="text")["input_ids"][:]
+        processed(task, data, text_column=columns[0])["input_ids"][:]
+        == processed(task, {"text": data[columns[0]]} | data, text_column="text")["input_ids"][:]
     )
 
 
 @pytest.mark.parametrize("labels", [[0], [0, 1, 1], None])
 def test_words_have_a_label_each(labels: Any) -> None:
     with pytest.raises(OptionError, match=r"one label per word of 'tokens'; row 1 has .* for 2 words"):
-        made(Task.TOKEN_CLASSIFICATION, {"tokens": [["t1", "t2"]] * 2, "ner_tags": [[0, 1], labels]})
+        processed(Task.TOKEN_CLASSIFICATION, {"tokens": [["t1", "t2"]] * 2, "ner_tags": [[0, 1], labels]})
 
 
 def test_a_label_is_one_class() -> None:
     with pytest.raises(OptionError, match="'label' must contain one class.*found a list"):
-        made(Task.SEQUENCE_CLASSIFICATION, {"text": ["t1", "t2"], "label": [[0], [1, 0]]})
+        processed(Task.SEQUENCE_CLASSIFICATION, {"text": ["t1", "t2"], "label": [[0], [1, 0]]})
 
 
 # Nothing to learn from
@@ -212,7 +214,7 @@ def test_texts_that_are_all_empty_are_refused(task: Task, pack: bool) -> None:
     with pytest.raises(
         OptionError, match="some/data: column 'text' of the training split, 2 rows, contains only empty strings"
     ):
-        made(task, {"text": ["", ""]}, packing=pack)
+        processed(task, {"text": ["", ""]}, packing=pack)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -222,9 +224,9 @@ def test_any_number_of_empty_texts_is_skipped(task: Task, pack: bool) -> None:
         [""] * 1001,
         "t1 t2 t3" if task is Task.MASKED_LM else "t1 t2",
     )  # a block: what is left over is dropped
-    expected = made(task, {"text": [text] * 2}, packing=pack, max_length=3)
-    found = made(task, {"text": [*empty, text, *empty, text, *empty]}, packing=pack, max_length=3)
-    assert found[:] == expected[:]
+    expected = processed(task, {"text": [text] * 2}, packing=pack, max_length=3)
+    results = processed(task, {"text": [*empty, text, *empty, text, *empty]}, packing=pack, max_length=3)
+    assert results[:] == expected[:]
 
 
 def test_a_split_that_fills_no_block_is_named() -> None:
@@ -252,7 +254,7 @@ def test_a_split_that_fills_no_block_is_named() -> None:
 )
 def test_an_example_without_a_token_is_refused_with_its_row(task: Task, columns: Any, name: str) -> None:
     with pytest.raises(OptionError, match=f"column '{name}' has a text without any token in row 1"):
-        made(task, columns)
+        processed(task, columns)
 
 
 @pytest.mark.parametrize(

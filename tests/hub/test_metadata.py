@@ -68,11 +68,15 @@ def test_the_training_arguments_worth_telling(tmp_path):
         report_to=[],
         use_cpu=True,
     )
-    told = reported_arguments(arguments)
-    assert (told["learning_rate"], told["lr_scheduler_type"], told["label_smoothing_factor"]) == (1e-3, "cosine", 0.1)
-    assert told["total_train_batch_size"] == 12 and "bf16" not in told and "processes" not in told
-    assert str(tmp_path) not in json.dumps(told)
-    assert DistillationRecord(training=told).training == told
+    entries = reported_arguments(arguments)
+    assert (entries["learning_rate"], entries["lr_scheduler_type"], entries["label_smoothing_factor"]) == (
+        1e-3,
+        "cosine",
+        0.1,
+    )
+    assert entries["total_train_batch_size"] == 12 and "bf16" not in entries and "processes" not in entries
+    assert str(tmp_path) not in json.dumps(entries)
+    assert DistillationRecord(training=entries).training == entries
 
 
 def test_figures_put_the_teacher_and_a_random_start_beside_the_student():

@@ -164,8 +164,8 @@ def test_a_card_without_our_part_gets_it_once_and_keeps_its_own_words(tmp_path):
     assert (data["license"], data["language"], data["thumbnail"]) == ("cc-by-4.0", "fr", "https://example.org/a.png")
     assert data["tags"] == ["mine", "hf_guide", "guide", "distillation"]
     assert data["datasets"] == ["someone/text"] and data["model-index"][0]["name"] == "Mine"
-    found = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
-    assert found == [12.5, 3.0681, 21.5]
+    actual_values = [metric["value"] for result in data["model-index"][0]["results"] for metric in result["metrics"]]
+    assert actual_values == [12.5, 3.0681, 21.5]
     assert "| Mine | bleu | 12.5 |" in text and "License: cc-by-4.0." in text
     assert write_model_card(tmp_path, REPORT, record=RECORD).read_text() == first, "drawn twice is drawn once"
 

@@ -77,11 +77,11 @@ def test_saved_students_load_stock_in_a_process_that_cannot_have_hf_guide(tmp_pa
         save_file(inputs(kinds[name]), folder / "inputs.safetensors")
     run_python(LOAD, *(tmp_path / name for name in students), flags=("-I",))
     for name, student in students.items():
-        found = load_file(tmp_path / name / "found.safetensors")
-        torch.testing.assert_close(found.pop("logits"), logits(student, kinds[name]))
+        results = load_file(tmp_path / name / "found.safetensors")
+        torch.testing.assert_close(results.pop("logits"), logits(student, kinds[name]))
         expected = dict(student.named_parameters())
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+        assert results.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in results.items())
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -38,8 +38,8 @@ def teacher(tmp_path_factory) -> Path:
 
 def written(folder: Path, **options: Any) -> Path:
     """Write options as a YAML file over those of a quick run, and return its path."""
-    told = QUICK | {"output_dir": str(folder / "student"), "max_length": 32} | options
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
+    entries = QUICK | {"output_dir": str(folder / "student"), "max_length": 32} | options
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in entries.items()}
     (folder / "run.yaml").write_text(yaml.safe_dump(plain), encoding="utf-8")
     return folder / "run.yaml"
 
@@ -85,13 +85,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str, Any]] = {
 def test_every_task_is_trained_evaluated_and_saved(task, tmp_path, capsys):
     family, kind, changes, where, write = CASES[task]
     teacher = make_model(tmp_path / "teacher", family, kind, **changes)
-    told = {
+    entries = {
         "teacher": teacher,
         "student_init_kwargs": SMALLER[family],
         where: write(tmp_path),
         "validation_split_percentage": 25,
     }
-    assert run(written(tmp_path, **told), "--max_steps", "2") == 0
+    assert run(written(tmp_path, **entries), "--max_steps", "2") == 0
     shown = capsys.readouterr().out
     folder = tmp_path / "student"
     assert f"Saved in {folder}" in shown and "teacher_agreement" in shown
@@ -114,8 +114,8 @@ def test_a_student_that_is_there_already_gets_its_teachers_labels(tmp_path):
     teacher = make_model(tmp_path / "teacher", "bert", "ForSequenceClassification", **LABELS)
     base = make_model(tmp_path / "base", "bert", "ForMaskedLM", width=16, blocks=1, seed=1)
     data = local.write_labelled(tmp_path / "labelled.csv", 200)
-    told = {"teacher": teacher, "model_name_or_path": base, "data_files": data, "max_steps": 60}
-    path = written(tmp_path, **told, losses={"ce": 1.0, "kd": 1e-4}, per_device_train_batch_size=16)
+    entries = {"teacher": teacher, "model_name_or_path": base, "data_files": data, "max_steps": 60}
+    path = written(tmp_path, **entries, losses={"ce": 1.0, "kd": 1e-4}, per_device_train_batch_size=16)
     metrics = distill(read_config(path, ["--learning_rate", "1e-2"]))
     assert metrics["eval_accuracy"] > 0.9
     config = transformers.AutoConfig.from_pretrained(tmp_path / "student")
@@ -131,39 +131,43 @@ def test_from_a_capture_no_teacher_is_needed(task, tmp_path):
     options = DataArguments(**data)
     train, held_out = load_splits(options)
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    made = preprocess(Task(task), train, held_out, tokenizer, options)
+    processed = preprocess(Task(task), train, held_out, tokenizer, options)
     keep = {"top_k": len(tokenizer)}
     capture_teacher(
-        teacher, made.train, tmp_path / "capture", processing_class=tokenizer, config=keep, show_progress=False
+        teacher, processed.train, tmp_path / "capture", processing_class=tokenizer, config=keep, show_progress=False
     )
-    told = {"model_name_or_path": student, "data_files": data[where]}
-    found = []
+    entries = {"model_name_or_path": student, "data_files": data[where]}
+    results = []
     for source in ({"teacher": teacher}, {"teacher_cache": tmp_path / "capture"}):
         (tmp_path / "run.yaml").unlink(missing_ok=True)
-        path = written(tmp_path, **told, **source, static_masking=True, losses="kd", log_level="error")
+        path = written(tmp_path, **entries, **source, static_masking=True, losses="kd", log_level="error")
         distill(read_config(path))
         state = json.loads((tmp_path / "student" / "trainer_state.json").read_text())
-        found.append([entry["kd"] for entry in state["log_history"] if "kd" in entry])
-    assert len(found[0]) == QUICK["max_steps"]
-    assert found[1] == pytest.approx(found[0], rel=2e-3)  # log-probabilities were captured in float16
+        results.append([entry["kd"] for entry in state["log_history"] if "kd" in entry])
+    assert len(results[0]) == QUICK["max_steps"]
+    assert results[1] == pytest.approx(results[0], rel=2e-3)  # log-probabilities were captured in float16
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own call
 def test_an_adapter_can_be_trained(teacher, tmp_path):
     student = make_model(tmp_path / "base", "llama", "ForCausalLM", width=16, blocks=1)
-    told = {"teacher": teacher, "model_name_or_path": student, "data_files": local.write_text(tmp_path / "text.txt")}
+    entries = {
+        "teacher": teacher,
+        "model_name_or_path": student,
+        "data_files": local.write_text(tmp_path / "text.txt"),
+    }
     adapter = '{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}'
-    assert run(written(tmp_path, **told), "--peft_config", adapter) == 0
+    assert run(written(tmp_path, **entries), "--peft_config", adapter) == 0
     assert (tmp_path / "student" / "adapter_model.safetensors").is_file()
 
 
 def test_a_run_that_was_cut_off_goes_on(teacher, tmp_path, capsys):
-    told = {
+    entries = {
         "teacher": teacher,
         "student_init_kwargs": SMALLER["llama"],
         "data_files": local.write_text(tmp_path / "text.txt"),
     }
-    path = written(tmp_path, **told, resume_from_checkpoint=True, save_strategy="steps", save_steps=1)
+    path = written(tmp_path, **entries, resume_from_checkpoint=True, save_strategy="steps", save_steps=1)
     assert run(path, "--max_steps", "2") == 0  # there is nothing to resume yet
     assert run(path, "--max_steps", "3") == 0
     history = json.loads((tmp_path / "student" / "trainer_state.json").read_text())["log_history"]
@@ -195,7 +199,7 @@ def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_
 
 
 @pytest.mark.parametrize(
-    "told,words,said",
+    "entries,words,message",
     [
         ({"temprature": 2.0}, [], "Did you mean 'temperature'"),
         ({}, ["--temprature", "2"], "--temperature"),
@@ -220,11 +224,11 @@ def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_
         ({"peft_config": [1]}, [], "peft_config must be a mapping"),
     ],
 )
-def test_what_the_file_says_wrong_is_named(told, words, said, tmp_path):
+def test_what_the_file_says_wrong_is_named(entries, words, message, tmp_path):
     path = written(
-        tmp_path, **{"data_files": "a.txt", "teacher": "no/such", "student_init_kwargs": {"hidden_size": 8}} | told
+        tmp_path, **{"data_files": "a.txt", "teacher": "no/such", "student_init_kwargs": {"hidden_size": 8}} | entries
     )
-    with pytest.raises(OptionError, match=said):
+    with pytest.raises(OptionError, match=message):
         read_config(path, words)
 
 
@@ -238,7 +242,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "told,said",
+    "entries,message",
     [
         ({"model_name_or_path": "also"}, "both given"),
         ({"peft_config": {"peft_type": "LORA"}}, "peft_config and student_init_kwargs are both given"),
@@ -257,14 +261,14 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         ({"resume_from_checkpoint": "/no/such/checkpoint"}, "no folder '/no/such/checkpoint'"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_the_first_step(told, said, teacher, tmp_path):
+def test_what_cannot_be_done_is_said_before_the_first_step(entries, message, teacher, tmp_path):
     (tmp_path / "empty").mkdir()
     data = local.write_text(tmp_path / "text.txt")
-    told = {name: tmp_path / "empty" if value == "EMPTY" else value for name, value in told.items()}
+    entries = {name: tmp_path / "empty" if value == "EMPTY" else value for name, value in entries.items()}
     path = written(
-        tmp_path, **{"teacher": teacher, "student_init_kwargs": SMALLER["llama"], "data_files": data} | told
+        tmp_path, **{"teacher": teacher, "student_init_kwargs": SMALLER["llama"], "data_files": data} | entries
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         distill(read_config(path))
     assert not (tmp_path / "student" / "model.safetensors").exists()
 
@@ -313,10 +317,12 @@ def test_packed_blocks_are_the_texts_end_to_end(tmp_path):
     texts = [text for text, _ in local.sentences(40)]
     data = datasets.Dataset.from_dict({"text": texts})
     options = DataArguments(dataset_name="text", data_files="a.txt", max_length=16)
-    made = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options).train
+    processed = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options).train
     joined = [token for text in texts for token in tokenizer(text).input_ids]  # this tokenizer ends texts by itself
-    assert [token for block in made["input_ids"] for token in block] == joined[: len(joined) // 16 * 16]
-    assert made["labels"][:] == made["input_ids"][:] and all(set(mask) == {1} for mask in made["attention_mask"])
+    assert [token for block in processed["input_ids"] for token in block] == joined[: len(joined) // 16 * 16]
+    assert processed["labels"][:] == processed["input_ids"][:] and all(
+        set(mask) == {1} for mask in processed["attention_mask"]
+    )
 
 
 def test_a_text_ends_with_the_end_token_where_the_tokenizer_adds_none(tmp_path):
@@ -324,9 +330,9 @@ def test_a_text_ends_with_the_end_token_where_the_tokenizer_adds_none(tmp_path):
     tokenizer.backend_tokenizer.post_processor = None
     data = datasets.Dataset.from_dict({"text": ["the sea", "quiet music"]})
     options = DataArguments(dataset_name="text", data_files="a.txt", max_length=2)
-    made = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options).train
+    processed = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options).train
     expected = [token for text in data["text"] for token in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
-    assert [token for block in made["input_ids"] for token in block] == expected[: len(expected) // 2 * 2]
+    assert [token for block in processed["input_ids"] for token in block] == expected[: len(expected) // 2 * 2]
 
 
 def test_lengths_are_those_that_tokenizer_and_model_take_and_512_at_most():
@@ -339,8 +345,8 @@ def test_lengths_are_those_that_tokenizer_and_model_take_and_512_at_most():
     ):
         tokenizer = copy.deepcopy(local.tokenizer())
         tokenizer.model_max_length = most
-        made = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options, config=config)
-        assert {len(block) for block in made.train["input_ids"]} == {expected}
+        processed = preprocess(Task.CAUSAL_LM, data, None, tokenizer, options, config=config)
+        assert {len(block) for block in processed.train["input_ids"]} == {expected}
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -348,14 +354,16 @@ def test_evaluation_masks_once_and_training_anew(pack):
     tokenizer = local.tokenizer()
     data = datasets.Dataset.from_dict({"text": [text for text, _ in local.sentences(60)]})
     options = DataArguments(dataset_name="text", data_files="a.txt", max_length=32, packing=pack, mlm_probability=0.3)
-    made = preprocess(Task.MASKED_LM, data, data, tokenizer, options)
-    trained, evaluated = ([made.collator([split[0], split[1]]) for _ in range(2)] for split in (made.train, made.eval))
+    processed = preprocess(Task.MASKED_LM, data, data, tokenizer, options)
+    trained, evaluated = (
+        [processed.collator([split[0], split[1]]) for _ in range(2)] for split in (processed.train, processed.eval)
+    )
     assert not torch.equal(trained[0]["labels"], trained[1]["labels"])
     assert torch.equal(evaluated[0]["labels"], evaluated[1]["labels"]) and (evaluated[0]["labels"] >= 0).any()
     again = preprocess(Task.MASKED_LM, data, data, tokenizer, options).eval
-    assert again["input_ids"][:] == made.eval["input_ids"][:]
+    assert again["input_ids"][:] == processed.eval["input_ids"][:]
     once = preprocess(Task.MASKED_LM, data, None, tokenizer, options, static_masking=True).train
-    assert once["labels"][:] == made.eval["labels"][:]
+    assert once["labels"][:] == processed.eval["labels"][:]
 
 
 def test_a_file_that_is_no_text_is_refused_with_what_ails_it(tmp_path):
@@ -370,8 +378,8 @@ def test_both_splits_number_their_classes_alike():
     options = DataArguments(dataset_name="csv", data_files="a.csv")
     tokenizer = local.tokenizer()
     for labels, expected in ((None, [2, 1]), (["LABEL_0", "LABEL_1", "LABEL_2"], [2, 1]), (["Z", "Y", "X"], [0, 1])):
-        made = preprocess(Task.SEQUENCE_CLASSIFICATION, train, held_out, tokenizer, options, labels=labels)
-        assert made.eval["labels"][:] == expected
+        processed = preprocess(Task.SEQUENCE_CLASSIFICATION, train, held_out, tokenizer, options, labels=labels)
+        assert processed.eval["labels"][:] == expected
     strange = datasets.Dataset.from_dict({"text": ["b"], "label": ["w"]})
     with pytest.raises(OptionError, match="'w'.*not among"):
         preprocess(Task.SEQUENCE_CLASSIFICATION, train, strange, tokenizer, options)
@@ -384,9 +392,9 @@ def test_the_first_token_of_a_word_carries_its_label():
     tokenizer = local.tokenizer()
     data = datasets.Dataset.from_dict({"tokens": [["Nobody", "unheard"]], "ner_tags": [["A", "B"]]})
     options = DataArguments(dataset_name="json", data_files="a.json", max_length=32)
-    made = preprocess(Task.TOKEN_CLASSIFICATION, data, None, tokenizer, options, labels=["B", "A"]).train[0]
+    processed = preprocess(Task.TOKEN_CLASSIFICATION, data, None, tokenizer, options, labels=["B", "A"]).train[0]
     words = tokenizer([["Nobody", "unheard"]], is_split_into_words=True).word_ids(0)
-    labelled = [(word, label) for word, label in zip(words, made["labels"], strict=True) if label != -100]
+    labelled = [(word, label) for word, label in zip(words, processed["labels"], strict=True) if label != -100]
     assert labelled == [(0, 1), (1, 0)] and len(words) > 4
 
 
@@ -419,8 +427,8 @@ def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
     code = "import sys; from tests.scripts.test_distill import run; sys.exit(run(*sys.argv[1:]))"
     printed = run_process([sys.executable, "-c", code, str(EXAMPLES / "distill_smollm2.yaml"), *words])
     assert "perplexity" in printed and f"Saved in {folder}" in printed
-    told = json.loads((folder / "distillation.json").read_text())
-    assert told["training"]["bf16"] and told["training"]["weight_decay"] == 0.1  # the file's own
+    entries = json.loads((folder / "distillation.json").read_text())
+    assert entries["training"]["bf16"] and entries["training"]["weight_decay"] == 0.1  # the file's own
 
 
 def test_the_real_example_makes_the_student_it_promises():
@@ -430,8 +438,8 @@ def test_the_real_example_makes_the_student_it_promises():
     assert InitializationConfig.parse(student.pop("method")).method == "calibrated"
     shape = {name: value for name, value in student.items() if name != "dtype"}
     with torch.device("meta"):
-        made = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **shape))
-    assert 22.5e6 < made.num_parameters() < 23.5e6
+        processed = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **shape))
+    assert 22.5e6 < processed.num_parameters() < 23.5e6
 
 
 def test_the_command_line_is_light(tmp_path):

@@ -26,17 +26,20 @@ def test_suggested_students_can_be_made_and_are_as_large_and_as_good_as_said(fam
     curve = variance_curves(teacher, layout)["embed"]
     suggestions = suggest_widths(teacher, layout, curve)
     assert suggestions and len(curve) == 96 and curve[-1] == pytest.approx(1)
-    for found in suggestions:
-        width = found.overrides["hidden_size"]
-        assert width % 32 == 0 and curve[found.min_width - 1] >= found.target > (
-            curve[found.min_width - 2] if found.min_width > 1 else 0
+    for results in suggestions:
+        width = results.overrides["hidden_size"]
+        assert width % 32 == 0 and curve[results.min_width - 1] >= results.target > (
+            curve[results.min_width - 2] if results.min_width > 1 else 0
         )
-        student = from_teacher(model, show_progress=False, **found.overrides)
-        assert student.num_parameters() == found.parameters
-        assert found.explained_variance == pytest.approx(curve[width - 1]) and found.explained_variance >= found.target
+        student = from_teacher(model, show_progress=False, **results.overrides)
+        assert student.num_parameters() == results.parameters
+        assert (
+            results.explained_variance == pytest.approx(curve[width - 1])
+            and results.explained_variance >= results.target
+        )
         assert student.initialization_report.explained_variance["embed"] == pytest.approx(curve)
-        half = from_teacher(model, show_progress=False, num_hidden_layers=2, **found.overrides)
-        assert half.num_parameters() == found.parameters_half
+        half = from_teacher(model, show_progress=False, num_hidden_layers=2, **results.overrides)
+        assert half.num_parameters() == results.parameters_half
 
 
 def test_what_cannot_be_made_is_not_counted():

@@ -72,7 +72,7 @@ def load_projections(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def processed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     capture(folder / "capture")
     save_projector(folder / "projector")
@@ -103,9 +103,9 @@ FILES: dict[str, tuple[str, Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_flipped_bit_is_noticed_and_the_file_named(made: Path, tmp_path: Path, name: str) -> None:
-    said, read = FILES[name]
-    folder = shutil.copytree((made / name).parent, tmp_path / "copy")
+def test_every_flipped_bit_is_noticed_and_the_file_named(processed: Path, tmp_path: Path, name: str) -> None:
+    message, read = FILES[name]
+    folder = shutil.copytree((processed / name).parent, tmp_path / "copy")
     read(folder)
     path = folder / Path(name).name
     whole, unnoticed = path.read_bytes(), []
@@ -114,16 +114,16 @@ def test_every_flipped_bit_is_noticed_and_the_file_named(made: Path, tmp_path: P
         try:
             read(folder)
         except HfGuideError as error:
-            assert said in str(error)
+            assert message in str(error)
         else:
             unnoticed.append(bit)
     assert unnoticed == []
 
 
 @pytest.mark.parametrize("kind", ["statistics", "step-layers.0", "calibration"])
-def test_every_flipped_bit_in_a_calibration_folder_is_noticed(made: Path, tmp_path: Path, kind: str) -> None:
+def test_every_flipped_bit_in_a_calibration_folder_is_noticed(processed: Path, tmp_path: Path, kind: str) -> None:
     """By what reads each file: a whole calibration for one bit of each, for the others the reader that it calls."""
-    folder = shutil.copytree(made / "calibration", tmp_path / "calibration")
+    folder = shutil.copytree(processed / "calibration", tmp_path / "calibration")
     path = next(folder.glob(f"{kind}*"))
     whole, bits = path.read_bytes(), flips(path)
     for bit in bits:
@@ -135,8 +135,10 @@ def test_every_flipped_bit_in_a_calibration_folder_is_noticed(made: Path, tmp_pa
         calibrate(folder)
 
 
-def test_a_damaged_shard_is_written_again_alone(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = shutil.copytree(made / "capture", tmp_path / "capture")
+def test_a_damaged_shard_is_written_again_alone(
+    processed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(processed / "capture", tmp_path / "capture")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for name in ("shard-000001.arrow", "index.arrow"):
         (folder / name).write_bytes(flipped(before[name], 8 * (len(before[name]) // 2)))
@@ -149,13 +151,13 @@ def test_a_damaged_shard_is_written_again_alone(made: Path, tmp_path: Path, capl
 
 
 def test_a_shard_that_was_damaged_before_the_capture_was_complete_is_written_again(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from hf_guide.signal_cache import writer as run
 
-    whole = {path.name: path.read_bytes() for path in (made / "capture").iterdir()}
+    whole = {path.name: path.read_bytes() for path in (processed / "capture").iterdir()}
 
-    def interrupted(*given: Any) -> None:
+    def interrupted(*received: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "write_index", interrupted)
@@ -168,7 +170,7 @@ def test_a_shard_that_was_damaged_before_the_capture_was_complete_is_written_aga
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 
 
-def test_each_shard_is_checked_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_shard_is_checked_once(processed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
     original = integrity.verify_checksum
 
@@ -177,7 +179,7 @@ def test_each_shard_is_checked_once(made: Path, monkeypatch: pytest.MonkeyPatch)
         original(path, expected)
 
     monkeypatch.setattr("hf_guide.signal_cache.reader.verify_checksum", counting)
-    collate = CaptureDataCollator(Pad(), Capture.open(made / "capture"))
+    collate = CaptureDataCollator(Pad(), Capture.open(processed / "capture"))
     for _ in range(2):
         collate(EXAMPLES[:7])
     assert checked == ["index.arrow", "shard-000000.arrow", "shard-000001.arrow"]
@@ -196,20 +198,20 @@ def test_a_projector_saved_over_another_is_whole_or_refused(tmp_path: Path) -> N
 
 
 def test_what_earlier_versions_wrote_without_checksums_loads_with_a_warning(
-    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    processed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     import json
 
-    folder = shutil.copytree(made / "capture", tmp_path / "capture")
+    folder = shutil.copytree(processed / "capture", tmp_path / "capture")
     manifest = {name: value for name, value in read_json(folder / "capture.json")[0].items() if name != "checksums"}
     (folder / "capture.json").write_text(json.dumps(manifest | {"format": 1}))
-    projector = shutil.copytree(made / "projector", tmp_path / "projector")
+    projector = shutil.copytree(processed / "projector", tmp_path / "projector")
     entries, _ = read_json(projector / "subclass_projector.json")
     entries.pop("weights_checksum")
     (projector / "subclass_projector.json").write_text(json.dumps(entries | {"format": 1}))
     weights = projector / "subclass_projector.safetensors"
     save_file(load_file(weights), weights, metadata={"format": "pt"})
-    projections = shutil.copytree(made / "projections", tmp_path / "projections")
+    projections = shutil.copytree(processed / "projections", tmp_path / "projections")
     maps = projections / "distillation_projections.safetensors"
     save_file(load_file(maps), maps)
     with caplog.at_level(logging.WARNING):
@@ -226,9 +228,9 @@ def test_checksums_cover_what_is_written(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == ({"text": "0" * 32, "number": 1.5}, True)
     tensors = {"weight": torch.randn(3, 4), "half": torch.randn(5).bfloat16(), "empty": torch.zeros(0)}
     checksum = write_tensors(tmp_path / "a.safetensors", tensors, {"facts": f'"checksum":"{"0" * 32}"'})
-    found, metadata, again = read_tensors(tmp_path / "a.safetensors")
+    results, metadata, again = read_tensors(tmp_path / "a.safetensors")
     assert checksum == again and metadata == {"facts": f'"checksum":"{"0" * 32}"'}
-    assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
+    assert all(torch.equal(tensor, results[name]) for name, tensor in tensors.items())
     assert load_file(tmp_path / "a.safetensors").keys() == tensors.keys()
 
 

@@ -263,7 +263,7 @@ def distil(tmp_path: Path, teacher_with_tokenizer: Path, monkeypatch: pytest.Mon
     text = local.write_text(tmp_path / "text.txt")
 
     def run(output: Path, **options: Any) -> int:
-        given = {
+        received = {
             "teacher": str(teacher_with_tokenizer),
             "student_init_kwargs": local.SMALLER["llama"],
             "data_files": str(text),
@@ -273,7 +273,7 @@ def distil(tmp_path: Path, teacher_with_tokenizer: Path, monkeypatch: pytest.Mon
             "save_steps": 1,
             "max_steps": 8,
         }
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(local.QUICK | given | options))
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(local.QUICK | received | options))
         return cli.main(["distill", str(tmp_path / "run.yaml")])
 
     return run
@@ -293,20 +293,20 @@ def test_what_is_said_of_an_interrupted_distillation_is_true(
 
     compute, steps = DistillationTrainer.compute_loss, []
 
-    def interrupted(*given: Any, **named: Any) -> Any:
+    def interrupted(*received: Any, **named: Any) -> Any:
         steps.append(1)
         if len(steps) == 3:
             signal.raise_signal(signal.SIGINT)
-        return compute(*given, **named)
+        return compute(*received, **named)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     try:
         monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
         assert distil(tmp_path / "out") == 130
-        said = capsys.readouterr().err
+        message = capsys.readouterr().err
         assert (
             f"to continue from {tmp_path / 'out' / 'checkpoint-2'}, run the same command with --resume_from_checkpoint true."
-            in said
+            in message
         )
         steps.clear()
         assert distil(tmp_path / "none", save_steps=5) == 130
@@ -327,12 +327,12 @@ def test_a_full_disk_in_distill_is_said_and_leaves_the_whole_checkpoints(
 
     output = mounted / "out"
     assert distil(output, max_steps=40) == 1
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     assert re.search(
-        r"error: The checkpoint of step \d+ could not be written to .*out, whose disk has \d+ MiB free", said
+        r"error: The checkpoint of step \d+ could not be written to .*out, whose disk has \d+ MiB free", message
     )
     kept = list_checkpoints(output)
-    assert f"The last complete checkpoint is {kept[0]}" in said and "Free space" in said
+    assert f"The last complete checkpoint is {kept[0]}" in message and "Free space" in message
     assert (
         kept
         and all(checkpoint_defect(path) is None for path in kept)
