@@ -54,7 +54,7 @@ def arms(output: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_a_run_that_was_cut_off_goes_on_and_none_is_done_twice(tmp_path):
+def test_an_interrupted_run_resumes_and_repeats_nothing(tmp_path):
     first = arms(tmp_path, "--arms", "kd", "lelp")
     whole = (tmp_path / "runs.jsonl").read_text()
     lines = whole.splitlines(keepends=True)
@@ -93,7 +93,7 @@ def test_all_targets_keep_the_teachers_classes(benchmark, tau):
             assert targets[0].numel() == training.outputs_of(arm, lesson, {"tau": tau, "S": 3, "beta": 0.5})
 
 
-def test_an_oracle_gives_a_class_whole_to_the_finer_label(benchmark):
+def test_an_oracle_assigns_a_class_to_the_fine_label(benchmark):
     lesson = lesson_of(benchmark)
     shares = benchmark.training.oracle_targets(lesson, 1.0)
     own = shares[torch.arange(240), lesson.data.labels]
@@ -101,13 +101,13 @@ def test_an_oracle_gives_a_class_whole_to_the_finer_label(benchmark):
     assert torch.allclose(own.max(1).values, own.sum(1))
 
 
-def test_what_is_read_of_finer_labels_is_right_where_embeddings_show_them(benchmark):
+def test_fine_labels_are_read_from_embeddings_that_separate_them(benchmark):
     lesson = lesson_of(benchmark)
     own = benchmark.training.read_targets(lesson, 1.0)[torch.arange(240), lesson.data.labels]
     assert (own.argmax(1) == lesson.data.fine_labels // 2).float().mean() > 0.95
 
 
-def test_a_metric_changes_what_is_large_and_nothing_that_the_classifier_says(benchmark):
+def test_a_metric_changes_variances_and_not_the_logits(benchmark):
     training = benchmark.training
     lesson = lesson_of(benchmark)
     plain = lesson.signals.embeddings.double() @ lesson.weight.double().T
@@ -122,7 +122,7 @@ def test_whitened_noise_is_white(benchmark):
     assert torch.allclose(torch.cov(white.T, correction=0), torch.eye(5, dtype=torch.float64), atol=1e-6)
 
 
-def test_parts_share_no_example_and_are_the_same_every_time(benchmark):
+def test_parts_share_no_example_and_are_deterministic(benchmark):
     data = benchmark.data
     whole = data.digits()
     parts = data.split(whole, [900, 300, 200, 200])
@@ -135,7 +135,7 @@ def test_parts_share_no_example_and_are_the_same_every_time(benchmark):
         data.split(whole, [1700, 100])
 
 
-def test_settings_given_stand_in_place_of_the_grid(tmp_path):
+def test_settings_replace_the_grid(tmp_path):
     """And such as the data are too few for are left out, which the table says."""
     given = '{"tau": 2.0, "S": 3, "beta": 0.3}'
     arms(tmp_path, "--arms", "kd", "kmeans-early", *ONCE, "--settings", given)
@@ -164,7 +164,7 @@ def test_settings_are_chosen_by_some_seeds_and_measured_by_others(benchmark, tmp
     assert again.within({"set": "digits"}, "lelp") == (None, {})
 
 
-def test_tables_are_of_the_rows_that_are_kept_and_ask_for_them_where_there_are_none(tmp_path):
+def test_tables_are_made_of_saved_rows_and_a_missing_file_raises(tmp_path):
     arms(tmp_path, "--arms", "kd", *ONCE, "--rows", str(tmp_path / "kept.jsonl"))
     assert not (tmp_path / "runs.jsonl").exists()
     report = [sys.executable, str(BENCHMARKS / "lelp_comparison.py"), *ONCE, "--report", "--rows"]
@@ -197,7 +197,7 @@ def test_rows_are_in_order_however_texts_are_grouped(benchmark):
     assert torch.equal(padded, batches.lengths) and len(batches.lengths.unique()) > 5
 
 
-def test_all_rows_are_drawn_alike_and_the_same_by_the_same_seed(benchmark):
+def test_all_rows_are_drawn_equally_often_and_the_seed_decides(benchmark):
     batches = words(benchmark)
     first, again = (torch.cat(list(islice(batches.drawn(5, 3), 16))) for _ in range(2))
     assert torch.equal(first, again)
@@ -209,7 +209,7 @@ def test_all_rows_are_drawn_alike_and_the_same_by_the_same_seed(benchmark):
 
 
 @pytest.mark.parametrize("method", ["guide", "calibrated"])
-def test_a_started_student_is_the_same_without_the_rows_that_no_text_has(benchmark, method):
+def test_an_initialized_student_is_the_same_without_rows_of_unused_tokens(benchmark, method):
     batches = words(benchmark)
     torch.manual_seed(0)
     config = BertConfig(
@@ -230,7 +230,7 @@ def test_a_started_student_is_the_same_without_the_rows_that_no_text_has(benchma
     assert copied.head.out_features == 8 and copied.encoder is not less.encoder
 
 
-def test_a_resnet_starts_no_student(benchmark):
+def test_a_resnet_cannot_initialize_a_student(benchmark):
     data = benchmark.data.Labelled(torch.zeros(4, 1, 8, 8), torch.arange(4) % 2, 2)
     teacher = benchmark.models.make_teacher(data, "resnet")
     with pytest.raises(ValueError, match="--images vit"):

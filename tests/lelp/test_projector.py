@@ -174,7 +174,7 @@ def test_separate_clusters_are_found_by_k_means_and_the_kernel():
         assert right >= share * 600, splitter
 
 
-def test_a_random_partition_is_even_and_steady_under_rounding():
+def test_a_random_partition_is_even_and_stable_under_rounding():
     data = make_embeddings(count=3000)
     projector = fit(data, "random-partition")
     first = projector.coordinates(data.embeddings).argmax(-1)
@@ -251,7 +251,7 @@ def test_examples_without_labels_are_grouped_by_the_class_that_the_teacher_predi
         SubclassProjector.fit(data.embeddings, some, data.weight, SUBCLASSES)
 
 
-def test_numbers_of_numpy_and_labels_that_are_false_or_true_are_taken(tmp_path):
+def test_numpy_numbers_and_boolean_labels_are_accepted(tmp_path):
     data = make_embeddings(classes=2)
     expected = SubclassProjector.fit(data.embeddings, data.labels, data.weight, 4, temperature=2.0, seed=3)
     actual = SubclassProjector.fit(
@@ -282,7 +282,7 @@ def test_narrow_embeddings_give_float32_near_the_exact_targets(dtype):
     assert (actual - projector.transform(data.embeddings.to(dtype).double(), data.logits)).abs().max() < 1e-6
 
 
-def test_a_class_that_is_ruled_out_has_no_share():
+def test_a_class_of_probability_zero_has_no_share():
     data = make_embeddings()
     logits = data.logits.clone()
     logits[:, 1] = -torch.inf
@@ -298,7 +298,7 @@ def test_temperatures_are_changed_without_fitting_again():
         changed.with_temperature(subclass_temperature=0)
 
 
-def test_seeds_decide_and_the_same_seed_decides_alike():
+def test_the_seed_determines_the_targets():
     data = make_embeddings()
     assert torch.equal(targets(fit(data, seed=3), data), targets(fit(data, seed=3), data))
     assert not torch.allclose(targets(fit(data, seed=3), data), targets(fit(data, seed=4), data))

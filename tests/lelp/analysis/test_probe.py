@@ -1,4 +1,4 @@
-"""The forecast: nothing gained from nothing, something where subclasses are what a small student lacks, and its measures."""
+"""The estimated gain: zero without subclasses, positive where they are what a small student lacks; and its measures."""
 
 import dataclasses
 

@@ -60,7 +60,7 @@ def test_the_top_examples_have_the_highest_probabilities(summarized):
             assert torch.allclose(mine[nearest, number], best) and torch.allclose(torch.tensor(sure).double(), best)
 
 
-def test_without_labels_classes_are_the_teachers(summarized):
+def test_without_labels_classes_are_those_that_the_teacher_predicts(summarized):
     data, projector, _ = summarized
     summary = summarize_subclasses(projector, data.embeddings, data.logits)
     for each in summary.classes:
@@ -78,7 +78,7 @@ def test_mutual_information_is_that_of_scikit_learn():
     assert mutual_information(first, second) == pytest.approx(expected, rel=1e-9)
 
 
-def test_subclasses_that_are_the_finer_labels_know_all_and_shuffled_ones_nothing():
+def test_subclasses_equal_to_fine_labels_have_all_information_and_random_ones_none():
     generator = torch.Generator().manual_seed(0)
     classes = torch.randint(0, 2, (4000,), generator=generator)
     fine_labels = 3 * classes + torch.randint(0, 3, (4000,), generator=generator)
@@ -91,7 +91,7 @@ def test_subclasses_that_are_the_finer_labels_know_all_and_shuffled_ones_nothing
     assert label_mutual_information(fine_labels % 3, fine_labels, fine_labels).adjusted == 0  # the class tells all
 
 
-def test_the_plane_is_that_of_largest_variance_and_turns_with_nothing():
+def test_the_plane_has_the_largest_variance_and_is_invariant_to_rotations():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(200, 4, generator=generator, dtype=torch.float64).exp() * torch.tensor([1.0, 5.0, 2.0, 0.1])
     turn = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
@@ -101,7 +101,7 @@ def test_the_plane_is_that_of_largest_variance_and_turns_with_nothing():
     assert torch.allclose(plane.norm(dim=0), values[:2])
 
 
-def test_a_figure_has_a_point_an_example_and_a_bar_a_subclass(summarized, tmp_path):
+def test_a_figure_has_a_point_for_each_example_and_a_bar_for_each_subclass(summarized, tmp_path):
     each = summarized[2].classes[0]
     figure = plot_class(each, tmp_path / "class.png")
     plane, bars = figure.axes
@@ -110,7 +110,7 @@ def test_a_figure_has_a_point_an_example_and_a_bar_a_subclass(summarized, tmp_pa
     assert (tmp_path / "class.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_needs_no_other_file_and_takes_texts_as_they_are(summarized, tmp_path):
+def test_the_page_needs_no_other_file_and_escapes_texts(summarized, tmp_path):
     _, _, summary = summarized
     page = write_page(summary, tmp_path / "page.html", lambda row: f"text {row} <script>alert(1)</script>")
     text = page.read_text(encoding="utf-8")
