@@ -19,4 +19,4 @@ def test_two_processes_write_the_same_files_as_one(tmp_path):
         files = {path.name: path.read_bytes() for path in one.iterdir()}
         assert len([name for name in files if name.startswith("shard-")]) == 5
         assert files == {path.name: path.read_bytes() for path in two.iterdir()}
-        assert found["heard"][task] == [6 + 6 + 5, 6 + 6]  # shards 0, 2, 4 and 1, 3
+        assert found["examples_per_rank"][task] == [6 + 6 + 5, 6 + 6]  # shards 0, 2, 4 and 1, 3
