@@ -17,7 +17,9 @@ RENAMED_COMMANDS = {"subclasses": "analyze-subclasses"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 when done, 1 after an error, 2 after wrong usage, 130 after Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown and not getattr(args, "ignores_flags", False):
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if args.command in RENAMED_COMMANDS:
             warn_renamed("hf-guide", args.command, RENAMED_COMMANDS[args.command])

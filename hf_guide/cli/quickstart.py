@@ -14,7 +14,8 @@ EXAMPLE = "python examples/quickstart/run.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add no arguments."""
+    """Accept any flags of the previous release, which the message answers too."""
+    parser.set_defaults(ignores_flags=True)
 
 
 def run(args: argparse.Namespace) -> int:

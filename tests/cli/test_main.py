@@ -61,3 +61,15 @@ def test_an_old_flag_warns_with_the_new_one(words, new, capsys):
 def test_an_old_flag_of_capture_warns_with_the_new_one(words, new, tmp_path):
     with pytest.warns(FutureWarning, match=f"use '{new}'"):
         assert cli.main(["capture", "-o", str(tmp_path / "cache"), *words]) == 2
+
+
+@pytest.mark.parametrize("words", [[], ["--task", "lelp", "--steps", "3"]])
+def test_the_quickstart_says_where_it_went(words, capsys):
+    assert cli.main(["quickstart", *words]) == 0
+    assert "examples/quickstart/run.py" in capsys.readouterr().out
+
+
+def test_an_unknown_flag_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["card", "student", "--licence", "mit"])
+    assert stopped.value.code == 2 and "unrecognized arguments: --licence" in capsys.readouterr().err
