@@ -9,13 +9,13 @@ from hf_guide.initialization.config import (
     LayerSelection,
     LayerSpec,
     StringEnum,
+    builtin_renames,
     check_logit_scale,
     layer_selection_field,
     logit_scale_field,
     parse_layer_selection,
-    renamed_options,
 )
-from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
+from hf_guide.utils.deprecation import RenamedOptions
 from hf_guide.validation import check_integer, check_number
 
 SELF_GENERATED = "self_generated"
@@ -47,7 +47,7 @@ class Refit(StringEnum):
 
 
 _IMPORTANCES = {"energy": "activation", "even": "uniform"}
-_RENAMED = renamed_options(
+_RENAMED = builtin_renames(
     LayerSelection.BLOCK_INFLUENCE,
     names={
         "logit_gain": "logit_scale",
@@ -81,7 +81,6 @@ def _importance(units: str) -> Any:
     return _choice(Importance, Importance.ACTIVATION, text)
 
 
-@with_renamed_options(_RENAMED)
 @dataclass
 class CalibratedConfig(InitializationConfig):
     """The residual basis, blocks, heads and neurons are chosen by the teacher's activations, and weights are refitted.

@@ -139,6 +139,7 @@ class InitializationConfig:
     seed: int = field(default=0, metadata={"help": "Seeds every random draw: the same call gives the same bits."})
 
     renamed_options: ClassVar[RenamedOptions] = RenamedOptions()
+    """Deprecated names and values of the options, which `register_method` makes the constructor accept."""
 
     def __new__(cls, method: str = "guide", **options: Any) -> "InitializationConfig":
         """Return an instance of the config class of `method`, having checked the names of the options."""
@@ -243,7 +244,7 @@ REMOVED_OPTIONS = {
 }
 
 
-def renamed_options(
+def builtin_renames(
     default_layers: LayerSelection,
     names: Mapping[str, str] | None = None,
     values: Mapping[str, Mapping[str, str]] | None = None,

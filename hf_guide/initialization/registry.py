@@ -36,6 +36,7 @@ from hf_guide.layouts.hierarchy import check_single_stage_width
 from hf_guide.layouts.registry import Layout
 from hf_guide.models.model_classes import strip_base_prefix
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.utils.deprecation import with_renamed_options
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,8 @@ def register_method(
             f"method {name!r} is registered already, with {registered[0].__name__} and {registered[1].__name__}; "  # type: ignore[union-attr]
             "choose another name."
         )
+    if registered == (None, None):
+        with_renamed_options(config_class.renamed_options)(config_class)
     CONFIG_CLASSES[name], _METHOD_CLASSES[name] = config_class, method_class
 
 

@@ -11,25 +11,24 @@ from hf_guide.initialization.config import (
     LayerSpec,
     PlanOptions,
     SubsequentLayers,
+    builtin_renames,
     check_logit_scale,
     layer_selection_field,
     logit_scale_field,
     parse_layer_selection,
-    renamed_options,
 )
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.transfer import transfer_weights
-from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
+from hf_guide.utils.deprecation import RenamedOptions
 
-_RENAMED = renamed_options(
+_RENAMED = builtin_renames(
     LayerSelection.FIRST_LAST,
     {"later_blocks": "subsequent_layers", "logit_gain": "logit_scale"},
     {"subsequent_layers": {"select": "uniform"}},
 )
 
 
-@with_renamed_options(_RENAMED)
 @dataclass
 class GuideConfig(InitializationConfig):
     """The residual stream is projected, the outer blocks are kept, and every other axis is selected evenly.

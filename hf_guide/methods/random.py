@@ -9,12 +9,11 @@ from hf_guide.initialization.build import build_student
 from hf_guide.initialization.config import REMOVED_OPTIONS, InitializationConfig
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup
 from hf_guide.initialization.report import InitializationReport, random_report
-from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
+from hf_guide.utils.deprecation import RenamedOptions
 
 _RENAMED = RenamedOptions(removed=REMOVED_OPTIONS)
 
 
-@with_renamed_options(_RENAMED)
 @dataclass
 class RandomConfig(InitializationConfig):
     """The model's own initialization; `seed` is its one option.

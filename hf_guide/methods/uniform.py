@@ -9,19 +9,18 @@ from hf_guide.initialization.config import (
     InitializationConfig,
     LayerSelection,
     LayerSpec,
+    builtin_renames,
     layer_selection_field,
     parse_layer_selection,
-    renamed_options,
 )
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.transfer import transfer_weights
-from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
+from hf_guide.utils.deprecation import RenamedOptions
 
-_RENAMED = renamed_options(LayerSelection.UNIFORM)
+_RENAMED = builtin_renames(LayerSelection.UNIFORM)
 
 
-@with_renamed_options(_RENAMED)
 @dataclass
 class UniformConfig(InitializationConfig):
     """Channels, heads, neurons and blocks are selected evenly.

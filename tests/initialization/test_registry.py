@@ -209,3 +209,16 @@ def test_a_report_of_an_earlier_version_loads(tmp_path: Path) -> None:
     assert loaded == InitializationReport.load(tmp_path)
     with pytest.warns(FutureWarning, match="use 'variance_explained'"):
         assert loaded.kept == loaded.variance_explained
+
+
+def test_a_config_that_extends_another_takes_its_old_names() -> None:
+    @dataclass
+    class OwnGuideConfig(GuideConfig):
+        method: str = "own_guide"
+
+    register_method("own_guide", OwnGuideConfig, registry._METHOD_CLASSES["guide"])
+    try:
+        with pytest.warns(FutureWarning, match="use 'layer_selection'"):
+            assert InitializationConfig("own_guide", layers=[0, 3]).layer_selection == [0, 3]
+    finally:
+        del CONFIG_CLASSES["own_guide"], registry._METHOD_CLASSES["own_guide"]
