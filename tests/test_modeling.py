@@ -1,4 +1,4 @@
-"""A student is a stock model of its shape, the same bits at every call, and its teacher is left as it was."""
+"""A student is a stock model of its shape, the same bits at every call, and its teacher is not modified."""
 
 import copy
 import gc
@@ -46,13 +46,13 @@ def test_a_student_is_what_from_config_builds(kind: Kind, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["guide", "calibrated", "random"])
-def test_a_default_device_is_where_the_student_comes_to(method: str) -> None:
+def test_the_student_is_moved_to_the_default_device(method: str) -> None:
     generator = torch.Generator().manual_seed(3)
-    heard = [{"input_ids": torch.randint(3, 96, (8, 9), generator=generator)}] if method == "calibrated" else None
+    data = [{"input_ids": torch.randint(3, 96, (8, 9), generator=generator)}] if method == "calibrated" else None
     teacher = LLAMA.teacher()
-    expected = student_of(teacher, LLAMA, method=method, calibration_dataset=heard)
+    expected = student_of(teacher, LLAMA, method=method, calibration_dataset=data)
     with torch.device("meta"):  # which holds no number: whatever is worked out there fails
-        found = student_of(teacher, LLAMA, method=method, calibration_dataset=heard)
+        found = student_of(teacher, LLAMA, method=method, calibration_dataset=data)
     assert found.device.type == "meta" and expected.device.type == teacher.device.type == "cpu"
     reports = [student.initialization_report for student in (found, expected)]
     assert (
@@ -114,7 +114,7 @@ def test_two_processes_give_the_same_bits() -> None:
     assert run_python(BITS, PYTHONHASHSEED="2") == first
 
 
-def test_the_seed_matters_for_what_is_random_and_for_nothing_else() -> None:
+def test_the_seed_affects_only_random_parameters() -> None:
     teacher = LLAMA.teacher()
     for method, random in (("guide", False), ("uniform", False), ("random", True)):
         students = [student_of(teacher, LLAMA, method={"method": method, "seed": seed}) for seed in (0, 1)]
@@ -136,7 +136,7 @@ def test_random_is_what_from_config_draws() -> None:
 @of_every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["guide", "uniform"])
-def test_a_half_precision_teacher_is_computed_with_in_single_precision(
+def test_arithmetic_of_a_half_precision_teacher_is_in_single_precision(
     kind: Kind, dtype: torch.dtype, method: str
 ) -> None:
     """The student of a half-precision teacher is that of its float32 copy, rounded once, at the very end."""
@@ -155,7 +155,7 @@ def test_a_half_precision_teacher_is_computed_with_in_single_precision(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "torch.float16", torch.float64, None, "auto"])
-def test_the_students_dtype_is_the_one_asked_for_or_the_teachers(dtype: "str | torch.dtype | None") -> None:
+def test_the_students_dtype_is_the_requested_one_or_the_teachers(dtype: "str | torch.dtype | None") -> None:
     teacher = LLAMA.teacher().to(torch.bfloat16)
     student = student_of(teacher, LLAMA, dtype=dtype)
     expected = {"torch.float16": torch.float16, torch.float64: torch.float64}.get(dtype, torch.bfloat16)
@@ -164,7 +164,7 @@ def test_the_students_dtype_is_the_one_asked_for_or_the_teachers(dtype: "str | t
 
 
 @of_every_kind
-def test_a_loaded_teacher_is_left_as_it_was(kind: Kind) -> None:
+def test_a_loaded_teacher_is_not_modified(kind: Kind) -> None:
     teacher = kind.teacher().train()
     frozen = [parameter for number, parameter in enumerate(teacher.parameters()) if number % 2]
     for parameter in frozen:
@@ -193,7 +193,7 @@ def test_a_loaded_teacher_is_left_as_it_was(kind: Kind) -> None:
     assert not calls
 
 
-def test_a_teachers_folder_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_teachers_folder_is_not_modified(tmp_path: Path) -> None:
     def digests() -> dict[str, str]:
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()}
 
@@ -220,7 +220,7 @@ def test_a_teacher_on_a_gpu_gives_the_student_it_gives_on_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama tied", "gpt2", "gemma3", "bert", "t5"])
-def test_what_is_tied_stays_one_tensor(name: str) -> None:
+def test_tied_parameters_stay_one_tensor(name: str) -> None:
     student = student_of(KINDS[name].teacher(), KINDS[name])
     assert student.get_output_embeddings().weight is student.get_input_embeddings().weight
     for tied, source in student.all_tied_weights_keys.items():
@@ -245,7 +245,7 @@ def test_a_tied_teacher_gives_an_untied_student() -> None:
     assert len(student.model.norm.weight.unique()) == 1
 
 
-def test_an_untied_teacher_gives_a_tied_student_and_the_report_says_what_was_lost() -> None:
+def test_an_untied_teacher_gives_a_tied_student_and_the_report_names_the_dropped_head() -> None:
     teacher = LLAMA.teacher()
     student = student_of(teacher, LLAMA, tie_word_embeddings=True)
     assert student.lm_head.weight is student.model.embed_tokens.weight
@@ -254,7 +254,7 @@ def test_an_untied_teacher_gives_a_tied_student_and_the_report_says_what_was_los
     assert any("lm_head.weight" in note for note in student.initialization_report.approximations)
 
 
-def test_the_report_says_what_is_not_exact_and_why() -> None:
+def test_the_report_states_what_is_not_exact_and_why() -> None:
     def notes(teacher: PreTrainedModel, **options) -> list[str]:
         return student_of(teacher, LLAMA, **options).initialization_report.approximations
 
@@ -270,7 +270,7 @@ def test_the_report_says_what_is_not_exact_and_why() -> None:
     assert any("onto the residual stream" in note for note in on_the_stream)
 
 
-def test_the_generation_config_is_carried(tmp_path: Path) -> None:
+def test_the_generation_config_is_copied(tmp_path: Path) -> None:
     teacher = LLAMA.teacher()
     teacher.generation_config = GenerationConfig(
         max_new_tokens=17, do_sample=True, temperature=0.6, eos_token_id=[2, 5]
@@ -288,7 +288,7 @@ def test_the_generation_config_is_carried(tmp_path: Path) -> None:
     assert student_of(tmp_path / "teacher", LLAMA).generation_config.eos_token_id == teacher.config.eos_token_id
 
 
-def test_labels_and_their_rows_go_together() -> None:
+def test_label_rows_are_matched_by_name() -> None:
     kind = KINDS["bert classifier"]
     teacher = kind.teacher()
     same = student_of(teacher, kind)
@@ -302,7 +302,7 @@ def test_labels_and_their_rows_go_together() -> None:
     assert torch.equal(other.bert.embeddings.word_embeddings.weight, same.bert.embeddings.word_embeddings.weight)
 
 
-def test_a_config_of_ones_own_gives_the_student_of_its_overrides() -> None:
+def test_a_config_and_the_same_overrides_give_the_same_student() -> None:
     teacher = LLAMA.teacher()
     by_overrides = student_of(teacher, LLAMA)
     config = copy.deepcopy(by_overrides.config)
@@ -312,7 +312,7 @@ def test_a_config_of_ones_own_gives_the_student_of_its_overrides() -> None:
     assert config.to_dict() == said and by_config.config is not config
 
 
-def test_a_head_of_another_task_is_new_and_the_rest_is_carried() -> None:
+def test_a_head_of_another_task_is_new_and_the_rest_is_transferred() -> None:
     teacher = LLAMA.teacher()
     whole = student_of(teacher, LLAMA)
     for door, new in (

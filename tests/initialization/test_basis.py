@@ -132,6 +132,6 @@ def test_chunks_of_another_width_are_an_error():
 
 
 @pytest.mark.parametrize("size", [0, -1, WIDTH + 1])
-def test_a_size_outside_the_stream_is_refused(size):
+def test_a_size_outside_the_stream_is_an_error(size):
     with pytest.raises(ShapeError, match=f"choose 1 to {WIDTH}"):
         fit_basis(torch.eye(WIDTH), size)

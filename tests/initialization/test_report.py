@@ -70,7 +70,7 @@ def test_summary_of_an_empty_report_still_has_five_lines():
     assert len(report.summary().splitlines()) == 5 and "nothing" in report.summary()
 
 
-def test_table_folds_the_blocks_into_one_row():
+def test_the_table_merges_blocks_into_one_row():
     table = str(some_report()).splitlines()
     rows = [line for line in table if "q_proj" in line]
     assert len(rows) == 1
@@ -99,7 +99,7 @@ def test_a_folder_is_published_by_its_bare_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"parameters": [{"colour": "red"}]}', '{"parameters": []}'])
-def test_a_file_that_is_no_report_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_report_is_an_error(tmp_path, content):
     (tmp_path / REPORT_NAME).write_text(content)
     with pytest.raises(HfGuideError, match="is not an initialization report"):
         InitializationReport.load(tmp_path)

@@ -1,4 +1,4 @@
-"""A size that is asked for is the student's, by the shapes of its parameters, or it is refused."""
+"""A requested size is the student's, by the shapes of its parameters, or an error."""
 
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def size_of(model: PreTrainedModel) -> dict[str, int]:
         for name in TEACHERS
     ],
 )
-def test_every_size_that_is_asked_for_is_the_models_or_is_refused(family: str) -> None:
+def test_every_requested_size_is_the_models_or_an_error(family: str) -> None:
     teacher = TEACHERS[family]()
     tried = made = 0
     for part, name, value in sizes_of_config(teacher.config):
@@ -153,7 +153,9 @@ def sizes_of_config(config: Any) -> list[tuple[str, str, Any]]:
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5", "swin", "llava", "mixture"])
 @pytest.mark.parametrize("value", ["x", -32, 0, True, 1.5, 10**9], ids=str)
-def test_what_is_no_size_is_refused_at_once(family: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_size_is_an_error_before_anything_is_built(
+    family: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher = TEACHERS[family]()
     monkeypatch.setattr("hf_guide.initialization.registry.build_student", None)  # nothing may be built
     for part, name, had in sizes_of_config(teacher.config):
@@ -162,7 +164,7 @@ def test_what_is_no_size_is_refused_at_once(family: str, value: Any, monkeypatch
             from_teacher(teacher, show_progress=False, **({part: {name: wrong}} if part else {name: wrong}))
 
 
-def test_what_is_no_size_is_refused_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_size_is_an_error_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     KINDS["llama"].teacher().save_pretrained(tmp_path / "teacher")
     for option, reason in (
         (["--num-hidden-layers", "1000000000"], "num_hidden_layers is 1000000000, its teacher's 4"),
@@ -196,7 +198,7 @@ def test_a_size_that_the_family_computes_names_what_it_is_computed_from() -> Non
         from_teacher(funnel, num_hidden_layers=2, show_progress=False)
 
 
-def test_a_size_that_the_model_does_not_have_is_refused() -> None:
+def test_a_size_that_the_model_does_not_have_is_an_error() -> None:
     with pytest.raises(OptionError, match="intermediate_size=32 changes nothing in a Qwen3MoeForCausalLM"):
         from_teacher(qwen3_moe(), intermediate_size=32, show_progress=False)
     encoder = T5EncoderModel(T5Config(vocab_size=96, d_model=48, d_kv=12, d_ff=64, num_layers=4, num_heads=4))
@@ -205,7 +207,7 @@ def test_a_size_that_the_model_does_not_have_is_refused() -> None:
     assert from_teacher(encoder, num_layers=2, show_progress=False).config.num_layers == 2
 
 
-def test_what_is_no_size_is_overridden_as_before() -> None:
+def test_fields_that_are_not_sizes_are_not_checked() -> None:
     student = from_teacher(
         KINDS["llama"].teacher(),
         attention_dropout=0.1,
@@ -225,7 +227,7 @@ def test_what_is_no_size_is_overridden_as_before() -> None:
     ("family", "overrides"),
     [("llama", {"hidden_size": 24, "num_hidden_layers": 2}), ("swin", {"depths": [1, 2, 2]}), ("t5", {"d_ff": 32})],
 )
-def test_a_saved_student_is_loaded_as_it_was(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_a_saved_student_loads_unchanged(family: str, overrides: dict[str, Any], tmp_path: Path) -> None:
     student = from_teacher(TEACHERS[family](), show_progress=False, **overrides)
     student.save_pretrained(tmp_path)
     loaded = type(student).from_pretrained(tmp_path)
@@ -246,7 +248,7 @@ def test_a_saved_student_is_loaded_as_it_was(family: str, overrides: dict[str, A
         (deepseek, {"num_key_value_heads": 2}, "cannot run: RuntimeError in DeepseekV3Attention.forward"),
     ],
 )
-def test_a_mixture_that_cannot_run_is_refused_with_what_does_not_fit(
+def test_a_mixture_that_cannot_run_is_an_error_that_names_both_sizes(
     teacher: Any, overrides: dict[str, int], reason: str
 ) -> None:
     with pytest.raises(ShapeError, match=reason):

@@ -1,4 +1,4 @@
-"""A student's config is its teacher's with what was asked for, and nothing else changed."""
+"""A student's config is its teacher's with the overrides, and nothing else changed."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_a_smaller_student_can_be_built_and_the_teacher_stays(teacher: PreTraine
     assert said(type(student)(**student.to_dict())) == said(student)
 
 
-def test_what_was_derived_is_derived_again() -> None:
+def test_computed_fields_are_computed_again() -> None:
     teacher = TEACHERS["llama"]
     assert teacher.head_dim == 8
     assert derive_student_config(teacher, {"hidden_size": 32}).head_dim == 4
@@ -91,7 +91,7 @@ def test_what_was_derived_is_derived_again() -> None:
     assert derive_student_config(T5Config(num_layers=4), {"num_layers": 2}).num_decoder_layers == 2
 
 
-def test_what_was_said_explicitly_stays() -> None:
+def test_explicit_fields_stay() -> None:
     teacher = LlamaConfig(**LLAMA_LIKE, head_dim=16)
     assert derive_student_config(teacher, {"hidden_size": 32}).head_dim == 16
     assert derive_student_config(TEACHERS["t5"], {"d_model": 32}).d_kv == 8
@@ -125,7 +125,7 @@ def test_an_unknown_override_names_the_nearest() -> None:
             derive_student_config(TEACHERS["llama"], {name: "gpt2"})
 
 
-def test_what_the_family_refuses_is_refused_with_its_reason() -> None:
+def test_the_familys_reason_is_in_the_error() -> None:
     with pytest.raises(ShapeError, match=r"(?s)hidden_size=30.*hidden size \(30\) is not a multiple"):
         derive_student_config(TEACHERS["llama"], {"hidden_size": 30})
     with pytest.raises(ShapeError, match="hidden_size=30 does not divide into num_attention_heads=8"):
@@ -203,7 +203,7 @@ def test_blocks_keep_their_kind() -> None:
     assert with_blocks(moe, [0, 5, 6]).mlp_only_layers == [0, 2]
 
 
-def test_what_the_user_says_of_blocks_stays() -> None:
+def test_overridden_block_fields_stay() -> None:
     teacher = TEACHERS["gemma3_text"]
     mine = ["full_attention", "sliding_attention"]
     assert with_blocks(teacher, [0, 1], layer_types=mine).layer_types == mine
@@ -214,7 +214,7 @@ def test_what_the_user_says_of_blocks_stays() -> None:
     assert neo.attention_layers == ["local", "local"]
 
 
-def test_a_block_the_teacher_lacks_is_refused() -> None:
+def test_a_block_the_teacher_lacks_is_an_error() -> None:
     with pytest.raises(ShapeError, match="blocks 0 to 7"):
         with_blocks(TEACHERS["llama"], [0, 8])
 

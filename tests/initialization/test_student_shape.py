@@ -1,4 +1,4 @@
-"""A student speaks its teacher's tokens: padded tables of one tokenizer are handled, other vocabularies refused."""
+"""A student has its teacher's tokens: padded sizes of one tokenizer may differ, other vocabularies are an error."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def test_padded_rows_may_differ(teacher: tuple[Path, str], rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [REAL - 1, 1])
 @pytest.mark.parametrize("method", ["guide", "uniform", "random"])
-def test_rows_of_real_tokens_may_not_go(teacher: tuple[Path, str], rows: int, method: str) -> None:
+def test_rows_of_real_tokens_cannot_be_dropped(teacher: tuple[Path, str], rows: int, method: str) -> None:
     with pytest.raises(ShapeError, match=rf"vocabulary has {rows} rows, the teacher's 96 .*has {REAL} tokens.*Leave"):
         from_teacher(teacher[0], vocab_size=rows, method=method, show_progress=False)
 
@@ -68,7 +68,7 @@ def test_without_a_tokenizer_no_row_is_known_to_be_padding(rows: int, tmp_path: 
             from_teacher(teacher, vocab_size=rows, show_progress=False)
 
 
-def test_the_tokenizer_is_looked_for_where_the_teacher_was(tmp_path: Path) -> None:
+def test_the_tokenizer_is_read_from_the_teachers_source(tmp_path: Path) -> None:
     """In a subfolder, in the cache of a Hub id, and beside the folder that a loaded teacher came from."""
     kind, commit = KINDS["llama"], "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--small"

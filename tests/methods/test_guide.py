@@ -1,4 +1,4 @@
-"""Guide and uniform are what the papers say, written again by hand; each option changes what it says and nothing else."""
+"""guide and uniform equal the papers' equations, computed by hand; each option changes only what it names."""
 
 import math
 from typing import Any
@@ -70,46 +70,46 @@ def directions(table: Tensor, size: int) -> Tensor:
 def by_hand(teacher: LlamaForCausalLM, basis: Tensor, *, norm_correction: bool = True) -> dict[str, Tensor]:
     """GUIDE's student: every axis on the stream contracted with the basis, gains folded, all other axes selected.
 
-    Of a folded gain its root mean square stays in the norm, with sqrt(d_T / d_S) and the energy's correction.
+    The root mean square of a folded gain stays in the norm, times sqrt(d_T / d_S) and the norm correction.
     """
-    had = teacher.state_dict()
-    table = had["model.embed_tokens.weight"]
+    weights = teacher.state_dict()
+    table = weights["model.embed_tokens.weight"]
     scale = math.sqrt(48 / 24) * ((table @ basis).norm() / table.norm() if norm_correction else 1.0)
 
-    def left(norm: str) -> Tensor:  # of a gain, in the norm
-        return had[f"{norm}.weight"].square().mean().sqrt()
+    def rms(norm: str) -> Tensor:  # the rms of a gain, which stays in the norm
+        return weights[f"{norm}.weight"].square().mean().sqrt()
 
-    made = {
+    expected = {
         "model.embed_tokens.weight": table @ basis,
-        "model.norm.weight": scale * left("model.norm") * torch.ones(24, dtype=torch.float64),
-        "lm_head.weight": (had["lm_head.weight"] * had["model.norm.weight"]) @ basis / left("model.norm"),
+        "model.norm.weight": scale * rms("model.norm") * torch.ones(24, dtype=torch.float64),
+        "lm_head.weight": (weights["lm_head.weight"] * weights["model.norm.weight"]) @ basis / rms("model.norm"),
     }
     for number, block in enumerate(OUTER):
-        here, there = f"model.layers.{number}.", f"model.layers.{block}."
-        for name, (places, norm) in SIDES.items():
-            folded = had[f"{there}{name}.weight"][places] * had[f"{there}{norm}.weight"]
-            made[f"{here}{name}.weight"] = folded @ basis / left(there + norm)
-            made[f"{here}{norm}.weight"] = scale * left(there + norm) * torch.ones(24, dtype=torch.float64)
+        target, source = f"model.layers.{number}.", f"model.layers.{block}."
+        for name, (indices, norm) in SIDES.items():
+            folded = weights[f"{source}{name}.weight"][indices] * weights[f"{source}{norm}.weight"]
+            expected[f"{target}{name}.weight"] = folded @ basis / rms(source + norm)
+            expected[f"{target}{norm}.weight"] = scale * rms(source + norm) * torch.ones(24, dtype=torch.float64)
         # a head of 4 and not 8 dimensions: q k / sqrt(l) grows by sqrt(8 / 4) again
-        made[f"{here}self_attn.q_proj.weight"] *= math.sqrt(8 / 4)
-        for name, places in WRITERS.items():
-            made[f"{here}{name}.weight"] = basis.T @ had[f"{there}{name}.weight"][:, places]
-    return made
+        expected[f"{target}self_attn.q_proj.weight"] *= math.sqrt(8 / 4)
+        for name, indices in WRITERS.items():
+            expected[f"{target}{name}.weight"] = basis.T @ weights[f"{source}{name}.weight"][:, indices]
+    return expected
 
 
 def selected_by_hand(teacher: LlamaForCausalLM, blocks: list[int]) -> dict[str, Tensor]:
     """Weight selection's student: every axis selected, nothing else."""
-    had = teacher.state_dict()
-    made = {name: had[name][:, CHANNELS] for name in ("model.embed_tokens.weight", "lm_head.weight")}
-    made["model.norm.weight"] = had["model.norm.weight"][CHANNELS]
+    weights = teacher.state_dict()
+    expected = {name: weights[name][:, CHANNELS] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    expected["model.norm.weight"] = weights["model.norm.weight"][CHANNELS]
     for number, block in enumerate(blocks):
-        here, there = f"model.layers.{number}.", f"model.layers.{block}."
-        for name, (places, norm) in SIDES.items():
-            made[f"{here}{name}.weight"] = had[f"{there}{name}.weight"][places][:, CHANNELS]
-            made[f"{here}{norm}.weight"] = had[f"{there}{norm}.weight"][CHANNELS]
-        for name, places in WRITERS.items():
-            made[f"{here}{name}.weight"] = had[f"{there}{name}.weight"][CHANNELS][:, places]
-    return made
+        target, source = f"model.layers.{number}.", f"model.layers.{block}."
+        for name, (indices, norm) in SIDES.items():
+            expected[f"{target}{name}.weight"] = weights[f"{source}{name}.weight"][indices][:, CHANNELS]
+            expected[f"{target}{norm}.weight"] = weights[f"{source}{norm}.weight"][CHANNELS]
+        for name, indices in WRITERS.items():
+            expected[f"{target}{name}.weight"] = weights[f"{source}{name}.weight"][CHANNELS][:, indices]
+    return expected
 
 
 def assert_is(student: PreTrainedModel, expected: dict[str, Tensor], *, exactly: bool = False) -> None:
@@ -185,7 +185,7 @@ def test_unfolded_gains_become_diagonals(teacher: LlamaForCausalLM) -> None:
     assert student.initialization_report.approximations
 
 
-def test_later_blocks_can_be_selected(teacher: LlamaForCausalLM) -> None:
+def test_subsequent_layers_can_be_selected(teacher: LlamaForCausalLM) -> None:
     student, whole = student_of(teacher, {"subsequent_layers": "uniform"}), student_of(teacher)
     later = {name for name in everything(student) if name.startswith("model.layers.1.")}
     assert changed(student, whole) == later
@@ -196,7 +196,7 @@ def test_later_blocks_can_be_selected(teacher: LlamaForCausalLM) -> None:
     torch.testing.assert_close(student.model.layers[1].self_attn.q_proj.weight.detach(), queries)
 
 
-def test_later_blocks_can_be_random(teacher: LlamaForCausalLM) -> None:
+def test_subsequent_layers_can_be_random(teacher: LlamaForCausalLM) -> None:
     student, whole = student_of(teacher, {"subsequent_layers": "random"}), student_of(teacher)
     later = {name for name in everything(student) if name.startswith("model.layers.1.")}
     assert changed(student, whole) == later
@@ -223,7 +223,7 @@ def test_later_blocks_can_be_random(teacher: LlamaForCausalLM) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_every_block_comes_from_the_one_chosen(name: str, layers: object, count: int, expected: list[int]) -> None:
+def test_every_block_comes_from_the_selected_one(name: str, layers: object, count: int, expected: list[int]) -> None:
     teacher = KINDS[name].teacher()
     if name == "gemma3":
         teacher.config.layer_types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
@@ -254,7 +254,7 @@ def test_each_stack_has_its_own_blocks() -> None:
 
 @pytest.mark.parametrize("width", ["reduced", "full"])
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt2-untied", "gemma"])
-def test_logit_gain_multiplies_the_logits_and_nothing_else(family: str, width: str) -> None:
+def test_logit_scale_multiplies_only_the_logits(family: str, width: str) -> None:
     case = next(case for case in CASES if str(case).startswith(family))
     teacher = build(case, case.big)
     randomize(teacher, registered_layouts()[case.family], seed=1)
@@ -267,7 +267,7 @@ def test_logit_gain_multiplies_the_logits_and_nothing_else(family: str, width: s
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "bert", "t5"])
-def test_logit_gain_reaches_a_bias_beside_a_tied_head(name: str) -> None:
+def test_logit_scale_applies_to_the_bias_of_a_tied_head(name: str) -> None:
     kind = KINDS[name]
     teacher = kind.teacher().double()
     plain, humble = (
@@ -276,14 +276,14 @@ def test_logit_gain_reaches_a_bias_beside_a_tied_head(name: str) -> None:
     assert torch.allclose(logits(humble, kind), 0.3 * logits(plain, kind), rtol=1e-6, atol=1e-9)
 
 
-def test_logit_gain_that_finds_no_logits_is_said_so() -> None:
+def test_the_report_notes_a_logit_scale_without_effect() -> None:
     case = next(case for case in CASES if case.family == "bart" and case.model_class == "BartForConditionalGeneration")
     teacher = build(case, case.big)
     student = from_teacher(teacher, build(case, case.small).config, method={"logit_scale": 0.3}, show_progress=False)
     assert any("logit_scale" in note for note in student.initialization_report.approximations)
 
 
-def test_outer_blocks_leave_the_middle_out(teacher: LlamaForCausalLM) -> None:
+def test_first_last_leaves_out_the_middle(teacher: LlamaForCausalLM) -> None:
     """Weight subcloning's choice, arXiv 2312.09299: the first half, and the last."""
     ends = {"method": "uniform", "layer_selection": "first_last"}
     assert student_of(teacher, ends).initialization_report.blocks == {"layers": OUTER}
@@ -292,9 +292,7 @@ def test_outer_blocks_leave_the_middle_out(teacher: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(("method", "blocks"), [("guide", OUTER), ("uniform", SPREAD)])
-def test_which_blocks_are_kept_where_nothing_says_so(
-    teacher: LlamaForCausalLM, method: str, blocks: list[int]
-) -> None:
+def test_the_default_layer_selection_of_each_method(teacher: LlamaForCausalLM, method: str, blocks: list[int]) -> None:
     assert student_of(teacher, method).initialization_report.blocks == {"layers": blocks}
     assert student_of(teacher, {"method": method, "layer_selection": "uniform"}).initialization_report.blocks == {
         "layers": SPREAD
