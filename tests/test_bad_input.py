@@ -54,12 +54,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
-def refused(error: type[HfGuideError], teacher: object, *said: str, **options: Any) -> str:
-    """Assert that a student is refused with an error that says all of `said`; return the message."""
+def error_of(error: type[HfGuideError], teacher: object, *words: str, **options: Any) -> str:
+    """Assert that a student is rejected with an error that contains all of `words`; return the message."""
     with pytest.raises(error) as caught:
         from_teacher(teacher, show_progress=False, **options)
     message = str(caught.value)
-    for word in said:
+    for word in words:
         assert word in message, f"{word!r} is not in: {message}"
     assert isinstance(caught.value, HfGuideError) and type(caught.value) is error
     return message
@@ -70,7 +70,7 @@ def refused(error: type[HfGuideError], teacher: object, *said: str, **options: A
 
 @pytest.mark.parametrize("method", ["guide", "uniform"])
 @pytest.mark.parametrize(
-    "changes,said",
+    "changes,words",
     [
         ({"hidden_size": 64}, ["hidden size is 64", "teacher's 48", "at most 48"]),
         ({"intermediate_size": 65}, ["intermediate size is 65", "the teacher's 64", "choose 1 to 64"]),
@@ -82,17 +82,17 @@ def refused(error: type[HfGuideError], teacher: object, *said: str, **options: A
     ],
 )
 def test_a_student_larger_than_its_teacher(
-    teacher: PreTrainedModel, method: str, changes: dict[str, int], said: list[str]
+    teacher: PreTrainedModel, method: str, changes: dict[str, int], words: list[str]
 ) -> None:
     if changes.get("num_key_value_heads"):  # fewer heads a group, or the group would grow with them
         changes = {**changes, "num_attention_heads": 4}
-    refused(ShapeError, teacher, *said, method=method, **changes)
+    error_of(ShapeError, teacher, *words, method=method, **changes)
     config = LlamaConfig(**{**CONFIG, **changes})
-    refused(ShapeError, teacher, *said, config=config, method={"method": method})
+    error_of(ShapeError, teacher, *words, config=config, method={"method": method})
 
 
 @pytest.mark.parametrize(
-    "changes,said",
+    "changes,words",
     [
         ({"hidden_size": 30}, ["hidden_size=30", "4"]),
         ({"num_attention_heads": 3}, ["num_attention_heads=3", "num_key_value_heads=2", "4 heads in 2"]),
@@ -107,25 +107,27 @@ def test_a_student_larger_than_its_teacher(
         ({"hidden_act": "sliu"}, ["LlamaForCausalLM", "sliu"]),
     ],
 )
-def test_sizes_that_the_family_cannot_have(teacher: PreTrainedModel, changes: dict[str, Any], said: list[str]) -> None:
-    refused(ShapeError, teacher, *said, **changes)
+def test_sizes_that_the_family_cannot_have(
+    teacher: PreTrainedModel, changes: dict[str, Any], words: list[str]
+) -> None:
+    error_of(ShapeError, teacher, *words, **changes)
 
 
 def test_heads_of_a_config_that_do_not_divide(teacher: PreTrainedModel) -> None:
     config = LlamaConfig(**CONFIG)
     config.num_key_value_heads = 3
-    refused(ShapeError, teacher, "num_attention_heads=4", "num_key_value_heads=3", config=config)
+    error_of(ShapeError, teacher, "num_attention_heads=4", "num_key_value_heads=3", config=config)
     gptj = {"n_embd": 48, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 96, "n_positions": 32}
     model = GPTJForCausalLM(GPTJConfig(**gptj))
     wrong = GPTJConfig(**{**gptj, "n_embd": 24, "rotary_dim": 8})
-    refused(ShapeError, model, "rotary_dim=8", "head size 6", config=wrong)
+    error_of(ShapeError, model, "rotary_dim=8", "head size 6", config=wrong)
 
 
 def test_values_of_the_wrong_type(teacher: PreTrainedModel) -> None:
-    refused(OptionError, teacher, "hidden_size='24'", "expected int", "got str", hidden_size="24")
-    refused(OptionError, teacher, "float32", "'flaot32'", dtype="flaot32")
+    error_of(OptionError, teacher, "hidden_size='24'", "expected int", "got str", hidden_size="24")
+    error_of(OptionError, teacher, "float32", "'flaot32'", dtype="flaot32")
     for wrong in ("int8", torch.int32, torch.complex64, "float8_e4m3fn", 32):
-        refused(OptionError, teacher, "dtype must be 'float32'", repr(wrong), dtype=wrong)
+        error_of(OptionError, teacher, "dtype must be 'float32'", repr(wrong), dtype=wrong)
 
 
 # Configs and classes
@@ -135,13 +137,13 @@ def test_values_of_the_wrong_type(teacher: PreTrainedModel) -> None:
     "config", [GPT2Config(), MistralConfig(**CONFIG), BertConfig()], ids=["gpt2", "mistral", "bert"]
 )
 def test_a_config_of_another_family(teacher: PreTrainedModel, config: Any) -> None:
-    refused(
+    error_of(
         ShapeError, teacher, type(config).__name__, config.model_type, "'llama'", "Pass a LlamaConfig", config=config
     )
 
 
 @pytest.mark.parametrize(
-    "config,said",
+    "config,words",
     [
         ({"hidden_size": 24}, "a dict"),
         ("config.json", "a str"),
@@ -150,14 +152,14 @@ def test_a_config_of_another_family(teacher: PreTrainedModel, config: Any) -> No
     ],
     ids=["dict", "str", "class", "model"],
 )
-def test_a_config_that_is_none(teacher: PreTrainedModel, config: Any, said: str) -> None:
-    refused(OptionError, teacher, "config must be a LlamaConfig", "hidden_size=...", f"found {said}", config=config)
+def test_a_config_that_is_none(teacher: PreTrainedModel, config: Any, words: str) -> None:
+    error_of(OptionError, teacher, "config must be a LlamaConfig", "hidden_size=...", f"found {words}", config=config)
 
 
 def test_a_config_together_with_overrides(teacher: PreTrainedModel) -> None:
     config = LlamaConfig(**CONFIG)
-    refused(OptionError, teacher, "'hidden_size'", "set them on the config", config=config, hidden_size=24)
-    refused(OptionError, teacher, "'revison'", "Did you mean 'revision'?", config=config, revison="main")
+    error_of(OptionError, teacher, "'hidden_size'", "set them on the config", config=config, hidden_size=24)
+    error_of(OptionError, teacher, "'revison'", "Did you mean 'revision'?", config=config, revison="main")
 
 
 def test_a_task_that_the_family_does_not_have(teacher: PreTrainedModel) -> None:
@@ -170,10 +172,10 @@ def test_a_task_that_the_family_does_not_have(teacher: PreTrainedModel) -> None:
 
 
 def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
-    said = ["BertForMaskedLM takes a BertConfig", "LlamaConfig", "such as LlamaForCausalLM"]
-    refused(OptionError, teacher, *said, model_class=BertForMaskedLM)
+    words = ["BertForMaskedLM takes a BertConfig", "LlamaConfig", "such as LlamaForCausalLM"]
+    error_of(OptionError, teacher, *words, model_class=BertForMaskedLM)
     for wrong in (int, "LlamaForCausalLM", torch.nn.Linear):
-        refused(OptionError, teacher, "a model class or an Auto class", repr(wrong), model_class=wrong)
+        error_of(OptionError, teacher, "a model class or an Auto class", repr(wrong), model_class=wrong)
     with pytest.raises(OptionError, match="AutoStudentForCausalLM.from_teacher has its model class already"):
         AutoStudentForCausalLM.from_teacher(teacher, model_class=LlamaForCausalLM)
     with pytest.raises(OSError, match=r"use AutoStudentForCausalLM\.from_teacher\(teacher, \.\.\.\)"):
@@ -184,7 +186,7 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "options,said",
+    "options,words",
     [
         ({"hiden_size": 24}, ["LlamaConfig has no 'hiden_size'", "'hidden_size'"]),
         ({"num_layer": 2}, ["'num_layer'", "Did you mean"]),
@@ -230,9 +232,9 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
     ],
     ids=str,
 )
-def test_unknown_names_and_options(teacher: PreTrainedModel, options: dict[str, Any], said: list[str]) -> None:
+def test_unknown_names_and_options(teacher: PreTrainedModel, options: dict[str, Any], words: list[str]) -> None:
     options = {"hidden_size": 24, "num_hidden_layers": 2, **options}
-    refused(OptionError, teacher, *said, **options)
+    error_of(OptionError, teacher, *words, **options)
 
 
 def test_unknown_fields_of_the_options() -> None:
@@ -265,7 +267,7 @@ def test_a_broken_shard_is_named_before_any_work(folder: Path, damage: str, monk
         broken.write_text(broken.read_text()[:-20])
     started: list[object] = []
     monkeypatch.setattr("hf_guide.initialization.registry.build_student", lambda *a, **k: started.append(a))
-    message = refused(TeacherError, folder, broken.name, "etch", hidden_size=24)
+    message = error_of(TeacherError, folder, broken.name, "etch", hidden_size=24)
     assert str(folder) in message and not started
 
 
@@ -288,7 +290,7 @@ def test_weights_that_are_not_finite_are_named(value: float, name: str, options:
     with torch.no_grad():
         model.get_parameter(name).view(-1)[-1] = value
     place = [length - 1 for length in model.get_parameter(name).shape]
-    refused(TeacherError, model, f"'{name}'", "holds 1 NaN or infinite", str(place), "must be finite", **options)
+    error_of(TeacherError, model, f"'{name}'", "holds 1 NaN or infinite", str(place), "must be finite", **options)
 
 
 def test_weights_that_are_not_finite_on_disk(folder: Path) -> None:
@@ -296,29 +298,29 @@ def test_weights_that_are_not_finite_on_disk(folder: Path) -> None:
     tensors = load_file(shard)
     tensors["model.norm.weight"][[3, 5]] = float("nan")
     save_file(tensors, shard, metadata={"format": "pt"})
-    refused(TeacherError, folder, "'model.norm.weight'", str(folder), "holds 2", "[3]", hidden_size=24)
+    error_of(TeacherError, folder, "'model.norm.weight'", str(folder), "holds 2", "[3]", hidden_size=24)
 
 
 def test_values_that_the_students_dtype_cannot_hold() -> None:
     model = LLAMA.teacher()
     with torch.no_grad():
         model.model.embed_tokens.weight[3] = 1e6
-    said = ["model.embed_tokens.weight", "1e+06", "torch.float16 holds (6.55e+04)", "dtype='bfloat16'"]
-    refused(ShapeError, model, *said, dtype="float16")
+    words = ["model.embed_tokens.weight", "1e+06", "torch.float16 holds (6.55e+04)", "dtype='bfloat16'"]
+    error_of(ShapeError, model, *words, dtype="float16")
     assert from_teacher(model, dtype="bfloat16", show_progress=False).dtype == torch.bfloat16
 
 
 def test_what_is_no_teacher(tmp_path: Path, teacher: PreTrainedModel) -> None:
     for wrong in (None, 3, teacher.config, teacher.state_dict()):
-        refused(OptionError, wrong, "a Hub id, a folder or a PreTrainedModel", type(wrong).__name__)
-    refused(TeacherError, torch.nn.Linear(2, 2), "PreTrainedModel", "Linear")
-    refused(TeacherError, tmp_path / "nowhere", "nowhere", "no such folder")
-    refused(TeacherError, "./nowhere", "./nowhere", "no such folder")
-    refused(TeacherError, tmp_path, str(tmp_path), "config")
-    refused(TeacherError, "someone/unheard-of", "someone/unheard-of")
+        error_of(OptionError, wrong, "a Hub id, a folder or a PreTrainedModel", type(wrong).__name__)
+    error_of(TeacherError, torch.nn.Linear(2, 2), "PreTrainedModel", "Linear")
+    error_of(TeacherError, tmp_path / "nowhere", "nowhere", "no such folder")
+    error_of(TeacherError, "./nowhere", "./nowhere", "no such folder")
+    error_of(TeacherError, tmp_path, str(tmp_path), "config")
+    error_of(TeacherError, "someone/unheard-of", "someone/unheard-of")
     with torch.device("meta"):
         offloaded = LlamaForCausalLM(LlamaConfig(**CONFIG))
-    refused(TeacherError, offloaded, "meta device", "Pass its folder or Hub id")
+    error_of(TeacherError, offloaded, "meta device", "Pass its folder or Hub id")
 
 
 def test_a_quantised_teacher_that_cannot_be_dequantised(folder: Path) -> None:
@@ -326,10 +328,10 @@ def test_a_quantised_teacher_that_cannot_be_dequantised(folder: Path) -> None:
     config = json.loads(file.read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     file.write_text(json.dumps(config))
-    refused(TeacherError, folder, str(folder), "quantised", hidden_size=24)
+    error_of(TeacherError, folder, str(folder), "quantised", hidden_size=24)
     packed = LLAMA.teacher()
     packed.model.norm.weight = torch.nn.Parameter(torch.ones(48, dtype=torch.int8), requires_grad=False)
-    refused(TeacherError, packed, "quantised", "dequantize()", hidden_size=24)
+    error_of(TeacherError, packed, "quantised", "dequantize()", hidden_size=24)
 
 
 def test_remote_code_without_permission(folder: Path) -> None:
@@ -351,7 +353,7 @@ def test_remote_code_without_permission(folder: Path) -> None:
     auto = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnForCausalLM"}
     changes = {"architectures": ["OwnForCausalLM"], "auto_map": auto}
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    refused(TeacherError, folder, "Python code", "trust_remote_code=True", hidden_size=24)
+    error_of(TeacherError, folder, "Python code", "trust_remote_code=True", hidden_size=24)
     assert not witness.exists()
     student = from_teacher(folder, trust_remote_code=True, hidden_size=24, show_progress=False)
     assert witness.exists() and student.config.hidden_size == 24
@@ -361,8 +363,8 @@ def test_a_family_that_nobody_knows_says_what_would_help() -> None:
     model = FunnelForMaskedLM(
         FunnelConfig(vocab_size=96, d_model=48, n_head=4, d_head=12, d_inner=64, block_sizes=[1])
     )
-    said = ["must be the teacher's 48, found 24", "No layout is known for 'funnel'", "hf_guide.register_layout"]
-    refused(ShapeError, model, *said, d_model=24)
+    words = ["must be the teacher's 48, found 24", "No layout is known for 'funnel'", "hf_guide.register_layout"]
+    error_of(ShapeError, model, *words, d_model=24)
     assert from_teacher(model, d_model=24, method="random", show_progress=False).config.d_model == 24
 
 

@@ -306,10 +306,10 @@ def test_a_config_and_the_same_overrides_give_the_same_student() -> None:
     teacher = LLAMA.teacher()
     by_overrides = student_of(teacher, LLAMA)
     config = copy.deepcopy(by_overrides.config)
-    said = config.to_dict()
+    before = config.to_dict()
     by_config = from_teacher(teacher, config, show_progress=False)
     assert same_bits(by_config, by_overrides)
-    assert config.to_dict() == said and by_config.config is not config
+    assert config.to_dict() == before and by_config.config is not config
 
 
 def test_a_head_of_another_task_is_new_and_the_rest_is_transferred() -> None:

@@ -1,4 +1,4 @@
-"""Every option that is a number is finite and in range, whoever sets it."""
+"""Every option that is a number is finite and in range."""
 
 import dataclasses
 import json
@@ -92,5 +92,5 @@ def test_weights_are_in_range(value: Any):
 def test_layers_must_be_whole_numbers(layers: Any):
     with pytest.raises(OptionError, match="layer_mapping"):
         DistillationArguments(report_to=[], use_cpu=True, layer_mapping=layers)
-    told = json.dumps({"1": "2", "3": 4})
-    assert DistillationArguments(report_to=[], use_cpu=True, layer_mapping=told).layer_mapping == {1: 2, 3: 4}
+    mapping = json.dumps({"1": "2", "3": 4})
+    assert DistillationArguments(report_to=[], use_cpu=True, layer_mapping=mapping).layer_mapping == {1: 2, 3: 4}

@@ -11,7 +11,7 @@ from hf_guide.initialization.transfer import Transfer, fit_bases, projected_axes
 def fit_activation_bases(
     plan: Plan, statistics: ActivationStatistics, config: CalibratedConfig
 ) -> tuple[Transfer, dict[str, ResidualBasis]]:
-    """Fit a basis for each projected axis, as `config.basis` says; return the transfer and the bases.
+    """Fit a basis for each projected axis, as `config.basis` selects; return the transfer and the bases.
 
     Raises:
         OptionError: There are fewer tokens than directions.

@@ -18,7 +18,7 @@ from hf_guide.models.model_classes import strip_base_prefix
 
 @dataclass(frozen=True)
 class ModuleRef:
-    """A module and what the layout says of it.
+    """A module and its row of the layout.
 
     Attributes:
         name: Its canonical name, without the base model's prefix.

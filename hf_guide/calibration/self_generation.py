@@ -89,7 +89,7 @@ def _sample_rows(model: Any, shape: torch.Size, seed: int, bar: "tqdm[None]") ->
 
 @contextlib.contextmanager
 def _default_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Sample from the whole distribution and to the full length, whatever the model's own generation config says."""
+    """Sample from the whole distribution and to the full length, whatever the model's own generation config sets."""
     generation_config = model.generation_config
     model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     try:

@@ -149,7 +149,7 @@ def _method_options(args: argparse.Namespace) -> dict[str, Any]:
         if name in vars(args):
             value = getattr(args, name)
             options[name] = value if isinstance(value, bool) else parse_key_value(f"{name}={value}", to_flag(name))[1]
-            if name not in renamed.removed:  # otherwise an error says why it is gone
+            if name not in renamed.removed:  # otherwise an error states why it is gone
                 message = f"{to_flag(name)} is deprecated; use --option {renamed.names.get(name, name)}=VALUE."
                 warnings.warn(f"hf-guide init: {message}", FutureWarning, stacklevel=2)
     return _add_key_values(options, args.option, "--option")

@@ -176,7 +176,7 @@ def validate_checkpoint(folder: str | Path) -> None:
     """Check that training can resume from a checkpoint.
 
     Raises:
-        OptionError: It cannot; says why, and which other checkpoint to use.
+        OptionError: It cannot; the message states why, and which other checkpoint to use.
     """
     path = Path(folder)
     reason = checkpoint_defect(path) if path.is_dir() else "there is no such folder"

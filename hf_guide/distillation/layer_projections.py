@@ -70,7 +70,7 @@ def check_optimizer_has_projections(optimizer: torch.optim.Optimizer, projection
     """Check that an optimizer has the projections: otherwise they would stay random.
 
     Raises:
-        OptionError: It does not; the error says how to add them.
+        OptionError: It does not; the message states how to add them.
     """
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not known.issuperset(map(id, projections)):

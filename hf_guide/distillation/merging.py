@@ -65,7 +65,7 @@ def check_mergeable(student: Any) -> None:
     """Check that a student has an adapter that can become part of its weights.
 
     Raises:
-        OptionError: It has none, or one that cannot; says why, and what to do.
+        OptionError: It has none, or one that cannot be merged; the message states why, and what to do.
     """
     if not has_adapter(student):
         raise OptionError("The student has no adapter to merge; save_model saves it as it is.")
@@ -150,7 +150,7 @@ def _restore_ties(model: PreTrainedModel, ties: dict[str, str]) -> None:
         for name in ties:
             _set_tensor(model, name, nn.Parameter(tensors[name].detach().clone()))
         ties = {}
-    # A family may tie whatever its config says (T5). Of a checkpoint that holds both tensors Transformers ties none that
+    # A family may tie whatever its config sets (T5). Of a checkpoint that holds both tensors Transformers ties none that
     # differ, so these are written apart there too.
     ties = {name: source for name, source in ties.items() if name not in different}
     for name, source in ties.items():

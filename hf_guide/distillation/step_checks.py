@@ -212,7 +212,7 @@ def _raise_on_all_ranks(trainer: "StepCheckedTrainer", error: HfGuideError | Non
     if _any_rank(trainer.accelerator, error is not None):
         raise error or NotFiniteError(
             "Another process found a loss, a gradient or a weight that is not finite at step "
-            f"{trainer.state.global_step + 1}; its error says which."
+            f"{trainer.state.global_step + 1}; its error names it."
         )
 
 

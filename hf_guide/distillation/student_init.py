@@ -55,7 +55,7 @@ def init_student_from_teacher(
     initializer = make_method(InitializationConfig.parse(chosen.get("method", "guide")))
     if initializer.requires_data and "calibration_dataset" not in chosen and _has_token_ids(train_dataset):
         chosen["calibration_dataset"] = train_dataset
-    return from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it says what is wrong with another module
+    return from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it raises for any other module
 
 
 def _has_token_ids(dataset: Any) -> bool:

@@ -96,7 +96,7 @@ class TeacherRecord:
 
 @dataclass
 class DistillationRecord:
-    """How a student was trained, saved beside its weights as `distillation.json`.
+    """How a student was trained, saved next to its weights as `distillation.json`.
 
     Scalars of NumPy and torch become numbers; numbers that are not finite, which JSON cannot represent, become None.
 

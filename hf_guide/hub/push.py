@@ -98,7 +98,7 @@ class StudentPusher:
                     if file.is_file()
                 ],
                 commit_message=commit_message
-                or f"Upload {'model' if 'Model' in class_name else class_name}",  # as the stock method says
+                or f"Upload {'model' if 'Model' in class_name else class_name}",  # as the stock method prints it
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,

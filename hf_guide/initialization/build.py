@@ -43,7 +43,7 @@ def build_student(
 
 
 def untie_like_teacher(student: PreTrainedModel, teacher: TeacherCheckpoint) -> None:
-    """Untie weights that the teacher's checkpoint holds separately though its config says tied (mT5, T5 v1.1).
+    """Untie weights that the teacher's checkpoint holds separately though its config ties them (mT5, T5 v1.1).
 
     Transformers loads such a checkpoint untied, and will load the student's untied too.
     """

@@ -424,7 +424,7 @@ def check_finite_weights(tensor: Tensor, what: str) -> None:
     """Refuse a tensor with NaN or infinite values.
 
     Raises:
-        TeacherError: says how many there are and where the first is.
+        TeacherError: There are some; the message states how many and where the first is.
     """
     if not is_finite(tensor):
         wrong = ~torch.isfinite(tensor)

@@ -52,7 +52,7 @@ class StudentSetup:
         label_indices: The same of a classification head; empty where the labels disagree and the head is new.
         calibration_dataset, calibration_cache_dir: The arguments of `from_teacher`.
         hub: Keywords of `from_pretrained` (token, cache_dir, ...) by which the teacher's other files are found.
-        identity: What else the student depends on, as JSON: with all other fields it tells one call from another.
+        identity: What else the student depends on, as JSON: with all other fields it identifies the call.
         show_progress: Whether to show progress bars.
     """
 
@@ -178,7 +178,7 @@ def register_method(
         method_class: Implements `InitializationMethod` and is constructed with an instance of `config_class`.
 
     Raises:
-        OptionError: The name is taken by other classes, or a class does not fit; says which.
+        OptionError: The name is taken by other classes, or a class does not fit; the message names it.
 
     Example:
         >>> import dataclasses

@@ -96,7 +96,7 @@ def select_blocks(
         return chosen
     if student > teacher:
         raise ShapeError(
-            f"The student has {student} blocks{of_stack}, its teacher {teacher}: choose at most {teacher}, or say "
+            f"The student has {student} blocks{of_stack}, its teacher {teacher}: choose at most {teacher}, or set "
             "with layer_selection=[...] which of the teacher's blocks feeds each."
         )
     # "block_influence" becomes a list once activations are collected; until then the shape is checked with even blocks.

@@ -310,7 +310,7 @@ def check_overrides_hold(
         if built != _requested_structure(model_class, teacher, _without_override(overrides, path, teacher)):
             continue  # it acts by what the class derives from it
         if path[-1] in _names_read_at_runtime(model_class, config):
-            continue  # ALBERT runs one block as often as the config says
+            continue  # ALBERT runs one block as often as the config sets
         raise OptionError(
             f"{'.'.join(path)}={value!r} changes nothing in a {model_class.__name__} of this config: the model "
             "has no such size, or takes it from another entry. Leave it out, or override the entry that the model reads."

@@ -177,11 +177,11 @@ def _derive(
     }
     kept = _dedupe_aliases(kept, overrides)
     if "out_indices" in by_block:  # of a backbone, which names the same states in two more ways
-        said = overrides.keys() & {"out_features", "out_indices"}
+        overridden = overrides.keys() & {"out_features", "out_indices"}
         kept = {
             name: value
             for name, value in kept.items()
-            if name not in ("stage_names", "out_features") and not (name == "out_indices" and said)
+            if name not in ("stage_names", "out_features") and not (name == "out_indices" and overridden)
         }
     if each_its_own:  # and stays so, also where the class does not derive it
         kept[groups_name] = overrides.get(heads_name, values[heads_name])

@@ -1,6 +1,6 @@
 """Three formats to save a student with subclasses in, each exact about what it is.
 
-- "remote_code": the class logits that the student was trained and evaluated with, by a class whose code is saved beside the
+- "remote_code": the class logits that the student was trained and evaluated with, by a class whose code is saved next to the
   weights.
 - "subclass_head": the stock model, whose labels are the subclasses ("positive/3").
 - "refit_head": the stock model with one row a class, refitted on the inputs of the student's own head. A linear layer cannot
@@ -120,7 +120,7 @@ def save_subclass_student(
         save_directory: A folder.
         export_format: "remote_code", "subclass_head" or "refit_head", as this module's docstring describes.
         dataset, eval_dataset, data_collator, batch_size: For "refit_head", see `refit_class_head`.
-        processing_class: The tokenizer or image processor, saved beside the weights.
+        processing_class: The tokenizer or image processor, saved next to the weights.
         show_progress: Show progress, and print the agreement of a refitted head.
 
     Raises:

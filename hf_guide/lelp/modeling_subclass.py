@@ -1,6 +1,6 @@
 """A classifier of classes around a student that classifies subclasses: class logits are log-sum-exps over subclasses.
 
-This file is saved beside the weights and loads with `trust_remote_code=True` where hf_guide is not installed, so it imports
+This file is saved next to the weights and loads with `trust_remote_code=True` where hf_guide is not installed, so it imports
 only torch and transformers.
 """
 

@@ -397,7 +397,7 @@ class SubclassProjector:
         revision: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Upload both files in one commit, to a new repository or beside the files of an existing one."""
+        """Upload both files in one commit, to a new repository or next to the files of an existing one."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:

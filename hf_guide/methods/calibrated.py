@@ -164,7 +164,7 @@ class CalibratedMethod(InitializationMethod):
     def _refit(
         self, student: PreTrainedModel, transfer: Transfer, *, show_progress: bool
     ) -> tuple[dict[str, Any], ModuleMap]:
-        """Refit the student on the teacher's device; return what the report says of it, and the student's modules."""
+        """Refit the student on the teacher's device; return its entry of the report, and the student's modules."""
         config, calibration, teacher = self.config, self.calibration, self.calibration.model
         statistics, student_device = calibration.statistics, student.device
         student.to(teacher.device)  # type: ignore[arg-type]

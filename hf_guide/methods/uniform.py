@@ -41,7 +41,7 @@ class UniformConfig(InitializationConfig):
 
 
 class UniformMethod(InitializationMethod):
-    """Transfer every parameter by selection alone; the base class's `plan_options` says so."""
+    """Transfer every parameter by selection alone; as the base class's `plan_options` selects."""
 
     config: UniformConfig
 

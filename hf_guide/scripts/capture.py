@@ -93,7 +93,7 @@ def capture_options_from_config(options: Mapping[str, Any], *, needs_hidden_laye
         needs_hidden_layers: Whether `layer_mapping` must be in the options, because no flag sets it.
 
     Raises:
-        OptionError: A loss compares hidden states, and the options do not say which layers.
+        OptionError: A loss compares hidden states, and the options do not name the layers.
     """
     required: dict[str, Any] = {}
     if "temperature" in options:

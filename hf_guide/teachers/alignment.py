@@ -44,7 +44,7 @@ def shared_vocabulary_size(
             else ("the student's tokenizer is not" if student_tokens is None else "the teacher's tokenizer is not")
         )
         raise VocabularyError(
-            f"{sizes}, and {whose} known, so that nothing says which of them are shared. Pass `processing_class`, and a "
+            f"{sizes}, and {whose} known, so it is unknown which of them are shared. Pass `processing_class`, and a "
             "teacher whose folder has its tokenizer."
         )
     both = min(len(student_tokens), len(teacher_tokens), student_size, teacher_size)
@@ -112,7 +112,7 @@ def _subclass_hint(student: PreTrainedConfig, classes: int) -> str:
     if getattr(student, "num_subclasses", None) or outputs <= classes or outputs % classes:
         return ""
     return (
-        f" If its outputs are {outputs // classes} subclasses of each class, its config has to say so: make it by "
+        f" If its outputs are {outputs // classes} subclasses of each class, its config must record it: make it by "
         f"from_teacher(num_subclasses={outputs // classes}), or set config.num_subclasses."
     )
 

@@ -264,7 +264,7 @@ def build_teacher_inputs(
     """Compare the conventions of a teacher with those of the batches, and return what converts them.
 
     Args:
-        teacher: A loaded model; the processor among its files says how its inputs are made.
+        teacher: A loaded model; the processor among its files determines how its inputs are made.
         task: Of both models.
         processing_class: What makes the batches; None where that is not known.
         student: The model that the batches are made for; None in a capture.

@@ -61,12 +61,12 @@ def check_ended(trainer: DistillationTrainer, folder: Path, step: int, words: li
     """Check that training ends at `step`, that the weights before it are whole and so is the last checkpoint."""
     with pytest.raises(NotFiniteError) as caught:
         trainer.train()
-    told = str(caught.value)
-    assert all(word in told for word in [f"step {step}", *words]), told
+    message = str(caught.value)
+    assert all(word in message for word in [f"step {step}", *words]), message
     saved = sorted(path.name for path in folder.glob("checkpoint-*"))
     assert saved == [f"checkpoint-{number}" for number in range(1, step)]
     if saved:
-        assert saved[-1] in told
+        assert saved[-1] in message
         kept = type(trainer.model).from_pretrained(folder / saved[-1])
         assert all_finite(kept.parameters())
 

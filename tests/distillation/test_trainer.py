@@ -368,9 +368,9 @@ def test_a_calibrated_student_is_made_with_what_it_is_trained_on(tmp_path: Path)
     examples = examples_for("causal-lm")
     trainer = DistillationTrainer(asked, options, collate, examples, **teacher)
     trainer.train()
-    told = trainer.model.initialization_report
-    assert told.options["method"] == "calibrated"
-    assert told.calibration["tokens"] == sum(len(example["input_ids"]) for example in examples)
-    # Where there is nothing to train on, it says what is missing.
+    report = trainer.model.initialization_report
+    assert report.options["method"] == "calibrated"
+    assert report.calibration["tokens"] == sum(len(example["input_ids"]) for example in examples)
+    # Where there is nothing to train on, an error names what is missing.
     with pytest.raises(OptionError, match="no calibration_dataset was given"):
         DistillationTrainer(asked, options, collate, eval_dataset=examples, **teacher)

@@ -1,4 +1,4 @@
-"""What cannot be distilled is refused before the first step, and says what to do."""
+"""What cannot be distilled is an error before the first step, which states what to do."""
 
 import copy
 import json
@@ -171,13 +171,13 @@ def test_nan_of_a_teacher_is_an_error_with_the_example_and_the_step(tmp_path: Pa
         trainer.train()
 
 
-@pytest.mark.parametrize("said", [math.nan, math.inf])
-def test_nan_or_infinity_of_a_classifier_is_an_error(said: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_or_infinity_of_a_classifier_is_an_error(value: float, tmp_path: Path) -> None:
     task = "sequence-classification"
     teacher = model_for(task, 2)
 
     def spoil(_: Any, __: Any, outputs: Any) -> None:
-        outputs.logits[1, 2] = said
+        outputs.logits[1, 2] = value
 
     teacher.register_forward_hook(spoil)
     trainer = DistillationTrainer(
@@ -235,8 +235,8 @@ def test_arguments_keep_secrets_from_those_who_print_and_report_them(tmp_path: P
         teacher_init_kwargs={"token": "hf_theirs", "dtype": torch.bfloat16},
         student_init_kwargs={"hidden_size": 16, "token": "hf_theirs"},
     )
-    for told in (str(args), repr(args), args.to_json_string(), str(args.to_sanitized_dict())):
-        assert "hf_mine" not in told and "hf_theirs" not in told and "bfloat16" in told
+    for text in (str(args), repr(args), args.to_json_string(), str(args.to_sanitized_dict())):
+        assert "hf_mine" not in text and "hf_theirs" not in text and "bfloat16" in text
     assert args.teacher_init_kwargs == {"token": "hf_theirs", "dtype": torch.bfloat16}
 
 

@@ -16,8 +16,8 @@ PUSH = """
     from hf_guide import SubclassProjector
     from tests.lelp.synthetic_data import make_embeddings
     projector = SubclassProjector.from_pretrained(sys.argv[1])
-    told = projector.push_to_hub("me/projector", private=True, commit_message="Directions", token="hf_test")
-    print(told.oid)
+    commit = projector.push_to_hub("me/projector", private=True, commit_message="Directions", token="hf_test")
+    print(commit.oid)
     projector.save_pretrained(sys.argv[2], push_to_hub=True, repo_id="me/again", token="hf_test")
     loaded = SubclassProjector.from_pretrained("me/projector", token="hf_test", cache_dir=sys.argv[2])
     data = make_embeddings()

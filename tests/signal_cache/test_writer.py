@@ -118,12 +118,12 @@ def test_a_killed_capture_is_resumed(tmp_path):
     model, forwards = KIND.teacher(), []
     count_forwards(model, forwards)
     capture(folder, teacher=model, dataset=dataset)
-    heard = sum(forwards)
+    num_forwards = sum(forwards)
     assert {name: (folder / name).stat().st_ino for name in kept} == kept
     assert contents(folder) == contents(whole)
     forwards.clear()
     capture(folder, teacher=model, dataset=dataset)  # runs what shows the shapes, and no more
-    assert heard == 60 - 5 * len(kept) + sum(forwards)
+    assert num_forwards == 60 - 5 * len(kept) + sum(forwards)
 
 
 def test_a_capture_killed_before_or_after_any_rename_is_resumed(tmp_path):

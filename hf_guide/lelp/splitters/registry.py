@@ -55,7 +55,7 @@ class SplitterEntry:
         """Check that the module that the splitter imports is installed.
 
         Raises:
-            OptionError: It is missing; says how to install it.
+            OptionError: It is missing; the message states how to install it.
         """
         if not self.is_installed:
             how = "pip install 'hf_guide[lelp]'" if self.requires == "sklearn" else f"install {self.requires}"

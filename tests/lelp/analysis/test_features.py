@@ -45,7 +45,7 @@ def test_examples_without_labels_have_the_predicted_class():
 
     features = collect_features(teacher, given, collate, batch_size=5, show_progress=False)
     own = features.logits.argmax(1).tolist()
-    expected = [said if label < 0 else label for said, label in zip(own, labels, strict=True)]
+    expected = [predicted if label < 0 else label for predicted, label in zip(own, labels, strict=True)]
     assert features.labels.tolist() == expected
     given[7]["label"] = 3
     with pytest.raises(SubclassError, match="label of example 7 is 3; the teacher has the classes 0 to 2"):
