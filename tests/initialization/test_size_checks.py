@@ -315,7 +315,9 @@ HEADS_OF_FULL_WIDTH: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
 def test_the_same_weights_are_not_cut_into_other_heads(name: str) -> None:
     model_class, sizes, heads = HEADS_OF_FULL_WIDTH[name]
     teacher = model_class(model_class.config_class(**sizes)).eval()
-    with pytest.raises(ShapeError, match=r"must be the teacher's \d+, found \d+: its weight has the teacher's shapes"):
+    with pytest.raises(
+        ShapeError, match=r"must be the teacher's \d+, found \d+: its weights have the teacher's shapes"
+    ):
         from_teacher(teacher, show_progress=False, **heads)
     from_teacher(teacher, show_progress=False, method="random", **heads)
 
