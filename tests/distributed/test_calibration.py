@@ -25,8 +25,8 @@ def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) ->
 
 
 def test_two_processes_generate_the_text_of_one(tmp_path: Path) -> None:
-    result = run_world("calibrate.py", 2, {"dataset": "teacher"}, tmp_path)
-    one = make_student(KINDS["llama"].teacher().double(), "teacher")
+    result = run_world("calibrate.py", 2, {"dataset": "self_generated"}, tmp_path)
+    one = make_student(KINDS["llama"].teacher().double(), "self_generated")
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
     assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"] == 8192
     assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
