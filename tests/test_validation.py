@@ -11,7 +11,10 @@ from transformers import TrainingArguments
 
 from hf_guide.data.arguments import DataArguments
 from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.losses.registry import registered_losses
 from hf_guide.errors import OptionError
+from hf_guide.initialization.config import InitializationConfig
+from hf_guide.initialization.registry import list_methods
 from hf_guide.signal_cache.config import CaptureConfig
 
 INVALID: list[Any] = [math.nan, math.inf, -math.inf, -1, -1e-9, "many", "2", True, [1.0], {}]
@@ -94,3 +97,34 @@ def test_layers_must_be_whole_numbers(layers: Any):
         DistillationArguments(report_to=[], use_cpu=True, layer_mapping=layers)
     mapping = json.dumps({"1": "2", "3": 4})
     assert DistillationArguments(report_to=[], use_cpu=True, layer_mapping=mapping).layer_mapping == {1: 2, 3: 4}
+
+
+def _loss_numbers() -> list[tuple[str, str]]:
+    """Return the numbers among the options that losses declare for themselves, as (loss, option)."""
+    return [
+        (term.name, field.name)
+        for term in registered_losses().values()
+        for field in dataclasses.fields(term.config)
+        if "float" in str(field.type) or "int" in str(field.type)
+        if "argument" not in field.metadata
+    ]
+
+
+@pytest.mark.parametrize("loss,option", _loss_numbers())
+@pytest.mark.parametrize("value", [*INVALID, 1e200, 0, None], ids=repr)
+def test_a_losss_own_number_out_of_range_is_an_error(loss: str, option: str, value: Any):
+    with pytest.raises(OptionError, match=f"{option}.* must be a"):
+        DistillationArguments(report_to=[], use_cpu=True, losses=loss, loss_options={loss: {option: value}})
+
+
+def test_the_numbers_of_the_losses_are_known():
+    assert _loss_numbers() == [("dkd", "alpha"), ("dkd", "beta")]
+
+
+@pytest.mark.parametrize(
+    "method,option", [(method, option.name) for method, options in list_methods().items() for option in options]
+)
+def test_an_option_of_a_method_out_of_range_is_an_error(method: str, option: str):
+    for value in (math.nan, math.inf, -1, "many"):
+        with pytest.raises(OptionError, match=option):
+            InitializationConfig(method=method, **{option: value})
