@@ -108,7 +108,7 @@ def check_result(rows, options, capsys):
 
 def check_card(card, best, teacher, random):
     """The card has the training, and the figures of the student, the teacher and the random student side by side."""
-    assert "## How it was trained" in card.text and "Objective" in card.text
+    assert "## Training" in card.text and "Loss: " in card.text
     (line,) = (line for line in card.text.splitlines() if "| perplexity |" in line)
     figures = [cell.strip() for cell in line.strip("|").split("|")][2:]
     expected = [f"{row.end:.4g}" for row in (best, teacher, random)]
@@ -125,7 +125,7 @@ def test_the_whole_way_on_a_tiny_teacher(options, capsys):
 
 
 def test_too_little_text_is_refused_before_any_training(options, tmp_path):
-    with pytest.raises(OptionError, match="fewer steps"):
+    with pytest.raises(OptionError, match="reduce the steps"):
         quickstart(QuickstartArguments(**{**vars(options), "steps": 100_000}), show_progress=False)
     assert not (tmp_path / "best").exists()
 
