@@ -104,7 +104,7 @@ def main() -> int:
             ours.append(seconds)
             products.append(matmul_seconds(args.rows, args.width))
             eigen.append(timed(partial(torch.linalg.eigh, second_moment([table[:4096]], args.width)))[1])
-        print(f"ours: median {statistics.median(ours):.2f} s of {len(ours)} turns", flush=True)
+        print(f"ours: median {statistics.median(ours):.2f} s of {len(ours)} rounds", flush=True)
         if dtype is not None:
             data = table.numpy().astype(dtype, copy=False)
             pca, sklearn_seconds[dtype] = timed(partial(PCA(args.size, svd_solver="full").fit, data))

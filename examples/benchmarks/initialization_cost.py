@@ -8,7 +8,7 @@ Each measurement has a process of its own and one thread. Reported are the media
 the peak resident
 memory less what there was once the libraries were imported (and, for the directions, a part of the table read).
 *Directions*: the second moment of a bfloat16 table of so many rows, streamed, and its eigenvectors. *Transfer*:
-`from_teacher(folder, method="guide")`, a tied bfloat16 Llama of two blocks on disk to half its width. Beside them the
+`from_teacher(folder, method="guide")`, a tied bfloat16 Llama of two blocks on disk to half its width. Next to them the
 bounds, from the same process: 2 V d^2 float64 operations as plain products and one eigendecomposition; for the transfer
 V d^2 more as float32 products, which the projection of the table takes; in memory the student and three of the teacher's
 largest tensors. One JSON line a measurement is appended to --output; one that is there already is not made again. What

@@ -7,10 +7,10 @@
 Each run is one line of OUTPUT/runs.jsonl (or of --rows), written when it is done; killed at any moment, the same command
 goes on. Of each arm every setting is tried with the first `--tune-seeds` seeds, and the one best on the validation split is
 run with `--seeds` others, of which the tables are; variants of LELP, and the random partition, take LELP's. Settings that
-the data are too few for are left out, and the tables say so. Seeds differ in the student; the parts of the set and the
+the data are too few for are left out, and the tables mark them. Seeds differ in the student; the parts of the set and the
 teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
-that is trained here. `--transfer` says whether students learn from what the teacher was trained on or from other
+that is trained here. `--transfer` sets whether students learn from what the teacher was trained on or from other
 examples; `--initialization guide` and `--initialization calibrated` start them by `from_teacher`.
 """
 
@@ -44,8 +44,8 @@ from lelp_training import (
     ARMS,
     ORACLES,
     SPLITTERS,
-    Lesson,
     Settings,
+    TrainingProblem,
     accuracy,
     fit_probe,
     loss_of,
@@ -88,7 +88,7 @@ class Bench:
         parts = (self.seen, self.unseen, self.validation, self.test)
         return torch.cat([part.known_tokens() for part in parts]).unique()
 
-    def lesson(self, transfer: str, share: float) -> tuple[Batches, Lesson]:
+    def problem(self, transfer: str, share: float) -> tuple[Batches, TrainingProblem]:
         """Return what students are trained on: a share of the seen or of the unseen part."""
         mine, other = (self.seen, self.unseen) if transfer == "seen" else (self.unseen, self.seen)
         rows = torch.arange(max(1, int(len(mine) * share)))
@@ -98,7 +98,7 @@ class Bench:
             signals = Signals(**{name: tensor[rows] for name, tensor in signals.tensors().items()})
         others = self.part_signals["unseen" if transfer == "seen" else "seen"]
         weight = self.teacher.head.weight.detach()
-        return mine, Lesson(mine.data, signals, (others, other.data), weight)
+        return mine, TrainingProblem(mine.data, signals, (others, other.data), weight)
 
 
 def prepare(name: str, args: argparse.Namespace) -> Bench:
@@ -163,17 +163,17 @@ def teach(teacher: Classifier, batches: Batches, steps: int) -> None:
     )
 
 
-def one_run(bench: Bench, batches: Batches, lesson: Lesson, run: dict[str, Any], args: argparse.Namespace) -> dict:
+def one_run(bench: Bench, batches: Batches, problem: TrainingProblem, run: dict[str, Any], args: argparse.Namespace) -> dict:
     """Train one student and return how it fares."""
     arm, settings, seed = run["arm"], run["settings"], run["seed"]
     began = time.perf_counter()
     try:
-        outputs = outputs_of(arm, lesson, settings)
+        outputs = outputs_of(arm, problem, settings)
     except SubclassError as too_few:
         return {"skipped": f"{arm} {settings}: {too_few}"}
     torch.manual_seed(seed)
     student = make_student(batches, args.images, outputs, bench.started)
-    loss = loss_of(arm, lesson, settings, student, seed)
+    loss = loss_of(arm, problem, settings, student, seed)
     train(student, batches, loss, steps=run["steps"], batch=args.batch, rate=args.rate, seed=seed)
     found = {"validation": accuracy(student, bench.validation), "test": accuracy(student, bench.test)}
     return found | {"teacher": bench.teacher_accuracy, "seconds": round(time.perf_counter() - began, 1)}
@@ -182,16 +182,16 @@ def one_run(bench: Bench, batches: Batches, lesson: Lesson, run: dict[str, Any],
 def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
     """Do all runs of a set that are not done."""
     bench = prepare(name, args)
-    batches, lesson = bench.lesson(args.transfer, args.share)
+    batches, problem = bench.problem(args.transfer, args.share)
     if args.initialization != "scratch":
         bench.started = start_student(bench.teacher, batches, args.initialization, bench.tokens())
     common = plan(name, bench.test.data.is_text, args)
     for arm in args.arms:
-        if arm in ORACLES and lesson.data.fine_labels is None:
+        if arm in ORACLES and problem.data.fine_labels is None:
             continue
-        lelp = settings_of("lelp", args.grid, lesson.data.classes)
+        lelp = settings_of("lelp", args.grid, problem.data.classes)
         lelp_settings = best_settings(runs, common, "lelp", lelp, range(args.tune_seeds))
-        tried = settings_of(arm, args.grid, lesson.data.classes, lelp_settings)
+        tried = settings_of(arm, args.grid, problem.data.classes, lelp_settings)
         if args.settings is not None and arm in SPLITTERS:
             tried = [args.settings]
         if not tried:
@@ -205,10 +205,10 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
             for settings, seed in wanted:
                 run = common | {"arm": arm, "settings": settings, "seed": seed}
                 if runs(run) is None:
-                    result = one_run(bench, batches, lesson, run, args)
+                    result = one_run(bench, batches, problem, run, args)
                     runs.add(run, result)
-                    told = f"test {result['test']:.2%}, {result['seconds']} s" if "test" in result else "left out"
-                    print(f"{name} {arm} {settings} seed {seed}: {told}", flush=True)
+                    outcome = f"test {result['test']:.2%}, {result['seconds']} s" if "test" in result else "left out"
+                    print(f"{name} {arm} {settings} seed {seed}: {outcome}", flush=True)
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -225,7 +225,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
         metavar="JSON",
         help="of arms of subclasses, in place of a grid: tau, S and beta",
     )
-    parser.add_argument("-o", "--output", type=Path, help="folder of teachers, and of runs unless --rows says where")
+    parser.add_argument("-o", "--output", type=Path, help="folder of teachers, and of runs unless --rows names another folder")
     parser.add_argument("--rows", type=Path, help="file of runs, one a line")
     parser.add_argument("--fashion", type=Path, help="the folder of Fashion-MNIST's four files")
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")

@@ -1,4 +1,4 @@
-"""What fitting a projector costs beside the teacher's own pass over the data, in processor time.
+"""Measure what fitting a projector costs in addition to the teacher's own pass over the data, in processor time.
 
     python examples/benchmarks/lelp_fitting.py
 
@@ -61,13 +61,13 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, data = teacher(args.classes), texts(args.examples, args.classes)
     runner = TeacherRunner(model, Task.SEQUENCE_CLASSIFICATION)
     alone, fitted, added, final = [], [], [], []
-    for _ in range(args.turns):
+    for _ in range(args.rounds):
         start = time.process_time()
         signals = []
         for first in range(0, len(data), args.batch_size):

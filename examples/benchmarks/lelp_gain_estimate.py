@@ -56,7 +56,7 @@ def main() -> int:
     pairs: list[tuple[GainEstimate, float, float]] = []
     for name in args.sets:
         bench = prepare(name, args)
-        batches, lesson = bench.lesson(args.transfer, args.share)
+        batches, problem = bench.problem(args.transfer, args.share)
         features, common = features_of(batches, bench.teacher), plan(name, batches.data.is_text, args)
         _, kd_results = runs.within(common, "kd")
         for arm in (*ORACLES, *SPLITTERS):
@@ -66,12 +66,12 @@ def main() -> int:
             ]
             if settings is None or len(gains) < 2:
                 continue
-            targets = targets_of(arm, lesson, settings)
+            targets = targets_of(arm, problem, settings)
             estimate = estimate_gain_from_targets(
                 targets,
-                lesson.signals.logits,
+                problem.signals.logits,
                 features,
-                lesson.data.labels,
+                problem.data.labels,
                 temperature=settings["tau"],
             )
             spread = statistics.stdev(gains)
@@ -79,7 +79,7 @@ def main() -> int:
             print(
                 f"{name:18} {arm:18} estimate {estimate.gain:+5.2f} ± {estimate.gain_error:.2f} "
                 f"(shuffled {estimate.shuffled:+5.2f}, predictable {estimate.predictability:4.0%}, "
-                f"fine labels {adjusted_information(targets, lesson.data):4.0%})  "
+                f"fine labels {adjusted_information(targets, problem.data):4.0%})  "
                 f"measured {statistics.mean(gains):+5.2f} ± {spread:.2f}  {estimate.verdict}",
                 flush=True,
             )

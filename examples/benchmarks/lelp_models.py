@@ -141,7 +141,7 @@ def second_view(inputs: dict[str, Tensor], generator: torch.Generator) -> dict[s
 
 @dataclass(frozen=True)
 class Signals:
-    """What a teacher says of some examples, float32 and without gradient.
+    """The outputs of a teacher for some examples, float32 and without gradient.
 
     Attributes:
         logits: (N, C).
@@ -174,7 +174,7 @@ class Signals:
 
 
 def collect_cached(teacher: Classifier, batches: Batches, folder: Path, *, views: bool) -> Signals:
-    """Return what a frozen encoder says of texts, kept in a folder by what the texts are: several sets are of the same."""
+    """Return the outputs of a frozen encoder for texts, cached in a folder by what the texts are: several sets are of the same."""
     mark = hashlib.blake2b(batches.ids.numpy().tobytes(), digest_size=8).hexdigest()
     file = folder / f"frozen-{mark}{'-views' if views else ''}.safetensors"
     if not file.is_file():
@@ -242,7 +242,7 @@ def start_student(
     """Return a student that `from_teacher` starts inside its teacher.
 
     Args:
-        batches: what it is trained on; "calibrated" listens to these.
+        batches: what it is trained on; "calibrated" runs the teacher on these.
         method: of `from_teacher`.
         tokens: all that are in any part of the set. Other rows of the table are dropped: none is ever read, and a step
             costs a fraction without them.
@@ -253,7 +253,7 @@ def start_student(
     """
     data = batches.data
     if isinstance(teacher.encoder, ResNetModel):
-        raise OptionError("A ResNet has no residual stream to start a student in; say --images vit.")
+        raise OptionError("A ResNet has no residual stream to initialize a student from; use --images vit.")
     encoder = from_teacher(
         teacher.encoder,
         method=method,
@@ -272,7 +272,7 @@ def start_student(
 
 
 def shuffled_batches(batches: Batches, size: int = 32) -> Iterator[dict[str, Tensor]]:
-    """Yield all rows as they come: what listens to the first of them hears texts of every length."""
+    """Yield all rows in their order, so that the first of them have every length."""
     for rows in torch.arange(len(batches)).split(size):
         yield batches.take(rows)
 

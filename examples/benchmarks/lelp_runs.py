@@ -36,7 +36,7 @@ class Runs:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Runs":
-        """Return the runs that the options name: those of the output folder, or else those that are kept beside the scripts.
+        """Return the runs that the options name: those of the output folder, or else those that are stored with the scripts.
 
         Raises:
             OptionError: nothing is kept there, and none are to be made.
@@ -105,10 +105,10 @@ def best_settings(
     scores = []
     for settings in tried:
         found = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in seeds]
-        told = [each["result"].get("validation", -1.0) for each in found if each is not None]
-        if len(told) < len(found):
+        accuracies = [each["result"].get("validation", -1.0) for each in found if each is not None]
+        if len(accuracies) < len(found):
             return None
-        scores.append(statistics.mean(told))
+        scores.append(statistics.mean(accuracies))
     best = max(range(len(tried)), key=scores.__getitem__)
     return tried[best] if scores[best] >= 0 else None
 
@@ -133,8 +133,8 @@ def report(runs: Runs) -> None:
         against = scores.get("kd", ({}, {}))[1]
         for arm, (chosen, own) in scores.items():
             apart = [100 * (own[seed] - against[seed]) for seed in own if seed in against]
-            told = _spread([100 * value for value in own.values()])
-            print(f"  {arm:18} {told}   against KD {_spread(apart, sign='+')}   {len(own)} seeds  {chosen}")
+            spread = _spread([100 * value for value in own.values()])
+            print(f"  {arm:18} {spread}   against KD {_spread(apart, sign='+')}   {len(own)} seeds  {chosen}")
         left_out = {each["result"]["skipped"] for each in both if "skipped" in each["result"]}
         for reason in sorted(left_out):
             print(f"  left out: {reason}")

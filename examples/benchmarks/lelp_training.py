@@ -1,4 +1,4 @@
-"""The arms of the LELP benchmark, what each is told to learn, and the loop that trains a student on it.
+"""Define the arms of the LELP benchmark, their targets, and the loop that trains a student on them.
 
 Every arm is given the same batches in the same order, from the same start, for the same number of steps.
 """
@@ -53,7 +53,7 @@ ARMS = ("ce", "kd", "dkd", "features", *ORACLES, *SPLITTERS)
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingProblem:
     """What a student is trained on.
 
     Attributes:
@@ -97,9 +97,9 @@ def settings_of(arm: str, grid: str, classes: int, lelp_settings: Settings | Non
     return [{"tau": tau, "S": size, "beta": beta} for tau in taus for size in sizes for beta in betas]
 
 
-def outputs_of(arm: str, lesson: Lesson, settings: Settings) -> int:
+def outputs_of(arm: str, problem: TrainingProblem, settings: Settings) -> int:
     """Return how many outputs the student of an arm has."""
-    return lesson.data.classes * (len(targets_of(arm, lesson, settings)[0, 0]) if is_split(arm) else 1)
+    return problem.data.classes * (len(targets_of(arm, problem, settings)[0, 0]) if is_split(arm) else 1)
 
 
 def is_split(arm: str) -> bool:
@@ -107,20 +107,20 @@ def is_split(arm: str) -> bool:
     return arm in ORACLES or arm in SPLITTERS
 
 
-def targets_of(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
-    """Return what an arm's student is to say of each example, (N, C, S)."""
+def targets_of(arm: str, problem: TrainingProblem, settings: Settings) -> Tensor:
+    """Return the targets of an arm's student for each example, (N, C, S)."""
     key = f"{arm} {json.dumps(settings, sort_keys=True)}"
-    if key not in lesson.made:
-        lesson.made[key] = _make_targets(arm, lesson, settings)
-    return lesson.made[key]
+    if key not in problem.made:
+        problem.made[key] = _make_targets(arm, problem, settings)
+    return problem.made[key]
 
 
-def _make_targets(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
+def _make_targets(arm: str, problem: TrainingProblem, settings: Settings) -> Tensor:
     if arm == "oracle":
-        return oracle_targets(lesson, settings["tau"])
+        return oracle_targets(problem, settings["tau"])
     if arm == "oracle-probe":
-        return read_targets(lesson, settings["tau"])
-    (embeddings, weight), (fitted, labels) = embeddings_for(arm, lesson)
+        return read_targets(problem, settings["tau"])
+    (embeddings, weight), (fitted, labels) = embeddings_for(arm, problem)
     projector = SubclassProjector.fit(
         fitted,
         labels,
@@ -131,22 +131,22 @@ def _make_targets(arm: str, lesson: Lesson, settings: Settings) -> Tensor:
         splitter=SPLITTERS[arm],
         seed=settings.get("split_seed", 0),
     )
-    return torch.as_tensor(projector.transform(embeddings, lesson.signals.logits)).float()
+    return torch.as_tensor(projector.transform(embeddings, problem.signals.logits)).float()
 
 
-def embeddings_for(arm: str, lesson: Lesson) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def embeddings_for(arm: str, problem: TrainingProblem) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return (embeddings to split, the classifier on them) and (embeddings to fit on, their labels).
 
     `lelp-unseen` fits on examples that the student is not trained on. Those that end in `-early` split the pooled states of a
-    layer half-way, with a linear classifier of their own; `lelp-halfway` lays those beside the embeddings, each to unit
+    layer half-way, with a linear classifier of their own; `lelp-halfway` concatenates those with the embeddings, each to unit
     variance. Those that end in `-stable` and `-predictable` keep the embeddings but measure them by what is noise in them:
     the difference of two views of an example, or what a layer half-way does not predict, made white, so that
     directions of large variance are those that stand out of it.
     """
-    signals, labels, weight = lesson.signals, lesson.data.labels, lesson.weight.double()
+    signals, labels, weight = problem.signals, problem.data.labels, problem.weight.double()
     own = signals.embeddings.double()
     if arm == "lelp-unseen":
-        return (own, weight), (lesson.others[0].embeddings.double(), lesson.others[1].labels)
+        return (own, weight), (problem.others[0].embeddings.double(), problem.others[1].labels)
     if arm.endswith(("-stable", "-predictable")):
         of_views = arm.endswith("-stable")
         noise = own - signals.views.double() if of_views else _unpredicted(signals.early.double(), own)
@@ -199,42 +199,42 @@ def fit_probe(teacher: Classifier, embeddings: Tensor, labels: Tensor) -> None:
         teacher.head.bias.copy_(bias)
 
 
-def oracle_targets(lesson: Lesson, tau: float) -> Tensor:
+def oracle_targets(problem: TrainingProblem, tau: float) -> Tensor:
     """Return the teacher's class probabilities, each given whole to the fine label, (N, C, most fine labels of a class).
 
     Where the teacher favours a class that the fine label is not in, that class is shared alike among its own: so this
     arm also learns from the labels where the teacher errs.
     """
-    places, most = fine_label_indices(lesson.data)
-    shares = torch.zeros(len(lesson.data), lesson.data.classes, most)
+    places, most = fine_label_indices(problem.data)
+    shares = torch.zeros(len(problem.data), problem.data.classes, most)
     for label, known in places.items():
         shares[:, label, : len(known)] = 1 / len(known)
-    for row, (label, fine) in enumerate(zip(*_pairs(lesson.data), strict=True)):
+    for row, (label, fine) in enumerate(zip(*_pairs(problem.data), strict=True)):
         shares[row, label] = 0
         shares[row, label, places[label][fine]] = 1
-    return (lesson.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
+    return (problem.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
 
 
-def read_targets(lesson: Lesson, tau: float) -> Tensor:
+def read_targets(problem: TrainingProblem, tau: float) -> Tensor:
     """Return what a linear probe reads of the fine labels in the embeddings, fitted where the student is not trained.
 
-    Within each class its probabilities are the shares, so that nothing of an example's own labels is told: this is the
+    Within each class its probabilities are the shares, so that an example's own labels do not enter: this is the
     most that any linear splitter of these embeddings could hope for.
     """
-    signals, others = lesson.others
+    signals, others = problem.others
     places, most = fine_label_indices(others)
     scale = signals.embeddings.std()
     fitted = LogisticRegression(C=1.0, max_iter=500).fit(
         (signals.embeddings / scale).numpy(), others.fine_labels.numpy()
     )
-    found = torch.from_numpy(fitted.predict_proba((lesson.signals.embeddings / scale).numpy())).float()
+    found = torch.from_numpy(fitted.predict_proba((problem.signals.embeddings / scale).numpy())).float()
     columns = {fine: number for number, fine in enumerate(fitted.classes_.tolist())}
     shares = torch.zeros(len(found), others.classes, most)
     for label, known in places.items():
         for fine, place in known.items():
             shares[:, label, place] = found[:, columns[fine]]
     shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
-    return (lesson.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
+    return (problem.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
 
 
 def fine_label_indices(data: Labelled) -> tuple[dict[int, dict[int, int]], int]:
@@ -255,9 +255,9 @@ def _pairs(data: Labelled) -> tuple[list[int], list[int]]:
     return data.labels.tolist(), data.fine_labels.tolist()
 
 
-def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, seed: int) -> Loss:
+def loss_of(arm: str, problem: TrainingProblem, settings: Settings, model: Classifier, seed: int) -> Loss:
     """Return what gives an arm's mean loss for (rows, features, logits). It may give `model` a part to learn with."""
-    labels, logits, tau = lesson.data.labels, lesson.signals.logits, settings.get("tau", 1.0)
+    labels, logits, tau = problem.data.labels, problem.signals.logits, settings.get("tau", 1.0)
     if arm == "ce":
         return lambda rows, _, mine: nn.functional.cross_entropy(mine, labels[rows])
     if arm == "kd":
@@ -271,7 +271,7 @@ def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, see
 
         return decoupled
     if arm == "features":
-        wanted = lesson.signals.embeddings
+        wanted = problem.signals.embeddings
         wanted = (wanted - wanted.mean(0)) / (wanted - wanted.mean(0)).square().mean().sqrt()
         torch.manual_seed(seed)
         model.wide = nn.Linear(model.width, wanted.shape[1])
@@ -281,7 +281,7 @@ def loss_of(arm: str, lesson: Lesson, settings: Settings, model: Classifier, see
             return divergence(mine, DenseTarget(logits[rows]), temperature=tau).mean() + settings["gamma"] * far
 
         return embedding
-    wanted = (targets_of(arm, lesson, settings).flatten(1).clamp_min(1e-30).log() * tau).float()
+    wanted = (targets_of(arm, problem, settings).flatten(1).clamp_min(1e-30).log() * tau).float()
     return lambda rows, _, mine: divergence(mine, DenseTarget(wanted[rows]), temperature=tau).mean()
 
 
