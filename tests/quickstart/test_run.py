@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
-from huggingface_hub import RepoCard
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from examples.common.data import package_dir
@@ -103,7 +103,7 @@ def check_result(rows, options, capsys):
     results = read(options, RESULTS_NAME)
     assert [row["end"] for row in results["rows"]] == [row.end for row in rows]
     assert read(options, "initialization_report.json")["options"]["method"] == best.name
-    check_card(RepoCard.load(Path(options.output_dir) / "README.md"), best, teacher, students[0])
+    check_card(ModelCard.load(Path(options.output_dir) / "README.md"), best, teacher, students[0])
 
 
 def check_card(card, best, teacher, random):
@@ -147,5 +147,5 @@ def test_the_main_job_on_the_real_teacher(tmp_path, capsys):
     assert teacher.end < 25
     assert math.isfinite(guide.end)
     assert calibrated.end < guide.end < random.end
-    card = RepoCard.load(tmp_path / "best" / "README.md")
+    card = ModelCard.load(tmp_path / "best" / "README.md")
     assert card.data.base_model == LANGUAGE_MODEL_ID and card.data.license == "apache-2.0"
