@@ -230,7 +230,7 @@ def _config_class(method: str) -> type[InitializationConfig]:
     return CONFIG_CLASSES[check_choice("method", method, CONFIG_CLASSES)]
 
 
-_REMOVED = "it had no effect worth an option in any benchmark; leave it out."
+_REMOVED = "no benchmark shows who should set it otherwise, so leave it out."
 REMOVED_OPTIONS = {
     "centered": f"the basis is fitted to the uncentered embedding table; {_REMOVED}",
     "token_weights": f"all rows of the embedding table weigh alike; {_REMOVED}",
