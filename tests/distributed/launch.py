@@ -1,4 +1,4 @@
-"""Real processes for tests: torchrun with gloo on the CPU."""
+"""Start scripts of this folder under torchrun, with gloo on the CPU."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_world(
-    script: str, processes: int, given: dict[str, Any], folder: Path, *, seconds: int = 240
+def torchrun(
+    script: str, processes: int, params: dict[str, Any], folder: Path, *, seconds: int = 240
 ) -> dict[str, Any]:
     """Run a script of this folder under torchrun and return what its rank 0 wrote; its `world_size` must be there."""
-    given = given | {"output": str(folder / f"world_{processes}.json")}
+    params = params | {"output": str(folder / f"world_{processes}.json")}
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
@@ -22,12 +22,12 @@ def run_world(
         "ACCELERATE_USE_CPU": "true",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if "deepspeed" in given.get("arguments", {}):
+    if "deepspeed" in params.get("arguments", {}):
         environment |= {"DS_ACCELERATOR": "cpu"}
         del environment["ACCELERATE_USE_CPU"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        + [str(Path(__file__).with_name(script)), json.dumps(given)],
+        + [str(Path(__file__).with_name(script)), json.dumps(params)],
         capture_output=True,
         text=True,
         check=False,
@@ -35,6 +35,6 @@ def run_world(
         env=environment,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    found = json.loads(Path(given["output"]).read_text())
-    assert found["world_size"] == processes
-    return found
+    result = json.loads(Path(params["output"]).read_text())
+    assert result["world_size"] == processes
+    return result
