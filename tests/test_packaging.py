@@ -1,6 +1,7 @@
 """What is installed is what is in the repository."""
 
 import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,24 @@ def setup() -> configparser.ConfigParser:
 def test_every_package_is_listed(setup):
     found = {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "hf_guide").glob("**/__init__.py")}
     assert set(setup["options"]["packages"].split()) == found | {"hf_guide.model_cards"}
+
+
+def test_the_tree_in_the_readme_of_the_tests_is_the_tree_on_disk():
+    (tree,) = re.findall(r"```text\n(.*?)```", (ROOT / "tests/README.md").read_text(encoding="utf-8"), re.DOTALL)
+    documented: dict[str, list[str]] = {}
+    for line in tree.splitlines():
+        if not line.startswith(" "):
+            folder = line.split("#")[0].strip().rstrip("/")
+            documented[folder] = []
+        else:
+            documented[folder] += line.split()
+    actual: dict[str, list[str]] = {}
+    for package in sorted(file.parent for file in (ROOT / "hf_guide").rglob("__init__.py")):
+        modules = [file.stem for file in package.glob("*.py") if file.stem != "__init__"]
+        if package.name == "metrics":
+            modules = [file.parent.name for file in package.glob("*/*.py")]
+        actual[package.relative_to(ROOT).as_posix()] = sorted(modules)
+    assert {folder: sorted(modules) for folder, modules in documented.items()} == actual
 
 
 def test_the_card_templates_are_installed():
