@@ -333,7 +333,8 @@ class AutoStudentForSequenceClassification(_AutoStudent):
     Example:
         >>> from hf_guide import AutoStudentForSequenceClassification
         >>> student = AutoStudentForSequenceClassification.from_teacher(
-        ...     "distilbert/distilbert-base-uncased-finetuned-sst-2-english", dim=384, n_heads=6, hidden_dim=1536, show_progress=False
+        ...     "distilbert/distilbert-base-uncased-finetuned-sst-2-english", dim=384, n_heads=6, hidden_dim=1536,
+        ...     show_progress=False
         ... )
         >>> type(student).__name__
         'DistilBertForSequenceClassification'
@@ -378,7 +379,8 @@ class AutoStudentForImageClassification(_AutoStudent):
     Example:
         >>> from hf_guide import AutoStudentForImageClassification
         >>> student = AutoStudentForImageClassification.from_teacher(
-        ...     "google/vit-base-patch16-224", hidden_size=384, num_attention_heads=6, intermediate_size=1536, show_progress=False
+        ...     "google/vit-base-patch16-224", hidden_size=384, num_attention_heads=6, intermediate_size=1536,
+        ...     show_progress=False
         ... )
         >>> type(student).__name__
         'ViTForImageClassification'

@@ -35,8 +35,8 @@ def sizes_of(shape: str, teacher: LlamaConfig) -> dict[str, int]:
 class ArmInputs:
     """What every arm is made of: the teacher and its folder, the student's sizes, a seed, and text, (blocks, LENGTH).
 
-    `sizes` is what the student's config changes; `text` may be used for calibration; `spent` is the share of the budget of tokens
-    that the initialization itself trains on.
+    `sizes` is what the student's config changes; `text` may be used for calibration; `spent` is the share of the budget of
+    tokens that the initialization itself trains on.
     """
 
     folder: Path

@@ -174,7 +174,7 @@ class Signals:
 
 
 def collect_cached(teacher: Classifier, batches: Batches, folder: Path, *, views: bool) -> Signals:
-    """Return the outputs of a frozen encoder for texts, cached in a folder by what the texts are: several sets are of the same."""
+    """Return the outputs of a frozen encoder for texts, cached in a folder by the hash of the texts."""
     mark = hashlib.blake2b(batches.ids.numpy().tobytes(), digest_size=8).hexdigest()
     file = folder / f"frozen-{mark}{'-views' if views else ''}.safetensors"
     if not file.is_file():

@@ -112,7 +112,8 @@ class CalibratedConfig(InitializationConfig):
     ridge: float | None = field(
         default=None,
         metadata={
-            "help": "Strength of the ridge toward the transferred weight, in units of its inputs' mean square. None selects it "
+            "help": "Strength of the ridge toward the transferred weight, in units of its inputs' mean square. None "
+            "selects it "
             "for each weight on a quarter of the batches, or leaves the weight as it is."
         },
     )
@@ -140,7 +141,8 @@ class CalibratedConfig(InitializationConfig):
     calibration_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Number of tokens of the calibration dataset to use. None is ten for each neuron of the teacher's MLP, from "
+            "help": "Number of tokens of the calibration dataset to use. None is ten for each neuron of the teacher's "
+            "MLP, from "
             "8,192 to 65,536."
         },
     )

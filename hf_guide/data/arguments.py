@@ -174,7 +174,8 @@ class DataArguments:
     static_masking: bool = field(
         default=False,
         metadata={
-            "help": "Mask each training example once instead of anew in every epoch (masked-lm). Always on for evaluation, and "
+            "help": "Mask each training example once instead of anew in every epoch (masked-lm). Always on for "
+            "evaluation, and "
             "for training from a teacher cache."
         },
     )

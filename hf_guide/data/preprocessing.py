@@ -478,7 +478,8 @@ def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None
             continue
         raise OptionError(
             f"{dataset}: column {column!r} contains neither texts nor valid conversations: each message must be a mapping "
-            f"with the strings 'role' and 'content'; row {row} has {found}. Rename its keys, or set text_column to a column of "
+            f"with the strings 'role' and 'content'; row {row} has {found}. Rename its keys, or set text_column to a "
+            "column of "
             "texts."
         )
     if not value:
@@ -488,7 +489,8 @@ def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None
 def _not_text_error(value: Any, row: int, column: str, dataset: str) -> OptionError:
     found = "None" if value is None else f"a value of type {type(value).__name__}"
     return OptionError(
-        f"{dataset}: column {column!r} must contain text; row {row} has {found}. Set text_column to a column of texts, or correct the row."
+        f"{dataset}: column {column!r} must contain text; row {row} has {found}. Set text_column to a column of "
+        "texts, or correct the row."
     )
 
 

@@ -1,4 +1,4 @@
-"""`DistillationArguments`: `TrainingArguments` and what teacher and losses need; and the checks of what a trainer is passed."""
+"""`DistillationArguments`: `TrainingArguments` with the options of teacher and losses; and checks of a trainer's arguments."""
 
 import contextlib
 import copy

@@ -148,7 +148,8 @@ class BatchBuilder:
         if names and isinstance(labels, Tensor) and labels.is_floating_point():
             raise TaskError(
                 f"The labels of the batch are {labels.dtype}, {tuple(labels.shape)}: a regression, or several labels at once, "
-                f"which {' and '.join(map(repr, names))} cannot learn. Labels must be class numbers (int64); or use the losses "
+                f"which {' and '.join(map(repr, names))} cannot learn. Labels must be class numbers (int64); or use "
+                "the losses "
                 "'features' or 'hidden_states'."
             )
 

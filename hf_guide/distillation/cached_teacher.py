@@ -83,7 +83,8 @@ class CachedTeacher:
             missing.append("penultimate features")
         if missing:
             raise CaptureError(
-                f"The losses need {', '.join(missing)}, which {self.capture.folder} does not have. Capture again with them, or "
+                f"The losses need {', '.join(missing)}, which {self.capture.folder} does not have. Capture again with "
+                "them, or "
                 "change the losses."
             )
         return TeacherSignals(

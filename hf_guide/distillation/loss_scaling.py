@@ -85,7 +85,7 @@ class LossScalingTrainer(Trainer):
         return LossDenominator(_at_least_one(num_items_in_batch), True, world_scale)
 
     def _divide_by_accumulation_steps(self, loss: Tensor, denominator: LossDenominator) -> Tensor:
-        """Return the loss of a training step; without a global count, the mean of the micro-batches' means, as in `Trainer`."""
+        """Return the loss of a training step; without a global count, the mean over micro-batches, as in `Trainer`."""
         return loss if denominator.is_global else loss / getattr(self, "current_gradient_accumulation_steps", 1)
 
     def _task_loss(

@@ -87,7 +87,8 @@ def check_mergeable(student: Any) -> None:
     if getattr(without_adapter(student), "is_quantized", False):
         raise OptionError(
             "The base model is quantized, and merging would lose the adapter to rounding. Save the adapter with save_model, "
-            "load the base model in full precision, and merge there: PeftModel.from_pretrained(base, folder).merge_and_unload()."
+            "load the base model in full precision, and merge there: PeftModel.from_pretrained(base, "
+            "folder).merge_and_unload()."
         )
 
 

@@ -268,7 +268,8 @@ class Objective:
     ) -> Tensor:
         if student.shape[:-1] != teacher.shape[:-1]:
             raise TaskError(
-                f"Hidden states of the student, {tuple(student.shape)}, and of the teacher, {tuple(teacher.shape)}, are not of "
+                f"Hidden states of the student, {tuple(student.shape)}, and of the teacher, {tuple(teacher.shape)}, "
+                "are not of "
                 "the same positions. Leave the loss 'hidden_states' out."
             )
         values = loss.function(self._project(pair, student), teacher, self.configs[loss.name])

@@ -40,8 +40,8 @@ class ResumableTrainer(Trainer):
         """Train as `Trainer` does.
 
         Args:
-            resume_from_checkpoint: A checkpoint; True means the last complete one in `output_dir`. Incomplete ones are skipped;
-                if there are no others, training starts from the beginning.
+            resume_from_checkpoint: A checkpoint; True means the last complete one in `output_dir`. Incomplete ones are
+                skipped; if there are no others, training starts from the beginning.
             trial, ignore_keys_for_eval: As in `Trainer`.
 
         Raises:
@@ -130,7 +130,7 @@ class ResumableTrainer(Trainer):
             super()._save(str(new), state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save a checkpoint as `Trainer` does, under its name once it is complete; only then push it, and remove older ones."""
+        """Save a checkpoint as `Trainer` does, under its name once complete; only then push it, and remove older ones."""
         args, step = self.args, self.state.global_step
         run_folder = Path(self._get_output_dir(trial))
         final = run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"

@@ -49,7 +49,8 @@ def init_student_from_teacher(
         source = source.teacher_source()
     if not isinstance(source, (str, os.PathLike, nn.Module)):
         raise OptionError(
-            f"A student is initialized from one teacher, a Hub id, a folder or a model; found {type(source).__name__}. Name it "
+            "A student is initialized from one teacher, a Hub id, a folder or a model; found "
+            f"{type(source).__name__}. Name it "
             "with 'teacher' among the student's arguments, or pass a model."
         )
     initializer = make_method(InitializationConfig.parse(chosen.get("method", "guide")))
@@ -72,7 +73,8 @@ def validate_student(model: Any) -> None:
     """
     if isinstance(model, (str, os.PathLike)):
         raise OptionError(
-            f"model must be a student, not its name; found {os.fspath(model)!r}. Load it with the AutoModelFor... class of its "
+            f"model must be a student, not its name; found {os.fspath(model)!r}. Load it with the AutoModelFor... "
+            "class of its "
             "task, or pass a config, or the arguments of from_teacher, to initialize it from its teacher."
         )
     validate_unwrapped(model, "student")

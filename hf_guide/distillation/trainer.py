@@ -113,7 +113,8 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         >>> student = LlamaForCausalLM(LlamaConfig(hidden_size=16, **sizes))
         >>> examples = [{"input_ids": [1, 5, 7, 2], "labels": [1, 5, 7, 2]}] * 8
         >>> args = DistillationArguments(
-        ...     tempfile.mkdtemp(), losses={"ce": 0.5, "kd": 0.5}, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+        ...     tempfile.mkdtemp(), losses={"ce": 0.5, "kd": 0.5}, max_steps=1, use_cpu=True, report_to="none",
+        ...     disable_tqdm=True
         ... )
         >>> trainer = DistillationTrainer(student, args, train_dataset=examples, teacher=teacher)
         >>> trainer.train().global_step
@@ -374,7 +375,7 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         return self._is_predicting and not self._needs_all_logits and not is_overridden
 
     def _check_loss(self, loss: Tensor, result: ObjectiveOutput, batch: DistillationBatch) -> None:
-        """Raise if a teacher's signals are not finite, or in training a loss; several processes raise together, before the step.
+        """Raise if a teacher's signals are not finite, or in training a loss; all processes raise together, before the step.
 
         In evaluation a student's loss that is not finite is reported as it is.
         """
@@ -465,7 +466,8 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as `Trainer` does, and measure every loss, the task loss, perplexity and agreement with the teacher.
 
-        `eval_loss` is the task loss, its mean over all items, as `eval_ce`; `eval_objective` is the weighted sum of the losses.
+        `eval_loss` is the task loss, its mean over all items, as `eval_ce`; `eval_objective` is the weighted sum of the
+        losses.
         """
         self._eval_means = RunningMeans()
         self.called_methods.discard("compute_loss")

@@ -238,7 +238,7 @@ def _to_json_types(value: Any, path: str) -> Any:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One row of a card's results: a metric of the student, the teacher and a randomly initialized student, None if unknown."""
+    """One row of a card's results: a metric of student, teacher and randomly initialized student, None if unknown."""
 
     dataset: str
     metric: str

@@ -145,7 +145,8 @@ def infer_layout(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -
     A config is probed once: the layout, or the reason why there is none, is kept.
 
     Raises:
-        LayoutError: the tiny model cannot be built or run, or the inferred layout does not pass the laws; the message names them.
+        LayoutError: the tiny model cannot be built or run, or the inferred layout does not pass the laws; the message names
+            them.
     """
     key = (model_class, repr(sorted(config.to_diff_dict().items(), key=str)))
     if key not in _inferred_layouts:

@@ -147,7 +147,7 @@ class InitializationMethod(abc.ABC):
         return PlanOptions(layer_selection=layers, seed=self.config.seed)
 
     def collect(self, setup: StudentSetup) -> "dict[str, list[float]] | None":
-        """Run the teacher on the data; return the influence of each block by stack, or None where blocks do not depend on it."""
+        """Run the teacher on the data; return the influence of each block by stack, or None if blocks do not depend on it."""
         return None
 
     def build(self, setup: StudentSetup) -> PreTrainedModel:

@@ -181,7 +181,8 @@ class InitializationReport:
         what = (
             f"{self.student_class} with {format_count(self.student_parameters)} parameters, "
             f"{smaller:.1f} times fewer than its teacher {to_single_line(self.teacher_name)}{revision} "
-            f"({format_count(self.teacher_parameters)}), by {to_single_line(self.options.get('method', 'an unnamed method'))}{data}"
+            f"({format_count(self.teacher_parameters)}), by "
+            f"{to_single_line(self.options.get('method', 'an unnamed method'))}{data}"
         )
         explained = {axis: f" ({share:.1%} of variance explained)" for axis, share in self.variance_explained.items()}
         sizes = [

@@ -152,7 +152,8 @@ def _check_list(name: str, value: Any, teacher_value: list[int], teacher: PreTra
         return  # one entry for each block, or several numbers of one axis
     if not isinstance(value, (list, tuple)) or len(value) != len(teacher_value):
         raise ShapeError(
-            f"{name} must list {len(teacher_value)} numbers, one for each stage as the teacher's {teacher_value}, found {value!r}."
+            f"{name} must list {len(teacher_value)} numbers, one for each stage as the teacher's {teacher_value}, "
+            f"found {value!r}."
         )
     for stage, (number, size) in enumerate(zip(value, teacher_value, strict=True)):
         _check_number(f"{name}[{stage}]", number, size, bounded=True)

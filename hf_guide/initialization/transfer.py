@@ -188,7 +188,7 @@ class Transfer:
         return root_mean_square(gain) or None
 
     def output_gain(self, parameter: ParameterPlan) -> Tensor | None:
-        """Return the gain folded into the output of `parameter`, None for none; a learned diagonal is divided by its own rms."""
+        """Return the gain folded into the output of `parameter`, None for none; a learned diagonal is divided by its rms."""
         scale = self.folding.output_gain_name(parameter)
         gain = self.teacher_norm(scale, parameter, "weight") if scale else None
         if gain is None or scale != parameter.match.row.output_diagonal:
@@ -457,7 +457,8 @@ class Transfer:
         if (writer := self.folding.writers.get(norm)) is not None and not is_bias:
             self.record_step(parameter, f"folded into {writer.name}, whose output it normalizes; one number is left")
             self.note(
-                f"{parameter.name}: its gain is folded into {writer.name}, before the norm, which then normalizes by another length."
+                f"{parameter.name}: its gain is folded into {writer.name}, before the norm, which then normalizes by "
+                "another length."
             )
             return torch.full(parameter.shape, self._output_norm_ratio(writer) - offset, dtype=self.dtype)
         if self.folding.is_folded(norm):

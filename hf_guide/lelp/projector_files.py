@@ -1,7 +1,7 @@
 """A projector's two files: its settings, `subclass_projector.json`, and its tensors, `subclass_projector.safetensors`.
 
-The settings, which are replaced last, state the checksum of the tensors: files of two different projectors, which an interrupted
-save over an older projector leaves, raise an error.
+The settings, which are replaced last, state the checksum of the tensors: files of two different projectors, which an
+interrupted save over an older projector leaves, raise an error.
 """
 
 import dataclasses

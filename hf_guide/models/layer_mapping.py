@@ -65,7 +65,8 @@ def resolve_layer_mapping(
         for student_layer, teacher_layer in mapping.items():
             if not 0 <= student_layer <= depth or any(not 0 <= teacher_layer <= each for each in teacher_depths):
                 raise OptionError(
-                    f"layer_mapping pairs layer {student_layer} of the student with {teacher_layer} of the teacher; the student has layers 0 "
+                    f"layer_mapping pairs layer {student_layer} of the student with {teacher_layer} of the teacher; "
+                    "the student has layers 0 "
                     f"to {depth}, the teacher 0 to {min(teacher_depths)}."
                 )
         if not mapping:

@@ -134,7 +134,8 @@ def skip_lm_head(model: nn.Module, head: LMHead, on_hidden: Callable[[Tensor], N
         yield
     if not called:
         raise HfGuideError(
-            f"{type(model).__name__} did not call its head, so there are no inputs to compute a loss of. Pass the model that the head "
+            f"{type(model).__name__} did not call its head, so there are no inputs to compute a loss of. Pass the "
+            "model that the head "
             "was found on."
         )
 

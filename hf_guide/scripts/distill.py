@@ -198,18 +198,21 @@ def _train_and_save(trainer: DistillationTrainer, data: DataArguments) -> dict[s
 def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
     if models.model_name_or_path and args.student_init_kwargs:
         raise OptionError(
-            "model_name_or_path and student_init_kwargs are both given: use the first for an existing student, the second to initialize one "
+            "model_name_or_path and student_init_kwargs are both given: use the first for an existing student, the "
+            "second to initialize one "
             "from the teacher."
         )
     if not models.model_name_or_path and not args.student_init_kwargs:
         raise OptionError(
-            "There is no student: set model_name_or_path, or set student_init_kwargs to the arguments of from_teacher, such as "
+            "There is no student: set model_name_or_path, or set student_init_kwargs to the arguments of "
+            "from_teacher, such as "
             "{hidden_size: 288, num_hidden_layers: 10}."
         )
 
     if models.peft_config and args.student_init_kwargs:
         raise OptionError(
-            "peft_config and student_init_kwargs are both given: the adapter would be saved without its base model. Save the student "
+            "peft_config and student_init_kwargs are both given: the adapter would be saved without its base model. "
+            "Save the student "
             "first with `hf-guide init`, and set model_name_or_path to its folder."
         )
     if "lelp" in args.loss_weights:
@@ -247,7 +250,7 @@ def _cached_teacher_source(args: DistillationArguments) -> str | None:
 
 
 def _requested_config(checkpoints: _Checkpoints, args: DistillationArguments) -> PreTrainedConfig | None:
-    """Return the teacher's config with the number of positions that `student_init_kwargs` specifies; None if it specifies none."""
+    """Return the teacher's config with the number of positions of `student_init_kwargs`; None if it specifies none."""
     requested: Any = args.student_init_kwargs or {}
     positions = {name: requested[name] for name in ("max_position_embeddings", "n_positions") if name in requested}
     if checkpoints.teacher_config is None or not positions:

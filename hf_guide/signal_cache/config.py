@@ -39,14 +39,16 @@ class CaptureConfig:
     top_k: int = field(
         default=64,
         metadata={
-            "help": "For language models: how many of the largest log-probabilities are stored at each token, with the mass of all "
+            "help": "For language models: how many of the largest log-probabilities are stored at each token, with "
+            "the mass of all "
             "others as one number. The size of the vocabulary stores all."
         },
     )
     temperatures: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={
-            "help": "For language models: the temperatures at which a student may be trained from this capture, always with 1. "
+            "help": "For language models: the temperatures at which a student may be trained from this capture, "
+            "always with 1. "
             "Each takes 4 bytes per token."
         },
     )
@@ -56,7 +58,8 @@ class CaptureConfig:
     hidden_layers: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Layers whose hidden states are stored: N follows block N, 0 is the input embeddings; negative numbers count "
+            "help": "Layers whose hidden states are stored: N follows block N, 0 is the input embeddings; negative "
+            "numbers count "
             "from the end."
         },
     )
@@ -71,7 +74,8 @@ class CaptureConfig:
     vocabulary_size: int | None = field(
         default=None,
         metadata={
-            "help": "For language models: how many leading rows of the teacher's vocabulary are used, for a student whose vocabulary "
+            "help": "For language models: how many leading rows of the teacher's vocabulary are used, for a student "
+            "whose vocabulary "
             "has other padding; by default all."
         },
     )

@@ -36,7 +36,8 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
     inputs = {name: torch.as_tensor(batch[name]) for name in _PRIMARY_INPUTS if batch.get(name) is not None}
     if not inputs:
         raise CaptureError(
-            f"The batch has none of {', '.join(_PRIMARY_INPUTS)}, of which the key of an example is made; it has {sorted(batch)}."
+            f"The batch has none of {', '.join(_PRIMARY_INPUTS)}, of which the key of an example is made; it has "
+            f"{sorted(batch)}."
         )
     auxiliary = {name: torch.as_tensor(batch[name]) for name in _AUXILIARY_INPUTS if batch.get(name) is not None}
     mask = _padding_mask(batch, "attention_mask")
@@ -87,7 +88,8 @@ def _padding_mask(batch: Mapping[str, Any], name: str) -> Tensor | None:
     mask = torch.as_tensor(batch[name])
     if mask.ndim != 2:
         raise CaptureError(
-            f"{name} has the shape {tuple(mask.shape)}; it must be (batch, length) and mark padding. A collator that packs several "
+            f"{name} has the shape {tuple(mask.shape)}; it must be (batch, length) and mark padding. A collator that "
+            "packs several "
             "examples into one row cannot be used with a capture: let it pad."
         )
     return mask.bool()

@@ -168,7 +168,8 @@ class CaptureManifest:
         version = found.get("format")
         if version not in (*_OLD_FORMATS, FORMAT_VERSION):
             raise CaptureError(
-                f"{path} has format {version!r}; this version of hf_guide reads formats 1 to {FORMAT_VERSION}. Update hf_guide, "
+                f"{path} has format {version!r}; this version of hf_guide reads formats 1 to {FORMAT_VERSION}. Update "
+                "hf_guide, "
                 "or capture again into a new folder."
             )
         if version in _OLD_FORMATS:

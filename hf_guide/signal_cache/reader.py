@@ -66,7 +66,8 @@ class Capture:
         self._index = KeyIndex(folder / INDEX_NAME)
         if len(self._index) != manifest.examples:
             raise CaptureError(
-                f"{folder / INDEX_NAME} has {len(self._index)} examples; it must have {manifest.examples}, as in the manifest. Run "
+                f"{folder / INDEX_NAME} has {len(self._index)} examples; it must have {manifest.examples}, as in the "
+                "manifest. Run "
                 "the same capture again."
             )
         self._columns = manifest.columns
@@ -148,7 +149,8 @@ class Capture:
         raise CaptureError(
             f"{self.folder} was captured from {manifest.teacher!r}, a folder or a loaded model, and does not hold its path; "
             f"looked for the same weights in {searched}, and in the folders of the working "
-            "directory. Name the teacher's folder: processing_class_name_or_path for its tokenizer, and teacher among the arguments "
+            "directory. Name the teacher's folder: processing_class_name_or_path for its tokenizer, and teacher among "
+            "the arguments "
             "of student for a student that is made of it."
         )
 
@@ -288,7 +290,8 @@ class Capture:
 
 
 MISSING_EXAMPLE_HINT = (
-    "An example is identified by the model's inputs without padding: was it masked at random, truncated or tokenised otherwise, "
+    "An example is identified by the model's inputs without padding: was it masked at random, truncated or tokenised "
+    "otherwise, "
     "or is it of another dataset? Capture what you train on, with the same collator except for its padding."
 )
 
@@ -297,8 +300,8 @@ class CaptureDataCollator:
     """Wraps a data collator and adds the teacher's signals to each batch, padded as the batch is.
 
     Adds `teacher_logits` (batch, classes), or (batch, length, classes) where items are tokens; or of language models with the
-    k largest logits `teacher_topk_indices` and `teacher_topk_log_probs` (batch, length, k) and `teacher_log_normalizer` (batch,
-    length); and as captured `teacher_hidden_N` and `teacher_features`. They are zero at padding.
+    k largest logits `teacher_topk_indices` and `teacher_topk_log_probs` (batch, length, k) and `teacher_log_normalizer`
+    (batch, length); and as captured `teacher_hidden_N` and `teacher_features`. They are zero at padding.
 
     Args:
         data_collator: Returns a batch of tensors. It may pad in any way; it may not mask or truncate at random.
@@ -340,7 +343,8 @@ class CaptureDataCollator:
         """
         if temperature != self.temperature and self.capture.manifest.temperatures is not None:
             raise CaptureError(
-                f"The batches have the mass of the tail at temperature={self.temperature}, and the loss has temperature={temperature}. "
+                f"The batches have the mass of the tail at temperature={self.temperature}, and the loss has "
+                f"temperature={temperature}. "
                 "Keep the temperature during a run, or capture all logits."
             )
 

@@ -164,7 +164,8 @@ class CaptureRunner:
             return next(stream)
         except OSError as error:
             raise CaptureError(
-                f"The dataset's examples {expected[0]} to {expected[-1]} cannot be read: {error}. Replace or remove the one that "
+                f"The dataset's examples {expected[0]} to {expected[-1]} cannot be read: {error}. Replace or remove "
+                "the one that "
                 "is damaged."
             ) from error
 
@@ -356,7 +357,8 @@ def build_manifest(
         classes = options.vocabulary_size or classes
         if options.top_k > classes:
             raise OptionError(
-                f"top_k is {options.top_k}; it must be at most {classes}, the rows of the vocabulary, which stores all of them."
+                f"top_k is {options.top_k}; it must be at most {classes}, the rows of the vocabulary, which stores "
+                "all of them."
             )
     elif options.vocabulary_size is not None:
         raise OptionError(f"vocabulary_size is for language models, and the teacher's task is {task}. Leave it out.")
@@ -398,7 +400,8 @@ def distributed_state() -> PartialState:
         state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
     except distributed.DistError as error:
         raise CaptureError(
-            f"The {started} processes could not connect to each other (this is rank {os.environ.get('RANK')}): {error}. Start ranks 0 "
+            f"The {started} processes could not connect to each other (this is rank {os.environ.get('RANK')}): "
+            f"{error}. Start ranks 0 "
             f"to {started - 1}, each with the same MASTER_ADDR and MASTER_PORT."
         ) from error
     if started != state.num_processes:

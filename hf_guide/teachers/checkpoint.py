@@ -275,7 +275,8 @@ def _is_quantized(model: PreTrainedModel) -> bool:
 def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> TeacherCheckpoint:
     if has_adapter(model):
         raise TeacherError(
-            "The teacher has an adapter, or is the base model of one. Pass the result of the PeftModel's `merge_and_unload()`, "
+            "The teacher has an adapter, or is the base model of one. Pass the result of the PeftModel's "
+            "`merge_and_unload()`, "
             "or the base model's folder or Hub id."
         )
     if not isinstance(model, PreTrainedModel):
@@ -351,7 +352,7 @@ def _checkpoint_from_model(
 
 
 def _rwkv_rescaling(model: PreTrainedModel, name: str) -> float:
-    """Return the factor that undoes the rescaling of RWKV, which divides the output weights of later blocks at its first run."""
+    """Return the factor that undoes the rescaling of RWKV, which divides output weights of later blocks at its first run."""
     if not getattr(model.base_model, "layers_are_rescaled", False) or not model.config.rescale_every:
         return 1.0
     match = re.search(r"blocks\.(\d+)\.(attention\.output|feed_forward\.value)\.weight$", name)

@@ -341,7 +341,8 @@ def non_finite_signals_error(
                 f", which begins with the tokens {ids[min(wrong)][:8].tolist()}" if isinstance(ids, Tensor) else ""
             )
             return TeacherError(
-                f"Teacher {number} gives NaN or infinity for {len(wrong)} of {len(mask)} examples at step {step}: the first is "
+                f"Teacher {number} gives NaN or infinity for {len(wrong)} of {len(mask)} examples at step {step}: the "
+                "first is "
                 f"number {min(wrong)} of the batch{beginning}. Run the teacher in a wider dtype (bfloat16 or float32), or "
                 "leave the example out."
             )

@@ -72,7 +72,7 @@ class TeacherInputs:
 
     @contextlib.contextmanager
     def special_tokens(self) -> Iterator[None]:
-        """Set the ids of padding and end tokens in the teacher's config to those of the batch, for the duration of the block."""
+        """Set the padding and end tokens in the teacher's config to those of the batch, for the duration of the block."""
         config = _text_config(self.teacher)
         names = ["pad_token_id"]
         if self.task is Task.SEQUENCE_CLASSIFICATION and self.teacher.config.is_encoder_decoder:

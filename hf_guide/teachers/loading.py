@@ -112,7 +112,8 @@ def load_teachers(
         validate_unwrapped(model, "teacher")
         if task_of(model) is not task:
             raise TaskError(
-                f"The teacher {model_name(model)} is a {type(model).__name__}, for {task_of(model)}; the student is for {task}. "
+                f"The teacher {model_name(model)} is a {type(model).__name__}, for {task_of(model)}; the student is "
+                f"for {task}. "
                 "Use a teacher of the student's task."
             )
     check_no_shared_parameters(student, models)
@@ -203,7 +204,8 @@ def _model_class(name: str, revision: str | None, token: "str | bool | None", tr
     model_class = candidate_model_classes(config, name, hub, trust)[0]
     if model_class.__name__ != architecture:
         raise TeacherError(
-            f"The config of {name} names the class {architecture!r}, which Transformers does not have. Set `architectures` to a "
+            f"The config of {name} names the class {architecture!r}, which Transformers does not have. Set "
+            "`architectures` to a "
             "known class, or pass a loaded model."
         )
     return model_class

@@ -86,7 +86,7 @@ class ResumableFolder:
 
 @contextlib.contextmanager
 def resumable_write(path: Path, error: type[Exception]) -> Iterator[None]:
-    """Raise what prevents a file from being written as `error`, whose message states that the same call continues from here."""
+    """Raise what prevents a file from being written as `error`, which states that the same call continues from here."""
     try:
         yield
     except (SafetensorError, OSError) as cause:

@@ -195,7 +195,7 @@ def rotate_heads(model: Any, layout: Layout, scale: float) -> None:
 
 @pytest.mark.parametrize("name", list(HEAD_COUNTS))
 def test_smaller_heads_are_recovered_from_rotated_ones(name: str) -> None:
-    """A small model is lifted to bigger heads, whose queries and keys are then rotated at random: the calibrated student is the small model."""
+    """A small model is lifted to bigger heads with randomly rotated queries and keys: the student is the small model."""
     case = next(case for case in CASES if str(case) == name)
     changed = {"d_kv": (4, 8)} if name == "t5" else {heads: (2, 2) for heads in HEAD_COUNTS[name]}
     case = dataclasses.replace(

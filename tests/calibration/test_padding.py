@@ -48,7 +48,7 @@ def padded(pad: int, **more: Tensor) -> list[dict[str, Tensor]]:
 
 
 def with_decoder(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Name what the decoder reads as well: as long, so that masks cannot be told apart by their shapes, and padded elsewhere."""
+    """Add the decoder's inputs: of the same length, so that shapes do not distinguish masks, and padded elsewhere."""
     return [
         {
             **batch,

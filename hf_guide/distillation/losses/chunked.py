@@ -33,8 +33,8 @@ def chunked_loss(
         sum_items sum_name weights[name] * loss(transform(hidden W^T + b))[name]
 
     The gradients of the sum are computed in the same pass and kept in float32 or better; they take as much memory as `hidden`
-    and the head's parameters, whatever the number of items. So `backward` can be called once, and scales them (by the number of
-    items) afterwards: nothing underflows in half precision that would not in the model's own loss.
+    and the head's parameters, whatever the number of items. So `backward` can be called once, and scales them (by the
+    number of items) afterwards: nothing underflows in half precision that would not in the model's own loss.
 
     Args:
         hidden: The inputs of the head at the items, (items, width), of any floating dtype.
@@ -43,8 +43,8 @@ def chunked_loss(
             one value per item, (chunk,), for each of its names. Names that are not in `weights` are summed too, without
             gradient. Chunks are in order.
         weights: By name; `loss` must return all of them.
-        max_logits: How many logits are held at once, those of one item at least. On a CPU no other buffer is as large; on other
-            devices about six are.
+        max_logits: How many logits are held at once, those of one item at least. On a CPU no other buffer is as large; on
+            other devices about six are.
 
     Returns:
         The sum, with gradient to `hidden` and the head's weight and bias, and each name's own sum, without. Scalars,
@@ -56,7 +56,8 @@ def chunked_loss(
     """
     if hidden.dim() != 2 or hidden.shape[-1] != head.module.weight.shape[-1]:
         raise HfGuideError(
-            f"hidden must have the shape (items, {head.module.weight.shape[-1]}); found {tuple(hidden.shape)}. Select the items first."
+            f"hidden must have the shape (items, {head.module.weight.shape[-1]}); found {tuple(hidden.shape)}. Select "
+            "the items first."
         )
     sums: dict[str, Tensor] = {}
     state = ChunkedLossState(head.transform, loss, dict(weights), max_logits, torch.is_grad_enabled(), sums)

@@ -254,7 +254,8 @@ class DKDConfig(LossConfig):
         num_classes = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
         if num_classes < 3:
             raise TaskError(
-                f"The loss 'dkd' compares the classes other than the target class, of which it needs two at least; the student "
+                "The loss 'dkd' compares the classes other than the target class, of which it needs two at least; "
+                "the student "
                 f"has {num_classes} classes. Use 'kd'."
             )
 
@@ -289,11 +290,13 @@ def _check_dense_target(student_logits: Tensor, target: DenseTarget) -> None:
     student_shape, teacher_shape = tuple(student_logits.shape), tuple(target.logits.shape)
     if len(student_shape) != 2 or len(teacher_shape) != 2 or student_shape[0] != teacher_shape[0]:
         raise HfGuideError(
-            f"Both logits must be (items, classes) of the same items; found student {student_shape} and teacher {teacher_shape}."
+            f"Both logits must be (items, classes) of the same items; found student {student_shape} and teacher "
+            f"{teacher_shape}."
         )
     if student_shape[1] != teacher_shape[1]:
         raise VocabularyError(
-            f"The student has {student_shape[1]} classes and the teacher {teacher_shape[1]}. Cut both to those that they share."
+            f"The student has {student_shape[1]} classes and the teacher {teacher_shape[1]}. Cut both to those that "
+            "they share."
         )
 
 

@@ -166,7 +166,8 @@ def register_loss(
     signals = [each.value for each in TeacherSignal if each is not TeacherSignal.LABELS]
     if requires == TeacherSignal.LABELS and name != TASK_LOSS:
         raise OptionError(
-            f"requires='labels' is for the task loss alone; the loss {name!r} must require one of {signals}. One that requires "
+            f"requires='labels' is for the task loss alone; the loss {name!r} must require one of {signals}. One that "
+            "requires "
             "'logits' is passed the labels too; for another task loss pass compute_loss_func to the trainer."
         )
     signal = TeacherSignal.LABELS if name == TASK_LOSS else TeacherSignal(check_choice("requires", requires, signals))

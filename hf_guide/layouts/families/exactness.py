@@ -12,4 +12,7 @@ POST_NORM_NOTE = (
 
 STREAM_NORM_NOTE = "the gains of {} become diagonals: logits off by {} on a rotated residual stream, gains at 1 +- 0.3"
 
-IMAGE_NORM_NOTE = "the gain of the embeddings' norm becomes a diagonal: outputs off by 15 % on a rotated residual stream, gains at 1 +- 0.3"
+IMAGE_NORM_NOTE = (
+    "the gain of the embeddings' norm becomes a diagonal: outputs off by 15 % on a rotated residual "
+    "stream, gains at 1 +- 0.3"
+)

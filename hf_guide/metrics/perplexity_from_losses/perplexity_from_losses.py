@@ -46,7 +46,8 @@ class PerplexityFromLosses(evaluate.Metric):
         for number, (loss, count) in enumerate(zip(losses, counts, strict=True)):
             if count < 0 or (count and math.isnan(loss)):
                 raise ValueError(
-                    f"Row {number} has a mean loss of {loss} over {count} tokens; the loss must be a number and the count 0 or more."
+                    f"Row {number} has a mean loss of {loss} over {count} tokens; the loss must be a number and the "
+                    "count 0 or more."
                 )
         tokens = sum(counts)
         if not tokens:

@@ -48,7 +48,8 @@ class TeacherAgreement(evaluate.Metric):
             mine, theirs = _as_list(student), _as_list(teacher)
             if len(mine) != len(theirs):
                 raise ValueError(
-                    f"Row {number} has {len(mine)} predictions of the student and {len(theirs)} of the teacher; the two must be equally long."
+                    f"Row {number} has {len(mine)} predictions of the student and {len(theirs)} of the teacher; the "
+                    "two must be equally long."
                 )
             counted = [one == other for one, other in zip(mine, theirs, strict=True) if other != ignore_index]
             agreed += sum(counted)

@@ -1,4 +1,4 @@
-"""Subclasses summarized: each example in its place, sizes that add up, information as it is defined, a page that needs nothing."""
+"""Subclasses summarized: each example in its subclass, sizes that add up, information as defined, a self-contained page."""
 
 import math
 import re
