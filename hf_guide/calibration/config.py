@@ -113,8 +113,7 @@ class CalibratedConfig(InitializationConfig):
         default=None,
         metadata={
             "help": "Strength of the ridge toward the transferred weight, in units of its inputs' mean square. None "
-            "selects it "
-            "for each weight on a quarter of the batches, or leaves the weight as it is."
+            "selects it for each weight on a quarter of the batches, or leaves the weight as it is."
         },
     )
     fit_tied_embedding: bool = field(
@@ -141,9 +140,8 @@ class CalibratedConfig(InitializationConfig):
     calibration_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Number of tokens of the calibration dataset to use. None is ten for each neuron of the teacher's "
-            "MLP, from "
-            "8,192 to 65,536."
+            "help": "Number of tokens of the calibration dataset to use. None is ten for each neuron of the "
+            "teacher's MLP, from 8,192 to 65,536."
         },
     )
     calibration_seq_length: int = field(

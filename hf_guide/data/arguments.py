@@ -175,8 +175,7 @@ class DataArguments:
         default=False,
         metadata={
             "help": "Mask each training example once instead of anew in every epoch (masked-lm). Always on for "
-            "evaluation, and "
-            "for training from a teacher cache."
+            "evaluation, and for training from a teacher cache."
         },
     )
     max_train_samples: int | None = field(

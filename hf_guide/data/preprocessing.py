@@ -479,8 +479,7 @@ def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None
         raise OptionError(
             f"{dataset}: column {column!r} contains neither texts nor valid conversations: each message must be a mapping "
             f"with the strings 'role' and 'content'; row {row} has {found}. Rename its keys, or set text_column to a "
-            "column of "
-            "texts."
+            "column of texts."
         )
     if not value:
         raise OptionError(f"{dataset}: column {column!r} has an empty conversation in row {row}. Remove the row.")

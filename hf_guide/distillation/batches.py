@@ -149,8 +149,7 @@ class BatchBuilder:
             raise TaskError(
                 f"The labels of the batch are {labels.dtype}, {tuple(labels.shape)}: a regression, or several labels at once, "
                 f"which {' and '.join(map(repr, names))} cannot learn. Labels must be class numbers (int64); or use "
-                "the losses "
-                "'features' or 'hidden_states'."
+                "the losses 'features' or 'hidden_states'."
             )
 
     def _teacher_signals(

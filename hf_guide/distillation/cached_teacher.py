@@ -84,8 +84,7 @@ class CachedTeacher:
         if missing:
             raise CaptureError(
                 f"The losses need {', '.join(missing)}, which {self.capture.folder} does not have. Capture again with "
-                "them, or "
-                "change the losses."
+                "them, or change the losses."
             )
         return TeacherSignals(
             target=target, hidden_states=hidden, features=None if features is None else features[mask]

@@ -269,8 +269,7 @@ class Objective:
         if student.shape[:-1] != teacher.shape[:-1]:
             raise TaskError(
                 f"Hidden states of the student, {tuple(student.shape)}, and of the teacher, {tuple(teacher.shape)}, "
-                "are not of "
-                "the same positions. Leave the loss 'hidden_states' out."
+                "are not of the same positions. Leave the loss 'hidden_states' out."
             )
         values = loss.function(self._project(pair, student), teacher, self.configs[loss.name])
         values = _check_one_value_per_item(loss, values, student)

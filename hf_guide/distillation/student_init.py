@@ -50,8 +50,7 @@ def init_student_from_teacher(
     if not isinstance(source, (str, os.PathLike, nn.Module)):
         raise OptionError(
             "A student is initialized from one teacher, a Hub id, a folder or a model; found "
-            f"{type(source).__name__}. Name it "
-            "with 'teacher' among the student's arguments, or pass a model."
+            f"{type(source).__name__}. Name it with 'teacher' among the student's arguments, or pass a model."
         )
     initializer = make_method(InitializationConfig.parse(chosen.get("method", "guide")))
     if initializer.requires_data and "calibration_dataset" not in chosen and _has_token_ids(train_dataset):
@@ -74,8 +73,8 @@ def validate_student(model: Any) -> None:
     if isinstance(model, (str, os.PathLike)):
         raise OptionError(
             f"model must be a student, not its name; found {os.fspath(model)!r}. Load it with the AutoModelFor... "
-            "class of its "
-            "task, or pass a config, or the arguments of from_teacher, to initialize it from its teacher."
+            "class of its task, or pass a config, or the arguments of from_teacher, to initialize it from its "
+            "teacher."
         )
     validate_unwrapped(model, "student")
 

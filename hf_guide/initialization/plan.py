@@ -745,13 +745,11 @@ def _projected_widths(layout: Layout, parameters: Iterable[ParameterPlan]) -> di
                 if student_size > teacher_size:
                     raise ShapeError(
                         f"The student's {AXIS_LABELS.get(axis.name, axis.name)} is {student_size}, wider than its "
-                        f"teacher's {teacher_size} "
-                        f"(at {parameter.name}): it must be at most {teacher_size}."
+                        f"teacher's {teacher_size} (at {parameter.name}): it must be at most {teacher_size}."
                     )
                 if widths.setdefault(axis.name, (teacher_size, student_size)) != (teacher_size, student_size):
                     raise LayoutError(
                         f"{parameter.name} is {teacher_size} -> {student_size} along {axis.name!r}, elsewhere it is "
-                        f"{widths[axis.name]}: "
-                        f"the layout of {layout.family!r} calls two different axes by one name."
+                        f"{widths[axis.name]}: the layout of {layout.family!r} calls two different axes by one name."
                     )
     return widths

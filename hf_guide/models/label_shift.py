@@ -54,8 +54,7 @@ def check_label_shift(teacher: nn.Module, student: nn.Module, task: Task) -> Non
         which, model = ("student", student) if shifts["student"] else ("teacher", teacher)
         raise TaskError(
             f"Only the {which}'s logits ({type(without_adapter(model)).__name__}) predict the next token; those of "
-            "both must predict "
-            "the same one. Use a teacher whose own loss shifts its labels as the student's does."
+            "both must predict the same one. Use a teacher whose own loss shifts its labels as the student's does."
         )
 
 

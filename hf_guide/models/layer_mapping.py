@@ -66,8 +66,7 @@ def resolve_layer_mapping(
             if not 0 <= student_layer <= depth or any(not 0 <= teacher_layer <= each for each in teacher_depths):
                 raise OptionError(
                     f"layer_mapping pairs layer {student_layer} of the student with {teacher_layer} of the teacher; "
-                    "the student has layers 0 "
-                    f"to {depth}, the teacher 0 to {min(teacher_depths)}."
+                    f"the student has layers 0 to {depth}, the teacher 0 to {min(teacher_depths)}."
                 )
         if not mapping:
             raise OptionError("layer_mapping is empty; name at least one pair, or leave the loss 'hidden_states' out.")

@@ -135,8 +135,7 @@ def skip_lm_head(model: nn.Module, head: LMHead, on_hidden: Callable[[Tensor], N
     if not called:
         raise HfGuideError(
             f"{type(model).__name__} did not call its head, so there are no inputs to compute a loss of. Pass the "
-            "model that the head "
-            "was found on."
+            "model that the head was found on."
         )
 
 

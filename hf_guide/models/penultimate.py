@@ -121,8 +121,8 @@ def find_classifier(model: PreTrainedModel, task: Task) -> Any:
     if not linear:
         raise TaskError(
             f"{type(bare).__name__} has no linear layer with {bare.config.num_labels} outputs, one per label, so its "
-            "penultimate "
-            "features are not known. Name the layer with hf_guide.models.penultimate.register_classifier, or do without them."
+            "penultimate features are not known. Name the layer with "
+            "hf_guide.models.penultimate.register_classifier, or do without them."
         )
     # Image models with a distillation token (DeiT, LeViT, SwiftFormer) return the mean of two heads.
     if len(linear) > 1 and "dist" in linear[-1][0]:

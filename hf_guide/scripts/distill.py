@@ -199,8 +199,7 @@ def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
     if models.model_name_or_path and args.student_init_kwargs:
         raise OptionError(
             "model_name_or_path and student_init_kwargs are both given: use the first for an existing student, the "
-            "second to initialize one "
-            "from the teacher."
+            "second to initialize one from the teacher."
         )
     if not models.model_name_or_path and not args.student_init_kwargs:
         raise OptionError(
@@ -212,8 +211,7 @@ def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
     if models.peft_config and args.student_init_kwargs:
         raise OptionError(
             "peft_config and student_init_kwargs are both given: the adapter would be saved without its base model. "
-            "Save the student "
-            "first with `hf-guide init`, and set model_name_or_path to its folder."
+            "Save the student first with `hf-guide init`, and set model_name_or_path to its folder."
         )
     if "lelp" in args.loss_weights:
         raise OptionError(

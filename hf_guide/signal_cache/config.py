@@ -40,16 +40,14 @@ class CaptureConfig:
         default=64,
         metadata={
             "help": "For language models: how many of the largest log-probabilities are stored at each token, with "
-            "the mass of all "
-            "others as one number. The size of the vocabulary stores all."
+            "the mass of all others as one number. The size of the vocabulary stores all."
         },
     )
     temperatures: list[float] = field(
         default_factory=lambda: [1.0],
         metadata={
             "help": "For language models: the temperatures at which a student may be trained from this capture, "
-            "always with 1. "
-            "Each takes 4 bytes per token."
+            "always with 1. Each takes 4 bytes per token."
         },
     )
     log_prob_dtype: str = field(
@@ -59,8 +57,7 @@ class CaptureConfig:
         default_factory=list,
         metadata={
             "help": "Layers whose hidden states are stored: N follows block N, 0 is the input embeddings; negative "
-            "numbers count "
-            "from the end."
+            "numbers count from the end."
         },
     )
     save_penultimate: bool = field(
@@ -75,8 +72,7 @@ class CaptureConfig:
         default=None,
         metadata={
             "help": "For language models: how many leading rows of the teacher's vocabulary are used, for a student "
-            "whose vocabulary "
-            "has other padding; by default all."
+            "whose vocabulary has other padding; by default all."
         },
     )
     ignored_inputs: list[str] = field(

@@ -89,8 +89,7 @@ def _padding_mask(batch: Mapping[str, Any], name: str) -> Tensor | None:
     if mask.ndim != 2:
         raise CaptureError(
             f"{name} has the shape {tuple(mask.shape)}; it must be (batch, length) and mark padding. A collator that "
-            "packs several "
-            "examples into one row cannot be used with a capture: let it pad."
+            "packs several examples into one row cannot be used with a capture: let it pad."
         )
     return mask.bool()
 

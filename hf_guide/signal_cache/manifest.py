@@ -169,8 +169,7 @@ class CaptureManifest:
         if version not in (*_OLD_FORMATS, FORMAT_VERSION):
             raise CaptureError(
                 f"{path} has format {version!r}; this version of hf_guide reads formats 1 to {FORMAT_VERSION}. Update "
-                "hf_guide, "
-                "or capture again into a new folder."
+                "hf_guide, or capture again into a new folder."
             )
         if version in _OLD_FORMATS:
             found = _upgrade(found)

@@ -67,8 +67,7 @@ class Capture:
         if len(self._index) != manifest.examples:
             raise CaptureError(
                 f"{folder / INDEX_NAME} has {len(self._index)} examples; it must have {manifest.examples}, as in the "
-                "manifest. Run "
-                "the same capture again."
+                "manifest. Run the same capture again."
             )
         self._columns = manifest.columns
         self._shards: OrderedDict[int, Shard] = OrderedDict()
@@ -149,9 +148,8 @@ class Capture:
         raise CaptureError(
             f"{self.folder} was captured from {manifest.teacher!r}, a folder or a loaded model, and does not hold its path; "
             f"looked for the same weights in {searched}, and in the folders of the working "
-            "directory. Name the teacher's folder: processing_class_name_or_path for its tokenizer, and teacher among "
-            "the arguments "
-            "of student for a student that is made of it."
+            "directory. Name the teacher's folder: processing_class_name_or_path for its tokenizer, and teacher "
+            "among the arguments of student for a student that is made of it."
         )
 
     def summary(self) -> str:
@@ -291,8 +289,8 @@ class Capture:
 
 MISSING_EXAMPLE_HINT = (
     "An example is identified by the model's inputs without padding: was it masked at random, truncated or tokenised "
-    "otherwise, "
-    "or is it of another dataset? Capture what you train on, with the same collator except for its padding."
+    "otherwise, or is it of another dataset? Capture what you train on, with the same collator except for its "
+    "padding."
 )
 
 
@@ -344,8 +342,7 @@ class CaptureDataCollator:
         if temperature != self.temperature and self.capture.manifest.temperatures is not None:
             raise CaptureError(
                 f"The batches have the mass of the tail at temperature={self.temperature}, and the loss has "
-                f"temperature={temperature}. "
-                "Keep the temperature during a run, or capture all logits."
+                f"temperature={temperature}. Keep the temperature during a run, or capture all logits."
             )
 
     def __call__(self, features: Sequence[Any]) -> dict[str, Any]:

@@ -165,8 +165,7 @@ class CaptureRunner:
         except OSError as error:
             raise CaptureError(
                 f"The dataset's examples {expected[0]} to {expected[-1]} cannot be read: {error}. Replace or remove "
-                "the one that "
-                "is damaged."
+                "the one that is damaged."
             ) from error
 
     def _write(self, number: int, stream: Iterator[Any], bar: Any) -> None:
@@ -401,8 +400,7 @@ def distributed_state() -> PartialState:
     except distributed.DistError as error:
         raise CaptureError(
             f"The {started} processes could not connect to each other (this is rank {os.environ.get('RANK')}): "
-            f"{error}. Start ranks 0 "
-            f"to {started - 1}, each with the same MASTER_ADDR and MASTER_PORT."
+            f"{error}. Start ranks 0 to {started - 1}, each with the same MASTER_ADDR and MASTER_PORT."
         ) from error
     if started != state.num_processes:
         raise CaptureError(

@@ -276,8 +276,7 @@ def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teac
     if has_adapter(model):
         raise TeacherError(
             "The teacher has an adapter, or is the base model of one. Pass the result of the PeftModel's "
-            "`merge_and_unload()`, "
-            "or the base model's folder or Hub id."
+            "`merge_and_unload()`, or the base model's folder or Hub id."
         )
     if not isinstance(model, PreTrainedModel):
         raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: unwrap it first.")

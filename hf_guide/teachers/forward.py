@@ -342,8 +342,7 @@ def non_finite_signals_error(
             )
             return TeacherError(
                 f"Teacher {number} gives NaN or infinity for {len(wrong)} of {len(mask)} examples at step {step}: the "
-                "first is "
-                f"number {min(wrong)} of the batch{beginning}. Run the teacher in a wider dtype (bfloat16 or float32), or "
-                "leave the example out."
+                f"first is number {min(wrong)} of the batch{beginning}. Run the teacher in a wider dtype (bfloat16 or "
+                "float32), or leave the example out."
             )
     return None

@@ -113,8 +113,7 @@ def load_teachers(
         if task_of(model) is not task:
             raise TaskError(
                 f"The teacher {model_name(model)} is a {type(model).__name__}, for {task_of(model)}; the student is "
-                f"for {task}. "
-                "Use a teacher of the student's task."
+                f"for {task}. Use a teacher of the student's task."
             )
     check_no_shared_parameters(student, models)
     check_teachers_independent(models)
@@ -205,8 +204,7 @@ def _model_class(name: str, revision: str | None, token: "str | bool | None", tr
     if model_class.__name__ != architecture:
         raise TeacherError(
             f"The config of {name} names the class {architecture!r}, which Transformers does not have. Set "
-            "`architectures` to a "
-            "known class, or pass a loaded model."
+            "`architectures` to a known class, or pass a loaded model."
         )
     return model_class
 

@@ -224,8 +224,7 @@ def _mismatch_error(
     return TeacherError(
         f"The batches are made by a {type(batch_processor).__name__}, and the teacher {name} expects what its own "
         f"{type(teacher_processor).__name__} makes, which differs: {shown or 'they process differently'}. Process the "
-        "data with "
-        "the teacher's, or distil from a teacher with the student's."
+        "data with the teacher's, or distil from a teacher with the student's."
     )
 
 
@@ -330,8 +329,7 @@ def _compare_tokenizers(batch_processor: Any, teacher_processor: Any, name: str,
                 f"{text[:24]!r}... {_format_tokens(batch_processor, made[0])} and, for the teacher, "
                 f"{_format_tokens(teacher_processor, made[1])}. "
                 f"{_explain_settings(batch_processor, teacher_processor, differing)}Tokenise with the teacher's, or "
-                "distil from a "
-                "teacher with the student's."
+                "distil from a teacher with the student's."
             )
 
 

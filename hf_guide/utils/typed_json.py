@@ -25,8 +25,7 @@ def check_field_types(record: Any, where: str) -> None:
             shown = shown if len(shown) <= 80 else shown[:77] + "..."
             raise HfGuideError(
                 f"{field.name} in {where} must be {_format_annotation(hints[field.name])}; found {shown}. The file "
-                "was changed or is "
-                "damaged: write it again, or remove it."
+                "was changed or is damaged: write it again, or remove it."
             )
 
 

@@ -255,8 +255,7 @@ class DKDConfig(LossConfig):
         if num_classes < 3:
             raise TaskError(
                 "The loss 'dkd' compares the classes other than the target class, of which it needs two at least; "
-                "the student "
-                f"has {num_classes} classes. Use 'kd'."
+                f"the student has {num_classes} classes. Use 'kd'."
             )
 
 

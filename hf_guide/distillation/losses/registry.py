@@ -167,8 +167,7 @@ def register_loss(
     if requires == TeacherSignal.LABELS and name != TASK_LOSS:
         raise OptionError(
             f"requires='labels' is for the task loss alone; the loss {name!r} must require one of {signals}. One that "
-            "requires "
-            "'logits' is passed the labels too; for another task loss pass compute_loss_func to the trainer."
+            "requires 'logits' is passed the labels too; for another task loss pass compute_loss_func to the trainer."
         )
     signal = TeacherSignal.LABELS if name == TASK_LOSS else TeacherSignal(check_choice("requires", requires, signals))
     tasks = tuple(check_choice("tasks", task, [each.value for each in Task]) for task in tasks)
