@@ -286,10 +286,10 @@ def _word_preprocessor(
         labels = []
         for index, values in enumerate(examples[label]):
             if not isinstance(values, list) or len(values) != len(texts[index]):
-                found = f"{len(values)} labels" if isinstance(values, list) else f"a {type(values).__name__}"
+                description = f"{len(values)} labels" if isinstance(values, list) else f"a {type(values).__name__}"
                 raise OptionError(
                     f"{options.name}: column {label!r} must contain one label per word of {text!r}; row {rows[index]} "
-                    f"has {found} for {len(texts[index])} words."
+                    f"has {description} for {len(texts[index])} words."
                 )
             words = encoded.word_ids(index)
             # Only the first token of a word has a label, as in Transformers' own example.
@@ -420,9 +420,9 @@ def check_words(values: Sequence[Any], rows: Sequence[int], column: str, dataset
     for value, row in zip(values, rows, strict=True):
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             inner = {type(word).__name__ for word in value} if isinstance(value, list) else None
-            found = f"a list of {' and '.join(sorted(inner))}" if inner else type(value).__name__
+            description = f"a list of {' and '.join(sorted(inner))}" if inner else type(value).__name__
             raise OptionError(
-                f"{dataset}: column {column!r} must contain lists of words; row {row} has {found}. Set text_column to "
+                f"{dataset}: column {column!r} must contain lists of words; row {row} has {description}. Set text_column to "
                 "another column, or correct the row."
             )
     return list(values)
@@ -471,14 +471,16 @@ def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None
         content = message.get("content") if isinstance(message, Mapping) else None
         without = isinstance(message, Mapping) and content is None and bool(message.get("tool_calls"))
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            found = f"the keys {sorted(message)}" if isinstance(message, Mapping) else f"a {type(message).__name__}"
+            description = (
+                f"the keys {sorted(message)}" if isinstance(message, Mapping) else f"a {type(message).__name__}"
+            )
         elif not isinstance(content, str) and not without:
-            found = f"content of type {type(content).__name__}"
+            description = f"content of type {type(content).__name__}"
         else:
             continue
         raise OptionError(
             f"{dataset}: column {column!r} contains neither texts nor valid conversations: each message must be a mapping "
-            f"with the strings 'role' and 'content'; row {row} has {found}. Rename its keys, or set text_column to a "
+            f"with the strings 'role' and 'content'; row {row} has {description}. Rename its keys, or set text_column to a "
             "column of texts."
         )
     if not value:
@@ -486,9 +488,9 @@ def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None
 
 
 def _not_text_error(value: Any, row: int, column: str, dataset: str) -> OptionError:
-    found = "None" if value is None else f"a value of type {type(value).__name__}"
+    description = "None" if value is None else f"a value of type {type(value).__name__}"
     return OptionError(
-        f"{dataset}: column {column!r} must contain text; row {row} has {found}. Set text_column to a column of "
+        f"{dataset}: column {column!r} must contain text; row {row} has {description}. Set text_column to a column of "
         "texts, or correct the row."
     )
 

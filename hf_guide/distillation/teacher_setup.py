@@ -39,7 +39,7 @@ def build_live_teachers(
     shares = [1.0] * len(models) if weights is None else list(weights)
     if len(shares) != len(models):
         raise OptionError(f"There are {len(shares)} teacher_weights for {len(models)} teachers; give one weight each.")
-    made = []
+    teachers = []
     for model, share in zip(models, shares, strict=True):
         if model.main_input_name != student.main_input_name:
             raise TaskError(
@@ -62,8 +62,8 @@ def build_live_teachers(
         if compile:
             placed = torch.compile(placed)  # type: ignore[assignment]
         head = None if sharded else head
-        made.append(LiveTeacher(placed, task, classes, order, share / sum(shares), head, inputs))
-    return made
+        teachers.append(LiveTeacher(placed, task, classes, order, share / sum(shares), head, inputs))
+    return teachers
 
 
 def prepare_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator) -> tuple[PreTrainedModel, bool]:

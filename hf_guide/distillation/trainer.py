@@ -399,13 +399,13 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
             return outputs
         is_requested = getattr(self.unwrapped_student.config, "output_hidden_states", False)
         dropped = () if is_requested else ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
-        kept = {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
+        remaining = {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
         if (
             isinstance(outputs, ModelOutput)
-            and kept.keys() <= vars(type(outputs)).get("__dataclass_fields__", {}).keys()
+            and remaining.keys() <= vars(type(outputs)).get("__dataclass_fields__", {}).keys()
         ):
-            return type(outputs)(**kept)
-        return kept
+            return type(outputs)(**remaining)
+        return remaining
 
     def prediction_step(
         self,

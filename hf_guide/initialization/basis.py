@@ -113,8 +113,8 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
         spectrum, directions = _top_eigenvectors(moment, size)
         matrix = _fix_signs(directions)
     trace = spectrum.sum().item()
-    kept = (matrix * (moment @ matrix)).sum().item() if keep_mean else spectrum[:size].sum().item()
-    return ResidualBasis(matrix, spectrum, min(1.0, kept / trace) if trace > 0 else 1.0)
+    retained_trace = (matrix * (moment @ matrix)).sum().item() if keep_mean else spectrum[:size].sum().item()
+    return ResidualBasis(matrix, spectrum, min(1.0, retained_trace / trace) if trace > 0 else 1.0)
 
 
 def fit_channel_selection(moment: Tensor, size: int) -> ResidualBasis:
@@ -130,8 +130,10 @@ def fit_channel_selection(moment: Tensor, size: int) -> ResidualBasis:
         )
     squared_norms = moment.diagonal().double()
     channels = squared_norms.argsort(descending=True, stable=True)[:size].sort().values
-    kept = (squared_norms[channels].sum() / squared_norms.sum()).item() if squared_norms.sum() > 0 else 1.0
-    return ResidualBasis(whole.matrix[:, channels].contiguous(), whole.eigenvalues, kept)
+    variance_explained = (
+        (squared_norms[channels].sum() / squared_norms.sum()).item() if squared_norms.sum() > 0 else 1.0
+    )
+    return ResidualBasis(whole.matrix[:, channels].contiguous(), whole.eigenvalues, variance_explained)
 
 
 def explained_variance(eigenvalues: Tensor) -> Tensor:

@@ -184,17 +184,17 @@ def check_expert_counts(config: PreTrainedConfig, teacher: PreTrainedConfig, par
             f"{part}{experts[0]}={experts[1]} is fewer than {part}{per_token[0]}={per_token[1]}, the experts that each token "
             f"goes to: keep at least {per_token[1]} experts, or set {per_token[0]} to at most {experts[1]} as well."
         )
-    groups, kept = _first_number(config, ("n_group",)), _first_number(config, ("topk_group",))
-    if groups is None or kept is None or groups[1] < 1:
+    groups, top_groups = _first_number(config, ("n_group",)), _first_number(config, ("topk_group",))
+    if groups is None or top_groups is None or groups[1] < 1:
         return
-    if experts[1] % groups[1] or kept[1] > groups[1]:
+    if experts[1] % groups[1] or top_groups[1] > groups[1]:
         raise ShapeError(
             f"{part}{experts[0]}={experts[1]} do not divide into {part}n_group={groups[1]} groups of which topk_group="
-            f"{kept[1]} are kept: set n_group to a divisor of {experts[1]}, and topk_group to at most that."
+            f"{top_groups[1]} are kept: set n_group to a divisor of {experts[1]}, and topk_group to at most that."
         )
-    if groups[1] > 1 and experts[1] // groups[1] * kept[1] < per_token[1]:
+    if groups[1] > 1 and experts[1] // groups[1] * top_groups[1] < per_token[1]:
         raise ShapeError(
-            f"{part}topk_group={kept[1]} groups of {experts[1] // groups[1]} experts are fewer than {per_token[0]}="
+            f"{part}topk_group={top_groups[1]} groups of {experts[1] // groups[1]} experts are fewer than {per_token[0]}="
             f"{per_token[1]}, the experts that each token goes to: lower {per_token[0]} or n_group, or keep more experts."
         )
 

@@ -113,16 +113,16 @@ def derive_student_config(
     if block_fields is None:
         block_fields = find_block_fields(teacher_config, standard_depths(teacher_config))
     requested = overridden_values(teacher_config, overrides)
-    selected = {path: list(kept) for path, kept in (blocks or {}).items()}
+    selected = {path: list(indices) for path, indices in (blocks or {}).items()}
     sizes = {path: value_at(teacher_config, path) for path in {*(field.depth for field in block_fields), *selected}}
     even = {
         path: [i * size // requested[path] for i in range(requested[path])]
         for path, size in sizes.items()
         if type(requested.get(path)) is int and requested[path] != size
     }
-    for path, kept in selected.items():
-        if any(not 0 <= block < sizes[path] for block in kept):
-            raise ShapeError(f"The teacher has blocks 0 to {sizes[path] - 1}, but {kept} were requested.")
+    for path, indices in selected.items():
+        if any(not 0 <= block < sizes[path] for block in indices):
+            raise ShapeError(f"The teacher has blocks 0 to {sizes[path] - 1}, but {indices} were requested.")
     following = _BlockFieldRules(tuple(block_fields), selected, even, sizes, frozenset(left))
     return _derive(teacher_config, overrides, keywords, following, ())
 
@@ -167,28 +167,28 @@ def _derive(
         for name, value in overrides.items()
     }
 
-    kept = {name: value for name, value in values.items() if name not in derived}
+    student_values = {name: value for name, value in values.items() if name not in derived}
     by_block = following.values(teacher_config, values, prefix)
     explicit = {field.path for field in following.fields if field.depth in following.blocks}
-    kept |= {
+    student_values |= {
         name: value
         for name, value in by_block.items()
         if (*prefix, name) in explicit or name not in derived - {"attention_types"}
     }
-    kept = _dedupe_aliases(kept, overrides)
+    student_values = _dedupe_aliases(student_values, overrides)
     if "out_indices" in by_block:  # of a backbone, which names the same states in two more ways
         overridden = overrides.keys() & {"out_features", "out_indices"}
-        kept = {
+        student_values = {
             name: value
-            for name, value in kept.items()
+            for name, value in student_values.items()
             if name not in ("stage_names", "out_features") and not (name == "out_indices" and overridden)
         }
     if each_its_own:  # and stays so, also where the class does not derive it
-        kept[groups_name] = overrides.get(heads_name, values[heads_name])
+        student_values[groups_name] = overrides.get(heads_name, values[heads_name])
     if "id2label" in overrides and "label2id" not in overrides:
-        kept["label2id"] = {label: index for index, label in overrides["id2label"].items()}
-    rope = _subsample_rope_factors(teacher_config, values, kept | overrides)
-    config = _build(type(teacher_config), kept | rope | overrides, overrides)
+        student_values["label2id"] = {label: index for index, label in overrides["id2label"].items()}
+    rope = _subsample_rope_factors(teacher_config, values, student_values | overrides)
+    config = _build(type(teacher_config), student_values | rope | overrides, overrides)
     return validate_student_config(config, teacher_config, overrides)
 
 
@@ -304,11 +304,11 @@ def _subsample_rope_factors(
     return {"rope_parameters": {**rope, **thinned}} if thinned else {}
 
 
-def _dedupe_aliases(kept: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _dedupe_aliases(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Drop GPT-Neo's `attention_layers`, which its constructor computes from `attention_types`."""
-    if "attention_types" in kept or "attention_types" in overrides:
-        return {name: value for name, value in kept.items() if name != "attention_layers"}
-    return kept
+    if "attention_types" in values or "attention_types" in overrides:
+        return {name: value for name, value in values.items() if name != "attention_layers"}
+    return values
 
 
 def _build(

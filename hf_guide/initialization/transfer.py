@@ -600,7 +600,8 @@ class Transfer:
                 record.source = plan.teacher_names[parameter.source]
                 record.source_shape = list(parameter.source_shape or ())
                 record.maps = [
-                    f"{axis}: {kept}" for axis, kept in zip(parameter.axes, plan.maps(parameter), strict=True)
+                    f"{axis}: {map_description}"
+                    for axis, map_description in zip(parameter.axes, plan.maps(parameter), strict=True)
                 ]
             records.append(record)
         return records

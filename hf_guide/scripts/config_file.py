@@ -45,8 +45,8 @@ def parse_config(
     renamed = renamed_options_of(*classes)
     flags, in_file = parse_overrides(overrides, classes, prog=prog), _read_file(Path(path))
     overridden = {renamed.names.get(name, name) for name in flags}
-    kept = {name: value for name, value in in_file.items() if renamed.names.get(name, name) not in overridden}
-    options = renamed.translate(kept | flags, str(path))
+    file_options = {name: value for name, value in in_file.items() if renamed.names.get(name, name) not in overridden}
+    options = renamed.translate(file_options | flags, str(path))
     _check_keys(options, classes, Path(path))
     _check_strings({name: value for name, value in options.items() if name not in overridden}, classes)
     options = {name: _coerce(name, value, actions[name]) for name, value in options.items()}

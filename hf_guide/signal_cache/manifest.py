@@ -157,7 +157,7 @@ class CaptureManifest:
         """
         path = Path(folder) / MANIFEST_NAME
         try:
-            found, has_checksum = read_json(path, required=False)
+            entries, has_checksum = read_json(path, required=False)
         except FileNotFoundError:
             raise CaptureError(
                 f"{folder} holds no capture: it has no {MANIFEST_NAME}. Name the folder that capture_teacher or "
@@ -165,23 +165,23 @@ class CaptureManifest:
             ) from None
         except DamagedFileError as error:
             raise CaptureError(f"{error} Capture again into a new folder.") from error
-        version = found.get("format")
+        version = entries.get("format")
         if version not in (*_OLD_FORMATS, FORMAT_VERSION):
             raise CaptureError(
                 f"{path} has format {version!r}; this version of hf_guide reads formats 1 to {FORMAT_VERSION}. Update "
                 "hf_guide, or capture again into a new folder."
             )
         if version in _OLD_FORMATS:
-            found = _upgrade(found)
+            entries = _upgrade(entries)
         expected = {option.name for option in dataclasses.fields(cls)}
-        if found.keys() != expected:
-            raise CaptureError(f"{path} is damaged: {sorted(found.keys() ^ expected)} are missing or unknown.")
+        if entries.keys() != expected:
+            raise CaptureError(f"{path} is damaged: {sorted(entries.keys() ^ expected)} are missing or unknown.")
         may_lack_checksum = version == 1 or (
-            version == FORMAT_VERSION and found["complete"] and not found["checksums"]
+            version == FORMAT_VERSION and entries["complete"] and not entries["checksums"]
         )
         if not (has_checksum or may_lack_checksum):
             raise CaptureError(f"{path} is damaged: it has no checksum of its own. Capture again into a new folder.")
-        return cls(**found | {"config": CaptureConfig(**found["config"])})
+        return cls(**entries | {"config": CaptureConfig(**entries["config"])})
 
     def check_files(self, folder: Path) -> None:
         """Check that the capture is complete and its shards have their sizes.

@@ -239,7 +239,7 @@ def _compare_images(batch_processor: Any, teacher_processor: Any, name: str) -> 
         one, other = _pixel_normalization(batch_processor), _pixel_normalization(teacher_processor)
         scale = other[0] / one[0]
         shift = other[1] - one[1] * scale
-        made = [
+        image_pairs = [
             (
                 _process_image(batch_processor, image).double() * scale + shift,
                 _process_image(teacher_processor, image).double(),
@@ -249,7 +249,7 @@ def _compare_images(batch_processor: Any, teacher_processor: Any, name: str) -> 
     except _PROCESSING_ERRORS:
         raise _mismatch_error(batch_processor, teacher_processor, name, differing) from None
     level = other[0].abs()
-    for converted, expected in made:
+    for converted, expected in image_pairs:
         if converted.shape != expected.shape or bool(((converted - expected).abs() > _MAX_GREY_LEVELS * level).any()):
             raise _mismatch_error(batch_processor, teacher_processor, name, differing)
     if torch.allclose(scale, torch.ones_like(scale), rtol=0, atol=1e-12) and not bool(shift.any()):
@@ -322,12 +322,12 @@ def _compare_tokenizers(batch_processor: Any, teacher_processor: Any, name: str,
     if parts[0] and parts[1] and not differing:
         return
     for text in [*_PROBE_TEXTS, *_vocabulary_texts(teacher_processor)]:
-        made = [_tokenize(each, text, task) for each in (batch_processor, teacher_processor)]
-        if made[0] != made[1]:
+        token_lists = [_tokenize(each, text, task) for each in (batch_processor, teacher_processor)]
+        if token_lists[0] != token_lists[1]:
             raise TeacherError(
                 f"The tokenizer of the batches and that of the teacher {name} make other tokens of the same text: of "
-                f"{text[:24]!r}... {_format_tokens(batch_processor, made[0])} and, for the teacher, "
-                f"{_format_tokens(teacher_processor, made[1])}. "
+                f"{text[:24]!r}... {_format_tokens(batch_processor, token_lists[0])} and, for the teacher, "
+                f"{_format_tokens(teacher_processor, token_lists[1])}. "
                 f"{_explain_settings(batch_processor, teacher_processor, differing)}Tokenise with the teacher's, or "
                 "distil from a teacher with the student's."
             )
@@ -369,10 +369,10 @@ def _tokenize(tokenizer: Any, text: str, task: Task) -> Any:
     return bare, whole[:at], [] if task is Task.CAUSAL_LM else whole[at + len(bare) :]
 
 
-def _format_tokens(tokenizer: Any, made: Any) -> str:
-    if isinstance(made, str):
-        return f"nothing ({made})"
-    bare, before, after = made
+def _format_tokens(tokenizer: Any, tokens: Any) -> str:
+    if isinstance(tokens, str):
+        return f"nothing ({tokens})"
+    bare, before, after = tokens
     ids = [*before, *bare, *after] if before != bare else bare
     return str(tokenizer.convert_ids_to_tokens(ids[:8]))
 

@@ -12,8 +12,8 @@ _BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u20
 
 def to_single_line(text: object) -> str:
     """Return a text on one line, with white space collapsed to single spaces and without control characters."""
-    kept = "".join(" " if _is_control(character) else character for character in str(text))
-    return " ".join(kept.split())
+    printable = "".join(" " if _is_control(character) else character for character in str(text))
+    return " ".join(printable.split())
 
 
 def escape_control_characters(text: object) -> str:

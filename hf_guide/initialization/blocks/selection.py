@@ -26,7 +26,7 @@ def stack_signatures(model: PreTrainedModel, stack: str, size: int) -> list[Modu
     for signature in signatures:
         for name, key, value in signature.sizes:
             values.setdefault((name, key), []).append(value)
-    unshared = {entry for entry, found in values.items() if len(found) > 2 and len(set(found)) == len(found)}
+    unshared = {entry for entry, numbers in values.items() if len(numbers) > 2 and len(set(numbers)) == len(numbers)}
     return [
         dataclasses.replace(
             signature, sizes=frozenset(each for each in signature.sizes if (each[0], each[1]) not in unshared)
