@@ -359,7 +359,7 @@ def test_remote_code_without_permission(folder: Path) -> None:
     assert witness.exists() and student.config.hidden_size == 24
 
 
-def test_a_family_that_nobody_knows_says_what_would_help() -> None:
+def test_an_unknown_family_is_an_error_with_a_remedy() -> None:
     model = FunnelForMaskedLM(
         FunnelConfig(vocab_size=96, d_model=48, n_head=4, d_head=12, d_inner=64, block_sizes=[1])
     )

@@ -243,7 +243,7 @@ def test_a_masked_language_model_keeps_its_head_and_its_ties(
 )
 def test_an_encoder_decoder_keeps_its_head(name: str, config: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     teacher = build(name, config | {"tie_word_embeddings": tied})
-    if not tied:  # the config of T5 and mT5 says tied whatever their checkpoints hold
+    if not tied:  # T5 and mT5 configs are always tied, whatever their checkpoints hold
         teacher.lm_head.weight = torch.nn.Parameter(torch.randn(60, 32, generator=torch.Generator().manual_seed(2)))
         teacher.all_tied_weights_keys.pop("lm_head.weight", None)
     teacher.save_pretrained(tmp_path / "teacher")
@@ -268,6 +268,6 @@ def test_a_speech_model_starts_by_every_method(method: Any, tmp_path: Path) -> N
     build("WhisperForConditionalGeneration", config).save_pretrained(tmp_path)
     student = from_teacher(str(tmp_path), d_model=16, method=method, show_progress=False)
     sounds = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(1))
-    said = student(input_features=sounds, decoder_input_ids=torch.tensor([[1, 5, 9], [1, 7, 8]])).logits
-    assert torch.isfinite(said).all()
+    outputs = student(input_features=sounds, decoder_input_ids=torch.tensor([[1, 5, 9], [1, 7, 8]])).logits
+    assert torch.isfinite(outputs).all()
     assert bool(new_in(student)) == (method == {"subsequent_layers": "random"})

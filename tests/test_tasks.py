@@ -130,7 +130,7 @@ def test_the_logits_of_real_models_have_the_axes_of_their_row(task: Task) -> Non
         assert logits.shape == ((2, 5, classes) if output.items == "token" else (2, classes)), name
 
 
-def test_the_kind_of_a_classifiers_output_is_what_its_config_says() -> None:
+def test_the_kind_of_a_classifiers_output_follows_from_its_config() -> None:
     config = transformers.BertConfig(num_labels=3)
     task = Task.SEQUENCE_CLASSIFICATION
     assert output_kind(task, config) is OutputKind.CATEGORICAL

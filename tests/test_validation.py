@@ -32,11 +32,11 @@ WHOLE = [
     "batch_size",
     "shard_size",
 ]
-REFUSED: dict[str, list[Any]] = {name: [*INVALID, 1e200] for name in REALS} | {
+INVALID_VALUES: dict[str, list[Any]] = {name: [*INVALID, 1e200] for name in REALS} | {
     name: [*INVALID, 1.5, 1e200] for name in WHOLE
 }
 for _name in REALS[:2]:
-    REFUSED[_name] += [0, None]
+    INVALID_VALUES[_name] += [0, None]
 
 
 def _numbers(options: type, known: set[str]) -> set[str]:
@@ -68,7 +68,7 @@ def test_no_number_is_left_out():
 
 @pytest.mark.parametrize("name", [*REALS, *WHOLE])
 def test_a_number_out_of_range_is_an_error_when_the_options_are_created(name: str):
-    for value in REFUSED[name]:
+    for value in INVALID_VALUES[name]:
         with pytest.raises(OptionError, match=f"{name}.* must be a"):
             make(name, value)
 

@@ -43,7 +43,7 @@ def test_figure_draws_one_line_for_each_axis(tmp_path):
     assert len(plot_explained_variance(CURVE).axes[0].lines) == 1
 
 
-def test_nothing_to_draw_is_said():
+def test_nothing_to_draw_is_an_error():
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="no variance curve"):
         plot_explained_variance({})
@@ -68,7 +68,7 @@ def test_losses_are_drawn_at_their_steps(tmp_path):
         plot_training(history[:2])
 
 
-def test_without_matplotlib_the_error_says_how_to_get_it(monkeypatch):
+def test_without_matplotlib_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         plot_explained_variance(CURVE)

@@ -457,7 +457,7 @@ class _Names:
         if len(names) < len(tensors):
             raise LayoutError(
                 f"{type(student).__name__} has two parameters of one name inside and outside its base model, which no "
-                "layout can tell apart."
+                "layout can distinguish."
             )
         tied = {strip_base_prefix(name, prefix): strip_base_prefix(first, prefix) for name, first in tied.items()}
         teacher_names = {strip_base_prefix(name, teacher_prefix): name for name in teacher.weights.keys()}

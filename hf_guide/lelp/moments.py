@@ -26,7 +26,7 @@ class ClassMoments:
         counts: (classes,), float64: whole numbers.
         means: (classes, width), zeros where there is no example.
         scatters: (classes, width, width): sum of y y^T, where y is an example less its class's mean.
-        skews: (classes, width): sum of |y|^2 y. It rotates with the data, so that it can tell a direction from its
+        skews: (classes, width): sum of |y|^2 y. It rotates with the data, so that it distinguishes a direction from its
             opposite whatever the coordinates are.
         num_examples: How many examples have been added.
     """

@@ -1,4 +1,4 @@
-"""The benchmark of starting points: others' starts keep what is active, and its figures are what the curves say."""
+"""The initialization benchmark: baselines drop inactive units, and its figures agree with the curves."""
 
 import importlib
 import math

@@ -1,4 +1,4 @@
-"""The benchmark of costs: what it measures is what was made, a bound is left out and said, nothing is measured twice."""
+"""The cost benchmark: figures are of the student made, points over the limit are reported, none is measured twice."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_each_point_is_measured_once_and_what_is_too_large_is_left_out_and_said(tmp_path, capsys):
+def test_each_point_is_measured_once_and_one_that_is_too_large_is_reported_as_left_out(tmp_path, capsys):
     output = tmp_path / "cost.jsonl"
     words = ["--widths", str(WIDTH), "--rounds", "1", "--output", str(output)]
     initialization_cost.main([*words, "--vocabularies", str(VOCABULARY)])

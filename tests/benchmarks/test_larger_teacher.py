@@ -82,10 +82,10 @@ def test_every_arm_is_run_at_every_shape_and_seed_on_as_many_tokens_as_are_asked
     monkeypatch.setattr(
         larger_teacher, "SHAPES", {larger_teacher.FIRST: SIZES, other: SIZES | {"num_hidden_layers": 1}}
     )
-    heard = []
+    text_sizes = []
     subcloning = larger_teacher.ARMS["subcloning"]
     monkeypatch.setitem(
-        larger_teacher.ARMS, "subcloning", lambda given: heard.append(len(given.text)) or subcloning(given)
+        larger_teacher.ARMS, "subcloning", lambda bench: text_sizes.append(len(bench.text)) or subcloning(bench)
     )
     args.arms, args.objectives, args.seeds = ["subcloning"], ["labels"], [0, 1]
     args.shapes, args.tuning_share, args.calibration_blocks = [larger_teacher.FIRST, other], 5, 4
@@ -94,7 +94,7 @@ def test_every_arm_is_run_at_every_shape_and_seed_on_as_many_tokens_as_are_asked
     runs = [(row["shape"], row["seed"]) for row in rows if not row["tuning"]]
     assert runs == [(shape, seed) for seed in (0, 1) for shape in (larger_teacher.FIRST, other)]
     assert {row["curve"][-1][0] for row in rows if row["tuning"]} == {31 // 5 * 2 * 16}
-    assert set(heard) == {4}
+    assert set(text_sizes) == {4}
 
 
 def test_nothing_is_drawn_of_runs_that_choose_a_rate(args):

@@ -1,4 +1,4 @@
-"""The benchmark of arms: it goes on where it was killed, parts share no example, and each arm tells what it says it does."""
+"""The LELP benchmark: it resumes where it was killed, splits share no example, and each arm does what its name states."""
 
 import json
 import subprocess
@@ -136,7 +136,7 @@ def test_parts_share_no_example_and_are_deterministic(benchmark):
 
 
 def test_settings_replace_the_grid(tmp_path):
-    """And such as the data are too few for are left out, which the table says."""
+    """An arm that needs more examples than there are is left out, and the table reports it."""
     given = '{"tau": 2.0, "S": 3, "beta": 0.3}'
     arms(tmp_path, "--arms", "kd", "kmeans-early", *ONCE, "--settings", given)
     reported = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The benchmark of other families: data and goals are what they are said to be, and every family runs, tiny."""
+"""The benchmark of other families: data and metrics are as documented, and every family runs at a tiny size."""
 
 import functools
 import gzip
@@ -120,7 +120,7 @@ def test_similarities_kept_do_not_depend_on_lengths_or_a_rotation():
     assert abs(teachers.similarity_kept(seen)["metric"]) < 0.3
 
 
-def test_the_table_says_what_the_curves_do():
+def test_the_table_agrees_with_the_curves():
     def row(arm: str, seed: int, end: float) -> dict:
         key = {
             "family": "vision",

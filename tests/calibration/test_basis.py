@@ -35,7 +35,7 @@ def test_a_real_encoder_of_half_the_width_keeps_its_teachers_similarities() -> N
     found = texts(180)
     tokenizer, teacher = AutoTokenizer.from_pretrained(default_encoder()), AutoModel.from_pretrained(default_encoder())
     few: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 48, "return_tensors": "pt"}
-    held_out, heard = (
+    held_out, batches = (
         tokenizer(found[:60], **few),
         [dict(tokenizer(found[i : i + 30], **few)) for i in range(60, 180, 30)],
     )
@@ -45,7 +45,7 @@ def test_a_real_encoder_of_half_the_width_keeps_its_teachers_similarities() -> N
             teacher,
             hidden_size=192,
             method=method,
-            calibration_dataset=heard if method == "calibrated" else None,
+            calibration_dataset=batches if method == "calibrated" else None,
             show_progress=False,
         )
         kept[method] = torch.corrcoef(torch.stack([similarities(student, held_out), goal]))[0, 1].item()
@@ -96,13 +96,13 @@ def test_a_class_whose_forward_takes_no_other_arguments_is_calibrated() -> None:
     teacher = kind.teacher()
     strict = StrictEncoder(teacher.config)
     strict.load_state_dict(teacher.base_model.state_dict(), strict=False)
-    heard = [{"input_ids": torch.randint(3, 90, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}] * 2
+    batches = [{"input_ids": torch.randint(3, 90, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}] * 2
     student = from_teacher(
         strict,
         hidden_size=24,
         num_attention_heads=2,
         method="calibrated",
-        calibration_dataset=heard,
+        calibration_dataset=batches,
         show_progress=False,
     )
     assert type(student) is StrictEncoder and student.initialization_report.calibration["tokens"] == 96

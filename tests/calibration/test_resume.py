@@ -247,7 +247,7 @@ def test_the_manifest_is_json_and_the_rest_safetensors(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
 
 
-def test_a_folder_of_an_earlier_format_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+def test_a_folder_of_an_earlier_format_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     write_json(tmp_path / "calibration.json", {"format": 2})
     with pytest.raises(
         OptionError, match="has format 2.*reads format 3.*Finish it with that version, or remove the folder"

@@ -119,7 +119,7 @@ def test_an_old_flag_is_taken_with_a_warning_that_names_the_new_one(teacher, dat
     assert Capture.open(teacher / "captured").manifest.config.shard_size == 3
 
 
-def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
+def test_the_config_of_a_distillation_gives_teacher_and_data(teacher, data):
     config = {"teacher": str(teacher / "causal-lm"), "data_files": str(data), "max_length": 12, "learning_rate": 1e-3}
     (teacher / "distill.yaml").write_text(json.dumps(config))
     words = ["-o", teacher / "captured", "--config", teacher / "distill.yaml", "--top-k", 4]
@@ -143,7 +143,7 @@ def test_the_file_of_a_distillation_says_teacher_and_data(teacher, data):
         run(*words)
 
 
-def test_wrong_usage_is_said_before_any_work(teacher, data):
+def test_wrong_usage_is_an_error_before_any_work(teacher, data):
     with pytest.raises(OptionError, match="No teacher is given"):
         run("-o", teacher / "captured", "--data-files", data)
     with pytest.raises(OptionError, match="No dataset is given"):

@@ -1,4 +1,4 @@
-"""`hf-guide card FOLDER` draws what the folder tells, and keeps what others wrote."""
+"""`hf-guide card FOLDER` writes the card from the folder's records, and keeps what others wrote."""
 
 import argparse
 
@@ -48,6 +48,6 @@ def test_the_card_of_a_folder_is_drawn_again(tmp_path, capsys):
     assert ModelCard.load(path).data.to_dict() == data and '("me/student")' in text
 
 
-def test_a_folder_that_is_none_of_ours_is_refused(tmp_path):
+def test_a_folder_without_records_is_an_error(tmp_path):
     with pytest.raises(HfGuideError, match="nothing to write a card from"):
         run(tmp_path)

@@ -1,4 +1,4 @@
-"""The command line does what it says, says what went wrong, and leaves nothing half-written."""
+"""The command line does what its help describes, reports what failed, and leaves nothing half-written."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def hf_guide(*words: object, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, **options)
 
 
-def test_init_makes_a_stock_student_with_everything_beside_it(teacher, tmp_path):
+def test_init_makes_a_stock_student_with_all_its_files(teacher, tmp_path):
     output = tmp_path / "runs" / "student"
     done = hf_guide("init", teacher, *SMALLER, "--config", "rms_norm_eps=1e-4", "--license", "mit", "-o", output)
     assert done.returncode == 0, done.stderr
@@ -162,7 +162,7 @@ def test_help_comes_without_importing_torch(words):
 
 
 @pytest.mark.parametrize("occupied", ["folder", "file"])
-def test_an_output_that_holds_something_is_refused_before_any_work(tmp_path, occupied, capsys):
+def test_an_output_that_is_not_empty_is_an_error_before_any_work(tmp_path, occupied, capsys):
     output = tmp_path / "student"
     if occupied == "folder":
         output.mkdir()
@@ -228,7 +228,7 @@ def test_a_disk_that_runs_full_leaves_nothing(teacher, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_student_larger_than_the_free_disk_is_refused(tmp_path):
+def test_a_student_larger_than_the_free_disk_is_an_error(tmp_path):
     with pytest.raises(OSError, match="Free some space"):
         folders.check_disk_space(tmp_path, 2**60)
     folders.check_disk_space(tmp_path, 1)

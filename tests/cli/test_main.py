@@ -64,7 +64,7 @@ def test_an_old_flag_of_capture_warns_with_the_new_one(words, new, tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["--task", "lelp", "--steps", "3"]])
-def test_the_quickstart_says_where_it_went(words, capsys):
+def test_the_quickstart_command_points_to_the_example(words, capsys):
     assert cli.main(["quickstart", *words]) == 0
     assert "examples/quickstart/run.py" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Raw rows become examples whole and ended, or are refused with their column, row and type."""
+"""Raw rows become whole examples that end with their end token, or are an error with column, row and type."""
 
 import io
 from typing import Any
@@ -21,7 +21,7 @@ CHAT = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s> {% endf
 
 
 def tokenizer(adds: str = "", **changes: Any) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of words that adds special tokens as `adds` says: "<s> $A </s>"."""
+    """Return a tokenizer of words that adds special tokens by the template `adds`, such as "<s> $A </s>"."""
     words = {f"t{number}": number for number in range(BEGIN)} | {
         "<s>": BEGIN,
         "</s>": END,
@@ -124,7 +124,7 @@ def test_a_template_that_writes_no_end_gets_one() -> None:
         ([conversation("t1")], "{{ raise_exception('roles must alternate') }}", "row 0: roles must alternate"),
     ],
 )
-def test_conversations_that_cannot_be_rendered_are_refused(rows: Any, template: Any, message: str) -> None:
+def test_conversations_that_cannot_be_rendered_are_an_error(rows: Any, template: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         processed(Task.CAUSAL_LM, {"messages": rows}, tokenizer(chat_template=template))
 
@@ -151,7 +151,7 @@ ROLES = [
 
 @pytest.mark.parametrize(("values", "message"), VALUES)
 @pytest.mark.parametrize(("task", "role"), ROLES)
-def test_what_is_no_text_is_refused_with_its_column_row_and_type(
+def test_what_is_no_text_is_an_error_with_its_column_row_and_type(
     task: Task, role: str, values: Any, message: str
 ) -> None:
     words = task is Task.TOKEN_CLASSIFICATION
@@ -210,7 +210,7 @@ def test_a_label_is_one_class() -> None:
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("task", [Task.CAUSAL_LM, Task.MASKED_LM])
-def test_texts_that_are_all_empty_are_refused(task: Task, pack: bool) -> None:
+def test_texts_that_are_all_empty_are_an_error(task: Task, pack: bool) -> None:
     with pytest.raises(
         OptionError, match="some/data: column 'text' of the training split, 2 rows, contains only empty strings"
     ):
@@ -252,7 +252,7 @@ def test_a_split_that_fills_no_block_is_named() -> None:
         (Task.SEQ2SEQ_LM, {"text": ["t1", "t2"], "target": ["t2", ""]}, "target"),
     ],
 )
-def test_an_example_without_a_token_is_refused_with_its_row(task: Task, columns: Any, name: str) -> None:
+def test_an_example_without_a_token_is_an_error_with_its_row(task: Task, columns: Any, name: str) -> None:
     with pytest.raises(OptionError, match=f"column '{name}' has a text without any token in row 1"):
         processed(task, columns)
 
@@ -260,7 +260,7 @@ def test_an_example_without_a_token_is_refused_with_its_row(task: Task, columns:
 @pytest.mark.parametrize(
     ("ending", "content"), [("jsonl", ""), ("csv", ""), ("csv", "text\n"), ("txt", ""), ("json", "[]")]
 )
-def test_files_without_a_row_are_refused(tmp_path, ending: str, content: str) -> None:
+def test_files_without_a_row_are_an_error(tmp_path, ending: str, content: str) -> None:
     path = tmp_path / f"empty.{ending}"
     path.write_text(content)
     with pytest.raises(OptionError, match=f"{path.name}"):

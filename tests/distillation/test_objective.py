@@ -88,7 +88,7 @@ def test_a_loss_of_labels_alone_is_an_error() -> None:
 
 
 class PassesOn(LlamaForCausalLM):
-    """A model whose forward says nothing of what it takes."""
+    """A model whose forward names none of its inputs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)

@@ -89,7 +89,7 @@ def renamed(names: list[str]) -> Any:
     return model
 
 
-REFUSED: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
+INVALID_CALLS: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
     (lonely, OptionError, ["kd need a teacher"]),
     (itself, OptionError, ["the student itself", "copy.deepcopy"]),
     (named, OptionError, ["'some/student'", "AutoModelFor"]),
@@ -118,7 +118,7 @@ REFUSED: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]] = [
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
-@pytest.mark.parametrize(("make", "error", "words"), REFUSED)
+@pytest.mark.parametrize(("make", "error", "words"), INVALID_CALLS)
 def test_trainers_that_cannot_be(
     make: Callable[[Path], Any], error: type[HfGuideError], words: list[str], tmp_path: Path
 ) -> None:

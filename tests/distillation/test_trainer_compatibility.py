@@ -1,4 +1,4 @@
-"""Trainers that users derive from ours: in whatever order, the teacher is asked, or they are refused with a reason."""
+"""Trainers that users derive from ours use the teacher, whatever the order of their bases, or raise with a reason."""
 
 import copy
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What evaluation reports: the task loss as `eval_loss`, the objective apart; and what it cannot compare is refused."""
+"""What evaluation reports: the task loss as `eval_loss`, the objective apart; and what it cannot compare is an error."""
 
 import math
 from pathlib import Path

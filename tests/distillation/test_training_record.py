@@ -1,4 +1,4 @@
-"""What a trainer pushes is a stock student that tells where it came from, on a stand-in of the Hub over real HTTP."""
+"""A trainer pushes a stock student with the record of its origin, here to a fake Hub over real HTTP."""
 
 import json
 from pathlib import Path

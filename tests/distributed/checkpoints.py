@@ -1,4 +1,4 @@
-"""Distil under torchrun, damage the last checkpoint, resume, and tell whether both runs ended alike."""
+"""Distil under torchrun, damage the last checkpoint, resume, and report whether both runs end alike."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Fit projectors under torchrun; rank 0 saves them and tells whether all processes have the same."""
+"""Fit projectors under torchrun; rank 0 saves them and reports whether all ranks have the same."""
 
 import json
 import sys

@@ -56,7 +56,7 @@ except HfGuideError as error:
 
 
 def started_by_hand(script: str, folder: Path, killed: int, size: int) -> list[tuple[int, str]]:
-    """Run processes without torchrun, of which one kills itself; return each one's exit code and what it says."""
+    """Run processes without torchrun, of which one kills itself; return each one's exit code and stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -84,18 +84,18 @@ def started_by_hand(script: str, folder: Path, killed: int, size: int) -> list[t
 def test_a_capture_whose_other_process_was_killed_names_it(killed: int, tmp_path: Path) -> None:
     ended = started_by_hand(CAPTURE, tmp_path / "capture", killed, 2)
     assert ended[killed][0] == -signal.SIGKILL
-    code, said = ended[1 - killed]
-    assert code == 1 and f"Of the 2 processes rank {killed} stopped responding" in said
-    assert f"while rank {1 - killed} waited for shard-" in said
+    code, message = ended[1 - killed]
+    assert code == 1 and f"Of the 2 processes rank {killed} stopped responding" in message
+    assert f"while rank {1 - killed} waited for shard-" in message
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 2])
 def test_a_sum_whose_other_process_was_killed_names_it(killed: int, tmp_path: Path) -> None:
     ended = started_by_hand(SUM, tmp_path, killed, 3)
-    for rank, (code, said) in enumerate(ended):
-        assert code == (-signal.SIGKILL if rank == killed else 1), said
-        assert rank == killed or f"rank {killed}" in said
+    for rank, (code, message) in enumerate(ended):
+        assert code == (-signal.SIGKILL if rank == killed else 1), message
+        assert rank == killed or f"rank {killed}" in message
 
 
 def test_all_processes_resume_from_the_same_complete_checkpoint(tmp_path: Path) -> None:

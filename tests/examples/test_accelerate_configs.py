@@ -1,4 +1,4 @@
-"""The files of `examples/accelerate` are what accelerate reads; those for GPUs, too, as far as a CPU can tell."""
+"""The files of `examples/accelerate` are what accelerate reads; those for GPUs are checked as far as a CPU allows."""
 
 from pathlib import Path
 

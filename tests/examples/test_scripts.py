@@ -58,16 +58,16 @@ def causal(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone(causal, tmp_path_factory) -> Path:
-    """The student that one process makes, told all by one file."""
+    """The student that one process makes with all options from one file."""
     folder = tmp_path_factory.mktemp("alone")
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in causal.items()}
-    told |= QUICK | {"do_train": True, "do_eval": True, "output_dir": str(folder / "student")}
-    (folder / "run.yaml").write_text(json.dumps(told))  # JSON is YAML
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in causal.items()}
+    config |= QUICK | {"do_train": True, "do_eval": True, "output_dir": str(folder / "student")}
+    (folder / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
     run_example(CLM, str(folder / "run.yaml"))
     return folder / "student"
 
 
-def test_causal_language_models_by_one_file_that_says_it_all(alone):
+def test_a_causal_language_model_is_trained_from_one_config_file(alone):
     student = AutoModelForCausalLM.from_pretrained(alone)
     assert student.config.hidden_size == SMALLER["llama"]["hidden_size"]
     assert json.loads((alone / "all_results.json").read_text())["eval_perplexity"] > 1

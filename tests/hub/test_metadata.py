@@ -1,4 +1,4 @@
-"""What a record holds comes back from its file, and says only what it knows."""
+"""A record is loaded from its file as it was saved, and reports only the values that are known."""
 
 import json
 import math
@@ -46,18 +46,18 @@ def test_a_record_comes_back_from_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"teachers": [], "unknown": 1}', '{"teachers": [{"nam": 1}]}'])
-def test_a_file_that_is_no_record_is_refused(tmp_path, text):
+def test_a_file_that_is_no_record_is_an_error(tmp_path, text):
     (tmp_path / RECORD_NAME).write_text(text)
     with pytest.raises(HfGuideError, match=r"distillation\.json is not a distillation record"):
         load_record(tmp_path)
 
 
-def test_what_json_cannot_hold_is_refused_with_its_place():
+def test_a_value_that_json_cannot_hold_is_an_error_with_its_path():
     with pytest.raises(HfGuideError, match=r"training\['optimizer'\]\[1\] is of type object"):
         DistillationRecord(training={"optimizer": ["adam", object()]})
 
 
-def test_the_training_arguments_worth_telling(tmp_path):
+def test_the_training_arguments_of_a_record_are_those_that_matter(tmp_path):
     arguments = TrainingArguments(
         str(tmp_path),
         learning_rate=1e-3,
@@ -79,7 +79,7 @@ def test_the_training_arguments_worth_telling(tmp_path):
     assert DistillationRecord(training=entries).training == entries
 
 
-def test_figures_put_the_teacher_and_a_random_start_beside_the_student():
+def test_figures_compare_the_student_with_the_teacher_and_a_random_initialization():
     record = DistillationRecord(
         task="text-generation",
         evaluated_on="held out",

@@ -1,4 +1,4 @@
-"""A model card parses with the Hub's own parser, says where the student came from, and keeps what others wrote."""
+"""A model card parses with the Hub's own parser, names the student's origin, and keeps what others wrote."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_results_are_in_the_table_and_in_the_metadata(tmp_path):
     assert "| dataset | metric | this model |\n|---|---|---|\n| Some text | perplexity | 21.5 |" in card.text
 
 
-def test_the_distillation_is_told_with_the_teacher_and_the_random_start_beside_the_student(tmp_path):
+def test_the_card_compares_the_distilled_student_with_the_teacher_and_a_random_initialization(tmp_path):
     path = write_model_card(tmp_path, REPORT, record=RECORD, model_id="me/student")
     text = body(path)
     for line in (
@@ -262,7 +262,7 @@ def test_a_card_of_text_alone_gets_metadata(tmp_path):
         ("---\n- 1\n---\nmine", "cannot be read"),
     ],
 )
-def test_a_card_that_is_not_understood_is_refused_and_left_as_it_is(tmp_path, text, message):
+def test_a_card_that_cannot_be_parsed_is_an_error_and_left_as_it_is(tmp_path, text, message):
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(HfGuideError, match=message):
         write_model_card(tmp_path, REPORT)
@@ -323,7 +323,7 @@ def test_without_matplotlib_the_card_shows_no_plot(tmp_path, monkeypatch):
     assert PLOT_NAME not in write_model_card(tmp_path, report).read_text()
 
 
-def test_the_plots_are_drawn_beside_the_card(tmp_path):
+def test_the_plots_are_saved_next_to_the_card(tmp_path):
     pytest.importorskip("matplotlib")
     curve = {"embed": [0.5, 0.75, 1.0]}
     report = dataclasses.replace(
@@ -349,7 +349,7 @@ def test_the_stock_class_loads_a_student_of_ones_own_class_and_its_tokenizer(tmp
     assert 'tokenizer = AutoTokenizer.from_pretrained("me/s")\nmodel = LlamaForCausalLM' in text
 
 
-def test_an_adapter_says_what_it_belongs_to(tmp_path):
+def test_the_card_of_an_adapter_names_its_base_model(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "me/student"}))
     path = write_model_card(tmp_path, record=RECORD, model_id="me/adapter")
     assert metadata(path)["base_model"] == "me/student" and metadata(path)["library_name"] == "peft"
@@ -357,7 +357,7 @@ def test_an_adapter_says_what_it_belongs_to(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
-def test_the_blank_card_that_peft_saves_gives_way_and_tells_no_path(tmp_path):
+def test_the_blank_card_that_peft_saves_is_replaced_and_holds_no_path(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     from tests.distillation.small import llama
@@ -378,7 +378,7 @@ def test_the_blank_card_that_peft_saves_gives_way_and_tells_no_path(tmp_path):
     assert str(tmp_path) not in path.read_text() and "My own words." in path.read_text()
 
 
-def test_a_report_that_is_saved_tells_no_path(tmp_path):
+def test_a_saved_report_holds_no_path(tmp_path):
     dataclasses.replace(REPORT, teacher=str(tmp_path / "big")).save(tmp_path)
     assert InitializationReport.load(tmp_path) == dataclasses.replace(REPORT, teacher="big", revision=None)
     REPORT.save(tmp_path)

@@ -86,7 +86,7 @@ def test_saved_students_load_stock_in_a_process_that_cannot_have_hf_guide(tmp_pa
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("method", ["guide", "uniform", "random"])
-def test_the_report_tells_of_every_parameter_and_goes_with_the_weights(
+def test_the_report_lists_every_parameter_and_is_saved_with_the_weights(
     kind: Kind, method: str, tmp_path: Path
 ) -> None:
     teacher = kind.teacher()
@@ -264,7 +264,7 @@ PUSH_AGAIN = """
 
 
 def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
-    """Pushed, told of by hand, its tokenizer added, pushed again after training, to a branch, and as a proposal."""
+    """Pushed, its card edited by hand, its tokenizer added, pushed again after training, to a branch, and as a proposal."""
     with fake_hub() as hub:
         hub.repositories["me/mine"] = {
             "README.md": b"---\nthumbnail: a.png\ntags:\n- mine\n---\n\n# Mine\n\nMy own words.\n"
@@ -284,7 +284,9 @@ def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
     assert card.data.tags == ["mine", "hf_guide", "guide", "tiny", "extra", "distillation"]
     assert load_record(folder).steps == 7
     assert InitializationReport.load(folder).teacher == "teacher"
-    assert not any(str(tmp_path).encode() in content for content in files.values()), "no path of this machine is told"
+    assert not any(str(tmp_path).encode() in content for content in files.values()), (
+        "no file holds a path of this machine"
+    )
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
     script = """
         import sys
@@ -297,7 +299,7 @@ def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
     run_python(script, folder)
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_where_the_folder_should_be_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "student").write_text("mine")
     with pytest.raises(NotADirectoryError, match="student is a file; save_directory must be a folder"):
         llama_student().save_pretrained(tmp_path / "student")
@@ -324,7 +326,7 @@ def test_a_disk_that_runs_full_leaves_what_was_there_before(tmp_path: Path, limi
     assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), student)
 
 
-def test_a_student_larger_than_the_free_disk_is_refused_before_anything_is_written(
+def test_a_student_larger_than_the_free_disk_is_an_error_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = llama_student()

@@ -1,4 +1,4 @@
-"""Layouts of unregistered families: right where they are inferred, refused where they cannot be certain."""
+"""Layouts of unregistered families: right where they are inferred, an error where they cannot be certain."""
 
 import dataclasses
 
@@ -59,7 +59,7 @@ def test_heads_are_kept_where_the_family_cannot_run_with_fewer() -> None:
     assert "kv_heads" not in {name for row in layout.rows for axis in row.axes for name in axis_names(axis)}
 
 
-def test_a_hidden_factor_of_the_width_is_refused() -> None:
+def test_a_hidden_factor_of_the_width_is_an_error() -> None:
     config = CONFIG_MAPPING["recurrent_gemma"]()
     with pytest.raises(LayoutError, match="factor of its embeddings is not known to be independent of its width"):
         infer_layout(config, MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
@@ -124,7 +124,7 @@ def wrong_layouts() -> dict[str, Layout]:
 
 
 @pytest.mark.parametrize("fault", list(wrong_layouts()))
-def test_check_equivalence_refuses_a_wrong_layout(fault: str) -> None:
+def test_check_equivalence_rejects_a_wrong_layout(fault: str) -> None:
     model = tiny_model("llama")
     assert check_equivalence(registered_layouts()["llama"], model).passed
     assert not check_equivalence(wrong_layouts()[fault], model).passed
@@ -138,7 +138,7 @@ def test_rotation_keeps_the_mean_where_asked() -> None:
     assert not torch.allclose(rotation, torch.eye(12, dtype=torch.float64), atol=0.1)
 
 
-def test_a_model_that_reads_images_too_is_refused_a_narrower_student_with_a_reason():
+def test_a_model_that_also_reads_images_allows_only_fewer_blocks_and_states_the_reason():
     text = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
     seen = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(

@@ -172,7 +172,7 @@ def test_old_names_and_values_warn_with_the_new_ones(method: str, old: dict[str,
     ],
 )
 @pytest.mark.parametrize("method", ["guide", "calibrated"])
-def test_a_removed_option_says_so_and_why(name: str, method: str) -> None:
+def test_a_removed_option_is_an_error_with_the_reason(name: str, method: str) -> None:
     with pytest.raises(OptionError, match=f"'{name}' was removed: .*leave it out"):
         InitializationConfig(method=method, **{name: True})
 

@@ -1,4 +1,4 @@
-"""A report survives the disk, and says the same to a reader as to a program."""
+"""A report survives saving and loading, and its text states the values of its fields."""
 
 import dataclasses
 import json

@@ -101,7 +101,7 @@ ASKED = [
 
 
 def size_of(model: PreTrainedModel) -> dict[str, int]:
-    """Return what the parameters' shapes say of a model: its blocks and how many numbers each parameter holds."""
+    """Return the number of elements of each parameter by its name, which also shows the blocks."""
     return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 

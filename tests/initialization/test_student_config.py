@@ -55,7 +55,8 @@ TEACHERS = {
 IDENTITY = ("transformers_version", "_name_or_path")
 
 
-def said(config: PreTrainedConfig) -> dict:
+def plain_dict(config: PreTrainedConfig) -> dict:
+    """Return a config's fields without the version and the path it was loaded from."""
     return {name: value for name, value in config.to_dict().items() if name not in IDENTITY}
 
 
@@ -65,7 +66,7 @@ def teacher(request: pytest.FixtureRequest) -> PreTrainedConfig:
 
 
 def test_no_override_changes_nothing(teacher: PreTrainedConfig) -> None:
-    assert said(derive_student_config(teacher, {})) == said(teacher)
+    assert plain_dict(derive_student_config(teacher, {})) == plain_dict(teacher)
 
 
 def test_a_smaller_student_can_be_built_and_the_teacher_stays(teacher: PreTrainedConfig) -> None:
@@ -78,7 +79,7 @@ def test_a_smaller_student_can_be_built_and_the_teacher_stays(teacher: PreTraine
     student = with_blocks(teacher, [0, 2, 4, 6], **sizes)
     with torch.device("meta"):
         AutoModel.from_config(student)
-    assert said(type(student)(**student.to_dict())) == said(student)
+    assert plain_dict(type(student)(**student.to_dict())) == plain_dict(student)
 
 
 def test_computed_fields_are_computed_again() -> None:
@@ -110,7 +111,7 @@ def test_as_many_key_value_heads_as_heads_stay_as_many() -> None:
 
 def test_names_of_the_family_and_their_aliases_mean_the_same() -> None:
     teacher = TEACHERS["gpt2"]
-    assert said(derive_student_config(teacher, {"hidden_size": 32})) == said(
+    assert plain_dict(derive_student_config(teacher, {"hidden_size": 32})) == plain_dict(
         derive_student_config(teacher, {"n_embd": 32})
     )
     with pytest.raises(OptionError, match="32 and 16"):

@@ -69,7 +69,7 @@ def test_without_a_tokenizer_no_row_is_known_to_be_padding(rows: int, tmp_path: 
 
 
 def test_the_tokenizer_is_read_from_the_teachers_source(tmp_path: Path) -> None:
-    """In a subfolder, in the cache of a Hub id, and beside the folder that a loaded teacher came from."""
+    """In a subfolder, in the cache of a Hub id, and next to the weights of a loaded teacher."""
     kind, commit = KINDS["llama"], "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--small"
     snapshot = repository / "snapshots" / commit

@@ -114,7 +114,7 @@ class Untouchable:
         raise AssertionError("the dataset was read")
 
 
-def test_a_shape_that_cannot_run_is_refused_before_calibration_reads_its_data() -> None:
+def test_a_shape_that_cannot_run_is_an_error_before_calibration_reads_its_data() -> None:
     with pytest.raises(ShapeError, match="cannot run: RuntimeError in DeepseekV3Attention"):
         from_teacher(
             deepseek(),
@@ -126,13 +126,13 @@ def test_a_shape_that_cannot_run_is_refused_before_calibration_reads_its_data() 
 
 
 @pytest.mark.parametrize("method", ["guide", "uniform", "random"])
-def test_a_student_whose_decoder_cannot_use_its_cache_is_refused(method: str) -> None:
+def test_a_student_whose_decoder_cannot_use_its_cache_is_an_error(method: str) -> None:
     teacher = KINDS["t5"].teacher()  # whose cache has as many layers as the encoder
     with pytest.raises(ShapeError, match=r"cannot run: IndexError in T5Attention"):
         from_teacher(teacher, num_layers=2, num_decoder_layers=3, method=method, show_progress=False)
 
 
-def test_outputs_that_are_not_finite_are_refused() -> None:
+def test_outputs_that_are_not_finite_are_an_error() -> None:
     teacher = KINDS["llama"].teacher()
     with torch.no_grad():
         teacher.model.layers[0].mlp.down_proj.weight.mul_(3e4)

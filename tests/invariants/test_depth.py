@@ -94,7 +94,7 @@ EXACT = [
     Family("WavLMForSequenceClassification", WAVLM, name="WavLM", selected=LAST),
 ]
 REPORTED = [Family("PegasusXForConditionalGeneration"), Family("BeamForCausalLM")]
-REFUSED = {  # by model class: its stack, and the reason
+BLOCKS_OF_ANOTHER_KIND = {  # by model class: its stack, and the reason
     "ModernBertForMaskedLM": (["layers"], r"attn_norm.*lacks"),
     "ModernBertDecoderForCausalLM": (["layers"], r"attn_norm.*lacks"),
     "RwkvForCausalLM": (["blocks"], r"has no .*pre_ln"),
@@ -153,10 +153,10 @@ def test_any_other_dependence_on_a_block_index_is_reported(family: Family) -> No
         assert "Not exact beyond the smaller sizes: 1 approximated" in student.initialization_report.summary()
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", BLOCKS_OF_ANOTHER_KIND)
 def test_a_block_of_another_kind_than_its_position_is_an_error(name: str) -> None:
-    with pytest.raises(ShapeError, match=REFUSED[name][1]):
-        student_of(Family(name).teacher(), "explicit", LAST, REFUSED[name][0])
+    with pytest.raises(ShapeError, match=BLOCKS_OF_ANOTHER_KIND[name][1]):
+        student_of(Family(name).teacher(), "explicit", LAST, BLOCKS_OF_ANOTHER_KIND[name][0])
 
 
 def test_a_model_that_rescales_its_weights_is_transferred_with_the_original_ones() -> None:
@@ -234,7 +234,7 @@ def test_a_narrower_student_too_has_the_constants_of_its_blocks(method: str) -> 
     assert difference(student, teacher) <= TOLERANCE
 
 
-def test_check_equivalence_refuses_depth_but_not_width_where_blocks_depend_on_their_index() -> None:
+def test_check_equivalence_rejects_depth_but_not_width_where_blocks_depend_on_their_index() -> None:
     teacher = teacher_for(MiniCPM3ForCausalLM, MiniCPM3Config(tie_word_embeddings=False), depth=4)
     layout = layout_for(teacher.config, type(teacher))
     report = check_equivalence(layout, teacher)

@@ -149,7 +149,7 @@ def test_directions_are_those_of_the_paper():
         )
 
 
-def test_ablations_differ_from_the_method_in_what_their_names_say():
+def test_ablations_differ_from_the_method_as_their_names_state():
     data = make_embeddings()
     w = data.weight - data.weight.mean(0)
     assert (w @ fit(data, "no-null-space").scores.directions).abs().max() > 1e-3

@@ -93,7 +93,7 @@ def test_a_dataset_of_ids_is_batches_of_them(teacher: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_rows_longer_than_the_table_of_positions_are_refused(name: str) -> None:
+def test_rows_longer_than_the_table_of_positions_are_an_error(name: str) -> None:
     teacher = KINDS[name].teacher()
     positions = teacher.config.max_position_embeddings
     rows = torch.randint(3, 90, (2, positions + 1))

@@ -1,4 +1,4 @@
-"""Each metric loads by its path without a Hub, merges what batches and processes added, and refuses what has no answer."""
+"""Each metric loads by its path without a Hub, merges what batches and processes added, and raises where it is undefined."""
 
 import json
 import math

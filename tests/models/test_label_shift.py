@@ -158,9 +158,9 @@ def test_the_task_loss_is_the_models_own(task: Task, kind: str, name: str, tmp_p
         task = task_of(model)  # a class that serves several tasks counts for the first
         batch = batch_for(model, task)
         reference(model, batch)
-    except (*MODEL_ERRORS, OSError) as refusal:
-        assert name not in FIRST, refusal
-        pytest.skip(f"no small model, or it cannot be run on this batch: {refusal}"[:200])
+    except (*MODEL_ERRORS, OSError) as error:
+        assert name not in FIRST, error
+        pytest.skip(f"no small model, or it cannot be run on this batch: {error}"[:200])
     except AssertionError:
         pytest.skip("its logits are not finite with random weights")
     if name in NOT_ALIKE:

@@ -205,7 +205,7 @@ def test_what_is_not_certain_is_not_taken_out(why):
 
 
 class MaskingLlama(transformers.LlamaForCausalLM):
-    """Does something to its logits that no config tells."""
+    """A model that masks a logit, of which its config holds no trace."""
 
     def forward(self, *args: Any, **options: Any) -> Any:
         outputs = super().forward(*args, **options)

@@ -84,8 +84,8 @@ def check_result(rows, options: ClassificationArguments, printed: str) -> None:
     assert 0.0 <= record.metrics[SUBCLASS_HEAD_AGREEMENT] <= 1.0
     card = Path(options.output_dir, "README.md").read_text(encoding="utf-8")
     assert "accuracy" in card and str(Path(options.output_dir).parent) not in card
-    told = json.loads(Path(options.output_dir, RESULTS_NAME).read_text(encoding="utf-8"))
-    assert [row["accuracy"] for row in told["rows"]] == [row.accuracy for row in rows]
+    results = json.loads(Path(options.output_dir, RESULTS_NAME).read_text(encoding="utf-8"))
+    assert [row["accuracy"] for row in results["rows"]] == [row.accuracy for row in rows]
 
 
 def test_the_whole_way_on_a_tiny_teacher(options, capsys):
@@ -107,12 +107,12 @@ def test_the_command_line_has_the_defaults_of_the_arguments():
     "wrong",
     [{"steps": 0}, {"examples": -1}, {"num_subclasses": 1}, {"temperature": 0.0}, {"subclass_temperature": -1.0}],
 )
-def test_numbers_out_of_range_are_refused(wrong):
+def test_numbers_out_of_range_are_an_error(wrong):
     with pytest.raises(OptionError, match=next(iter(wrong))):
         ClassificationArguments(**wrong)
 
 
-def test_texts_that_do_not_serve_are_refused(tmp_path, options):
+def test_invalid_labeled_texts_are_an_error(tmp_path, options):
     with pytest.raises(OptionError, match="JSON lines"):
         list(read_labeled_texts(str(tmp_path / "missing.jsonl")))
     (tmp_path / "bad.jsonl").write_text('{"text": "one", "label": "a"}\n{"text": "two"}\n')

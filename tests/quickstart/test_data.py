@@ -49,7 +49,7 @@ def test_another_seed_gives_another_split_and_another_order(documents):
 
 
 def test_the_share_held_out_is_the_one_asked_for():
-    numbered = [f"document number {number} says nothing else" for number in range(4000)]
+    numbered = [f"document number {number} holds nothing else" for number in range(4000)]
     split = split_documents(numbered, held_out=0.25)
     assert len(split.held_out) == pytest.approx(1000, abs=100)
     assert len(split.train) + len(split.held_out) == 4000
@@ -93,17 +93,17 @@ def test_clean_text_keeps_its_words_and_paragraphs():
 
 
 @pytest.mark.parametrize("held_out", [0.0, 1.0, -0.1])
-def test_a_share_that_is_none_is_refused(held_out):
+def test_an_invalid_share_is_an_error(held_out):
     with pytest.raises(OptionError, match="between 0 and 1"):
         split_documents(["one", "two"], held_out=held_out)
 
 
-def test_too_few_documents_are_refused():
+def test_too_few_documents_are_an_error():
     with pytest.raises(OptionError, match="1 different documents leave"):
         split_documents(["the only one"])
 
 
-def test_an_unknown_text_is_refused_with_the_nearest(tmp_path):
+def test_an_unknown_text_is_an_error_with_the_nearest_name(tmp_path):
     with pytest.raises(OptionError, match="Did you mean 'wikipedia'"):
         list(read_documents("wikipdia"))
     with pytest.raises(OptionError, match="must contain .txt files"):

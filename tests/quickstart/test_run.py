@@ -124,7 +124,7 @@ def test_the_whole_way_on_a_tiny_teacher(options, capsys):
     assert [row.end for row in again] == [row.end for row in first], "the same call gives the same figures"
 
 
-def test_too_little_text_is_refused_before_any_training(options, tmp_path):
+def test_too_little_text_is_an_error_before_any_training(options, tmp_path):
     with pytest.raises(OptionError, match="reduce the steps"):
         quickstart(QuickstartArguments(**{**vars(options), "steps": 100_000}), show_progress=False)
     assert not (tmp_path / "best").exists()

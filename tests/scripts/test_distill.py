@@ -1,4 +1,4 @@
-"""`hf-guide distill`: one file says it all, what it says is checked before any work, and what is saved is a stock student."""
+"""`hf-guide distill`: one file holds all options, they are validated before any work, and the student saved is a stock one."""
 
 import argparse
 import copy
@@ -174,7 +174,7 @@ def test_a_run_that_was_cut_off_goes_on(teacher, tmp_path, capsys):
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
 
 
-# What is said, and how
+# Help, messages and invalid options
 
 
 def test_help_after_the_file_lists_every_option(tmp_path, capsys):
@@ -224,7 +224,7 @@ def test_the_command_line_counts_over_the_file_and_yaml_may_write_numbers_as_it_
         ({"peft_config": [1]}, [], "peft_config must be a mapping"),
     ],
 )
-def test_what_the_file_says_wrong_is_named(entries, words, message, tmp_path):
+def test_an_invalid_option_of_the_file_is_named(entries, words, message, tmp_path):
     path = written(
         tmp_path, **{"data_files": "a.txt", "teacher": "no/such", "student_init_kwargs": {"hidden_size": 8}} | entries
     )
@@ -232,7 +232,7 @@ def test_what_the_file_says_wrong_is_named(entries, words, message, tmp_path):
         read_config(path, words)
 
 
-def test_a_file_that_is_no_mapping_is_refused(tmp_path):
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path):
     for name, text in (("a.yaml", "- 1\n"), ("b.yaml", "a: [\n"), ("c.json", "{")):
         (tmp_path / name).write_text(text)
         with pytest.raises(OptionError, match=name):
@@ -261,7 +261,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path):
         ({"resume_from_checkpoint": "/no/such/checkpoint"}, "no folder '/no/such/checkpoint'"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_the_first_step(entries, message, teacher, tmp_path):
+def test_what_cannot_be_done_is_an_error_before_the_first_step(entries, message, teacher, tmp_path):
     (tmp_path / "empty").mkdir()
     data = local.write_text(tmp_path / "text.txt")
     entries = {name: tmp_path / "empty" if value == "EMPTY" else value for name, value in entries.items()}
@@ -273,7 +273,7 @@ def test_what_cannot_be_done_is_said_before_the_first_step(entries, message, tea
     assert not (tmp_path / "student" / "model.safetensors").exists()
 
 
-def test_labels_that_the_teacher_does_not_know_are_refused(tmp_path):
+def test_labels_that_the_teacher_does_not_have_are_an_error(tmp_path):
     teacher = make_model(tmp_path / "teacher", "bert", "ForSequenceClassification", id2label={0: "up", 1: "down"})
     data = local.write_labelled(tmp_path / "labelled.csv")
     path = written(tmp_path, teacher=teacher, student_init_kwargs=SMALLER["bert"], data_files=data)
@@ -366,7 +366,7 @@ def test_evaluation_masks_once_and_training_anew(pack):
     assert once["labels"][:] == processed.eval["labels"][:]
 
 
-def test_a_file_that_is_no_text_is_refused_with_what_ails_it(tmp_path):
+def test_a_file_that_is_no_text_is_an_error_with_the_reason(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one line\n\xa0\xff another")
     with pytest.raises(OptionError, match="a.txt cannot be read: .*can't decode byte 0xa0"):
         load_splits(DataArguments(dataset_name="text", data_files=str(tmp_path / "a.txt")))

@@ -1,4 +1,4 @@
-"""What is said of a teacher before choosing a width holds for the student that is then made."""
+"""The sizes and variances that inspection predicts for a width hold for the student made at that width."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def small_model(family: str):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_suggested_students_can_be_made_and_are_as_large_and_as_good_as_said(family):
+def test_suggested_students_can_be_made_with_the_predicted_size_and_variance(family):
     model = small_model(family)
     teacher = open_teacher(model)
     layout = layout_for(teacher.config, teacher.model_class)

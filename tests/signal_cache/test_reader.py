@@ -168,7 +168,7 @@ def test_an_example_that_was_not_captured_is_an_error_or_leaves_the_batch_withou
         CaptureDataCollator(Pad(), made, missing="ignore")
 
 
-def test_token_types_tell_examples_apart_unless_they_are_zero_or_ignored(tmp_path):
+def test_token_types_distinguish_examples_unless_they_are_zero_or_ignored(tmp_path):
     dataset = examples_for("masked-lm")
     kind = TEACHERS["sequence-classification"]
 

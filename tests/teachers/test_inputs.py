@@ -1,4 +1,4 @@
-"""A teacher that is a copy of the student teaches it nothing new, whatever the batch's conventions are, or is refused."""
+"""A teacher that is a copy of the student teaches it nothing new, whatever the batch's conventions are, or is an error."""
 
 import copy
 import math

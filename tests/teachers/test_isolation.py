@@ -1,4 +1,4 @@
-"""A teacher is apart from its student: the two share no parameter, whatever is wrapped around them, or are refused."""
+"""A teacher is apart from its student: the two share no parameter, whatever is wrapped around them, or it is an error."""
 
 import copy
 from collections.abc import Callable
@@ -228,7 +228,7 @@ def spectral(folder: Path) -> Any:
     return lora(model)
 
 
-REFUSED = {
+UNTRAINABLE = {
     frozen: "No parameter of the student is trainable",
     adapter_for_inference: "is_trainable=True",
     compiled: "torch_compile=True",
@@ -239,14 +239,14 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("make", REFUSED, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", UNTRAINABLE, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("by", ["model", "model_init"])
 def test_a_student_that_cannot_be_trained_as_it_is_is_an_error(
     make: Callable[[Path], Any], by: str, tmp_path: Path
 ) -> None:
     student = make(tmp_path)
     given = {"model": student} if by == "model" else {"model_init": lambda: student}
-    with pytest.raises(OptionError, match=REFUSED[make]):
+    with pytest.raises(OptionError, match=UNTRAINABLE[make]):
         DistillationTrainer(
             **given,
             args=arguments(tmp_path),

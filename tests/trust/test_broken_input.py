@@ -199,7 +199,7 @@ def error_of(argv: list[object], captured: pytest.CaptureFixture[str]) -> str:
     error = captured.readouterr().err.partition("error: ")[2].strip()
     assert code in (1, 2), argv
     assert error and "\n\n" not in error and "Traceback" not in error
-    assert not re.fullmatch(r"['\"]?\w+['\"]?", error), f"{error!r} does not say what is wrong"
+    assert not re.fullmatch(r"['\"]?\w+['\"]?", error), f"{error!r} does not state what is wrong"
     return error
 
 
@@ -405,7 +405,7 @@ def test_a_pickled_checkpoint_of_tensors_is_read(home: Path, tmp_path: Path) -> 
     assert cli.main([str(word) for word in init(home, tmp_path, folder)]) == 0
 
 
-def test_a_pickle_that_would_run_code_says_what_to_do(
+def test_a_pickle_that_would_run_code_is_an_error_with_a_remedy(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(home / "teacher", tmp_path / "broken"))

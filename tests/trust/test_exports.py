@@ -31,7 +31,7 @@ def test_every_error_is_exported() -> None:
     assert {"TaskError", "CaptureError"} <= raised
 
 
-def test_what_is_exported_is_there_and_where_it_is_said_to_be() -> None:
+def test_every_exported_name_is_defined_in_its_stated_module() -> None:
     for name in hf_guide.__all__:
         home = hf_guide._HOMES.get(name)
         if home is not None:

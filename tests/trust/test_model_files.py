@@ -75,7 +75,7 @@ def test_links_of_the_hubs_cache_are_followed(folder: Path, tmp_path: Path) -> N
     assert "huggingface.co/org/name" in (tmp_path / "s" / "README.md").read_text()
 
 
-def test_a_link_to_another_repositorys_blobs_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_link_to_another_repositorys_blobs_is_an_error(folder: Path, tmp_path: Path) -> None:
     snapshot = hub_cache(folder, tmp_path)
     other = tmp_path / "hub" / "models--me--private" / "blobs" / "0"
     other.parent.mkdir(parents=True)
@@ -140,7 +140,7 @@ WAYS_IN = ["from_teacher", "capture", "trainer"]
 
 @pytest.mark.parametrize("way", WAYS_IN)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model-00001-of-*.safetensors"])
-def test_a_model_that_is_linked_out_of_its_folder_is_refused(
+def test_a_model_that_is_linked_out_of_its_folder_is_an_error(
     folder: Path, tmp_path: Path, name: str, way: str
 ) -> None:
     path = next(folder.glob(name))
@@ -155,7 +155,7 @@ def test_a_model_that_is_linked_out_of_its_folder_is_refused(
     "shard", ["../outside.safetensors", "/outside.safetensors", "a/../../x", "..\\x", "C:\\x", ""]
 )
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
-def test_an_index_that_names_files_elsewhere_is_refused(folder: Path, index: str, shard: str, way: str) -> None:
+def test_an_index_that_names_files_elsewhere_is_an_error(folder: Path, index: str, shard: str, way: str) -> None:
     values = json.loads((folder / "model.safetensors.index.json").read_text())
     values["weight_map"] = dict.fromkeys(values["weight_map"], shard)
     (folder / index).write_text(json.dumps(values))
@@ -227,7 +227,7 @@ def test_a_stock_model_keeps_no_code_of_its_tokenizer_without_permission(
     assert "tokenizer_config.json" in caplog.text and "trust_remote_code=True" in caplog.text
 
 
-def test_a_card_names_code_only_where_its_file_stands_beside_the_weights(custom: Path, tmp_path: Path) -> None:
+def test_a_card_names_code_only_where_its_file_is_next_to_the_weights(custom: Path, tmp_path: Path) -> None:
     from_teacher(custom, method="random", trust_remote_code=True, show_progress=False).save_pretrained(tmp_path / "s")
     from hf_guide.hub.model_card import write_model_card
 
@@ -259,7 +259,7 @@ def test_a_home_that_no_shell_expanded_is_named(words: list[str], capsys: pytest
     assert "'~' is expanded by a shell only. Write the whole path" in capsys.readouterr().err
 
 
-def test_an_adapter_whose_base_is_not_here_says_where_to_start(folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_whose_base_is_missing_is_an_error_with_a_remedy(folder: Path, tmp_path: Path) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": "teacher-of-mine"}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))

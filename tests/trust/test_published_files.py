@@ -58,12 +58,12 @@ def folders(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_no_file_tells_a_path_or_a_token(folders: dict[str, Path], kind: str) -> None:
+def test_no_file_holds_a_path_or_a_token(folders: dict[str, Path], kind: str) -> None:
     assert files_with(folders[kind], SECRET, TOKEN) == []
 
 
 @pytest.mark.parametrize("kind", sorted({*FOLDERS} - {"page", "capture", "calibration", "embeddings", "targets"}))
-def test_no_config_refers_to_code_that_is_not_beside_it(folders: dict[str, Path], kind: str) -> None:
+def test_no_config_refers_to_code_that_is_not_next_to_it(folders: dict[str, Path], kind: str) -> None:
     for name in CONFIG_FILES:
         for path in folders[kind].rglob(name):
             values = json.loads(path.read_text())
@@ -106,7 +106,7 @@ PUSH = """
 
 
 @pytest.mark.slow
-def test_what_is_pushed_tells_no_path_and_refers_to_no_code(tmp_path: Path) -> None:
+def test_what_is_pushed_holds_no_path_and_refers_to_no_code(tmp_path: Path) -> None:
     (tmp_path / SECRET).mkdir()
     with fake_hub() as hub:
         run_with_hub(PUSH, hub, tmp_path / SECRET)
@@ -125,7 +125,7 @@ def _check_pushed(hub: FakeHub, repository: str) -> None:
     assert b"trust_remote_code" not in files["README.md"]
 
 
-def test_the_quickstarts_table_tells_no_path(tmp_path: Path) -> None:
+def test_the_quickstarts_table_holds_no_path(tmp_path: Path) -> None:
     teacher = save_teacher("llama", tmp_path / SECRET / "teacher")
     student = from_teacher(teacher, hidden_size=24, show_progress=False)
     text = tmp_path / SECRET / "texts"

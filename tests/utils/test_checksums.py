@@ -185,7 +185,7 @@ def test_each_shard_is_checked_once(processed: Path, monkeypatch: pytest.MonkeyP
     assert checked == ["index.arrow", "shard-000000.arrow", "shard-000001.arrow"]
 
 
-def test_a_projector_saved_over_another_is_whole_or_refused(tmp_path: Path) -> None:
+def test_a_projector_saved_over_another_is_whole_or_raises(tmp_path: Path) -> None:
     save_projector(tmp_path / "old", seed=0, temperature=1.0)
     save_projector(tmp_path / "new", seed=1, temperature=2.0)
     for name in ("subclass_projector.safetensors", "subclass_projector.json"):

@@ -1,4 +1,4 @@
-"""An output is whole or not there, whoever is killed, and one run never touches what another one writes."""
+"""An output is whole or absent, whichever process is killed, and one run never touches what another one writes."""
 
 import ctypes
 import os
@@ -49,7 +49,7 @@ def killed_while_it_writes(output: Path) -> None:
 
 
 def test_two_runs_into_one_output_do_not_touch_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second in a container has the number of the first: the process's number may not tell them apart."""
+    """The second in a container has the number of the first: the process's number must not be what distinguishes them."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     with pytest.raises(FileExistsError, match="not empty"), atomic_folder(tmp_path / "student") as first:
         (first / "weights").write_text("first")
@@ -249,7 +249,7 @@ def test_a_save_that_fails_leaves_the_student_that_was_there(tmp_path: Path) -> 
     assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), student)
 
 
-# What an interruption or a full disk in `hf-guide distill` leaves, and what is said of it
+# What an interruption or a full disk in `hf-guide distill` leaves, and its message
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def teacher_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("teacher") / "teacher", "llama", "ForCausalLM")
 
 
-def test_what_is_said_of_an_interrupted_distillation_is_true(
+def test_the_message_of_an_interrupted_distillation_is_true(
     distil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hf_guide import DistillationTrainer
@@ -318,7 +318,7 @@ def test_what_is_said_of_an_interrupted_distillation_is_true(
     assert distil(tmp_path / "out", resume_from_checkpoint=True) == 0
 
 
-def test_a_full_disk_in_distill_is_said_and_leaves_the_whole_checkpoints(
+def test_a_full_disk_in_distill_is_an_error_and_leaves_the_whole_checkpoints(
     distil: Any, mounted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
@@ -346,7 +346,7 @@ def test_a_full_disk_in_distill_is_said_and_leaves_the_whole_checkpoints(
 
 
 @pytest.mark.parametrize("limit", [1_000, 35_000])
-def test_a_limit_on_files_in_distill_is_said_as_a_full_disk_is(
+def test_a_limit_on_file_sizes_in_distill_is_reported_as_a_full_disk_is(
     limit: int, distil: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the weights, safetensors', to the optimizer, torch's: each library fails in a way of its own."""
@@ -372,7 +372,7 @@ def test_an_output_dir_within_a_file_is_an_error(output: str, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_output_that_is_not_writable_is_refused(tmp_path: Path) -> None:
+def test_an_output_that_is_not_writable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     for check in (check_output_folder, lambda folder: cache_folder(folder).check()):
         with pytest.raises(PermissionError, match="locked is not writable"):

@@ -51,7 +51,7 @@ def test_each_entry_that_differs_is_named() -> None:
         folder(Path("cache")).check_same_call(recorded, recorded | {"top_k": 9})
 
 
-def test_an_error_of_the_disk_says_that_the_call_continues(tmp_path: Path) -> None:
+def test_an_error_of_the_disk_states_that_the_call_continues(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="could not be written: no space.*the same call then continues"):  # noqa: SIM117
         with resumable_write(tmp_path / "file", OptionError):
             raise OSError("no space")

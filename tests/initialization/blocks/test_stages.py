@@ -151,7 +151,7 @@ def test_a_student_of_its_teachers_shape_is_its_teacher(family: Hierarchy) -> No
 
 
 @torch.no_grad()
-def test_the_users_own_blocks_of_a_stage_are_kept_or_refused() -> None:
+def test_the_users_own_blocks_of_a_stage_are_kept_or_raise() -> None:
     family = FAMILIES["swin"]
     teacher = family.build()
     name = "encoder.layers.2.blocks"
@@ -172,7 +172,7 @@ def test_the_users_own_blocks_of_a_stage_are_kept_or_refused() -> None:
 
 
 @pytest.mark.parametrize("depths", [[2, 2, 2], [2, 4, 6]], ids=str)
-def test_calibration_of_stages_is_refused_before_data_is_read(depths: list[int]) -> None:
+def test_calibration_of_stages_is_an_error_before_data_is_read(depths: list[int]) -> None:
     with pytest.raises(LayoutError, match="follows one residual stream.*'encoder.layers' of 'swin'.*method='guide'"):
         from_teacher(
             FAMILIES["swin"].build(),
@@ -183,7 +183,7 @@ def test_calibration_of_stages_is_refused_before_data_is_read(depths: list[int])
         )
 
 
-def test_stages_that_cannot_be_are_refused_with_the_reason() -> None:
+def test_invalid_stages_are_an_error_with_the_reason() -> None:
     teacher = FAMILIES["swin"].build()
     for depths, reason in (
         ([2, 4], "must list 3 numbers, one for each stage"),

@@ -18,7 +18,7 @@ T5 = {
 
 
 def untie(model: PreTrainedModel) -> None:
-    """As a checkpoint does that holds a head of its own, though the config of these families always says tied."""
+    """Give the model a head of its own, as some checkpoints have, though the configs of these families are always tied."""
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     del model.all_tied_weights_keys["lm_head.weight"]
 

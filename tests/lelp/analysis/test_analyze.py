@@ -106,7 +106,7 @@ def test_texts_are_shown_by_subclass_with_fine_labels_and_an_estimated_gain(text
 
 
 def facts_without_probes(home, data, folder):
-    """Return what the command writes of a file of texts beside its figures."""
+    """Return the facts that the command writes next to its figures, for a file of texts."""
     words = [
         "analyze-subclasses", home / "projector", data, "--teacher", home / "teacher", "--no-progress",
         "--no-probe", "-o", folder / "page.html", "--figures", folder / "figures",
@@ -171,7 +171,7 @@ def test_a_missing_projector_is_one_clear_message(text, name, tmp_path, capsys):
 
 
 def test_the_teacher_is_loaded_onto_the_accelerator(text, tmp_path, monkeypatch):
-    """As `fit_subclasses` does: where accelerate says."""
+    """As in `fit_subclasses`: onto accelerate's device."""
     home, projector, _ = text
     asked = []
 

@@ -23,7 +23,7 @@ COUNT, NUM_FINE, WIDTH = 1200, 4, 16
 
 @pytest.fixture(scope="module")
 def hidden():
-    """Two classes of four clusters each, which the embeddings tell apart and the features show."""
+    """Two classes of four clusters each, which both the embeddings and the features separate."""
     generator = torch.Generator().manual_seed(0)
     fine_labels = torch.arange(COUNT) % (2 * NUM_FINE)
     classes = fine_labels % 2
@@ -67,7 +67,7 @@ def test_a_partition_that_has_nothing_to_do_with_the_data_is_not_recommended(hid
 
 
 def test_the_estimate_is_what_probes_gain(hidden):
-    """Classes by the parity of hard-to-separate cells: a student that is told the cells finds the classes."""
+    """Classes by the parity of hard-to-separate cells: a student that is given the cells finds the classes."""
     generator = torch.Generator().manual_seed(1)
     cells = torch.randint(0, 4, (3000, 2), generator=generator)
     classes = cells.sum(1) % 2
@@ -157,7 +157,7 @@ def test_probes_learn_a_linear_boundary(hidden):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    "change, reported",
     [
         ({"features": numpy.full((COUNT, 3), 1.0)}, "the same features"),
         ({"features": torch.zeros(COUNT - 1, 3)}, f"found {COUNT}, {COUNT} and {COUNT - 1}"),

@@ -88,7 +88,7 @@ def test_subclasses_equal_to_fine_labels_have_all_information_and_random_ones_no
         abs(label_mutual_information(torch.randint(0, 3, (4000,), generator=generator), classes, fine_labels).adjusted)
         < 0.01
     )
-    assert label_mutual_information(fine_labels % 3, fine_labels, fine_labels).adjusted == 0  # the class tells all
+    assert label_mutual_information(fine_labels % 3, fine_labels, fine_labels).adjusted == 0  # the class explains it
 
 
 def test_the_plane_has_the_largest_variance_and_is_invariant_to_rotations():

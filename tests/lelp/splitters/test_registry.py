@@ -77,7 +77,7 @@ def test_a_name_that_is_taken_raises_and_names_the_function(splitters) -> None:
         register_splitter("mine", split_by_first_coordinates)
 
 
-def test_an_ablation_that_is_not_registered_raises_and_says_where_it_is(splitters, tmp_path: Path) -> None:
+def test_an_ablation_that_is_not_registered_is_an_error_that_names_its_file(splitters, tmp_path: Path) -> None:
     module = import_benchmark("lelp_splitters")
     data = make_embeddings()
     for name in registry.BENCHMARK_SPLITTERS:
