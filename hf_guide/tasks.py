@@ -162,7 +162,7 @@ class Task(str, Enum):
     )
 
     def __new__(cls, value: str, row: TaskRow | None = None) -> "Task":
-        """Make a member whose value is its name and which carries its row; `Task("causal-lm")` looks one up."""
+        """Make a member whose value is its name and which has its row; `Task("causal-lm")` looks one up."""
         assert row is not None
         task = str.__new__(cls, value)
         task._value_ = value
@@ -254,7 +254,7 @@ def output_kind(task: Task, config: Any) -> OutputKind:
 
     Args:
         task: The model's.
-        config: The model's: its `problem_type`, and else `num_labels`, of which one stands for a regression.
+        config: The model's: its `problem_type`, and else `num_labels`, of which one means a regression.
     """
     kind = task.row.outputs[0].kind
     if kind is not OutputKind.CATEGORICAL or task.is_language_model:

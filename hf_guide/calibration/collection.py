@@ -59,8 +59,8 @@ def collect_calibration(
     """Run the teacher once on the first tokens of a dataset.
 
     Args:
-        source: What `from_teacher` was given. A loaded model runs as it is and where it is; otherwise `teacher` is loaded on
-            this process's GPU, or the CPU if there is none.
+        source: The teacher as passed to `from_teacher`. A loaded model runs as it is and where it is; otherwise `teacher`
+            is loaded on this process's GPU, or the CPU if there is none.
         teacher: The opened checkpoint.
         dataset: As `calibration_dataset` of `from_teacher`.
         config: The options.

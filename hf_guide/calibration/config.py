@@ -98,7 +98,7 @@ class CalibratedConfig(InitializationConfig):
         BasisKind.AUTO,
         "How the residual stream is narrowed: activations (their principal directions), embeddings (those of the embedding "
         "table, as guide) or channels (those with the largest second moment; gains stay exact). auto is channels where blocks "
-        "normalize the stream itself with gains that differ, as BERT's do, and activations elsewhere.",
+        "normalize the residual stream itself with gains that differ, as BERT's do, and activations elsewhere.",
     )
     head_importance: str = _importance("attention heads")
     neuron_importance: str = _importance("MLP neurons")

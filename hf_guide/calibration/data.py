@@ -76,8 +76,8 @@ def load_calibration_batches(
         **hub: Keywords of `from_pretrained` for the tokenizer.
 
     Raises:
-        OptionError: Rows cannot be made into batches, there are none, or ids are outside of the teacher's vocabulary; states
-            what was found.
+        OptionError: Rows cannot be made into batches, there are none, or ids are outside of the teacher's vocabulary; the
+            message states which.
     """
     rows = iter(dataset)
     first = next(rows, None)

@@ -65,7 +65,7 @@ class ModuleMap:
         read_norms: Those whose output other weights read; in a pre-norm model, all of them.
         residual_in: Linear modules that read the residual stream, routers of experts included.
         residual_out: Linear modules that write to the residual stream and read something else (o_proj, down_proj).
-        experts: Modules that hold a mixture's experts in one parameter, matched by the weight that writes to the stream.
+        experts: Modules that hold a mixture's experts in one parameter, matched by their output projection.
     """
 
     blocks: dict[str, list[nn.Module]] = field(default_factory=dict)

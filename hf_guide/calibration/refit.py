@@ -67,7 +67,7 @@ class RefitState:
             return False
         saved = self.checkpoint.load_step(step)
         if saved is None:
-            self.checkpoint.steps.clear()  # later ones were fitted to what this one had made of the student
+            self.checkpoint.steps.clear()  # later ones were fitted to the student after this step
             return False
         weights, facts = saved
         modules = self.student_modules.linear

@@ -13,21 +13,21 @@ from hf_guide.utils.deprecation import RenamedOptions, warn_renamed
 
 
 def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the teacher and where it is found."""
+    """Add the teacher and its source."""
     parser.add_argument("teacher", metavar="TEACHER", help="Hub id or folder of the big model")
     parser.add_argument("--gguf-file", metavar="FILE", help="GGUF file of the teacher to read")
     add_hub_arguments(parser)
 
 
 def add_hub_arguments(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
-    """Add where a teacher on the Hub is found."""
+    """Add the flags of a teacher on the Hub."""
     parser.add_argument("--revision", help="branch, tag or commit of the teacher")
     parser.add_argument("--token", help="access token for the Hub; by default your login's")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the teacher's repository")
 
 
 def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Return where a teacher is found, as keyword arguments of `from_pretrained`."""
+    """Return the flags of `add_hub_arguments` as keyword arguments of `from_pretrained`."""
     return {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code}
 
 

@@ -112,7 +112,7 @@ class BatchBuilder:
         """Return a batch with the signals of its teachers.
 
         Args:
-            inputs: What the collator made.
+            inputs: Those of the collator.
             training: Whether teachers compute the signals of the losses alone; otherwise what evaluation reports, too.
 
         Raises:

@@ -97,7 +97,7 @@ def load_cached_teacher(capture: Capture, student: Any, task: Task, processing_c
     Raises:
         TaskError: Its teacher is for another task.
         VocabularyError: Vocabularies or labels that do not agree.
-        CaptureError: It was made with another tokenizer.
+        CaptureError: Its tokenizer is another one.
     """
     if capture.task is not task:
         raise TaskError(

@@ -141,7 +141,7 @@ def accepts_num_items_in_batch(model: nn.Module, inputs: Mapping[str, Any]) -> b
     """Return whether a model's own loss is divided by `num_items_in_batch`, or by the items of its own batch all the same.
 
     `Trainer` passes it to every model whose forward takes keywords, and assumes the former; with the latter (T5, BERT's
-    classifiers) gradients would grow with accumulation and processes. It is found out by computing the loss of one batch
+    classifiers) gradients would grow with accumulation and processes. It is tested by computing the loss of one batch
     with a count of one and of two. Modes and random states are restored.
     """
     devices = sorted({tensor.device.index for tensor in inputs.values() if getattr(tensor, "is_cuda", False)})

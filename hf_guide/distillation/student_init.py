@@ -28,7 +28,7 @@ def init_student_from_teacher(
             teacher than the trainer's.
         teacher: The trainer's, or its signal cache.
         init_kwargs: Of `from_pretrained`; revision, token and trust_remote_code apply here too.
-        train_dataset: If it has token ids, the method calibrated uses it where no `calibration_dataset` is given.
+        train_dataset: If it has token ids, the method calibrated uses it unless `calibration_dataset` is set.
 
     Raises:
         OptionError: There is not exactly one teacher to initialize it from.

@@ -50,19 +50,19 @@ def build_live_teachers(
         classes, order = None, None
         if task.is_language_model:
             sizes = [each.get_output_embeddings().weight.shape[0] for each in (student, model)]
-            own = teacher_tokenizer(model, init_kwargs)
+            own_tokenizer = teacher_tokenizer(model, init_kwargs)
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            classes = shared_vocabulary_size(tokenizer, own, *sizes)
+            classes = shared_vocabulary_size(tokenizer, own_tokenizer, *sizes)
         else:
             order = align_labels(student.config, model.config)
         inputs = build_teacher_inputs(model, task, processing_class, student=student, init_kwargs=init_kwargs)
         # Before it is sharded: what is proved on whole weights still holds then, but they are no longer whole.
         head = find_lm_head(model) if task.is_language_model and not compile else None
-        placed, sharded = prepare_teacher(model, accelerator)
+        prepared, sharded = prepare_teacher(model, accelerator)
         if compile:
-            placed = torch.compile(placed)  # type: ignore[assignment]
+            prepared = torch.compile(prepared)  # type: ignore[assignment]
         head = None if sharded else head
-        teachers.append(LiveTeacher(placed, task, classes, order, share / sum(shares), head, inputs))
+        teachers.append(LiveTeacher(prepared, task, classes, order, share / sum(shares), head, inputs))
     return teachers
 
 

@@ -234,7 +234,7 @@ def is_default_template(card: RepoCard | None) -> bool:
 
 
 def replace_section(text: str, section: str, path: Path) -> str:
-    """Return a card's text with our section in it: in place of an older one, or at the end.
+    """Return a card's text with our section in it: instead of an older one, or at the end.
 
     Args:
         text: The card below its metadata.

@@ -83,7 +83,7 @@ def fit_basis(moment: Tensor, size: int, *, keep_mean: bool = False) -> Residual
     """Return the `size` directions that keep most of a second moment: its top eigenvectors (GUIDE, arXiv 2510.06502).
 
     Signs are fixed (the entry of largest magnitude is positive), so the same moment gives the same basis. With
-    `size == width` nothing has to be given up and the matrix is exactly the identity.
+    `size == width` nothing is lost and the matrix is exactly the identity.
 
     Args:
         moment: a symmetric second moment, shape (width, width).

@@ -53,7 +53,7 @@ class SubsequentLayers(StringEnum):
 
 
 def parse_layer_selection(layers: Any, *, allows_influence: bool = False) -> LayerSpec:
-    """Return the rule, the block numbers, or the block numbers by stack that `layers` stands for.
+    """Return the rule, the block numbers, or the block numbers by stack that `layers` specifies.
 
     Args:
         allows_influence: Whether the method measures the influence of blocks.
@@ -184,7 +184,7 @@ class InitializationConfig:
 
     @classmethod
     def parse(cls, method: "str | InitializationConfig | Mapping[str, Any]") -> "InitializationConfig":
-        """Return the config that `method` stands for: a name, a mapping of options, or a config, which is copied.
+        """Return the config that `method` specifies: a name, a mapping of options, or a config, which is copied.
 
         Raises:
             OptionError: As the class.
@@ -238,9 +238,9 @@ REMOVED_OPTIONS = {
     "fold_norms": f"norms are always folded, which is exact; {_REMOVED}",
     "restore_logit_scale": f"attention logits always keep the teacher's scale; {_REMOVED}",
     "pooling": f"each norm's input and each token weigh alike; {_REMOVED}",
-    "repair_inputs": f"a block is always refitted on the student's own stream; {_REMOVED}",
+    "repair_inputs": f"a block is always refitted on the student's own residual stream; {_REMOVED}",
     "absorb_blocks": f"dropped blocks are always merged into the block before them; {_REMOVED}",
-    "turn_queries": f"queries and keys are always rotated where nothing stands between them; {_REMOVED}",
+    "turn_queries": f"queries and keys are always rotated where no operation is between them; {_REMOVED}",
 }
 
 

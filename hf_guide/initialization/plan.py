@@ -66,7 +66,7 @@ AXIS_LABELS = {
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """One parameter of the student and the teacher's parameter that it is made of.
+    """One parameter of the student and the teacher's parameter that it comes from.
 
     Attributes:
         name: The student's own name of it.
@@ -388,7 +388,7 @@ class Plan:
         return float(scale(config)) if scale is not None else head_dim**-0.5
 
     def teacher_block(self, parameter: ParameterPlan) -> int:
-        """Return the index of the teacher's block that feeds the block in which `parameter` stands."""
+        """Return the index of the teacher's block that feeds the block of `parameter`."""
         assert parameter.block is not None
         stack = parameter.match.row.pattern.partition("{block}")[0] + "{block}"
         return self.block_mapping[stack][parameter.block] if stack in self.block_mapping else parameter.block
@@ -404,7 +404,7 @@ class Plan:
         return scale(self.teacher.config, self.teacher_block(parameter)) / scale(self.student_config, parameter.block)
 
     def _holds_queries(self, parameter: ParameterPlan, axis: Axis) -> bool:
-        """Return whether an axis holds the queries that carry the attention's scale: a norm's, or else a weight's."""
+        """Return whether an axis holds the queries that the attention's scale is folded into: a norm's, or else a weight's."""
         if not any(name.endswith("q_dim") for name in axis_names(axis)):
             return False
         return parameter.match.row.kind == "norm" or not self._has_query_norm(parameter)
@@ -421,7 +421,7 @@ class Plan:
 
 
 def check_finite_weights(tensor: Tensor, what: str) -> None:
-    """Refuse a tensor with NaN or infinite values.
+    """Check that a tensor has no NaN or infinite values.
 
     Raises:
         TeacherError: There are some; the message states how many and where the first is.
@@ -476,7 +476,7 @@ def make_plan(
     vocab_indices: Tensor | None = None,
     label_indices: Tensor | None = None,
 ) -> Plan:
-    """Return the plan of a transfer, made from names and shapes alone: what cannot work is found before a weight is read.
+    """Return the plan of a transfer, from names and shapes alone: it raises on what cannot work before a weight is read.
 
     Args:
         student: A model whose parameters may be uninitialized.
@@ -621,7 +621,7 @@ def _dropped_parameters(
     stacks: Mapping[str, list[int]],
     parameters: Mapping[str, ParameterPlan],
 ) -> list[str]:
-    """Return the teacher's parameters that no parameter of the student is made of; of selected blocks, by kind."""
+    """Return the teacher's parameters that no parameter of the student comes from; of selected blocks, by kind."""
     used = {each.source for each in parameters.values()} | set(names.student) | set(names.tied)
     dropped = [  # a head of its own, for which a tied student has no tensor
         f"{names.teacher[name]} (the student's is tied to {first}; tie_word_embeddings=False keeps it)"
@@ -651,7 +651,7 @@ def _dropped_parameters(
 
 
 def merge_tied_axes(layout: Layout, names: Iterable[str]) -> Layout:
-    """Return `layout` with two axes made one where the module that would tie them is not in the model."""
+    """Return `layout` with two axes merged where the module that would tie them is not in the model."""
     names = list(names)
     renamed = {
         axis: same for module, axis, same in layout.alike if not any(name.startswith(module + ".") for name in names)

@@ -51,7 +51,7 @@ class StudentSetup:
         vocab_indices: Teacher row of each of the student's vocabulary rows, -1 for a row of zeros; None for all in order.
         label_indices: The same of a classification head; empty where the labels disagree and the head is new.
         calibration_dataset, calibration_cache_dir: The arguments of `from_teacher`.
-        hub: Keywords of `from_pretrained` (token, cache_dir, ...) by which the teacher's other files are found.
+        hub: Keywords of `from_pretrained` (token, cache_dir, ...) with which the teacher's other files are loaded.
         identity: What else the student depends on, as JSON: with all other fields it identifies the call.
         show_progress: Whether to show progress bars.
     """
@@ -80,7 +80,7 @@ class StudentSetup:
         return layout_for(self.teacher.config, self.teacher.model_class)
 
     def validate_plan(self) -> Plan:
-        """Return the plan of this student, before the teacher is run; the student that it is made of is discarded.
+        """Return the plan of this student, before the teacher is run; the student built for it is discarded.
 
         Raises:
             ShapeError, LayoutError: The student cannot be made, or cannot run.

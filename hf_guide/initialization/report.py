@@ -40,7 +40,7 @@ class ParameterRecord:
 
     Attributes:
         name, shape: the student's parameter.
-        source, source_shape: the teacher's tensor it was made of, None where it was initialised at random.
+        source, source_shape: the teacher's tensor that it comes from, None where it was initialised at random.
         maps: one text per axis, such as "embed: projection 576 -> 288".
         steps: what was folded, scaled or fitted besides, such as "gain of model.norm folded".
     """
@@ -64,7 +64,7 @@ class InitializationReport:
         teacher_fingerprint: Hash of the weights of a teacher without a commit.
         teacher_class, student_class: Names of the model classes.
         options: The fields of the `InitializationConfig` that was used, `method` among them.
-        hf_guide_version, transformers_version: The versions that made it.
+        hf_guide_version, transformers_version: The versions that initialized it.
         teacher_parameters, student_parameters: How many numbers each holds, tied ones counted once.
         blocks: By stack, the teacher's block that feeds each of the student's.
         heads: By attention module (without the block's number), the teacher's heads that each block keeps, where it has fewer.
@@ -79,7 +79,7 @@ class InitializationReport:
             `block_influence` (1 - cosine of input and output); `selected`, the indices of heads and neurons by output
             projection; `residual_error`, the relative error of the residual stream after each block; and `logit_scale`.
         seconds: Time by step.
-        peak_memory_bytes: The most the process had resident.
+        peak_memory_bytes: Peak resident memory of the process.
 
     Example:
         >>> from hf_guide import from_teacher
@@ -140,7 +140,7 @@ class InitializationReport:
         return None if is_local(self.teacher) and "/" not in self.teacher_name else self.revision
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `initialization_report.json` into a folder, which is made if need be, and return the file's path.
+        """Write `initialization_report.json` into a folder, which is created if need be, and return the file's path.
 
         A teacher's folder is named by the last part of its path: the file is published with the weights.
         """

@@ -249,7 +249,8 @@ def _plain(value: Any) -> Any:
 
 
 def _size(config: PreTrainedConfig, name: str) -> int | None:
-    value = config.__dict__.get(_real_name(config, name))  # no attribute access: some families refuse to name one size
+    # No attribute access: some families raise where there is no one size.
+    value = config.__dict__.get(_real_name(config, name))
     return value if isinstance(value, int) else None
 
 

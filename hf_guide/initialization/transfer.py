@@ -199,7 +199,7 @@ class Transfer:
         """Return the factor on what `parameter` adds to the student's residual stream.
 
         It is 1 except where the norm before a tied head has no gain that could hold sqrt(d_T / d_S) (OLMo). The norms of a
-        pre-norm model ignore the stream's scale, so the factor goes on everything that is added to the stream.
+        pre-norm model ignore the scale of the residual stream, so everything that is added to it is multiplied by the factor.
         """
         if not self.folding.axes_without_final_gain or parameter.source is None:
             return 1.0

@@ -88,7 +88,7 @@ class StatisticsAccumulator:
     def splitter_inputs(
         self, classifier_weight: Tensor, num_subclasses: int, class_names: Sequence[str] | None = None
     ) -> SplitterInputs:
-        """Return what the splitter is given.
+        """Return the inputs of the splitter.
 
         Raises:
             SubclassError: Too few examples in a class.

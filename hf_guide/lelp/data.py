@@ -121,8 +121,8 @@ def iter_batches(dataset: Any, batch_size: int, rank: int, world_size: int) -> I
             indices = list(range(batch * batch_size, min((batch + 1) * batch_size, len(dataset))))
             yield indices, [dataset[index] for index in indices]
         return
-    stream, batch = iter(dataset), 0
-    while examples := list(islice(stream, batch_size)):
+    iterator, batch = iter(dataset), 0
+    while examples := list(islice(iterator, batch_size)):
         if batch % world_size == rank:
             yield list(range(batch * batch_size, batch * batch_size + len(examples))), examples
         batch += 1
@@ -147,9 +147,9 @@ def peek_first(dataset: Any) -> tuple[Any, Any]:
         raise OptionError(
             f"A dataset must have a length and examples by index, or be iterable; a {type(dataset).__name__} is neither."
         )
-    stream = iter(dataset)
-    for first in stream:
-        return chain([first], stream), first
+    iterator = iter(dataset)
+    for first in iterator:
+        return chain([first], iterator), first
     raise OptionError("The dataset is empty; pass one with examples.")
 
 

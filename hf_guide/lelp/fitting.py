@@ -93,8 +93,8 @@ def fit_subclasses(
         fine_label_column: The column of fine labels, for the splitter "labels".
         capture: A `Capture` of this teacher, which is read; or a folder, into which examples that are missing are captured
             first. A killed run resumes from the folder, and training can read it instead of running the teacher.
-        classifier: The layer that makes the logits, or its name, where it is not found. It is registered for this model, as by
-            `register_classifier`, unless the fit fails.
+        classifier: The layer that computes the logits, or its name, if it is not detected. It is registered for this model,
+            as by `register_classifier`, unless the fit fails.
         classifier_weight: W, (classes, width), where it is not that layer's. For a `Capture` alone it is recovered from the
             data.
         batch_size: Examples of a forward pass.

@@ -132,7 +132,7 @@ class ClassMoments:
         self.num_examples = int(total.sum())
 
     def to_cpu(self) -> None:
-        """Move the sums to the CPU, where what is made of them does not depend on an accelerator's eigenvectors."""
+        """Move the sums to the CPU, so that results do not depend on an accelerator's eigenvectors."""
         self._flush()
         self._counts, self._means, self._scatters, self._skews = (part.cpu() for part in self._parts())
 

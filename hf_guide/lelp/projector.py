@@ -45,7 +45,7 @@ class SubclassProjector:
         num_classes, num_subclasses, embedding_size: C, S and D.
         temperature: tau, of the teacher's logits and of the loss.
         subclass_temperature: beta, of the scores within a class.
-        splitter, seed: How the subclasses were found.
+        splitter, seed: Of the split that made the subclasses.
         id2label: The names of the classes.
         counts: (C,), the number of examples of each class, float64.
         eigenvalues: (C, D), descending: the spectrum of each class's covariance in the null space of the classifier.
@@ -104,7 +104,7 @@ class SubclassProjector:
             embeddings: (N, D), or an iterable of chunks (any, D), of which only statistics are kept.
             labels: (N,), whole numbers or bool, or an iterable of chunks; -1, -100 and, in a list, None, or None for all,
                 mark missing ones: those examples are grouped by the class that the teacher predicts.
-            classifier_weight: W, (C, D); a single row stands for two classes, as in scikit-learn.
+            classifier_weight: W, (C, D); a single row means two classes, as in scikit-learn.
             num_subclasses: S, at least 1.
             logits: (N, C), or chunks; needed where labels are missing.
             subclass_temperature: beta: the larger, the more even the probabilities of a class's subclasses.
@@ -423,7 +423,7 @@ class SubclassProjector:
 
 
 def to_weight_matrix(classifier_weight: Any) -> Tensor:
-    """Return W, (C, D), float64; a single row w stands for two classes and becomes -w / 2 and w / 2.
+    """Return W, (C, D), float64; a single row w means two classes and becomes -w / 2 and w / 2.
 
     Raises:
         SubclassError: Not a matrix, or not finite.

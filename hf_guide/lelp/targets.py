@@ -1,6 +1,6 @@
 """Subclass probabilities of a batch, computed with a live teacher or from a capture, or captured themselves.
 
-A capture of them has the format of every capture, with a `SubclassProjector` as its teacher and the probabilities in the place
+A capture of them has the format of every capture, with a `SubclassProjector` as its teacher and the probabilities instead
 of a classifier's logits.
 """
 

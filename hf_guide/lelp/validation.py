@@ -82,7 +82,7 @@ class _AlignedChunks:
 
 
 def as_tensor(array: Any) -> Tensor:
-    """Return a tensor, a NumPy array or whatever either can be made of, such as a pandas table, as a tensor.
+    """Return a tensor, a NumPy array or what converts to either, such as a pandas table, as a tensor.
 
     Raises:
         SubclassError: Not an array of numbers.
@@ -123,7 +123,7 @@ def resolve_classes(
     """Return each example's class, (rows,): its label or, where it has none, the class that the teacher predicts.
 
     Args:
-        labels: (rows,), whole numbers; None, -1 and -100 mark missing ones, and None stands for all missing.
+        labels: (rows,), whole numbers; None, -1 and -100 mark missing ones, and None means that all are missing.
         logits: (rows, num_classes), needed where a label is missing.
         numbers: What to call the rows in an error; None counts from 0.
 

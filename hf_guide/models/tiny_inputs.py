@@ -1,4 +1,4 @@
-"""Inputs for a model of any modality, made from its config and the signature of its forward alone.
+"""Inputs for a model of any modality, from its config and the signature of its forward alone.
 
 `tiny_inputs` are the smallest that a user's model runs on; `example_batch` is a fixed batch on which tiny models are compared.
 """
@@ -20,7 +20,7 @@ IMAGE_SIDE = 64
 
 
 def tiny_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
-    """Return the smallest inputs of a model, in the order to try them: its main input alone, then all that can be made.
+    """Return the smallest inputs of a model, in the order to try them: its main input alone, then all that can be constructed.
 
     The list is empty where the main input, or one that `forward` requires, is of an unknown kind.
 

@@ -1,7 +1,6 @@
 """Compute the key of an example: a hash of the model's inputs without padding.
 
-An example is found again in another order, epoch or batch and with other padding, but not if it was masked, truncated or
-tokenised otherwise.
+The key does not depend on the order, the epoch, the batch or the padding; it does on masking, truncation and tokenisation.
 """
 
 from collections.abc import Collection, Mapping

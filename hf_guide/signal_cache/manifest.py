@@ -193,7 +193,7 @@ class CaptureManifest:
             done = sum((folder / shard_name(number)).exists() for number in range(self.shard_count))
             raise CaptureError(
                 f"{folder} is not complete: {done} of {self.shard_count} shards are there. Run the same capture again; "
-                "it goes on where it was."
+                "it continues where it stopped."
             )
         for number, expected in enumerate(self.shards):
             path = folder / shard_name(number)

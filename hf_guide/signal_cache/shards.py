@@ -30,7 +30,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Column:
-    """The dtype and shape of one array of each example; -1 stands for its number of tokens."""
+    """The dtype and shape of one array of each example; -1 is its number of tokens."""
 
     dtype: str
     shape: tuple[int, ...]

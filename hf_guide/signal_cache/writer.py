@@ -117,9 +117,9 @@ class CaptureRunner:
             desc="Running the teacher",
             disable=not (show_progress and state.is_main_process),
         ) as bar:
-            stream = iter(loader)
+            batches = iter(loader)
             for number in local_shards:
-                self._write(number, stream, bar)
+                self._write(number, batches, bar)
 
     def finish(self, state: PartialState) -> None:
         """Write the index of all keys and mark the capture complete, in the first process.
@@ -158,21 +158,21 @@ class CaptureRunner:
         numbers, size = self.manifest.shard_examples(number), self.manifest.config.batch_size
         return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
-    def _next(self, stream: Iterator[Any], expected: range) -> Any:
+    def _next(self, batches: Iterator[Any], expected: range) -> Any:
         """Return the next batch. A dataset that cannot be read is an error of its own, not one of writing the shard."""
         try:
-            return next(stream)
+            return next(batches)
         except OSError as error:
             raise CaptureError(
                 f"The dataset's examples {expected[0]} to {expected[-1]} cannot be read: {error}. Replace or remove "
                 "the one that is damaged."
             ) from error
 
-    def _write(self, number: int, stream: Iterator[Any], bar: Any) -> None:
+    def _write(self, number: int, batches: Iterator[Any], bar: Any) -> None:
         path = self.folder / shard_name(number)
         with resumable_write(path, CaptureError), ShardWriter(path, self.manifest.columns) as shard:
             for expected in self._batches(number):
-                numbers, batch = self._next(stream, expected)
+                numbers, batch = self._next(batches, expected)
                 keys = example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs)
                 if len(keys) != len(numbers):
                     raise CaptureError(

@@ -1,7 +1,7 @@
 """Load teachers: ids, folders and loaded models, with every parameter from the checkpoint, in evaluation mode.
 
-Does: the one place where a checkpoint becomes a model that is run; `checkpoint.py` loads through it what it cannot read tensor
-by tensor (GGUF, quantised files).
+Does: make the model that is run from a checkpoint, for the whole package; `checkpoint.py` loads through it what it cannot
+read tensor by tensor (GGUF, quantised files).
 Does not: compare a teacher with a student (`alignment.py`, `inputs.py`) or run it (`forward.py`).
 """
 

@@ -26,7 +26,7 @@ class RenamedOptions:
     Args:
         names: Old option name -> new option name.
         values: New option name -> {old value: new value}.
-        conversions: Old option name -> function that turns its value into the new option's, such as a fraction into a
+        conversions: Old option name -> function that converts its value to the new option's, such as a fraction into a
             percentage.
         removed: Old option name -> why it is gone and what to do instead, as the end of a sentence.
         moved: Old option name -> a function that puts its value into the translated options, which are passed to it, and

@@ -39,7 +39,7 @@ def widest_float_dtype(device: torch.device) -> torch.dtype:
 
 
 class SoftmaxDistribution(NamedTuple):
-    """log p = shifted - log_sum; kept apart, because the rounding of their difference would be in every class."""
+    """log p = shifted - log_sum; stored separately, because the rounding of their difference would be in every class."""
 
     shifted: Tensor  # (rows, classes), the largest of a row is zero
     p: Tensor  # (rows, classes)

@@ -67,7 +67,7 @@ class LossTerm:
         function: Returns one value an item.
         requires: What of the teacher (and of the student) it compares.
         tasks: The values of `Task` that it is for; empty for all.
-        config: The class of its options; None for a function that takes the `DistillationArguments` in their place.
+        config: The class of its options; None for a function that takes the `DistillationArguments` instead.
         help: One line for people.
     """
 

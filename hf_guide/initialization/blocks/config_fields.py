@@ -407,7 +407,7 @@ def _depth_sized_lists(kind: type, key: str, part: PreTrainedConfig, depth: Dept
     for names in [
         candidates,
         *([name] for name in candidates),
-    ]:  # all at once, then one by one where the class refuses that
+    ]:  # all at once, then one by one where the class raises
         others = {name: copy.deepcopy(value) for name, value in values.items() if name not in names}
         try:
             longer = kind(**others | {depth.path[-1]: depth.size + 1}).to_dict()

@@ -74,7 +74,7 @@ def find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], la
     """Return the depths of `config`, with the stacks of each.
 
     Each candidate is lowered by one and the model built on the meta device: what makes a stack shorter is its depth. Where a
-    family refuses that, the standard field of the depth is assigned to the stack of its length.
+    family raises on that, the standard field of the depth is assigned to the stack of its length.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

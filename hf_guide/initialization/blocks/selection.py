@@ -2,7 +2,7 @@
 
 Blocks are of one kind when their signatures are equal: the same modules, parameters and switches. A selection is admissible
 when the student's config, with its fields remapped to these blocks, builds at every position a block of the kind that feeds
-it. All of this is found from models on the meta device, before any weight is read or any calibration data is run.
+it. All of this is read from models on the meta device, before any weight is read or any calibration data is run.
 """
 
 import dataclasses

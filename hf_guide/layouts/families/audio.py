@@ -27,5 +27,5 @@ register_layout(
     """,
     like="mbart",
     embedding_scale=lambda config: 1.0,  # its config has a scale, which it does not use
-    exactness="exact but for GELU on the encoder's stream after the second convolution",
+    exactness="exact but for GELU on the encoder's residual stream after the second convolution",
 )

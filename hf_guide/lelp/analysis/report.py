@@ -121,10 +121,10 @@ def summarize_subclasses(
     Args:
         projector: With at least two subclasses of each class.
         embeddings, logits: The teacher's, (N, D) and (N, C).
-        labels: (N,), the classes; None, -1 and -100, or None for all, stand for the class that the teacher predicts.
+        labels: (N,), the classes; None, -1 and -100, or None for all, mean the class that the teacher predicts.
         compared_labels: (N,), fine labels to compare the subclasses with.
         num_examples: How many examples of each subclass are listed.
-        gain_estimate: Of `estimate_gain`, to include; or in its place `no_gain_estimate`, why there is none.
+        gain_estimate: Of `estimate_gain`, to include; or instead `no_gain_estimate`, why there is none.
         fine_labels: (N,), if the projector splits by them.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a splitter is given, and the linear algebra that splitters share."""
+"""The inputs of a splitter, and the linear algebra that splitters share."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ VARIANCE_TOLERANCE = 1e-12  # of a class's whole variance; below it is rounding
 
 @dataclass(frozen=True)
 class SplitterInputs:
-    """What a splitter is given.
+    """The inputs of a splitter.
 
     Attributes:
         moments: Count, mean, scatter and third moment of each class's embeddings.

@@ -31,7 +31,7 @@ def split_by_kmeans(inputs: SplitterInputs) -> LinearScorer:
                 f"Class {inputs.class_label(number)} has only {distinct} different embeddings and is to have "
                 f"{inputs.num_subclasses} subclasses. Choose fewer num_subclasses, or give more examples."
             )
-        # A stream of its own for each class, so that a class's clusters do not depend on the classes before it.
+        # A random state of its own for each class, so that a class's clusters do not depend on the classes before it.
         random_state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([inputs.seed, number])))
         k_means = KMeans(
             inputs.num_subclasses, n_init=NUM_RESTARTS, max_iter=MAX_ITERATIONS, tol=0.0, random_state=random_state
