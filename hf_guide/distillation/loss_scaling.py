@@ -3,7 +3,7 @@
 Every loss is a mean over the items of the whole accumulated batch, on all processes where
 `average_tokens_across_devices` is set, so that one step is the same however its batch is split up.
 
-Does: count the items of the micro-batches; turn sums over a micro-batch into parts of that mean, and the task loss, which
+Does: count the items of the micro-batches; convert sums over a micro-batch to parts of that mean, and the task loss, which
 models divide by themselves, into a sum; return a loss of zero, with gradient, for a batch without any target.
 Does not: compute the other losses (`objective.py`).
 """
@@ -138,7 +138,7 @@ class LossScalingTrainer(Trainer):
 
 @torch.no_grad()
 def accepts_num_items_in_batch(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Return whether a model's own loss is divided by `num_items_in_batch`, or by the items of its own batch all the same.
+    """Return whether a model's own loss is divided by `num_items_in_batch`, not by the items of its own batch.
 
     `Trainer` passes it to every model whose forward takes keywords, and assumes the former; with the latter (T5, BERT's
     classifiers) gradients would grow with accumulation and processes. It is tested by computing the loss of one batch

@@ -113,7 +113,7 @@ class Objective:
             unwrapped: The student itself.
             task_loss: Returns the task loss as a sum over the items, and the model's outputs, for inputs with labels.
             measure: Whether the task loss and the agreement with the teachers are measured, too.
-            all_logits: Whether the caller wants the model's logits.
+            all_logits: Whether the caller needs the model's logits.
         """
         inputs = dict(batch.inputs)
         if TeacherSignal.HIDDEN_STATES in self.required_signals and batch.signals:

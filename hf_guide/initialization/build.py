@@ -24,7 +24,7 @@ def build_student(
     """Return a model of `config`, on the CPU, its weights tied.
 
     Args:
-        initialize: Initialize the parameters as `from_config` does; otherwise they hold whatever memory held.
+        initialize: Initialize the parameters as `from_config` does; otherwise they are uninitialized memory.
 
     Raises:
         ShapeError: The family rejects the shape; with its reason.

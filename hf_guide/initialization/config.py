@@ -95,7 +95,7 @@ class PlanOptions:
     Attributes:
         layer_selection: Which teacher block feeds each student block.
         projects: Whether the residual stream is projected onto a basis; False selects its channels evenly.
-        subsequent_layers: How blocks after the first are initialized where the stream is projected.
+        subsequent_layers: How blocks after the first are initialized where the residual stream is projected.
         fold_norms: Fold the gains and biases of norms into the weights that read them, which is exact.
         norm_correction: Scale what is read after a norm by the fraction of the norm that the projection retains.
         logit_scale: Factor on the logits of the language head.

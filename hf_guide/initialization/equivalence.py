@@ -5,9 +5,9 @@ arXiv 2401.15024), and so must dropping heads and neurons that write nothing.
 
 A student of some blocks must be the teacher with its other blocks bypassed. A block may depend on more than its input: on
 its index, on the depth, on another block's state. None of that shows in a layout, so a tiny model of the teacher's class,
-switches and depth is built with random weights, a student is made of it with the same blocks, and both are run: the student
-as it is, the teacher with the other blocks returning their input. A layout that fails there alone still serves a narrower
-student of the same depth.
+switches and depth is built with random weights, a student is initialized from it with the same blocks, and both are run:
+the student as it is, the teacher with the other blocks returning their input. A layout that fails there alone still serves
+a narrower student of the same depth.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Layouts of families that are not registered: inferred where that is certain, refused where it is not.
+"""Layouts of families that are not registered: inferred where that is certain, an error where it is not.
 
 A tiny model is built from the config. The axes that follow the width of the residual stream are found by building it once
 more, wider; the norm whose output a weight takes is found by running it; which modules are queries, keys, values, gates and
@@ -75,7 +75,7 @@ def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
     """Return the layout of a config's family: registered, inferred, or else one of its blocks alone.
 
     In a layout of blocks alone every axis must keep its length: a student of the same width is exact, and a narrower one is
-    refused with the reason why nothing more is known.
+    rejected with the reason why nothing more is known.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -37,7 +37,7 @@ _POSITIVE = re.compile(
     r"(^|_)(vocab_size|position_embeddings|n_positions|image_size|patch_size|num_channels|window_size)$"
 )
 MAX_SIZE_RATIO = 4
-"""Times the teacher's size, above which nothing is built; what is a little too large is refused where it shows, by name."""
+"""Times the teacher's size, above which nothing is built; slightly larger sizes raise later, by name."""
 
 _DEPTH = re.compile(r"(^|_)(layers?|blocks)$")
 

@@ -204,7 +204,7 @@ def auto_classes(config: PreTrainedConfig) -> list[str]:
 
 
 def resolve_dtype(dtype: "str | torch.dtype | None", teacher: TeacherCheckpoint) -> torch.dtype:
-    """Return the student's dtype; None and "auto" stand for the teacher's.
+    """Return the student's dtype; None and "auto" mean the teacher's.
 
     Raises:
         OptionError: Not a floating dtype of torch that a model can be built in.
@@ -261,7 +261,7 @@ def vocab_row_indices(
 def label_row_indices(teacher: PreTrainedConfig, student: PreTrainedConfig) -> Tensor | None:
     """Return the teacher's label, matched by name, of each of the student's; None where all agree.
 
-    The result is empty where the student has labels that the teacher does not have: its head is initialized anew.
+    The result is empty where the student has labels that the teacher does not have: its head is initialized at random.
 
     Example:
         >>> from transformers import BertConfig

@@ -42,7 +42,7 @@ class StatisticsAccumulator:
 
         Args:
             embeddings: (rows, width).
-            labels: (rows,); -1 and -100, or None for all, stand for the class that the teacher predicts.
+            labels: (rows,); -1 and -100, or None for all, mean the class that the teacher predicts.
             logits: (rows, classes), needed where there is no label.
             fine_labels: (rows,), for a splitter that needs them.
             numbers: What to call the rows in an error.

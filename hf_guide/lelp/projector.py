@@ -110,7 +110,7 @@ class SubclassProjector:
             subclass_temperature: beta: the larger, the more even the probabilities of a class's subclasses.
             temperature: tau, of the teacher's logits and the student's.
             splitter: "lelp", "kmeans" (needs scikit-learn), "labels", or one of `register_splitter`.
-            seed: Of the rotation, and whatever else a splitter draws.
+            seed: Of the rotation, and of the splitter's other random numbers.
             fine_labels: (N,), or chunks, for the splitter "labels".
             id2label: The names of the classes.
 

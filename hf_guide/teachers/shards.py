@@ -97,7 +97,7 @@ def find_safetensors(name: str, hub: Mapping[str, Any]) -> list[str] | None:
     read_shard_index(Path(index))
     try:
         shards, _ = get_checkpoint_shard_files(name, index, **hub)
-    except (ValueError, KeyError, TypeError) as error:  # no metadata, which Transformers wants
+    except (ValueError, KeyError, TypeError) as error:  # no metadata, which Transformers requires
         raise TeacherError(f"{index} is not a readable index of shards ({error}). Fetch it again.") from error
     except OSError as error:
         raise TeacherError(f"A shard that {index} names cannot be fetched: {error}") from error

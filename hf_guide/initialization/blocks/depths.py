@@ -105,14 +105,14 @@ def _probe_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], 
         stacks: tuple[str, ...] = ()
         records: dict[ConfigPath, ListAccess] = {}
         tables: dict[str, tuple[int, ConfigPath, bool]] = {}
-        refused = False
+        has_raised = False
         for with_lists in (False, True):  # where the length of a list is the depth, or must equal it
             shorter = _one_block_shorter(config, path, size, with_lists=with_lists)
             records = record_list_access(shorter)
             try:
                 shorter_model = meta_model(model_class, shorter)
             except MODEL_ERRORS:
-                refused = True
+                has_raised = True
                 continue
             shorter_lengths, tables = (
                 stack_lengths(shorter_model, layout),
@@ -125,7 +125,7 @@ def _probe_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], 
             )
             if stacks:
                 break
-        if refused and not stacks:
+        if has_raised and not stacks:
             records, tables = {}, {}
             of_this_length = [stack for stack, length in lengths.items() if length == size and stack not in assigned]
             stacks = (

@@ -55,7 +55,7 @@ def collect_features(
     Args:
         teacher: Of sequences or images.
         dataset: Examples as `data_collator` takes them.
-        data_collator: Makes batches of tensors; labels of -1 and -100 stand for the class that the teacher predicts.
+        data_collator: Makes batches of tensors; labels of -1 and -100 mean the class that the teacher predicts.
 
     Raises:
         OptionError: `batch_size` is not a whole number of at least 1.

@@ -111,7 +111,7 @@ def estimate_gain(
         embeddings, logits: The teacher's, (N, D) and (N, C), best of examples that it was not trained on.
         features: (N, F), of the inputs alone: pixels, a bag of words, the pooled hidden states of the untrained student or
             of an early layer of the teacher.
-        labels: (N,), the classes; None, -1 and -100, or None for all, stand for the class that the teacher predicts.
+        labels: (N,), the classes; None, -1 and -100, or None for all, mean the class that the teacher predicts.
         classifier_weight: (C, D), for the stability.
         fine_labels: (N,), if the projector splits by them.
         num_probes: How many probes of each kind, at least 2.

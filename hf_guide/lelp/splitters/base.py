@@ -20,7 +20,7 @@ class SplitterInputs:
         moments: Count, mean, scatter and third moment of each class's embeddings.
         classifier_weight: W, (classes, width), float64.
         num_subclasses: How many subclasses each class is to have.
-        seed: Of whatever is drawn.
+        seed: Of all random numbers.
         sample: Some embeddings of each class, for splitters registered with `needs_sample`.
         fine_label_counts: Examples by class and fine label, (classes, fine labels), for splitters registered with
             `needs_fine_labels`.
