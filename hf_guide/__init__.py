@@ -1,4 +1,4 @@
-"""hf_guide: small Transformers models from big ones."""
+"""hf_guide: small Transformers models made out of big ones."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
