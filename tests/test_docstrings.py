@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ import torch
 import transformers
 
 import hf_guide
-from hf_guide.layouts import registry
+from hf_guide.distillation.losses.registry import _LOSSES
+from hf_guide.initialization.config import CONFIG_CLASSES
+from hf_guide.initialization.registry import _METHOD_CLASSES
+from hf_guide.layouts.registry import _LAYOUTS, registered_layouts
+from hf_guide.lelp.splitters.registry import _SPLITTERS
 from tests.trust.artefacts import make_tokenizer
 
 BERT = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -97,14 +102,25 @@ def names(hub: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def restored_registries() -> Iterator[None]:
+    """Remove the layouts, losses, splitters and methods that an example registers."""
+    registered_layouts()
+    importlib.import_module("hf_guide.lelp.loss")  # which registers when it is first imported
+    importlib.import_module("hf_guide.methods")
+    tables: list[dict[str, Any]] = [_LAYOUTS, _LOSSES, _SPLITTERS, CONFIG_CLASSES, _METHOD_CLASSES]
+    before = [dict(table) for table in tables]
+    yield
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.usefixtures("restored_registries")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_print_what_they_show(
     name: str, hub: Path, names: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    registry.registered_layouts()
-    monkeypatch.setattr(
-        registry, "_LAYOUTS", dict(registry._LAYOUTS)
-    )  # examples register families, methods and losses
     for entry in hub.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)

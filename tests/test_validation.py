@@ -104,6 +104,7 @@ def _loss_numbers() -> list[tuple[str, str]]:
     return [
         (term.name, field.name)
         for term in registered_losses().values()
+        if term.config.__module__.startswith("hf_guide.")
         for field in dataclasses.fields(term.config)
         if "float" in str(field.type) or "int" in str(field.type)
         if "argument" not in field.metadata

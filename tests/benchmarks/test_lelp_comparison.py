@@ -76,7 +76,7 @@ def lesson_of(benchmark, classes=2):
     embeddings = torch.nn.functional.one_hot(fine_labels, 12).float() * 8 + torch.randn(240, 12, generator=generator)
     logits = torch.randn(240, classes, generator=generator)
     signals = benchmark.models.Signals(logits, embeddings, embeddings + 0.1, embeddings[:, :8])
-    return benchmark.training.Lesson(
+    return benchmark.training.TrainingProblem(
         labelled, signals, (signals, labelled), torch.randn(classes, 12, generator=generator)
     )
 

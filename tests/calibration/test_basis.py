@@ -80,7 +80,7 @@ def test_channels_are_those_with_the_largest_second_moment() -> None:
     found = fit_channel_selection(moment, 2)
     torch.testing.assert_close(found.matrix, torch.eye(5, dtype=torch.float64)[:, [1, 3]])
     assert found.explained == pytest.approx(9 / 12)
-    with pytest.raises(ShapeError, match="6 places"):
+    with pytest.raises(ShapeError, match="6 channels"):
         fit_channel_selection(moment, 6)
 
 

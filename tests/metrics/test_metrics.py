@@ -114,14 +114,14 @@ WORKER = """
             {"predictions": [[8]], "references": [[8]]},
         ],
     }
-    found = {}
+    results = {}
     for folder in folders:
         metric = evaluate.load(folder, num_process=2, process_id=rank, experiment_id="both", cache_dir=cache)
         assert (metric.num_process, metric.process_id) == (2, rank)
         metric.add_batch(**rows[metric.name][rank])
         results[metric.name] = metric.compute()
     assert "hf_guide" not in sys.modules
-    print(json.dumps(found))
+    print(json.dumps(results))
 """
 
 

@@ -228,7 +228,7 @@ def test_a_missing_or_truncated_shard_is_named_and_written_again_alone(tmp_path)
         Capture.open(tmp_path)
     shard.write_bytes(bytes(len(before[shard.name])))
     made, collate = Capture.open(tmp_path), Pad()
-    with pytest.raises(CaptureError, match="shard-000001.arrow is damaged: its checksum is"):
+    with pytest.raises(CaptureError, match="shard-000001.arrow is damaged: its checksum must be"):
         CaptureDataCollator(collate, made)(examples_for("causal-lm")[5:7])
     shard.write_bytes(before[shard.name])
     (tmp_path / "index.arrow").unlink()
