@@ -19,7 +19,7 @@ from hf_guide import HfGuideError, capture_teacher
 from hf_guide.utils import distributed
 from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
 
-distributed.SECONDS_UNTIL_MISSING = 4.0
+distributed.HEARTBEAT_TIMEOUT = 4.0
 
 class Slow(Pad):
     def __call__(self, features):
