@@ -152,7 +152,7 @@ def from_teacher(
         calibration_dataset=calibration_dataset,
         calibration_cache_dir=calibration_cache_dir,
         hub={**files, **code},
-        identity=_identity(num_subclasses, projector),
+        identity=_head_identity(num_subclasses, projector),
         show_progress=show_progress,
     )
     influence = initializer.collect(setup)
@@ -185,7 +185,7 @@ FROM_TEACHER_PARAMETERS = [
 ]
 
 
-def _identity(num_subclasses: int | None, projector: SubclassDirections | None) -> dict[str, Any]:
+def _head_identity(num_subclasses: int | None, projector: SubclassDirections | None) -> dict[str, Any]:
     """Return what a student's head depends on, as JSON."""
     fingerprint = {} if projector is None else {"projector": projector.fingerprint()}
     return {"num_subclasses": num_subclasses, **fingerprint}

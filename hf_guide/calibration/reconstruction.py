@@ -130,14 +130,14 @@ def _probe_residual_location(
         if change.abs().max() <= 1e-6 * noise.abs().max():
             continue  # this location is before it, or on another branch
         scale = (change @ noise / noise.square().sum()).mean().item()
-        if not _rms(change - scale * noise) <= _tolerance(scale, eps) * _rms(noise):
+        if not _rms(change - scale * noise) <= _residual_tolerance(scale, eps) * _rms(noise):
             break
         step.observed_at, step.residual_scale = name, scale
         return None
     return "its output is nowhere unchanged on the residual stream"
 
 
-def _tolerance(scale: float, eps: float) -> float:
+def _residual_tolerance(scale: float, eps: float) -> float:
     """Return how far the change may be from `scale` times the noise, relative to the noise's RMS.
 
     The output and the residual stream are at most as large as the noise, and each sum of them is rounded.

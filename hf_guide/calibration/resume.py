@@ -41,7 +41,7 @@ CachedStep = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and JSON values by name."""
 
 
-def cache_folder(folder: Path) -> ResumableFolder:
+def calibration_cache_folder(folder: Path) -> ResumableFolder:
     """Return the folder of a calibration."""
     return ResumableFolder(folder, MANIFEST_NAME, OPTION, OptionError)
 
@@ -105,7 +105,7 @@ class CalibrationCheckpoint:
             OptionError: The folder is of another call (names what differs), of another version, damaged, or not seen by
                 all processes.
         """
-        folder = cache_folder(path)
+        folder = calibration_cache_folder(path)
         folder.check()
         manifest = json.loads(json.dumps({"format": FORMAT, **call}, default=str))
         folder.begin(lambda: write_json(path / MANIFEST_NAME, manifest))

@@ -51,7 +51,7 @@ def generate_calibration_text(
     bar = tqdm(total=total_steps, desc="calibration: generating text", unit="step", disable=not show_progress)
     with bar, calibration_mode(model), _default_generation_config(model):
         for number, batch in batches:
-            batch.copy_(_sample_rows(model, batch.shape, options.seed + number * _SEED_STRIDE, bar))
+            batch.copy_(_generate_rows(model, batch.shape, options.seed + number * _SEED_STRIDE, bar))
     all_reduce_sum_([ids])  # each process has filled its own rows, and has zeros in the others'
     return ids
 
@@ -72,7 +72,7 @@ class _ProgressLogitsProcessor(LogitsProcessor):
         return scores
 
 
-def _sample_rows(model: Any, shape: torch.Size, seed: int, bar: "tqdm[None]") -> Tensor:
+def _generate_rows(model: Any, shape: torch.Size, seed: int, bar: "tqdm[None]") -> Tensor:
     """Return rows of sampled tokens, on the CPU."""
     device = model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_guide.scripts.capture import capture_dataset, capture_options_from_config
     from hf_guide.scripts.config_file import read_options
     from hf_guide.scripts.distill import DATACLASSES
-    from hf_guide.signal_cache.manifest import cache_folder
+    from hf_guide.signal_cache.manifest import signal_cache_folder
     from hf_guide.signal_cache.writer import distributed_state
 
     options = read_options(args.config, DATACLASSES) if args.config else {}
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     data_fields = {field.name for field in dataclasses.fields(DataArguments)}
     data_options = {name: value for name, value in options.items() if name in data_fields}
     data = DataArguments(**data_options | explicit_fields(args, DataArguments))
-    cache_folder(args.output).check()
+    signal_cache_folder(args.output).check()
     state = distributed_state()
     if args.no_progress:
         logging.disable_progress_bar()

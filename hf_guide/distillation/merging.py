@@ -189,7 +189,7 @@ def _verify_saved_model(
     missing = sorted(report["missing_keys"])
     actual = _logits(model if is_sharded else model.to(base.device), student)
     error = float((actual - expected).norm() / expected.norm())
-    if missing or not error <= _tolerance(base):
+    if missing or not error <= _logits_tolerance(base):
         reason = f"lacks {missing[0]}" if missing else f"gives logits that are off by {100 * error:.2g} %"
         raise OptionError(
             f"The merged model, loaded again, {reason}, so nothing was written: this adapter has no exact equivalent as a "
@@ -198,7 +198,7 @@ def _verify_saved_model(
         )
 
 
-def _tolerance(model: Any) -> float:
+def _logits_tolerance(model: Any) -> float:
     exact = _TOLERANCES.get(model.dtype, _HALF_TOLERANCE)
     return exact if model.device.type == "cpu" else max(exact, 1e-2)  # TF32
 

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, OptionError, ShapeError
-from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.initialization.student_config import derive_student_config, tuples_to_lists
 from hf_guide.models.model_classes import meta_model
 from hf_guide.models.module_signature import module_signature
 from hf_guide.models.tiny_models import MODEL_ERRORS
@@ -226,7 +226,10 @@ def check_config_agrees(
     for path, part, teacher_value in _nested_configs(config, teacher):
         for name, computed in _computed(part).items():
             held = part.__dict__.get(name, _NO_ENTRY)
-            if _plain(held) in (_plain(computed), _plain(teacher_value.__dict__.get(name, _NO_ENTRY))):
+            if tuples_to_lists(held) in (
+                tuples_to_lists(computed),
+                tuples_to_lists(teacher_value.__dict__.get(name, _NO_ENTRY)),
+            ):
                 continue
             if held is _NO_ENTRY or not _is_number(computed) or not _is_number(held):
                 continue
@@ -291,7 +294,7 @@ def check_overrides_hold(
     reloaded = _round_trip(config, teacher)
     for path, value in requested:
         for held, when in ((_entry(config, path), "holds"), (_entry(reloaded, path), "holds, once saved and loaded,")):
-            if _is_number(value) and _plain(held) != _plain(value):
+            if _is_number(value) and tuples_to_lists(held) != tuples_to_lists(value):
                 raise ShapeError(
                     f"{'.'.join(path)}={value!r} was requested, but {type(config).__name__} {when} "
                     f"{'nothing' if held is _NO_ENTRY else repr(held)} under this name: "
@@ -300,7 +303,7 @@ def check_overrides_hold(
     sizes = [
         (path, value)
         for path, value in requested
-        if is_size(path[-1]) and _is_number(value) and _plain(_entry(teacher, path)) != _plain(value)
+        if is_size(path[-1]) and _is_number(value) and tuples_to_lists(_entry(teacher, path)) != tuples_to_lists(value)
     ]
     if not sizes:
         return
@@ -472,7 +475,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_number(each) for each in value)
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value

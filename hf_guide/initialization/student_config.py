@@ -244,8 +244,9 @@ def _nested(current: Any, value: Any, following: _BlockFieldRules, path: ConfigP
     return copy.deepcopy(value)
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+def tuples_to_lists(value: Any) -> Any:
+    """Return a value of a config with every tuple, nested ones too, as a list, as JSON stores it."""
+    return [tuples_to_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _size(config: PreTrainedConfig, name: str) -> int | None:
@@ -264,13 +265,15 @@ def _derived_names(config_class: type[PreTrainedConfig], values: Mapping[str, An
         except (*_CONFIG_ERRORS, TypeError):  # TypeError: a required value was left out
             return {}
         values_again = _constructor_values(config)  # not attributes: a backbone stores `out_features` elsewhere
-        return {name: _plain(values_again.get(name, MISSING)) for name in names}
+        return {name: tuples_to_lists(values_again.get(name, MISSING)) for name in names}
 
     def is_number_or_list(value: Any) -> bool:
         return isinstance(value, (int, float, list)) and not isinstance(value, bool)
 
     # A value equal to a constant default comes back on its own either way; only computed ones need the trial.
-    candidates = {k for k, v in values.items() if is_number_or_list(v) and v != _plain(defaults.get(k, MISSING))}
+    candidates = {
+        k for k, v in values.items() if is_number_or_list(v) and v != tuples_to_lists(defaults.get(k, MISSING))
+    }
     derived = {name for name in candidates if values_without({name}) == {name: values[name]}}
     while derived:
         computed = values_without(derived)

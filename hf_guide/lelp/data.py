@@ -230,7 +230,7 @@ def iter_all_cached(
             yield _stack_chunk([shard_indices[row] for row in rows], signals, None, None)
 
 
-def linear_weight(classifier: Any) -> Tensor:
+def classifier_weight(classifier: Any) -> Tensor:
     """Return the weight (classes, width), float64, of a layer that is linear in its input.
 
     For layers other than `nn.Linear` (adapters, quantized layers) it is computed from the outputs for the unit vectors.

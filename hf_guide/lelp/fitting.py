@@ -24,10 +24,10 @@ from hf_guide.lelp.data import (
     check_classifier_task,
     check_linear_classifier,
     check_single_label,
+    classifier_weight,
     iter_all_cached,
     iter_cached,
     iter_live,
-    linear_weight,
     peek_first,
 )
 from hf_guide.lelp.projector import SubclassProjector, check_embedding_width, check_fit_options, to_weight_matrix
@@ -190,7 +190,7 @@ def _accumulate(
     """
     moments = statistics.moments
     regression = StreamingLeastSquares(moments.num_classes, moments.width) if weight is None else None
-    with _raise_on_all_ranks():
+    with _share_errors():
         for number, chunk in enumerate(chunks):
             if number == 0 and weight is not None and model is not None:
                 check_linear_classifier(weight, chunk, model)
@@ -223,7 +223,7 @@ class _FeatureSource:
             capture.check(processing_class=processing_class, teacher=model)
             self.task, self.name, self.fingerprint = capture.task, manifest.teacher, manifest.weights
             names = manifest.teacher_config.get("id2label") or {}
-            self.id2label = {number: _class_name(names, number) for number in range(manifest.classes)}
+            self.id2label = {number: _label_name(names, number) for number in range(manifest.classes)}
         else:
             config = without_adapter(model).config
             self.task, self.fingerprint = task_of(model), weights_fingerprint(model)
@@ -243,7 +243,7 @@ class _FeatureSource:
 
     def weight(self) -> Tensor | None:
         """Return the classifier's weight, (classes, width), or None without a model."""
-        return None if self.model is None else linear_weight(find_classifier(self.model, self.task))
+        return None if self.model is None else classifier_weight(find_classifier(self.model, self.task))
 
     def chunks(self, labels: LabelReader, batch_size: int, state: PartialState) -> Iterator[FeatureChunk]:
         """Yield the features of this process's shard of the examples."""
@@ -305,7 +305,7 @@ def _cache_features(
 
 
 @contextlib.contextmanager
-def _raise_on_all_ranks() -> Iterator[None]:
+def _share_errors() -> Iterator[None]:
     """Raise an error of one process on all of them, before they wait for each other."""
     failure: HfGuideError | None = None
     try:
@@ -323,5 +323,5 @@ def _raise_on_all_ranks() -> Iterator[None]:
         raise failure
 
 
-def _class_name(names: Mapping[Any, str], number: int) -> str:
+def _label_name(names: Mapping[Any, str], number: int) -> str:
     return str(names.get(number, names.get(str(number), f"LABEL_{number}")))

@@ -20,7 +20,7 @@ from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.signal_cache.codec import CapturedExample
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.data import TeacherBatchCollator, is_map_style
-from hf_guide.signal_cache.manifest import CaptureManifest, cache_folder
+from hf_guide.signal_cache.manifest import CaptureManifest, signal_cache_folder
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.shards import ShardWriter, shard_name
 from hf_guide.signal_cache.writer import CaptureRunner, distributed_state, finalize_capture
@@ -174,7 +174,7 @@ def capture_targets(
     """
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
-    cache_folder(folder).check()
+    signal_cache_folder(folder).check()
     state = distributed_state()
     if isinstance(source, Capture):
         if state.is_main_process:
@@ -208,7 +208,7 @@ def _convert_cache(projector: SubclassProjector, source: Capture, folder: Path) 
     compute_targets = targets_from_cache(projector, source)
     examples, tokenizer, config = source.manifest.examples, source.manifest.tokenizer, source.manifest.config
     manifest = _target_manifest(projector, source.task, examples, tokenizer, config)
-    resumable = cache_folder(folder)
+    resumable = signal_cache_folder(folder)
     resumable.create(lambda: manifest.save(folder))
     existing = CaptureManifest.load(folder)
     resumable.check_same_call(existing.comparable(), manifest.comparable())

@@ -40,7 +40,7 @@ from hf_guide.calibration.importance import (
 from hf_guide.calibration.modules import ModuleMap, find_modules
 from hf_guide.calibration.reconstruction import BlockReconstructor
 from hf_guide.calibration.refit import RefitState
-from hf_guide.calibration.resume import cache_folder, describe_call
+from hf_guide.calibration.resume import calibration_cache_folder, describe_call
 from hf_guide.initialization.basis import ResidualBasis
 from hf_guide.initialization.build import untie_like_teacher
 from hf_guide.initialization.config import LayerSelection, PlanOptions
@@ -60,7 +60,7 @@ class CalibratedMethod(InitializationMethod):
         """Check that there is a dataset, and that the folder is new or of an earlier run."""
         check_calibration_dataset(calibration_dataset, self.config.method)
         if calibration_cache_dir is not None:
-            cache_folder(Path(calibration_cache_dir)).check()
+            calibration_cache_folder(Path(calibration_cache_dir)).check()
 
     def plan_options(self) -> PlanOptions:
         """Return the options of a plan that projects."""

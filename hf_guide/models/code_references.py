@@ -72,7 +72,7 @@ def local_code_references(config: Mapping[str, Any], folder: Path) -> dict[str, 
     if not isinstance(references, Mapping):
         return {}
     local = {auto: reference for auto, reference in references.items() if _is_local_reference(reference, folder)}
-    models = {_class_name(reference) for auto, reference in local.items() if auto.startswith("AutoModel")}
+    models = {_referenced_class(reference) for auto, reference in local.items() if auto.startswith("AutoModel")}
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in models and (models or config.get("model_type") in CONFIG_MAPPING):
@@ -174,5 +174,5 @@ def _is_local_reference(reference: Any, folder: Path) -> bool:
     return re.search(rf"\b{re.escape(class_name)}\b", path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
-def _class_name(reference: Any) -> str | None:
+def _referenced_class(reference: Any) -> str | None:
     return reference.rpartition(".")[2] if isinstance(reference, str) else None

@@ -265,18 +265,18 @@ def logit_transforms(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         values = [getattr(config, name, None) for config in configs for name in names]
         return list(dict.fromkeys(value for value in values if isinstance(value, (int, float)) and value))
 
-    scales: list[Callable[[Tensor], Tensor]] = [_identity]
+    scales: list[Callable[[Tensor], Tensor]] = [_unchanged]
     for value in numbers(_SCALES):
         scales += [_multiply(value), _divide(value)]
-    caps: list[Callable[[Tensor], Tensor]] = [_identity, *(_softcap(value) for value in numbers(_CAPS))]
+    caps: list[Callable[[Tensor], Tensor]] = [_unchanged, *(_softcap(value) for value in numbers(_CAPS))]
     owners = [module for module in model.modules() if isinstance(getattr(module, "final_logits_bias", None), Tensor)]
-    biases: list[Callable[[Tensor], Tensor]] = [*(_add_final_bias(owner) for owner in owners), _identity]
+    biases: list[Callable[[Tensor], Tensor]] = [*(_add_final_bias(owner) for owner in owners), _unchanged]
     for bias, cap, scale in itertools.product(biases, caps, scales):
-        parts = [part for part in (scale, cap, bias) if part is not _identity]
+        parts = [part for part in (scale, cap, bias) if part is not _unchanged]
         yield parts[0] if len(parts) == 1 else _compose(parts)
 
 
-def _identity(logits: Tensor) -> Tensor:
+def _unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
@@ -303,7 +303,7 @@ def _compose(parts: list[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tens
             logits = part(logits)
         return logits
 
-    return chained if parts else _identity
+    return chained if parts else _unchanged
 
 
 def linear_compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

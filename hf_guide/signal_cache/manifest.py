@@ -26,7 +26,7 @@ _OLD_FORMATS = (1, 2)
 _CHANGEABLE_OPTIONS = {"batch_size"}  # may change between a run and its resumption
 
 
-def cache_folder(folder: Path) -> ResumableFolder:
+def signal_cache_folder(folder: Path) -> ResumableFolder:
     """Return the folder of a capture."""
     return ResumableFolder(folder, MANIFEST_NAME, "The capture's folder", CaptureError)
 

@@ -28,7 +28,7 @@ from hf_guide.signal_cache.codec import encode_batch, resolve_layers
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.data import IndexedCollator, IndexedDataset, TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.keys import example_keys, token_positions
-from hf_guide.signal_cache.manifest import CaptureManifest, cache_folder
+from hf_guide.signal_cache.manifest import CaptureManifest, signal_cache_folder
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.shards import (
     INDEX_NAME,
@@ -84,7 +84,7 @@ class CaptureRunner:
 
     def begin(self, state: PartialState) -> None:
         """Write the manifest or compare it with the one in the folder; then check the finished shards and the free space."""
-        folder = cache_folder(self.folder)
+        folder = signal_cache_folder(self.folder)
         folder.begin(lambda: self.manifest.save(self.folder))
         recorded = CaptureManifest.load(self.folder)
         folder.check_same_call(recorded.comparable(), self.manifest.comparable())
@@ -300,7 +300,7 @@ def capture_teacher(
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
     examples = _num_examples(dataset)
-    cache_folder(folder).check()
+    signal_cache_folder(folder).check()
     state = distributed_state()
     model = load_teacher(
         teacher,

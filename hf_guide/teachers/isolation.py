@@ -75,7 +75,7 @@ def _identities(model: nn.Module) -> dict[Any, str]:
     """Return the identities of a model's tensors and modules (their memory, or the object), with their names."""
     identities: dict[Any, str] = {}
     for name, tensor in _tensors(model):
-        identities.setdefault(_identity(tensor), name)
+        identities.setdefault(_storage_key(tensor), name)
     for name, module in model.named_modules():
         if not _is_stateless(module):
             identities.setdefault(id(module), name or type(module).__name__)
@@ -93,6 +93,6 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _identity(tensor: Tensor) -> Any:
+def _storage_key(tensor: Tensor) -> Any:
     plain = type(tensor.data) is torch.Tensor and tensor.numel() > 0 and not tensor.is_meta
     return (str(tensor.device), tensor.untyped_storage().data_ptr()) if plain else id(tensor)

@@ -184,7 +184,7 @@ def _load_for_task(teacher: Any, task: Task, init_kwargs: dict[str, Any]) -> Pre
     """Load a teacher as the Auto class of the student's task does."""
     check_is_teacher(teacher)
     name = os.fspath(teacher)
-    load_config(name, _hub_kwargs(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
+    load_config(name, hub_kwargs(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
     stated = f" with teacher_init_kwargs={sorted(init_kwargs)}" if init_kwargs else ""
     return load_complete_model(
         getattr(transformers, task.row.auto_class),
@@ -217,10 +217,10 @@ def model_name(model: Any) -> str:
 def teacher_tokenizer(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
     """Return the tokenizer among a model's files; None if there is none or it cannot be loaded (see `find_tokenizer`)."""
     name = model.config._name_or_path
-    return find_tokenizer(name, **_hub_kwargs(init_kwargs)) if name else None
+    return find_tokenizer(name, **hub_kwargs(init_kwargs)) if name else None
 
 
-def _hub_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+def hub_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return those keywords of `from_pretrained` that locate files."""
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     return {key: value for key, value in (init_kwargs or {}).items() if key in names}

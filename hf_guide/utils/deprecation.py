@@ -147,10 +147,10 @@ def add_renamed_flags(parser: argparse.ArgumentParser, renamed: RenamedOptions) 
                 hidden |= {name: getattr(action, name) for name in ("type", "nargs", "const", "choices", "metavar")}
                 parser.add_argument(*dict.fromkeys(flags), **hidden)
     for old in renamed.moved:
-        parser.add_argument(f"--{old}", type=_parse_json, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{old}", type=_json_or_text, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def _parse_json(text: str) -> Any:
+def _json_or_text(text: str) -> Any:
     """Return a value as JSON has it; other text is a string."""
     try:
         return json.loads(text)

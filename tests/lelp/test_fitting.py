@@ -16,7 +16,7 @@ from hf_guide import (
     fit_subclasses,
 )
 from hf_guide.errors import CaptureError, TaskError
-from hf_guide.lelp.data import linear_weight
+from hf_guide.lelp.data import classifier_weight
 from hf_guide.lelp.splitters.registry import BENCHMARK_SPLITTERS
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.tasks import task_of
@@ -264,7 +264,7 @@ def test_an_adapter_on_the_classifier_is_part_of_its_weight():
     ).eval()
     actual = fit_subclasses(adapted, rows, 4, data_collator=Pad(), show_progress=False)
     outputs = teacher_arrays(adapted, rows)
-    merged = linear_weight(find_classifier(adapted, task_of(adapted)))
+    merged = classifier_weight(find_classifier(adapted, task_of(adapted)))
     assert (merged - outputs.weight).abs().max() > 1e-3, "the adapter does nothing"
     labels = [row["label"] for row in rows]
     assert_same(actual, SubclassProjector.fit(outputs.embeddings, labels, merged, 4), outputs)
@@ -346,7 +346,7 @@ def test_the_inputs_of_the_classifier_are_captured(model_class, config):
     task = task_of(teacher)
     signals = TeacherRunner(teacher, task).forward(batch, features=True)
     classifier = find_classifier(teacher, task)
-    weight = linear_weight(classifier)
+    weight = classifier_weight(classifier)
     assert weight.shape == (3, classifier.in_features) and signals.features.shape == (4, classifier.in_features)
     residual = signals.logits.double() - signals.features.double() @ weight.T
     assert residual.std(0).max() < 1e-4 * signals.logits.std(0).max() + 1e-5, "the logits are not linear in it"

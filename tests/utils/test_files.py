@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from hf_guide.cli import main as cli
-from hf_guide.signal_cache.manifest import cache_folder
+from hf_guide.signal_cache.manifest import signal_cache_folder
 from hf_guide.utils import files as folders
 from hf_guide.utils.checksums import check_written_model, weights_defect
 from hf_guide.utils.files import atomic_folder, atomic_write, check_output_folder, remove_stale_partials, staged_update
@@ -366,7 +366,7 @@ def test_a_limit_on_file_sizes_in_distill_is_reported_as_a_full_disk_is(
 @pytest.mark.parametrize("output", ["file/student", "file/a/student"])
 def test_an_output_dir_within_a_file_is_an_error(output: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for check in (check_output_folder, lambda folder: cache_folder(folder).check()):
+    for check in (check_output_folder, lambda folder: signal_cache_folder(folder).check()):
         with pytest.raises(NotADirectoryError, match=r"cannot be created: .*file is a file"):
             check(tmp_path / output)
 
@@ -374,6 +374,6 @@ def test_an_output_dir_within_a_file_is_an_error(output: str, tmp_path: Path) ->
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_output_that_is_not_writable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    for check in (check_output_folder, lambda folder: cache_folder(folder).check()):
+    for check in (check_output_folder, lambda folder: signal_cache_folder(folder).check()):
         with pytest.raises(PermissionError, match="locked is not writable"):
             check(tmp_path / "locked" / "student")

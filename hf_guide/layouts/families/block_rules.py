@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import TeacherError
+from hf_guide.layouts.families.gpt2 import inverse_block_scale
 from hf_guide.layouts.registry import BlockTransfer, register_block_rules
 
 
@@ -38,13 +39,9 @@ register_block_rules(
 )
 
 
-def _inverse_index(config: PreTrainedConfig, block: int) -> float:
-    return 1 / (block + 1) if config.scale_attn_by_inverse_layer_idx else 1.0
-
-
 def _scale_queries(value: Tensor, transfer: BlockTransfer) -> Tensor:
     """Return a fused weight or bias, [queries keys values] along the last axis, with the queries scaled."""
-    factor = _inverse_index(transfer.teacher_config, transfer.teacher_block) / _inverse_index(
+    factor = inverse_block_scale(transfer.teacher_config, transfer.teacher_block) / inverse_block_scale(
         transfer.student_config, transfer.student_block
     )
     if factor == 1.0:

@@ -5,8 +5,8 @@ from transformers import PreTrainedConfig
 from hf_guide.layouts.registry import register_layout
 
 
-def _inverse_index(config: PreTrainedConfig, block: int) -> float:
-    """By what GPT-2 may divide a block's attention, so that it is not lost in half precision."""
+def inverse_block_scale(config: PreTrainedConfig, block: int) -> float:
+    """Return the factor on a block's attention logits of GPT-2 and its relatives (for half precision)."""
     return 1 / (block + 1) if getattr(config, "scale_attn_by_inverse_layer_idx", False) else 1.0
 
 
@@ -29,7 +29,7 @@ register_layout(
     qa_outputs: 2 embed < ln_f
     """,
     norm="layer",
-    block_attention_scale=_inverse_index,
+    block_attention_scale=inverse_block_scale,
 )
 
 register_layout(

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.lelp.data import check_classifier_task, check_single_label, linear_weight
+from hf_guide.lelp.data import check_classifier_task, check_single_label, classifier_weight
 from hf_guide.lelp.validation import resolve_classes
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import eval_mode
@@ -86,7 +86,7 @@ def collect_features(
             batch_columns = (embeddings, logits, _input_features(teacher, inputs), classes)
             columns.append(tuple(column.cpu() for column in batch_columns))
     embeddings, logits, features, classes = (torch.cat(parts) for parts in zip(*columns, strict=True))
-    return AnalysisFeatures(embeddings, logits, features, classes, linear_weight(classifier))
+    return AnalysisFeatures(embeddings, logits, features, classes, classifier_weight(classifier))
 
 
 @torch.no_grad()
