@@ -22,7 +22,6 @@ from hf_guide.distillation.arguments import (
     validate_not_empty,
     validate_output_dir,
 )
-from hf_guide.distillation.batches import BatchBuilder, DistillationBatch
 from hf_guide.distillation.cached_teacher import CachedTeacher, load_cached_teacher
 from hf_guide.distillation.layer_projections import ProjectionGradSyncCallback, check_optimizer_has_projections
 from hf_guide.distillation.loss_scaling import LossScalingTrainer
@@ -37,6 +36,8 @@ from hf_guide.distillation.metrics import RunningMeans
 from hf_guide.distillation.objective import (
     TEACHER_AGREEMENT,
     TEACHER_CE,
+    BatchBuilder,
+    DistillationBatch,
     ObjectiveOutput,
     build_objective,
     find_head_all_ranks,
