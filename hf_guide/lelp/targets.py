@@ -184,7 +184,10 @@ def capture_targets(
     if not is_map_style(dataset) or not len(dataset):
         raise OptionError("A teacher needs a map-style dataset, with a length and examples by index.")
     teacher = load_subclass_teacher(projector, source, state.device, processing_class)
-    collate = _FineLabelCollator(teacher.model, teacher.task, data_collator, processing_class, options)
+    drop = options.remove_unused_columns
+    collate = TeacherBatchCollator(
+        teacher.model, teacher.task, data_collator, processing_class, drop, SUBCLASS_COLUMNS
+    )
     manifest = _target_manifest(
         projector, teacher.task, len(dataset), tokenizer_fingerprint(processing_class), options
     )
@@ -193,14 +196,6 @@ def capture_targets(
     runner.write_missing(state, show_progress)
     runner.finish(state)
     return Capture.open(folder)
-
-
-class _FineLabelCollator(TeacherBatchCollator):
-    """A collator of the teacher's batches that keeps the column of fine labels."""
-
-    def __init__(self, model: Any, task: Task, collator: Any, processing_class: Any, options: CaptureConfig):
-        super().__init__(model, task, collator, processing_class, options.remove_unused_columns)
-        self._known |= set(SUBCLASS_COLUMNS)
 
 
 def _convert_cache(projector: SubclassProjector, source: Capture, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Make batches for the teacher out of a dataset's examples, as `Trainer` makes them for the student."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
@@ -26,6 +26,7 @@ class TeacherBatchCollator:
         data_collator: The user's; None for one that pads, or stacks where there is no tokenizer.
         processing_class: The tokenizer, or another processor.
         drop: Whether columns are dropped that the forward does not take.
+        extra_columns: Columns that are kept as well, because something other than the model reads them.
 
     Raises:
         CaptureError: (when called) No column is left.
@@ -39,8 +40,9 @@ class TeacherBatchCollator:
         data_collator: Callable[[Any], Mapping[str, Any]] | None,
         processing_class: Any,
         drop: bool,
+        extra_columns: Collection[str] = (),
     ):
-        self._known = {*forward_parameters(model), *TRAINER_LABEL_COLUMNS}
+        self._known = {*forward_parameters(model), *TRAINER_LABEL_COLUMNS, *extra_columns}
         self._drop = drop
         self._without_labels = data_collator is None and not task.row.targets_in_decoder
         if data_collator is not None:
