@@ -1,4 +1,4 @@
-"""`from_teacher`, the mixin that makes it a classmethod, and one Auto class per task."""
+"""`from_teacher`, the mixin that makes it a classmethod, and one Auto class per Auto class of Transformers' tasks."""
 
 import dataclasses
 import functools
@@ -10,12 +10,25 @@ from typing import Any, ParamSpec
 import torch
 from transformers import (
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForInstanceSegmentation,
+    AutoModelForMaskedImageModeling,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForObjectDetection,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSemanticSegmentation,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
+    AutoModelForUniversalSegmentation,
+    AutoModelForZeroShotImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -270,8 +283,17 @@ def _stock_class(student: Any) -> type:
     return next(stock, type(student))
 
 
-class _AutoStudent(_FromTeacherBase):
-    """Share what the Auto classes have in common: a task's stock class, initialized from a teacher."""
+class AutoStudent(_FromTeacherBase):
+    """Initialize a base model, without a head, from a teacher; the other Auto classes derive from this one.
+
+    Example:
+        >>> from hf_guide import AutoStudent
+        >>> student = AutoStudent.from_teacher(
+        ...     "HuggingFaceTB/SmolLM2-135M", hidden_size=288, head_dim=32, intermediate_size=768, show_progress=False
+        ... )
+        >>> type(student).__name__
+        'LlamaModel'
+    """
 
     model_class: type[Any] = AutoModel
 
@@ -284,106 +306,182 @@ class _AutoStudent(_FromTeacherBase):
         return cls.model_class
 
 
-class AutoStudent(_AutoStudent):
-    """Initialize a base model, without a head, from a teacher.
+_EXAMPLE = """Initialize {what} from a teacher{note}.
 
     Example:
-        >>> from hf_guide import AutoStudent
-        >>> student = AutoStudent.from_teacher(
-        ...     "HuggingFaceTB/SmolLM2-135M", hidden_size=288, head_dim=32, intermediate_size=768, show_progress=False
+        >>> from hf_guide import {name}
+        >>> student = {name}.from_teacher(
+        ...     "{teacher}", {overrides}, show_progress=False
         ... )
         >>> type(student).__name__
-        'LlamaModel'
+        '{student}'
     """
 
 
-class AutoStudentForCausalLM(_AutoStudent):
-    """Initialize a causal language model from a teacher.
+def auto_student_class(
+    auto_class: type[Any], what: str, teacher: str, overrides: str, student: str, note: str = ""
+) -> type[AutoStudent]:
+    """Return the class that makes students of the classes of an Auto class of Transformers.
+
+    Its name is that of the Auto class with `AutoStudent` for `AutoModel`.
+
+    Args:
+        auto_class: Of Transformers, such as `AutoModelForCausalLM`.
+        what: What it makes, as its docstring names it.
+        teacher, overrides, student: Of the docstring's example: a model on the Hub, what the student changes, and the
+            student's class.
+        note: What else the docstring mentions.
 
     Example:
-        >>> from hf_guide import AutoStudentForCausalLM
-        >>> student = AutoStudentForCausalLM.from_teacher(
-        ...     "HuggingFaceTB/SmolLM2-135M", hidden_size=288, head_dim=32, intermediate_size=768, show_progress=False
-        ... )
-        >>> type(student).__name__
-        'LlamaForCausalLM'
+        >>> from transformers import AutoModelForDepthEstimation
+        >>> auto_student_class(AutoModelForDepthEstimation, "a depth estimator", "Intel/dpt-large", "", "").__name__
+        'AutoStudentForDepthEstimation'
     """
-
-    model_class = AutoModelForCausalLM
-
-
-class AutoStudentForMaskedLM(_AutoStudent):
-    """Initialize a masked language model from a teacher.
-
-    Example:
-        >>> from hf_guide import AutoStudentForMaskedLM
-        >>> student = AutoStudentForMaskedLM.from_teacher(
-        ...     "distilbert/distilbert-base-uncased", dim=384, n_heads=6, hidden_dim=1536, show_progress=False
-        ... )
-        >>> type(student).__name__
-        'DistilBertForMaskedLM'
-    """
-
-    model_class = AutoModelForMaskedLM
+    name = auto_class.__name__.replace("AutoModel", "AutoStudent", 1)
+    values = {"what": what, "note": note, "name": name, "teacher": teacher, "overrides": overrides, "student": student}
+    return type(
+        name, (AutoStudent,), {"__doc__": _EXAMPLE.format(**values), "__module__": __name__, "model_class": auto_class}
+    )
 
 
-class AutoStudentForSequenceClassification(_AutoStudent):
-    """Initialize a sequence classifier from a teacher; its head too where the labels agree.
+_HEAD_NOTE = "; its head too where the labels agree"
 
-    Example:
-        >>> from hf_guide import AutoStudentForSequenceClassification
-        >>> student = AutoStudentForSequenceClassification.from_teacher(
-        ...     "distilbert/distilbert-base-uncased-finetuned-sst-2-english", dim=384, n_heads=6, hidden_dim=1536,
-        ...     show_progress=False
-        ... )
-        >>> type(student).__name__
-        'DistilBertForSequenceClassification'
-    """
-
-    model_class = AutoModelForSequenceClassification
-
-
-class AutoStudentForTokenClassification(_AutoStudent):
-    """Initialize a token classifier from a teacher; its head too where the labels agree.
-
-    Example:
-        >>> from hf_guide import AutoStudentForTokenClassification
-        >>> student = AutoStudentForTokenClassification.from_teacher(
-        ...     "dslim/bert-base-NER", hidden_size=384, num_attention_heads=6, intermediate_size=1536, show_progress=False
-        ... )
-        >>> type(student).__name__
-        'BertForTokenClassification'
-    """
-
-    model_class = AutoModelForTokenClassification
-
-
-class AutoStudentForSeq2SeqLM(_AutoStudent):
-    """Initialize an encoder-decoder language model from a teacher.
-
-    Example:
-        >>> from hf_guide import AutoStudentForSeq2SeqLM
-        >>> student = AutoStudentForSeq2SeqLM.from_teacher(
-        ...     "google-t5/t5-small", d_model=256, num_heads=4, d_ff=1024, show_progress=False
-        ... )
-        >>> type(student).__name__
-        'T5ForConditionalGeneration'
-    """
-
-    model_class = AutoModelForSeq2SeqLM
-
-
-class AutoStudentForImageClassification(_AutoStudent):
-    """Initialize an image classifier from a teacher; its head too where the labels agree.
-
-    Example:
-        >>> from hf_guide import AutoStudentForImageClassification
-        >>> student = AutoStudentForImageClassification.from_teacher(
-        ...     "google/vit-base-patch16-224", hidden_size=384, num_attention_heads=6, intermediate_size=1536,
-        ...     show_progress=False
-        ... )
-        >>> type(student).__name__
-        'ViTForImageClassification'
-    """
-
-    model_class = AutoModelForImageClassification
+AutoStudentForCausalLM = auto_student_class(
+    AutoModelForCausalLM,
+    "a causal language model",
+    "HuggingFaceTB/SmolLM2-135M",
+    "hidden_size=288, head_dim=32, intermediate_size=768",
+    "LlamaForCausalLM",
+)
+AutoStudentForMaskedLM = auto_student_class(
+    AutoModelForMaskedLM,
+    "a masked language model",
+    "distilbert/distilbert-base-uncased",
+    "dim=384, n_heads=6, hidden_dim=1536",
+    "DistilBertForMaskedLM",
+)
+AutoStudentForSeq2SeqLM = auto_student_class(
+    AutoModelForSeq2SeqLM,
+    "an encoder-decoder language model",
+    "google-t5/t5-small",
+    "d_model=256, num_heads=4, d_ff=1024",
+    "T5ForConditionalGeneration",
+)
+AutoStudentForSequenceClassification = auto_student_class(
+    AutoModelForSequenceClassification,
+    "a sequence classifier, or a regression model or reranker of one output,",
+    "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+    "dim=384, n_heads=6, hidden_dim=1536",
+    "DistilBertForSequenceClassification",
+    _HEAD_NOTE,
+)
+AutoStudentForTokenClassification = auto_student_class(
+    AutoModelForTokenClassification,
+    "a token classifier",
+    "dslim/bert-base-NER",
+    "hidden_size=384, num_attention_heads=6, intermediate_size=1536",
+    "BertForTokenClassification",
+    _HEAD_NOTE,
+)
+AutoStudentForQuestionAnswering = auto_student_class(
+    AutoModelForQuestionAnswering,
+    "an extractive question answering model",
+    "distilbert/distilbert-base-cased-distilled-squad",
+    "n_layers=2",
+    "DistilBertForQuestionAnswering",
+)
+AutoStudentForMultipleChoice = auto_student_class(
+    AutoModelForMultipleChoice,
+    "a multiple choice model",
+    "google-bert/bert-base-uncased",
+    "num_hidden_layers=1",
+    "BertForMultipleChoice",
+)
+AutoStudentForImageClassification = auto_student_class(
+    AutoModelForImageClassification,
+    "an image classifier",
+    "google/vit-base-patch16-224",
+    "hidden_size=384, num_attention_heads=6, intermediate_size=1536",
+    "ViTForImageClassification",
+    _HEAD_NOTE,
+)
+AutoStudentForMaskedImageModeling = auto_student_class(
+    AutoModelForMaskedImageModeling,
+    "a model that predicts the pixels of masked patches",
+    "google/vit-base-patch16-224",
+    "num_hidden_layers=1",
+    "ViTForMaskedImageModeling",
+)
+AutoStudentForPreTraining = auto_student_class(
+    AutoModelForPreTraining,
+    "a model with the heads of its pretraining, such as a masked autoencoder,",
+    "facebook/vit-mae-base",
+    "num_hidden_layers=1, decoder_num_hidden_layers=1",
+    "ViTMAEForPreTraining",
+)
+AutoStudentForSemanticSegmentation = auto_student_class(
+    AutoModelForSemanticSegmentation,
+    "a semantic segmentation model",
+    "nvidia/segformer-b0-finetuned-ade-512-512",
+    "depths=[1, 1, 1, 1]",
+    "SegformerForSemanticSegmentation",
+    _HEAD_NOTE,
+)
+AutoStudentForInstanceSegmentation = auto_student_class(
+    AutoModelForInstanceSegmentation,
+    "an instance segmentation model",
+    "facebook/maskformer-swin-tiny-ade",
+    'decoder_config={"decoder_layers": 2}',
+    "MaskFormerForInstanceSegmentation",
+)
+AutoStudentForUniversalSegmentation = auto_student_class(
+    AutoModelForUniversalSegmentation,
+    "a model for semantic, instance and panoptic segmentation",
+    "facebook/mask2former-swin-tiny-coco-instance",
+    "decoder_layers=2",
+    "Mask2FormerForUniversalSegmentation",
+)
+AutoStudentForObjectDetection = auto_student_class(
+    AutoModelForObjectDetection,
+    "an object detector",
+    "facebook/detr-resnet-50",
+    "decoder_layers=2",
+    "DetrForObjectDetection",
+    _HEAD_NOTE,
+)
+AutoStudentForZeroShotImageClassification = auto_student_class(
+    AutoModelForZeroShotImageClassification,
+    "a model that compares images with texts, such as CLIP,",
+    "openai/clip-vit-base-patch32",
+    'vision_config={"num_hidden_layers": 1}',
+    "CLIPModel",
+)
+AutoStudentForImageTextToText = auto_student_class(
+    AutoModelForImageTextToText,
+    "a vision-language model",
+    "HuggingFaceTB/SmolVLM-256M-Instruct",
+    'text_config={"num_hidden_layers": 1}',
+    "Idefics3ForConditionalGeneration",
+)
+AutoStudentForAudioClassification = auto_student_class(
+    AutoModelForAudioClassification,
+    "an audio classifier",
+    "superb/wav2vec2-base-superb-ks",
+    "num_hidden_layers=1",
+    "Wav2Vec2ForSequenceClassification",
+    _HEAD_NOTE,
+)
+AutoStudentForCTC = auto_student_class(
+    AutoModelForCTC,
+    "a speech recognizer trained with connectionist temporal classification",
+    "facebook/wav2vec2-base-960h",
+    "num_hidden_layers=1",
+    "Wav2Vec2ForCTC",
+)
+AutoStudentForSpeechSeq2Seq = auto_student_class(
+    AutoModelForSpeechSeq2Seq,
+    "an encoder-decoder speech recognizer",
+    "openai/whisper-tiny",
+    "decoder_layers=1",
+    "WhisperForConditionalGeneration",
+)

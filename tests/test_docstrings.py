@@ -28,6 +28,17 @@ from tests.trust.artefacts import make_tokenizer
 
 BERT = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072}
 DISTILBERT = transformers.DistilBertConfig(vocab_size=96, n_layers=3, max_position_embeddings=64, num_labels=2)
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+SMALL_IMAGES = {**SMALL, "image_size": 32, "patch_size": 8}
+SMALL_TEXT = {**SMALL, "vocab_size": 96}
+SWIN = transformers.SwinConfig(
+    image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], out_indices=[1, 2, 3, 4]
+)
+DETECTION = {"d_model": 16, "decoder_ffn_dim": 32, "decoder_attention_heads": 4, "num_queries": 4}
+MASKS = {"fpn_feature_size": 32, "mask_feature_size": 32, "num_queries": 4, "num_labels": 3}
+SOUNDS = transformers.Wav2Vec2Config(
+    **SMALL, vocab_size=32, conv_dim=[8, 8], conv_kernel=[10, 3], conv_stride=[5, 2], num_conv_pos_embeddings=8
+)
 MODELS = {
     "HuggingFaceTB/SmolLM2-135M": (
         transformers.LlamaForCausalLM,
@@ -58,6 +69,76 @@ MODELS = {
     "google/vit-base-patch16-224": (
         transformers.ViTForImageClassification,
         transformers.ViTConfig(image_size=32, num_labels=3, **BERT),
+    ),
+    "distilbert/distilbert-base-cased-distilled-squad": (transformers.DistilBertForQuestionAnswering, DISTILBERT),
+    "facebook/vit-mae-base": (
+        transformers.ViTMAEForPreTraining,
+        transformers.ViTMAEConfig(
+            decoder_hidden_size=16, decoder_num_attention_heads=4, decoder_num_hidden_layers=2, **SMALL_IMAGES
+        ),
+    ),
+    "nvidia/segformer-b0-finetuned-ade-512-512": (
+        transformers.SegformerForSemanticSegmentation,
+        transformers.SegformerConfig(hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, num_labels=3),
+    ),
+    "facebook/maskformer-swin-tiny-ade": (
+        transformers.MaskFormerForInstanceSegmentation,
+        transformers.MaskFormerConfig(
+            backbone_config=SWIN, decoder_config=transformers.DetrConfig(decoder_layers=3, **DETECTION), **MASKS
+        ),
+    ),
+    "facebook/mask2former-swin-tiny-coco-instance": (
+        transformers.Mask2FormerForUniversalSegmentation,
+        transformers.Mask2FormerConfig(
+            backbone_config=SWIN,
+            hidden_dim=32,
+            feature_size=32,
+            encoder_layers=1,
+            decoder_layers=4,
+            num_attention_heads=4,
+            **MASKS,
+        ),
+    ),
+    "facebook/detr-resnet-50": (
+        transformers.DetrForObjectDetection,
+        transformers.DetrConfig(
+            backbone_config=transformers.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], out_features=["stage2"]
+            ),
+            encoder_layers=1,
+            decoder_layers=3,
+            encoder_ffn_dim=32,
+            encoder_attention_heads=4,
+            **DETECTION,
+        ),
+    ),
+    "google-bert/bert-base-uncased": (transformers.BertForMaskedLM, transformers.BertConfig(**SMALL_TEXT)),
+    "openai/clip-vit-base-patch32": (
+        transformers.CLIPModel,
+        transformers.CLIPConfig(text_config=SMALL_TEXT, vision_config=SMALL_IMAGES, projection_dim=16),
+    ),
+    "HuggingFaceTB/SmolVLM-256M-Instruct": (
+        transformers.Idefics3ForConditionalGeneration,
+        transformers.Idefics3Config(
+            text_config=transformers.LlamaConfig(pad_token_id=0, **SMALL_TEXT), vision_config=SMALL_IMAGES
+        ),
+    ),
+    "superb/wav2vec2-base-superb-ks": (transformers.Wav2Vec2ForSequenceClassification, SOUNDS),
+    "facebook/wav2vec2-base-960h": (transformers.Wav2Vec2ForCTC, SOUNDS),
+    "openai/whisper-tiny": (
+        transformers.WhisperForConditionalGeneration,
+        transformers.WhisperConfig(
+            vocab_size=96,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            pad_token_id=0,
+            decoder_start_token_id=1,
+        ),
     ),
 }
 

@@ -13,6 +13,7 @@ from hf_guide.modeling import (
     AutoStudent,
     AutoStudentForImageClassification,
     AutoStudentForMaskedLM,
+    AutoStudentForMultipleChoice,
     AutoStudentForSeq2SeqLM,
     AutoStudentForSequenceClassification,
     AutoStudentForTokenClassification,
@@ -197,6 +198,12 @@ def test_a_head_that_read_something_else_is_new(tmp_path: Path) -> None:
     save("BertForSequenceClassification", TEXT, tmp_path)
     student = student_of(tmp_path, "BertForTokenClassification")
     assert new_in(student) == {"classifier"}, "a head upon pooled sentences is none upon tokens"
+
+
+def test_a_head_with_rows_for_something_else_than_labels_is_new(tmp_path: Path) -> None:
+    save("BertForSequenceClassification", TEXT, tmp_path)
+    student = AutoStudentForMultipleChoice.from_teacher(str(tmp_path), hidden_size=16, show_progress=False)
+    assert new_in(student) == {"classifier"} and student.classifier.weight.shape == (1, 16)
 
 
 def test_a_classifier_gives_its_body(tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ def test_every_task_has_a_class_that_makes_a_student(task: Task) -> None:
     assert task.auto_student_class in hf_guide.__all__
 
 
+@pytest.mark.parametrize("name", [name for name in hf_guide.__all__ if name.startswith("AutoStudent")])
+def test_a_class_that_makes_a_student_is_named_as_the_auto_class_of_transformers(name: str) -> None:
+    auto_student = getattr(hf_guide, name)
+    assert auto_student.__name__ == name and auto_student.__module__ == "hf_guide.modeling"
+    assert auto_student.model_class is getattr(transformers, name.replace("AutoStudent", "AutoModel", 1))
+
+
 @pytest.mark.parametrize("task", Task)
 def test_every_class_of_a_mapping_has_its_task_and_tag(task: Task) -> None:
     for mapping, tag in task.row.pipeline_tags.items():

@@ -494,8 +494,11 @@ def make_plan(
     widths = _projected_widths(layout, parameters.values())
     random_blocks = options.subsequent_layers == SubsequentLayers.RANDOM
     new_head = label_indices is not None and len(label_indices) == 0
+    other_class = label_indices is None and type(student) is not teacher.model_class
     for name, parameter in list(parameters.items()):
-        is_new = new_head and AxisName("labels") in parameter.axes
+        is_head = AxisName("labels") in parameter.axes
+        # A multiple choice model's head has one row, whatever its config's labels.
+        is_new = is_head and (new_head or (other_class and parameter.shape[0] != (parameter.source_shape or [0])[0]))
         if is_new or (random_blocks and parameter.block is not None and parameter.block > 0):
             random.append(parameter.name)
             del parameters[name]
