@@ -14,14 +14,14 @@ from pathlib import Path
 from hf_guide.errors import OptionError
 from hf_guide.validation import did_you_mean
 
-NAMES = ("gap_closed", "perplexity_from_losses", "teacher_agreement")
+NAMES = ("gap_closed", "perplexity_from_losses", "teacher_agreement", "word_error_rate")
 
 
 def path(name: str) -> str:
     """Return the folder of a metric, for `evaluate.load`.
 
     Args:
-        name: "gap_closed", "perplexity_from_losses" or "teacher_agreement".
+        name: "gap_closed", "perplexity_from_losses", "teacher_agreement" or "word_error_rate".
 
     Raises:
         OptionError: There is no metric of that name; the nearest is suggested.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import textwrap
@@ -98,6 +99,43 @@ def test_agreement_of_nothing_is_an_error(load, student, teacher, message):
         load("teacher_agreement").compute(predictions=student, references=teacher)
 
 
+def edits(first, second):
+    """Return the edit distance by its definition: the recursion over both last items."""
+    row = list(range(len(second) + 1))
+    for index, one in enumerate(first, start=1):
+        before, row = row, [index]
+        for column, other in enumerate(second):
+            row.append(min(before[column] + (one != other), before[column + 1] + 1, row[column] + 1))
+    return row[-1]
+
+
+def test_word_and_character_error_rates_equal_a_plain_edit_distance(load):
+    draw = random.Random(0)
+    texts = [
+        " ".join("".join(draw.choices("abc", k=draw.randint(1, 4))) for _ in range(draw.randint(0, 9)))
+        for _ in range(120)
+    ]
+    predictions, references = texts[::2], texts[1::2]
+    metric = load("word_error_rate")
+    metric.add_batch(predictions=predictions[:7], references=references[:7])
+    metric.add_batch(predictions=predictions[7:], references=references[7:])
+    results = metric.compute()
+    words = sum(len(text.split()) for text in references)
+    assert results["words"] == words and results["characters"] == sum(map(len, references))
+    pairs = list(zip(predictions, references, strict=True))
+    assert results["wer"] == sum(edits(one.split(), other.split()) for one, other in pairs) / words
+    assert results["cer"] == sum(edits(one, other) for one, other in pairs) / results["characters"]
+
+
+def test_word_error_rate_counts_missing_and_added_words_and_no_spaces(load):
+    metric = load("word_error_rate")
+    assert metric.compute(predictions=["", "a  b\n"], references=["x y", "a b"])["wer"] == 0.5
+    assert metric.compute(predictions=["a b c", "d"], references=["a", ""])["wer"] == 3.0, "above 1"
+    assert metric.compute(predictions=["ab"], references=["ba"])["cer"] == 1.0
+    with pytest.raises(ValueError, match="No reference has a word"):
+        metric.compute(predictions=["a"], references=["  "])
+
+
 WORKER = """
     import json, sys
     import evaluate
@@ -112,6 +150,10 @@ WORKER = """
         "teacher_agreement": [
             {"predictions": [[5, 6], [7]], "references": [[5, 9], [7]]},
             {"predictions": [[8]], "references": [[8]]},
+        ],
+        "word_error_rate": [
+            {"predictions": ["a b"], "references": ["a c"]},
+            {"predictions": ["d e"], "references": ["d e"]},
         ],
     }
     results = {}
@@ -147,5 +189,6 @@ def test_what_two_processes_added_is_merged_in_the_first(tmp_path):
         "perplexity_from_losses": {"perplexity": math.e, "loss": 1.0, "tokens": 300},
         "gap_closed": {"gap_closed": 0.9, "gaps": [0.8, 1.0]},
         "teacher_agreement": {"teacher_agreement": 0.75, "positions": 4},
+        "word_error_rate": {"wer": 0.25, "cer": 1 / 6, "words": 4, "characters": 6},
     }
     assert second == dict.fromkeys(metrics.NAMES)
