@@ -101,6 +101,11 @@ def sounds() -> dict[str, torch.Tensor]:
     return {"input_features": torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(7), dtype=torch.float64)}
 
 
+def spectrograms() -> dict[str, torch.Tensor]:
+    """Return the same two spectrograms, time first, under the name that models of one encoder have for them."""
+    return {"input_values": sounds()["input_features"].mT.contiguous()}
+
+
 def speech() -> dict[str, torch.Tensor]:
     """Return two spectrograms and the beginnings of their transcripts."""
     return sounds() | {"decoder_input_ids": pairs()["decoder_input_ids"]}
@@ -116,4 +121,12 @@ def captions() -> dict[str, torch.Tensor]:
     return tokens() | images()
 
 
-INPUTS = {"captions": captions, "tokens": tokens, "pairs": pairs, "sounds": sounds, "speech": speech, "images": images}
+INPUTS = {
+    "captions": captions,
+    "tokens": tokens,
+    "pairs": pairs,
+    "sounds": sounds,
+    "spectrograms": spectrograms,
+    "speech": speech,
+    "images": images,
+}

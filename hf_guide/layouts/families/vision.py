@@ -40,6 +40,18 @@ register_layout(
     like="vit",
 )
 
+# Its "images" are spectrograms; a norm follows the mean of the two added tokens' normed states.
+register_layout(
+    "audio-spectrogram-transformer",
+    """
+    embeddings.distillation_token: table 1 1 embed
+    classifier.layernorm: norm embed
+    classifier.dense: labels embed < classifier.layernorm
+    """,
+    like="vit",
+    exactness="the gain of the norm before the tokens are pooled becomes a diagonal",
+)
+
 register_layout(
     "dinov2",
     """

@@ -42,15 +42,15 @@ class WordErrorRate(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        counts = {"words": [0, 0], "characters": [0, 0]}
+        words = characters = word_errors = character_errors = 0
         for prediction, reference in zip(predictions, references, strict=True):
-            words = prediction.split(), reference.split()
-            for unit, (predicted, true) in {"words": words, "characters": tuple(map(" ".join, words))}.items():
-                counts[unit][0] += edit_distance(predicted, true)
-                counts[unit][1] += len(true)
-        if not counts["words"][1]:
+            predicted, true = prediction.split(), reference.split()
+            words += len(true)
+            word_errors += edit_distance(predicted, true)
+            characters += len(" ".join(true))
+            character_errors += edit_distance(" ".join(predicted), " ".join(true))
+        if not words:
             raise ValueError("No reference has a word, so there is no word error rate. Check the references.")
-        (word_errors, words), (character_errors, characters) = counts.values()
         return {
             "wer": word_errors / words,
             "cer": character_errors / characters,

@@ -1,9 +1,9 @@
-"""Whisper, whose encoder and decoder are two residual streams, `enc_embed` and `embed`."""
+"""Speech and sound. Whisper's encoder and decoder are two residual streams, `enc_embed` and `embed`."""
 
 from transformers import PreTrainedModel
 
 from tests.invariants.case import STREAM_RESIDUAL, TIED_RESIDUAL, TOKENS, Case
-from tests.invariants.shapes import PAIR_DEEP, PAIR_SMALL
+from tests.invariants.shapes import IMAGE_BIG, IMAGE_SMALL, PAIR_DEEP, PAIR_SMALL
 
 WHISPER = {
     "vocab_size": TOKENS,
@@ -65,5 +65,15 @@ CASES: list[Case] = [
         "whisper-classifier",
         inputs="sounds",
         settle=straighten,
+    ),
+    Case(
+        "audio-spectrogram-transformer",
+        "ASTForAudioClassification",
+        IMAGE_SMALL,
+        IMAGE_BIG,
+        {"max_length": 20, "num_mel_bins": 7, "patch_size": 4, "frequency_stride": 3, "time_stride": 4}
+        | {"layer_norm_eps": 1e-12, "num_labels": 5},
+        inputs="spectrograms",
+        residual=STREAM_RESIDUAL,
     ),
 ]
