@@ -8,7 +8,7 @@ To add a task, add a member to `Task`: its value and its `TaskRow`.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -18,8 +18,21 @@ from hf_guide.errors import TaskError
 NON_CATEGORICAL_PROBLEM_TYPES = ("regression", "multi_label_classification")
 """Values of `config.problem_type` whose logits are no distribution over mutually exclusive classes."""
 
-PROCESSOR_CLASSES: Mapping[str, str] = MappingProxyType({"text": "AutoTokenizer", "image": "AutoImageProcessor"})
+PROCESSOR_CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "text": "AutoTokenizer",
+        "image": "AutoImageProcessor",
+        "audio": "AutoProcessor",  # a feature extractor, with a tokenizer where the targets are texts
+        "image-text": "AutoProcessor",
+    }
+)
 """The Auto class of the processor for each modality of inputs."""
+
+BASE_MAPPING = "BASE"
+"""The name in this table of `MODEL_MAPPING_NAMES`, the models without a head."""
+
+_MAPPINGS_WITHOUT_A_TASK = ("PRETRAINING", "MULTIMODAL_LM", "BACKBONE")
+"""Mappings that group classes otherwise than by what their outputs are."""
 
 
 class OutputKind(str, Enum):
@@ -45,9 +58,11 @@ class DistilledOutput:
     Attributes:
         name: Its name among the model's outputs.
         kind: What its numbers mean. For a classifier the config decides: see `output_kind`.
-        classes: What the last axis counts: "vocabulary" (rows of the language head) or "labels" (`config.num_labels`).
-        items: What one loss value is for: "token" (output (batch, length, classes), masked by labels and attention) or
-            "example" (output (batch, classes)).
+        classes: What the class axis counts: "vocabulary" (rows of the language head), "labels" (`config.num_labels`),
+            "characters" (the tokens of a CTC head), "positions" (of the tokens in the batch), "choices", "pairs" (the other
+            half of the batch's image-text pairs), "values" (of pixels) or "features".
+        items: What one loss value is for: "token", "example", "boundary" (the start and the end of an answer), "frame",
+            "pixel", "query", "row" (each image, and each text, of the batch) or "patch".
     """
 
     name: str
@@ -67,8 +82,10 @@ class TaskRow:
         class_suffixes: How the names of its classes end, for classes that are in no mapping.
         outputs: What of its outputs is distilled.
         inputs: The modality of what the processor makes: a key of `PROCESSOR_CLASSES`.
-        targets_in_decoder: Whether the targets are what a decoder with inputs of its own predicts.
+        targets_in_decoder: Whether the targets are what a decoder with inputs of its own predicts, where a model has one.
         checkpoint_order: When the task is tried for a checkpoint whose config names no class; None for never.
+        class_tags: Pipeline tags of classes that belong to it by their name, whatever mapping they are in.
+        teacher_tasks: Other tasks whose models have the same outputs for the inputs of this one, and can be its teachers.
     """
 
     auto_class: str
@@ -78,11 +95,30 @@ class TaskRow:
     inputs: str = "text"
     targets_in_decoder: bool = False
     checkpoint_order: int | None = None
+    class_tags: Mapping[str, str] = field(default_factory=dict)
+    teacher_tasks: tuple[str, ...] = ()
 
 
 _VOCABULARY = DistilledOutput("logits", OutputKind.CATEGORICAL, classes="vocabulary", items="token")
 _TOKEN_LABELS = DistilledOutput("logits", OutputKind.CATEGORICAL, classes="labels", items="token")
 _EXAMPLE_LABELS = DistilledOutput("logits", OutputKind.CATEGORICAL, classes="labels", items="example")
+_SPAN = (
+    DistilledOutput("start_logits", OutputKind.CATEGORICAL, classes="positions", items="boundary"),
+    DistilledOutput("end_logits", OutputKind.CATEGORICAL, classes="positions", items="boundary"),
+)
+_CHOICES = DistilledOutput("logits", OutputKind.CATEGORICAL, classes="choices", items="example")
+_FRAMES = DistilledOutput("logits", OutputKind.CATEGORICAL, classes="characters", items="frame")
+_PIXEL_LABELS = DistilledOutput("logits", OutputKind.CATEGORICAL, classes="labels", items="pixel")
+_QUERY_LABELS = DistilledOutput("logits", OutputKind.CATEGORICAL, classes="labels", items="query")
+_BOXES = DistilledOutput("pred_boxes", OutputKind.REAL, classes="values", items="query")
+_MASK_LABELS = DistilledOutput("class_queries_logits", OutputKind.CATEGORICAL, classes="labels", items="query")
+_PAIRS = (
+    DistilledOutput("logits_per_image", OutputKind.CATEGORICAL, classes="pairs", items="row"),
+    DistilledOutput("logits_per_text", OutputKind.CATEGORICAL, classes="pairs", items="row"),
+)
+_RECONSTRUCTED_IMAGE = DistilledOutput("reconstruction", OutputKind.REAL, classes="values", items="patch")
+_RECONSTRUCTED_PATCHES = DistilledOutput("logits", OutputKind.REAL, classes="values", items="patch")
+_FEATURES = DistilledOutput("last_hidden_state", OutputKind.FEATURES, classes="features", items="example")
 
 
 class Task(str, Enum):
@@ -95,19 +131,38 @@ class Task(str, Enum):
 
     row: TaskRow
 
+    SPEECH_SEQ2SEQ = (
+        "speech-seq2seq",
+        TaskRow(
+            auto_class="AutoModelForSpeechSeq2Seq",
+            pipeline_tags={"SPEECH_SEQ_2_SEQ": "automatic-speech-recognition"},
+            class_suffixes=("ForSpeechSeq2Seq", "ForSpeechToText"),
+            outputs=(_VOCABULARY,),
+            inputs="audio",
+            targets_in_decoder=True,
+            checkpoint_order=0,
+        ),
+    )
     SEQ2SEQ_LM = (
         "seq2seq-lm",
         TaskRow(
             auto_class="AutoModelForSeq2SeqLM",
-            # Speech first: many of its classes are in both mappings.
-            pipeline_tags={
-                "SPEECH_SEQ_2_SEQ": "automatic-speech-recognition",
-                "SEQ_TO_SEQ_CAUSAL_LM": "text2text-generation",
-            },
+            pipeline_tags={"SEQ_TO_SEQ_CAUSAL_LM": "text2text-generation"},
             class_suffixes=("ForSeq2SeqLM",),
             outputs=(_VOCABULARY,),
             targets_in_decoder=True,
-            checkpoint_order=0,
+            checkpoint_order=1,
+        ),
+    )
+    IMAGE_TEXT_TO_TEXT = (
+        "image-text-to-text",
+        TaskRow(
+            auto_class="AutoModelForImageTextToText",
+            pipeline_tags={"IMAGE_TEXT_TO_TEXT": "image-text-to-text"},
+            class_suffixes=("ForImageTextToText", "ForVision2Seq"),
+            outputs=(_VOCABULARY,),
+            inputs="image-text",
+            targets_in_decoder=True,
         ),
     )
     CAUSAL_LM = (
@@ -117,7 +172,8 @@ class Task(str, Enum):
             pipeline_tags={"CAUSAL_LM": "text-generation"},
             class_suffixes=("ForCausalLM", "LMHeadModel"),
             outputs=(_VOCABULARY,),
-            checkpoint_order=2,
+            checkpoint_order=3,
+            teacher_tasks=("image-text-to-text",),
         ),
     )
     MASKED_LM = (
@@ -127,7 +183,27 @@ class Task(str, Enum):
             pipeline_tags={"MASKED_LM": "fill-mask"},
             class_suffixes=("ForMaskedLM",),
             outputs=(_VOCABULARY,),
-            checkpoint_order=1,
+            checkpoint_order=2,
+        ),
+    )
+    AUDIO_CLASSIFICATION = (
+        "audio-classification",
+        TaskRow(
+            auto_class="AutoModelForAudioClassification",
+            pipeline_tags={"AUDIO_CLASSIFICATION": "audio-classification"},
+            class_suffixes=("ForAudioClassification",),
+            outputs=(_EXAMPLE_LABELS,),
+            inputs="audio",
+        ),
+    )
+    CTC = (
+        "ctc",
+        TaskRow(
+            auto_class="AutoModelForCTC",
+            pipeline_tags={"CTC": "automatic-speech-recognition"},
+            class_suffixes=("ForCTC",),
+            outputs=(_FRAMES,),
+            inputs="audio",
         ),
     )
     SEQUENCE_CLASSIFICATION = (
@@ -137,7 +213,7 @@ class Task(str, Enum):
             pipeline_tags={"SEQUENCE_CLASSIFICATION": "text-classification"},
             class_suffixes=("ForSequenceClassification",),
             outputs=(_EXAMPLE_LABELS,),
-            checkpoint_order=4,
+            checkpoint_order=5,
         ),
     )
     TOKEN_CLASSIFICATION = (
@@ -149,6 +225,27 @@ class Task(str, Enum):
             outputs=(_TOKEN_LABELS,),
         ),
     )
+    QUESTION_ANSWERING = (
+        "question-answering",
+        TaskRow(
+            auto_class="AutoModelForQuestionAnswering",
+            pipeline_tags={
+                "QUESTION_ANSWERING": "question-answering",
+                "DOCUMENT_QUESTION_ANSWERING": "document-question-answering",
+            },
+            class_suffixes=("ForQuestionAnswering", "ForQuestionAnsweringSimple"),
+            outputs=_SPAN,
+        ),
+    )
+    MULTIPLE_CHOICE = (
+        "multiple-choice",
+        TaskRow(
+            auto_class="AutoModelForMultipleChoice",
+            pipeline_tags={"MULTIPLE_CHOICE": "multiple-choice"},
+            class_suffixes=("ForMultipleChoice",),
+            outputs=(_CHOICES,),
+        ),
+    )
     IMAGE_CLASSIFICATION = (
         "image-classification",
         TaskRow(
@@ -157,7 +254,85 @@ class Task(str, Enum):
             class_suffixes=("ForImageClassification",),
             outputs=(_EXAMPLE_LABELS,),
             inputs="image",
-            checkpoint_order=3,
+            checkpoint_order=4,
+        ),
+    )
+    SEMANTIC_SEGMENTATION = (
+        "semantic-segmentation",
+        TaskRow(
+            auto_class="AutoModelForSemanticSegmentation",
+            pipeline_tags={"SEMANTIC_SEGMENTATION": "image-segmentation"},
+            class_suffixes=("ForSemanticSegmentation",),
+            outputs=(_PIXEL_LABELS,),
+            inputs="image",
+        ),
+    )
+    OBJECT_DETECTION = (
+        "object-detection",
+        TaskRow(
+            auto_class="AutoModelForObjectDetection",
+            pipeline_tags={"OBJECT_DETECTION": "object-detection"},
+            class_suffixes=("ForObjectDetection",),
+            outputs=(_QUERY_LABELS, _BOXES),
+            inputs="image",
+        ),
+    )
+    INSTANCE_SEGMENTATION = (
+        "instance-segmentation",
+        TaskRow(
+            auto_class="AutoModelForUniversalSegmentation",
+            pipeline_tags={
+                "UNIVERSAL_SEGMENTATION": "image-segmentation",
+                "INSTANCE_SEGMENTATION": "image-segmentation",
+            },
+            class_suffixes=("ForUniversalSegmentation", "ForInstanceSegmentation"),
+            outputs=(_MASK_LABELS,),
+            inputs="image",
+        ),
+    )
+    ZERO_SHOT_IMAGE_CLASSIFICATION = (
+        "zero-shot-image-classification",
+        TaskRow(
+            auto_class="AutoModelForZeroShotImageClassification",
+            pipeline_tags={"ZERO_SHOT_IMAGE_CLASSIFICATION": "zero-shot-image-classification"},
+            class_suffixes=("ForZeroShotImageClassification",),
+            outputs=_PAIRS,
+            inputs="image-text",
+            class_tags={"VisionTextDualEncoderModel": "zero-shot-image-classification"},
+        ),
+    )
+    MASKED_IMAGE_MODELING = (
+        "masked-image-modeling",
+        TaskRow(
+            auto_class="AutoModelForMaskedImageModeling",
+            pipeline_tags={"MASKED_IMAGE_MODELING": "image-feature-extraction"},
+            class_suffixes=("ForMaskedImageModeling",),
+            outputs=(_RECONSTRUCTED_IMAGE,),
+            inputs="image",
+        ),
+    )
+    IMAGE_PRETRAINING = (
+        "image-pretraining",
+        TaskRow(
+            auto_class="AutoModelForPreTraining",
+            pipeline_tags={},
+            class_suffixes=(),
+            outputs=(_RECONSTRUCTED_PATCHES,),
+            inputs="image",
+            class_tags={"ViTMAEForPreTraining": "image-feature-extraction"},
+        ),
+    )
+    FEATURE_EXTRACTION = (
+        "feature-extraction",
+        TaskRow(
+            auto_class="AutoModel",
+            pipeline_tags={
+                "IMAGE": "image-feature-extraction",
+                "TEXT_ENCODING": "feature-extraction",
+                BASE_MAPPING: "feature-extraction",
+            },
+            class_suffixes=(),
+            outputs=(_FEATURES,),
         ),
     )
 
@@ -184,13 +359,18 @@ class Task(str, Enum):
 
     @property
     def is_example_classification(self) -> bool:
-        """Whether it assigns one label to a whole example."""
-        return self.row.outputs[0].classes == "labels" and not self.is_per_token
+        """Whether it assigns one label to a whole text or image."""
+        output = self.row.outputs[0]
+        return output.classes == "labels" and output.items == "example" and self.row.inputs in ("text", "image")
 
     @property
     def has_token_positions(self) -> bool:
         """Whether the length axis of its hidden states is that of the tokens in the batch."""
-        return self.row.inputs == "text"
+        return self.row.inputs in ("text", "image-text") or self.row.targets_in_decoder
+
+    def accepts_teacher_for(self, teacher: "Task") -> bool:
+        """Return whether a model for `teacher` has outputs that a student of this task can learn from."""
+        return teacher is self or str(teacher) in self.row.teacher_tasks
 
     @property
     def processor_class(self) -> str:
@@ -215,10 +395,10 @@ def task_of(model: Any) -> Task:
     from hf_guide.models.adapters import without_adapter  # it imports torch
 
     model_class = model if isinstance(model, type) else type(without_adapter(model))
-    for base in model_class.__mro__:
-        if base.__name__ in _stock_classes():
-            return _stock_classes()[base.__name__][0]
-    raise TaskError(_unsupported_model_message(model_class.__name__))
+    task_and_tag = _task_and_tag(model_class)
+    if task_and_tag is None:
+        raise TaskError(_unsupported_model_message(model_class.__name__))
+    return task_and_tag[0]
 
 
 def pipeline_tag(model_class: type | str) -> str | None:
@@ -245,7 +425,8 @@ def mapping_names(mapping: str) -> Mapping[str, Any]:
     """Return `MODEL_FOR_{mapping}_MAPPING_NAMES` of Transformers: a class's name, or a tuple of them, by model type."""
     from transformers.models.auto import modeling_auto  # it imports torch
 
-    names: Mapping[str, Any] = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES")
+    attribute = "MODEL_MAPPING_NAMES" if mapping == BASE_MAPPING else f"MODEL_FOR_{mapping}_MAPPING_NAMES"
+    names: Mapping[str, Any] = getattr(modeling_auto, attribute)
     return names
 
 
@@ -272,6 +453,8 @@ def _task_and_tag(model_class: type | str) -> tuple[Task, str] | None:
     for name in names:
         if name in _stock_classes():
             return _stock_classes()[name]
+        if name in _classes_of_other_tasks():
+            return None
     for task in Task:
         if any(name.endswith(task.row.class_suffixes) for name in names):
             return task, next(iter(task.row.pipeline_tags.values()))
@@ -281,23 +464,35 @@ def _task_and_tag(model_class: type | str) -> tuple[Task, str] | None:
 @functools.cache
 def _stock_classes() -> Mapping[str, tuple[Task, str]]:
     """Return the task and the pipeline tag of each class of Transformers that has them, by its name."""
-    classes: dict[str, tuple[Task, str]] = {}
+    classes = {name: (task, tag) for task in Task for name, tag in task.row.class_tags.items()}
     for task in Task:
+        excluded = _classes_of_other_tasks() if BASE_MAPPING in task.row.pipeline_tags else frozenset()
         for mapping, tag in task.row.pipeline_tags.items():
-            for names in mapping_names(mapping).values():
-                for name in (names,) if isinstance(names, str) else names:
-                    classes.setdefault(name, (task, tag))
+            for name in _class_names(mapping) - excluded:
+                classes.setdefault(name, (task, tag))
     return MappingProxyType(classes)
 
 
-def _unsupported_model_message(name: str) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES  # it imports torch
+@functools.cache
+def _classes_of_other_tasks() -> frozenset[str]:
+    """Return the names of Transformers' classes with a head for a task that this table does not have."""
+    from transformers.models.auto import modeling_auto  # it imports torch
 
-    tasks = ", ".join(map(str, Task))
-    bases = MODEL_MAPPING_NAMES.values()
-    if any(name in ((names,) if isinstance(names, str) else names) for names in bases):
-        return (
-            f"{name} has no head, so there is nothing to distil. Load it with the AutoModelFor... class of its task, one of "
-            f"{tasks}."
-        )
-    return f"{name} is for a task that cannot be distilled; expected a model for one of {tasks}."
+    mappings = {name.removeprefix("MODEL_FOR_") for name in vars(modeling_auto) if name.startswith("MODEL_FOR_")}
+    mappings = {name.removesuffix("_MAPPING_NAMES") for name in mappings if name.endswith("_MAPPING_NAMES")}
+    covered = {mapping for task in Task for mapping in task.row.pipeline_tags}
+    others: set[str] = set().union(*map(_class_names, mappings - covered - set(_MAPPINGS_WITHOUT_A_TASK)))
+    return frozenset(others.difference(*map(_class_names, covered - {BASE_MAPPING})))
+
+
+def _class_names(mapping: str) -> set[str]:
+    """Return the names of all classes in a mapping of Transformers."""
+    entries = mapping_names(mapping).values()
+    return {name for names in entries for name in ((names,) if isinstance(names, str) else names)}
+
+
+def _unsupported_model_message(name: str) -> str:
+    return (
+        f"{name} is for a task that cannot be distilled; expected a model for one of {', '.join(map(str, Task))}. Load it "
+        "with the AutoModelFor... class of its task."
+    )

@@ -6,14 +6,15 @@ import inspect
 import pytest
 import torch
 import transformers
-from transformers.models.auto import modeling_auto
 
 import hf_guide
 from hf_guide.models.tiny_models import build_tiny_model, tiny_config
 from hf_guide.tasks import (
+    BASE_MAPPING,
     PROCESSOR_CLASSES,
     OutputKind,
     Task,
+    _classes_of_other_tasks,
     mapping_names,
     output_kind,
     pipeline_tag,
@@ -22,18 +23,28 @@ from hf_guide.tasks import (
 )
 
 HUB_PIPELINE_TAGS = {
+    "audio-classification",
     "automatic-speech-recognition",
+    "document-question-answering",
+    "feature-extraction",
     "fill-mask",
     "image-classification",
+    "image-feature-extraction",
+    "image-segmentation",
+    "image-text-to-text",
+    "multiple-choice",
+    "object-detection",
+    "question-answering",
     "text-classification",
     "text-generation",
     "text2text-generation",
     "token-classification",
+    "zero-shot-image-classification",
 }
 """Those among the Hub's tags that a covered class has: a tag outside the Hub's list would be ignored there."""
 
-SHARED_BY_TASKS = {"XLMWithLMHeadModel", "MossTranscribeDiarizeForConditionalGeneration"}
-"""Classes in the mappings of two tasks besides BART and its kin: they belong to the first row."""
+CLASS_AXES = {"vocabulary", "labels", "characters", "positions", "choices", "pairs", "values", "features"}
+ITEMS = {"token", "example", "boundary", "frame", "pixel", "query", "row", "patch"}
 
 
 def classes_of(mapping: str) -> list[str]:
@@ -45,10 +56,13 @@ def classes_of(mapping: str) -> list[str]:
 def test_a_row_names_classes_that_exist(task: Task) -> None:
     row = task.row
     assert hasattr(transformers, row.auto_class) and hasattr(transformers, task.processor_class)
-    assert row.inputs in PROCESSOR_CLASSES and set(row.pipeline_tags.values()) <= HUB_PIPELINE_TAGS
-    assert all(hasattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES") for mapping in row.pipeline_tags)
-    assert len(row.outputs) >= 1 and {output.classes for output in row.outputs} <= {"vocabulary", "labels"}
-    assert {output.items for output in row.outputs} <= {"token", "example"}
+    tags = {*row.pipeline_tags.values(), *row.class_tags.values()}
+    assert row.inputs in PROCESSOR_CLASSES and tags and tags <= HUB_PIPELINE_TAGS
+    assert all(mapping_names(mapping) for mapping in row.pipeline_tags)
+    assert all(hasattr(transformers, name) for name in row.class_tags)
+    assert len(row.outputs) >= 1 and {output.classes for output in row.outputs} <= CLASS_AXES
+    assert {output.items for output in row.outputs} <= ITEMS
+    assert all(Task(other) is not task for other in row.teacher_tasks)
     assert Task(str(task)) is task
 
 
@@ -71,10 +85,12 @@ def test_every_class_of_a_mapping_has_its_task_and_tag(task: Task) -> None:
     for mapping, tag in task.row.pipeline_tags.items():
         for name in classes_of(mapping):
             first = task_of_class_name(name)
-            assert first is task or list(Task).index(first) < list(Task).index(task), name
-            if first is task and name not in SHARED_BY_TASKS:
-                tags = {t for m, t in task.row.pipeline_tags.items() if name in classes_of(m)}
-                assert pipeline_tag(name) in tags and (len(tags) > 1 or pipeline_tag(name) == tag), name
+            if first is None:
+                assert mapping == BASE_MAPPING and name in _classes_of_other_tasks(), name
+            elif name not in first.row.class_tags:
+                assert first is task or list(Task).index(first) < list(Task).index(task), name
+                tags = {t for m, t in first.row.pipeline_tags.items() if name in classes_of(m)}
+                assert pipeline_tag(name) in tags and (first is not task or len(tags) > 1 or tags == {tag}), name
 
 
 @pytest.mark.parametrize(
@@ -92,8 +108,28 @@ def test_every_class_of_a_mapping_has_its_task_and_tag(task: Task) -> None:
         ("BertForMaskedLM", "fill-mask"),
         ("DeiTForImageClassificationWithTeacher", "image-classification"),
         ("OwnForSequenceClassification", "text-classification"),
-        ("LlamaModel", None),
-        ("BertForQuestionAnswering", None),
+        ("LlamaModel", "feature-extraction"),
+        ("ViTModel", "image-feature-extraction"),
+        ("BertForQuestionAnswering", "question-answering"),
+        ("LayoutLMForQuestionAnswering", "document-question-answering"),
+        ("XLNetForQuestionAnswering", "question-answering"),
+        ("BertForMultipleChoice", "multiple-choice"),
+        ("Wav2Vec2ForCTC", "automatic-speech-recognition"),
+        ("Wav2Vec2ForSequenceClassification", "audio-classification"),
+        ("SegformerForSemanticSegmentation", "image-segmentation"),
+        ("MaskFormerForInstanceSegmentation", "image-segmentation"),
+        ("DetrForObjectDetection", "object-detection"),
+        ("CLIPModel", "zero-shot-image-classification"),
+        ("VisionTextDualEncoderModel", "zero-shot-image-classification"),
+        ("Gemma3ForConditionalGeneration", "image-text-to-text"),
+        ("GitForCausalLM", "image-text-to-text"),
+        ("VisionEncoderDecoderModel", "image-text-to-text"),
+        ("ViTMAEForPreTraining", "image-feature-extraction"),
+        ("BertForNextSentencePrediction", None),
+        ("TapasForQuestionAnswering", None),
+        ("OwlViTForObjectDetection", None),
+        ("BertForPreTraining", None),
+        ("VitsModel", None),
     ],
 )
 def test_a_class_has_the_pipeline_tag_that_the_hub_expects(name: str, tag: str | None) -> None:
@@ -102,6 +138,43 @@ def test_a_class_has_the_pipeline_tag_that_the_hub_expects(name: str, tag: str |
     if model_class is not None:
         assert pipeline_tag(model_class) == tag
         assert pipeline_tag(type("Own", (model_class,), {})) == tag  # a subclass of the user's
+
+
+CLASSES_OF_TASKS = {
+    Task.SPEECH_SEQ2SEQ: ["WhisperForConditionalGeneration", "SpeechEncoderDecoderModel", "SpeechT5ForSpeechToText"],
+    Task.IMAGE_TEXT_TO_TEXT: [
+        "LlavaForConditionalGeneration",
+        "VisionEncoderDecoderModel",
+        "Gemma3ForConditionalGeneration",
+    ],
+    Task.AUDIO_CLASSIFICATION: ["Wav2Vec2ForSequenceClassification", "ASTForAudioClassification"],
+    Task.CTC: ["Wav2Vec2ForCTC", "HubertForCTC"],
+    Task.QUESTION_ANSWERING: [
+        "BertForQuestionAnswering",
+        "XLNetForQuestionAnswering",
+        "XLNetForQuestionAnsweringSimple",
+    ],
+    Task.MULTIPLE_CHOICE: ["BertForMultipleChoice", "RobertaForMultipleChoice"],
+    Task.SEMANTIC_SEGMENTATION: ["SegformerForSemanticSegmentation", "BeitForSemanticSegmentation"],
+    Task.OBJECT_DETECTION: ["DetrForObjectDetection", "YolosForObjectDetection", "RTDetrForObjectDetection"],
+    Task.INSTANCE_SEGMENTATION: [
+        "MaskFormerForInstanceSegmentation",
+        "Mask2FormerForUniversalSegmentation",
+        "DetrForSegmentation",
+    ],
+    Task.ZERO_SHOT_IMAGE_CLASSIFICATION: ["CLIPModel", "SiglipModel", "VisionTextDualEncoderModel"],
+    Task.MASKED_IMAGE_MODELING: ["ViTForMaskedImageModeling", "SwinForMaskedImageModeling"],
+    Task.IMAGE_PRETRAINING: ["ViTMAEForPreTraining"],
+    Task.FEATURE_EXTRACTION: ["BertModel", "ViTModel", "Wav2Vec2Model", "T5Model"],
+}
+
+
+@pytest.mark.parametrize("task", CLASSES_OF_TASKS)
+def test_the_task_of_a_class_is_what_its_head_is_for(task: Task) -> None:
+    for name in CLASSES_OF_TASKS[task]:
+        model_class = getattr(transformers, name)
+        assert task_of(model_class) is task_of_class_name(name) is task, name
+        assert task_of(type("Own", (model_class,), {})) is task, name
 
 
 REAL_CLASSES = {
@@ -114,7 +187,7 @@ REAL_CLASSES = {
 }
 
 
-@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("task", REAL_CLASSES)
 def test_the_logits_of_real_models_have_the_axes_of_their_row(task: Task) -> None:
     (output,) = task.row.outputs
     for name in REAL_CLASSES[task]:

@@ -34,6 +34,11 @@ from hf_guide.utils.labels import IGNORE_INDEX
 
 DEFAULT_MAX_LENGTH = 512
 
+_PREPARED_TASKS = (
+    *(Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM),
+    *(Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION),
+)
+
 Examples = dict[str, list[Any]]
 
 
@@ -77,8 +82,13 @@ def preprocess(
 
     Raises:
         OptionError: A column is missing, a label is not among the student's classes, a length is not supported, or there is
-            too little text for one example.
+            too little text for one example; or the task is one whose datasets are not prepared here.
     """
+    if task not in _PREPARED_TASKS:
+        raise OptionError(
+            f"Datasets for {task} are not prepared here, only those for {', '.join(map(str, _PREPARED_TASKS))}. Prepare the "
+            "dataset in a script of your own and pass it to DistillationTrainer, or to capture_teacher."
+        )
     encode_label: Callable[[Any], int] | None = None
     if not task.is_language_model:
         column = find_column(train, task, "label", options)

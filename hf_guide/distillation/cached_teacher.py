@@ -99,7 +99,7 @@ def load_cached_teacher(capture: Capture, student: Any, task: Task, processing_c
         VocabularyError: Vocabularies or labels that do not agree.
         CaptureError: Its tokenizer is another one.
     """
-    if capture.task is not task:
+    if not task.accepts_teacher_for(capture.task):
         raise TaskError(
             f"{capture.folder} is the cache of a teacher for {capture.task}; the student is for {task}. Use a teacher of the "
             "student's task."

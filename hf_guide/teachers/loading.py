@@ -110,7 +110,7 @@ def load_teachers(
     ]
     for model in models:
         validate_unwrapped(model, "teacher")
-        if task_of(model) is not task:
+        if not task.accepts_teacher_for(task_of(model)):
             raise TaskError(
                 f"The teacher {model_name(model)} is a {type(model).__name__}, for {task_of(model)}; the student is "
                 f"for {task}. Use a teacher of the student's task."

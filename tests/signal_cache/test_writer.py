@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForNextSentencePrediction, LlamaConfig, LlamaForCausalLM
 
 from hf_guide.errors import CaptureError, HfGuideError, OptionError, TaskError, TeacherError
 from hf_guide.signal_cache import writer as capture_run
@@ -328,8 +328,12 @@ def test_datasets_and_teachers_that_cannot_be_captured_are_errors(tmp_path):
     assert_raises(
         OptionError, "A teacher must be a Hub id, a folder or a PreTrainedModel; found int 3", tmp_path, teacher=3
     )
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     assert_raises(
-        TaskError, "LlamaModel has no head, so there is nothing to distil", tmp_path, teacher=KIND.teacher().model
+        TaskError,
+        "BertForNextSentencePrediction is for a task that cannot",
+        tmp_path,
+        teacher=BertForNextSentencePrediction(config),
     )
     text = Dataset.from_dict({"text": ["some", "words"]})
     assert_raises(CaptureError, r"The teacher takes none of the dataset's columns \['text'\]", tmp_path, dataset=text)
