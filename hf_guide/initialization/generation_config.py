@@ -60,7 +60,7 @@ def remap_generation_config(
     if not text_stacks:
         if getattr(generation, "alignment_heads", None) is None:
             return []
-        generation.alignment_heads = None  # type: ignore[attr-defined]
+        _drop_alignment_heads(generation)
         return [
             "generation_config.alignment_heads names heads of the teacher that the student does not have: dropped."
         ]
@@ -69,8 +69,12 @@ def remap_generation_config(
     notes = []
     pairs = getattr(generation, "alignment_heads", None)
     if pairs is not None:
-        generation.alignment_heads = _remap_alignment_heads(pairs, stack, sources, heads) or None  # type: ignore[attr-defined]
-        dropped = len(pairs) - len(generation.alignment_heads or [])  # type: ignore[attr-defined]
+        kept = _remap_alignment_heads(pairs, stack, sources, heads)
+        if kept:
+            generation.alignment_heads = kept  # type: ignore[attr-defined]
+        else:
+            _drop_alignment_heads(generation)
+        dropped = len(pairs) - len(kept)
         if dropped > 0:
             rest = (
                 "none is left, so token timestamps are not available"
@@ -85,6 +89,11 @@ def remap_generation_config(
     if isinstance(generation.dola_layers, list):
         generation.dola_layers = sorted({sum(block < layer for block in sources) for layer in generation.dola_layers})
     return notes
+
+
+def _drop_alignment_heads(generation: GenerationConfig) -> None:
+    """Delete the attribute: `generate` refuses token timestamps where there is none, and fails where it is None."""
+    vars(generation).pop("alignment_heads")
 
 
 def _remap_alignment_heads(
