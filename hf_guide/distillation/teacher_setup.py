@@ -16,6 +16,7 @@ from hf_guide.teachers.alignment import align_labels, shared_vocabulary_size
 from hf_guide.teachers.forward import LiveTeacher
 from hf_guide.teachers.inputs import build_teacher_inputs
 from hf_guide.teachers.loading import load_teachers, model_name, teacher_tokenizer
+from hf_guide.teachers.processors import batch_tokenizer
 
 
 def build_live_teachers(
@@ -51,8 +52,7 @@ def build_live_teachers(
         if task.is_language_model:
             sizes = [each.get_output_embeddings().weight.shape[0] for each in (student, model)]
             own_tokenizer = teacher_tokenizer(model, init_kwargs)
-            tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            classes = shared_vocabulary_size(tokenizer, own_tokenizer, *sizes)
+            classes = shared_vocabulary_size(batch_tokenizer(processing_class, student), own_tokenizer, *sizes)
         else:
             order = align_labels(student.config, model.config)
         inputs = build_teacher_inputs(model, task, processing_class, student=student, init_kwargs=init_kwargs)

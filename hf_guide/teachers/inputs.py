@@ -20,7 +20,7 @@ from hf_guide.errors import TeacherError
 from hf_guide.models.adapters import forward_parameters, without_adapter
 from hf_guide.models.positions import TextPositions, max_input_tokens, position_padding_token, text_positions
 from hf_guide.tasks import Task
-from hf_guide.teachers.processors import PixelConversion, check_processors, num_token_rows
+from hf_guide.teachers.processors import PixelConversion, SoundConversion, check_processors, num_token_rows
 from hf_guide.utils.labels import IGNORE_INDEX, decoder_ids_from_labels
 
 
@@ -37,6 +37,7 @@ class TeacherInputs:
         pixels: Converts pixels to the teacher's normalisation; None where it is the same.
         pair_separator: The token between two texts, where the teacher distinguishes them by token types that the student's
             tokenizer does not make.
+        sounds: Converts waveforms or spectrograms to the teacher's normalisation; None where it is the same.
     """
 
     teacher: Any
@@ -46,6 +47,7 @@ class TeacherInputs:
     pad_token: int | None = None
     pixels: PixelConversion | None = None
     pair_separator: int | None = None
+    sounds: SoundConversion | None = None
     _shifts_alike: list[bool] = field(default_factory=list, repr=False)
 
     def for_pair(self, student: Any, teacher: Any) -> "TeacherInputs":
@@ -62,6 +64,8 @@ class TeacherInputs:
         converted = dict(inputs)
         if self.pixels is not None and isinstance(converted.get("pixel_values"), Tensor):
             converted["pixel_values"] = self.pixels.apply(converted["pixel_values"])
+        if self.sounds is not None and isinstance(converted.get(self.sounds.name), Tensor):
+            converted = self.sounds.apply(converted)
         ids = converted.get("input_ids")
         if isinstance(ids, Tensor) and ids.ndim == 2:
             self._check_text(converted, ids)
@@ -287,6 +291,7 @@ def build_teacher_inputs(
         getattr(tokenizer, "pad_token_id", None),
         conversion.pixels,
         conversion.pair_separator if reads_types else None,
+        conversion.sounds,
     )
 
 

@@ -6,7 +6,7 @@ If their settings differ at all, both process the same images, sound or texts, a
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,8 @@ _PROBE_TEXTS = (
     "can't won't it's e-mail@example.com https://example.com/a_b?c=d",
 )
 _SAMPLED_TOKENS = 64
+_WAVE_EPS = 1e-7
+"""What feature extractors of waveforms add to a variance."""
 _BACKEND_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "model")
 
 
@@ -64,15 +66,61 @@ class PixelConversion:
 
 
 @dataclass(frozen=True)
+class SoundConversion:
+    """Converts waveforms or spectrograms from one normalisation to another.
+
+    Attributes:
+        name: The input: "input_values" or "input_features".
+        scale, shift: The converted input is `values * scale + shift`.
+        normalizes: Each waveform is scaled to mean 0 and variance 1, as the teacher's feature extractor does.
+        drops_mask: The teacher was trained without an attention mask over waveforms, so it gets none.
+    """
+
+    name: str
+    scale: float = 1.0
+    shift: float = 0.0
+    normalizes: bool = False
+    drops_mask: bool = False
+
+    def apply(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch with its sounds converted.
+
+        Raises:
+            TeacherError: The sounds are padded, or may be, and there is no attention mask that states where.
+        """
+        converted = dict(inputs)
+        values = converted[self.name]
+        mask = converted.get("attention_mask")
+        if self.normalizes:
+            if not isinstance(mask, Tensor):
+                raise TeacherError(
+                    "The teacher expects each waveform normalised to mean 0 and variance 1 without its padding, and the "
+                    "batch has no attention_mask. Set return_attention_mask=True in the feature extractor."
+                )
+            real = mask.to(values.dtype)
+            count = real.sum(-1, keepdim=True).clamp(min=1)
+            centered = values - (values * real).sum(-1, keepdim=True) / count
+            variance = (centered.square() * real).sum(-1, keepdim=True) / count
+            converted[self.name] = centered / (variance + _WAVE_EPS).sqrt() * real
+        elif (self.scale, self.shift) != (1.0, 0.0):
+            converted[self.name] = values * self.scale + self.shift
+        if self.drops_mask:
+            converted.pop("attention_mask", None)
+        return converted
+
+
+@dataclass(frozen=True)
 class InputConversion:
     """What must be converted between the conventions of two processors.
 
     Attributes:
         pixels: Converts pixels to the teacher's normalisation; None where it is the same.
+        sounds: Converts sounds to the teacher's normalisation; None where it is the same.
         pair_separator: As in `TeacherInputs`.
     """
 
     pixels: PixelConversion | None = None
+    sounds: SoundConversion | None = None
     pair_separator: int | None = None
 
 
@@ -103,12 +151,13 @@ def check_processors(
     if teacher.main_input_name == "pixel_values":
         images = _sub_processor(processing_class, "image_processor", "image_mean", "do_rescale", "do_resize")
         return InputConversion(_compare(images, teacher, name, student, hub, AutoImageProcessor, _compare_images))
+    sounds = None
     if teacher.main_input_name in ("input_features", "input_values"):
-        sounds = _sub_processor(processing_class, "feature_extractor", "sampling_rate")
-        _compare(sounds, teacher, name, student, hub, AutoFeatureExtractor, _compare_sounds)
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if not hasattr(tokenizer, "get_vocab") or not teacher.config._name_or_path:
-        return InputConversion()
+        extractor = _sub_processor(processing_class, "feature_extractor", "sampling_rate")
+        sounds = _compare(extractor, teacher, name, student, hub, AutoFeatureExtractor, _compare_sounds)
+    tokenizer = batch_tokenizer(processing_class, student)
+    if tokenizer is None or not teacher.config._name_or_path:
+        return InputConversion(sounds=sounds)
     safe = {key: value for key, value in hub.items() if key != "trust_remote_code"}
     teacher_processor = find_tokenizer(teacher.config._name_or_path, **safe)
     if (
@@ -120,11 +169,13 @@ def check_processors(
             AutoTokenizer, teacher, safe | {"add_prefix_space": True}
         )  # its words are separate
     if teacher_processor is None:
-        return InputConversion()
+        return InputConversion(sounds=sounds)
     # Vocabularies of language models may be shared in part, which `build_live_teachers` finds out.
     if student is None or not task.is_language_model:
         sizes = num_token_rows(student or teacher) or len(tokenizer), num_token_rows(teacher) or len(teacher_processor)
         shared_vocabulary_size(tokenizer, teacher_processor, *sizes)
+    if task is Task.CTC:  # the texts are no inputs: what the outputs mean was compared
+        return InputConversion(sounds=sounds)
     _compare_tokenizers(tokenizer, teacher_processor, name, task)
     templates = [getattr(each, "chat_template", None) for each in (tokenizer, teacher_processor)]
     if None not in templates and templates[0] != templates[1]:
@@ -133,7 +184,19 @@ def check_processors(
             "rendered with the teacher's, or it reads another format than it was trained on.",
             name,
         )
-    return InputConversion(pair_separator=_pair_separator(tokenizer, teacher_processor))
+    return InputConversion(sounds=sounds, pair_separator=_pair_separator(tokenizer, teacher_processor))
+
+
+def batch_tokenizer(processing_class: Any, student: Any = None) -> Any:
+    """Return the tokenizer of the batches: the processor's, else the one among the student's files; None if not known.
+
+    Scripts for speech pass the feature extractor alone as `processing_class`.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if hasattr(tokenizer, "get_vocab"):
+        return tokenizer
+    name = getattr(student.config, "_name_or_path", "") if student is not None else ""
+    return find_tokenizer(name) if name else None
 
 
 def num_token_rows(model: Any) -> int | None:
@@ -283,22 +346,84 @@ def _process_image(processor: Any, image: np.ndarray) -> Tensor:
 # Sound
 
 
-def _compare_sounds(batch_processor: Any, teacher_processor: Any, name: str) -> None:
+def _compare_sounds(batch_processor: Any, teacher_processor: Any, name: str) -> SoundConversion | None:
     differing = _differences(batch_processor, teacher_processor)
     if not differing and _base_class_name(batch_processor) == _base_class_name(teacher_processor):
-        return
+        return None
+    mismatch = _mismatch_error(batch_processor, teacher_processor, name, differing)
     if "sampling_rate" in differing:
-        raise _mismatch_error(batch_processor, teacher_processor, name, differing)
-    wave = np.random.default_rng(0).standard_normal(int(batch_processor.sampling_rate)).astype(np.float32) * 0.1
+        raise mismatch
     try:
-        one, other = (
-            next(iter(each(wave, sampling_rate=batch_processor.sampling_rate, return_tensors="pt").values())).double()
-            for each in (batch_processor, teacher_processor)
-        )
+        batch, expected = (_process_sounds(each) for each in (batch_processor, teacher_processor))
     except _PROCESSING_ERRORS:
-        raise _mismatch_error(batch_processor, teacher_processor, name, differing) from None
-    if one.shape != other.shape or not torch.allclose(one, other, rtol=1e-4, atol=1e-4):
-        raise _mismatch_error(batch_processor, teacher_processor, name, differing)
+        raise mismatch from None
+    key = next(iter(batch[0]))
+    if any(key not in each for each in expected):
+        raise mismatch
+    pairs = [(one[key], other[key]) for one, other in zip(batch, expected, strict=True)]
+    if any(one.shape != other.shape for one, other in pairs):
+        raise mismatch
+    drops_mask = _compare_masks(batch, expected, name)
+    conversion = _sound_conversion(key, pairs)
+    if conversion is None:
+        raise mismatch
+    if drops_mask:
+        conversion = replace(conversion, drops_mask=True)
+    if conversion == SoundConversion(key):
+        return None
+    logger.info("Sounds are converted to the normalisation of the teacher %s: %s.", name, differing)
+    return conversion
+
+
+def _process_sounds(processor: Any) -> list[dict[str, Tensor]]:
+    """Return what a feature extractor makes of two sounds of unlike length and loudness, with its attention mask."""
+    draw = np.random.default_rng(0)
+    rate = int(processor.sampling_rate)
+    waves = [
+        (draw.standard_normal(rate // part) * level + level).astype(np.float32)
+        for part, level in ((1, 0.1), (2, 0.03))
+    ]
+    return [dict(processor([wave], sampling_rate=rate, return_tensors="pt").items()) for wave in waves]
+
+
+def _compare_masks(batch: list[dict[str, Tensor]], expected: list[dict[str, Tensor]], name: str) -> bool:
+    """Return whether the teacher must get no attention mask, which the batches have.
+
+    Raises:
+        TeacherError: It must get one, and the batches have none.
+    """
+    masked = ["attention_mask" in each[0] for each in (batch, expected)]
+    values = next(iter(expected[0].values())), next(iter(expected[1].values()))
+    if masked[0] == masked[1] or values[0].shape == values[1].shape:  # windows of one length are not masked
+        return False
+    if masked[1]:
+        raise TeacherError(
+            f"The teacher {name} expects an attention_mask over padded sounds, and the batches have none: "
+            "return_attention_mask is False there. Set it to True in the feature extractor: both models then get the mask."
+        )
+    return True
+
+
+def _sound_conversion(key: str, pairs: list[tuple[Tensor, Tensor]]) -> SoundConversion | None:
+    """Return what makes the second of each pair of the first; None where nothing known does."""
+    one, other = (torch.cat([pair[side].double().flatten() for pair in pairs]) for side in (0, 1))
+    if torch.allclose(one, other, rtol=1e-4, atol=1e-4):
+        return SoundConversion(key)
+    ones = torch.stack([one, torch.ones_like(one)], dim=1)
+    scale, shift = torch.linalg.lstsq(ones, other[:, None]).solution.flatten().tolist()
+    affine = SoundConversion(key, scale=scale, shift=shift)
+    normalizing = SoundConversion(key, normalizes=True)
+    for conversion in (affine, normalizing) if pairs[0][0].ndim == 2 else (affine,):
+        made = [
+            conversion.apply({key: before.double(), "attention_mask": torch.ones(before.shape[:2])})[key]
+            for before, _ in pairs
+        ]
+        if all(
+            torch.allclose(each, after.double(), rtol=1e-4, atol=1e-4)
+            for each, (_, after) in zip(made, pairs, strict=True)
+        ):
+            return conversion
+    return None
 
 
 # Texts
@@ -356,7 +481,8 @@ def _backend_settings(tokenizer: Any) -> dict[str, Any]:
 def _tokenize(tokenizer: Any, text: str, task: Task) -> Any:
     """Return the tokens of a text, and the special tokens before and after it.
 
-    For causal language models the tokens after a text are not compared: the data decides where texts end.
+    For causal language models the tokens after a text are not compared: the data decides where texts end. For speech only
+    the text's own are: those before it name the language and the task of the data.
     """
     try:
         bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -366,6 +492,8 @@ def _tokenize(tokenizer: Any, text: str, task: Task) -> Any:
     at = next((start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare), None)
     if at is None:
         return bare, whole, []
+    if task is Task.SPEECH_SEQ2SEQ:
+        return bare, [], []
     return bare, whole[:at], [] if task is Task.CAUSAL_LM else whole[at + len(bare) :]
 
 
