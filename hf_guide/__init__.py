@@ -42,7 +42,10 @@ _HOMES = {
     "Capture": "signal_cache.reader",
     "CaptureConfig": "signal_cache.config",
     "DistillationArguments": "distillation.arguments",
+    "DistillationMixin": "distillation.mixin",
     "DistillationTrainer": "distillation.trainer",
+    "Seq2SeqDistillationArguments": "distillation.arguments",
+    "Seq2SeqDistillationTrainer": "distillation.trainer",
     "capture_teacher": "signal_cache.writer",
     "LossConfig": "distillation.losses.registry",
     "register_loss": "distillation.losses.registry",
@@ -88,6 +91,7 @@ __all__ = [
     "CaptureConfig",
     "CaptureError",
     "DistillationArguments",
+    "DistillationMixin",
     "DistillationTrainer",
     "HfGuideError",
     "InitializationConfig",
@@ -98,6 +102,8 @@ __all__ = [
     "MissingRankError",
     "NotFiniteError",
     "OptionError",
+    "Seq2SeqDistillationArguments",
+    "Seq2SeqDistillationTrainer",
     "ShapeError",
     "SubclassError",
     "SubclassLabelCollator",
@@ -121,9 +127,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hf_guide.distillation.arguments import DistillationArguments
+    from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments
     from hf_guide.distillation.losses.registry import LossConfig, register_loss, register_term
-    from hf_guide.distillation.trainer import DistillationTrainer
+    from hf_guide.distillation.mixin import DistillationMixin
+    from hf_guide.distillation.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
     from hf_guide.errors import (
         CaptureError,
         HfGuideError,

@@ -1,17 +1,19 @@
-"""`DistillationArguments`: `TrainingArguments` with the options of teacher and losses; and checks of a trainer's arguments."""
+"""`DistillationArguments`: `TrainingArguments` with the options of teacher and losses; checks of what a trainer is passed."""
 
 import contextlib
 import copy
 import copyreg
+import dataclasses
 import json
 import os
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from hf_guide.distillation.losses.divergences import DivergenceKind
@@ -158,6 +160,29 @@ class DistillationArguments(TrainingArguments):
         },
     )
 
+    def __init_subclass__(cls) -> None:
+        """Let a dataclass of this one and of another, such as TRL's `SFTConfig`, have the other's defaults.
+
+        A dataclass takes a field from the first base that has it, and this class has all fields of `TrainingArguments`.
+        """
+        super().__init_subclass__()
+        declared = dict(vars(cls).get("__annotations__", {}))
+        for base in cls.__mro__[1:]:
+            if issubclass(base, DistillationArguments) or not issubclass(base, TrainingArguments):
+                continue
+            hints = typing.get_type_hints(base)
+            for name in vars(base).get("__annotations__", {}):
+                if (
+                    name in declared
+                    or base is TrainingArguments
+                    or name not in DistillationArguments.__dataclass_fields__
+                ):
+                    continue
+                inherited = base.__dataclass_fields__[name]
+                declared[name] = hints[name]
+                setattr(cls, name, _copy_field(inherited))
+        cls.__annotations__ = declared
+
     def __post_init__(self) -> None:
         self.check_options()
         if self.greater_is_better is None and _is_lower_better(self.metric_for_best_model):
@@ -228,6 +253,26 @@ class DistillationArguments(TrainingArguments):
         return f"{type(self).__name__}(\n{''.join(lines)})"
 
     __repr__ = __str__
+
+
+def _copy_field(declared: "dataclasses.Field[Any]") -> Any:
+    names = ("default", "default_factory", "init", "repr", "hash", "compare", "metadata", "kw_only")
+    return dataclasses.field(**{name: getattr(declared, name) for name in names})
+
+
+@with_renamed_options(RENAMED_ARGUMENTS)
+@dataclass
+class Seq2SeqDistillationArguments(DistillationArguments, Seq2SeqTrainingArguments):
+    """The arguments of `Seq2SeqDistillationTrainer`: `DistillationArguments` with those of `Seq2SeqTrainingArguments`.
+
+    Raises:
+        OptionError: As `DistillationArguments`.
+
+    Example:
+        >>> args = Seq2SeqDistillationArguments("out", losses="kd", predict_with_generate=True, generation_max_length=32)
+        >>> args.loss_weights, args.generation_max_length
+        ({'kd': 1.0}, 32)
+    """
 
 
 def _is_lower_better(metric: str | None) -> bool:

@@ -8,7 +8,8 @@ models divide by themselves, into a sum; return a loss of zero, with gradient, f
 Does not: compute the other losses (`objective.py`).
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import Trainer
 
 from hf_guide.distillation.objective import BatchBuilder, DistillationBatch, zero_loss_with_gradient
 from hf_guide.distillation.subclass_logits import SubclassTargets
+from hf_guide.errors import OptionError
 from hf_guide.models.modes import eval_mode
 
 
@@ -54,6 +56,9 @@ class LossScalingTrainer(Trainer):
     _batch_builder: BatchBuilder
     _subclass_targets: SubclassTargets
     _is_predicting: bool = False
+    _has_own_task_loss: bool = False
+    """Whether another trainer's `compute_loss` gives the task loss."""
+
     _unlabeled_loss_factor: Tensor | None = None
     _accepts_num_items: bool | None = None
     """Whether the student's own loss is divided by `num_items_in_batch`; None until it is known."""
@@ -94,11 +99,25 @@ class LossScalingTrainer(Trainer):
         if not bool(batch.num_labeled_items):
             return self._zero_task_loss(model, inputs)
         if denominator.is_global and self._model_normalizes_loss(model, inputs):
-            loss, outputs = super().compute_loss(model, dict(inputs), True, denominator.num_items)
-            return loss, outputs
-        # Models that take the mean over their own batch, whatever num_items_in_batch is (T5, BERT's classifiers).
-        loss, outputs = super().compute_loss(model, dict(inputs), True, None)
+            return self._next_task_loss(model, inputs, denominator.num_items)
+        # Losses that are a mean over their own batch, whatever num_items_in_batch is (T5's, BERT's classifiers').
+        loss, outputs = self._next_task_loss(model, inputs, None)
         return loss * (batch.mask.sum() / denominator.num_items) * denominator.world_scale, outputs
+
+    def _next_task_loss(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Any) -> tuple[Tensor, Any]:
+        """Return the loss and the outputs of `compute_loss` of the class after `DistillationMixin`.
+
+        Raises:
+            OptionError: They have no gradient in training, or are no loss and outputs.
+        """
+        compute_loss = super().compute_loss
+        if not self._has_own_task_loss:
+            compute_loss = functools.partial(Trainer.compute_loss, self)
+        result = compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items)
+        if self._has_own_task_loss:
+            _check_task_loss(result, type(self).__name__)
+        loss, outputs = result
+        return loss, outputs
 
     def _zero_task_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         """Return zero and the outputs of a batch without labels: many models' own loss is 0 / 0 there.
@@ -123,31 +142,54 @@ class LossScalingTrainer(Trainer):
         return loss, outputs
 
     def _model_normalizes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Return whether the task loss that `Trainer` computes is divided by the `num_items_in_batch` it is passed."""
-        if self.compute_loss_func is not None or self.label_smoother is not None:
-            return True
-        if not self.model_accepts_loss_kwargs:
-            return False
+        """Return whether the task loss that the next class computes is divided by the `num_items_in_batch` it is passed."""
+        if not self._has_own_task_loss:
+            if self.compute_loss_func is not None or self.label_smoother is not None:
+                return True
+            if not self.model_accepts_loss_kwargs:
+                return False
         if self.args.world_size == self.args.gradient_accumulation_steps == 1:
             return True  # its own batch is the whole batch
         if self._accepts_num_items is None:
-            self._accepts_num_items = accepts_num_items_in_batch(model, inputs)
+            self._accepts_num_items = accepts_num_items_in_batch(
+                model, lambda num_items: self._next_task_loss(model, inputs, num_items)[0]
+            )
         return self._accepts_num_items
 
 
 @torch.no_grad()
-def accepts_num_items_in_batch(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
-    """Return whether a model's own loss is divided by `num_items_in_batch`, not by the items of its own batch.
+def accepts_num_items_in_batch(model: nn.Module, compute_loss: Callable[[Tensor], Tensor]) -> bool:
+    """Return whether a loss of a model is divided by `num_items_in_batch`, not by the items of its own batch.
 
     `Trainer` passes it to every model whose forward takes keywords, and assumes the former; with the latter (T5, BERT's
     classifiers) gradients would grow with accumulation and processes. It is tested by computing the loss of one batch
     with a count of one and of two. Modes and random states are restored.
     """
-    devices = sorted({tensor.device.index for tensor in inputs.values() if getattr(tensor, "is_cuda", False)})
+    devices = sorted({each.device.index for each in model.parameters() if each.is_cuda})
+    device = next(model.parameters()).device
     with torch.random.fork_rng(devices=devices), eval_mode(model):
-        one, two = (model(**inputs, num_items_in_batch=torch.tensor(float(count))) for count in (1, 2))
-    losses = [outputs["loss"] if isinstance(outputs, dict) else outputs[0] for outputs in (one, two)]
-    return bool(torch.isclose(losses[0], 2 * losses[1], rtol=1e-3)) and bool(losses[0] != losses[1])
+        one, two = (compute_loss(torch.tensor(float(count), device=device)) for count in (1, 2))
+    return bool(torch.isclose(one, 2 * two, rtol=1e-3)) and bool(one != two)
+
+
+def _check_task_loss(result: Any, trainer: str) -> None:
+    """Check what a user's `compute_loss` returned: a loss, and the outputs that it was computed from."""
+    returned = "The compute_loss that gives the task loss of " + trainer
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    if not is_pair or not isinstance(result[0], Tensor) or not isinstance(result[1], (Mapping, tuple, list)):
+        found = [type(each).__name__ for each in result] if isinstance(result, tuple) else type(result).__name__
+        raise OptionError(
+            f"{returned} must return (loss, outputs) where return_outputs is True, the outputs being the model's; "
+            f"found {found}."
+        )
+    loss, outputs = result
+    values = outputs.values() if isinstance(outputs, Mapping) else outputs
+    tensors = [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    if torch.is_grad_enabled() and not (loss.requires_grad and any(each.requires_grad for each in tensors)):
+        raise OptionError(
+            f"{returned} returned a loss or outputs without gradient, from which nothing can be learned. Return the loss and "
+            "the outputs of one forward pass, without no_grad() or detach()."
+        )
 
 
 def _at_least_one(num_items: Any) -> Any:

@@ -27,6 +27,10 @@ class StepCheckedTrainer(Trainer):
     called_methods: set[str]
     """Which of the trainer's own methods were called since the last step, or in this evaluation."""
 
+    is_watched: bool = False
+    loss_gradients: list[Tensor]
+    """Of the losses since the last step, scalars; whether there should be any is in `is_watched`."""
+
     pending_error: HfGuideError | None = None
     """An error of this process, raised before the step in all processes."""
 
@@ -55,8 +59,18 @@ class StepCheckedTrainer(Trainer):
         )
 
     def check_called(self, *names: str) -> None:
-        """Check that the trainer's own methods of these names were called; `DistillationTrainer` does."""
+        """Check that the trainer's own methods of these names were called; `DistillationMixin` does."""
         raise NotImplementedError
+
+    def check_loss_used(self) -> None:
+        """Check that the loss was trained on, where `compute_loss` returned one; `DistillationMixin` does."""
+        raise NotImplementedError
+
+    def watch_gradient(self, loss: Tensor) -> None:
+        """Keep the gradient that a training step gives a loss, a scalar, until the optimizer's step."""
+        if loss.requires_grad:
+            self.is_watched = True
+            loss.register_hook(self.loss_gradients.append)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clip as `Trainer` does, but not where gradients are not finite: clipped, they would all be NaN."""
@@ -97,6 +111,8 @@ class StepChecksCallback(TrainerCallback):
         self.skipped = 0
         self.trainer.pending_error = None
         self.trainer.called_methods.clear()
+        self.trainer.loss_gradients = []
+        self.trainer.is_watched = False
         projections = self.trainer.distillation_objective.projections
         if projections is not None and self.trainer.optimizer is not None:
             check_optimizer_has_projections(self.trainer.optimizer, list(projections.parameters()))
@@ -105,7 +121,10 @@ class StepChecksCallback(TrainerCallback):
         """Raise for a loss or a gradient that is not finite, before the optimizer uses it, in all processes together."""
         trainer = self.trainer
         trainer.check_called("compute_loss", "_get_num_items_in_batch")
+        trainer.check_loss_used()
         trainer.called_methods.clear()
+        trainer.loss_gradients.clear()
+        trainer.is_watched = False
         error = trainer.pending_error
         if error is None and not _uses_gradient_scaler(trainer):
             error = _non_finite_gradient_error(trainer)

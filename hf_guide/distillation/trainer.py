@@ -1,83 +1,15 @@
-"""`DistillationTrainer`: a `transformers.Trainer` whose student also learns from a teacher."""
+"""The trainers of this package: `DistillationMixin` in front of Transformers' `Trainer` and `Seq2SeqTrainer`."""
 
-import inspect
-import math
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import CommitInfo
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, Seq2SeqTrainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
-from transformers.utils import ModelOutput
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer
 
-from hf_guide.distillation.arguments import (
-    DistillationArguments,
-    redacted_training_args,
-    resolve_teacher,
-    validate_arguments,
-    validate_not_empty,
-    validate_output_dir,
-)
-from hf_guide.distillation.cached_teacher import CachedTeacher, load_cached_teacher
-from hf_guide.distillation.layer_projections import ProjectionGradSyncCallback, check_optimizer_has_projections
-from hf_guide.distillation.loss_scaling import LossScalingTrainer
-from hf_guide.distillation.losses.registry import (
-    TASK_LOSS,
-    check_class_distribution,
-    check_losses_fit_task,
-    compares_features,
-)
-from hf_guide.distillation.merging import save_merged
-from hf_guide.distillation.metrics import RunningMeans
-from hf_guide.distillation.objective import (
-    TEACHER_AGREEMENT,
-    TEACHER_CE,
-    BatchBuilder,
-    DistillationBatch,
-    ObjectiveOutput,
-    build_objective,
-    find_head_all_ranks,
-    is_sharded,
-)
-from hf_guide.distillation.resuming import ResumableTrainer, remove_paths_from_state
-from hf_guide.distillation.step_checks import StepCheckedTrainer, StepChecksCallback, non_finite_loss_error
-from hf_guide.distillation.student_init import (
-    align_student_special_tokens,
-    init_student_from_teacher,
-    validate_student,
-    validate_trainable,
-    wrap_with_peft,
-)
-from hf_guide.distillation.subclass_logits import build_subclass_targets, find_target_provider
-from hf_guide.distillation.teacher_setup import build_live_teachers
-from hf_guide.distillation.trainer_compatibility import (
-    check_init_keywords,
-    check_overridden_methods,
-    check_seq2seq,
-    describe_not_called,
-    next_init_kwargs,
-)
-from hf_guide.distillation.training_record import build_training_record
-from hf_guide.errors import HfGuideError, OptionError
-from hf_guide.hub.metadata import save_record
-from hf_guide.hub.model_card import remove_local_paths, write_model_card
-from hf_guide.hub.push import attach_record, fetch_card
-from hf_guide.models.adapters import check_no_virtual_tokens, validate_unwrapped
-from hf_guide.models.code_references import clean_saved_folder, drop_code_references
-from hf_guide.models.label_shift import shifts_labels
-from hf_guide.models.lm_head import LMHead
-from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
-from hf_guide.tasks import task_of
-from hf_guide.teachers.forward import LiveTeacher, non_finite_signals_error
-from hf_guide.teachers.isolation import check_no_shared_parameters
-from hf_guide.utils.finite import check_weights_finite
+from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments
+from hf_guide.distillation.mixin import DistillationMixin
 
 
-class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrainer):
+class DistillationTrainer(DistillationMixin, Trainer):
     """A `Trainer` whose student learns from a teacher as well as from labels.
 
     All of `Trainer` works as usual: collators, callbacks, metrics, `compute_loss_func`, label smoothing,
@@ -88,6 +20,8 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
     A language model's losses are computed in chunks of tokens, so that neither its own logits nor the teacher's ever exist
     all at once, except where something needs them: `compute_metrics`, label smoothing, `compute_loss_func`,
     `torch_compile`, `compute_loss(..., return_outputs=True)` of a derived class, or a head that is not a plain linear layer.
+
+    Any other trainer class becomes a distillation by `DistillationMixin`.
 
     Args:
         model: The student; or a config, or a mapping of arguments of `from_teacher`, to initialize it from the teacher.
@@ -108,6 +42,7 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
 
     Example:
         >>> import tempfile
+        >>> from hf_guide import DistillationArguments
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"vocab_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
         >>> teacher = LlamaForCausalLM(LlamaConfig(hidden_size=32, **sizes))
@@ -123,493 +58,53 @@ class DistillationTrainer(LossScalingTrainer, StepCheckedTrainer, ResumableTrain
         1
     """
 
-    def __new__(cls, *_: Any, **keywords: Any) -> "DistillationTrainer":
-        """Check the order of the bases before another class's `__init__` raises for a keyword that it does not take."""
-        check_init_keywords(cls, DistillationTrainer, keywords)
-        return super().__new__(cls)
 
-    def __init__(
-        self,
-        model: "PreTrainedModel | nn.Module | PreTrainedConfig | Mapping[str, Any] | None" = None,
-        args: DistillationArguments | None = None,
-        data_collator: Callable[..., Any] | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
-        model_init: Callable[..., PreTrainedModel] | None = None,
-        compute_loss_func: Callable[..., Any] | None = None,
-        compute_metrics: Callable[..., Any] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[Any, Any] = (None, None),
-        optimizer_cls_and_kwargs: tuple[Any, dict[str, Any]] | None = None,
-        preprocess_logits_for_metrics: Callable[..., Tensor] | None = None,
-        *,
-        teacher: "str | os.PathLike[str] | PreTrainedModel | Sequence[Any] | Capture | None" = None,
-        teacher_model: "str | os.PathLike[str] | PreTrainedModel | None" = None,
-        peft_config: Any = None,
-    ):
-        args = DistillationArguments("tmp_trainer") if args is None else args
-        validate_arguments(args)
-        check_seq2seq(self, DistillationTrainer, args)
-        if set(args.loss_weights) != {TASK_LOSS}:
-            check_overridden_methods(self, DistillationTrainer)
-        validate_student(model)
-        for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
-            validate_not_empty(dataset, name)
-        if teacher is not None and teacher_model is not None:
-            raise OptionError("teacher and teacher_model, its name in TRL, are both given; keep teacher.")
-        source = resolve_teacher(teacher if teacher_model is None else teacher_model, args)
-        if model is None and model_init is None and args.student_init_kwargs is not None:
-            model = dict(args.student_init_kwargs)  # type: ignore[arg-type]  # parsed by now
-        validate_output_dir(args, source, model)
-        student: Any = model
-        if isinstance(model, (PreTrainedConfig, Mapping)):
-            student = init_student_from_teacher(model, source, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
-        # PEFT changes the student in place, so this comes first.
-        check_no_shared_parameters(student, source if isinstance(source, (list, tuple)) else [source])
-        if peft_config is not None:
-            student, model_init = wrap_with_peft(student, model_init, peft_config)
-        self._train_means, self._eval_means = RunningMeans(), RunningMeans()
-        self._needs_all_logits = False
-        self._hub_target = {"token": args.hub_token, "revision": args.hub_revision}
-        self.called_methods = set()
-        keywords = {
-            "model": student,
-            "args": args,
-            "data_collator": data_collator,
-            "train_dataset": train_dataset,
-            "eval_dataset": eval_dataset,
-            "processing_class": processing_class,
-            "model_init": model_init,
-            "compute_loss_func": compute_loss_func,
-            "compute_metrics": compute_metrics,
-            "callbacks": callbacks,
-            "optimizers": optimizers,
-            "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
-            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
-        }
-        super().__init__(**next_init_kwargs(self, DistillationTrainer, keywords))
-        self.args: DistillationArguments
-        drop_code_references(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
-        self.label_names = list(self.label_names) or ["labels"]  # a forward of *args and **kwargs names none
-        validate_unwrapped(self.model, "student")
-        align_student_special_tokens(self.model, processing_class)
-        student = self.unwrapped_student
-        self.task = task_of(student)
-        check_losses_fit_task(args.loss_configs, self.task, student.config)
-        if train_dataset is not None:
-            validate_trainable(student)
-        self.teachers: list[LiveTeacher | CachedTeacher] = []
-        if isinstance(source, Capture):
-            self.teachers = [load_cached_teacher(source, student, self.task, processing_class)]
-            self.data_collator = CaptureDataCollator(self.data_collator, source, args.temperature, missing="skip")
-        elif source is not None:
-            self.teachers += build_live_teachers(
-                source,
-                student,
-                self.task,
-                init_kwargs=args.teacher_init_kwargs,  # type: ignore[arg-type]
-                weights=args.teacher_weights,  # type: ignore[arg-type]
-                compile=args.compile_teacher,
-                processing_class=processing_class,
-                accelerator=self.accelerator,
-            )
-        for each in self.teachers:
-            check_class_distribution(args.loss_weights, self.task, each.config, "teacher")
-        self.add_callback(StepChecksCallback(self))
-        self._setup_objective()
+class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):  # type: ignore[misc]  # gen_kwargs
+    """A `Seq2SeqTrainer` whose student learns from a teacher as well as from labels.
 
-    # Student and losses
+    With `predict_with_generate`, `evaluate` and `predict` report the metrics of the generated texts and, on the labels, every
+    loss (`eval_ce`, `eval_kd`) and the agreement with the teacher. They cost the generation and one forward pass of student
+    and teacher.
 
-    def check_called(self, *names: str) -> None:
-        """Check that the trainer's own methods were called, unless the task loss is the only loss.
+    Args:
+        model, args, teacher, ...: As in `DistillationTrainer`; `args` are `Seq2SeqDistillationArguments`.
 
-        Raises:
-            OptionError: Names the class whose method was called instead of one of them.
-        """
-        if set(self.args.loss_weights) == {TASK_LOSS}:
-            return
-        for name in names:
-            if name not in self.called_methods:
-                raise OptionError(describe_not_called(self, DistillationTrainer, name))
-        if self.loss_is_scaled_for_ga is not True:
-            raise OptionError(
-                f"{type(self).__name__}.loss_is_scaled_for_ga must be True; found {self.loss_is_scaled_for_ga}: the loss "
-                "would be divided by gradient_accumulation_steps a second time. Leave it as DistillationTrainer sets it."
-            )
+    Raises:
+        OptionError: The arguments are not those of `Seq2SeqTrainer`; and the errors of `DistillationTrainer`.
 
-    def _unwrapped_teacher(self, teacher: LiveTeacher | CachedTeacher) -> Any:
-        """Return a teacher's model or signal cache; None where this process has only a shard of its weights."""
-        if isinstance(teacher, CachedTeacher):
-            return teacher.capture
-        return None if is_sharded(self.accelerator) else teacher.bare
+    Example:
+        >>> import tempfile
+        >>> from transformers import T5Config, T5ForConditionalGeneration
+        >>> from hf_guide import Seq2SeqDistillationArguments
+        >>> sizes = {"vocab_size": 32, "d_kv": 8, "d_ff": 32, "num_heads": 2, "decoder_start_token_id": 0}
+        >>> teacher = T5ForConditionalGeneration(T5Config(d_model=32, num_layers=2, **sizes))
+        >>> student = T5ForConditionalGeneration(T5Config(d_model=16, num_layers=1, **sizes))
+        >>> examples = [{"input_ids": [5, 7, 1], "labels": [6, 8, 1]}] * 4
+        >>> args = Seq2SeqDistillationArguments(
+        ...     tempfile.mkdtemp(), predict_with_generate=True, generation_max_length=8, max_steps=1, use_cpu=True,
+        ...     report_to="none", disable_tqdm=True
+        ... )
+        >>> def exact_match(prediction):
+        ...     labels = prediction.label_ids[:, :3]
+        ...     return {"exact_match": float((prediction.predictions[:, 1:4] == labels).all(1).mean())}
+        >>> trainer = Seq2SeqDistillationTrainer(
+        ...     student, args, train_dataset=examples, eval_dataset=examples, teacher=teacher, compute_metrics=exact_match
+        ... )
+        >>> trainer.train().global_step
+        {'train_runtime': ...}
+        1
+        >>> metrics = trainer.evaluate()
+        {'eval_loss': ..., 'eval_exact_match': ..., 'eval_kd': ...}
+        >>> sorted(metrics.keys() & {"eval_exact_match", "eval_ce", "eval_kd", "eval_teacher_agreement"})
+        ['eval_ce', 'eval_exact_match', 'eval_kd', 'eval_teacher_agreement']
+    """
 
-    def _find_head(self, student: Any) -> LMHead | None:
-        needs_all_logits = (
-            self.compute_loss_func is not None or self.label_smoother is not None or self.args.torch_compile
-        )
-        head = None if needs_all_logits else find_head_all_ranks(student, self.task, self.accelerator)
-        return head if head is not None and head.shifted == self._shifted else None
+    arguments_class: type[DistillationArguments] = Seq2SeqDistillationArguments
 
-    def _setup_objective(self) -> None:
-        """Set up the losses of this student under these arguments; called again for every new student and trial."""
-        student = self.unwrapped_student
-        teachers = [each.bare for each in self.teachers if isinstance(each, LiveTeacher)]
-        check_no_shared_parameters(
-            student, [*teachers, getattr(find_target_provider(self.data_collator), "live_teacher", None)]
-        )
-        if self.task.is_per_token or compares_features(self.args.loss_weights):
-            check_no_virtual_tokens(student, "student")
-            for teacher in teachers:
-                check_no_virtual_tokens(teacher, "teacher")
-        self._accepts_num_items: bool | None = None
-        self._shifted = shifts_labels(student, self.task)
-        self.distillation_objective = build_objective(
-            student, self.task, self.teachers, self.args, self.accelerator, head=self._find_head(student)
-        )
-        self._subclass_targets = build_subclass_targets(
-            student.config,
-            self.data_collator,
-            self.args.temperature,
-            [self._unwrapped_teacher(each) for each in self.teachers],
-            learned=self.distillation_objective.needs_subclasses,
-            columns=getattr(self.train_dataset, "column_names", None) or (),
-            keeps_columns=not self.args.remove_unused_columns,
-        )
-        self._batch_builder = BatchBuilder(
-            student,
-            self.task,
-            self.teachers,
-            self.distillation_objective.losses,
-            self.distillation_objective.layers,
-            self.accelerator,
-            self._subclass_targets,
-            tuple(self.label_names),
-            self._shifted,
-            self.distillation_objective.max_logits,
-        )
-        self.remove_callback(ProjectionGradSyncCallback)
-        if self.distillation_objective.projections is not None:
-            self.add_callback(ProjectionGradSyncCallback(self.distillation_objective.projections, self.accelerator))
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        """Apply a trial's arguments as `Trainer` does, and set up the losses of the student that `model_init` just made."""
-        super()._hp_search_setup(trial)
-        if self.model_init is None:
-            return
-        self.args.check_options()
-        check_losses_fit_task(self.args.loss_configs, self.task, self.unwrapped_student.config)
-        if isinstance(self.data_collator, CaptureDataCollator):
-            self.data_collator = self.data_collator.with_temperature(self.args.temperature)
-        self._setup_objective()
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Create the optimizer as `Trainer` does; it also updates the projections between widths, where there are any.
-
-        Raises:
-            OptionError: An optimizer was passed that does not have them.
-        """
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if self.distillation_objective.projections is not None:
-            projections = list(self.distillation_objective.projections.parameters())
-            if is_new:
-                optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
-            check_optimizer_has_projections(optimizer, projections)
-        return optimizer
-
-    # Batches
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the columns that the teacher reads, too."""
-        is_new = self._signature_columns is None
-        super()._set_signature_columns_if_needed()
-        if is_new and self._signature_columns is not None:
-            self._signature_columns += self._batch_builder.teacher_only_columns
-
-    # Losses
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the weighted sum of the losses, each its mean over the items of the accumulated batch.
-
-        In evaluation it is the task loss, where there are labels; a batch without any target has loss and gradient zero.
-        With `return_outputs` a language model computes all its logits, which takes their memory.
-        """
-        self.called_methods.add("compute_loss")
-        training = model.training
-        if isinstance(self.data_collator, CaptureDataCollator):
-            self.data_collator.check_temperature(self.args.temperature)
-        batch = self._batch_builder.build(inputs, training=training)
-        denominator = self._loss_denominator(batch, num_items_in_batch)
-        model = self._subclass_targets.wrap_in_class_logits(model, batch.num_items)
-        if training and self.distillation_objective.weights == {TASK_LOSS: 1.0}:
-            # What `Trainer` does, to the last bit.
-            loss, outputs = self._task_loss(model, batch.inputs, batch, denominator)
-            result = ObjectiveOutput(loss, {TASK_LOSS: denominator.to_sum(loss.detach())}, outputs)
-        else:
-            result = self.distillation_objective.compute(
-                model,
-                self.unwrapped_student,
-                batch,
-                lambda inputs: self._task_loss_sum(model, inputs, batch, denominator),
-                measure=not training,
-                all_logits=self._needs_all_logits or (return_outputs and not self._discards_outputs),
-            )
-            is_task_loss = not training and TASK_LOSS in result.sums
-            loss = denominator.to_mean(result.sums[TASK_LOSS] if is_task_loss else result.total)
-        if training:
-            loss = self._divide_by_accumulation_steps(loss, denominator)
-        self._check_loss(loss, result, batch)
-        (self._train_means if training else self._eval_means).add(result.sums, batch.num_items)
-        return (loss, self._strip_hidden_states(result.outputs, loss)) if return_outputs else loss
-
-    @property
-    def _discards_outputs(self) -> bool:
-        """Whether the outputs that `compute_loss` returns are not used: in `Trainer`'s evaluation of losses alone."""
-        is_overridden = type(self).compute_loss is not DistillationTrainer.compute_loss or "compute_loss" in vars(self)
-        return self._is_predicting and not self._needs_all_logits and not is_overridden
-
-    def _check_loss(self, loss: Tensor, result: ObjectiveOutput, batch: DistillationBatch) -> None:
-        """Raise if a teacher's signals are not finite, or in training a loss; all processes raise together, before the step.
-
-        In evaluation a student's loss that is not finite is reported as it is.
-        """
-        if bool(torch.isfinite(loss) & torch.isfinite(result.total)):
-            return
-        error: HfGuideError | None = non_finite_signals_error(
-            batch.inputs, batch.mask, batch.signals, self.state.global_step
-        )
-        training = self.unwrapped_student.training
-        if error is None and training:
-            error = non_finite_loss_error(self, loss, result.sums)
-        if error is None:
-            return
-        if not training or self.accelerator.num_processes == 1:
-            raise error
-        self.pending_error = self.pending_error or error
-
-    def _strip_hidden_states(self, outputs: Any, loss: Tensor) -> Any:
-        """Return the outputs without what only the losses needed: the rest is gathered as predictions."""
-        if not isinstance(outputs, dict):
-            return outputs
-        is_requested = getattr(self.unwrapped_student.config, "output_hidden_states", False)
-        dropped = () if is_requested else ("hidden_states", "decoder_hidden_states", "encoder_hidden_states")
-        remaining = {name: value for name, value in outputs.items() if name not in dropped} | {"loss": loss.detach()}
-        if (
-            isinstance(outputs, ModelOutput)
-            and remaining.keys() <= vars(type(outputs)).get("__dataclass_fields__", {}).keys()
-        ):
-            return type(outputs)(**remaining)
-        return remaining
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **gen_kwargs: Any,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Predict as `Trainer` does, and measure the losses; without labels there is no loss, and no teacher runs.
-
-        `gen_kwargs` are those of `Seq2SeqTrainer.prediction_step`, for a class derived from both. Where it generates, the
-        losses are measured in a forward pass of their own.
-        """
-        step = super().prediction_step
-        has_labels = all(inputs.get(name) is not None for name in self.label_names)
-        if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate and not prediction_loss_only:
-            student_inputs = self._batch_builder.student_inputs(inputs)
-            loss, predictions, labels = step(model, student_inputs, False, ignore_keys, **gen_kwargs)
-            if has_labels:
-                loss, _, _ = self._prediction_step(step, model, inputs, True, ignore_keys)
-            return loss, predictions, labels
-        if not has_labels:
-            inputs = self._batch_builder.student_inputs(inputs)
-            model = self._subclass_targets.wrap_in_class_logits(model)
-        return self._prediction_step(  # type: ignore[no-any-return]
-            step, model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs
-        )
-
-    def _prediction_step(
-        self,
-        step: Callable[..., Any],
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None,
-        **gen_kwargs: Any,
-    ) -> Any:
-        self._needs_all_logits, self._is_predicting = not prediction_loss_only, True
-        try:
-            return step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
-        finally:
-            self._needs_all_logits = self._is_predicting = False
-
-    # Logs
-
-    def _add_weighted_terms(self, means: Mapping[str, float]) -> dict[str, float]:
-        weights = self.args.loss_weights
-        weighted = {f"{name}_weighted": weights[name] * value for name, value in means.items() if name in weights}
-        return dict(means) | weighted
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, and in training every loss, raw and weighted."""
-        if "loss" in logs:
-            logs |= self._add_weighted_terms(self._train_means.means(self.accelerator, self.args.loss_weights))
-        super().log(logs, start_time)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as `Trainer` does, and measure every loss, the task loss, perplexity and agreement with the teacher.
-
-        `eval_loss` is the task loss, its mean over all items, as `eval_ce`; `eval_objective` is the weighted sum of the
-        losses.
-        """
-        self._eval_means = RunningMeans()
-        self.called_methods.discard("compute_loss")
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = (
-            inspect.signature(super().evaluation_loop).bind(*args, **kwargs).arguments.get("metric_key_prefix", "eval")
-        )
-        metrics = dict(output.metrics or {})
-        if f"{prefix}_loss" in metrics and "compute_loss" not in self.called_methods:
-            self.check_called("compute_loss")
-        means = self._eval_means.means(
-            self.accelerator, {*self.args.loss_weights, TASK_LOSS, TEACHER_AGREEMENT, TEACHER_CE}
-        )
-        if TASK_LOSS in means:
-            metrics[f"{prefix}_loss"] = means[TASK_LOSS]
-        if means.keys() >= self.args.loss_weights.keys():
-            means["objective"] = sum(weight * means[name] for name, weight in self.args.loss_weights.items())
-        if self.task.is_language_model:
-            for loss, perplexity in ((TASK_LOSS, "perplexity"), (TEACHER_CE, "teacher_perplexity")):
-                if loss in means:
-                    means[perplexity] = math.exp(min(means[loss], 700.0))
-        metrics.update({f"{prefix}_{name}": value for name, value in self._add_weighted_terms(means).items()})
-        return output._replace(metrics=metrics)
-
-    # Files
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            check_weights_finite(self.unwrapped_student if state_dict is None else state_dict)
-        with redacted_training_args(self):
-            super()._save(output_dir, state_dict)
-        folder = Path(output_dir or self.args.output_dir or "")
-        if self.args.should_save:
-            clean_saved_folder(folder)
-            remove_local_paths(folder)
-        if self.args.should_save and self.distillation_objective.projections is not None:
-            if folder.name.startswith("checkpoint-"):  # resuming needs them; published files do not
-                self.distillation_objective.projections.save(folder)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        remove_paths_from_state(Path(checkpoint_folder))
-        with redacted_training_args(self):
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def save_state(self) -> None:
-        """Save `trainer_state.json` into `output_dir` as `Trainer` does, without the path of the best checkpoint."""
-        super().save_state()
-        if self.args.should_save:
-            remove_paths_from_state(Path(self.args.output_dir or ""))
-
-    def _load_callback_state(self) -> None:
-        """Find the best checkpoint of a resumed run by its step: the saved state does not have its path."""
-        super()._load_callback_state()
-        best = Path(self.args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if self.state.best_model_checkpoint is None and self.state.best_global_step and best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.distillation_objective.projections is not None:
-            self.distillation_objective.projections.load(Path(resume_from_checkpoint))
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> CommitInfo:
-        """Push as `Trainer` does; the existing card of the target revision is kept."""
-        self._hub_target = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
-        return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
-
-    def create_model_card(
-        self,
-        language: str | list[str] | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Write the student's model card into `output_dir`, and the record of the training that it is made from.
-
-        The arguments are those of `Trainer`. Teacher, task and results are known, so `finetuned_from` and `tasks` have no
-        effect; `dataset_tags` are Hub ids, `dataset` and `dataset_args` are names for people. An existing card keeps the
-        text that a person wrote.
-        """
-        if not self.is_world_process_zero():
-            return
-        folder = Path(self.args.output_dir or "")
-        if self.hub_model_id is not None:
-            fetch_card(self.hub_model_id, folder, **self._hub_target)
-        names = _as_list(dataset) or _as_list(dataset_args)
-        record = build_training_record(
-            self, datasets=_as_list(dataset_tags), evaluated_on=names, languages=_as_list(language)
-        )
-        save_record(folder, record)
-        attach_record(self.unwrapped_student, record)
-        write_model_card(
-            folder,
-            model_id=self.hub_model_id or model_name,
-            license=license,
-            language=language,
-            tags=_as_list(tags) or None,
-        )
-
-    def save_merged_model(self, output_dir: str | os.PathLike[str]) -> None:
-        """Save the student with its adapter merged: a stock model that `from_pretrained` loads.
-
-        The files are loaded again and compared with the student. Tied embeddings of which the adapter changed only one are
-        written as two tensors.
-
-        Raises:
-            OptionError: The student has no adapter, or one that cannot be merged; or its weights are sharded.
-        """
-        student = self.unwrapped_student
-        if is_sharded(self.accelerator):
-            raise OptionError(
-                "The student's weights are sharded over processes and cannot be merged here. Save the adapter with "
-                "save_model, and merge it in one process: PeftModel.from_pretrained(base, folder).merge_and_unload()."
-            )
-        if not self.args.should_save:
-            return
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        record = getattr(student, "distillation_record", None)
-
-        def add_files(folder: Path) -> None:
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            if record is not None:
-                save_record(folder, record)
-            clean_saved_folder(folder)
-
-        save_merged(student, Path(output_dir), add_files=add_files)
-
-
-def _as_list(names: "str | list[str] | None") -> list[str]:
-    return [names] if isinstance(names, str) else list(names or [])
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new student, with `args.generation_config`, which `Seq2SeqTrainer` sets in the first one alone."""
+        student: Any = super().call_model_init(trial)
+        generation_config = getattr(self.args, "generation_config", None)
+        if generation_config is not None:
+            student.generation_config = self.load_generation_config(generation_config)
+        return student  # type: ignore[no-any-return]

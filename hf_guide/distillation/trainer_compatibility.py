@@ -1,18 +1,22 @@
-"""Trainers that users derive from `DistillationTrainer`: whether its own methods are still called.
+"""Classes that users make of `DistillationMixin` and another trainer: the order of their bases, and calls of methods.
 
-A class before `DistillationTrainer` in the method resolution order overrides its methods. One that does not call `super()`
-there would train a student without its teacher. What its code shows is an error when the trainer is created, what it does
-not show is one at the first step or evaluation.
+A class in front of `DistillationMixin` in the method resolution order overrides its methods, and one that does not call
+`super()` there would train a student without its teacher. Where the order of the bases alone is the reason, the class comes
+after the mixin instead, which then adds the teacher to its loss. Whatever else its code shows is an error when the trainer is
+created, and what it does not show is one at the first step or evaluation.
 """
 
 import inspect
+import sys
+from abc import ABCMeta
 from collections.abc import Collection, Iterator, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from hf_guide.errors import OptionError
+from hf_guide.validation import did_you_mean
 
 # For each method that must be called, the names that an override may call to get there.
 _SUPER_CALLS: dict[str, tuple[str, ...]] = {
@@ -27,6 +31,8 @@ _SUPER_CALLS: dict[str, tuple[str, ...]] = {
 _CALLERS = {
     "compute_loss": ("training_step", "prediction_step"),
     "_get_num_items_in_batch": ("get_batch_samples",),
+    "evaluation_loop": (),
+    "prediction_step": ("evaluation_loop",),
 }
 
 _CONSEQUENCES = {
@@ -38,13 +44,65 @@ _CONSEQUENCES = {
     "get_batch_samples": "the losses would be divided by another number of items",
 }
 
+_LIBRARIES = ("transformers", "trl")
+"""Their trainers do not build on the loss or the evaluation of the class that follows them."""
+
+_SFT_TRAINER = "trl.trainer.sft_trainer"
+
+
+class DistillationMeta(ABCMeta):
+    """Order the bases of a class of `DistillationMixin` such that no trainer in front of the mixin leaves the teacher out.
+
+    `class T(Seq2SeqTrainer, DistillationTrainer)` has the method resolution order of `class T(DistillationTrainer,
+    Seq2SeqTrainer)`. A class whose `compute_loss` calls `super().compute_loss` stays in front, and builds on the weighted
+    sum of all losses.
+    """
+
+    def mro(cls) -> list[type]:
+        """Return the method resolution order, in which trainers that would bypass the mixin come after its own classes."""
+        order = super().mro()
+        root = [each for each in order if isinstance(each, DistillationMeta)][-1]
+        before = [each for each in order[: order.index(root)] if not isinstance(each, DistillationMeta)]
+        moved: list[type] = []
+        for each in before:
+            # A class that follows a derived one in front must follow it behind the mixin, too.
+            if any(each in other.__mro__ for other in moved) or _bypasses_next_class(each, before):
+                moved.append(each)
+        if not moved:
+            return order
+        rest = [each for each in order if each not in moved]
+        own = [each for each in root.__mro__ if each not in Trainer.__mro__]
+        end = 1 + max(rest.index(each) for each in own)
+        return [*rest[:end], *moved, *rest[end:]]
+
+
+def _bypasses_next_class(cls: type, before: Collection[type]) -> bool:
+    """Return whether a class has methods that do not call the next class's, or an `__init__` that does not take a teacher."""
+    if cls.__module__.partition(".")[0] in _LIBRARIES:
+        return True
+    if next(_overrides_without_super(cls, before), None) is not None:
+        return True
+    init = vars(cls).get("__init__")
+    takes_teacher = not inspect.isfunction(init) or bool(_accepted_keywords(init, {"teacher"}))
+    return not takes_teacher and "compute_loss" not in vars(cls)
+
+
+def _overrides_without_super(cls: type, before: Collection[type]) -> Iterator[str]:
+    for name, calls in _SUPER_CALLS.items():
+        function = _code_object(vars(cls).get(name))
+        if function is not None and not _references(function, calls, before, set()):
+            yield name
+
+
+# Checks when a trainer is created
+
 
 def check_init_keywords(cls: type, base: type, keywords: Collection[str]) -> None:
     """Check that every class before `base` passes on the keywords that are `base`'s own.
 
     Args:
         cls: The class that is being instantiated.
-        base: `DistillationTrainer`.
+        base: `DistillationMixin`.
         keywords: Names of the keyword arguments.
 
     Raises:
@@ -73,56 +131,139 @@ def check_overridden_methods(trainer: Any, base: type) -> None:
     cls = type(trainer)
     before = list(_classes_before(cls, base))
     for each in before:
-        for name, calls in _SUPER_CALLS.items():
-            function = _code_object(vars(each).get(name))
-            if function is not None and not _references(function, calls, before, set()):
-                raise OptionError(
-                    f"{cls.__name__} takes {name} from {each.__name__}, which does not call super().{name}: "
-                    f"{_CONSEQUENCES[name]}. {_override_advice(cls, base, each, name)}"
-                )
+        for name in _overrides_without_super(each, before):
+            raise OptionError(
+                f"{cls.__name__} takes {name} from {each.__name__}, which does not call super().{name}: "
+                f"{_CONSEQUENCES[name]}. {_override_advice(cls, base, each, name)}"
+            )
 
 
-def check_seq2seq(trainer: Any, base: type, args: Any) -> None:
-    """Check that a trainer that generates in evaluation also measures the losses.
+def check_next_classes(trainer: Any, base: type, args: Any) -> None:
+    """Check that the trainers after `base` leave the training to it, as far as their code shows.
 
     Raises:
-        OptionError: `Seq2SeqTrainer` comes before `base` and would evaluate without it, or the arguments are not its own.
+        OptionError: Names the class, the method and what to do.
     """
     cls = type(trainer)
-    if not issubclass(cls, Seq2SeqTrainer):
-        return
-    if not isinstance(args, Seq2SeqTrainingArguments):
+    after = list(_classes_after(cls, base))
+    for each in after:
+        if "compute_loss" in vars(each) and each.__module__.partition(".")[0] == "trl":
+            _check_trl_trainer(each, args)
+        function = _code_object(vars(each).get("training_step"))
+        if function is not None and not _references(function, _SUPER_CALLS["training_step"], after, set()):
+            raise OptionError(
+                f"{cls.__name__} takes training_step from {each.__name__}, which calls neither compute_loss nor "
+                f"super().training_step: {_CONSEQUENCES['training_step']}. Call self.compute_loss(...) in it."
+            )
+        if "_get_num_items_in_batch" in vars(each):
+            raise OptionError(
+                f"{each.__name__}._get_num_items_in_batch counts items of its own, but {base.__name__} divides every loss by "
+                "the number of the batch's targets. Remove the method, and let compute_loss return a mean over its batch."
+            )
+
+
+def _check_trl_trainer(trainer: type, args: Any) -> None:
+    if trainer.__module__ != _SFT_TRAINER:
         raise OptionError(
-            f"{cls.__name__} is a Seq2SeqTrainer, whose arguments must be Seq2SeqTrainingArguments too; found "
-            f"{type(args).__name__}. Write @dataclass class Arguments(DistillationArguments, Seq2SeqTrainingArguments): pass."
+            f"{trainer.__name__} of TRL computes its loss of several texts for each example, which a teacher's signals do not "
+            "fit. Of TRL's trainers only SFTTrainer can be distilled."
         )
-    if args.predict_with_generate and Seq2SeqTrainer in _classes_before(cls, base):
+    if getattr(args, "loss_type", "nll") != "nll":
         raise OptionError(
-            f"{cls.__name__} has Seq2SeqTrainer before {base.__name__}: with predict_with_generate it evaluates without the "
-            f"teacher. {_base_order_advice(cls, base, Seq2SeqTrainer)}."
+            f"SFTTrainer computes loss_type={args.loss_type!r} without logits, so that there is nothing to compare with the "
+            "teacher's. Use loss_type='nll'."
         )
 
 
-def next_init_kwargs(trainer: Any, base: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords that the `__init__` after `base` takes; those that it does not take must be None.
+def check_arguments_class(trainer: Any, args: Any) -> None:
+    """Check that the arguments are those of every class that the trainer is made of.
 
     Raises:
-        OptionError: One that it does not take has a value.
+        OptionError: `Seq2SeqTrainer` or TRL's `SFTTrainer` is among them, and the arguments are not its own.
     """
-    order = type(trainer).__mro__
-    owner = next(each for each in order[order.index(base) + 1 :] if "__init__" in vars(each))
-    accepted = _accepted_keywords(vars(owner)["__init__"], keywords)
+    cls = type(trainer)
+    required: list[tuple[str, type, str]] = []
+    if issubclass(cls, Seq2SeqTrainer):
+        required.append(("Seq2SeqTrainer", Seq2SeqTrainingArguments, "Use Seq2SeqDistillationArguments."))
+    if any(each.__module__ == _SFT_TRAINER for each in cls.__mro__):
+        config = sys.modules[_SFT_TRAINER].SFTConfig
+        advice = "Write @dataclass class Arguments(DistillationArguments, SFTConfig): pass."
+        required.append(("SFTTrainer", config, advice))
+    for name, arguments, advice in required:
+        if not isinstance(args, arguments):
+            raise OptionError(
+                f"{cls.__name__} is a {name}, whose arguments must be {arguments.__name__} too; found {type(args).__name__}. "
+                f"{advice}"
+            )
+
+
+def next_init_kwargs(
+    trainer: Any, base: type, keywords: Mapping[str, Any], own_keywords: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the keywords for the `__init__` after `base`.
+
+    Args:
+        trainer: An instance of `base` and of another trainer.
+        base: `DistillationMixin`.
+        keywords: Those of `Trainer`; what the class does not take must be None.
+        own_keywords: Those that the class must take.
+
+    Raises:
+        OptionError: A keyword of `Trainer` that it does not take has a value.
+        TypeError: It does not take one of its own; names the nearest.
+    """
+    owners = [each for each in [*_classes_after(type(trainer), base), Trainer] if "__init__" in vars(each)]
+    accepted: set[str] = set()
+    for owner in owners:  # one that takes any keyword passes it on to the next
+        parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
+        accepted |= {each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD}
+        if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters):
+            break
+    for name in own_keywords:
+        if name not in accepted:
+            known = [*inspect.signature(base.__init__).parameters, *accepted]  # type: ignore[misc]
+            raise TypeError(
+                f"{type(trainer).__name__}.__init__() got an unexpected keyword argument {name!r}.{did_you_mean(name, known)}"
+            )
     rejected = sorted(name for name, value in keywords.items() if name not in accepted and value is not None)
     if rejected:
         raise OptionError(
-            f"{owner.__name__}.__init__, which comes after {base.__name__}, takes no {', '.join(rejected)}."
+            f"{owners[0].__name__}.__init__, which comes after {base.__name__}, takes no {', '.join(rejected)}."
         )
-    return {name: value for name, value in keywords.items() if name in accepted}
+    return {name: value for name, value in keywords.items() if name in accepted} | dict(own_keywords)
+
+
+# What follows the mixin
+
+
+def next_owner(cls: type, base: type, method: str) -> type:
+    """Return the class after `base` whose method is the next in the method resolution order; at last `Trainer`."""
+    return next((each for each in _classes_after(cls, base) if method in vars(each)), Trainer)
+
+
+def has_own_task_loss(cls: type, base: type) -> bool:
+    """Return whether a class after `base` computes a task loss of its own, not the model's.
+
+    TRL's `SFTTrainer` computes the model's own loss, from log-probabilities instead of logits.
+    """
+    owner = next_owner(cls, base, "compute_loss")
+    return owner is not Trainer and owner.__module__ != _SFT_TRAINER
+
+
+def calls_compute_loss(cls: type, base: type) -> bool:
+    """Return whether the next `prediction_step` may call `compute_loss`, as far as its code shows."""
+    after = list(_classes_after(cls, base))
+    function = _code_object(vars(next_owner(cls, base, "prediction_step"))["prediction_step"])
+    return function is None or _references(function, _SUPER_CALLS["prediction_step"], after, set())
+
+
+# Checks of what was called
 
 
 def describe_not_called(trainer: Any, base: type, name: str) -> str:
     """Return the text of an error: whose method was called instead of that of `base`, and what to do."""
     cls = type(trainer)
+    before = list(_classes_before(cls, base))
     for each in (name, *_CALLERS[name]):
         if each in vars(trainer):
             return (
@@ -130,12 +271,29 @@ def describe_not_called(trainer: Any, base: type, name: str) -> str:
                 f"{_CONSEQUENCES[each]}. Override it in a class, and call super().{each}(...) there."
             )
         owner = next((kind for kind in cls.__mro__ if each in vars(kind)), base)
-        if owner not in base.__mro__:
+        if owner in before:
             return (
                 f"{cls.__name__} takes {each} from {owner.__name__}, which did not call {base.__name__}.{name}: "
                 f"{_CONSEQUENCES[each]}. {_override_advice(cls, base, owner, each)}"
             )
+        if owner in _classes_after(cls, base):
+            return (
+                f"{cls.__name__} takes {each} from {owner.__name__}, which did not call self.{name}: "
+                f"{_CONSEQUENCES[each]}. Call self.{name}(...) in it."
+            )
     return f"{cls.__name__} never called {base.__name__}.{name}: {_CONSEQUENCES[name]}."
+
+
+def describe_unused_loss(trainer: Any, base: type) -> str:
+    """Return the text of an error: whose `compute_loss` calls that of `base`, but does not train on what it returns."""
+    cls = type(trainer)
+    owner = next((each for each in (trainer, *_classes_before(cls, base)) if "compute_loss" in vars(each)), None)
+    named = getattr(owner, "__name__", f"this {cls.__name__}")
+    return (
+        f"The loss that {base.__name__}.compute_loss returned has no gradient: {named} calls it, but does not train on its "
+        f"result, so that {_CONSEQUENCES['compute_loss']}. Build on the loss that super().compute_loss(...) returns, without "
+        "detach() or no_grad()."
+    )
 
 
 def _classes_before(cls: type, base: type) -> Iterator[type]:
@@ -145,6 +303,14 @@ def _classes_before(cls: type, base: type) -> Iterator[type]:
         yield each
 
 
+def _classes_after(cls: type, base: type) -> Iterator[type]:
+    """Yield the trainers between `base`, with the classes that it is made of, and `Trainer`."""
+    order = cls.__mro__
+    for each in order[order.index(base) : order.index(Trainer)]:
+        if each not in base.__mro__:
+            yield each
+
+
 def _override_advice(cls: type, base: type, owner: type, name: str) -> str:
     if owner is cls or issubclass(owner, base):
         return f"Call super().{name}(...) in it, and build on what it returns."
@@ -152,7 +318,8 @@ def _override_advice(cls: type, base: type, owner: type, name: str) -> str:
 
 
 def _base_order_advice(cls: type, base: type, owner: type) -> str:
-    return f"Write class {cls.__name__}({base.__name__}, {owner.__name__})"
+    first = next((each for each in cls.__mro__[1:] if issubclass(each, base)), base)
+    return f"Write class {cls.__name__}({first.__name__}, {owner.__name__})"
 
 
 def _accepted_keywords(function: FunctionType, names: Collection[str]) -> set[str]:

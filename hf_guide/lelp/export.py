@@ -26,8 +26,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_guide.distillation.mixin import DistillationMixin
 from hf_guide.distillation.subclass_logits import class_logits
-from hf_guide.distillation.trainer import DistillationTrainer
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, DistillationRecord
@@ -101,7 +101,7 @@ _RENAMED_FORMATS = RenamedOptions(
 
 @with_renamed_parameters(_RENAMED)
 def save_subclass_student(
-    student: "PreTrainedModel | DistillationTrainer",
+    student: "PreTrainedModel | DistillationMixin",
     save_directory: str | os.PathLike[str],
     export_format: str | ExportFormat = "remote_code",
     *,
@@ -140,7 +140,7 @@ def save_subclass_student(
         ('SubclassModelForSequenceClassification', {0: 'LABEL_0', 1: 'LABEL_1'})
     """
     export_format = ExportFormat(_check_export_format(export_format))
-    if isinstance(student, DistillationTrainer):
+    if isinstance(student, DistillationMixin):
         processing_class = processing_class or student.processing_class
         student = _student_with_record(student)
     check_subclass_student(student)
@@ -173,7 +173,7 @@ def _check_export_format(export_format: str | ExportFormat) -> str:
     return check_choice("export_format", translated["export_format"], ExportFormat)
 
 
-def _student_with_record(trainer: DistillationTrainer) -> PreTrainedModel:
+def _student_with_record(trainer: DistillationMixin) -> PreTrainedModel:
     """Return the student of a trainer, with the record of its run."""
     student: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     attach_record(student, build_training_record(trainer))

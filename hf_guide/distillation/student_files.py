@@ -1,0 +1,155 @@
+"""`StudentFilesTrainer`: what a trainer saves and publishes of a student: weights, model card, record, merged adapter.
+
+Files never contain the teacher, a local path or a token.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_guide.distillation.arguments import DistillationArguments, redacted_training_args
+from hf_guide.distillation.merging import save_merged
+from hf_guide.distillation.objective import is_sharded
+from hf_guide.distillation.resuming import remove_paths_from_state
+from hf_guide.distillation.step_checks import StepCheckedTrainer
+from hf_guide.distillation.training_record import build_training_record
+from hf_guide.errors import OptionError
+from hf_guide.hub.metadata import save_record
+from hf_guide.hub.model_card import remove_local_paths, write_model_card
+from hf_guide.hub.push import attach_record, fetch_card
+from hf_guide.models.code_references import clean_saved_folder
+from hf_guide.utils.finite import check_weights_finite
+
+
+class StudentFilesTrainer(StepCheckedTrainer):
+    """A `Trainer` that saves and publishes a student as a stock model, with its card and the record of its training."""
+
+    args: DistillationArguments
+    _hub_target: dict[str, Any]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            check_weights_finite(self.unwrapped_student if state_dict is None else state_dict)
+        with redacted_training_args(self):
+            super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir or "")
+        if self.args.should_save:
+            clean_saved_folder(folder)
+            remove_local_paths(folder)
+        if self.args.should_save and self.distillation_objective.projections is not None:
+            if folder.name.startswith("checkpoint-"):  # resuming needs them; published files do not
+                self.distillation_objective.projections.save(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        remove_paths_from_state(Path(checkpoint_folder))
+        with redacted_training_args(self):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_state(self) -> None:
+        """Save `trainer_state.json` into `output_dir` as `Trainer` does, without the path of the best checkpoint."""
+        super().save_state()
+        if self.args.should_save:
+            remove_paths_from_state(Path(self.args.output_dir or ""))
+
+    def _load_callback_state(self) -> None:
+        """Find the best checkpoint of a resumed run by its step: the saved state does not have its path."""
+        super()._load_callback_state()
+        best = Path(self.args.output_dir or "") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_model_checkpoint is None and self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.distillation_objective.projections is not None:
+            self.distillation_objective.projections.load(Path(resume_from_checkpoint))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> CommitInfo:
+        """Push as `Trainer` does; the existing card of the target revision is kept."""
+        self._hub_target = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+        return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
+    ) -> None:
+        """Write the student's model card into `output_dir`, and the record of the training that it is made from.
+
+        The arguments are those of `Trainer`, and `dataset_name`, the one of TRL's trainers. Teacher, task and results are
+        known, so `finetuned_from` and `tasks` have no effect; `dataset_tags` and `dataset_name` are Hub ids, `dataset` and
+        `dataset_args` are names for people. An existing card keeps the text that a person wrote.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir or "")
+        if self.hub_model_id is not None:
+            fetch_card(self.hub_model_id, folder, **self._hub_target)
+        names = _as_list(dataset) or _as_list(dataset_args)
+        record = build_training_record(
+            self,
+            datasets=[*_as_list(dataset_tags), *_as_list(dataset_name)],
+            evaluated_on=names,
+            languages=_as_list(language),
+        )
+        save_record(folder, record)
+        attach_record(self.unwrapped_student, record)
+        write_model_card(
+            folder,
+            model_id=self.hub_model_id or model_name,
+            license=license,
+            language=language,
+            tags=_as_list(tags) or None,
+        )
+
+    def save_merged_model(self, output_dir: str | os.PathLike[str]) -> None:
+        """Save the student with its adapter merged: a stock model that `from_pretrained` loads.
+
+        The files are loaded again and compared with the student. Tied embeddings of which the adapter changed only one are
+        written as two tensors.
+
+        Raises:
+            OptionError: The student has no adapter, or one that cannot be merged; or its weights are sharded.
+        """
+        student = self.unwrapped_student
+        if is_sharded(self.accelerator):
+            raise OptionError(
+                "The student's weights are sharded over processes and cannot be merged here. Save the adapter with "
+                "save_model, and merge it in one process: PeftModel.from_pretrained(base, folder).merge_and_unload()."
+            )
+        if not self.args.should_save:
+            return
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        record = getattr(student, "distillation_record", None)
+
+        def add_files(folder: Path) -> None:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if record is not None:
+                save_record(folder, record)
+            clean_saved_folder(folder)
+
+        save_merged(student, Path(output_dir), add_files=add_files)
+
+
+def _as_list(names: "str | list[str] | None") -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
