@@ -6,6 +6,7 @@ within two minutes that its counter has stopped; a rank that is only slow is wai
 
 import atexit
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ HEARTBEAT_INTERVAL = 1.0
 HEARTBEAT_TIMEOUT = 120.0
 STARTUP_TIMEOUT = 1800.0
 FAILURE_GRACE_PERIOD = 10.0
+EXIT_GRACE_PERIOD = 0.2
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -196,6 +198,18 @@ class _Heartbeat:
             self._store.add(key, 1)
             while not self._stopped.wait(HEARTBEAT_INTERVAL):
                 self._store.add(key, 1)
+
+
+@atexit.register
+def _let_collectives_finish() -> None:
+    """Release the GIL before the interpreter exits, for threads of gloo that hold tensors of the last collective.
+
+    Such a thread takes the GIL to release a tensor; if the interpreter is exiting by then, the process aborts ("terminate
+    called without an active exception"). `destroy_process_group` does not wait for it where a wrapped model, such as that of
+    DistributedDataParallel, still refers to the group.
+    """
+    if distributed.is_available() and (distributed.is_initialized() or os.environ.get("WORLD_SIZE", "1") != "1"):
+        time.sleep(EXIT_GRACE_PERIOD)
 
 
 def collective_device() -> torch.device:
