@@ -1,6 +1,8 @@
 """`hf-guide`: the command line. Heavy modules are imported when a command runs, so that --help answers at once."""
 
 import argparse
+import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command in RENAMED_COMMANDS:
             warn_renamed("hf-guide", args.command, RENAMED_COMMANDS[args.command])
         translate_renamed_flags(args, args.parser, args.renamed_flags, args.command)
+        import_modules(args.imports)
         return args.run(args)
     except (HfGuideError, OSError, ImportError) as error:
         print(f"hf-guide: error: {escape_control_characters(error)}", file=sys.stderr)
@@ -31,6 +34,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-guide: interrupted{describe_remaining_output(args)}.", file=sys.stderr)
         return 130
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Import modules that register losses, methods or splitters; they are looked for in the working directory last.
+
+    Raises:
+        OptionError: A name is a path.
+        ImportError: There is no such module, or it fails.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")) or name.endswith(".py"):
+            raise OptionError(
+                f"--import must be the name of a module, such as my_losses for my_losses.py in the working directory; "
+                f"found {name!r}."
+            )
+        importlib.import_module(name)
 
 
 def describe_remaining_output(args: argparse.Namespace) -> str:
@@ -55,6 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="first:  hf-guide inspect TEACHER\nthen:   hf-guide init TEACHER --hidden-size 288 -o student/\n"
         "        hf-guide distill CONFIG.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a Python module first, which registers losses, methods or splitters of your own; may be repeated",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (init, methods, inspect, families, capture, distill, card, analyze_subclasses, quickstart):

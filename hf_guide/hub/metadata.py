@@ -27,7 +27,7 @@ from hf_guide.methods import list_methods
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.fingerprint import files_fingerprint
 from hf_guide.utils.public_names import is_local, public_name
-from hf_guide.utils.typed_json import check_field_types
+from hf_guide.utils.typed_json import read_json_record
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -179,18 +179,17 @@ def load_record(path: str | os.PathLike[str]) -> DistillationRecord:
         HfGuideError: The file is not a record.
     """
     path = Path(path)
-    path = path / RECORD_NAME if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        teachers = [TeacherRecord(**teacher) for teacher in content.pop("teachers")]
-        record = DistillationRecord(teachers=teachers, **_present_keys(content))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise HfGuideError(
-            f"{path} is not a distillation record, or was written by an incompatible version of hf_guide: {error}. "
-            "Remove it, or train again to write a new one."
-        ) from error
-    check_field_types(record, str(path))
-    return record
+    return read_json_record(
+        path / RECORD_NAME if path.is_dir() else path,
+        _parse_record,
+        "a distillation record",
+        "Remove it, or train again to write a new one.",
+    )
+
+
+def _parse_record(content: dict[str, Any]) -> DistillationRecord:
+    teachers = [TeacherRecord(**teacher) for teacher in content.pop("teachers")]
+    return DistillationRecord(teachers=teachers, **_present_keys(content))
 
 
 def _present_keys(content: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Does: parse and check values, with errors that name the option. Does not: know a
 
 import dataclasses
 import difflib
+import importlib
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -112,7 +113,13 @@ class PlanOptions:
 
 
 CONFIG_CLASSES: "dict[str, type[InitializationConfig]]" = {}
-"""The config class of each registered method, by the method's name. `registry.register_method` fills it."""
+"""The config class of each method registered so far. `registry.register_method` fills it; read `registered_configs()`."""
+
+
+def registered_configs() -> "dict[str, type[InitializationConfig]]":
+    """Return the config class of each registered method by the method's name, the built-in methods first."""
+    importlib.import_module("hf_guide.methods")  # registers them; by its name, because it builds on this module
+    return CONFIG_CLASSES
 
 
 @dataclass(init=False)
@@ -169,7 +176,7 @@ class InitializationConfig:
     def __post_init__(self) -> None:
         """Check every field by its metadata: `choices` (a StringEnum) and Boolean defaults."""
         if _config_class(self.method) is not type(self):
-            expected = [name for name, config_class in CONFIG_CLASSES.items() if config_class is type(self)]
+            expected = [name for name, config_class in registered_configs().items() if config_class is type(self)]
             raise OptionError(
                 f"{type(self).__name__}(method={self.method!r}) must have the name that its class is registered under: "
                 f"{expected or 'none yet; call hf_guide.register_method first'}."
@@ -196,7 +203,7 @@ class InitializationConfig:
         if isinstance(method, Mapping):
             return cls(**{str(name): value for name, value in method.items()})
         raise OptionError(
-            f"method must be one of {list(CONFIG_CLASSES)}, an InitializationConfig or a mapping of its options; "
+            f"method must be one of {list(registered_configs())}, an InitializationConfig or a mapping of its options; "
             f"found {method!r}."
         )
 
@@ -204,7 +211,7 @@ class InitializationConfig:
 def owner_of_option(name: str) -> str | None:
     """Return the first method that has an option of this name, today's or a deprecated one; None where none has."""
     if name in InitializationConfig.__dataclass_fields__:
-        return next(iter(CONFIG_CLASSES), None)
+        return next(iter(registered_configs()))
     return next(iter(_owners(name)), None)
 
 
@@ -216,7 +223,7 @@ def renamed_options_of_method(method: str) -> RenamedOptions:
 def _owners(name: str) -> list[str]:
     return [
         method
-        for method, config_class in CONFIG_CLASSES.items()
+        for method, config_class in registered_configs().items()
         if name in config_class.__dataclass_fields__ or name in config_class.renamed_options.names
     ]
 
@@ -227,7 +234,7 @@ def _renamed_hint(name: str, names: Mapping[str, str]) -> str:
 
 
 def _config_class(method: str) -> type[InitializationConfig]:
-    return CONFIG_CLASSES[check_choice("method", method, CONFIG_CLASSES)]
+    return registered_configs()[check_choice("method", method, registered_configs())]
 
 
 _REMOVED = "no benchmark shows who should set it otherwise, so leave it out."

@@ -26,7 +26,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import OptionError
 from hf_guide.initialization.build import build_student
-from hf_guide.initialization.config import CONFIG_CLASSES, InitializationConfig, PlanOptions
+from hf_guide.initialization.config import (
+    CONFIG_CLASSES,
+    InitializationConfig,
+    PlanOptions,
+    registered_configs,
+)
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.initialization.plan import Plan, make_plan
 from hf_guide.initialization.report import InitializationReport
@@ -211,7 +216,7 @@ def register_method(
             raise OptionError(
                 f"{config_class.__name__}.{option.name} must have a help text: field(default=..., metadata={{'help': ...}})."
             )
-    registered = (CONFIG_CLASSES.get(name), _METHOD_CLASSES.get(name))
+    registered = (registered_configs().get(name), _METHOD_CLASSES.get(name))
     if registered != (None, None) and registered != (config_class, method_class):
         raise OptionError(
             f"method {name!r} is registered already, with {registered[0].__name__} and {registered[1].__name__}; "  # type: ignore[union-attr]
@@ -266,5 +271,5 @@ def list_methods() -> dict[str, list[MethodOption]]:
             for option in dataclasses.fields(config_class)
             if option.name != "method"
         ]
-        for name, config_class in CONFIG_CLASSES.items()
+        for name, config_class in registered_configs().items()
     }

@@ -14,13 +14,12 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel
 
-from hf_guide.errors import HfGuideError
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, teacher_fingerprint
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
 from hf_guide.utils.escaping import to_single_line
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.public_names import is_local, public_name
-from hf_guide.utils.typed_json import check_field_types
+from hf_guide.utils.typed_json import read_json_record
 from hf_guide.version import __version__
 
 REPORT_NAME = "initialization_report.json"
@@ -159,18 +158,17 @@ class InitializationReport:
             HfGuideError: the file is not a report.
         """
         path = Path(path)
-        path = path / REPORT_NAME if path.is_dir() else path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+
+        def parse(content: dict[str, Any]) -> InitializationReport:
             records = [ParameterRecord(**record) for record in content.pop("parameters")]
-            report = cls(parameters=records, **_with_new_keys(content))
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise HfGuideError(
-                f"{path} is not an initialization report, or one of another version of hf_guide: {error}. "
-                "Make the student again to get a fresh one."
-            ) from error
-        check_field_types(report, str(path))
-        return report
+            return cls(parameters=records, **_with_new_keys(content))
+
+        return read_json_record(
+            path / REPORT_NAME if path.is_dir() else path,
+            parse,
+            "an initialization report",
+            "Make the student again to get a new one.",
+        )
 
     def summary(self) -> str:
         """The report in five lines: what, widths, blocks, what is not exact, cost."""

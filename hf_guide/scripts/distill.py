@@ -29,11 +29,10 @@ from hf_guide.models.pretrained import load_config, load_processing_class, unrea
 from hf_guide.scripts.config_file import parse_config
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import Task, task_of
+from hf_guide.teachers.loading import hub_kwargs, is_trusted, load_complete_model
 from hf_guide.utils.labels import IGNORE_INDEX
 
 DATACLASSES = (ModelArguments, DataArguments, DistillationArguments)
-
-_HUB_KWARGS = ("revision", "token", "trust_remote_code", "cache_dir", "local_files_only")
 
 # Their tokenizers accept text split into words only with a space before each word.
 _NEEDS_PREFIX_SPACE = ("bloom", "gpt2", "roberta", "deberta")
@@ -135,8 +134,7 @@ def _inspect_checkpoints(models: ModelArguments, args: DistillationArguments) ->
     teacher_name, teacher_config = _teacher_name_and_config(args)
     student_config = None
     if models.model_name_or_path:
-        hub_kwargs, trust = _split_trust(models.model_init_kwargs)
-        student_config = load_config(models.model_name_or_path, hub_kwargs, trust)
+        student_config = _load_config(models.model_name_or_path, models.model_init_kwargs)
     student_task, teacher_task = (
         None if config is None else task_of_config(config) for config in (student_config, teacher_config)
     )
@@ -234,8 +232,7 @@ def _teacher_name_and_config(args: DistillationArguments) -> tuple[str | None, P
     if not args.teacher:
         return None, None
     name = args.teacher if os.path.exists(args.teacher) else args.teacher.split(",")[0].strip()
-    hub_kwargs, trust = _split_trust(args.teacher_init_kwargs)
-    return name, load_config(name, hub_kwargs, trust, what=f"The teacher {name} has no readable config")
+    return name, _load_config(name, args.teacher_init_kwargs, what=f"The teacher {name} has no readable config")
 
 
 def _cached_teacher_source(args: DistillationArguments) -> str | None:
@@ -257,14 +254,9 @@ def _requested_config(checkpoints: _Checkpoints, args: DistillationArguments) ->
     return config
 
 
-def _hub_kwargs(init_kwargs: Any) -> dict[str, Any]:
-    return {name: value for name, value in (init_kwargs or {}).items() if name in _HUB_KWARGS}
-
-
-def _split_trust(init_kwargs: Any) -> tuple[dict[str, Any], bool]:
-    """Return where a repository is found, and whether its code may be run."""
-    hub_kwargs = _hub_kwargs(init_kwargs)
-    return hub_kwargs, bool(hub_kwargs.pop("trust_remote_code", False))
+def _load_config(name: str, init_kwargs: Any, what: str | None = None) -> PreTrainedConfig:
+    """Return the config that `from_pretrained` with these keywords reads."""
+    return load_config(name, hub_kwargs(init_kwargs), is_trusted(init_kwargs), what=what)
 
 
 def task_of_config(config: PreTrainedConfig) -> Task | None:
@@ -296,17 +288,16 @@ def _load_student(
     name = models.model_name_or_path
     loader = getattr(transformers, checkpoints.task.row.auto_class)
     kwargs = f" with model_init_kwargs={sorted(models.model_init_kwargs)}" if models.model_init_kwargs else ""
-    with unreadable_as(OptionError, f"The student {name} does not load as a model for {checkpoints.task}{kwargs}"):
-        student, info = loader.from_pretrained(name, output_loading_info=True, **init_kwargs)
-    # A new head may include more than one layer (BERT's pooler), but no block and no embeddings.
-    body = re.compile(r"\.\d+\.|embed")
-    missing = sorted(key for key in info["missing_keys"] if not checkpoints.needs_new_head or body.search(key))
-    if missing:
-        raise OptionError(
-            f"{len(missing)} weights of {type(student).__name__} are not in {name} and would be random: "
-            f"{', '.join(missing[:3])}. Only the head for a new task may be missing. Use a complete checkpoint."
-        )
-    return student
+    body = re.compile(r"\.\d+\.|embed")  # a new head may include more than one layer (BERT's pooler), but no block
+    return load_complete_model(
+        loader,
+        name,
+        f"The student {name} does not load as a model for {checkpoints.task}{kwargs}",
+        advice="Only the head for a new task may be missing. Use a complete checkpoint.",
+        may_be_new=lambda parameter: checkpoints.needs_new_head and not body.search(parameter),
+        error_class=OptionError,
+        **init_kwargs,
+    )
 
 
 def _load_processing_class(checkpoints: _Checkpoints, models: ModelArguments, args: DistillationArguments) -> Any:
@@ -315,12 +306,17 @@ def _load_processing_class(checkpoints: _Checkpoints, models: ModelArguments, ar
     name = own_name or checkpoints.teacher_name or _cached_teacher_source(args)
     if name is None:
         raise OptionError("There is no tokenizer or image processor; set processing_class_name_or_path.")
-    hub_kwargs = _hub_kwargs(models.model_init_kwargs if own_name else args.teacher_init_kwargs)
-    options = dict(hub_kwargs)
-    if checkpoints.task is Task.TOKEN_CLASSIFICATION:
-        trust = bool(hub_kwargs.pop("trust_remote_code", False))
-        if load_config(name, hub_kwargs, trust).model_type in _NEEDS_PREFIX_SPACE:
-            options["add_prefix_space"] = True
+    init_kwargs: Any = models.model_init_kwargs if own_name else args.teacher_init_kwargs
+    options = hub_kwargs(init_kwargs)
+    if models.processing_class_name_or_path:  # another repository
+        options = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    if is_trusted(init_kwargs):
+        options["trust_remote_code"] = True
+    if (
+        checkpoints.task is Task.TOKEN_CLASSIFICATION
+        and _load_config(name, init_kwargs).model_type in _NEEDS_PREFIX_SPACE
+    ):
+        options["add_prefix_space"] = True
     loader: Any = getattr(transformers, checkpoints.task.processor_class)
     try:
         return load_processing_class(loader, name, error_class=OptionError, **options)

@@ -6,14 +6,14 @@ Does not: compare a teacher with a student (`alignment.py`, `inputs.py`) or run 
 """
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from hf_guide.errors import OptionError, TaskError, TeacherError
+from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError
 from hf_guide.models.adapters import validate_unwrapped
 from hf_guide.models.model_classes import candidate_model_classes
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
@@ -21,6 +21,7 @@ from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.isolation import check_no_shared_parameters, check_teachers_independent
 
 _SHOWN_PARAMETERS = 5
+_COMPLETE = "Use a complete checkpoint, or set `architectures` in its config to the class it holds."
 
 
 def load_teacher(
@@ -128,7 +129,9 @@ def load_complete_model(
     name: str,
     what: str,
     *,
-    advice: str = "Use a complete checkpoint, or set `architectures` in its config to the class it holds.",
+    advice: str = _COMPLETE,
+    may_be_new: Callable[[str], bool] = lambda parameter: False,
+    error_class: type[HfGuideError] = TeacherError,
     **options: Any,
 ) -> PreTrainedModel:
     """Return a model whose parameters are all in its checkpoint.
@@ -138,15 +141,18 @@ def load_complete_model(
         name: A Hub id or a folder.
         what: How an error begins if the files cannot be read.
         advice: How an error ends if parameters are missing.
+        may_be_new: Whether a parameter may be missing, such as those of a new head.
+        error_class: Of the errors.
         options: Keywords of `from_pretrained`.
 
     Raises:
         TeacherError: The files cannot be read, or lack parameters, which would be random.
     """
-    with unreadable_as(TeacherError, what):
+    with unreadable_as(error_class, what):
         model, report = loader.from_pretrained(name, output_loading_info=True, **options)
-    if report["missing_keys"]:
-        raise missing_parameters_error(name, report["missing_keys"], advice)
+    missing = [parameter for parameter in report["missing_keys"] if not may_be_new(parameter)]
+    if missing:
+        raise missing_parameters_error(name, missing, advice, error_class)
     loaded: PreTrainedModel = model
     return loaded
 
@@ -154,11 +160,12 @@ def load_complete_model(
 def missing_parameters_error(
     name: str,
     missing: Collection[str],
-    advice: str = "Use a complete checkpoint, or set `architectures` in its config to the class it holds.",
-) -> TeacherError:
+    advice: str = _COMPLETE,
+    error_class: type[HfGuideError] = TeacherError,
+) -> HfGuideError:
     """Return the error for a checkpoint without some of its model's parameters."""
     shown = ", ".join(sorted(missing)[:_SHOWN_PARAMETERS]) + (", ..." if len(missing) > _SHOWN_PARAMETERS else "")
-    return TeacherError(
+    return error_class(
         f"{len(missing)} parameters are not in the checkpoint {name} and would be random: {shown}. {advice}"
     )
 
@@ -184,7 +191,7 @@ def _load_for_task(teacher: Any, task: Task, init_kwargs: dict[str, Any]) -> Pre
     """Load a teacher as the Auto class of the student's task does."""
     check_is_teacher(teacher)
     name = os.fspath(teacher)
-    load_config(name, hub_kwargs(init_kwargs), bool(init_kwargs.get("trust_remote_code")))
+    load_config(name, hub_kwargs(init_kwargs), is_trusted(init_kwargs))
     stated = f" with teacher_init_kwargs={sorted(init_kwargs)}" if init_kwargs else ""
     return load_complete_model(
         getattr(transformers, task.row.auto_class),
@@ -224,3 +231,8 @@ def hub_kwargs(init_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return those keywords of `from_pretrained` that locate files."""
     names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
     return {key: value for key, value in (init_kwargs or {}).items() if key in names}
+
+
+def is_trusted(init_kwargs: Mapping[str, Any] | None) -> bool:
+    """Return whether keywords of `from_pretrained` let the checkpoint's own code run."""
+    return bool((init_kwargs or {}).get("trust_remote_code"))

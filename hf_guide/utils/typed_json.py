@@ -1,12 +1,39 @@
-"""Check the values of a dataclass that was read from JSON against the annotations of its fields."""
+"""Read a dataclass from a JSON file, and check its values against the annotations of its fields."""
 
 import dataclasses
+import json
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Union
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, Union
 
 from hf_guide.errors import HfGuideError
+
+T = TypeVar("T")
+
+
+def read_json_record(path: Path, parse: Callable[[dict[str, Any]], T], what: str, advice: str) -> T:
+    """Return the dataclass in a JSON file.
+
+    Args:
+        path: The file.
+        parse: Makes the dataclass from the file's content.
+        what: What the file is, for errors, such as "an initialization report".
+        advice: What to do if it is not, as a sentence.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        HfGuideError: The file is something else, or a field has the wrong type.
+    """
+    try:
+        record = parse(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise HfGuideError(
+            f"{path} is not {what}, or was written by an incompatible version of hf_guide: {error}. {advice}"
+        ) from error
+    check_field_types(record, str(path))
+    return record
 
 
 def check_field_types(record: Any, where: str) -> None:

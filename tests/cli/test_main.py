@@ -1,8 +1,11 @@
 """Commands are listed, and the names of the previous release work with a warning."""
 
+import sys
+
 import pytest
 
 from hf_guide.cli import main as cli
+from hf_guide.initialization import config, registry
 from hf_guide.methods import list_methods
 
 
@@ -73,3 +76,41 @@ def test_an_unknown_flag_is_wrong_usage(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["card", "student", "--licence", "mit"])
     assert stopped.value.code == 2 and "unrecognized arguments: --licence" in capsys.readouterr().err
+
+
+MODULE = """
+from dataclasses import dataclass
+from hf_guide import InitializationConfig, register_method
+from hf_guide.methods import UniformMethod
+
+@dataclass
+class ImportedConfig(InitializationConfig):
+    method: str = "imported"
+
+register_method("imported", ImportedConfig, UniformMethod)
+"""
+
+
+def test_a_module_is_imported_before_the_command_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_method.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr(registry, "_METHOD_CLASSES", dict(registry._METHOD_CLASSES))
+    monkeypatch.setattr(config, "CONFIG_CLASSES", dict(config.CONFIG_CLASSES))
+    monkeypatch.setattr(registry, "CONFIG_CLASSES", config.CONFIG_CLASSES)
+    assert cli.main(["methods", "imported"]) == 2
+    assert cli.main(["--import", "my_method", "methods", "imported"]) == 0
+    assert capsys.readouterr().out.startswith("imported\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("my_method.py", 2, "--import must be the name of a module"),
+        ("./my_method", 2, "--import must be the name of a module"),
+        ("no_such_module", 1, "No module named 'no_such_module'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_an_error(name, code, message, capsys):
+    assert cli.main(["--import", name, "methods"]) == code
+    assert message in capsys.readouterr().err

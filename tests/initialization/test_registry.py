@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -53,6 +55,14 @@ def registered() -> Iterator[None]:
     register_method("reversed_blocks", ReversedConfig, ReversedBlocks)
     yield
     del CONFIG_CLASSES["reversed_blocks"], registry._METHOD_CLASSES["reversed_blocks"]
+
+
+def test_the_built_in_methods_are_known_to_the_module_of_the_config_alone() -> None:
+    code = (
+        "from hf_guide.initialization.config import InitializationConfig; print(type(InitializationConfig('uniform')))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "uniform.UniformConfig" in process.stdout, process.stderr
 
 
 @pytest.mark.usefixtures("registered")

@@ -16,9 +16,11 @@ from transformers import AutoTokenizer, EvalPrediction, LlamaConfig, LlamaForCau
 
 from hf_guide import InitializationConfig, OptionError, capture_teacher
 from hf_guide.cli import distill as distill_command
+from hf_guide.cli.main import main
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.loading import load_splits
 from hf_guide.data.preprocessing import preprocess
+from hf_guide.distillation.losses import registry as losses
 from hf_guide.scripts.distill import accuracy, distill, read_config
 from hf_guide.tasks import Task
 from tests.examples import local
@@ -159,6 +161,38 @@ def test_an_adapter_can_be_trained(teacher, tmp_path):
     adapter = '{"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj"]}'
     assert run(written(tmp_path, **entries), "--peft_config", adapter) == 0
     assert (tmp_path / "student" / "adapter_model.safetensors").is_file()
+
+
+LOSS = """
+from hf_guide import register_loss
+
+@register_loss("absolute", requires="logits")
+def absolute(student, teacher, labels, config):
+    return (student - teacher.logits).abs().mean(-1)
+"""
+
+
+def test_a_loss_of_an_imported_module_is_trained_on(teacher, tmp_path, monkeypatch):
+    (tmp_path / "my_loss.py").write_text(LOSS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr(losses, "_LOSSES", dict(losses._LOSSES))
+    data = {"data_files": local.write_text(tmp_path / "text.txt"), "student_init_kwargs": SMALLER["llama"]}
+    path = str(written(tmp_path, teacher=teacher, **data, losses={"absolute": 1.0}, validation_split_percentage=25))
+    assert main(["distill", path, "--max_steps", "1"]) == 2
+    assert main(["--import", "my_loss", "distill", path, "--max_steps", "1"]) == 0
+    assert json.loads((tmp_path / "student" / "distillation.json").read_text())["metrics"]["eval_absolute"] > 0
+
+
+def test_an_existing_student_in_a_subfolder_is_read_with_its_own_config(teacher, tmp_path):
+    make_model(tmp_path / "base" / "small", "llama", "ForCausalLM", width=16, blocks=1)
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    models = {"model_name_or_path": tmp_path / "base", "model_init_kwargs": {"subfolder": "small"}}
+    data = {"data_files": local.write_text(tmp_path / "text.txt"), "processing_class_name_or_path": str(teacher)}
+    assert run(written(tmp_path, teacher=teacher, **models, **data), "--max_steps", "1") == 0
+    del data["processing_class_name_or_path"]
+    assert run(written(tmp_path, teacher=teacher, **models, **data), "--max_steps", "1") == 0
+    assert LlamaConfig.from_pretrained(tmp_path / "student").hidden_size == 16
 
 
 def test_a_run_that_was_cut_off_goes_on(teacher, tmp_path, capsys):
