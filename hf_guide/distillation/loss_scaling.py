@@ -56,6 +56,9 @@ class LossScalingTrainer(Trainer):
     _batch_builder: BatchBuilder
     _subclass_targets: SubclassTargets
     _is_predicting: bool = False
+    counted_items: Any = None
+    """What `_get_num_items_in_batch` returned last."""
+
     _has_own_task_loss: bool = False
     """Whether another trainer's `compute_loss` gives the task loss."""
 
@@ -66,6 +69,10 @@ class LossScalingTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` is set."""
         self.called_methods.add("_get_num_items_in_batch")
+        self.counted_items = self._count_items(batch_samples, device)
+        return self.counted_items
+
+    def _count_items(self, batch_samples: list[Any], device: torch.device) -> Any:
         if self.compute_loss_func is not None or not batch_samples:
             return _at_least_one(super()._get_num_items_in_batch(batch_samples, device))
         training = not self._is_predicting

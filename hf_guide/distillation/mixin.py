@@ -66,7 +66,9 @@ from hf_guide.distillation.trainer_compatibility import (
     check_init_keywords,
     check_next_classes,
     check_overridden_methods,
+    describe_dropped_metrics,
     describe_not_called,
+    describe_other_count,
     describe_unused_loss,
     has_own_task_loss,
     next_init_kwargs,
@@ -185,7 +187,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         if peft_config is not None:
             student, model_init = wrap_with_peft(student, model_init, peft_config)
         self._train_means, self._eval_means = RunningMeans(), RunningMeans()
-        self._needs_all_logits = False
+        self._needs_all_logits, self._evaluated_losses = False, set[str]()
         self._hub_target = {"token": args.hub_token, "revision": args.hub_revision}
         self.called_methods, self.loss_gradients = set(), []
         keywords = {
@@ -390,6 +392,8 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         training = model.training
         if isinstance(self.data_collator, CaptureDataCollator):
             self.data_collator.check_temperature(self.args.temperature)
+        if training and self.is_in_train:
+            self._check_count(num_items_in_batch)
         batch = self._batch_builder.build(inputs, training=training)
         denominator = self._loss_denominator(batch, num_items_in_batch)
         model = self._subclass_targets.wrap_in_class_logits(model, batch.num_items)
@@ -420,6 +424,14 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         """Whether the outputs that `compute_loss` returns are not used: in `Trainer`'s evaluation of losses alone."""
         is_overridden = type(self).compute_loss is not DistillationMixin.compute_loss or "compute_loss" in vars(self)
         return self._is_predicting and not self._needs_all_logits and not is_overridden
+
+    def _check_count(self, num_items_in_batch: Any) -> None:
+        """Raise if a derived class passes another number of items than the one that was counted."""
+        counted = self.counted_items
+        if num_items_in_batch is None or counted is None or num_items_in_batch is counted:
+            return
+        if float(num_items_in_batch) != float(counted) and set(self.args.loss_weights) != {TASK_LOSS}:
+            raise OptionError(describe_other_count(self, DistillationMixin, counted, num_items_in_batch))
 
     def _check_loss(self, loss: Tensor, result: ObjectiveOutput, batch: DistillationBatch) -> None:
         """Raise if a teacher's signals are not finite, or in training a loss; all processes raise together, before the step.
@@ -523,7 +535,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         metrics = dict(output.metrics or {})
         has_targets = f"{prefix}_loss" in metrics or output.label_ids is not None
         if has_targets and "compute_loss" not in self.called_methods:
-            self.check_called("compute_loss")
+            self.check_called("compute_loss" if "prediction_step" in self.called_methods else "prediction_step")
         means = self._eval_means.means(
             self.accelerator, {*self.args.loss_weights, TASK_LOSS, TEACHER_AGREEMENT, TEACHER_CE}
         )
@@ -538,6 +550,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
                 if loss in means:
                     means[perplexity] = math.exp(min(means[loss], 700.0))
         metrics.update({f"{prefix}_{name}": value for name, value in self._add_weighted_terms(means).items()})
+        self._evaluated_losses |= {f"{prefix}_{name}" for name in means}
         return output._replace(metrics=metrics)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -548,24 +561,27 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         Raises:
             OptionError: A derived class's `evaluation_loop` left out the one that measures the losses.
         """
-        self.called_methods.discard("evaluation_loop")
+        self._evaluated_losses = set()
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        self._check_loop_called()
+        self._check_loop(metrics)
         return metrics
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """Predict as the next class does; with labels, the losses are measured as in `evaluate`."""
-        self.called_methods.discard("evaluation_loop")
+        self._evaluated_losses = set()
         output: PredictionOutput = super().predict(*args, **kwargs)
-        self._check_loop_called()
+        self._check_loop(output.metrics or {})
         return output
 
-    def _check_loop_called(self) -> None:
-        is_overridden = type(
-            self
-        ).evaluation_loop is not DistillationMixin.evaluation_loop or "evaluation_loop" in vars(self)
-        if is_overridden:
-            self.check_called("evaluation_loop")
+    def _check_loop(self, metrics: Mapping[str, float]) -> None:
+        """Check that a derived class's `evaluation_loop` called the one that measures the losses, and kept its metrics."""
+        if type(self).evaluation_loop is DistillationMixin.evaluation_loop and "evaluation_loop" not in vars(self):
+            return
+        self.check_called("evaluation_loop")
+        self.called_methods.discard("evaluation_loop")
+        dropped = self._evaluated_losses - metrics.keys()
+        if dropped:
+            raise OptionError(describe_dropped_metrics(self, DistillationMixin, dropped))
 
     # Logs
 

@@ -263,23 +263,26 @@ def calls_compute_loss(cls: type, base: type) -> bool:
 def describe_not_called(trainer: Any, base: type, name: str) -> str:
     """Return the text of an error: whose method was called instead of that of `base`, and what to do."""
     cls = type(trainer)
-    before = list(_classes_before(cls, base))
-    for each in (name, *_CALLERS[name]):
+    methods = (name, *_CALLERS[name])
+    for each in methods:
         if each in vars(trainer):
             return (
                 f"{each} of this {cls.__name__} was replaced on the instance and does not call the class's own: "
                 f"{_CONSEQUENCES[each]}. Override it in a class, and call super().{each}(...) there."
             )
-        owner = next((kind for kind in cls.__mro__ if each in vars(kind)), base)
-        if owner in before:
+    for each in methods:
+        owner = next((kind for kind in _classes_before(cls, base) if each in vars(kind)), None)
+        if owner is not None:
             return (
                 f"{cls.__name__} takes {each} from {owner.__name__}, which did not call {base.__name__}.{name}: "
                 f"{_CONSEQUENCES[each]}. {_override_advice(cls, base, owner, each)}"
             )
-        if owner in _classes_after(cls, base):
+    for each in _CALLERS[name]:
+        owner = next((kind for kind in _classes_after(cls, base) if each in vars(kind)), None)
+        if owner is not None:
             return (
-                f"{cls.__name__} takes {each} from {owner.__name__}, which did not call self.{name}: "
-                f"{_CONSEQUENCES[each]}. Call self.{name}(...) in it."
+                f"{cls.__name__} takes {each} from {owner.__name__}, which did not call self.{name}: {_CONSEQUENCES[each]}. "
+                f"Call self.{name}(...) in it."
             )
     return f"{cls.__name__} never called {base.__name__}.{name}: {_CONSEQUENCES[name]}."
 
@@ -293,6 +296,29 @@ def describe_unused_loss(trainer: Any, base: type) -> str:
         f"The loss that {base.__name__}.compute_loss returned has no gradient: {named} calls it, but does not train on its "
         f"result, so that {_CONSEQUENCES['compute_loss']}. Build on the loss that super().compute_loss(...) returns, without "
         "detach() or no_grad()."
+    )
+
+
+def describe_other_count(trainer: Any, base: type, counted: Any, passed: Any) -> str:
+    """Return the text of an error: the number of items that losses are divided by is not the one that `base` counted."""
+    cls = type(trainer)
+    methods = ("_get_num_items_in_batch", "get_batch_samples", "training_step")
+    names = [
+        f"{each.__name__}.{name}" for each in _classes_before(cls, base) for name in methods if name in vars(each)
+    ]
+    return (
+        f"{cls.__name__} passes {float(passed):g} as num_items_in_batch to compute_loss, but the batch has {float(counted):g} "
+        f"items: {_CONSEQUENCES['get_batch_samples']}. Pass on what super() returns in {' and '.join(names) or 'the trainer'}."
+    )
+
+
+def describe_dropped_metrics(trainer: Any, base: type, names: Collection[str]) -> str:
+    """Return the text of an error: whose `evaluation_loop` did not return the metrics that it got."""
+    cls = type(trainer)
+    owner = next((each for each in _classes_before(cls, base) if "evaluation_loop" in vars(each)), cls)
+    return (
+        f"{owner.__name__}.evaluation_loop calls super().evaluation_loop but does not return {', '.join(sorted(names))}: "
+        f"{_CONSEQUENCES['evaluation_loop']}. Add to the metrics that super().evaluation_loop(...) returns."
     )
 
 
