@@ -353,6 +353,11 @@ class Task(str, Enum):
         return self.row.outputs[0].classes == "vocabulary"
 
     @property
+    def has_labels(self) -> bool:
+        """Whether its classes are the labels of a dataset, which `config.id2label` names."""
+        return self.row.outputs[0].classes == "labels"
+
+    @property
     def is_per_token(self) -> bool:
         """Whether its items are tokens rather than examples."""
         return self.row.outputs[0].items == "token"

@@ -13,11 +13,11 @@ from typing import Any
 from hf_guide.errors import OptionError
 from hf_guide.tasks import Task
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
-from hf_guide.validation import check_choice, check_integer, check_mapping, check_number
+from hf_guide.validation import check_choice, check_integer, check_mapping, check_number, check_positive
 
 DEFAULT_TARGET_LENGTH = 128
 
-DATASET_BUILDERS = ("json", "csv", "text", "parquet", "arrow", "imagefolder")
+DATASET_BUILDERS = ("json", "csv", "text", "parquet", "arrow", "imagefolder", "audiofolder")
 """Values of `dataset_name` that only specify the format of `data_files`."""
 
 _BUILDER_BY_SUFFIX = {
@@ -118,7 +118,7 @@ class DataArguments:
         default="",
         metadata={
             "help": "A Hub id, a folder (of files, or written by save_to_disk), or the format of data_files: json, csv, text, "
-            "parquet, imagefolder."
+            "parquet, imagefolder, audiofolder."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -155,6 +155,29 @@ class DataArguments:
     )
     target_column: str | None = field(default=None, metadata={"help": "Column of target texts (seq2seq-lm)."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
+    audio_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of sounds: paths, files, or arrays with their sampling_rate. They are resampled to the model's."
+        },
+    )
+    language: str | None = field(
+        default=None,
+        metadata={
+            "help": "Language of the transcripts, such as german (speech-seq2seq): a token of Whisper's before each."
+        },
+    )
+    speech_task: str | None = field(
+        default=None,
+        metadata={"help": "transcribe or translate (speech-seq2seq): a token of Whisper's before each transcript."},
+    )
+    max_duration_in_seconds: float | None = field(
+        default=None,
+        metadata={
+            "help": "Longer sounds are left out, or for audio-classification cut; by default the model's window, else 20."
+        },
+    )
+    min_duration_in_seconds: float = field(default=0.0, metadata={"help": "Shorter sounds are left out."})
     label_column: str | None = field(default=None, metadata={"help": "Column of class names or class indices."})
     source_prefix: str = field(
         default="", metadata={"help": "Text before every source, such as 'summarize: ' (seq2seq-lm)."}
@@ -196,6 +219,11 @@ class DataArguments:
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, check_integer(name, value))
+        if self.max_duration_in_seconds is not None:
+            self.max_duration_in_seconds = check_positive("max_duration_in_seconds", self.max_duration_in_seconds)
+        self.min_duration_in_seconds = check_number("min_duration_in_seconds", self.min_duration_in_seconds, 0, 3600)
+        if self.speech_task is not None:
+            self.speech_task = check_choice("speech_task", self.speech_task, ("transcribe", "translate"))
         if self.preprocessing_num_workers is not None:
             check_integer("preprocessing_num_workers", self.preprocessing_num_workers)
         check_integer("validation_split_seed", self.validation_split_seed, low=0)

@@ -1,11 +1,14 @@
 """Load the splits of a dataset from the Hub or from files, and find its columns.
 
-Does: select and hold out splits, find columns by name or type. Does not: preprocess (`preprocessing.py`).
+Does: select and hold out splits, find columns by name or type, check that texts are texts.
+Does not: preprocess (`preprocessing.py`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, ReadInstruction, load_dataset, load_from_disk
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 from hf_guide.data.arguments import DataArguments
@@ -21,6 +24,8 @@ WORD_COLUMNS = ("tokens", "words", "text")
 TOKEN_LABEL_COLUMNS = ("ner_tags", "pos_tags", "labels", "tags", "label")
 CLASS_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
+AUDIO_COLUMNS = ("audio", "speech", "sound", "file", "path")
+TRANSCRIPT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text", "raw_text")
 
 
 def load_splits(options: DataArguments) -> tuple[Dataset, Dataset | None]:
@@ -105,8 +110,8 @@ def find_column(dataset: Dataset, task: Task, role: str, options: DataArguments)
     Args:
         dataset: Raw split.
         task: The student's task.
-        role: "text", "target", "image" or "label".
-        options: May set `text_column`, `target_column`, `image_column`, `label_column`.
+        role: "text", "target", "image", "audio" or "label".
+        options: May set `text_column`, `target_column`, `image_column`, `audio_column`, `label_column`.
 
     Raises:
         OptionError: There is no such column, or none can be chosen; lists the columns of the dataset.
@@ -125,7 +130,7 @@ def find_column(dataset: Dataset, task: Task, role: str, options: DataArguments)
         if role == "text":
             _check_single_text_column(defaults[0], columns, task, options)
         return defaults[0]
-    feature_types = {"image": Image, "label": ClassLabel}
+    feature_types = {"image": Image, "audio": Audio, "label": ClassLabel}
     candidates = [
         name
         for name, feature in dataset.features.items()
@@ -142,7 +147,7 @@ def find_column(dataset: Dataset, task: Task, role: str, options: DataArguments)
 
 def _check_single_text_column(column: str, columns: list[str], task: Task, options: DataArguments) -> None:
     """Check that there is one column of text only: of several, such as questions and answers, the user must choose."""
-    if column == "text" or task in (Task.SEQ2SEQ_LM, Task.TOKEN_CLASSIFICATION):
+    if column == "text" or task in (Task.SEQ2SEQ_LM, Task.TOKEN_CLASSIFICATION) or task.row.inputs == "audio":
         return
     others = (*TEXT_COLUMNS, *TARGET_COLUMNS, *ANSWER_COLUMNS) if task.is_language_model else TEXT_COLUMNS
     further = [name for name in columns if name in others and name not in (column, options.text_pair_column)]
@@ -157,5 +162,33 @@ def default_columns(task: Task, role: str) -> tuple[str, ...]:
     """Return the default names of the column for a role, the preferred one first."""
     if task is Task.TOKEN_CLASSIFICATION and role in ("text", "label"):
         return WORD_COLUMNS if role == "text" else TOKEN_LABEL_COLUMNS
+    if task.row.inputs == "audio" and role in ("text", "audio"):
+        return TRANSCRIPT_COLUMNS if role == "text" else AUDIO_COLUMNS
     texts = (*TEXT_COLUMNS, *CONVERSATION_COLUMNS) if task is Task.CAUSAL_LM else TEXT_COLUMNS
     return {"text": texts, "target": TARGET_COLUMNS, "label": CLASS_COLUMNS, "image": IMAGE_COLUMNS}[role]
+
+
+def check_strings(values: Sequence[Any], rows: Sequence[int], column: str, dataset: str) -> list[str]:
+    """Return the values of a column if all are strings.
+
+    Args:
+        values: Values of some rows.
+        rows: Indices of these rows.
+        column, dataset: Names, for the error.
+
+    Raises:
+        OptionError: A value is not a string; names the first such row and the value's type.
+    """
+    for value, row in zip(values, rows, strict=True):
+        if not isinstance(value, str):
+            raise not_text_error(value, row, column, dataset)
+    return list(values)
+
+
+def not_text_error(value: Any, row: int, column: str, dataset: str) -> OptionError:
+    """Return the error of a value that should be a text."""
+    description = "None" if value is None else f"a value of type {type(value).__name__}"
+    return OptionError(
+        f"{dataset}: column {column!r} must contain text; row {row} has {description}. Set text_column to a column of "
+        "texts, or correct the row."
+    )

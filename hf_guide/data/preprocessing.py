@@ -26,7 +26,8 @@ from transformers import (
 
 from hf_guide.data.arguments import DEFAULT_TARGET_LENGTH, DataArguments
 from hf_guide.data.class_labels import class_names, label_encoder
-from hf_guide.data.loading import find_column
+from hf_guide.data.loading import check_strings, find_column, not_text_error
+from hf_guide.data.speech import preprocess_speech
 from hf_guide.errors import OptionError
 from hf_guide.models.positions import max_input_tokens
 from hf_guide.tasks import Task
@@ -37,6 +38,7 @@ DEFAULT_MAX_LENGTH = 512
 _PREPARED_TASKS = (
     *(Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM),
     *(Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION),
+    *(Task.SPEECH_SEQ2SEQ, Task.CTC, Task.AUDIO_CLASSIFICATION),
 )
 
 Examples = dict[str, list[Any]]
@@ -74,7 +76,7 @@ def preprocess(
     Args:
         task: The student's task.
         train, held_out: Raw splits, as `load_splits` returns them.
-        processing_class: The tokenizer or image processor.
+        processing_class: The tokenizer, image processor, feature extractor or processor.
         options: Column names, lengths, packing.
         labels: For classifiers, the names of the student's classes in order; None keeps the dataset's class indices.
         static_masking: Mask the training split once, as `options.static_masking`.
@@ -90,12 +92,15 @@ def preprocess(
             "dataset in a script of your own and pass it to DistillationTrainer, or to capture_teacher."
         )
     encode_label: Callable[[Any], int] | None = None
-    if not task.is_language_model:
+    if task.has_labels:
         column = find_column(train, task, "label", options)
         encode_label = label_encoder(class_names(train, column), labels, column)  # one encoding for both splits
     if task is Task.IMAGE_CLASSIFICATION:
         images = [_image_dataset(split, processing_class, options, encode_label) for split in (train, held_out)]
         return ProcessedData(images[0], images[1], default_data_collator, keep_columns=True)
+    if task.row.inputs == "audio":
+        made = preprocess_speech(task, train, held_out, processing_class, options, encode_label, _configs(config))
+        return ProcessedData(*made)
     options = resolve_lengths(options, processing_class, config)
     _ensure_pad_token(processing_class, options, task)
     static = (static_masking or options.static_masking, True)
@@ -121,7 +126,7 @@ def resolve_lengths(
     Raises:
         OptionError: A requested length is not supported.
     """
-    configs = [config] if config is None or isinstance(config, PreTrainedConfig) else list(config)
+    configs = _configs(config)
     limits = [limit for each in configs if (limit := max_input_tokens(each)) is not None]
     most = min([tokenizer.model_max_length, *limits])
     if options.max_length is not None and options.max_length > most:
@@ -140,6 +145,11 @@ def resolve_lengths(
         max_length=options.max_length or min(most, DEFAULT_MAX_LENGTH),
         max_target_length=longest_target,
     )
+
+
+def _configs(config: "PreTrainedConfig | Sequence[PreTrainedConfig | None] | None") -> list[PreTrainedConfig]:
+    configs = [config] if config is None or isinstance(config, PreTrainedConfig) else config
+    return [each for each in configs if each is not None]
 
 
 def _tokenize_split(
@@ -404,23 +414,6 @@ def decode_image(value: Any, row: int, column: str, dataset: str) -> PIL.Image.I
 # Texts
 
 
-def check_strings(values: Sequence[Any], rows: Sequence[int], column: str, dataset: str) -> list[str]:
-    """Return the values of a column if all are strings.
-
-    Args:
-        values: Values of some rows.
-        rows: Indices of these rows.
-        column, dataset: Names, for the error.
-
-    Raises:
-        OptionError: A value is not a string; names the first such row and the value's type.
-    """
-    for value, row in zip(values, rows, strict=True):
-        if not isinstance(value, str):
-            raise _not_text_error(value, row, column, dataset)
-    return list(values)
-
-
 def check_words(values: Sequence[Any], rows: Sequence[int], column: str, dataset: str) -> list[list[str]]:
     """Return the values of a column if all are lists of strings.
 
@@ -476,7 +469,7 @@ def render_texts(
 
 def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None:
     if not isinstance(value, list):
-        raise _not_text_error(value, row, column, dataset)
+        raise not_text_error(value, row, column, dataset)
     for message in value:
         content = message.get("content") if isinstance(message, Mapping) else None
         without = isinstance(message, Mapping) and content is None and bool(message.get("tool_calls"))
@@ -495,14 +488,6 @@ def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None
         )
     if not value:
         raise OptionError(f"{dataset}: column {column!r} has an empty conversation in row {row}. Remove the row.")
-
-
-def _not_text_error(value: Any, row: int, column: str, dataset: str) -> OptionError:
-    description = "None" if value is None else f"a value of type {type(value).__name__}"
-    return OptionError(
-        f"{dataset}: column {column!r} must contain text; row {row} has {description}. Set text_column to a column of "
-        "texts, or correct the row."
-    )
 
 
 def encode_with_eos(
