@@ -40,6 +40,7 @@ from hf_guide.distillation.metrics import RunningMeans
 from hf_guide.distillation.objective import (
     TEACHER_AGREEMENT,
     TEACHER_CE,
+    TOKEN_METRICS,
     BatchBuilder,
     DistillationBatch,
     ObjectiveOutput,
@@ -71,6 +72,7 @@ from hf_guide.distillation.trainer_compatibility import (
     describe_other_count,
     describe_unused_loss,
     has_own_task_loss,
+    is_sft_trainer,
     next_init_kwargs,
 )
 from hf_guide.errors import HfGuideError, OptionError
@@ -314,6 +316,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         self.distillation_objective = build_objective(
             student, self.task, self.teachers, self.args, self.accelerator, head=self._find_head(student)
         )
+        self.distillation_objective.measures_tokens = is_sft_trainer(type(self))
         self._subclass_targets = build_subclass_targets(
             student.config,
             self.data_collator,
@@ -397,12 +400,13 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         batch = self._batch_builder.build(inputs, training=training)
         denominator = self._loss_denominator(batch, num_items_in_batch)
         model = self._subclass_targets.wrap_in_class_logits(model, batch.num_items)
-        if training and self.distillation_objective.weights == {TASK_LOSS: 1.0}:
+        objective = self.distillation_objective
+        if training and objective.weights == {TASK_LOSS: 1.0} and not objective.measures_tokens:
             # What `Trainer` does, to the last bit.
             loss, outputs = self._task_loss(model, batch.inputs, batch, denominator)
             result = ObjectiveOutput(loss, {TASK_LOSS: denominator.to_sum(loss.detach())}, outputs)
         else:
-            result = self.distillation_objective.compute(
+            result = objective.compute(
                 model,
                 self.unwrapped_student,
                 batch,
@@ -537,7 +541,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         if has_targets and "compute_loss" not in self.called_methods:
             self.check_called("compute_loss" if "prediction_step" in self.called_methods else "prediction_step")
         means = self._eval_means.means(
-            self.accelerator, {*self.args.loss_weights, TASK_LOSS, TEACHER_AGREEMENT, TEACHER_CE}
+            self.accelerator, {*self.args.loss_weights, TASK_LOSS, TEACHER_AGREEMENT, TEACHER_CE, *TOKEN_METRICS}
         )
         if TASK_LOSS in means:
             metrics[f"{prefix}_loss"] = means[TASK_LOSS]
@@ -593,7 +597,9 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, and in training every loss, raw and weighted."""
         if "loss" in logs:
-            logs |= self._add_weighted_terms(self._train_means.means(self.accelerator, self.args.loss_weights))
+            logs |= self._add_weighted_terms(
+                self._train_means.means(self.accelerator, {*self.args.loss_weights, *TOKEN_METRICS})
+            )
         super().log(logs, start_time)
 
 

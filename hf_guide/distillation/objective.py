@@ -211,6 +211,8 @@ def _mask_padding_examples(inputs: dict[str, Any], mask: Tensor, num_real: int) 
 
 TEACHER_AGREEMENT = "teacher_agreement"
 TEACHER_CE = "teacher_ce"
+TOKEN_METRICS = ("mean_token_accuracy", "entropy")
+"""What TRL's `SFTTrainer` reports of a language model, under its names."""
 
 _LOGIT_SIGNALS = (TeacherSignal.LOGITS, TeacherSignal.LABELS, TeacherSignal.SUBCLASSES)
 
@@ -245,6 +247,7 @@ class Objective:
         projections: Linear maps from the student's widths to the teacher's, where these differ.
         head: The student's language head, where losses can be computed inside it.
         max_logits: How many logits a chunk has.
+        measures_tokens: Whether `TOKEN_METRICS` are measured, in training too.
     """
 
     task: Task
@@ -256,6 +259,7 @@ class Objective:
     layers: dict[int, int] = field(default_factory=dict)
     projections: LayerProjections | None = None
     head: LMHead | None = None
+    measures_tokens: bool = False
 
     @functools.cached_property
     def required_signals(self) -> set[TeacherSignal]:
@@ -379,6 +383,8 @@ class Objective:
             terms: dict[str, Tensor] = {}
             if task_loss and labels is not None and (measure or TASK_LOSS in self.weights):
                 terms[TASK_LOSS] = nn.functional.cross_entropy(logits, labels, reduction="none")
+            if self.measures_tokens and labels is not None:
+                terms |= _measure_tokens(logits.detach(), labels)
             shared = logits if self.num_classes is None else logits[:, : self.num_classes]
             # A regression, or labels that hold at once, have no predicted class.
             is_categorical = shared.shape[-1] > 1 and (labels is None or not labels.is_floating_point())
@@ -448,6 +454,13 @@ class Objective:
 
     def _project(self, name: str, student: Tensor) -> Tensor:
         return student if self.projections is None else self.projections(name, student)
+
+
+def _measure_tokens(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return whether each label is the most likely token, and the entropy of the student's distribution, (items,) each."""
+    log_probs = logits.log_softmax(-1)
+    values = ((logits.argmax(-1) == labels).to(log_probs), -(log_probs.exp() * log_probs).sum(-1))
+    return dict(zip(TOKEN_METRICS, values, strict=True))
 
 
 def _measure_teacher(

@@ -185,7 +185,7 @@ def check_arguments_class(trainer: Any, args: Any) -> None:
     required: list[tuple[str, type, str]] = []
     if issubclass(cls, Seq2SeqTrainer):
         required.append(("Seq2SeqTrainer", Seq2SeqTrainingArguments, "Use Seq2SeqDistillationArguments."))
-    if any(each.__module__ == _SFT_TRAINER for each in cls.__mro__):
+    if is_sft_trainer(cls):
         config = sys.modules[_SFT_TRAINER].SFTConfig
         advice = "Write @dataclass class Arguments(DistillationArguments, SFTConfig): pass."
         required.append(("SFTTrainer", config, advice))
@@ -234,6 +234,11 @@ def next_init_kwargs(
 
 
 # What follows the mixin
+
+
+def is_sft_trainer(cls: type) -> bool:
+    """Return whether a class is made of TRL's `SFTTrainer`."""
+    return any(each.__module__ == _SFT_TRAINER for each in cls.__mro__)
 
 
 def next_owner(cls: type, base: type, method: str) -> type:
