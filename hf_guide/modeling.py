@@ -38,6 +38,7 @@ from hf_guide.hub.push import attach_report, save_student
 from hf_guide.initialization.equivalence import depth_notes
 from hf_guide.initialization.generation_config import copy_generation_config
 from hf_guide.initialization.report import InitializationReport
+from hf_guide.initialization.sentence_modules import attach_teacher_modules, teacher_sentence_modules
 from hf_guide.initialization.student_shape import label_row_indices, resolve_dtype, resolve_student, vocab_row_indices
 from hf_guide.initialization.subclass_head import SubclassDirections, widen_to_subclasses
 from hf_guide.initialization.trial_forward import check_forward
@@ -174,6 +175,7 @@ def from_teacher(
             checkpoint, config, overrides, options, model_class, keywords=FROM_TEACHER_PARAMETERS, influence=influence
         )
         setup = dataclasses.replace(setup, config=shape.config, options=shape.plan_options(options))
+    modules = teacher_sentence_modules(teacher, checkpoint, shape.model_class, files)
     setup, dropped = _with_label_rows(setup, num_subclasses, projector)
 
     student = initializer.build(setup)
@@ -188,6 +190,9 @@ def from_teacher(
     if initializer.requires_layout:
         report.approximations += depth_notes(setup.layout, setup.teacher, setup.config, report.blocks)
     report.notes += check_forward(student, setup.teacher.config, filled=True)
+    if modules is not None:
+        attach_teacher_modules(student, modules, report, seed=method_config.seed)
+    report.bases.clear()
     attach_report(student, report)
     copy_generation_config(student, teacher, revision=revision, **files)
     return student.eval()  # type: ignore[no-any-return]

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from hf_guide import modeling
-    from hf_guide.hub.saved_model import check_tokenizer_files, copy_tokenizer_files
+    from hf_guide.hub.saved_model import SavedModel, check_tokenizer_files, copy_tokenizer_files
     from hf_guide.methods import InitializationConfig
     from hf_guide.utils.checksums import check_written_model
 
@@ -133,7 +133,9 @@ def run(args: argparse.Namespace) -> int:
         copy_tokenizer_files(args.teacher, folder, gguf_file=args.gguf_file, **hub_arguments(args))
         _write_card_and_plot(report, folder, args)
     print(escape_control_characters(report.summary()))
-    print(f"Saved in {args.output}. Load it with {type(student).__name__}.from_pretrained({str(args.output)!r}).")
+    sentence_class = SavedModel.read(args.output).sentence_class
+    load = f"sentence_transformers.{sentence_class}" if sentence_class else f"{type(student).__name__}.from_pretrained"
+    print(f"Saved in {args.output}. Load it with {load}({str(args.output)!r}).")
     return 0
 
 

@@ -51,6 +51,17 @@ _PEFT_AUTO_CLASSES = ("ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification"
 """How the names of PEFT's Auto classes end; `AutoPeftModel` itself finds the class of any other."""
 
 
+_SENTENCE_PIPELINE_TAGS: dict[str | None, str] = {
+    "SentenceTransformer": "sentence-similarity",
+    "CrossEncoder": "text-ranking",
+}
+_SENTENCE_TAGS: dict[str | None, list[str]] = {
+    "SentenceTransformer": ["sentence-transformers", "feature-extraction"],
+    "CrossEncoder": ["sentence-transformers", "cross-encoder"],
+}
+"""By the class of sentence-transformers that loads a student, what the Hub finds it by."""
+
+
 def write_model_card(
     folder: str | os.PathLike[str],
     report: InitializationReport | None = None,
@@ -117,11 +128,13 @@ def write_model_card(
         | _explicit_metadata(license, language),
         appended={
             "datasets": [*(record.datasets if record is not None else []), *(datasets or [])],
-            "tags": [*_default_tags(report, record), *(tags or [])],
+            "tags": [*_default_tags(report, record), *_SENTENCE_TAGS.get(saved.sentence_class, []), *(tags or [])],
         },
         defaults={
-            "library_name": "transformers" if saved.adapter_base is None else "peft",
-            "pipeline_tag": (record.task if record is not None else None) or pipeline_tag(student_class),
+            "library_name": _library_name(saved),
+            "pipeline_tag": _SENTENCE_PIPELINE_TAGS.get(saved.sentence_class)
+            or (record.task if record is not None else None)
+            or pipeline_tag(student_class),
             "language": (record.languages if record is not None else []) or _languages(teachers),
         }
         | _inherited_license(teachers),
@@ -177,6 +190,7 @@ def _saved_model_values(saved: SavedModel, student_class: str, record: Distillat
         "adapter_on_hub": adapter is not None and to_repo_id(adapter, None) is not None,
         "auto_class": f"AutoPeftModel{_auto_class_suffix(student_class)}",
         "code_class": saved.code_class,
+        "sentence_class": saved.sentence_class,
         "subclasses": _describe_subclasses(saved.config, record),
         "processor": saved.processor,
     }
@@ -312,6 +326,12 @@ def _remove_local_base_models(data: CardData) -> None:
         data["base_model"] = public or None
         local_tags = {f"base_model:adapter:{name}" for name in bases if name not in public}
         data["tags"] = [tag for tag in as_list(data.get("tags")) if tag not in local_tags] or None
+
+
+def _library_name(saved: SavedModel) -> str:
+    if saved.adapter_base is not None:
+        return "peft"
+    return "transformers" if saved.sentence_class is None else "sentence-transformers"
 
 
 def _explicit_metadata(license: str | None, language: str | Sequence[str] | None) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from hf_guide.hub.metadata import CARD_NAME, DistillationRecord, read_card, save
 from hf_guide.hub.model_card import is_default_template, write_model_card
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.models.code_references import clean_saved_folder
+from hf_guide.models.sentence_files import write_sentence_modules
+from hf_guide.models.sentence_modules import attached_sentence_modules
 from hf_guide.utils.files import DiskError, check_disk_space, staged_update
 from hf_guide.utils.finite import check_weights_finite
 
@@ -209,6 +211,9 @@ def save_student(
             record = getattr(student, "distillation_record", None)
             if record is not None:
                 save_record(new, record)
+            modules = attached_sentence_modules(student)
+            if modules is not None:
+                write_sentence_modules(modules, new)
             clean_saved_folder(new)
     except SafetensorError as error:
         raise DiskError(f"The student could not be written to {folder}: {error}. The folder is unchanged.") from error

@@ -19,6 +19,7 @@ from hf_guide.models.code_references import (
     local_code_references,
 )
 from hf_guide.models.model_files import PROCESSOR_FILES, check_model_folder, regular_files
+from hf_guide.models.sentence_files import MODEL_CONFIG_NAME, MODULES_NAME
 from hf_guide.utils.public_names import public_name
 
 logger = logging.getLogger(__name__)
@@ -42,12 +43,15 @@ class SavedModel:
         code: By Auto class, the classes whose code is in the folder.
         processor: Auto class that loads the folder's tokenizer or processor; None if it has none.
         adapter_base: For an adapter, its base model: a Hub id, or the bare name of a folder; None for a model.
+        sentence_class: The class of sentence-transformers that loads the folder, "SentenceTransformer" or "CrossEncoder";
+            None for a folder without a modules.json.
     """
 
     config: dict[str, Any]
     code: dict[str, Any]
     processor: str | None
     adapter_base: str | None
+    sentence_class: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "SavedModel":
@@ -63,6 +67,7 @@ class SavedModel:
             code=local_code_references(config or {}, folder),
             processor=next((name for file, name in PROCESSOR_CLASSES.items() if (folder / file).is_file()), None),
             adapter_base=_adapter_base(adapter) if adapter is not None and config is None else None,
+            sentence_class=_sentence_class(folder),
         )
 
     @property
@@ -76,6 +81,13 @@ class SavedModel:
     def code_class(self) -> str | None:
         """The Auto class that loads a model with its own code; None for a stock model."""
         return next((name for name in self.code if name.startswith("AutoModel") and name.isidentifier()), None)
+
+
+def _sentence_class(folder: Path) -> str | None:
+    if not (folder / MODULES_NAME).is_file():
+        return None
+    name = (_read_json(folder / MODEL_CONFIG_NAME) or {}).get("model_type")
+    return "CrossEncoder" if name == "CrossEncoder" else "SentenceTransformer"
 
 
 def copy_tokenizer_files(

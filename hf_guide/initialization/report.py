@@ -79,6 +79,8 @@ class InitializationReport:
             projection; `residual_error`, the relative error of the residual stream after each block; and `logit_scale`.
         seconds: Time by step.
         peak_memory_bytes: Peak resident memory of the process.
+        bases: By axis of the residual stream, the matrix (d_T, d_S), or the indices (d_S,), by which it became narrower.
+            Not saved, and empty once `from_teacher` returns.
 
     Example:
         >>> from hf_guide import from_teacher
@@ -109,6 +111,7 @@ class InitializationReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     teacher_fingerprint: str | None = None
+    bases: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def begin(cls, student: PreTrainedModel, teacher: TeacherCheckpoint, **fields: Any) -> "InitializationReport":
@@ -145,7 +148,11 @@ class InitializationReport:
         """
         path = Path(folder) / REPORT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = dataclasses.asdict(self) | {"teacher": self.teacher_name, "revision": self.public_revision}
+        content = dataclasses.asdict(dataclasses.replace(self, bases={})) | {
+            "teacher": self.teacher_name,
+            "revision": self.public_revision,
+        }
+        del content["bases"]
         atomic_write_text(path, json.dumps(content, indent=1) + "\n")
         return path
 

@@ -31,6 +31,7 @@ from hf_guide.initialization.config import PlanOptions
 from hf_guide.initialization.norm_folding import NormFolding
 from hf_guide.initialization.plan import ParameterPlan, Plan, is_constant, is_parameter, make_plan, unique_tensors
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
+from hf_guide.initialization.selection import evenly_spaced_indices
 from hf_guide.layouts.grammar import (
     AxisConcat,
     AxisName,
@@ -588,6 +589,11 @@ class Transfer:
             approximations=notes,
             randomly_initialized=list(plan.random_parameters),
             seconds=seconds,
+            bases={
+                axis: plan.bases[axis] if axis in plan.bases else torch.tensor(evenly_spaced_indices(teacher, student))
+                for axis, (teacher, student) in plan.widths.items()
+                if teacher != student
+            },
         )
 
     def _records(self, student: PreTrainedModel) -> list[ParameterRecord]:
