@@ -14,6 +14,7 @@ from hf_guide.modeling import (
     AutoStudentForImageClassification,
     AutoStudentForMaskedLM,
     AutoStudentForMultipleChoice,
+    AutoStudentForObjectDetection,
     AutoStudentForSeq2SeqLM,
     AutoStudentForSequenceClassification,
     AutoStudentForTokenClassification,
@@ -198,6 +199,34 @@ def test_a_head_that_read_something_else_is_new(tmp_path: Path) -> None:
     save("BertForSequenceClassification", TEXT, tmp_path)
     student = student_of(tmp_path, "BertForTokenClassification")
     assert new_in(student) == {"classifier"}, "a head upon pooled sentences is none upon tokens"
+
+
+DETECTORS = [
+    ("YolosForObjectDetection", IMAGE | {"image_size": [12, 12], "num_detection_tokens": 3}),
+    (
+        "DetrForObjectDetection",
+        {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "num_queries": 3}
+        | {"decoder_attention_heads": 4, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+        | {"backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), DETECTORS, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_detectors_head_keeps_its_row_for_no_object(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+    teacher = save(name, config, tmp_path)
+    student = AutoStudentForObjectDetection.from_teacher(
+        str(tmp_path), id2label={0: "fish", 1: "cat"}, show_progress=False
+    )
+    assert new_in(student) == set()
+    images = {"pixel_values": torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))}
+    with torch.no_grad():
+        torch.testing.assert_close(student(**images).logits, teacher(**images).logits[..., [2, 0, 3]])
+    more = AutoStudentForObjectDetection.from_teacher(str(tmp_path), num_labels=5, show_progress=False)
+    assert new_in(more) == {"class_labels_classifier"}
+    with torch.no_grad():
+        assert more(**images).logits.shape[-1] == 6
+        torch.testing.assert_close(more(**images).pred_boxes, teacher(**images).pred_boxes)
 
 
 def test_a_head_with_rows_for_something_else_than_labels_is_new(tmp_path: Path) -> None:

@@ -216,7 +216,11 @@ def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
             if other:
                 inner = moments.get(other[0])
                 inner = embedding_second_moments(plan, other)[other[0]] if inner is None else inner
-                moment += rows.double().T @ inner @ rows.double()
+                dims = parameter.axes.index(AxisName(axis)), parameter.axes.index(AxisName(other[0]))
+                maps = (
+                    tensor.double().movedim(dims, (-1, -2)).reshape(-1, len(inner), width)
+                )  # one for each kernel entry
+                moment += torch.einsum("koa,op,kpb->ab", maps, inner, maps)
                 continue
             moment += second_moment([rows], width, name=parameter.source or "")
         moments[axis] = moment

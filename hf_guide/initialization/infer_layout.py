@@ -5,6 +5,7 @@ more, wider; the norm whose output a weight takes is found by running it; which 
 their counterparts is a convention of names. The result is believed only where the tiny model passes `check_equivalence`.
 """
 
+import copy
 import dataclasses
 import itertools
 import re
@@ -19,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from hf_guide.errors import LayoutError
 from hf_guide.initialization.blocks.depths import add_block_axes
 from hf_guide.initialization.equivalence import EquivalenceReport, check_equivalence
-from hf_guide.layouts.grammar import Axis, AxisName, axis_names, axis_size, parse_axes
+from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, axis_names, axis_size, parse_axes
 from hf_guide.layouts.hierarchy import SHARED_POSITION_BIAS
 from hf_guide.layouts.registry import (
     BlockScale,
@@ -83,9 +84,9 @@ def layout_for(config: PreTrainedConfig, model_class: type[PreTrainedModel]) -> 
         'llama'
     """
     layouts = registered_layouts()
-    if config.model_type in layouts:
-        return variant_for(layouts[config.model_type], config)
     try:
+        if config.model_type in layouts:
+            return variant_for(layouts[config.model_type], config)
         causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if causal is None:
             raise LayoutError(
@@ -484,7 +485,33 @@ def blocks_only_layout(config: PreTrainedConfig, model_class: type[PreTrainedMod
         for pattern, ndim in patterns.items()
     ]
     layout = Layout(config.model_type, tuple(rows), exactness=f"blocks only, at full width: {reason}")
-    return add_block_rules(layout, config)
+    return add_block_rules(_with_label_axes(layout, model, config, model_class), config)
+
+
+def _with_label_axes(
+    layout: Layout, model: PreTrainedModel, config: PreTrainedConfig, model_class: type[PreTrainedModel]
+) -> Layout:
+    """Return a layout of blocks alone with the axis `labels` where a model with one label more has one entry more."""
+    num_labels, more_labels = len(config.id2label or {}), copy.deepcopy(config)
+    try:
+        more_labels.num_labels = num_labels + 1
+        wider = meta_model(model_class, more_labels)
+    except MODEL_ERRORS:
+        return layout
+    shapes = {name: tensor.shape for name, tensor in wider.state_dict().items()}
+    rows: dict[str, LayoutRow] = {}
+    for name, tensor in model.state_dict().items():
+        lengths = zip(tensor.shape, shapes.get(name, ()), strict=False)
+        grown = [axis for axis, (length, other) in enumerate(lengths) if other == length + 1]
+        match = layout.find(strip_base_prefix(name, model.base_model_prefix))
+        if match is None or len(grown) != 1:
+            continue
+        extra = tensor.shape[grown[0]] - num_labels
+        axes: list[Axis] = list(match.row.axes)
+        labels = AxisName("labels")
+        axes[grown[0]] = AxisConcat((labels, AxisName(str(extra)))) if extra > 0 else labels
+        rows[match.row.pattern] = dataclasses.replace(match.row, axes=tuple(axes))
+    return dataclasses.replace(layout, rows=tuple(rows.get(row.pattern, row) for row in layout.rows))
 
 
 def _patterns_of_equal_rank(ndims: Mapping[str, int]) -> dict[str, int]:

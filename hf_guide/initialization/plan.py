@@ -51,6 +51,9 @@ from hf_guide.utils.finite import is_finite
 
 HEADS = ("heads", "kv_heads", "group")
 
+BLOCK_AXES = ("blocks", "gaps")
+"""Axes with an entry for each block of a stack, and between each two of them."""
+
 AXIS_LABELS = {
     "group": "query heads per key/value head",
     "kv_heads": "key/value heads",
@@ -228,12 +231,13 @@ class Plan:
         stack = self.block_table_stack(parameter)
         if stack is not None:
             teacher_sizes["blocks"], student_sizes["blocks"] = self.depths[stack], len(self.block_mapping[stack])
+            teacher_sizes["gaps"], student_sizes["gaps"] = self.depths[stack] - 1, len(self.block_mapping[stack]) - 1
         teacher = solve_sizes(parameter.axes, parameter.source_shape, teacher_sizes, source)
         return teacher, solve_sizes(parameter.axes, parameter.shape, student_sizes, parameter.name)
 
     def block_table_stack(self, parameter: ParameterPlan) -> str | None:
         """Return the stack of a parameter that has one entry per block; None for others."""
-        if not any("blocks" in axis_names(axis) for axis in parameter.axes):
+        if not any(set(BLOCK_AXES) & set(axis_names(axis)) for axis in parameter.axes):
             return None
         first = next(stack for stack in self.block_mapping if stack.endswith("{block}"))
         return self.layout.block_tables.get(parameter.match.row.pattern, first)
@@ -256,6 +260,7 @@ class Plan:
                 axis_maps.append(self._selection_or_identity(indices, teacher[str(axis)]))
             elif all(teacher[name] == student[name] for name in axis_names(axis)) and not (
                 self._blocks_change(parameter, axis)
+                or ("labels" in axis_names(axis) and self.label_indices is not None)
                 or (self._holds_queries(parameter, axis) and self.block_attention_ratio(parameter) != 1.0)
             ):
                 axis_maps.append(Identity())
@@ -271,7 +276,7 @@ class Plan:
         return axis_maps
 
     def _blocks_change(self, parameter: ParameterPlan, axis: Axis) -> bool:
-        stack = self.block_table_stack(parameter) if "blocks" in axis_names(axis) else None
+        stack = self.block_table_stack(parameter) if set(BLOCK_AXES) & set(axis_names(axis)) else None
         return stack is not None and self.block_mapping[stack] != list(range(self.depths[stack]))
 
     @staticmethod
@@ -287,11 +292,12 @@ class Plan:
         of_block = self.block_attention_ratio(parameter) if self._holds_queries(parameter, AxisName(name)) else 1.0
         if units is not None:
             return units, torch.full((len(units),), of_block, dtype=torch.float64)
-        stack = self.block_table_stack(parameter) if name == "blocks" else None
+        if name == "labels" and self.label_indices is not None:
+            return self.label_indices, torch.ones(len(self.label_indices), dtype=torch.float64)
+        stack = self.block_table_stack(parameter) if name in BLOCK_AXES else None
         if stack is not None:
-            return torch.tensor(self.block_mapping[stack]), torch.ones(
-                len(self.block_mapping[stack]), dtype=torch.float64
-            )
+            blocks = self.block_mapping[stack] if name == "blocks" else self.block_mapping[stack][:-1]
+            return torch.tensor(blocks, dtype=torch.long), torch.ones(len(blocks), dtype=torch.float64)
         teacher_size, student_size = teacher[name], student[name]
         label = AXIS_LABELS.get(name, name)
         if (name in FIXED_AXES or name.startswith("fixed")) and teacher_size != student_size:
@@ -301,8 +307,8 @@ class Plan:
                 )
             raise ShapeError(
                 f"{parameter.name}: this size must be the teacher's {teacher_size}, found {student_size}. What is known of "
-                f"{self.layout.family!r}: {self.layout.exactness.rstrip('.')}. Keep the size, choose method='random', or "
-                "state what the axes mean with hf_guide.register_layout."
+                f"{self.layout.family!r}: {self.layout.exactness.rstrip('.')}. Keep the size and choose fewer blocks, choose "
+                "method='random', or state what the axes mean with hf_guide.register_layout."
             )
         if not 1 <= student_size <= teacher_size:
             raise ShapeError(
@@ -496,7 +502,7 @@ def make_plan(
     new_head = label_indices is not None and len(label_indices) == 0
     other_class = label_indices is None and type(student) is not teacher.model_class
     for name, parameter in list(parameters.items()):
-        is_head = AxisName("labels") in parameter.axes
+        is_head = any("labels" in axis_names(axis) for axis in parameter.axes)
         # A multiple choice model's head has one row, whatever its config's labels.
         is_new = is_head and (new_head or (other_class and parameter.shape[0] != (parameter.source_shape or [0])[0]))
         if is_new or (random_blocks and parameter.block is not None and parameter.block > 0):
@@ -528,6 +534,7 @@ def make_plan(
         for missing, used in borrowed.items()
     ]
     _merge_weights_of_dropped_states(plan)
+    _add_up_between_blocks(plan)
     for parameter in parameters.values():
         if parameter.source is not None:
             plan.maps(parameter)
@@ -591,7 +598,8 @@ def _plan_parameters(
         if source not in names.teacher and (other := shared_kv_source(match, stacks, kv_sources)) in names.teacher:
             borrowed[source] = source = other or source
         before = teacher_layout.find(source)
-        if AxisName("labels") in match.axes and before is not None and before.axes != match.axes:
+        is_head = any("labels" in axis_names(axis) for axis in match.axes)
+        if is_head and before is not None and before.axes != match.axes:
             random.append(own_name)  # a head of the same name that reads something else in the teacher
             continue
         if source not in names.teacher:
@@ -715,6 +723,32 @@ def _merge_weights_of_dropped_states(plan: Plan) -> None:
             plan.notes.append(f"{parameter.name}: its entries for blocks that are not selected are dropped.")
             continue
         plan.tensor_transforms[parameter.source] = functools.partial(merge_state_weights, blocks=blocks)
+
+
+def _add_up_between_blocks(plan: Plan) -> None:
+    """Give what is added between two blocks all that is added between the teacher's two; note what has no block after it."""
+    for parameter in plan.parameters.values():
+        stack = plan.block_table_stack(parameter)
+        if stack is None or parameter.source is None or parameter.axes[0] != AxisName("gaps"):
+            continue
+        blocks, depth = plan.block_mapping[stack], plan.depths[stack]
+        if sorted(set(blocks)) != blocks or blocks[0] != 0 or blocks[-1] != depth - 1:
+            plan.notes.append(f"{parameter.name}: what is added outside of the selected blocks {blocks} is dropped.")
+        plan.tensor_transforms[parameter.source] = functools.partial(add_up_gaps, blocks=blocks)
+
+
+def add_up_gaps(values: Tensor, blocks: Sequence[int]) -> Tensor:
+    """Return what is added after each block, (depth - 1, ...), with the sum up to the next selected block at each selected.
+
+    Example:
+        >>> add_up_gaps(torch.tensor([1, 2, 4, 8]), [0, 2, 4]).tolist()
+        [3, 2, 12, 8]
+    """
+    summed = values.clone()
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        if following > block:
+            summed[block] = values[block:following].sum(0)
+    return summed
 
 
 def merge_state_weights(weights: Tensor, blocks: Sequence[int]) -> Tensor:

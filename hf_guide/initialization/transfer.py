@@ -423,10 +423,12 @@ class Transfer:
         reads = weight.match.row.input_norms
         vectors = [self.teacher_norm(norm, weight, "bias") if norm else None for norm in reads]
         result = self.weight_value(weight, vectors)
+        result = result.flatten(1).sum(1) if result.ndim > 1 else result  # of a convolution, over its kernel
         norm = self.folding.name(reads[0] or "", weight, of_teacher=False)
         own = self._norm_bias(norm)
         if own is not None and bool(own.any()):
             student = self.weight_value(weight).movedim(weight.match.row.input_axis, -1)
+            student = student.flatten(1, -2).sum(1) if student.ndim > 2 else student
             result = result - student @ own.repeat(student.shape[-1] // len(own)).to(student)
         return result
 

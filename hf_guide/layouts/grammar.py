@@ -155,7 +155,8 @@ def axis_size(axis: Axis, sizes: Mapping[str, int]) -> int | None:
 def solve_sizes(axes: tuple[Axis, ...], shape: torch.Size, sizes: Mapping[str, int], parameter: str) -> dict[str, int]:
     """Return the size of every name in `axes` for one tensor of `shape`.
 
-    An axis of a single name takes its size from the tensor; one unknown factor of a product follows by division.
+    An axis of a single name takes its size from the tensor; one unknown factor of a product follows by division, one unknown
+    term of a sum by subtraction.
 
     Args:
         sizes: those that are known from the config.
@@ -180,6 +181,10 @@ def solve_sizes(axes: tuple[Axis, ...], shape: torch.Size, sizes: Mapping[str, i
             known = math.prod(axis_size(factor, solved) or 1 for factor in axis.factors if factor not in unknown)
             if len(unknown) == 1 and isinstance(unknown[0], AxisName) and length % known == 0:
                 solved[unknown[0].name] = length // known
+        elif isinstance(axis, AxisConcat):
+            unknown = [term for term in axis.terms if axis_size(term, solved) is None]
+            if len(unknown) == 1 and isinstance(unknown[0], AxisName):
+                solved[unknown[0].name] = length - sum(axis_size(term, solved) or 0 for term in axis.terms)
     expected = tuple(axis_size(axis, solved) for axis in axes)
     if expected != tuple(shape):
         raise LayoutError(

@@ -21,7 +21,7 @@ ListLengths = dict[str, int]
 def is_blocks_only(layout: Layout) -> bool:
     """Return whether a layout names no axis, so that every axis must keep its length."""
     names = {name for row in layout.rows for axis in row.axes for name in axis_names(axis)}
-    return all(name.startswith("fixed") or name == "blocks" for name in names)
+    return all(name.startswith("fixed") or name in ("blocks", "labels") for name in names)
 
 
 def check_single_stage_width(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -15,7 +15,9 @@ A layout is written as text, one line for each module or parameter, named relati
 - The axes are those of the weight as it is stored (`grammar.py`). A bias has the weight's first axis, or its last where the
   axes are written `in -> out` (GPT-2's Conv1D). A line may name a parameter (`experts.gate_up_proj`) instead of a module. A
   parameter without axes is a `scalar`.
-- `blocks` is an axis with an entry for each block of a stack: of the first stack, unless `block_tables` names another.
+- `blocks` is an axis with an entry for each block of a stack: of the first stack, unless `block_tables` names another; `gaps`
+  one with an entry between each two blocks, which is added there to the residual stream.
+- `labels` counts `config.num_labels`, alone or in a sum such as `(labels + 1)` for a class that is no label.
 - `norm` marks a gain (and bias): a diagonal on its axis. `table` marks an embedding: what the residual stream starts from.
 - `< norm` is the norm whose output the weight takes as its input (`< a | - | b` for the terms of a fused weight),
   `> scale` the learned diagonal that its output is multiplied with, `>> norm` the norm between its output and the
@@ -38,6 +40,8 @@ from hf_guide.validation import did_you_mean
 
 FIXED_AXES = ("channels", "kernel", "buckets", "groups", "patches", "one")
 """Axes that must be as long in the student as in the teacher."""
+
+_KERNEL_AXES = (AxisName("kernel"), AxisName("one"))
 
 PREFIX_AXES = ("positions", "token_types")
 """Axes of which a shorter student keeps the first entries."""
@@ -107,8 +111,9 @@ class LayoutRow:
 
     @property
     def input_axis(self) -> int:
-        """The dimension along which a linear map takes its input."""
-        return len(self.axes) - (2 if self.transposed else 1)
+        """The dimension along which a linear map or a convolution takes its input."""
+        dims = [dim for dim, axis in enumerate(self.axes) if axis not in _KERNEL_AXES] or list(range(len(self.axes)))
+        return dims[-2] if self.transposed else dims[-1]
 
 
 @dataclass(frozen=True)

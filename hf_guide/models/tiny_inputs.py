@@ -38,12 +38,14 @@ def tiny_inputs(model: PreTrainedModel) -> list[dict[str, Tensor]]:
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
     known = {name: value for name in accepted if (value := _make_input(name, model)) is not None}
-    main = model.main_input_name if model.main_input_name in accepted else None
-    least = {name for name in known if name == main or name in required}
+    declared = model.main_input_name  # a list in OneFormer
+    main = {name for name in ([declared] if isinstance(declared, str) else declared) if name in accepted}
+    least = {name for name in known if name in main or name in required}
     if not known or not required <= known.keys():
         return []
-    choices = [least] if main in known else []
-    if model.config.is_encoder_decoder and "decoder_input_ids" in known and main in known:
+    has_main = bool(main) and main <= known.keys()
+    choices = [least] if has_main else []
+    if model.config.is_encoder_decoder and "decoder_input_ids" in known and has_main:
         choices.insert(0, least | {"decoder_input_ids"})  # classifiers make their own
     for choice in (set(known), set(known) - {"decoder_input_ids"}):
         if choice not in choices:
@@ -76,6 +78,9 @@ def _make_input(name: str, model: PreTrainedModel) -> Tensor | None:
         return _pixels(config, model.dtype)
     if name in ("input_features", "input_values"):
         return _audio(config, name, model.dtype)
+    if name == "task_inputs":  # the tokens of a task's name, as many as positions
+        length = getattr(config, "task_seq_len", None)
+        return torch.ones(1, length, dtype=torch.long) if isinstance(length, int) else None
     return None
 
 

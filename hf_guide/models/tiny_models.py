@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ResNetConfig
 
 TINY_SIZES = {
     "hidden_size": 64,
@@ -100,6 +100,7 @@ TINY_SIZES = {
     "linear_value_head_dim": 16,
     "lru_width": 64,
     "attention_window_size": 32,
+    "projection_size": 64,
     "image_size": 16,
     "patch_size": 8,
     "pad_token_id": 0,
@@ -165,6 +166,12 @@ _NOT_COPIED = (
 
 
 def _shrink(config: PreTrainedConfig, sizes: Mapping[str, Any], *, keep_depth: bool) -> PreTrainedConfig:
+    if config.model_type == "timm_backbone":  # its networks have no config, and timm may be missing
+        tiny_resnet = ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic"
+        )
+        tiny_resnet.set_output_features_output_indices(out_features=None, out_indices=list(config.out_indices or [4]))
+        return tiny_resnet
     values = config.to_dict()
     tiny_sizes = TINY_SIZES | dict(sizes)
     if "qk_rope_head_dim" in values:  # there head_dim is the size of the rotary embedding
@@ -186,6 +193,8 @@ def _shrink(config: PreTrainedConfig, sizes: Mapping[str, Any], *, keep_depth: b
             tiny[key] = len(blocks)
         elif key in sizes:
             tiny[key] = sizes[key]
+        elif key == "image_size" and isinstance(value, (list, tuple)):
+            tiny[key] = [min(tiny_sizes[key], side) for side in value]
         elif isinstance(value, int) and not isinstance(value, bool) and key in tiny_sizes:
             tiny[key] = min(tiny_sizes[key], value)
         elif value is None and key == "head_dim" and {"hidden_size", "num_attention_heads"} <= values.keys():

@@ -22,6 +22,19 @@ MAPPINGS = {
     "SEQUENCE_CLASSIFICATION": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     "TOKEN_CLASSIFICATION": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "IMAGE_CLASSIFICATION": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    "QUESTION_ANSWERING": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "MULTIPLE_CHOICE": modeling_auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    "AUDIO_CLASSIFICATION": modeling_auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
+    "CTC": modeling_auto.MODEL_FOR_CTC_MAPPING,
+    "SPEECH_SEQ_2_SEQ": modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
+    "SEMANTIC_SEGMENTATION": modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    "INSTANCE_SEGMENTATION": modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING,
+    "UNIVERSAL_SEGMENTATION": modeling_auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
+    "OBJECT_DETECTION": modeling_auto.MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    "MASKED_IMAGE_MODELING": modeling_auto.MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING,
+    "ZERO_SHOT_IMAGE_CLASSIFICATION": modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+    "IMAGE_TEXT_TO_TEXT": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    "PRETRAINING": modeling_auto.MODEL_FOR_PRETRAINING_MAPPING,
     "BASE": modeling_auto.MODEL_MAPPING,
 }
 LARGEST = 60_000_000
@@ -45,6 +58,14 @@ QUICK = {
         "LlamaForSequenceClassification",
         "MambaForCausalLM",
     ),
+    *("ViTForMaskedImageModeling", "ViTMAEForPreTraining", "YolosForObjectDetection", "DetrForObjectDetection"),
+    *(
+        "SegformerForSemanticSegmentation",
+        "SiglipModel",
+        "LlavaForConditionalGeneration",
+        "SmolVLMForConditionalGeneration",
+    ),
+    *("BigBirdForQuestionAnswering", "BertForMultipleChoice", "Wav2Vec2ForCTC", "Qwen2_5_VLForConditionalGeneration"),
 }
 
 

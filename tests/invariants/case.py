@@ -116,6 +116,16 @@ def images() -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(8), dtype=torch.float64)}
 
 
+def large_images() -> dict[str, torch.Tensor]:
+    """Return two images of 3 channels and 64 x 64 pixels, which stages may reduce."""
+    return {"pixel_values": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(8), dtype=torch.float64)}
+
+
+def images_with_noise() -> dict[str, torch.Tensor]:
+    """Return two images of 9 patches, and what decides which of these are masked."""
+    return images() | {"noise": torch.rand(2, 9, generator=torch.Generator().manual_seed(9), dtype=torch.float64)}
+
+
 def captions() -> dict[str, torch.Tensor]:
     """Return two images and two sentences."""
     return tokens() | images()
@@ -129,4 +139,6 @@ INPUTS = {
     "spectrograms": spectrograms,
     "speech": speech,
     "images": images,
+    "images with noise": images_with_noise,
+    "large images": large_images,
 }

@@ -22,6 +22,7 @@ FILES = (
     "bart",
     "audio",
     "vision",
+    "segformer",
     "clip",
     "block_rules",
 )

@@ -38,6 +38,10 @@ register_layout(
     pooler: pooled embed
     classifier.dense: pooled embed
     classifier.out_proj: labels pooled
+    qa_classifier.intermediate.dense: mlp embed
+    qa_classifier.output.dense: embed mlp
+    qa_classifier.output.LayerNorm: norm embed
+    qa_classifier.qa_outputs: 2 embed
     """,
     like="bert",
 )
