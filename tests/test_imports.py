@@ -15,6 +15,7 @@ ROOT = Path(hf_guide.__file__).parent
 LAYERS = (
     ("errors", "version"),
     ("validation", "utils", "metrics"),
+    ("chat",),
     ("tasks", "models"),
     ("teachers",),
     ("layouts",),

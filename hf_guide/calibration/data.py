@@ -1,8 +1,9 @@
 """Turn a calibration dataset into batches for a teacher's forward pass.
 
-A dataset is rows (of `input_ids`, of `pixel_values`, or of text, which the teacher's tokenizer encodes), or batches, as a
-DataLoader or `Dataset.iter` yields them. Batches are kept in memory, because they go through the teacher more than once: token
-ids, or pixels.
+A dataset is rows (of `input_ids`, of `pixel_values`, or of text or conversations, which the teacher's tokenizer encodes), or
+batches, as a DataLoader or `Dataset.iter` yields them. A conversation, or a prompt with its completion, is one row: the tokens
+that `hf-guide distill` trains on. Batches are kept in memory, because they go through the teacher more than once: token ids, or
+pixels.
 """
 
 import inspect
@@ -17,6 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig
+from hf_guide.chat.encoding import ChatEncoder
+from hf_guide.chat.formats import DatasetFormat, RowFormat, detect_format
+from hf_guide.chat.packing import split_packed
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.models.positions import TextPositions, max_input_tokens, text_positions
 from hf_guide.models.pretrained import load_processing_class
@@ -26,8 +30,8 @@ from hf_guide.utils.labels import IGNORE_INDEX, decoder_ids_from_labels
 Batch = dict[str, Tensor]
 TOKENS_PER_NEURON, MIN_TOKENS, MAX_TOKENS = 10, 8192, 65536
 EXPECTED_DATASET = (
-    "a datasets dataset with a column input_ids, text or pixel_values, a list of texts, an iterable of batches (dicts of "
-    f"tensors), or {SELF_GENERATED!r}, for text that the teacher generates itself"
+    "a datasets dataset with a column input_ids, text, messages or pixel_values, a list of texts, an iterable of batches "
+    f"(dicts of tensors), or {SELF_GENERATED!r}, for text that the teacher generates itself"
 )
 
 
@@ -214,7 +218,7 @@ def _iter_batches(
         raise OptionError(f"calibration_dataset yields a {type(first).__name__}; pass {EXPECTED_DATASET}.")
     if "input_ids" in first:
         if _num_axes(first["input_ids"]) < 2:
-            return _batches_of_ids(rows, size, _pad_token(teacher))
+            return _batches_of_ids(_iter_examples(rows), size, _pad_token(teacher))
         return _batches_as_tensors(rows, "input_ids", lambda rows: _pad_rows(rows, _pad_token(teacher)))
     if "pixel_values" in first:
         if _num_axes(first["pixel_values"]) < 4:
@@ -222,12 +226,16 @@ def _iter_batches(
         return _batches_as_tensors(rows, "pixel_values", _stack_images)
     if any(isinstance(value, Tensor) and value.ndim > 1 for value in first.values()):
         return rows
+    data_format = detect_format(list(map(str, first)), first, "calibration_dataset")
+    if data_format is not None and data_format.kind is not RowFormat.TEXT:
+        encoded = _encode_chat(rows, data_format, _tokenizer(teacher, hub), length)
+        return _batches_of_ids(encoded, size, _pad_token(teacher))
     columns = [name for name, value in first.items() if isinstance(value, str)]
     column = "text" if "text" in first else columns[0] if len(columns) == 1 else None
     if column is None:
         raise OptionError(
-            f"calibration_dataset has the columns {sorted(map(str, first))}, none of them input_ids, text or pixel_values; "
-            f"pass {EXPECTED_DATASET}."
+            f"calibration_dataset has the columns {sorted(map(str, first))}, none of them input_ids, text, messages or "
+            f"pixel_values; pass {EXPECTED_DATASET}."
         )
     return _batches_of_text(_iter_texts(row[column] for row in rows), _tokenizer(teacher, hub), size, length)
 
@@ -295,6 +303,28 @@ def _batches_of_text(
         yield {"input_ids": torch.tensor(ids[: num_rows * length]).view(num_rows, length)}
     elif ids:
         yield {"input_ids": torch.tensor([ids])}
+
+
+def _encode_chat(
+    rows: Iterator[Mapping[str, Any]], data_format: DatasetFormat, tokenizer: PreTrainedTokenizerBase, length: int
+) -> Iterator[dict[str, list[int]]]:
+    """Yield one row of tokens for each conversation, the same as for training."""
+    encode = ChatEncoder(tokenizer, data_format)
+    for index, row in enumerate(rows):
+        yield {"input_ids": encode(row, index).truncate(length, tokenizer.truncation_side).input_ids}
+
+
+def _iter_examples(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Yield rows, and of packed rows the texts in them: packed, they would attend to each other."""
+    for row in rows:
+        if (
+            _is_filled(row, "position_ids")
+            and _num_axes(row["position_ids"]) == 1
+            and not _is_filled(row, "attention_mask")
+        ):
+            yield from split_packed(row)
+        else:
+            yield row
 
 
 def _batches_of_ids(rows: Iterable[Mapping[str, Any]], size: int, pad_token: int) -> Iterator[Batch]:

@@ -146,14 +146,33 @@ class DataArguments:
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of texts, of lists of words (token-classification), or of conversations, which the chat template "
-            "formats (causal-lm); by default found by its name."
+            "help": "Column of texts, of lists of words (token-classification), or of conversations or prompts (causal-lm). By "
+            "default found by its name: for causal-lm messages or conversations, prompt and completion, instruction, input "
+            "and output, or text."
         },
     )
     text_pair_column: str | None = field(
         default=None, metadata={"help": "Column of a second text for each example (sequence-classification)."}
     )
-    target_column: str | None = field(default=None, metadata={"help": "Column of target texts (seq2seq-lm)."})
+    target_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of target texts (seq2seq-lm), or of the completions of text_column (causal-lm)."},
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Chat template of the student: a Jinja file, or the folder or Hub id of a tokenizer that has one; by "
+            "default that of the tokenizer."
+        },
+    )
+    assistant_only_loss: bool = field(
+        default=False,
+        metadata={"help": "Train on what the assistant writes only, not on the other turns of a conversation."},
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Train on completions only, not on prompts; by default true for data that has both."},
+    )
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     audio_column: str | None = field(
         default=None,
@@ -189,8 +208,9 @@ class DataArguments:
     packing: bool = field(
         default=True,
         metadata={
-            "help": "Concatenate texts and split them into blocks of max_length tokens (causal-lm, masked-lm). Otherwise each "
-            "text is one example, truncated to max_length."
+            "help": "Concatenate texts and split them into blocks of max_length tokens (causal-lm, masked-lm); put several "
+            "conversations, or prompts with completions, into one row, where none attends to another. Otherwise each is one "
+            "example. An example that is longer is truncated to max_length; without a target left it is dropped."
         },
     )
     mlm_probability: float = field(default=0.15, metadata={"help": "Fraction of tokens to mask (masked-lm)."})

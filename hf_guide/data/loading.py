@@ -11,13 +11,13 @@ from typing import Any
 from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image, ReadInstruction, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
+from hf_guide.chat.formats import MESSAGES_COLUMNS
 from hf_guide.data.arguments import DataArguments
 from hf_guide.errors import OptionError
 from hf_guide.tasks import Task
 from hf_guide.validation import did_you_mean
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "article", "source", "question")
-CONVERSATION_COLUMNS = ("messages", "conversations", "conversation", "chat")
 TARGET_COLUMNS = ("target", "summary", "highlights", "answer", "translation")
 ANSWER_COLUMNS = ("answers", "completion", "response", "output", "chosen", "rejected")
 WORD_COLUMNS = ("tokens", "words", "text")
@@ -164,7 +164,7 @@ def default_columns(task: Task, role: str) -> tuple[str, ...]:
         return WORD_COLUMNS if role == "text" else TOKEN_LABEL_COLUMNS
     if task.row.inputs == "audio" and role in ("text", "audio"):
         return TRANSCRIPT_COLUMNS if role == "text" else AUDIO_COLUMNS
-    texts = (*TEXT_COLUMNS, *CONVERSATION_COLUMNS) if task is Task.CAUSAL_LM else TEXT_COLUMNS
+    texts = (*TEXT_COLUMNS, *MESSAGES_COLUMNS) if task is Task.CAUSAL_LM else TEXT_COLUMNS
     return {"text": texts, "target": TARGET_COLUMNS, "label": CLASS_COLUMNS, "image": IMAGE_COLUMNS}[role]
 
 

@@ -1,6 +1,6 @@
 """Turn raw examples into model inputs, for every task, and build the collator that batches them.
 
-Does: apply chat templates, tokenize, pack texts into blocks, mask, map labels to the student's classes, process images.
+Does: tokenize, pack texts into blocks, mask, map labels to the student's classes, process images.
 Does not: augment, or do anything else whose result a teacher cache could not find again, except random masking in training.
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 import PIL.Image
 import torch
 from datasets import Dataset, Image
-from jinja2 import TemplateError
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -24,11 +23,14 @@ from transformers import (
     default_data_collator,
 )
 
+from hf_guide.chat.packing import PackedCollator
 from hf_guide.data.arguments import DEFAULT_TARGET_LENGTH, DataArguments
+from hf_guide.data.chat import chat_format, check_chat_options, preprocess_chat
 from hf_guide.data.class_labels import class_names, label_encoder
-from hf_guide.data.loading import check_strings, find_column, not_text_error
+from hf_guide.data.loading import check_strings, find_column
 from hf_guide.data.speech import preprocess_speech
 from hf_guide.errors import OptionError
+from hf_guide.models.packed_rows import check_keeps_packed_texts_apart
 from hf_guide.models.positions import max_input_tokens
 from hf_guide.tasks import Task
 from hf_guide.utils.labels import IGNORE_INDEX
@@ -84,13 +86,14 @@ def preprocess(
 
     Raises:
         OptionError: A column is missing, a label is not among the student's classes, a length is not supported, or there is
-            too little text for one example; or the task is one whose datasets are not prepared here.
+            too little text for one example; conversations are to be packed for a model that would mix them; or the task is one whose datasets are not prepared here.
     """
     if task not in _PREPARED_TASKS:
         raise OptionError(
             f"Datasets for {task} are not prepared here, only those for {', '.join(map(str, _PREPARED_TASKS))}. Prepare the "
             "dataset in a script of your own and pass it to DistillationTrainer, or to capture_teacher."
         )
+    check_chat_options(task, options)
     encode_label: Callable[[Any], int] | None = None
     if task.has_labels:
         column = find_column(train, task, "label", options)
@@ -104,13 +107,19 @@ def preprocess(
     options = resolve_lengths(options, processing_class, config)
     _ensure_pad_token(processing_class, options, task)
     static = (static_masking or options.static_masking, True)
-    tokenized = [
+    tokenized, evaluated = (
         None
         if split is None
         else _tokenize_split(task, split, processing_class, options, encode_label, is_static, name)
         for split, is_static, name in zip((train, held_out), static, ("training", "evaluation"), strict=True)
-    ]
-    return ProcessedData(tokenized[0], tokenized[1], _make_collator(task, processing_class, options))
+    )
+    assert tokenized is not None
+    collator = _make_collator(task, processing_class, options)
+    if "position_ids" in tokenized.column_names:
+        collator = PackedCollator()
+        for each in _configs(config):
+            check_keeps_packed_texts_apart(each, "model")
+    return ProcessedData(tokenized, evaluated, collator)
 
 
 def resolve_lengths(
@@ -162,6 +171,9 @@ def _tokenize_split(
     name: str,
 ) -> Dataset:
     to_inputs: Callable[..., Examples]
+    data_format = chat_format(split, task, options)
+    if data_format is not None:
+        return preprocess_chat(split, data_format, tokenizer, options, name)
     text = find_column(split, task, "text", options)
     if task is Task.SEQ2SEQ_LM:
         to_inputs = _seq2seq_preprocessor(text, find_column(split, task, "target", options), tokenizer, options)
@@ -220,9 +232,9 @@ def _text_preprocessor(
     size = options.max_length if options.packing else None
 
     def encode_causal(values: Sequence[Any], rows: Sequence[int]) -> Examples:
-        texts, rendered = render_texts(values, rows, column, options.name, tokenizer)
+        texts = check_strings(values, rows, column, options.name)
         length = None if options.packing else options.max_length
-        ids = encode_with_eos(tokenizer, [text for text in texts if text], rendered=rendered, max_length=length)
+        ids = encode_with_eos(tokenizer, [text for text in texts if text], max_length=length)
         return {"input_ids": ids, "attention_mask": [[1] * len(each) for each in ids]}
 
     def encode_masked(values: Sequence[Any], rows: Sequence[int]) -> Examples:
@@ -431,95 +443,31 @@ def check_words(values: Sequence[Any], rows: Sequence[int], column: str, dataset
     return list(values)
 
 
-def render_texts(
-    values: Sequence[Any], rows: Sequence[int], column: str, dataset: str, tokenizer: Any
-) -> tuple[list[str], bool]:
-    """Return the texts of a column, and whether they are conversations formatted by the chat template.
-
-    A formatted text contains the template's special tokens: tokenize it with `add_special_tokens=False`.
-
-    Args:
-        values: Strings, or conversations: lists of {"role": ..., "content": ...}.
-        rows: Indices of these rows.
-        column, dataset: Names, for errors.
-        tokenizer: Provides the chat template.
-
-    Raises:
-        OptionError: A value has another type, a conversation has another form or the template fails on it (names the row);
-            or there are conversations and no chat template.
-    """
-    if not any(isinstance(value, list) for value in values):
-        return check_strings(values, rows, column, dataset), False
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise OptionError(
-            f"{dataset}: column {column!r} contains conversations, and the tokenizer has no chat_template to "
-            "format them. Set tokenizer.chat_template, or set text_column to a column of texts."
-        )
-    texts = []
-    for value, row in zip(values, rows, strict=True):
-        _check_conversation(value, row, column, dataset)
-        try:
-            texts.append(tokenizer.apply_chat_template(value, tokenize=False))
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise OptionError(
-                f"{dataset}: the tokenizer's chat template fails on column {column!r}, row {row}: {error}."
-            ) from error
-    return texts, True
-
-
-def _check_conversation(value: Any, row: int, column: str, dataset: str) -> None:
-    if not isinstance(value, list):
-        raise not_text_error(value, row, column, dataset)
-    for message in value:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        without = isinstance(message, Mapping) and content is None and bool(message.get("tool_calls"))
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            description = (
-                f"the keys {sorted(message)}" if isinstance(message, Mapping) else f"a {type(message).__name__}"
-            )
-        elif not isinstance(content, str) and not without:
-            description = f"content of type {type(content).__name__}"
-        else:
-            continue
-        raise OptionError(
-            f"{dataset}: column {column!r} contains neither texts nor valid conversations: each message must be a mapping "
-            f"with the strings 'role' and 'content'; row {row} has {description}. Rename its keys, or set text_column to a "
-            "column of texts."
-        )
-    if not value:
-        raise OptionError(f"{dataset}: column {column!r} has an empty conversation in row {row}. Remove the row.")
-
-
-def encode_with_eos(
-    tokenizer: Any, texts: Sequence[str], *, rendered: bool = False, max_length: int | None = None
-) -> list[list[int]]:
+def encode_with_eos(tokenizer: Any, texts: Sequence[str], *, max_length: int | None = None) -> list[list[int]]:
     """Return the token ids of texts for a causal language model, each followed by the end-of-sequence token.
 
-    A text to which its tokenizer or chat template already added the token does not get a second one; a truncated text gets
-    none. Texts without any token are left out.
+    A text to which its tokenizer already added the token does not get a second one; a truncated text gets none. Texts without
+    any token are left out.
 
     Args:
         tokenizer: Its `eos_token` is appended, if it has one.
         texts: Strings.
-        rendered: Whether a chat template formatted them and wrote special tokens.
         max_length: Truncate to this many tokens, on the side `tokenizer.truncation_side`; None keeps everything.
     """
     if not texts:
         return []
     encoded = tokenizer(
         list(texts),
-        add_special_tokens=not rendered,
         return_special_tokens_mask=True,
         return_token_type_ids=False,
         return_attention_mask=False,
         verbose=False,
     )
     eos, all_ids = tokenizer.eos_token_id, []
-    for text, ids, special in zip(texts, encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
+    for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
         if not ids:
             continue
-        has_end = ids[-1] == eos or (rendered and text.rstrip().endswith(str(tokenizer.eos_token)))
-        with_eos = ids if eos is None or has_end else [*ids, eos]
+        with_eos = ids if eos is None or ids[-1] == eos else [*ids, eos]
         all_ids.append(
             with_eos if max_length is None else _truncate_ids(with_eos, special, max_length, tokenizer.truncation_side)
         )

@@ -34,6 +34,7 @@ from hf_guide.errors import OptionError, TaskError, VocabularyError
 from hf_guide.models.adapters import forward_parameters
 from hf_guide.models.layer_mapping import hidden_states_of, resolve_layer_mapping
 from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
+from hf_guide.models.packed_rows import check_packed_rows
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.models.targets import add_decoder_inputs, item_labels, mean_per_item, target_mask
 from hf_guide.tasks import Task
@@ -137,8 +138,10 @@ class BatchBuilder:
             TaskError: The task loss is among the losses, and the batch has no labels.
             CaptureError: An example to train on is not in the signal cache.
             TeacherError: The teacher's forward failed.
+            OptionError: Rows have several texts each, which the student or a teacher would mix.
         """
         own, cached = split_teacher_columns(inputs)
+        check_packed_rows(self.student, own, "student")
         own = add_decoder_inputs(self.student, self.task, own)
         mask = self.target_mask(own, training=training)
         num_real = len(mask) if training else _num_real_examples(self.accelerator, len(mask))

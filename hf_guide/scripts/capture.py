@@ -14,6 +14,7 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 
 from hf_guide.data.arguments import DataArguments
+from hf_guide.data.chat import set_chat_template
 from hf_guide.data.loading import load_splits
 from hf_guide.data.preprocessing import preprocess
 from hf_guide.distillation.losses.registry import parse_losses
@@ -60,6 +61,7 @@ def capture_dataset(
         processing_class_name_or_path or teacher,
         **({} if processing_class_name_or_path else hub_kwargs),
     )
+    set_chat_template(processing_class, data.chat_template_path)
     hub = {name: value for name, value in hub_kwargs.items() if name != "trust_remote_code"}
     with report_missing_ranks(), state.local_main_process_first():  # the other ranks read the cached result
         train, held_out = load_splits(data)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 from hf_guide.data.arguments import DataArguments, ModelArguments
+from hf_guide.data.chat import set_chat_template
 from hf_guide.data.class_labels import student_labels
 from hf_guide.data.loading import find_column, load_splits
 from hf_guide.data.preprocessing import ProcessedData, preprocess
@@ -87,6 +88,7 @@ def distill(config: DistillConfig) -> dict[str, float]:
             is_new_head=bool(models.model_name_or_path),
         )
     processing_class = _load_processing_class(checkpoints, models, args)
+    set_chat_template(processing_class, data.chat_template_path)
     with args.main_process_first(desc="preprocessing the dataset"):
         processed = preprocess(
             checkpoints.task,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import CaptureError
+from hf_guide.models.packed_rows import packed_padding_mask
 from hf_guide.tasks import Task
 from hf_guide.utils.labels import IGNORE_INDEX
 
@@ -39,7 +40,7 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
             f"{sorted(batch)}."
         )
     auxiliary = {name: torch.as_tensor(batch[name]) for name in _AUXILIARY_INPUTS if batch.get(name) is not None}
-    mask = _padding_mask(batch, "attention_mask")
+    mask = _text_mask(batch)
     decoder_tokens: list[Tensor] = []
     if task.row.targets_in_decoder:
         name = "labels" if batch.get("labels") is not None else "decoder_input_ids"
@@ -66,7 +67,7 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
 def token_positions(batch: Mapping[str, Any], task: Task) -> list[Tensor]:
     """Return for each example the positions (int64) of its tokens without padding, along the second axis of the logits."""
     if not task.row.targets_in_decoder:
-        mask = _padding_mask(batch, "attention_mask")
+        mask = _text_mask(batch)
         ids = next(torch.as_tensor(batch[name]) for name in _PRIMARY_INPUTS if batch.get(name) is not None)
     elif (labels := batch.get("labels")) is not None:
         has_label = torch.as_tensor(labels) != IGNORE_INDEX
@@ -79,6 +80,12 @@ def token_positions(batch: Mapping[str, Any], task: Task) -> list[Tensor]:
     if mask is None:
         return [torch.arange(ids.shape[1], device=ids.device)] * len(ids)
     return [row.nonzero().squeeze(1) for row in mask]
+
+
+def _text_mask(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return which positions are no padding: by the attention mask, or of packed rows by their position ids."""
+    mask = _padding_mask(batch, "attention_mask")
+    return packed_padding_mask(batch) if mask is None else mask
 
 
 def _padding_mask(batch: Mapping[str, Any], name: str) -> Tensor | None:

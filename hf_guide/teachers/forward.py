@@ -19,6 +19,7 @@ from hf_guide.errors import TeacherError
 from hf_guide.models.adapters import check_no_virtual_tokens, forward_parameters, without_adapter
 from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
+from hf_guide.models.packed_rows import check_packed_rows
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
 from hf_guide.models.targets import add_decoder_inputs
 from hf_guide.tasks import Task
@@ -75,11 +76,13 @@ def forward_outputs(
 
     Raises:
         TeacherError: The batch cannot be converted to what the teacher expects.
+        OptionError: Its rows have several texts each, which the teacher would mix.
     """
     bare = without_adapter(extract_model_from_parallel(model, keep_torch_compile=False))
     known = forward_parameters(bare)
     converted = dict(batch) if inputs is None else inputs.convert(batch)
     model_inputs = {name: value for name, value in converted.items() if name in known and name not in _TARGET_INPUTS}
+    check_packed_rows(bare, converted, "teacher")
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
     if hidden_states:
         options["output_hidden_states"] = True

@@ -27,7 +27,7 @@ def tokenizer(adds: str = "", **changes: Any) -> PreTrainedTokenizerFast:
         "</s>": END,
         "<pad>": PAD,
         "user": 23,
-        "bot": 24,
+        "assistant": 24,
     }
     raw = Tokenizer(models.WordLevel(words, unk_token="t0"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -84,7 +84,7 @@ def test_a_tokenizer_without_an_end_adds_none_and_masked_texts_and_sentences_get
 
 
 def conversation(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "bot")[number % 2], "content": text} for number, text in enumerate(contents)]
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -116,7 +116,7 @@ def test_a_template_that_writes_no_end_gets_one() -> None:
             None,
             "'messages' contains conversations, and the tokenizer has no chat_template",
         ),
-        ([[{"from": "human", "value": "t1"}]], CHAT, "'role' and 'content'; row 0 has the keys .*from.*value"),
+        ([[{"speaker": "human", "words": "t1"}]], CHAT, "'role' and 'content'; row 0 has the keys .*speaker.*words"),
         ([conversation("t1"), [{"role": "user", "content": None}]], CHAT, "row 1 has content of type NoneType"),
         ([["t1", "t2"]], CHAT, "row 0 has a str"),
         ([conversation("t1"), []], CHAT, "empty conversation in row 1"),
@@ -176,8 +176,8 @@ def test_what_is_no_text_is_an_error_with_its_column_row_and_type(
     [
         (Task.CAUSAL_LM, ["question", "answer"]),
         (Task.CAUSAL_LM, ["question", "answers"]),
-        (Task.CAUSAL_LM, ["prompt", "completion"]),
-        (Task.CAUSAL_LM, ["instruction", "output"]),
+        (Task.CAUSAL_LM, ["prompt", "answer"]),
+        (Task.CAUSAL_LM, ["instruction", "answer"]),
         (Task.CAUSAL_LM, ["article", "highlights"]),
         (Task.MASKED_LM, ["document", "summary"]),
         (Task.SEQUENCE_CLASSIFICATION, ["sentence", "question", "label"]),
