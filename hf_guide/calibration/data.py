@@ -1,9 +1,8 @@
 """Turn a calibration dataset into batches for a teacher's forward pass.
 
 A dataset is rows (of `input_ids`, of `pixel_values`, or of text or conversations, which the teacher's tokenizer encodes), or
-batches, as a DataLoader or `Dataset.iter` yields them. A conversation, or a prompt with its completion, is one row: the tokens
-that `hf-guide distill` trains on. Batches are kept in memory, because they go through the teacher more than once: token ids, or
-pixels.
+batches, as a DataLoader or `Dataset.iter` yields them. A conversation, or a prompt with its completion, is one row of tokens,
+as for training. Batches are kept in memory, because they go through the teacher more than once: token ids, or pixels.
 """
 
 import inspect
@@ -310,8 +309,18 @@ def _encode_chat(
 ) -> Iterator[dict[str, list[int]]]:
     """Yield one row of tokens for each conversation, the same as for training."""
     encode = ChatEncoder(tokenizer, data_format)
-    for index, row in enumerate(rows):
+    for index, row in enumerate(_iter_rows(rows, data_format)):
         yield {"input_ids": encode(row, index).truncate(length, tokenizer.truncation_side).input_ids}
+
+
+def _iter_rows(rows: Iterable[Mapping[str, Any]], data_format: DatasetFormat) -> Iterator[Mapping[str, Any]]:
+    """Yield rows; of batches, as `Dataset.iter` yields them, the rows in them."""
+    for row in rows:
+        value = row.get(data_format.columns[0])
+        if isinstance(value, list) and value and isinstance(value[0], (str, list)):
+            yield from (dict(zip(row, values, strict=True)) for values in zip(*row.values(), strict=True))
+        else:
+            yield row
 
 
 def _iter_examples(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:

@@ -144,13 +144,16 @@ def _formats_by_name(columns: Sequence[str], first_row: Mapping[str, Any], datas
     if "instruction" in columns and outputs:
         formats.append(DatasetFormat(RowFormat.INSTRUCTION, _with_input("instruction", outputs[0], columns), dataset))
     if _TEXT_COLUMN in columns:
-        formats.append(DatasetFormat(RowFormat.TEXT, (_TEXT_COLUMN,), dataset))
+        formats.append(_format_of_column(_TEXT_COLUMN, first_row, dataset))
     return formats
 
 
 def _format_of_column(column: str, first_row: Mapping[str, Any], dataset: str) -> DatasetFormat:
     value = first_row.get(column)
-    is_conversation = isinstance(value, list) or (value is None and column in MESSAGES_COLUMNS)
+    if column in MESSAGES_COLUMNS:
+        is_conversation = not isinstance(value, str)
+    else:
+        is_conversation = isinstance(value, list) and any(isinstance(each, (Mapping, list)) for each in value)
     return DatasetFormat(RowFormat.MESSAGES if is_conversation else RowFormat.TEXT, (column,), dataset)
 
 

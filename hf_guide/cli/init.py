@@ -40,6 +40,9 @@ SIZES = {
 TASKS = {"base": "AutoStudent"} | {str(task): task.auto_student_class for task in Task}
 """The classes whose `from_teacher` makes a student for each task."""
 
+ROW_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""Files of rows; all others are of text."""
+
 OLD_OPTION_FLAGS = (
     "layers later_blocks token_weights logit_gain basis pooling heads neurons experts repair repair_inputs ridge "
     "calibration_tokens calibration_length calibration_batch_size"
@@ -82,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         nargs="+",
         type=Path,
-        help="text files, or `self_generated`: by the teacher",
+        help="text files; jsonl, json, csv or parquet files of texts or conversations; or `self_generated`: by the teacher",
     )
     method.add_argument(
         "--calibration-cache-dir", metavar="FOLDER", type=Path, help="where calibrated saves its progress, to resume"
@@ -172,12 +175,34 @@ def _add_key_values(values: dict[str, Any], texts: Sequence[str], flag: str) -> 
     return values
 
 
-def _calibration_dataset(paths: Sequence[Path] | None) -> list[str] | str | None:
-    """Return the texts in files; the one word `self_generated`, or its old name `teacher`, is returned as it is."""
+def _calibration_dataset(paths: Sequence[Path] | None) -> Any:
+    """Return the texts or rows in files; the one word `self_generated`, or its old name `teacher`, is returned as it is."""
     if paths is not None and len(paths) == 1 and str(paths[0]) in ("self_generated", "teacher"):
         if not paths[0].exists():
             return str(paths[0])
-    return read_texts(paths) if paths else None
+    if not paths:
+        return None
+    return read_rows(paths) if any(path.suffix in ROW_SUFFIXES for path in paths) else read_texts(paths)
+
+
+def read_rows(paths: Sequence[Path]) -> Any:
+    """Return the rows in files as a dataset.
+
+    Raises:
+        OptionError: The files are of several formats, or cannot be read.
+        FileNotFoundError: There is no such file.
+    """
+    from hf_guide.data.arguments import DataArguments
+    from hf_guide.data.loading import load_splits
+
+    suffixes = sorted({path.suffix for path in paths})
+    if len(suffixes) > 1:
+        raise OptionError(f"The files of --calibration-dataset must have one format; found {', '.join(suffixes)}.")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"--calibration-dataset: there is no file {path}.")
+    files = [str(path) for path in paths]
+    return load_splits(DataArguments(data_files=files, validation_split_percentage=0))[0]
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:

@@ -146,8 +146,8 @@ class DataArguments:
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of texts, of lists of words (token-classification), or of conversations or prompts (causal-lm). By "
-            "default found by its name: for causal-lm messages or conversations, prompt and completion, instruction, input "
+            "help": "Column of texts, of lists of words (token-classification), or of conversations or prompts (causal-lm). "
+            "By default found by its name: for causal-lm messages or conversations, prompt and completion, instruction, input "
             "and output, or text."
         },
     )

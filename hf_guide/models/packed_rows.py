@@ -59,7 +59,7 @@ def check_packed_rows(model: Any, batch: Mapping[str, Any], role: str) -> None:
     bare = without_adapter(model)
     known = bare.__dict__.setdefault("_packed_rows_checked", set())
     mask = batch.get("attention_mask")
-    key = (len(positions) > 1, mask is None, batch.get("cu_seq_lens_q") is None)
+    key = (role, len(positions) > 1, mask is None, batch.get("cu_seq_lens_q") is None)
     if key in known or not _has_restart(positions, mask):
         return
     name = type(bare).__name__
@@ -76,7 +76,7 @@ def check_packed_rows(model: Any, batch: Mapping[str, Any], role: str) -> None:
                 "cache. Set use_cache to false in the arguments of the trainer."
             )
         implementation = str(getattr(bare.config, "_attn_implementation", "") or "")
-        if "flash" in implementation and key[0] and key[2]:
+        if "flash" in implementation and len(positions) > 1 and batch.get("cu_seq_lens_q") is None:
             raise OptionError(
                 f"The {role} {name} has attn_implementation={implementation!r}, which keeps the texts of packed rows apart in "
                 f"batches of one row only; the batch has {len(positions)}. Set the batch sizes per device to 1, "
