@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         nargs="+",
         type=Path,
-        help="text files; jsonl, json, csv or parquet files of texts or conversations; or `self_generated`: by the teacher",
+        help="text, jsonl, csv or parquet files, or `self_generated`",
     )
     method.add_argument(
         "--calibration-cache-dir", metavar="FOLDER", type=Path, help="where calibrated saves its progress, to resume"

@@ -86,7 +86,8 @@ def preprocess(
 
     Raises:
         OptionError: A column is missing, a label is not among the student's classes, a length is not supported, or there is
-            too little text for one example; conversations are to be packed for a model that would mix them; or the task is one whose datasets are not prepared here.
+            too little text for one example; conversations are to be packed for a model that would mix them; or the task is
+            one whose datasets are not prepared here.
     """
     if task not in _PREPARED_TASKS:
         raise OptionError(
