@@ -10,7 +10,7 @@ DESCRIPTION = (
     "Train a student from a teacher or a teacher cache as a YAML or JSON file specifies; flags after it override it."
 )
 EXAMPLE = "hf-guide distill examples/distill_smollm2.yaml --max_steps 100"
-SHOWN_METRICS = ("loss", "ce", "kd", "perplexity", "accuracy", "teacher_agreement")
+SHOWN_METRICS = ("loss", "ce", "kd", "perplexity", "accuracy", "wer", "cer", "teacher_agreement")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

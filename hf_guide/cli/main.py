@@ -68,7 +68,18 @@ def describe_remaining_output(args: argparse.Namespace) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    from hf_guide.cli import analyze_subclasses, capture, card, distill, families, init, inspect, methods, quickstart
+    from hf_guide.cli import (
+        analyze_subclasses,
+        capture,
+        card,
+        distill,
+        families,
+        init,
+        inspect,
+        label,
+        methods,
+        quickstart,
+    )
 
     parser = argparse.ArgumentParser(
         prog="hf-guide",
@@ -86,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="import a Python module first, which registers losses, methods or splitters of your own; may be repeated",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (init, methods, inspect, families, capture, distill, card, analyze_subclasses, quickstart):
+    for module in (init, methods, inspect, families, capture, label, distill, card, analyze_subclasses, quickstart):
         name = module.__name__.rpartition(".")[2].replace("_", "-")
         _add_command(commands, name, module, help=module.HELP)
     for old, new in RENAMED_COMMANDS.items():

@@ -22,18 +22,20 @@ from hf_guide.data.chat import set_chat_template
 from hf_guide.data.class_labels import student_labels
 from hf_guide.data.loading import find_column, load_splits
 from hf_guide.data.preprocessing import ProcessedData, preprocess
-from hf_guide.distillation.arguments import DistillationArguments
+from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments
 from hf_guide.distillation.checkpoints import has_checkpoints, validate_checkpoint
-from hf_guide.distillation.trainer import DistillationTrainer
+from hf_guide.distillation.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError, one_paragraph
+from hf_guide.models.adapters import without_adapter
 from hf_guide.models.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.scripts.config_file import parse_config
+from hf_guide.scripts.error_rates import TranscriptErrorRates
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.loading import hub_kwargs, is_trusted, load_complete_model
 from hf_guide.utils.labels import IGNORE_INDEX
 
-DATACLASSES = (ModelArguments, DataArguments, DistillationArguments)
+DATACLASSES = (ModelArguments, DataArguments, Seq2SeqDistillationArguments)
 
 # Their tokenizers accept text split into words only with a space before each word.
 _NEEDS_PREFIX_SPACE = ("bloom", "gpt2", "roberta", "deberta")
@@ -45,11 +47,11 @@ class DistillConfig:
 
     models: ModelArguments
     data: DataArguments
-    training: DistillationArguments
+    training: Seq2SeqDistillationArguments
 
 
 def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DistillConfig:
-    """Read a YAML or JSON file of fields of `ModelArguments`, `DataArguments` and `DistillationArguments`.
+    """Read a YAML or JSON file of fields of `ModelArguments`, `DataArguments` and `Seq2SeqDistillationArguments`.
 
     Args:
         path: The file.
@@ -77,9 +79,14 @@ def distill(config: DistillConfig) -> dict[str, float]:
     _check_config(models, args)
     transformers.set_seed(args.seed)
     checkpoints = _inspect_checkpoints(models, args)
+    if args.predict_with_generate and checkpoints.task is not Task.SPEECH_SEQ2SEQ:
+        raise OptionError(
+            f"predict_with_generate is for {Task.SPEECH_SEQ2SEQ}, whose texts have a word error rate; the task is "
+            f"{checkpoints.task}. For other metrics of generated texts, use Seq2SeqDistillationTrainer with compute_metrics."
+        )
     train, held_out = load_splits(data)
     labels = None
-    if not checkpoints.task.is_language_model:
+    if checkpoints.task.has_labels:
         labels = student_labels(
             train,
             find_column(train, checkpoints.task, "label", data),
@@ -104,6 +111,7 @@ def distill(config: DistillConfig) -> dict[str, float]:
         args.remove_unused_columns = False
     student = _load_student(checkpoints, models, labels if checkpoints.needs_new_head else None)
     trainer = _make_trainer(student, args, processed, processing_class, checkpoints.task, _make_peft_config(models))
+    _set_generation_language(trainer, data)
     return _train_and_save(trainer, data)
 
 
@@ -148,23 +156,24 @@ def _inspect_checkpoints(models: ModelArguments, args: DistillationArguments) ->
 
 def _make_trainer(
     student: PreTrainedModel | None,
-    args: DistillationArguments,
+    args: Seq2SeqDistillationArguments,
     processed: ProcessedData,
     processing_class: Any,
     task: Task,
     peft_config: Any,
-) -> DistillationTrainer:
-    is_classifier = not task.is_language_model
+) -> "DistillationTrainer | Seq2SeqDistillationTrainer":
+    compute_metrics, preprocess_logits = _metrics_of(task, processing_class, args)
+    trainer_class: Any = Seq2SeqDistillationTrainer if task is Task.SPEECH_SEQ2SEQ else DistillationTrainer
     try:
-        return DistillationTrainer(
+        return trainer_class(
             model=student,
             args=args,
             data_collator=processed.collator,
             train_dataset=processed.train,
             eval_dataset=processed.eval,
             processing_class=processing_class,
-            compute_metrics=accuracy if is_classifier else None,
-            preprocess_logits_for_metrics=predicted_classes if is_classifier else None,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits,
             peft_config=peft_config,
         )
     except HfGuideError:
@@ -173,7 +182,29 @@ def _make_trainer(
         raise OptionError(f"These options cannot be combined: {one_paragraph(error)}.") from error
 
 
-def _train_and_save(trainer: DistillationTrainer, data: DataArguments) -> dict[str, float]:
+def _metrics_of(task: Task, processor: Any, args: Seq2SeqDistillationArguments) -> tuple[Any, Any]:
+    """Return `compute_metrics` and `preprocess_logits_for_metrics` of a task."""
+    if task.has_labels:
+        return accuracy, predicted_classes
+    if task is Task.CTC:
+        return TranscriptErrorRates(processor, frames=True), predicted_classes
+    return TranscriptErrorRates(processor) if args.predict_with_generate else None, None
+
+
+def _set_generation_language(trainer: Any, data: DataArguments) -> None:
+    """Let a student of speech generate in the language and the task of its transcripts, as it is saved, too."""
+    generation = getattr(without_adapter(trainer.model), "generation_config", None)
+    if generation is None or (data.language is None and data.speech_task is None):
+        return
+    generation.forced_decoder_ids = None
+    for name, value in (("language", data.language), ("task", data.speech_task)):
+        if value is not None:
+            setattr(generation, name, value)
+
+
+def _train_and_save(
+    trainer: "DistillationTrainer | Seq2SeqDistillationTrainer", data: DataArguments
+) -> dict[str, float]:
     args = trainer.args
     resume: Any = args.resume_from_checkpoint
     if str(resume).lower() in ("true", "false"):  # resume if there is a checkpoint, otherwise start
