@@ -224,8 +224,8 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
             ["not an option of method 'random'", "['seed']"],
         ),
         (
-            {"method": {"method": "calibrated", "fit_final_norm": "no"}},
-            ["fit_final_norm must be True or False", "'no'"],
+            {"method": {"method": "calibrated", "fit_logit_scale": "no"}},
+            ["fit_logit_scale must be True or False", "'no'"],
         ),
         ({"method": {"layer_selection": "block_influence"}}, ["needs activations", "method='calibrated'"]),
         ({"calibration_dataset": [1]}, ["calibration_dataset", "method='guide' uses no data", "leave it out"]),

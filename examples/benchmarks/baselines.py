@@ -12,7 +12,9 @@ from small_teacher import BATCH
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_guide import AutoStudentForCausalLM
+from hf_guide import AutoStudentForCausalLM, register_method
+from hf_guide.initialization.transfer import Transfer
+from hf_guide.methods import CalibratedConfig, CalibratedMethod, StudentSetup
 
 SHAPES: dict[str, dict[str, int]] = {
     "half width": {"hidden_size": 2, "intermediate_size": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
@@ -102,20 +104,29 @@ def _spaced(num_blocks: int, count: int) -> list[float]:
     return torch.linspace(0, num_blocks - 1, count).tolist()
 
 
-NOTHING_FITTED = {
-    "refit": "none",
-    "rotate_values": False,
-    "fit_tied_embedding": False,
-    "fit_final_norm": False,
-    "fit_logit_scale": False,
-}
+NOTHING_FITTED = {"refit": "none", "fit_logit_scale": False}
+
+
+@dataclass
+class BasisOnlyConfig(CalibratedConfig):
+    """Options of an ablation of calibrated."""
+
+    method: str = "calibrated_basis_only"
+
+
+class BasisOnly(CalibratedMethod):
+    """calibrated, in which heads, neurons and experts are selected evenly, and heads are truncated without a rotation."""
+
+    def _select_units(self, transfer: Transfer, setup: StudentSetup) -> None:
+        pass
+
+
+register_method("calibrated_basis_only", BasisOnlyConfig, BasisOnly)
 
 
 def blockwise(inputs: ArmInputs) -> PreTrainedModel:
     """Return the arm of a calibrated student whose blocks are then regressed on the teacher's hidden states."""
-    projected = by({"method": "calibrated", "refit": "none", "fit_tied_embedding": False, "fit_final_norm": False})(
-        inputs
-    )
+    projected = by({"method": "calibrated", "refit": "none"})(inputs)
     student = by({"method": "calibrated"})(inputs)
     layers = student.initialization_report.blocks["layers"]
     matrix = projection_matrix(inputs.teacher, projected)
@@ -130,15 +141,7 @@ ARMS: dict[str, Callable[[ArmInputs], PreTrainedModel]] = {
     "minitron": lambda inputs: pruned_as_minitron(inputs.teacher, inputs.config, inputs.batches),
     "first blocks, full width": dropped(first=True),
     "uniform blocks, full width": dropped(first=False),
-    "activation PCA": by(
-        {
-            "method": "calibrated",
-            "head_importance": "uniform",
-            "neuron_importance": "uniform",
-            "layer_selection": "uniform",
-        }
-        | NOTHING_FITTED
-    ),
+    "activation PCA": by({"method": "calibrated_basis_only", "layer_selection": "uniform"} | NOTHING_FITTED),
     "calibrated, no fitting": by({"method": "calibrated"} | NOTHING_FITTED),
     "guide": by({"method": "guide", "layer_selection": "uniform"}),
     "guide, subsequent layers uniform": by(

@@ -48,7 +48,7 @@ SHAPES = {
     "the quickstart's": (0.5, 1 / 3, True),
 }
 
-NOTHING_FITTED = {"refit": "none", "fit_tied_embedding": False, "fit_final_norm": False, "fit_logit_scale": False}
+NOTHING_FITTED = {"refit": "none", "fit_logit_scale": False}
 ARMS: dict[str, dict[str, Any]] = {
     "guide": {"method": "guide"},
     "calibrated": {},
@@ -61,11 +61,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "embedding basis": {"basis": "embeddings"},
     "channel selection": {"basis": "channels"},
     "uniform blocks": {"layer_selection": "uniform"},
-    "uniform heads": {"head_importance": "uniform"},
-    "uniform neurons": {"neuron_importance": "uniform"},
-    "values not rotated": {"rotate_values": False},
-    "embedding not fitted": {"fit_tied_embedding": False},
-    "final norm not fitted": {"fit_final_norm": False},
     "logit scale not fitted": {"fit_logit_scale": False},
     "self-generated text": {},
     "self-generated text, no fitting": NOTHING_FITTED,

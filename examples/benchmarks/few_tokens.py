@@ -87,11 +87,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "calibrated, self-generated text": {"method": "calibrated", "calibration_tokens": 16384},
     "calibrated, no fitting": {"method": "calibrated", "calibration_tokens": 8192} | NOTHING_FITTED,
     "calibrated, basis only": {
-        "method": "calibrated",
+        "method": "calibrated_basis_only",
         "calibration_tokens": 8192,
         "layer_selection": "first_last",
-        "head_importance": "uniform",
-        "neuron_importance": "uniform",
     }
     | NOTHING_FITTED,
     "guide, first blocks, no norm correction": {

@@ -31,13 +31,6 @@ class BasisKind(StringEnum):
     EMBEDDINGS = "embeddings"
 
 
-class Importance(StringEnum):
-    """How heads, neurons or experts are selected."""
-
-    ACTIVATION = "activation"
-    UNIFORM = "uniform"
-
-
 class Refit(StringEnum):
     """Which weights are refitted after they were transferred."""
 
@@ -46,25 +39,15 @@ class Refit(StringEnum):
     NONE = "none"
 
 
-_IMPORTANCES = {"energy": "activation", "even": "uniform"}
 _RENAMED = builtin_renames(
     LayerSelection.BLOCK_INFLUENCE,
     names={
         "logit_gain": "logit_scale",
-        "heads": "head_importance",
-        "neurons": "neuron_importance",
-        "experts": "expert_importance",
         "repair": "refit",
-        "fit_table": "fit_tied_embedding",
-        "fit_gain": "fit_final_norm",
-        "turn_values": "rotate_values",
         "calibration_length": "calibration_seq_length",
     },
     values={
         "basis": {"places": "channels"},
-        "head_importance": _IMPORTANCES,
-        "neuron_importance": _IMPORTANCES,
-        "expert_importance": _IMPORTANCES,
         "refit": {"writing": "output_projections"},
     },
 )
@@ -72,13 +55,6 @@ _RENAMED = builtin_renames(
 
 def _choice(choices: type[StringEnum], default: StringEnum, text: str) -> Any:
     return field(default=default.value, metadata={"help": text, "choices": choices})
-
-
-def _importance(units: str) -> Any:
-    text = (
-        f"Which {units} to keep: activation (largest mean squared output on the student's residual stream) or uniform."
-    )
-    return _choice(Importance, Importance.ACTIVATION, text)
 
 
 @dataclass
@@ -100,14 +76,12 @@ class CalibratedConfig(InitializationConfig):
         "table, as guide) or channels (those with the largest second moment; gains stay exact). auto is channels where blocks "
         "normalize the residual stream itself with gains that differ, as BERT's do, and activations elsewhere.",
     )
-    head_importance: str = _importance("attention heads")
-    neuron_importance: str = _importance("MLP neurons")
-    expert_importance: str = _importance("experts of a mixture (over the tokens routed to them)")
     refit: str = _choice(
         Refit,
         Refit.ALL,
         "Which weights are refitted by ridge regression on the teacher's activations, block by block: all, "
-        "output_projections (those that write onto the residual stream) or none.",
+        "output_projections (those that write onto the residual stream) or none. A tied embedding and the norm before it are "
+        "fitted in the logits unless it is none.",
     )
     ridge: float | None = field(
         default=None,
@@ -115,21 +89,6 @@ class CalibratedConfig(InitializationConfig):
             "help": "Strength of the ridge toward the transferred weight, in units of its inputs' mean square. None "
             "selects it for each weight on a quarter of the batches, or leaves the weight as it is."
         },
-    )
-    fit_tied_embedding: bool = field(
-        default=True,
-        metadata={"help": "Where the head is tied, fit the embedding table to both the embeddings and the logits."},
-    )
-    rotate_values: bool = field(
-        default=True,
-        metadata={
-            "help": "Where the head size shrinks, rotate each head's values to their principal directions after the output "
-            "projection and keep those; otherwise values are selected evenly."
-        },
-    )
-    fit_final_norm: bool = field(
-        default=True,
-        metadata={"help": "Fit the gain before a tied head on the calibration tokens, in the logits."},
     )
     fit_logit_scale: bool = field(
         default=True,

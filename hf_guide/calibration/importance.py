@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.config import CalibratedConfig, Importance
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.forward import calibration_mode, drop_padding, forward_no_cache
 from hf_guide.calibration.modules import ModuleMap, ModuleRef
@@ -48,9 +47,7 @@ def top_influence_blocks(influence: Tensor, count: int) -> list[int]:
 # Heads and neurons
 
 
-def select_units(
-    plan: Plan, statistics: ActivationStatistics, config: CalibratedConfig
-) -> tuple[dict[str, SelectedIndices], list[str]]:
+def select_units(plan: Plan, statistics: ActivationStatistics) -> tuple[dict[str, SelectedIndices], list[str]]:
     """Return, by the student's parameter, which heads and neurons it keeps; and notes on those selected evenly instead."""
     notes: list[str] = []
     selected: dict[str, SelectedIndices] = {}
@@ -61,9 +58,7 @@ def select_units(
     projections = [projection for group in by_pattern.values() for projection in group]
     for pattern, group in by_pattern.items():
         names = _unit_names(group[0])
-        is_neurons = len(names) == 1 and _has_flat_input(group[0])
-        importance = config.neuron_importance if is_neurons else config.head_importance
-        if importance == Importance.UNIFORM or not names or not _shrinks(plan, group[0], names):
+        if not names or not _shrinks(plan, group[0], names):
             continue
         coupled = {each.name: _coupled_parameters(plan, each, projections, names) for each in group}
         reason = _why_units_unsupported(plan, names, coupled)
@@ -241,14 +236,10 @@ def _restrict_to_axes(selected: SelectedIndices, parameter: ParameterPlan) -> Se
 # Experts
 
 
-def prunable_experts(
-    plan: Plan, modules: ModuleMap, config: CalibratedConfig
-) -> tuple[dict[str, ModuleRef], list[str]]:
+def prunable_experts(plan: Plan, modules: ModuleMap) -> tuple[dict[str, ModuleRef], list[str]]:
     """Return the teacher's experts modules to prune by importance; and notes on those whose experts are selected evenly."""
     prunable: dict[str, ModuleRef] = {}
     notes: list[str] = []
-    if config.expert_importance == Importance.UNIFORM:
-        return prunable, notes
     for parameter in plan.parameters.values():
         ref = modules.experts.get(_source_parent(parameter))
         if ref is None or ref.match.row != parameter.match.row:

@@ -248,6 +248,12 @@ REMOVED_OPTIONS = {
     "repair_inputs": f"a block is always refitted on the student's own residual stream; {_REMOVED}",
     "absorb_blocks": f"dropped blocks are always merged into the block before them; {_REMOVED}",
     "turn_queries": f"queries and keys are always rotated where no operation is between them; {_REMOVED}",
+    "turn_values": f"values are always rotated where heads shrink; {_REMOVED}",
+    "heads": f"calibrated selects heads by their activations, the other methods evenly; {_REMOVED}",
+    "neurons": f"calibrated selects neurons by their activations, the other methods evenly; {_REMOVED}",
+    "experts": f"calibrated selects experts by their activations, the other methods evenly; {_REMOVED}",
+    "fit_table": f"calibrated fits a tied embedding unless refit='none'; {_REMOVED}",
+    "fit_gain": f"calibrated fits the norm before a tied head unless refit='none'; {_REMOVED}",
 }
 
 

@@ -126,10 +126,16 @@ class CalibratedMethod(InitializationMethod):
             label_indices=setup.label_indices,
         )
         transfer, bases = fit_activation_bases(plan, statistics, config)
-        units, notes = select_units(plan, statistics, config)
+        self._select_units(transfer, setup)
+        return transfer, bases
+
+    def _select_units(self, transfer: Transfer, setup: StudentSetup) -> None:
+        """Have the plan select heads, neurons and experts by the statistics, and rotate heads before they are truncated."""
+        plan, statistics = transfer.plan, self.calibration.statistics
+        units, notes = select_units(plan, statistics)
         transfer.notes += notes
         plan.select(units)
-        experts, notes = prunable_experts(plan, find_modules(self.calibration.model, setup.layout), config)
+        experts, notes = prunable_experts(plan, find_modules(self.calibration.model, setup.layout))
         transfer.notes += notes
         if experts:
             importance = load_or_collect_expert_importance(
@@ -141,10 +147,8 @@ class CalibratedMethod(InitializationMethod):
                 show_progress=setup.show_progress,
             )
             plan.select(select_experts(plan, importance))
-        if config.rotate_values:
-            rotate_values(transfer, statistics.input_second_moments)
+        rotate_values(transfer, statistics.input_second_moments)
         rotate_queries_keys(transfer, statistics.qk_second_moments)
-        return transfer, bases
 
     def _with_selected_blocks(self, options: PlanOptions) -> PlanOptions:
         """Return the plan's options with every stack's blocks listed, where they are selected by their influence.
@@ -181,15 +185,15 @@ class CalibratedMethod(InitializationMethod):
             "block_influence": influence,
         }
         with calibration_mode(teacher), calibration_mode(student):
-            if head is not None and head.is_tied and config.fit_tied_embedding:
-                if not state.resume_step("tied_embedding"):
-                    head.fit_tied_embedding()
-                    state.save_step("tied_embedding")
+            tied_head = head if head is not None and head.is_tied and config.refit != Refit.NONE else None
+            if tied_head is not None and not state.resume_step("tied_embedding"):
+                tied_head.fit_tied_embedding()
+                state.save_step("tied_embedding")
             if config.refit != Refit.NONE:
                 BlockReconstructor(state).refit()
                 facts["residual_error"] = state.residual_error
-            if head is not None and head.is_tied and config.fit_final_norm:
-                head.fit_final_norm()
+            if tied_head is not None:
+                tied_head.fit_final_norm()
             if head is not None and config.fit_logit_scale:
                 facts["logit_scale"] = head.fit_logit_scale()
         student.to(student_device)  # type: ignore[arg-type]

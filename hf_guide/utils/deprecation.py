@@ -35,13 +35,13 @@ class RenamedOptions:
     Example:
         >>> import warnings
         >>> renamed = RenamedOptions(
-        ...     names={"heads": "head_importance"}, values={"head_importance": {"even": "uniform"}}
+        ...     names={"layers": "layer_selection"}, values={"layer_selection": {"even": "uniform"}}
         ... )
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
-        ...     options = renamed.translate({"heads": "even"}, "InitializationConfig")
+        ...     options = renamed.translate({"layers": "even"}, "InitializationConfig")
         >>> options, str(caught[0].message)
-        ({'head_importance': 'uniform'}, "InitializationConfig: 'heads' is deprecated; use 'head_importance'.")
+        ({'layer_selection': 'uniform'}, "InitializationConfig: 'layers' is deprecated; use 'layer_selection'.")
     """
 
     names: Mapping[str, str] = field(default_factory=dict)

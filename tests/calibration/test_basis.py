@@ -58,7 +58,7 @@ def test_norm_weights_are_those_of_the_selected_channels() -> None:
     teacher = kind.teacher()
     student = from_teacher(
         teacher,
-        method={"method": "calibrated", "refit": "none", "fit_tied_embedding": False, "fit_final_norm": False},
+        method={"method": "calibrated", "refit": "none"},
         calibration_dataset=kind_batches(kind),
         hidden_size=24,
         show_progress=False,

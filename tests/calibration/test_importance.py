@@ -12,6 +12,7 @@ from hf_guide.calibration import importance
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import collect_expert_importance
 from hf_guide.calibration.modules import find_modules
+from hf_guide.methods import calibrated
 from tests.calibration.small_students import case_batches, kind_batches
 from tests.invariants.case import Case, build, logits_of, settle
 from tests.invariants.cases import CASES
@@ -80,22 +81,24 @@ def lifted(case: Case, *, per_token: int) -> tuple[Any, Any, dict[int, list[int]
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_dead_experts_are_pruned(name: str) -> None:
+def test_dead_experts_are_pruned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = ALL[name]
     small, big, live = lifted(case, per_token=2 if name in ("gpt_oss", "deepseek_v3") else 1)
     expected = logits_of(small, case)
     assert relative_error(logits_of(big, case), expected) <= (case.lift or 0), "the teacher is not the small model"
     errors = {}
-    for expert_importance in ("activation", "uniform"):
+    for selects in (True, False):
+        if not selects:
+            monkeypatch.setattr(calibrated, "prunable_experts", lambda *_: ({}, []))
         student = from_teacher(
             big,
             small.config,
-            method={"method": "calibrated", "expert_importance": expert_importance},
+            method="calibrated",
             calibration_dataset=case_batches(case),
             show_progress=False,
         )
-        errors[expert_importance] = relative_error(logits_of(student, case), expected)
-        if expert_importance == "activation":
+        errors[selects] = relative_error(logits_of(student, case), expected)
+        if selects:
             report = student.initialization_report
             (blocks,) = report.blocks.values()
             selected = {
@@ -104,7 +107,7 @@ def test_dead_experts_are_pruned(name: str) -> None:
                 if "experts" in units
             }
             assert selected and all(selected[number] == live[blocks[number]] for number in selected)
-    assert errors["activation"] <= (case.lift or 0) < 1e-3 < errors["uniform"]
+    assert errors[True] <= (case.lift or 0) < 1e-3 < errors[False]
 
 
 def test_the_importance_of_an_expert_is_its_squared_output_over_the_tokens_routed_to_it() -> None:

@@ -65,7 +65,7 @@ def test_the_content_of_padding_changes_nothing(make: Any, pair: bool) -> None:
     students = [
         from_teacher(
             teacher,
-            method={"method": "calibrated", "fit_tied_embedding": False},
+            method="calibrated",
             calibration_dataset=with_decoder(padded(pad)) if pair else padded(pad),
             show_progress=False,
             **smaller,

@@ -46,7 +46,7 @@ def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_cop
 def test_where_a_half_precision_teacher_loses_nothing_nothing_changes(name: str, dtype: torch.dtype) -> None:
     teacher = KINDS[name].teacher().to(dtype)
     options: dict[str, Any] = {"calibration_dataset": token_batches(), "show_progress": False}
-    carried = {"method": "calibrated", "refit": "none", "fit_final_norm": False, "fit_logit_scale": False}
+    carried = {"method": "calibrated", "refit": "none", "fit_logit_scale": False}
     student = from_teacher(teacher, method="calibrated", **options)
     assert same_bits(student, from_teacher(teacher, method=carried, **options))
     assert student.initialization_report.calibration["logit_scale"] == 1.0

@@ -116,8 +116,6 @@ def test_the_help_fits_one_screen():
         (["--later-blocks", "select"], "subsequent_layers", "uniform"),
         (["--logit-gain", "0.5"], "logit_scale", 0.5),
         (["--basis", "places", "--method", "calibrated"], "basis", "channels"),
-        (["--heads", "even", "--method", "calibrated"], "head_importance", "uniform"),
-        (["--no-turn-values", "--method", "calibrated"], "rotate_values", False),
         (["--calibration-length", "64", "--method", "calibrated"], "calibration_seq_length", 64),
     ],
 )
@@ -133,7 +131,9 @@ def test_an_old_flag_of_a_method_warns_with_the_new_option(words, option, expect
     assert getattr(configs[0], option) == expected
 
 
-@pytest.mark.parametrize("words", [["--pooling", "norm"], ["--no-fold-norms"], ["--token-weights", "weights.txt"]])
+@pytest.mark.parametrize(
+    "words", [["--pooling", "norm"], ["--no-turn-values"], ["--heads", "even"], ["--token-weights", "weights.txt"]]
+)
 def test_a_removed_flag_is_an_error_with_the_reason(words, tmp_path, capsys):
     assert cli.main(["init", "teacher", "-o", str(tmp_path / "student"), "--method", "calibrated", *words]) == 2
     assert "was removed" in capsys.readouterr().err

@@ -149,14 +149,8 @@ RENAMED = [
     ("calibrated", {"layers": "influence"}, {"layer_selection": "block_influence"}),
     ("guide", {"later_blocks": "select"}, {"subsequent_layers": "uniform"}),
     ("guide", {"logit_gain": 0.3}, {"logit_scale": 0.3}),
-    ("calibrated", {"heads": "energy"}, {"head_importance": "activation"}),
-    ("calibrated", {"neurons": "even"}, {"neuron_importance": "uniform"}),
-    ("calibrated", {"experts": "even"}, {"expert_importance": "uniform"}),
     ("calibrated", {"basis": "places"}, {"basis": "channels"}),
     ("calibrated", {"repair": "writing"}, {"refit": "output_projections"}),
-    ("calibrated", {"fit_table": False}, {"fit_tied_embedding": False}),
-    ("calibrated", {"fit_gain": False}, {"fit_final_norm": False}),
-    ("calibrated", {"turn_values": False}, {"rotate_values": False}),
     ("calibrated", {"calibration_length": 64}, {"calibration_seq_length": 64}),
 ]
 
@@ -179,6 +173,7 @@ def test_old_names_and_values_warn_with_the_new_ones(method: str, old: dict[str,
     [
         *("centered", "token_weights", "energy_correction", "fold_norms", "restore_logit_scale"),
         *("pooling", "repair_inputs", "absorb_blocks", "turn_queries"),
+        *("heads", "neurons", "experts", "fit_table", "fit_gain", "turn_values"),
     ],
 )
 @pytest.mark.parametrize("method", ["guide", "calibrated"])

@@ -206,7 +206,7 @@ INFLUENCE = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForCon
 def test_blocks_selected_by_influence_obey_the_law_too(name: str) -> None:
     family = next(family for family in EXACT if family.model_class == name)
     teacher = family.teacher()
-    unchanged = {"refit": "none", "fit_tied_embedding": False, "fit_final_norm": False, "fit_logit_scale": False}
+    unchanged = {"refit": "none", "fit_logit_scale": False}
     student = from_teacher(
         teacher,
         method={"method": "calibrated", "layer_selection": "block_influence", **unchanged},
