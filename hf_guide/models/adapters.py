@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_guide.errors import OptionError
+from hf_guide.models.modes import on_meta_device
 
 
 def is_adapter_layer(module: Any) -> bool:
@@ -130,7 +131,7 @@ def parametrized_layers(model: Any) -> list[str]:
     layers = _parametrized(model)
     if not layers:
         return []
-    with torch.device("meta"):
+    with on_meta_device():
         stock = tuple(_parametrized(type(bare)(copy.deepcopy(bare.config))))
     return [name for name in layers if not name.endswith(stock)] if stock else layers
 

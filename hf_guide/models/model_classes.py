@@ -4,12 +4,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_guide.errors import TeacherError, one_paragraph
+from hf_guide.models.modes import on_meta_device
 from hf_guide.models.pretrained import LOADING_ERRORS, remote_code_error
 from hf_guide.tasks import Task
 
@@ -79,7 +79,7 @@ def meta_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> 
         >>> meta_model(LlamaForCausalLM, LlamaConfig(num_hidden_layers=1)).device
         device(type='meta')
     """
-    with torch.device("meta"):
+    with on_meta_device():
         return model_class._from_config(copy.deepcopy(config))
 
 

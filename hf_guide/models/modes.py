@@ -1,4 +1,4 @@
-"""Run a model in evaluation mode for the duration of a block, and restore what it was."""
+"""Run a model in evaluation mode, or build one on the meta device, for the duration of a block; restore what it was."""
 
 import contextlib
 from collections.abc import Iterator
@@ -37,6 +37,23 @@ def eval_preserving_state(model: nn.Module, device: torch.device) -> Iterator[No
     devices = [] if device.type == "cpu" else [device]
     device_type = "cuda" if device.type == "cpu" else device.type
     with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices, device_type=device_type):
+        yield
+
+
+@contextlib.contextmanager
+def on_meta_device() -> Iterator[None]:
+    """Build modules without memory for their weights; restore the random state.
+
+    Some classes draw values on the CPU all the same (`torch.Tensor(size).uniform_()` in wav2vec 2.0), and looking at a model
+    must not change how another is trained.
+
+    Example:
+        >>> with on_meta_device():
+        ...     linear = nn.Linear(2, 2)
+        >>> linear.weight.device
+        device(type='meta')
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         yield
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_guide.models.modes import on_meta_device
 from hf_guide.models.tiny_models import MODEL_ERRORS, tiny_config
 
 _TOKEN, _OTHER_TOKEN = 9, 7
@@ -110,7 +111,7 @@ def _probe(config: PreTrainedConfig) -> TextPositions:
     mapped: Any = MODEL_MAPPING[type(config)]
     model_class = mapped[0] if isinstance(mapped, tuple) else mapped
     try:
-        with torch.device("meta"), no_init_weights():
+        with on_meta_device(), no_init_weights():
             model = model_class._from_config(config)
     except MODEL_ERRORS:
         return TextPositions()

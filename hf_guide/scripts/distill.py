@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import transformers
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
@@ -27,6 +26,7 @@ from hf_guide.distillation.checkpoints import has_checkpoints, validate_checkpoi
 from hf_guide.distillation.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError, one_paragraph
 from hf_guide.models.adapters import without_adapter
+from hf_guide.models.modes import on_meta_device
 from hf_guide.models.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.scripts.config_file import parse_config
 from hf_guide.scripts.error_rates import TranscriptErrorRates
@@ -300,7 +300,7 @@ def task_of_config(config: PreTrainedConfig) -> Task | None:
             continue
         message = f"{name} cannot be built from the config of {config._name_or_path}"
         try:
-            with unreadable_as(TeacherError, message), torch.device("meta"):
+            with unreadable_as(TeacherError, message), on_meta_device():
                 return task_of(model_class._from_config(config))
         except TaskError:
             continue

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import HfGuideError
@@ -14,6 +13,7 @@ from hf_guide.initialization.config import LayerSelection, PlanOptions
 from hf_guide.initialization.plan import make_plan
 from hf_guide.initialization.student_config import derive_student_config
 from hf_guide.layouts.registry import Layout
+from hf_guide.models.modes import on_meta_device
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.visualization import LANDMARKS, Curve, width_reaching
 
@@ -88,7 +88,7 @@ def count_parameters(teacher: TeacherCheckpoint, layout: Layout, overrides: dict
 
 
 def _meta_model(teacher: TeacherCheckpoint, config: PreTrainedConfig) -> Any:
-    with torch.device("meta"):
+    with on_meta_device():
         return teacher.model_class._from_config(config)
 
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
+from hf_guide.models.adapters import parametrized_layers
 from hf_guide.models.hooks import StopForward, first_output, register_input_hook, removable_hooks
+from hf_guide.models.model_classes import meta_model
 from hf_guide.models.modes import eager_float64_experts, eval_mode, eval_preserving_state
 from tests.tiny import KINDS
 
@@ -25,6 +28,17 @@ def test_the_random_state_is_restored() -> None:
         torch.rand(3)
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state) and torch.is_grad_enabled()
+
+
+def test_models_that_are_only_looked_at_leave_the_random_state() -> None:
+    """Wav2vec 2.0 draws its mask on the CPU also when the model is built on the meta device."""
+    model = AutoModel.from_config(
+        AutoConfig.for_model("wav2vec2", num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+    )
+    state = torch.get_rng_state()
+    assert meta_model(type(model), model.config).feature_projection.projection.weight.is_meta
+    assert parametrized_layers(model) == []
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_only_float64_experts_are_run_eagerly() -> None:
