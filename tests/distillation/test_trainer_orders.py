@@ -1,6 +1,7 @@
 """Whatever a user derives from the distillation and another trainer, in whatever order, the teacher is used, or an error."""
 
 import gc
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,13 @@ def trainer_class(method: str, style: str, order: str) -> type:
         return override(DistillationTrainer, method, style)
     other = override(Trainer, method, style)
     return type("T", (other, DistillationTrainer) if order == "in front" else (DistillationMixin, other), {})
+
+
+def section_code(heading: str) -> list[str]:
+    """Return the Python code of a section of the guide."""
+    guide = (Path(__file__).parents[2] / "examples" / "README.md").read_text(encoding="utf-8")
+    section = guide.split(f"\n{heading}\n")[1].split("\n## ")[0].split("\n### ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -314,3 +322,13 @@ def test_a_keyword_that_no_class_takes_is_an_error(tmp_path: Path) -> None:
     for kind in (DistillationTrainer, WeightedDistillation):
         with pytest.raises(TypeError, match="unexpected keyword argument 'techer'. Did you mean 'teacher'"):
             kind(student, DistillationArguments(str(tmp_path), use_cpu=True), techer=student)
+
+
+def test_the_recipes_of_the_guide_construct(tmp_path: Path) -> None:
+    weighted, generating = section_code("### Any trainer")
+    data = [{"input_ids": [1, 2, 3], "labels": 1}]
+    names: dict[str, Any] = {"tokenizer": None, "train": data, "held_out": data, "compute_metrics": None}
+    for task, recipe in ((TASK, weighted), ("seq2seq-lm", generating)):
+        names |= {"student": model_for(task, 1), "teacher": model_for(task, 2), "data_collator": collate}
+        exec(recipe.replace('"out", ', f'"{tmp_path}", use_cpu=True, '), names)
+        assert len(names["trainer"].teachers) == 1

@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from hf_guide import DistillationArguments, DistillationMixin, DistillationTrainer, OptionError
 from tests.distillation.small import llama
+from tests.distillation.test_trainer_orders import section_code
 from tests.trust.artefacts import make_tokenizer
 
 trl = pytest.importorskip(
@@ -233,22 +234,22 @@ def test_arguments_have_the_defaults_of_sft_config(kind: Any, tmp_path: Path) ->
     assert parsed.learning_rate == 2e-5
 
 
-def test_data_that_sft_trainer_prepares_trains_the_distillation_trainer(tmp_path: Path) -> None:
-    """The recipe of the examples: TRL for the data, `DistillationTrainer` for the training."""
-    data = datasets.Dataset.from_list(CHATS)
-    sft = trl.SFTTrainer(
-        student(),
-        trl.SFTConfig(str(tmp_path), assistant_only_loss=True, use_cpu=True, bf16=False, report_to="none"),
-        train_dataset=data,
-        processing_class=tokenizer(),
-    )
-    args = DistillationArguments(
-        str(tmp_path), losses="kd", max_steps=1, use_cpu=True, report_to="none", logging_steps=1, save_strategy="no"
-    )
-    trainer = DistillationTrainer(
-        student(), args, sft.data_collator, sft.train_dataset, processing_class=tokenizer(), teacher=student(2)
-    )
-    trainer.train()
-    mixed = trainer_of(Mixed, options(tmp_path, losses="kd", assistant_only_loss=True), CHATS, teacher=student(2))
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_recipes_of_the_guide_train_with_the_teacher(number: int, tmp_path: Path) -> None:
+    """TRL's trainer with the mixin, and TRL for the data alone."""
+    recipe = section_code("### TRL's SFTTrainer")[number]
+    recipe = recipe.replace('"out", ', f'"{tmp_path}", max_steps=1, logging_steps=1, use_cpu=True, report_to="none", ')
+    recipe = recipe.replace("assistant_only_loss=True", "assistant_only_loss=True, bf16=False")
+    names = {
+        "student": student(),
+        "teacher": student(2),
+        "tokenizer": tokenizer(),
+        "chats": datasets.Dataset.from_list(CHATS),
+    }
+    # As a module of its own: dataclasses look up their module.
+    names["__name__"] = __name__
+    exec(recipe, names)
+    mixed = trainer_of(Mixed, options(tmp_path, assistant_only_loss=True), CHATS, teacher=student(2))
     mixed.train()
-    assert trainer.state.log_history[0]["kd"] == pytest.approx(mixed.state.log_history[0]["kd"], rel=1e-4)
+    kd = names["trainer"].state.log_history[0]["kd"]
+    assert kd == pytest.approx(mixed.state.log_history[0]["kd"], rel=1e-4)
