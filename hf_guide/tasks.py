@@ -31,6 +31,13 @@ PROCESSOR_CLASSES: Mapping[str, str] = MappingProxyType(
 BASE_MAPPING = "BASE"
 """The name in this table of `MODEL_MAPPING_NAMES`, the models without a head."""
 
+_SIGMOID_PAIRS = ("siglip", "siglip2")
+_WITH_NO_OBJECT_CLASS = (
+    *("detr", "yolos", "table-transformer", "maskformer", "mask2former", "oneformer"),
+    *("eomt", "eomt_dinov3", "videomt"),
+)
+"""Types of detectors whose last class is "no object", so that their classes exclude each other."""
+
 _MAPPINGS_WITHOUT_A_TASK = ("PRETRAINING", "MULTIMODAL_LM", "BACKBONE")
 """Mappings that group classes otherwise than by what their outputs are."""
 
@@ -438,21 +445,35 @@ def mapping_names(mapping: str) -> Mapping[str, Any]:
 
 
 def output_kind(task: Task, config: Any) -> OutputKind:
-    """Return what the logits of a model are; for a classifier its config decides.
+    """Return what the logits of a model are, before it runs: its config decides.
+
+    A classifier with one output is a regression, whatever its `problem_type`; a detector without a class for "no object" has
+    a sigmoid per class, as do pairs of images and texts that are compared one by one (SigLIP).
 
     Args:
         task: The model's.
-        config: The model's: its `problem_type`, and else `num_labels`, of which one means a regression.
+        config: The model's.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> str(output_kind(Task.SEQUENCE_CLASSIFICATION, BertConfig(num_labels=1)))
+        'real'
     """
-    kind = task.row.outputs[0].kind
-    if kind is not OutputKind.CATEGORICAL or task.is_language_model:
-        return kind
-    problem_type = getattr(config, "problem_type", None)
-    if problem_type == "multi_label_classification":
-        return OutputKind.BERNOULLI
-    if problem_type == "regression" or (problem_type is None and config.num_labels == 1):
-        return OutputKind.REAL
-    return kind
+    output, model_type = task.row.outputs[0], getattr(config, "model_type", None)
+    if output.kind is not OutputKind.CATEGORICAL:
+        return output.kind
+    if output.classes == "pairs":
+        return OutputKind.BERNOULLI if model_type in _SIGMOID_PAIRS else OutputKind.CATEGORICAL
+    if output.items == "query":
+        return OutputKind.CATEGORICAL if model_type in _WITH_NO_OBJECT_CLASS else OutputKind.BERNOULLI
+    if output.classes != "labels":
+        return output.kind
+    # A teacher of another library may have a config without a number of labels.
+    if getattr(config, "num_labels", 2) // (getattr(config, "num_subclasses", None) or 1) == 1:
+        return OutputKind.BERNOULLI if output.items == "pixel" else OutputKind.REAL
+    problem_type = getattr(config, "problem_type", None) if output.items == "example" else None
+    kinds = {"multi_label_classification": OutputKind.BERNOULLI, "regression": OutputKind.REAL}
+    return kinds.get(str(problem_type), output.kind)
 
 
 def _task_and_tag(model_class: type | str) -> tuple[Task, str] | None:

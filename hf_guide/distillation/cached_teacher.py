@@ -4,15 +4,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_guide.errors import CaptureError, TaskError
 from hf_guide.models.layer_mapping import depth_of_config
 from hf_guide.signal_cache.codec import COLUMN_PREFIX
 from hf_guide.signal_cache.reader import MISSING_EXAMPLE_HINT, Capture
-from hf_guide.tasks import Task
-from hf_guide.teachers.alignment import align_labels, shared_vocabulary_size
-from hf_guide.teachers.forward import align_logits
+from hf_guide.tasks import OutputKind, Task, output_kind
+from hf_guide.teachers.alignment import align_labels, check_same_tokens, shared_vocabulary_size
+from hf_guide.teachers.forward import align_logits, check_item_axes
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
 
 
@@ -41,6 +42,11 @@ class CachedTeacher:
         return self.capture.manifest.teacher_config_object()
 
     @property
+    def kind(self) -> OutputKind:
+        """What its logits are."""
+        return output_kind(self.capture.task, self.config)
+
+    @property
     def depth(self) -> int:
         """The teacher's number of blocks."""
         return depth_of_config(self.capture.manifest.teacher_config_object())
@@ -61,11 +67,13 @@ class CachedTeacher:
         if not cached:
             return None
         target: Callable[[slice], DenseTarget | TopKTarget] | None = None
-        missing = []
+        missing = ["boxes"] if TeacherSignal.BOXES in required else []
         if TeacherSignal.LOGITS in required:
             if "teacher_logits" in cached:
-                logits = align_logits(cached["teacher_logits"][mask], self.classes, self.order)
-                target = lambda rows: DenseTarget(logits[rows])  # noqa: E731
+                captured = captured_logits(self.capture.task, cached["teacher_logits"], mask)
+                logits = align_logits(captured[mask], self.classes, self.order)
+                kind = self.kind
+                target = lambda rows: DenseTarget(logits[rows], kind)  # noqa: E731
             elif "teacher_topk_indices" in cached:
                 tensors = [
                     cached[COLUMN_PREFIX + name][mask] for name in ("topk_indices", "topk_log_probs", "log_normalizer")
@@ -91,6 +99,20 @@ class CachedTeacher:
         )
 
 
+def captured_logits(task: Task, logits: Tensor, mask: Tensor) -> Tensor:
+    """Return cached logits in the canonical form, with the positions of `mask`.
+
+    Raises:
+        TaskError: They have others.
+    """
+    if task.row.outputs[0].items == "boundary":
+        logits = logits.transpose(1, 2)  # stored token by token
+    elif task.row.outputs[0].items == "frame" and logits.shape[1] < mask.shape[1]:
+        logits = torch.nn.functional.pad(logits, (0, 0, 0, mask.shape[1] - logits.shape[1]))
+    check_item_axes(task, logits, mask, "captured teacher")
+    return logits
+
+
 def load_cached_teacher(capture: Capture, student: Any, task: Task, processing_class: Any) -> CachedTeacher:
     """Return a signal cache as the teacher of `student`.
 
@@ -106,8 +128,11 @@ def load_cached_teacher(capture: Capture, student: Any, task: Task, processing_c
         )
     capture.check(processing_class=processing_class)
     if not task.is_language_model:
-        order = align_labels(student.config, capture.manifest.teacher_config_object())
-        return CachedTeacher(capture, None, order)
+        config = capture.manifest.teacher_config_object()
+        axis = task.row.outputs[0].classes
+        if axis == "characters":  # the tokenizer's fingerprint was compared above
+            check_same_tokens(student.config, config, min(student.config.vocab_size, config.vocab_size))
+        return CachedTeacher(capture, None, align_labels(student.config, config, task) if axis == "labels" else None)
     # The tokenizer's fingerprint was compared above: only padding rows may differ.
     tokenizer = processing_class if hasattr(processing_class, "get_vocab") else None
     size, classes = student.get_output_embeddings().weight.shape[0], capture.manifest.classes

@@ -3,8 +3,9 @@
 Every loss is a mean over the items of the whole accumulated batch, on all processes where
 `average_tokens_across_devices` is set, so that one step is the same however its batch is split up.
 
-Does: count the items of the micro-batches; convert sums over a micro-batch to parts of that mean, and the task loss, which
-models divide by themselves, into a sum; return a loss of zero, with gradient, for a batch without any target.
+Does: count the items of the micro-batches, and the targets that the model's own loss is averaged over; convert sums over a
+micro-batch to parts of that mean, and the task loss, which models divide by themselves, into a sum; return a loss of zero,
+with gradient, for a batch without any target.
 Does not: compute the other losses (`objective.py`).
 """
 
@@ -21,6 +22,8 @@ from hf_guide.distillation.objective import BatchBuilder, DistillationBatch, zer
 from hf_guide.distillation.subclass_logits import SubclassTargets
 from hf_guide.errors import OptionError
 from hf_guide.models.modes import eval_mode
+from hf_guide.models.targets import target_inputs
+from hf_guide.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class LossDenominator:
 
     Attributes:
         num_items: Items of the accumulated batch, or of this micro-batch where `Trainer` counted none; never 0.
+        num_targets: What the model's own loss is averaged over there; never 0.
         is_global: Whether `num_items` counts the accumulated batch.
         world_scale: Undoes the mean over processes of DistributedDataParallel, as `Trainer` does.
     """
 
     num_items: Any
+    num_targets: Any
     is_global: bool
     world_scale: int
 
@@ -46,6 +51,10 @@ class LossDenominator:
         return loss_mean * self.num_items / self.world_scale
 
 
+_ITEMS_COUNTED_BY_TRAINER = ("token", "example", "pixel")
+"""The items of tasks whose losses may be divided by `num_items_in_batch`; others are means over their own batch."""
+
+
 class LossScalingTrainer(Trainer):
     """A `Trainer` that counts the items of accumulated batches, and scales the task loss of any model by them."""
 
@@ -53,6 +62,7 @@ class LossScalingTrainer(Trainer):
     loss_is_scaled_for_ga = True
 
     called_methods: set[str]
+    task: Task
     _batch_builder: BatchBuilder
     _subclass_targets: SubclassTargets
     _is_predicting: bool = False
@@ -62,7 +72,9 @@ class LossScalingTrainer(Trainer):
     _has_own_task_loss: bool = False
     """Whether another trainer's `compute_loss` gives the task loss."""
 
-    _unlabeled_loss_factor: Tensor | None = None
+    _targets_per_item: Tensor | None = None
+    """What the model's own loss is averaged over, for each item of the accumulated batch."""
+
     _accepts_num_items: bool | None = None
     """Whether the student's own loss is divided by `num_items_in_batch`; None until it is known."""
 
@@ -80,8 +92,8 @@ class LossScalingTrainer(Trainer):
         totals = torch.stack(counts).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             totals = self.accelerator.gather(totals).view(-1, 2).sum(0)
-        num_items, num_labeled = totals
-        self._unlabeled_loss_factor = num_items / num_labeled.clamp(min=1) if training else None
+        num_items, num_targets = totals
+        self._targets_per_item = num_targets / num_items.clamp(min=1)
         # Without any target the losses are sums over nothing, and zero whatever they are divided by.
         return num_items.clamp(min=1) / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
 
@@ -90,10 +102,14 @@ class LossScalingTrainer(Trainer):
         if batch.has_padding_examples:
             num_items_in_batch = None  # it counts what the dataloader only filled the last batches up with
         if num_items_in_batch is None:
-            return LossDenominator(batch.num_items.clamp(min=1), False, 1)
+            return LossDenominator(batch.num_items.clamp(min=1), _at_least_one(batch.num_targets), False, 1)
         is_averaged = self.args.average_tokens_across_devices
         world_scale = self.accelerator.num_processes // self.get_tp_size() if is_averaged else 1
-        return LossDenominator(_at_least_one(num_items_in_batch), True, world_scale)
+        ratio = self._targets_per_item
+        if self.compute_loss_func is not None or ratio is None:
+            ratio = batch.num_targets / batch.num_items.clamp(min=1)
+        num_items = _at_least_one(num_items_in_batch)
+        return LossDenominator(num_items, _at_least_one(num_items * ratio), True, world_scale)
 
     def _divide_by_accumulation_steps(self, loss: Tensor, denominator: LossDenominator) -> Tensor:
         """Return the loss of a training step; without a global count, the mean over micro-batches, as in `Trainer`."""
@@ -102,14 +118,14 @@ class LossScalingTrainer(Trainer):
     def _task_loss(
         self, model: nn.Module, inputs: dict[str, Any], batch: DistillationBatch, denominator: LossDenominator
     ) -> tuple[Tensor, Any]:
-        """Return the task loss as `Trainer` computes it, a mean over the items of the accumulated batch, and outputs."""
-        if not bool(batch.num_labeled_items):
+        """Return the task loss as `Trainer` computes it, a mean over the targets of the accumulated batch, and outputs."""
+        if not batch.has_targets or not bool(batch.num_targets):
             return self._zero_task_loss(model, inputs)
         if denominator.is_global and self._model_normalizes_loss(model, inputs):
-            return self._next_task_loss(model, inputs, denominator.num_items)
+            return self._next_task_loss(model, inputs, denominator.num_targets)
         # Losses that are a mean over their own batch, whatever num_items_in_batch is (T5's, BERT's classifiers').
         loss, outputs = self._next_task_loss(model, inputs, None)
-        return loss * (batch.mask.sum() / denominator.num_items) * denominator.world_scale, outputs
+        return loss * (batch.num_targets / denominator.num_targets) * denominator.world_scale, outputs
 
     def _next_task_loss(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Any) -> tuple[Tensor, Any]:
         """Return the loss and the outputs of `compute_loss` of the class after `DistillationMixin`.
@@ -131,7 +147,7 @@ class LossScalingTrainer(Trainer):
 
         The zero has a gradient, zero too, to every parameter: DistributedDataParallel and FSDP wait for it.
         """
-        labels = {*self.label_names, "labels", "shift_labels"}
+        labels = {*self.label_names, "labels", "shift_labels", *target_inputs(self.task)}
         outputs = model(**{name: value for name, value in inputs.items() if name not in labels})
         loss = zero_loss_with_gradient(outputs)
         return loss, outputs if isinstance(outputs, dict) else (loss, *outputs)
@@ -139,18 +155,15 @@ class LossScalingTrainer(Trainer):
     def _task_loss_sum(
         self, model: nn.Module, inputs: dict[str, Any], batch: DistillationBatch, denominator: LossDenominator
     ) -> tuple[Tensor, Any]:
-        """Return the task loss as a sum over the items, of which those without a label have the mean of the others."""
+        """Return the task loss as a sum over the items, of which those without a target have the mean of the others."""
         loss, outputs = self._task_loss(model, inputs, batch, denominator)
-        loss = denominator.to_sum(loss)
-        if model.training and self._subclass_targets.learned and batch.labels is not None:
-            local_factor = batch.mask.sum() / batch.num_labeled_items.clamp(min=1)
-            factor = self._unlabeled_loss_factor if denominator.is_global else local_factor
-            loss = loss if factor is None else loss * factor
-        return loss, outputs
+        return denominator.to_sum(loss), outputs
 
     def _model_normalizes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Return whether the task loss that the next class computes is divided by the `num_items_in_batch` it is passed."""
         if not self._has_own_task_loss:
+            if self.task.row.outputs[0].items not in _ITEMS_COUNTED_BY_TRAINER:
+                return False
             if self.compute_loss_func is not None or self.label_smoother is not None:
                 return True
             if not self.model_accepts_loss_kwargs:

@@ -32,8 +32,8 @@ from hf_guide.distillation.layer_projections import ProjectionGradSyncCallback, 
 from hf_guide.distillation.loss_scaling import LossScalingTrainer
 from hf_guide.distillation.losses.registry import (
     TASK_LOSS,
-    check_class_distribution,
     check_losses_fit_task,
+    check_output_kind,
     compares_features,
 )
 from hf_guide.distillation.metrics import RunningMeans
@@ -80,8 +80,10 @@ from hf_guide.models.adapters import check_no_virtual_tokens, validate_unwrapped
 from hf_guide.models.code_references import drop_code_references
 from hf_guide.models.label_shift import shifts_labels
 from hf_guide.models.lm_head import LMHead
+from hf_guide.models.targets import needs_labels
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.tasks import task_of
+from hf_guide.teachers.alignment import incomparable_logits
 from hf_guide.teachers.forward import LiveTeacher, non_finite_signals_error
 from hf_guide.teachers.isolation import check_no_shared_parameters
 
@@ -225,11 +227,14 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         """Check the student, load its teachers, and set up the losses."""
         args, processing_class = self.args, self.processing_class
         drop_code_references(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
-        self.label_names = list(self.label_names) or ["labels"]  # a forward of *args and **kwargs names none
         validate_unwrapped(self.model, "student")
         align_student_special_tokens(self.model, processing_class)
         student = self.unwrapped_student
         self.task = task_of(student)
+        if needs_labels(self.task):
+            self.label_names = list(self.label_names) or ["labels"]  # a forward of *args and **kwargs names none
+        else:
+            self.can_return_loss = True  # `Trainer` then evaluates without labels, too
         check_losses_fit_task(args.loss_configs, self.task, student.config)
         if self.train_dataset is not None:
             validate_trainable(student)
@@ -249,7 +254,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
                 accelerator=self.accelerator,
             )
         for each in self.teachers:
-            check_class_distribution(args.loss_weights, self.task, each.config, "teacher")
+            check_output_kind(args.loss_weights, self.task, each.config, "teacher")
         self.add_callback(StepChecksCallback(self))
         self._setup_objective()
 
@@ -337,6 +342,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             tuple(self.label_names),
             self._shifted,
             self.distillation_objective.max_logits,
+            not any(incomparable_logits(self.task, student.config, each.config) for each in self.teachers),
         )
         self.remove_callback(ProjectionGradSyncCallback)
         if self.distillation_objective.projections is not None:
@@ -399,7 +405,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             self._check_count(num_items_in_batch)
         batch = self._batch_builder.build(inputs, training=training)
         denominator = self._loss_denominator(batch, num_items_in_batch)
-        model = self._subclass_targets.wrap_in_class_logits(model, batch.num_items)
+        model = self._subclass_targets.wrap_in_class_logits(model)
         objective = self.distillation_objective
         if training and objective.weights == {TASK_LOSS: 1.0} and not objective.measures_tokens:
             # What `Trainer` does, to the last bit.
@@ -420,8 +426,16 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             loss = self._divide_by_accumulation_steps(loss, denominator)
             self.watch_gradient(loss)
         self._check_loss(loss, result, batch)
-        (self._train_means if training else self._eval_means).add(result.sums, batch.num_items)
+        self._add_to_means(self._train_means if training else self._eval_means, result, batch)
         return (loss, self._strip_hidden_states(result.outputs, loss)) if return_outputs else loss
+
+    def _add_to_means(self, means: RunningMeans, result: ObjectiveOutput, batch: DistillationBatch) -> None:
+        """Add the losses of a batch to the means, the task loss by what it is averaged over."""
+        sums = dict(result.sums)
+        if TASK_LOSS in sums:
+            mean = sums.pop(TASK_LOSS) / batch.num_items.clamp(min=1)
+            means.add({TASK_LOSS: mean * batch.num_targets}, batch.num_targets)
+        means.add(sums, batch.num_items)
 
     @property
     def _discards_outputs(self) -> bool:

@@ -1,7 +1,8 @@
 """Prepare a batch of the dataloader for the losses, and compute the objective on it: every loss's sum over the items.
 
-An item is what a loss is averaged over: a token with a target, or an example. `BatchBuilder` finds the items, their labels
-and the teachers' signals at them; `Objective` computes the losses, with gradient.
+An item is what a teacher's loss is averaged over: a token with a target, an example, a frame (`models.targets`). The model's
+own loss is averaged over its targets, which may be others. `BatchBuilder` finds the items, their labels and the teachers'
+signals at them; `Objective` computes the losses, with gradient.
 
 A language model whose head is verified never holds all its logits: its losses are computed inside the head's forward, where
 sharded weights are whole, in chunks of tokens. Every other model returns its logits as usual.
@@ -22,10 +23,11 @@ from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.cached_teacher import CachedTeacher, missing_example_error, split_teacher_columns
 from hf_guide.distillation.layer_projections import LayerProjections
 from hf_guide.distillation.losses.chunked import chunked_loss
+from hf_guide.distillation.losses.divergences import widest_float_dtype
 from hf_guide.distillation.losses.registry import (
     TASK_LOSS,
     LossTerm,
-    categorical_terms,
+    logit_losses,
     registered_losses,
     required_signals,
 )
@@ -34,11 +36,29 @@ from hf_guide.errors import OptionError, TaskError, VocabularyError
 from hf_guide.models.adapters import forward_parameters
 from hf_guide.models.layer_mapping import hidden_states_of, resolve_layer_mapping
 from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
+from hf_guide.models.outputs import (
+    WHAT_WORKS,
+    beam_search_heads,
+    boxes_and_objectness,
+    capture_head_outputs,
+    last_hidden_state,
+    task_logits,
+)
 from hf_guide.models.packed_rows import check_packed_rows
-from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
-from hf_guide.models.targets import add_decoder_inputs, item_labels, mean_per_item, target_mask
-from hf_guide.tasks import Task
-from hf_guide.teachers.forward import LiveTeacher
+from hf_guide.models.penultimate import ITEMS_WITH_FEATURES, capture_head_inputs, find_classifier, pooled_features
+from hf_guide.models.targets import (
+    complete_inputs,
+    count_targets,
+    frame_mask,
+    has_targets,
+    item_labels,
+    mean_per_item,
+    target_inputs,
+    target_mask,
+)
+from hf_guide.tasks import OutputKind, Task, output_kind
+from hf_guide.teachers.alignment import incomparable_logits
+from hf_guide.teachers.forward import LiveTeacher, check_item_axes
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
 from hf_guide.utils.labels import IGNORE_INDEX
 
@@ -49,11 +69,14 @@ class DistillationBatch:
 
     Attributes:
         inputs: What the student is called with, labels included.
-        mask: Which positions (batch, length), or examples (batch,), are items.
+        mask: Which positions (batch, positions), or examples (batch,), are items.
         labels: Of the items, (items,) or (items, labels).
         signals: One entry for each teacher.
         subclasses: Of the items, the probabilities of all subclasses, (items, C * S), where a loss needs them.
         has_padding_examples: Whether the dataloader filled its last batch up with examples that count for nothing.
+        has_targets: Whether it has what the model's own loss needs.
+        num_targets: What the model's own loss is averaged over, a scalar.
+        frames: Of sounds, which frames are not padding, (batch, frames).
     """
 
     inputs: dict[str, Any]
@@ -62,18 +85,14 @@ class DistillationBatch:
     signals: list[TeacherSignals]
     subclasses: Tensor | None = None
     has_padding_examples: bool = False
+    has_targets: bool = True
+    num_targets: Tensor = field(default_factory=lambda: torch.tensor(1))
+    frames: Tensor | None = None
 
     @functools.cached_property
     def num_items(self) -> Tensor:
         """The number of items, a scalar on their device."""
         return self.mask.sum()
-
-    @functools.cached_property
-    def num_labeled_items(self) -> Tensor:
-        """How many of the items have a label."""
-        if self.labels is None or self.labels.is_floating_point() or self.labels.ndim > 1:
-            return self.mask.sum()
-        return (self.labels != IGNORE_INDEX).sum()
 
 
 @dataclass(frozen=True)
@@ -89,6 +108,7 @@ class BatchBuilder:
         label_names: The names of labels in a batch.
         shifted: Passed to `tasks.target_mask`.
         max_logits: How many teacher logits are held at once.
+        compares_logits: Whether the logits of student and teachers can be compared, in evaluation, too.
     """
 
     student: Any
@@ -101,6 +121,7 @@ class BatchBuilder:
     label_names: Collection[str]
     shifted: bool | None
     max_logits: int
+    compares_logits: bool = True
 
     @property
     def teacher_only_columns(self) -> set[str]:
@@ -117,15 +138,18 @@ class BatchBuilder:
         """Return which positions are items; where subclasses are learned, examples without a label are, too."""
         if training and self.subclasses.learned:
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        return target_mask(self.task, inputs, shifted=self.shifted)
+        return target_mask(self.task, inputs, shifted=self.shifted, model=self.student)
 
     def count_items(self, inputs: Mapping[str, Any], *, training: bool) -> Tensor:
-        """Return the number of a batch's items, and of those that have a label, (2,)."""
+        """Return the number of a batch's items, and of what the model's own loss is averaged over, (2,), float64 or less."""
         mask = self.target_mask(inputs, training=training)
-        labeled = (
-            target_mask(self.task, inputs, shifted=self.shifted) if training and self.subclasses.learned else mask
-        )
-        return torch.stack([mask.sum(), labeled.sum()])
+        dtype = widest_float_dtype(mask.device)
+        return torch.stack([mask.sum().to(dtype), self._count_targets(inputs, mask).to(dtype)])
+
+    def _count_targets(self, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
+        if self.subclasses.learned:  # then examples without a label are items, too
+            mask = target_mask(self.task, inputs, shifted=self.shifted, model=self.student)
+        return count_targets(self.task, inputs, mask, self.student)
 
     def build(self, inputs: Mapping[str, Any], *, training: bool) -> DistillationBatch:
         """Return a batch with the signals of its teachers.
@@ -142,12 +166,13 @@ class BatchBuilder:
         """
         own, cached = split_teacher_columns(inputs)
         check_packed_rows(self.student, own, "student")
-        own = add_decoder_inputs(self.student, self.task, own)
+        own = complete_inputs(self.student, self.task, own)
         mask = self.target_mask(own, training=training)
         num_real = len(mask) if training else _num_real_examples(self.accelerator, len(mask))
         if num_real < len(mask):
             own = _mask_padding_examples(own, mask, num_real)
-        if TASK_LOSS in self.losses and not any(own.get(name) is not None for name in self.label_names):
+        is_labeled = has_targets(self.task, own, self.label_names)
+        if TASK_LOSS in self.losses and not is_labeled:
             raise TaskError(
                 f"The losses have the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
                 f"{sorted(own)}. Give the dataset labels, or leave 'ce' out."
@@ -162,22 +187,28 @@ class BatchBuilder:
         for name in self.teacher_only_columns:
             own.pop(name, None)
         labels = item_labels(self.task, own, mask, shifted=self.shifted)
-        return DistillationBatch(own, mask, labels, signals, subclasses, num_real < len(mask))
+        num_targets = self._count_targets(own, mask)
+        has_frames = self.task.row.inputs == "audio" and not self.task.row.targets_in_decoder
+        frames = frame_mask(own, self.student) if has_frames else None
+        return DistillationBatch(
+            own, mask, labels, signals, subclasses, num_real < len(mask), is_labeled, num_targets, frames
+        )
 
     def _check_labels(self, inputs: Mapping[str, Any]) -> None:
-        names, labels = categorical_terms(self.losses), inputs.get("labels")
-        if names and isinstance(labels, Tensor) and labels.is_floating_point():
+        names, labels = logit_losses(self.losses), inputs.get("labels")
+        is_categorical = output_kind(self.task, self.student.config) is OutputKind.CATEGORICAL
+        if names and is_categorical and isinstance(labels, Tensor) and labels.is_floating_point():
             raise TaskError(
                 f"The labels of the batch are {labels.dtype}, {tuple(labels.shape)}: a regression, or several labels at once, "
-                f"which {' and '.join(map(repr, names))} cannot learn. Labels must be class numbers (int64); or use "
-                "the losses 'features' or 'hidden_states'."
+                f"which {' and '.join(map(repr, names))} cannot learn from classes that exclude each other. Labels must be "
+                "class numbers (int64); or set problem_type in both configs to regression or multi_label_classification."
             )
 
     def _teacher_signals(
         self, own: Mapping[str, Any], cached: Mapping[str, Any], mask: Tensor, *, training: bool
     ) -> list[TeacherSignals]:
         learned = required_signals(self.losses) | self.subclasses.needs(own)
-        required = learned if training else learned | {TeacherSignal.LOGITS}
+        required = learned if training or not self.compares_logits else learned | {TeacherSignal.LOGITS}
         layers = self.layers.values()
         signals: list[TeacherSignals] = []
         for teacher in self.teachers if required else ():
@@ -205,6 +236,10 @@ def _mask_padding_examples(inputs: dict[str, Any], mask: Tensor, num_real: int) 
     """Return `inputs` without labels after the first `num_real` examples; `mask` is changed in place."""
     mask[num_real:] = False
     masked = dict(inputs)
+    for name in ("start_positions", "end_positions"):
+        if isinstance(masked.get(name), Tensor):
+            masked[name] = masked[name].clone()
+            masked[name][num_real:] = torch.iinfo(masked[name].dtype).max  # beyond the input: ignored
     for name in ("labels", "shift_labels"):
         if isinstance(masked.get(name), Tensor) and not masked[name].is_floating_point():
             masked[name] = masked[name].clone()
@@ -298,13 +333,16 @@ class Objective:
             inputs["output_hidden_states"] = True
         head_inputs: list[Tensor] = []
         with ExitStack() as stack:
-            if TeacherSignal.FEATURES in self.required_signals and batch.signals:
+            has_head = self.task is not Task.FEATURE_EXTRACTION
+            if TeacherSignal.FEATURES in self.required_signals and batch.signals and has_head:
                 classifier = find_classifier(unwrapped, self.task)
                 head_inputs = stack.enter_context(capture_head_inputs(classifier))
             if self.head is not None and not all_logits:
                 result = self._compute_chunked(model, unwrapped, self.head, inputs, batch, measure)
             else:
-                result = self._compute_dense(model, inputs, batch, task_loss, measure)
+                result = self._compute_dense(model, unwrapped, inputs, batch, task_loss, measure)
+        if TeacherSignal.FEATURES in self.required_signals and batch.signals and not has_head:
+            head_inputs = [last_hidden_state(result.outputs)]
         for name, values in self._feature_terms(result.outputs, head_inputs, batch, unwrapped.config):
             result.total = result.total + self.weights[name] * values.sum()
             result.sums[name] = values.sum().detach()
@@ -340,6 +378,7 @@ class Objective:
     def _compute_dense(
         self,
         model: nn.Module,
+        unwrapped: Any,
         inputs: dict[str, Any],
         batch: DistillationBatch,
         task_loss: TaskLossFunction,
@@ -347,16 +386,18 @@ class Objective:
     ) -> ObjectiveOutput:
         """Compute the losses from all of the model's logits."""
         sums: dict[str, Tensor] = {}
-        if batch.labels is not None and (TASK_LOSS in self.weights or measure):
-            loss, outputs = task_loss(inputs)
-            total, sums[TASK_LOSS] = self.weights.get(TASK_LOSS, 0.0) * loss, loss.detach()
-        else:
-            inputs.pop("labels", None)
-            outputs = model(**inputs)
-            total = torch.zeros((), device=batch.mask.device)
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1 if TASK_LOSS in sums else 0]
+        with capture_head_outputs(unwrapped, self.task) as head_outputs:
+            if batch.has_targets and (TASK_LOSS in self.weights or measure):
+                loss, outputs = task_loss(inputs)
+                total, sums[TASK_LOSS] = self.weights.get(TASK_LOSS, 0.0) * loss, loss.detach()
+            else:
+                needed = target_inputs(self.task) if beam_search_heads(unwrapped, self.task) else ()
+                for name in {"labels", *target_inputs(self.task)}.difference(needed):
+                    inputs.pop(name, None)
+                outputs = model(**inputs)
+                total = torch.zeros((), device=batch.mask.device)
         if not any(term.requires in _LOGIT_SIGNALS for term in self.losses.values()):
-            total = total + zero_loss_with_gradient((logits,))
+            total = total + zero_loss_with_gradient(outputs)
         if (
             batch.subclasses is not None
             and isinstance(model, ClassLogitsWrapper)
@@ -365,8 +406,13 @@ class Objective:
             for name, values in self._subclass_terms(model.subclass_logits[batch.mask], batch.subclasses):
                 sums[name] = values.sum().detach()
                 total = total + self.weights[name] * values.sum()
-        if not batch.signals:
+        for name, values in self._box_terms(outputs, batch, unwrapped.config):
+            sums[name] = values.sum().detach()
+            total = total + self.weights[name] * values.sum()
+        if all(signals.target is None for signals in batch.signals):
             return ObjectiveOutput(total, sums, outputs)
+        logits = task_logits(self.task, outputs, inputs, head_outputs, has_loss=TASK_LOSS in sums)
+        check_item_axes(self.task, logits, batch.mask, "student")
         item_logits = _upcast(logits[batch.mask])
         terms = self._logit_terms(batch, measure, task_loss=False)
         for name, values in terms(item_logits, slice(None)).items():
@@ -389,8 +435,6 @@ class Objective:
             if self.measures_tokens and labels is not None:
                 terms |= _measure_tokens(logits.detach(), labels)
             shared = logits if self.num_classes is None else logits[:, : self.num_classes]
-            # A regression, or labels that hold at once, have no predicted class.
-            is_categorical = shared.shape[-1] > 1 and (labels is None or not labels.is_floating_point())
             for signals in batch.signals:
                 if signals.target is None:
                     continue
@@ -399,11 +443,29 @@ class Objective:
                     values = loss.function(shared, target, labels, self.configs[loss.name])
                     value = signals.weight * _check_one_value_per_item(loss, values, shared)
                     terms[loss.name] = terms[loss.name] + value if loss.name in terms else value
-                if measure and is_categorical:
+                # A regression, or labels that hold at once, have no predicted class.
+                is_categorical = not isinstance(target, DenseTarget) or target.kind is OutputKind.CATEGORICAL
+                if measure and is_categorical and (labels is None or not labels.is_floating_point()):
                     _measure_teacher(terms, shared, target, labels, signals.weight)
             return terms
 
         return compute_terms
+
+    def _box_terms(self, outputs: Any, batch: DistillationBatch, config: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yield every loss of boxes, (items,), the weighted sum over the teachers."""
+        losses = [loss for loss in self.losses.values() if loss.requires is TeacherSignal.BOXES]
+        if not losses or not batch.signals:
+            return
+        boxes, _ = boxes_and_objectness(self.task, outputs, output_kind(self.task, config))
+        check_item_axes(self.task, boxes, batch.mask, "student")
+        at_items = boxes[batch.mask]
+        for loss in losses:
+            parts = []
+            for signals in batch.signals:
+                assert signals.boxes is not None
+                values = loss.function(at_items, *signals.boxes, self.configs[loss.name])
+                parts.append(signals.weight * _check_one_value_per_item(loss, values, at_items))
+            yield loss.name, torch.stack(parts).sum(0)
 
     def _subclass_terms(self, logits: Tensor, targets: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield every loss of subclasses, (items,), for logits and probabilities (items, C * S)."""
@@ -453,7 +515,7 @@ class Objective:
             )
         values = loss.function(self._project(pair, student), teacher, self.configs[loss.name])
         values = _check_one_value_per_item(loss, values, student)
-        return mean_per_item(self.task, values, batch.mask, batch.inputs)
+        return mean_per_item(self.task, values, batch.mask, batch.inputs, batch.frames)
 
     def _project(self, name: str, student: Tensor) -> Tensor:
         return student if self.projections is None else self.projections(name, student)
@@ -564,7 +626,17 @@ def build_objective(
         names = sorted(name for name, term in losses.items() if term.requires is not TeacherSignal.LABELS)
         raise OptionError(f"The losses {', '.join(names)} need a teacher: pass teacher= or teacher_cache=.")
     objective.num_classes = min((each.classes for each in teachers if each.classes is not None), default=None)
-    names = categorical_terms(weights)
+    compared = [name for name, term in losses.items() if term.requires in (TeacherSignal.LOGITS, TeacherSignal.BOXES)]
+    reason = next(filter(None, (incomparable_logits(task, student.config, each.config) for each in teachers)), None)
+    if compared and reason is not None:
+        raise TaskError(f"{reason}: {' and '.join(map(repr, compared))} cannot compare them. {_other_losses(task)}.")
+    has_features = task.row.outputs[0].items in ITEMS_WITH_FEATURES and task is not Task.MULTIPLE_CHOICE
+    if TeacherSignal.FEATURES in objective.required_signals and not has_features:
+        raise TaskError(
+            f"The loss 'features' is not for {task}, whose head is not fed one vector per {task.row.outputs[0].items}. Use "
+            "'hidden_states' instead."
+        )
+    names = logit_losses(weights)
     if names and objective.num_classes is not None and objective.num_classes < 2:
         raise VocabularyError(
             f"Student and teacher share {objective.num_classes} token of their vocabularies, and "
@@ -584,6 +656,12 @@ def build_objective(
             )
         objective.projections = projections.to(args.device)
     return objective
+
+
+def _other_losses(task: Task) -> str:
+    if task is Task.FEATURE_EXTRACTION:
+        return "Use 'features' and 'hidden_states' instead"
+    return WHAT_WORKS
 
 
 def _feature_widths(

@@ -83,23 +83,20 @@ def class_logits(logits: Tensor, num_subclasses: int) -> Tensor:
 class ClassLogitsWrapper(nn.Module):
     """A student with subclasses whose outputs are class logits and whose loss is that of the class logits.
 
-    Args:
-        items: The number of items in the batch, if some have no label; None counts those that have one.
-
     Attributes:
         subclass_logits: Of the last forward pass.
     """
 
-    def __init__(self, model: nn.Module, num_subclasses: int, items: Tensor | None = None):
+    def __init__(self, model: nn.Module, num_subclasses: int):
         super().__init__()
-        self.model, self.num_subclasses, self.items = model, num_subclasses, items
+        self.model, self.num_subclasses = model, num_subclasses
         self.training = model.training
         self.subclass_logits: Tensor | None = None
 
     def forward(
         self, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
     ) -> dict[str, Any]:
-        """Return the model's outputs with class logits, and with `labels` their cross-entropy, a mean over the items."""
+        """Return the model's outputs with class logits, and with `labels` their cross-entropy, a mean over the labels."""
         outputs = self.model(**inputs)
         named = dict(outputs) if isinstance(outputs, dict) else {"logits": outputs[0]}
         self.subclass_logits = named["logits"]
@@ -107,8 +104,8 @@ class ClassLogitsWrapper(nn.Module):
         if labels is None:
             return named
         loss = nn.functional.cross_entropy(named["logits"], labels, ignore_index=IGNORE_INDEX, reduction="sum")
-        items = (labels != IGNORE_INDEX).sum() if self.items is None else self.items
-        return {"loss": loss / (items.clamp(min=1) if num_items_in_batch is None else num_items_in_batch), **named}
+        labeled = (labels != IGNORE_INDEX).sum().clamp(min=1)
+        return {"loss": loss / (labeled if num_items_in_batch is None else num_items_in_batch), **named}
 
 
 @dataclass(frozen=True)
@@ -130,12 +127,12 @@ class SubclassTargets:
     provider: SubclassTargetProvider | None = None
     order: list[int] | None = None
 
-    def wrap_in_class_logits(self, model: nn.Module, items: Tensor | None = None) -> nn.Module:
+    def wrap_in_class_logits(self, model: nn.Module) -> nn.Module:
         """Return the student with class logits for outputs; a student without subclasses is returned as it is."""
         plain = self.num_subclasses == 1 and not self.learned
         if plain or isinstance(model, ClassLogitsWrapper):
             return model
-        return ClassLogitsWrapper(model, self.num_subclasses, items)
+        return ClassLogitsWrapper(model, self.num_subclasses)
 
     def needs(self, inputs: Mapping[str, Any]) -> set[TeacherSignal]:
         """Return the teacher signals that the probabilities are computed from, if the batch does not hold them."""

@@ -12,7 +12,7 @@ from hf_guide.errors import OptionError, TaskError
 from hf_guide.models.label_shift import check_label_shift
 from hf_guide.models.lm_head import find_lm_head
 from hf_guide.tasks import Task
-from hf_guide.teachers.alignment import align_labels, shared_vocabulary_size
+from hf_guide.teachers.alignment import align_labels, check_same_tokens, shared_vocabulary_size
 from hf_guide.teachers.forward import LiveTeacher
 from hf_guide.teachers.inputs import build_teacher_inputs
 from hf_guide.teachers.loading import load_teachers, model_name, teacher_tokenizer
@@ -53,8 +53,12 @@ def build_live_teachers(
             sizes = [each.get_output_embeddings().weight.shape[0] for each in (student, model)]
             own_tokenizer = teacher_tokenizer(model, init_kwargs)
             classes = shared_vocabulary_size(batch_tokenizer(processing_class, student), own_tokenizer, *sizes)
-        else:
-            order = align_labels(student.config, model.config)
+        elif task.row.outputs[0].classes == "characters":
+            sizes = [each.config.vocab_size for each in (student, model)]
+            tokenizers = batch_tokenizer(processing_class, student), teacher_tokenizer(model, init_kwargs)
+            check_same_tokens(student.config, model.config, shared_vocabulary_size(*tokenizers, *sizes))
+        elif task.row.outputs[0].classes == "labels":
+            order = align_labels(student.config, model.config, task)
         inputs = build_teacher_inputs(model, task, processing_class, student=student, init_kwargs=init_kwargs)
         # Before it is sharded: what is proved on whole weights still holds then, but they are no longer whole.
         head = find_lm_head(model) if task.is_language_model and not compile else None

@@ -19,6 +19,10 @@ _REGISTERED_CLASSIFIERS: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDict
 """The layers that users registered, by model."""
 
 
+ITEMS_WITH_FEATURES = ("token", "example", "frame")
+"""The items of tasks whose heads are fed one vector for each."""
+
+
 @dataclass(frozen=True)
 class DualHead:
     """Linear layers whose mean is the logits, as one layer whose input is their inputs, concatenated."""
@@ -93,6 +97,17 @@ def classifier_registered(model: Any, classifier: "nn.Module | str | None") -> I
                 register_classifier(model, previous)
 
 
+def _mean_over_attended(states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Return the mean of hidden states (batch, ..., width) over the attended positions, (batch, width)."""
+    attended = inputs.get("attention_mask")
+    if isinstance(attended, Tensor) and attended.shape == states.shape[:2]:
+        weights = attended.to(states)
+        return (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+    if states.ndim == 4:  # images: (batch, channels, height, width)
+        return states.flatten(2).mean(-1)
+    return states.flatten(1, -2).mean(1)
+
+
 def find_classifier(model: PreTrainedModel, task: Task) -> Any:
     """Return the linear layer that makes the logits, or the one that was registered.
 
@@ -109,18 +124,19 @@ def find_classifier(model: PreTrainedModel, task: Task) -> Any:
                 f"{type(bare).__name__} has no output embeddings, whose input would be its penultimate features."
             )
         return head
+    num_outputs = bare.config.vocab_size if task is Task.CTC else bare.config.num_labels
     in_base = {id(module) for module in bare.base_model.modules()} if bare.base_model is not bare else set()
     named = [
         (name, module)
         for name, module in called_modules(bare)
-        if getattr(stock_module(module), "out_features", None) == bare.config.num_labels
+        if getattr(stock_module(module), "out_features", None) == num_outputs
     ]
     named = [each for each in named if not any(each[0].startswith(f"{name}.") for name, _ in named)]
     # Some models make their logits in the base model (Perceiver).
     linear = [each for each in named if id(each[1]) not in in_base] or named
     if not linear:
         raise TaskError(
-            f"{type(bare).__name__} has no linear layer with {bare.config.num_labels} outputs, one per label, so its "
+            f"{type(bare).__name__} has no linear layer with {num_outputs} outputs, one per class, so its "
             "penultimate features are not known. Name the layer with "
             "hf_guide.models.penultimate.register_classifier, or do without them."
         )
@@ -164,7 +180,9 @@ def pooled_features(
         config: The model's.
     """
     head_inputs = head_inputs.to(mask.device)  # the classifier of a teacher on several devices may be on another one
-    if task.is_per_token or head_inputs.ndim == 2:
+    if task is Task.FEATURE_EXTRACTION:
+        return _mean_over_attended(head_inputs, inputs)[mask]
+    if mask.ndim == 2 or head_inputs.ndim == 2:
         return head_inputs[mask]
     attention_mask = inputs.get("attention_mask")
     if getattr(config, "classifier_pooling", None) == "late":

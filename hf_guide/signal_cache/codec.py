@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import CaptureError, OptionError
+from hf_guide.models.adapters import is_encoder_decoder
+from hf_guide.models.targets import frame_mask
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.keys import token_positions
 from hf_guide.signal_cache.manifest import CaptureManifest
 from hf_guide.signal_cache.shards import Arrays, pack_indices, unpack_indices
+from hf_guide.tasks import Task
 from hf_guide.teachers.forward import TeacherOutputs, TeacherRunner
 
 COLUMN_PREFIX = "teacher_"
@@ -71,7 +74,10 @@ def decode_example(manifest: CaptureManifest, arrays: Arrays, temperature: float
     }
     features = _to_float32(arrays["features"]) if "features" in arrays else None
     if manifest.is_dense:
-        logits = _to_float32(arrays["logits" if "logits" in arrays else "log_probs"])
+        stored = next(
+            (arrays[name] for name in ("logits", "log_probs") if name in arrays), None
+        )  # embeddings have none
+        logits = None if stored is None else _to_float32(stored)
         return CapturedExample(logits=logits, hidden_states=hidden, features=features)
     indices = torch.from_numpy(unpack_indices(arrays, manifest.classes))
     temperatures = manifest.config.temperatures
@@ -124,16 +130,21 @@ def encode_batch(
     """
     task = teacher.task
     outputs = teacher.forward(batch, hidden_states=bool(config.hidden_layers), features=config.save_penultimate)
-    by_token = task.has_token_positions
-    positions = [each.to(outputs.logits.device) for each in token_positions(batch, task)] if by_token else []
+    stored = stored_positions(task, batch, teacher.model)
+    positions = [] if stored is None else [each.to(outputs.logits.device) for each in stored]
     if task.is_language_model:
         examples = _encode_language_model(outputs, positions, config, numbers)
     else:
         logits = outputs.logits
         if bool(logits.isnan().any() | logits.isposinf().any()):
             _raise_not_finite(logits.isnan() | logits.isposinf(), numbers, "logits")
-        values = [row[at] for row, at in zip(logits, positions, strict=True)] if task.is_per_token else list(logits)
+        if task.row.outputs[0].items == "boundary":
+            logits = logits.transpose(1, 2)  # token by token, without padding
+        by_position = task.row.outputs[0].items in ("token", "boundary", "frame")
+        values = [row[at] for row, at in zip(logits, positions, strict=True)] if by_position else list(logits)
         examples = [{"logits": value.float().cpu().numpy()} for value in values]
+        if task is Task.FEATURE_EXTRACTION:
+            examples = [{} for _ in values]
     vectors = {f"hidden_{layer}": outputs.hidden_states[layer] for layer in config.hidden_layers}
     if outputs.features is not None:
         vectors["features"] = outputs.features
@@ -142,10 +153,23 @@ def encode_batch(
         if not bool(narrow.isfinite().all()):
             reason = " in float16: pass hidden_dtype='float32'" if bool(value.isfinite().all()) else ""
             _raise_not_finite(~narrow.isfinite(), numbers, name, reason)
-        stripped = by_token and (name != "features" or task.is_per_token)
+        stripped = stored is not None and (name != "features" or task.row.outputs[0].items in ("token", "frame"))
         for row, example in enumerate(examples):
             example[name] = (narrow[row][positions[row]] if stripped else narrow[row]).cpu().numpy()
     return examples
+
+
+def stored_positions(task: Task, batch: Mapping[str, Any], model: Any) -> list[Tensor] | None:
+    """Return for each example the positions without padding: of its tokens, or frames; None where there is no such axis."""
+    if task is Task.MULTIPLE_CHOICE:
+        return None
+    if task.has_token_positions:
+        in_decoder = task.row.targets_in_decoder and is_encoder_decoder(model)
+        return token_positions(batch, task, in_decoder)
+    if task.row.inputs == "audio":
+        frames = frame_mask(batch, model)
+        return None if frames is None else [row.nonzero().squeeze(1) for row in frames]
+    return None
 
 
 def _encode_language_model(

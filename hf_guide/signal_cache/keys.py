@@ -21,7 +21,9 @@ _PRIMARY_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values"
 _AUXILIARY_INPUTS = ("token_type_ids", "position_ids")
 
 
-def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str] = ()) -> list[bytes]:
+def example_keys(
+    batch: Mapping[str, Any], task: Task, *, ignore: Collection[str] = (), in_decoder: bool | None = None
+) -> list[bytes]:
     """Return one key of 16 bytes for each example of a collated batch.
 
     Args:
@@ -29,9 +31,11 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
             last that is not -100), or else `decoder_input_ids`, are part of the key.
         task: The model's.
         ignore: Inputs that are left out; token types that are all zero always are.
+        in_decoder: Whether the targets are a decoder's; by default where the task has models with one.
 
     Raises:
-        CaptureError: The batch has no input of a model, or an attention mask of another shape.
+        CaptureError: The batch has no input of a model, an attention mask of another shape, or images of several examples in
+            one row.
     """
     inputs = {name: torch.as_tensor(batch[name]) for name in _PRIMARY_INPUTS if batch.get(name) is not None}
     if not inputs:
@@ -41,15 +45,21 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
         )
     auxiliary = {name: torch.as_tensor(batch[name]) for name in _AUXILIARY_INPUTS if batch.get(name) is not None}
     mask = _text_mask(batch)
+    sizes = {name: len(tensor) for name, tensor in inputs.items()}
+    if len(set(sizes.values())) > 1:
+        raise CaptureError(
+            f"The batch has {sizes} rows, so rows cannot be assigned to examples: use a collator and a processor that make "
+            "one row per example, or train with the teacher itself."
+        )
     decoder_tokens: list[Tensor] = []
-    if task.row.targets_in_decoder:
+    if task.row.targets_in_decoder if in_decoder is None else in_decoder:
         name = "labels" if batch.get("labels") is not None else "decoder_input_ids"
         if batch.get(name) is None:
             raise CaptureError(
                 f"An encoder-decoder's batch needs labels or decoder_input_ids; it has {sorted(batch)}."
             )
         decoder = torch.as_tensor(batch[name])
-        decoder_tokens = [decoder[row][positions] for row, positions in enumerate(token_positions(batch, task))]
+        decoder_tokens = [decoder[row][positions] for row, positions in enumerate(token_positions(batch, task, True))]
     keys = []
     for row in range(len(next(iter(inputs.values())))):
         key = blake2b(digest_size=KEY_BYTES)
@@ -58,15 +68,17 @@ def example_keys(batch: Mapping[str, Any], task: Task, *, ignore: Collection[str
             if name in ignore or (name == "token_type_ids" and not value.any()):
                 continue
             _update_hash(key, name, value)
+        if mask is not None and mask.ndim == 3:
+            _update_hash(key, "choices", mask[row].sum(-1))
         if decoder_tokens:
             _update_hash(key, "decoder", decoder_tokens[row])
         keys.append(key.digest())
     return keys
 
 
-def token_positions(batch: Mapping[str, Any], task: Task) -> list[Tensor]:
+def token_positions(batch: Mapping[str, Any], task: Task, in_decoder: bool | None = None) -> list[Tensor]:
     """Return for each example the positions (int64) of its tokens without padding, along the second axis of the logits."""
-    if not task.row.targets_in_decoder:
+    if not (task.row.targets_in_decoder if in_decoder is None else in_decoder):
         mask = _text_mask(batch)
         ids = next(torch.as_tensor(batch[name]) for name in _PRIMARY_INPUTS if batch.get(name) is not None)
     elif (labels := batch.get("labels")) is not None:
@@ -92,7 +104,8 @@ def _padding_mask(batch: Mapping[str, Any], name: str) -> Tensor | None:
     if batch.get(name) is None:
         return None
     mask = torch.as_tensor(batch[name])
-    if mask.ndim != 2:
+    is_choice = mask.ndim == 3 and torch.as_tensor(batch.get("input_ids", 0)).ndim == 3
+    if mask.ndim != 2 and not is_choice:
         raise CaptureError(
             f"{name} has the shape {tuple(mask.shape)}; it must be (batch, length) and mark padding. A collator that "
             "packs several examples into one row cannot be used with a capture: let it pad."
@@ -101,7 +114,7 @@ def _padding_mask(batch: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def _strip_padding(tensor: Tensor, mask: Tensor | None, row: int) -> Tensor:
-    return tensor[row] if mask is None or tensor.shape[:2] != mask.shape else tensor[row][mask[row]]
+    return tensor[row] if mask is None or tensor.shape[: mask.ndim] != mask.shape else tensor[row][mask[row]]
 
 
 def _update_hash(key: Any, name: str, value: Tensor) -> None:

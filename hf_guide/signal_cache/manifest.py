@@ -81,6 +81,11 @@ class CaptureManifest:
         return None if self.is_dense else self.config.temperatures
 
     @property
+    def in_decoder(self) -> bool:
+        """Whether its tokens are those of a decoder."""
+        return Task(self.task).row.targets_in_decoder and bool(self.teacher_config.get("is_encoder_decoder", True))
+
+    @property
     def shard_count(self) -> int:
         """The number of shards."""
         return -(-self.examples // self.config.shard_size)
@@ -91,7 +96,10 @@ class CaptureManifest:
         task, config = Task(self.task), self.config
         columns: dict[str, Column] = {}
         if not task.is_language_model:
-            columns["logits"] = Column("float32", (-1, self.classes) if task.is_per_token else (self.classes,))
+            by_items = {"example": (self.classes,), "boundary": (-1, 2)}
+            per_example = by_items.get(task.row.outputs[0].items, (-1, self.classes))
+            if task is not Task.FEATURE_EXTRACTION:
+                columns["logits"] = Column("float32", per_example)
         elif self.is_dense:
             columns["log_probs"] = Column(config.log_prob_dtype, (-1, self.classes))
         else:

@@ -5,6 +5,7 @@ Does not: load a capture into memory, or run the teacher.
 """
 
 import logging
+import math
 import mmap
 import os
 from collections import OrderedDict
@@ -180,7 +181,9 @@ class Capture:
 
     def keys(self, batch: Mapping[str, Any]) -> list[bytes]:
         """Return the keys of the examples of a collated batch, by this capture's options."""
-        return example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs)
+        return example_keys(
+            batch, self.task, ignore=self.manifest.config.ignored_inputs, in_decoder=self.manifest.in_decoder
+        )
 
     def lookup(self, keys: Iterable[bytes], *, temperature: float = 1.0) -> list[CapturedExample]:
         """Return the signals of examples.
@@ -299,7 +302,8 @@ class CaptureDataCollator:
 
     Adds `teacher_logits` (batch, classes), or (batch, length, classes) where items are tokens; or of language models with the
     k largest logits `teacher_topk_indices` and `teacher_topk_log_probs` (batch, length, k) and `teacher_log_normalizer`
-    (batch, length); and as captured `teacher_hidden_N` and `teacher_features`. They are zero at padding.
+    (batch, length); and as captured `teacher_hidden_N` and `teacher_features`. They are zero at padding, and
+    the logits of the positions of an answer -inf.
 
     Args:
         data_collator: Returns a batch of tensors. It may pad in any way; it may not mask or truncate at random.
@@ -352,18 +356,27 @@ class CaptureDataCollator:
         if self.missing == "skip" and any(key not in self.capture for key in keys):
             return batch
         examples = [example.named() for example in self.capture.lookup(keys, temperature=self.temperature)]
-        if any(-1 in column.shape for column in self.capture.manifest.columns.values()):
-            positions, length = token_positions(batch, self.capture.task), self._length(batch)
+        has_positions = any(-1 in column.shape for column in self.capture.manifest.columns.values())
+        if has_positions and self.capture.task.has_token_positions:
+            positions, length = token_positions(batch, self.capture.task, self._in_decoder), self._length(batch)
         for name in examples[0] if examples else ():
             values = [example[name] for example in examples]
             if self._has_token_axis(name):
-                batch[name] = _pad_to_positions(values, positions, length)
+                if not self.capture.task.has_token_positions:  # frames, pixels or queries, from the first on
+                    positions = [torch.arange(len(value)) for value in values]
+                    length = max(len(value) for value in values)
+                is_span = name == "teacher_logits" and self.capture.task is Task.QUESTION_ANSWERING
+                batch[name] = _pad_to_positions(values, positions, length, -math.inf if is_span else 0.0)
             else:
                 batch[name] = torch.stack(values)
         return batch
 
+    @property
+    def _in_decoder(self) -> bool:
+        return self.capture.manifest.in_decoder
+
     def _length(self, batch: Mapping[str, Any]) -> int:
-        if self.capture.task.row.targets_in_decoder:
+        if self._in_decoder:
             names: tuple[str, ...] = ("labels", "decoder_input_ids")
         else:
             names = ("attention_mask", "input_ids", "inputs_embeds")
@@ -375,8 +388,8 @@ class CaptureDataCollator:
         return column is None or -1 in column.shape  # log_normalizer and a language model's logits have no column
 
 
-def _pad_to_positions(values: Sequence[Tensor], positions: Sequence[Tensor], length: int) -> Tensor:
-    padded = values[0].new_zeros(len(values), length, *values[0].shape[1:])
+def _pad_to_positions(values: Sequence[Tensor], positions: Sequence[Tensor], length: int, fill: float = 0.0) -> Tensor:
+    padded = values[0].new_full((len(values), length, *values[0].shape[1:]), fill)
     for row, (value, where) in enumerate(zip(values, positions, strict=True)):
         padded[row, where] = value
     return padded

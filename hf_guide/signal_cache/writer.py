@@ -5,6 +5,7 @@ captures. Does not: read them back (`reader.py`), or hold more than a batch in m
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -24,10 +25,11 @@ from transformers import PreTrainedModel
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import eval_mode
-from hf_guide.signal_cache.codec import encode_batch, resolve_layers
+from hf_guide.models.penultimate import ITEMS_WITH_FEATURES
+from hf_guide.signal_cache.codec import encode_batch, resolve_layers, stored_positions
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.data import IndexedCollator, IndexedDataset, TeacherBatchCollator, is_map_style
-from hf_guide.signal_cache.keys import example_keys, token_positions
+from hf_guide.signal_cache.keys import example_keys
 from hf_guide.signal_cache.manifest import CaptureManifest, signal_cache_folder
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.shards import (
@@ -141,6 +143,15 @@ class CaptureRunner:
                 checksum_path(self.folder / shard_name(number)).unlink(missing_ok=True)
         barrier()
 
+    def _keys(self, batch: Mapping[str, Any]) -> list[bytes]:
+        ignored = self.manifest.config.ignored_inputs
+        return example_keys(batch, self.task, ignore=ignored, in_decoder=self.manifest.in_decoder)
+
+    @functools.cached_property
+    def _positions_of_first(self) -> int:
+        """The number of pixels or queries of the first example."""
+        return self.teacher.forward(self.collate([self.dataset[0]])).logits.shape[1]
+
     def _remove_damaged(self) -> None:
         """Remove the shards and the index whose checksum is wrong, so that they are written again."""
         for number in range(self.manifest.shard_count):
@@ -173,7 +184,7 @@ class CaptureRunner:
         with resumable_write(path, CaptureError), ShardWriter(path, self.manifest.columns) as shard:
             for expected in self._batches(number):
                 numbers, batch = self._next(batches, expected)
-                keys = example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs)
+                keys = self._keys(batch)
                 if len(keys) != len(numbers):
                     raise CaptureError(
                         f"The collator made {len(keys)} rows of {len(numbers)} examples, so rows cannot be assigned to "
@@ -196,7 +207,7 @@ class CaptureRunner:
                     f"{path} has {len(shard)} examples; it must have {len(expected)}. Remove it and repeat the call."
                 )
             batch = self.collate([self.dataset[expected[0]]])
-            if example_keys(batch, self.task, ignore=self.manifest.config.ignored_inputs) != [shard.key(0)]:
+            if self._keys(batch) != [shard.key(0)]:
                 raise CaptureError(
                     f"{self.folder} holds a capture of another dataset: example {expected[0]} is another one, or is processed "
                     "or collated otherwise (masked at random, perhaps). Capture that dataset, or use a new folder."
@@ -217,10 +228,10 @@ class CaptureRunner:
             )
 
     def _example_bytes(self, number: int) -> int:
-        if not self.task.has_token_positions:
+        if not any(-1 in column.shape for column in self.manifest.columns.values()):
             return self.manifest.example_bytes(0)
-        (positions,) = token_positions(self.collate([self.dataset[number]]), self.task)
-        return self.manifest.example_bytes(len(positions))
+        stored = stored_positions(self.task, self.collate([self.dataset[number]]), self.teacher.model)
+        return self.manifest.example_bytes(self._positions_of_first if stored is None else len(stored[0]))
 
 
 def finalize_capture(folder: Path, manifest: CaptureManifest, listed: Mapping[str, str]) -> None:
@@ -346,6 +357,7 @@ def build_manifest(
         CaptureError: The first example cannot be captured.
     """
     model, task = teacher.model, teacher.task
+    _check_cacheable(task, options)
     outputs = teacher.forward(batch, hidden_states=bool(options.hidden_layers))
     classes = outputs.classes
     if task.is_language_model:
@@ -367,8 +379,9 @@ def build_manifest(
     (first,) = encode_batch(teacher, batch, config, [0])
     shapes = {}
     for name, array in first.items():
-        if name.startswith("hidden_") or (name == "features" and task.is_per_token):
-            shapes[name] = [-1, *array.shape[1:]] if task.has_token_positions else list(array.shape)
+        if name.startswith("hidden_") or (name == "features" and task.row.outputs[0].items in ("token", "frame")):
+            by_position = stored_positions(task, batch, model) is not None
+            shapes[name] = [-1, *array.shape[1:]] if by_position else list(array.shape)
         elif name == "features":
             shapes[name] = list(array.shape)
     bare = without_adapter(model)
@@ -390,6 +403,41 @@ def build_manifest(
         config=config,
         hf_guide_version=__version__,
     )
+
+
+def _check_cacheable(task: Task, options: CaptureConfig) -> None:
+    """Check that a teacher's signals for an example do not depend on what else is in its batch.
+
+    Raises:
+        CaptureError: They do, or there would be nothing to store.
+    """
+    live = "Train with the teacher itself: DistillationTrainer(teacher=...)."
+    match task.row.outputs[0].items:
+        case "row":
+            raise CaptureError(
+                f"The outputs of a model for {task} compare each example with all others of its batch, so they cannot be "
+                f"stored by example. {live}"
+            )
+        case "patch":
+            raise CaptureError(
+                f"A model for {task} reconstructs the patches that are masked, at random and anew in each epoch, so its "
+                f"outputs cannot be stored by example. {live}"
+            )
+    has_features = task.row.outputs[0].items in ITEMS_WITH_FEATURES and task is not Task.MULTIPLE_CHOICE
+    if options.save_penultimate and not has_features:
+        raise CaptureError(
+            f"save_penultimate is not for {task}, whose head is not fed one vector per {task.row.outputs[0].items}. Store "
+            "hidden_layers instead."
+        )
+    if options.hidden_layers and task is Task.MULTIPLE_CHOICE:
+        raise CaptureError(
+            f"hidden_layers cannot be stored of a model for {task}, which has them for each choice. {live}"
+        )
+    if task is Task.FEATURE_EXTRACTION and not (options.save_penultimate or options.hidden_layers):
+        raise CaptureError(
+            f"A model for {task} has no logits: set save_penultimate=True, which stores its mean hidden states, or "
+            "hidden_layers."
+        )
 
 
 def distributed_state() -> PartialState:

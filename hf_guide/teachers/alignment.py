@@ -1,4 +1,4 @@
-"""Match a teacher's classes with the student's: tokens of two vocabularies, labels of two classifiers.
+"""Match a teacher's classes with the student's: tokens of two vocabularies, labels of two classifiers, queries, patches.
 
 Does: compare tokenizers and configs, before the first step.
 Does not: look at weights, or map one tokenizer's tokens onto another's.
@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import VocabularyError
-from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES
+from hf_guide.models.targets import num_queries
+from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.utils.labels import config_class_names
 
 
@@ -70,24 +71,91 @@ def shared_vocabulary_size(
     return both
 
 
-def align_labels(student_config: PreTrainedConfig, teacher_config: PreTrainedConfig) -> list[int] | None:
+_LEARNED_QUERIES = (
+    *("detr", "yolos", "table-transformer", "conditional_detr", "dab-detr", "deformable_detr"),
+    *("maskformer", "mask2former", "oneformer", "eomt", "eomt_dinov3", "videomt"),
+)
+"""Types of models whose queries are parameters. Others select them among the encoder's proposals, by image."""
+
+_MASKING_SETTINGS = ("image_size", "patch_size", "num_channels", "mask_ratio", "norm_pix_loss")
+
+
+def incomparable_logits(task: Task, student_config: Any, teacher_config: Any) -> str | None:
+    """Return why the logits of two models for a task cannot be compared item by item; None if they can.
+
+    Labels and vocabularies are compared by `align_labels` and `shared_vocabulary_size`.
+    """
+    configs = (student_config, teacher_config)
+    items = task.row.outputs[0].items
+    if task.row.outputs[0].kind is OutputKind.FEATURES:
+        return f"A model for {task} has no logits"
+    if items == "query":
+        counts = [num_queries(config) for config in configs]
+        if None in counts or counts[0] != counts[1]:
+            return f"The student has {counts[0]} queries and the teacher {counts[1]}"
+        for config in configs:
+            if config.model_type not in _LEARNED_QUERIES or getattr(config, "two_stage", False):
+                return (
+                    f"A {config.model_type} model selects its queries among the proposals for each image, so that those of "
+                    "student and teacher are not of the same objects"
+                )
+    if items == "row" and output_kind(task, student_config) is not output_kind(task, teacher_config):
+        kinds = [output_kind(task, config) for config in configs]
+        return f"The student's similarities are {kinds[0]} (softmax or sigmoid) and the teacher's {kinds[1]}"
+    if items == "patch":
+        for name in _MASKING_SETTINGS:
+            values = [getattr(config, name, None) for config in configs]
+            if values[0] != values[1]:
+                return f"The student's {name} is {values[0]} and the teacher's {values[1]}, so they reconstruct other patches"
+    return None
+
+
+def check_same_tokens(student: PreTrainedConfig, teacher: PreTrainedConfig, shared: int) -> None:
+    """Check that two CTC heads have the same tokens, with the same one for "blank".
+
+    Args:
+        student, teacher: The models' configs.
+        shared: How many leading tokens their vocabularies share, as from `shared_vocabulary_size`.
+
+    Raises:
+        VocabularyError: A model has further tokens, whose frames could not be compared, or another blank.
+    """
+    sizes, blanks = (student.vocab_size, teacher.vocab_size), (student.pad_token_id, teacher.pad_token_id)
+    if sizes[0] != sizes[1] or shared != sizes[0]:
+        raise VocabularyError(
+            f"The student's CTC head has {sizes[0]} tokens and the teacher's {sizes[1]}, of which {shared} are shared: both "
+            "must have the same. Distil from a teacher with the student's tokenizer."
+        )
+    if blanks[0] != blanks[1]:
+        raise VocabularyError(
+            f"The student's blank (pad_token_id) is {blanks[0]} and the teacher's {blanks[1]}: their frames do not mean the "
+            "same. Distil from a teacher with the student's tokenizer."
+        )
+
+
+def align_labels(
+    student_config: PreTrainedConfig, teacher_config: PreTrainedConfig, task: Task = Task.SEQUENCE_CLASSIFICATION
+) -> list[int] | None:
     """Return the teacher's class for each of the student's, so that `teacher_logits[:, order]` are the student's classes.
 
-    Labels are aligned by name. If either model has default names (LABEL_0, ...), the order of both is taken as the same.
+    Labels are aligned by name. If either model has default names (LABEL_0, ...), the order of both is taken as the same. The
+    class "no object" of detectors that have one is the last.
 
     Returns:
         The order, or None where it is the same already.
 
     Raises:
-        VocabularyError: The numbers of labels, their names, or the problem types differ; both are named.
+        VocabularyError: The numbers of labels, their names, or the kinds of the outputs differ; both are named.
     """
-    kinds = [getattr(config, "problem_type", None) for config in (student_config, teacher_config)]
-    if (kinds[0] in NON_CATEGORICAL_PROBLEM_TYPES or kinds[1] in NON_CATEGORICAL_PROBLEM_TYPES) and kinds[0] != kinds[
-        1
-    ]:
+    kinds = [output_kind(task, config) for config in (student_config, teacher_config)]
+    if kinds[0] is not kinds[1]:
+        types = [
+            f"{kind} (problem_type={getattr(config, 'problem_type', None)}, num_labels={config.num_labels})"
+            for kind, config in zip(kinds, (student_config, teacher_config), strict=True)
+        ]
         raise VocabularyError(
-            f"The student's problem_type is {kinds[0]} and the teacher's {kinds[1]}: their logits do not mean the same. "
-            "Distil from a teacher of the same problem_type."
+            f"The student's outputs are {types[0]} and the teacher's {types[1]}: their logits do not mean the same. "
+            "Distil from a teacher of the same problem_type and number of labels."
         )
     student, teacher = config_class_names(student_config), config_class_names(teacher_config)
     if student == teacher:
@@ -104,7 +172,9 @@ def align_labels(student_config: PreTrainedConfig, teacher_config: PreTrainedCon
         raise VocabularyError(
             f"{both}. Labels are aligned by name: give both configs' id2label the same names, each once, in any order."
         )
-    return [teacher.index(name) for name in student]
+    order = [teacher.index(name) for name in student]
+    has_no_object = task.row.outputs[0].items == "query" and kinds[0] is OutputKind.CATEGORICAL
+    return [*order, len(teacher)] if has_no_object else order
 
 
 def _subclass_hint(student: PreTrainedConfig, classes: int) -> str:

@@ -15,19 +15,28 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.errors import TeacherError
+from hf_guide.errors import TaskError, TeacherError
 from hf_guide.models.adapters import check_no_virtual_tokens, forward_parameters, without_adapter
 from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
+from hf_guide.models.outputs import (
+    beam_search_heads,
+    boxes_and_objectness,
+    capture_head_outputs,
+    last_hidden_state,
+    task_logits,
+)
 from hf_guide.models.packed_rows import check_packed_rows
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
-from hf_guide.models.targets import add_decoder_inputs
-from hf_guide.tasks import Task
+from hf_guide.models.targets import complete_inputs
+from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.teachers.inputs import TeacherInputs, build_teacher_inputs
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
 
 _TARGET_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
 """Inputs by which a model would compute a loss of its own."""
+
+_SPAN_LABELS = ("start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,13 @@ class ForwardOutputs:
 
     Attributes:
         inputs: What the model was called with.
-        logits: As the model returns them; without any position where its head was skipped.
+        logits: In the canonical form of `models.outputs.task_logits`; without any position where the model's head was
+            skipped, and empty where they were not asked for.
         head_inputs: The input of the language head, (batch, length, width), where the head was skipped.
         hidden_states: All of them, the input embeddings first, where asked for: of an encoder-decoder the decoder's.
-        features: The input of the layer that makes the logits, where asked for, as the model computes it.
+        features: The input of the layer that makes the logits, where asked for, as the model computes it; of a model
+            without a head its last hidden states.
+        boxes: Of a detector, its boxes and the probabilities that they hold an object, where asked for.
     """
 
     inputs: dict[str, Any]
@@ -47,6 +59,7 @@ class ForwardOutputs:
     head_inputs: Tensor | None
     hidden_states: tuple[Tensor, ...]
     features: Tensor | None
+    boxes: tuple[Tensor, Tensor] | None = None
 
     def item_features(self, task: Task, mask: Tensor, config: PreTrainedConfig) -> Tensor:
         """Return one feature vector for each item that `mask` selects, (items, width)."""
@@ -61,8 +74,10 @@ def forward_outputs(
     *,
     inputs: TeacherInputs | None = None,
     head: LMHead | None = None,
+    logits: bool = True,
     hidden_states: bool = False,
     features: bool = False,
+    boxes: bool = False,
 ) -> ForwardOutputs:
     """Run a model on a batch without its labels, and return what a loss may compare.
 
@@ -72,7 +87,7 @@ def forward_outputs(
         batch: The student's, on the model's device; what the model's forward does not name is left out.
         inputs: Converts the batch to what this teacher expects; None where it is that already.
         head: The model's language head; it is then not run, and `head_inputs` is returned instead of logits.
-        hidden_states, features: Whether to return them.
+        logits, hidden_states, features, boxes: Whether to return them.
 
     Raises:
         TeacherError: The batch cannot be converted to what the teacher expects.
@@ -81,7 +96,12 @@ def forward_outputs(
     bare = without_adapter(extract_model_from_parallel(model, keep_torch_compile=False))
     known = forward_parameters(bare)
     converted = dict(batch) if inputs is None else inputs.convert(batch)
-    model_inputs = {name: value for name, value in converted.items() if name in known and name not in _TARGET_INPUTS}
+    needed = _SPAN_LABELS if beam_search_heads(bare, task) else ()  # its end logits depend on the true start
+    model_inputs = {
+        name: value
+        for name, value in converted.items()
+        if name in known and (name not in _TARGET_INPUTS or name in needed)
+    }
     check_packed_rows(bare, converted, "teacher")
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
     if hidden_states:
@@ -93,17 +113,38 @@ def forward_outputs(
     with contextlib.ExitStack() as stack:
         if inputs is not None:
             stack.enter_context(inputs.special_tokens())
-        if features:
+        head_outputs = stack.enter_context(capture_head_outputs(bare, task))
+        has_head = task is not Task.FEATURE_EXTRACTION
+        if features and has_head:
             captured = stack.enter_context(capture_head_inputs(find_classifier(bare, task)))
         if head is not None:
             stack.enter_context(skip_lm_head(bare, head, head_inputs.append))
         outputs = model(**model_inputs, **options)
+    if features and not has_head:
+        captured = [last_hidden_state(outputs)]
     return ForwardOutputs(
         inputs=converted,
-        logits=outputs.logits,
+        logits=task_logits(task, outputs, converted, head_outputs) if logits else torch.empty(0),
         head_inputs=head_inputs[0] if head_inputs else None,
         hidden_states=hidden_states_of(outputs) if hidden_states else (),
         features=captured[-1] if captured else None,
+        boxes=boxes_and_objectness(task, outputs, output_kind(task, bare.config)) if boxes else None,
+    )
+
+
+def check_item_axes(task: Task, outputs: Tensor, mask: Tensor, role: str) -> None:
+    """Check that the canonical outputs of a model have the positions that the items of the batch are selected from.
+
+    Raises:
+        TaskError: They have others; both numbers are named.
+    """
+    if outputs.shape[: mask.ndim] == mask.shape and outputs.ndim == mask.ndim + 1:
+        return
+    items = task.row.outputs[0].items
+    raise TaskError(
+        f"The {role}'s outputs are {tuple(outputs.shape)}, and the batch has {tuple(mask.shape)} positions, one a {items}. "
+        "Student and teacher must make the same number from the same input for the losses of their logits; leave these out "
+        "and use 'ce', or a teacher that does."
     )
 
 
@@ -152,9 +193,14 @@ class LiveTeacher:
 
     def width(self, name: str) -> int | None:
         """Return the width of "hidden_N" or "features"."""
-        if name == "features":
+        if name == "features" and self.task is not Task.FEATURE_EXTRACTION:
             return int(find_classifier(self.bare, self.task).in_features)
         return width_of_config(self.bare.config)
+
+    @functools.cached_property
+    def kind(self) -> OutputKind:
+        """What its logits are."""
+        return output_kind(self.task, self.bare.config)
 
     @functools.cached_property
     def bare(self) -> Any:
@@ -191,19 +237,23 @@ class LiveTeacher:
             inputs,
             inputs=self.inputs,
             head=self.head,
+            logits=TeacherSignal.LOGITS in needs,
             hidden_states=TeacherSignal.HIDDEN_STATES in needs,
             features=TeacherSignal.FEATURES in needs,
+            boxes=TeacherSignal.BOXES in needs,
         )
         target: Callable[[slice], DenseTarget | TopKTarget] | None = None
         if TeacherSignal.LOGITS in needs and outputs.head_inputs is not None:
             at_items = outputs.head_inputs[mask.to(outputs.head_inputs.device)]
             target = self._target_from_head_inputs(at_items, max_logits, mask.device)
         elif TeacherSignal.LOGITS in needs:
-            target = self._target_from_logits(outputs.logits[mask])
+            check_item_axes(self.task, outputs.logits, mask, "teacher")
+            target = self._target_from_logits(outputs.logits[mask.to(outputs.logits.device)].to(mask.device))
         return TeacherSignals(
             target=target,
             hidden_states={layer: outputs.hidden_states[layer] for layer in layers},
             features=None if outputs.features is None else outputs.item_features(self.task, mask, self.bare.config),
+            boxes=None if outputs.boxes is None else self._boxes_at(outputs.boxes, mask),
             weight=self.weight,
         )
 
@@ -234,7 +284,11 @@ class LiveTeacher:
         return target_of
 
     def _target_from_logits(self, logits: Tensor) -> Callable[[slice], DenseTarget]:
-        return lambda chosen: DenseTarget(align_logits(logits[chosen], self.classes, self.order))
+        return lambda chosen: DenseTarget(align_logits(logits[chosen], self.classes, self.order), self.kind)
+
+    def _boxes_at(self, boxes: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        check_item_axes(self.task, boxes[0], mask, "teacher")
+        return boxes[0][mask], boxes[1][mask]
 
 
 @dataclass(frozen=True)
@@ -243,7 +297,8 @@ class TeacherOutputs:
 
     Attributes:
         classes: The rows of its vocabulary, or the number of its labels.
-        logits: Of a classifier, as the model returns them.
+        logits: In the canonical form of `models.outputs.task_logits`, of a language model without any position; (batch, 0)
+            of a model without a head.
         logits_at: Of a language model, its logits (tokens, classes) at rows and positions of the batch, (tokens,) each.
         hidden_states: All of them, where asked for.
         features: The input of the head, where asked for: (batch, width), or (batch, length, width) where items are tokens.
@@ -282,6 +337,7 @@ class TeacherRunner:
     ) -> TeacherOutputs:
         """Run the teacher on a collated batch, on the teacher's own device."""
         bare, task = without_adapter(self.model), self.task
+        has_logits = task is not Task.FEATURE_EXTRACTION
         if task.is_per_token or hidden_states or features:
             check_no_virtual_tokens(self.model, "teacher")
         # Of an offloaded teacher, or one on several devices, accelerate moves the inputs to where they are needed.
@@ -290,19 +346,22 @@ class TeacherRunner:
         outputs = forward_outputs(
             self.model,
             task,
-            add_decoder_inputs(bare, task, tensors),
+            complete_inputs(bare, task, tensors),
             inputs=self.inputs,
             head=self.head,
+            logits=has_logits,
             hidden_states=hidden_states,
             features=features,
         )
+        batch_size = len(next(iter(tensors.values())))
+        logits = outputs.logits if has_logits else torch.empty(batch_size, 0, device=device)
         head_features = outputs.features
-        if head_features is not None and not task.is_per_token:
+        if head_features is not None and task.row.outputs[0].items == "example":
             every_example = torch.ones(len(head_features), dtype=torch.bool, device=device)
             head_features = outputs.item_features(task, every_example, bare.config)
         return TeacherOutputs(
-            classes=outputs.logits.shape[-1],
-            logits=outputs.logits,
+            classes=logits.shape[-1],
+            logits=logits,
             logits_at=functools.partial(self._logits_at, outputs),
             hidden_states=outputs.hidden_states,
             features=head_features,

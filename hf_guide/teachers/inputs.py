@@ -67,8 +67,12 @@ class TeacherInputs:
         if self.sounds is not None and isinstance(converted.get(self.sounds.name), Tensor):
             converted = self.sounds.apply(converted)
         ids = converted.get("input_ids")
-        if isinstance(ids, Tensor) and ids.ndim == 2:
-            self._check_text(converted, ids)
+        if isinstance(ids, Tensor) and ids.ndim in (2, 3):  # (batch, choices, length) of multiple choice
+            if ids.ndim == 2:
+                self._check_text(converted, ids)
+            else:
+                flat = {name: value.flatten(0, 1) for name, value in converted.items() if _has_axes_of(value, ids)}
+                self._check_text(flat, flat["input_ids"])
             converted["input_ids"] = self._with_own_padding(ids, converted.get("attention_mask"))
         if self.task.row.targets_in_decoder:
             self._start_decoder(converted)
@@ -293,6 +297,10 @@ def build_teacher_inputs(
         conversion.pair_separator if reads_types else None,
         conversion.sounds,
     )
+
+
+def _has_axes_of(value: Any, ids: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape[:3] == ids.shape
 
 
 def _text_config(model: Any) -> PreTrainedConfig:

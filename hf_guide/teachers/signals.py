@@ -10,6 +10,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from hf_guide.tasks import OutputKind
+
 
 class TeacherSignal(str, Enum):
     """What of student and teacher a term looks at."""
@@ -18,6 +20,7 @@ class TeacherSignal(str, Enum):
     LOGITS = "logits"
     HIDDEN_STATES = "hidden_states"
     FEATURES = "features"
+    BOXES = "boxes"
     SUBCLASSES = "subclasses"
 
 
@@ -27,9 +30,11 @@ class DenseTarget:
 
     Args:
         logits: (items, classes), any floating dtype; no gradient goes into them.
+        kind: What they mean: classes that exclude each other, labels that hold independently, or real numbers.
     """
 
     logits: Tensor
+    kind: OutputKind = OutputKind.CATEGORICAL
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,12 @@ class TeacherSignals:
         target: the distribution at some of the items, in their order; None where none was asked for or captured.
         hidden_states: (batch, length, width) by number of blocks passed.
         features: what its head is fed, (items, width).
+        boxes: Of a detector, its boxes (items, 4) and the probability (items,) that the query is an object.
         weight: this teacher's share.
     """
 
     target: Callable[[slice], DenseTarget | TopKTarget] | None = None
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
     features: Tensor | None = None
+    boxes: tuple[Tensor, Tensor] | None = None
     weight: float = 1.0

@@ -62,7 +62,7 @@ def given(task: str, teacher: Any, **changes: Any) -> Callable[[Path], Any]:
 def several_labels(folder: Path) -> Any:
     student = model_for("sequence-classification", 1)
     student.config.problem_type = "multi_label_classification"
-    return DistillationTrainer(student, arguments(folder, losses="kd"), collate, teacher=copy.deepcopy(student))
+    return DistillationTrainer(student, arguments(folder, losses="dkd"), collate, teacher=copy.deepcopy(student))
 
 
 def named(folder: Path) -> Any:
@@ -103,7 +103,7 @@ INVALID_CALLS: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]]
     ),
     (given("causal-lm", lambda: llama(2, vocab_size=70)), VocabularyError, ["61", "70"]),
     (given("causal-lm", lambda: llama(2), losses="dkd"), TaskError, ["'dkd'", "causal-lm"]),
-    (several_labels, TaskError, ["multi_label_classification", "'kd'", "'features'"]),
+    (several_labels, TaskError, ["multi_label_classification", "'dkd'", "use 'kd' or 'features'"]),
     (given("causal-lm", lambda: [llama(2)], teacher_weights=[1, 2]), OptionError, ["2 teacher_weights for 1"]),
     (
         given("causal-lm", lambda: llama(2), losses="hidden_states", layer_mapping={5: 1}),

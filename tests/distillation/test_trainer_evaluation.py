@@ -9,7 +9,7 @@ import torch
 from transformers import BertForSequenceClassification, set_seed
 
 from hf_guide import DistillationTrainer, VocabularyError, capture_teacher
-from hf_guide.errors import TaskError
+from hf_guide.errors import OptionError, TaskError
 from hf_guide.visualization import loss_curves
 from tests.distillation.small import TASKS, _bert_config, collate, examples_for, llama, model_for
 from tests.distillation.test_trainer import arguments
@@ -98,16 +98,47 @@ def batch_of(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor([each[name] for each in examples]) for name in examples[0]}
 
 
-@pytest.mark.parametrize("objective", ["kd", "dkd", {"ce": 0.5, "kd": 0.5}])
-@pytest.mark.parametrize("kind", [None, "regression", "multi_label_classification"])
-def test_logits_that_are_no_distribution_over_classes_are_an_error(
-    kind: str | None, objective: Any, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("objective", ["dkd", {"ce": 0.5, "lelp": 0.5}])
+@pytest.mark.parametrize("kind", [None, "regression", "multi_label_classification", "single_label_classification"])
+def test_a_loss_of_classes_is_an_error_where_there_are_none(kind: str | None, objective: Any, tmp_path: Path) -> None:
     outputs = 3 if kind == "multi_label_classification" else 1
     student, teacher = (scores(outputs, seed, problem_type=kind) for seed in (1, 2))
     args = arguments(tmp_path, losses=objective)
-    with pytest.raises(TaskError, match="The student.*no distribution over classes.*'features' or 'hidden_states'"):
+    with pytest.raises(TaskError, match="outputs of the student.*cannot compare: use 'kd' or 'features'"):
         DistillationTrainer(student, args, batch_of, rated(outputs=outputs), teacher=teacher)
+
+
+@pytest.mark.parametrize("kind", [None, "regression", "multi_label_classification", "single_label_classification"])
+def test_kd_compares_what_the_outputs_are(kind: str | None, tmp_path: Path) -> None:
+    """Mean squared error of one output, whatever its problem_type; binary divergences of several labels at once."""
+    outputs = 3 if kind == "multi_label_classification" else 1
+    student, teacher = (scores(outputs, seed, problem_type=kind).eval() for seed in (1, 2))
+    data = rated(outputs=outputs)
+    if kind == "single_label_classification":
+        data = [each | {"labels": 0} for each in data]
+    args = arguments(tmp_path, losses="kd", temperature=2.0)
+    trainer = DistillationTrainer(student, args, batch_of, data, eval_dataset=data, teacher=teacher)
+    inputs = {name: value for name, value in batch_of(data).items() if name != "labels"}
+    with torch.no_grad():
+        mine, theirs = (model(**inputs).logits.double() for model in (student, teacher))
+    if outputs == 1:
+        expected = (mine - theirs).square().mean()
+    else:
+        p, log_odds = (theirs / 2).sigmoid(), [(each / 2) for each in (theirs, mine)]
+        yes, no = ([torch.nn.functional.logsigmoid(sign * each) for each in log_odds] for sign in (1, -1))
+        expected = 4 * (p * (yes[0] - yes[1]) + (1 - p) * (no[0] - no[1])).sum(-1).mean()
+    metrics = trainer.evaluate()
+    assert metrics["eval_kd"] == pytest.approx(float(expected), rel=1e-5) and metrics["eval_kd"] > 0
+    assert "eval_teacher_agreement" not in metrics
+    trainer.train()
+    assert all(math.isfinite(entry["kd"]) for entry in trainer.state.log_history if "kd" in entry)
+
+
+def test_a_divergence_of_real_numbers_is_an_error(tmp_path: Path) -> None:
+    args = arguments(tmp_path, losses="kd", kd_loss_type="reverse_kl")
+    trainer = DistillationTrainer(scores(1), args, batch_of, rated(), teacher=scores(1, 2))
+    with pytest.raises(OptionError, match="kd_loss_type is reverse_kl.*real numbers"):
+        trainer.train()
 
 
 def test_a_teacher_of_another_problem_type_is_an_error_live_and_cached(tmp_path: Path) -> None:
@@ -124,7 +155,7 @@ def test_labels_that_are_no_classes_are_an_error_at_the_first_batch(tmp_path: Pa
     trainer = DistillationTrainer(
         scores(3), arguments(tmp_path, losses="kd"), batch_of, rated(outputs=3), teacher=scores(3, 2)
     )
-    with pytest.raises(TaskError, match=r"torch.float32, \(8, 3\).*'kd' cannot learn"):
+    with pytest.raises(TaskError, match=r"torch.float32, \(8, 3\).*'kd' cannot learn.*problem_type"):
         trainer.train()
 
 

@@ -2,7 +2,7 @@
 
 Does: compute values and gradients in one pass over the logits, a few rows at a time, so that the gradient is the only
 buffer as large as the logits; treat a teacher of which only the top k is known exactly, with the tail as one more outcome.
-Register them as the losses `kd` and `dkd`.
+Register them as the losses `kd`, which also compares independent labels and real numbers, and `dkd`.
 Does not: shift, mask, weight or average.
 """
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_guide.distillation.losses.chunked import row_chunks
 from hf_guide.distillation.losses.registry import LossConfig, register_loss
 from hf_guide.errors import HfGuideError, OptionError, TaskError, VocabularyError
+from hf_guide.tasks import OutputKind
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
 from hf_guide.validation import MAX_WEIGHT, check_choice, check_number, check_positive
 
@@ -230,11 +231,34 @@ class KDConfig(LossConfig):
     "kd",
     requires=TeacherSignal.LOGITS,
     config=KDConfig,
+    kinds=("categorical", "bernoulli", "real"),
     help="a divergence between teacher and student (Hinton et al., arXiv 1503.02531)",
 )
 def kd_loss(student: Tensor, teacher: DenseTarget | TopKTarget, labels: Tensor | None, config: KDConfig) -> Tensor:
-    """Return the divergence of kind `config.kind`, times temperature squared, (items,)."""
-    return divergence(student, teacher, kind=config.kind, beta=config.beta, temperature=config.temperature)
+    """Return the distance of the outputs by what they are, (items,).
+
+    Classes that exclude each other: the divergence of kind `config.kind`, times temperature squared. Independent labels: the
+    sum over the labels of that divergence between "yes" and "no". Real numbers: the mean squared difference, without a
+    temperature.
+
+    Raises:
+        OptionError: Another `kd_loss_type` than the default, for real numbers.
+    """
+    options: dict[str, Any] = {"kind": config.kind, "beta": config.beta, "temperature": config.temperature}
+    kind = teacher.kind if isinstance(teacher, DenseTarget) else OutputKind.CATEGORICAL
+    if kind is OutputKind.CATEGORICAL or not isinstance(teacher, DenseTarget):
+        return divergence(student, teacher, **options)
+    _check_dense_target(student, teacher)
+    if kind is OutputKind.BERNOULLI:
+        pairs = [torch.stack([each, torch.zeros_like(each)], -1).flatten(0, 1) for each in (student, teacher.logits)]
+        return divergence(pairs[0], DenseTarget(pairs[1]), **options).view(student.shape).sum(-1)
+    if config.kind != DivergenceKind.FORWARD_KL:
+        raise OptionError(
+            f"kd_loss_type is {config.kind}, a divergence between distributions, and the outputs are real numbers, whose "
+            "mean squared difference 'kd' is. Leave kd_loss_type out."
+        )
+    dtype = _at_least_float32(student.dtype)
+    return (student.to(dtype) - teacher.logits.to(dtype)).square().mean(-1)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ def features_loss(student: Tensor, teacher: Tensor, config: FeatureConfig) -> Te
     return feature_distance(student, teacher, config.distance)
 
 
+@register_loss("boxes", requires=TeacherSignal.BOXES, tasks=("object-detection",))
+def boxes_loss(student: Tensor, teacher: Tensor, objectness: Tensor, config: LossConfig) -> Tensor:
+    """Return the mean absolute difference of the boxes, (items, 4) to (items,), times the teacher's objectness."""
+    student, teacher = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (student, teacher))
+    return (student - teacher).abs().mean(-1) * objectness.to(student.dtype)
+
+
 def feature_distance(student: Tensor, teacher: Tensor, distance: str) -> Tensor:
     """Return the mean squared difference, or 1 - cosine, over the last axis, in float32 or better."""
     student, teacher = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (student, teacher))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import HfGuideError, OptionError, TaskError
-from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task
+from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.teachers.signals import TeacherSignal
 from hf_guide.utils.deprecation import warn_renamed
 from hf_guide.utils.typed_json import check_field_types
@@ -25,6 +25,8 @@ TASK_LOSS = "ce"
 
 RENAMED_LOSSES = {"embedding": "features", "hidden": "hidden_states"}
 """Names of losses that an earlier release used, and the present ones."""
+
+_LOGIT_KINDS = (OutputKind.CATEGORICAL, OutputKind.BERNOULLI, OutputKind.REAL)
 
 _LAZY_LOSS_MODULES = {"lelp": "hf_guide.lelp.loss"}
 """Losses whose modules are imported when they are first named: their packages are above this one."""
@@ -69,6 +71,7 @@ class LossTerm:
         tasks: The values of `Task` that it is for; empty for all.
         config: The class of its options; None for a function that takes the `DistillationArguments` instead.
         help: One line for people.
+        kinds: What the logits that it compares may be.
     """
 
     name: str
@@ -77,6 +80,7 @@ class LossTerm:
     tasks: tuple[str, ...]
     config: type[LossConfig] | None
     help: str
+    kinds: tuple[OutputKind, ...] = (OutputKind.CATEGORICAL,)
 
     def build_config(self, options: Mapping[str, Any], args: Any) -> Any:
         """Return the config of the loss: its own options from `options`, the shared ones from `args`.
@@ -122,6 +126,7 @@ def register_loss(
     tasks: Iterable[str] = (),
     config: type[LossConfig] = LossConfig,
     help: str = "",
+    kinds: Iterable[str] = ("categorical",),
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register the decorated function as a loss that `DistillationArguments(losses=...)` can name.
 
@@ -133,6 +138,8 @@ def register_loss(
     - requires="hidden_states": the student's and the teacher's hidden states (batch, length, width), once for each pair of
       layers, and the config; it returns (batch, length);
     - requires="features": the student's and the teacher's penultimate features (items, width), and the config;
+    - requires="boxes": the student's and the teacher's boxes (items, 4), the probability (items,) that the teacher's query is
+      an object, and the config;
     - requires="subclasses": student subclass logits (items, C * S), the batch's subclass probabilities (items, C * S), and
       the config.
 
@@ -142,9 +149,11 @@ def register_loss(
         tasks: The tasks that it is for, such as "image-classification"; empty for all.
         config: A dataclass derived from `LossConfig` that declares the loss's options; `loss_options` sets them.
         help: One line for people; by default the first line of the function's docstring.
+        kinds: What the logits that it compares may be: "categorical" (a softmax over classes), "bernoulli" (a sigmoid per
+            label) or "real"; `teacher.kind` is which they are.
 
     Raises:
-        OptionError: The name is taken, or `requires`, `tasks` or `config` is invalid.
+        OptionError: The name is taken, or `requires`, `tasks`, `config` or `kinds` is invalid.
 
     Example:
         >>> from dataclasses import dataclass, field
@@ -175,7 +184,8 @@ def register_loss(
         raise OptionError(
             f"config of the loss {name!r} must be a dataclass derived from LossConfig; found {config!r}."
         )
-    return _register(name, signal, tasks, config, help)
+    parsed = tuple(OutputKind(check_choice("kinds", kind, [str(each) for each in _LOGIT_KINDS])) for kind in kinds)
+    return _register(name, signal, tasks, config, help, parsed)
 
 
 def register_term(
@@ -197,14 +207,19 @@ def register_term(
 
 
 def _register(
-    name: str, requires: TeacherSignal, tasks: tuple[str, ...], config: type[LossConfig] | None, help: str
+    name: str,
+    requires: TeacherSignal,
+    tasks: tuple[str, ...],
+    config: type[LossConfig] | None,
+    help: str,
+    kinds: tuple[OutputKind, ...] = (OutputKind.CATEGORICAL,),
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     if name in _LOSSES or name in RENAMED_LOSSES:
         raise OptionError(f"A loss {name!r} is registered already; choose another name.")
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         text = help or (function.__doc__ or "").partition("\n")[0]
-        _LOSSES[name] = LossTerm(name, function, requires, tasks, config, text)
+        _LOSSES[name] = LossTerm(name, function, requires, tasks, config, text, kinds)
         return function
 
     return register
@@ -302,9 +317,10 @@ def parse_loss_options(loss_options: Any, weights: Mapping[str, float]) -> dict[
     return {name: dict(options) for name, options in parsed.items()}
 
 
-def categorical_terms(losses: Mapping[str, Any]) -> list[str]:
-    """Return the losses that compare distributions over classes that exclude each other."""
-    return [name for name in losses if _LOSSES[name].requires in (TeacherSignal.LOGITS, TeacherSignal.SUBCLASSES)]
+def logit_losses(losses: Iterable[str]) -> list[str]:
+    """Return the losses that compare logits, or what is made of them, item by item."""
+    signals = (TeacherSignal.LOGITS, TeacherSignal.SUBCLASSES)
+    return [name for name in losses if _LOSSES[name].requires in signals]
 
 
 def required_signals(losses: Mapping[str, Any]) -> set[TeacherSignal]:
@@ -334,14 +350,14 @@ def check_losses_fit_task(configs: Mapping[str, Any], task: str, config: Any) ->
         tasks = _LOSSES[name].tasks
         if tasks and task not in tasks:
             raise TaskError(f"The loss {name!r} is for {' and '.join(tasks)}, not for {task}. Leave it out of losses.")
-    check_class_distribution(configs, task, config, "student")
+    check_output_kind(configs, task, config, "student")
     for loss_config in configs.values():
         if isinstance(loss_config, LossConfig):
             loss_config.check_student(config)
 
 
-def check_class_distribution(losses: Mapping[str, Any], task: str, config: Any, role: str) -> None:
-    """Check that a classifier's logits are a distribution over two classes or more, where losses compare such.
+def check_output_kind(losses: Mapping[str, Any], task: str, config: Any, role: str) -> None:
+    """Check that a model's logits are of a kind that the losses compare: a distribution over classes, labels, real numbers.
 
     Args:
         losses: By name; the values do not matter.
@@ -350,20 +366,20 @@ def check_class_distribution(losses: Mapping[str, Any], task: str, config: Any, 
         role: "student" or "teacher", for the error.
 
     Raises:
-        TaskError: A regression, one output, or several labels at once.
+        TaskError: A loss compares logits of another kind; names what works.
     """
-    names = categorical_terms(losses)
-    if not names or Task(task).is_language_model:
+    kind = output_kind(Task(task), config)
+    wrong = [name for name in logit_losses(losses) if kind not in _LOSSES[name].kinds]
+    if not wrong:
         return
-    problem_type = getattr(config, "problem_type", None)
-    num_classes = config.num_labels // (getattr(config, "num_subclasses", None) or 1)
-    if problem_type in NON_CATEGORICAL_PROBLEM_TYPES:
-        reason = f"The {role}'s problem_type is {problem_type}"
-    elif num_classes < 2:
-        reason = f"The {role} has one output (num_labels=1), which Transformers takes for a regression"
-    else:
-        return
+    what = {
+        OutputKind.BERNOULLI: "labels that hold independently, a sigmoid each",
+        OutputKind.REAL: "real numbers, as of a regression",
+        OutputKind.FEATURES: "vectors",
+    }.get(kind, "a distribution over classes")
+    details = [f"{name}={getattr(config, name)}" for name in ("problem_type", "num_labels") if hasattr(config, name)]
+    suitable = [name for name in ("kd",) if name in _LOSSES and kind in _LOSSES[name].kinds]
     raise TaskError(
-        f"{reason}: its logits are no distribution over classes, which {' and '.join(map(repr, names))} compare. Use the "
-        "losses 'features' or 'hidden_states' instead."
+        f"The outputs of the {role} ({', '.join(details)}) are {what}, which {' and '.join(map(repr, wrong))} cannot compare: "
+        f"use {' or '.join(map(repr, [*suitable, 'features', 'hidden_states']))} instead."
     )
