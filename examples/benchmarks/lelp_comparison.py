@@ -163,7 +163,9 @@ def teach(teacher: Classifier, batches: Batches, steps: int) -> None:
     )
 
 
-def one_run(bench: Bench, batches: Batches, problem: TrainingProblem, run: dict[str, Any], args: argparse.Namespace) -> dict:
+def one_run(
+    bench: Bench, batches: Batches, problem: TrainingProblem, run: dict[str, Any], args: argparse.Namespace
+) -> dict:
     """Train one student and return how it fares."""
     arm, settings, seed = run["arm"], run["settings"], run["seed"]
     began = time.perf_counter()
@@ -225,7 +227,9 @@ def parser(text: str | None) -> argparse.ArgumentParser:
         metavar="JSON",
         help="of arms of subclasses, in place of a grid: tau, S and beta",
     )
-    parser.add_argument("-o", "--output", type=Path, help="folder of teachers, and of runs unless --rows names another folder")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="folder of teachers, and of runs unless --rows names another folder"
+    )
     parser.add_argument("--rows", type=Path, help="file of runs, one a line")
     parser.add_argument("--fashion", type=Path, help="the folder of Fashion-MNIST's four files")
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")
