@@ -155,6 +155,22 @@ def write_images(folder: Path, count: int = 24, seed: int = 0) -> Path:
     return folder
 
 
+def write_segmentation(folder: Path, count: int = 12, seed: int = 0) -> Path:
+    """Write images, each with a rectangle of one of two classes, and maps of the class of each pixel."""
+    draw = np.random.default_rng(seed)
+    for part in ("images", "annotations"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        classes = np.zeros((36, 48), dtype=np.uint8)
+        top, left = draw.integers(0, 16, 2)
+        classes[top : top + 16, left : left + 24] = 1 + number % 2
+        classes[0] = 255  # not labelled
+        pixels = draw.integers(0, 80, (36, 48, 3)) + 80 * (classes % 255)[..., None]
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / f"{number}.png")
+        Image.fromarray(classes).save(folder / "annotations" / f"{number}.png")
+    return folder
+
+
 QUICK = {
     "max_steps": 3,
     "per_device_train_batch_size": 4,

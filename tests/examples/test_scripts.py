@@ -8,8 +8,14 @@ import pytest
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForSemanticSegmentation,
     AutoModelForSequenceClassification,
+    AutoProcessor,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessorPil,
 )
 
 from tests.examples.local import (
@@ -21,8 +27,10 @@ from tests.examples.local import (
     run_example,
     write_images,
     write_labelled,
+    write_segmentation,
     write_text,
 )
+from tests.small_image_text import FAMILIES, write_conversations
 
 LAUNCHERS = {
     "torchrun": ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
@@ -134,3 +142,36 @@ def test_image_classifiers(tmp_path):
     )
     assert 0 <= measured["eval_accuracy"] <= 1
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "student").config.hidden_size == 16
+
+
+def test_semantic_segmentation(tmp_path):
+    labels = {"id2label": {0: "none", 1: "one", 2: "two"}, "label2id": {"none": 0, "one": 1, "two": 2}}
+    sizes = {"hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16}
+    config = SegformerConfig(**sizes, depths=[1, 1, 2, 1], **labels)
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "teacher")
+    SegformerImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "teacher")
+    _, measured = run(
+        "run_semantic_segmentation_distillation.py",
+        tmp_path / "student",
+        teacher=tmp_path / "teacher",
+        student_init_kwargs={"depths": [1, 1, 1, 1], "hidden_sizes": [4, 4, 8, 8]},
+        train_dir=write_segmentation(tmp_path / "images"),
+    )
+    assert 0 <= measured["eval_mean_iou"] <= 1 and 0 <= measured["eval_overall_accuracy"] <= 1
+    student = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "student")
+    assert student.config.hidden_sizes == [4, 4, 8, 8] and student.config.id2label == labels["id2label"]
+
+
+def test_conversations_about_images(tmp_path):
+    FAMILIES["llava"].save(tmp_path / "teacher")
+    run(
+        "run_image_text_to_text_distillation.py",
+        tmp_path / "student",
+        teacher=tmp_path / "teacher",
+        student_init_kwargs={"text_config": {"num_hidden_layers": 2}},
+        train_file=write_conversations(tmp_path / "data", 8),
+        validation_split_percentage=25,
+    )
+    student = AutoModelForImageTextToText.from_pretrained(tmp_path / "student")
+    assert student.config.text_config.num_hidden_layers == 2
+    assert AutoProcessor.from_pretrained(tmp_path / "student").chat_template
