@@ -5,13 +5,17 @@
         --dataset_name stanfordnlp/sst2 --text_column_name sentence \
         --do_train --do_eval --losses '{"ce": 0.3, "kd": 0.7}' --temperature 2 --output_dir student
 
-Named labels are mapped to the teacher's order; numeric labels are used unchanged.
+Named labels are mapped to the teacher's order; numeric labels are used unchanged. A column of floats makes it a regression
+(`kd` is then the squared error of the predictions), one with a list of labels per text a multi-label classification (`kd` is
+then a divergence per label).
 """
 
 import gc
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import datasets
 import numpy as np
@@ -59,7 +63,9 @@ class DataTrainingArguments:
     second_text_column_name: str | None = field(
         default=None, metadata={"help": "Column with the second text of a pair."}
     )
-    label_column_name: str = field(default="label", metadata={"help": "Column with the labels."})
+    label_column_name: str = field(
+        default="label", metadata={"help": "Column with the labels: one, a list of them, or a float."}
+    )
     max_seq_length: int = field(default=128, metadata={"help": "Tokens per example."})
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Number of processes for preprocessing."}
@@ -71,7 +77,7 @@ class DataTrainingArguments:
 
 
 def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
-    """Load a dataset with the splits train and validation and a label column of classes."""
+    """Load a dataset with the splits train and validation."""
     if args.dataset_name is not None:
         raw = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
     else:
@@ -79,18 +85,44 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
         ending = args.train_file.rsplit(".", 1)[-1]
         kind = "json" if ending == "jsonl" else ending
         raw = datasets.load_dataset(kind, data_files={name: file for name, file in files.items() if file})
-    if not isinstance(raw["train"].features[args.label_column_name], datasets.ClassLabel):
-        raw = raw.class_encode_column(args.label_column_name)
     if "validation" not in raw:
         parts = raw["train"].train_test_split(test_size=args.validation_split_percentage / 100, seed=0)
         raw = datasets.DatasetDict(train=parts["train"], validation=parts["test"])
     return raw
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Return the accuracy."""
-    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-    return {"accuracy": float((np.argmax(logits, axis=-1) == prediction.label_ids).mean())}
+def encode_classes(raw: datasets.DatasetDict, column: str) -> tuple[datasets.DatasetDict, str, list[str]]:
+    """Return the dataset with numbered classes, its problem type as Transformers names it, and the names of the classes."""
+    feature = raw["train"].features[column]
+    if isinstance(feature, datasets.List):
+        if isinstance(feature.feature, datasets.ClassLabel):
+            return raw, "multi_label_classification", feature.feature.names
+        names = sorted({str(name) for split in raw.values() for labels in split[column] for name in labels})
+        numbers = {name: number for number, name in enumerate(names)}
+        raw = raw.map(lambda example: {column: [numbers[str(name)] for name in example[column]]}, desc="Labels")
+        return raw, "multi_label_classification", names
+    if feature.dtype.startswith("float"):
+        return raw, "regression", []
+    if not isinstance(feature, datasets.ClassLabel):
+        raw = raw.class_encode_column(column)
+    return raw, "single_label_classification", raw["train"].features[column].names
+
+
+def make_compute_metrics(problem_type: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return the function that computes accuracy, micro-averaged F1, or error and correlation."""
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        labels = prediction.label_ids
+        if problem_type == "regression":
+            errors, correlation = logits.squeeze(-1) - labels, np.corrcoef(logits.squeeze(-1), labels)[0, 1]
+            return {"mse": float((errors**2).mean()), "pearson": float(correlation)}
+        if problem_type == "multi_label_classification":
+            predicted = logits > 0
+            return {"f1": float(2 * (predicted * labels).sum() / max(predicted.sum() + labels.sum(), 1))}
+        return {"accuracy": float((np.argmax(logits, axis=-1) == labels).mean())}
+
+    return compute_metrics
 
 
 def main() -> None:
@@ -110,26 +142,36 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.tokenizer_name or model_args.model_name_or_path or training_args.teacher
     )
-    names = raw_datasets["train"].features[data_args.label_column_name].names
+    raw_datasets, problem_type, names = encode_classes(raw_datasets, data_args.label_column_name)
     label2id = AutoConfig.from_pretrained(training_args.teacher).label2id if training_args.teacher else {}
     if set(label2id) != set(names):  # the teacher's labels are only numbered: use the dataset's names
         label2id = {name: number for number, name in enumerate(names)}
+    if problem_type == "regression":
+        label2id = {"LABEL_0": 0}
     model = None  # the trainer makes it from the teacher, with `student_init_kwargs`
     if model_args.model_name_or_path:
         model = AutoModelForSequenceClassification.from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
             dtype=model_args.dtype,
-            num_labels=len(names),
+            problem_type=problem_type,
             label2id=label2id,
             id2label={number: name for name, number in label2id.items()},
         )
+
+    def encode(label: Any) -> float | int | list[float]:
+        if problem_type == "regression":
+            return float(label)
+        if problem_type == "single_label_classification":
+            return label2id[names[label]]
+        numbers = {label2id[names[each]] for each in label}
+        return [float(number in numbers) for number in range(len(names))]
 
     def tokenize(examples: dict) -> dict:
         columns = [data_args.text_column_name, data_args.second_text_column_name]
         texts = [examples[column] for column in columns if column is not None]
         tokenized = tokenizer(*texts, truncation=True, max_length=data_args.max_seq_length)
-        tokenized["labels"] = [label2id[names[number]] for number in examples[data_args.label_column_name]]
+        tokenized["labels"] = [encode(label) for label in examples[data_args.label_column_name]]
         return tokenized
 
     with training_args.main_process_first(desc="tokenizing"):
@@ -148,7 +190,7 @@ def main() -> None:
         eval_dataset=tokenized["validation"] if training_args.do_eval else None,
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=compute_metrics,
+        compute_metrics=make_compute_metrics(problem_type),
     )
     logger.info("%s", trainer.accelerator.state)  # rank, world size, device, sharding
 

@@ -24,7 +24,6 @@ from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
 from hf_guide.utils.files import check_can_create
 from hf_guide.utils.public_names import public_value
 from hf_guide.validation import (
-    check_bool,
     check_choice,
     check_integer,
     check_mapping,
@@ -55,7 +54,6 @@ RENAMED_ARGUMENTS = RenamedOptions(
         "divergence": "kd_loss_type",
         "jsd_beta": "beta",
         "hidden_layers": "layer_mapping",
-        "teacher_compile": "compile_teacher",
         "capture": "teacher_cache",
         "student": "student_init_kwargs",
         "max_logits": "loss_chunk_size",
@@ -64,6 +62,9 @@ RENAMED_ARGUMENTS = RenamedOptions(
         "dkd_alpha": _move_to_loss_options("alpha", "dkd"),
         "dkd_beta": _move_to_loss_options("beta", "dkd"),
         "hidden_distance": _move_to_loss_options("distance", "hidden_states", "features"),
+    },
+    removed={
+        "teacher_compile": "call `teacher.compile()` on a loaded model before you pass it; the losses are the same."
     },
 )
 """Names of arguments in the previous release, and the present ones."""
@@ -139,7 +140,6 @@ class DistillationArguments(TrainingArguments):
             "quantization_config, trust_remote_code, attn_implementation."
         },
     )
-    compile_teacher: bool = field(default=False, metadata={"help": "Compile the teacher with torch.compile."})
     teacher_cache: str | None = field(
         default=None,
         metadata={
@@ -209,7 +209,6 @@ class DistillationArguments(TrainingArguments):
         self.loss_options = parse_loss_options(self.loss_options, self.losses) or None
         self._build_loss_configs()  # checks the options
         self.loss_chunk_size = check_integer("loss_chunk_size", self.loss_chunk_size)
-        self.compile_teacher = check_bool("compile_teacher", self.compile_teacher)
         if self.teacher and self.teacher_cache:
             raise OptionError("teacher and teacher_cache are both given; the signals come from one of them.")
         self.teacher_weights = _parse_teacher_weights(self.teacher_weights)

@@ -249,7 +249,6 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
                 self.task,
                 init_kwargs=args.teacher_init_kwargs,  # type: ignore[arg-type]
                 weights=args.teacher_weights,  # type: ignore[arg-type]
-                compile=args.compile_teacher,
                 processing_class=processing_class,
                 accelerator=self.accelerator,
             )

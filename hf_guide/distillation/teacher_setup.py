@@ -26,7 +26,6 @@ def build_live_teachers(
     *,
     init_kwargs: Mapping[str, Any] | None,
     weights: Sequence[float] | None,
-    compile: bool,
     processing_class: Any,
     accelerator: accelerate.Accelerator,
 ) -> list[LiveTeacher]:
@@ -61,10 +60,8 @@ def build_live_teachers(
             order = align_labels(student.config, model.config, task)
         inputs = build_teacher_inputs(model, task, processing_class, student=student, init_kwargs=init_kwargs)
         # Before it is sharded: what is proved on whole weights still holds then, but they are no longer whole.
-        head = find_lm_head(model) if task.is_language_model and not compile else None
+        head = find_lm_head(model) if task.is_language_model else None
         prepared, sharded = prepare_teacher(model, accelerator)
-        if compile:
-            prepared = torch.compile(prepared)  # type: ignore[assignment]
         head = None if sharded else head
         teachers.append(LiveTeacher(prepared, task, classes, order, share / sum(shares), head, inputs))
     return teachers

@@ -1,8 +1,7 @@
 """The plan of a transfer: where each of a student's parameters comes from, and how each of its axes gets smaller."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,9 +16,11 @@ from hf_guide.initialization.blocks.stacks import (
     source_name,
     stack_pattern,
 )
+from hf_guide.initialization.blocks.tables import block_table_transform
 from hf_guide.initialization.config import PlanOptions, SubsequentLayers
 from hf_guide.initialization.head_grouping import check_head_grouping
 from hf_guide.initialization.selection import alibi_head_indices, evenly_spaced_indices, rope_pair_indices
+from hf_guide.initialization.tensor_names import TensorNames, is_parameter
 from hf_guide.layouts.grammar import (
     Axis,
     AxisConcat,
@@ -45,7 +46,6 @@ from hf_guide.layouts.registry import (
     config_sizes,
     rotary_size,
 )
-from hf_guide.models.model_classes import strip_base_prefix
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.finite import is_finite
 
@@ -440,39 +440,6 @@ def check_finite_weights(tensor: Tensor, what: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Both models' tensors by their names relative to the base model.
-
-    Attributes:
-        tensors: The student's tensors by their own names, each once.
-        student, teacher: Each model's own names by relative ones.
-        tied: The tensor that a tied one shares, by relative names, in the student.
-    """
-
-    tensors: dict[str, Tensor]
-    student: dict[str, str]
-    tied: dict[str, str]
-    teacher: dict[str, str]
-
-    @classmethod
-    def of(cls, student: PreTrainedModel, teacher: TeacherCheckpoint) -> "_Names":
-        tensors, tied = unique_tensors(student)
-        prefix, teacher_prefix = student.base_model_prefix, teacher.base_model_prefix
-        names = {strip_base_prefix(name, prefix): name for name in tensors}
-        if len(names) < len(tensors):
-            raise LayoutError(
-                f"{type(student).__name__} has two parameters of one name inside and outside its base model, which no "
-                "layout can distinguish."
-            )
-        tied = {strip_base_prefix(name, prefix): strip_base_prefix(first, prefix) for name, first in tied.items()}
-        teacher_names = {strip_base_prefix(name, teacher_prefix): name for name in teacher.weights.keys()}
-        for name, first in teacher.tied.items():
-            if strip_base_prefix(name, teacher_prefix) not in teacher_names and first in teacher.weights.keys():
-                teacher_names[strip_base_prefix(name, teacher_prefix)] = first
-        return cls(tensors, names, tied, teacher_names)
-
-
 def make_plan(
     student: PreTrainedModel,
     teacher: TeacherCheckpoint,
@@ -493,7 +460,7 @@ def make_plan(
         LayoutError: A parameter that the layout does not know, or whose axes do not multiply out.
         ShapeError: A student that is larger than its teacher on some axis, or of other blocks.
     """
-    names = _Names.of(student, teacher)
+    names = TensorNames.of(student, teacher)
     teacher_layout, layout = _layouts_of_both(layout, student.config, names)
     stacks, depths = map_stacks(student, teacher, layout, options, names.teacher, names.student, names.tied)
     parameters, random, borrowed = _plan_parameters(names, teacher, teacher_layout, layout, stacks, depths)
@@ -533,8 +500,7 @@ def make_plan(
         "selected, and the student's computes its own from its own input."
         for missing, used in borrowed.items()
     ]
-    _merge_weights_of_dropped_states(plan)
-    _add_up_between_blocks(plan)
+    _reduce_block_tables(plan)
     for parameter in parameters.values():
         if parameter.source is not None:
             plan.maps(parameter)
@@ -542,7 +508,7 @@ def make_plan(
     return plan
 
 
-def _layouts_of_both(layout: Layout, config: PreTrainedConfig, names: _Names) -> tuple[Layout, Layout]:
+def _layouts_of_both(layout: Layout, config: PreTrainedConfig, names: TensorNames) -> tuple[Layout, Layout]:
     """Return the layout as the teacher has it and as the student has it.
 
     Raises:
@@ -566,7 +532,7 @@ def _layouts_of_both(layout: Layout, config: PreTrainedConfig, names: _Names) ->
 
 
 def _plan_parameters(
-    names: _Names,
+    names: TensorNames,
     teacher: TeacherCheckpoint,
     teacher_layout: Layout,
     layout: Layout,
@@ -626,7 +592,7 @@ def _plan_parameters(
 
 
 def _dropped_parameters(
-    names: _Names,
+    names: TensorNames,
     teacher: TeacherCheckpoint,
     layout: Layout,
     stacks: Mapping[str, list[int]],
@@ -682,86 +648,19 @@ def merge_tied_axes(layout: Layout, names: Iterable[str]) -> Layout:
     )
 
 
-def unique_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a model's saved tensors by name, each once, and the other names of those that are shared.
-
-    A shared tensor bears the name of the one that the others are tied to, wherever in the model it is registered
-    (XLM-RoBERTa registers its head before its embeddings).
-    """
-    by_tensor: dict[int, list[str]] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        by_tensor.setdefault(id(tensor), []).append(name)
-    sources = set((getattr(model, "all_tied_weights_keys", None) or {}).values())
-    tensors: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
-    for names in by_tensor.values():
-        first = next((name for name in names if name in sources), names[0])
-        tensors[first] = state[first]
-        shared |= {name: first for name in names if name != first}
-    return tensors, shared
-
-
-def is_parameter(tensor: Tensor) -> bool:
-    """Whether a model's saved tensor is learned, and no buffer."""
-    return isinstance(tensor, torch.nn.Parameter)
-
-
-def _merge_weights_of_dropped_states(plan: Plan) -> None:
-    """Give weights that mix hidden states by a softmax those of the states that dropped blocks leave as they were."""
+def _reduce_block_tables(plan: Plan) -> None:
+    """Have tensors with an entry per block reduced to the selected blocks when they are read; note what is dropped."""
     for parameter in plan.parameters.values():
         stack = plan.block_table_stack(parameter)
-        if (
-            stack is None
-            or parameter.source is None
-            or len(parameter.axes) != 1
-            or not isinstance(parameter.axes[0], AxisConcat)
-        ):
+        if stack is None or parameter.source is None:
             continue
-        blocks = plan.block_mapping[stack]
-        if not parameter.canonical.endswith("layer_weights") or sorted(set(blocks)) != blocks:
-            plan.notes.append(f"{parameter.name}: its entries for blocks that are not selected are dropped.")
-            continue
-        plan.tensor_transforms[parameter.source] = functools.partial(merge_state_weights, blocks=blocks)
-
-
-def _add_up_between_blocks(plan: Plan) -> None:
-    """Give what is added between two blocks all that is added between the teacher's two; note what has no block after it."""
-    for parameter in plan.parameters.values():
-        stack = plan.block_table_stack(parameter)
-        if stack is None or parameter.source is None or parameter.axes[0] != AxisName("gaps"):
-            continue
-        blocks, depth = plan.block_mapping[stack], plan.depths[stack]
-        if sorted(set(blocks)) != blocks or blocks[0] != 0 or blocks[-1] != depth - 1:
-            plan.notes.append(f"{parameter.name}: what is added outside of the selected blocks {blocks} is dropped.")
-        plan.tensor_transforms[parameter.source] = functools.partial(add_up_gaps, blocks=blocks)
-
-
-def add_up_gaps(values: Tensor, blocks: Sequence[int]) -> Tensor:
-    """Return what is added after each block, (depth - 1, ...), with the sum up to the next selected block at each selected.
-
-    Example:
-        >>> add_up_gaps(torch.tensor([1, 2, 4, 8]), [0, 2, 4]).tolist()
-        [3, 2, 12, 8]
-    """
-    summed = values.clone()
-    for block, following in zip(blocks, blocks[1:], strict=False):
-        if following > block:
-            summed[block] = values[block:following].sum(0)
-    return summed
-
-
-def merge_state_weights(weights: Tensor, blocks: Sequence[int]) -> Tensor:
-    """Return softmax weights of hidden states, (depth + 1,), with each states state's standing for those that equal it.
-
-    The state after a dropped block is the one before it, so the weights of both add up: in the exponent, the logarithm of
-    the sum of exponentials.
-    """
-    merged = weights.clone()
-    states = [0, *(block + 1 for block in blocks)]
-    for start, stop in zip(states, [*states[1:], len(weights)], strict=True):
-        merged[start] = weights[start:stop].logsumexp(0)
-    return merged
+        transform, note = block_table_transform(
+            parameter.canonical, parameter.axes, plan.block_mapping[stack], plan.depths[stack]
+        )
+        if transform is not None:
+            plan.tensor_transforms[parameter.source] = transform
+        if note:
+            plan.notes.append(f"{parameter.name}: {note}.")
 
 
 def _projected_widths(layout: Layout, parameters: Iterable[ParameterPlan]) -> dict[str, tuple[int, int]]:

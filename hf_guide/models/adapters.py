@@ -146,11 +146,9 @@ def validate_unwrapped(model: Any, role: str) -> None:
     Raises:
         OptionError: a compiled model, or one of several processes or devices; the error names what to pass instead.
     """
-    option = "torch_compile" if role == "student" else "compile_teacher"
     if isinstance(model, OptimizedModule):
-        raise OptionError(
-            f"The {role} is compiled already. Pass the model itself, and DistillationArguments({option}=True)."
-        )
+        how = "DistillationArguments(torch_compile=True)" if role == "student" else "call its own `compile()` before"
+        raise OptionError(f"The {role} is compiled already, and wrapped by it. Pass the model itself, and {how}.")
     if isinstance(model, (nn.DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
         raise OptionError(
             f"The {role} is wrapped in {type(model).__name__}. Pass the model itself: what several processes or devices need "

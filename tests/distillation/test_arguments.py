@@ -15,7 +15,6 @@ RENAMED = [
     ("divergence", "jsd", "kd_loss_type", "jsd"),
     ("jsd_beta", 0.25, "beta", 0.25),
     ("hidden_layers", {1: 2}, "layer_mapping", {1: 2}),
-    ("teacher_compile", True, "compile_teacher", True),
     ("capture", "folder", "teacher_cache", "folder"),
     ("student", {"hidden_size": 16}, "student_init_kwargs", {"hidden_size": 16}),
     ("max_logits", 100, "loss_chunk_size", 100),
@@ -29,6 +28,11 @@ def test_an_old_name_warns_of_the_new_one(old: str, value: Any, new: str, parsed
     assert getattr(args, new) == parsed
     with pytest.warns(FutureWarning, match=f"use '{new}'"):
         assert getattr(args, old) == parsed
+
+
+def test_a_removed_argument_is_an_error_that_states_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"'teacher_compile' was removed: call `teacher.compile\(\)`"):
+        arguments(tmp_path, teacher_compile=True)
 
 
 @pytest.mark.parametrize(

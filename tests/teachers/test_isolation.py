@@ -264,7 +264,9 @@ def test_a_frozen_student_can_be_evaluated(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_kd"] > 0
 
 
-@pytest.mark.parametrize(("make", "reason"), [(compiled, "compile_teacher=True"), (in_data_parallel, "DataParallel")])
+@pytest.mark.parametrize(
+    ("make", "reason"), [(compiled, r"its own `compile\(\)`"), (in_data_parallel, "DataParallel")]
+)
 def test_a_wrapped_teacher_is_an_error(make: Callable[[Path], Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"The teacher is .*{reason}"):
         DistillationTrainer(llama(3), arguments(tmp_path), collate, examples_for("causal-lm"), teacher=make(tmp_path))
