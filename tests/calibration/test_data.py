@@ -1,5 +1,6 @@
 """The same data make the same batches in any form; empty rows are skipped."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_guide.calibration.data import load_calibration_batches
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.preprocessing import preprocess
 from hf_guide.errors import OptionError
 from hf_guide.methods import InitializationConfig
+from hf_guide.tasks import Task
 from hf_guide.teachers.checkpoint import open_teacher
+from tests.chat.small import CONVERSATIONS, PLAIN, TOOLS
+from tests.chat.small import tokenizer as chat_tokenizer
 from tests.tiny import KINDS
 
 IDS = torch.randint(3, 96, (8, 9), generator=torch.Generator().manual_seed(3))
@@ -116,3 +122,68 @@ def test_missing_texts_are_skipped(text_teacher: PreTrainedModel) -> None:
 def test_ids_are_checked_in_all_batches() -> None:
     with pytest.raises(OptionError, match=r"token id 96 in decoder_input_ids.*tokens 0 to 95"):
         load(KINDS["t5"].teacher(), [{"input_ids": IDS}, {"input_ids": IDS, "decoder_input_ids": IDS.clamp(min=96)}])
+
+
+# Chat data
+
+
+@pytest.fixture(scope="module")
+def chat_teacher(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+    """A Llama with the tokenizer and the template of the tests of chat data in its folder."""
+    folder: Path = tmp_path_factory.mktemp("chat_teacher")
+    chat_tokenizer(PLAIN).save_pretrained(folder)
+    KINDS["llama"].teacher().save_pretrained(folder)
+    return type(KINDS["llama"].teacher()).from_pretrained(folder)
+
+
+def unpadded(batches: list[dict[str, Tensor]]) -> list[list[int]]:
+    return [
+        row[batch["attention_mask"][index].bool() if "attention_mask" in batch else slice(None)].tolist()
+        for batch in batches
+        for index, row in enumerate(batch["input_ids"])
+    ]
+
+
+def test_conversations_are_the_tokens_that_are_trained_on(chat_teacher: PreTrainedModel) -> None:
+    """In any form: one row of tokens for each conversation, as `preprocess` makes them."""
+    rows = datasets.Dataset.from_dict({"messages": CONVERSATIONS, "tools": TOOLS})
+    options = DataArguments(dataset_name="some/data", max_length=24)
+    tokens: dict[bool, Any] = {}
+    for packing in (False, True):
+        packed = dataclasses.replace(options, packing=packing)
+        tokens[packing] = preprocess(Task.CAUSAL_LM, rows, None, chat_tokenizer(PLAIN), packed).train
+    expected = tokens[False]["input_ids"][:]
+    assert len(expected) == len(CONVERSATIONS)
+    forms = [
+        rows,
+        rows.to_iterable_dataset(),
+        rows.iter(batch_size=2),
+        [dict(row) for row in rows],
+        tokens[False],
+        tokens[True],
+    ]
+    for form in forms:
+        found = unpadded(load(chat_teacher, form, calibration_seq_length=24))
+        assert sorted(found) == sorted(expected)
+    pairs = datasets.Dataset.from_dict({"prompt": ["w1", "w2"], "completion": [" w3", " w4 w5"]})
+    found = unpadded(load(chat_teacher, pairs))
+    assert (
+        found
+        == preprocess(
+            Task.CAUSAL_LM, pairs, None, chat_tokenizer(PLAIN), dataclasses.replace(options, packing=False)
+        ).train["input_ids"][:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        ([{"messages": []}], "empty conversation in row 0"),
+        ([{"messages": CONVERSATIONS[0]}, {"messages": None}], "row 1 has None"),
+        ([{"messages": CONVERSATIONS[0]}, {"messages": "w1"}], "row 1 has a value of type str"),
+        ([{"messages": CONVERSATIONS[0], "prompt": "w1"}], "not those of one format"),
+    ],
+)
+def test_conversations_of_another_form_are_an_error(chat_teacher: PreTrainedModel, rows: Any, text: str) -> None:
+    with pytest.raises(OptionError, match=f"calibration_dataset.*{text}"):
+        load(chat_teacher, rows)

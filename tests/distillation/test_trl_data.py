@@ -1,0 +1,82 @@
+"""TRL's `SFTTrainer` prepares chat data, and `DistillationTrainer` trains on its dataset with its collator."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.preprocessing import preprocess
+from hf_guide.tasks import Task
+from tests.chat.small import CONVERSATIONS, MARKED, VOCABULARY, tokenizer
+
+trl = pytest.importorskip("trl")
+
+MESSAGES = [
+    messages for number, messages in enumerate(CONVERSATIONS) if number != 3
+]  # TRL's own masks fail on the other
+
+
+def model(width: int, implementation: str = "sdpa") -> LlamaForCausalLM:
+    torch.manual_seed(width)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    )
+    made = LlamaForCausalLM._from_config(config, attn_implementation=implementation)
+    for parameter in made.parameters():
+        parameter.data.mul_(4)
+    return made
+
+
+def prepared(folder: Path, packing: bool) -> Any:
+    config = trl.SFTConfig(
+        str(folder / "sft"),
+        assistant_only_loss=True,
+        packing=packing,
+        max_length=24,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    tok = tokenizer(MARKED)
+    return trl.SFTTrainer(
+        model(16), config, train_dataset=datasets.Dataset.from_dict({"messages": MESSAGES}), processing_class=tok
+    )
+
+
+def distill(folder: Path, data: Any, collator: Any, **options: Any) -> DistillationTrainer:
+    args = DistillationArguments(
+        str(folder / "out"),
+        losses={"ce": 0.5, "kd": 0.5},
+        max_steps=2,
+        logging_steps=1,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        remove_unused_columns=False,  # the collator reads seq_lengths
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **options,
+    )
+    return DistillationTrainer(model(16), args, collator, data, data, tokenizer(MARKED), teacher=model(32))
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL, for packing without flash attention
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_objective_on_trls_data_is_that_on_ours(packing: bool, tmp_path: Path) -> None:
+    sft = prepared(tmp_path, packing)
+    columns = {"input_ids", "labels", "seq_lengths"} & set(sft.train_dataset.column_names)
+    theirs = distill(tmp_path, sft.train_dataset.select_columns(sorted(columns)), sft.data_collator)
+    rows = datasets.Dataset.from_dict({"messages": MESSAGES})
+    options = DataArguments(dataset_name="some/data", max_length=24, packing=packing, assistant_only_loss=True)
+    data = preprocess(Task.CAUSAL_LM, rows, None, tokenizer(MARKED), options)
+    ours = distill(tmp_path, data.train, data.collator)
+    results = [[trainer.evaluate()[f"eval_{name}"] for name in ("ce", "kd")] for trainer in (theirs, ours)]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    theirs.train()
+    logged = [entry for entry in theirs.state.log_history if "kd" in entry]
+    assert len(logged) == 2 and all(entry["kd"] > 0 for entry in logged)
