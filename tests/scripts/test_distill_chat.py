@@ -20,7 +20,7 @@ from hf_guide.scripts.distill import distill, read_config
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.tasks import Task
 from tests.chat.small import CONVERSATIONS, MARKED, PLAIN, TOOLS, VOCABULARY, tokenizer
-from tests.examples.local import QUICK, SMALLER, make_model
+from tests.examples.local import EXAMPLES, QUICK, SMALLER, flags, make_model
 
 OTHER = PLAIN.replace("</s>", "<tools>")
 
@@ -144,3 +144,27 @@ def test_a_student_without_a_template_is_an_error_until_one_is_named(chat: Path,
         run(tmp_path, **options)
     run(tmp_path, **options, chat_template_path=teacher, max_steps=1)
     assert AutoTokenizer.from_pretrained(tmp_path / "student").chat_template == OTHER
+
+
+def test_the_real_example_runs_with_a_local_teacher_and_conversations(chat: Path, tmp_path: Path) -> None:
+    teacher = save_model(tmp_path / "teacher", PLAIN)
+    local = QUICK | {
+        "max_steps": 1,
+        "eval_strategy": "no",
+        "preprocessing_num_workers": 1,
+        "dataloader_num_workers": 0,
+    }
+    entries = local | {
+        "teacher": teacher,
+        "student_init_kwargs": SMALLER["llama"] | {"method": "guide", "dtype": "float32"},
+        "dataset_name": "json",
+        "data_files": chat,
+        "validation_split_percentage": 20,
+        "max_length": 32,
+        "warmup_steps": 0,
+        "output_dir": tmp_path / "student",
+    }
+    config = read_config(EXAMPLES / "distill_smollm2_chat.yaml", flags(**entries))
+    assert config.data.assistant_only_loss and config.data.packing and config.data.text_column == "messages"
+    metrics = distill(config)
+    assert metrics["eval_ce"] > 0 and metrics["eval_kd"] > 0
