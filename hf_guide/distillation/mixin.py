@@ -381,6 +381,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         super()._set_signature_columns_if_needed()
         if is_new and self._signature_columns is not None:
             self._signature_columns += self._batch_builder.teacher_only_columns
+            self._signature_columns.append("seq_lengths")  # without it TRL's collator takes a packed row for one text
 
     # Losses
 
