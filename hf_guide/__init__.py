@@ -47,6 +47,7 @@ _HOMES = {
     "Seq2SeqDistillationArguments": "distillation.arguments",
     "Seq2SeqDistillationTrainer": "distillation.trainer",
     "capture_teacher": "signal_cache.writer",
+    "SentenceCollator": "data.sentence_collator",
     "LossConfig": "distillation.losses.registry",
     "register_loss": "distillation.losses.registry",
     "register_term": "distillation.losses.registry",
@@ -102,6 +103,7 @@ __all__ = [
     "MissingRankError",
     "NotFiniteError",
     "OptionError",
+    "SentenceCollator",
     "Seq2SeqDistillationArguments",
     "Seq2SeqDistillationTrainer",
     "ShapeError",
@@ -127,6 +129,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from hf_guide.data.sentence_collator import SentenceCollator
     from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments
     from hf_guide.distillation.losses.registry import LossConfig, register_loss, register_term
     from hf_guide.distillation.mixin import DistillationMixin

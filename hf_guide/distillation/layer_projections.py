@@ -19,11 +19,21 @@ PROJECTIONS_FILE_NAME = "distillation_projections.safetensors"
 
 
 class LayerProjections(nn.Module):
-    """One linear map for each pair of vectors that are compared; none where their widths agree."""
+    """One linear map for each pair of vectors that are compared; none where their widths agree.
 
-    def __init__(self, widths: Mapping[str, tuple[int, int]], *, seed: int):
+    The modules of a student's embedding that have weights are trained along with the maps: they are outside of its model.
+    """
+
+    def __init__(
+        self,
+        widths: Mapping[str, tuple[int, int]],
+        *,
+        seed: int,
+        student_modules: "Mapping[str, nn.Module] | None" = None,
+    ):
         """Create a map for each name in `widths`, {name: (student width, teacher width)}, whose widths differ."""
         super().__init__()
+        self.student_modules = nn.ModuleDict(student_modules or {})
         generator = torch.Generator().manual_seed(seed)
         self.maps = nn.ModuleDict()
         for name, (student, teacher) in widths.items():
@@ -32,6 +42,10 @@ class LayerProjections(nn.Module):
                 # Lengths are preserved on average, so that the loss begins on the scale of the others.
                 nn.init.normal_(linear.weight, std=student**-0.5, generator=generator)
                 self.maps[name] = linear
+
+    def __len__(self) -> int:
+        """Return how many maps and modules there are."""
+        return len(self.maps) + len(self.student_modules)
 
     def forward(self, name: str, student: Tensor) -> Tensor:
         """Project the student's vectors (..., student width) to (..., teacher width)."""
@@ -42,7 +56,7 @@ class LayerProjections(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write the maps into a checkpoint's folder."""
-        if len(self.maps):
+        if len(self):
             write_tensors(folder / PROJECTIONS_FILE_NAME, self.state_dict(), {})
 
     def load(self, folder: Path) -> None:
@@ -51,7 +65,7 @@ class LayerProjections(nn.Module):
         Raises:
             OptionError: Their file is missing or damaged.
         """
-        if not len(self.maps):
+        if not len(self):
             return
         try:
             tensors, _, _ = read_tensors(folder / PROJECTIONS_FILE_NAME, required=False)

@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import ModelOutput
 from typing_extensions import Self
 
+from hf_guide.data.sentence_collator import SentenceCollator
 from hf_guide.distillation.arguments import (
     DistillationArguments,
     resolve_teacher,
@@ -49,6 +50,7 @@ from hf_guide.distillation.objective import (
     is_sharded,
 )
 from hf_guide.distillation.resuming import ResumableTrainer
+from hf_guide.distillation.similarity_metrics import SimilarityRecorder
 from hf_guide.distillation.step_checks import StepChecksCallback, non_finite_loss_error
 from hf_guide.distillation.student_files import StudentFilesTrainer
 from hf_guide.distillation.student_init import (
@@ -82,7 +84,7 @@ from hf_guide.models.label_shift import shifts_labels
 from hf_guide.models.lm_head import LMHead
 from hf_guide.models.targets import needs_labels
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
-from hf_guide.tasks import task_of
+from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.alignment import incomparable_logits
 from hf_guide.teachers.forward import LiveTeacher, non_finite_signals_error
 from hf_guide.teachers.isolation import check_no_shared_parameters
@@ -191,6 +193,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         if peft_config is not None:
             student, model_init = wrap_with_peft(student, model_init, peft_config)
         self._train_means, self._eval_means = RunningMeans(), RunningMeans()
+        self._similarities = SimilarityRecorder()
         self._needs_all_logits, self._evaluated_losses = False, set[str]()
         self._hub_target = {"token": args.hub_token, "revision": args.hub_revision}
         self.called_methods, self.loss_gradients = set(), []
@@ -383,6 +386,17 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             self._signature_columns += self._batch_builder.teacher_only_columns
             self._signature_columns.append("seq_lengths")  # without it TRL's collator takes a packed row for one text
 
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        """Keep the columns of texts for a `SentenceCollator`, which makes the model's inputs of them."""
+        if isinstance(self.data_collator, SentenceCollator):
+            return dataset
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        if isinstance(data_collator, SentenceCollator):
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
     # Losses
 
     def compute_loss(
@@ -427,6 +441,8 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             self.watch_gradient(loss)
         self._check_loss(loss, result, batch)
         self._add_to_means(self._train_means if training else self._eval_means, result, batch)
+        if not training and result.embeddings is not None:
+            self._record_embeddings(result.embeddings, batch)
         return (loss, self._strip_hidden_states(result.outputs, loss)) if return_outputs else loss
 
     def _add_to_means(self, means: RunningMeans, result: ObjectiveOutput, batch: DistillationBatch) -> None:
@@ -436,6 +452,12 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             mean = sums.pop(TASK_LOSS) / batch.num_items.clamp(min=1)
             means.add({TASK_LOSS: mean * batch.num_targets}, batch.num_targets)
         means.add(sums, batch.num_items)
+
+    def _record_embeddings(self, embeddings: Tensor, batch: DistillationBatch) -> None:
+        """Record the student's embeddings in evaluation, and those of its teacher, of several the first."""
+        teacher = batch.signals[0].features if batch.signals else None
+        scores = None if batch.scores is None else batch.scores.to(batch.mask.device)[batch.mask]
+        self._similarities.add(embeddings, teacher, scores=scores, rows_per_example=batch.rows_per_example)
 
     @property
     def _discards_outputs(self) -> bool:
@@ -543,7 +565,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         `eval_loss` is the task loss, its mean over all items, as `eval_ce`; `eval_objective` is the weighted sum of the
         losses.
         """
-        self._eval_means = RunningMeans()
+        self._eval_means, self._similarities = RunningMeans(), SimilarityRecorder()
         self.called_methods -= {"compute_loss", "prediction_step"}
         output = super().evaluation_loop(*args, **kwargs)
         self.called_methods.add("evaluation_loop")
@@ -567,6 +589,8 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             for loss, perplexity in (*own, (TEACHER_CE, "teacher_perplexity")):
                 if loss in means:
                     means[perplexity] = math.exp(min(means[loss], 700.0))
+        if self.task is Task.FEATURE_EXTRACTION:
+            means |= self._similarities.metrics(self.accelerator)
         metrics.update({f"{prefix}_{name}": value for name, value in self._add_weighted_terms(means).items()})
         self._evaluated_losses |= {f"{prefix}_{name}" for name in means}
         return output._replace(metrics=metrics)

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from hf_guide.data.sentence_collator import ROWS_KEY, SCORES_KEY, SENTENCE_COLUMNS
 from hf_guide.distillation.arguments import DistillationArguments
 from hf_guide.distillation.cached_teacher import CachedTeacher, missing_example_error, split_teacher_columns
 from hf_guide.distillation.layer_projections import LayerProjections
@@ -46,6 +47,7 @@ from hf_guide.models.outputs import (
 )
 from hf_guide.models.packed_rows import check_packed_rows
 from hf_guide.models.penultimate import ITEMS_WITH_FEATURES, capture_head_inputs, find_classifier, pooled_features
+from hf_guide.models.sentence_files import embed, modules_of_model
 from hf_guide.models.targets import (
     complete_inputs,
     count_targets,
@@ -77,6 +79,8 @@ class DistillationBatch:
         has_targets: Whether it has what the model's own loss needs.
         num_targets: What the model's own loss is averaged over, a scalar.
         frames: Of sounds, which frames are not padding, (batch, frames).
+        scores: Gold similarities of the texts of each example, (batch,), where the collator adds them.
+        rows_per_example: How many consecutive rows the collator makes of an example.
     """
 
     inputs: dict[str, Any]
@@ -88,6 +92,8 @@ class DistillationBatch:
     has_targets: bool = True
     num_targets: Tensor = field(default_factory=lambda: torch.tensor(1))
     frames: Tensor | None = None
+    scores: Tensor | None = None
+    rows_per_example: int = 1
 
     @functools.cached_property
     def num_items(self) -> Tensor:
@@ -127,7 +133,8 @@ class BatchBuilder:
     def teacher_only_columns(self) -> set[str]:
         """The columns that only teachers read, and those that are targets."""
         live = (each.bare for each in self.teachers if isinstance(each, LiveTeacher))
-        return set(SUBCLASS_COLUMNS).union(*map(forward_parameters, live)) - forward_parameters(self.student)
+        columns = {*SUBCLASS_COLUMNS, *SENTENCE_COLUMNS}
+        return columns.union(*map(forward_parameters, live)) - forward_parameters(self.student)
 
     def student_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the part of a batch that the student itself is called with."""
@@ -165,10 +172,12 @@ class BatchBuilder:
             OptionError: Rows have several texts each, which the student or a teacher would mix.
         """
         own, cached = split_teacher_columns(inputs)
+        sentences = {name: own.pop(name) for name in SENTENCE_COLUMNS if name in own}
         check_packed_rows(self.student, own, "student")
         own = complete_inputs(self.student, self.task, own)
         mask = self.target_mask(own, training=training)
-        num_real = len(mask) if training else _num_real_examples(self.accelerator, len(mask))
+        rows = int(sentences[ROWS_KEY][0]) if ROWS_KEY in sentences else 1
+        num_real = len(mask) if training else rows * _num_real_examples(self.accelerator, len(mask) // rows)
         if num_real < len(mask):
             own = _mask_padding_examples(own, mask, num_real)
         is_labeled = has_targets(self.task, own, self.label_names)
@@ -191,7 +200,17 @@ class BatchBuilder:
         has_frames = self.task.row.inputs == "audio" and not self.task.row.targets_in_decoder
         frames = frame_mask(own, self.student) if has_frames else None
         return DistillationBatch(
-            own, mask, labels, signals, subclasses, num_real < len(mask), is_labeled, num_targets, frames
+            own,
+            mask,
+            labels,
+            signals,
+            subclasses,
+            num_real < len(mask),
+            is_labeled,
+            num_targets,
+            frames,
+            sentences.get(SCORES_KEY),
+            rows,
         )
 
     def _check_labels(self, inputs: Mapping[str, Any]) -> None:
@@ -209,6 +228,8 @@ class BatchBuilder:
     ) -> list[TeacherSignals]:
         learned = required_signals(self.losses) | self.subclasses.needs(own)
         required = learned if training or not self.compares_logits else learned | {TeacherSignal.LOGITS}
+        if not training and self.task is Task.FEATURE_EXTRACTION:
+            required = learned | {TeacherSignal.FEATURES}
         layers = self.layers.values()
         signals: list[TeacherSignals] = []
         for teacher in self.teachers if required else ():
@@ -265,11 +286,13 @@ class ObjectiveOutput:
         total: The weighted sum of all losses over the items, with gradient.
         sums: Each loss's own sum over the items, and that of other measurements, without gradient.
         outputs: The student's.
+        embeddings: Of the items, (items, width), of a model without a head where they were computed.
     """
 
     total: Tensor
     sums: dict[str, Tensor]
     outputs: Any
+    embeddings: Tensor | None = None
 
 
 @dataclass
@@ -341,8 +364,9 @@ class Objective:
                 result = self._compute_chunked(model, unwrapped, self.head, inputs, batch, measure)
             else:
                 result = self._compute_dense(model, unwrapped, inputs, batch, task_loss, measure)
-        if TeacherSignal.FEATURES in self.required_signals and batch.signals and not has_head:
-            head_inputs = [last_hidden_state(result.outputs)]
+        if not has_head and (TeacherSignal.FEATURES in self.required_signals or measure):
+            head_inputs = [embed(unwrapped, last_hidden_state(result.outputs), batch.inputs)]
+            result.embeddings = head_inputs[0][batch.mask].detach()
         for name, values in self._feature_terms(result.outputs, head_inputs, batch, unwrapped.config):
             result.total = result.total + self.weights[name] * values.sum()
             result.sums[name] = values.sum().detach()
@@ -496,7 +520,7 @@ class Objective:
                     values = torch.stack(pairs).mean(0)
                 elif loss.requires is TeacherSignal.FEATURES:
                     features = pooled_features(self.task, head_inputs[-1], batch.mask, batch.inputs, config)
-                    features = self._project(f"{index}_features", features)
+                    features = features if loss.any_width else self._project(f"{index}_features", features)
                     values = loss.function(features, signals.features, self.configs[name])
                     values = _check_one_value_per_item(loss, values, features)
                 else:
@@ -646,13 +670,22 @@ def build_objective(
     if TeacherSignal.HIDDEN_STATES in objective.required_signals:
         depths = [each.depth for each in teachers]
         objective.layers = resolve_layer_mapping(student, depths, args.layer_mapping)  # type: ignore[arg-type]
+    if "similarity" in losses and args.per_device_train_batch_size < 2:
+        raise OptionError(
+            "The loss 'similarity' compares the examples of a batch with each other, and per_device_train_batch_size is 1. "
+            "Set it to 2 at least; gradient_accumulation_steps does not help."
+        )
     widths = _feature_widths(student, teachers, objective)
-    projections = LayerProjections(widths, seed=args.seed)
-    if len(projections.maps):
+    modules = modules_of_model(student).trainable if task is Task.FEATURE_EXTRACTION else {}
+    projections = LayerProjections(widths, seed=args.seed, student_modules=modules)
+    if len(projections):
         if is_sharded(accelerator):
             raise OptionError(
                 f"The student's widths differ from the teacher's ({sorted(set(widths.values()))}), and the maps between them "
                 "cannot be sharded. Leave 'hidden_states' and 'features' out, or train without FSDP and DeepSpeed."
+                if not modules
+                else f"The modules {sorted(modules)} of the student's embedding cannot be sharded. Train without FSDP and "
+                "DeepSpeed."
             )
         objective.projections = projections.to(args.device)
     return objective
@@ -671,7 +704,7 @@ def _feature_widths(
     widths: dict[str, tuple[int, int]] = {}
     for index, teacher in enumerate(teachers):
         pairs = [(f"{index}_{mine}", f"hidden_{theirs}") for mine, theirs in objective.layers.items()]
-        if TeacherSignal.FEATURES in objective.required_signals:
+        if any(term.requires is TeacherSignal.FEATURES and not term.any_width for term in objective.losses.values()):
             pairs.append((f"{index}_features", "features"))
         for name, signal in pairs:
             teacher_width = teacher.width(signal)

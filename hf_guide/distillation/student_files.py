@@ -22,6 +22,8 @@ from hf_guide.hub.metadata import save_record
 from hf_guide.hub.model_card import remove_local_paths, write_model_card
 from hf_guide.hub.push import attach_record, fetch_card
 from hf_guide.models.code_references import clean_saved_folder
+from hf_guide.models.sentence_files import write_sentence_modules
+from hf_guide.models.sentence_modules import attached_sentence_modules
 from hf_guide.utils.finite import check_weights_finite
 
 
@@ -38,11 +40,18 @@ class StudentFilesTrainer(StepCheckedTrainer):
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
         if self.args.should_save:
+            self._save_sentence_modules(folder)
             clean_saved_folder(folder)
             remove_local_paths(folder)
         if self.args.should_save and self.distillation_objective.projections is not None:
             if folder.name.startswith("checkpoint-"):  # resuming needs them; published files do not
                 self.distillation_objective.projections.save(folder)
+
+    def _save_sentence_modules(self, folder: Path) -> None:
+        """Write the modules by which the student's hidden states become embeddings, or a cross-encoder's settings."""
+        modules = attached_sentence_modules(self.unwrapped_student)
+        if modules is not None:
+            write_sentence_modules(modules, folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         remove_paths_from_state(Path(checkpoint_folder))
@@ -146,6 +155,7 @@ class StudentFilesTrainer(StepCheckedTrainer):
                 tokenizer.save_pretrained(folder)
             if record is not None:
                 save_record(folder, record)
+            self._save_sentence_modules(folder)
             clean_saved_folder(folder)
 
         save_merged(student, Path(output_dir), add_files=add_files)

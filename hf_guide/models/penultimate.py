@@ -97,17 +97,6 @@ def classifier_registered(model: Any, classifier: "nn.Module | str | None") -> I
                 register_classifier(model, previous)
 
 
-def _mean_over_attended(states: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    """Return the mean of hidden states (batch, ..., width) over the attended positions, (batch, width)."""
-    attended = inputs.get("attention_mask")
-    if isinstance(attended, Tensor) and attended.shape == states.shape[:2]:
-        weights = attended.to(states)
-        return (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
-    if states.ndim == 4:  # images: (batch, channels, height, width)
-        return states.flatten(2).mean(-1)
-    return states.flatten(1, -2).mean(1)
-
-
 def find_classifier(model: PreTrainedModel, task: Task) -> Any:
     """Return the linear layer that makes the logits, or the one that was registered.
 
@@ -180,8 +169,6 @@ def pooled_features(
         config: The model's.
     """
     head_inputs = head_inputs.to(mask.device)  # the classifier of a teacher on several devices may be on another one
-    if task is Task.FEATURE_EXTRACTION:
-        return _mean_over_attended(head_inputs, inputs)[mask]
     if mask.ndim == 2 or head_inputs.ndim == 2:
         return head_inputs[mask]
     attention_mask = inputs.get("attention_mask")

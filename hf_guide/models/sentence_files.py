@@ -157,10 +157,11 @@ def embed(model: Any, hidden_states: Tensor, inputs: Mapping[str, Any]) -> Tenso
 
     Args:
         model: A model without a head.
-        hidden_states: Its `last_hidden_state`, (batch, length, hidden_size).
+        hidden_states: Its `last_hidden_state`, (batch, length, hidden_size); of images (batch, channels, height, width), too.
         inputs: What it was called with.
     """
     modules = modules_of_model(model)
+    hidden_states = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
     return modules.to(hidden_states.device).train(without_adapter(model).training).embed(hidden_states, inputs)
 
 

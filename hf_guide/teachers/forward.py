@@ -28,6 +28,7 @@ from hf_guide.models.outputs import (
 )
 from hf_guide.models.packed_rows import check_packed_rows
 from hf_guide.models.penultimate import capture_head_inputs, find_classifier, pooled_features
+from hf_guide.models.sentence_files import embed, modules_of_model
 from hf_guide.models.targets import complete_inputs
 from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.teachers.inputs import TeacherInputs, build_teacher_inputs
@@ -121,7 +122,7 @@ def forward_outputs(
             stack.enter_context(skip_lm_head(bare, head, head_inputs.append))
         outputs = model(**model_inputs, **options)
     if features and not has_head:
-        captured = [last_hidden_state(outputs)]
+        captured = [embed(bare, last_hidden_state(outputs), converted)]
     return ForwardOutputs(
         inputs=converted,
         logits=task_logits(task, outputs, converted, head_outputs) if logits else torch.empty(0),
@@ -193,7 +194,9 @@ class LiveTeacher:
 
     def width(self, name: str) -> int | None:
         """Return the width of "hidden_N" or "features"."""
-        if name == "features" and self.task is not Task.FEATURE_EXTRACTION:
+        if name == "features" and self.task is Task.FEATURE_EXTRACTION:
+            return modules_of_model(self.bare).width
+        if name == "features":
             return int(find_classifier(self.bare, self.task).in_features)
         return width_of_config(self.bare.config)
 

@@ -1,3 +1,3 @@
 """Losses of a student: the built-in ones are registered here."""
 
-from hf_guide.distillation.losses import divergences, features  # noqa: F401
+from hf_guide.distillation.losses import divergences, features, similarity  # noqa: F401

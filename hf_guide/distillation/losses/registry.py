@@ -72,6 +72,7 @@ class LossTerm:
         config: The class of its options; None for a function that takes the `DistillationArguments` instead.
         help: One line for people.
         kinds: What the logits that it compares may be.
+        any_width: Whether features of another width than the teacher's are compared without a map between them.
     """
 
     name: str
@@ -81,6 +82,7 @@ class LossTerm:
     config: type[LossConfig] | None
     help: str
     kinds: tuple[OutputKind, ...] = (OutputKind.CATEGORICAL,)
+    any_width: bool = False
 
     def build_config(self, options: Mapping[str, Any], args: Any) -> Any:
         """Return the config of the loss: its own options from `options`, the shared ones from `args`.
@@ -127,6 +129,7 @@ def register_loss(
     config: type[LossConfig] = LossConfig,
     help: str = "",
     kinds: Iterable[str] = ("categorical",),
+    any_width: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register the decorated function as a loss that `DistillationArguments(losses=...)` can name.
 
@@ -151,6 +154,8 @@ def register_loss(
         help: One line for people; by default the first line of the function's docstring.
         kinds: What the logits that it compares may be: "categorical" (a softmax over classes), "bernoulli" (a sigmoid per
             label) or "real"; `teacher.kind` is which they are.
+        any_width: Of requires="features": whether the widths of student and teacher need not agree; otherwise the student's
+            features are projected to the teacher's width first.
 
     Raises:
         OptionError: The name is taken, or `requires`, `tasks`, `config` or `kinds` is invalid.
@@ -185,7 +190,7 @@ def register_loss(
             f"config of the loss {name!r} must be a dataclass derived from LossConfig; found {config!r}."
         )
     parsed = tuple(OutputKind(check_choice("kinds", kind, [str(each) for each in _LOGIT_KINDS])) for kind in kinds)
-    return _register(name, signal, tasks, config, help, parsed)
+    return _register(name, signal, tasks, config, help, parsed, any_width)
 
 
 def register_term(
@@ -213,13 +218,14 @@ def _register(
     config: type[LossConfig] | None,
     help: str,
     kinds: tuple[OutputKind, ...] = (OutputKind.CATEGORICAL,),
+    any_width: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     if name in _LOSSES or name in RENAMED_LOSSES:
         raise OptionError(f"A loss {name!r} is registered already; choose another name.")
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         text = help or (function.__doc__ or "").partition("\n")[0]
-        _LOSSES[name] = LossTerm(name, function, requires, tasks, config, text, kinds)
+        _LOSSES[name] = LossTerm(name, function, requires, tasks, config, text, kinds, any_width)
         return function
 
     return register
