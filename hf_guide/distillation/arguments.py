@@ -329,19 +329,22 @@ def redact_arguments(args: DistillationArguments) -> DistillationArguments:
 
 
 class _RedactedWhenPickled(DistillationArguments):
-    """Arguments that read as they are, and are pickled as `redact_arguments` returns them."""
+    """Arguments that read as they are, and are pickled as `redact_arguments` returns them, as a class of this module."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        plain = object.__new__(DistillationArguments)
+        known = (Seq2SeqDistillationArguments, DistillationArguments)
+        kind = next(each for each in known if isinstance(self, each))
+        plain = object.__new__(kind)
         plain.__dict__.update(self.__dict__)
-        return copyreg._reconstructor, (DistillationArguments, object, None), vars(redact_arguments(plain))  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (kind, object, None), vars(redact_arguments(plain))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
 def redacted_training_args(trainer: Any) -> Iterator[None]:
     """Let a trainer pickle its arguments without paths and tokens: `training_args.bin` is published."""
     args = trainer.args
-    trainer.args = object.__new__(_RedactedWhenPickled)
+    redacted_class: Any = type(type(args).__name__, (_RedactedWhenPickled, type(args)), {})
+    trainer.args = object.__new__(redacted_class)
     trainer.args.__dict__.update(args.__dict__)
     try:
         yield
@@ -352,15 +355,18 @@ def redacted_training_args(trainer: Any) -> Iterator[None]:
 # What a trainer is passed
 
 
-def validate_arguments(args: Any) -> None:
-    """Check that a distillation can run with these arguments.
+def validate_arguments(args: Any, expected: type[DistillationArguments] = DistillationArguments) -> None:
+    """Check that a distillation can run with these arguments, which must be `DistillationArguments`.
+
+    `expected` is the trainer's own class of arguments, which the error names.
 
     Raises:
         OptionError: Names the option, and what to do instead.
     """
     if not isinstance(args, DistillationArguments):
         raise OptionError(
-            f"args must be DistillationArguments, which have all fields of TrainingArguments; found {type(args).__name__}."
+            f"args must be {expected.__name__}, which have all fields of TrainingArguments; found "
+            f"{type(args).__name__}."
         )
     if args.use_liger_kernel:
         raise OptionError(

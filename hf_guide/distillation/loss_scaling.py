@@ -9,8 +9,7 @@ with gradient, for a batch without any target.
 Does not: compute the other losses (`objective.py`).
 """
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,24 +120,37 @@ class LossScalingTrainer(Trainer):
         """Return the task loss as `Trainer` computes it, a mean over the targets of the accumulated batch, and outputs."""
         if not batch.has_targets or not bool(batch.num_targets):
             return self._zero_task_loss(model, inputs)
-        if denominator.is_global and self._model_normalizes_loss(model, inputs):
-            return self._next_task_loss(model, inputs, denominator.num_targets)
-        # Losses that are a mean over their own batch, whatever num_items_in_batch is (T5's, BERT's classifiers').
-        loss, outputs = self._next_task_loss(model, inputs, None)
+        if self._has_own_task_loss:
+            loss, outputs = self._next_task_loss(model, inputs, batch)
+        elif denominator.is_global and self._model_normalizes_loss(model, inputs):
+            loss, outputs = Trainer.compute_loss(self, model, dict(inputs), True, denominator.num_targets)
+            return loss, outputs
+        else:
+            loss, outputs = Trainer.compute_loss(self, model, dict(inputs), True, None)
+        # A mean over the micro-batch: other trainers' losses, and those of models that take no num_items_in_batch (T5, BERT's
+        # classifiers).
         return loss * (batch.num_targets / denominator.num_targets) * denominator.world_scale, outputs
 
-    def _next_task_loss(self, model: nn.Module, inputs: Mapping[str, Any], num_items: Any) -> tuple[Tensor, Any]:
-        """Return the loss and the outputs of `compute_loss` of the class after `DistillationMixin`.
+    def _next_task_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], batch: DistillationBatch
+    ) -> tuple[Tensor, Any]:
+        """Return the loss of another trainer's `compute_loss`, a mean over the targets of the micro-batch, and its outputs.
+
+        It is passed the micro-batch's own number of targets, so that it is a mean whether it uses that number or not, and on
+        several processes is not multiplied by their number.
 
         Raises:
             OptionError: They have no gradient in training, or are no loss and outputs.
         """
-        compute_loss = super().compute_loss
-        if not self._has_own_task_loss:
-            compute_loss = functools.partial(Trainer.compute_loss, self)
-        result = compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items)
-        if self._has_own_task_loss:
-            _check_task_loss(result, type(self).__name__)
+        is_averaged = self.args.average_tokens_across_devices
+        self.args.average_tokens_across_devices = False
+        try:
+            result = super().compute_loss(
+                model, dict(inputs), return_outputs=True, num_items_in_batch=_at_least_one(batch.num_targets)
+            )
+        finally:
+            self.args.average_tokens_across_devices = is_averaged
+        _check_task_loss(result, type(self).__name__)
         loss, outputs = result
         return loss, outputs
 
@@ -160,36 +172,33 @@ class LossScalingTrainer(Trainer):
         return denominator.to_sum(loss), outputs
 
     def _model_normalizes_loss(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
-        """Return whether the task loss that the next class computes is divided by the `num_items_in_batch` it is passed."""
-        if not self._has_own_task_loss:
-            if self.task.row.outputs[0].items not in _ITEMS_COUNTED_BY_TRAINER:
-                return False
-            if self.compute_loss_func is not None or self.label_smoother is not None:
-                return True
-            if not self.model_accepts_loss_kwargs:
-                return False
+        """Return whether the task loss that `Trainer` computes is divided by the `num_items_in_batch` it is passed."""
+        if self.task.row.outputs[0].items not in _ITEMS_COUNTED_BY_TRAINER:
+            return False
+        if self.compute_loss_func is not None or self.label_smoother is not None:
+            return True
+        if not self.model_accepts_loss_kwargs:
+            return False
         if self.args.world_size == self.args.gradient_accumulation_steps == 1:
             return True  # its own batch is the whole batch
         if self._accepts_num_items is None:
-            self._accepts_num_items = accepts_num_items_in_batch(
-                model, lambda num_items: self._next_task_loss(model, inputs, num_items)[0]
-            )
+            self._accepts_num_items = accepts_num_items_in_batch(model, inputs)
         return self._accepts_num_items
 
 
 @torch.no_grad()
-def accepts_num_items_in_batch(model: nn.Module, compute_loss: Callable[[Tensor], Tensor]) -> bool:
-    """Return whether a loss of a model is divided by `num_items_in_batch`, not by the items of its own batch.
+def accepts_num_items_in_batch(model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+    """Return whether a model's own loss is divided by `num_items_in_batch`, not by the items of its own batch.
 
     `Trainer` passes it to every model whose forward takes keywords, and assumes the former; with the latter (T5, BERT's
     classifiers) gradients would grow with accumulation and processes. It is tested by computing the loss of one batch
     with a count of one and of two. Modes and random states are restored.
     """
-    devices = sorted({each.device.index for each in model.parameters() if each.is_cuda})
-    device = next(model.parameters()).device
+    devices = sorted({tensor.device.index for tensor in inputs.values() if getattr(tensor, "is_cuda", False)})
     with torch.random.fork_rng(devices=devices), eval_mode(model):
-        one, two = (compute_loss(torch.tensor(float(count), device=device)) for count in (1, 2))
-    return bool(torch.isclose(one, 2 * two, rtol=1e-3)) and bool(one != two)
+        one, two = (model(**inputs, num_items_in_batch=torch.tensor(float(count))) for count in (1, 2))
+    losses = [outputs["loss"] if isinstance(outputs, dict) else outputs[0] for outputs in (one, two)]
+    return bool(torch.isclose(losses[0], 2 * losses[1], rtol=1e-3)) and bool(losses[0] != losses[1])
 
 
 def _check_task_loss(result: Any, trainer: str) -> None:

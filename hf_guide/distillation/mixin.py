@@ -217,7 +217,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         self._setup_distillation(source)
 
     def _validate_init(self, model: Any, args: Any, train_dataset: Any, eval_dataset: Any) -> None:
-        validate_arguments(args)
+        validate_arguments(args, self.arguments_class)
         check_arguments_class(self, args)
         if set(args.loss_weights) != {TASK_LOSS}:
             check_overridden_methods(self, DistillationMixin)

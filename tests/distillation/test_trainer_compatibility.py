@@ -265,6 +265,9 @@ def test_seq2seq_trainer_requires_seq2seq_arguments(tmp_path: Path) -> None:
     both = type("Both", (DistillationTrainer, Seq2SeqTrainer), {})
     with pytest.raises(OptionError, match="must be Seq2SeqTrainingArguments too; found DistillationArguments"):
         both(model_for("seq2seq-lm", 1), **(given(tmp_path)), teacher=model_for("seq2seq-lm", 2))
+    with pytest.raises(OptionError, match="args must be Seq2SeqDistillationArguments.*found Seq2SeqTrainingArguments"):
+        options = seq2seq(tmp_path, Arguments) | {"args": Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True)}
+        Seq2SeqDistillationTrainer(model_for("seq2seq-lm", 1), **options, teacher=model_for("seq2seq-lm", 2))
     with pytest.raises(OptionError, match="Seq2SeqTrainer.__init__.* takes no optimizer_cls_and_kwargs"):
         options = seq2seq(tmp_path, Arguments)
         both(model_for("seq2seq-lm", 1), **options, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}))

@@ -4,14 +4,16 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from transformers import Trainer
 
-from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide import DistillationArguments, DistillationMixin, DistillationTrainer
 from tests.distillation.small import collate, examples_for, model_for
 
 
@@ -25,6 +27,26 @@ class ShardedOnCpu(DistillationTrainer):
         )
         AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
         self.is_fsdp_enabled = True
+
+
+class OwnLossTrainer(Trainer):
+    """Divides its loss by the number of items that it is passed, and does not multiply it by that of the processes."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        outputs = model(**inputs)
+        loss = (
+            torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="sum") / num_items_in_batch
+        )
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnLossDistillation(DistillationMixin, OwnLossTrainer):
+    """Distils with a user's task loss."""
+
+
+KINDS = {"sharded": ShardedOnCpu, "own_loss": OwnLossDistillation}
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,7 +82,8 @@ def main() -> None:
     )
     same_width = {"hidden_states", "features"} & args.losses.keys()
     teacher = model_for(options["task"], 2, width=48 if options.get("wide") or not same_width else 32)
-    trainer = (ShardedOnCpu if options.get("sharded") else DistillationTrainer)(
+    kind = next((kind for name, kind in KINDS.items() if options.get(name)), DistillationTrainer)
+    trainer = kind(
         student,
         args,
         collate,

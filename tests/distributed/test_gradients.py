@@ -28,6 +28,7 @@ def vector(found: dict[str, Any]) -> torch.Tensor:
         ("causal-lm", {"hidden_states": 1.0, "kd": 1.0}, {"wide": True}),
         ("sequence-classification", {"ce": 0.5, "kd": 0.5}, {}),
         ("seq2seq-lm", {"ce": 0.5, "kd": 0.5}, {}),
+        pytest.param("sequence-classification", {"ce": 0.5, "kd": 0.5}, {"own_loss": True}, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_of_four_are_one_of_eight(
