@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError
 from hf_guide.models.adapters import validate_unwrapped
 from hf_guide.models.model_classes import candidate_model_classes
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
-from hf_guide.tasks import Task, task_of
+from hf_guide.tasks import Task, task_of, task_of_class_name
 from hf_guide.teachers.isolation import check_no_shared_parameters, check_teachers_independent
 
 _SHOWN_PARAMETERS = 5
@@ -188,18 +188,29 @@ def check_is_teacher(teacher: Any) -> None:
 
 
 def _load_for_task(teacher: Any, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """Load a teacher as the Auto class of the student's task does."""
+    """Load a teacher as a model for the student's task."""
     check_is_teacher(teacher)
     name = os.fspath(teacher)
-    load_config(name, hub_kwargs(init_kwargs), is_trusted(init_kwargs))
+    config = load_config(name, hub_kwargs(init_kwargs), is_trusted(init_kwargs))
     stated = f" with teacher_init_kwargs={sorted(init_kwargs)}" if init_kwargs else ""
     return load_complete_model(
-        getattr(transformers, task.row.auto_class),
+        _class_for_task(config, task),
         name,
         f"The teacher {name} does not load as a model for {task}{stated}",
         advice=f"A teacher must be trained for {task}.",
         **init_kwargs,
     )
+
+
+def _class_for_task(config: PreTrainedConfig, task: Task) -> Any:
+    """Return the class that a config names if it is a stock one for the task, and else the task's Auto class.
+
+    Some families have several classes for a task: XLNetForQuestionAnswering is not the one of AutoModelForQuestionAnswering.
+    """
+    for name in config.architectures or ():
+        if not getattr(config, "auto_map", None) and task_of_class_name(name) is task and hasattr(transformers, name):
+            return getattr(transformers, name)
+    return getattr(transformers, task.row.auto_class)
 
 
 def _model_class(name: str, revision: str | None, token: "str | bool | None", trust: bool) -> type[PreTrainedModel]:
