@@ -9,6 +9,7 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from hf_guide import DistillationMixin, DistillationTrainer, Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
 from tests.distillation.small import collate, examples_for, model_for
+from tests.distillation.task_cases import CASES
 from tests.distillation.test_trainer import arguments
 from tests.distillation.test_trainer_compatibility import seq2seq
 
@@ -124,3 +125,32 @@ def test_evaluation_has_their_metrics_and_the_losses(name: str, tmp_path: Path) 
     if is_seq2seq:
         shorter = trainer.evaluate(max_length=5)
         assert shorter["eval_kd"] == pytest.approx(expected["eval_kd"], rel=1e-4)
+
+
+def test_validation_features_of_questions_have_losses_where_they_have_answers(tmp_path: Path) -> None:
+    case = CASES["question-answering"]
+    labeled = case.examples(4)
+    unlabeled = [{name: each[name] for name in ("input_ids", "attention_mask")} for each in labeled]
+    trainer: Any = type("T", (DistillationMixin, PostProcessingTrainer), {})(
+        case.build(1, 16),
+        arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}),
+        collate_answered,
+        labeled,
+        unlabeled,
+        teacher=case.build(2, 16),
+        compute_metrics=lambda prediction: {"answers": float(len(prediction.predictions))},
+        eval_examples=["a", "b", "c", "d"],
+        post_process_function=lambda examples, features, output: EvalPrediction(examples, output.predictions[0]),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["kd"] > 0
+    assert trainer.evaluate().keys() == {"eval_answers", "epoch"}
+    metrics = trainer.evaluate(labeled)
+    assert metrics["eval_answers"] == 4 and metrics["eval_kd"] > 0 and metrics["eval_ce"] > 0
+
+
+def collate_answered(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate features of questions, with their answers if they have any."""
+    answers = {"start_positions": 0, "end_positions": 0}
+    batch = CASES["question-answering"].collate([answers | each for each in examples])
+    return {name: value for name, value in batch.items() if name in examples[0]}

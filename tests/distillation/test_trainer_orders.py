@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_guide import DistillationArguments, DistillationMixin, DistillationTrainer, OptionError
 from tests.distillation.small import CLASSES, collate, examples_for, llama, model_for
+from tests.distillation.task_cases import CASES
 from tests.distillation.test_trainer import arguments, step_of
 
 TASK = "sequence-classification"
@@ -224,6 +225,10 @@ class DoubledTrainer(Trainer):
         return (2 * loss, outputs) if keywords.get("return_outputs") else 2 * loss
 
 
+class DoubledDistillation(DistillationMixin, DoubledTrainer):
+    """Distils with twice the model's own loss."""
+
+
 @pytest.mark.parametrize("bases", [(DistillationMixin, DoubledTrainer), (DoubledTrainer, DistillationMixin)])
 def test_a_language_models_own_loss_is_not_bypassed_by_the_chunked_one(bases: Any, tmp_path: Path) -> None:
     logs = []
@@ -245,6 +250,23 @@ def test_a_language_models_own_loss_is_not_bypassed_by_the_chunked_one(bases: An
     assert ("eval_perplexity" in mine) != behind and mine["eval_teacher_perplexity"] == metrics[
         "eval_teacher_perplexity"
     ]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_own_loss])
+def test_another_trainers_loss_is_the_task_loss_of_every_task(name: str, tmp_path: Path) -> None:
+    case, logs, metrics = CASES[name], [], []
+    for kind in (DistillationTrainer, type("T", (DoubledTrainer, DistillationTrainer), {}), DoubledDistillation):
+        args = arguments(tmp_path, losses={"ce": 0.5, case.losses[0]: 0.5}, remove_unused_columns=False)
+        data = case.examples(4)
+        trainer = kind(case.build(1, 16), args, case.collate, data, data, teacher=case.build(2, 16))
+        metrics.append(trainer.evaluate())
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    for loss, values in (("ce", (1, 1, 2)), (case.losses[0], (1, 1, 1))):
+        for log, evaluated, factor in zip(logs, metrics, values, strict=True):
+            assert log[loss] == pytest.approx(factor * logs[0][loss], rel=1e-4), loss
+            assert evaluated[f"eval_{loss}"] == pytest.approx(factor * metrics[0][f"eval_{loss}"], rel=1e-4), loss
+    assert logs[1]["loss"] == pytest.approx(2 * logs[0]["loss"], rel=1e-4)
 
 
 def mean_loss(self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
