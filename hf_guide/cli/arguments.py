@@ -74,7 +74,7 @@ def add_fields(group: Any, cls: type[Any], *, list_types: dict[str, type], skip:
         if field.name in skip:
             continue
         options: dict[str, Any] = {"default": None, "help": field.metadata["help"]}
-        if hints[field.name] is bool:
+        if hints[field.name] in (bool, bool | None):
             options["action"] = argparse.BooleanOptionalAction
         elif field.name in list_types:
             options |= {"nargs": "+", "type": list_types[field.name], "metavar": "X"}

@@ -13,7 +13,7 @@ from typing import Any
 from hf_guide.errors import OptionError
 from hf_guide.tasks import Task
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
-from hf_guide.validation import check_choice, check_integer, check_mapping, check_number, check_positive
+from hf_guide.validation import check_bool, check_choice, check_integer, check_mapping, check_number, check_positive
 
 DEFAULT_TARGET_LENGTH = 128
 
@@ -244,6 +244,9 @@ class DataArguments:
         self.min_duration_in_seconds = check_number("min_duration_in_seconds", self.min_duration_in_seconds, 0, 3600)
         if self.speech_task is not None:
             self.speech_task = check_choice("speech_task", self.speech_task, ("transcribe", "translate"))
+        for name in ("packing", "assistant_only_loss", "completion_only_loss"):
+            if getattr(self, name) is not None or name != "completion_only_loss":
+                check_bool(name, getattr(self, name))
         if self.preprocessing_num_workers is not None:
             check_integer("preprocessing_num_workers", self.preprocessing_num_workers)
         check_integer("validation_split_seed", self.validation_split_seed, low=0)

@@ -161,3 +161,18 @@ def test_every_option_is_a_flag_that_shows_its_help():
         for field in dataclasses.fields(kind):
             if field.name != "remove_unused_columns":
                 assert "--" + field.name.replace("_", "-") in " ".join(shown).replace(",", " ").split(), field.name
+
+
+def test_options_of_chat_data_are_flags() -> None:
+    words = [
+        "teacher",
+        "-o",
+        "out",
+        "--assistant-only-loss",
+        "--no-completion-only-loss",
+        "--chat-template-path",
+        "a.jinja",
+    ]
+    args = parser().parse_args(words)
+    assert (args.assistant_only_loss, args.completion_only_loss, args.chat_template_path) == (True, False, "a.jinja")
+    assert parser().parse_args(["teacher", "-o", "out"]).completion_only_loss is None

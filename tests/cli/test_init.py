@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -16,6 +18,8 @@ from hf_guide.cli.arguments import parse_key_value
 from hf_guide.hub import model_card as hub
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
 from hf_guide.utils import files as folders
+from tests.chat.small import CONVERSATIONS, PLAIN, TOOLS, VOCABULARY, tokenizer
+from tests.examples.local import make_model
 
 SMALLER = ["--hidden-size", "32", "--num-hidden-layers", "2", "--intermediate-size", "48", "--no-progress"]
 
@@ -311,3 +315,43 @@ def test_families_are_listed_with_how_exact_they_are(capsys):
 )
 def test_overrides_are_read_as_json_or_python_or_text(text, value):
     assert parse_key_value(text, "--config") == ("a", value)
+
+
+# Calibration data
+
+
+@pytest.fixture(scope="module")
+def chat_teacher(tmp_path_factory) -> Path:
+    folder = make_model(tmp_path_factory.mktemp("chat") / "teacher", "llama", "ForCausalLM", vocab_size=VOCABULARY)
+    tokenizer(PLAIN).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_student_is_calibrated_on_files_of_conversations(suffix, chat_teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_dict({"messages": CONVERSATIONS * 8, "tools": TOOLS * 8})
+    file = tmp_path / f"chat.{suffix}"
+    rows.to_json(file) if suffix == "jsonl" else rows.to_parquet(file)
+    words = ["--method", "calibrated", "--calibration-dataset", str(file), "--option", "calibration_tokens=256"]
+    sizes = ["--hidden-size", "16", "--num-hidden-layers", "1", "--intermediate-size", "32", "--no-progress"]
+    assert cli.main(["init", str(chat_teacher), *sizes, *words, "-o", str(tmp_path / "student")]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.hidden_size == 16
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["a.jsonl", "b.txt"], "must have one format; found .jsonl, .txt"),
+        (["missing.jsonl"], "there is no file .*missing.jsonl"),
+        (["a.jsonl"], "not those of one format"),
+    ],
+)
+def test_calibration_files_of_another_form_are_an_error(names, text, chat_teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("a.jsonl", "b.txt"):
+        (tmp_path / name).write_text('{"prompt": "w1", "messages": []}\n')
+    files = [str(tmp_path / name) for name in names]
+    words = ["--method", "calibrated", "--hidden-size", "16", "--calibration-dataset", *files, "--no-progress"]
+    assert cli.main(["init", str(chat_teacher), "-o", str(tmp_path / "student"), *words]) != 0
+    assert re.search(text, capsys.readouterr().err)

@@ -47,3 +47,9 @@ def test_a_percentage_is_the_fraction_that_its_old_option_was(percentage):
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(OptionError, match="Did you mean 'causal-lm'"):
         ModelArguments(task="causal_lm")
+
+
+@pytest.mark.parametrize("option", ["packing", "assistant_only_loss", "completion_only_loss"])
+def test_an_option_that_is_no_truth_value_is_an_error(option):
+    with pytest.raises(OptionError, match=f"{option} must be True or False; found 'false'"):
+        DataArguments("org/data", **{option: "false"})
