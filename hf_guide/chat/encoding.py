@@ -42,7 +42,7 @@ class EncodedExample:
         input_ids: Its tokens.
         labels: The same, and -100 at tokens that are no targets.
         has_merged_token: A token has the end of a prompt and the beginning of what follows it in one.
-        is_open: The last target is no special token, so that the student is not taught where to stop.
+        is_open: A turn or completion ends with a target that is no special token, so that the student is not taught to stop.
         num_special: How many tokens the tokenizer added at the beginning.
     """
 
@@ -138,21 +138,6 @@ class ChatEncoder:
     def _special_tokens(self) -> tuple[str, ...]:
         return tuple(token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
 
-    @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        added = self.tokenizer.added_tokens_decoder
-        return frozenset(self.tokenizer.all_special_ids).union(token for token, each in added.items() if each.special)
-
-    def _label(
-        self, ids: list[int], spans: Sequence[Span], *, is_merged: bool, num_special: int = 0
-    ) -> EncodedExample:
-        labels = [IGNORE_INDEX] * len(ids)
-        for start, end in spans:
-            labels[start:end] = ids[start:end]
-        last = next((label for label in reversed(labels) if label != IGNORE_INDEX), None)
-        is_open = last is not None and last not in self._special_ids
-        return EncodedExample(ids, labels, is_merged, is_open, num_special)
-
     # Texts
 
     def _encode_texts(self, prompt: str, completion: str, index: int) -> EncodedExample:
@@ -166,7 +151,8 @@ class ChatEncoder:
         if not self._only_completion:
             return EncodedExample(with_end, list(with_end), num_special=num_special)
         start, is_merged = self._common_prefix(prompt, ids, add_special_tokens=True)
-        return self._label(with_end, [(start, len(with_end))], is_merged=is_merged, num_special=num_special)
+        is_open = len(with_end) == len(ids) and not completion.endswith(self._special_tokens)
+        return EncodedExample(with_end, _labels(with_end, [(start, len(with_end))]), is_merged, is_open, num_special)
 
     def _tokenize(self, text: str, *, add_special_tokens: bool) -> tuple[list[int], int]:
         """Return token ids without special tokens that the tokenizer added at the end, and how many are at the beginning."""
@@ -212,9 +198,11 @@ class ChatEncoder:
         if spans == [(0, len(text))]:
             return EncodedExample(with_end, list(with_end))
         token_spans, merged = self._token_spans(text, ids, spans)
+        closed = [text[start:end].rstrip().endswith(self._special_tokens) for start, end in spans]
         if token_spans and spans[-1][1] == len(text):  # the end belongs to what it follows
             token_spans[-1] = (token_spans[-1][0], len(with_end))
-        return self._label(with_end, token_spans, is_merged=merged)
+            closed[-1] |= len(with_end) > len(ids)
+        return EncodedExample(with_end, _labels(with_end, token_spans), merged, not all(closed))
 
     def _token_spans(self, text: str, ids: list[int], spans: Sequence[Span]) -> tuple[list[Span], bool]:
         """Return spans of tokens for spans of characters, and whether a token crosses the boundary of one.
@@ -340,6 +328,8 @@ class _Renderer:
                 )
             beginning = self(messages[:number], add_generation_prompt=True)
             through = self(messages[: number + 1])
+            if not text.startswith(through):  # some templates end a conversation, however short, with this token
+                through = through.removesuffix(str(self._tokenizer.eos_token))
             for part, whole in ((beginning, through), (beginning, text), (through, text)):
                 if not whole.startswith(part):
                     raise OptionError(
@@ -377,6 +367,13 @@ class _Renderer:
         """Return where a turn ends: with its last special token, without line breaks that the template adds after it."""
         stripped = text[start:end].rstrip()
         return start + len(stripped) if stripped.endswith(self._special_tokens) else end
+
+
+def _labels(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return labels
 
 
 def _append_end(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -162,10 +162,11 @@ def _report(flags: dict[str, Any], left_out: Any, options: DataArguments, split_
             f"{rows[_MERGED][0]}, a token has the end of a prompt and the beginning of its completion in one. It is trained "
             "on, but a prompt alone is tokenized otherwise. Let prompts end where a token ends: not with a space, for example."
         )
-    if flags[_OPEN].all():
+    if flags[_OPEN][~left_out].all():
         logger.warning(
-            f"{options.name}: in no example of the {split_name} split the last target is a special token, so the student is "
-            "not taught where to stop. Set the tokenizer's eos_token, or let the template mark the token that ends a turn."
+            f"{options.name}: every example of the {split_name} split has a turn or completion that does not end with a "
+            "special token, so the student is not taught to stop. Set the tokenizer's eos_token, or use a chat template that "
+            "marks the token that ends a turn (chat_template_path)."
         )
 
 

@@ -169,6 +169,15 @@ def test_a_turn_without_an_end_is_noticed() -> None:
     assert not encode({"messages": CONVERSATIONS[0]}, tokenizer(MARKED), assistant_only_loss=True).is_open
 
 
+def test_a_template_that_ends_a_conversation_with_another_token_than_a_turn() -> None:
+    """As Phi-3's: the conversation up to a turn has the end token, where the whole goes on."""
+    ended = PLAIN.replace(" </s>\n", " <tools>\n").replace("{% if add_generation_prompt %}<assistant> {% endif %}", "")
+    ended += "{% if add_generation_prompt %}<assistant> {% else %}</s>{% endif %}"
+    found = encode({"messages": CONVERSATIONS[2]}, tokenizer(ended), assistant_only_loss=True)
+    expected = ["w9", "<tools>", "w11", "w12", "w13", "<tools>", "</s>"]
+    assert [WORDS[label] for label in found.labels if label != -100] == expected and not found.is_open
+
+
 # Tokens that cross a boundary
 
 

@@ -9,10 +9,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.chat.encoding import ChatEncoder
+from hf_guide.chat.formats import detect_format
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.preprocessing import preprocess
 from hf_guide.tasks import Task
-from tests.chat.small import CONVERSATIONS, MARKED, VOCABULARY, tokenizer
+from tests.chat.small import CONVERSATIONS, MARKED, VOCABULARY, byte_tokenizer, message, tokenizer
 
 trl = pytest.importorskip("trl")
 
@@ -79,3 +81,19 @@ def test_the_objective_on_trls_data_is_that_on_ours(packing: bool, tmp_path: Pat
     theirs.train()
     logged = [entry for entry in theirs.state.log_history if "kd" in entry]
     assert len(logged) == 2 and all(entry["kd"] > 0 for entry in logged)
+
+
+@pytest.mark.parametrize("family", ["cohere", "gemma", "gemma3", "llama3", "phi3", "qwen2_5"])
+def test_targets_without_markers_are_those_of_trls_template_with_them(family: str) -> None:
+    """But for line breaks after the token that ends a turn, which no assistant writes."""
+    folder, tok = Path(trl.__file__).parent / "chat_templates", byte_tokenizer()
+    contents = ["Who?", "A cat.", "And?", "Nothing.\n\nReally."]
+    messages = [message(("user", "assistant")[number % 2], text) for number, text in enumerate(contents)]
+    targets = []
+    for name in (family, f"{family}_training"):
+        tok.chat_template = (folder / f"{name}.jinja").read_text()
+        data_format = detect_format(["messages"], {"messages": messages}, "some/data")
+        assert data_format is not None
+        found = ChatEncoder(tok, data_format, assistant_only_loss=True)({"messages": messages}, 0)
+        targets.append("".join(tok.decode([label for label in found.labels if label != -100]).split()))
+    assert targets[0] == targets[1]
