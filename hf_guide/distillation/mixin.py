@@ -30,7 +30,7 @@ from hf_guide.distillation.arguments import (
 )
 from hf_guide.distillation.cached_teacher import CachedTeacher, load_cached_teacher
 from hf_guide.distillation.layer_projections import ProjectionGradSyncCallback, check_optimizer_has_projections
-from hf_guide.distillation.loss_scaling import LossScalingTrainer
+from hf_guide.distillation.loss_scaling import LossDenominator, LossScalingTrainer
 from hf_guide.distillation.losses.registry import (
     TASK_LOSS,
     check_losses_fit_task,
@@ -440,17 +440,19 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             loss = self._divide_by_accumulation_steps(loss, denominator)
             self.watch_gradient(loss)
         self._check_loss(loss, result, batch)
-        self._add_to_means(self._train_means if training else self._eval_means, result, batch)
+        self._add_to_means(self._train_means if training else self._eval_means, result, batch, denominator)
         if not training and result.embeddings is not None:
             self._record_embeddings(result.embeddings, batch)
         return (loss, self._strip_hidden_states(result.outputs, loss)) if return_outputs else loss
 
-    def _add_to_means(self, means: RunningMeans, result: ObjectiveOutput, batch: DistillationBatch) -> None:
+    def _add_to_means(
+        self, means: RunningMeans, result: ObjectiveOutput, batch: DistillationBatch, denominator: LossDenominator
+    ) -> None:
         """Add the losses of a batch to the means, the task loss by what it is averaged over."""
         sums = dict(result.sums)
         if TASK_LOSS in sums:
-            mean = sums.pop(TASK_LOSS) / batch.num_items.clamp(min=1)
-            means.add({TASK_LOSS: mean * batch.num_targets}, batch.num_targets)
+            of_targets = sums.pop(TASK_LOSS) * (denominator.num_targets / denominator.num_items)
+            means.add({TASK_LOSS: of_targets}, batch.num_targets)
         means.add(sums, batch.num_items)
 
     def _record_embeddings(self, embeddings: Tensor, batch: DistillationBatch) -> None:

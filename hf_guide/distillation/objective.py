@@ -420,7 +420,11 @@ class Objective:
                     inputs.pop(name, None)
                 outputs = model(**inputs)
                 total = torch.zeros((), device=batch.mask.device)
-        if not any(term.requires in _LOGIT_SIGNALS for term in self.losses.values()):
+        has_further_heads = self.task.row.outputs[0].items in (
+            "boundary",
+            "query",
+        )  # for boxes, or unanswerable questions
+        if has_further_heads or not any(term.requires in _LOGIT_SIGNALS for term in self.losses.values()):
             total = total + zero_loss_with_gradient(outputs)
         if (
             batch.subclasses is not None

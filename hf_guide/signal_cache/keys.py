@@ -18,7 +18,8 @@ from hf_guide.utils.labels import IGNORE_INDEX
 KEY_BYTES = 16
 
 _PRIMARY_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds")
-_AUXILIARY_INPUTS = ("token_type_ids", "position_ids")
+_AUXILIARY_INPUTS = ("token_type_ids", "position_ids", "bbox")
+_RANDOM_INPUTS = ("perm_mask", "target_mapping")
 
 
 def example_keys(
@@ -44,6 +45,12 @@ def example_keys(
             f"{sorted(batch)}."
         )
     auxiliary = {name: torch.as_tensor(batch[name]) for name in _AUXILIARY_INPUTS if batch.get(name) is not None}
+    for name in _RANDOM_INPUTS:
+        if batch.get(name) is not None:
+            raise CaptureError(
+                f"The batch has {name}, an order of the tokens that is drawn anew in each epoch and on which the teacher's "
+                "outputs depend, so they cannot be stored by example. Train with the teacher itself."
+            )
     mask = _text_mask(batch)
     sizes = {name: len(tensor) for name, tensor in inputs.items()}
     if len(set(sizes.values())) > 1:

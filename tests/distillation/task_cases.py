@@ -31,7 +31,10 @@ class TaskCase:
         batch_coupled: Whether the model's own loss depends on which examples are in a batch together, so that a step is
             another one when its batch is split up.
         padding_counts: Whether the model's own loss depends on padding: its softmax has the padded positions, too.
+        has_own_loss: Whether the model has a loss.
         refused_by_cache: What a capture's error matches, where the outputs cannot be cached.
+        reference_dtype: Of the plain formula; XLNet makes its position embeddings in float32.
+        label_shift: How many positions before its label the logits of a token are.
     """
 
     task: Task
@@ -43,6 +46,20 @@ class TaskCase:
     padding_counts: bool = False
     has_own_loss: bool = True
     refused_by_cache: str | None = None
+    label_shift: int = 0
+    reference_dtype: torch.dtype = torch.float64
+
+    @property
+    def compares_examples(self) -> bool:
+        """Whether its outputs compare the examples of a batch with each other."""
+        return self.task.row.outputs[0].items == "row"
+
+
+def mixed_losses(case: TaskCase, *, invariant: bool = False) -> dict[str, float]:
+    """Return losses of every term of a task, and its own unless that is to be `invariant` to how a batch is split up."""
+    weights = {name: 1.0 for name in case.losses}
+    varies = not case.has_own_loss or (invariant and (case.batch_coupled or case.padding_counts))
+    return weights if varies else weights | {"ce": 0.5}
 
 
 def seeded(build: Callable[[int], PreTrainedModel]) -> Callable[[int, int], PreTrainedModel]:
@@ -78,14 +95,36 @@ def stack(examples: Examples) -> dict[str, Any]:
     return {name: torch.stack([torch.as_tensor(each[name]) for each in examples]) for name in examples[0]}
 
 
-def text_case(task: Task, *losses: str) -> TaskCase:
+def text_case(task: Task) -> TaskCase:
     return TaskCase(
         task,
         lambda seed, width=16: model_for(str(task), seed, width=width),
         lambda count: text_examples(str(task), count),
         collate_text,
-        losses or ("kd", "hidden_states", "features"),
+        ("kd", "hidden_states", "features"),
+        label_shift=int(task is Task.CAUSAL_LM),
     )
+
+
+def xlnet(width: int) -> PreTrainedModel:
+    config = transformers.XLNetConfig(
+        vocab_size=VOCABULARY, d_model=width, n_layer=2, n_head=2, d_inner=32, dropout=0.0, pad_token_id=0
+    )
+    return transformers.XLNetLMHeadModel(config)
+
+
+def collate_permuted(examples: Examples) -> dict[str, Any]:
+    """Return texts of which two tokens each are predicted, in an order of their own, as `run_plm` does."""
+    batch = {"input_ids": pad([each["input_ids"] for each in examples])}
+    rows, length = batch["input_ids"].shape
+    hidden = torch.zeros(rows, length, dtype=torch.bool)
+    hidden[:, 1:3] = True
+    # The second of the two is predicted first: it does not see the first, which sees it.
+    batch["perm_mask"] = (hidden[:, None, :] & ~torch.eye(length, dtype=torch.bool)).float()
+    batch["perm_mask"][:, 1, 2] = 0
+    batch["perm_mask"][:, 1, 1] = batch["perm_mask"][:, 2, 2] = 1
+    batch["target_mapping"] = torch.eye(length).expand(rows, -1, -1).contiguous()
+    return batch | {"labels": batch["input_ids"].masked_fill(~hidden, -100)}
 
 
 # Speech
@@ -419,6 +458,16 @@ CASES: Mapping[str, TaskCase] = {
     **{str(task): text_case(task) for task in (Task.SEQ2SEQ_LM, Task.CAUSAL_LM, Task.MASKED_LM)},
     **{str(task): text_case(task) for task in (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)},
     "image-classification": text_case(Task.IMAGE_CLASSIFICATION),
+    # Without an attention mask padding would be read, so that the texts have one length.
+    "permutation-lm": TaskCase(
+        Task.CAUSAL_LM,
+        seeded(xlnet),
+        lambda count: [{"input_ids": [(7 * number + 3 * at) % 50 + 1 for at in range(6)]} for number in range(count)],
+        collate_permuted,
+        ("kd",),
+        refused_by_cache="perm_mask",
+        reference_dtype=torch.float32,
+    ),
     "speech-seq2seq": TaskCase(Task.SPEECH_SEQ2SEQ, seeded(whisper), spoken_texts, collate_spoken, VECTORS),
     "ctc": TaskCase(
         Task.CTC,
@@ -496,7 +545,12 @@ CASES: Mapping[str, TaskCase] = {
         refused_by_cache=ROW_BY_BATCH,
     ),
     "image-text-to-text": TaskCase(
-        Task.IMAGE_TEXT_TO_TEXT, seeded(llava), described_images, collate_described, ("kd", "hidden_states")
+        Task.IMAGE_TEXT_TO_TEXT,
+        seeded(llava),
+        described_images,
+        collate_described,
+        ("kd", "hidden_states"),
+        label_shift=1,
     ),
     "vision-encoder-decoder": TaskCase(
         Task.IMAGE_TEXT_TO_TEXT, seeded(image_captioner), captions, collate_captions, ("kd", "features")

@@ -11,11 +11,17 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_guide import CaptureError, DistillationTrainer, capture_teacher
 from hf_guide.tasks import OutputKind, Task, output_kind, task_of
-from tests.distillation.small import VOCABULARY, copy_of
-from tests.distillation.task_cases import CASES, IMAGE, TaskCase
+from tests.distillation.small import TASKS, VOCABULARY, copy_of
+from tests.distillation.task_cases import CASES, IMAGE, TaskCase, mixed_losses
 from tests.distillation.test_trainer import arguments, step_of
 
 TEMPERATURE = 2.0
+
+ROWS = [
+    # What each of these tasks is made of, `test_trainer.py` tests with every objective.
+    pytest.param(name, marks=pytest.mark.slow if name in TASKS else ())
+    for name in CASES
+]
 
 
 def train_step(
@@ -34,19 +40,13 @@ def train_step(
     return step_of(student, before), trainer.state.log_history[0]
 
 
-def mixed(case: TaskCase) -> dict[str, float]:
-    """Return losses of every term of a task, and its own."""
-    weights = {name: 1.0 for name in case.losses}
-    return weights | ({"ce": 0.5} if case.has_own_loss else {})
-
-
 def test_there_is_a_case_for_every_task() -> None:
     assert {case.task for case in CASES.values()} == set(Task)
     for name, case in CASES.items():
         assert task_of(case.build(0, 16)) is case.task, name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_copy_has_loss_and_gradient_zero(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     teacher = case.build(1, 16)
@@ -64,10 +64,10 @@ def test_the_gradient_of_kd_is_that_of_a_plain_formula_in_float64(name: str, tmp
         pytest.skip("It has no logits.")
     student, teacher = case.build(1, 16), case.build(2, 24)
     batch = case.collate(case.examples(8))
-    reference = copy_of(student).double().train()
+    reference = copy_of(student).to(case.reference_dtype).train()
     with torch.no_grad():
-        targets = plain_outputs(case.task, teacher.double().eval(), batch)
-    loss = plain_kd(case.task, reference, plain_outputs(case.task, reference, batch), targets, batch)
+        targets = plain_outputs(case, teacher.to(case.reference_dtype).eval(), batch)
+    loss = plain_kd(case, reference, plain_outputs(case, reference, batch), targets, batch)
     loss.backward()
     expected = torch.cat(
         [(torch.zeros_like(each) if each.grad is None else each.grad).flatten() for each in reference.parameters()]
@@ -77,14 +77,12 @@ def test_the_gradient_of_kd_is_that_of_a_plain_formula_in_float64(name: str, tmp
     assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_step_is_the_same_however_its_batch_is_split_up(name: str, tmp_path: Path) -> None:
     """Eight examples of unequal size at once, or one by one; losses of the batch as a whole only if they are `Trainer`'s."""
     case = CASES[name]
-    losses = mixed(case)
-    if case.batch_coupled or case.padding_counts:
-        losses.pop("ce")
-    if case.refused_by_cache and case.batch_coupled:
+    losses = mixed_losses(case, invariant=True)
+    if case.compares_examples:
         pytest.skip("Its outputs compare the examples of a batch.")
     teacher = case.build(2, 16)
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
@@ -96,9 +94,11 @@ def test_a_step_is_the_same_however_its_batch_is_split_up(name: str, tmp_path: P
     assert (at_once - one_by_one).norm() < 1e-4 * at_once.norm()
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_own_loss])
+@pytest.mark.parametrize("name", ROWS)
 def test_ce_is_the_models_own_loss_as_trainer_computes_it(name: str, tmp_path: Path) -> None:
     case = CASES[name]
+    if not case.has_own_loss:
+        pytest.skip("It has no loss.")
     # Losses of a batch as a whole are averaged over micro-batches, as in Trainer.
     split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} if case.batch_coupled else {}
     gradient, logs = train_step(case, tmp_path, {"ce": 1.0}, student=case.build(1, 16), teacher=None, **split)
@@ -121,12 +121,12 @@ def test_ce_is_the_models_own_loss_as_trainer_computes_it(name: str, tmp_path: P
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_captured_run_is_a_live_one_or_refused(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     teacher = case.build(2, 16)
     options: dict[str, Any] = {"log_prob_dtype": "float32", "hidden_dtype": "float32", "batch_size": 3}
-    losses = mixed(case)
+    losses = mixed_losses(case)
     losses.pop("boxes", None)
     if case.batch_coupled:  # it may draw points at random
         losses.pop("ce", None)
@@ -157,10 +157,10 @@ def test_a_captured_run_is_a_live_one_or_refused(name: str, tmp_path: Path) -> N
     assert (live[0] - cached[0]).norm() < 1e-3 * live[0].norm()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ROWS)
 def test_evaluation_has_every_term(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    teacher, losses = case.build(2, 16), mixed(case)
+    teacher, losses = case.build(2, 16), mixed_losses(case)
     trainer = DistillationTrainer(
         case.build(1, 16),
         arguments(tmp_path, losses=losses, remove_unused_columns=False, per_device_eval_batch_size=3),
@@ -181,11 +181,11 @@ def returned_loss(case: TaskCase) -> dict[str, Any]:
 # The plain formula, without the package
 
 
-def plain_outputs(task: Task, model: Any, batch: dict[str, Any]) -> Any:
-    """Return a model's outputs in float64, the labels left out."""
+def plain_outputs(case: TaskCase, model: Any, batch: dict[str, Any]) -> Any:
+    """Return a model's outputs in the dtype of the reference, the labels left out."""
     left_out = {"labels", "start_positions", "end_positions", "class_labels", "mask_labels"}
     inputs = {
-        name: value.double() if value.is_floating_point() else value
+        name: value.to(case.reference_dtype) if value.is_floating_point() else value
         for name, value in batch.items()
         if name not in left_out
     }
@@ -193,18 +193,18 @@ def plain_outputs(task: Task, model: Any, batch: dict[str, Any]) -> Any:
         hidden = model.transformer(**inputs)[0]
         end = model.end_logits(hidden, start_positions=batch["start_positions"])
         return {"start_logits": model.start_logits(hidden), "end_logits": end}
-    if task.row.targets_in_decoder and model.config.is_encoder_decoder:
+    if case.task.row.targets_in_decoder and model.config.is_encoder_decoder:
         start = torch.full((len(batch["labels"]), 1), model.config.decoder_start_token_id)
         shifted = torch.cat([start, batch["labels"][:, :-1]], 1)
         inputs["decoder_input_ids"] = shifted.masked_fill(shifted == -100, model.config.pad_token_id)
     return model(**inputs)
 
 
-def plain_kd(task: Task, model: Any, mine: Any, theirs: Any, batch: dict[str, Any]) -> Tensor:
+def plain_kd(case: TaskCase, model: Any, mine: Any, theirs: Any, batch: dict[str, Any]) -> Tensor:
     """Return the mean over the items of the distance of two models' outputs, item by item."""
     values = [
-        distance(output_kind(task, model.config), *pair)
-        for pair in zip(items(task, model, mine, batch), items(task, model, theirs, batch), strict=True)
+        distance(output_kind(case.task, model.config), *pair)
+        for pair in zip(items(case, model, mine, batch), items(case, model, theirs, batch), strict=True)
     ]
     return torch.stack(values).mean()
 
@@ -223,11 +223,11 @@ def distance(kind: OutputKind, mine: Tensor, theirs: Tensor) -> Tensor:
     return TEMPERATURE**2 * total
 
 
-def items(task: Task, model: Any, outputs: Any, batch: dict[str, Any]) -> list[Tensor]:
+def items(case: TaskCase, model: Any, outputs: Any, batch: dict[str, Any]) -> list[Tensor]:
     """Return the logits of each item of a batch, found one by one."""
+    task, shift = case.task, case.label_shift
     kind, labels = task.row.outputs[0].items, batch.get("labels")
     if kind == "token":
-        shift = int(task in (Task.CAUSAL_LM, Task.IMAGE_TEXT_TO_TEXT) and not model.config.is_encoder_decoder)
         rows, places = (labels != -100).nonzero(as_tuple=True)
         return [
             outputs["logits"][row, at - shift]
