@@ -16,6 +16,7 @@ from hf_guide.teachers.alignment import align_labels, check_same_tokens, shared_
 from hf_guide.teachers.forward import LiveTeacher
 from hf_guide.teachers.inputs import build_teacher_inputs
 from hf_guide.teachers.loading import load_teachers, model_name, teacher_tokenizer
+from hf_guide.teachers.patches import normalizes_patches
 from hf_guide.teachers.processors import batch_tokenizer
 
 
@@ -63,7 +64,8 @@ def build_live_teachers(
         head = find_lm_head(model) if task.is_language_model else None
         prepared, sharded = prepare_teacher(model, accelerator)
         head = None if sharded else head
-        teachers.append(LiveTeacher(prepared, task, classes, order, share / sum(shares), head, inputs))
+        normalized = normalizes_patches(student.config)
+        teachers.append(LiveTeacher(prepared, task, classes, order, share / sum(shares), head, inputs, normalized))
     return teachers
 
 

@@ -77,7 +77,7 @@ _LEARNED_QUERIES = (
 )
 """Types of models whose queries are parameters. Others select them among the encoder's proposals, by image."""
 
-_MASKING_SETTINGS = ("image_size", "patch_size", "num_channels", "mask_ratio", "norm_pix_loss")
+_MASKING_SETTINGS = ("image_size", "patch_size", "num_channels", "mask_ratio")
 
 
 def incomparable_logits(task: Task, student_config: Any, teacher_config: Any) -> str | None:

@@ -32,6 +32,7 @@ from hf_guide.models.sentence_files import embed, modules_of_model
 from hf_guide.models.targets import complete_inputs
 from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.teachers.inputs import TeacherInputs, build_teacher_inputs
+from hf_guide.teachers.patches import convert_patches, normalizes_patches
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
 
 _TARGET_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
@@ -79,6 +80,7 @@ def forward_outputs(
     hidden_states: bool = False,
     features: bool = False,
     boxes: bool = False,
+    normalized_patches: bool | None = None,
 ) -> ForwardOutputs:
     """Run a model on a batch without its labels, and return what a loss may compare.
 
@@ -89,6 +91,7 @@ def forward_outputs(
         inputs: Converts the batch to what this teacher expects; None where it is that already.
         head: The model's language head; it is then not run, and `head_inputs` is returned instead of logits.
         logits, hidden_states, features, boxes: Whether to return them.
+        normalized_patches: Whether patches of masked images are to have mean 0 and variance 1; None as the model has them.
 
     Raises:
         TeacherError: The batch cannot be converted to what the teacher expects.
@@ -123,9 +126,14 @@ def forward_outputs(
         outputs = model(**model_inputs, **options)
     if features and not has_head:
         captured = [embed(bare, last_hidden_state(outputs), converted)]
+    canonical = task_logits(task, outputs, converted, head_outputs) if logits else torch.empty(0)
+    if logits and task.row.outputs[0].items == "patch":
+        normalized = normalizes_patches(bare.config) if normalized_patches is None else normalized_patches
+        conversion = None if inputs is None else inputs.pixels
+        canonical = convert_patches(task, canonical, batch["pixel_values"], bare.config, conversion, normalized)
     return ForwardOutputs(
         inputs=converted,
-        logits=task_logits(task, outputs, converted, head_outputs) if logits else torch.empty(0),
+        logits=canonical,
         head_inputs=head_inputs[0] if head_inputs else None,
         hidden_states=hidden_states_of(outputs) if hidden_states else (),
         features=captured[-1] if captured else None,
@@ -172,6 +180,7 @@ class LiveTeacher:
         weight: Its share where there are several teachers.
         head: Its language head, where that is known and its weights are whole in this process.
         inputs: Converts batches, made for the student, to what it expects; None where they are that already.
+        normalized_patches: Whether the student reconstructs patches of mean 0 and variance 1.
     """
 
     model: PreTrainedModel
@@ -181,6 +190,7 @@ class LiveTeacher:
     weight: float = 1.0
     head: LMHead | None = None
     inputs: TeacherInputs | None = None
+    normalized_patches: bool = False
 
     @property
     def config(self) -> Any:
@@ -244,6 +254,7 @@ class LiveTeacher:
             hidden_states=TeacherSignal.HIDDEN_STATES in needs,
             features=TeacherSignal.FEATURES in needs,
             boxes=TeacherSignal.BOXES in needs,
+            normalized_patches=self.normalized_patches,
         )
         target: Callable[[slice], DenseTarget | TopKTarget] | None = None
         if TeacherSignal.LOGITS in needs and outputs.head_inputs is not None:
