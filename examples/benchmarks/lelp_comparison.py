@@ -120,11 +120,11 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     if file.is_file():
         stored = load_file(file)
         teacher.load_state_dict({key[2:]: value for key, value in stored.items() if key.startswith("w ")})
-        found = {
+        stored_signals = {
             part: {key.split()[1]: value for key, value in stored.items() if key.startswith(f"{part} ")}
             for part in batches_by_part
         }
-        part_signals = {part: Signals(**tensors) for part, tensors in found.items()}
+        part_signals = {part: Signals(**tensors) for part, tensors in stored_signals.items()}
     else:
         if kind == "frozen":
             part_signals = {
@@ -177,8 +177,8 @@ def one_run(
     student = make_student(batches, args.images, outputs, bench.started)
     loss = loss_of(arm, problem, settings, student, seed)
     train(student, batches, loss, steps=run["steps"], batch=args.batch, rate=args.rate, seed=seed)
-    found = {"validation": accuracy(student, bench.validation), "test": accuracy(student, bench.test)}
-    return found | {"teacher": bench.teacher_accuracy, "seconds": round(time.perf_counter() - began, 1)}
+    accuracies = {"validation": accuracy(student, bench.validation), "test": accuracy(student, bench.test)}
+    return accuracies | {"teacher": bench.teacher_accuracy, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def work(name: str, args: argparse.Namespace, runs: Runs) -> None:

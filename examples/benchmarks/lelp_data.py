@@ -81,9 +81,9 @@ def digits(fashion: Path | None = None) -> Labelled:
     """Odd and even digits of 8 x 8 pixels."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    fine_labels = torch.from_numpy(found.target).long()
-    return Labelled(torch.from_numpy(found.images).float().unsqueeze(1) / 8 - 1, fine_labels % 2, 2, fine_labels)
+    loaded = load_digits()
+    fine_labels = torch.from_numpy(loaded.target).long()
+    return Labelled(torch.from_numpy(loaded.images).float().unsqueeze(1) / 8 - 1, fine_labels % 2, 2, fine_labels)
 
 
 def fashion_images(folder: Path | None, classes: Sequence[int]) -> Labelled:
@@ -125,12 +125,12 @@ def movies(fashion: Path | None = None) -> Labelled:
 
 def wikipedia(halves: bool) -> Labelled:
     """Openings of Wikipedia's vital articles in 11 topics, or humanities against science with the topics as fine labels."""
-    found = dict(read_wikipedia_topics())
-    topics = list(found.values())
+    topic_by_text = dict(read_wikipedia_topics())
+    topics = list(topic_by_text.values())
     if not halves:
-        return Labelled(list(found), *_numbered(topics))
+        return Labelled(list(topic_by_text), *_numbered(topics))
     labels = torch.tensor([int(topic in HUMANITIES) for topic in topics])
-    return Labelled(list(found), labels, 2, _numbered(topics)[0])
+    return Labelled(list(topic_by_text), labels, 2, _numbered(topics)[0])
 
 
 def _numbered(names: Sequence[str]) -> tuple[Tensor, int]:

@@ -59,8 +59,8 @@ class Classifier(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return features (batch, width) and logits (batch, outputs)."""
-        found = self.features(inputs)
-        return found, self.head(found)
+        features = self.features(inputs)
+        return features, self.head(features)
 
 
 def _pooled(states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
@@ -78,19 +78,19 @@ class Batches:
     def __init__(self, data: Labelled, tokenizer: Any = None, length: int = LENGTH):
         self.data, self.tokenizer, self.length = data, tokenizer, length
         if data.is_text:
-            found = [
+            token_ids = [
                 torch.tensor(ids) for ids in tokenizer(data.inputs, truncation=True, max_length=length)["input_ids"]
             ]
-            self.lengths = torch.tensor([len(ids) for ids in found])
-            self.ids = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=tokenizer.pad_token_id)
+            self.lengths = torch.tensor([len(ids) for ids in token_ids])
+            self.ids = nn.utils.rnn.pad_sequence(token_ids, batch_first=True, padding_value=tokenizer.pad_token_id)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def known_tokens(self) -> Tensor:
         """Return the tokens that are in it, each once."""
-        found = self.ids.unique()
-        return found[found != self.tokenizer.pad_token_id]
+        tokens = self.ids.unique()
+        return tokens[tokens != self.tokenizer.pad_token_id]
 
     def take(self, rows: Tensor) -> dict[str, Tensor]:
         """Return rows as a model's inputs."""
@@ -122,9 +122,9 @@ class Batches:
     def of_each(self, function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Return what a function of inputs gives for each row, in order, without gradient."""
         with torch.no_grad():
-            rows, found = zip(*((rows, function(inputs)) for rows, inputs in self.grouped()), strict=True)
+            rows, outputs = zip(*((rows, function(inputs)) for rows, inputs in self.grouped()), strict=True)
         places = torch.cat(rows).argsort()
-        return tuple(torch.cat(parts)[places] for parts in zip(*found, strict=True))
+        return tuple(torch.cat(parts)[places] for parts in zip(*outputs, strict=True))
 
 
 def second_view(inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ class Runs:
         if len(whole) < len(lines):
             file.write_text("".join(whole), encoding="utf-8")
         for line in whole:
-            found = json.loads(line)
-            self.done[_key(found["run"])] = found
+            row = json.loads(line)
+            self.done[_key(row["run"])] = row
 
     def __call__(self, run: dict[str, Any]) -> dict | None:
         return self.done.get(_key(run))
@@ -64,10 +64,10 @@ class Runs:
 
     def add(self, run: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep a run."""
-        found = {"run": run, "result": result}
-        self.done[_key(run)] = found
+        row = {"run": run, "result": result}
+        self.done[_key(run)] = row
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(found) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def _key(run: dict[str, Any]) -> str:
@@ -104,9 +104,9 @@ def best_settings(
     """
     scores = []
     for settings in tried:
-        found = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in seeds]
-        accuracies = [each["result"].get("validation", -1.0) for each in found if each is not None]
-        if len(accuracies) < len(found):
+        rows = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in seeds]
+        accuracies = [each["result"].get("validation", -1.0) for each in rows if each is not None]
+        if len(accuracies) < len(rows):
             return None
         scores.append(statistics.mean(accuracies))
     best = max(range(len(tried)), key=scores.__getitem__)

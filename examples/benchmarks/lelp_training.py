@@ -227,12 +227,12 @@ def read_targets(problem: TrainingProblem, tau: float) -> Tensor:
     fitted = LogisticRegression(C=1.0, max_iter=500).fit(
         (signals.embeddings / scale).numpy(), others.fine_labels.numpy()
     )
-    found = torch.from_numpy(fitted.predict_proba((problem.signals.embeddings / scale).numpy())).float()
+    probabilities = torch.from_numpy(fitted.predict_proba((problem.signals.embeddings / scale).numpy())).float()
     columns = {fine: number for number, fine in enumerate(fitted.classes_.tolist())}
-    shares = torch.zeros(len(found), others.classes, most)
+    shares = torch.zeros(len(probabilities), others.classes, most)
     for label, known in places.items():
         for fine, place in known.items():
-            shares[:, label, place] = found[:, columns[fine]]
+            shares[:, label, place] = probabilities[:, columns[fine]]
     shares = shares / shares.sum(-1, keepdim=True).clamp_min(1e-12)
     return (problem.signals.logits / tau).softmax(-1).unsqueeze(-1) * shares
 
@@ -311,5 +311,5 @@ def accuracy(model: Classifier, batches: Batches) -> float:
         logits = model(inputs)[1]
         return (logits.view(len(logits), batches.data.classes, -1).logsumexp(-1).argmax(-1),)
 
-    (found,) = batches.of_each(classes)
-    return (found == batches.data.labels).float().mean().item()
+    (predicted,) = batches.of_each(classes)
+    return (predicted == batches.data.labels).float().mean().item()
