@@ -9,11 +9,11 @@ To add a task, add a member to `Task`: its value and its `TaskRow`.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
 from hf_guide.errors import TaskError
+from hf_guide.validation import StringEnum
 
 NON_CATEGORICAL_PROBLEM_TYPES = ("regression", "multi_label_classification")
 """Values of `config.problem_type` whose logits are no distribution over mutually exclusive classes."""
@@ -42,7 +42,7 @@ _MAPPINGS_WITHOUT_A_TASK = ("PRETRAINING", "MULTIMODAL_LM", "BACKBONE")
 """Mappings that group classes otherwise than by what their outputs are."""
 
 
-class OutputKind(str, Enum):
+class OutputKind(StringEnum):
     """What the numbers of an output mean, and so which losses apply to them."""
 
     CATEGORICAL = "categorical"
@@ -53,9 +53,6 @@ class OutputKind(str, Enum):
     """Real numbers, as of a regression."""
     FEATURES = "features"
     """Vectors that only their distance or direction makes comparable."""
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ _RECONSTRUCTED_PATCHES = DistilledOutput("logits", OutputKind.REAL, classes="val
 _FEATURES = DistilledOutput("last_hidden_state", OutputKind.FEATURES, classes="features", items="example")
 
 
-class Task(str, Enum):
+class Task(StringEnum):
     """What a model's head is for. A class in the mappings of several members belongs to the first of them.
 
     Example:
@@ -350,9 +347,6 @@ class Task(str, Enum):
         task._value_ = value
         task.row = row
         return task
-
-    def __str__(self) -> str:
-        return str(self.value)
 
     @property
     def is_language_model(self) -> bool:

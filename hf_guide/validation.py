@@ -168,3 +168,26 @@ def check_weight(option: str, value: Any) -> float:
         OptionError: It is not a number, or is out of range.
     """
     return check_number(option, value, 0.0, MAX_WEIGHT)
+
+
+class StringEnum(str, Enum):
+    """Named choices; each accepts its plain string, and is written as it.
+
+    Example:
+        >>> class Color(StringEnum):
+        ...     RED = "red"
+        >>> str(Color.RED), Color.parse("red", "color") is Color.RED
+        ('red', True)
+    """
+
+    @classmethod
+    def parse(cls, value: "str | StringEnum", option: str) -> "StringEnum":
+        """Return the member that `value` names.
+
+        Raises:
+            OptionError: Unknown value; names the nearest one.
+        """
+        return cls(check_choice(option, value, cls))
+
+    def __str__(self) -> str:
+        return str(self.value)

@@ -18,7 +18,7 @@ from hf_guide.initialization.registry import list_methods
 from hf_guide.signal_cache.config import CaptureConfig
 
 INVALID: list[Any] = [math.nan, math.inf, -math.inf, -1, -1e-9, "many", "2", True, [1.0], {}]
-REALS = ["temperature", "beta", "validation_split_percentage", "mlm_probability"]
+REALS = ["temperature", "beta", "validation_split_percentage", "mlm_probability", "min_duration_in_seconds"]
 WHOLE = [
     "loss_chunk_size",
     "max_length",
@@ -119,7 +119,7 @@ def test_a_losss_own_number_out_of_range_is_an_error(loss: str, option: str, val
 
 
 def test_the_numbers_of_the_losses_are_known():
-    assert _loss_numbers() == [("dkd", "alpha"), ("dkd", "beta")]
+    assert _loss_numbers() == [("dkd", "alpha"), ("dkd", "beta"), ("similarity", "scale")]
 
 
 @pytest.mark.parametrize(

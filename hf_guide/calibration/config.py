@@ -8,7 +8,6 @@ from hf_guide.initialization.config import (
     InitializationConfig,
     LayerSelection,
     LayerSpec,
-    StringEnum,
     builtin_renames,
     check_logit_scale,
     layer_selection_field,
@@ -16,7 +15,7 @@ from hf_guide.initialization.config import (
     parse_layer_selection,
 )
 from hf_guide.utils.deprecation import RenamedOptions
-from hf_guide.validation import check_integer, check_number
+from hf_guide.validation import StringEnum, check_integer, check_number
 
 SELF_GENERATED = "self_generated"
 """As a calibration dataset: text that the teacher generates itself."""

@@ -123,10 +123,6 @@ def source_module_name(parameter: ParameterPlan) -> str:
     return (parameter.source or "").removesuffix(".weight")
 
 
-def _has_flat_input(parameter: ParameterPlan) -> bool:
-    return isinstance(parameter.axes[parameter.match.row.input_axis], AxisName)
-
-
 def _unit_names(projection: ParameterPlan) -> list[str]:
     """Return the axes of its units: ["mlp"], ["heads"] or ["kv_heads", "group"]; [] where its input is something else."""
     axis = projection.axes[projection.match.row.input_axis]

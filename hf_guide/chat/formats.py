@@ -7,11 +7,10 @@ messages. Does not: apply a chat template or tokenize (`encoding.py` does).
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from hf_guide.errors import OptionError
-from hf_guide.validation import did_you_mean
+from hf_guide.validation import StringEnum, did_you_mean
 
 Messages = list[dict[str, Any]]
 
@@ -34,7 +33,7 @@ UNDERSTOOD = (
 _SHARE_GPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
-class RowFormat(str, Enum):
+class RowFormat(StringEnum):
     """What the rows of a dataset are."""
 
     TEXT = "text"
@@ -45,9 +44,6 @@ class RowFormat(str, Enum):
     """A prompt and its completion: two strings, or two lists of messages."""
     INSTRUCTION = "instruction"
     """An instruction, perhaps an input for it, and the output."""
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 @dataclass(frozen=True)

@@ -9,31 +9,14 @@ import importlib
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, ClassVar
 
 from hf_guide.errors import OptionError
 from hf_guide.utils.deprecation import RenamedOptions
-from hf_guide.validation import check_bool, check_choice, check_integer, check_number, did_you_mean
+from hf_guide.validation import StringEnum, check_bool, check_choice, check_integer, check_number, did_you_mean
 
 LayerSpec = str | list[int] | dict[str, list[int]]
 """Which teacher block feeds each student block: a rule's name, a list of block numbers, or a list for each stack."""
-
-
-class StringEnum(str, Enum):
-    """Named choices; each accepts its plain string."""
-
-    @classmethod
-    def parse(cls, value: "str | StringEnum", option: str) -> "StringEnum":
-        """Return the member that `value` names.
-
-        Raises:
-            OptionError: Unknown value; names the nearest one.
-        """
-        return cls(check_choice(option, value, cls))
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 class LayerSelection(StringEnum):

@@ -11,7 +11,6 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from hf_guide.teachers.forward import forward_outputs
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
 from hf_guide.utils.files import staged_update
 from hf_guide.utils.labels import config_class_names
-from hf_guide.validation import check_choice, check_number
+from hf_guide.validation import StringEnum, check_choice, check_number
 
 __all__ = [
     "ExportFormat",
@@ -79,7 +78,7 @@ for _model_class, _auto in _CLASSES.values():
     _model_class.register_for_auto_class(_auto.__name__)
 
 
-class ExportFormat(str, Enum):
+class ExportFormat(StringEnum):
     """How a student with subclasses is saved."""
 
     REMOTE_CODE = "remote_code"

@@ -220,11 +220,6 @@ class LiveTeacher:
         """The model without the wrappers of several processes and of torch.compile."""
         return extract_model_from_parallel(self.model, keep_torch_compile=False)
 
-    def set_student(self, student: Any) -> None:
-        """Expect batches made for `student` from now on."""
-        if self.inputs is not None:
-            self.inputs = self.inputs.for_pair(student, self.bare)
-
     @torch.no_grad()
     def forward(
         self,

@@ -6,7 +6,6 @@ converted where the conversion is exact, and an error otherwise.
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -49,11 +48,6 @@ class TeacherInputs:
     pair_separator: int | None = None
     sounds: SoundConversion | None = None
     _shifts_alike: list[bool] = field(default_factory=list, repr=False)
-
-    def for_pair(self, student: Any, teacher: Any) -> "TeacherInputs":
-        """Return the converter for another student, as in the next trial of a search, and for the prepared teacher."""
-        pair = {"student": without_adapter(student), "teacher": without_adapter(teacher)}
-        return dataclasses.replace(self, **pair, _shifts_alike=[])
 
     def convert(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch as the teacher expects it. Inputs that need no change are the same tensors.

@@ -6,14 +6,14 @@ Does not: run a model (`teachers.forward`), read a cache (`signal_cache`), or co
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 from torch import Tensor
 
 from hf_guide.tasks import OutputKind
+from hf_guide.validation import StringEnum
 
 
-class TeacherSignal(str, Enum):
+class TeacherSignal(StringEnum):
     """What of student and teacher a term looks at."""
 
     LABELS = "labels"

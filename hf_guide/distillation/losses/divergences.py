@@ -9,7 +9,6 @@ Does not: shift, mask, weight or average.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -20,18 +19,15 @@ from hf_guide.distillation.losses.registry import LossConfig, register_loss
 from hf_guide.errors import HfGuideError, OptionError, TaskError, VocabularyError
 from hf_guide.tasks import OutputKind
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
-from hf_guide.validation import MAX_WEIGHT, check_choice, check_number, check_positive
+from hf_guide.validation import MAX_WEIGHT, StringEnum, check_choice, check_number, check_positive
 
 
-class DivergenceKind(str, Enum):
+class DivergenceKind(StringEnum):
     """Which divergence, by the values of `DistillationArguments.kd_loss_type`."""
 
     FORWARD_KL = "forward_kl"
     REVERSE_KL = "reverse_kl"
     JSD = "jsd"
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 def widest_float_dtype(device: torch.device) -> torch.dtype:

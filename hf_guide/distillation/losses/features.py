@@ -1,24 +1,20 @@
 """Losses that compare vectors: hidden states, layer by layer, and penultimate features."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 import torch
 from torch import Tensor
 
 from hf_guide.distillation.losses.registry import LossConfig, register_loss
 from hf_guide.teachers.signals import TeacherSignal
-from hf_guide.validation import check_choice
+from hf_guide.validation import StringEnum, check_choice
 
 
-class FeatureDistance(str, Enum):
+class FeatureDistance(StringEnum):
     """How the distance of two vectors is measured."""
 
     MSE = "mse"
     COSINE = "cosine"
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 @dataclass(frozen=True)

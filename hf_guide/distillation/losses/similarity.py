@@ -5,7 +5,6 @@ batches are not among those that an example is compared with.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
 
 import torch
 from torch import Tensor
@@ -13,27 +12,21 @@ from torch import Tensor
 from hf_guide.distillation.losses.registry import LossConfig, register_loss
 from hf_guide.errors import OptionError
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TopKTarget
-from hf_guide.validation import check_choice, check_positive
+from hf_guide.validation import MAX_WEIGHT, StringEnum, check_choice, check_number
 
 
-class SimilarityDistance(str, Enum):
+class SimilarityDistance(StringEnum):
     """How two rows of similarities are compared."""
 
     MSE = "mse"
     KL = "kl"
 
-    def __str__(self) -> str:
-        return str(self.value)
 
-
-class SimilarityFunction(str, Enum):
+class SimilarityFunction(StringEnum):
     """How similar two vectors are."""
 
     COSINE = "cosine"
     DOT = "dot"
-
-    def __str__(self) -> str:
-        return str(self.value)
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class SimilarityConfig(LossConfig):
     def __post_init__(self) -> None:
         check_choice("distance", self.distance, SimilarityDistance)
         check_choice("similarity", self.similarity, SimilarityFunction)
-        check_positive("scale", self.scale)
+        check_number("scale", self.scale, 0.0, MAX_WEIGHT, includes_low=False)
 
 
 @register_loss(

@@ -12,19 +12,19 @@ import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import LayoutError, ShapeError
 from hf_guide.models.tiny_models import MODEL_ERRORS
+from hf_guide.validation import StringEnum
 
 ConfigPath = tuple[str, ...]
 """The path of a value in a config: the names of nested configs, and the field's name at the end."""
 
 
-class FieldKind(str, Enum):
+class FieldKind(StringEnum):
     """How the value of a field depends on the blocks."""
 
     ENTRIES = "entries"  # a list with an entry per block
@@ -40,9 +40,6 @@ class FieldKind(str, Enum):
     FIRST = "first"  # how many blocks at the start differ; a start index
     LAST = "last"  # how many blocks at the end differ
     END = "end"  # the index of the last block that differs
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True)
