@@ -80,8 +80,8 @@ def whisper_processor(*, mel_bins: int = 16, language: str | None = None) -> Whi
     tokenizer = WhisperTokenizer(vocab={**vocabulary, SPECIAL[0]: len(vocabulary)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:], "pad_token": SPECIAL[0]})
     tokenizer.add_tokens(TIMESTAMPS)
-    if language is not None:
-        tokenizer.set_prefix_tokens(language=language, task="transcribe")
+    # Again, for the tokens exist only now.
+    tokenizer.set_prefix_tokens(language=language, task=None if language is None else "transcribe")
     return WhisperProcessor(WhisperFeatureExtractor(feature_size=mel_bins, chunk_length=1), tokenizer)
 
 

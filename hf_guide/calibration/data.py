@@ -1,8 +1,8 @@
 """Turn a calibration dataset into batches for a teacher's forward pass.
 
-A dataset is rows (of `input_ids`, of `pixel_values`, or of text or conversations, which the teacher's tokenizer encodes), or
-batches, as a DataLoader or `Dataset.iter` yields them. A conversation, or a prompt with its completion, is one row of tokens,
-as for training. Batches are kept in memory, because they go through the teacher more than once: token ids, or pixels.
+A dataset is rows (of `input_ids`, `pixel_values` or sounds, or of text or conversations, which the teacher's tokenizer
+encodes), or batches, as a DataLoader or `Dataset.iter` yields them. A conversation, or a prompt with its completion, is one
+row of tokens, as for training. Batches are kept in memory, because they go through the teacher more than once.
 """
 
 import inspect
@@ -27,10 +27,11 @@ from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.labels import IGNORE_INDEX, decoder_ids_from_labels
 
 Batch = dict[str, Tensor]
+_SOUND_INPUTS = ("input_features", "input_values")
 TOKENS_PER_NEURON, MIN_TOKENS, MAX_TOKENS = 10, 8192, 65536
 EXPECTED_DATASET = (
-    "a datasets dataset with a column input_ids, text, messages or pixel_values, a list of texts, an iterable of batches "
-    f"(dicts of tensors), or {SELF_GENERATED!r}, for text that the teacher generates itself"
+    "a datasets dataset with a column input_ids, text, messages, pixel_values, input_features or input_values, a list of "
+    f"texts, an iterable of batches (dicts of tensors), or {SELF_GENERATED!r}, for text that the teacher generates itself"
 )
 
 
@@ -157,6 +158,8 @@ def _with_decoder_inputs(batch: Batch, labels: Any, model: PreTrainedModel) -> B
     batch, mask = dict(batch), batch.get("attention_mask")
     if "labels" in accepted and isinstance(labels, Tensor) and labels.ndim == 2:
         labels = labels.detach().cpu()
+        if bool((labels[:, 0] == getattr(model.config, "decoder_start_token_id", None)).all()):
+            labels = labels[:, 1:]  # as tokenizers of speech write them
         batch["decoder_input_ids"] = _shift_labels(labels, model)
         mask = (labels != IGNORE_INDEX).long()
     elif "input_ids" in batch:
@@ -223,6 +226,9 @@ def _iter_batches(
         if _num_axes(first["pixel_values"]) < 4:
             return _batches_of_images(rows, size)
         return _batches_as_tensors(rows, "pixel_values", _stack_images)
+    sounds = next((name for name in _SOUND_INPUTS if name in first), None)
+    if sounds is not None and not isinstance(first[sounds], Tensor):
+        return _batches_of_sounds(rows, size, sounds)
     if any(isinstance(value, Tensor) and value.ndim > 1 for value in first.values()):
         return rows
     data_format = detect_format(list(map(str, first)), first, "calibration_dataset")
@@ -233,8 +239,8 @@ def _iter_batches(
     column = "text" if "text" in first else columns[0] if len(columns) == 1 else None
     if column is None:
         raise OptionError(
-            f"calibration_dataset has the columns {sorted(map(str, first))}, none of them input_ids, text, messages or "
-            f"pixel_values; pass {EXPECTED_DATASET}."
+            f"calibration_dataset has the columns {sorted(map(str, first))}, none of them input_ids, text, messages, "
+            f"pixel_values, input_features or input_values; pass {EXPECTED_DATASET}."
         )
     return _batches_of_text(_iter_texts(row[column] for row in rows), _tokenizer(teacher, hub), size, length)
 
@@ -347,6 +353,28 @@ def _batches_of_images(rows: Iterator[Mapping[str, Any]], size: int) -> Iterator
     filled = (row for row in rows if _is_filled(row, "pixel_values"))
     while batch := list(itertools.islice(filled, size)):
         yield _stack_images(batch)
+
+
+def _batches_of_sounds(rows: Iterator[Mapping[str, Any]], size: int, column: str) -> Iterator[Batch]:
+    """Yield batches of spectrograms or waveforms, and of their transcripts where they have some.
+
+    Raises:
+        OptionError: Sounds of a batch differ in length.
+    """
+    filled = (row for row in rows if _is_filled(row, column))
+    while batch := list(itertools.islice(filled, size)):
+        sounds = [torch.as_tensor(np.asarray(row[column], dtype=np.float32)) for row in batch]
+        shapes = sorted({tuple(sound.shape) for sound in sounds})
+        if len(shapes) > 1:
+            raise OptionError(
+                f"calibration_dataset has {column} of the shapes {' and '.join(map(str, shapes[:3]))}: they must be the "
+                "same in each row of a batch. Pad or cut them, set calibration_batch_size to 1, or pass batches."
+            )
+        made = {column: torch.stack(sounds)}
+        if all(_num_axes(row.get("labels")) == 1 for row in batch):
+            labels = [torch.as_tensor(row["labels"]).long() for row in batch]
+            made["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
+        yield made
 
 
 def _batches_as_tensors(

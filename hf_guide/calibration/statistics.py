@@ -86,6 +86,10 @@ def collect_statistics(
     return collector.reduce()
 
 
+MAX_INFLUENCE = 2.0
+"""Of a block whose output has the opposite direction of its input."""
+
+
 class _StatisticsCollector:
     """Hooks on a teacher that add to `statistics`, batch by batch."""
 
@@ -162,6 +166,10 @@ class _StatisticsCollector:
         """Add 1 - the cosine similarity of a block's input and output."""
         of_decoder = is_decoder_stack(stack, self.model.config)
         before, after = (drop_padding(each, self.batch, of_decoder=of_decoder).double() for each in (stream, output))
+        if before.shape != after.shape:  # it changes the length or the width, so it cannot be left out
+            self.statistics.block_influence[stack][index] += MAX_INFLUENCE * len(after)
+            self.block_tokens[stack][index] += len(after)
+            return
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         influence = (1 - cosine).sum().cpu()
         if not influence.isfinite():

@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, WhisperProcessor
 
 from hf_guide import from_teacher
+from hf_guide.errors import OptionError
 from tests.small_speech import RATE, ctc_model, ctc_processor, sound_classifier, tone, whisper, whisper_processor
 from tests.tiny import run_python
 
@@ -115,3 +118,33 @@ def test_an_encoder_of_waveforms_may_have_fewer_blocks(kind: str, stable: bool, 
     layers = teacher.base_model.encoder.layers
     teacher.base_model.encoder.layers = torch.nn.ModuleList([layers[0], layers[3]])
     assert torch.equal(student(inputs).logits, teacher(inputs).logits)
+
+
+def calibrated(teacher: PreTrainedModel, data: Any, **changes: Any) -> PreTrainedModel:
+    return from_teacher(teacher, method="calibrated", calibration_dataset=data, show_progress=False, **changes)
+
+
+def test_sounds_calibrate_from_rows_as_from_batches(tmp_path: Path, teacher: PreTrainedModel, processor: Any) -> None:
+    """Rows as `Dataset.map` leaves them: spectrograms, and transcripts that begin with the decoder's own first token."""
+    sounds = [tone("low", "high", seed=seed) for seed in range(8)]
+    features = processor.feature_extractor(sounds, sampling_rate=RATE, return_tensors="pt").input_features
+    labels = [processor.tokenizer("low " * (1 + seed % 2)).input_ids for seed in range(8)]
+    rows = datasets.Dataset.from_dict({"input_features": features.numpy(), "labels": labels})
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(each[1:]) for each in labels], True, -100)
+    student = calibrated(teacher, rows, decoder_layers=2, d_model=24)
+    same = calibrated(teacher, [{"input_features": features, "labels": padded}], decoder_layers=2, d_model=24)
+    assert all(torch.equal(one, other) for one, other in zip(student.parameters(), same.parameters(), strict=True))
+    unequal = [{"input_values": [0.1] * 2000}, {"input_values": [0.1] * 2400}]
+    with pytest.raises(OptionError, match="input_values of the shapes .*must be the same in each row of a batch"):
+        calibrated(sound_classifier(), unequal, num_hidden_layers=2)
+
+
+def test_the_convolutions_of_a_waveform_encoder_are_never_left_out(tmp_path: Path) -> None:
+    """Their influence cannot be measured: they change the length."""
+    teacher = ctc_model(ctc_processor(tmp_path))
+    batches = [
+        {"input_values": torch.from_numpy(np.stack([tone("low", seed=s), tone("high", seed=s)]))} for s in range(3)
+    ]
+    student = calibrated(teacher, batches, num_hidden_layers=2)
+    assert student.initialization_report.blocks["feature_extractor.conv_layers"] == [0, 1, 2]
+    assert student(**batches[0]).logits.isfinite().all()
