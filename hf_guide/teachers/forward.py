@@ -15,7 +15,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.errors import TaskError, TeacherError
+from hf_guide.errors import HfGuideError, TaskError, TeacherError
 from hf_guide.models.adapters import check_no_virtual_tokens, forward_parameters, without_adapter
 from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
@@ -123,7 +123,12 @@ def forward_outputs(
             captured = stack.enter_context(capture_head_inputs(find_classifier(bare, task)))
         if head is not None:
             stack.enter_context(skip_lm_head(bare, head, head_inputs.append))
-        outputs = model(**model_inputs, **options)
+        try:
+            outputs = model(**model_inputs, **options)
+        except HfGuideError:
+            raise
+        except ValueError as error:  # of Transformers' own checks of sizes
+            raise _unreadable_batch_error(bare, model_inputs, error) from error
     if features and not has_head:
         captured = [embed(bare, last_hidden_state(outputs), converted)]
     canonical = task_logits(task, outputs, converted, head_outputs) if logits else torch.empty(0)
@@ -154,6 +159,15 @@ def check_item_axes(task: Task, outputs: Tensor, mask: Tensor, role: str) -> Non
         f"The {role}'s outputs are {tuple(outputs.shape)}, and the batch has {tuple(mask.shape)} positions, one a {items}. "
         "Student and teacher must make the same number from the same input for the losses of their logits; leave these out "
         "and use 'ce', or a teacher that does."
+    )
+
+
+def _unreadable_batch_error(teacher: Any, inputs: Mapping[str, Any], error: ValueError) -> TeacherError:
+    shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
+    name = getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
+    return TeacherError(
+        f"The teacher {name} cannot read a batch of the student's, {shapes}: {str(error).rstrip('.')}. Both must read the "
+        "same pixels and tokens: use a teacher with the student's image size and number of tokens for an image."
     )
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 
 from hf_guide.errors import TeacherError
-from hf_guide.models.adapters import without_adapter
+from hf_guide.models.adapters import forward_parameters, without_adapter
 from hf_guide.models.pretrained import find_tokenizer
 from hf_guide.tasks import Task
 from hf_guide.teachers.alignment import shared_vocabulary_size
@@ -148,16 +148,21 @@ def check_processors(
         TeacherError: They differ in a way that cannot be converted exactly; the settings and both values are named.
     """
     hub = {key: value for key, value in (init_kwargs or {}).items() if key in _HUB_KWARGS}
-    if teacher.main_input_name == "pixel_values":
+    pixels = None
+    if task.row.inputs in ("image", "image-text") or teacher.main_input_name == "pixel_values":
         images = _sub_processor(processing_class, "image_processor", "image_mean", "do_rescale", "do_resize")
-        return InputConversion(_compare(images, teacher, name, student, hub, AutoImageProcessor, _compare_images))
+        compare = _compare_image_tokens if _has_image_tokens(teacher) else _compare_images
+        pixels = _compare(images, teacher, name, student, hub, AutoImageProcessor, compare)
+        if "input_ids" not in forward_parameters(teacher):
+            return InputConversion(pixels)
+        _check_processor_settings(processing_class, teacher, name, hub)
     sounds = None
     if teacher.main_input_name in ("input_features", "input_values"):
         extractor = _sub_processor(processing_class, "feature_extractor", "sampling_rate")
         sounds = _compare(extractor, teacher, name, student, hub, AutoFeatureExtractor, _compare_sounds)
     tokenizer = batch_tokenizer(processing_class, student)
     if tokenizer is None or not teacher.config._name_or_path:
-        return InputConversion(sounds=sounds)
+        return InputConversion(pixels, sounds)
     safe = {key: value for key, value in hub.items() if key != "trust_remote_code"}
     teacher_processor = find_tokenizer(teacher.config._name_or_path, **safe)
     if (
@@ -169,22 +174,26 @@ def check_processors(
             AutoTokenizer, teacher, safe | {"add_prefix_space": True}
         )  # its words are separate
     if teacher_processor is None:
-        return InputConversion(sounds=sounds)
+        return InputConversion(pixels, sounds)
     # Vocabularies of language models may be shared in part, which `build_live_teachers` finds out.
     if student is None or not task.is_language_model:
         sizes = num_token_rows(student or teacher) or len(tokenizer), num_token_rows(teacher) or len(teacher_processor)
         shared_vocabulary_size(tokenizer, teacher_processor, *sizes)
     if task is Task.CTC:  # the texts are no inputs: what the outputs mean was compared
-        return InputConversion(sounds=sounds)
+        return InputConversion(pixels, sounds)
     _compare_tokenizers(tokenizer, teacher_processor, name, task)
     templates = [getattr(each, "chat_template", None) for each in (tokenizer, teacher_processor)]
     if None not in templates and templates[0] != templates[1]:
-        logger.warning(
-            "The tokenizer of the batches and that of the teacher %s have different chat templates. Conversations must be "
-            "rendered with the teacher's, or it reads another format than it was trained on.",
-            name,
-        )
-    return InputConversion(sounds=sounds, pair_separator=_pair_separator(tokenizer, teacher_processor))
+        _warn_of_chat_templates(name)
+    return InputConversion(pixels, sounds, _pair_separator(tokenizer, teacher_processor))
+
+
+def _warn_of_chat_templates(name: str) -> None:
+    logger.warning(
+        "The tokenizer of the batches and that of the teacher %s have different chat templates. Conversations must be "
+        "rendered with the teacher's, or it reads another format than it was trained on.",
+        name,
+    )
 
 
 def batch_tokenizer(processing_class: Any, student: Any = None) -> Any:
@@ -319,6 +328,46 @@ def _compare_images(batch_processor: Any, teacher_processor: Any, name: str) -> 
         return None
     logger.info("Pixels are converted to the normalisation of the teacher %s: %s.", name, differing)
     return PixelConversion(tuple(scale.flatten().tolist()), tuple(shift.flatten().tolist()))
+
+
+def _has_image_tokens(model: Any) -> bool:
+    """Return whether a model's text has tokens that stand for images."""
+    known = forward_parameters(model)
+    names = ("image_token_id", "image_token_index")
+    return {"input_ids", "pixel_values"} <= set(known) and any(hasattr(model.config, name) for name in names)
+
+
+def _compare_image_tokens(batch_processor: Any, teacher_processor: Any, name: str) -> None:
+    """Compare the image processors of vision-language models, whose pixels are padded and cut up, so never converted."""
+    if _compare_images(batch_processor, teacher_processor, name) is not None:
+        differing = _differences(batch_processor, teacher_processor)
+        raise _mismatch_error(batch_processor, teacher_processor, name, differing)
+
+
+def _check_processor_settings(processing_class: Any, teacher: Any, name: str, hub: Mapping[str, Any]) -> None:
+    """Check that two processors of images and texts have the same settings, of which the tokens of an image follow.
+
+    Raises:
+        TeacherError: They have not; both values are named.
+    """
+    if not isinstance(processing_class, ProcessorMixin):
+        return
+    teacher_processor = _load_processor(AutoProcessor, teacher, hub)
+    if not isinstance(teacher_processor, ProcessorMixin):
+        return
+    settings = [
+        {key: value for key, value in each.to_dict().items() if isinstance(value, (bool, int, float, str))}
+        for each in (processing_class, teacher_processor)
+    ]
+    differing = {
+        key: (settings[0].get(key), settings[1].get(key))
+        for key in sorted(settings[0].keys() | settings[1].keys())
+        if settings[0].get(key) != settings[1].get(key) and key not in (*_IRRELEVANT_SETTINGS, "chat_template")
+    }
+    if differing:
+        raise _mismatch_error(processing_class, teacher_processor, name, differing)
+    if processing_class.chat_template != teacher_processor.chat_template:
+        _warn_of_chat_templates(name)
 
 
 def _pixel_normalization(processor: Any) -> tuple[Tensor, Tensor]:
