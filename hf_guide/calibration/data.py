@@ -332,11 +332,8 @@ def _iter_rows(rows: Iterable[Mapping[str, Any]], data_format: DatasetFormat) ->
 def _iter_examples(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """Yield rows, and of packed rows the texts in them: packed, they would attend to each other."""
     for row in rows:
-        if (
-            _is_filled(row, "position_ids")
-            and _num_axes(row["position_ids"]) == 1
-            and not _is_filled(row, "attention_mask")
-        ):
+        has_starts = _num_axes(row.get("position_ids")) == 1 and not _is_filled(row, "attention_mask")
+        if _is_filled(row, "input_ids") and (has_starts or _is_filled(row, "seq_lengths")):
             yield from split_packed(row)
         else:
             yield row

@@ -5,6 +5,7 @@ knows where an example begins, and no token attends to another example's. What a
 0 throughout. `hf_guide.models.packed_rows` verifies that a model keeps the examples of such rows apart.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,10 @@ def pack_rows(examples: Mapping[str, Sequence[Sequence[int]]], size: int) -> dic
 
 
 def split_packed(row: Mapping[str, Any]) -> list[dict[str, list[int]]]:
-    """Return the examples of a packed row, `input_ids` and `labels` each; a row without `position_ids` is one example.
+    """Return the examples of a packed row, `input_ids` and `labels` each.
+
+    Args:
+        row: Its examples begin where `position_ids` are 0, or have the lengths `seq_lengths`, as TRL packs them.
 
     Example:
         >>> split_packed({"input_ids": [5, 6, 7], "labels": [-100, 6, -100], "position_ids": [0, 1, 0]})
@@ -71,11 +75,15 @@ def split_packed(row: Mapping[str, Any]) -> list[dict[str, list[int]]]:
     columns = {
         name: torch.as_tensor(row[name]).tolist() for name in ("input_ids", "labels") if row.get(name) is not None
     }
-    positions = torch.as_tensor(row["position_ids"]).tolist()
-    starts = [index for index, position in enumerate(positions) if position == 0]
+    if row.get("seq_lengths") is not None:
+        ends = list(itertools.accumulate(torch.as_tensor(row["seq_lengths"]).tolist()))
+        starts = [0, *ends[:-1]]
+    else:
+        positions = torch.as_tensor(row["position_ids"]).tolist()
+        starts = [index for index, position in enumerate(positions) if position == 0]
+        ends = [*starts[1:], len(positions)]
     return [
-        {name: values[start:end] for name, values in columns.items()}
-        for start, end in zip(starts, [*starts[1:], len(positions)], strict=True)
+        {name: values[start:end] for name, values in columns.items()} for start, end in zip(starts, ends, strict=True)
     ]
 
 

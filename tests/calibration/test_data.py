@@ -144,6 +144,12 @@ def unpadded(batches: list[dict[str, Tensor]]) -> list[list[int]]:
     ]
 
 
+def trl_lengths(positions: list[int]) -> list[int]:
+    """Return the lengths of the texts of a packed row, as TRL writes them."""
+    starts = [index for index, position in enumerate(positions) if position == 0]
+    return [end - start for start, end in zip(starts, [*starts[1:], len(positions)], strict=True)]
+
+
 def test_conversations_are_the_tokens_that_are_trained_on(chat_teacher: PreTrainedModel) -> None:
     """In any form: one row of tokens for each conversation, as `preprocess` makes them."""
     rows = datasets.Dataset.from_dict({"messages": CONVERSATIONS, "tools": TOOLS})
@@ -161,6 +167,7 @@ def test_conversations_are_the_tokens_that_are_trained_on(chat_teacher: PreTrain
         [dict(row) for row in rows],
         tokens[False],
         tokens[True],
+        tokens[True].map(lambda row: {"seq_lengths": trl_lengths(row["position_ids"])}, remove_columns="position_ids"),
     ]
     for form in forms:
         found = unpadded(load(chat_teacher, form, calibration_seq_length=24))
