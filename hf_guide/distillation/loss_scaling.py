@@ -79,7 +79,8 @@ class LossScalingTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items of all micro-batches, on all processes where `average_tokens_across_devices` is set."""
-        self.called_methods.add("_get_num_items_in_batch")
+        if not self._is_predicting:
+            self.called_methods.add("_get_num_items_in_batch")
         self.counted_items = self._count_items(batch_samples, device)
         return self.counted_items
 

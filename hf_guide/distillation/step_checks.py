@@ -117,6 +117,10 @@ class StepChecksCallback(TrainerCallback):
         if projections is not None and self.trainer.optimizer is not None:
             check_optimizer_has_projections(self.trainer.optimizer, list(projections.parameters()))
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget the calls of an evaluation since the last step."""
+        self.trainer.called_methods.discard("compute_loss")
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raise for a loss or a gradient that is not finite, before the optimizer uses it, in all processes together."""
         trainer = self.trainer

@@ -25,6 +25,8 @@ _SUPER_CALLS: dict[str, tuple[str, ...]] = {
     "_get_num_items_in_batch": ("super", "_get_num_items_in_batch"),
     "prediction_step": ("super", "prediction_step", "compute_loss"),
     "evaluation_loop": ("super", "evaluation_loop"),
+    "train": ("super", "train", "_inner_training_loop", "training_step", "compute_loss"),
+    "_inner_training_loop": ("super", "_inner_training_loop", "training_step", "compute_loss"),
 }
 
 # The callers of a method, which may have left it out.
@@ -41,6 +43,8 @@ _CONSEQUENCES = {
     "_get_num_items_in_batch": "the losses would be divided by another number of items",
     "prediction_step": "evaluation would not measure the objective",
     "evaluation_loop": "evaluation would not report the objective",
+    "train": "the student would be trained without its teacher",
+    "_inner_training_loop": "the student would be trained without its teacher",
     "get_batch_samples": "the losses would be divided by another number of items",
 }
 
@@ -152,15 +156,22 @@ def check_next_classes(trainer: Any, base: type, args: Any) -> None:
     """
     cls = type(trainer)
     after = list(_classes_after(cls, base))
+    owner = next_owner(cls, base, "compute_loss")
+    if is_sft_trainer(owner) and owner.__module__ != _SFT_TRAINER:
+        raise OptionError(
+            f"{owner.__name__}.compute_loss builds on SFTTrainer's, whose outputs have no logits to compare with the "
+            f"teacher's. Write class {cls.__name__}({owner.__name__}, {base.__name__}): it then builds on the weighted sum "
+            "of all losses."
+        )
     for each in after:
         if "compute_loss" in vars(each) and each.__module__.partition(".")[0] == "trl":
             _check_trl_trainer(each, args)
-        function = _code_object(vars(each).get("training_step"))
-        if function is not None and not _references(function, _SUPER_CALLS["training_step"], after, set()):
-            raise OptionError(
-                f"{cls.__name__} takes training_step from {each.__name__}, which calls neither compute_loss nor "
-                f"super().training_step: {_CONSEQUENCES['training_step']}. Call self.compute_loss(...) in it."
-            )
+        for name in ("training_step", "train", "_inner_training_loop"):
+            if name in _overrides_without_super(each, after):
+                raise OptionError(
+                    f"{cls.__name__} takes {name} from {each.__name__}, which calls neither compute_loss nor super().{name}: "
+                    f"{_CONSEQUENCES[name]}. Call self.compute_loss(...) in it."
+                )
         if "_get_num_items_in_batch" in vars(each):
             raise OptionError(
                 f"{each.__name__}._get_num_items_in_batch counts items of its own, but {base.__name__} divides every loss by "

@@ -323,6 +323,31 @@ def test_a_users_loss_without_usable_outputs_is_an_error(loss: Any, message: str
         run(kind, tmp_path, 2, evaluates=False)
 
 
+def own_training(self: Any, *_: Any, **__: Any) -> None:
+    for batch in self.get_train_dataloader():
+        self.model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("method", ["train", "_inner_training_loop"])
+def test_a_training_of_ones_own_is_an_error(method: str, tmp_path: Path) -> None:
+    other = type("Other", (Trainer,), {method: own_training})
+    derived = type("T", (DistillationTrainer,), {method: own_training})
+    for kind in (derived, type("T", (other, DistillationTrainer), {}), type("T", (DistillationMixin, other), {})):
+        with pytest.raises(OptionError, match=f"T takes {method} from (Other|T), which .*trained without its teacher"):
+            run(kind, tmp_path, 2)
+
+
+def test_a_loss_that_is_ours_in_evaluation_alone_is_an_error(tmp_path: Path) -> None:
+    class Mine(DistillationTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **keywords: Any) -> Any:
+            if not model.training:
+                return super().compute_loss(model, inputs, *args, **keywords)
+            return model(**inputs).loss
+
+    with pytest.raises(OptionError, match="Mine takes compute_loss from Mine, which did not call"):
+        run(Mine, tmp_path, 2, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+
+
 # The order of bases
 
 

@@ -204,6 +204,22 @@ def test_an_adapter_is_trained_saved_and_merged(tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+class Doubled(trl.SFTTrainer):  # type: ignore[misc,name-defined]
+    """A user's own, which builds on TRL's loss."""
+
+    def compute_loss(self, *args: Any, **keywords: Any) -> Any:
+        return 2 * super().compute_loss(*args, **keywords)
+
+
+def test_a_users_sft_trainer_builds_on_all_losses_in_front(tmp_path: Path) -> None:
+    behind = type("T", (DistillationMixin, Doubled), {})
+    with pytest.raises(OptionError, match=r"Doubled.compute_loss builds on .*class T\(Doubled, DistillationMixin\)"):
+        trainer_of(behind, options(tmp_path), TEXTS, teacher=student(2))
+    front = trainer_of(type("T", (Doubled, DistillationMixin), {}), options(tmp_path), TEXTS, teacher=student(2))
+    plain = trainer_of(Mixed, options(tmp_path), TEXTS, teacher=student(2))
+    assert (gradient(front) - 2 * gradient(plain)).norm() < 1e-3
+
+
 def test_what_cannot_be_distilled_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="loss_type='dft' without logits.*Use loss_type='nll'"):
         trainer_of(Mixed, options(tmp_path, loss_type="dft"), TEXTS, teacher=student(2))
