@@ -125,7 +125,10 @@ def detect_format(
     formats = _formats_by_name(columns, first_row, dataset)
     used = {name for each in formats for name in each.columns}
     further = [name for name in columns if name in (*_CONTENT_COLUMNS, *_UNUSED_CONTENT) and name not in used]
-    if not formats and (not further or len(columns) == 1):  # one column is a column of texts, whatever its name
+    if not formats and len(columns) == 1:  # whatever its name
+        only = _format_of_column(columns[0], first_row, dataset)
+        return only if only.kind is RowFormat.MESSAGES else None
+    if not formats and not further:
         return None
     if len(formats) != 1 or further:
         raise _mixed_columns_error(columns, dataset)

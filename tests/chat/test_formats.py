@@ -17,6 +17,7 @@ KNOWN: list[tuple[list[str], dict[str, Any], RowFormat, tuple[str, ...]]] = [
     (["instruction", "input", "output", "id"], {}, RowFormat.INSTRUCTION, ("instruction", "output", "input")),
     (["instruction", "response", "category"], {}, RowFormat.INSTRUCTION, ("instruction", "response")),
     (["text", "label"], {}, RowFormat.TEXT, ("text",)),
+    (["dialogue"], {"dialogue": [{"role": "user"}]}, RowFormat.MESSAGES, ("dialogue",)),
     (["text"], {"text": [{"role": "user"}]}, RowFormat.MESSAGES, ("text",)),
 ]
 
