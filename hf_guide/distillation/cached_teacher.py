@@ -49,7 +49,7 @@ class CachedTeacher:
     @property
     def depth(self) -> int:
         """The teacher's number of blocks."""
-        return depth_of_config(self.capture.manifest.teacher_config_object())
+        return depth_of_config(self.capture.manifest.teacher_config_object(), self.capture.task)
 
     def width(self, name: str) -> int | None:
         """Return the width of `hidden_N` or `features`; None if the cache does not have it."""

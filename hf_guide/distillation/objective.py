@@ -38,12 +38,12 @@ from hf_guide.models.adapters import forward_parameters
 from hf_guide.models.layer_mapping import hidden_states_of, resolve_layer_mapping
 from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
 from hf_guide.models.outputs import (
-    WHAT_WORKS,
     beam_search_heads,
     boxes_and_objectness,
     capture_head_outputs,
     last_hidden_state,
     task_logits,
+    what_works,
 )
 from hf_guide.models.packed_rows import check_packed_rows
 from hf_guide.models.penultimate import ITEMS_WITH_FEATURES, capture_head_inputs, find_classifier, pooled_features
@@ -510,7 +510,7 @@ class Objective:
             total: Tensor | None = None
             for index, signals in enumerate(batch.signals):
                 if loss.requires is TeacherSignal.HIDDEN_STATES:
-                    states = hidden_states_of(outputs)
+                    states = hidden_states_of(outputs, self.task, config)
                     pairs = [
                         self._hidden_states_term(
                             loss,
@@ -657,12 +657,12 @@ def build_objective(
     compared = [name for name, term in losses.items() if term.requires in (TeacherSignal.LOGITS, TeacherSignal.BOXES)]
     reason = next(filter(None, (incomparable_logits(task, student.config, each.config) for each in teachers)), None)
     if compared and reason is not None:
-        raise TaskError(f"{reason}: {' and '.join(map(repr, compared))} cannot compare them. {_other_losses(task)}.")
+        raise TaskError(f"{reason}: {' and '.join(map(repr, compared))} cannot compare them. {what_works(task)}.")
     has_features = task.row.outputs[0].items in ITEMS_WITH_FEATURES and task is not Task.MULTIPLE_CHOICE
     if TeacherSignal.FEATURES in objective.required_signals and not has_features:
         raise TaskError(
-            f"The loss 'features' is not for {task}, whose head is not fed one vector per {task.row.outputs[0].items}. Use "
-            "'hidden_states' instead."
+            f"The loss 'features' is not for {task}, whose head is not fed one vector per {task.row.outputs[0].items}. "
+            f"{what_works(task)}."
         )
     names = logit_losses(weights)
     if names and objective.num_classes is not None and objective.num_classes < 2:
@@ -673,7 +673,7 @@ def build_objective(
         )
     if TeacherSignal.HIDDEN_STATES in objective.required_signals:
         depths = [each.depth for each in teachers]
-        objective.layers = resolve_layer_mapping(student, depths, args.layer_mapping)  # type: ignore[arg-type]
+        objective.layers = resolve_layer_mapping(student, depths, args.layer_mapping, task)  # type: ignore[arg-type]
     if "similarity" in losses and args.per_device_train_batch_size < 2:
         raise OptionError(
             "The loss 'similarity' compares the examples of a batch with each other, and per_device_train_batch_size is 1. "
@@ -693,12 +693,6 @@ def build_objective(
             )
         objective.projections = projections.to(args.device)
     return objective
-
-
-def _other_losses(task: Task) -> str:
-    if task is Task.FEATURE_EXTRACTION:
-        return "Use 'features' and 'hidden_states' instead"
-    return WHAT_WORKS
 
 
 def _feature_widths(

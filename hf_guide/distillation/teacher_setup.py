@@ -8,7 +8,8 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 
-from hf_guide.errors import OptionError, TaskError
+from hf_guide.errors import OptionError, TaskError, TeacherError
+from hf_guide.models.adapters import forward_parameters
 from hf_guide.models.label_shift import check_label_shift
 from hf_guide.models.lm_head import find_lm_head
 from hf_guide.tasks import Task
@@ -47,6 +48,7 @@ def build_live_teachers(
                 f"The teacher {model_name(model)} reads {model.main_input_name}, the student {student.main_input_name}: "
                 "they cannot be fed the same batch."
             )
+        _check_input_sizes(student, model)
         check_label_shift(model, student, task)
         classes, order = None, None
         if task.is_language_model:
@@ -67,6 +69,24 @@ def build_live_teachers(
         normalized = normalizes_patches(student.config)
         teachers.append(LiveTeacher(prepared, task, classes, order, share / sum(shares), head, inputs, normalized))
     return teachers
+
+
+def _check_input_sizes(student: Any, teacher: Any) -> None:
+    """Check that a teacher reads images or sounds of the size that the student does.
+
+    Raises:
+        TeacherError: It reads another one; both are named.
+    """
+    names = ["num_mel_bins", "num_channels"]
+    if "interpolate_pos_encoding" in forward_parameters(teacher):  # off by default: images of one size alone
+        names.append("image_size")
+    for name in names:
+        sizes = [getattr(model.config, name, None) for model in (student, teacher)]
+        if None not in sizes and sizes[0] != sizes[1]:
+            raise TeacherError(
+                f"The teacher {model_name(teacher)} reads inputs of {name}={sizes[1]}, the student of {name}={sizes[0]}: they "
+                "cannot be fed the same batch. Use a teacher of the student's input size."
+            )
 
 
 def prepare_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator) -> tuple[PreTrainedModel, bool]:

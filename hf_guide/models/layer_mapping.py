@@ -3,17 +3,21 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_guide.errors import OptionError
+from hf_guide.errors import OptionError, TaskError
+from hf_guide.tasks import Task
 
 _DECODER_DEPTHS = ("decoder_layers", "num_decoder_layers")
 
 
-def depth_of_config(config: Any) -> int:
-    """Return a model's number of blocks, of an encoder-decoder the decoder's.
+def depth_of_config(config: Any, task: Task | None = None) -> int:
+    """Return a model's number of blocks, of an encoder-decoder the decoder's, of a detector the encoder's.
 
     Raises:
         OptionError: Its config does not state it.
     """
+    encoder_depth = getattr(config, "encoder_layers", None)
+    if _is_detector(task) and isinstance(encoder_depth, int):
+        return encoder_depth
     text = config.get_text_config(decoder=True)
     # The text config of an encoder-decoder such as BART has the decoder's depth under another name, and a default by this one.
     for each, names in ((config, _DECODER_DEPTHS), (text, (*_DECODER_DEPTHS, "num_hidden_layers"))):
@@ -40,14 +44,36 @@ def width_of_config(config: Any) -> int:
     return width
 
 
-def hidden_states_of(outputs: Any) -> tuple[Any, ...]:
-    """Return a model's hidden states, the input embeddings first; of an encoder-decoder the decoder's."""
-    decoder = outputs.get("decoder_hidden_states")
-    return tuple(outputs["hidden_states"] if decoder is None else decoder)
+def hidden_states_of(outputs: Any, task: Task | None = None, config: Any = None) -> tuple[Any, ...]:
+    """Return a model's hidden states, the input embeddings first; of an encoder-decoder the decoder's.
+
+    Of a detector they are those of the image: its queries may be others than another model's.
+
+    Args:
+        outputs: The model's.
+        task: What its head is for.
+        config: The model's.
+
+    Raises:
+        TaskError: It returned none.
+    """
+    names = ("encoder_hidden_states",) if _is_detector(task) else ("decoder_hidden_states",)
+    states = next((outputs[name] for name in (*names, "hidden_states") if outputs.get(name) is not None), None)
+    if states is None:
+        raise TaskError(
+            f"A model for {task} that returns {sorted(outputs)} has no hidden states that could be compared. Leave the loss "
+            "'hidden_states' out."
+        )
+    query_tokens = getattr(config, "num_detection_tokens", None) if _is_detector(task) else None
+    return tuple(each[:, :-query_tokens] for each in states) if query_tokens else tuple(states)
+
+
+def _is_detector(task: Task | None) -> bool:
+    return task is not None and task.row.outputs[0].items == "query"
 
 
 def resolve_layer_mapping(
-    student: Any, teacher_depths: Sequence[int], mapping: Mapping[int, int] | None
+    student: Any, teacher_depths: Sequence[int], mapping: Mapping[int, int] | None, task: Task | None = None
 ) -> dict[int, int]:
     """Return the teacher's layer for each of the student's; layer N follows block N, and 0 is the input embeddings.
 
@@ -56,11 +82,12 @@ def resolve_layer_mapping(
         teacher_depths: The number of blocks of each teacher.
         mapping: Student layer -> teacher layer. None maps every block of the student: to the block that it was initialised
             from, where `from_teacher` made it, otherwise to evenly spaced ones, the last to the last.
+        task: The student's.
 
     Raises:
         OptionError: A layer does not exist, or teachers have different depths and `mapping` is None.
     """
-    depth = depth_of_config(student.config)
+    depth = depth_of_config(student.config, task)
     if mapping is not None:
         for student_layer, teacher_layer in mapping.items():
             if not 0 <= student_layer <= depth or any(not 0 <= teacher_layer <= each for each in teacher_depths):

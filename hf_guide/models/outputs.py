@@ -25,8 +25,6 @@ Outputs = Mapping[str, Any] | Sequence[Any]
 PIXEL_STRIDE = 4
 """Segmentations are compared on a grid of every fourth pixel, which is that of SegFormer's and UperNet's own logits."""
 
-WHAT_WORKS = "Use 'ce', the model's own loss, and 'hidden_states' instead"
-
 
 def task_logits(
     task: Task,
@@ -69,7 +67,7 @@ def task_logits(
     if task is Task.QUESTION_ANSWERING and any(each.ndim != 2 for each in named.values()):
         raise TaskError(
             "The end logits of a beam-search head depend on the start, so the batch must have start_positions and "
-            f"end_positions for them to be distilled; it has {sorted(inputs)}. {WHAT_WORKS}."
+            f"end_positions for them to be distilled; it has {sorted(inputs)}. {what_works(task)}."
         )
     match task.row.outputs[0].items:
         case "boundary":
@@ -147,6 +145,15 @@ def boxes_and_objectness(task: Task, outputs: Mapping[str, Any], kind: OutputKin
     return boxes, logits.sigmoid().amax(-1)
 
 
+def what_works(task: Task) -> str:
+    """Return the end of an error: the losses of a task that need no logits of the teacher."""
+    if task is Task.FEATURE_EXTRACTION:
+        return "Use 'features' and 'hidden_states' instead"
+    if task.row.outputs[0].items == "row":
+        return "Use 'kd' between models of one kind, or 'ce', the model's own loss, alone"
+    return "Use 'ce', the model's own loss, and 'hidden_states' instead"
+
+
 def grid_size(image_size: Sequence[int]) -> tuple[int, int]:
     """Return the height and width of the grid on which segmentations of an image are compared."""
     height, width = image_size
@@ -167,7 +174,7 @@ def _find_output(task: Task, name: str, index: int, outputs: Outputs, head_outpu
             return value
         names = sorted(outputs)
     raise TaskError(
-        f"A model for {task} must return {name!r} for its outputs to be distilled; found {names}. {WHAT_WORKS}."
+        f"A model for {task} must return {name!r} for its outputs to be distilled; found {names}. {what_works(task)}."
     )
 
 

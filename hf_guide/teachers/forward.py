@@ -140,7 +140,7 @@ def forward_outputs(
         inputs=converted,
         logits=canonical,
         head_inputs=head_inputs[0] if head_inputs else None,
-        hidden_states=hidden_states_of(outputs) if hidden_states else (),
+        hidden_states=hidden_states_of(outputs, task, bare.config) if hidden_states else (),
         features=captured[-1] if captured else None,
         boxes=boxes_and_objectness(task, outputs, output_kind(task, bare.config)) if boxes else None,
     )
@@ -214,7 +214,7 @@ class LiveTeacher:
     @property
     def depth(self) -> int:
         """Its number of blocks, of an encoder-decoder the decoder's."""
-        return depth_of_config(self.bare.config)
+        return depth_of_config(self.bare.config, self.task)
 
     def width(self, name: str) -> int | None:
         """Return the width of "hidden_N" or "features"."""

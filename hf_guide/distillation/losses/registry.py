@@ -356,6 +356,11 @@ def check_losses_fit_task(configs: Mapping[str, Any], task: str, config: Any) ->
         tasks = _LOSSES[name].tasks
         if tasks and task not in tasks:
             raise TaskError(f"The loss {name!r} is for {' and '.join(tasks)}, not for {task}. Leave it out of losses.")
+    if TASK_LOSS in configs and Task(task).row.outputs[0].kind is OutputKind.FEATURES:
+        raise TaskError(
+            f"A model for {task} has no loss of its own, which 'ce' is. Leave 'ce' out of losses: use 'features' or "
+            "'hidden_states'."
+        )
     check_output_kind(configs, task, config, "student")
     for loss_config in configs.values():
         if isinstance(loss_config, LossConfig):
@@ -383,9 +388,10 @@ def check_output_kind(losses: Mapping[str, Any], task: str, config: Any, role: s
         OutputKind.REAL: "real numbers, as of a regression",
         OutputKind.FEATURES: "vectors",
     }.get(kind, "a distribution over classes")
-    details = [f"{name}={getattr(config, name)}" for name in ("problem_type", "num_labels") if hasattr(config, name)]
+    names = ("problem_type", "num_labels") if Task(task).row.outputs[0].classes == "labels" else ()
+    details = ", ".join(f"{name}={getattr(config, name)}" for name in names if hasattr(config, name))
     suitable = [name for name in ("kd",) if name in _LOSSES and kind in _LOSSES[name].kinds]
     raise TaskError(
-        f"The outputs of the {role} ({', '.join(details)}) are {what}, which {' and '.join(map(repr, wrong))} cannot compare: "
-        f"use {' or '.join(map(repr, [*suitable, 'features', 'hidden_states']))} instead."
+        f"The outputs of the {role}{details and f' ({details})'} are {what}, which {' and '.join(map(repr, wrong))} cannot "
+        f"compare: use {' or '.join(map(repr, [*suitable, 'features', 'hidden_states']))} instead."
     )
