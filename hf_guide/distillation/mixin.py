@@ -68,6 +68,7 @@ from hf_guide.distillation.trainer_compatibility import (
     check_arguments_class,
     check_init_keywords,
     check_next_classes,
+    check_next_keywords,
     check_overridden_methods,
     describe_dropped_metrics,
     describe_not_called,
@@ -177,6 +178,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         peft_config: Any = None,
         **next_class_kwargs: Any,
     ):
+        check_next_keywords(self, DistillationMixin, next_class_kwargs)
         args = self.arguments_class("tmp_trainer") if args is None else args
         self._validate_init(model, args, train_dataset, eval_dataset)
         if teacher is not None and teacher_model is not None:
@@ -212,7 +214,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             "optimizer_cls_and_kwargs": optimizer_cls_and_kwargs,
             "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
         }
-        super().__init__(**next_init_kwargs(self, DistillationMixin, keywords, next_class_kwargs))
+        super().__init__(**next_init_kwargs(self, DistillationMixin, keywords), **next_class_kwargs)
         self.args: DistillationArguments
         self._setup_distillation(source)
 

@@ -214,40 +214,47 @@ def check_arguments_class(trainer: Any, args: Any) -> None:
             )
 
 
-def next_init_kwargs(
-    trainer: Any, base: type, keywords: Mapping[str, Any], own_keywords: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the keywords for the `__init__` after `base`.
-
-    Args:
-        trainer: An instance of `base` and of another trainer.
-        base: `DistillationMixin`.
-        keywords: Those of `Trainer`; what the class does not take must be None.
-        own_keywords: Those that the class must take.
+def check_next_keywords(trainer: Any, base: type, names: Collection[str]) -> None:
+    """Check that a class after `base` takes the keywords that are not `base`'s own.
 
     Raises:
-        OptionError: A keyword of `Trainer` that it does not take has a value.
-        TypeError: It does not take one of its own; names the nearest.
+        TypeError: None takes one of them; names the nearest.
     """
-    owners = [each for each in [*_classes_after(type(trainer), base), Trainer] if "__init__" in vars(each)]
-    accepted: set[str] = set()
-    for owner in owners:  # one that takes any keyword passes it on to the next
-        parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
-        accepted |= {each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD}
-        if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters):
-            break
-    for name in own_keywords:
+    accepted = _next_init_parameters(type(trainer), base)
+    for name in names:
         if name not in accepted:
             known = [*inspect.signature(base.__init__).parameters, *accepted]  # type: ignore[misc]
             raise TypeError(
                 f"{type(trainer).__name__}.__init__() got an unexpected keyword argument {name!r}.{did_you_mean(name, known)}"
             )
+
+
+def next_init_kwargs(trainer: Any, base: type, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords that the `__init__` after `base` takes; those that it does not take must be None.
+
+    Raises:
+        OptionError: One that it does not take has a value.
+    """
+    accepted = _next_init_parameters(type(trainer), base)
     rejected = sorted(name for name, value in keywords.items() if name not in accepted and value is not None)
     if rejected:
+        owner = next_owner(type(trainer), base, "__init__")
         raise OptionError(
-            f"{owners[0].__name__}.__init__, which comes after {base.__name__}, takes no {', '.join(rejected)}."
+            f"{owner.__name__}.__init__, which comes after {base.__name__}, takes no {', '.join(rejected)}."
         )
-    return {name: value for name, value in keywords.items() if name in accepted} | dict(own_keywords)
+    return {name: value for name, value in keywords.items() if name in accepted}
+
+
+def _next_init_parameters(cls: type, base: type) -> set[str]:
+    """Return what the `__init__` after `base` takes by name, with the parameters of those that it passes any keyword to."""
+    names: set[str] = set()
+    for owner in [*_classes_after(cls, base), Trainer]:
+        if "__init__" in vars(owner):
+            parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
+            names |= {each.name for each in parameters if each.kind is not inspect.Parameter.VAR_KEYWORD}
+            if all(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters):
+                break
+    return names
 
 
 # What follows the mixin
