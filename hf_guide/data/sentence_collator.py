@@ -1,6 +1,7 @@
 """`SentenceCollator`: batches of plain texts, of pairs of texts and of scored pairs, for embedding models and rerankers."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +114,26 @@ class SentenceCollator:
         if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             raise OptionError(f"The column {name!r} must hold a number in every example; found {values!r:.80}.")
         return torch.tensor(values, dtype=torch.float32)
+
+
+class CollatedBatches:
+    """The batches that a collator makes of a dataset, without what no model is called with: calibration data of texts.
+
+    Args:
+        dataset: Of examples, in the order in which they are used.
+        collator: Makes a batch of them.
+        size: Examples per batch.
+    """
+
+    def __init__(self, dataset: Iterable[Mapping[str, Any]], collator: SentenceCollator, size: int = 16):
+        self.dataset, self.collator, self.size = dataset, collator, size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the batches, as often as they are asked for."""
+        examples = iter(self.dataset)
+        while rows := list(itertools.islice(examples, self.size)):
+            excluded = (*SENTENCE_COLUMNS, "labels")
+            yield {name: value for name, value in self.collator(rows).items() if name not in excluded}
 
 
 def _parse_columns(columns: Any) -> list[tuple[str, ...]]:

@@ -189,7 +189,13 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         validate_output_dir(args, source, model)
         student: Any = model
         if isinstance(model, (PreTrainedConfig, Mapping)):
-            student = init_student_from_teacher(model, source, args.teacher_init_kwargs, train_dataset)  # type: ignore[arg-type]
+            student = init_student_from_teacher(
+                model,
+                source,
+                args.teacher_init_kwargs,  # type: ignore[arg-type]
+                train_dataset,
+                data_collator,
+            )
         # PEFT changes the student in place, so this comes first.
         check_no_shared_parameters(student, source if isinstance(source, (list, tuple)) else [source])
         if peft_config is not None:

@@ -10,6 +10,7 @@ from torch._dynamo import OptimizedModule
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import align_special_tokens
 
+from hf_guide.data.sentence_collator import CollatedBatches, SentenceCollator
 from hf_guide.errors import OptionError
 from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped, without_adapter
 from hf_guide.signal_cache.reader import Capture
@@ -20,6 +21,7 @@ def init_student_from_teacher(
     teacher: Any,
     init_kwargs: Mapping[str, Any] | None,
     train_dataset: Any = None,
+    data_collator: Any = None,
 ) -> PreTrainedModel:
     """Return the student that `from_teacher` initializes with a config or with its own arguments.
 
@@ -29,6 +31,7 @@ def init_student_from_teacher(
         teacher: The trainer's, or its signal cache.
         init_kwargs: Of `from_pretrained`; revision, token and trust_remote_code apply here too.
         train_dataset: If it has token ids, the method calibrated uses it unless `calibration_dataset` is set.
+        data_collator: Of the trainer; a `SentenceCollator` makes the token ids of texts for it.
 
     Raises:
         OptionError: There is not exactly one teacher to initialize it from.
@@ -53,8 +56,11 @@ def init_student_from_teacher(
             f"{type(source).__name__}. Name it with 'teacher' among the student's arguments, or pass a model."
         )
     initializer = make_method(InitializationConfig.parse(chosen.get("method", "guide")))
-    if initializer.requires_data and "calibration_dataset" not in chosen and _has_token_ids(train_dataset):
-        chosen["calibration_dataset"] = train_dataset
+    if initializer.requires_data and "calibration_dataset" not in chosen:
+        if _has_token_ids(train_dataset):
+            chosen["calibration_dataset"] = train_dataset
+        elif isinstance(data_collator, SentenceCollator) and train_dataset is not None:
+            chosen["calibration_dataset"] = CollatedBatches(train_dataset, data_collator)
     return from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it raises for any other module
 
 

@@ -279,7 +279,9 @@ def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teac
             "`merge_and_unload()`, or the base model's folder or Hub id."
         )
     if not isinstance(model, PreTrainedModel):
-        raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: unwrap it first.")
+        is_sentence_model = type(model).__name__ in ("SentenceTransformer", "CrossEncoder")
+        advice = "pass its folder or Hub id" if is_sentence_model else "unwrap it first"
+        raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: {advice}.")
     _check_stock_names(model)
     return _checkpoint_from_model(
         model, config or model.config, model.config._name_or_path or type(model).__name__, None

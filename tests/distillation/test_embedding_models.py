@@ -173,6 +173,16 @@ def test_a_narrower_embedding_is_projected_by_features_alone(tmp_path: Path) -> 
         assert config == {"embedding_dimension": 16, "pooling_mode": "mean"} or config["pooling_mode"] == ["mean"]
 
 
+@pytest.mark.parametrize(
+    "data", [TEXT_DATA, SCORED, [{"text": text} for text in TEXTS]], ids=["texts", "pairs", "list"]
+)
+def test_a_calibrated_student_is_calibrated_on_the_texts(data: Any, teacher: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": {"method": "calibrated", "calibration_tokens": 64}, "hidden_size": 16}
+    made = trainer(options, str(teacher), tmp_path, train_dataset=data)
+    assert made.model.initialization_report.calibration["tokens"] >= 64
+    assert modules_of_model(made.model).width == 24
+
+
 def test_a_model_without_modules_is_saved_with_the_pooling_that_it_was_trained_with(
     teacher: Path, tmp_path: Path
 ) -> None:
