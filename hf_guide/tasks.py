@@ -41,6 +41,16 @@ _WITH_NO_OBJECT_CLASS = (
 _MAPPINGS_WITHOUT_A_TASK = ("PRETRAINING", "MULTIMODAL_LM", "BACKBONE")
 """Mappings that group classes otherwise than by what their outputs are."""
 
+SENTENCE_PIPELINE_TAGS: dict[str | None, str] = {
+    "SentenceTransformer": "sentence-similarity",
+    "CrossEncoder": "text-ranking",
+}
+SENTENCE_TAGS: dict[str | None, list[str]] = {
+    "SentenceTransformer": ["sentence-transformers", "feature-extraction"],
+    "CrossEncoder": ["sentence-transformers", "cross-encoder"],
+}
+"""By the class of sentence-transformers that loads a student, what the Hub finds it by."""
+
 
 class OutputKind(StringEnum):
     """What the numbers of an output mean, and so which losses apply to them."""

@@ -36,7 +36,7 @@ from hf_guide.hub.metadata import (
 )
 from hf_guide.hub.saved_model import SavedModel
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
-from hf_guide.tasks import pipeline_tag, task_of_class_name
+from hf_guide.tasks import SENTENCE_PIPELINE_TAGS, SENTENCE_TAGS, pipeline_tag, task_of_class_name
 from hf_guide.utils.escaping import escape_markdown, markdown_code, to_single_line
 from hf_guide.utils.files import atomic_write
 from hf_guide.utils.public_names import is_local
@@ -49,17 +49,6 @@ TRAINING_PLOT_NAME = "training.png"
 
 _PEFT_AUTO_CLASSES = ("ForCausalLM", "ForSeq2SeqLM", "ForSequenceClassification", "ForTokenClassification")
 """How the names of PEFT's Auto classes end; `AutoPeftModel` itself finds the class of any other."""
-
-
-_SENTENCE_PIPELINE_TAGS: dict[str | None, str] = {
-    "SentenceTransformer": "sentence-similarity",
-    "CrossEncoder": "text-ranking",
-}
-_SENTENCE_TAGS: dict[str | None, list[str]] = {
-    "SentenceTransformer": ["sentence-transformers", "feature-extraction"],
-    "CrossEncoder": ["sentence-transformers", "cross-encoder"],
-}
-"""By the class of sentence-transformers that loads a student, what the Hub finds it by."""
 
 
 def write_model_card(
@@ -128,11 +117,11 @@ def write_model_card(
         | _explicit_metadata(license, language),
         appended={
             "datasets": [*(record.datasets if record is not None else []), *(datasets or [])],
-            "tags": [*_default_tags(report, record), *_SENTENCE_TAGS.get(saved.sentence_class, []), *(tags or [])],
+            "tags": [*_default_tags(report, record), *SENTENCE_TAGS.get(saved.sentence_class, []), *(tags or [])],
         },
         defaults={
             "library_name": _library_name(saved),
-            "pipeline_tag": _SENTENCE_PIPELINE_TAGS.get(saved.sentence_class)
+            "pipeline_tag": SENTENCE_PIPELINE_TAGS.get(saved.sentence_class)
             or (record.task if record is not None else None)
             or pipeline_tag(student_class),
             "language": (record.languages if record is not None else []) or _languages(teachers),
