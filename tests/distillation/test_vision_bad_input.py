@@ -1,4 +1,4 @@
-"""Images, queries and processors that student and teacher do not share: converted, or an error that says which differ."""
+"""Images, queries and processors that student and teacher do not share: converted, or an error that states which differ."""
 
 from pathlib import Path
 from typing import Any
