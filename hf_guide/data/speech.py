@@ -15,7 +15,7 @@ from datasets import Audio, Dataset
 from transformers import PreTrainedConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from hf_guide.data.arguments import DATASET_BUILDERS, DataArguments, first_file
+from hf_guide.data.arguments import DATASET_BUILDERS, DEFAULT_TARGET_LENGTH, DataArguments, first_file
 from hf_guide.data.loading import check_strings, find_column
 from hf_guide.data.sounds import decode_sound
 from hf_guide.errors import OptionError
@@ -162,7 +162,15 @@ class SpeechPreprocessor:
     def max_labels(self) -> int:
         """How many tokens a transcript may have, those of language and task included."""
         limits = [limit for each in self.configs if (limit := max_input_tokens(each, target=True)) is not None]
-        return min([self.options.max_target_length, *limits])
+        requested, most = self.options.max_target_length, min(limits, default=None)
+        if most is None or requested <= most:
+            return requested
+        if requested != DEFAULT_TARGET_LENGTH:
+            raise OptionError(
+                f"max_target_length must be at most {most}, the longest target that the model's decoder supports; found "
+                f"{requested}."
+            )
+        return most
 
     def _check_characters(self, prepared: Dataset) -> None:
         unknown_id = self.processor.tokenizer.unk_token_id

@@ -15,6 +15,8 @@ from hf_guide.errors import OptionError
 from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped, without_adapter
 from hf_guide.signal_cache.reader import Capture
 
+_CALIBRATION_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
+
 
 def init_student_from_teacher(
     student: "PreTrainedConfig | Mapping[str, Any]",
@@ -30,7 +32,8 @@ def init_student_from_teacher(
             teacher than the trainer's.
         teacher: The trainer's, or its signal cache.
         init_kwargs: Of `from_pretrained`; revision, token and trust_remote_code apply here too.
-        train_dataset: If it has token ids, the method calibrated uses it unless `calibration_dataset` is set.
+        train_dataset: If it has token ids, pixels or sounds, the method calibrated uses it, unless `calibration_dataset` is
+            set.
         data_collator: Of the trainer; a `SentenceCollator` makes the token ids of texts for it.
 
     Raises:
@@ -57,17 +60,17 @@ def init_student_from_teacher(
         )
     initializer = make_method(InitializationConfig.parse(chosen.get("method", "guide")))
     if initializer.requires_data and "calibration_dataset" not in chosen:
-        if _has_token_ids(train_dataset):
+        if _has_model_inputs(train_dataset):
             chosen["calibration_dataset"] = train_dataset
         elif isinstance(data_collator, SentenceCollator) and train_dataset is not None:
             chosen["calibration_dataset"] = CollatedBatches(train_dataset, data_collator)
     return from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it raises for any other module
 
 
-def _has_token_ids(dataset: Any) -> bool:
-    """Whether a dataset's examples are rows of token ids."""
+def _has_model_inputs(dataset: Any) -> bool:
+    """Whether a dataset's examples are rows of token ids, pixels or sounds."""
     first = None if dataset is None else next(iter(dataset), None)
-    return isinstance(first, Mapping) and "input_ids" in first
+    return isinstance(first, Mapping) and any(name in first for name in _CALIBRATION_INPUTS)
 
 
 def validate_student(model: Any) -> None:
