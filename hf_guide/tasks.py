@@ -15,9 +15,6 @@ from typing import Any
 from hf_guide.errors import TaskError
 from hf_guide.validation import StringEnum
 
-NON_CATEGORICAL_PROBLEM_TYPES = ("regression", "multi_label_classification")
-"""Values of `config.problem_type` whose logits are no distribution over mutually exclusive classes."""
-
 PROCESSOR_CLASSES: Mapping[str, str] = MappingProxyType(
     {
         "text": "AutoTokenizer",

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.models.model_classes import meta_model
 from hf_guide.models.penultimate import find_classifier
-from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task, task_of
+from hf_guide.tasks import OutputKind, Task, output_kind, task_of
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, TensorSource
 from hf_guide.utils.labels import config_class_names, subclass_names
 from hf_guide.validation import check_integer
@@ -81,10 +81,10 @@ def get_num_subclasses(config: Any) -> int:
             f"The student has {config.num_labels} outputs, which is not a multiple of its {count} subclasses a class. Give "
             "it classes * num_subclasses labels, as from_teacher(num_subclasses=...) does."
         )
-    problem_type = getattr(config, "problem_type", None)
-    if problem_type in NON_CATEGORICAL_PROBLEM_TYPES:
+    if output_kind(Task.SEQUENCE_CLASSIFICATION, config) is not OutputKind.CATEGORICAL:
         raise TaskError(
-            f"Subclasses need classes that exclude each other; the student's problem_type is {problem_type}."
+            f"Subclasses need classes that exclude each other; the student's problem_type is {config.problem_type}, with "
+            f"num_labels={config.num_labels}."
         )
     return count
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from hf_guide.models.penultimate import find_classifier
 from hf_guide.signal_cache.codec import decode_example
 from hf_guide.signal_cache.data import TeacherBatchCollator, is_map_style
 from hf_guide.signal_cache.reader import Capture
-from hf_guide.tasks import NON_CATEGORICAL_PROBLEM_TYPES, Task
+from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.teachers.forward import TeacherRunner
 from hf_guide.utils.labels import TRAINER_LABEL_COLUMNS
 
@@ -311,12 +312,15 @@ def check_single_label(config: Any, name: str) -> None:
         TaskError: States the problem type.
     """
     fields = config if isinstance(config, Mapping) else vars(config)
-    problem_type = fields.get("problem_type")
-    if problem_type in NON_CATEGORICAL_PROBLEM_TYPES:
+    problem_type, num_labels = fields.get("problem_type"), len(fields.get("id2label") or ()) or 2
+    described = SimpleNamespace(
+        problem_type=problem_type, num_labels=num_labels, num_subclasses=fields.get("num_subclasses")
+    )
+    if output_kind(Task.SEQUENCE_CLASSIFICATION, described) is not OutputKind.CATEGORICAL:
         raise TaskError(
-            f"Subclasses need classes that exclude each other; {name} has problem_type={problem_type!r}. Pass a teacher that "
-            "was trained with one class an example, or set its config's problem_type to 'single_label_classification' if it "
-            "was."
+            f"Subclasses need classes that exclude each other; {name} has problem_type={problem_type!r} and {num_labels} "
+            "outputs. Pass a teacher that was trained with one class an example, or set its config's problem_type to "
+            "'single_label_classification' if it was."
         )
 
 
