@@ -17,11 +17,17 @@ from tests.distillation.test_trainer import arguments, step_of
 
 TEMPERATURE = 2.0
 
-ROWS = [
-    # What each of these tasks is made of, `test_trainer.py` tests with every objective.
-    pytest.param(name, marks=pytest.mark.slow if name in TASKS else ())
-    for name in CASES
-]
+VARIANTS = ("permutation-lm", "beam-search-question-answering", "siglip", "vision-encoder-decoder")
+"""Further models for tasks that have a case already."""
+
+
+def rows(*, slow: tuple[str, ...]) -> list[Any]:
+    """Return all cases, those of some names marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in CASES]
+
+
+# What the first tasks are made of, `test_trainer.py` tests with every objective.
+ROWS = rows(slow=(*TASKS, *VARIANTS))
 
 
 def train_step(
@@ -94,7 +100,7 @@ def test_a_step_is_the_same_however_its_batch_is_split_up(name: str, tmp_path: P
     assert (at_once - one_by_one).norm() < 1e-4 * at_once.norm()
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", rows(slow=tuple(TASKS)))
 def test_ce_is_the_models_own_loss_as_trainer_computes_it(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     if not case.has_own_loss:
