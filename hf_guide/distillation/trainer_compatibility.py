@@ -64,12 +64,14 @@ class DistillationMeta(ABCMeta):
 
     def mro(cls) -> list[type]:
         """Return the method resolution order, in which trainers that would bypass the mixin come after its own classes."""
-        if Trainer in cls.__bases__[:-1]:
-            names = ", ".join(each.__name__ for each in (*cls.__bases__, Trainer) if each is not Trainer)
-            raise OptionError(
-                f"{cls.__name__} has Trainer in front of {cls.__bases__[-1].__name__}, which is derived from it. Write class "
-                f"{cls.__name__}({names})."
-            )
+        for number, base in enumerate(cls.__bases__):
+            derived = next((each for each in cls.__bases__[number + 1 :] if base in each.__mro__), None)
+            if derived is not None:
+                names = ", ".join(each.__name__ for each in cls.__bases__ if each is not base)
+                raise OptionError(
+                    f"{cls.__name__} has {base.__name__} in front of {derived.__name__}, which is derived from it. Write "
+                    f"class {cls.__name__}({names})."
+                )
         order = super().mro()
         root = [each for each in order if isinstance(each, DistillationMeta)][-1]
         before = [each for each in order[: order.index(root)] if not isinstance(each, DistillationMeta)]
