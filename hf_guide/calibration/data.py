@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig
 from hf_guide.chat.encoding import ChatEncoder
@@ -24,10 +24,12 @@ from hf_guide.errors import OptionError, TeacherError
 from hf_guide.models.positions import TextPositions, max_input_tokens, text_positions
 from hf_guide.models.pretrained import load_processing_class
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.teachers.processors import num_token_rows
 from hf_guide.utils.labels import IGNORE_INDEX, decoder_ids_from_labels
 
 Batch = dict[str, Tensor]
 _SOUND_INPUTS = ("input_features", "input_values")
+DEFAULT_PATCH_SIDE = 16
 TOKENS_PER_NEURON, MIN_TOKENS, MAX_TOKENS = 10, 8192, 65536
 EXPECTED_DATASET = (
     "a datasets dataset with a column input_ids, text, messages, pixel_values, input_features or input_values, a list of "
@@ -138,10 +140,19 @@ def count_tokens(batch: Batch, model: PreTrainedModel) -> int:
     if "input_ids" in batch:
         return batch["input_ids"].numel()
     first = next(iter(batch.values()))
-    patch = getattr(model.config, "patch_size", None)
-    if first.ndim == 4 and isinstance(patch, int):
+    if first.ndim == 4:
+        patch = _patch_side(model.config)
         return first.shape[0] * (first.shape[-2] // patch) * (first.shape[-1] // patch)
     return first.shape[0] * (first.shape[1] if first.ndim > 1 else 1)
+
+
+def _patch_side(config: PreTrainedConfig) -> int:
+    """Return the side of an image's patch: of SegFormer's first stage, and 16 pixels where a config has none."""
+    patch = getattr(config, "patch_size", None)
+    if isinstance(patch, int):
+        return patch
+    strides = getattr(config, "strides", None)
+    return strides[0] if isinstance(strides, (list, tuple)) and strides else DEFAULT_PATCH_SIDE
 
 
 def _with_decoder_inputs(batch: Batch, labels: Any, model: PreTrainedModel) -> Batch:
@@ -192,8 +203,8 @@ def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -
     """
     for name, max_length in (("input_ids", positions.max_tokens), ("decoder_input_ids", positions.max_target_tokens)):
         ids = batch.get(name)
-        table = None if ids is None else model.get_input_embeddings()
-        if not isinstance(table, nn.Embedding) or ids is None:
+        rows = None if ids is None else num_token_rows(model)
+        if rows is None or ids is None:
             continue
         if max_length is not None and ids.shape[-1] > max_length:
             raise OptionError(
@@ -201,11 +212,11 @@ def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -
                 f"{max_length} positions for them: cut them."
             )
         smallest, largest = int(ids.min()), int(ids.max())
-        if smallest < 0 or largest >= table.num_embeddings:
+        if smallest < 0 or largest >= rows:
             outside = smallest if smallest < 0 else largest
             raise OptionError(
                 f"calibration_dataset has the token id {outside} in {name}, and {type(model).__name__} "
-                f"has tokens 0 to {table.num_embeddings - 1}: tokenize with the teacher's own tokenizer, and pad with a token "
+                f"has tokens 0 to {rows - 1}: tokenize with the teacher's own tokenizer, and pad with a token "
                 "of it."
             )
 

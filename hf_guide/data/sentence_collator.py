@@ -1,7 +1,7 @@
 """`SentenceCollator`: batches of plain texts, of pairs of texts and of scored pairs, for embedding models and rerankers."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class SentenceCollator:
 
 
 class CollatedBatches:
-    """The batches that a collator makes of a dataset, without what no model is called with: calibration data of texts.
+    """The batches that a collator makes of a dataset, without what no model is called with: calibration data.
 
     Args:
         dataset: Of examples, in the order in which they are used.
@@ -125,15 +125,14 @@ class CollatedBatches:
         size: Examples per batch.
     """
 
-    def __init__(self, dataset: Iterable[Mapping[str, Any]], collator: SentenceCollator, size: int = 16):
+    def __init__(self, dataset: Iterable[Any], collator: Callable[[list[Any]], Mapping[str, Any]], size: int = 16):
         self.dataset, self.collator, self.size = dataset, collator, size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the batches, as often as they are asked for."""
         examples = iter(self.dataset)
         while rows := list(itertools.islice(examples, self.size)):
-            excluded = (*SENTENCE_COLUMNS, "labels")
-            yield {name: value for name, value in self.collator(rows).items() if name not in excluded}
+            yield {name: value for name, value in self.collator(rows).items() if name not in SENTENCE_COLUMNS}
 
 
 def _parse_columns(columns: Any) -> list[tuple[str, ...]]:

@@ -10,7 +10,7 @@ from torch._dynamo import OptimizedModule
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import align_special_tokens
 
-from hf_guide.data.sentence_collator import CollatedBatches, SentenceCollator
+from hf_guide.data.sentence_collator import CollatedBatches
 from hf_guide.errors import OptionError
 from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped, without_adapter
 from hf_guide.signal_cache.reader import Capture
@@ -32,9 +32,9 @@ def init_student_from_teacher(
             teacher than the trainer's.
         teacher: The trainer's, or its signal cache.
         init_kwargs: Of `from_pretrained`; revision, token and trust_remote_code apply here too.
-        train_dataset: If it has token ids, pixels or sounds, the method calibrated uses it, unless `calibration_dataset` is
-            set.
-        data_collator: Of the trainer; a `SentenceCollator` makes the token ids of texts for it.
+        train_dataset: The method calibrated uses it unless `calibration_dataset` is set: its token ids, or of other data the
+            batches that `data_collator` makes.
+        data_collator: The trainer's; None for its default one.
 
     Raises:
         OptionError: There is not exactly one teacher to initialize it from.
@@ -60,17 +60,18 @@ def init_student_from_teacher(
         )
     initializer = make_method(InitializationConfig.parse(chosen.get("method", "guide")))
     if initializer.requires_data and "calibration_dataset" not in chosen:
-        if _has_model_inputs(train_dataset):
+        if _takes_rows(train_dataset, data_collator):
             chosen["calibration_dataset"] = train_dataset
-        elif isinstance(data_collator, SentenceCollator) and train_dataset is not None:
+        elif data_collator is not None and train_dataset is not None:
             chosen["calibration_dataset"] = CollatedBatches(train_dataset, data_collator)
     return from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it raises for any other module
 
 
-def _has_model_inputs(dataset: Any) -> bool:
-    """Whether a dataset's examples are rows of token ids, pixels or sounds."""
+def _takes_rows(dataset: Any, data_collator: Any) -> bool:
+    """Whether a dataset's rows themselves are calibration data: of one kind of inputs, and images only without a collator."""
     first = None if dataset is None else next(iter(dataset), None)
-    return isinstance(first, Mapping) and any(name in first for name in _CALIBRATION_INPUTS)
+    inputs = [name for name in _CALIBRATION_INPUTS if name in first] if isinstance(first, Mapping) else []
+    return bool(inputs) and (data_collator is None or (len(inputs) == 1 and inputs != ["pixel_values"]))
 
 
 def validate_student(model: Any) -> None:

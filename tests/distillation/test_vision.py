@@ -305,3 +305,20 @@ def test_every_student_loads_by_its_cards_snippet_in_a_fresh_process(students: d
     assert len(printed) == len(FAMILIES)
     for line, (name, family) in zip(printed, FAMILIES.items(), strict=True):
         assert line.startswith(f"{name} {family.model_class} "), line
+
+
+@pytest.mark.parametrize("name", ["yolos", "clip", "vit_mae"])
+def test_a_student_is_calibrated_on_the_batches_of_its_training(name: str, tmp_path: Path) -> None:
+    family, processor = FAMILIES[name], FAMILIES[name].processor()
+    model_class = getattr(transformers, family.model_class)
+    model_class(model_class.config_class(**family.config)).save_pretrained(tmp_path / "teacher")
+    trainer = DistillationTrainer(
+        {**family.smaller, "method": {"method": "calibrated", "calibration_tokens": 60}},
+        teacher=str(tmp_path / "teacher"),
+        args=DistillationArguments(
+            str(tmp_path / "out"), losses=family.losses, report_to="none", use_cpu=True, remove_unused_columns=False
+        ),
+        train_dataset=family.data(processor),
+        data_collator=family.collate,
+    )
+    assert trainer.model.initialization_report.calibration["tokens"] >= 40

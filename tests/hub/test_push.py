@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -342,3 +343,41 @@ def test_a_trainer_saves_the_report_too(tmp_path: Path) -> None:
     Trainer(model=student, args=arguments).save_model(str(tmp_path / "saved"))
     assert InitializationReport.load(tmp_path / "saved") == student.initialization_report
     assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), student)
+
+
+VISION_LANGUAGE = """
+    import sys
+    from pathlib import Path
+
+    from hf_guide import DistillationArguments, DistillationTrainer
+    from hf_guide.data.image_text import ImageTextCollator
+    from tests.small_image_text import FAMILIES, rows
+
+    folder = Path(sys.argv[1])
+    FAMILIES["llava"].save(folder / "teacher")
+    processor = FAMILIES["llava"].build()[1]
+    args = DistillationArguments(
+        str(folder / "student"), losses={"ce": 0.5, "kd": 0.5}, max_steps=1, hub_model_id="me/vlm", report_to="none",
+        use_cpu=True, remove_unused_columns=False,
+    )
+    trainer = DistillationTrainer(
+        {"text_config": {"num_hidden_layers": 2}}, teacher=str(folder / "teacher"), args=args, train_dataset=rows(3),
+        processing_class=processor, data_collator=ImageTextCollator(processor),
+    )
+    trainer.train()
+    trainer.push_to_hub()
+"""
+
+
+def test_a_vision_language_student_is_pushed_with_its_processor(tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        run_with_hub(VISION_LANGUAGE, hub, tmp_path)
+        pulled = pull(hub, "me/vlm", tmp_path / "pulled")
+    processor = transformers.AutoProcessor.from_pretrained(pulled)
+    assert type(processor).__name__ == "LlavaProcessor" and processor.chat_template
+    student = transformers.AutoModelForImageTextToText.from_pretrained(pulled)
+    assert (
+        type(student).__name__ == "LlavaForConditionalGeneration" and student.config.text_config.num_hidden_layers == 2
+    )
+    card = ModelCard.load(pulled / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-text" and "AutoProcessor.from_pretrained(" in card.text
