@@ -197,7 +197,13 @@ class DataArguments:
         },
     )
     min_duration_in_seconds: float = field(default=0.0, metadata={"help": "Shorter sounds are left out."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of class names or class indices."})
+    label_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of class names or class indices, of lists of them, or of real numbers; of answers as in SQuAD "
+            "(question-answering), or of the right choice's number (multiple-choice)."
+        },
+    )
     source_prefix: str = field(
         default="", metadata={"help": "Text before every source, such as 'summarize: ' (seq2seq-lm)."}
     )

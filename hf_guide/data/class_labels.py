@@ -1,13 +1,15 @@
 """The classes of a dataset and their indices in the student."""
 
+import math
 from collections.abc import Callable, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from datasets import ClassLabel, Dataset, List
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import OptionError
+from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.utils.labels import IGNORE_INDEX
 
 
@@ -18,6 +20,7 @@ def student_labels(
     teacher: PreTrainedConfig | None,
     *,
     is_new_head: bool,
+    kind: OutputKind = OutputKind.CATEGORICAL,
 ) -> list[str]:
     """Return the names of a student's classes in order: its own, otherwise its teacher's, otherwise the dataset's.
 
@@ -27,15 +30,93 @@ def student_labels(
         student, teacher: Configs of classifiers; None for one that does not exist or is not a classifier.
         is_new_head: Whether an existing model gets a new head, which may use the dataset's names where the teacher's classes
             are only numbered.
+        kind: What the labels are, as from `value_kind`.
     """
-    names = class_names(train, column)
+    names = None if kind is OutputKind.REAL else class_names(train, column)
     config = student if student is not None else teacher
+    if config is None and kind is OutputKind.REAL:
+        return ["LABEL_0"]
     if config is None:
         return names or [f"LABEL_{index}" for index in range(count_classes(train, column))]
     id2label: Any = config.id2label
     labels = [str(id2label[index]) for index in sorted(id2label)]
     replaceable = student is None and is_new_head and has_generic_names(labels)
     return names if replaceable and names is not None and len(names) == len(labels) else labels
+
+
+def value_kind(train: Dataset, column: str, task: Task, configs: Sequence[PreTrainedConfig | None]) -> OutputKind:
+    """Return what the values of a label column are: classes, lists of classes, or real numbers.
+
+    Args:
+        train: Raw training split.
+        column: Its column of labels.
+        task: Whose labels they are; only those of whole examples can be lists or real numbers.
+        configs: Of the models for the task that exist; their outputs decide what is expected.
+
+    Raises:
+        OptionError: The column has other values than the models predict.
+    """
+    if task.is_per_token or task.row.outputs[0].items != "example":
+        return OutputKind.CATEGORICAL
+    feature = train.features[column]
+    dtype = str(getattr(feature, "dtype", ""))
+    found = OutputKind.CATEGORICAL
+    if isinstance(feature, List):
+        found = OutputKind.BERNOULLI
+    elif dtype.startswith(("float", "double", "decimal")):
+        found = OutputKind.REAL
+    for config in configs:
+        expected = found if config is None else output_kind(task, config)
+        if expected is OutputKind.REAL and dtype.startswith(("int", "uint")) and not isinstance(feature, ClassLabel):
+            found = OutputKind.REAL
+        if expected is not found:
+            raise OptionError(
+                f"The column {column!r} contains {_VALUES[found]}, and {config._name_or_path or type(config).__name__} "
+                f"predicts {_VALUES[expected]}. Set label_column to a column of those, or use a model with the problem_type "
+                f"of {_VALUES[found]}."
+            )
+    return found
+
+
+_VALUES = {
+    OutputKind.CATEGORICAL: "one class for each example",
+    OutputKind.BERNOULLI: "a list of classes for each example",
+    OutputKind.REAL: "real numbers",
+}
+
+
+def value_encoder(kind: OutputKind, train: Dataset, column: str, labels: Sequence[str] | None) -> Callable[[Any], Any]:
+    """Return a function from a value of the label column to what the model's loss takes.
+
+    Args:
+        kind: As from `value_kind`: an index of a class, a float for each class (1 if it is in the list), or a float.
+        train: Raw training split.
+        column: Its column of labels.
+        labels: Names of the student's classes, in order; None keeps the dataset's indices.
+    """
+    if kind is OutputKind.REAL:
+        return lambda value: _real_number(value, column)
+    encode = label_encoder(class_names(train, column), labels, column)
+    if kind is OutputKind.CATEGORICAL:
+        return encode
+    names = class_names(train, column)
+    count = len(labels or names or range(count_classes(train, column)))
+
+    def encode_list(values: Any) -> list[float]:
+        chosen = [encode(value) for value in values] if isinstance(values, list) else [IGNORE_INDEX]
+        if IGNORE_INDEX in chosen or len(set(chosen)) < len(chosen):
+            raise OptionError(
+                f"{column!r} must contain a list of different classes, by name or index, for each example; found {values!r}."
+            )
+        return [float(index in chosen) for index in range(count)]
+
+    return encode_list
+
+
+def _real_number(value: Any, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise OptionError(f"{column!r} must contain a finite number for each example; found {value!r}.")
+    return float(value)
 
 
 def label_encoder(names: Sequence[str] | None, labels: Sequence[str] | None, column: str) -> Callable[[Any], int]:

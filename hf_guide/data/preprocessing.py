@@ -26,13 +26,14 @@ from transformers import (
 from hf_guide.chat.packing import PackedCollator
 from hf_guide.data.arguments import DEFAULT_TARGET_LENGTH, DataArguments
 from hf_guide.data.chat import chat_format, check_chat_options, preprocess_chat
-from hf_guide.data.class_labels import class_names, label_encoder
+from hf_guide.data.class_labels import value_encoder
 from hf_guide.data.loading import check_strings, find_column
+from hf_guide.data.questions import preprocess_questions
 from hf_guide.data.speech import preprocess_speech
 from hf_guide.errors import OptionError
 from hf_guide.models.packed_rows import check_keeps_packed_texts_apart
 from hf_guide.models.positions import max_input_tokens
-from hf_guide.tasks import Task
+from hf_guide.tasks import OutputKind, Task
 from hf_guide.utils.labels import IGNORE_INDEX
 
 DEFAULT_MAX_LENGTH = 512
@@ -41,6 +42,7 @@ _PREPARED_TASKS = (
     *(Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM),
     *(Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION),
     *(Task.SPEECH_SEQ2SEQ, Task.CTC, Task.AUDIO_CLASSIFICATION),
+    *(Task.QUESTION_ANSWERING, Task.MULTIPLE_CHOICE),
 )
 
 Examples = dict[str, list[Any]]
@@ -70,6 +72,7 @@ def preprocess(
     options: DataArguments,
     *,
     labels: Sequence[str] | None = None,
+    label_kind: OutputKind = OutputKind.CATEGORICAL,
     static_masking: bool = False,
     config: "PreTrainedConfig | Sequence[PreTrainedConfig | None] | None" = None,
 ) -> ProcessedData:
@@ -81,6 +84,7 @@ def preprocess(
         processing_class: The tokenizer, image processor, feature extractor or processor.
         options: Column names, lengths, packing.
         labels: For classifiers, the names of the student's classes in order; None keeps the dataset's class indices.
+        label_kind: What the labels are, as from `class_labels.value_kind`: classes, lists of classes, or real numbers.
         static_masking: Mask the training split once, as `options.static_masking`.
         config: Configs of all models that read the texts, as for `resolve_lengths`.
 
@@ -95,10 +99,10 @@ def preprocess(
             "dataset in a script of your own and pass it to DistillationTrainer, or to capture_teacher."
         )
     check_chat_options(task, options)
-    encode_label: Callable[[Any], int] | None = None
+    encode_label: Callable[[Any], Any] | None = None
     if task.has_labels:
         column = find_column(train, task, "label", options)
-        encode_label = label_encoder(class_names(train, column), labels, column)  # one encoding for both splits
+        encode_label = value_encoder(label_kind, train, column, labels)  # one encoding for both splits
     if task is Task.IMAGE_CLASSIFICATION:
         images = [_image_dataset(split, processing_class, options, encode_label) for split in (train, held_out)]
         return ProcessedData(images[0], images[1], default_data_collator, keep_columns=True)
@@ -107,6 +111,8 @@ def preprocess(
         return ProcessedData(*made)
     options = resolve_lengths(options, processing_class, config)
     _ensure_pad_token(processing_class, options, task)
+    if task in (Task.QUESTION_ANSWERING, Task.MULTIPLE_CHOICE):
+        return ProcessedData(*preprocess_questions(task, train, held_out, processing_class, options))
     static = (static_masking or options.static_masking, True)
     tokenized, evaluated = (
         None

@@ -15,7 +15,8 @@ from datasets import concatenate_datasets
 
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.chat import set_chat_template
-from hf_guide.data.loading import load_splits
+from hf_guide.data.class_labels import value_kind
+from hf_guide.data.loading import find_column, load_splits
 from hf_guide.data.preprocessing import preprocess
 from hf_guide.distillation.losses.registry import parse_losses
 from hf_guide.errors import OptionError
@@ -23,6 +24,7 @@ from hf_guide.models.pretrained import load_config, load_processing_class
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.writer import capture_teacher
+from hf_guide.tasks import OutputKind
 from hf_guide.teachers.loading import task_of_checkpoint
 from hf_guide.utils.distributed import report_missing_ranks
 
@@ -65,14 +67,19 @@ def capture_dataset(
     hub = {name: value for name, value in hub_kwargs.items() if name != "trust_remote_code"}
     with report_missing_ranks(), state.local_main_process_first():  # the other ranks read the cached result
         train, held_out = load_splits(data)
+        teacher_config = load_config(teacher, hub, bool(hub_kwargs.get("trust_remote_code")))
+        label_kind = OutputKind.CATEGORICAL
+        if task.has_labels:
+            label_kind = value_kind(train, find_column(train, task, "label", data), task, [teacher_config])
         processed = preprocess(
             task,
             train,
             None if train_only else held_out,
             processing_class,
             data,
+            label_kind=label_kind,
             static_masking=True,
-            config=load_config(teacher, hub, bool(hub_kwargs.get("trust_remote_code"))),
+            config=teacher_config,
         )
     splits = [split for split in (processed.train, processed.eval) if split is not None]
     return capture_teacher(

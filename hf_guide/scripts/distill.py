@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
+from datasets import Dataset
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 from hf_guide.data.arguments import DataArguments, ModelArguments
 from hf_guide.data.chat import set_chat_template
-from hf_guide.data.class_labels import student_labels
+from hf_guide.data.class_labels import student_labels, value_kind
 from hf_guide.data.loading import find_column, load_splits
 from hf_guide.data.preprocessing import ProcessedData, preprocess
 from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments
@@ -31,7 +33,7 @@ from hf_guide.models.pretrained import load_config, load_processing_class, unrea
 from hf_guide.scripts.config_file import parse_config
 from hf_guide.scripts.error_rates import TranscriptErrorRates
 from hf_guide.signal_cache.reader import Capture
-from hf_guide.tasks import Task, task_of
+from hf_guide.tasks import OutputKind, Task, task_of
 from hf_guide.teachers.loading import hub_kwargs, is_trusted, load_complete_model
 from hf_guide.utils.labels import IGNORE_INDEX
 
@@ -85,15 +87,7 @@ def distill(config: DistillConfig) -> dict[str, float]:
             f"{checkpoints.task}. For other metrics of generated texts, use Seq2SeqDistillationTrainer with compute_metrics."
         )
     train, held_out = load_splits(data)
-    labels = None
-    if checkpoints.task.has_labels:
-        labels = student_labels(
-            train,
-            find_column(train, checkpoints.task, "label", data),
-            None if checkpoints.needs_new_head else checkpoints.student_config,
-            checkpoints.teacher_config if checkpoints.teacher_task is checkpoints.task else None,
-            is_new_head=bool(models.model_name_or_path),
-        )
+    labels, label_kind = _labels_of(checkpoints, models, train, data)
     processing_class = _load_processing_class(checkpoints, models, args)
     set_chat_template(processing_class, data.chat_template_path)
     with args.main_process_first(desc="preprocessing the dataset"):
@@ -104,13 +98,17 @@ def distill(config: DistillConfig) -> dict[str, float]:
             processing_class,
             data,
             labels=labels,
+            label_kind=label_kind,
             static_masking=args.teacher_cache is not None,
             config=[checkpoints.student_config or _requested_config(checkpoints, args), checkpoints.teacher_config],
         )
     if processed.keep_columns:
         args.remove_unused_columns = False
-    student = _load_student(checkpoints, models, labels if checkpoints.needs_new_head else None)
-    trainer = _make_trainer(student, args, processed, processing_class, checkpoints.task, _make_peft_config(models))
+    student = _load_student(checkpoints, models, labels if checkpoints.needs_new_head else None, label_kind)
+    metrics = _metrics_of(checkpoints.task, label_kind, processing_class, args)
+    trainer = _make_trainer(
+        student, args, processed, processing_class, metrics, checkpoints.task, _make_peft_config(models)
+    )
     _set_generation_language(trainer, data)
     return _train_and_save(trainer, data)
 
@@ -139,6 +137,21 @@ class _Checkpoints:
         return self.student_task is not self.task
 
 
+def _labels_of(
+    checkpoints: _Checkpoints, models: ModelArguments, train: Dataset, data: DataArguments
+) -> tuple[list[str] | None, OutputKind]:
+    """Return the names of the student's labels, None for a task without any, and what they are."""
+    task = checkpoints.task
+    if not task.has_labels:
+        return None, task.row.outputs[0].kind
+    column = find_column(train, task, "label", data)
+    student = None if checkpoints.needs_new_head else checkpoints.student_config
+    teacher = checkpoints.teacher_config if checkpoints.teacher_task is task else None
+    kind = value_kind(train, column, task, [student, teacher])
+    is_new_head = bool(models.model_name_or_path)
+    return student_labels(train, column, student, teacher, is_new_head=is_new_head, kind=kind), kind
+
+
 def _inspect_checkpoints(models: ModelArguments, args: DistillationArguments) -> _Checkpoints:
     """Read the configs of student and teacher, and determine the task."""
     teacher_name, teacher_config = _teacher_name_and_config(args)
@@ -159,10 +172,11 @@ def _make_trainer(
     args: Seq2SeqDistillationArguments,
     processed: ProcessedData,
     processing_class: Any,
+    metrics: tuple[Any, Any],
     task: Task,
     peft_config: Any,
 ) -> "DistillationTrainer | Seq2SeqDistillationTrainer":
-    compute_metrics, preprocess_logits = _metrics_of(task, processing_class, args)
+    compute_metrics, preprocess_logits = metrics
     trainer_class: Any = Seq2SeqDistillationTrainer if task is Task.SPEECH_SEQ2SEQ else DistillationTrainer
     try:
         return trainer_class(
@@ -182,9 +196,15 @@ def _make_trainer(
         raise OptionError(f"These options cannot be combined: {one_paragraph(error)}.") from error
 
 
-def _metrics_of(task: Task, processor: Any, args: Seq2SeqDistillationArguments) -> tuple[Any, Any]:
-    """Return `compute_metrics` and `preprocess_logits_for_metrics` of a task."""
-    if task.has_labels:
+def _metrics_of(task: Task, kind: OutputKind, processor: Any, args: Seq2SeqDistillationArguments) -> tuple[Any, Any]:
+    """Return `compute_metrics` and `preprocess_logits_for_metrics` of a task whose labels are of a kind."""
+    if task is Task.QUESTION_ANSWERING:
+        return span_accuracy, predicted_spans
+    if kind is OutputKind.REAL and task.has_labels:
+        return error_and_correlation, None
+    if kind is OutputKind.BERNOULLI and task.has_labels:
+        return micro_f1, None
+    if task.has_labels or task is Task.MULTIPLE_CHOICE:
         return accuracy, predicted_classes
     if task is Task.CTC:
         return TranscriptErrorRates(processor, frames=True), predicted_classes
@@ -308,7 +328,7 @@ def task_of_config(config: PreTrainedConfig) -> Task | None:
 
 
 def _load_student(
-    checkpoints: _Checkpoints, models: ModelArguments, labels: Sequence[str] | None
+    checkpoints: _Checkpoints, models: ModelArguments, labels: Sequence[str] | None, kind: OutputKind
 ) -> PreTrainedModel | None:
     """Return an existing student, with a head for `labels` if they are given; None if the trainer initializes it."""
     if not models.model_name_or_path:
@@ -318,6 +338,8 @@ def _load_student(
         id2label = dict(enumerate(labels))
         label2id = {label: index for index, label in id2label.items()}
         init_kwargs |= {"num_labels": len(labels), "id2label": id2label, "label2id": label2id}
+        if kind in _PROBLEM_TYPES:
+            init_kwargs["problem_type"] = _PROBLEM_TYPES[kind]
     name = models.model_name_or_path
     loader = getattr(transformers, checkpoints.task.row.auto_class)
     kwargs = f" with model_init_kwargs={sorted(models.model_init_kwargs)}" if models.model_init_kwargs else ""
@@ -371,6 +393,34 @@ def _make_peft_config(models: ModelArguments) -> Any:
 def predicted_classes(logits: "Tensor | tuple[Tensor, ...]", labels: Tensor) -> Tensor:
     """Return the index of the largest logit, which is all that accuracy needs and much less to gather."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+_PROBLEM_TYPES = {OutputKind.REAL: "regression", OutputKind.BERNOULLI: "multi_label_classification"}
+
+
+def predicted_spans(logits: Any, _labels: Any) -> Tensor:
+    """Return the likeliest start and end of each answer, (examples, 2), to collect only these and not the logits."""
+    return torch.stack([each.argmax(-1) for each in logits[:2]], dim=-1)
+
+
+def span_accuracy(predicted: EvalPrediction) -> Mapping[str, float]:
+    """Return the fraction of answers whose start and end are both right."""
+    expected = np.stack([np.asarray(each) for each in predicted.label_ids], axis=-1)
+    return {"exact_match": float((np.asarray(predicted.predictions) == expected).all(-1).mean())}
+
+
+def error_and_correlation(predicted: EvalPrediction) -> Mapping[str, float]:
+    """Return the mean squared error of real numbers and their correlation; NaN where all are the same."""
+    values, labels = np.asarray(predicted.predictions).squeeze(-1), np.asarray(predicted.label_ids)
+    varies = len(values) > 1 and values.std() > 0 and labels.std() > 0
+    correlation = float(np.corrcoef(values, labels)[0, 1]) if varies else math.nan
+    return {"mse": float(((values - labels) ** 2).mean()), "pearson": correlation}
+
+
+def micro_f1(predicted: EvalPrediction) -> Mapping[str, float]:
+    """Return F1 over all labels of all examples, of which each with a positive logit is predicted."""
+    chosen, labels = np.asarray(predicted.predictions) > 0, np.asarray(predicted.label_ids) > 0
+    return {"f1": float(2 * (chosen & labels).sum() / max(chosen.sum() + labels.sum(), 1))}
 
 
 def accuracy(predicted: EvalPrediction) -> Mapping[str, float]:
