@@ -65,8 +65,8 @@ def value_kind(train: Dataset, column: str, task: Task, configs: Sequence[PreTra
         found = OutputKind.BERNOULLI
     elif dtype.startswith(("float", "double", "decimal")):
         found = OutputKind.REAL
-    for config in configs:
-        expected = found if config is None else output_kind(task, config)
+    for config in filter(None, configs):
+        expected = output_kind(task, config)
         if expected is OutputKind.REAL and dtype.startswith(("int", "uint")) and not isinstance(feature, ClassLabel):
             found = OutputKind.REAL
         if expected is not found:

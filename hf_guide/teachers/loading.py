@@ -203,14 +203,17 @@ def _load_for_task(teacher: Any, task: Task, init_kwargs: dict[str, Any]) -> Pre
 
 
 def _class_for_task(config: PreTrainedConfig, task: Task) -> Any:
-    """Return the class that a config names if it is a stock one for the task, and else the task's Auto class.
+    """Return the task's Auto class, or the stock class for the task that a config names and no Auto class loads.
 
     Some families have several classes for a task: XLNetForQuestionAnswering is not the one of AutoModelForQuestionAnswering.
     """
+    auto_class = getattr(transformers, task.row.auto_class)
+    loaded = auto_class._model_mapping.get(type(config), ())
+    names = {each.__name__ for each in (loaded if isinstance(loaded, tuple) else (loaded,))}
     for name in config.architectures or ():
-        if not getattr(config, "auto_map", None) and task_of_class_name(name) is task and hasattr(transformers, name):
+        if name not in names and task_of_class_name(name) is task and hasattr(transformers, name):
             return getattr(transformers, name)
-    return getattr(transformers, task.row.auto_class)
+    return auto_class
 
 
 def _model_class(name: str, revision: str | None, token: "str | bool | None", trust: bool) -> type[PreTrainedModel]:
