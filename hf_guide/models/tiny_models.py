@@ -101,6 +101,7 @@ TINY_SIZES = {
     "lru_width": 64,
     "attention_window_size": 32,
     "projection_size": 64,
+    "pooler_hidden_size": 64,
     "image_size": 16,
     "patch_size": 8,
     "pad_token_id": 0,

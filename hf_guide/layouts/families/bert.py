@@ -180,7 +180,8 @@ register_layout(
     embeddings.token_type_embeddings: token_types table_embed
     embeddings.LayerNorm: norm table_embed
     embeddings_project: table embed table_embed < embeddings.LayerNorm
-    classifier: labels embed
+    sequence_summary.summary: summary embed
+    classifier: labels summary
     classifier.dense: pooled embed
     classifier.out_proj: labels pooled
     discriminator_predictions.dense: pooled embed
@@ -190,7 +191,7 @@ register_layout(
     generator_lm_head: vocab table_embed < generator_predictions.LayerNorm
     """,
     like="bert",
-    alike=(("embeddings_project", "table_embed", "embed"),),
+    alike=(("embeddings_project", "table_embed", "embed"), ("sequence_summary", "summary", "embed")),
     exactness=POST_NORM_NOTE.format("41 %, 80 % where factorised", "78 %"),
 )
 
