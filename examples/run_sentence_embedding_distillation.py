@@ -4,7 +4,7 @@
         --teacher sentence-transformers/all-MiniLM-L6-v2 \
         --student_init_kwargs '{"method": "calibrated", "hidden_size": 192, "num_hidden_layers": 3}' \
         --dataset_name sentence-transformers/stsb --text_column_names sentence1 sentence2 --score_column_name score \
-        --do_train --do_eval --losses '{"features": 0.5, "similarity": 0.5}' --output_dir student
+        --do_train --do_eval --output_dir student
 
 The student has the pooling, dense layers, normalization and prompts of the teacher; SentenceTransformer("student") loads it.
 Evaluation correlates its similarities with the teacher's, and with the gold scores of pairs where there are any.
@@ -81,7 +81,7 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
 def main() -> None:
     """Train, evaluate and save, with the arguments of the command line or of one YAML or JSON file."""
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, DistillationArguments))
-    parser.set_defaults(losses={"features": 0.5, "similarity": 0.5})  # there are no labels for "ce"
+    parser.set_defaults(losses={"similarity": 1.0})  # there are no labels for "ce"
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".json")):
         read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
         model_args, data_args, training_args = read(sys.argv[1])

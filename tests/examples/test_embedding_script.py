@@ -31,7 +31,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     sentence_folder(teacher, pooling("cls", "mean"), dense(64, 12), ("Normalize", None), prompts={"query": "query: "})
     return {
         "teacher": teacher,
-        "student_init_kwargs": SMALLER["bert"],
+        "student_init_kwargs": SMALLER["bert"] | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         "train_file": write_scored(folder / "train.jsonl", 24, 0),
         "validation_file": write_scored(folder / "held_out.jsonl", 9, 1),
     }
@@ -48,7 +48,6 @@ def run(files: dict[str, Any], output: Path, *, launcher: tuple[str, ...] = (), 
 def test_texts_without_labels_train_a_sentence_transformers_folder(files: dict[str, Any], tmp_path: Path) -> None:
     measured = run(files, tmp_path, prompt="query: ")
     assert {
-        "eval_features",
         "eval_similarity",
         "eval_score_spearman",
         "eval_teacher_score_spearman",
@@ -68,7 +67,7 @@ def test_two_processes_measure_what_one_does(files: dict[str, Any], tmp_path: Pa
     options: dict[str, Any] = {"losses": {"features": 1.0}, "per_device_eval_batch_size": 2}
     alone = run(files, tmp_path / "one", per_device_train_batch_size=4, **options)
     two = run(files, tmp_path / "two", launcher=LAUNCHERS["torchrun"], per_device_train_batch_size=2, **options)
-    for name in ("eval_features", "eval_similarity_spearman", "eval_score_spearman", "train_loss"):
-        assert two[name] == pytest.approx(alone[name], rel=1e-2), (
-            name
-        )  # equal texts share a rank only where they are in one batch
+    for name in ("train_loss", "eval_features"):
+        assert two[name] == pytest.approx(alone[name], rel=1e-4), name
+    for name in ("eval_similarity_spearman", "eval_score_spearman"):  # equal texts differ by rounding between batches
+        assert two[name] == pytest.approx(alone[name], rel=1e-2), name
