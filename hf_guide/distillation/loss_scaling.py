@@ -29,6 +29,8 @@ from hf_guide.tasks import Task
 class LossDenominator:
     """What the sum of a loss over a micro-batch is divided by.
 
+    Counts may be float64. What is computed with them has the dtype of the loss, the same on every process, which gather it.
+
     Attributes:
         num_items: Items of the accumulated batch, or of this micro-batch where `Trainer` counted none; never 0.
         num_targets: What the model's own loss is averaged over there; never 0.
@@ -43,11 +45,15 @@ class LossDenominator:
 
     def to_mean(self, loss_sum: Tensor) -> Tensor:
         """Return what a sum over the micro-batch contributes to the mean."""
-        return loss_sum / self.num_items * self.world_scale
+        return (loss_sum / self.num_items * self.world_scale).to(loss_sum.dtype)
 
     def to_sum(self, loss_mean: Tensor) -> Tensor:
         """Return the sum over the micro-batch of what it contributes to the mean."""
-        return loss_mean * self.num_items / self.world_scale
+        return (loss_mean * self.num_items / self.world_scale).to(loss_mean.dtype)
+
+    def rescale(self, loss: Tensor, num_targets: Any) -> Tensor:
+        """Return what the mean over a micro-batch's `num_targets` contributes to the mean."""
+        return (loss * (num_targets / self.num_targets) * self.world_scale).to(loss.dtype)
 
 
 _ITEMS_COUNTED_BY_TRAINER = ("token", "example", "pixel")
@@ -124,13 +130,15 @@ class LossScalingTrainer(Trainer):
         if self._has_own_task_loss:
             loss, outputs = self._next_task_loss(model, inputs, batch)
         elif denominator.is_global and self._model_normalizes_loss(model, inputs):
-            loss, outputs = Trainer.compute_loss(self, model, dict(inputs), True, denominator.num_targets)
+            count = denominator.num_targets
+            count = count.float() if isinstance(count, Tensor) else count  # float64 would make the loss float64
+            loss, outputs = Trainer.compute_loss(self, model, dict(inputs), True, count)
             return loss, outputs
         else:
             loss, outputs = Trainer.compute_loss(self, model, dict(inputs), True, None)
         # A mean over the micro-batch: other trainers' losses, and those of models that take no num_items_in_batch (T5, BERT's
         # classifiers).
-        return loss * (batch.num_targets / denominator.num_targets) * denominator.world_scale, outputs
+        return denominator.rescale(loss, batch.num_targets), outputs
 
     def _next_task_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], batch: DistillationBatch
