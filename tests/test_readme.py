@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, DataCollatorForSeq2Seq
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import hf_guide
@@ -92,7 +92,7 @@ def test_the_first_snippet_prints_what_the_readme_shows(in_scratch: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("README.md", "trainer.train()"), ("examples/README.md", "eval_dataset=")]
+    ("name", "words"), [("README.md", "trainer.train()"), ("examples/README.md", "eval_dataset=held_out")]
 )
 def test_the_snippets_of_the_trainer_train(name: str, words: str, in_scratch: Path, texts: Any) -> None:
     code = block_with(name, words).replace("trainer.push_to_hub()\n", "")
@@ -104,6 +104,63 @@ def test_the_snippets_of_the_trainer_train(name: str, words: str, in_scratch: Pa
     namespace |= {"train": texts, "held_out": texts}
     exec(code, namespace)
     assert namespace["trainer"].state.global_step == 1
+
+
+def test_the_snippet_of_a_trainer_of_ones_own_trains(in_scratch: Path) -> None:
+    code = block_with("examples/README.md", "WeightedTrainer")
+    code = code.replace('DistillationArguments("out",', 'DistillationArguments("out", max_steps=1, report_to="none",')
+    teacher = make_model(in_scratch / "teacher", "bert", "ForSequenceClassification")
+    rows = [{"input_ids": tokenizer()(text).input_ids, "labels": label} for text, label in sentences(8)]
+    namespace = {
+        "student": hf_guide.from_teacher(teacher, num_hidden_layers=1, show_progress=False),
+        "train": datasets.Dataset.from_list(rows),
+        "tokenizer": tokenizer(),
+        "teacher": str(teacher),
+    }
+    exec(code, namespace)
+    assert namespace["trainer"].train().global_step == 1
+
+
+def test_the_snippet_that_generates_reports_metrics_and_losses(in_scratch: Path) -> None:
+    code = block_with("examples/README.md", "predict_with_generate=True").replace(
+        "generation_max_length=64", "max_steps=1"
+    )
+    teacher = make_model(in_scratch / "teacher", "t5", "ForConditionalGeneration")
+    ids = [tokenizer()(text).input_ids for text, _ in sentences(8)]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
+    student = hf_guide.from_teacher(teacher, num_layers=1, num_decoder_layers=1, show_progress=False)
+    namespace = {
+        "student": student,
+        "data_collator": DataCollatorForSeq2Seq(tokenizer(), student),
+        "train": rows,
+        "held_out": rows,
+        "tokenizer": tokenizer(),
+        "teacher": str(teacher),
+        "compute_metrics": lambda prediction: {"texts": len(prediction.predictions)},
+    }
+    exec(code, namespace)
+    metrics = namespace["trainer"].evaluate(max_new_tokens=4)
+    assert metrics["eval_texts"] == 8 and {"eval_ce", "eval_kd"} <= set(metrics)
+
+
+def test_the_snippets_of_embedding_models_train(in_scratch: Path) -> None:
+    code = block_with("examples/README.md", "SentenceCollator(tokenizer, max_length=128)")
+    teacher = make_model(in_scratch / "teacher", "bert", "")
+    code = code.replace("sentence-transformers/all-MiniLM-L6-v2", str(teacher))
+    code = code.replace(
+        '"hidden_size": 192, "num_attention_heads": 6, "num_hidden_layers": 3', '"num_hidden_layers": 1'
+    )
+    code = code.replace(
+        'DistillationArguments("student",', 'DistillationArguments("student", max_steps=1, report_to="none",'
+    )
+    texts = datasets.Dataset.from_dict({"text": [text for text, _ in sentences(8)]})
+    namespace = {"tokenizer": tokenizer(), "texts": texts, "pairs": texts}
+    exec(code, namespace)
+    assert namespace["trainer"].train().global_step == 1
+    assert "eval_similarity_spearman" in namespace["trainer"].evaluate()
+    exec(block_with("examples/README.md", "margin_mse"), namespace)
+    batch = namespace["collator"]([{"query": "a", "positive": "b", "negative": "c"}])
+    assert batch["input_ids"].shape[0] == 2
 
 
 def test_the_snippet_of_lelp_trains_and_saves_a_student(in_scratch: Path) -> None:
