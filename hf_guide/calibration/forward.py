@@ -14,6 +14,7 @@ from hf_guide.calibration.data import Batch
 from hf_guide.calibration.modules import ModuleRef
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.models.modes import eager_float64_experts, eval_mode
+from hf_guide.tasks import Task, task_of_class_name
 
 CROSS_ATTENTION_KEY_VALUE = re.compile(r"\.(?:EncDecAttention|encoder_attn)\.[kv]")
 """Modules of a decoder that read the encoder's tokens."""
@@ -30,6 +31,8 @@ def calibration_mode(model: PreTrainedModel) -> Iterator[None]:
 def forward_no_cache(model: PreTrainedModel, batch: Batch) -> Any:
     """Return the model's outputs, computed without a cache; None if a hook raised `StopForward`."""
     inputs: dict[str, Any] = {name: _to_model(value, model) for name, value in batch.items()}
+    if task_of_class_name(type(model).__name__) is Task.MULTIPLE_CHOICE:  # each text is a question with one choice
+        inputs = {name: value.unsqueeze(1) if value.ndim == 2 else value for name, value in inputs.items()}
     accepted = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
     inner = inspect.signature(model.base_model.forward).parameters if takes_any else {}
