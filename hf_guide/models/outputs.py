@@ -151,6 +151,8 @@ def what_works(task: Task) -> str:
         return "Use 'features' and 'hidden_states' instead"
     if task.row.outputs[0].items == "row":
         return "Use 'kd' between models of one kind, or 'ce', the model's own loss, alone"
+    if task.row.outputs[0].items == "query":  # whose hidden states are those of its queries, too
+        return "Use a teacher with the student's queries, or 'ce', the model's own loss, alone"
     return "Use 'ce', the model's own loss, and 'hidden_states' instead"
 
 
