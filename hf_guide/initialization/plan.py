@@ -471,7 +471,8 @@ def make_plan(
     for name, parameter in list(parameters.items()):
         is_head = any("labels" in axis_names(axis) for axis in parameter.axes)
         # A multiple choice model's head has one row, whatever its config's labels.
-        is_new = is_head and (new_head or (other_class and parameter.shape[0] != (parameter.source_shape or [0])[0]))
+        rows = (parameter.source_shape or parameter.shape)[:1]  # a bias that the teacher lacks is not new, but zero
+        is_new = is_head and (new_head or (other_class and tuple(parameter.shape[:1]) != tuple(rows)))
         if is_new or (random_blocks and parameter.block is not None and parameter.block > 0):
             random.append(parameter.name)
             del parameters[name]
