@@ -169,7 +169,8 @@ def _with_decoder_inputs(batch: Batch, labels: Any, model: PreTrainedModel) -> B
     batch, mask = dict(batch), batch.get("attention_mask")
     if "labels" in accepted and isinstance(labels, Tensor) and labels.ndim == 2:
         labels = labels.detach().cpu()
-        if bool((labels[:, 0] == getattr(model.config, "decoder_start_token_id", None)).all()):
+        start = getattr(model.config, "decoder_start_token_id", None)
+        if start is not None and bool((labels[:, 0] == start).all()):
             labels = labels[:, 1:]  # as tokenizers of speech write them
         batch["decoder_input_ids"] = _shift_labels(labels, model)
         mask = (labels != IGNORE_INDEX).long()

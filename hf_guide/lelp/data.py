@@ -310,9 +310,15 @@ def check_single_label(config: Any, name: str) -> None:
 
     Raises:
         TaskError: States the problem type.
+        SubclassError: It has a single output.
     """
     fields = config if isinstance(config, Mapping) else vars(config)
     problem_type, num_labels = fields.get("problem_type"), len(fields.get("id2label") or ()) or 2
+    if num_labels == 1:
+        raise SubclassError(
+            f"{name} has a single output; subclasses need two classes or more. Give a classifier with one output for each "
+            "class."
+        )
     described = SimpleNamespace(
         problem_type=problem_type, num_labels=num_labels, num_subclasses=fields.get("num_subclasses")
     )

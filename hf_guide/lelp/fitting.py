@@ -229,11 +229,6 @@ class _FeatureSource:
             self.task, self.fingerprint = task_of(model), weights_fingerprint(model)
             self.name = config._name_or_path or type(without_adapter(model)).__name__
             self.id2label = {int(number): str(name) for number, name in config.id2label.items()}
-        if len(self.id2label) < 2:
-            raise SubclassError(
-                f"{self.name} has a single output; subclasses need two classes or more. Give a classifier with one output "
-                "for each class."
-            )
 
     @property
     def width(self) -> int:

@@ -210,7 +210,7 @@ def test_each_option_changes_the_student(tied: Any, change: dict[str, Any]) -> N
         (None, ["no calibration_dataset was given", "method='guide'"]),
         ([], ["empty"]),
         ("file.txt", ["found 'file.txt'"]),
-        ([{"label": 3}], ["['label']", "input_ids, text or pixel_values"]),
+        ([{"label": 3}], ["['label']", "input_ids, text, messages, pixel_values"]),
         ([3], ["yields a int"]),
         (["a text"], ["no tokenizer that loads", "input_ids"]),
         ([{"pixel_values": torch.zeros(1, 3, 4, 4)}], ["['pixel_values']", "LlamaForCausalLM"]),

@@ -540,6 +540,7 @@ def test_memory_does_not_grow_with_the_items():
 
 TWO_PROCESSES = """
 import torch, torch.distributed as dist
+import hf_guide.utils.distributed  # waits for gloo's threads before the process exits
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -289,9 +289,9 @@ def teacher_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_message_of_an_interrupted_distillation_is_true(
     distil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from hf_guide import DistillationTrainer
+    from hf_guide import DistillationMixin
 
-    compute, steps = DistillationTrainer.compute_loss, []
+    compute, steps = DistillationMixin.compute_loss, []
 
     def interrupted(*received: Any, **named: Any) -> Any:
         steps.append(1)
@@ -301,7 +301,7 @@ def test_the_message_of_an_interrupted_distillation_is_true(
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     try:
-        monkeypatch.setattr(DistillationTrainer, "compute_loss", interrupted)
+        monkeypatch.setattr(DistillationMixin, "compute_loss", interrupted)
         assert distil(tmp_path / "out") == 130
         message = capsys.readouterr().err
         assert (

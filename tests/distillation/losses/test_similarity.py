@@ -98,7 +98,7 @@ def test_an_odd_number_of_rows_has_no_pairs() -> None:
     [
         ({"distance": "cosine"}, "distance='cosine' is not known; expected one of .*mse.*kl"),
         ({"similarity": "euclid"}, "similarity='euclid' is not known"),
-        ({"scale": 0}, "scale must be a positive number"),
+        ({"scale": 0}, "scale must be a number above 0"),
         ({"temperature": 0.1}, "set once for all losses"),
         ({"distanc": "kl"}, "Did you mean 'distance'"),
     ],
