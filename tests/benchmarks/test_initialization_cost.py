@@ -17,6 +17,7 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_each_point_is_measured_once_and_one_that_is_too_large_is_reported_as_left_out(tmp_path, capsys):
     output = tmp_path / "cost.jsonl"
     words = ["--widths", str(WIDTH), "--rounds", "1", "--output", str(output)]

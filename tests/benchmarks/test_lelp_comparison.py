@@ -135,6 +135,7 @@ def test_parts_share_no_example_and_are_deterministic(benchmark):
         data.split(whole, [1700, 100])
 
 
+@pytest.mark.slow
 def test_settings_replace_the_grid(tmp_path):
     """An arm that needs more examples than there are is left out, and the table reports it."""
     given = '{"tau": 2.0, "S": 3, "beta": 0.3}'
@@ -164,6 +165,7 @@ def test_settings_are_chosen_by_some_seeds_and_measured_by_others(benchmark, tmp
     assert again.within({"set": "digits"}, "lelp") == (None, {})
 
 
+@pytest.mark.slow
 def test_tables_are_made_of_saved_rows_and_a_missing_file_raises(tmp_path):
     arms(tmp_path, "--arms", "kd", *ONCE, "--rows", str(tmp_path / "kept.jsonl"))
     assert not (tmp_path / "runs.jsonl").exists()

@@ -65,6 +65,7 @@ def runs(tmp_path: Path, monkeypatch, family: str, setting, fashion: Path | None
 
 
 @needs_text
+@pytest.mark.slow
 def test_an_encoder_decoder_is_trained_distilled_and_measured(tmp_path, monkeypatch, few_texts):
     rows = runs(tmp_path, monkeypatch, "encoder-decoder", functools.partial(teachers.encoder_decoder, steps=2))
     teacher = teachers.T5ForConditionalGeneration.from_pretrained(tmp_path / "teachers" / "encoder-decoder").eval()
@@ -76,6 +77,7 @@ def test_an_encoder_decoder_is_trained_distilled_and_measured(tmp_path, monkeypa
         torch.testing.assert_close(batch["decoder_input_ids"][:, 0], torch.zeros_like(batch["input_ids"][:, 0]))
 
 
+@pytest.mark.slow
 def test_an_image_classifier_is_trained_distilled_and_measured(tmp_path, monkeypatch, fashion):
     setting = functools.partial(teachers.vision, steps=2, sizes=(96, 32, 32))
     rows = runs(tmp_path, monkeypatch, "vision", setting, fashion)

@@ -31,6 +31,7 @@ def similarities(model: PreTrainedModel, batch: Any) -> torch.Tensor:
     return (vectors @ vectors.T)[first, second]
 
 
+@pytest.mark.slow
 def test_a_real_encoder_of_half_the_width_keeps_its_teachers_similarities() -> None:
     found = texts(180)
     tokenizer, teacher = AutoTokenizer.from_pretrained(default_encoder()), AutoModel.from_pretrained(default_encoder())

@@ -24,6 +24,7 @@ def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) ->
     assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
 
 
+@pytest.mark.slow
 def test_two_processes_generate_the_text_of_one(tmp_path: Path) -> None:
     result = torchrun("calibrate.py", 2, {"dataset": "self_generated"}, tmp_path)
     one = make_student(KINDS["llama"].teacher().double(), "self_generated")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForCTC,
@@ -48,6 +49,7 @@ def test_whisper_is_distilled_with_its_language_and_evaluated_by_word_error_rate
     assert AutoProcessor.from_pretrained(tmp_path / "student").feature_extractor.feature_size == 16
 
 
+@pytest.mark.slow
 def test_ctc_is_distilled_frame_by_frame(tmp_path):
     processor = ctc_processor(tmp_path / "p", return_attention_mask=True)
     _, measured = run(

@@ -92,6 +92,7 @@ def test_the_caller_may_fill_the_same_memory_again():
     assert same(moments, of(data.embeddings, data.labels, 60))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_examples():
     script = """
         import resource, sys, torch

@@ -463,6 +463,7 @@ def test_the_head_is_itself_again_when_the_model_fails():
     assert model(input_ids=batch_for(model)["input_ids"]).logits.shape == (3, 7, VOCABULARY)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_anew_for_every_step():
     model = build("llama")
     head = find_lm_head(model)

@@ -134,6 +134,7 @@ def test_held_out_texts_are_not_learned(options):
         assert all(topics.names[row["labels"]] == known[row["text"]] for row in part)
 
 
+@pytest.mark.slow
 def test_an_interruption_leaves_nothing_behind(options, tmp_path):
     """Ctrl-C while a student trains: no output, and no folder of what was only needed on the way."""
     program = f"""

@@ -126,6 +126,7 @@ def test_a_killed_capture_is_resumed(tmp_path):
     assert num_forwards == 60 - 5 * len(kept) + sum(forwards)
 
 
+@pytest.mark.slow
 def test_a_capture_killed_before_or_after_any_rename_is_resumed(tmp_path):
     script = """
     import os, signal, sys
