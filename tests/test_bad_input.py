@@ -199,7 +199,10 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
             ["'subsequent_layers' is an option of the method", "'subsequent_layers': 'uniform'"],
         ),
         ({"method": "gide"}, ["method='gide'", "'uniform', 'random'", "Did you mean 'guide'?"]),
-        ({"method": "calibratd"}, ["method='calibratd'", "['guide', 'calibrated', 'uniform', 'random']"]),
+        (
+            {"method": "calibratd"},
+            ["method='calibratd'", "['guide', 'calibrated', 'uniform', 'random'", "Did you mean 'calibrated'"],
+        ),
         ({"method": 3}, ["method must be one of", "found 3"]),
         (
             {"method": {"layrs": "first"}},

@@ -18,7 +18,14 @@ from hf_guide.initialization.registry import list_methods
 from hf_guide.signal_cache.config import CaptureConfig
 
 INVALID: list[Any] = [math.nan, math.inf, -math.inf, -1, -1e-9, "many", "2", True, [1.0], {}]
-REALS = ["temperature", "beta", "validation_split_percentage", "mlm_probability", "min_duration_in_seconds"]
+REALS = [
+    "temperature",
+    "beta",
+    "validation_split_percentage",
+    "mlm_probability",
+    "min_duration_in_seconds",
+    "max_duration_in_seconds",
+]
 WHOLE = [
     "loss_chunk_size",
     "max_length",
@@ -45,7 +52,7 @@ def _numbers(options: type, known: set[str]) -> set[str]:
     return {
         name
         for name, kind in kinds.items()
-        if kind in ("int", "float", "int | None", "<class 'int'>", "<class 'float'>")
+        if kind in ("int", "float", "int | None", "float | None", "<class 'int'>", "<class 'float'>")
     }
 
 

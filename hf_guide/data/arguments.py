@@ -13,7 +13,7 @@ from typing import Any
 from hf_guide.errors import OptionError
 from hf_guide.tasks import Task
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
-from hf_guide.validation import check_bool, check_choice, check_integer, check_mapping, check_number, check_positive
+from hf_guide.validation import check_bool, check_choice, check_integer, check_mapping, check_number
 
 DEFAULT_TARGET_LENGTH = 128
 
@@ -246,7 +246,9 @@ class DataArguments:
             if value is not None:
                 setattr(self, name, check_integer(name, value))
         if self.max_duration_in_seconds is not None:
-            self.max_duration_in_seconds = check_positive("max_duration_in_seconds", self.max_duration_in_seconds)
+            self.max_duration_in_seconds = check_number(
+                "max_duration_in_seconds", self.max_duration_in_seconds, 0, 86_400, includes_low=False
+            )
         self.min_duration_in_seconds = check_number("min_duration_in_seconds", self.min_duration_in_seconds, 0, 3600)
         if self.speech_task is not None:
             self.speech_task = check_choice("speech_task", self.speech_task, ("transcribe", "translate"))
