@@ -225,7 +225,8 @@ def test_the_command_line_makes_a_folder_that_sentence_transformers_loads(
     assert f"sentence_transformers.SentenceTransformer('{output}')" in capsys.readouterr().out
     assert {"modules.json", "1_Pooling", "2_Dense", "tokenizer.json"} <= {path.name for path in output.iterdir()}
     card = ModelCard.load(output / "README.md")
-    assert card.data.library_name == "sentence-transformers" and card.data.pipeline_tag == "sentence-similarity"
+    metadata = card.data.to_dict()
+    assert metadata["library_name"] == "sentence-transformers" and metadata["pipeline_tag"] == "sentence-similarity"
     assert {"sentence-transformers", "feature-extraction", "hf_guide"} <= set(card.data.tags or [])
     snippet = card.text.split("```python\n")[1].split("```")[0]
     assert snippet == (
