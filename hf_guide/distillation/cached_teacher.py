@@ -1,5 +1,6 @@
 """A teacher whose signals a collator read from a signal cache and added to the batch."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,12 @@ class CachedTeacher:
     classes: int | None
     order: list[int] | None
 
-    @property
+    @functools.cached_property
     def config(self) -> Any:
         """The teacher's config."""
         return self.capture.manifest.teacher_config_object()
 
-    @property
+    @functools.cached_property
     def kind(self) -> OutputKind:
         """What its logits are."""
         return output_kind(self.capture.task, self.config)
@@ -49,7 +50,7 @@ class CachedTeacher:
     @property
     def depth(self) -> int:
         """The teacher's number of blocks."""
-        return depth_of_config(self.capture.manifest.teacher_config_object(), self.capture.task)
+        return depth_of_config(self.config, self.capture.task)
 
     def width(self, name: str) -> int | None:
         """Return the width of `hidden_N` or `features`; None if the cache does not have it."""
