@@ -25,7 +25,7 @@ from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.tasks import OutputKind
-from hf_guide.teachers.loading import task_of_checkpoint
+from hf_guide.teachers import loading
 from hf_guide.utils.distributed import report_missing_ranks
 
 
@@ -57,17 +57,16 @@ def capture_dataset(
     Raises:
         OptionError, TeacherError, CaptureError: As `preprocess` and `capture_teacher` raise them.
     """
-    task = task_of_checkpoint(teacher, **hub_kwargs)
+    task = loading.task_of_checkpoint(teacher, **hub_kwargs)
     processing_class = load_processing_class(
         getattr(transformers, task.processor_class),
         processing_class_name_or_path or teacher,
         **({} if processing_class_name_or_path else hub_kwargs),
     )
     set_chat_template(processing_class, data.chat_template_path)
-    hub = {name: value for name, value in hub_kwargs.items() if name != "trust_remote_code"}
     with report_missing_ranks(), state.local_main_process_first():  # the other ranks read the cached result
         train, held_out = load_splits(data)
-        teacher_config = load_config(teacher, hub, bool(hub_kwargs.get("trust_remote_code")))
+        teacher_config = load_config(teacher, loading.hub_kwargs(hub_kwargs), loading.is_trusted(hub_kwargs))
         label_kind = OutputKind.CATEGORICAL
         if task.has_labels:
             label_kind = value_kind(train, find_column(train, task, "label", data), task, [teacher_config])
