@@ -112,7 +112,7 @@ class StatisticsAccumulator:
             if count < num_subclasses + 1 and get_splitter(self.splitter).finds_directions:
                 raise SubclassError(
                     f"Class {inputs.class_label(number)} has {count} examples; {num_subclasses} subclasses need at least "
-                    f"{num_subclasses + 1}. Give more examples or fewer num_subclasses."
+                    f"{num_subclasses + 1}. Give more examples{' or fewer num_subclasses' if num_subclasses > 2 else ''}."
                 )
         return inputs
 

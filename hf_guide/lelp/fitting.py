@@ -30,8 +30,9 @@ from hf_guide.lelp.data import (
     iter_live,
     peek_first,
 )
-from hf_guide.lelp.projector import SubclassProjector, check_embedding_width, check_fit_options, to_weight_matrix
+from hf_guide.lelp.projector import SubclassProjector, check_fit_options, to_weight_matrix
 from hf_guide.lelp.splitters.registry import get_splitter
+from hf_guide.lelp.subclass_count import DEFAULT_SUBCLASS_TEMPERATURE, check_embedding_width
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import classifier_registered, find_classifier
@@ -54,9 +55,9 @@ _RENAMED = RenamedOptions(names={"subclass_label_column": "fine_label_column"})
 def fit_subclasses(
     teacher: "str | os.PathLike[str] | PreTrainedModel | Capture",
     dataset: Any = None,
-    num_subclasses: int = 8,
+    num_subclasses: int | None = None,
     *,
-    subclass_temperature: float = 1.0,
+    subclass_temperature: float = DEFAULT_SUBCLASS_TEMPERATURE,
     temperature: float = 1.0,
     splitter: str = "lelp",
     seed: int = 0,
@@ -83,8 +84,8 @@ def fit_subclasses(
         teacher: A Hub id, a folder or a loaded model, a classifier of sequences or images; or a `Capture` with embeddings.
         dataset: Processed as for `Trainer`, with a length or streamed. With a `Capture` as teacher it may be left out: then
             all captured examples count, grouped by the classes that the teacher predicts.
-        num_subclasses: S.
-        subclass_temperature, temperature, splitter, seed: As of `SubclassProjector.fit`.
+        num_subclasses, subclass_temperature, temperature, splitter, seed: As of `SubclassProjector.fit`; without a number,
+            as many subclasses as embeddings and examples allow, 2 to 16.
         processing_class: The tokenizer or processor, which pads where there is no `data_collator`.
         data_collator: As for training.
         label_column: The column of labels; None takes "labels", "label" or "label_ids". For missing labels (None, -1, -100,
@@ -112,9 +113,8 @@ def fit_subclasses(
         >>> name = "distilbert/distilbert-base-uncased-finetuned-sst-2-english"
         >>> tokenizer = AutoTokenizer.from_pretrained(name)
         >>> processed = dataset.map(lambda row: tokenizer(row["text"])).remove_columns("text")
-        >>> projector = fit_subclasses(name, processed, 4, processing_class=tokenizer, show_progress=False)
-        >>> projector
-        SubclassProjector(2 classes x 4 subclasses of 768 numbers, splitter='lelp', temperature=1, subclass_temperature=1)
+        >>> fit_subclasses(name, processed, processing_class=tokenizer, show_progress=False)
+        SubclassProjector(2 classes x 3 subclasses of 768 numbers, splitter='lelp', temperature=1, subclass_temperature=0.5)
     """
     num_subclasses, seed = check_fit_options(num_subclasses, temperature, subclass_temperature, splitter, seed)
     batch_size = check_integer("batch_size", batch_size)
@@ -260,7 +260,7 @@ class _FeatureSource:
 
 
 def _resolve_classifier_weight(
-    source: _FeatureSource, classifier_weight: Any, num_subclasses: int, splitter: str
+    source: _FeatureSource, classifier_weight: Any, num_subclasses: int | None, splitter: str
 ) -> Tensor | None:
     """Return W, (classes, width), as passed or of the model; None where it must be recovered from the data.
 

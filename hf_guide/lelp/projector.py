@@ -25,6 +25,12 @@ from hf_guide.lelp.data import check_single_label
 from hf_guide.lelp.projector_files import read_projector, write_projector
 from hf_guide.lelp.splitters.registry import get_splitter
 from hf_guide.lelp.splitters.scorers import LinearScorer, SubclassScorer
+from hf_guide.lelp.subclass_count import (
+    DEFAULT_SUBCLASS_TEMPERATURE,
+    MIN_SUBCLASSES,
+    check_embedding_width,
+    choose_num_subclasses,
+)
 from hf_guide.lelp.validation import as_tensor, check_finite_rows, check_integer_labels, iter_aligned_chunks
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.utils.deprecation import RenamedOptions, warn_renamed, with_renamed_parameters
@@ -52,6 +58,7 @@ class SubclassProjector:
         variances: (C,): the trace of each class's whole covariance.
         teacher: The teacher's name or path, if known.
         teacher_fingerprint: Of its weights (`weights_fingerprint`), if there is a model.
+        num_subclasses_rule: The limit by which `num_subclasses` was chosen; None where it was given.
 
     Example:
         >>> import torch
@@ -76,6 +83,7 @@ class SubclassProjector:
     variances: Tensor
     teacher: str | None = None
     teacher_fingerprint: str | None = None
+    num_subclasses_rule: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "subclass_temperature"):
@@ -88,10 +96,10 @@ class SubclassProjector:
         embeddings: Any,
         labels: Any,
         classifier_weight: Any,
-        num_subclasses: int = 8,
+        num_subclasses: int | None = None,
         *,
         logits: Any = None,
-        subclass_temperature: float = 1.0,
+        subclass_temperature: float = DEFAULT_SUBCLASS_TEMPERATURE,
         temperature: float = 1.0,
         splitter: str = "lelp",
         seed: int = 0,
@@ -105,10 +113,12 @@ class SubclassProjector:
             labels: (N,), whole numbers or bool, or an iterable of chunks; -1, -100 and, in a list, None, or None for all,
                 mark missing ones: those examples are grouped by the class that the teacher predicts.
             classifier_weight: W, (C, D); a single row means two classes, as in scikit-learn.
-            num_subclasses: S, at least 1.
+            num_subclasses: S, at least 1; None takes as many as the embeddings and the smallest class allow, 2 to 16 (the
+                projector's `num_subclasses_rule` states which limit was met).
             logits: (N, C), or chunks; needed where labels are missing.
             subclass_temperature: beta: the larger, the more even the probabilities of a class's subclasses.
-            temperature: tau, of the teacher's logits and the student's.
+            temperature: tau, of the teacher's logits and the student's. Try 1 first: a larger one flattens the classes'
+                probabilities and not the subclasses' shares, so it also shifts weight from the former to the latter.
             splitter: "lelp", "kmeans" (needs scikit-learn), "labels", or one of `register_splitter`.
             seed: Of the rotation, and of the splitter's other random numbers.
             fine_labels: (N,), or chunks, for the splitter "labels".
@@ -143,9 +153,9 @@ class SubclassProjector:
         cls,
         statistics: StatisticsAccumulator,
         classifier_weight: Tensor,
-        num_subclasses: int,
+        num_subclasses: int | None,
         *,
-        subclass_temperature: float = 1.0,
+        subclass_temperature: float = DEFAULT_SUBCLASS_TEMPERATURE,
         temperature: float = 1.0,
         id2label: "Mapping[int, str] | Sequence[str] | None" = None,
         teacher: str | None = None,
@@ -155,10 +165,14 @@ class SubclassProjector:
         classes, width = check_embedding_width(classifier_weight, num_subclasses, statistics.splitter)
         names = _class_names(id2label, classes)
         class_names = list(names.values()) if id2label else None
-        inputs = statistics.splitter_inputs(classifier_weight, num_subclasses, class_names)
+        inputs = statistics.splitter_inputs(classifier_weight, num_subclasses or MIN_SUBCLASSES, class_names)
+        spectra = torch.stack([torch.linalg.eigvalsh(inputs.covariance(number)).flip(0) for number in range(classes)])
+        rule = None
+        if num_subclasses is None:
+            num_subclasses, rule = choose_num_subclasses(statistics, spectra, names)
+            inputs = dataclasses.replace(inputs, num_subclasses=num_subclasses)
         scores = get_splitter(statistics.splitter).split(inputs)
         tensors = {name: tensor.cpu().contiguous() for name, tensor in scores.tensors().items()}
-        spectra = [torch.linalg.eigvalsh(inputs.covariance(number)).flip(0) for number in range(classes)]
         moments = statistics.moments
         variances = moments.scatters.diagonal(dim1=1, dim2=2).sum(1) / moments.counts
         return cls(
@@ -172,10 +186,11 @@ class SubclassProjector:
             seed=statistics.seed,
             id2label=names,
             counts=moments.counts.cpu(),
-            eigenvalues=torch.stack(spectra).clamp(min=0).cpu(),
+            eigenvalues=spectra.clamp(min=0).cpu(),
             variances=variances.cpu(),
             teacher=teacher,
             teacher_fingerprint=teacher_fingerprint,
+            num_subclasses_rule=rule,
         )
 
     @with_renamed_parameters(_RENAMED)
@@ -440,14 +455,14 @@ def to_weight_matrix(classifier_weight: Any) -> Tensor:
 
 
 def check_fit_options(
-    num_subclasses: int, temperature: float, subclass_temperature: float, splitter: str, seed: int
-) -> tuple[int, int]:
+    num_subclasses: int | None, temperature: float, subclass_temperature: float, splitter: str, seed: int
+) -> tuple[int | None, int]:
     """Check the options of a fit; return `num_subclasses` and `seed` as Python's numbers.
 
     Raises:
         OptionError: Names the option and its valid values.
     """
-    size = check_integer("num_subclasses", num_subclasses)
+    size = None if num_subclasses is None else check_integer("num_subclasses", num_subclasses)
     check_positive("temperature", temperature)
     check_positive("subclass_temperature", subclass_temperature)
     get_splitter(splitter).check_requirements()
@@ -466,22 +481,6 @@ def check_not_transposed(weight: Tensor, embeddings: Tensor) -> None:
             f"The classifier's weight looks transposed: it has the shape ({rows}, {columns}), and embeddings are {rows} wide. "
             f"Give it as (classes, width), ({columns}, {rows})."
         )
-
-
-def check_embedding_width(weight: Tensor, num_subclasses: int, splitter: str) -> tuple[int, int]:
-    """Return the number of classes and the embedding width, which must hold C + S directions.
-
-    Raises:
-        SubclassError: D < C + S, and the splitter finds directions.
-    """
-    classes, width = weight.shape
-    if width < classes + num_subclasses and num_subclasses > 1 and get_splitter(splitter).finds_directions:
-        advice = f"num_subclasses up to {width - classes}" if width > classes + 1 else "another layer's embeddings"
-        raise SubclassError(
-            f"Embeddings {width} wide cannot hold {num_subclasses} directions in addition to the classifier's {classes}: they "
-            f"must be at least {classes + num_subclasses} wide. Choose {advice}."
-        )
-    return classes, width
 
 
 def _class_names(id2label: "Mapping[int, str] | Sequence[str] | None", classes: int) -> dict[int, str]:

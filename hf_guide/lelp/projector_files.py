@@ -40,6 +40,7 @@ _ENTRIES = (
     "teacher",
     "teacher_fingerprint",
 )
+_OPTIONAL_ENTRIES = ("num_subclasses_rule",)
 
 
 def write_projector(projector: Any, save_directory: str | os.PathLike[str]) -> list[str]:
@@ -57,7 +58,7 @@ def write_projector(projector: Any, save_directory: str | os.PathLike[str]) -> l
     tensors = {f"scores.{name}": tensor.contiguous() for name, tensor in projector.scores.tensors().items()}
     tensors |= {name: getattr(projector, name).contiguous() for name in _STATISTICS}
     entries: dict[str, Any] = {"format": FORMAT, "form": projector.scores.form}
-    entries |= {name: getattr(projector, name) for name in _ENTRIES}
+    entries |= {name: getattr(projector, name) for name in (*_ENTRIES, *_OPTIONAL_ENTRIES)}
     entries["teacher"] = None if projector.teacher is None else public_name(projector.teacher)
     entries["id2label"] = {str(number): name for number, name in projector.id2label.items()}
     try:
@@ -103,6 +104,7 @@ def read_projector(name: str | os.PathLike[str], **where: Any) -> dict[str, Any]
             )
         scorer_type = SCORER_TYPES[entries["form"]]
         fields: dict[str, Any] = {key: entries[key] for key in _ENTRIES} | {key: tensors[key] for key in _STATISTICS}
+        fields |= {key: entries.get(key) for key in _OPTIONAL_ENTRIES}  # an earlier version did not write them
         scorer_fields = dataclasses.fields(scorer_type)
         fields["scores"] = scorer_type(**{field.name: tensors[f"scores.{field.name}"] for field in scorer_fields})
         fields["id2label"] = {int(number): label for number, label in entries["id2label"].items()}

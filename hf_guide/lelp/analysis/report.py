@@ -169,9 +169,10 @@ def summarize_subclasses(
                 explained_variance_ratio=None if explained is None else explained[number].item(),
             )
         )
+    rule = projector.num_subclasses_rule
     facts = {
         "classes": str(projector.num_classes),
-        "subclasses of each": str(projector.num_subclasses),
+        "subclasses of each": f"{projector.num_subclasses}{'' if rule is None else f' ({rule})'}",
         "splitter": projector.splitter,
         "temperature": f"{projector.temperature:g}",
         "temperature of subclasses": f"{projector.subclass_temperature:g}",
