@@ -132,7 +132,7 @@ def from_teacher(
         OptionError: Unknown method, option or override (the nearest valid name is given); a cache folder of another call.
         ShapeError: A shape that the family rejects or cannot run with, or that cannot be made from this teacher.
         LayoutError: A family whose axes are not known.
-        TeacherError: A teacher that cannot be read.
+        TeacherError: A teacher that cannot be read, or whose files change while they are read.
         SubclassError: A projector of another teacher.
         TaskError: Subclasses of something other than a classifier of whole examples.
 
@@ -183,6 +183,7 @@ def from_teacher(
     if needs_dry_run and student.num_parameters() > DRY_RUN_MIN_PARAMETERS:
         check_forward(student, setup.teacher.config, filled=False)
     report = initializer.initialize(student, setup)
+    checkpoint.weights.check_unchanged()
 
     report.options = dataclasses.asdict(method_config)
     report.approximations += [*dropped, *shape.approximations]

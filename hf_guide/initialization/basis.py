@@ -1,6 +1,7 @@
 """Fit the basis onto which a residual stream is projected: eigenvectors of a second moment of embeddings or activations.
 
-Arithmetic is in float64, with at most a few thousand rows in float64 at once.
+Arithmetic is in float64, with at most a few thousand rows in float64 at once; of a large table the products of a few thousand
+rows are summed in float32, and these sums in float64.
 """
 
 from collections.abc import Iterable
@@ -16,6 +17,13 @@ from hf_guide.utils.finite import non_finite_rows
 
 CHUNK_ROWS = 512  # so many rows in float64 stay in the processor's cache while the panels walk over them
 PANEL_COLUMNS = 256
+FLOAT32_ROWS = 4096  # of which the products are summed in float32
+
+MAX_FLOAT64_PRODUCTS = 1e11
+"""Rows times width squared up to which a second moment is computed in float64 products: about two seconds of one core."""
+
+ROUNDING_FLOOR = 1e-6
+"""Of the largest eigenvalue; smaller ones may be the rounding of float32 products, about 1e-8 of the moment's entries."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,14 @@ class ResidualBasis:
     explained: float
 
 
-def second_moment(rows: Iterable[Tensor], width: int, *, centered: bool = False, name: str = "the rows") -> Tensor:
+def second_moment(
+    rows: Iterable[Tensor],
+    width: int,
+    *,
+    centered: bool = False,
+    name: str = "the rows",
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
     """Sum x_i^T x_i over all rows x_i, streamed.
 
     Args:
@@ -41,6 +56,7 @@ def second_moment(rows: Iterable[Tensor], width: int, *, centered: bool = False,
         width: Number of columns of every chunk.
         centered: Subtract the mean row first.
         name: Name of the rows in errors.
+        dtype: Of the products, float64 or float32; those of at most 4,096 rows are summed in it, their sums in float64.
 
     Returns:
         The second moment, (width, width), float64, on the device of the first chunk if that is the CPU or a CUDA device.
@@ -62,14 +78,17 @@ def second_moment(rows: Iterable[Tensor], width: int, *, centered: bool = False,
         if seen == 0 and chunk.device.type == "cuda":
             moment, total = moment.to(chunk.device), total.to(chunk.device)
         first_row = seen
-        for part in chunk.detach().split(CHUNK_ROWS):
-            part = part.to(moment.device, torch.float64)
+        for part in chunk.detach().split(CHUNK_ROWS if dtype == torch.float64 else FLOAT32_ROWS):
+            part = part.to(moment.device, dtype)
             if centered:
-                total += part.sum(0)
+                total += part.sum(0, dtype=torch.float64)
             # The moment is symmetric: only its lower panels are multiplied out, which saves nearly half the work.
             for start in range(0, width, PANEL_COLUMNS):
-                panel = part[:, start : start + PANEL_COLUMNS]
-                moment[start:, start : start + PANEL_COLUMNS].addmm_(part[:, start:].T, panel)
+                panel, lower = part[:, start : start + PANEL_COLUMNS], moment[start:, start : start + PANEL_COLUMNS]
+                if dtype == torch.float64:
+                    lower.addmm_(part[:, start:].T, panel)
+                else:
+                    lower += part[:, start:].T @ panel
             seen += len(part)
         if not torch.isfinite(moment.trace()):  # checked once per chunk: a pass over every row would cost a tenth more
             _check_finite_rows(chunk, first_row, name)
@@ -179,11 +198,14 @@ def _check_finite_rows(chunk: Tensor, first_row: int, name: str) -> None:
     )
 
 
-def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
+def embedding_second_moments(plan: Plan, axes: list[str], *, exact: bool = False) -> dict[str, Tensor]:
     """Return E^T E, (d_T, d_T) float64, of the embedding tables on each of `axes`.
 
     A table whose rows are themselves coordinates of another projected axis (ALBERT's embedding_hidden_mapping_in) is
     weighed with that axis's moment.
+
+    Args:
+        exact: Compute large tables in float64 products too, which takes twice the time.
     """
     tables: dict[str, list[ParameterPlan]] = {axis: [] for axis in axes}
     chained = set(plan.layout.projected_axes())
@@ -210,19 +232,25 @@ def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
         width = plan.widths[axis][0]
         moment = torch.zeros(width, width, dtype=torch.float64)
         for parameter in tables[axis]:
-            tensor = plan.read(parameter.source or "")
-            rows = tensor.movedim(parameter.axes.index(AxisName(axis)), -1).reshape(-1, width)
+            source, dim = parameter.source or "", parameter.axes.index(AxisName(axis))
             other = [name for name in _site_axis_names(parameter) if name in chained and name != axis]
             if other:
+                tensor = plan.read(source)
                 inner = moments.get(other[0])
                 inner = embedding_second_moments(plan, other)[other[0]] if inner is None else inner
-                dims = parameter.axes.index(AxisName(axis)), parameter.axes.index(AxisName(other[0]))
+                dims = dim, parameter.axes.index(AxisName(other[0]))
                 maps = (
                     tensor.double().movedim(dims, (-1, -2)).reshape(-1, len(inner), width)
                 )  # one for each kernel entry
                 moment += torch.einsum("koa,op,kpb->ab", maps, inner, maps)
                 continue
-            moment += second_moment([rows], width, name=parameter.source or "")
+            size = (parameter.source_shape or parameter.shape).numel()
+            by_rows = dim == len(parameter.axes) - 1
+            blocks = plan.read_blocks(source) if by_rows else [plan.read(source).movedim(dim, -1)]
+            rows = (block.reshape(-1, width) for block in blocks)
+            in_float32 = size * width > MAX_FLOAT64_PRODUCTS and not exact and plan.teacher.dtype != torch.float64
+            dtype = torch.float32 if in_float32 else torch.float64
+            moment += second_moment(rows, width, name=source, dtype=dtype)
         moments[axis] = moment
     return moments
 
@@ -230,12 +258,16 @@ def embedding_second_moments(plan: Plan, axes: list[str]) -> dict[str, Tensor]:
 def fit_embedding_basis(plan: Plan, axis: str, moments: dict[str, Tensor]) -> ResidualBasis:
     """Fit the basis of `axis`, (d_T, d_S), to its embedding tables.
 
+    Where a direction may be one of the rounding of float32 products, the moment in `moments` is computed again in float64.
     Where the tables span fewer directions (a factorized embedding, few patches), the second moment of the output projections,
     (d_T, d_T), is added to that in `moments`, small enough to leave the first directions as they are.
     """
     width, size = plan.widths[axis]
     keep_mean = plan.layout.norm == "layer"
     basis = fit_basis(moments[axis], size, keep_mean=keep_mean)
+    if size < width and basis.eigenvalues[size - 1] < ROUNDING_FLOOR * basis.eigenvalues[0]:
+        moments[axis] = embedding_second_moments(plan, [axis], exact=True)[axis]
+        basis = fit_basis(moments[axis], size, keep_mean=keep_mean)
     if size == width or basis.eigenvalues[size - 1] > 1e-10 * basis.eigenvalues[0]:
         return basis
     output_moment = torch.zeros(width, width, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The plan of a transfer: where each of a student's parameters comes from, and how each of its axes gets smaller."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -51,6 +51,9 @@ from hf_guide.utils.finite import is_finite
 
 HEADS = ("heads", "kv_heads", "group")
 
+READ_BYTES = 64 << 20
+"""Bytes of a teacher's tensor that are read at once where its rows do not depend on each other."""
+
 BLOCK_AXES = ("blocks", "gaps")
 """Axes with an entry for each block of a stack, and between each two of them."""
 
@@ -74,7 +77,7 @@ class ParameterPlan:
     Attributes:
         name: The student's own name of it.
         canonical: Its name relative to the base model.
-        shape: The student's.
+        shape, dtype: The student's.
         match: The row of the layout that describes it.
         source: The teacher's parameter, relative to the base model; None where the teacher has none.
         source_shape: The teacher's shape.
@@ -84,6 +87,7 @@ class ParameterPlan:
     name: str
     canonical: str
     shape: torch.Size
+    dtype: torch.dtype
     match: LayoutMatch
     source: str | None
     source_shape: torch.Size | None
@@ -150,21 +154,43 @@ class Plan:
     may_be_infinite: set[str] = field(default_factory=set)
     _seen_finite: set[str] = field(default_factory=set)
     _maps: dict[tuple[str, int], list[AxisMap]] = field(default_factory=dict)  # by parameter and number of bases
+    _projections: dict[tuple[str, int, int], Projection] = field(
+        default_factory=dict
+    )  # by axis, repeats, number of bases
 
-    def read(self, canonical: str) -> Tensor:
+    def read(self, canonical: str, rows: "tuple[int, int] | None" = None) -> Tensor:
         """Return the teacher's tensor on the CPU: as stored, or transformed in float32 or better.
+
+        Args:
+            rows: The first entry of its first axis to read, and the one after the last; None for all of them.
 
         Raises:
             TeacherError: NaN or infinite values; names the tensor, their number and the first position.
         """
-        name = self.teacher_names[canonical]
-        tensor = self.teacher.weights.get(name).cpu()
+        name, weights = self.teacher_names[canonical], self.teacher.weights
+        if rows is not None and canonical in self.tensor_transforms:
+            return self.read(canonical)[slice(*rows)]
+        tensor = (weights.get(name) if rows is None else weights.rows(name, *rows)).cpu()
         if name not in self._seen_finite and tensor.is_floating_point():
             bounded = canonical in self.may_be_infinite
             checked = tensor.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0) if bounded else tensor
+            if rows is not None and not is_finite(checked):
+                return self.read(canonical)  # raises, with the number and the position in the whole tensor
             check_finite_weights(checked, f"{name!r} of the teacher {self.teacher.name}")
-            self._seen_finite.add(name)
+            if rows is None:
+                self._seen_finite.add(name)
         return self.tensor_transforms[canonical](tensor) if canonical in self.tensor_transforms else tensor
+
+    def read_blocks(self, canonical: str) -> Iterator[Tensor]:
+        """Yield the teacher's tensor in blocks of its first axis, each of at most `READ_BYTES` (or one entry)."""
+        shape = self.teacher.weights.shape(self.teacher_names[canonical])
+        size = shape.numel() * self.teacher.weights.dtype(self.teacher_names[canonical]).itemsize
+        step = max(1, shape[0] * READ_BYTES // max(1, size))
+        if canonical in self.tensor_transforms or step >= shape[0]:
+            yield self.read(canonical)
+            return
+        for start in range(0, shape[0], step):
+            yield self.read(canonical, (start, min(start + step, shape[0])))
 
     def select(self, indices: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Select indices of named axes, by a parameter's own name, in addition to those selected before."""
@@ -248,8 +274,7 @@ class Plan:
         for axis in parameter.axes:
             if self.is_projected(parameter, axis):
                 name, times = name_and_repeats(axis)
-                matrix = self.bases.get(name, torch.empty(self.widths[name]))
-                axis_maps.append(Projection(matrix if times == 1 else torch.block_diag(*[matrix] * times)))
+                axis_maps.append(self._projection(name, times))
             elif axis in (AxisName("vocab"), AxisName("labels")):
                 indices = self.vocab_indices if axis == AxisName("vocab") else self.label_indices
                 if indices is None and teacher[str(axis)] != student[str(axis)]:
@@ -274,6 +299,14 @@ class Plan:
                 )
                 axis_maps.append(Selection(indices, factors, axis_size(axis, teacher) or 0))
         return axis_maps
+
+    def _projection(self, axis: str, times: int) -> Projection:
+        """Return the one projection of an axis, which computes once what is asked about its matrix."""
+        key = (axis, times, len(self.bases))
+        if key not in self._projections:
+            matrix = self.bases.get(axis, torch.empty(self.widths[axis]))
+            self._projections[key] = Projection(matrix if times == 1 else torch.block_diag(*[matrix] * times))
+        return self._projections[key]
 
     def _blocks_change(self, parameter: ParameterPlan, axis: Axis) -> bool:
         stack = self.block_table_stack(parameter) if set(BLOCK_AXES) & set(axis_names(axis)) else None
@@ -584,6 +617,7 @@ def _plan_parameters(
             own_name,
             name,
             shape,
+            names.tensors[own_name].dtype,
             match,
             source if stored is not None else None,
             teacher.weights.shape(stored) if stored is not None else None,

@@ -19,7 +19,8 @@ from hf_guide.errors import OptionError, SubclassError, TaskError
 from hf_guide.models.model_classes import meta_model
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.tasks import OutputKind, Task, output_kind, task_of
-from hf_guide.teachers.checkpoint import TeacherCheckpoint, TensorSource
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.teachers.tensor_source import TensorSource
 from hf_guide.utils.labels import config_class_names, subclass_names
 from hf_guide.validation import check_integer
 
@@ -189,7 +190,7 @@ def check_student_task(model_class: type[PreTrainedModel], config: PreTrainedCon
 
 
 @dataclass(frozen=True)
-class _OverriddenTensors:
+class _OverriddenTensors(TensorSource):
     """A teacher's tensors, those of the head replaced."""
 
     weights: TensorSource
@@ -206,6 +207,16 @@ class _OverriddenTensors:
 
     def get(self, name: str) -> Tensor:
         return self.head[name] if name in self.head else self.weights.get(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.head[name][start:stop] if name in self.head else self.weights.rows(name, start, stop)
+
+    def prefetch(self, name: str) -> None:
+        if name not in self.head:
+            self.weights.prefetch(name)
+
+    def check_unchanged(self) -> None:
+        self.weights.check_unchanged()
 
 
 def widen_teacher_head(

@@ -1,5 +1,7 @@
 """Apply a plan: compute each of the student's parameters from its teacher's, one tensor at a time.
 
+A large tensor is read, contracted and stored a few thousand rows at a time.
+
 The rule (methods of GUIDE, arXiv 2510.06502, and SliceGPT's invariance, arXiv 2401.15024): every projected axis is contracted
 with its basis M, every other axis is selected; the gain c of a norm is folded into the weights W that read it,
 W diag(c) M sqrt(d_T / d_S), so that for a residual stream inside span(M) the student computes what the teacher does.
@@ -29,12 +31,13 @@ from hf_guide.initialization.basis import (
 from hf_guide.initialization.build import init_missing_weights, untie_like_teacher
 from hf_guide.initialization.config import PlanOptions
 from hf_guide.initialization.norm_folding import NormFolding
-from hf_guide.initialization.plan import ParameterPlan, Plan, is_constant, make_plan
+from hf_guide.initialization.plan import READ_BYTES, ParameterPlan, Plan, is_constant, make_plan
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.initialization.selection import evenly_spaced_indices
 from hf_guide.initialization.tensor_names import is_parameter, unique_tensors
 from hf_guide.layouts.grammar import (
     AxisConcat,
+    AxisMap,
     AxisName,
     Identity,
     Projection,
@@ -48,6 +51,9 @@ from hf_guide.layouts.grammar import (
 from hf_guide.layouts.registry import PREFIX_AXES, BlockTransfer, Layout, config_sizes
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.finite import is_finite
+
+MIN_BFLOAT16_PRODUCTS = 1e9
+"""Multiplications of a product from which bfloat16 is used: below, float32 takes no more than a few hundredths of a second."""
 
 
 @torch.no_grad()
@@ -155,14 +161,43 @@ class Transfer:
             for parameter in self.plan.parameters.values()
             if parameter.name not in self.plan.random_parameters
         ]
-        for parameter in tqdm(planned, desc="initializing", unit="tensor", disable=not show_progress):
+        following = [*(parameter.source for parameter in planned[1:]), None]
+        progress = tqdm(planned, desc="initializing", unit="tensor", disable=not show_progress)
+        for parameter, next_source in zip(progress, following, strict=True):
+            if next_source is not None:
+                self.plan.teacher.weights.prefetch(self.plan.teacher_names[next_source])
             target = tensors[parameter.name]
-            value = self.parameter_value(parameter)
-            target.data.copy_(value)
-            if is_parameter(target):
-                check_no_overflow(target, value, parameter.name)
+            for rows in self._row_blocks(parameter):
+                value = self.parameter_value(parameter, rows)
+                part = target.data if rows is None else target.data[slice(*rows)]
+                part.copy_(value)
+                if is_parameter(target):
+                    check_no_overflow(part, value, parameter.name)
             target._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' mark: initialize_weights skips it
         init_missing_weights(student, self.plan.options.seed)
+
+    def _row_blocks(self, parameter: ParameterPlan) -> "list[tuple[int, int] | None]":
+        """Return the rows of the student's parameter that are computed together; None for the whole parameter.
+
+        They are those that about `READ_BYTES` of the teacher's tensor are read for. Rows depend on each other where the first
+        axis is projected, where it has terms that read different norms, and where a layout or a rotation changes the tensor.
+        """
+        plan, row = self.plan, parameter.match.row
+        depends = (
+            row.kind not in ("weight", "table")
+            or parameter.match.is_bias
+            or parameter.source is None
+            or parameter.source in plan.tensor_transforms
+            or row.pattern in plan.layout.block_value
+            or len(row.input_norms) > 1
+        )
+        if depends or len(parameter.shape) < 2 or isinstance(plan.maps(parameter)[0], Projection):
+            return [None]
+        assert parameter.source_shape is not None
+        stored = plan.teacher.weights.dtype(plan.teacher_names[parameter.source or ""]).itemsize
+        count = parameter.shape[0]
+        step = max(1, count * READ_BYTES // max(1, parameter.source_shape.numel() * stored))
+        return [(start, min(start + step, count)) for start in range(0, count, step)] if step < count else [None]
 
     def teacher_norm(self, norm: str, parameter: ParameterPlan, part: str) -> Tensor | None:
         """Return the gain or bias, float64, of the teacher's norm in front of `parameter`'s source; None where it has none."""
@@ -241,16 +276,21 @@ class Transfer:
         if step not in steps:
             steps.append(step)
 
-    def weight_value(self, parameter: ParameterPlan, vectors: Sequence[Tensor | None] | None = None) -> Tensor:
+    def weight_value(
+        self,
+        parameter: ParameterPlan,
+        vectors: Sequence[Tensor | None] | None = None,
+        rows: "tuple[int, int] | None" = None,
+    ) -> Tensor:
         """Return a weight's value; with `vectors`, the product of the weight with them instead.
 
         Args:
             vectors: One vector (d_T,) on the teacher's input axis for each term of the output axis, None for zeros. The
                 result has the student's output axis alone.
+            rows: Those of the student's parameter to compute, of `_row_blocks`; None for all.
         """
-        assert parameter.source is not None
-        row, maps = parameter.match.row, self.plan.maps(parameter)
-        tensor = self.plan.read(parameter.source)
+        row = parameter.match.row
+        tensor, maps = self._read(parameter, rows)
         if not maps:
             return tensor
         for dim, chosen in enumerate(maps):
@@ -264,13 +304,40 @@ class Transfer:
             pieces.append(self._contract(parameter, piece, read, None if vectors is None else (vectors[number],)))
         result = torch.cat(pieces, dim=0 if vectors is not None else output) if len(pieces) > 1 else pieces[0]
         for dim, chosen in enumerate(maps):
-            if isinstance(chosen, Selection) and not bool((chosen.factors == 1).all()):
+            if isinstance(chosen, Selection) and _is_scaled(chosen):
                 if vectors is not None and dim != output:
                     continue
                 shape = [1] * result.ndim
                 shape[0 if vectors is not None else dim] = -1
                 result = result.to(self.dtype) * chosen.factors.view(shape).to(self.dtype)
         return result
+
+    def _read(self, parameter: ParameterPlan, rows: "tuple[int, int] | None") -> "tuple[Tensor, list[AxisMap]]":
+        """Return the teacher's tensor, or what of it some of the student's rows come from, and the maps of its axes."""
+        assert parameter.source is not None
+        maps = self.plan.maps(parameter)
+        if rows is None:
+            return self.plan.read(parameter.source), maps
+        first = maps[0]
+        if not isinstance(first, Selection):
+            return self.plan.read(parameter.source, rows), maps
+        indices = first.indices[slice(*rows)]
+        present = indices[indices >= 0]
+        low, high = (int(present.min()), int(present.max()) + 1) if len(present) else (0, 1)
+        shifted = Selection((indices - low).where(indices >= 0, -1), first.factors[slice(*rows)], first.size)
+        return self.plan.read(parameter.source, (low, high)), [shifted, *maps[1:]]
+
+    def _product_dtype(self, parameter: ParameterPlan, tensor: Tensor) -> torch.dtype:
+        """Return what a product with one basis is computed in: bfloat16 where both models and the processor have it.
+
+        Its products are summed in float32 and rounded once, to what the student stores; what is added to that is the rounding
+        of the basis, of the same size.
+        """
+        maps = self.plan.maps(parameter)
+        once = sum(isinstance(chosen, Projection) for chosen in maps) == 1 and not any(map(_is_scaled, maps))
+        in_bfloat16 = tensor.dtype == parameter.dtype == torch.bfloat16 and once
+        large = in_bfloat16 and tensor.numel() * max(parameter.shape) >= MIN_BFLOAT16_PRODUCTS
+        return torch.bfloat16 if large and multiplies_bfloat16() else self.dtype
 
     def _terms(self, parameter: ParameterPlan, total: int) -> list[int]:
         output = parameter.match.row.output_axis
@@ -313,7 +380,12 @@ class Transfer:
             elif dim != row.input_axis:
                 diagonal = self.output_gain(parameter)
             diagonal = diagonal if diagonal is None else diagonal.repeat(times)
-            tensor = project_axis(tensor, dim, matrix * factor, self.dtype, diagonal=diagonal)
+            if factor != 1.0:
+                diagonal = (
+                    torch.full((len(matrix),), factor, dtype=matrix.dtype) if diagonal is None else diagonal * factor
+                )
+            dtype = self.dtype if vector is not None else self._product_dtype(parameter, tensor)
+            tensor = project_axis(tensor, dim, matrix, dtype, diagonal=diagonal)
         return tensor.squeeze(row.input_axis) if vector is not None else tensor
 
     def note(self, note: str) -> None:
@@ -321,9 +393,9 @@ class Transfer:
         if note not in self.notes:
             self.notes.append(note)
 
-    def parameter_value(self, parameter: ParameterPlan) -> Tensor:
-        """Return the student's parameter, in the transfer's dtype or the teacher's own."""
-        result = self._adjust_for_block_index(parameter, self._base_value(parameter))
+    def parameter_value(self, parameter: ParameterPlan, rows: "tuple[int, int] | None" = None) -> Tensor:
+        """Return the student's parameter, or some rows of it (see `_row_blocks`), in the transfer's dtype or the teacher's."""
+        result = self._adjust_for_block_index(parameter, self._base_value(parameter, rows))
         logit_scale = self.plan.options.logit_scale
         row = parameter.match.row
         if logit_scale == 1.0:
@@ -363,13 +435,13 @@ class Transfer:
             return changed
         return value
 
-    def _base_value(self, parameter: ParameterPlan) -> Tensor:
+    def _base_value(self, parameter: ParameterPlan, rows: "tuple[int, int] | None") -> Tensor:
         if parameter.match.row.kind == "norm":
             return self._norm_value(parameter)
         if parameter.match.is_bias:
             return self._scaled(self._bias_value(parameter), self.residual_stream_scale(parameter))
         row = parameter.match.row
-        result = self._scaled(self.weight_value(parameter), self.residual_stream_scale(parameter))
+        result = self._scaled(self.weight_value(parameter, rows=rows), self.residual_stream_scale(parameter))
         if row.kind == "table" and AxisName("vocab") in row.axes and self.plan.options.projects:
             ratio = self.ratio(self.plan.layout.embedding_scale)
             if ratio != 1.0:
@@ -614,6 +686,17 @@ class Transfer:
                 ]
             records.append(record)
         return records
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor multiplies matrices in bfloat16, summed in float32, faster than in float32."""
+    features = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def _is_scaled(chosen: AxisMap) -> bool:
+    return isinstance(chosen, Selection) and not bool((chosen.factors == 1).all())
 
 
 def root_mean_square(gain: Tensor) -> float:

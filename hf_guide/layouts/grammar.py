@@ -4,6 +4,7 @@ An axis is written as in einops: a name (`embed`), a whole number (`3`), a produ
 sums (`(heads q_dim + heads k_dim + heads head_dim)`), nested at will. A tensor's axes are separated by spaces.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -269,7 +270,7 @@ class Projection:
 
     matrix: Tensor
 
-    @property
+    @functools.cached_property
     def is_selection(self) -> bool:
         """Whether each direction is one of the teacher's channels."""
         return bool(((self.matrix == 0) | (self.matrix == 1)).all() and (self.matrix.sum(0) == 1).all())
@@ -296,12 +297,16 @@ def apply_selection(tensor: Tensor, dim: int, selection: Selection) -> Tensor:
 def project_axis(
     tensor: Tensor, dim: int, matrix: Tensor, dtype: torch.dtype, *, diagonal: Tensor | None = None
 ) -> Tensor:
-    """Return `tensor` with axis `dim` contracted with `diag(diagonal) @ matrix`, computed in `dtype`.
+    """Return `tensor` with axis `dim` contracted with `diag(diagonal) @ matrix`, whose product is rounded to `dtype` once.
 
     The tensor is processed in pieces of about 64 MB, so that one in half precision is never held whole in a wider dtype.
     """
-    effective = matrix if diagonal is None else diagonal[:, None] * matrix
-    effective = effective.to(device=tensor.device, dtype=dtype)
+    effective = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    if diagonal is None:
+        effective.copy_(matrix)
+    else:
+        torch.mul(diagonal[:, None], matrix, out=effective)
+    effective = effective.to(tensor.device)
     moved = tensor.movedim(dim, -1)
     result = torch.empty(*moved.shape[:-1], matrix.shape[1], dtype=dtype, device=tensor.device)
     if moved.ndim == 1:

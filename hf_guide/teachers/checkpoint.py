@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
@@ -26,53 +26,9 @@ from hf_guide.models.model_classes import candidate_model_classes, meta_model, w
 from hf_guide.models.model_files import check_model_folder
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
 from hf_guide.teachers.loading import check_is_teacher, load_complete_model, missing_parameters_error
-from hf_guide.teachers.shards import SafetensorsTensors, find_safetensors, match_stored_tensors, read_headers
+from hf_guide.teachers.shards import find_safetensors, match_stored_tensors, read_headers
+from hf_guide.teachers.tensor_source import InMemoryTensors, SafetensorsTensors, TensorSource
 from hf_guide.utils.fingerprint import files_fingerprint, tensors_fingerprint
-
-
-class TensorSource(Protocol):
-    """The tensors of a model by their names in the state dict; of tied ones only one (see `TeacherCheckpoint.tied`)."""
-
-    def keys(self) -> Collection[str]:
-        """Return the names."""
-
-    def shape(self, name: str) -> torch.Size:
-        """Return a tensor's shape without reading it."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype a tensor is stored in without reading it."""
-
-    def get(self, name: str) -> torch.Tensor:
-        """Return one tensor, detached, in its stored dtype; it may share memory with the teacher, so never write."""
-
-
-class InMemoryTensors:
-    """The tensors of a model in memory, shared with it and not copied.
-
-    `factor`, called at each read, returns the number that a tensor is multiplied by to undo a rescaling by the model.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor], factor: "Callable[[str], float] | None" = None):
-        self._tensors = tensors
-        self._factor = factor
-
-    def keys(self) -> Collection[str]:
-        """Return the names, as in the model's `state_dict`."""
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> torch.Size:
-        """Return a tensor's shape."""
-        return self._tensors[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype."""
-        return self._tensors[name].dtype
-
-    def get(self, name: str) -> torch.Tensor:
-        """Return the model's own tensor, detached; never write to it."""
-        tensor = self._tensors[name]
-        factor = 1.0 if self._factor is None else self._factor(name)
-        return tensor if factor == 1.0 else tensor * factor
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""Locate a checkpoint's tensors in its safetensors files, and read them one at a time.
+"""Locate a checkpoint's tensors in its safetensors files, which `tensor_source.py` reads.
 
 Does: find the files as `from_pretrained` does, check them, and match their tensors with those of a model by the headers.
-Does not: read weights into memory, except the one tensor that is requested.
+Does not: read weights.
 """
 
+import json
 import os
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from hf_guide.errors import TeacherError
 from hf_guide.models.model_files import read_shard_index
+from hf_guide.teachers.tensor_source import FileState, StoredTensor, corrupted_file_error
 
 _DTYPES = {
     "F64": torch.float64,
@@ -33,50 +34,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """The location of one tensor in a safetensors file."""
-
-    file: str
-    key: str
-    shape: torch.Size
-    dtype: torch.dtype | None  # None: a format that only quantised checkpoints use
-
-
-class SafetensorsTensors:
-    """The tensors of a model in safetensors files, read one at a time; no file stays open."""
-
-    def __init__(self, tensors: Mapping[str, StoredTensor]):
-        self._tensors = tensors
-
-    def keys(self) -> Collection[str]:
-        """Return the names, as in the model's `state_dict`."""
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> torch.Size:
-        """Return a tensor's shape without reading it."""
-        return self._tensors[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype a tensor is stored in without reading it."""
-        dtype = self._tensors[name].dtype
-        assert dtype is not None  # `match_stored_tensors` lets no other through
-        return dtype
-
-    def get(self, name: str) -> torch.Tensor:
-        """Read one tensor from its file, mapped read-only where the system can.
-
-        Raises:
-            TeacherError: The file has changed or been damaged since it was opened; it is named.
-        """
-        stored = self._tensors[name]
-        try:
-            with safe_open(stored.file, framework="pt") as file:
-                return file.get_tensor(stored.key)
-        except (SafetensorError, OSError) as error:
-            raise _corrupted_file_error(stored.file, error) from error
 
 
 def find_safetensors(name: str, hub: Mapping[str, Any]) -> list[str] | None:
@@ -116,13 +73,19 @@ def read_headers(files: Iterable[str]) -> list[StoredTensor]:
     tensors = []
     for file in files:
         try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():
-                    entry = opened.get_slice(key)
-                    shape = torch.Size(entry.get_shape())
-                    tensors.append(StoredTensor(file, key, shape, _DTYPES.get(entry.get_dtype())))
+            state = FileState.of(file)
+            with safe_open(file, framework="pt"):  # checks the header, and the file's length against it
+                pass
+            with open(file, "rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                header = json.loads(opened.read(length))
+            for key, entry in header.items():
+                if key != "__metadata__":
+                    start, stop = (8 + length + offset for offset in entry["data_offsets"])
+                    dtype, shape = _DTYPES.get(entry["dtype"]), torch.Size(entry["shape"])
+                    tensors.append(StoredTensor(state, key, shape, dtype, start, stop))
         except (SafetensorError, OSError) as error:
-            raise _corrupted_file_error(file, error) from error
+            raise corrupted_file_error(file, error) from error
     return tensors
 
 
@@ -156,7 +119,3 @@ def match_stored_tensors(model: PreTrainedModel, stored: Iterable[StoredTensor])
             )
         located[name] = tensor
     return located
-
-
-def _corrupted_file_error(file: str, error: Exception) -> TeacherError:
-    return TeacherError(f"{file} is truncated or corrupted ({error}). Fetch it again.")

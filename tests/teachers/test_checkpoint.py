@@ -33,8 +33,10 @@ from transformers import (
 )
 
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.teachers.checkpoint import InMemoryTensors, TeacherCheckpoint, open_teacher, tokenizer_length
-from hf_guide.teachers.shards import SafetensorsTensors
+from hf_guide.initialization.transfer import Transfer
+from hf_guide.modeling import from_teacher
+from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher, tokenizer_length
+from hf_guide.teachers.tensor_source import InMemoryTensors, SafetensorsTensors
 
 SIZES = {
     "hidden_size": 32,
@@ -235,6 +237,51 @@ def test_a_truncated_or_corrupted_shard_is_named_before_any_work(tmp_path: Path)
     (tmp_path / "model.safetensors.index.json").write_text("{")
     with pytest.raises(TeacherError, match=r"model\.safetensors\.index\.json is not a readable index"):
         open_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["same size", "longer", "replaced", "removed"])
+def test_a_shard_that_changes_while_it_is_read_is_named(change: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    teacher = open_teacher(tmp_path)
+    teacher.weights.check_unchanged()
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    name = next(iter(load_file(shard)))
+    content = shard.read_bytes()
+    if change == "removed":
+        shard.unlink()
+    elif change == "replaced":
+        (tmp_path / "new").write_bytes(content)
+        os.utime(tmp_path / "new", ns=(shard.stat().st_atime_ns, shard.stat().st_mtime_ns))
+        (tmp_path / "new").replace(shard)
+    else:
+        with shard.open("r+b") as file:
+            file.write(content + (b"0" if change == "longer" else b""))
+        os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    for read in (teacher.weights.check_unchanged, lambda: teacher.weights.get(name)):
+        with pytest.raises(TeacherError, match=shard.name):
+            read()
+
+
+def test_a_student_is_not_made_of_two_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llama().save_pretrained(tmp_path)
+    fill = Transfer.fill_parameters
+
+    def fill_and_touch(*args, **options):
+        fill(*args, **options)
+        os.utime(tmp_path / "model.safetensors")
+
+    monkeypatch.setattr(Transfer, "fill_parameters", fill_and_touch)
+    with pytest.raises(TeacherError, match="model.safetensors has changed since it was opened"):
+        from_teacher(tmp_path, hidden_size=16, show_progress=False)
+
+
+def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    for teacher in (open_teacher(model), open_teacher(tmp_path)):
+        for name in teacher.weights.keys():
+            teacher.weights.prefetch(name)
+            assert torch.equal(teacher.weights.rows(name, 3, 17), teacher.weights.get(name)[3:17])
 
 
 def test_a_torch_checkpoint_is_loaded_and_a_broken_one_named(tmp_path: Path) -> None:

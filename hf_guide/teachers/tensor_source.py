@@ -1,0 +1,195 @@
+"""The tensors of a teacher by name: in memory, or read from safetensors files one tensor, or some rows of it, at a time."""
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from hf_guide.errors import TeacherError
+
+
+class TensorSource(Protocol):
+    """The tensors of a model by their names in the state dict; of tied ones only one (see `TeacherCheckpoint.tied`).
+
+    Extend it: what a source does not define is that of a model in memory.
+    """
+
+    def keys(self) -> Collection[str]:
+        """Return the names."""
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype a tensor is stored in without reading it."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return one tensor, detached, in its stored dtype; it may share memory with the teacher, so never write."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return the entries `start` to `stop` of one tensor's first axis, as `get` does; a file's others are not read."""
+        return self.get(name)[start:stop]
+
+    def prefetch(self, name: str) -> None:
+        """Have the system read a tensor that is needed soon, and return at once."""
+        return
+
+    def check_unchanged(self) -> None:
+        """Check that the files are still those that were opened.
+
+        Raises:
+            TeacherError: One was replaced or written to since; it is named.
+        """
+        return
+
+
+class InMemoryTensors(TensorSource):
+    """The tensors of a model in memory, shared with it and not copied.
+
+    `factor`, called at each read, returns the number that a tensor is multiplied by to undo a rescaling by the model.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], factor: "Callable[[str], float] | None" = None):
+        self._tensors = tensors
+        self._factor = factor
+
+    def keys(self) -> Collection[str]:
+        """Return the names, as in the model's `state_dict`."""
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        return self._tensors[name].dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return the model's own tensor, detached; never write to it."""
+        tensor = self._tensors[name]
+        factor = 1.0 if self._factor is None else self._factor(name)
+        return tensor if factor == 1.0 else tensor * factor
+
+
+@dataclass(frozen=True)
+class FileState:
+    """Which file a path named when it was opened."""
+
+    file: str
+    size: int
+    modified: int  # nanoseconds
+    inode: int
+
+    @classmethod
+    def of(cls, file: str) -> "FileState":
+        """Return the state of a file now."""
+        status = os.stat(file)
+        return cls(file, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def check_unchanged(self) -> None:
+        """Raise a TeacherError if the path names another file now, or the file was written to."""
+        try:
+            now = FileState.of(self.file)
+        except OSError as error:
+            raise TeacherError(f"{self.file} was removed while it was read ({error}). Fetch it again.") from error
+        if now != self:
+            what = (
+                f"from {self.size} to {now.size} bytes" if now.size != self.size else f"though it has {now.size} bytes"
+            )
+            raise TeacherError(
+                f"{self.file} has changed since it was opened, {what} still: a student would be made of two checkpoints. "
+                "Wait until the checkpoint is written, then run the call again."
+            )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """The location of one tensor in a safetensors file.
+
+    Attributes:
+        dtype: None for a format that only quantised checkpoints use.
+        start, stop: Its bytes in the file.
+    """
+
+    state: FileState
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype | None
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        """The path of the file."""
+        return self.state.file
+
+
+class SafetensorsTensors(TensorSource):
+    """The tensors of a model in safetensors files, read one at a time; no file stays open."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]):
+        self._tensors = tensors
+
+    def keys(self) -> Collection[str]:
+        """Return the names, as in the model's `state_dict`."""
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape without reading it."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype a tensor is stored in without reading it."""
+        dtype = self._tensors[name].dtype
+        assert dtype is not None  # `match_stored_tensors` lets no other through
+        return dtype
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor from its file, mapped read-only where the system can.
+
+        Raises:
+            TeacherError: The file has changed or been damaged since it was opened; it is named.
+        """
+        return self._read(name, None)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read some entries of one tensor's first axis, as `get`."""
+        return self._read(name, slice(start, stop))
+
+    def prefetch(self, name: str) -> None:
+        """Have the system read a tensor into its page cache."""
+        if not hasattr(os, "posix_fadvise"):  # only Linux and some other Unixes have it
+            return
+        stored = self._tensors[name]
+        try:
+            descriptor = os.open(stored.file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, stored.start, stored.stop - stored.start, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise corrupted_file_error(stored.file, error) from error
+
+    def check_unchanged(self) -> None:
+        """Check that every file has the size, the time and the inode with which it was opened."""
+        for state in {each.state for each in self._tensors.values()}:
+            state.check_unchanged()
+
+    def _read(self, name: str, rows: "slice | None") -> torch.Tensor:
+        stored = self._tensors[name]
+        try:
+            with safe_open(stored.file, framework="pt") as file:
+                tensor = file.get_tensor(stored.key) if rows is None else file.get_slice(stored.key)[rows]
+        except (SafetensorError, OSError) as error:
+            raise corrupted_file_error(stored.file, error) from error
+        stored.state.check_unchanged()
+        return tensor
+
+
+def corrupted_file_error(file: str, error: Exception) -> TeacherError:
+    """Return the error for a file that cannot be read."""
+    return TeacherError(f"{file} is truncated or corrupted ({error}). Fetch it again.")
