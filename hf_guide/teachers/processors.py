@@ -3,6 +3,7 @@
 If their settings differ at all, both process the same images, sound or texts, and their outputs are compared.
 """
 
+import copy
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ _PROBE_TEXTS = (
     "我们今天 привет мир مرحبا こんにちは 🙂",
     "can't won't it's e-mail@example.com https://example.com/a_b?c=d",
 )
+_SIZE_SETTINGS = ("do_resize", "size", "size_divisor", "do_center_crop", "crop_size", "do_pad", "pad_size")
+"""Which settings of an image processor state how large its images become."""
 _SAMPLED_TOKENS = 64
 _WAVE_EPS = 1e-7
 """What feature extractors of waveforms add to a variance."""
@@ -152,6 +155,8 @@ def check_processors(
     if task.row.inputs in ("image", "image-text") or teacher.main_input_name == "pixel_values":
         images = _sub_processor(processing_class, "image_processor", "image_mean", "do_rescale", "do_resize")
         compare = _compare_image_tokens if _has_image_tokens(teacher) else _compare_images
+        if any(output.items in ("pixel", "query") for output in task.row.outputs):
+            compare = _compare_images_of_any_size
         pixels = _compare(images, teacher, name, student, hub, AutoImageProcessor, compare)
         if "input_ids" not in forward_parameters(teacher):
             return InputConversion(pixels)
@@ -181,6 +186,9 @@ def check_processors(
         shared_vocabulary_size(tokenizer, teacher_processor, *sizes)
     if task is Task.CTC:  # the texts are no inputs: what the outputs mean was compared
         return InputConversion(pixels, sounds)
+    for language in ("src_lang", "tgt_lang"):  # what the data is in, not what either model was published with
+        if getattr(tokenizer, language, None) and hasattr(teacher_processor, language):
+            setattr(teacher_processor, language, getattr(tokenizer, language))
     _compare_tokenizers(tokenizer, teacher_processor, name, task)
     templates = [getattr(each, "chat_template", None) for each in (tokenizer, teacher_processor)]
     if None not in templates and templates[0] != templates[1]:
@@ -328,6 +336,21 @@ def _compare_images(batch_processor: Any, teacher_processor: Any, name: str) -> 
         return None
     logger.info("Pixels are converted to the normalisation of the teacher %s: %s.", name, differing)
     return PixelConversion(tuple(scale.flatten().tolist()), tuple(shift.flatten().tolist()))
+
+
+def _compare_images_of_any_size(batch_processor: Any, teacher_processor: Any, name: str) -> PixelConversion | None:
+    """Compare image processors of models that label pixels or find objects, for which a script chooses the size."""
+    resized, changed = copy.deepcopy(teacher_processor), []
+    for key in _SIZE_SETTINGS:
+        if hasattr(batch_processor, key) and hasattr(resized, key):
+            chosen, stated = getattr(batch_processor, key), getattr(resized, key)
+            if _to_plain(chosen) != _to_plain(stated):
+                changed.append(f"{key} is {_to_plain(chosen)!r}, {_to_plain(stated)!r} in the teacher's files")
+                setattr(resized, key, chosen)
+    conversion = _compare_images(batch_processor, resized, name)
+    if changed:
+        logger.warning("The teacher %s is fed images of another size: %s.", name, "; ".join(changed))
+    return conversion
 
 
 def _has_image_tokens(model: Any) -> bool:

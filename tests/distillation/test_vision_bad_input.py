@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_guide import DistillationArguments, DistillationTrainer, TaskError, TeacherError
 from hf_guide.data.image_text import ImageTextCollator
-from tests.distillation.test_vision import FAMILIES, VISION, Family, stack
+from tests.distillation.test_vision import FAMILIES, SIDE, VISION, Family, stack
 from tests.small_image_text import FAMILIES as LANGUAGE_FAMILIES
 from tests.small_image_text import rows
 
@@ -52,6 +52,25 @@ def test_a_teacher_of_another_image_size_is_an_error(tmp_path: Path) -> None:
     message = "reads inputs of image_size=16, the student of image_size=32: they cannot be fed the same batch"
     with pytest.raises(TeacherError, match=message):
         train(student, teacher, images, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["segformer", "yolos", "mask2former"])
+def test_a_script_chooses_the_size_of_images_whose_pixels_or_objects_are_found(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = FAMILIES[name]
+    teacher, mine = build(family), family.processor()
+    for each in (teacher, mine):
+        each.save_pretrained(tmp_path / "teacher")
+    teacher = type(teacher).from_pretrained(tmp_path / "teacher")
+    chosen = {"do_resize": True, "size": {"height": 2 * SIDE, "width": 2 * SIDE}}
+    larger = type(mine).from_pretrained(tmp_path / "teacher", **chosen)
+    logs = train(build(family), teacher, family.data(larger), tmp_path, family.collate, processing_class=larger)
+    assert logs["kd"] > 0
+    assert "is fed images of another size: size is" in caplog.text
+    smooth = type(mine).from_pretrained(tmp_path / "teacher", **chosen, resample=0)
+    with pytest.raises(TeacherError, match="resample is 0 there and"):
+        train(build(family), teacher, family.data(smooth), tmp_path, family.collate, processing_class=smooth)
 
 
 def test_a_teacher_of_another_patch_size_classifies_the_same_images(tmp_path: Path) -> None:

@@ -259,6 +259,18 @@ def test_an_end_that_the_user_adds_to_texts_is_no_other_convention(tmp_path: Pat
     assert_nothing_to_learn(trainer_of(tmp_path, student, teacher, data, collator("LlamaForCausalLM", tok), tok))
 
 
+@pytest.mark.parametrize(("tokenizer_class", "language"), [("MBartTokenizer", "ro_RO"), ("NllbTokenizer", "fra_Latn")])
+def test_a_script_chooses_the_language_of_its_texts(tokenizer_class: str, language: str, tmp_path: Path) -> None:
+    tok = getattr(transformers, tokenizer_class)()
+    ids = {f"{name}_token_id": getattr(tok, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    student = model("MBartForConditionalGeneration", vocab_size=len(tok), **ids)
+    teacher = saved(student, tmp_path / "teacher", tok)
+    tok.src_lang = language
+    data = [dict(tok("a")) | {"labels": [5, 6, tok.eos_token_id]}] * 8
+    collate = collator("MBartForConditionalGeneration", tok, student)
+    assert_nothing_to_learn(trainer_of(tmp_path, student, teacher, data, collate, tok))
+
+
 def test_classifiers_of_other_vocabularies_are_errors(tmp_path: Path) -> None:
     student, tok = model("BertForSequenceClassification"), tokenizer()
     other = tokenizer()
