@@ -102,7 +102,6 @@ def main() -> None:
         model_args, data_args, training_args = read(sys.argv[1])
     else:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses()
-    training_args.remove_unused_columns = False  # the collator reads messages and images
 
     logging.basicConfig(level=training_args.get_process_log_level(), handlers=[logging.StreamHandler(sys.stdout)])
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())

@@ -10,7 +10,6 @@ The logits over the vocabulary at each token of the summary are distilled. With 
 generates the summaries and compares their words.
 """
 
-import collections
 import gc
 import logging
 import sys
@@ -30,6 +29,7 @@ from transformers import (
 )
 
 from hf_guide import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
+from hf_guide.scripts.text_scores import rouge
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +82,6 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
         parts = raw["train"].train_test_split(test_size=args.validation_split_percentage / 100, seed=0)
         raw = datasets.DatasetDict(train=parts["train"], validation=parts["test"])
     return raw
-
-
-def rouge(text: str, reference: str, length: int) -> float:
-    """Return ROUGE-N: the F1 score of the sequences of `length` words that two texts share."""
-    counts = []
-    for words in (text.lower().split(), reference.lower().split()):
-        counts.append(collections.Counter(zip(*(words[start:] for start in range(length)), strict=False)))
-    common, total = (counts[0] & counts[1]).total(), counts[0].total() + counts[1].total()
-    return 2 * common / total if total else 0.0
 
 
 def main() -> None:

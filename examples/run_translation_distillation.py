@@ -9,7 +9,6 @@ The logits over the vocabulary at each token of the translation are distilled, s
 `--predict_with_generate` the evaluation also translates and compares characters.
 """
 
-import collections
 import gc
 import logging
 import sys
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from hf_guide import Seq2SeqDistillationArguments, Seq2SeqDistillationTrainer
+from hf_guide.scripts.text_scores import chrf
 
 logger = logging.getLogger(__name__)
 
@@ -82,24 +82,6 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
         parts = raw["train"].train_test_split(test_size=args.validation_split_percentage / 100, seed=0)
         raw = datasets.DatasetDict(train=parts["train"], validation=parts["test"])
     return raw
-
-
-def chrf(texts: list[str], references: list[str], length: int = 6, beta: float = 2.0) -> float:
-    """Return chrF: the F score of the sequences of up to `length` characters that texts share with their references."""
-    counts = np.zeros((length, 3))  # shared, in the texts, in the references
-    for pair in zip(texts, references, strict=True):
-        for order in range(1, length + 1):
-            characters = ["".join(text.split()) for text in pair]
-            grams = [
-                collections.Counter(text[start : start + order] for start in range(len(text) - order + 1))
-                for text in characters
-            ]
-            counts[order - 1] += [(grams[0] & grams[1]).total(), grams[0].total(), grams[1].total()]
-    counts = counts[(counts[:, 1] > 0) & (counts[:, 2] > 0)]
-    if not counts.any():
-        return 0.0
-    precision, recall = (counts[:, 0] / counts[:, 1]).mean(), (counts[:, 0] / counts[:, 2]).mean()
-    return float((1 + beta**2) * precision * recall / max(beta**2 * precision + recall, 1e-16))
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import typing
+from pathlib import Path
 from typing import Any
 
 from hf_guide.errors import OptionError
@@ -24,6 +25,29 @@ def add_hub_arguments(parser: "argparse.ArgumentParser | argparse._ArgumentGroup
     parser.add_argument("--revision", help="branch, tag or commit of the teacher")
     parser.add_argument("--token", help="access token for the Hub; by default your login's")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code of the teacher's repository")
+
+
+def add_dataset_run_arguments(parser: argparse.ArgumentParser, *, folder: str) -> None:
+    """Add the flags of the commands that run a teacher over a dataset and write a folder.
+
+    Args:
+        parser: Of the command.
+        folder: What the folder is, for the help.
+    """
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, help=f"folder of {folder}: new, empty, or unfinished"
+    )
+    parser.add_argument(
+        "--processing-class-name-or-path",
+        metavar="NAME",
+        help="tokenizer or processor: a Hub id or a folder; by default the teacher's",
+    )
+    parser.add_argument("--train-only", action="store_true", help="leave out the evaluation split")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the teacher; by default the checkpoint's"
+    )
+    add_hub_arguments(parser)
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
 
 def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from hf_guide.cli.arguments import add_fields, add_hub_arguments, explicit_fields, hub_arguments
+from hf_guide.cli.arguments import add_dataset_run_arguments, add_fields, explicit_fields, hub_arguments
 from hf_guide.data.arguments import DataArguments
 from hf_guide.errors import OptionError
 from hf_guide.signal_cache.config import CaptureConfig
@@ -30,9 +30,7 @@ RENAMED_FLAGS = RenamedOptions(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the teacher, the output, and a flag for each field of `DataArguments` and `CaptureConfig`."""
     parser.add_argument("teacher", metavar="TEACHER", nargs="?", help="Hub id or folder of the teacher")
-    parser.add_argument(
-        "-o", "--output", required=True, type=Path, help="folder of the cache: new, empty, or unfinished"
-    )
+    add_dataset_run_arguments(parser, folder="the cache")
     parser.add_argument(
         "--config",
         type=Path,
@@ -41,19 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "flags take precedence",
     )
     parser.add_argument(
-        "--processing-class-name-or-path",
-        metavar="NAME",
-        help="tokenizer or image processor: a Hub id or a folder; by default the teacher's",
-    )
-    parser.add_argument("--train-only", action="store_true", help="leave out the evaluation split")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the teacher; by default the checkpoint's"
-    )
-    add_hub_arguments(parser)
-    parser.add_argument(
         "--dataloader-num-workers", type=int, default=0, metavar="N", help="processes that prepare batches"
     )
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     list_types = {"temperatures": float, "hidden_layers": int, "ignored_inputs": str}
     add_fields(
         parser.add_argument_group("outputs to save"),

@@ -10,7 +10,10 @@ DESCRIPTION = (
     "Train a student from a teacher or a teacher cache as a YAML or JSON file specifies; flags after it override it."
 )
 EXAMPLE = "hf-guide distill examples/distill_smollm2.yaml --max_steps 100"
-SHOWN_METRICS = ("loss", "ce", "kd", "perplexity", "accuracy", "wer", "cer", "teacher_agreement")
+SHOWN_METRICS = (
+    *("loss", "ce", "kd", "perplexity", "accuracy", "wer", "cer", "rouge1", "chrf", "teacher_agreement"),
+    *("similarity_spearman", "score_spearman"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

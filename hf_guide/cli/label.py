@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from hf_guide.cli.arguments import add_fields, add_hub_arguments, explicit_fields, hub_arguments
+from hf_guide.cli.arguments import add_dataset_run_arguments, add_fields, explicit_fields, hub_arguments
 from hf_guide.data.arguments import DataArguments
 from hf_guide.scripts.label_config import LabelConfig
 from hf_guide.utils.escaping import escape_control_characters
@@ -24,20 +23,7 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the teacher, the output, and a flag for each field of `DataArguments` and `LabelConfig`."""
     parser.add_argument("teacher", metavar="TEACHER", help="Hub id or folder of the teacher")
-    parser.add_argument(
-        "-o", "--output", required=True, type=Path, help="folder of the labeled dataset: new, empty, or unfinished"
-    )
-    parser.add_argument(
-        "--processing-class-name-or-path",
-        metavar="NAME",
-        help="tokenizer or processor: a Hub id or a folder; by default the teacher's",
-    )
-    parser.add_argument("--train-only", action="store_true", help="leave out the evaluation split")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the teacher; by default the checkpoint's"
-    )
-    add_hub_arguments(parser)
-    parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
+    add_dataset_run_arguments(parser, folder="the labeled dataset")
     add_fields(parser.add_argument_group("labels"), LabelConfig, list_types={})
     add_fields(parser.add_argument_group("dataset"), DataArguments, list_types={})
 

@@ -146,13 +146,14 @@ class DataArguments:
     text_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of texts, of lists of words (token-classification), or of conversations or prompts (causal-lm). "
-            "By default found by its name: for causal-lm messages or conversations, prompt and completion, instruction, input "
-            "and output, or text."
+            "help": "Column of texts, of lists of words (token-classification), or of conversations or prompts (causal-lm, "
+            "image-text-to-text). By default found by its name: for causal-lm messages or conversations, prompt and "
+            "completion, instruction, input and output, or text; for feature-extraction every column of texts."
         },
     )
     text_pair_column: str | None = field(
-        default=None, metadata={"help": "Column of a second text for each example (sequence-classification)."}
+        default=None,
+        metadata={"help": "Column of a second text for each example (sequence-classification, feature-extraction)."},
     )
     target_column: str | None = field(
         default=None,
@@ -173,7 +174,9 @@ class DataArguments:
         default=None,
         metadata={"help": "Train on completions only, not on prompts; by default true for data that has both."},
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of images."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of images, or of lists of them (image-text-to-text)."}
+    )
     audio_column: str | None = field(
         default=None,
         metadata={
@@ -201,11 +204,15 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Column of class names or class indices, of lists of them, or of real numbers; of answers as in SQuAD "
-            "(question-answering), or of the right choice's number (multiple-choice)."
+            "(question-answering), of the right choice's number (multiple-choice), or of the gold similarity of two texts "
+            "(feature-extraction, by default score)."
         },
     )
     source_prefix: str = field(
-        default="", metadata={"help": "Text before every source, such as 'summarize: ' (seq2seq-lm)."}
+        default="",
+        metadata={
+            "help": "Text before every source, such as 'summarize: ' (seq2seq-lm), or before every text (feature-extraction)."
+        },
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens per example; by default what the model supports, at most 512."}

@@ -5,6 +5,7 @@ Does not: decide which tokens are targets (`hf_guide/chat/encoding.py`).
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +55,25 @@ def chat_format(split: Dataset, task: Task, options: DataArguments) -> DatasetFo
 
 
 def check_chat_options(task: Task, options: DataArguments) -> None:
-    """Check that options for chat data are set for causal language models only.
+    """Check that options for chat data are set for tasks with such data only.
 
     Raises:
         OptionError: One is set for another task.
     """
-    if task is not Task.CAUSAL_LM:
+    if task is Task.IMAGE_TEXT_TO_TEXT:
+        _check_no_chat_options(options, f"the task is {task}, with conversations", ("completion_only_loss",))
+    elif task is not Task.CAUSAL_LM:
         _check_no_chat_options(options, f"the task is {task}, not {Task.CAUSAL_LM}")
 
 
-def _check_no_chat_options(options: DataArguments, reason: str) -> None:
-    needs = {"assistant_only_loss": "conversations", "completion_only_loss": "prompts and completions"}
-    for option, wanted in needs.items():
+_NEEDS = {"assistant_only_loss": "conversations", "completion_only_loss": "prompts and completions"}
+
+
+def _check_no_chat_options(options: DataArguments, reason: str, names: Sequence[str] = tuple(_NEEDS)) -> None:
+    for option in names:
         if getattr(options, option):
             raise OptionError(
-                f"{option} needs {wanted}, and {reason}. Leave {option} out, or name the columns by text_column and "
+                f"{option} needs {_NEEDS[option]}, and {reason}. Leave {option} out, or name the columns by text_column and "
                 "target_column."
             )
 

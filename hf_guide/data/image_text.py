@@ -1,18 +1,24 @@
 """Turn conversations about images into the inputs of a vision-language model.
 
-Does: render messages by the processor's chat template, process the images, make labels of the assistant's turns alone.
-Does not: cut (an image has as many tokens as the model expects), pack, open files.
+Does: render messages by the processor's chat template, process the images, make labels of the assistant's turns alone; check
+and open what `hf-guide distill` reads.
+Does not: cut (an image has as many tokens as the model expects), pack.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset, Image, List
 from torch import Tensor
 
+from hf_guide.data.arguments import DataArguments
+from hf_guide.data.images import ROW_COLUMN, decode_image
+from hf_guide.data.loading import dataset_folder
 from hf_guide.errors import OptionError
 from hf_guide.utils.labels import IGNORE_INDEX
+from hf_guide.validation import did_you_mean
 
 Message = Mapping[str, Any]
 
@@ -32,6 +38,9 @@ class ImageTextCollator:
 
     processor: Any
     assistant_only_loss: bool = True
+
+    keeps_columns: ClassVar[bool] = True
+    """It makes the model's inputs of columns that no model takes, so none is removed before it."""
 
     def __post_init__(self) -> None:
         if (
@@ -147,6 +156,8 @@ def _messages(example: Mapping[str, Any]) -> list[dict[str, Any]]:
     rendered = []
     for message in messages:
         content = message.get("content")
+        if not isinstance(message.get("role"), str):
+            raise OptionError(f"A message must have a role, such as 'user' or 'assistant'; found {sorted(message)}.")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(isinstance(part, Mapping) and "type" in part for part in parts):
             raise OptionError(
@@ -161,9 +172,7 @@ def _messages(example: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _images(example: Mapping[str, Any]) -> list[Any]:
     images = example.get("images", example.get("image"))
-    if images is None:
-        return []
-    return [image.convert("RGB") for image in (images if isinstance(images, list) else [images])]
+    return [image.convert("RGB") for image in _as_list(images)]
 
 
 def _num_images(messages: Sequence[Message]) -> int:
@@ -176,3 +185,64 @@ def _check_images(messages: Sequence[Message], images: list[Any]) -> None:
             f"A row has {len(images)} images and {_num_images(messages)} parts of the type 'image' in its messages: they must "
             "agree. Put {'type': 'image'} where each image is."
         )
+
+
+def preprocess_image_conversations(
+    train: Dataset, held_out: Dataset | None, processor: Any, options: DataArguments
+) -> tuple[Dataset, Dataset | None, ImageTextCollator]:
+    """Return both splits with `messages` and opened `images` in each row, and the collator that makes inputs of them.
+
+    Raises:
+        OptionError: A column is missing, a row is no conversation, or options that do not apply to it; (when read) an image
+            cannot be opened.
+    """
+    if options.max_length is not None:
+        raise OptionError(
+            "max_length is not for conversations about images: the model expects all tokens of an image, so none is cut. "
+            "Leave it out, and leave rows out that are too long."
+        )
+    collator = ImageTextCollator(processor, assistant_only_loss=options.assistant_only_loss)
+    evaluated = None if held_out is None else _conversations(held_out, options, "evaluation")
+    return _conversations(train, options, "training"), evaluated, collator
+
+
+def _conversations(split: Dataset, options: DataArguments, name: str) -> Dataset:
+    """Return a split whose rows are read as messages and opened images."""
+    messages = options.text_column or "messages"
+    image = options.image_column or next((each for each in ("images", "image") if each in split.column_names), None)
+    for column, option in ((messages, "text_column"), (image, "image_column")):
+        if column is not None and column not in split.column_names:
+            raise OptionError(
+                f"{options.name}: the {name} split has no column {column!r}; it has {split.column_names}."
+                f"{did_you_mean(column, split.column_names)} Set {option} to one of these."
+            )
+    if image is not None:
+        if isinstance(split.features[image], Image):
+            split = split.cast_column(image, Image(decode=False))  # opened below, where errors name the image
+        elif isinstance(getattr(split.features[image], "feature", None), Image):
+            split = split.cast_column(image, List(Image(decode=False)))
+    for number, row in enumerate(split):
+        try:
+            turns = _messages({"messages": row[messages]})
+            _check_images(turns, _as_list(None if image is None else row[image]))
+            if options.assistant_only_loss and all(each["role"] != "assistant" for each in turns):
+                raise OptionError("Its messages have no turn of the assistant, so it has no target.")
+        except OptionError as error:
+            raise OptionError(f"{options.name}, row {number} of the {name} split: {error}") from error
+    folder = dataset_folder(options)
+
+    def read(examples: Mapping[str, Any]) -> dict[str, Any]:
+        found = [None] * len(examples[messages]) if image is None else examples[image]
+        opened = [
+            [decode_image(each, row, str(image), options.name, folder=folder) for each in _as_list(images)]
+            for images, row in zip(found, examples[ROW_COLUMN], strict=True)
+        ]
+        return {"messages": examples[messages], "images": opened}
+
+    return split.add_column(ROW_COLUMN, range(len(split))).with_transform(read)
+
+
+def _as_list(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return images if isinstance(images, list) else [images]

@@ -12,7 +12,7 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Image, ReadInstruc
 from datasets.exceptions import DatasetsError
 
 from hf_guide.chat.formats import MESSAGES_COLUMNS
-from hf_guide.data.arguments import DataArguments
+from hf_guide.data.arguments import DATASET_BUILDERS, DataArguments, first_file
 from hf_guide.errors import OptionError
 from hf_guide.tasks import Task
 from hf_guide.validation import did_you_mean
@@ -166,6 +166,13 @@ def default_columns(task: Task, role: str) -> tuple[str, ...]:
         return TRANSCRIPT_COLUMNS if role == "text" else AUDIO_COLUMNS
     texts = (*TEXT_COLUMNS, *MESSAGES_COLUMNS) if task is Task.CAUSAL_LM else TEXT_COLUMNS
     return {"text": texts, "target": TARGET_COLUMNS, "label": CLASS_COLUMNS, "image": IMAGE_COLUMNS}[role]
+
+
+def dataset_folder(options: DataArguments) -> Path | None:
+    """Return the folder of a local dataset, in which its relative paths may begin."""
+    if options.dataset_name not in DATASET_BUILDERS:
+        return Path(options.dataset_name) if options.is_local else None
+    return Path(first_file(options.data_files)).parent
 
 
 def check_strings(values: Sequence[Any], rows: Sequence[int], column: str, dataset: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Turn raw examples into model inputs, for every task, and build the collator that batches them.
 
-Does: tokenize, pack texts into blocks, mask, map labels to the student's classes, process images.
+Does: tokenize, pack texts into blocks, mask, map labels to the student's classes; of other data call their modules.
 Does not: augment, or do anything else whose result a teacher cache could not find again, except random masking in training.
 """
 
@@ -8,12 +8,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -27,8 +25,11 @@ from hf_guide.chat.packing import PackedCollator
 from hf_guide.data.arguments import DEFAULT_TARGET_LENGTH, DataArguments
 from hf_guide.data.chat import chat_format, check_chat_options, preprocess_chat
 from hf_guide.data.class_labels import value_encoder
+from hf_guide.data.image_text import preprocess_image_conversations
+from hf_guide.data.images import image_dataset
 from hf_guide.data.loading import check_strings, find_column
 from hf_guide.data.questions import preprocess_questions
+from hf_guide.data.sentences import preprocess_sentences
 from hf_guide.data.speech import preprocess_speech
 from hf_guide.errors import OptionError
 from hf_guide.models.packed_rows import check_keeps_packed_texts_apart
@@ -37,13 +38,6 @@ from hf_guide.tasks import OutputKind, Task
 from hf_guide.utils.labels import IGNORE_INDEX
 
 DEFAULT_MAX_LENGTH = 512
-
-_PREPARED_TASKS = (
-    *(Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM),
-    *(Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION, Task.IMAGE_CLASSIFICATION),
-    *(Task.SPEECH_SEQ2SEQ, Task.CTC, Task.AUDIO_CLASSIFICATION),
-    *(Task.QUESTION_ANSWERING, Task.MULTIPLE_CHOICE),
-)
 
 Examples = dict[str, list[Any]]
 
@@ -93,9 +87,9 @@ def preprocess(
             too little text for one example; conversations are to be packed for a model that would mix them; or the task is
             one whose datasets are not prepared here.
     """
-    if task not in _PREPARED_TASKS:
+    if task not in _PREPARATIONS:
         raise OptionError(
-            f"Datasets for {task} are not prepared here, only those for {', '.join(map(str, _PREPARED_TASKS))}. Prepare the "
+            f"Datasets for {task} are not prepared here, only those for {', '.join(map(str, _PREPARATIONS))}. Prepare the "
             "dataset in a script of your own and pass it to DistillationTrainer, or to capture_teacher."
         )
     check_chat_options(task, options)
@@ -103,30 +97,102 @@ def preprocess(
     if task.has_labels:
         column = find_column(train, task, "label", options)
         encode_label = value_encoder(label_kind, train, column, labels)  # one encoding for both splits
-    if task is Task.IMAGE_CLASSIFICATION:
-        images = [_image_dataset(split, processing_class, options, encode_label) for split in (train, held_out)]
-        return ProcessedData(images[0], images[1], default_data_collator, keep_columns=True)
-    if task.row.inputs == "audio":
-        made = preprocess_speech(task, train, held_out, processing_class, options, encode_label, _configs(config))
-        return ProcessedData(*made)
-    options = resolve_lengths(options, processing_class, config)
-    _ensure_pad_token(processing_class, options, task)
-    if task in (Task.QUESTION_ANSWERING, Task.MULTIPLE_CHOICE):
-        return ProcessedData(*preprocess_questions(task, train, held_out, processing_class, options))
-    static = (static_masking or options.static_masking, True)
+    static_masking = static_masking or options.static_masking
+    source = RawSplits(
+        task, train, held_out, processing_class, options, encode_label, _configs(config), static_masking
+    )
+    return _PREPARATIONS[task](source)
+
+
+@dataclass(frozen=True)
+class RawSplits:
+    """What the preparation of a task reads: the arguments of `preprocess`, with the encoder of labels."""
+
+    task: Task
+    train: Dataset
+    held_out: Dataset | None
+    processing_class: Any
+    options: DataArguments
+    encode_label: Callable[[Any], Any] | None
+    configs: list[PreTrainedConfig]
+    static_masking: bool
+
+    def with_lengths(self) -> "RawSplits":
+        """Return the same with the lengths that the models support, and a tokenizer that pads."""
+        options = resolve_lengths(self.options, self.processing_class, self.configs)
+        _ensure_pad_token(self.processing_class, options, self.task)
+        return dataclasses.replace(self, options=options)
+
+
+def _prepare_images(source: RawSplits) -> ProcessedData:
+    splits = [
+        image_dataset(split, source.processing_class, source.options, source.encode_label)
+        for split in (source.train, source.held_out)
+    ]
+    return ProcessedData(splits[0], splits[1], default_data_collator, keep_columns=True)
+
+
+def _prepare_sounds(source: RawSplits) -> ProcessedData:
+    return ProcessedData(
+        *preprocess_speech(
+            source.task,
+            source.train,
+            source.held_out,
+            source.processing_class,
+            source.options,
+            source.encode_label,
+            source.configs,
+        )
+    )
+
+
+def _prepare_questions(source: RawSplits) -> ProcessedData:
+    source = source.with_lengths()
+    splits = (source.train, source.held_out)
+    return ProcessedData(*preprocess_questions(source.task, *splits, source.processing_class, source.options))
+
+
+def _prepare_sentences(source: RawSplits) -> ProcessedData:
+    source = source.with_lengths()
+    return ProcessedData(*preprocess_sentences(source.train, source.held_out, source.processing_class, source.options))
+
+
+def _prepare_image_conversations(source: RawSplits) -> ProcessedData:
+    made = preprocess_image_conversations(source.train, source.held_out, source.processing_class, source.options)
+    return ProcessedData(*made, keep_columns=True)
+
+
+def _prepare_texts(source: RawSplits) -> ProcessedData:
+    source = source.with_lengths()
+    task, options, tokenizer = source.task, source.options, source.processing_class
+    static = (source.static_masking, True)
     tokenized, evaluated = (
         None
         if split is None
-        else _tokenize_split(task, split, processing_class, options, encode_label, is_static, name)
-        for split, is_static, name in zip((train, held_out), static, ("training", "evaluation"), strict=True)
+        else _tokenize_split(task, split, tokenizer, options, source.encode_label, is_static, name)
+        for split, is_static, name in zip(
+            (source.train, source.held_out), static, ("training", "evaluation"), strict=True
+        )
     )
     assert tokenized is not None
-    collator = _make_collator(task, processing_class, options)
+    collator = _make_collator(task, tokenizer, options)
     if "position_ids" in tokenized.column_names:
         collator = PackedCollator()
-        for each in _configs(config):
+        for each in source.configs:
             check_keeps_packed_texts_apart(each, "model")
     return ProcessedData(tokenized, evaluated, collator)
+
+
+_PREPARATIONS: dict[Task, Callable[[RawSplits], ProcessedData]] = {
+    **dict.fromkeys((Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM), _prepare_texts),
+    **dict.fromkeys((Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION), _prepare_texts),
+    Task.IMAGE_CLASSIFICATION: _prepare_images,
+    **dict.fromkeys((Task.SPEECH_SEQ2SEQ, Task.CTC, Task.AUDIO_CLASSIFICATION), _prepare_sounds),
+    **dict.fromkeys((Task.QUESTION_ANSWERING, Task.MULTIPLE_CHOICE), _prepare_questions),
+    Task.FEATURE_EXTRACTION: _prepare_sentences,
+    Task.IMAGE_TEXT_TO_TEXT: _prepare_image_conversations,
+}
+"""How `hf-guide distill` prepares the data of each task; others need a script."""
 
 
 def resolve_lengths(
@@ -380,54 +446,6 @@ class MaskingCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """Pad examples that are masked already; mask and pad others."""
         return self.pad(list(examples)) if "labels" in examples[0] else self.mask(list(examples))
-
-
-def _image_dataset(
-    split: Dataset | None, processor: Any, options: DataArguments, encode_label: Callable[[Any], int] | None
-) -> Dataset | None:
-    if split is None or encode_label is None:
-        return None
-    image = find_column(split, Task.IMAGE_CLASSIFICATION, "image", options)
-    column = find_column(split, Task.IMAGE_CLASSIFICATION, "label", options)
-    if isinstance(split.features[image], Image):
-        split = split.cast_column(image, Image(decode=False))  # decoded below, where errors name the image
-    split = split.add_column(_ROW_COLUMN, range(len(split)))
-
-    def to_inputs(examples: Examples) -> dict[str, Any]:
-        opened = [
-            decode_image(value, row, image, options.name)
-            for value, row in zip(examples[image], examples[_ROW_COLUMN], strict=True)
-        ]
-        pixels = processor(opened, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": list(pixels), "labels": [encode_label(value) for value in examples[column]]}
-
-    return split.with_transform(to_inputs)
-
-
-_ROW_COLUMN = "__row__"
-
-
-def decode_image(value: Any, row: int, column: str, dataset: str) -> PIL.Image.Image:
-    """Decode an image of a dataset and return it in RGB.
-
-    Args:
-        value: An image, or its path or bytes as `datasets.Image(decode=False)` returns them.
-        row, column, dataset: Index of the row and names, for the error.
-
-    Raises:
-        OptionError: The image cannot be read.
-    """
-    if isinstance(value, PIL.Image.Image):
-        return value.convert("RGB")
-    path = value.get("path") if isinstance(value, Mapping) else None
-    try:
-        return Image().decode_example(value).convert("RGB")
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, PIL.Image.DecompressionBombError) as error:
-        name = f"the image {Path(path).name}" if path else "its image"
-        raise OptionError(
-            f"{dataset}: {name} in row {row}, column {column!r}, cannot be read: {error or type(error).__name__}. Replace or "
-            "remove it."
-        ) from error
 
 
 # Texts

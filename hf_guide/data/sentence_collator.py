@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +13,9 @@ from hf_guide.validation import check_integer, did_you_mean
 SCORES_KEY, ROWS_KEY = "scores", "rows_per_example"
 SENTENCE_COLUMNS = (SCORES_KEY, ROWS_KEY)
 """What the collator adds to a batch besides a model's inputs; the trainer reads it, and no model is called with it."""
+
+
+_ROW_COLUMNS = ("text", "text_pair")
 
 
 class SentenceCollator:
@@ -42,6 +45,9 @@ class SentenceCollator:
         >>> batch["input_ids"].shape[0], batch["rows_per_example"].tolist()
         (4, [2, 2, 2, 2])
     """
+
+    keeps_columns: ClassVar[bool] = True
+    """It makes the model's inputs of columns that no model takes, so none is removed before it."""
 
     def __init__(
         self,
@@ -73,8 +79,8 @@ class SentenceCollator:
         Raises:
             OptionError: An example lacks a column, or a text is not a string.
         """
-        rows = self.columns if self.columns is not None else self._text_columns(examples[0])
-        texts = [[self._text(example, name) for name in row] for example in examples for row in rows]
+        rows = self.rows(examples[0])
+        texts = [[self.text(example, name) for name in row] for example in examples for row in rows]
         firsts = [row[0] for row in texts]
         seconds = [row[1] for row in texts] if len(rows[0]) == 2 else None
         batch: dict[str, Any] = dict(
@@ -89,6 +95,10 @@ class SentenceCollator:
             batch["labels"] = self._numbers(examples, self.label_column)
         return batch
 
+    def rows(self, example: Mapping[str, Any]) -> list[tuple[str, ...]]:
+        """Return the columns of each of an example's rows: one, or the two of a pair."""
+        return self.columns if self.columns is not None else self._text_columns(example)
+
     def _text_columns(self, example: Mapping[str, Any]) -> list[tuple[str, ...]]:
         names = [name for name, value in example.items() if isinstance(value, str)]
         unknown = [name for name in self.prompts if name not in names]
@@ -100,7 +110,12 @@ class SentenceCollator:
             raise OptionError(f"prompts has {unknown}, and the columns of texts are {names}.")
         return [(name,) for name in names]
 
-    def _text(self, example: Mapping[str, Any], name: str) -> str:
+    def text(self, example: Mapping[str, Any], name: str) -> str:
+        """Return the text of a column, with its prompt.
+
+        Raises:
+            OptionError: The example lacks the column, or its value is no string.
+        """
         if name not in example:
             raise OptionError(
                 f"An example must have the column {name!r}; found {sorted(example)}.{did_you_mean(name, example)}"
@@ -114,6 +129,36 @@ class SentenceCollator:
         if not all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values):
             raise OptionError(f"The column {name!r} must hold a number in every example; found {values!r:.80}.")
         return torch.tensor(values, dtype=torch.float32)
+
+
+class SentenceRows:
+    """The rows of a dataset of texts, each an example of its own: what a teacher is captured on.
+
+    Args:
+        dataset: It has a length and an index, and the same columns of texts in every example.
+        collator: Names the columns and has their prompts.
+    """
+
+    def __init__(self, dataset: Any, collator: SentenceCollator):
+        self.dataset, self._collator = dataset, collator
+        self._rows = collator.rows(dataset[0])
+
+    def __len__(self) -> int:
+        return len(self.dataset) * len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, str]:
+        """Return the one or two texts of a row, as columns that `row_collator` reads."""
+        index, row = divmod(number, len(self._rows))
+        example = self.dataset[index]
+        return {
+            column: self._collator.text(example, name)
+            for column, name in zip(_ROW_COLUMNS, self._rows[row], strict=False)
+        }
+
+    def row_collator(self) -> SentenceCollator:
+        """Return the collator of the rows, which tokenizes as that of the examples does."""
+        columns = [_ROW_COLUMNS[: len(self._rows[0])]]
+        return SentenceCollator(self._collator.tokenizer, columns, max_length=self._collator.max_length)
 
 
 class CollatedBatches:

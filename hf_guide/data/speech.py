@@ -7,7 +7,6 @@ Does not: decode (`sounds.py`), augment.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from datasets import Audio, Dataset
 from transformers import PreTrainedConfig
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from hf_guide.data.arguments import DATASET_BUILDERS, DEFAULT_TARGET_LENGTH, DataArguments, first_file
-from hf_guide.data.loading import check_strings, find_column
+from hf_guide.data.arguments import DEFAULT_TARGET_LENGTH, DataArguments
+from hf_guide.data.loading import check_strings, dataset_folder, find_column
 from hf_guide.data.sounds import decode_sound
 from hf_guide.errors import OptionError
 from hf_guide.models.positions import max_input_tokens
@@ -245,13 +244,6 @@ class _RowsToInputs:
                 made.setdefault(name, []).append(values)
         names = [*preprocessor.feature_extractor.model_input_names[:1], "labels"]
         return made or {name: [] for name in names}
-
-
-def dataset_folder(options: DataArguments) -> Path | None:
-    """Return the folder of a local dataset, in which its relative paths may begin."""
-    if options.dataset_name not in DATASET_BUILDERS:
-        return Path(options.dataset_name) if options.is_local else None
-    return Path(first_file(options.data_files)).parent
 
 
 def num_ctc_frames(config: PreTrainedConfig, num_samples: int) -> int:

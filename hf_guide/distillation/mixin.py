@@ -20,7 +20,6 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import ModelOutput
 from typing_extensions import Self
 
-from hf_guide.data.sentence_collator import SentenceCollator
 from hf_guide.distillation.arguments import (
     DistillationArguments,
     resolve_teacher,
@@ -29,6 +28,8 @@ from hf_guide.distillation.arguments import (
     validate_output_dir,
 )
 from hf_guide.distillation.cached_teacher import CachedTeacher, load_cached_teacher
+from hf_guide.distillation.embedding_maps import fit_embedding_maps
+from hf_guide.distillation.generation_prompts import generation_step
 from hf_guide.distillation.layer_projections import ProjectionGradSyncCallback, check_optimizer_has_projections
 from hf_guide.distillation.loss_scaling import LossDenominator, LossScalingTrainer
 from hf_guide.distillation.losses.registry import (
@@ -79,7 +80,7 @@ from hf_guide.distillation.trainer_compatibility import (
     next_init_kwargs,
 )
 from hf_guide.errors import HfGuideError, OptionError
-from hf_guide.models.adapters import check_no_virtual_tokens, validate_unwrapped
+from hf_guide.models.adapters import check_no_virtual_tokens, is_encoder_decoder, validate_unwrapped
 from hf_guide.models.code_references import drop_code_references
 from hf_guide.models.label_shift import shifts_labels
 from hf_guide.models.lm_head import LMHead
@@ -379,7 +380,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         optimizer = super().create_optimizer(model)
         if self.distillation_objective.projections is not None:
             projections = list(self.distillation_objective.projections.parameters())
-            if is_new:
+            if is_new and projections:
                 optimizer.add_param_group({"params": projections, "weight_decay": 0.0})
             check_optimizer_has_projections(optimizer, projections)
         return optimizer
@@ -395,13 +396,13 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             self._signature_columns.append("seq_lengths")  # without it TRL's collator takes a packed row for one text
 
     def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        """Keep the columns of texts for a `SentenceCollator`, which makes the model's inputs of them."""
-        if isinstance(self.data_collator, SentenceCollator):
+        """Keep all columns for a collator that makes the model's inputs of them, such as `SentenceCollator`."""
+        if getattr(self.data_collator, "keeps_columns", False):
             return dataset
         return super()._remove_unused_columns(dataset, description)
 
     def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        if isinstance(data_collator, SentenceCollator):
+        if getattr(data_collator, "keeps_columns", False):
             return data_collator
         return super()._get_collator_with_removed_columns(data_collator, description)
 
@@ -425,6 +426,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             self.data_collator.check_temperature(self.args.temperature)
         if training and self.is_in_train:
             self._check_count(num_items_in_batch)
+        fit_embedding_maps(self, inputs)
         batch = self._batch_builder.build(inputs, training=training)
         denominator = self._loss_denominator(batch, num_items_in_batch)
         model = self._subclass_targets.wrap_in_class_logits(model)
@@ -532,10 +534,12 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         forward pass of student and teacher on the labels. The losses are measured in a pass of their own where another class's
         `prediction_step` does not call `compute_loss`.
         """
-        step = super().prediction_step
+        step: Callable[..., tuple[Any, Any, Any]] = super().prediction_step
         self.called_methods.add("prediction_step")
         self.called_methods.discard("compute_loss")
         student_inputs = self._batch_builder.student_inputs(inputs)
+        if isinstance(self, Seq2SeqTrainer) and self.args.predict_with_generate and not prediction_loss_only:
+            step = functools.partial(generation_step, self, step)
         if any(inputs.get(name) is None for name in self.label_names):
             model = self._subclass_targets.wrap_in_class_logits(model)
             with self._predicting(all_logits=not prediction_loss_only):
@@ -551,6 +555,13 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         if "compute_loss" not in self.called_methods:
             loss = self._measure(model, inputs)["loss"]
         return loss, predictions, labels
+
+    def _pad_tensors_to_max_len(self, tensor: Tensor, max_length: int) -> Tensor:
+        """Pad as `Seq2SeqTrainer` does; not answers after a prompt, which the evaluation loop pads without a token for it."""
+        if not is_encoder_decoder(self.unwrapped_student):
+            return tensor
+        padded: Tensor = super()._pad_tensors_to_max_len(tensor, max_length)  # type: ignore[misc]  # of Seq2SeqTrainer
+        return padded
 
     def _measure(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """Measure the losses of a batch in a forward pass of its own; return the task loss, and outputs if used."""

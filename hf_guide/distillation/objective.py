@@ -305,7 +305,7 @@ class Objective:
         configs: By loss, the options that its function is called with.
         num_classes: How many of their first classes student and teacher share; None for all.
         layers: Student layer -> teacher layer, for losses that compare hidden states.
-        projections: Linear maps from the student's widths to the teacher's, where these differ.
+        projections: Linear maps between the student's widths and the teacher's, where these differ.
         head: The student's language head, where losses can be computed inside it.
         max_logits: How many logits a chunk has.
         measures_tokens: Whether `TOKEN_METRICS` are measured, in training too.
@@ -524,8 +524,11 @@ class Objective:
                     values = torch.stack(pairs).mean(0)
                 elif loss.requires is TeacherSignal.FEATURES:
                     features = pooled_features(self.task, head_inputs[-1], batch.mask, batch.inputs, config)
-                    features = features if loss.any_width else self._project(f"{index}_features", features)
-                    values = loss.function(features, signals.features, self.configs[name])
+                    theirs = signals.features
+                    if self.projections is not None and not loss.any_width:
+                        assert theirs is not None
+                        features, theirs = self.projections.align(f"{index}_features", features, theirs)
+                    values = loss.function(features, theirs, self.configs[name])
                     values = _check_one_value_per_item(loss, values, features)
                 else:
                     continue
@@ -680,8 +683,10 @@ def build_objective(
             "Set it to 2 at least; gradient_accumulation_steps does not help."
         )
     widths = _feature_widths(student, teachers, objective)
-    modules = modules_of_model(student).trainable if task is Task.FEATURE_EXTRACTION else {}
-    projections = LayerProjections(widths, seed=args.seed, student_modules=modules)
+    is_embedding = task is Task.FEATURE_EXTRACTION
+    modules = modules_of_model(student).trainable if is_embedding else {}
+    isometric = [f"{index}_features" for index in range(len(teachers))] if is_embedding else []
+    projections = LayerProjections(widths, seed=args.seed, student_modules=modules, isometric=isometric)
     if len(projections):
         if is_sharded(accelerator):
             raise OptionError(

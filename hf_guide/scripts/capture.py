@@ -18,14 +18,16 @@ from hf_guide.data.chat import set_chat_template
 from hf_guide.data.class_labels import value_kind
 from hf_guide.data.loading import find_column, load_splits
 from hf_guide.data.preprocessing import preprocess
-from hf_guide.distillation.losses.registry import parse_losses
+from hf_guide.data.sentence_collator import SentenceCollator, SentenceRows
+from hf_guide.distillation.losses.registry import get_loss, parse_losses
 from hf_guide.errors import OptionError
-from hf_guide.models.pretrained import load_config, load_processing_class
+from hf_guide.models.pretrained import load_processing_class
 from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.tasks import OutputKind
 from hf_guide.teachers import loading
+from hf_guide.teachers.signals import TeacherSignal
 from hf_guide.utils.distributed import report_missing_ranks
 
 
@@ -57,7 +59,7 @@ def capture_dataset(
     Raises:
         OptionError, TeacherError, CaptureError: As `preprocess` and `capture_teacher` raise them.
     """
-    task = loading.task_of_checkpoint(teacher, **hub_kwargs)
+    teacher_config, task = loading.config_and_task(teacher, **hub_kwargs)
     processing_class = load_processing_class(
         getattr(transformers, task.processor_class),
         processing_class_name_or_path or teacher,
@@ -66,7 +68,6 @@ def capture_dataset(
     set_chat_template(processing_class, data.chat_template_path)
     with report_missing_ranks(), state.local_main_process_first():  # the other ranks read the cached result
         train, held_out = load_splits(data)
-        teacher_config = load_config(teacher, loading.hub_kwargs(hub_kwargs), loading.is_trusted(hub_kwargs))
         label_kind = OutputKind.CATEGORICAL
         if task.has_labels:
             label_kind = value_kind(train, find_column(train, task, "label", data), task, [teacher_config])
@@ -81,12 +82,18 @@ def capture_dataset(
             config=teacher_config,
         )
     splits = [split for split in (processed.train, processed.eval) if split is not None]
+    collator: Any = processed.collator
+    if isinstance(collator, SentenceCollator):  # the splits may have other columns of texts
+        rows = [SentenceRows(split, collator) for split in splits]
+        dataset, collator = _ConcatenatedDatasets(rows), rows[0].row_collator()
+    else:
+        dataset = _ConcatenatedDatasets(splits) if processed.keep_columns else concatenate_datasets(splits)
     return capture_teacher(
         teacher,
-        _ConcatenatedDatasets(splits) if processed.keep_columns else concatenate_datasets(splits),
+        dataset,
         output_dir,
         processing_class=processing_class,
-        data_collator=processed.collator,
+        data_collator=collator,
         config=dataclasses.replace(config, remove_unused_columns=not processed.keep_columns),
         **hub_kwargs,
         **options,
@@ -107,14 +114,14 @@ def capture_options_from_config(options: Mapping[str, Any], *, needs_hidden_laye
     if "temperature" in options:
         required["temperatures"] = [options["temperature"]]
     if "losses" in options:
-        losses = parse_losses(options["losses"])
-        required["save_penultimate"] = "features" in losses
-        if "hidden_states" in losses and needs_hidden_layers:
+        signals = {get_loss(name).requires: name for name in parse_losses(options["losses"])}
+        required["save_penultimate"] = TeacherSignal.FEATURES in signals
+        if TeacherSignal.HIDDEN_STATES in signals and needs_hidden_layers:
             layers = options.get("layer_mapping")
             if not isinstance(layers, Mapping):
                 raise OptionError(
-                    "The loss 'hidden_states' needs the teacher's layers, but the file does not specify them: set "
-                    "layer_mapping there, or pass --hidden-layers."
+                    f"The loss {signals[TeacherSignal.HIDDEN_STATES]!r} needs the teacher's layers, but the file does not "
+                    "specify them: set layer_mapping there, or pass --hidden-layers."
                 )
             required["hidden_layers"] = sorted({int(layer) for layer in layers.values()})
     return required

@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from hf_guide.models.modes import on_meta_device
 from hf_guide.models.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.scripts.config_file import parse_config
 from hf_guide.scripts.error_rates import TranscriptErrorRates
+from hf_guide.scripts.text_scores import GeneratedTextScores
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import OutputKind, Task, task_of
 from hf_guide.teachers.loading import hub_kwargs, is_trusted, load_complete_model
@@ -81,11 +82,7 @@ def distill(config: DistillConfig) -> dict[str, float]:
     _check_config(models, args)
     transformers.set_seed(args.seed)
     checkpoints = _inspect_checkpoints(models, args)
-    if args.predict_with_generate and checkpoints.task is not Task.SPEECH_SEQ2SEQ:
-        raise OptionError(
-            f"predict_with_generate is for {Task.SPEECH_SEQ2SEQ}, whose texts have a word error rate; the task is "
-            f"{checkpoints.task}. For other metrics of generated texts, use Seq2SeqDistillationTrainer with compute_metrics."
-        )
+    _check_generation(checkpoints.task, args, data)
     train, held_out = load_splits(data)
     labels, label_kind = _labels_of(checkpoints, models, train, data)
     processing_class = _load_processing_class(checkpoints, models, args)
@@ -177,7 +174,7 @@ def _make_trainer(
     peft_config: Any,
 ) -> "DistillationTrainer | Seq2SeqDistillationTrainer":
     compute_metrics, preprocess_logits = metrics
-    trainer_class: Any = Seq2SeqDistillationTrainer if task is Task.SPEECH_SEQ2SEQ else DistillationTrainer
+    trainer_class: Any = Seq2SeqDistillationTrainer if task in _GENERATED_TEXT_SCORES else DistillationTrainer
     try:
         return trainer_class(
             model=student,
@@ -208,7 +205,31 @@ def _metrics_of(task: Task, kind: OutputKind, processor: Any, args: Seq2SeqDisti
         return accuracy, predicted_classes
     if task is Task.CTC:
         return TranscriptErrorRates(processor, frames=True), predicted_classes
-    return TranscriptErrorRates(processor) if args.predict_with_generate else None, None
+    return _GENERATED_TEXT_SCORES[task](processor) if args.predict_with_generate else None, None
+
+
+_GENERATED_TEXT_SCORES: Mapping[Task, Callable[[Any], Any]] = {
+    Task.SPEECH_SEQ2SEQ: TranscriptErrorRates,
+    **dict.fromkeys((Task.SEQ2SEQ_LM, Task.IMAGE_TEXT_TO_TEXT, Task.CAUSAL_LM), GeneratedTextScores),
+}
+"""The metrics of the tasks whose models generate texts, with `predict_with_generate`."""
+
+
+def _check_generation(task: Task, args: Seq2SeqDistillationArguments, data: DataArguments) -> None:
+    """Check that the task generates, and set the length of a text to that of the targets, as Transformers' scripts do."""
+    if not args.predict_with_generate:
+        return
+    if task not in _GENERATED_TEXT_SCORES:
+        raise OptionError(
+            f"predict_with_generate is for {', '.join(map(str, _GENERATED_TEXT_SCORES))}, whose models generate texts; the "
+            f"task is {task}. Leave it out."
+        )
+    if task is Task.CAUSAL_LM and data.packing:
+        raise OptionError(
+            "predict_with_generate needs one conversation, or one prompt with its completion, a row: set packing to false."
+        )
+    if task is not Task.SPEECH_SEQ2SEQ and args.generation_max_length is None:
+        args.generation_max_length = data.max_target_length
 
 
 def _set_generation_language(trainer: Any, data: DataArguments) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_guide.data.arguments import DataArguments
-from hf_guide.data.loading import check_strings, default_columns
-from hf_guide.data.preprocessing import decode_image, resolve_lengths
+from hf_guide.data.images import decode_image
+from hf_guide.data.loading import check_strings, dataset_folder, default_columns
+from hf_guide.data.preprocessing import resolve_lengths
 from hf_guide.data.sounds import decode_sound
-from hf_guide.data.speech import SpeechPreprocessor, dataset_folder, set_language
+from hf_guide.data.speech import SpeechPreprocessor, set_language
 from hf_guide.errors import OptionError, TaskError, one_paragraph
 from hf_guide.models.pretrained import load_processing_class
 from hf_guide.tasks import OutputKind, Task, output_kind, task_of

@@ -25,7 +25,8 @@ class TeacherBatchCollator:
         task: The teacher's.
         data_collator: The user's; None for one that pads, or stacks where there is no tokenizer.
         processing_class: The tokenizer, or another processor.
-        drop: Whether columns are dropped that the forward does not take.
+        drop: Whether columns are dropped that the forward does not take; a collator that reads them (`keeps_columns`) gets
+            all of them.
         extra_columns: Columns that are kept as well, because something other than the model reads them.
 
     Raises:
@@ -43,7 +44,7 @@ class TeacherBatchCollator:
         extra_columns: Collection[str] = (),
     ):
         self._known = {*forward_parameters(model), *TRAINER_LABEL_COLUMNS, *extra_columns}
-        self._drop = drop
+        self._drop = drop and not getattr(data_collator, "keeps_columns", False)
         self._without_labels = data_collator is None and not task.row.targets_in_decoder
         if data_collator is not None:
             self._collator = data_collator

@@ -329,6 +329,11 @@ class CaptureDataCollator:
         capture.check_temperature(temperature)
         self.data_collator, self.capture, self.temperature, self.missing = data_collator, capture, temperature, missing
 
+    @property
+    def keeps_columns(self) -> bool:
+        """Whether the collator reads columns that no model takes."""
+        return bool(getattr(self.data_collator, "keeps_columns", False))
+
     def with_temperature(self, temperature: float) -> "CaptureDataCollator":
         """Return the same collator for another temperature.
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_guide.data.sentence_collator import SentenceCollator, SentenceRows
 from hf_guide.errors import CaptureError, OptionError
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import eval_mode
@@ -279,7 +280,8 @@ def capture_teacher(
         dataset: What the student will be trained on, processed as for `Trainer`; it has a length and an index.
         output_dir: A new or empty folder, or one that the same call began.
         processing_class: The tokenizer or processor; its fingerprint is stored, and it pads.
-        data_collator: As for training, except for its padding; by default one that pads.
+        data_collator: As for training, except for its padding; by default one that pads. Of a `SentenceCollator` every text,
+            or pair of texts, is an example of the capture.
         config: A `CaptureConfig` or a mapping of its fields.
         dtype: Of a teacher that is loaded here; None or "auto" takes the checkpoint's.
         revision, token, trust_remote_code: As in `from_pretrained`.
@@ -311,6 +313,9 @@ def capture_teacher(
     options = CaptureConfig.parse(config)
     folder = Path(output_dir)
     examples = _num_examples(dataset)
+    if isinstance(data_collator, SentenceCollator):
+        dataset = SentenceRows(dataset, data_collator)
+        examples, data_collator = len(dataset), dataset.row_collator()
     signal_cache_folder(folder).check()
     state = distributed_state()
     model = load_teacher(

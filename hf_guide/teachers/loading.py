@@ -57,27 +57,28 @@ def load_teacher(
         return teacher  # type: ignore[return-value]
     check_is_teacher(teacher)
     name = os.fspath(teacher)  # type: ignore[arg-type]
-    model_class = _model_class(name, revision, token, trust_remote_code)
+    _, model_class = _config_and_class(name, revision, token, trust_remote_code)
     options: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
     return load_complete_model(model_class, name, f"{name} cannot be loaded", dtype=dtype or "auto", **options).eval()
 
 
-def task_of_checkpoint(
+def config_and_task(
     name: str | os.PathLike[str],
     *,
     revision: str | None = None,
     token: "str | bool | None" = None,
     trust_remote_code: bool = False,
-) -> Task:
-    """Return what the head of a Hub id's or folder's model is for, without reading its weights.
+) -> tuple[PreTrainedConfig, Task]:
+    """Return the config of a Hub id's or folder's model, and what its head is for, without reading its weights.
 
     Raises:
         TeacherError: Its config cannot be read, or names no known class.
         TaskError: It has no head, or one for a task that cannot be distilled.
     """
-    return task_of(_model_class(os.fspath(name), revision, token, trust_remote_code))
+    config, model_class = _config_and_class(os.fspath(name), revision, token, trust_remote_code)
+    return config, task_of(model_class)
 
 
 def load_teachers(
@@ -216,8 +217,10 @@ def _class_for_task(config: PreTrainedConfig, task: Task) -> Any:
     return auto_class
 
 
-def _model_class(name: str, revision: str | None, token: "str | bool | None", trust: bool) -> type[PreTrainedModel]:
-    """Return the class that the config of a checkpoint names."""
+def _config_and_class(
+    name: str, revision: str | None, token: "str | bool | None", trust: bool
+) -> tuple[PreTrainedConfig, type[PreTrainedModel]]:
+    """Return the config of a checkpoint, and the class that it names."""
     hub: dict[str, Any] = {"revision": revision, "token": token}
     config = load_config(name, hub, trust, what=f"{name} cannot be loaded")
     architecture = (config.architectures or [""])[0]
@@ -227,7 +230,7 @@ def _model_class(name: str, revision: str | None, token: "str | bool | None", tr
             f"The config of {name} names the class {architecture!r}, which Transformers does not have. Set "
             "`architectures` to a known class, or pass a loaded model."
         )
-    return model_class
+    return config, model_class
 
 
 def model_name(model: Any) -> str:

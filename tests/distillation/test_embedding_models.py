@@ -21,7 +21,7 @@ from hf_guide import (
     from_teacher,
 )
 from hf_guide.models.sentence_files import embed, modules_of_model
-from hf_guide.models.sentence_modules import attached_sentence_modules
+from hf_guide.models.sentence_modules import attach_sentence_modules, attached_sentence_modules
 from tests.sentence_folder import WORDS, batch, bert, dense, pooling, teacher_folder, tokenizer
 from tests.tiny import run_python
 
@@ -147,7 +147,9 @@ def test_the_spearman_correlation_is_that_over_all_pairs_of_texts(teacher: Path,
     assert found == pytest.approx(float(torch.corrcoef(torch.stack(ranks))[0, 1]), abs=1e-2)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(teacher: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["teacher", "pooled_teacher"], ids=["dense layer", "isometry"])
+def test_a_resumed_run_is_the_uninterrupted_one(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    teacher: Path = request.getfixturevalue(kind)
     options: dict[str, Any] = {"losses": ALL_LOSSES["both"], "max_steps": 4, "lr_scheduler_type": "constant"}
     whole = narrow(teacher)
     trainer(whole, str(teacher), tmp_path / "whole", **options).train()
@@ -155,13 +157,46 @@ def test_a_resumed_run_is_the_uninterrupted_one(teacher: Path, tmp_path: Path) -
     resumed = narrow(teacher)
     made = trainer(resumed, str(teacher), tmp_path / "two", save_strategy="steps", save_steps=2, **options)
     made.train(resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-2"))
-    mine, theirs = (modules_of_model(each).trainable["2_Dense"].state_dict() for each in (resumed, whole))
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    mine, theirs = (modules_of_model(each).layers.state_dict() for each in (resumed, whole))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))
 
 
-def test_a_narrower_embedding_is_projected_by_features_alone(tmp_path: Path) -> None:
-    folder = teacher_folder(tmp_path / "teacher", pooling())
+@pytest.fixture(scope="module")
+def pooled_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a teacher without a dense layer: a narrower student's embedding is narrower, too."""
+    return teacher_folder(tmp_path_factory.mktemp("pooled") / "teacher", pooling(), ("Normalize", None))
+
+
+@pytest.mark.parametrize("width", [16, 48], ids=["narrower", "wider"])
+def test_embeddings_of_two_widths_are_compared_in_the_wider_space_by_a_fixed_isometry(
+    width: int, pooled_teacher: Path, tmp_path: Path
+) -> None:
+    """A map that is trained and dropped would let the cosines of what is left drift away from the teacher's."""
+    student = bert(hidden_size=width, seed=3)
+    attach_sentence_modules(student, modules_of_model(AutoModel.from_pretrained(pooled_teacher)).resized(width))
+    made = trainer(student, str(pooled_teacher), tmp_path, max_steps=30, per_device_train_batch_size=8)
+    begin = made.evaluate()
+    fitted = made.distillation_objective.projections.isometry("0_features").clone()
+    small = fitted.T @ fitted if width < 32 else fitted @ fitted.T
+    torch.testing.assert_close(small, torch.eye(len(small)), atol=1e-5, rtol=0)
+    texts = batch(TEXTS)
+    with torch.no_grad():
+        mine, theirs = (
+            embed(each, each(**texts).last_hidden_state, texts)
+            for each in (student.eval(), AutoModel.from_pretrained(pooled_teacher))
+        )
+    nuclear_norm = torch.linalg.svdvals(theirs.T @ mine).sum()  # the best that any isometry reaches
+    torch.testing.assert_close((fitted * (theirs.T @ mine)).sum(), nuclear_norm, atol=1e-3, rtol=1e-4)
+    made.train()
+    assert torch.equal(made.distillation_objective.projections.isometry("0_features"), fitted)
+    trained = made.evaluate()
+    assert trained["eval_features"] < 0.9 * begin["eval_features"]
+    assert trained["eval_similarity_spearman"] > begin["eval_similarity_spearman"]
+
+
+def test_a_narrower_embedding_is_mapped_by_features_alone(pooled_teacher: Path, tmp_path: Path) -> None:
+    folder = pooled_teacher
     for losses, has_maps in ((ALL_LOSSES["features"], True), (ALL_LOSSES["similarity"], False)):
         made = trainer(narrow(folder), str(folder), tmp_path / "out", losses=losses)
         assert (made.distillation_objective.projections is not None) is has_maps
