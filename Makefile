@@ -1,4 +1,4 @@
-# make quickstart   make and distill a small language model, then a classifier, from real teachers (minutes on two cores);
+# make quickstart   make and distill a small language model, then a classifier of images, from real teachers (minutes on two cores);
 #                   FLAGS=--full compares all methods
 # make test         the fast tests; `make test-slow` runs those that take minutes
 # make test-oldest  the fast tests with the oldest supported Transformers, in an environment of their own

@@ -63,6 +63,7 @@ _HOMES = {
     "capture_targets": "lelp.targets",
     "save_subclass_student": "lelp.export",
     "fit_subclasses": "lelp.fitting",
+    "probe_subclasses": "lelp.analysis.probe_subclasses",
     "register_splitter": "lelp.splitters.registry",
 }
 
@@ -119,6 +120,7 @@ __all__ = [
     "capture_teacher",
     "fit_subclasses",
     "from_teacher",
+    "probe_subclasses",
     "register_layout",
     "register_method",
     "register_splitter",
@@ -149,6 +151,7 @@ if TYPE_CHECKING:
     )
     from hf_guide.initialization.report import InitializationReport
     from hf_guide.layouts.registry import register_layout
+    from hf_guide.lelp.analysis.probe_subclasses import probe_subclasses
     from hf_guide.lelp.collator import SubclassLabelCollator
     from hf_guide.lelp.export import save_subclass_student
     from hf_guide.lelp.fitting import fit_subclasses

@@ -1,7 +1,6 @@
-"""English text that installs from package registries: split by document, packed into blocks or labeled by topic.
+"""English text that installs from package registries: split by document and packed into blocks, or with its topic.
 
-The named sources come from ordinary Python packages, so no Hub is needed; a folder of `.txt` files or a file of JSON
-lines works as well.
+The named sources come from ordinary Python packages, so no Hub is needed; a folder of `.txt` files works as well.
 """
 
 import hashlib
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -34,20 +32,6 @@ class TextSplit:
 
     train: list[str]
     held_out: list[str]
-
-
-@dataclass(frozen=True)
-class LabeledSplit:
-    """Labeled texts to train on and to evaluate on; no text, nor a long run of words, is in both.
-
-    Attributes:
-        train, held_out: Datasets with the columns "text" and "labels".
-        names: Names of the classes, in the order of their ids.
-    """
-
-    train: Dataset
-    held_out: Dataset
-    names: list[str]
 
 
 def read_documents(source: str) -> Iterator[str]:
@@ -97,36 +81,6 @@ def read_wikipedia_topics() -> Iterator[tuple[str, str]]:
     for article in _wikipedia_articles():
         if article["topic"] != "Uncategorized" and article["extract"].strip():
             yield article["extract"], article["topic"]
-
-
-def read_labeled_texts(source: str) -> Iterator[tuple[str, str]]:
-    """Yield (text, class name) of `"wikipedia"` (humanities or science), or of a file of JSON lines {"text", "label"}.
-
-    Raises:
-        OptionError: There is no such file, or a line of it has another form.
-    """
-    if source == "wikipedia":
-        for text, topic in read_wikipedia_topics():
-            yield text, "humanities" if topic in HUMANITIES else "science"
-        return
-    path = Path(source)
-    if not path.is_file():
-        raise OptionError(
-            f"The labeled texts must be 'wikipedia' or a file of JSON lines, each "
-            f'{{"text": ..., "label": ...}}; got {source!r}.'
-        )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{source} must be a text file in UTF-8: {error}.") from error
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            yield str(entry["text"]), str(entry["label"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise OptionError(
-                f'Line {number} of {source} must be {{"text": ..., "label": ...}}: {error!r}.'
-            ) from error
 
 
 def package_dir(module: str, distribution: str) -> Path:
@@ -196,41 +150,6 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) 
     tokens = [token for document in documents for token in document]
     blocks = len(tokens) // (length + 1)
     return torch.tensor(tokens[: blocks * (length + 1)], dtype=torch.int64).view(blocks, length + 1)
-
-
-def load_classification_data(source: str, *, examples: int, held_out: int, seed: int = 0) -> LabeledSplit:
-    """Read labeled texts; return `examples` to train on and `held_out` others, in an order that the seed decides.
-
-    Raises:
-        OptionError: There are fewer texts, or a single class.
-    """
-    labels = {clean_text(text): label for text, label in read_labeled_texts(source)}
-    names = sorted(set(labels.values()))
-    if len(names) < 2:
-        raise OptionError(f"{source} has {len(names)} classes; a classifier needs two or more.")
-    share = held_out / (examples + held_out)
-    split = split_documents(labels, held_out=share, seed=seed)
-    if len(split.train) < examples or len(split.held_out) < held_out:
-        raise OptionError(
-            f"{source} must have {examples} texts to train on and {held_out} held-out ones; it has "
-            f"{len(split.train)} and {len(split.held_out)}: ask for fewer, or add text."
-        )
-    features = Features({"text": Value("string"), "labels": ClassLabel(names=names)})
-    train, evaluation = (
-        Dataset.from_dict({"text": texts, "labels": [labels[text] for text in texts]}, features=features)
-        for texts in (split.train[:examples], split.held_out[:held_out])
-    )
-    return LabeledSplit(train, evaluation, names)
-
-
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Return a dataset of token ids, at most `max_length` an example, and labels."""
-    return dataset.map(
-        lambda rows: tokenizer(rows["text"], truncation=True, max_length=max_length),
-        batched=True,
-        remove_columns=["text"],
-        desc=None,
-    )
 
 
 def _wikipedia_articles() -> Iterator[dict[str, str]]:

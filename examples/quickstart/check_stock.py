@@ -3,7 +3,7 @@
 Reads JSON from standard input and writes JSON to standard output:
 
     {"folder", "prompt", "tokens"}   -> {"text", "perplexity", "parameters"}   a causal language model
-    {"folder", "texts", "max_length"} -> {"logits", "labels"}                  a text classifier
+    {"folder", "images"}             -> {"logits", "labels"}                   an image classifier
 
 Exits with a message if hf_guide was imported on the way.
 """
@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 
 def run_language_model(folder: str, prompt: str, tokens: list[int]) -> dict[str, Any]:
@@ -33,13 +33,11 @@ def run_language_model(folder: str, prompt: str, tokens: list[int]) -> dict[str,
     }
 
 
-def run_classifier(folder: str, texts: list[str], max_length: int) -> dict[str, Any]:
-    """Classify `texts`."""
-    model: Any = AutoModelForSequenceClassification.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+def run_classifier(folder: str, images: list[Any]) -> dict[str, Any]:
+    """Classify `images`, (images, channels, height, width) as nested lists."""
+    model: Any = AutoModelForImageClassification.from_pretrained(folder)
     with torch.no_grad():
-        logits = model(**batch).logits
+        logits = model(pixel_values=torch.tensor(images)).logits
     labels = [model.config.id2label[number] for number in logits.argmax(-1).tolist()]
     return {"logits": logits.tolist(), "labels": labels}
 
@@ -47,7 +45,7 @@ def run_classifier(folder: str, texts: list[str], max_length: int) -> dict[str, 
 def main() -> None:
     """Run the request on standard input."""
     request = json.load(sys.stdin)
-    answer = (run_classifier if "texts" in request else run_language_model)(**request)
+    answer = (run_classifier if "images" in request else run_language_model)(**request)
     if any(name.split(".")[0] == "hf_guide" for name in sys.modules):
         raise SystemExit("The saved student does not load without hf_guide.")
     json.dump(answer, sys.stdout)

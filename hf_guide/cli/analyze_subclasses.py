@@ -10,11 +10,11 @@ from hf_guide.utils.deprecation import RenamedOptions
 if TYPE_CHECKING:
     from hf_guide.lelp.analysis.report import SubclassSummary
 
-HELP = "describe a projector's pseudo-subclasses, and estimate whether they help"
+HELP = "describe a projector's pseudo-subclasses, and measure whether they are likely to help"
 DESCRIPTION = (
     "Run the teacher over a dataset and write an HTML page: each class's subspace colored by subclass, the most\n"
-    "probable examples of each subclass, sizes, variance, mutual information with fine labels, and an estimated gain:\n"
-    "probes are trained with and without subclasses, which is much cheaper than training a student."
+    "probable examples of each subclass, sizes, variance, mutual information with fine labels, and a verdict: small\n"
+    "students are trained by LELP and by KD for a few hundred steps, and by fine labels where there are any."
 )
 EXAMPLE = "hf-guide analyze-subclasses projector/ questions.jsonl --fine-label-column fine_label -o subclasses.html"
 FILES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
@@ -61,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-examples", type=int, default=6, metavar="N", help="examples to show for each subclass")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="batch size of the teacher")
-    parser.add_argument("--no-probe", action="store_true", help="do not train probes to estimate the gain")
+    parser.add_argument("--no-probe", action="store_true", help="do not train students to measure the gain")
+    parser.add_argument(
+        "--student", metavar="NAME", help="student of the probe: Hub id or folder; by default smaller than the teacher"
+    )
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="steps of the probe's students")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="students of each objective in the probe")
     add_hub_arguments(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
 
@@ -74,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
     check_integer("--num-examples", args.num_examples)
     check_integer("--batch-size", args.batch_size)
+    check_integer("--steps", args.steps)
+    check_integer("--seeds", args.seeds)
     is_file = Path(args.dataset).is_file()
     if not is_file and Path(args.dataset).suffix in FILES and not Path(args.dataset).exists():
         raise OptionError(f"There is no file {args.dataset}.")
@@ -108,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
         num_examples=args.num_examples,
         batch_size=args.batch_size,
         train_probes=not args.no_probe,
+        student=args.student,
+        steps=args.steps,
+        num_seeds=args.seeds,
         **hub_arguments(args),
         show_progress=not args.no_progress,
     )
@@ -120,10 +130,10 @@ def _print_summary(summary: "SubclassSummary") -> None:
     from hf_guide.lelp.analysis.report import describe_mutual_information
     from hf_guide.utils.escaping import to_single_line
 
-    if summary.gain_estimate is not None:
-        print(summary.gain_estimate.summary())
-    elif summary.no_gain_estimate is not None:
-        print(f"The gain was not estimated: {summary.no_gain_estimate} (Pass --no-probe to skip the estimate.)")
+    if summary.probe is not None:
+        print(summary.probe.summary())
+    elif summary.no_probe is not None:
+        print(f"Whether subclasses help was not measured: {summary.no_probe} (Pass --no-probe to skip it.)")
     if summary.fine_label_information is not None:
         print(describe_mutual_information(summary.fine_label_information))
     for each in summary.classes:

@@ -137,7 +137,7 @@ def fit_subclasses(
         if dataset is None:
             raise OptionError("A teacher that is a model needs a dataset; only a capture can do without.")
         hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        model = _load_classifier(teacher, dtype=dtype, device=state.device, **hub)
+        model = load_classifier(teacher, dtype=dtype, device=state.device, **hub)
     with classifier_registered(model, classifier):
         if capture is not None and not isinstance(capture, Capture):
             capture = _cache_features(
@@ -167,7 +167,7 @@ def fit_subclasses(
         )
 
 
-def _load_classifier(teacher: Any, **options: Any) -> Any:
+def load_classifier(teacher: Any, **options: Any) -> Any:
     """Return the teacher, loaded with the options of `load_teacher`, after checking that it is a single-label classifier."""
     if not is_loaded(teacher) and not isinstance(teacher, (str, os.PathLike)):
         raise OptionError(

@@ -152,9 +152,7 @@ def test_figures_and_pages_show_names_as_they_are(text: str, tmp_path: Path) -> 
     assert all(len(axes.get_title()) <= 160 for axes in figure.axes)
     plot_explained_variance({text: [0.5, 1.0], "other": [0.4, 1.0]}, tmp_path / "curve.svg")
     facts = {text: text}
-    page = write_page(
-        SubclassSummary(text, facts, [view], no_gain_estimate=text), tmp_path / "page.html", lambda row: text
-    )
+    page = write_page(SubclassSummary(text, facts, [view], no_probe=text), tmp_path / "page.html", lambda row: text)
     tags = _Tags()
     tags.feed(page.read_text())
     assert not {"script", "h1x", "object", "iframe"} & tags.found.keys() and tags.found["h1"] == 1

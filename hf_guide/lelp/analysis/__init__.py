@@ -1,1 +1,1 @@
-"""Analysis of pseudo-subclasses: features, a report, and an estimate of their gain before training."""
+"""Analysis of pseudo-subclasses: features, a report, and a probe that decides before training whether they help."""

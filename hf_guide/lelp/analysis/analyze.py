@@ -1,4 +1,4 @@
-"""`analyze`, the work of `hf-guide analyze-subclasses`: read a dataset, run the teacher, estimate the gain, write the page."""
+"""`analyze`, the work of `hf-guide analyze-subclasses`: read a dataset, run the teacher, train the probe, write the page."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from hf_guide.data.loading import default_columns, find_column, load_splits
 from hf_guide.data.preprocessing import preprocess
 from hf_guide.errors import OptionError, SubclassError, TeacherError
 from hf_guide.lelp.analysis.features import AnalysisFeatures, collect_features
-from hf_guide.lelp.analysis.probe import GainEstimate, estimate_gain
+from hf_guide.lelp.analysis.probe import NUM_SEEDS, STEPS, ProbeStudents, SubclassProbe
+from hf_guide.lelp.analysis.probe_subclasses import build_students, probe_features
 from hf_guide.lelp.analysis.report import SubclassSummary, plot_class, summarize_subclasses, write_page
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.lelp.validation import MISSING_LABELS
@@ -57,6 +58,9 @@ def analyze(
     num_examples: int = 6,
     batch_size: int = 32,
     train_probes: bool = True,
+    student: str | os.PathLike[str] | None = None,
+    steps: int = STEPS,
+    num_seeds: int = NUM_SEEDS,
     revision: str | None = None,
     token: str | None = None,
     trust_remote_code: bool = False,
@@ -74,7 +78,10 @@ def analyze(
         figures: A folder for one figure of each class as well, and for all measurements as JSON.
         num_examples: How many examples of each subclass are shown.
         batch_size: Examples of a forward pass.
-        train_probes: Whether probes are trained to estimate the gain.
+        train_probes: Whether students are trained by LELP and by KD, to decide whether subclasses help; with
+            `fine_label_column` also some that learn the fine labels.
+        student: A Hub id or folder of the student to train; None takes a smaller model of the teacher's class.
+        steps, num_seeds: Of these students, as of `probe_subclasses`.
         revision, token, trust_remote_code: Of the teacher.
         show_progress: Whether to show a bar.
 
@@ -105,7 +112,11 @@ def analyze(
     )
     compared_labels = None if fine_label_column is None else encode_labels(raw, fine_label_column)
     fine_labels = compared_labels if projector.scores.needs_fine_labels else None
-    gain, reason = _estimate_gain_or_reason(projector, features, fine_labels) if train_probes else (None, None)
+    probe, reason = None, None
+    if train_probes:
+        students = build_students(model, None if student is None else load_teacher(student, **hub))
+        options = {"steps": steps, "num_seeds": num_seeds, "show_progress": show_progress}
+        probe, reason = _probe_or_reason(students, processed, projector, features, compared_labels, options)
     summary = summarize_subclasses(
         projector,
         features.embeddings,
@@ -113,8 +124,8 @@ def analyze(
         features.labels,
         compared_labels,
         num_examples=num_examples,
-        gain_estimate=gain,
-        no_gain_estimate=reason,
+        probe=probe,
+        no_probe=reason,
         fine_labels=fine_labels,
         title=f"Subclasses of {data.name}",
     )
@@ -189,23 +200,36 @@ def encode_labels(raw: Dataset, column: str) -> Tensor:
     return torch.tensor([numbers[value] for value in values])
 
 
-def _estimate_gain_or_reason(
-    projector: SubclassProjector, features: AnalysisFeatures, fine_labels: Tensor | None
-) -> tuple[GainEstimate | None, str | None]:
-    """Return an estimate of the gain, or the reason why there is none: the rest of the page does not need it."""
+def _probe_or_reason(
+    students: ProbeStudents,
+    processed: Any,
+    projector: SubclassProjector,
+    features: AnalysisFeatures,
+    fine_labels: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[SubclassProbe | None, str | None]:
+    """Return what the probe measured, or the reason why there is none: the rest of the page does not need it."""
+    count = len(features.labels)
+    print(
+        f"Probe: {2 * options['num_seeds'] * (1 if fine_labels is None else 2)} students, {students.description}, for "
+        f"{options['steps']} steps{'' if fine_labels is None else ', half of them for three times as many'}."
+    )
     try:
-        gain = estimate_gain(
+        probe = probe_features(
+            students,
+            processed.train,
+            processed.collator,
             projector,
             features.embeddings,
             features.logits,
-            features.input_features,
             features.labels,
-            classifier_weight=features.classifier_weight,
-            fine_labels=fine_labels,
+            fine_labels,
+            num_train=count,
+            **options,
         )
     except SubclassError as error:
         return None, str(error)
-    return gain, None
+    return probe, None
 
 
 def _write_figures(summary: SubclassSummary, folder: Path) -> list[Path]:
@@ -231,10 +255,10 @@ def _to_json(summary: SubclassSummary) -> dict[str, Any]:
             for class_summary in summary.classes
         }
     }
-    if summary.gain_estimate is not None:
-        facts["gain_estimate"] = summary.gain_estimate.to_dict()
-    if summary.no_gain_estimate is not None:
-        facts["no_gain_estimate"] = summary.no_gain_estimate
+    if summary.probe is not None:
+        facts["probe"] = summary.probe.to_dict()
+    if summary.no_probe is not None:
+        facts["no_probe"] = summary.no_probe
     information = summary.fine_label_information
     if information is not None:
         facts["fine_labels"] = {

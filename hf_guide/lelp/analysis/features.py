@@ -1,4 +1,4 @@
-"""Run a teacher over some examples once: what a projector reads, and features of the inputs alone for the probes."""
+"""Run a teacher over some examples once and collect what a projector reads."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -20,8 +19,6 @@ from hf_guide.tasks import task_of
 from hf_guide.teachers.forward import forward_outputs
 from hf_guide.validation import check_integer
 
-POOLED_SIZE = 14
-
 
 @dataclass(frozen=True)
 class AnalysisFeatures:
@@ -30,14 +27,12 @@ class AnalysisFeatures:
     Attributes:
         embeddings: (N, D), the inputs of the teacher's classifier.
         logits: (N, C).
-        input_features: (N, F): downsampled pixels, or the mean of a text's input embeddings.
         labels: (N,), the class that the teacher predicts where an example has no label.
         classifier_weight: (C, D), float64.
     """
 
     embeddings: Tensor
     logits: Tensor
-    input_features: Tensor
     labels: Tensor
     classifier_weight: Tensor
 
@@ -83,22 +78,7 @@ def collect_features(
             numbers = range(num_read, num_read + len(logits))
             classes = resolve_classes(labels, logits, len(logits), logits.shape[1], numbers)
             num_read += len(logits)
-            batch_columns = (embeddings, logits, _input_features(teacher, inputs), classes)
+            batch_columns = (embeddings, logits, classes)
             columns.append(tuple(column.cpu() for column in batch_columns))
-    embeddings, logits, features, classes = (torch.cat(parts) for parts in zip(*columns, strict=True))
-    return AnalysisFeatures(embeddings, logits, features, classes, classifier_weight(classifier))
-
-
-@torch.no_grad()
-def _input_features(teacher: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    if "pixel_values" in inputs:
-        pixels = inputs["pixel_values"].float()
-        if pixels.ndim != 4:
-            return pixels.flatten(1)
-        return adaptive_avg_pool2d(pixels, min(POOLED_SIZE, pixels.shape[-1], pixels.shape[-2])).flatten(1)
-    embedding: Any = teacher.get_input_embeddings()
-    vectors = embedding(inputs["input_ids"]).float()
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-    weights = (mask != 0).unsqueeze(-1).float()
-    return (vectors * weights).sum(1) / weights.sum(1).clamp_min(1)
+    embeddings, logits, classes = (torch.cat(parts) for parts in zip(*columns, strict=True))
+    return AnalysisFeatures(embeddings, logits, classes, classifier_weight(classifier))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import SubclassError
-from hf_guide.lelp.analysis.probe import GainEstimate
+from hf_guide.lelp.analysis.probe import SubclassProbe
 from hf_guide.lelp.splitters.registry import takes_top_variance
 from hf_guide.lelp.validation import resolve_classes
 from hf_guide.utils.escaping import escape_mathtext
@@ -91,16 +91,16 @@ class SubclassSummary:
         title, facts: Of the page, and the settings of the projector.
         classes: Those that have examples.
         fine_label_information: If there are fine labels.
-        gain_estimate: If it was asked for.
-        no_gain_estimate: Why there is none, if it was asked for and could not be made.
+        probe: If it was asked for.
+        no_probe: Why there is none, if it was asked for and could not be made.
     """
 
     title: str
     facts: dict[str, str]
     classes: list[ClassSummary]
     fine_label_information: MutualInformation | None = None
-    gain_estimate: GainEstimate | None = None
-    no_gain_estimate: str | None = None
+    probe: SubclassProbe | None = None
+    no_probe: str | None = None
 
 
 def summarize_subclasses(
@@ -111,8 +111,8 @@ def summarize_subclasses(
     compared_labels: Any = None,
     *,
     num_examples: int = 6,
-    gain_estimate: GainEstimate | None = None,
-    no_gain_estimate: str | None = None,
+    probe: SubclassProbe | None = None,
+    no_probe: str | None = None,
     fine_labels: Any = None,
     title: str = "Subclasses",
 ) -> SubclassSummary:
@@ -124,7 +124,7 @@ def summarize_subclasses(
         labels: (N,), the classes; None, -1 and -100, or None for all, mean the class that the teacher predicts.
         compared_labels: (N,), fine labels to compare the subclasses with.
         num_examples: How many examples of each subclass are listed.
-        gain_estimate: Of `estimate_gain`, to include; or instead `no_gain_estimate`, why there is none.
+        probe: Of `probe_subclasses`, to include; or instead `no_probe`, why there is none.
         fine_labels: (N,), if the projector splits by them.
 
     Raises:
@@ -182,7 +182,7 @@ def summarize_subclasses(
     information = None
     if compared_labels is not None:
         information = label_mutual_information(subclasses, classes, torch.as_tensor(compared_labels).long())
-    return SubclassSummary(title, facts, summaries, information, gain_estimate, no_gain_estimate)
+    return SubclassSummary(title, facts, summaries, information, probe, no_probe)
 
 
 def principal_plane(rows: Tensor) -> Tensor:
@@ -270,10 +270,10 @@ def write_page(summary: SubclassSummary, path: str | os.PathLike[str], get_examp
         get_example: Returns the example of a row: a text, or a `PIL.Image.Image`.
     """
     parts = [f"<h1>{html.escape(summary.title)}</h1>", _table_html(summary.facts)]
-    if summary.gain_estimate is not None:
-        parts += ["<h2>Estimated gain</h2>", f"<pre>{html.escape(summary.gain_estimate.summary())}</pre>"]
-    elif summary.no_gain_estimate is not None:
-        parts += ["<h2>Estimated gain</h2>", f"<p>Not estimated: {html.escape(summary.no_gain_estimate)}</p>"]
+    if summary.probe is not None:
+        parts += ["<h2>Do they help?</h2>", f"<pre>{html.escape(summary.probe.summary())}</pre>"]
+    elif summary.no_probe is not None:
+        parts += ["<h2>Do they help?</h2>", f"<p>Not measured: {html.escape(summary.no_probe)}</p>"]
     if summary.fine_label_information is not None:
         sentence = describe_mutual_information(summary.fine_label_information)
         parts += ["<h2>Fine labels</h2>", f"<p>{html.escape(sentence)}</p>"]

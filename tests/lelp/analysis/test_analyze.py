@@ -84,14 +84,17 @@ def text(tmp_path_factory):
     return home, projector, features
 
 
-def test_texts_are_shown_by_subclass_with_fine_labels_and_an_estimated_gain(text, tmp_path):
+def test_texts_are_shown_by_subclass_with_fine_labels_and_a_verdict(text, tmp_path):
     home, projector, features = text
     done = hf_guide(
         "analyze-subclasses", home / "projector", home / "data.jsonl", "--teacher", home / "teacher", "--no-progress",
         "--fine-label-column", "kind", "-o", tmp_path / "page.html", "--figures", tmp_path / "figures",
+        "--steps", 2, "--seeds", 2, "--student", home / "teacher",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "probes trained with classes" in done.stdout and "bits of the fine labels" in done.stdout
+    assert "Probe: 8 students, BertForSequenceClassification of" in done.stdout, "the cost comes before the work"
+    assert "points from KD after 2 steps (2 seeds)" in done.stdout and "the headroom" in done.stdout
+    assert "bits of the fine labels" in done.stdout
     facts = json.loads((tmp_path / "figures" / "subclasses.json").read_text())
     targets = projector.transform(features.embeddings, features.logits)
     for number, name in enumerate(NAMES):
@@ -102,7 +105,7 @@ def test_texts_are_shown_by_subclass_with_fine_labels_and_an_estimated_gain(text
         first = facts["classes"][name]["top_examples"][0][0]
         assert sentences()[first]["text"] in (tmp_path / "page.html").read_text()
     assert 0 <= facts["fine_labels"]["bits"] <= facts["fine_labels"]["entropy"]
-    assert facts["gain_estimate"]["examples"] == COUNT
+    assert facts["probe"]["num_train"] == COUNT * 2 / 3 and facts["probe"]["verdict"] in done.stdout
 
 
 def facts_without_probes(home, data, folder):
@@ -120,7 +123,7 @@ def test_texts_without_labels_count_for_the_predicted_class(text, tmp_path):
     facts = facts_without_probes(home, home / "bare.jsonl", tmp_path)
     actual = features.logits.argmax(1).bincount(minlength=2).tolist()
     assert [facts["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == actual
-    assert "gain_estimate" not in facts
+    assert "probe" not in facts
 
 
 @pytest.mark.parametrize("missing,named", [(None, False), (-1, False), (-100, False), (None, True)])
@@ -140,16 +143,17 @@ def test_an_example_without_label_counts_for_the_predicted_class(text, tmp_path,
     assert [facts["classes"].get(name, {"examples": 0})["examples"] for name in NAMES] == expected.tolist()
 
 
-def test_the_page_is_written_without_an_estimate_and_states_the_reason(text, tmp_path, capsys):
+def test_the_page_is_written_without_a_probe_and_states_the_reason(text, tmp_path, capsys):
     home, _, _ = text
     words = [
         "analyze-subclasses", home / "projector", home / "data.jsonl", "--teacher", home / "teacher", "--no-progress",
-        "--max-samples", 39, "-o", tmp_path / "page.html",
+        "--max-samples", 45, "-o", tmp_path / "page.html",
     ]  # fmt: skip
     assert cli.main([str(word) for word in words]) == 0
     printed = capsys.readouterr().out
-    assert "The gain was not estimated: An estimate needs at least 40 examples; found 39. (Pass --no-probe" in printed
-    assert "Not estimated: An estimate needs at least 40 examples" in (tmp_path / "page.html").read_text()
+    reason = "A probe needs at least 32 training examples; found 30."
+    assert f"Whether subclasses help was not measured: {reason}" in printed and "(Pass --no-probe" in printed
+    assert f"Not measured: {reason}" in (tmp_path / "page.html").read_text()
 
 
 def test_a_projector_that_splits_by_fine_labels_needs_their_column(text, tmp_path, capsys):
@@ -232,6 +236,7 @@ def test_images_are_shown(tmp_path):
         (["--fine-label-column", "kinds"], "has no column 'kinds'"),
         (["--teacher", "{home}/other"], "cannot be loaded"),
         (["--num-examples", "0"], "--num-examples must be a whole number of at least 1"),
+        (["--steps", "0"], "--steps must be a whole number of at least 1"),
         (["-o", "{home}/nowhere/page.html"], "There is no folder"),
         (["--dataset-split", "tests"], "has no split 'tests'"),
     ],

@@ -1,182 +1,206 @@
-"""The estimated gain: zero without subclasses, positive where they are what a small student lacks; and its measures."""
+"""The probe: likely to help where a student that knew the hidden classes is better, and not where targets are of no use."""
 
 import dataclasses
+import math
 
-import numpy
 import pytest
 import torch
+from torch import nn
 
-from hf_guide import SubclassError, SubclassProjector
+from hf_guide import OptionError, SubclassError, TaskError, probe_subclasses
 from hf_guide.lelp.analysis.probe import (
-    estimate_gain,
-    r2_ridge,
-    reduce_features,
-    subclass_stability,
-    train_probes,
-    within_class_targets,
+    ProbeData,
+    ProbeStudents,
+    SubclassProbe,
+    difference,
+    draw_batches,
+    run_probe,
+    split_folds,
 )
-from tests.lelp.benchmark_modules import import_benchmark
+from hf_guide.lelp.analysis.probe_subclasses import smaller_config
+from tests.lelp.test_fitting import CLASSIFIERS, Pad, collator, examples, teacher_of
+from tests.tiny import KINDS, Kind
 
-import_benchmark("lelp_splitters")
-COUNT, NUM_FINE, WIDTH = 1200, 4, 16
+COUNT = 900
+WIDER = Kind("BertForSequenceClassification", "", KINDS["bert classifier"].config | {"num_labels": 5}, {})
 
 
 @pytest.fixture(scope="module")
-def hidden():
-    """Two classes of four clusters each, which both the embeddings and the features separate."""
-    generator = torch.Generator().manual_seed(0)
-    fine_labels = torch.arange(COUNT) % (2 * NUM_FINE)
-    classes = fine_labels % 2
-    spots = 3 * torch.randn(2 * NUM_FINE, 8, generator=generator, dtype=torch.float64)
-    features = spots[fine_labels] + torch.randn(COUNT, 8, generator=generator, dtype=torch.float64)
-    sides = torch.randn(2 * NUM_FINE, WIDTH - 1, generator=generator, dtype=torch.float64)
-    sides = sides[fine_labels] + 0.2 * torch.randn(COUNT, WIDTH - 1, generator=generator, dtype=torch.float64)
-    embeddings = torch.cat([4.0 * (2 * classes - 1)[:, None].double(), sides], 1)
-    weight = torch.zeros(2, WIDTH, dtype=torch.float64)
-    weight[:, 0] = torch.tensor([-1.0, 1.0])
-    return features, embeddings, embeddings @ weight.T, classes, fine_labels, weight
-
-
-def projector_of(hidden, splitter="lelp", subclasses=NUM_FINE, **options):
-    features, embeddings, logits, classes, fine_labels, weight = hidden
-    return SubclassProjector.fit(embeddings, classes, weight, subclasses, splitter=splitter, **options)
-
-
-def estimate(hidden, projector, **options):
-    features, embeddings, logits, classes, fine_labels, weight = hidden
-    return estimate_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, **options)
-
-
-def test_one_subclass_a_class_gains_exactly_nothing(hidden):
-    actual = estimate(hidden, projector_of(hidden, subclasses=1), num_probes=2)
-    assert actual.gain == actual.gain_error == actual.shuffled == actual.predictability == 0
-    assert not actual.recommended and actual.verdict == "no help expected"
-
-
-def test_subclasses_that_features_show_are_predictable_and_stable(hidden):
-    actual = estimate(hidden, projector_of(hidden), num_probes=2)
-    assert actual.predictability > 0.5 and actual.stability is not None and actual.stability > 0.8
-    assert "subclasses fitted to other examples, a third" in actual.summary()
-    assert f"{actual.predictability:.0%}" in actual.summary()
-
-
-def test_a_partition_that_has_nothing_to_do_with_the_data_is_not_recommended(hidden):
-    actual = estimate(hidden, projector_of(hidden, "random-partition"), num_probes=4)
-    assert actual.predictability < 0.05 and actual.stability is not None and actual.stability < 0.05
-    assert not actual.recommended
-
-
-def test_the_estimate_is_what_probes_gain(hidden):
-    """Classes by the parity of hard-to-separate cells: a student that is given the cells finds the classes."""
+def cells():
+    """Points of the plane in 4 x 4 cells, of which each is of one class and its neighbors of the other."""
     generator = torch.Generator().manual_seed(1)
-    cells = torch.randint(0, 4, (3000, 2), generator=generator)
-    classes = cells.sum(1) % 2
-    fine_labels = cells[:, 0] * 4 + cells[:, 1]
-    features = cells.double() + 0.15 * torch.randn(3000, 2, generator=generator, dtype=torch.float64)
-    hot = torch.nn.functional.one_hot(fine_labels, 16).double()
-    weight = torch.zeros(2, 17, dtype=torch.float64)
-    weight[:, 16] = torch.tensor([-1.0, 1.0])
-    embeddings = torch.cat(
-        [hot + 0.01 * torch.randn(hot.shape, generator=generator), 4.0 * (2 * classes - 1)[:, None]], 1
+    places = torch.randint(0, 4, (COUNT, 2), generator=generator)
+    classes, cells = places.sum(1) % 2, places[:, 0] * 4 + places[:, 1]
+    points = places.float() - 1.5 + 0.15 * torch.randn(COUNT, 2, generator=generator)
+    logits = 8.0 * (2 * torch.nn.functional.one_hot(classes, 2) - 1).float()
+    ranks = torch.zeros(COUNT, dtype=torch.long)
+    for number in (0, 1):
+        ranks[classes == number] = cells[classes == number].unique(return_inverse=True)[1]
+    return points, logits, classes, cells, ranks
+
+
+def probe_of(cells, ranks, *, fine=False, **options) -> SubclassProbe:
+    points, logits, classes, own_cells, _ = cells
+    shares = torch.nn.functional.one_hot(ranks, 8).float()
+    targets = (logits.softmax(-1)[:, :, None] * shares[:, None]).flatten(1)
+    data = ProbeData(
+        logits, targets, classes, own_cells if fine else None, split_folds(COUNT, 2), lambda rows: points[rows]
     )
-    logits = embeddings @ weight.T
-    projector = SubclassProjector.fit(
-        embeddings, classes, weight, 8, splitter="labels", fine_labels=fine_labels, subclass_temperature=0.2
-    )
-    actual = estimate_gain(projector, embeddings, logits, features, classes, fine_labels=fine_labels)
-    assert actual.recommended and actual.gain > 1 and actual.gain > actual.shuffled
-    assert actual.verdict == "likely to help"
-    assert actual.to_dict()["recommended"] is True
+
+    class Student(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(2, 24), nn.Tanh()), nn.Linear(24, 2)
+
+    def forward(model, inputs):
+        features = model.body(inputs)
+        return features, model.head(features)
+
+    students = ProbeStudents(Student, forward, 24, 1e-2, "points")
+    return run_probe(data, students, **({"steps": 150, "show_progress": False} | options))
 
 
-def test_the_same_seed_gives_the_same_estimate_also_for_arrays(hidden):
-    features, embeddings, logits, classes, _, weight = hidden
-    projector = projector_of(hidden)
-    first = estimate_gain(projector, embeddings, logits, features, classes, classifier_weight=weight, num_probes=2)
-    arrays = [each.numpy() for each in (embeddings, logits, features, classes)]
-    second = estimate_gain(projector, *arrays, classifier_weight=weight.numpy(), num_probes=2)
-    assert first == second
+def test_hidden_classes_that_a_student_can_learn_are_likely_to_help(cells):
+    probe = probe_of(cells, cells[-1], fine=True)
+    assert probe.verdict == "likely to help" and probe.gain > 5
+    assert probe.headroom is not None and probe.headroom > 2 * probe.headroom_error
+    assert probe.num_subclasses == 8 and (probe.num_train, probe.num_held_out) == (600, 300)
+    assert "Subclasses are likely to help: LELP is +" in probe.summary() and "the headroom" in probe.summary()
 
 
-def test_without_labels_the_predicted_classes_count(hidden):
-    features, embeddings, logits, classes, _, _ = hidden
-    assert torch.equal(logits.argmax(1), classes)
-    projector = projector_of(hidden)
-    actual = estimate_gain(projector, embeddings, logits, features, num_probes=2)
-    assert actual == estimate_gain(projector, embeddings, logits, features, classes, num_probes=2)
-    assert actual.stability is None
-    half = [number if row % 2 else (None, -1, -100)[row % 3] for row, number in enumerate(classes.tolist())]
-    for missing in (half, [-100] * len(half)):
-        assert actual == estimate_gain(projector, embeddings, logits, features, missing, num_probes=2)
+def test_a_random_partition_is_unlikely_to_help(cells):
+    ranks = torch.randint(0, 8, (COUNT,), generator=torch.Generator().manual_seed(0))
+    probe = probe_of(cells, ranks)
+    assert probe.verdict == "unlikely to help" and probe.headroom is None
+    assert "Subclasses are unlikely to help" in probe.summary()
 
 
-def test_where_a_third_is_too_few_examples_there_is_no_stability(hidden):
-    features, embeddings, logits, classes, _, weight = hidden
-    rare = torch.cat([(classes == 0).nonzero()[:390], (classes == 1).nonzero()[:10]]).flatten()
-    arguments = [each[rare] for each in (embeddings, logits, features, classes)]
-    projector = SubclassProjector.fit(arguments[0], arguments[3], weight, NUM_FINE)
-    actual = estimate_gain(projector, *arguments, classifier_weight=weight, num_probes=2)
-    assert actual.stability is None and actual.examples == 400
-    unknown = dataclasses.replace(projector_of(hidden), splitter="someone's")
-    assert subclass_stability(unknown, embeddings, logits, classes, weight, {}) is None
-
-
-def test_every_example_alike_in_its_class_has_nothing_beyond_it():
-    targets = torch.tensor([[[0.6, 0.2], [0.1, 0.1]]]).repeat(5, 1, 1)
-    assert within_class_targets(targets, torch.zeros(5, dtype=torch.long)).abs().max() < 1e-7
-
-
-def test_r2_is_one_for_a_linear_map_and_zero_for_noise():
-    generator = torch.Generator().manual_seed(0)
-    arguments, noise = (torch.randn(4000, 5, generator=generator, dtype=torch.float64) for _ in range(2))
-    expected_tensor = arguments @ torch.randn(5, 3, generator=generator, dtype=torch.float64)
-    assert r2_ridge(arguments[:2000], expected_tensor[:2000], arguments[2000:], expected_tensor[2000:]) > 0.999
-    assert r2_ridge(arguments[:2000], noise[:2000], arguments[2000:], noise[2000:]) < 0.01
-
-
-def test_stability_is_invariant_to_rotations_of_the_subclasses(hidden):
-    _, embeddings, logits, classes, _, weight = hidden
-    for rotation in range(2):
-        projector = projector_of(hidden, seed=rotation)
-        assert subclass_stability(projector, embeddings, logits, classes, weight, {}) > 0.8
-
-
-def test_many_features_are_reduced_and_constant_ones_left_out():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(300, 200, generator=generator, dtype=torch.float64)
-    features[:, 3] = 7.0
-    assert reduce_features(features).shape == (300, 128)
-    assert reduce_features(features[:, :4]).shape == (300, 3)
-
-
-def test_probes_learn_a_linear_boundary(hidden):
-    features, _, _, classes, _, _ = hidden
-    targets = torch.nn.functional.one_hot((features[:, 0] > 0).long(), 2).double().unsqueeze(2)
-    actual = train_probes(features, targets, (features[:, 0] > 0).long(), COUNT // 2, 1.0, 2, 0)
-    assert actual.shape == (2,) and actual.min() > 95
+def test_the_seed_decides_and_the_callers_random_state_is_left_alone(cells):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, again, other = (probe_of(cells, cells[-1], steps=20, seed=seed) for seed in (1, 1, 2))
+    assert first == again and first != other
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
-    "change, reported",
+    "gain, error, verdict",
     [
-        ({"features": numpy.full((COUNT, 3), 1.0)}, "the same features"),
-        ({"features": torch.zeros(COUNT - 1, 3)}, f"found {COUNT}, {COUNT} and {COUNT - 1}"),
-        ({"features": torch.full((COUNT, 3), torch.nan)}, "Features of example 0 are not finite"),
-        ({"features": torch.zeros(COUNT)}, "one row an example"),
-        ({"num_probes": 1}, "num_probes must be at least 2"),
-        ({"labels": torch.full((COUNT,), 2)}, "label of example 0 is 2; the teacher has the classes 0 to 1"),
-        ({"labels": torch.zeros(5).long()}, rf"one an example, \({COUNT},\); found \(5,\)"),
-        ({"classifier_weight": torch.zeros(2, 3)}, r"must have the shape \(2, 16\); found \(2, 3\)"),
+        (3.0, 1.0, "likely to help"),
+        (1.0, 0.5, "likely to help"),
+        (0.9, 0.1, "unlikely to help"),
+        (-3.0, 1.0, "unlikely to help"),
+        (2.0, 2.1, "unlikely to help"),
+        (3.0, 2.0, "undecided"),
     ],
 )
-def test_invalid_arguments_raise(hidden, change, reported):
-    features, embeddings, logits, classes, _, _ = hidden
-    arguments = {"features": features, "labels": classes, "num_probes": 2} | change
-    with pytest.raises(SubclassError, match=reported):
-        estimate_gain(projector_of(hidden), embeddings, logits, **arguments)
+def test_the_verdict_weighs_the_gain_by_its_error(cells, gain, error, verdict):
+    probe = dataclasses.replace(probe_of(cells, cells[-1], steps=1), gain=gain, gain_error=error)
+    assert probe.verdict == verdict == probe.to_dict()["verdict"]
+    assert ("pass more examples" in probe.summary()) == (verdict == "undecided")
 
 
-def test_too_few_examples_raise(hidden):
-    features, embeddings, logits, classes, _, _ = hidden
-    with pytest.raises(SubclassError, match="needs at least 40 examples; found 39"):
-        estimate_gain(projector_of(hidden), embeddings[:39], logits[:39], features[:39], classes[:39])
+def test_the_error_is_that_of_examples_and_of_seeds():
+    labels = torch.arange(40) % 2
+    train = torch.arange(40)
+    data = ProbeData(
+        torch.zeros(40, 2), torch.zeros(40, 4), labels, None, [(train, train), (train, train)], lambda rows: rows
+    )
+    first = torch.arange(40) < 20
+    right = [{"kd": first, "subclasses": first | (train >= 30)}, {"kd": first, "subclasses": first | (train >= 20)}]
+    gain, error = difference(data, right, "subclasses")
+    mean = torch.tensor([0.0] * 20 + [50.0] * 10 + [100.0] * 10).double()
+    assert gain == pytest.approx(37.5)
+    assert error == pytest.approx(math.sqrt(mean.var() / 40 + torch.tensor([25.0, 50.0]).var() / 2))
+
+
+def test_folds_hold_each_example_out_once_and_batches_take_all_alike():
+    splits = split_folds(100, 3)
+    assert torch.cat([held_out for _, held_out in splits]).sort().values.tolist() == list(range(100))
+    assert all(not set(train.tolist()) & set(held_out.tolist()) for train, held_out in splits)
+    batches = draw_batches(torch.arange(10, 22), 5, 0)
+    drawn = torch.cat([next(batches) for _ in range(12)])
+    assert torch.equal(drawn.sort().values, torch.arange(10, 22).repeat_interleave(5))
+
+
+@pytest.mark.parametrize(
+    "labels, train, error",
+    [
+        (torch.arange(90) % 2, torch.arange(30), "at least 32 training examples; found 30"),
+        (torch.arange(90) % 2, torch.arange(75), "at least 20 held-out examples; found 15"),
+        (torch.zeros(90, dtype=torch.long), torch.arange(60), "All 60 training examples are of class 0"),
+    ],
+)
+def test_too_few_examples_or_classes_raise(labels, train, error):
+    held_out = torch.arange(len(train), 90)
+    with pytest.raises(SubclassError, match=error):
+        ProbeData(torch.zeros(90, 2), torch.zeros(90, 4), labels, None, [(train, held_out)], lambda rows: rows)
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_teacher_and_a_dataset_are_probed_and_left_as_they_were(kind):
+    teacher, rows = teacher_of(kind), examples(kind)
+    teacher.train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    options = {"data_collator": collator(kind), "steps": 2, "num_seeds": 2, "show_progress": False}
+    probe = probe_subclasses(teacher, rows, **options)
+    assert len(probe.kd) == 2 and (probe.num_train, probe.num_held_out, probe.num_subclasses) == (60, 30, 3)
+    assert type(teacher).__name__ in probe.student and "with random weights" in probe.student
+    assert teacher.training and all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert probe_subclasses(teacher, rows, **options) == probe
+
+
+def test_a_given_student_is_copied_and_measured_on_given_examples():
+    teacher, rows, student = teacher_of(), examples(), teacher_of()
+    before = student.classifier.weight.clone()
+    fine = [row | {"kind": row["label"] * 2 + number % 2} for number, row in enumerate(rows)]
+    options = {"data_collator": Pad(), "steps": 2, "num_seeds": 2, "show_progress": False}
+    probe = probe_subclasses(teacher, fine, fine[:40], student=student, fine_label_column="kind", **options)
+    assert (probe.num_train, probe.num_held_out) == (90, 40) and "as given" in probe.student
+    assert probe.headroom is not None and torch.equal(student.classifier.weight, before)
+    config = smaller_config(teacher.config)
+    assert "with random weights" in probe_subclasses(teacher, rows, student=config, **options).student
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"steps": 0}, OptionError, "steps must be"),
+        ({"learning_rate": 0.0}, OptionError, "learning_rate"),
+        ({"student": "name"}, OptionError, "student must be a model or a config"),
+        ({"student": KINDS["vit"].teacher().config}, OptionError, "Pass a config of the teacher's class"),
+        ({"student": WIDER.teacher()}, OptionError, "5 outputs and the teacher 3 classes"),
+        ({"eval_dataset": []}, OptionError, "dataset is empty"),
+        ({"fine_label_column": "kind"}, OptionError, "fine_label_column='kind'"),
+        ({"max_samples": 30}, SubclassError, "at least 32 training examples|subclasses need"),
+    ],
+)  # fmt: skip
+def test_invalid_options_raise_before_any_step(options, error, message):
+    given = {"data_collator": Pad(), "show_progress": False} | options
+    with pytest.raises(error, match=message):
+        probe_subclasses(teacher_of(), examples(), **given)
+
+
+def test_a_teacher_that_is_no_classifier_raises():
+    with pytest.raises(TaskError, match="classifier"):
+        probe_subclasses(KINDS["bert"].teacher(), examples(), show_progress=False)
+
+
+@pytest.mark.parametrize(
+    "name, sizes, expected",
+    [
+        ("ResNetConfig", {"hidden_sizes": [32, 64], "depths": [2, 3], "embedding_size": 32},
+         {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8}),
+        ("DistilBertConfig", {"dim": 384, "n_heads": 12, "n_layers": 6, "hidden_dim": 1536},
+         {"dim": 96, "n_heads": 3, "n_layers": 2, "hidden_dim": 384}),
+        ("LlamaConfig", {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2},
+         {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}),
+    ],
+)  # fmt: skip
+def test_a_smaller_config_has_a_quarter_of_the_width(name, sizes, expected):
+    import transformers
+
+    small = smaller_config(getattr(transformers, name)(**sizes))
+    assert {field: getattr(small, field) for field in expected} == expected
+    with pytest.raises(OptionError, match="Pass the student"):
+        smaller_config(transformers.SwinConfig())

@@ -147,10 +147,10 @@ def test_explained_variance_is_only_of_directions_of_variance(splitter, summariz
     ) == expected
 
 
-def test_the_page_states_why_the_gain_was_not_estimated(summarized, tmp_path):
-    summary = replace(summarized[2], classes=[], no_gain_estimate="too <few>")
+def test_the_page_states_why_nothing_was_probed(summarized, tmp_path):
+    summary = replace(summarized[2], classes=[], no_probe="too <few>")
     page = write_page(summary, tmp_path / "page.html", str).read_text(encoding="utf-8")
-    assert "Not estimated: too &lt;few&gt;" in page
+    assert "Not measured: too &lt;few&gt;" in page
 
 
 def test_invalid_arguments_raise(summarized):

@@ -1,0 +1,111 @@
+"""Is the verdict of `probe_subclasses` right? Against what `lelp_comparison.py` measured, setting by setting.
+
+    python examples/benchmarks/lelp_probe.py --sets digits -o results          # the options of lelp_comparison.py
+    python examples/benchmarks/lelp_probe.py --report                          # the table of the probes kept in results/
+
+For each set a probe by its defaults: students of the benchmark by LELP and by KD on the examples that students learn from, of
+which another third is held out for each seed; it does not read the parts for validation and test. Each probe is one line of
+results/lelp_probe.jsonl (or of --probes), written when it is done; killed at any moment, the same command goes on. The report
+compares verdicts with the gain of LELP over KD on the test part, which counts as help where it exceeds its spread.
+"""
+
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lelp_comparison import Runs, parser, plan, prepare
+from lelp_models import Classifier, make_student, start_student
+from lelp_runs import RESULTS
+
+from hf_guide import SubclassProjector
+from hf_guide.lelp.analysis.probe import ProbeData, ProbeStudents, run_probe, split_folds
+from hf_guide.lelp.analysis.probe_subclasses import MAX_LEARNING_RATE, MAX_SAMPLES, NUM_SEEDS, RATE_TIMES_WIDTH
+
+
+def probe_set(name: str, args: Any) -> dict[str, Any]:
+    """Probe one setting and return what was measured."""
+    bench = prepare(name, args)
+    batches, problem = bench.problem(args.transfer, args.share)
+    if args.initialization != "scratch":
+        bench.started = start_student(bench.teacher, batches, args.initialization, bench.tokens())
+    embeddings, logits = problem.signals.embeddings.double(), problem.signals.logits.double()
+    projector = SubclassProjector.fit(embeddings, problem.data.labels, problem.weight)
+    chosen = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))[:MAX_SAMPLES]
+    data = ProbeData(
+        logits,
+        torch.as_tensor(projector.transform(embeddings, logits)).flatten(1),
+        problem.data.labels,
+        None,
+        [(chosen[train], chosen[held_out]) for train, held_out in split_folds(len(chosen), NUM_SEEDS)],
+        batches.take,
+    )
+
+    def build() -> Classifier:
+        return make_student(batches, args.images, problem.data.classes, bench.started)
+
+    width = build().width
+    rate = min(MAX_LEARNING_RATE, RATE_TIMES_WIDTH / width)
+    students = ProbeStudents(build, lambda model, inputs: model(inputs), width, rate, "the benchmark's students")
+    began = time.perf_counter()
+    probe = run_probe(data, students, show_progress=False)
+    return probe.to_dict() | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def measured_gain(runs: Runs, run: dict[str, Any]) -> tuple[float, float] | None:
+    """Return the gain of LELP over KD in points, and its spread over the seeds; None where it was not measured."""
+    (_, kd), (_, lelp) = runs.within(run, "kd"), runs.within(run, "lelp")
+    gains = [100 * (lelp[seed]["test"] - kd[seed]["test"]) for seed in lelp if seed in kd]
+    return (statistics.mean(gains), statistics.stdev(gains)) if len(gains) > 1 else None
+
+
+def report(probes: list[dict[str, Any]], runs: Runs) -> None:
+    """Print a line for each probe, and how many are right."""
+    right = undecided = count = 0
+    for row in probes:
+        run, probe = row["run"], row["result"]
+        measured = measured_gain(runs, run)
+        name = ", ".join(str(run[each]) for each in ("set", "teacher", "transfer", "share", "initialization", "steps"))
+        outcome = "not measured"
+        if measured is not None:
+            helps = measured[0] > measured[1]
+            outcome = f"{measured[0]:+5.2f} ± {measured[1]:.2f} {'helps' if helps else ''}"
+            count += 1
+            undecided += probe["verdict"] == "undecided"
+            right += probe["verdict"] == ("likely to help" if helps else "unlikely to help")
+        print(
+            f"{name:55} probe {probe['gain']:+5.2f} ± {probe['gain_error']:.2f} {probe['verdict']:16} measured {outcome}"
+        )
+    print(f"{right} of {count} verdicts are right, {undecided} undecided")
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument(
+        "--probes", type=Path, default=RESULTS / "lelp_probe.jsonl", help="file of probes, one a line"
+    )
+    args = options.parse_args()
+    lines = args.probes.read_text(encoding="utf-8").splitlines() if args.probes.is_file() else []
+    probes = [json.loads(line) for line in lines]
+    if not args.report:
+        if args.output is None:
+            options.error("the folder of teachers is missing: -o FOLDER")
+        args.output.mkdir(parents=True, exist_ok=True)
+        print(f"command: python {' '.join(sys.argv)}", flush=True)
+        for name in args.sets:
+            run = plan(name, not name.startswith(("digits", "fashion", "characters")), args)
+            if all(row["run"] != run for row in probes):
+                probes.append({"run": run, "result": probe_set(name, args)})
+                with args.probes.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(probes[-1]) + "\n")
+                print(f"{name}: {probes[-1]['result']['gain']:+.2f} {probes[-1]['result']['verdict']}", flush=True)
+    rows = args.rows or RESULTS / "lelp_comparison.jsonl"
+    report(probes, Runs(rows, args.tune_seeds))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
