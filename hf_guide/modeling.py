@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec
 
 import torch
@@ -43,6 +43,7 @@ from hf_guide.initialization.student_shape import label_row_indices, resolve_dty
 from hf_guide.initialization.subclass_head import SubclassDirections, widen_to_subclasses
 from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.methods import InitializationConfig, StudentSetup, make_method
+from hf_guide.shapes.search import START_FOLDER, describe_choice, find_shapes, search_folder
 from hf_guide.teachers.checkpoint import open_teacher
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
 
@@ -83,6 +84,10 @@ def from_teacher(
     calibration_cache_dir: "str | os.PathLike[str] | None" = None,
     model_class: type[Any] | None = None,
     dtype: "str | torch.dtype | None" = None,
+    num_parameters: "int | str | None" = None,
+    active_parameters: "int | str | None" = None,
+    memory: "int | str | None" = None,
+    cache_length: int | None = None,
     num_subclasses: int | None = None,
     projector: SubclassDirections | None = None,
     revision: str | None = None,
@@ -111,11 +116,17 @@ def from_teacher(
             that a causal language model samples itself. Its first `calibration_tokens` tokens are used. Under
             torch.distributed each rank processes its share, and all ranks get the same student.
         calibration_cache_dir: For "calibrated": a folder, new or of the same call, that stores statistics and refitted
-            weights. If the process is killed, the same call resumes from it. The folder is not deleted automatically; remove
+            weights. If the process is killed, the same call resumes from it. With a budget it holds two folders, of the
+            search and of the student. The folder is not deleted automatically; remove
             it after saving the student. All ranks must see it.
         model_class: The student's class or an Auto class, such as AutoModelForSequenceClassification; None takes the
             teacher's.
         dtype: Of the student; None or "auto" takes the teacher's. Arithmetic is in float32 or better.
+        num_parameters: Instead of sizes, how many parameters the student has: a number, or "23M", "1.5B" or "25%" of the
+            teacher's. The best of `find_shapes`, within 2 %, is taken: "calibrated" compares starts on part of the data, at
+            the cost of a few more of them, and any other method a rule. The report notes the shape. Overrides fix sizes.
+        active_parameters, memory, cache_length: Likewise, what a token passes of a mixture of experts, or the bytes of weights
+            and key-value cache ("500MB"), the cache for 2,048 positions by default.
         num_subclasses: Number of outputs per class of a classifier to be trained with LELP; all of a class's start as the
             teacher's. The student's config records it.
         projector: A `SubclassProjector` of the teacher: each output starts at its subclass's direction instead.
@@ -145,12 +156,28 @@ def from_teacher(
         >>> student.initialization_report.blocks
         {'layers': [0, 3]}
     """
+    files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
+    code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+    budget = {
+        "num_parameters": num_parameters,
+        "active_parameters": active_parameters,
+        "memory": memory,
+        "cache_length": cache_length,
+    }
+    if any(value is not None for value in budget.values()):
+        shared = {
+            "method": method,
+            "calibration_dataset": calibration_dataset,
+            "model_class": model_class,
+            "dtype": dtype,
+        }
+        shared |= {"revision": revision, "show_progress": show_progress, **files, **code}
+        head = {"num_subclasses": num_subclasses, "projector": projector}
+        return _from_teacher_of_budget(teacher, config, budget, calibration_cache_dir, shared, head, overrides)
     method_config = InitializationConfig.parse(method)
     initializer = make_method(method_config)
     initializer.check_data(calibration_dataset, calibration_cache_dir)
 
-    files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
-    code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
 
     options = initializer.plan_options() if initializer.requires_layout else None
@@ -202,6 +229,40 @@ def from_teacher(
 FROM_TEACHER_PARAMETERS = [
     name for name in inspect.signature(from_teacher).parameters if name not in ("teacher", "overrides")
 ]
+
+
+def _from_teacher_of_budget(
+    teacher: "str | os.PathLike[str] | PreTrainedModel",
+    config: PreTrainedConfig | None,
+    budget: Mapping[str, Any],
+    calibration_cache_dir: "str | os.PathLike[str] | None",
+    shared: Mapping[str, Any],
+    head: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> PreTrainedModel:
+    """Return the student of the best shape of a budget: the same as of a call with that shape's sizes.
+
+    Args:
+        shared: Arguments of both `find_shapes` and `from_teacher`.
+        head: Other arguments of `from_teacher`.
+    """
+    given = {name: value for name, value in budget.items() if value is not None}
+    if config is not None:
+        raise OptionError(
+            f"config states every size already, so {', '.join(given)} cannot choose any: leave one of them out."
+        )
+    if isinstance(shared["calibration_dataset"], Iterator):
+        raise OptionError(
+            f"calibration_dataset is an iterator, which can be read once, and with {', '.join(given)} it is read for the "
+            "search and for the student: pass a list or a dataset."
+        )
+    shapes = find_shapes(teacher, **budget, calibration_cache_dir=calibration_cache_dir, **shared, **overrides)
+    folder = search_folder(calibration_cache_dir, START_FOLDER)
+    options: dict[str, Any] = {**shared, **head, **overrides, **shapes[0].overrides}
+    student = from_teacher(teacher, calibration_cache_dir=folder, **options)
+    report: Any = student.initialization_report
+    report.shape_choice = describe_choice(shapes, given)
+    return student
 
 
 def _head_identity(num_subclasses: int | None, projector: SubclassDirections | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_guide.errors import OptionError
 from hf_guide.initialization.report import InitializationReport
@@ -108,6 +108,38 @@ def plot_training(
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
+    if path is not None:
+        save_figure(figure, path)
+    return figure
+
+
+def plot_shapes(shapes: Sequence[Mapping[str, Any]], path: str | os.PathLike[str] | None = None) -> "Figure":
+    """Plot the shapes of a budget: the depth against the width, colored by the best score that all of them have.
+
+    Args:
+        shapes: Entries with "width", "depth", "quick_loss" and "rule_score", as `ShapeCandidate.to_json` returns them; the
+            best first.
+        path: Where to write the figure; the suffix determines the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There are no shapes.
+    """
+    figure_class = _figure_class()
+    if not shapes:
+        raise ValueError("There are no shapes to plot.")
+    kind = "quick_loss" if all(each["quick_loss"] is not None for each in shapes) else "rule_score"
+    label = {"quick_loss": "held-out loss of an untrained start (nats)", "rule_score": "rule score (lower is better)"}[
+        kind
+    ]
+    figure = figure_class(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    widths, depths = [each["width"] for each in shapes], [each["depth"] for each in shapes]
+    points = axes.scatter(widths, depths, c=[each[kind] for each in shapes], cmap="viridis", s=60)
+    axes.plot(widths[0], depths[0], "o", mfc="none", mec="red", ms=14)
+    axes.set(xlabel="width", ylabel="blocks")
+    axes.grid(alpha=0.3)
+    figure.colorbar(points, label=label)
     if path is not None:
         save_figure(figure, path)
     return figure

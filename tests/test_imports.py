@@ -22,6 +22,7 @@ LAYERS = (
     ("initialization",),
     ("calibration",),
     ("methods",),
+    ("shapes",),
     ("visualization",),
     ("hub",),
     ("modeling",),

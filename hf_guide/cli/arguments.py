@@ -55,6 +55,27 @@ def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code}
 
 
+def add_budget_arguments(group: Any) -> None:
+    """Add the flags of a budget, from which the student's sizes follow."""
+    group.add_argument(
+        "--num-parameters",
+        metavar="N",
+        help="number of parameters, such as 23M or 25%% of the teacher's: chooses the sizes",
+    )
+    group.add_argument(
+        "--active-parameters", metavar="N", help="the same of what a token passes in a mixture of experts"
+    )
+    group.add_argument("--memory", metavar="SIZE", help="the same of weights and key-value cache, such as 500MB")
+    group.add_argument("--cache-length", type=int, metavar="N", help="positions of that cache (default: 2048)")
+
+
+def budget_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of `add_budget_arguments` that are given, as keyword arguments of `from_teacher`."""
+    values = {name: getattr(args, name) for name in ("num_parameters", "active_parameters", "memory", "cache_length")}
+    given = {name: value for name, value in values.items() if value is not None}
+    return {name: int(value) if str(value).isdigit() else value for name, value in given.items()}
+
+
 def to_flag(name: str) -> str:
     """Return the flag of an option.
 

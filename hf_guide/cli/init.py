@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_guide.cli.arguments import add_hub_arguments, hub_arguments, parse_key_value, to_flag
+from hf_guide.cli.arguments import (
+    add_budget_arguments,
+    add_hub_arguments,
+    budget_arguments,
+    hub_arguments,
+    parse_key_value,
+    to_flag,
+)
 from hf_guide.errors import OptionError
 from hf_guide.tasks import Task
 from hf_guide.utils.deprecation import RenamedOptions
@@ -69,27 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--license", metavar="ID", help="license for the model card, such as apache-2.0")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
-    shape = parser.add_argument_group("shape")
-    for name, text in SIZES.items():
-        shape.add_argument(to_flag(name), type=int, metavar="N", help=text)
+    add_shape_arguments(parser)
     key_value: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
-    shape.add_argument("--config", **key_value, help="any other entry of the config; may be repeated")
     method = parser.add_argument_group("method")
     method.add_argument(
         "--method", default="guide", metavar="NAME", help="guide (default), or another of `hf-guide methods`"
     )
     method.add_argument("--option", **key_value, help="option of the method (see `hf-guide methods`); may be repeated")
     method.add_argument("--seed", type=int, metavar="N", help="seed for randomly initialized weights (default: 0)")
-    method.add_argument(
-        "--calibration-dataset",
-        metavar="FILE",
-        nargs="+",
-        type=Path,
-        help="text, jsonl, csv or parquet files, or `self_generated`",
-    )
-    method.add_argument(
-        "--calibration-cache-dir", metavar="FOLDER", type=Path, help="where calibrated saves its progress, to resume"
-    )
+    add_calibration_arguments(method)
     source = parser.add_argument_group("teacher")
     source.add_argument("teacher", metavar="TEACHER", help="Hub id or folder of the big model")
     source.add_argument("--gguf-file", metavar="FILE", help="GGUF file of the teacher to read")
@@ -101,10 +96,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(to_flag(name), action=switch, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the student's sizes, or the budget from which they follow."""
+    shape = parser.add_argument_group("shape")
+    for name, text in SIZES.items():
+        shape.add_argument(to_flag(name), type=int, metavar="N", help=text)
+    shape.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other entry of the config; may be repeated",
+    )
+    add_budget_arguments(shape)
+
+
+def add_calibration_arguments(group: Any) -> None:
+    """Add the calibration data, and the folder for resuming."""
+    group.add_argument(
+        "--calibration-dataset",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="text, jsonl, csv or parquet files, or `self_generated`",
+    )
+    group.add_argument(
+        "--calibration-cache-dir", metavar="FOLDER", type=Path, help="where calibrated saves its progress, to resume"
+    )
+
+
+def shape_overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the sizes and entries of the config that are given, as keyword arguments of `from_teacher`."""
+    overrides = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    return add_key_values(overrides, args.config, "--config")
+
+
 def run(args: argparse.Namespace) -> int:
     """Initialize the student and save it atomically, print its report, and return the exit code."""
-    overrides = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    overrides = _add_key_values(overrides, args.config, "--config")
+    overrides = shape_overrides(args)
     options = _method_options(args)
     check_output_folder(args.output)
 
@@ -122,12 +151,13 @@ def run(args: argparse.Namespace) -> int:
         student: Any = from_teacher(
             args.teacher,
             method=method,
-            calibration_dataset=_calibration_dataset(args.calibration_dataset),
+            calibration_dataset=read_calibration_dataset(args.calibration_dataset),
             calibration_cache_dir=args.calibration_cache_dir,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
             gguf_file=args.gguf_file,
             show_progress=not args.no_progress,
             **hub_arguments(args),
+            **budget_arguments(args),
             **overrides,
         )
         report = student.initialization_report
@@ -136,6 +166,8 @@ def run(args: argparse.Namespace) -> int:
         copy_tokenizer_files(args.teacher, folder, gguf_file=args.gguf_file, **hub_arguments(args))
         _write_card_and_plot(report, folder, args)
     print(escape_control_characters(report.summary()))
+    if report.shape_choice:
+        print(escape_control_characters(f"Shape: {report.shape_choice}"))
     sentence_class = SavedModel.read(args.output).sentence_class
     load = f"sentence_transformers.{sentence_class}" if sentence_class else f"{type(student).__name__}.from_pretrained"
     print(f"Saved in {args.output}. Load it with {load}({str(args.output)!r}).")
@@ -157,10 +189,10 @@ def _method_options(args: argparse.Namespace) -> dict[str, Any]:
             if name not in renamed.removed:  # otherwise an error states why it is gone
                 message = f"{to_flag(name)} is deprecated; use --option {renamed.names.get(name, name)}=VALUE."
                 warnings.warn(f"hf-guide init: {message}", FutureWarning, stacklevel=2)
-    return _add_key_values(options, args.option, "--option")
+    return add_key_values(options, args.option, "--option")
 
 
-def _add_key_values(values: dict[str, Any], texts: Sequence[str], flag: str) -> dict[str, Any]:
+def add_key_values(values: dict[str, Any], texts: Sequence[str], flag: str) -> dict[str, Any]:
     """Return `values` with the parsed KEY=VALUE texts.
 
     Raises:
@@ -175,7 +207,7 @@ def _add_key_values(values: dict[str, Any], texts: Sequence[str], flag: str) -> 
     return values
 
 
-def _calibration_dataset(paths: Sequence[Path] | None) -> Any:
+def read_calibration_dataset(paths: Sequence[Path] | None) -> Any:
     """Return the texts or rows in files; the one word `self_generated`, or its old name `teacher`, is returned as it is."""
     if paths is not None and len(paths) == 1 and str(paths[0]) in ("self_generated", "teacher"):
         if not paths[0].exists():

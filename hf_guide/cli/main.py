@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         label,
         methods,
         quickstart,
+        shapes,
     )
 
     parser = argparse.ArgumentParser(
@@ -97,7 +98,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="import a Python module first, which registers losses, methods or splitters of your own; may be repeated",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (init, methods, inspect, families, capture, label, distill, card, analyze_subclasses, quickstart):
+    for module in (
+        init,
+        shapes,
+        methods,
+        inspect,
+        families,
+        capture,
+        label,
+        distill,
+        card,
+        analyze_subclasses,
+        quickstart,
+    ):
         name = module.__name__.rpartition(".")[2].replace("_", "-")
         _add_command(commands, name, module, help=module.HELP)
     for old, new in RENAMED_COMMANDS.items():

@@ -74,6 +74,7 @@ class InitializationReport:
         approximations: What could not be transferred exactly, and why.
         randomly_initialized: Parameters that the teacher has nothing for.
         notes: Choices that differ from what was asked for, and why, such as other blocks.
+        shape_choice: How the sizes were chosen for a budget; empty where they were given.
         calibration: Of a calibrated student: `tokens` seen; `self_generated`, whether the teacher wrote them;
             `block_influence` (1 - cosine of input and output); `selected`, the indices of heads and neurons by output
             projection; `residual_error`, the relative error of the residual stream after each block; and `logit_scale`.
@@ -111,6 +112,7 @@ class InitializationReport:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     teacher_fingerprint: str | None = None
+    shape_choice: str = ""
     bases: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -215,6 +217,7 @@ class InitializationReport:
 
     def __str__(self) -> str:
         lines = self.summary().splitlines()
+        lines += [f"Shape: {self.shape_choice}"] if self.shape_choice else []
         lines += [f"Approximated: {text}" for text in self.approximations]
         lines += [f"At random: {text}" for text in _merge_block_numbers(self.randomly_initialized)]
         lines += [f"Note: {text}" for text in self.notes]

@@ -199,6 +199,12 @@ def check_expert_counts(config: PreTrainedConfig, teacher: PreTrainedConfig, par
         )
 
 
+def experts_per_token(config: PreTrainedConfig) -> int | None:
+    """Return how many experts each token of a mixture is routed to; None of other models."""
+    found = _first_number(config, _EXPERTS_PER_TOKEN)
+    return None if found is None else found[1]
+
+
 def _first_number(config: PreTrainedConfig, names: tuple[str, ...]) -> tuple[str, int] | None:
     """Return the first of `names` under which a config has a whole number, and the number; None if there is none."""
     for name in names:

@@ -24,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.basis import fit_activation_bases
-from hf_guide.calibration.collection import collect_calibration
+from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import check_calibration_dataset
 from hf_guide.calibration.forward import calibration_mode
@@ -88,6 +88,10 @@ class CalibratedMethod(InitializationMethod):
             **setup.hub,
         )
         return _to_lists(self.calibration.statistics.block_influence)
+
+    def reuse(self, calibration: CalibrationResult, setup: StudentSetup) -> None:
+        """Take what another student of the same teacher collected, instead of `collect`."""
+        self.stacks, self.calibration = setup.validate_plan().block_mapping, calibration
 
     @torch.no_grad()
     def initialize(self, student: PreTrainedModel, setup: StudentSetup) -> InitializationReport:

@@ -1,0 +1,237 @@
+"""Count the parameters of students from shapes: of thousands by an affine rule, and of one exactly.
+
+Each dimension of each parameter is an affine function of the size fields, whose slopes are found by changing one field at a
+time in a model on the meta device: the number of parameters of any shape is then a sum of products, for all shapes at once.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import LayoutError
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.initialization.size_checks import experts_per_token
+from hf_guide.layouts.grammar import AxisName, axis_names
+from hf_guide.layouts.registry import PREFIX_AXES, Layout
+from hf_guide.models.model_classes import strip_base_prefix
+from hf_guide.shapes.fields import ModelProbe, SizeFields, SizeRole
+
+Sizes = Mapping[str, np.ndarray]
+"""For each size field its value in every shape."""
+
+_Dimension = tuple[float, tuple[tuple[str, float], ...]]
+"""A constant, and a slope for each field that the length of a dimension depends on."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What shapes cost, one entry for each; whole numbers.
+
+    Attributes:
+        parameters: Number of parameters, tied ones counted once.
+        active: Those that a token passes, of a mixture of experts; all of any other model.
+        lookups: Those of embedding tables, of which a token reads a row.
+        tied_head: Those of a table that is also the language head.
+    """
+
+    parameters: np.ndarray
+    active: np.ndarray
+    lookups: np.ndarray
+    tied_head: np.ndarray
+
+    @property
+    def flops_per_token(self) -> np.ndarray:
+        """Floating-point operations of a forward pass: 2 for each weight that a token passes; none for looking up a row.
+
+        Attention's products of queries and keys, which grow with the context, are not counted.
+        """
+        return 2 * (self.active - self.lookups + self.tied_head)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters of the same kind and dimensions."""
+
+    count: int
+    depth: str | None
+    dimensions: tuple[_Dimension, ...]
+    is_expert: bool
+    is_lookup: bool
+    is_tied_head: bool
+
+
+class ParameterCounter:
+    """Counts the parameters of many shapes at once."""
+
+    def __init__(self, probe: ModelProbe, fields: SizeFields):
+        self.fields = fields
+        self.depth_sizes = {each.name: each.size for each in fields.of(SizeRole.DEPTH)}
+        self.experts_per_token = experts_per_token(probe.teacher.config)
+        self.groups = _group_parameters(probe, fields)
+
+    def count(self, sizes: Sizes) -> Cost:
+        """Return what shapes cost. Blocks of several kinds count as their average: `exact_cost` counts one shape exactly.
+
+        Args:
+            sizes: For each size field an array of its values.
+        """
+        length = len(next(iter(sizes.values())))
+        total, experts, lookups, tied = (np.zeros(length) for _ in range(4))
+        for group in self.groups:
+            numel = np.full(length, float(group.count))
+            for constant, slopes in group.dimensions:
+                numel = numel * (constant + sum(slope * sizes[name] for name, slope in slopes))
+            if group.depth is not None:
+                numel = numel * sizes[group.depth] / self.depth_sizes[group.depth]
+            total += numel
+            experts += numel * group.is_expert
+            lookups += numel * group.is_lookup
+            tied += numel * group.is_tied_head
+        inactive = experts * (1 - self._active_share(sizes, length))
+        return Cost(total, total - inactive, lookups, tied)
+
+    def _active_share(self, sizes: Sizes, length: int) -> np.ndarray:
+        field = self.fields.main(SizeRole.EXPERTS)
+        if field is None or self.experts_per_token is None:
+            return np.ones(length)
+        return np.minimum(1.0, self.experts_per_token / sizes[field.name])
+
+
+def exact_cost(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, int]:
+    """Return the entries of a `Cost`, and its `flops_per_token`, of one model, which may be on the meta device.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from hf_guide.models.model_classes import meta_model
+        >>> config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2)
+        >>> exact_cost(meta_model(LlamaForCausalLM, config), config)["parameters"]
+        536
+    """
+    layout = layout_for(config, type(model))
+    head = _tied_table(model)
+    total = experts = lookups = tied = 0
+    for name, parameter in model.named_parameters():
+        kind = _kind_of(layout, strip_base_prefix(name, model.base_model_prefix))
+        total += parameter.numel()
+        experts += parameter.numel() * kind[0]
+        lookups += parameter.numel() * kind[1]
+        tied += parameter.numel() * (parameter is head)
+    active = total
+    per_token, count = experts_per_token(config), _num_experts(layout, model)
+    if per_token is not None and count:
+        active -= experts - round(experts * min(per_token, count) / count)
+    return {
+        "parameters": total,
+        "active_parameters": active,
+        "flops_per_token": 2 * (active - lookups + tied),
+        "table_parameters": lookups,
+    }
+
+
+def _group_parameters(probe: ModelProbe, fields: SizeFields) -> list[_Group]:
+    kept = dict(fields.kept)
+    if fields.head_size_field is not None and fields.head_size is not None:
+        kept[fields.head_size_field] = fields.head_size
+    base = probe.build(kept)
+    if base is None:
+        raise LayoutError(f"No {probe.model_class.__name__} can be built with {kept}, the teacher's own sizes.")
+    slopes = {
+        each.name: _slopes(probe, kept, each.name, each.size, base[1])
+        for each in fields.fields
+        if each.role is not SizeRole.DEPTH
+    }
+    layout, head = layout_for(base[0], probe.model_class), _tied_table(base[1])
+    occurrences = Counter(_without_index(name, fields) for name, _ in base[1].named_parameters())
+    groups: Counter[tuple[object, ...]] = Counter()
+    for name, parameter in base[1].named_parameters():
+        relative = strip_base_prefix(name, base[1].base_model_prefix)
+        depth = next((field for prefix, field in fields.stacks.items() if relative.startswith(prefix)), None)
+        if (
+            occurrences[_without_index(name, fields)] == 1
+        ):  # of one block alone, such as T5's table of relative positions
+            depth = None
+        dimensions = []
+        for dim, length in enumerate(parameter.shape):
+            found = tuple((field, by_name[name][dim]) for field, by_name in slopes.items() if by_name[name][dim])
+            sizes = {each.name: each.size for each in fields.fields}
+            constant = length - sum(slope * sizes[field] for field, slope in found)
+            dimensions.append((constant, found))
+        is_expert, is_lookup = _kind_of(layout, relative)
+        groups[(depth, tuple(dimensions), is_expert, is_lookup, parameter is head)] += 1
+    return [
+        _Group(count, depth, dimensions, is_expert, is_lookup, is_head)  # type: ignore[arg-type]
+        for (depth, dimensions, is_expert, is_lookup, is_head), count in groups.items()
+    ]
+
+
+def _without_index(name: str, fields: SizeFields) -> str:
+    """Return a parameter's name without the index of its block."""
+    prefix = next((each for each in fields.stacks if each in name), None)
+    if prefix is None:
+        return name
+    before, _, rest = name.partition(prefix)
+    return f"{before}{prefix}{rest.partition('.')[2]}"
+
+
+def _slopes(
+    probe: ModelProbe, kept: Mapping[str, int], name: str, size: int, base: PreTrainedModel
+) -> dict[str, list[float]]:
+    """Return, by parameter, the slope of each dimension in one field.
+
+    Raises:
+        LayoutError: No other value of the field makes a model with the same parameters.
+    """
+    shapes = {each: tuple(parameter.shape) for each, parameter in base.named_parameters()}
+    for divisor in (2, 3, 5, math.inf):
+        other = size - 1 if divisor == math.inf else size // int(divisor)
+        if not 1 <= other < size or (divisor != math.inf and size % divisor):
+            continue
+        built = probe.build({**kept, name: other})
+        if built is None:
+            continue
+        changed = {each: tuple(parameter.shape) for each, parameter in built[1].named_parameters()}
+        if changed.keys() == shapes.keys():
+            return {
+                each: [(new - old) / (other - size) for old, new in zip(shapes[each], changed[each], strict=True)]
+                for each in shapes
+            }
+    if size == 1:  # it cannot be smaller
+        return {each: [0.0] * len(shape) for each, shape in shapes.items()}
+    raise LayoutError(
+        f"How the parameters of {probe.model_class.__name__} depend on {name} could not be found, so its shapes cannot be "
+        "enumerated for a budget. Pass the sizes themselves."
+    )
+
+
+def _kind_of(layout: Layout, name: str) -> tuple[bool, bool]:
+    """Return whether a parameter is an expert's weight, and whether it is a table of which a token reads a row."""
+    match = layout.find(name)
+    if match is None:
+        return False, False
+    names = {axis for each in match.axes for axis in axis_names(each)}
+    is_expert = "experts" in names and bool(names & {"expert_mlp", "mlp"})
+    first = match.axes[0] if len(match.axes) == 2 else None
+    is_lookup = first in [AxisName(axis) for axis in PREFIX_AXES] or (
+        match.row.kind == "table" and first == AxisName("vocab")
+    )
+    return is_expert, is_lookup
+
+
+def _num_experts(layout: Layout, model: PreTrainedModel) -> int | None:
+    for name, parameter in model.named_parameters():
+        relative = strip_base_prefix(name, model.base_model_prefix)
+        match = layout.find(relative)
+        if match is not None and _kind_of(layout, relative)[0] and AxisName("experts") in match.axes:
+            return int(parameter.shape[match.axes.index(AxisName("experts"))])
+    return None
+
+
+def _tied_table(model: PreTrainedModel) -> object:
+    """Return the language head's weight where it is the embedding table itself; None elsewhere."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    weight = getattr(head, "weight", None)
+    return weight if weight is not None and weight is getattr(table, "weight", None) else None

@@ -1,0 +1,333 @@
+"""Enumerate the shapes of a budget: widths, depths, heads and experts on a grid, and the MLP that fills the budget.
+
+Sizes are multiples that hardware likes: of 64 where the teacher's are 2,048 or more, of 16 from 256, of 8 from 64 and of 4
+below; the teacher's own size is always among them, and MLPs of any width are tried where none of these fits. Heads are whole:
+they keep the teacher's size, in groups as large as the teacher's.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hf_guide.errors import ShapeError
+from hf_guide.layouts.registry import Layout, config_sizes
+from hf_guide.shapes.budget import TOLERANCE, Budget
+from hf_guide.shapes.counting import Cost, ParameterCounter
+from hf_guide.shapes.fields import SizeField, SizeFields, SizeRole
+
+MAX_HEAD_CHOICES = 16
+"""Numbers of heads that are tried: all up to this, and evenly spaced ones of more."""
+
+
+@dataclass(frozen=True)
+class ShapeGrid:
+    """The shapes of a budget.
+
+    Attributes:
+        sizes: For each size field its value in every shape.
+        cost: Of every shape.
+        memory: Bytes of weights and cache of every shape.
+    """
+
+    sizes: dict[str, np.ndarray]
+    cost: Cost
+    memory: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+
+def size_step(size: int) -> int:
+    """Return the multiple that a student's size is of, by the teacher's.
+
+    Example:
+        >>> [size_step(size) for size in (48, 128, 576, 4096)]
+        [4, 8, 16, 64]
+    """
+    return next(step for bound, step in ((2048, 64), (256, 16), (64, 8), (0, 4)) if size >= bound)
+
+
+@dataclass(frozen=True)
+class ShapeEnumerator:
+    """Enumerates the shapes that a budget allows.
+
+    Attributes:
+        fixed: The user's overrides under the config's own names; a role of which one is given is not varied.
+        sizes: The size fields of the teacher's config with these overrides, for roles that are not varied.
+        itemsize: Bytes of a weight.
+        cache_width: Numbers that the cache holds for a position, per key/value head and block; 0 of a model without one.
+    """
+
+    fields: SizeFields
+    counter: ParameterCounter
+    fixed: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    itemsize: int
+    cache_width: int
+
+    def enumerate(self, budget: Budget) -> ShapeGrid:
+        """Return the shapes within `TOLERANCE` of the budget.
+
+        Raises:
+            ShapeError: There are none; states the smallest and the largest student, or the nearest.
+        """
+        sizes = self._grid()
+        mlp = self.fields.main(SizeRole.MLP)
+        if mlp is None or self._is_fixed(SizeRole.MLP):
+            bounds, grid = [sizes], self._within(sizes, budget)
+        else:
+            steps = dict.fromkeys((size_step(mlp.size), 1))
+            least = min(size_step(mlp.size), mlp.size)
+            bounds = [self._with_mlp(sizes, np.full(_length(sizes), float(each))) for each in (least, mlp.size)]
+            tried = (self._within(self._filled(sizes, mlp, budget, step), budget) for step in steps)
+            grid = next((each for each in tried if len(each)), self._within(bounds[-1], budget))
+        if not len(grid):
+            raise self._unreachable(bounds, budget)
+        return grid
+
+    def _filled(
+        self, sizes: dict[str, np.ndarray], mlp: SizeField, budget: Budget, step: int
+    ) -> dict[str, np.ndarray]:
+        """Return shapes with the MLP that fills the budget, a multiple of `step`; without those that have none."""
+        low, high = (
+            self._used(self._with_mlp(sizes, np.full(_length(sizes), float(each))), budget) for each in (1, mlp.size)
+        )
+        width = 1 + (self._targets(budget)[0] - low) * (mlp.size - 1) / np.maximum(high - low, 1e-9)
+        rounded = np.where(np.abs(width - mlp.size) < step / 2, mlp.size, np.round(width / step) * step)
+        possible = (rounded >= min(step, mlp.size)) & (rounded <= mlp.size)
+        return {name: each[possible] for name, each in self._with_mlp(sizes, rounded).items()}
+
+    def _is_fixed(self, role: SizeRole) -> bool:
+        return any(each.name in self.fixed for each in self.fields.of(role))
+
+    def _grid(self) -> dict[str, np.ndarray]:
+        """Return every combination of width, depth, heads and experts; the MLP is the teacher's."""
+        axes = [self._widths(), self._depths(), self._heads(), self._experts()]
+        combinations = [
+            {name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)
+        ]
+        combinations = [each for each in map(self._with_heads_of_width, combinations) if each is not None]
+        if not combinations:
+            raise ShapeError(
+                f"With {self._describe_fixed()} the width does not divide into whole heads of {self.fields.head_size}, "
+                f"the teacher's size: choose a multiple of {self._width_of_heads()}, or state the number of heads too."
+            )
+        names = [each.name for each in self.fields.fields]
+        known = {each.name: self.sizes.get(each.name, each.size) for each in self.fields.fields}
+        return {name: np.array([float(shape.get(name, known[name])) for shape in combinations]) for name in names}
+
+    def _proportional(self, role: SizeRole, choices: "list[int]", step: int = 1) -> list[dict[str, int]]:
+        """Return for each choice of a role's main field the values of all of its fields, in proportion."""
+        main = self.fields.main(role)
+        if main is None or self._is_fixed(role):
+            return [{}]
+        return [
+            {
+                each.name: choice
+                if each is main
+                else min(each.size, max(step, step * round(each.size * choice / main.size / step)))
+                for each in self.fields.of(role)
+            }
+            for choice in choices
+        ]
+
+    def _widths(self) -> list[dict[str, int]]:
+        main = self.fields.main(SizeRole.WIDTH)
+        assert main is not None
+        step = size_step(main.size)
+        if self.fields.heads_follow_width and self.fields.head_size:
+            step = self._width_of_heads()
+        return self._proportional(SizeRole.WIDTH, [*range(step, main.size, step), main.size], min(step, 8))
+
+    def _width_of_heads(self) -> int:
+        """Return what the width must be a multiple of: the size of a head, or the number of heads that the user fixes."""
+        heads = [self.fixed[each.name] for each in self.fields.of(SizeRole.HEADS) if each.name in self.fixed]
+        assert self.fields.head_size is not None
+        return math.lcm(*heads) if heads else self.fields.head_size
+
+    def _depths(self) -> list[dict[str, int]]:
+        main = self.fields.main(SizeRole.DEPTH)
+        return self._proportional(SizeRole.DEPTH, list(range(1, main.size + 1)) if main else [])
+
+    def _heads(self) -> list[dict[str, int]]:
+        """Return numbers of heads and of key/value heads; where the width decides them, none here."""
+        heads, groups = self.fields.main(SizeRole.HEADS), self.fields.main(SizeRole.KEY_VALUE_HEADS)
+        if self.fields.heads_follow_width or heads is None:
+            return [{}]
+        if self._is_fixed(SizeRole.HEADS) and groups is not None and not self._is_fixed(SizeRole.KEY_VALUE_HEADS):
+            number, size = self.fixed.get(heads.name, heads.size), heads.size // groups.size
+            return [{groups.name: number // size if number % size == 0 else math.gcd(number, groups.size)}]
+        if self._is_fixed(SizeRole.HEADS):
+            return [{}]
+        if groups is None or heads.size % groups.size:
+            return self._proportional(SizeRole.HEADS, _choices(heads.size))
+        if groups.name in self.fixed:
+            return [{heads.name: self.fixed[groups.name] * (heads.size // groups.size)}]
+        return [{groups.name: each, heads.name: each * (heads.size // groups.size)} for each in _choices(groups.size)]
+
+    def _experts(self) -> list[dict[str, int]]:
+        main = self.fields.main(SizeRole.EXPERTS)
+        if main is None:
+            return [{}]
+        least = self.counter.experts_per_token or 1
+        choices = sorted({main.size, main.size * 3 // 4, main.size // 2, main.size // 4})
+        return self._proportional(SizeRole.EXPERTS, [each for each in choices if each >= least])
+
+    def _with_heads_of_width(self, shape: dict[str, int]) -> dict[str, int] | None:
+        """Return a shape with as many whole heads as its width holds, where the width decides that."""
+        fields = self.fields
+        if not fields.heads_follow_width or not fields.head_size:
+            return shape
+        main = fields.main(SizeRole.WIDTH)
+        assert main is not None
+        width = shape.get(main.name, self.fixed.get(main.name, main.size))
+        heads = {}
+        for each in fields.of(SizeRole.HEADS):
+            number = self.fixed.get(each.name) or each.size * width / main.size
+            if number != int(number) or width % int(number or 1) or number < 1:
+                return None
+            heads[each.name] = int(number)
+        groups = fields.main(SizeRole.KEY_VALUE_HEADS)
+        if groups is not None and groups.name not in self.fixed:
+            number = groups.size * width / main.size
+            if number != int(number) or number < 1:
+                return None
+            heads[groups.name] = int(number)
+        return {**shape, **{name: number for name, number in heads.items() if name not in self.fixed}}
+
+    def _with_mlp(self, sizes: dict[str, np.ndarray], width: np.ndarray) -> dict[str, np.ndarray]:
+        """Return sizes with the main MLP's width, and other MLPs in proportion."""
+        main = self.fields.main(SizeRole.MLP)
+        assert main is not None
+        others = {}
+        for each in self.fields.of(SizeRole.MLP):
+            share = width * each.size / main.size
+            others[each.name] = width if each.size == main.size else np.maximum(1, np.round(share))
+        return {**sizes, **others}
+
+    # What shapes use of the budget
+
+    def memory(self, sizes: Mapping[str, np.ndarray], parameters: np.ndarray, length: int) -> np.ndarray:
+        """Return bytes of the weights, and of keys and values of every block for `length` positions."""
+        return self.itemsize * (parameters + length * self._cache_numbers(sizes))
+
+    def _cache_numbers(self, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
+        heads = self.fields.main(SizeRole.KEY_VALUE_HEADS) or self.fields.main(SizeRole.HEADS)
+        decoders = [each for each in self.fields.of(SizeRole.DEPTH) if "encoder" not in each.name]
+        if not self.cache_width or heads is None:
+            return np.zeros(_length(sizes))
+        depth = sizes[decoders[-1].name] if decoders else np.ones(_length(sizes))
+        return self.cache_width * sizes[heads.name] * depth
+
+    def _used(self, sizes: Mapping[str, np.ndarray], budget: Budget) -> np.ndarray:
+        """Return what shapes use of the budget's first entry."""
+        cost = self.counter.count(sizes)
+        if budget.active_parameters is not None:
+            return cost.active
+        if budget.num_parameters is not None:
+            return cost.parameters
+        return self.memory(sizes, cost.parameters, budget.cache_length)
+
+    @staticmethod
+    def _targets(budget: Budget) -> list[float]:
+        """Return the entries of the budget that are set, the one that the MLP is solved for first."""
+        aimed = None if budget.memory is None else budget.memory * (1 - TOLERANCE / 2)
+        return [each for each in (budget.active_parameters, budget.num_parameters, aimed) if each is not None]
+
+    def _within(self, sizes: dict[str, np.ndarray], budget: Budget) -> ShapeGrid:
+        cost = self.counter.count(sizes)
+        memory = self.memory(sizes, cost.parameters, budget.cache_length)
+        fits = fits_budget(budget, cost.parameters, cost.active, memory)
+        kept = Cost(*(each[fits] for each in (cost.parameters, cost.active, cost.lookups, cost.tied_head)))
+        return ShapeGrid({name: each[fits] for name, each in sizes.items()}, kept, memory[fits])
+
+    def _unreachable(self, bounds: "list[dict[str, np.ndarray]]", budget: Budget) -> ShapeError:
+        """Return the error of a budget that no shape uses within `TOLERANCE`."""
+        used = [self._used(each, budget) for each in bounds]
+        smallest, largest = int(used[0].argmin()), int(used[-1].argmax())
+        low, high = used[0][smallest], used[-1][largest]
+        name = next(n for n in ("active_parameters", "num_parameters", "memory") if getattr(budget, n) is not None)
+        unit = " bytes" if name == "memory" else ""
+        fixed = f" with {self._describe_fixed()}" if self.fixed else ""
+        small, large = (self._describe(bounds[i], at) for i, at in ((0, smallest), (-1, largest)))
+        table = self.counter.count({n: each[[smallest]] for n, each in bounds[0].items()}).lookups[0]
+        tables = f", of which embedding tables are {table:,.0f} parameters" if table else ""
+        several = (
+            " No shape has both sizes at once: give one of them, or others."
+            if len(self._targets(budget)) > 1
+            else " Sizes between these are too far apart: fix fewer of them."
+            if low <= self._targets(budget)[0] <= high
+            else ""
+        )
+        return ShapeError(
+            f"No student{fixed} is within {TOLERANCE:.0%} of {budget}. The smallest has {name} {low:,.0f}{unit} "
+            f"({small}{tables}), the largest {high:,.0f}{unit} ({large}).{several}"
+        )
+
+    def _describe_fixed(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.fixed.items())
+
+    @staticmethod
+    def _describe(sizes: Mapping[str, np.ndarray], index: int) -> str:
+        return ", ".join(f"{name}={int(each[index])}" for name, each in sizes.items())
+
+
+def fits_budget(budget: Budget, parameters: Any, active: Any, memory: Any) -> Any:
+    """Return whether shapes use at least 98 % and at most 102 % of every entry of the budget, and at most 100 % of memory."""
+    fits: Any = True
+    for target, used in ((budget.num_parameters, parameters), (budget.active_parameters, active)):
+        if target is not None:
+            fits = fits & (np.abs(used - target) <= TOLERANCE * target)
+    if budget.memory is not None:
+        fits = fits & (memory <= budget.memory) & (memory >= (1 - TOLERANCE) * budget.memory)
+    return fits
+
+
+def cache_width(layout: Layout, config: Any, *, caches: bool) -> int:
+    """Return how many numbers the key-value cache holds for a position, per key/value head and block; 0 without a cache.
+
+    An encoder-decoder's is twice that of its self-attention: cross-attention keeps as much. Windows of attention, which bound
+    the cache, are not taken into account.
+
+    Raises:
+        ShapeError: The layout does not name heads.
+    """
+    if not caches:
+        return 0
+    sizes = config_sizes(layout, config)
+    if "k_dim" not in sizes or "head_dim" not in sizes:
+        raise ShapeError(
+            f"memory= needs the size of the key-value cache, which the layout of {layout.family!r} does not give: use "
+            "num_parameters= instead."
+        )
+    return (sizes["k_dim"] + sizes["head_dim"]) * (2 if config.is_encoder_decoder else 1)
+
+
+def _choices(size: int) -> list[int]:
+    if size <= MAX_HEAD_CHOICES:
+        return list(range(1, size + 1))
+    return sorted({max(1, size * each // MAX_HEAD_CHOICES) for each in range(1, MAX_HEAD_CHOICES + 1)})
+
+
+def _length(sizes: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(sizes.values())))
+
+
+def overrides_of(grid: ShapeGrid, index: int, fields: SizeFields, fixed: Mapping[str, Any]) -> dict[str, int]:
+    """Return the overrides of the config that make one shape: what differs from the teacher's, without the user's own."""
+    teacher: dict[str, SizeField] = {each.name: each for each in fields.fields}
+    overrides = {
+        name: int(values[index])
+        for name, values in grid.sizes.items()
+        if name not in fixed and (int(values[index]) != teacher[name].size or name in fields.kept)
+    }
+    narrower = any(each.name in {*overrides, *fixed} for each in fields.of(SizeRole.WIDTH))
+    heads = any(each.name in {*overrides, *fixed} for each in fields.of(SizeRole.HEADS))
+    name = fields.head_size_field
+    if name is not None and fields.head_size is not None and (narrower or heads) and name not in fixed:
+        overrides[name] = fields.head_size
+    return {**{name: size for name, size in fields.kept.items() if name not in fixed}, **overrides}

@@ -1,0 +1,287 @@
+"""Find the size fields of a teacher's config, and what each is the size of, through the layout of its family.
+
+Each field is changed alone and the model built on the meta device: the axes of the layout that change are what it is the size
+of. Fields of the same role (the depths of an encoder and a decoder) change in proportion.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.errors import HfGuideError, LayoutError
+from hf_guide.initialization.blocks.mapping import stack_depths
+from hf_guide.initialization.build import untie_like_teacher
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.initialization.size_checks import is_size
+from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.layouts.grammar import AxisName, axis_size, name_and_repeats
+from hf_guide.layouts.hierarchy import is_blocks_only
+from hf_guide.layouts.registry import Layout, config_sizes
+from hf_guide.models.model_classes import meta_model, strip_base_prefix
+from hf_guide.models.tiny_models import MODEL_ERRORS
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.validation import StringEnum
+
+HEAD_SIZE_FIELDS = ("head_dim", "d_kv", "attention_head_size", "kv_channels")
+"""Names under which configs state the size of a head apart from the width."""
+
+
+class SizeRole(StringEnum):
+    """What a field of a config is the size of."""
+
+    WIDTH = "width"
+    DEPTH = "depth"
+    HEADS = "heads"
+    KEY_VALUE_HEADS = "key_value_heads"
+    HEAD_SIZE = "head_size"
+    MLP = "mlp"
+    EXPERTS = "experts"
+
+
+@dataclass(frozen=True)
+class SizeField:
+    """A field of the teacher's config that is the size of something, and the teacher's value."""
+
+    name: str
+    size: int
+    role: SizeRole
+
+
+@dataclass(frozen=True)
+class SizeFields:
+    """The size fields of a teacher's config.
+
+    Attributes:
+        fields: Those that a student may change.
+        head_size: The size of a head of every student: the teacher's, or the user's; None where the layout has no heads.
+        teacher_head_size: The teacher's.
+        head_size_field: The field by which the size of a head stays the teacher's at another width; None where it stays so, or
+            cannot be stated.
+        heads_follow_width: Whether the size of a head is the width divided by the number of heads, so that whole heads
+            need a width of whole heads.
+        kept: Overrides that state the teacher's own sizes which would follow another field's.
+        stacks: By the prefix of a block's parameters, such as "layers.", the field of its depth.
+    """
+
+    fields: tuple[SizeField, ...]
+    head_size: int | None
+    teacher_head_size: int | None
+    head_size_field: str | None
+    heads_follow_width: bool
+    kept: Mapping[str, int]
+    stacks: Mapping[str, str]
+
+    def of(self, role: SizeRole) -> list[SizeField]:
+        """Return the fields of a role."""
+        return [each for each in self.fields if each.role is role]
+
+    def main(self, role: SizeRole) -> SizeField | None:
+        """Return the field of a role that the others follow: the largest; None where there is none."""
+        return max(self.of(role), key=lambda each: each.size, default=None)
+
+
+@dataclass
+class ModelProbe:
+    """Builds models of a teacher's family on the meta device, each config once.
+
+    Attributes:
+        base: The user's overrides that every student has.
+    """
+
+    teacher: TeacherCheckpoint
+    model_class: type[PreTrainedModel]
+    base: Mapping[str, Any] = field(default_factory=dict)
+    _built: dict[str, "tuple[PreTrainedConfig, PreTrainedModel] | None"] = field(default_factory=dict)
+
+    def build(self, overrides: Mapping[str, Any]) -> "tuple[PreTrainedConfig, PreTrainedModel] | None":
+        """Return the config with overrides and its model; None where the family rejects them."""
+        key = repr(sorted(overrides.items()))
+        if key not in self._built:
+            try:
+                config = derive_student_config(self.teacher.config, {**self.base, **overrides})
+                self._built[key] = config, build_on_meta(self.model_class, config, self.teacher)
+            except (HfGuideError, *MODEL_ERRORS):
+                self._built[key] = None
+        return self._built[key]
+
+
+def build_on_meta(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, teacher: TeacherCheckpoint
+) -> PreTrainedModel:
+    """Return a student on the meta device, its weights tied as those of the student that is initialized."""
+    model = meta_model(model_class, config)
+    model.tie_weights()
+    with torch.device("meta"):
+        untie_like_teacher(model, teacher)
+    return model
+
+
+def find_size_fields(probe: ModelProbe) -> SizeFields:
+    """Return the size fields of a teacher.
+
+    Raises:
+        LayoutError: Shapes cannot be enumerated for this family; with the reason and what to do instead.
+    """
+    teacher = probe.teacher
+    layout = layout_for(teacher.config, teacher.model_class)
+    _check_enumerable(layout, teacher.config)
+    depths = {path[0]: depth for path, depth in stack_depths(teacher, layout).items()}
+    stacks = {stack.partition("{block}")[0]: name for name, depth in depths.items() for stack in depth.stacks}
+    fields = [SizeField(name, depth.size, SizeRole.DEPTH) for name, depth in depths.items() if depth.stacks]
+    built = probe.build({})
+    if built is None:
+        raise LayoutError(
+            f"No {probe.model_class.__name__} of the teacher's own config can be built with {probe.base}."
+        )
+    sizes = _axis_sizes(layout, *built)
+    for name, value in _candidate_fields(teacher.config, {each.name for each in fields}):
+        found = _probe_role(probe, layout, name, value, sizes)
+        if found is not None:
+            fields.append(found)
+    head_size = config_sizes(layout, teacher.config).get("head_dim")
+    follows, head_field = _head_size_rule(probe, layout, fields, head_size)
+    stated = {each.name: each.size for each in fields if vars(teacher.config).get(each.name) is None}
+    fields = [each for each in fields if each.role is not SizeRole.HEAD_SIZE]
+    chosen = head_size if head_field is None else probe.base.get(head_field, head_size)
+    return SizeFields(tuple(fields), chosen, head_size, head_field, follows, stated, stacks)
+
+
+def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
+    advice = "Pass the sizes themselves, such as hidden_size= and num_hidden_layers=."
+    if is_blocks_only(layout):
+        raise LayoutError(
+            f"The axes of {config.model_type!r} are not known, so its shapes cannot be enumerated for a budget: only "
+            f"its blocks can be chosen. {advice}"
+        )
+    nested = [name for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)]
+    if nested:
+        raise LayoutError(
+            f"{config.model_type!r} is made of several models ({', '.join(nested)}), and shapes are enumerated for models of "
+            f"one config. {advice}"
+        )
+    stages = [
+        name for name in ("depths", "hidden_sizes", "embed_dims") if isinstance(vars(config).get(name), (list, tuple))
+    ]
+    if stages:
+        raise LayoutError(
+            f"{config.model_type!r} has stages of several widths ({', '.join(stages)}), and shapes are enumerated for stacks "
+            f"of one width. {advice}"
+        )
+
+
+def _candidate_fields(config: PreTrainedConfig, known: set[str]) -> Iterator[tuple[str, int | None]]:
+    """Yield the config's own fields that may be the size of an axis; None is a size that follows another."""
+    optional = {each.name for each in dataclasses.fields(config)}
+    for name, value in vars(config).items():
+        if name in known or not is_size(name) or isinstance(value, bool):
+            continue
+        if isinstance(value, int) and value > 0 or (value is None and name in optional):
+            yield name, value
+
+
+def _probe_role(
+    probe: ModelProbe, layout: Layout, name: str, value: int | None, sizes: Mapping[str, int]
+) -> SizeField | None:
+    """Return what a field is the size of, by changing it; None where it changes no axis that a student may shorten."""
+    for other in _other_values(value, sizes):
+        built = probe.build({name: other})
+        if built is None:
+            continue
+        try:
+            changed = {axis for axis, size in _axis_sizes(layout, *built).items() if size != sizes.get(axis)}
+        except LayoutError:
+            continue
+        role = _role_of(changed, layout)
+        if role is None:
+            return None
+        if value is not None:
+            return SizeField(name, value, role)
+        axes = [sizes[axis] for axis in changed if axis in sizes and _role_of({axis}, layout) is role]
+        return SizeField(name, axes[0], role) if axes else None
+    return None
+
+
+def _other_values(value: int | None, sizes: Mapping[str, int]) -> list[int]:
+    if value is None:
+        return sorted({size // 2 for axis, size in sizes.items() if axis.endswith(("mlp", "head_dim")) and size > 1})
+    divisors = [value // divisor for divisor in (2, 3, 5) if value % divisor == 0]
+    return [*divisors, *([value - 1] if value > 1 and not divisors else []), 2 * value]
+
+
+def _role_of(changed: set[str], layout: Layout) -> SizeRole | None:
+    if changed & set(layout.projected_axes()):
+        return SizeRole.WIDTH
+    heads = {axis for axis in changed if axis.endswith("heads") or axis == "group"}
+    if "kv_heads" in heads:
+        return SizeRole.KEY_VALUE_HEADS if "heads" not in heads else SizeRole.HEADS
+    if heads:
+        return SizeRole.HEADS
+    if any(axis.endswith("experts") for axis in changed):
+        return SizeRole.EXPERTS
+    if changed and all(axis.endswith("mlp") for axis in changed):
+        return SizeRole.MLP
+    if changed and all(axis.endswith(("q_dim", "k_dim", "head_dim")) for axis in changed):
+        return SizeRole.HEAD_SIZE
+    return None
+
+
+def _axis_sizes(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel) -> dict[str, int]:
+    """Return the size of every named axis of a model: from its config, or from the tensors that it is alone an axis of."""
+    sizes = dict(config_sizes(layout, config))
+    for name, parameter in model.named_parameters():
+        match = layout.find(strip_base_prefix(name, model.base_model_prefix))
+        if match is None or len(match.axes) != parameter.ndim:
+            continue
+        for axis, size in zip(match.axes, parameter.shape, strict=True):
+            inner, repeats = name_and_repeats(axis)
+            if inner and not inner.isdigit() and (isinstance(axis, AxisName) or repeats > 1):
+                sizes.setdefault(inner, size // repeats)
+    return sizes
+
+
+def _head_size_rule(
+    probe: ModelProbe, layout: Layout, fields: list[SizeField], head_size: int | None
+) -> tuple[bool, str | None]:
+    """Return whether the size of a head follows the width, and the field that keeps it where one can.
+
+    Raises:
+        LayoutError: The family has no field of its width.
+    """
+    widths = [each for each in fields if each.role is SizeRole.WIDTH]
+    if not widths:
+        raise LayoutError(
+            f"No field of {type(probe.teacher.config).__name__} was found to be the width of {layout.family!r}, so its shapes "
+            "cannot be enumerated for a budget. Pass the sizes themselves."
+        )
+    if head_size is None:
+        return False, None
+    width = max(widths, key=lambda each: each.size)
+    for other in _other_values(width.size, {}):
+        built = probe.build({width.name: other})
+        if built is None:
+            continue
+        if config_sizes(layout, built[0]).get("head_dim") == head_size:
+            return False, None
+        for name in HEAD_SIZE_FIELDS:
+            stated = probe.build({width.name: other, name: head_size})
+            if stated is not None and config_sizes(layout, stated[0]).get("head_dim") == head_size:
+                if _uses_head_size(layout, *stated):
+                    return False, name
+        return True, None
+    return True, None
+
+
+def _uses_head_size(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel) -> bool:
+    """Return whether a model is built by the head size that its config states, rather than by its width."""
+    sizes = config_sizes(layout, config)
+    for name, parameter in model.named_parameters():
+        match = layout.find(strip_base_prefix(name, model.base_model_prefix))
+        for axis, size in zip(match.axes, parameter.shape, strict=True) if match is not None else ():
+            expected = axis_size(axis, sizes)
+            if not isinstance(axis, AxisName) and expected is not None and expected != size:
+                return False
+    return True

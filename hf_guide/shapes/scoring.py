@@ -1,0 +1,263 @@
+"""Score shapes by the loss of an untrained calibrated start on calibration data that the start has not seen.
+
+The teacher is run once for statistics that all shapes share. Every shape gets a quick start, in which nothing is refitted, and
+the best of them a whole one: with `WHOLE_STARTS` of these the search costs a few times one `from_teacher`. With a folder, an
+interrupted search continues: only self-generated text is generated again.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.calibration.collection import collect_calibration, materialize_teacher
+from hf_guide.calibration.config import CalibratedConfig, Refit
+from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
+from hf_guide.calibration.forward import calibration_mode, forward_no_cache
+from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.self_generation import generate_calibration_text
+from hf_guide.calibration.statistics import mlp_width
+from hf_guide.errors import OptionError
+from hf_guide.initialization.registry import StudentSetup
+from hf_guide.initialization.student_shape import StudentShape
+from hf_guide.methods.calibrated import CalibratedMethod
+from hf_guide.models.outputs import task_logits
+from hf_guide.shapes.candidates import ShapeCandidate
+from hf_guide.tasks import OutputKind, Task, output_kind, task_of
+from hf_guide.utils.checksums import read_json, write_json
+from hf_guide.utils.distributed import all_reduce_scalar, default_device, rank_and_world_size
+from hf_guide.utils.fingerprint import comparable_config
+
+HELD_OUT_SHARE = 0.25
+"""Of the calibration batches, which only score."""
+
+WHOLE_STARTS = 3
+"""How many shapes get a whole start."""
+
+MAX_REFERENCE_NUMBERS = 1 << 26
+"""Numbers of the teacher's outputs that are kept to compare with: 256 MiB."""
+
+SCORES_NAME = "scores.json"
+_EXAMPLES = ("token", "example")
+
+
+class CalibratedScorer:
+    """Scores shapes by calibrated starts.
+
+    Args:
+        setup: As of a student of the teacher's own shape: each shape replaces its config, class and options.
+        config: The method's options.
+        resolve: Returns the student of overrides, with the blocks that an influence selects.
+        folder: Where statistics and scores are saved and continued from; None for nowhere.
+
+    Raises:
+        OptionError: The outputs of the task cannot be compared, or there is too little data to hold some out.
+    """
+
+    def __init__(
+        self,
+        setup: StudentSetup,
+        config: CalibratedConfig,
+        resolve: "Callable[[Mapping[str, Any], Any], StudentShape]",
+        folder: Path | None,
+    ):
+        self.setup, self.config, self.resolve = setup, config, resolve
+        self.task = check_scorable(setup.model_class, setup.config)
+        source = setup.source
+        teacher = (
+            source if isinstance(source, PreTrainedModel) else materialize_teacher(setup.teacher, default_device())
+        )
+        fitted, self.held_out = self._split(teacher)
+        self.calibration = collect_calibration(
+            teacher,
+            setup.teacher,
+            fitted,
+            config,
+            calibration_cache_dir=folder,
+            call=_describe_search(setup, config),
+            show_progress=setup.show_progress,
+            **setup.hub,
+        )
+        self.folder = folder
+        self.saved = _read_scores(folder)
+        self.reference = self._reference(teacher)
+
+    def rank(self, candidates: Sequence[ShapeCandidate]) -> list[ShapeCandidate]:
+        """Return the candidates with their losses, the best first: those with a whole start before the others."""
+        bar = {"unit": "shape", "disable": not self.setup.show_progress}
+        quick = [
+            dataclasses.replace(each, quick_loss=self._loss(each, quick=True))
+            for each in tqdm(candidates, desc="shapes: without a refit", **bar)
+        ]
+        quick.sort(key=lambda each: _rank_of(each.quick_loss))
+        whole = [
+            dataclasses.replace(each, loss=self._loss(each, quick=False))
+            for each in tqdm(quick[:WHOLE_STARTS], desc="shapes: whole starts", **bar)
+        ]
+        whole.sort(key=lambda each: _rank_of(each.loss))
+        return [*whole, *quick[WHOLE_STARTS:]]
+
+    def _split(self, teacher: PreTrainedModel) -> tuple[list[Batch], list[Batch]]:
+        """Return the batches that starts are calibrated on, and rows that only score."""
+        setup, config = self.setup, self.config
+        modules = find_modules(teacher, setup.layout)
+        num_tokens = config.calibration_tokens or default_num_tokens(mlp_width(modules, setup.layout, teacher))
+        dataset = setup.calibration_dataset
+        if is_self_generated(dataset):
+            text = generate_calibration_text(
+                teacher, setup.teacher, config, num_tokens=num_tokens, show_progress=setup.show_progress
+            )
+            dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
+        batches = load_calibration_batches(dataset, teacher, setup.teacher, config, num_tokens=num_tokens, **setup.hub)
+        held_out = max(1, round(HELD_OUT_SHARE * len(batches)))
+        if len(batches) - held_out < rank_and_world_size()[1]:
+            raise OptionError(
+                f"calibration_dataset makes {len(batches)} batches, and the last of them is held out to score shapes: pass "
+                "more data, or lower calibration_batch_size."
+            )
+        return batches[:-held_out], [row for batch in batches[-held_out:] for row in iter_rows(batch)]
+
+    def _loss(self, candidate: ShapeCandidate, *, quick: bool) -> float:
+        key = json.dumps([candidate.sizes, candidate.overrides, quick])
+        if key not in self.saved:
+            student = self._start(candidate, quick=quick)
+            self.saved[key] = self._held_out_loss(student)
+            if self.folder is not None and rank_and_world_size()[0] == 0:
+                write_json(self.folder / SCORES_NAME, self.saved)
+        return self.saved[key]
+
+    def _start(self, candidate: ShapeCandidate, *, quick: bool) -> PreTrainedModel:
+        """Return the student of a candidate; a quick one has nothing refitted but the scale of its logits, on one batch."""
+        config, calibration = self.config, dataclasses.replace(self.calibration, checkpoint=None)
+        if quick:
+            config = dataclasses.replace(config, refit=Refit.NONE.value, ridge=None)
+            calibration = dataclasses.replace(calibration, batches=calibration.batches[: rank_and_world_size()[1]])
+        influence = {stack: each.tolist() for stack, each in calibration.statistics.block_influence.items()}
+        shape = self.resolve(candidate.overrides, influence)
+        setup = dataclasses.replace(
+            self.setup,
+            model_class=shape.model_class,
+            config=shape.config,
+            options=shape.plan_options(self.setup.options),
+            show_progress=False,
+        )
+        method = CalibratedMethod(config)
+        method.reuse(calibration, setup)
+        student = method.build(setup)
+        method.initialize(student, setup)
+        return student.eval()
+
+    @torch.no_grad()
+    def _held_out_loss(self, student: PreTrainedModel) -> float:
+        student.to(self.calibration.model.device)  # type: ignore[arg-type]
+        with calibration_mode(student):
+            if self.task is Task.CAUSAL_LM:
+                losses = [causal_loss(self._outputs(student, row), row) for row in self.held_out]
+            else:
+                pairs = zip(self.held_out, self.reference, strict=True)
+                losses = [divergence(self._outputs(student, row), teacher) for row, teacher in pairs]
+        loss = torch.cat(losses).double().mean().item()
+        return all_reduce_scalar(loss) / rank_and_world_size()[1]
+
+    @torch.no_grad()
+    def _reference(self, teacher: PreTrainedModel) -> list[Tensor]:
+        """Return the teacher's outputs for the rows held out, of which those beyond `MAX_REFERENCE_NUMBERS` are left out."""
+        if self.task is Task.CAUSAL_LM:
+            return []
+        kept: list[Tensor] = []
+        with calibration_mode(teacher):
+            for row in self.held_out:
+                if sum(each.numel() for each in kept) > MAX_REFERENCE_NUMBERS:
+                    break
+                kept.append(self._outputs(teacher, row))
+        self.held_out = self.held_out[: len(kept)]
+        return kept
+
+    def _outputs(self, model: PreTrainedModel, row: Batch) -> Tensor:
+        """Return a model's logits for one row, (items, classes), without padding."""
+        logits = task_logits(self.task, forward_no_cache(model, row), row).float().cpu()
+        mask = row.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
+        if logits.ndim == 3 and mask is not None and mask.shape == logits.shape[:2]:
+            return logits[mask.bool()]
+        return logits.flatten(0, -2)
+
+
+def check_scorable(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Task:
+    """Return the task of a model whose outputs can be compared with its teacher's.
+
+    Raises:
+        OptionError: They cannot; states what can be done instead.
+    """
+    task = task_of(model_class)
+    if output_kind(task, config) is OutputKind.CATEGORICAL and task.row.outputs[0].items in _EXAMPLES:
+        return task
+    raise OptionError(
+        f"Shapes of a {model_class.__name__} cannot be scored on calibration data: that works for language models and for "
+        "classifiers of tokens, texts, images or sounds with classes that exclude each other. Let `hf-guide shapes` rank them "
+        "by its rule, without calibration data, and pass the sizes that it prints."
+    )
+
+
+def iter_rows(batch: Batch) -> Iterator[Batch]:
+    """Yield a batch's rows, each as a batch of one: the logits of a large vocabulary are large."""
+    for index in range(len(next(iter(batch.values())))):
+        yield {name: value[index : index + 1] for name, value in batch.items()}
+
+
+def causal_loss(logits: Tensor, row: Batch) -> Tensor:
+    """Return the cross-entropy of each next token, (tokens,).
+
+    Args:
+        logits: (tokens, vocabulary), of the tokens that are not padding.
+        row: The inputs of one row.
+    """
+    ids, mask = row["input_ids"].flatten(), row.get("attention_mask")
+    ids = ids if mask is None else ids[mask.flatten().bool()]
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the divergence KL(teacher, student) of each item, in nats, (items,).
+
+    Args:
+        student, teacher: Logits, (items, classes).
+
+    Example:
+        >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 100.0]]))
+        tensor([0.6931])
+    """
+    target = teacher.log_softmax(-1)
+    return torch.nn.functional.kl_div(student.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+
+
+def _describe_search(setup: StudentSetup, config: CalibratedConfig) -> dict[str, Any]:
+    """Return what the scores depend on besides the data and the shape."""
+    return {
+        "search": "shapes",
+        "teacher_class": setup.teacher.model_class.__name__,
+        "teacher_config": comparable_config(setup.teacher.config),
+        "teacher_dtype": str(setup.teacher.dtype),
+        "student_class": setup.model_class.__name__,
+        "student_config": comparable_config(setup.config),
+        "student_dtype": str(setup.dtype),
+        "options": dataclasses.asdict(config),
+    }
+
+
+def _read_scores(folder: Path | None) -> dict[str, float]:
+    if folder is None or not (folder / SCORES_NAME).exists():
+        return {}
+    entries, _ = read_json(folder / SCORES_NAME)
+    return {key: float(value) for key, value in entries.items()}
+
+
+def _rank_of(loss: float | None) -> tuple[bool, float]:
+    """Return what losses are sorted by: one that is not a number comes last."""
+    return loss is None or math.isnan(loss), loss or 0.0

@@ -1,0 +1,311 @@
+"""Find the shapes of a budget and rank them: `find_shapes`, and what `from_teacher(num_parameters=...)` does."""
+
+import inspect
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from hf_guide.errors import HfGuideError, OptionError, ShapeError
+from hf_guide.initialization.config import InitializationConfig
+from hf_guide.initialization.registry import InitializationMethod, StudentSetup, make_method
+from hf_guide.initialization.report import format_count
+from hf_guide.initialization.size_checks import check_requested_sizes, is_size
+from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.initialization.student_shape import (
+    StudentShape,
+    resolve_class,
+    resolve_config,
+    resolve_dtype,
+    resolve_student,
+)
+from hf_guide.methods.calibrated import CalibratedMethod
+from hf_guide.shapes.budget import Budget
+from hf_guide.shapes.candidates import ShapeCandidate, are_alike, rule_scores
+from hf_guide.shapes.counting import ParameterCounter, exact_cost
+from hf_guide.shapes.enumeration import ShapeEnumerator, ShapeGrid, cache_width, fits_budget, overrides_of
+from hf_guide.shapes.fields import HEAD_SIZE_FIELDS, ModelProbe, SizeFields, SizeRole, build_on_meta, find_size_fields
+from hf_guide.shapes.scoring import CalibratedScorer
+from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
+
+DEFAULT_LIMIT = 12
+"""How many shapes are listed, and get a quick start where there is calibration data."""
+
+MAX_TRIED = 5
+"""Times `limit`, how many shapes are counted exactly at most."""
+
+SEARCH_FOLDER, START_FOLDER = "shapes", "student"
+"""In a `calibration_cache_dir`, the folders of the search and of the start that follows it."""
+
+
+@dataclass(frozen=True)
+class ShapeSearch:
+    """The search for a student of a budget.
+
+    Attributes:
+        setup: Of a student of the teacher's own shape: the teacher, its source, the student's class and dtype, and the data.
+        budget: What the student may cost.
+        overrides: Those of the user, which every shape has.
+        method: The initialization method: "calibrated" scores by its starts.
+        keywords: Of the caller, one of which may be meant by an unknown override.
+        limit: How many shapes are listed.
+    """
+
+    setup: StudentSetup
+    budget: Budget
+    overrides: Mapping[str, Any]
+    method: InitializationMethod
+    keywords: Collection[str] = ()
+    limit: int = DEFAULT_LIMIT
+
+    @property
+    def teacher(self) -> TeacherCheckpoint:
+        """The opened teacher."""
+        return self.setup.teacher
+
+    def run(self) -> list[ShapeCandidate]:
+        """Return at most `limit` shapes, the best first.
+
+        Raises:
+            OptionError, ShapeError, LayoutError: As `find_shapes`.
+        """
+        candidates = self.candidates()
+        if not isinstance(self.method, CalibratedMethod):
+            return candidates
+        folder = search_folder(self.setup.calibration_cache_dir, SEARCH_FOLDER)
+        return CalibratedScorer(self.setup, self.method.config, self._resolve, folder).rank(candidates)
+
+    def candidates(self) -> list[ShapeCandidate]:
+        """Return at most `limit` shapes by their rule score, none like another, counted exactly."""
+        check_requested_sizes(self.teacher.config, self.overrides)
+        derived = derive_student_config(self.teacher.config, self.overrides, keywords=self.keywords)
+        student_class = self.setup.model_class
+        names = self.teacher.config.attribute_map
+        fixed = {names.get(name, name): value for name, value in self.overrides.items()}
+        others = {name: value for name, value in fixed.items() if not is_size(name) or name in HEAD_SIZE_FIELDS}
+        fields = find_size_fields(ModelProbe(self.teacher, student_class, others))
+        roles = {each.name for each in fields.fields}
+        probe = ModelProbe(
+            self.teacher, student_class, {name: value for name, value in fixed.items() if name not in roles}
+        )
+        width = cache_width(self.setup.layout, self.teacher.config, caches=student_class.can_generate())
+        counter = ParameterCounter(probe, fields)
+        sizes = {name: size for name in roles if isinstance(size := vars(derived).get(name), int)}
+        enumerator = ShapeEnumerator(fields, counter, fixed, sizes, self.setup.dtype.itemsize, width)
+        grid = enumerator.enumerate(self.budget)
+        found = self._best_unlike(enumerator, grid, probe)
+        if not found:
+            raise ShapeError(
+                f"None of the {len(grid)} shapes of {self.budget} can be made of this teacher: its blocks are of several "
+                "kinds, or its config allows few depths. State num_hidden_layers too, or all sizes."
+            )
+        return found
+
+    def _best_unlike(self, enumerator: ShapeEnumerator, grid: ShapeGrid, probe: ModelProbe) -> list[ShapeCandidate]:
+        """Return the shapes of the best rule scores that can be built, none like one before it."""
+        fields = enumerator.fields
+        scores = rule_scores(grid.sizes, fields)
+        skipped, tried = np.zeros(len(grid), dtype=bool), 0
+        found: list[ShapeCandidate] = []
+        names = [
+            each.name
+            for role in (SizeRole.WIDTH, SizeRole.HEADS, SizeRole.KEY_VALUE_HEADS)
+            for each in fields.of(role)
+        ]
+        for index in map(int, np.argsort(scores, kind="stable")):
+            if len(found) == self.limit or tried == MAX_TRIED * self.limit:
+                break
+            if skipped[index]:
+                continue
+            if not self._is_valid(enumerator, grid, index, names):
+                same = [grid.sizes[name] == grid.sizes[name][index] for name in names]
+                skipped |= np.logical_and.reduce(same)
+                continue
+            tried += 1
+            candidate = self._count(enumerator, grid, index, float(scores[index]), probe.model_class)
+            if candidate is not None:
+                found.append(candidate)
+                skipped |= are_alike(grid.sizes, index)
+        return found
+
+    def _is_valid(self, enumerator: ShapeEnumerator, grid: ShapeGrid, index: int, names: list[str]) -> bool:
+        """Return whether the config allows the width and the heads of a shape: some want them to divide."""
+        overrides = overrides_of(grid, index, enumerator.fields, enumerator.fixed)
+        changed = {
+            name: size for name, size in overrides.items() if name in (*names, enumerator.fields.head_size_field)
+        }
+        try:
+            derive_student_config(self.teacher.config, {**self.overrides, **changed})
+        except HfGuideError:
+            return False
+        return True
+
+    def _count(
+        self,
+        enumerator: ShapeEnumerator,
+        grid: ShapeGrid,
+        index: int,
+        score: float,
+        student_class: type[PreTrainedModel],
+    ) -> ShapeCandidate | None:
+        """Return one shape, counted exactly; None where the family rejects it, or it is outside the budget."""
+        fields, fixed = enumerator.fields, enumerator.fixed
+        overrides = overrides_of(grid, index, fields, fixed)
+        try:
+            config = resolve_config(
+                self.teacher, None, {**self.overrides, **overrides}, self.setup.options, keywords=self.keywords
+            ).config
+            model = build_on_meta(student_class, config, self.teacher)
+        except HfGuideError:
+            return None
+        cost = exact_cost(model, config)
+        sizes = {name: values[[index]] for name, values in grid.sizes.items()}
+        parameters = np.array([float(cost["parameters"])])
+        memory = int(enumerator.memory(sizes, parameters, self.budget.cache_length)[0])
+        if not fits_budget(self.budget, cost["parameters"], cost["active_parameters"], memory):
+            return None
+        return ShapeCandidate(
+            overrides=overrides,
+            parameters=cost["parameters"],
+            active_parameters=cost["active_parameters"],
+            memory=memory,
+            flops_per_token=cost["flops_per_token"],
+            rule_score=score,
+            sizes={name: int(values[0]) for name, values in sizes.items()} | _head_size(fields, overrides),
+            width=int(max(sizes[each.name][0] for each in fields.of(SizeRole.WIDTH))),
+            depth=int(max((sizes[each.name][0] for each in fields.of(SizeRole.DEPTH)), default=0)),
+        )
+
+    def _resolve(self, overrides: Mapping[str, Any], influence: Any) -> StudentShape:
+        return resolve_student(
+            self.teacher,
+            None,
+            {**self.overrides, **overrides},
+            self.setup.options,
+            self.setup.model_class,
+            keywords=self.keywords,
+            influence=influence,
+        )
+
+
+def _head_size(fields: SizeFields, overrides: Mapping[str, int]) -> dict[str, int]:
+    name = fields.head_size_field
+    return {name: overrides[name]} if name is not None and name in overrides else {}
+
+
+def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any]) -> str:
+    """Return what the report notes of the shape that was taken, the first of `candidates`."""
+    best, compared = candidates[0], [each for each in candidates if each.loss is not None]
+    if compared:
+        how = (
+            f"with the lowest loss ({best.loss:.3f} nats) on held-out calibration data of {len(compared)} calibrated starts, "
+            f"made of the best of {len(candidates)} shapes by a start without a refit"
+        )
+    else:
+        how = f"with the lowest rule score ({best.rule_score:.2f}) of {len(candidates)} shapes"
+    stated = ", ".join(f"{name}={value!r}" for name, value in budget.items())
+    return f"{best.describe()} was chosen for {stated}: {format_count(best.parameters)} parameters, {how}."
+
+
+def find_shapes(
+    teacher: "str | os.PathLike[str] | PreTrainedModel",
+    *,
+    num_parameters: "int | str | None" = None,
+    active_parameters: "int | str | None" = None,
+    memory: "int | str | None" = None,
+    cache_length: int | None = None,
+    limit: int = DEFAULT_LIMIT,
+    method: "str | InitializationConfig | Mapping[str, Any] | None" = None,
+    calibration_dataset: Any = None,
+    calibration_cache_dir: "str | os.PathLike[str] | None" = None,
+    model_class: type[Any] | None = None,
+    dtype: Any = None,
+    revision: str | None = None,
+    token: "str | bool | None" = None,
+    cache_dir: "str | os.PathLike[str] | None" = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    subfolder: str = "",
+    show_progress: bool = True,
+    **overrides: Any,
+) -> list[ShapeCandidate]:
+    """Return the best student shapes of a budget, none like another, the best first: what `from_teacher` chooses from.
+
+    Widths, depths, heads (whole: of the teacher's size), key/value heads and experts are varied on a grid of multiples that
+    hardware likes, and the MLP fills the budget to within 2 %. Without data they are ranked by a rule (`rule_scores`); with
+    calibration data by the loss of untrained `calibrated` students on a quarter of it: of a quick start of each, in which
+    nothing is refitted, then of whole starts of the best three.
+
+    Args:
+        teacher: A Hub id, a folder, or a loaded model.
+        num_parameters: Of the student, tied ones counted once: a number, or a text such as "23M", "1.5B" or "25%" (of the
+            teacher's).
+        active_parameters: Those that a token passes in a mixture of experts, likewise.
+        memory: Bytes of the weights in the student's dtype and of the key-value cache, or a text such as "500MB" or "1.5GiB";
+            never exceeded.
+        cache_length: Positions of that cache; 2,048 by default.
+        limit: How many shapes to return.
+        method: As in `from_teacher`; None is "calibrated" with calibration data and "guide" without.
+        calibration_dataset, calibration_cache_dir: As in `from_teacher`. With a folder, an interrupted search continues.
+        model_class, dtype: Of the student, as in `from_teacher`.
+        revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: As in `from_pretrained`.
+        show_progress: Whether to show progress bars.
+        **overrides: Fields of the teacher's config that every student changes, such as `hidden_size=288`.
+
+    Raises:
+        OptionError: No budget, or one that does not parse; data of which none can be held out, or outputs that cannot be
+            compared.
+        ShapeError: No shape is within 2 % of the budget; the smallest and the largest are stated.
+        LayoutError: A family whose shapes cannot be enumerated.
+        TeacherError: A teacher that cannot be read.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> teacher = LlamaForCausalLM(LlamaConfig(
+        ...     vocab_size=96, hidden_size=48, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
+        ... ))
+        >>> best, second = find_shapes(teacher, num_parameters="50%", limit=2, show_progress=False)
+        >>> 0.98 < best.parameters / (0.5 * teacher.num_parameters()) < 1.02
+        True
+    """
+    if method is None:
+        method = "guide" if calibration_dataset is None else "calibrated"
+    initializer = make_method(InitializationConfig.parse(method))
+    initializer.check_data(calibration_dataset, search_folder(calibration_cache_dir, SEARCH_FOLDER))
+    files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
+    code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+    checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
+    budget = Budget.parse(
+        num_parameters, active_parameters, memory, cache_length, teacher_parameters=count_teacher(checkpoint)
+    )
+    if budget is None:
+        raise OptionError("Set what the student may cost: num_parameters=, active_parameters= or memory=.")
+    keywords = inspect.signature(find_shapes).parameters
+    setup = StudentSetup(
+        teacher=checkpoint,
+        source=teacher,
+        model_class=resolve_class(checkpoint, checkpoint.config, model_class),
+        config=checkpoint.config,
+        dtype=resolve_dtype(dtype, checkpoint),
+        options=initializer.plan_options(),
+        calibration_dataset=calibration_dataset,
+        calibration_cache_dir=calibration_cache_dir,
+        hub={**files, **code},
+        show_progress=show_progress,
+    )
+    return ShapeSearch(setup, budget, overrides, initializer, keywords, limit).run()
+
+
+def count_teacher(teacher: TeacherCheckpoint) -> int:
+    """Return the teacher's number of parameters, tied ones counted once."""
+    return sum(teacher.weights.shape(name).numel() for name in teacher.weights.keys())
+
+
+def search_folder(calibration_cache_dir: "str | os.PathLike[str] | None", name: str) -> Path | None:
+    """Return a folder of a search in a `calibration_cache_dir`; None without one."""
+    return None if calibration_cache_dir is None else Path(calibration_cache_dir) / name

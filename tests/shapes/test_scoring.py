@@ -1,0 +1,95 @@
+"""Shapes are scored by calibrated starts on data held out, each once, and an interrupted search goes on."""
+
+import pytest
+import torch
+
+from hf_guide import find_shapes, from_teacher
+from hf_guide.errors import OptionError
+from hf_guide.shapes.scoring import CalibratedScorer, causal_loss, divergence
+from tests.tiny import KINDS, inputs, same_bits
+
+METHOD = {"method": "calibrated", "calibration_tokens": 256}
+
+
+def search(kind, **options):
+    options = {"num_parameters": "40%", "limit": 4, "method": METHOD, "show_progress": False} | options
+    return find_shapes(kind.teacher(), calibration_dataset=data(kind), **options)
+
+
+def data(kind):
+    generator = torch.Generator().manual_seed(1)
+    if kind.inputs == "images":
+        return [{"pixel_values": torch.randn(8, 3, 16, 16, generator=generator)} for _ in range(4)]
+    ids = [torch.randint(3, 96, (4, 16), generator=generator) for _ in range(4)]
+    return [{**{name: each for name in inputs(kind)}} for each in ids]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert classifier", "t5", "vit"])
+def test_the_shape_with_the_lowest_loss_is_first_and_others_have_a_quick_loss(name):
+    shapes = search(KINDS[name])
+    whole = [shape.loss for shape in shapes if shape.loss is not None]
+    assert whole == sorted(whole) and len(whole) == min(3, len(shapes))
+    assert all(shape.quick_loss is not None for shape in shapes)
+    others = [shape.quick_loss for shape in shapes[3:]]
+    assert all(quick >= max(shape.quick_loss for shape in shapes[:3]) for quick in others)
+
+
+def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    kind, started = KINDS["llama"], []
+    start = CalibratedScorer._start
+
+    def counted(scorer, candidate, *, quick):
+        started.append(quick)
+        if len(started) == 3:
+            raise KeyboardInterrupt
+        return start(scorer, candidate, quick=quick)
+
+    monkeypatch.setattr(CalibratedScorer, "_start", counted)
+    options = {"calibration_cache_dir": tmp_path, "limit": 2}
+    with pytest.raises(KeyboardInterrupt):
+        search(kind, **options)
+    first = search(kind, **options)
+    assert len(started) == 3 + 2  # two starts of four were saved, the third is made again
+    assert search(kind, **options) == first and len(started) == 5
+    monkeypatch.undo()
+    assert [each.loss for each in search(kind, limit=2)] == pytest.approx([each.loss for each in first])
+
+
+def test_from_teacher_takes_the_first_and_resumes(tmp_path, monkeypatch):
+    kind = KINDS["llama"]
+    monkeypatch.setattr("hf_guide.shapes.search.DEFAULT_LIMIT", 2)
+    monkeypatch.setitem(find_shapes.__kwdefaults__, "limit", 2)
+    call = {"calibration_dataset": data(kind), "method": METHOD, "show_progress": False}
+    best = search(kind, limit=2)[0]
+    student = from_teacher(kind.teacher(), num_parameters="40%", calibration_cache_dir=tmp_path, **call)
+    assert same_bits(student, from_teacher(kind.teacher(), **call, **best.overrides))
+    assert f"lowest loss ({best.loss:.3f} nats)" in student.initialization_report.shape_choice
+    monkeypatch.setattr(
+        CalibratedScorer, "_start", lambda *args, **kwargs: pytest.fail("a saved score was made again")
+    )
+    again = from_teacher(kind.teacher(), num_parameters="40%", calibration_cache_dir=tmp_path, **call)
+    assert same_bits(again, student)
+
+
+def test_losses_are_those_of_the_model_and_of_their_definition():
+    model, row = KINDS["llama"].teacher(), {"input_ids": torch.randint(3, 96, (1, 9))}
+    outputs = model(**row, labels=row["input_ids"])
+    assert causal_loss(outputs.logits[0], row).mean().item() == pytest.approx(outputs.loss.item(), rel=1e-5)
+    padded = {"input_ids": torch.cat([row["input_ids"], torch.zeros(1, 3, dtype=torch.long)], 1)}
+    padded["attention_mask"] = (torch.arange(12) < 9).long()[None]
+    assert torch.equal(causal_loss(outputs.logits[0], padded), causal_loss(outputs.logits[0], row))
+    assert divergence(outputs.logits[0], outputs.logits[0]).abs().max().item() < 1e-5
+
+
+def test_outputs_that_cannot_be_compared_and_too_little_data_are_errors():
+    regression = KINDS["bert classifier"].teacher(id2label={0: "score"}, label2id={"score": 0})
+    with pytest.raises(OptionError, match="cannot be scored on calibration data"):
+        find_shapes(regression, num_parameters="40%", calibration_dataset=data(KINDS["bert"]), show_progress=False)
+    with pytest.raises(OptionError, match="the last of them is held out"):
+        find_shapes(
+            KINDS["llama"].teacher(),
+            num_parameters="40%",
+            calibration_dataset=data(KINDS["llama"])[:1],
+            method=METHOD,
+            show_progress=False,
+        )

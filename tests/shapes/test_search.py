@@ -1,0 +1,153 @@
+"""Every shape that is found builds, has the parameters that were counted, and is within the budget."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, SegformerConfig, SegformerForImageClassification
+
+from hf_guide import find_shapes, from_teacher
+from hf_guide.errors import LayoutError, OptionError, ShapeError
+from hf_guide.shapes.candidates import rule_scores
+from hf_guide.shapes.counting import ParameterCounter
+from hf_guide.shapes.fields import ModelProbe, SizeField, SizeFields, SizeRole, build_on_meta, find_size_fields
+from hf_guide.teachers.checkpoint import open_teacher
+from tests.tiny import KINDS, same_bits
+
+
+def shapes_of(teacher, **options):
+    return find_shapes(teacher, **{"show_progress": False, "limit": 2, **options})
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_shape_builds_with_the_counted_parameters_within_the_budget(name):
+    teacher = KINDS[name].teacher()
+    target = 0.4 * teacher.num_parameters()
+    for shape in shapes_of(teacher, num_parameters="40%"):
+        assert abs(shape.parameters - target) <= 0.02 * target
+        student = from_teacher(teacher, show_progress=False, **shape.overrides)
+        assert student.num_parameters() == shape.parameters
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gemma3", "mixtral", "t5", "vit"])
+def test_parameters_counted_from_axes_are_those_of_the_model(name):
+    teacher = open_teacher(KINDS[name].teacher())
+    probe = ModelProbe(teacher, teacher.model_class)
+    fields = find_size_fields(probe)
+    smaller = dict(KINDS[name].smaller)
+    if fields.head_size_field is not None:
+        smaller[fields.head_size_field] = fields.head_size
+    sizes = {each.name: np.array([float(smaller.get(each.name, each.size))]) for each in fields.fields}
+    config, model = probe.build({**fields.kept, **smaller})
+    assert ParameterCounter(probe, fields).count(sizes).parameters[0] == model.num_parameters()
+    assert build_on_meta(teacher.model_class, config, teacher).num_parameters() == model.num_parameters()
+
+
+def test_the_student_of_a_budget_is_that_of_the_sizes_which_its_report_names():
+    teacher = KINDS["llama"].teacher()
+    best = shapes_of(teacher, num_parameters=30_000)[0]
+    student = from_teacher(teacher, num_parameters=30_000, show_progress=False)
+    assert same_bits(student, from_teacher(teacher, show_progress=False, **best.overrides))
+    assert best.describe() in student.initialization_report.shape_choice
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert", "t5", "vit"])
+def test_heads_are_whole_and_what_the_user_fixes_stays(name):
+    kind = KINDS[name]
+    teacher = kind.teacher()
+    depth = "num_layers" if name == "t5" else "num_hidden_layers"
+    shapes = shapes_of(teacher, num_parameters="45%", **{depth: 2})
+    for shape in shapes:
+        assert depth not in shape.overrides and shape.sizes[depth] == 2
+        config = from_teacher(teacher, method="random", show_progress=False, **shape.overrides, **{depth: 2}).config
+        assert getattr(config, "head_dim", None) in (None, 12)
+        assert name != "bert" or config.hidden_size == 12 * config.num_attention_heads
+
+
+def test_memory_counts_the_weights_and_the_cache_that_the_model_fills():
+    teacher = KINDS["llama"].teacher()
+    shape = shapes_of(teacher, memory=200_000, cache_length=20)[0]
+    student = from_teacher(teacher, show_progress=False, **shape.overrides)
+    cache = student(torch.zeros(1, 20, dtype=torch.long), use_cache=True).past_key_values
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert shape.memory == cached + sum(each.nbytes for each in student.parameters())
+    assert 0.98 * 200_000 <= shape.memory <= 200_000
+
+
+def test_active_parameters_are_those_of_the_experts_that_a_token_is_routed_to():
+    teacher = KINDS["mixtral"].teacher()
+    shape = shapes_of(teacher, active_parameters=50_000)[0]
+    student = from_teacher(teacher, show_progress=False, **shape.overrides)
+    experts = sum(p.numel() for name, p in student.named_parameters() if ".experts." in name)
+    share = 2 / student.config.num_local_experts
+    assert shape.active_parameters == student.num_parameters() - round(experts * (1 - share))
+    assert shape.flops_per_token == 2 * (shape.active_parameters - student.get_input_embeddings().weight.numel())
+
+
+def test_a_budget_below_the_smallest_student_names_it_and_its_table():
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=3000, **sizes))
+    with pytest.raises(ShapeError, match=r"The smallest has num_parameters .* of which embedding tables are 12,000"):
+        shapes_of(teacher, num_parameters=10_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, OptionError, "Set what the student may cost"),
+        ({"num_parameters": "9M"}, ShapeError, "the largest"),
+        ({"num_parameters": "40%", "hiden_size": 24}, OptionError, "Did you mean 'hidden_size'"),
+        ({"num_parameters": "5%", "hidden_size": 48}, ShapeError, "with hidden_size=48 is within"),
+        ({"num_parameters": "40%", "active_parameters": "20%"}, ShapeError, "No shape has both"),
+    ],
+)
+def test_a_search_without_a_result_is_an_error_with_the_reason(options, error, message):
+    with pytest.raises(error, match=message):
+        shapes_of(KINDS["llama"].teacher(), **options)
+
+
+def test_families_whose_shapes_cannot_be_enumerated_are_refused():
+    stages = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "decoder_hidden_size": 16}
+    teacher = SegformerForImageClassification(SegformerConfig(**stages))
+    with pytest.raises(LayoutError, match="stages of several widths"):
+        shapes_of(teacher, num_parameters="50%")
+
+
+def test_a_budget_and_what_contradicts_it_are_errors():
+    teacher = KINDS["llama"].teacher()
+    with pytest.raises(OptionError, match="config states every size already"):
+        from_teacher(teacher, teacher.config, num_parameters="50%")
+    with pytest.raises(OptionError, match="can be read once"):
+        from_teacher(teacher, num_parameters="50%", method="calibrated", calibration_dataset=iter([{}]))
+
+
+def ranks(values):
+    return np.argsort(np.argsort(values))
+
+
+def test_the_rule_orders_measured_shapes_as_training_does():
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    roles = (SizeRole.WIDTH, SizeRole.DEPTH, SizeRole.HEADS, SizeRole.MLP)
+    teacher = tuple(SizeField(*each) for each in zip(names, (576, 30, 9, 1536), roles, strict=True))
+    scores, trained = [], []
+    for *shape, head_size, perplexity in MEASURED:
+        fields = SizeFields(teacher, head_size, 64, "head_dim", False, {}, {})
+        scores.append(
+            rule_scores({name: np.array([size]) for name, size in zip(names, shape, strict=True)}, fields)[0]
+        )
+        trained.append(perplexity)
+    assert np.corrcoef(ranks(scores), ranks(trained))[0, 1] >= 0.9
+
+
+MEASURED = [
+    (288, 7, 6, 1122, 64, 119.7),
+    (288, 10, 9, 768, 32, 118.5),
+    (288, 10, 3, 853, 64, 113.9),
+    (288, 10, 9, 512, 64, 103.5),
+    (288, 15, 9, 427, 32, 110.3),
+    (288, 10, 6, 682, 64, 101.5),
+    (192, 20, 6, 837, 64, 100.5),
+    (240, 14, 6, 769, 64, 94.5),
+    (240, 11, 6, 1070, 64, 96.3),
+    (288, 12, 6, 512, 64, 97.3),
+]
+"""Width, blocks, heads, MLP, size of a head; perplexity of a student of SmolLM2-135M after 51,200 tokens, one seed."""
