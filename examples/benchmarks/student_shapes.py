@@ -1,8 +1,9 @@
 """Which shape of equal parameters is best, and does a score that needs no training rank shapes as training does?
 
 Students of SmolLM2-135M of about 23 M parameters, initialized by `calibrated` and trained on the same tokens in the same
-order with the same distillation loss (half CE, half forward KL), from one capture of the teacher, at one learning rate. Scored
-without training: the rule score of `hf_guide.shapes`, the held-out loss of a start without a refit, and that of the whole start. One JSON line per seed and shape is appended to --output; existing ones are not made again. The table has the rank
+order with the same distillation loss (half CE, half forward KL), from one capture of the teacher, at one learning rate.
+Scored without training: the rule score of `hf_guide.shapes`, the held-out loss of a start without a refit, and that of the
+whole start. One JSON line per seed and shape is appended to --output; existing ones are not made again. The table has the rank
 correlation (Spearman) of each score with the loss after training.
 
     python examples/benchmarks/student_shapes.py --output student_shapes.jsonl --seeds 0 --steps 50

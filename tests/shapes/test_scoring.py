@@ -24,7 +24,15 @@ def data(kind):
     return [{**{name: each for name in inputs(kind)}} for each in ids]
 
 
-@pytest.mark.parametrize("name", ["llama", "bert classifier", "t5", "vit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        pytest.param("bert classifier", marks=pytest.mark.slow),
+        pytest.param("t5", marks=pytest.mark.slow),
+        "vit",
+    ],
+)
 def test_the_shape_with_the_lowest_loss_is_first_and_others_have_a_quick_loss(name):
     shapes = search(KINDS[name])
     whole = [shape.loss for shape in shapes if shape.loss is not None]
