@@ -81,7 +81,7 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
 def main() -> None:
     """Train, evaluate and save, with the arguments of the command line or of one YAML or JSON file."""
     parser = HfArgumentParser((ModelArguments, DataTrainingArguments, DistillationArguments))
-    parser.set_defaults(losses={"similarity": 1.0})  # there are no labels for "ce"
+    parser.set_defaults(losses={"features": 1.0})  # there are no labels for "ce"
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".json")):
         read = parser.parse_json_file if sys.argv[1].endswith(".json") else parser.parse_yaml_file
         model_args, data_args, training_args = read(sys.argv[1])

@@ -48,7 +48,7 @@ def run(files: dict[str, Any], output: Path, *, launcher: tuple[str, ...] = (), 
 def test_texts_without_labels_train_a_sentence_transformers_folder(files: dict[str, Any], tmp_path: Path) -> None:
     measured = run(files, tmp_path, prompt="query: ")
     assert {
-        "eval_similarity",
+        "eval_features",
         "eval_score_spearman",
         "eval_teacher_score_spearman",
     } <= measured.keys()
@@ -62,9 +62,13 @@ def test_texts_without_labels_train_a_sentence_transformers_folder(files: dict[s
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(files: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("narrower", [False, True], ids=["dense layer", "isometry"])
+def test_two_processes_measure_what_one_does(narrower: bool, files: dict[str, Any], tmp_path: Path) -> None:
     """Nine pairs on two processes: the last batches are filled up with pairs that must not count."""
     options: dict[str, Any] = {"losses": {"features": 1.0}, "per_device_eval_batch_size": 2}
+    if narrower:
+        teacher = make_model(tmp_path / "teacher", "bert", "")
+        options["teacher"] = sentence_folder(teacher, pooling("mean"), ("Normalize", None))
     alone = run(files, tmp_path / "one", per_device_train_batch_size=4, **options)
     two = run(files, tmp_path / "two", launcher=LAUNCHERS["torchrun"], per_device_train_batch_size=2, **options)
     for name in ("train_loss", "eval_features"):
