@@ -21,6 +21,10 @@ class TeacherError(HfGuideError):
     """The teacher cannot be read: truncated, not finite, quantised, offloaded, or in need of remote code."""
 
 
+class ResourceError(HfGuideError):
+    """What is asked for does not fit into the memory that is available."""
+
+
 class TaskError(HfGuideError):
     """A model, batch or dataset does not fit the task, or the objective needs outputs that are missing."""
 

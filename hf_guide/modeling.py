@@ -4,10 +4,12 @@ import dataclasses
 import functools
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec
 
 import torch
+from tqdm.auto import tqdm
 from transformers import (
     AutoModel,
     AutoModelForAudioClassification,
@@ -35,16 +37,25 @@ from transformers import (
 
 from hf_guide.errors import OptionError
 from hf_guide.hub.push import attach_report, save_student
+from hf_guide.initialization.config import PlanOptions
+from hf_guide.initialization.cost import MIN_CHECKED_BYTES, stored_bytes
 from hf_guide.initialization.equivalence import depth_notes
 from hf_guide.initialization.generation_config import copy_generation_config
+from hf_guide.initialization.registry import InitializationMethod, StudentPlan
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.sentence_modules import attach_teacher_modules, teacher_sentence_modules
-from hf_guide.initialization.student_shape import label_row_indices, resolve_dtype, resolve_student, vocab_row_indices
+from hf_guide.initialization.student_shape import (
+    StudentShape,
+    label_row_indices,
+    resolve_dtype,
+    resolve_student,
+    vocab_row_indices,
+)
 from hf_guide.initialization.subclass_head import SubclassDirections, widen_to_subclasses
 from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.methods import InitializationConfig, StudentSetup, make_method
 from hf_guide.shapes.search import START_FOLDER, describe_choice, find_shapes, search_folder
-from hf_guide.teachers.checkpoint import open_teacher
+from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
 
 P = ParamSpec("P")
@@ -143,6 +154,7 @@ def from_teacher(
         OptionError: Unknown method, option or override (the nearest valid name is given); a cache folder of another call.
         ShapeError: A shape that the family rejects or cannot run with, or that cannot be made from this teacher.
         LayoutError: A family whose axes are not known.
+        ResourceError: More memory than is available, estimated before a weight is read; states what would help.
         TeacherError: A teacher that cannot be read, or whose files change while they are read.
         SubclassError: A projector of another teacher.
         TaskError: Subclasses of something other than a classifier of whole examples.
@@ -180,22 +192,22 @@ def from_teacher(
 
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
 
-    options = initializer.plan_options() if initializer.requires_layout else None
-    shape = resolve_student(checkpoint, config, overrides, options, model_class, keywords=FROM_TEACHER_PARAMETERS)
-    setup = StudentSetup(
-        teacher=checkpoint,
+    options, shape, setup = _resolve(
+        initializer,
+        checkpoint,
+        config,
+        overrides,
         source=teacher,
-        model_class=shape.model_class,
-        config=shape.config,
-        dtype=resolve_dtype(dtype, checkpoint),
-        options=shape.plan_options(options),
-        vocab_indices=vocab_row_indices(checkpoint, shape.config, gguf_file=gguf_file, **files),  # type: ignore[arg-type]
+        model_class=model_class,
+        dtype=dtype,
+        files=files,
+        code=code,
         calibration_dataset=calibration_dataset,
         calibration_cache_dir=calibration_cache_dir,
-        hub={**files, **code},
         identity=_head_identity(num_subclasses, projector),
         show_progress=show_progress,
     )
+    _check_cost(initializer, setup)
     influence = initializer.collect(setup)
     if influence is not None:
         shape = resolve_student(
@@ -263,6 +275,101 @@ def _from_teacher_of_budget(
     report: Any = student.initialization_report
     report.shape_choice = describe_choice(shapes, given)
     return student
+
+
+def _resolve(
+    initializer: InitializationMethod,
+    checkpoint: TeacherCheckpoint,
+    config: PreTrainedConfig | None,
+    overrides: Mapping[str, Any],
+    *,
+    model_class: type[Any] | None,
+    dtype: "str | torch.dtype | None",
+    files: Mapping[str, Any],
+    code: Mapping[str, Any],
+    **fields: Any,
+) -> tuple[PlanOptions | None, StudentShape, StudentSetup]:
+    """Return the method's plan options, the student's shape and its setup, whose other fields are `fields`."""
+    options = initializer.plan_options() if initializer.requires_layout else None
+    shape = resolve_student(checkpoint, config, overrides, options, model_class, keywords=FROM_TEACHER_PARAMETERS)
+    setup = StudentSetup(
+        teacher=checkpoint,
+        model_class=shape.model_class,
+        config=shape.config,
+        dtype=resolve_dtype(dtype, checkpoint),
+        options=shape.plan_options(options),
+        vocab_indices=vocab_row_indices(checkpoint, shape.config, gguf_file=code["gguf_file"], **files),
+        hub={**files, **code},
+        **fields,
+    )
+    return options, shape, setup
+
+
+def _check_cost(initializer: InitializationMethod, setup: StudentSetup) -> None:
+    """Check that what a large teacher takes fits into memory, and show it above the progress bar.
+
+    Raises:
+        ResourceError: It does not fit.
+    """
+    if stored_bytes(setup.teacher) < MIN_CHECKED_BYTES:
+        return
+    estimate = initializer.estimate_cost(setup)
+    estimate.check_fits()
+    if setup.show_progress:
+        tqdm.write(
+            f"{setup.model_class.__name__} by {initializer.config.method}: {estimate.summary()}", file=sys.stderr
+        )
+
+
+def plan_student(
+    teacher: "str | os.PathLike[str] | PreTrainedModel",
+    config: PreTrainedConfig | None = None,
+    *,
+    method: "str | InitializationConfig | Mapping[str, Any]" = "guide",
+    model_class: type[Any] | None = None,
+    dtype: "str | torch.dtype | None" = None,
+    revision: str | None = None,
+    token: "str | bool | None" = None,
+    cache_dir: "str | os.PathLike[str] | None" = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    gguf_file: str | None = None,
+    subfolder: str = "",
+    **overrides: Any,
+) -> StudentPlan:
+    """Return what `from_teacher` would make of these arguments, and its memory and time, from configs and headers of files.
+
+    A teacher that is not stored as plain safetensors (`.bin`, GGUF, quantised) is loaded to learn its shapes.
+
+    Args:
+        teacher, config, method, model_class, dtype: As in `from_teacher`; blocks that a method chooses by data are not known.
+        revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: As in `from_pretrained`.
+        **overrides: Fields of the teacher's config that the student changes.
+
+    Raises:
+        OptionError, ShapeError, LayoutError, TeacherError: As `from_teacher`.
+
+    Example:
+        >>> plan = plan_student("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=2)
+        >>> plan.blocks, plan.estimate.memory_bytes < 10**9
+        ({'layers': [0, 3]}, True)
+    """
+    initializer = make_method(InitializationConfig.parse(method))
+    files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
+    code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+    checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
+    _, _, setup = _resolve(
+        initializer,
+        checkpoint,
+        config,
+        overrides,
+        source=teacher,
+        model_class=model_class,
+        dtype=dtype,
+        files=files,
+        code=code,
+    )
+    return StudentPlan.of(initializer, setup)
 
 
 def _head_identity(num_subclasses: int | None, projector: SubclassDirections | None) -> dict[str, Any]:

@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder for the student: new or empty"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print plan, shapes, memory and time, and stop",
+    )
     parser.add_argument("--task", choices=TASKS, metavar="TASK", help="by default the teacher's")
     parser.add_argument(
         "--dtype",
@@ -136,6 +141,8 @@ def run(args: argparse.Namespace) -> int:
     overrides = shape_overrides(args)
     options = _method_options(args)
     check_output_folder(args.output)
+    if args.dry_run:
+        return _dry_run(args, overrides, options)
 
     import torch
 
@@ -171,6 +178,29 @@ def run(args: argparse.Namespace) -> int:
     sentence_class = SavedModel.read(args.output).sentence_class
     load = f"sentence_transformers.{sentence_class}" if sentence_class else f"{type(student).__name__}.from_pretrained"
     print(f"Saved in {args.output}. Load it with {load}({str(args.output)!r}).")
+    return 0
+
+
+def _dry_run(args: argparse.Namespace, overrides: dict[str, Any], options: dict[str, Any]) -> int:
+    """Print what would be made, and what it takes, without reading weights; raise where the disk has no space for it."""
+    from hf_guide import modeling
+
+    budget = [to_flag(name) for name, value in budget_arguments(args).items() if value is not None]
+    if budget:
+        raise OptionError(
+            f"--dry-run needs sizes, and {', '.join(budget)} chooses them: run `hf-guide shapes`, and give the sizes it names."
+        )
+    plan = modeling.plan_student(
+        args.teacher,
+        method=options,
+        model_class=getattr(modeling, TASKS[args.task]).model_class if args.task else None,
+        dtype=args.dtype,
+        gguf_file=args.gguf_file,
+        **hub_arguments(args),
+        **overrides,
+    )
+    print(escape_control_characters(str(plan)))
+    check_disk_space(args.output, plan.student_bytes)
     return 0
 
 

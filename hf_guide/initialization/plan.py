@@ -192,6 +192,14 @@ class Plan:
         for start in range(0, shape[0], step):
             yield self.read(canonical, (start, min(start + step, shape[0])))
 
+    def report_blocks(self) -> dict[str, list[int]]:
+        """Return, by stack, the teacher's block that feeds each of the student's; of nested stacks only the blocks."""
+        return {
+            stack.rpartition(".")[0]: blocks
+            for stack, blocks in self.block_mapping.items()
+            if stack.endswith("{block}") or stack.count("{") == 1  # the second: blocks within one stage
+        }
+
     def select(self, indices: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Select indices of named axes, by a parameter's own name, in addition to those selected before."""
         self.selected_indices |= {

@@ -5,10 +5,11 @@
 1. `method_class(config)`; then `check_data(calibration_dataset, calibration_cache_dir)` before the teacher is opened.
 2. `plan_options(layer_selection)`: what the plan needs, with the config's own choice of blocks. A method with
    `requires_layout = False` is not asked: it does not need to know the family's axes.
-3. `collect(setup)`: with `requires_data = True`, run the teacher on the data. It may return each block's influence, by which
+3. `estimate_cost(setup)`: the memory and time, from shapes alone, where the teacher is large; what does not fit is refused.
+4. `collect(setup)`: with `requires_data = True`, run the teacher on the data. It may return each block's influence, by which
    `layer_selection="block_influence"` selects blocks.
-4. `build(setup)`: the student, by default with uninitialized parameters.
-5. `initialize(student, setup)`: fill every parameter and report where each came from.
+5. `build(setup)`: the student, by default with uninitialized parameters.
+6. `initialize(student, setup)`: fill every parameter and report where each came from.
 
 A fifth method needs no edit elsewhere: `from_teacher(method="name")`, `InitializationConfig(method="name", ...)`, the command
 line and `hf-guide methods` read the registry.
@@ -32,16 +33,27 @@ from hf_guide.initialization.config import (
     PlanOptions,
     registered_configs,
 )
+from hf_guide.initialization.cost import CostEstimate, model_parts, transfer_parts
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.initialization.plan import Plan, make_plan
-from hf_guide.initialization.report import InitializationReport
+from hf_guide.initialization.report import (
+    InitializationReport,
+    ParameterRecord,
+    format_count,
+    format_ranges,
+    parameter_table,
+)
 from hf_guide.initialization.student_shape import label_row_indices
+from hf_guide.initialization.transfer import Transfer
 from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.layouts.hierarchy import check_single_stage_width
 from hf_guide.layouts.registry import Layout
 from hf_guide.models.model_classes import strip_base_prefix
+from hf_guide.models.modes import on_meta_device
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.deprecation import with_renamed_options
+from hf_guide.utils.escaping import to_single_line
+from hf_guide.utils.public_names import public_name
 
 
 @dataclass(frozen=True)
@@ -90,16 +102,96 @@ class StudentSetup:
         Raises:
             ShapeError, LayoutError: The student cannot be made, or cannot run.
         """
+        student = build_student(self.model_class, self.config, self.teacher.dtype, seed=self.options.seed)
+        plan = self.plan(student)
+        check_forward(student, self.teacher.config, filled=False)
+        return plan
+
+    def meta_student(self) -> PreTrainedModel:
+        """Return the student without memory for its weights.
+
+        Raises:
+            ShapeError: The family rejects the shape.
+        """
+        with on_meta_device():
+            return build_student(self.model_class, self.config, self.dtype, seed=self.options.seed)
+
+    def plan(self, student: PreTrainedModel) -> Plan:
+        """Return the plan of a student, which may be on the meta device.
+
+        Raises:
+            ShapeError, LayoutError: The student cannot be made.
+        """
         teacher, layout = self.teacher, self.layout
         prefix = teacher.base_model_prefix
         shapes = {strip_base_prefix(name, prefix): teacher.weights.shape(name) for name in teacher.weights.keys()}
         check_single_stage_width(layout, shapes)
-        student = build_student(self.model_class, self.config, teacher.dtype, seed=self.options.seed)
-        all_rows = torch.arange(getattr(self.config, "vocab_size", None) or 0)  # `vocab_row_indices` checks the rows
         labels = label_row_indices(teacher.config, self.config)
-        plan = make_plan(student, teacher, layout, self.options, vocab_indices=all_rows, label_indices=labels)
-        check_forward(student, teacher.config, filled=False)
-        return plan
+        return make_plan(
+            student, teacher, layout, self.options, vocab_indices=self.vocab_indices, label_indices=labels
+        )
+
+
+@dataclass(frozen=True)
+class StudentPlan:
+    """What an initialization would make, and what it would take, without a weight read.
+
+    Attributes:
+        student: The student on the meta device: its class, config, names and shapes.
+        method: The name of the method.
+        teacher: The teacher's id, folder or class, and how many parameters it has.
+        blocks: By stack, the teacher's block that feeds each of the student's; empty for a method that reads only the config.
+        sizes: By axis, the teacher's size and the student's.
+        records: One for each parameter of the student.
+        estimate: Memory and time.
+    """
+
+    student: PreTrainedModel
+    method: str
+    teacher: tuple[str, int]
+    blocks: dict[str, list[int]]
+    sizes: dict[str, tuple[int, int]]
+    records: list[ParameterRecord]
+    estimate: CostEstimate
+
+    @classmethod
+    def of(cls, initializer: "InitializationMethod", setup: StudentSetup) -> "StudentPlan":
+        """Return the plan of a call.
+
+        Raises:
+            ShapeError, LayoutError: The student cannot be made.
+        """
+        student, weights = setup.meta_student(), setup.teacher.weights
+        teacher = (setup.teacher.name, sum(weights.shape(name).numel() for name in weights.keys()))
+        estimate, method = initializer.estimate_cost(setup), initializer.config.method
+        if not initializer.requires_layout:
+            records = [ParameterRecord(name, list(each.shape)) for name, each in student.named_parameters()]
+            return cls(student, method, teacher, {}, {}, records, estimate)
+        plan = setup.plan(student)
+        transfer = Transfer(plan, {}, {}, torch.promote_types(setup.teacher.dtype, torch.float32))
+        sizes = {axis: sizes for axis, sizes in plan.widths.items()}
+        return cls(student, method, teacher, plan.report_blocks(), sizes, transfer.records(student), estimate)
+
+    @property
+    def student_bytes(self) -> int:
+        """The bytes of the student's weights."""
+        return int(self.student.get_memory_footprint(return_buffers=False))
+
+    def __str__(self) -> str:
+        count = format_count(self.student.num_parameters())
+        name, parameters = self.teacher
+        sizes = [f"{axis} {old} -> {new}" for axis, (old, new) in self.sizes.items()]
+        blocks = [f"{stack} from the teacher's {format_ranges(numbers)}" for stack, numbers in self.blocks.items()]
+        lines = [
+            f"{type(self.student).__name__} with {count} parameters, of {to_single_line(public_name(name))} "
+            f"({format_count(parameters)}), by {self.method}",
+            f"Widths: {', '.join(sizes) or 'none named'}",
+            f"Blocks: {'; '.join(blocks) or 'none'}",
+            str(self.estimate),
+            "",
+            *parameter_table(self.records),
+        ]
+        return "\n".join(lines)
 
 
 class InitializationMethod(abc.ABC):
@@ -150,6 +242,16 @@ class InitializationMethod(abc.ABC):
         """Return what a plan needs to know of the method; by default every axis and the blocks are selected evenly."""
         layers = getattr(self.config, "layer_selection", PlanOptions.layer_selection)
         return PlanOptions(layer_selection=layers, seed=self.config.seed)
+
+    def estimate_cost(self, setup: StudentSetup) -> CostEstimate:
+        """Return the memory and time of a call, from shapes alone; by default those of a transfer of weights.
+
+        Raises:
+            ShapeError, LayoutError: The student cannot be made.
+        """
+        student = setup.meta_student()
+        parts = model_parts(student)
+        return CostEstimate([*parts, *transfer_parts(setup.plan(student))] if self.requires_layout else parts)
 
     def collect(self, setup: StudentSetup) -> "dict[str, list[float]] | None":
         """Run the teacher on the data; return the influence of each block by stack, or None if blocks do not depend on it."""

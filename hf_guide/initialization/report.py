@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import resource
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from hf_guide.teachers.checkpoint import TeacherCheckpoint, teacher_fingerprint
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
 from hf_guide.utils.escaping import to_single_line
 from hf_guide.utils.files import atomic_write_text
+from hf_guide.utils.memory import peak_memory
 from hf_guide.utils.public_names import is_local, public_name
 from hf_guide.utils.typed_json import read_json_record
 from hf_guide.version import __version__
@@ -128,7 +127,7 @@ class InitializationReport:
             transformers_version=transformers.__version__,
             teacher_parameters=sum(teacher.weights.shape(name).numel() for name in teacher.weights.keys()),
             student_parameters=student.num_parameters(),
-            peak_memory_bytes=_peak_memory_bytes(),
+            peak_memory_bytes=peak_memory(),
             teacher_fingerprint=teacher_fingerprint(teacher),
             **fields,
         )
@@ -196,7 +195,7 @@ class InitializationReport:
             f"{to_single_line(axis)} {old} -> {new}{explained.get(axis, '')}"
             for axis, (old, new) in self.sizes.items()
         ]
-        blocks = [f"{stack} from the teacher's {_ranges(sources)}" for stack, sources in self.blocks.items()]
+        blocks = [f"{stack} from the teacher's {format_ranges(sources)}" for stack, sources in self.blocks.items()]
         not_exact = [f"{len(self.approximations)} approximated"] if self.approximations else []
         not_exact += [f"{len(self.randomly_initialized)} parameters at random"] if self.randomly_initialized else []
         steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.seconds.items())
@@ -221,7 +220,7 @@ class InitializationReport:
         lines += [f"Approximated: {text}" for text in self.approximations]
         lines += [f"At random: {text}" for text in _merge_block_numbers(self.randomly_initialized)]
         lines += [f"Note: {text}" for text in self.notes]
-        return "\n".join([*lines, "", *_table(self.parameters)])
+        return "\n".join([*lines, "", *parameter_table(self.parameters)])
 
 
 def _with_new_keys(content: dict[str, Any]) -> dict[str, Any]:
@@ -240,11 +239,6 @@ def random_report(student: PreTrainedModel, teacher: TeacherCheckpoint) -> Initi
     return InitializationReport.begin(student, teacher, parameters=records, randomly_initialized=names)
 
 
-def _peak_memory_bytes() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def format_count(number: int) -> str:
     """A number of parameters as people write it: 576, 33.4 K, 134.5 M, 1.2 B."""
     for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
@@ -253,7 +247,7 @@ def format_count(number: int) -> str:
     return str(number)
 
 
-def _table(records: list[ParameterRecord]) -> list[str]:
+def parameter_table(records: list[ParameterRecord]) -> list[str]:
     """One row for each parameter, those that differ only in the numbers of their blocks folded into one."""
     folded: dict[tuple[str, ...], int] = {}
     for record in records:
@@ -284,7 +278,7 @@ def _shape(shape: list[int] | None) -> str:
     return "x".join(map(str, shape)) if shape else "scalar"
 
 
-def _ranges(numbers: list[int]) -> str:
+def format_ranges(numbers: list[int]) -> str:
     """[0, 1, 2, 5] as "0-2 5"."""
     runs: list[list[int]] = []
     for number in numbers:

@@ -167,7 +167,7 @@ class Transfer:
             if next_source is not None:
                 self.plan.teacher.weights.prefetch(self.plan.teacher_names[next_source])
             target = tensors[parameter.name]
-            for rows in self._row_blocks(parameter):
+            for rows in self.row_blocks(parameter):
                 value = self.parameter_value(parameter, rows)
                 part = target.data if rows is None else target.data[slice(*rows)]
                 part.copy_(value)
@@ -176,7 +176,7 @@ class Transfer:
             target._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers' mark: initialize_weights skips it
         init_missing_weights(student, self.plan.options.seed)
 
-    def _row_blocks(self, parameter: ParameterPlan) -> "list[tuple[int, int] | None]":
+    def row_blocks(self, parameter: ParameterPlan) -> "list[tuple[int, int] | None]":
         """Return the rows of the student's parameter that are computed together; None for the whole parameter.
 
         They are those that about `READ_BYTES` of the teacher's tensor are read for. Rows depend on each other where the first
@@ -287,7 +287,7 @@ class Transfer:
         Args:
             vectors: One vector (d_T,) on the teacher's input axis for each term of the output axis, None for zeros. The
                 result has the student's output axis alone.
-            rows: Those of the student's parameter to compute, of `_row_blocks`; None for all.
+            rows: Those of the student's parameter to compute, of `row_blocks`; None for all.
         """
         row = parameter.match.row
         tensor, maps = self._read(parameter, rows)
@@ -327,16 +327,22 @@ class Transfer:
         shifted = Selection((indices - low).where(indices >= 0, -1), first.factors[slice(*rows)], first.size)
         return self.plan.read(parameter.source, (low, high)), [shifted, *maps[1:]]
 
-    def _product_dtype(self, parameter: ParameterPlan, tensor: Tensor) -> torch.dtype:
+    def product_dtype(self, parameter: ParameterPlan, stored: torch.dtype, numbers: int) -> torch.dtype:
         """Return what a product with one basis is computed in: bfloat16 where both models and the processor have it.
 
         Its products are summed in float32 and rounded once, to what the student stores; what is added to that is the rounding
         of the basis, of the same size.
+
+        Args:
+            stored: What the teacher's tensor is stored in.
+            numbers: How many of its numbers are multiplied.
         """
         maps = self.plan.maps(parameter)
-        once = sum(isinstance(chosen, Projection) for chosen in maps) == 1 and not any(map(_is_scaled, maps))
-        in_bfloat16 = tensor.dtype == parameter.dtype == torch.bfloat16 and once
-        large = in_bfloat16 and tensor.numel() * max(parameter.shape) >= MIN_BFLOAT16_PRODUCTS
+        sizes = [chosen.matrix.shape[1] for chosen in maps if isinstance(chosen, Projection)]
+        in_bfloat16 = (
+            stored == parameter.dtype == torch.bfloat16 and len(sizes) == 1 and not any(map(_is_scaled, maps))
+        )
+        large = in_bfloat16 and numbers * sizes[0] >= MIN_BFLOAT16_PRODUCTS
         return torch.bfloat16 if large and multiplies_bfloat16() else self.dtype
 
     def _terms(self, parameter: ParameterPlan, total: int) -> list[int]:
@@ -384,7 +390,7 @@ class Transfer:
                 diagonal = (
                     torch.full((len(matrix),), factor, dtype=matrix.dtype) if diagonal is None else diagonal * factor
                 )
-            dtype = self.dtype if vector is not None else self._product_dtype(parameter, tensor)
+            dtype = self.dtype if vector is not None else self.product_dtype(parameter, tensor.dtype, tensor.numel())
             tensor = project_axis(tensor, dim, matrix, dtype, diagonal=diagonal)
         return tensor.squeeze(row.input_axis) if vector is not None else tensor
 
@@ -394,7 +400,7 @@ class Transfer:
             self.notes.append(note)
 
     def parameter_value(self, parameter: ParameterPlan, rows: "tuple[int, int] | None" = None) -> Tensor:
-        """Return the student's parameter, or some rows of it (see `_row_blocks`), in the transfer's dtype or the teacher's."""
+        """Return the student's parameter, or some rows of it (see `row_blocks`), in the transfer's dtype or the teacher's."""
         result = self._adjust_for_block_index(parameter, self._base_value(parameter, rows))
         logit_scale = self.plan.options.logit_scale
         row = parameter.match.row
@@ -649,18 +655,14 @@ class Transfer:
         return InitializationReport.begin(
             student,
             plan.teacher,
-            blocks={
-                stack.rpartition(".")[0]: blocks
-                for stack, blocks in plan.block_mapping.items()
-                if stack.endswith("{block}") or stack.count("{") == 1  # the second: blocks within one stage
-            },
+            blocks=plan.report_blocks(),
             explained_variance={
                 axis: explained_variance(basis.eigenvalues).tolist() for axis, basis in fitted.items()
             },
             variance_explained={axis: basis.explained for axis, basis in fitted.items()},
             heads=plan.selected_heads_by_block(),
             sizes={axis: list(sizes) for axis, sizes in plan.widths.items()},
-            parameters=self._records(student),
+            parameters=self.records(student),
             approximations=notes,
             randomly_initialized=list(plan.random_parameters),
             seconds=seconds,
@@ -671,7 +673,8 @@ class Transfer:
             },
         )
 
-    def _records(self, student: PreTrainedModel) -> list[ParameterRecord]:
+    def records(self, student: PreTrainedModel) -> list[ParameterRecord]:
+        """Return where each parameter of `student` comes from."""
         plan, records = self.plan, []
         by_name = {parameter.name: parameter for parameter in plan.parameters.values()}
         for name, tensor in unique_tensors(student)[0].items():

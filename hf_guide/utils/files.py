@@ -66,7 +66,8 @@ def check_disk_space(folder: Path, needed: int) -> None:
     Raises:
         DiskError: It has less.
     """
-    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise DiskError(
             f"The student takes {needed / 2**20:.1f} MiB, but {folder.parent} has only {free / 2**20:.1f} MiB free. "

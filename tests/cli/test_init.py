@@ -49,6 +49,20 @@ def hf_guide(*words: object, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=300, **options)
 
 
+def test_a_dry_run_prints_what_the_run_makes_and_reads_no_weights(teacher, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_guide.teachers.tensor_source.SafetensorsTensors.get", None)
+    output = ["-o", str(tmp_path / "new" / "student")]
+    for words in ([], ["--method", "random"], ["--task", "base"]):
+        assert cli.main(["init", str(teacher), *SMALLER, "--dry-run", *output, *words]) == 0
+        printed = capsys.readouterr().out
+        assert ("LlamaModel" if "base" in words else "LlamaForCausalLM") in printed.splitlines()[0]
+        assert "Estimated: about" in printed and "layers.*.mlp.down_proj.weight 32x48" in printed
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    assert cli.main(["init", str(teacher), *SMALLER, "--dry-run", *output]) != 0
+    assert "Free some space or choose another disk" in capsys.readouterr().err
+
+
 def test_init_makes_a_stock_student_with_all_its_files(teacher, tmp_path):
     output = tmp_path / "runs" / "student"
     done = hf_guide("init", teacher, *SMALLER, "--config", "rms_norm_eps=1e-4", "--license", "mit", "-o", output)

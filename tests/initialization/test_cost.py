@@ -1,0 +1,133 @@
+"""The memory that is estimated from shapes is what a real run takes, and what does not fit is refused before it begins."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+from hf_guide.errors import ResourceError
+from hf_guide.initialization import cost
+from hf_guide.initialization.cost import CostEstimate, CostPart
+from hf_guide.modeling import from_teacher, plan_student
+from hf_guide.utils.memory import _group_limits
+
+MEASURE = """
+import gc, json, sys
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from hf_guide.modeling import from_teacher, plan_student
+
+torch.set_num_threads(1)
+
+def resident(field):
+    with open("/proc/self/status") as file:
+        return 1024 * int(next(line for line in file if line.startswith(field)).split()[1])
+
+folder = sys.argv[1]
+rows = []
+for width, vocabulary, blocks in ((256, 16000, 2), (512, 32000, 4), (1024, 32000, 6)):
+    config = LlamaConfig(hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks, vocab_size=vocabulary,
+                         num_attention_heads=8, tie_word_embeddings=False)
+    LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    sizes = dict(hidden_size=width // 2, intermediate_size=width, num_hidden_layers=blocks // 2)
+    for method in ("guide", "uniform", "random") if width == 1024 else ("guide",):
+        for round in range(2 if not rows else 1):  # the first call imports and registers much
+            estimate = plan_student(folder, method=method, **sizes).estimate.memory_bytes
+            gc.collect()
+            before = resident("VmRSS")
+            open("/proc/self/clear_refs", "w").write("5")
+            student = from_teacher(folder, method=method, show_progress=False, **sizes)
+            measured = resident("VmHWM") - before
+            del student
+        rows.append((method, width, measured, estimate))
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of memory is reset there")
+def test_the_peak_of_a_run_is_close_to_its_estimate(tmp_path: Path) -> None:
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for method, width, measured, estimate in json.loads(done.stdout.splitlines()[-1]):
+        assert 0.6 < measured / estimate < 1.1, (method, width, measured, estimate)
+
+
+def small(width: int = 64) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=200, **sizes))
+
+
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    monkeypatch.setattr(cost, "available_memory", lambda: 1000)
+    from_teacher(tmp_path, hidden_size=32, show_progress=False)  # too small to be checked
+    monkeypatch.setattr("hf_guide.modeling.MIN_CHECKED_BYTES", 0)
+    monkeypatch.setattr("hf_guide.teachers.tensor_source.SafetensorsTensors.get", None)
+    for method in ("guide", "uniform", "random"):
+        with pytest.raises(
+            ResourceError, match=r"0\.0 MB are available.*the student.*would help: a smaller student, dtype"
+        ):
+            from_teacher(tmp_path, hidden_size=32, method=method, show_progress=False)
+
+
+def test_the_estimate_is_shown_with_the_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("hf_guide.modeling.MIN_CHECKED_BYTES", 0)
+    from_teacher(small(), hidden_size=32)
+    assert "LlamaForCausalLM by guide: about" in capsys.readouterr().err
+
+
+def test_kept_parts_add_up_and_of_the_others_the_largest_counts() -> None:
+    parts = [CostPart("a", 10, is_kept=True), CostPart("b", 5), CostPart("c", 7), CostPart("d", 1, is_kept=True)]
+    estimate = CostEstimate(parts)
+    assert estimate.memory_bytes == 18
+    estimate.check_fits(18)
+    with pytest.raises(ResourceError, match="a 0.0 MB, c 0.0 MB, b 0.0 MB"):
+        estimate.check_fits(17)
+    assert CostEstimate([CostPart("e", 0, products={torch.float32: 1e9}, read=10**9)]).seconds() > 1
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("method", ["guide", "uniform", "random"])
+def test_a_plan_is_that_of_the_student_made(family: str, method: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    model = small() if family == "llama" else BertForMaskedLM(BertConfig(vocab_size=200, **sizes))
+    model.save_pretrained(tmp_path)
+    smaller = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    plan = plan_student(tmp_path, method=method, **smaller)
+    student = from_teacher(tmp_path, method=method, show_progress=False, **smaller)
+    report = student.initialization_report
+    assert plan.student.num_parameters() == student.num_parameters() and plan.blocks == report.blocks
+    assert plan.student_bytes == sum(parameter.nbytes for parameter in student.parameters())
+    assert [(each.name, each.shape, each.source) for each in plan.records] == [
+        (each.name, each.shape, each.source) for each in report.parameters
+    ]
+    assert f"by {method}" in str(plan) and "Estimated: about" in str(plan)
+
+
+def test_the_smallest_limit_of_a_control_group_counts(tmp_path: Path) -> None:
+    membership, root = tmp_path / "cgroup", tmp_path / "groups"
+    membership.write_text("4:memory:/outer/inner\n0::/unified\n2:cpu:/other\n")
+    files = {
+        "memory/outer/memory.limit_in_bytes": "1000",
+        "memory/outer/memory.usage_in_bytes": "900",
+        "memory/outer/memory.stat": "inactive_file 50\nactive_file 10\nrss 3\n",
+        "memory/outer/inner/memory.limit_in_bytes": "9223372036854771712",
+        "memory/outer/inner/memory.usage_in_bytes": "5",
+        "unified/memory.max": "max",
+        "unified/memory.current": "7",
+        "memory.max": "300",
+        "memory.current": "400",
+    }
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(content)
+    assert sorted(_group_limits(membership, root)) == [0, 160, 9223372036854771707]
