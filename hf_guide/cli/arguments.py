@@ -55,18 +55,23 @@ def hub_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code}
 
 
-def add_budget_arguments(group: Any) -> None:
-    """Add the flags of a budget, from which the student's sizes follow."""
-    group.add_argument(
-        "--num-parameters",
-        metavar="N",
-        help="number of parameters, such as 23M or 25%% of the teacher's: chooses the sizes",
+def add_budget_arguments(group: Any, *, brief: bool = False) -> None:
+    """Add the flags of a budget, from which the student's sizes follow; with `brief` only the first is in the help."""
+    number = (
+        "such as 23M or 25%%: `hf-guide shapes` describes budgets"
+        if brief
+        else ("number of parameters, such as 23M or 25%% of the teacher's: chooses the sizes")
     )
-    group.add_argument(
-        "--active-parameters", metavar="N", help="the same of what a token passes in a mixture of experts"
-    )
-    group.add_argument("--memory", metavar="SIZE", help="the same of weights and key-value cache, such as 500MB")
-    group.add_argument("--cache-length", type=int, metavar="N", help="positions of that cache (default: 2048)")
+    rest = [
+        "the same of what a token passes in a mixture of experts",
+        "the same of weights and key-value cache, such as 500MB",
+        "positions of that cache (default: 2048)",
+    ]
+    active, memory, length = [argparse.SUPPRESS] * 3 if brief else rest
+    group.add_argument("--num-parameters", metavar="N", help=number)
+    group.add_argument("--active-parameters", metavar="N", help=active)
+    group.add_argument("--memory", metavar="SIZE", help=memory)
+    group.add_argument("--cache-length", type=int, metavar="N", help=length)
 
 
 def budget_arguments(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,11 +26,7 @@ if TYPE_CHECKING:
     from hf_guide.initialization.report import InitializationReport
 
 HELP = "initialize a student from a teacher"
-DESCRIPTION = (
-    "Initialize a student from a teacher and save it as a stock Transformers model, with its tokenizer,\n"
-    "a model card and a report on each parameter. Sizes that are not given are the teacher's, or follow\n"
-    "from the others."
-)
+DESCRIPTION = "Initialize a student from a teacher; save it with its tokenizer, a model card and a report."
 EXAMPLE = "hf-guide init HuggingFaceTB/SmolLM2-135M --hidden-size 288 --num-hidden-layers 10 -o student/"
 USAGE = "hf-guide init TEACHER -o FOLDER [shape] [--method NAME] [--option KEY=VALUE ...]"
 RENAMED_FLAGS = RenamedOptions(names={"set": "config", "calibration_dir": "calibration_cache_dir"})
@@ -103,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the student's sizes, or the budget from which they follow."""
-    shape = parser.add_argument_group("shape")
+    shape = parser.add_argument_group("shape (by default the teacher's, or what follows from the others)")
     for name, text in SIZES.items():
         shape.add_argument(to_flag(name), type=int, metavar="N", help=text)
     shape.add_argument(
@@ -113,7 +109,7 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any other entry of the config; may be repeated",
     )
-    add_budget_arguments(shape)
+    add_budget_arguments(shape, brief=True)
 
 
 def add_calibration_arguments(group: Any) -> None:
