@@ -1,5 +1,6 @@
 """Run the teacher on the calibration dataset and return what later stages need of it."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,18 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
-from hf_guide.calibration.config import CalibratedConfig
-from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
-from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
+from hf_guide.calibration.config import CalibratedConfig, Refit
+from hf_guide.calibration.data import (
+    Batch,
+    count_tokens,
+    default_num_tokens,
+    is_self_generated,
+    load_calibration_batches,
+)
+from hf_guide.calibration.modules import ModuleMap, find_modules, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint, describe_data, load_text
 from hf_guide.calibration.self_generation import generate_calibration_text
+from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.calibration.statistics import ActivationStatistics, collect_statistics, mlp_width
-from hf_guide.errors import OptionError, TeacherError
+from hf_guide.calibration.streams import StreamStore
+from hf_guide.errors import OptionError
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
-from hf_guide.utils.distributed import default_device, rank_and_world_size
+from hf_guide.utils.distributed import default_device, local_shard, rank_and_world_size
 
 
 @dataclass
@@ -28,16 +37,14 @@ class CalibrationResult:
     """What was collected.
 
     Attributes:
-        model: The running teacher.
-        batches: The calibration batches of all processes, on the CPU.
+        teacher: The running teacher on this process's batches.
         statistics: The statistics of its activations.
         seconds: How long it took.
         self_generated: Whether the teacher generated the text.
         checkpoint: Where later steps are saved and continued from.
     """
 
-    model: PreTrainedModel
-    batches: list[Batch]
+    teacher: SequentialModel
     statistics: ActivationStatistics
     seconds: float
     self_generated: bool = False
@@ -59,8 +66,8 @@ def collect_calibration(
     """Run the teacher once on the first tokens of a dataset.
 
     Args:
-        source: The teacher as passed to `from_teacher`. A loaded model runs as it is and where it is; otherwise `teacher`
-            is loaded on this process's GPU, or the CPU if there is none.
+        source: The teacher as passed to `from_teacher`. A model that is loaded on one device runs as it is; of another the
+            blocks are loaded while they run, on this process's GPU, or the CPU if there is none.
         teacher: The opened checkpoint.
         dataset: As `calibration_dataset` of `from_teacher`.
         config: The options.
@@ -71,36 +78,43 @@ def collect_calibration(
 
     Raises:
         OptionError: The dataset makes no batches, or fewer than there are processes; the folder is of another call.
-        TeacherError: Activations are not finite, or the model is on several devices.
+        TeacherError: Activations are not finite.
     """
     started = time.perf_counter()
     layout = layout_for(teacher.config, teacher.model_class)
-    model = source if isinstance(source, PreTrainedModel) else materialize_teacher(teacher, default_device())
-    check_single_device(model)
+    model = source if is_on_one_device(source) else model_without_weights(teacher)
     modules = find_modules(model, layout)
+    weights: BlockWeights | None = None
+    if model is not source:
+        blocks = [block for stack in modules.blocks.values() for block in stack]
+        weights = BlockWeights(model, blocks, teacher, default_device())
     num_tokens = config.calibration_tokens or default_num_tokens(mlp_width(modules, layout, model))
     text: Tensor | None = None
     if is_self_generated(dataset):
         text = None if calibration_cache_dir is None else load_text(calibration_cache_dir)
         if text is None:
-            text = generate_calibration_text(
-                model, teacher, config, num_tokens=num_tokens, show_progress=show_progress
-            )
+            with contextlib.nullcontext() if weights is None else weights.all_held():
+                text = generate_calibration_text(
+                    model, teacher, config, num_tokens=num_tokens, show_progress=show_progress
+                )
         dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
     batches = load_calibration_batches(dataset, model, teacher, config, num_tokens=num_tokens, **hub)
     _check_enough_batches(batches)
     checkpoint = None
     if calibration_cache_dir is not None:
         checkpoint = CalibrationCheckpoint.begin(
-            calibration_cache_dir, {**(call or {}), **describe_data(model, batches)}
+            calibration_cache_dir, {**(call or {}), **describe_data(teacher, batches)}
         )
         if text is not None:
             checkpoint.save_text(text)
+    store = StreamStore(config.activation_memory)
+    store.check_space(_activation_bytes(modules, model, batches, refits=config.refit != Refit.NONE))
+    sequential = SequentialModel(model, modules, local_shard(batches), "the teacher", store=store, weights=weights)
     statistics = collect_statistics(
-        model, modules, layout, batches, checkpoint=checkpoint, show_progress=show_progress
+        model, modules, layout, batches, sequential=sequential, checkpoint=checkpoint, show_progress=show_progress
     )
     seconds = time.perf_counter() - started
-    return CalibrationResult(model, batches, statistics, seconds, text is not None, checkpoint)
+    return CalibrationResult(sequential, statistics, seconds, text is not None, checkpoint)
 
 
 def _check_enough_batches(batches: list[Batch]) -> None:
@@ -112,27 +126,20 @@ def _check_enough_batches(batches: list[Batch]) -> None:
         )
 
 
-def check_single_device(model: PreTrainedModel) -> None:
-    """Raise if parts of a model are on several devices: activations of one are compared with those of another.
+def _activation_bytes(modules: ModuleMap, model: PreTrainedModel, batches: list[Batch], *, refits: bool) -> int:
+    """Return how many bytes of activations this process keeps at most: each is one tensor of the teacher's width.
 
-    Raises:
-        TeacherError: Names the devices.
+    They are the hidden states after each stack and before a block; with a refit those before another block, up to three more
+    of the teacher's, and the student's.
     """
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) > 1:
-        raise TeacherError(
-            f"The teacher is spread over {', '.join(devices)}, and method='calibrated' runs it on one device. Load it on one "
-            "(device_map={'': 0}, or none for the CPU), or pass its folder or Hub id."
-        )
+    width = max((linear_weight(ref.module).shape[1] for ref in modules.residual_in.values()), default=0)
+    tokens = sum(count_tokens(batch, model) for batch in local_shard(batches))
+    return (len(modules.blocks) + (6 if refits else 1)) * tokens * width * model.dtype.itemsize
 
 
-def materialize_teacher(teacher: TeacherCheckpoint, device: torch.device) -> PreTrainedModel:
-    """Return a model with the checkpoint's weights, in the dtype in which they are stored, in evaluation mode."""
-    with no_init_weights():
-        model = teacher.model_class._from_config(teacher.config, dtype=teacher.dtype)
-    model.tie_weights()
-    tensors = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name in teacher.weights.keys():
-            tensors[name].copy_(teacher.weights.get(name))
-    return model.eval().to(device)
+def is_on_one_device(source: Any) -> bool:
+    """Return whether a teacher is a model whose weights are all in the memory of one device."""
+    if not isinstance(source, PreTrainedModel):
+        return False
+    devices = {parameter.device for parameter in source.parameters()}
+    return len(devices) == 1 and not any(device.type == "meta" for device in devices)

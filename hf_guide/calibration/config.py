@@ -112,6 +112,14 @@ class CalibratedConfig(InitializationConfig):
         default=8, metadata={"help": "Rows per forward pass, where the dataset is not batched already."}
     )
 
+    activation_memory: float = field(
+        default=4.0,
+        metadata={
+            "help": "Memory in GB (10^9 bytes) that each process uses for the activations of all calibration tokens between "
+            "two blocks; what is beyond is kept in a temporary file (in TMPDIR)."
+        },
+    )
+
     renamed_options: ClassVar[RenamedOptions] = _RENAMED
 
     def __post_init__(self) -> None:
@@ -126,3 +134,4 @@ class CalibratedConfig(InitializationConfig):
             self.calibration_tokens = check_integer("calibration_tokens", self.calibration_tokens)
         self.calibration_seq_length = check_integer("calibration_seq_length", self.calibration_seq_length)
         self.calibration_batch_size = check_integer("calibration_batch_size", self.calibration_batch_size)
+        self.activation_memory = check_number("activation_memory", self.activation_memory, 0.0, 1e6)

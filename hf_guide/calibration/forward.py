@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.modules import ModuleRef
-from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
+from hf_guide.models.hooks import StopForward
 from hf_guide.models.modes import eager_float64_experts, eval_mode
 from hf_guide.tasks import Task, task_of_class_name
 
@@ -44,22 +44,13 @@ def forward_no_cache(model: PreTrainedModel, batch: Batch) -> Any:
         return None
 
 
-def capture_input(model: PreTrainedModel, module: nn.Module, batch: Batch) -> Tensor | None:
-    """Run a forward pass up to `module` and return its input; None if the forward pass never calls it."""
-    inputs: list[Tensor] = []
-
-    def stop(tensor: Tensor) -> None:
-        inputs.append(tensor)
-        raise StopForward
-
-    with removable_hooks() as handles:
-        handles.append(register_input_hook(module, stop))
-        forward_no_cache(model, batch)
-    return inputs[0] if inputs else None
+def running_device(model: PreTrainedModel) -> torch.device:
+    """Return the device of a model, some of whose weights may be loaded only while they are used."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), model.device)
 
 
 def _to_model(value: Tensor, model: PreTrainedModel) -> Tensor:
-    value = value.to(model.device)
+    value = value.to(running_device(model))
     return value.to(model.dtype) if value.is_floating_point() else value
 
 

@@ -1,22 +1,25 @@
 """Fit what is after the last block: a tied embedding table, the final norm before it, and one scale of all logits."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch
-from hf_guide.calibration.forward import capture_input, drop_padding, forward_no_cache
+from hf_guide.calibration.forward import drop_padding
 from hf_guide.calibration.least_squares import NormalEquations, append_bias_column, at_least_float32, max_eps
 from hf_guide.calibration.modules import ModuleRef, linear_weight, module_bias, norm_weight
-from hf_guide.calibration.refit import RefitState, assign_checked
+from hf_guide.calibration.refit import RefitState, assign_checked, row_chunks
+from hf_guide.calibration.sequential import SequentialModel, first_rows
 from hf_guide.errors import ShapeError
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 
 LOGIT_SCALE_TOKENS = 1024
 """Tokens on which the logit scale is fitted: it is one number, and each token costs a product with the vocabulary."""
+
+TOKENS_AT_A_TIME = 128
+"""Tokens whose logits are in memory together, in float32 or better."""
 
 NEWTON_STEPS = 8
 EMBEDDING_WEIGHT, MIN_TOKEN_FREQUENCY = 0.003, 0.1
@@ -39,9 +42,6 @@ class HeadFitter:
 
     def __init__(self, state: RefitState, student: ModuleRef, teacher: ModuleRef, norm: str | None, *, is_tied: bool):
         self.state, self.student, self.teacher, self.norm, self.is_tied = state, student, teacher, norm, is_tied
-        # The input of the teacher's head, (tokens, d_T) per batch, kept by `fit_tied_embedding`: another forward pass of the
-        # teacher costs more than this memory.
-        self._teacher_inputs: list[Tensor] = []
 
     # A tied embedding
 
@@ -59,9 +59,9 @@ class HeadFitter:
         if matrix is None or norm is None or norm not in state.teacher_modules.norms:
             return
         sums: list[NormalEquations] = []
-        for batch in state.batches:
-            stream, head_inputs = self._final_hidden_states(batch)
-            self._teacher_inputs.append(head_inputs)
+        state.teacher_run.finish_all()
+        for index in range(len(state.batches)):
+            stream, head_inputs = self._final_hidden_states(index)
             stream = at_least_float32(stream)
             projected = stream @ matrix.to(stream)
             if state.plan.layout.norm == "layer":
@@ -72,25 +72,39 @@ class HeadFitter:
         gram, cross, _, _ = _mean_products(sums[0].reduce(), centered=has_norm_bias)  # (d_S, d_S), (d_T, d_S)
         weight = linear_weight(self.student.module)
         table = state.plan.parameters[state.plan.tied_parameters[self.student.name + ".weight"]]
-        teacher_table = state.plan.read(table.source or "").double()
-        counts = count_token_ids(state.batches, len(weight))
-        if len(teacher_table) != len(weight):
+        if state.plan.teacher.weights.shape(state.plan.teacher_names[table.source or ""])[0] != len(weight):
             return
-        embedding = weight.detach().double().cpu()
-        logit_products = (
-            teacher_table @ cross
-        )  # (V, d_S): products of a token's logits and each of the student's channels
-        logit_norms = ((embedding @ gram) * embedding).sum()
-        gain = ((embedding * logit_products).sum() / logit_norms).item()
-        embedding_size = embedding.square().sum(1).mean().item()
-        logit_size = (embedding @ gram * embedding).sum(1).mean().item() * gain**2
+        rows = self._table_rows(weight, table.source or "", cross)
+        products = norms = squares = 0.0
+        for _, embedding, logit_products in rows():
+            products += (embedding * logit_products).sum().item()
+            norms += ((embedding @ gram) * embedding).sum().item()
+            squares += embedding.square().sum().item()
+        gain, embedding_size = products / norms, squares / len(weight)
+        logit_size = norms / len(weight) * gain**2
+        counts = count_token_ids(state.batches, len(weight))
         relative_frequency = counts / counts.mean().clamp(min=1e-300)
-        share = relative_frequency.clamp(min=MIN_TOKEN_FREQUENCY, max=1.0) * EMBEDDING_WEIGHT
+        share = relative_frequency.clamp(min=MIN_TOKEN_FREQUENCY, max=1.0)[:, None] * EMBEDDING_WEIGHT
         eigenvalues, axes = torch.linalg.eigh(gram)
-        right = share[:, None] * embedding / embedding_size + gain * logit_products / logit_size
-        rotated = (right @ axes) / (share[:, None] / embedding_size + gain**2 * eigenvalues[None] / logit_size)
-        state.assign(self.student, rotated @ axes.T)
+        for chunk, embedding, logit_products in rows():
+            right = share[chunk] * embedding / embedding_size + gain * logit_products / logit_size
+            rotated = (right @ axes) / (share[chunk] / embedding_size + gain**2 * eigenvalues[None] / logit_size)
+            assign_checked(weight[chunk], rotated @ axes.T, self.student.name + ".weight")
+        state.assigned.append(self.student)
         state.transfer.record_step(table, "fitted as embedding and head at once")
+
+    def _table_rows(
+        self, weight: Tensor, source: str, cross: Tensor
+    ) -> Callable[[], Iterator[tuple[slice, Tensor, Tensor]]]:
+        """Return what yields rows of the student's table, and of the teacher's times `cross`, (rows, d_S) float64 each."""
+
+        def rows() -> Iterator[tuple[slice, Tensor, Tensor]]:
+            for chunk in row_chunks(weight):
+                teacher_rows = at_least_float32(self.state.plan.read(source, (chunk.start, chunk.stop)))
+                products = (teacher_rows @ cross.to(teacher_rows)).double()
+                yield chunk, weight[chunk].detach().double().cpu(), products
+
+        return rows
 
     # The final norm
 
@@ -107,14 +121,12 @@ class HeadFitter:
         if norm is None or parameter is None or self.norm is None:
             return
         sums: list[NormalEquations] = []
-        for index, batch in enumerate(state.batches):
-            self._add(sums, self._head_inputs(state.student, self.student, batch), self._teacher_head_inputs(index))
+        for index in range(len(state.batches)):
+            student_inputs = self._head_inputs(state.student_run, self.student, index)
+            self._add(sums, student_inputs, self._head_inputs(state.teacher_run, self.teacher, index))
         has_norm_bias = self.norm + ".bias" in state.plan.parameters
         gram, cross, student_mean, teacher_mean = _mean_products(sums[0].reduce(), centered=has_norm_bias)
-        tables = [linear_weight(ref.module).detach().double().cpu() for ref in (self.student, self.teacher)]
-        rows = min(map(len, tables))
-        student_table, teacher_table = (table[:rows] - table[:rows].mean(0) for table in tables)
-        student_moment, cross_moment = student_table.T @ student_table, student_table.T @ teacher_table
+        student_moment, cross_moment = self._table_moments()
         system, right = student_moment * gram, (cross_moment * cross.T).sum(1)
         at_one = system.sum(1)  # for h = 1: the difference is fitted, so that where nothing is lost nothing changes
         system = system + 1e-6 * system.diagonal().mean() * torch.eye(len(system), dtype=torch.float64)
@@ -130,6 +142,23 @@ class HeadFitter:
             update = torch.linalg.pinv(student_moment, hermitian=True) @ missing
             assign_checked(bias, diagonal * bias.detach().double().cpu() + update, self.norm + ".bias")
         state.transfer.record_step(parameter, "fitted to the logits on the calibration tokens")
+
+    def _table_moments(self) -> tuple[Tensor, Tensor]:
+        """Return the second moments of the student's table and of both, without their means, (d_S, d_S) and (d_S, d_T)."""
+        tables = [linear_weight(ref.module) for ref in (self.student, self.teacher)]
+        rows = min(map(len, tables))
+        tables = [table[:rows] for table in tables]
+        moments = [torch.zeros(tables[0].shape[1], table.shape[1], dtype=torch.float64) for table in tables]
+        means = [torch.zeros(table.shape[1], dtype=torch.float64) for table in tables]
+        for chunk in row_chunks(tables[1]):
+            parts = [at_least_float32(table[chunk].detach()) for table in tables]
+            dtype = torch.promote_types(parts[0].dtype, parts[1].dtype)
+            for moment, mean, part in zip(moments, means, parts, strict=True):
+                moment += (parts[0].to(dtype).T @ part.to(dtype)).cpu()
+                mean += part.sum(0, dtype=torch.float64).cpu() / rows
+        for moment, mean in zip(moments, means, strict=True):
+            moment -= rows * torch.outer(means[0], mean)
+        return moments[0], moments[1]
 
     # The logit scale
 
@@ -164,22 +193,25 @@ class HeadFitter:
         return scale
 
     def _logit_scale_data(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return, for each batch, the inputs of the student's head and its mean logit under the teacher's prediction."""
+        """Return, for some tokens at a time, the student head's inputs and its mean logit under the teacher's prediction."""
         state, world_size = self.state, rank_and_world_size()[1]
         inputs: list[Tensor] = []
         expected_logits: list[Tensor] = []
         seen = 0
-        for whole_batch in state.batches:
-            batch = first_rows(whole_batch, LOGIT_SCALE_TOKENS // world_size - seen)
-            student_inputs = self._head_inputs(state.student, self.student, batch)
-            outputs = forward_no_cache(state.teacher, batch)
+        for index, whole_batch in enumerate(state.batches):
+            rows = count_rows(whole_batch, LOGIT_SCALE_TOKENS // world_size - seen)
+            batch = first_rows(whole_batch, rows)
+            student_inputs = self._head_inputs(state.student_run, self.student, index, rows)
+            outputs = state.teacher_run.forward(index, rows)
             logits = drop_padding(outputs.logits, batch, of_decoder=state.teacher.config.is_encoder_decoder)
-            teacher_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            student_logits = self.student.module(student_inputs)
-            rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
-            probabilities = teacher_logits[:, :rows].softmax(-1)
-            expected_logits.append((probabilities * student_logits[:, :rows].to(probabilities)).sum(-1))
-            inputs.append(student_inputs)
+            for part, teacher_part in zip(
+                student_inputs.split(TOKENS_AT_A_TIME), logits.split(TOKENS_AT_A_TIME), strict=True
+            ):
+                student_logits = self.student.module(part)
+                columns = min(student_logits.shape[-1], teacher_part.shape[-1])
+                probabilities = at_least_float32(teacher_part)[:, :columns].softmax(-1)
+                expected_logits.append((probabilities * student_logits[:, :columns].to(probabilities)).sum(-1))
+                inputs.append(part)
             seen += len(student_inputs)
             if seen * world_size >= LOGIT_SCALE_TOKENS:
                 break
@@ -237,7 +269,7 @@ class HeadFitter:
         outputs: list[Tensor] = []
         with removable_hooks() as handles:
             handles.append(self.student.module.register_forward_hook(lambda _, args, output: outputs.append(output)))
-            logits = forward_no_cache(state.student, first_rows(state.batches[0], 1)).logits
+            logits = state.student_run.forward(0, rows=count_rows(state.batches[0], 1)).logits
         head_output = outputs[-1].double()
         multiplier = ((head_output * logits).sum() / head_output.square().sum()).item()
         eps = max_eps(outputs[-1].dtype, logits.dtype)
@@ -253,7 +285,7 @@ class HeadFitter:
             sums.append(NormalEquations.zeros(x.shape[1] + 1, y.shape[1] + 1))
         sums[0].add(append_bias_column(x, True), append_bias_column(y, True))
 
-    def _final_hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _final_hidden_states(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the teacher's residual stream before its final norm, and its head's input, (tokens, d_T) each."""
         state = self.state
         recorded: list[Tensor] = []
@@ -266,20 +298,18 @@ class HeadFitter:
             norm = state.teacher_modules.norms[self.norm or ""].module
             handles.append(register_input_hook(norm, recorded.append))
             handles.append(register_input_hook(self.teacher.module, stop))
-            forward_no_cache(state.teacher, batch)
+            state.teacher_run.forward(index)
         of_decoder = state.teacher.config.is_encoder_decoder
-        stream, head_inputs = (drop_padding(each, batch, of_decoder=of_decoder) for each in recorded[-2:])
+        stream, head_inputs = (
+            drop_padding(each, state.batches[index], of_decoder=of_decoder) for each in recorded[-2:]
+        )
         return stream, head_inputs
 
-    def _teacher_head_inputs(self, batch: int) -> Tensor:
-        if batch < len(self._teacher_inputs):
-            return self._teacher_inputs[batch]
-        return self._head_inputs(self.state.teacher, self.teacher, self.state.batches[batch])
-
-    def _head_inputs(self, model: PreTrainedModel, ref: ModuleRef, batch: Batch) -> Tensor:
-        """Return the input of a head, (tokens, d)."""
-        inputs = capture_input(model, ref.module, batch)
+    def _head_inputs(self, run: SequentialModel, ref: ModuleRef, index: int, rows: int | None = None) -> Tensor:
+        """Return the input of a head on a batch, or on its first rows, (tokens, d)."""
+        inputs = run.capture_input(ref.module, index, rows)
         assert inputs is not None  # it computes the logits
+        batch = first_rows(self.state.batches[index], rows)
         return drop_padding(inputs, batch, of_decoder=self.state.teacher.config.is_encoder_decoder)
 
 
@@ -293,18 +323,17 @@ def _mean_products(total: NormalEquations, *, centered: bool) -> tuple[Tensor, T
     return gram, cross, mean_x, mean_y
 
 
-def first_rows(batch: Batch, tokens: int) -> Batch:
-    """Return the first rows of a batch, as many as hold that many tokens; the whole batch if a row is not an example.
+def count_rows(batch: Batch, tokens: int) -> int | None:
+    """Return how many rows of a batch hold that many tokens; None for all of it if a row is not an example.
 
     Example:
-        >>> first_rows({"input_ids": torch.zeros(8, 16)}, tokens=40)["input_ids"].shape
-        torch.Size([3, 16])
+        >>> count_rows({"input_ids": torch.zeros(8, 16)}, tokens=40)
+        3
     """
     ids = batch.get("input_ids")
     if ids is None or any(len(value) != len(ids) for value in batch.values()):
-        return batch
-    rows = max(1, -(-tokens // ids.shape[1]))
-    return {name: value[:rows] for name, value in batch.items()}
+        return None
+    return max(1, -(-tokens // ids.shape[1]))
 
 
 def count_token_ids(batches: Sequence[Batch], vocab_size: int) -> Tensor:

@@ -17,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch
-from hf_guide.calibration.forward import calibration_mode, drop_padding, forward_no_cache
+from hf_guide.calibration.forward import calibration_mode, drop_padding
 from hf_guide.calibration.modules import ModuleMap, ModuleRef
 from hf_guide.calibration.resume import CalibrationCheckpoint
+from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.calibration.statistics import ActivationStatistics
 from hf_guide.initialization.blocks.selection import most_influential_blocks
 from hf_guide.initialization.plan import ParameterPlan, Plan
 from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct, Projection, axis_names, merge_adjacent, project_axis
-from hf_guide.models.hooks import removable_hooks
-from hf_guide.utils.distributed import all_reduce_sum_, local_shard
+from hf_guide.utils.distributed import all_reduce_sum_
 
 SelectedIndices = dict[str, Tensor]
 """The teacher's indices that are kept, by the name of an axis; "kv_heads group" where each group keeps its own."""
@@ -253,10 +252,9 @@ def prunable_experts(plan: Plan, modules: ModuleMap) -> tuple[dict[str, ModuleRe
 
 
 def load_or_collect_expert_importance(
-    model: PreTrainedModel,
+    sequential: SequentialModel,
     experts: Mapping[str, ModuleRef],
     plan: Plan,
-    batches: Sequence[Batch],
     checkpoint: CalibrationCheckpoint | None,
     *,
     show_progress: bool = False,
@@ -265,7 +263,7 @@ def load_or_collect_expert_importance(
     saved = None if checkpoint is None else checkpoint.load_step("expert_importance")
     if saved is not None:
         return saved[0]
-    importance = collect_expert_importance(model, experts, plan, batches, show_progress=show_progress)
+    importance = collect_expert_importance(sequential, experts, plan, show_progress=show_progress)
     if checkpoint is not None:
         checkpoint.save_step("expert_importance", importance, {})
     return importance
@@ -273,10 +271,9 @@ def load_or_collect_expert_importance(
 
 @torch.no_grad()
 def collect_expert_importance(
-    model: PreTrainedModel,
+    sequential: SequentialModel,
     experts: Mapping[str, ModuleRef],
     plan: Plan,
-    batches: Sequence[Batch],
     *,
     show_progress: bool = False,
 ) -> dict[str, Tensor]:
@@ -300,16 +297,26 @@ def collect_expert_importance(
             output = output if matrix is None else output @ matrix.to(output)
             sums[expert] += output.square().sum(dtype=torch.float64).cpu()
 
-    with removable_hooks() as handles, calibration_mode(model):
+    def begin(index: int) -> None:
+        nonlocal batch
+        batch = sequential.batches[index]
+
+    def register(handles: list[Any], stack: str | None, index: int) -> None:
         for ref in experts.values():
+            if (ref.stack, ref.block) != (stack, index) and (stack is not None or ref.stack in sequential.visited):
+                continue
 
             def hook(module: nn.Module, args: Any, kwargs: Any, ref: ModuleRef = ref) -> None:
                 add(ref, args, kwargs)
 
             handles.append(ref.module.register_forward_pre_hook(hook, with_kwargs=True))
-        local_batches = local_shard(batches)
-        for batch in tqdm(local_batches, desc="calibration: experts", unit="batch", disable=not show_progress):
-            forward_no_cache(model, batch)
+
+    blocks = sum(map(len, sequential.stacks.values()))
+    with (
+        calibration_mode(sequential.model),
+        tqdm(total=blocks, desc="calibration: experts", unit="block", disable=not show_progress) as bar,
+    ):
+        sequential.visit(register, begin, after_block=lambda count: bar.update())
     all_reduce_sum_(importance.values())
     return importance
 

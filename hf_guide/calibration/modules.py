@@ -80,6 +80,11 @@ class ModuleMap:
         """Return the linear modules that read or write the residual stream."""
         return {**self.residual_in, **self.residual_out}
 
+    @property
+    def language_heads(self) -> list[nn.Module]:
+        """Return the modules that compute logits over a vocabulary."""
+        return [ref.module for ref in self.residual_in.values() if ref.is_language_head]
+
 
 def find_modules(model: PreTrainedModel, layout: Layout) -> ModuleMap:
     """Return the modules of `model` that the layout describes."""

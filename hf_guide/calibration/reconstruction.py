@@ -6,7 +6,8 @@ the student's own, so each block corrects the error of those before it. It is ri
 weight: where nothing was lost, nothing changes.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_guide.calibration.config import Refit
-from hf_guide.calibration.forward import capture_input, drop_padding, is_decoder_stack, reads_decoder_tokens
-from hf_guide.calibration.least_squares import TrainValNormalEquations, append_bias_column, max_eps, select_ridge
+from hf_guide.calibration.forward import drop_padding, is_decoder_stack, reads_decoder_tokens
+from hf_guide.calibration.least_squares import (
+    ReadRows,
+    TrainValNormalEquations,
+    append_bias_column,
+    max_eps,
+    select_ridges,
+)
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight, module_bias
-from hf_guide.calibration.refit import RefitState, weight_and_bias
+from hf_guide.calibration.refit import RefitState, row_chunks, weight_and_bias
 from hf_guide.calibration.sequential import SequentialBlocks, UnsupportedBlockStructure
+from hf_guide.calibration.streams import Streams
 from hf_guide.layouts.grammar import Identity, Projection, Selection
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_scalar
@@ -181,9 +189,7 @@ class BlockReconstructor:
             )
         if any(first >= second for first, second in zip(sources, sources[1:], strict=False)):
             raise UnsupportedBlockStructure(f"its blocks come from the teacher's {sources}, which are not in order.")
-        teacher_blocks, student_blocks = state.teacher_modules.blocks[stack], state.student_modules.blocks[stack]
-        teacher = SequentialBlocks(state.teacher, teacher_blocks, state.batches, "the teacher")
-        student = SequentialBlocks(state.student, student_blocks, state.batches, "the student")
+        teacher, student = state.teacher_run.start(stack), state.student_run.start(stack, changes=True)
         bar = tqdm(range(len(sources)), desc=f"refitting {name}", unit="block", disable=not state.show_progress)
         for index in bar:
             if state.resume_step(steps[index]):
@@ -195,6 +201,9 @@ class BlockReconstructor:
             error = self._refit_block(stack, teacher, student, next_source)
             state.residual_error.setdefault(name, []).append(error)
             state.save_step(steps[index])
+        if teacher.next == len(teacher.blocks):
+            state.teacher_run.finish(stack)
+        state.student_run.finish(stack)
 
     def _refit_block(
         self, stack: str, teacher: SequentialBlocks, student: SequentialBlocks, next_source: int
@@ -208,7 +217,7 @@ class BlockReconstructor:
         targets = self._record_teacher(teacher, steps)
         while teacher.next < next_source:  # so that the block also fits the dropped ones that follow it
             teacher.advance()
-        targets[BLOCK_OUTPUT] = list(teacher.hidden_states)
+        targets[BLOCK_OUTPUT] = teacher.hidden_states
         for step in steps:
             if step.observed_at is None:
                 self._refit_inputs(student, step, targets.pop(step.refs[0].name))
@@ -217,7 +226,7 @@ class BlockReconstructor:
         student.advance()
         return self._residual_error(student.hidden_states, targets[BLOCK_OUTPUT], stack)
 
-    def _record_teacher(self, teacher: SequentialBlocks, steps: Sequence[FitStep]) -> dict[str, list[Tensor]]:
+    def _record_teacher(self, teacher: SequentialBlocks, steps: Sequence[FitStep]) -> dict[str, Streams]:
         """Run the teacher's next block; return what the steps are fitted to, a tensor per batch.
 
         Inputs of input projections are recorded under the name of the student's first module, residual streams under the
@@ -231,16 +240,16 @@ class BlockReconstructor:
             elif step.observed_at != BLOCK_OUTPUT:
                 norm = state.student_modules.norms[step.observed_at]
                 modules[step.observed_at] = state.teacher_module(norm, block).module
-        recorded: dict[str, list[Tensor]] = {}
+        recorded = {name: Streams(state.store) for name in modules}
         with removable_hooks() as handles:
             for name, module in modules.items():
-                handles.append(register_input_hook(module, recorded.setdefault(name, []).append))
+                handles.append(register_input_hook(module, recorded[name].append))
             teacher.advance()
         return recorded
 
     # Input projections
 
-    def _refit_inputs(self, student: SequentialBlocks, step: FitStep, teacher_inputs: Sequence[Tensor]) -> None:
+    def _refit_inputs(self, student: SequentialBlocks, step: FitStep, teacher_inputs: Streams) -> None:
         """Fit input projections of one tensor to the teacher's outputs for its own input."""
         first = step.refs[0]
         sums: list[TrainValNormalEquations] = []
@@ -276,43 +285,60 @@ class BlockReconstructor:
         if not sums:
             return
         total = sums[0].reduce()
-        for ref in refs:
-            has_bias = module_bias(ref.module) is not None
+        for has_bias in (False, True):
+            group = [ref for ref in refs if (module_bias(ref.module) is not None) == has_bias]
             columns = None if has_bias else -1
-            weight = weight_and_bias(ref.module)
-            teacher_weight = self._teacher_weight_and_bias(ref)
-            train, validation = (
-                (each.gram[:columns, :columns], each.cross[:, :columns]) for each in (total.train, total.validation)
-            )
-            residuals = (
-                teacher_weight @ train[1] - weight @ train[0],
-                teacher_weight @ validation[1] - weight @ validation[0],
-            )
-            self._update(ref, weight, (train[0], validation[0]), residuals, has_bias)
+            grams = (total.train.gram[:columns, :columns], total.validation.gram[:columns, :columns])
+            crosses = (total.train.cross[:, :columns], total.validation.cross[:, :columns])
+            if group:
+                self._update(group, [self._input_rows(ref, grams, crosses) for ref in group], grams)
 
-    def _teacher_weight_and_bias(self, ref: ModuleRef) -> Tensor:
-        """Return the teacher's [weight bias] of those outputs that the student keeps, (out_S, d_T + 1), float64."""
+    def _input_rows(
+        self, ref: ModuleRef, grams: tuple[Tensor, Tensor], crosses: tuple[Tensor, Tensor]
+    ) -> list[ReadRows]:
+        """Return how to read an input projection, a part of its rows at a time, and what its output lacks."""
+        teacher_rows, weight = self._teacher_rows(ref), linear_weight(ref.module)
+        chunks = row_chunks(weight) if ref.is_language_head else [slice(0, len(weight))]
+
+        def read(chunk: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            weight, teacher_weight = weight_and_bias(ref.module, chunk), teacher_rows(chunk)
+            train, validation = (
+                teacher_weight @ cross - weight @ gram for gram, cross in zip(grams, crosses, strict=True)
+            )
+            return weight, (train, validation)
+
+        return [functools.partial(read, chunk) for chunk in chunks]
+
+    def _teacher_rows(self, ref: ModuleRef) -> Callable[[slice], Tensor]:
+        """Return what reads the teacher's [weight bias] of outputs that the student keeps, (rows, d_T + 1), float64."""
         plan = self.state.plan
-        weight, bias = self.state.parameter_plan(ref), plan.parameters.get(ref.name + ".bias")
+        parameter, bias = self.state.parameter_plan(ref), plan.parameters.get(ref.name + ".bias")
         transposed = ref.match.row.transposed
-        joined = plan.read(weight.source or "").double()
-        joined = joined.T if transposed else joined
-        axis_map = plan.maps(weight)[len(weight.axes) - 1 if transposed else 0]
-        teacher_bias = torch.zeros(len(joined), dtype=torch.float64)
+        weight = plan.read(parameter.source or "")
+        weight = weight.T if transposed else weight
+        axis_map = plan.maps(parameter)[len(parameter.axes) - 1 if transposed else 0]
+        teacher_bias = torch.zeros(len(weight), dtype=torch.float64)
         if bias is not None and bias.source is not None:
             teacher_bias = plan.read(bias.source).double()
-        joined = torch.cat([joined, teacher_bias[:, None]], 1)
-        if isinstance(axis_map, Selection):
-            rows = joined[axis_map.indices.clamp(min=0)] * (axis_map.indices >= 0).double()[:, None]
-            return rows * axis_map.factors.double()[:, None]
-        if isinstance(axis_map, Projection):
-            return axis_map.matrix.cpu().double().T @ joined
-        assert isinstance(axis_map, Identity)
-        return joined
+
+        def joined(rows: Tensor | slice) -> Tensor:
+            return torch.cat([weight[rows].double(), teacher_bias[rows, None]], 1)
+
+        def read(rows: slice) -> Tensor:
+            if isinstance(axis_map, Selection):
+                indices = axis_map.indices[rows]
+                kept = joined(indices.clamp(min=0)) * (indices >= 0).double()[:, None]
+                return kept * axis_map.factors[rows].double()[:, None]
+            if isinstance(axis_map, Projection):
+                return axis_map.matrix[:, rows].cpu().double().T @ joined(slice(None))
+            assert isinstance(axis_map, Identity)
+            return joined(rows)
+
+        return read
 
     # Output projections
 
-    def _refit_output(self, student: SequentialBlocks, step: FitStep, teacher_streams: Sequence[Tensor]) -> None:
+    def _refit_output(self, student: SequentialBlocks, step: FitStep, teacher_streams: Streams) -> None:
         """Fit an output projection to what the student's residual stream lacks of the teacher's."""
         state, (ref,) = self.state, step.refs
         has_bias = module_bias(ref.module) is not None
@@ -333,7 +359,8 @@ class BlockReconstructor:
         if sums:
             total = sums[0].reduce()
             grams, residuals = (total.train.gram, total.validation.gram), (total.train.cross, total.validation.cross)
-            self._update(ref, weight_and_bias(ref.module), grams, residuals, has_bias)
+            weight = weight_and_bias(ref.module)
+            self._update([ref], [[lambda: (weight, residuals)]], grams)
 
     def _run_output_projection(self, student: SequentialBlocks, step: FitStep, batch: int) -> tuple[Tensor, Tensor]:
         """Return an output projection's input on a batch, and the residual stream where its output is observed."""
@@ -358,20 +385,17 @@ class BlockReconstructor:
         return recorded["inputs"], stream
 
     def _update(
-        self,
-        ref: ModuleRef,
-        weight: Tensor,
-        grams: tuple[Tensor, Tensor],
-        residuals: tuple[Tensor, Tensor],
-        has_bias: bool,
+        self, refs: Sequence[ModuleRef], rows: Sequence[Sequence[ReadRows]], grams: tuple[Tensor, Tensor]
     ) -> None:
-        update, ridge = select_ridge(weight, grams, residuals, self.state.config.ridge, self.state.eps)
-        if ridge is None:
-            return
-        fitted = weight + update
-        self.state.assign(ref, fitted[:, :-1] if has_bias else fitted, fitted[:, -1] if has_bias else None)
-        step = f"refitted on the calibration tokens, ridge {ridge:g}"
-        self.state.transfer.record_step(self.state.parameter_plan(ref), step)
+        """Update modules of one input, of which all or none have a bias."""
+        fits = select_ridges(rows, grams, self.state.config.ridge, self.state.eps)
+        for ref, fit in zip(refs, fits, strict=True):
+            if fit is None:
+                continue
+            (fitted, ridge), has_bias = fit, module_bias(ref.module) is not None
+            self.state.assign(ref, fitted[:, :-1] if has_bias else fitted, fitted[:, -1] if has_bias else None)
+            step = f"refitted on the calibration tokens, ridge {ridge:g}"
+            self.state.transfer.record_step(self.state.parameter_plan(ref), step)
 
     # After the last block
 
@@ -383,18 +407,16 @@ class BlockReconstructor:
             if ref.block is not None or teacher_ref is None or not state.comes_from_teacher(ref):
                 continue
             sums: list[TrainValNormalEquations] = []
-            for index, batch in enumerate(state.batches):
-                student_inputs = capture_input(state.student, ref.module, batch)
-                teacher_inputs = capture_input(state.teacher, teacher_ref.module, batch)
+            for index in range(len(state.batches)):
+                student_inputs = state.student_run.capture_input(ref.module, index)
+                teacher_inputs = state.teacher_run.capture_input(teacher_ref.module, index)
                 if student_inputs is None or teacher_inputs is None:
                     continue
                 if student_inputs.shape[:-1] == teacher_inputs.shape[:-1]:
                     self._add_inputs(sums, ref, student_inputs, teacher_inputs, index)
             self._solve_inputs([ref], sums)
 
-    def _residual_error(
-        self, student_streams: Sequence[Tensor], teacher_streams: Sequence[Tensor], stack: str
-    ) -> float:
+    def _residual_error(self, student_streams: Streams, teacher_streams: Streams, stack: str) -> float:
         state = self.state
         of_decoder, axis = is_decoder_stack(stack, state.student.config), state.stack_axis(stack)
         error = num_tokens = 0.0

@@ -1,6 +1,5 @@
 """The state of a refit: both models, the plan that connects them, and the steps that are saved and continued from."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,14 +7,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.config import CalibratedConfig
-from hf_guide.calibration.data import Batch
 from hf_guide.calibration.least_squares import at_least_float32, max_eps
 from hf_guide.calibration.modules import ModuleRef, find_modules, linear_weight, module_bias
 from hf_guide.calibration.resume import CalibrationCheckpoint
+from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.errors import ShapeError
 from hf_guide.initialization.plan import ParameterPlan
 from hf_guide.initialization.transfer import Transfer, check_no_overflow
-from hf_guide.utils.distributed import local_shard
 from hf_guide.utils.finite import is_finite
 
 
@@ -24,10 +22,9 @@ class RefitState:
     """What refitting a student needs to know, and what it has done so far.
 
     Attributes:
-        teacher: The running teacher.
+        teacher_run: The running teacher on this process's batches.
         student: The student, filled, on the teacher's device.
         transfer: What filled it; its plan and bases.
-        batches: The calibration batches of all processes, and after construction those of this one.
         config: The options.
         checkpoint: Where steps are saved and continued from.
         show_progress: Whether to show a progress bar.
@@ -37,10 +34,9 @@ class RefitState:
         assigned: Modules whose weights were assigned since the last saved step.
     """
 
-    teacher: PreTrainedModel
+    teacher_run: SequentialModel
     student: PreTrainedModel
     transfer: Transfer
-    batches: Sequence[Batch]
     config: CalibratedConfig
     checkpoint: CalibrationCheckpoint | None = None
     show_progress: bool = False
@@ -50,11 +46,17 @@ class RefitState:
 
     def __post_init__(self) -> None:
         self.plan = self.transfer.plan
-        self.batches = local_shard(self.batches)
+        self.teacher, self.batches, self.store = (
+            self.teacher_run.model,
+            self.teacher_run.batches,
+            self.teacher_run.store,
+        )
         self.eps = max_eps(self.teacher.dtype, self.student.dtype)
         self.teacher_modules, self.student_modules = (
             find_modules(model, self.plan.layout) for model in (self.teacher, self.student)
         )
+        modules = self.student_modules
+        self.student_run = SequentialModel(self.student, modules, self.batches, "the student", store=self.store)
 
     # Steps
 
@@ -150,8 +152,26 @@ def assign_checked(parameter: Tensor, value: Tensor, name: str) -> None:
     check_no_overflow(parameter, value, name)
 
 
-def weight_and_bias(module: nn.Module) -> Tensor:
-    """Return [weight bias] of a linear module, (out, in + 1), or its weight if it has no bias; float64, on the CPU."""
-    weight, bias = linear_weight(module), module_bias(module)
-    joined = weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+CHUNK_BYTES = 32 << 20
+"""Bytes of the rows of a weight, as of a head over a large vocabulary, that are fitted at a time, in float64."""
+
+
+def row_chunks(weight: Tensor) -> list[slice]:
+    """Return the parts of a weight's rows that are fitted at a time.
+
+    Example:
+        >>> row_chunks(torch.zeros(20000, 512))
+        [slice(0, 8192, None), slice(8192, 16384, None), slice(16384, 20000, None)]
+    """
+    rows, step = len(weight), max(1, CHUNK_BYTES // (8 * max(1, weight.shape[1])))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def weight_and_bias(module: nn.Module, rows: slice = slice(None)) -> Tensor:
+    """Return some rows of [weight bias] of a linear module, (rows, in + 1), or of its weight if it has no bias.
+
+    They are float64 and on the CPU.
+    """
+    weight, bias = linear_weight(module)[rows], module_bias(module)
+    joined = weight if bias is None else torch.cat([weight, bias[rows, None]], 1)
     return joined.detach().double().cpu()

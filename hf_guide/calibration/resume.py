@@ -1,7 +1,7 @@
 """Save the finished parts of a calibration in a folder, so that the same call continues after being killed.
 
 The folder holds `calibration.json`, which records the call; `statistics-*.safetensors`, the activation statistics that each
-process has summed so far, and over how many batches; `step-*.safetensors`, the weights that one step of the refit solved
+process has summed so far, and over how many blocks; `step-*.safetensors`, the weights that one step of the refit solved
 for; and `generated_text.safetensors` where the teacher generated the calibration text. Apart from that text, no size depends
 on the number of tokens: hidden states between blocks are not saved, blocks that are refitted already are run again.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.config import CalibratedConfig
@@ -25,14 +25,14 @@ from hf_guide.errors import OptionError
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.checksums import DamagedFileError, read_json, read_tensors, write_json, write_tensors
 from hf_guide.utils.distributed import all_reduce_scalar, rank_and_world_size
-from hf_guide.utils.fingerprint import comparable_config, weights_fingerprint
+from hf_guide.utils.fingerprint import comparable_config, tensors_fingerprint
 from hf_guide.utils.resumable import ResumableFolder, resumable_write
 from hf_guide.version import __version__
 
 OPTION = "calibration_cache_dir"
 MANIFEST_NAME = "calibration.json"
 TEXT_NAME = "generated_text.safetensors"
-FORMAT = 3
+FORMAT = 4
 
 SECONDS_BETWEEN_SAVES = 60.0
 """Statistics, as large as a few of the teacher's weights, are saved no more often than this."""
@@ -61,19 +61,19 @@ def describe_call(
         "student_class": student_class.__name__,
         "student_config": comparable_config(student_config),
         "student_dtype": str(student_dtype),
-        "options": dataclasses.asdict(options),
+        "options": {name: value for name, value in dataclasses.asdict(options).items() if name != "activation_memory"},
     }
 
 
-def describe_data(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
+def describe_data(teacher: TeacherCheckpoint, batches: Sequence[Batch]) -> dict[str, Any]:
     """Return what the statistics depend on in addition: the teacher's weights, the data, and the number of processes."""
-    data = blake2b(digest_size=16)
+    data, weights = blake2b(digest_size=16), teacher.weights
     for batch in batches:
         for name, tensor in sorted(batch.items()):
             data.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             data.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return {
-        "teacher_weights": weights_fingerprint(model),
+        "teacher_weights": tensors_fingerprint((name, weights.get(name)) for name in sorted(weights.keys())),
         "calibration_data": data.hexdigest(),
         "batches": len(batches),
         "processes": rank_and_world_size()[1],

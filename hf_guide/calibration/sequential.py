@@ -1,8 +1,9 @@
-"""Run a stack of blocks one block at a time, with the hidden states between them kept in memory (as GPTQ does).
+"""Run stacks of blocks one block at a time on all batches, with the hidden states between them kept (as GPTQ does).
 
-So a block can be run, changed and run again without running the blocks before it. Kept for all calibration tokens of this
-process, per model: the hidden states before one block, (tokens, d), and the other arguments of the blocks: a mask per batch
-where there is padding, (batch, length, length), and the encoder's output in the decoder of an encoder-decoder.
+So a block can be run, changed and run again without running the blocks before it, and its weights need to be in memory only
+meanwhile. Kept for all calibration tokens of this process, per model: the hidden states before one block, (tokens, d), in a
+`Streams`; and in memory the other arguments of the blocks: a mask per batch where there is padding, (batch, length, length),
+and the encoder's output in the decoder of an encoder-decoder.
 """
 
 import contextlib
@@ -14,10 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_guide.calibration.block_weights import BlockWeights
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.forward import forward_no_cache
+from hf_guide.calibration.modules import ModuleMap
+from hf_guide.calibration.streams import Streams, StreamStore
 from hf_guide.errors import HfGuideError
-from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, removable_hooks
+from hf_guide.models.hooks import (
+    StopForward,
+    first_output,
+    hidden_states_arg,
+    register_input_hook,
+    removable_hooks,
+)
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any], str | None]
 """The other positional arguments, the other keywords, and the keyword of the hidden states; None if they are positional."""
@@ -29,11 +39,20 @@ class UnsupportedBlockStructure(HfGuideError):
 
 @dataclass
 class BlockTrace:
-    """One forward pass: for each block its input, its other arguments and its outputs."""
+    """One forward pass: for each block its input, its other arguments and its outputs.
+
+    Attributes:
+        hidden_states: The input of each block.
+        calls: Its other arguments.
+        outputs: What it returns.
+        after: What follows the last block: the arguments of the next stack's first block or of the language head, or else
+            the model's outputs.
+    """
 
     hidden_states: list[Tensor] = field(default_factory=list)
     calls: list[BlockCall] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+    after: Any = None
 
     @property
     def returns_hidden_states_only(self) -> bool:
@@ -53,74 +72,141 @@ class SequentialBlocks:
         blocks: The blocks of the stack, in order.
         batches: The calibration batches of this process.
         name: What errors call the model.
+        store: Where hidden states are kept; None keeps them in memory.
+        weights: What loads the blocks' weights; None if they are in memory.
+        following: Modules that may run after the blocks, at which a comparison of what follows may end.
+        replay: Returns a context in which the stacks before this one need not run, for a batch and its first rows.
 
     Attributes:
         hidden_states: For each batch the input of block `next`, (batch, length, d).
         next: The index of the block to run next.
+        outputs: For each block what it returned for one row; only the form matters.
+        is_replayable: Whether what follows the blocks depends on nothing but their last hidden states.
 
     Raises:
         UnsupportedBlockStructure: The blocks run in another order or more than once, or a block passes more to the next
             than the hidden states.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Sequence[Batch], name: str):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[nn.Module],
+        batches: Sequence[Batch],
+        name: str,
+        *,
+        store: StreamStore | None = None,
+        weights: BlockWeights | None = None,
+        following: Sequence[nn.Module] = (),
+        replay: Callable[[int, int | None], contextlib.AbstractContextManager[None]] | None = None,
+    ):
         self.model, self.blocks, self.batches, self.name = model, list(blocks), batches, name
-        self.hidden_states: list[Tensor] = []
-        self.next = 0
-        self._calls: list[list[BlockCall]] = []
-        self._record_calls()
+        self.store, self.weights = store, weights
+        self._following = list(following)
+        self._replay = replay or (lambda batch, rows: contextlib.nullcontext())
+        self.outputs, self._is_identity, self.is_replayable = self._verify()
+        self.restart()
 
     @torch.no_grad()
-    def _record_calls(self) -> None:
-        """Record with which other arguments the blocks are called, on every batch.
+    def _verify(self) -> tuple[list[Any], bool, bool]:
+        """Run the model on one row, and compare with the blocks run one by one.
 
-        On the first batch the blocks run. If the other arguments do not depend on what the blocks compute, the blocks are
-        replaced by the identity for the other batches, which costs nothing.
+        Return the blocks' outputs, whether their other arguments do not depend on what they compute, so that they can be
+        recorded without running the blocks, and `is_replayable`.
         """
-        first = self._trace(self.batches[0])
-        self._append(first)
-        for index, expected in enumerate([*first.hidden_states[1:], first_output(first.outputs[-1])]):
-            output = self.run_block(index, 0, first.hidden_states[index])
-            if output.shape != expected.shape or not torch.allclose(output, expected, rtol=1e-3, atol=1e-5):
-                raise UnsupportedBlockStructure(
-                    f"{self.name}: block {index} takes more from the one before than the hidden states."
-                )
-        with contextlib.ExitStack() as replaced:
-            if len(self.batches) > 1 and first.returns_hidden_states_only:
-                replaced.enter_context(identity_blocks(self.blocks, first.outputs))
-                if not calls_equal(self._trace(self.batches[0]).calls, first.calls):
-                    replaced.close()
-            for batch in self.batches[1:]:
-                self._append(self._trace(batch))
+        traced = self._trace(0, rows=1, verifies=True)
+        is_identity = False
+        if traced.returns_hidden_states_only:
+            with replaced_blocks(self.blocks, traced.outputs):
+                is_identity = calls_equal(self._trace(0, rows=1).calls, traced.calls)
+        with replaced_blocks(self.blocks, traced.outputs, first_output(traced.outputs[-1])):
+            replayed = self._trace(0, rows=1, to_end=True)
+        has_rows = _count_rows(self.batches[0], 1) is None or len(first_output(traced.outputs[-1])) == 1
+        return traced.outputs, is_identity, has_rows and _nearly_equal(replayed.after, traced.after)
 
-    def _append(self, trace: BlockTrace) -> None:
-        self.hidden_states.append(trace.hidden_states[0])
-        self._calls.append(trace.calls)
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Go back to the first block: record the hidden states before it, and the blocks' other arguments, on every batch."""
+        self.next = 0
+        self.hidden_states = Streams(self.store)
+        self._calls: list[list[BlockCall]] = []
+        prepared: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self._is_identity:
+            prepared = replaced_blocks(self.blocks, self.outputs)
+        elif self.weights is not None:
+            prepared = self.weights.held(*self.blocks)  # they run on every batch
+        with prepared:
+            for batch in range(len(self.batches)):
+                trace = self._trace(batch)
+                self.hidden_states.append(trace.hidden_states[0])
+                self._calls.append(trace.calls)
 
-    def _trace(self, batch: Batch) -> BlockTrace:
-        """Run the model on a batch, up to the end of the last block."""
+    def _trace(
+        self, batch: int, rows: int | None = None, *, verifies: bool = False, to_end: bool = False
+    ) -> BlockTrace:
+        """Run the model on a batch up to the end of the last block, or also to what follows it.
+
+        Args:
+            batch: The batch.
+            rows: If not None, only so many of its first rows.
+            verifies: Run each block once more by itself, while its weights are there, and on to what follows the last block.
+            to_end: Run on to what follows the last block.
+
+        Raises:
+            UnsupportedBlockStructure: The order is another, or a block by itself computes something else.
+        """
         index_of = {id(block): index for index, block in enumerate(self.blocks)}
-        trace, order = BlockTrace(), []
+        trace, alone = BlockTrace(), Tensor()
+        order: list[int] = []
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            order.append(index_of[id(block)])
             key = None if args else "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
-            trace.hidden_states.append(args[0] if key is None else kwargs[key])
+            hidden_states = args[0] if key is None else kwargs[key]
+            order.append(index_of[id(block)])
+            if order[-1] != len(order) - 1:
+                raise UnsupportedBlockStructure(f"{self.name}: its blocks run in the order {order}.")
+            if verifies and len(order) > 1:
+                self._check_alone(order[-2], alone, hidden_states)
+            trace.hidden_states.append(hidden_states)
             trace.calls.append((args[1:], {name: value for name, value in kwargs.items() if name != key}, key))
 
-        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def after(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal alone
             trace.outputs.append(output)
-            if block is self.blocks[-1]:
+            if verifies:
+                alone = first_output(
+                    block.forward(*args, **kwargs)
+                )  # the forward, because a call would call this hook again
+            if block is not self.blocks[-1]:
+                return
+            if not (verifies or to_end):
+                raise StopForward
+            if verifies:
+                self._check_alone(order[-1], alone, first_output(output))
+
+        def follow(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if trace.outputs and len(trace.outputs) >= len(self.blocks):
+                trace.after = (args, kwargs)
                 raise StopForward
 
-        with removable_hooks() as handles:
-            for block in self.blocks:
-                handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-                handles.append(block.register_forward_hook(after))
-            forward_no_cache(self.model, batch)
-        if order != list(range(len(self.blocks))):
+        with removable_hooks() as handles, self._replay(batch, rows):
+            for block in self.blocks:  # before the hooks that load and drop its weights
+                handles.append(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+                handles.append(block.register_forward_hook(after, with_kwargs=True, prepend=True))
+            for block in self._following if verifies or to_end else ():
+                handles.append(block.register_forward_pre_hook(follow, with_kwargs=True, prepend=True))
+            outputs = forward_no_cache(self.model, first_rows(self.batches[batch], rows))
+        if trace.after is None:
+            trace.after = outputs
+        if len(order) != len(self.blocks):
             raise UnsupportedBlockStructure(f"{self.name}: its blocks run in the order {order}.")
         return trace
+
+    def _check_alone(self, block: int, alone: Tensor, expected: Tensor) -> None:
+        if alone.shape != expected.shape or not torch.allclose(alone, expected, rtol=1e-3, atol=1e-5):
+            raise UnsupportedBlockStructure(
+                f"{self.name}: block {block} takes more from the one before than the hidden states."
+            )
 
     @torch.no_grad()
     def run_block(self, block: int, batch: int, hidden_states: Tensor) -> Tensor:
@@ -141,20 +227,281 @@ class SequentialBlocks:
         except StopForward:
             return None
 
-    def advance(self) -> None:
-        """Run the next block on all batches and keep its outputs."""
-        for batch in range(len(self.batches)):
-            self.hidden_states[batch] = self.run_block(self.next, batch, self.hidden_states[batch])
+    def advance(self, begin: Callable[[int], None] | None = None) -> None:
+        """Run the next block on all batches and keep its outputs; `begin` is called with each batch before."""
+        block = self.blocks[self.next]
+        if self.weights is not None and self.next + 1 < len(self.blocks):
+            self.weights.prefetch(self.blocks[self.next + 1])
+        with contextlib.nullcontext() if self.weights is None else self.weights.held(block):
+            for batch in range(len(self.batches)):
+                if begin is not None:
+                    begin(batch)
+                self.hidden_states[batch] = self.run_block(self.next, batch, self.hidden_states[batch])
         self.next += 1
 
 
-@contextlib.contextmanager
-def identity_blocks(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iterator[None]:
-    """Replace blocks by the identity: each returns its input, in the form of its entry in `outputs`."""
+RegisterHooks = Callable[[list[Any], str | None, int], None]
+"""Registers hooks of one block, by its stack and index; with None, of all that is outside of the stacks in `visited`."""
 
-    def identity_like(output: Any) -> Callable[..., Any]:
+
+class SequentialModel:
+    """A model whose stacks run block by block on all batches; those that ran need not run again.
+
+    Args:
+        model: The model.
+        modules: Its modules, from `find_modules`.
+        batches: The calibration batches of this process.
+        name: What errors call the model.
+        store: Where hidden states are kept; None keeps them in memory.
+        weights: What loads the blocks' weights; None if they are in memory.
+
+    Attributes:
+        finished: For each stack that has run the hidden states after its last block. It is replaced by them in further runs
+            of the model.
+        visited: The stacks that have run, in order; some of them may be no part of `finished`.
+        unsupported: Stacks that only run within the whole model, and why.
+        notes: Why all blocks of a model of files are in memory, where they are.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        modules: ModuleMap,
+        batches: Sequence[Batch],
+        name: str,
+        *,
+        store: StreamStore | None = None,
+        weights: BlockWeights | None = None,
+    ):
+        self.model, self.stacks, self.batches, self.name = model, modules.blocks, batches, name
+        self._heads = modules.language_heads
+        self.store, self.weights = store, weights
+        self.finished: dict[str, Streams] = {}
+        self.visited: list[str] = []
+        self.unsupported: dict[str, UnsupportedBlockStructure] = {}
+        self.notes: list[str] = []
+        self._blocks: dict[str, SequentialBlocks] = {}
+
+    def start(self, stack: str, *, changes: bool = False) -> SequentialBlocks:
+        """Return a stack before its first block; the stacks that run before it are run.
+
+        Args:
+            stack: The stack.
+            changes: Its weights are going to change, and so what it and the stacks after it compute.
+
+        Raises:
+            UnsupportedBlockStructure: It only runs within the whole model.
+        """
+        if changes and stack in self.visited:
+            self._forget_from(stack)
+        while stack not in self.visited and (earlier := self._next_stack()) not in (None, stack):
+            self._run(earlier)
+        if stack in self.unsupported:
+            raise self.unsupported[stack]
+        try:
+            if stack in self._blocks:
+                self._blocks[stack].restart()
+            else:
+                others = [block for name, blocks in self.stacks.items() if name != stack for block in blocks]
+                self._blocks[stack] = SequentialBlocks(
+                    self.model,
+                    self.stacks[stack],
+                    self.batches,
+                    self.name,
+                    store=self.store,
+                    weights=self.weights,
+                    following=[*others, *self._heads],
+                    replay=lambda batch, rows: self._replay(batch, rows, skip=stack),
+                )
+        except UnsupportedBlockStructure as error:
+            self.unsupported[stack] = error
+            self._hold_weights(stack, str(error))
+            raise
+        return self._blocks[stack]
+
+    def finish(self, stack: str) -> None:
+        """Record that the last block of a stack has run."""
+        blocks = self._blocks[stack]
+        if stack not in self.visited:
+            self.visited.append(stack)
+        if blocks.is_replayable:
+            self.finished[stack] = blocks.hidden_states
+        else:
+            self._hold_weights(stack, "what follows takes more of its blocks than the last hidden states.")
+
+    def finish_all(self) -> None:
+        """Run the stacks that have not run."""
+        while (stack := self._next_stack()) is not None:
+            self._run(stack)
+
+    def visit(
+        self,
+        register: RegisterHooks,
+        begin: Callable[[int], None],
+        *,
+        skip: int = 0,
+        after_block: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Run the whole model on all batches, block by block, with hooks; again what has run before.
+
+        Args:
+            register: Registers the hooks of a block, or of what is outside.
+            begin: Called with the number of a batch before a part of the model runs on it.
+            skip: Register no hooks for so many blocks, the first that run.
+            after_block: Called with the number of blocks that have run.
+        """
+        self.finished.clear()
+        self.visited.clear()
+        count = 0
+        while (stack := self._next_stack()) is not None:
+            try:
+                blocks = self.start(stack)
+            except UnsupportedBlockStructure:
+                continue
+            while blocks.next < len(blocks.blocks):
+                with removable_hooks() as handles:
+                    if count >= skip:
+                        register(handles, stack, blocks.next)
+                    blocks.advance(begin)
+                count += 1
+                after_block(count)
+            self.finish(stack)
+        with removable_hooks() as handles:
+            register(handles, None, 0)
+            for batch in range(len(self.batches)):
+                begin(batch)
+                self.forward(batch)
+
+    def forward(self, batch: int, rows: int | None = None) -> Any:
+        """Return the model's outputs on a batch, or on its first rows; None if a hook stopped it.
+
+        Stacks that have not run are run on all batches first, except for a few rows of a model in memory.
+        """
+        self._prepare(rows)
+        with self._replay(batch, rows):
+            return forward_no_cache(self.model, first_rows(self.batches[batch], rows))
+
+    def _prepare(self, rows: int | None) -> None:
+        if rows is None or self.weights is not None:
+            self.finish_all()
+
+    def capture_input(self, module: nn.Module, batch: int, rows: int | None = None) -> Tensor | None:
+        """Run a forward pass up to `module` and return its input; None if the forward pass never calls it."""
+        inputs: list[Tensor] = []
+
+        def stop(tensor: Tensor) -> None:
+            inputs.append(tensor)
+            raise StopForward
+
+        self._prepare(rows)  # before there is a hook
+        with removable_hooks() as handles:
+            handles.append(register_input_hook(module, stop))
+            self.forward(batch, rows)
+        return inputs[0] if inputs else None
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight and its name, also those that are not in memory."""
+        if self.weights is None:
+            yield from self.model.named_parameters()
+            return
+        checkpoint = self.weights.teacher.weights
+        for name in checkpoint.keys():
+            yield name, checkpoint.get(name)
+
+    @contextlib.contextmanager
+    def _replay(self, batch: int, rows: int | None, skip: str | None = None) -> Iterator[None]:
+        """Have the stacks that have run return their last hidden states, except `skip`."""
+        with contextlib.ExitStack() as replaced:
+            for stack, streams in self.finished.items():
+                if stack == skip:
+                    continue
+                final = streams[batch] if rows is None else streams[batch][: _count_rows(self.batches[batch], rows)]
+                replaced.enter_context(replaced_blocks(self.stacks[stack], self._blocks[stack].outputs, final))
+            yield
+
+    def _run(self, stack: str) -> None:
+        try:
+            blocks = self.start(stack)
+        except UnsupportedBlockStructure:
+            return
+        while blocks.next < len(blocks.blocks):
+            blocks.advance()
+        self.finish(stack)
+
+    def _next_stack(self) -> str | None:
+        """Return the stack whose first block the model calls next, of those that have not run."""
+        first: list[str] = []
+        waiting = {stack for stack in self.stacks if stack not in self.visited and stack not in self.unsupported}
+        if not waiting:
+            return None
+
+        def stop(stack: str | None) -> None:
+            first.extend([] if stack is None else [stack])
+            raise StopForward
+
+        with removable_hooks() as handles:
+            ends: list[tuple[str | None, nn.Module]] = [(None, head) for head in self._heads]
+            ends += [(stack, block) for stack in waiting for block in self.stacks[stack]]
+            for name, module in ends:
+                handles.append(module.register_forward_pre_hook(lambda *args, s=name: stop(s), prepend=True))
+            with self._replay(0, 1):
+                forward_no_cache(self.model, first_rows(self.batches[0], 1))
+        if not first:
+            never = UnsupportedBlockStructure(f"{self.name}: its blocks run in the order [].")
+            self.unsupported |= dict.fromkeys(waiting, never)
+        return first[0] if first else None
+
+    def _forget_from(self, stack: str) -> None:
+        """Forget that a stack and those after it have run."""
+        position = self.visited.index(stack)
+        for later in self.visited[position:]:
+            self.finished.pop(later, None)
+        del self.visited[position:]
+
+    def _hold_weights(self, stack: str, reason: str) -> None:
+        """Keep the weights in memory from now on, because the whole model must run on every batch."""
+        note = f"All blocks of {self.name} were held in memory, because of {stack.removesuffix('.{block}')}: {reason}"
+        if self.weights is not None and note not in self.notes:
+            self.weights.hold_all()
+            self.notes.append(note)
+
+
+def first_rows(batch: Batch, rows: int | None) -> Batch:
+    """Return the first rows of a batch; the whole batch if `rows` is None, or if a row is not an example.
+
+    Example:
+        >>> first_rows({"input_ids": torch.zeros(8, 16)}, 3)["input_ids"].shape
+        torch.Size([3, 16])
+    """
+    return batch if rows is None else {name: value[: _count_rows(batch, rows)] for name, value in batch.items()}
+
+
+def _count_rows(batch: Batch, rows: int) -> int | None:
+    """Return that number of rows, or None for all where a row is not an example."""
+    first = next(iter(batch.values()))
+    return rows if all(len(value) == len(first) for value in batch.values()) else None
+
+
+def _nearly_equal(first: Any, second: Any) -> bool:
+    """Return whether all floating tensors of two nested structures are equal but for rounding."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_nearly_equal(first[name], second[name]) for name in first)
+    if isinstance(first, (tuple, list)) and isinstance(second, (tuple, list)):
+        return len(first) == len(second) and all(map(_nearly_equal, first, second))
+    return True
+
+
+@contextlib.contextmanager
+def replaced_blocks(
+    blocks: Sequence[nn.Module], outputs: Sequence[Any], final: Tensor | None = None
+) -> Iterator[None]:
+    """Replace blocks by the identity: each returns its input, in the form of its entry in `outputs`; the last, `final`."""
+
+    def identity_like(output: Any, result: Tensor | None) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden_states = hidden_states_arg(args, kwargs)
+            hidden_states = hidden_states_arg(args, kwargs) if result is None else result
             return hidden_states if isinstance(output, Tensor) else (hidden_states, *output[1:])
 
         return forward
@@ -162,8 +509,8 @@ def identity_blocks(blocks: Sequence[nn.Module], outputs: Sequence[Any]) -> Iter
     # An instance has a `forward` of its own where Accelerate moves its weights.
     instance_forwards = [block.__dict__.get("forward") for block in blocks]
     try:
-        for block, output in zip(blocks, outputs, strict=True):
-            block.forward = identity_like(output)
+        for index, (block, output) in enumerate(zip(blocks, outputs, strict=True), 1):
+            block.forward = identity_like(output, final if index == len(blocks) else None)
         yield
     finally:
         for block, forward in zip(blocks, instance_forwards, strict=True):

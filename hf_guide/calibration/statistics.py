@@ -5,24 +5,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch, count_tokens
-from hf_guide.calibration.forward import (
-    calibration_mode,
-    drop_padding,
-    forward_no_cache,
-    is_decoder_stack,
-    reads_decoder_tokens,
-)
+from hf_guide.calibration.forward import calibration_mode, drop_padding, is_decoder_stack, reads_decoder_tokens
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint
+from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.errors import TeacherError
 from hf_guide.layouts.grammar import AxisName, AxisProduct, axis_names, axis_size, group_indices
 from hf_guide.layouts.registry import Layout, config_sizes, rotary_size
-from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, register_input_hook, removable_hooks
+from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, register_input_hook
 from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, local_shard
 from hf_guide.utils.finite import is_finite
 
@@ -58,31 +53,43 @@ def collect_statistics(
     layout: Layout,
     batches: Sequence[Batch],
     *,
+    sequential: SequentialModel | None = None,
     checkpoint: CalibrationCheckpoint | None = None,
     show_progress: bool = False,
 ) -> ActivationStatistics:
-    """Run the teacher once on all batches; each process runs its share, and all return the same sums.
+    """Run the teacher once on all batches, block by block; each process runs its share, and all return the same sums.
 
     Args:
         model: The teacher.
         modules: Its modules, from `find_modules`.
         layout: Its layout.
         batches: The calibration batches of all processes.
+        sequential: The teacher on this process's batches; None where it is in memory.
         checkpoint: Where sums are saved meanwhile, and continued from.
         show_progress: Whether to show a progress bar.
 
     Raises:
-        TeacherError: Activations are not finite; names the first block that computes such, and weights that are not finite.
+        TeacherError: Activations are not finite; names the first block that computes such and the tokens, and weights that
+            are not finite.
     """
-    collector = _StatisticsCollector(model, modules, layout)
-    with removable_hooks() as handles, calibration_mode(model):
-        collector.register_hooks(handles)
-        local_batches = local_shard(batches)
-        done = collector.resume(checkpoint)
-        bar = {"total": len(local_batches), "initial": done, "unit": "batch", "disable": not show_progress}
-        for number, batch in enumerate(tqdm(local_batches[done:], desc="calibration: teacher", **bar), done + 1):
-            collector.run(batch)
-            collector.save(checkpoint, number, complete=number == len(local_batches))
+    if sequential is None:
+        sequential = SequentialModel(model, modules, local_shard(batches), "the teacher")
+    collector = _StatisticsCollector(sequential, modules, layout)
+    done, is_complete = collector.resume(checkpoint)
+    if not is_complete:
+        blocks = sum(map(len, modules.blocks.values()))
+        with (
+            calibration_mode(model),
+            tqdm(total=blocks, desc="calibration: teacher", unit="block", disable=not show_progress) as bar,
+        ):
+
+            def after_block(count: int) -> None:
+                bar.update()
+                if count > done:
+                    collector.save(checkpoint, count, complete=False)
+
+            sequential.visit(collector.register_hooks, collector.begin, skip=done, after_block=after_block)
+            collector.save(checkpoint, blocks, complete=True)
     return collector.reduce()
 
 
@@ -91,11 +98,14 @@ MAX_INFLUENCE = 2.0
 
 
 class _StatisticsCollector:
-    """Hooks on a teacher that add to `statistics`, batch by batch."""
+    """Hooks on a teacher that add to `statistics`, block by block and batch by batch."""
 
-    def __init__(self, model: PreTrainedModel, modules: ModuleMap, layout: Layout):
-        self.model, self.modules, self.layout = model, modules, layout
-        self.statistics = ActivationStatistics()
+    def __init__(self, sequential: SequentialModel, modules: ModuleMap, layout: Layout):
+        self.sequential, self.model, self.modules, self.layout = sequential, sequential.model, modules, layout
+        model = self.model
+        self.statistics = ActivationStatistics(
+            num_tokens=sum(count_tokens(batch, model) for batch in sequential.batches)
+        )
         self.block_tokens = {
             stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in modules.blocks.items()
         }
@@ -104,40 +114,47 @@ class _StatisticsCollector:
         }
         self.readers = residual_inputs(modules)
         self.head_dims = {name: head_size(ref, layout, model) for name, ref in modules.residual_out.items()}
-        self.batch: Batch = {}
+        self.index, self.batch = 0, Batch()
         self.last_input: Tensor | None = None
 
-    def register_hooks(self, handles: list[Any]) -> None:
-        """Register all hooks, and one before the language head that stops the forward pass."""
+    def register_hooks(self, handles: list[Any], stack: str | None, index: int) -> None:
+        """Register the hooks of a block, or of what runs outside of the visited stacks, up to the language head."""
+
+        def includes(ref: ModuleRef) -> bool:
+            if stack is None:
+                return ref.stack not in self.sequential.visited
+            return ref.stack == stack and ref.block == index
+
         for name, (ref, indices) in query_key_outputs(self.modules, self.layout, self.model).items():
-            handles.append(
-                ref.module.register_forward_hook(
-                    lambda _, args, output, n=name, r=ref, i=indices: self.on_query_key(n, r, i, output)
-                )
-            )
-        for ref in self.readers:
-            handles.append(register_input_hook(ref.module, lambda stream, r=ref: self.on_residual(r, stream)))  # type: ignore[misc]
-        for ref in self.modules.residual_out.values():
-            handles.append(register_input_hook(ref.module, lambda inputs, r=ref: self.on_output_projection(r, inputs)))  # type: ignore[misc]
-        for stack, blocks in self.modules.blocks.items():
-            for index, block in enumerate(blocks):
+            if includes(ref):
                 handles.append(
-                    block.register_forward_hook(
-                        lambda _, args, kwargs, output, s=stack, i=index: self.on_block(
-                            s, i, hidden_states_arg(args, kwargs), first_output(output)
-                        ),
-                        with_kwargs=True,
+                    ref.module.register_forward_hook(
+                        lambda _, args, output, n=name, r=ref, i=indices: self.on_query_key(n, r, i, output)
                     )
                 )
-        for ref in self.modules.residual_in.values():
-            if ref.is_language_head:  # its logits are not needed
-                handles.append(register_input_hook(ref.module, self.on_language_head))
+        for ref in filter(includes, self.readers):
+            handles.append(register_input_hook(ref.module, lambda stream, r=ref: self.on_residual(r, stream)))  # type: ignore[misc]
+        for ref in filter(includes, self.modules.residual_out.values()):
+            handles.append(register_input_hook(ref.module, lambda inputs, r=ref: self.on_output_projection(r, inputs)))  # type: ignore[misc]
+        for name, blocks in self.modules.blocks.items():
+            for number, block in enumerate(blocks):
+                if (name, number) == (stack, index) or (stack is None and name not in self.sequential.visited):
+                    handles.append(self._register_block_hook(name, number, block))
+        if stack is None:
+            for head in self.modules.language_heads:  # its logits are not needed
+                handles.append(register_input_hook(head, self.on_language_head))
 
-    def run(self, batch: Batch) -> None:
-        """Add one batch."""
-        self.batch, self.last_input = batch, None
-        forward_no_cache(self.model, batch)
-        self.statistics.num_tokens += count_tokens(batch, self.model)
+    def _register_block_hook(self, stack: str, index: int, block: nn.Module) -> Any:
+        return block.register_forward_hook(
+            lambda _, args, kwargs, output: self.on_block(
+                stack, index, hidden_states_arg(args, kwargs), first_output(output)
+            ),
+            with_kwargs=True,
+        )
+
+    def begin(self, index: int) -> None:
+        """Begin with a batch of this process."""
+        self.index, self.batch, self.last_input = index, self.sequential.batches[index], None
 
     # Hooks
 
@@ -173,10 +190,18 @@ class _StatisticsCollector:
         cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         influence = (1 - cosine).sum().cpu()
         if not influence.isfinite():
-            side = "output" if before.isfinite().all() else "input"
-            raise _non_finite_error(self.model, f"first in the {side} of {stack.replace('{block}', str(index))}")
+            side, wrong = ("output", after) if before.isfinite().all() else ("input", before)
+            where = f"first in the {side} of {stack.replace('{block}', str(index))}, {self._tokens(stream, wrong, of_decoder)}"
+            raise _non_finite_error(self.sequential, where)
         self.statistics.block_influence[stack][index] += influence
         self.block_tokens[stack][index] += len(cosine)
+
+    def _tokens(self, stream: Tensor, wrong: Tensor, of_decoder: bool) -> str:
+        """Return which tokens of this process's batch are not finite in `wrong`, (tokens, width), and how many."""
+        numbers = torch.arange(stream[..., 0].numel(), device=stream.device).view(stream.shape[:-1])
+        rows = drop_padding(numbers[..., None], self.batch, of_decoder=of_decoder).flatten()[~wrong.isfinite().all(-1)]
+        row, token = divmod(int(rows[0]), stream.shape[-2])
+        return f"for {len(rows)} of the {len(wrong)} tokens of batch {self.index}, the first in row {row} at position {token}"
 
     def on_query_key(self, name: str, ref: ModuleRef, indices: Tensor, output: Tensor) -> None:
         """Add the second moment of queries or keys within each head, a one appended."""
@@ -205,27 +230,25 @@ class _StatisticsCollector:
             "block_tokens": self.block_tokens,
         }
 
-    def resume(self, checkpoint: CalibrationCheckpoint | None) -> int:
-        """Load the sums of an earlier run; return over how many batches of this process they are."""
+    def resume(self, checkpoint: CalibrationCheckpoint | None) -> tuple[int, bool]:
+        """Load the sums of an earlier run; return over how many of the blocks they are, and whether they are complete."""
         saved = None if checkpoint is None else checkpoint.load_statistics()
         if saved is None:
-            return 0
+            return 0, False
         tensors, progress = saved
         sums = self._sums()
         for key, tensor in tensors.items():
             kind, _, name = key.partition("/")
             sums[kind][name] = tensor
-        self.statistics.num_tokens = progress["tokens"]
-        return int(progress["batches"])
+        return int(progress["blocks"]), bool(progress["complete"])
 
-    def save(self, checkpoint: CalibrationCheckpoint | None, batches: int, *, complete: bool) -> None:
-        """Save the sums over the first batches of this process."""
+    def save(self, checkpoint: CalibrationCheckpoint | None, blocks: int, *, complete: bool) -> None:
+        """Save the sums over the first blocks."""
         if checkpoint is not None:
             tensors = {
                 f"{kind}/{name}": tensor for kind, sums in self._sums().items() for name, tensor in sums.items()
             }
-            progress = {"batches": batches, "tokens": self.statistics.num_tokens}
-            checkpoint.save_statistics(tensors, progress, complete=complete)
+            checkpoint.save_statistics(tensors, {"blocks": blocks, "complete": complete}, complete=complete)
 
     def reduce(self) -> ActivationStatistics:
         """Return the statistics over all processes."""
@@ -255,7 +278,7 @@ class _StatisticsCollector:
             if ref.stack in self.block_tokens:
                 most = int(self.block_tokens[ref.stack].max())
                 statistics.token_counts[ref.axis] = max(statistics.token_counts.get(ref.axis, 0), most)
-        _check_statistics_finite(statistics, self.model)
+        _check_statistics_finite(statistics, self.sequential)
         return statistics
 
 
@@ -312,18 +335,18 @@ def _input_moment_shape(ref: ModuleRef, head_dim: int | None) -> tuple[int, ...]
     return (width,) if head_dim is None else (width // head_dim, head_dim, head_dim)
 
 
-def _check_statistics_finite(statistics: ActivationStatistics, model: PreTrainedModel) -> None:
+def _check_statistics_finite(statistics: ActivationStatistics, sequential: SequentialModel) -> None:
     for what, moments in (
         ("in the residual stream", statistics.residual_second_moments),
         ("in the input of", statistics.input_second_moments),
     ):
         for name, moment in moments.items():
             if not is_finite(moment):
-                raise _non_finite_error(model, f"{what} {name!r}")
+                raise _non_finite_error(sequential, f"{what} {name!r}")
 
 
-def _non_finite_error(model: PreTrainedModel, where: str) -> TeacherError:
-    weights = [name for name, weight in model.named_parameters() if not is_finite(weight)]
+def _non_finite_error(sequential: SequentialModel, where: str) -> TeacherError:
+    weights = [name for name, weight in sequential.named_weights() if not is_finite(weight)]
     if weights:
         advice = f"{len(weights)} of its weights are not either, such as {weights[0]}: download the checkpoint again"
     else:

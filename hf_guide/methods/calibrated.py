@@ -1,15 +1,20 @@
 """`calibrated`: collect statistics of the teacher's activations, plan and transfer by them, then refit the weights.
 
-Cost: one forward pass of the teacher over the calibration tokens without a refit, and one more where experts are selected;
-with a refit three of the teacher (two where its head is not tied) and about four of the student; more of a stack whose blocks
-pass on more than the hidden states.
+Stacks run one block at a time: all tokens go through a block before the next (`calibration/sequential.py`). So a teacher that
+is read from files, or that accelerate has spread over devices and a disk, needs one block in memory, its embeddings and its
+head; its blocks are read once to verify that they run one after another, once for the statistics, and once for the refit. A
+model in memory, on one device, takes the same way. Where a stack cannot run so, the blocks of a teacher of files are all held,
+and the report states why.
 
-Memory: while a block is refitted each process keeps, for all its tokens, the teacher's hidden states and up to three more
-tensors of that width (the residual stream between attention and MLP, and the inputs of both), and the student's hidden
-states; one more of the teacher's where the head is tied; both encoders' outputs in an encoder-decoder's decoder; and of each
-model the attention masks, (batch, length, length) bytes where there is padding. For 65,536 tokens and a teacher of width 2,048
-in float32 that is about 2.5 GiB. Without a refit memory does not depend on the number of tokens, apart from the tokens (or
-pixels) themselves.
+Cost: one forward pass of the teacher over the calibration tokens without a refit, and one more where experts are selected;
+with a refit two of the teacher, and about four of the student; more of a stack whose blocks pass on more than the hidden
+states.
+
+Memory: of activations, for all tokens of a process, the teacher's hidden states after each stack; and while a block is
+refitted those before it, up to three more tensors of that width (the residual stream between attention and MLP, and the inputs
+of both), and the student's before the block. What is beyond `activation_memory` is kept in a temporary file. In memory remain
+of each model the attention masks, (batch, length, length) bytes where there is padding. For 65,536 tokens and a teacher of
+width 2,048 in float32 the activations are about 3 GB.
 
 With a `calibration_cache_dir`, a run that was killed continues after one pass through the blocks that are refitted already.
 """
@@ -27,7 +32,7 @@ from hf_guide.calibration.basis import fit_activation_bases
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import check_calibration_dataset
-from hf_guide.calibration.forward import calibration_mode
+from hf_guide.calibration.forward import calibration_mode, running_device
 from hf_guide.calibration.head_fitting import find_head
 from hf_guide.calibration.head_rotation import head_dim_name, rotate_queries_keys, rotate_values
 from hf_guide.calibration.importance import (
@@ -139,14 +144,13 @@ class CalibratedMethod(InitializationMethod):
         units, notes = select_units(plan, statistics)
         transfer.notes += notes
         plan.select(units)
-        experts, notes = prunable_experts(plan, find_modules(self.calibration.model, setup.layout))
+        experts, notes = prunable_experts(plan, find_modules(self.calibration.teacher.model, setup.layout))
         transfer.notes += notes
         if experts:
             importance = load_or_collect_expert_importance(
-                self.calibration.model,
+                self.calibration.teacher,
                 experts,
                 plan,
-                self.calibration.batches,
                 self.calibration.checkpoint,
                 show_progress=setup.show_progress,
             )
@@ -173,12 +177,10 @@ class CalibratedMethod(InitializationMethod):
         self, student: PreTrainedModel, transfer: Transfer, *, show_progress: bool
     ) -> tuple[dict[str, Any], ModuleMap]:
         """Refit the student on the teacher's device; return its entry of the report, and the student's modules."""
-        config, calibration, teacher = self.config, self.calibration, self.calibration.model
+        config, calibration, teacher = self.config, self.calibration, self.calibration.teacher.model
         statistics, student_device = calibration.statistics, student.device
-        student.to(teacher.device)  # type: ignore[arg-type]
-        state = RefitState(
-            teacher, student, transfer, calibration.batches, config, calibration.checkpoint, show_progress
-        )
+        student.to(running_device(teacher))  # type: ignore[arg-type]
+        state = RefitState(calibration.teacher, student, transfer, config, calibration.checkpoint, show_progress)
         head = find_head(state)
         influence = {
             stack.removesuffix(".{block}"): blocks for stack, blocks in _to_lists(statistics.block_influence).items()
@@ -201,7 +203,7 @@ class CalibratedMethod(InitializationMethod):
             if head is not None and config.fit_logit_scale:
                 facts["logit_scale"] = head.fit_logit_scale()
         student.to(student_device)  # type: ignore[arg-type]
-        transfer.notes += state.notes
+        transfer.notes += [*state.notes, *calibration.teacher.notes]
         return facts, state.student_modules
 
 

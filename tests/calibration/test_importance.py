@@ -12,6 +12,7 @@ from hf_guide.calibration import importance
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import collect_expert_importance
 from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.methods import calibrated
 from tests.calibration.small_students import case_batches, kind_batches
 from tests.invariants.case import Case, build, logits_of, settle
@@ -123,7 +124,11 @@ def test_the_importance_of_an_expert_is_its_squared_output_over_the_tokens_route
     class Whole:
         bases: dict[str, Tensor] = {}
 
-    found = collect_expert_importance(model, {ref.name: ref}, Whole(), batches)[ref.name]  # type: ignore[arg-type]
+    found = collect_expert_importance(
+        SequentialModel(model, find_modules(model, layout_of(model)), batches, "the teacher"),
+        {ref.name: ref},
+        Whole(),
+    )[ref.name]  # type: ignore[arg-type]
     expected = torch.zeros(4, dtype=torch.float64)
     routed: list[tuple[Tensor, ...]] = []
     handle = ref.module.register_forward_pre_hook(lambda _, args: routed.append(args))

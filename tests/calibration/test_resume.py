@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import torch
 
 from hf_guide import OptionError, from_teacher
 from hf_guide.calibration import reconstruction, resume, statistics
-from hf_guide.calibration.sequential import SequentialBlocks
+from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
 from hf_guide.cli.main import main
 from hf_guide.utils import files
 from hf_guide.utils.checksums import write_json
 from tests.calibration.small_students import SMALLER, kind_batches, token_batches
+from tests.invariants.test_laws import layout_of
 from tests.tiny import KINDS, same_bits
 
 
@@ -69,10 +72,14 @@ def test_killed_after_every_file_it_ends_with_the_same_bits(
     """Each run is killed one file later; that one ends shows that each continues from what the others saved."""
     expected = make_student(name, None)
     monkeypatch.setattr(resume, "SECONDS_BETWEEN_SAVES", 0.0)
-    forwards: list[int] = []
-    run = statistics.forward_no_cache
+    collected: list[int] = []
+    register = statistics._StatisticsCollector.register_hooks
     monkeypatch.setattr(
-        statistics, "forward_no_cache", lambda *arguments: forwards.append(len(deaths)) or run(*arguments)
+        statistics._StatisticsCollector,
+        "register_hooks",
+        lambda self, handles, stack, index: (
+            collected.extend([] if stack is None else [len(deaths)]) or register(self, handles, stack, index)
+        ),
     )
     deaths: list[None] = []
     while True:
@@ -85,11 +92,41 @@ def test_killed_after_every_file_it_ends_with_the_same_bits(
                 deaths.append(None)
     steps = len(list((tmp_path / "cache").glob("step-*")))
     assert steps == 1 + (4 if name == "t5" else 2) + 1, "the table, each block, and the head"
-    assert len(deaths) == 1 + 5 + steps - halfway, "as many as there were files to write"
+    blocks = sum(map(len, find_modules(teacher := KINDS[name].teacher(), layout_of(teacher)).blocks.values()))
+    assert len(deaths) == 1 + blocks + 1 + steps - halfway, "as many as there were files to write"
     if not halfway:
-        assert forwards == [1, 2, 3, 4, 5], "each run but the first ran one batch, until there were no more"
+        collected_each_once = list(range(1, 1 + blocks))
+        assert collected == collected_each_once, "each run but the first collected one block, until there were no more"
     assert same_bits(student, expected) and report_of(student) == report_of(expected)
     assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["llama tied", "t5"])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is killed in the middle of a product of matrices, and continued, until one is not."""
+    expected = make_student(name, None)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_SAVES", 0.0)
+    draw, linear, deaths, left = random.Random(0), torch.nn.functional.linear, 0, 0
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+        return linear(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", dying)
+    while True:
+        left = draw.randint(20, 100 + 20 * deaths)
+        try:
+            student = make_student(name, tmp_path / "cache")
+            break
+        except Killed:
+            deaths += 1
+    assert deaths > 3
+    assert same_bits(student, expected) and report_of(student) == report_of(expected)
 
 
 def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +137,8 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr(statistics, "forward_no_cache", never)
-    monkeypatch.setattr(reconstruction, "select_ridge", never)
+    monkeypatch.setattr(SequentialModel, "visit", never)
+    monkeypatch.setattr(reconstruction, "select_ridges", never)
     monkeypatch.setattr(SequentialBlocks, "__init__", never)
     assert same_bits(make_student("llama", tmp_path), expected)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
@@ -248,11 +285,11 @@ def test_the_manifest_is_json_and_the_rest_safetensors(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_an_earlier_format_is_an_error_with_a_remedy(tmp_path: Path) -> None:
-    write_json(tmp_path / "calibration.json", {"format": 2})
+    write_json(tmp_path / "calibration.json", {"format": 3})
     with pytest.raises(
-        OptionError, match="has format 2.*reads format 3.*Finish it with that version, or remove the folder"
+        OptionError, match="has format 3.*reads format 4.*Finish it with that version, or remove the folder"
     ):
         make_student("llama", tmp_path)
-    (tmp_path / "calibration.json").write_text('{"format": 3}')
+    (tmp_path / "calibration.json").write_text('{"format": 4}')
     with pytest.raises(OptionError, match="damaged: it has no checksum"):
         make_student("llama", tmp_path)

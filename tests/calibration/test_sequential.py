@@ -55,7 +55,7 @@ def test_arguments_that_depend_on_the_blocks_are_recorded_on_every_batch() -> No
         block.layer[1].register_forward_pre_hook(lambda module, args: run.append(module))
     batches = [{"input_ids": row[None], "decoder_input_ids": row[None]} for row in torch.randint(3, 90, (3, 9))]
     sequential = SequentialBlocks(model, list(model.encoder.block), batches, "the model")
-    assert len(run) == (len(batches) + 1) * len(model.encoder.block)
+    assert len(run) == (len(batches) + 2) * len(model.encoder.block)
     assert len(sequential.hidden_states) == len(batches)
 
 

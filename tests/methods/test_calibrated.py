@@ -16,7 +16,6 @@ from hf_guide.calibration.data import default_num_tokens
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.statistics import mlp_width
 from hf_guide.cli.main import main
-from hf_guide.errors import TeacherError
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.utils.distributed import default_device
 from tests.calibration.small_students import SMALLER, kind_batches, make_student, token_batches
@@ -75,14 +74,6 @@ def test_accelerates_choice_of_a_device_is_used(monkeypatch: pytest.MonkeyPatch)
     for chosen, expected in (("cuda:0", "cuda:0"), ("cpu", "cpu"), ("mps", "cpu")):
         monkeypatch.setattr(PartialState, "_shared_state", {"device": torch.device(chosen)})
         assert default_device() == torch.device(expected)
-
-
-def test_a_teacher_that_is_spread_over_devices_is_an_error() -> None:
-    spread = KINDS["llama"].teacher()
-    collection.check_single_device(spread)
-    spread.model.layers[2].to("meta")  # in place of another GPU
-    with pytest.raises(TeacherError, match=r"spread over cpu, meta.*Load it on one"):
-        collection.check_single_device(spread)
 
 
 def test_a_dataset_of_ids_is_batches_of_them(teacher: Any) -> None:
@@ -262,7 +253,9 @@ def test_infinite_activations_are_named() -> None:
     with torch.no_grad():
         teacher.model.layers[2].mlp.down_proj.weight.mul_(1e38)
     with pytest.raises(
-        HfGuideError, match=r"not finite on the calibration dataset, first in the output of layers.2. Its weights are"
+        HfGuideError,
+        match=r"not finite on the calibration dataset, first in the output of layers.2, for \d+ of the 36 tokens "
+        r"of batch 0, the first in row 0 at position \d. Its weights are",
     ):
         make_student(teacher)
 

@@ -1,0 +1,165 @@
+"""A teacher of a folder runs block by block, and gives the same student as one in memory."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_guide import OptionError, TeacherError, from_teacher
+from hf_guide.calibration import collection, streams
+from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
+from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.sequential import SequentialModel
+from hf_guide.calibration.streams import Streams, StreamStore
+from hf_guide.teachers.checkpoint import open_teacher
+from tests.calibration.small_students import kind_batches, make_student, token_batches
+from tests.invariants.test_laws import layout_of
+from tests.tiny import KINDS, Kind, same_bits
+
+BART = Kind(
+    "BartForConditionalGeneration",
+    "AutoModelForSeq2SeqLM",
+    {
+        "vocab_size": 96,
+        "d_model": 48,
+        "max_position_embeddings": 32,
+        "encoder_layers": 3,
+        "decoder_layers": 3,
+        **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+        **{f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")},
+    },
+    {"d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40},
+    "pairs",
+)
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collection, "default_device", lambda: torch.device("cpu"))  # where the one in memory is
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "bert", "t5", "bart", "mixtral", "vit"])
+def test_the_student_is_the_same_from_a_folder_and_from_memory_and_with_activations_on_disk(
+    name: str, tmp_path: Path
+) -> None:
+    kind = BART if name == "bart" else KINDS[name]
+    teacher = kind.teacher()
+    teacher.save_pretrained(tmp_path)
+
+    def make(source: Any, **method: Any) -> Any:
+        return from_teacher(
+            source,
+            method={"method": "calibrated", **method},
+            calibration_dataset=kind_batches(kind),
+            show_progress=False,
+            **kind.smaller,
+        )
+
+    expected = make(teacher)
+    for student in (make(tmp_path), make(tmp_path, activation_memory=0)):
+        assert same_bits(student, expected)
+        assert student.initialization_report.approximations == expected.initialization_report.approximations
+
+
+def test_one_block_is_in_memory_at_a_time_and_read_once_per_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KINDS["llama"].teacher().save_pretrained(tmp_path)
+    reads: list[int] = []
+    in_memory: list[int] = []
+    load = BlockWeights._load
+
+    def counting(self: BlockWeights, block: nn.Module | None) -> None:
+        if block is not None:
+            reads.append(self._blocks.index(block))
+            in_memory.append(sum(not weight.is_meta for each in self._blocks for weight in each.parameters()))
+        load(self, block)
+
+    monkeypatch.setattr(BlockWeights, "_load", counting)
+    make_student(tmp_path)
+    assert reads == [0, 1, 2, 3] * 3, "to verify the structure, for the statistics, and for the refit"
+    assert set(in_memory) == {0}
+
+
+def test_a_model_that_needs_more_than_the_last_hidden_states_runs_as_a_whole(tmp_path: Path) -> None:
+    def add_a_skip(model: Any) -> None:
+        outputs: list[Any] = []
+        model.layers[1].register_forward_hook(lambda module, args, output: outputs.append(output))
+        model.norm.register_forward_pre_hook(lambda module, args: (args[0] + outputs[-1],))
+
+    teacher = KINDS["llama"].teacher()
+    teacher.save_pretrained(tmp_path)
+    checkpoint = open_teacher(tmp_path)
+    model = model_without_weights(checkpoint)
+    weights = BlockWeights(model, model.model.layers, checkpoint, torch.device("cpu"))
+    for each in (teacher, model):
+        add_a_skip(each.model)
+    modules = find_modules(model, layout_of(teacher))
+    sequential = SequentialModel(model, modules, token_batches(), "the teacher", weights=weights)
+    with torch.no_grad():
+        for index, batch in enumerate(token_batches()):
+            torch.testing.assert_close(sequential.forward(index).logits, teacher(**batch).logits)
+    assert sequential.finished == {} and not any(weight.is_meta for weight in model.parameters())
+
+
+def test_streams_on_disk_are_those_in_memory_and_leave_no_file(tmp_path: Path) -> None:
+    values = [torch.randn(2, 3, 4).to(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    store = StreamStore(gigabytes=values[0].nbytes / streams.GIGABYTE, folder=tmp_path)
+    kept = Streams(store)
+    for value in values:
+        kept.append(value)
+    assert kept[0] is values[0] and store.bytes_in_memory == values[0].nbytes
+    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(kept, values, strict=True))
+    kept[1] = values[1] * 2
+    kept[2] = torch.ones(5)
+    assert torch.equal(kept[1], values[1] * 2) and torch.equal(kept[2], torch.ones(5)) and len(kept) == 3
+    assert not list(tmp_path.iterdir()), "the file has no name"
+    del kept
+    assert store.bytes_in_memory == 0
+
+
+def test_no_space_for_activations_is_an_error_before_the_teacher_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(streams.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(SequentialModel, "visit", None)
+    with pytest.raises(
+        OptionError, match=r"GB of activations do not fit into a temporary file in .*activation_memory"
+    ):
+        make_student(KINDS["llama"].teacher(), activation_memory=0)
+
+
+def test_a_disk_that_fills_up_is_an_error_that_states_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        def __getattr__(self, name: str) -> Any:
+            def fail(*args: Any) -> None:
+                raise OSError(28, os.strerror(28))
+
+            return fail if name == "write" else lambda *args: None
+
+    monkeypatch.setattr(StreamStore, "open_file", lambda self: Full())
+    with pytest.raises(OptionError, match=r"No space left on device.*Set TMPDIR"):
+        make_student(KINDS["llama"].teacher(), activation_memory=0)
+
+
+def test_a_checkpoint_that_changes_between_two_blocks_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KINDS["llama"].teacher().save_pretrained(tmp_path)
+    register = collection.collect_statistics.__globals__["_StatisticsCollector"].register_hooks
+
+    def rewriting(self: Any, handles: list[Any], stack: str | None, index: int) -> None:
+        if index == 2:
+            os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+        register(self, handles, stack, index)
+
+    monkeypatch.setattr(collection.collect_statistics.__globals__["_StatisticsCollector"], "register_hooks", rewriting)
+    with pytest.raises(TeacherError, match=r"model.safetensors has changed since it was opened"):
+        make_student(tmp_path)
