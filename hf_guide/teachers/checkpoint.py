@@ -27,7 +27,7 @@ from hf_guide.models.model_files import check_model_folder
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
 from hf_guide.teachers.loading import check_is_teacher, load_complete_model, missing_parameters_error
 from hf_guide.teachers.shards import find_safetensors, match_stored_tensors, read_headers
-from hf_guide.teachers.tensor_source import InMemoryTensors, SafetensorsTensors, TensorSource
+from hf_guide.teachers.tensor_source import InMemoryTensors, OffloadedTensors, SafetensorsTensors, TensorSource
 from hf_guide.utils.fingerprint import files_fingerprint, tensors_fingerprint
 
 
@@ -285,26 +285,25 @@ def _is_optional_and_absent(model: torch.nn.Module, name: str) -> bool:
 def _checkpoint_from_model(
     model: PreTrainedModel, config: PreTrainedConfig, name: str, commit: str | None
 ) -> TeacherCheckpoint:
-    offloaded = [key for key, parameter in model.named_parameters() if parameter.is_meta]
-    if offloaded:
-        raise TeacherError(
-            f"{len(offloaded)} weights of {name} are not in memory ({offloaded[0]} is on the meta device). "
-            "Pass its folder or Hub id instead of the loaded model."
-        )
     if _is_quantized(model):
         raise TeacherError(
-            f"The weights of {name} are quantised or on several devices. Pass its folder or Hub id instead of the "
+            f"The weights of {name} are quantised or sharded. Pass its folder or Hub id instead of the "
             "loaded model, or what its `dequantize()` returns."
         )
     tensors = model.state_dict()
+    is_spread = any(tensor.is_meta for tensor in tensors.values())
+    every = OffloadedTensors(model, tensors) if is_spread else InMemoryTensors(tensors)
 
     def same(first: str, second: str) -> bool:
-        a, b = tensors[first], tensors[second]
+        a, b = every.get(first), every.get(second)
         return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
     tied = _tied_parameters(model, tensors, same)
     untied = {key: tensor for key, tensor in tensors.items() if key not in tied}
-    weights = InMemoryTensors(untied, functools.partial(_rwkv_rescaling, model))
+    if is_spread:
+        weights: InMemoryTensors = OffloadedTensors(model, untied)
+    else:
+        weights = InMemoryTensors(untied, functools.partial(_rwkv_rescaling, model))
     return _build_checkpoint(model, config, weights, tied, name, commit)
 
 

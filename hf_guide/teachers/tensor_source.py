@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -73,6 +73,58 @@ class InMemoryTensors(TensorSource):
         tensor = self._tensors[name]
         factor = 1.0 if self._factor is None else self._factor(name)
         return tensor if factor == 1.0 else tensor * factor
+
+
+class OffloadedTensors(InMemoryTensors):
+    """The tensors of a model that accelerate has spread over devices, the CPU's memory and a disk; read one at a time.
+
+    Those on the meta device are read from where the hooks of their module load them.
+
+    Raises:
+        TeacherError: Some are on the meta device, and no hook loads them.
+    """
+
+    def __init__(self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]):
+        super().__init__(tensors)
+        self._maps: dict[str, tuple[Mapping[str, torch.Tensor], str]] = {}
+        offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
+        for name in offloaded:
+            found = _weights_map(model, name)
+            if found is None:
+                raise TeacherError(
+                    f"{len(offloaded)} weights of {type(model).__name__} are not in memory ({name} is on the meta device), "
+                    "and no hook of accelerate loads them. Pass its folder or Hub id instead of the loaded model."
+                )
+            self._maps[name] = found
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return the model's own tensor, or read it from where it was offloaded to; never write to it.
+
+        Raises:
+            TeacherError: The folder that it was offloaded to has changed.
+        """
+        if name not in self._maps:
+            return super().get(name)
+        tensors, key = self._maps[name]
+        try:
+            return tensors[key].detach()
+        except (KeyError, OSError, SafetensorError) as error:
+            raise TeacherError(
+                f"{name} cannot be read from where accelerate has offloaded it to ({error}). Load the model again, or pass "
+                "its folder or Hub id."
+            ) from error
+
+
+def _weights_map(model: torch.nn.Module, name: str) -> "tuple[Mapping[str, torch.Tensor], str] | None":
+    """Return the mapping from which a hook loads a tensor, and the tensor's key there."""
+    path = name.split(".")
+    for length in range(len(path) - 1, -1, -1):
+        hook: Any = getattr(model.get_submodule(".".join(path[:length])), "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            tensors = getattr(each, "weights_map", None)
+            if tensors is not None and (length == len(path) - 1 or each.place_submodules):
+                return tensors, ".".join(path[length:])
+    return None
 
 
 @dataclass(frozen=True)

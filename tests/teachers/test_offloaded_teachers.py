@@ -6,6 +6,7 @@ from transformers import LlamaForCausalLM
 
 from hf_guide import DistillationArguments, DistillationTrainer, capture_teacher, from_teacher
 from tests.distillation.small import VOCABULARY, collate, examples_for, llama
+from tests.tiny import same_bits
 
 ON_DISK = {
     "model.embed_tokens": "cpu",
@@ -101,3 +102,18 @@ def test_a_student_is_made_from_a_checkpoint_that_is_quantised(tmp_path, folder)
         found = made.state_dict()[name]
         assert type(found) is torch.Tensor and found.dtype == tensor.dtype
         assert (found - tensor).norm() <= 0.02 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("method", ["uniform", "guide", "calibrated"])
+def test_a_student_is_made_from_a_model_that_is_offloaded_to_disk(tmp_path, folder, method):
+    place = ON_DISK | {"lm_head": "disk"}
+    spread = LlamaForCausalLM.from_pretrained(folder, device_map=place, offload_folder=str(tmp_path / "offload"))
+    assert any(weight.is_meta for weight in spread.parameters())
+    rows = torch.randint(3, VOCABULARY, (8, 4, 12), generator=torch.Generator().manual_seed(0))
+    data = {"calibration_dataset": [{"input_ids": each} for each in rows]} if method == "calibrated" else {}
+    made, expected = (
+        from_teacher(teacher, method=method, hidden_size=32, num_hidden_layers=2, show_progress=False, **data)
+        for teacher in (spread, folder)
+    )
+    assert same_bits(made, expected)
+    assert any(weight.is_meta for weight in spread.parameters()), "the teacher is as it was"
