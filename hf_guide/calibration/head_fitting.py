@@ -226,9 +226,9 @@ class HeadFitter:
             logits = self.student.module(head_inputs)
             logits = logits.to(expected)
             probabilities = (logits * scale).softmax(-1)
-            mean = (probabilities * logits).sum(-1)
+            mean = torch.linalg.vecdot(probabilities, logits)
             slope += (mean - expected).sum().item()
-            variance += ((probabilities * logits.square()).sum(-1) - mean.square()).sum().item()
+            variance += (torch.linalg.vecdot(probabilities, logits.square_()) - mean.square()).sum().item()
         sums = torch.tensor([slope, variance], dtype=torch.float64)
         all_reduce_sum_([sums])
         if not sums.isfinite().all():

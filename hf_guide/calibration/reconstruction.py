@@ -298,14 +298,21 @@ class BlockReconstructor:
     ) -> list[ReadRows]:
         """Return how to read an input projection, a part of its rows at a time, and what its output lacks."""
         teacher_rows, weight = self._teacher_rows(ref), linear_weight(ref.module)
-        chunks = row_chunks(weight) if ref.is_language_head else [slice(0, len(weight))]
+        chunks, dtype = [slice(0, len(weight))], torch.float64
+        if ref.is_language_head:  # as many rows as there are tokens in a vocabulary, in a dtype as exact as the models
+            chunks, dtype = row_chunks(weight), torch.promote_types(weight.dtype, torch.float32)
+        sums = [
+            (gram.to(dtype), cross.to(dtype)) if gram.any() else None
+            for gram, cross in zip(grams, crosses, strict=True)
+        ]
 
         def read(chunk: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            weight, teacher_weight = weight_and_bias(ref.module, chunk), teacher_rows(chunk)
+            weight, teacher_weight = weight_and_bias(ref.module, chunk).to(dtype), teacher_rows(chunk).to(dtype)
             train, validation = (
-                teacher_weight @ cross - weight @ gram for gram, cross in zip(grams, crosses, strict=True)
+                torch.zeros_like(weight) if each is None else teacher_weight @ each[1] - weight @ each[0]
+                for each in sums
             )
-            return weight, (train, validation)
+            return weight.double(), (train.double(), validation.double())
 
         return [functools.partial(read, chunk) for chunk in chunks]
 

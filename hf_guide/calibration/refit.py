@@ -152,7 +152,7 @@ def assign_checked(parameter: Tensor, value: Tensor, name: str) -> None:
     check_no_overflow(parameter, value, name)
 
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 """Bytes of the rows of a weight, as of a head over a large vocabulary, that are fitted at a time, in float64."""
 
 
@@ -160,8 +160,8 @@ def row_chunks(weight: Tensor) -> list[slice]:
     """Return the parts of a weight's rows that are fitted at a time.
 
     Example:
-        >>> row_chunks(torch.zeros(20000, 512))
-        [slice(0, 8192, None), slice(8192, 16384, None), slice(16384, 20000, None)]
+        >>> row_chunks(torch.zeros(5000, 512))
+        [slice(0, 2048, None), slice(2048, 4096, None), slice(4096, 5000, None)]
     """
     rows, step = len(weight), max(1, CHUNK_BYTES // (8 * max(1, weight.shape[1])))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
