@@ -28,6 +28,7 @@ from hf_guide.calibration.statistics import ActivationStatistics, collect_statis
 from hf_guide.calibration.streams import StreamStore
 from hf_guide.errors import OptionError
 from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.layouts.registry import Layout
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.distributed import default_device, local_shard, rank_and_world_size
 
@@ -82,12 +83,8 @@ def collect_calibration(
     """
     started = time.perf_counter()
     layout = layout_for(teacher.config, teacher.model_class)
-    model = source if is_on_one_device(source) else model_without_weights(teacher)
+    model, weights = running_teacher(source, teacher, layout)
     modules = find_modules(model, layout)
-    weights: BlockWeights | None = None
-    if model is not source:
-        blocks = [block for stack in modules.blocks.values() for block in stack]
-        weights = BlockWeights(model, blocks, teacher, default_device())
     num_tokens = config.calibration_tokens or default_num_tokens(mlp_width(modules, layout, model))
     text: Tensor | None = None
     if is_self_generated(dataset):
@@ -135,6 +132,23 @@ def _activation_bytes(modules: ModuleMap, model: PreTrainedModel, batches: list[
     width = max((linear_weight(ref.module).shape[1] for ref in modules.residual_in.values()), default=0)
     tokens = sum(count_tokens(batch, model) for batch in local_shard(batches))
     return (len(modules.blocks) + (6 if refits else 1)) * tokens * width * model.dtype.itemsize
+
+
+def running_teacher(
+    source: Any, teacher: TeacherCheckpoint, layout: Layout
+) -> tuple[PreTrainedModel, BlockWeights | None]:
+    """Return the teacher as a model that runs, and what loads the weights of its blocks; None where they are in memory.
+
+    Args:
+        source: The teacher as passed to `from_teacher`. A model that is loaded on one device is returned as it is.
+        teacher: The opened checkpoint.
+        layout: Its layout.
+    """
+    if is_on_one_device(source):
+        return source, None
+    model = model_without_weights(teacher)
+    blocks = [block for stack in find_modules(model, layout).blocks.values() for block in stack]
+    return model, BlockWeights(model, blocks, teacher, default_device())
 
 
 def is_on_one_device(source: Any) -> bool:

@@ -7,6 +7,7 @@ and the encoder's output in the decoder of an encoder-decoder.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -281,6 +282,14 @@ class SequentialModel:
         self.unsupported: dict[str, UnsupportedBlockStructure] = {}
         self.notes: list[str] = []
         self._blocks: dict[str, SequentialBlocks] = {}
+        self._outputs: dict[str, list[Any]] = {}
+
+    def on_first_batches(self, count: int) -> "SequentialModel":
+        """Return the same model on the first batches only; what has run on them need not run again."""
+        other = copy.copy(self)
+        other.batches, other._blocks = self.batches[:count], {}
+        other.finished, other.visited = dict(self.finished), list(self.visited)
+        return other
 
     def start(self, stack: str, *, changes: bool = False) -> SequentialBlocks:
         """Return a stack before its first block; the stacks that run before it are run.
@@ -325,7 +334,7 @@ class SequentialModel:
         if stack not in self.visited:
             self.visited.append(stack)
         if blocks.is_replayable:
-            self.finished[stack] = blocks.hidden_states
+            self.finished[stack], self._outputs[stack] = blocks.hidden_states, blocks.outputs
         else:
             self._hold_weights(stack, "what follows takes more of its blocks than the last hidden states.")
 
@@ -416,7 +425,7 @@ class SequentialModel:
                 if stack == skip:
                     continue
                 final = streams[batch] if rows is None else streams[batch][: _count_rows(self.batches[batch], rows)]
-                replaced.enter_context(replaced_blocks(self.stacks[stack], self._blocks[stack].outputs, final))
+                replaced.enter_context(replaced_blocks(self.stacks[stack], self._outputs[stack], final))
             yield
 
     def _run(self, stack: str) -> None:

@@ -5,6 +5,7 @@ the best of them a whole one: with `WHOLE_STARTS` of these the search costs a fe
 interrupted search continues: only self-generated text is generated again.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,10 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.calibration.collection import collect_calibration, materialize_teacher
+from hf_guide.calibration.collection import collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
-from hf_guide.calibration.forward import calibration_mode, forward_no_cache
+from hf_guide.calibration.forward import calibration_mode, forward_no_cache, running_device
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.self_generation import generate_calibration_text
 from hf_guide.calibration.statistics import mlp_width
@@ -32,7 +33,7 @@ from hf_guide.models.outputs import task_logits
 from hf_guide.shapes.candidates import ShapeCandidate
 from hf_guide.tasks import OutputKind, Task, output_kind, task_of
 from hf_guide.utils.checksums import read_json, write_json
-from hf_guide.utils.distributed import all_reduce_scalar, default_device, rank_and_world_size
+from hf_guide.utils.distributed import all_reduce_scalar, rank_and_world_size
 from hf_guide.utils.fingerprint import comparable_config
 
 HELD_OUT_SHARE = 0.25
@@ -70,13 +71,13 @@ class CalibratedScorer:
     ):
         self.setup, self.config, self.resolve = setup, config, resolve
         self.task = check_scorable(setup.model_class, setup.config)
-        source = setup.source
-        teacher = (
-            source if isinstance(source, PreTrainedModel) else materialize_teacher(setup.teacher, default_device())
-        )
-        fitted, self.held_out = self._split(teacher)
+        teacher, weights = running_teacher(setup.source, setup.teacher, setup.layout)
+        held = contextlib.nullcontext if weights is None else weights.all_held
+        with held():
+            fitted, self.held_out = self._split(teacher)
+            self.reference = self._reference(teacher)
         self.calibration = collect_calibration(
-            teacher,
+            setup.source,
             setup.teacher,
             fitted,
             config,
@@ -87,7 +88,6 @@ class CalibratedScorer:
         )
         self.folder = folder
         self.saved = _read_scores(folder)
-        self.reference = self._reference(teacher)
 
     def rank(self, candidates: Sequence[ShapeCandidate]) -> list[ShapeCandidate]:
         """Return the candidates with their losses, the best first: those with a whole start before the others."""
@@ -138,7 +138,7 @@ class CalibratedScorer:
         config, calibration = self.config, dataclasses.replace(self.calibration, checkpoint=None)
         if quick:
             config = dataclasses.replace(config, refit=Refit.NONE.value, ridge=None)
-            calibration = dataclasses.replace(calibration, batches=calibration.batches[: rank_and_world_size()[1]])
+            calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(1))
         influence = {stack: each.tolist() for stack, each in calibration.statistics.block_influence.items()}
         shape = self.resolve(candidate.overrides, influence)
         setup = dataclasses.replace(
@@ -156,7 +156,7 @@ class CalibratedScorer:
 
     @torch.no_grad()
     def _held_out_loss(self, student: PreTrainedModel) -> float:
-        student.to(self.calibration.model.device)  # type: ignore[arg-type]
+        student.to(running_device(self.calibration.teacher.model))  # type: ignore[arg-type]
         with calibration_mode(student):
             if self.task is Task.CAUSAL_LM:
                 losses = [causal_loss(self._outputs(student, row), row) for row in self.held_out]
