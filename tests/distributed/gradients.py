@@ -59,8 +59,7 @@ def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
+def main(options: dict[str, Any]) -> None:
     student = model_for(options["task"], 1)
     before = {name: value.clone() for name, value in student.named_parameters()}
     args = DistillationArguments(
@@ -112,6 +111,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))
     gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
     PartialState().destroy_process_group()

@@ -4,6 +4,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -17,8 +18,7 @@ from tests.lelp.test_loss import student_of
 TASK = "sequence-classification"
 
 
-def main() -> None:
-    params = json.loads(sys.argv[1])
+def main(params: dict[str, Any]) -> None:
     student, teacher = student_of(TASK), teacher_of(TASK)
     before = {name: value.clone() for name, value in student.named_parameters()}
     rows = examples_for(TASK, 8)
@@ -46,6 +46,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))
     gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
     PartialState().destroy_process_group()

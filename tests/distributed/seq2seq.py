@@ -19,8 +19,7 @@ def measure(prediction: Any) -> dict[str, float]:
     return {"length": float(longest) + 1, "texts": float(len(prediction.predictions))}
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
+def main(options: dict[str, Any]) -> None:
     student = model_for("seq2seq-lm", 1)
     before = {name: value.clone() for name, value in student.named_parameters()}
     args = Seq2SeqDistillationArguments(
@@ -62,6 +61,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))
     gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
     PartialState().destroy_process_group()

@@ -4,6 +4,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -12,8 +13,7 @@ from hf_guide import DistillationArguments, DistillationTrainer
 from tests.distillation.task_cases import CASES
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
+def main(options: dict[str, Any]) -> None:
     found = {}
     for name, losses in options["losses"].items():
         case = CASES[name]
@@ -52,6 +52,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))
     gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
     PartialState().destroy_process_group()

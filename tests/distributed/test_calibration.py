@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.calibration.small_students import make_student
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 from tests.tiny import KINDS
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return torchrun("calibrate.py", 2, {}, tmp_path_factory.mktemp("uninterrupted"))
+    return run_processes("calibrate.py", 2, {}, tmp_path_factory.mktemp("uninterrupted"))
 
 
 def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) ->
 
 @pytest.mark.slow
 def test_two_processes_generate_the_text_of_one(tmp_path: Path) -> None:
-    result = torchrun("calibrate.py", 2, {"dataset": "self_generated"}, tmp_path)
+    result = run_processes("calibrate.py", 2, {"dataset": "self_generated"}, tmp_path)
     one = make_student(KINDS["llama"].teacher().double(), "self_generated")
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
     assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"] == 8192
@@ -36,12 +36,12 @@ def test_two_processes_generate_the_text_of_one(tmp_path: Path) -> None:
 def test_two_processes_that_were_killed_continue_to_the_same_bits(
     uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Rank 1 dies while it collects statistics, then rank 0 between two blocks; each time the other is ended by torchrun."""
+    """Rank 1 dies while it collects statistics, then rank 0 between two blocks; each time the other is ended."""
     given = {"folder": str(tmp_path / "kept")}
     for kill in ("statistics-00001-of-00002.safetensors", "step-layers.1.safetensors"):
-        with pytest.raises(AssertionError, match="Signal 9"):
-            torchrun("calibrate.py", 2, given | {"kill": kill}, tmp_path)
+        with pytest.raises(AssertionError, match="SIGKILL"):
+            run_processes("calibrate.py", 2, given | {"kill": kill}, tmp_path)
         assert not (tmp_path / "kept" / kill).exists()
     assert (tmp_path / "kept" / "step-layers.0.safetensors").exists()
-    result = torchrun("calibrate.py", 2, given, tmp_path)
+    result = run_processes("calibrate.py", 2, given, tmp_path)
     assert result["equal"] and result["vector"] == uninterrupted["vector"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import ROOT, torchrun
+from tests.distributed.launch import ROOT, run_processes
 
 CAPTURE = """
 import os, sys, time
@@ -99,7 +99,7 @@ def test_a_sum_whose_other_process_was_killed_names_it(killed: int, tmp_path: Pa
 
 
 def test_all_processes_resume_from_the_same_complete_checkpoint(tmp_path: Path) -> None:
-    found = torchrun("checkpoints.py", 2, {"folder": str(tmp_path / "run")}, tmp_path)
+    found = run_processes("checkpoints.py", 2, {"folder": str(tmp_path / "run")}, tmp_path)
     assert found["checkpoints"] == ["checkpoint-6", "checkpoint-3"] == sorted(found["left"], reverse=True)
     assert {"rng_state_0.pth", "rng_state_1.pth", "distillation_progress.json"} <= set(found["files"])
     assert found["same"] and found["curves"][0] == found["curves"][1] and found["finished"] == 6

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 
 
 def test_a_process_that_exits_after_a_collective_does_not_abort(tmp_path: Path) -> None:
-    torchrun("exits.py", 2, {"waits": True}, tmp_path)
+    run_processes("exits.py", 2, {"waits": True}, tmp_path)
 
 
 @pytest.mark.slow
@@ -16,4 +16,4 @@ def test_without_waiting_a_process_aborts_at_exit(tmp_path: Path) -> None:
     """Where this fails, PyTorch no longer needs it, and the wait can go."""
     with pytest.raises(AssertionError, match="SIGABRT"):
         for _ in range(5):
-            torchrun("exits.py", 4, {"waits": False}, tmp_path)
+            run_processes("exits.py", 4, {"waits": False}, tmp_path)

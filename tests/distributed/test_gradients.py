@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -41,7 +41,7 @@ def test_two_processes_of_four_are_one_of_eight(
             "per_device_train_batch_size": 8 // processes,
             "per_device_eval_batch_size": 2,
         }
-        found.append(torchrun("gradients.py", processes, {"task": task, "arguments": arguments} | more, tmp_path))
+        found.append(run_processes("gradients.py", processes, {"task": task, "arguments": arguments} | more, tmp_path))
     one, two = map(vector, found)
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
     for name in [*objective, "loss"]:
@@ -58,7 +58,7 @@ def test_sharded_students_and_teachers_have_the_same_gradients(tmp_path: Path) -
     for processes in (1, 2):
         arguments = {"losses": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8 // processes}
         given = {"task": "causal-lm", "arguments": arguments, "sharded": processes == 2}
-        found.append(torchrun("gradients.py", processes, given, tmp_path))
+        found.append(run_processes("gradients.py", processes, given, tmp_path))
     one, two = map(vector, found)
     assert found[1]["sharded"] == found[1]["teacher_sharded"] == "DTensor" and found[1]["inside_head"]
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
@@ -71,7 +71,7 @@ def test_deepspeed_leaves_gradients_as_they_are(stage: int, tmp_path: Path) -> N
     found = []
     for more in ({}, {"deepspeed": {"zero_optimization": {"stage": stage}, **DEEPSPEED}}):
         arguments = {"losses": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8} | more
-        found.append(torchrun("gradients.py", 1, {"task": "causal-lm", "arguments": arguments}, tmp_path))
+        found.append(run_processes("gradients.py", 1, {"task": "causal-lm", "arguments": arguments}, tmp_path))
     one, two = map(vector, found)
     assert found[1]["inside_head"] == (stage == 2)
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()

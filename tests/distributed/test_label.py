@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 from tests.scripts.test_label import NO_EVALUATION, SAMPLING, content, run, saved
 from tests.small_speech import whisper, whisper_processor, write_dataset
 
@@ -18,7 +18,7 @@ def test_two_processes_write_the_labels_of_one(tmp_path: Path) -> None:
     assert run(teacher, tmp_path / "one", file, *flags) == 0
     words = ["label", teacher, "-o", str(tmp_path / "two"), "--data-files", str(file), "--no-progress", *flags]
     for _ in range(2):  # the second finds all files
-        torchrun("label.py", 2, {"words": words}, tmp_path)
+        run_processes("label.py", 2, {"words": words}, tmp_path)
         shares = [json.loads((tmp_path / f"rank_{rank}.json").read_text()) for rank in range(2)]
         assert content(tmp_path / "two") == content(tmp_path / "one")
         for path in (tmp_path / "two").glob("train-00000*"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guide import SubclassProjector, fit_subclasses
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 from tests.distributed.test_gradients import vector
 from tests.lelp.test_fitting import examples, teacher_arrays, teacher_of
 from tests.signal_cache.tiny_teachers import Pad
@@ -13,7 +13,7 @@ RUNS = [("lelp", False), ("lelp", True), ("kmeans", False), ("labels", False)]
 
 
 def test_two_processes_fit_the_projector_of_one(tmp_path):
-    actual = torchrun("fit_subclasses.py", 2, {"runs": RUNS, "folder": str(tmp_path)}, tmp_path)
+    actual = run_processes("fit_subclasses.py", 2, {"runs": RUNS, "folder": str(tmp_path)}, tmp_path)
     assert actual["world_size"] == 2 and all(actual["alike"].values())
     assert "label of example 9 is 9" in actual["errors"][1]
     assert actual["errors"][0].startswith("Process 1 failed: The label of example 9 is 9")
@@ -44,7 +44,7 @@ def test_two_processes_of_four_train_on_subclasses_as_one_of_eight(tmp_path):
     for processes in (1, 2):
         sizes = {"per_device_train_batch_size": 8 // processes, "per_device_eval_batch_size": 2}
         params = {"arguments": {"losses": objective} | sizes}
-        actual.append(torchrun("lelp_gradients.py", processes, params, tmp_path))
+        actual.append(run_processes("lelp_gradients.py", processes, params, tmp_path))
     one, two = map(vector, actual)
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
     for name in [*objective, "loss"]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 
 # Batches of four in their order, of which each of two processes has every other: of the three steps the first has targets in
 # one process only, the second in none, the third in both.
@@ -16,7 +16,7 @@ EMPTY = [1, 2, 3]
 
 def run(processes: int, folder: Path, **given: Any) -> dict[str, Any]:
     given = {"task": "causal-lm", "empty": EMPTY, "per_device": 8 // processes, "arguments": {}} | given
-    return torchrun("without_targets.py", processes, given, folder)
+    return run_processes("without_targets.py", processes, given, folder)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 from tests.distributed.test_gradients import vector
 
 
@@ -19,7 +19,7 @@ def test_an_evaluation_with_generation_does_not_depend_on_the_number_of_processe
             "gradient_accumulation_steps": processes,
             "per_device_eval_batch_size": 2,
         }
-        found.append(torchrun("seq2seq.py", processes, {"arguments": arguments}, tmp_path))
+        found.append(run_processes("seq2seq.py", processes, {"arguments": arguments}, tmp_path))
     one, two = map(vector, found)
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
     metrics = [each["metrics"] for each in found]

@@ -1,7 +1,7 @@
 """Several processes capture what one does, and share the work."""
 
 from hf_guide.signal_cache.writer import capture_teacher
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
 
 SHARDS = {"shard_size": 6, "batch_size": 4, "hidden_layers": [2]}
@@ -10,7 +10,7 @@ CONFIGS = {"causal-lm": {**SHARDS, "top_k": 8}, "sequence-classification": SHARD
 
 def test_two_processes_write_the_same_files_as_one(tmp_path):
     given = {"configs": CONFIGS, "examples": 29, "folder": str(tmp_path / "two")}
-    found = torchrun("write_cache.py", 2, given, tmp_path)
+    found = run_processes("write_cache.py", 2, given, tmp_path)
     assert found["world_size"] == 2
     for task, config in CONFIGS.items():
         one, two = tmp_path / "one" / task, tmp_path / "two" / task

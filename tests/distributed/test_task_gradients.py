@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distillation.task_cases import CASES, mixed_losses
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import run_processes
 
 FAST = ("question-answering", "ctc")
 """What the default run has; the others are slow only because each process trains them all."""
@@ -18,7 +18,7 @@ def test_two_processes_of_four_are_one_of_eight(names: tuple[str, ...], tmp_path
     cases = {name: CASES[name] for name in names if not CASES[name].compares_examples}
     losses = {name: mixed_losses(case, invariant=True) for name, case in cases.items()}
     one, two = (
-        torchrun("task_gradients.py", count, {"losses": losses, "batch_size": 8 // count}, tmp_path)["cases"]
+        run_processes("task_gradients.py", count, {"losses": losses, "batch_size": 8 // count}, tmp_path)["cases"]
         for count in (1, 2)
     )
     for name in cases:

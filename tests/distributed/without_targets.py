@@ -38,8 +38,7 @@ class RecordWeights(TrainerCallback):
         self.weights.append(torch.cat([gather_full(each).flatten() for each in model.parameters()]).tolist())
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
+def main(options: dict[str, Any]) -> None:
     task, spoil = options["task"], options.get("spoil")
     args = DistillationArguments(
         output_dir=str(Path(options["output"]).parent / f"run_{options['per_device']}"),
@@ -110,6 +109,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(sys.argv[1]))
     gc.collect()  # a process that leaves its group while a wrapped model is still there can hang
     PartialState().destroy_process_group()
