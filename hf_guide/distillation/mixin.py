@@ -62,7 +62,7 @@ from hf_guide.distillation.student_init import (
     wrap_with_peft,
 )
 from hf_guide.distillation.subclass_logits import build_subclass_targets, find_target_provider
-from hf_guide.distillation.teacher_setup import build_live_teachers
+from hf_guide.distillation.teacher_setup import build_live_teachers, check_shardable
 from hf_guide.distillation.trainer_compatibility import (
     DistillationMeta,
     calls_compute_loss,
@@ -242,6 +242,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         validate_unwrapped(self.model, "student")
         align_student_special_tokens(self.model, processing_class)
         student = self.unwrapped_student
+        check_shardable(student, "student", self.accelerator)
         self.task = task_of(student)
         if needs_labels(self.task):
             self.label_names = list(self.label_names) or ["labels"]  # a forward of *args and **kwargs names none

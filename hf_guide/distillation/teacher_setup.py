@@ -6,10 +6,11 @@ from typing import Any
 import accelerate
 import torch
 from accelerate.utils import DistributedType
+from torch.torch_version import TorchVersion
 from transformers import PreTrainedModel
 
 from hf_guide.errors import OptionError, TaskError, TeacherError
-from hf_guide.models.adapters import forward_parameters
+from hf_guide.models.adapters import forward_parameters, without_adapter
 from hf_guide.models.label_shift import check_label_shift
 from hf_guide.models.lm_head import find_lm_head
 from hf_guide.tasks import Task
@@ -97,6 +98,7 @@ def prepare_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator)
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or getattr(model, "is_quantized", False):
         return model, False
     if accelerator.distributed_type == DistributedType.FSDP:
+        check_shardable(model, "teacher", accelerator)
         if accelerator.is_fsdp2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -105,6 +107,32 @@ def prepare_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _prepare_with_deepspeed(model, accelerator)
     return model.to(accelerator.device), False
+
+
+def check_shardable(model: Any, role: str, accelerator: accelerate.Accelerator) -> None:
+    """Check that FSDP2 can shard a model's embedding, which Accelerate puts in one group with the head at most.
+
+    Raises:
+        OptionError: More modules share its weight, as in T5; since torch 2.13 their first forward pass fails.
+    """
+    if not accelerator.is_fsdp2 or TorchVersion(torch.__version__) < "2.13":
+        return
+    bare = without_adapter(model)
+    try:
+        grouped = (bare.get_input_embeddings(), bare.get_output_embeddings())
+    except NotImplementedError:  # models of characters hash them
+        return
+    weight = getattr(grouped[0], "weight", None)
+    others = [
+        name
+        for name, module in bare.named_modules()
+        if weight is not None and getattr(module, "weight", None) is weight and module not in grouped
+    ]
+    if others:
+        raise OptionError(
+            f"FSDP2 cannot shard the {role} {model_name(bare)}: {', '.join(others)} share the weight of its input embedding, "
+            "and the embedding and the head alone may. Train without fsdp: each process then holds a replica."
+        )
 
 
 def _prepare_with_deepspeed(

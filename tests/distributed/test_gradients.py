@@ -1,11 +1,15 @@
 """Gradients, logs and evaluation do not depend on how many processes share a batch."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from hf_guide.distillation.teacher_setup import check_shardable
+from hf_guide.errors import OptionError
+from tests.distillation.small import model_for
 from tests.distributed.launch import run_processes
 
 DEEPSPEED = {
@@ -75,3 +79,13 @@ def test_deepspeed_leaves_gradients_as_they_are(stage: int, tmp_path: Path) -> N
     one, two = map(vector, found)
     assert found[1]["inside_head"] == (stage == 2)
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
+
+
+def test_fsdp2_is_refused_where_more_modules_share_the_embedding() -> None:
+    sharding = SimpleNamespace(is_fsdp2=True)
+    with pytest.raises(
+        OptionError, match="FSDP2 cannot shard the student .*encoder.embed_tokens, decoder.embed_tokens"
+    ):
+        check_shardable(model_for("seq2seq-lm", 1), "student", sharding)
+    check_shardable(model_for("causal-lm", 1), "student", sharding)
+    check_shardable(model_for("seq2seq-lm", 1), "student", SimpleNamespace(is_fsdp2=False))
