@@ -5,10 +5,13 @@ and open what `hf-guide distill` reads.
 Does not: cut (an image has as many tokens as the model expects), pack.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pyarrow
+import pyarrow.compute
 import torch
 from datasets import Dataset, Image, List
 from torch import Tensor
@@ -67,7 +70,7 @@ class ImageTextCollator:
         conversations = [_messages(example) for example in examples]
         images = [_images(example) for example in examples]
         for messages, of_row in zip(conversations, images, strict=True):
-            _check_images(messages, of_row)
+            _check_images(messages, len(of_row))
         batch = self._process([self._render(messages) for messages in conversations], images)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
         if self.assistant_only_loss:
@@ -179,10 +182,10 @@ def _num_images(messages: Sequence[Message]) -> int:
     return sum(part["type"] == "image" for message in messages for part in message["content"])
 
 
-def _check_images(messages: Sequence[Message], images: list[Any]) -> None:
-    if _num_images(messages) != len(images):
+def _check_images(messages: Sequence[Message], count: int) -> None:
+    if _num_images(messages) != count:
         raise OptionError(
-            f"A row has {len(images)} images and {_num_images(messages)} parts of the type 'image' in its messages: they must "
+            f"A row has {count} images and {_num_images(messages)} parts of the type 'image' in its messages: they must "
             "agree. Put {'type': 'image'} where each image is."
         )
 
@@ -221,10 +224,10 @@ def _conversations(split: Dataset, options: DataArguments, name: str) -> Dataset
             split = split.cast_column(image, Image(decode=False))  # opened below, where errors name the image
         elif isinstance(getattr(split.features[image], "feature", None), Image):
             split = split.cast_column(image, List(Image(decode=False)))
-    for number, row in enumerate(split):
+    for number, (conversation, count) in enumerate(_conversations_and_counts(split, messages, image)):
         try:
-            turns = _messages({"messages": row[messages]})
-            _check_images(turns, _as_list(None if image is None else row[image]))
+            turns = _messages({"messages": conversation})
+            _check_images(turns, count)
             if options.assistant_only_loss and all(each["role"] != "assistant" for each in turns):
                 raise OptionError("Its messages have no turn of the assistant, so it has no target.")
         except OptionError as error:
@@ -240,6 +243,22 @@ def _conversations(split: Dataset, options: DataArguments, name: str) -> Dataset
         return {"messages": examples[messages], "images": opened}
 
     return split.add_column(ROW_COLUMN, range(len(split))).with_transform(read)
+
+
+def _conversations_and_counts(split: Dataset, messages: str, image: str | None) -> Iterator[tuple[Any, int]]:
+    """Yield each row's messages and its number of images, without reading an image."""
+    conversations = (row[messages] for row in split.select_columns([messages]))
+    counts = itertools.repeat(0, len(split)) if image is None else _image_counts(split.select_columns([image]), image)
+    return zip(conversations, counts, strict=True)
+
+
+def _image_counts(split: Dataset, image: str) -> Iterator[int]:
+    for table in split.with_format("arrow").iter(batch_size=100):
+        column = table[image]
+        if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
+            yield from (length or 0 for length in pyarrow.compute.list_value_length(column).to_pylist())
+        else:
+            yield from (int(is_valid) for is_valid in column.is_valid().to_pylist())
 
 
 def _as_list(images: Any) -> list[Any]:
