@@ -111,7 +111,8 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         teacher_model: Alias of `teacher`, its name in TRL.
         peft_config: Wraps the student in an adapter.
         processing_class: As in `Trainer`; it is compared with the teacher's. Pixels that the teacher expects normalized in
-            another way are converted; any other difference is an error.
+            another way are converted; the size of images that are segmented or searched for objects, and the language of
+            texts, are the data's choice; any other difference is an error.
         others: As in `Trainer`.
         next_class_kwargs: What the class after this one takes besides, such as `formatting_func` of TRL's `SFTTrainer`.
 
