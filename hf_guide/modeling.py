@@ -35,6 +35,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_guide.calibration.vocabulary import ReducedVocabulary, cut_vocabulary
 from hf_guide.errors import OptionError
 from hf_guide.hub.push import attach_report, save_student
 from hf_guide.initialization.config import PlanOptions
@@ -54,6 +55,7 @@ from hf_guide.initialization.student_shape import (
 from hf_guide.initialization.subclass_head import SubclassDirections, widen_to_subclasses
 from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.methods import InitializationConfig, StudentSetup, make_method
+from hf_guide.models.token_rows import attach_tokenizer
 from hf_guide.shapes.search import START_FOLDER, describe_choice, find_shapes, search_folder
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
@@ -125,7 +127,8 @@ def from_teacher(
         calibration_dataset: For "calibrated": a `datasets` dataset with `input_ids`, `pixel_values` or text (tokenized by
             the teacher's tokenizer), a list of texts, an iterable of batches (dicts of tensors), or "self_generated" for text
             that a causal language model samples itself. Its first `calibration_tokens` tokens are used. Under
-            torch.distributed each rank processes its share, and all ranks get the same student.
+            torch.distributed each rank processes its share, and all ranks get the same student. For a smaller `vocab_size`,
+            with any method: texts, rows of text or conversations, all of which choose the pieces that are kept.
         calibration_cache_dir: For "calibrated": a folder, new or of the same call, that stores statistics and refitted
             weights. If the process is killed, the same call resumes from it. With a budget it holds two folders, of the
             search and of the student. The folder is not deleted automatically; remove
@@ -144,11 +147,15 @@ def from_teacher(
         revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: As in `from_pretrained`.
         show_progress: Whether to show progress bars.
         **overrides: Fields of the teacher's config that the student changes, such as `hidden_size=288`. Values that the
-            family derives from others (`head_dim`, `layer_types`, ...) are derived again.
+            family derives from others (`head_dim`, `layer_types`, ...) are derived again. With a `vocab_size` below the
+            teacher's the student keeps the pieces of its fast tokenizer (BPE, Unigram or WordPiece) that
+            `calibration_dataset` uses, all special and added tokens, and the bytes or characters without which texts could
+            not be encoded.
 
     Returns:
         The student, in evaluation mode and on torch's default device as `from_pretrained` returns it, with an
-        `initialization_report`, which `save_pretrained` writes next to the weights.
+        `initialization_report`, which `save_pretrained` writes next to the weights; with it the tokenizer of a smaller
+        vocabulary.
 
     Raises:
         OptionError: Unknown method, option or override (the nearest valid name is given); a cache folder of another call.
@@ -157,6 +164,7 @@ def from_teacher(
         ResourceError: More memory than is available, estimated before a weight is read; states what would help.
         TeacherError: A teacher that cannot be read, or whose files change while they are read.
         SubclassError: A projector of another teacher.
+        VocabularyError: A smaller vocabulary of a tokenizer of another kind, or one too small.
         TaskError: Subclasses of something other than a classifier of whole examples.
 
     Example:
@@ -188,9 +196,16 @@ def from_teacher(
         return _from_teacher_of_budget(teacher, config, budget, calibration_cache_dir, shared, head, overrides)
     method_config = InitializationConfig.parse(method)
     initializer = make_method(method_config)
-    initializer.check_data(calibration_dataset, calibration_cache_dir)
+    if config is None and "vocab_size" not in overrides:  # a dataset may be for the vocabulary alone
+        initializer.check_data(calibration_dataset, calibration_cache_dir)
 
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
+    checkpoint, config, vocabulary = cut_vocabulary(
+        checkpoint, teacher, config, overrides, calibration_dataset, gguf_file=gguf_file, **files  # type: ignore[arg-type]
+    )
+    if vocabulary is not None and not initializer.requires_data:
+        calibration_dataset = None
+    initializer.check_data(calibration_dataset, calibration_cache_dir)
 
     options, shape, setup = _resolve(
         initializer,
@@ -204,7 +219,7 @@ def from_teacher(
         code=code,
         calibration_dataset=calibration_dataset,
         calibration_cache_dir=calibration_cache_dir,
-        identity=_head_identity(num_subclasses, projector),
+        identity=_identity(num_subclasses, projector, vocabulary),
         show_progress=show_progress,
     )
     _check_cost(initializer, setup)
@@ -234,7 +249,11 @@ def from_teacher(
         attach_teacher_modules(student, modules, report, seed=method_config.seed)
     report.bases.clear()
     attach_report(student, report)
-    copy_generation_config(student, teacher, revision=revision, **files)
+    if vocabulary is not None:
+        report.vocabulary = vocabulary.facts
+        attach_tokenizer(student, vocabulary.tokenizer)
+    new_ids = None if vocabulary is None else vocabulary.new_ids
+    copy_generation_config(student, teacher, new_ids=new_ids, revision=revision, **files)
     return student.eval()  # type: ignore[no-any-return]
 
 
@@ -267,6 +286,12 @@ def _from_teacher_of_budget(
         raise OptionError(
             f"calibration_dataset is an iterator, which can be read once, and with {', '.join(given)} it is read for the "
             "search and for the student: pass a list or a dataset."
+        )
+    if "vocab_size" in overrides:
+        raise OptionError(
+            f"vocab_size cannot be given with {', '.join(given)}. Make the smaller vocabulary first: save "
+            "from_teacher(teacher, vocab_size=..., calibration_dataset=texts, method='uniform') in a folder, which is the teacher "
+            f"with fewer tokens, and pass that folder as teacher with {', '.join(given)}."
         )
     shapes = find_shapes(teacher, **budget, calibration_cache_dir=calibration_cache_dir, **shared, **overrides)
     folder = search_folder(calibration_cache_dir, START_FOLDER)
@@ -372,10 +397,13 @@ def plan_student(
     return StudentPlan.of(initializer, setup)
 
 
-def _head_identity(num_subclasses: int | None, projector: SubclassDirections | None) -> dict[str, Any]:
-    """Return what a student's head depends on, as JSON."""
+def _identity(
+    num_subclasses: int | None, projector: SubclassDirections | None, vocabulary: ReducedVocabulary | None
+) -> dict[str, Any]:
+    """Return what a student's head and vocabulary depend on, as JSON."""
     fingerprint = {} if projector is None else {"projector": projector.fingerprint()}
-    return {"num_subclasses": num_subclasses, **fingerprint}
+    kept = {} if vocabulary is None else {"vocabulary": vocabulary.identity}
+    return {"num_subclasses": num_subclasses, **fingerprint, **kept}
 
 
 def _with_label_rows(

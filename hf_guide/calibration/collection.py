@@ -140,11 +140,12 @@ def running_teacher(
     """Return the teacher as a model that runs, and what loads the weights of its blocks; None where they are in memory.
 
     Args:
-        source: The teacher as passed to `from_teacher`. A model that is loaded on one device is returned as it is.
+        source: The teacher as passed to `from_teacher`. A model that is loaded on one device is returned as it is, unless
+            `teacher` has a part of its vocabulary.
         teacher: The opened checkpoint.
         layout: Its layout.
     """
-    if is_on_one_device(source):
+    if is_on_one_device(source) and teacher.whole is None:
         return source, None
     model = model_without_weights(teacher)
     blocks = [block for stack in find_modules(model, layout).blocks.values() for block in stack]

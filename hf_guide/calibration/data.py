@@ -227,7 +227,7 @@ def _iter_batches(
 ) -> Iterator[Mapping[str, Any]]:
     size, length = options.calibration_batch_size, max_text_length(options.calibration_seq_length, teacher)
     if isinstance(first, str):
-        return _batches_of_text(_iter_texts(rows), _tokenizer(teacher, hub), size, length)
+        return _batches_of_text(_iter_texts(rows), load_teacher_tokenizer(teacher, hub), size, length)
     if not isinstance(first, Mapping):
         raise OptionError(f"calibration_dataset yields a {type(first).__name__}; pass {EXPECTED_DATASET}.")
     if "input_ids" in first:
@@ -245,16 +245,59 @@ def _iter_batches(
         return rows
     data_format = detect_format(list(map(str, first)), first, "calibration_dataset")
     if data_format is not None and data_format.kind is not RowFormat.TEXT:
-        encoded = _encode_chat(rows, data_format, _tokenizer(teacher, hub), length)
+        encoded = _encode_chat(rows, data_format, load_teacher_tokenizer(teacher, hub), length)
         return _batches_of_ids(encoded, size, _pad_token(teacher))
-    columns = [name for name, value in first.items() if isinstance(value, str)]
-    column = "text" if "text" in first else columns[0] if len(columns) == 1 else None
+    column = _text_column(first)
     if column is None:
         raise OptionError(
             f"calibration_dataset has the columns {sorted(map(str, first))}, none of them input_ids, text, messages, "
             f"pixel_values, input_features or input_values; pass {EXPECTED_DATASET}."
         )
-    return _batches_of_text(_iter_texts(row[column] for row in rows), _tokenizer(teacher, hub), size, length)
+    tokenizer = load_teacher_tokenizer(teacher, hub)
+    return _batches_of_text(_iter_texts(row[column] for row in rows), tokenizer, size, length)
+
+
+def _text_column(row: Mapping[str, Any]) -> str | None:
+    """Return the column of a row that holds its text; None if there is none, or several."""
+    columns = [name for name, value in row.items() if isinstance(value, str)]
+    return "text" if "text" in row else columns[0] if len(columns) == 1 else None
+
+
+def iter_texts(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield the texts of a calibration dataset; of a conversation, or a prompt with its completion, the text it is trained on.
+
+    Args:
+        dataset: Texts, or rows of text or conversations.
+        tokenizer: The teacher's, with its chat template.
+
+    Raises:
+        OptionError: The dataset is not text.
+    """
+    rows = iter(dataset)
+    first = next(rows, None)
+    rows = itertools.chain([] if first is None else [first], rows)
+    if first is None or isinstance(first, str):
+        yield from _iter_texts(rows)
+        return
+    data_format = detect_format(list(map(str, first)), first, "calibration_dataset") if _has_text(first) else None
+    column = _text_column(first) if _has_text(first) else None
+    if data_format is not None and data_format.kind is not RowFormat.TEXT:
+        encode = ChatEncoder(tokenizer, data_format)
+        for index, row in enumerate(_iter_rows(rows, data_format)):
+            yield tokenizer.decode(encode(row, index).input_ids)
+    elif column is not None:
+        yield from _iter_texts(row[column] for row in rows)
+    else:
+        found = sorted(map(str, first)) if isinstance(first, Mapping) else f"a {type(first).__name__}"
+        raise OptionError(
+            f"The pieces of a smaller vocabulary are chosen by text, and calibration_dataset yields {found}. Pass a list of "
+            "texts, or a dataset with a column text or messages, which is not tokenized yet."
+        )
+
+
+def _has_text(row: Any) -> bool:
+    """Whether a row may hold text: it is a mapping, and not tokenized."""
+    return isinstance(row, Mapping) and "input_ids" not in row
 
 
 def max_text_length(length: int, teacher: TeacherCheckpoint) -> int:
@@ -272,7 +315,14 @@ def _num_axes(value: Any) -> int:
     return getattr(value, "ndim", 0)
 
 
-def _tokenizer(teacher: TeacherCheckpoint, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+def load_teacher_tokenizer(teacher: TeacherCheckpoint, hub: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a teacher's vocabulary.
+
+    Raises:
+        OptionError: It has none that loads.
+    """
+    if teacher.tokenizer is not None:
+        return teacher.tokenizer  # type: ignore[no-any-return]
     try:
         return load_processing_class(AutoTokenizer, teacher.name, revision=teacher.revision, **hub)
     except TeacherError as error:

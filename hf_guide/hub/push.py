@@ -30,6 +30,7 @@ from hf_guide.initialization.report import InitializationReport
 from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
 from hf_guide.models.sentence_modules import attached_sentence_modules
+from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.utils.files import DiskError, check_disk_space, staged_update
 from hf_guide.utils.finite import check_weights_finite
 
@@ -211,6 +212,9 @@ def save_student(
             record = getattr(student, "distillation_record", None)
             if record is not None:
                 save_record(new, record)
+            tokenizer = attached_tokenizer(student)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
             modules = attached_sentence_modules(student)
             if modules is not None:
                 write_sentence_modules(modules, new)

@@ -11,9 +11,30 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from hf_guide.errors import TeacherError
 from hf_guide.models.pretrained import unreadable_as
+from hf_guide.models.token_rows import translate_token_ids
 
 
-def copy_generation_config(student: PreTrainedModel, teacher: Any, **hub_kwargs: Any) -> None:
+def load_generation_config(teacher: Any, **hub_kwargs: Any) -> GenerationConfig | None:
+    """Return a copy of a teacher's generation config; None if it has none of its own.
+
+    Args:
+        teacher: A model, a folder or a Hub id.
+        **hub_kwargs: As in `from_pretrained`.
+
+    Raises:
+        TeacherError: The teacher's file cannot be read.
+    """
+    if isinstance(teacher, PreTrainedModel):
+        return copy.deepcopy(getattr(teacher, "generation_config", None))
+    name = os.fspath(teacher)
+    with unreadable_as(TeacherError, f"{GENERATION_CONFIG_NAME} of {name} cannot be read"):
+        path = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        return None if path is None else GenerationConfig.from_pretrained(name, **hub_kwargs)
+
+
+def copy_generation_config(
+    student: PreTrainedModel, teacher: Any, *, new_ids: Mapping[int, int] | None = None, **hub_kwargs: Any
+) -> None:
     """Give a generative student its teacher's generation config, if the teacher has its own.
 
     Indices of blocks and heads follow the student's initialization report, whose notes gain what was dropped.
@@ -21,25 +42,21 @@ def copy_generation_config(student: PreTrainedModel, teacher: Any, **hub_kwargs:
     Args:
         student: Changed in place; a model that cannot generate is left as it is.
         teacher: A model, a folder or a Hub id.
+        new_ids: By the teacher's token id, the student's, where it has a smaller vocabulary.
         **hub_kwargs: As in `from_pretrained`.
 
     Raises:
         TeacherError: The teacher's file cannot be read.
+        VocabularyError: Token ids in a form that cannot be translated.
     """
-    if not student.can_generate():
+    generation = load_generation_config(teacher, **hub_kwargs) if student.can_generate() else None
+    if generation is None:
         return
-    if isinstance(teacher, PreTrainedModel):
-        generation = copy.deepcopy(getattr(teacher, "generation_config", None))
-    else:
-        name = os.fspath(teacher)
-        with unreadable_as(TeacherError, f"{GENERATION_CONFIG_NAME} of {name} cannot be read"):
-            path = cached_file(name, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-            generation = None if path is None else GenerationConfig.from_pretrained(name, **hub_kwargs)
-    if generation is not None:
-        report = getattr(student, "initialization_report", None)
-        if report is not None:
-            report.notes += remap_generation_config(generation, report.blocks, report.heads)
-        student.generation_config = generation
+    report = getattr(student, "initialization_report", None)
+    notes = [] if new_ids is None else translate_token_ids(generation, new_ids)
+    if report is not None:
+        report.notes += [*notes, *remap_generation_config(generation, report.blocks, report.heads)]
+    student.generation_config = generation
 
 
 def remap_generation_config(

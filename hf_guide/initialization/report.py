@@ -77,6 +77,9 @@ class InitializationReport:
         calibration: Of a calibrated student: `tokens` seen; `self_generated`, whether the teacher wrote them;
             `block_influence` (1 - cosine of input and output); `selected`, the indices of heads and neurons by output
             projection; `residual_error`, the relative error of the residual stream after each block; and `logit_scale`.
+        vocabulary: Of a student whose vocabulary was reduced: its `size` and `teacher_size`; `share_kept`, the share of the
+            teacher's tokens in the text that are kept; `token_ratio`, the tokens that the text takes per token of the
+            teacher's; and `held_out`, whether the pieces were chosen by other texts.
         seconds: Time by step.
         peak_memory_bytes: Peak resident memory of the process.
         bases: By axis of the residual stream, the matrix (d_T, d_S), or the indices (d_S,), by which it became narrower.
@@ -108,6 +111,7 @@ class InitializationReport:
     randomly_initialized: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     calibration: dict[str, Any] = field(default_factory=dict)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     teacher_fingerprint: str | None = None
@@ -117,6 +121,7 @@ class InitializationReport:
     @classmethod
     def begin(cls, student: PreTrainedModel, teacher: TeacherCheckpoint, **fields: Any) -> "InitializationReport":
         """Return a report with what is known of both models, and `fields`."""
+        teacher = teacher.whole or teacher
         return cls(
             teacher=teacher.name,
             revision=teacher.revision,
@@ -179,7 +184,7 @@ class InitializationReport:
         )
 
     def summary(self) -> str:
-        """The report in five lines: what, widths, blocks, what is not exact, cost."""
+        """The report in five lines: what, widths, blocks, what is not exact, cost; and one for a reduced vocabulary."""
         smaller = self.teacher_parameters / max(self.student_parameters, 1)
         revision = f" at {self.revision[:12]}" if self.revision else ""
         data = f" on {self.calibration['tokens']} tokens" if self.calibration else ""
@@ -209,6 +214,7 @@ class InitializationReport:
                 what,
                 f"Widths: {', '.join(sizes) or 'none named'}",
                 f"Blocks: {'; '.join(blocks) or 'none'}",
+                *([_vocabulary_line(self.vocabulary)] if self.vocabulary else []),
                 f"Not exact beyond the smaller sizes: {', '.join(not_exact) or 'nothing'}",
                 cost,
             ]
@@ -221,6 +227,13 @@ class InitializationReport:
         lines += [f"At random: {text}" for text in _merge_block_numbers(self.randomly_initialized)]
         lines += [f"Note: {text}" for text in self.notes]
         return "\n".join([*lines, "", *parameter_table(self.parameters)])
+
+
+def _vocabulary_line(facts: dict[str, Any]) -> str:
+    return (
+        f"Vocabulary: {facts['size']} of the teacher's {facts['teacher_size']} pieces, {facts['share_kept']:.1%} of the tokens of "
+        f"{'held-out' if facts['held_out'] else 'the calibration'} text, which takes {facts['token_ratio']:.3f} times as many"
+    )
 
 
 def _with_new_keys(content: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Does not: change a loaded model, run a checkpoint's code without permission, or 
 """
 
 import copy
+import dataclasses
 import functools
 import os
 import re
@@ -25,6 +26,7 @@ from hf_guide.models.adapters import has_adapter, parametrized_layers
 from hf_guide.models.model_classes import candidate_model_classes, meta_model, without_quantization_config
 from hf_guide.models.model_files import check_model_folder
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
+from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.teachers.loading import check_is_teacher, load_complete_model, missing_parameters_error
 from hf_guide.teachers.shards import find_safetensors, match_stored_tensors, read_headers
 from hf_guide.teachers.tensor_source import InMemoryTensors, OffloadedTensors, SafetensorsTensors, TensorSource
@@ -43,6 +45,8 @@ class TeacherCheckpoint:
     name: str  # Hub id, folder, or where a loaded model came from
     revision: str | None  # the commit, where it is known
     dtype: torch.dtype  # the floating dtype that most of its numbers are stored in
+    tokenizer: Any = None  # of its vocabulary, where that is not the one among its files
+    whole: "TeacherCheckpoint | None" = None  # the checkpoint with its whole vocabulary, where this one has a part of it
 
 
 def open_teacher(
@@ -141,7 +145,7 @@ def tokenizer_length(
     }
     if gguf_file is not None:
         hub["gguf_file"] = gguf_file
-    tokenizer = find_tokenizer(teacher.name, **hub)
+    tokenizer = teacher.tokenizer or find_tokenizer(teacher.name, **hub)
     if tokenizer is None:
         return None
     return max(tokenizer.get_vocab().values(), default=-1) + 1
@@ -239,9 +243,9 @@ def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> Teac
         advice = "pass its folder or Hub id" if is_sentence_model else "unwrap it first"
         raise TeacherError(f"A loaded teacher must be a PreTrainedModel, not {type(model).__name__}: {advice}.")
     _check_stock_names(model)
-    return _checkpoint_from_model(
-        model, config or model.config, model.config._name_or_path or type(model).__name__, None
-    )
+    name = model.config._name_or_path or type(model).__name__
+    opened = _checkpoint_from_model(model, config or model.config, name, None)
+    return dataclasses.replace(opened, tokenizer=attached_tokenizer(model))
 
 
 def _check_stock_names(model: PreTrainedModel) -> None:
