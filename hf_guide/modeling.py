@@ -201,7 +201,13 @@ def from_teacher(
 
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
     checkpoint, config, vocabulary = cut_vocabulary(
-        checkpoint, teacher, config, overrides, calibration_dataset, gguf_file=gguf_file, **files  # type: ignore[arg-type]
+        checkpoint,
+        teacher,
+        config,
+        overrides,
+        calibration_dataset,
+        gguf_file=gguf_file,
+        **files,
     )
     if vocabulary is not None and not initializer.requires_data:
         calibration_dataset = None

@@ -284,7 +284,7 @@ def iter_texts(dataset: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[str
     if data_format is not None and data_format.kind is not RowFormat.TEXT:
         encode = ChatEncoder(tokenizer, data_format)
         for index, row in enumerate(_iter_rows(rows, data_format)):
-            yield tokenizer.decode(encode(row, index).input_ids)
+            yield str(tokenizer.decode(encode(row, index).input_ids))
     elif column is not None:
         yield from _iter_texts(row[column] for row in rows)
     else:
@@ -322,7 +322,7 @@ def load_teacher_tokenizer(teacher: TeacherCheckpoint, hub: Mapping[str, Any]) -
         OptionError: It has none that loads.
     """
     if teacher.tokenizer is not None:
-        return teacher.tokenizer  # type: ignore[no-any-return]
+        return teacher.tokenizer
     try:
         return load_processing_class(AutoTokenizer, teacher.name, revision=teacher.revision, **hub)
     except TeacherError as error:

@@ -47,8 +47,8 @@ class ReducedVocabulary:
     Attributes:
         tokenizer: The tokenizer of these pieces, of the teacher's tokenizer's class.
         kept_ids: Of each of its ids, the teacher's; ascending.
-        facts: What the initialization report states: `size` and `teacher_size`; `share_kept`, the share of the teacher's tokens
-            in the text that are kept; `token_ratio`, how many tokens the text takes, per token of the teacher's tokenizer; and
+        facts: What the initialization report states: `size` and `teacher_size`; `share_kept`, the share of the text's tokens
+            (the teacher's) that are kept; `token_ratio`, how many tokens the text takes, per token of the teacher's; and
             `held_out`, whether both are of texts that the pieces were not chosen by.
     """
 
@@ -189,8 +189,8 @@ def cut_vocabulary(
 ) -> tuple[TeacherCheckpoint, PreTrainedConfig | None, ReducedVocabulary | None]:
     """Return the teacher and the student's config with the smaller vocabulary that is asked for, and that vocabulary.
 
-    It keeps the pieces of the teacher's tokenizer that a text uses. Where none is asked for, none is chosen: there is no dataset,
-    or the student leaves out padded rows alone.
+    It keeps the pieces of the teacher's tokenizer that a text uses. None is chosen where none is asked for: there is no
+    dataset, or the student leaves out padded rows alone.
 
     Args:
         teacher: The opened checkpoint.
@@ -223,11 +223,13 @@ def cut_vocabulary(
     if is_self_generated(dataset) or isinstance(dataset, Iterator):
         found = repr(dataset) if isinstance(dataset, str) else f"a {type(dataset).__name__}, which is read once"
         raise OptionError(
-            f"The pieces of a smaller vocabulary are chosen by all texts of calibration_dataset; it must be a list of texts or a "
-            f"datasets dataset, found {found}."
+            "The pieces of a smaller vocabulary are chosen by all texts of calibration_dataset; it must be a list of texts or "
+            f"a datasets dataset, found {found}."
         )
     generation = load_generation_config(source, **where)
-    required = set().union(*(config_token_ids(each) for each in (teacher.config, config, generation) if each is not None))
+    required = set().union(
+        *(config_token_ids(each) for each in (teacher.config, config, generation) if each is not None)
+    )
     vocabulary = VocabularyReducer(tokenizer, iter_texts(dataset, tokenizer), required).reduce(size)
     if config is not None:
         config = copy.deepcopy(config)

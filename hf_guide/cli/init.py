@@ -38,6 +38,7 @@ SIZES = {
     "num_attention_heads": "number of query heads",
     "num_key_value_heads": "number of key/value heads",
     "head_dim": "size of a head",
+    "vocab_size": "number of tokens; the pieces that the texts of --calibration-dataset use are kept",
 }
 
 TASKS = {"base": "AutoStudent"} | {str(task): task.auto_student_class for task in Task}
@@ -166,7 +167,8 @@ def run(args: argparse.Namespace) -> int:
         report = student.initialization_report
         check_disk_space(folder, student.get_memory_footprint())
         _save(student, folder)
-        copy_tokenizer_files(args.teacher, folder, gguf_file=args.gguf_file, **hub_arguments(args))
+        if not report.vocabulary:  # otherwise the student has its own tokenizer
+            copy_tokenizer_files(args.teacher, folder, gguf_file=args.gguf_file, **hub_arguments(args))
         _write_card_and_plot(report, folder, args)
     print(escape_control_characters(report.summary()))
     if report.shape_choice:

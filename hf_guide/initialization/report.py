@@ -230,9 +230,10 @@ class InitializationReport:
 
 
 def _vocabulary_line(facts: dict[str, Any]) -> str:
+    text = "held-out text" if facts["held_out"] else "the calibration text"
     return (
-        f"Vocabulary: {facts['size']} of the teacher's {facts['teacher_size']} pieces, {facts['share_kept']:.1%} of the tokens of "
-        f"{'held-out' if facts['held_out'] else 'the calibration'} text, which takes {facts['token_ratio']:.3f} times as many"
+        f"Vocabulary: {facts['size']} of the teacher's {facts['teacher_size']} pieces, {facts['share_kept']:.1%} of the "
+        f"tokens of {text}, which takes {facts['token_ratio']:.3f} times as many"
     )
 
 

@@ -253,8 +253,8 @@ def vocab_row_indices(
         raise ShapeError(
             f"The student's vocabulary has {student_size} rows, the teacher's {teacher_size} ({tokens}): a student must have "
             f"its teacher's tokens. Leave vocab_size at {teacher_size}, or let them differ in padded rows beyond the "
-            "tokenizer's last token. For a smaller vocabulary, pass texts as calibration_dataset: the pieces that they use are "
-            "kept, where the teacher's folder has its tokenizer."
+            "tokenizer's last token. For a smaller vocabulary, pass texts as calibration_dataset: the pieces that they use "
+            "are kept, where the teacher's folder has its tokenizer."
         )
     return torch.tensor([row if row < teacher_size else -1 for row in range(student_size)])
 

@@ -52,9 +52,9 @@ class PieceRanking:
 def rank_pieces(spec: Mapping[str, Any], counts: Mapping[int, float], required: Collection[int] = ()) -> PieceRanking:
     """Return the order in which to remove the pieces of a tokenizer, given how often a text uses each.
 
-    The piece whose removal adds the fewest tokens to the text goes first: its count times the number of pieces that replace it,
-    less one. They inherit its count. A piece of a BPE model goes only when no kept piece is merged from it (leaf-based pruning,
-    arXiv 2512.03989), so every kept piece can still be reached. Of unused pieces the later ones go first.
+    The piece whose removal adds the fewest tokens to the text goes first: its count times the number of pieces that replace
+    it, less one. They inherit its count. A piece of a BPE model goes only when no kept piece is merged from it (leaf-based
+    pruning, arXiv 2512.03989), so every kept piece can still be reached. Of unused pieces the later ones go first.
 
     Args:
         spec: The parsed tokenizer.json.

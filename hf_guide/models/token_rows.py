@@ -1,4 +1,4 @@
-"""Cut a model's vocabulary: its rows in embedding tables and heads, the ids in its config, and the tokenizer that it is fed by.
+"""Cut a model's vocabulary: its rows in embedding tables and heads, the ids in its config, and its tokenizer.
 
 Does: find the axes that count tokens, select rows, translate ids, and attach a tokenizer to a model.
 Does not: choose tokens, or change a tokenizer's files.
@@ -59,8 +59,8 @@ def check_one_vocabulary(config: PreTrainedConfig) -> None:
         found = f"nested configs ({', '.join(nested)})" if nested else "embeddings of tokens in each block"
         found = found if nested or per_layer is not None else "no vocab_size"
         raise ShapeError(
-            f"The vocabulary of a {type(config).__name__} cannot be reduced: it has {found}. A vocabulary is reduced of models "
-            "of text whose config has one vocab_size. Leave it at the teacher's."
+            f"The vocabulary of a {type(config).__name__} cannot be reduced: it has {found}. A vocabulary is reduced of "
+            "models of text whose config has one vocab_size. Leave it at the teacher's."
         )
 
 
@@ -104,8 +104,8 @@ def translate_token_ids(config: Any, new_ids: Mapping[int, int]) -> list[str]:
             continue
         if name in _UNTRANSLATED and value:
             raise VocabularyError(
-                f"{type(config).__name__}.{name} holds token ids that cannot be translated to a smaller vocabulary. Remove it, or "
-                "leave vocab_size at the teacher's."
+                f"{type(config).__name__}.{name} holds token ids that cannot be translated to a smaller vocabulary. Remove "
+                "it, or leave vocab_size at the teacher's."
             )
         if is_token_field(name):
             setattr(config, name, _translated(name, value, new_ids))
@@ -117,7 +117,9 @@ def translate_token_ids(config: Any, new_ids: Mapping[int, int]) -> list[str]:
             kept = [words for words in value if all(index in new_ids for index in _flat(words))]
             setattr(config, name, [_map_nested(words, new_ids) for words in kept] or None)
             if len(kept) < len(value):
-                notes.append(f"{name} names words of tokens that the smaller vocabulary does not have: they are left out.")
+                notes.append(
+                    f"{name} names words of tokens that the smaller vocabulary does not have: they are left out."
+                )
     return notes
 
 
@@ -128,8 +130,8 @@ def _translated(name: str, value: Any, new_ids: Mapping[int, int]) -> Any:
         return value  # -1 is no token
     if value not in new_ids:
         raise VocabularyError(
-            f"The config's {name} is {value}, which is not a token of the teacher's tokenizer. Correct it, or leave vocab_size at "
-            "the teacher's."
+            f"The config's {name} is {value}, which is not a token of the teacher's tokenizer. Correct it, or leave "
+            "vocab_size at the teacher's."
         )
     return new_ids[value]
 
@@ -186,7 +188,13 @@ def select_token_rows(model: PreTrainedModel, kept_ids: Sequence[int]) -> PreTra
     """
     devices = {parameter.device for parameter in model.parameters()}
     if has_adapter(model) or getattr(model, "is_quantized", False) or len(devices) > 1:
-        what = "has an adapter" if has_adapter(model) else "is quantized" if len(devices) == 1 else "is on several devices"
+        what = (
+            "has an adapter"
+            if has_adapter(model)
+            else "is quantized"
+            if len(devices) == 1
+            else "is on several devices"
+        )
         raise VocabularyError(
             f"The teacher has to be cut to a smaller vocabulary, and it {what}. Load it without, on one device."
         )
@@ -208,7 +216,7 @@ def select_token_rows(model: PreTrainedModel, kept_ids: Sequence[int]) -> PreTra
     small.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     if small.generation_config is not None:
         translate_token_ids(small.generation_config, {old: new for new, old in enumerate(kept_ids)})
-    return small.requires_grad_(False).train(model.training).to(rows.device)  # type: ignore[no-any-return]
+    return small.requires_grad_(False).train(model.training).to(rows.device)
 
 
 def attach_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:

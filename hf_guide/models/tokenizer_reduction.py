@@ -34,7 +34,7 @@ def tokenizer_spec(tokenizer: Any) -> dict[str, Any]:
             f"tokenizer.json, with a {', '.join(SUPPORTED_MODELS[:-1])} or {SUPPORTED_MODELS[-1]} model. Leave vocab_size at "
             "the teacher's, or convert the tokenizer to a fast one."
         )
-    return json.loads(backend.to_str())  # type: ignore[no-any-return]
+    return json.loads(backend.to_str())
 
 
 def reduce_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> PreTrainedTokenizerBase:
@@ -73,7 +73,7 @@ def reduce_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> PreTrainedToken
             f"The reduced tokenizer loads as a {type(reduced).__name__} with other ids than were kept, such as {changed[0]}: "
             f"the vocabulary of {type(tokenizer).__name__} cannot be reduced. Leave vocab_size at the teacher's."
         )
-    return reduced  # type: ignore[no-any-return]
+    return reduced
 
 
 def reduce_spec(spec: Mapping[str, Any], kept_ids: Sequence[int]) -> dict[str, Any]:
@@ -97,7 +97,11 @@ def reduce_spec(spec: Mapping[str, Any], kept_ids: Sequence[int]) -> dict[str, A
         model["merges"] = [
             merge for merge in model["merges"] if {*merge_pair(merge), "".join(merge_pair(merge))} <= pieces.keys()
         ]
-    vocab = {piece[0]: index for index, piece in enumerate(model["vocab"])} if model["type"] == "Unigram" else model["vocab"]
+    vocab = (
+        {piece[0]: index for index, piece in enumerate(model["vocab"])}
+        if model["type"] == "Unigram"
+        else model["vocab"]
+    )
     for token in reduced["added_tokens"] or ():
         token["id"] = new_ids[token["id"]]
     vocab = {**vocab, **{token["content"]: token["id"] for token in reduced["added_tokens"] or ()}}

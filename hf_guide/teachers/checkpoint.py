@@ -46,7 +46,9 @@ class TeacherCheckpoint:
     revision: str | None  # the commit, where it is known
     dtype: torch.dtype  # the floating dtype that most of its numbers are stored in
     tokenizer: Any = None  # of its vocabulary, where that is not the one among its files
-    whole: "TeacherCheckpoint | None" = None  # the checkpoint with its whole vocabulary, where this one has a part of it
+    whole: "TeacherCheckpoint | None" = (
+        None  # the checkpoint with its whole vocabulary, where this one has a part of it
+    )
 
 
 def open_teacher(
