@@ -58,6 +58,7 @@ from hf_guide.distillation.student_init import (
     align_student_special_tokens,
     init_student_from_teacher,
     validate_student,
+    validate_tokenizer,
     validate_trainable,
     wrap_with_peft,
 )
@@ -241,6 +242,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         args, processing_class = self.args, self.processing_class
         drop_code_references(processing_class)  # what a checkpoint pushes is saved and uploaded in one go
         validate_unwrapped(self.model, "student")
+        validate_tokenizer(self.model, processing_class)
         align_student_special_tokens(self.model, processing_class)
         student = self.unwrapped_student
         check_shardable(student, "student", self.accelerator)

@@ -24,6 +24,7 @@ from hf_guide.hub.push import attach_record, fetch_card
 from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
 from hf_guide.models.sentence_modules import attached_sentence_modules
+from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.utils.finite import check_weights_finite
 
 
@@ -40,6 +41,9 @@ class StudentFilesTrainer(StepCheckedTrainer):
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
         if self.args.should_save:
+            tokenizer = attached_tokenizer(self.unwrapped_student)
+            if tokenizer is not None and self.processing_class is None:  # otherwise `Trainer` has saved the same one
+                tokenizer.save_pretrained(folder)
             self._save_sentence_modules(folder)
             clean_saved_folder(folder)
             remove_local_paths(folder)

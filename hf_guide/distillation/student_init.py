@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.trainer_utils import align_special_tokens
 
 from hf_guide.data.sentence_collator import CollatedBatches
-from hf_guide.errors import OptionError
+from hf_guide.errors import OptionError, VocabularyError
 from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped, without_adapter
+from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.signal_cache.reader import Capture
 
 _CALIBRATION_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
@@ -64,7 +65,14 @@ def init_student_from_teacher(
             chosen["calibration_dataset"] = train_dataset
         elif data_collator is not None and train_dataset is not None:
             chosen["calibration_dataset"] = CollatedBatches(train_dataset, data_collator)
-    return from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it raises for any other module
+    made = from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it raises for any other module
+    if attached_tokenizer(made) is not None:
+        raise OptionError(
+            f"The student's vocabulary is reduced to {made.config.vocab_size} pieces, so the data, which are tokenized "
+            "already, have other ids. Make the student first, student = from_teacher(...), save it, tokenize the data with "
+            "the tokenizer of its folder, and pass both."
+        )
+    return made
 
 
 def _takes_rows(dataset: Any, data_collator: Any) -> bool:
@@ -114,6 +122,22 @@ def validate_trainable(student: nn.Module) -> None:
             "No parameter of the student is trainable: all have requires_grad=False. Unfreeze some with requires_grad_(True), "
             "pass peft_config, or load a saved adapter with PeftModel.from_pretrained(..., is_trainable=True)."
         )
+
+
+def validate_tokenizer(student: Any, processing_class: Any) -> None:
+    """Check that the batches of a student whose vocabulary was reduced are made by its own tokenizer.
+
+    Raises:
+        VocabularyError: They are made by another one, such as its teacher's.
+    """
+    own, given = attached_tokenizer(student), getattr(processing_class, "tokenizer", processing_class)
+    if own is None or not hasattr(given, "get_vocab") or own.get_vocab() == given.get_vocab():
+        return
+    raise VocabularyError(
+        f"The student has {len(own)} of its teacher's tokens, and processing_class {len(given)}: its ids mean other tokens to "
+        "the student. Tokenize the data with the tokenizer that the student is saved with, "
+        "AutoTokenizer.from_pretrained(folder of the student), and pass it as processing_class."
+    )
 
 
 def align_student_special_tokens(student: Any, processing_class: Any) -> None:

@@ -20,6 +20,7 @@ from hf_guide.teachers.inputs import build_teacher_inputs
 from hf_guide.teachers.loading import load_teachers, model_name, teacher_tokenizer
 from hf_guide.teachers.patches import normalizes_patches
 from hf_guide.teachers.processors import batch_tokenizer
+from hf_guide.teachers.vocabulary import with_vocabulary_of
 
 
 def build_live_teachers(
@@ -43,7 +44,9 @@ def build_live_teachers(
     if len(shares) != len(models):
         raise OptionError(f"There are {len(shares)} teacher_weights for {len(models)} teachers; give one weight each.")
     teachers = []
-    for model, share in zip(models, shares, strict=True):
+    tokenizer = batch_tokenizer(processing_class, student)
+    for whole, share in zip(models, shares, strict=True):
+        model = with_vocabulary_of(whole, tokenizer, init_kwargs)
         if model.main_input_name != student.main_input_name:
             raise TaskError(
                 f"The teacher {model_name(model)} reads {model.main_input_name}, the student {student.main_input_name}: "
@@ -55,11 +58,11 @@ def build_live_teachers(
         if task.is_language_model:
             sizes = [each.get_output_embeddings().weight.shape[0] for each in (student, model)]
             own_tokenizer = teacher_tokenizer(model, init_kwargs)
-            classes = shared_vocabulary_size(batch_tokenizer(processing_class, student), own_tokenizer, *sizes)
+            classes = shared_vocabulary_size(tokenizer, own_tokenizer, *sizes)
         elif task.row.outputs[0].classes == "characters":
             sizes = [each.config.vocab_size for each in (student, model)]
-            tokenizers = batch_tokenizer(processing_class, student), teacher_tokenizer(model, init_kwargs)
-            check_same_tokens(student.config, model.config, shared_vocabulary_size(*tokenizers, *sizes))
+            own_tokenizer = teacher_tokenizer(model, init_kwargs)
+            check_same_tokens(student.config, model.config, shared_vocabulary_size(tokenizer, own_tokenizer, *sizes))
         elif task.row.outputs[0].classes == "labels":
             order = align_labels(student.config, model.config, task)
         inputs = build_teacher_inputs(model, task, processing_class, student=student, init_kwargs=init_kwargs)

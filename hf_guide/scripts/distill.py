@@ -27,9 +27,11 @@ from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistil
 from hf_guide.distillation.checkpoints import has_checkpoints, validate_checkpoint
 from hf_guide.distillation.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError, one_paragraph
+from hf_guide.modeling import from_teacher
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.modes import on_meta_device
 from hf_guide.models.pretrained import load_config, load_processing_class, unreadable_as
+from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.scripts.config_file import parse_config
 from hf_guide.scripts.error_rates import TranscriptErrorRates
 from hf_guide.scripts.text_scores import GeneratedTextScores
@@ -85,7 +87,8 @@ def distill(config: DistillConfig) -> dict[str, float]:
     _check_generation(checkpoints.task, args, data)
     train, held_out = load_splits(data)
     labels, label_kind = _labels_of(checkpoints, models, train, data)
-    processing_class = _load_processing_class(checkpoints, models, args)
+    student = _init_with_own_vocabulary(checkpoints, args, train)
+    processing_class = attached_tokenizer(student) or _load_processing_class(checkpoints, models, args)
     set_chat_template(processing_class, data.chat_template_path)
     with args.main_process_first(desc="preprocessing the dataset"):
         processed = preprocess(
@@ -101,7 +104,7 @@ def distill(config: DistillConfig) -> dict[str, float]:
         )
     if processed.keep_columns:
         args.remove_unused_columns = False
-    student = _load_student(checkpoints, models, labels if checkpoints.needs_new_head else None, label_kind)
+    student = student or _load_student(checkpoints, models, labels if checkpoints.needs_new_head else None, label_kind)
     metrics = _metrics_of(checkpoints.task, label_kind, processing_class, args)
     trainer = _make_trainer(
         student, args, processed, processing_class, metrics, checkpoints.task, _make_peft_config(models)
@@ -346,6 +349,29 @@ def task_of_config(config: PreTrainedConfig) -> Task | None:
         except TaskError:
             continue
     return None
+
+
+def _init_with_own_vocabulary(
+    checkpoints: _Checkpoints, args: DistillationArguments, train: Dataset
+) -> PreTrainedModel | None:
+    """Return a student whose vocabulary is smaller than its teacher's, before the data are tokenized by its own tokenizer.
+
+    The pieces are chosen by the training data, unless `student_init_kwargs` has a `calibration_dataset`. None of other
+    students, which the trainer initializes.
+    """
+    requested: dict[str, Any] = dict(args.student_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+    size, teacher_size = requested.get("vocab_size"), getattr(checkpoints.teacher_config, "vocab_size", None)
+    if not isinstance(size, int) or not isinstance(teacher_size, int) or size >= teacher_size:
+        return None
+    source = requested.pop("teacher", None) or checkpoints.teacher_name
+    if source is None:
+        raise OptionError(
+            "A teacher_cache has the tokens of the teacher's whole vocabulary, and student_init_kwargs has a smaller "
+            "vocab_size. Set teacher instead; or make the student with `hf-guide init`, and capture the teacher with the tokenizer of its "
+            "folder."
+        )
+    options = hub_kwargs(args.teacher_init_kwargs) | {"trust_remote_code": is_trusted(args.teacher_init_kwargs)}  # type: ignore[arg-type]
+    return from_teacher(source, **(options | {"calibration_dataset": train} | requested))
 
 
 def _load_student(

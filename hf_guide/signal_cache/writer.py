@@ -46,6 +46,7 @@ from hf_guide.signal_cache.shards import (
 from hf_guide.tasks import Task, task_of
 from hf_guide.teachers.forward import TeacherRunner
 from hf_guide.teachers.loading import load_teacher
+from hf_guide.teachers.vocabulary import with_vocabulary_of
 from hf_guide.utils.checksums import file_checksum
 from hf_guide.utils.distributed import RankMonitor, barrier, rank_and_world_size
 from hf_guide.utils.fingerprint import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
@@ -279,7 +280,8 @@ def capture_teacher(
         teacher: A Hub id, a folder or a loaded model.
         dataset: What the student will be trained on, processed as for `Trainer`; it has a length and an index.
         output_dir: A new or empty folder, or one that the same call began.
-        processing_class: The tokenizer or processor; its fingerprint is stored, and it pads.
+        processing_class: The tokenizer or processor; its fingerprint is stored, and it pads. Where it has some of the
+            teacher's tokens alone (a student with a smaller `vocab_size`), the outputs are of these tokens.
         data_collator: As for training, except for its padding; by default one that pads. Of a `SentenceCollator` every text,
             or pair of texts, is an example of the capture.
         config: A `CaptureConfig` or a mapping of its fields.
@@ -326,10 +328,11 @@ def capture_teacher(
         token=token,
         trust_remote_code=trust_remote_code,
     )
+    hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+    model = with_vocabulary_of(model, processing_class, hub)
     task = task_of(model)
     collate = TeacherBatchCollator(model, task, data_collator, processing_class, options.remove_unused_columns)
     with eval_mode(model):
-        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         runner = TeacherRunner(model, task, processing_class, hub)
         manifest = build_manifest(teacher, runner, collate([dataset[0]]), examples, processing_class, options)
         capture = CaptureRunner(folder, manifest, runner, dataset, collate, dataloader_num_workers)

@@ -1,7 +1,8 @@
 """Match a teacher's classes with the student's: tokens of two vocabularies, labels of two classifiers, queries, patches.
 
 Does: compare tokenizers and configs, before the first step.
-Does not: look at weights, or map one tokenizer's tokens onto another's.
+Does not: look at weights, or map one tokenizer's tokens onto another's (`vocabulary.py` does, where one has some of the
+other's).
 """
 
 from typing import Any
@@ -34,7 +35,7 @@ def shared_vocabulary_size(
         VocabularyError: The vocabularies differ: both sizes and the first token that differs are named; or a tokenizer is
             missing.
     """
-    student_tokens, teacher_tokens = _tokens_by_id(student_tokenizer), _tokens_by_id(teacher_tokenizer)
+    student_tokens, teacher_tokens = tokens_by_id(student_tokenizer), tokens_by_id(teacher_tokenizer)
     sizes = f"The student's vocabulary has {student_size} classes and the teacher's {teacher_size}"
     if student_tokens is None or teacher_tokens is None:
         if student_size == teacher_size:
@@ -187,7 +188,7 @@ def _subclass_hint(student: PreTrainedConfig, classes: int) -> str:
     )
 
 
-def _tokens_by_id(tokenizer: Any | None) -> list[str | None] | None:
+def tokens_by_id(tokenizer: Any | None) -> list[str | None] | None:
     """Return the tokens by id, None at an unused id; None for a processor without a vocabulary."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer is None or not hasattr(tokenizer, "get_vocab"):

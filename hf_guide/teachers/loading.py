@@ -17,6 +17,7 @@ from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError
 from hf_guide.models.adapters import validate_unwrapped
 from hf_guide.models.model_classes import candidate_model_classes
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
+from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.tasks import Task, task_of, task_of_class_name
 from hf_guide.teachers.isolation import check_no_shared_parameters, check_teachers_independent
 
@@ -239,7 +240,9 @@ def model_name(model: Any) -> str:
 
 
 def teacher_tokenizer(model: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
-    """Return the tokenizer among a model's files; None if there is none or it cannot be loaded (see `find_tokenizer`)."""
+    """Return a model's tokenizer, attached to it or among its files; None if it has none that loads (see `find_tokenizer`)."""
+    if attached_tokenizer(model) is not None:
+        return attached_tokenizer(model)
     name = model.config._name_or_path
     return find_tokenizer(name, **hub_kwargs(init_kwargs)) if name else None
 

@@ -18,6 +18,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 from hf_guide.errors import TeacherError
 from hf_guide.models.adapters import forward_parameters, without_adapter
 from hf_guide.models.pretrained import find_tokenizer
+from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.tasks import Task
 from hf_guide.teachers.alignment import shared_vocabulary_size
 
@@ -169,9 +170,10 @@ def check_processors(
     if tokenizer is None or not teacher.config._name_or_path:
         return InputConversion(pixels, sounds)
     safe = {key: value for key, value in hub.items() if key != "trust_remote_code"}
-    teacher_processor = find_tokenizer(teacher.config._name_or_path, **safe)
+    teacher_processor = attached_tokenizer(teacher) or find_tokenizer(teacher.config._name_or_path, **safe)
     if (
         teacher_processor is not None
+        and attached_tokenizer(teacher) is None
         and task is Task.TOKEN_CLASSIFICATION
         and getattr(tokenizer, "add_prefix_space", None)
     ):
@@ -205,7 +207,7 @@ def _warn_of_chat_templates(name: str) -> None:
 
 
 def batch_tokenizer(processing_class: Any, student: Any = None) -> Any:
-    """Return the tokenizer of the batches: the processor's, else the one among the student's files; None if not known.
+    """Return the tokenizer of the batches: the processor's, else the student's, attached or among its files, else None.
 
     Scripts for speech pass the feature extractor alone as `processing_class`.
     """
@@ -213,7 +215,7 @@ def batch_tokenizer(processing_class: Any, student: Any = None) -> Any:
     if hasattr(tokenizer, "get_vocab"):
         return tokenizer
     name = getattr(student.config, "_name_or_path", "") if student is not None else ""
-    return find_tokenizer(name) if name else None
+    return attached_tokenizer(student) or (find_tokenizer(name) if name else None)
 
 
 def num_token_rows(model: Any) -> int | None:
