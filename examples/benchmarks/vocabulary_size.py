@@ -1,10 +1,10 @@
 """How small a vocabulary costs how much, and whether its parameters are better spent on width and depth?
 
 Of the tokenizer of SmolLM2-135M the pieces are kept that the training text uses. For each size: what held-out text costs
-(share of its tokens that are kept, tokens it takes), the teacher itself with the kept rows alone, and students of equal parameters,
-calibrated and then distilled from a cache of the teacher cut to their vocabulary. All in bits per byte of the same held-out
-text, which compares tokenizers; seeds change the split of the text, the order, and whatever is random. One JSON line a seed
-and arm is appended to --output; what is there already is not run again.
+(share of its tokens that are kept, tokens it takes), the teacher itself with the kept rows alone, and students of equal
+parameters, calibrated and then distilled from a cache of the teacher cut to their vocabulary. All in bits per byte of the same
+held-out text, which compares tokenizers; seeds change the split of the text, the order, and whatever is random. One JSON line
+a seed and arm is appended to --output; what is there already is not run again.
 
     python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms teacher
     python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms students

@@ -367,8 +367,8 @@ def _init_with_own_vocabulary(
     if source is None:
         raise OptionError(
             "A teacher_cache has the tokens of the teacher's whole vocabulary, and student_init_kwargs has a smaller "
-            "vocab_size. Set teacher instead; or make the student with `hf-guide init`, and capture the teacher with the tokenizer of its "
-            "folder."
+            "vocab_size. Set teacher instead; or make the student with `hf-guide init`, and capture the teacher with the "
+            "tokenizer of its folder."
         )
     options = hub_kwargs(args.teacher_init_kwargs) | {"trust_remote_code": is_trusted(args.teacher_init_kwargs)}  # type: ignore[arg-type]
     return from_teacher(source, **(options | {"calibration_dataset": train} | requested))

@@ -29,7 +29,7 @@ def student(folder):
 
 
 def make_trainer(student, tmp_path, **options):
-    tokenizer = options.pop("tokenizer", attached_tokenizer(student))
+    tokenizer = options.pop("tokenizer", None) or attached_tokenizer(student)
     rows = [{"input_ids": ids, "labels": ids} for ids in [tokenizer(TEXT)["input_ids"][:24]] * 4]
     losses = options.pop("losses", {"kd": 1.0})
     args = DistillationArguments(
