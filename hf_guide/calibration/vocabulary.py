@@ -33,7 +33,8 @@ from hf_guide.models.token_rows import (
     vocabulary_axes,
 )
 from hf_guide.models.tokenizer_reduction import reduce_spec, reduce_tokenizer, tokenizer_spec
-from hf_guide.teachers.checkpoint import TeacherCheckpoint, TensorSource
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.teachers.tensor_source import TensorSource
 
 HELD_OUT_EVERY = 10
 """Every tenth text is left out of the counts by which the reported share of tokens is measured."""
@@ -82,12 +83,15 @@ class VocabularyReducer:
         OptionError: There is no text.
 
     Example:
-        >>> from transformers import AutoTokenizer
-        >>> tokenizer = AutoTokenizer.from_pretrained("HuggingFaceTB/SmolLM2-135M")
-        >>> reducer = VocabularyReducer(tokenizer, ["the cat sat on the mat", "the dog"])
-        >>> smaller = reducer.reduce(reducer.min_size + 5)
-        >>> smaller.tokenizer.decode(smaller.tokenizer("any text é")["input_ids"])
-        'any text é'
+        >>> from tokenizers import ByteLevelBPETokenizer
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> trained = ByteLevelBPETokenizer()
+        >>> trained.train_from_iterator(["the cat sat on the mat"] * 9, show_progress=False)
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
+        >>> reducer = VocabularyReducer(tokenizer, ["the cat", "the mat"])
+        >>> smaller = reducer.reduce(reducer.min_size + 3).tokenizer
+        >>> smaller.tokenize("the cat"), smaller.decode(smaller("any text é")["input_ids"])
+        (['the', 'Ġ', 'c', 'at'], 'any text é')
     """
 
     def __init__(self, tokenizer: Any, texts: Iterable[str], required: Collection[int] = ()):
@@ -238,12 +242,12 @@ def cut_vocabulary(
 
 
 @dataclass(frozen=True)
-class _SelectedRows:
+class _SelectedRows(TensorSource):
     """A teacher's tensors, of which those with an entry for each token have the kept ones alone."""
 
     weights: TensorSource
     axes: Mapping[str, int]
-    rows: Tensor
+    kept: Tensor
 
     def keys(self) -> Collection[str]:
         return self.weights.keys()
@@ -251,7 +255,7 @@ class _SelectedRows:
     def shape(self, name: str) -> torch.Size:
         shape = list(self.weights.shape(name))
         if name in self.axes:
-            shape[self.axes[name]] = len(self.rows)
+            shape[self.axes[name]] = len(self.kept)
         return torch.Size(shape)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -259,7 +263,21 @@ class _SelectedRows:
 
     def get(self, name: str) -> Tensor:
         tensor = self.weights.get(name)
-        return tensor.index_select(self.axes[name], self.rows.to(tensor.device)) if name in self.axes else tensor
+        return tensor.index_select(self.axes[name], self.kept.to(tensor.device)) if name in self.axes else tensor
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if self.axes.get(name) == 0:
+            kept = self.kept[start:stop]
+            between = self.weights.rows(name, int(kept[0]), int(kept[-1]) + 1)  # ids ascend
+            return between.index_select(0, (kept - kept[0]).to(between.device))
+        tensor = self.weights.rows(name, start, stop)
+        return tensor.index_select(self.axes[name], self.kept.to(tensor.device)) if name in self.axes else tensor
+
+    def prefetch(self, name: str) -> None:
+        self.weights.prefetch(name)
+
+    def check_unchanged(self) -> None:
+        self.weights.check_unchanged()
 
 
 def with_vocabulary(teacher: TeacherCheckpoint, vocabulary: ReducedVocabulary) -> TeacherCheckpoint:
