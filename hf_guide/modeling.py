@@ -296,8 +296,8 @@ def _from_teacher_of_budget(
     if "vocab_size" in overrides:
         raise OptionError(
             f"vocab_size cannot be given with {', '.join(given)}. Make the smaller vocabulary first: save "
-            "from_teacher(teacher, vocab_size=..., calibration_dataset=texts, method='uniform') in a folder, which is the teacher "
-            f"with fewer tokens, and pass that folder as teacher with {', '.join(given)}."
+            "from_teacher(teacher, vocab_size=..., calibration_dataset=texts, method='uniform') in a folder, the "
+            f"teacher with fewer tokens, and pass that folder as teacher with {', '.join(given)}."
         )
     shapes = find_shapes(teacher, **budget, calibration_cache_dir=calibration_cache_dir, **shared, **overrides)
     folder = search_folder(calibration_cache_dir, START_FOLDER)

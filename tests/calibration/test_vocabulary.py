@@ -217,8 +217,19 @@ def test_padded_rows_alone_need_no_choice(llama):
         (CHOSEN, {"vocab_size": 400, "eos_token_id": 3}, OptionError, "eos_token_id and vocab_size"),
         (["", ""], {"vocab_size": 400}, OptionError, "not one token"),
         (CHOSEN, {}, OptionError, "uses no data"),
+        (CHOSEN, {"vocab_size": 400, "num_parameters": "50%"}, OptionError, "Make the smaller vocabulary first"),
     ],
-    ids=["no text", "too small", "tokenized", "self-generated", "iterator", "special token", "empty", "no vocabulary"],
+    ids=[
+        "no text",
+        "too small",
+        "tokenized",
+        "self-generated",
+        "iterator",
+        "special token",
+        "empty",
+        "no vocabulary",
+        "budget",
+    ],
 )
 def test_what_cannot_choose_a_vocabulary_is_refused(llama, dataset, overrides, error, message):
     with pytest.raises(error, match=message):
