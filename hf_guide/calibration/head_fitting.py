@@ -21,6 +21,9 @@ LOGIT_SCALE_TOKENS = 1024
 TOKENS_AT_A_TIME = 128
 """Tokens whose logits are in memory together, in float32 or better."""
 
+MULTIPLIER_TOKENS = 16
+"""Tokens whose logits are compared with the head's output."""
+
 NEWTON_STEPS = 8
 EMBEDDING_WEIGHT, MIN_TOKEN_FREQUENCY = 0.003, 0.1
 """Of `fit_tied_embedding`: the weight of a token's embedding error at an even frequency, and the least relative frequency."""
@@ -270,9 +273,9 @@ class HeadFitter:
         with removable_hooks() as handles:
             handles.append(self.student.module.register_forward_hook(lambda _, args, output: outputs.append(output)))
             logits = state.student_run.forward(0, rows=count_rows(state.batches[0], 1)).logits
-        head_output = outputs[-1].double()
-        multiplier = ((head_output * logits).sum() / head_output.square().sum()).item()
         eps = max_eps(outputs[-1].dtype, logits.dtype)
+        head_output, logits = (each.flatten(0, -2)[:MULTIPLIER_TOKENS].double() for each in (outputs[-1], logits))
+        multiplier = ((head_output * logits).sum() / head_output.square().sum()).item()
         if (logits - multiplier * head_output).abs().max() > max(1e-4, eps) * logits.abs().max():
             return None
         return 1.0 if abs(multiplier - 1) < 1e-6 else multiplier
