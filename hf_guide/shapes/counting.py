@@ -4,7 +4,6 @@ Each dimension of each parameter is an affine function of the size fields, whose
 time in a model on the meta device: the number of parameters of any shape is then a sum of products, for all shapes at once.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,13 +135,15 @@ def _group_parameters(probe: ModelProbe, fields: SizeFields) -> list[_Group]:
     kept = dict(fields.kept)
     if fields.head_size_field is not None and fields.head_size is not None:
         kept[fields.head_size_field] = fields.head_size
+    # Stated, so that none follows another: as many key/value heads as heads, for one.
+    kept |= {each.name: each.size for each in fields.fields if each.role is SizeRole.KEY_VALUE_HEADS}
     base = probe.build(kept)
     if base is None:
         raise LayoutError(f"No {probe.model_class.__name__} can be built with {kept}, the teacher's own sizes.")
     slopes = {
-        each.name: _slopes(probe, kept, each.name, each.size, base[1])
+        each.name: _slopes(probe, kept, fields.moved_by(each), each.size, base[1])
         for each in fields.fields
-        if each.role is not SizeRole.DEPTH
+        if each.role is not SizeRole.DEPTH and not fields.follows(each)
     }
     layout, head = layout_for(base[0], probe.model_class), _tied_table(base[1])
     occurrences = Counter(_without_index(name, fields) for name, _ in base[1].named_parameters())
@@ -178,19 +179,17 @@ def _without_index(name: str, fields: SizeFields) -> str:
 
 
 def _slopes(
-    probe: ModelProbe, kept: Mapping[str, int], name: str, size: int, base: PreTrainedModel
+    probe: ModelProbe, kept: Mapping[str, int], names: list[str], size: int, base: PreTrainedModel
 ) -> dict[str, list[float]]:
-    """Return, by parameter, the slope of each dimension in one field.
+    """Return, by parameter, the slope of each dimension in one field, and in those that are always equal to it.
 
     Raises:
         LayoutError: No other value of the field makes a model with the same parameters.
     """
     shapes = {each: tuple(parameter.shape) for each, parameter in base.named_parameters()}
-    for divisor in (2, 3, 5, math.inf):
-        other = size - 1 if divisor == math.inf else size // int(divisor)
-        if not 1 <= other < size or (divisor != math.inf and size % divisor):
-            continue
-        built = probe.build({**kept, name: other})
+    divided = [size // divisor for divisor in (2, 3, 5) if size % divisor == 0]
+    for other in (*divided, size - 1, 2 * size):
+        built = probe.build({**kept, **dict.fromkeys(names, other)}) if other >= 1 else None
         if built is None:
             continue
         changed = {each: tuple(parameter.shape) for each, parameter in built[1].named_parameters()}
@@ -202,7 +201,7 @@ def _slopes(
     if size == 1:  # it cannot be smaller
         return {each: [0.0] * len(shape) for each, shape in shapes.items()}
     raise LayoutError(
-        f"How the parameters of {probe.model_class.__name__} depend on {name} could not be found, so its shapes cannot be "
+        f"How the parameters of {probe.model_class.__name__} depend on {names[0]} could not be found, so its shapes cannot be "
         "enumerated for a budget. Pass the sizes themselves."
     )
 

@@ -128,7 +128,7 @@ class ShapeEnumerator:
         return [
             {
                 each.name: choice
-                if each is main
+                if each.size == main.size
                 else min(each.size, max(step, step * round(each.size * choice / main.size / step)))
                 for each in self.fields.of(role)
             }

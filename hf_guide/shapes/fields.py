@@ -79,6 +79,15 @@ class SizeFields:
         """Return the fields of a role."""
         return [each for each in self.fields if each.role is role]
 
+    def follows(self, field: SizeField) -> bool:
+        """Return whether a field is always equal to another of its role: a width that the teacher has twice."""
+        main = self.main(SizeRole.WIDTH)
+        return field.role is SizeRole.WIDTH and main is not None and field is not main and field.size == main.size
+
+    def moved_by(self, field: SizeField) -> list[str]:
+        """Return the name of a field, and those of the fields that follow it."""
+        return [field.name, *(each.name for each in self.of(field.role) if each is not field and self.follows(each))]
+
     def main(self, role: SizeRole) -> SizeField | None:
         """Return the field of a role that the others follow: the largest; None where there is none."""
         return max(self.of(role), key=lambda each: each.size, default=None)
@@ -261,13 +270,14 @@ def _head_size_rule(
         return False, None
     width = max(widths, key=lambda each: each.size)
     for other in _other_values(width.size, {}):
-        built = probe.build({width.name: other})
+        changed = {each.name: other for each in widths if each.size == width.size}
+        built = probe.build(changed)
         if built is None:
             continue
         if config_sizes(layout, built[0]).get("head_dim") == head_size:
             return False, None
         for name in HEAD_SIZE_FIELDS:
-            stated = probe.build({width.name: other, name: head_size})
+            stated = probe.build({**changed, name: head_size})
             if stated is not None and config_sizes(layout, stated[0]).get("head_dim") == head_size:
                 if _uses_head_size(layout, *stated):
                     return False, name

@@ -1,7 +1,7 @@
 """Score shapes by the loss of an untrained calibrated start on calibration data that the start has not seen.
 
-The teacher is run once for statistics that all shapes share. Every shape gets a quick start, in which nothing is refitted, and
-the best of them a whole one: with `WHOLE_STARTS` of these the search costs a few times one `from_teacher`. With a folder, an
+The teacher is run once for statistics that all shapes share. Every shape gets a quick start, refitted on a part of the data,
+and the best of them a whole one: with `WHOLE_STARTS` of these the search costs a few times one `from_teacher`. With a folder, an
 interrupted search continues: only self-generated text is generated again.
 """
 
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.collection import collect_calibration, running_teacher
-from hf_guide.calibration.config import CalibratedConfig, Refit
+from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
 from hf_guide.calibration.forward import calibration_mode, forward_no_cache, running_device
 from hf_guide.calibration.modules import find_modules
@@ -41,6 +41,11 @@ HELD_OUT_SHARE = 0.25
 
 WHOLE_STARTS = 3
 """How many shapes get a whole start."""
+
+QUICK_SHARE = 0.125
+"""Of the batches that starts are calibrated on, those of a quick start; at least `MIN_QUICK_BATCHES`."""
+
+MIN_QUICK_BATCHES = 4
 
 MAX_REFERENCE_NUMBERS = 1 << 26
 """Numbers of the teacher's outputs that are kept to compare with: 256 MiB."""
@@ -94,7 +99,7 @@ class CalibratedScorer:
         bar = {"unit": "shape", "disable": not self.setup.show_progress}
         quick = [
             dataclasses.replace(each, quick_loss=self._loss(each, quick=True))
-            for each in tqdm(candidates, desc="shapes: without a refit", **bar)
+            for each in tqdm(candidates, desc="shapes: quick starts", **bar)
         ]
         quick.sort(key=lambda each: _rank_of(each.quick_loss))
         whole = [
@@ -134,11 +139,12 @@ class CalibratedScorer:
         return self.saved[key]
 
     def _start(self, candidate: ShapeCandidate, *, quick: bool) -> PreTrainedModel:
-        """Return the student of a candidate; a quick one has nothing refitted but the scale of its logits, on one batch."""
+        """Return the student of a candidate; a quick one is refitted on a part of the data."""
         config, calibration = self.config, dataclasses.replace(self.calibration, checkpoint=None)
         if quick:
-            config = dataclasses.replace(config, refit=Refit.NONE.value, ridge=None)
-            calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(1))
+            batches = calibration.teacher.batches
+            count = max(MIN_QUICK_BATCHES, round(QUICK_SHARE * len(batches)))
+            calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(count))
         influence = {stack: each.tolist() for stack, each in calibration.statistics.block_influence.items()}
         shape = self.resolve(candidate.overrides, influence)
         setup = dataclasses.replace(

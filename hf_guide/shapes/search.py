@@ -203,7 +203,7 @@ def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any
     if compared:
         how = (
             f"with the lowest loss ({best.loss:.3f} nats) on held-out calibration data of {len(compared)} calibrated starts, "
-            f"made of the best of {len(candidates)} shapes by a start without a refit"
+            f"made of the best of {len(candidates)} shapes by a quicker start"
         )
     else:
         how = f"with the lowest rule score ({best.rule_score:.2f}) of {len(candidates)} shapes"
@@ -238,8 +238,8 @@ def find_shapes(
 
     Widths, depths, heads (whole: of the teacher's size), key/value heads and experts are varied on a grid of multiples that
     hardware likes, and the MLP fills the budget to within 2 %. Without data they are ranked by a rule (`rule_scores`); with
-    calibration data by the loss of untrained `calibrated` students on a quarter of it: of a quick start of each, in which
-    nothing is refitted, then of whole starts of the best three.
+    calibration data by the loss of untrained `calibrated` students on a quarter of it: of a quick start of each, refitted on
+    an eighth of the rest, then of whole starts of the best three.
 
     Args:
         teacher: A Hub id, a folder, or a loaded model.

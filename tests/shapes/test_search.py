@@ -36,8 +36,8 @@ def test_parameters_counted_from_axes_are_those_of_the_model(name):
     smaller = dict(KINDS[name].smaller)
     if fields.head_size_field is not None:
         smaller[fields.head_size_field] = fields.head_size
-    sizes = {each.name: np.array([float(smaller.get(each.name, each.size))]) for each in fields.fields}
     config, model = probe.build({**fields.kept, **smaller})
+    sizes = {each.name: np.array([float(vars(config)[each.name])]) for each in fields.fields}
     assert ParameterCounter(probe, fields).count(sizes).parameters[0] == model.num_parameters()
     assert build_on_meta(teacher.model_class, config, teacher).num_parameters() == model.num_parameters()
 
