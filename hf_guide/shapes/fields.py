@@ -279,14 +279,14 @@ def _head_size_rule(
         for name in HEAD_SIZE_FIELDS:
             stated = probe.build({**changed, name: head_size})
             if stated is not None and config_sizes(layout, stated[0]).get("head_dim") == head_size:
-                if _uses_head_size(layout, *stated):
+                if axes_agree(layout, *stated):
                     return False, name
         return True, None
     return True, None
 
 
-def _uses_head_size(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel) -> bool:
-    """Return whether a model is built by the head size that its config states, rather than by its width."""
+def axes_agree(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel) -> bool:
+    """Return whether a model's heads are as many, and as large, as its config states: some follow the width instead."""
     sizes = config_sizes(layout, config)
     for name, parameter in model.named_parameters():
         match = layout.find(strip_base_prefix(name, model.base_model_prefix))

@@ -1,8 +1,8 @@
 """Score shapes by the loss of an untrained calibrated start on calibration data that the start has not seen.
 
-The teacher is run once for statistics that all shapes share. Every shape gets a quick start, refitted on a part of the data,
-and the best of them a whole one: with `WHOLE_STARTS` of these the search costs a few times one `from_teacher`. With a folder, an
-interrupted search continues: only self-generated text is generated again.
+The teacher is run once for statistics that all shapes share. Every shape gets a quick start, refitted on a part of the
+data, and the best of them a whole one: with `WHOLE_STARTS` of these the search costs a few times one `from_teacher`. With a
+folder, an interrupted search continues: only self-generated text is generated again.
 """
 
 import contextlib

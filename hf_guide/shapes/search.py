@@ -28,7 +28,15 @@ from hf_guide.shapes.budget import Budget
 from hf_guide.shapes.candidates import ShapeCandidate, are_alike, rule_scores
 from hf_guide.shapes.counting import ParameterCounter, exact_cost
 from hf_guide.shapes.enumeration import ShapeEnumerator, ShapeGrid, cache_width, fits_budget, overrides_of
-from hf_guide.shapes.fields import HEAD_SIZE_FIELDS, ModelProbe, SizeFields, SizeRole, build_on_meta, find_size_fields
+from hf_guide.shapes.fields import (
+    HEAD_SIZE_FIELDS,
+    ModelProbe,
+    SizeFields,
+    SizeRole,
+    axes_agree,
+    build_on_meta,
+    find_size_fields,
+)
 from hf_guide.shapes.scoring import CalibratedScorer
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
 
@@ -121,7 +129,7 @@ class ShapeSearch:
                 break
             if skipped[index]:
                 continue
-            if not self._is_valid(enumerator, grid, index, names):
+            if not self._is_valid(enumerator, grid, index, names, probe):
                 same = [grid.sizes[name] == grid.sizes[name][index] for name in names]
                 skipped |= np.logical_and.reduce(same)
                 continue
@@ -132,17 +140,16 @@ class ShapeSearch:
                 skipped |= are_alike(grid.sizes, index)
         return found
 
-    def _is_valid(self, enumerator: ShapeEnumerator, grid: ShapeGrid, index: int, names: list[str]) -> bool:
-        """Return whether the config allows the width and the heads of a shape: some want them to divide."""
-        overrides = overrides_of(grid, index, enumerator.fields, enumerator.fixed)
-        changed = {
-            name: size for name, size in overrides.items() if name in (*names, enumerator.fields.head_size_field)
-        }
-        try:
-            derive_student_config(self.teacher.config, {**self.overrides, **changed})
-        except HfGuideError:
-            return False
-        return True
+    def _is_valid(
+        self, enumerator: ShapeEnumerator, grid: ShapeGrid, index: int, names: list[str], probe: ModelProbe
+    ) -> bool:
+        """Return whether the family allows the width and the heads of a shape: in some, one follows from the other."""
+        fields = enumerator.fields
+        changed = overrides_of(grid, index, fields, enumerator.fixed)
+        changed = {name: size for name, size in changed.items() if name in (*names, fields.head_size_field)}
+        fixed = {name: enumerator.fixed[name] for name in names if name in enumerator.fixed}
+        built = probe.build({**fixed, **changed})
+        return built is not None and axes_agree(self.setup.layout, *built)
 
     def _count(
         self,
