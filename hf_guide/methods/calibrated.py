@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from hf_guide.calibration.basis import fit_activation_bases
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
+from hf_guide.calibration.cost import calibration_parts
 from hf_guide.calibration.data import check_calibration_dataset
 from hf_guide.calibration.forward import calibration_mode, running_device
 from hf_guide.calibration.head_fitting import find_head
@@ -49,6 +50,7 @@ from hf_guide.calibration.resume import calibration_cache_folder, describe_call
 from hf_guide.initialization.basis import ResidualBasis
 from hf_guide.initialization.build import untie_like_teacher
 from hf_guide.initialization.config import LayerSelection, PlanOptions
+from hf_guide.initialization.cost import CostEstimate
 from hf_guide.initialization.plan import Plan, make_plan
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup
 from hf_guide.initialization.report import InitializationReport
@@ -75,6 +77,11 @@ class CalibratedMethod(InitializationMethod):
             logit_scale=self.config.logit_scale,
             seed=self.config.seed,
         )
+
+    def estimate_cost(self, setup: StudentSetup) -> CostEstimate:
+        """Return the least memory and time of the transfer, of the passes of both models and of the fits."""
+        parts = [*super().estimate_cost(setup).parts, *calibration_parts(setup, self.config)]
+        return CostEstimate(parts, is_complete=False)
 
     def collect(self, setup: StudentSetup) -> dict[str, list[float]]:
         """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""

@@ -79,6 +79,18 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(monkeypatch: pytes
             from_teacher(tmp_path, hidden_size=32, method=method, show_progress=False)
 
 
+def test_a_calibration_that_does_not_fit_is_refused_before_the_teacher_is_loaded(monkeypatch, tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_guide.modeling.MIN_CHECKED_BYTES", 0)
+    monkeypatch.setattr("hf_guide.teachers.tensor_source.SafetensorsTensors.get", None)
+    monkeypatch.setattr(cost, "available_memory", lambda: 10**6)
+    few, many = ({"method": "calibrated", "calibration_tokens": tokens} for tokens in (64, 10**6))
+    estimate = plan_student(tmp_path, method=few, hidden_size=32).estimate
+    estimate.check_fits(estimate.memory_bytes)
+    with pytest.raises(ResourceError, match="at least .*the activations of 1000000 tokens.*fewer calibration_tokens"):
+        from_teacher(tmp_path, method=many, calibration_dataset=["a text"], hidden_size=32, show_progress=False)
+
+
 def test_the_estimate_is_shown_with_the_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr("hf_guide.modeling.MIN_CHECKED_BYTES", 0)
     from_teacher(small(), hidden_size=32)
