@@ -1,7 +1,7 @@
 """What `calibrated` takes besides the transfer of the weights: the teacher, the activations, and the fits.
 
-Not counted are the statistics, the logits, the fits of vocabulary tables, and the blocks of a stack that only runs within the whole
-model: what is estimated is the least.
+Not counted are the statistics, the logits, the fits of vocabulary tables, and the blocks of a stack that only runs within the
+whole model: what is estimated is the least.
 """
 
 from collections import Counter
