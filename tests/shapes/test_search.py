@@ -15,7 +15,7 @@ from tests.tiny import KINDS, same_bits
 
 
 def shapes_of(teacher, **options):
-    return find_shapes(teacher, **{"show_progress": False, "limit": 2, **options})
+    return find_shapes(teacher, **{"show_progress": False, "limit": 1, **options})
 
 
 @pytest.mark.parametrize("name", KINDS)
