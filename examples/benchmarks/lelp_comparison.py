@@ -37,16 +37,19 @@ from lelp_models import (
     make_student,
     make_teacher,
     make_tokenizer,
+    second_view,
     start_student,
 )
 from lelp_runs import Runs, best_settings, plan, report
 from lelp_training import (
     ARMS,
+    LONG,
     ORACLES,
     SPLITTERS,
     Settings,
     TrainingProblem,
     accuracy,
+    axes_of,
     fit_probe,
     loss_of,
     outputs_of,
@@ -88,22 +91,36 @@ class Bench:
         parts = (self.seen, self.unseen, self.validation, self.test)
         return torch.cat([part.known_tokens() for part in parts]).unique()
 
-    def problem(self, transfer: str, share: float) -> tuple[Batches, TrainingProblem]:
-        """Return what students are trained on: a share of the seen or of the unseen part."""
+    def problem(self, args: argparse.Namespace) -> tuple[Batches, TrainingProblem]:
+        """Return what students are trained on: a share of the seen or of the unseen part, or views of these images."""
+        transfer, share = args.transfer, args.share
         mine, other = (self.seen, self.unseen) if transfer == "seen" else (self.unseen, self.seen)
         rows = torch.arange(max(1, int(len(mine) * share)))
         signals = self.part_signals[transfer]
         if share < 1:
             mine = Batches(mine.data.take(rows), mine.tokenizer, mine.length)
-            signals = Signals(**{name: tensor[rows] for name, tensor in signals.tensors().items()})
+            signals = signals.take(rows)
+        if args.views:
+            mine = views_of(mine, args.views)
+            own = args.view_targets == "own"
+            signals = Signals.collect(self.teacher, mine) if own else signals.take(rows.repeat(args.views))
         others = self.part_signals["unseen" if transfer == "seen" else "seen"]
         weight = self.teacher.head.weight.detach()
         return mine, TrainingProblem(mine.data, signals, (others, other.data), weight)
 
 
+def views_of(batches: Batches, count: int) -> Batches:
+    """Return images moved at random, `count` times each, all images once before any is there twice."""
+    generator = torch.Generator().manual_seed(0)
+    moved = [second_view(batches.take(torch.arange(len(batches))), generator)["pixel_values"] for _ in range(count)]
+    views = batches.data.take(torch.arange(len(batches)).repeat(count))
+    return Batches(replace(views, inputs=torch.cat(moved)))
+
+
 def prepare(name: str, args: argparse.Namespace) -> Bench:
     """Read a set and have its teacher, from the output folder where it was trained before."""
-    data = read_set(name, args.fashion)
+    drawn = name.startswith("characters")
+    data = read_set(name, args.fonts if drawn else args.fashion)
     held = min(args.held_out, len(data) // 6)
     left = len(data) - 2 * held
     seen = min(args.seen, left * 2 // 3)
@@ -114,7 +131,15 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     teacher = make_teacher(data, args.images)
     kind = args.teacher if data.is_text else args.images
     views = not data.is_text or any(arm.endswith("-stable") for arm in args.arms)  # of images they cost little
-    marks = [name, kind, *map(str, sizes), str(args.teacher_steps), str(args.length), *(["views"] if views else [])]
+    marks = [
+        name,
+        *([args.fonts.name] if drawn and args.fonts else []),
+        kind,
+        *map(str, sizes),
+        str(args.teacher_steps),
+        str(args.length),
+        *(["views"] if views else []),
+    ]
     file = args.output / f"{'-'.join(marks)}.safetensors"
     batches_by_part = dict(zip(("seen", "unseen", "test"), (*parts[:2], parts[3]), strict=True))
     if file.is_file():
@@ -174,9 +199,10 @@ def one_run(
     except SubclassError as too_few:
         return {"skipped": f"{arm} {settings}: {too_few}"}
     torch.manual_seed(seed)
-    student = make_student(batches, args.images, outputs, bench.started)
+    student = make_student(batches, args.student or args.images, outputs, bench.started)
     loss = loss_of(arm, problem, settings, student, seed)
-    train(student, batches, loss, steps=run["steps"], batch=args.batch, rate=args.rate, seed=seed)
+    steps = run["steps"] * (LONG if arm == "oracle-long" else 1)
+    train(student, batches, loss, steps=steps, batch=args.batch, rate=args.rate, seed=seed)
     accuracies = {"validation": accuracy(student, bench.validation), "test": accuracy(student, bench.test)}
     return accuracies | {"teacher": bench.teacher_accuracy, "seconds": round(time.perf_counter() - began, 1)}
 
@@ -184,33 +210,47 @@ def one_run(
 def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
     """Do all runs of a set that are not done."""
     bench = prepare(name, args)
-    batches, problem = bench.problem(args.transfer, args.share)
+    batches, problem = bench.problem(args)
     if args.initialization != "scratch":
         bench.started = start_student(bench.teacher, batches, args.initialization, bench.tokens())
     common = plan(name, bench.test.data.is_text, args)
     for arm in args.arms:
         if arm in ORACLES and problem.data.fine_labels is None:
             continue
-        lelp = settings_of("lelp", args.grid, problem.data.classes)
-        lelp_settings = best_settings(runs, common, "lelp", lelp, range(args.tune_seeds))
-        tried = settings_of(arm, args.grid, problem.data.classes, lelp_settings)
-        if args.settings is not None and arm in SPLITTERS:
-            tried = [args.settings]
-        if not tried:
-            continue
-        wanted: Iterator[tuple[Settings, int]] = itertools.product(tried, range(args.tune_seeds))
-        for stage in ("tune", "all"):
-            if stage == "all":
-                chosen = best_settings(runs, common, arm, tried, range(args.tune_seeds))
-                fresh = range(args.tune_seeds, args.tune_seeds + args.seeds)
-                wanted = itertools.product([] if chosen is None else [chosen], fresh)
-            for settings, seed in wanted:
-                run = common | {"arm": arm, "settings": settings, "seed": seed}
-                if runs(run) is None:
-                    result = one_run(bench, batches, problem, run, args)
-                    runs.add(run, result)
-                    outcome = f"test {result['test']:.2%}, {result['seconds']} s" if "test" in result else "left out"
-                    print(f"{name} {arm} {settings} seed {seed}: {outcome}", flush=True)
+        for settings, seed in wanted_runs(arm, problem.data.classes, common, args, runs):
+            run = common | {"arm": arm, "settings": settings, "seed": seed}
+            if runs(run) is None:
+                result = one_run(bench, batches, problem, run, args)
+                runs.add(run, result)
+                outcome = f"test {result['test']:.2%}, {result['seconds']} s" if "test" in result else "left out"
+                print(f"{name} {arm} {settings} seed {seed}: {outcome}", flush=True)
+
+
+def wanted_runs(
+    arm: str, classes: int, common: dict[str, Any], args: argparse.Namespace, runs: Runs
+) -> Iterator[tuple[Settings, int]]:
+    """Yield the settings and seeds of an arm's runs, each to be done before the next is asked for."""
+    tune, fresh = range(args.tune_seeds), range(args.tune_seeds, args.tune_seeds + args.seeds)
+    known = runs.tuned_on(args.tuned_on, arm) if args.tuned_on else None
+    if known is not None or (args.tuned_on and arm == "ce"):
+        yield from itertools.product([known or {}], fresh)
+        return
+    lelp_settings, _ = runs.within(common, "lelp")
+    tried = settings_of(arm, "small" if args.grid == "axes" else args.grid, classes, lelp_settings)
+    axes = axes_of(arm, lelp_settings) if args.grid == "axes" and tried else {}
+    if axes:
+        tried, current = [], {name: values[0] for name, values in axes.items()}
+        for name, values in axes.items():
+            line = [current | {name: value} for value in values]
+            yield from itertools.product(line, tune)
+            current = best_settings(runs, common, arm, line, tune) or current
+            tried += [settings for settings in line if settings not in tried]
+    if args.settings is not None and arm in SPLITTERS:
+        tried = [args.settings]
+    if args.grid != "axes" or len(tried) > 1:  # without an alternative there is nothing to tune
+        yield from itertools.product(tried, tune)
+    chosen = best_settings(runs, common, arm, tried, tune) if tried else None
+    yield from itertools.product([] if chosen is None else [chosen], fresh)
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
@@ -220,7 +260,10 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(USUAL_ARMS))
     parser.add_argument("--seeds", type=int, default=5, help="that the chosen setting is measured with")
     parser.add_argument("--tune-seeds", type=int, default=2, help="that each setting is tried with")
-    parser.add_argument("--grid", choices=["one", "small", "full"], default="small", help="settings tried of each arm")
+    parser.add_argument("--grid", choices=["one", "small", "full", "axes"], default="small", help="settings tried")
+    parser.add_argument(
+        "--tuned-on", metavar="SET", help="take the settings that were best on this set's validation split"
+    )
     parser.add_argument(
         "--settings",
         type=json.loads,
@@ -232,7 +275,15 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", type=Path, help="file of runs, one a line")
     parser.add_argument("--fashion", type=Path, help="the folder of Fashion-MNIST's four files")
+    parser.add_argument(
+        "--fonts", type=Path, help="a folder of fonts to draw characters with; by default those of trdg"
+    )
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")
+    parser.add_argument("--student", choices=["resnet", "vit", "mlp"], help="of images, if another than the teacher")
+    parser.add_argument("--views", type=int, default=0, help="that students see of each image, moved by up to a tenth")
+    parser.add_argument(
+        "--view-targets", choices=["own", "original"], default="own", help="the teacher's outputs on the view, or not"
+    )
     parser.add_argument("--teacher", choices=["frozen", "tuned"], default="frozen", help="of texts")
     parser.add_argument("--transfer", choices=["seen", "unseen"], default="seen")
     parser.add_argument("--initialization", choices=["scratch", "guide", "calibrated"], default="scratch")

@@ -3,10 +3,12 @@
 Does: read what the packages and files of other people hold. Does not: download anything.
 """
 
+import functools
 import gzip
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -15,11 +17,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from examples.common.characters import (
+    CHARACTERS,
+    Glyphs,
+    draw_characters,
+    fonts_below,
+    read_glyphs,
+    split_fonts,
+    trdg_fonts,
+)
 from examples.common.data import HUMANITIES, package_dir, read_wikipedia_topics
 from hf_guide.errors import OptionError
 from hf_guide.validation import did_you_mean
 
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+CHARACTER_COUNTS = (16000, 3000, 3000)  # images: for teacher and students, for validation, for the test
 CONFUSABLE = (0, 1, 1, 0, 0, 0, 1, 1, 1, 0)  # of each garment; its likeliest confusions are in the other class
 
 
@@ -31,12 +43,15 @@ class Labelled:
         inputs: images (N, 1, height, width) float32, or N texts.
         labels: int64 (N,), below `classes`.
         fine_labels: int64 (N,), the hidden labels, each within one class only; None where there are none.
+        held_out: int64 (N,), 0 of rows for teacher and students, 1 of those for validation and 2 for the test, where the
+            set itself sets them apart; None where any row may be in any part.
     """
 
     inputs: Tensor | list[str]
     labels: Tensor
     classes: int
     fine_labels: Tensor | None = None
+    held_out: Tensor | None = None
 
     @property
     def is_text(self) -> bool:
@@ -49,32 +64,42 @@ class Labelled:
     def take(self, rows: Tensor) -> "Labelled":
         """Return some rows of it."""
         inputs = [self.inputs[row] for row in rows.tolist()] if isinstance(self.inputs, list) else self.inputs[rows]
-        return Labelled(
-            inputs, self.labels[rows], self.classes, None if self.fine_labels is None else self.fine_labels[rows]
-        )
+        fine_labels, held_out = (None if each is None else each[rows] for each in (self.fine_labels, self.held_out))
+        return Labelled(inputs, self.labels[rows], self.classes, fine_labels, held_out)
 
 
-def read_set(name: str, fashion: Path | None = None) -> Labelled:
+def read_set(name: str, folder: Path | None = None) -> Labelled:
     """Read a set of `SETS` by name.
+
+    Args:
+        folder: of the files of Fashion-MNIST; or of fonts, for sets of characters: those of the package `trdg` by default.
 
     Raises:
         OptionError: there is none of this name, or its files are not there.
     """
     if name not in SETS:
         raise OptionError(f"There is no set {name!r}; expected one of {sorted(SETS)}.{did_you_mean(name, SETS)}")
-    return SETS[name](fashion)
+    return SETS[name](folder)
 
 
 def split(data: Labelled, sizes: Sequence[int], seed: int = 0) -> list[Labelled]:
-    """Shuffle a set and cut it into parts of `sizes`, no row in two of them.
+    """Shuffle a set and cut it into parts of `sizes`, no row in two of them; the last two are those that it holds out.
 
     Raises:
-        OptionError: the set is smaller than their sum.
+        OptionError: the set, or what it holds out, is smaller than that.
     """
-    if sum(sizes) > len(data):
-        raise OptionError(f"The set has {len(data)} examples; {list(sizes)} were asked for. Ask for fewer.")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    return [data.take(rows) for rows in order[: sum(sizes)].split(list(sizes))]
+    if data.held_out is None:
+        groups, wanted = [order], [list(sizes)]
+    else:
+        groups = [order[data.held_out[order] == number] for number in range(3)]
+        wanted = [list(sizes[:-2]), [sizes[-2]], [sizes[-1]]]
+    for rows, each in zip(groups, wanted, strict=True):
+        if sum(each) > len(rows):
+            raise OptionError(f"The set has {len(rows)} examples; {each} were asked for. Ask for fewer.")
+    return [
+        data.take(part) for rows, each in zip(groups, wanted, strict=True) for part in rows[: sum(each)].split(each)
+    ]
 
 
 def digits(fashion: Path | None = None) -> Labelled:
@@ -102,6 +127,35 @@ def fashion_images(folder: Path | None, classes: Sequence[int]) -> Labelled:
     fine_labels = torch.cat(labels)
     table = torch.tensor(classes)
     return Labelled(torch.cat(images).float() / 127.5 - 1, table[fine_labels], int(table.max()) + 1, fine_labels)
+
+
+@functools.cache
+def glyphs_below(folder: Path | None) -> Glyphs:
+    """Return the characters in the fonts of a folder, or of the package `trdg`; read once, for it takes a while."""
+    return read_glyphs(trdg_fonts() if folder is None else fonts_below(folder))
+
+
+def characters(folder: Path | None, *, hidden: int = 64, classes: int = 2, shuffled: bool = False) -> Labelled:
+    """Characters in many fonts, in the class (number of the character) % classes; held out are fonts of other families.
+
+    Args:
+        hidden: how many characters, evenly spaced among the 64.
+        shuffled: give the classes to the characters at random, equally many to each.
+    """
+    glyphs = glyphs_below(folder)
+    numbers = torch.arange(hidden) * len(CHARACTERS) // hidden
+    glyphs = Glyphs(glyphs.pixels[:, numbers], glyphs.families)
+    parts = split_fonts(glyphs, (0.5, 0.25, 0.25))
+    drawn = [
+        draw_characters(glyphs, fonts, count, seed)
+        for seed, (fonts, count) in enumerate(zip(parts, CHARACTER_COUNTS, strict=True))
+    ]
+    images, fine_labels = (torch.cat(each) for each in zip(*drawn, strict=True))
+    table = torch.arange(hidden) % classes
+    if shuffled:
+        table = table[torch.randperm(hidden, generator=torch.Generator().manual_seed(0))]
+    held_out = torch.arange(3).repeat_interleave(torch.tensor(CHARACTER_COUNTS))
+    return Labelled(images, table[fine_labels], classes, fine_labels, held_out)
 
 
 def trec(binary: bool) -> Labelled:
@@ -144,6 +198,10 @@ SETS: dict[str, Callable[[Path | None], Labelled]] = {
     "fashion-confusable": lambda folder: fashion_images(folder, CONFUSABLE),
     "fashion-5": lambda folder: fashion_images(folder, [garment % 5 for garment in range(10)]),
     "fashion-10": lambda folder: fashion_images(folder, range(10)),
+    "characters": characters,
+    **{f"characters-{hidden}": partial(characters, hidden=hidden) for hidden in (10, 20, 40)},
+    "characters-random": partial(characters, shuffled=True),
+    **{f"characters-{classes}-classes": partial(characters, classes=classes) for classes in (4, 8)},
     "trec-binary": lambda _: trec(binary=True),
     "trec-coarse": lambda _: trec(binary=False),
     "movies": movies,

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,6 +71,20 @@ def _pooled(states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return states.mean(1)
     mask = inputs["attention_mask"].unsqueeze(-1)
     return (states * mask).sum(1) / mask.sum(1)
+
+
+class Perceptron(nn.Module):
+    """An encoder of images that cannot share what it learns over their parts."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=width)
+        layers = (nn.Linear(size * size, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU())
+        self.layers = nn.Sequential(nn.Flatten(), *layers)
+
+    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+        """Return its states as an encoder of Transformers does, (batch, 1, width)."""
+        return SimpleNamespace(last_hidden_state=self.layers(pixel_values).unsqueeze(1))
 
 
 class Batches:
@@ -168,6 +183,10 @@ class Signals:
 
         return cls(*batches.of_each(signals))
 
+    def take(self, rows: Tensor) -> "Signals":
+        """Return those of some rows."""
+        return Signals(**{name: tensor[rows] for name, tensor in self.tensors().items()})
+
     def tensors(self) -> dict[str, Tensor]:
         """Return its tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -215,6 +234,7 @@ def make_student(batches: Batches, kind: str, outputs: int, started: Classifier 
 
     Args:
         batches: what it is trained on; one from scratch knows no other tokens.
+        kind: of images: "resnet", "vit" or "mlp".
         started: what `start_student` made, of which it takes a copy; from scratch where None.
     """
     data = batches.data
@@ -229,6 +249,8 @@ def make_student(batches: Batches, kind: str, outputs: int, started: Classifier 
         )
     if kind == "vit":
         return Classifier(_vit(data, width=64, blocks=2), outputs)
+    if kind == "mlp":
+        return Classifier(Perceptron(data.inputs.shape[-1], width=64), outputs)
     return Classifier(_resnet([8, 16] if data.inputs.shape[-1] < 16 else [8, 16, 32], blocks=1), outputs)
 
 

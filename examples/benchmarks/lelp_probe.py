@@ -29,7 +29,7 @@ from hf_guide.lelp.analysis.probe_subclasses import MAX_LEARNING_RATE, MAX_SAMPL
 def probe_set(name: str, args: Any) -> dict[str, Any]:
     """Probe one setting and return what was measured."""
     bench = prepare(name, args)
-    batches, problem = bench.problem(args.transfer, args.share)
+    batches, problem = bench.problem(args)
     if args.initialization != "scratch":
         bench.started = start_student(bench.teacher, batches, args.initialization, bench.tokens())
     embeddings, logits = problem.signals.embeddings.double(), problem.signals.logits.double()

@@ -12,7 +12,8 @@ from lelp_training import ARMS, Settings
 from hf_guide.errors import OptionError
 
 RUNS = "runs.jsonl"
-
+ADDED: dict[str, Any] = {"fonts": None, "student": None, "views": 0, "view_targets": "own"}
+"""What older rows do not state, for they had no such option."""
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,10 +30,11 @@ class Runs:
             file.write_text("".join(whole), encoding="utf-8")
         for line in whole:
             row = json.loads(line)
+            row["run"] = ADDED | row["run"]
             self.done[_key(row["run"])] = row
 
     def __call__(self, run: dict[str, Any]) -> dict | None:
-        return self.done.get(_key(run))
+        return self.done.get(_key(ADDED | run))
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Runs":
@@ -62,10 +64,19 @@ class Runs:
         fresh = {each["run"]["seed"]: each["result"] for each in own if each["run"]["seed"] >= self.tune_seeds}
         return chosen, {seed: fresh[seed] for seed in sorted(fresh)}
 
+    def tuned_on(self, name: str, arm: str) -> Settings | None:
+        """Return the settings of an arm that were best on the validation split of another set; None where none were tried."""
+        scores: dict[str, list[float]] = {}
+        for each in self.done.values():
+            run = each["run"]
+            if run["set"] == name and run["arm"] == arm and run["seed"] < self.tune_seeds and "test" in each["result"]:
+                scores.setdefault(_key(run["settings"]), []).append(each["result"]["validation"])
+        return json.loads(max(scores, key=lambda key: statistics.mean(scores[key]))) if scores else None
+
     def add(self, run: dict[str, Any], result: dict[str, Any]) -> None:
         """Keep a run."""
-        row = {"run": run, "result": result}
-        self.done[_key(run)] = row
+        row = {"run": ADDED | run, "result": result}
+        self.done[_key(row["run"])] = row
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -92,6 +103,10 @@ def plan(name: str, text: bool, args: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": args.rate,
         "length": args.length if text else None,
         "sizes": [args.seen, args.unseen, args.held_out, args.teacher_steps],
+        "fonts": (args.fonts.name if args.fonts else "trdg") if name.startswith("characters") else None,
+        "student": None if text else args.student,
+        "views": args.views,
+        "view_targets": args.view_targets,
     }
 
 
@@ -100,9 +115,13 @@ def best_settings(
 ) -> Settings | None:
     """Return the settings that are best on the validation split over the tuning seeds.
 
-    None where a run is missing, or where the data are too few for any of them.
+    Settings without an alternative need no run. None where a run is missing, or where the data are too few for any of them.
     """
     scores = []
+    if len(tried) == 1 and all(
+        runs(common | {"arm": arm, "settings": tried[0], "seed": seed}) is None for seed in seeds
+    ):
+        return tried[0]
     for settings in tried:
         rows = [runs(common | {"arm": arm, "settings": settings, "seed": seed}) for seed in seeds]
         accuracies = [each["result"].get("validation", -1.0) for each in rows if each is not None]

@@ -5,6 +5,7 @@ them with noise. Does not: download anything.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from examples.common.data import package_dir
+from hf_guide.errors import OptionError
 
 CHARACTERS = "0123456789ABCDEFGHJKLMNOPQRSTUVWXYZabdefghijkmnpqrty&@#%?!$+=*<>"
 """64 characters; lower-case letters that look like their capitals, and I and l, are left out."""
@@ -50,6 +52,18 @@ def trdg_fonts() -> list[Path]:
     return sorted((package_dir("trdg", "trdg") / "fonts" / "latin").glob("*.ttf"))
 
 
+def fonts_below(folder: Path) -> list[Path]:
+    """Return the TTF and OTF files below a folder, by name.
+
+    Raises:
+        OptionError: There is none.
+    """
+    files = [file for file in folder.glob("**/*") if file.suffix.lower() in (".ttf", ".otf") and not file.is_symlink()]
+    if not files:
+        raise OptionError(f"The folder {str(folder)!r} must contain TTF or OTF files; found none.")
+    return sorted(files, key=lambda file: (file.name, str(file)))
+
+
 def read_glyphs(fonts: Sequence[Path], characters: str = CHARACTERS) -> Glyphs:
     """Draw all characters in each font; fonts in which fewer than 60 of 64 (or the same share) differ are left out."""
     drawn, families = [], []
@@ -64,16 +78,27 @@ def read_glyphs(fonts: Sequence[Path], characters: str = CHARACTERS) -> Glyphs:
 
 
 def split_fonts(glyphs: Glyphs, shares: Sequence[float], seed: int = 0) -> list[Tensor]:
-    """Return the numbers of the fonts of each part, of about these shares; no family is in two parts."""
-    names = sorted(set(glyphs.families))
+    """Return the numbers of the fonts of each part, of about these shares; no family is in two parts.
+
+    Families of which one's name begins with the other's, as "Cabin" and "CabinSketch", are taken for one.
+    """
+    families = _merged(glyphs.families)
+    names = sorted(set(families))
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     parts: list[list[int]] = [[] for _ in shares]
     # Large families first, each to the part that lacks most.
-    for number in sorted(order, key=lambda number: -glyphs.families.count(names[number])):
-        members = [font for font, family in enumerate(glyphs.families) if family == names[number]]
+    for number in sorted(order, key=lambda number: -families.count(names[number])):
+        members = [font for font, family in enumerate(families) if family == names[number]]
         missing = [share * len(glyphs) - len(part) for share, part in zip(shares, parts, strict=True)]
         parts[max(range(len(parts)), key=missing.__getitem__)] += members
     return [torch.tensor(part) for part in parts]
+
+
+def _merged(families: Sequence[str]) -> list[str]:
+    """Return for each family the shortest name, of three letters or more, that its own begins with."""
+    plain = [re.split("[_-]", family)[0].casefold() for family in families]
+    short = sorted({name for name in plain if len(name) > 2}, key=len)
+    return [next((start for start in short if name.startswith(start)), name) for name in plain]
 
 
 def draw_characters(glyphs: Glyphs, fonts: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -237,3 +237,74 @@ def test_a_resnet_cannot_initialize_a_student(benchmark):
     teacher = benchmark.models.make_teacher(data, "resnet")
     with pytest.raises(ValueError, match="--images vit"):
         benchmark.models.start_student(teacher, benchmark.models.Batches(data), "guide")
+
+
+@pytest.fixture
+def characters(benchmark, monkeypatch):
+    """The set of characters, drawn with six fonts of noise, of one family each."""
+    data = benchmark.data
+    pixels = torch.randint(0, 255, (6, 64, 56, 56), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    monkeypatch.setattr(data, "glyphs_below", lambda folder: data.Glyphs(pixels, ("Aa", "Bb", "Cc", "Dd", "Ee", "Ff")))
+    monkeypatch.setattr(data, "CHARACTER_COUNTS", (60, 30, 20))
+    return data
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "classes"),
+    [("characters", 64, 2), ("characters-10", 10, 2), ("characters-random", 64, 2), ("characters-8-classes", 64, 8)],
+)
+def test_each_character_is_in_one_class_and_parts_are_as_the_set_has_them(characters, name, hidden, classes):
+    whole = characters.read_set(name)
+    pairs = set(zip(whole.fine_labels.tolist(), whole.labels.tolist(), strict=True))
+    assert len(pairs) == len(whole.fine_labels.unique()) <= hidden and whole.classes == classes
+    by_number = {fine: fine % classes for fine in whole.fine_labels.tolist()}
+    assert (dict(pairs) == by_number) == (name != "characters-random")
+    parts = characters.split(whole, [40, 10, 25, 15])
+    assert [len(part) for part in parts] == [40, 10, 25, 15]
+    assert [part.held_out.unique().tolist() for part in parts] == [[0], [0], [1], [2]]
+    with pytest.raises(ValueError, match="30 examples"):
+        characters.split(whole, [40, 10, 31, 15])
+
+
+def test_settings_are_searched_one_after_the_other(benchmark, tmp_path):
+    """S is best at 2, beta then at 1 and tau at 4; what has no alternative needs no seeds that tune."""
+    comparison = import_benchmark("lelp_comparison")
+    runs = benchmark.runs.Runs(tmp_path / "runs.jsonl", tune_seeds=1)
+    args = SimpleNamespace(tune_seeds=1, seeds=2, grid="axes", tuned_on=None, settings=None)
+
+    def asked(arm):
+        done = []
+        for settings, seed in comparison.wanted_runs(arm, 2, {"set": "a"}, args, runs):
+            run = {"set": "a", "arm": arm, "settings": settings, "seed": seed}
+            if runs(run) is None:
+                score = 1 - (settings["S"] == 16) / 4 - abs(settings["beta"] - 1) / 8 - (4 - settings["tau"]) / 32
+                runs.add(run, {"validation": score - settings["S"] / 100, "test": score})
+                done.append((settings, seed))
+        return done
+
+    lelp, best = asked("lelp"), {"S": 2, "beta": 1.0, "tau": 4.0}
+    assert len(lelp) == 5 + 3 + 2 + 2 and lelp[-2:] == [(best, 1), (best, 2)]
+    assert asked("random-partition") == [(best, 1), (best, 2)]
+    assert [settings["S"] for settings, seed in asked("kmeans") if seed == 0] == [16, 2, 4, 8, 32]
+    args.tuned_on = "a"
+    assert list(comparison.wanted_runs("lelp", 2, {"set": "b"}, args, runs)) == [(best, 1), (best, 2)]
+
+
+def test_views_repeat_all_images_and_move_them(benchmark):
+    comparison = import_benchmark("lelp_comparison")
+    data = benchmark.data.digits().take(torch.arange(30))
+    views = comparison.views_of(benchmark.models.Batches(data), 2).data
+    assert torch.equal(views.labels, data.labels.repeat(2)) and len(views.inputs) == 60
+    for first, second, image in zip(views.inputs[:30], views.inputs[30:], data.inputs, strict=True):
+        assert torch.equal(first.sum(), second.sum()) and torch.allclose(first.sum(), image.sum())
+    assert not torch.equal(views.inputs[:30], views.inputs[30:])
+
+
+def test_rows_of_before_an_option_have_its_default(benchmark, tmp_path):
+    file = tmp_path / "runs.jsonl"
+    file.write_text(json.dumps({"run": {"set": "a", "arm": "kd"}, "result": {"test": 0.5}}) + "\n")
+    runs = benchmark.runs.Runs(file)
+    assert runs(benchmark.runs.ADDED | {"set": "a", "arm": "kd"}) == {
+        "run": benchmark.runs.ADDED | {"set": "a", "arm": "kd"},
+        "result": {"test": 0.5},
+    }
