@@ -45,7 +45,7 @@ def probe_set(name: str, args: Any) -> dict[str, Any]:
     )
 
     def build() -> Classifier:
-        return make_student(batches, args.images, problem.data.classes, bench.started)
+        return make_student(batches, args.student or args.images, problem.data.classes, bench.started)
 
     width = build().width
     rate = min(MAX_LEARNING_RATE, RATE_TIMES_WIDTH / width)
