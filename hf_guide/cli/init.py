@@ -38,7 +38,7 @@ SIZES = {
     "num_attention_heads": "number of query heads",
     "num_key_value_heads": "number of key/value heads",
     "head_dim": "size of a head",
-    "vocab_size": "number of tokens; the pieces that the texts of --calibration-dataset use are kept",
+    "vocab_size": "number of tokens: those that the calibration dataset uses",
 }
 
 TASKS = {"base": "AutoStudent"} | {str(task): task.auto_student_class for task in Task}
@@ -117,7 +117,7 @@ def add_calibration_arguments(group: Any) -> None:
     """Add the calibration data, and the folder for resuming."""
     group.add_argument(
         "--calibration-dataset",
-        metavar="FILE",
+        metavar="F",
         nargs="+",
         type=Path,
         help="text, jsonl, csv or parquet files, or `self_generated`",

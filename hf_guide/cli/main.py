@@ -122,7 +122,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps long flags on one line with their help."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34)
+        super().__init__(prog, max_help_position=35)
 
 
 def _add_command(commands: "argparse._SubParsersAction", name: str, module: ModuleType, **listing: Any) -> None:
