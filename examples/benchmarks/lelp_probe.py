@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from lelp_comparison import Runs, parser, plan, prepare
 from lelp_models import Classifier, make_student, start_student
-from lelp_runs import RESULTS
+from lelp_runs import ADDED, RESULTS
 
 from hf_guide import SubclassProjector
 from hf_guide.lelp.analysis.probe import ProbeData, ProbeStudents, run_probe, split_folds
@@ -97,7 +97,7 @@ def main() -> int:
         print(f"command: python {' '.join(sys.argv)}", flush=True)
         for name in args.sets:
             run = plan(name, not name.startswith(("digits", "fashion", "characters")), args)
-            if all(row["run"] != run for row in probes):
+            if all(ADDED | row["run"] != run for row in probes):
                 probes.append({"run": run, "result": probe_set(name, args)})
                 with args.probes.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(probes[-1]) + "\n")
