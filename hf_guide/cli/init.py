@@ -38,7 +38,7 @@ SIZES = {
     "num_attention_heads": "number of query heads",
     "num_key_value_heads": "number of key/value heads",
     "head_dim": "size of a head",
-    "vocab_size": "number of tokens: those that the calibration dataset uses",
+    "vocab_size": "number of tokens: those in use",
 }
 
 TASKS = {"base": "AutoStudent"} | {str(task): task.auto_student_class for task in Task}
