@@ -228,6 +228,9 @@ def from_teacher(
         identity=_identity(num_subclasses, projector, vocabulary),
         show_progress=show_progress,
     )
+    modules = teacher_sentence_modules(teacher, checkpoint, shape.model_class, files)
+    if vocabulary is not None and modules is not None:
+        modules.check_no_token_ids()
     _check_cost(initializer, setup)
     influence = initializer.collect(setup)
     if influence is not None:
@@ -235,7 +238,6 @@ def from_teacher(
             checkpoint, config, overrides, options, model_class, keywords=FROM_TEACHER_PARAMETERS, influence=influence
         )
         setup = dataclasses.replace(setup, config=shape.config, options=shape.plan_options(options))
-    modules = teacher_sentence_modules(teacher, checkpoint, shape.model_class, files)
     setup, dropped = _with_label_rows(setup, num_subclasses, projector)
 
     student = initializer.build(setup)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_guide.errors import ShapeError, TaskError
+from hf_guide.errors import ShapeError, TaskError, VocabularyError
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.layer_mapping import width_of_config
+from hf_guide.models.token_rows import is_token_field
 
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 """The modes of pooling, in the order in which the vectors of several are concatenated where each is a switch of its own."""
@@ -279,6 +280,20 @@ class SentenceModules:
             features = layer(features)
         embedding: Tensor = features[SENTENCE]
         return embedding
+
+    def check_no_token_ids(self) -> None:
+        """Check that no module names a token, so that they are as good for a smaller vocabulary.
+
+        Raises:
+            VocabularyError: A score is made of the logits of tokens whose ids the module's config holds.
+        """
+        for entry in self.entries:
+            named = next(filter(is_token_field, entry.config or {}), None)
+            if named is not None:
+                raise VocabularyError(
+                    f"The vocabulary of a teacher whose scores are the logits of single tokens cannot be reduced: {named} in "
+                    f"the config of {entry.path}. Leave vocab_size at the teacher's."
+                )
 
     def to(self, device: torch.device) -> "SentenceModules":
         """Move the weights to a device, in place; return the modules."""

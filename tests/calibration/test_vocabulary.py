@@ -12,6 +12,7 @@ from hf_guide.errors import OptionError, ShapeError, VocabularyError
 from hf_guide.models.piece_ranking import rank_pieces
 from hf_guide.models.token_rows import attached_tokenizer, select_token_rows, translate_token_ids
 from hf_guide.models.tokenizer_reduction import reduce_tokenizer, tokenizer_spec
+from tests.sentence_folder import sentence_folder
 from tests.small_tokenizers import KINDS, TEXTS
 from tests.tiny import run_python
 
@@ -198,6 +199,13 @@ def test_config_with_the_teachers_token_ids_is_translated(llama):
     reduced = attached_tokenizer(student)
     assert reduced.convert_ids_to_tokens(student.config.eos_token_id) == "<|end|>"
     assert config.vocab_size == 400 and config.eos_token_id == tokenizer.vocab["<|end|>"]  # untouched
+
+
+def test_a_score_made_of_the_logits_of_named_tokens_is_refused(tmp_path):
+    KINDS["byte-level BPE"].teacher(tmp_path)
+    sentence_folder(tmp_path, ("LogitScore", {"true_token_id": 90, "false_token_id": 20}), model_type="CrossEncoder")
+    with pytest.raises(VocabularyError, match="true_token_id"):
+        from_teacher(tmp_path, vocab_size=400, method="uniform", calibration_dataset=TEXTS, show_progress=False)
 
 
 def test_padded_rows_alone_need_no_choice(llama):
