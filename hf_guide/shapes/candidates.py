@@ -32,7 +32,7 @@ class ShapeCandidate:
     Attributes:
         overrides: What `from_teacher` takes to make it, such as {"hidden_size": 240, "num_hidden_layers": 14}; without the
             overrides that the search was given.
-        parameters: Number of parameters, tied ones counted once; exact.
+        parameters: Number of parameters, tied ones counted once; exact, with evenly spaced blocks where blocks differ in size.
         active_parameters: Those that a token passes in a mixture of experts; all of any other model.
         memory: Bytes of the weights and of the key-value cache.
         flops_per_token: Of a forward pass, 2 for each weight that a token passes; without attention's products of queries

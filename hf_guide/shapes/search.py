@@ -204,8 +204,15 @@ def _head_size(fields: SizeFields, overrides: Mapping[str, int]) -> dict[str, in
     return {name: overrides[name]} if name is not None and name in overrides else {}
 
 
-def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any]) -> str:
-    """Return what the report notes of the shape that was taken, the first of `candidates`."""
+def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any], parameters: int) -> str:
+    """Return what the report notes of the shape that was taken, the first of `candidates`.
+
+    Args:
+        candidates: What `find_shapes` returned.
+        budget: What was asked for.
+        parameters: How many the student has. It differs from the candidate's where blocks differ in size, and the method
+            selected others than the evenly spaced ones that were counted.
+    """
     best, compared = candidates[0], [each for each in candidates if each.loss is not None]
     if compared:
         how = (
@@ -215,7 +222,8 @@ def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any
     else:
         how = f"with the lowest rule score ({best.rule_score:.2f}) of {len(candidates)} shapes"
     stated = ", ".join(f"{name}={value!r}" for name, value in budget.items())
-    return f"{best.describe()} was chosen for {stated}: {format_count(best.parameters)} parameters, {how}."
+    counted = "" if parameters == best.parameters else f" ({format_count(best.parameters)} with evenly spaced blocks)"
+    return f"{best.describe()} was chosen for {stated}: {format_count(parameters)} parameters{counted}, {how}."
 
 
 def find_shapes(
