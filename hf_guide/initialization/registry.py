@@ -102,6 +102,7 @@ class StudentSetup:
         Raises:
             ShapeError, LayoutError: The student cannot be made, or cannot run.
         """
+        self.check_single_stream()
         student = build_student(self.model_class, self.config, self.teacher.dtype, seed=self.options.seed)
         plan = self.plan(student)
         check_forward(student, self.teacher.config, filled=False)
@@ -122,14 +123,20 @@ class StudentSetup:
         Raises:
             ShapeError, LayoutError: The student cannot be made.
         """
-        teacher, layout = self.teacher, self.layout
-        prefix = teacher.base_model_prefix
-        shapes = {strip_base_prefix(name, prefix): teacher.weights.shape(name) for name in teacher.weights.keys()}
-        check_single_stage_width(layout, shapes)
-        labels = label_row_indices(teacher.config, self.config)
+        labels = label_row_indices(self.teacher.config, self.config)
         return make_plan(
-            student, teacher, layout, self.options, vocab_indices=self.vocab_indices, label_indices=labels
+            student, self.teacher, self.layout, self.options, vocab_indices=self.vocab_indices, label_indices=labels
         )
+
+    def check_single_stream(self) -> None:
+        """Check that the teacher's blocks share one residual stream, as a calibrated initialization needs.
+
+        Raises:
+            LayoutError: Its stages have several widths.
+        """
+        prefix, weights = self.teacher.base_model_prefix, self.teacher.weights
+        shapes = {strip_base_prefix(name, prefix): weights.shape(name) for name in weights.keys()}
+        check_single_stage_width(self.layout, shapes)
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,12 @@ class CalibratedMethod(InitializationMethod):
         )
 
     def estimate_cost(self, setup: StudentSetup) -> CostEstimate:
-        """Return the least memory and time of the transfer, of the passes of both models and of the fits."""
+        """Return the least memory and time of the transfer, of the passes of both models and of the fits.
+
+        Raises:
+            ShapeError, LayoutError: The student cannot be made.
+        """
+        setup.check_single_stream()
         parts = [*super().estimate_cost(setup).parts, *calibration_parts(setup, self.config)]
         return CostEstimate(parts, is_complete=False)
 

@@ -33,7 +33,7 @@ def kept_token_ids(student_tokenizer: Any, teacher_tokenizer: Any) -> list[int] 
 def with_vocabulary_of(model: Any, processing_class: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
     """Return a teacher with the rows of the tokens of a smaller vocabulary alone; the teacher itself where none is smaller.
 
-    Its logits are those of the kept tokens, so its distribution is over them, and it reads their ids. The weights are shared
+    A model that reads anything but tokens is returned as it is: its vocabulary has to be the student's. Its logits are those of the kept tokens, so its distribution is over them, and it reads their ids. The weights are shared
     with the teacher, which is not modified.
 
     Args:
@@ -44,6 +44,8 @@ def with_vocabulary_of(model: Any, processing_class: Any, init_kwargs: Mapping[s
     Raises:
         ShapeError, VocabularyError: The teacher cannot be cut, as `select_token_rows`.
     """
+    if getattr(without_adapter(model), "main_input_name", "input_ids") != "input_ids":
+        return model
     kept_ids = kept_token_ids(processing_class, teacher_tokenizer(without_adapter(model), init_kwargs))
     if kept_ids is None:
         return model

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from examples.quickstart import classification as classification_script
 from examples.quickstart import run as quickstart_script
 from hf_guide import fit_subclasses
 from hf_guide.cli import main as cli
@@ -106,12 +105,6 @@ def quickstart(home: Path, scratch: Path, broken: Path) -> list[object]:
     ]
 
 
-def quickstart_classification(home: Path, scratch: Path, broken: Path) -> list[object]:
-    little = ["--examples", 20, "--held-out", 10, "--teacher-steps", 1, "--steps", 1]
-    data = ["--text", home / "rows.jsonl", *little]
-    return ["quickstart_classification", "--teacher_model", broken, *data, "--output_dir", scratch / "out"]
-
-
 def subclasses(home: Path, scratch: Path, broken: Path) -> list[object]:
     page = ["-o", scratch / "page.html", "--no-probe", "--no-progress"]
     return ["analyze-subclasses", home / "projector", home / "rows.jsonl", "--teacher", broken, *page]
@@ -136,8 +129,6 @@ HARMLESS = {
     "quickstart": {"unknown architecture", "architecture no model"},
     "distill_from": {"unknown architecture", "architecture no model"},
     "distill_into": {"unknown architecture", "architecture no model", "quantized by nobody"},
-    "quickstart_classification": {"unknown architecture", "architecture no model", "quantized by nobody"}
-    | {"a tensor missing"},
     "subclasses": {"quantized by nobody"},
 }
 ANYWHERE = {"auto_map of numbers", "tokenizer missing", "tokenizer class unknown", "tokenizer in remote code"}
@@ -154,7 +145,7 @@ PROJECTOR: Broken = {
     "another form": entries("subclass_projector.json", form="no-such-form"),
 }
 RECORD = "distillation.json"
-SCRIPTS = {"quickstart": quickstart_script.main, "quickstart_classification": classification_script.main}
+SCRIPTS = {"quickstart": quickstart_script.main}
 STUDENT: Broken = {
     **damage.FOLDER,
     "card not UTF-8": text("README.md", b"\xff\xfe"),
@@ -251,7 +242,6 @@ def test_a_broken_teacher_or_student_of_a_distillation(
     ("command", "source"),
     [
         (quickstart, "teacher"),
-        pytest.param(quickstart_classification, "classifier", marks=pytest.mark.slow),
         (subclasses, "classifier"),
     ],
     ids=["quickstart", "classification", "subclasses"],
@@ -345,9 +335,6 @@ def test_texts_that_cannot_be_read(home: Path, tmp_path: Path, name: str, capsys
     path.write_bytes(TEXTS[name])
     page = ["-o", tmp_path / "page.html", "--no-probe", "--no-progress"]
     error_of(["analyze-subclasses", home / "projector", path, "--teacher", home / "classifier", *page], capsys)
-    little = ["--examples", 2, "--held-out", 1, "--teacher-steps", 1, "--steps", 1, "--output_dir", tmp_path / "out"]
-    data = ["--teacher_model", home / "classifier", "--text", path, *little]
-    error_of(["quickstart_classification", *data], capsys)
     if name in ("not UTF-8", "bytes", "empty"):
         calibrated = ["--method", "calibrated", "--calibration-dataset", path, "--hidden-size", 24, "--no-progress"]
         error_of(["init", home / "teacher", "-o", tmp_path / "student", *calibrated], capsys)
