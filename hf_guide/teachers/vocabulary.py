@@ -33,8 +33,8 @@ def kept_token_ids(student_tokenizer: Any, teacher_tokenizer: Any) -> list[int] 
 def with_vocabulary_of(model: Any, processing_class: Any, init_kwargs: Mapping[str, Any] | None = None) -> Any:
     """Return a teacher with the rows of the tokens of a smaller vocabulary alone; the teacher itself where none is smaller.
 
-    A model that reads anything but tokens is returned as it is: its vocabulary has to be the student's. Its logits are those of the kept tokens, so its distribution is over them, and it reads their ids. The weights are shared
-    with the teacher, which is not modified.
+    Its logits are those of the kept tokens, so its distribution is over them, and it reads their ids. The weights are shared
+    with the teacher, which is not modified. A model that reads anything but tokens is returned as it is.
 
     Args:
         model: A loaded teacher.

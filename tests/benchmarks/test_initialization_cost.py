@@ -51,6 +51,7 @@ def test_each_point_is_measured_once_and_one_that_is_too_large_is_reported_as_le
     assert "more than 0.003 GB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_measurement_that_takes_too_long_is_left_out_and_one_that_fails_is_not_taken_for_it(tmp_path):
     assert initialization_cost.measured("basis", 512, 16, 1, 0) == {"left_out": "more than 0 minutes"}
     with pytest.raises(RuntimeError, match="failed"):

@@ -54,6 +54,7 @@ def arms(output: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_and_repeats_nothing(tmp_path):
     first = arms(tmp_path, "--arms", "kd", "lelp")
     whole = (tmp_path / "runs.jsonl").read_text()

@@ -87,6 +87,7 @@ def test_an_image_classifier_is_trained_distilled_and_measured(tmp_path, monkeyp
 
 @needs_text
 @needs_encoder
+@pytest.mark.slow
 def test_an_encoders_head_is_fitted_and_its_students_regressed(tmp_path, monkeypatch, few_texts):
     rows = runs(tmp_path, monkeypatch, "encoder", teachers.encoder)
     assert rows[-1]["teacher"] == {"loss": 0.0, "metric": 1.0}

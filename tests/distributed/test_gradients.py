@@ -28,7 +28,7 @@ def vector(found: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("task", "objective", "more"),
     [
-        ("causal-lm", {"ce": 0.3, "kd": 0.7}, {}),
+        pytest.param("causal-lm", {"ce": 0.3, "kd": 0.7}, {}, marks=pytest.mark.slow),
         ("causal-lm", {"hidden_states": 1.0, "kd": 1.0}, {"wide": True}),
         ("sequence-classification", {"ce": 0.5, "kd": 0.5}, {}),
         ("seq2seq-lm", {"ce": 0.5, "kd": 0.5}, {}),

@@ -224,7 +224,7 @@ def test_images_are_shown(tmp_path):
     projector.save_pretrained(tmp_path / "projector")
     done = hf_guide(
         "analyze-subclasses", tmp_path / "projector", tmp_path / "data", "--teacher", tmp_path / "teacher", "--no-progress",
-        "--num-examples", 4, "-o", tmp_path / "page.html",
+        "--no-probe", "--num-examples", 4, "-o", tmp_path / "page.html",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").read_text().count('class="example"') == 2 * 2 * 4
