@@ -244,7 +244,7 @@ def test_a_broken_teacher_or_student_of_a_distillation(
         (quickstart, "teacher"),
         (subclasses, "classifier"),
     ],
-    ids=["quickstart", "classification", "subclasses"],
+    ids=["quickstart", "subclasses"],
 )
 def test_a_broken_teacher_of_the_other_commands(
     home: Path, tmp_path: Path, command: Any, source: str, capsys: pytest.CaptureFixture[str]
