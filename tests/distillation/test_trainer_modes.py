@@ -196,6 +196,7 @@ trainer.train(resume_from_checkpoint=len(sys.argv) > 2)
 """
 
 
+@pytest.mark.slow  # test_resuming.py holds the same at a random moment
 def test_killed_in_mid_run_and_resumed_the_curve_is_the_same(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(KILLED.format(root=str(ROOT)))

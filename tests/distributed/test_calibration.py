@@ -33,6 +33,7 @@ def test_two_processes_generate_the_text_of_one(tmp_path: Path) -> None:
     assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
 
 
+@pytest.mark.slow  # one process that was killed is in tests/calibration/test_resume.py
 def test_two_processes_that_were_killed_continue_to_the_same_bits(
     uninterrupted: dict[str, Any], tmp_path: Path
 ) -> None:

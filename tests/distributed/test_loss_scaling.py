@@ -57,7 +57,11 @@ def test_sharded_weights_do_not_wait_for_a_process_without_targets(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("spoil", "sharded"),
-    [("loss", False), ("gradient", True), pytest.param("gradient", False, marks=pytest.mark.slow)],
+    [
+        pytest.param("loss", False, marks=pytest.mark.slow),
+        ("gradient", True),
+        pytest.param("gradient", False, marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_not_finite_in_one_process_ends_all(spoil: str, sharded: bool, tmp_path: Path) -> None:
     arguments = {"losses": {"ce": 0.5, "kd": 0.5}}
