@@ -31,11 +31,9 @@ class _Slot:
         return getattr(self.module, self.name)
 
     def assign(self, value: Tensor) -> None:
-        entries: dict[str, Any] = self.module._parameters if self.name in self.module._parameters else {}
-        if entries:
-            entries[self.name] = value
-        else:
-            self.module._buffers[self.name] = value
+        parameters: dict[str, Any] = self.module._parameters
+        entries = parameters if self.name in parameters else self.module._buffers
+        entries[self.name] = value
 
 
 def model_without_weights(teacher: TeacherCheckpoint) -> PreTrainedModel:

@@ -107,9 +107,9 @@ def probe_subclasses(
         >>> probe.verdict in ("likely to help", "unlikely to help", "undecided")
         True
     """
-    for name, value in (("steps", steps), ("num_seeds", num_seeds), ("batch_size", batch_size)):
+    counts = {"steps": steps, "num_seeds": num_seeds, "batch_size": batch_size, "max_samples": max_samples}
+    for name, value in counts.items():
         check_integer(name, value)
-    check_integer("max_samples", max_samples)
     state = distributed_state()
     hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     model = load_classifier(teacher, device=state.device, **hub)
