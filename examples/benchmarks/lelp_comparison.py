@@ -45,12 +45,12 @@ from lelp_training import (
     ARMS,
     LONG,
     ORACLES,
-    SPLITTERS,
     Settings,
     TrainingProblem,
     accuracy,
     axes_of,
     fit_probe,
+    is_split,
     loss_of,
     outputs_of,
     settings_of,
@@ -200,8 +200,8 @@ def one_run(
         return {"skipped": f"{arm} {settings}: {too_few}"}
     torch.manual_seed(seed)
     student = make_student(batches, args.student or args.images, outputs, bench.started)
-    loss = loss_of(arm, problem, settings, student, seed)
     steps = run["steps"] * (LONG if arm == "oracle-long" else 1)
+    loss = loss_of(arm, problem, settings, student, steps=steps, seed=seed)
     train(student, batches, loss, steps=steps, batch=args.batch, rate=args.rate, seed=seed)
     accuracies = {"validation": accuracy(student, bench.validation), "test": accuracy(student, bench.test)}
     return accuracies | {"teacher": bench.teacher_accuracy, "seconds": round(time.perf_counter() - began, 1)}
@@ -238,6 +238,8 @@ def wanted_runs(
     lelp_settings, _ = runs.within(common, "lelp")
     tried = settings_of(arm, "small" if args.grid == "axes" else args.grid, classes, lelp_settings)
     axes = axes_of(arm, lelp_settings) if args.grid == "axes" and tried else {}
+    if args.settings is not None and is_split(arm) and arm not in ORACLES:
+        tried, axes = [args.settings], {}
     if axes:
         tried, current = [], {name: values[0] for name, values in axes.items()}
         for name, values in axes.items():
@@ -245,8 +247,6 @@ def wanted_runs(
             yield from itertools.product(line, tune)
             current = best_settings(runs, common, arm, line, tune) or current
             tried += [settings for settings in line if settings not in tried]
-    if args.settings is not None and arm in SPLITTERS:
-        tried = [args.settings]
     if args.grid != "axes" or len(tried) > 1:  # without an alternative there is nothing to tune
         yield from itertools.product(tried, tune)
     chosen = best_settings(runs, common, arm, tried, tune) if tried else None

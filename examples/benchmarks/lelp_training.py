@@ -50,7 +50,11 @@ SPLITTERS = {
 ORACLES = ("oracle", "oracle-long", "oracle-probe")
 LONG = 3  # times the steps of the others: given the hidden classes, a student needs more steps than KD to converge
 OWN_GRID = ("lelp", "kmeans", "kmeans-stable", "kmeans-early")
-ARMS = ("ce", "kd", "dkd", "features", *ORACLES, *SPLITTERS)
+WITH_FEATURES = "lelp-features"  # LELP, and embedding regression in addition
+REFINED = {"lelp-student": "lelp", "kmeans-student": "kmeans", "lelp-errors": "lelp"}
+"""LELP whose subclasses are fitted anew half-way, by this splitter: to the student's own features, or to the half of the
+examples of which the student's loss is larger."""
+ARMS = ("ce", "kd", "dkd", "features", *ORACLES, *SPLITTERS, WITH_FEATURES, *REFINED)
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ def axes_of(arm: str, lelp_settings: Settings | None = None) -> dict[str, list[A
     """
     if arm == "kmeans" and lelp_settings is not None:
         return {name: AXES["lelp"]["S"] if name == "S" else [value] for name, value in lelp_settings.items()}
+    if arm == WITH_FEATURES and lelp_settings is not None:
+        return {name: [value] for name, value in lelp_settings.items()} | {"gamma": [1.0, 0.1, 10.0]}
     return AXES["lelp"] if arm in OWN_GRID else AXES.get(arm, {})
 
 
@@ -126,7 +132,7 @@ def outputs_of(arm: str, problem: TrainingProblem, settings: Settings) -> int:
 
 def is_split(arm: str) -> bool:
     """Whether an arm learns subclasses."""
-    return arm in ORACLES or arm in SPLITTERS
+    return arm in ORACLES or arm in SPLITTERS or arm in REFINED or arm == WITH_FEATURES
 
 
 def targets_of(arm: str, problem: TrainingProblem, settings: Settings) -> Tensor:
@@ -142,18 +148,30 @@ def _make_targets(arm: str, problem: TrainingProblem, settings: Settings) -> Ten
         return oracle_targets(problem, settings["tau"])
     if arm == "oracle-probe":
         return read_targets(problem, settings["tau"])
-    (embeddings, weight), (fitted, labels) = embeddings_for(arm, problem)
+    source, examples = embeddings_for(arm, problem)
+    return split_classes(SPLITTERS.get(arm, "lelp"), settings, source, examples, problem.signals.logits)
+
+
+def split_classes(
+    splitter: str, settings: Settings, source: tuple[Tensor, Tensor], examples: tuple[Tensor, Tensor], logits: Tensor
+) -> Tensor:
+    """Return the targets (N, C, S) of embeddings.
+
+    Args:
+        source: embeddings to split, (N, D), and the classifier on them.
+        examples: embeddings to fit on, and their labels.
+        logits: the teacher's, (N, C).
+    """
     projector = SubclassProjector.fit(
-        fitted,
-        labels,
-        weight,
+        *examples,
+        source[1],
         num_subclasses=settings["S"],
         subclass_temperature=settings["beta"],
         temperature=settings["tau"],
-        splitter=SPLITTERS[arm],
+        splitter=splitter,
         seed=settings.get("split_seed", 0),
     )
-    return torch.as_tensor(projector.transform(embeddings, problem.signals.logits)).float()
+    return torch.as_tensor(projector.transform(source[0], logits)).float()
 
 
 def embeddings_for(arm: str, problem: TrainingProblem) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -277,7 +295,9 @@ def _pairs(data: Labelled) -> tuple[list[int], list[int]]:
     return data.labels.tolist(), data.fine_labels.tolist()
 
 
-def loss_of(arm: str, problem: TrainingProblem, settings: Settings, model: Classifier, seed: int) -> Loss:
+def loss_of(
+    arm: str, problem: TrainingProblem, settings: Settings, model: Classifier, *, steps: int, seed: int
+) -> Loss:
     """Return what gives an arm's mean loss for (rows, features, logits). It may give `model` a part to learn with."""
     labels, logits, tau = problem.data.labels, problem.signals.logits, settings.get("tau", 1.0)
     if arm == "ce":
@@ -293,18 +313,80 @@ def loss_of(arm: str, problem: TrainingProblem, settings: Settings, model: Class
 
         return decoupled
     if arm == "features":
-        wanted = problem.signals.embeddings
-        wanted = (wanted - wanted.mean(0)) / (wanted - wanted.mean(0)).square().mean().sqrt()
-        torch.manual_seed(seed)
-        model.wide = nn.Linear(model.width, wanted.shape[1])
-
-        def embedding(rows: Tensor, features: Tensor, mine: Tensor) -> Tensor:
-            far = (model.wide(features) - wanted[rows]).square().mean()
-            return divergence(mine, DenseTarget(logits[rows]), temperature=tau).mean() + settings["gamma"] * far
-
-        return embedding
-    wanted = (targets_of(arm, problem, settings).flatten(1).clamp_min(1e-30).log() * tau).float()
+        far = embedding_distance(problem, model, seed)
+        return lambda rows, features, mine: (
+            divergence(mine, DenseTarget(logits[rows]), temperature=tau).mean()
+            + settings["gamma"] * far(rows, features)
+        )
+    if arm in REFINED:
+        return refined_loss(arm, problem, settings, model, steps)
+    wanted = _as_logits(targets_of(arm, problem, settings), tau)
+    if arm == WITH_FEATURES:
+        far = embedding_distance(problem, model, seed)
+        return lambda rows, features, mine: (
+            divergence(mine, DenseTarget(wanted[rows]), temperature=tau).mean()
+            + settings["gamma"] * far(rows, features)
+        )
     return lambda rows, _, mine: divergence(mine, DenseTarget(wanted[rows]), temperature=tau).mean()
+
+
+def _as_logits(targets: Tensor, tau: float) -> Tensor:
+    return (targets.flatten(1).clamp_min(1e-30).log() * tau).float()
+
+
+def embedding_distance(problem: TrainingProblem, model: Classifier, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the mean squared error of (rows, features) from the teacher's embeddings; `model` learns the linear map."""
+    wanted = _unit(problem.signals.embeddings)
+    torch.manual_seed(seed)
+    model.wide = nn.Linear(model.width, wanted.shape[1])
+    return lambda rows, features: (model.wide(features) - wanted[rows]).square().mean()
+
+
+def refined_loss(arm: str, problem: TrainingProblem, settings: Settings, model: Classifier, steps: int) -> Loss:
+    """Return LELP's loss, with subclasses that are fitted anew after half of the steps.
+
+    Of each example the student's features and loss are those of its last batch. The head's new weight is the ridge regression
+    of the new targets' logits on the features, so that what the student knows of them is kept.
+    """
+    tau, numbers = settings["tau"], itertools.count()
+    wanted = _as_logits(targets_of("lelp", problem, settings), tau)
+    own, losses = torch.zeros(len(wanted), model.width), torch.zeros(len(wanted))
+
+    def loss(rows: Tensor, features: Tensor, mine: Tensor) -> Tensor:
+        if next(numbers) == steps // 2:
+            wanted.copy_(_as_logits(_refined_targets(arm, problem, settings, own, losses), tau))
+            _fit_head(model.head, own, wanted)
+            mine = model.head(features)
+        each = divergence(mine, DenseTarget(wanted[rows]), temperature=tau)
+        own[rows], losses[rows] = features.detach(), each.detach()
+        return each.mean()
+
+    return loss
+
+
+def _refined_targets(arm: str, problem: TrainingProblem, settings: Settings, own: Tensor, losses: Tensor) -> Tensor:
+    labels, logits = problem.data.labels, problem.signals.logits
+    if arm == "lelp-errors":
+        source = problem.signals.embeddings.double(), problem.weight.double()
+        hard = losses >= losses.median()
+        return split_classes(REFINED[arm], settings, source, (source[0][hard], labels[hard]), logits)
+    features = own.double()
+    source = features, probe(features, logits.argmax(1))
+    return split_classes(REFINED[arm], settings, source, (features, labels), logits)
+
+
+def _fit_head(head: nn.Linear, features: Tensor, wanted: Tensor, ridge: float = 1e-2) -> None:
+    """Set a head to the ridge regression of `wanted` (N, outputs), less its mean over the outputs, on features (N, width)."""
+    centre = features.mean(0)
+    x, y = (features - centre).double(), wanted.double().clamp_min(-20)
+    y = y - y.mean(1, keepdim=True)
+    gram = x.T @ x / len(x)
+    solved = torch.linalg.solve(
+        gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype), x.T @ (y - y.mean(0)) / len(x)
+    )
+    with torch.no_grad():
+        head.weight.copy_(solved.T)
+        head.bias.copy_(y.mean(0) - centre.double() @ solved)
 
 
 def train(model: Classifier, batches: Batches, loss: Loss, *, steps: int, batch: int, rate: float, seed: int) -> None:
