@@ -1,7 +1,8 @@
 """Run a teacher that need not fit into memory: the weights of a block are there while it runs.
 
 What is outside of blocks stays: embeddings, the final norm and the head. On the CPU a weight that is stored in the dtype in
-which it is used is mapped from its file and not copied.
+which it is used is mapped from its file and not copied. Of a mixture one expert is in memory at a time where the module loops
+over its experts and the file stores them apart: it is read for each batch that it has tokens of.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.teachers.tensor_source import TensorSource
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,20 @@ class _Slot:
         parameters: dict[str, Any] = self.module._parameters
         entries = parameters if self.name in parameters else self.module._buffers
         entries[self.name] = value
+
+
+class _Experts:
+    """A tensor of experts, (experts, rows, columns), for a module that loops over them: each is read when it is its turn."""
+
+    def __init__(self, source: TensorSource, name: str, meta: Tensor, device: torch.device):
+        self._source, self._name, self.dtype, self.shape, self.device = source, name, meta.dtype, meta.shape, device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, expert: "int | Tensor") -> Tensor:
+        index = int(expert)
+        return self._source.rows(self._name, index, index + 1)[0].to(self.device, self.dtype)
 
 
 def model_without_weights(teacher: TeacherCheckpoint) -> PreTrainedModel:
@@ -76,6 +92,8 @@ class BlockWeights:
             )
         self._slots = self._slots_by_block(model)
         self._meta = {slot: slot.tensor for slots in self._slots.values() for slot, _ in slots}
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("eager")  # the loop that `_Experts` can take part in
         self._load(None)
         for block in self._blocks:
             block.register_forward_pre_hook(lambda block, args: self._acquire(block) if _computes(block) else None)
@@ -121,16 +139,28 @@ class BlockWeights:
         self._users[id(block)] -= 1
         if not self._users[id(block)]:
             for slot, _ in self._slots.get(id(block), ()):
+                vars(slot.module).pop(slot.name, None)
                 slot.assign(self._meta[slot])
 
     def _load(self, block: nn.Module | None) -> None:
         loaded: dict[str, Tensor] = {}
-        for slot, name in self._slots.get(None if block is None else id(block), ()):
+        slots = self._slots.get(None if block is None else id(block), [])
+        names = self.teacher.weights.in_file_order(dict.fromkeys(name for _, name in slots))
+        order = {name: position for position, name in enumerate(names)}
+        for slot, name in sorted(slots, key=lambda each: order[each[1]]):
+            meta = self._meta[slot]
+            if self._has_expert_loop(slot) and self.teacher.weights.reads_rows(name):
+                # An attribute of the instance comes before a parameter of the same name.
+                vars(slot.module)[slot.name] = _Experts(self.teacher.weights, name, meta, self.device)
+                continue
             if name not in loaded:
-                meta = self._meta[slot]
                 tensor = self.teacher.weights.get(name).to(self.device, meta.dtype)
                 loaded[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(meta, nn.Parameter) else tensor
             slot.assign(loaded[name])
+
+    def _has_expert_loop(self, slot: _Slot) -> bool:
+        """Return whether a tensor of experts is of a class that Transformers' `use_experts_implementation` decorates."""
+        return self._meta[slot].ndim == 3 and hasattr(slot.module, "_is_expert_parallel")
 
     def _slots_by_block(self, model: PreTrainedModel) -> dict[int | None, list[tuple[_Slot, str]]]:
         """Return the slots of each block, by its id, with the names in the checkpoint; under None those that stay.

@@ -30,6 +30,7 @@ from hf_guide.errors import OptionError
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.layouts.registry import Layout
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.teachers.quantized import is_quantized
 from hf_guide.utils.distributed import default_device, local_shard, rank_and_world_size
 
 
@@ -153,8 +154,8 @@ def running_teacher(
 
 
 def is_on_one_device(source: Any) -> bool:
-    """Return whether a teacher is a model whose weights are all in the memory of one device."""
-    if not isinstance(source, PreTrainedModel):
+    """Return whether a teacher is a model whose weights are all in the memory of one device, and not quantised."""
+    if not isinstance(source, PreTrainedModel) or is_quantized(source):
         return False
     devices = {parameter.device for parameter in source.parameters()}
     return len(devices) == 1 and not any(device.type == "meta" for device in devices)

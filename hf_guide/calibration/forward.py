@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.modules import ModuleRef
 from hf_guide.models.hooks import StopForward
-from hf_guide.models.modes import eager_float64_experts, eval_mode
+from hf_guide.models.modes import eager_experts, eval_mode
 from hf_guide.tasks import Task, task_of_class_name
 
 CROSS_ATTENTION_KEY_VALUE = re.compile(r"\.(?:EncDecAttention|encoder_attn)\.[kv]")
@@ -22,8 +22,8 @@ CROSS_ATTENTION_KEY_VALUE = re.compile(r"\.(?:EncDecAttention|encoder_attn)\.[kv
 
 @contextlib.contextmanager
 def calibration_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into evaluation mode, with experts that run in its dtype, for the duration of the block."""
-    with eval_mode(model), eager_float64_experts(model):
+    """Put a model into evaluation mode, with experts that run one by one, for the duration of the block."""
+    with eval_mode(model), eager_experts(model):
         yield
 
 

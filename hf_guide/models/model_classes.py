@@ -63,11 +63,21 @@ def candidate_model_classes(
     return classes
 
 
+def stored_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return how a checkpoint is quantised, by its config or that of its text model; None if it is not."""
+    for part in (config, config.get_text_config(decoder=True)):
+        stored = getattr(part, "quantization_config", None)
+        if stored is not None:
+            return dict(stored) if isinstance(stored, Mapping) else stored.to_dict()
+    return None
+
+
 def without_quantization_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a copy of the config without its quantization."""
     config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     return config
 
 

@@ -58,9 +58,13 @@ def on_meta_device() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def eager_float64_experts(model: PreTrainedModel) -> Iterator[None]:
-    """Run the experts of a float64 mixture one by one: the grouped kernels have no float64."""
-    if model.dtype != torch.float64 or not model._can_set_experts_implementation():
+def eager_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Run the experts of a mixture one by one, where its family allows it, for the duration of the block.
+
+    So their weights can be loaded one by one, with the same result as in memory, and in float64, which the grouped kernels
+    do not have.
+    """
+    if not model._can_set_experts_implementation():
         yield
         return
     implementation = model.get_experts_implementation()

@@ -16,18 +16,30 @@ from typing import Any
 
 import torch
 from transformers import GgufConfig, PreTrainedConfig, PreTrainedModel
-from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_guide.errors import TeacherError
 from hf_guide.models.adapters import has_adapter, parametrized_layers
-from hf_guide.models.model_classes import candidate_model_classes, meta_model, without_quantization_config
+from hf_guide.models.model_classes import (
+    candidate_model_classes,
+    meta_model,
+    stored_quantization,
+    without_quantization_config,
+)
 from hf_guide.models.model_files import check_model_folder
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
 from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.teachers.loading import check_is_teacher, load_complete_model, missing_parameters_error
+from hf_guide.teachers.quantized import (
+    QuantizedTensors,
+    can_dequantize,
+    dequantize_on_load,
+    is_quantized,
+    open_quantization,
+    quantized_shapes,
+)
 from hf_guide.teachers.shards import find_safetensors, match_stored_tensors, read_headers
 from hf_guide.teachers.tensor_source import InMemoryTensors, OffloadedTensors, SafetensorsTensors, TensorSource
 from hf_guide.utils.fingerprint import files_fingerprint, tensors_fingerprint
@@ -65,10 +77,11 @@ def open_teacher(
 ) -> TeacherCheckpoint:
     """Open a teacher for reading.
 
-    A folder or Hub id is found as `from_pretrained` finds it. Where its safetensors hold the model's tensors under
-    names that need no more than renaming, nothing but the headers is read now and one tensor at a time later. Other
-    checkpoints (`.bin`, GGUF, quantised, experts stored one by one) are loaded whole, on the CPU, in the dtype they
-    are stored in, and dequantised. A loaded model is used as it is, without a copy, and left untouched.
+    A folder or Hub id is found as `from_pretrained` finds it. Of safetensors nothing but the headers is read now, and one
+    tensor at a time later: renamed, made of experts that are stored one by one, or dequantised (compressed-tensors, FP8,
+    MXFP4, torchao, bitsandbytes), as `from_pretrained` does. Other checkpoints (`.bin`, GGUF) are loaded whole, on the CPU, in
+    the dtype they are stored in. A loaded model is used as it is, without a copy, and left untouched; of a quantised one
+    (torchao, bitsandbytes) one tensor at a time is dequantised.
 
     Raises:
         TeacherError: Something cannot be read; it is named: missing, truncated or corrupted files, parameters that are not in
@@ -99,9 +112,8 @@ def open_teacher(
 
     config = copy.deepcopy(config) or load_config(name, hub, trust_remote_code, gguf_file)
     classes = candidate_model_classes(config, name, hub, trust_remote_code)
-    quantised = gguf_file is not None or getattr(config, "quantization_config", None) is not None
     explicit_file = getattr(config, "transformers_weights", None) is not None
-    files = None if quantised or explicit_file else find_safetensors(name, hub)
+    files = None if gguf_file is not None or explicit_file else find_safetensors(name, hub)
     if files is not None:
         opened = _open_files(classes, config, name, files, commit)
         if opened is not None:
@@ -159,10 +171,17 @@ def _open_files(
     """Open safetensors lazily, or return None where only `from_pretrained` can read them."""
     stored = read_headers(files)
     missing: set[str] = set()
+    is_quantized = stored_quantization(config) is not None
     for model_class in classes:
         with unreadable_as(TeacherError, f"{name} has a config that {model_class.__name__} cannot be built of"):
-            model = meta_model(model_class, config)
-        tensors = match_stored_tensors(model, stored)
+            model = meta_model(model_class, without_quantization_config(config))
+        quantization = None
+        if is_quantized:
+            with unreadable_as(TeacherError, _not_loadable(config, name, model_class)):
+                quantization = open_quantization(model_class, dequantize_on_load(config), files)
+            if quantization is None:
+                return None
+        tensors = match_stored_tensors(model, stored, quantization)
         if tensors is None:
             return None
         weights = SafetensorsTensors(tensors)
@@ -171,8 +190,8 @@ def _open_files(
         if not missing:
             untied = {key: tensor for key, tensor in tensors.items() if key not in tied}
             return _build_checkpoint(model, config, SafetensorsTensors(untied), tied, name, commit)
-        if model._keys_to_ignore_on_load_missing:
-            return None  # the model may compute the missing ones
+        if model._keys_to_ignore_on_load_missing or is_quantized:
+            return None  # the model may compute the missing ones, or has others
     raise missing_parameters_error(name, missing)
 
 
@@ -187,51 +206,24 @@ def _load_whole_model(
     options: dict[str, Any] = {"trust_remote_code": trust, **hub}
     if gguf_file is not None:
         options |= {"gguf_file": gguf_file, "quantization_config": GgufConfig(dequantize=True)}
-    packed = "quantised and " if getattr(config, "quantization_config", None) is not None else ""
-    what = f"{name} is {packed}not loadable as {model_class.__name__} here"
+    what = _not_loadable(config, name, model_class)
     with unreadable_as(TeacherError, what):
-        options |= {"config": _dequantize_on_load(config), "dtype": "auto"}
+        options |= {"config": dequantize_on_load(config), "dtype": "auto"}
     model = load_complete_model(model_class, name, what, **options)
-    if _is_quantized(model):
-        with unreadable_as(TeacherError, f"{name} is quantised and cannot be dequantised"):
-            model = _dequantize(model)
+    if is_quantized(model) and not can_dequantize(model):
+        advice = "pass the checkpoint that it was quantised from"
+        with unreadable_as(TeacherError, f"{name} is quantised and cannot be dequantised; {advice}"):
+            model = model.dequantize()
     return model
 
 
-def _dequantize_on_load(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a config by which weights are dequantised while they are read, where their format has that option.
-
-    By default Transformers does this only without a GPU, and some formats (FP8) cannot be dequantised afterwards.
-    """
-    stored = getattr(config, "quantization_config", None)
+def _not_loadable(config: PreTrainedConfig, name: str, model_class: type[PreTrainedModel]) -> str:
+    """Return how the error for a checkpoint that cannot be loaded begins."""
+    stored = stored_quantization(config)
     if stored is None:
-        return config
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    if hasattr(AutoQuantizationConfig.from_dict(stored), "dequantize"):
-        config = copy.copy(config)
-        config.quantization_config = {**stored, "dequantize": True}
-    return config
-
-
-def _dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model with stock weights. Transformers cannot dequantise torchao, but each of its tensors can."""
-    if getattr(model.config.quantization_config, "quant_method", None) != "torchao":
-        return model.dequantize()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if type(parameter.data) is not torch.Tensor:
-                setattr(module, name, torch.nn.Parameter(parameter.dequantize(), requires_grad=False))
-    return model
-
-
-def _is_quantized(model: PreTrainedModel) -> bool:
-    parameters = (parameter for _, parameter in model.named_parameters())
-    if any(type(p.data) is not torch.Tensor or not p.is_floating_point() or p.element_size() < 2 for p in parameters):
-        return True
-    if not getattr(model, "is_quantized", False):
-        return False
-    stock = meta_model(type(model), without_quantization_config(model.config))  # packed weights have other names
-    return stock.state_dict().keys() != model.state_dict().keys()
+        return f"{name} is not loadable as {model_class.__name__} here"
+    kind = f"{name} is quantised ({stored.get('quant_method')}) and not loadable as {model_class.__name__} here"
+    return f"{kind}; where nothing else helps pass the checkpoint that it was quantised from"
 
 
 def _open_model(model: torch.nn.Module, config: PreTrainedConfig | None) -> TeacherCheckpoint:
@@ -291,14 +283,20 @@ def _is_optional_and_absent(model: torch.nn.Module, name: str) -> bool:
 def _checkpoint_from_model(
     model: PreTrainedModel, config: PreTrainedConfig, name: str, commit: str | None
 ) -> TeacherCheckpoint:
-    if _is_quantized(model):
+    packed = is_quantized(model)
+    tensors = model.state_dict()
+    is_spread = any(tensor.is_meta for tensor in tensors.values())
+    if packed and (is_spread or not can_dequantize(model)):
         raise TeacherError(
             f"The weights of {name} are quantised or sharded. Pass its folder or Hub id instead of the "
             "loaded model, or what its `dequantize()` returns."
         )
-    tensors = model.state_dict()
-    is_spread = any(tensor.is_meta for tensor in tensors.values())
-    every = OffloadedTensors(model, tensors) if is_spread else InMemoryTensors(tensors)
+    every: InMemoryTensors
+    if packed:
+        tensors = quantized_shapes(model)
+        every = QuantizedTensors(model, tensors)
+    else:
+        every = OffloadedTensors(model, tensors) if is_spread else InMemoryTensors(tensors)
 
     def same(first: str, second: str) -> bool:
         a, b = every.get(first), every.get(second)
@@ -306,8 +304,10 @@ def _checkpoint_from_model(
 
     tied = _tied_parameters(model, tensors, same)
     untied = {key: tensor for key, tensor in tensors.items() if key not in tied}
-    if is_spread:
-        weights: InMemoryTensors = OffloadedTensors(model, untied)
+    if packed:
+        weights: InMemoryTensors = QuantizedTensors(model, untied)
+    elif is_spread:
+        weights = OffloadedTensors(model, untied)
     else:
         weights = InMemoryTensors(untied, functools.partial(_rwkv_rescaling, model))
     return _build_checkpoint(model, config, weights, tied, name, commit)
@@ -345,9 +345,6 @@ def _build_checkpoint(
     name: str,
     commit: str | None,
 ) -> TeacherCheckpoint:
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     sizes: Counter[torch.dtype] = Counter()
     names = [key for key in weights.keys() if weights.dtype(key).is_floating_point]
     for key in names:

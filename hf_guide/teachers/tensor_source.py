@@ -1,7 +1,8 @@
 """The tensors of a teacher by name: in memory, or read from safetensors files one tensor, or some rows of it, at a time."""
 
+import itertools
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_guide.errors import TeacherError
+
+STEP_BYTES = 2**26
+"""So many bytes of a tensor of experts are made of stored ones at a time, or one expert."""
 
 
 class TensorSource(Protocol):
@@ -33,9 +37,17 @@ class TensorSource(Protocol):
         """Return the entries `start` to `stop` of one tensor's first axis, as `get` does; a file's others are not read."""
         return self.get(name)[start:stop]
 
+    def reads_rows(self, name: str) -> bool:
+        """Return whether `rows` reads nothing else of a tensor."""
+        return False
+
     def prefetch(self, name: str) -> None:
         """Have the system read a tensor that is needed soon, and return at once."""
         return
+
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Return names in the order in which their tensors are read fastest: that of a file."""
+        return list(names)
 
     def check_unchanged(self) -> None:
         """Check that the files are still those that were opened.
@@ -179,11 +191,46 @@ class StoredTensor:
         """The path of the file."""
         return self.state.file
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether some entries of its first axis can be read by themselves."""
+        return True
+
+    def parts(self, rows: "slice | None") -> "list[tuple[StoredTensor, slice | None]]":
+        """Return the stored tensors of which it is made, and the entries of the first axis that are needed of each."""
+        return [(self, rows)]
+
+    def assemble(self, tensors: Sequence[torch.Tensor], rows: "slice | None") -> torch.Tensor:
+        """Return the tensor, or some rows of it, made of its parts."""
+        return tensors[0]
+
+
+class LocatedTensor(Protocol):
+    """A tensor of the model that is made of one or more stored ones."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape in the model."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype in which it is returned."""
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether some entries of its first axis can be read by themselves."""
+
+    def parts(self, rows: "slice | None") -> "list[tuple[StoredTensor, slice | None]]":
+        """Return the stored tensors of which it is made, and the entries of the first axis that are needed of each."""
+
+    def assemble(self, tensors: Sequence[torch.Tensor], rows: "slice | None") -> torch.Tensor:
+        """Return the tensor, or some rows of it, made of its parts."""
+
 
 class SafetensorsTensors(TensorSource):
     """The tensors of a model in safetensors files, read one at a time; no file stays open."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]):
+    def __init__(self, tensors: Mapping[str, LocatedTensor]):
         self._tensors = tensors
 
     def keys(self) -> Collection[str]:
@@ -201,45 +248,72 @@ class SafetensorsTensors(TensorSource):
         return dtype
 
     def get(self, name: str) -> torch.Tensor:
-        """Read one tensor from its file, mapped read-only where the system can.
+        """Read one tensor from its file, mapped read-only where the system can; one that is made of others, in steps.
 
         Raises:
             TeacherError: The file has changed or been damaged since it was opened; it is named.
         """
-        return self._read(name, None)
+        shape, dtype = self.shape(name), self.dtype(name)
+        step = max(1, shape[0] * STEP_BYTES // max(1, shape.numel() * dtype.itemsize)) if shape else 1
+        if isinstance(self._tensors[name], StoredTensor) or not self.reads_rows(name) or step >= shape[0]:
+            return self._read(name, None)
+        tensor = torch.empty(shape, dtype=dtype)
+        for start in range(0, shape[0], step):
+            tensor[start : start + step] = self._read(name, slice(start, start + step))
+        return tensor
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read some entries of one tensor's first axis, as `get`."""
         return self._read(name, slice(start, stop))
 
+    def reads_rows(self, name: str) -> bool:
+        """Return whether some rows of a tensor are stored by themselves."""
+        return self._tensors[name].has_rows
+
     def prefetch(self, name: str) -> None:
         """Have the system read a tensor into its page cache."""
         if not hasattr(os, "posix_fadvise"):  # only Linux and some other Unixes have it
             return
-        stored = self._tensors[name]
-        try:
-            descriptor = os.open(stored.file, os.O_RDONLY)
+        for stored, _ in self._tensors[name].parts(None):
             try:
-                os.posix_fadvise(descriptor, stored.start, stored.stop - stored.start, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise corrupted_file_error(stored.file, error) from error
+                descriptor = os.open(stored.file, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, stored.start, stored.stop - stored.start, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise corrupted_file_error(stored.file, error) from error
 
     def check_unchanged(self) -> None:
         """Check that every file has the size, the time and the inode with which it was opened."""
-        for state in {each.state for each in self._tensors.values()}:
+        for state in {stored.state for each in self._tensors.values() for stored, _ in each.parts(None)}:
             state.check_unchanged()
 
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Return names in the order in which their tensors are stored."""
+        return sorted(names, key=lambda name: min(_position(part) for part, _ in self._tensors[name].parts(None)))
+
     def _read(self, name: str, rows: "slice | None") -> torch.Tensor:
-        stored = self._tensors[name]
-        try:
-            with safe_open(stored.file, framework="pt") as file:
-                tensor = file.get_tensor(stored.key) if rows is None else file.get_slice(stored.key)[rows]
-        except (SafetensorError, OSError) as error:
-            raise corrupted_file_error(stored.file, error) from error
-        stored.state.check_unchanged()
-        return tensor
+        located = self._tensors[name]
+        parts = located.parts(rows)
+        tensors: dict[int, torch.Tensor] = {}
+        by_position = sorted(range(len(parts)), key=lambda index: _position(parts[index][0]))
+        for path, indices in itertools.groupby(by_position, key=lambda index: parts[index][0].file):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for index in indices:
+                        stored, some = parts[index]
+                        tensors[index] = (
+                            file.get_tensor(stored.key) if some is None else file.get_slice(stored.key)[some]
+                        )
+            except (SafetensorError, OSError) as error:
+                raise corrupted_file_error(path, error) from error
+            stored.state.check_unchanged()
+        return located.assemble([tensors[index] for index in range(len(parts))], rows)
+
+
+def _position(stored: StoredTensor) -> tuple[str, int]:
+    return stored.file, stored.start
 
 
 def corrupted_file_error(file: str, error: Exception) -> TeacherError:

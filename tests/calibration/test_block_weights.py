@@ -2,12 +2,15 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_guide import OptionError, TeacherError, from_teacher
 from hf_guide.calibration import collection, streams
@@ -16,6 +19,7 @@ from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.calibration.streams import Streams, StreamStore
 from hf_guide.teachers.checkpoint import open_teacher
+from hf_guide.teachers.tensor_source import SafetensorsTensors
 from tests.calibration.small_students import kind_batches, make_student, token_batches
 from tests.invariants.test_laws import layout_of
 from tests.tiny import KINDS, Kind, same_bits
@@ -83,6 +87,68 @@ def test_one_block_is_in_memory_at_a_time_and_read_once_per_pass(
     make_student(tmp_path)
     assert reads == [0, 1, 2, 3] * 3, "to verify the structure, for the statistics, and for the refit"
     assert set(in_memory) == {0}
+
+
+def test_of_a_mixture_one_expert_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = KINDS["mixtral"]
+    kind.teacher().save_pretrained(tmp_path)
+    calls: Counter[int] = Counter()
+    reads: Counter[tuple[str, int]] = Counter()
+    alive: list[StorageWeakRef] = []
+    read, run = SafetensorsTensors.rows, MixtralExperts.forward
+
+    def counting(self: SafetensorsTensors, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor = read(self, name, start, stop)
+        if len(self.shape(name)) == 3:
+            assert stop == start + 1 and all(each.expired() for each in alive)
+            reads[name, start] += 1
+            alive[:] = [StorageWeakRef(tensor.untyped_storage())]
+        return tensor
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[id(self)] += self.gate_up_proj.device.type != "meta" and not isinstance(self.gate_up_proj, nn.Parameter)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(SafetensorsTensors, "rows", counting)
+    monkeypatch.setattr(MixtralExperts, "forward", forward)
+    from_teacher(
+        tmp_path,
+        method="calibrated",
+        calibration_dataset=kind_batches(kind),
+        show_progress=False,
+        **kind.smaller,
+    )
+    config = kind.teacher().config
+    assert len(reads) == 2 * config.num_hidden_layers * config.num_local_experts
+    runs = sorted(count for count in calls.values() if count)
+    assert len(runs) == config.num_hidden_layers and max(reads.values()) <= runs[0], (
+        "an expert once per run of its block"
+    )
+
+
+def test_the_weights_of_a_block_are_read_once_and_in_the_order_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    KINDS["llama"].teacher().save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loads: list[list[tuple[str, int]]] = []
+    load, read = BlockWeights._load, SafetensorsTensors.get
+
+    def loading(self: BlockWeights, block: nn.Module | None) -> None:
+        with monkeypatch.context() as within:
+            loads.append([])
+            within.setattr(SafetensorsTensors, "get", reading)
+            load(self, block)
+
+    def reading(self: SafetensorsTensors, name: str) -> torch.Tensor:
+        ((stored, _),) = self._tensors[name].parts(None)
+        loads[-1].append((stored.file, stored.start))
+        return read(self, name)
+
+    monkeypatch.setattr(BlockWeights, "_load", loading)
+    make_student(tmp_path)
+    assert len(loads) == 1 + 3 * 4, "the rest once, and each of four blocks once in each of three passes"
+    assert all(each == sorted(set(each)) and each for each in loads)
 
 
 def test_a_model_that_needs_more_than_the_last_hidden_states_runs_as_a_whole(tmp_path: Path) -> None:

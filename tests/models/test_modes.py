@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 from hf_guide.models.adapters import parametrized_layers
 from hf_guide.models.hooks import StopForward, first_output, register_input_hook, removable_hooks
 from hf_guide.models.model_classes import meta_model
-from hf_guide.models.modes import eager_float64_experts, eval_mode, eval_preserving_state
+from hf_guide.models.modes import eager_experts, eval_mode, eval_preserving_state
 from tests.tiny import KINDS
 
 
@@ -41,14 +41,14 @@ def test_models_that_are_only_looked_at_leave_the_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_only_float64_experts_are_run_eagerly() -> None:
+def test_experts_are_run_eagerly_for_the_duration_of_the_block() -> None:
     model = KINDS["mixtral"].teacher()
     before = model.get_experts_implementation()
-    with eager_float64_experts(model):
-        assert model.get_experts_implementation() == before
-    with eager_float64_experts(model.double()):
+    with eager_experts(model):
         assert set(model.get_experts_implementation().values()) == {"eager"}
     assert model.get_experts_implementation() == before
+    with eager_experts(KINDS["llama"].teacher()):
+        pass
 
 
 def test_hooks_are_removed_when_the_forward_is_stopped() -> None:
