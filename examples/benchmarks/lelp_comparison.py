@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from lelp_data import SETS, read_set, split
+from lelp_data import DRAWN, SETS, read_set, split
 from lelp_models import (
     LENGTH,
     Batches,
@@ -119,7 +119,7 @@ def views_of(batches: Batches, count: int) -> Batches:
 
 def prepare(name: str, args: argparse.Namespace) -> Bench:
     """Read a set and have its teacher, from the output folder where it was trained before."""
-    drawn = name.startswith("characters")
+    drawn = name.startswith(DRAWN)
     data = read_set(name, args.fonts if drawn else args.fashion)
     held = min(args.held_out, len(data) // 6)
     left = len(data) - 2 * held
@@ -128,7 +128,7 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     tokenizer = make_tokenizer(data)
     parts = [Batches(part, tokenizer, args.length) for part in split(data, sizes)]
     torch.manual_seed(0)
-    teacher = make_teacher(data, args.images)
+    teacher = make_teacher(data.shown(), args.images)
     kind = args.teacher if data.is_text else args.images
     views = not data.is_text or any(arm.endswith("-stable") for arm in args.arms)  # of images they cost little
     marks = [
@@ -141,7 +141,8 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
         *(["views"] if views else []),
     ]
     file = args.output / f"{'-'.join(marks)}.safetensors"
-    batches_by_part = dict(zip(("seen", "unseen", "test"), (*parts[:2], parts[3]), strict=True))
+    shown = [Batches(part.data.shown()) if part.data.pictures is not None else part for part in parts]
+    batches_by_part = dict(zip(("seen", "unseen", "test"), (*shown[:2], shown[3]), strict=True))
     if file.is_file():
         stored = load_file(file)
         teacher.load_state_dict({key[2:]: value for key, value in stored.items() if key.startswith("w ")})
@@ -161,7 +162,7 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
                     part: replace(each, logits=teacher.head(each.embeddings)) for part, each in part_signals.items()
                 }
         else:
-            teach(teacher, parts[0], args.teacher_steps)
+            teach(teacher, shown[0], args.teacher_steps)
             part_signals = {
                 part: Signals.collect(teacher, each, views=views) for part, each in batches_by_part.items()
             }

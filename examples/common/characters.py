@@ -69,7 +69,7 @@ def read_glyphs(fonts: Sequence[Path], characters: str = CHARACTERS) -> Glyphs:
     drawn, families = [], []
     for file in fonts:
         font = ImageFont.truetype(str(file), round(0.85 * DRAWN_SIZE))
-        glyphs = np.stack([_draw_glyph(character, font) for character in characters])
+        glyphs = np.stack([draw_glyph(character, font) for character in characters])
         distinct = len(np.unique(glyphs.reshape(len(glyphs), -1), axis=0))
         if distinct * len(CHARACTERS) >= MIN_DISTINCT * len(characters):
             drawn.append(torch.from_numpy(glyphs))
@@ -136,16 +136,16 @@ def draw_characters(glyphs: Glyphs, fonts: Tensor, count: int, seed: int) -> tup
     return 2 * images - 1, characters
 
 
-def _draw_glyph(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
-    """Return a character in the middle of a square, uint8 (56, 56), shrunk where it is too large."""
-    image = Image.new("L", (3 * DRAWN_SIZE, 3 * DRAWN_SIZE))
-    ImageDraw.Draw(image).text((DRAWN_SIZE, DRAWN_SIZE), character, 255, font)
+def draw_glyph(character: str, font: ImageFont.FreeTypeFont, size: int = DRAWN_SIZE) -> np.ndarray:
+    """Return a character in the middle of a square, uint8 (size, size), shrunk where it is too large."""
+    image = Image.new("L", (3 * size, 3 * size))
+    ImageDraw.Draw(image).text((size, size), character, 255, font)
     box = image.getbbox() or (0, 0, 1, 1)
     glyph = image.crop(box)
-    largest = round(0.85 * DRAWN_SIZE)
+    largest = round(0.85 * size)
     if max(glyph.size) > largest:
         ratio = largest / max(glyph.size)
         glyph = glyph.resize((max(1, round(glyph.width * ratio)), max(1, round(glyph.height * ratio))))
-    square = Image.new("L", (DRAWN_SIZE, DRAWN_SIZE))
-    square.paste(glyph, ((DRAWN_SIZE - glyph.width) // 2, (DRAWN_SIZE - glyph.height) // 2))
+    square = Image.new("L", (size, size))
+    square.paste(glyph, ((size - glyph.width) // 2, (size - glyph.height) // 2))
     return np.asarray(square)
