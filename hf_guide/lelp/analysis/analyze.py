@@ -18,7 +18,7 @@ from hf_guide.data.preprocessing import preprocess
 from hf_guide.errors import OptionError, SubclassError, TeacherError
 from hf_guide.lelp.analysis.features import AnalysisFeatures, collect_features
 from hf_guide.lelp.analysis.probe import NUM_SEEDS, STEPS, ProbeStudents, SubclassProbe
-from hf_guide.lelp.analysis.probe_subclasses import build_students, probe_features
+from hf_guide.lelp.analysis.probe_subclasses import ProbeFeatures, build_students, check_student_inputs, probe_features
 from hf_guide.lelp.analysis.report import SubclassSummary, plot_class, summarize_subclasses, write_page
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.lelp.validation import MISSING_LABELS
@@ -107,14 +107,17 @@ def analyze(
     loader = AutoImageProcessor if is_image_task else AutoTokenizer
     processing_class = load_processing_class(loader, processor or name, **({} if processor else hub))
     processed = preprocess(task, raw, None, processing_class, data, labels=teacher_classes, config=model.config)
+    students: ProbeStudents | None = None
+    if train_probes:
+        students = build_students(model, None if student is None else load_teacher(student, **hub))
+        check_student_inputs(students, processed.collator([processed.train[0]]))
     features = collect_features(
         model, processed.train, processed.collator, batch_size=batch_size, show_progress=show_progress
     )
     compared_labels = None if fine_label_column is None else encode_labels(raw, fine_label_column)
     fine_labels = compared_labels if projector.scores.needs_fine_labels else None
     probe, reason = None, None
-    if train_probes:
-        students = build_students(model, None if student is None else load_teacher(student, **hub))
+    if students is not None:
         options = {"steps": steps, "num_seeds": num_seeds, "show_progress": show_progress}
         probe, reason = _probe_or_reason(students, processed, projector, features, compared_labels, options)
     summary = summarize_subclasses(
@@ -220,10 +223,7 @@ def _probe_or_reason(
             processed.train,
             processed.collator,
             projector,
-            features.embeddings,
-            features.logits,
-            features.labels,
-            fine_labels,
+            ProbeFeatures(features.embeddings, features.logits, features.labels, fine_labels),
             num_train=count,
             **options,
         )

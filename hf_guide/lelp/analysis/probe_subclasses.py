@@ -3,7 +3,8 @@
 import copy
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import OptionError
+from hf_guide.initialization.report import format_count
 from hf_guide.initialization.student_config import derive_student_config
 from hf_guide.lelp.analysis.probe import (
     BATCH_SIZE,
@@ -25,17 +27,18 @@ from hf_guide.lelp.analysis.probe import (
     run_probe,
     split_folds,
 )
-from hf_guide.lelp.data import LabelReader, build_collator, classifier_weight, iter_live, peek_first
+from hf_guide.lelp.data import FeatureChunk, LabelReader, build_collator, classifier_weight, iter_live, peek_first
 from hf_guide.lelp.fitting import load_classifier
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.lelp.validation import resolve_classes
-from hf_guide.models.adapters import without_adapter
+from hf_guide.models.adapters import forward_parameters, without_adapter
 from hf_guide.models.modes import eval_mode
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.signal_cache.data import is_map_style
 from hf_guide.signal_cache.writer import distributed_state
 from hf_guide.tasks import task_of
 from hf_guide.teachers.forward import TeacherRunner, forward_outputs
+from hf_guide.utils.labels import TRAINER_LABEL_COLUMNS
 from hf_guide.validation import check_integer, check_positive
 
 logger = logging.getLogger(__name__)
@@ -45,6 +48,22 @@ SHRINK_WIDTH, SHRINK_DEPTH = 4, 3
 MAX_LEARNING_RATE, RATE_TIMES_WIDTH = 2e-3, 0.128
 _SIZE_FIELDS = ("hidden_size", "num_attention_heads", "num_hidden_layers")
 _MLP_FIELDS = ("intermediate_size", "n_inner", "hidden_dim", "d_ff", "ffn_dim")
+
+
+@dataclass(frozen=True)
+class ProbeFeatures:
+    """What a teacher makes of N examples.
+
+    Attributes:
+        embeddings, logits: (N, D) and (N, C), float32.
+        labels: (N,), the class that the teacher predicts where an example has none.
+        fine_labels: (N,), if there are any.
+    """
+
+    embeddings: Tensor
+    logits: Tensor
+    labels: Tensor
+    fine_labels: Tensor | None
 
 
 def probe_subclasses(
@@ -62,6 +81,7 @@ def probe_subclasses(
     seed: int = 0,
     processing_class: Any = None,
     data_collator: Callable[[Any], Mapping[str, Any]] | None = None,
+    student_collator: Callable[[Any], Mapping[str, Any]] | None = None,
     label_column: str | None = None,
     fine_label_column: str | None = None,
     revision: str | None = None,
@@ -87,13 +107,16 @@ def probe_subclasses(
         max_samples: Of each dataset.
         seed: Of the examples, the splits and the students.
         processing_class, data_collator, label_column: As of `fit_subclasses`.
+        student_collator: Makes the students' batches from the same examples, where they read something else than the
+            teacher, such as the texts of a teacher's images. None makes one batch for both.
         fine_label_column: A column of fine labels. The headroom is measured as well, by students that are given these.
         revision, token, trust_remote_code: Of a teacher that is loaded here.
         show_progress: Whether to show bars.
 
     Raises:
         SubclassError: Too few examples, examples of one class only, or too few to fit the projector.
-        OptionError: An option out of range, a missing column, or no student can be derived from the teacher's config.
+        OptionError: An option out of range, a missing column, a student that does not read the batches, or none that can be
+            derived from the teacher's config.
         TaskError: The teacher is not a classifier, or its classes do not exclude each other.
 
     Example:
@@ -118,6 +141,8 @@ def probe_subclasses(
     examples: Any = ConcatDataset(parts)
     task = task_of(model)
     collate, _ = build_collator(model, task, peek_first(parts[0])[1], data_collator, processing_class)
+    student_collate = student_collator or collate
+    check_student_inputs(students, student_collate([examples[0]]))
     labels = LabelReader(dataset, without_adapter(model).config.id2label, label_column, fine_label_column)
     with eval_mode(model):
         runner = TeacherRunner(model, task, processing_class)
@@ -125,31 +150,17 @@ def probe_subclasses(
         bar = tqdm(
             chunks, desc="Running the teacher", total=-(-len(examples) // batch_size), disable=not show_progress
         )
-        columns = [
-            (
-                chunk.embeddings.float().cpu(),
-                chunk.logits.float().cpu(),
-                resolve_classes(
-                    chunk.labels, chunk.logits, len(chunk.logits), chunk.logits.shape[1], chunk.indices
-                ).cpu(),
-                torch.empty(0) if chunk.fine_labels is None else chunk.fine_labels.cpu(),
-            )
-            for chunk in bar
-        ]
-    embeddings, logits, classes, fine_labels = (torch.cat(each) for each in zip(*columns, strict=True))
+        features = _concatenate(bar)
     count = len(parts[0])
     if projector is None:
         weight = classifier_weight(find_classifier(model, task))
-        projector = SubclassProjector.fit(embeddings[:count], classes[:count], weight, seed=seed)
+        projector = SubclassProjector.fit(features.embeddings[:count], features.labels[:count], weight, seed=seed)
     return probe_features(
         students,
         examples,
-        collate,
+        student_collate,
         projector,
-        embeddings,
-        logits,
-        classes,
-        fine_labels.long() if len(fine_labels) else None,
+        features,
         num_train=count,
         steps=steps,
         num_seeds=num_seeds,
@@ -159,15 +170,42 @@ def probe_subclasses(
     )
 
 
+def _concatenate(chunks: Iterable[FeatureChunk]) -> ProbeFeatures:
+    """Return the features of all chunks, on the CPU; the class that the teacher predicts where a label is missing."""
+    columns = [
+        (
+            chunk.embeddings.float().cpu(),
+            chunk.logits.float().cpu(),
+            resolve_classes(chunk.labels, chunk.logits, len(chunk.logits), chunk.logits.shape[1], chunk.indices).cpu(),
+            torch.empty(0) if chunk.fine_labels is None else chunk.fine_labels.cpu(),
+        )
+        for chunk in chunks
+    ]
+    embeddings, logits, labels, fine_labels = (torch.cat(each) for each in zip(*columns, strict=True))
+    return ProbeFeatures(embeddings, logits, labels, fine_labels.long() if len(fine_labels) else None)
+
+
+def check_student_inputs(students: ProbeStudents, batch: Mapping[str, Any]) -> None:
+    """Check that a batch has something that the students read.
+
+    Raises:
+        OptionError: States the columns of both.
+    """
+    columns = {name for name, value in batch.items() if isinstance(value, Tensor)} - {*TRAINER_LABEL_COLUMNS}
+    known = forward_parameters(students.build()) - {*TRAINER_LABEL_COLUMNS}
+    if not columns & known:
+        raise OptionError(
+            f"The batches have the columns {sorted(columns)}, and the student takes {sorted(known)}. Pass student_collator=, "
+            "which makes the student's batches of the same examples."
+        )
+
+
 def probe_features(
     students: ProbeStudents,
     examples: Any,
     collate: Callable[[Any], Mapping[str, Any]],
     projector: SubclassProjector,
-    embeddings: Tensor,
-    logits: Tensor,
-    classes: Tensor,
-    fine_labels: Tensor | None = None,
+    features: ProbeFeatures,
     *,
     num_train: int,
     steps: int = STEPS,
@@ -182,7 +220,7 @@ def probe_features(
         students: Of `build_students`.
         examples: With a length and an index; those from `num_train` on are held out, or of all a third for each seed.
         collate: Makes the students' batches.
-        embeddings, logits, classes, fine_labels: Of all examples.
+        features: Of all examples.
     """
     device = next(students.build().parameters()).device
 
@@ -190,12 +228,13 @@ def probe_features(
         batch = collate([examples[row] for row in rows.tolist()])
         return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
 
-    splits = split_folds(len(logits), num_seeds, seed)
-    if num_train < len(logits):
-        splits = [(torch.arange(num_train), torch.arange(num_train, len(logits)))] * num_seeds
+    count, fine_labels = len(features.logits), features.fine_labels
+    splits = split_folds(count, num_seeds, seed)
+    if num_train < count:
+        splits = [(torch.arange(num_train), torch.arange(num_train, count))] * num_seeds
     given = {"fine_labels": fine_labels} if projector.scores.needs_fine_labels else {}
-    targets = torch.as_tensor(projector.transform(embeddings, logits, **given)).flatten(1)
-    data = ProbeData(logits, targets, classes, fine_labels, splits, inputs)
+    targets = projector.transform(features.embeddings, features.logits, **given).flatten(1)
+    data = ProbeData(features.logits, targets, features.labels, fine_labels, splits, inputs)
     logger.info("The probe trains %d students for %d steps: %s", 2 * num_seeds, steps, students.description)
     return run_probe(data, students, steps=steps, batch_size=batch_size, seed=seed, show_progress=show_progress)
 
@@ -239,9 +278,7 @@ def build_students(
 
     if learning_rate is None:
         learning_rate = min(MAX_LEARNING_RATE, RATE_TIMES_WIDTH / width)
-    size = template.num_parameters()
-    amount = f"{size / 1e6:.1f} M" if size >= 1e6 else f"{size / 1e3:.0f} k"
-    description = f"{type(template).__name__} of {amount} parameters, {how}"
+    description = f"{type(template).__name__} of {format_count(template.num_parameters())} parameters, {how}"
     return ProbeStudents(build, forward, width, check_positive("learning_rate", learning_rate), description)
 
 

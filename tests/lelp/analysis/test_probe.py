@@ -162,6 +162,22 @@ def test_a_given_student_is_copied_and_measured_on_given_examples():
     assert "with random weights" in probe_subclasses(teacher, rows, student=config, **options).student
 
 
+def test_a_student_may_read_other_inputs_than_the_teacher():
+    """Texts for a teacher of images, of which the students' loss is that of texts alone."""
+    teacher, images, texts = teacher_of("vit"), examples("vit"), examples()
+    pairs = [text | {"pixel_values": image["pixel_values"]} for text, image in zip(texts, images, strict=True)]
+    options = {"data_collator": collator("vit"), "steps": 2, "num_seeds": 2, "show_progress": False}
+    student = teacher_of()
+
+    def read_texts(features):
+        return Pad()([{name: each[name] for name in texts[0]} for each in features])
+
+    probe = probe_subclasses(teacher, pairs, student=student, student_collator=read_texts, **options)
+    assert len(probe.kd) == 2 and type(student).__name__ in probe.student
+    with pytest.raises(OptionError, match="columns \\['pixel_values'\\].*student takes.*input_ids.*student_collator"):
+        probe_subclasses(teacher, pairs, student=student, **options)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
