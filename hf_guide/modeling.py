@@ -37,6 +37,7 @@ from transformers import (
 
 from hf_guide.calibration.vocabulary import ReducedVocabulary, cut_vocabulary
 from hf_guide.errors import OptionError
+from hf_guide.hub.metadata import lineage_of
 from hf_guide.hub.push import attach_report, save_student
 from hf_guide.initialization.config import PlanOptions
 from hf_guide.initialization.cost import MIN_CHECKED_BYTES, stored_bytes
@@ -247,7 +248,7 @@ def from_teacher(
     report = initializer.initialize(student, setup)
     checkpoint.weights.check_unchanged()
 
-    report.options = dataclasses.asdict(method_config)
+    report.options, report.lineage = dataclasses.asdict(method_config), lineage_of(teacher)
     report.approximations += [*dropped, *shape.approximations]
     report.notes += shape.notes
     if initializer.requires_layout:

@@ -106,6 +106,20 @@ def test_the_snippets_of_the_trainer_train(name: str, words: str, in_scratch: Pa
     assert namespace["trainer"].state.global_step == 1
 
 
+def test_the_loop_of_stages_records_the_lineage(in_scratch: Path, texts: Any) -> None:
+    code = (
+        block_with("examples/README.md", "source = name").replace("14}, 2500", "1}, 2").replace("288}, 7500", "16}, 1")
+    )
+    teacher = make_model(in_scratch / "teacher", "llama", "ForCausalLM")
+    code = re.sub(r'"HuggingFaceTB/[\w.-]+"', repr(str(teacher)), code).replace(
+        "max_steps=steps", "max_steps=steps, report_to='none'"
+    )
+    exec(code, {"tokenizer": tokenizer(), "train": texts, "teacher": str(teacher)})
+    (first,) = hf_guide.InitializationReport.load("width").lineage
+    assert (first.teacher, first.steps, first.method) == ("teacher", 2, "calibrated")
+    assert "in 2 stages" in Path("width/README.md").read_text()
+
+
 def test_the_snippet_of_a_trainer_of_ones_own_trains(in_scratch: Path) -> None:
     code = block_with("examples/README.md", "WeightedTrainer")
     code = code.replace('DistillationArguments("out",', 'DistillationArguments("out", max_steps=1, report_to="none",')

@@ -54,7 +54,12 @@ def run(args: argparse.Namespace) -> int:
 def describe_checkpoints(output_dir: Path) -> str:
     """Return what an interrupted run left on disk, and how to continue from it."""
     from hf_guide.distillation.checkpoints import last_complete_checkpoint
+    from hf_guide.scripts.stages import has_stages
 
+    if has_stages(output_dir):
+        return (
+            f"to continue from the last stage in {output_dir}, run the same command with --resume_from_checkpoint true"
+        )
     checkpoint = last_complete_checkpoint(output_dir)
     if checkpoint is not None:
         return f"to continue from {checkpoint}, run the same command with --resume_from_checkpoint true"

@@ -76,6 +76,14 @@ class ModelArguments:
         default=None,
         metadata={"help": 'Train an adapter on the student, as JSON: \'{"peft_type": "LORA", "r": 8}\'.'},
     )
+    stages: list | str | None = field(  # type: ignore[type-arg]
+        default=None,
+        metadata={
+            "help": "Cut and train in stages: a list of changes to these options, one mapping a stage, such as "
+            "{student_init_kwargs: {num_hidden_layers: 14}, max_steps: 1000}. The student of a stage is made of the one "
+            "before it; teacher, losses and data are common to all, and so are student_init_kwargs outside of stages."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.task is not None:
@@ -84,6 +92,22 @@ class ModelArguments:
             value = getattr(self, option)
             if value is not None:
                 setattr(self, option, check_mapping(option, value))
+        if self.stages is not None:
+            self.stages = _parse_stages(self.stages)
+
+
+def _parse_stages(stages: Any) -> list[dict[str, Any]]:
+    if isinstance(stages, str):
+        try:
+            stages = json.loads(stages)
+        except json.JSONDecodeError as error:
+            raise OptionError(f"stages must be a JSON list of mappings: {error}.") from error
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise OptionError(
+            "stages must be a list of at least one mapping, such as [{student_init_kwargs: {num_hidden_layers: 14}}, "
+            f"{{student_init_kwargs: {{hidden_size: 240}}}}]; found {stages!r}."
+        )
+    return stages
 
 
 @with_renamed_options(

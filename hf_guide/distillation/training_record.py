@@ -41,6 +41,7 @@ def build_training_record(
         languages=list(languages),
         steps=state.global_step,
         epochs=state.epoch,
+        tokens=round(state.num_input_tokens_seen) or None,
         training=reported_arguments(args),
         metrics={
             name: value for name, value in last.items() if name not in teacher_names and not name.endswith("_weighted")

@@ -22,7 +22,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from huggingface_hub.utils import validate_repo_id
 
 from hf_guide.errors import HfGuideError
-from hf_guide.initialization.report import InitializationReport
+from hf_guide.initialization.report import REPORT_NAME, InitializationReport, StageRecord
 from hf_guide.methods import list_methods
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.fingerprint import files_fingerprint
@@ -113,6 +113,7 @@ class DistillationRecord:
         languages: Language codes such as "en".
         steps, epochs: Optimizer steps and passes over the dataset.
         items: Number of targets, tokens or examples, in all training steps.
+        tokens: Number of input tokens in all training steps, where `include_num_input_tokens_seen` has them counted.
         training: Training arguments, see `reported_arguments`.
         metrics: Last evaluation, as `Trainer.evaluate` returns it.
         teacher_metrics, random_metrics: The same of the teacher, and of an equal student trained from random initialization.
@@ -143,6 +144,7 @@ class DistillationRecord:
     steps: int = 0
     epochs: float | None = None
     items: int | None = None
+    tokens: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float | None] = field(default_factory=dict)
     teacher_metrics: dict[str, float | None] = field(default_factory=dict)
@@ -326,9 +328,33 @@ def teacher_record(
     )
 
 
+def lineage_of(source: Any) -> list[StageRecord]:
+    """Return the stages by which a teacher was made, if hf_guide made it from another one; empty for others.
+
+    Args:
+        source: A model, or the folder of one, with the report and the record of its training. The Hub is not asked.
+    """
+    report: Any = getattr(source, "initialization_report", None)
+    record: Any = getattr(source, "distillation_record", None)
+    folder = Path(source).expanduser() if isinstance(source, (str, os.PathLike)) else None
+    if folder is not None and (folder / REPORT_NAME).is_file():
+        try:
+            report = InitializationReport.load(folder)
+            record = load_record(folder) if (folder / RECORD_NAME).is_file() else None
+        except HfGuideError as error:
+            logger.warning("How the teacher was made is not recorded with the student: %s", error)
+            return []
+    if not isinstance(report, InitializationReport):
+        return []
+    trained = isinstance(record, DistillationRecord)
+    training = {"steps": record.steps, "tokens": record.tokens, "losses": dict(record.losses)} if trained else {}
+    return [*report.lineage, report.as_stage(**training)]
+
+
 def teacher_repo_id(report: InitializationReport) -> str | None:
-    """Return the teacher's Hub id, or None if the teacher was a folder or a model without an id."""
-    return to_repo_id(report.teacher_name, report.public_revision)
+    """Return the Hub id of the teacher, of several stages the first; None if it was a folder or a model without an id."""
+    name, revision, _ = report.first_teacher
+    return to_repo_id(name, revision)
 
 
 def to_repo_id(name: str, revision: str | None) -> str | None:

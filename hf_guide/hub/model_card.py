@@ -35,7 +35,7 @@ from hf_guide.hub.metadata import (
     to_repo_id,
 )
 from hf_guide.hub.saved_model import SavedModel
-from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count
+from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count, format_ranges
 from hf_guide.tasks import SENTENCE_PIPELINE_TAGS, SENTENCE_TAGS, pipeline_tag, task_of_class_name
 from hf_guide.utils.escaping import escape_markdown, markdown_code, to_single_line
 from hf_guide.utils.files import atomic_write
@@ -163,8 +163,9 @@ def _report_and_record_values(
         "report": report,
         "record": record,
         "student_size": _format_student_size(report, record),
-        "teacher_size": format_count(report.teacher_parameters) if report is not None else None,
-        "teacher": _markdown_link(report.teacher_name, teacher_repo_id(report)) if report is not None else None,
+        "teacher_size": format_count(report.first_teacher[2]) if report is not None else None,
+        "teacher": _markdown_link(report.first_teacher[0], teacher_repo_id(report)) if report is not None else None,
+        "stages": _stages_table(report, record) if report is not None and report.lineage else [],
         "teachers": [(_markdown_link(each.name, to_repo_id(each.name, each.revision)), each) for each in teachers],
         "plot": PLOT_NAME if PLOT_NAME in plots else None,
         "training_plot": TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
@@ -291,9 +292,11 @@ def _teacher_records(
         return record.teachers
     if report is None:
         return []
+    name, revision, _ = report.first_teacher
     if look_up:
-        return [teacher_record(report.teacher, revision=report.revision, token=token)]
-    return [TeacherRecord(report.teacher_name, report.public_revision)]
+        name = name if report.lineage else report.teacher
+        return [teacher_record(name, revision=revision, token=token)]
+    return [TeacherRecord(name, revision)]
 
 
 def _base_models(
@@ -418,6 +421,22 @@ def _results_table(rows: list[MetricRow]) -> list[list[str]]:
     }
     shown = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
     return [list(shown), *([format_metric(cell) for cell in cells] for cells in zip(*shown.values(), strict=True))]
+
+
+def _stages_table(report: InitializationReport, record: DistillationRecord | None) -> list[list[str]]:
+    """Return how a student was cut in stages as rows of cells, the header first."""
+    training = {} if record is None else {"steps": record.steps, "tokens": record.tokens, "losses": record.losses}
+    rows = [["stage", "made from", "parameters", "method", "sizes", "blocks", "training"]]
+    for number, stage in enumerate([*report.lineage, report.as_stage(**training)], 1):
+        blocks = [f"{stack}: {format_ranges(sources)}" for stack, sources in stage.blocks.items()]
+        losses = [f"{format_metric(weight)} x {name}" for name, weight in stage.losses.items()]
+        length = f"{stage.steps:,} steps" + ("" if stage.tokens is None else f", {format_count(stage.tokens)} tokens")
+        trained = f"{length}: {' + '.join(losses)}" if losses else "none" if not stage.steps else length
+        sizes = [f"{axis} {old} -> {new}" for axis, (old, new) in stage.sizes.items() if old != new]
+        counts = f"{format_count(stage.teacher_parameters)} -> {format_count(stage.student_parameters)}"
+        cells = [number, stage.teacher, counts, stage.method, ", ".join(sizes), "; ".join(blocks), trained]
+        rows.append([escape_markdown(str(cell)) for cell in cells])
+    return rows
 
 
 def format_metric(value: object) -> str:

@@ -51,6 +51,32 @@ class ParameterRecord:
     steps: list[str] = field(default_factory=list)
 
 
+@dataclass
+class StageRecord:
+    """One student on the way from the first teacher to a student that was cut in stages.
+
+    Attributes:
+        teacher, revision: What it was made of: an id or the bare name of a folder, and the commit where known.
+        teacher_parameters, student_parameters: How many numbers each holds, tied ones counted once.
+        method: The initialization method.
+        sizes: By axis, the size before and after.
+        blocks: By stack, the block of its own source that feeds each of its blocks.
+        steps, tokens: How long it was trained: optimizer steps, and input tokens where they were counted.
+        losses: Weight of each loss that it was trained on; empty where it was not trained.
+    """
+
+    teacher: str
+    revision: str | None
+    teacher_parameters: int
+    student_parameters: int
+    method: str
+    sizes: dict[str, list[int]] = field(default_factory=dict)
+    blocks: dict[str, list[int]] = field(default_factory=dict)
+    steps: int = 0
+    tokens: int | None = None
+    losses: dict[str, float] = field(default_factory=dict)
+
+
 @with_renamed_options(RenamedOptions(names=_RENAMED_FIELDS))
 @dataclass
 class InitializationReport:
@@ -80,6 +106,7 @@ class InitializationReport:
         vocabulary: Of a student whose vocabulary was reduced: its `size` and `teacher_size`; `share_kept`, the share of the
             teacher's tokens in the text that are kept; `token_ratio`, the tokens that the text takes per token of the
             teacher's; and `held_out`, whether the pieces were chosen by other texts.
+        lineage: Of a student that was made of another student: those before it, the first teacher's first.
         seconds: Time by step.
         peak_memory_bytes: Peak resident memory of the process.
         bases: By axis of the residual stream, the matrix (d_T, d_S), or the indices (d_S,), by which it became narrower.
@@ -116,6 +143,7 @@ class InitializationReport:
     peak_memory_bytes: int = 0
     teacher_fingerprint: str | None = None
     shape_choice: str = ""
+    lineage: list[StageRecord] = field(default_factory=list)
     bases: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -147,6 +175,27 @@ class InitializationReport:
         """The commit of a teacher that the Hub has; None of a folder, whose name on the Hub is not known."""
         return None if is_local(self.teacher) and "/" not in self.teacher_name else self.revision
 
+    @property
+    def first_teacher(self) -> tuple[str, str | None, int]:
+        """The public name of the first teacher of all stages, its commit where known, and its number of parameters."""
+        if self.lineage:
+            first = self.lineage[0]
+            return first.teacher, first.revision, first.teacher_parameters
+        return self.teacher_name, self.public_revision, self.teacher_parameters
+
+    def as_stage(self, **training: Any) -> StageRecord:
+        """Return this student as an entry of the lineage of one that is made of it; `training` is how it was trained."""
+        return StageRecord(
+            teacher=self.teacher_name,
+            revision=self.public_revision,
+            teacher_parameters=self.teacher_parameters,
+            student_parameters=self.student_parameters,
+            method=str(self.options.get("method", "unknown")),
+            sizes=self.sizes,
+            blocks=self.blocks,
+            **training,
+        )
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `initialization_report.json` into a folder, which is created if need be, and return the file's path.
 
@@ -174,7 +223,8 @@ class InitializationReport:
 
         def parse(content: dict[str, Any]) -> InitializationReport:
             records = [ParameterRecord(**record) for record in content.pop("parameters")]
-            return cls(parameters=records, **_with_new_keys(content))
+            lineage = [StageRecord(**stage) for stage in content.pop("lineage", [])]
+            return cls(parameters=records, lineage=lineage, **_with_new_keys(content))
 
         return read_json_record(
             path / REPORT_NAME if path.is_dir() else path,

@@ -104,7 +104,13 @@ def resolve_layer_mapping(
         )
     teacher_depth = teacher_depths[0]
     report = getattr(student, "initialization_report", None)
-    stacks = [blocks for blocks in report.blocks.values() if len(blocks) == depth] if report is not None else []
-    if len(stacks) == 1 and max(stacks[0]) < teacher_depth:
-        return {number + 1: int(block) + 1 for number, block in enumerate(stacks[0])}
+    stacks = {} if report is None else {stack: each for stack, each in report.blocks.items() if len(each) == depth}
+    if len(stacks) == 1:
+        ((stack, blocks),) = stacks.items()
+        for earlier in reversed([stage.blocks.get(stack) for stage in report.lineage]):
+            if earlier is None or len(earlier) == teacher_depth:  # the teacher is the student of an earlier stage
+                break
+            blocks = [earlier[block] for block in blocks]
+        if max(blocks) < teacher_depth:
+            return {number + 1: int(block) + 1 for number, block in enumerate(blocks)}
     return {layer: round(layer * teacher_depth / depth) for layer in range(1, depth + 1)}

@@ -25,7 +25,12 @@ _ONLY_STRINGS = ("teacher", "teacher_cache", "output_dir")
 
 
 def parse_config(
-    path: str | os.PathLike[str], classes: Sequence[type[Any]], *, overrides: Sequence[str] = (), prog: str
+    path: str | os.PathLike[str],
+    classes: Sequence[type[Any]],
+    *,
+    overrides: Sequence[str] = (),
+    changes: "Mapping[str, Any] | None" = None,
+    prog: str,
 ) -> tuple[Any, ...]:
     """Return one instance of each dataclass, from a file and a command line.
 
@@ -33,6 +38,7 @@ def parse_config(
         path: YAML or JSON mapping of fields of these classes.
         classes: Dataclasses without common field names.
         overrides: Command-line arguments such as `--learning_rate 1e-4`; they take precedence over the file.
+        changes: Options that take precedence over the file, and not over the command line.
         prog: Name of the command, for its help.
 
     Raises:
@@ -43,7 +49,7 @@ def parse_config(
     parser = _make_parser(classes, prog)
     actions = {action.dest: action for action in parser._actions if action.dest != "help"}
     renamed = renamed_options_of(*classes)
-    flags, in_file = parse_overrides(overrides, classes, prog=prog), _read_file(Path(path))
+    flags, in_file = parse_overrides(overrides, classes, prog=prog), _read_file(Path(path)) | dict(changes or {})
     overridden = {renamed.names.get(name, name) for name in flags}
     file_options = {name: value for name, value in in_file.items() if renamed.names.get(name, name) not in overridden}
     options = renamed.translate(file_options | flags, str(path))

@@ -4,6 +4,7 @@ Does: load models and data, train, evaluate, save and push. Does not: compute lo
 """
 
 import copy
+import dataclasses
 import math
 import os
 import re
@@ -34,6 +35,7 @@ from hf_guide.models.pretrained import load_config, load_processing_class, unrea
 from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.scripts.config_file import parse_config
 from hf_guide.scripts.error_rates import TranscriptErrorRates
+from hf_guide.scripts.stages import DistillConfig, as_stages, check_stages, run_stages, stage_changes
 from hf_guide.scripts.text_scores import GeneratedTextScores
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import OutputKind, Task, task_of
@@ -46,17 +48,10 @@ DATACLASSES = (ModelArguments, DataArguments, Seq2SeqDistillationArguments)
 _NEEDS_PREFIX_SPACE = ("bloom", "gpt2", "roberta", "deberta")
 
 
-@dataclass(frozen=True)
-class DistillConfig:
-    """All options of one distillation."""
-
-    models: ModelArguments
-    data: DataArguments
-    training: Seq2SeqDistillationArguments
-
-
 def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> DistillConfig:
     """Read a YAML or JSON file of fields of `ModelArguments`, `DataArguments` and `Seq2SeqDistillationArguments`.
+
+    With `stages`, each has the options of the file with its own changes.
 
     Args:
         path: The file.
@@ -66,11 +61,20 @@ def read_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         OptionError: A key is not a field (names the nearest one), or a value is invalid.
         OSError: The file cannot be read.
     """
-    return DistillConfig(*parse_config(path, DATACLASSES, overrides=overrides, prog="hf-guide distill CONFIG"))
+
+    def parse(changes: Mapping[str, Any]) -> DistillConfig:
+        prog = "hf-guide distill CONFIG"
+        return DistillConfig(*parse_config(path, DATACLASSES, overrides=overrides, changes=changes, prog=prog))
+
+    config = parse({})
+    if config.models.stages is None:
+        return config
+    stages = as_stages([parse(changes) for changes in stage_changes(config)])
+    return dataclasses.replace(stages[-1], stages=stages)
 
 
 def distill(config: DistillConfig) -> dict[str, float]:
-    """Train a student, and save it with its tokenizer and model card into `output_dir`.
+    """Train a student, in one or several stages, and save it with its tokenizer and model card into `output_dir`.
 
     Returns:
         The metrics of the evaluation after training, or of the training if there is no evaluation dataset.
@@ -80,8 +84,19 @@ def distill(config: DistillConfig) -> dict[str, float]:
         HfGuideError: Any other error of `DistillationTrainer`.
         OSError: A model, dataset or file is not available.
     """
+    if config.stages:
+        first = config.stages[0].training
+        source = first.student_init_kwargs.get("teacher")  # type: ignore[union-attr]  # parsed by now
+        of_source = _load_config(source, first.teacher_init_kwargs) if isinstance(source, str) else None
+        check_stages(config.stages, of_source or _teacher_name_and_config(first)[1])
+    for stage in config.stages or [config]:
+        _check_config(stage.models, stage.training)
+    return run_stages(config.stages, _distill) if config.stages else _distill(config)
+
+
+def _distill(config: DistillConfig) -> dict[str, float]:
+    """Distill once."""
     models, data, args = config.models, config.data, config.training
-    _check_config(models, args)
     transformers.set_seed(args.seed)
     checkpoints = _inspect_checkpoints(models, args)
     _check_generation(checkpoints.task, args, data)

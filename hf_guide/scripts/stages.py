@@ -1,0 +1,211 @@
+"""Distill in stages: cut, train, cut what was trained, train again, with the first teacher's signals throughout.
+
+Does: read the stages of a configuration file, check them before the first one runs, run them one after another, and skip those
+that an earlier run finished. Does not: distill (`distill.py`).
+"""
+
+import copy
+import dataclasses
+import gc
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_guide.data.arguments import DataArguments, ModelArguments
+from hf_guide.distillation.arguments import Seq2SeqDistillationArguments
+from hf_guide.errors import OptionError, ShapeError
+from hf_guide.initialization.size_checks import check_requested_sizes, is_size
+from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.modeling import FROM_TEACHER_PARAMETERS
+from hf_guide.utils.checksums import read_json, write_json
+from hf_guide.utils.deprecation import renamed_options_of
+from hf_guide.utils.distributed import barrier
+from hf_guide.validation import did_you_mean
+
+STAGES_FOLDER = "_stages"
+"""In `output_dir`, the folder of all students but the last. `Trainer` pushes no folder whose name begins with "_"."""
+
+_OF_ALL_STAGES = frozenset(
+    "output_dir resume_from_checkpoint teacher teacher_cache teacher_init_kwargs teacher_weights losses loss_options "
+    "push_to_hub hub_model_id hub_token hub_revision hub_private_repo".split()
+)
+"""Training arguments that a stage cannot change: where the signals come from, and where the student goes."""
+
+_RECORDED = tuple(
+    "losses loss_options temperature kd_loss_type beta max_steps num_train_epochs learning_rate lr_scheduler_type "
+    "warmup_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps seed".split()
+)
+"""Training arguments by which a finished stage is recognized."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """All options of one distillation.
+
+    Attributes:
+        stages: The options of each stage where there are several; the last one's are the options above.
+    """
+
+    models: ModelArguments
+    data: DataArguments
+    training: Seq2SeqDistillationArguments
+    stages: "tuple[DistillConfig, ...]" = ()
+
+
+def stage_changes(config: DistillConfig) -> list[dict[str, Any]]:
+    """Return what each stage changes in the options of a file, its `student_init_kwargs` completed by the common ones.
+
+    Raises:
+        OptionError: A key that is not a training argument (names the nearest one), or one that stages have in common; or a
+            smaller vocabulary after the first stage.
+    """
+    classes = (ModelArguments, DataArguments, Seq2SeqDistillationArguments)
+    training = [
+        field.name for field in dataclasses.fields(Seq2SeqDistillationArguments) if field.name not in _OF_ALL_STAGES
+    ]
+    others = {field.name for each in classes for field in dataclasses.fields(each)} - set(training)
+    common: dict[str, Any] = dict(config.training.student_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+    changes = []
+    for number, entries in enumerate(config.models.stages or [], 1):
+        stage = renamed_options_of(*classes).translate(dict(entries), f"stage {number}")
+        for name in stage:
+            if name in others:
+                raise OptionError(
+                    f"Stage {number} sets {name}, which all stages have in common: set it outside of stages."
+                )
+            if name not in training:
+                raise OptionError(f"Stage {number} has an unknown key {name!r}.{did_you_mean(str(name), training)}")
+        own = stage.get("student_init_kwargs") or {}
+        if not isinstance(own, Mapping):
+            raise OptionError(f"student_init_kwargs of stage {number} must be a mapping; found {own!r}.")
+        if number > 1 and {"vocab_size", "teacher"} & {*own}:
+            raise OptionError(
+                f"Stage {number} sets {sorted({'vocab_size', 'teacher'} & {*own})}: its student is made of the one before it, "
+                "and the data are tokenized for that one's vocabulary. Set both in the first stage only."
+            )
+        inherited = {
+            name: value for name, value in common.items() if number == 1 or name not in ("vocab_size", "teacher")
+        }
+        changes.append(stage | {"student_init_kwargs": inherited | dict(own)})
+    return changes
+
+
+def as_stages(stages: Sequence[DistillConfig]) -> tuple[DistillConfig, ...]:
+    """Return the options of each stage with its own folder, and its student made of the one before it."""
+    output = Path(stages[-1].training.output_dir or "")
+    folders = [*(output / STAGES_FOLDER / f"stage-{number}" for number in range(1, len(stages))), output]
+    placed = []
+    for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), 1):
+        models, training = copy.copy(stage.models), stage.training
+        kwargs: dict[str, Any] = dict(training.student_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+        training.output_dir = str(folder)
+        if training.include_num_input_tokens_seen == "no":  # the card states the tokens of each stage
+            training.include_num_input_tokens_seen = "non_padding"
+        if number < len(stages):
+            training.push_to_hub = False
+        if number > 1:
+            kwargs["teacher"] = str(folders[number - 2])
+            if "vocab_size" in placed[0].training.student_init_kwargs:  # type: ignore[operator]
+                models.processing_class_name_or_path = models.processing_class_name_or_path or kwargs["teacher"]
+        if kwargs.get("calibration_cache_dir") is not None and len(stages) > 1:
+            kwargs["calibration_cache_dir"] = os.path.join(kwargs["calibration_cache_dir"], f"stage-{number}")
+        training.student_init_kwargs = kwargs
+        placed.append(dataclasses.replace(stage, models=models))
+    return tuple(placed)
+
+
+def check_stages(stages: Sequence[DistillConfig], teacher: PreTrainedConfig | None) -> None:
+    """Check, before the first stage runs, that no stage makes the student larger than the one before it.
+
+    `teacher` is the config of the model that the first student is made of. The sizes of a stage by a budget
+    (`num_parameters`, ...) are not known before it runs, and are checked then.
+
+    Raises:
+        OptionError, ShapeError: Names the stage; or a checkpoint to resume from, of which each stage has its own.
+    """
+    resume = stages[0].training.resume_from_checkpoint
+    if resume and str(resume).lower() not in ("true", "false"):
+        raise OptionError(
+            f"resume_from_checkpoint must be true with stages, each of which has checkpoints of its own; found {resume!r}."
+        )
+    config = teacher
+    for number, stage in enumerate(stages, 1):
+        kwargs: dict[str, Any] = stage.training.student_init_kwargs  # type: ignore[assignment]  # parsed by now
+        sizes = {name: value for name, value in kwargs.items() if name not in (*FROM_TEACHER_PARAMETERS, "teacher")}
+        if config is None:
+            return  # there is no teacher, which is an error of its own
+        try:
+            check_requested_sizes(config, sizes)
+            _check_not_larger(config, sizes)
+            config = derive_student_config(config, sizes, keywords=FROM_TEACHER_PARAMETERS)
+        except (OptionError, ShapeError) as error:
+            raise type(error)(f"Stage {number}: {error}") from error
+
+
+def _check_not_larger(before: PreTrainedConfig, sizes: Mapping[str, Any]) -> None:
+    for name, size in sizes.items():
+        earlier = getattr(before, name, None)
+        if is_size(name) and isinstance(size, int) and isinstance(earlier, int) and size > earlier:
+            raise ShapeError(
+                f"{name} is {size}, and {earlier} in the student before: a stage must not make the student larger."
+            )
+
+
+def run_stages(stages: Sequence[DistillConfig], run: Callable[[DistillConfig], dict[str, float]]) -> dict[str, float]:
+    """Run each stage that is not finished; return the metrics of the last one.
+
+    Raises:
+        OptionError: A finished stage of an earlier run, and `resume_from_checkpoint` is not set, or its options were others.
+    """
+    metrics: dict[str, float] = {}
+    for stage in stages:
+        last, folder = stage is stages[-1], Path(stage.training.output_dir or "")
+        record = folder.with_name(folder.name + ".json")
+        if not last and record.is_file():
+            _check_finished(stage, record)
+            continue
+        metrics = run(stage)
+        gc.collect()  # its trainer, before there is another one
+        if not last:
+            barrier()
+            if stage.training.process_index == 0:
+                write_json(record, _recorded_options(stage))
+            barrier()
+    return metrics
+
+
+def has_stages(output_dir: Path) -> bool:
+    """Return whether a run in this folder has begun one of several stages."""
+    return (output_dir / STAGES_FOLDER).is_dir()
+
+
+def _check_finished(stage: DistillConfig, record: Path) -> None:
+    if str(stage.training.resume_from_checkpoint).lower() != "true":
+        raise OptionError(
+            f"{record.with_suffix('')} was finished by an earlier run. Set resume_from_checkpoint: true to go on after it, or "
+            "name another output_dir."
+        )
+    finished, options = read_json(record)[0], _recorded_options(stage)
+    different = sorted(name for name in options if finished.get(name) != options[name])
+    if different:
+        was, now, others = finished.get(different[0]), options[different[0]], different[1:]
+        raise OptionError(
+            f"{record.with_suffix('')} was finished with other options: {different[0]} was {was!r} and is {now!r}"
+            f"{f', and {others} differ too' if others else ''}. Restore them, or name another output_dir."
+        )
+
+
+def _recorded_options(stage: DistillConfig) -> dict[str, Any]:
+    options = stage.training.to_dict()  # without tokens
+    kwargs = {
+        name: value
+        for name, value in (options["student_init_kwargs"] or {}).items()
+        if name not in ("teacher", "calibration_cache_dir", "token")
+    }
+    recorded = {name: options[name] for name in _RECORDED} | {"student_init_kwargs": kwargs, "data": stage.data.name}
+    return json.loads(json.dumps(recorded, default=str))  # type: ignore[no-any-return]
