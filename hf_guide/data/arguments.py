@@ -76,7 +76,7 @@ class ModelArguments:
         default=None,
         metadata={"help": 'Train an adapter on the student, as JSON: \'{"peft_type": "LORA", "r": 8}\'.'},
     )
-    stages: list | str | None = field(  # type: ignore[type-arg]
+    stages: list | str | None = field(
         default=None,
         metadata={
             "help": "Cut and train in stages: a list of changes to these options, one mapping a stage, such as "

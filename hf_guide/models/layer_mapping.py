@@ -105,7 +105,7 @@ def resolve_layer_mapping(
     teacher_depth = teacher_depths[0]
     report = getattr(student, "initialization_report", None)
     stacks = {} if report is None else {stack: each for stack, each in report.blocks.items() if len(each) == depth}
-    if len(stacks) == 1:
+    if report is not None and len(stacks) == 1:
         ((stack, blocks),) = stacks.items()
         for earlier in reversed([stage.blocks.get(stack) for stage in report.lineage]):
             if earlier is None or len(earlier) == teacher_depth:  # the teacher is the student of an earlier stage

@@ -99,7 +99,7 @@ def as_stages(stages: Sequence[DistillConfig]) -> tuple[DistillConfig, ...]:
     """Return the options of each stage with its own folder, and its student made of the one before it."""
     output = Path(stages[-1].training.output_dir or "")
     folders = [*(output / STAGES_FOLDER / f"stage-{number}" for number in range(1, len(stages))), output]
-    placed = []
+    placed: list[DistillConfig] = []
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), 1):
         models, training = copy.copy(stage.models), stage.training
         kwargs: dict[str, Any] = dict(training.student_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
@@ -208,4 +208,5 @@ def _recorded_options(stage: DistillConfig) -> dict[str, Any]:
         if name not in ("teacher", "calibration_cache_dir", "token")
     }
     recorded = {name: options[name] for name in _RECORDED} | {"student_init_kwargs": kwargs, "data": stage.data.name}
-    return json.loads(json.dumps(recorded, default=str))  # type: ignore[no-any-return]
+    plain: dict[str, Any] = json.loads(json.dumps(recorded, default=str))
+    return plain
