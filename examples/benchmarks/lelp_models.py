@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lelp_data import Labelled
+from lelp_data import VOCABULARY, Labelled
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -87,6 +88,51 @@ class Perceptron(nn.Module):
         return SimpleNamespace(last_hidden_state=self.layers(pixel_values).unsqueeze(1))
 
 
+class TrigramBag(nn.Module):
+    """An encoder of numbered trigrams, 0 being padding: layers on the mean of their embeddings.
+
+    Args:
+        vocabulary: how many numbers there are.
+        dropout: share of the trigrams of each text that a step of training does not see.
+    """
+
+    def __init__(self, vocabulary: int, width: int, dropout: float = 0.3):
+        super().__init__()
+        self.config = SimpleNamespace(hidden_size=width)
+        self.dropout = dropout
+        self.table = nn.Embedding(vocabulary, width, padding_idx=0)
+        nn.init.normal_(self.table.weight, std=0.05)
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
+        """Return its states as an encoder of Transformers does, (batch, 1, width)."""
+        kept = (input_ids != 0).float()
+        if self.training:
+            kept = kept * (torch.rand(kept.shape) >= self.dropout)
+        kept = (kept / kept.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1)
+        states = [3 * kept @ self.table(input_ids)]
+        states.append(self.layer(states[0]).relu())
+        return SimpleNamespace(last_hidden_state=states[1], hidden_states=states if output_hidden_states else None)
+
+
+def pretrain_on_halves(encoder: TrigramBag, batches: "Batches", steps: int, *, temperature: float = 0.1) -> None:
+    """Train an encoder without labels to tell which halves of snippets belong together, by the cosine of their states."""
+    optimizer = torch.optim.AdamW(encoder.parameters(), 5e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    encoder.train()
+    for rows in itertools.islice(batches.drawn(128, seed=0), steps):
+        numbers = batches.take(rows)["input_ids"]
+        middle = int((numbers != 0).sum(1).min()) // 2
+        halves = (encoder(half).last_hidden_state[:, 0] for half in (numbers[:, :middle], numbers[:, middle + 2 :]))
+        first, second = (nn.functional.normalize(states, dim=-1) for states in halves)
+        alike, places = first @ second.T / temperature, torch.arange(len(rows))
+        loss = nn.functional.cross_entropy(alike, places) + nn.functional.cross_entropy(alike.T, places)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
 class Batches:
     """A set as what models are fed: images as they are, texts as tokens, padded batch by batch."""
 
@@ -110,7 +156,7 @@ class Batches:
     def take(self, rows: Tensor) -> dict[str, Tensor]:
         """Return rows as a model's inputs."""
         if not self.data.is_text:
-            return {"pixel_values": self.data.inputs[rows]}
+            return {"input_ids" if self.data.is_trigrams else "pixel_values": self.data.inputs[rows]}
         ids = self.ids[rows, : int(self.lengths[rows].max())]
         return {"input_ids": ids, "attention_mask": (ids != self.tokenizer.pad_token_id).long()}
 
@@ -143,7 +189,7 @@ class Batches:
 
 
 def second_view(inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return the same examples seen otherwise: images moved by up to a tenth, texts without a tenth of their tokens."""
+    """Return the same examples seen otherwise: images moved by up to a tenth, texts and snippets without a tenth of theirs."""
     if "pixel_values" in inputs:
         reach = max(1, inputs["pixel_values"].shape[-1] // 10)
         moves = torch.randint(-reach, reach + 1, (len(inputs["pixel_values"]), 2), generator=generator).tolist()
@@ -151,6 +197,8 @@ def second_view(inputs: dict[str, Tensor], generator: torch.Generator) -> dict[s
         return {"pixel_values": torch.stack(moved)}
     kept = torch.rand(inputs["input_ids"].shape, generator=generator) > 0.1
     kept[:, 0] = True
+    if "attention_mask" not in inputs:
+        return {"input_ids": inputs["input_ids"] * kept}
     return {**inputs, "attention_mask": inputs["attention_mask"] * kept}
 
 
@@ -219,7 +267,9 @@ def make_tokenizer(data: Labelled) -> Any:
 
 
 def make_teacher(data: Labelled, kind: str) -> Classifier:
-    """Return an untrained teacher: MiniLM for texts; "resnet" or "vit" for images."""
+    """Return an untrained teacher: MiniLM for texts, a bag of trigrams for snippets; "resnet" or "vit" for images."""
+    if data.is_trigrams:
+        return Classifier(TrigramBag(VOCABULARY, width=192), data.classes)
     if data.is_text:
         return Classifier(AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False), data.classes)
     if kind == "vit":
@@ -247,6 +297,8 @@ def make_student(batches: Batches, kind: str, outputs: int, started: Classifier 
             outputs,
             _places(known, batches.tokenizer.vocab_size, batches.tokenizer.pad_token_id),
         )
+    if data.is_trigrams:
+        return Classifier(TrigramBag(VOCABULARY, width=64), outputs)
     if kind == "vit":
         return Classifier(_vit(data, width=64, blocks=2), outputs)
     if kind == "mlp":

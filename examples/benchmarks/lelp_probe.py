@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from lelp_comparison import Runs, parser, plan, prepare
-from lelp_data import DRAWN
 from lelp_models import Classifier, make_student, start_student
 from lelp_runs import ADDED, RESULTS
 
@@ -97,7 +96,7 @@ def main() -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         print(f"command: python {' '.join(sys.argv)}", flush=True)
         for name in args.sets:
-            run = plan(name, not name.startswith(("digits", "fashion", *DRAWN)), args)
+            run = plan(name, args)
             if all(ADDED | row["run"] != run for row in probes):
                 probes.append({"run": run, "result": probe_set(name, args)})
                 with args.probes.open("a", encoding="utf-8") as file:

@@ -91,11 +91,20 @@ def place_of(run: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(run[name] for name in ("set", "teacher", "transfer", "share", "initialization", "steps"))
 
 
-def plan(name: str, text: bool, args: argparse.Namespace) -> dict[str, Any]:
+def teacher_kind(name: str, args: argparse.Namespace) -> str:
+    """Return the kind of teacher that a set has, as the rows state it."""
+    if name.startswith("languages"):
+        return "trigrams"
+    return args.images if name.startswith(("digits", "fashion", *DRAWN)) else args.teacher
+
+
+def plan(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return what all runs of a set share."""
+    teacher = teacher_kind(name, args)
+    text = teacher == args.teacher
     return {
         "set": name,
-        "teacher": args.teacher if text else args.images,
+        "teacher": teacher,
         "transfer": args.transfer,
         "share": args.share,
         "initialization": args.initialization,
