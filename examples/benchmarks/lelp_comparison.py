@@ -10,8 +10,9 @@ run with `--seeds` others, of which the tables are; variants of LELP, and the ra
 the data are too few for are left out, and the tables mark them. Seeds differ in the student; the parts of the set and the
 teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
-that is trained here; snippets in languages a bag of trigrams, trained on halves of snippets and then on labels. `--transfer` sets whether students learn from what the teacher was trained on or from other
-examples; `--initialization guide` and `--initialization calibrated` start them by `from_teacher`.
+that is trained here; snippets in languages a bag of trigrams, trained on halves of snippets and then on labels.
+`--transfer` sets whether students learn from what the teacher was trained on or from other examples;
+`--initialization guide` and `--initialization calibrated` start them by `from_teacher`.
 """
 
 import argparse

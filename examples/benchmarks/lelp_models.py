@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lelp_data import VOCABULARY, Labelled
+from lelp_data import Labelled
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
     ViTModel,
 )
 
+from examples.common.languages import VOCABULARY
 from hf_guide import from_teacher
 from hf_guide.errors import OptionError
 
