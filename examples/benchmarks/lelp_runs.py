@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lelp_data import DRAWN
+from lelp_data import DRAWN, FROM_TEXTS
 from lelp_training import ARMS, Settings
 
 from hf_guide.errors import OptionError
@@ -93,8 +93,8 @@ def place_of(run: dict[str, Any]) -> tuple[Any, ...]:
 
 def teacher_kind(name: str, args: argparse.Namespace) -> str:
     """Return the kind of teacher that a set has, as the rows state it."""
-    if name.startswith("languages"):
-        return "trigrams"
+    if name.startswith(FROM_TEXTS):
+        return "trigrams" if name.startswith("languages") else "mlp"
     return args.images if name.startswith(("digits", "fashion", *DRAWN)) else args.teacher
 
 
