@@ -5,6 +5,7 @@ because mapped pages count as the process's memory.
 """
 
 import io
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ class StreamStore:
 
     def __init__(self, gigabytes: float, folder: Path | None = None):
         self.budget, self.folder = round(gigabytes * GIGABYTE), folder
-        self.bytes_in_memory = 0
+        self.bytes_in_memory = self.expected_bytes = 0
 
     def reserve(self, size: int) -> bool:
         """Return whether that many bytes are still within the budget, and count them if so."""
@@ -51,9 +52,28 @@ class StreamStore:
         Raises:
             OptionError: States how much there is, and what helps.
         """
-        free = shutil.disk_usage(self.folder or tempfile.gettempdir()).free
-        if size - self.budget > free:
-            raise _no_space(size - self.budget, self.folder, f"{free / GIGABYTE:.1f} GB are free")
+        self.expected_bytes = max(0, size - self.budget)
+        if self.expected_bytes > self.free_bytes():
+            raise self.no_space("", 0)
+
+    def free_bytes(self) -> int:
+        """Return how many bytes are free where the files are."""
+        return shutil.disk_usage(self.folder or tempfile.gettempdir()).free
+
+    def no_space(self, reason: str, written: int) -> OptionError:
+        """Return the error for files that do not fit on their disk.
+
+        Args:
+            reason: What the system stated, if a write failed.
+            written: How many bytes the file has that could not be written to.
+        """
+        needed, free = max(self.expected_bytes, written) / GIGABYTE, self.free_bytes() / GIGABYTE
+        cause = f" ({reason} after {written / GIGABYTE:.3g} GB of one file)" if reason else ""
+        return OptionError(
+            f"{needed:.3g} GB of activations do not fit into temporary files in {self.folder or tempfile.gettempdir()}, where "
+            f"{free:.3g} GB are free{cause}. Set TMPDIR to a folder with more space, raise {OPTION}, or pass fewer "
+            "calibration_tokens; with a calibration_cache_dir the call continues from the last block that was finished."
+        )
 
     def open_file(self) -> io.FileIO:
         """Return a new temporary file."""
@@ -123,7 +143,7 @@ class Streams:
             while position < len(raw):
                 position += self._file.write(raw[position:])
         except OSError as error:
-            raise _no_space(offset + len(raw), self._store.folder, str(error)) from error
+            raise self._store.no_space(os.strerror(error.errno or 0), offset) from error
         return _Stored(offset, value.nbytes, value.shape, value.dtype, value.device)
 
 
@@ -143,10 +163,3 @@ class _Stored:
                 raise OSError(f"The temporary file of activations ends after {self.offset + position} bytes.")
             position += count
         return raw.view(self.dtype).view(self.shape).to(self.device)
-
-
-def _no_space(size: int, folder: Path | None, reason: str) -> OptionError:
-    return OptionError(
-        f"{size / GIGABYTE:.1f} GB of activations do not fit into a temporary file in {folder or tempfile.gettempdir()} "
-        f"({reason}). Set TMPDIR to a folder with more space, raise {OPTION}, or pass fewer calibration_tokens."
-    )

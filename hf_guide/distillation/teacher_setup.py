@@ -96,9 +96,12 @@ def _check_input_sizes(student: Any, teacher: Any) -> None:
 def prepare_teacher(model: PreTrainedModel, accelerator: accelerate.Accelerator) -> tuple[PreTrainedModel, bool]:
     """Bring a teacher to where the student is trained, sharded as the student is; return it and whether it is sharded.
 
-    A quantised one, or one that a `device_map` has spread already, stays where it is.
+    A quantised one, or one that accelerate has offloaded or spread over devices already, stays where it is.
     """
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1 or getattr(model, "is_quantized", False):
+    is_spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1 or any(
+        parameter.is_meta for parameter in model.parameters()
+    )
+    if is_spread or getattr(model, "is_quantized", False):
         return model, False
     if accelerator.distributed_type == DistributedType.FSDP:
         check_shardable(model, "teacher", accelerator)

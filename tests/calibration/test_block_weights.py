@@ -1,5 +1,7 @@
 """A teacher of a folder runs block by block, and gives the same student as one in memory."""
 
+import io
+import json
 import os
 import shutil
 from collections import Counter
@@ -13,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_guide import OptionError, TeacherError, from_teacher
-from hf_guide.calibration import collection, streams
+from hf_guide.calibration import collection, resume, streams
 from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.sequential import SequentialModel
@@ -195,37 +197,52 @@ def test_no_space_for_activations_is_an_error_before_the_teacher_runs(
     monkeypatch.setattr(streams.shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(SequentialModel, "visit", None)
     with pytest.raises(
-        OptionError, match=r"GB of activations do not fit into a temporary file in .*activation_memory"
+        OptionError,
+        match=r"GB of activations do not fit into temporary files in .*, where 1e-05 GB are free\..*activation_memory",
     ):
         make_student(KINDS["llama"].teacher(), activation_memory=0)
 
 
-def test_a_disk_that_fills_up_is_an_error_that_states_what_helps(
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device without space is needed")
+def test_a_disk_that_fills_up_is_an_error_that_states_what_helps_and_the_call_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Full:
-        def __getattr__(self, name: str) -> Any:
-            def fail(*args: Any) -> None:
-                raise OSError(28, os.strerror(28))
+    teacher = KINDS["llama"].teacher()
+    expected = make_student(teacher)
+    open_file = StreamStore.open_file
 
-            return fail if name == "write" else lambda *args: None
+    def filling(self: StreamStore) -> io.FileIO:
+        is_full = any((tmp_path / "cache").glob("step-*"))
+        return io.FileIO("/dev/full", "r+b") if is_full else open_file(self)
 
-    monkeypatch.setattr(StreamStore, "open_file", lambda self: Full())
-    with pytest.raises(OptionError, match=r"No space left on device.*Set TMPDIR"):
-        make_student(KINDS["llama"].teacher(), activation_memory=0)
+    monkeypatch.setattr(resume, "SECONDS_BETWEEN_SAVES", 0.0)
+    with monkeypatch.context() as within:
+        within.setattr(StreamStore, "open_file", filling)
+        with pytest.raises(OptionError, match=r"GB are free \(No space left on device after.*Set TMPDIR.*continues"):
+            make_student(teacher, folder=tmp_path / "cache", activation_memory=0)
+    assert same_bits(make_student(teacher, folder=tmp_path / "cache", activation_memory=0), expected)
 
 
+@pytest.mark.parametrize("change", ["rewritten", "replaced", "removed"])
 def test_a_checkpoint_that_changes_between_two_blocks_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    KINDS["llama"].teacher().save_pretrained(tmp_path)
+    KINDS["llama"].teacher().save_pretrained(tmp_path, max_shard_size="40KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = tmp_path / index["model.layers.3.mlp.up_proj.weight"]
     register = collection.collect_statistics.__globals__["_StatisticsCollector"].register_hooks
 
     def rewriting(self: Any, handles: list[Any], stack: str | None, index: int) -> None:
-        if index == 2:
-            os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+        if (stack, index) == ("layers.{block}", 2):
+            if change == "rewritten":
+                os.utime(shard, ns=(1, 1))
+            elif change == "replaced":
+                shutil.copy(shard, tmp_path / "new")
+                os.replace(tmp_path / "new", shard)
+            else:
+                shard.unlink()
         register(self, handles, stack, index)
 
     monkeypatch.setattr(collection.collect_statistics.__globals__["_StatisticsCollector"], "register_hooks", rewriting)
-    with pytest.raises(TeacherError, match=r"model.safetensors has changed since it was opened"):
+    with pytest.raises(TeacherError, match=rf"{shard}.*(has changed since it was opened|No such file)"):
         make_student(tmp_path)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import torch.distributed as dist
 from accelerate import FullyShardedDataParallelPlugin, PartialState
@@ -81,6 +82,9 @@ def main(options: dict[str, Any]) -> None:
     )
     same_width = {"hidden_states", "features"} & args.losses.keys()
     teacher = model_for(options["task"], 2, width=48 if options.get("wide") or not same_width else 32)
+    if options.get("offloaded"):
+        folder = Path(options["output"]).parent / f"offloaded-{PartialState().process_index}"
+        accelerate.disk_offload(teacher, str(folder), execution_device=torch.device("cpu"))
     kind = next((kind for name, kind in KINDS.items() if options.get(name)), DistillationTrainer)
     trainer = kind(
         student,
@@ -105,6 +109,7 @@ def main(options: dict[str, Any]) -> None:
             else {name: value.flatten().tolist() for name, value in projections.state_dict().items()},
             "sharded": type(next(trainer.model.parameters())).__name__,
             "teacher_sharded": type(next(trainer.teachers[0].bare.parameters())).__name__,
+            "teacher_offloaded": next(trainer.teachers[0].bare.parameters()).is_meta,
             "inside_head": trainer.distillation_objective.head is not None,
         }
         Path(options["output"]).write_text(json.dumps(result))

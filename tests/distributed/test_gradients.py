@@ -57,14 +57,20 @@ def test_two_processes_of_four_are_one_of_eight(
         assert torch.allclose(torch.tensor(values), torch.tensor(found[1]["maps"][name]), atol=1e-6)
 
 
-def test_sharded_students_and_teachers_have_the_same_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("offloaded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_sharded_students_and_teachers_have_the_same_gradients(offloaded: bool, tmp_path: Path) -> None:
+    """Of a student sharded by FSDP2 the teacher is sharded too, or stays on the disk where it was offloaded to."""
     found = []
     for processes in (1, 2):
         arguments = {"losses": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8 // processes}
         given = {"task": "causal-lm", "arguments": arguments, "sharded": processes == 2}
+        given["offloaded"] = offloaded and processes == 2
         found.append(run_processes("gradients.py", processes, given, tmp_path))
     one, two = map(vector, found)
-    assert found[1]["sharded"] == found[1]["teacher_sharded"] == "DTensor" and found[1]["inside_head"]
+    assert found[1]["sharded"] == "DTensor" and found[1]["inside_head"]
+    assert found[1]["teacher_offloaded"] == offloaded and (found[1]["teacher_sharded"] == "DTensor") == (not offloaded)
+    for name in ("ce", "kd", "loss"):
+        assert found[1]["log"][name] == pytest.approx(found[0]["log"][name], rel=1e-4)
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
 
 

@@ -1,10 +1,12 @@
 """Teachers that are not whole in one place, or not in one piece: offloaded to disk by a `device_map`, and quantised."""
 
+import accelerate
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from hf_guide import DistillationArguments, DistillationTrainer, capture_teacher, from_teacher
+from hf_guide.initialization.registry import list_methods
 from tests.distillation.small import VOCABULARY, collate, examples_for, llama
 from tests.tiny import same_bits
 
@@ -104,16 +106,47 @@ def test_a_student_is_made_from_a_checkpoint_that_is_quantised(tmp_path, folder)
         assert (found - tensor).norm() <= 0.02 * tensor.norm(), name
 
 
-@pytest.mark.parametrize("method", ["uniform", "guide", "calibrated"])
-def test_a_student_is_made_from_a_model_that_is_offloaded_to_disk(tmp_path, folder, method):
-    place = ON_DISK | {"lm_head": "disk"}
-    spread = LlamaForCausalLM.from_pretrained(folder, device_map=place, offload_folder=str(tmp_path / "offload"))
-    assert any(weight.is_meta for weight in spread.parameters())
+def spread(way, folder, tmp_path):
+    """Return the teacher of a folder, loaded and offloaded as accelerate does it."""
+    if way == "device_map":
+        place = ON_DISK | {"lm_head": "disk"}
+        return LlamaForCausalLM.from_pretrained(folder, device_map=place, offload_folder=str(tmp_path / "offload"))
+    model = LlamaForCausalLM.from_pretrained(folder)
+    if way == "cpu_offload":
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return accelerate.disk_offload(model, str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+
+
+WAYS = ["device_map", "cpu_offload", "disk_offload"]
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_a_loaded_teacher_that_is_offloaded_teaches_as_one_in_memory(tmp_path, folder, way):
+    teacher = spread(way, folder, tmp_path)
+    assert all(weight.is_meta for weight in teacher.parameters())
+    losses = {"ce": 0.5, "kd": 0.5}
+    tolerance = 1e-3 if torch.cuda.is_available() else 0
+    torch.testing.assert_close(
+        train(tmp_path, teacher, losses), train(tmp_path, folder, losses), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [
+        pytest.param(way, method, marks=pytest.mark.slow if method == "calibrated" and way != "device_map" else ())
+        for way in WAYS
+        for method in list_methods()
+    ],
+)
+def test_a_student_is_made_from_a_model_that_is_offloaded(tmp_path, folder, way, method):
+    teacher = spread(way, folder, tmp_path)
+    assert any(weight.is_meta for weight in teacher.parameters())
     rows = torch.randint(3, VOCABULARY, (8, 4, 12), generator=torch.Generator().manual_seed(0))
     data = {"calibration_dataset": [{"input_ids": each} for each in rows]} if method == "calibrated" else {}
-    made, expected = (
-        from_teacher(teacher, method=method, hidden_size=32, num_hidden_layers=2, show_progress=False, **data)
-        for teacher in (spread, folder)
+    made, *expected = (
+        from_teacher(each, method=method, hidden_size=32, num_hidden_layers=2, show_progress=False, **data)
+        for each in (teacher, folder, LlamaForCausalLM.from_pretrained(folder))
     )
-    assert same_bits(made, expected)
-    assert any(weight.is_meta for weight in spread.parameters()), "the teacher is as it was"
+    assert all(same_bits(made, student) for student in expected)
+    assert any(weight.is_meta for weight in teacher.parameters()), "the teacher is as it was"
