@@ -119,7 +119,7 @@ class TrigramBag(nn.Module):
 
 
 def pretrain_on_halves(encoder: TrigramBag, batches: "Batches", steps: int, *, temperature: float = 0.1) -> None:
-    """Train an encoder without labels to tell which halves of snippets belong together, by the cosine of their states."""
+    """Train an encoder without labels: the halves of a snippet get states of a larger cosine than those of two snippets."""
     optimizer = torch.optim.AdamW(encoder.parameters(), 5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     encoder.train()
