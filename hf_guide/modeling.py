@@ -35,7 +35,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_guide.calibration.vocabulary import ReducedVocabulary, cut_vocabulary
+from hf_guide.calibration.vocabulary import ReducedVocabulary, change_vocabulary
 from hf_guide.errors import OptionError
 from hf_guide.hub.metadata import lineage_of
 from hf_guide.hub.push import attach_report, save_student
@@ -54,6 +54,7 @@ from hf_guide.initialization.student_shape import (
     vocab_row_indices,
 )
 from hf_guide.initialization.subclass_head import SubclassDirections, widen_to_subclasses
+from hf_guide.initialization.tokenizer_change import OtherVocabulary
 from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.methods import InitializationConfig, StudentSetup, make_method
 from hf_guide.models.token_rows import attach_tokenizer
@@ -102,6 +103,7 @@ def from_teacher(
     active_parameters: "int | str | None" = None,
     memory: "int | str | None" = None,
     cache_length: int | None = None,
+    tokenizer: Any = None,
     num_subclasses: int | None = None,
     projector: SubclassDirections | None = None,
     revision: str | None = None,
@@ -142,6 +144,9 @@ def from_teacher(
             the cost of a few more of them, and any other method a rule. The report notes the shape. Overrides fix sizes.
         active_parameters, memory, cache_length: Likewise, what a token passes of a mixture of experts, or the bytes of weights
             and key-value cache ("500MB"), the cache for 2,048 positions by default.
+        tokenizer: Another fast tokenizer than the teacher's, or its name or folder. Rows of tokens that the teacher has are
+            copied, those of other pieces are means of the teacher's pieces that spell them (arXiv 2402.09977), and special
+            tokens are matched by name or role; the report counts them. Logits of student and teacher can then not be compared.
         num_subclasses: Number of outputs per class of a classifier to be trained with LELP; all of a class's start as the
             teacher's. The student's config records it.
         projector: A `SubclassProjector` of the teacher: each output starts at its subclass's direction instead.
@@ -155,7 +160,7 @@ def from_teacher(
 
     Returns:
         The student, in evaluation mode and on torch's default device as `from_pretrained` returns it, with an
-        `initialization_report`, which `save_pretrained` writes next to the weights; with it the tokenizer of a smaller
+        `initialization_report`, which `save_pretrained` writes next to the weights; with it the tokenizer of another
         vocabulary.
 
     Raises:
@@ -165,7 +170,8 @@ def from_teacher(
         ResourceError: More memory than is available, estimated before a weight is read; states what would help.
         TeacherError: A teacher that cannot be read, or whose files change while they are read.
         SubclassError: A projector of another teacher.
-        VocabularyError: A smaller vocabulary of a tokenizer of another kind, or one too small.
+        VocabularyError: A smaller vocabulary of a tokenizer of another kind, or one too small; or a tokenizer whose pieces are
+            not known.
         TaskError: Subclasses of something other than a classifier of whole examples.
 
     Example:
@@ -191,6 +197,7 @@ def from_teacher(
             "calibration_dataset": calibration_dataset,
             "model_class": model_class,
             "dtype": dtype,
+            "tokenizer": tokenizer,
         }
         shared |= {"revision": revision, "show_progress": show_progress, **files, **code}
         head = {"num_subclasses": num_subclasses, "projector": projector}
@@ -201,16 +208,17 @@ def from_teacher(
         initializer.check_data(calibration_dataset, calibration_cache_dir)
 
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
-    checkpoint, config, vocabulary = cut_vocabulary(
+    checkpoint, config, vocabulary = change_vocabulary(
         checkpoint,
         teacher,
         config,
         overrides,
         calibration_dataset,
+        tokenizer=tokenizer,
         gguf_file=gguf_file,
         **files,
     )
-    if vocabulary is not None and not initializer.requires_data:
+    if isinstance(vocabulary, ReducedVocabulary) and not initializer.requires_data:
         calibration_dataset = None
     initializer.check_data(calibration_dataset, calibration_cache_dir)
 
@@ -261,8 +269,8 @@ def from_teacher(
     if vocabulary is not None:
         report.vocabulary = vocabulary.facts
         attach_tokenizer(student, vocabulary.tokenizer)
-    new_ids = None if vocabulary is None else vocabulary.new_ids
-    copy_generation_config(student, teacher, new_ids=new_ids, revision=revision, **files)
+    translate = None if vocabulary is None else vocabulary.translate
+    copy_generation_config(student, teacher, translate=translate, revision=revision, **files)
     return student.eval()  # type: ignore[no-any-return]
 
 
@@ -295,12 +303,6 @@ def _from_teacher_of_budget(
         raise OptionError(
             f"calibration_dataset is an iterator, which can be read once, and with {', '.join(given)} it is read for the "
             "search and for the student: pass a list or a dataset."
-        )
-    if "vocab_size" in overrides:
-        raise OptionError(
-            f"vocab_size cannot be given with {', '.join(given)}. Make the smaller vocabulary first: save "
-            "from_teacher(teacher, vocab_size=..., calibration_dataset=texts, method='uniform') in a folder, the "
-            f"teacher with fewer tokens, and pass that folder as teacher with {', '.join(given)}."
         )
     shapes = find_shapes(teacher, **budget, calibration_cache_dir=calibration_cache_dir, **shared, **overrides)
     folder = search_folder(calibration_cache_dir, START_FOLDER)
@@ -362,6 +364,7 @@ def plan_student(
     method: "str | InitializationConfig | Mapping[str, Any]" = "guide",
     model_class: type[Any] | None = None,
     dtype: "str | torch.dtype | None" = None,
+    tokenizer: Any = None,
     revision: str | None = None,
     token: "str | bool | None" = None,
     cache_dir: "str | os.PathLike[str] | None" = None,
@@ -376,7 +379,8 @@ def plan_student(
     A teacher that is not stored as plain safetensors (`.bin`, GGUF, quantised) is loaded to learn its shapes.
 
     Args:
-        teacher, config, method, model_class, dtype: As in `from_teacher`; blocks that a method chooses by data are not known.
+        teacher, config, method, model_class, dtype, tokenizer: As in `from_teacher`; blocks that a method chooses by data are
+            not known.
         revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: As in `from_pretrained`.
         **overrides: Fields of the teacher's config that the student changes.
 
@@ -392,6 +396,9 @@ def plan_student(
     files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
     code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
+    checkpoint, config, _ = change_vocabulary(
+        checkpoint, teacher, config, overrides, None, tokenizer=tokenizer, gguf_file=gguf_file, **files
+    )
     _, _, setup = _resolve(
         initializer,
         checkpoint,
@@ -407,7 +414,9 @@ def plan_student(
 
 
 def _identity(
-    num_subclasses: int | None, projector: SubclassDirections | None, vocabulary: ReducedVocabulary | None
+    num_subclasses: int | None,
+    projector: SubclassDirections | None,
+    vocabulary: ReducedVocabulary | OtherVocabulary | None,
 ) -> dict[str, Any]:
     """Return what a student's head and vocabulary depend on, as JSON."""
     fingerprint = {} if projector is None else {"projector": projector.fingerprint()}

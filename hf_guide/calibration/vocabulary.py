@@ -1,6 +1,7 @@
 """Choose a smaller vocabulary by a text, and cut a teacher to it: what `from_teacher(vocab_size=...)` does.
 
-Does: count the pieces that a text uses, keep the most useful, and measure on held-out texts what the smaller vocabulary costs.
+Does: count the pieces that a text uses, keep the most useful, and measure on held-out texts what the smaller vocabulary costs;
+and decide between this, another tokenizer, and the teacher's own vocabulary (`change_vocabulary`).
 Does not: make a student. From here on student and teacher have the same vocabulary, so every method works as without a cut.
 """
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_guide.calibration.data import is_self_generated, iter_texts
-from hf_guide.errors import OptionError
+from hf_guide.errors import OptionError, VocabularyError
 from hf_guide.initialization.generation_config import load_generation_config
+from hf_guide.initialization.tokenizer_change import OtherVocabulary, change_tokenizer
 from hf_guide.models.piece_ranking import PieceRanking, rank_pieces
 from hf_guide.models.pretrained import find_tokenizer
 from hf_guide.models.token_rows import (
@@ -61,6 +63,10 @@ class ReducedVocabulary:
     def new_ids(self) -> dict[int, int]:
         """The id of each kept token, by the teacher's id."""
         return {old: new for new, old in enumerate(self.kept_ids)}
+
+    def translate(self, config: Any) -> list[str]:
+        """Replace the token ids in a config or generation config, in place; see `translate_token_ids`."""
+        return translate_token_ids(config, self.new_ids)
 
     @property
     def identity(self) -> str:
@@ -181,41 +187,53 @@ def _encode_batch(backend: Tokenizer, batch: Sequence[str]) -> Iterator[tuple[st
     yield from ((text, encoding.ids) for text, encoding in zip(batch, encodings, strict=True))
 
 
-def cut_vocabulary(
+def change_vocabulary(
     teacher: TeacherCheckpoint,
     source: Any,
     config: PreTrainedConfig | None,
     overrides: Mapping[str, Any],
     dataset: Any,
     *,
+    tokenizer: Any = None,
     gguf_file: str | None = None,
     **hub: Any,
-) -> tuple[TeacherCheckpoint, PreTrainedConfig | None, ReducedVocabulary | None]:
-    """Return the teacher and the student's config with the smaller vocabulary that is asked for, and that vocabulary.
+) -> tuple[TeacherCheckpoint, PreTrainedConfig | None, ReducedVocabulary | OtherVocabulary | None]:
+    """Return the teacher and the student's config with the vocabulary that is asked for, and that vocabulary.
 
-    It keeps the pieces of the teacher's tokenizer that a text uses. None is chosen where none is asked for: there is no
-    dataset, or the student leaves out padded rows alone.
+    A smaller one keeps the pieces of the teacher's tokenizer that a text uses. None is chosen where none is asked for: there
+    is no dataset, or the student leaves out padded rows alone.
 
     Args:
         teacher: The opened checkpoint.
         source: The `teacher` argument of `from_teacher`, whose generation config names tokens, too.
         config, overrides: As in `from_teacher`; token ids in the config are the teacher's.
         dataset: Texts, rows of text or conversations; all are counted.
+        tokenizer: Another tokenizer, as in `from_teacher`.
         gguf_file: As in `from_pretrained`.
         **hub: Keywords of `from_pretrained` for the teacher's tokenizer.
 
     Raises:
-        OptionError: The dataset is not text, or the overrides name token ids.
+        OptionError: The dataset is not text, the overrides name token ids, or a config is given with a tokenizer.
         ShapeError: The model has several vocabularies.
         VocabularyError: A slow tokenizer or one of another kind; the size is too small; or ids that cannot be translated.
     """
+    file = {} if gguf_file is None else {"gguf_file": gguf_file}
+    if tokenizer is not None:
+        if config is not None:
+            raise OptionError(
+                "tokenizer changes vocab_size and the token ids of the config: leave config out, and pass its sizes by name."
+            )
+        changed, other = change_tokenizer(teacher, tokenizer, overrides, hub={**hub, **file})
+        return changed, None, other
     size = overrides.get("vocab_size") if config is None else getattr(config, "vocab_size", None)
+    if size == "auto":
+        raise OptionError(
+            "vocab_size='auto' is chosen with the shape: set num_parameters=, active_parameters= or memory=, or a number."
+        )
     teacher_size = getattr(teacher.config, "vocab_size", None)
     if dataset is None or not isinstance(size, int) or not isinstance(teacher_size, int) or size >= teacher_size:
         return teacher, config, None
-    where = {**hub, "revision": teacher.revision}
-    file = {} if gguf_file is None else {"gguf_file": gguf_file}
-    tokenizer = teacher.tokenizer or find_tokenizer(teacher.name, **where, **file)
+    tokenizer = _own_tokenizer(teacher, gguf_file, {**hub, "revision": teacher.revision})
     if tokenizer is None or size > max(tokenizer.get_vocab().values()):
         return teacher, config, None
     check_one_vocabulary(teacher.config)
@@ -224,6 +242,40 @@ def cut_vocabulary(
         raise OptionError(
             f"{named[0]} and vocab_size are both overridden: the special tokens follow the smaller vocabulary. Leave it out."
         )
+    vocabulary = vocabulary_reducer(teacher, source, config, dataset, tokenizer, **hub).reduce(size)
+    if config is not None:
+        config = copy.deepcopy(config)
+        translate_token_ids(config, vocabulary.new_ids)
+    return with_vocabulary(teacher, vocabulary), config, vocabulary
+
+
+def vocabulary_reducer(
+    teacher: TeacherCheckpoint,
+    source: Any,
+    config: PreTrainedConfig | None,
+    dataset: Any,
+    tokenizer: Any = None,
+    *,
+    gguf_file: str | None = None,
+    **hub: Any,
+) -> VocabularyReducer:
+    """Return the reducer of a teacher's tokenizer on a dataset, which keeps the tokens that its configs name.
+
+    Args:
+        teacher, source, config, dataset, gguf_file, **hub: As in `change_vocabulary`.
+        tokenizer: The teacher's, where it is loaded already.
+
+    Raises:
+        OptionError: The dataset is not text.
+        ShapeError: The model has several vocabularies.
+        VocabularyError: The teacher has no tokenizer, or one of another kind.
+    """
+    check_one_vocabulary(teacher.config)
+    where = {**hub, "revision": teacher.revision}
+    if tokenizer is None:
+        tokenizer = _own_tokenizer(teacher, gguf_file, where)
+    if tokenizer is None:
+        raise VocabularyError(f"The teacher {teacher.name} has no tokenizer, of which a vocabulary could be reduced.")
     if is_self_generated(dataset) or isinstance(dataset, Iterator):
         found = repr(dataset) if isinstance(dataset, str) else f"a {type(dataset).__name__}, which is read once"
         raise OptionError(
@@ -234,11 +286,12 @@ def cut_vocabulary(
     required = set().union(
         *(config_token_ids(each) for each in (teacher.config, config, generation) if each is not None)
     )
-    vocabulary = VocabularyReducer(tokenizer, iter_texts(dataset, tokenizer), required).reduce(size)
-    if config is not None:
-        config = copy.deepcopy(config)
-        translate_token_ids(config, vocabulary.new_ids)
-    return with_vocabulary(teacher, vocabulary), config, vocabulary
+    return VocabularyReducer(tokenizer, iter_texts(dataset, tokenizer), required)
+
+
+def _own_tokenizer(teacher: TeacherCheckpoint, gguf_file: str | None, where: Mapping[str, Any]) -> Any:
+    file = {} if gguf_file is None else {"gguf_file": gguf_file}
+    return teacher.tokenizer or find_tokenizer(teacher.name, **where, **file)
 
 
 @dataclass(frozen=True)

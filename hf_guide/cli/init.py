@@ -38,7 +38,7 @@ SIZES = {
     "num_attention_heads": "number of query heads",
     "num_key_value_heads": "number of key/value heads",
     "head_dim": "size of a head",
-    "vocab_size": "number of tokens: those in use",
+    "vocab_size": "number of tokens: those in use; `auto` with a budget",
 }
 
 TASKS = {"base": "AutoStudent"} | {str(task): task.auto_student_class for task in Task}
@@ -76,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="by default the teacher's",
     )
+    parser.add_argument(
+        "--tokenizer", metavar="TOKENIZER", help="Hub id or folder of another tokenizer than the teacher's"
+    )
     parser.add_argument("--license", metavar="ID", help="license for the model card, such as apache-2.0")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     add_shape_arguments(parser)
@@ -102,7 +105,8 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the student's sizes, or the budget from which they follow."""
     shape = parser.add_argument_group("shape (by default the teacher's, or what follows from the others)")
     for name, text in SIZES.items():
-        shape.add_argument(to_flag(name), type=int, metavar="N", help=text)
+        size = _number_or_auto if name == "vocab_size" else int
+        shape.add_argument(to_flag(name), type=size, metavar="N", help=text)
     shape.add_argument(
         "--config",
         action="append",
@@ -111,6 +115,10 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other entry of the config; may be repeated",
     )
     add_budget_arguments(shape, brief=True)
+
+
+def _number_or_auto(text: str) -> "int | str":
+    return text if text == "auto" else int(text)
 
 
 def add_calibration_arguments(group: Any) -> None:
@@ -158,6 +166,7 @@ def run(args: argparse.Namespace) -> int:
             calibration_dataset=read_calibration_dataset(args.calibration_dataset),
             calibration_cache_dir=args.calibration_cache_dir,
             dtype=getattr(torch, args.dtype) if args.dtype else None,
+            tokenizer=args.tokenizer,
             gguf_file=args.gguf_file,
             show_progress=not args.no_progress,
             **hub_arguments(args),
@@ -193,6 +202,7 @@ def _dry_run(args: argparse.Namespace, overrides: dict[str, Any], options: dict[
         method=options,
         model_class=getattr(modeling, TASKS[args.task]).model_class if args.task else None,
         dtype=args.dtype,
+        tokenizer=args.tokenizer,
         gguf_file=args.gguf_file,
         **hub_arguments(args),
         **overrides,

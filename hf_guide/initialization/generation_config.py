@@ -3,7 +3,7 @@
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
@@ -11,7 +11,6 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from hf_guide.errors import TeacherError
 from hf_guide.models.pretrained import unreadable_as
-from hf_guide.models.token_rows import translate_token_ids
 
 
 def load_generation_config(teacher: Any, **hub_kwargs: Any) -> GenerationConfig | None:
@@ -33,7 +32,11 @@ def load_generation_config(teacher: Any, **hub_kwargs: Any) -> GenerationConfig 
 
 
 def copy_generation_config(
-    student: PreTrainedModel, teacher: Any, *, new_ids: Mapping[int, int] | None = None, **hub_kwargs: Any
+    student: PreTrainedModel,
+    teacher: Any,
+    *,
+    translate: Callable[[GenerationConfig], list[str]] | None = None,
+    **hub_kwargs: Any,
 ) -> None:
     """Give a generative student its teacher's generation config, if the teacher has its own.
 
@@ -42,7 +45,7 @@ def copy_generation_config(
     Args:
         student: Changed in place; a model that cannot generate is left as it is.
         teacher: A model, a folder or a Hub id.
-        new_ids: By the teacher's token id, the student's, where it has a smaller vocabulary.
+        translate: Replaces the token ids in place and returns notes, where the student has another vocabulary.
         **hub_kwargs: As in `from_pretrained`.
 
     Raises:
@@ -53,7 +56,7 @@ def copy_generation_config(
     if generation is None:
         return
     report = getattr(student, "initialization_report", None)
-    notes = [] if new_ids is None else translate_token_ids(generation, new_ids)
+    notes = [] if translate is None else translate(generation)
     if report is not None:
         report.notes += [*notes, *remap_generation_config(generation, report.blocks, report.heads)]
     student.generation_config = generation

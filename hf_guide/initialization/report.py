@@ -105,7 +105,8 @@ class InitializationReport:
             projection; `residual_error`, the relative error of the residual stream after each block; and `logit_scale`.
         vocabulary: Of a student whose vocabulary was reduced: its `size` and `teacher_size`; `share_kept`, the share of the
             teacher's tokens in the text that are kept; `token_ratio`, the tokens that the text takes per token of the
-            teacher's; and `held_out`, whether the pieces were chosen by other texts.
+            teacher's; and `held_out`, whether the pieces were chosen by other texts. With another tokenizer: how many of its
+            tokens are `copied` from the teacher, `composed` of several of its pieces, and `fresh`.
         lineage: Of a student that was made of another student: those before it, the first teacher's first.
         seconds: Time by step.
         peak_memory_bytes: Peak resident memory of the process.
@@ -280,6 +281,11 @@ class InitializationReport:
 
 
 def _vocabulary_line(facts: dict[str, Any]) -> str:
+    if "copied" in facts:
+        return (
+            f"Vocabulary: {facts['size']} tokens of another tokenizer, the teacher has {facts['teacher_size']}: "
+            f"{facts['copied']} copied, {facts['composed']} composed, {facts['fresh']} fresh"
+        )
     text = "held-out text" if facts["held_out"] else "the calibration text"
     return (
         f"Vocabulary: {facts['size']} of the teacher's {facts['teacher_size']} pieces, {facts['share_kept']:.1%} of the "

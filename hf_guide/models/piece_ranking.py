@@ -64,14 +64,7 @@ def rank_pieces(spec: Mapping[str, Any], counts: Mapping[int, float], required: 
     Raises:
         VocabularyError: A model other than BPE, Unigram or WordPiece.
     """
-    model = spec["model"]
-    if model.get("type") not in SUPPORTED_MODELS:
-        raise VocabularyError(
-            f"The tokenizer's model is {model.get('type')!r}; a vocabulary can be reduced of {', '.join(SUPPORTED_MODELS)}. "
-            "Leave vocab_size at the teacher's."
-        )
-    rules: _Rules = {"BPE": _MergeRules, "Unigram": _UnigramRules, "WordPiece": _WordPieceRules}[model["type"]](model)
-    ids = {token: index for index, token in enumerate(rules.pieces)} if model["type"] == "Unigram" else model["vocab"]
+    rules, ids = _rules_of(spec["model"])
     added = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
     names = {index: piece for piece, index in ids.items()}
     protected = {*added, *rules.required, *(names[index] for index in required if index in names)}
@@ -81,6 +74,53 @@ def rank_pieces(spec: Mapping[str, Any], counts: Mapping[int, float], required: 
     return PieceRanking(
         tuple(sorted({*ids.values(), *added.values()} - removed)), tuple(ids[piece] for piece in order)
     )
+
+
+def replacements(spec: Mapping[str, Any], kept_ids: Collection[int]) -> dict[int, tuple[int, ...]]:
+    """Return, by the id of each removed piece, the ids of the kept pieces that encode its text.
+
+    Pieces that no text is encoded with, because no merges make them, are left out.
+
+    Args:
+        spec: The parsed tokenizer.json, with all pieces.
+        kept_ids: The ids of the pieces that are kept, as from `PieceRanking.kept_ids`.
+
+    Raises:
+        VocabularyError: A model other than BPE, Unigram or WordPiece.
+
+    Example:
+        >>> model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "aba": 3}, "merges": [["a", "b"], ["ab", "a"]]}
+        >>> replacements({"model": model}, [0, 1])
+        {2: (0, 1), 3: (0, 1, 0)}
+    """
+    rules, ids = _rules_of(spec["model"])
+    added = {token["id"] for token in spec.get("added_tokens", ())}
+    kept_set = set(kept_ids)
+    kept = {piece for piece, index in ids.items() if index in kept_set}
+
+    def parts(piece: str) -> tuple[int, ...] | None:
+        if piece in kept:
+            return (ids[piece],)
+        found = [parts(part) for part in rules.replacement(piece, kept)] if piece in ids else [None]
+        return None if None in found else tuple(index for each in found for index in each or ())
+
+    replaced = {index: parts(piece) for piece, index in ids.items() if piece not in kept and index not in added}
+    return {index: found for index, found in replaced.items() if found is not None}
+
+
+def _rules_of(model: Mapping[str, Any]) -> "tuple[_Rules, Mapping[str, int]]":
+    """Return how a tokenizer's model encodes removed pieces, and the id of each piece.
+
+    Raises:
+        VocabularyError: A model other than BPE, Unigram or WordPiece.
+    """
+    if model.get("type") not in SUPPORTED_MODELS:
+        raise VocabularyError(
+            f"The tokenizer's model is {model.get('type')!r}; a vocabulary can be reduced of {', '.join(SUPPORTED_MODELS)}. "
+            "Leave vocab_size at the teacher's."
+        )
+    rules: _Rules = {"BPE": _MergeRules, "Unigram": _UnigramRules, "WordPiece": _WordPieceRules}[model["type"]](model)
+    return rules, {piece: i for i, piece in enumerate(rules.pieces)} if model["type"] == "Unigram" else model["vocab"]
 
 
 def _removal_order(

@@ -30,9 +30,9 @@ def tokenizer_spec(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not getattr(tokenizer, "is_fast", False):
         raise VocabularyError(
-            f"The vocabulary of a {type(tokenizer).__name__} cannot be reduced: it must be a fast tokenizer, which has a "
-            f"tokenizer.json, with a {', '.join(SUPPORTED_MODELS[:-1])} or {SUPPORTED_MODELS[-1]} model. Leave vocab_size at "
-            "the teacher's, or convert the tokenizer to a fast one."
+            f"The vocabulary of a {type(tokenizer).__name__} cannot be changed: it must be a fast tokenizer, which has a "
+            f"tokenizer.json, with a {', '.join(SUPPORTED_MODELS[:-1])} or {SUPPORTED_MODELS[-1]} model. Leave the vocabulary "
+            "at the teacher's, or convert the tokenizer to a fast one."
         )
     return json.loads(backend.to_str())
 

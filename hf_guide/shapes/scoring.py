@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_guide.calibration.collection import collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig
@@ -109,11 +109,19 @@ class CalibratedScorer:
         whole.sort(key=lambda each: _rank_of(each.loss))
         return [*whole, *quick[WHOLE_STARTS:]]
 
+    def bits_per_byte(self, candidate: ShapeCandidate, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Return the bits that a causal model's quick start needs for a byte of the text held out."""
+        rows = [row["input_ids"].flatten()[1:] for row in self.held_out]
+        num_bytes = sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in rows)
+        return self._loss(candidate, quick=True) * sum(map(len, rows)) / max(num_bytes, 1) / math.log(2)
+
     def _split(self, teacher: PreTrainedModel) -> tuple[list[Batch], list[Batch]]:
         """Return the batches that starts are calibrated on, and rows that only score."""
         setup, config = self.setup, self.config
         modules = find_modules(teacher, setup.layout)
-        num_tokens = config.calibration_tokens or default_num_tokens(mlp_width(modules, setup.layout, teacher))
+        self.num_tokens = num_tokens = config.calibration_tokens or default_num_tokens(
+            mlp_width(modules, setup.layout, teacher)
+        )
         dataset = setup.calibration_dataset
         if is_self_generated(dataset):
             text = generate_calibration_text(

@@ -1,20 +1,22 @@
 """Laws of a smaller vocabulary: on text of kept pieces student and teacher are the same function; every text still encodes."""
 
+import math
 import random
 
 import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from hf_guide import InitializationReport, from_teacher
+from hf_guide import InitializationReport, find_shapes, from_teacher
 from hf_guide.calibration.vocabulary import VocabularyReducer
 from hf_guide.errors import OptionError, ShapeError, VocabularyError
 from hf_guide.models.piece_ranking import rank_pieces
 from hf_guide.models.token_rows import attached_tokenizer, select_token_rows, translate_token_ids
 from hf_guide.models.tokenizer_reduction import reduce_tokenizer, tokenizer_spec
+from hf_guide.shapes.scoring import CalibratedScorer
 from tests.sentence_folder import sentence_folder
 from tests.small_tokenizers import KINDS, TEXTS
-from tests.tiny import run_python
+from tests.tiny import run_python, same_bits
 
 CHOSEN = TEXTS[::2]
 FRAGMENTS = [
@@ -171,6 +173,50 @@ def test_every_method_makes_a_student_with_fewer_pieces(llama, method):
     assert teacher.config.vocab_size > 700  # untouched
 
 
+SMALL_DATA = {"calibration_tokens": 256, "calibration_seq_length": 32, "calibration_batch_size": 2}
+
+
+@pytest.mark.parametrize("method", ["guide", {"method": "calibrated", **SMALL_DATA}])
+def test_a_budget_is_spent_on_the_sizes_besides_the_vocabulary(llama, method):
+    options = {"method": method, "vocab_size": 400, "calibration_dataset": CHOSEN, "show_progress": False}
+    shape = find_shapes(llama[2], num_parameters="50%", limit=2, **options)[0]
+    student = from_teacher(llama[2], **options, **shape.overrides)
+    target = 0.5 * llama[0].num_parameters()
+    assert student.num_parameters() == shape.parameters and abs(shape.parameters - target) <= 0.02 * target
+    assert student.config.vocab_size == len(attached_tokenizer(student)) == 400
+    if method == "guide":
+        chosen = from_teacher(llama[2], num_parameters="50%", **options)
+        assert same_bits(chosen, student) and shape.describe() in chosen.initialization_report.shape_choice
+
+
+def test_the_vocabulary_with_the_fewest_bits_per_byte_is_taken(llama, monkeypatch, tmp_path):
+    tried = {}
+
+    def bits(scorer, candidate, tokenizer):
+        text = [tokenizer.decode(row["input_ids"][0]) for row in scorer.held_out]
+        tried[len(tokenizer)] = measured(scorer, candidate, tokenizer), text, scorer.num_tokens
+        return abs(len(tokenizer) - 460)
+
+    measured = CalibratedScorer.bits_per_byte
+    monkeypatch.setattr(CalibratedScorer, "bits_per_byte", bits)
+    method = {"method": "calibrated", **SMALL_DATA}
+    options = {"method": method, "num_parameters": "50%", "calibration_dataset": CHOSEN, "show_progress": False}
+    student = from_teacher(llama[2], vocab_size="auto", calibration_cache_dir=tmp_path, **options)
+    assert list(tried) == [702, 468, 351] and 0 < tried[468][0] < 20  # the smallest left is worse than 468, too
+    assert tried[702][2] == 256 < tried[468][2] < tried[351][2]
+    assert student.config.vocab_size == len(attached_tokenizer(student)) == 468
+    assert abs(student.num_parameters() / llama[0].num_parameters() - 0.5) < 0.01
+    assert "vocab_size=468" in student.initialization_report.shape_choice
+
+
+def test_bits_per_byte_are_the_loss_of_the_text_by_its_bytes(llama, monkeypatch):
+    scorer = CalibratedScorer.__new__(CalibratedScorer)
+    scorer.held_out = [{"input_ids": torch.tensor([llama[1]("a family é", add_special_tokens=False)["input_ids"]])}]
+    monkeypatch.setattr(scorer, "_loss", lambda candidate, quick: math.log(2), raising=False)
+    ids = scorer.held_out[0]["input_ids"][0, 1:]
+    assert scorer.bits_per_byte(None, llama[1]) == pytest.approx(len(ids) / len(llama[1].decode(ids).encode()))
+
+
 def test_calibrated_fits_a_loaded_teacher_on_the_tokens_of_the_smaller_vocabulary(llama):
     teacher, _, folder = llama
     options = {"vocab_size": 400, "method": "calibrated", "calibration_dataset": CHOSEN, "show_progress": False}
@@ -222,10 +268,12 @@ def test_padded_rows_alone_need_no_choice(llama):
         ([{"input_ids": [5, 6]}], {"vocab_size": 400}, OptionError, "not tokenized yet"),
         ("self_generated", {"vocab_size": 400}, OptionError, "found 'self_generated'"),
         (iter(CHOSEN), {"vocab_size": 400}, OptionError, "which is read once"),
+        (CHOSEN, {"vocab_size": "auto"}, OptionError, "is chosen with the shape"),
+        (CHOSEN, {"vocab_size": "auto", "num_parameters": "50%"}, OptionError, "set method='calibrated'"),
         (CHOSEN, {"vocab_size": 400, "eos_token_id": 3}, OptionError, "eos_token_id and vocab_size"),
         (["", ""], {"vocab_size": 400}, OptionError, "not one token"),
         (CHOSEN, {}, OptionError, "uses no data"),
-        (CHOSEN, {"vocab_size": 400, "num_parameters": "50%"}, OptionError, "Make the smaller vocabulary first"),
+        (None, {"vocab_size": 400, "num_parameters": "50%"}, ShapeError, "pass texts as calibration_dataset"),
     ],
     ids=[
         "no text",
@@ -233,6 +281,8 @@ def test_padded_rows_alone_need_no_choice(llama):
         "tokenized",
         "self-generated",
         "iterator",
+        "auto",
+        "auto by a rule",
         "special token",
         "empty",
         "no vocabulary",
@@ -256,7 +306,7 @@ def test_tokenizers_of_other_kinds_are_refused():
 
 def test_a_slow_tokenizer_is_refused_by_from_teacher(llama, monkeypatch):
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
-    with pytest.raises(VocabularyError, match="cannot be reduced: it must be a fast tokenizer"):
+    with pytest.raises(VocabularyError, match="cannot be changed: it must be a fast tokenizer"):
         from_teacher(llama[2], vocab_size=400, calibration_dataset=CHOSEN, show_progress=False)
 
 
