@@ -1,16 +1,17 @@
 """How small a vocabulary costs how much, and whether its parameters are better spent on width and depth?
 
-Of the tokenizer of SmolLM2-135M the pieces are kept that the training text uses. For each size: what held-out text costs
-(share of its tokens that are kept, tokens it takes), the teacher itself with the kept rows alone, and students of equal
-parameters, calibrated and then distilled from a cache of the teacher cut to their vocabulary. All in bits per byte of the same
-held-out text, which compares tokenizers; seeds change the split of the text, the order, and whatever is random. One JSON line
-a seed and arm is appended to --output; what is there already is not run again.
+Of the tokenizer of SmolLM2-135M the pieces are kept that the training text uses. For each size and amount of that text: what
+held-out text costs (share of its tokens that are kept, tokens it takes), and the teacher itself, with the kept rows alone and
+on its own tokens of the text. Then students of equal parameters, calibrated and distilled from a cache of either. All in bits
+per byte of the same held-out text, which compares tokenizers; seeds change the split of the text, the order, and whatever is
+random. One JSON line a seed and arm is appended to --output; what is there already is not run again.
 
     python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms teacher
     python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms students
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -30,13 +31,16 @@ from examples.common.malloc import keep_freed_memory
 from examples.common.teachers import default_language_model
 from hf_guide import AutoStudentForCausalLM
 from hf_guide.calibration.vocabulary import VocabularyReducer
-from hf_guide.models.token_rows import config_token_ids, select_token_rows
+from hf_guide.models.token_rows import attach_tokenizer, config_token_ids, select_token_rows
+from hf_guide.tasks import Task
+from hf_guide.teachers.forward import TeacherRunner
+from hf_guide.teachers.vocabulary import with_vocabulary_of
 
 LENGTH = 256
 SIZES = (4000, 8000, 16000, 24000)
 BUDGET = 23_000_000
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
-SHAPES = {"49152: 240 x 14": (49152, 240, 14), "16000: 320 x 14": (16000, 320, 14), "8000: 336 x 15": (8000, 336, 15)}
+SHAPES = {"16000: 320 x 14": (16000, 320, 14), "49152: 240 x 14": (49152, 240, 14), "8000: 336 x 15": (8000, 336, 15)}
 """Vocabulary, width and blocks; the width of the MLP makes BUDGET parameters."""
 
 
@@ -63,21 +67,36 @@ class HeldOut:
     def bits_per_byte(self, model: Any, tokenizer: Any) -> float:
         """Return the bits that a model needs for a byte of the text: its loss per token times the tokens per byte."""
         blocks = pack(self.texts, tokenizer, LENGTH)
-        ids = tokenizer([f"{text}\n\n" for text in self.texts], add_special_tokens=False).input_ids
-        tokens = sum(map(len, ids))
         nats = math.log(evaluate(model, blocks, 2, "bits", show_progress=False).perplexity)
-        return nats * tokens / self.bytes / math.log(2)
+        return nats * self._tokens_per_byte(tokenizer) / math.log(2)
+
+    def bits_on_own_tokens(self, teacher: Any, tokenizer: Any) -> float:
+        """Return the bits that the whole teacher needs for a byte, where a smaller tokenizer's pieces are predicted."""
+        runner = TeacherRunner(with_vocabulary_of(teacher, tokenizer), Task.CAUSAL_LM, tokenizer)
+        nats = count = 0.0
+        for ids in pack(self.texts, tokenizer, LENGTH).split(1):
+            positions = torch.arange(ids.shape[1] - 1)
+            logits = runner.forward({"input_ids": ids}).logits_at(torch.zeros_like(positions), positions)
+            nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+            count += len(positions)
+        return nats / count * self._tokens_per_byte(tokenizer) / math.log(2)
+
+    def _tokens_per_byte(self, tokenizer: Any) -> float:
+        ids = tokenizer([f"{text}\n\n" for text in self.texts], add_special_tokens=False).input_ids
+        return sum(map(len, ids)) / self.bytes
 
 
 def run_teacher(seed: int, done: set[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield what each vocabulary costs, and the bits per byte of the teacher with its rows alone."""
-    bench = Bench(seed, args)
-    arms = {f"teacher, {size}": size for size in (*SIZES, bench.teacher.config.vocab_size)}
-    for arm, size in arms.items():
-        if arm in done:
-            continue
-        model, tokenizer, facts = bench.with_vocabulary(size)
-        yield {"arm": arm, **facts, "bits_per_byte": bench.held_out.bits_per_byte(model, tokenizer)}
+    for texts in args.texts:
+        bench = Bench(seed, args, texts)
+        for size in args.sizes:
+            arm = f"teacher, {size}" + (f", {texts} texts" if texts else "")
+            if arm in done:
+                continue
+            model, tokenizer, facts = bench.with_vocabulary(size)
+            row = {"arm": arm, **facts, "bits_per_byte": bench.held_out.bits_per_byte(model, tokenizer)}
+            yield row | {"own_tokens": bench.held_out.bits_on_own_tokens(bench.teacher, tokenizer)}
 
 
 def run_students(seed: int, done: set[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -85,11 +104,15 @@ def run_students(seed: int, done: set[str], args: argparse.Namespace) -> Iterato
     bench = Bench(seed, args)
     recipe = TrainingRecipe(args.steps, args.batch_size, 0.5, seed)
     for arm, (size, width, blocks) in SHAPES.items():
-        if arm in done:
+        whole_vocabulary = size == bench.teacher.config.vocab_size
+        signals = [
+            name for name in (args.signals[:1] if whole_vocabulary else args.signals) if f"{arm}, {name}" not in done
+        ]
+        if not signals or size not in args.sizes:
             continue
-        teacher, tokenizer, facts = bench.with_vocabulary(size)
+        cut, tokenizer, facts = bench.with_vocabulary(size)
         shape = shape_of(size, width, blocks)
-        whole = {} if size == bench.teacher.config.vocab_size else {"vocab_size": size}
+        whole = {} if whole_vocabulary else {"vocab_size": size}
         student = AutoStudentForCausalLM.from_teacher(
             bench.name,
             method={"method": "calibrated", "seed": seed},
@@ -100,28 +123,34 @@ def run_students(seed: int, done: set[str], args: argparse.Namespace) -> Iterato
             **whole,
         )
         before = bench.held_out.bits_per_byte(student, tokenizer)
-        row = {"arm": arm, **facts, "parameters": student.num_parameters(), **shape, "bits_per_byte_before": before}
-        if args.steps:
-            rows = draw_blocks(pack(bench.texts.train, tokenizer, LENGTH), args.steps * args.batch_size, seed)
+        facts |= {"parameters": student.num_parameters(), **shape, "bits_per_byte_before": before}
+        rows = draw_blocks(pack(bench.texts.train, tokenizer, LENGTH), args.steps * args.batch_size, seed)
+        for name in signals:
+            trained, teacher = copy.deepcopy(student), cut if name == "kept rows" else bench.teacher
             with tempfile.TemporaryDirectory(prefix="vocabulary-") as scratch:
-                cache = cache_teacher(teacher, rows, Path(scratch, "cache"), recipe, show_progress=False)
-                train(student, cache, rows, args.learning_rate, recipe, Path(scratch), show_progress=False)
-            after = bench.held_out.bits_per_byte(student, tokenizer)
-            row |= {"bits_per_byte": after, "tokens": rows[:, 1:].numel(), "learning_rate": args.learning_rate}
-        yield row
+                cache = cache_teacher(teacher, rows, Path(scratch, "cache"), recipe, tokenizer, show_progress=False)
+                train(trained, cache, rows, args.learning_rate, recipe, Path(scratch), show_progress=False)
+            after = bench.held_out.bits_per_byte(trained, tokenizer)
+            row = {"arm": f"{arm}, {name}", **facts, "bits_per_byte": after, "tokens": rows[:, 1:].numel()}
+            yield row | {"learning_rate": args.learning_rate}
 
 
 class Bench:
-    """The teacher, and one split of the text."""
+    """The teacher, and one split of the text.
 
-    def __init__(self, seed: int, args: argparse.Namespace):
+    Args:
+        texts: How many of the training texts choose the pieces; 0 for all.
+    """
+
+    def __init__(self, seed: int, args: argparse.Namespace, texts: int = 0):
         self.name = args.teacher or default_language_model(None)
         self.tokenizer = AutoTokenizer.from_pretrained(self.name)
         self.teacher = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32).eval()
         self.texts = split_documents(read_documents("wikipedia"), seed=seed)
         self.held_out = HeldOut(self.texts.held_out, args.held_out_documents)
         required = config_token_ids(self.teacher.config)
-        self.reducer = VocabularyReducer(self.tokenizer, self.texts.train, required)
+        chosen = self.texts.train[:texts] if texts else self.texts.train
+        self.reducer = VocabularyReducer(self.tokenizer, chosen, required)
 
     def with_vocabulary(self, size: int) -> tuple[Any, Any, dict[str, Any]]:
         """Return the teacher with the rows of a vocabulary alone, its tokenizer, and what the held-out text costs."""
@@ -135,21 +164,24 @@ class Bench:
         )
         share = sum(token in kept for token in old) / len(old)
         facts = {"vocab_size": size, "share_kept": share, "token_ratio": len(new) / len(old)}
-        return select_token_rows(self.teacher, vocabulary.kept_ids), vocabulary.tokenizer, facts
+        cut = select_token_rows(self.teacher, vocabulary.kept_ids)
+        attach_tokenizer(cut, vocabulary.tokenizer)
+        return cut, vocabulary.tokenizer, facts
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return mean and spread (standard deviation) over seeds, as Markdown."""
     lines = [
-        "| arm | tokens kept, % | tokens, times | bits per byte untrained | bits per byte trained |",
-        "|---|---|---|---|---|",
+        "| arm | tokens kept, % | tokens, times | bits per byte untrained | on own tokens | bits per byte trained |",
+        "|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
         untrained = "bits_per_byte_before" if "parameters" in mine[0] else "bits_per_byte"
         trained = _spread([row["bits_per_byte"] for row in mine if "tokens" in row])
         columns = [[100 * row["share_kept"] for row in mine], [row["token_ratio"] for row in mine]]
-        cells = [*map(_spread, columns), _spread([row[untrained] for row in mine]), trained]
+        own = _spread([row["own_tokens"] for row in mine if "own_tokens" in row])
+        cells = [*map(_spread, columns), _spread([row[untrained] for row in mine]), own, trained]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -168,9 +200,17 @@ def main() -> int:
     parser.add_argument("--teacher", help="by default SmolLM2-135M")
     parser.add_argument("--arms", choices=["teacher", "students"], default="teacher")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="of training; 0 leaves the students untrained")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[*SIZES, 49152], help="vocabularies")
+    parser.add_argument(
+        "--texts", type=int, nargs="+", default=[0], help="that choose the pieces of the teacher; 0: all"
+    )
+    signals: Any = ["own tokens", "kept rows"]
+    parser.add_argument(
+        "--signals", nargs="+", choices=signals, default=signals, help="what the teacher of a student reads"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="of training")
     parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens in a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak")
     parser.add_argument("--held-out-documents", type=int, default=16)
     parser.add_argument("--table", action="store_true", help="print the table of --output alone")
     args = parser.parse_args()

@@ -100,14 +100,25 @@ def to_examples(blocks: Tensor) -> list[dict[str, Tensor]]:
 
 
 def cache_teacher(
-    teacher: PreTrainedModel, blocks: Tensor, folder: Path, recipe: TrainingRecipe, *, show_progress: bool = True
+    teacher: PreTrainedModel,
+    blocks: Tensor,
+    folder: Path,
+    recipe: TrainingRecipe,
+    tokenizer: Any = None,
+    *,
+    show_progress: bool = True,
 ) -> Capture:
-    """Run the teacher over the training blocks and save its 64 largest log-probabilities for each token."""
+    """Run the teacher over the training blocks and save its 64 largest log-probabilities for each token.
+
+    Args:
+        tokenizer: Of the blocks, where that is not the teacher's.
+    """
     return capture_teacher(
         teacher,
         to_examples(blocks),
         folder,
         data_collator=default_data_collator,
+        processing_class=tokenizer,
         config={"batch_size": recipe.batch_size, "top_k": min(64, teacher.get_output_embeddings().weight.shape[0])},
         show_progress=show_progress,
     )

@@ -5,6 +5,7 @@ Does not: load a teacher (`loading.py`), or decide how a batch becomes what the 
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from hf_guide.models.targets import complete_inputs
 from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.teachers.inputs import TeacherInputs, build_teacher_inputs
 from hf_guide.teachers.patches import convert_patches, normalizes_patches
+from hf_guide.teachers.retokenization import RetokenizedBatch, Retokenizer
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
 
 _TARGET_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
@@ -54,6 +56,8 @@ class ForwardOutputs:
         features: The input of the layer that makes the logits, where asked for, as the model computes it; of a model
             without a head its last hidden states.
         boxes: Of a detector, its boxes and the probabilities that they hold an object, where asked for.
+        retokenized: How the model read the batch, where that has a smaller vocabulary: all outputs are those for the pieces
+            of the batch, but `head_inputs` are of the model's own head.
     """
 
     inputs: dict[str, Any]
@@ -62,6 +66,7 @@ class ForwardOutputs:
     hidden_states: tuple[Tensor, ...]
     features: Tensor | None
     boxes: tuple[Tensor, Tensor] | None = None
+    retokenized: RetokenizedBatch | None = None
 
     def item_features(self, task: Task, mask: Tensor, config: PreTrainedConfig) -> Tensor:
         """Return one feature vector for each item that `mask` selects, (items, width)."""
@@ -101,9 +106,11 @@ def forward_outputs(
     known = forward_parameters(bare)
     converted = dict(batch) if inputs is None else inputs.convert(batch)
     needed = _SPAN_LABELS if beam_search_heads(bare, task) else ()  # its end logits depend on the true start
+    retokenizer = None if inputs is None else inputs.retokenizer
+    retokenized = None if retokenizer is None else retokenizer.retokenize(converted)
     model_inputs = {
         name: value
-        for name, value in converted.items()
+        for name, value in (converted if retokenized is None else retokenized.inputs).items()
         if name in known and (name not in _TARGET_INPUTS or name in needed)
     }
     check_packed_rows(bare, converted, "teacher")
@@ -136,13 +143,31 @@ def forward_outputs(
         normalized = normalizes_patches(bare.config) if normalized_patches is None else normalized_patches
         conversion = None if inputs is None else inputs.pixels
         canonical = convert_patches(task, canonical, batch["pixel_values"], bare.config, conversion, normalized)
-    return ForwardOutputs(
+    made = ForwardOutputs(
         inputs=converted,
         logits=canonical,
         head_inputs=head_inputs[0] if head_inputs else None,
         hidden_states=hidden_states_of(outputs, task, bare.config) if hidden_states else (),
         features=captured[-1] if captured else None,
         boxes=boxes_and_objectness(task, outputs, output_kind(task, bare.config)) if boxes else None,
+    )
+    return made if retokenized is None else _for_pieces(made, retokenized, retokenizer)
+
+
+def _for_pieces(made: ForwardOutputs, batch: RetokenizedBatch, retokenizer: Retokenizer | None) -> ForwardOutputs:
+    """Return outputs of the model's own tokens for the pieces of the batch that it was made of."""
+    assert retokenizer is not None
+    if made.logits.shape[1:2] == batch.inputs["input_ids"].shape[1:]:
+        logits = retokenizer.merge(batch.select(made.logits), batch.states)
+    else:  # the head was skipped, or no logits were asked for
+        logits = made.logits.new_empty(len(made.logits), 0, len(retokenizer.kept_ids))
+    return dataclasses.replace(
+        made,
+        logits=logits,
+        head_inputs=None if made.head_inputs is None else batch.select(made.head_inputs),
+        hidden_states=tuple(batch.select(each) for each in made.hidden_states),
+        features=None if made.features is None else batch.select(made.features),
+        retokenized=batch,
     )
 
 
@@ -268,7 +293,9 @@ class LiveTeacher:
         target: Callable[[slice], DenseTarget | TopKTarget] | None = None
         if TeacherSignal.LOGITS in needs and outputs.head_inputs is not None:
             at_items = outputs.head_inputs[mask.to(outputs.head_inputs.device)]
-            target = self._target_from_head_inputs(at_items, max_logits, mask.device)
+            retokenized = outputs.retokenized
+            states = None if retokenized is None else retokenized.states[mask.to(retokenized.states.device)]
+            target = self._target_from_head_inputs(at_items, states, max_logits, mask.device)
         elif TeacherSignal.LOGITS in needs:
             check_item_axes(self.task, outputs.logits, mask, "teacher")
             target = self._target_from_logits(outputs.logits[mask.to(outputs.logits.device)].to(mask.device))
@@ -281,14 +308,14 @@ class LiveTeacher:
         )
 
     def _target_from_head_inputs(
-        self, hidden: Tensor, max_logits: int, device: torch.device
+        self, hidden: Tensor, states: Tensor | None, max_logits: int, device: torch.device
     ) -> Callable[[slice], DenseTarget]:
         """Return a function that computes logits on the head's device and returns them on `device`.
 
         Few rows are requested at a time, in order, and a product with the whole head is efficient for many: it is computed
         ahead, `max_logits` at a time, and kept until rows outside of it are requested.
         """
-        head = self.head
+        head, inputs = self.head, self.inputs
         assert head is not None
         ahead = max(1, max_logits // head.module.weight.shape[0])
         computed: Tensor | None = None
@@ -300,8 +327,12 @@ class LiveTeacher:
             if computed is None or not first <= start <= stop <= first + len(computed):
                 computed, first = None, start
                 # In the teacher's precision, not in the student's autocast.
+                rows = slice(start, max(stop, start + ahead))
                 with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-                    computed = head.logits(hidden[start : max(stop, start + ahead)]).to(device)
+                    logits = head.logits(hidden[rows])
+                    if states is not None and inputs is not None and inputs.retokenizer is not None:
+                        logits = inputs.retokenizer.merge(logits, states[rows])
+                    computed = logits.to(device)
             return DenseTarget(align_logits(computed[start - first : stop - first], self.classes, self.order))
 
         return target_of
@@ -393,7 +424,13 @@ class TeacherRunner:
     def _logits_at(self, outputs: ForwardOutputs, rows: Tensor, positions: Tensor) -> Tensor:
         source = outputs.logits if outputs.head_inputs is None else outputs.head_inputs
         selected = source[rows.to(source.device), positions.to(source.device)]
-        return selected if self.head is None else self.head.transform(self.head.module(selected))
+        if self.head is None:
+            return selected
+        logits = self.head.transform(self.head.module(selected))
+        if outputs.retokenized is None or self.inputs.retokenizer is None:
+            return logits
+        states = outputs.retokenized.states
+        return self.inputs.retokenizer.merge(logits, states[rows.to(states.device), positions.to(states.device)])
 
 
 def non_finite_signals_error(

@@ -20,6 +20,7 @@ from hf_guide.models.adapters import forward_parameters, without_adapter
 from hf_guide.models.positions import TextPositions, max_input_tokens, position_padding_token, text_positions
 from hf_guide.tasks import Task
 from hf_guide.teachers.processors import PixelConversion, SoundConversion, check_processors, num_token_rows
+from hf_guide.teachers.retokenization import Retokenizer, attached_retokenizer
 from hf_guide.utils.labels import IGNORE_INDEX, decoder_ids_from_labels
 
 
@@ -37,6 +38,7 @@ class TeacherInputs:
         pair_separator: The token between two texts, where the teacher distinguishes them by token types that the student's
             tokenizer does not make.
         sounds: Converts waveforms or spectrograms to the teacher's normalisation; None where it is the same.
+        retokenizer: Joins pieces to the teacher's tokens, where the batches have a smaller vocabulary; None elsewhere.
     """
 
     teacher: Any
@@ -47,6 +49,7 @@ class TeacherInputs:
     pixels: PixelConversion | None = None
     pair_separator: int | None = None
     sounds: SoundConversion | None = None
+    retokenizer: Retokenizer | None = None
     _shifts_alike: list[bool] = field(default_factory=list, repr=False)
 
     def convert(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,6 +293,7 @@ def build_teacher_inputs(
         conversion.pixels,
         conversion.pair_separator if reads_types else None,
         conversion.sounds,
+        attached_retokenizer(bare),
     )
 
 

@@ -4,11 +4,13 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForCausalLM
 
 from hf_guide import Capture, DistillationArguments, DistillationTrainer, capture_teacher, from_teacher
+from hf_guide.calibration.vocabulary import VocabularyReducer
 from hf_guide.errors import CaptureError, OptionError, VocabularyError
 from hf_guide.models.token_rows import attached_tokenizer
+from hf_guide.teachers.retokenization import attached_retokenizer
 from hf_guide.teachers.vocabulary import kept_token_ids, with_vocabulary_of
 from tests.small_tokenizers import KINDS, TEXTS
 
@@ -44,24 +46,42 @@ def make_trainer(student, tmp_path, **options):
     return DistillationTrainer(student, args, train_dataset=rows, **{"processing_class": tokenizer, **options})
 
 
-def test_the_divergence_of_an_identical_student_is_zero(folder, student, tmp_path):
+def test_the_loss_of_the_teacher_is_that_of_its_own_tokens_summed_by_the_next_piece(folder, student, tmp_path):
     trainer = make_trainer(student, tmp_path, teacher=str(folder))
-    assert abs(trainer.evaluate(trainer.train_dataset)["eval_kd"]) < 1e-6
-    assert trainer.teachers[0].config.vocab_size == 450
+    found = trainer.evaluate(trainer.train_dataset)
+    teacher = LlamaForCausalLM.from_pretrained(folder).eval()
+    both = attached_retokenizer(with_vocabulary_of(teacher, attached_tokenizer(student)))
+    ids = torch.tensor([trainer.train_dataset[0]["input_ids"]])
+    read = both.retokenize({"input_ids": ids})
+    with torch.no_grad():
+        logits = both.merge(read.select(teacher(read.inputs["input_ids"]).logits), read.states)[0, :-1]
+        own = student(ids).logits[0, :-1].log_softmax(-1)
+    expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    divergence = torch.nn.functional.kl_div(own, logits.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert found["eval_teacher_ce"] == pytest.approx(expected, rel=1e-4)
+    assert found["eval_kd"] == pytest.approx(divergence.item(), rel=1e-4)
 
 
-def test_the_teacher_is_fed_its_own_ids_of_the_students_tokens(folder, student):
+def test_the_weights_of_the_teacher_are_shared_and_it_is_not_modified(folder, student):
     teacher = LlamaForCausalLM.from_pretrained(folder).eval()
     whole, own = AutoTokenizer.from_pretrained(folder), attached_tokenizer(student)
-    cut = with_vocabulary_of(teacher, own)
-    kept = kept_token_ids(own, whole)
+    small = with_vocabulary_of(teacher, own)
+    assert small.model.layers[0].mlp.up_proj.weight is teacher.model.layers[0].mlp.up_proj.weight
+    assert attached_retokenizer(small) is not None and attached_retokenizer(teacher) is None
+    assert attached_tokenizer(teacher) is None and teacher.config.vocab_size > 700
+    assert with_vocabulary_of(teacher, whole) is teacher and with_vocabulary_of(teacher, None) is teacher
+
+
+def test_a_masked_language_model_is_fed_its_own_ids_of_the_students_tokens(tmp_path):
+    teacher, whole = KINDS["WordPiece"].teacher(tmp_path)
+    options = {"vocab_size": 400, "calibration_dataset": TEXTS[::3], "method": "uniform", "show_progress": False}
+    student = from_teacher(tmp_path, **options)
+    own = attached_tokenizer(student)
+    cut, kept = with_vocabulary_of(teacher, own), kept_token_ids(own, whole)
     ids = torch.tensor([own(TEXT)["input_ids"]])
     with torch.no_grad():
         expected = teacher(torch.tensor(kept)[ids]).logits[..., kept]
-        assert torch.equal(cut(ids).logits, expected)
-    assert cut.model.layers[0].mlp.up_proj.weight.data_ptr() == teacher.model.layers[0].mlp.up_proj.weight.data_ptr()
-    assert teacher.config.vocab_size > 700
-    assert with_vocabulary_of(teacher, whole) is teacher and with_vocabulary_of(teacher, None) is teacher
+        assert torch.equal(cut(ids).logits, expected) and torch.allclose(student(ids).logits, expected, atol=1e-5)
 
 
 def test_checkpoints_have_the_students_tokenizer(folder, student, tmp_path):
@@ -87,7 +107,8 @@ def test_a_cache_of_the_students_tokens_is_the_live_teachers_distribution(folder
     )
     assert cache.manifest.classes == 450
     cached = make_trainer(student, tmp_path, teacher=cache)
-    assert abs(cached.evaluate(cached.train_dataset)["eval_kd"]) < 1e-3
+    divergences = [each.evaluate(each.train_dataset)["eval_kd"] for each in (trainer, cached)]
+    assert divergences[0] > 0.1 and divergences[1] == pytest.approx(divergences[0], abs=1e-3)
     with pytest.raises(CaptureError, match="another tokenizer"):
         Capture.open(tmp_path / "cache", processing_class=AutoTokenizer.from_pretrained(folder))
 
@@ -119,14 +140,16 @@ def test_another_tokenizer_than_the_students_is_refused(folder, student, tmp_pat
         )
 
 
-def test_a_teacher_that_cannot_be_cut_is_refused(folder, student):
-    teacher = LlamaForCausalLM(LlamaConfig(**{**LlamaConfig.from_pretrained(folder).to_dict(), "eos_token_id": 650}))
-    teacher.config._name_or_path = str(folder)
-    with pytest.raises(VocabularyError, match="eos_token_id is 650"):
-        with_vocabulary_of(teacher, attached_tokenizer(student))
+def test_a_teacher_that_cannot_be_cut_is_refused(tmp_path):
+    teacher, tokenizer = KINDS["WordPiece"].teacher(tmp_path)
+    vocabulary = VocabularyReducer(tokenizer, TEXTS[::3]).reduce(400)
+    reduced, removed = vocabulary.tokenizer, max(set(range(len(tokenizer))) - set(vocabulary.kept_ids))
+    teacher.config.eos_token_id = removed
+    with pytest.raises(VocabularyError, match=f"eos_token_id is {removed}"):
+        with_vocabulary_of(teacher, reduced)
     teacher.is_quantized = True
     with pytest.raises(VocabularyError, match="is quantized"):
-        with_vocabulary_of(teacher, attached_tokenizer(student))
+        with_vocabulary_of(teacher, reduced)
 
 
 def test_it_is_logged_that_rows_of_the_teacher_are_used(folder, student, caplog):
