@@ -58,10 +58,10 @@ def read_definitions(folder: Path | None) -> dict[str, Tensor]:
     limits = (int(len(codes) * TRAIN_SHARE), int(len(codes) * (TRAIN_SHARE + VALIDATION_SHARE)))
     drawn: dict[str, list[Tensor]] = {"rows": [], "pictures": [], "parts": []}
     fonts = [ImageFont.truetype(str(file), SIZE) for file in fonts_below(folder)]
-    missing = [_ink("\ue123", font) for font in fonts]
+    missing = [(b"", _ink("\ue123", font)) for font in fonts]  # drawn as nothing, or as a box
     for row, code in enumerate(codes):
         part = sum(row >= limit for limit in limits)
-        own = [font for font, none in zip(fonts, missing, strict=True) if _ink(chr(code), font) != none]
+        own = [font for font, none in zip(fonts, missing, strict=True) if _ink(chr(code), font) not in none]
         for number in torch.randperm(len(own), generator=generator)[: 1 if part else DRAWINGS].tolist():
             drawn["rows"].append(torch.tensor(row))
             drawn["pictures"].append(torch.from_numpy(draw_glyph(chr(code), own[number], SIZE)))
@@ -98,7 +98,8 @@ def _fields(file: Path, field: str) -> Iterator[tuple[int, str]]:
 
 
 def _ink(character: str, font: ImageFont.FreeTypeFont) -> bytes:
-    return bytes(font.getmask(character))
+    """Return the pixels of a character, b"" where none is inked."""
+    return bytes(font.getmask(character)).strip(b"\0")
 
 
 def embed(texts: list[str]) -> Tensor:
