@@ -1,5 +1,6 @@
 """The LELP benchmark: it resumes where it was killed, splits share no example, and each arm does what its name states."""
 
+import bz2
 import json
 import subprocess
 import sys
@@ -106,6 +107,43 @@ def test_fine_labels_are_read_from_embeddings_that_separate_them(benchmark):
     lesson = lesson_of(benchmark)
     own = benchmark.training.read_targets(lesson, 1.0)[torch.arange(240), lesson.data.labels]
     assert (own.argmax(1) == lesson.data.fine_labels // 2).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("arm", ["lelp-student", "kmeans-student", "lelp-errors"])
+def test_subclasses_are_fitted_anew_half_way_and_the_head_with_them(benchmark, arm):
+    problem, settings = lesson_of(benchmark), {"tau": 1.0, "S": 2, "beta": 0.5}
+    torch.manual_seed(0)
+    features, model = torch.randn(240, 6), SimpleNamespace(width=6, head=torch.nn.Linear(6, 4))
+    features[:, 2:4] = problem.signals.embeddings[:, 2:4]
+    loss = benchmark.training.refined_loss(arm, problem, settings, model, 4)
+    rows, before = torch.arange(240), model.head.weight.clone()
+    losses = [loss(rows, features, model.head(features)).item() for _ in range(2)]
+    assert torch.equal(model.head.weight, before) and losses[0] == losses[1]
+    after = loss(rows, features, model.head(features)).item()
+    assert not torch.equal(model.head.weight, before) and after < losses[0]
+
+
+def test_a_teacher_of_pairs_sees_the_pictures_and_a_student_the_other_inputs(benchmark, tmp_path):
+    pairs = import_benchmark("lelp_pairs")
+    text = {
+        pairs.FILES[0]: ["# a comment", "U+4E95\tkDefinition\ta well (U+4E00), deep \u4e00",
+                         "U+4E96\tkDefinition\t(same as \u4e95)", "U+4E97\tkMandarin\tj\u01d0ng",
+                         "U+4E98\tkDefinition\ta well , deep"],
+        pairs.FILES[1]: [f"U+{code}\tkRSUnicode\t7'.2" for code in ("4E95", "4E96", "4E97", "4E98")],
+    }  # fmt: skip
+    for name, lines in text.items():
+        (tmp_path / name).write_bytes(bz2.compress("\n".join(lines).encode()))
+    found = dict(pairs._usable_definitions(*(tmp_path / name for name in pairs.FILES)))
+    assert found == {0x4E95: (7, "a well , deep")}, "each definition once, without other characters"
+    pictures = torch.randn(4, 1, 8, 8)
+    data = benchmark.data.Labelled(torch.randn(4, 12), torch.arange(4) % 2, 2, pictures=pictures).take(
+        torch.tensor([2, 0])
+    )
+    assert torch.equal(data.shown().inputs, pictures[[2, 0]]) and data.shown().pictures is None
+    student = benchmark.models.make_student(benchmark.models.Batches(data), "mlp", 6)
+    assert student({"pixel_values": data.inputs})[1].shape == (2, 6)
+    with pytest.raises(ValueError, match="--fonts must name a folder"):
+        pairs.read_definitions(None)
 
 
 def test_a_metric_changes_variances_and_not_the_logits(benchmark):
