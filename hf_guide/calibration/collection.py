@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hf_guide.calibration.data import (
     is_self_generated,
     load_calibration_batches,
 )
+from hf_guide.calibration.importance import BlockRemoval
 from hf_guide.calibration.modules import ModuleMap, find_modules, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint, describe_data, load_text
 from hf_guide.calibration.self_generation import generate_calibration_text
@@ -44,6 +45,7 @@ class CalibrationResult:
         seconds: How long it took.
         self_generated: Whether the teacher generated the text.
         checkpoint: Where later steps are saved and continued from.
+        removals: By stack, the blocks that were removed one by one, where that is how they are selected.
     """
 
     teacher: SequentialModel
@@ -51,6 +53,14 @@ class CalibrationResult:
     seconds: float
     self_generated: bool = False
     checkpoint: CalibrationCheckpoint | None = None
+    removals: dict[str, BlockRemoval] = field(default_factory=dict)
+
+    @property
+    def block_scores(self) -> dict[str, Tensor]:
+        """By stack, scores by which blocks are selected, the largest first: their influence, or the order of removal."""
+        influence = self.statistics.block_influence
+        removed = {stack: each.scores(len(influence[stack])) for stack, each in self.removals.items()}
+        return influence | removed
 
 
 @torch.no_grad()

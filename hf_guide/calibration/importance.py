@@ -12,6 +12,7 @@ family's, whatever its activation function and however the module is implemented
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +42,30 @@ def top_influence_blocks(influence: Tensor, count: int) -> list[int]:
         [0, 1, 2]
     """
     return most_influential_blocks(influence.tolist(), count) or []
+
+
+@dataclass
+class BlockRemoval:
+    """The blocks of one stack that were removed.
+
+    Attributes:
+        removed: The blocks, in the order of their removal, each with the sample's loss in nats without it and those before it.
+        kept: The blocks that were chosen, in order.
+        influence_loss: The sample's loss with the blocks of greatest influence instead.
+    """
+
+    removed: list[tuple[int, float]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    influence_loss: float = float("nan")
+
+    def scores(self, depth: int) -> Tensor:
+        """Return scores of which the blocks that were kept have the largest, (blocks,) float64; of others the last removed."""
+        scores = torch.full((depth,), float(depth), dtype=torch.float64)
+        order = [block for block, _ in self.removed if block not in self.kept]
+        others = [block for block in range(depth) if block not in self.kept and block not in order]
+        for position, block in enumerate([*order, *others]):
+            scores[block] = position
+        return scores
 
 
 # Heads and neurons

@@ -26,6 +26,11 @@ class LayerSelection(StringEnum):
     FIRST = "first"
     FIRST_LAST = "first_last"
     BLOCK_INFLUENCE = "block_influence"
+    GREEDY = "greedy"
+
+
+MEASURED_SELECTIONS = (LayerSelection.BLOCK_INFLUENCE, LayerSelection.GREEDY)
+"""The rules that need the teacher's activations."""
 
 
 class SubsequentLayers(StringEnum):
@@ -52,7 +57,7 @@ def parse_layer_selection(layers: Any, *, allows_influence: bool = False) -> Lay
     option = "layer_selection"
     if isinstance(layers, str):
         rule = LayerSelection.parse(layers, option)
-        if rule == LayerSelection.BLOCK_INFLUENCE and not allows_influence:
+        if rule in MEASURED_SELECTIONS and not allows_influence:
             raise OptionError(f"{option}={layers!r} needs activations, which method='calibrated' collects.")
         return str(rule)
     if isinstance(layers, Mapping):
@@ -261,7 +266,10 @@ def builtin_renames(
 
 def layer_selection_field(default: LayerSelection) -> Any:
     """Return the field of `layer_selection`, which most methods have, with a method's own default."""
-    influence = ", block_influence (those that change the residual stream most)"
+    influence = (
+        ", block_influence (those that change the residual stream most), greedy (blocks are removed one by one, each time the "
+        "one without which the loss on 512 calibration tokens is lowest)"
+    )
     return field(
         default=default.value,
         metadata={

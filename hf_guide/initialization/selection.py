@@ -99,7 +99,7 @@ def select_blocks(
             f"The student has {student} blocks{of_stack}, its teacher {teacher}: choose at most {teacher}, or set "
             "with layer_selection=[...] which of the teacher's blocks feeds each."
         )
-    # "block_influence" becomes a list once activations are collected; until then the shape is checked with even blocks.
+    # What activations decide becomes a list once they are collected; until then the shape is checked with even blocks.
     if layers == LayerSelection.FIRST.value:
         return list(range(student))
     return (

@@ -10,6 +10,9 @@ Cost: one forward pass of the teacher over the calibration tokens without a refi
 with a refit two of the teacher, and about four of the student; more of a stack whose blocks pass on more than the hidden
 states.
 
+With `layer_selection="greedy"` the blocks are removed one by one, which takes about 2.6 times the depth in passes over 512
+tokens (`calibration/block_removal.py`).
+
 Memory: of activations, for all tokens of a process, the teacher's hidden states after each stack; and while a block is
 refitted those before it, up to three more tensors of that width (the residual stream between attention and MLP, and the inputs
 of both), and the student's before the block. What is beyond `activation_memory` is kept in a temporary file. In memory remain
@@ -29,6 +32,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.basis import fit_activation_bases
+from hf_guide.calibration.block_removal import check_removable, remove_blocks
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.cost import calibration_parts
@@ -49,7 +53,7 @@ from hf_guide.calibration.refit import RefitState
 from hf_guide.calibration.resume import calibration_cache_folder, describe_call
 from hf_guide.initialization.basis import ResidualBasis
 from hf_guide.initialization.build import untie_like_teacher
-from hf_guide.initialization.config import LayerSelection, PlanOptions
+from hf_guide.initialization.config import MEASURED_SELECTIONS, LayerSelection, PlanOptions
 from hf_guide.initialization.cost import CostEstimate
 from hf_guide.initialization.plan import Plan, make_plan
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup
@@ -92,6 +96,9 @@ class CalibratedMethod(InitializationMethod):
         """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""
         plan = setup.validate_plan()
         self.stacks = plan.block_mapping
+        is_greedy = self.config.layer_selection == LayerSelection.GREEDY
+        if is_greedy:
+            check_removable(setup.teacher.model_class, setup.teacher.config, self.stacks)
         folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir)
         call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)
         self.calibration = collect_calibration(
@@ -104,7 +111,10 @@ class CalibratedMethod(InitializationMethod):
             show_progress=setup.show_progress,
             **setup.hub,
         )
-        return _to_lists(self.calibration.statistics.block_influence)
+        if is_greedy:
+            counts = {stack: len(blocks) for stack, blocks in self.stacks.items()}
+            self.calibration.removals = remove_blocks(self.calibration, counts, show_progress=setup.show_progress)
+        return _to_lists(self.calibration.block_scores)
 
     def reuse(self, calibration: CalibrationResult, setup: StudentSetup) -> None:
         """Take what another student of the same teacher collected, instead of `collect`."""
@@ -175,10 +185,10 @@ class CalibratedMethod(InitializationMethod):
 
         Stacks whose blocks `options` lists already, because the student's config depends on them, keep those.
         """
-        if self.config.layer_selection != LayerSelection.BLOCK_INFLUENCE:
+        if self.config.layer_selection not in MEASURED_SELECTIONS:
             return options
         layers = dict(options.layer_selection) if isinstance(options.layer_selection, dict) else {}
-        influence = self.calibration.statistics.block_influence
+        influence = self.calibration.block_scores
         for stack, blocks in self.stacks.items():
             name = stack.removesuffix(".{block}")
             if stack in influence and name not in layers:
@@ -202,6 +212,10 @@ class CalibratedMethod(InitializationMethod):
             "self_generated": calibration.self_generated,
             "block_influence": influence,
         }
+        if calibration.removals:
+            facts["removed_blocks"] = {
+                stack.removesuffix(".{block}"): removal.removed for stack, removal in calibration.removals.items()
+            }
         with calibration_mode(teacher), calibration_mode(student):
             tied_head = head if head is not None and head.is_tied and config.refit != Refit.NONE else None
             if tied_head is not None and not state.resume_step("tied_embedding"):

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hf_guide.calibration.collection import collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
-from hf_guide.calibration.forward import calibration_mode, forward_no_cache, running_device
+from hf_guide.calibration.forward import calibration_mode, running_device
+from hf_guide.calibration.held_out_loss import causal_loss, check_scorable, divergence, iter_rows, row_logits
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.self_generation import generate_calibration_text
 from hf_guide.calibration.statistics import mlp_width
@@ -29,9 +30,8 @@ from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.initialization.student_shape import StudentShape
 from hf_guide.methods.calibrated import CalibratedMethod
-from hf_guide.models.outputs import task_logits
 from hf_guide.shapes.candidates import ShapeCandidate
-from hf_guide.tasks import OutputKind, Task, output_kind, task_of
+from hf_guide.tasks import Task
 from hf_guide.utils.checksums import read_json, write_json
 from hf_guide.utils.distributed import all_reduce_scalar, rank_and_world_size
 from hf_guide.utils.fingerprint import comparable_config
@@ -51,7 +51,6 @@ MAX_REFERENCE_NUMBERS = 1 << 26
 """Numbers of the teacher's outputs that are kept to compare with: 256 MiB."""
 
 SCORES_NAME = "scores.json"
-_EXAMPLES = ("token", "example")
 
 
 class CalibratedScorer:
@@ -75,7 +74,7 @@ class CalibratedScorer:
         folder: Path | None,
     ):
         self.setup, self.config, self.resolve = setup, config, resolve
-        self.task = check_scorable(setup.model_class, setup.config)
+        self.task = check_scorable_shapes(setup.model_class, setup.config)
         teacher, weights = running_teacher(setup.source, setup.teacher, setup.layout)
         held = contextlib.nullcontext if weights is None else weights.all_held
         with held():
@@ -173,10 +172,10 @@ class CalibratedScorer:
         student.to(running_device(self.calibration.teacher.model))  # type: ignore[arg-type]
         with calibration_mode(student):
             if self.task is Task.CAUSAL_LM:
-                losses = [causal_loss(self._outputs(student, row), row) for row in self.held_out]
+                losses = [causal_loss(row_logits(student, row, self.task), row) for row in self.held_out]
             else:
                 pairs = zip(self.held_out, self.reference, strict=True)
-                losses = [divergence(self._outputs(student, row), teacher) for row, teacher in pairs]
+                losses = [divergence(row_logits(student, row, self.task), teacher) for row, teacher in pairs]
         loss = torch.cat(losses).double().mean().item()
         return all_reduce_scalar(loss) / rank_and_world_size()[1]
 
@@ -190,65 +189,21 @@ class CalibratedScorer:
             for row in self.held_out:
                 if sum(each.numel() for each in kept) > MAX_REFERENCE_NUMBERS:
                     break
-                kept.append(self._outputs(teacher, row))
+                kept.append(row_logits(teacher, row, self.task))
         self.held_out = self.held_out[: len(kept)]
         return kept
 
-    def _outputs(self, model: PreTrainedModel, row: Batch) -> Tensor:
-        """Return a model's logits for one row, (items, classes), without padding."""
-        logits = task_logits(self.task, forward_no_cache(model, row), row).float().cpu()
-        mask = row.get("decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask")
-        if logits.ndim == 3 and mask is not None and mask.shape == logits.shape[:2]:
-            return logits[mask.bool()]
-        return logits.flatten(0, -2)
 
-
-def check_scorable(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Task:
+def check_scorable_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Task:
     """Return the task of a model whose outputs can be compared with its teacher's.
 
     Raises:
         OptionError: They cannot; states what can be done instead.
     """
-    task = task_of(model_class)
-    if output_kind(task, config) is OutputKind.CATEGORICAL and task.row.outputs[0].items in _EXAMPLES:
-        return task
-    raise OptionError(
-        f"Shapes of a {model_class.__name__} cannot be scored on calibration data: that works for language models and for "
-        "classifiers of tokens, texts, images or sounds with classes that exclude each other. Let `hf-guide shapes` rank them "
-        "by its rule, without calibration data, and pass the sizes that it prints."
+    advice = (
+        "Let `hf-guide shapes` rank them by its rule, without calibration data, and pass the sizes that it prints."
     )
-
-
-def iter_rows(batch: Batch) -> Iterator[Batch]:
-    """Yield a batch's rows, each as a batch of one: the logits of a large vocabulary are large."""
-    for index in range(len(next(iter(batch.values())))):
-        yield {name: value[index : index + 1] for name, value in batch.items()}
-
-
-def causal_loss(logits: Tensor, row: Batch) -> Tensor:
-    """Return the cross-entropy of each next token, (tokens,).
-
-    Args:
-        logits: (tokens, vocabulary), of the tokens that are not padding.
-        row: The inputs of one row.
-    """
-    ids, mask = row["input_ids"].flatten(), row.get("attention_mask")
-    ids = ids if mask is None else ids[mask.flatten().bool()]
-    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
-
-
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the divergence KL(teacher, student) of each item, in nats, (items,).
-
-    Args:
-        student, teacher: Logits, (items, classes).
-
-    Example:
-        >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 100.0]]))
-        tensor([0.6931])
-    """
-    target = teacher.log_softmax(-1)
-    return torch.nn.functional.kl_div(student.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+    return check_scorable(model_class, config, what="Shapes", advice=advice)
 
 
 def _describe_search(setup: StudentSetup, config: CalibratedConfig) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hf_guide import find_shapes, from_teacher
+from hf_guide.calibration.held_out_loss import causal_loss, divergence
 from hf_guide.errors import OptionError
-from hf_guide.shapes.scoring import CalibratedScorer, causal_loss, divergence
+from hf_guide.shapes.scoring import CalibratedScorer
 from tests.tiny import KINDS, inputs, same_bits
 
 METHOD = {"method": "calibrated", "calibration_tokens": 256}

@@ -39,7 +39,7 @@ from hf_guide.initialization.blocks.selection import (
     stack_signatures,
 )
 from hf_guide.initialization.blocks.stacks import check_stack_names, stack_sizes, stage_names
-from hf_guide.initialization.config import LayerSelection, PlanOptions
+from hf_guide.initialization.config import MEASURED_SELECTIONS, LayerSelection, PlanOptions
 from hf_guide.initialization.selection import select_blocks
 from hf_guide.initialization.student_config import derive_student_config, overridden_values
 from hf_guide.layouts.registry import Layout
@@ -293,7 +293,7 @@ class _BlockSearch:
         return not isinstance(layers, str)
 
     def _influence(self, path: ConfigPath) -> Sequence[float] | None:
-        if self.options.layer_selection != LayerSelection.BLOCK_INFLUENCE:
+        if self.options.layer_selection not in MEASURED_SELECTIONS:
             return None
         return next((self.influence[stack] for stack in self._depth(path).stacks if stack in self.influence), None)
 
@@ -585,7 +585,7 @@ class _BlockSearch:
             if influence is not None:
                 free = most_influential_blocks(influence, len(requested))
                 requested = free if free is not None else requested
-            elif self.options.layer_selection == LayerSelection.BLOCK_INFLUENCE:
+            elif self.options.layer_selection in MEASURED_SELECTIONS:
                 continue
             if blocks != requested:
                 stack = self._depth(path).stacks[0].removesuffix(".{block}")

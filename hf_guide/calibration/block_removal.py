@@ -1,0 +1,211 @@
+"""Choose the blocks that a student keeps as a set: remove the teacher's one by one, each time the one that is missed least.
+
+The influence of a single block is measured with all others in place, and does not show which blocks can be missed together.
+Here every removal is evaluated in the model without the blocks that were removed before it (SLEB, arXiv 2402.09025), by the
+loss on a sample of the calibration text. Removals that looked worse before are evaluated again only where they might be the
+best by now (lazy greedy, Minoux 1978), and each runs only the blocks after it: the hidden states before each block are kept.
+
+Cost: about 2.6 times the depth in forward passes over the sample when two thirds of 30 blocks are removed. Of a teacher of
+files one block is in memory at a time, and all are read about as often.
+"""
+
+import contextlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.calibration.collection import CalibrationResult
+from hf_guide.calibration.forward import calibration_mode
+from hf_guide.calibration.held_out_loss import causal_loss, check_scorable, divergence, iter_rows, row_logits
+from hf_guide.calibration.importance import BlockRemoval, top_influence_blocks
+from hf_guide.calibration.resume import CalibrationCheckpoint
+from hf_guide.calibration.sequential import (
+    SequentialBlocks,
+    SequentialModel,
+    UnsupportedBlockStructure,
+    first_rows,
+    replaced_blocks,
+)
+from hf_guide.calibration.streams import Streams
+from hf_guide.errors import OptionError
+from hf_guide.tasks import Task
+from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
+
+SAMPLE_TOKENS = 512
+"""Tokens of the sample, of all processes together."""
+
+STEP = "removed_blocks"
+"""Of a resumable calibration, the step that holds what was removed so far."""
+
+_WHAT = "Removals of blocks"
+_ADVICE = "Set layer_selection='block_influence'."
+
+
+def check_removable(model_class: type[PreTrainedModel], config: PreTrainedConfig, stacks: Collection[str]) -> Task:
+    """Return the task of a teacher whose removals of blocks can be evaluated.
+
+    Raises:
+        OptionError: It has several stacks, or outputs without a loss.
+    """
+    task = check_scorable(model_class, config, what=_WHAT, advice=_ADVICE)
+    if len(stacks) > 1:
+        raise OptionError(f"{_WHAT} are evaluated in models of one stack; found {sorted(stacks)}. {_ADVICE}")
+    return task
+
+
+def remove_blocks(
+    calibration: CalibrationResult, counts: Mapping[str, int], *, show_progress: bool = False
+) -> dict[str, BlockRemoval]:
+    """Return, by stack, which blocks to keep, so many as `counts` has; empty where no stack loses a block.
+
+    The loss of the sample without the other blocks is never larger than with the blocks of greatest influence.
+
+    Raises:
+        OptionError: The model has several stacks, blocks that do not run one after another, or outputs without a loss.
+    """
+    depths = {stack: len(blocks) for stack, blocks in calibration.teacher.stacks.items()}
+    smaller = [stack for stack, count in counts.items() if count < depths.get(stack, count)]
+    if not smaller:
+        return {}
+    model = calibration.teacher.model
+    task = check_removable(type(model), model.config, depths)
+    (stack,) = smaller
+    sample = _sample(calibration.teacher)
+    try:
+        with calibration_mode(model):
+            search = _Search(sample, stack, task, calibration.checkpoint)
+            influence = calibration.statistics.block_influence[stack]
+            return {stack: search.run(counts[stack], influence, show_progress=show_progress)}
+    except UnsupportedBlockStructure as error:
+        raise OptionError(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
+
+
+def _sample(teacher: SequentialModel) -> SequentialModel:
+    """Return the teacher on the first rows of this process's batches."""
+    budget, batches = -(-SAMPLE_TOKENS // rank_and_world_size()[1]), []
+    for batch in teacher.batches:
+        length = batch["input_ids"].shape[-1] if "input_ids" in batch else 1
+        batches.append(first_rows(batch, -(-budget // length)))
+        budget -= len(next(iter(batches[-1].values()))) * length
+        if budget <= 0:
+            break
+    sample = teacher.on_first_batches(len(batches))
+    sample.batches = batches
+    sample.finished, sample.visited = {}, []
+    return sample
+
+
+class _Search:
+    """The search in one stack: the hidden states before each block that is left."""
+
+    def __init__(self, sample: SequentialModel, stack: str, task: Task, checkpoint: CalibrationCheckpoint | None):
+        self.sample, self.stack, self.task, self.checkpoint = sample, stack, task, checkpoint
+        self.blocks: SequentialBlocks = sample.start(stack)
+        if not self.blocks.is_replayable:
+            raise UnsupportedBlockStructure("what follows takes more of its blocks than the last hidden states.")
+        self.kept = list(range(len(self.blocks.blocks)))
+        self.before: dict[int, Streams] = {}
+        final = self._run_from(0, self.blocks.hidden_states, keeps=True)
+        self.reference = [] if task is Task.CAUSAL_LM else self._logits(final)
+
+    def run(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockRemoval:
+        """Remove blocks until `count` are left."""
+        removal, losses = self._resume()
+        total = len(self.kept) - count
+        with tqdm(total=total, desc="calibration: blocks", unit="block", disable=not show_progress) as bar:
+            while len(self.kept) > count:
+                block = self._least_missed(losses)
+                removal.removed.append((block, losses.pop(block)))
+                self._remove(block)
+                self._save(removal, losses)
+                bar.update()
+        removal.kept = list(self.kept)
+        strongest = top_influence_blocks(influence, count)
+        removal.influence_loss = self._loss_of(strongest)
+        if removal.influence_loss < removal.removed[-1][1]:
+            removal.kept = strongest
+        return removal
+
+    def _least_missed(self, losses: dict[int, float]) -> int:
+        """Return the block whose removal costs least; `losses` has those of earlier evaluations, and gets the new ones."""
+        if not losses:
+            losses.update({block: self._loss_without(block) for block in self.kept})
+            return min(losses, key=losses.__getitem__)
+        evaluated: set[int] = set()
+        while True:
+            block = min(losses, key=losses.__getitem__)
+            if block in evaluated:
+                return block
+            losses[block] = self._loss_without(block)
+            evaluated.add(block)
+
+    def _loss_without(self, block: int) -> float:
+        return self._loss(self._run_from(self.kept.index(block) + 1, self.before[block]))
+
+    def _loss_of(self, selected: Sequence[int]) -> float:
+        """Return the loss of the sample with these blocks alone."""
+        self.kept = list(selected)
+        return self._loss(self._run_from(0, self.blocks.hidden_states))
+
+    def _remove(self, block: int) -> None:
+        position, stream = self.kept.index(block), self.before.pop(block)
+        self.kept.remove(block)
+        self._run_from(position, stream, keeps=True)
+
+    @torch.no_grad()
+    def _run_from(self, position: int, stream: Streams, *, keeps: bool = False) -> Streams:
+        """Run the blocks that are left from a position on; return the last hidden states, and keep those before each."""
+        for block in self.kept[position:]:
+            if keeps:
+                self.before[block] = stream
+            after = Streams(self.sample.store)
+            weights = self.blocks.weights
+            with contextlib.nullcontext() if weights is None else weights.held(self.blocks.blocks[block]):
+                for batch in range(len(self.blocks.batches)):
+                    after.append(self.blocks.run_block(block, batch, stream[batch]))
+            stream = after
+        return stream
+
+    def _logits(self, final: Streams) -> list[Tensor]:
+        logits: list[Tensor] = []
+        for index, batch in enumerate(self.blocks.batches):
+            for number, row in enumerate(iter_rows(batch)):
+                last = final[index][number : number + 1]
+                with replaced_blocks(self.blocks.blocks, self.blocks.outputs, last):
+                    logits.append(row_logits(self.sample.model, row, self.task))
+        return logits
+
+    def _loss(self, final: Streams) -> float:
+        """Return the mean loss of the sample in nats, the same in all processes."""
+        logits = self._logits(final)
+        if self.task is Task.CAUSAL_LM:
+            rows = [row for batch in self.blocks.batches for row in iter_rows(batch)]
+            losses = [causal_loss(each, row) for each, row in zip(logits, rows, strict=True)]
+        else:
+            losses = [divergence(each, teacher) for each, teacher in zip(logits, self.reference, strict=True)]
+        joined = torch.cat(losses).double()
+        sums = torch.tensor([joined.sum().item(), float(len(joined))], dtype=torch.float64)
+        all_reduce_sum_([sums])
+        return (sums[0] / sums[1].clamp(min=1)).item()
+
+    def _resume(self) -> tuple[BlockRemoval, dict[int, float]]:
+        """Return what an earlier run removed, and the losses that it knew; the removals are made again."""
+        saved = None if self.checkpoint is None else self.checkpoint.load_step(STEP)
+        if saved is None:
+            return BlockRemoval(), {}
+        facts: dict[str, Any] = saved[1]
+        removal = BlockRemoval([(int(block), float(loss)) for block, loss in facts["removed"]])
+        gone = {block for block, _ in removal.removed}
+        self.kept = [block for block in self.kept if block not in gone]
+        self.before.clear()
+        self._run_from(0, self.blocks.hidden_states, keeps=True)
+        return removal, {int(block): float(loss) for block, loss in facts["losses"]}
+
+    def _save(self, removal: BlockRemoval, losses: Mapping[int, float]) -> None:
+        if self.checkpoint is not None:
+            facts = {"removed": removal.removed, "losses": list(losses.items())}
+            self.checkpoint.save_step(STEP, {"kept": torch.tensor(self.kept)}, facts)
