@@ -51,3 +51,19 @@ def test_distill_tokenizes_with_the_students_vocabulary(files: tuple[Path, Path,
     metrics = distill(read_config(student.parent / "run.yaml"))
     assert metrics["eval_kd"] > 0
     check_folder(teacher, student)
+
+
+def test_later_stages_keep_the_vocabulary_of_the_first(files: tuple[Path, Path, Path]) -> None:
+    teacher, student, texts = files
+    options = QUICK | {
+        "output_dir": str(student),
+        "teacher": str(teacher),
+        "data_files": str(texts),
+        "max_length": 16,
+        "max_steps": 1,
+        "stages": [{"student_init_kwargs": {"vocab_size": 450}}, {"student_init_kwargs": {"n_layer": 1}}],
+    }
+    (student.parent / "run.yaml").write_text(yaml.safe_dump(options))
+    assert distill(read_config(student.parent / "run.yaml"))["eval_kd"] > 0
+    tokenizer, model = AutoTokenizer.from_pretrained(student), AutoModelForCausalLM.from_pretrained(student)
+    assert len(tokenizer) == model.config.vocab_size == 450 and model.config.n_layer == 1
