@@ -36,6 +36,9 @@ _OF_ALL_STAGES = frozenset(
 )
 """Training arguments that a stage cannot change: where the signals come from, and where the student goes."""
 
+_OF_FIRST_STAGE = frozenset(("teacher", "tokenizer", "vocab_size"))
+"""Entries of `student_init_kwargs` that only the first stage can have."""
+
 _RECORDED = tuple(
     "losses loss_options temperature kd_loss_type beta max_steps num_train_epochs learning_rate lr_scheduler_type "
     "warmup_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps seed".split()
@@ -83,14 +86,12 @@ def stage_changes(config: DistillConfig) -> list[dict[str, Any]]:
         own = stage.get("student_init_kwargs") or {}
         if not isinstance(own, Mapping):
             raise OptionError(f"student_init_kwargs of stage {number} must be a mapping; found {own!r}.")
-        if number > 1 and {"vocab_size", "teacher"} & {*own}:
+        if number > 1 and _OF_FIRST_STAGE & {*own}:
             raise OptionError(
-                f"Stage {number} sets {sorted({'vocab_size', 'teacher'} & {*own})}: its student is made of the one before it, "
-                "and the data are tokenized for that one's vocabulary. Set both in the first stage only."
+                f"Stage {number} sets {sorted(_OF_FIRST_STAGE & {*own})}: its student is made of the one before it, and the "
+                "data are tokenized for that one's vocabulary. Set them in the first stage only."
             )
-        inherited = {
-            name: value for name, value in common.items() if number == 1 or name not in ("vocab_size", "teacher")
-        }
+        inherited = {name: value for name, value in common.items() if number == 1 or name not in _OF_FIRST_STAGE}
         changes.append(stage | {"student_init_kwargs": inherited | dict(own)})
     return changes
 
@@ -110,7 +111,7 @@ def as_stages(stages: Sequence[DistillConfig]) -> tuple[DistillConfig, ...]:
             training.push_to_hub = False
         if number > 1:
             kwargs["teacher"] = str(folders[number - 2])
-            if "vocab_size" in placed[0].training.student_init_kwargs:  # type: ignore[operator]
+            if {"vocab_size", "tokenizer"} & set(placed[0].training.student_init_kwargs or {}):
                 models.processing_class_name_or_path = models.processing_class_name_or_path or kwargs["teacher"]
         if kwargs.get("calibration_cache_dir") is not None and len(stages) > 1:
             kwargs["calibration_cache_dir"] = os.path.join(kwargs["calibration_cache_dir"], f"stage-{number}")
