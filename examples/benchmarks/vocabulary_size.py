@@ -40,8 +40,9 @@ LENGTH = 256
 SIZES = (4000, 8000, 16000, 24000)
 BUDGET = 23_000_000
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
-SHAPES = {"16000: 320 x 14": (16000, 320, 14), "49152: 240 x 14": (49152, 240, 14), "8000: 336 x 15": (8000, 336, 15)}
-"""Vocabulary, width and blocks; the width of the MLP makes BUDGET parameters."""
+SHAPES = {"16000: 384 x 15": (16000, 384, 15), "49152: 240 x 14": (49152, 240, 14), "8000: 432 x 16": (8000, 432, 16)}
+"""Vocabulary, width and blocks, the best of BUDGET parameters by the rule of `find_shapes`; of the whole vocabulary the shape that
+student_shapes.py found. The width of the MLP follows."""
 
 
 def shape_of(vocabulary: int, width: int, blocks: int) -> dict[str, Any]:
