@@ -8,6 +8,7 @@ random. One JSON line a seed and arm is appended to --output; what is there alre
 
     python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms teacher
     python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms students
+    python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms tokenizer
 """
 
 import argparse
@@ -29,8 +30,9 @@ from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import TrainingRecipe, cache_teacher, draw_blocks, evaluate, train
 from examples.common.malloc import keep_freed_memory
 from examples.common.teachers import default_language_model
-from hf_guide import AutoStudentForCausalLM
+from hf_guide import AutoStudentForCausalLM, from_teacher
 from hf_guide.calibration.vocabulary import VocabularyReducer
+from hf_guide.models.piece_mapping import map_pieces
 from hf_guide.models.token_rows import attach_tokenizer, config_token_ids, select_token_rows
 from hf_guide.tasks import Task
 from hf_guide.teachers.forward import TeacherRunner
@@ -41,8 +43,8 @@ SIZES = (4000, 8000, 16000, 24000)
 BUDGET = 23_000_000
 HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
 SHAPES = {"16000: 384 x 15": (16000, 384, 15), "49152: 240 x 14": (49152, 240, 14), "8000: 432 x 16": (8000, 432, 16)}
-"""Vocabulary, width and blocks, the best of BUDGET parameters by the rule of `find_shapes`; of the whole vocabulary the shape that
-student_shapes.py found. The width of the MLP follows."""
+"""Vocabulary, width and blocks: the best of BUDGET parameters by the rule of `find_shapes`; of the whole vocabulary the shape
+that student_shapes.py found. The width of the MLP follows."""
 
 
 def shape_of(vocabulary: int, width: int, blocks: int) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class HeldOut:
         """Return the bits that a model needs for a byte of the text: its loss per token times the tokens per byte."""
         blocks = pack(self.texts, tokenizer, LENGTH)
         nats = math.log(evaluate(model, blocks, 2, "bits", show_progress=False).perplexity)
-        return nats * self._tokens_per_byte(tokenizer) / math.log(2)
+        return nats * self.tokens_per_byte(tokenizer) / math.log(2)
 
     def bits_on_own_tokens(self, teacher: Any, tokenizer: Any) -> float:
         """Return the bits that the whole teacher needs for a byte, where a smaller tokenizer's pieces are predicted."""
@@ -80,9 +82,10 @@ class HeldOut:
             logits = runner.forward({"input_ids": ids}).logits_at(torch.zeros_like(positions), positions)
             nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
             count += len(positions)
-        return nats / count * self._tokens_per_byte(tokenizer) / math.log(2)
+        return nats / count * self.tokens_per_byte(tokenizer) / math.log(2)
 
-    def _tokens_per_byte(self, tokenizer: Any) -> float:
+    def tokens_per_byte(self, tokenizer: Any) -> float:
+        """Return how many tokens the text takes, per byte."""
         ids = tokenizer([f"{text}\n\n" for text in self.texts], add_special_tokens=False).input_ids
         return sum(map(len, ids)) / self.bytes
 
@@ -136,6 +139,33 @@ def run_students(seed: int, done: set[str], args: argparse.Namespace) -> Iterato
             yield row | {"learning_rate": args.learning_rate}
 
 
+def run_tokenizer(seed: int, done: set[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the bits per byte of the teacher with the tokens of another tokenizer that is trained on the text, untrained.
+
+    Once with rows composed of the teacher's pieces, and once with the mean of all rows instead.
+    """
+    bench = Bench(seed, args)
+    for size in args.sizes:
+        if f"another tokenizer, {size}, composed" in done or size > 40000:
+            continue
+        other = bench.tokenizer.train_new_from_iterator(bench.texts.train, size)
+        model = from_teacher(bench.name, tokenizer=other, method="uniform", dtype=torch.float32, show_progress=False)
+        facts = dict(model.initialization_report.vocabulary)
+        mapping = map_pieces(other, bench.tokenizer)
+        composed = [index for index, parts in enumerate(mapping.parts) if len(parts) > 1]
+        yield {
+            "arm": f"another tokenizer, {size}, composed",
+            **facts,
+            "tokens_per_byte": bench.held_out.tokens_per_byte(other),
+            "bits_per_byte": bench.held_out.bits_per_byte(model, other),
+        }
+        with torch.no_grad():
+            table = model.get_input_embeddings().weight
+            table[composed] = bench.teacher.get_input_embeddings().weight.mean(0)
+        bits = bench.held_out.bits_per_byte(model, other)
+        yield {"arm": f"another tokenizer, {size}, mean row", **facts, "bits_per_byte": bits}
+
+
 class Bench:
     """The teacher, and one split of the text.
 
@@ -180,7 +210,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in rows if row["arm"] == arm]
         untrained = "bits_per_byte_before" if "parameters" in mine[0] else "bits_per_byte"
         trained = _spread([row["bits_per_byte"] for row in mine if "tokens" in row])
-        columns = [[100 * row["share_kept"] for row in mine], [row["token_ratio"] for row in mine]]
+        columns = [
+            [100 * row.get("share_kept", math.nan) for row in mine],
+            [row.get("token_ratio", math.nan) for row in mine],
+        ]
         own = _spread([row["own_tokens"] for row in mine if "own_tokens" in row])
         cells = [*map(_spread, columns), _spread([row[untrained] for row in mine]), own, trained]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
@@ -199,7 +232,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("vocabulary_size.jsonl"))
     parser.add_argument("--teacher", help="by default SmolLM2-135M")
-    parser.add_argument("--arms", choices=["teacher", "students"], default="teacher")
+    parser.add_argument("--arms", choices=["teacher", "students", "tokenizer"], default="teacher")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sizes", type=int, nargs="+", default=[*SIZES, 49152], help="vocabularies")
     parser.add_argument(
@@ -219,7 +252,8 @@ def main() -> int:
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     for seed in [] if args.table else args.seeds:
         done = {row["arm"] for row in rows if row["seed"] == seed}
-        for row in {"teacher": run_teacher, "students": run_students}[args.arms](seed, done, args):
+        runs = {"teacher": run_teacher, "students": run_students, "tokenizer": run_tokenizer}
+        for row in runs[args.arms](seed, done, args):
             rows.append({"seed": seed, **row, "held_out_documents": args.held_out_documents})
             with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")
