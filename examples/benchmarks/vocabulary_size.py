@@ -1,10 +1,11 @@
 """How small a vocabulary costs how much, and whether its parameters are better spent on width and depth?
 
 Of the tokenizer of SmolLM2-135M the pieces are kept that the training text uses. For each size and amount of that text: what
-held-out text costs (share of its tokens that are kept, tokens it takes), and the teacher itself, with the kept rows alone and
-on its own tokens of the text. Then students of equal parameters, calibrated and distilled from a cache of either. All in bits
-per byte of the same held-out text, which compares tokenizers; seeds change the split of the text, the order, and whatever is
-random. One JSON line a seed and arm is appended to --output; what is there already is not run again.
+held-out text costs (share of its tokens that are kept, tokens it takes), and the teacher itself: with the kept rows alone,
+with its distribution summed by the next piece, and so on its own tokens of the text. Then students of equal parameters,
+calibrated and distilled from a cache of either. All in bits per byte of the same held-out text, which compares tokenizers;
+seeds change the split of the text, the order, and whatever is random. One JSON line a seed and arm is appended to --output;
+what is there already is not run again.
 
     python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms teacher
     python examples/benchmarks/vocabulary_size.py --output examples/benchmarks/results/vocabulary_size.jsonl --arms students
@@ -36,6 +37,7 @@ from hf_guide.models.piece_mapping import map_pieces
 from hf_guide.models.token_rows import attach_tokenizer, config_token_ids, select_token_rows
 from hf_guide.tasks import Task
 from hf_guide.teachers.forward import TeacherRunner
+from hf_guide.teachers.retokenization import attached_retokenizer
 from hf_guide.teachers.vocabulary import with_vocabulary_of
 
 LENGTH = 256
@@ -73,13 +75,23 @@ class HeldOut:
         nats = math.log(evaluate(model, blocks, 2, "bits", show_progress=False).perplexity)
         return nats * self.tokens_per_byte(tokenizer) / math.log(2)
 
-    def bits_on_own_tokens(self, teacher: Any, tokenizer: Any) -> float:
-        """Return the bits that the whole teacher needs for a byte, where a smaller tokenizer's pieces are predicted."""
-        runner = TeacherRunner(with_vocabulary_of(teacher, tokenizer), Task.CAUSAL_LM, tokenizer)
+    @torch.no_grad()
+    def bits_of_sums(self, teacher: Any, tokenizer: Any, *, own_tokens: bool) -> float:
+        """Return the bits that the whole teacher needs for a byte, where a smaller tokenizer's pieces are predicted.
+
+        Args:
+            own_tokens: Whether the teacher reads its own tokens of the text, or the pieces.
+        """
+        small = with_vocabulary_of(teacher, tokenizer)
+        runner, both = TeacherRunner(small, Task.CAUSAL_LM, tokenizer), attached_retokenizer(small)
         nats = count = 0.0
         for ids in pack(self.texts, tokenizer, LENGTH).split(1):
             positions = torch.arange(ids.shape[1] - 1)
-            logits = runner.forward({"input_ids": ids}).logits_at(torch.zeros_like(positions), positions)
+            if own_tokens or both is None:
+                logits = runner.forward({"input_ids": ids}).logits_at(torch.zeros_like(positions), positions)
+            else:
+                whole = teacher(torch.tensor(both.kept_ids)[ids[:, :-1]]).logits[0]
+                logits = both.merge(whole, torch.zeros_like(positions))
             nats += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
             count += len(positions)
         return nats / count * self.tokens_per_byte(tokenizer) / math.log(2)
@@ -100,7 +112,9 @@ def run_teacher(seed: int, done: set[str], args: argparse.Namespace) -> Iterator
                 continue
             model, tokenizer, facts = bench.with_vocabulary(size)
             row = {"arm": arm, **facts, "bits_per_byte": bench.held_out.bits_per_byte(model, tokenizer)}
-            yield row | {"own_tokens": bench.held_out.bits_on_own_tokens(bench.teacher, tokenizer)}
+            for name, own in (("summed", False), ("own_tokens", True)):
+                row[name] = bench.held_out.bits_of_sums(bench.teacher, tokenizer, own_tokens=own)
+            yield row
 
 
 def run_students(seed: int, done: set[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -203,8 +217,8 @@ class Bench:
 def table(rows: list[dict[str, Any]]) -> str:
     """Return mean and spread (standard deviation) over seeds, as Markdown."""
     lines = [
-        "| arm | tokens kept, % | tokens, times | bits per byte untrained | on own tokens | bits per byte trained |",
-        "|---|---|---|---|---|---|",
+        "| arm | tokens kept, % | tokens, times | bits per byte untrained | summed | on own tokens | bits per byte trained |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
@@ -214,8 +228,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             [100 * row.get("share_kept", math.nan) for row in mine],
             [row.get("token_ratio", math.nan) for row in mine],
         ]
-        own = _spread([row["own_tokens"] for row in mine if "own_tokens" in row])
-        cells = [*map(_spread, columns), _spread([row[untrained] for row in mine]), own, trained]
+        sums = [_spread([row[name] for row in mine if name in row]) for name in ("summed", "own_tokens")]
+        cells = [*map(_spread, columns), _spread([row[untrained] for row in mine]), *sums, trained]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ Does not: run a model (`forward.py` does), or decide which teachers need it (`vo
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,16 @@ class RetokenizedBatch:
         """Return the values (batch, teacher's length, ...) of the teacher's tokens, for each piece (batch, length, ...)."""
         rows = torch.arange(len(values), device=values.device)[:, None]
         return values[rows, self.positions.to(values.device)]
+
+
+@dataclass
+class _Row:
+    """The teacher's tokens of a row and their positions in their texts; for each piece, as in `RetokenizedBatch`."""
+
+    tokens: list[int] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)
 
 
 class Retokenizer:
@@ -119,14 +129,18 @@ class Retokenizer:
                     f"The batch has {name} {tuple(value.shape)} for its tokens, which the teacher reads joined to fewer, "
                     "as the student has a smaller vocabulary. Leave it out."
                 )
+        attended = [
+            list(range(len(row))) if mask is None else [at for at, kept in enumerate(mask[index].tolist()) if kept]
+            for index, row in enumerate(ids.tolist())
+        ]
         rows = []
-        for index, row in enumerate(ids.tolist()):
-            attended = range(len(row)) if mask is None else mask[index].nonzero().flatten().tolist()
-            begins = (
-                {0} if starts is None else {i for i, at in enumerate(attended) if i == 0 or starts[index, at] == 0}
-            )
-            rows.append(list(self._join([row[at] for at in attended], begins)))
-        return self._batch(inputs, rows)
+        for index, (row, at) in enumerate(zip(ids.tolist(), attended, strict=True)):
+            begins = {0}
+            if starts is not None:
+                counted = starts[index].tolist()
+                begins |= {number for number, position in enumerate(at) if counted[position] == 0}
+            rows.append(self._read_row([row[position] for position in at], begins))
+        return self._batch(inputs, rows, attended)
 
     def _join(self, pieces: list[int], begins: set[int]) -> Iterator[tuple[int, int]]:
         """Yield each of the teacher's tokens with the number of pieces that it is joined of.
@@ -173,37 +187,41 @@ class Retokenizer:
             yield found
             at += found[1]
 
-    def _batch(self, inputs: Mapping[str, Any], rows: list[list[tuple[int, int]]]) -> RetokenizedBatch:
+    def _read_row(self, pieces: list[int], begins: set[int]) -> "_Row":
+        """Return what the teacher reads of the pieces of a row, of which texts begin at `begins`."""
+        row = _Row()
+        at = text = 0
+        for token, count in self._join(pieces, begins):
+            text = len(row.tokens) if at in begins else text
+            for known in range(1, count):  # within the token the teacher has read the one before
+                row.positions.append(len(row.tokens) - 1)
+                row.states.append(self._states[tuple(pieces[at : at + known])])
+            row.positions.append(len(row.tokens))
+            row.states.append(0)
+            row.counted.append(len(row.tokens) - text)
+            row.tokens.append(token)
+            at += count
+        return row
+
+    def _batch(self, inputs: Mapping[str, Any], rows: "list[_Row]", attended: list[list[int]]) -> RetokenizedBatch:
         ids, mask, starts = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("position_ids")
-        length = max((len(row) for row in rows), default=0)
-        joined = {"input_ids": torch.zeros(len(rows), length, dtype=ids.dtype)}
-        joined |= {} if mask is None else {"attention_mask": torch.zeros(len(rows), length, dtype=mask.dtype)}
-        # Padding is a separate text where positions separate texts.
-        joined |= {} if starts is None else {"position_ids": torch.arange(length).repeat(len(rows), 1)}
+        length = max((len(row.tokens) for row in rows), default=0)
+
+        def padded(values: list[list[int]], padding: Callable[[int], list[int]], like: Tensor) -> Tensor:
+            filled = [each + padding(length - len(each)) for each in values]
+            return torch.tensor(filled, dtype=like.dtype, device=like.device).view(len(rows), length)
+
+        joined = {"input_ids": padded([row.tokens for row in rows], lambda count: [0] * count, ids)}
+        if mask is not None:
+            joined["attention_mask"] = padded([[1] * len(row.tokens) for row in rows], lambda count: [0] * count, mask)
+        if starts is not None:  # padding is a separate text where positions separate texts
+            joined["position_ids"] = padded([row.counted for row in rows], lambda count: list(range(count)), starts)
         positions, states = torch.zeros(ids.shape, dtype=torch.long), torch.zeros(ids.shape, dtype=torch.long)
-        for index, row in enumerate(rows):
-            tokens = torch.tensor([token for token, _ in row], dtype=ids.dtype)
-            joined["input_ids"][index, : len(row)] = tokens
-            attended = range(ids.shape[1]) if mask is None else mask[index].nonzero().flatten().tolist()
-            if mask is not None:
-                joined["attention_mask"][index, : len(row)] = 1
-            at, begin = 0, 0
-            for number, (_, count) in enumerate(row):
-                if starts is not None:
-                    begin = number if starts[index, attended[at]] == 0 else begin
-                    joined["position_ids"][index, number] = number - begin
-                pieces = tuple(int(ids[index, each]) for each in attended[at : at + count])
-                for known in range(1, count):  # within the token the teacher has read the one before
-                    positions[index, attended[at + known - 1]] = number - 1
-                    states[index, attended[at + known - 1]] = self._states[pieces[:known]]
-                positions[index, attended[at + count - 1]] = number
-                at += count
-            if starts is not None:
-                joined["position_ids"][index, len(row) :] -= len(row)
-        device = ids.device
+        for index, (row, at) in enumerate(zip(rows, attended, strict=True)):
+            positions[index, at] = torch.tensor(row.positions, dtype=torch.long)
+            states[index, at] = torch.tensor(row.states, dtype=torch.long)
         others = {name: value for name, value in inputs.items() if name not in joined}
-        on_device = {name: value.to(device) for name, value in joined.items()}
-        return RetokenizedBatch({**others, **on_device}, positions.to(device), states.to(device))
+        return RetokenizedBatch({**others, **joined}, positions.to(ids.device), states.to(ids.device))
 
     def merge(self, logits: Tensor, states: Tensor) -> Tensor:
         """Return logits of the pieces, log q up to a constant, from the teacher's.
