@@ -252,7 +252,10 @@ class InitializationReport:
             f"{to_single_line(axis)} {old} -> {new}{explained.get(axis, '')}"
             for axis, (old, new) in self.sizes.items()
         ]
-        blocks = [f"{stack} from the teacher's {format_ranges(sources)}" for stack, sources in self.blocks.items()]
+        blocks = [
+            f"{to_single_line(stack)} from the teacher's {format_ranges(sources)}"
+            for stack, sources in self.blocks.items()
+        ]
         not_exact = [f"{len(self.approximations)} approximated"] if self.approximations else []
         not_exact += [f"{len(self.randomly_initialized)} parameters at random"] if self.randomly_initialized else []
         steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in self.seconds.items())

@@ -14,6 +14,7 @@ from hf_guide.hub.metadata import (
     DistillationRecord,
     MetricRow,
     TeacherRecord,
+    lineage_of,
     load_record,
     reported_arguments,
     result_rows,
@@ -107,3 +108,8 @@ def test_figures_fit_into_a_table():
         "7",
         "a\\|b c",
     ]
+
+
+def test_a_damaged_report_of_a_teacher_is_left_out_with_a_warning(tmp_path, caplog):
+    (tmp_path / "initialization_report.json").write_text("{}")
+    assert lineage_of(tmp_path) == [] and "How the teacher was made is not recorded" in caplog.text

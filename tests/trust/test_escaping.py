@@ -15,7 +15,7 @@ import yaml
 from hf_guide.cli import main as cli
 from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record
 from hf_guide.hub.model_card import BEGIN, END, write_model_card
-from hf_guide.initialization.report import InitializationReport
+from hf_guide.initialization.report import InitializationReport, StageRecord
 from hf_guide.lelp.analysis.report import ClassSummary, SubclassSummary, plot_class, write_page
 from hf_guide.utils.escaping import (
     escape_control_characters,
@@ -87,6 +87,8 @@ def card_of(text: str, folder: Path) -> str:
         sizes={text: [2, 1]},
         explained_variance={text: [0.5, 1.0]},
         variance_explained={text: 0.5},
+        blocks={text: [0, 1]},
+        lineage=[StageRecord(text, None, 20, 10, text, {text: [4, 2]}, {text: [0, 2]}, steps=1, losses={text: 1.0})],
     )
     record = DistillationRecord(
         teachers=[TeacherRecord(text, license=text, license_name=text, languages=[text])],
