@@ -23,9 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from hf_guide.calibration.data import is_self_generated, iter_texts
 from hf_guide.errors import OptionError, VocabularyError
 from hf_guide.initialization.generation_config import load_generation_config
-from hf_guide.initialization.tokenizer_change import OtherVocabulary, change_tokenizer
+from hf_guide.initialization.tokenizer_change import OtherVocabulary, change_tokenizer, own_tokenizer
 from hf_guide.models.piece_ranking import PieceRanking, rank_pieces
-from hf_guide.models.pretrained import find_tokenizer
 from hf_guide.models.token_rows import (
     check_one_vocabulary,
     config_token_ids,
@@ -233,7 +232,7 @@ def change_vocabulary(
     teacher_size = getattr(teacher.config, "vocab_size", None)
     if dataset is None or not isinstance(size, int) or not isinstance(teacher_size, int) or size >= teacher_size:
         return teacher, config, None
-    tokenizer = _own_tokenizer(teacher, gguf_file, {**hub, "revision": teacher.revision})
+    tokenizer = own_tokenizer(teacher, **hub, **file)
     if tokenizer is None or size > max(tokenizer.get_vocab().values()):
         return teacher, config, None
     check_one_vocabulary(teacher.config)
@@ -271,9 +270,8 @@ def vocabulary_reducer(
         VocabularyError: The teacher has no tokenizer, or one of another kind.
     """
     check_one_vocabulary(teacher.config)
-    where = {**hub, "revision": teacher.revision}
     if tokenizer is None:
-        tokenizer = _own_tokenizer(teacher, gguf_file, where)
+        tokenizer = own_tokenizer(teacher, **hub, **({} if gguf_file is None else {"gguf_file": gguf_file}))
     if tokenizer is None:
         raise VocabularyError(f"The teacher {teacher.name} has no tokenizer, of which a vocabulary could be reduced.")
     if is_self_generated(dataset) or isinstance(dataset, Iterator):
@@ -282,16 +280,11 @@ def vocabulary_reducer(
             "The pieces of a smaller vocabulary are chosen by all texts of calibration_dataset; it must be a list of texts or "
             f"a datasets dataset, found {found}."
         )
-    generation = load_generation_config(source, **where)
+    generation = load_generation_config(source, **hub, revision=teacher.revision)
     required = set().union(
         *(config_token_ids(each) for each in (teacher.config, config, generation) if each is not None)
     )
     return VocabularyReducer(tokenizer, iter_texts(dataset, tokenizer), required)
-
-
-def _own_tokenizer(teacher: TeacherCheckpoint, gguf_file: str | None, where: Mapping[str, Any]) -> Any:
-    file = {} if gguf_file is None else {"gguf_file": gguf_file}
-    return teacher.tokenizer or find_tokenizer(teacher.name, **where, **file)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def init_student_from_teacher(
     made = from_teacher(source, **(where | chosen))  # type: ignore[arg-type]  # it raises for any other module
     if attached_tokenizer(made) is not None:
         raise OptionError(
-            f"The student's vocabulary is reduced to {made.config.vocab_size} pieces, so the data, which are tokenized "
+            f"The student has a vocabulary of its own, {made.config.vocab_size} tokens, so the data, which are tokenized "
             "already, have other ids. Make the student first, student = from_teacher(...), save it, tokenize the data with "
             "the tokenizer of its folder, and pass both."
         )
@@ -125,7 +125,7 @@ def validate_trainable(student: nn.Module) -> None:
 
 
 def validate_tokenizer(student: Any, processing_class: Any) -> None:
-    """Check that the batches of a student whose vocabulary was reduced are made by its own tokenizer.
+    """Check that the batches of a student with another vocabulary than its teacher's are made by its own tokenizer.
 
     Raises:
         VocabularyError: They are made by another one, such as its teacher's.
@@ -134,8 +134,8 @@ def validate_tokenizer(student: Any, processing_class: Any) -> None:
     if own is None or not hasattr(given, "get_vocab") or own.get_vocab() == given.get_vocab():
         return
     raise VocabularyError(
-        f"The student has {len(own)} of its teacher's tokens, and processing_class {len(given)}: its ids mean other tokens to "
-        "the student. Tokenize the data with the tokenizer that the student is saved with, "
+        f"The student has a vocabulary of {len(own)} tokens, and processing_class {len(given)}: its ids mean other tokens "
+        "to the student. Tokenize the data with the tokenizer that the student is saved with, "
         "AutoTokenizer.from_pretrained(folder of the student), and pass it as processing_class."
     )
 

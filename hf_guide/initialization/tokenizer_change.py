@@ -93,7 +93,7 @@ def change_tokenizer(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise OptionError(f"tokenizer must be a tokenizer, or the name or folder of one; found {tokenizer!r}.")
     check_one_vocabulary(teacher.config)
-    own = teacher.tokenizer or find_tokenizer(teacher.name, revision=teacher.revision, **hub)
+    own = own_tokenizer(teacher, **hub)
     if own is None:
         raise VocabularyError(
             f"The teacher {teacher.name} has no tokenizer, of whose pieces the rows of another could be made: pass a folder "
@@ -108,6 +108,22 @@ def change_tokenizer(
     axes = vocabulary_axes(teacher.model_class, teacher.config)
     weights = _ComposedRows(teacher.weights, axes, mapping.parts)
     return dataclasses.replace(teacher, config=config, weights=weights, tokenizer=tokenizer, whole=teacher), vocabulary
+
+
+def own_tokenizer(teacher: TeacherCheckpoint, **hub: Any) -> Any:
+    """Return a teacher's tokenizer; None where it has none, as a model that was never saved.
+
+    Args:
+        teacher: The opened checkpoint.
+        **hub: Keywords of `from_pretrained` for it.
+
+    Raises:
+        TeacherError: Its files cannot be read.
+    """
+    if teacher.tokenizer is not None:
+        return teacher.tokenizer
+    is_saved = teacher.name != teacher.model_class.__name__
+    return find_tokenizer(teacher.name, revision=teacher.revision, **hub) if is_saved else None
 
 
 @dataclass(frozen=True)

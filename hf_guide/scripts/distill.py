@@ -376,7 +376,7 @@ def _init_with_own_vocabulary(
     """
     requested: dict[str, Any] = dict(args.student_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
     size, teacher_size = requested.get("vocab_size"), getattr(checkpoints.teacher_config, "vocab_size", None)
-    if not isinstance(size, int) or not isinstance(teacher_size, int) or size >= teacher_size:
+    if not isinstance(teacher_size, int) or not (size == "auto" or (isinstance(size, int) and size < teacher_size)):
         return None
     source = requested.pop("teacher", None) or checkpoints.teacher_name
     if source is None:

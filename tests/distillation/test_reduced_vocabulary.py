@@ -129,7 +129,7 @@ def test_a_classifier_reads_its_teachers_ids(tmp_path):
 
 
 def test_another_tokenizer_than_the_students_is_refused(folder, student, tmp_path):
-    with pytest.raises(VocabularyError, match="The student has 450 of its teacher's tokens"):
+    with pytest.raises(VocabularyError, match="The student has a vocabulary of 450 tokens"):
         make_trainer(student, tmp_path, tokenizer=AutoTokenizer.from_pretrained(folder), teacher=str(folder))
     with pytest.raises(OptionError, match="tokenized already"):
         make_trainer(
