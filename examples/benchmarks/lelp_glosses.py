@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_guide.errors import OptionError
 
 MOST, LEAST = 1500, 250  # nouns of a topic
-COUNT = 30000  # glosses that are embedded, at random
+COUNT = 16000  # glosses that are embedded, at random
 CACHED = "glosses.safetensors"
 ENTITY = "00001740"  # the noun that is above all others
 
@@ -24,7 +24,7 @@ def read_glosses(folder: Path | None) -> dict[str, Tensor]:
     """Return the embeddings of a folder, which are kept there in one file when they were made.
 
     Returns:
-        "embeddings" (30000, 384); "topics" (30000,), below 94.
+        "embeddings" (16000, 384); "topics" (16000,), below 94.
 
     Raises:
         OptionError: WordNet is not below the folder.
