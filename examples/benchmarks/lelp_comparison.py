@@ -10,8 +10,8 @@ run with `--seeds` others, of which the tables are; variants of LELP, and the ra
 the data are too few for are left out, and the tables mark them. Seeds differ in the student; the parts of the set and the
 teacher are the same.
 Teachers: texts have all-MiniLM-L6-v2, frozen with a probe or (`--teacher tuned`) fine-tuned; images a small ResNet or ViT
-that is trained here; snippets in languages a bag of trigrams, trained on halves of snippets and then on labels;
-embeddings an MLP.
+that is trained here; snippets in languages a bag of trigrams that is trained on halves of snippets, and then frozen or
+fine-tuned like MiniLM; embeddings an MLP.
 `--transfer` sets whether students learn from what the teacher was trained on or from other examples;
 `--initialization guide` and `--initialization calibrated` start them by `from_teacher`.
 """
@@ -166,7 +166,7 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
                     part: replace(each, logits=teacher.head(each.embeddings)) for part, each in part_signals.items()
                 }
         else:
-            teach(teacher, shown[0], args.teacher_steps)
+            teach(teacher, shown[0], args.teacher_steps, frozen=kind.endswith("frozen"))
             part_signals = {
                 part: Signals.collect(teacher, each, views=views) for part, each in batches_by_part.items()
             }
@@ -179,11 +179,14 @@ def prepare(name: str, args: argparse.Namespace) -> Bench:
     return Bench(name, *parts, teacher, part_signals, right.float().mean().item())
 
 
-def teach(teacher: Classifier, batches: Batches, steps: int) -> None:
-    """Train a teacher on labels; a bag of trigrams on halves of snippets first."""
+def teach(teacher: Classifier, batches: Batches, steps: int, *, frozen: bool) -> None:
+    """Train a teacher on labels; a bag of trigrams on halves of snippets first, and if frozen no more than a probe then."""
     labels, text = batches.data.labels, batches.data.is_text
     if isinstance(teacher.encoder, TrigramBag):
         pretrain_on_halves(teacher.encoder, batches, steps * 3 // 2)
+        if frozen:
+            fit_probe(teacher, Signals.collect(teacher, batches).embeddings, labels)
+            return
     train(
         teacher,
         batches,
@@ -294,7 +297,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--view-targets", choices=["own", "original"], default="own", help="the teacher's outputs on the view, or not"
     )
-    parser.add_argument("--teacher", choices=["frozen", "tuned"], default="frozen", help="of texts")
+    parser.add_argument("--teacher", choices=["frozen", "tuned"], default="frozen", help="of texts and languages")
     parser.add_argument("--transfer", choices=["seen", "unseen"], default="seen")
     parser.add_argument("--initialization", choices=["scratch", "guide", "calibrated"], default="scratch")
     parser.add_argument("--share", type=float, default=1.0, help="of the transfer set that students are trained on")

@@ -17,6 +17,9 @@ from lelp_runs import RESULTS, Runs
 from hf_guide.errors import OptionError
 
 PLACE = ("set", "fonts", "teacher", "student", "transfer", "share", "steps", "initialization", "sizes")
+MARKERS = {"characters": "o", "languages": "^", "definitions": "D", "glosses": "v", "garments, other texts": "s"}
+"""Of the sets whose names begin so; the last one's of all others."""
+
 Spread = tuple[float, float]
 
 
@@ -43,6 +46,11 @@ def settings_of_rows(runs: Runs) -> list[tuple[str, Spread, Spread, Spread | Non
     return found
 
 
+def group_of(name: str) -> str:
+    """Return the group of `MARKERS` that a setting is in."""
+    return next((group for group in MARKERS if name.startswith(group)), list(MARKERS)[-1])
+
+
 def draw(found: list[tuple[str, Spread, Spread, Spread | None]], file: Path) -> None:
     """Write the plot."""
     import matplotlib.pyplot as plt
@@ -50,20 +58,20 @@ def draw(found: list[tuple[str, Spread, Spread, Spread | None]], file: Path) -> 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     titles = ("headroom: given the hidden classes, against KD", "embedding regression against KD")
     for axis, title, number in zip(axes, titles, (1, 3), strict=True):
-        for new, label in ((False, "garments, texts"), (True, "characters")):
-            points = [
-                (each[number], each[2]) for each in found if each[0].startswith("characters") == new and each[number]
-            ]
+        for group, marker in MARKERS.items():
+            points = [(each[number], each[2]) for each in found if group_of(each[0]) == group and each[number]]
+            if not points:
+                continue
             across, up = zip(*points, strict=True)
             axis.errorbar(
                 [x[0] for x in across],
                 [y[0] for y in up],
                 xerr=[x[1] for x in across],
                 yerr=[y[1] for y in up],
-                fmt="o" if new else "s",
+                fmt=marker,
                 markersize=4,
                 linewidth=0.8,
-                label=label,
+                label=group,
             )
         axis.axhline(0, color="gray", linewidth=0.6)
         axis.axvline(0, color="gray", linewidth=0.6)

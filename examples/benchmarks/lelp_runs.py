@@ -94,7 +94,7 @@ def place_of(run: dict[str, Any]) -> tuple[Any, ...]:
 def teacher_kind(name: str, args: argparse.Namespace) -> str:
     """Return the kind of teacher that a set has, as the rows state it."""
     if name.startswith(FROM_TEXTS):
-        return "trigrams" if name.startswith("languages") else "mlp"
+        return f"trigrams-{args.teacher}" if name.startswith("languages") else "mlp"
     return args.images if name.startswith(("digits", "fashion", *DRAWN)) else args.teacher
 
 
