@@ -22,9 +22,10 @@ process; the read once from the disk, once from the page cache. Needs the packag
 
 `--calibrated WIDTH:BLOCKS ...` makes students by `method="calibrated"` instead, each in a fresh process of one thread, with
 all activations on the disk: the memory taken against the student, three of the teacher's largest tensors and two of its
-blocks; and the processor time against that of a forward pass of the same tokens (a block's, times the number of blocks). A
-teacher has a vocabulary of 32,000 and an MLP of four times its width; the student is half as wide in everything, with half the
-blocks.
+blocks, and against the estimate; and the processor time against that of a forward pass of the same tokens (a block's, times
+the number of blocks, without the head). A teacher has a vocabulary of 32,000 and an MLP of four times its width; the student
+is half as wide in everything, with half the blocks. `8b:BLOCKS` is a teacher of Llama-3.1-8B's width and vocabulary with so
+many blocks, and `smollm2:30` is SmolLM2-135M in bfloat16 (`--teacher`). With `--resume FOLDER` a stopped run continues.
 """
 
 import argparse
@@ -164,34 +165,39 @@ CALIBRATE = """
 import json, sys, time
 import torch
 import hf_guide.calibration.reconstruction, hf_guide.methods.calibrated
-from hf_guide.modeling import from_teacher
+from hf_guide.modeling import from_teacher, plan_student
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.initialization import no_init_weights
 from peak_memory import peak_memory
 
 torch.set_num_threads(1)
-folder, rows = sys.argv[1], int(sys.argv[3]) // 256
+folder, rows, resume = sys.argv[1], int(sys.argv[3]) // 256, sys.argv[4] or None
+config = LlamaConfig.from_pretrained(folder)
 generator = torch.Generator().manual_seed(0)
-batches = [{"input_ids": torch.randint(3, 32000, (1, 256), generator=generator)} for _ in range(rows)]
+batches = [{"input_ids": torch.randint(3, config.vocab_size, (1, 256), generator=generator)} for _ in range(rows)]
+shape = json.loads(sys.argv[2])
+options = {"method": "calibrated", "activation_memory": 0, "calibration_tokens": 256 * rows, "calibration_batch_size": 1}
 before, start = peak_memory(), time.process_time()
 student = from_teacher(
     folder,
-    method={"method": "calibrated", "activation_memory": 0},
+    method=options,
     calibration_dataset=batches,
+    calibration_cache_dir=resume,
     show_progress=False,
-    **json.loads(sys.argv[2]),
+    **shape,
 )
 row = {"seconds": time.process_time() - start, "before": before, "peak_memory": peak_memory()}
 row["student"] = sum(p.numel() * p.element_size() for p in student.parameters())
 row["parts"] = {name: round(each, 1) for name, each in student.initialization_report.seconds.items()}
-config = LlamaConfig.from_pretrained(folder)
-blocks, config.num_hidden_layers = config.num_hidden_layers, 1
+row["estimate"] = plan_student(folder, method=options, **shape).estimate.memory_bytes
+del student
+blocks, config.num_hidden_layers, config.vocab_size = config.num_hidden_layers, 1, 8
 model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).model.eval()
+inputs = torch.randn(1, 256, config.hidden_size, generator=generator).bfloat16()
 with torch.no_grad():
-    model(**batches[0])
+    model(inputs_embeds=inputs)
     start = time.process_time()
-    for batch in batches:
-        model(**batch, use_cache=False)
+    for _ in batches:
+        model(inputs_embeds=inputs, use_cache=False)
     row["forward_pass"] = blocks * (time.process_time() - start)
 print(json.dumps(row))
 """
@@ -290,36 +296,44 @@ def measure_memory(gigabytes: float) -> None:
     print(f"memory ratio: {used / bound:.2f} (target: at most 1)\n", flush=True)
 
 
-def measure_calibrated(width: int, blocks: int, tokens: int, output: Path) -> None:
-    """Make a student of a random Llama by `calibrated`; print its memory and time, and append them to `output`."""
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 256,
-        vocab_size=32000,
-        num_hidden_layers=blocks,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
-    shape = {
-        "hidden_size": width // 2,
-        "intermediate_size": 2 * width,
-        "num_attention_heads": width // 128,
-        "num_key_value_heads": max(1, width // 512),
-        "num_hidden_layers": blocks // 2,
-    }
-    block_bytes = 2 * sum(map(torch.Size.numel, shapes_of(config)[0].values()))
+def write_calibrated_teacher(spec: str, folder: Path, teacher: Path | None) -> tuple[Path, dict[str, object]]:
+    """Write the teacher of a `--calibrated` argument into a folder; return where it is, and its student's shape."""
+    name, _, blocks = spec.partition(":")
+    if name == "smollm2":
+        shape: dict[str, object] = {"hidden_size": 288, "intermediate_size": 768, "head_dim": 32}
+        return teacher or smollm2(folder), shape | {"num_hidden_layers": int(blocks) // 2}
+    if name in SHAPES:
+        sizes, shape = SHAPES[name]
+    else:
+        width = int(name)
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "vocab_size": 32000}
+        sizes |= {"num_attention_heads": width // 64, "num_key_value_heads": width // 256}
+        shape = {"hidden_size": width // 2, "intermediate_size": 2 * width}
+        shape |= {"num_attention_heads": width // 128, "num_key_value_heads": max(1, width // 512)}
+    sizes = sizes | {"num_hidden_layers": int(blocks)}
+    write_llama(folder, LlamaConfig(**sizes, tie_word_embeddings=False, dtype="bfloat16"), alike=name in SHAPES)
+    return folder, shape | {"num_hidden_layers": int(blocks) // 2}
+
+
+def measure_calibrated(spec: str, tokens: int, output: Path, teacher: Path | None, resume: Path | None) -> None:
+    """Make a student of a Llama by `calibrated`; print its memory and time, and append them to `output`."""
     with tempfile.TemporaryDirectory(prefix="calibrated-") as scratch:
-        largest = write_llama(Path(scratch), config)
-        size = sum(path.stat().st_size for path in Path(scratch).glob("*.safetensors"))
-        row = in_fresh_process(CALIBRATE, scratch, json.dumps(shape), str(tokens))
-    row |= {"width": width, "blocks": blocks, "tokens": tokens, "teacher": size}
+        folder, shape = write_calibrated_teacher(spec, Path(scratch), teacher)
+        config = LlamaConfig.from_pretrained(folder)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        words = (str(folder), json.dumps(shape), str(tokens), "" if resume is None else str(resume))
+        row = in_fresh_process(CALIBRATE, *words)
+    in_block, outside = shapes_of(config)
+    largest = 2 * max(each.numel() for each in (in_block | outside).values())
+    block_bytes = 2 * sum(map(torch.Size.numel, in_block.values()))
+    width, blocks = config.hidden_size, config.num_hidden_layers
+    row |= {"spec": spec, "width": width, "blocks": blocks, "tokens": tokens, "teacher": size}
     used, bound = row["peak_memory"] - row["before"], row["student"] + 3 * largest + 2 * block_bytes
     row |= {"memory_bound": bound, "memory_ratio": used / bound, "time_ratio": row["seconds"] / row["forward_pass"]}
     mib = 2**20
     print(f"teacher {width} x {blocks}, {size / mib:.0f} MiB; student {row['student'] / mib:.0f} MiB; {tokens} tokens")
     print(f"taken {used / mib:.0f} MiB against {bound / mib:.0f} MiB: {row['memory_ratio']:.2f} (target: at most 1)")
+    print(f"estimated before {row['estimate'] / mib:.0f} MiB: {row['estimate'] / used:.2f} of what was taken")
     print(
         f"{row['seconds']:.1f} core-seconds against {row['forward_pass']:.1f} of a forward pass: {row['time_ratio']:.1f} "
         f"(target: at most 4); {row['parts']}\n",
@@ -413,6 +427,7 @@ def main() -> int:
     )
     parser.add_argument("--calibrated", nargs="*", default=[], metavar="WIDTH:BLOCKS", help="of random teachers")
     parser.add_argument("--tokens", type=int, default=4096, help="of --calibrated")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="calibration_cache_dir of --calibrated")
     args = parser.parse_args()
     print(f"command: python {' '.join(sys.argv)}")
     print(
@@ -422,8 +437,7 @@ def main() -> int:
     )
     transformers.logging.disable_progress_bar()
     for each in args.calibrated:
-        width, _, blocks = each.partition(":")
-        measure_calibrated(int(width), int(blocks), args.tokens, args.output)
+        measure_calibrated(each, args.tokens, args.output, args.teacher, args.resume)
     for size in args.llama:
         measure_llama(size, args.methods, args.threads, args.against, args.output)
     if args.llama or args.calibrated:

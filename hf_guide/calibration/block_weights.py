@@ -143,6 +143,7 @@ class BlockWeights:
                 slot.assign(self._meta[slot])
 
     def _load(self, block: nn.Module | None) -> None:
+        self.teacher.weights.check_unchanged()  # a mapped file that became shorter would end the process
         loaded: dict[str, Tensor] = {}
         slots = self._slots.get(None if block is None else id(block), [])
         names = self.teacher.weights.in_file_order(dict.fromkeys(name for _, name in slots))

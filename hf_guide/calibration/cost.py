@@ -1,7 +1,7 @@
-"""What `calibrated` takes besides the transfer of the weights: the teacher, the activations, and the fits.
+"""What `calibrated` takes besides the transfer of the weights: the teacher, the activations, the statistics and the fits.
 
-Not counted are the statistics, the logits, the fits of vocabulary tables, and the blocks of a stack that only runs within the
-whole model: what is estimated is the least.
+Batches are assumed to be of `calibration_batch_size` rows of `calibration_seq_length` tokens. Not counted are the blocks of a
+stack that only runs within the whole model.
 """
 
 from collections import Counter
@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
+from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, TOKENS_AT_A_TIME
+from hf_guide.calibration.least_squares import fit_dtype, max_eps
 from hf_guide.initialization.cost import CostPart
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.models.model_classes import strip_base_prefix
@@ -22,7 +24,7 @@ TEACHER_PASSES, STUDENT_PASSES = 3, 4
 def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator[CostPart]:
     """Yield the parts of a calibration; the number of tokens is the default where none is given."""
     teacher, layout, student = setup.teacher, setup.layout, setup.meta_student()
-    plan = setup.plan(student)
+    plan, item = setup.plan(student), setup.teacher.dtype.itemsize
     blocks, outside, numbers = Counter[str](), 0, 0
     for name in teacher.weights.keys():
         count = teacher.weights.shape(name).numel()
@@ -35,22 +37,52 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
             blocks[match.row.pattern.partition("{block}")[0] + match.numbers["block"]] += size
     planned = [plan.sizes(parameter) for parameter in plan.parameters.values() if parameter.source is not None]
     neurons, student_neurons = (max((sizes[index].get("mlp", 0) for sizes in planned), default=0) for index in (0, 1))
+    vocab = max((sizes[0].get("vocab", 0) for sizes in planned), default=0)
     tokens = config.calibration_tokens or default_num_tokens(neurons)
     if not isinstance(setup.source, PreTrainedModel):
         whole = outside + sum(blocks.values())
         held = outside + 2 * max(blocks.values(), default=0)
         yield CostPart("the teacher's embeddings, head and two blocks", held, is_kept=True, read=3 * whole)
-    passes = TEACHER_PASSES * numbers + (
-        STUDENT_PASSES * student.num_parameters() if config.refit != Refit.NONE else 0
-    )
-    width = max((old for old, _ in plan.widths.values()), default=0)
-    kept = 4 if config.refit != Refit.NONE else 0
+    refits = config.refit != Refit.NONE
+    passes = TEACHER_PASSES * numbers + (STUDENT_PASSES * student.num_parameters() if refits else 0)
+    width, student_width = (max(sizes, default=0) for sizes in zip(*plan.widths.values(), strict=True))
     yield CostPart(
         f"the activations of {tokens} tokens",
-        min(4 * tokens * kept * width, round(config.activation_memory * 10**9)),
+        min(item * tokens * (7 if refits else 2) * width, round(config.activation_memory * 10**9)),
         is_kept=True,
         products={torch.float32: float(tokens) * passes},
         advice="fewer calibration_tokens, a lower activation_memory",
     )
-    widest = max(student_neurons, width)
-    yield CostPart("the fit of a weight", 4 * 8 * widest**2)
+    squares = sum(old**2 for old, _ in plan.widths.values())
+    yield CostPart("the statistics", 8 * squares + 4 * width**2, is_kept=True)
+    batch = min(tokens, config.calibration_batch_size * config.calibration_seq_length)
+    logits = min(batch, LOGIT_SCALE_TOKENS) * item + 4 * 4 * TOKENS_AT_A_TIME
+    run = CostPart(
+        "a batch in a block", batch * item * (8 * width + 4 * neurons), advice="a lower calibration_batch_size"
+    )
+    yield run
+    yield CostPart("the logits", logits * vocab)
+    if refits:
+        exact = fit_dtype(max_eps(teacher.dtype, setup.dtype)).itemsize
+        yield CostPart(
+            "the fit of a weight", run.bytes + _fit_bytes(tokens, width, student_width, student_neurons, exact)
+        )
+
+
+def _fit_bytes(tokens: int, width: int, student_width: int, student_neurons: int, exact: int) -> int:
+    """Return the memory of the larger of the fits of an input projection and of an output projection.
+
+    Args:
+        tokens: All calibration tokens.
+        width, student_width: Of the hidden states.
+        student_neurons: Of the student's MLP.
+        exact: Bytes of a number of a fit.
+    """
+    # Three sums, two of them in the dtype of the search as well, and the factors and inverses for up to three candidates.
+    of_inputs = 8 * (4 * student_width * (student_width + width) + 6 * student_width**2)
+    features = max(student_width, student_neurons)
+    if tokens < features:  # the rows, put together, and by the root of their penalties; and the system between them
+        of_outputs = tokens * (8 * features + 2 * exact * features + 8 * student_width) + 4 * exact * tokens**2
+    else:  # three sums, two of them in float32 as well, the system and its factor
+        of_outputs = 8 * 6 * features**2 + 8 * 3 * features * student_width
+    return max(of_inputs, of_outputs)

@@ -1,15 +1,22 @@
 """Fit what is after the last block: a tied embedding table, the final norm before it, and one scale of all logits."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_guide.calibration.data import Batch
 from hf_guide.calibration.forward import drop_padding
-from hf_guide.calibration.least_squares import NormalEquations, append_bias_column, at_least_float32, max_eps
+from hf_guide.calibration.least_squares import (
+    NormalEquations,
+    append_bias_column,
+    at_least_float32,
+    max_eps,
+    row_chunks,
+)
 from hf_guide.calibration.modules import ModuleRef, linear_weight, module_bias, norm_weight
-from hf_guide.calibration.refit import RefitState, assign_checked, row_chunks
+from hf_guide.calibration.refit import RefitState, assign_checked
 from hf_guide.calibration.sequential import SequentialModel, first_rows
 from hf_guide.errors import ShapeError
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
@@ -102,7 +109,7 @@ class HeadFitter:
         """Return what yields rows of the student's table, and of the teacher's times `cross`, (rows, d_S) float64 each."""
 
         def rows() -> Iterator[tuple[slice, Tensor, Tensor]]:
-            for chunk in row_chunks(weight):
+            for chunk in row_chunks(*weight.shape):
                 teacher_rows = at_least_float32(self.state.plan.read(source, (chunk.start, chunk.stop)))
                 products = (teacher_rows @ cross.to(teacher_rows)).double()
                 yield chunk, weight[chunk].detach().double().cpu(), products
@@ -153,7 +160,7 @@ class HeadFitter:
         tables = [table[:rows] for table in tables]
         moments = [torch.zeros(tables[0].shape[1], table.shape[1], dtype=torch.float64) for table in tables]
         means = [torch.zeros(table.shape[1], dtype=torch.float64) for table in tables]
-        for chunk in row_chunks(tables[1]):
+        for chunk in row_chunks(*tables[1].shape):
             parts = [at_least_float32(table[chunk].detach()) for table in tables]
             dtype = torch.promote_types(parts[0].dtype, parts[1].dtype)
             for moment, mean, part in zip(moments, means, parts, strict=True):
@@ -173,6 +180,10 @@ class HeadFitter:
         Raises:
             ShapeError: Logits are not finite, or the scaled weights are too large for their dtype.
         """
+        with chunked_linear(self.student.module), chunked_linear(self.teacher.module):
+            return self._fit_logit_scale()
+
+    def _fit_logit_scale(self) -> float:
         multiplier = self._logit_multiplier()
         if multiplier is None:
             self.state.notes.append(
@@ -314,6 +325,37 @@ class HeadFitter:
         assert inputs is not None  # it computes the logits
         batch = first_rows(self.state.batches[index], rows)
         return drop_padding(inputs, batch, of_decoder=self.state.teacher.config.is_encoder_decoder)
+
+
+@contextlib.contextmanager
+def chunked_linear(module: nn.Module) -> Iterator[None]:
+    """Have a head multiply by a part of its rows at a time: for a product in bfloat16 oneDNN copies the weight.
+
+    Example:
+        >>> head, inputs = torch.nn.Linear(8, 100), torch.randn(2, 3, 8)
+        >>> expected = head(inputs)
+        >>> with chunked_linear(head):
+        ...     bool(torch.allclose(head(inputs), expected))
+        True
+    """
+    if type(module) is not nn.Linear or "forward" in vars(module):  # Accelerate moves its weight
+        yield
+        return
+    linear = module
+
+    def forward(inputs: Tensor) -> Tensor:
+        parts = row_chunks(linear.out_features, -(-linear.in_features // 4))
+        biases = [None if linear.bias is None else linear.bias[rows] for rows in parts]
+        outputs = [
+            nn.functional.linear(inputs, linear.weight[rows], bias) for rows, bias in zip(parts, biases, strict=True)
+        ]
+        return torch.cat(outputs, -1)
+
+    vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]
 
 
 def _mean_products(total: NormalEquations, *, centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Solve the ridge regression of a weight's desired output on its input, towards the weight that is there."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,10 +24,17 @@ MIN_FEATURE_PENALTY = 1e-3
 VALIDATION_EVERY = 4
 """The last of so many batches is held out to choose the ridge."""
 
+MAX_SCORED_ROWS = 512
+"""Rows of a weight, evenly spaced, by which its ridge is chosen: each is a regression of its own on the same inputs."""
 
-ReadRows = Callable[[], tuple[Tensor, tuple[Tensor, Tensor]]]
-"""Returns some rows of a weight, (rows, features), and the sums of r^T x of the train and of the validation batches, with r
-what those rows' output lacks; float64."""
+CHUNK_BYTES = 8 << 20
+"""Bytes of the rows of a weight, as of a head over a large vocabulary, that are fitted at a time, in float64."""
+
+BUFFERED_ROWS = 1024
+"""Rows of which a product is taken at once."""
+
+SYMMETRIC_BLOCKS, MIN_SYMMETRIC_WIDTH = 8, 1024
+"""A symmetric product is computed in so many strips from the diagonal on, where it is that wide."""
 
 _Candidate = tuple[float, bool]
 """A ridge, and whether each feature is penalised by its own mean square."""
@@ -38,6 +45,11 @@ def max_eps(*dtypes: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
+def fit_dtype(eps: float) -> torch.dtype:
+    """Return the dtype of the products of a fit: float64, or float32 for models whose rounding is coarser than float32's."""
+    return torch.float32 if eps > torch.finfo(torch.float32).eps else torch.float64
+
+
 def at_least_float32(rows: Tensor) -> Tensor:
     """Return rows in float32 or better, for sums and differences that a model's dtype would round or overflow."""
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -46,6 +58,57 @@ def at_least_float32(rows: Tensor) -> Tensor:
 def append_bias_column(rows: Tensor, has_bias: bool) -> Tensor:
     """Return rows, (tokens, width), with a column of ones if a bias is to be fitted too."""
     return torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if has_bias else rows
+
+
+def symmetric_product(rows: Tensor) -> Tensor:
+    """Return x^T x of rows x, (width, width), with little more than half of the operations where it is wide.
+
+    Example:
+        >>> x = torch.randn(16, 2048)
+        >>> torch.testing.assert_close(symmetric_product(x), x.T @ x, atol=1e-4, rtol=1e-4)
+    """
+    width = rows.shape[1]
+    if width < MIN_SYMMETRIC_WIDTH:
+        return rows.T @ rows
+    product, step = rows.new_empty(width, width), -(-width // SYMMETRIC_BLOCKS)
+    for start in range(0, width, step):
+        strip = rows[:, start : start + step].T @ rows[:, start:]
+        product[start : start + step, start:] = strip
+        product[start:, start : start + step] = strip.T
+    return product
+
+
+class RowBuffer:
+    """Rows of several tensors that are passed on together, about `BUFFERED_ROWS` at a time.
+
+    Sums in float64 of products in float32 cost as much as the products themselves where those are of few rows.
+
+    Example:
+        >>> sums = []
+        >>> buffer = RowBuffer(lambda rows: sums.append(len(rows)))
+        >>> for _ in range(5):
+        ...     buffer.add(torch.zeros(300, 2))
+        >>> buffer.flush()
+        >>> sums
+        [1200, 300]
+    """
+
+    def __init__(self, add: Callable[..., None]):
+        self._add = add
+        self._rows: list[tuple[Tensor, ...]] = []
+
+    def add(self, *rows: Tensor) -> None:
+        """Add rows, (tokens, width) each, of as many tensors at each call."""
+        self._rows.append(rows)
+        if sum(len(each[0]) for each in self._rows) >= BUFFERED_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Pass on what is there."""
+        if self._rows:
+            joined = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*self._rows, strict=True)]
+            self._rows.clear()
+            self._add(*joined)
 
 
 @dataclass
@@ -71,13 +134,32 @@ class NormalEquations:
         """Add rows, (tokens, features) and (tokens, targets); their products are taken in float32 or better."""
         dtype = torch.promote_types(at_least_float32(x).dtype, at_least_float32(y).dtype)
         x, y = x.to(dtype), y.to(dtype)
-        self.gram += (x.T @ x).cpu()  # added in float64, without a copy in it
+        self.gram += symmetric_product(x).cpu()  # added in float64, without a copy in it
         self.cross += (y.T @ x).cpu()
 
     def reduce(self) -> "NormalEquations":
         """Add the sums of the other processes."""
         all_reduce_sum_([self.gram, self.cross])
         return self
+
+    def columns(self, columns: slice) -> "NormalEquations":
+        """Return the sums over some of the features, sharing memory."""
+        return NormalEquations(self.gram[columns, columns], self.cross[:, columns])
+
+    def to(self, dtype: torch.dtype, scale: float = 1.0) -> "NormalEquations":
+        """Return the sums divided by `scale`, in a dtype."""
+        if scale == 1.0:
+            return NormalEquations(self.gram.to(dtype), self.cross.to(dtype))
+        return NormalEquations((self.gram / scale).to(dtype), (self.cross / scale).to(dtype))
+
+    def __add__(self, other: "NormalEquations") -> "NormalEquations":
+        return NormalEquations(self.gram + other.gram, self.cross + other.cross)
+
+
+def is_held_out(batch: int) -> bool:
+    """Return whether this process's batch of that index is held out to choose the ridge."""
+    rank, world_size = rank_and_world_size()
+    return (rank + batch * world_size) % VALIDATION_EVERY == VALIDATION_EVERY - 1
 
 
 @dataclass
@@ -87,6 +169,9 @@ class TrainValNormalEquations:
     train: NormalEquations
     validation: NormalEquations
 
+    def __post_init__(self) -> None:
+        self._buffers = [RowBuffer(each.add) for each in (self.train, self.validation)]
+
     @classmethod
     def zeros(cls, features: int, targets: int) -> "TrainValNormalEquations":
         """Return empty sums."""
@@ -94,112 +179,169 @@ class TrainValNormalEquations:
 
     def add(self, x: Tensor, y: Tensor, batch: int) -> None:
         """Add the rows of this process's batch of that index."""
-        rank, world_size = rank_and_world_size()
-        is_validation = (rank + batch * world_size) % VALIDATION_EVERY == VALIDATION_EVERY - 1
-        (self.validation if is_validation else self.train).add(x, y)
+        self._buffers[is_held_out(batch)].add(x, y)
 
     def reduce(self) -> "TrainValNormalEquations":
         """Add the sums of the other processes."""
+        for buffer in self._buffers:
+            buffer.flush()
         self.train.reduce()
         self.validation.reduce()
         return self
 
+    def columns(self, columns: slice) -> "TrainValNormalEquations":
+        """Return the sums over some of the features, sharing memory."""
+        return TrainValNormalEquations(self.train.columns(columns), self.validation.columns(columns))
 
-def select_ridge(
-    weight: Tensor,
-    grams: tuple[Tensor, Tensor],
-    residuals: tuple[Tensor, Tensor],
+
+@dataclass
+class FitTarget:
+    """A weight whose rows are fitted, a part at a time; each part is read when it is needed.
+
+    Attributes:
+        rows: The number of its rows.
+        weight: Returns some of its rows, (rows, features), float64 and on the CPU.
+        missing: Returns from those, and from normal equations in some dtype, the sum of r^T x, (rows, features), with r what
+            their outputs lack.
+    """
+
+    rows: int
+    weight: Callable[[slice], Tensor]
+    missing: Callable[[slice, Tensor, NormalEquations], Tensor]
+
+    @property
+    def scored(self) -> slice:
+        """Return the rows by which the ridge is chosen."""
+        return slice(0, self.rows, -(-self.rows // MAX_SCORED_ROWS))
+
+
+def row_chunks(rows: int, width: int) -> list[slice]:
+    """Return the parts of a weight's rows that are fitted at a time.
+
+    Example:
+        >>> row_chunks(5000, 512)
+        [slice(0, 2048, None), slice(2048, 4096, None), slice(4096, 5000, None)]
+    """
+    step = max(1, CHUNK_BYTES // (8 * max(1, width)))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+@dataclass
+class Fit:
+    """The fitted rows of a weight, which are computed as they are iterated over.
+
+    Attributes:
+        ridge: The ridge, as chosen.
+        parts: Each part and its fitted rows, (rows, features).
+    """
+
+    ridge: float
+    parts: Iterator[tuple[slice, Tensor]]
+
+
+def fit_weights(
+    targets: Sequence[FitTarget],
+    sums: TrainValNormalEquations,
     ridge: float | None,
     eps: float = 0.0,
-) -> tuple[Tensor, float | None]:
-    """Return the update of one weight, (out, features), and its ridge, as `select_ridges`; zero and None for no update."""
-    fitted = select_ridges([[lambda: (weight, residuals)]], grams, ridge, eps)[0]
-    return (torch.zeros_like(weight), None) if fitted is None else (fitted[0] - weight, fitted[1])
-
-
-def select_ridges(
-    weights: Sequence[Sequence[ReadRows]], grams: tuple[Tensor, Tensor], ridge: float | None, eps: float = 0.0
-) -> list[tuple[Tensor, float] | None]:
-    """Return each weight updated, (out, features), and its ridge: the given one, or the best on the held-out batches.
+    dtype: torch.dtype = torch.float64,
+) -> list[Fit | None]:
+    """Fit weights of one input, with the given ridge or the best on the held-out batches, to all batches.
 
     Args:
-        weights: The weights of one input, each in parts of some rows, which are read when they are needed.
-        grams: Sum of x^T x as in `ridge_update`, of the train and of the validation batches.
+        targets: The weights.
+        sums: The normal equations of their input.
         ridge: None chooses one of `RIDGES`.
         eps: Relative rounding error of the models, from `max_eps`.
+        dtype: The dtype of what is proportional to the number of rows.
 
     Returns:
-        The weights fitted to all batches, float64, or float32 of several parts. None where every update does worse on the
-        held-out batches than none, or reduces the error by no more than rounding does.
+        None where every update does worse on the held-out batches than none, or reduces the error by no more than rounding.
     """
-    chosen: list[_Candidate | None] = [(RIDGES[2] if ridge is None else ridge, False)] * len(weights)
-    if ridge is None and grams[1].any():
-        chosen = _best_on_validation(weights, grams, eps)
-    gram = grams[0] + grams[1]
-    factors: dict[_Candidate, RidgeFactor] = {}
-    results: list[tuple[Tensor, float] | None] = []
-    for parts, candidate in zip(weights, chosen, strict=True):
+    scored = [(target, target.weight(target.scored)) for target in targets]
+    chosen: list[_Candidate | None] = [(RIDGES[2] if ridge is None else ridge, False)] * len(targets)
+    if ridge is None and sums.validation.gram.any():
+        chosen = _best_on_validation(scored, sums, eps, dtype)
+    total = sums.train + sums.validation
+    in_dtype = total if dtype == torch.float64 else total.to(dtype)
+    factors = {candidate: RidgeFactor(total.gram, *candidate) for candidate in set(chosen) if candidate is not None}
+    fits: list[Fit | None] = []
+    for (target, weight), candidate in zip(scored, chosen, strict=True):
         if candidate is None:
-            results.append(None)
+            fits.append(None)
             continue
-        if candidate not in factors:
-            factors[candidate] = RidgeFactor(gram, *candidate)
-        fitted: list[Tensor] = []
-        reduction = floor = 0.0
-        for read in parts:
-            weight, (train, validation) = read()
-            residual = train + validation
-            update = factors[candidate].update(residual)
-            reduction += _sse_reduction(update, gram, residual)
-            floor += max(ROUNDING_FLOOR, eps**2) * ((weight @ gram) * weight).sum().item()
-            fitted.append(weight + update if len(parts) == 1 else (weight + update).float())
-        results.append((torch.cat(fitted), candidate[0]) if reduction > floor else None)
-    return results
+        missing = target.missing(target.scored, weight, in_dtype).double()
+        update = factors[candidate].update(missing)
+        floor = max(ROUNDING_FLOOR, eps**2) * ((weight @ total.gram) * weight).sum().item()
+        is_real = _sse_reduction(update, total.gram, missing) > floor
+        parts = _fitted_parts(target, factors[candidate], in_dtype)
+        if target.scored.step == 1:
+            parts = iter([(target.scored, weight + update)])
+        fits.append(Fit(candidate[0], parts) if is_real else None)
+    return fits
+
+
+def _fitted_parts(target: FitTarget, factor: "RidgeFactor", total: NormalEquations) -> Iterator[tuple[slice, Tensor]]:
+    for rows in row_chunks(target.rows, len(total.gram)):
+        weight = target.weight(rows)
+        yield rows, weight + factor.update(target.missing(rows, weight, total))
 
 
 def _best_on_validation(
-    weights: Sequence[Sequence[ReadRows]], grams: tuple[Tensor, Tensor], eps: float
+    scored: Sequence[tuple[FitTarget, Tensor]], sums: TrainValNormalEquations, eps: float, dtype: torch.dtype
 ) -> list[_Candidate | None]:
     """Return for each weight the ridge and the kind of penalty with the least error on the held-out batches.
 
     One factorization serves all weights. Candidates are computed in float32 for models that are no more exact: they are only
-    compared, and the update itself is computed from the chosen one in float64. (An eigendecomposition, which would serve all
-    ridges, takes as long as 17 factorizations.)
+    compared. (An eigendecomposition, which would serve all ridges, takes as long as 17 factorizations.)
     """
-    dtype = torch.float32 if eps >= torch.finfo(torch.float32).eps else torch.float64
-    scale = grams[0].diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)  # so that float32 does not overflow
-    train, validation = ((gram / scale).to(dtype) for gram in grams)
-    candidates = list(itertools.product(RIDGES, (False, True)))
-    kept = {each: RidgeFactor(train, *each) for each in candidates} if max(map(len, weights)) > 1 else {}
-    best: list[_Candidate | None] = [None] * len(weights)
-    best_reductions = [0.0] * len(weights)
-    if not kept:  # all weights at once, one factor at a time
-        residuals = [read()[1] for (read,) in weights]
-        joined = [(torch.cat(each) / scale).to(dtype) for each in zip(*residuals, strict=True)]
-        sizes = [len(each) for each, _ in residuals]
-        for candidate in candidates:
-            update = RidgeFactor(train, *candidate).update(joined[0])
-            terms = (update * (2 * joined[1] - update @ validation)).sum(1, dtype=torch.float64)
-            for index, part in enumerate(terms.split(sizes)):
-                if part.sum() > best_reductions[index]:
-                    best[index], best_reductions[index] = candidate, part.sum().item()
-        return best
-    for index, parts in enumerate(weights):
-        reductions = dict.fromkeys(candidates, 0.0)
-        for read in parts:
-            fitted_to, held_out = ((each / scale).to(dtype) for each in read()[1])
-            for candidate, factor in kept.items():
-                update = factor.update(fitted_to)
-                terms = update * (2 * held_out - update @ validation)
-                reductions[candidate] += terms.sum(dtype=torch.float64).item()
-        top = max(candidates, key=reductions.__getitem__)
-        best[index] = top if reductions[top] > 0 else None
-    return best
+    search_dtype = torch.float32 if eps >= torch.finfo(torch.float32).eps else torch.float64
+    scale = _overflow_scale(sums.train.gram.diagonal())
+    joined: list[Tensor] = []
+    for each in (sums.train, sums.validation):
+        in_dtype = each.to(dtype)
+        missing = [target.missing(target.scored, weight, in_dtype) for target, weight in scored]
+        joined.append((torch.cat(missing) / scale).to(search_dtype))
+    train, validation = ((each.gram / scale).to(search_dtype) for each in (sums.train, sums.validation))
+    sizes = [len(weight) for _, weight in scored]
+    best = _Best(len(sizes))
+    for candidate in CANDIDATES:
+        update = RidgeFactor(train, *candidate).update(joined[0])
+        terms = (update * (2 * joined[1] - update @ validation)).sum(1, dtype=torch.float64)
+        best.offer(candidate, [part.sum().item() for part in terms.split(sizes)])
+    return best.candidates
+
+
+CANDIDATES = list(itertools.product(RIDGES, (False, True)))
+
+
+class _Best:
+    """For each weight the candidate that reduces the error most, if any does."""
+
+    def __init__(self, count: int):
+        self.candidates: list[_Candidate | None] = [None] * count
+        self._reductions = [0.0] * count
+
+    def offer(self, candidate: _Candidate, reductions: Sequence[float]) -> None:
+        for index, reduction in enumerate(reductions):
+            if reduction > self._reductions[index]:
+                self.candidates[index], self._reductions[index] = candidate, reduction
+
+
+def _overflow_scale(squares: Tensor) -> float:
+    """Return what sums of squares are divided by, so that float32 does not overflow."""
+    return squares.mean().clamp(min=torch.finfo(torch.float32).tiny).item()
 
 
 def _sse_reduction(update: Tensor, gram: Tensor, residual: Tensor) -> float:
     """Return by how much an update reduces the sum of squared errors."""
     return (2 * (update * residual).sum() - ((update @ gram) * update).sum()).item()
+
+
+def _penalties(squares: Tensor, by_feature: bool) -> Tensor:
+    """Return the penalty of each feature, in units of their mean square, from their sums of squares."""
+    penalty = squares / _overflow_scale(squares) if by_feature else torch.ones_like(squares)
+    return penalty.clamp(min=MIN_FEATURE_PENALTY)
 
 
 class RidgeFactor:
@@ -216,10 +358,8 @@ class RidgeFactor:
         self._scale = squares.mean()
         if self._scale <= 0:
             return
-        penalty = squares / self._scale if by_feature else torch.ones_like(squares)
-        penalty = penalty.clamp(min=MIN_FEATURE_PENALTY)
         # A unit diagonal, because features with massive activations would cost the others the digits of the dtype.
-        self._unit = (squares / self._scale + ridge * penalty).rsqrt()
+        self._unit = (squares / self._scale + ridge * _penalties(squares, by_feature)).rsqrt()
         system = gram / self._scale
         system.mul_(self._unit).mul_(self._unit[:, None])
         system.diagonal().fill_(1.0)
@@ -227,15 +367,122 @@ class RidgeFactor:
         self._inverse = torch.linalg.pinv(system, hermitian=True) if failed else None
 
     def update(self, residual: Tensor) -> Tensor:
-        """Return the update for the sum of r^T x, (out, features)."""
+        """Return the update for the sum of r^T x, (out, features), in its dtype."""
         if self._scale <= 0:
             return torch.zeros_like(residual)
-        right = residual / self._scale * self._unit
+        unit = self._unit.to(residual.dtype)
+        right = residual / self._scale * unit
         if self._inverse is None and len(right) > len(self._factor):
             self._inverse = torch.cholesky_inverse(self._factor)  # a product takes half the time of a solution
         if self._inverse is not None:
-            return (right @ self._inverse) * self._unit
-        return torch.cholesky_solve(right.T, self._factor).T * self._unit
+            return (right @ self._inverse.to(right.dtype)) * unit
+        return torch.cholesky_solve(right.to(self._factor.dtype).T, self._factor).T.to(residual.dtype) * unit
+
+
+class TokenRegression:
+    """The ridge regression of one weight over rows of its inputs and of what its outputs lack.
+
+    With fewer tokens than features the rows are kept, and a system of (tokens, tokens) is solved, the dual problem with the
+    same solution: (G + p P)^-1 x^T = P^-1 x^T (x P^-1 x^T + p)^-1. From as many on they are summed to normal equations, as
+    they are where there is more than one process.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Tensor, Tensor, int]] = []
+        self._sums: TrainValNormalEquations | None = None
+        self._count = 0
+
+    def add(self, x: Tensor, y: Tensor, batch: int) -> None:
+        """Add rows, (tokens, features) and (tokens, outputs), of this process's batch of that index."""
+        if self._sums is None:
+            self._rows.append((x.cpu(), y.cpu(), batch))
+            self._count += len(x)
+            if self._count >= x.shape[1] or rank_and_world_size()[1] > 1:
+                self._sums = TrainValNormalEquations.zeros(x.shape[1], y.shape[1])
+                for rows in self._rows:
+                    self._sums.add(*rows)
+                self._rows.clear()
+        else:
+            self._sums.add(x, y, batch)
+
+    def fit(self, weight: Tensor, ridge: float | None, eps: float = 0.0) -> Fit | None:
+        """Fit a weight, (outputs, features) float64; as `fit_weights`."""
+        if self._sums is not None:
+            target = FitTarget(len(weight), lambda rows: weight[rows], lambda rows, weight, sums: sums.cross[rows])
+            return fit_weights([target], self._sums.reduce(), ridge, eps, fit_dtype(eps))[0]
+        if not self._count:
+            return None
+        self._rows.sort(key=lambda rows: is_held_out(rows[2]))
+        train = sum(len(x) for x, _, batch in self._rows if not is_held_out(batch))
+        x, y = torch.cat([x for x, _, _ in self._rows]), torch.cat([y for _, y, _ in self._rows])
+        self._rows.clear()
+        dtype = fit_dtype(eps)
+        return _fit_dual(weight, x.to(dtype), y.to(dtype), train, ridge, eps)
+
+
+def _fit_dual(weight: Tensor, x: Tensor, y: Tensor, train: int, ridge: float | None, eps: float) -> Fit | None:
+    """Fit a weight to rows of which the first `train` choose it, and the others its ridge."""
+    chosen: _Candidate | None = (RIDGES[2] if ridge is None else ridge, False)
+    step = -(-len(weight) // MAX_SCORED_ROWS)
+    scored = y[:, ::step]
+    if ridge is None and 0 < train < len(x):
+        dtype = torch.float32 if eps >= torch.finfo(torch.float32).eps else torch.float64
+        best, expected = _Best(1), scored.to(dtype)
+        for by_feature in (False, True):
+            kernel = TokenKernel(x, x[:train].square().sum(0), by_feature)
+            for candidate in ((each, by_feature) for each in RIDGES):
+                predicted = kernel.matrix[train:, :train].to(dtype) @ kernel.coefficients(
+                    expected[:train], candidate[0]
+                )
+                best.offer(candidate, [_explained(predicted, expected[train:])])
+        (chosen,) = best.candidates
+    if chosen is None:
+        return None
+    kernel = TokenKernel(x, x.square().sum(0), chosen[1])
+    coefficients = kernel.coefficients(y, chosen[0])
+    written = x @ weight[::step].to(x.dtype).T
+    floor = max(ROUNDING_FLOOR, eps**2) * written.square().sum(dtype=torch.float64).item()
+    if not _explained(kernel.matrix @ coefficients[:, ::step], scored) > floor:
+        return None
+    return Fit(chosen[0], iter([(slice(0, len(weight)), weight + kernel.update(coefficients))]))
+
+
+def _explained(predicted: Tensor, expected: Tensor) -> float:
+    """Return by how much predictions, (tokens, outputs), reduce the sum of squares of what is expected."""
+    return (predicted * (2 * expected - predicted)).sum(dtype=torch.float64).item()
+
+
+class TokenKernel:
+    """The system of a ridge regression between tokens, x P^-1 x^T, with P the penalties of the features.
+
+    Args:
+        x: The rows, (tokens, features).
+        squares: For each feature the sum of squares that the penalties are relative to.
+        by_feature: As in `ridge_update`.
+    """
+
+    def __init__(self, x: Tensor, squares: Tensor, by_feature: bool):
+        self._scale = _overflow_scale(squares)
+        self._root = _penalties(squares, by_feature).sqrt() if by_feature else None
+        self._rows = x if self._root is None else x / self._root
+        self.matrix = symmetric_product(self._rows.T).div_(self._scale)
+
+    def coefficients(self, y: Tensor, ridge: float) -> Tensor:
+        """Return what the first rows are multiplied by, (tokens, outputs), for as many rows of targets, in their dtype."""
+        count = len(y)
+        system = self.matrix[:count, :count].to(y.dtype, copy=True)
+        unit = (system.diagonal() + ridge).rsqrt()
+        system.mul_(unit).mul_(unit[:, None]).diagonal().fill_(1.0)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        right = y * unit[:, None]
+        if failed:
+            return (torch.linalg.pinv(system, hermitian=True) @ right) * unit[:, None]
+        return torch.cholesky_solve(right, factor) * unit[:, None]
+
+    def update(self, coefficients: Tensor) -> Tensor:
+        """Return the weight's update, (outputs, features), for coefficients of all rows."""
+        update = (coefficients.T @ self._rows).div_(self._scale)
+        return update if self._root is None else update / self._root
 
 
 def ridge_update(gram: Tensor, residual: Tensor, ridge: float, *, by_feature: bool = False) -> Tensor:

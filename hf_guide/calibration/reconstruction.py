@@ -6,7 +6,6 @@ the student's own, so each block corrects the error of those before it. It is ri
 weight: where nothing was lost, nothing changes.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,14 +16,19 @@ from tqdm.auto import tqdm
 from hf_guide.calibration.config import Refit
 from hf_guide.calibration.forward import drop_padding, is_decoder_stack, reads_decoder_tokens
 from hf_guide.calibration.least_squares import (
-    ReadRows,
+    Fit,
+    FitTarget,
+    NormalEquations,
+    TokenRegression,
     TrainValNormalEquations,
     append_bias_column,
+    at_least_float32,
+    fit_dtype,
+    fit_weights,
     max_eps,
-    select_ridges,
 )
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight, module_bias
-from hf_guide.calibration.refit import RefitState, row_chunks, weight_and_bias
+from hf_guide.calibration.refit import RefitState, weight_and_bias
 from hf_guide.calibration.sequential import SequentialBlocks, UnsupportedBlockStructure
 from hf_guide.calibration.streams import Streams
 from hf_guide.layouts.grammar import Identity, Projection, Selection
@@ -166,7 +170,7 @@ class BlockReconstructor:
     def refit(self) -> None:
         """Refit everything that `config.refit` names, and record the residual error of each block."""
         state = self.state
-        for stack in state.student_modules.blocks:
+        for stack in state.student_run.stacks_in_order():  # a decoder reads what the refitted encoder computes
             try:
                 self._refit_stack(stack)
             except UnsupportedBlockStructure as error:
@@ -284,60 +288,52 @@ class BlockReconstructor:
     def _solve_inputs(self, refs: Sequence[ModuleRef], sums: Sequence[TrainValNormalEquations]) -> None:
         if not sums:
             return
-        total = sums[0].reduce()
+        total, eps = sums[0].reduce(), self.state.eps
         for has_bias in (False, True):
             group = [ref for ref in refs if (module_bias(ref.module) is not None) == has_bias]
-            columns = None if has_bias else -1
-            grams = (total.train.gram[:columns, :columns], total.validation.gram[:columns, :columns])
-            crosses = (total.train.cross[:, :columns], total.validation.cross[:, :columns])
-            if group:
-                self._update(group, [self._input_rows(ref, grams, crosses) for ref in group], grams)
+            dtype = fit_dtype(eps)
+            if refs[0].is_language_head:  # as many rows as a vocabulary has tokens, in a dtype as exact as the models
+                dtype = torch.promote_types(linear_weight(refs[0].module).dtype, torch.float32)
+            columns = total if has_bias else total.columns(slice(0, -1))
+            targets = [self._input_target(ref, has_bias) for ref in group]
+            fits = fit_weights(targets, columns, self.state.config.ridge, eps, dtype) if group else []
+            for ref, fit in zip(group, fits, strict=True):
+                self._assign(ref, fit)
 
-    def _input_rows(
-        self, ref: ModuleRef, grams: tuple[Tensor, Tensor], crosses: tuple[Tensor, Tensor]
-    ) -> list[ReadRows]:
-        """Return how to read an input projection, a part of its rows at a time, and what its output lacks."""
-        teacher_rows, weight = self._teacher_rows(ref), linear_weight(ref.module)
-        chunks, dtype = [slice(0, len(weight))], torch.float64
-        if ref.is_language_head:  # as many rows as there are tokens in a vocabulary, in a dtype as exact as the models
-            chunks, dtype = row_chunks(weight), torch.promote_types(weight.dtype, torch.float32)
-        sums = [
-            (gram.to(dtype), cross.to(dtype)) if gram.any() else None
-            for gram, cross in zip(grams, crosses, strict=True)
-        ]
+    def _input_target(self, ref: ModuleRef, has_bias: bool) -> FitTarget:
+        """Return how to read the rows of an input projection, and what its output lacks of the teacher's."""
+        teacher_rows = self._teacher_rows(ref)
 
-        def read(chunk: slice) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            weight, teacher_weight = weight_and_bias(ref.module, chunk).to(dtype), teacher_rows(chunk).to(dtype)
-            train, validation = (
-                torch.zeros_like(weight) if each is None else teacher_weight @ each[1] - weight @ each[0]
-                for each in sums
-            )
-            return weight.double(), (train.double(), validation.double())
+        def missing(rows: slice, weight: Tensor, sums: NormalEquations) -> Tensor:
+            teacher_weight = teacher_rows(rows).to(sums.cross)
+            return teacher_weight @ sums.cross - weight.to(sums.gram) @ sums.gram
 
-        return [functools.partial(read, chunk) for chunk in chunks]
+        return FitTarget(len(linear_weight(ref.module)), lambda rows: weight_and_bias(ref.module, rows), missing)
 
     def _teacher_rows(self, ref: ModuleRef) -> Callable[[slice], Tensor]:
-        """Return what reads the teacher's [weight bias] of outputs that the student keeps, (rows, d_T + 1), float64."""
+        """Return what reads the teacher's [weight bias] of outputs that the student keeps, (rows, d_T + 1)."""
         plan = self.state.plan
         parameter, bias = self.state.parameter_plan(ref), plan.parameters.get(ref.name + ".bias")
         transposed = ref.match.row.transposed
         weight = plan.read(parameter.source or "")
         weight = weight.T if transposed else weight
         axis_map = plan.maps(parameter)[len(parameter.axes) - 1 if transposed else 0]
-        teacher_bias = torch.zeros(len(weight), dtype=torch.float64)
+        teacher_bias = weight.new_zeros(len(weight))
         if bias is not None and bias.source is not None:
-            teacher_bias = plan.read(bias.source).double()
+            teacher_bias = plan.read(bias.source)
 
         def joined(rows: Tensor | slice) -> Tensor:
-            return torch.cat([weight[rows].double(), teacher_bias[rows, None]], 1)
+            return torch.cat([at_least_float32(weight[rows]), at_least_float32(teacher_bias[rows, None])], 1)
 
         def read(rows: slice) -> Tensor:
             if isinstance(axis_map, Selection):
                 indices = axis_map.indices[rows]
-                kept = joined(indices.clamp(min=0)) * (indices >= 0).double()[:, None]
-                return kept * axis_map.factors[rows].double()[:, None]
+                kept, is_kept = joined(indices.clamp(min=0)), indices >= 0
+                if is_kept.all() and axis_map.factors[rows].eq(1).all():
+                    return kept
+                return kept.double() * (axis_map.factors[rows].double() * is_kept)[:, None]
             if isinstance(axis_map, Projection):
-                return axis_map.matrix[:, rows].cpu().double().T @ joined(slice(None))
+                return axis_map.matrix[:, rows].cpu().double().T @ joined(slice(None)).double()
             assert isinstance(axis_map, Identity)
             return joined(rows)
 
@@ -351,7 +347,7 @@ class BlockReconstructor:
         has_bias = module_bias(ref.module) is not None
         stream_scale = state.transfer.residual_stream_scale(state.parameter_plan(ref))
         of_decoder = reads_decoder_tokens(ref, state.student.config)
-        sums: list[TrainValNormalEquations] = []
+        regression = TokenRegression()
         for batch in range(len(state.batches)):
             inputs, stream = self._run_output_projection(student, step, batch)
             x, student_stream, target = (
@@ -360,14 +356,8 @@ class BlockReconstructor:
             )
             token_weights = 1 / target.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
             missing = (target - student_stream) / step.residual_scale
-            if not sums:
-                sums.append(TrainValNormalEquations.zeros(x.shape[1] + has_bias, missing.shape[1]))
-            sums[0].add(append_bias_column(x, has_bias) * token_weights, missing * token_weights, batch)
-        if sums:
-            total = sums[0].reduce()
-            grams, residuals = (total.train.gram, total.validation.gram), (total.train.cross, total.validation.cross)
-            weight = weight_and_bias(ref.module)
-            self._update([ref], [[lambda: (weight, residuals)]], grams)
+            regression.add(append_bias_column(x, has_bias) * token_weights, missing * token_weights, batch)
+        self._assign(ref, regression.fit(weight_and_bias(ref.module), state.config.ridge, state.eps))
 
     def _run_output_projection(self, student: SequentialBlocks, step: FitStep, batch: int) -> tuple[Tensor, Tensor]:
         """Return an output projection's input on a batch, and the residual stream where its output is observed."""
@@ -391,17 +381,11 @@ class BlockReconstructor:
         assert stream is not None
         return recorded["inputs"], stream
 
-    def _update(
-        self, refs: Sequence[ModuleRef], rows: Sequence[Sequence[ReadRows]], grams: tuple[Tensor, Tensor]
-    ) -> None:
-        """Update modules of one input, of which all or none have a bias."""
-        fits = select_ridges(rows, grams, self.state.config.ridge, self.state.eps)
-        for ref, fit in zip(refs, fits, strict=True):
-            if fit is None:
-                continue
-            (fitted, ridge), has_bias = fit, module_bias(ref.module) is not None
-            self.state.assign(ref, fitted[:, :-1] if has_bias else fitted, fitted[:, -1] if has_bias else None)
-            step = f"refitted on the calibration tokens, ridge {ridge:g}"
+    def _assign(self, ref: ModuleRef, fit: Fit | None) -> None:
+        """Assign a fit to a module, unless there is none."""
+        if fit is not None:
+            self.state.assign(ref, fit)
+            step = f"refitted on the calibration tokens, ridge {fit.ridge:g}"
             self.state.transfer.record_step(self.state.parameter_plan(ref), step)
 
     # After the last block

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.config import CalibratedConfig
-from hf_guide.calibration.least_squares import at_least_float32, max_eps
+from hf_guide.calibration.least_squares import Fit, at_least_float32, max_eps
 from hf_guide.calibration.modules import ModuleRef, find_modules, linear_weight, module_bias
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import SequentialModel
@@ -92,16 +92,17 @@ class RefitState:
             self.checkpoint.save_step(step, weights, facts)
         self.assigned.clear()
 
-    def assign(self, ref: ModuleRef, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Assign a fitted weight, (out, in), to a linear module of the student, and a fitted bias if it has one.
+    def assign(self, ref: ModuleRef, fit: Fit) -> None:
+        """Assign fitted rows of [weight bias], (out, in + 1) or (out, in), to a linear module of the student.
 
         Raises:
             ShapeError: As `assign_checked`.
         """
-        assign_checked(linear_weight(ref.module), weight, ref.name + ".weight")
-        parameter = module_bias(ref.module)
-        if parameter is not None and bias is not None:
-            assign_checked(parameter, bias, ref.name + ".bias")
+        weight, bias = linear_weight(ref.module), module_bias(ref.module)
+        for rows, fitted in fit.parts:
+            assign_checked(weight[rows], fitted[:, : weight.shape[1]], ref.name + ".weight")
+            if bias is not None:
+                assign_checked(bias[rows], fitted[:, -1], ref.name + ".bias")
         self.assigned.append(ref)
 
     # Both models
@@ -150,21 +151,6 @@ def assign_checked(parameter: Tensor, value: Tensor, name: str) -> None:
         )
     parameter.data.copy_(value)
     check_no_overflow(parameter, value, name)
-
-
-CHUNK_BYTES = 8 << 20
-"""Bytes of the rows of a weight, as of a head over a large vocabulary, that are fitted at a time, in float64."""
-
-
-def row_chunks(weight: Tensor) -> list[slice]:
-    """Return the parts of a weight's rows that are fitted at a time.
-
-    Example:
-        >>> row_chunks(torch.zeros(5000, 512))
-        [slice(0, 2048, None), slice(2048, 4096, None), slice(4096, 5000, None)]
-    """
-    rows, step = len(weight), max(1, CHUNK_BYTES // (8 * max(1, weight.shape[1])))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def weight_and_bias(module: nn.Module, rows: slice = slice(None)) -> Tensor:

@@ -82,6 +82,8 @@ class SequentialBlocks:
         hidden_states: For each batch the input of block `next`, (batch, length, d).
         next: The index of the block to run next.
         outputs: For each block what it returned for one row; only the form matters.
+        is_sequential: Whether the blocks' other arguments do not depend on what they compute. Otherwise these are recorded in
+            a run of all blocks on every batch, before each runs by itself.
         is_replayable: Whether what follows the blocks depends on nothing but their last hidden states.
 
     Raises:
@@ -105,7 +107,7 @@ class SequentialBlocks:
         self.store, self.weights = store, weights
         self._following = list(following)
         self._replay = replay or (lambda batch, rows: contextlib.nullcontext())
-        self.outputs, self._is_identity, self.is_replayable = self._verify()
+        self.outputs, self.is_sequential, self.is_replayable = self._verify()
         self.restart()
 
     @torch.no_grad()
@@ -132,7 +134,7 @@ class SequentialBlocks:
         self.hidden_states = Streams(self.store)
         self._calls: list[list[BlockCall]] = []
         prepared: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self._is_identity:
+        if self.is_sequential:
             prepared = replaced_blocks(self.blocks, self.outputs)
         elif self.weights is not None:
             prepared = self.weights.held(*self.blocks)  # they run on every batch
@@ -261,7 +263,7 @@ class SequentialModel:
             of the model.
         visited: The stacks that have run, in order; some of them may be no part of `finished`.
         unsupported: Stacks that only run within the whole model, and why.
-        notes: Why all blocks of a model of files are in memory, where they are.
+        notes: Where the blocks of a stack do not run one by one, and why.
     """
 
     def __init__(
@@ -324,8 +326,10 @@ class SequentialModel:
                 )
         except UnsupportedBlockStructure as error:
             self.unsupported[stack] = error
-            self._hold_weights(stack, str(error))
+            self._run_whole(stack, str(error))
             raise
+        if not self._blocks[stack].is_sequential:
+            self._add_note(stack, "its blocks pass on more than the hidden states.")
         return self._blocks[stack]
 
     def finish(self, stack: str) -> None:
@@ -336,7 +340,16 @@ class SequentialModel:
         if blocks.is_replayable:
             self.finished[stack], self._outputs[stack] = blocks.hidden_states, blocks.outputs
         else:
-            self._hold_weights(stack, "what follows takes more of its blocks than the last hidden states.")
+            self._run_whole(stack, "what follows takes more of its blocks than the last hidden states.")
+
+    def stacks_in_order(self) -> list[str]:
+        """Return the stacks in the order in which the model calls them, those that it never calls last."""
+        order: dict[str, None] = {}
+        with removable_hooks() as handles:
+            for stack, blocks in self.stacks.items():
+                handles.append(blocks[0].register_forward_pre_hook(lambda *args, s=stack: order.setdefault(s)))
+            forward_no_cache(self.model, first_rows(self.batches[0], 1))
+        return list(order | dict.fromkeys(self.stacks))
 
     def finish_all(self) -> None:
         """Run the stacks that have not run."""
@@ -467,12 +480,18 @@ class SequentialModel:
             self.finished.pop(later, None)
         del self.visited[position:]
 
-    def _hold_weights(self, stack: str, reason: str) -> None:
-        """Keep the weights in memory from now on, because the whole model must run on every batch."""
-        note = f"All blocks of {self.name} were held in memory, because of {stack.removesuffix('.{block}')}: {reason}"
-        if self.weights is not None and note not in self.notes:
+    def _run_whole(self, stack: str, reason: str) -> None:
+        """Record why the whole model must run on every batch, and keep its weights in memory from now on."""
+        if self._add_note(stack, reason) and self.weights is not None:
             self.weights.hold_all()
-            self.notes.append(note)
+
+    def _add_note(self, stack: str, reason: str) -> bool:
+        """Record why blocks ran together; return whether that was not known."""
+        because = f"because of {stack.removesuffix('.{block}')}: {reason}"
+        note = f"All blocks of {self.name} were in memory and ran together, {because}"
+        is_new = note not in self.notes
+        self.notes += [note] if is_new else []
+        return is_new
 
 
 def first_rows(batch: Batch, rows: int | None) -> Batch:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.calibration.data import Batch, count_tokens
 from hf_guide.calibration.forward import calibration_mode, drop_padding, is_decoder_stack, reads_decoder_tokens
+from hf_guide.calibration.least_squares import RowBuffer, symmetric_product
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import SequentialModel
@@ -85,10 +86,12 @@ def collect_statistics(
 
             def after_block(count: int) -> None:
                 bar.update()
+                collector.flush()
                 if count > done:
                     collector.save(checkpoint, count, complete=False)
 
             sequential.visit(collector.register_hooks, collector.begin, skip=done, after_block=after_block)
+            collector.flush()
             collector.save(checkpoint, blocks, complete=True)
     return collector.reduce()
 
@@ -114,6 +117,7 @@ class _StatisticsCollector:
         }
         self.readers = residual_inputs(modules)
         self.head_dims = {name: head_size(ref, layout, model) for name, ref in modules.residual_out.items()}
+        self.buffers: dict[str, RowBuffer] = {}
         self.index, self.batch = 0, Batch()
         self.last_input: Tensor | None = None
 
@@ -167,7 +171,17 @@ class _StatisticsCollector:
         if self.layout.norm == "layer":
             rows = rows - rows.mean(-1, keepdim=True)
         rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        _add(self.statistics.residual_second_moments, ref.axis, (rows.T @ rows).double().cpu())
+        if ref.axis not in self.buffers:
+            self.buffers[ref.axis] = RowBuffer(lambda rows, axis=ref.axis: self._add_residual_moment(axis, rows))
+        self.buffers[ref.axis].add(rows)
+
+    def _add_residual_moment(self, axis: str, rows: Tensor) -> None:
+        _add(self.statistics.residual_second_moments, axis, symmetric_product(rows).cpu())
+
+    def flush(self) -> None:
+        """Add the residual streams of which the moments are still to be taken."""
+        for buffer in self.buffers.values():
+            buffer.flush()
 
     def on_output_projection(self, ref: ModuleRef, inputs: Tensor) -> None:
         """Add the second moment of an output projection's input: per neuron, or within each head."""
@@ -176,7 +190,7 @@ class _StatisticsCollector:
             moment = rows.square().sum(0, dtype=torch.float64).cpu()
         else:
             heads = rows.unflatten(-1, (-1, head_dim)).movedim(1, 0)
-            moment = (heads.mT @ heads).double().cpu()
+            moment = (heads.mT @ heads).cpu()
         _add(self.statistics.input_second_moments, ref.name, moment)
 
     def on_block(self, stack: str, index: int, stream: Tensor, output: Tensor) -> None:
@@ -207,7 +221,7 @@ class _StatisticsCollector:
         """Add the second moment of queries or keys within each head, a one appended."""
         rows = self._rows(output, ref)[:, indices]  # (tokens, heads, head_dim)
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1).movedim(1, 0)
-        _add(self.statistics.qk_second_moments, name, (rows.mT @ rows).double().cpu())
+        _add(self.statistics.qk_second_moments, name, (rows.mT @ rows).cpu())
 
     def on_language_head(self, inputs: Tensor) -> None:
         """Stop the forward pass."""
@@ -283,7 +297,11 @@ class _StatisticsCollector:
 
 
 def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    sums[name] = sums.get(name, 0) + value
+    """Add a tensor to a sum in float64."""
+    if name in sums:
+        sums[name] += value  # in place, without a copy in float64
+    else:
+        sums[name] = value.double()
 
 
 def residual_inputs(modules: ModuleMap) -> list[ModuleRef]:

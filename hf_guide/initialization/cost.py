@@ -58,7 +58,6 @@ class CostEstimate:
 
     Attributes:
         parts: What it consists of.
-        is_complete: Whether these are all parts; otherwise it takes at least as much.
 
     Example:
         >>> parts = [CostPart("the student", 4_000_000, is_kept=True), CostPart("a product", 1_000_000)]
@@ -67,17 +66,12 @@ class CostEstimate:
     """
 
     parts: Sequence[CostPart]
-    is_complete: bool = True
 
     @property
     def memory_bytes(self) -> int:
         """The most memory at any time, beyond what the process has already."""
         kept = sum(part.bytes for part in self.parts if part.is_kept)
         return kept + max((part.bytes for part in self.parts if not part.is_kept), default=0)
-
-    @property
-    def _amount(self) -> str:
-        return f"{'about' if self.is_complete else 'at least'} {format_bytes(self.memory_bytes)}"
 
     def seconds(self) -> float:
         """Return about how long it takes on this machine, whose matrix products are timed for that (a tenth of a second)."""
@@ -105,7 +99,7 @@ class CostEstimate:
             dict.fromkeys(part.advice for part in sorted(self.parts, key=lambda part: -part.bytes) if part.advice)
         )
         raise ResourceError(
-            f"This takes {self._amount} of memory, and {format_bytes(available)} are available. The "
+            f"This takes about {format_bytes(self.memory_bytes)} of memory, and {format_bytes(available)} are available. The "
             f"largest parts: {', '.join(f'{part.name} {format_bytes(part.bytes)}' for part in parts)}. What would help: "
             f"{', '.join([*advice, 'a machine or a control group with more memory'])}."
         )
@@ -113,7 +107,7 @@ class CostEstimate:
     def summary(self) -> str:
         """Return one line: memory, time, and what is available."""
         return (
-            f"{self._amount} of memory (available: {format_bytes(available_memory())}) and "
+            f"about {format_bytes(self.memory_bytes)} of memory (available: {format_bytes(available_memory())}) and "
             f"{format_seconds(self.seconds())} with {torch.get_num_threads()} threads"
         )
 

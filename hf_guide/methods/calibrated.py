@@ -83,14 +83,13 @@ class CalibratedMethod(InitializationMethod):
         )
 
     def estimate_cost(self, setup: StudentSetup) -> CostEstimate:
-        """Return the least memory and time of the transfer, of the passes of both models and of the fits.
+        """Return the memory and the time of the transfer, of the passes of both models and of the fits.
 
         Raises:
             ShapeError, LayoutError: The student cannot be made.
         """
         setup.check_single_stream()
-        parts = [*super().estimate_cost(setup).parts, *calibration_parts(setup, self.config)]
-        return CostEstimate(parts, is_complete=False)
+        return CostEstimate([*super().estimate_cost(setup).parts, *calibration_parts(setup, self.config)])
 
     def collect(self, setup: StudentSetup) -> dict[str, list[float]]:
         """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""

@@ -9,6 +9,22 @@ from hf_guide import from_teacher
 from tests.invariants.case import INPUTS, Case
 from tests.tiny import Kind, inputs
 
+BART = Kind(
+    "BartForConditionalGeneration",
+    "AutoModelForSeq2SeqLM",
+    {
+        "vocab_size": 96,
+        "d_model": 48,
+        "max_position_embeddings": 32,
+        "encoder_layers": 3,
+        "decoder_layers": 3,
+        **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+        **{f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")},
+    },
+    {"d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40},
+    "pairs",
+)
+
 SMALLER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -22,25 +23,9 @@ from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.calibration.streams import Streams, StreamStore
 from hf_guide.teachers.checkpoint import open_teacher
 from hf_guide.teachers.tensor_source import SafetensorsTensors
-from tests.calibration.small_students import kind_batches, make_student, token_batches
+from tests.calibration.small_students import BART, kind_batches, make_student, token_batches
 from tests.invariants.test_laws import layout_of
-from tests.tiny import KINDS, Kind, same_bits
-
-BART = Kind(
-    "BartForConditionalGeneration",
-    "AutoModelForSeq2SeqLM",
-    {
-        "vocab_size": 96,
-        "d_model": 48,
-        "max_position_embeddings": 32,
-        "encoder_layers": 3,
-        "decoder_layers": 3,
-        **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
-        **{f"{side}_ffn_dim": 64 for side in ("encoder", "decoder")},
-    },
-    {"d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40},
-    "pairs",
-)
+from tests.tiny import KINDS, run_python, same_bits
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +54,10 @@ def test_the_student_is_the_same_from_a_folder_and_from_memory_and_with_activati
     for student in (make(tmp_path), make(tmp_path, activation_memory=0)):
         assert same_bits(student, expected)
         assert student.initialization_report.approximations == expected.initialization_report.approximations
+    together = [note for note in expected.initialization_report.approximations if "ran together, because of" in note]
+    assert bool(together) == (name == "t5"), (
+        "a stack that does not run block by block is in the report, with the reason"
+    )
 
 
 def test_one_block_is_in_memory_at_a_time_and_read_once_per_pass(
@@ -246,3 +235,31 @@ def test_a_checkpoint_that_changes_between_two_blocks_is_an_error(
     monkeypatch.setattr(collection.collect_statistics.__globals__["_StatisticsCollector"], "register_hooks", rewriting)
     with pytest.raises(TeacherError, match=rf"{shard}.*(has changed since it was opened|No such file)"):
         make_student(tmp_path)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_mapped_is_an_error(tmp_path: Path) -> None:
+    """Without the check before each block the process would end by SIGBUS, hence a process of its own."""
+    KINDS["llama"].teacher().save_pretrained(tmp_path)
+    script = """
+        import os, shutil, sys
+        from hf_guide import TeacherError
+        from hf_guide.calibration.sequential import SequentialBlocks
+        from tests.calibration.small_students import make_student
+        advance, path = SequentialBlocks.advance, sys.argv[1] + "/model.safetensors"
+        shutil.copy(path, path + ".whole")
+        for count in (1, 5):
+            def truncating(self, *args, calls=[]):
+                advance(self, *args)
+                calls.append(self)
+                if len(calls) == count:
+                    os.truncate(path, 4096)
+            SequentialBlocks.advance = truncating
+            try:
+                make_student(sys.argv[1])
+            except TeacherError as error:
+                print(error)
+            shutil.copy(path + ".whole", path)
+    """
+    errors = run_python(script, tmp_path).splitlines()
+    assert len(errors) == 2 and "model.safetensors has changed since it was opened, from" in errors[0]
+    assert all(re.search(r"model\.safetensors (has changed|is truncated)", error) for error in errors), errors

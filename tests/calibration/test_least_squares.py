@@ -4,7 +4,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_guide.calibration.least_squares import NormalEquations, ridge_update, select_ridge
+from hf_guide.calibration import least_squares
+from hf_guide.calibration.least_squares import (
+    RIDGES,
+    Fit,
+    FitTarget,
+    NormalEquations,
+    TokenKernel,
+    TokenRegression,
+    TrainValNormalEquations,
+    fit_weights,
+    ridge_update,
+    symmetric_product,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -16,6 +28,18 @@ def normal_equations(x: Tensor, y: Tensor) -> NormalEquations:
     for rows in zip(x.split(7), y.split(7), strict=True):
         total.add(*rows)
     return total
+
+
+def fit(weight: Tensor, train: NormalEquations, validation: NormalEquations, ridge: float | None) -> Fit | None:
+    target = FitTarget(len(weight), lambda rows: weight[rows], lambda rows, weight, sums: sums.cross[rows])
+    return fit_weights([target], TrainValNormalEquations(train, validation), ridge)[0]
+
+
+def fitted(fit: Fit | None, weight: Tensor) -> Tensor:
+    result = weight.clone()
+    for rows, values in [] if fit is None else fit.parts:
+        result[rows] = values
+    return result
 
 
 @pytest.mark.parametrize("by_feature", [False, True])
@@ -36,13 +60,13 @@ def test_noise_is_not_fitted_and_what_holds_on_other_tokens_is() -> None:
             x = normal(40, 30, seed=seed)
             r = noise * normal(40, 3, seed=seed + 10) + (x @ truth.T if changed else 0)
             halves.append(normal_equations(x, r))
-        grams, residuals = (halves[0].gram, halves[1].gram), (halves[0].cross, halves[1].cross)
-        update, ridge = select_ridge(weight, grams, residuals, None)
+        chosen = fit(weight, *halves, None)
+        update = fitted(chosen, weight) - weight
         if changed:
             assert (update - truth).norm() < 0.05 * truth.norm()
         else:
-            assert ridge is None or ridge >= 1
-            assert update.norm() < 0.3 * select_ridge(weight, grams, residuals, 1e-3)[0].norm()
+            assert chosen is None or chosen.ridge >= 1
+            assert update.norm() < 0.3 * (fitted(fit(weight, *halves, 1e-3), weight) - weight).norm()
 
 
 def test_high_variance_features_do_not_regularise_the_others() -> None:
@@ -50,10 +74,74 @@ def test_high_variance_features_do_not_regularise_the_others() -> None:
     scales[0] = 1e3
     x, truth = normal(400, 20) * scales, normal(3, 20, seed=1)
     halves = [normal_equations(rows, rows @ truth.T) for rows in x.split(200)]
-    grams, residuals = (halves[0].gram, halves[1].gram), (halves[0].cross, halves[1].cross)
-    update, _ = select_ridge(torch.zeros(3, 20, dtype=torch.float64), grams, residuals, None)
-    by_mean = ridge_update(
-        grams[0] + grams[1], residuals[0] + residuals[1], 1e-3
-    )  # by the mean of all, the high-variance one's
+    zeros, total = torch.zeros(3, 20, dtype=torch.float64), halves[0] + halves[1]
+    update = fitted(fit(zeros, *halves, None), zeros)
+    by_mean = ridge_update(total.gram, total.cross, 1e-3)  # by the mean of all, the high-variance one's
     errors = [((each - truth)[:, 1:].norm() / truth[:, 1:].norm()).item() for each in (update, by_mean)]
     assert errors[0] < 0.1 < 0.9 < errors[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("by_feature", [False, True])
+@pytest.mark.parametrize("features", [20, 40, 41, 200])
+def test_the_system_of_tokens_has_the_solution_of_that_of_features(
+    features: int, by_feature: bool, dtype: torch.dtype
+) -> None:
+    x, y = normal(40, features) * normal(1, features, seed=1).exp(), normal(40, 3, seed=2)
+    weights = normal(40, 1, seed=3).exp()
+    x, y = (x * weights).to(dtype), (y * weights).to(dtype)
+    kernel = TokenKernel(x, x.square().sum(0), by_feature)
+    for ridge in RIDGES:
+        expected = ridge_update(x.double().T @ x.double(), (y.T @ x).double(), ridge, by_feature=by_feature)
+        found = kernel.update(kernel.coefficients(y, ridge)).double()
+        assert (found - expected).norm() < (
+            1e-9 if dtype == torch.float64 else 2e-3
+        ) * expected.norm()  # of a condition of 1e5
+
+
+@pytest.mark.parametrize("ridge", [None, 0.1])
+@pytest.mark.parametrize("tokens", [39, 40, 41])
+def test_few_tokens_are_fitted_as_many_are(tokens: int, ridge: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ridge and the same weight by either problem, with fewer tokens than features, as many, and more."""
+    monkeypatch.setattr(least_squares, "MAX_SCORED_ROWS", 4)
+    weight, missing = normal(9, 40, seed=1), 0.1 * normal(9, 40, seed=2)
+    x = normal(tokens, 40) * normal(1, 40, seed=3).exp()
+    y = x @ missing.T + 0.1 * normal(tokens, 9, seed=4)
+    regression, sums = TokenRegression(), TrainValNormalEquations.zeros(40, 9)
+    for batch, rows in enumerate(zip(x.split(4), y.split(4), strict=True)):
+        regression.add(*rows, batch)
+        sums.add(*rows, batch)
+    assert (regression._sums is None) == (tokens < 40)
+    sums.reduce()
+    found, expected = regression.fit(weight, ridge), fit(weight, sums.train, sums.validation, ridge)
+    assert found is not None and expected is not None
+    assert found.ridge == expected.ridge
+    result = fitted(found, weight)
+    torch.testing.assert_close(result, fitted(expected, weight), rtol=1e-9, atol=1e-9)
+    assert not torch.equal(result, weight)
+
+
+def test_noise_of_few_tokens_is_not_fitted() -> None:
+    weight, x = normal(3, 60, seed=1), normal(40, 60)
+    regression = TokenRegression()
+    for batch, rows in enumerate(x.split(4)):
+        regression.add(rows, 1e-12 * normal(4, 3, seed=batch), batch)
+    assert regression.fit(weight, None) is None
+
+
+def test_rows_that_do_not_choose_the_ridge_are_fitted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, missing = normal(64, 12, seed=1), normal(64, 12, seed=2)
+    halves = [normal_equations(x, x @ missing.T + 0.3 * normal(56, 64, seed=9)) for x in normal(112, 12).split(56)]
+    expected = fit(weight, *halves, None)
+    by_all = fitted(expected, weight)
+    monkeypatch.setattr(least_squares, "MAX_SCORED_ROWS", 16)
+    monkeypatch.setattr(least_squares, "CHUNK_BYTES", 8 * 12 * 10)  # the last part is shorter
+    found = fit(weight, *halves, None)
+    assert expected is not None and found is not None and found.ridge == expected.ridge
+    torch.testing.assert_close(fitted(found, weight), by_all)
+
+
+@pytest.mark.parametrize("width", [3, 1024, 1031])
+def test_a_symmetric_product_is_the_product(width: int) -> None:
+    rows = normal(5, width)
+    torch.testing.assert_close(symmetric_product(rows), rows.T @ rows)

@@ -12,9 +12,11 @@ from torch import Tensor
 from hf_guide import from_teacher
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.reconstruction import BLOCK_OUTPUT, BlockReconstructor, fit_order
-from hf_guide.calibration.sequential import SequentialBlocks
+from hf_guide.calibration.refit import RefitState
+from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
 from hf_guide.layouts.registry import registered_layouts, variant_for
-from tests.tiny import KINDS
+from tests.calibration.small_students import BART, kind_batches
+from tests.tiny import KINDS, Kind
 
 
 def fit_steps_of(model: transformers.PreTrainedModel, inputs: dict[str, Tensor]) -> list[tuple[list[str], str | None]]:
@@ -74,3 +76,43 @@ def test_the_targets_of_a_block_are_freed_before_the_next(monkeypatch: pytest.Mo
         )
         assert len(references) == targets * len(tokens)
     assert alive == [0] * 8
+
+
+@pytest.mark.parametrize("kind", [KINDS["llama"], BART], ids=["llama", "bart"])
+def test_the_errors_in_the_report_are_those_of_the_finished_student(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So of an encoder-decoder the encoder is refitted first: the decoder reads what it computes."""
+    states: list[RefitState] = []
+    refit = BlockReconstructor.refit
+
+    def recording(self: BlockReconstructor) -> None:
+        states.append(self.state)
+        refit(self)
+
+    monkeypatch.setattr(BlockReconstructor, "refit", recording)
+    student = from_teacher(
+        kind.teacher(),
+        method={"method": "calibrated", "basis": "channels"},
+        calibration_dataset=kind_batches(kind),
+        show_progress=False,
+        **kind.smaller,
+    )
+    (state,) = states
+    reported = student.initialization_report.calibration["residual_error"]
+    runs = [
+        SequentialModel(run.model, find_modules(run.model, state.plan.layout), run.batches, run.name)
+        for run in (state.teacher_run, state.student_run)
+    ]
+    stacks = runs[1].stacks_in_order()
+    assert {stack.removesuffix(".{block}") for stack in stacks} == reported.keys()
+    for stack in stacks:
+        streams = []
+        for run in runs:
+            blocks = run.start(stack)
+            while blocks.next < len(blocks.blocks):
+                blocks.advance()
+            run.finish(stack)
+            streams.append(blocks.hidden_states)
+        error = BlockReconstructor(state)._residual_error(streams[1], streams[0], stack)
+        assert error == pytest.approx(reported[stack.removesuffix(".{block}")][-1], rel=1e-5)

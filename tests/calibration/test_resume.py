@@ -138,7 +138,7 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
         raise AssertionError("this was done before")
 
     monkeypatch.setattr(SequentialModel, "visit", never)
-    monkeypatch.setattr(reconstruction, "select_ridges", never)
+    monkeypatch.setattr(reconstruction, "fit_weights", never)
     monkeypatch.setattr(SequentialBlocks, "__init__", never)
     assert same_bits(make_student("llama", tmp_path), expected)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
@@ -287,9 +287,9 @@ def test_the_manifest_is_json_and_the_rest_safetensors(tmp_path: Path) -> None:
 def test_a_folder_of_an_earlier_format_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     write_json(tmp_path / "calibration.json", {"format": 3})
     with pytest.raises(
-        OptionError, match="has format 3.*reads format 4.*Finish it with that version, or remove the folder"
+        OptionError, match="has format 3.*reads format 5.*Finish it with that version, or remove the folder"
     ):
         make_student("llama", tmp_path)
-    (tmp_path / "calibration.json").write_text('{"format": 4}')
+    (tmp_path / "calibration.json").write_text('{"format": 5}')
     with pytest.raises(OptionError, match="damaged: it has no checksum"):
         make_student("llama", tmp_path)
