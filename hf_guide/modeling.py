@@ -103,6 +103,7 @@ def from_teacher(
     active_parameters: "int | str | None" = None,
     memory: "int | str | None" = None,
     cache_length: int | None = None,
+    search_steps: int | None = None,
     tokenizer: Any = None,
     num_subclasses: int | None = None,
     projector: SubclassDirections | None = None,
@@ -147,6 +148,7 @@ def from_teacher(
         tokenizer: Another fast tokenizer than the teacher's, or its name or folder. Rows of tokens that the teacher has are
             copied, those of other pieces are means of the teacher's pieces that spell them (arXiv 2402.09977), and special
             tokens are matched by name or role; the report counts them. Logits of student and teacher can then not be compared.
+        search_steps: With these and "calibrated": for how many steps the best starts are distilled before they are compared.
         num_subclasses: Number of outputs per class of a classifier to be trained with LELP; all of a class's start as the
             teacher's. The student's config records it.
         projector: A `SubclassProjector` of the teacher: each output starts at its subclass's direction instead.
@@ -190,6 +192,7 @@ def from_teacher(
         "active_parameters": active_parameters,
         "memory": memory,
         "cache_length": cache_length,
+        "search_steps": search_steps,
     }
     if any(value is not None for value in budget.values()):
         shared = {

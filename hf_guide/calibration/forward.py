@@ -30,6 +30,14 @@ def calibration_mode(model: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def forward_no_cache(model: PreTrainedModel, batch: Batch) -> Any:
     """Return the model's outputs, computed without a cache; None if a hook raised `StopForward`."""
+    try:
+        return forward_without_cache(model, batch)
+    except StopForward:
+        return None
+
+
+def forward_without_cache(model: PreTrainedModel, batch: Batch) -> Any:
+    """Return the model's outputs, computed without a cache, with gradients where they are enabled."""
     inputs: dict[str, Any] = {name: _to_model(value, model) for name, value in batch.items()}
     if task_of_class_name(type(model).__name__) is Task.MULTIPLE_CHOICE:  # each text is a question with one choice
         inputs = {name: value.unsqueeze(1) if value.ndim == 2 else value for name, value in inputs.items()}
@@ -38,10 +46,7 @@ def forward_no_cache(model: PreTrainedModel, batch: Batch) -> Any:
     inner = inspect.signature(model.base_model.forward).parameters if takes_any else {}
     if "use_cache" in {*accepted, *inner}:
         inputs["use_cache"] = False  # the heads of some families pass it on as one of their keywords
-    try:
-        return model(**inputs)
-    except StopForward:
-        return None
+    return model(**inputs)
 
 
 def running_device(model: PreTrainedModel) -> torch.device:

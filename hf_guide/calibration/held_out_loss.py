@@ -59,11 +59,11 @@ def causal_loss(logits: Tensor, row: Batch) -> Tensor:
     """
     ids, mask = row["input_ids"].flatten(), row.get("attention_mask")
     ids = ids if mask is None else ids[mask.flatten().bool()]
-    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:].to(logits.device), reduction="none")
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the divergence KL(teacher, student) of each item, in nats, (items,).
+    """Return the divergence KL(teacher, student) of each item, in nats, (items,); classes of logit -inf do not count.
 
     Args:
         student, teacher: Logits, (items, classes).
@@ -72,5 +72,7 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
         >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 100.0]]))
         tensor([0.6931])
     """
-    target = teacher.log_softmax(-1)
-    return torch.nn.functional.kl_div(student.log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+    own, target = student.log_softmax(-1), teacher.log_softmax(-1)
+    possible = target > -torch.inf
+    difference = torch.where(possible, target, 0) - torch.where(possible, own, 0)
+    return (target.exp() * difference).sum(-1)

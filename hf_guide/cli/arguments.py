@@ -66,17 +66,20 @@ def add_budget_arguments(group: Any, *, brief: bool = False) -> None:
         "the same of what a token passes in a mixture of experts",
         "the same of weights and key-value cache, such as 500MB",
         "positions of that cache (default: 2048)",
+        "with calibration data: distil the best starts for so many steps before they are compared",
     ]
-    active, memory, length = [argparse.SUPPRESS] * 3 if brief else rest
+    active, memory, length, steps = [argparse.SUPPRESS] * 4 if brief else rest
     group.add_argument("--num-parameters", metavar="N", help=number)
     group.add_argument("--active-parameters", metavar="N", help=active)
     group.add_argument("--memory", metavar="SIZE", help=memory)
     group.add_argument("--cache-length", type=int, metavar="N", help=length)
+    group.add_argument("--search-steps", type=int, metavar="N", help=steps)
 
 
 def budget_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags of `add_budget_arguments` that are given, as keyword arguments of `from_teacher`."""
-    values = {name: getattr(args, name) for name in ("num_parameters", "active_parameters", "memory", "cache_length")}
+    names = ("num_parameters", "active_parameters", "memory", "cache_length", "search_steps")
+    values = {name: getattr(args, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     return {name: int(value) if str(value).isdigit() else value for name, value in given.items()}
 

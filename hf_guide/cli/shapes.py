@@ -107,9 +107,10 @@ def format_table(shapes: "Sequence[ShapeCandidate]") -> list[str]:
     columns["memory"] = [f"{each.memory / 2**20:,.1f} MiB" for each in shapes]
     columns["FLOPs a token"] = [format_count(each.flops_per_token) for each in shapes]
     columns["rule score"] = [f"{each.rule_score:.2f}" for each in shapes]
-    for name, losses in (("quick loss", [s.quick_loss for s in shapes]), ("loss", [s.loss for s in shapes])):
+    for name in ("quick_loss", "loss", "distilled_loss"):
+        losses = [getattr(each, name) for each in shapes]
         if any(loss is not None for loss in losses):
-            columns[name] = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
+            columns[name.replace("_", " ")] = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
     widths = {name: max(len(name), *map(len, cells)) for name, cells in columns.items()}
     header = "  ".join(name.rjust(width) for name, width in widths.items())
     rows = zip(*columns.values(), strict=True)

@@ -38,9 +38,10 @@ class ShapeCandidate:
         flops_per_token: Of a forward pass, 2 for each weight that a token passes; without attention's products of queries
             and keys, which grow with the context.
         rule_score: See `rule_scores`; lower is better, 0 is the teacher's own shape.
-        quick_loss: Of a start that is refitted on an eighth of the calibration data, on held-out calibration data, in nats;
-            None where it was not made.
+        quick_loss: Of a start that is refitted on an eighth of the calibration data, on held-out calibration data, as
+            `hf_guide.shapes.comparison` measures it; None where it was not made.
         loss: Of the whole start, on the same data; None where it was not made.
+        distilled_loss: The same after `search_steps` of distillation; None without.
         sizes: The value of every size field, those that are the teacher's or the user's too.
         width, depth: Of the widest stream, and of the deepest stack.
 
@@ -59,6 +60,7 @@ class ShapeCandidate:
     rule_score: float
     quick_loss: float | None = None
     loss: float | None = None
+    distilled_loss: float | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     width: int = 0
     depth: int = 0

@@ -1,8 +1,9 @@
 """Score shapes by the loss of an untrained calibrated start on calibration data that the start has not seen.
 
 The teacher is run once for statistics that all shapes share. Every shape gets a quick start, refitted on a part of the
-data, and the best of them a whole one: with `WHOLE_STARTS` of these the search costs a few times one `from_teacher`. With a
-folder, an interrupted search continues: only self-generated text is generated again.
+data, and the best of them a whole one: with `WHOLE_STARTS` of these the search costs a few times one `from_teacher`. Where the
+user allows `search_steps`, the whole starts are distilled for so many steps and scored again. With a folder, an interrupted
+search continues: only self-generated text is generated again.
 """
 
 import contextlib
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_guide.calibration.block_weights import BlockWeights
 from hf_guide.calibration.collection import collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
 from hf_guide.calibration.forward import calibration_mode, running_device
-from hf_guide.calibration.held_out_loss import causal_loss, check_scorable, divergence, iter_rows, row_logits
+from hf_guide.calibration.held_out_loss import causal_loss, iter_rows
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.self_generation import generate_calibration_text
 from hf_guide.calibration.statistics import mlp_width
@@ -30,10 +32,12 @@ from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.initialization.student_shape import StudentShape
 from hf_guide.methods.calibrated import CalibratedMethod
+from hf_guide.models.layer_mapping import width_of_config
+from hf_guide.models.targets import complete_inputs
 from hf_guide.shapes.candidates import ShapeCandidate
-from hf_guide.tasks import Task
+from hf_guide.shapes.comparison import OutputComparison
 from hf_guide.utils.checksums import read_json, write_json
-from hf_guide.utils.distributed import all_reduce_scalar, rank_and_world_size
+from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, rank_and_world_size
 from hf_guide.utils.fingerprint import comparable_config
 
 HELD_OUT_SHARE = 0.25
@@ -50,6 +54,9 @@ MIN_QUICK_BATCHES = 4
 MAX_REFERENCE_NUMBERS = 1 << 26
 """Numbers of the teacher's outputs that are kept to compare with: 256 MiB."""
 
+SEARCH_LEARNING_RATE, SEARCH_RATE_WIDTH = 1e-3, 576
+"""Of `search_steps`: AdamW's peak rate for teachers up to this width, and less in proportion for wider ones."""
+
 SCORES_NAME = "scores.json"
 
 
@@ -61,6 +68,7 @@ class CalibratedScorer:
         config: The method's options.
         resolve: Returns the student of overrides, with the blocks that an influence selects.
         folder: Where statistics and scores are saved and continued from; None for nowhere.
+        search_steps: Steps of distillation of the whole starts, a calibration batch each; None for none.
 
     Raises:
         OptionError: The outputs of the task cannot be compared, or there is too little data to hold some out.
@@ -72,12 +80,12 @@ class CalibratedScorer:
         config: CalibratedConfig,
         resolve: "Callable[[Mapping[str, Any], Any], StudentShape]",
         folder: Path | None,
+        search_steps: int | None = None,
     ):
-        self.setup, self.config, self.resolve = setup, config, resolve
-        self.task = check_scorable_shapes(setup.model_class, setup.config)
+        self.setup, self.config, self.resolve, self.search_steps = setup, config, resolve, search_steps
+        self.comparison = OutputComparison(setup)
         teacher, weights = running_teacher(setup.source, setup.teacher, setup.layout)
-        held = contextlib.nullcontext if weights is None else weights.all_held
-        with held():
+        with _all_held(weights):
             fitted, self.held_out = self._split(teacher)
             self.reference = self._reference(teacher)
         self.calibration = collect_calibration(
@@ -97,22 +105,22 @@ class CalibratedScorer:
         """Return the candidates with their losses, the best first: those with a whole start before the others."""
         bar = {"unit": "shape", "disable": not self.setup.show_progress}
         quick = [
-            dataclasses.replace(each, quick_loss=self._loss(each, quick=True))
+            dataclasses.replace(each, quick_loss=self._losses(each, quick=True)[0])
             for each in tqdm(candidates, desc="shapes: quick starts", **bar)
         ]
         quick.sort(key=lambda each: _rank_of(each.quick_loss))
-        whole = [
-            dataclasses.replace(each, loss=self._loss(each, quick=False))
-            for each in tqdm(quick[:WHOLE_STARTS], desc="shapes: whole starts", **bar)
-        ]
-        whole.sort(key=lambda each: _rank_of(each.loss))
+        whole = []
+        for each in tqdm(quick[:WHOLE_STARTS], desc="shapes: whole starts", **bar):
+            loss, *distilled = self._losses(each, quick=False)
+            whole.append(dataclasses.replace(each, loss=loss, distilled_loss=distilled[0] if distilled else None))
+        whole.sort(key=lambda each: _rank_of(each.distilled_loss if self.search_steps else each.loss))
         return [*whole, *quick[WHOLE_STARTS:]]
 
     def bits_per_byte(self, candidate: ShapeCandidate, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the bits that a causal model's quick start needs for a byte of the text held out."""
         rows = [row["input_ids"].flatten()[1:] for row in self.held_out]
         num_bytes = sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in rows)
-        return self._loss(candidate, quick=True) * sum(map(len, rows)) / max(num_bytes, 1) / math.log(2)
+        return self._losses(candidate, quick=True)[0] * sum(map(len, rows)) / max(num_bytes, 1) / math.log(2)
 
     def _split(self, teacher: PreTrainedModel) -> tuple[list[Batch], list[Batch]]:
         """Return the batches that starts are calibrated on, and rows that only score."""
@@ -134,13 +142,23 @@ class CalibratedScorer:
                 f"calibration_dataset makes {len(batches)} batches, and the last of them is held out to score shapes: pass "
                 "more data, or lower calibration_batch_size."
             )
-        return batches[:-held_out], [row for batch in batches[-held_out:] for row in iter_rows(batch)]
+        rows = [row for batch in batches[-held_out:] for row in iter_rows(batch)]
+        if self.comparison.compares_examples and len(rows) < 2:
+            raise OptionError(
+                "Embeddings are compared with each other, and calibration_dataset has one example to hold out: pass more data."
+            )
+        return batches[:-held_out], [complete_inputs(teacher, self.comparison.task, row) for row in rows]
 
-    def _loss(self, candidate: ShapeCandidate, *, quick: bool) -> float:
-        key = json.dumps([candidate.sizes, candidate.overrides, quick])
+    def _losses(self, candidate: ShapeCandidate, *, quick: bool) -> list[float]:
+        """Return the loss of a start, and that after `search_steps` of distillation where it is a whole one."""
+        distils = self.search_steps is not None and not quick
+        key = json.dumps([candidate.sizes, candidate.overrides, quick, *([self.search_steps] if distils else [])])
         if key not in self.saved:
             student = self._start(candidate, quick=quick)
-            self.saved[key] = self._held_out_loss(student)
+            self.saved[key] = [self._held_out_loss(student)]
+            if distils:
+                self._distil(student)
+                self.saved[key].append(self._held_out_loss(student))
             if self.folder is not None and rank_and_world_size()[0] == 0:
                 write_json(self.folder / SCORES_NAME, self.saved)
         return self.saved[key]
@@ -167,43 +185,66 @@ class CalibratedScorer:
         method.initialize(student, setup)
         return student.eval()
 
+    def _distil(self, student: PreTrainedModel) -> None:
+        """Train a student on the teacher's outputs for the batches that it was calibrated on, in float32, in their order."""
+        steps, world_size = self.search_steps or 0, rank_and_world_size()[1]
+        running = self.calibration.teacher
+        teacher, batches, weights = running.model, running.batches, running.weights
+        student.to(running_device(teacher), torch.float32)  # type: ignore[call-overload]
+        parameters = list(student.parameters())
+        optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+        peak = SEARCH_LEARNING_RATE * min(1.0, SEARCH_RATE_WIDTH / (width_of_config(self.setup.teacher.config) or 1))
+        with calibration_mode(teacher), calibration_mode(student), _all_held(weights):
+            for step in range(steps):
+                optimizer.param_groups[0]["lr"] = peak * min((step + 1) / max(1, steps // 10), 1 - step / (steps + 1))
+                batch = batches[step % len(batches)]
+                parts = [batch] if self.comparison.compares_examples else list(iter_rows(batch))
+                for part in parts:
+                    inputs = complete_inputs(teacher, self.comparison.task, part)
+                    with torch.no_grad():
+                        target = self.comparison.outputs(teacher, inputs)
+                    loss = self.comparison.objective(self.comparison.outputs(student, inputs), target, inputs)
+                    (loss / len(parts) / world_size).backward()  # type: ignore[no-untyped-call]
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                all_reduce_sum_(parameter.grad for parameter in parameters if parameter.grad is not None)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+
     @torch.no_grad()
     def _held_out_loss(self, student: PreTrainedModel) -> float:
         student.to(running_device(self.calibration.teacher.model))  # type: ignore[arg-type]
         with calibration_mode(student):
-            if self.task is Task.CAUSAL_LM:
-                losses = [causal_loss(row_logits(student, row, self.task), row) for row in self.held_out]
+            outputs = (self.comparison.outputs(student, row).cpu() for row in self.held_out)
+            if not self.comparison.needs_teacher:
+                losses = [causal_loss(each, row) for each, row in zip(outputs, self.held_out, strict=True)]
+            elif self.comparison.compares_examples:
+                losses = [self.comparison.differences(torch.cat(list(outputs)), torch.cat(self.reference))]
             else:
-                pairs = zip(self.held_out, self.reference, strict=True)
-                losses = [divergence(row_logits(student, row, self.task), teacher) for row, teacher in pairs]
+                pairs = zip(outputs, self.reference, strict=True)
+                losses = [self.comparison.differences(each, teacher) for each, teacher in pairs]
         loss = torch.cat(losses).double().mean().item()
         return all_reduce_scalar(loss) / rank_and_world_size()[1]
 
     @torch.no_grad()
     def _reference(self, teacher: PreTrainedModel) -> list[Tensor]:
         """Return the teacher's outputs for the rows held out, of which those beyond `MAX_REFERENCE_NUMBERS` are left out."""
-        if self.task is Task.CAUSAL_LM:
+        if not self.comparison.needs_teacher:
             return []
         kept: list[Tensor] = []
         with calibration_mode(teacher):
             for row in self.held_out:
                 if sum(each.numel() for each in kept) > MAX_REFERENCE_NUMBERS:
                     break
-                kept.append(row_logits(teacher, row, self.task))
+                kept.append(self.comparison.outputs(teacher, row).cpu())
         self.held_out = self.held_out[: len(kept)]
         return kept
 
 
-def check_scorable_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Task:
-    """Return the task of a model whose outputs can be compared with its teacher's.
-
-    Raises:
-        OptionError: They cannot; states what can be done instead.
-    """
-    advice = (
-        "Let `hf-guide shapes` rank them by its rule, without calibration data, and pass the sizes that it prints."
-    )
-    return check_scorable(model_class, config, what="Shapes", advice=advice)
+def _all_held(weights: BlockWeights | None) -> contextlib.AbstractContextManager[None]:
+    """Keep all weights of a teacher that is read from files in memory for the duration of the block."""
+    return contextlib.nullcontext() if weights is None else weights.all_held()
 
 
 def _describe_search(setup: StudentSetup, config: CalibratedConfig) -> dict[str, Any]:
@@ -220,11 +261,11 @@ def _describe_search(setup: StudentSetup, config: CalibratedConfig) -> dict[str,
     }
 
 
-def _read_scores(folder: Path | None) -> dict[str, float]:
+def _read_scores(folder: Path | None) -> dict[str, list[float]]:
     if folder is None or not (folder / SCORES_NAME).exists():
         return {}
     entries, _ = read_json(folder / SCORES_NAME)
-    return {key: float(value) for key, value in entries.items()}
+    return {key: [float(each) for each in values] for key, values in entries.items()}
 
 
 def _rank_of(loss: float | None) -> tuple[bool, float]:

@@ -42,6 +42,7 @@ from hf_guide.shapes.fields import (
 from hf_guide.shapes.scoring import CalibratedScorer
 from hf_guide.shapes.vocabulary_search import AUTO, choose_vocab_size
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
+from hf_guide.validation import check_integer
 
 DEFAULT_LIMIT = 12
 """How many shapes are listed, and get a quick start where there is calibration data."""
@@ -64,6 +65,7 @@ class ShapeSearch:
         method: The initialization method: "calibrated" scores by its starts.
         keywords: Of the caller, one of which may be meant by an unknown override.
         limit: How many shapes are listed.
+        search_steps: Steps of distillation by which the best starts are compared; None for none.
     """
 
     setup: StudentSetup
@@ -72,6 +74,7 @@ class ShapeSearch:
     method: InitializationMethod
     keywords: Collection[str] = ()
     limit: int = DEFAULT_LIMIT
+    search_steps: int | None = None
 
     @property
     def teacher(self) -> TeacherCheckpoint:
@@ -88,7 +91,8 @@ class ShapeSearch:
         if not isinstance(self.method, CalibratedMethod):
             return candidates
         folder = search_folder(self.setup.calibration_cache_dir, SEARCH_FOLDER)
-        return CalibratedScorer(self.setup, self.method.config, self.resolve, folder).rank(candidates)
+        scorer = CalibratedScorer(self.setup, self.method.config, self.resolve, folder, self.search_steps)
+        return scorer.rank(candidates)
 
     def candidates(self) -> list[ShapeCandidate]:
         """Return at most `limit` shapes by their rule score, none like another, counted exactly."""
@@ -219,8 +223,14 @@ def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any
     """
     best, compared = candidates[0], [each for each in candidates if each.loss is not None]
     if compared:
+        loss = f"{best.loss:.3f}" if best.distilled_loss is None else f"{best.distilled_loss:.3f}"
+        after = (
+            ""
+            if best.distilled_loss is None
+            else f" after {budget['search_steps']} steps of distillation (before them {best.loss:.3f})"
+        )
         how = (
-            f"with the lowest loss ({best.loss:.3f} nats) on held-out calibration data of {len(compared)} calibrated starts, "
+            f"with the lowest loss ({loss}) on held-out calibration data of {len(compared)} calibrated starts{after}, "
             f"made of the best of {len(candidates)} shapes by a quicker start"
         )
     else:
@@ -237,6 +247,7 @@ def find_shapes(
     active_parameters: "int | str | None" = None,
     memory: "int | str | None" = None,
     cache_length: int | None = None,
+    search_steps: int | None = None,
     limit: int = DEFAULT_LIMIT,
     method: "str | InitializationConfig | Mapping[str, Any] | None" = None,
     calibration_dataset: Any = None,
@@ -259,7 +270,7 @@ def find_shapes(
     Widths, depths, heads (whole: of the teacher's size), key/value heads and experts are varied on a grid of multiples that
     hardware likes, and the MLP fills the budget to within 2 %. Without data they are ranked by a rule (`rule_scores`); with
     calibration data by the loss of untrained `calibrated` students on a quarter of it: of a quick start of each, refitted on
-    an eighth of the rest, then of whole starts of the best three.
+    an eighth of the rest, then of whole starts of the best three, which `search_steps` distils before they are compared.
 
     Args:
         teacher: A Hub id, a folder, or a loaded model.
@@ -269,6 +280,8 @@ def find_shapes(
         memory: Bytes of the weights in the student's dtype and of the key-value cache, or a text such as "500MB" or "1.5GiB";
             never exceeded.
         cache_length: Positions of that cache; 2,048 by default.
+        search_steps: With calibration data, for how many steps the best three are distilled on it by the running teacher's
+            outputs, a calibration batch each; then the lowest loss is first. None compares them untrained.
         limit: How many shapes to return.
         method: As in `from_teacher`; None is "calibrated" with calibration data and "guide" without.
         calibration_dataset, calibration_cache_dir: As in `from_teacher`. With a folder, an interrupted search continues.
@@ -282,7 +295,7 @@ def find_shapes(
 
     Raises:
         OptionError: No budget, or one that does not parse; data of which none can be held out, or outputs that cannot be
-            compared.
+            compared; `search_steps` with another method than "calibrated".
         ShapeError: No shape is within 2 % of the budget; the smallest and the largest are stated.
         LayoutError: A family whose shapes cannot be enumerated.
         TeacherError: A teacher that cannot be read.
@@ -302,6 +315,13 @@ def find_shapes(
     folder = search_folder(calibration_cache_dir, SEARCH_FOLDER)
     if "vocab_size" not in overrides:  # a dataset may be for the vocabulary alone
         initializer.check_data(calibration_dataset, folder)
+    if search_steps is not None and not isinstance(initializer, CalibratedMethod):
+        raise OptionError(
+            f"search_steps distils calibrated starts, and method is {initializer.config.method!r}: leave it out, or pass "
+            "method='calibrated' and a calibration_dataset."
+        )
+    if search_steps is not None:
+        search_steps = check_integer("search_steps", search_steps)
     files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
     code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
@@ -325,7 +345,7 @@ def find_shapes(
             hub={**files, **code},
             show_progress=show_progress,
         )
-        return ShapeSearch(setup, budget, {**overrides, **chosen}, initializer, keywords, limit)
+        return ShapeSearch(setup, budget, {**overrides, **chosen}, initializer, keywords, limit, search_steps)
 
     tokens: dict[str, int] = {}
     if overrides.get("vocab_size") == AUTO:

@@ -86,10 +86,33 @@ def test_losses_are_those_of_the_model_and_of_their_definition():
     assert divergence(outputs.logits[0], outputs.logits[0]).abs().max().item() < 1e-5
 
 
-def test_outputs_that_cannot_be_compared_and_too_little_data_are_errors():
-    regression = KINDS["bert classifier"].teacher(id2label={0: "score"}, label2id={"score": 0})
-    with pytest.raises(OptionError, match="cannot be scored on calibration data"):
-        find_shapes(regression, num_parameters="40%", calibration_dataset=data(KINDS["bert"]), show_progress=False)
+def test_the_best_starts_are_distilled_for_some_steps_and_compared_by_their_loss_then(tmp_path, monkeypatch):
+    kind, trained = KINDS["llama"], []
+    teacher = kind.teacher()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    distil = CalibratedScorer._distil
+    monkeypatch.setattr(CalibratedScorer, "_distil", lambda *args: (trained.append(1), distil(*args)))
+    options = {"num_parameters": "40%", "method": METHOD, "show_progress": False, "calibration_dataset": data(kind)}
+    options |= {"search_steps": 8, "calibration_cache_dir": tmp_path}
+    monkeypatch.setitem(find_shapes.__kwdefaults__, "limit", 2)
+    student = from_teacher(teacher, **options)
+    options["calibration_cache_dir"] = tmp_path / "shapes"
+    monkeypatch.setattr("hf_guide.shapes.search.SEARCH_FOLDER", "")
+    shapes = find_shapes(teacher, **options)
+    assert [shape.distilled_loss for shape in shapes] == sorted(shape.distilled_loss for shape in shapes)
+    assert all(shape.distilled_loss < shape.loss for shape in shapes) and len(trained) == len(shapes) == 2
+    choice = student.initialization_report.shape_choice
+    assert f"({shapes[0].distilled_loss:.3f})" in choice and "search_steps=8" in choice
+    assert f"8 steps of distillation (before them {shapes[0].loss:.3f})" in choice
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_steps_without_starts_and_too_little_data_are_errors():
+    teacher = KINDS["llama"].teacher()
+    with pytest.raises(OptionError, match="search_steps distils calibrated starts"):
+        find_shapes(teacher, num_parameters="40%", search_steps=5, show_progress=False)
+    with pytest.raises(OptionError, match="search_steps must be"):
+        search(KINDS["llama"], search_steps=0)
     with pytest.raises(OptionError, match="the last of them is held out"):
         find_shapes(
             KINDS["llama"].teacher(),
