@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from baselines import NOTHING_FITTED
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -34,7 +34,6 @@ from examples.common.language_model import (
     cache_teacher,
     draw_blocks,
     evaluate,
-    half_shape,
     train,
 )
 from examples.common.malloc import keep_freed_memory
@@ -97,6 +96,18 @@ ARMS: dict[str, dict[str, Any]] = {
         "layer_selection": "first",
     },
 }
+
+
+def half_shape(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return overrides for half the width, a third of the depth and as many heads of half the size: that of these rows.
+
+    `student_shapes.py` has better ones of as many parameters.
+    """
+    shape = {"hidden_size": config.hidden_size // 2, "num_hidden_layers": max(1, config.num_hidden_layers // 3)}
+    for key in ("intermediate_size", "head_dim"):
+        if isinstance(getattr(config, key, None), int):
+            shape[key] = getattr(config, key) // 2
+    return shape
 
 
 def run_seed(seed: int, arms: list[str], args: argparse.Namespace) -> list[dict]:

@@ -1,12 +1,14 @@
 """Which shape of equal parameters is best, and does a score that needs no training rank shapes as training does?
 
-Students of SmolLM2-135M of about 23 M parameters, initialized by `calibrated` and trained on the same tokens in the same
-order with the same distillation loss (half CE, half forward KL), from one capture of the teacher, at one learning rate.
-Scored without training: the rule score of `hf_guide.shapes`, the held-out loss of a start on an eighth of the calibration
-tokens, and that of the whole start. One JSON line per seed and shape is appended to --output; existing ones are not made
-again. The table has the rank correlation (Spearman) of each score with the loss after training.
+Students of SmolLM2-135M of about 8, 23 or 45 M parameters, initialized by `calibrated` and trained on the same tokens in the
+same order with the same distillation loss (half CE, half forward KL), from one capture of the teacher, at one learning rate
+with one cosine schedule: what is measured on the way is at a higher rate than at the end. Scored without training, or with
+little: the rule score of `hf_guide.shapes`, the held-out loss of a start on an eighth of the calibration tokens, and that of
+the whole start; the loss after the first steps; the variance that the student's width explains, and the summed influence of
+its blocks. One JSON line per seed and shape is appended to --output; existing ones are not made again. The table has the rank
+correlation (Spearman) of each score with the loss after training.
 
-    python examples/benchmarks/student_shapes.py --output student_shapes.jsonl --seeds 0 --steps 50
+    python examples/benchmarks/student_shapes.py --output student_shapes.jsonl --seeds 0 --steps 50 --evaluate-at 10 25
     python examples/benchmarks/student_shapes.py --output student_shapes.jsonl --table
 """
 
@@ -17,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -38,31 +41,74 @@ from hf_guide.shapes.fields import SizeField, SizeFields, SizeRole
 
 LENGTH = 256
 
-# width, blocks, heads, key/value heads, size of a head, MLP
-SHAPES = [
-    (240, 14, 6, 2, 64, 769),
-    (288, 10, 9, 3, 32, 768),
-    (240, 17, 6, 2, 64, 576),  # what num_parameters="23M" takes by the rule
-    (240, 16, 6, 2, 64, 630),
-    (288, 7, 6, 2, 64, 1122),
-    (288, 10, 6, 2, 64, 682),
-    (192, 20, 6, 2, 64, 837),
-    (336, 5, 6, 2, 64, 944),
-    (144, 30, 9, 3, 64, 716),
-    (240, 14, 3, 1, 64, 940),
-    (288, 12, 6, 2, 64, 512),
-    (240, 11, 6, 2, 64, 1073),
-    (192, 28, 6, 2, 64, 499),
-    (288, 10, 3, 1, 64, 853),
-    (288, 15, 9, 3, 32, 427),
-    (288, 10, 9, 3, 64, 512),
-]
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "23M": [
+        (240, 14, 6, 2, 64, 769),
+        (288, 10, 9, 3, 32, 768),
+        (240, 17, 6, 2, 64, 576),  # what num_parameters="23M" takes by the rule
+        (240, 16, 6, 2, 64, 630),
+        (288, 7, 6, 2, 64, 1122),
+        (288, 10, 6, 2, 64, 682),
+        (192, 20, 6, 2, 64, 837),
+        (336, 5, 6, 2, 64, 944),
+        (144, 30, 9, 3, 64, 716),
+        (240, 14, 3, 1, 64, 940),
+        (288, 12, 6, 2, 64, 512),
+        (240, 11, 6, 2, 64, 1073),
+        (192, 28, 6, 2, 64, 499),
+        (288, 10, 3, 1, 64, 853),
+        (288, 15, 9, 3, 32, 427),
+        (288, 10, 9, 3, 64, 512),
+    ],
+    "8M": [
+        (96, 12, 6, 2, 64, 608),  # what num_parameters="8M" takes by the rule, but for a block
+        (96, 16, 3, 1, 64, 544),
+        (96, 10, 6, 2, 32, 968),
+        (72, 24, 3, 1, 64, 688),
+        (120, 6, 3, 1, 64, 800),
+        (96, 7, 6, 2, 64, 1288),
+        (72, 14, 9, 3, 64, 960),
+        (108, 10, 3, 1, 64, 656),
+        (96, 20, 3, 1, 64, 400),
+        (120, 8, 6, 2, 32, 560),
+        (144, 3, 3, 1, 64, 544),
+        (72, 20, 6, 2, 64, 688),
+    ],
+    "45M": [
+        (384, 21, 6, 2, 64, 736),  # what num_parameters="45M" takes by the rule
+        (432, 10, 9, 3, 32, 1576),
+        (288, 30, 9, 3, 64, 680),
+        (576, 8, 9, 3, 64, 696),
+        (432, 15, 9, 3, 64, 712),
+        (480, 12, 6, 2, 64, 896),
+        (336, 25, 6, 2, 64, 792),
+        (432, 24, 3, 1, 64, 592),
+        (576, 10, 6, 2, 64, 624),
+        (384, 15, 6, 2, 64, 1168),
+        (288, 30, 6, 2, 64, 848),
+        (432, 12, 9, 3, 48, 1144),
+    ],
+}
+"""By budget: width, blocks, heads, key/value heads, size of a head, MLP."""
 
 
 def overrides(shape: "tuple[int, ...] | list[int]") -> dict[str, int]:
     """Return the config fields of a shape."""
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     return dict(zip((*names, "intermediate_size"), shape, strict=True))
+
+
+class Evaluations(TrainerCallback):
+    """Evaluates a student after some steps of its training."""
+
+    def __init__(self, steps: "list[int]", loss: "Callable[[PreTrainedModel], float]"):
+        self.steps, self.loss = set(steps), loss
+        self.losses: dict[str, float] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Evaluate after a step that was asked for."""
+        if state.global_step in self.steps:
+            self.losses[str(state.global_step)] = self.loss(model)
 
 
 def run_shape(
@@ -89,24 +135,42 @@ def run_shape(
         )
 
     started = time.process_time()
-    quick = loss(start(calibration_tokens=args.calibration_tokens // 8))
+    quick = loss(start(calibration_tokens=args.calibration_tokens // 8)) if args.quick else None
     cheap = time.process_time()
     student = start()
     untrained = loss(student)
     whole = time.process_time()
     recipe = TrainingRecipe(args.steps, args.batch_size, args.kd_weight, args.seed)
+    on_the_way = Evaluations(args.evaluate_at, loss)
     with tempfile.TemporaryDirectory() as scratch:
-        train(student, cache, train_blocks, args.learning_rate, recipe, Path(scratch), show_progress=False)
+        train(
+            student,
+            cache,
+            train_blocks,
+            args.learning_rate,
+            recipe,
+            Path(scratch),
+            callbacks=[on_the_way],
+            show_progress=False,
+        )
+    report: Any = student.initialization_report
+    (blocks,) = report.blocks.values()
+    (influence,) = report.calibration["block_influence"].values()
     return {
+        "budget": args.budget,
         "seed": args.seed,
         "shape": list(shape),
         "parameters": student.num_parameters(),
         "tokens": train_blocks[:, 1:].numel(),
         "learning_rate": args.learning_rate,
         "calibration_tokens": args.calibration_tokens,
+        "held_out_tokens": held_out[:, 1:].numel(),
         "quick": quick,
         "untrained": untrained,
+        "after_steps": on_the_way.losses,
         "trained": loss(student),
+        "variance_explained": report.variance_explained["embed"],
+        "influence": sum(influence[block] for block in blocks),
         "cpu_seconds": {
             "quick": round(cheap - started),
             "calibrated": round(whole - cheap),
@@ -127,7 +191,8 @@ def run_seed(shapes: "list[tuple[int, ...]]", args: argparse.Namespace) -> list[
     target = math.log(evaluate(teacher, held_out, args.batch_size, "teacher", show_progress=False).perplexity)
     rows = []
     with tempfile.TemporaryDirectory(prefix="student-shapes-") as scratch:
-        cache = cache_teacher(teacher, train_blocks, Path(scratch, "capture"), recipe, show_progress=False)
+        folder = Path(args.capture or scratch, f"seed-{args.seed}-{len(train_blocks)}-blocks")
+        cache = cache_teacher(teacher, train_blocks, folder, recipe, show_progress=False)
         del teacher
         for shape in shapes:
             row = {**run_shape(shape, name, train_blocks, held_out, cache, args), "teacher": target}
@@ -155,22 +220,56 @@ def spearman(first: "list[float]", second: "list[float]") -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
+SCORES = {
+    "quick": lambda row: row["quick"],
+    "untrained": lambda row: row["untrained"],
+    "rule": lambda row: rule_score(row["shape"]),
+    "variance left": lambda row: 1 - row["variance_explained"] if "variance_explained" in row else None,
+    "influence left": lambda row: -row["influence"] if "influence" in row else None,
+}
+"""Of each score its value for a row, lower for what it takes to be better; None where the row has none."""
+
+
 def table(rows: "list[dict[str, Any]]") -> str:
-    """Return a line for each seed and shape, and the correlation of each score with the loss after training."""
-    lines = [f"{'seed':>4} {'shape':34} {'rule':>6} {'quick':>9} {'untrained':>9} {'trained':>8}"]
-    for row in sorted(rows, key=lambda row: (row["seed"], row["trained"])):
-        losses = f"{row['quick']:9.3f} {row['untrained']:9.3f} {row['trained']:8.3f}"
-        lines.append(f"{row['seed']:4} {row['shape']!s:34} {rule_score(row['shape']):6.2f} {losses}")
-    for seed in sorted({row["seed"] for row in rows}):
-        of_seed = [row for row in rows if row["seed"] == seed]
-        if len(of_seed) < 4:
-            continue
-        trained = [row["trained"] for row in of_seed]
-        scores = {name: [row[name] for row in of_seed] for name in ("quick", "untrained")}
-        scores["rule"] = [rule_score(row["shape"]) for row in of_seed]
-        found = ", ".join(f"{name} {spearman(values, trained):.2f}" for name, values in scores.items())
-        lines.append(f"seed {seed}, {len(of_seed)} shapes, rank correlation with the trained loss: {found}")
+    """Return a line for each budget, seed and shape, and the correlation of each score with the losses of training."""
+    lines = []
+    groups = sorted({(row.get("budget", "23M"), row["seed"], row["tokens"]) for row in rows})
+    for budget, seed, tokens in groups:
+        group = [
+            row for row in rows if (row.get("budget", "23M"), row["seed"], row["tokens"]) == (budget, seed, tokens)
+        ]
+        lines.append(f"\n{budget}, seed {seed}, {tokens:,} tokens, teacher {group[0]['teacher']:.3f}")
+        stops = [name for name in group[0].get("after_steps", {}) if all(name in row["after_steps"] for row in group)]
+        lines.append(
+            f"{'shape':28} {'params':>11} {'rule':>6} {'quick':>7} {'untrained':>9}"
+            + "".join(f"{'step ' + name:>9}" for name in stops)
+            + "  trained"
+        )
+        for row in sorted(group, key=lambda row: row["trained"]):
+            quick = f"{row['quick']:7.3f}" if row["quick"] is not None else "      -"
+            lines.append(
+                f"{row['shape']!s:28} {row['parameters']:11,} {rule_score(row['shape']):6.2f} {quick} {row['untrained']:9.3f}"
+                + "".join(f"{row['after_steps'][name]:9.3f}" for name in stops)
+                + f"{row['trained']:9.3f}"
+            )
+        if len(group) >= 4:
+            lines += correlations(group, stops)
     return "\n".join(lines)
+
+
+def correlations(rows: "list[dict[str, Any]]", stops: "list[str]") -> "list[str]":
+    """Return the rank correlation of each score with the loss at each stop and at the end, a line for each score."""
+    ends = {f"step {name}": [row["after_steps"][name] for row in rows] for name in stops}
+    ends["the end"] = [row["trained"] for row in rows]
+    lines = [f"rank correlation over {len(rows)} shapes with the loss at {', '.join(ends)}:"]
+    scores = {name: [score(row) for row in rows] for name, score in SCORES.items()}
+    scores |= {name: values for name, values in ends.items() if name != "the end"}
+    for name, values in scores.items():
+        if None in values:
+            continue
+        found = ", ".join(f"{spearman(values, end):5.2f}" for end in ends.values())
+        lines.append(f"    {name:15} {found}")
+    return lines
 
 
 def main() -> int:
@@ -179,7 +278,15 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="only print the table of existing rows")
     parser.add_argument("--teacher", help="by default SmolLM2-135M")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes, the first ones")
+    parser.add_argument("--budget", choices=SHAPES, default="23M")
+    parser.add_argument("--shapes", type=int, nargs="+", metavar="I", help="numbers of the budget's shapes, from 0")
+    parser.add_argument(
+        "--evaluate-at", type=int, nargs="*", default=[], metavar="STEP", help="also after these steps"
+    )
+    parser.add_argument(
+        "--no-quick", dest="quick", action="store_false", help="make no start on an eighth of the tokens"
+    )
+    parser.add_argument("--capture", type=Path, help="where the teacher's outputs are kept for later runs")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -193,14 +300,15 @@ def main() -> int:
     for seed in [] if args.table else args.seeds:
         args.seed = seed
         done = {tuple(row["shape"]) for row in rows if (row["seed"], row["tokens"]) == (args.seed, tokens)}
-        todo = [shape for shape in SHAPES[: args.shapes] if shape not in done]
+        asked = SHAPES[args.budget] if args.shapes is None else [SHAPES[args.budget][each] for each in args.shapes]
+        todo = [shape for shape in asked if shape not in done]
         if todo:
             rows += run_seed(todo, args)
     print(
         f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    print(table([row for row in rows if row["tokens"] == tokens]))
+    print(table(rows))
     return 0
 
 

@@ -5,6 +5,7 @@ The teacher's outputs are cached once; every student trains from the cache, on t
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, default_data_collator
+from transformers import PreTrainedModel, TrainerCallback, default_data_collator
 
 from hf_guide import Capture, DistillationArguments, DistillationTrainer, capture_teacher
 from hf_guide.errors import OptionError
@@ -85,15 +86,6 @@ def draw_blocks(blocks: Tensor, count: int, seed: int) -> Tensor:
     return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def half_shape(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return overrides for half the width and a third of the depth, with as many heads of half the size."""
-    shape = {"hidden_size": config.hidden_size // 2, "num_hidden_layers": max(1, config.num_hidden_layers // 3)}
-    for key in ("intermediate_size", "head_dim"):
-        if isinstance(getattr(config, key, None), int):
-            shape[key] = getattr(config, key) // 2
-    return shape
-
-
 def to_examples(blocks: Tensor) -> list[dict[str, Tensor]]:
     """Return blocks of tokens, (blocks, length), as the examples of a causal language model."""
     return [{"input_ids": block, "labels": block} for block in blocks]
@@ -132,6 +124,7 @@ def train(
     recipe: TrainingRecipe,
     folder: Path,
     *,
+    callbacks: "Sequence[TrainerCallback]" = (),
     show_progress: bool = True,
 ) -> tuple[DistillationTrainer, float]:
     """Train a student in place, each block once; return its trainer and the training tokens per second.
@@ -141,6 +134,7 @@ def train(
         blocks: int64 (steps * batch_size, length); every student sees them in the order that the seed decides.
         learning_rate: The peak; it rises for a tenth of the steps, then falls to a tenth of itself.
         folder: For what the trainer writes.
+        callbacks: More of the trainer's.
     """
     options: dict[str, Any] = {
         "losses": {"ce": 1 - recipe.kd_weight, "kd": recipe.kd_weight},
@@ -164,6 +158,7 @@ def train(
         data_collator=default_data_collator,
         train_dataset=to_examples(blocks),
         teacher=teacher_cache,
+        callbacks=list(callbacks),
     )
     result = trainer.train()
     return trainer, float(result.metrics["train_samples_per_second"]) * (blocks.shape[1] - 1)
