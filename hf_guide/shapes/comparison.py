@@ -47,7 +47,7 @@ class OutputComparison:
             )
         if self.compares_examples:
             modules = teacher_sentence_modules(setup.source, setup.teacher, setup.model_class, setup.hub)
-            layers = [] if modules is None else modules.layers
+            layers = () if modules is None else tuple(modules.layers)
             found = [each for each in layers if isinstance(each, Pooling)]
             self.pooling = found[0] if found else Pooling(width_of_config(setup.config) or 0)
 

@@ -190,7 +190,7 @@ class CalibratedScorer:
         steps, world_size = self.search_steps or 0, rank_and_world_size()[1]
         running = self.calibration.teacher
         teacher, batches, weights = running.model, running.batches, running.weights
-        student.to(running_device(teacher), torch.float32)  # type: ignore[call-overload]
+        student.float().to(running_device(teacher))
         parameters = list(student.parameters())
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
         peak = SEARCH_LEARNING_RATE * min(1.0, SEARCH_RATE_WIDTH / (width_of_config(self.setup.teacher.config) or 1))
@@ -204,7 +204,7 @@ class CalibratedScorer:
                     with torch.no_grad():
                         target = self.comparison.outputs(teacher, inputs)
                     loss = self.comparison.objective(self.comparison.outputs(student, inputs), target, inputs)
-                    (loss / len(parts) / world_size).backward()  # type: ignore[no-untyped-call]
+                    (loss / len(parts) / world_size).backward()
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 all_reduce_sum_(parameter.grad for parameter in parameters if parameter.grad is not None)
