@@ -4,7 +4,7 @@
     python examples/benchmarks/teachers_in_pieces.py --processes 1 2 3
     python examples/benchmarks/teachers_in_pieces.py --stored plain experts fp8 fp8_experts --methods guide calibrated
 
-`--kills`: SmolLM2-135M, from its folder, is made into a student of half its width and depth by `calibrated` with a
+`--kills`: SmolLM2-135M, from its folder, is made into a student of half its width and 6 blocks by `calibrated` with a
 `calibration_cache_dir`. Each process is ended by SIGKILL at a moment drawn uniformly from the time that an uninterrupted run
 takes, and the next continues; when one ends by itself its student is compared with the uninterrupted one, bit by bit, and a
 new folder is begun, until so many processes were killed.
@@ -40,8 +40,8 @@ from larger_than_memory import in_fresh_process, smollm2
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-SHAPE = {"hidden_size": 288, "intermediate_size": 768, "head_dim": 32, "num_hidden_layers": 15}
-TOKENS, LENGTH = 2048, 128
+SHAPE = {"hidden_size": 288, "intermediate_size": 768, "head_dim": 32, "num_hidden_layers": 6}
+TOKENS, LENGTH = 1024, 128
 
 MAKE = """
 import json, sys

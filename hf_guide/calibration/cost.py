@@ -25,12 +25,16 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     """Yield the parts of a calibration; the number of tokens is the default where none is given."""
     teacher, layout, student = setup.teacher, setup.layout, setup.meta_student()
     plan, item = setup.plan(student), setup.teacher.dtype.itemsize
-    blocks, outside, numbers = Counter[str](), 0, 0
+    blocks, outside, numbers, whole = Counter[str](), 0, 0, 0
+    loops_over_experts = teacher.model_class._can_set_experts_implementation()
     for name in teacher.weights.keys():
-        count = teacher.weights.shape(name).numel()
-        size = count * teacher.weights.dtype(name).itemsize
+        shape = teacher.weights.shape(name)
+        size = shape.numel() * teacher.weights.dtype(name).itemsize
         match = layout.find(strip_base_prefix(name, teacher.base_model_prefix))
-        numbers += count
+        numbers += shape.numel()
+        whole += size
+        if loops_over_experts and len(shape) == 3 and teacher.weights.reads_rows(name):
+            size //= shape[0]  # one expert is in memory
         if match is None or "block" not in match.numbers:
             outside += size
         else:
@@ -40,7 +44,6 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     vocab = max((sizes[0].get("vocab", 0) for sizes in planned), default=0)
     tokens = config.calibration_tokens or default_num_tokens(neurons)
     if not isinstance(setup.source, PreTrainedModel):
-        whole = outside + sum(blocks.values())
         held = outside + 2 * max(blocks.values(), default=0)
         yield CostPart("the teacher's embeddings, head and two blocks", held, is_kept=True, read=3 * whole)
     refits = config.refit != Refit.NONE

@@ -1,11 +1,13 @@
 """Several processes make the calibrated student that one makes."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hf_guide.teachers.tensor_source import SafetensorsTensors
 from tests.calibration.small_students import make_student
 from tests.distributed.launch import run_processes
 from tests.tiny import KINDS
@@ -22,6 +24,29 @@ def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) ->
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
     assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"]
     assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_that_read_a_folder_make_the_student_of_one_with_as_many_reads_each(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process has one block at a time, in the same order, so that the system reads the files once for all of them."""
+    KINDS["llama"].teacher().double().save_pretrained(tmp_path / "teacher")
+    result = run_processes("calibrate.py", processes, {"teacher": str(tmp_path / "teacher")}, tmp_path)
+    reads: Counter[str] = Counter()
+    read = SafetensorsTensors._read
+
+    def counting(self: SafetensorsTensors, name: str, rows: "slice | None") -> torch.Tensor:
+        reads[name] += 1
+        return read(self, name, rows)
+
+    monkeypatch.setattr(SafetensorsTensors, "_read", counting)
+    one = make_student(tmp_path / "teacher")
+    vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
+    assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"]
+    assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
+    assert result["reads"] == [dict(reads)] * processes
 
 
 @pytest.mark.slow

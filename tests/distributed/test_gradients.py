@@ -74,16 +74,17 @@ def test_sharded_students_and_teachers_have_the_same_gradients(offloaded: bool, 
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_leaves_gradients_as_they_are(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "offloaded"), [(2, False), (3, False), (3, True)])
+def test_deepspeed_leaves_gradients_as_they_are(stage: int, offloaded: bool, tmp_path: Path) -> None:
     """One process: Accelerate counts but one with DeepSpeed on the CPU."""
     pytest.importorskip("deepspeed")
     found = []
     for more in ({}, {"deepspeed": {"zero_optimization": {"stage": stage}, **DEEPSPEED}}):
         arguments = {"losses": {"ce": 0.3, "kd": 0.7}, "per_device_train_batch_size": 8} | more
-        found.append(run_processes("gradients.py", 1, {"task": "causal-lm", "arguments": arguments}, tmp_path))
+        given = {"task": "causal-lm", "arguments": arguments, "offloaded": offloaded and bool(more)}
+        found.append(run_processes("gradients.py", 1, given, tmp_path))
     one, two = map(vector, found)
-    assert found[1]["inside_head"] == (stage == 2)
+    assert found[1]["inside_head"] == (stage == 2) and found[1]["teacher_offloaded"] == offloaded
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-5 * one.norm()
 
 

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from hf_guide.errors import ResourceError
 from hf_guide.initialization import cost
@@ -90,6 +97,18 @@ def test_a_calibration_that_does_not_fit_is_refused_before_the_teacher_is_loaded
     estimate.check_fits(estimate.memory_bytes)
     with pytest.raises(ResourceError, match="about .*the activations of 1000000 tokens.*fewer calibration_tokens"):
         from_teacher(tmp_path, method=many, calibration_dataset=["a text"], hidden_size=32, show_progress=False)
+
+
+def test_one_expert_of_a_block_counts(tmp_path: Path) -> None:
+    """Twice as many experts add the rows of the router, of the two blocks that are in memory."""
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    held = []
+    for experts in (4, 8):
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=experts)).save_pretrained(tmp_path)
+        estimate = plan_student(tmp_path, method="calibrated", num_hidden_layers=1).estimate
+        held.append(next(part.bytes for part in estimate.parts if "two blocks" in part.name))
+    assert held[1] - held[0] == 2 * 4 * sizes["hidden_size"] * 4
 
 
 def test_the_estimate_is_shown_with_the_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +38,8 @@ from hf_guide.initialization.transfer import Transfer
 from hf_guide.modeling import from_teacher
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher, tokenizer_length
 from hf_guide.teachers.tensor_source import InMemoryTensors, SafetensorsTensors
+from tests.invariants.case import Case, build
+from tests.invariants.cases import CASES
 
 SIZES = {
     "hidden_size": 32,
@@ -94,6 +97,19 @@ def test_a_saved_model_is_read_bit_for_bit(name: str, shard: str, tmp_path: Path
     assert teacher.model_class is type(model) and teacher.base_model_prefix == model.base_model_prefix
     assert teacher.name == str(tmp_path) and teacher.revision is None
     assert teacher.dtype == model.dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_saved_model_of_every_family_is_read_tensor_by_tensor_and_bit_for_bit(case: Case, tmp_path: Path) -> None:
+    build(case, case.small).save_pretrained(tmp_path)
+    model_class = getattr(transformers, case.model_class)
+    teacher = open_teacher(tmp_path)
+    assert isinstance(teacher.weights, SafetensorsTensors)
+    assert_holds(teacher, model_class.from_pretrained(tmp_path, dtype="auto"))
+    for name in teacher.weights.keys():
+        if teacher.weights.shape(name):
+            assert torch.equal(teacher.weights.rows(name, 0, 1), teacher.weights.get(name)[:1]), name
 
 
 @pytest.mark.parametrize("name", MODELS)
