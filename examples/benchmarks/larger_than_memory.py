@@ -268,8 +268,9 @@ def in_fresh_process(code: str, *words: str, first: Path | None = None, threads:
     paths = [str(Path(__file__).parent), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(first), *paths] if first else paths)}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    here = Path(__file__).parent  # the working directory comes before `first`, and may hold a version too
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment, cwd=here
     )
     if done.returncode == -signal.SIGXCPU:
         raise TimeoutError("The measured process used up the processor time that it had set itself.")
