@@ -158,7 +158,7 @@ def from_teacher(
             family derives from others (`head_dim`, `layer_types`, ...) are derived again. With a `vocab_size` below the
             teacher's the student keeps the pieces of its fast tokenizer (BPE, Unigram or WordPiece) that
             `calibration_dataset` uses, all special and added tokens, and the bytes or characters without which texts could
-            not be encoded.
+            not be encoded; with `num_parameters` and its like, "auto" chooses the size, too.
 
     Returns:
         The student, in evaluation mode and on torch's default device as `from_pretrained` returns it, with an

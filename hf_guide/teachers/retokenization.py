@@ -66,6 +66,10 @@ class Retokenizer:
     teacher the mean of q is again the distribution of the next piece given the pieces before. The product of q over the
     pieces of a text is at least the teacher's probability of it. Cf. marginalizing over tokenizations, arXiv 2406.16829.
 
+    The text is joined to the tokens that the teacher's tokenizer makes of it as far as that encodes a removed token by R: of
+    BPE models in all but a few in a thousand tokens; a Unigram model chooses the pieces of a whole word at once, so there some
+    words are read in other tokens of the same text.
+
     Args:
         kept_ids: Of each piece's id, the teacher's id of the same token.
         replacements: By the teacher's id of every other token, the teacher's ids of the pieces R(v) that encode it.

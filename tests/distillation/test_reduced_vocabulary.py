@@ -1,4 +1,4 @@
-"""A student with some of its teacher's tokens is distilled from the teacher's rows of these tokens."""
+"""A student with some of its teacher's tokens is distilled from the teacher's distribution over these tokens."""
 
 import logging
 
