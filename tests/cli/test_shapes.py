@@ -54,5 +54,7 @@ def test_init_takes_a_budget_and_reports_the_shape(teacher, tmp_path, capsys):
 def test_shapes_without_a_budget_and_options_without_data_are_errors(teacher, capsys):
     assert cli.main(["shapes", str(teacher)]) == 2
     assert "Set what the student may cost" in capsys.readouterr().err
+    assert cli.main(["shapes", str(teacher), "--num-parameters", "40%", "--search-steps", "5"]) == 2
+    assert "search_steps distils calibrated starts" in capsys.readouterr().err
     assert cli.main(["shapes", str(teacher), "--memory", "1MB", "--option", "refit=none"]) == 2
     assert "needs --calibration-dataset" in capsys.readouterr().err
