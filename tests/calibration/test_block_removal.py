@@ -12,7 +12,7 @@ from hf_guide.calibration import block_removal
 from hf_guide.calibration.importance import BlockRemoval
 from tests.tiny import KINDS
 
-FAMILIES = ["llama", "gpt2", "llama tied"]
+FAMILIES = ["llama", "gpt2", pytest.param("llama tied", marks=pytest.mark.slow)]
 EXACT = {"method": "calibrated", "refit": "none", "fit_logit_scale": False}
 
 
