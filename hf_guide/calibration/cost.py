@@ -20,6 +20,9 @@ from hf_guide.models.model_classes import strip_base_prefix
 
 TEACHER_PASSES, STUDENT_PASSES = 3, 4
 
+OVERHEAD_BYTES = 200_000_000
+"""What the process takes besides: modules that are imported when they are used, and freed memory that is not given back."""
+
 
 def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator[CostPart]:
     """Yield the parts of a calibration; the number of tokens is the default where none is given."""
@@ -56,6 +59,7 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
         products={torch.float32: float(tokens) * passes},
         advice="fewer calibration_tokens, a lower activation_memory",
     )
+    yield CostPart("the libraries", OVERHEAD_BYTES, is_kept=True)
     squares = sum(old**2 for old, _ in plan.widths.values())
     yield CostPart("the statistics", 8 * squares + 4 * width**2, is_kept=True)
     batch = min(tokens, config.calibration_batch_size * config.calibration_seq_length)
