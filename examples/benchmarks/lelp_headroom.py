@@ -58,7 +58,7 @@ def draw(found: list[tuple[str, Spread, Spread, Spread | None]], file: Path) -> 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     titles = ("headroom: given the hidden classes, against KD", "embedding regression against KD")
     for axis, title, number in zip(axes, titles, (1, 3), strict=True):
-        for group, marker in MARKERS.items():
+        for place, (group, marker) in enumerate(MARKERS.items()):
             points = [(each[number], each[2]) for each in found if group_of(each[0]) == group and each[number]]
             if not points:
                 continue
@@ -69,6 +69,7 @@ def draw(found: list[tuple[str, Spread, Spread, Spread | None]], file: Path) -> 
                 xerr=[x[1] for x in across],
                 yerr=[y[1] for y in up],
                 fmt=marker,
+                color=f"C{place}",
                 markersize=4,
                 linewidth=0.8,
                 label=group,
