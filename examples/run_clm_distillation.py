@@ -4,7 +4,7 @@ The student is made from the teacher (`--student_init_kwargs`), or is an existin
 
     python examples/run_clm_distillation.py \
         --teacher HuggingFaceTB/SmolLM2-135M \
-        --student_init_kwargs '{"hidden_size": 288, "num_hidden_layers": 10, "intermediate_size": 768, "dtype": "float32"}' \
+        --student_init_kwargs '{"num_parameters": "25%", "dtype": "float32"}' \
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-103-raw-v1 \
         --do_train --do_eval --losses '{"ce": 0.5, "kd": 0.5}' --output_dir student
 

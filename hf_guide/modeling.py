@@ -483,12 +483,11 @@ class FromTeacherMixin(_FromTeacherBase):
         >>> from transformers import LlamaForCausalLM
         >>> class MyStudent(FromTeacherMixin, LlamaForCausalLM):
         ...     pass
-        >>> student = MyStudent.from_teacher(
-        ...     "HuggingFaceTB/SmolLM2-135M", hidden_size=288, head_dim=32, intermediate_size=768, show_progress=False
-        ... )
+        >>> sizes = {"hidden_size": 240, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+        >>> student = MyStudent.from_teacher("HuggingFaceTB/SmolLM2-135M", **sizes, show_progress=False)
         >>> student.save_pretrained("student")
         >>> LlamaForCausalLM.from_pretrained("student").config.hidden_size
-        288
+        240
     """
 
     initialization_report: InitializationReport | None = None
@@ -511,9 +510,7 @@ class AutoStudent(_FromTeacherBase):
 
     Example:
         >>> from hf_guide import AutoStudent
-        >>> student = AutoStudent.from_teacher(
-        ...     "HuggingFaceTB/SmolLM2-135M", hidden_size=288, head_dim=32, intermediate_size=768, show_progress=False
-        ... )
+        >>> student = AutoStudent.from_teacher("HuggingFaceTB/SmolLM2-135M", num_parameters="25%", show_progress=False)
         >>> type(student).__name__
         'LlamaModel'
     """
@@ -573,7 +570,7 @@ AutoStudentForCausalLM = auto_student_class(
     AutoModelForCausalLM,
     "a causal language model",
     "HuggingFaceTB/SmolLM2-135M",
-    "hidden_size=288, head_dim=32, intermediate_size=768",
+    'num_parameters="25%"',
     "LlamaForCausalLM",
 )
 AutoStudentForMaskedLM = auto_student_class(

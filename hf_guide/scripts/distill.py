@@ -294,7 +294,7 @@ def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
     if not models.model_name_or_path and not args.student_init_kwargs:
         raise OptionError(
             "There is no student: set model_name_or_path, or set student_init_kwargs to the arguments of "
-            "from_teacher, such as {hidden_size: 288, num_hidden_layers: 10}."
+            "from_teacher, such as {num_parameters: 25%, method: calibrated}."
         )
 
     if models.peft_config and args.student_init_kwargs:
