@@ -129,7 +129,7 @@ def _add_command(commands: "argparse._SubParsersAction", name: str, module: Modu
     parser = commands.add_parser(
         name,
         description=module.DESCRIPTION,
-        epilog=f"example:\n  {module.EXAMPLE}",
+        epilog=f"example: {module.EXAMPLE}",
         formatter_class=_HelpFormatter,
         **listing,
     )

@@ -215,7 +215,9 @@ def test_blocks_selected_by_influence_obey_the_law_too(name: str) -> None:
         **cut(depths(teacher.config), 3),
     )
     assert difference(student, teacher) <= TOLERANCE
-    assert student.initialization_report.approximations == []
+    notes = student.initialization_report.approximations
+    whole = [note for note in notes if note.startswith("All blocks of the teacher were in memory and ran together")]
+    assert notes == whole and bool(whole) == (name == "T5ForConditionalGeneration")
 
 
 @pytest.mark.parametrize("method", ["uniform", "guide"])

@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_guide import DistillationTrainer
 from hf_guide.errors import HfGuideError, TeacherError, VocabularyError
+from hf_guide.models.token_rows import select_token_rows
 from tests.distillation.small import model_for
 from tests.distillation.test_trainer import arguments
 
@@ -271,16 +272,26 @@ def test_a_script_chooses_the_language_of_its_texts(tokenizer_class: str, langua
     assert_nothing_to_learn(trainer_of(tmp_path, student, teacher, data, collate, tok))
 
 
+def reversed_tokenizer(tokens: list[str]) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(
+        models.WordLevel({token: number for number, token in enumerate(reversed(tokens))}, unk_token="<new>")
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
+
+
 def test_classifiers_of_other_vocabularies_are_errors(tmp_path: Path) -> None:
     student, tok = model("BertForSequenceClassification"), tokenizer()
-    other = tokenizer()
-    raw = Tokenizer(
-        models.WordLevel({token: number for number, token in enumerate(reversed(TOKENS))}, unk_token="<new>")
-    )
-    other = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
-    teacher = saved(student, tmp_path / "teacher", other)
+    teacher = saved(student, tmp_path / "teacher", reversed_tokenizer([*TOKENS[:-1], "another"]))
     with pytest.raises(VocabularyError, match="token 0 is '<s>' to the student"):
         trainer_of(tmp_path, student, teacher, examples(student.__class__.__name__, tok), None, tok)
+
+
+def test_a_classifier_with_the_same_tokens_in_another_order_is_read_by_its_own_ids(tmp_path: Path) -> None:
+    student, tok = model("BertForSequenceClassification"), tokenizer()
+    permuted = select_token_rows(student, list(range(len(TOKENS)))[::-1])
+    teacher = saved(permuted, tmp_path / "teacher", reversed_tokenizer(TOKENS))
+    data = examples("BertForSequenceClassification", tok)
+    assert_nothing_to_learn(trainer_of(tmp_path, student, teacher, data, DataCollatorWithPadding(tok), tok))
 
 
 def test_pairs_without_token_types_are_errors_where_the_teacher_has_them(tmp_path: Path) -> None:
