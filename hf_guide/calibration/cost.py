@@ -51,7 +51,9 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
         yield CostPart("the teacher's embeddings, head and two blocks", held, is_kept=True, read=3 * whole)
     refits = config.refit != Refit.NONE
     passes = TEACHER_PASSES * numbers + (STUDENT_PASSES * student.num_parameters() if refits else 0)
-    width, student_width = (max(sizes, default=0) for sizes in zip(*plan.widths.values(), strict=True))
+    # A family that is known by its blocks alone has no axis to project, and keeps its width.
+    unchanged = (getattr(teacher.config.get_text_config(), "hidden_size", 0),) * 2
+    width, student_width = map(max, zip(*(plan.widths.values() or [unchanged]), strict=True))
     yield CostPart(
         f"the activations of {tokens} tokens",
         min(item * tokens * (7 if refits else 2) * width, round(config.activation_memory * 10**9)),

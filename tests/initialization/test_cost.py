@@ -23,6 +23,7 @@ from hf_guide.initialization import cost
 from hf_guide.initialization.cost import CostEstimate, CostPart
 from hf_guide.modeling import from_teacher, plan_student
 from hf_guide.utils.memory import _group_limits
+from tests.small_speech import sound_classifier
 
 MEASURE = """
 import gc, json, sys
@@ -109,6 +110,15 @@ def test_one_expert_of_a_block_counts(tmp_path: Path) -> None:
         estimate = plan_student(tmp_path, method="calibrated", num_hidden_layers=1).estimate
         held.append(next(part.bytes for part in estimate.parts if "two blocks" in part.name))
     assert held[1] - held[0] == 2 * 4 * sizes["hidden_size"] * 4
+
+
+def test_a_family_known_by_its_blocks_alone_has_an_estimate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_guide.modeling.MIN_CHECKED_BYTES", 0)
+    teacher = sound_classifier()
+    estimate = plan_student(teacher, method="calibrated", num_hidden_layers=2).estimate
+    assert next(part.bytes for part in estimate.parts if part.name.startswith("the activations")) > 0
+    sounds = [{"input_values": torch.randn(2, 2000)}]
+    from_teacher(teacher, method="calibrated", calibration_dataset=sounds, num_hidden_layers=2, show_progress=False)
 
 
 def test_the_estimate_is_shown_with_the_progress_bar(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
