@@ -13,7 +13,6 @@ corpus anew into text to calibrate on and text held out, and draws from both.
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -29,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import draw_blocks, evaluate
+from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
 from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
@@ -203,8 +202,7 @@ def main() -> int:
                 file.write(json.dumps(row) + "\n")
             rows.append(row)
     print(
-        f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}\n{args.tokens} tokens of calibration text, loss in nats on "
+        f"\n{describe_machine()}\n{args.tokens} tokens of calibration text, loss in nats on "
         f"{args.held_out_blocks * (LENGTH - 1)} tokens held out"
     )
     print(table([row for row in rows if any(key.items() <= row.items() for key in keys)]))

@@ -11,7 +11,6 @@ target and arm is appended to --output; existing ones are not made again.
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import TrainingRecipe, cache_teacher, draw_blocks, evaluate, train
+from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
 from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
@@ -164,10 +163,7 @@ def main() -> int:
         todo = [(target, arm) for target in args.targets for arm in ARMS if (target, arm) not in done]
         if todo:
             rows += run_seed(todo, args)
-    print(
-        f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
+    print(f"\n{describe_machine()}")
     print(table(rows))
     return 0
 

@@ -13,7 +13,6 @@ and whatever is random. One JSON line a seed and arm is appended to --output; wh
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from baselines import NOTHING_FITTED
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
@@ -36,6 +34,7 @@ from examples.common.language_model import (
     evaluate,
     train,
 )
+from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
 from examples.common.teachers import default_language_model
 from hf_guide import AutoStudentForCausalLM, register_method
@@ -203,10 +202,7 @@ def main() -> int:
         with args.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in new_rows)
         rows += new_rows
-    print(
-        f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
+    print(f"\n{describe_machine()}")
     print(
         f"seeds {sorted({row['seed'] for row in rows})}, perplexity on held-out text, mean ± standard deviation over seeds; "
         f"teacher {statistics.mean(row['teacher'] for row in rows):.1f}"

@@ -15,7 +15,6 @@ correlation (Spearman) of each score with the loss after training.
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
@@ -33,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import TrainingRecipe, cache_teacher, draw_blocks, evaluate, train
+from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
 from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
@@ -304,10 +303,7 @@ def main() -> int:
         todo = [shape for shape in asked if shape not in done]
         if todo:
             rows += run_seed(todo, args)
-    print(
-        f"\n{os.cpu_count()} processors, python {sys.version.split()[0]}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
+    print(f"\n{describe_machine()}")
     print(table(rows))
     return 0
 
