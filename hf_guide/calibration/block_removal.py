@@ -10,18 +10,18 @@ files one block is in memory at a time, and all are read about as often.
 """
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.collection import CalibrationResult
 from hf_guide.calibration.forward import calibration_mode
-from hf_guide.calibration.held_out_loss import causal_loss, check_scorable, divergence, iter_rows, row_logits
 from hf_guide.calibration.importance import BlockRemoval, top_influence_blocks
+from hf_guide.calibration.output_comparison import OutputComparison
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import (
     SequentialBlocks,
@@ -32,11 +32,14 @@ from hf_guide.calibration.sequential import (
 )
 from hf_guide.calibration.streams import Streams
 from hf_guide.errors import OptionError
-from hf_guide.tasks import Task
+from hf_guide.initialization.registry import StudentSetup
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 
 SAMPLE_TOKENS = 512
 """Tokens of the sample, of all processes together."""
+
+SAMPLE_EXAMPLES = 8
+"""Examples of the sample at least, in each process, where examples are compared with each other."""
 
 STEP = "removed_blocks"
 """Of a resumable calibration, the step that holds what was removed so far."""
@@ -45,54 +48,66 @@ _WHAT = "Removals of blocks"
 _ADVICE = "Set layer_selection='block_influence'."
 
 
-def check_removable(model_class: type[PreTrainedModel], config: PreTrainedConfig, stacks: Collection[str]) -> Task:
-    """Return the task of a teacher whose removals of blocks can be evaluated.
+def check_removable(setup: StudentSetup, stacks: Collection[str]) -> OutputComparison:
+    """Return what compares a teacher's outputs with those without a block.
 
     Raises:
-        OptionError: It has several stacks, or outputs without a loss.
+        OptionError: It has several stacks, or outputs that cannot be compared.
     """
-    task = check_scorable(model_class, config, what=_WHAT, advice=_ADVICE)
+    teacher = dataclasses.replace(setup, model_class=setup.teacher.model_class, config=setup.teacher.config)
+    comparison = OutputComparison(teacher, what=_WHAT, advice=_ADVICE)
     if len(stacks) > 1:
         raise OptionError(f"{_WHAT} are evaluated in models of one stack; found {sorted(stacks)}. {_ADVICE}")
-    return task
+    return comparison
 
 
 def remove_blocks(
-    calibration: CalibrationResult, counts: Mapping[str, int], *, show_progress: bool = False
+    calibration: CalibrationResult,
+    counts: Mapping[str, int],
+    comparison: OutputComparison,
+    *,
+    show_progress: bool = False,
 ) -> dict[str, BlockRemoval]:
     """Return, by stack, which blocks to keep, so many as `counts` has; empty where no stack loses a block.
 
     The loss of the sample without the other blocks is never larger than with the blocks of greatest influence.
 
+    Args:
+        calibration: What was collected of the teacher.
+        counts: By stack, the student's blocks.
+        comparison: As `check_removable` returned it.
+        show_progress: Whether to show a progress bar.
+
     Raises:
-        OptionError: The model has several stacks, blocks that do not run one after another, or outputs without a loss.
+        OptionError: The model has blocks that do not run one after another, or a single example of embeddings.
     """
     depths = {stack: len(blocks) for stack, blocks in calibration.teacher.stacks.items()}
     smaller = [stack for stack, count in counts.items() if count < depths.get(stack, count)]
     if not smaller:
         return {}
-    model = calibration.teacher.model
-    task = check_removable(type(model), model.config, depths)
     (stack,) = smaller
-    sample = _sample(calibration.teacher)
+    sample = _sample(calibration.teacher, comparison)
     try:
-        with calibration_mode(model):
-            search = _Search(sample, stack, task, calibration.checkpoint)
+        with calibration_mode(sample.model):
+            search = _Search(sample, stack, comparison, calibration.checkpoint)
             influence = calibration.statistics.block_influence[stack]
             return {stack: search.run(counts[stack], influence, show_progress=show_progress)}
     except UnsupportedBlockStructure as error:
         raise OptionError(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
 
 
-def _sample(teacher: SequentialModel) -> SequentialModel:
+def _sample(teacher: SequentialModel, comparison: OutputComparison) -> SequentialModel:
     """Return the teacher on the first rows of this process's batches."""
     budget, batches = -(-SAMPLE_TOKENS // rank_and_world_size()[1]), []
+    examples, wanted = 0, SAMPLE_EXAMPLES if comparison.compares_examples else 0
     for batch in teacher.batches:
         length = batch["input_ids"].shape[-1] if "input_ids" in batch else 1
-        batches.append(first_rows(batch, -(-budget // length)))
-        budget -= len(next(iter(batches[-1].values()))) * length
-        if budget <= 0:
+        batches.append(first_rows(batch, max(-(-budget // length), wanted - examples)))
+        count = len(next(iter(batches[-1].values())))
+        budget, examples = budget - count * length, examples + count
+        if budget <= 0 and examples >= wanted:
             break
+    comparison.check_examples(examples)
     sample = teacher.on_first_batches(len(batches))
     sample.batches = batches
     sample.finished, sample.visited = {}, []
@@ -102,15 +117,22 @@ def _sample(teacher: SequentialModel) -> SequentialModel:
 class _Search:
     """The search in one stack: the hidden states before each block that is left."""
 
-    def __init__(self, sample: SequentialModel, stack: str, task: Task, checkpoint: CalibrationCheckpoint | None):
-        self.sample, self.stack, self.task, self.checkpoint = sample, stack, task, checkpoint
+    def __init__(
+        self,
+        sample: SequentialModel,
+        stack: str,
+        comparison: OutputComparison,
+        checkpoint: CalibrationCheckpoint | None,
+    ):
+        self.sample, self.stack, self.comparison, self.checkpoint = sample, stack, comparison, checkpoint
+        self.parts = [comparison.parts(batch) for batch in sample.batches]
         self.blocks: SequentialBlocks = sample.start(stack)
         if not self.blocks.is_replayable:
             raise UnsupportedBlockStructure("what follows takes more of its blocks than the last hidden states.")
         self.kept = list(range(len(self.blocks.blocks)))
         self.before: dict[int, Streams] = {}
         final = self._run_from(0, self.blocks.hidden_states, keeps=True)
-        self.reference = [] if task is Task.CAUSAL_LM else self._logits(final)
+        self.reference = list(self._outputs(final)) if comparison.needs_teacher else []
 
     def run(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockRemoval:
         """Remove blocks until `count` are left."""
@@ -170,25 +192,21 @@ class _Search:
             stream = after
         return stream
 
-    def _logits(self, final: Streams) -> list[Tensor]:
-        logits: list[Tensor] = []
-        for index, batch in enumerate(self.blocks.batches):
-            for number, row in enumerate(iter_rows(batch)):
-                last = final[index][number : number + 1]
+    @torch.no_grad()
+    def _outputs(self, final: Streams) -> Iterator[Tensor]:
+        """Yield what is compared of each part of a batch, on the CPU."""
+        for index, parts in enumerate(self.parts):
+            hidden_states = final[index]
+            for part, last in zip(parts, hidden_states.tensor_split(len(parts)), strict=True):
                 with replaced_blocks(self.blocks.blocks, self.blocks.outputs, last):
-                    logits.append(row_logits(self.sample.model, row, self.task))
-        return logits
+                    outputs = self.comparison.outputs(self.sample.model, part)
+                yield outputs.cpu()
 
     def _loss(self, final: Streams) -> float:
         """Return the mean loss of the sample in nats, the same in all processes."""
-        logits = self._logits(final)
-        if self.task is Task.CAUSAL_LM:
-            rows = [row for batch in self.blocks.batches for row in iter_rows(batch)]
-            losses = [causal_loss(each, row) for each, row in zip(logits, rows, strict=True)]
-        else:
-            losses = [divergence(each, teacher) for each, teacher in zip(logits, self.reference, strict=True)]
-        joined = torch.cat(losses).double()
-        sums = torch.tensor([joined.sum().item(), float(len(joined))], dtype=torch.float64)
+        parts = [part for batch in self.parts for part in batch]
+        losses = self.comparison.losses(self._outputs(final), self.reference, parts).double()
+        sums = torch.tensor([losses.sum().item(), float(len(losses))], dtype=torch.float64)
         all_reduce_sum_([sums])
         return (sums[0] / sums[1].clamp(min=1)).item()
 

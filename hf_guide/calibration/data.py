@@ -37,6 +37,17 @@ EXPECTED_DATASET = (
 )
 
 
+def num_rows(batch: Batch) -> int | None:
+    """Return how many examples a batch has; None where a row is not an example, as of patches of several images.
+
+    Example:
+        >>> num_rows({"input_ids": torch.zeros(8, 16)})
+        8
+    """
+    lengths = {len(value) for value in batch.values()}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
 def is_self_generated(dataset: Any) -> bool:
     """Return whether the teacher is to generate the calibration dataset itself."""
     return isinstance(dataset, str) and dataset == SELF_GENERATED

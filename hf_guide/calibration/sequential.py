@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.block_weights import BlockWeights
-from hf_guide.calibration.data import Batch
+from hf_guide.calibration.data import Batch, num_rows
 from hf_guide.calibration.forward import forward_no_cache
 from hf_guide.calibration.modules import ModuleMap
 from hf_guide.calibration.streams import Streams, StreamStore
@@ -506,8 +506,7 @@ def first_rows(batch: Batch, rows: int | None) -> Batch:
 
 def _count_rows(batch: Batch, rows: int) -> int | None:
     """Return that number of rows, or None for all where a row is not an example."""
-    first = next(iter(batch.values()))
-    return rows if all(len(value) == len(first) for value in batch.values()) else None
+    return None if num_rows(batch) is None else rows
 
 
 def _nearly_equal(first: Any, second: Any) -> bool:

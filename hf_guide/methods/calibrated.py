@@ -95,9 +95,8 @@ class CalibratedMethod(InitializationMethod):
         """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""
         plan = setup.validate_plan()
         self.stacks = plan.block_mapping
-        is_greedy = self.config.layer_selection == LayerSelection.GREEDY
-        if is_greedy:
-            check_removable(setup.teacher.model_class, setup.teacher.config, self.stacks)
+        removes = self.config.layer_selection == LayerSelection.GREEDY
+        comparison = check_removable(setup, self.stacks) if removes else None
         folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir)
         call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)
         self.calibration = collect_calibration(
@@ -110,9 +109,11 @@ class CalibratedMethod(InitializationMethod):
             show_progress=setup.show_progress,
             **setup.hub,
         )
-        if is_greedy:
+        if comparison is not None:
             counts = {stack: len(blocks) for stack, blocks in self.stacks.items()}
-            self.calibration.removals = remove_blocks(self.calibration, counts, show_progress=setup.show_progress)
+            self.calibration.removals = remove_blocks(
+                self.calibration, counts, comparison, show_progress=setup.show_progress
+            )
         return _to_lists(self.calibration.block_scores)
 
     def reuse(self, calibration: CalibrationResult, setup: StudentSetup) -> None:

@@ -2,7 +2,6 @@
 
 `budget` parses what is allowed; `fields` finds the config's size fields through the family's layout; `counting` counts
 parameters from shapes; `enumeration` lists the shapes; `candidates` has their score by a rule, `scoring` that by starts on
-calibration data, whose outputs `comparison` compares; `search` ties these together. Works for families whose layout names
-their axes and whose stacks have one width (decoders, encoders, encoder-decoders, ViTs); not for stages of several widths, or
-models nested in models.
+calibration data; `search` ties these together. Works for families whose layout names their axes and whose stacks have one
+width (decoders, encoders, encoder-decoders, ViTs); not for stages of several widths, or models nested in models.
 """

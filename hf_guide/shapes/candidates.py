@@ -40,7 +40,7 @@ class ShapeCandidate:
             and keys, which grow with the context.
         rule_score: See `rule_scores`; lower is better, 0 is the teacher's own shape.
         quick_loss: Of a start that is refitted on an eighth of the calibration data, on held-out calibration data, as
-            `hf_guide.shapes.comparison` measures it; None where it was not made.
+            `hf_guide.calibration.output_comparison` measures it; None where it was not made.
         loss: Of the whole start, on the same data; None where it was not made.
         distilled_loss: The same after `search_steps` of distillation; None without.
         sizes: The value of every size field, those that are the teacher's or the user's too.

@@ -24,8 +24,8 @@ from hf_guide.calibration.collection import collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
 from hf_guide.calibration.forward import calibration_mode, running_device
-from hf_guide.calibration.held_out_loss import causal_loss, iter_rows
 from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.output_comparison import OutputComparison, iter_rows
 from hf_guide.calibration.self_generation import generate_calibration_text
 from hf_guide.calibration.statistics import mlp_width
 from hf_guide.errors import OptionError
@@ -35,7 +35,6 @@ from hf_guide.methods.calibrated import CalibratedMethod
 from hf_guide.models.layer_mapping import width_of_config
 from hf_guide.models.targets import complete_inputs
 from hf_guide.shapes.candidates import ShapeCandidate
-from hf_guide.shapes.comparison import OutputComparison
 from hf_guide.utils.checksums import read_json, write_json
 from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, rank_and_world_size
 from hf_guide.utils.fingerprint import comparable_config
@@ -83,7 +82,11 @@ class CalibratedScorer:
         search_steps: int | None = None,
     ):
         self.setup, self.config, self.resolve, self.search_steps = setup, config, resolve, search_steps
-        self.comparison = OutputComparison(setup)
+        self.comparison = OutputComparison(
+            setup,
+            what="Shapes",
+            advice="Let `hf-guide shapes` rank them by its rule, without calibration data, and pass the sizes that it prints.",
+        )
         teacher, weights = running_teacher(setup.source, setup.teacher, setup.layout)
         with _all_held(weights):
             fitted, self.held_out = self._split(teacher)
@@ -143,10 +146,7 @@ class CalibratedScorer:
                 "more data, or lower calibration_batch_size."
             )
         rows = [row for batch in batches[-held_out:] for row in iter_rows(batch)]
-        if self.comparison.compares_examples and len(rows) < 2:
-            raise OptionError(
-                "Embeddings are compared with each other, and calibration_dataset has one example to hold out: pass more data."
-            )
+        self.comparison.check_examples(len(rows))
         return batches[:-held_out], [complete_inputs(teacher, self.comparison.task, row) for row in rows]
 
     def _losses(self, candidate: ShapeCandidate, *, quick: bool) -> list[float]:
@@ -198,7 +198,7 @@ class CalibratedScorer:
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = peak * min((step + 1) / max(1, steps // 10), 1 - step / (steps + 1))
                 batch = batches[step % len(batches)]
-                parts = [batch] if self.comparison.compares_examples else list(iter_rows(batch))
+                parts = self.comparison.parts(batch)
                 for part in parts:
                     inputs = complete_inputs(teacher, self.comparison.task, part)
                     with torch.no_grad():
@@ -217,14 +217,7 @@ class CalibratedScorer:
         student.to(running_device(self.calibration.teacher.model))  # type: ignore[arg-type]
         with calibration_mode(student):
             outputs = (self.comparison.outputs(student, row).cpu() for row in self.held_out)
-            if not self.comparison.needs_teacher:
-                losses = [causal_loss(each, row) for each, row in zip(outputs, self.held_out, strict=True)]
-            elif self.comparison.compares_examples:
-                losses = [self.comparison.differences(torch.cat(list(outputs)), torch.cat(self.reference))]
-            else:
-                pairs = zip(outputs, self.reference, strict=True)
-                losses = [self.comparison.differences(each, teacher) for each, teacher in pairs]
-        loss = torch.cat(losses).double().mean().item()
+            loss = self.comparison.losses(outputs, self.reference, self.held_out).double().mean().item()
         return all_reduce_scalar(loss) / rank_and_world_size()[1]
 
     @torch.no_grad()

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from hf_guide import OptionError, from_teacher
 from hf_guide.calibration import block_removal
 from hf_guide.calibration.importance import BlockRemoval
+from tests.calibration.test_output_comparison import teacher_of
 from tests.tiny import KINDS
 
-FAMILIES = ["llama", "gpt2", pytest.param("llama tied", marks=pytest.mark.slow)]
+FAMILIES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama tied"))]
 EXACT = {"method": "calibrated", "refit": "none", "fit_logit_scale": False}
 
 
@@ -104,12 +105,28 @@ def test_the_set_of_greatest_influence_is_kept_where_its_loss_is_lower() -> None
     assert scores.topk(2).indices.sort().values.tolist() == [1, 3] and scores[2] < scores[1]
 
 
-def test_an_encoder_is_scored_by_its_divergence_from_the_teacher() -> None:
-    teacher = KINDS["bert"].teacher()
-    options = {"calibration_dataset": batches(), "show_progress": False, "num_hidden_layers": 2}
+@pytest.mark.parametrize(
+    "name", ["masked-lm", "sequence-classification", "sequence-classification, regression", "feature-extraction"]
+)
+def test_encoders_are_scored_by_how_far_they_are_from_the_teacher(name: str) -> None:
+    teacher, data = teacher_of(name)
+    options = {"calibration_dataset": data, "show_progress": False, "num_hidden_layers": 2}
     report = from_teacher(teacher, method=EXACT | {"layer_selection": "greedy"}, **options).initialization_report
     (removed,) = report.calibration["removed_blocks"].values()
-    assert [block for block, _ in removed] and all(loss > 0 for _, loss in removed)
+    assert len(removed) == 2 and all(loss > 0 for _, loss in removed)
+
+
+def test_a_single_embedding_is_an_error() -> None:
+    teacher, data = teacher_of("feature-extraction")
+    one = [{"input_ids": data[0]["input_ids"][:1]}]
+    with pytest.raises(OptionError, match="Removals of blocks .* has 1 for it: pass more data"):
+        from_teacher(
+            teacher,
+            method=EXACT | {"layer_selection": "greedy"},
+            calibration_dataset=one,
+            show_progress=False,
+            num_hidden_layers=2,
+        )
 
 
 def test_a_model_of_several_stacks_is_an_error() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_guide import find_shapes, from_teacher
-from hf_guide.calibration.held_out_loss import causal_loss, divergence
+from hf_guide.calibration.output_comparison import causal_loss, divergence
 from hf_guide.errors import OptionError
 from hf_guide.shapes.scoring import CalibratedScorer
 from tests.tiny import KINDS, inputs, same_bits

@@ -1,4 +1,4 @@
-"""How far a student's outputs are from its teacher's: what scores a shape, and what a short distillation lowers.
+"""How far a model's outputs are from its teacher's, as a score and as what a short distillation lowers.
 
 - Causal language models are scored by the cross-entropy of the text itself.
 - Classes, of tokens, examples, frames, pixels, queries or positions: the divergence KL(teacher, student) of each item; of
@@ -9,13 +9,14 @@
   by their mean.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.data import Batch
+from hf_guide.calibration.data import Batch, num_rows
 from hf_guide.calibration.forward import forward_without_cache
-from hf_guide.calibration.held_out_loss import causal_loss, divergence
 from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.initialization.sentence_modules import teacher_sentence_modules
@@ -27,23 +28,25 @@ from hf_guide.tasks import OutputKind, Task, output_kind, task_of
 
 
 class OutputComparison:
-    """Compares the outputs of models for the task of a student.
+    """Compares the outputs of models for a task.
 
     Args:
-        setup: Of the student.
+        setup: Of a model of the task, which is that of its class.
+        what: What is scored, for errors.
+        advice: What can be done where it cannot be, as a sentence.
 
     Raises:
         OptionError: The outputs of the task cannot be compared on calibration data.
     """
 
-    def __init__(self, setup: StudentSetup):
+    def __init__(self, setup: StudentSetup, *, what: str, advice: str):
+        self.what = what
         self.task = task_of(setup.model_class)
         self.kind = output_kind(self.task, setup.config)
         if self.task.row.outputs[0].items == "row":
             raise OptionError(
-                f"Shapes of a {setup.model_class.__name__} cannot be scored on calibration data: its outputs are the pairs of "
-                "a batch. Let `hf-guide shapes` rank them by its rule, without calibration data, and pass the sizes that it "
-                "prints."
+                f"{what} of a {setup.model_class.__name__} cannot be scored on calibration data: its outputs are the pairs of "
+                f"a batch. {advice}"
             )
         if self.compares_examples:
             modules = teacher_sentence_modules(setup.source, setup.teacher, setup.model_class, setup.hub)
@@ -61,6 +64,10 @@ class OutputComparison:
         """Whether a score needs the teacher's outputs."""
         return self.task is not Task.CAUSAL_LM
 
+    def parts(self, batch: Batch) -> list[Batch]:
+        """Return what a batch is run as: its rows, whose logits are large, or the whole of it where examples are compared."""
+        return [batch] if self.compares_examples else list(iter_rows(batch))
+
     def outputs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
         """Return what is compared of a model's outputs for a batch: (items, classes), or embeddings (examples, width).
 
@@ -76,8 +83,8 @@ class OutputComparison:
         logits = task_logits(self.task, outputs, batch).float()
         if self.task is Task.MULTIPLE_CHOICE and logits.shape[-1] < 2:
             raise OptionError(
-                "Shapes for multiple choice are scored by how choices are ranked, and a row of calibration_dataset is one "
-                "text. Pass batches whose input_ids are (batch, choices, length)."
+                f"{self.what} for multiple choice are scored by how choices are ranked, and a row of calibration_dataset is "
+                "one text. Pass batches whose input_ids are (batch, choices, length)."
             )
         mask = target_mask(self.task, batch, shifted=False, model=model).to(logits.device)
         return logits[mask] if mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
@@ -92,6 +99,32 @@ class OutputComparison:
             both = (torch.stack([each, torch.zeros_like(each)], -1) for each in (student, teacher))
             return divergence(*both).sum(-1)
         return divergence(student, teacher)
+
+    def check_examples(self, count: int) -> None:
+        """Raise where examples are compared with each other, and there is only one.
+
+        Raises:
+            OptionError: States what to do.
+        """
+        if self.compares_examples and count < 2:
+            raise OptionError(
+                f"{self.what} of a model of embeddings are scored by how examples compare with each other, and "
+                f"calibration_dataset has {count} for it: pass more data."
+            )
+
+    def losses(self, outputs: Iterable[Tensor], reference: Sequence[Tensor], parts: Sequence[Batch]) -> Tensor:
+        """Return what a model is scored by for parts of batches, (items,).
+
+        Args:
+            outputs: The model's, of each part; read one by one.
+            reference: The teacher's; not read where `needs_teacher` is false.
+            parts: The inputs.
+        """
+        if not self.needs_teacher:
+            return torch.cat([causal_loss(each, part) for each, part in zip(outputs, parts, strict=True)])
+        if self.compares_examples:
+            return self.differences(torch.cat(list(outputs)), torch.cat(list(reference)))
+        return torch.cat([self.differences(*pair) for pair in zip(outputs, reference, strict=True)])
 
     def objective(self, student: Tensor, teacher: Tensor, batch: Batch) -> Tensor:
         """Return what a short distillation lowers, a scalar: the differences; of causal models half of it cross-entropy."""
@@ -112,3 +145,41 @@ def similarity_differences(student: Tensor, teacher: Tensor) -> Tensor:
     unit = (torch.nn.functional.normalize(each, dim=-1) for each in (student, teacher))
     first, second = (each @ each.T for each in unit)
     return (first - second).square().sum(-1) / max(len(student) - 1, 1)
+
+
+def iter_rows(batch: Batch) -> Iterator[Batch]:
+    """Yield a batch's rows, each as a batch of one; the whole batch where a row is not an example."""
+    count = num_rows(batch)
+    if count is None:
+        yield batch
+        return
+    for index in range(count):
+        yield {name: value[index : index + 1] for name, value in batch.items()}
+
+
+def causal_loss(logits: Tensor, row: Batch) -> Tensor:
+    """Return the cross-entropy of each next token, (tokens,).
+
+    Args:
+        logits: (tokens, vocabulary), of the tokens that are not padding.
+        row: The inputs of one row.
+    """
+    ids, mask = row["input_ids"].flatten(), row.get("attention_mask")
+    ids = ids if mask is None else ids[mask.flatten().bool()]
+    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:].to(logits.device), reduction="none")
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the divergence KL(teacher, student) of each item, in nats, (items,); classes of logit -inf do not count.
+
+    Args:
+        student, teacher: Logits, (items, classes).
+
+    Example:
+        >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 100.0]]))
+        tensor([0.6931])
+    """
+    own, target = student.log_softmax(-1), teacher.log_softmax(-1)
+    possible = target > -torch.inf
+    difference = torch.where(possible, target, 0) - torch.where(possible, own, 0)
+    return (target.exp() * difference).sum(-1)

@@ -8,9 +8,8 @@ import transformers
 from torch.nn.functional import cosine_similarity
 
 from hf_guide import find_shapes
-from hf_guide.calibration.held_out_loss import divergence
+from hf_guide.calibration.output_comparison import OutputComparison, divergence, similarity_differences
 from hf_guide.errors import HfGuideError, LayoutError, OptionError
-from hf_guide.shapes.comparison import OutputComparison, similarity_differences
 from hf_guide.tasks import Task
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.tiny import SIZES
@@ -147,7 +146,7 @@ def test_a_teacher_differs_from_another_model_and_not_from_itself(name):
     setup = SimpleNamespace(
         model_class=type(teacher), config=teacher.config, source=teacher, teacher=open_teacher(teacher), hub={}
     )
-    comparison = OutputComparison(setup)
+    comparison = OutputComparison(setup, what="Shapes", advice="")
     with torch.no_grad():
         target, found = (comparison.outputs(model, data[0]) for model in (teacher, other))
     assert target.ndim == 2 and torch.isfinite(comparison.differences(found, target)).all()
@@ -179,7 +178,7 @@ def test_one_choice_an_example_and_pairs_are_refused():
     teacher, _ = teacher_of("multiple-choice")
     setup = SimpleNamespace(model_class=type(teacher), config=teacher.config)
     with pytest.raises(OptionError, match="batches whose input_ids are"):
-        OutputComparison(setup).outputs(teacher, ids()[0])
+        OutputComparison(setup, what="Shapes", advice="").outputs(teacher, ids()[0])
     with pytest.raises(HfGuideError, match="made of several models"):
         find_shapes(transformers.CLIPModel(tiny_clip()), num_parameters="60%", show_progress=False)
 
