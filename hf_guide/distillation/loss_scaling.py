@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_guide.distillation.objective import BatchBuilder, DistillationBatch, zero_loss_with_gradient
+from hf_guide.distillation.batch_builder import BatchBuilder, DistillationBatch
+from hf_guide.distillation.objective import zero_loss_with_gradient
 from hf_guide.distillation.subclass_logits import SubclassTargets
 from hf_guide.errors import OptionError
 from hf_guide.models.modes import eval_mode

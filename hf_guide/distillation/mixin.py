@@ -27,6 +27,7 @@ from hf_guide.distillation.arguments import (
     validate_not_empty,
     validate_output_dir,
 )
+from hf_guide.distillation.batch_builder import BatchBuilder, DistillationBatch
 from hf_guide.distillation.cached_teacher import CachedTeacher, load_cached_teacher
 from hf_guide.distillation.embedding_maps import fit_embedding_maps
 from hf_guide.distillation.generation_prompts import generation_step
@@ -43,8 +44,6 @@ from hf_guide.distillation.objective import (
     TEACHER_AGREEMENT,
     TEACHER_CE,
     TOKEN_METRICS,
-    BatchBuilder,
-    DistillationBatch,
     ObjectiveOutput,
     build_objective,
     find_head_all_ranks,

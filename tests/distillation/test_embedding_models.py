@@ -333,7 +333,7 @@ def test_padding_examples_of_several_processes_count_by_their_rows(
     """Two of three examples are real, of two texts each: four of six texts are measured."""
     student = narrow(teacher)
     made = trainer(student, str(teacher), tmp_path)
-    monkeypatch.setattr("hf_guide.distillation.objective._num_real_examples", lambda _, size: size - 1)
+    monkeypatch.setattr("hf_guide.distillation.batch_builder._num_real_examples", lambda _, size: size - 1)
     built = made._batch_builder.build(made.data_collator([SCORED[row] for row in range(3)]), training=False)
     assert built.mask.tolist() == [True] * 4 + [False] * 2 and built.rows_per_example == 2
     assert not {"scores", "rows_per_example"} & built.inputs.keys()
