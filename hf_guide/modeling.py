@@ -155,7 +155,8 @@ def from_teacher(
         revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: As in `from_pretrained`.
         show_progress: Whether to show progress bars.
         **overrides: Fields of the teacher's config that the student changes, such as `hidden_size=288`. Values that the
-            family derives from others (`head_dim`, `layer_types`, ...) are derived again. With a `vocab_size` below the
+            family derives from others (`layer_types`, ...) are derived again; heads stay as large as the teacher's where
+            the family has a field for it (`head_dim`), and are hidden size / heads elsewhere. With a `vocab_size` below the
             teacher's the student keeps the pieces of its fast tokenizer (BPE, Unigram or WordPiece) that
             `calibration_dataset` uses, all special and added tokens, and the bytes or characters without which texts could
             not be encoded; with `num_parameters` and its like, "auto" chooses the size, too.
@@ -483,7 +484,7 @@ class FromTeacherMixin(_FromTeacherBase):
         >>> from transformers import LlamaForCausalLM
         >>> class MyStudent(FromTeacherMixin, LlamaForCausalLM):
         ...     pass
-        >>> sizes = {"hidden_size": 240, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+        >>> sizes = {"hidden_size": 240, "num_attention_heads": 6, "num_key_value_heads": 2}
         >>> student = MyStudent.from_teacher("HuggingFaceTB/SmolLM2-135M", **sizes, show_progress=False)
         >>> student.save_pretrained("student")
         >>> LlamaForCausalLM.from_pretrained("student").config.hidden_size

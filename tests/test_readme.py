@@ -23,7 +23,7 @@ FILES = ("README.md", "examples/README.md", "examples/benchmarks/README.md", "CO
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SHAPE = '"hidden_size": 240, "num_hidden_layers": 14, "intermediate_size": 768'
 TINY_SHAPE = '"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 32'
-HEADS = '"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64'
+HEADS = '"num_attention_heads": 6, "num_key_value_heads": 2'
 
 
 def read(name: str) -> str:

@@ -209,7 +209,7 @@ def rule_score(shape: "list[int]") -> float:
     teacher = tuple(SizeField(*each) for each in zip(names, (576, 30, 9, 1536), roles, strict=True))
     width, blocks, heads, _, head_size, mlp = shape
     sizes = zip(names, (width, blocks, heads, mlp), strict=True)
-    fields = SizeFields(teacher, head_size, 64, "head_dim", False, {}, {})
+    fields = SizeFields(teacher, head_size, 64, False, {}, {})
     return float(rule_scores({name: np.array([size]) for name, size in sizes}, fields)[0])
 
 

@@ -37,7 +37,7 @@ SIZES = {
     "intermediate_size": "width of the MLP",
     "num_attention_heads": "number of query heads",
     "num_key_value_heads": "number of key/value heads",
-    "head_dim": "size of a head",
+    "head_dim": "size of a head; by default the teacher's",
     "vocab_size": "number of tokens: those in use; `auto` with a budget",
 }
 
@@ -76,9 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DTYPE",
         help="by default the teacher's",
     )
-    parser.add_argument(
-        "--tokenizer", metavar="TOKENIZER", help="Hub id or folder of another tokenizer than the teacher's"
-    )
     parser.add_argument("--license", metavar="ID", help="license for the model card, such as apache-2.0")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
     add_shape_arguments(parser)
@@ -102,11 +99,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the student's sizes, or the budget from which they follow."""
+    """Add the student's sizes and its tokenizer, or the budget from which sizes follow."""
     shape = parser.add_argument_group("shape (by default the teacher's, or what follows from the others)")
     for name, text in SIZES.items():
         size = _number_or_auto if name == "vocab_size" else int
         shape.add_argument(to_flag(name), type=size, metavar="N", help=text)
+    shape.add_argument(
+        "--tokenizer", metavar="TOKENIZER", help="Hub id or folder of another tokenizer than the teacher's"
+    )
     shape.add_argument(
         "--config",
         action="append",

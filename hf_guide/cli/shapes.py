@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         calibration_dataset=dataset,
         calibration_cache_dir=args.calibration_cache_dir,
         dtype=args.dtype,
+        tokenizer=args.tokenizer,
         limit=args.limit,
         gguf_file=args.gguf_file,
         show_progress=not args.no_progress,
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     )
     print("\n".join(format_table(shapes)))
     chosen = {**overrides, **shapes[0].overrides}
-    print(f"\nTake the first: hf-guide init {args.teacher} {' '.join(map(_flag, chosen.items()))} -o student/")
+    flags = [*map(_flag, chosen.items()), *([f"--tokenizer {args.tokenizer}"] if args.tokenizer else [])]
+    print(f"\nTake the first: hf-guide init {args.teacher} {' '.join(flags)} -o student/")
     if args.output:
         plot_shapes([each.to_json() for each in shapes], args.output)
         print(f"Plotted in {args.output}")

@@ -5,6 +5,7 @@ Does not: select blocks or read weights.
 """
 
 import copy
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -32,8 +33,7 @@ _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size"),
 )
-# An attention width that the config states on its own, so that heads need not divide the hidden size.
-_HEAD_SIZES = ("head_dim", "d_kv", "d_head", "attention_head_size", "kv_channels", "v_head_dim")
+_HEAD_SIZE = re.compile(r"(^|_)(head_dim|head_size|d_head|dim_head|d_kv|kv_channels)$")
 _CONFIG_ERRORS = (
     *(StrictDataclassFieldValidationError, StrictDataclassClassValidationError, ValueError, ZeroDivisionError),
     *(NotImplementedError, AttributeError, KeyError, IndexError),
@@ -72,6 +72,16 @@ class _BlockFieldRules:
         return remapped
 
 
+def is_head_size(name: str) -> bool:
+    """Return whether a config field of this name states the size of a head apart from the hidden size.
+
+    Example:
+        >>> is_head_size("head_dim"), is_head_size("d_kv"), is_head_size("num_attention_heads")
+        (True, True, False)
+    """
+    return _HEAD_SIZE.search(name) is not None
+
+
 def derive_student_config(
     teacher_config: PreTrainedConfig,
     overrides: Mapping[str, Any],
@@ -84,12 +94,13 @@ def derive_student_config(
     """Return a new config of the teacher's class with `overrides` applied; the teacher's is not modified.
 
     Names are the family's own or its aliases (`hidden_size` for GPT-2's `n_embd`); a nested config takes a mapping. A value
-    that the class computes from others (`head_dim` = hidden size / heads, as many key/value heads as heads, `layer_types`
-    from a pattern) is computed again from the overridden ones. A value that was set explicitly stays, even if it once grew
-    with the width (T5's `d_kv`, Gemma's `query_pre_attn_scalar`); only GPT-J's `rotary_dim` is lowered to the head size where
-    it would exceed it. Fields with one entry per block take the entries at `blocks`; factors of long RoPE, one per rotated
-    pair, are subsampled as the pairs are. Labels are kept unless `num_labels` or `id2label` is overridden, token ids always.
-    The quantization is dropped.
+    that the class computes from others (as many key/value heads as heads, `layer_types` from a pattern) is computed again
+    from the overridden ones. The size of a head stays the teacher's where the family has a field for it (Llama's `head_dim`,
+    T5's `d_kv`), so that a narrower student has whole heads; elsewhere (GPT-2, BERT) it is hidden size / heads. Another value
+    that was set explicitly stays, even if it once grew with the width (Gemma's `query_pre_attn_scalar`); only GPT-J's
+    `rotary_dim` is lowered to the head size where it would exceed it. Fields with one entry per block take the entries at
+    `blocks`; factors of long RoPE, one per rotated pair, are subsampled as the pairs are. Labels are kept unless
+    `num_labels` or `id2label` is overridden, token ids always. The quantization is dropped.
 
     Args:
         keywords: The caller's own, one of which may be meant by an unknown name.
@@ -108,7 +119,7 @@ def derive_student_config(
         >>> teacher = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=8)
         >>> student = derive_student_config(teacher, {"hidden_size": 32, "num_hidden_layers": 2})
         >>> student.head_dim, student.num_hidden_layers
-        (8, 2)
+        (16, 2)
     """
     if block_fields is None:
         block_fields = find_block_fields(teacher_config, standard_depths(teacher_config))
@@ -185,6 +196,7 @@ def _derive(
         }
     if each_its_own:  # and stays so, also where the class does not derive it
         student_values[groups_name] = overrides.get(heads_name, values[heads_name])
+    student_values |= _kept_head_sizes(teacher_config, values, student_values, overrides)
     if "id2label" in overrides and "label2id" not in overrides:
         student_values["label2id"] = {label: index for index, label in overrides["id2label"].items()}
     rope = _subsample_rope_factors(teacher_config, values, student_values | overrides)
@@ -284,6 +296,55 @@ def _derived_names(config_class: type[PreTrainedConfig], values: Mapping[str, An
     return derived
 
 
+def _kept_head_sizes(
+    config: PreTrainedConfig,
+    teacher_values: Mapping[str, Any],
+    student_values: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+) -> dict[str, int]:
+    """Return the teacher's sizes of heads for the fields that state them and whose default is computed from the width."""
+    optional = [field.name for field in fields(config) if field.default is None and is_head_size(field.name)]
+    sizes = {name: teacher_values.get(name) for name in optional}
+    hidden, heads = (_real_name(config, name) for name in ("hidden_size", "num_attention_heads"))
+    width, count = teacher_values.get(hidden), teacher_values.get(heads)
+    if sizes.get("head_dim", 0) is None and {hidden, heads} & overrides.keys() and width and count:
+        sizes["head_dim"] = width // count  # Mixtral's, which its modules compute
+    kept = {name: size for name, size in sizes.items() if isinstance(size, int) and name not in overrides}
+    try:
+        built = type(config)(**copy.deepcopy({**student_values, **overrides, **kept}))
+    except (*_CONFIG_ERRORS, TypeError):  # XLNet's must be the width divided by the heads
+        return {}
+    return {name: size for name, size in kept.items() if vars(built).get(name) == size}
+
+
+def split_heads_note(teacher: PreTrainedConfig, student: PreTrainedConfig, overrides: Collection[str]) -> list[str]:
+    """Return a note for the report where heads are smaller than the teacher's because the hidden size is, or nothing.
+
+    Example:
+        >>> from transformers import GPT2Config
+        >>> split_heads_note(GPT2Config(), GPT2Config(n_embd=384), ["hidden_size"])
+        ["n_embd=384 is divided into n_head=12 heads of 32, and the teacher's have 64: n_head=6 would keep heads whole."]
+    """
+    hidden, heads, groups = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    width, count, kv = (_size(student, name) for name in (hidden, heads, groups))
+    before = (_size(teacher, hidden) or 0) // (_size(teacher, heads) or 1)
+    stated = any(
+        is_head_size(name) and isinstance(size, int) and size in (before, vars(teacher).get(name))
+        for name, size in vars(student).items()
+    )
+    named = {_real_name(teacher, name) for name in overrides}
+    hidden, heads, groups = (_real_name(teacher, name) for name in (hidden, heads, groups))
+    if stated or hidden not in named or heads in named or not width or not count or width // count >= before:
+        return []
+    unit = before * (count // kv if kv else 1)
+    whole = f"{heads}={width // before}" + (f" and {groups}={width // unit}" if kv and kv != count else "")
+    advice = f"{whole} would" if width % unit == 0 else f"multiples of {unit} as {hidden} can"
+    return [
+        f"{hidden}={width} is divided into {heads}={count} heads of {width // count}, and the teacher's have {before}: "
+        f"{advice} keep heads whole."
+    ]
+
+
 def _subsample_rope_factors(
     config: PreTrainedConfig, teacher_values: Mapping[str, Any], student_values: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -346,7 +407,7 @@ def validate_student_config(
     changed = {_real_name(config, n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
     if not heads or not changed & set(overrides):
         return config
-    if hidden and hidden % heads and not any(name in config.__dict__ for name in _HEAD_SIZES):
+    if hidden and hidden % heads and not any(map(is_head_size, config.__dict__)):
         raise ShapeError(
             f"hidden_size={hidden} does not divide into num_attention_heads={heads}: choose a multiple of {heads}."
         )

@@ -24,7 +24,7 @@ from hf_guide.initialization.size_checks import (
     check_overrides_hold,
     check_requested_sizes,
 )
-from hf_guide.initialization.student_config import derive_student_config, validate_student_config
+from hf_guide.initialization.student_config import derive_student_config, split_heads_note, validate_student_config
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, tokenizer_length
 from hf_guide.validation import did_you_mean
 
@@ -36,7 +36,7 @@ class StudentShape:
     """The student's class and config, and the teacher's blocks that feed it.
 
     Attributes:
-        notes: What the report notes of how blocks were chosen.
+        notes: What the report notes of how blocks were chosen, and of heads that are split.
         approximations: What the config cannot state of the blocks that feed it.
     """
 
@@ -88,7 +88,8 @@ def resolve_student(
         check_config_sizes(blocks.config, teacher.config, deepest=deepest)
     check_expert_counts(blocks.config, teacher.config)
     check_overrides_hold(student_class, blocks.config, teacher.config, overrides)
-    return StudentShape(student_class, blocks.config, blocks.layers, blocks.notes, blocks.approximations)
+    notes = [*blocks.notes, *split_heads_note(teacher.config, blocks.config, overrides)]
+    return StudentShape(student_class, blocks.config, blocks.layers, notes, blocks.approximations)
 
 
 def _max_listed_depth(options: PlanOptions | None) -> int:

@@ -133,8 +133,6 @@ def exact_cost(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, in
 
 def _group_parameters(probe: ModelProbe, fields: SizeFields) -> list[_Group]:
     kept = dict(fields.kept)
-    if fields.head_size_field is not None and fields.head_size is not None:
-        kept[fields.head_size_field] = fields.head_size
     # Stated, so that none follows another: as many key/value heads as heads, for one.
     kept |= {each.name: each.size for each in fields.fields if each.role is SizeRole.KEY_VALUE_HEADS}
     base = probe.build(kept)

@@ -325,9 +325,4 @@ def overrides_of(grid: ShapeGrid, index: int, fields: SizeFields, fixed: Mapping
         for name, values in grid.sizes.items()
         if name not in fixed and (int(values[index]) != teacher[name].size or name in fields.kept)
     }
-    narrower = any(each.name in {*overrides, *fixed} for each in fields.of(SizeRole.WIDTH))
-    heads = any(each.name in {*overrides, *fixed} for each in fields.of(SizeRole.HEADS))
-    name = fields.head_size_field
-    if name is not None and fields.head_size is not None and (narrower or heads) and name not in fixed:
-        overrides[name] = fields.head_size
     return {**{name: size for name, size in fields.kept.items() if name not in fixed}, **overrides}

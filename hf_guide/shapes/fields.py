@@ -26,9 +26,6 @@ from hf_guide.models.tiny_models import MODEL_ERRORS
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.validation import StringEnum
 
-HEAD_SIZE_FIELDS = ("head_dim", "d_kv", "attention_head_size", "kv_channels")
-"""Names under which configs state the size of a head apart from the width."""
-
 
 class SizeRole(StringEnum):
     """What a field of a config is the size of."""
@@ -59,8 +56,6 @@ class SizeFields:
         fields: Those that a student may change.
         head_size: The size of a head of every student: the teacher's, or the user's; None where the layout has no heads.
         teacher_head_size: The teacher's.
-        head_size_field: The field by which the size of a head stays the teacher's at another width; None where it stays so, or
-            cannot be stated.
         heads_follow_width: Whether the size of a head is the width divided by the number of heads, so that whole heads
             need a width of whole heads.
         kept: Overrides that state the teacher's own sizes which would follow another field's.
@@ -70,7 +65,6 @@ class SizeFields:
     fields: tuple[SizeField, ...]
     head_size: int | None
     teacher_head_size: int | None
-    head_size_field: str | None
     heads_follow_width: bool
     kept: Mapping[str, int]
     stacks: Mapping[str, str]
@@ -151,12 +145,12 @@ def find_size_fields(probe: ModelProbe) -> SizeFields:
         found = _probe_role(probe, layout, name, value, sizes)
         if found is not None:
             fields.append(found)
-    head_size = config_sizes(layout, teacher.config).get("head_dim")
-    follows, head_field = _head_size_rule(probe, layout, fields, head_size)
-    stated = {each.name: each.size for each in fields if vars(teacher.config).get(each.name) is None}
     fields = [each for each in fields if each.role is not SizeRole.HEAD_SIZE]
-    chosen = head_size if head_field is None else probe.base.get(head_field, head_size)
-    return SizeFields(tuple(fields), chosen, head_size, head_field, follows, stated, stacks)
+    head_size = config_sizes(layout, built[0]).get("head_dim")
+    follows = _heads_follow_width(probe, layout, fields, head_size)
+    stated = {each.name: each.size for each in fields if vars(teacher.config).get(each.name) is None}
+    teacher_head_size = config_sizes(layout, teacher.config).get("head_dim")
+    return SizeFields(tuple(fields), head_size, teacher_head_size, follows, stated, stacks)
 
 
 def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
@@ -252,10 +246,8 @@ def _axis_sizes(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel
     return sizes
 
 
-def _head_size_rule(
-    probe: ModelProbe, layout: Layout, fields: list[SizeField], head_size: int | None
-) -> tuple[bool, str | None]:
-    """Return whether the size of a head follows the width, and the field that keeps it where one can.
+def _heads_follow_width(probe: ModelProbe, layout: Layout, fields: list[SizeField], head_size: int | None) -> bool:
+    """Return whether the size of a head is another at another width.
 
     Raises:
         LayoutError: The family has no field of its width.
@@ -267,22 +259,14 @@ def _head_size_rule(
             "cannot be enumerated for a budget. Pass the sizes themselves."
         )
     if head_size is None:
-        return False, None
+        return False
     width = max(widths, key=lambda each: each.size)
     for other in _other_values(width.size, {}):
         changed = {each.name: other for each in widths if each.size == width.size}
         built = probe.build(changed)
-        if built is None:
-            continue
-        if config_sizes(layout, built[0]).get("head_dim") == head_size:
-            return False, None
-        for name in HEAD_SIZE_FIELDS:
-            stated = probe.build({**changed, name: head_size})
-            if stated is not None and config_sizes(layout, stated[0]).get("head_dim") == head_size:
-                if axes_agree(layout, *stated):
-                    return False, name
-        return True, None
-    return True, None
+        if built is not None:
+            return config_sizes(layout, built[0]).get("head_dim") != head_size
+    return True
 
 
 def axes_agree(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel) -> bool:

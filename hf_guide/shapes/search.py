@@ -17,7 +17,7 @@ from hf_guide.initialization.config import InitializationConfig
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup, make_method
 from hf_guide.initialization.report import format_count
 from hf_guide.initialization.size_checks import check_requested_sizes, is_size
-from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.initialization.student_config import derive_student_config, is_head_size
 from hf_guide.initialization.student_shape import (
     StudentShape,
     resolve_class,
@@ -31,9 +31,7 @@ from hf_guide.shapes.candidates import ShapeCandidate, are_alike, rule_scores
 from hf_guide.shapes.counting import ParameterCounter, exact_cost
 from hf_guide.shapes.enumeration import ShapeEnumerator, ShapeGrid, cache_width, fits_budget, overrides_of
 from hf_guide.shapes.fields import (
-    HEAD_SIZE_FIELDS,
     ModelProbe,
-    SizeFields,
     SizeRole,
     axes_agree,
     build_on_meta,
@@ -101,7 +99,7 @@ class ShapeSearch:
         student_class = self.setup.model_class
         names = self.teacher.config.attribute_map
         fixed = {names.get(name, name): value for name, value in self.overrides.items()}
-        others = {name: value for name, value in fixed.items() if not is_size(name) or name in HEAD_SIZE_FIELDS}
+        others = {name: value for name, value in fixed.items() if not is_size(name) or is_head_size(name)}
         fields = find_size_fields(ModelProbe(self.teacher, student_class, others))
         roles = {each.name for each in fields.fields}
         probe = ModelProbe(
@@ -153,7 +151,7 @@ class ShapeSearch:
         """Return whether the family allows the width and the heads of a shape: in some, one follows from the other."""
         fields = enumerator.fields
         changed = overrides_of(grid, index, fields, enumerator.fixed)
-        changed = {name: size for name, size in changed.items() if name in (*names, fields.head_size_field)}
+        changed = {name: size for name, size in changed.items() if name in names}
         fixed = {name: enumerator.fixed[name] for name in names if name in enumerator.fixed}
         built = probe.build({**fixed, **changed})
         return built is not None and axes_agree(self.setup.layout, *built)
@@ -189,7 +187,7 @@ class ShapeSearch:
             memory=memory,
             flops_per_token=cost["flops_per_token"],
             rule_score=score,
-            sizes={name: int(values[0]) for name, values in sizes.items()} | _head_size(fields, overrides),
+            sizes={name: int(values[0]) for name, values in sizes.items()},
             width=int(max(sizes[each.name][0] for each in fields.of(SizeRole.WIDTH))),
             depth=int(max((sizes[each.name][0] for each in fields.of(SizeRole.DEPTH)), default=0)),
         )
@@ -205,11 +203,6 @@ class ShapeSearch:
             keywords=self.keywords,
             influence=influence,
         )
-
-
-def _head_size(fields: SizeFields, overrides: Mapping[str, int]) -> dict[str, int]:
-    name = fields.head_size_field
-    return {name: overrides[name]} if name is not None and name in overrides else {}
 
 
 def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any], parameters: int) -> str:

@@ -70,7 +70,7 @@ def test_init_makes_a_stock_student_with_all_its_files(teacher, tmp_path):
     student = AutoModelForCausalLM.from_pretrained(output)
     assert type(student) is LlamaForCausalLM
     config = student.config
-    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.head_dim) == (32, 2, 48, 8)
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size, config.head_dim) == (32, 2, 48, 16)
     assert config.rms_norm_eps == 1e-4
     report = InitializationReport.load(output / REPORT_NAME)
     assert report.summary() in done.stdout and report.options["method"] == "guide"

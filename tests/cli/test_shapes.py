@@ -7,6 +7,7 @@ import pytest
 from hf_guide import find_shapes
 from hf_guide.cli import main as cli
 from hf_guide.initialization.report import InitializationReport
+from tests.small_tokenizers import KINDS as TOKENIZER_KINDS
 from tests.tiny import KINDS
 
 
@@ -29,6 +30,18 @@ def test_the_command_that_shapes_prints_makes_the_first_shape(teacher, tmp_path,
     output = tmp_path / "student"
     assert cli.main([*command, "--no-progress", "-o", str(output)]) == 0
     assert InitializationReport.load(output).student_parameters == best.parameters
+
+
+def test_another_tokenizers_vocabulary_counts_and_is_in_the_command(tmp_path, capsys):
+    TOKENIZER_KINDS["Llama BPE"].teacher(tmp_path / "teacher")
+    TOKENIZER_KINDS["GPT-2"].make().save_pretrained(tmp_path / "other")
+    words = [str(tmp_path / "teacher"), "--tokenizer", str(tmp_path / "other"), "--num-parameters", "50%"]
+    assert cli.main(["shapes", *words, "--limit", "1"]) == 0
+    command = re.search(r"Take the first: hf-guide (.*) -o student/", capsys.readouterr().out).group(1).split()
+    assert cli.main([*command, "--no-progress", "-o", str(tmp_path / "student")]) == 0
+    best = find_shapes(words[0], tokenizer=words[2], num_parameters="50%", limit=1, show_progress=False)[0]
+    report = InitializationReport.load(tmp_path / "student")
+    assert report.student_parameters == best.parameters and report.vocabulary
 
 
 def test_init_takes_a_budget_and_reports_the_shape(teacher, tmp_path, capsys):

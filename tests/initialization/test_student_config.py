@@ -1,5 +1,8 @@
 """A student's config is its teacher's with the overrides, and nothing else changed."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -25,9 +28,15 @@ from transformers import (
     T5Config,
     ViTConfig,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_guide.errors import OptionError, ShapeError
-from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.initialization.infer_layout import layout_for
+from hf_guide.initialization.student_config import derive_student_config, is_head_size, split_heads_note
+from hf_guide.layouts.hierarchy import is_blocks_only
+from hf_guide.models.model_classes import meta_model
+from hf_guide.models.tiny_models import MODEL_ERRORS, tiny_config
+from hf_guide.shapes.fields import axes_agree
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 8, "num_hidden_layers": 8, "vocab_size": 96}
 LLAMA_LIKE = {**SIZES, "intermediate_size": 128}
@@ -84,9 +93,6 @@ def test_a_smaller_student_can_be_built_and_the_teacher_stays(teacher: PreTraine
 
 def test_computed_fields_are_computed_again() -> None:
     teacher = TEACHERS["llama"]
-    assert teacher.head_dim == 8
-    assert derive_student_config(teacher, {"hidden_size": 32}).head_dim == 4
-    assert derive_student_config(teacher, {"hidden_size": 32, "head_dim": 8}).head_dim == 8
     assert derive_student_config(teacher, {"hidden_size": 32}).num_key_value_heads == 4
     assert derive_student_config(TEACHERS["falcon"], {"hidden_size": 32}).ffn_hidden_size == 128
     assert derive_student_config(T5Config(num_layers=4), {"num_layers": 2}).num_decoder_layers == 2
@@ -99,6 +105,57 @@ def test_explicit_fields_stay() -> None:
     assert derive_student_config(TEACHERS["gemma2"], {"hidden_size": 32}).query_pre_attn_scalar == 16
     assert derive_student_config(GPT2Config(n_inner=100), {"n_embd": 384}).n_inner == 100
     assert derive_student_config(GPT2Config(), {"n_embd": 384}).n_inner is None
+
+
+def test_heads_stay_whole_where_the_family_has_a_field_for_their_size(teacher: PreTrainedConfig) -> None:
+    """A narrower student, or one of fewer heads, has heads as large as its teacher's; the others' follow the width."""
+    stated = {field.name for field in dataclasses.fields(teacher)} & {"head_dim", "d_kv"}
+    size = teacher.hidden_size // teacher.num_attention_heads
+    whole = {getattr(teacher, name) or size for name in stated}
+    for name in ("hidden_size", "num_attention_heads"):
+        half = {name: getattr(teacher, name) // 2}
+        student = derive_student_config(teacher, half)
+        heads, follows = student.num_attention_heads, student.hidden_size // student.num_attention_heads
+        assert {getattr(student, field) for field in stated} == whole
+        for field in stated:
+            assert getattr(derive_student_config(teacher, {**half, field: 4}), field) == 4
+        with torch.device("meta"):
+            weights = dict(AutoModel.from_config(student).named_parameters())
+        rows = {len(each) for key, each in weights.items() if re.search(r"\.(q_proj|q|query)\.weight$", key)}
+        assert rows <= {heads * each for each in whole or {follows}}
+        assert bool(split_heads_note(teacher, student, half)) == (not stated and follows < size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config_class", sorted(MODEL_FOR_CAUSAL_LM_MAPPING, key=lambda each: each.__name__))
+def test_heads_of_half_the_width_are_as_the_config_states_them(config_class: type[PreTrainedConfig]) -> None:
+    """In every causal language model: a size of heads that the class may compute is the teacher's, and its modules have it."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    try:
+        teacher = tiny_config(config_class())
+        meta_model(model_class, teacher)
+        student = derive_student_config(teacher, {"hidden_size": teacher.hidden_size // 2})
+        model = meta_model(model_class, student)
+    except (*MODEL_ERRORS, OptionError, ShapeError) as error:
+        pytest.skip(f"no tiny teacher, or none of half the width: {error}")
+    layout = layout_for(teacher, model_class)
+    assert is_blocks_only(layout) or axes_agree(layout, student, model)
+    names = [each.name for each in dataclasses.fields(teacher) if is_head_size(each.name) and each.default is None]
+    follows = teacher.model_type in ("xlnet",)  # where another size is an error of its config
+    assert follows or all(vars(student).get(name) == vars(teacher).get(name) for name in names)
+
+
+@pytest.mark.parametrize("teacher", [TEACHERS["gpt2"], TEACHERS["qwen2"], TEACHERS["bert"]], ids=type)
+def test_a_note_on_split_heads_names_what_keeps_them_whole(teacher: PreTrainedConfig) -> None:
+    (note,) = split_heads_note(teacher, derive_student_config(teacher, {"hidden_size": 32}), ["hidden_size"])
+    advised = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", note.partition(": ")[2])}
+    whole = derive_student_config(teacher, {"hidden_size": 32, **advised})
+    assert whole.hidden_size // whole.num_attention_heads == teacher.hidden_size // teacher.num_attention_heads
+
+
+def test_a_width_of_no_whole_groups_of_heads_is_noted() -> None:
+    odd = derive_student_config(TEACHERS["qwen2"], {"hidden_size": 40})
+    assert "multiples of 16 as hidden_size" in split_heads_note(TEACHERS["qwen2"], odd, ["hidden_size"])[0]
 
 
 def test_as_many_key_value_heads_as_heads_stay_as_many() -> None:
@@ -223,7 +280,7 @@ def test_a_block_the_teacher_lacks_is_an_error() -> None:
 def test_a_nested_config_takes_a_mapping() -> None:
     teacher = LlavaConfig(text_config=TEACHERS["llama"])
     student = derive_student_config(teacher, {"text_config": {"hidden_size": 32}})
-    assert student.text_config.hidden_size == 32 and student.text_config.head_dim == 4
+    assert student.text_config.hidden_size == 32 and student.text_config.head_dim == 8
     assert teacher.text_config.hidden_size == 64
     with pytest.raises(OptionError, match="hiden"):
         derive_student_config(teacher, {"text_config": {"hiden_size": 32}})

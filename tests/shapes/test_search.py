@@ -33,10 +33,7 @@ def test_parameters_counted_from_axes_are_those_of_the_model(name):
     teacher = open_teacher(KINDS[name].teacher())
     probe = ModelProbe(teacher, teacher.model_class)
     fields = find_size_fields(probe)
-    smaller = dict(KINDS[name].smaller)
-    if fields.head_size_field is not None:
-        smaller[fields.head_size_field] = fields.head_size
-    config, model = probe.build({**fields.kept, **smaller})
+    config, model = probe.build({**fields.kept, **KINDS[name].smaller})
     sizes = {each.name: np.array([float(vars(config)[each.name])]) for each in fields.fields}
     assert ParameterCounter(probe, fields).count(sizes).parameters[0] == model.num_parameters()
     assert build_on_meta(teacher.model_class, config, teacher).num_parameters() == model.num_parameters()
@@ -130,7 +127,7 @@ def test_the_rule_orders_measured_shapes_as_training_does():
     teacher = tuple(SizeField(*each) for each in zip(names, (576, 30, 9, 1536), roles, strict=True))
     scores, trained = [], []
     for *shape, head_size, perplexity in MEASURED:
-        fields = SizeFields(teacher, head_size, 64, "head_dim", False, {}, {})
+        fields = SizeFields(teacher, head_size, 64, False, {}, {})
         scores.append(
             rule_scores({name: np.array([size]) for name, size in zip(names, shape, strict=True)}, fields)[0]
         )
