@@ -170,7 +170,7 @@ def table(rows: list[dict]) -> str:
         ]
         lines.append(
             f"{arm:42} {statistics.mean(row['perplexity_before'] for row in arm_rows):12.4g} "
-            f"{_spread([row['end'] for row in arm_rows]):>18} {_spread([100 * gap for gap in gaps]):>17}%"
+            f"{_spread([row['perplexity_after'] for row in arm_rows]):>18} {_spread([100 * gap for gap in gaps]):>17}%"
         )
     return "\n".join(lines)
 
