@@ -1,5 +1,6 @@
 """`hf-guide shapes` prints what `hf-guide init` takes, and `init` and `distill` take the same budget."""
 
+import dataclasses
 import re
 
 import pytest
@@ -33,7 +34,9 @@ def test_the_command_that_shapes_prints_makes_the_first_shape(teacher, tmp_path,
 
 
 def test_another_tokenizers_vocabulary_counts_and_is_in_the_command(tmp_path, capsys):
-    TOKENIZER_KINDS["Llama BPE"].teacher(tmp_path / "teacher")
+    kind = TOKENIZER_KINDS["Llama BPE"]
+    wide = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    dataclasses.replace(kind, config={**kind.config, **wide}).teacher(tmp_path / "teacher")
     TOKENIZER_KINDS["GPT-2"].make().save_pretrained(tmp_path / "other")
     words = [str(tmp_path / "teacher"), "--tokenizer", str(tmp_path / "other"), "--num-parameters", "50%"]
     assert cli.main(["shapes", *words, "--limit", "1"]) == 0
