@@ -20,6 +20,7 @@ from hf_guide.calibration.data import (
     is_self_generated,
     load_calibration_batches,
 )
+from hf_guide.calibration.forward import running_device
 from hf_guide.calibration.importance import BlockRemoval
 from hf_guide.calibration.modules import ModuleMap, find_modules, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint, describe_data, load_text
@@ -119,7 +120,14 @@ def collect_calibration(
     store.check_space(_activation_bytes(modules, model, batches, refits=config.refit != Refit.NONE))
     sequential = SequentialModel(model, modules, local_shard(batches), "the teacher", store=store, weights=weights)
     statistics = collect_statistics(
-        model, modules, layout, batches, sequential=sequential, checkpoint=checkpoint, show_progress=show_progress
+        model,
+        modules,
+        layout,
+        batches,
+        sequential=sequential,
+        checkpoint=checkpoint,
+        records=config.refit != Refit.NONE and running_device(model).type == "cpu",  # another runs faster than a disk
+        show_progress=show_progress,
     )
     seconds = time.perf_counter() - started
     return CalibrationResult(sequential, statistics, seconds, text is not None, checkpoint)

@@ -1,6 +1,5 @@
 """Solve the ridge regression of a weight's desired output on its input, towards the weight that is there."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +23,8 @@ MIN_FEATURE_PENALTY = 1e-3
 VALIDATION_EVERY = 4
 """The last of so many batches is held out to choose the ridge."""
 
-MAX_SCORED_ROWS = 512
-"""Rows of a weight, evenly spaced, by which its ridge is chosen: each is a regression of its own on the same inputs."""
+SCORED_SUMS = 64
+"""Sums of a weight's rows, with random signs, by which its ridge is chosen: their mean error is that of the rows."""
 
 CHUNK_BYTES = 8 << 20
 """Bytes of the rows of a weight, as of a head over a large vocabulary, that are fitted at a time, in float64."""
@@ -150,7 +149,9 @@ class NormalEquations:
         """Return the sums divided by `scale`, in a dtype."""
         if scale == 1.0:
             return NormalEquations(self.gram.to(dtype), self.cross.to(dtype))
-        return NormalEquations((self.gram / scale).to(dtype), (self.cross / scale).to(dtype))
+        return NormalEquations(
+            *(torch.div(each, scale, out=torch.empty_like(each, dtype=dtype)) for each in (self.gram, self.cross))
+        )
 
     def __add__(self, other: "NormalEquations") -> "NormalEquations":
         return NormalEquations(self.gram + other.gram, self.cross + other.cross)
@@ -201,18 +202,59 @@ class FitTarget:
     Attributes:
         rows: The number of its rows.
         weight: Returns some of its rows, (rows, features), float64 and on the CPU.
-        missing: Returns from those, and from normal equations in some dtype, the sum of r^T x, (rows, features), with r what
-            their outputs lack.
+        teacher: Returns the rows, (rows, targets), of the weight that computes the desired outputs from the targets of the
+            normal equations; None if those targets are what the outputs lack.
     """
 
     rows: int
     weight: Callable[[slice], Tensor]
-    missing: Callable[[slice, Tensor, NormalEquations], Tensor]
+    teacher: Callable[[slice], Tensor] | None = None
 
-    @property
-    def scored(self) -> slice:
-        """Return the rows by which the ridge is chosen."""
-        return slice(0, self.rows, -(-self.rows // MAX_SCORED_ROWS))
+    def missing(self, rows: slice, weight: Tensor, sums: NormalEquations) -> Tensor:
+        """Return for some rows the sum of r^T x, (rows, features), with r what their outputs lack, in the sums' dtype."""
+        if self.teacher is None:
+            return sums.cross[rows]
+        return self.teacher(rows).to(sums.cross) @ sums.cross - weight.to(sums.gram) @ sums.gram
+
+    def scored(self, dtype: torch.dtype) -> "ScoredRows":
+        """Return that by which the ridge is chosen, computed in a dtype."""
+        signs = random_signs(self.rows).to(dtype)
+        chunks = row_chunks(self.rows, BUFFERED_ROWS)
+        weight = sum((signs[:, rows] @ self.weight(rows).to(dtype) for rows in chunks), torch.zeros((), dtype=dtype))
+        if self.teacher is None:
+            return ScoredRows(weight, signs, None)
+        teacher = sum((signs[:, rows] @ self.teacher(rows).to(dtype) for rows in chunks), torch.zeros((), dtype=dtype))
+        return ScoredRows(weight, teacher, weight)
+
+
+@dataclass
+class ScoredRows:
+    """Sums of a weight's rows, by which its ridge is chosen.
+
+    Attributes:
+        weight: The sums, (sums, features).
+        desired: What multiplies the targets, (sums, targets).
+        present: What multiplies the features, and is subtracted; None if the targets are what the outputs lack.
+    """
+
+    weight: Tensor
+    desired: Tensor
+    present: Tensor | None
+
+    def missing(self, sums: NormalEquations) -> Tensor:
+        """Return the sum of r^T x, (sums, features), in the dtype of the normal equations."""
+        desired = self.desired.to(sums.cross) @ sums.cross
+        return desired if self.present is None else desired - self.present.to(sums.gram) @ sums.gram
+
+
+def random_signs(rows: int) -> Tensor:
+    """Return signs, (SCORED_SUMS, rows), always the same ones; of fewer rows the identity.
+
+    With random signs s the expectation of (s B) M (s B)^T is the trace of B M B^T (Hutchinson's estimator).
+    """
+    if rows <= SCORED_SUMS:
+        return torch.eye(rows)
+    return torch.randint(2, (SCORED_SUMS, rows), generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
 
 
 def row_chunks(rows: int, width: int) -> list[slice]:
@@ -258,7 +300,7 @@ def fit_weights(
     Returns:
         None where every update does worse on the held-out batches than none, or reduces the error by no more than rounding.
     """
-    scored = [(target, target.weight(target.scored)) for target in targets]
+    scored = [target.scored(dtype) for target in targets]
     chosen: list[_Candidate | None] = [(RIDGES[2] if ridge is None else ridge, False)] * len(targets)
     if ridge is None and sums.validation.gram.any():
         chosen = _best_on_validation(scored, sums, eps, dtype)
@@ -266,29 +308,30 @@ def fit_weights(
     in_dtype = total if dtype == torch.float64 else total.to(dtype)
     factors = {candidate: RidgeFactor(total.gram, *candidate) for candidate in set(chosen) if candidate is not None}
     fits: list[Fit | None] = []
-    for (target, weight), candidate in zip(scored, chosen, strict=True):
+    for target, rows, candidate in zip(targets, scored, chosen, strict=True):
         if candidate is None:
             fits.append(None)
             continue
-        missing = target.missing(target.scored, weight, in_dtype).double()
+        missing, weight = rows.missing(in_dtype).double(), rows.weight.double()
         update = factors[candidate].update(missing)
         floor = max(ROUNDING_FLOOR, eps**2) * ((weight @ total.gram) * weight).sum().item()
         is_real = _sse_reduction(update, total.gram, missing) > floor
-        parts = _fitted_parts(target, factors[candidate], in_dtype)
-        if target.scored.step == 1:
-            parts = iter([(target.scored, weight + update)])
-        fits.append(Fit(candidate[0], parts) if is_real else None)
+        fits.append(Fit(candidate[0], _fitted_parts(target, factors[candidate], in_dtype)) if is_real else None)
     return fits
 
 
 def _fitted_parts(target: FitTarget, factor: "RidgeFactor", total: NormalEquations) -> Iterator[tuple[slice, Tensor]]:
+    is_solved = target.teacher is not None and target.rows > len(total.gram) + len(total.cross)
+    if is_solved:  # a product with the solution takes less than two, with the sums and with the inverse
+        total = NormalEquations(factor.update(total.gram), factor.update(total.cross))
     for rows in row_chunks(target.rows, len(total.gram)):
         weight = target.weight(rows)
-        yield rows, weight + factor.update(target.missing(rows, weight, total))
+        missing = target.missing(rows, weight, total)
+        yield rows, weight + (missing if is_solved else factor.update(missing))
 
 
 def _best_on_validation(
-    scored: Sequence[tuple[FitTarget, Tensor]], sums: TrainValNormalEquations, eps: float, dtype: torch.dtype
+    scored: Sequence[ScoredRows], sums: TrainValNormalEquations, eps: float, dtype: torch.dtype
 ) -> list[_Candidate | None]:
     """Return for each weight the ridge and the kind of penalty with the least error on the held-out batches.
 
@@ -297,35 +340,47 @@ def _best_on_validation(
     """
     search_dtype = torch.float32 if eps >= torch.finfo(torch.float32).eps else torch.float64
     scale = _overflow_scale(sums.train.gram.diagonal())
-    joined: list[Tensor] = []
-    for each in (sums.train, sums.validation):
-        in_dtype = each.to(dtype)
-        missing = [target.missing(target.scored, weight, in_dtype) for target, weight in scored]
-        joined.append((torch.cat(missing) / scale).to(search_dtype))
-    train, validation = ((each.gram / scale).to(search_dtype) for each in (sums.train, sums.validation))
-    sizes = [len(weight) for _, weight in scored]
-    best = _Best(len(sizes))
-    for candidate in CANDIDATES:
-        update = RidgeFactor(train, *candidate).update(joined[0])
-        terms = (update * (2 * joined[1] - update @ validation)).sum(1, dtype=torch.float64)
-        best.offer(candidate, [part.sum().item() for part in terms.split(sizes)])
-    return best.candidates
+    train, validation = (each.to(dtype, scale) for each in (sums.train, sums.validation))
+    missing, held_out = (
+        torch.cat([rows.missing(each) for rows in scored]).to(search_dtype) for each in (train, validation)
+    )
+    grams = [each.gram.to(search_dtype) for each in (train, validation)]
+    sizes = [len(rows.weight) for rows in scored]
+
+    def reductions(ridge: float, by_feature: bool) -> list[float]:
+        update = RidgeFactor(grams[0], ridge, by_feature).update(missing)
+        terms = (update * (2 * held_out - update @ grams[1])).sum(1, dtype=torch.float64)
+        return [part.sum().item() for part in terms.split(sizes)]
+
+    return _search(len(sizes), lambda by_feature: lambda ridge: reductions(ridge, by_feature))
 
 
-CANDIDATES = list(itertools.product(RIDGES, (False, True)))
+def _search(
+    count: int, by_penalty: Callable[[bool], Callable[[float], Sequence[float]]]
+) -> list[_Candidate | None]:
+    """Return for each of several weights the candidate that reduces the error on held-out batches most, if any does.
 
+    Of either penalty ridges are tried from the middle one, for the second from the first's best, to both sides of the best so
+    far: between the strongest, which changes nothing, and the weakest there is one best.
 
-class _Best:
-    """For each weight the candidate that reduces the error most, if any does."""
-
-    def __init__(self, count: int):
-        self.candidates: list[_Candidate | None] = [None] * count
-        self._reductions = [0.0] * count
-
-    def offer(self, candidate: _Candidate, reductions: Sequence[float]) -> None:
-        for index, reduction in enumerate(reductions):
-            if reduction > self._reductions[index]:
-                self.candidates[index], self._reductions[index] = candidate, reduction
+    Args:
+        count: The number of weights.
+        by_penalty: Returns, for a kind of penalty, what returns by how much a ridge reduces the error of each weight.
+    """
+    best: list[tuple[float, _Candidate | None]] = [(0.0, None)] * count
+    start = len(RIDGES) // 2
+    for by_feature in (True, False):
+        reductions, found, pending = by_penalty(by_feature), dict[int, Sequence[float]](), {start}
+        while pending:
+            for index in pending:
+                found[index] = reductions(RIDGES[index])
+            tops = {max(found, key=lambda index, w=weight: found[index][w]) for weight in range(count)}  # type: ignore[misc]
+            pending = {near for top in tops for near in (top - 1, top + 1) if 0 <= near < len(RIDGES)} - found.keys()
+        for index, values in found.items():
+            candidate = (RIDGES[index], by_feature)
+            best = [max(old, (new, candidate), key=lambda each: each[0]) for old, new in zip(best, values, strict=True)]
+        start = max(found, key=lambda index: sum(found[index]))
+    return [candidate for _, candidate in best]
 
 
 def _overflow_scale(squares: Tensor) -> float:
@@ -360,8 +415,7 @@ class RidgeFactor:
             return
         # A unit diagonal, because features with massive activations would cost the others the digits of the dtype.
         self._unit = (squares / self._scale + ridge * _penalties(squares, by_feature)).rsqrt()
-        system = gram / self._scale
-        system.mul_(self._unit).mul_(self._unit[:, None])
+        system = (gram * (self._unit / self._scale)).mul_(self._unit[:, None])
         system.diagonal().fill_(1.0)
         self._factor, failed = torch.linalg.cholesky_ex(system)
         self._inverse = torch.linalg.pinv(system, hermitian=True) if failed else None
@@ -408,7 +462,7 @@ class TokenRegression:
     def fit(self, weight: Tensor, ridge: float | None, eps: float = 0.0) -> Fit | None:
         """Fit a weight, (outputs, features) float64; as `fit_weights`."""
         if self._sums is not None:
-            target = FitTarget(len(weight), lambda rows: weight[rows], lambda rows, weight, sums: sums.cross[rows])
+            target = FitTarget(len(weight), lambda rows: weight[rows])
             return fit_weights([target], self._sums.reduce(), ridge, eps, fit_dtype(eps))[0]
         if not self._count:
             return None
@@ -423,26 +477,33 @@ class TokenRegression:
 def _fit_dual(weight: Tensor, x: Tensor, y: Tensor, train: int, ridge: float | None, eps: float) -> Fit | None:
     """Fit a weight to rows of which the first `train` choose it, and the others its ridge."""
     chosen: _Candidate | None = (RIDGES[2] if ridge is None else ridge, False)
-    step = -(-len(weight) // MAX_SCORED_ROWS)
-    scored = y[:, ::step]
+    signs = random_signs(len(weight)).to(x.dtype)
+    scored = y @ signs.T
+    kernel: TokenKernel | None = None
     if ridge is None and 0 < train < len(x):
         dtype = torch.float32 if eps >= torch.finfo(torch.float32).eps else torch.float64
-        best, expected = _Best(1), scored.to(dtype)
-        for by_feature in (False, True):
+        expected = scored.to(dtype)
+
+        def reductions(by_feature: bool) -> Callable[[float], list[float]]:
+            nonlocal kernel
+            kernel = None  # before there is another
             kernel = TokenKernel(x, x[:train].square().sum(0), by_feature)
-            for candidate in ((each, by_feature) for each in RIDGES):
-                predicted = kernel.matrix[train:, :train].to(dtype) @ kernel.coefficients(
-                    expected[:train], candidate[0]
-                )
-                best.offer(candidate, [_explained(predicted, expected[train:])])
-        (chosen,) = best.candidates
+            predicting = kernel.matrix[train:, :train].to(dtype)
+
+            def reduction(ridge: float) -> list[float]:
+                assert kernel is not None
+                return [_explained(predicting @ kernel.coefficients(expected[:train], ridge), expected[train:])]
+
+            return reduction
+
+        (chosen,) = _search(1, reductions)
     if chosen is None:
         return None
-    kernel = TokenKernel(x, x.square().sum(0), chosen[1])
+    kernel = TokenKernel(x, x.square().sum(0), chosen[1], kernel)
     coefficients = kernel.coefficients(y, chosen[0])
-    written = x @ weight[::step].to(x.dtype).T
+    written = x @ (signs @ weight.to(x.dtype)).T
     floor = max(ROUNDING_FLOOR, eps**2) * written.square().sum(dtype=torch.float64).item()
-    if not _explained(kernel.matrix @ coefficients[:, ::step], scored) > floor:
+    if not _explained(kernel.matrix @ (coefficients @ signs.T), scored) > floor:
         return None
     return Fit(chosen[0], iter([(slice(0, len(weight)), weight + kernel.update(coefficients))]))
 
@@ -459,13 +520,17 @@ class TokenKernel:
         x: The rows, (tokens, features).
         squares: For each feature the sum of squares that the penalties are relative to.
         by_feature: As in `ridge_update`.
+        previous: A system of the same rows, which is used up: without penalties by feature it differs in its scale alone.
     """
 
-    def __init__(self, x: Tensor, squares: Tensor, by_feature: bool):
+    def __init__(self, x: Tensor, squares: Tensor, by_feature: bool, previous: "TokenKernel | None" = None):
         self._scale = _overflow_scale(squares)
         self._root = _penalties(squares, by_feature).sqrt() if by_feature else None
         self._rows = x if self._root is None else x / self._root
-        self.matrix = symmetric_product(self._rows.T).div_(self._scale)
+        if previous is not None and previous._root is self._root:
+            self.matrix = previous.matrix.mul_(previous._scale / self._scale)
+        else:
+            self.matrix = symmetric_product(self._rows.T).div_(self._scale)
 
     def coefficients(self, y: Tensor, ridge: float) -> Tensor:
         """Return what the first rows are multiplied by, (tokens, outputs), for as many rows of targets, in their dtype."""

@@ -6,7 +6,7 @@ the student's own, so each block corrects the error of those before it. It is ri
 weight: where nothing was lost, nothing changes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,6 @@ from hf_guide.calibration.forward import drop_padding, is_decoder_stack, reads_d
 from hf_guide.calibration.least_squares import (
     Fit,
     FitTarget,
-    NormalEquations,
     TokenRegression,
     TrainValNormalEquations,
     append_bias_column,
@@ -199,8 +198,7 @@ class BlockReconstructor:
             if state.resume_step(steps[index]):
                 student.advance()
                 continue
-            while teacher.next < sources[index]:
-                teacher.advance()
+            teacher.run_to(sources[index])
             next_source = sources[index + 1] if index + 1 < len(sources) else len(teacher.blocks)
             error = self._refit_block(stack, teacher, student, next_source)
             state.residual_error.setdefault(name, []).append(error)
@@ -219,35 +217,41 @@ class BlockReconstructor:
         if state.config.refit != Refit.ALL:
             steps = [step for step in steps if step.observed_at is not None]
         targets = self._record_teacher(teacher, steps)
-        while teacher.next < next_source:  # so that the block also fits the dropped ones that follow it
-            teacher.advance()
-        targets[BLOCK_OUTPUT] = teacher.hidden_states
+        teacher.run_to(next_source)  # so that the block also fits the dropped ones that follow it
+        axis, outputs = state.stack_axis(stack), Streams(state.store)
+        for stream in teacher.hidden_states:
+            outputs.append(state.project(stream, axis))
         for step in steps:
             if step.observed_at is None:
                 self._refit_inputs(student, step, targets.pop(step.refs[0].name))
+            elif step.observed_at == BLOCK_OUTPUT:
+                self._refit_output(student, step, outputs)
             else:
-                self._refit_output(student, step, targets[step.observed_at])
+                self._refit_output(student, step, (state.project(each, axis) for each in targets[step.observed_at]))
         student.advance()
-        return self._residual_error(student.hidden_states, targets[BLOCK_OUTPUT], stack)
+        return self._residual_error(student.hidden_states, outputs, stack)
 
     def _record_teacher(self, teacher: SequentialBlocks, steps: Sequence[FitStep]) -> dict[str, Streams]:
-        """Run the teacher's next block; return what the steps are fitted to, a tensor per batch.
+        """Run the teacher's next block, unless it was recorded; return what the steps are fitted to, a tensor per batch.
 
         Inputs of input projections are recorded under the name of the student's first module, residual streams under the
         name of the norm where they are observed.
         """
         state, block = self.state, teacher.next
-        modules: dict[str, nn.Module] = {}
+        refs: dict[str, ModuleRef] = {}
         for step in steps:
             if step.observed_at is None:
-                modules[step.refs[0].name] = state.teacher_module(step.refs[0], block).module
+                refs[step.refs[0].name] = state.teacher_module(step.refs[0], block)
             elif step.observed_at != BLOCK_OUTPUT:
                 norm = state.student_modules.norms[step.observed_at]
-                modules[step.observed_at] = state.teacher_module(norm, block).module
-        recorded = {name: Streams(state.store) for name in modules}
+                refs[step.observed_at] = state.teacher_module(norm, block)
+        taken = teacher.take_recorded([ref.name for ref in refs.values()])
+        if taken is not None:
+            return {name: taken[ref.name] for name, ref in refs.items()}
+        recorded = {name: Streams(state.store) for name in refs}
         with removable_hooks() as handles:
-            for name, module in modules.items():
-                handles.append(register_input_hook(module, recorded[name].append))
+            for name, ref in refs.items():
+                handles.append(register_input_hook(ref.module, recorded[name].append))
             teacher.advance()
         return recorded
 
@@ -302,13 +306,9 @@ class BlockReconstructor:
 
     def _input_target(self, ref: ModuleRef, has_bias: bool) -> FitTarget:
         """Return how to read the rows of an input projection, and what its output lacks of the teacher's."""
-        teacher_rows = self._teacher_rows(ref)
-
-        def missing(rows: slice, weight: Tensor, sums: NormalEquations) -> Tensor:
-            teacher_weight = teacher_rows(rows).to(sums.cross)
-            return teacher_weight @ sums.cross - weight.to(sums.gram) @ sums.gram
-
-        return FitTarget(len(linear_weight(ref.module)), lambda rows: weight_and_bias(ref.module, rows), missing)
+        return FitTarget(
+            len(linear_weight(ref.module)), lambda rows: weight_and_bias(ref.module, rows), self._teacher_rows(ref)
+        )
 
     def _teacher_rows(self, ref: ModuleRef) -> Callable[[slice], Tensor]:
         """Return what reads the teacher's [weight bias] of outputs that the student keeps, (rows, d_T + 1)."""
@@ -341,18 +341,18 @@ class BlockReconstructor:
 
     # Output projections
 
-    def _refit_output(self, student: SequentialBlocks, step: FitStep, teacher_streams: Streams) -> None:
-        """Fit an output projection to what the student's residual stream lacks of the teacher's."""
+    def _refit_output(self, student: SequentialBlocks, step: FitStep, targets: Iterable[Tensor]) -> None:
+        """Fit an output projection to what the student's residual stream lacks of the teacher's projected ones, `targets`."""
         state, (ref,) = self.state, step.refs
         has_bias = module_bias(ref.module) is not None
         stream_scale = state.transfer.residual_stream_scale(state.parameter_plan(ref))
         of_decoder = reads_decoder_tokens(ref, state.student.config)
         regression = TokenRegression()
-        for batch in range(len(state.batches)):
+        for batch, teacher_stream in enumerate(targets):
             inputs, stream = self._run_output_projection(student, step, batch)
             x, student_stream, target = (
                 drop_padding(each, state.batches[batch], of_decoder=of_decoder)
-                for each in (inputs, stream, state.project(teacher_streams[batch], ref.axis) * stream_scale)
+                for each in (inputs, stream, teacher_stream * stream_scale)
             )
             token_weights = 1 / target.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
             missing = (target - student_stream) / step.residual_scale
@@ -407,15 +407,12 @@ class BlockReconstructor:
                     self._add_inputs(sums, ref, student_inputs, teacher_inputs, index)
             self._solve_inputs([ref], sums)
 
-    def _residual_error(self, student_streams: Streams, teacher_streams: Streams, stack: str) -> float:
+    def _residual_error(self, student_streams: Streams, targets: Streams, stack: str) -> float:
         state = self.state
-        of_decoder, axis = is_decoder_stack(stack, state.student.config), state.stack_axis(stack)
+        of_decoder = is_decoder_stack(stack, state.student.config)
         error = num_tokens = 0.0
-        for batch, student_stream, teacher_stream in zip(state.batches, student_streams, teacher_streams, strict=True):
-            x, y = (
-                drop_padding(each, batch, of_decoder=of_decoder)
-                for each in (student_stream, state.project(teacher_stream, axis))
-            )
+        for batch, student_stream, target in zip(state.batches, student_streams, targets, strict=True):
+            x, y = (drop_padding(each, batch, of_decoder=of_decoder) for each in (student_stream, target))
             squared_norm = y.square().sum(-1, dtype=torch.float64).clamp(min=1e-300)
             error += ((y - x).square().sum(-1, dtype=torch.float64) / squared_norm).sum().item()
             num_tokens += len(squared_norm)

@@ -20,6 +20,7 @@ from hf_guide.calibration.block_weights import BlockWeights
 from hf_guide.calibration.data import Batch, num_rows
 from hf_guide.calibration.forward import forward_no_cache
 from hf_guide.calibration.modules import ModuleMap
+from hf_guide.calibration.recorded_inputs import BLOCK_INPUT, InputRecorder
 from hf_guide.calibration.streams import Streams, StreamStore
 from hf_guide.errors import HfGuideError
 from hf_guide.models.hooks import (
@@ -82,6 +83,7 @@ class SequentialBlocks:
         hidden_states: For each batch the input of block `next`, (batch, length, d).
         next: The index of the block to run next.
         outputs: For each block what it returned for one row; only the form matters.
+        recorded: For blocks that were run with a recorder what they and their modules were called with, by the module's name.
         is_sequential: Whether the blocks' other arguments do not depend on what they compute. Otherwise these are recorded in
             a run of all blocks on every batch, before each runs by itself.
         is_replayable: Whether what follows the blocks depends on nothing but their last hidden states.
@@ -107,6 +109,7 @@ class SequentialBlocks:
         self.store, self.weights = store, weights
         self._following = list(following)
         self._replay = replay or (lambda batch, rows: contextlib.nullcontext())
+        self.recorded: dict[int, dict[str, Streams]] = {}
         self.outputs, self.is_sequential, self.is_replayable = self._verify()
         self.restart()
 
@@ -230,17 +233,52 @@ class SequentialBlocks:
         except StopForward:
             return None
 
-    def advance(self, begin: Callable[[int], None] | None = None) -> None:
-        """Run the next block on all batches and keep its outputs; `begin` is called with each batch before."""
+    def advance(self, begin: Callable[[int], None] | None = None, recorder: InputRecorder | None = None) -> None:
+        """Run the next block on all batches and keep its outputs.
+
+        Args:
+            begin: Called with each batch before.
+            recorder: Records what the block and its modules are called with, for `take_recorded`.
+        """
         block = self.blocks[self.next]
         if self.weights is not None and self.next + 1 < len(self.blocks):
             self.weights.prefetch(self.blocks[self.next + 1])
-        with contextlib.nullcontext() if self.weights is None else self.weights.held(block):
+        is_recorded = self.recorded.get(self.next, {}).get(BLOCK_INPUT) is self.hidden_states
+        with contextlib.ExitStack() as stack:
+            if self.weights is not None:
+                stack.enter_context(self.weights.held(block))
+            if recorder is not None:
+                self.recorded[self.next] = stack.enter_context(recorder.record(block, self.hidden_states))
+            outputs = self.hidden_states  # each is replaced, unless it is needed once more
+            if recorder is not None or is_recorded:
+                outputs = Streams(StreamStore(0))
             for batch in range(len(self.batches)):
                 if begin is not None:
                     begin(batch)
-                self.hidden_states[batch] = self.run_block(self.next, batch, self.hidden_states[batch])
+                output = self.run_block(self.next, batch, self.hidden_states[batch])
+                if outputs is self.hidden_states:
+                    outputs[batch] = output
+                else:
+                    outputs.append(output)
+        self.hidden_states = outputs
         self.next += 1
+        if recorder is not None:
+            self.recorded[self.next] = {BLOCK_INPUT: outputs}
+
+    def take_recorded(self, names: Sequence[str] = ()) -> dict[str, Streams] | None:
+        """Return what modules of the next block were called with, and go on after it; None if that was not recorded."""
+        found, after = self.recorded.get(self.next, {}), self.recorded.get(self.next + 1)
+        if after is None or not found.keys() >= {*names, BLOCK_INPUT}:
+            return None
+        self.next += 1
+        self.hidden_states = after[BLOCK_INPUT]
+        return {name: found[name] for name in names}
+
+    def run_to(self, block: int) -> None:
+        """Run the blocks before that one, of which those that were recorded need not run again."""
+        while self.next < block:
+            if self.take_recorded() is None:
+                self.advance()
 
 
 RegisterHooks = Callable[[list[Any], str | None, int], None]
@@ -277,7 +315,7 @@ class SequentialModel:
         weights: BlockWeights | None = None,
     ):
         self.model, self.stacks, self.batches, self.name = model, modules.blocks, batches, name
-        self._heads = modules.language_heads
+        self._modules, self._heads = modules, modules.language_heads
         self.store, self.weights = store, weights
         self.finished: dict[str, Streams] = {}
         self.visited: list[str] = []
@@ -363,6 +401,7 @@ class SequentialModel:
         *,
         skip: int = 0,
         after_block: Callable[[int], None] = lambda count: None,
+        records: bool = False,
     ) -> None:
         """Run the whole model on all batches, block by block, with hooks; again what has run before.
 
@@ -371,7 +410,9 @@ class SequentialModel:
             begin: Called with the number of a batch before a part of the model runs on it.
             skip: Register no hooks for so many blocks, the first that run.
             after_block: Called with the number of blocks that have run.
+            records: Keep what the blocks and their modules are called with, as far as the disk has space for it.
         """
+        recorder = InputRecorder(self._modules) if records else None
         self.finished.clear()
         self.visited.clear()
         count = 0
@@ -384,7 +425,7 @@ class SequentialModel:
                 with removable_hooks() as handles:
                     if count >= skip:
                         register(handles, stack, blocks.next)
-                    blocks.advance(begin)
+                    blocks.advance(begin, recorder if recorder and recorder.has_space(blocks.hidden_states) else None)
                 count += 1
                 after_block(count)
             self.finish(stack)

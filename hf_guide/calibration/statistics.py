@@ -56,6 +56,7 @@ def collect_statistics(
     *,
     sequential: SequentialModel | None = None,
     checkpoint: CalibrationCheckpoint | None = None,
+    records: bool = False,
     show_progress: bool = False,
 ) -> ActivationStatistics:
     """Run the teacher once on all batches, block by block; each process runs its share, and all return the same sums.
@@ -67,6 +68,7 @@ def collect_statistics(
         batches: The calibration batches of all processes.
         sequential: The teacher on this process's batches; None where it is in memory.
         checkpoint: Where sums are saved meanwhile, and continued from.
+        records: Whether inputs of the teacher's modules are kept for a refit.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -90,7 +92,7 @@ def collect_statistics(
                 if count > done:
                     collector.save(checkpoint, count, complete=False)
 
-            sequential.visit(collector.register_hooks, collector.begin, skip=done, after_block=after_block)
+            sequential.visit(collector.register_hooks, collector.begin, skip=done, after_block=after_block, records=records)
             collector.flush()
             collector.save(checkpoint, blocks, complete=True)
     return collector.reduce()

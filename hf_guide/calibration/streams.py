@@ -95,6 +95,11 @@ class Streams:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[index] for index in range(len(self)))
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(entry.nbytes for entry in self._entries)
+
     def __getitem__(self, index: int) -> Tensor:
         entry = self._entries[index]
         if isinstance(entry, Tensor):

@@ -1,6 +1,7 @@
 """A teacher of a folder runs block by block, and gives the same student as one in memory."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from hf_guide import OptionError, TeacherError, from_teacher
 from hf_guide.calibration import collection, resume, streams
 from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
 from hf_guide.calibration.modules import find_modules
+from hf_guide.calibration.recorded_inputs import InputRecorder
 from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.calibration.streams import Streams, StreamStore
 from hf_guide.teachers.checkpoint import open_teacher
@@ -60,6 +62,28 @@ def test_the_student_is_the_same_from_a_folder_and_from_memory_and_with_activati
     )
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral", "bart"])
+@pytest.mark.parametrize("recorded", [0, 1])
+def test_blocks_that_are_not_recorded_run_again_to_the_same_bits(
+    name: str, recorded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, spaces = BART if name == "bart" else KINDS[name], itertools.count()
+
+    def make() -> Any:
+        return from_teacher(
+            kind.teacher(),
+            method="calibrated",
+            calibration_dataset=kind_batches(kind),
+            show_progress=False,
+            **kind.smaller,
+        )
+
+    expected = make()
+    monkeypatch.setattr(InputRecorder, "has_space", lambda self, streams: next(spaces) < recorded)
+    assert same_bits(make(), expected)
+    assert next(spaces) > recorded
+
+
 def test_one_block_is_in_memory_at_a_time_and_read_once_per_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +100,7 @@ def test_one_block_is_in_memory_at_a_time_and_read_once_per_pass(
 
     monkeypatch.setattr(BlockWeights, "_load", counting)
     make_student(tmp_path)
-    assert reads == [0, 1, 2, 3] * 3, "to verify the structure, for the statistics, and for the refit"
+    assert reads == [0, 1, 2, 3] * 2, "to verify the structure, and for the statistics"
     assert set(in_memory) == {0}
 
 
@@ -138,7 +162,7 @@ def test_the_weights_of_a_block_are_read_once_and_in_the_order_of_the_file(
 
     monkeypatch.setattr(BlockWeights, "_load", loading)
     make_student(tmp_path)
-    assert len(loads) == 1 + 3 * 4, "the rest once, and each of four blocks once in each of three passes"
+    assert len(loads) == 1 + 2 * 4, "the rest once, and each of four blocks once in each of two passes"
     assert all(each == sorted(set(each)) and each for each in loads)
 
 

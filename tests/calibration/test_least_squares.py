@@ -1,5 +1,7 @@
 """Ridge regression towards a weight, which is left alone where no update holds on other tokens."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def normal_equations(x: Tensor, y: Tensor) -> NormalEquations:
 
 
 def fit(weight: Tensor, train: NormalEquations, validation: NormalEquations, ridge: float | None) -> Fit | None:
-    target = FitTarget(len(weight), lambda rows: weight[rows], lambda rows, weight, sums: sums.cross[rows])
+    target = FitTarget(len(weight), lambda rows: weight[rows])
     return fit_weights([target], TrainValNormalEquations(train, validation), ridge)[0]
 
 
@@ -103,7 +105,7 @@ def test_the_system_of_tokens_has_the_solution_of_that_of_features(
 @pytest.mark.parametrize("tokens", [39, 40, 41])
 def test_few_tokens_are_fitted_as_many_are(tokens: int, ridge: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same ridge and the same weight by either problem, with fewer tokens than features, as many, and more."""
-    monkeypatch.setattr(least_squares, "MAX_SCORED_ROWS", 4)
+    monkeypatch.setattr(least_squares, "SCORED_SUMS", 4)
     weight, missing = normal(9, 40, seed=1), 0.1 * normal(9, 40, seed=2)
     x = normal(tokens, 40) * normal(1, 40, seed=3).exp()
     y = x @ missing.T + 0.1 * normal(tokens, 9, seed=4)
@@ -132,13 +134,38 @@ def test_noise_of_few_tokens_is_not_fitted() -> None:
 def test_rows_that_do_not_choose_the_ridge_are_fitted_too(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, missing = normal(64, 12, seed=1), normal(64, 12, seed=2)
     halves = [normal_equations(x, x @ missing.T + 0.3 * normal(56, 64, seed=9)) for x in normal(112, 12).split(56)]
-    expected = fit(weight, *halves, None)
-    by_all = fitted(expected, weight)
-    monkeypatch.setattr(least_squares, "MAX_SCORED_ROWS", 16)
+    by_all = fitted(fit(weight, *halves, 0.1), weight)
+    monkeypatch.setattr(least_squares, "SCORED_SUMS", 16)
     monkeypatch.setattr(least_squares, "CHUNK_BYTES", 8 * 12 * 10)  # the last part is shorter
-    found = fit(weight, *halves, None)
-    assert expected is not None and found is not None and found.ridge == expected.ridge
-    torch.testing.assert_close(fitted(found, weight), by_all)
+    torch.testing.assert_close(fitted(fit(weight, *halves, 0.1), weight), by_all)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3, 3.0, 30.0])
+@pytest.mark.parametrize("reads_teacher", [False, True])
+def test_the_ridge_that_sums_of_rows_choose_has_the_least_error_of_all_rows(noise: float, reads_teacher: bool) -> None:
+    """Rows of unlike size, more of them than sums; the error on held-out batches is within 3 percent of the best candidate's."""
+    sizes = normal(500, 1, seed=5).exp()
+    weight, missing = normal(500, 30, seed=1), sizes * normal(500, 30, seed=2)
+    features = normal(120, 30) * normal(1, 30, seed=3).exp()
+    target = FitTarget(500, lambda rows: weight[rows])
+    lacking = features @ missing.T + noise * sizes.T * normal(120, 500, seed=9)
+    targets = lacking
+    if reads_teacher:  # the same, as what a teacher's weight makes of its own features
+        targets = features @ weight.T + lacking
+        target = FitTarget(500, lambda rows: weight[rows], lambda rows: torch.eye(500, dtype=torch.float64)[rows])
+    halves = [normal_equations(*rows) for rows in zip(features.split(60), targets.split(60), strict=True)]
+    sums = TrainValNormalEquations(*halves)
+    scored = target.scored(torch.float64)
+    (chosen,) = least_squares._best_on_validation([scored], sums, 0.0, torch.float64)
+
+    def reduction(ridge: float, by_feature: bool) -> float:
+        update = ridge_update(sums.train.gram, target.missing(slice(None), weight, sums.train), ridge, by_feature=by_feature)
+        held_out = target.missing(slice(None), weight, sums.validation)
+        return (2 * (update * held_out).sum() - ((update @ sums.validation.gram) * update).sum()).item()
+
+    best = max(reduction(*each) for each in itertools.product(RIDGES, (False, True)))
+    found = reduction(*chosen) if chosen is not None else 0.0
+    assert found >= 0.97 * max(best, 0.0)
 
 
 @pytest.mark.parametrize("width", [3, 1024, 1031])

@@ -14,6 +14,7 @@ from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.reconstruction import BLOCK_OUTPUT, BlockReconstructor, fit_order
 from hf_guide.calibration.refit import RefitState
 from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
+from hf_guide.calibration.streams import Streams
 from hf_guide.layouts.registry import registered_layouts, variant_for
 from tests.calibration.small_students import BART, kind_batches
 from tests.tiny import KINDS, Kind
@@ -114,5 +115,8 @@ def test_the_errors_in_the_report_are_those_of_the_finished_student(
                 blocks.advance()
             run.finish(stack)
             streams.append(blocks.hidden_states)
-        error = BlockReconstructor(state)._residual_error(streams[1], streams[0], stack)
+        targets = Streams()
+        for stream in streams[0]:
+            targets.append(state.project(stream, state.stack_axis(stack)))
+        error = BlockReconstructor(state)._residual_error(streams[1], targets, stack)
         assert error == pytest.approx(reported[stack.removesuffix(".{block}")][-1], rel=1e-5)
