@@ -146,11 +146,11 @@ def _activation_bytes(modules: ModuleMap, model: PreTrainedModel, batches: list[
     """Return how many bytes of activations this process keeps at most: each is one tensor of the teacher's width.
 
     They are the hidden states after each stack and before a block; with a refit those before another block, up to three more
-    of the teacher's, and the student's.
+    of the teacher's, its projected output in float32, and the student's.
     """
     width = max((linear_weight(ref.module).shape[1] for ref in modules.residual_in.values()), default=0)
     tokens = sum(count_tokens(batch, model) for batch in local_shard(batches))
-    return (len(modules.blocks) + (6 if refits else 1)) * tokens * width * model.dtype.itemsize
+    return (len(modules.blocks) + (8 if refits else 1)) * tokens * width * model.dtype.itemsize
 
 
 def running_teacher(

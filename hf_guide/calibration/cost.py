@@ -18,7 +18,7 @@ from hf_guide.initialization.cost import CostPart
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.models.model_classes import strip_base_prefix
 
-TEACHER_PASSES, STUDENT_PASSES = 3, 4
+TEACHER_PASSES, STUDENT_PASSES = 2, 4
 
 OVERHEAD_BYTES = 200_000_000
 """What the process takes besides: modules that are imported when they are used, and freed memory that is not given back."""
@@ -48,7 +48,7 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     tokens = config.calibration_tokens or default_num_tokens(neurons)
     if not isinstance(setup.source, PreTrainedModel):
         held = outside + 2 * max(blocks.values(), default=0)
-        yield CostPart("the teacher's embeddings, head and two blocks", held, is_kept=True, read=3 * whole)
+        yield CostPart("the teacher's embeddings, head and two blocks", held, is_kept=True, read=2 * whole)
     refits = config.refit != Refit.NONE
     passes = TEACHER_PASSES * numbers + (STUDENT_PASSES * student.num_parameters() if refits else 0)
     # A family that is known by its blocks alone has no axis to project, and keeps its width.
@@ -56,7 +56,7 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     width, student_width = map(max, zip(*(plan.widths.values() or [unchanged]), strict=True))
     yield CostPart(
         f"the activations of {tokens} tokens",
-        min(item * tokens * (7 if refits else 2) * width, round(config.activation_memory * 10**9)),
+        min(item * tokens * (9 if refits else 2) * width, round(config.activation_memory * 10**9)),
         is_kept=True,
         products={torch.float32: float(tokens) * passes},
         advice="fewer calibration_tokens, a lower activation_memory",

@@ -355,9 +355,7 @@ def _best_on_validation(
     return _search(len(sizes), lambda by_feature: lambda ridge: reductions(ridge, by_feature))
 
 
-def _search(
-    count: int, by_penalty: Callable[[bool], Callable[[float], Sequence[float]]]
-) -> list[_Candidate | None]:
+def _search(count: int, by_penalty: Callable[[bool], Callable[[float], Sequence[float]]]) -> list[_Candidate | None]:
     """Return for each of several weights the candidate that reduces the error on held-out batches most, if any does.
 
     Of either penalty ridges are tried from the middle one, for the second from the first's best, to both sides of the best so
@@ -378,7 +376,9 @@ def _search(
             pending = {near for top in tops for near in (top - 1, top + 1) if 0 <= near < len(RIDGES)} - found.keys()
         for index, values in found.items():
             candidate = (RIDGES[index], by_feature)
-            best = [max(old, (new, candidate), key=lambda each: each[0]) for old, new in zip(best, values, strict=True)]
+            best = [
+                max(old, (new, candidate), key=lambda each: each[0]) for old, new in zip(best, values, strict=True)
+            ]
         start = max(found, key=lambda index: sum(found[index]))
     return [candidate for _, candidate in best]
 
@@ -527,6 +527,7 @@ class TokenKernel:
         self._scale = _overflow_scale(squares)
         self._root = _penalties(squares, by_feature).sqrt() if by_feature else None
         self._rows = x if self._root is None else x / self._root
+        self.matrix: Tensor
         if previous is not None and previous._root is self._root:
             self.matrix = previous.matrix.mul_(previous._scale / self._scale)
         else:

@@ -22,7 +22,7 @@ FREE_SHARE = 0.25
 """Of the free space where the files are, what all processes may take."""
 
 EXPECTED_TENSORS = 4
-"""Tensors of a block, its input and those of its norms and projections, in units of its input: what a block is assumed to take."""
+"""What a block is assumed to take in units of its input: itself, and the inputs of a norm and of two groups of projections."""
 
 
 class InputRecorder:

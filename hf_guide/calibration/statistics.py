@@ -92,7 +92,9 @@ def collect_statistics(
                 if count > done:
                     collector.save(checkpoint, count, complete=False)
 
-            sequential.visit(collector.register_hooks, collector.begin, skip=done, after_block=after_block, records=records)
+            sequential.visit(
+                collector.register_hooks, collector.begin, skip=done, after_block=after_block, records=records
+            )
             collector.flush()
             collector.save(checkpoint, blocks, complete=True)
     return collector.reduce()

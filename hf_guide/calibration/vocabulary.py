@@ -35,7 +35,7 @@ from hf_guide.models.token_rows import (
 )
 from hf_guide.models.tokenizer_reduction import reduce_spec, reduce_tokenizer, tokenizer_spec
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
-from hf_guide.teachers.tensor_source import TensorSource
+from hf_guide.teachers.tensor_source import OtherVocabularyTensors, TensorSource
 
 HELD_OUT_EVERY = 10
 """Every tenth text is left out of the counts by which the reported share of tokens is measured."""
@@ -287,43 +287,24 @@ def vocabulary_reducer(
     return VocabularyReducer(tokenizer, iter_texts(dataset, tokenizer), required)
 
 
-@dataclass(frozen=True)
-class _SelectedRows(TensorSource):
+class _SelectedRows(OtherVocabularyTensors):
     """A teacher's tensors, of which those with an entry for each token have the kept ones alone."""
 
-    weights: TensorSource
-    axes: Mapping[str, int]
-    kept: Tensor
-
-    def keys(self) -> Collection[str]:
-        return self.weights.keys()
-
-    def shape(self, name: str) -> torch.Size:
-        shape = list(self.weights.shape(name))
-        if name in self.axes:
-            shape[self.axes[name]] = len(self.kept)
-        return torch.Size(shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.weights.dtype(name)
+    def __init__(self, weights: TensorSource, axes: Mapping[str, int], kept: Tensor):
+        super().__init__(weights, axes, len(kept))
+        self._kept = kept
 
     def get(self, name: str) -> Tensor:
         tensor = self.weights.get(name)
-        return tensor.index_select(self.axes[name], self.kept.to(tensor.device)) if name in self.axes else tensor
+        return tensor.index_select(self.axes[name], self._kept.to(tensor.device)) if name in self.axes else tensor
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if self.axes.get(name) == 0:
-            kept = self.kept[start:stop]
+            kept = self._kept[start:stop]
             between = self.weights.rows(name, int(kept[0]), int(kept[-1]) + 1)  # ids ascend
             return between.index_select(0, (kept - kept[0]).to(between.device))
         tensor = self.weights.rows(name, start, stop)
-        return tensor.index_select(self.axes[name], self.kept.to(tensor.device)) if name in self.axes else tensor
-
-    def prefetch(self, name: str) -> None:
-        self.weights.prefetch(name)
-
-    def check_unchanged(self) -> None:
-        self.weights.check_unchanged()
+        return tensor.index_select(self.axes[name], self._kept.to(tensor.device)) if name in self.axes else tensor
 
 
 def with_vocabulary(teacher: TeacherCheckpoint, vocabulary: ReducedVocabulary) -> TeacherCheckpoint:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from hf_guide.models.piece_mapping import PieceMapping, map_pieces
 from hf_guide.models.pretrained import find_tokenizer, load_processing_class
 from hf_guide.models.token_rows import check_one_vocabulary, is_token_field, translate_token_ids, vocabulary_axes
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
-from hf_guide.teachers.tensor_source import TensorSource
+from hf_guide.teachers.tensor_source import OtherVocabularyTensors, TensorSource
 
 
 @dataclass(frozen=True)
@@ -126,42 +126,24 @@ def own_tokenizer(teacher: TeacherCheckpoint, **hub: Any) -> Any:
     return find_tokenizer(teacher.name, revision=teacher.revision, **hub) if is_saved else None
 
 
-@dataclass(frozen=True)
-class _ComposedRows(TensorSource):
+class _ComposedRows(OtherVocabularyTensors):
     """A teacher's tensors, of which those with an entry for each token have means of entries instead."""
 
-    weights: TensorSource
-    axes: Mapping[str, int]
-    parts: Sequence[Sequence[int]]
-
-    def keys(self) -> Collection[str]:
-        return self.weights.keys()
-
-    def shape(self, name: str) -> torch.Size:
-        shape = list(self.weights.shape(name))
-        if name in self.axes:
-            shape[self.axes[name]] = len(self.parts)
-        return torch.Size(shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.weights.dtype(name)
+    def __init__(self, weights: TensorSource, axes: Mapping[str, int], parts: Sequence[Sequence[int]]):
+        super().__init__(weights, axes, len(parts))
+        self._parts = parts
+        self._means: dict[str, Tensor] = {}
 
     def get(self, name: str) -> Tensor:
         if name not in self.axes:
             return self.weights.get(name)
-        return self._compose(name, self.weights.get(name), self.parts)
+        return self._compose(name, self.weights.get(name), self._parts)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if self.axes.get(name) == 0:
-            return self._compose(name, self.weights.get(name), self.parts[start:stop])
+            return self._compose(name, self.weights.get(name), self._parts[start:stop])
         rows = self.weights.rows(name, start, stop)
-        return self._compose(name, rows, self.parts) if name in self.axes else rows
-
-    def prefetch(self, name: str) -> None:
-        self.weights.prefetch(name)
-
-    def check_unchanged(self) -> None:
-        self.weights.check_unchanged()
+        return self._compose(name, rows, self._parts) if name in self.axes else rows
 
     def _compose(self, name: str, tensor: Tensor, parts: Sequence[Sequence[int]]) -> Tensor:
         """Return for each token the mean of its parts' entries, computed in float32 or better; a single one is copied."""
@@ -180,5 +162,13 @@ class _ComposedRows(TensorSource):
             result[several] = (sums / counts.view(-1, *[1] * (sums.ndim - 1))).to(tensor.dtype)
         fresh = [index for index, each in enumerate(parts) if not each]
         if fresh:
-            result[fresh] = entries.to(dtype).mean(0).to(tensor.dtype)
+            result[fresh] = self._mean(name, entries).to(result)
         return result.movedim(0, axis)
+
+    def _mean(self, name: str, entries: Tensor) -> Tensor:
+        """Return the mean of all entries; where the axis of tokens is the first it is computed once, for any rows."""
+        if self.axes[name] != 0:
+            return entries.to(torch.promote_types(entries.dtype, torch.float32)).mean(0)
+        if name not in self._means:
+            self._means[name] = entries.to(torch.promote_types(entries.dtype, torch.float32)).mean(0)
+        return self._means[name]

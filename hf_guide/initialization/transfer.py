@@ -106,8 +106,7 @@ def fit_bases(
         activations: Second moment by axis, (d_T, d_T), to fit to instead of that of the embedding tables.
         channels: Keep the channels with the largest second moment of the activations instead of principal directions.
     """
-    axes = projected_axes(plan)
-    moments = embedding_second_moments(plan, axes)
+    axes, moments = projected_axes(plan), EmbeddingMoments(plan)
     centered = plan.layout.norm == "layer"
     fitted: dict[str, ResidualBasis] = {}
     for axis in axes:
@@ -121,9 +120,24 @@ def fit_bases(
         else:
             fitted[axis] = fit_embedding_basis(plan, axis, moments)
     plan.bases.update({axis: basis.matrix for axis, basis in fitted.items()})
-    measured = {**moments, **(activations or {})}
-    retained = {axis: norm_retained(measured[axis], plan.bases[axis], centered=centered) for axis in axes}
+    measured = activations or {}
+    retained = {
+        axis: norm_retained(measured[axis] if axis in measured else moments[axis], plan.bases[axis], centered=centered)
+        for axis in axes
+    }
     return Transfer(plan, moments, retained, torch.promote_types(plan.teacher.dtype, torch.float32)), fitted
+
+
+class EmbeddingMoments(dict[str, Tensor]):
+    """By axis the second moment of the embedding tables, (d_T, d_T), float64; each is computed when it is first needed."""
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self._plan = plan
+
+    def __missing__(self, axis: str) -> Tensor:
+        self[axis] = embedding_second_moments(self._plan, [axis])[axis]
+        return self[axis]
 
 
 @dataclass

@@ -2,22 +2,23 @@
 
 Stacks run one block at a time: all tokens go through a block before the next (`calibration/sequential.py`). So a teacher that
 is read from files, or that accelerate has spread over devices and a disk, needs one block in memory, its embeddings and its
-head; its blocks are read once to verify that they run one after another, once for the statistics, and once for the refit. A
-model in memory, on one device, takes the same way. Where a stack cannot run so, the blocks of a teacher of files are all held,
-and the report states why.
+head; its blocks are read once to verify that they run one after another, and once for the statistics. A model in memory, on
+one device, takes the same way. Where a stack cannot run so, the blocks of a teacher of files are all held, and the report
+states why.
 
-Cost: one forward pass of the teacher over the calibration tokens without a refit, and one more where experts are selected;
-with a refit two of the teacher, and about four of the student; more of a stack whose blocks pass on more than the hidden
-states.
+Cost: one forward pass of the teacher over the calibration tokens, and one more where experts are selected; with a refit about
+three of the student; more of a stack whose blocks pass on more than the hidden states. The refit needs what the modules of
+each block were called with. On a CPU it is kept in temporary files, as long as these take a quarter of the free space at most
+(`calibration/recorded_inputs.py`); of other blocks, and on a GPU, the refit runs the teacher once more.
 
 With `layer_selection="greedy"` the blocks are removed one by one, which takes about 2.6 times the depth in passes over 512
 tokens (`calibration/block_removal.py`).
 
 Memory: of activations, for all tokens of a process, the teacher's hidden states after each stack; and while a block is
-refitted those before it, up to three more tensors of that width (the residual stream between attention and MLP, and the inputs
-of both), and the student's before the block. What is beyond `activation_memory` is kept in a temporary file. In memory remain
-of each model the attention masks, (batch, length, length) bytes where there is padding. For 65,536 tokens and a teacher of
-width 2,048 in float32 the activations are about 3 GB.
+refitted those before it, up to four more tensors of that width (the residual stream between attention and MLP, the inputs of
+both, and the projected output), and the student's before the block. What is beyond `activation_memory` is kept in a temporary
+file. In memory remain of each model the attention masks, (batch, length, length) bytes where there is padding. For 65,536
+tokens and a teacher of width 2,048 in float32 the activations are about 3 GB.
 
 With a `calibration_cache_dir`, a run that was killed continues after one pass through the blocks that are refitted already.
 """

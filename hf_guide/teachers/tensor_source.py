@@ -58,6 +58,44 @@ class TensorSource(Protocol):
         return
 
 
+class OtherVocabularyTensors(TensorSource):
+    """The tensors of another source, of which those with an entry for each token have other entries.
+
+    Extend it: `get` and `rows` are of the source that changes entries.
+
+    Args:
+        weights: The other source.
+        axes: By name, the axis of the tokens.
+        vocab_size: The number of entries there.
+    """
+
+    def __init__(self, weights: TensorSource, axes: Mapping[str, int], vocab_size: int):
+        self.weights, self.axes, self.vocab_size = weights, axes, vocab_size
+
+    def keys(self) -> Collection[str]:
+        """Return the names of the other source."""
+        return self.weights.keys()
+
+    def shape(self, name: str) -> torch.Size:
+        """Return a tensor's shape, with the other number of tokens."""
+        shape = list(self.weights.shape(name))
+        if name in self.axes:
+            shape[self.axes[name]] = self.vocab_size
+        return torch.Size(shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype in the other source."""
+        return self.weights.dtype(name)
+
+    def prefetch(self, name: str) -> None:
+        """Have the system read a tensor of the other source."""
+        self.weights.prefetch(name)
+
+    def check_unchanged(self) -> None:
+        """Check the files of the other source."""
+        self.weights.check_unchanged()
+
+
 class InMemoryTensors(TensorSource):
     """The tensors of a model in memory, shared with it and not copied.
 

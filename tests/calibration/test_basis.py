@@ -9,9 +9,32 @@ from transformers import AutoModel, AutoTokenizer, BertModel, PreTrainedModel
 from examples.common.data import read_documents
 from examples.common.teachers import default_encoder
 from hf_guide import OptionError, ShapeError, from_teacher
+from hf_guide.initialization import transfer
 from hf_guide.initialization.basis import fit_channel_selection
 from tests.calibration.small_students import kind_batches
 from tests.tiny import KINDS
+
+
+@pytest.mark.parametrize(("name", "needed"), [("llama", 0), ("llama tied", 1)])
+def test_the_tables_second_moment_is_computed_where_a_tied_gain_needs_it(
+    name: str, needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[list[str]] = []
+    whole = transfer.embedding_second_moments
+    monkeypatch.setattr(
+        transfer, "embedding_second_moments", lambda plan, axes: computed.append(axes) or whole(plan, axes)
+    )
+    kind = KINDS[name]
+    from_teacher(
+        kind.teacher(),
+        method={"method": "calibrated", "refit": "none"},
+        calibration_dataset=kind_batches(kind),
+        show_progress=False,
+        **kind.smaller,
+    )
+    assert len(computed) == needed
+    from_teacher(kind.teacher(), method="guide", show_progress=False, **kind.smaller)
+    assert len(computed) == needed + 1
 
 
 def texts(count: int) -> list[str]:
