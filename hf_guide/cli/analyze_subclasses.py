@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from hf_guide.errors import OptionError
     from hf_guide.validation import check_integer
 
+    check_integer("--max-samples", args.max_samples)
     check_integer("--num-examples", args.num_examples)
     check_integer("--batch-size", args.batch_size)
     check_integer("--steps", args.steps)
@@ -94,6 +95,10 @@ def run(args: argparse.Namespace) -> int:
         label_column=args.label_column,
         max_train_samples=args.max_samples,
     )
+    if args.output.is_dir():
+        raise OptionError(f"-o must be a file; {args.output} is a folder. Add the name of the page, such as subclasses.html.")
+    if args.figures is not None and args.figures.exists() and not args.figures.is_dir():
+        raise OptionError(f"--figures must be a folder; {args.figures} is a file.")
     if not args.output.resolve().parent.is_dir():
         raise OptionError(f"There is no folder {args.output.resolve().parent} to write {args.output.name} into.")
 

@@ -1,5 +1,6 @@
 """Features of a dataset's examples for a projector: batches, labels in the teacher's numbering, embeddings and logits."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -75,7 +76,7 @@ class LabelReader:
         if isinstance(first, Mapping):
             column = next((name for name in names if name in first), None)
             if column is not None:
-                return torch.tensor([self._class_number(example[column], column) for example in examples])
+                return torch.tensor([self._class_number(example.get(column), column) for example in examples])
         labels = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
         if labels is None and self.column is not None:
             columns = sorted(first) if isinstance(first, Mapping) else sorted(batch)
@@ -133,12 +134,17 @@ def peek_first(dataset: Any) -> tuple[Any, Any]:
     """Return a dataset that still yields all of its examples, and the first of them.
 
     Raises:
-        OptionError: It is empty, a mapping of several datasets, or not a dataset.
+        OptionError: It is empty, a mapping of several datasets, a name, or not a dataset.
     """
     if isinstance(dataset, Mapping):
         raise OptionError(
             f"One dataset was expected; found a {type(dataset).__name__} of {list(dataset)}. Pass one of these, such as "
             'dataset["train"].'
+        )
+    if isinstance(dataset, (str, bytes, os.PathLike)):
+        raise OptionError(
+            f"A dataset must contain processed examples; found the {type(dataset).__name__} {str(dataset)!r}. Load it first, "
+            "as by datasets.load_dataset, and process it as for training."
         )
     if is_map_style(dataset):
         if not len(dataset):
@@ -166,8 +172,13 @@ def build_collator(
     It drops them as `Trainer` does, unless none would be left: then `data_collator` reads raw columns.
 
     Raises:
-        OptionError: No column would be left, and there is no `data_collator`.
+        OptionError: No column would be left, or the examples have none, and there is no `data_collator`.
     """
+    if data_collator is None and isinstance(example, Sequence):
+        raise OptionError(
+            f"Examples must be mappings of columns, such as input_ids; the first is a {type(example).__name__}. Process the "
+            "dataset as for training, or pass a data_collator that does."
+        )
     known = forward_parameters(model) - {*TRAINER_LABEL_COLUMNS}
     drop = not isinstance(example, Mapping) or bool(known & {*example})
     if not drop and data_collator is None:

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -27,7 +27,15 @@ from hf_guide.lelp.analysis.probe import (
     run_probe,
     split_folds,
 )
-from hf_guide.lelp.data import FeatureChunk, LabelReader, build_collator, classifier_weight, iter_live, peek_first
+from hf_guide.lelp.data import (
+    FeatureChunk,
+    LabelReader,
+    build_collator,
+    check_classifier_task,
+    classifier_weight,
+    iter_live,
+    peek_first,
+)
 from hf_guide.lelp.fitting import load_classifier
 from hf_guide.lelp.projector import SubclassProjector
 from hf_guide.lelp.validation import resolve_classes
@@ -114,10 +122,11 @@ def probe_subclasses(
         show_progress: Whether to show bars.
 
     Raises:
-        SubclassError: Too few examples, examples of one class only, or too few to fit the projector.
+        SubclassError: Too few examples, examples of one class only, too few to fit the projector, or a projector of another
+            teacher.
         OptionError: An option out of range, a missing column, a student that does not read the batches, or none that can be
             derived from the teacher's config.
-        TaskError: The teacher is not a classifier, or its classes do not exclude each other.
+        TaskError: The teacher or the student is not a classifier, or its classes do not exclude each other.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -133,24 +142,34 @@ def probe_subclasses(
     counts = {"steps": steps, "num_seeds": num_seeds, "batch_size": batch_size, "max_samples": max_samples}
     for name, value in counts.items():
         check_integer(name, value)
+    seed = check_integer("seed", seed, 0, 2**32 - 1)
+    if projector is not None and not isinstance(projector, SubclassProjector):
+        raise OptionError(
+            f"projector must be a SubclassProjector, as fit_subclasses returns it; found a {type(projector).__name__}."
+        )
     state = distributed_state()
     hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
     model = load_classifier(teacher, device=state.device, **hub)
+    if projector is not None:
+        projector.check_teacher(model)
     students = build_students(model, student, learning_rate)
-    parts = [_sample(each, max_samples, seed) for each in (dataset, eval_dataset) if each is not None]
+    given = [each for each in (dataset, eval_dataset) if each is not None]
+    parts = [_sample(each, max_samples, seed) for each in given]
     examples: Any = ConcatDataset(parts)
     task = task_of(model)
     collate, _ = build_collator(model, task, peek_first(parts[0])[1], data_collator, processing_class)
     student_collate = student_collator or collate
     check_student_inputs(students, student_collate([examples[0]]))
-    labels = LabelReader(dataset, without_adapter(model).config.id2label, label_column, fine_label_column)
+    id2label = without_adapter(model).config.id2label
+    readers = [LabelReader(each, id2label, label_column, fine_label_column) for each in given]
     with eval_mode(model):
         runner = TeacherRunner(model, task, processing_class)
-        chunks = iter_live(runner, examples, collate, labels, batch_size=batch_size)
-        bar = tqdm(
-            chunks, desc="Running the teacher", total=-(-len(examples) // batch_size), disable=not show_progress
+        chunks = chain.from_iterable(
+            iter_live(runner, part, collate, labels, batch_size=batch_size)
+            for part, labels in zip(parts, readers, strict=True)
         )
-        features = _concatenate(bar)
+        total = sum(-(-len(part) // batch_size) for part in parts)
+        features = _concatenate(tqdm(chunks, desc="Running the teacher", total=total, disable=not show_progress))
     count = len(parts[0])
     if projector is None:
         weight = classifier_weight(find_classifier(model, task))
@@ -256,13 +275,14 @@ def build_students(
         config = smaller_config(bare.config) if student is None else student
         how = "with random weights"
         template = _from_config(type(bare), config)
+    task = task_of(template)
+    check_classifier_task(task, f"the student, a {type(template).__name__},")
     outputs = copy.deepcopy(template.config)
     if outputs.num_labels != bare.config.num_labels:
         raise OptionError(
             f"The student has {outputs.num_labels} outputs and the teacher {bare.config.num_labels} classes. Pass a student "
             "with one output for each class; the probe adds those of the subclasses."
         )
-    task = task_of(template)
     width = int(find_classifier(template, task).in_features)
 
     def build() -> nn.Module:

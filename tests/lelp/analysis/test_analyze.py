@@ -236,8 +236,11 @@ def test_images_are_shown(tmp_path):
         (["--fine-label-column", "kinds"], "has no column 'kinds'"),
         (["--teacher", "{home}/other"], "cannot be loaded"),
         (["--num-examples", "0"], "--num-examples must be a whole number of at least 1"),
+        (["--max-samples", "0"], "--max-samples must be a whole number of at least 1"),
         (["--steps", "0"], "--steps must be a whole number of at least 1"),
         (["-o", "{home}/nowhere/page.html"], "There is no folder"),
+        (["-o", "{home}"], "-o must be a file"),
+        (["--figures", "{home}/data.jsonl"], "--figures must be a folder"),
         (["--dataset-split", "tests"], "has no split 'tests'"),
     ],
 )

@@ -3,11 +3,12 @@
 import dataclasses
 import math
 
+import datasets
 import pytest
 import torch
 from torch import nn
 
-from hf_guide import OptionError, SubclassError, TaskError, probe_subclasses
+from hf_guide import OptionError, SubclassError, TaskError, fit_subclasses, probe_subclasses
 from hf_guide.lelp.analysis.probe import (
     ProbeData,
     ProbeStudents,
@@ -162,6 +163,18 @@ def test_a_given_student_is_copied_and_measured_on_given_examples():
     assert "with random weights" in probe_subclasses(teacher, rows, student=config, **options).student
 
 
+def test_the_examples_to_measure_on_have_a_column_and_names_of_their_own():
+    teacher, rows = teacher_of(), examples()
+    names, measured = list(teacher.config.id2label.values()), rows[:40]
+    options = {"data_collator": Pad(), "steps": 2, "num_seeds": 2, "show_progress": False}
+    expected = probe_subclasses(teacher, rows, measured, **options)
+    labels = datasets.ClassLabel(names=names[::-1])
+    own = [{name: row[name] for name in row if name != "label"} for row in measured]
+    own = [row | {"label_ids": labels.str2int(names[each["label"]])} for row, each in zip(own, measured, strict=True)]
+    named = datasets.Dataset.from_list(own).cast_column("label_ids", labels)
+    assert probe_subclasses(teacher, rows, named, **options) == expected
+
+
 def test_a_student_may_read_other_inputs_than_the_teacher():
     """Texts for a teacher of images, of which the students' loss is that of texts alone."""
     teacher, images, texts = teacher_of("vit"), examples("vit"), examples()
@@ -186,6 +199,9 @@ def test_a_student_may_read_other_inputs_than_the_teacher():
         ({"student": "name"}, OptionError, "student must be a model or a config"),
         ({"student": KINDS["vit"].teacher().config}, OptionError, "Pass a config of the teacher's class"),
         ({"student": WIDER.teacher()}, OptionError, "5 outputs and the teacher 3 classes"),
+        ({"student": KINDS["bert"].teacher()}, TaskError, "the student, a BertForMaskedLM,"),
+        ({"projector": 3}, OptionError, "projector must be a SubclassProjector"),
+        ({"seed": 1.5}, OptionError, "seed must be a whole number"),
         ({"eval_dataset": []}, OptionError, "dataset is empty"),
         ({"fine_label_column": "kind"}, OptionError, "fine_label_column='kind'"),
         ({"max_samples": 30}, SubclassError, "at least 32 training examples|subclasses need"),
@@ -195,6 +211,16 @@ def test_invalid_options_raise_before_any_step(options, error, message):
     given = {"data_collator": Pad(), "show_progress": False} | options
     with pytest.raises(error, match=message):
         probe_subclasses(teacher_of(), examples(), **given)
+
+
+def test_a_projector_of_another_teacher_raises():
+    other, options = teacher_of(), {"data_collator": Pad(), "show_progress": False}
+    with torch.no_grad():
+        other.classifier.weight.mul_(2)
+    with pytest.raises(SubclassError, match="is of another teacher"):
+        probe_subclasses(
+            teacher_of(), examples(), projector=fit_subclasses(other, examples(), **options), steps=2, **options
+        )
 
 
 def test_a_teacher_that_is_no_classifier_raises():
