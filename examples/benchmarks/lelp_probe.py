@@ -22,7 +22,7 @@ from lelp_models import Classifier, make_student, start_student
 from lelp_runs import ADDED, RESULTS
 
 from hf_guide import SubclassProjector
-from hf_guide.lelp.analysis.probe import ProbeData, ProbeStudents, run_probe, split_folds
+from hf_guide.lelp.analysis.probe import STEPS, ProbeData, ProbeStudents, run_probe, split_folds
 from hf_guide.lelp.analysis.probe_subclasses import MAX_LEARNING_RATE, MAX_SAMPLES, NUM_SEEDS, RATE_TIMES_WIDTH
 
 
@@ -51,7 +51,7 @@ def probe_set(name: str, args: Any) -> dict[str, Any]:
     rate = min(MAX_LEARNING_RATE, RATE_TIMES_WIDTH / width)
     students = ProbeStudents(build, lambda model, inputs: model(inputs), width, rate, "the benchmark's students")
     began = time.perf_counter()
-    probe = run_probe(data, students, show_progress=False)
+    probe = run_probe(data, students, steps=args.probe_steps, show_progress=False)
     return probe.to_dict() | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -87,6 +87,7 @@ def main() -> int:
     options.add_argument(
         "--probes", type=Path, default=RESULTS / "lelp_probe.jsonl", help="file of probes, one a line"
     )
+    options.add_argument("--probe-steps", type=int, default=STEPS, help="of the probe's students")
     args = options.parse_args()
     lines = args.probes.read_text(encoding="utf-8").splitlines() if args.probes.is_file() else []
     probes = [json.loads(line) for line in lines]

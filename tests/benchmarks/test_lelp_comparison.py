@@ -393,6 +393,19 @@ class Recorded:
         return self.results[-1]
 
 
+def test_trigrams_share_the_rows_of_a_smaller_table(benchmark):
+    numbers = torch.tensor([[1, 8, 9, 17, 0], [2, 3, 16, 0, 0]])
+    small, whole = (benchmark.models.TrigramBag(rows, width=4).eval() for rows in (9, 18))
+    with torch.no_grad():
+        rows = small.table.weight[torch.tensor([[1, 8, 1, 1], [2, 3, 8, 0]])]
+        rows = [rows[0].mean(0), rows[1, :3].mean(0)]
+        expected = small.layer(3 * torch.stack(rows)).relu()
+        assert torch.allclose(small(numbers).last_hidden_state[:, 0], expected, atol=1e-6)
+        whole.layer.load_state_dict(small.layer.state_dict())
+        whole.table.weight[1:] = small.table.weight[1 + torch.arange(17) % 8]
+        assert torch.allclose(whole(numbers).last_hidden_state[:, 0], expected, atol=1e-6)
+
+
 def test_halves_of_snippets_bring_a_language_together(benchmark, declarations, monkeypatch):
     monkeypatch.setattr(benchmark.data, "SNIPPET_COUNTS", (200, 20, 20))
     data = benchmark.data.languages(declarations, hidden=4)
