@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
         max_train_samples=args.max_samples,
     )
     if args.output.is_dir():
-        raise OptionError(f"-o must be a file; {args.output} is a folder. Add the name of the page, such as subclasses.html.")
+        raise OptionError(
+            f"-o must be a file; {args.output} is a folder. Add the name of the page, such as subclasses.html."
+        )
     if args.figures is not None and args.figures.exists() and not args.figures.is_dir():
         raise OptionError(f"--figures must be a folder; {args.figures} is a file.")
     if not args.output.resolve().parent.is_dir():

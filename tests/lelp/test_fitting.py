@@ -391,7 +391,11 @@ def test_invalid_input_raises_before_or_where_it_is_read(tmp_path):
         ({"classifier_weight": torch.randn(2, 48)}, SubclassError, "has 2 rows; the teacher has 3 classes"),
         ({"dataset": []}, OptionError, "dataset is empty"),
         ({"dataset": "rows.jsonl"}, OptionError, "must contain processed examples; found the str 'rows.jsonl'"),
-        ({"dataset": ["a text"], "data_collator": None}, OptionError, "must be mappings of columns.*the first is a str"),
+        (
+            {"dataset": ["a text"], "data_collator": None},
+            OptionError,
+            "must be mappings of columns.*the first is a str",
+        ),
         ({"data_collator": None}, OptionError, "pass processing_class=tokenizer"),
         ({"dataset": None}, OptionError, "needs a dataset"),
         ({"dataset": [row | {"label": 7} for row in rows]}, SubclassError, "label of example 0 is 7"),

@@ -128,10 +128,10 @@ class SubclassProbe:
 
     def summary(self) -> str:
         """Return the verdict with its reason, in a few lines."""
-        undecided = self.verdict == "undecided"
+        undecided, seeds = self.verdict == "undecided", f"{len(self.kd)} seed{'s' if len(self.kd) > 1 else ''}"
         lines = [
             f"{'Whether subclasses help is undecided' if undecided else f'Subclasses are {self.verdict}'}: LELP is "
-            f"{self.gain:+.1f} ± {self.gain_error:.1f} points from KD after {self.steps} steps ({len(self.kd)} seed{'s' * (len(self.kd) > 1)}).",
+            f"{self.gain:+.1f} ± {self.gain_error:.1f} points from KD after {self.steps} steps ({seeds}).",
             f"  KD reaches {statistics.mean(self.kd):.1f} %, {self.num_subclasses} subclasses of each class "
             f"{statistics.mean(self.subclasses):.1f} %, the teacher {self.teacher:.1f} %",
             f"  {self.student}; {self.num_train:,} examples to train on, {self.num_held_out:,} held out",
