@@ -71,8 +71,12 @@ def learn(
     rate: float,
     points: int,
     seed: int,
+    groups: dict[str, float] | None = None,
 ) -> list[tuple[int, float]]:
-    """Train a student on every block once; return its held-out loss after so many tokens, from none on."""
+    """Train a student on every block once; return its held-out loss after so many tokens, from none on.
+
+    `groups` has by parameter the factor of its learning rate; by default all have one rate.
+    """
     steps = len(train_blocks) // BATCH
     examples = as_examples(train_blocks)
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,9 +120,22 @@ def learn(
             eval_dataset=as_examples(held_out),
             teacher=None if objective in ("labels", "top-k capture") else teacher,
         )
+        if groups is not None:
+            trainer.create_optimizer()
+            _scale_rates(trainer, groups)
         trainer.train()
     evaluations = [(entry["step"], entry["eval_ce"]) for entry in trainer.state.log_history if "eval_ce" in entry]
     return [(step * BATCH * LENGTH, loss) for step, loss in evaluations]
+
+
+def _scale_rates(trainer: DistillationTrainer, factors: dict[str, float]) -> None:
+    """Split the groups of a trainer's optimizer so that each parameter has its factor of the learning rate."""
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    trainer.optimizer.param_groups = [
+        {**group, "params": [parameter], "lr": group["lr"] * factors[names[id(parameter)]]}
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    ]
 
 
 def drawn(all_blocks: Tensor, count: int, seed: int) -> Tensor:
