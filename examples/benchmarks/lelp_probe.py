@@ -22,7 +22,7 @@ from lelp_models import Classifier, make_student, start_student
 from lelp_runs import ADDED, RESULTS
 
 from hf_guide import SubclassProjector
-from hf_guide.lelp.analysis.probe import STEPS, ProbeData, ProbeStudents, run_probe, split_folds
+from hf_guide.lelp.analysis.probe import ProbeData, ProbeStudents, run_probe, split_folds
 from hf_guide.lelp.analysis.probe_subclasses import MAX_LEARNING_RATE, MAX_SAMPLES, NUM_SEEDS, RATE_TIMES_WIDTH
 
 
@@ -87,7 +87,7 @@ def main() -> int:
     options.add_argument(
         "--probes", type=Path, default=RESULTS / "lelp_probe.jsonl", help="file of probes, one a line"
     )
-    options.add_argument("--probe-steps", type=int, default=STEPS, help="of the probe's students")
+    options.add_argument("--probe-steps", type=int, help="of the probe's students, if other than by default")
     args = options.parse_args()
     lines = args.probes.read_text(encoding="utf-8").splitlines() if args.probes.is_file() else []
     probes = [json.loads(line) for line in lines]

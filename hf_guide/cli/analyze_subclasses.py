@@ -65,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--student", metavar="NAME", help="student of the probe: Hub id or folder; by default smaller than the teacher"
     )
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="steps of the probe's students")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps of the probe's students; by default 300 for two classes, more in proportion, at most 900",
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="students of each objective in the probe")
     add_hub_arguments(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
@@ -80,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     check_integer("--max-samples", args.max_samples)
     check_integer("--num-examples", args.num_examples)
     check_integer("--batch-size", args.batch_size)
-    check_integer("--steps", args.steps)
+    if args.steps is not None:
+        check_integer("--steps", args.steps)
     check_integer("--seeds", args.seeds)
     is_file = Path(args.dataset).is_file()
     if not is_file and Path(args.dataset).suffix in FILES and not Path(args.dataset).exists():

@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 
 from hf_guide.errors import SubclassError
 
-STEPS, BATCH_SIZE, NUM_SEEDS = 300, 64, 3
+STEPS, MAX_STEPS, BATCH_SIZE, NUM_SEEDS = 300, 900, 64, 3
+"""Steps for two classes, and at most for more of them; see `default_steps`."""
+
 FINE_LABEL_STEPS = 3
 """How many times the steps a student is trained that is given the fine labels: at as few as KD needs it is behind."""
 
@@ -158,11 +160,25 @@ def split_folds(count: int, num_seeds: int, seed: int = 0) -> list[tuple[Tensor,
     return [(torch.cat([*folds[:number], *folds[number + 1 :]]), folds[number]) for number in range(num_seeds)]
 
 
+def default_steps(num_classes: int) -> int:
+    """Return the steps of a probe's students: 300 for two classes, more in proportion to their number, at most 900.
+
+    Each class is then learned from as many examples, up to the limit. With fewer steps neither student is near its end, and
+    the one of more outputs is behind: on characters in 8 classes LELP was 2.4 points below KD after 300 steps and 4.5 above it
+    after 900, and 6.7 in the training that was probed.
+
+    Example:
+        >>> [default_steps(number) for number in (2, 4, 10)]
+        [300, 600, 900]
+    """
+    return min(MAX_STEPS, STEPS * max(2, num_classes) // 2)
+
+
 def run_probe(
     data: ProbeData,
     students: ProbeStudents,
     *,
-    steps: int = STEPS,
+    steps: int | None = None,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
     show_progress: bool = True,
@@ -172,10 +188,11 @@ def run_probe(
     Args:
         data: The examples; their fine labels, if there are any, are used as well.
         students: What is trained.
-        steps, batch_size: Of each student.
+        steps, batch_size: Of each student; None takes `default_steps`.
         seed: Of the first split; those of the others follow.
         show_progress: Whether to show a bar of all steps, with an estimate of the time left.
     """
+    steps = default_steps(data.logits.shape[1]) if steps is None else steps
     numbers = range(len(data.splits))
     runs = [(("kd", "subclasses"), steps, number) for number in numbers]
     if data.fine_labels is not None:

@@ -20,7 +20,6 @@ from hf_guide.initialization.student_config import derive_student_config
 from hf_guide.lelp.analysis.probe import (
     BATCH_SIZE,
     NUM_SEEDS,
-    STEPS,
     ProbeData,
     ProbeStudents,
     SubclassProbe,
@@ -81,7 +80,7 @@ def probe_subclasses(
     *,
     student: "PreTrainedModel | PreTrainedConfig | None" = None,
     projector: SubclassProjector | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     num_seeds: int = NUM_SEEDS,
     batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
@@ -110,7 +109,7 @@ def probe_subclasses(
         student: A model, of which copies are trained, or a config of the teacher's class, for random weights. None takes a
             quarter of the teacher's width and a third of its depth, with random weights.
         projector: Of this teacher; None fits one to the examples, by the defaults of `fit_subclasses`.
-        steps, num_seeds, batch_size: Of the students.
+        steps, num_seeds, batch_size: Of the students; steps are 300 for two classes, more in proportion, at most 900.
         learning_rate: Of AdamW; None takes 0.128 / width of the features, at most 0.002.
         max_samples: Of each dataset.
         seed: Of the examples, the splits and the students.
@@ -139,9 +138,11 @@ def probe_subclasses(
         >>> probe.verdict in ("likely to help", "unlikely to help", "undecided")
         True
     """
-    counts = {"steps": steps, "num_seeds": num_seeds, "batch_size": batch_size, "max_samples": max_samples}
+    counts = {"num_seeds": num_seeds, "batch_size": batch_size, "max_samples": max_samples}
     for name, value in counts.items():
         check_integer(name, value)
+    if steps is not None:
+        check_integer("steps", steps)
     seed = check_integer("seed", seed, 0, 2**32 - 1)
     if projector is not None and not isinstance(projector, SubclassProjector):
         raise OptionError(
@@ -227,7 +228,7 @@ def probe_features(
     features: ProbeFeatures,
     *,
     num_train: int,
-    steps: int = STEPS,
+    steps: int | None = None,
     num_seeds: int = NUM_SEEDS,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
@@ -254,7 +255,7 @@ def probe_features(
     given = {"fine_labels": fine_labels} if projector.scores.needs_fine_labels else {}
     targets = projector.transform(features.embeddings, features.logits, **given).flatten(1)
     data = ProbeData(features.logits, targets, features.labels, fine_labels, splits, inputs)
-    logger.info("The probe trains %d students for %d steps: %s", 2 * num_seeds, steps, students.description)
+    logger.info("The probe trains %d students: %s", 2 * num_seeds, students.description)
     return run_probe(data, students, steps=steps, batch_size=batch_size, seed=seed, show_progress=show_progress)
 
 
