@@ -168,7 +168,7 @@ def run_shape(
         "untrained": untrained,
         "after_steps": on_the_way.losses,
         "trained": loss(student),
-        "variance_explained": report.variance_explained["embed"],
+        "variance_explained": report.variance_explained.get("embed", 1.0),  # the width may be the teacher's
         "influence": sum(influence[block] for block in blocks),
         "cpu_seconds": {
             "quick": round(cheap - started),
