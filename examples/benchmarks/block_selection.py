@@ -127,7 +127,9 @@ def main() -> int:
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     for seed in [] if args.table else args.seeds:
         args.seed = seed
-        done = {(row["depth"], row["arm"]) for row in rows if row["seed"] == seed}
+        tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone
+        same = [row for row in rows if (row["seed"], row.get("tokens", 0)) == (seed, tokens)]
+        done = {(row["depth"], row["arm"]) for row in same}
         todo = [(depth, arm) for depth in args.depths for arm in ARMS if (depth, arm) not in done]
         if todo:
             rows += run_seed(todo, args)

@@ -156,7 +156,7 @@ def main() -> int:
     args = parser.parse_args()
     keep_freed_memory()
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
-    tokens = args.steps * args.batch_size * (LENGTH - 1)
+    tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone
     for seed in [] if args.table else args.seeds:
         args.seed = seed
         done = {(row["target"], row["arm"]) for row in rows if (row["seed"], row["tokens"]) == (seed, tokens)}

@@ -197,7 +197,7 @@ def main() -> int:
     keep_freed_memory()
     rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     for seed in args.seeds:
-        done = {row["arm"] for row in rows if row["seed"] == seed}
+        done = {row["arm"] for row in rows if (row["seed"], row["steps"]) == (seed, args.steps)}
         new_rows = run_seed(seed, [arm for arm in args.arms if arm not in done], args)
         with args.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in new_rows)
