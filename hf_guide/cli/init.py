@@ -293,11 +293,13 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
 
 
 def _save(student: Any, folder: Path) -> None:
-    from safetensors import SafetensorError
+    from hf_guide.utils.files import is_write_error
 
     try:
         student.save_pretrained(folder)
-    except SafetensorError as error:
+    except Exception as error:
+        if isinstance(error, OSError) or not is_write_error(error):
+            raise
         raise OSError(f"The student could not be written: {error}") from error
 
 

@@ -6,7 +6,6 @@ file is incomplete.
 """
 
 import contextlib
-import errno
 import json
 import logging
 import re
@@ -17,14 +16,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from hf_guide.errors import HfGuideError, OptionError
 from hf_guide.utils.checksums import DamagedFileError, read_json, safetensors_defect, torch_file_defect, write_json
 from hf_guide.utils.files import (
-    DiskError,
     is_partial,
+    is_write_error,
     move_entries,
     remove_stale_partials,
     staging_folder,
@@ -315,7 +313,7 @@ def explain_write_errors(what: str, folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if not is_write_error(error):
             raise
         existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
@@ -330,19 +328,3 @@ def explain_write_errors(what: str, folder: Path) -> Iterator[None]:
             f"{what} could not be written to {folder}, whose disk has {free:,.0f} MiB free: {error}. What was written of it "
             f"is removed. Free space on that disk, or choose another output_dir. {remaining}."
         ) from error
-
-
-def is_write_error(error: BaseException) -> bool:
-    """Return whether an error means that a file could not be written: torch and safetensors have no class for it."""
-    if isinstance(error, OSError):
-        return isinstance(error, DiskError) or error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EIO,
-            errno.EROFS,
-        )
-    message = str(error)
-    if isinstance(error, SafetensorError):
-        return "I/O error" in message or "os error" in message.lower()
-    return any(words in message for words in ("PytorchStreamWriter", "inline_container", "file write failed"))

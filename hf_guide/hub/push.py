@@ -20,7 +20,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
@@ -31,7 +30,7 @@ from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
 from hf_guide.models.sentence_modules import attached_sentence_modules
 from hf_guide.models.token_rows import attached_tokenizer
-from hf_guide.utils.files import DiskError, check_disk_space, staged_update
+from hf_guide.utils.files import DiskError, check_disk_space, is_write_error, staged_update
 from hf_guide.utils.finite import check_weights_finite
 
 
@@ -219,7 +218,9 @@ def save_student(
             if modules is not None:
                 write_sentence_modules(modules, new)
             clean_saved_folder(new)
-    except SafetensorError as error:
+    except Exception as error:
+        if isinstance(error, OSError) or not is_write_error(error):
+            raise
         raise DiskError(f"The student could not be written to {folder}: {error}. The folder is unchanged.") from error
     if push_to_hub:  # only now: the stock class would have pushed before the report was written
         parameters = inspect.signature(PushToHubMixin.push_to_hub).parameters

@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 from hashlib import blake2b
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -73,6 +75,29 @@ def check_disk_space(folder: Path, needed: int) -> None:
             f"The student takes {needed / 2**20:.1f} MiB, but {folder.parent} has only {free / 2**20:.1f} MiB free. "
             "Free some space or choose another disk."
         )
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Return whether an error means that a file could not be written.
+
+    torch, safetensors and tokenizers have no class for it; tokenizers raises a bare `Exception`.
+
+    Example:
+        >>> is_write_error(Exception("No space left on device (os error 28)")), is_write_error(ValueError("os error 28"))
+        (True, False)
+    """
+    if isinstance(error, OSError):
+        return isinstance(error, DiskError) or error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EIO,
+            errno.EROFS,
+        )
+    message = str(error)
+    if isinstance(error, SafetensorError) or type(error) is Exception:
+        return "I/O error" in message or "os error" in message.lower()
+    return any(words in message for words in ("PytorchStreamWriter", "inline_container", "file write failed"))
 
 
 def is_partial(path: Path) -> bool:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import resource
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,6 @@ def test_partial_folders_of_other_machines_are_left_alone(tmp_path: Path, monkey
 
 
 def test_a_folder_that_someone_removed_is_not_published(tmp_path: Path) -> None:
-    import shutil
 
     with pytest.raises(FileNotFoundError, match="was removed by another process"):
         with atomic_folder(tmp_path / "student") as folder:
@@ -318,10 +318,31 @@ def test_the_message_of_an_interrupted_distillation_is_true(
     assert distil(tmp_path / "out", resume_from_checkpoint=True) == 0
 
 
+def test_a_full_disk_is_recognised_in_every_file_of_a_model(mounted: Path, teacher_with_tokenizer: Path) -> None:
+    """Each library that writes one raises an error of its own."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer
+
+    from hf_guide.utils.files import is_write_error
+
+    (mounted / "fill").write_bytes(b"0" * shutil.disk_usage(mounted).free)
+    tokenizer = Tokenizer.from_file(str(teacher_with_tokenizer / "tokenizer.json"))
+    writers = {
+        "tokenizers": lambda path: tokenizer.save(str(path)),
+        "safetensors": lambda path: save_file({"a": torch.zeros(1 << 20)}, path),
+        "torch": lambda path: torch.save(torch.zeros(1 << 20), path),
+        "python": lambda path: path.write_bytes(b"0" * (1 << 20)),
+    }
+    for name, write in writers.items():
+        with pytest.raises(Exception) as found:
+            write(mounted / name)
+        assert is_write_error(found.value), (name, found.value)
+
+
 def test_a_full_disk_in_distill_is_an_error_and_leaves_the_whole_checkpoints(
     distil: Any, mounted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
 
     from hf_guide.distillation.checkpoints import checkpoint_defect, list_checkpoints
 
