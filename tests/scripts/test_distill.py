@@ -21,6 +21,7 @@ from hf_guide.data.arguments import DataArguments
 from hf_guide.data.loading import load_splits
 from hf_guide.data.preprocessing import preprocess
 from hf_guide.distillation.losses import registry as losses
+from hf_guide.initialization.student_config import derive_student_config
 from hf_guide.scripts.distill import accuracy, distill, read_config
 from hf_guide.tasks import Task
 from tests.examples import local
@@ -471,8 +472,17 @@ def test_the_real_example_makes_the_student_it_promises():
     student = dict(settings.training.student_init_kwargs)
     assert InitializationConfig.parse(student.pop("method")).method == "calibrated"
     shape = {name: value for name, value in student.items() if name != "dtype"}
+    teacher = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
     with torch.device("meta"):
-        processed = LlamaForCausalLM(LlamaConfig(vocab_size=49152, tie_word_embeddings=True, **shape))
+        processed = LlamaForCausalLM(derive_student_config(teacher, shape))
     assert 22.5e6 < processed.num_parameters() < 23.5e6
 
 
