@@ -270,7 +270,8 @@ class HeadFitter:
         else:
             weight = linear_weight(self.student.module)
             scaled = self.student.name + ".weight"
-            assign_checked(weight, at_least_float32(weight) * scale, scaled)
+            for rows in row_chunks(*weight.shape):
+                assign_checked(weight[rows], at_least_float32(weight[rows]) * scale, scaled)
         bias = module_bias(self.student.module)
         if bias is not None:
             assign_checked(bias, at_least_float32(bias) * scale, self.student.name + ".bias")
