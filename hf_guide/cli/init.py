@@ -175,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
         )
         report = student.initialization_report
         check_disk_space(folder, student.get_memory_footprint())
-        _save(student, folder)
+        student.save_pretrained(folder)
         if not report.vocabulary:  # otherwise the student has its own tokenizer
             copy_tokenizer_files(args.teacher, folder, gguf_file=args.gguf_file, **hub_arguments(args))
         _write_card_and_plot(report, folder, args)
@@ -290,17 +290,6 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     if not texts:
         raise OptionError(f"{', '.join(map(str, paths))} must contain text for --calibration-dataset; found none.")
     return texts
-
-
-def _save(student: Any, folder: Path) -> None:
-    from hf_guide.utils.files import is_write_error
-
-    try:
-        student.save_pretrained(folder)
-    except Exception as error:
-        if isinstance(error, OSError) or not is_write_error(error):
-            raise
-        raise OSError(f"The student could not be written: {error}") from error
 
 
 def _write_card_and_plot(report: "InitializationReport", folder: Path, args: argparse.Namespace) -> None:

@@ -13,7 +13,6 @@ from hf_guide.cli.arguments import translate_renamed_flags
 from hf_guide.errors import HfGuideError, OptionError
 from hf_guide.utils.deprecation import RenamedOptions, add_renamed_flags, warn_renamed
 from hf_guide.utils.escaping import escape_control_characters
-from hf_guide.utils.files import is_write_error
 
 RENAMED_COMMANDS = {"subclasses": "analyze-subclasses"}
 
@@ -33,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-guide: error: {escape_control_characters(error)}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
     except Exception as error:
+        from hf_guide.utils.files import is_write_error
+
         if not is_write_error(error):
             raise
         print(f"hf-guide: error: a file could not be written: {escape_control_characters(error)}", file=sys.stderr)
