@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_guide.calibration.data import Batch
+from hf_guide.calibration.data import Batch, num_rows
 from hf_guide.calibration.forward import drop_padding
 from hf_guide.calibration.least_squares import (
     NormalEquations,
@@ -377,7 +377,7 @@ def count_rows(batch: Batch, tokens: int) -> int | None:
         3
     """
     ids = batch.get("input_ids")
-    if ids is None or any(len(value) != len(ids) for value in batch.values()):
+    if ids is None or num_rows(batch) is None:
         return None
     return max(1, -(-tokens // ids.shape[1]))
 

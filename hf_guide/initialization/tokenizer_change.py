@@ -167,8 +167,9 @@ class _ComposedRows(OtherVocabularyTensors):
 
     def _mean(self, name: str, entries: Tensor) -> Tensor:
         """Return the mean of all entries; where the axis of tokens is the first it is computed once, for any rows."""
-        if self.axes[name] != 0:
-            return entries.to(torch.promote_types(entries.dtype, torch.float32)).mean(0)
-        if name not in self._means:
-            self._means[name] = entries.to(torch.promote_types(entries.dtype, torch.float32)).mean(0)
-        return self._means[name]
+        mean = self._means.get(name)
+        if mean is None:
+            mean = entries.to(torch.promote_types(entries.dtype, torch.float32)).mean(0)
+            if self.axes[name] == 0:
+                self._means[name] = mean
+        return mean
