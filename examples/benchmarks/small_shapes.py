@@ -21,20 +21,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from initialization_comparison import TUNING_SEED, Bench, drawn, learn, loss_of
 from small_teacher import BATCH, LENGTH
 from start_variants import STARTS, group_rates
-from student_shapes import overrides, spearman
+from student_shapes import overrides, rule_score, spearman
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
 from hf_guide import AutoStudentForCausalLM
-from hf_guide.shapes.candidates import rule_scores
-from hf_guide.shapes.fields import SizeField, SizeFields, SizeRole
 
 SHAPES = [
     (32, 4, 2, 1, 16, 96),  # half the width and half the depth
@@ -104,20 +101,10 @@ def run(bench: Bench, job: dict[str, Any], args: argparse.Namespace) -> dict[str
     }
 
 
-def rule_score(shape: "list[int]") -> float:
-    """Return the rule score of a shape of the small teacher."""
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    roles = (SizeRole.WIDTH, SizeRole.DEPTH, SizeRole.HEADS, SizeRole.MLP)
-    teacher = tuple(SizeField(*each) for each in zip(names, (64, 8, 4, 192), roles, strict=True))
-    width, blocks, heads, _, head_size, mlp = shape
-    sizes = {name: np.array([size]) for name, size in zip(names, (width, blocks, heads, mlp), strict=True)}
-    return float(rule_scores(sizes, SizeFields(teacher, head_size, 16, False, {}, {}))[0])
-
-
 SCORES = {
     "untrained": lambda row: row["curve"][0][1],
     f"1/{POINTS} of the tokens": lambda row: row["curve"][1][1],
-    "rule": lambda row: rule_score(row["shape"]),
+    "rule": lambda row: rule_score(row["shape"], (64, 8, 4, 192), 16),
     "variance left": lambda row: 1 - row["variance_explained"],
     "influence left": lambda row: -row["influence"],
 }

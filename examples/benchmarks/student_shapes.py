@@ -202,15 +202,16 @@ def run_seed(shapes: "list[tuple[int, ...]]", args: argparse.Namespace) -> list[
     return rows
 
 
-def rule_score(shape: "list[int]") -> float:
-    """Return the rule score of a shape of SmolLM2-135M."""
+def rule_score(
+    shape: "list[int]", teacher: "tuple[int, ...]" = (576, 30, 9, 1536), teacher_head_size: int = 64
+) -> float:
+    """Return the rule score of a shape; the teacher's width, blocks, heads and MLP are by default SmolLM2-135M's."""
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     roles = (SizeRole.WIDTH, SizeRole.DEPTH, SizeRole.HEADS, SizeRole.MLP)
-    teacher = tuple(SizeField(*each) for each in zip(names, (576, 30, 9, 1536), roles, strict=True))
+    fields = tuple(SizeField(*each) for each in zip(names, teacher, roles, strict=True))
     width, blocks, heads, _, head_size, mlp = shape
-    sizes = zip(names, (width, blocks, heads, mlp), strict=True)
-    fields = SizeFields(teacher, head_size, 64, False, {}, {})
-    return float(rule_scores({name: np.array([size]) for name, size in sizes}, fields)[0])
+    sizes = {name: np.array([size]) for name, size in zip(names, (width, blocks, heads, mlp), strict=True)}
+    return float(rule_scores(sizes, SizeFields(fields, head_size, teacher_head_size, False, {}, {}))[0])
 
 
 def spearman(first: "list[float]", second: "list[float]") -> float:
