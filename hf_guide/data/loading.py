@@ -59,12 +59,14 @@ def load_splits(options: DataArguments) -> tuple[Dataset, Dataset | None]:
 def _load_dataset(options: DataArguments) -> DatasetDict:
     """Return all splits of a dataset."""
     folder = Path(options.dataset_name)
+    is_folder = options.dataset_name not in DATASET_BUILDERS and folder.is_dir()
     if any((folder / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
         dataset = load_from_disk(folder)
     else:
         try:
             dataset = load_dataset(
-                options.dataset_name,
+                # datasets takes the last component of a folder's path for its name, which "." does not have
+                str(folder.resolve()) if is_folder else options.dataset_name,
                 options.dataset_config_name,
                 data_files=options.data_files,
                 revision=options.dataset_revision,
@@ -84,8 +86,7 @@ def _select_split(splits: DatasetDict, split: str, options: DataArguments) -> Da
     name = split.partition("[")[0]
     if name not in splits:
         raise OptionError(
-            f"{options.name} has no split {name!r}; it has {list(splits)}.{did_you_mean(name, splits)} Set "
-            "dataset_train_split or dataset_test_split to one of these."
+            f"{options.name} has no split {name!r}; it has {list(splits)}.{did_you_mean(name, splits)} Choose one of these."
         )
     whole = splits[name]
     try:
@@ -98,6 +99,42 @@ def _select_split(splits: DatasetDict, split: str, options: DataArguments) -> Da
     if not rows:
         raise OptionError(f"{split!r} selects no examples of {options.name}, which has {len(whole)}.")
     return whole.select(rows)
+
+
+_READ_OPTIONS: dict[str, tuple[Task, ...]] = {
+    "text_pair_column": (
+        Task.SEQUENCE_CLASSIFICATION,
+        Task.QUESTION_ANSWERING,
+        Task.MULTIPLE_CHOICE,
+        Task.FEATURE_EXTRACTION,
+    ),
+    "target_column": (Task.CAUSAL_LM, Task.SEQ2SEQ_LM),
+    "source_prefix": (Task.SEQ2SEQ_LM, Task.FEATURE_EXTRACTION),
+    "language": (Task.SPEECH_SEQ2SEQ,),
+    "speech_task": (Task.SPEECH_SEQ2SEQ,),
+}
+"""Options that are for some tasks only, besides the columns of inputs and labels."""
+
+
+def check_options_of_task(task: Task, options: DataArguments) -> None:
+    """Check that every column and language that is set is one that the preparation of a task's data reads.
+
+    Raises:
+        OptionError: One would be ignored; names those that are read.
+    """
+    columns = {"text": ("text",), "image": ("image",), "audio": ("audio",), "image-text": ("text", "image")}
+    read = [f"{role}_column" for role in columns[task.row.inputs]]
+    read += ["text_column"] if task in (Task.SPEECH_SEQ2SEQ, Task.CTC) else []  # the transcripts
+    answers = (Task.QUESTION_ANSWERING, Task.MULTIPLE_CHOICE, Task.FEATURE_EXTRACTION)
+    read += ["label_column"] if task.has_labels or task in answers else []
+    read += [name for name, tasks in _READ_OPTIONS.items() if task in tasks]
+    every = (*(f"{role}_column" for role in ("text", "image", "audio", "label")), *_READ_OPTIONS)
+    ignored = [name for name in every if name not in read and getattr(options, name)]
+    if ignored:
+        raise OptionError(
+            f"{' and '.join(ignored)} would be ignored: the task is {task}, which reads {', '.join(read)}. Leave "
+            f"{'it' if len(ignored) == 1 else 'them'} out."
+        )
 
 
 def _truncate(split: Dataset, count: int | None) -> Dataset:

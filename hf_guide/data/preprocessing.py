@@ -27,7 +27,7 @@ from hf_guide.data.chat import chat_format, check_chat_options, preprocess_chat
 from hf_guide.data.class_labels import value_encoder
 from hf_guide.data.image_text import preprocess_image_conversations
 from hf_guide.data.images import image_dataset
-from hf_guide.data.loading import check_strings, find_column
+from hf_guide.data.loading import check_options_of_task, check_strings, find_column
 from hf_guide.data.questions import preprocess_questions
 from hf_guide.data.sentences import preprocess_sentences
 from hf_guide.data.speech import preprocess_speech
@@ -83,15 +83,16 @@ def preprocess(
         config: Configs of all models that read the texts, as for `resolve_lengths`.
 
     Raises:
-        OptionError: A column is missing, a label is not among the student's classes, a length is not supported, or there is
-            too little text for one example; conversations are to be packed for a model that would mix them; or the task is
-            one whose datasets are not prepared here.
+        OptionError: A column is missing, a label is not among the student's classes, a length is not supported, an option is
+            not for the task, or there is too little text for one example; conversations are to be packed for a model that
+            would mix them; or the task is one whose datasets are not prepared here.
     """
     if task not in _PREPARATIONS:
         raise OptionError(
             f"Datasets for {task} are not prepared here, only those for {', '.join(map(str, _PREPARATIONS))}. Prepare the "
             "dataset in a script of your own and pass it to DistillationTrainer, or to capture_teacher."
         )
+    check_options_of_task(task, options)
     check_chat_options(task, options)
     encode_label: Callable[[Any], Any] | None = None
     if task.has_labels:

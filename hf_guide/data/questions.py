@@ -79,11 +79,10 @@ def _answer_preprocessor(split: Dataset, tokenizer: Any, options: DataArguments)
     question = _column(split, options, "text_column", _QUESTION_COLUMNS)
     context = _column(split, options, "text_pair_column", _CONTEXT_COLUMNS)
     answer = _column(split, options, "label_column", _ANSWER_COLUMNS)
-    none_token = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    if not tokenizer.is_fast or none_token is None:
+    if not tokenizer.is_fast:
         raise OptionError(
-            f"{type(tokenizer).__name__} must be a fast tokenizer with a cls_token or bos_token, the answer of questions that "
-            "have none. Use another tokenizer, or prepare the dataset in a script of your own."
+            f"{type(tokenizer).__name__} must be a fast tokenizer, for the positions of tokens in the text. Use another "
+            "tokenizer, or prepare the dataset in a script of your own."
         )
 
     def to_inputs(examples: Examples, rows: list[int]) -> Examples:
@@ -102,7 +101,7 @@ def _answer_preprocessor(split: Dataset, tokenizer: Any, options: DataArguments)
         offsets = encoded.pop("offset_mapping")
         spans = []
         for piece, source in enumerate(sources):
-            none = encoded["input_ids"][piece].index(none_token)
+            none = _no_answer_token(encoded["input_ids"][piece], tokenizer)
             parts = encoded.sequence_ids(piece)
             own = [token for token, part in enumerate(parts) if part == int(tokenizer.padding_side == "right")]
             characters = _answer_characters(examples[answer][source], rows[source], answer, options)
@@ -113,6 +112,16 @@ def _answer_preprocessor(split: Dataset, tokenizer: Any, options: DataArguments)
         }
 
     return to_inputs
+
+
+def _no_answer_token(ids: list[int], tokenizer: Any) -> int:
+    """Return the position that is the answer of a question without one.
+
+    That of the cls_token, or else of the bos_token, or else the first, as in Transformers' run_qa.py: many tokenizers of
+    decoders have a bos_token and do not add it.
+    """
+    candidates = [token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token in ids]
+    return ids.index(candidates[0]) if candidates else 0
 
 
 def _answer_characters(value: Any, row: int, column: str, options: DataArguments) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.data.arguments import DataArguments
 from hf_guide.data.images import decode_image
-from hf_guide.data.loading import check_strings, dataset_folder, default_columns
+from hf_guide.data.loading import check_options_of_task, check_strings, dataset_folder, default_columns
 from hf_guide.data.preprocessing import resolve_lengths
 from hf_guide.data.sounds import decode_sound
 from hf_guide.data.speech import SpeechPreprocessor, set_language
@@ -260,6 +260,7 @@ def load_teacher_labels(
         processing_class_name_or_path or teacher,
         **({} if processing_class_name_or_path else hub_kwargs),
     )
+    check_options_of_task(task, data)
     kwargs = dict(generation_kwargs)
     if task in (Task.SEQ2SEQ_LM, Task.CAUSAL_LM):
         data = resolve_lengths(data, processor, model.config)

@@ -1,6 +1,7 @@
 """Raw rows become whole examples that end with their end token, or are an error with column, row and type."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -45,6 +46,64 @@ def options(**changes: Any) -> DataArguments:
 def processed(task: Task, columns: dict[str, list[Any]], tok: Any = None, **changes: Any) -> Any:
     data = datasets.Dataset.from_dict(columns)
     return preprocess(task, data, None, tok or tokenizer(), options(**changes)).train
+
+
+# Options
+
+
+ROWS = {
+    Task.CAUSAL_LM: {"text": TEXTS},
+    Task.MASKED_LM: {"text": TEXTS},
+    Task.SEQ2SEQ_LM: {"text": TEXTS[:2], "target": TEXTS[:2]},
+    Task.SEQUENCE_CLASSIFICATION: {"text": TEXTS[:2], "label": [0, 1]},
+    Task.TOKEN_CLASSIFICATION: {"tokens": [["t1", "t2"], ["t3"]], "ner_tags": [[0, 1], [0]]},
+    Task.QUESTION_ANSWERING: {
+        "question": ["t1 t2"],
+        "context": ["t3 t4"],
+        "answers": [{"text": ["t4"], "answer_start": [3]}],
+    },
+    Task.MULTIPLE_CHOICE: {"sent1": ["t1"], "sent2": ["t2"], "ending0": ["t3"], "ending1": ["t4"], "label": [1]},
+    Task.FEATURE_EXTRACTION: {"text": TEXTS[:3]},
+}
+COLUMNS = [f"{role}_column" for role in ("text", "text_pair", "target", "image", "audio", "label")]
+
+
+@pytest.mark.parametrize("option", COLUMNS)
+@pytest.mark.parametrize("task", ROWS, ids=str)
+def test_a_column_that_is_not_there_is_an_error_whether_the_task_reads_such_columns_or_not(
+    task: Task, option: str
+) -> None:
+    processed(task, ROWS[task])
+    with pytest.raises(OptionError, match=rf"'no such'|{option}.* would be ignored: the task is {task}"):
+        processed(task, ROWS[task], **{option: "no such"})
+
+
+@pytest.mark.parametrize(
+    "task,ignored",
+    [
+        (Task.IMAGE_CLASSIFICATION, "text_column"),
+        (Task.AUDIO_CLASSIFICATION, "text_column"),
+        (Task.CTC, "label_column"),
+        (Task.SPEECH_SEQ2SEQ, "image_column"),
+        (Task.IMAGE_TEXT_TO_TEXT, "audio_column"),
+        (Task.CTC, "language"),
+        (Task.CAUSAL_LM, "source_prefix"),
+        (Task.SEQ2SEQ_LM, "speech_task"),
+    ],
+)
+def test_an_option_for_another_task_is_an_error(task: Task, ignored: str) -> None:
+    with pytest.raises(OptionError, match=f"{ignored} would be ignored"):
+        preprocess(task, datasets.Dataset.from_dict({"a": [1]}), None, None, options(**{ignored: "transcribe"}))
+
+
+def test_the_working_directory_is_a_dataset_folder_like_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.csv").write_text("text,label\nt1,0\nt2,1\n")
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path)):
+        loaded = DataArguments(dataset_name=name, validation_split_percentage=0)
+        assert load_splits(loaded)[0]["text"][:] == ["t1", "t2"] and loaded.name == tmp_path.name
 
 
 # Ends

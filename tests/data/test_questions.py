@@ -5,6 +5,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig
 
 from hf_guide.data.arguments import DataArguments
@@ -41,6 +42,19 @@ def test_the_span_of_an_answer_is_its_text_in_every_piece_that_has_it() -> None:
             texts.append(tok.decode(row["input_ids"][start : end + 1]).strip() if start else "")
         assert set(texts) <= {"the great machine", ""} and texts[0] == "the great machine"
         assert texts[-1] == "" and (length == 64) == (len(data) == 2)
+
+
+def test_a_tokenizer_that_adds_no_special_token_points_at_the_first_token_for_no_answer() -> None:
+    """As GPT-2's, which has a bos_token and does not add it."""
+    tok = tokenizer()
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    rows = datasets.Dataset.from_list([question("the great machine"), question(None)])
+    arguments = DataArguments(data_files=["rows.json"], max_length=64)
+    spans = preprocess(Task.QUESTION_ANSWERING, rows, None, tok, arguments).train
+    assert tok.bos_token_id is not None and tok.bos_token_id not in spans[0]["input_ids"]
+    first = spans[0]
+    text = tok.decode(first["input_ids"][first["start_positions"] : first["end_positions"] + 1])
+    assert text.strip() == "the great machine" and (spans[1]["start_positions"], spans[1]["end_positions"]) == (0, 0)
 
 
 def test_choices_are_grouped_and_padded_together() -> None:

@@ -147,7 +147,7 @@ def test_classes_of_sounds_are_the_students(spectrogram: bool, tmp_path: Path) -
         (Task.CTC, {"audio_column": "sounds"}, {}, "no column 'sounds'; it has .*Set audio_column"),
         (Task.CTC, {}, {"text": "LOW!"}, "4 of the 4 characters|characters of the texts are unknown.*letter case"),
         (Task.CTC, {}, {"text": 7}, "column 'text' must contain text; row 0"),
-        (Task.CTC, {"language": "german"}, {}, "language and speech_task are for Whisper's"),
+        (Task.CTC, {"language": "german"}, {}, "language would be ignored"),
         (
             Task.CTC,
             {"max_duration_in_seconds": 0.01},
