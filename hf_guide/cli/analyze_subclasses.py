@@ -14,7 +14,7 @@ HELP = "describe a projector's pseudo-subclasses, and measure whether they are l
 DESCRIPTION = (
     "Run the teacher over a dataset and write an HTML page: each class's subspace colored by subclass, the most\n"
     "probable examples of each subclass, sizes, variance, mutual information with fine labels, and a verdict: small\n"
-    "students are trained by LELP and by KD for a few hundred steps, and by fine labels where there are any."
+    "students are trained by LELP and by KD, and by fine labels where there are any."
 )
 EXAMPLE = "hf-guide analyze-subclasses projector/ questions.jsonl --fine-label-column fine_label -o subclasses.html"
 FILES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
@@ -66,10 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--student", metavar="NAME", help="student of the probe: Hub id or folder; by default smaller than the teacher"
     )
     parser.add_argument(
-        "--steps",
-        type=int,
-        metavar="N",
-        help="steps of the probe's students; by default 300 for two classes, more in proportion, at most 900",
+        "--steps", type=int, default=900, metavar="N", help="steps of the probe's students (default: 900)"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="students of each objective in the probe")
     add_hub_arguments(parser)
@@ -85,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
     check_integer("--max-samples", args.max_samples)
     check_integer("--num-examples", args.num_examples)
     check_integer("--batch-size", args.batch_size)
-    if args.steps is not None:
-        check_integer("--steps", args.steps)
+    check_integer("--steps", args.steps)
     check_integer("--seeds", args.seeds)
     is_file = Path(args.dataset).is_file()
     if not is_file and Path(args.dataset).suffix in FILES and not Path(args.dataset).exists():

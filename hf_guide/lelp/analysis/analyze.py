@@ -17,7 +17,7 @@ from hf_guide.data.loading import default_columns, find_column, load_splits
 from hf_guide.data.preprocessing import preprocess
 from hf_guide.errors import OptionError, SubclassError, TeacherError
 from hf_guide.lelp.analysis.features import AnalysisFeatures, collect_features
-from hf_guide.lelp.analysis.probe import NUM_SEEDS, ProbeStudents, SubclassProbe, default_steps
+from hf_guide.lelp.analysis.probe import NUM_SEEDS, STEPS, ProbeStudents, SubclassProbe
 from hf_guide.lelp.analysis.probe_subclasses import ProbeFeatures, build_students, check_student_inputs, probe_features
 from hf_guide.lelp.analysis.report import SubclassSummary, plot_class, summarize_subclasses, write_page
 from hf_guide.lelp.projector import SubclassProjector
@@ -59,7 +59,7 @@ def analyze(
     batch_size: int = 32,
     train_probes: bool = True,
     student: str | os.PathLike[str] | None = None,
-    steps: int | None = None,
+    steps: int = STEPS,
     num_seeds: int = NUM_SEEDS,
     revision: str | None = None,
     token: str | None = None,
@@ -118,7 +118,6 @@ def analyze(
     fine_labels = compared_labels if projector.scores.needs_fine_labels else None
     probe, reason = None, None
     if students is not None:
-        steps = default_steps(projector.num_classes) if steps is None else steps
         options = {"steps": steps, "num_seeds": num_seeds, "show_progress": show_progress}
         probe, reason = _probe_or_reason(students, processed, projector, features, compared_labels, options)
     summary = summarize_subclasses(

@@ -20,6 +20,7 @@ from hf_guide.initialization.student_config import derive_student_config
 from hf_guide.lelp.analysis.probe import (
     BATCH_SIZE,
     NUM_SEEDS,
+    STEPS,
     ProbeData,
     ProbeStudents,
     SubclassProbe,
@@ -80,7 +81,7 @@ def probe_subclasses(
     *,
     student: "PreTrainedModel | PreTrainedConfig | None" = None,
     projector: SubclassProjector | None = None,
-    steps: int | None = None,
+    steps: int = STEPS,
     num_seeds: int = NUM_SEEDS,
     batch_size: int = BATCH_SIZE,
     learning_rate: float | None = None,
@@ -96,7 +97,7 @@ def probe_subclasses(
     trust_remote_code: bool = False,
     show_progress: bool = True,
 ) -> SubclassProbe:
-    """Train small students by LELP and by KD for a few hundred steps, and decide whether subclasses are likely to help.
+    """Train small students by LELP and by KD, 900 steps by default, and decide whether subclasses are likely to help.
 
     The cost is one pass of the teacher over the examples and `2 * num_seeds * steps` training steps of the student; a bar
     shows them, with the time left. Subclasses help where a student that knew hidden classes would be better, and can learn
@@ -109,7 +110,7 @@ def probe_subclasses(
         student: A model, of which copies are trained, or a config of the teacher's class, for random weights. None takes a
             quarter of the teacher's width and a third of its depth, with random weights.
         projector: Of this teacher; None fits one to the examples, by the defaults of `fit_subclasses`.
-        steps, num_seeds, batch_size: Of the students; steps are 300 for two classes, more in proportion, at most 900.
+        steps, num_seeds, batch_size: Of the students.
         learning_rate: Of AdamW; None takes 0.128 / width of the features, at most 0.002.
         max_samples: Of each dataset.
         seed: Of the examples, the splits and the students.
@@ -138,11 +139,9 @@ def probe_subclasses(
         >>> probe.verdict in ("likely to help", "unlikely to help", "undecided")
         True
     """
-    counts = {"num_seeds": num_seeds, "batch_size": batch_size, "max_samples": max_samples}
+    counts = {"steps": steps, "num_seeds": num_seeds, "batch_size": batch_size, "max_samples": max_samples}
     for name, value in counts.items():
         check_integer(name, value)
-    if steps is not None:
-        check_integer("steps", steps)
     seed = check_integer("seed", seed, 0, 2**32 - 1)
     if projector is not None and not isinstance(projector, SubclassProjector):
         raise OptionError(
@@ -228,7 +227,7 @@ def probe_features(
     features: ProbeFeatures,
     *,
     num_train: int,
-    steps: int | None = None,
+    steps: int = STEPS,
     num_seeds: int = NUM_SEEDS,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from hf_guide import OptionError, SubclassError, TaskError, fit_subclasses, probe_subclasses
-from hf_guide.lelp.analysis import probe as probe_module
 from hf_guide.lelp.analysis.probe import (
     ProbeData,
     ProbeStudents,
@@ -114,20 +113,6 @@ def test_the_error_is_that_of_examples_and_of_seeds():
     mean = torch.tensor([0.0] * 20 + [50.0] * 10 + [100.0] * 10).double()
     assert gain == pytest.approx(37.5)
     assert error == pytest.approx(math.sqrt(mean.var() / 40 + torch.tensor([25.0, 50.0]).var() / 2))
-
-
-@pytest.mark.parametrize("num_classes, steps", [(2, 4), (3, 6), (5, 10), (8, 12)])
-def test_more_classes_take_more_steps_up_to_a_limit(monkeypatch, num_classes, steps):
-    monkeypatch.setattr(probe_module, "STEPS", 4)
-    monkeypatch.setattr(probe_module, "MAX_STEPS", 12)
-    labels, points = torch.arange(120) % num_classes, torch.randn(120, 2)
-    logits = torch.nn.functional.one_hot(labels, num_classes).float()
-    data = ProbeData(logits, logits, labels, None, split_folds(120, 2), lambda rows: points[rows])
-    students = ProbeStudents(
-        lambda: nn.Linear(2, num_classes), lambda model, rows: (rows, model(rows)), 2, 1e-2, "points"
-    )
-    assert run_probe(data, students, show_progress=False).steps == steps
-    assert run_probe(data, students, steps=1, show_progress=False).steps == 1
 
 
 def test_folds_hold_each_example_out_once_and_batches_take_all_alike():
