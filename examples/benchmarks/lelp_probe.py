@@ -3,8 +3,9 @@
     python examples/benchmarks/lelp_probe.py --sets digits -o results          # the options of lelp_comparison.py
     python examples/benchmarks/lelp_probe.py --report                          # the table of the probes kept in results/
 
-For each set a probe by its defaults: students of the benchmark by LELP and by KD on the examples that students learn from, of
-which another third is held out for each seed; it does not read the parts for validation and test. Each probe is one line of
+For each set a probe by its defaults, of as many steps as the training that it is about but at most 900: students of the
+benchmark by LELP and by KD on the examples that students learn from, of which another third is held out for each seed; it
+does not read the parts for validation and test. Each probe is one line of
 results/lelp_probe.jsonl (or of --probes), written when it is done; killed at any moment, the same command goes on. The report
 compares verdicts with the gain of LELP over KD on the test part, which counts as help where it exceeds its spread.
 """
@@ -22,7 +23,7 @@ from lelp_models import Classifier, make_student, start_student
 from lelp_runs import ADDED, RESULTS
 
 from hf_guide import SubclassProjector
-from hf_guide.lelp.analysis.probe import ProbeData, ProbeStudents, run_probe, split_folds
+from hf_guide.lelp.analysis.probe import STEPS, ProbeData, ProbeStudents, run_probe, split_folds
 from hf_guide.lelp.analysis.probe_subclasses import MAX_LEARNING_RATE, MAX_SAMPLES, NUM_SEEDS, RATE_TIMES_WIDTH
 
 
@@ -51,7 +52,8 @@ def probe_set(name: str, args: Any) -> dict[str, Any]:
     rate = min(MAX_LEARNING_RATE, RATE_TIMES_WIDTH / width)
     students = ProbeStudents(build, lambda model, inputs: model(inputs), width, rate, "the benchmark's students")
     began = time.perf_counter()
-    probe = run_probe(data, students, steps=args.probe_steps, show_progress=False)
+    steps = args.probe_steps or min(STEPS, args.steps)
+    probe = run_probe(data, students, steps=steps, show_progress=False)
     return probe.to_dict() | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -87,7 +89,7 @@ def main() -> int:
     options.add_argument(
         "--probes", type=Path, default=RESULTS / "lelp_probe.jsonl", help="file of probes, one a line"
     )
-    options.add_argument("--probe-steps", type=int, help="of the probe's students, if other than by default")
+    options.add_argument("--probe-steps", type=int, help="of the probe's students, by default --steps, at most 900")
     args = options.parse_args()
     lines = args.probes.read_text(encoding="utf-8").splitlines() if args.probes.is_file() else []
     probes = [json.loads(line) for line in lines]

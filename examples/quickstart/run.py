@@ -90,7 +90,9 @@ class QuickstartArguments:
     )
     num_parameters: str = field(
         default="17.1%",
-        metadata={"help": "of the students, such as 23M or a share of the teacher's; the shape follows from it by a rule"},
+        metadata={
+            "help": "of the students, such as 23M or a share of the teacher's; the shape follows from it by a rule"
+        },
     )
     text: list[str] = field(
         default_factory=lambda: ["wikipedia"],

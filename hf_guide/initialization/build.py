@@ -42,13 +42,17 @@ def build_student(
     return student
 
 
-def untie_like_teacher(student: PreTrainedModel, teacher: TeacherCheckpoint) -> None:
+def untie_like_teacher(student: PreTrainedModel, teacher: TeacherCheckpoint) -> dict[str, str]:
     """Untie weights that the teacher's checkpoint holds separately though its config ties them (mT5, T5 v1.1).
 
     Transformers loads such a checkpoint untied, and will load the student's untied too.
+
+    Returns:
+        The names of these weights, which are uninitialized memory now, and of those that they were tied to.
     """
+    untied: dict[str, str] = {}
     if not getattr(teacher.config, "tie_word_embeddings", False):
-        return
+        return untied
     stored = {strip_base_prefix(name, teacher.base_model_prefix) for name in teacher.weights.keys()}
     prefix = student.base_model_prefix
     for name, source in list(student.all_tied_weights_keys.items()):
@@ -57,6 +61,8 @@ def untie_like_teacher(student: PreTrainedModel, teacher: TeacherCheckpoint) -> 
             module = student.get_submodule(parent)
             setattr(module, attribute, torch.nn.Parameter(torch.empty_like(getattr(module, attribute))))
             del student.all_tied_weights_keys[name]
+            untied[name] = source
+    return untied
 
 
 def init_missing_weights(student: PreTrainedModel, seed: int) -> None:

@@ -421,9 +421,8 @@ def config_sizes(layout: Layout, config: PreTrainedConfig) -> dict[str, int]:
     """
     heads = _uniform_size(config, "num_attention_heads")
     width = _uniform_size(config, "hidden_size")
-    kv_heads = _uniform_size(config, "num_key_value_heads") or heads
     head_dim = _uniform_size(config, "head_dim") or (width // heads if isinstance(heads, int) and width else None)
-    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    sizes = {"heads": heads, "head_dim": head_dim}
     for name, source in layout.sizes.items():
         value = source(config) if callable(source) else getattr(config, source)
         if value is None:
@@ -431,6 +430,8 @@ def config_sizes(layout: Layout, config: PreTrainedConfig) -> dict[str, int]:
                 f"The config of {layout.family!r} has no {source!r}, from which its axis {name!r} takes its size."
             )
         sizes[name] = value
+    # After the layout's own sizes: in an encoder-decoder `num_attention_heads` is the encoder's, and `heads` the decoder's.
+    sizes.setdefault("kv_heads", _uniform_size(config, "num_key_value_heads") or sizes["heads"])
     sizes.setdefault("q_dim", sizes["head_dim"])
     sizes.setdefault("k_dim", sizes["q_dim"])
     if "group" not in sizes and isinstance(sizes["heads"], int) and isinstance(sizes["kv_heads"], int):

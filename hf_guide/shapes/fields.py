@@ -187,7 +187,7 @@ def _candidate_fields(config: PreTrainedConfig, known: set[str]) -> Iterator[tup
 
 
 def _probe_role(
-    probe: ModelProbe, layout: Layout, name: str, value: int | None, sizes: Mapping[str, int]
+    probe: ModelProbe, layout: Layout, name: str, value: int | None, sizes: "_AxisSizes"
 ) -> SizeField | None:
     """Return what a field is the size of, by changing it; None where it changes no axis that a student may shorten."""
     for other in _other_values(value, sizes):
@@ -195,22 +195,24 @@ def _probe_role(
         if built is None:
             continue
         try:
-            changed = {axis for axis, size in _axis_sizes(layout, *built).items() if size != sizes.get(axis)}
+            changed = {key for key, size in _axis_sizes(layout, *built).items() if size != sizes.get(key)}
         except LayoutError:
             continue
-        role = _role_of(changed, layout)
+        role = _role_of({axis for _, axis in changed}, layout)
         if role is None:
             return None
         if value is not None:
             return SizeField(name, value, role)
-        axes = [sizes[axis] for axis in changed if axis in sizes and _role_of({axis}, layout) is role]
+        axes = [sizes[key] for key in changed if key in sizes and _role_of({key[1]}, layout) is role]
         return SizeField(name, axes[0], role) if axes else None
     return None
 
 
-def _other_values(value: int | None, sizes: Mapping[str, int]) -> list[int]:
+def _other_values(value: int | None, sizes: "_AxisSizes") -> list[int]:
     if value is None:
-        return sorted({size // 2 for axis, size in sizes.items() if axis.endswith(("mlp", "head_dim")) and size > 1})
+        return sorted(
+            {size // 2 for (_, axis), size in sizes.items() if axis.endswith(("mlp", "head_dim")) and size > 1}
+        )
     divisors = [value // divisor for divisor in (2, 3, 5) if value % divisor == 0]
     return [*divisors, *([value - 1] if value > 1 and not divisors else []), 2 * value]
 
@@ -232,17 +234,25 @@ def _role_of(changed: set[str], layout: Layout) -> SizeRole | None:
     return None
 
 
-def _axis_sizes(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel) -> dict[str, int]:
-    """Return the size of every named axis of a model: from its config, or from the tensors that it is alone an axis of."""
-    sizes = dict(config_sizes(layout, config))
+_AxisSizes = dict[tuple[str, str], int]
+"""The size of an axis, by the name of a parameter and of the axis. An axis that the config gives has the parameter ""."""
+
+
+def _axis_sizes(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel) -> _AxisSizes:
+    """Return the size of every named axis of a model: from its config, or from each tensor that it is alone an axis of.
+
+    Tensors are told apart: an encoder and a decoder have MLPs of the same axis and of a field each.
+    """
+    given = config_sizes(layout, config)
+    sizes = {("", axis): size for axis, size in given.items()}
     for name, parameter in model.named_parameters():
         match = layout.find(strip_base_prefix(name, model.base_model_prefix))
         if match is None or len(match.axes) != parameter.ndim:
             continue
         for axis, size in zip(match.axes, parameter.shape, strict=True):
             inner, repeats = name_and_repeats(axis)
-            if inner and not inner.isdigit() and (isinstance(axis, AxisName) or repeats > 1):
-                sizes.setdefault(inner, size // repeats)
+            if inner and not inner.isdigit() and inner not in given and (isinstance(axis, AxisName) or repeats > 1):
+                sizes[name, inner] = size // repeats
     return sizes
 
 

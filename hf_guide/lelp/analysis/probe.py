@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -116,14 +116,8 @@ class SubclassProbe:
 
     @property
     def verdict(self) -> str:
-        """The answer in a few words.
-
-        "likely to help" from a gain of 1 point that is two standard errors or more, "unlikely to help" below 1 point or below
-        one standard error, "undecided" in between.
-        """
-        if self.gain < max(MIN_GAIN, self.gain_error):
-            return "unlikely to help"
-        return "likely to help" if self.gain >= MIN_STANDARD_ERRORS * self.gain_error else "undecided"
+        """The answer in a few words, as of `decide`."""
+        return decide(self.gain, self.gain_error)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, and the verdict, as a dict for JSON."""
@@ -149,6 +143,21 @@ class SubclassProbe:
         return "\n".join(lines)
 
 
+def decide(gain: float, error: float) -> str:
+    """Return the verdict on a gain in points and its standard error.
+
+    "likely to help" from a gain of 1 point that is two standard errors or more, "unlikely to help" below 1 point or below one
+    standard error, "undecided" in between.
+
+    Example:
+        >>> decide(3.0, 1.0), decide(0.9, 0.1), decide(1.5, 1.0)
+        ('likely to help', 'unlikely to help', 'undecided')
+    """
+    if gain < max(MIN_GAIN, error):
+        return "unlikely to help"
+    return "likely to help" if gain >= MIN_STANDARD_ERRORS * error else "undecided"
+
+
 def split_folds(count: int, num_seeds: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Return training and held-out examples for each seed: another third, or less where there are more seeds, is held out.
 
@@ -170,7 +179,7 @@ def run_probe(
     seed: int = 0,
     show_progress: bool = True,
 ) -> SubclassProbe:
-    """Train pairs of students and compare them.
+    """Train pairs of students and compare them; where that leaves it undecided, train as many again from other seeds.
 
     Args:
         data: The examples; their fine labels, if there are any, are used as well.
@@ -180,17 +189,21 @@ def run_probe(
         show_progress: Whether to show a bar of all steps, with an estimate of the time left.
     """
     numbers = range(len(data.splits))
-    runs = [(("kd", "subclasses"), steps, number) for number in numbers]
-    if data.fine_labels is not None:
-        runs += [(("kd", "fine labels"), FINE_LABEL_STEPS * steps, number) for number in numbers]
-    total = sum(len(arms) * length for arms, length, _ in runs)
+    has_fine_labels = data.fine_labels is not None
+    total = 2 * steps * len(numbers) * (1 + FINE_LABEL_STEPS * has_fine_labels)
     bar = tqdm(total=total, desc="Probing subclasses", unit="step", disable=not show_progress)
+
+    def train(arm: str, length: int, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
+        return [_train_arms(("kd", arm), data, students, length, batch_size, seed, each, bar) for each in numbers]
+
     with bar, torch.random.fork_rng(), torch.enable_grad():
-        right = [
-            _train_arms(arms, data, students, length, batch_size, seed, number, bar) for arms, length, number in runs
-        ]
-    short, long = right[: len(numbers)], right[len(numbers) :]
-    gain, error = difference(data, short, "subclasses")
+        short = train("subclasses", steps, numbers)
+        gain, error = difference(data, short, "subclasses")
+        if decide(gain, error) == "undecided":
+            bar.total += 2 * steps * len(numbers)
+            short += train("subclasses", steps, range(len(numbers), 2 * len(numbers)))
+            gain, error = difference(data, short, "subclasses")
+        long = train("fine labels", FINE_LABEL_STEPS * steps, numbers) if has_fine_labels else []
     headroom, headroom_error = difference(data, long, "fine labels") if long else (None, None)
     return SubclassProbe(
         kd=tuple(_points(run["kd"]) for run in short),
@@ -212,12 +225,13 @@ def difference(data: ProbeData, right: Sequence[Mapping[str, Tensor]], arm: str)
     """Return how far an arm is above KD in points, and the standard error of that over seeds and held-out examples.
 
     Args:
-        right: For each seed and arm which of the seed's held-out examples are right, bool.
+        right: For each seed and arm which of the seed's held-out examples are right, bool. Seeds beyond the splits have
+            these in the same order again.
     """
     points = [100 * (run[arm].double() - run["kd"].double()) for run in right]
     seeds = torch.stack([each.mean() for each in points])
     total, seen = torch.zeros(len(data.labels), dtype=torch.float64), torch.zeros(len(data.labels))
-    for (_, held_out), each in zip(data.splits, points, strict=True):
+    for (_, held_out), each in zip(cycle(data.splits), points, strict=False):
         total[held_out] += each
         seen[held_out] += 1
     by_example = total[seen > 0] / seen[seen > 0]
@@ -297,7 +311,7 @@ def _train_arms(
     bar: Any,
 ) -> dict[str, Tensor]:
     """Train a student for each arm, on the same batches from the same weights; return which held-out examples are right."""
-    train, held_out = data.splits[number]
+    train, held_out = data.splits[number % len(data.splits)]
     learners = []
     for arm in arms:
         torch.manual_seed(seed + number)

@@ -99,9 +99,10 @@ def probe_subclasses(
 ) -> SubclassProbe:
     """Train small students by LELP and by KD, 900 steps by default, and decide whether subclasses are likely to help.
 
-    The cost is one pass of the teacher over the examples and `2 * num_seeds * steps` training steps of the student; a bar
-    shows them, with the time left. Subclasses help where a student that knew hidden classes would be better, and can learn
-    the teacher's features: both depend on data and student, so pass the student that you will train.
+    The cost is one pass of the teacher over the examples and `2 * num_seeds * steps` training steps of the student, twice as
+    many where these leave it undecided; a bar shows them, with the time left. Subclasses help where a student that knew
+    hidden classes would be better, and can learn the teacher's features: both depend on data and student, so pass the
+    student that you will train.
 
     Args:
         teacher: A Hub id, a folder or a loaded model, a classifier of sequences or images.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_guide import OptionError, SubclassError, TaskError, fit_subclasses, probe_subclasses
+from hf_guide.lelp.analysis import probe as probe_module
 from hf_guide.lelp.analysis.probe import (
     ProbeData,
     ProbeStudents,
@@ -99,6 +100,18 @@ def test_the_verdict_weighs_the_gain_by_its_error(cells, gain, error, verdict):
     probe = dataclasses.replace(probe_of(cells, cells[-1], steps=1), gain=gain, gain_error=error)
     assert probe.verdict == verdict == probe.to_dict()["verdict"]
     assert ("pass more examples" in probe.summary()) == (verdict == "undecided")
+
+
+def test_what_is_undecided_takes_as_many_seeds_again(cells, monkeypatch):
+    """On the same splits, in the same order: the first are those of a probe that was decided by them."""
+    decided = probe_of(cells, cells[-1], steps=20)
+    monkeypatch.setattr(probe_module, "decide", lambda gain, error: "undecided")
+    longer = probe_of(cells, cells[-1], steps=20, fine=True)
+    assert (len(decided.kd), len(longer.kd)) == (2, 4)
+    assert (longer.kd[:2], longer.subclasses[:2]) == (decided.kd, decided.subclasses)
+    assert longer.kd[2:] != longer.kd[:2] and longer.headroom is not None
+    mean = sum(longer.subclasses) / 4 - sum(longer.kd) / 4
+    assert longer.gain == pytest.approx(mean) and "4 seeds" in longer.summary()
 
 
 def test_the_error_is_that_of_examples_and_of_seeds():
